@@ -1,0 +1,18 @@
+"""Host data and its transport: the events of a run, the bus, the journal, the run protocol. Never imports torch."""
+
+__stagecast__ = True
+"""Tells `trainer` and `sinks` that the package which they found under this generic name is ours."""
+
+from events.backlog import Payload as Payload
+from events.bus import Bus as Bus
+from events.bus import Readback as Readback
+from events.errors import BusClosed as BusClosed
+from events.errors import CursorError as CursorError
+from events.errors import FenceBroken as FenceBroken
+from events.errors import RunCancelled as RunCancelled
+from events.errors import RunFolderError as RunFolderError
+from events.errors import RunFolderHeld as RunFolderHeld
+from events.errors import RunFolderMismatch as RunFolderMismatch
+from events.errors import StagecastError as StagecastError
+from events.errors import TrainingThreadStuck as TrainingThreadStuck
+from events.errors import WireError as WireError

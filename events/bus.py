@@ -1,0 +1,344 @@
+"""The event bus: any thread publishes without waiting, one task in the event loop delivers.
+
+The path of an event: `Bus.publish` appends it to a ring on the publisher's thread. The pump (`Bus.run`) drains the ring,
+numbers the events, has the numbers that are still on the device read in one call, and offers each event to every
+`Subscription` that wants its type.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import anyio
+from msgspec.structs import force_setattr
+
+from events.backlog import Item, Payload, Published, item_of
+from events.errors import BusClosed
+from events.messages import EVENT_TYPES, Event, ObserverDropped
+from events.origin import Origin
+from events.sink import Delivery
+from events.spill import Spill
+from events.subscription import Subscription
+from events.wakeup import Wakeup
+from events.worker import Worker
+
+_IDLE_TICK_S = 0.05
+_DEVICE_POLL_S = 0.002  # how often a read from the device that is under way is looked at
+_LOSS_REPORT_S = 1.0
+
+
+class Readback(Protocol):
+    """Turns the pending numbers of a batch into host numbers, without holding up the loop or the event loop."""
+
+    def start(self, batch: list[Published], /) -> Callable[[], bool]:
+        """Begin; the returned function says, without waiting, whether all events of the batch are complete now."""
+        ...
+
+
+class Bus:
+    """Carries the events of one run.
+
+    Args:
+        origin: Gives the header of the bus's own events.
+        readback: Completes events whose numbers are still on the device; without one they stay as they are.
+        capacity: Events that the ring holds while the event loop does not drain it.
+        capacity_bytes: Bytes of payload that the ring holds before the loop is told to wait.
+        reserve: Events which are not droppable that are kept beyond ``capacity`` before the loop is told to wait.
+        history: Most recent events kept in memory for late subscribers.
+        first_seq: ``seq`` of the first event.
+        spill_dir: Folder of spill files; None for the system's temporary folder.
+
+    Thread safety: `publish`, `post`, `flush` and what the loop asks (`wanted`, `gated`, `wait_for_room`) may be called from
+    any thread; everything else belongs to the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        *,
+        readback: Readback | None = None,
+        capacity: int = 16_384,
+        capacity_bytes: int = 256 * 2**20,
+        reserve: int = 4_096,
+        history: int = 0,
+        first_seq: int = 1,
+        spill_dir: str | None = None,
+    ) -> None:
+        self.origin = origin
+        self.wanted: frozenset[type[Event]] = frozenset()
+        """Event types that somebody subscribes to."""
+        self.history: deque[Event] = deque(maxlen=history)
+        self.dropped = 0
+        """Events that the ring dropped."""
+        self.last_seq = first_seq - 1
+        """``seq`` of the last event that was delivered to the subscriptions."""
+        self.alive = True
+        """False once the pump has ended: nothing is delivered any more."""
+        self._readback = readback
+        self._capacity = capacity
+        self._gate_at = max(1, capacity * 3 // 4)
+        self._capacity_bytes = capacity_bytes
+        self._reserve = reserve
+        self._next_seq = first_seq
+        self._spill_dir = spill_dir
+        self._ring: deque[Published] = deque()
+        self._kept: deque[Published] = deque()  # older than everything in the ring, and not droppable
+        self._ring_lock = threading.Lock()  # between dropping and draining; publish never waits for it
+        self._bytes_in = 0  # written by the loop's thread alone
+        self._bytes_out = 0  # written under `_ring_lock`
+        self._posted: deque[Callable[[], object]] = deque()
+        self._reading: deque[tuple[list[Published], Callable[[], bool]]] = deque()
+        self._subscriptions: tuple[Subscription, ...] = ()
+        self._routes: dict[type[Event], tuple[Subscription, ...]] = {}
+        self._blocked: frozenset[Subscription] = frozenset()
+        self._must_keep = False
+        self._room = threading.Event()
+        self._wakeup = Wakeup()
+        self._sleeping = False
+        self._urgent = False
+        self._tick_s = _IDLE_TICK_S
+        self._drained = anyio.Event()
+        self.closing = False
+        """True once `close` was called: nobody can subscribe any more."""
+        self._dropped_reported = 0
+        self._losses_due = 0.0
+
+    # ------------------------------------------------------------------------------------ from any thread
+
+    def publish(self, event: Event, payload: Payload | None = None) -> None:
+        """Hand an event to the pump. Takes about a microsecond and waits for nothing.
+
+        The bus owns the event from here on: it must not be published twice. When the ring is full, the oldest droppable
+        events go, and are counted. ``payload`` with bytes in it may come from the loop's thread only.
+        """
+        ring = self._ring
+        if payload is not None and payload.nbytes:
+            self._bytes_in += payload.nbytes
+        ring.append((event, payload))
+        if len(ring) > self._capacity or self._bytes_in - self._bytes_out > self._capacity_bytes:
+            self._make_room()
+        # The pump sets the flag first and looks at the ring again before it waits: one of the two sees the other.
+        if self._sleeping:
+            self._sleeping = False
+            self._wakeup.set()
+
+    def flush(self) -> None:
+        """Have the pump deliver now instead of at its next tick. Never waits."""
+        self._urgent = True
+        self._wakeup.set()
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Run a function in the event loop's thread soon. Any thread; never waits. It must not raise."""
+        self._posted.append(function)
+        self._wakeup.set()
+
+    @property
+    def gated(self) -> bool:
+        """Whether the loop must wait at its step boundary, so that nothing is lost that must not be."""
+        return bool(
+            self._blocked
+            or (self._must_keep and self._ring_is_full)
+            or len(self._kept) > self._reserve
+            or self._bytes_in - self._bytes_out > self._capacity_bytes
+        )
+
+    @property
+    def _ring_is_full(self) -> bool:
+        return len(self._ring) > self._gate_at
+
+    @property
+    def blocked_by(self) -> list[str]:
+        """Who the loop is waiting for: observers, or ``bus`` when the event loop itself does not deliver."""
+        return sorted(subscription.name for subscription in self._blocked) or ["bus"]
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait on the loop's thread until it is not gated; False after ``timeout_s``. `release` ends the wait early."""
+        self._room.clear()
+        if not self.gated or not self.alive:
+            return True
+        self._wakeup.set()
+        self._room.wait(timeout_s)
+        return not self.gated or not self.alive
+
+    def release(self) -> None:
+        """End a `wait_for_room` that is under way, because the loop has something else to look at. Any thread."""
+        self._room.set()
+
+    def _make_room(self) -> None:
+        if self._must_keep and len(self._ring) < 2 * self._capacity:
+            return  # the loop waits at its next boundary, so that nothing has to go
+        if not self._ring_lock.acquire(blocking=False):
+            return  # the pump is draining at this moment
+        try:
+            while self._ring and (
+                len(self._ring) > self._capacity or self._bytes_in - self._bytes_out > self._capacity_bytes
+            ):
+                event, payload = self._ring.popleft()
+                if event.droppable:
+                    self.dropped += 1
+                    self._bytes_out += payload.nbytes if payload is not None else 0
+                else:
+                    self._kept.append((event, payload))
+        finally:
+            self._ring_lock.release()
+
+    # ----------------------------------------------------------------------------- in the event loop's thread
+
+    def subscribe(self, name: str, delivery: Delivery, *, payloads: bool = False) -> Subscription:
+        """Add a receiver of events that are delivered from now on.
+
+        Raises:
+            BusClosed: the run is over.
+        """
+        if self.closing or not self.alive:
+            raise BusClosed(f"cannot subscribe {name!r}: the run is over and delivers no more events")
+        spill = None
+        if delivery.overflow == "spill":
+            worker = Worker(f"stagecast-spill-{name}", self.post)
+            spill = Spill(worker, delivery.spill_bytes, delivery.capacity_bytes, self._spill_dir)
+        subscription = Subscription(
+            name, delivery, payloads=payloads, spill=spill, on_credit=self._set_blocked
+        )
+        self._set_subscriptions([*self._subscriptions, subscription])
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Offer it nothing more. What it holds is not touched: see `Subscription.finish` and `discard`."""
+        self._set_subscriptions([other for other in self._subscriptions if other is not subscription])
+        self._set_blocked(subscription, False)
+
+    async def drain(self) -> None:
+        """Wait until everything published before this call has been offered to the subscriptions."""
+        self._drained = anyio.Event()
+        self.flush()
+        await self._drained.wait()
+
+    def close(self) -> None:
+        """End what is still subscribed, after what it has queued, and let `run` return. Drain first."""
+        self.closing = True
+        for subscription in self._subscriptions:
+            subscription.finish()
+        self.flush()
+
+    async def run(self) -> None:
+        """The pump. Runs until `close`; cancelling it leaves what is in the ring undelivered."""
+        due = 0.0
+        try:
+            while True:
+                self._run_posted()
+                now = time.monotonic()
+                if now >= due or self._urgent or self.closing:
+                    self._urgent = False
+                    busy = await self._pump()
+                    due = now + (self._tick_s if not self._reading else _DEVICE_POLL_S)
+                    if not busy:
+                        if self.closing and not self._posted:
+                            return
+                        await self._sleep()
+                        due = 0.0
+                        continue
+                await self._wakeup.wait(max(0.0, due - time.monotonic()))
+        finally:
+            self.alive = False
+            self._room.set()
+            self._wakeup.close()
+
+    async def _sleep(self) -> None:
+        self._sleeping = True
+        if not self._ring and not self._kept and not self._posted and not self._urgent:
+            await self._wakeup.wait(None)
+        self._sleeping = False
+
+    def _run_posted(self) -> None:
+        while self._posted:
+            self._posted.popleft()()
+
+    async def _pump(self) -> bool:
+        """Drain and deliver once; False when there was nothing to do."""
+        drained = self._drained
+        batch = self._take() if not self._reading else []
+        busy = bool(batch) or bool(self._reading)
+        if batch:
+            poll = self._readback.start(batch) if self._readback is not None else None
+            self._reading.append((batch, poll or (lambda: True)))
+        while self._reading and self._reading[0][1]():
+            self._deliver(self._reading.popleft()[0])
+            await anyio.lowlevel.checkpoint()  # a long backlog must not hold up the host's event loop
+        self._report_losses()
+        if not self._reading and not self._ring and not self._kept:
+            drained.set()
+        return busy
+
+    def _take(self, limit: int = 2_048) -> list[Published]:
+        batch: list[Published] = []
+        with self._ring_lock:
+            for queue in (self._kept, self._ring):
+                for _ in range(min(len(queue), limit - len(batch))):
+                    batch.append(queue.popleft())
+            self._bytes_out += sum(payload.nbytes for _, payload in batch if payload is not None)
+        if self._ring:
+            self._urgent = True  # more than one helping: go on at once, after the host's other tasks
+        for event, _ in batch:
+            force_setattr(event, "seq", self._next_seq)
+            self._next_seq += 1
+        self._room.set()
+        return batch
+
+    def _deliver(self, batch: list[Published]) -> None:
+        routes = self._routes
+        offers: dict[Subscription, list[Item]] = {}
+        for published in batch:
+            targets = routes.get(type(published[0]), ())
+            fence = published[1].fence if published[1] is not None else None
+            if fence is not None:  # whoever was disabled in the meantime does not hold up the loop
+                fence.keep({subscription.name for subscription in targets if subscription.payloads})
+            if targets:
+                item = item_of(published)
+                bare = (item[0], None, item[2] - item[1].nbytes) if item[1] is not None else item
+                for subscription in targets:
+                    offers.setdefault(subscription, []).append(item if subscription.payloads else bare)
+        for subscription, items in offers.items():
+            subscription.offer(items)
+        if self.history.maxlen:
+            self.history.extend(event for event, _ in batch)
+        self.last_seq = batch[-1][0].seq
+
+    def _report_losses(self) -> None:
+        now = time.monotonic()
+        if now < self._losses_due:
+            return
+        self._losses_due = now + _LOSS_REPORT_S
+        self.report_losses()
+
+    def report_losses(self) -> None:
+        """Publish `ObserverDropped` for whoever lost events since the last report."""
+        losses = {subscription.name: subscription.take_losses() for subscription in self._subscriptions}
+        losses["bus"] = (self.dropped - self._dropped_reported, 0)
+        self._dropped_reported = self.dropped
+        for name, (dropped, conflated) in losses.items():
+            if dropped or conflated:
+                self.publish(ObserverDropped(*self.origin.header(), name, dropped, conflated))
+
+    def _set_subscriptions(self, subscriptions: Iterable[Subscription]) -> None:
+        # Replaced, never changed: the loop's thread reads `wanted` at any time.
+        self._subscriptions = tuple(subscriptions)
+        self._routes = {
+            kind: tuple(
+                subscription
+                for subscription in self._subscriptions
+                if (kind.journalled if subscription.delivery.types is None else kind in subscription.delivery.types)
+            )
+            for kind in EVENT_TYPES
+        }
+        self.wanted = frozenset(kind for kind, targets in self._routes.items() if targets)
+        self._must_keep = any(s.delivery.overflow == "block" for s in self._subscriptions)
+        self._tick_s = min((s.delivery.latency_s for s in self._subscriptions), default=_IDLE_TICK_S)
+
+    def _set_blocked(self, subscription: Subscription, full: bool) -> None:
+        if full != (subscription in self._blocked):
+            self._blocked = self._blocked | {subscription} if full else self._blocked - {subscription}
+            self._room.set()

@@ -1,0 +1,258 @@
+"""The folder that a run lives in: one run, one process at a time.
+
+::
+
+    <path>/
+        run.lock          who holds it: {"pid": ..., "host": ..., "run_id": ..., "since": ...}
+        arguments.json    the arguments of the newest attempt
+        journal/          the run's history (`events.journal`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from events.errors import RunFolderError, RunFolderHeld, RunFolderMismatch
+from events.journal_reader import JOURNAL_DIR, JournalTail, journal_tail
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK_NAME = "run.lock"
+ARGUMENTS_NAME = "arguments.json"
+
+# What a second holder meets: EWOULDBLOCK from flock, EACCES or EDEADLOCK from Windows.
+_HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+_ATTEMPTS = 16
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """What a lock file says about who holds the folder. For people: the lock itself is the operating
+    system's."""
+
+    pid: int
+    host: str
+    run_id: str
+    since: float
+    """Unix seconds."""
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.since))
+        return f"process {self.pid} on {self.host} (run {self.run_id!r}, since {since})"
+
+
+class RunFolder:
+    """A run's folder, held from `open` to `close`.
+
+    The hold is a lock on an open file, so it ends with the process however that dies, and a second `open`
+    fails also within the same process. Forked children do not share in it. Used by one thread.
+    """
+
+    def __init__(self, path: Path, run_id: str, fd: int, tail: JournalTail) -> None:
+        """Not called directly: see `open`."""
+        self._path = path
+        self._run_id = run_id
+        self._fd: int | None = fd
+        self._tail = tail
+        _open_folders.add(self)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], run_id: str) -> RunFolder:
+        """Take a run's folder, creating it and its parents where they are missing. Does not wait for a
+        holder.
+
+        What it has created is removed again when it fails.
+
+        Raises:
+            RunFolderHeld: Another process, or another run of this one, holds it; the message names it.
+            RunFolderMismatch: The journal there belongs to another run.
+            RunFolderError: It is not a folder, cannot be made, read or written, or cannot be locked.
+        """
+        folder = Path(os.path.abspath(path))
+        with contextlib.ExitStack() as undo:
+            try:
+                _read_tail(folder, run_id)  # before anything is created in the folder of another run
+                _make_folders(folder, undo)
+                fd = _lock(folder / LOCK_NAME, undo)
+                tail = _read_tail(folder, run_id)
+                _sign(fd, run_id)
+                (folder / JOURNAL_DIR).mkdir(exist_ok=True)
+            except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
+                raise RunFolderError(
+                    f"the run folder {folder} cannot be used: {error}; choose another folder, or make "
+                    "this one a folder that you may write to, on a disk with room"
+                ) from error
+            undo.pop_all()
+        return cls(folder, run_id, fd, tail)
+
+    @property
+    def path(self) -> Path:
+        """The folder, absolute."""
+        return self._path
+
+    @property
+    def journal_dir(self) -> Path:
+        """The folder of the journal's segments; it exists."""
+        return self._path / JOURNAL_DIR
+
+    @property
+    def last_attempt(self) -> int:
+        """The newest attempt in the journal when the folder was opened; 0 if there was none."""
+        return self._tail.attempt
+
+    @property
+    def last_seq(self) -> int:
+        """No event in the journal lay above it when the folder was opened; 0 for an empty one. Number on from
+        here."""
+        return self._tail.seq
+
+    def write_arguments(self, arguments: dict[str, Any]) -> None:
+        """Write ``arguments.json``, replacing that of an earlier attempt at once and as a whole.
+
+        The file is for people: what is no plain value is written as text, and NaN as null. The arguments of
+        each attempt stay in the journal, in its `RunStarted`.
+
+        Raises:
+            RunFolderError: The folder was closed, or the disk refused; an earlier file is still there.
+        """
+        path = self._path / ARGUMENTS_NAME
+        if self._fd is None:
+            raise RunFolderError(f"{path} cannot be written: the run folder was closed; write before `close`")
+        text = msgspec.json.encode(arguments, enc_hook=str)
+        temporary = path.with_name(f"{ARGUMENTS_NAME}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(msgspec.json.format(text, indent=2) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise RunFolderError(
+                f"{path} cannot be written: {error}; make room or choose another folder"
+            ) from error
+
+    def close(self) -> None:
+        """Let the folder go. The lock file stays, as a trace of the last holder. May be called twice."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+_open_folders: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    # A forked child shares the open file and with it the lock: an orphaned dataloader worker would hold the
+    # folder of a trainer that is long dead. Closing its copy leaves the parent's lock alone, which unlocking
+    # would not.
+    for folder in list(_open_folders):
+        folder.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _read_tail(folder: Path, run_id: str) -> JournalTail:
+    tail = journal_tail(folder / JOURNAL_DIR)
+    if tail.run_id not in ("", run_id):
+        raise RunFolderMismatch(
+            f"the run folder {folder} belongs to run {tail.run_id!r}, not to {run_id!r}; "
+            f"choose another folder, or run_id={tail.run_id!r} to continue that run"
+        )
+    return tail
+
+
+def _make_folders(folder: Path, undo: contextlib.ExitStack) -> None:
+    """Create the folder and its parents, to be removed again on failure where they are still empty."""
+    missing = []
+    for parent in (folder, *folder.parents):
+        if parent.exists():
+            break
+        missing.append(parent)
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
+        undo.callback(_remove, os.rmdir, parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def _remove(how: Any, path: Path) -> None:
+    with contextlib.suppress(OSError):
+        how(path)
+
+
+def _lock(path: Path, undo: contextlib.ExitStack) -> int:
+    """Open the lock file and lock it. Raises `RunFolderHeld`, or `OSError` if the file system cannot lock."""
+    for _ in range(_ATTEMPTS):
+        created = not path.exists()
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        try:
+            _lock_descriptor(fd)
+        except OSError as error:
+            try:
+                if error.errno in _HELD:
+                    raise _held(path, fd) from None
+                if created:
+                    _remove(os.unlink, path)  # where nobody can lock, nobody holds it
+                raise
+            finally:
+                os.close(fd)
+        # Whoever held it before may have removed the file between our opening and our locking it: a lock on a
+        # file that has no name excludes nobody.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                undo.callback(os.close, fd)
+                if created:
+                    undo.callback(_remove, os.unlink, path)  # before the close: while nobody else can hold it
+                return fd
+        os.close(fd)
+    raise OSError(errno.EBUSY, "the lock file is removed again and again", str(path))
+
+
+def _lock_descriptor(fd: int) -> None:
+    if sys.platform == "win32":
+        # Windows forbids others to read what is locked, so lock a byte far behind the text.
+        os.lseek(fd, 2**30, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _held(path: Path, fd: int) -> RunFolderHeld:
+    os.lseek(fd, 0, os.SEEK_SET)
+    try:
+        holder: object = msgspec.json.decode(os.read(fd, 4096), type=Holder)
+    except (OSError, ValueError, OverflowError):
+        holder = "a process that has not signed yet"
+    return RunFolderHeld(
+        f"the run folder {path.parent} is held by {holder}; wait for it, stop it, or choose another folder"
+    )
+
+
+def _sign(fd: int, run_id: str) -> None:
+    holder = Holder(pid=os.getpid(), host=socket.gethostname(), run_id=run_id, since=time.time())
+    text = msgspec.json.encode(holder) + b"\n"
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.write(fd, text)

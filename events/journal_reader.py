@@ -1,0 +1,327 @@
+"""Reading a journal: from a cursor on, while it grows, whatever happened to its files.
+
+A journal is a folder of segments: JSON lines in files that are named by the first ``seq`` in them. A line
+that ends in a newline never changes; segments are only ever added. What stands behind the last newline of the
+newest segment is still being written, or is what a killed process left. So a reader that waits for the
+newline, and gives up on it only when a newer segment exists, sees every event once and in order.
+
+All of it is synchronous and belongs to one thread. Nothing here raises for what stands in the files: lines
+that are no events are skipped and reported. Only a segment that exists and cannot be read raises `OSError`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from events.errors import WireError
+from events.messages import (
+    BackwardEnded,
+    Event,
+    LedgerReported,
+    MetricsLogged,
+    NonFiniteLoss,
+    RunResumed,
+    StepSkipped,
+    TestEpochEnded,
+    TestEpochStarted,
+    TestStepEnded,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    UnknownEvent,
+    ValEpochEnded,
+    ValEpochStarted,
+    ValStepEnded,
+)
+from events.wire import decode_json
+
+JOURNAL_DIR = "journal"
+"""The journal's folder within a run's folder."""
+
+SUPERSEDED_TYPES: tuple[type[Event], ...] = (
+    TrainEpochStarted,
+    TrainStepEnded,
+    BackwardEnded,
+    ValEpochStarted,
+    ValStepEnded,
+    ValEpochEnded,
+    TestEpochStarted,
+    TestStepEnded,
+    TestEpochEnded,
+    TrainEpochEnded,
+    MetricsLogged,
+    NonFiniteLoss,
+    StepSkipped,
+    LedgerReported,
+)
+"""Events that are bound to a step, so that redoing the step replaces them.
+
+What happened to the run, to observers and to commands has happened, whatever is done again.
+"""
+
+_SEGMENT = re.compile(r"\d{20}\.jsonl", re.ASCII)
+_CHUNK = 2**20
+_TAIL_CHUNK = 2**18
+
+
+class SkippedLine(msgspec.Struct, frozen=True):
+    """Bytes of a journal that are no event of its run."""
+
+    path: str
+    line: int
+    """From 1, within the segment."""
+    offset: int
+    length: int
+    """Bytes, without the newline; 0 for a segment that is gone."""
+    reason: str
+
+
+class JournalTail(msgspec.Struct, frozen=True):
+    """Where a journal ends. All zeros and empty for one that holds nothing."""
+
+    run_id: str = ""
+    attempt: int = 0
+    seq: int = 0
+    """No event in the journal lies above it."""
+    segment: int = 0
+    """The number that names the newest segment."""
+
+
+def segment_name(number: int) -> str:
+    """The file name of the segment whose first event has this ``seq``."""
+    return f"{number:020d}.jsonl"
+
+
+def segment_numbers(journal_dir: Path) -> list[int]:
+    """The numbers of a journal's segments, ascending; none if the folder does not exist."""
+    try:
+        names = os.listdir(journal_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(name[:20]) for name in names if _SEGMENT.fullmatch(name))
+
+
+def journal_tail(journal_dir: str | os.PathLike[str]) -> JournalTail:
+    """Find the last event of a journal, reading from its end. Raises `OSError` if it cannot be read."""
+    folder = Path(journal_dir)
+    numbers = segment_numbers(folder)
+    for number in reversed(numbers):
+        event = _last_event(folder / segment_name(number))
+        if event is not None:
+            # A newest segment without one whole event was begun with an event that others may have seen: stay
+            # above.
+            return JournalTail(event.run_id, event.attempt, max(event.seq, numbers[-1]), numbers[-1])
+    return JournalTail(seq=numbers[-1], segment=numbers[-1]) if numbers else JournalTail()
+
+
+def _last_event(path: Path) -> Event | None:
+    """The last whole event of a segment. One that lacks only its newline counts: a reader returns it too."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            length = _TAIL_CHUNK
+            while True:
+                start = max(0, size - length)
+                file.seek(start)
+                lines = file.read(size - start).split(b"\n")
+                for line in reversed(lines if start == 0 else lines[1:]):
+                    event = _event_of(line)
+                    if event is not None:
+                        return event
+                if start == 0:
+                    return None
+                length *= 4
+    except FileNotFoundError:
+        return None
+
+
+def _event_of(line: bytes) -> Event | None:
+    try:
+        event = decode_json(line)
+    except WireError:
+        return None
+    return event if event.run_id and event.seq > 0 else None
+
+
+class JournalReader:
+    """Reads a journal's events in order, each once, and goes on where it stopped when there are more.
+
+    It never waits: `read` returns what is there. To follow a journal that is being written, call it again.
+    The journal may not exist yet, be written by another process, grow, be cut or lose segments meanwhile.
+    """
+
+    def __init__(self, journal_dir: str | os.PathLike[str], since: int = 0, max_skipped: int = 1_000) -> None:
+        """Start behind the event with ``seq == since``; opens nothing yet.
+
+        Args:
+            journal_dir: The folder of segments.
+            since: Events up to this ``seq`` are left out; 0 for all.
+            max_skipped: How many skipped lines `skipped` keeps, the newest; `skipped_count` counts all.
+        """
+        self._dir = Path(journal_dir)
+        self._cursor = since
+        self._skipped: deque[SkippedLine] = deque(maxlen=max_skipped)
+        self.skipped_count = 0
+        """Lines that were skipped so far."""
+        self._run_id: str | None = None
+        self._segment: int | None = None  # the number of the segment being read
+        self._offset = 0  # of the next line in it
+        self._line = 0  # lines before that
+        self._lines: list[bytes] = []  # whole lines from there on that are read but not decoded, last first
+        self._finished = False  # the segment is read, and a newer one exists
+
+    @property
+    def cursor(self) -> int:
+        """``seq`` of the last event returned: pass it as ``since`` to continue elsewhere."""
+        return self._cursor
+
+    @property
+    def skipped(self) -> list[SkippedLine]:
+        """The lines skipped so far, oldest first, at most ``max_skipped``."""
+        return list(self._skipped)
+
+    def read(self, limit: int = 1_024) -> list[Event]:
+        """Return the next events, at most ``limit``; none when there are no more for now.
+
+        Raises:
+            OSError: A segment exists but cannot be read. Nothing is lost; it may be called again.
+        """
+        events: list[Event] = []
+        while len(events) < limit and (self._lines or self._fill()):
+            line = self._lines.pop()
+            event = self._decode(line)
+            self._offset += len(line) + 1
+            self._line += 1
+            if event is not None:
+                self._cursor = event.seq
+                events.append(event)
+        return events
+
+    def _decode(self, line: bytes) -> Event | None:
+        """The event of the next line, if it is one that has not been returned."""
+        if not line:
+            return None
+        try:
+            event = decode_json(line)
+        except WireError as error:
+            self._skip(len(line), str(error))
+            return None
+        # An unknown event is whatever says so, hence the check: a foreign seq would hide all that follow.
+        if event.seq < 1 or not event.run_id or event.run_id != (self._run_id or event.run_id):
+            whose = f"run_id {event.run_id!r}, seq {event.seq}"
+            self._skip(len(line), f"an event with {whose} is none of run {self._run_id!r}")
+            return None
+        if not isinstance(event, UnknownEvent):
+            self._run_id = event.run_id
+        return event if event.seq > self._cursor else None  # delivery is at least once: repeats are dropped
+
+    def _fill(self) -> bool:
+        """Read whole lines into ``_lines``; False when there are none for now."""
+        while True:
+            # List first: the writer has left a segment before it creates the next, so one that is read to its
+            # end after a newer one was seen is complete.
+            numbers = segment_numbers(self._dir)
+            if self._segment is None or self._finished:
+                following = self._following(numbers)
+                if following is None:
+                    return False
+                self._segment, self._offset, self._line, self._finished = following, 0, 0, False
+            newer = bool(numbers) and numbers[-1] > self._segment
+            data = self._read_on()
+            whole = data.rfind(b"\n")
+            if whole >= 0:
+                self._lines = data[:whole].split(b"\n")
+            elif newer:
+                self._finished = True
+                if not data:
+                    continue
+                self._lines = [data]  # the rest of a line: torn, or whole but for its newline
+            else:
+                return False
+            self._lines.reverse()
+            return True
+
+    def _following(self, numbers: list[int]) -> int | None:
+        """The segment to read next."""
+        if self._segment is not None:
+            return next((number for number in numbers if number > self._segment), None)
+        # Every event above the cursor is in the last segment named at or below its successor, or in a later
+        # one.
+        start = [number for number in numbers if number <= self._cursor + 1]
+        return start[-1] if start else numbers[0] if numbers else None
+
+    def _read_on(self) -> bytes:
+        """At least one whole line from ``_offset`` on, or all that is there."""
+        assert self._segment is not None
+        path = self._dir / segment_name(self._segment)
+        try:
+            with open(path, "rb") as file:
+                file.seek(self._offset)
+                data = file.read(_CHUNK)
+                while b"\n" not in data and (more := file.read(max(_CHUNK, len(data)))):
+                    data += more
+        except FileNotFoundError:
+            self._finished = True
+            self._skip(0, "the segment is gone")
+            return b""
+        return data
+
+    def _skip(self, length: int, reason: str) -> None:
+        assert self._segment is not None
+        self.skipped_count += 1
+        path = str(self._dir / segment_name(self._segment))
+        self._skipped.append(SkippedLine(path, self._line + 1, self._offset, length, reason))
+
+
+def read_history(
+    journal_dir: str | os.PathLike[str], since: int = 0, skipped: list[SkippedLine] | None = None
+) -> Iterator[Event]:
+    """The run's history as it counts: without the steps that a later attempt has done again.
+
+    An event of `SUPERSEDED_TYPES` is left out if a later attempt resumed from a smaller ``global_step`` than
+    its own. All other events are there. This is the one place that applies `RunResumed`: replay, charts and
+    reports read through it.
+
+    Args:
+        journal_dir: The folder of segments; it may be growing. The iterator ends when it has caught up.
+        since: Events up to this ``seq`` are left out.
+        skipped: Takes the lines that were no events, if given (the newest thousand).
+
+    Raises:
+        OSError: A segment exists but cannot be read.
+    """
+    # Found first: what supersedes an event may stand at the journal's end.
+    resumes = list(_resumes(Path(journal_dir), since))
+    kept_up_to: dict[int, float] = {}  # by attempt: the smallest step that a later one resumed from
+    reader = JournalReader(journal_dir, since)
+    while events := reader.read():
+        for event in events:
+            if isinstance(event, SUPERSEDED_TYPES):
+                if event.attempt not in kept_up_to:
+                    later = (resume.global_step for resume in resumes if resume.attempt > event.attempt)
+                    kept_up_to[event.attempt] = min(later, default=float("inf"))
+                if event.global_step > kept_up_to[event.attempt]:
+                    continue
+            yield event
+    if skipped is not None:
+        skipped.extend(reader.skipped)
+
+
+def _resumes(journal_dir: Path, since: int) -> Iterator[RunResumed]:
+    """The resumes in a journal, decoding only the lines that may be one."""
+    for number in segment_numbers(journal_dir):
+        try:
+            with open(journal_dir / segment_name(number), "rb") as file:
+                for line in file:
+                    if b'"RunResumed"' in line:
+                        event = _event_of(line.removesuffix(b"\n"))
+                        if isinstance(event, RunResumed) and event.seq > since:
+                            yield event
+        except FileNotFoundError:
+            continue  # removed since it was listed: the reader reports it if it mattered

@@ -1,0 +1,381 @@
+"""The events of a run: frozen structs of plain host values, named as past-tense facts.
+
+Every event starts with the same header, so any of them can be placed on a chart, in a journal or on a wire without
+knowing its type. Units stand in the names (``wait_s``, ``queued_bytes``). An event never holds a tensor: what callbacks
+need beside it travels in the bus's in-process `events.Payload`.
+
+Three of an event's fields are completed by the bus before anybody sees the event: ``seq`` (by the pump, which alone knows
+the order in which threads published) and, where a value was still on its way from the device, the numbers of
+`Event.fill`. After that it is immutable.
+
+``run_id``, ``attempt`` and ``seq`` together are the identity of an event. Delivery may repeat an event (at least
+once); whoever must not count it twice keys on them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import msgspec
+from msgspec.structs import force_setattr
+
+StageName = Literal["train", "val", "test"]
+Status = Literal["finished", "stopped", "cancelled", "failed"]
+
+
+class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="type", omit_defaults=True):
+    """The header that all events share.
+
+    Attributes:
+        run_id: The run's name; with ``attempt`` and ``seq`` the identity of the event.
+        attempt: 1 for a run's first process, one more each time the run is taken up again.
+        seq: Position in the run's history, from 1; it rises over all attempts. 0 until the pump has assigned it.
+        time: Unix seconds at which it happened (not at which it was delivered).
+        rank: Distributed rank that published it; 0 in a single process.
+        global_step: Optimizer steps finished when it happened.
+        epoch: Training epoch, from 0.
+        stage: ``"train"``, ``"val"``, ``"test"``, or None outside of any stage.
+    """
+
+    run_id: str
+    attempt: int
+    seq: int
+    time: float
+    rank: int
+    global_step: int
+    epoch: int
+    stage: StageName | None
+
+    __test__: ClassVar[bool] = False  # pytest must not take `TestStepEnded` for a test class
+    droppable: ClassVar[bool] = False
+    """Whether the bus may drop it, oldest first and counted, when the host's event loop stays blocked."""
+    journalled: ClassVar[bool] = True
+    """Whether the journal keeps it. What is published only on demand and is too frequent to keep is not."""
+
+    def fill(self, values: dict[str, float]) -> None:
+        """Complete fields whose numbers were still on the device. Called by the bus alone, before delivery."""
+        for name, value in values.items():
+            force_setattr(self, name, value)
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+class RunStarted(Event, frozen=True, gc=False, tag=True):
+    """An attempt at a run began; the first event of each attempt."""
+
+    module: str
+    """Qualified name of the module's class."""
+    epochs: int
+    steps_per_epoch: int | None = None
+    """Estimated optimizer steps of an epoch; None when the data has no length."""
+    max_steps: int | None = None
+    arguments: dict[str, Any] = {}
+    """The run's `TrainerArguments` as plain values."""
+    device: str = "cpu"
+    versions: dict[str, str] = {}
+    """Versions of what computed the run: python, torch, stagecast."""
+    host: str = ""
+    pid: int = 0
+
+
+class RunResumed(Event, frozen=True, gc=False, tag=True):
+    """An attempt continues from ``global_step``: later steps of earlier attempts are superseded by it."""
+
+
+class RunEnded(Event, frozen=True, gc=False, tag=True):
+    """The loop has ended; nothing is trained after it. Observers may still be draining."""
+
+    status: Status
+    reason: str | None = None
+    """Why it ended before its last step: who stopped it, or the exception's type and text."""
+
+
+# --------------------------------------------------------------------------------------------- the stages
+
+
+class TrainEpochStarted(Event, frozen=True, gc=False, tag=True):
+    """A training epoch begins; published before its first forward."""
+
+    steps: int | None = None
+    """Optimizer steps expected in this epoch; None when the data has no length."""
+
+
+class TrainStepEnded(Event, frozen=True, gc=False, tag=True):
+    """An optimizer step is finished."""
+
+    loss: float | None = None
+    """Mean loss over the step's rows; NaN and infinities are kept. None if nobody could read it."""
+    step_in_epoch: int = 0
+    """Optimizer steps finished in this epoch, this one included."""
+    rows: int | None = None
+    """Rows trained in this step, where they could be counted."""
+    step_s: float = 0.0
+    """Host time since the step before, in seconds, its wait for data included."""
+    lr: float | None = None
+    """Learning rate of the first optimizer's first parameter group in this step."""
+    grad_norm: float | None = None
+    """Total gradient norm before clipping; None when gradients are not clipped."""
+
+    droppable: ClassVar[bool] = True
+
+
+class BackwardEnded(Event, frozen=True, gc=False, tag=True):
+    """The backward pass of one micro-batch is finished. Built only while somebody subscribes to it."""
+
+    loss: float | None = None
+    micro_step: int = 0
+    """Index of the micro-batch within its optimizer step, from 0."""
+
+    droppable: ClassVar[bool] = True
+    journalled: ClassVar[bool] = False
+
+
+class ValEpochStarted(Event, frozen=True, gc=False, tag=True):
+    """Validation over one dataloader begins."""
+
+    key: str = "default"
+    steps: int | None = None
+
+
+class ValStepEnded(Event, frozen=True, gc=False, tag=True):
+    """One validation batch is done. Built only while somebody subscribes to it."""
+
+    key: str = "default"
+    step: int = 0
+    """Batches done, this one included."""
+
+    droppable: ClassVar[bool] = True
+    journalled: ClassVar[bool] = False
+
+
+class ValEpochEnded(Event, frozen=True, gc=False, tag=True):
+    """Validation over one dataloader is finished."""
+
+    key: str = "default"
+    steps: int = 0
+    rows: int | None = None
+    duration_s: float = 0.0
+    loss: float | None = None
+    """Row-weighted mean of the first output, where that is one number per batch; else None."""
+
+
+class TestEpochStarted(Event, frozen=True, gc=False, tag=True):
+    """Testing over one dataloader begins."""
+
+    key: str = "default"
+    steps: int | None = None
+
+
+class TestStepEnded(Event, frozen=True, gc=False, tag=True):
+    """One test batch is done. Built only while somebody subscribes to it."""
+
+    key: str = "default"
+    step: int = 0
+
+    droppable: ClassVar[bool] = True
+    journalled: ClassVar[bool] = False
+
+
+class TestEpochEnded(Event, frozen=True, gc=False, tag=True):
+    """Testing over one dataloader is finished."""
+
+    key: str = "default"
+    steps: int = 0
+    rows: int | None = None
+    duration_s: float = 0.0
+    loss: float | None = None
+
+
+class TrainEpochEnded(Event, frozen=True, gc=False, tag=True):
+    """A training epoch is finished, its validation included."""
+
+    steps: int = 0
+    """Optimizer steps finished in this epoch."""
+    duration_s: float = 0.0
+    loss: float | None = None
+    """Row-weighted mean of the epoch's step losses."""
+
+
+# -------------------------------------------------------------------------------------- metrics and health
+
+
+class MetricsLogged(Event, frozen=True, gc=False, tag=True):
+    """Numbers that user code logged with `ModuleInterface.log`."""
+
+    metrics: dict[str, float]
+    key: str | None = None
+    """The evaluation dataloader they belong to; None for training."""
+
+    droppable: ClassVar[bool] = True
+
+    def fill(self, values: dict[str, float]) -> None:
+        """Complete the metrics whose numbers were still on the device."""
+        self.metrics.update(values)
+
+
+class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
+    """A loss was NaN or infinite. ``global_step`` is the step it belongs to."""
+
+    loss: float
+    action: Literal["warned", "skipped", "stopped"]
+    consecutive: int = 1
+    """How many steps in a row, this one included."""
+
+    droppable: ClassVar[bool] = True
+
+
+class StepSkipped(Event, frozen=True, gc=False, tag=True):
+    """The optimizers left a step out, so ``global_step`` and the schedulers did not advance."""
+
+    reason: Literal["non_finite_loss", "gradient_overflow"]
+    """``gradient_overflow``: float16's loss scale was too large; it has been made smaller. Usual at the start."""
+
+    droppable: ClassVar[bool] = True
+
+
+# ----------------------------------------------------------------------------------------------- observers
+
+
+class ObserverFailed(Event, frozen=True, gc=False, tag=True):
+    """An observer (a sink or a callback) raised, hung beyond its timeout, or could not be opened."""
+
+    observer: str
+    error: str
+    """The exception's type and text."""
+    during: str = ""
+    """What it was doing: a hook's name, ``open``, ``write`` or ``close``."""
+    action: Literal["fatal", "disabled", "retrying"] = "disabled"
+    failures: int = 1
+    """Failures in a row."""
+
+
+class ObserverRecovered(Event, frozen=True, gc=False, tag=True):
+    """An observer that had failed delivers again."""
+
+    observer: str
+    failures: int = 0
+    outage_s: float = 0.0
+
+
+class ObserverDropped(Event, frozen=True, gc=False, tag=True):
+    """Events did not reach an observer, by its overflow policy. Counts are since the last such event."""
+
+    observer: str
+    """The observer's name, or ``"bus"`` when the ring itself overflowed and nobody received them."""
+    dropped: int = 0
+    conflated: int = 0
+    """Replaced by a newer event of the same key."""
+
+
+class ObserverSlow(Event, frozen=True, gc=False, tag=True):
+    """One call of an observer has been running for a long time; it is still running."""
+
+    observer: str
+    during: str
+    running_s: float
+
+
+class LoopHeld(Event, frozen=True, gc=False, tag=True):
+    """The training loop is waiting, or has waited, for something that must not be missed."""
+
+    cause: Literal["fence", "backpressure"]
+    observers: list[str]
+    wait_s: float
+    """How long so far."""
+    released: bool = False
+
+
+class JournalGap(Event, frozen=True, gc=False, tag=True):
+    """The journal lacks events, because it could not write or could not keep up. Its own ``seq`` follows the gap."""
+
+    first_seq: int
+    last_seq: int
+    lost: int
+    reason: str
+
+
+# ---------------------------------------------------------------------------------------------- the ledger
+
+
+class StallLedger(msgspec.Struct, frozen=True, gc=False):
+    """Where the loop's time went, in seconds. The rows without ``wall_s`` and ``device_idle_s`` add up to ``wall_s``."""
+
+    wall_s: float = 0.0
+    compute_s: float = 0.0
+    """Forward, backward, optimizer, scheduler, evaluation steps: the user's model on the loop's thread."""
+    data_s: float = 0.0
+    """Waiting for the next batch."""
+    readback_s: float = 0.0
+    """Waiting for a number from the device that the loop needed to go on."""
+    publish_s: float = 0.0
+    """Building and publishing events, capturing outputs for callbacks."""
+    inline_s: float = 0.0
+    """Hooks that run on the loop's thread."""
+    fence_s: float = 0.0
+    """Waiting until a fenced hook had returned."""
+    backpressure_s: float = 0.0
+    """Waiting for room in the queue of an observer that sees everything."""
+    paused_s: float = 0.0
+    other_s: float = 0.0
+    """What has no name."""
+    device_idle_s: float | None = None
+    """Device time between the end of one step's work and the start of the next; None where there are no CUDA events."""
+    steps: int = 0
+
+
+class LedgerReported(Event, frozen=True, gc=False, tag=True):
+    """The stall ledger of the last interval, or of the whole attempt."""
+
+    scope: Literal["interval", "run"]
+    ledger: StallLedger
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+class CommandTaken(Event, frozen=True, gc=False, tag=True):
+    """The loop took a command at a step boundary."""
+
+    command: str
+    """``stop``, ``pause`` or ``resume``."""
+    command_id: str
+    reason: str | None = None
+
+
+class UnknownEvent(Event, frozen=True, gc=False, tag=True):
+    """An event of a type that this version does not know. Header fields it lacks are zero."""
+
+    unknown_type: str
+    raw: bytes
+    """The encoded event, unchanged."""
+    encoding: Literal["json", "msgpack"] = "json"
+
+
+EVENT_TYPES: tuple[type[Event], ...] = (
+    RunStarted,
+    RunResumed,
+    RunEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    BackwardEnded,
+    ValEpochStarted,
+    ValStepEnded,
+    ValEpochEnded,
+    TestEpochStarted,
+    TestStepEnded,
+    TestEpochEnded,
+    TrainEpochEnded,
+    MetricsLogged,
+    NonFiniteLoss,
+    StepSkipped,
+    ObserverFailed,
+    ObserverRecovered,
+    ObserverDropped,
+    ObserverSlow,
+    LoopHeld,
+    JournalGap,
+    LedgerReported,
+    CommandTaken,
+)
+"""Every type that a run publishes. `UnknownEvent` is not among them: it is only ever decoded."""

@@ -1,0 +1,36 @@
+"""Where a run stands now: the source of every event's header."""
+
+from __future__ import annotations
+
+import time
+
+from events.messages import StageName
+
+Header = tuple[str, int, int, float, int, int, int, StageName | None]
+
+
+class Origin:
+    """The run's present position. Written by the loop's thread alone; read by any."""
+
+    __slots__ = ("attempt", "epoch", "global_step", "rank", "run_id", "stage")
+
+    def __init__(self, run_id: str, attempt: int = 1, rank: int = 0) -> None:
+        self.run_id = run_id
+        self.attempt = attempt
+        self.rank = rank
+        self.global_step = 0
+        self.epoch = 0
+        self.stage: StageName | None = None
+
+    def header(self) -> Header:
+        """The first eight fields of an event that happens now; ``seq`` is 0 until the pump assigns it."""
+        return (
+            self.run_id,
+            self.attempt,
+            0,
+            time.time(),
+            self.rank,
+            self.global_step,
+            self.epoch,
+            self.stage,
+        )

@@ -1,0 +1,115 @@
+"""The protocol between a run and whoever watches it: events out, commands in.
+
+In process the messages are handed over as they are. Any other transport carries the same messages encoded by
+`events.wire`, so that a `Run` behaves alike wherever its loop is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+import msgspec
+
+from events.messages import Event, StallLedger, Status
+
+
+class Command(msgspec.Struct, frozen=True, tag=str.lower, tag_field="command", kw_only=True):
+    """A request to the loop, taken at its next step boundary in the order of arrival; a stop wins over all others."""
+
+    id: str
+    """Chosen by the sender; `CommandTaken` repeats it."""
+    reason: str | None = None
+
+
+class Stop(Command, frozen=True, tag=str.lower):
+    """End training after the current step, orderly: the hooks of the end run, the result says ``stopped``."""
+
+
+class Pause(Command, frozen=True, tag=str.lower):
+    """Wait at the next step boundary until `Resume` or `Stop`."""
+
+
+class Resume(Command, frozen=True, tag=str.lower):
+    """Go on after `Pause`."""
+
+
+AnyCommand = Stop | Pause | Resume
+
+
+class ObserverReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the events for one observer.
+
+    ``published == delivered + dropped + conflated + left``: every event that was meant for it is in one of the four.
+    """
+
+    observer: str
+    state: Literal["closed", "disabled", "stuck", "failed"]
+    """``closed``: drained and closed. ``disabled``: by its error policy. ``stuck``: still busy at the drain's deadline.
+    ``failed``: its closing raised."""
+    published: int = 0
+    delivered: int = 0
+    dropped: int = 0
+    conflated: int = 0
+    spilled: int = 0
+    """Of the delivered and left ones, how many went through the disk."""
+    left: int = 0
+    """Still queued, or in a delivery that did not return, when the deadline passed."""
+    error: str | None = None
+
+
+class RunResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run ended. Plain host data."""
+
+    run_id: str
+    attempt: int
+    status: Status
+    reason: str | None = None
+    global_step: int = 0
+    epochs: int = 0
+    """Training epochs finished."""
+    metrics: dict[str, float] = {}
+    """The last value of each logged metric, and of ``train_loss`` and ``val_loss`` (``val_loss/KEY`` for other keys)."""
+    ledger: StallLedger = StallLedger()
+    observers: list[ObserverReport] = []
+    run_dir: str | None = None
+
+
+class EventStream(Protocol):
+    """The events of a run from a cursor on. One consumer; not to be shared between tasks."""
+
+    @property
+    def cursor(self) -> int:
+        """``seq`` of the last event that was returned: pass it as ``since`` to continue elsewhere."""
+        ...
+
+    async def receive(self) -> list[Event]:
+        """Wait for the next batch, at least one event. Raises `anyio.EndOfStream` after the run's last event."""
+        ...
+
+    def __aiter__(self) -> EventStream: ...
+
+    async def __anext__(self) -> Event: ...
+
+    async def aclose(self) -> None:
+        """Stop receiving."""
+        ...
+
+
+class Connection(Protocol):
+    """What carries the protocol: the loop of this process, a child process, a network."""
+
+    @property
+    def run_id(self) -> str: ...
+
+    def send(self, command: AnyCommand) -> None:
+        """Hand over a command without waiting; safe from any thread."""
+        ...
+
+    def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
+        """Open a stream of the run's events."""
+        ...
+
+    async def result(self) -> RunResult:
+        """Wait for the end of the run. Raises the run's exception, or `RunCancelled`."""
+        ...

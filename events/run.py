@@ -1,0 +1,74 @@
+"""A run as its watchers and operators see it, wherever its loop is."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+
+from events.messages import Event
+from events.protocol import AnyCommand, Connection, EventStream, Pause, Resume, RunResult, Stop
+
+_numbers = itertools.count(1)
+
+
+class Run:
+    """Events out, commands in.
+
+    Commands are requests: they return at once, may be sent from any thread, and are taken by the loop at its next step
+    boundary, in whatever phase it is. `CommandTaken` is published when that has happened.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return self._connection.run_id
+
+    def events(self, *, since: int | None = None, types: Iterable[type[Event]] | None = None) -> EventStream:
+        """Watch the run.
+
+        Args:
+            since: Cursor: only events with a greater ``seq``; 0 for all of the run's history. None: from now on.
+            types: Only events of these types. None: all that the journal keeps; `BackwardEnded`, `ValStepEnded` and
+                `TestStepEnded` come only to those who name them.
+
+        Returns:
+            An asynchronous iterator with a ``cursor``. It ends after the run's last event. Close it when you leave it
+            early.
+
+        Raises:
+            CursorError: the run keeps no journal and the events after ``since`` are gone from memory.
+            BusClosed: the run is over and keeps no journal.
+        """
+        return self._connection.events(since, types)
+
+    def stop(self, reason: str | None = None) -> None:
+        """End training after the current step, orderly; the result's status is ``stopped``."""
+        self._send(Stop(id=_new_id(), reason=reason))
+
+    def pause(self, reason: str | None = None) -> None:
+        """Wait at the next step boundary until `resume` or `stop`."""
+        self._send(Pause(id=_new_id(), reason=reason))
+
+    def resume(self, reason: str | None = None) -> None:
+        """Go on after `pause`."""
+        self._send(Resume(id=_new_id(), reason=reason))
+
+    async def result(self) -> RunResult:
+        """Wait until the loop has ended and the observers have been drained.
+
+        Raises:
+            BaseException: what ended the run, as itself: the exception of a step or of a fatal observer.
+            RunCancelled: the run was cancelled.
+        """
+        return await self._connection.result()
+
+    def _send(self, command: AnyCommand) -> None:
+        self._connection.send(command)
+
+
+def _new_id() -> str:
+    return f"{os.getpid()}-{next(_numbers)}"

@@ -1,0 +1,111 @@
+"""The JSON Schema of all events, as `events.wire` writes them: for those who read them elsewhere.
+
+``python -m events.schema`` prints it, with ``--write`` it goes to ``schema.json`` beside this file, which is
+checked in. Descriptions are the docstrings of `events.messages`, so there is one text to maintain.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from events import messages
+from events.messages import EVENT_TYPES, Event
+from events.wire import NONFINITE
+
+SCHEMA_PATH = Path(__file__).with_name("schema.json")
+
+_NONFINITE_SCHEMA = {
+    "description": "Numbers of this event that JSON cannot hold, by JSON pointer (RFC 6901). "
+    "A null stands in their place.",
+    "type": "object",
+    "propertyNames": {"pattern": "^/"},
+    "additionalProperties": {"enum": ["nan", "inf", "-inf"]},
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """Build the schema (JSON Schema 2020-12) of one encoded event, which is one line of a journal."""
+    _, definitions = msgspec.json.schema_components(EVENT_TYPES, ref_template="#/$defs/{name}")
+    documented = _attribute_docs(inspect.getsource(messages))
+    header = _header_docs(inspect.cleandoc(Event.__doc__ or ""))
+    for name, definition in definitions.items():
+        is_event = "type" in definition["properties"]
+        for field, schema in definition["properties"].items():
+            text = documented.get((name, field)) or (header.get(field) if is_event else None)
+            if text is not None:
+                schema["description"] = text
+        if is_event:
+            definition["properties"][NONFINITE] = {"$ref": f"#/$defs/{NONFINITE}"}
+    definitions[NONFINITE] = _NONFINITE_SCHEMA
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "stagecast event",
+        "description": "One event of a training run, as one version writes it. "
+        "Ignore members that you do not know, and expect types that you do not know: newer versions add them.",
+        "oneOf": [{"$ref": f"#/$defs/{event_type.__name__}"} for event_type in EVENT_TYPES],
+        "$defs": {name: _allow_null_numbers(definitions[name]) for name in sorted(definitions)},
+    }
+
+
+def schema_text() -> str:
+    """The schema as it stands in ``schema.json``."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _allow_null_numbers(schema: Any) -> Any:
+    """A null may stand for any floating-point number: see `NONFINITE`."""
+    if isinstance(schema, list):
+        return [_allow_null_numbers(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed = {key: _allow_null_numbers(value) for key, value in schema.items()}
+    if changed.get("type") == "number":
+        changed["type"] = ["number", "null"]
+    return changed
+
+
+def _attribute_docs(source: str) -> dict[tuple[str, str], str]:
+    """The string behind each annotated attribute of each class, which Python itself does not keep."""
+    docs = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for attribute, following in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(attribute, ast.AnnAssign)
+                and isinstance(attribute.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            ):
+                docs[node.name, attribute.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def _header_docs(docstring: str) -> dict[str, str]:
+    """The entries of a docstring's ``Attributes`` section."""
+    docs: dict[str, str] = {}
+    name = ""
+    for line in docstring.partition("Attributes:\n")[2].splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            name, _, text = line.strip().partition(": ")
+            docs[name] = text
+        elif line.strip() and name:
+            docs[name] += " " + line.strip()
+    return docs
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        SCHEMA_PATH.write_text(schema_text(), encoding="utf-8")
+    elif sys.argv[1:]:
+        sys.exit(f"unknown argument {sys.argv[1]!r}; the only one is --write")
+    else:
+        sys.stdout.write(schema_text())

@@ -1,0 +1,115 @@
+"""What an observer implements, and how events are delivered to it.
+
+A sink is a plain description until it is opened, so that it can be stored, compared and sent to another process. Ten
+lines are a sink::
+
+    class Lines(msgspec.Struct, frozen=True):
+        path: str
+
+        def open(self, run: RunInfo) -> "LinesWriter":
+            return LinesWriter(open(self.path, "a"))
+
+    class LinesWriter:
+        def __init__(self, file): self.file = file
+        def write(self, events): self.file.writelines(f"{event}\\n" for event in events)
+        def close(self): self.file.close()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+
+import msgspec
+from msgspec import Meta
+
+from events.messages import Event
+
+Overflow = Literal["latest", "drop_oldest", "spill", "block"]
+OnError = Literal["fatal", "disable", "retry"]
+
+
+class RunInfo(msgspec.Struct, frozen=True):
+    """What a sink is told about the run when it is opened."""
+
+    run_id: str
+    attempt: int = 1
+    rank: int = 0
+    run_dir: str | None = None
+    """The run's folder; None when the run keeps nothing on disk."""
+    interactive: bool = False
+    """Whether the run was started by `Trainer.train` in the main thread: a person is likely to be watching."""
+
+
+class SinkWriter(Protocol):
+    """An open sink. Its methods are called one at a time, never at once.
+
+    Plain methods run on a thread of the sink's own and may block; ``async`` methods run in the run's event loop
+    (the host's, under `Trainer.run`) and must not.
+    """
+
+    def write(self, events: Sequence[Event], /) -> Awaitable[None] | None:
+        """Take a batch of events, in order. Raise to have the batch delivered again, as the error policy says."""
+        ...
+
+    def close(self) -> Awaitable[None] | None:
+        """Flush and let go. Called once, after the last batch, also when the sink was disabled."""
+        ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """The description of a sink. It may carry a class attribute or field ``delivery`` of type `Delivery`."""
+
+    def open(self, run: RunInfo, /) -> SinkWriter:
+        """Build the writer; runs on the sink's own thread and may block. Import third-party clients here."""
+        ...
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """How events reach one observer: which, how many may wait, what happens beyond that, and what if it fails."""
+
+    types: frozenset[type[Event]] | None = None
+    """The event types to deliver, exactly (no subclasses). None: all that the journal keeps; the others (`BackwardEnded`,
+    `ValStepEnded`, `TestStepEnded`) are built only for those who name them."""
+    overflow: Overflow = "drop_oldest"
+    """What happens when the queue is full.
+
+    ``latest``: metrics and step events are replaced by the newest of their key. ``drop_oldest``: droppable events go
+    first, oldest first. ``spill``: to a temporary file, in order, nothing is lost (events only, no tensors).
+    ``block``: the training loop waits at its next step boundary; charged to the ledger and announced.
+    """
+    capacity: Annotated[int, Meta(ge=1)] = 16_384
+    """Events that may wait, the batch being delivered included."""
+    capacity_bytes: Annotated[int, Meta(ge=1)] = 64 * 2**20
+    """Bytes that may wait, tensors included. A stated bound: see `Subscription`."""
+    spill_bytes: Annotated[int, Meta(ge=1)] = 4 * 2**30
+    """Bytes of disk that ``spill`` may use; beyond it events are dropped and counted."""
+    latency_s: Annotated[float, Meta(gt=0)] = 0.05
+    """How long an event may be kept back to make a batch while many are published."""
+    batch: Annotated[int, Meta(ge=1)] = 1_024
+    """Most events in one delivery."""
+    on_error: OnError = "retry"
+    """``fatal``: the run stops at its next step and raises the observer's exception. ``disable``: the observer gets
+    nothing more. ``retry``: the batch is delivered again after a growing pause, ``retries`` times, then ``disable``."""
+    retries: Annotated[int, Meta(ge=0)] = 8
+    backoff_s: Annotated[float, Meta(gt=0)] = 0.1
+    """First pause; it doubles up to ``max_backoff_s``."""
+    max_backoff_s: Annotated[float, Meta(gt=0)] = 30.0
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    """How long one delivery may take before it counts as failed; None for as long as it likes."""
+    slow_s: Annotated[float, Meta(gt=0)] = 10.0
+    """How long one delivery may take before `ObserverSlow` says so."""
+
+
+SINK_DELIVERY = Delivery(timeout_s=30.0)
+"""What a sink gets that names nothing else."""
+
+CALLBACK_DELIVERY = Delivery(overflow="block", capacity=4_096, capacity_bytes=256 * 2**20, on_error="fatal")
+"""What a callback gets that names nothing else: every hook once, in order."""
+
+
+def delivery_of(sink: Any) -> Delivery:
+    """The delivery that a sink asks for, or the default of all sinks."""
+    delivery = getattr(sink, "delivery", None)
+    return delivery if isinstance(delivery, Delivery) else SINK_DELIVERY

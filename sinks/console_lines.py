@@ -1,0 +1,329 @@
+"""The console's permanent lines: which events are worth one, and what it says. Pure: events in, lines out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from events.messages import (
+    CommandTaken,
+    Event,
+    JournalGap,
+    LedgerReported,
+    LoopHeld,
+    MetricsLogged,
+    NonFiniteLoss,
+    ObserverDropped,
+    ObserverFailed,
+    ObserverRecovered,
+    ObserverSlow,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    StallLedger,
+    TestEpochEnded,
+    TrainEpochEnded,
+    ValEpochEnded,
+)
+from sinks.console_text import Field, Kind, Line, Span
+from sinks.format import (
+    format_duration,
+    format_number,
+    format_rate,
+    ledger_shares,
+    metric_name,
+    plain_text,
+)
+from sinks.progress import Progress
+
+HELD_S = 1.0
+"""A held loop is worth a line from this on."""
+REPEAT_S = 10.0
+"""Lines of one kind about one observer come at most this often; those between are counted."""
+_MOST_METRICS = 16
+_MOST_REPEATS = 256
+"""Names are strangers' text, so even this bookkeeping has a bound."""
+
+
+class Chronicle:
+    """Turns events into lines. Belongs to one writer; `Progress` is told about each event before it is."""
+
+    def __init__(self, progress: Progress, run_dir: str | None = None) -> None:
+        self._progress = progress
+        self._run_dir = run_dir
+        self._began: float | None = None
+        self._ledger: StallLedger | None = None
+        self._results: dict[str, float] = {}  # validation results that no line has shown yet
+        self._results_at = 0
+        self._results_s = 0.0
+        self._tested: dict[str, float] = {}
+        self._told: int | None = None  # the last epoch that has its line
+        # What a line is about -> the time of the last such line, and how many were held back since.
+        self._repeats: dict[tuple[str, object], tuple[float, int]] = {}
+        self._forgotten = 0
+        self._handlers: dict[type[Event], Callable[[Any], Iterable[Line]]] = {
+            RunStarted: self._run_started,
+            RunResumed: lambda e: [_line(e, "note", f"resumed at step {e.global_step:,}")],
+            RunEnded: self._run_ended,
+            ValEpochEnded: self._val_epoch_ended,
+            TestEpochEnded: self._test_epoch_ended,
+            TrainEpochEnded: self._train_epoch_ended,
+            MetricsLogged: self._metrics_logged,
+            NonFiniteLoss: self._non_finite_loss,
+            ObserverFailed: self._observer_failed,
+            ObserverRecovered: self._observer_recovered,
+            ObserverDropped: self._observer_dropped,
+            ObserverSlow: self._observer_slow,
+            LoopHeld: self._loop_held,
+            JournalGap: self._journal_gap,
+            LedgerReported: self._ledger_reported,
+            CommandTaken: self._command_taken,
+        }
+
+    def take(self, event: Event) -> Iterable[Line]:
+        """The lines that an event is worth, mostly none."""
+        handler = self._handlers.get(type(event))
+        return () if handler is None else handler(event)
+
+    def trained(self, time: float, global_step: int) -> Iterable[Line]:
+        """Training went on: validation results from the middle of an epoch get their own line now."""
+        return self._mid_epoch(time) if self._results and global_step > self._results_at else ()
+
+    def finish(self) -> list[Line]:
+        """What was still held back when the last event had come."""
+        time = self._progress.time
+        return [*self._unshown(time), *self._held_back(time), *self._show_ledger(time)]
+
+    # ----------------------------------------------------------------------------------------- the run
+
+    def _run_started(self, e: RunStarted) -> list[Line]:
+        self._began, self._told = e.time, None
+        self._results.clear()
+        size = f"{e.epochs:,} epoch{'s' * (e.epochs != 1)}"
+        if e.steps_per_epoch is not None:
+            size += f" of {e.steps_per_epoch:,} steps"
+        if e.max_steps is not None:
+            size += f", at most {e.max_steps:,} steps"
+        module = plain_text(e.module.rpartition(".")[2], 80)
+        parts = [f"run {plain_text(e.run_id, 80)}", f"{module} on {plain_text(e.device, 40)}", size]
+        if e.attempt > 1:
+            parts.append(f"attempt {e.attempt}")
+        fields: list[Field] = [(Span(part, "" if i else "head"),) for i, part in enumerate(parts)]
+        if self._run_dir is not None:
+            fields.append((Span(f"in {plain_text(self._run_dir)}", "dim"),))
+        return [Line(e.time, "note", fields)]
+
+    def _run_ended(self, e: RunEnded) -> list[Line]:
+        took = "" if self._began is None else f" after {format_duration(e.time - self._began)}"
+        text = f"{e.status} at step {e.global_step:,}{took}"
+        if e.reason:
+            text += f": {plain_text(e.reason)}"
+        kind: Kind = "good" if e.status == "finished" else "bad" if e.status == "failed" else "warn"
+        ending = _line(e, kind, text)
+        return [*self._unshown(e.time), *self._held_back(e.time), ending, *self._show_ledger(e.time)]
+
+    def _ledger_reported(self, e: LedgerReported) -> list[Line]:
+        if e.scope != "run":
+            return []
+        self._ledger = e.ledger
+        return self._show_ledger(e.time) if self._progress.ended else []
+
+    def _show_ledger(self, time: float) -> list[Line]:
+        """The ledger comes last, whichever of it and `RunEnded` was published first."""
+        ledger, self._ledger = self._ledger, None
+        if ledger is None:
+            return []
+        shares = [(Span(f"{row} ", "dim"), Span(share)) for row, share in ledger_shares(ledger)]
+        return [Line(time, "note", [(Span(f"loop time {format_duration(ledger.wall_s)}"),), *shares])]
+
+    def _command_taken(self, e: CommandTaken) -> list[Line]:
+        known = {"pause": "paused", "resume": "resumed", "stop": "stopping"}
+        text = f"{known.get(e.command, plain_text(e.command, 40))} at step {e.global_step:,}"
+        return [_line(e, "note", f"{text}: {plain_text(e.reason)}" if e.reason else text)]
+
+    # -------------------------------------------------------------------------------------- the stages
+
+    def _val_epoch_ended(self, e: ValEpochEnded) -> list[Line]:
+        self._results_at = e.global_step
+        self._results_s += e.duration_s
+        if e.loss is not None:
+            self._results[metric_name("val_loss", e.key)] = e.loss
+        return []
+
+    def _metrics_logged(self, e: MetricsLogged) -> list[Line]:
+        if e.key is None:
+            return []
+        named = {metric_name(name, e.key): value for name, value in e.metrics.items()}
+        if e.stage == "test":
+            self._tested.update(named)
+        elif self._told is not None and e.epoch <= self._told:
+            # From an observer's hook, which came to it after the epoch's line.
+            return [Line(e.time, "epoch", [(Span(self._epoch_name(e.epoch), "head"),), *_metrics(named)])]
+        else:
+            self._results.update(named)
+            self._results_at = e.global_step
+        return []
+
+    def _train_epoch_ended(self, e: TrainEpochEnded) -> list[Line]:
+        fields: list[Field] = [(Span(self._epoch_name(e.epoch), "head"),)]
+        if e.loss is not None:
+            fields += _metrics({"train_loss": e.loss})
+        fields += _metrics(self._results)
+        fields.append((Span(format_duration(e.duration_s), "dim"),))
+        self._results.clear()
+        self._results_s = 0.0
+        self._told = e.epoch
+        return [Line(e.time, "epoch", fields)]
+
+    def _test_epoch_ended(self, e: TestEpochEnded) -> list[Line]:
+        fields: list[Field] = [(Span(f"test {plain_text(e.key, 60)}", "head"),)]
+        if e.loss is not None:
+            fields += _metrics({"loss": e.loss})
+        fields += [*_metrics(self._tested), (Span(format_duration(e.duration_s), "dim"),)]
+        self._tested.clear()
+        return [Line(e.time, "epoch", fields)]
+
+    def _mid_epoch(self, time: float) -> list[Line]:
+        fields: list[Field] = [(Span(f"step {self._results_at:,}", "head"),), *_metrics(self._results)]
+        if self._results_s > 0:
+            fields.append((Span(format_duration(self._results_s), "dim"),))
+        self._results.clear()
+        self._results_s = 0.0
+        return [Line(time, "epoch", fields)]
+
+    def _unshown(self, time: float) -> list[Line]:
+        lines = self._mid_epoch(time) if self._results else []
+        if self._tested:
+            lines.append(Line(time, "epoch", [(Span("test", "head"),), *_metrics(self._tested)]))
+            self._tested.clear()
+        return lines
+
+    def _epoch_name(self, epoch: int) -> str:
+        of = self._progress.epochs
+        return f"epoch {epoch + 1}" if of is None else f"epoch {epoch + 1:>{len(str(of))}}/{of}"
+
+    # ---------------------------------------------------------------------------------- what went wrong
+
+    def _non_finite_loss(self, e: NonFiniteLoss) -> Iterable[Line]:
+        row = f", {e.consecutive:,} in a row" if e.consecutive > 1 else ""
+        outcome = {"warned": "trained on it", "skipped": "step skipped", "stopped": "stopping"}[e.action]
+        text = f"warning: the loss of step {e.global_step:,} is {e.loss} ({outcome}{row})"
+        return self._sparsely(e, "non-finite losses", "warn", text, always=e.action == "stopped")
+
+    def _observer_failed(self, e: ObserverFailed) -> Iterable[Line]:
+        times = f", {e.failures:,} in a row" if e.failures > 1 else ""
+        outcome = {"fatal": "the run ends", "disabled": "disabled", "retrying": "retrying"}[e.action]
+        during = f" in {plain_text(e.during, 60)}" if e.during else ""
+        text = f"{_name(e)} failed{during}{times}, {outcome}: {plain_text(e.error)}"
+        if e.action == "retrying":
+            return self._sparsely(e, f"failures of {_name(e)}", "warn", f"warning: {text}")
+        return [_line(e, "bad", f"error: {text}")]
+
+    def _observer_recovered(self, e: ObserverRecovered) -> Iterable[Line]:
+        text = f"{_name(e)} recovered after {format_duration(e.outage_s)} and {e.failures:,} failures"
+        return self._sparsely(e, f"recoveries of {_name(e)}", "good", text)
+
+    def _observer_dropped(self, e: ObserverDropped) -> Iterable[Line]:
+        if e.dropped == 0:  # only replaced by newer ones: what that observer asked for
+            return []
+        text = f"warning: {e.dropped:,} events did not reach {_name(e)}"
+        return self._sparsely(e, f"drops by {_name(e)}", "warn", text)
+
+    def _observer_slow(self, e: ObserverSlow) -> Iterable[Line]:
+        during = plain_text(e.during, 60)
+        text = f"warning: {_name(e)} has been in {during} for {format_duration(e.running_s)}"
+        return self._sparsely(e, f"slow calls of {_name(e)}", "warn", text)
+
+    def _loop_held(self, e: LoopHeld) -> Iterable[Line]:
+        if e.wait_s < HELD_S:
+            return []
+        by = plain_text(", ".join(e.observers), 200) or "nobody known"
+        why = "its hook to return" if e.cause == "fence" else "room in its queue"
+        waited = format_duration(e.wait_s)
+        if e.released:
+            text = f"warning: the loop goes on: it had waited {waited} for {by} ({why})"
+        else:
+            text = f"warning: the loop has been waiting {waited} for {by} ({why})"
+        return self._sparsely(e, f"waits of the loop for {by}", "warn", text, part=e.released)
+
+    def _journal_gap(self, e: JournalGap) -> list[Line]:
+        where = f"(seq {e.first_seq:,} to {e.last_seq:,})"
+        text = f"error: the journal lacks {e.lost:,} events {where}: {plain_text(e.reason)}"
+        return [_line(e, "bad", text)]
+
+    def _sparsely(
+        self, e: Event, what: str, kind: Kind, text: str, *, part: object = None, always: bool = False
+    ) -> list[Line]:
+        """A line, unless its like was shown within `REPEAT_S`: what happens at each step must not flood."""
+        key = (what, part)
+        shown, held = self._repeats.get(key, (-math.inf, 0))
+        if not always and e.time - shown < REPEAT_S:
+            self._repeats[key] = (shown, held + 1)
+            return []
+        self._repeats.pop(key, None)  # to the end: the first is the one shown longest ago
+        self._repeats[key] = (e.time, 0)
+        if len(self._repeats) > _MOST_REPEATS:
+            oldest = next(iter(self._repeats))
+            self._forgotten += self._repeats.pop(oldest)[1]
+        return [_line(e, kind, f"{text} [and {held:,} more before]" if held else text)]
+
+    def _held_back(self, time: float) -> list[Line]:
+        counts: dict[str, int] = {}
+        for (what, _), (_, held) in self._repeats.items():
+            counts[what] = counts.get(what, 0) + held
+        counts["others"] = self._forgotten
+        self._repeats.clear()
+        self._forgotten = 0
+        said = [(Span(f"{what}: {held:,} more"),) for what, held in counts.items() if held]
+        return [Line(time, "warn", [(Span("not shown above:"),), *said])] if said else []
+
+
+def _line(event: Event, kind: Kind, text: str) -> Line:
+    return Line(event.time, kind, [(Span(text, kind),)])
+
+
+def _name(event: ObserverFailed | ObserverRecovered | ObserverDropped | ObserverSlow) -> str:
+    return plain_text(event.observer, 80)
+
+
+def _metrics(values: dict[str, float]) -> list[Field]:
+    """Losses first, whatever was logged before them; then in the order of logging."""
+    shown = sorted(values.items(), key=lambda item: not item[0].startswith("val_loss"))[:_MOST_METRICS]
+    fields: list[Field] = [
+        (
+            Span(f"{plain_text(name, 60)} ", "dim"),
+            Span(f"{format_number(value):>6}", "" if math.isfinite(value) else "bad"),
+        )
+        for name, value in shown
+    ]
+    if len(values) > _MOST_METRICS:
+        fields.append((Span(f"and {len(values) - _MOST_METRICS:,} more", "dim"),))
+    return fields
+
+
+def progress_line(now: Progress) -> Line:
+    """Where the run stands, for those who see no bars."""
+    parts = [f"epoch {now.epoch + 1}" + (f"/{now.epochs}" if now.epochs is not None else "")]
+    if now.evaluation is not None:
+        of = f"/{now.evaluation.steps:,}" if now.evaluation.steps is not None else ""
+        key = plain_text(now.evaluation.key, 60)
+        parts.append(f"{now.evaluation.stage} {key} {now.evaluation.step:,}{of}")
+        return _parts(now.time, parts[1:] if now.evaluation.stage == "test" else parts)
+    steps = now.steps
+    percent = f" ({100 * now.step_in_epoch // steps} %)" if steps else ""
+    parts.append(f"step {now.step_in_epoch:,}" + (f"/{steps:,}{percent}" if steps is not None else ""))
+    if now.loss is not None:
+        parts.append(f"loss {format_number(now.loss)}")
+    if now.paused:
+        parts.append("paused")
+    elif now.rate is not None:
+        parts.append(format_rate(now.rate))
+    left_s = now.run_left_s if now.run_left_s is not None else now.epoch_left_s
+    if left_s is not None:
+        parts.append(f"{format_duration(left_s)} left" + (" in this epoch" if now.run_left_s is None else ""))
+    return _parts(now.time, parts)
+
+
+def _parts(time: float, parts: list[str]) -> Line:
+    return Line(time, "note", [(Span(part),) for part in parts])

@@ -1,0 +1,133 @@
+"""A sink that keeps the events in memory: what tests look at, and a notebook after a run."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from functools import cached_property
+from typing import ClassVar, TypeVar
+
+import msgspec
+
+from events.messages import Event, MetricsLogged, TestEpochEnded, TrainStepEnded, ValEpochEnded
+from events.sink import Delivery, RunInfo
+from sinks.format import metric_name
+
+E = TypeVar("E", bound=Event)
+
+
+class Memory(msgspec.Struct, frozen=True, dict=True):
+    """Keeps the newest events of the runs it is attached to::
+
+        sink = Memory()
+        Trainer(module, arguments, sinks=[sink]).train()
+        sink.of(TrainEpochEnded)[-1].loss
+        sink.metrics("val_loss")
+
+    Everything may be read from any thread at any time, also while the run writes; what is returned is a
+    snapshot. When `Trainer.train` or ``run.result()`` has returned, every event of the run has arrived. A
+    sink that is attached to several runs keeps them all, in order of arrival; ``run_id`` and ``attempt`` tell
+    them apart.
+
+    The events stay in the process that opened the sink: an encoded, pickled or copied `Memory` is a new,
+    empty one.
+    """
+
+    capacity: int = 100_000
+    """Events kept; beyond it the oldest are let go and counted in `dropped`."""
+
+    # Lossless without ever holding the loop: `block` would hold it when the machine is so busy that the queue
+    # fills, and a test would then measure its own sink. Appending cannot hang, so a timeout could only lose
+    # events.
+    delivery: ClassVar[Delivery] = Delivery(overflow="spill", timeout_s=None)
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ValueError(f"Memory(capacity={self.capacity}): it must keep at least one event")
+
+    def open(self, run: RunInfo) -> MemoryWriter:
+        """Build the writer that appends to this sink."""
+        return MemoryWriter(self._store)
+
+    @property
+    def events(self) -> list[Event]:
+        """The events kept, in order of arrival."""
+        return self._store.snapshot()
+
+    @property
+    def dropped(self) -> int:
+        """How many events were let go because ``capacity`` was reached."""
+        return self._store.dropped
+
+    def of(self, event_type: type[E]) -> list[E]:
+        """The events of one type (or of its subclasses), in order."""
+        return [event for event in self.events if isinstance(event, event_type)]
+
+    def metrics(self, name: str) -> list[tuple[int, float]]:
+        """A metric's values as ``(global_step, value)``, in order; empty if nobody logged it.
+
+        The name is the logged one; evaluation over a dataloader other than ``"default"`` appends its key:
+        ``accuracy/KEY``. Losses have the names ``train_loss``, ``val_loss`` and ``test_loss``.
+        """
+        return [(e.global_step, value) for e in self.events for known, value in _values(e) if known == name]
+
+    def clear(self) -> None:
+        """Forget all events and the count of dropped ones."""
+        self._store.clear()
+
+    # Beside the fields, in the instance's dictionary: a field would be encoded, compared and sent elsewhere.
+    @cached_property
+    def _store(self) -> _Store:
+        return _Store(self.capacity)
+
+
+class MemoryWriter:
+    """An open `Memory`. Never waits longer than a reader takes for its snapshot."""
+
+    def __init__(self, store: _Store) -> None:
+        self._store = store
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Append a batch."""
+        self._store.extend(events)
+
+    def close(self) -> None:
+        """Nothing to let go: the events stay readable."""
+
+
+class _Store:
+    """A bounded list with a lock, because iterating a deque fails while another thread appends to it."""
+
+    def __init__(self, capacity: int) -> None:
+        self._lock = threading.Lock()
+        self._events: deque[Event] = deque(maxlen=capacity)
+        self._capacity = capacity
+        self.dropped = 0
+
+    def extend(self, events: Sequence[Event]) -> None:
+        with self._lock:
+            self.dropped += max(0, len(self._events) + len(events) - self._capacity)
+            self._events.extend(events)
+
+    def snapshot(self) -> list[Event]:
+        with self._lock:
+            return list(self._events)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._events.clear()
+            self.dropped = 0
+
+
+def _values(event: Event) -> list[tuple[str, float]]:
+    """The metrics that an event carries, under the names of `Memory.metrics`."""
+    if isinstance(event, MetricsLogged):
+        return [(metric_name(name, event.key), value) for name, value in event.metrics.items()]
+    if isinstance(event, TrainStepEnded) and event.loss is not None:
+        return [("train_loss", event.loss)]
+    if isinstance(event, ValEpochEnded) and event.loss is not None:
+        return [(metric_name("val_loss", event.key), event.loss)]
+    if isinstance(event, TestEpochEnded) and event.loss is not None:
+        return [(metric_name("test_loss", event.key), event.loss)]
+    return []

@@ -1,0 +1,300 @@
+"""The run folder: one holder at a time, whatever becomes of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from events.errors import RunFolderError, RunFolderHeld, RunFolderMismatch
+from events.folder import RunFolder
+from events.journal import Journal
+from events.messages import Event, TrainStepEnded
+from events.sink import RunInfo
+
+ROOT = Path(__file__).parents[2]
+POSIX = pytest.mark.skipif(os.name == "nt", reason="flock and fork are POSIX")
+
+
+def step(seq: int, attempt: int = 1, run_id: str = "run") -> Event:
+    return TrainStepEnded(run_id, attempt, seq, time.time(), 0, seq, 0, "train", loss=1.0)
+
+
+def write_journal(folder: Path, events: list[Event]) -> None:
+    writer = Journal().open(RunInfo(events[0].run_id, run_dir=str(folder)))
+    writer.write(events)
+    writer.close()
+
+
+def child(code: str) -> subprocess.Popen[str]:
+    """A process that can import the library, with pipes for its input and output."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+# ---------------------------------------------------------------------------------------------- unhappy paths
+
+
+def test_a_folder_that_another_process_holds_names_its_holder(tmp_path: Path) -> None:
+    """The message says which process, where, for which run, since when, and what to do."""
+    code = f"""
+from events.folder import RunFolder
+folder = RunFolder.open({str(tmp_path)!r}, "theirs")
+print("held", flush=True)
+input()
+"""
+    with child(code) as process:
+        assert line_of(process) == "held"
+        with pytest.raises(RunFolderHeld) as caught:
+            RunFolder.open(tmp_path, "mine")
+        message = str(caught.value)
+        holder = json.loads((tmp_path / "run.lock").read_text())
+        year = time.strftime("%Y", time.localtime(holder["since"]))
+        for part in (
+            str(tmp_path),
+            f"process {process.pid}",
+            socket.gethostname(),
+            "'theirs'",
+            year,
+            "stop it",
+        ):
+            assert part in message
+        process.communicate("\n")
+    RunFolder.open(tmp_path, "mine").close()
+
+
+def test_two_runs_in_one_process_conflict_too(tmp_path: Path) -> None:
+    """A service that starts the same run twice would spoil its journal."""
+    with RunFolder.open(tmp_path, "run"):
+        with pytest.raises(RunFolderHeld, match=f"process {os.getpid()} "):
+            RunFolder.open(tmp_path, "run")
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    RunFolder.open(tmp_path, "run").close()
+
+
+def test_a_holder_that_has_not_signed_is_still_a_holder(tmp_path: Path) -> None:
+    """The lock is the operating system's; the text in it is for people."""
+    with RunFolder.open(tmp_path, "run"):
+        (tmp_path / "run.lock").write_text("{")
+        with pytest.raises(RunFolderHeld, match="has not signed"):
+            RunFolder.open(tmp_path, "run")
+
+
+@POSIX
+def test_a_killed_trainer_frees_its_folder_while_its_forked_worker_lives_on(tmp_path: Path) -> None:
+    """An orphaned dataloader worker must not hold the folder of a trainer that was killed."""
+    code = f"""
+import os
+from events.folder import RunFolder
+folder = RunFolder.open({str(tmp_path)!r}, "run")
+read, write = os.pipe()
+if os.fork() == 0:
+    os.write(write, b"x")
+    os.close(1)  # the parent's end of the test's pipe must close with the parent
+    input()
+    os._exit(0)
+os.read(read, 1)
+print("forked", flush=True)
+input()
+"""
+    with child(code) as process:
+        assert line_of(process) == "forked"
+        with pytest.raises(RunFolderHeld):  # the child's closing its copy has not unlocked the parent's
+            RunFolder.open(tmp_path, "run")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        RunFolder.open(tmp_path, "run").close()  # the worker still waits for its input
+
+
+@POSIX
+def test_a_folder_is_closed_in_a_forked_child(tmp_path: Path) -> None:
+    """A child has no part in the hold and cannot write the run's arguments."""
+    code = f"""
+import os
+from events.errors import RunFolderError
+from events.folder import RunFolder
+folder = RunFolder.open({str(tmp_path)!r}, "run")
+pid = os.fork()
+if pid == 0:
+    try:
+        folder.write_arguments({{}})
+    except RunFolderError:
+        os._exit(3)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+input()
+"""
+    with child(code) as process:
+        assert line_of(process) == "3"
+        with pytest.raises(RunFolderHeld):
+            RunFolder.open(tmp_path, "run")
+        process.communicate("\n")
+
+
+@POSIX
+def test_a_removed_lock_file_does_not_let_two_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock on a file that lost its name between opening and locking excludes nobody, so another is taken."""
+    import events.folder as module
+
+    lock_descriptor = module._lock_descriptor
+    removed = []
+
+    def remove_first(fd: int) -> None:
+        if not removed:
+            removed.append(True)
+            os.unlink(tmp_path / "run.lock")
+        lock_descriptor(fd)
+
+    monkeypatch.setattr(module, "_lock_descriptor", remove_first)
+    with RunFolder.open(tmp_path, "run"), pytest.raises(RunFolderHeld):
+        RunFolder.open(tmp_path, "run")
+
+
+def test_a_file_system_that_cannot_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems have no locks; to go on without one would not be safe. Nothing is left."""
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("events.folder._lock_descriptor", refuse)
+    with pytest.raises(RunFolderError, match=r"a/b cannot be used: .*choose another folder"):
+        RunFolder.open(tmp_path / "a" / "b", "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
+    """Both runs are named, and what to do; not even a lock file is added."""
+    write_journal(tmp_path, [step(1, run_id="theirs")])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunFolderMismatch, match=r"belongs to run 'theirs', not to 'mine'; choose") as caught:
+        RunFolder.open(tmp_path, "mine")
+    assert "run_id='theirs'" in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(RunFolderMismatch, match="'theirs'"):
+        Journal().open(RunInfo("mine", run_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("inside", ["", "x", "x/y"])
+def test_a_file_is_no_folder(tmp_path: Path, inside: str) -> None:
+    """Nor is anything below one."""
+    file = tmp_path / "file"
+    file.write_text("precious")
+    with pytest.raises(RunFolderError, match=r"file.* cannot be used: .*choose another folder"):
+        RunFolder.open(file / inside, "run")
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "nul\0", "a/" + "n" * 300])
+def test_a_path_that_cannot_exist_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
+    """The parents that were created on the way are removed again."""
+    with pytest.raises(RunFolderError, match="cannot be used"):
+        RunFolder.open(tmp_path / name, "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_that_is_a_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Found only after the lock was taken: the lock file goes again, and the lock with it."""
+    (tmp_path / "journal").write_text("")
+    for _ in range(2):
+        with pytest.raises(RunFolderError, match="journal"):
+            RunFolder.open(tmp_path, "run")
+        assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
+    """The message says what was refused."""
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(RunFolderError, match="Permission denied"):
+            RunFolder.open(tmp_path, "run")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_arguments_that_cannot_be_written_leave_the_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is replaced as a whole or not at all, and nothing half-written stays."""
+
+    def refuse(source: Any, target: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunFolder.open(tmp_path, "run") as folder:
+        folder.write_arguments({"epochs": 1})
+        monkeypatch.setattr("events.folder.os.replace", refuse)
+        with pytest.raises(RunFolderError, match=r"arguments\.json cannot be written: .*No space"):
+            folder.write_arguments({"epochs": 2})
+        assert json.loads((tmp_path / "arguments.json").read_text()) == {"epochs": 1}
+        assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_closed_folder_writes_no_arguments(tmp_path: Path) -> None:
+    """It may be another's by then."""
+    folder = RunFolder.open(tmp_path, "run")
+    folder.close()
+    folder.close()
+    with pytest.raises(RunFolderError, match="was closed"):
+        folder.write_arguments({})
+
+
+# ------------------------------------------------------------------------------------------------ happy paths
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    """It is empty but for the lock and the journal's folder, and its numbering starts from nothing."""
+    with RunFolder.open(tmp_path / "runs" / "one", "run") as folder:
+        assert folder.path == tmp_path / "runs" / "one"
+        assert folder.journal_dir == folder.path / "journal"
+        assert folder.journal_dir.is_dir()
+        assert (folder.last_attempt, folder.last_seq) == (0, 0)
+    holder = json.loads((tmp_path / "runs" / "one" / "run.lock").read_text())
+    assert (holder["pid"], holder["run_id"], holder["host"]) == (os.getpid(), "run", socket.gethostname())
+
+
+def test_a_run_is_taken_up_again_behind_its_history(tmp_path: Path) -> None:
+    """The next attempt numbers on from what the journal holds, over several attempts and segments."""
+    write_journal(tmp_path, [step(1), step(2)])
+    write_journal(tmp_path, [step(3, attempt=2), step(9, attempt=2)])
+    with RunFolder.open(tmp_path, "run") as folder:
+        assert (folder.last_attempt, folder.last_seq) == (2, 9)
+
+
+def test_a_torn_end_is_read_past(tmp_path: Path) -> None:
+    """What others may have seen of a line that was never finished is not numbered again."""
+    write_journal(tmp_path, [step(1), step(2)])
+    write_journal(tmp_path, [step(3, attempt=2)])
+    newest = sorted((tmp_path / "journal").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:-20])
+    with RunFolder.open(tmp_path, "run") as folder:
+        assert (folder.last_attempt, folder.last_seq) == (1, 3)
+    newest.write_bytes(b"\0" * 2_000_000)  # what some file systems leave after a loss of power
+    with RunFolder.open(tmp_path, "run") as folder:
+        assert (folder.last_attempt, folder.last_seq) == (1, 3)
+
+
+def test_arguments_are_plain_json_for_people(tmp_path: Path) -> None:
+    """Indented, and whatever is no plain value is text; a later attempt replaces them."""
+    with RunFolder.open(tmp_path, "run") as folder:
+        folder.write_arguments({"epochs": 3, "device": Path("cpu"), "lr": math.nan})
+        text = (tmp_path / "arguments.json").read_text()
+        assert json.loads(text) == {"epochs": 3, "device": "cpu", "lr": None}
+        assert text.startswith('{\n  "epochs"')
+        folder.write_arguments({"epochs": 4})
+        assert json.loads((tmp_path / "arguments.json").read_text()) == {"epochs": 4}

@@ -1,0 +1,342 @@
+"""The arguments: strict, complete in their complaints, and the arithmetic of batches."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.arguments import TrainerArguments
+from trainer.config import apply_overrides, check_struct, decode, describe_type, load_config
+from trainer.errors import ArgumentsError
+
+# ------------------------------------------------------------------------------------------ wrong values
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("epochs", 0, "an integer >= 1"),
+        ("epochs", True, "an integer >= 1"),
+        ("epochs", 1.0, "an integer >= 1"),
+        ("epochs", "3", "an integer >= 1"),
+        ("train_batch_size", None, "an integer >= 1"),
+        ("gpu_batch_size_limit", 0, "an integer >= 1 or None"),
+        ("max_steps", -1, "an integer >= 1 or None"),
+        ("clip_grads", 1, "true or false"),
+        ("max_grad_norm", 0.0, "a number > 0"),
+        ("max_grad_norm", math.nan, "a number > 0"),
+        ("seed", -1, "an integer >= 0"),
+        ("seed", 2**63, "an integer >= 0 and <= 9223372036854775807 or None"),
+        ("device", "", "a string that is not empty"),
+        ("precision", "fp16", "one of 'bfloat16', 'float16', 'float32'"),
+        ("compile_options", {1: 2}, "a mapping with string keys"),
+        ("scheduler_interval", "batch", "one of 'epoch', 'step'"),
+        ("val_interval_epochs", -1, "an integer >= 0"),
+        ("non_finite_loss", "ignore", "one of 'skip', 'stop', 'warn'"),
+        ("ledger_interval_s", 0, "a number > 0"),
+        ("drain_timeout_s", -0.5, "a number >= 0"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named_with_what_is(name: str, value: Any, allowed: str) -> None:
+    """Built directly, from a dict or by replacing a field: the same check, the same message."""
+    for build in (
+        lambda: TrainerArguments(**{name: value}),
+        lambda: TrainerArguments.from_dict({name: value}),
+        lambda: msgspec.structs.replace(TrainerArguments(), **{name: value}),
+    ):
+        with pytest.raises(ArgumentsError) as caught:
+            build()
+        assert f"{name} = {value!r}: must be " in str(caught.value)
+        assert allowed in str(caught.value)
+
+
+def test_all_problems_come_in_one_error() -> None:
+    """Nobody has to fix arguments one at a time."""
+    with pytest.raises(ArgumentsError) as caught:
+        TrainerArguments.from_dict({"epochs": 0, "seeed": 1, "device": 3, "zzzz": 1})
+    text = str(caught.value)
+    assert "epochs = 0" in text
+    assert "device = 3" in text
+    assert "seeed: is not known; did you mean seed?" in text
+    assert "zzzz: is not known; known are epochs, train_batch_size" in text
+
+
+def test_the_error_is_a_value_error() -> None:
+    """Callers that do not know the package can catch it."""
+    with pytest.raises(ValueError, match="epochs"):
+        TrainerArguments(epochs=0)
+
+
+@pytest.mark.parametrize("values", [[], "epochs", None, 3])
+def test_what_is_no_mapping_is_refused(values: Any) -> None:
+    """The message says what came instead."""
+    with pytest.raises(ArgumentsError, match="must be a mapping"):
+        TrainerArguments.from_dict(values)
+
+
+def test_integers_serve_as_floats_and_nothing_else_is_coerced() -> None:
+    """`max_grad_norm: 1` is a float afterwards."""
+    arguments = TrainerArguments(max_grad_norm=2, drain_timeout_s=0)
+    assert isinstance(arguments.max_grad_norm, float)
+    assert isinstance(arguments.drain_timeout_s, float)
+
+
+def test_arguments_are_frozen_and_hold_no_one_elses_mapping() -> None:
+    """A change of the dict that was passed does not reach them."""
+    options = {"mode": "default"}
+    arguments = TrainerArguments(compile_options=options)
+    options["mode"] = "other"
+    assert arguments.compile_options == {"mode": "default"}
+    assert TrainerArguments().compile_options is not TrainerArguments().compile_options
+    with pytest.raises(AttributeError):
+        arguments.epochs = 2  # type: ignore[misc]
+
+
+def test_arguments_survive_json() -> None:
+    """What is stored with a run reads back equal, and is checked on the way."""
+    arguments = TrainerArguments(epochs=3, seed=7, compile_options={"dynamic": True})
+    assert msgspec.json.decode(msgspec.json.encode(arguments), type=TrainerArguments) == arguments
+    with pytest.raises(msgspec.ValidationError, match="epochs"):
+        msgspec.json.decode(b'{"epochs": 0}', type=TrainerArguments)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.yaml", "epochs: [", "not valid YAML"),
+        ("a.yml", "epochs: 1\nepochs: 2\n", "'epochs' stands there twice"),
+        ("a.yaml", "- 1\n", "must hold a mapping"),
+        ("a.yaml", "1: 2\n", "1: is not known"),
+        ("a.yaml", "epochs: !!python/object:os.system 1\n", "not valid YAML"),
+        ("a.json", '{"epochs": 1, "epochs": 2}', "'epochs' stands there twice"),
+        ("a.json", '{"epochs": 1', "not valid JSON"),
+        ("a.toml", "epochs = ", "not valid TOML"),
+        ("a.toml", "epoch = 3", "did you mean epochs?"),
+        ("a.ini", "epochs = 1", "'.ini' is none of .yaml, .yml, .toml, .json"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:
+    """The path and the reason stand in the error."""
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ArgumentsError) as caught:
+        TrainerArguments.from_file(path)
+    assert str(path) in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_is_no_text_is_named(tmp_path: Path) -> None:
+    """Also what the system says about it."""
+    with pytest.raises(ArgumentsError, match=r"none\.yaml: cannot be read: No such file"):
+        TrainerArguments.from_file(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ArgumentsError, match=r"binary\.yaml: is not valid YAML"):
+        TrainerArguments.from_file(tmp_path / "binary.yaml")
+
+
+def test_all_three_languages_say_the_same(tmp_path: Path) -> None:
+    """YAML, TOML and JSON give equal arguments; YAML's 1e-4 is a number."""
+    (tmp_path / "a.yaml").write_text("max_grad_norm: 1e-4\nseed: 3\ncompile_options: {dynamic: true}\n")
+    (tmp_path / "a.toml").write_text("max_grad_norm = 1e-4\nseed = 3\ncompile_options = {dynamic = true}\n")
+    values = {"max_grad_norm": 1e-4, "seed": 3, "compile_options": {"dynamic": True}}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    loaded = [TrainerArguments.from_file(tmp_path / f"a.{suffix}") for suffix in ("yaml", "toml", "json")]
+    assert loaded == [TrainerArguments(**values)] * 3
+
+
+def test_an_empty_yaml_file_is_all_defaults(tmp_path: Path) -> None:
+    """A file with nothing but comments is a configuration, too."""
+    (tmp_path / "a.yaml").write_text("# nothing yet\n")
+    assert TrainerArguments.from_file(tmp_path / "a.yaml") == TrainerArguments()
+
+
+# --------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("epochs", "must look like 'name=value'"),
+        ("=3", "must look like 'name=value'"),
+        ("a..b=3", "must look like 'name=value'"),
+        ("epochs.more=3", "epochs is 1, not a group"),
+        ("epochs=[", "not valid YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_quoted(override: str, says: str) -> None:
+    """The message repeats it."""
+    with pytest.raises(ArgumentsError) as caught:
+        apply_overrides({"epochs": 1}, [override])
+    assert repr(override) in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_a_wrong_override_is_checked_like_a_value_of_the_file(tmp_path: Path) -> None:
+    """The error names the file and the override that it came with."""
+    (tmp_path / "a.yaml").write_text("epochs: 2\n")
+    with pytest.raises(
+        ArgumentsError, match=r"a\.yaml with epochs=none, sed=1: .*did you mean seed.*epochs = 'none'"
+    ):
+        TrainerArguments.from_file(tmp_path / "a.yaml", ["epochs=none", "sed=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("-.5e+3", -500.0),
+        ("1.5", 1.5),
+        ("3", 3),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("''", ""),
+        ("cuda:1", "cuda:1"),
+        ("[1, 2]", [1, 2]),
+        ("{mode: max-autotune}", {"mode": "max-autotune"}),
+        ("a=b", "a=b"),
+        ("e5", "e5"),
+    ],
+)
+def test_override_values_are_read_as_yaml(text: str, value: Any) -> None:
+    """Numbers with an exponent need no decimal point."""
+    result = apply_overrides({}, [f"name={text}"])["name"]
+    assert result == value
+    assert type(result) is type(value)
+
+
+def test_dotted_overrides_reach_into_groups_and_change_nothing_else() -> None:
+    """Groups are made where they are missing, the later override wins, and the original stays as it was."""
+    config = {"compile_options": {"dynamic": False}, "epochs": 1}
+    result = apply_overrides(
+        config, ["compile_options.mode=default", "new.deep.name=1", "epochs=2", "epochs=3"]
+    )
+    assert result == {
+        "compile_options": {"dynamic": False, "mode": "default"},
+        "new": {"deep": {"name": 1}},
+        "epochs": 3,
+    }
+    assert config == {"compile_options": {"dynamic": False}, "epochs": 1}
+
+
+class Inner(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rate: Annotated[float, msgspec.Meta(gt=0)]
+    name: str = "x"
+
+    def __post_init__(self) -> None:
+        check_struct(self)
+        if self.name == "forbidden":
+            raise ArgumentsError("name and rate do not go together")
+
+
+class Outer(msgspec.Struct, frozen=True):
+    inner: Inner | None = None
+    table: dict[str, int] = {}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"inner": {"rat": 1.0}}, "inner.rat: is not known; did you mean inner.rate?"),
+        ({"inner": {}}, "inner.rate: is missing"),
+        ({"inner": {"rate": 0}}, "inner.rate = 0: must be a number > 0"),
+        ({"inner": 3}, "inner = 3: must be a mapping of the fields of Inner or None"),
+        ({"inner": {"rate": 1, "name": "forbidden"}}, "inner: name and rate do not go together"),
+        (
+            {"table": {"a": "b"}},
+            "table = {'a': 'b'}: must be a mapping with string keys (Expected `int`, got `str`",
+        ),
+    ],
+)
+def test_nested_configurations_name_the_path(config: dict[str, Any], says: str) -> None:
+    """The same checks serve any Struct, at any depth."""
+    with pytest.raises(ArgumentsError) as caught:
+        decode(Outer, config, "here")
+    assert str(caught.value).startswith("here: ")
+    assert says in str(caught.value)
+
+
+def test_nested_configurations_are_decoded_with_overrides() -> None:
+    """A Struct within a Struct, from plain values and dotted overrides."""
+    assert decode(Outer, {"inner": None}, "here", ["inner.rate=1e-3"]) == Outer(Inner(0.001))
+    assert decode(Outer, {"inner": Inner(1.0)}, "here") == Outer(Inner(1.0))
+
+
+# ----------------------------------------------------------------------------------------------- batches
+
+
+@given(st.integers(1, 5_000), st.one_of(st.none(), st.integers(1, 6_000)))
+def test_the_micro_batch_is_the_largest_divisor_within_the_limit(total: int, limit: int | None) -> None:
+    """It divides the batch, keeps the limit, and no larger one does."""
+    arguments = TrainerArguments(train_batch_size=total, gpu_batch_size_limit=limit)
+    bound = total if limit is None else limit
+    assert arguments.micro_batch_size == max(d for d in range(1, total + 1) if total % d == 0 and d <= bound)
+    assert arguments.micro_batch_size * arguments.accumulation_steps == total
+    warned = arguments.batch_size_warning() is not None
+    assert warned == (bound < total and arguments.micro_batch_size * 2 < bound)
+
+
+def test_the_warning_about_small_micro_batches_names_the_numbers_and_a_better_one() -> None:
+    """A prime batch size leaves micro-batches of one row."""
+    warning = TrainerArguments(train_batch_size=97, gpu_batch_size_limit=32).batch_size_warning()
+    assert warning is not None
+    for part in (
+        "train_batch_size=97",
+        "gpu_batch_size_limit=32",
+        "97 micro-batches of 1",
+        "train_batch_size=96",
+    ):
+        assert part in warning
+
+
+def test_validation_batches_default_to_the_micro_batch() -> None:
+    """What fits on the device in training fits in validation."""
+    assert TrainerArguments(train_batch_size=64, gpu_batch_size_limit=16).evaluation_batch_size == 16
+    assert TrainerArguments(train_batch_size=64, val_batch_size=128).evaluation_batch_size == 128
+
+
+# ------------------------------------------------------------------------------------------------- words
+
+
+def test_every_argument_is_described() -> None:
+    """A help text has name, what is allowed, default and meaning of each, in the order of the fields."""
+    described = TrainerArguments.describe()
+    assert [field.name for field in described] == list(TrainerArguments.__struct_fields__)
+    assert all(field.doc.endswith(".") for field in described)
+    by_name = {field.name: field for field in described}
+    assert by_name["epochs"][1:3] == ("an integer >= 1", 1)
+    assert by_name["compile_options"].default == {}
+    assert by_name["max_steps"].type == "an integer >= 1 or None"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Any, "anything"),
+        (list[int], "a list"),
+        (str, "a string"),
+        (tuple[int, ...], "vartuple"),
+        (Inner, "a mapping of the fields of Inner"),
+        (Annotated[float, msgspec.Meta(gt=0, lt=1)], "a number > 0 and < 1"),
+    ],
+)
+def test_types_are_said_in_words(kind: Any, words: str) -> None:
+    """For messages and help texts."""
+    assert describe_type(kind) == words
+
+
+def test_load_config_is_not_tied_to_the_arguments(tmp_path: Path) -> None:
+    """Any nested mapping is read as it stands."""
+    (tmp_path / "a.yaml").write_text("base: &base {rate: 1e-3}\nsame: {<<: *base, name: x}\n")
+    assert load_config(tmp_path / "a.yaml") == {"base": {"rate": 0.001}, "same": {"rate": 0.001, "name": "x"}}

@@ -1,0 +1,267 @@
+"""Collation: what belongs together is put together, the rest is kept apart, and none of it grows beyond its
+limit."""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+
+import trainer.collate
+from trainer.collate import TENSOR_BYTES, OutputCollector, as_tuple, collate_outputs, detach_copy, nbytes
+from trainer.errors import EpochOutputsTooLarge, StepOutputError
+
+# ----------------------------------------------------------------------------------------------- limits
+
+
+def test_outputs_beyond_the_limit_are_an_error_that_says_what_to_do() -> None:
+    """Bytes, steps, the hook that wants them and the ways out; what was kept before stays."""
+    collector = OutputCollector(3 * (400 + TENSOR_BYTES), "Classifier.on_end_val_epoch")
+    for _ in range(3):
+        collector.append((torch.ones(100),))
+    with pytest.raises(EpochOutputsTooLarge) as caught:
+        collector.append((torch.ones(100),))
+    for part in (
+        "Classifier.on_end_val_epoch",
+        "more than 2,928 bytes",
+        "2,928 after 3 steps",
+        "the next one adds 976",
+        "epoch_outputs_limit_bytes",
+    ):
+        assert part in str(caught.value)
+    assert collector.steps == 3
+    assert collector.collate()[0].shape == (300,)
+
+
+def test_a_single_step_can_be_too_much() -> None:
+    """Nothing of it is kept."""
+    collector = OutputCollector(1000, "M.on_end_train_epoch")
+    with pytest.raises(MemoryError):
+        collector.append((torch.ones(1000),))
+    assert (collector.steps, collector.nbytes, collector.collate()) == (0, 0, ())
+
+
+def test_pythons_share_of_many_small_tensors_counts() -> None:
+    """A limit is about memory: a scalar loss takes far more than its four bytes."""
+    collector = OutputCollector(10 * TENSOR_BYTES, "M.on_end_train_epoch")
+    for _ in range(9):
+        collector.append((torch.ones(()),))
+    with pytest.raises(EpochOutputsTooLarge):
+        collector.append((torch.ones(()),))
+
+
+# --------------------------------------------------------------------------------------------- collating
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([torch.ones(2, 3), torch.ones(2, 4)], r"shapes \(2, 3\) and \(2, 4\)"),
+        ([torch.ones(2), torch.ones(2, 1)], r"shapes \(2,\) and \(2, 1\)"),
+        ([torch.ones(()), torch.ones(1)], r"shapes \(\) and \(1,\)"),
+        ([torch.ones(2), torch.ones(2).long()], "torch.float32 on cpu and torch.int64 on cpu"),
+        ([torch.ones(2), torch.ones(2, device="meta")], "cpu and torch.float32 on meta"),
+        ([torch.ones(2), torch.ones(2).to_sparse()], "sparse"),
+        (["a", "b"], "a str, which is no tensor"),
+        ([torch.ones(2), None], "a NoneType"),
+        ([1.5], "a float"),
+    ],
+)
+def test_what_does_not_fit_together_is_a_list_with_one_notice(values: list[Any], says: str) -> None:
+    """One entry per step, the values themselves, and a sentence with position and reason."""
+    notices: list[str] = []
+    loss, collated = collate_outputs([(torch.ones(()), value) for value in values], notices.append)
+    assert loss.shape == (len(values),)
+    assert isinstance(collated, list)
+    assert all(one is other for one, other in zip(collated, values, strict=True))
+    assert len(notices) == 1
+    assert "output 1" in notices[0]
+    assert re.search(says, notices[0])
+
+
+def test_steps_with_fewer_outputs_leave_gaps() -> None:
+    """The position becomes a list in which None stands for the steps that did not return it, in order."""
+    one, two = torch.ones(2), torch.zeros(2)
+    for collate in (collate_outputs, _through_collector):
+        notices: list[str] = []
+        loss, extra = collate([(one,), (two, one), (one,), (one, two)], notices.append)
+        assert loss.shape == (8,)
+        assert [value is None for value in extra] == [True, False, True, False]
+        assert notices == [
+            "output 1 of the step is kept as a list of 4 values: 2 of the steps did not return it"
+        ]
+
+
+def test_nothing_collates_to_nothing() -> None:
+    """No steps, or steps without outputs."""
+    assert collate_outputs([]) == ()
+    assert collate_outputs([(), ()]) == ()
+    assert OutputCollector(10, "x").collate() == ()
+
+
+def test_a_single_step_is_not_copied() -> None:
+    """The common case of one micro-batch per step costs nothing; its scalar still has one dimension."""
+    logits, loss = torch.ones(2, 3), torch.ones(())
+    collated_loss, collated_logits = collate_outputs([(loss, logits)])
+    assert collated_logits is logits
+    assert collated_loss.shape == (1,)
+    assert collated_loss.data_ptr() == loss.data_ptr()
+
+
+def _through_collector(batches: list[tuple[Any, ...]], notice: Any = None) -> tuple[Any, ...]:
+    collector = OutputCollector(2**30, "test")
+    for batch in batches:
+        collector.append(batch)
+    assert collector.steps == len(batches)
+    collated = collector.collate(notice)
+    assert (collector.steps, collector.nbytes) == (0, 0)
+    return collated
+
+
+_trailing = st.lists(st.integers(0, 3), max_size=2)
+_dtypes = st.sampled_from([torch.float32, torch.int64, torch.bool])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), _trailing, _dtypes)
+def test_rows_come_out_in_order_and_none_is_lost(
+    rows: list[int], trailing: list[int], dtype: torch.dtype
+) -> None:
+    """Concatenated along the first dimension, whatever sizes; the scalar beside it stacks to one per step."""
+    total = torch.arange(sum(rows) * max(1, int(np.prod(trailing))) * 2)[: sum(rows) * int(np.prod(trailing))]
+    expected = total.reshape(sum(rows), *trailing).to(dtype)
+    pieces = expected.split(rows)
+    batches = [(torch.tensor(float(step)), piece) for step, piece in enumerate(pieces)]
+    for collate in (collate_outputs, _through_collector):
+        steps, collated = collate(batches)
+        assert torch.equal(steps, torch.arange(len(rows), dtype=torch.float32))
+        assert torch.equal(collated, expected)
+        assert collated.dtype is dtype
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.one_of(
+                st.none(), st.integers(0, 2).map(torch.ones), st.just(torch.ones(())), st.text(max_size=1)
+            ),
+            max_size=3,
+        ).map(tuple),
+        max_size=6,
+    )
+)
+def test_any_outputs_collate_position_by_position(batches: list[tuple[Any, ...]]) -> None:
+    """Whatever the steps return: one value per position, either a tensor or a list as long as there are
+    steps."""
+    notices: list[str] = []
+    collated = collate_outputs(batches, notices.append)
+    assert len(collated) == max(map(len, batches), default=0)
+    lists = [value for value in collated if isinstance(value, list)]
+    assert all(len(value) == len(batches) for value in lists)
+    assert len(notices) == len(lists)
+    again = _through_collector(batches)
+    assert [type(value) for value in again] == [type(value) for value in collated]
+
+
+def test_pieces_are_let_go_while_collating() -> None:
+    """Only one position is ever held twice: the first one's pieces are gone when the second one is put
+    together."""
+    collector = OutputCollector(2**20, "test")
+    pieces = [torch.ones(4), torch.ones(4)]
+    alive = [weakref.ref(piece) for piece in pieces]
+    for piece in pieces:
+        collector.append((piece, "text"))
+    del piece, pieces
+    gc.collect()
+    seen: list[bool] = []
+    collector.collate(lambda text: seen.append(any(ref() is not None for ref in alive)))
+    assert seen == [False]
+
+
+def test_appending_costs_the_same_whatever_was_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Appending looks at the new outputs alone: it counts their bytes once and copies nothing."""
+    counted = []
+    monkeypatch.setattr(trainer.collate, "nbytes", lambda outputs: counted.append(outputs) or nbytes(outputs))
+    steps = [(torch.ones(2), torch.ones(())) for _ in range(50)]
+    collector = OutputCollector(2**30, "test")
+    with TorchCalls() as calls:
+        for outputs in steps:
+            collector.append(outputs)
+    assert calls.names <= {"element_size", "numel"}
+    assert all(one is other for one, other in zip(counted, steps, strict=True))
+    assert torch.equal(collector.collate()[0], torch.ones(100))
+
+
+class TorchCalls(TorchFunctionMode):
+    """Collects the names of the tensor functions that are called."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(getattr(func, "__name__", repr(func)))
+        return func(*args, **(kwargs or {}))
+
+
+# --------------------------------------------------------------------------------------------- as tuples
+
+
+def test_a_mapping_is_refused_with_its_keys() -> None:
+    """Outputs are positional; the message says what to return."""
+    with pytest.raises(StepOutputError, match="a dict with loss, logits: return the loss, or a tuple"):
+        as_tuple({"loss": 1, "logits": 2})
+
+
+def test_outputs_come_in_one_form() -> None:
+    """A tensor of many rows, an array or a string is one output; sequences and generators are several."""
+    tensor, array = torch.ones(3), np.ones(3)
+    assert as_tuple(tensor) == (tensor,)
+    assert as_tuple(array)[0] is array
+    assert as_tuple("text") == ("text",)
+    assert as_tuple(1.5) == (1.5,)
+    assert as_tuple(None) == ()
+    assert as_tuple([1, 2]) == as_tuple((1, 2)) == as_tuple(one for one in (1, 2)) == (1, 2)
+    pair = (tensor, 1)
+    assert as_tuple(pair) is pair
+
+
+# --------------------------------------------------------------------------------------- copies and sizes
+
+
+def test_a_clone_does_not_show_later_changes_and_holds_no_graph() -> None:
+    """Also in containers; what is no tensor is the same object."""
+    weight = torch.ones(2, requires_grad=True)
+    logits = weight * 2
+    marker = object()
+    first, (second,), third, text = detach_copy((logits, [logits], {"x": logits}, marker), clone=True)
+    with torch.no_grad():
+        logits.zero_()
+    for copied in (first, second, third["x"]):
+        assert torch.equal(copied, torch.full((2,), 2.0))
+        assert not copied.requires_grad
+    assert text is marker
+
+
+def test_without_a_clone_memory_is_shared() -> None:
+    """Where nobody writes, a detached view is enough."""
+    logits = torch.ones(2, requires_grad=True) * 2
+    (shared,) = detach_copy((logits,), clone=False)
+    assert shared.data_ptr() == logits.data_ptr()
+    assert not shared.requires_grad
+
+
+def test_bytes_are_those_of_the_elements() -> None:
+    """Summed over containers; a view counts what it shows."""
+    assert nbytes(torch.ones(2, 3)) == 24
+    assert nbytes((torch.ones(2), [torch.ones(1).double()], {"x": torch.ones(3).bool()})) == 8 + 8 + 3
+    assert nbytes(torch.ones(100)[:2]) == 8
+    assert nbytes(np.ones(3)) == 24
+    assert nbytes(()) == 0
+    assert nbytes("x" * 1000) > 1000

@@ -1,0 +1,367 @@
+"""The contract: every name, argument, default and abstractness of the document, and what the methods do by
+default."""
+
+from __future__ import annotations
+
+import copy
+import fractions
+import html
+import inspect
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trainer.module_interface import (
+    HOOKS,
+    LANE_ATTRIBUTE,
+    CallbackInterface,
+    Lane,
+    ModuleInterface,
+    Stage,
+    fenced,
+    inline,
+    make_log_opaque,
+    observer,
+)
+
+# The contract as a table: class, method, parameters (a default after "="), abstract.
+CONTRACT = [
+    (CallbackInterface, "on_begin_train_epoch", ["global_step", "epoch"], False),
+    (CallbackInterface, "on_end_train_step", ["global_step", "*train_step_collated_outputs"], False),
+    (CallbackInterface, "on_end_train_epoch", ["global_step", "*train_step_collated_outputs"], False),
+    (CallbackInterface, "on_end_backward", ["global_step", "loss_tensor"], False),
+    (
+        CallbackInterface,
+        "on_end_val_epoch",
+        ["global_step", "*val_step_collated_outputs", 'key="default"'],
+        False,
+    ),
+    (CallbackInterface, "on_end_train", ["global_step"], False),
+    (
+        ModuleInterface,
+        "get_optimizers_schedulers",
+        ["estimated_global_steps_per_epoch", "epochs"],
+        True,
+    ),
+    (ModuleInterface, "get_train_dataloader", ["sampler", "batch_size"], True),
+    (ModuleInterface, "get_val_dataloaders", ["sampler", "batch_size"], True),
+    (ModuleInterface, "get_test_dataloaders", ["sampler", "batch_size"], False),
+    (ModuleInterface, "forward", ["stage", "global_step", "batch", "device"], False),
+    (ModuleInterface, "train_step", ["global_step", "batch", "device"], True),
+    (ModuleInterface, "val_step", ["global_step", "batch", "device"], True),
+    (ModuleInterface, "test_step", ["global_step", "batch", "device"], False),
+    (ModuleInterface, "get_state", [], False),
+    (ModuleInterface, "update_state", ["state"], False),
+]
+DOCUMENT = Path(__file__).resolve().parents[2].parent / "shared" / "module_interface.md"
+ABSTRACT = [name for _, name, _, abstract in CONTRACT if abstract]
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    found = []
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        text = ("*" if parameter.kind is parameter.VAR_POSITIONAL else "") + parameter.name
+        if parameter.default is not parameter.empty:
+            text += f'="{parameter.default}"'
+        found.append(text)
+    return found
+
+
+class Minimal(ModuleInterface):
+    """The least that a user must write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return []
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return None
+
+    def train_step(self, global_step, batch, device):
+        return "train", global_step, batch, device
+
+    def val_step(self, global_step, batch, device):
+        return "val", global_step, batch, device
+
+
+class Recording:
+    """A recorder that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, Any]] = []
+
+    def log(self, name: str, value: Any) -> None:
+        self.logged.append((name, value))
+
+
+# ------------------------------------------------------------------------------------------- signatures
+
+
+@pytest.mark.parametrize(("owner", "name", "parameters", "abstract"), CONTRACT)
+def test_each_method_has_the_contracts_parameters_defaults_and_abstractness(
+    owner: type, name: str, parameters: list[str], abstract: bool
+) -> None:
+    """Names, order, defaults and abstractness are law."""
+    method = vars(owner)[name]
+    assert _parameters(method) == parameters
+    assert getattr(method, "__isabstractmethod__", False) is abstract
+
+
+def _document_signatures() -> list[tuple[str, str, list[str], bool]]:
+    """Parse class, method, parameters and abstractness out of the document."""
+    text = html.unescape(DOCUMENT.read_text())
+    found, owner = [], ""
+    for part in re.split(r"^#+ ", text, flags=re.MULTILINE)[1:]:
+        title, _, body = part.partition("\n")
+        if title.endswith(" Objects"):
+            owner = title.removesuffix(" Objects")
+            continue
+        if not body.strip().startswith("```python"):
+            continue
+        code = re.sub(r"^ \| ?", "", body.split("```")[1].removeprefix("python\n"), flags=re.MULTILINE)
+        abstract = "@abstractmethod" in code
+        # The document writes a bare `*` after `*args`, which Python does not allow and which changes nothing.
+        code = code.replace("@abstractmethod", "").replace("outputs, *, ", "outputs, ").strip()
+        space: dict[str, Any] = {}
+        exec(f"from __future__ import annotations\ndef {code}:\n    ...", space)
+        name = title.replace("\\", "").strip()
+        found.append((owner, name, _parameters(_with_self(space[name])), abstract))
+    return found
+
+
+def _with_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    function.__signature__ = signature.replace(parameters=[self, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return function
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="the contract's document is not beside this checkout")
+def test_the_table_of_this_test_is_what_the_document_says() -> None:
+    """The embedded table cannot drift from the user's document."""
+    table = [(owner.__name__, name, parameters, abstract) for owner, name, parameters, abstract in CONTRACT]
+    assert _document_signatures() == table
+
+
+def test_the_classes_and_the_hooks_are_those_of_the_contract() -> None:
+    """Bases, stages and the list of hooks match."""
+    assert [(stage.name, stage.value) for stage in Stage] == [
+        ("TRAIN", "train"),
+        ("VAL", "val"),
+        ("TEST", "test"),
+    ]
+    assert issubclass(ModuleInterface, nn.Module)
+    assert issubclass(ModuleInterface, CallbackInterface)
+    assert list(HOOKS) == [name for owner, name, *_ in CONTRACT if owner is CallbackInterface]
+
+
+@pytest.mark.parametrize("missing", ABSTRACT)
+def test_a_module_that_lacks_an_abstract_method_cannot_be_built(missing: str) -> None:
+    """Python's own error names what is missing."""
+    methods = {name: vars(Minimal)[name] for name in ABSTRACT if name != missing}
+    incomplete = type("Incomplete", (ModuleInterface,), methods)
+    with pytest.raises(TypeError, match=rf"Incomplete.*{missing}"):
+        incomplete()
+
+
+# --------------------------------------------------------------------------------------------- defaults
+
+
+@pytest.mark.parametrize("stage", ["train", None, 0, "predict"])
+def test_forward_refuses_what_is_no_stage(stage: object) -> None:
+    """The error names the value, the class and the stages there are; a stage's value is no stage."""
+    with pytest.raises(AttributeError) as caught:
+        Minimal()(stage, 1, "batch", "cpu")
+    for part in ("Minimal", repr(stage), "Stage.TRAIN", "Stage.VAL", "Stage.TEST"):
+        assert part in str(caught.value)
+
+
+def test_forward_dispatches_on_the_stage() -> None:
+    """Each stage reaches its step, with the arguments unchanged; testing falls back to validation."""
+    module = Minimal()
+    assert module(Stage.TRAIN, 3, "batch", "cpu") == ("train", 3, "batch", "cpu")
+    assert module(Stage.VAL, 3, "batch", "cpu") == ("val", 3, "batch", "cpu")
+    assert module(Stage.TEST, 3, "batch", "cpu") == ("val", 3, "batch", "cpu")
+
+
+def test_hooks_are_no_ops_and_test_dataloaders_default_to_none() -> None:
+    """A callback may implement nothing, and a module need not test."""
+    callback = CallbackInterface()
+    module = Minimal()
+    for target in (callback, module):
+        assert target.on_begin_train_epoch(0, 0) is None
+        assert target.on_end_train_step(1, 2, 3) is None
+        assert target.on_end_train_epoch(1) is None
+        assert target.on_end_backward(1, torch.ones(())) is None
+        assert target.on_end_val_epoch(1, 2, key="other") is None
+        assert target.on_end_train(1) is None
+    assert module.get_test_dataloaders(object, 3) is None
+
+
+def test_state_defaults_to_the_state_dict() -> None:
+    """What one module returns, another of its kind takes over; a foreign state is an error."""
+    one, other = Minimal(), Minimal()
+    assert set(one.get_state()) == {"linear.weight", "linear.bias"}
+    other.update_state(one.get_state())
+    assert torch.equal(one.linear.weight, other.linear.weight)
+    with pytest.raises(RuntimeError, match="unknown"):
+        other.update_state({"unknown": torch.ones(())})
+
+
+# ---------------------------------------------------------------------------------------------- logging
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "says"),
+    [
+        ("", 1.0, ValueError, "empty name"),
+        (None, 1.0, TypeError, "None"),
+        (b"loss", 1.0, TypeError, "b'loss'"),
+        ("loss", "1.0", TypeError, "'1.0'"),
+        ("loss", None, TypeError, "None"),
+        ("loss", [1.0], TypeError, r"\[1.0\]"),
+        ("loss", 1j, TypeError, "1j"),
+        ("loss", np.complex64(1), TypeError, "one element"),
+        ("loss", 10**400, ValueError, "too large"),
+        ("loss", np.zeros(2), (TypeError, ValueError), "loss"),
+        ("loss", torch.zeros(2), ValueError, r"shape \(2,\)"),
+        ("loss", torch.zeros(0), ValueError, r"shape \(0,\)"),
+        ("loss", torch.zeros((), dtype=torch.complex64), TypeError, "complex64"),
+    ],
+)
+def test_log_refuses_what_is_no_number(name: Any, value: Any, error: Any, says: str) -> None:
+    """The error names the metric and the value, and nothing is recorded."""
+    module = Minimal()
+    module._recorder = recorder = Recording()
+    with pytest.raises(error, match=says):
+        module.log(name, value)
+    assert recorder.logged == []
+
+
+def test_log_outside_of_a_run_does_nothing() -> None:
+    """A step can be tried out without a trainer."""
+    assert Minimal().log("loss", 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (0.5, 0.5),
+        (2, 2.0),
+        (True, 1.0),
+        (np.float32(0.5), 0.5),
+        (np.float64(0.25), 0.25),
+        (np.int64(3), 3.0),
+        (np.array(0.5), 0.5),
+        (fractions.Fraction(1, 4), 0.25),
+    ],
+)
+def test_log_hands_plain_numbers_on_as_floats(value: Any, number: float) -> None:
+    """Whatever kind of number the user has, the recorder gets a float."""
+    module = Minimal()
+    module._recorder = recorder = Recording()
+    module.log("metric", value)
+    assert recorder.logged == [("metric", number)]
+    assert isinstance(recorder.logged[0][1], float)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_log_hands_tensors_on_unread(shape: tuple[int, ...]) -> None:
+    """A tensor of one element is passed as it is: even one without data, which could not be read."""
+    module = Minimal()
+    module._recorder = recorder = Recording()
+    value = torch.empty(shape, device="meta", requires_grad=True)
+    module.log("metric", value)
+    assert recorder.logged[0][1] is value
+
+
+def test_the_recorder_is_neither_state_nor_copied_nor_pickled() -> None:
+    """Copies of a module belong to no run: averaging, exporting and checkpointing see only the model."""
+    module = Minimal()
+    before = set(module.state_dict())
+    module._recorder = recorder = Recording()
+    assert set(module.state_dict()) == before
+    assert copy.deepcopy(module)._recorder is None
+    assert copy.copy(module)._recorder is None
+    assert pickle.loads(pickle.dumps(module))._recorder is None
+    assert module._recorder is recorder
+
+
+class Logging(Minimal):
+    """Logs a tensor and a number, with a name of its own in each step, in the middle of a step."""
+
+    def train_step(self, global_step, batch, device):
+        hidden = self.linear(batch)
+        self.log("mean", hidden.mean())
+        self.log("step", 1.5)
+        return (hidden**2).mean()
+
+
+# Dynamo itself looks at .grad where a graph breaks, and hides the warning in a way that pytest's filter
+# undoes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_log_stays_out_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred compiled steps that log compute what eager ones do, log each value, and compile once."""
+    monkeypatch.setattr(ModuleInterface, "log", ModuleInterface.log)  # the mark is for good: put it back
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    module = Logging()
+    module._recorder = recorder = Recording()
+    make_log_opaque(module)
+    make_log_opaque(module)
+    assert list(inspect.signature(ModuleInterface.log).parameters) == ["self", "name", "value"]
+    step = torch.compile(module.train_step, backend=backend)
+    batch = torch.randn(3, 2)
+    counts = []
+    for global_step in range(1, 101):
+        loss = step(global_step, batch, "cpu")
+        loss.backward()
+        counts.append(compiled)
+    eager = module.linear(batch)
+    assert torch.allclose(loss, (eager**2).mean())
+    assert len(recorder.logged) == 200
+    assert torch.allclose(recorder.logged[-2][1], eager.mean())
+    assert recorder.logged[-1] == ("step", 1.5)
+    assert counts[-1] == counts[2]  # nothing is compiled again
+    assert compiled <= 4
+
+
+# ------------------------------------------------------------------------------------------------ lanes
+
+
+@pytest.mark.parametrize(
+    ("mark", "lane"), [(inline, Lane.INLINE), (fenced, Lane.FENCED), (observer, Lane.OBSERVER)]
+)
+def test_a_mark_says_where_a_hook_runs_and_leaves_it_as_it_is(mark: Callable[..., Any], lane: Lane) -> None:
+    """The mark is an attribute of the very same function, found through the class and the instance."""
+
+    def on_end_train(self: Any, global_step: int) -> None: ...
+
+    assert mark(on_end_train) is on_end_train
+    callback = type("Marked", (CallbackInterface,), {"on_end_train": on_end_train})()
+    assert getattr(callback.on_end_train, LANE_ATTRIBUTE) is lane
+
+
+def test_a_mark_on_a_bound_method_says_where_to_put_it() -> None:
+    """A bound method has no place for it."""
+    with pytest.raises(TypeError, match=r"@fenced.*where the hook is defined"):
+        fenced(CallbackInterface().on_end_train)

@@ -1,0 +1,212 @@
+"""The arguments of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import isqrt
+from os import PathLike
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from trainer.config import check_struct, decode, describe_type, load_config
+
+PrecisionName = Literal["float32", "bfloat16", "float16"]
+
+_Count = Annotated[int, Meta(ge=1)]
+_Seconds = Annotated[float, Meta(ge=0)]
+
+
+class FieldDoc(NamedTuple):
+    """One argument, for a help text."""
+
+    name: str
+    type: str
+    """What is allowed, in words."""
+    default: Any
+    doc: str
+
+
+class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
+    """How to train: immutable, checked when built, and stored with the run.
+
+    Every field is documented where `describe` finds it. Use `msgspec.structs.replace` to change a field; that
+    checks again.
+
+    Raises:
+        ArgumentsError: Fields have a wrong type or a value that is not allowed; it names all of them.
+    """
+
+    epochs: Annotated[_Count, Meta(description="Epochs to train.")] = 1
+    train_batch_size: Annotated[
+        _Count, Meta(description="Rows of one optimizer step, over all its micro-batches and all devices.")
+    ] = 32
+    gpu_batch_size_limit: Annotated[
+        _Count | None,
+        Meta(
+            description="Most rows that go through the model at a time on one device. The micro-batch is the "
+            "largest divisor of train_batch_size within it, gradients are accumulated. None: no limit."
+        ),
+    ] = None
+    val_batch_size: Annotated[
+        _Count | None,
+        Meta(description="Rows of a validation or test batch. None: as many as a micro-batch has."),
+    ] = None
+    max_steps: Annotated[
+        _Count | None,
+        Meta(description="Optimizer steps after which the run ends, whatever the epoch. None: no limit."),
+    ] = None
+    max_train_steps_per_epoch: Annotated[
+        _Count | None,
+        Meta(description="Optimizer steps after which a training epoch ends. None: with its data."),
+    ] = None
+    max_val_steps_per_epoch: Annotated[
+        _Count | None,
+        Meta(description="Batches of each dataloader that one validation takes. None: all."),
+    ] = None
+    clip_grads: Annotated[bool, Meta(description="Whether to clip the total norm of the gradients.")] = False
+    max_grad_norm: Annotated[
+        float,
+        Meta(gt=0, description="The norm that clip_grads clips to; infinity only measures the norm."),
+    ] = 1.0
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
+        Meta(description="Seeds Python, NumPy and torch, and the shuffling. None: seeds nothing."),
+    ] = None
+    device: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Where to train: 'auto' takes an accelerator if there is one, else the CPU.",
+        ),
+    ] = "auto"
+    precision: Annotated[
+        PrecisionName,
+        Meta(description="Automatic mixed precision; float32 turns it off, float16 scales the loss."),
+    ] = "float32"
+    compile: Annotated[bool, Meta(description="Whether to compile the step methods with torch.compile.")] = (
+        False
+    )
+    compile_options: Annotated[
+        dict[str, Any],
+        Meta(description="Keyword arguments of torch.compile, for example {mode: max-autotune}."),
+    ] = {}
+    scheduler_interval: Annotated[
+        Literal["step", "epoch"],
+        Meta(description="Whether schedulers step after each optimizer step or each epoch."),
+    ] = "step"
+    monitor: Annotated[str, Meta(min_length=1, description="The metric that ReduceLROnPlateau gets.")] = (
+        "val_loss"
+    )
+    val_interval_epochs: Annotated[
+        int, Meta(ge=0, description="Validate after every so many epochs; 0 is never.")
+    ] = 1
+    val_interval_steps: Annotated[
+        _Count | None,
+        Meta(description="Validate after every so many finished optimizer steps, instead of after epochs."),
+    ] = None
+    non_finite_loss: Annotated[
+        Literal["warn", "skip", "stop"],
+        Meta(
+            description="When a loss is NaN or infinite: say so, leave the step out (this reads each loss), "
+            "or end the run."
+        ),
+    ] = "warn"
+    epoch_outputs_limit_bytes: Annotated[
+        _Count,
+        Meta(
+            description="Most host memory for the step outputs that a hook at an epoch's end wants, in bytes."
+        ),
+    ] = 4 * 2**30
+    ledger_interval_s: Annotated[
+        float,
+        Meta(
+            gt=0, description="How often the stall ledger is published, in seconds; infinity only at the end."
+        ),
+    ] = 10.0
+    drain_timeout_s: Annotated[
+        _Seconds,
+        Meta(description="How long observers may take to finish after the loop has ended, in seconds."),
+    ] = 30.0
+    stop_grace_s: Annotated[
+        _Seconds,
+        Meta(description="How long a cancelled loop may take to reach a step boundary, in seconds."),
+    ] = 30.0
+
+    def __post_init__(self) -> None:
+        # A Struct's constructor takes anything; only decoding would validate.
+        check_struct(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], overrides: Iterable[str] = ()) -> TrainerArguments:
+        """Build the arguments from plain values, strictly.
+
+        Args:
+            values: By field name. Nothing is coerced but integers where a float is expected.
+            overrides: ``"name=value"`` each, applied in order over ``values``; the value is read as YAML.
+
+        Raises:
+            ArgumentsError: Unknown names (with the nearest known one), wrong types, values that are not
+                allowed.
+        """
+        return decode(cls, values, "the arguments", overrides)
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str], overrides: Iterable[str] = ()) -> TrainerArguments:
+        """Build the arguments from a YAML, TOML or JSON file, told by its suffix; otherwise like `from_dict`.
+
+        Raises:
+            ArgumentsError: Also if the file cannot be read or parsed; it names the file.
+        """
+        return decode(cls, load_config(path), str(path), overrides)
+
+    @classmethod
+    def describe(cls) -> list[FieldDoc]:
+        """All arguments with what is allowed, their defaults and their meaning, for a help text."""
+        return [
+            FieldDoc(
+                field.name,
+                describe_type(field.type),
+                {} if field.default is msgspec.NODEFAULT else field.default,
+                _description(field.type),
+            )
+            for field in msgspec.structs.fields(cls)
+        ]
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that go through the model at a time: the largest divisor of the batch within the limit."""
+        total = self.train_batch_size
+        limit = self.gpu_batch_size_limit or total
+        small = [divisor for divisor in range(1, isqrt(total) + 1) if total % divisor == 0]
+        return max(divisor for one in small for divisor in (one, total // one) if divisor <= limit)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return self.train_batch_size // self.micro_batch_size
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Rows of a validation or test batch."""
+        return self.val_batch_size or self.micro_batch_size
+
+    def batch_size_warning(self) -> str | None:
+        """What to tell the user when the micro-batch is less than half of the limit; else None."""
+        limit = self.gpu_batch_size_limit
+        if limit is None or limit >= self.train_batch_size or 2 * self.micro_batch_size >= limit:
+            return None
+        better = max(1, round(self.train_batch_size / limit)) * limit
+        return (
+            f"train_batch_size={self.train_batch_size} has no large divisor within "
+            f"gpu_batch_size_limit={limit}: each step takes {self.accumulation_steps} micro-batches of "
+            f"{self.micro_batch_size}. "
+            f"train_batch_size={better} would take {better // limit} of {limit}."
+        )
+
+
+def _description(kind: Any) -> str:
+    """The text of a field's `Meta`."""
+    texts = [meta.description for meta in getattr(kind, "__metadata__", ()) if isinstance(meta, Meta)]
+    return next((text for text in texts if text), "")

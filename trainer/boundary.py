@@ -1,0 +1,214 @@
+"""The border between the loop and everyone else: publishing, inline and fenced hooks, commands, and every wait for them.
+
+All of it runs on the loop's thread. Places where the loop may wait carry a comment that begins with ``WAIT``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter_ns as clock
+from typing import Any, Literal
+
+from events.backlog import Payload
+from events.bus import Bus
+from events.errors import FenceBroken
+from events.fence import Fence
+from events.log import logger
+from events.messages import CommandTaken, Event, LedgerReported, LoopHeld
+from events.origin import Origin
+from events.protocol import AnyCommand, Pause, Resume, Stop
+from trainer.collate import collate_outputs, detach_copy
+from trainer.control import Control
+from trainer.hooks import HookTable, InlineHook, hook_arguments
+from trainer.ledger import Ledger
+from trainer.outputs import EpochOutputs
+
+_ANNOUNCE_WAIT_S = 5.0
+
+
+class StopRequested(Exception):  # noqa: N818 - not an error: the way out of every phase when a stop was taken
+    """A stop was taken at a step boundary."""
+
+    def __init__(self, reason: str | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Boundary:
+    """What the loop does between its steps.
+
+    Args:
+        on_inline_error: Decides by the callback's policy what an inline hook's exception means; raises it to end the run.
+        ledger_interval_s: How often the ledger is published.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        origin: Origin,
+        control: Control,
+        hooks: HookTable,
+        ledger: Ledger,
+        *,
+        on_inline_error: Callable[[InlineHook, Exception], None],
+        ledger_interval_s: float,
+    ) -> None:
+        self.bus = bus
+        self.origin = origin
+        self.control = control
+        self.hooks = hooks
+        self.ledger = ledger
+        self.phase = "setup"
+        """What the loop is doing, for messages."""
+        self._on_inline_error = on_inline_error
+        self._ledger_interval_ns = int(ledger_interval_s * 1e9)
+        self._noticed: set[str] = set()
+
+    def cross(self) -> None:
+        """A step boundary: commands are taken here, and the loop waits here for whoever must not miss an event.
+
+        Raises:
+            StopRequested: a stop was taken.
+            BaseException: the run was cancelled, or a fatal observer failed.
+        """
+        if self.control.pending:
+            self.take_commands()
+        if self.bus.gated:
+            self._wait_for_room()
+        if self.ledger.interval_ns > self._ledger_interval_ns:
+            self.bus.publish(LedgerReported(*self.origin.header(), "interval", self.ledger.interval()))
+
+    # ------------------------------------------------------------------------------------ events and hooks
+
+    def publish(
+        self, event: Event, outputs: EpochOutputs | None = None, payload: Payload | None = None
+    ) -> None:
+        """Publish a stage's event, run its inline hooks, and wait until its fenced hooks have returned.
+
+        Raises:
+            BaseException: a fenced or inline hook failed and its policy is fatal, or the run was cancelled.
+        """
+        mark = clock()
+        kind = type(event)
+        if outputs is not None or kind in self.hooks.fenced:
+            payload = payload or Payload()
+            payload.outputs = outputs
+            payload.fence = self.fence(kind)
+        self.bus.publish(event, payload)
+        self.ledger.publish += clock() - mark
+        inline = self.hooks.inline.get(kind)
+        if inline:
+            args, kwargs = hook_arguments(event, outputs.collated() if outputs is not None else ())
+            self.run_inline(inline, *args, **kwargs)
+        if payload is not None and payload.fence is not None:
+            self.wait_for_fence(payload.fence)
+
+    def run_inline(self, hooks: list[InlineHook], *args: Any, **kwargs: Any) -> None:
+        """Run hooks here and now; charged to the ledger."""
+        mark = clock()
+        for hook in hooks:
+            if not hook.disabled:
+                try:
+                    hook.call(*args, **kwargs)
+                except Exception as error:  # a supervisor's border: the policy reports it, and raises unless it disables
+                    self._on_inline_error(hook, error)
+        self.ledger.inline += clock() - mark
+
+    def run_inline_step(self, hooks: list[InlineHook], live: list[tuple[Any, ...]]) -> None:
+        """Run inline hooks of the end of a step, with outputs that are detached but neither copied nor moved."""
+        outputs = collate_outputs([detach_copy(values, clone=False) for values in live], self.notice)
+        self.run_inline(hooks, self.origin.global_step, *outputs)
+
+    def fence(self, kind: type[Event]) -> Fence | None:
+        """A fence for an event of this type; None if no hook of it is fenced."""
+        fenced = self.hooks.fenced.get(kind)
+        return Fence(fenced) if fenced else None
+
+    def wait_for_fence(self, fence: Fence) -> None:
+        """Wait until every fenced hook of an event has returned."""
+        begin = clock()
+        announced = False
+        self.bus.flush()
+        try:
+            while not fence.wait(0.05):  # WAIT: fenced hooks; the period bounds how late a cancellation is seen
+                self._raise_if_failed()
+                if not self.bus.alive:
+                    names = ", ".join(fence.waiting)
+                    raise FenceBroken(f"the loop waited for {names}, but the event loop that runs them has ended")
+                if not announced and clock() - begin > _ANNOUNCE_WAIT_S * 1e9:
+                    announced = True
+                    self._announce("fence", fence.waiting, begin)
+        finally:
+            self.ledger.fence += clock() - begin
+        if announced:
+            self._announce("fence", [], begin)
+        self._raise_if_failed()
+
+    def _wait_for_room(self) -> None:
+        begin = clock()
+        announced = False
+        while not self.bus.wait_for_room(0.1):  # WAIT: an observer that sees everything, or the host's event loop
+            if self.control.pending:
+                self.ledger.backpressure += clock() - begin
+                self.take_commands()
+                begin = clock()
+            if not announced and clock() - begin > _ANNOUNCE_WAIT_S * 1e9:
+                announced = True
+                self._announce("backpressure", self.bus.blocked_by, begin)
+        self.ledger.backpressure += clock() - begin
+        if announced:
+            self._announce("backpressure", [], begin)
+
+    def _announce(self, cause: Literal["fence", "backpressure"], observers: list[str], begin: int) -> None:
+        """Say that the loop is waiting for these observers; for none: that it goes on."""
+        wait_s = (clock() - begin) / 1e9
+        self.bus.publish(LoopHeld(*self.origin.header(), cause, observers, wait_s, not observers))
+        if observers:
+            logger.warning(f"the training loop has waited {wait_s:.1f} s for {', '.join(observers)} ({cause})")
+
+    def notice(self, text: str) -> None:
+        """Log a remark, once."""
+        if text not in self._noticed:
+            self._noticed.add(text)
+            logger.warning(text)
+
+    # -------------------------------------------------------------------------------------------- commands
+
+    def take_commands(self) -> None:
+        """Take what has come in. A stop wins over everything else; a pause is waited out here.
+
+        Raises:
+            StopRequested: a stop was taken.
+            BaseException: the run was cancelled, or a fatal observer failed.
+        """
+        self._raise_if_failed()
+        paused = self._obey(self.control.take(), False)
+        begin = clock()
+        try:
+            while paused:
+                self.control.wait(1.0)  # WAIT: paused until told otherwise
+                self._raise_if_failed()
+                paused = self._obey(self.control.take(), paused)
+        finally:
+            self.ledger.paused += clock() - begin
+
+    def _obey(self, commands: list[AnyCommand], paused: bool) -> bool:
+        """Carry out commands in order; returns whether the run is paused after them."""
+        stop: Stop | None = None
+        for command in commands:
+            match command:
+                case Stop():
+                    stop = stop or command
+                case Pause():
+                    paused = True
+                case Resume():
+                    paused = False
+            name = type(command).__name__.lower()
+            self.bus.publish(CommandTaken(*self.origin.header(), name, command.id, command.reason))
+        if stop is not None:
+            raise StopRequested(stop.reason)
+        return paused
+
+    def _raise_if_failed(self) -> None:
+        if self.control.error is not None:
+            raise self.control.error

@@ -1,0 +1,286 @@
+"""Configuration files, dotted overrides, and the strict checking of any `msgspec.Struct`.
+
+Everything that is wrong is collected into one `ArgumentsError`; each line names the path of the field, its
+value and what is allowed. Nothing is coerced but an integer where a float is expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import reprlib
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import msgspec
+import yaml
+from msgspec import inspect
+from msgspec.structs import force_setattr
+
+from trainer.errors import ArgumentsError
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-4`` is a number (YAML 1.1: ``1.0e-4``) and no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a value as YAML (safe types only). Raises `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_YamlLoader)
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return values
+
+
+_PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    ".yaml": ("YAML", parse_yaml),
+    ".yml": ("YAML", parse_yaml),
+    ".toml": ("TOML", tomllib.loads),
+    ".json": ("JSON", _parse_json),
+}
+
+
+def load_config(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read a mapping from a YAML, TOML or JSON file, told by its suffix. An empty YAML file is one, too.
+
+    Raises:
+        ArgumentsError: The file cannot be read or parsed, or holds something else than a mapping; it names
+            the file.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in _PARSERS:
+        raise ArgumentsError(f"{path}: the suffix {suffix!r} is none of {', '.join(_PARSERS)}")
+    language, parse = _PARSERS[suffix]
+    try:
+        config = parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentsError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:  # those of tomllib, json and text decoding are ValueErrors
+        raise ArgumentsError(f"{path}: is not valid {language}: {error}") from error
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise ArgumentsError(f"{path}: must hold a mapping of names to values, not {reprlib.repr(config)}")
+    return config
+
+
+def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of ``config`` with ``"name=value"`` or ``"group.name=value"`` applied, in order.
+
+    Values are read as YAML: ``1e-4`` is a number, ``null`` is None, ``[1, 2]`` a list. Groups that are
+    missing are made; ``config`` is not changed.
+
+    Raises:
+        ArgumentsError: An override has no ``=``, an empty name, a value that is no YAML, or leads through a
+            value that is no group.
+    """
+    result = dict(config)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        names = path.strip().split(".")
+        if not equals or not all(names):
+            raise ArgumentsError(f"override {override!r}: must look like 'name=value' or 'group.name=value'")
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise ArgumentsError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        group = result
+        for depth, name in enumerate(names[:-1], start=1):
+            inner = group.get(name)
+            if inner is not None and not isinstance(inner, Mapping):
+                at = ".".join(names[:depth])
+                raise ArgumentsError(
+                    f"override {override!r}: {at} is {reprlib.repr(inner)}, not a group of values"
+                )
+            group[name] = group = dict(inner or {})
+        group[names[-1]] = value
+    return result
+
+
+# ----------------------------------------------------------------------------------------------- checking
+
+
+def decode(
+    kind: type[_Struct], config: Mapping[str, Any], source: str, overrides: Iterable[str] = ()
+) -> _Struct:
+    """Build a Struct from plain values and overrides, strictly.
+
+    Args:
+        kind: The Struct; fields that are Structs themselves (or None) are decoded alike.
+        config: Values by field name.
+        source: Where they come from, for the message.
+        overrides: See `apply_overrides`.
+
+    Raises:
+        ArgumentsError: Lists every unknown key (with the nearest known one), missing field, and wrong value.
+    """
+    if not isinstance(config, Mapping):
+        raise ArgumentsError(f"{source}: must be a mapping of names to values, not {reprlib.repr(config)}")
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+    problems: list[str] = []
+    values = _convert_fields(kind, apply_overrides(config, overrides), "", problems)
+    if overrides:
+        source += f" with {', '.join(overrides)}"
+    _raise_if(problems, source)
+    return kind(**values)
+
+
+def check_struct(struct: msgspec.Struct) -> None:
+    """Check every field of a Struct against its type and constraints; for `__post_init__`.
+
+    A value whose type is only convertible (an integer for a float) is replaced by the converted one, and
+    containers by copies, so that nobody else holds them.
+
+    Raises:
+        ArgumentsError: Lists every wrong value.
+    """
+    problems: list[str] = []
+    kind = type(struct)
+    current = {name: getattr(struct, name) for name in kind.__struct_fields__}
+    for name, value in _convert_fields(kind, current, "", problems).items():
+        force_setattr(struct, name, value)
+    _raise_if(problems, kind.__name__)
+
+
+def _raise_if(problems: list[str], source: str) -> None:
+    if problems:
+        raise ArgumentsError(f"{source}: " + "; ".join(problems))
+
+
+def _convert_fields(
+    kind: type[msgspec.Struct], values: Mapping[Any, Any], path: str, problems: list[str]
+) -> dict[str, Any]:
+    """Convert each value to its field's type; what cannot be goes to ``problems``."""
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    problems += [_unknown(key, path, fields) for key in values if key not in fields]
+    problems += [
+        f"{path}{name}: is missing" for name, field in fields.items() if field.required and name not in values
+    ]
+    converted = {}
+    for name, field in fields.items():
+        if name in values:
+            converted[name] = _convert(values[name], field.type, f"{path}{name}", problems)
+    return converted
+
+
+def _convert(value: Any, expected: Any, path: str, problems: list[str]) -> Any:
+    inner = _struct_of(expected)
+    if inner is not None and isinstance(value, Mapping):
+        before = len(problems)
+        parts = _convert_fields(inner, value, f"{path}.", problems)
+        if len(problems) > before:
+            return None
+        try:
+            return inner(**parts)
+        except (TypeError, ValueError) as error:  # its own __post_init__: fields that do not go together
+            problems.append(f"{path}: {error}")
+            return None
+    try:
+        return msgspec.convert(value, expected)
+    except msgspec.ValidationError as error:
+        inside = f" ({error})" if " - at " in str(error) else ""
+        problems.append(f"{path} = {reprlib.repr(value)}: must be {describe_type(expected)}{inside}")
+        return None
+
+
+def _unknown(key: Any, path: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(key), list(known), n=1)
+    hint = f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"{path}{key}: is not known; {hint}"
+
+
+def _struct_of(kind: Any) -> type[msgspec.Struct] | None:
+    """The Struct that a field is, alone or beside None; None if there is none, or a choice of several."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return kind
+    if get_origin(kind) not in (Annotated, Union, UnionType):
+        return None
+    found = [struct for struct in map(_struct_of, get_args(kind)) if struct is not None]
+    return found[0] if len(found) == 1 else None
+
+
+# ------------------------------------------------------------------------------------------------- words
+
+
+def describe_type(kind: Any) -> str:
+    """Say in words what a field's type and constraints allow: ``an integer >= 1 or None``."""
+    return _words(inspect.type_info(kind))
+
+
+def _words(node: inspect.Type) -> str:
+    match node:
+        case inspect.Metadata():
+            return _words(node.type)
+        case inspect.UnionType():
+            # None last, as it is the exception.
+            parts = sorted(node.types, key=lambda part: isinstance(part, inspect.NoneType))
+            return " or ".join(_words(part) for part in parts)
+        case inspect.IntType():
+            return "an integer" + _bounds(node)
+        case inspect.FloatType():
+            return "a number" + _bounds(node)
+        case inspect.StrType():
+            return "a string that is not empty" if node.min_length else "a string"
+        case inspect.LiteralType():
+            return "one of " + ", ".join(repr(value) for value in sorted(node.values, key=str))
+        case inspect.StructType():
+            return f"a mapping of the fields of {node.cls.__name__}"
+        case _:
+            return _PLAIN_WORDS.get(type(node), type(node).__name__.removesuffix("Type").lower())
+
+
+def _bounds(node: inspect.IntType | inspect.FloatType) -> str:
+    signs = ((">", node.gt), (">=", node.ge), ("<", node.lt), ("<=", node.le))
+    texts = [
+        f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}"
+        for sign, bound in signs
+        if bound is not None
+    ]
+    return " " + " and ".join(texts) if texts else ""
+
+
+_PLAIN_WORDS: dict[type[inspect.Type], str] = {
+    inspect.NoneType: "None",
+    inspect.BoolType: "true or false",
+    inspect.DictType: "a mapping with string keys",
+    inspect.ListType: "a list",
+    inspect.AnyType: "anything",
+}

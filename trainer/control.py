@@ -1,0 +1,53 @@
+"""Where commands, cancellation and fatal observers reach the loop."""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+
+from events.protocol import AnyCommand
+
+
+class Control:
+    """The loop's inbox. Everything but `take` and `wait` may be called from any thread, and from a signal handler.
+
+    No lock is involved: a signal handler runs on the thread it interrupts, and would wait for itself.
+    """
+
+    def __init__(self) -> None:
+        self.pending = False
+        """Whether the loop has anything to look at; the one thing it reads at every step."""
+        self.error: BaseException | None = None
+        """What the loop must raise at its next step boundary: a cancellation, or what a fatal observer raised."""
+        self._commands: deque[AnyCommand] = deque()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def send(self, command: AnyCommand) -> None:
+        """Queue a command."""
+        self._commands.append(command)
+        self._notify()
+
+    def fail(self, error: BaseException) -> None:
+        """Have the loop raise ``error`` at its next step boundary. The first one stays."""
+        if self.error is None:
+            self.error = error
+        self._notify()
+
+    def take(self) -> list[AnyCommand]:
+        """All pending commands, in order of arrival. The loop's thread only."""
+        self.pending = False  # before the queue is emptied: what comes in between is seen next time
+        taken: list[AnyCommand] = []
+        while self._commands:
+            taken.append(self._commands.popleft())
+        return taken
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait on the loop's thread until something is sent, or ``timeout_s`` has passed."""
+        try:
+            self._wake.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+
+    def _notify(self) -> None:
+        self.pending = True
+        self._wake.put(None)  # SimpleQueue.put is reentrant

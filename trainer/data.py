@@ -1,0 +1,299 @@
+"""What the loop does with data: order it, count it, move it, and choose a device.
+
+Batches may nest in any way. `map_tensors` walks tensors, mappings, lists, tuples, named tuples, and the
+fields of dataclasses, attrs classes and msgspec Structs; whatever else it meets stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
+from typing import Any, ClassVar
+
+import msgspec
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import SequentialSampler as SequentialSampler
+
+from trainer.errors import ArgumentsError, DataLoaderError
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool = True) -> Any:
+    """Return the batch with every tensor in it on ``device``; nothing is changed in place.
+
+    Objects with a ``to`` method (a PackedSequence, a tokenizer's BatchEncoding) are moved by it. A container
+    keeps its type where a copy of it can be filled; one in which nothing had to move is returned as it is,
+    not as a copy.
+
+    Args:
+        batch: Any nesting; see the module's docstring.
+        device: Where to.
+        non_blocking: Do not wait for copies from pinned host memory to an accelerator
+            (``DataLoader(pin_memory=True)``); the device orders them before the work that uses them. From
+            memory that is not pinned, the host waits anyway.
+
+    Returns:
+        The batch, of the same structure.
+    """
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=non_blocking)
+        try:
+            return value.to(device, non_blocking=non_blocking)
+        except TypeError:  # a `to` that takes only the device
+            return value.to(device)
+
+    return _map(batch, move, movable=True)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Return ``value`` with ``function`` applied to each tensor; only containers it changes are rebuilt."""
+    return _map(value, function, movable=False)
+
+
+def _map(value: Any, function: Callable[[Any], Any], movable: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (str, bytes, int, float, type)) or value is None:
+        return value
+    if movable and callable(getattr(value, "to", None)):
+        return function(value)
+    parts = _parts(value)
+    if parts is None:
+        return value
+    mapped = [(key, part, _map(part, function, movable)) for key, part in parts]
+    if all(after is before for _, before, after in mapped):
+        return value
+    return _rebuild(value, [(key, after) for key, _, after in mapped])
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a container holds, with the key, index or field name of each; None if it is not a container."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    names = _field_names(value)
+    return None if names is None else [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+
+
+def _field_names(value: Any) -> list[str] | None:
+    if isinstance(value, msgspec.Struct):
+        return list(value.__struct_fields__)
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    attributes = getattr(type(value), "__attrs_attrs__", None)  # attrs, without importing it
+    return None if attributes is None else [attribute.name for attribute in attributes]
+
+
+def _rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
+    if isinstance(value, Mapping):
+        return _rebuild_mapping(value, dict(parts))
+    if isinstance(value, tuple):
+        items = [part for _, part in parts]
+        # A named tuple's constructor takes the fields apart; `_make` is the one way in that all of them
+        # share.
+        make = getattr(type(value), "_make", None)
+        return make(items) if make is not None else tuple(items)
+    result = copy.copy(value)
+    if isinstance(value, list):
+        result[:] = [part for _, part in parts]
+    elif isinstance(value, msgspec.Struct):
+        for name, part in parts:
+            msgspec.structs.force_setattr(result, name, part)
+    else:
+        for name, part in parts:
+            object.__setattr__(result, name, part)  # past a frozen class, and past setters that would convert
+    return result
+
+
+def _rebuild_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(value) is dict:
+        return items
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)  # keeps what the class has beside its items, such as a default factory
+        for key, item in items.items():
+            result[key] = item
+        return result
+    try:
+        return type(value)(items)  # type: ignore[call-arg]
+    except TypeError:  # a read-only mapping that is built in another way
+        return items
+
+
+def first_rows(batch: Any) -> int | None:
+    """Rows of a batch: the first dimension of the first tensor that has any, depth first; else None.
+
+    A PackedSequence counts its sequences, not their tokens. Reads shapes only: no device is waited for.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.dim() else None
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])  # always a host tensor
+    if isinstance(batch, (str, bytes, int, float, type)) or batch is None:
+        return None
+    for _, part in _parts(batch) or ():
+        rows = first_rows(part)
+        if rows is not None:
+            return rows
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ samplers
+
+
+class ShuffledSampler(Sampler[int]):
+    """Yields the indices of a data set in an order that (seed, epoch) alone determines.
+
+    `make_train_sampler` makes a subclass of it for each epoch. It uses a generator of its own, so the order
+    depends on no global state and changes none. Iterating it again gives the same order.
+    """
+
+    seed: ClassVar[int] = 0
+    epoch: ClassVar[int] = 0
+    instances: ClassVar[int] = 0
+    """How many samplers of this very class were made: 1 once the dataloader uses it."""
+
+    def __init__(self, data_source: Sized) -> None:
+        self.data_source = data_source
+        type(self).instances += 1
+
+    def __iter__(self) -> Iterator[int]:
+        # Hashed, as seed + epoch would give (0, 1) and (1, 0) the same order.
+        digest = hashlib.blake2b(f"{self.seed}:{self.epoch}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        yield from torch.randperm(len(self.data_source), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+
+def make_train_sampler(seed: int, epoch: int) -> type[ShuffledSampler]:
+    """Make the sampler class for the training data of one epoch; it counts its instances."""
+    return type("TrainSampler", (ShuffledSampler,), {"seed": seed, "epoch": epoch, "instances": 0})
+
+
+# ------------------------------------------------------------------------------------------------- loaders
+
+
+def batch_rows(
+    loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sampler[int]]
+) -> Callable[[int], int] | None:
+    """Tell how many rows each batch of a loader will have, where that is certain without reading it.
+
+    Returns:
+        A function from a batch's index to its rows, or None: the loader is not torch's, does not use a
+        sampler of ``sampler_cls``, or does its batching otherwise than in ``micro_batch`` rows.
+    """
+    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, sampler_cls):
+        return None
+    batches = loader.batch_sampler
+    # A subclass may batch in any way it likes, so the very class.
+    if type(batches) is not BatchSampler or batches.sampler is not loader.sampler:
+        return None
+    if batches.batch_size != micro_batch or not isinstance(loader.sampler, Sized):
+        return None
+    total = len(loader.sampler)
+    full, rest = divmod(total, micro_batch)
+    count = full + (1 if rest and not batches.drop_last else 0)
+
+    def rows(index: int) -> int:
+        if not 0 <= index < count:
+            raise IndexError(f"batch {index} of a dataloader with {count} batches of {total} rows")
+        return micro_batch if index < full else rest
+
+    return rows
+
+
+def loader_length(loader: Iterable[Any]) -> int | None:
+    """Batches that a loader says it will yield; None if it does not know."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # no __len__, or a dataset or sampler below has none
+        return None
+
+
+def as_val_loaders(value: Any, what: str = "get_val_dataloaders") -> dict[str, Iterable[Any]]:
+    """Bring what a module's method returned into one form: dataloaders by key, in their order.
+
+    Args:
+        value: One loader (gets the key ``"default"``), a mapping of them, or None for none.
+        what: The method that returned it, for the message.
+
+    Raises:
+        DataLoaderError: Something in it is no iterable, or a key is not a string; it says what and where.
+    """
+    if value is None:
+        return {}
+    loaders = dict(value) if isinstance(value, Mapping) else {"default": value}
+    for key, loader in loaders.items():
+        if not isinstance(key, str) or not key:
+            raise DataLoaderError(f"{what}() returned the key {key!r}: keys are strings that are not empty")
+        where = f"{what}()[{key!r}]" if isinstance(value, Mapping) else f"{what}()"
+        if isinstance(loader, (str, bytes)) or not (
+            hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+        ):
+            raise DataLoaderError(
+                f"{where} returned {loader!r}: it must be a dataloader, or any iterable of batches"
+            )
+        if (
+            isinstance(loader, (list, tuple))
+            and loader
+            and all(isinstance(one, DataLoader) for one in loader)
+        ):
+            raise DataLoaderError(
+                f"{where} returned a {type(loader).__name__} of dataloaders: return a dict, to name them"
+            )
+    return loaders
+
+
+# ------------------------------------------------------------------------------------------ device and seed
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Find the device to train on; ``"auto"`` is the current accelerator if there is one, else the CPU.
+
+    An accelerator is returned with its index, so that it compares equal to the device of a tensor on it.
+
+    Raises:
+        ArgumentsError: There is no such device, or this torch cannot use it.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or torch.device("cpu")
+    try:
+        # The one test that all kinds of device share: have it hold a tensor.
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ArgumentsError(
+            f"device = {str(device)!r}: cannot be used: {reason}. Available here: {', '.join(_devices())}."
+        ) from error
+
+
+def _devices() -> list[str]:
+    found = ["'auto'", "'cpu'"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        found += (
+            [f"'{kind.type}:{index}'" for index in range(torch.accelerator.device_count())] if kind else []
+        )
+    return found
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy (where it is installed) and torch, on every device."""
+    random.seed(seed)
+    torch.manual_seed(seed)  # seeds all accelerators, too
+    try:
+        import numpy as np
+    except ImportError:
+        return
+    np.random.seed(seed % 2**32)  # NumPy takes 32 bits

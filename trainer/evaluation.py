@@ -1,0 +1,176 @@
+"""Validation and test: a stage over every dataloader, in eval mode and without gradients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from time import perf_counter_ns as clock
+from typing import Any
+
+import torch
+
+from events.backlog import Payload
+from events.messages import (
+    StageName,
+    TestEpochEnded,
+    TestEpochStarted,
+    TestStepEnded,
+    ValEpochEnded,
+    ValEpochStarted,
+    ValStepEnded,
+)
+from trainer.boundary import Boundary
+from trainer.collate import as_tuple
+from trainer.data import first_rows, loader_length
+from trainer.errors import EmptyDataLoader
+from trainer.module_interface import ModuleInterface, Stage
+from trainer.outputs import Capture, EpochOutputs
+from trainer.precision import Precision
+from trainer.recorder import MetricRecorder, Value, weighted_mean
+
+END = object()
+
+_EVENTS: dict[Stage, tuple[StageName, type[Any], type[Any], type[Any]]] = {
+    Stage.VAL: ("val", ValEpochStarted, ValStepEnded, ValEpochEnded),
+    Stage.TEST: ("test", TestEpochStarted, TestStepEnded, TestEpochEnded),
+}
+
+
+class Evaluation:
+    """Evaluates one module. All methods run on the loop's thread."""
+
+    def __init__(
+        self,
+        module: ModuleInterface,
+        device: torch.device,
+        precision: Precision,
+        boundary: Boundary,
+        recorder: MetricRecorder,
+        *,
+        outputs_limit_bytes: int,
+    ) -> None:
+        self._module = module
+        self._device = device
+        self._precision = precision
+        self._boundary = boundary
+        self._recorder = recorder
+        self._capture = Capture(device)
+        self._outputs_limit_bytes = outputs_limit_bytes
+
+    def run(
+        self, stage: Stage, loaders: dict[str, Iterable[Any]], limit: int | None, *, keep: bool = False
+    ) -> dict[str, tuple[Any, ...]]:
+        """Run a stage over every dataloader; afterwards every submodule is in the mode it was in before.
+
+        Args:
+            limit: Most batches of each dataloader.
+            keep: Return the outputs, collated, per key; else they are kept only for hooks that want them.
+
+        Raises:
+            EmptyDataLoader: a dataloader yielded no batch.
+            EpochOutputsTooLarge: the outputs to be kept exceed their limit.
+            StopRequested: a stop was taken between two batches.
+        """
+        origin = self._boundary.origin
+        before = origin.stage
+        training = [module for module in self._module.modules() if module.training]
+        kept: dict[str, tuple[Any, ...]] = {}
+        self._module.eval()
+        try:
+            with torch.no_grad():
+                for key, loader in loaders.items():
+                    outputs = self._run_loader(stage, key, loader, limit, keep)
+                    if keep and outputs is not None:
+                        kept[key] = outputs.collated()
+        finally:
+            for module in training:
+                module.training = True  # `train()` would also turn on what the user keeps in eval mode
+            origin.stage = before
+        return kept
+
+    def _run_loader(
+        self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, keep: bool
+    ) -> EpochOutputs | None:
+        name, started, _, ended = _EVENTS[stage]
+        boundary, ledger = self._boundary, self._boundary.ledger
+        boundary.origin.stage = name
+        method = f"get_{name}_dataloaders"
+        length = loader_length(loader)
+        steps = limit if length is None else length if limit is None else min(limit, length)
+        boundary.publish(started(*boundary.origin.header(), key, steps))
+        outputs = self._outputs(stage, key, keep)
+        began = time.monotonic()
+        boundary.phase = f"the dataloader {key!r} of {method}"
+        mark = clock()
+        batches = iter(loader)
+        ledger.data += clock() - mark
+        done, rows, losses = self._run_batches(stage, key, batches, limit, outputs)
+        if done == 0:
+            raise EmptyDataLoader(
+                f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out"
+            )
+        self._recorder.take(key)
+        payload = Payload()
+        if len(losses) == done:
+            suffix = "" if key == "default" else f"/{key}"
+            mean = weighted_mean(losses)
+            assert isinstance(mean, torch.Tensor)
+            payload.pending = {"loss": mean}
+            self._recorder.latest[f"{name}_loss{suffix}"] = mean
+        event = ended(*boundary.origin.header(), key, done, rows, time.monotonic() - began)
+        boundary.publish(event, outputs, payload)
+        return outputs
+
+    def _run_batches(
+        self, stage: Stage, key: str, batches: Iterator[Any], limit: int | None, outputs: EpochOutputs | None
+    ) -> tuple[int, int | None, list[tuple[Value, int]]]:
+        """Returns how many batches there were, how many rows (if that is known), and each batch's loss if it has one."""
+        name, _, step_ended, _ = _EVENTS[stage]
+        boundary, ledger = self._boundary, self._boundary.ledger
+        done = 0
+        total: int | None = 0
+        losses: list[tuple[Value, int]] = []
+        while limit is None or done < limit:
+            boundary.phase = f"the dataloader {key!r} of get_{name}_dataloaders"
+            mark = clock()
+            batch = next(batches, END)  # WAIT: data
+            ledger.data += clock() - mark
+            if batch is END:
+                break
+            boundary.cross()  # what came while the loop waited for data is taken before the batch, not after it
+            mark = clock()
+            boundary.phase = f"{name}_step"
+            rows = first_rows(batch)
+            self._recorder.weight = rows or 1
+            values = as_tuple(self._forward(stage, batch))
+            ledger.compute += clock() - mark
+            mark = clock()
+            done += 1
+            total = None if rows is None or total is None else total + rows
+            first = values[0] if values else None
+            if isinstance(first, torch.Tensor) and first.numel() == 1:
+                losses.append((first.detach().reshape(()).clone(), rows or 1))
+            if outputs is not None:
+                outputs.append(self._capture.take(values))
+            if step_ended in boundary.bus.wanted:
+                boundary.bus.publish(step_ended(*boundary.origin.header(), key, done))
+            ledger.publish += clock() - mark
+        boundary.cross()
+        return done, total, losses
+
+    def _forward(self, stage: Stage, batch: Any) -> Any:
+        step = self._boundary.origin.global_step
+        if self._precision.enabled:
+            with self._precision.autocast():
+                return self._module(stage, step, batch, self._device)
+        return self._module(stage, step, batch, self._device)
+
+    def _outputs(self, stage: Stage, key: str, keep: bool) -> EpochOutputs | None:
+        """Where the outputs of this dataloader are kept; None if nobody wants them."""
+        if keep:
+            owner = f"Trainer.test() for the key {key!r}"
+        elif stage is Stage.VAL and (wanted := self._boundary.hooks.wanted_by(ValEpochEnded)):
+            owner = f"{wanted[0]}.on_end_val_epoch"
+        else:
+            return None
+        return EpochOutputs(self._outputs_limit_bytes, owner, self._boundary.notice)

@@ -1,0 +1,187 @@
+"""Which hook runs for which event, on which lane; and the observer that runs a callback's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from events.backlog import Payload, Published
+from events.messages import (
+    BackwardEnded,
+    Event,
+    RunEnded,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    ValEpochEnded,
+)
+from events.sink import CALLBACK_DELIVERY, Delivery
+from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
+from trainer.recorder import MetricRecorder
+
+Hook = Callable[..., Any]
+
+EVENT_OF_HOOK: dict[str, type[Event]] = {
+    "on_begin_train_epoch": TrainEpochStarted,
+    "on_end_train_step": TrainStepEnded,
+    "on_end_train_epoch": TrainEpochEnded,
+    "on_end_backward": BackwardEnded,
+    "on_end_val_epoch": ValEpochEnded,
+    "on_end_train": RunEnded,
+}
+"""Every hook of the contract and the event it answers."""
+
+_EPOCH_HOOKS = frozenset({"on_begin_train_epoch", "on_end_train_epoch", "on_end_val_epoch", "on_end_train"})
+
+
+def overridden_hooks(callback: CallbackInterface) -> dict[str, Hook]:
+    """The hooks that this callback implements, by name. The contract's own do nothing and are left out."""
+    found: dict[str, Hook] = {}
+    for name in EVENT_OF_HOOK:
+        hook = getattr(callback, name)
+        if getattr(hook, "__func__", hook) is not getattr(CallbackInterface, name):
+            found[name] = hook
+    return found
+
+
+def lane_of(callback: CallbackInterface, name: str, hook: Hook) -> Lane:
+    """The lane a hook runs on: as it is marked, else as the contract needs it."""
+    marked: Lane | None = getattr(hook, LANE_ATTRIBUTE, None)
+    if marked is not None:
+        return marked
+    if name == "on_end_backward":
+        return Lane.INLINE  # it gets the undetached loss, which lives only until the next backward
+    if name == "on_begin_train_epoch":
+        return Lane.FENCED  # "before model forward"
+    if isinstance(callback, ModuleInterface) and name in _EPOCH_HOOKS:
+        return Lane.FENCED  # it may touch the module that is being trained
+    return Lane.OBSERVER
+
+
+class InlineHook:
+    """A hook on the loop's thread, with the error policy of its callback."""
+
+    __slots__ = ("callback", "call", "delivery", "disabled", "name")
+
+    def __init__(self, callback: str, name: str, call: Hook, delivery: Delivery) -> None:
+        self.callback = callback
+        self.name = name
+        self.call = call
+        self.delivery = delivery
+        self.disabled = False
+
+
+class CallbackHooks:
+    """One callback's hooks, sorted by lane."""
+
+    def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
+        self.name = type(callback).__name__
+        self.delivery = delivery or CALLBACK_DELIVERY
+        self.inline: dict[type[Event], InlineHook] = {}
+        self.observed: dict[type[Event], Hook] = {}
+        self.fenced: set[type[Event]] = set()
+        for name, hook in overridden_hooks(callback).items():
+            kind = EVENT_OF_HOOK[name]
+            lane = lane_of(callback, name, hook)
+            if lane is Lane.INLINE:
+                self.inline[kind] = InlineHook(self.name, name, hook, self.delivery)
+            else:
+                self.observed[kind] = hook
+                if lane is Lane.FENCED:
+                    self.fenced.add(kind)
+
+    def wants(self, kind: type[Event]) -> bool:
+        """Whether any lane of it handles this event."""
+        return kind in self.inline or kind in self.observed
+
+
+class HookTable:
+    """The hooks of all callbacks, as the loop looks them up.
+
+    Args:
+        callbacks: In the order in which they are called; the module itself first.
+    """
+
+    def __init__(self, callbacks: Iterable[CallbackHooks]) -> None:
+        self.callbacks = list(callbacks)
+        self.inline: dict[type[Event], list[InlineHook]] = {
+            kind: [c.inline[kind] for c in self.callbacks if kind in c.inline] for kind in EVENT_OF_HOOK.values()
+        }
+        self.fenced: dict[type[Event], list[str]] = {}
+        """Names of the observers that the loop waits for, by event; set once they are subscribed."""
+
+    def wanted_by(self, kind: type[Event]) -> list[str]:
+        """Names of the callbacks that handle this event."""
+        return [callback.name for callback in self.callbacks if callback.wants(kind)]
+
+    def observed(self, kind: type[Event]) -> bool:
+        """Whether a hook off the loop's thread handles this event."""
+        return any(kind in callback.observed for callback in self.callbacks)
+
+
+def hook_arguments(event: Event, outputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that the contract gives to the hook of an event."""
+    if isinstance(event, TrainEpochStarted):
+        return (event.global_step, event.epoch), {}
+    if isinstance(event, ValEpochEnded):
+        return (event.global_step, *outputs), {"key": event.key}
+    return (event.global_step, *outputs), {}
+
+
+class CallbackTarget:
+    """A callback as the supervisor sees it: runs its observer and fenced hooks, in order, on one thread."""
+
+    payloads = True
+    blocking = True
+
+    def __init__(self, hooks: CallbackHooks, device: torch.device, recorder: MetricRecorder) -> None:
+        self.observer = hooks.name
+        """The name it is supervised under."""
+        self._hooks = hooks.observed
+        self._names = {kind: name for name, kind in EVENT_OF_HOOK.items()}
+        self._device = device
+        self._recorder = recorder
+        self._batch: Sequence[Published] = ()
+        self._done = 0
+        self._doing = "open"
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        return self._doing, self._done
+
+    def open(self) -> None:
+        """Make the run's device current on the callback's thread."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def deliver(self, batch: Sequence[Published], /) -> None:
+        """Run the hooks of a batch. After a failure the same batch is taken up at the hook that failed."""
+        if batch is not self._batch:
+            self._batch, self._done = batch, 0
+        while self._done < len(batch):
+            event, payload = batch[self._done]
+            self._run(event, payload)
+            if payload is not None and payload.fence is not None:
+                payload.fence.release(self.observer)  # a hook that failed is released by its supervisor
+            self._done += 1
+        self._batch = ()
+
+    def _run(self, event: Event, payload: Payload | None) -> None:
+        if isinstance(event, RunEnded) and event.status not in ("finished", "stopped"):
+            return  # the hook means "after training finishes"
+        self._doing = self._names[type(event)]
+        outputs = payload.outputs.collated() if payload is not None and payload.outputs is not None else ()
+        args, kwargs = hook_arguments(event, outputs)
+        self._recorder.handling(event)
+        try:
+            self._hooks[type(event)](*args, **kwargs)
+        except BaseException as error:
+            error.add_note(f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
+            raise
+        finally:
+            self._recorder.handling(None)
+
+    def close(self) -> None:
+        """Callbacks have nothing to close: `on_end_train` is their end."""

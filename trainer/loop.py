@@ -1,0 +1,380 @@
+"""The training loop: synchronous, on one thread, publishing what it does and waiting only where it says so.
+
+Read it from `TrainingLoop.run` down. Places where the loop may wait carry a comment that begins with ``WAIT``, host-device
+synchronisation points one that begins with ``SYNC``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from time import perf_counter_ns as clock
+from typing import Any
+
+import torch
+
+from events.backlog import Payload
+from events.messages import (
+    BackwardEnded,
+    NonFiniteLoss,
+    StepSkipped,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+)
+from trainer.arguments import TrainerArguments
+from trainer.boundary import Boundary
+from trainer.collate import as_tuple
+from trainer.data import as_val_loaders, batch_rows, first_rows, loader_length, make_train_sampler
+from trainer.errors import EmptyDataLoader, StepOutputError
+from trainer.evaluation import END, Evaluation
+from trainer.module_interface import ModuleInterface, Stage
+from trainer.optimization import Optimization, Skip
+from trainer.outputs import Capture, Copy, EpochOutputs, StepOutputs
+from trainer.precision import Precision
+from trainer.recorder import MetricRecorder
+
+Outputs = tuple[Any, ...]
+
+
+class TrainingLoop:
+    """Trains one module. All methods run on the loop's thread."""
+
+    def __init__(
+        self,
+        module: ModuleInterface,
+        arguments: TrainerArguments,
+        device: torch.device,
+        *,
+        precision: Precision,
+        boundary: Boundary,
+        evaluation: Evaluation,
+        recorder: MetricRecorder,
+        sampler_seed: int,
+    ) -> None:
+        self.epochs_finished = 0
+        self._module = module
+        self._arguments = arguments
+        self._device = device
+        self._precision = precision
+        self._boundary = boundary
+        self._evaluation = evaluation
+        self._recorder = recorder
+        self._sampler_seed = sampler_seed
+        self._capture = Capture(device)
+        hooks = boundary.hooks
+        self._step_hooks = hooks.inline[TrainStepEnded]
+        self._backward_hooks = hooks.inline[BackwardEnded]
+        self._observed_steps = hooks.observed(TrainStepEnded)
+        self._observed_backwards = hooks.observed(BackwardEnded)
+        self._step_ended_at = 0
+
+    def run(self, optimization: Optimization, first_loader: Iterable[Any]) -> None:
+        """Train until the data, a limit or a stop ends it.
+
+        Args:
+            first_loader: The dataloader of the first epoch; those of later epochs are asked for when they begin.
+
+        Raises:
+            StopRequested: a stop was taken.
+        """
+        self._optimization = optimization
+        self._module.train()
+        loader: Iterable[Any] | None = first_loader
+        for epoch in range(self._arguments.epochs):
+            self._boundary.origin.epoch = epoch
+            self._train_epoch(epoch, loader if loader is not None else self.train_loader(epoch))
+            loader = None
+            self.epochs_finished += 1
+            if self._at_max_steps:
+                return
+
+    def train_loader(self, epoch: int) -> Iterable[Any]:
+        """Ask the module for the dataloader of an epoch."""
+        self._boundary.phase = "get_train_dataloader"
+        mark = clock()
+        self._sampler = make_train_sampler(self._sampler_seed, epoch)
+        loader: Any = self._module.get_train_dataloader(self._sampler, self._arguments.micro_batch_size)
+        loaders = as_val_loaders(loader if loader is not None else {}, "get_train_dataloader")
+        if list(loaders) != ["default"]:
+            raise EmptyDataLoader(
+                f"get_train_dataloader() returned {loader!r}: return one dataloader, or any iterable of batches"
+            )
+        self._boundary.ledger.data += clock() - mark
+        return loaders["default"]
+
+    def steps_of(self, loader: Iterable[Any]) -> int | None:
+        """Optimizer steps that an epoch with this dataloader takes; None if nobody can know."""
+        limit = self._arguments.max_train_steps_per_epoch
+        batches = loader_length(loader)
+        if batches is None:
+            return limit
+        steps = -(-batches // self._arguments.accumulation_steps)  # the smaller last group is used, too
+        return steps if limit is None else min(steps, limit)
+
+    # ------------------------------------------------------------------------------------------- an epoch
+
+    def _train_epoch(self, epoch: int, loader: Iterable[Any]) -> None:
+        boundary, arguments = self._boundary, self._arguments
+        origin, ledger, control = boundary.origin, boundary.ledger, boundary.control
+        started = time.monotonic()
+        origin.stage = "train"
+        outputs = self._epoch_outputs()
+        boundary.publish(TrainEpochStarted(*origin.header(), self.steps_of(loader)))
+
+        boundary.phase = "the training dataloader"
+        mark = clock()
+        rows_of = batch_rows(loader, arguments.micro_batch_size, self._sampler)
+        batches = iter(loader)
+        ledger.data += clock() - mark
+        accumulation = arguments.accumulation_steps
+        limit = self._step_limit()
+        first_step = origin.global_step
+        read = 0
+        self._step_ended_at = clock()
+        while limit is None or origin.global_step < limit:
+            mark = clock()
+            boundary.phase = "the training dataloader"
+            group: list[Any] = []
+            while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
+                group.append(batch)
+            ledger.data += clock() - mark
+            if not group:
+                break
+            if control.pending:  # came while the loop waited for data: taken before the step, not after it
+                boundary.take_commands()
+            rows = [rows_of(read + i) if rows_of else first_rows(batch) for i, batch in enumerate(group)]
+            read += len(group)
+            self._train_step(group, rows, outputs, first_step)
+            boundary.cross()
+            if self._validates_after(origin.global_step):
+                self._validate()
+                self._step_ended_at = clock()
+        del batches  # ends the workers of a dataloader before validation starts its own
+        if read == 0:
+            raise EmptyDataLoader(
+                f"get_train_dataloader() gave no batch in epoch {epoch}: the data set is empty, or drop_last left out"
+                f" its only batch (of fewer than {arguments.micro_batch_size} rows)"
+            )
+        if self._validates_at_end(epoch):
+            self._validate()
+        event = TrainEpochEnded(
+            *origin.header(), origin.global_step - first_step, time.monotonic() - started
+        )
+        boundary.publish(event, outputs)
+        boundary.phase = "the schedulers"
+        self._optimization.end_epoch(ledger)
+
+    def _step_limit(self) -> int | None:
+        """The ``global_step`` at which the epoch that begins now must end, whatever data is left."""
+        arguments = self._arguments
+        limits = [arguments.max_steps] if arguments.max_steps is not None else []
+        if arguments.max_train_steps_per_epoch is not None:
+            limits.append(self._boundary.origin.global_step + arguments.max_train_steps_per_epoch)
+        return min(limits, default=None)
+
+    @property
+    def _at_max_steps(self) -> bool:
+        limit = self._arguments.max_steps
+        return limit is not None and self._boundary.origin.global_step >= limit
+
+    # --------------------------------------------------------------------------------------------- a step
+
+    def _train_step(
+        self, group: list[Any], rows: list[int | None], outputs: EpochOutputs | None, first_step: int
+    ) -> None:
+        boundary, optimization = self._boundary, self._optimization
+        origin, ledger = boundary.origin, boundary.ledger
+        mark = clock()
+        elsewhere = ledger.inline + ledger.readback + ledger.publish
+        ledger.begin_step()
+        weights = _weights(rows)
+        live: list[Outputs] = []
+        loss: torch.Tensor | None = None
+        for i, batch in enumerate(group):
+            share, values = self._micro_step(batch, weights[i] if weights else None, rows[i], i)
+            loss = share if loss is None else loss + share
+            if self._observed_steps or self._step_hooks or outputs is not None:
+                live.append(values)
+        assert loss is not None
+        boundary.phase = "the optimizer step"
+        lr = optimization.learning_rate
+        grad_norm, skipped = optimization.step(loss, ledger)
+        ledger.end_step()
+        ledger.steps += 1
+        now = clock()
+        # What was measured on rows of its own in the meantime does not count twice.
+        ledger.compute += now - mark - (ledger.inline + ledger.readback + ledger.publish - elsewhere)
+        if skipped is None:
+            origin.global_step += 1
+            self._recorder.take()
+            payload = self._payload(loss, grad_norm, lr, live, outputs)
+            event = TrainStepEnded(
+                origin.run_id,
+                origin.attempt,
+                0,
+                time.time(),
+                origin.rank,
+                origin.global_step,
+                origin.epoch,
+                "train",
+                None,  # the loss: read in a batch with others, off this thread
+                origin.global_step - first_step,
+                None if None in rows else sum(rows),  # type: ignore[arg-type]
+                (now - self._step_ended_at) / 1e9,
+                lr if type(lr) is float else None,
+            )
+            self._step_ended_at = now
+            if TrainStepEnded in boundary.hooks.fenced:
+                payload.fence = boundary.fence(TrainStepEnded)
+            boundary.bus.publish(event, payload)
+            ledger.publish += (mark := clock()) - now
+            if payload.fence is not None:
+                boundary.wait_for_fence(payload.fence)
+            if self._step_hooks:
+                boundary.run_inline_step(self._step_hooks, live)
+            mark = clock()
+        else:
+            self._skip(skipped, loss)
+            ledger.publish += (mark := clock()) - now
+        optimization.zero_grad()  # here, so that an inline hook at the end of the step can look at the gradients
+        ledger.compute += clock() - mark
+
+    def _micro_step(
+        self, batch: Any, weight: float | None, rows: int | None, micro_step: int
+    ) -> tuple[torch.Tensor, Outputs]:
+        """Forward and backward of one micro-batch; returns its share of the step's loss, detached, and its outputs."""
+        boundary, precision = self._boundary, self._precision
+        step = boundary.origin.global_step
+        self._recorder.weight = rows or 1
+        boundary.phase = "train_step"
+        if precision.enabled:
+            with precision.autocast():
+                returned = self._module(Stage.TRAIN, step + 1, batch, self._device)
+        else:
+            returned = self._module(Stage.TRAIN, step + 1, batch, self._device)
+        values = (returned,) if isinstance(returned, torch.Tensor) else as_tuple(returned)
+        loss = values[0] if values else None
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise _bad_loss(self._module, loss, values)
+        share = loss if weight is None else loss * weight
+        boundary.phase = "backward"
+        (share if precision.scaler is None else precision.scale(share)).backward()  # type: ignore[no-untyped-call]
+        if self._backward_hooks:
+            boundary.run_inline(self._backward_hooks, step, loss)
+        if BackwardEnded in boundary.bus.wanted:
+            self._publish_backward(loss, micro_step)
+        share = share.detach()  # or the event would keep the graph alive
+        if share.dim():
+            share = share.reshape(())
+        # A compiled step may write its next loss to the same memory.
+        return share.clone() if self._arguments.compile else share, values
+
+    def _payload(
+        self,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor | None,
+        lr: Any,
+        live: list[Outputs],
+        outputs: EpochOutputs | None,
+    ) -> Payload:
+        """What goes beside the step's event: numbers still on the device, and outputs for those who want them."""
+        payload = Payload({"loss": loss})
+        if grad_norm is not None:
+            payload.pending["grad_norm"] = grad_norm  # type: ignore[index]
+        if isinstance(lr, torch.Tensor):
+            payload.pending["lr"] = lr.detach().reshape(()).clone()  # type: ignore[index]
+        if live and (self._observed_steps or outputs is not None):
+            copies: list[Copy] = [self._capture.take(values) for values in live]
+            if outputs is not None:
+                for copy in copies:
+                    outputs.append(copy)
+            if self._observed_steps:
+                payload.outputs = StepOutputs(copies, self._boundary.notice)
+                payload.nbytes = sum(copy.nbytes for copy in copies)
+        return payload
+
+    def _publish_backward(self, loss: torch.Tensor, micro_step: int) -> None:
+        boundary = self._boundary
+        mark = clock()
+        payload = Payload({"loss": loss.detach().reshape(())})
+        if self._observed_backwards:
+            copy = self._capture.take((loss,))
+            payload.outputs, payload.nbytes = StepOutputs((copy,), boundary.notice), copy.nbytes
+        boundary.bus.publish(BackwardEnded(*boundary.origin.header(), None, micro_step), payload)
+        boundary.ledger.publish += clock() - mark
+
+    def _skip(self, reason: Skip, loss: torch.Tensor) -> None:
+        self._recorder.discard()
+        bus, header = self._boundary.bus, self._boundary.origin.header()
+        if reason == "non_finite_loss":
+            bus.publish(NonFiniteLoss(*header, 0.0, "skipped"), Payload({"loss": loss}))
+        bus.publish(StepSkipped(*header, reason))
+
+    # ----------------------------------------------------------------------------------------- validation
+
+    def _validates_after(self, global_step: int) -> bool:
+        interval = self._arguments.val_interval_steps
+        return interval is not None and global_step % interval == 0 and global_step != self._validated_at
+
+    def _validates_at_end(self, epoch: int) -> bool:
+        arguments = self._arguments
+        if arguments.val_interval_steps is not None or not arguments.val_interval_epochs:
+            return False
+        last = epoch + 1 == arguments.epochs or self._at_max_steps
+        return last or (epoch + 1) % arguments.val_interval_epochs == 0
+
+    _validated_at = 0  # a skipped step must not validate again
+
+    def _validate(self) -> None:
+        boundary = self._boundary
+        self._validated_at = boundary.origin.global_step
+        boundary.phase = "get_val_dataloaders"
+        mark = clock()
+        loaders = as_val_loaders(
+            self._module.get_val_dataloaders(
+                torch.utils.data.SequentialSampler,  # type: ignore[arg-type]
+                self._arguments.evaluation_batch_size,
+            )
+        )
+        boundary.ledger.data += clock() - mark
+        if loaders:
+            self._evaluation.run(Stage.VAL, loaders, self._arguments.max_val_steps_per_epoch)
+            boundary.phase = "the schedulers"
+            self._optimization.end_validation(boundary.ledger)
+
+    def _epoch_outputs(self) -> EpochOutputs | None:
+        wanted = self._boundary.hooks.wanted_by(TrainEpochEnded)
+        if not wanted:
+            return None
+        limit = self._arguments.epoch_outputs_limit_bytes
+        return EpochOutputs(limit, f"{wanted[0]}.on_end_train_epoch", self._boundary.notice)
+
+
+def _weights(rows: list[int | None]) -> list[float] | None:
+    """Each micro-batch's part of its step: by rows, or equal parts where they cannot be counted. None for just one."""
+    if len(rows) == 1:
+        return None
+    known = [n for n in rows if n is not None]
+    total = sum(known)
+    if len(known) < len(rows) or not total:
+        return [1 / len(rows)] * len(rows)
+    return [n / total for n in known]
+
+
+def _bad_loss(module: ModuleInterface, loss: Any, values: Outputs) -> StepOutputError:
+    where = f"{type(module).__name__}.train_step()"
+    if not values:
+        return StepOutputError(f"{where} returned nothing: return the loss tensor, or a tuple that begins with it")
+    if not isinstance(loss, torch.Tensor):
+        return StepOutputError(
+            f"{where} returned a {type(loss).__name__} ({loss!r:.80}) as its first value: that must be the loss tensor"
+        )
+    if loss.numel() != 1:
+        return StepOutputError(
+            f"{where} returned a loss of shape {tuple(loss.shape)}: it must be one number; reduce it with .mean()"
+        )
+    return StepOutputError(
+        f"{where} returned a loss that needs no gradient: it does not depend on a parameter that is trained, or was"
+        f" detached, or was computed under torch.no_grad()"
+    )

@@ -1,0 +1,406 @@
+# ruff: noqa: B024, B027 - hooks are deliberately plain no-ops: whoever implements the interface overrides some.
+"""The contract between a user's module and the trainer.
+
+A user implements `ModuleInterface`: the model, its optimizers, its dataloaders and what happens in a step.
+The trainer owns the loop and calls these methods; nothing here knows the trainer.
+
+**What a global step means.** ``global_step`` counts finished optimizer steps. `ModuleInterface.train_step`
+gets the step that it works towards (finished + 1, the same for all micro-batches of that step); every hook,
+`val_step` and `test_step` get the number of steps finished. So the first ``train_step`` gets 1, and the hook
+after it gets 1, too. A step that was skipped, because its loss or gradients were not finite, is not counted.
+
+**On which lane and thread a hook runs.**
+
+======== ================================ ==============================================================
+lane     thread                           what it sees
+======== ================================ ==============================================================
+observer one of the callback's own        detached host copies of outputs; the model may have moved on
+fenced   the same; the loop waits for it  the same copies; the model stands still
+inline   the loop's, at the exact place   live tensors, gradients and weights
+======== ================================ ==============================================================
+
+Observer is the default. `on_end_backward` is always inline, `on_begin_train_epoch` always fenced, and so are
+the hooks of a module itself at the beginning and end of an epoch and of training. `inline`, `fenced` and
+`observer` choose otherwise. An observer hook must not use global random generators: it runs beside the loop
+and would change its numbers. Whatever a hook raises ends the run with that exception, unless the callback was
+added with another error policy.
+"""
+
+from __future__ import annotations
+
+import enum
+import numbers
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+HOOKS: tuple[str, ...] = (
+    "on_begin_train_epoch",
+    "on_end_train_step",
+    "on_end_train_epoch",
+    "on_end_backward",
+    "on_end_val_epoch",
+    "on_end_train",
+)
+"""The names of all hooks, in the contract's order."""
+
+LANE_ATTRIBUTE = "__stagecast_lane__"
+"""Where a hook's lane mark is kept: an attribute of the function, a `Lane`."""
+
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
+
+class Stage(enum.Enum):
+    """What the module is being run for."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+
+class Lane(enum.Enum):
+    """Where a hook runs; see the table at the top of this module."""
+
+    INLINE = "inline"
+    FENCED = "fenced"
+    OBSERVER = "observer"
+
+
+def inline(hook: _Hook) -> _Hook:
+    """Run this hook on the loop's thread, at its exact place, on live state. Its time is the loop's time."""
+    return _mark(hook, Lane.INLINE)
+
+
+def fenced(hook: _Hook) -> _Hook:
+    """Run this hook on the callback's thread while the loop waits for it at the boundary."""
+    return _mark(hook, Lane.FENCED)
+
+
+def observer(hook: _Hook) -> _Hook:
+    """Run this hook on the callback's thread while the loop goes on: it sees copies, not the live module."""
+    return _mark(hook, Lane.OBSERVER)
+
+
+def _mark(hook: _Hook, lane: Lane) -> _Hook:
+    try:
+        setattr(hook, LANE_ATTRIBUTE, lane)
+    except AttributeError:
+        raise TypeError(
+            f"@{lane.value} cannot mark {hook!r}: put it on the function, where the hook is defined"
+        ) from None
+    return hook
+
+
+class Recorder(Protocol):
+    """What takes the numbers of `ModuleInterface.log`; the trainer attaches one for the length of a run."""
+
+    def log(self, name: str, value: float | torch.Tensor, /) -> None:
+        """Take one number without waiting for the device; called from any thread.
+
+        A tensor is the caller's own: one real element on any device, possibly with a graph, and possibly
+        changed in place as soon as this returns. So detach and copy it here.
+        """
+        ...
+
+
+class CallbackInterface(ABC):
+    """Hooks that observe a training run. Override those you need; one that nobody overrides costs nothing.
+
+    Collated outputs are positional, one value per output of the step: tensors ``(B, ...)`` are concatenated
+    along dimension 0 to ``(sum of B, ...)``, scalars ``()`` stack to ``(calls,)``, and what does not fit
+    together (and whatever is no tensor) becomes a list with one entry per call.
+    """
+
+    def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+        """A training epoch begins; returns before its first forward. Fenced, unless marked inline.
+
+        Args:
+            global_step: Optimizer steps finished so far; 0 in a new run's first epoch.
+            epoch: The epoch that begins, from 0.
+        """
+
+    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
+        """An optimizer step is finished. Observer lane, unless marked.
+
+        Args:
+            global_step: Optimizer steps finished, this one included; from 1.
+            *train_step_collated_outputs: What `train_step` returned, collated over the micro-batches of this
+                step. If it returns ``loss, logits`` this gets ``(micro-batches,)`` losses and ``(rows of the
+                step, C)`` logits.
+        """
+
+    def on_end_train_epoch(self, global_step: int, *train_step_collated_outputs: Any) -> None:
+        """A training epoch is finished, its validation included. Observer lane; fenced for the module itself.
+
+        Overriding it makes the trainer keep the outputs of the whole epoch in host memory, up to
+        ``TrainerArguments.epoch_outputs_limit_bytes``; beyond that `EpochOutputsTooLarge` ends the run.
+
+        Args:
+            global_step: Optimizer steps finished.
+            *train_step_collated_outputs: What `train_step` returned, collated over all micro-batches of the
+                epoch.
+        """
+
+    def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
+        """The backward pass of one micro-batch is finished. Always inline: it sees the gradients as they are.
+
+        Gradients of earlier micro-batches of the same step are already in them, weighted by rows.
+
+        Args:
+            global_step: Optimizer steps finished; the step at work is not.
+            loss_tensor: The loss as `train_step` returned it: not detached, not scaled. Keeping it keeps its
+                graph.
+        """
+
+    def on_end_val_epoch(
+        self, global_step: int, *val_step_collated_outputs: Any, key: str = "default"
+    ) -> None:
+        """Validation over one dataloader is finished. Observer lane; fenced for the module itself.
+
+        Runs once for each dataloader, in their order. Overriding it makes the trainer keep the outputs of
+        that dataloader in host memory, up to ``TrainerArguments.epoch_outputs_limit_bytes``.
+
+        Args:
+            global_step: Optimizer steps finished.
+            *val_step_collated_outputs: What `val_step` returned, collated over all batches of this
+                dataloader.
+            key: The dataloader's key in `get_val_dataloaders`; ``"default"`` where that returned a single
+                one.
+        """
+
+    def on_end_train(self, global_step: int) -> None:
+        """Training has ended, or was stopped: the last hook. Observer lane; fenced for the module itself.
+
+        Args:
+            global_step: Optimizer steps finished.
+        """
+
+
+class ModuleInterface(torch.nn.Module, CallbackInterface):
+    """A model together with its optimizers, its data, the recipe of a step, and hooks of its own.
+
+    All methods but the hooks run on the loop's thread (the hooks as the module's docstring says). `forward`
+    is taken: it dispatches on the stage. Put the network's own forward into a submodule, or into a method of
+    another name.
+    """
+
+    _recorder: Recorder | None = None  # of the run; a plain attribute, so that no state dict contains it
+
+    @abstractmethod
+    def get_optimizers_schedulers(
+        self, estimated_global_steps_per_epoch: int, epochs: int
+    ) -> tuple[Iterable[torch.optim.Optimizer], Iterable[Any]]:
+        """Build the optimizers and schedulers. Called once per run, with the model on its device.
+
+        Args:
+            estimated_global_steps_per_epoch: Optimizer steps of an epoch, from the training dataloader's
+                length and the step limits.
+            epochs: Epochs that the run will train.
+
+        Returns:
+            The optimizers, at least one, and the schedulers, any number. All optimizers step together; all
+            schedulers step after each step, or each epoch, as ``TrainerArguments.scheduler_interval`` says.
+        """
+
+    @abstractmethod
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Iterable[Any]:
+        """Build the dataloader of one training epoch. Called every epoch.
+
+        Args:
+            sampler: A `torch.utils.data.Sampler` class, to be instantiated with the data set. It shuffles by
+                the run's seed and the epoch; data with an order of its own may ignore it.
+            batch_size: Rows of a micro-batch: what goes through the model at a time on one device.
+
+        Returns:
+            A `torch.utils.data.DataLoader`, or any other iterable of batches.
+
+        Example::
+
+            dataset = self.train_dataset
+            return DataLoader(dataset, batch_size=batch_size, sampler=sampler(dataset))
+        """
+
+    @abstractmethod
+    def get_val_dataloaders(
+        self, sampler: type[Any], batch_size: int
+    ) -> Mapping[str, Iterable[Any]] | Iterable[Any] | None:
+        """Build the dataloader(s) of one validation. Called for every validation.
+
+        Args:
+            sampler: A `torch.utils.data.Sampler` class that keeps the order, to be instantiated with the data
+                set.
+            batch_size: Rows of a validation batch on one device.
+
+        Returns:
+            One dataloader, whose key is then ``"default"``; or a dictionary of them, by key; or None or an
+            empty dictionary for no validation. The keys reach `on_end_val_epoch`.
+        """
+
+    def get_test_dataloaders(
+        self, sampler: type[Any], batch_size: int
+    ) -> Mapping[str, Iterable[Any]] | Iterable[Any] | None:
+        """Build the dataloader(s) of the test stage as `get_val_dataloaders` does; by default none."""
+        return None
+
+    def forward(self, stage: Stage, global_step: int, batch: Any, device: torch.device | str | int) -> Any:
+        """Run the step of a stage and return what it returns.
+
+        Args:
+            stage: Selects `train_step`, `val_step` or `test_step`.
+            global_step: Handed on; see the module's docstring for what it counts.
+            batch: Handed on: what the dataloader yielded.
+            device: Handed on: where the model is.
+
+        Raises:
+            AttributeError: ``stage`` is not a `Stage`.
+        """
+        if stage is Stage.TRAIN:
+            return self.train_step(global_step, batch, device)
+        if stage is Stage.VAL:
+            return self.val_step(global_step, batch, device)
+        if stage is Stage.TEST:
+            return self.test_step(global_step, batch, device)
+        allowed = ", ".join(str(one) for one in Stage)  # type: ignore[unreachable]  # callers may be untyped
+        raise AttributeError(
+            f"{type(self).__name__}.forward() got the stage {stage!r}; it must be one of {allowed}"
+        )
+
+    @abstractmethod
+    def train_step(
+        self, global_step: int, batch: Any, device: torch.device | str | int
+    ) -> torch.Tensor | tuple[Any, ...]:
+        """Compute the loss of one micro-batch. Gradients are enabled; the module is in train mode.
+
+        Args:
+            global_step: The optimizer step that this micro-batch works towards: finished + 1, so the first
+                gets 1.
+            batch: What the training dataloader yielded, on the host: moving it is yours (`trainer.to_device`
+                helps).
+            device: Where the model is.
+
+        Returns:
+            The loss: a tensor of one element with a graph, the mean over the micro-batch; or a tuple that
+            begins with it. Further outputs should be tensors; hooks that are overridden get them collated.
+        """
+
+    @abstractmethod
+    def val_step(
+        self, global_step: int, batch: Any, device: torch.device | str | int
+    ) -> torch.Tensor | tuple[Any, ...]:
+        """Compute the outputs of one validation batch. Under `torch.no_grad`; the module is in eval mode.
+
+        Args:
+            global_step: Optimizer steps finished.
+            batch: What the validation dataloader yielded, on the host.
+            device: Where the model is.
+
+        Returns:
+            A tensor or a tuple of tensors to collect: loss, logits, and so on. Where the first one is a
+            single number per batch, its mean over all rows becomes the metric ``val_loss``.
+        """
+
+    def test_step(
+        self, global_step: int, batch: Any, device: torch.device | str | int
+    ) -> torch.Tensor | tuple[Any, ...]:
+        """Compute the outputs of one test batch, as `val_step` does; by default with `val_step`."""
+        return self.val_step(global_step, batch, device)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep of the module; by default its state dict, not copied."""
+        return dict(self.state_dict())
+
+    def update_state(self, state: dict[str, Any]) -> None:
+        """Take over what `get_state` returned.
+
+        Raises:
+            RuntimeError: By default, if names or shapes are not those of this module.
+        """
+        self.load_state_dict(state)
+
+    def log(self, name: str, value: float | int | torch.Tensor) -> None:
+        """Record a number under a name, for a `MetricsLogged` event. Outside of a run it does nothing.
+
+        Call it from a step or a hook, on any thread. It waits neither for the device nor for an observer: a
+        tensor is read later, with the value that it has now. Under `torch.compile` it runs outside of the
+        compiled graph.
+
+        Args:
+            name: Not empty.
+            value: A number (NumPy's too) or a real tensor of one element, of any shape, on any device.
+
+        Raises:
+            TypeError: ``name`` is no string, or ``value`` is no real number.
+            ValueError: ``name`` is empty, or the tensor does not have exactly one element.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            return
+        # The common cases first: this runs in the step.
+        if type(name) is not str or not name:
+            name = _checked_name(name)
+        if type(value) is not float:
+            if isinstance(value, torch.Tensor):
+                if value.numel() != 1 or value.dtype.is_complex:
+                    raise _bad_tensor(name, value)
+            else:
+                value = _as_float(name, value)
+        recorder.log(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a module belong to no run, so they carry no recorder."""
+        state = self.__dict__.copy()
+        state.pop("_recorder", None)
+        return state
+
+
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"log() takes a string as the name of a metric, not {name!r}")
+    if not name:
+        raise ValueError("log() got an empty name: give the metric a name, such as 'accuracy'")
+    return str(name)
+
+
+def _bad_tensor(name: str, value: torch.Tensor) -> Exception:
+    if value.numel() != 1:
+        return ValueError(
+            f"log({name!r}) got a tensor of shape {tuple(value.shape)}: it must have one element; "
+            "reduce it first, for example with .mean()"
+        )
+    return TypeError(f"log({name!r}) got a tensor of {value.dtype}: log its .abs(), .real or .imag instead")
+
+
+def _as_float(name: str, value: object) -> float:
+    # str has no __float__; complex numbers of NumPy have one, which would drop the imaginary part.
+    # Checking against an abstract class of numbers takes a microsecond, so plain numbers do not get there.
+    plain = isinstance(value, (int, float))
+    is_complex = not plain and isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    if is_complex or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"log({name!r}) takes a number or a tensor of one element, not {value!r}")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"log({name!r}) cannot turn {value!r} into one number: {error}") from error
+
+
+_opaque_lock = threading.Lock()
+
+
+def make_log_opaque(module: ModuleInterface) -> None:
+    """Keep `ModuleInterface.log` out of compiled graphs; call it before compiling methods of ``module``.
+
+    Without it torch.compile would trace into the recorder, specialise on each metric's name and compile again
+    and again. The mark is a wrapper that costs about half a microsecond per call, which is why it is not
+    there from the start: it is put on the classes (once, for the rest of the process) only when something is
+    compiled. Idempotent, any thread.
+    """
+    with _opaque_lock:
+        for kind in type(module).__mro__:
+            log = vars(kind).get("log")
+            ours = issubclass(kind, ModuleInterface) and isinstance(log, FunctionType)
+            if ours and not hasattr(log, "_torchdynamo_disable"):
+                kind.log = torch.compiler.disable(log)  # type: ignore[attr-defined,no-untyped-call]

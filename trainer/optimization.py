@@ -1,0 +1,163 @@
+"""One optimizer step over all optimizers: unscale, clip, decide, step, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from time import perf_counter_ns as clock
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from trainer.arguments import TrainerArguments
+from trainer.errors import MetricNotFound, OptimizerError
+from trainer.ledger import Ledger
+from trainer.precision import Precision
+
+Skip = Literal["non_finite_loss", "gradient_overflow"]
+
+
+class Optimization:
+    """The optimizers and schedulers of a run, stepped together. Used on the loop's thread.
+
+    Args:
+        returned: What `ModuleInterface.get_optimizers_schedulers` returned.
+        latest: Last value of each logged metric, for schedulers that follow one.
+
+    Raises:
+        OptimizerError: it is not a pair of optimizers and schedulers.
+    """
+
+    def __init__(
+        self,
+        returned: Any,
+        arguments: TrainerArguments,
+        precision: Precision,
+        latest: Mapping[str, float | torch.Tensor],
+    ) -> None:
+        self.optimizers, self.schedulers = _checked(returned)
+        self._arguments = arguments
+        self._precision = precision
+        self._latest = latest
+        self._first_group = self.optimizers[0].param_groups[0]
+        self._plateau = [s for s in self.schedulers if isinstance(s, ReduceLROnPlateau)]
+        timed = [s for s in self.schedulers if not isinstance(s, ReduceLROnPlateau)]
+        self._per_step = timed if arguments.scheduler_interval == "step" else []
+        self._per_epoch = timed if arguments.scheduler_interval == "epoch" else []
+        # The epoch's losses, on the device; kept only when a scheduler follows them.
+        self._follow_loss = bool(self._plateau) and arguments.monitor == "train_loss"
+        self._losses: list[torch.Tensor] = []
+
+    @property
+    def learning_rate(self) -> Any:
+        """Of the first parameter group of the first optimizer: a float, or a tensor if the optimizer keeps one."""
+        return self._first_group["lr"]
+
+    def step(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, Skip | None]:
+        """Apply the gradients that were accumulated.
+
+        Args:
+            loss: The step's loss, detached.
+
+        Returns:
+            The gradients' norm before clipping if they are clipped, on the device; and why the step was left out, or None.
+        """
+        arguments, precision = self._arguments, self._precision
+        skipped: Skip | None = None
+        grad_norm: torch.Tensor | None = None
+        if precision.scaler is not None:
+            precision.unscale_(self.optimizers)
+        if arguments.clip_grads:
+            parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.max_grad_norm)
+        if arguments.non_finite_loss == "skip":
+            mark = clock()
+            if not torch.isfinite(loss).item():  # SYNC: the user chose to skip such steps, so the loop has to know
+                skipped = "non_finite_loss"
+            ledger.readback += clock() - mark
+        if precision.scaler is not None and skipped is None:
+            skipped = self._read_overflow(ledger)
+        if skipped is None:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            for scheduler in self._per_step:
+                scheduler.step()
+            if self._follow_loss:
+                self._losses.append(loss)
+        if precision.scaler is not None:
+            precision.update()
+        return grad_norm, skipped
+
+    def _read_overflow(self, ledger: Ledger) -> Skip | None:
+        """One decision for all optimizers whether float16's gradients have overflowed."""
+        found = self._precision.found_inf(self.optimizers)
+        if found is None:
+            return None
+        mark = clock()
+        overflow = found.item() > 0  # SYNC: a float16 scaler needs one a step
+        ledger.readback += clock() - mark
+        return "gradient_overflow" if overflow else None
+
+    def zero_grad(self) -> None:
+        """Let the gradients go."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def end_validation(self, ledger: Ledger) -> None:
+        """Validation is over: schedulers that follow a metric get it, unless they follow the training loss.
+
+        Raises:
+            MetricNotFound: nobody logged it.
+        """
+        if self._plateau and not self._follow_loss:
+            self._step_plateau(self._monitored(), ledger)
+
+    def end_epoch(self, ledger: Ledger) -> None:
+        """A training epoch is over: schedulers of the epoch, and those that follow the training loss."""
+        for scheduler in self._per_epoch:
+            scheduler.step()
+        if self._losses:
+            losses, self._losses = self._losses, []
+            self._step_plateau(torch.stack(losses).mean(), ledger)
+
+    def _monitored(self) -> float | torch.Tensor:
+        monitor = self._arguments.monitor
+        if monitor not in self._latest:
+            known = ", ".join(sorted({"train_loss", *self._latest}))
+            raise MetricNotFound(
+                f"ReduceLROnPlateau follows monitor={monitor!r}, which was neither logged nor computed by the end of"
+                f" validation; there are: {known}. Log it with module.log({monitor!r}, ...) in val_step or in the"
+                f" module's on_end_val_epoch, or set monitor to one of these"
+            )
+        return self._latest[monitor]
+
+    def _step_plateau(self, value: float | torch.Tensor, ledger: Ledger) -> None:
+        mark = clock()
+        number = float(value)  # SYNC: once per validation or epoch, for a scheduler that needs the number
+        ledger.readback += clock() - mark
+        for scheduler in self._plateau:
+            scheduler.step(number)
+
+
+def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    what = "get_optimizers_schedulers() must return two lists, of optimizers and of schedulers"
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        raise OptimizerError(f"{what}; it returned {_shown(returned)}")
+    for part in returned:
+        if not isinstance(part, Iterable):
+            raise OptimizerError(f"{what}; it returned ({_shown(returned[0])}, {_shown(returned[1])})")
+    optimizers, schedulers = list(returned[0]), list(returned[1])
+    if not optimizers:
+        raise OptimizerError("get_optimizers_schedulers() returned no optimizer: nothing would be trained")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptimizerError(f"{what}; the first list holds {_shown(optimizer)}, which is no optimizer")
+    for scheduler in schedulers:
+        if not callable(getattr(scheduler, "step", None)):
+            raise OptimizerError(f"{what}; the second list holds {_shown(scheduler)}, which has no step()")
+    return optimizers, schedulers
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"a {type(value).__name__}: {text[:80]}" if len(text) > 80 else text

@@ -1,0 +1,112 @@
+"""Takes what user code logs and makes `MetricsLogged` of it, without asking the device for a number."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from events.backlog import Payload
+from events.bus import Bus
+from events.messages import Event, MetricsLogged
+
+Value = float | torch.Tensor
+
+
+class MetricRecorder:
+    """What `ModuleInterface.log` writes to during a run.
+
+    On the loop's thread values are gathered and published once per optimizer step, or once per evaluation of a
+    dataloader, as the mean weighted by rows. In a hook of the observer or fenced lane, each call publishes at once, with
+    the position in the run of the event that the hook handles.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self.latest: dict[str, Value] = {}
+        """Last value of each metric, as it was logged: tensors stay on their device."""
+        self.weight = 1
+        """Rows that the batch in hand stands for. Set by the loop."""
+        self._bus = bus
+        self._loop_thread = 0
+        self._values: list[tuple[str, Value, int]] = []
+        self._hook = threading.local()
+
+    def bind(self) -> None:
+        """The calling thread is the loop's."""
+        self._loop_thread = threading.get_ident()
+
+    def log(self, name: str, value: Value) -> None:
+        """Record one value. Any thread; tensors are copied on their device, so they may be changed afterwards."""
+        if isinstance(value, torch.Tensor):
+            value = value.detach().reshape(()).clone()
+        if threading.get_ident() == self._loop_thread:
+            self._values.append((name, value, self.weight))
+            return
+        event: Event | None = getattr(self._hook, "event", None)
+        if event is None:
+            header = self._bus.origin.header()
+        else:
+            header = (event.run_id, event.attempt, 0, event.time, event.rank, event.global_step, event.epoch, event.stage)
+        key = getattr(event, "key", None)
+        self._publish(MetricsLogged(*header, {}, key), {name: value})
+
+    def handling(self, event: Event | None) -> None:
+        """The calling thread runs a hook for this event, or (None) no longer does."""
+        self._hook.event = event
+
+    def take(self, key: str | None = None) -> None:
+        """Publish what the loop's thread has logged since the last call. ``key``: the evaluation dataloader's."""
+        if self._values:
+            values, self._values = self._values, []
+            self._publish(MetricsLogged(*self._bus.origin.header(), {}, key), _means(values))
+
+    def discard(self) -> None:
+        """Forget what the loop's thread has logged since the last `take`: the step was skipped."""
+        self._values = []
+
+    def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
+        pending: dict[str, torch.Tensor] = {}
+        suffix = "" if event.key in (None, "default") else f"/{event.key}"
+        for name, value in values.items():
+            self.latest[name + suffix] = value
+            if isinstance(value, torch.Tensor):
+                pending[name] = value
+                event.metrics[name] = float("nan")  # keeps the order of logging; filled in before delivery
+            else:
+                event.metrics[name] = value
+        self._bus.publish(event, Payload(pending) if pending else None)
+
+
+def _means(values: list[tuple[str, Value, int]]) -> dict[str, Value]:
+    groups: dict[str, list[tuple[Value, int]]] = {}
+    for name, value, weight in values:
+        groups.setdefault(name, []).append((value, weight))
+    return {
+        name: group[0][0] if len(group) == 1 else weighted_mean(group) for name, group in groups.items()
+    }
+
+
+def weighted_mean(group: list[tuple[Value, int]]) -> Value:
+    """The mean of numbers and 0-dim tensors; on the tensors' device if there is any, without waiting for it."""
+    total = sum(weight for _, weight in group)
+    tensors = [value for value, _ in group if isinstance(value, torch.Tensor)]
+    if not tensors:
+        return sum(float(value) * weight for value, weight in group) / total
+    device = tensors[0].device
+    # Apple's GPUs have no float64.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if len(tensors) == len(group) and len({(t.device, t.dtype) for t in tensors}) == 1:
+        stacked = torch.stack(tensors).to(dtype)
+    else:
+        stacked = torch.stack(
+            [v.to(device, dtype) if isinstance(v, torch.Tensor) else _constant(v, device, dtype) for v, _ in group]
+        )
+    weights = torch.tensor([weight for _, weight in group], dtype=dtype).to(device, non_blocking=True)
+    return (stacked * weights).sum() / total
+
+
+def _constant(value: float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((), value, device=device, dtype=dtype)
+
+

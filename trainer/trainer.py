@@ -1,0 +1,295 @@
+"""The trainer and the doors to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
+from types import FrameType, TracebackType
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from events.errors import RunCancelled
+from events.journal import Journal
+from events.messages import Event
+from events.protocol import AnyCommand, EventStream, RunResult, Stop
+from events.run import Run
+from events.stream import LocalEventStream
+from trainer.arguments import TrainerArguments
+from trainer.errors import ArgumentsError
+from trainer.module_interface import CallbackInterface, ModuleInterface
+from trainer.session import Callback, Session, SinkLike, Task, console
+
+
+class Trainer:
+    """Trains a module and publishes what happens.
+
+    Each call of `train`, `run` or `test` is a run of its own (a new attempt at the same run, if ``run_id`` is given). The module
+    is trained in place.
+
+    Args:
+        module: What to train. One run at a time may use it.
+        arguments: How to train; the defaults if None.
+        callbacks: Each gets every hook once, in order, on a thread of its own; pair one with a `Delivery` to choose otherwise.
+        sinks: Observers of the events. None: the console in `train` and `test`, nothing in `run`. Pair one with a `Delivery`
+            to choose how events are delivered to it.
+        journal: Whether and how the run keeps its events on disk; on by default.
+        run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, the run is taken up again.
+        run_dir: The run's folder; by default ``runs/RUN_ID`` below the working directory. Without a journal and without
+            this, nothing is written.
+
+    Raises:
+        ArgumentsError: something given here is not what it must be.
+    """
+
+    def __init__(
+        self,
+        module: ModuleInterface,
+        arguments: TrainerArguments | None = None,
+        *,
+        callbacks: Iterable[Callback] = (),
+        sinks: Iterable[SinkLike] | None = None,
+        journal: bool | Journal = True,
+        run_id: str | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.module = module
+        self.arguments = arguments if arguments is not None else TrainerArguments()
+        self._callbacks = tuple(callbacks)
+        self._sinks = None if sinks is None else tuple(sinks)
+        self._journal = Journal() if journal is True else journal or None
+        self._run_id = run_id
+        self._run_dir = run_dir
+        _check(self.module, self.arguments, self._callbacks, self._sinks, run_id)
+
+    def train(self) -> RunResult:
+        """Train on the calling thread, and wait until the observers are drained.
+
+        The event loop runs on a thread of its own, so this works on any thread, inside a running event loop too (which it
+        blocks). On the main thread the first SIGINT or SIGTERM is a `Run.stop`, the second ends the run at once with
+        KeyboardInterrupt or SystemExit; the handlers are restored.
+
+        Raises:
+            RunFolderError: the run's folder cannot be used.
+            BaseException: what a step, or an observer whose policy is fatal, raised; as itself.
+        """
+        session = self._session("train", default_sinks=True)
+        _run_here(session)
+        return _outcome(session)
+
+    def test(self) -> dict[str, tuple[Any, ...]]:
+        """Run the test stage over every dataloader of `ModuleInterface.get_test_dataloaders`, as `train` runs training.
+
+        Returns:
+            Per key the outputs of ``test_step``, collated, in host memory.
+
+        Raises:
+            ContractError: the module has no test dataloaders.
+            EpochOutputsTooLarge: the outputs exceed ``epoch_outputs_limit_bytes``.
+            StagecastError: the test was stopped before its end, so there are no whole outputs.
+        """
+        session = self._session("test", default_sinks=True)
+        _run_here(session)
+        result = _outcome(session)
+        if result.status != "finished":
+            raise RunCancelled(f"the test was {result.status} before its end ({result.reason})")
+        return session.outputs
+
+    def run(self) -> AbstractAsyncContextManager[Run]:
+        """Train in a thread, inside a host's event loop, under asyncio or trio::
+
+            async with trainer.run() as run:
+                async for event in run.events(since=0):
+                    ...
+            result = await run.result()
+
+        Leaving the block waits for the run and raises what it raised. An exception in the body, or any cancellation,
+        stops the loop at its next step, waits for it and drains the observers; then it goes on as itself.
+
+        Raises:
+            RunFolderError: the run's folder cannot be used.
+            TrainingThreadStuck: the run was cancelled and the loop did not reach a step boundary in time.
+        """
+        return _RunContext(self)
+
+    def _session(self, task: Task, *, default_sinks: bool) -> Session:
+        sinks = self._sinks
+        if sinks is None:
+            sinks = (console(),) if default_sinks else ()
+        return Session(
+            self.module,
+            self.arguments,
+            task=task,
+            callbacks=self._callbacks,
+            sinks=sinks,
+            journal=self._journal,
+            run_id=self._run_id,
+            run_dir=self._run_dir,
+            interactive=default_sinks and threading.current_thread() is threading.main_thread(),
+        )
+
+
+class _RunContext(AbstractAsyncContextManager[Run]):
+    """The life of a run inside a host's task."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    async def __aenter__(self) -> Run:
+        self._session = self._trainer._session("train", default_sinks=False)
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._session.serve, name="stagecast run")
+        self._session.start_thread()
+        self._connection = _LocalConnection(self._session)
+        return Run(self._connection)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session = self._session
+        if error is not None:
+            session.cancel("an exception left the block" if isinstance(error, Exception) else "its task was cancelled")
+        cancelled = await _outlast(session)
+        await self._close_tasks()
+        if session.result is not None and session.result.reason == "the training thread is stuck":
+            assert session.error is not None
+            raise session.error from error
+        if error is not None:
+            return  # goes on as itself
+        if cancelled is not None:
+            raise cancelled
+        _outcome(session)
+
+    async def _close_tasks(self) -> None:
+        """End the task group, which is empty by now; its failure can only be our own bug, and is shown as it is."""
+        await self._tasks.__aexit__(None, None, None)
+
+
+async def _outlast(session: Session) -> BaseException | None:
+    """Wait for the end of the run through any number of cancellations; returns the first of them.
+
+    Under asyncio a native ``task.cancel()`` cuts through a shield, and may come again while we wait: each is absorbed
+    here, and the first one goes on when the run has ended.
+    """
+    cancelled: BaseException | None = None
+    while not session.finished.is_set():
+        try:
+            with anyio.CancelScope(shield=session.cancelled):
+                await session.finished.wait()
+        except anyio.get_cancelled_exc_class() as error:
+            cancelled = cancelled or error
+            session.cancel("its task was cancelled")
+    return cancelled
+
+
+class _LocalConnection:
+    """The run protocol inside a process: messages are handed over as they are."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @property
+    def run_id(self) -> str:
+        return self._session.origin.run_id
+
+    def send(self, command: AnyCommand) -> None:
+        self._session.control.send(command)
+
+    def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
+        session = self._session
+        return LocalEventStream(session.bus, session.journal_dir, session.journal_settled, since, types)
+
+    async def result(self) -> RunResult:
+        await self._session.finished.wait()
+        return _outcome(self._session)
+
+
+def _outcome(session: Session) -> RunResult:
+    if session.error is not None:
+        raise session.error
+    assert session.result is not None
+    return session.result
+
+
+def _run_here(session: Session) -> None:
+    """Run the loop on this thread and the event loop on another, until both have ended."""
+    failures: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            anyio.run(session.serve)
+        except BaseException as error:  # the thread's border: raised on the calling thread
+            failures.append(error)
+
+    thread = threading.Thread(target=serve, name="stagecast-events", daemon=True)
+    with _signals(session):
+        thread.start()
+        session.run_loop()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """On the main thread: the first SIGINT or SIGTERM stops the run orderly, the second ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    count = itertools.count(1)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if next(count) == 1:
+            session.control.send(Stop(id=f"signal-{name}", reason=name))
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _check(
+    module: Any, arguments: Any, callbacks: tuple[Any, ...], sinks: tuple[Any, ...] | None, run_id: Any
+) -> None:
+    problems: list[str] = []
+    if not isinstance(module, ModuleInterface):
+        problems.append(f"module must be a ModuleInterface, not {_shown(module)}")
+    if not isinstance(arguments, TrainerArguments):
+        problems.append(
+            f"arguments must be TrainerArguments, not {_shown(arguments)}; TrainerArguments.from_dict builds them"
+        )
+    for number, callback in enumerate(callbacks):
+        target = callback[0] if isinstance(callback, tuple) and len(callback) == 2 else callback
+        if not isinstance(target, CallbackInterface):
+            problems.append(
+                f"callbacks[{number}] must be a CallbackInterface or a pair of one and a Delivery, not {_shown(callback)}"
+            )
+    for number, sink in enumerate(sinks or ()):
+        target = sink[0] if isinstance(sink, tuple) and len(sink) == 2 else sink
+        if isinstance(target, type) or not callable(getattr(target, "open", None)):
+            problems.append(
+                f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
+                f" {_shown(sink)}"
+            )
+    if run_id is not None and (not isinstance(run_id, str) or not run_id or "/" in run_id or "\0" in run_id):
+        problems.append(f"run_id must be a name without slashes, not {run_id!r}")
+    if problems:
+        raise ArgumentsError("Trainer: " + "; ".join(problems))
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}" if not isinstance(value, type) else f"the class {value.__name__}"
