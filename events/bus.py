@@ -94,6 +94,8 @@ class Bus:
         self._reading: deque[tuple[list[Published], Callable[[], bool]]] = deque()
         self._subscriptions: tuple[Subscription, ...] = ()
         self._routes: dict[type[Event], tuple[Subscription, ...]] = {}
+        self.gated = False
+        """Whether the loop must wait at its step boundary, so that nothing is lost that must not be."""
         self._blocked: frozenset[Subscription] = frozenset()
         self._must_keep = False
         self._room = threading.Event()
@@ -116,11 +118,13 @@ class Bus:
         events go, and are counted. ``payload`` with bytes in it may come from the loop's thread only.
         """
         ring = self._ring
+        ring.append((event, payload))
         if payload is not None and payload.nbytes:
             self._bytes_in += payload.nbytes
-        ring.append((event, payload))
-        if len(ring) > self._capacity or self._bytes_in - self._bytes_out > self._capacity_bytes:
-            self._make_room()
+            if self._bytes_in - self._bytes_out > self._capacity_bytes:
+                self._crowd()
+        if len(ring) > self._gate_at:
+            self._crowd()
         # The pump sets the flag first and looks at the ring again before it waits: one of the two sees the other.
         if self._sleeping:
             self._sleeping = False
@@ -135,20 +139,6 @@ class Bus:
         """Run a function in the event loop's thread soon. Any thread; never waits. It must not raise."""
         self._posted.append(function)
         self._wakeup.set()
-
-    @property
-    def gated(self) -> bool:
-        """Whether the loop must wait at its step boundary, so that nothing is lost that must not be."""
-        return bool(
-            self._blocked
-            or (self._must_keep and self._ring_is_full)
-            or len(self._kept) > self._reserve
-            or self._bytes_in - self._bytes_out > self._capacity_bytes
-        )
-
-    @property
-    def _ring_is_full(self) -> bool:
-        return len(self._ring) > self._gate_at
 
     @property
     def blocked_by(self) -> list[str]:
@@ -167,6 +157,19 @@ class Bus:
     def release(self) -> None:
         """End a `wait_for_room` that is under way, because the loop has something else to look at. Any thread."""
         self._room.set()
+
+    def _update_gate(self) -> None:
+        self.gated = bool(
+            self._blocked
+            or (self._must_keep and len(self._ring) > self._gate_at)
+            or len(self._kept) > self._reserve
+            or self._bytes_in - self._bytes_out > self._capacity_bytes
+        )
+
+    def _crowd(self) -> None:
+        """The ring is filling up: hold the loop, or drop, according to who listens. On the publisher's thread."""
+        self._make_room()
+        self._update_gate()
 
     def _make_room(self) -> None:
         if self._must_keep and len(self._ring) < 2 * self._capacity:
@@ -285,6 +288,7 @@ class Bus:
         for event, _ in batch:
             force_setattr(event, "seq", self._next_seq)
             self._next_seq += 1
+        self._update_gate()
         self._room.set()
         return batch
 
@@ -341,4 +345,5 @@ class Bus:
     def _set_blocked(self, subscription: Subscription, full: bool) -> None:
         if full != (subscription in self._blocked):
             self._blocked = self._blocked | {subscription} if full else self._blocked - {subscription}
+            self._update_gate()
             self._room.set()

@@ -83,7 +83,6 @@ class RunFolder:
         folder = Path(os.path.abspath(path))
         with contextlib.ExitStack() as undo:
             try:
-                _read_tail(folder, run_id)  # before anything is created in the folder of another run
                 _make_folders(folder, undo)
                 fd = _lock(folder / LOCK_NAME, undo)
                 tail = _read_tail(folder, run_id)

@@ -34,7 +34,6 @@ from events.messages import (
     TrainEpochEnded,
     TrainEpochStarted,
     TrainStepEnded,
-    UnknownEvent,
     ValEpochEnded,
     ValEpochStarted,
     ValStepEnded,
@@ -130,7 +129,7 @@ def _last_event(path: Path) -> Event | None:
                 start = max(0, size - length)
                 file.seek(start)
                 lines = file.read(size - start).split(b"\n")
-                for line in reversed(lines if start == 0 else lines[1:]):
+                for line in reversed(lines):
                     event = _event_of(line)
                     if event is not None:
                         return event
@@ -156,12 +155,19 @@ class JournalReader:
     The journal may not exist yet, be written by another process, grow, be cut or lose segments meanwhile.
     """
 
-    def __init__(self, journal_dir: str | os.PathLike[str], since: int = 0, max_skipped: int = 1_000) -> None:
+    def __init__(
+        self,
+        journal_dir: str | os.PathLike[str],
+        since: int = 0,
+        run_id: str | None = None,
+        max_skipped: int = 1_000,
+    ) -> None:
         """Start behind the event with ``seq == since``; opens nothing yet.
 
         Args:
             journal_dir: The folder of segments.
             since: Events up to this ``seq`` are left out; 0 for all.
+            run_id: Events of any other run are skipped; None if that is not known.
             max_skipped: How many skipped lines `skipped` keeps, the newest; `skipped_count` counts all.
         """
         self._dir = Path(journal_dir)
@@ -169,7 +175,7 @@ class JournalReader:
         self._skipped: deque[SkippedLine] = deque(maxlen=max_skipped)
         self.skipped_count = 0
         """Lines that were skipped so far."""
-        self._run_id: str | None = None
+        self._run_id = run_id
         self._segment: int | None = None  # the number of the segment being read
         self._offset = 0  # of the next line in it
         self._line = 0  # lines before that
@@ -212,14 +218,23 @@ class JournalReader:
         except WireError as error:
             self._skip(len(line), str(error))
             return None
-        # An unknown event is whatever says so, hence the check: a foreign seq would hide all that follow.
         if event.seq < 1 or not event.run_id or event.run_id != (self._run_id or event.run_id):
             whose = f"run_id {event.run_id!r}, seq {event.seq}"
-            self._skip(len(line), f"an event with {whose} is none of run {self._run_id!r}")
+            self._skip(len(line), f"an event with {whose} is none of run {self._run_id or 'any'!r}")
             return None
-        if not isinstance(event, UnknownEvent):
-            self._run_id = event.run_id
-        return event if event.seq > self._cursor else None  # delivery is at least once: repeats are dropped
+        if event.seq <= self._cursor:
+            return None  # a repeat
+        if self._misplaced(event):
+            self._skip(len(line), f"its seq {event.seq} is not below that of the next line")
+            return None
+        return event
+
+    def _misplaced(self, event: Event) -> bool:
+        """Whether a ``seq`` is wrong: one damaged digit would hide all the events that follow."""
+        if event.seq == self._cursor + 1 or not self._lines:
+            return False
+        following = next((other for line in self._lines[-1:-8:-1] if (other := _event_of(line))), None)
+        return following is not None and self._cursor < following.seq <= event.seq
 
     def _fill(self) -> bool:
         """Read whole lines into ``_lines``; False when there are none for now."""

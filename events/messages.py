@@ -52,10 +52,9 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="type", o
     journalled: ClassVar[bool] = True
     """Whether the journal keeps it. What is published only on demand and is too frequent to keep is not."""
 
-    def fill(self, values: dict[str, float]) -> None:
-        """Complete fields whose numbers were still on the device. Called by the bus alone, before delivery."""
-        for name, value in values.items():
-            force_setattr(self, name, value)
+    def fill(self, name: str, value: float) -> None:
+        """Complete a number that was still on the device. Called by the bus's readback alone, before delivery."""
+        force_setattr(self, name, value)
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -209,9 +208,9 @@ class MetricsLogged(Event, frozen=True, gc=False, tag=True):
 
     droppable: ClassVar[bool] = True
 
-    def fill(self, values: dict[str, float]) -> None:
-        """Complete the metrics whose numbers were still on the device."""
-        self.metrics.update(values)
+    def fill(self, name: str, value: float) -> None:
+        """Complete a metric whose number was still on the device."""
+        self.metrics[name] = value
 
 
 class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):

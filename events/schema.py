@@ -37,6 +37,7 @@ def json_schema() -> dict[str, Any]:
     header = _header_docs(inspect.cleandoc(Event.__doc__ or ""))
     for name, definition in definitions.items():
         is_event = "type" in definition["properties"]
+        definition["description"] = " ".join(definition["description"].split())
         for field, schema in definition["properties"].items():
             text = documented.get((name, field)) or (header.get(field) if is_event else None)
             if text is not None:
@@ -48,7 +49,7 @@ def json_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "stagecast event",
         "description": "One event of a training run, as one version writes it. "
-        "Ignore members that you do not know, and expect types that you do not know: newer versions add them.",
+        "Ignore members that you do not know and expect types that you do not know: newer versions add them.",
         "oneOf": [{"$ref": f"#/$defs/{event_type.__name__}"} for event_type in EVENT_TYPES],
         "$defs": {name: _allow_null_numbers(definitions[name]) for name in sorted(definitions)},
     }

@@ -100,7 +100,7 @@ class Chronicle:
     def _run_started(self, e: RunStarted) -> list[Line]:
         self._began, self._told = e.time, None
         self._results.clear()
-        size = f"{e.epochs:,} epoch{'s' * (e.epochs != 1)}"
+        size = _many(e.epochs, "epoch")
         if e.steps_per_epoch is not None:
             size += f" of {e.steps_per_epoch:,} steps"
         if e.max_steps is not None:
@@ -221,13 +221,13 @@ class Chronicle:
         return [_line(e, "bad", f"error: {text}")]
 
     def _observer_recovered(self, e: ObserverRecovered) -> Iterable[Line]:
-        text = f"{_name(e)} recovered after {format_duration(e.outage_s)} and {e.failures:,} failures"
+        text = f"{_name(e)} recovered after {format_duration(e.outage_s)} and {_many(e.failures, 'failure')}"
         return self._sparsely(e, f"recoveries of {_name(e)}", "good", text)
 
     def _observer_dropped(self, e: ObserverDropped) -> Iterable[Line]:
         if e.dropped == 0:  # only replaced by newer ones: what that observer asked for
             return []
-        text = f"warning: {e.dropped:,} events did not reach {_name(e)}"
+        text = f"warning: {_many(e.dropped, 'event')} did not reach {_name(e)}"
         return self._sparsely(e, f"drops by {_name(e)}", "warn", text)
 
     def _observer_slow(self, e: ObserverSlow) -> Iterable[Line]:
@@ -249,7 +249,7 @@ class Chronicle:
 
     def _journal_gap(self, e: JournalGap) -> list[Line]:
         where = f"(seq {e.first_seq:,} to {e.last_seq:,})"
-        text = f"error: the journal lacks {e.lost:,} events {where}: {plain_text(e.reason)}"
+        text = f"error: the journal lacks {_many(e.lost, 'event')} {where}: {plain_text(e.reason)}"
         return [_line(e, "bad", text)]
 
     def _sparsely(
@@ -281,6 +281,10 @@ class Chronicle:
 
 def _line(event: Event, kind: Kind, text: str) -> Line:
     return Line(event.time, kind, [(Span(text, kind),)])
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _name(event: ObserverFailed | ObserverRecovered | ObserverDropped | ObserverSlow) -> str:

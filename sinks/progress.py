@@ -165,12 +165,11 @@ class Progress:
             case ValEpochStarted() | TestEpochStarted():
                 stage = "val" if isinstance(event, ValEpochStarted) else "test"
                 self.evaluation = Evaluation(stage, event.key, 0, event.steps)
-                self._samples.clear()  # time spent here is not the rate of training
             case ValStepEnded() | TestStepEnded():
                 self._evaluate("val" if isinstance(event, ValStepEnded) else "test", event.key, event.step)
             case ValEpochEnded() | TestEpochEnded() | TrainEpochEnded():
                 self.evaluation = None
-                self._samples.clear()
+                self._samples.clear()  # the time spent here is not the rate of training
             case CommandTaken(command="pause"):
                 self.paused, self._paused_at = True, self.elapsed_s
                 self._samples.clear()

@@ -62,10 +62,17 @@ class Boundary:
         """What the loop is doing, for messages."""
         self._on_inline_error = on_inline_error
         self._ledger_interval_ns = int(ledger_interval_s * 1e9)
+        self._ledger_due = clock() + self._ledger_interval_ns
         self._noticed: set[str] = set()
 
-    def cross(self) -> None:
+    def cross(self, mark: int) -> int:
         """A step boundary: commands are taken here, and the loop waits here for whoever must not miss an event.
+
+        Args:
+            mark: Time (``perf_counter_ns``) up to which the ledger is complete.
+
+        Returns:
+            The time up to which it is complete now.
 
         Raises:
             StopRequested: a stop was taken.
@@ -73,10 +80,14 @@ class Boundary:
         """
         if self.control.pending:
             self.take_commands()
+            mark = clock()
         if self.bus.gated:
             self._wait_for_room()
-        if self.ledger.interval_ns > self._ledger_interval_ns:
+            mark = clock()
+        if mark > self._ledger_due:
+            self._ledger_due = mark + self._ledger_interval_ns
             self.bus.publish(LedgerReported(*self.origin.header(), "interval", self.ledger.interval()))
+        return mark
 
     # ------------------------------------------------------------------------------------ events and hooks
 

@@ -109,7 +109,8 @@ class Evaluation:
             raise EmptyDataLoader(
                 f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out"
             )
-        self._recorder.take(key)
+        if self._recorder.values:
+            self._recorder.take(key)
         payload = Payload()
         if len(losses) == done:
             suffix = "" if key == "default" else f"/{key}"
@@ -130,21 +131,21 @@ class Evaluation:
         done = 0
         total: int | None = 0
         losses: list[tuple[Value, int]] = []
+        mark = clock()
         while limit is None or done < limit:
             boundary.phase = f"the dataloader {key!r} of get_{name}_dataloaders"
-            mark = clock()
             batch = next(batches, END)  # WAIT: data
-            ledger.data += clock() - mark
+            now = clock()
+            ledger.data += now - mark
             if batch is END:
                 break
-            boundary.cross()  # what came while the loop waited for data is taken before the batch, not after it
-            mark = clock()
+            mark = boundary.cross(now)  # what came while the loop waited for data is taken before the batch
             boundary.phase = f"{name}_step"
             rows = first_rows(batch)
             self._recorder.weight = rows or 1
             values = as_tuple(self._forward(stage, batch))
-            ledger.compute += clock() - mark
-            mark = clock()
+            now = clock()
+            ledger.compute += now - mark
             done += 1
             total = None if rows is None or total is None else total + rows
             first = values[0] if values else None
@@ -154,8 +155,9 @@ class Evaluation:
                 outputs.append(self._capture.take(values))
             if step_ended in boundary.bus.wanted:
                 boundary.bus.publish(step_ended(*boundary.origin.header(), key, done))
-            ledger.publish += clock() - mark
-        boundary.cross()
+            mark = clock()
+            ledger.publish += mark - now
+        boundary.cross(clock())
         return done, total, losses
 
     def _forward(self, stage: Stage, batch: Any) -> Any:

@@ -16,16 +16,16 @@ _ROWS = ("compute", "data", "readback", "publish", "inline", "fence", "backpress
 class Ledger:
     """Nanoseconds per row. The loop's thread adds to the rows as it goes; nobody else writes.
 
-    ``device`` decides whether the device's idle time is measured too.
+    ``idle`` measures the device's idle time, on CUDA; elsewhere it is None.
     """
 
     __slots__ = (
         "_base",
         "_base_idle_s",
         "_base_wall",
-        "_idle",
         "_started",
         *_ROWS,
+        "idle",
         "steps",
     )
 
@@ -33,7 +33,7 @@ class Ledger:
         self.compute = self.data = self.readback = self.publish = 0
         self.inline = self.fence = self.backpressure = self.paused = 0
         self.steps = 0
-        self._idle = DeviceIdle(device) if device.type == "cuda" else None
+        self.idle = DeviceIdle(device) if device.type == "cuda" else None
         self._started = self._base_wall = clock()
         self._base = (0,) * (len(_ROWS) + 1)
         self._base_idle_s = 0.0
@@ -42,26 +42,11 @@ class Ledger:
         """The loop begins now; what was measured before is forgotten."""
         self._started = self._base_wall = clock()
 
-    @property
-    def interval_ns(self) -> int:
-        """Time since the last `interval`."""
-        return clock() - self._base_wall
-
-    def begin_step(self) -> None:
-        """The device's work of a step begins here. CUDA only; two event records, no waiting."""
-        if self._idle is not None:
-            self._idle.begin()
-
-    def end_step(self) -> None:
-        """The device's work of a step ends here."""
-        if self._idle is not None:
-            self._idle.end()
-
     def interval(self) -> StallLedger:
         """The rows since the last call."""
         now = clock()
         values = self._values()
-        idle_s = self._idle.read() if self._idle is not None else None
+        idle_s = self.idle.read() if self.idle is not None else None
         spent = [value - base for value, base in zip(values, self._base, strict=True)]
         ledger = _ledger(spent, now - self._base_wall, None if idle_s is None else idle_s - self._base_idle_s)
         self._base, self._base_wall, self._base_idle_s = values, now, idle_s or 0.0
@@ -70,7 +55,7 @@ class Ledger:
     def total(self) -> StallLedger:
         """The rows since `start`."""
         now = clock()
-        idle_s = self._idle.read() if self._idle is not None else None
+        idle_s = self.idle.read() if self.idle is not None else None
         return _ledger(list(self._values()), now - self._started, idle_s)
 
     def _values(self) -> tuple[int, ...]:
@@ -98,6 +83,7 @@ class DeviceIdle:
         self._idle_s = 0.0
 
     def begin(self) -> None:
+        """The device's work of a step begins here."""
         if self._last_end is not None:
             start = self._record()
             self._gaps.append((self._last_end, start))
@@ -106,6 +92,7 @@ class DeviceIdle:
                 self.read()
 
     def end(self) -> None:
+        """The device's work of a step ends here."""
         self._last_end = self._record()
 
     def read(self) -> float:

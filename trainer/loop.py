@@ -66,8 +66,10 @@ class TrainingLoop:
         self._step_hooks = hooks.inline[TrainStepEnded]
         self._backward_hooks = hooks.inline[BackwardEnded]
         self._observed_steps = hooks.observed(TrainStepEnded)
+        self._fenced_steps = TrainStepEnded in hooks.fenced
         self._observed_backwards = hooks.observed(BackwardEnded)
         self._step_ended_at = 0
+        self._validated_at = 0
 
     def run(self, optimization: Optimization, first_loader: Iterable[Any]) -> None:
         """Train until the data, a limit or a stop ends it.
@@ -126,30 +128,35 @@ class TrainingLoop:
         mark = clock()
         rows_of = batch_rows(loader, arguments.micro_batch_size, self._sampler)
         batches = iter(loader)
-        ledger.data += clock() - mark
         accumulation = arguments.accumulation_steps
+        val_interval = arguments.val_interval_steps
         limit = self._step_limit()
         first_step = origin.global_step
         read = 0
-        self._step_ended_at = clock()
+        self._step_ended_at = mark
         while limit is None or origin.global_step < limit:
-            mark = clock()
             boundary.phase = "the training dataloader"
-            group: list[Any] = []
+            batch = next(batches, END)  # WAIT: data
+            if batch is END:
+                ledger.data += clock() - mark
+                break
+            group = [batch]
             while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
                 group.append(batch)
-            ledger.data += clock() - mark
-            if not group:
-                break
+            if rows_of is not None:
+                rows = [rows_of(read + i) for i in range(len(group))]
+            else:
+                rows = [first_rows(batch) for batch in group]
+            read += len(group)
+            now = clock()
+            ledger.data += now - mark
             if control.pending:  # came while the loop waited for data: taken before the step, not after it
                 boundary.take_commands()
-            rows = [rows_of(read + i) if rows_of else first_rows(batch) for i, batch in enumerate(group)]
-            read += len(group)
-            self._train_step(group, rows, outputs, first_step)
-            boundary.cross()
-            if self._validates_after(origin.global_step):
-                self._validate()
-                self._step_ended_at = clock()
+                now = clock()
+            mark = self._train_step(group, rows, outputs, first_step, now)
+            if val_interval is not None and origin.global_step % val_interval == 0:
+                self._validate_after(origin.global_step)
+                mark = self._step_ended_at = clock()
         del batches  # ends the workers of a dataloader before validation starts its own
         if read == 0:
             raise EmptyDataLoader(
@@ -181,34 +188,39 @@ class TrainingLoop:
     # --------------------------------------------------------------------------------------------- a step
 
     def _train_step(
-        self, group: list[Any], rows: list[int | None], outputs: EpochOutputs | None, first_step: int
-    ) -> None:
-        boundary, optimization = self._boundary, self._optimization
+        self, group: list[Any], rows: list[int | None], outputs: EpochOutputs | None, first_step: int, mark: int
+    ) -> int:
+        """One optimizer step, from forward to the step boundary.
+
+        The ledger's times are chained: each ends where the next begins, at ``mark`` first and at the returned time last.
+        """
+        boundary, optimization, recorder = self._boundary, self._optimization, self._recorder
         origin, ledger = boundary.origin, boundary.ledger
-        mark = clock()
         elsewhere = ledger.inline + ledger.readback + ledger.publish
-        ledger.begin_step()
-        weights = _weights(rows)
-        live: list[Outputs] = []
-        loss: torch.Tensor | None = None
-        for i, batch in enumerate(group):
-            share, values = self._micro_step(batch, weights[i] if weights else None, rows[i], i)
-            loss = share if loss is None else loss + share
-            if self._observed_steps or self._step_hooks or outputs is not None:
-                live.append(values)
-        assert loss is not None
+        if ledger.idle is not None:
+            ledger.idle.begin()
+        keep = self._observed_steps or self._step_hooks or outputs is not None
+        if len(group) == 1:
+            loss, values = self._micro_step(group[0], None, rows[0], 0)
+            live = [values] if keep else []
+        else:
+            loss, live = self._micro_steps(group, rows, keep)
         boundary.phase = "the optimizer step"
         lr = optimization.learning_rate
         grad_norm, skipped = optimization.step(loss, ledger)
-        ledger.end_step()
+        if ledger.idle is not None:
+            ledger.idle.end()
         ledger.steps += 1
         now = clock()
         # What was measured on rows of its own in the meantime does not count twice.
         ledger.compute += now - mark - (ledger.inline + ledger.readback + ledger.publish - elsewhere)
         if skipped is None:
             origin.global_step += 1
-            self._recorder.take()
-            payload = self._payload(loss, grad_norm, lr, live, outputs)
+            if recorder.values:
+                recorder.take()
+            payload = Payload({"loss": loss})
+            if grad_norm is not None or live or type(lr) is not float:
+                self._add_payload(payload, grad_norm, lr, live, outputs)
             event = TrainStepEnded(
                 origin.run_id,
                 origin.attempt,
@@ -220,25 +232,41 @@ class TrainingLoop:
                 "train",
                 None,  # the loss: read in a batch with others, off this thread
                 origin.global_step - first_step,
-                None if None in rows else sum(rows),  # type: ignore[arg-type]
+                rows[0] if len(rows) == 1 else None if None in rows else sum(rows),  # type: ignore[arg-type]
                 (now - self._step_ended_at) / 1e9,
                 lr if type(lr) is float else None,
             )
             self._step_ended_at = now
-            if TrainStepEnded in boundary.hooks.fenced:
+            if self._fenced_steps:
                 payload.fence = boundary.fence(TrainStepEnded)
             boundary.bus.publish(event, payload)
             ledger.publish += (mark := clock()) - now
             if payload.fence is not None:
                 boundary.wait_for_fence(payload.fence)
+                mark = clock()
             if self._step_hooks:
                 boundary.run_inline_step(self._step_hooks, live)
-            mark = clock()
+                mark = clock()
         else:
             self._skip(skipped, loss)
             ledger.publish += (mark := clock()) - now
         optimization.zero_grad()  # here, so that an inline hook at the end of the step can look at the gradients
-        ledger.compute += clock() - mark
+        now = clock()
+        ledger.compute += now - mark
+        return boundary.cross(now)
+
+    def _micro_steps(
+        self, group: list[Any], rows: list[int | None], keep: Any
+    ) -> tuple[torch.Tensor, list[Outputs]]:
+        """The micro-batches of one step, each weighted by its rows."""
+        live: list[Outputs] = []
+        shares: list[torch.Tensor] = []
+        for i, (batch, weight) in enumerate(zip(group, _weights(rows), strict=True)):
+            share, values = self._micro_step(batch, weight, rows[i], i)
+            shares.append(share)
+            if keep:
+                live.append(values)
+        return torch.stack([share.reshape(()) for share in shares]).sum(), live
 
     def _micro_step(
         self, batch: Any, weight: float | None, rows: int | None, micro_step: int
@@ -255,35 +283,39 @@ class TrainingLoop:
             returned = self._module(Stage.TRAIN, step + 1, batch, self._device)
         values = (returned,) if isinstance(returned, torch.Tensor) else as_tuple(returned)
         loss = values[0] if values else None
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        if not isinstance(loss, torch.Tensor):
             raise _bad_loss(self._module, loss, values)
         share = loss if weight is None else loss * weight
         boundary.phase = "backward"
-        (share if precision.scaler is None else precision.scale(share)).backward()  # type: ignore[no-untyped-call]
+        try:
+            (share if precision.scaler is None else precision.scale(share)).backward()  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            # Looked at only now: it costs a step that is right nothing.
+            if loss.numel() != 1 or not loss.requires_grad:
+                raise _bad_loss(self._module, loss, values) from None
+            raise
         if self._backward_hooks:
             boundary.run_inline(self._backward_hooks, step, loss)
         if BackwardEnded in boundary.bus.wanted:
             self._publish_backward(loss, micro_step)
         share = share.detach()  # or the event would keep the graph alive
-        if share.dim():
-            share = share.reshape(())
         # A compiled step may write its next loss to the same memory.
         return share.clone() if self._arguments.compile else share, values
 
-    def _payload(
+    def _add_payload(
         self,
-        loss: torch.Tensor,
+        payload: Payload,
         grad_norm: torch.Tensor | None,
         lr: Any,
         live: list[Outputs],
         outputs: EpochOutputs | None,
-    ) -> Payload:
-        """What goes beside the step's event: numbers still on the device, and outputs for those who want them."""
-        payload = Payload({"loss": loss})
+    ) -> None:
+        """Add what goes beside a step's event: other numbers still on the device, outputs for those who want them."""
+        assert payload.pending is not None
         if grad_norm is not None:
-            payload.pending["grad_norm"] = grad_norm  # type: ignore[index]
+            payload.pending["grad_norm"] = grad_norm
         if isinstance(lr, torch.Tensor):
-            payload.pending["lr"] = lr.detach().reshape(()).clone()  # type: ignore[index]
+            payload.pending["lr"] = lr.detach().clone()
         if live and (self._observed_steps or outputs is not None):
             copies: list[Copy] = [self._capture.take(values) for values in live]
             if outputs is not None:
@@ -292,12 +324,11 @@ class TrainingLoop:
             if self._observed_steps:
                 payload.outputs = StepOutputs(copies, self._boundary.notice)
                 payload.nbytes = sum(copy.nbytes for copy in copies)
-        return payload
 
     def _publish_backward(self, loss: torch.Tensor, micro_step: int) -> None:
         boundary = self._boundary
         mark = clock()
-        payload = Payload({"loss": loss.detach().reshape(())})
+        payload = Payload({"loss": loss.detach()})
         if self._observed_backwards:
             copy = self._capture.take((loss,))
             payload.outputs, payload.nbytes = StepOutputs((copy,), boundary.notice), copy.nbytes
@@ -313,9 +344,9 @@ class TrainingLoop:
 
     # ----------------------------------------------------------------------------------------- validation
 
-    def _validates_after(self, global_step: int) -> bool:
-        interval = self._arguments.val_interval_steps
-        return interval is not None and global_step % interval == 0 and global_step != self._validated_at
+    def _validate_after(self, global_step: int) -> None:
+        if global_step != self._validated_at:  # a step that was skipped right after does not validate again
+            self._validate()
 
     def _validates_at_end(self, epoch: int) -> bool:
         arguments = self._arguments
@@ -323,8 +354,6 @@ class TrainingLoop:
             return False
         last = epoch + 1 == arguments.epochs or self._at_max_steps
         return last or (epoch + 1) % arguments.val_interval_epochs == 0
-
-    _validated_at = 0  # a skipped step must not validate again
 
     def _validate(self) -> None:
         boundary = self._boundary
@@ -351,10 +380,8 @@ class TrainingLoop:
         return EpochOutputs(limit, f"{wanted[0]}.on_end_train_epoch", self._boundary.notice)
 
 
-def _weights(rows: list[int | None]) -> list[float] | None:
-    """Each micro-batch's part of its step: by rows, or equal parts where they cannot be counted. None for just one."""
-    if len(rows) == 1:
-        return None
+def _weights(rows: list[int | None]) -> list[float]:
+    """Each micro-batch's part of its step: by rows, or equal parts where they cannot be counted."""
     known = [n for n in rows if n is not None]
     total = sum(known)
     if len(known) < len(rows) or not total:

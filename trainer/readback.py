@@ -48,7 +48,7 @@ class DeviceReadback:
                     key = (tensor.device, tensor.dtype)
                     where, tensors = places.setdefault(key, ([], []))
                     where.append((event, name))
-                    tensors.append(tensor)
+                    tensors.append(tensor if tensor.dim() == 0 else tensor.reshape(()))
                 payload.pending = None
         on_device = False
         copies: list[tuple[list[_Place], Callable[[], list[Any] | None]]] = []
@@ -117,7 +117,7 @@ class DeviceReadback:
                     self.summary[f"{event.stage}_loss{suffix}"] = event.loss
             elif isinstance(event, TrainEpochEnded):
                 if self._loss_rows:
-                    event.fill({"loss": self._loss_sum / self._loss_rows})
+                    event.fill("loss", self._loss_sum / self._loss_rows)
                 self._loss_sum, self._loss_rows = 0.0, 0
 
     def _step(self, event: TrainStepEnded, loss: float) -> None:
@@ -134,4 +134,4 @@ class DeviceReadback:
 
 def _fill(places: list[_Place], values: list[Any]) -> None:
     for (event, name), value in zip(places, values, strict=True):
-        event.fill({name: float(value)})
+        event.fill(name, float(value))

@@ -29,7 +29,8 @@ class MetricRecorder:
         """Rows that the batch in hand stands for. Set by the loop."""
         self._bus = bus
         self._loop_thread = 0
-        self._values: list[tuple[str, Value, int]] = []
+        self.values: list[tuple[str, Value, int]] = []
+        """What the loop's thread has logged since the last `take`: name, value, weight."""
         self._hook = threading.local()
 
     def bind(self) -> None:
@@ -41,7 +42,7 @@ class MetricRecorder:
         if isinstance(value, torch.Tensor):
             value = value.detach().reshape(()).clone()
         if threading.get_ident() == self._loop_thread:
-            self._values.append((name, value, self.weight))
+            self.values.append((name, value, self.weight))
             return
         event: Event | None = getattr(self._hook, "event", None)
         if event is None:
@@ -57,13 +58,12 @@ class MetricRecorder:
 
     def take(self, key: str | None = None) -> None:
         """Publish what the loop's thread has logged since the last call. ``key``: the evaluation dataloader's."""
-        if self._values:
-            values, self._values = self._values, []
-            self._publish(MetricsLogged(*self._bus.origin.header(), {}, key), _means(values))
+        values, self.values = self.values, []
+        self._publish(MetricsLogged(*self._bus.origin.header(), {}, key), _means(values))
 
     def discard(self) -> None:
         """Forget what the loop's thread has logged since the last `take`: the step was skipped."""
-        self._values = []
+        self.values = []
 
     def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
         pending: dict[str, torch.Tensor] = {}

@@ -149,7 +149,7 @@ input()
 
 @POSIX
 def test_a_removed_lock_file_does_not_let_two_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock on a file that lost its name between opening and locking excludes nobody, so another is taken."""
+    """A lock on a file that lost its name before it was locked excludes nobody, so another is taken."""
     import events.folder as module
 
     lock_descriptor = module._lock_descriptor

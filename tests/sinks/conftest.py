@@ -24,7 +24,7 @@ ROOT = Path(sinks.__file__).parent.parent
 
 
 class Story:
-    """Builds events with a consistent header. ``time``, ``global_step``, ``epoch`` and ``stage`` are the next one's."""
+    """Builds events with a consistent header; its attributes are those of the next event."""
 
     def __init__(self) -> None:
         self.time = 1_700_000_000.0
@@ -37,17 +37,8 @@ class Story:
 
     def __call__(self, event_type: type[Event], **fields: Any) -> Any:
         self.seq += 1
-        header = dict(
-            run_id="demo",
-            attempt=self.attempt,
-            seq=self.seq,
-            time=self.time,
-            rank=0,
-            global_step=self.global_step,
-            epoch=self.epoch,
-            stage=self.stage,
-        )
-        return event_type(**header, **fields)
+        place = (self.time, 0, self.global_step, self.epoch, self.stage)
+        return event_type("demo", self.attempt, self.seq, *place, **fields)
 
     def started(self, **fields: Any) -> Any:
         plan = {"module": "my_package.Net", "epochs": 3, "steps_per_epoch": 100} | fields
@@ -131,7 +122,9 @@ class Screen:
 class Terminal:
     """A `ConsoleWriter` with live bars on an in-memory stream, and the screen that results."""
 
-    def __init__(self, width: int = 100, height: int = 30, file: io.TextIOBase | None = None, **options: Any) -> None:
+    def __init__(
+        self, width: int = 100, height: int = 30, file: io.TextIOBase | None = None, **options: Any
+    ) -> None:
         self.size = (width, height)
         self.file = io.StringIO() if file is None else file
         color = options.pop("color_system", "256")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.arguments import TrainerArguments
@@ -277,6 +277,7 @@ def test_nested_configurations_are_decoded_with_overrides() -> None:
 
 
 @given(st.integers(1, 5_000), st.one_of(st.none(), st.integers(1, 6_000)))
+@example(14, 4)  # a micro-batch of exactly half of the limit
 def test_the_micro_batch_is_the_largest_divisor_within_the_limit(total: int, limit: int | None) -> None:
     """It divides the batch, keeps the limit, and no larger one does."""
     arguments = TrainerArguments(train_batch_size=total, gpu_batch_size_limit=limit)

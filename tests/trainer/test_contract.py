@@ -1,5 +1,4 @@
-"""The contract: every name, argument, default and abstractness of the document, and what the methods do by
-default."""
+"""The contract: each name, argument, default and abstractness, and what methods do by default."""
 
 from __future__ import annotations
 
@@ -310,8 +309,8 @@ class Logging(Minimal):
         return (hidden**2).mean()
 
 
-# Dynamo itself looks at .grad where a graph breaks, and hides the warning in a way that pytest's filter
-# undoes.
+# Dynamo itself looks at .grad where a graph breaks, and hides the warning in a way
+# that pytest's filter undoes.
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_log_stays_out_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred compiled steps that log compute what eager ones do, log each value, and compile once."""

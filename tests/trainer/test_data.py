@@ -180,8 +180,7 @@ def _shape(value: Any) -> Any:
 
 @given(_batches)
 def test_moving_keeps_the_structure_and_reaches_every_tensor(batch: Any) -> None:
-    """Whatever the nesting: the same structure, all tensors moved, values intact on the way through a
-    copy."""
+    """Whatever the nesting: the same structure, and every tensor moved; a mapped copy holds equal values."""
     moved = to_device(batch, "meta")
     assert _shape(moved) == _shape(batch)
     devices: list[str] = []
@@ -303,6 +302,9 @@ def test_rows_are_unknown_where_batching_is_not_ours() -> None:
     assert batch_rows(DataLoader(data, batch_size=None, sampler=kind(data)), 1, kind) is None
     assert batch_rows(DataLoader(data, batch_sampler=OwnBatches(kind(data), 2, False)), 2, kind) is None
     assert batch_rows(DataLoader(data, batch_sampler=BatchSampler(kind(data), 2, False)), 2, kind) is None
+    # A loader that was given a batch sampler shows a sequential sampler that it does not use.
+    other = DataLoader(data, batch_sampler=BatchSampler([0], 2, False))
+    assert batch_rows(other, 2, SequentialSampler) is None
     assert batch_rows(DataLoader(data, batch_size=2, sampler=SequentialSampler(data)), 2, SequentialSampler)
 
 

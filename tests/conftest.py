@@ -1,0 +1,17 @@
+"""What every test has: the two event loops, and one thread for torch."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported anywhere: its thread pools would otherwise take every core, in child processes too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Run each test that is marked ``anyio`` under asyncio and under trio."""
+    return str(request.param)

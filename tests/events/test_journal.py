@@ -1,0 +1,796 @@
+"""The journal: nothing that was written is lost, whatever happens to the process, the disk or the file."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from events import wire
+from events.errors import RunFolderError, WireError
+from events.journal import JOURNAL_DELIVERY, Journal, JournalWriter
+from events.journal_reader import (
+    SUPERSEDED_TYPES,
+    JournalReader,
+    SkippedLine,
+    journal_tail,
+    read_history,
+    segment_numbers,
+)
+from events.messages import (
+    EVENT_TYPES,
+    BackwardEnded,
+    CommandTaken,
+    Event,
+    JournalGap,
+    LoopHeld,
+    MetricsLogged,
+    ObserverDropped,
+    ObserverFailed,
+    ObserverRecovered,
+    ObserverSlow,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    TrainStepEnded,
+    UnknownEvent,
+)
+from events.sink import RunInfo, Sink, delivery_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def step(seq: int, attempt: int = 1, global_step: int | None = None, loss: float = 0.5) -> TrainStepEnded:
+    at = seq if global_step is None else global_step
+    return TrainStepEnded("run", attempt, seq, time.time(), 0, at, 0, "train", loss=loss)
+
+
+def steps(first: int, last: int) -> list[Event]:
+    return [step(seq) for seq in range(first, last + 1)]
+
+
+def ended(seq: int) -> RunEnded:
+    return RunEnded("run", 1, seq, time.time(), 0, seq, 0, None, status="finished")
+
+
+def open_journal(folder: Path, **options: Any) -> JournalWriter:
+    return Journal(**options).open(RunInfo("run", run_dir=str(folder)))
+
+
+def write(folder: Path, events: list[Event]) -> None:
+    writer = open_journal(folder)
+    writer.write(events)
+    writer.close()
+
+
+def seqs(folder: Path, since: int = 0) -> list[int]:
+    return [event.seq for event in read_all(JournalReader(folder / "journal", since))]
+
+
+def read_all(reader: JournalReader, limit: int = 1_024) -> list[Event]:
+    events = []
+    while batch := reader.read(limit):
+        assert len(batch) <= limit
+        events += batch
+    return events
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted((folder / "journal").iterdir())
+
+
+def gaps(folder: Path) -> list[tuple[int, int, int, int]]:
+    events = read_all(JournalReader(folder / "journal"))
+    return [
+        (event.seq, event.first_seq, event.last_seq, event.lost)
+        for event in events
+        if isinstance(event, JournalGap)
+    ]
+
+
+class BadDisk:
+    """The system calls of the journal, refusing on demand. What it does not refuse reaches the real disk."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room: int | None = None
+        """Bytes that writes still take; None for any number."""
+        self.refuse_truncate = False
+        self.short = False
+        """Whether each write takes only a few bytes."""
+        self.synced = 0
+        self._write, self._truncate, self._fsync = os.write, os.ftruncate, os.fsync
+        for name, function in (("write", self.write), ("ftruncate", self.truncate), ("fsync", self.fsync)):
+            monkeypatch.setattr(f"events.journal.os.{name}", function)
+
+    def write(self, fd: int, data: Any) -> int:
+        take = min(len(data), 7) if self.short else len(data)
+        if self.room is not None:
+            take = min(take, self.room)
+            self.room -= take
+            if take == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._write(fd, data[:take])
+
+    def truncate(self, fd: int, size: int) -> None:
+        if self.refuse_truncate:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._truncate(fd, size)
+
+    def fsync(self, fd: int) -> None:
+        self.synced += 1
+        self._fsync(fd)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadDisk]:
+    with monkeypatch.context() as patch:
+        yield BadDisk(patch)
+
+
+# ----------------------------------------------------------------------------------------- the disk refuses
+
+
+def test_a_full_disk_loses_nothing_that_is_delivered_again(tmp_path: Path, disk: BadDisk) -> None:
+    """Whole lines stay, the half one goes, and what is delivered again is written once."""
+    writer = open_journal(tmp_path)
+    writer.write(steps(1, 10))
+    whole = len(wire.encode_json_lines(steps(11, 14)))
+    disk.room = whole + 30
+    with pytest.raises(OSError, match=r"No space left on device: .*00000000000000000001\.jsonl") as caught:
+        writer.write(steps(11, 20))
+    assert caught.value.errno == errno.ENOSPC
+    assert 11 <= writer.written_seq <= 14
+    assert segments(tmp_path)[0].read_bytes().endswith(b"}\n")
+    disk.room = 0
+    for _ in range(5):
+        with pytest.raises(OSError, match="No space"):
+            writer.write(steps(11, 20))
+    disk.room = None
+    writer.write(steps(11, 20))
+    writer.write(steps(21, 30))
+    assert seqs(tmp_path) == list(range(1, 31))
+    assert gaps(tmp_path) == []
+    assert len(segments(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("room", range(0, 700, 23))
+def test_a_half_line_is_never_followed_by_a_whole_one(tmp_path: Path, disk: BadDisk, room: int) -> None:
+    """Wherever the write was cut, and though the half line could not be removed: a new segment begins."""
+    writer = open_journal(tmp_path)
+    disk.room, disk.refuse_truncate = room, True
+    with pytest.raises(OSError, match="No space"):
+        writer.write(steps(1, 5))
+    disk.room, disk.refuse_truncate = None, False
+    writer.write(steps(1, 5))
+    writer.write(steps(6, 7))
+    writer.close()
+    assert seqs(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    for since in range(8):
+        assert seqs(tmp_path, since) == list(range(since + 1, 8))
+    assert journal_tail(tmp_path / "journal").seq == 7
+
+
+def test_events_that_were_dropped_meanwhile_are_recorded_as_a_gap(tmp_path: Path, disk: BadDisk) -> None:
+    """The gap stands where the events are missing, with the reason; its own seq is the last lost one."""
+    writer = open_journal(tmp_path)
+    writer.write(steps(1, 3))
+    disk.room = 0
+    with pytest.raises(OSError, match="No space"):
+        writer.write(steps(4, 6))
+    disk.room = None
+    writer.write(steps(4, 6))  # the batch in hand is kept by the supervisor, the queue behind it is not
+    queued = [msgspec.structs.replace(event, time=0.0) for event in steps(50, 52)]
+    writer.write(queued)
+    writer.close()
+    assert seqs(tmp_path) == [1, 2, 3, 4, 5, 6, 49, 50, 51, 52]
+    assert gaps(tmp_path) == [(49, 7, 49, 43)]
+    gap = next(event for event in read_all(JournalReader(tmp_path / "journal", 6)))
+    assert isinstance(gap, JournalGap)
+    assert "No space left on device" in gap.reason
+    assert (gap.run_id, gap.attempt, gap.global_step, gap.stage) == ("run", 1, 50, "train")
+
+
+def test_several_holes_of_one_batch_are_one_gap(tmp_path: Path, disk: BadDisk) -> None:
+    """Where droppable events went and others stayed, one line says how many are missing in all."""
+    writer = open_journal(tmp_path)
+    disk.room = 0
+    with pytest.raises(OSError, match="No space"):
+        writer.write(steps(1, 3))
+    disk.room = None
+    writer.write([step(1), step(5), step(6), step(9)])
+    assert gaps(tmp_path) == [(4, 2, 8, 5)]
+    assert seqs(tmp_path) == [1, 4, 5, 6, 9]
+
+
+def test_a_gap_that_cannot_be_written_either_is_written_later(tmp_path: Path, disk: BadDisk) -> None:
+    """The disk takes half of the first line after the outage and is full again."""
+    writer = open_journal(tmp_path)
+    for room in (0, 40, 0):
+        disk.room = room
+        with pytest.raises(OSError, match="No space"):
+            writer.write(steps(8, 9))
+    disk.room = None
+    writer.write(steps(8, 9))
+    assert seqs(tmp_path) == [7, 8, 9]
+    assert gaps(tmp_path) == [(7, 1, 7, 7)]
+
+
+def test_holes_are_no_gaps_while_the_disk_keeps_up(tmp_path: Path, disk: BadDisk) -> None:
+    """What is not journalled leaves holes too; they are suspicious after an outage only, and not for long."""
+    writer = open_journal(tmp_path)
+    writer.write([step(1), step(5)])
+    disk.room = 0
+    with pytest.raises(OSError, match="No space"):
+        writer.write([step(6)])
+    disk.room = None
+    writer.write([step(6)])
+    later = time.time() + 60
+    writer.write([msgspec.structs.replace(step(seq), time=later) for seq in (7, 9, 12)])
+    assert gaps(tmp_path) == []
+
+
+def test_a_slow_disk_makes_holes_suspicious_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a write hangs the queue may overflow as if it had failed."""
+    monkeypatch.setattr("events.journal.SLOW_WRITE_S", -1.0)
+    writer = open_journal(tmp_path)
+    writer.write([step(1)])
+    writer.write([msgspec.structs.replace(step(4), time=0.0)])
+    assert gaps(tmp_path) == [(3, 2, 3, 2)]
+    reason = next(
+        e.reason for e in read_all(JournalReader(tmp_path / "journal")) if isinstance(e, JournalGap)
+    )
+    assert "a write took" in reason
+
+
+def test_an_event_that_cannot_be_encoded_becomes_a_gap(tmp_path: Path) -> None:
+    """Its neighbours are written; raising would have it delivered, and refused, for ever."""
+    writer = open_journal(tmp_path)
+    bad = RunStarted("run", 1, 2, 0.0, 0, 0, 0, None, module="m", epochs=1, arguments={"x": object()})
+    writer.write([step(1), bad, step(3)])
+    assert seqs(tmp_path) == [1, 2, 3]
+    assert gaps(tmp_path) == [(2, 2, 2, 1)]
+
+
+def test_short_writes_are_continued(tmp_path: Path, disk: BadDisk) -> None:
+    """A system call may take fewer bytes than it was given."""
+    disk.short = True
+    write(tmp_path, steps(1, 20))
+    assert seqs(tmp_path) == list(range(1, 21))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.none() | st.integers(0, 900), st.booleans()), max_size=12),
+    st.integers(1, 1500),
+)
+def test_whatever_the_disk_refuses_every_event_is_there_once(
+    batches: list[tuple[int, int | None, bool]], segment_bytes: int
+) -> None:
+    """Any sequence of refusals, half-lines that stay, and rolls, each batch delivered until it is taken."""
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder, disk = Path(name), BadDisk(patch)
+        writer = open_journal(folder, segment_bytes=segment_bytes)
+        tail = JournalReader(folder / "journal")
+        seen: list[Event] = []
+        at = 1
+        for count, room, refuse_truncate in batches:
+            disk.room, disk.refuse_truncate = room, refuse_truncate
+            events = steps(at, at + count - 1)
+            for _ in range(3):
+                try:
+                    writer.write(events)
+                except OSError:
+                    seen += read_all(tail)
+                    disk.room = None
+            at += count
+            assert writer.written_seq == at - 1
+            seen += read_all(tail)
+        writer.close()
+        assert [event.seq for event in seen] == list(range(1, at))
+        assert seqs(folder) == list(range(1, at))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file size limits are POSIX")
+def test_a_real_limit_of_the_system_is_survived(tmp_path: Path) -> None:
+    """The kernel refuses in the middle of a batch (RLIMIT_FSIZE); once it does not, the journal is whole."""
+    code = f"""
+import resource, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from events.journal import Journal
+from events.messages import TrainStepEnded
+from events.sink import RunInfo
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+writer = Journal().open(RunInfo("run", run_dir={str(tmp_path)!r}))
+events = [TrainStepEnded("run", 1, seq, time.time(), 0, seq, 0, "train", loss=1.0) for seq in range(1, 101)]
+writer.write(events[:10])
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+failures = 0
+for _ in range(3):
+    try:
+        writer.write(events)
+    except OSError as error:
+        failures += 1
+        assert error.errno == 27, error
+assert failures == 3
+assert 10 < writer.written_seq < 100, writer.written_seq
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+writer.write(events)
+writer.close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert seqs(tmp_path) == list(range(1, 101))
+    assert len(segments(tmp_path)) == 1
+
+
+# ------------------------------------------------------------------------------------- the process is killed
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
+def test_a_killed_writer_loses_nothing_that_write_returned_for(tmp_path: Path) -> None:
+    """Killed while it writes as fast as it can, and is tailed; then a new attempt goes on behind it."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from events.journal import Journal
+from events.messages import TrainStepEnded
+from events.sink import RunInfo
+writer = Journal(segment_bytes=30_000).open(RunInfo("run", run_dir={str(tmp_path)!r}))
+seq = 0
+while True:
+    batch = range(seq + 1, seq + 51)
+    writer.write([TrainStepEnded("run", 1, seq, time.time(), 0, seq, 0, "train", loss=1.0) for seq in batch])
+    seq += 50
+    print(seq, flush=True)
+"""
+    reader = JournalReader(tmp_path / "journal")
+    seen: list[Event] = []
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process:
+        promised = 0
+        while promised < 5_000:
+            promised = int(process.stdout.readline())
+            seen += reader.read(70)
+        process.send_signal(signal.SIGKILL)
+        promised = max([promised, *(int(line) for line in process.stdout if line.endswith("\n"))])
+    seen += read_all(reader)
+    assert [event.seq for event in seen] == list(range(1, len(seen) + 1))
+    assert len(seen) >= promised
+    last = journal_tail(tmp_path / "journal").seq
+    assert last >= len(seen)
+    write(tmp_path, [step(last + 1, attempt=2)])
+    assert seqs(tmp_path)[-1] == last + 1
+    assert read_all(reader)[-1].attempt == 2
+
+
+def test_a_journal_cut_anywhere_returns_every_whole_line(tmp_path: Path) -> None:
+    """At every byte of its last three lines: what is whole is returned, what is torn is told once final."""
+    write(tmp_path, steps(1, 6))
+    path = segments(tmp_path)[0]
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in range(len(b"".join(lines[:3])), len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        complete = whole[:cut].count(b"\n")
+        reader = JournalReader(tmp_path / "journal")
+        assert [event.seq for event in read_all(reader)] == list(range(1, complete + 1))
+        assert reader.skipped == []  # it might still be completed
+        last = journal_tail(tmp_path / "journal").seq
+        assert last in (complete, complete + 1)
+
+        write(tmp_path, [step(last + 1, attempt=2)])
+        after = [event.seq for event in read_all(reader)]
+        assert after == list(range(complete + 1, last + 2))
+        torn = whole[:cut].rpartition(b"\n")[2]
+        if torn and last == complete:
+            [skip] = reader.skipped
+            assert (skip.path, skip.line, skip.offset, skip.length) == (
+                str(path),
+                complete + 1,
+                cut - len(torn),
+                len(torn),
+            )
+        else:
+            assert reader.skipped == []
+        segments(tmp_path)[-1].unlink()
+
+
+# ---------------------------------------------------------------------------------------- garbage in the file
+
+garbage = st.one_of(
+    st.binary(max_size=60),
+    st.sampled_from([b"\0" * 5000, b"{}", b"null", b"[" * 3000, b'{"type":"RunEnded"}', b'{"type":"Later"}']),
+    st.just(wire.encode_json(RunResumed("another", 9, 2**40, 0.0, 0, 0, 0, None))),
+    st.just(b'{"type":"Later","run_id":"another","seq":999999}'),
+).map(lambda data: data.replace(b"\n", b" "))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10), garbage), max_size=5), st.integers(1, 4))
+def test_garbage_between_lines_is_skipped_and_reported(
+    insertions: list[tuple[int, bytes]], limit: int
+) -> None:
+    """Every whole valid line is still returned; each piece of garbage is reported with its place."""
+    lines = [wire.encode_json(event) for event in steps(1, 10)]
+    marked: list[tuple[bytes, bool]] = [(line, True) for line in lines]
+    for at, data in sorted(insertions, key=lambda insertion: -insertion[0]):
+        marked.insert(at, (data, False))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "journal"
+        folder.mkdir()
+        path = folder / "00000000000000000001.jsonl"
+        path.write_bytes(b"".join(line + b"\n" for line, _ in marked))
+        reader = JournalReader(folder, run_id="run")
+        assert [event.seq for event in read_all(reader, limit)] == list(range(1, 11))
+        wrong = [(number, line) for number, (line, good) in enumerate(marked, start=1) if not good and line]
+        assert [(skip.line, skip.length) for skip in reader.skipped] == [(n, len(line)) for n, line in wrong]
+        content = path.read_bytes()
+        for skip, (_, line) in zip(reader.skipped, wrong, strict=True):
+            assert content[skip.offset : skip.offset + skip.length] == line
+            assert skip.reason
+        assert journal_tail(folder).seq >= 10
+
+
+def made(line: bytes) -> bool:
+    try:
+        return wire.decode_json(line).seq > 0
+    except WireError:
+        return False
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 40), st.binary(max_size=40)), max_size=4))
+def test_bytes_changed_anywhere_cost_only_the_lines_they_touch(
+    edits: list[tuple[int, int, bytes]],
+) -> None:
+    """Overwritten, removed or inserted bytes: every line that is still whole is returned."""
+    lines = [wire.encode_json(event) for event in steps(1, 12)]
+    content = bytearray(b"".join(line + b"\n" for line in lines))
+    for at, remove, insert in edits:
+        content[at : at + remove] = insert
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "journal"
+        folder.mkdir()
+        (folder / "00000000000000000001.jsonl").write_bytes(content)
+        left = set(bytes(content).split(b"\n")[:-1])
+        returned = [event.seq for event in read_all(JournalReader(folder))]
+        assert returned == sorted(set(returned))
+        whole = {seq for seq, line in enumerate(lines, start=1) if line in left}
+        # An edit may have made an event of its own, with a seq that hides others as any repeat would.
+        if not any(made(line) for line in left - set(lines)):
+            assert set(returned) == whole
+        list(read_history(folder))
+        journal_tail(folder)
+
+
+def test_a_damaged_seq_does_not_hide_what_follows(tmp_path: Path) -> None:
+    """One wrong digit costs one event."""
+    write(tmp_path, steps(1, 9))
+    path = segments(tmp_path)[0]
+    path.write_bytes(path.read_bytes().replace(b'"seq":4,', b'"seq":4000,'))
+    reader = JournalReader(tmp_path / "journal")
+    assert [event.seq for event in read_all(reader)] == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert [(skip.line, skip.reason) for skip in reader.skipped] == [
+        (4, "its seq 4000 is not below that of the next line")
+    ]
+
+
+def test_the_report_of_skipped_lines_is_bounded(tmp_path: Path) -> None:
+    """A file full of garbage does not fill the memory; the count goes on."""
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "00000000000000000001.jsonl").write_bytes(b"x\n" * 50)
+    reader = JournalReader(tmp_path / "journal", max_skipped=10)
+    assert reader.read() == []
+    assert [skip.line for skip in reader.skipped] == list(range(41, 51))
+    assert reader.skipped_count == 50
+
+
+def test_a_lost_segment_is_passed_over(tmp_path: Path) -> None:
+    """Before it is reached it is just not there; under the reader it is reported."""
+    writer = open_journal(tmp_path, segment_bytes=1)
+    for seq in range(1, 6):
+        writer.write([step(seq)])
+    segments(tmp_path)[2].unlink()
+    assert seqs(tmp_path) == [1, 2, 4, 5]
+    reader = JournalReader(tmp_path / "journal", since=4)
+    assert [event.seq for event in reader.read()] == [5]
+    segments(tmp_path)[-1].unlink()
+    assert reader.read() == []
+    assert reader.skipped[0].reason == "the segment is gone"
+    writer.write([step(6)])
+    assert [event.seq for event in reader.read()] == [6]
+    assert reader.skipped_count == 1
+
+
+def test_other_files_are_no_segments(tmp_path: Path) -> None:
+    """Indexes, editors' leftovers and folders may stand beside the segments."""
+    write(tmp_path, [step(1)])
+    (tmp_path / "journal" / "index.db").write_bytes(b"x")
+    (tmp_path / "journal" / "00000000000000000001.jsonl~").write_bytes(b"x")
+    (tmp_path / "journal" / "2.jsonl").write_bytes(b"x")
+    assert segment_numbers(tmp_path / "journal") == [1]
+    assert seqs(tmp_path) == [1]
+
+
+def test_a_journal_that_does_not_exist_yet_is_empty(tmp_path: Path) -> None:
+    """A reader may be there before the writer."""
+    reader = JournalReader(tmp_path / "journal")
+    assert reader.read() == []
+    assert list(read_history(tmp_path / "journal")) == []
+    assert journal_tail(tmp_path / "journal").seq == 0
+    write(tmp_path, [step(1)])
+    assert [event.seq for event in reader.read()] == [1]
+
+
+def test_a_run_without_a_folder_has_no_journal(tmp_path: Path) -> None:
+    """The error says so, also where the journal's folder is a file."""
+    with pytest.raises(RunFolderError, match="has no folder"):
+        Journal().open(RunInfo("run"))
+    (tmp_path / "journal").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be opened"):
+        open_journal(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- the writer
+
+
+def test_the_journal_is_a_sink_that_never_gives_up() -> None:
+    """It gets what is to be journalled and nothing that is built on demand; it is plain data."""
+    journal = Journal(segment_bytes=5)
+    assert isinstance(journal, Sink)
+    assert delivery_of(journal) is JOURNAL_DELIVERY
+    assert JOURNAL_DELIVERY.types is not None
+    assert BackwardEnded not in JOURNAL_DELIVERY.types
+    assert RunStarted in JOURNAL_DELIVERY.types
+    assert msgspec.json.decode(msgspec.json.encode(journal), type=Journal) == journal
+
+
+def test_repeats_and_events_that_are_not_journalled_are_left_out(tmp_path: Path) -> None:
+    """Delivery is at least once; the journal holds each event once."""
+    writer = open_journal(tmp_path)
+    writer.write(steps(1, 3))
+    writer.write(steps(2, 5))
+    writer.write([BackwardEnded("run", 1, 6, 0.0, 0, 1, 0, "train")])
+    assert (writer.written_seq, writer.repeated) == (6, 2)
+    assert seqs(tmp_path) == [1, 2, 3, 4, 5]
+    again = open_journal(tmp_path)
+    again.write(steps(4, 7))
+    assert seqs(tmp_path) == list(range(1, 8))
+
+
+def test_segments_roll_and_are_named_by_their_first_event(tmp_path: Path) -> None:
+    """So that a reader jumps to its cursor."""
+    writer = open_journal(tmp_path, segment_bytes=1_000)
+    for seq in range(1, 31, 3):
+        writer.write(steps(seq, seq + 2))
+    writer.close()
+    names = [path.name for path in segments(tmp_path)]
+    assert len(names) > 3
+    for path in segments(tmp_path):
+        assert wire.decode_json(path.read_bytes().splitlines()[0]).seq == int(path.stem)
+    for since in range(32):
+        assert seqs(tmp_path, since) == list(range(since + 1, 31))
+
+
+def test_a_reader_near_the_end_does_not_open_what_lies_before(tmp_path: Path) -> None:
+    """Earlier segments are not read: here they could not even be."""
+    writer = open_journal(tmp_path, segment_bytes=1)
+    for seq in range(1, 6):
+        writer.write([step(seq)])
+    for path in segments(tmp_path)[:3]:
+        path.unlink()
+        path.mkdir()
+    assert seqs(tmp_path, since=3) == [4, 5]
+    with pytest.raises(OSError, match="directory"):
+        seqs(tmp_path, since=2)
+
+
+def test_a_new_attempt_never_appends_to_an_old_segment(tmp_path: Path) -> None:
+    """What a killed process left stays as it is."""
+    write(tmp_path, steps(1, 2))
+    before = segments(tmp_path)[0].read_bytes()
+    write(tmp_path, [step(3, attempt=2)])
+    assert segments(tmp_path)[0].read_bytes() == before
+    assert [path.stem for path in segments(tmp_path)] == [f"{1:020d}", f"{3:020d}"]
+
+
+def test_it_is_durable_at_the_end_of_the_run_at_a_roll_and_on_demand(tmp_path: Path, disk: BadDisk) -> None:
+    """Ordinary batches cost no sync."""
+    writer = open_journal(tmp_path, segment_bytes=1_000)
+    writer.sync()  # nothing written yet
+    writer.write([step(1)])
+    after_first = disk.synced
+    assert after_first == 1  # the folder, that names the segment
+    writer.write([step(2)])
+    assert disk.synced == after_first
+    writer.sync()
+    assert disk.synced == after_first + 1
+    writer.write([ended(3)])
+    assert disk.synced == after_first + 2
+    writer.write(steps(4, 9))
+    writer.write(steps(10, 11))  # a new segment: the old one and the folder
+    assert disk.synced == after_first + 4
+    writer.close()
+    assert disk.synced == after_first + 5
+    writer.close()
+    assert disk.synced == after_first + 5
+
+
+def test_a_sync_that_failed_at_the_end_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is delivered again though all of it is written, and then the sync is made up for."""
+    writer = open_journal(tmp_path)
+    writer.write([step(1)])
+    real, calls = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    monkeypatch.setattr("events.journal.os.fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        writer.write([ended(2)])
+    writer.write([ended(2)])
+    assert len(calls) == 2
+    assert seqs(tmp_path) == [1, 2]
+
+
+def test_a_file_is_closed_though_its_last_sync_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing tells of the failure and leaks nothing."""
+    writer = open_journal(tmp_path)
+    writer.write([step(1)])
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("events.journal.os.fsync", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        writer.close()
+    writer.close()
+
+
+def test_what_the_journal_keeps_comes_back_as_it_was(tmp_path: Path) -> None:
+    """NaNs, and events of a later version that somebody passed on."""
+    later = wire.decode_json(
+        b'{"type":"Later","run_id":"run","attempt":1,"seq":2,"time":1.5,\n"rank":0,"global_step":1,"epoch":0}'
+    )
+    metrics = MetricsLogged("run", 1, 3, 1.0, 0, 1, 0, "train", metrics={"a/b": math.inf})
+    write(tmp_path, [step(1, loss=math.nan), later, metrics])
+    first, unknown, last = read_all(JournalReader(tmp_path / "journal"))
+    assert isinstance(first, TrainStepEnded)
+    assert first.loss is not None
+    assert math.isnan(first.loss)
+    assert isinstance(unknown, UnknownEvent)
+    assert unknown.unknown_type == "Later"
+    assert last == metrics
+
+
+# ------------------------------------------------------------------------------------------------- the reader
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 25), st.integers(15, 900), st.integers(1, 9), st.integers(0, 45))
+def test_a_tail_sees_every_event_once_however_the_bytes_arrive(
+    count: int, piece: int, limit: int, since: int
+) -> None:
+    """The file grows by arbitrary pieces, also within lines, over two segments."""
+    events = steps(1, count)
+    split = count // 2
+    with tempfile.TemporaryDirectory() as name:
+        reader = JournalReader(name, since)
+        seen: list[Event] = []
+        for part in (events[:split], events[split:]):
+            if not part:
+                continue
+            path = Path(name) / f"{part[0].seq:020d}.jsonl"
+            data = wire.encode_json_lines(part)
+            for at in range(0, len(data), piece):
+                with open(path, "ab") as file:
+                    file.write(data[at : at + piece])
+                seen += reader.read(limit)
+        seen += read_all(reader, limit)
+        assert [event.seq for event in seen] == list(range(since + 1, count + 1))
+        assert reader.cursor == max(since, count)
+        assert reader.skipped == []
+
+
+def test_lines_longer_than_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the search from the end."""
+    monkeypatch.setattr("events.journal_reader._CHUNK", 16)
+    monkeypatch.setattr("events.journal_reader._TAIL_CHUNK", 16)
+    write(tmp_path, steps(1, 5))
+    assert seqs(tmp_path) == [1, 2, 3, 4, 5]
+    assert journal_tail(tmp_path / "journal").seq == 5
+
+
+# ------------------------------------------------------------------------------------------------ the history
+
+
+def resumed(seq: int, attempt: int, global_step: int) -> RunResumed:
+    return RunResumed("run", attempt, seq, 0.0, 0, global_step, 0, None)
+
+
+def test_steps_that_were_done_again_are_left_out(tmp_path: Path) -> None:
+    """The history reads as if the run had never been interrupted; what happened besides is still there."""
+    slow = ObserverSlow("run", 1, 5, 0.0, 0, 4, 0, "train", observer="o", during="write", running_s=1.0)
+    first: list[Event] = [step(1), step(2), step(3), step(4), slow]
+    second: list[Event] = [resumed(6, 2, 2), step(7, 2, 3), step(8, 2, 4)]
+    write(tmp_path, first)
+    write(tmp_path, second)
+    history = list(read_history(tmp_path / "journal"))
+    assert [event.seq for event in history] == [1, 2, 5, 6, 7, 8]
+    assert [event.global_step for event in history if isinstance(event, TrainStepEnded)] == [1, 2, 3, 4]
+    assert [event.seq for event in read_history(tmp_path / "journal", since=2)] == [5, 6, 7, 8]
+
+
+def test_resumes_nest(tmp_path: Path) -> None:
+    """A third attempt may go back behind the second's start, or not as far."""
+    journal = tmp_path / "journal"
+    write(tmp_path, [step(seq, 1, seq) for seq in range(1, 11)])
+    write(tmp_path, [resumed(11, 2, 5), *(step(6 + at, 2, at) for at in range(6, 9))])
+    write(tmp_path, [resumed(15, 3, 7), step(16, 3, 8)])
+
+    def kept() -> list[tuple[int, int]]:
+        steps_only = (event for event in read_history(journal) if isinstance(event, TrainStepEnded))
+        return [(event.attempt, event.global_step) for event in steps_only]
+
+    assert kept() == [(1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 6), (2, 7), (3, 8)]
+    write(tmp_path, [resumed(17, 4, 3), step(18, 4, 4)])
+    assert kept() == [(1, 1), (1, 2), (1, 3), (4, 4)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 8)), min_size=1, max_size=5))
+def test_every_step_of_the_history_is_there_once(attempts: list[tuple[int, int]]) -> None:
+    """For any chain of attempts that each resume at a finished step: by the newest that did the step."""
+    with tempfile.TemporaryDirectory() as name:
+        seq, finished = 0, 0
+        by: dict[int, int] = {}
+        for attempt, (back, forward) in enumerate(attempts, start=1):
+            start = back % (finished + 1)
+            events: list[Event] = [] if attempt == 1 else [resumed(seq + 1, attempt, start)]
+            by = {at: who for at, who in by.items() if at <= start}
+            for at in range(start + 1, start + forward + 1):
+                events.append(step(seq + len(events) + 1, attempt, at))
+                by[at] = attempt
+            seq, finished = seq + len(events), start + forward
+            if events:
+                write(Path(name), events)
+        history = [e for e in read_history(Path(name) / "journal") if isinstance(e, TrainStepEnded)]
+        assert {event.global_step: event.attempt for event in history} == by
+        assert len(history) == len(by)
+
+
+def test_every_event_type_is_bound_to_a_step_or_not() -> None:
+    """Whoever adds an event decides whether redoing the step replaces it."""
+    stays = {
+        *(RunStarted, RunResumed, RunEnded, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow),
+        *(LoopHeld, JournalGap, CommandTaken),
+    }
+    assert set(EVENT_TYPES) == stays | set(SUPERSEDED_TYPES)
+    assert not stays & set(SUPERSEDED_TYPES)
+
+
+def test_the_history_reports_what_it_skipped(tmp_path: Path) -> None:
+    """Garbage is no silent loss here either."""
+    write(tmp_path, [step(1)])
+    with open(segments(tmp_path)[0], "ab") as file:
+        file.write(b'garbage "RunResumed"\n')
+    skipped: list[SkippedLine] = []
+    assert [event.seq for event in read_history(tmp_path / "journal", skipped=skipped)] == [1]
+    assert [skip.line for skip in skipped] == [2]

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from events.messages import BackwardEnded, RunEnded, TrainEpochEnded, TrainStepEnded, ValStepEnded
+from events.sink import RunInfo, Sink, delivery_of
+from sinks.console import Console
+
+
+class Tty(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Callable[..., io.StringIO]:
+    """Replaces stderr and the environment that a terminal is judged by."""
+
+    def replace(stream: io.StringIO, **env: str) -> io.StringIO:
+        for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("sys.stderr", stream)
+        return stream
+
+    return replace
+
+
+def told(console: Console, *events: Any) -> None:
+    """Open, write, close: the last event alone, so that bars are drawn before the end takes them away."""
+    writer = console.open(RunInfo("demo", run_dir="runs/demo"))
+    writer.write(events[:-1])
+    writer.write(events[-1:])
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("stream", "env"),
+    [
+        (io.StringIO, {"TERM": "xterm-256color"}),
+        (io.StringIO, {"TERM": "xterm-256color", "FORCE_COLOR": "1"}),
+        (io.StringIO, {"TERM": "xterm-256color", "TTY_COMPATIBLE": "1"}),
+        (Tty, {"TERM": "dumb"}),
+        (Tty, {"TERM": "unknown"}),
+    ],
+)
+def test_without_a_capable_terminal_there_is_no_control_character(
+    stderr: Any, story: Any, stream: Any, env: dict[str, str]
+) -> None:
+    """A pipe, a log file, a dumb terminal, a CI job that forces colours: plain lines, whatever the names."""
+    output = stderr(stream(), **env)
+    evil = "\x1b[31m\r\n\x07[bold]"
+    told(
+        Console(),
+        story.started(module=evil),
+        *story.steps(50),
+        story(TrainEpochEnded, loss=1.0),
+        story(RunEnded, status="failed", reason=evil),
+    )
+    text = output.getvalue()
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert len(text.splitlines()) == 3 + (story.time - 1_700_000_000 >= 10)
+
+
+def test_a_capable_terminal_gets_bars(stderr: Any, story: Any) -> None:
+    """The other side of the decision."""
+    output = stderr(Tty(), TERM="xterm-256color")
+    told(Console(), story.started(), *story.steps(5))
+    assert "\x1b[J" in output.getvalue()
+
+
+@pytest.mark.parametrize(("force", "stream"), [(True, io.StringIO), (False, Tty)])
+def test_the_decision_can_be_forced(stderr: Any, story: Any, force: bool, stream: Any) -> None:
+    """``force_terminal`` wins over what stderr is."""
+    output = stderr(stream(), TERM="xterm-256color")
+    told(Console(force_terminal=force, refresh_per_s=60), story.started(), *story.steps(5))
+    assert ("\x1b[" in output.getvalue()) is force
+
+
+def test_no_stderr_at_all_is_no_failure(stderr: Any, story: Any) -> None:
+    """A program without a console window has none."""
+    stderr(None)
+    told(Console(), story.started(), *story.steps(500))
+
+
+def test_progress_is_a_line_now_and_then_by_the_time_of_the_events(stderr: Any, story: Any) -> None:
+    """One line every ten seconds of training, however the events were batched; a backlog is one line."""
+    output = stderr(io.StringIO())
+    writer = Console().open(RunInfo("demo"))
+    writer.write([story.started(epochs=2, steps_per_epoch=1_000)])
+    for step in story.steps(360, step_s=0.125):  # 45 seconds
+        writer.write([step])
+    writer.write(story.steps(300, step_s=0.125))
+    lines = [line[9:] for line in output.getvalue().splitlines()]
+    assert len(lines) == 1 + 4 + 1
+    assert lines[1] == "· epoch 1/2  step 80/1,000 (8 %)  loss 2.0000  8.0 steps/s  4m 00s left"
+    assert lines[-1].startswith("· epoch 1/2  step 660/1,000 (66 %)")
+
+
+def test_a_long_validation_is_a_line_too(stderr: Any, story: Any) -> None:
+    """Silence during validation would look like a hang."""
+    output = stderr(io.StringIO())
+    writer = Console(line_every_s=5).open(RunInfo("demo"))
+    writer.write([story.started()])
+    story.time += 6
+    writer.write([story(ValStepEnded, key="big", step=1_200)])
+    assert output.getvalue().splitlines()[-1].endswith("· epoch 1/3  val big 1,200")
+
+
+def test_a_clock_that_was_set_back_does_not_silence_it(stderr: Any, story: Any) -> None:
+    """Otherwise an hour would have to pass twice."""
+    output = stderr(io.StringIO())
+    writer = Console().open(RunInfo("demo"))
+    writer.write([story.started(), *story.steps(1)])
+    story.time -= 3_600
+    writer.write(story.steps(1))
+    writer.write(story.steps(50))
+    assert output.getvalue().count("epoch 1/3") == 1
+
+
+def test_a_reader_that_went_away_is_told_to_the_supervisor(stderr: Any, story: Any) -> None:
+    """``train 2>&1 | head``: the console raises and is disabled, the run goes on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    file = os.fdopen(writer, "w")
+    stderr(file)
+    console = Console().open(RunInfo("demo"))
+    with pytest.raises(BrokenPipeError):
+        console.write([story.started()])
+    console.close()
+    with pytest.raises(BrokenPipeError):
+        file.close()
+
+
+def test_two_consoles_write_side_by_side(stderr: Any, story: Any) -> None:
+    """Without a terminal there is nothing to share: each run writes whole lines, from its own thread."""
+    output = stderr(io.StringIO())
+    writers = [Console(line_every_s=0.001).open(RunInfo("demo")) for _ in range(2)]
+    steps = [story.started(), *story.steps(300)]
+    threads = [threading.Thread(target=lambda w=w: [w.write([step]) for step in steps]) for w in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 2 * 301
+    assert all(line[2] == ":" and line[9] == "·" for line in lines)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"refresh_per_s": 0.0}, {"refresh_per_s": -1.0}, {"refresh_per_s": 1e9}, {"line_every_s": 0.0}]
+)
+def test_a_useless_setting_is_refused_by_name(fields: dict[str, float]) -> None:
+    """Structs check nothing by themselves."""
+    name = next(iter(fields))
+    with pytest.raises(ValueError, match=rf"Console\({name}="):
+        Console(**fields)  # type: ignore[arg-type]
+
+
+def test_it_is_a_plain_description(story: Any) -> None:
+    """It can be stored, compared and sent to another process, and asks for no more events than it shows."""
+    console = Console(refresh_per_s=5.0, force_terminal=False)
+    assert msgspec.json.decode(msgspec.json.encode(console), type=Console) == console
+    assert isinstance(console, Sink)
+    delivery = delivery_of(console)
+    assert delivery is Console.delivery
+    assert delivery.overflow == "latest"
+    assert delivery.types is not None
+    assert TrainStepEnded in delivery.types
+    assert BackwardEnded not in delivery.types

@@ -1,0 +1,245 @@
+"""A small module to train, a callback that writes down its hooks, and ways to run them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+import trainer
+from events.journal_reader import JournalReader
+from events.messages import Event
+from events.protocol import RunResult
+from sinks import Memory
+from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments
+
+ROOT = Path(trainer.__file__).parent.parent
+WAIT_S = 20.0
+"""How long anything that ought to happen may take on a busy machine before the test gives up."""
+
+
+class Net(ModuleInterface):
+    """A linear regression over a few rows, which come in order and in lists: no torch dataloader."""
+
+    def __init__(self, rows: int = 16, lr: float = 0.05) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(rows, 4, generator=generator)
+        self.y = self.x.sum(1, keepdim=True) + 0.1 * torch.randn(rows, 1, generator=generator)
+        self.lr = lr
+        self.linear = nn.Linear(4, 1)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(1, 4, generator=generator))
+            self.linear.bias.zero_()
+
+    def batches(self, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        starts = range(0, len(self.x), batch_size)
+        return [(self.x[i : i + batch_size], self.y[i : i + batch_size]) for i in starts]
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        self.told = (steps, epochs)
+        return [torch.optim.SGD(self.parameters(), lr=self.lr)], []
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return self.batches(batch_size)
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return self.batches(batch_size)
+
+    def forward_loss(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = batch
+        predicted = self.linear(x)
+        return nn.functional.mse_loss(predicted, y), predicted
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return self.forward_loss(batch)
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return self.forward_loss(batch)
+
+
+class Diary(CallbackInterface):
+    """Writes down every hook: ``(name, global_step, arguments)``; and on which thread it ran."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, int, Any]] = []
+        self.threads: set[str] = set()
+
+    def _write(self, name: str, global_step: int, rest: Any) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.lines.append((name, global_step, rest))
+
+    def of(self, name: str) -> list[tuple[int, Any]]:
+        return [(step, rest) for line, step, rest in self.lines if line == name]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.lines]
+
+    def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+        self._write("on_begin_train_epoch", global_step, epoch)
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        self._write("on_end_train_step", global_step, outputs)
+
+    def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+        self._write("on_end_train_epoch", global_step, outputs)
+
+    def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
+        self._write("on_end_backward", global_step, loss_tensor.detach().clone())
+
+    def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+        self._write("on_end_val_epoch", global_step, (outputs, key))
+
+    def on_end_train(self, global_step: int) -> None:
+        self._write("on_end_train", global_step, None)
+
+
+class Outcome:
+    """How a run ended, and what it published."""
+
+    def __init__(self, result: RunResult | None, error: BaseException | None, memory: Memory) -> None:
+        self._result = result
+        self.error = error
+        self.events = memory.events
+
+    @property
+    def result(self) -> RunResult:
+        if self.error is not None:
+            raise self.error
+        assert self._result is not None
+        return self._result
+
+    def of(self, kind: type[Event]) -> list[Any]:
+        return [event for event in self.events if type(event) is kind]
+
+    def names(self, *without: type[Event]) -> list[str]:
+        return [type(event).__name__ for event in self.events if type(event) not in without]
+
+
+def make_trainer(module: ModuleInterface, *, callbacks: Iterable[Any] = (), sinks: Any = (), **options: Any) -> Trainer:
+    """A trainer on the CPU that writes nothing to disk, unless told; ``options`` of it and of its arguments."""
+    own = {name: options.pop(name) for name in ("journal", "run_id", "run_dir") if name in options}
+    arguments = TrainerArguments(**({"train_batch_size": 8, "device": "cpu"} | options))
+    return Trainer(module, arguments, callbacks=callbacks, sinks=sinks, **({"journal": False} | own))
+
+
+def train(module: ModuleInterface, *, sinks: Iterable[Any] = (), **options: Any) -> Outcome:
+    """Train to the end, however it ends, and keep all events."""
+    memory = Memory()
+    ready = make_trainer(module, sinks=[memory, *sinks], **options)
+    try:
+        result, error = ready.train(), None
+    except BaseException as caught:
+        result, error = None, caught
+    return Outcome(result, error, memory)
+
+
+def trainer_threads(*, loops: bool = False) -> list[str]:
+    """Names of the threads of runs that are alive; ``loops``: only those that train."""
+    prefix = "stagecast-loop-" if loops else "stagecast-"
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(prefix)]
+
+
+def join_threads() -> None:
+    """Wait until no thread of a run is left: they end on their own, shortly after their run."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("stagecast-"):
+            thread.join(WAIT_S)
+    assert trainer_threads() == []
+
+
+def read_journal(run_dir: str | os.PathLike[str]) -> list[Event]:
+    """Everything that stands in a run's journal."""
+    reader = JournalReader(Path(run_dir) / "journal")
+    events: list[Event] = []
+    while batch := reader.read(10_000):
+        events += batch
+    assert not list(reader.skipped)
+    return events
+
+
+class Script:
+    """A Python program in a process of its own, which reports to us line by line."""
+
+    def __init__(self, text: str, folder: Path) -> None:
+        path = folder / "script.py"
+        path.write_text(text)
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(path)],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, line: str) -> None:
+        """Read until the program has printed this line."""
+        assert self.process.stdout is not None
+        for printed in self.process.stdout:
+            if printed.strip() == line:
+                return
+        raise AssertionError(f"the program ended without saying {line!r}:\n{self.process.communicate()[1]}")
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, the rest of its output, its errors."""
+        out, err = self.process.communicate(timeout=40)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def kit() -> Any:
+    """What the tests of this folder share, by name."""
+    return SimpleNamespace(
+        Net=Net,
+        Diary=Diary,
+        Memory=Memory,
+        WAIT_S=WAIT_S,
+        ROOT=ROOT,
+        make_trainer=make_trainer,
+        train=train,
+        trainer_threads=trainer_threads,
+        join_threads=join_threads,
+        read_journal=read_journal,
+        replace=msgspec.structs.replace,
+    )
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Any:
+    """Start a program; it is killed when the test ends."""
+    started: list[Script] = []
+
+    def start(text: str) -> Script:
+        started.append(Script(text, tmp_path))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that writes into the working directory writes into the test's."""
+    monkeypatch.chdir(tmp_path)
+
+
+Start = Callable[[str], Script]

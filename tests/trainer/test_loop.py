@@ -1,0 +1,368 @@
+"""The training loop: what runs when, with which global step, on which data, with which numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from events.messages import (
+    NonFiniteLoss,
+    RunEnded,
+    RunStarted,
+    StepSkipped,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+)
+from trainer.errors import EmptyDataLoader, NonFiniteLossError
+
+
+def bare_losses(net: Any, batches: list[Any], epochs: int, lr: float = 0.05) -> list[float]:
+    """The loop that everybody writes by hand."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    losses = []
+    for _ in range(epochs):
+        for batch in batches:
+            loss, _ = net.forward_loss(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+# ------------------------------------------------------------------------------------- data that is not there
+
+
+def test_an_empty_train_loader_says_so(kit: Any) -> None:
+    """No batch is an error that names the method and the epoch, not an epoch without steps."""
+
+    class Empty(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            return []
+
+    outcome = kit.train(Empty())
+    assert isinstance(outcome.error, EmptyDataLoader)
+    assert "get_train_dataloader() gave no batch in epoch 0" in str(outcome.error)
+    assert outcome.of(TrainEpochEnded) == []
+
+
+def test_a_loader_that_runs_dry_in_a_later_epoch_says_in_which(kit: Any) -> None:
+    """The same generator returned twice is used up: the error names epoch 1."""
+
+    class OneShot(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            self.stream = getattr(self, "stream", None) or iter(self.batches(batch_size))
+            return self.stream
+
+    outcome = kit.train(OneShot(), epochs=2)
+    assert isinstance(outcome.error, EmptyDataLoader)
+    assert "epoch 1" in str(outcome.error)
+    assert len(outcome.of(TrainEpochEnded)) == 1
+
+
+@pytest.mark.parametrize("returned", [None, 3, "text", {"a": []}])
+def test_what_is_no_train_loader_is_refused(kit: Any, returned: Any) -> None:
+    """One dataloader or iterable is what the contract wants; anything else is named."""
+
+    class Wrong(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            return returned
+
+    outcome = kit.train(Wrong())
+    assert isinstance(outcome.error, TypeError)
+    assert "get_train_dataloader()" in str(outcome.error)
+    assert repr(returned) in str(outcome.error)
+
+
+# ---------------------------------------------------------------------------------------------- global steps
+
+
+def test_every_method_and_hook_gets_the_global_step_that_the_contract_says(kit: Any) -> None:
+    """train_step gets the step it works towards; on_end_backward, val_step and the hooks what is finished."""
+    seen: list[tuple[str, int]] = []
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            seen.append(("train_step", global_step))
+            return super().train_step(global_step, batch, device)
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            seen.append(("val_step", global_step))
+            return super().val_step(global_step, batch, device)
+
+        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
+            seen.append(("on_end_backward", global_step))
+
+    diary = kit.Diary()
+    outcome = kit.train(Net(rows=16), callbacks=[diary], epochs=2, gpu_batch_size_limit=4)
+
+    step = [("train_step", 0), ("on_end_backward", -1)] * 2
+    expected = []
+    for epoch in range(2):
+        for one in (1, 2):
+            expected += [(name, 2 * epoch + one + shift) for name, shift in step]
+        expected += [("val_step", 2 * epoch + 2)] * 4
+    assert seen == expected
+    assert diary.of("on_begin_train_epoch") == [(0, 0), (2, 1)]
+    assert [s for s, _ in diary.of("on_end_train_step")] == [1, 2, 3, 4]
+    assert [s for s, _ in diary.of("on_end_backward")] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [s for s, _ in diary.of("on_end_val_epoch")] == [2, 4]
+    assert [s for s, _ in diary.of("on_end_train_epoch")] == [2, 4]
+    assert [s for s, _ in diary.of("on_end_train")] == [4]
+    assert [(e.global_step, e.epoch, e.step_in_epoch) for e in outcome.of(TrainStepEnded)] == [
+        (1, 0, 1),
+        (2, 0, 2),
+        (3, 1, 1),
+        (4, 1, 2),
+    ]
+    assert outcome.result.global_step == 4
+    assert outcome.result.epochs == 2
+
+
+def test_the_optimizers_are_asked_for_once_with_the_steps_to_expect(kit: Any) -> None:
+    """The estimate counts optimizer steps, the smaller last group and the limit of an epoch included."""
+    net = kit.Net(rows=20)
+    outcome = kit.train(net, epochs=3)
+    assert net.told == (3, 3)
+    assert [e.steps for e in outcome.of(TrainEpochStarted)] == [3, 3, 3]
+    limited = kit.Net(rows=20)
+    kit.train(limited, max_train_steps_per_epoch=2)
+    assert limited.told == (2, 1)
+    accumulated = kit.Net(rows=20)
+    kit.train(accumulated, gpu_batch_size_limit=2)
+    assert accumulated.told == (3, 1)
+
+
+def test_the_loader_of_the_estimate_is_used_for_the_first_epoch(kit: Any) -> None:
+    """get_train_dataloader is called once per epoch, not once more for the length."""
+    calls = []
+
+    class Net(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            calls.append(batch_size)
+            return self.batches(batch_size)
+
+    kit.train(Net(), epochs=3, gpu_batch_size_limit=4)
+    assert calls == [4, 4, 4]
+
+
+# ----------------------------------------------------------------------------------------------------- numbers
+
+
+def test_losses_and_weights_are_those_of_a_loop_written_by_hand(kit: Any) -> None:
+    """Bit for bit on the CPU in float32, so nothing is added to what the user computes."""
+    net, bare = kit.Net(), kit.Net()
+    outcome = kit.train(net, epochs=3)
+    expected = bare_losses(bare, bare.batches(8), 3)
+    assert [e.loss for e in outcome.of(TrainStepEnded)] == expected
+    assert torch.equal(net.linear.weight, bare.linear.weight)
+    assert outcome.result.metrics["train_loss"] == expected[-1]
+
+
+@pytest.mark.parametrize("rows", [16, 20, 13])
+def test_accumulated_steps_equal_those_of_the_whole_batch(kit: Any, rows: int) -> None:
+    """Micro-batches are weighted by rows, also where the last one, or the last group, is smaller."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole, parts = kit.Net(rows), kit.Net(rows)
+        expected = kit.train(whole, epochs=2)
+        outcome = kit.train(parts, epochs=2, gpu_batch_size_limit=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(whole.linear.weight, parts.linear.weight, rtol=1e-12, atol=1e-12)
+    pairs = [(e.loss, e.rows) for e in expected.of(TrainStepEnded)]
+    assert [e.rows for e in outcome.of(TrainStepEnded)] == [rows for _, rows in pairs]
+    assert [e.loss for e in outcome.of(TrainStepEnded)] == pytest.approx([loss for loss, _ in pairs], rel=1e-12)
+
+
+def test_micro_batches_whose_rows_nobody_can_count_weigh_the_same(kit: Any) -> None:
+    """A batch that holds no tensor with rows: each micro-batch is an equal part, and the event has no rows."""
+
+    class Blind(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            return [1.0, 3.0, 5.0]
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return self.linear.bias.sum() * 0 + batch
+
+    outcome = kit.train(Blind(), train_batch_size=2, gpu_batch_size_limit=1, val_interval_epochs=0)
+    assert [(e.loss, e.rows) for e in outcome.of(TrainStepEnded)] == [(2.0, None), (5.0, None)]
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_rows(kit: Any) -> None:
+    """Steps of 8, 8 and 4 rows count 8, 8 and 4 times; each epoch starts anew."""
+    outcome = kit.train(kit.Net(rows=20), epochs=2)
+    steps = outcome.of(TrainStepEnded)
+    for epoch, ended in enumerate(outcome.of(TrainEpochEnded)):
+        mine = [e for e in steps if e.epoch == epoch]
+        assert [e.rows for e in mine] == [8, 8, 4]
+        assert ended.loss == pytest.approx(sum(e.loss * e.rows for e in mine) / 20, rel=1e-12)
+        assert ended.steps == 3
+
+
+def test_the_same_seed_gives_the_same_losses(kit: Any) -> None:
+    """Weights, dropout and shuffling follow the seed; another seed gives others."""
+
+    class Random(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            data = TensorDataset(self.x, self.y)
+            return DataLoader(data, batch_size=batch_size, sampler=sampler(data))
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            x, y = batch
+            return torch.nn.functional.mse_loss(self.linear(torch.nn.functional.dropout(x, 0.3)), y)
+
+    def losses(seed: int) -> list[float]:
+        return [e.loss for e in kit.train(Random(), seed=seed, epochs=2).of(TrainStepEnded)]
+
+    assert losses(3) == losses(3)
+    assert losses(3) != losses(4)
+
+
+def test_without_a_seed_the_host_program_decides(kit: Any) -> None:
+    """Nothing is seeded, but shuffling is drawn from torch's generator: seeding that repeats a run."""
+    orders: list[list[float]] = []
+
+    class Shuffled(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            data = TensorDataset(torch.arange(16.0)[:, None])
+            return DataLoader(data, batch_size=batch_size, sampler=sampler(data))
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            orders[-1].extend(batch[0][:, 0].tolist())
+            return self.linear.bias.sum()
+
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        orders.append([])
+        kit.train(Shuffled(), val_interval_epochs=0, epochs=2)
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0][:16] != orders[0][16:], "each epoch has an order of its own"
+
+
+def test_any_iterable_is_a_dataloader(kit: Any) -> None:
+    """A generator without a length trains, and the optimizers are told that the length is not known."""
+
+    class Stream(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Iterator[Any]:
+            yield from self.batches(batch_size)
+
+    net = Stream(rows=20)
+    outcome = kit.train(net, epochs=2)
+    assert net.told == (0, 2)
+    assert outcome.result.global_step == 6
+    assert [e.steps for e in outcome.of(TrainEpochStarted)] == [None, None]
+    assert outcome.of(RunStarted)[0].steps_per_epoch is None
+
+
+def test_an_endless_stream_ends_at_the_limit_of_an_epoch(kit: Any) -> None:
+    """Data without an end needs max_train_steps_per_epoch, which then also is the estimate."""
+
+    class Endless(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Iterator[Any]:
+            while True:
+                yield self.batches(batch_size)[0]
+
+    net = Endless()
+    outcome = kit.train(net, epochs=2, max_train_steps_per_epoch=5)
+    assert net.told == (5, 2)
+    assert [e.steps for e in outcome.of(TrainEpochEnded)] == [5, 5]
+
+
+# ------------------------------------------------------------------------------------------------------ limits
+
+
+def test_max_steps_ends_the_run_within_an_epoch_which_is_still_validated(kit: Any) -> None:
+    """The epoch that is cut short by the limit ends properly: validation, its end, the end of training."""
+    diary = kit.Diary()
+    outcome = kit.train(kit.Net(rows=32), callbacks=[diary], epochs=9, max_steps=6)
+    assert outcome.result.status == "finished"
+    assert outcome.result.global_step == 6
+    assert [e.steps for e in outcome.of(TrainEpochEnded)] == [4, 2]
+    assert diary.names[-3:] == ["on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
+    assert outcome.of(RunEnded)[0].global_step == 6
+
+
+def test_max_steps_at_the_end_of_an_epoch_starts_no_other(kit: Any) -> None:
+    """An epoch of no steps would be an error."""
+    outcome = kit.train(kit.Net(rows=32), epochs=9, max_steps=8)
+    assert outcome.result.epochs == 2
+    assert len(outcome.of(TrainEpochStarted)) == 2
+
+
+def test_a_limit_leaves_the_batch_after_it_unread(kit: Any) -> None:
+    """Nothing is taken from the data that is not trained on: a stream may be shared, or slow."""
+    read = []
+
+    class Counting(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Iterator[Any]:
+            for number, batch in enumerate(self.batches(batch_size)):
+                read.append(number)
+                yield batch
+
+    kit.train(Counting(rows=64), max_train_steps_per_epoch=3, val_interval_epochs=0)
+    assert read == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------- non-finite losses
+
+
+def nan_at(kit: Any, *steps: int, value: float = math.nan) -> Any:
+    class Diverges(kit.Net):
+        calls = 0
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.calls += 1
+            loss, predicted = self.forward_loss(batch)
+            self.log("calls", self.calls)
+            return (loss * value if self.calls in steps else loss), predicted
+
+    return Diverges(rows=48)
+
+
+def test_a_nan_loss_is_reported_and_survives_the_way_to_the_event(kit: Any) -> None:
+    """With "warn", training goes on; the event says nan, and NonFiniteLoss names the step."""
+    outcome = kit.train(nan_at(kit, 3), val_interval_epochs=0)
+    losses = [e.loss for e in outcome.of(TrainStepEnded)]
+    assert outcome.result.global_step == 6
+    assert [math.isnan(loss) for loss in losses] == [False, False, True, True, True, True]
+    reports = outcome.of(NonFiniteLoss)
+    assert [(e.global_step, e.consecutive, e.action) for e in reports] == [
+        (3, 1, "warned"),
+        (4, 2, "warned"),
+        (6, 4, "warned"),
+    ]
+    assert all(math.isnan(e.loss) for e in reports)
+
+
+def test_skip_leaves_the_step_out_and_counts_nothing(kit: Any) -> None:
+    """Neither weights, nor global_step, nor what the step logged: the others go on as if it had not been."""
+    net, bare = nan_at(kit, 2, 3, value=math.inf), kit.Net(rows=48)
+    outcome = kit.train(net, non_finite_loss="skip", val_interval_epochs=0)
+    batches = bare.batches(8)
+    expected = bare_losses(bare, batches[:1] + batches[3:], 1)
+    assert [e.loss for e in outcome.of(TrainStepEnded)] == expected
+    assert [e.global_step for e in outcome.of(TrainStepEnded)] == [1, 2, 3, 4]
+    assert [(e.global_step, e.reason) for e in outcome.of(StepSkipped)] == [(1, "non_finite_loss")] * 2
+    assert [(e.loss, e.action, e.consecutive) for e in outcome.of(NonFiniteLoss)] == [
+        (math.inf, "skipped", 1),
+        (math.inf, "skipped", 2),
+    ]
+    logged = [value for e in outcome.events if hasattr(e, "metrics") for value in e.metrics.values()]
+    assert logged == [1, 4, 5, 6]
+    assert outcome.result.global_step == 4
+
+
+def test_stop_ends_the_run_with_an_error_that_names_the_step(kit: Any) -> None:
+    """The loss is read later than the step, so the run may be some steps further, but it ends as failed."""
+    outcome = kit.train(nan_at(kit, 2), non_finite_loss="stop", epochs=100_000, val_interval_epochs=0)
+    assert isinstance(outcome.error, NonFiniteLossError)
+    assert "step 2 is nan" in str(outcome.error)
+    assert outcome.of(RunEnded)[0].status == "failed"
+    assert outcome.of(NonFiniteLoss)[0].action == "stopped"

@@ -1,0 +1,129 @@
+"""Real text that every machine has: the source of Python's own standard library, as small integers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+from torch.utils.data import Dataset
+
+_CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # newline and printable ASCII
+UNKNOWN = 0
+"""The token of every byte that is none of the characters."""
+VOCABULARY = 1 + len(_CHARACTERS)
+"""How many tokens there are: 97."""
+
+_TOKENS = bytes(1 + _CHARACTERS.index(chr(byte)) if chr(byte) in _CHARACTERS else UNKNOWN for byte in range(256))
+_SKIPPED_FOLDERS = frozenset({
+    "__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test",
+    "encodings", "pydoc_data",  # tables, hardly any language
+})  # fmt: skip
+_VALIDATION_PERCENT = 10
+_LARGEST_FILE = 512 * 2**10
+
+
+class Text(msgspec.Struct, frozen=True):
+    """A training and a validation text; no file is in both."""
+
+    train: torch.Tensor
+    """Tokens, ``(N,)`` uint8, in host memory."""
+    val: torch.Tensor
+    files: int
+    """Files read, for both."""
+    root: str
+
+
+def encode(text: bytes) -> torch.Tensor:
+    """Turn source text, in whatever encoding, into tokens ``(N,)`` uint8."""
+    plain = text.replace(b"\r\n", b"\n").expandtabs()
+    return torch.frombuffer(bytearray(plain.translate(_TOKENS)), dtype=torch.uint8) if plain else _no_tokens()
+
+
+def decode(tokens: torch.Tensor) -> str:
+    """Turn tokens ``(N,)`` back into characters; unknown ones are shown as ``?``."""
+    return "".join("?" if token == UNKNOWN else _CHARACTERS[token - 1] for token in tokens.tolist())
+
+
+def load_text(root: str | os.PathLike[str] | None = None, *, limit_bytes: int = 4 * 2**20) -> Text:
+    """Read the ``*.py`` files below a folder and split them by file.
+
+    Which files are read, in which order, and which of them are for validation (about a tenth) depends on their names
+    relative to the folder alone, so it is the same in each process and on each machine with the same Python. Files that
+    cannot be read are left out.
+
+    Args:
+        root: The folder; None for Python's standard library.
+        limit_bytes: Where to stop reading, so that loading takes a second.
+
+    Raises:
+        FileNotFoundError: there is too little text below the folder to train on anything.
+    """
+    folder = Path(sysconfig.get_path("stdlib") if root is None else root)
+    parts: dict[bool, list[bytes]] = {False: [], True: []}
+    size = 0
+    for digest, path in sorted(_sources(folder)):
+        if size >= limit_bytes:
+            break
+        try:
+            if path.stat().st_size > _LARGEST_FILE:  # more likely a generated table than a program
+                continue
+            content = path.read_bytes()
+        except OSError:  # unreadable, or gone meanwhile
+            continue
+        parts[digest[0] * 100 < _VALIDATION_PERCENT * 256].append(content)
+        size += len(content)
+    text = Text(
+        encode(b"\n".join(parts[False])),
+        encode(b"\n".join(parts[True])),
+        len(parts[False]) + len(parts[True]),
+        str(folder),
+    )
+    if min(len(text.train), len(text.val)) < 10_000:
+        raise FileNotFoundError(
+            f"found {size:,} bytes of Python source in {text.files} files below {folder}: that is too little to train"
+            f" and validate on (at least 10,000 characters for each). A Python without its sources, such as an embedded"
+            f" one, cannot run this example."
+        )
+    return text
+
+
+def _sources(folder: Path) -> Iterator[tuple[bytes, Path]]:
+    """Every source file with a digest of its relative name, which decides its order and its side of the split."""
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        for name in names:
+            if name.endswith(".py"):
+                path = Path(where, name)
+                key = path.relative_to(folder).as_posix().encode(errors="surrogateescape")
+                yield hashlib.blake2b(key, digest_size=8).digest(), path
+
+
+def _no_tokens() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8)
+
+
+class Blocks(Dataset[torch.Tensor]):
+    """A text cut into blocks of ``length`` inputs and as many targets: each item is ``(length + 1,)`` uint8.
+
+    Args:
+        most: Most blocks; fewer are spread evenly over the whole text.
+    """
+
+    def __init__(self, tokens: torch.Tensor, length: int, *, most: int | None = None) -> None:
+        whole = (len(tokens) - 1) // length
+        self._tokens = tokens
+        self._length = length
+        self._count = whole if most is None else min(most, whole)
+        self._stride = whole // self._count * length if self._count else length
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        start = index * self._stride
+        return self._tokens[start : start + self._length + 1]
