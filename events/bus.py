@@ -1,6 +1,7 @@
 """The event bus: any thread publishes without waiting, one task in the event loop delivers.
 
-The path of an event: `Bus.publish` appends it to a ring on the publisher's thread. The pump (`Bus.run`) drains the ring,
+The path of an event: `Bus.publish` appends it to a ring on the publisher's thread. The pump (`Bus.run`) drains the
+ring,
 numbers the events, has the numbers that are still on the device read in one call, and offers each event to every
 `Subscription` that wants its type.
 """
@@ -52,8 +53,8 @@ class Bus:
         first_seq: ``seq`` of the first event.
         spill_dir: Folder of spill files; None for the system's temporary folder.
 
-    Thread safety: `publish`, `post`, `flush` and what the loop asks (`wanted`, `gated`, `wait_for_room`) may be called from
-    any thread; everything else belongs to the event loop's thread.
+    Thread safety: `publish`, `post`, `flush` and what the loop asks (`wanted`, `gated`, `wait_for_room`) may be
+    called from any thread; everything else belongs to the event loop's thread.
     """
 
     def __init__(

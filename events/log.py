@@ -1,7 +1,7 @@
 """The library's logger: structlog over the standard library's logging.
 
-The library configures nothing: records go to the standard logger ``stagecast`` with ``run_id``, ``rank`` and ``global_step`` as
-extra fields, and a host that has configured no logging sees none of them.
+The library configures nothing: records go to the standard logger ``stagecast`` with ``run_id``, ``rank`` and
+``global_step`` as extra fields, and a host that has configured no logging sees none of them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Every event starts with the same header, so any of them can be placed on a chart
 knowing its type. Units stand in the names (``wait_s``, ``queued_bytes``). An event never holds a tensor: what callbacks
 need beside it travels in the bus's in-process `events.Payload`.
 
-Three of an event's fields are completed by the bus before anybody sees the event: ``seq`` (by the pump, which alone knows
+Three of an event's fields are completed by the bus before anybody sees the event: ``seq`` (by the pump, which
+alone knows
 the order in which threads published) and, where a value was still on its way from the device, the numbers of
 `Event.fill`. After that it is immutable.
 
@@ -298,7 +299,8 @@ class JournalGap(Event, frozen=True, gc=False, tag=True):
 
 
 class StallLedger(msgspec.Struct, frozen=True, gc=False):
-    """Where the loop's time went, in seconds. The rows without ``wall_s`` and ``device_idle_s`` add up to ``wall_s``."""
+    """Where the loop's time went, in seconds. The rows without ``wall_s`` and ``device_idle_s`` add up to
+    ``wall_s``."""
 
     wall_s: float = 0.0
     compute_s: float = 0.0

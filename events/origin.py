@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import time
 
-from events.messages import StageName
+from events.messages import Event, StageName
 
 Header = tuple[str, int, int, float, int, int, int, StageName | None]
+
+
+def header_of(event: Event) -> Header:
+    """The header of something that belongs to an earlier event: its place in the run and its time, no ``seq`` yet."""
+    return (event.run_id, event.attempt, 0, event.time, event.rank, event.global_step, event.epoch, event.stage)
 
 
 class Origin:

@@ -70,8 +70,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """How events reach one observer: which, how many may wait, what happens beyond that, and what if it fails."""
 
     types: frozenset[type[Event]] | None = None
-    """The event types to deliver, exactly (no subclasses). None: all that the journal keeps; the others (`BackwardEnded`,
-    `ValStepEnded`, `TestStepEnded`) are built only for those who name them."""
+    """The event types to deliver, exactly (no subclasses). None: all that the journal keeps; the others
+    (`BackwardEnded`, `ValStepEnded`, `TestStepEnded`) are built only for those who name them."""
     overflow: Overflow = "drop_oldest"
     """What happens when the queue is full.
 

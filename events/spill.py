@@ -89,7 +89,9 @@ class Spill:
         if self._write_at - self._read_at + size <= self._limit_bytes:
             try:
                 if self._file is None:
-                    self._file = tempfile.TemporaryFile(prefix="stagecast-spill-", dir=self._directory)
+                    self._file = tempfile.TemporaryFile(  # noqa: SIM115 - it lives as long as the spill
+                        prefix="stagecast-spill-", dir=self._directory
+                    )
                 self._file.seek(self._write_at)
                 self._file.write(b"".join(_LENGTH.pack(len(data)) + data for data in encoded))
                 self._file.flush()

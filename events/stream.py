@@ -23,8 +23,8 @@ _READ_LIMIT = 1_024
 class LocalEventStream:
     """The `events.protocol.EventStream` of a run in this process. Create and use it in the run's event loop.
 
-    A consumer that is too slow loses nothing as long as the run has a journal: what its queue dropped is read from there.
-    Without a journal only the bus's recent history can be caught up with.
+    A consumer that is too slow loses nothing as long as the run has a journal: what its queue dropped is read from
+    there. Without a journal only the bus's recent history can be caught up with.
 
     Args:
         bus: The run's bus.

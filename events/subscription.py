@@ -32,7 +32,8 @@ class Statistics(msgspec.Struct):
 class Subscription:
     """A queue between the pump and one receiver, used in the event loop's thread only.
 
-    Stated bounds: ``drop_oldest``, ``latest`` and ``spill`` hold at most ``capacity`` events and ``capacity_bytes`` in memory
+    Stated bounds: ``drop_oldest``, ``latest`` and ``spill`` hold at most ``capacity`` events and
+    ``capacity_bytes`` in memory
     (twice that if events that are not droppable fill it alone). ``block`` holds at most that, and what the bus's ring
     held when the loop was told to wait.
 
@@ -99,6 +100,7 @@ class Subscription:
             self._spill.close()
         self.statistics.dropped += self.statistics.queued  # what was on disk
         self.statistics.queued = 0
+        self._receive.close()
         self._on_credit(self, False)
 
     def take_losses(self) -> tuple[int, int]:

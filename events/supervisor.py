@@ -81,7 +81,7 @@ class SinkTarget:
         return ("write" if self.writer is not None else "open"), None
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error: the way out of a delivery that will not be repeated
+class _Stopped(Exception):
     """The observer gets nothing more."""
 
 
@@ -139,7 +139,7 @@ class Observer:
             if failures == 1:
                 self._fail(error, during, "retrying", failures)
             self.circuit = "open"
-            await self._back_off(min(delivery.backoff_s * 2 ** (failures - 1), delivery.max_backoff_s))
+            await self._back_off(min(delivery.backoff_s * 2 ** min(failures - 1, 60), delivery.max_backoff_s))
             self.circuit = "half_open"
 
     async def _attempt(

@@ -42,8 +42,8 @@ class Wakeup:
                 pass
         except BlockingIOError:
             pass
-        # The flag falls after the bytes are taken. A `set` in between sends nothing, and need not: what it announces was
-        # done before it, and the waiter looks at everything after this.
+        # The flag falls after the bytes are taken. A `set` in between sends nothing, and need not: what it
+        # announces was done before it, and the waiter looks at everything after this.
         self._set = False
 
     def close(self) -> None:

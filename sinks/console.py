@@ -8,8 +8,9 @@ the user's or a resize leaves ruins. And on a broken pipe rich points the whole 
 ``/dev/null``.
 
 Here the cursor rests, visible, at the beginning of an empty line *above* the bars, and each frame begins by
-clearing from there to the end of the screen. Whatever else is printed lands on that empty line and stays; a
-resize, Ctrl-Z or ``kill -9`` leaves nothing to repair.
+clearing from there to the end of the screen. Whatever else is printed lands on that empty line and stays
+(from the second line within one frame on, with the rest of a bar behind it); a resize, Ctrl-Z or ``kill -9``
+leaves nothing to repair.
 """
 
 from __future__ import annotations

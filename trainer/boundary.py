@@ -1,4 +1,5 @@
-"""The border between the loop and everyone else: publishing, inline and fenced hooks, commands, and every wait for them.
+"""The border between the loop and everyone else: publishing, inline and fenced hooks, commands, and every wait for
+them.
 
 All of it runs on the loop's thread. Places where the loop may wait carry a comment that begins with ``WAIT``.
 """
@@ -26,7 +27,7 @@ from trainer.outputs import EpochOutputs
 _ANNOUNCE_WAIT_S = 5.0
 
 
-class StopRequested(Exception):  # noqa: N818 - not an error: the way out of every phase when a stop was taken
+class StopRequested(Exception):  # not an error: the way out of every phase when a stop was taken
     """A stop was taken at a step boundary."""
 
     def __init__(self, reason: str | None) -> None:
@@ -38,8 +39,8 @@ class Boundary:
     """What the loop does between its steps.
 
     Args:
-        on_inline_error: Decides by the callback's policy what an inline hook's exception means; raises it to end the run.
-        ledger_interval_s: How often the ledger is published.
+        on_inline_error: Decides by the callback's policy what an inline hook's exception means; raises it to end
+        the run. ledger_interval_s: How often the ledger is published.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Boundary:
             if not hook.disabled:
                 try:
                     hook.call(*args, **kwargs)
-                except Exception as error:  # a supervisor's border: the policy reports it, and raises unless it disables
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                     self._on_inline_error(hook, error)
         self.ledger.inline += clock() - mark
 

@@ -30,7 +30,7 @@ from trainer.recorder import MetricRecorder, Value, weighted_mean
 
 END = object()
 
-_EVENTS: dict[Stage, tuple[StageName, type[Any], type[Any], type[Any]]] = {
+_EVENTS: dict[Stage, tuple[StageName, Any, Any, Any]] = {
     Stage.VAL: ("val", ValEpochStarted, ValStepEnded, ValEpochEnded),
     Stage.TEST: ("test", TestEpochStarted, TestStepEnded, TestEpochEnded),
 }
@@ -125,7 +125,8 @@ class Evaluation:
     def _run_batches(
         self, stage: Stage, key: str, batches: Iterator[Any], limit: int | None, outputs: EpochOutputs | None
     ) -> tuple[int, int | None, list[tuple[Value, int]]]:
-        """Returns how many batches there were, how many rows (if that is known), and each batch's loss if it has one."""
+        """Returns how many batches there were, how many rows (if that is known), and each batch's loss if it has
+        one."""
         name, _, step_ended, _ = _EVENTS[stage]
         boundary, ledger = self._boundary, self._boundary.ledger
         done = 0

@@ -63,7 +63,7 @@ def lane_of(callback: CallbackInterface, name: str, hook: Hook) -> Lane:
 class InlineHook:
     """A hook on the loop's thread, with the error policy of its callback."""
 
-    __slots__ = ("callback", "call", "delivery", "disabled", "name")
+    __slots__ = ("call", "callback", "delivery", "disabled", "name")
 
     def __init__(self, callback: str, name: str, call: Hook, delivery: Delivery) -> None:
         self.callback = callback

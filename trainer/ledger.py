@@ -69,6 +69,10 @@ def _ledger(values: list[int], wall: int, idle_s: float | None) -> StallLedger:
     return StallLedger(wall_s=wall / 1e9, other_s=other_s, device_idle_s=idle_s, steps=steps, **named)
 
 
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 class DeviceIdle:
     """Device time between the end of one step's work and the start of the next, from CUDA events.
 
@@ -97,13 +101,13 @@ class DeviceIdle:
 
     def read(self) -> float:
         """Seconds of idleness in all gaps that are over by now."""
-        while self._gaps and self._gaps[0][1].query():
+        while self._gaps and self._gaps[0][1].query():  # type: ignore[no-untyped-call]
             end, start = self._gaps.popleft()
             self._idle_s += max(0.0, end.elapsed_time(start)) / 1e3  # elapsed_time is in milliseconds
             self._free += (end, start)
         return self._idle_s
 
     def _record(self) -> torch.cuda.Event:
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event = self._free.pop() if self._free else _timing_event()
         event.record(torch.cuda.current_stream(self._device))
         return event

@@ -1,7 +1,7 @@
 """The training loop: synchronous, on one thread, publishing what it does and waiting only where it says so.
 
-Read it from `TrainingLoop.run` down. Places where the loop may wait carry a comment that begins with ``WAIT``, host-device
-synchronisation points one that begins with ``SYNC``.
+Read it from `TrainingLoop.run` down. Places where the loop may wait carry a comment that begins with ``WAIT``,
+host-device synchronisation points one that begins with ``SYNC``.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class TrainingLoop:
         self._observed_backwards = hooks.observed(BackwardEnded)
         self._step_ended_at = 0
         self._validated_at = 0
+        self._skipped_in_a_row = 0
 
     def run(self, optimization: Optimization, first_loader: Iterable[Any]) -> None:
         """Train until the data, a limit or a stop ends it.
@@ -143,6 +144,7 @@ class TrainingLoop:
             group = [batch]
             while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
                 group.append(batch)
+            rows: list[int | None]
             if rows_of is not None:
                 rows = [rows_of(read + i) for i in range(len(group))]
             else:
@@ -192,7 +194,8 @@ class TrainingLoop:
     ) -> int:
         """One optimizer step, from forward to the step boundary.
 
-        The ledger's times are chained: each ends where the next begins, at ``mark`` first and at the returned time last.
+        The ledger's times are chained: each ends where the next begins, at ``mark`` first and at the returned time
+        last.
         """
         boundary, optimization, recorder = self._boundary, self._optimization, self._recorder
         origin, ledger = boundary.origin, boundary.ledger
@@ -216,6 +219,7 @@ class TrainingLoop:
         ledger.compute += now - mark - (ledger.inline + ledger.readback + ledger.publish - elsewhere)
         if skipped is None:
             origin.global_step += 1
+            self._skipped_in_a_row = 0
             if recorder.values:
                 recorder.take()
             payload = Payload({"loss": loss})
@@ -339,7 +343,9 @@ class TrainingLoop:
         self._recorder.discard()
         bus, header = self._boundary.bus, self._boundary.origin.header()
         if reason == "non_finite_loss":
-            bus.publish(NonFiniteLoss(*header, 0.0, "skipped"), Payload({"loss": loss}))
+            self._skipped_in_a_row += 1
+            event = NonFiniteLoss(*header, 0.0, "skipped", self._skipped_in_a_row)
+            bus.publish(event, Payload({"loss": loss}))
         bus.publish(StepSkipped(*header, reason))
 
     # ----------------------------------------------------------------------------------------- validation
@@ -362,7 +368,7 @@ class TrainingLoop:
         mark = clock()
         loaders = as_val_loaders(
             self._module.get_val_dataloaders(
-                torch.utils.data.SequentialSampler,  # type: ignore[arg-type]
+                torch.utils.data.SequentialSampler,
                 self._arguments.evaluation_batch_size,
             )
         )

@@ -60,7 +60,8 @@ class Optimization:
             loss: The step's loss, detached.
 
         Returns:
-            The gradients' norm before clipping if they are clipped, on the device; and why the step was left out, or None.
+            The gradients' norm before clipping if they are clipped, on the device; and why the step was left out,
+            or None.
         """
         arguments, precision = self._arguments, self._precision
         skipped: Skip | None = None

@@ -15,13 +15,16 @@ from trainer.data import map_tensors
 class Capture:
     """Copies step outputs to the host. Used on the loop's thread; waits for nothing.
 
-    On CUDA the tensors are cloned on the compute stream, where they cannot change any more, and copied to pinned memory on
+    On CUDA the tensors are cloned on the compute stream, where they cannot change any more, and copied to pinned
+    memory on
     a stream of their own. On the CPU they are cloned too: the user's code may write to them in its next step.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def take(self, outputs: tuple[Any, ...]) -> Copy:
         """Begin to copy; see `Copy.wait` for the end of it."""
@@ -50,7 +53,7 @@ class Capture:
             for clone, host in pairs:
                 host.copy_(clone, non_blocking=True)
                 clone.record_stream(self._stream)  # its memory is not handed on before the copy has happened
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(self._stream)
         return arrived
 

@@ -80,7 +80,7 @@ class DeviceReadback:
     ) -> Callable[[], list[Any] | None]:
         stream = self._streams.get(device)
         if stream is None:
-            stream = self._streams[device] = torch.cuda.Stream(device)
+            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(device), torch.cuda.stream(stream):
             # All work that computes these tensors was queued before they were published, so waiting (on the device)
             # for what the compute stream holds now is enough.
@@ -88,13 +88,13 @@ class DeviceReadback:
             stacked = torch.stack(tensors)
             host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             host.copy_(stacked, non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(stream)
         # `tensors` and `stacked` are held until the copy has happened: the allocator must not hand their memory on.
         held = [tensors, [stacked]]
 
         def read() -> list[Any] | None:
-            if not arrived.query():
+            if not arrived.query():  # type: ignore[no-untyped-call]
                 return None
             held.clear()
             values: list[Any] = host.tolist()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import torch
 
 from events.backlog import Payload
 from events.bus import Bus
 from events.messages import Event, MetricsLogged
+from events.origin import header_of
 
 Value = float | torch.Tensor
 
@@ -18,8 +18,8 @@ class MetricRecorder:
     """What `ModuleInterface.log` writes to during a run.
 
     On the loop's thread values are gathered and published once per optimizer step, or once per evaluation of a
-    dataloader, as the mean weighted by rows. In a hook of the observer or fenced lane, each call publishes at once, with
-    the position in the run of the event that the hook handles.
+    dataloader, as the mean weighted by rows. In a hook of the observer or fenced lane, each call publishes at
+    once, with the position in the run of the event that the hook handles.
     """
 
     def __init__(self, bus: Bus) -> None:
@@ -45,10 +45,7 @@ class MetricRecorder:
             self.values.append((name, value, self.weight))
             return
         event: Event | None = getattr(self._hook, "event", None)
-        if event is None:
-            header = self._bus.origin.header()
-        else:
-            header = (event.run_id, event.attempt, 0, event.time, event.rank, event.global_step, event.epoch, event.stage)
+        header = self._bus.origin.header() if event is None else header_of(event)
         key = getattr(event, "key", None)
         self._publish(MetricsLogged(*header, {}, key), {name: value})
 

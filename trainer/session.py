@@ -36,7 +36,7 @@ from events.messages import (
     Status,
     TrainStepEnded,
 )
-from events.origin import Origin
+from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
 from events.sink import Delivery, RunInfo, Sink, delivery_of
 from events.supervisor import Observer, SinkTarget, Supervisor, describe
@@ -66,8 +66,8 @@ _seed_lock = threading.Lock()
 class Session:
     """Everything that one call of `Trainer.train`, `Trainer.run` or `Trainer.test` needs.
 
-    The constructor checks and opens what can fail before anything runs. Then `run_loop` runs on one thread and `serve` in an
-    event loop on another; `serve` returns when the loop has ended and the observers are drained.
+    The constructor checks and opens what can fail before anything runs. Then `run_loop` runs on one thread and
+    `serve` in an event loop on another; `serve` returns when the loop has ended and the observers are drained.
 
     Raises:
         RunFolderError: the run's folder is held by somebody else, belongs to another run or cannot be written.
@@ -107,8 +107,14 @@ class Session:
         try:
             self._build(list(sinks), journal, interactive)
         except BaseException:
-            self._close_folder()
+            self.discard()
             raise
+
+    def discard(self) -> None:
+        """Let go of what the constructor opened, because the session will not run."""
+        for observer in self._supervisor.observers if hasattr(self, "_supervisor") else ():
+            observer.subscription.discard()
+        self._close_folder()
 
     def _build(self, sinks: list[SinkLike], journal: Journal | None, interactive: bool) -> None:
         arguments, folder = self._arguments, self._folder
@@ -207,7 +213,8 @@ class Session:
         if self._arguments.seed is not None:
             seed_everything(self._arguments.seed)
         if self._module._recorder is not None:
-            raise ContractError(f"{type(self._module).__name__} is being trained by another run: give each its own module")
+            kind = type(self._module).__name__
+            raise ContractError(f"this {kind} is being trained by another run: give each run a module of its own")
         self._module.to(self._device)
         if warning := self._arguments.batch_size_warning():
             logger.warning(warning)
@@ -219,7 +226,7 @@ class Session:
             else:
                 self._test()
         finally:
-            self._module.__dict__.pop("_recorder", None)
+            vars(self._module).pop("_recorder", None)
             restore()
 
     def _train(self) -> None:
@@ -260,7 +267,7 @@ class Session:
         sampler = torch.utils.data.SequentialSampler
         batch_size = self._arguments.evaluation_batch_size
         loaders = as_val_loaders(
-            self._module.get_test_dataloaders(sampler, batch_size),  # type: ignore[arg-type]
+            self._module.get_test_dataloaders(sampler, batch_size),
             "get_test_dataloaders",
         )
         if not loaders:
@@ -334,8 +341,8 @@ class Session:
         stop = self._arguments.non_finite_loss == "stop"
         loss = event.loss if event.loss is not None else float("nan")
         if consecutive & (consecutive - 1) == 0:  # the 1st, 2nd, 4th, 8th...: a diverged run is not flooded
-            header = (event.run_id, event.attempt, 0, event.time, event.rank, event.global_step, event.epoch, event.stage)
-            self.bus.publish(NonFiniteLoss(*header, loss, "stopped" if stop else "warned", consecutive))
+            action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
+            self.bus.publish(NonFiniteLoss(*header_of(event), loss, action, consecutive))
         if consecutive == 1:
             logger.warning(f"the loss of step {event.global_step} is {loss}")
         if stop:
@@ -379,6 +386,7 @@ class Session:
     async def serve(self) -> None:
         """Deliver events until the loop has ended and the observers are drained. Survives cancellation around it."""
         token = current_origin.set(self.origin)
+        reports: list[ObserverReport] = []
         with anyio.CancelScope(shield=True):
             try:
                 async with anyio.create_task_group() as tasks:
@@ -446,7 +454,7 @@ class Session:
 
     def _where_the_loop_is(self) -> str:
         grace_s = self._arguments.stop_grace_s
-        text = f"the training thread did not reach a step boundary within {grace_s:g} s (stop_grace_s) of being cancelled"
+        text = f"the training thread reached no step boundary within {grace_s:g} s (stop_grace_s) of being cancelled"
         frame = sys._current_frames().get(self._loop_thread.ident or 0) if self._loop_thread else None
         if frame is not None:
             text += f"; it is in {self._boundary.phase}:\n" + "".join(traceback.format_stack(frame)).rstrip()
@@ -496,14 +504,14 @@ def _compile(module: ModuleInterface, arguments: TrainerArguments) -> Callable[[
         return lambda: None
     make_log_opaque(module)
     steps = ("train_step", "val_step", "test_step")
-    before = {name: module.__dict__[name] for name in steps if name in module.__dict__}
+    before = {name: vars(module)[name] for name in steps if name in vars(module)}
     for name in steps:
         object.__setattr__(module, name, torch.compile(getattr(module, name), **arguments.compile_options))
 
     def restore() -> None:
         for name in steps:
-            module.__dict__.pop(name, None)
-        module.__dict__.update(before)
+            vars(module).pop(name, None)
+        vars(module).update(before)
 
     return restore
 
