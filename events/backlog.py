@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -64,29 +65,33 @@ class Backlog:
             self._items.append(item)
             self.nbytes += item[2]
 
-    def take(self, limit: int) -> list[Item]:
-        """Remove and return at most ``limit`` events from the old end."""
+    def take(self, limit: int, limit_bytes: float = math.inf) -> list[Item]:
+        """Remove and return events from the old end, no more than the limits allow, but one if there is one."""
         taken: list[Item] = []
+        nbytes = 0
         for queue in (self._kept, self._items):
-            while queue and len(taken) < limit:
+            while queue and len(taken) < limit and (not taken or nbytes + queue[0][2] <= limit_bytes):
+                nbytes += queue[0][2]
                 taken.append(queue.popleft())
-        self.nbytes -= sum(item[2] for item in taken)
+            if queue:
+                break
+        self.nbytes -= nbytes
         return taken
 
-    def drop_oldest(self, capacity: int, capacity_bytes: int) -> list[Item]:
+    def drop_oldest(self, limit: int, limit_bytes: int, hard_limit: int, hard_limit_bytes: int) -> list[Item]:
         """Remove droppable events, oldest first, until both limits hold; returns what went.
 
-        When none is left, the others may take up twice the limits before the oldest of them goes too.
+        When none is left, the others may take up the hard limits before the oldest of them goes too.
         """
         dropped: list[Item] = []
-        while self._items and (len(self) > capacity or self.nbytes > capacity_bytes):
+        while self._items and (len(self) > limit or self.nbytes > limit_bytes):
             item = self._items.popleft()
             if item[0].droppable:
                 self.nbytes -= item[2]
                 dropped.append(item)
             else:
                 self._kept.append(item)
-        while self._kept and (len(self) > 2 * capacity or self.nbytes > 2 * capacity_bytes):
+        while self._kept and (len(self) > hard_limit or self.nbytes > hard_limit_bytes):
             item = self._kept.popleft()
             self.nbytes -= item[2]
             dropped.append(item)

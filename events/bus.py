@@ -217,7 +217,10 @@ class Bus:
 
     async def drain(self) -> None:
         """Wait until everything published before this call has been offered to the subscriptions."""
-        self._drained = anyio.Event()
+        if not self.alive:
+            return  # nothing more will be
+        if self._drained.is_set():
+            self._drained = anyio.Event()
         self.flush()
         await self._drained.wait()
 
@@ -249,6 +252,9 @@ class Bus:
         finally:
             self.alive = False
             self._room.set()
+            self._drained.set()
+            for subscription in self._subscriptions:
+                subscription.finish()  # or their receivers would wait for ever
             self._wakeup.close()
 
     async def _sleep(self) -> None:
@@ -263,7 +269,6 @@ class Bus:
 
     async def _pump(self) -> bool:
         """Drain and deliver once; False when there was nothing to do."""
-        drained = self._drained
         batch = self._take() if not self._reading else []
         busy = bool(batch) or bool(self._reading)
         if batch:
@@ -274,7 +279,7 @@ class Bus:
             await anyio.lowlevel.checkpoint()  # a long backlog must not hold up the host's event loop
         self._report_losses()
         if not self._reading and not self._ring and not self._kept:
-            drained.set()
+            self._drained.set()
         return busy
 
     def _take(self, limit: int = 2_048) -> list[Published]:
@@ -321,10 +326,11 @@ class Bus:
 
     def report_losses(self) -> None:
         """Publish `ObserverDropped` for whoever lost events since the last report."""
-        losses = {subscription.name: subscription.take_losses() for subscription in self._subscriptions}
-        losses["bus"] = (self.dropped - self._dropped_reported, 0)
+        # Not by name: all of a run's streams have the same.
+        losses = [(subscription.name, *subscription.take_losses()) for subscription in self._subscriptions]
+        losses.append(("bus", self.dropped - self._dropped_reported, 0))
         self._dropped_reported = self.dropped
-        for name, (dropped, conflated) in losses.items():
+        for name, dropped, conflated in losses:
             if dropped or conflated:
                 self.publish(ObserverDropped(*self.origin.header(), name, dropped, conflated))
 

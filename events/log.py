@@ -17,6 +17,8 @@ from events.origin import Origin
 current_origin: ContextVar[Origin | None] = ContextVar("stagecast_origin", default=None)
 """The run that the current thread or task works for."""
 
+_RESERVED = {*vars(logging.makeLogRecord({})), "message", "asctime"} - {"exc_info", "stack_info"}
+
 
 def _add_origin(_: Any, __: str, event_dict: Any) -> Any:
     origin = current_origin.get()
@@ -25,6 +27,11 @@ def _add_origin(_: Any, __: str, event_dict: Any) -> Any:
         event_dict.setdefault("rank", origin.rank)
         event_dict.setdefault("global_step", origin.global_step)
     return event_dict
+
+
+def _rename_reserved(_: Any, __: str, event_dict: Any) -> Any:
+    """A host may have bound ``name``: the standard library refuses extra fields that a record has itself."""
+    return {f"{key}_" if key in _RESERVED else key: value for key, value in event_dict.items()}
 
 
 _stdlib_logger = logging.getLogger("stagecast")
@@ -36,6 +43,7 @@ logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         structlog.stdlib.filter_by_level,
         structlog.contextvars.merge_contextvars,
         _add_origin,
+        _rename_reserved,
         structlog.stdlib.render_to_log_kwargs,
     ],
     wrapper_class=structlog.stdlib.BoundLogger,

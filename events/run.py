@@ -41,7 +41,6 @@ class Run:
 
         Raises:
             CursorError: the run keeps no journal and the events after ``since`` are gone from memory.
-            BusClosed: the run is over and keeps no journal.
         """
         return self._connection.events(since, types)
 

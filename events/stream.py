@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +25,9 @@ class LocalEventStream:
     """The `events.protocol.EventStream` of a run in this process. Create and use it in the run's event loop.
 
     A consumer that is too slow loses nothing as long as the run has a journal: what its queue dropped is read from
-    there. Without a journal only the bus's recent history can be caught up with.
+    there. The exceptions are types that the journal does not keep, and what the journal itself cannot write for the
+    time being. Without a journal the oldest events go when the queue is full, and only the bus's recent history can be
+    caught up with.
 
     Args:
         bus: The run's bus.
@@ -49,30 +52,38 @@ class LocalEventStream:
         self._cursor = bus.last_seq if since is None else since
         self._reader = JournalReader(journal_dir, since=self._cursor) if journal_dir is not None else None
         self._journal_settled = journal_settled
+        self._reading = threading.Lock()
+        self._read: deque[Event] = deque()  # filled by a thread, emptied here
         self._limiter = anyio.CapacityLimiter(1)  # our own: the host's may be taken by whatever the host does
         self._ready: deque[Event] = deque()
         self._live: list[Event] = []
         self._bus = bus
         self._subscription: Subscription | None = None
         self._dropped = 0
-        if not bus.closing:
-            delivery = Delivery(types=self._types, latency_s=0.02)
-            self._subscription = bus.subscribe("run.events", delivery)
         self._behind = self._cursor < bus.last_seq
         if self._behind and self._reader is None:
             self._live = self._recent(bus, self._cursor)
             self._behind = False
+        if bus.alive and not bus.closing:
+            self._subscription = bus.subscribe("run.events", Delivery(types=self._types, latency_s=0.02))
+            self._subscription.recoverable = self._reader is not None
 
     @property
     def cursor(self) -> int:
         """``seq`` of the last event that was returned, or passed over because of its type."""
-        return self._ready[0].seq - 1 if self._ready else self._cursor
+        if self._ready:
+            return self._ready[0].seq - 1
+        live = self._subscription
+        if live is None or self._behind or self._live or live.statistics.dropped > self._dropped or not live.is_empty:
+            return self._cursor
+        return max(self._cursor, self._bus.last_seq)  # none of the events since was meant for this stream
 
     async def receive(self) -> list[Event]:
-        """Wait for the next batch, at least one event.
+        """Wait for the next batch, at least one event. A call that is cancelled loses nothing.
 
         Raises:
             anyio.EndOfStream: the run's last event was returned before, or the stream was closed.
+            OSError: the journal exists but cannot be read; it may be called again.
         """
         if self._ready:
             batch = list(self._ready)
@@ -83,7 +94,7 @@ class LocalEventStream:
             batch = [event for event in batch if event.seq > self._cursor]
             if batch:
                 self._cursor = batch[-1].seq
-                batch = [event for event in batch if self._types is None or type(event) in self._types]
+                batch = [event for event in batch if self._wants(event)]
             if batch:
                 return batch
 
@@ -108,28 +119,43 @@ class LocalEventStream:
             self._subscription.discard()
             self._subscription = None
 
+    def _wants(self, event: Event) -> bool:
+        return event.journalled if self._types is None else type(event) in self._types
+
     async def _catch_up(self) -> list[Event]:
         """Read from the journal; leave that mode once it holds nothing that this stream lacks."""
-        assert self._reader is not None
         settled = self._journal_settled()  # asked before reading: what is written later must not be missed
-        batch = await anyio.to_thread.run_sync(self._reader.read, _READ_LIMIT, limiter=self._limiter)
+        await anyio.to_thread.run_sync(self._read_on, limiter=self._limiter)
+        batch: list[Event] = []
+        while self._read:
+            batch.append(self._read.popleft())
         if not batch and settled:
             self._behind = False
         elif not batch:
             await anyio.sleep(_JOURNAL_POLL_S)
         return batch
 
+    def _read_on(self) -> None:
+        """On a thread. Asyncio's `task.cancel` leaves it behind: what it reads is kept, the next one waits for it."""
+        assert self._reader is not None
+        with self._reading:
+            self._read.extend(self._reader.read(_READ_LIMIT))
+
     async def _next_live(self) -> list[Event]:
         if self._live:
             batch, self._live = self._live, []
             return batch
-        if self._subscription is None:
+        live = self._subscription
+        if live is None:
             raise anyio.EndOfStream
-        batch = [event for event, _ in await self._subscription.receive()]
-        dropped = self._subscription.statistics.dropped
-        if dropped > self._dropped and self._reader is not None:
-            # Older events than these were dropped from the queue: the journal has them.
-            self._dropped = dropped
+        try:
+            batch = [event for event, _ in await live.receive()]
+        except anyio.EndOfStream:
+            self._subscription = None
+            batch = []
+        if live.statistics.dropped > self._dropped and self._reader is not None:
+            # Events before these were dropped from the queue: the journal has them.
+            self._dropped = live.statistics.dropped
             self._live = batch
             self._behind = True
             return []

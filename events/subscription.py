@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable
+from typing import Literal
 
 import anyio
 import msgspec
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from events.backlog import Backlog, Item, Published
 from events.sink import Delivery
@@ -32,14 +35,15 @@ class Statistics(msgspec.Struct):
 class Subscription:
     """A queue between the pump and one receiver, used in the event loop's thread only.
 
-    Stated bounds: ``drop_oldest``, ``latest`` and ``spill`` hold at most ``capacity`` events and
-    ``capacity_bytes`` in memory
-    (twice that if events that are not droppable fill it alone). ``block`` holds at most that, and what the bus's ring
-    held when the loop was told to wait.
+    Stated bounds, the batch in delivery included: ``drop_oldest`` and ``latest`` hold at most ``capacity`` events (two,
+    where that is 1) and ``capacity_bytes`` in memory, or twice that if events that are not droppable fill it alone.
+    ``spill`` holds at most ``capacity`` events and ``capacity_bytes``, and as many bytes on their way to the disk
+    (twice that for those not droppable). ``block`` holds at most that, and what the bus's ring held when the loop was
+    told to wait.
 
-    Batches are handed to a waiting receiver through an anyio memory object stream without a buffer; what nobody waits
-    for stays in the backlog, where the overflow policy rules. A batch counts as queued until the receiver asks for
-    the next one.
+    What nobody waits for stays in the backlog, where the overflow policy rules; a waiting receiver is handed its batch
+    through an anyio memory object stream. A batch is at most half of what the queue may hold, or the newest events
+    would find no room while it is delivered. It counts as queued until the receiver asks for the next one.
     """
 
     def __init__(
@@ -57,13 +61,20 @@ class Subscription:
         """Whether the receiver gets the payloads; without them tensors are let go at the pump."""
         self.statistics = Statistics()
         self.ended = False
+        self.recoverable = False
+        """Whether the receiver gets elsewhere what is dropped here, so that it is no loss to be announced."""
         self._spill = spill
         self._on_credit = on_credit
         self._backlog = Backlog()
+        self._batch = min(delivery.batch, (delivery.capacity + 1) // 2)
+        self._batch_bytes = delivery.capacity_bytes // 2
         self._in_flight: list[Item] = []
         self._in_flight_bytes = 0
+        self._in_hand = False  # whether the receiver has got what is in flight
+        self._waiting = False
         self._reported = (0, 0)
-        self._send, self._receive = anyio.create_memory_object_stream[list[Item]](0)
+        self._send: MemoryObjectSendStream[list[Item]] | None = None  # made when somebody waits for the first time
+        self._receive: MemoryObjectReceiveStream[list[Item]] | None = None
 
     # ------------------------------------------------------------------------------------- the pump's side
 
@@ -74,21 +85,24 @@ class Subscription:
             self._lose(items, "dropped")
             return
         self.statistics.queued += len(items)
-        if self._spill is not None and (self._spill.count or self._is_full(items)):
-            self._spill.write(items, self._spilled)
+        if self._spill is not None:
+            fitting = 0 if self._spill.count else self._fitting(items)
+            self._backlog.extend(items[:fitting])
+            if fitting < len(items):
+                self._spill.write(items[fitting:], self._spilled)
         else:
             self._backlog.extend(items)
             if self.delivery.overflow == "block":
                 self._on_credit(self, self.is_full)
             elif self.is_full:
                 self._overflow()
-        if len(self._backlog) and self._send.statistics().tasks_waiting_receive:
-            self._send.send_nowait(self._take())
+        if self._waiting:
+            self._hand_over()
 
     def finish(self) -> None:
         """No more events will be offered: the receiver gets what is queued, then the end of the stream."""
-        if not self.ended:
-            self.ended = True
+        self.ended = True
+        if self._send is not None:
             self._send.close()
 
     def discard(self) -> None:
@@ -97,89 +111,141 @@ class Subscription:
         self._lose([*self._in_flight, *self._backlog.take(len(self._backlog))], "dropped", queued=True)
         self._in_flight, self._in_flight_bytes = [], 0
         if self._spill is not None:
-            self._spill.close()
+            self._release(self._spill.close())
         self.statistics.dropped += self.statistics.queued  # what was on disk
         self.statistics.queued = 0
-        self._receive.close()
+        if self._receive is not None:
+            self._receive.close()
         self._on_credit(self, False)
 
     def take_losses(self) -> tuple[int, int]:
-        """Events dropped and conflated since the last call."""
+        """Events dropped and conflated since the last call; none if the receiver gets them elsewhere."""
         before, self._reported = self._reported, (self.statistics.dropped, self.statistics.conflated)
+        if self.recoverable:
+            return 0, 0
         return self._reported[0] - before[0], self._reported[1] - before[1]
 
     @property
     def is_full(self) -> bool:
         """Whether more waits in memory than the delivery allows."""
-        return self._is_full(())
+        count = len(self._backlog) + len(self._in_flight)
+        return count > self.delivery.capacity or self._waiting_bytes > self.delivery.capacity_bytes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the receiver has been handed everything there is."""
+        handed = self._in_hand or not self._in_flight
+        return handed and not len(self._backlog) and not (self._spill is not None and self._spill.count)
 
     @property
     def queued_bytes(self) -> int:
         """Bytes of memory that waiting events hold."""
-        return self._backlog.nbytes + self._in_flight_bytes + (self._spill.memory_bytes if self._spill else 0)
+        return self._waiting_bytes + (self._spill.memory_bytes if self._spill is not None else 0)
 
-    def _is_full(self, extra: Iterable[Item]) -> bool:
-        count = len(self._backlog) + len(self._in_flight)
-        nbytes = self.queued_bytes
-        for item in extra:
-            count += 1
-            nbytes += item[2]
-        return count > self.delivery.capacity or nbytes > self.delivery.capacity_bytes
+    @property
+    def _waiting_bytes(self) -> int:
+        return self._backlog.nbytes + self._in_flight_bytes
+
+    def _fitting(self, items: list[Item]) -> int:
+        """How many of these, from the first on, still fit into memory."""
+        room = self.delivery.capacity - len(self._backlog) - len(self._in_flight)
+        room_bytes = self.delivery.capacity_bytes - self._waiting_bytes
+        for index, item in enumerate(items):
+            room_bytes -= item[2]
+            if index >= room or room_bytes < 0:
+                return index
+        return len(items)
 
     def _overflow(self) -> None:
         if self.delivery.overflow == "latest":
             self._lose(self._backlog.conflate(), "conflated", queued=True)
-        room = self.delivery.capacity - len(self._in_flight)
-        room_bytes = self.delivery.capacity_bytes - self._in_flight_bytes
-        self._lose(self._backlog.drop_oldest(max(room, 0), max(room_bytes, 0)), "dropped", queued=True)
+        # The newest event always finds a place, whatever is being delivered.
+        capacity, capacity_bytes = self.delivery.capacity, self.delivery.capacity_bytes
+        flying, flying_bytes = len(self._in_flight), self._in_flight_bytes
+        limits = max(capacity - flying, 1), max(capacity_bytes - flying_bytes, 0)
+        hard_limits = max(2 * capacity - flying, 1), max(2 * capacity_bytes - flying_bytes, 0)
+        self._lose(self._backlog.drop_oldest(*limits, *hard_limits), "dropped", queued=True)
 
-    def _lose(self, items: list[Item], how: str, *, queued: bool = False) -> None:
+    def _lose(self, items: list[Item], how: Literal["dropped", "conflated"], *, queued: bool = False) -> None:
         statistics = self.statistics
         setattr(statistics, how, getattr(statistics, how) + len(items))
         if queued:
             statistics.queued -= len(items)
+        self._release(items)
+
+    def _release(self, items: list[Item]) -> None:
+        """Nobody will run the hooks of these events."""
         for _, payload, _ in items:
             if payload is not None and payload.fence is not None:
                 payload.fence.release(self.name)
 
-    def _spilled(self, written: int, lost: int) -> None:
+    def _spilled(self, written: int, lost: list[Item]) -> None:
         """The spill has dealt with a chunk."""
         self.statistics.spilled += written
-        if not self.ended or self.statistics.queued:
-            self.statistics.dropped += lost
-            self.statistics.queued -= lost
+        self._lose(lost, "dropped", queued=True)
+
+    def _hand_over(self) -> None:
+        """Wake the receiver with a batch; an empty one if what there is must come from the disk."""
+        if self._send is None or self._in_flight or self.is_empty:
+            return
+        self._waiting = False
+        with contextlib.suppress(anyio.WouldBlock):  # it has not yet seen that it was woken
+            self._send.send_nowait(self._take())
 
     # --------------------------------------------------------------------------------- the receiver's side
 
     async def receive(self) -> list[Published]:
         """Wait for the next batch, at least one event; counts the batch before it as delivered.
 
+        A call that is cancelled loses nothing: what it would have returned is returned by the next one.
+
         Raises:
             anyio.EndOfStream: everything has been received, and no more will come.
         """
         self.done()
-        while not (items := self._take()):
+        while not (self._in_flight or self._take()):
             if self._spill is not None and self._spill.count:
-                self._backlog.extend(await self._spill.read(self.delivery.batch))
-                continue
-            items = await self._receive.receive()
-            break
-        return [(event, payload) for event, payload, _ in items]
+                items, lost = await self._spill.read(self._batch, self._batch_bytes)
+                self._backlog.extend(items)
+                if lost:
+                    self.statistics.dropped += lost
+                    self.statistics.queued -= lost
+                    self._release(self._spill.fenced())  # which of them are lost cannot be told: none may hold the loop
+            elif self.ended:
+                if self._receive is not None:
+                    self._receive.close()
+                raise anyio.EndOfStream
+            else:
+                await self._wait()
+        self._in_hand = True
+        return [(event, payload) for event, payload, _ in self._in_flight]
 
     def done(self, count: int | None = None) -> None:
         """The batch in hand is delivered; or its first ``count`` events are, and the rest is dropped."""
-        items, self._in_flight = self._in_flight, []
-        self._in_flight_bytes = 0
-        if not items:
+        if not self._in_hand:
             return
+        items, self._in_flight, self._in_flight_bytes, self._in_hand = self._in_flight, [], 0, False
         delivered = len(items) if count is None else count
-        self.statistics.delivered += delivered
-        self.statistics.queued -= delivered
+        self.statistics.delivered += len(items[:delivered])
+        self.statistics.queued -= len(items[:delivered])
         self._lose(items[delivered:], "dropped", queued=True)
-        if self.delivery.overflow == "block":
+        if self.delivery.overflow == "block" and not self.ended:
             self._on_credit(self, self.is_full)
 
     def _take(self) -> list[Item]:
-        self._in_flight = self._backlog.take(self.delivery.batch)
+        self._in_flight = self._backlog.take(self._batch, self._batch_bytes)
         self._in_flight_bytes = sum(item[2] for item in self._in_flight)
         return self._in_flight
+
+    async def _wait(self) -> None:
+        """Wait until the pump hands over a batch, which it also leaves in `_in_flight`, or until the end."""
+        if self._send is None or self._receive is None:
+            # With room for one: a receiver that has not begun to wait, or is being cancelled, cannot take it directly.
+            self._send, self._receive = anyio.create_memory_object_stream[list[Item]](1)
+        self._waiting = True
+        try:
+            await self._receive.receive()
+        except (anyio.EndOfStream, anyio.ClosedResourceError):
+            pass  # `receive` sees that it has ended
+        finally:
+            self._waiting = False

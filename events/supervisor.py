@@ -2,12 +2,15 @@
 
 Each observer has a task here, and a thread of its own if it blocks. Deliveries are made one at a time; a failure is
 published, and answered as the `Delivery` says. While an observer is failing, its circuit is open: nothing is delivered
-but one attempt after each growing pause, and its queue follows the overflow policy.
+but one attempt after each growing pause, and its queue follows the overflow policy. A call that exceeds its timeout
+counts as failed, but is never made a second time while it may still succeed.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
@@ -22,7 +25,7 @@ from events.messages import Event, ObserverFailed, ObserverRecovered, ObserverSl
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink, SinkWriter
 from events.subscription import Subscription
-from events.worker import Worker
+from events.worker import AsyncJob, Job, Worker
 
 OnFatal = Callable[[BaseException], None]
 
@@ -33,7 +36,10 @@ class Target(Protocol):
     payloads: bool
     """Whether it needs the payloads beside the events."""
     blocking: bool
-    """Whether `deliver` and `close` are plain functions, to be run on a thread. Known once `open` has returned."""
+    """Whether `deliver` runs on the observer's thread; if not, it returns an awaitable at once. Known after `open`.
+
+    `open` and `close` always run on the thread. What any of them returns is awaited in the event loop if it can be.
+    """
 
     def open(self) -> None:
         """Get ready; on the observer's thread."""
@@ -65,8 +71,15 @@ class SinkTarget:
         self.writer: SinkWriter | None = None
 
     def open(self) -> None:
-        self.writer = self._sink.open(self._run)
-        self.blocking = not inspect.iscoroutinefunction(self.writer.write)
+        writer: Any = self._sink.open(self._run)
+        if inspect.iscoroutine(writer):
+            writer.close()
+            raise TypeError(
+                f"{type(self._sink).__name__}.open() is async, but a sink is opened on a thread of its own: make it a"
+                f" plain function that returns the writer, and connect in the writer's first `async def write`"
+            )
+        self.blocking = not inspect.iscoroutinefunction(writer.write)
+        self.writer = writer
 
     def deliver(self, batch: Sequence[Published], /) -> Any:
         assert self.writer is not None
@@ -98,6 +111,8 @@ class Observer:
         self._bus = bus
         self._on_fatal = on_fatal
         self._worker = Worker(f"stagecast-{name}", bus.post)
+        self._during: str | None = None
+        self._late: Job | AsyncJob | None = None  # a call that has exceeded its timeout and has not returned
         self._draining = anyio.Event()
         self._finished = anyio.Event()
         self._close_failed = False
@@ -105,79 +120,91 @@ class Observer:
     async def run(self) -> None:
         """Open, deliver until the end of the stream, close."""
         try:
-            await self._persist("open", self.target.open)
-            while True:
-                try:
-                    batch = await self.subscription.receive()
-                except anyio.EndOfStream:
-                    break
-                await self._persist(None, self.target.deliver, batch)
-        except _Stopped:
-            pass
-        await self._close()
-        self._worker.stop()
-        self._finished.set()
+            try:
+                await self._persist("open", self.target.open)
+                await self._deliver()
+            except _Stopped:
+                pass
+            await self._close()
+            self._finished.set()
+        finally:
+            self._worker.stop()  # when cancelled too: an idle thread would wait for its next call for ever
+
+    async def _deliver(self) -> None:
+        while True:
+            try:
+                batch = await self.subscription.receive()
+            except anyio.EndOfStream:
+                return
+            await self._persist(None, self.target.deliver, batch)
+            del batch  # or its tensors would stay in memory until the next one comes
 
     async def _persist(self, during: str | None, function: Callable[..., Any], *args: Any) -> None:
         """Make a call until it succeeds or the policy gives up (`_Stopped`)."""
         delivery = self.subscription.delivery
         failures = 0
         since = time.monotonic()
-        while True:
-            error = await self._attempt(during, function, *args)
-            if error is None:
-                if self.circuit != "closed":
-                    self.circuit = "closed"
-                    outage_s = time.monotonic() - since
-                    self._publish(ObserverRecovered, self.name, failures, outage_s)
-                return
+        while (error := await self._attempt(during, function, *args)) is not None:
             failures += 1
-            self.error = describe(error)
             if delivery.on_error != "retry" or failures > delivery.retries:
-                self._give_up(error, during, failures)
+                self._give_up(error, failures)
                 raise _Stopped
+            self.error = describe(error)
             if failures == 1:
-                self._fail(error, during, "retrying", failures)
+                self._fail(error, "retrying", failures)
             self.circuit = "open"
-            await self._back_off(min(delivery.backoff_s * 2 ** min(failures - 1, 60), delivery.max_backoff_s))
+            if await self._succeeds_late():
+                break
+            await self._back_off(min(delivery.backoff_s * 2.0 ** min(failures - 1, 64), delivery.max_backoff_s))
             self.circuit = "half_open"
+        if self.circuit != "closed":
+            self.circuit = "closed"
+            self._publish(ObserverRecovered, self.name, failures, time.monotonic() - since)
 
-    async def _attempt(
-        self, during: str | None, function: Callable[..., Any], *args: Any
-    ) -> BaseException | None:
-        """Make a call once; returns what it raised. Says so when it takes long."""
-        delivery = self.subscription.delivery
-        if self.target.blocking or during == "open":
-            job = self._worker.submit(function, *args)
-            if not await self._finishes(job.finished, during):
-                # The call cannot be ended, and a second one beside it would break its order: the circuit is open
-                # until it returns.
-                self._fail(TimeoutError(_timed_out(delivery.timeout_s)), during, "retrying", 1)
-                self.circuit = "open"
-                await job.finished.wait()
-            return job.error
+    async def _attempt(self, during: str | None, function: Callable[..., Any], *args: Any) -> BaseException | None:
+        """Make a call once; returns what it raised, or that it did not return in time."""
+        self._during = during
+        limit_s = self.subscription.delivery.timeout_s if during != "close" else None
+        call: Job | AsyncJob
+        if self.target.blocking or during is not None:
+            call = self._worker.submit(function, *args)
+        else:
+            call = AsyncJob(function, *args)
         try:
-            with anyio.fail_after(delivery.timeout_s):
-                await function(*args)
-        except TimeoutError as error:
-            return TimeoutError(str(error) or _timed_out(delivery.timeout_s))
-        except Exception as error:  # the supervisor's border: reported by `_persist`
-            return error
-        return None
+            in_time = await self._finishes(call, limit_s)
+            if in_time and inspect.isawaitable(call.value):  # an async `close`, or a `write` that is not declared async
+                call = AsyncJob(_same, call.value)
+                in_time = await self._finishes(call, limit_s)
+        finally:
+            call.cancel()
+        if in_time:
+            return call.error
+        self._late = call
+        return TimeoutError(f"no answer within {limit_s:g} s")
 
-    async def _finishes(self, finished: anyio.Event, during: str | None) -> bool:
+    async def _finishes(self, call: Job | AsyncJob, limit_s: float | None) -> bool:
         """Wait for a call within its timeout; publish `ObserverSlow` once it is slow."""
-        delivery = self.subscription.delivery
-        timeout_s = delivery.timeout_s if delivery.timeout_s is not None else float("inf")
-        slow_s = min(delivery.slow_s, timeout_s)
+        timeout_s = limit_s if limit_s is not None else math.inf
+        slow_s = min(self.subscription.delivery.slow_s, timeout_s)
         with anyio.move_on_after(slow_s):
-            await finished.wait()
-            return True
-        if slow_s < timeout_s:
-            self._publish(ObserverSlow, self.name, self._doing(during), slow_s)
+            await call.finished.wait()
+        if not call.finished.is_set() and slow_s < timeout_s:
+            self._publish(ObserverSlow, self.name, self._doing, slow_s)
             with anyio.move_on_after(timeout_s - slow_s):
-                await finished.wait()
-        return finished.is_set()
+                await call.finished.wait()
+        return call.finished.is_set()
+
+    async def _succeeds_late(self) -> bool:
+        """Wait for the call that has exceeded its timeout, if there is one: none is made beside it."""
+        call = self._late
+        if call is None:
+            return False
+        await call.finished.wait()
+        if inspect.isawaitable(call.value):
+            call = self._late = AsyncJob(_same, call.value)
+            await call.finished.wait()
+        self._late = None
+        return call.error is None
 
     async def _back_off(self, pause_s: float) -> None:
         with anyio.move_on_after(pause_s):
@@ -185,10 +212,10 @@ class Observer:
             # The run is over: what is left is tried in quick succession until the drain's deadline.
             await anyio.sleep(min(pause_s, 0.1))
 
-    def _give_up(self, error: BaseException, during: str | None, failures: int) -> None:
+    def _give_up(self, error: BaseException, failures: int) -> None:
         fatal = self.subscription.delivery.on_error == "fatal"
         self.circuit = "disabled"
-        self._fail(error, during, "fatal" if fatal else "disabled", failures)
+        self._fail(error, "fatal" if fatal else "disabled", failures)
         if fatal:
             self._on_fatal(error)  # before the fences fall: the loop must not take another step
         self._bus.unsubscribe(self.subscription)
@@ -197,36 +224,31 @@ class Observer:
         self.subscription.discard()
 
     async def _close(self) -> None:
+        await self._succeeds_late()  # its methods are called one at a time
         error = await self._attempt("close", self.target.close)
         if error is not None:
-            self.error = describe(error)
             self._close_failed = True
-            self._fail(error, "close", "disabled", 1)
+            self._fail(error, "disabled", 1)
 
-    def _doing(self, during: str | None) -> str:
-        return during or self.target.progress[0]
+    @property
+    def _doing(self) -> str:
+        return self._during or self.target.progress[0]
 
-    def _fail(
-        self,
-        error: BaseException,
-        during: str | None,
-        action: Literal["fatal", "disabled", "retrying"],
-        failures: int,
-    ) -> None:
-        doing = self._doing(during)
+    def _fail(self, error: BaseException, action: Literal["fatal", "disabled", "retrying"], failures: int) -> None:
         self.error = describe(error)
-        self._publish(ObserverFailed, self.name, self.error, doing, action, failures)
-        logger.warning(
-            f"observer {self.name} failed in {doing} ({action}): {self.error}", exc_info=error
-        )
+        self._publish(ObserverFailed, self.name, self.error, self._doing, action, failures)
+        logger.warning(f"observer {self.name} failed in {self._doing} ({action}): {self.error}", exc_info=error)
 
     def _publish(self, kind: type[Event], *fields: Any) -> None:
         self._bus.publish(kind(*self._bus.origin.header(), *fields))
 
     def drain(self) -> None:
         """No more events will come: deliver what is queued, then close."""
+        self._bus.unsubscribe(self.subscription)
         self.subscription.finish()
         self._draining.set()
+        if self.circuit == "disabled" and self._late is not None:
+            self._finished.set()  # it was given up because it hangs: nothing is left to wait for
 
     async def finished(self) -> None:
         """Wait until it is closed."""
@@ -238,7 +260,8 @@ class Observer:
         state: Literal["closed", "disabled", "stuck", "failed"] = "closed"
         if not self._finished.is_set():
             state = "stuck"
-            self.error = self.error or f"still in {self._doing(None)} at the end of the drain"
+            still = f"still in {self._doing} at the end of the drain"
+            self.error = still if self.circuit == "closed" else f"{still}, after {self.error}"
         elif self.circuit == "disabled":
             state = "disabled"
         elif self._close_failed:
@@ -273,8 +296,9 @@ class Supervisor:
 
     def add(self, name: str, target: Target, delivery: Delivery) -> Observer:
         """Subscribe an observer; `start` runs it. A name that is taken gets a number."""
-        taken = {observer.name for observer in self.observers}
-        unique = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1_000))) if n not in taken)
+        taken = {"bus", *(observer.name for observer in self.observers)}
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        unique = next(unique for unique in itertools.chain([name], numbered) if unique not in taken)
         observer = Observer(unique, target, delivery, self._bus, self._on_fatal)
         self.observers.append(observer)
         return observer
@@ -286,23 +310,27 @@ class Supervisor:
 
     async def drain(self, observers: Sequence[Observer], timeout_s: float) -> list[ObserverReport]:
         """Deliver what these observers still have queued, close them, and report; no longer than ``timeout_s``."""
-        await self._bus.drain()
-        for observer in observers:
-            observer.drain()
-        with anyio.move_on_after(timeout_s):
-            for observer in observers:
-                await observer.finished()
+        deadline = anyio.current_time() + timeout_s
+        with anyio.CancelScope(deadline=deadline):
+            await self._bus.drain()
         self._bus.report_losses()
         for observer in observers:
-            self._bus.unsubscribe(observer.subscription)
+            observer.drain()
+        with anyio.CancelScope(deadline=deadline):
+            for observer in observers:
+                await observer.finished()
         return [observer.report() for observer in observers]
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line: its type and its text."""
-    text = str(error)
+    """An exception in one line of at most a thousand characters: its type and its text."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception as broken:  # a supervisor's border: the exception is the observer's
+        text = f"its text cannot be had, {type(broken).__name__}"
+    text = text if len(text) <= 1_000 else f"{text[:1_000]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _timed_out(timeout_s: float | None) -> str:
-    return f"no answer within {timeout_s:g} s" if timeout_s is not None else "timed out"
+def _same(awaitable: Any) -> Any:
+    return awaitable

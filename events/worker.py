@@ -1,11 +1,12 @@
-"""Threads of our own: daemonic, named, and awaited without the host's thread limiter."""
+"""Calls that can be left behind: on threads and in tasks of our own, awaited without the host's thread limiter."""
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import queue
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -35,6 +36,50 @@ class Job:
             del self._function, self._args
         post(self.finished.set)
 
+    def cancel(self) -> None:
+        """Nothing: a thread cannot be interrupted."""
+
+
+class AsyncJob:
+    """One call that returns an awaitable, in a task of its own. Create it in the event loop; then as `Job`.
+
+    The task is in no task group, because a group waits for its tasks: one that shields itself from cancellation, as
+    every `anyio.to_thread` does, would hold up the end of the run for as long as it likes. What it raises is kept as
+    data too, a cancellation included that nobody has asked for.
+    """
+
+    def __init__(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        self._function = function
+        self._args = args
+        self._scope = anyio.CancelScope()
+        self.finished = anyio.Event()
+        self.value: Any = None
+        self.error: BaseException | None = None
+        if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+            task = asyncio.get_running_loop().create_task(self._run())
+            _tasks.add(task)  # the event loop itself holds no reference to it
+            task.add_done_callback(_tasks.discard)
+        else:
+            import trio
+
+            trio.lowlevel.spawn_system_task(self._run, context=contextvars.copy_context())
+
+    def cancel(self) -> None:
+        """Ask it to end."""
+        self._scope.cancel()
+
+    async def _run(self) -> None:
+        with self._scope:
+            try:
+                self.value = await self._function(*self._args)
+            except BaseException as error:  # the border of a task that belongs to an observer: reported, not handled
+                self.error = error
+        del self._function, self._args
+        self.finished.set()
+
+
+_tasks: set[asyncio.Task[None]] = set()
+
 
 class Worker:
     """A thread that makes one call at a time.
@@ -48,8 +93,6 @@ class Worker:
         self.post = post
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.busy_since: float | None = None
-        """`time.monotonic` of the start of the call that is running; None while idle."""
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Job:
         """Queue a call; returns at once. From the event loop only."""
@@ -60,21 +103,11 @@ class Worker:
         self._jobs.put(job)
         return job
 
-    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Make a call and wait for it; what it raises is raised here. Cancelling leaves the call running."""
-        job = self.submit(function, *args)
-        await job.finished.wait()
-        if job.error is not None:
-            raise job.error
-        return job.value
-
     def stop(self) -> None:
-        """End the thread after the calls that are queued. Does not wait."""
+        """End the thread after the calls that are queued. Does not wait; calls made later are never run."""
         self._jobs.put(None)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            self.busy_since = time.monotonic()
             job.run(self.post)
-            self.busy_since = None
             del job  # or the last batch would stay in memory until the next one

@@ -133,8 +133,8 @@ def first_rows(batch: Any) -> int | None:
 
     A PackedSequence counts its sequences, not their tokens. Reads shapes only: no device is waited for.
     """
-    if type(batch) in (list, tuple) and batch and isinstance(batch[0], torch.Tensor) and batch[0].dim():
-        return len(batch[0])  # by far the most usual batch: this runs in the step
+    if type(batch) in (list, tuple) and batch and type(batch[0]) is torch.Tensor and batch[0].dim():
+        return batch[0].size(0)  # by far the most usual batch: this runs in the step
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.dim() else None
     if isinstance(batch, PackedSequence):

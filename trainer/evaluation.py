@@ -73,7 +73,7 @@ class Evaluation:
         """
         origin = self._boundary.origin
         before = origin.stage
-        training = [module for module in self._module.modules() if module.training]
+        modes = [(module, module.training) for module in self._module.modules()]
         kept: dict[str, tuple[Any, ...]] = {}
         self._module.eval()
         try:
@@ -83,8 +83,8 @@ class Evaluation:
                     if keep and outputs is not None:
                         kept[key] = outputs.collated()
         finally:
-            for module in training:
-                module.training = True  # `train()` would also turn on what the user keeps in eval mode
+            for module, training in modes:
+                module.training = training  # `train()` would also turn on what the user keeps in eval mode
             origin.stage = before
         return kept
 

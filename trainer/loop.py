@@ -82,7 +82,8 @@ class TrainingLoop:
             StopRequested: a stop was taken.
         """
         self._optimization = optimization
-        self._module.train()
+        if not self._module.training:
+            self._module.train()  # not where it is: the user may keep a submodule in eval mode, a frozen batch norm
         loader: Iterable[Any] | None = first_loader
         for epoch in range(self._arguments.epochs):
             self._boundary.origin.epoch = epoch
@@ -210,7 +211,8 @@ class TrainingLoop:
             loss, live = self._micro_steps(group, rows, keep)
         boundary.phase = "the optimizer step"
         lr = optimization.learning_rate
-        grad_norm, skipped = optimization.step(loss, ledger)
+        step_rows = rows[0] if len(rows) == 1 else None if None in rows else sum(rows)  # type: ignore[arg-type]
+        grad_norm, skipped = optimization.step(loss, step_rows, ledger)
         if ledger.idle is not None:
             ledger.idle.end()
         ledger.steps += 1
@@ -236,7 +238,7 @@ class TrainingLoop:
                 "train",
                 None,  # the loss: read in a batch with others, off this thread
                 origin.global_step - first_step,
-                rows[0] if len(rows) == 1 else None if None in rows else sum(rows),  # type: ignore[arg-type]
+                step_rows,
                 (now - self._step_ended_at) / 1e9,
                 lr if type(lr) is float else None,
             )
@@ -319,7 +321,7 @@ class TrainingLoop:
         if grad_norm is not None:
             payload.pending["grad_norm"] = grad_norm
         if isinstance(lr, torch.Tensor):
-            payload.pending["lr"] = lr.detach().clone()
+            payload.pending["lr"] = lr
         if live and (self._observed_steps or outputs is not None):
             copies: list[Copy] = [self._capture.take(values) for values in live]
             if outputs is not None:
@@ -375,8 +377,8 @@ class TrainingLoop:
         boundary.ledger.data += clock() - mark
         if loaders:
             self._evaluation.run(Stage.VAL, loaders, self._arguments.max_val_steps_per_epoch)
-            boundary.phase = "the schedulers"
-            self._optimization.end_validation(boundary.ledger)
+        boundary.phase = "the schedulers"
+        self._optimization.end_validation(boundary.ledger)
 
     def _epoch_outputs(self) -> EpochOutputs | None:
         wanted = self._boundary.hooks.wanted_by(TrainEpochEnded)

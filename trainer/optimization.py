@@ -46,18 +46,25 @@ class Optimization:
         self._per_epoch = timed if arguments.scheduler_interval == "epoch" else []
         # The epoch's losses, on the device; kept only when a scheduler follows them.
         self._follow_loss = bool(self._plateau) and arguments.monitor == "train_loss"
-        self._losses: list[torch.Tensor] = []
+        self._loss_sum: torch.Tensor | None = None
+        self._loss_rows = 0
+        self._never_validates = not arguments.val_interval_epochs and arguments.val_interval_steps is None
 
     @property
     def learning_rate(self) -> Any:
         """Of the first parameter group of the first optimizer: a float, or a tensor if the optimizer keeps one."""
-        return self._first_group["lr"]
+        lr = self._first_group["lr"]
+        # Cloned: a scheduler changes it in place before the number is read.
+        return lr if type(lr) is float else lr.detach().clone() if isinstance(lr, torch.Tensor) else float(lr)
 
-    def step(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, Skip | None]:
+    def step(
+        self, loss: torch.Tensor, rows: int | None, ledger: Ledger
+    ) -> tuple[torch.Tensor | None, Skip | None]:
         """Apply the gradients that were accumulated.
 
         Args:
             loss: The step's loss, detached.
+            rows: Rows of the step, where they are known.
 
         Returns:
             The gradients' norm before clipping if they are clipped, on the device; and why the step was left out,
@@ -84,10 +91,16 @@ class Optimization:
             for scheduler in self._per_step:
                 scheduler.step()
             if self._follow_loss:
-                self._losses.append(loss)
+                self._add_loss(loss, rows or 1)
         if precision.scaler is not None:
             precision.update()
         return grad_norm, skipped
+
+    def _add_loss(self, loss: torch.Tensor, rows: int) -> None:
+        # Apple's GPUs have no float64.
+        loss = (loss if loss.device.type == "mps" else loss.double()).reshape(()) * rows
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        self._loss_rows += rows
 
     def _read_overflow(self, ledger: Ledger) -> Skip | None:
         """One decision for all optimizers whether float16's gradients have overflowed."""
@@ -117,9 +130,12 @@ class Optimization:
         """A training epoch is over: schedulers of the epoch, and those that follow the training loss."""
         for scheduler in self._per_epoch:
             scheduler.step()
-        if self._losses:
-            losses, self._losses = self._losses, []
-            self._step_plateau(torch.stack(losses).mean(), ledger)
+        if self._loss_sum is not None:
+            mean = self._loss_sum / self._loss_rows
+            self._loss_sum, self._loss_rows = None, 0
+            self._step_plateau(mean, ledger)
+        elif self._never_validates:
+            self.end_validation(ledger)  # its turn never comes, so the metric is one of the training, or an error
 
     def _monitored(self) -> float | torch.Tensor:
         monitor = self._arguments.monitor
@@ -127,7 +143,7 @@ class Optimization:
             known = ", ".join(sorted({"train_loss", *self._latest}))
             raise MetricNotFound(
                 f"ReduceLROnPlateau follows monitor={monitor!r}, which was neither logged nor computed by the end of"
-                f" validation; there are: {known}. Log it with module.log({monitor!r}, ...) in val_step or in the"
+                f" validation (or of the epoch, without validation); there are: {known}. Log it with module.log({monitor!r}, ...) in val_step or in the"
                 f" module's on_end_val_epoch, or set monitor to one of these"
             )
         return self._latest[monitor]

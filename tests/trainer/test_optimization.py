@@ -1,0 +1,326 @@
+"""Optimizers and schedulers: how many, when they step, what is clipped, and what mixed precision changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from events.messages import RunEnded, StepSkipped, TrainEpochEnded, TrainStepEnded, ValEpochEnded
+from trainer.errors import MetricNotFound, OptimizerError
+
+
+def halving(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    return LambdaLR(optimizer, lambda calls: 0.5**calls)
+
+
+def module_with(kit: Any, make: Any, **extra: Any) -> Any:
+    """A module whose optimizers and schedulers are ``make(module)``."""
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return make(self)
+
+    for name, value in extra.items():
+        setattr(Net, name, value)
+    return Net()
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "must return two lists"),
+        ([], "must return two lists"),
+        (([], []), "returned no optimizer"),
+        ((3, []), "must return two lists"),
+        ((["sgd"], []), "which is no optimizer"),
+    ],
+)
+def test_what_is_no_pair_of_optimizers_and_schedulers_is_refused(kit: Any, returned: Any, said: str) -> None:
+    """The error names the method, what it must return, and what came."""
+    outcome = kit.train(module_with(kit, lambda net: returned))
+    assert isinstance(outcome.error, OptimizerError)
+    assert "get_optimizers_schedulers()" in str(outcome.error)
+    assert said in str(outcome.error)
+    assert outcome.names()[-1] == "RunEnded"
+
+
+def test_a_scheduler_without_step_is_refused(kit: Any) -> None:
+    """A class, or a number, in the second list is named."""
+
+    def make(net: Any) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.1)], [0.5]
+
+    outcome = kit.train(module_with(kit, make))
+    assert isinstance(outcome.error, OptimizerError)
+    assert "0.5, which has no step()" in str(outcome.error)
+
+
+# ----------------------------------------------------------------------------------------------- several of them
+
+
+def test_iterators_of_optimizers_are_accepted(kit: Any) -> None:
+    """The contract says iterables: a generator is one."""
+
+    def make(net: Any) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        return (one for one in [optimizer]), (one for one in [halving(optimizer)])
+
+    outcome = kit.train(module_with(kit, make))
+    assert [e.lr for e in outcome.of(TrainStepEnded)] == [0.1, 0.05]
+
+
+def test_all_optimizers_and_schedulers_step_together(kit: Any) -> None:
+    """Two optimizers over two halves of the parameters equal one over all of them; each scheduler steps once."""
+
+    def two(net: Any) -> Any:
+        optimizers = [torch.optim.SGD([p], lr=0.05) for p in net.parameters()]
+        return optimizers, [halving(o) for o in optimizers]
+
+    def one(net: Any) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        return [optimizer], [halving(optimizer)]
+
+    split, whole = module_with(kit, two), module_with(kit, one)
+    kit.train(split, epochs=2)
+    kit.train(whole, epochs=2)
+    assert torch.equal(split.linear.weight, whole.linear.weight)
+    assert torch.equal(split.linear.bias, whole.linear.bias)
+
+
+@pytest.mark.parametrize(
+    ("interval", "rates"), [("step", [0.1, 0.05, 0.025, 0.0125]), ("epoch", [0.1, 0.1, 0.05, 0.05])]
+)
+def test_schedulers_step_at_their_interval(kit: Any, interval: str, rates: list[float]) -> None:
+    """After each optimizer step, or after each epoch; the event has the rate that the step was taken with."""
+
+    def make(net: Any) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        return [optimizer], [halving(optimizer)]
+
+    outcome = kit.train(module_with(kit, make), epochs=2, scheduler_interval=interval)
+    assert [e.lr for e in outcome.of(TrainStepEnded)] == pytest.approx(rates)
+
+
+def test_a_learning_rate_that_is_a_tensor_is_reported_as_it_was(kit: Any) -> None:
+    """Capturable optimizers keep it in a tensor, which the scheduler changes in place."""
+
+    def make(net: Any) -> Any:
+        optimizer = torch.optim.Adam(net.parameters(), lr=torch.tensor(0.5), foreach=False)
+        return [optimizer], [halving(optimizer)]
+
+    outcome = kit.train(module_with(kit, make))
+    assert [e.lr for e in outcome.of(TrainStepEnded)] == [0.5, 0.25]
+
+
+# --------------------------------------------------------------------------------------------------- gradients
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_it_is_reported(kit: Any) -> None:
+    """Inline hooks of the step see the clipped gradients; the event says what they were."""
+    from trainer import inline
+
+    norms: list[float] = []
+    before: list[float] = []
+
+    class Net(kit.Net):
+        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
+            before.append(self.norm())
+
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            norms.append(self.norm())
+
+        def norm(self) -> float:
+            return float(torch.cat([p.grad.flatten() for p in self.parameters()]).norm())
+
+    outcome = kit.train(Net(), clip_grads=True, max_grad_norm=0.01)
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert min(before) > 0.1
+    assert [e.grad_norm for e in outcome.of(TrainStepEnded)] == pytest.approx(before)
+
+
+def test_without_clipping_there_is_no_norm(kit: Any) -> None:
+    """Computing it would cost a step time."""
+    assert [e.grad_norm for e in kit.train(kit.Net()).of(TrainStepEnded)] == [None, None]
+
+
+def test_gradients_do_not_outlive_the_run(kit: Any) -> None:
+    """Memory of gradients is given back, and none of them leaks into a later run."""
+    net = kit.Net()
+    kit.train(net)
+    assert all(p.grad is None for p in net.parameters())
+
+
+# ----------------------------------------------------------------------------------------- ReduceLROnPlateau
+
+
+def plateau(net: Any) -> Any:
+    """A scheduler that writes down what it gets."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    scheduler = ReduceLROnPlateau(optimizer)
+    net.got = []
+    original = scheduler.step
+
+    def step(metrics: Any, epoch: Any = None) -> None:
+        net.got.append(metrics)
+        original(metrics)
+
+    scheduler.step = step  # type: ignore[method-assign]
+    return [optimizer], [scheduler]
+
+
+def test_a_plateau_scheduler_gets_the_validation_loss(kit: Any) -> None:
+    """Once after each validation, the row-weighted mean."""
+    net = module_with(kit, plateau)
+    outcome = kit.train(net, epochs=2)
+    assert net.got == pytest.approx([e.loss for e in outcome.of(ValEpochEnded)], rel=1e-12)
+
+
+def test_a_plateau_scheduler_can_follow_a_metric_of_the_modules_hook(kit: Any) -> None:
+    """The module's on_end_val_epoch is fenced, so what it logs is there in time."""
+
+    def on_end_val_epoch(self: Any, global_step: int, *outputs: Any, key: str = "default") -> None:
+        self.log("score", torch.tensor(float(global_step)))
+
+    net = module_with(kit, plateau, on_end_val_epoch=on_end_val_epoch)
+    kit.train(net, epochs=2, monitor="score")
+    assert net.got == [2.0, 4.0]
+
+
+def test_a_plateau_scheduler_can_follow_one_of_several_dataloaders(kit: Any) -> None:
+    """By the key behind the metric's name."""
+
+    def get_val_dataloaders(self: Any, sampler: Any, batch_size: int) -> Any:
+        return {"a": self.batches(8), "b": self.batches(8)[:1]}
+
+    net = module_with(kit, plateau, get_val_dataloaders=get_val_dataloaders)
+    outcome = kit.train(net, monitor="val_loss/b")
+    assert net.got == pytest.approx([outcome.of(ValEpochEnded)[1].loss], rel=1e-12)
+
+
+def test_a_plateau_scheduler_can_follow_the_training_loss(kit: Any) -> None:
+    """Once an epoch, the same mean that TrainEpochEnded has: over rows, not over steps."""
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return plateau(self)
+
+    net = Net(rows=20)
+    outcome = kit.train(net, epochs=2, monitor="train_loss", val_interval_epochs=0)
+    assert net.got == pytest.approx([e.loss for e in outcome.of(TrainEpochEnded)], rel=1e-6)
+
+
+def test_a_metric_that_nobody_logged_is_an_error_that_names_the_others(kit: Any) -> None:
+    """A typing error in monitor ends the run at the first validation."""
+
+    def val_step(self: Any, global_step: int, batch: Any, device: Any) -> Any:
+        self.log("accuracy", 0.5)
+        return self.forward_loss(batch)
+
+    outcome = kit.train(module_with(kit, plateau, val_step=val_step), monitor="acuracy")
+    assert isinstance(outcome.error, MetricNotFound)
+    assert "monitor='acuracy'" in str(outcome.error)
+    assert "accuracy, train_loss, val_loss" in str(outcome.error)
+    assert outcome.of(RunEnded)[0].status == "failed"
+
+
+@pytest.mark.parametrize("how", ["never", "no loaders"])
+def test_a_plateau_scheduler_without_validation_is_an_error_and_not_a_silent_no_op(kit: Any, how: str) -> None:
+    """Nobody computes val_loss, so the learning rate would stay for ever, and nobody would know why."""
+    if how == "never":
+        outcome = kit.train(module_with(kit, plateau), val_interval_epochs=0)
+    else:
+        outcome = kit.train(module_with(kit, plateau, get_val_dataloaders=lambda self, sampler, size: None))
+    assert isinstance(outcome.error, MetricNotFound)
+    assert "val_loss" in str(outcome.error)
+
+
+def test_without_validation_a_plateau_scheduler_follows_what_the_training_logs(kit: Any) -> None:
+    """Once an epoch: the last value."""
+
+    def train_step(self: Any, global_step: int, batch: Any, device: Any) -> Any:
+        self.log("step", global_step)
+        return self.forward_loss(batch)
+
+    net = module_with(kit, plateau, train_step=train_step)
+    kit.train(net, epochs=2, monitor="step", val_interval_epochs=0)
+    assert net.got == [2.0, 4.0]
+
+
+# ---------------------------------------------------------------------------------------------- mixed precision
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_steps_of_every_stage_run_under_autocast(kit: Any, precision: str, dtype: torch.dtype) -> None:
+    """Training and validation; the weights stay in float32, and the loss falls."""
+    seen = set()
+
+    class Net(kit.Net):
+        def forward_loss(self, batch: Any) -> Any:
+            x, y = batch
+            predicted = self.linear(x)
+            seen.add((self.training, predicted.dtype))
+            return torch.nn.functional.mse_loss(predicted.float(), y), predicted
+
+    net = Net()
+    outcome = kit.train(net, precision=precision, epochs=10)
+    assert seen == {(True, dtype), (False, dtype)}
+    assert net.linear.weight.dtype == torch.float32
+    losses = [e.loss for e in outcome.of(TrainStepEnded)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_float16_overflow_skips_the_step_for_all_optimizers(kit: Any) -> None:
+    """One gradient overflows, of one optimizer: neither steps, global_step and schedulers stay, StepSkipped says so."""
+
+    class Net(kit.Net):
+        calls = 0
+
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            self.optimizers = [torch.optim.SGD([p], lr=0.05) for p in self.parameters()]
+            self.stepped = []
+            for optimizer in self.optimizers:
+                optimizer.register_step_post_hook(lambda o, *_: self.stepped.append((self.calls, id(o))))
+            return self.optimizers, [halving(self.optimizers[0])]
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.calls += 1
+            self.log("calls", self.calls)
+            loss, _ = self.forward_loss(batch)
+            # The bias alone gets an infinite gradient; the loss itself is finite.
+            return loss + (self.linear.bias.sum() * 1e38 * 1e38 if self.calls == 2 else 0)
+
+        def forward_loss(self, batch: Any) -> Any:
+            x, y = batch
+            return torch.nn.functional.mse_loss(self.linear(x).float(), y), x
+
+    net = Net(rows=32)
+    with torch.no_grad():
+        net.linear.bias.zero_()
+    outcome = kit.train(net, precision="float16", val_interval_epochs=0)
+    assert [(e.reason, e.global_step) for e in outcome.of(StepSkipped)] == [("gradient_overflow", 1)]
+    assert [call for call, _ in net.stepped] == [1, 1, 3, 3, 4, 4]
+    assert [e.global_step for e in outcome.of(TrainStepEnded)] == [1, 2, 3]
+    assert [e.lr for e in outcome.of(TrainStepEnded)] == pytest.approx([0.05, 0.025, 0.0125])
+    assert outcome.result.global_step == 3
+
+
+def test_float16_clips_unscaled_gradients_and_hooks_see_the_unscaled_loss(kit: Any) -> None:
+    """The scale of 65,536 shows neither in the norm nor in the loss."""
+    losses: list[float] = []
+
+    class Net(kit.Net):
+        def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
+            losses.append(float(loss_tensor.detach()))
+
+    exact = kit.train(kit.Net(), clip_grads=True, val_interval_epochs=0)
+    outcome = kit.train(Net(), clip_grads=True, val_interval_epochs=0, precision="float16")
+    norms = [e.grad_norm for e in exact.of(TrainStepEnded)]
+    assert [e.grad_norm for e in outcome.of(TrainStepEnded)] == pytest.approx(norms, rel=0.05)
+    assert losses == [e.loss for e in outcome.of(TrainStepEnded)]
