@@ -1,0 +1,71 @@
+"""The stall ledger against the bare loop: does it name what the loop loses?
+
+    python tests/benchmarks/ledger.py [--pairs 15] [--steps 4000]
+
+First the tiny MLP with its journal: ``other_s``, and the sum of the rows that are not compute beside the measured
+difference to the bare loop. Then a callback that sleeps 10 ms a step and sees every hook: the time the loop waited for it is
+known from outside (total minus bare), and the ledger's ``backpressure_s`` is compared with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from overhead import Sleeps, TinyMLP, bare
+from report import header
+
+from events.messages import StallLedger
+from trainer import Delivery, Trainer, TrainerArguments
+
+
+def ledger_of(steps: int, **options: Any) -> StallLedger:
+    """The ledger of one run of the tiny MLP."""
+    arguments = TrainerArguments(train_batch_size=32, device="cpu", drain_timeout_s=5.0)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.get("journal", True):
+            options["run_dir"] = f"{folder}/run"
+        return Trainer(TinyMLP(steps), arguments, sinks=[], **options).train().ledger
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=4_000)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    bare(options.steps)
+    ledger_of(options.steps)
+    other, named, difference = [], [], []
+    for _ in range(options.pairs):
+        alone = (bare(options.steps) + bare(options.steps)) / 2
+        ledger = ledger_of(options.steps)
+        other.append(ledger.other_s / ledger.wall_s)
+        named.append((ledger.wall_s - ledger.compute_s) / ledger.wall_s)
+        difference.append((ledger.wall_s - alone) / ledger.wall_s)
+    print(header())
+    print(f"\njournal, {options.pairs} runs of {options.steps} steps, per cent of the run's wall time")
+    print(f"{'':36}{'median':>8}{'lowest':>8}{'highest':>8}")
+    rows = (("other_s (bar: 1)", other), ("rows that are not compute", named), ("measured against bare", difference))
+    for name, values in rows:
+        low, middle, high = (100 * f(values) for f in (min, statistics.median, max))
+        print(f"{name:36}{middle:8.2f}{low:8.2f}{high:8.2f}")
+    # A small queue, so that the loop waits from early on: what it waits in all is nearly (steps - queue) * 10 ms.
+    steps, queue = 400, 16
+    alone = bare(steps)
+    delivery = Delivery(overflow="block", capacity=queue, batch=8, on_error="fatal")
+    ledger = ledger_of(steps, journal=False, callbacks=[(Sleeps(), delivery)])
+    waited = ledger.wall_s - alone
+    share = ledger.backpressure_s / waited
+    print(f"\ncallback that sleeps 10 ms a step, every hook once, queue of {queue}: {steps} steps")
+    print(f"waited (wall - bare) {waited:.3f} s, backpressure_s {ledger.backpressure_s:.3f} s: {share:.1%} (bar: 98 %)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
