@@ -23,6 +23,7 @@ from trainer.control import Control
 from trainer.hooks import HookTable, InlineHook, hook_arguments
 from trainer.ledger import Ledger
 from trainer.outputs import EpochOutputs
+from trainer.recorder import MetricRecorder
 
 _ANNOUNCE_WAIT_S = 5.0
 
@@ -50,6 +51,7 @@ class Boundary:
         control: Control,
         hooks: HookTable,
         ledger: Ledger,
+        recorder: MetricRecorder,
         *,
         on_inline_error: Callable[[InlineHook, Exception], None],
         ledger_interval_s: float,
@@ -61,6 +63,7 @@ class Boundary:
         self.ledger = ledger
         self.phase = "setup"
         """What the loop is doing, for messages."""
+        self._recorder = recorder
         self._on_inline_error = on_inline_error
         self._ledger_interval_ns = int(ledger_interval_s * 1e9)
         self._ledger_due = clock() + self._ledger_interval_ns
@@ -110,8 +113,12 @@ class Boundary:
         self.ledger.publish += clock() - mark
         inline = self.hooks.inline.get(kind)
         if inline:
+            mark = clock()
             args, kwargs = hook_arguments(event, outputs.collated() if outputs is not None else ())
+            self.ledger.publish += clock() - mark
             self.run_inline(inline, *args, **kwargs)
+            if self._recorder.values:  # now, or they would be taken for numbers of the next step
+                self._recorder.take(getattr(event, "key", None))
         if payload is not None and payload.fence is not None:
             self.wait_for_fence(payload.fence)
 
@@ -128,8 +135,12 @@ class Boundary:
 
     def run_inline_step(self, hooks: list[InlineHook], live: list[tuple[Any, ...]]) -> None:
         """Run inline hooks of the end of a step, with outputs that are detached but neither copied nor moved."""
+        mark = clock()
         outputs = collate_outputs([detach_copy(values, clone=False) for values in live], self.notice)
+        self.ledger.publish += clock() - mark
         self.run_inline(hooks, self.origin.global_step, *outputs)
+        if self._recorder.values:
+            self._recorder.take()
 
     def fence(self, kind: type[Event]) -> Fence | None:
         """A fence for an event of this type; None if no hook of it is fenced."""

@@ -143,8 +143,9 @@ class Optimization:
             known = ", ".join(sorted({"train_loss", *self._latest}))
             raise MetricNotFound(
                 f"ReduceLROnPlateau follows monitor={monitor!r}, which was neither logged nor computed by the end of"
-                f" validation (or of the epoch, without validation); there are: {known}. Log it with module.log({monitor!r}, ...) in val_step or in the"
-                f" module's on_end_val_epoch, or set monitor to one of these"
+                f" validation (or of the epoch, without validation); there are: {known}. Log it with"
+                f" module.log({monitor!r}, ...) in val_step or in the module's on_end_val_epoch, or set monitor to one"
+                f" of these"
             )
         return self._latest[monitor]
 

@@ -133,6 +133,8 @@ class Session:
         self._supervisor = Supervisor(self.bus, self._on_fatal)
         self._loop_ended = anyio.Event()
         self._loop_thread: threading.Thread | None = None
+        self._started = False
+        self._ending = threading.Lock()  # whoever takes it publishes the end: the loop, or `serve` when that is stuck
         self._grace = anyio.Event()  # set when the run is cancelled: the loop has `stop_grace_s` from then on
         self._stuck: str | None = None
         self._final_ledger = StallLedger()
@@ -156,6 +158,7 @@ class Session:
             self.control,
             self._hooks,
             self.ledger,
+            self.recorder,
             on_inline_error=self._on_inline_error,
             ledger_interval_s=arguments.ledger_interval_s,
         )
@@ -280,6 +283,7 @@ class Session:
 
     def _publish_started(self, steps: int | None) -> None:
         origin, arguments = self.origin, self._arguments
+        self._started = True
         kind = type(self._module)
         started = RunStarted(
             *origin.header(),
@@ -307,13 +311,17 @@ class Session:
             step = self.origin.global_step
             if error is not self.control.error:  # an observer's exception names its hook already
                 error.add_note(f"stagecast: in {self._boundary.phase} after global_step {step}")
-            logger.error(f"the run failed in {self._boundary.phase}: {self._reason}")
+            logger.error(f"the run failed after global_step {step}: {self._reason}")
 
     def _finish_loop(self) -> None:
         """Publish the ledger and the end; for an orderly end, with the hooks of `RunEnded`."""
         origin = self.origin
         origin.stage = None
+        if not self._ending.acquire(blocking=False):
+            return
         try:
+            if not self._started:  # it failed before it knew how long an epoch is
+                self._publish_started(None)
             self._final_ledger = self.ledger.total()
             self.bus.publish(LedgerReported(*origin.header(), "run", self._final_ledger))
             ended = RunEnded(*origin.header(), self._status, self._reason)
@@ -354,6 +362,9 @@ class Session:
             )
 
     def _on_fatal(self, error: BaseException) -> None:
+        if not getattr(error, "__notes__", None):  # a callback's names its hook and step already
+            failed = [one.name for one in self._supervisor.observers if one.error == describe(error)]
+            error.add_note(f"raised by the observer {' or '.join(failed)} after global_step {self.origin.global_step}")
         self.control.fail(error)
         self.bus.release()
 
@@ -393,6 +404,8 @@ class Session:
                     tasks.start_soon(self.bus.run, name="stagecast bus")
                     self._supervisor.start(tasks)
                     await self._wait_for_loop()
+                    if self._loop_thread is not None and self._stuck is None:
+                        self._loop_thread.join()  # its last act was to say that it has ended: microseconds
                     reports = await self._drain()
                     tasks.cancel_scope.cancel()
                 self._conclude(reports)
@@ -412,6 +425,9 @@ class Session:
                 await self._grace.wait()
                 await anyio.sleep(self._arguments.stop_grace_s)
                 self._stuck = self._where_the_loop_is()
+                if self._ending.acquire(blocking=False):
+                    ended = RunEnded(*self.origin.header(), "cancelled", "the training thread is stuck")
+                    self.bus.publish(ended)
                 watch.cancel_scope.cancel()
 
             watch.start_soon(expire)

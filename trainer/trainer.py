@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import queue
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from types import FrameType, TracebackType
 from typing import Any
@@ -83,9 +84,7 @@ class Trainer:
             RunFolderError: the run's folder cannot be used.
             BaseException: what a step, or an observer whose policy is fatal, raised; as itself.
         """
-        session = self._session("train", default_sinks=True)
-        _run_here(session)
-        return _outcome(session)
+        return _outcome(self._run_here("train"))
 
     def test(self) -> dict[str, tuple[Any, ...]]:
         """Run the test stage over every dataloader of `ModuleInterface.get_test_dataloaders`, as `train` runs training.
@@ -98,8 +97,7 @@ class Trainer:
             EpochOutputsTooLarge: the outputs exceed ``epoch_outputs_limit_bytes``.
             StagecastError: the test was stopped before its end, so there are no whole outputs.
         """
-        session = self._session("test", default_sinks=True)
-        _run_here(session)
+        session = self._run_here("test")
         result = _outcome(session)
         if result.status != "finished":
             raise RunCancelled(f"the test was {result.status} before its end ({result.reason})")
@@ -122,7 +120,11 @@ class Trainer:
         """
         return _RunContext(self)
 
-    def _session(self, task: Task, *, default_sinks: bool) -> Session:
+    def _run_here(self, task: Task) -> Session:
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        return _run_here(lambda: self._session(task, default_sinks=True, interactive=on_main_thread))
+
+    def _session(self, task: Task, *, default_sinks: bool, interactive: bool) -> Session:
         sinks = self._sinks
         if sinks is None:
             sinks = (console(),) if default_sinks else ()
@@ -135,7 +137,7 @@ class Trainer:
             journal=self._journal,
             run_id=self._run_id,
             run_dir=self._run_dir,
-            interactive=default_sinks and threading.current_thread() is threading.main_thread(),
+            interactive=interactive,
         )
 
 
@@ -146,7 +148,7 @@ class _RunContext(AbstractAsyncContextManager[Run]):
         self._trainer = trainer
 
     async def __aenter__(self) -> Run:
-        self._session = self._trainer._session("train", default_sinks=False)
+        self._session = self._trainer._session("train", default_sinks=False, interactive=False)
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._session.serve, name="stagecast run")
@@ -222,23 +224,44 @@ def _outcome(session: Session) -> RunResult:
     return session.result
 
 
-def _run_here(session: Session) -> None:
-    """Run the loop on this thread and the event loop on another, until both have ended."""
+def _run_here(make: Callable[[], Session]) -> Session:
+    """Run the loop on this thread and the event loop on another, until both have ended.
+
+    The session is made in its event loop: this thread may be in one of the host's, perhaps of another kind.
+    """
+    made: queue.SimpleQueue[Session | BaseException] = queue.SimpleQueue()
+    abandoned = threading.Event()
     failures: list[BaseException] = []
+
+    async def main() -> None:
+        session = make()
+        if abandoned.is_set():
+            session.discard()
+            return
+        made.put(session)
+        await session.serve()
 
     def serve() -> None:
         try:
-            anyio.run(session.serve)
+            anyio.run(main)
         except BaseException as error:  # the thread's border: raised on the calling thread
             failures.append(error)
+            made.put(error)
 
     thread = threading.Thread(target=serve, name="stagecast-events", daemon=True)
-    with _signals(session):
-        thread.start()
-        session.run_loop()
-        thread.join()
-    if failures:
-        raise failures[0]
+    thread.start()
+    try:
+        session = made.get()
+    except BaseException:  # an interrupt while a device or a folder is being opened
+        abandoned.set()
+        raise
+    if isinstance(session, Session):
+        with _signals(session):
+            session.run_loop()
+            thread.join()
+        if not failures:
+            return session
+    raise failures[0]
 
 
 @contextlib.contextmanager

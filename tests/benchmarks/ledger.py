@@ -3,8 +3,8 @@
     python tests/benchmarks/ledger.py [--pairs 15] [--steps 4000]
 
 First the tiny MLP with its journal: ``other_s``, and the sum of the rows that are not compute beside the measured
-difference to the bare loop. Then a callback that sleeps 10 ms a step and sees every hook: the time the loop waited for it is
-known from outside (total minus bare), and the ledger's ``backpressure_s`` is compared with it.
+difference to the bare loop. Then a callback that sleeps 10 ms a step and sees every hook: what the loop waited for it
+is known from outside (total minus bare), and the ledger's ``backpressure_s`` is compared with it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/memory.py [--events 1000000]
 
-Resident memory is read when the sink is stuck and again after the last event; the stated bound is what the subscription and
-the bus's ring may hold. Each policy runs in a process of its own, so that none inherits another's memory.
+Resident memory is read when the sink is stuck and again after the last event; the stated bound is what the
+subscription and the bus's ring may hold. Each policy runs in a process of its own, to start from the same memory.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/overhead.py [--pairs 40] [--steps 400]
 
-Each round runs every variant once, in an order that changes, with the bare loop first and last; a variant's ratio is its
-time over the mean of the two bare runs of its round. The bare loop against itself is shown in the same way: its spread is
-what the machine adds. The bound is the upper end of a 95 % bootstrap interval of the median ratio.
+Each round runs every variant once, in an order that changes, with the bare loop before and after each; a variant's
+ratio is its time over the mean of these two. The bare loop against itself is shown in the same way: its spread is what
+the machine adds. The bound is the upper end of a 95 % bootstrap interval of the median ratio.
 """
 
 from __future__ import annotations

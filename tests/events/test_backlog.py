@@ -140,7 +140,7 @@ def last_values(items: list[Item]) -> dict[tuple[str | None, str], float]:
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(ITEMS, st.sampled_from(["conflate", "drop", "take"]), st.integers(1, 12)), max_size=6))
 def test_whatever_is_done_order_bytes_and_last_values_hold(plan: list[tuple[list[Any], str, int]]) -> None:
-    """Nothing is doubled, lost or reordered; conflating keeps every name's last value; the bytes are those of the rest."""
+    """Nothing is doubled, lost or reordered; every name keeps its last value; the bytes are those of the rest."""
     backlog = Backlog()
     items = build([what for part, _, _ in plan for what in part])
     at = 0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import trainer
 from events.journal_reader import JournalReader
 from events.messages import Event
 from events.protocol import RunResult
+from events.run import Run
 from sinks import Memory
 from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments
 
@@ -96,14 +98,18 @@ class Diary(CallbackInterface):
     def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
         self._write("on_end_train_epoch", global_step, outputs)
 
-    def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
-        self._write("on_end_backward", global_step, loss_tensor.detach().clone())
-
     def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
         self._write("on_end_val_epoch", global_step, (outputs, key))
 
     def on_end_train(self, global_step: int) -> None:
         self._write("on_end_train", global_step, None)
+
+
+class InlineDiary(Diary):
+    """One that also writes down the hook that runs on the loop's thread, and so at any place among the others."""
+
+    def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
+        self._write("on_end_backward", global_step, loss_tensor.detach().clone())
 
 
 class Outcome:
@@ -144,6 +150,18 @@ def train(module: ModuleInterface, *, sinks: Iterable[Any] = (), **options: Any)
     except BaseException as caught:
         result, error = None, caught
     return Outcome(result, error, memory)
+
+
+def wait_until_failed(run: Run) -> None:
+    """On the loop's thread, within a step or a hook: go on when the run is cancelled or an observer has failed fatally.
+
+    Without this, how many steps are still taken until the loop hears of it would be a matter of luck.
+    """
+    control = run._connection._session.control  # type: ignore[attr-defined]
+    deadline = time.monotonic() + WAIT_S
+    while control.error is None:
+        assert time.monotonic() < deadline, "nothing has failed"
+        control.wait(1.0)
 
 
 def trainer_threads(*, loops: bool = False) -> list[str]:
@@ -209,11 +227,13 @@ def kit() -> Any:
     return SimpleNamespace(
         Net=Net,
         Diary=Diary,
+        InlineDiary=InlineDiary,
         Memory=Memory,
         WAIT_S=WAIT_S,
         ROOT=ROOT,
         make_trainer=make_trainer,
         train=train,
+        wait_until_failed=wait_until_failed,
         trainer_threads=trainer_threads,
         join_threads=join_threads,
         read_journal=read_journal,

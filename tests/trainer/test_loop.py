@@ -99,7 +99,7 @@ def test_every_method_and_hook_gets_the_global_step_that_the_contract_says(kit: 
         def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
             seen.append(("on_end_backward", global_step))
 
-    diary = kit.Diary()
+    diary = kit.InlineDiary()
     outcome = kit.train(Net(rows=16), callbacks=[diary], epochs=2, gpu_batch_size_limit=4)
 
     step = [("train_step", 0), ("on_end_backward", -1)] * 2

@@ -21,7 +21,6 @@ from events.messages import (
 from sinks import Memory
 from trainer.errors import ContractError, EmptyDataLoader, EpochOutputsTooLarge
 
-
 # --------------------------------------------------------------------------------------------------- bad input
 
 
