@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Literal
 
 import anyio
 import msgspec
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from anyio.streams.memory import MemoryObjectSendStream
 
 from events.backlog import Backlog, Item, Published
 from events.sink import Delivery
@@ -71,10 +70,8 @@ class Subscription:
         self._in_flight: list[Item] = []
         self._in_flight_bytes = 0
         self._in_hand = False  # whether the receiver has got what is in flight
-        self._waiting = False
+        self._waiting: MemoryObjectSendStream[list[Item]] | None = None  # there while the receiver waits
         self._reported = (0, 0)
-        self._send: MemoryObjectSendStream[list[Item]] | None = None  # made when somebody waits for the first time
-        self._receive: MemoryObjectReceiveStream[list[Item]] | None = None
 
     # ------------------------------------------------------------------------------------- the pump's side
 
@@ -96,14 +93,16 @@ class Subscription:
                 self._on_credit(self, self.is_full)
             elif self.is_full:
                 self._overflow()
-        if self._waiting:
-            self._hand_over()
+        if self._waiting is not None and not self.is_empty:
+            # An empty batch if what there is must come from the disk.
+            self._waiting.send_nowait(self._take())
+            self._waiting = None
 
     def finish(self) -> None:
         """No more events will be offered: the receiver gets what is queued, then the end of the stream."""
         self.ended = True
-        if self._send is not None:
-            self._send.close()
+        if self._waiting is not None:
+            self._waiting.close()
 
     def discard(self) -> None:
         """Drop all that waits and end the stream; the loop is released from fences and from waiting for room."""
@@ -114,8 +113,6 @@ class Subscription:
             self._release(self._spill.close())
         self.statistics.dropped += self.statistics.queued  # what was on disk
         self.statistics.queued = 0
-        if self._receive is not None:
-            self._receive.close()
         self._on_credit(self, False)
 
     def take_losses(self) -> tuple[int, int]:
@@ -184,14 +181,6 @@ class Subscription:
         self.statistics.spilled += written
         self._lose(lost, "dropped", queued=True)
 
-    def _hand_over(self) -> None:
-        """Wake the receiver with a batch; an empty one if what there is must come from the disk."""
-        if self._send is None or self._in_flight or self.is_empty:
-            return
-        self._waiting = False
-        with contextlib.suppress(anyio.WouldBlock):  # it has not yet seen that it was woken
-            self._send.send_nowait(self._take())
-
     # --------------------------------------------------------------------------------- the receiver's side
 
     async def receive(self) -> list[Published]:
@@ -212,8 +201,6 @@ class Subscription:
                     self.statistics.queued -= lost
                     self._release(self._spill.fenced())  # which of them are lost cannot be told: none may hold the loop
             elif self.ended:
-                if self._receive is not None:
-                    self._receive.close()
                 raise anyio.EndOfStream
             else:
                 await self._wait()
@@ -239,13 +226,13 @@ class Subscription:
 
     async def _wait(self) -> None:
         """Wait until the pump hands over a batch, which it also leaves in `_in_flight`, or until the end."""
-        if self._send is None or self._receive is None:
-            # With room for one: a receiver that has not begun to wait, or is being cancelled, cannot take it directly.
-            self._send, self._receive = anyio.create_memory_object_stream[list[Item]](1)
-        self._waiting = True
-        try:
-            await self._receive.receive()
-        except (anyio.EndOfStream, anyio.ClosedResourceError):
-            pass  # `receive` sees that it has ended
-        finally:
-            self._waiting = False
+        # With room for one: a receiver that has not begun to wait, or is being cancelled, cannot take it directly.
+        send, receive = anyio.create_memory_object_stream[list[Item]](1)
+        self._waiting = send
+        with send, receive:
+            try:
+                await receive.receive()
+            except anyio.EndOfStream:
+                pass  # `receive` sees that it has ended
+            finally:
+                self._waiting = None

@@ -1,36 +1,62 @@
-"""The command ``stagecast``."""
+"""The command ``stagecast``.
+
+Exit codes: 0 when the run finished; 1 for an error, told in one sentence; 2 for wrong arguments; 130 and 143 when
+SIGINT (Ctrl-C) or SIGTERM ended it. The first signal stops the run at its next step, and what it has reached is still
+shown; a second one ends it at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+_SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 when it did what it was asked, 130 when a signal stopped it early.
+    """Run a command; returns the exit code.
 
-    Errors of the command line end the process with status 2, as argparse does.
+    Args:
+        arguments: The command line; None for that of the process.
+
+    Raises:
+        SystemExit: with code 2, for wrong arguments; with code 143 on a second SIGTERM.
     """
-    parser = argparse.ArgumentParser(prog="stagecast", description="Train PyTorch modules over an event bus.")
+    options = _parser().parse_args(arguments)
+    try:
+        return _demo(options)
+    except KeyboardInterrupt:
+        print("stagecast: ended at once", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stagecast", description="Train PyTorch modules over an event bus.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"stagecast {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",
         help="train a small language model on the source of Python's standard library",
-        description="Trains a small character-level transformer on the source of Python's own standard library, for"
-        " about a minute, and shows a text that it wrote, the run's folder and where the loop's time went.",
+        description="Train a small character-level transformer on the source of Python's own standard library: about a"
+        " minute on two CPU cores. Ctrl-C stops it at the next step and shows what it has reached.",
+        allow_abbrev=False,
     )
-    demo.add_argument("--steps", type=_count, metavar="N", help="optimizer steps (default: about a minute's worth)")
-    demo.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
-    demo.add_argument("--seed", type=int, default=0, help="of the weights, the order of the data and the sample")
+    demo.add_argument("--steps", type=_positive, metavar="N", help="optimizer steps (default: about a minute's worth)")
+    demo.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights and order (default: 0)")
     demo.add_argument("--run-dir", metavar="FOLDER", help="the run's folder (default: runs/RUN_ID)")
-    options = parser.parse_args(arguments)
-    return _demo(options)
+    return parser
 
 
 def _demo(options: argparse.Namespace) -> int:
+    # NumPy is no dependency of ours; torch says at each import that it could not find it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     # Imported here, so that --help and errors of the command line do not wait for torch.
     import torch
 
@@ -38,34 +64,45 @@ def _demo(options: argparse.Namespace) -> int:
     from sinks.format import format_ledger
     from trainer import Trainer
     from trainer.data import resolve_device
-    from trainer.examples.charlm import LARGE, SMALL, CharLM, arguments_for
+    from trainer.errors import ArgumentsError
+    from trainer.examples.charlm import CharLM, arguments_for, size_for
     from trainer.examples.text import load_text
 
     try:
         device = resolve_device(options.device)
         text = load_text()
-        size = LARGE if device.type == "cuda" else SMALL
+        size = size_for(device)
         torch.manual_seed(options.seed)
         module = CharLM(text, size)
-        settings = arguments_for(size, steps=options.steps, device=str(device), seed=options.seed)
-        characters = len(text.train) + len(text.val)
-        print(f"{characters:,} characters of Python from {text.files} files below {text.root}", file=sys.stderr)
-        result = Trainer(module, settings, run_dir=options.run_dir).train()
-    except (StagecastError, FileNotFoundError) as error:
-        print(f"stagecast demo: {error}", file=sys.stderr)
-        return 1
-    if module.sample:
-        print(f"\nAfter {result.global_step} steps it writes:\n\n{module.sample}\n")
-    print(f"Where the loop's time went:\n{format_ledger(result.ledger)}\n")
-    print(f"Run folder: {result.run_dir}")
-    return 0 if result.status == "finished" else 130
+        weights = sum(parameter.numel() for parameter in module.parameters())
+        print(
+            f"A transformer of {weights / 1e6:.1f} million weights learns to write Python, on {device}:\n"
+            f"{len(text.train):,} characters from {text.files} files in {text.root},\n"
+            f"validated on {len(text.val):,} characters from files that it does not learn from.\n",
+            flush=True,
+        )
+        arguments = arguments_for(size, device, steps=options.steps, seed=options.seed)
+        result = Trainer(module, arguments, run_dir=options.run_dir).train()
+    except (StagecastError, OSError) as error:
+        print(f"stagecast demo: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentsError) else 1
+    print(f"\nAfter {result.global_step} steps it writes:\n", flush=True)
+    print(textwrap.indent(module.write("def ", 400).rstrip(), "    | ", lambda _: True))
+    print(f"\nWhere the loop's time went:\n\n{format_ledger(result.ledger)}\n\nRun folder: {result.run_dir}")
+    return _SIGNAL_CODES.get(result.reason or "", 0)
 
 
-def _count(text: str) -> int:
-    number = int(text)
+def _positive(text: str) -> int:
+    number = _natural(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a number of steps: it must be at least 1")
+        raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
 
 
 def _version() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import platform
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -398,11 +399,13 @@ class Session:
         """Deliver events until the loop has ended and the observers are drained. Survives cancellation around it."""
         token = current_origin.set(self.origin)
         reports: list[ObserverReport] = []
+        _outlive_the_program()
         with anyio.CancelScope(shield=True):
             try:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self.bus.run, name="stagecast bus")
-                    self._supervisor.start(tasks)
+                    tasks.start_soon(_outliving, self.bus.run, name="stagecast bus")
+                    for observer in self._supervisor.observers:
+                        tasks.start_soon(_outliving, observer.run, name=f"stagecast {observer.name}")
                     await self._wait_for_loop()
                     if self._loop_thread is not None and self._stuck is None:
                         self._loop_thread.join()  # its last act was to say that it has ended: microseconds
@@ -430,7 +433,7 @@ class Session:
                     self.bus.publish(ended)
                 watch.cancel_scope.cancel()
 
-            watch.start_soon(expire)
+            watch.start_soon(_outliving, expire)
             await self._loop_ended.wait()
             watch.cancel_scope.cancel()
 
@@ -497,6 +500,25 @@ class Session:
             target=self.run_loop, name=f"stagecast-loop-{self._run_id}", daemon=True
         )
         self._loop_thread.start()
+
+
+def _outlive_the_program() -> None:
+    """Keep the current task out of those that ``asyncio.run`` cancels when its main coroutine has returned.
+
+    It cancels the task that holds the run, too, and waits for it; that one then ends the run in order, which takes a
+    pump and observers that work. trio cancels only through scopes, which `Session.serve` shields.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # another event loop
+        return
+    if task is not None:
+        asyncio._unregister_task(task)  # documented in "Extending asyncio"
+
+
+async def _outliving(function: Callable[[], Awaitable[None]]) -> None:
+    _outlive_the_program()
+    await function()
 
 
 def new_run_id() -> str:

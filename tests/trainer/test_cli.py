@@ -37,8 +37,8 @@ def test_what_is_no_number_of_steps_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """An unusable device is an error of one line, without a traceback."""
+    """An unusable device is a wrong argument, told in one line without a traceback."""
     done = _run("demo", "--device", "cuda:99", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "cuda:99" in done.stderr
     assert "Traceback" not in done.stderr

@@ -100,15 +100,11 @@ class CharLM(ModuleInterface):
     Args:
         text: What to learn from.
         size: How large to be.
-        prompt: What `sample` is continued from when training ends.
     """
 
-    def __init__(self, text: Text, size: Size, prompt: str = "def ") -> None:
+    def __init__(self, text: Text, size: Size) -> None:
         super().__init__()
         self.size = size
-        self.prompt = prompt
-        self.sample = ""
-        """Text that the model wrote when training had ended."""
         self.net = Transformer(size)
         self._train_blocks = Blocks(text.train, size.context)
         self._val_blocks = Blocks(text.val, size.context, most=_VALIDATION_BLOCKS)
@@ -148,7 +144,7 @@ class CharLM(ModuleInterface):
         return self._loss(batch, device)
 
     def val_step(self, global_step: int, batch: torch.Tensor, device: torch.device | str | int) -> torch.Tensor:
-        """The same on text that the model has not seen; in bits per character, too."""
+        """The same on text that the model has not seen; in bits per character, too (an indent counts as one)."""
         loss = self._loss(batch, device)
         self.log("val_bpc", loss / math.log(2))
         return loss
@@ -159,12 +155,8 @@ class CharLM(ModuleInterface):
         logits = self.net(inputs)  # (B, T, V)
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def on_end_train(self, global_step: int) -> None:
-        """Write a sample. The module's own hook is fenced: the model stands still meanwhile."""
-        self.sample = self.write(self.prompt, 480)
-
     @torch.no_grad()
-    def write(self, prompt: str, length: int, *, temperature: float = 0.6, seed: int = 0) -> str:
+    def write(self, prompt: str, length: int, *, temperature: float = 0.8, seed: int = 0) -> str:
         """Continue a prompt by ``length`` characters, drawn from what the model expects.
 
         Args:
@@ -186,11 +178,16 @@ class CharLM(ModuleInterface):
         return decode(tokens)
 
 
-def arguments_for(size: Size, *, steps: int | None = None, device: str = "auto", seed: int = 0) -> TrainerArguments:
-    """The arguments of a run of about ``steps`` optimizer steps (the size's own if None), in the size's epochs.
+def size_for(device: torch.device) -> Size:
+    """The size that trains about a minute there."""
+    return SMALL if device.type in ("cpu", "mps") else LARGE
 
-    A whole pass over the text would take minutes, so an epoch is cut: it ends, and validates, after its share of the
-    steps.
+
+def arguments_for(size: Size, device: torch.device, *, steps: int | None = None, seed: int = 0) -> TrainerArguments:
+    """The arguments of a run of ``steps`` optimizer steps (None: the size's own), split into the size's epochs.
+
+    A whole pass over the text would take minutes, so an epoch is cut short: it ends, and validates, after its share of
+    the steps.
     """
     steps = size.steps if steps is None else steps
     epochs = min(size.epochs, steps)
@@ -199,9 +196,8 @@ def arguments_for(size: Size, *, steps: int | None = None, device: str = "auto",
         max_train_steps_per_epoch=math.ceil(steps / epochs),
         max_steps=steps,
         train_batch_size=size.batch,
-        val_batch_size=size.batch,
         clip_grads=True,
-        precision="bfloat16" if torch.device(device).type == "cuda" else "float32",
-        device=device,
+        precision="bfloat16" if device.type == "cuda" else "float32",
+        device=str(device),
         seed=seed,
     )

@@ -1,6 +1,6 @@
-"""Classifies scikit-learn's bundled digits; the metrics are computed from a whole validation epoch.
+"""Classify scikit-learn's handwritten digits: ``python -m trainer.examples.digits``.
 
-Run it with ``python -m trainer.examples.digits``.
+Its metrics are computed in `Digits.on_end_val_epoch`, from the outputs of a whole validation.
 """
 
 from __future__ import annotations
@@ -13,97 +13,104 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from events.protocol import RunResult
 from trainer import ModuleInterface, Trainer, TrainerArguments, to_device
 
-ARGUMENTS = TrainerArguments(epochs=15, train_batch_size=64, val_batch_size=256, seed=0, device="cpu")
+Images = tuple[torch.Tensor, torch.Tensor]
+
+ARGUMENTS = TrainerArguments(epochs=10, train_batch_size=64, val_batch_size=256, seed=0)
+"""Enough for 97 % and more, in some seconds on a CPU."""
 
 
 class Digits(ModuleInterface):
-    """A small convolutional network on 8 x 8 images of handwritten digits; every fifth image is for validation."""
+    """A small convolutional network for images of 8 by 8 pixels; a fifth of them is kept for validation."""
 
     def __init__(self) -> None:
         super().__init__()
-        images, labels = _load()
-        val = torch.arange(len(images)) % 5 == 0
-        self._train_data = TensorDataset(images[~val], labels[~val])
-        self._val_data = TensorDataset(images[val], labels[val])
-        self.net = nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)),  # (B, 64) -> (B, 1, 8, 8)
-            nn.Conv2d(1, 16, 3, padding=1),
+        self.train_set, self.val_set = load_images()
+        self.net = nn.Sequential(  # (B, 1, 8, 8)
+            nn.Conv2d(1, 32, kernel_size=3, padding=1),  # (B, 32, 8, 8)
+            nn.BatchNorm2d(32),
             nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1),
+            nn.Conv2d(32, 64, kernel_size=3, padding=1),  # (B, 64, 8, 8)
+            nn.BatchNorm2d(64),
             nn.ReLU(),
-            nn.MaxPool2d(2),  # (B, 32, 4, 4)
-            nn.Flatten(),
-            nn.Dropout(0.2),
-            nn.Linear(512, 10),
+            nn.MaxPool2d(2),  # (B, 64, 4, 4)
+            nn.Flatten(),  # (B, 1024)
+            nn.Dropout(0.3),
+            nn.Linear(1024, 10),  # (B, 10)
         )
 
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int, epochs: int
     ) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-        """AdamW with one cycle of the learning rate over the whole run."""
+        """AdamW, whose learning rate falls to zero along half a cosine."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
-        steps = estimated_global_steps_per_epoch * epochs
-        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)]
+        steps = max(1, estimated_global_steps_per_epoch * epochs)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)]
 
     def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> DataLoader[Any]:
-        """Images ``(B, 64)`` float32 in 0..1 and labels ``(B,)`` int64."""
-        data = self._train_data
-        return DataLoader(data, batch_size=batch_size, sampler=sampler(data))
+        """Images ``(B, 1, 8, 8)`` float32 and labels ``(B,)`` int64, in the run's order."""
+        return DataLoader(self.train_set, batch_size=batch_size, sampler=sampler(self.train_set))
 
     def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> DataLoader[Any]:
-        """The same, of the images that are kept apart."""
-        data = self._val_data
-        return DataLoader(data, batch_size=batch_size, sampler=sampler(data))
+        """The images that training never sees."""
+        return DataLoader(self.val_set, batch_size=batch_size, sampler=sampler(self.val_set))
 
-    def train_step(self, global_step: int, batch: Any, device: torch.device | str | int) -> torch.Tensor:
+    def train_step(self, global_step: int, batch: Images, device: torch.device | str | int) -> torch.Tensor:
         """The mean cross entropy."""
         images, labels = to_device(batch, device)
         return functional.cross_entropy(self.net(images), labels)
 
     def val_step(
-        self, global_step: int, batch: Any, device: torch.device | str | int
+        self, global_step: int, batch: Images, device: torch.device | str | int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss, the logits ``(B, 10)`` and the labels ``(B,)``: what `on_end_val_epoch` gets of the whole epoch."""
+        """Loss, logits and labels: `on_end_val_epoch` gets each of them collated over the whole validation."""
         images, labels = to_device(batch, device)
         logits = self.net(images)
         return functional.cross_entropy(logits, labels), logits, labels
 
     def on_end_val_epoch(self, global_step: int, *val_step_collated_outputs: Any, key: str = "default") -> None:
-        """Compute metrics over all rows: accuracy, and the accuracy of the digit that is told worst."""
-        _, logits, labels = val_step_collated_outputs  # (steps,), (N, 10), (N,)
-        right = logits.argmax(dim=1) == labels  # (N,)
-        self.log("accuracy", right.float().mean())
-        per_digit = torch.stack([right[labels == digit].float().mean() for digit in range(10)])  # (10,)
-        self.log("worst_digit_accuracy", per_digit.min())
+        """Log the accuracy over all images, and that of the digit it knows worst."""
+        _, logits, labels = val_step_collated_outputs  # (batches,), (N, 10), (N,), on the host
+        confusion = torch.zeros(10, 10).index_put_((labels, logits.argmax(1)), torch.ones(()), accumulate=True)
+        correct = confusion.diagonal()  # (10,); row: the digit, column: what it was taken for
+        self.log("accuracy", correct.sum() / confusion.sum())
+        self.log("accuracy_worst_digit", (correct / confusion.sum(1)).min())
 
 
-def _load() -> tuple[torch.Tensor, torch.Tensor]:
-    """All images ``(N, 64)`` float32 in 0..1 with their labels ``(N,)`` int64.
+def load_images() -> tuple[TensorDataset, TensorDataset]:
+    """The training and the validation images; every fifth one is for validation.
 
     Raises:
-        ModuleNotFoundError: scikit-learn is not installed; says what to do.
+        ModuleNotFoundError: scikit-learn, with which the images come, is not installed.
     """
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('this example needs scikit-learn: pip install "stagecast[examples]"') from error
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn, which is not installed: pip install 'stagecast[examples]' (in a"
+            " checkout: pip install -e '.[examples]')",
+            name=error.name,
+        ) from error
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), 0 to 1
+    labels = torch.tensor(digits.target, dtype=torch.int64)  # (1797,)
+    held_back = torch.arange(len(labels)) % 5 == 0
+    return TensorDataset(images[~held_back], labels[~held_back]), TensorDataset(images[held_back], labels[held_back])
 
 
-def main() -> int:
-    """Train, and print what the validation says."""
-    try:
-        module = Digits()
-    except ModuleNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 1
-    result = Trainer(module, ARGUMENTS).train()
-    print(f"validation accuracy: {result.metrics['accuracy']:.1%}")
-    return 0 if result.status == "finished" else 130
+def main() -> RunResult:
+    """Train and print the accuracy."""
+    torch.manual_seed(0)
+    result = Trainer(Digits(), ARGUMENTS).train()
+    metrics = result.metrics
+    print(f"validation accuracy {metrics['accuracy']:.1%}; of the worst digit {metrics['accuracy_worst_digit']:.1%}")
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        sys.exit(f"digits: {error}")

@@ -1,0 +1,327 @@
+"""How a run can end, and what is told to whom: the table at the top says it all.
+
+The module trains two epochs of two steps and validates two batches. In each row one thing happens at one place, in the
+second step (or second batch, or wherever the place comes first). The row says how the run ends, which hooks a
+callback gets and which events are published, in order:
+
+- **finished** and **stopped** runs end with ``on_end_train``, the others do not.
+- An epoch that was cut short by a stop, a cancellation or an error has neither ``on_end_train_epoch`` nor a
+  ``TrainEpochEnded``; nor has a validation that was cut short its ``on_end_val_epoch`` and ``ValEpochEnded``.
+- ``RunStarted`` is always first. ``RunEnded`` always comes; only what an observer does with it follows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import anyio
+import anyio.to_thread
+import pytest
+import torch
+
+from events.errors import RunCancelled
+from events.messages import Event, MetricsLogged, TrainStepEnded
+from events.sink import Delivery
+from sinks import Memory
+from trainer import CallbackInterface, inline
+
+pytestmark = pytest.mark.anyio
+
+EPOCH = "epoch+ step step val+ val- epoch-"
+HOOKS = "begin step step val epoch"
+
+
+class Row(NamedTuple):
+    what: str
+    """What happens: ``stop``, ``pause`` (and then stop), ``cancel``, ``error``, or nothing."""
+    place: str
+    """Where: a method or a hook of the module, or an observer."""
+    status: str
+    hooks: str
+    events: str
+
+
+TABLE = [
+    # -- nothing happens
+    Row("", "", "finished", f"{HOOKS} {HOOKS} end", f"run+ {EPOCH} {EPOCH} ledger run-"),
+    # -- a stop is taken at the next boundary, in every phase
+    Row("stop", "get_train_dataloader", "stopped", "begin end", "run+ epoch+ stop ledger run-"),
+    Row("stop", "on_begin_train_epoch", "stopped", "begin end", "run+ epoch+ stop ledger run-"),
+    Row("stop", "waiting for data", "stopped", "begin step end", "run+ epoch+ step stop ledger run-"),
+    Row("stop", "train_step", "stopped", "begin step step end", "run+ epoch+ step step stop ledger run-"),
+    Row("stop", "on_end_train_step", "stopped", "begin step step end", "run+ epoch+ step step stop ledger run-"),
+    Row("stop", "val_step", "stopped", "begin step step end", "run+ epoch+ step step val+ stop ledger run-"),
+    Row("stop", "on_end_val_epoch", "stopped", f"{HOOKS} begin end", f"run+ {EPOCH} epoch+ stop ledger run-"),
+    Row("stop", "on_end_train_epoch", "stopped", f"{HOOKS} begin end", f"run+ {EPOCH} epoch+ stop ledger run-"),
+    Row("stop", "on_end_train", "finished", f"{HOOKS} {HOOKS} end", f"run+ {EPOCH} {EPOCH} ledger run-"),
+    Row("pause", "train_step", "stopped", "begin step step end", "run+ epoch+ step step pause stop ledger run-"),
+    Row("pause", "val_step", "stopped", "begin step step end", "run+ epoch+ step step val+ pause stop ledger run-"),
+    Row("pause", "waiting for data", "stopped", "begin step end", "run+ epoch+ step pause stop ledger run-"),
+    # -- so is a cancellation
+    Row("cancel", "get_train_dataloader", "cancelled", "begin", "run+ epoch+ ledger run-"),
+    Row("cancel", "waiting for data", "cancelled", "begin step", "run+ epoch+ step ledger run-"),
+    Row("cancel", "train_step", "cancelled", "begin step step", "run+ epoch+ step step ledger run-"),
+    Row("cancel", "val_step", "cancelled", "begin step step", "run+ epoch+ step step val+ ledger run-"),
+    Row("cancel", "on_begin_train_epoch", "cancelled", "begin", "run+ epoch+ ledger run-"),
+    Row("cancel", "on_end_train_step", "cancelled", "begin step step", "run+ epoch+ step step ledger run-"),
+    Row("cancel", "on_end_val_epoch", "cancelled", "begin step step val", "run+ epoch+ step step val+ val- ledger run-"),
+    Row("cancel", "on_end_train_epoch", "cancelled", HOOKS, f"run+ {EPOCH} ledger run-"),
+    Row("cancel while paused", "train_step", "cancelled", "begin step step", "run+ epoch+ step step pause ledger run-"),
+    # -- an exception of the module's methods
+    Row("error", "get_train_dataloader", "failed", "", "run+ ledger run-"),
+    Row("error", "get_optimizers_schedulers", "failed", "", "run+ ledger run-"),
+    Row("error", "waiting for data", "failed", "begin step", "run+ epoch+ step ledger run-"),
+    Row("error", "train_step", "failed", "begin step", "run+ epoch+ step ledger run-"),
+    Row("error", "backward", "failed", "begin step", "run+ epoch+ step ledger run-"),
+    Row("error", "optimizer", "failed", "begin step", "run+ epoch+ step ledger run-"),
+    Row("error", "scheduler", "failed", "begin step", "run+ epoch+ step ledger run-"),
+    Row("error", "get_val_dataloaders", "failed", "begin step step", "run+ epoch+ step step ledger run-"),
+    Row("error", "val_step", "failed", "begin step step", "run+ epoch+ step step val+ ledger run-"),
+    # -- an exception of one of the module's hooks: fenced ones ...
+    Row("error", "on_begin_train_epoch", "failed", "begin", "run+ epoch+ fatal ledger run-"),
+    Row("error", "on_end_val_epoch", "failed", "begin step step val", "run+ epoch+ step step val+ val- fatal ledger run-"),
+    Row("error", "on_end_train_epoch", "failed", HOOKS, f"run+ {EPOCH} fatal ledger run-"),
+    Row("error", "on_end_train", "finished", f"{HOOKS} {HOOKS} end", f"run+ {EPOCH} {EPOCH} ledger run- fatal"),
+    # -- ... and inline ones, in the middle of the second step and at its end
+    Row("error", "on_end_backward", "failed", "begin step", "run+ epoch+ step fatal ledger run-"),
+    Row("error", "on_end_train_step", "failed", "begin step step", "run+ epoch+ step step fatal ledger run-"),
+    # -- a fatal observer fails at the first step, and the loop hears of it during the second
+    Row("error", "a callback", "failed", "begin step step", "run+ epoch+ step fatal step ledger run-"),
+    Row("error", "a sink", "failed", "begin step step", "run+ epoch+ step fatal step ledger run-"),
+]
+
+SHORT_EVENTS = {
+    "RunStarted": "run+",
+    "TrainEpochStarted": "epoch+",
+    "TrainStepEnded": "step",
+    "ValEpochStarted": "val+",
+    "ValEpochEnded": "val-",
+    "TrainEpochEnded": "epoch-",
+    "LedgerReported": "ledger",
+    "RunEnded": "run-",
+}
+SHORT_HOOKS = {
+    "on_begin_train_epoch": "begin",
+    "on_end_train_step": "step",
+    "on_end_val_epoch": "val",
+    "on_end_train_epoch": "epoch",
+    "on_end_train": "end",
+}
+
+
+class Boom(Exception):
+    """What the user's code raises."""
+
+
+def module_that_acts(kit: Any, place: str, act: Callable[[], None], *, at: int) -> Any:
+    """A module that calls ``act`` when it comes to a place for the ``at``-th time."""
+    visits: dict[str, int] = {}
+
+    def reach(here: str) -> None:
+        visits[here] = visits.get(here, 0) + 1
+        if here == place and visits[here] == at:
+            act()
+
+    class Acting(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            reach("get_optimizers_schedulers")
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            optimizer.register_step_pre_hook(lambda *_: reach("optimizer"))
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+            take = scheduler.step
+            scheduler.step = lambda *_: (reach("scheduler"), take())  # type: ignore[method-assign]
+            return [optimizer], [scheduler]
+
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            reach("get_train_dataloader")
+
+            def stream() -> Any:
+                for batch in self.batches(batch_size):
+                    reach("waiting for data")
+                    yield batch
+
+            return stream()
+
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            reach("get_val_dataloaders")
+            return self.batches(batch_size)
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            reach("train_step")
+            loss, _ = self.forward_loss(batch)
+            loss.register_hook(lambda gradient: reach("backward"))
+            return loss
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            reach("val_step")
+            return self.forward_loss(batch)
+
+        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+            reach("on_begin_train_epoch")
+
+        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
+            reach("on_end_backward")
+
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            reach("on_end_train_step")
+
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            reach("on_end_val_epoch")
+
+        def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+            reach("on_end_train_epoch")
+
+        def on_end_train(self, global_step: int) -> None:
+            reach("on_end_train")
+
+    return Acting()
+
+
+IN_THE_SECOND_STEP = {
+    "train_step",
+    "backward",
+    "optimizer",
+    "scheduler",
+    "on_end_backward",
+    "on_end_train_step",
+    "waiting for data",
+}
+
+
+class FailingCallback(CallbackInterface):
+    """Fails at the first step, while the loop is in the second."""
+
+    def __init__(self, error: Exception, loop_is_further: threading.Event) -> None:
+        self.error = error
+        self.loop_is_further = loop_is_further
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        assert self.loop_is_further.wait(20)
+        raise self.error
+
+
+class FailingSink:
+    """Fails at the first step it hears of, while the loop is in the second."""
+
+    delivery = Delivery(on_error="fatal", latency_s=0.001)
+
+    def __init__(self, error: Exception, loop_is_further: threading.Event) -> None:
+        self.error = error
+        self.loop_is_further = loop_is_further
+
+    def open(self, run: Any) -> FailingSink:
+        return self
+
+    def write(self, events: Sequence[Event]) -> None:
+        if any(isinstance(event, TrainStepEnded) for event in events):
+            assert self.loop_is_further.wait(20)
+            raise self.error
+
+    def close(self) -> None: ...
+
+
+def spelled(events: Sequence[Event]) -> str:
+    """The events in the words of the table."""
+    words = []
+    for event in events:
+        name = type(event).__name__
+        if name == "CommandTaken":
+            words.append(event.command)  # type: ignore[attr-defined]
+        elif name == "ObserverFailed":
+            words.append(event.action)  # type: ignore[attr-defined]
+        elif not isinstance(event, MetricsLogged):
+            words.append(SHORT_EVENTS[name])
+    return " ".join(words)
+
+
+class Scene:
+    """One row, performed."""
+
+    def __init__(self, kit: Any, row: Row) -> None:
+        self.kit, self.row = kit, row
+        self.reached = threading.Event()
+        self.entered = threading.Event()
+        self.boom = Boom(row.place)
+        self.run: Any = None
+
+    def act(self) -> None:
+        """On whichever thread the place is."""
+        assert self.entered.wait(self.kit.WAIT_S)
+        if self.row.what == "error":
+            raise self.boom
+        if self.row.what == "stop":
+            self.run.stop()
+        elif self.row.what in ("pause", "cancel while paused"):
+            self.run.pause()
+            self.reached.set()
+        elif self.row.what == "cancel":
+            self.reached.set()
+            self.kit.wait_until_failed(self.run)
+
+    def let_the_observer_fail(self) -> None:
+        """In the second step."""
+        assert self.entered.wait(self.kit.WAIT_S)
+        self.reached.set()
+        self.kit.wait_until_failed(self.run)
+
+    async def body(self) -> None:
+        """What the host does meanwhile."""
+        if self.row.what in ("pause", "cancel while paused"):
+            stream = self.run.events(since=0)
+            async for event in stream:
+                if spelled([event]) == "pause":
+                    break
+            await stream.aclose()
+        if self.row.what == "pause":
+            self.run.stop()
+        if self.row.what == "cancel":
+            await anyio.to_thread.run_sync(self.reached.wait, self.kit.WAIT_S)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.what or 'nothing'} at {row.place}".replace(" ", "_"))
+async def test_hooks_and_events_are_those_of_the_table(kit: Any, row: Row) -> None:
+    """One row, on the loop's own thread and on both event loops."""
+    scene = Scene(kit, row)
+    observer_fails = row.place in ("a callback", "a sink")
+    callbacks: list[Any] = [diary := kit.Diary()]
+    sinks: list[Any] = [memory := Memory()]
+    if observer_fails:
+        callbacks += [FailingCallback(scene.boom, scene.reached)] if row.place == "a callback" else []
+        sinks += [FailingSink(scene.boom, scene.reached)] if row.place == "a sink" else []
+        module = module_that_acts(kit, "train_step", scene.let_the_observer_fail, at=2)
+    else:
+        module = module_that_acts(kit, row.place, scene.act, at=2 if row.place in IN_THE_SECOND_STEP else 1)
+    trainer = kit.make_trainer(module, epochs=2, callbacks=callbacks, sinks=sinks)
+
+    error: BaseException | None = None
+    with anyio.CancelScope() as scope:
+        try:
+            async with trainer.run() as scene.run:
+                scene.entered.set()
+                await scene.body()
+                if row.what.startswith("cancel"):
+                    scope.cancel()
+                    await anyio.sleep_forever()
+        except Boom as caught:
+            error = caught
+
+    assert spelled(memory.events) == row.events
+    assert " ".join(SHORT_HOOKS[name] for name in diary.names) == row.hooks
+    ended = next(event for event in memory.events if spelled([event]) == "run-")
+    assert ended.status == row.status  # type: ignore[attr-defined]
+    assert kit.trainer_threads(loops=True) == []
+    if row.what == "error":
+        assert error is scene.boom
+        assert error.__cause__ is None
+        assert any("global_step" in note or "failingsink" in note for note in error.__notes__)
+    else:
+        assert error is None
+    assert scope.cancelled_caught == row.what.startswith("cancel")
+    if row.what.startswith("cancel"):
+        with pytest.raises(RunCancelled):
+            await scene.run.result()
+    elif row.what != "error":
+        assert (await scene.run.result()).status == row.status
