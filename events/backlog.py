@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 class Payload(msgspec.Struct, gc=False):
     """What travels beside an event inside the process and is never encoded."""
 
-    pending: dict[str, Any] | None = None
-    """Numbers still on the device, by the name of the event's field: read in batches before delivery."""
     outputs: Any = None
     """Outputs for callbacks."""
     fence: Fence | None = None

@@ -33,7 +33,7 @@ _LOSS_REPORT_S = 1.0
 
 
 class Readback(Protocol):
-    """Turns the pending numbers of a batch into host numbers, without holding up the loop or the event loop."""
+    """Turns the deferred numbers of a batch (`Event.deferred`) into host numbers, without holding up either loop."""
 
     def start(self, batch: list[Published], /) -> Callable[[], bool]:
         """Begin; the returned function says, without waiting, whether all events of the batch are complete now."""
@@ -72,6 +72,8 @@ class Bus:
         self.origin = origin
         self.wanted: frozenset[type[Event]] = frozenset()
         """Event types that somebody subscribes to."""
+        self.payload_receivers: dict[type[Event], list[str]] = {}
+        """By event type, the names of those who get its payload; without those whom nobody gets."""
         self.history: deque[Event] = deque(maxlen=history)
         self.dropped = 0
         """Events that the ring dropped."""
@@ -286,14 +288,14 @@ class Bus:
         batch: list[Published] = []
         with self._ring_lock:
             for queue in (self._kept, self._ring):
-                for _ in range(min(len(queue), limit - len(batch))):
-                    batch.append(queue.popleft())
-            self._bytes_out += sum(payload.nbytes for _, payload in batch if payload is not None)
+                batch += [queue.popleft() for _ in range(min(len(queue), limit - len(batch)))]
+            if self._bytes_in != self._bytes_out:
+                self._bytes_out += sum([payload.nbytes for _, payload in batch if payload is not None])
         if self._ring:
             self._urgent = True  # more than one helping: go on at once, after the host's other tasks
-        for event, _ in batch:
-            force_setattr(event, "seq", self._next_seq)
-            self._next_seq += 1
+        for seq, (event, _) in enumerate(batch, self._next_seq):
+            force_setattr(event, "seq", seq)
+        self._next_seq += len(batch)
         self._update_gate()
         self._room.set()
         return batch
@@ -302,19 +304,23 @@ class Bus:
         routes = self._routes
         offers: dict[Subscription, list[Item]] = {}
         for published in batch:
-            targets = routes.get(type(published[0]), ())
-            fence = published[1].fence if published[1] is not None else None
-            if fence is not None:  # whoever was disabled in the meantime does not hold up the loop
-                fence.keep({subscription.name for subscription in targets if subscription.payloads})
-            if targets:
-                item = item_of(published)
-                bare = (item[0], None, item[2] - item[1].nbytes) if item[1] is not None else item
-                for subscription in targets:
-                    offers.setdefault(subscription, []).append(item if subscription.payloads else bare)
+            event, payload = published
+            targets = routes.get(type(event), ())
+            if payload is None:
+                if targets:
+                    item = item_of(published)
+                    for subscription in targets:
+                        offers.setdefault(subscription, []).append(item)
+                continue
+            if payload.fence is not None:  # whoever was disabled in the meantime does not hold up the loop
+                payload.fence.keep({subscription.name for subscription in targets if subscription.payloads})
+            item, bare = item_of(published), item_of((event, None))
+            for subscription in targets:
+                offers.setdefault(subscription, []).append(item if subscription.payloads else bare)
         for subscription, items in offers.items():
             subscription.offer(items)
         if self.history.maxlen:
-            self.history.extend(event for event, _ in batch)
+            self.history.extend([event for event, _ in batch])
         self.last_seq = batch[-1][0].seq
 
     def _report_losses(self) -> None:
@@ -346,6 +352,8 @@ class Bus:
             for kind in EVENT_TYPES
         }
         self.wanted = frozenset(kind for kind, targets in self._routes.items() if targets)
+        receivers = {kind: [s.name for s in targets if s.payloads] for kind, targets in self._routes.items()}
+        self.payload_receivers = {kind: names for kind, names in receivers.items() if names}
         self._must_keep = any(s.delivery.overflow == "block" for s in self._subscriptions)
         self._tick_s = min((s.delivery.latency_s for s in self._subscriptions), default=_IDLE_TICK_S)
 

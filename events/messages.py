@@ -4,10 +4,9 @@ Every event starts with the same header, so any of them can be placed on a chart
 knowing its type. Units stand in the names (``wait_s``, ``queued_bytes``). An event never holds a tensor: what callbacks
 need beside it travels in the bus's in-process `events.Payload`.
 
-Three of an event's fields are completed by the bus before anybody sees the event: ``seq`` (by the pump, which
-alone knows
-the order in which threads published) and, where a value was still on its way from the device, the numbers of
-`Event.fill`. After that it is immutable.
+Two things are completed by the bus before anybody sees the event: ``seq`` (by the pump, which alone knows the order in
+which threads published), and numbers that were still on the device when it was published (`Event.deferred`). After that
+it is immutable.
 
 ``run_id``, ``attempt`` and ``seq`` together are the identity of an event. Delivery may repeat an event (at least
 once); whoever must not count it twice keys on them.
@@ -18,7 +17,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import msgspec
-from msgspec.structs import force_setattr
 
 StageName = Literal["train", "val", "test"]
 Status = Literal["finished", "stopped", "cancelled", "failed"]
@@ -52,10 +50,8 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="type", o
     """Whether the bus may drop it, oldest first and counted, when the host's event loop stays blocked."""
     journalled: ClassVar[bool] = True
     """Whether the journal keeps it. What is published only on demand and is too frequent to keep is not."""
-
-    def fill(self, name: str, value: float) -> None:
-        """Complete a number that was still on the device. Called by the bus's readback alone, before delivery."""
-        force_setattr(self, name, value)
+    deferred: ClassVar[tuple[str, ...]] = ()
+    """Fields that may hold a tensor of one element until the bus's readback has put the number in its place."""
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -118,6 +114,7 @@ class TrainStepEnded(Event, frozen=True, gc=False, tag=True):
     """Total gradient norm before clipping; None when gradients are not clipped."""
 
     droppable: ClassVar[bool] = True
+    deferred: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm")
 
 
 class BackwardEnded(Event, frozen=True, gc=False, tag=True):
@@ -128,6 +125,7 @@ class BackwardEnded(Event, frozen=True, gc=False, tag=True):
     """Index of the micro-batch within its optimizer step, from 0."""
 
     droppable: ClassVar[bool] = True
+    deferred: ClassVar[tuple[str, ...]] = ("loss",)
     journalled: ClassVar[bool] = False
 
 
@@ -159,6 +157,8 @@ class ValEpochEnded(Event, frozen=True, gc=False, tag=True):
     loss: float | None = None
     """Row-weighted mean of the first output, where that is one number per batch; else None."""
 
+    deferred: ClassVar[tuple[str, ...]] = ("loss",)
+
 
 class TestEpochStarted(Event, frozen=True, gc=False, tag=True):
     """Testing over one dataloader begins."""
@@ -186,6 +186,8 @@ class TestEpochEnded(Event, frozen=True, gc=False, tag=True):
     duration_s: float = 0.0
     loss: float | None = None
 
+    deferred: ClassVar[tuple[str, ...]] = ("loss",)
+
 
 class TrainEpochEnded(Event, frozen=True, gc=False, tag=True):
     """A training epoch is finished, its validation included."""
@@ -204,14 +206,11 @@ class MetricsLogged(Event, frozen=True, gc=False, tag=True):
     """Numbers that user code logged with `ModuleInterface.log`."""
 
     metrics: dict[str, float]
+    # In the order of logging. A value may be deferred, as `Event.deferred` says of fields.
     key: str | None = None
     """The evaluation dataloader they belong to; None for training."""
 
     droppable: ClassVar[bool] = True
-
-    def fill(self, name: str, value: float) -> None:
-        """Complete a metric whose number was still on the device."""
-        self.metrics[name] = value
 
 
 class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
@@ -223,6 +222,7 @@ class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
     """How many steps in a row, this one included."""
 
     droppable: ClassVar[bool] = True
+    deferred: ClassVar[tuple[str, ...]] = ("loss",)
 
 
 class StepSkipped(Event, frozen=True, gc=False, tag=True):

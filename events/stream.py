@@ -27,7 +27,7 @@ class LocalEventStream:
     A consumer that is too slow loses nothing as long as the run has a journal: what its queue dropped is read from
     there. The exceptions are types that the journal does not keep, and what the journal itself cannot write for the
     time being. Without a journal the oldest events go when the queue is full, and only the bus's recent history can be
-    caught up with.
+    caught up with. Types that the journal does not keep are never caught up with: they come from the opening on.
 
     Args:
         bus: The run's bus.
@@ -35,6 +35,7 @@ class LocalEventStream:
         journal_settled: Whether the journal has nothing more to write of what was delivered so far.
         since: Cursor: events with a greater ``seq`` are returned. None: those from now on.
         types: Only these types; None for all that the journal keeps.
+        capacity: Events that may wait in memory for the consumer.
 
     Raises:
         CursorError: without a journal, when events after ``since`` are not in memory any more.
@@ -47,6 +48,8 @@ class LocalEventStream:
         journal_settled: Callable[[], bool],
         since: int | None,
         types: Iterable[type[Event]] | None,
+        *,
+        capacity: int = 16_384,
     ) -> None:
         self._types = frozenset(types) if types is not None else None
         self._cursor = bus.last_seq if since is None else since
@@ -61,11 +64,13 @@ class LocalEventStream:
         self._subscription: Subscription | None = None
         self._dropped = 0
         self._behind = self._cursor < bus.last_seq
+        self._behind_until = bus.last_seq  # from there on, the queue has everything
         if self._behind and self._reader is None:
             self._live = self._recent(bus, self._cursor)
             self._behind = False
         if bus.alive and not bus.closing:
-            self._subscription = bus.subscribe("run.events", Delivery(types=self._types, latency_s=0.02))
+            delivery = Delivery(types=self._types, latency_s=0.02, capacity=capacity)
+            self._subscription = bus.subscribe("run.events", delivery)
             self._subscription.recoverable = self._reader is not None
 
     @property
@@ -110,8 +115,10 @@ class LocalEventStream:
         return self._ready.popleft()
 
     async def aclose(self) -> None:
-        """Stop receiving; the rest is let go."""
+        """Stop receiving; the rest is let go, and `cursor` stays where it is."""
+        self._cursor = self.cursor
         self._ready.clear()
+        self._read.clear()
         self._live = []
         self._behind = False
         if self._subscription is not None:
@@ -123,13 +130,17 @@ class LocalEventStream:
         return event.journalled if self._types is None else type(event) in self._types
 
     async def _catch_up(self) -> list[Event]:
-        """Read from the journal; leave that mode once it holds nothing that this stream lacks."""
+        """Read from the journal; leave that mode where the queue takes over, or once there is nothing more to read."""
         settled = self._journal_settled()  # asked before reading: what is written later must not be missed
-        await anyio.to_thread.run_sync(self._read_on, limiter=self._limiter)
+        if not self._read:
+            await anyio.to_thread.run_sync(self._read_on, limiter=self._limiter)
         batch: list[Event] = []
-        while self._read:
+        # What lies behind that stays here, in case that the queue drops it.
+        while self._read and self._read[0].seq <= self._behind_until:
             batch.append(self._read.popleft())
-        if not batch and settled:
+        reached = bool(batch) and batch[-1].seq == self._behind_until
+        beyond = bool(self._read) and self._read[0].seq > self._behind_until
+        if reached or beyond or (settled and not batch):
             self._behind = False
         elif not batch:
             await anyio.sleep(_JOURNAL_POLL_S)
@@ -154,10 +165,11 @@ class LocalEventStream:
             self._subscription = None
             batch = []
         if live.statistics.dropped > self._dropped and self._reader is not None:
-            # Events before these were dropped from the queue: the journal has them.
+            # Events before these, between them, or soon after them were dropped from the queue: the journal has them.
             self._dropped = live.statistics.dropped
             self._live = batch
             self._behind = True
+            self._behind_until = self._bus.last_seq
             return []
         return batch
 

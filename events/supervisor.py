@@ -143,8 +143,13 @@ class Observer:
         """Make a call until it succeeds or the policy gives up (`_Stopped`)."""
         delivery = self.subscription.delivery
         failures = 0
+        done: int | None = None
         since = time.monotonic()
         while (error := await self._attempt(during, function, *args)) is not None:
+            if failures and self.target.progress[1] != done:
+                self._recover(failures, since)  # it got further: this is another failure, not the same one again
+                failures, since = 0, time.monotonic()
+            done = self.target.progress[1]
             failures += 1
             if delivery.on_error != "retry" or failures > delivery.retries:
                 self._give_up(error, failures)
@@ -157,9 +162,12 @@ class Observer:
                 break
             await self._back_off(min(delivery.backoff_s * 2.0 ** min(failures - 1, 64), delivery.max_backoff_s))
             self.circuit = "half_open"
-        if self.circuit != "closed":
-            self.circuit = "closed"
-            self._publish(ObserverRecovered, self.name, failures, time.monotonic() - since)
+        if failures:
+            self._recover(failures, since)
+
+    def _recover(self, failures: int, since: float) -> None:
+        self.circuit = "closed"
+        self._publish(ObserverRecovered, self.name, failures, time.monotonic() - since)
 
     async def _attempt(self, during: str | None, function: Callable[..., Any], *args: Any) -> BaseException | None:
         """Make a call once; returns what it raised, or that it did not return in time."""
@@ -202,7 +210,10 @@ class Observer:
         await call.finished.wait()
         if inspect.isawaitable(call.value):
             call = self._late = AsyncJob(_same, call.value)
-            await call.finished.wait()
+            try:
+                await call.finished.wait()
+            finally:
+                call.cancel()
         self._late = None
         return call.error is None
 
@@ -224,6 +235,7 @@ class Observer:
         self.subscription.discard()
 
     async def _close(self) -> None:
+        self._let_go()
         await self._succeeds_late()  # its methods are called one at a time
         error = await self._attempt("close", self.target.close)
         if error is not None:
@@ -247,8 +259,12 @@ class Observer:
         self._bus.unsubscribe(self.subscription)
         self.subscription.finish()
         self._draining.set()
-        if self.circuit == "disabled" and self._late is not None:
-            self._finished.set()  # it was given up because it hangs: nothing is left to wait for
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Have the drain not wait for an observer that was given up because it hangs: nothing is left to wait for."""
+        if self._draining.is_set() and self.circuit == "disabled" and self._late is not None:
+            self._finished.set()
 
     async def finished(self) -> None:
         """Wait until it is closed."""

@@ -66,7 +66,8 @@ class Boundary:
         self._recorder = recorder
         self._on_inline_error = on_inline_error
         self._ledger_interval_ns = int(ledger_interval_s * 1e9)
-        self._ledger_due = clock() + self._ledger_interval_ns
+        self.ledger_due = clock() + self._ledger_interval_ns
+        """When the ledger is to be published next, on ``perf_counter_ns``."""
         self._noticed: set[str] = set()
 
     def cross(self, mark: int) -> int:
@@ -88,16 +89,14 @@ class Boundary:
         if self.bus.gated:
             self._wait_for_room()
             mark = clock()
-        if mark > self._ledger_due:
-            self._ledger_due = mark + self._ledger_interval_ns
+        if mark > self.ledger_due:
+            self.ledger_due = mark + self._ledger_interval_ns
             self.bus.publish(LedgerReported(*self.origin.header(), "interval", self.ledger.interval()))
         return mark
 
     # ------------------------------------------------------------------------------------ events and hooks
 
-    def publish(
-        self, event: Event, outputs: EpochOutputs | None = None, payload: Payload | None = None
-    ) -> None:
+    def publish(self, event: Event, outputs: EpochOutputs | None = None) -> None:
         """Publish a stage's event, run its inline hooks, and wait until its fenced hooks have returned.
 
         Raises:
@@ -105,10 +104,8 @@ class Boundary:
         """
         mark = clock()
         kind = type(event)
-        if outputs is not None or kind in self.hooks.fenced:
-            payload = payload or Payload()
-            payload.outputs = outputs
-            payload.fence = self.fence(kind)
+        fence = self.fence(kind)
+        payload = Payload(outputs, fence) if outputs is not None or fence is not None else None
         self.bus.publish(event, payload)
         self.ledger.publish += clock() - mark
         inline = self.hooks.inline.get(kind)
@@ -119,8 +116,8 @@ class Boundary:
             self.run_inline(inline, *args, **kwargs)
             if self._recorder.values:  # now, or they would be taken for numbers of the next step
                 self._recorder.take(getattr(event, "key", None))
-        if payload is not None and payload.fence is not None:
-            self.wait_for_fence(payload.fence)
+        if fence is not None:
+            self.wait_for_fence(fence)
 
     def run_inline(self, hooks: list[InlineHook], *args: Any, **kwargs: Any) -> None:
         """Run hooks here and now; charged to the ledger."""
@@ -131,7 +128,9 @@ class Boundary:
                     hook.call(*args, **kwargs)
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                     self._on_inline_error(hook, error)
-        self.ledger.inline += clock() - mark
+        spent = clock() - mark
+        self.ledger.inline += spent
+        self.ledger.aside += spent
 
     def run_inline_step(self, hooks: list[InlineHook], live: list[tuple[Any, ...]]) -> None:
         """Run inline hooks of the end of a step, with outputs that are detached but neither copied nor moved."""
@@ -141,6 +140,11 @@ class Boundary:
         self.run_inline(hooks, self.origin.global_step, *outputs)
         if self._recorder.values:
             self._recorder.take()
+
+    def wants_outputs(self, kind: type[Event]) -> str | None:
+        """Name of a callback whose hook for this event gets outputs; None if there is none, or none any more."""
+        inline = [hook.callback for hook in self.hooks.inline.get(kind, ()) if not hook.disabled]
+        return next(iter([*self.bus.payload_receivers.get(kind, ()), *inline]), None)
 
     def fence(self, kind: type[Event]) -> Fence | None:
         """A fence for an event of this type; None if no hook of it is fenced."""

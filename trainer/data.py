@@ -133,8 +133,11 @@ def first_rows(batch: Any) -> int | None:
 
     A PackedSequence counts its sequences, not their tokens. Reads shapes only: no device is waited for.
     """
-    if type(batch) in (list, tuple) and batch and type(batch[0]) is torch.Tensor and batch[0].dim():
-        return batch[0].size(0)  # by far the most usual batch: this runs in the step
+    if type(batch) in (list, tuple) and batch and type(batch[0]) is torch.Tensor:
+        try:
+            return batch[0].size(0)  # by far the most usual batch, and this runs in the step: one call of torch's
+        except IndexError:  # a scalar
+            pass
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.dim() else None
     if isinstance(batch, PackedSequence):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from events.backlog import Payload
 from events.messages import (
     StageName,
     TestEpochEnded,
@@ -54,7 +53,7 @@ class Evaluation:
         self._precision = precision
         self._boundary = boundary
         self._recorder = recorder
-        self._capture = Capture(device)
+        self._capture = Capture(device, boundary.notice)
         self._outputs_limit_bytes = outputs_limit_bytes
 
     def run(
@@ -111,15 +110,12 @@ class Evaluation:
             )
         if self._recorder.values:
             self._recorder.take(key)
-        payload = Payload()
+        loss: Any = None
         if len(losses) == done:
             suffix = "" if key == "default" else f"/{key}"
-            mean = weighted_mean(losses)
-            assert isinstance(mean, torch.Tensor)
-            payload.pending = {"loss": mean}
-            self._recorder.latest[f"{name}_loss{suffix}"] = mean
-        event = ended(*boundary.origin.header(), key, done, rows, time.monotonic() - began)
-        boundary.publish(event, outputs, payload)
+            loss = self._recorder.latest[f"{name}_loss{suffix}"] = weighted_mean(losses)
+        event = ended(*boundary.origin.header(), key, done, rows, time.monotonic() - began, loss)
+        boundary.publish(event, outputs)
         return outputs
 
     def _run_batches(
@@ -172,8 +168,8 @@ class Evaluation:
         """Where the outputs of this dataloader are kept; None if nobody wants them."""
         if keep:
             owner = f"Trainer.test() for the key {key!r}"
-        elif stage is Stage.VAL and (wanted := self._boundary.hooks.wanted_by(ValEpochEnded)):
-            owner = f"{wanted[0]}.on_end_val_epoch"
+        elif stage is Stage.VAL and (wanted := self._boundary.wants_outputs(ValEpochEnded)):
+            owner = f"{wanted}.on_end_val_epoch"
         else:
             return None
         return EpochOutputs(self._outputs_limit_bytes, owner, self._boundary.notice)

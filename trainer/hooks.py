@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from events.messages import (
     ValEpochEnded,
 )
 from events.sink import CALLBACK_DELIVERY, Delivery
+from trainer.errors import ArgumentsError
 from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
 from trainer.recorder import MetricRecorder
 
@@ -32,6 +34,9 @@ EVENT_OF_HOOK: dict[str, type[Event]] = {
     "on_end_train": RunEnded,
 }
 """Every hook of the contract and the event it answers."""
+
+_WITH_OUTPUTS = frozenset({TrainStepEnded, TrainEpochEnded, BackwardEnded, ValEpochEnded})
+"""The events whose hooks get tensors."""
 
 _EPOCH_HOOKS = frozenset({"on_begin_train_epoch", "on_end_train_epoch", "on_end_val_epoch", "on_end_train"})
 
@@ -63,18 +68,31 @@ def lane_of(callback: CallbackInterface, name: str, hook: Hook) -> Lane:
 class InlineHook:
     """A hook on the loop's thread, with the error policy of its callback."""
 
-    __slots__ = ("call", "callback", "delivery", "disabled", "name")
+    __slots__ = ("_owner", "call", "disabled", "name")
 
-    def __init__(self, callback: str, name: str, call: Hook, delivery: Delivery) -> None:
-        self.callback = callback
+    def __init__(self, owner: CallbackHooks, name: str, call: Hook) -> None:
+        self._owner = owner
         self.name = name
         self.call = call
-        self.delivery = delivery
         self.disabled = False
+
+    @property
+    def callback(self) -> str:
+        """The name of its callback, which may have got a number since."""
+        return self._owner.name
+
+    @property
+    def delivery(self) -> Delivery:
+        """That of its callback."""
+        return self._owner.delivery
 
 
 class CallbackHooks:
-    """One callback's hooks, sorted by lane."""
+    """One callback's hooks, sorted by lane.
+
+    Raises:
+        ArgumentsError: its queue may spill, but what goes through the disk loses the outputs that a hook wants.
+    """
 
     def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
         self.name = type(callback).__name__
@@ -86,11 +104,16 @@ class CallbackHooks:
             kind = EVENT_OF_HOOK[name]
             lane = lane_of(callback, name, hook)
             if lane is Lane.INLINE:
-                self.inline[kind] = InlineHook(self.name, name, hook, self.delivery)
+                self.inline[kind] = InlineHook(self, name, hook)
             else:
                 self.observed[kind] = hook
                 if lane is Lane.FENCED:
                     self.fenced.add(kind)
+        if self.delivery.overflow == "spill" and not _WITH_OUTPUTS.isdisjoint(self.observed):
+            raise ArgumentsError(
+                f"the callback {self.name} has hooks that get outputs, which an overflow of 'spill' would lose: give it"
+                f" 'block', which is the default, or 'drop_oldest'"
+            )
 
     def wants(self, kind: type[Event]) -> bool:
         """Whether any lane of it handles this event."""
@@ -106,6 +129,7 @@ class HookTable:
 
     def __init__(self, callbacks: Iterable[CallbackHooks]) -> None:
         self.callbacks = list(callbacks)
+        _number_names(self.callbacks)
         self.inline: dict[type[Event], list[InlineHook]] = {
             kind: [c.inline[kind] for c in self.callbacks if kind in c.inline] for kind in EVENT_OF_HOOK.values()
         }
@@ -121,10 +145,21 @@ class HookTable:
         return any(kind in callback.observed for callback in self.callbacks)
 
 
+def _number_names(callbacks: Iterable[CallbackHooks]) -> None:
+    """Tell callbacks of one class apart, those too that have no observer: ``Clip``, ``Clip-2``."""
+    seen: Counter[str] = Counter()
+    for callback in callbacks:
+        seen[callback.name] += 1
+        if seen[callback.name] > 1:
+            callback.name = f"{callback.name}-{seen[callback.name]}"
+
+
 def hook_arguments(event: Event, outputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that the contract gives to the hook of an event."""
     if isinstance(event, TrainEpochStarted):
         return (event.global_step, event.epoch), {}
+    if isinstance(event, BackwardEnded):  # one loss is not collated
+        return (event.global_step, *(loss.reshape(()) for loss in outputs)), {}
     if isinstance(event, ValEpochEnded):
         return (event.global_step, *outputs), {"key": event.key}
     return (event.global_step, *outputs), {}
@@ -172,10 +207,10 @@ class CallbackTarget:
         if isinstance(event, RunEnded) and event.status not in ("finished", "stopped"):
             return  # the hook means "after training finishes"
         self._doing = self._names[type(event)]
-        outputs = payload.outputs.collated() if payload is not None and payload.outputs is not None else ()
-        args, kwargs = hook_arguments(event, outputs)
         self._recorder.handling(event)
         try:
+            outputs = payload.outputs.collated() if payload is not None and payload.outputs is not None else ()
+            args, kwargs = hook_arguments(event, outputs)
             self._hooks[type(event)](*args, **kwargs)
         except BaseException as error:
             error.add_note(f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")

@@ -16,7 +16,8 @@ _ROWS = ("compute", "data", "readback", "publish", "inline", "fence", "backpress
 class Ledger:
     """Nanoseconds per row. The loop's thread adds to the rows as it goes; nobody else writes.
 
-    ``idle`` measures the device's idle time, on CUDA; elsewhere it is None.
+    ``idle`` measures the device's idle time, on CUDA; elsewhere it is None. ``aside`` is the sum of what code within
+    somebody else's row has charged to rows of its own: who measures around that code takes the difference off.
     """
 
     __slots__ = (
@@ -25,6 +26,7 @@ class Ledger:
         "_base_wall",
         "_started",
         *_ROWS,
+        "aside",
         "idle",
         "steps",
     )
@@ -32,7 +34,7 @@ class Ledger:
     def __init__(self, device: torch.device) -> None:
         self.compute = self.data = self.readback = self.publish = 0
         self.inline = self.fence = self.backpressure = self.paused = 0
-        self.steps = 0
+        self.steps = self.aside = 0
         self.idle = DeviceIdle(device) if device.type == "cuda" else None
         self._started = self._base_wall = clock()
         self._base = (0,) * (len(_ROWS) + 1)

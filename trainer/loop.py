@@ -30,7 +30,7 @@ from trainer.errors import EmptyDataLoader, StepOutputError
 from trainer.evaluation import END, Evaluation
 from trainer.module_interface import ModuleInterface, Stage
 from trainer.optimization import Optimization, Skip
-from trainer.outputs import Capture, Copy, EpochOutputs, StepOutputs
+from trainer.outputs import Capture, EpochOutputs
 from trainer.precision import Precision
 from trainer.recorder import MetricRecorder
 
@@ -61,14 +61,11 @@ class TrainingLoop:
         self._evaluation = evaluation
         self._recorder = recorder
         self._sampler_seed = sampler_seed
-        self._capture = Capture(device)
+        self._capture = Capture(device, boundary.notice)
         hooks = boundary.hooks
         self._step_hooks = hooks.inline[TrainStepEnded]
         self._backward_hooks = hooks.inline[BackwardEnded]
-        self._observed_steps = hooks.observed(TrainStepEnded)
         self._fenced_steps = TrainStepEnded in hooks.fenced
-        self._observed_backwards = hooks.observed(BackwardEnded)
-        self._step_ended_at = 0
         self._validated_at = 0
         self._skipped_in_a_row = 0
 
@@ -119,9 +116,17 @@ class TrainingLoop:
     # ------------------------------------------------------------------------------------------- an epoch
 
     def _train_epoch(self, epoch: int, loader: Iterable[Any]) -> None:
+        """One epoch, step by step in plain sight.
+
+        What a step costs beside the model is what these lines cost, so whatever can be looked up before the steps is.
+        The ledger's times are chained: each ends at a ``mark`` where the next begins.
+        """
         boundary, arguments = self._boundary, self._arguments
-        origin, ledger, control = boundary.origin, boundary.ledger, boundary.control
-        started = time.monotonic()
+        optimization, recorder = self._optimization, self._recorder
+        origin, ledger, control, bus = boundary.origin, boundary.ledger, boundary.control, boundary.bus
+        step_hooks, fenced_steps = self._step_hooks, self._fenced_steps
+        gradients_are_looked_at = bool(step_hooks) or fenced_steps  # by a hook at the end of a step
+        began = time.monotonic()
         origin.stage = "train"
         outputs = self._epoch_outputs()
         boundary.publish(TrainEpochStarted(*origin.header(), self.steps_of(loader)))
@@ -135,31 +140,94 @@ class TrainingLoop:
         limit = self._step_limit()
         first_step = origin.global_step
         read = 0
-        self._step_ended_at = mark
+        step_ended = mark
         while limit is None or origin.global_step < limit:
             boundary.phase = "the training dataloader"
             batch = next(batches, END)  # WAIT: data
             if batch is END:
                 ledger.data += clock() - mark
                 break
-            group = [batch]
+            rows = first_rows(batch) if rows_of is None else rows_of(read)
+            read += 1
+            group = [(batch, rows)]
             while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
-                group.append(batch)
-            rows: list[int | None]
-            if rows_of is not None:
-                rows = [rows_of(read + i) for i in range(len(group))]
-            else:
-                rows = [first_rows(batch) for batch in group]
-            read += len(group)
+                group.append((batch, first_rows(batch) if rows_of is None else rows_of(read)))
+                read += 1
             now = clock()
             ledger.data += now - mark
             if control.pending:  # came while the loop waited for data: taken before the step, not after it
                 boundary.take_commands()
                 now = clock()
-            mark = self._train_step(group, rows, outputs, first_step, now)
+
+            mark, aside = now, ledger.aside
+            if ledger.idle is not None:
+                ledger.idle.begin()
+            observed = TrainStepEnded in bus.payload_receivers
+            live: list[Outputs] | None = [] if observed or step_hooks or outputs is not None else None
+            if accumulation == 1:
+                loss = self._micro_step(batch, rows, None, 0, live)
+            else:
+                loss, rows = self._micro_steps(group, live)
+            boundary.phase = "the optimizer step"
+            lr = optimization.learning_rate
+            grad_norm, skipped = optimization.step(loss, rows, ledger)
+            if not gradients_are_looked_at:
+                optimization.zero_grad()
+            if ledger.idle is not None:
+                ledger.idle.end()
+            ledger.steps += 1
+            now = clock()
+            # What was charged to rows of its own in the meantime does not count twice.
+            ledger.compute += now - mark - (ledger.aside - aside)
+
+            if skipped is None:
+                origin.global_step = step = origin.global_step + 1
+                self._skipped_in_a_row = 0
+                if recorder.values:
+                    recorder.take()
+                event = TrainStepEnded(
+                    origin.run_id,
+                    origin.attempt,
+                    0,
+                    time.time(),
+                    origin.rank,
+                    step,
+                    epoch,
+                    "train",
+                    loss,  # type: ignore[arg-type]  # deferred: read in a batch with others, off this thread
+                    step - first_step,
+                    rows,
+                    (now - step_ended) / 1e9,
+                    lr,
+                    grad_norm,  # type: ignore[arg-type]  # deferred, too
+                )
+                step_ended = now
+                payload = None
+                if live is not None or fenced_steps:
+                    payload = self._payload(live, outputs, observed)
+                bus.publish(event, payload)
+                mark = clock()
+                ledger.publish += mark - now
+                if payload is not None and payload.fence is not None:
+                    boundary.wait_for_fence(payload.fence)
+                    mark = clock()
+                if step_hooks and live is not None:
+                    boundary.run_inline_step(step_hooks, live)
+                    mark = clock()
+            else:
+                self._skip(skipped, loss)
+                mark = clock()
+                ledger.publish += mark - now
+            if gradients_are_looked_at:
+                optimization.zero_grad()
+                now = clock()
+                ledger.compute += now - mark
+                mark = now
+            if control.pending or bus.gated or mark > boundary.ledger_due:
+                mark = boundary.cross(mark)
             if val_interval is not None and origin.global_step % val_interval == 0:
                 self._validate_after(origin.global_step)
-                mark = self._step_ended_at = clock()
+                mark = step_ended = clock()
         del batches  # ends the workers of a dataloader before validation starts its own
         if read == 0:
             raise EmptyDataLoader(
@@ -168,12 +236,10 @@ class TrainingLoop:
             )
         if self._validates_at_end(epoch):
             self._validate()
-        event = TrainEpochEnded(
-            *origin.header(), origin.global_step - first_step, time.monotonic() - started
-        )
-        boundary.publish(event, outputs)
+        steps, duration_s = origin.global_step - first_step, time.monotonic() - began
+        boundary.publish(TrainEpochEnded(*origin.header(), steps, duration_s), outputs)
         boundary.phase = "the schedulers"
-        self._optimization.end_epoch(ledger)
+        optimization.end_epoch(ledger)
 
     def _step_limit(self) -> int | None:
         """The ``global_step`` at which the epoch that begins now must end, whatever data is left."""
@@ -190,94 +256,28 @@ class TrainingLoop:
 
     # --------------------------------------------------------------------------------------------- a step
 
-    def _train_step(
-        self, group: list[Any], rows: list[int | None], outputs: EpochOutputs | None, first_step: int, mark: int
-    ) -> int:
-        """One optimizer step, from forward to the step boundary.
-
-        The ledger's times are chained: each ends where the next begins, at ``mark`` first and at the returned time
-        last.
-        """
-        boundary, optimization, recorder = self._boundary, self._optimization, self._recorder
-        origin, ledger = boundary.origin, boundary.ledger
-        elsewhere = ledger.inline + ledger.readback + ledger.publish
-        if ledger.idle is not None:
-            ledger.idle.begin()
-        keep = self._observed_steps or self._step_hooks or outputs is not None
-        if len(group) == 1:
-            loss, values = self._micro_step(group[0], None, rows[0], 0)
-            live = [values] if keep else []
-        else:
-            loss, live = self._micro_steps(group, rows, keep)
-        boundary.phase = "the optimizer step"
-        lr = optimization.learning_rate
-        step_rows = rows[0] if len(rows) == 1 else None if None in rows else sum(rows)  # type: ignore[arg-type]
-        grad_norm, skipped = optimization.step(loss, step_rows, ledger)
-        if ledger.idle is not None:
-            ledger.idle.end()
-        ledger.steps += 1
-        now = clock()
-        # What was measured on rows of its own in the meantime does not count twice.
-        ledger.compute += now - mark - (ledger.inline + ledger.readback + ledger.publish - elsewhere)
-        if skipped is None:
-            origin.global_step += 1
-            self._skipped_in_a_row = 0
-            if recorder.values:
-                recorder.take()
-            payload = Payload({"loss": loss})
-            if grad_norm is not None or live or type(lr) is not float:
-                self._add_payload(payload, grad_norm, lr, live, outputs)
-            event = TrainStepEnded(
-                origin.run_id,
-                origin.attempt,
-                0,
-                time.time(),
-                origin.rank,
-                origin.global_step,
-                origin.epoch,
-                "train",
-                None,  # the loss: read in a batch with others, off this thread
-                origin.global_step - first_step,
-                step_rows,
-                (now - self._step_ended_at) / 1e9,
-                lr if type(lr) is float else None,
-            )
-            self._step_ended_at = now
-            if self._fenced_steps:
-                payload.fence = boundary.fence(TrainStepEnded)
-            boundary.bus.publish(event, payload)
-            ledger.publish += (mark := clock()) - now
-            if payload.fence is not None:
-                boundary.wait_for_fence(payload.fence)
-                mark = clock()
-            if self._step_hooks:
-                boundary.run_inline_step(self._step_hooks, live)
-                mark = clock()
-        else:
-            self._skip(skipped, loss)
-            ledger.publish += (mark := clock()) - now
-        optimization.zero_grad()  # here, so that an inline hook at the end of the step can look at the gradients
-        now = clock()
-        ledger.compute += now - mark
-        return boundary.cross(now)
-
     def _micro_steps(
-        self, group: list[Any], rows: list[int | None], keep: Any
-    ) -> tuple[torch.Tensor, list[Outputs]]:
-        """The micro-batches of one step, each weighted by its rows."""
-        live: list[Outputs] = []
-        shares: list[torch.Tensor] = []
-        for i, (batch, weight) in enumerate(zip(group, _weights(rows), strict=True)):
-            share, values = self._micro_step(batch, weight, rows[i], i)
-            shares.append(share)
-            if keep:
-                live.append(values)
-        return torch.stack([share.reshape(()) for share in shares]).sum(), live
+        self, group: list[tuple[Any, int | None]], live: list[Outputs] | None
+    ) -> tuple[torch.Tensor, int | None]:
+        """The micro-batches of one step, each weighted by its rows; returns the step's loss and rows."""
+        counts = [rows for _, rows in group]
+        shares = [
+            self._micro_step(batch, rows, weight, i, live).reshape(())
+            for i, ((batch, rows), weight) in enumerate(zip(group, _weights(counts), strict=True))
+        ]
+        known = [rows for rows in counts if rows is not None]
+        return torch.stack(shares).sum(), sum(known) if len(known) == len(counts) else None
 
     def _micro_step(
-        self, batch: Any, weight: float | None, rows: int | None, micro_step: int
-    ) -> tuple[torch.Tensor, Outputs]:
-        """Forward and backward of one micro-batch; returns its share of the step's loss, detached, and its outputs."""
+        self, batch: Any, rows: int | None, weight: float | None, micro_step: int, live: list[Outputs] | None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's loss, detached.
+
+        Args:
+            rows: How many the batch has, where they are known.
+            weight: Its part of the step; None for all of it.
+            live: Takes the outputs, if somebody wants them.
+        """
         boundary, precision = self._boundary, self._precision
         step = boundary.origin.global_step
         self._recorder.weight = rows or 1
@@ -304,50 +304,47 @@ class TrainingLoop:
             boundary.run_inline(self._backward_hooks, step, loss)
         if BackwardEnded in boundary.bus.wanted:
             self._publish_backward(loss, micro_step)
+        if live is not None:
+            live.append(values)
         share = share.detach()  # or the event would keep the graph alive
         # A compiled step may write its next loss to the same memory.
-        return share.clone() if self._arguments.compile else share, values
+        return share.clone() if self._arguments.compile else share
 
-    def _add_payload(
-        self,
-        payload: Payload,
-        grad_norm: torch.Tensor | None,
-        lr: Any,
-        live: list[Outputs],
-        outputs: EpochOutputs | None,
-    ) -> None:
-        """Add what goes beside a step's event: other numbers still on the device, outputs for those who want them."""
-        assert payload.pending is not None
-        if grad_norm is not None:
-            payload.pending["grad_norm"] = grad_norm
-        if isinstance(lr, torch.Tensor):
-            payload.pending["lr"] = lr
-        if live and (self._observed_steps or outputs is not None):
-            copies: list[Copy] = [self._capture.take(values) for values in live]
+    def _payload(self, live: list[Outputs] | None, outputs: EpochOutputs | None, observed: bool) -> Payload:
+        """What goes beside a step's event: outputs for those who want them, and the fence."""
+        payload = Payload()
+        if live is not None and (observed or outputs is not None):
+            copies = [self._capture.take(values) for values in live]
             if outputs is not None:
                 for copy in copies:
                     outputs.append(copy)
-            if self._observed_steps:
-                payload.outputs = StepOutputs(copies, self._boundary.notice)
-                payload.nbytes = sum(copy.nbytes for copy in copies)
+            if observed:
+                payload.outputs = self._capture.of_step(copies)
+                payload.nbytes = payload.outputs.nbytes
+        if self._fenced_steps:
+            payload.fence = self._boundary.fence(TrainStepEnded)
+        return payload
 
     def _publish_backward(self, loss: torch.Tensor, micro_step: int) -> None:
         boundary = self._boundary
         mark = clock()
-        payload = Payload({"loss": loss.detach()})
-        if self._observed_backwards:
+        payload = None
+        if BackwardEnded in boundary.bus.payload_receivers:
             copy = self._capture.take((loss,))
-            payload.outputs, payload.nbytes = StepOutputs((copy,), boundary.notice), copy.nbytes
-        boundary.bus.publish(BackwardEnded(*boundary.origin.header(), None, micro_step), payload)
-        boundary.ledger.publish += clock() - mark
+            payload = Payload(self._capture.of_step([copy]), nbytes=copy.nbytes)
+        event = BackwardEnded(*boundary.origin.header(), loss.detach(), micro_step)  # type: ignore[arg-type]  # deferred
+        boundary.bus.publish(event, payload)
+        spent = clock() - mark
+        boundary.ledger.publish += spent
+        boundary.ledger.aside += spent
 
     def _skip(self, reason: Skip, loss: torch.Tensor) -> None:
         self._recorder.discard()
         bus, header = self._boundary.bus, self._boundary.origin.header()
         if reason == "non_finite_loss":
             self._skipped_in_a_row += 1
-            event = NonFiniteLoss(*header, 0.0, "skipped", self._skipped_in_a_row)
-            bus.publish(event, Payload({"loss": loss}))
+            event = NonFiniteLoss(*header, loss, "skipped", self._skipped_in_a_row)  # type: ignore[arg-type]  # deferred
+            bus.publish(event)
         bus.publish(StepSkipped(*header, reason))
 
     # ----------------------------------------------------------------------------------------- validation
@@ -381,11 +378,11 @@ class TrainingLoop:
         self._optimization.end_validation(boundary.ledger)
 
     def _epoch_outputs(self) -> EpochOutputs | None:
-        wanted = self._boundary.hooks.wanted_by(TrainEpochEnded)
-        if not wanted:
+        owner = self._boundary.wants_outputs(TrainEpochEnded)
+        if owner is None:
             return None
         limit = self._arguments.epoch_outputs_limit_bytes
-        return EpochOutputs(limit, f"{wanted[0]}.on_end_train_epoch", self._boundary.notice)
+        return EpochOutputs(limit, f"{owner}.on_end_train_epoch", self._boundary.notice)
 
 
 def _weights(rows: list[int | None]) -> list[float]:

@@ -351,9 +351,15 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         recorder.log(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a module belong to no run, so they carry no recorder."""
+        """Copies and pickles of a module belong to no run: they carry no recorder, and no compiled steps.
+
+        A compiled step is bound to this very module; a copy would compute with the weights of the original.
+        """
         state = self.__dict__.copy()
         state.pop("_recorder", None)
+        for name in ("train_step", "val_step", "test_step"):
+            if hasattr(state.get(name), "_torchdynamo_orig_callable"):
+                del state[name]
         return state
 
 

@@ -48,6 +48,10 @@ class Optimization:
         self._follow_loss = bool(self._plateau) and arguments.monitor == "train_loss"
         self._loss_sum: torch.Tensor | None = None
         self._loss_rows = 0
+        self._prepares = (
+            arguments.clip_grads or arguments.non_finite_loss == "skip" or precision.scaler is not None
+        )
+        """Whether anything is done with the gradients before the optimizers get them."""
         self._never_validates = not arguments.val_interval_epochs and arguments.val_interval_steps is None
 
     @property
@@ -70,21 +74,10 @@ class Optimization:
             The gradients' norm before clipping if they are clipped, on the device; and why the step was left out,
             or None.
         """
-        arguments, precision = self._arguments, self._precision
-        skipped: Skip | None = None
         grad_norm: torch.Tensor | None = None
-        if precision.scaler is not None:
-            precision.unscale_(self.optimizers)
-        if arguments.clip_grads:
-            parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.max_grad_norm)
-        if arguments.non_finite_loss == "skip":
-            mark = clock()
-            if not torch.isfinite(loss).item():  # SYNC: the user chose to skip such steps, so the loop has to know
-                skipped = "non_finite_loss"
-            ledger.readback += clock() - mark
-        if precision.scaler is not None and skipped is None:
-            skipped = self._read_overflow(ledger)
+        skipped: Skip | None = None
+        if self._prepares:
+            grad_norm, skipped = self._prepare(loss, ledger)
         if skipped is None:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -92,9 +85,26 @@ class Optimization:
                 scheduler.step()
             if self._follow_loss:
                 self._add_loss(loss, rows or 1)
-        if precision.scaler is not None:
-            precision.update()
+        if self._precision.scaler is not None:
+            self._precision.update()
         return grad_norm, skipped
+
+    def _prepare(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, Skip | None]:
+        """Unscale and clip the gradients, and decide whether they are to be applied."""
+        arguments = self._arguments
+        grad_norm: torch.Tensor | None = None
+        if self._precision.scaler is not None:
+            self._precision.unscale_(self.optimizers)
+        if arguments.clip_grads:
+            parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.max_grad_norm)
+        if arguments.non_finite_loss == "skip":
+            mark = clock()
+            finite = torch.isfinite(loss).item()  # SYNC: the user chose to skip such steps, so the loop has to know
+            _charge(ledger, mark)
+            if not finite:
+                return grad_norm, "non_finite_loss"
+        return grad_norm, self._read_overflow(ledger) if self._precision.scaler is not None else None
 
     def _add_loss(self, loss: torch.Tensor, rows: int) -> None:
         # Apple's GPUs have no float64.
@@ -109,7 +119,7 @@ class Optimization:
             return None
         mark = clock()
         overflow = found.item() > 0  # SYNC: a float16 scaler needs one a step
-        ledger.readback += clock() - mark
+        _charge(ledger, mark)
         return "gradient_overflow" if overflow else None
 
     def zero_grad(self) -> None:
@@ -155,6 +165,13 @@ class Optimization:
         ledger.readback += clock() - mark
         for scheduler in self._plateau:
             scheduler.step(number)
+
+
+def _charge(ledger: Ledger, mark: int) -> None:
+    """A number from the device was waited for since ``mark``, within the compute row."""
+    spent = clock() - mark
+    ledger.readback += spent
+    ledger.aside += spent
 
 
 def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Any]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from trainer.collate import Notice, OutputCollector, collate_outputs
@@ -15,19 +15,27 @@ from trainer.data import map_tensors
 class Capture:
     """Copies step outputs to the host. Used on the loop's thread; waits for nothing.
 
-    On CUDA the tensors are cloned on the compute stream, where they cannot change any more, and copied to pinned
-    memory on
-    a stream of their own. On the CPU they are cloned too: the user's code may write to them in its next step.
+    On CUDA the tensors are cloned on the compute stream, where they cannot change any more, and copied to pinned memory
+    on a stream of their own. On the CPU they are cloned too: the user's code may write to them in its next step.
+
+    Args:
+        device: The run's.
+        notice: Told once why an output could not be concatenated.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, notice: Notice) -> None:
         self._device = device
+        self._notice = notice
+        self._collating = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def take(self, outputs: tuple[Any, ...]) -> Copy:
         """Begin to copy; see `Copy.wait` for the end of it."""
+        if self._stream is None and len(outputs) == 1 and type(outputs[0]) is torch.Tensor and outputs[0].is_cpu:
+            clone = outputs[0].detach().clone()  # by far the most frequent: a loss alone
+            return Copy((clone,), clone.nbytes)
         nbytes = 0
         on_device: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -43,8 +51,12 @@ class Capture:
             on_device.append((clone, host))
             return host
 
-        copied = tuple(map_tensors(copy, output) for output in outputs)
-        return Copy(copied, self._to_host(on_device) if on_device else None, nbytes)
+        copied = tuple([map_tensors(copy, output) for output in outputs])
+        return Copy(copied, nbytes, self._to_host(on_device) if on_device else None)
+
+    def of_step(self, copies: list[Copy]) -> StepOutputs:
+        """The outputs of one step, to go beside its event."""
+        return StepOutputs(copies, self._notice, self._collating)
 
     def _to_host(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
         assert self._stream is not None
@@ -58,41 +70,43 @@ class Capture:
         return arrived
 
 
-class Copy:
-    """The outputs of one step: host tensors that may not be filled yet."""
+# Thousands of these wait for a slow observer, and never in a cycle: with `gc=False` the collector does not walk them.
+class Copy(msgspec.Struct, gc=False):
+    """The outputs of one micro-batch: host tensors that may not be filled yet."""
 
-    __slots__ = ("_arrived", "nbytes", "values")
-
-    def __init__(self, values: tuple[Any, ...], arrived: torch.cuda.Event | None, nbytes: int) -> None:
-        self.values = values
-        self.nbytes = nbytes
-        self._arrived = arrived
+    values: tuple[Any, ...]
+    nbytes: int
+    arrived: torch.cuda.Event | None = None
+    """Happens when the last of those that come from a device is there; None if none does."""
 
     def wait(self) -> tuple[Any, ...]:
         """The values, filled; waits for the copy, so never call it on the loop's thread."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self.arrived is not None:
+            self.arrived.synchronize()
         return self.values
 
 
-class StepOutputs:
+class StepOutputs(msgspec.Struct, gc=False):
     """The outputs of one optimizer step's micro-batches, shared by the callbacks that want them."""
 
-    __slots__ = ("_collated", "_copies", "_lock", "_notice")
+    copies: list[Copy]
+    notice: Notice
+    lock: threading.Lock
+    """Shared by all steps: two observers seldom collate at once."""
+    result: tuple[Any, ...] | None = None
 
-    def __init__(self, copies: Sequence[Copy], notice: Notice) -> None:
-        self._copies = copies
-        self._notice = notice
-        self._lock = threading.Lock()
-        self._collated: tuple[Any, ...] | None = None
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return sum([copy.nbytes for copy in self.copies])
 
     def collated(self) -> tuple[Any, ...]:
         """One value per output position; computed once, on the first observer's thread that asks."""
-        with self._lock:
-            if self._collated is None:
-                self._collated = collate_outputs([copy.wait() for copy in self._copies], self._notice)
-                self._copies = ()
-            return self._collated
+        with self.lock:
+            if self.result is None:
+                self.result = collate_outputs([copy.wait() for copy in self.copies], self.notice)
+                self.copies = []
+            return self.result
 
 
 class EpochOutputs:
@@ -112,7 +126,8 @@ class EpochOutputs:
             EpochOutputsTooLarge: the epoch's outputs have outgrown their limit.
         """
         self._collector.append(copy.values)
-        self._last = copy
+        if copy.arrived is not None:
+            self._last = copy
 
     @property
     def nbytes(self) -> int:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import isfinite
+from operator import setitem
 from typing import Any
 
 import torch
+from msgspec.structs import force_setattr
 
 from events.backlog import Published
 from events.messages import Event, MetricsLogged, TestEpochEnded, TrainEpochEnded, TrainStepEnded, ValEpochEnded
 
-_Place = tuple[Event, str]
+_Place = tuple[Callable[[Any, str, float], None], Any, str]
+"""Where a number goes: how to put it there, the event or dictionary, and the name."""
+
+_Read = Callable[[], bool]
+"""Puts numbers in their places and returns True, if they have arrived from the device."""
+
+
+_SUMMARISED = frozenset({MetricsLogged, ValEpochEnded, TestEpochEnded, TrainEpochEnded})
 
 
 def _done() -> bool:
@@ -28,12 +37,14 @@ class DeviceReadback:
     mean loss of an epoch.
 
     Args:
-        on_loss: Called for each step whose loss has been read and is not finite, or was preceded by such a one.
+        on_loss: Called for each step whose loss has been read and is not finite; with how many in a row that makes.
     """
 
     def __init__(self, on_loss: Callable[[TrainStepEnded, int], None]) -> None:
         self.summary: dict[str, float] = {}
         """Last value of each metric, ``train_loss`` and ``val_loss``."""
+        self.compute_stream: torch.cuda.Stream | None = None
+        """Where the loop computes, if that is a CUDA device; set on its thread. None: the default stream."""
         self._on_loss = on_loss
         self._consecutive = 0
         self._loss_sum = 0.0
@@ -41,97 +52,130 @@ class DeviceReadback:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def start(self, batch: list[Published], /) -> Callable[[], bool]:
-        places: dict[tuple[torch.device, torch.dtype], tuple[list[_Place], list[torch.Tensor]]] = {}
-        for event, payload in batch:
-            if payload is not None and payload.pending:
-                for name, tensor in payload.pending.items():
-                    key = (tensor.device, tensor.dtype)
-                    where, tensors = places.setdefault(key, ([], []))
-                    where.append((event, name))
-                    tensors.append(tensor if tensor.dim() == 0 else tensor.reshape(()))
-                payload.pending = None
-        on_device = False
-        copies: list[tuple[list[_Place], Callable[[], list[Any] | None]]] = []
-        for (device, _), (where, tensors) in places.items():
-            if device.type == "cuda":
-                on_device = True
-                copies.append((where, self._copy_from_cuda(device, tensors)))
+        # This thread competes with the loop for the interpreter, and nearly all events are steps with one number each:
+        # these take a short way, which only looks whether they go together after all.
+        places: list[_Place] = []
+        tensors: list[Any] = []
+        others: list[tuple[_Place, Any]] = []
+        for event, _ in batch:
+            if type(event) is not TrainStepEnded:
+                others += _deferred(event)
+            elif event.grad_norm is None and type(event.lr) is float:
+                places.append((force_setattr, event, "loss"))
+                tensors.append(event.loss)
             else:
-                _fill(where, torch.stack(tensors).tolist())
-        if not on_device:
+                others += _deferred(event)
+        reads: list[_Read] = []
+        if tensors:
+            try:
+                reads += self._read(places, tensors)
+            except RuntimeError:  # of several shapes, or on several devices
+                others += zip(places, tensors, strict=True)
+        for group in _grouped(others):
+            reads += self._read([place for place, _ in group], [tensor.reshape(()) for _, tensor in group])
+        if not reads:
             self._observe(batch)
             return _done
 
         def arrived() -> bool:
-            while copies:
-                where, read = copies[-1]
-                values = read()
-                if values is None:
+            while reads:
+                if not reads[-1]():
                     return False
-                _fill(where, values)
-                copies.pop()
+                reads.pop()
             self._observe(batch)
             return True
 
         return arrived
 
-    def _copy_from_cuda(
-        self, device: torch.device, tensors: list[torch.Tensor]
-    ) -> Callable[[], list[Any] | None]:
-        stream = self._streams.get(device)
-        if stream is None:
-            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def _read(self, places: list[_Place], tensors: list[torch.Tensor]) -> list[_Read]:
+        """Put the numbers of like tensors in their places; what has to come from a device first, is returned."""
+        if tensors[0].is_cuda:
+            return [self._read_from_cuda(places, tensors)]
+        _put(places, torch.stack(tensors))
+        return []
+
+    def _read_from_cuda(self, places: list[_Place], tensors: list[torch.Tensor]) -> _Read:
+        device = tensors[0].device
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
         with torch.cuda.device(device), torch.cuda.stream(stream):
             # All work that computes these tensors was queued before they were published, so waiting (on the device)
             # for what the compute stream holds now is enough.
-            stream.wait_stream(torch.cuda.default_stream(device))
+            stream.wait_stream(self.compute_stream or torch.cuda.default_stream(device))
             stacked = torch.stack(tensors)
             host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             host.copy_(stacked, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(stream)
         # `tensors` and `stacked` are held until the copy has happened: the allocator must not hand their memory on.
-        held = [tensors, [stacked]]
+        held = [*tensors, stacked]
 
-        def read() -> list[Any] | None:
+        def read() -> bool:
             if not arrived.query():  # type: ignore[no-untyped-call]
-                return None
+                return False
             held.clear()
-            values: list[Any] = host.tolist()
-            return values
+            _put(places, host)
+            return True
 
         return read
 
     def _observe(self, batch: list[Published]) -> None:
+        last: float | None = None
         for event, _ in batch:
             if type(event) is TrainStepEnded:
-                if event.loss is not None:
-                    self._step(event, event.loss)
-            elif isinstance(event, MetricsLogged):
-                suffix = "" if event.key in (None, "default") else f"/{event.key}"
-                for name, value in event.metrics.items():
-                    self.summary[name + suffix] = value
-            elif isinstance(event, (ValEpochEnded, TestEpochEnded)):
-                if event.loss is not None:
-                    suffix = "" if event.key == "default" else f"/{event.key}"
-                    self.summary[f"{event.stage}_loss{suffix}"] = event.loss
-            elif isinstance(event, TrainEpochEnded):
-                if self._loss_rows:
-                    event.fill("loss", self._loss_sum / self._loss_rows)
-                self._loss_sum, self._loss_rows = 0.0, 0
+                last = event.loss
+                if last is not None:
+                    rows = event.rows or 1
+                    self._loss_sum += last * rows
+                    self._loss_rows += rows
+                    if not isfinite(last):
+                        self._consecutive += 1
+                        self._on_loss(event, self._consecutive)
+                    elif self._consecutive:
+                        self._consecutive = 0
+            elif type(event) in _SUMMARISED:
+                self._summarise(event)
+        if last is not None:
+            self.summary["train_loss"] = last
 
-    def _step(self, event: TrainStepEnded, loss: float) -> None:
-        rows = event.rows or 1
-        self._loss_sum += loss * rows
-        self._loss_rows += rows
-        self.summary["train_loss"] = loss
-        if not math.isfinite(loss):
-            self._consecutive += 1
-            self._on_loss(event, self._consecutive)
-        elif self._consecutive:
-            self._consecutive = 0
+    def _summarise(self, event: Event) -> None:
+        if isinstance(event, MetricsLogged):
+            suffix = "" if event.key in (None, "default") else f"/{event.key}"
+            for name, value in event.metrics.items():
+                self.summary[name + suffix] = value
+        elif isinstance(event, (ValEpochEnded, TestEpochEnded)):
+            if event.loss is not None:
+                suffix = "" if event.key == "default" else f"/{event.key}"
+                self.summary[f"{event.stage}_loss{suffix}"] = event.loss
+        elif isinstance(event, TrainEpochEnded):
+            if self._loss_rows:
+                force_setattr(event, "loss", self._loss_sum / self._loss_rows)
+            self._loss_sum, self._loss_rows = 0.0, 0
 
 
-def _fill(places: list[_Place], values: list[Any]) -> None:
-    for (event, name), value in zip(places, values, strict=True):
-        event.fill(name, float(value))
+def _put(places: list[_Place], stacked: torch.Tensor) -> None:
+    numbers: list[float] = stacked.flatten().tolist()
+    for (put, where, name), number in zip(places, numbers, strict=True):
+        put(where, name, float(number))
+
+
+def _deferred(event: Event) -> Iterator[tuple[_Place, torch.Tensor]]:
+    """Every number of an event that is still a tensor, with its place."""
+    for name in event.deferred:
+        value = getattr(event, name)
+        if isinstance(value, torch.Tensor):
+            yield (force_setattr, event, name), value
+    if isinstance(event, MetricsLogged):
+        metrics: dict[str, Any] = event.metrics  # declared as numbers, which is what everybody else sees
+        for name, value in metrics.items():
+            if isinstance(value, torch.Tensor):
+                yield (setitem, event.metrics, name), value
+
+
+def _grouped(numbers: list[tuple[_Place, torch.Tensor]]) -> list[list[tuple[_Place, torch.Tensor]]]:
+    """Those together that one stack can hold without changing any of them."""
+    groups: dict[Any, list[tuple[_Place, torch.Tensor]]] = {}
+    for place, tensor in numbers:
+        groups.setdefault((tensor.device, tensor.dtype), []).append((place, tensor))
+    return list(groups.values())

@@ -6,7 +6,6 @@ import threading
 
 import torch
 
-from events.backlog import Payload
 from events.bus import Bus
 from events.messages import Event, MetricsLogged
 from events.origin import header_of
@@ -63,16 +62,11 @@ class MetricRecorder:
         self.values = []
 
     def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
-        pending: dict[str, torch.Tensor] = {}
         suffix = "" if event.key in (None, "default") else f"/{event.key}"
         for name, value in values.items():
             self.latest[name + suffix] = value
-            if isinstance(value, torch.Tensor):
-                pending[name] = value
-                event.metrics[name] = float("nan")  # keeps the order of logging; filled in before delivery
-            else:
-                event.metrics[name] = value
-        self._bus.publish(event, Payload(pending) if pending else None)
+            event.metrics[name] = value  # type: ignore[assignment]  # a tensor is deferred: see `Event.deferred`
+        self._bus.publish(event)
 
 
 def _means(values: list[tuple[str, Value, int]]) -> dict[str, Value]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import os
 import platform
@@ -81,6 +82,7 @@ class Session:
         arguments: TrainerArguments,
         *,
         task: Task,
+        control: Control,
         callbacks: Iterable[Callback],
         sinks: Iterable[SinkLike],
         journal: Journal | None,
@@ -94,13 +96,13 @@ class Session:
         self.error: BaseException | None = None
         """What ended the loop, if it was an exception."""
         self.result: RunResult | None = None
-        self.control = Control()
+        self.control = control
         self.finished = anyio.Event()
         self._module = module
         self._arguments = arguments
         self._device = resolve_device(arguments.device)
         self._precision = Precision(arguments.precision, self._device.type)
-        self._callbacks = [_split(callback) for callback in callbacks]
+        self._callbacks = [split(callback) for callback in callbacks]
         self._run_id = run_id or new_run_id()
         self._folder: RunFolder | None = None
         if journal is not None or run_dir is not None:
@@ -150,7 +152,7 @@ class Session:
             self._journal = self._supervisor.add("journal", SinkTarget(journal, run), journal.delivery)
         self._add_callbacks()
         for sink in sinks:
-            described, delivery = _split(sink)
+            described, delivery = split(sink)
             name = type(described).__name__.lower()
             self._supervisor.add(name, SinkTarget(described, run), delivery or delivery_of(described))
         self._boundary = Boundary(
@@ -172,7 +174,7 @@ class Session:
             outputs_limit_bytes=arguments.epoch_outputs_limit_bytes,
         )
         if folder is not None:
-            folder.write_arguments(msgspec.to_builtins(arguments))
+            folder.write_arguments(_plain(arguments))
 
     def _add_callbacks(self) -> None:
         members: list[tuple[CallbackInterface, Delivery | None]] = []
@@ -205,14 +207,18 @@ class Session:
         except BaseException as error:  # the loop's border: told to all observers, then raised by the run's door
             self._record(error)
         finally:
-            self._finish_loop()
-            self._count_seeded(-1 if seeded else 0)
-            current_origin.reset(token)
-            self.bus.post(self._loop_ended.set)
+            try:
+                self._finish_loop()
+                self._count_seeded(-1 if seeded else 0)
+                current_origin.reset(token)
+            finally:  # whatever a signal has cut short
+                self.bus.post(self._loop_ended.set)
 
     def _main(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+            self._readback.compute_stream = torch.cuda.current_stream(self._device)
+        torch.get_num_threads()  # torch gives a new thread the host's setting only when it is asked for
         self.recorder.bind()
         if self._arguments.seed is not None:
             seed_everything(self._arguments.seed)
@@ -292,7 +298,7 @@ class Session:
             arguments.epochs,
             steps,
             arguments.max_steps,
-            msgspec.to_builtins(arguments),
+            _plain(arguments),
             str(self._device),
             {"python": platform.python_version(), "torch": str(torch.__version__), "stagecast": _own_version()},
             socket.gethostname(),
@@ -311,7 +317,7 @@ class Session:
         if not cancelled:
             step = self.origin.global_step
             if error is not self.control.error:  # an observer's exception names its hook already
-                error.add_note(f"stagecast: in {self._boundary.phase} after global_step {step}")
+                _note(error, f"stagecast: in {self._boundary.phase} after global_step {step}")
             logger.error(f"the run failed after global_step {step}: {self._reason}")
 
     def _finish_loop(self) -> None:
@@ -365,13 +371,13 @@ class Session:
     def _on_fatal(self, error: BaseException) -> None:
         if not getattr(error, "__notes__", None):  # a callback's names its hook and step already
             failed = [one.name for one in self._supervisor.observers if one.error == describe(error)]
-            error.add_note(f"raised by the observer {' or '.join(failed)} after global_step {self.origin.global_step}")
+            _note(error, f"raised by the observer {' or '.join(failed)} after global_step {self.origin.global_step}")
         self.control.fail(error)
         self.bus.release()
 
     def _on_inline_error(self, hook: InlineHook, error: Exception) -> None:
         fatal = hook.delivery.on_error == "fatal"
-        error.add_note(f"raised by {hook.callback}.{hook.name} at global_step {self.origin.global_step}")
+        _note(error, f"raised by {hook.callback}.{hook.name} at global_step {self.origin.global_step}")
         failed = ObserverFailed(
             *self.origin.header(), hook.callback, describe(error), hook.name, "fatal" if fatal else "disabled"
         )
@@ -532,8 +538,21 @@ def console() -> Sink:
     return sink
 
 
-def _split(member: Any) -> tuple[Any, Delivery | None]:
-    return member if isinstance(member, tuple) else (member, None)
+def split(member: Any) -> tuple[Any, Any]:
+    """An observer and the `Delivery` that it is paired with, or None."""
+    # Not any tuple: a sink may be a named one.
+    return member if type(member) is tuple and len(member) == 2 else (member, None)
+
+
+def _plain(arguments: TrainerArguments) -> Any:
+    """The arguments as plain values; what is none, such as a function as torch.compile's backend, is text."""
+    return msgspec.to_builtins(arguments, enc_hook=str)
+
+
+def _note(error: BaseException, text: str) -> None:
+    """Say where an exception came from. One of the user's own kind may refuse: then it goes without."""
+    with contextlib.suppress(Exception):
+        error.add_note(text)
 
 
 def _compile(module: ModuleInterface, arguments: TrainerArguments) -> Callable[[], None]:

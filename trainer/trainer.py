@@ -21,11 +21,13 @@ from events.journal import Journal
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult, Stop
 from events.run import Run
+from events.sink import Delivery
 from events.stream import LocalEventStream
 from trainer.arguments import TrainerArguments
+from trainer.control import Control
 from trainer.errors import ArgumentsError
 from trainer.module_interface import CallbackInterface, ModuleInterface
-from trainer.session import Callback, Session, SinkLike, Task, console
+from trainer.session import Callback, Session, SinkLike, Task, console, split
 
 
 class Trainer:
@@ -65,12 +67,16 @@ class Trainer:
     ) -> None:
         self.module = module
         self.arguments = arguments if arguments is not None else TrainerArguments()
-        self._callbacks = tuple(callbacks)
-        self._sinks = None if sinks is None else tuple(sinks)
+        problems: list[str] = []
+        self._callbacks = _members("callbacks", callbacks, problems)
+        self._sinks = None if sinks is None else _members("sinks", sinks, problems)
         self._journal = Journal() if journal is True else journal or None
         self._run_id = run_id
         self._run_dir = run_dir
-        _check(self.module, self.arguments, self._callbacks, self._sinks, run_id)
+        _check(self.module, self.arguments, self._callbacks, self._sinks, problems)
+        _check_folder(self._journal, run_id, run_dir, problems)
+        if problems:
+            raise ArgumentsError("Trainer: " + "; ".join(problems))
 
     def train(self) -> RunResult:
         """Train on the calling thread, and wait until the observers are drained.
@@ -122,9 +128,10 @@ class Trainer:
 
     def _run_here(self, task: Task) -> Session:
         on_main_thread = threading.current_thread() is threading.main_thread()
-        return _run_here(lambda: self._session(task, default_sinks=True, interactive=on_main_thread))
+        control = Control()
+        return _run_here(lambda: self._session(task, control, default_sinks=True, interactive=on_main_thread), control)
 
-    def _session(self, task: Task, *, default_sinks: bool, interactive: bool) -> Session:
+    def _session(self, task: Task, control: Control, *, default_sinks: bool, interactive: bool) -> Session:
         sinks = self._sinks
         if sinks is None:
             sinks = (console(),) if default_sinks else ()
@@ -132,6 +139,7 @@ class Trainer:
             self.module,
             self.arguments,
             task=task,
+            control=control,
             callbacks=self._callbacks,
             sinks=sinks,
             journal=self._journal,
@@ -148,7 +156,7 @@ class _RunContext(AbstractAsyncContextManager[Run]):
         self._trainer = trainer
 
     async def __aenter__(self) -> Run:
-        self._session = self._trainer._session("train", default_sinks=False, interactive=False)
+        self._session = self._trainer._session("train", Control(), default_sinks=False, interactive=False)
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._session.serve, name="stagecast run")
@@ -224,19 +232,22 @@ def _outcome(session: Session) -> RunResult:
     return session.result
 
 
-def _run_here(make: Callable[[], Session]) -> Session:
+def _run_here(make: Callable[[], Session], control: Control) -> Session:
     """Run the loop on this thread and the event loop on another, until both have ended.
 
-    The session is made in its event loop: this thread may be in one of the host's, perhaps of another kind.
+    The session is made in its event loop: this thread may be in one of the host's, perhaps of another kind. A signal
+    that comes meanwhile waits in ``control``.
     """
     made: queue.SimpleQueue[Session | BaseException] = queue.SimpleQueue()
-    abandoned = threading.Event()
+    abandoned, ended = threading.Event(), threading.Event()
     failures: list[BaseException] = []
 
     async def main() -> None:
         session = make()
         if abandoned.is_set():
             session.discard()
+            session.bus.close()
+            await session.bus.run()  # there is nothing to deliver: it lets its sockets go
             return
         made.put(session)
         await session.serve()
@@ -247,25 +258,28 @@ def _run_here(make: Callable[[], Session]) -> Session:
         except BaseException as error:  # the thread's border: raised on the calling thread
             failures.append(error)
             made.put(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=serve, name="stagecast-events", daemon=True)
-    thread.start()
-    try:
-        session = made.get()
-    except BaseException:  # an interrupt while a device or a folder is being opened
-        abandoned.set()
-        raise
-    if isinstance(session, Session):
-        with _signals(session):
+    with _signals(control):
+        thread.start()
+        try:
+            session = made.get()
+        except BaseException:  # a second signal while a device or a folder is being opened
+            abandoned.set()
+            raise
+        if isinstance(session, Session):
             session.run_loop()
+            ended.wait()  # by itself: a `join` that a signal interrupts takes the thread for ended (bpo-45274)
             thread.join()
-        if not failures:
-            return session
+            if not failures:
+                return session
     raise failures[0]
 
 
 @contextlib.contextmanager
-def _signals(session: Session) -> Iterator[None]:
+def _signals(control: Control) -> Iterator[None]:
     """On the main thread: the first SIGINT or SIGTERM stops the run orderly, the second ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -275,7 +289,7 @@ def _signals(session: Session) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if next(count) == 1:
-            session.control.send(Stop(id=f"signal-{name}", reason=name))
+            control.send(Stop(id=f"signal-{name}", reason=name))
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
@@ -289,34 +303,49 @@ def _signals(session: Session) -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
+def _members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
+        return tuple(given)
+    problems.append(f"{name} must be a list, not {_shown(given)}; put a single one in brackets")
+    return ()
+
+
 def _check(
-    module: Any, arguments: Any, callbacks: tuple[Any, ...], sinks: tuple[Any, ...] | None, run_id: Any
+    module: Any, arguments: Any, callbacks: tuple[Any, ...], sinks: tuple[Any, ...] | None, problems: list[str]
 ) -> None:
-    problems: list[str] = []
     if not isinstance(module, ModuleInterface):
-        problems.append(f"module must be a ModuleInterface, not {_shown(module)}")
+        problems.append(f"module must be an instance of a ModuleInterface, not {_shown(module)}")
     if not isinstance(arguments, TrainerArguments):
         problems.append(
             f"arguments must be TrainerArguments, not {_shown(arguments)}; TrainerArguments.from_dict builds them"
         )
     for number, callback in enumerate(callbacks):
-        target = callback[0] if isinstance(callback, tuple) and len(callback) == 2 else callback
-        if not isinstance(target, CallbackInterface):
+        target, delivery = split(callback)
+        if not isinstance(target, CallbackInterface) or not isinstance(delivery, Delivery | None):
             problems.append(
                 f"callbacks[{number}] must be a CallbackInterface, or a pair of one and a Delivery, not"
                 f" {_shown(callback)}"
             )
     for number, sink in enumerate(sinks or ()):
-        target = sink[0] if isinstance(sink, tuple) and len(sink) == 2 else sink
-        if isinstance(target, type) or not callable(getattr(target, "open", None)):
+        target, delivery = split(sink)
+        is_sink = callable(getattr(target, "open", None)) and not isinstance(target, type)
+        if not is_sink or not isinstance(delivery, Delivery | None):
             problems.append(
                 f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
                 f" {_shown(sink)}"
             )
-    if run_id is not None and (not isinstance(run_id, str) or not run_id or "/" in run_id or "\0" in run_id):
-        problems.append(f"run_id must be a name without slashes, not {run_id!r}")
-    if problems:
-        raise ArgumentsError("Trainer: " + "; ".join(problems))
+
+
+def _check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -> None:
+    if not isinstance(journal, Journal | None):
+        problems.append(f"journal must be True, False or a Journal, not {_shown(journal)}")
+    # The name is that of a folder below runs/, and must not lead out of it.
+    if run_id is not None and (
+        not isinstance(run_id, str) or run_id in ("", ".", "..") or {"/", os.sep, "\0"} & set(run_id)
+    ):
+        problems.append(f"run_id must be a name without slashes, not {_shown(run_id)}; run_dir chooses the folder")
+    if run_dir is not None and not (isinstance(run_dir, str | os.PathLike) and os.fspath(run_dir)):
+        problems.append(f"run_dir must be the path of a folder, not {_shown(run_dir)}")
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2_000)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    capture = Capture(torch.device("cpu"))
+    capture = Capture(torch.device("cpu"), print)
     outputs = EpochOutputs(2**40, "benchmark", print)
     loss, logits = torch.zeros(()), torch.randn(32, 1000)
     costs: list[float] = []

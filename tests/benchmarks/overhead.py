@@ -28,7 +28,7 @@ from trainer import CallbackInterface, Delivery, ModuleInterface, Stage, Trainer
 
 
 class TinyMLP(ModuleInterface):
-    """Three layers of 64, batches of 32 rows: a step is a quarter of a millisecond."""
+    """Three layers of 64 with Adam, batches of 32 rows: a step takes a quarter of a millisecond, most of it Python."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class TinyMLP(ModuleInterface):
         self.batches = [(torch.randn(32, 64), torch.randn(32, 1))] * steps
 
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=1e-3)], []
+        return [torch.optim.Adam(self.parameters(), lr=1e-3)], []
 
     def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
         return self.batches

@@ -93,9 +93,9 @@ def load_images() -> tuple[TensorDataset, TensorDataset]:
             " checkout: pip install -e '.[examples]')",
             name=error.name,
         ) from error
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), 0 to 1
-    labels = torch.tensor(digits.target, dtype=torch.int64)  # (1797,)
+    pixels, digits = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16  # (1797, 1, 8, 8), 0 to 1
+    labels = torch.tensor(digits, dtype=torch.int64)  # (1797,)
     held_back = torch.arange(len(labels)) % 5 == 0
     return TensorDataset(images[~held_back], labels[~held_back]), TensorDataset(images[held_back], labels[held_back])
 

@@ -1,0 +1,271 @@
+"""Observers that raise: what is published, what is tried again, and what the others notice of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from events.backlog import Payload, Published
+from events.fence import Fence
+from events.messages import ObserverFailed, ObserverRecovered
+from events.protocol import ObserverReport
+from events.sink import RunInfo
+from events.supervisor import Observer, Supervisor, describe
+
+pytestmark = pytest.mark.anyio
+
+
+class Hooks:
+    """A target like a callback's: one hook for each event, taken up where it failed. The script goes by event."""
+
+    payloads = True
+    blocking = True
+
+    def __init__(self, script: dict[int, Iterable[Callable[[], None]]]) -> None:
+        self._script = {at: iter(acts) for at, acts in script.items()}
+        self._batch: Sequence[Published] = ()
+        self._done = 0
+        self.ran: list[int] = []
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        return "on_something", self._done
+
+    def open(self) -> None: ...
+
+    def deliver(self, batch: Sequence[Published], /) -> None:
+        if batch is not self._batch:
+            self._batch, self._done = batch, 0
+        for event, _ in batch[self._done :]:
+            self.ran.append(event.global_step)
+            if (act := next(self._script.get(event.global_step, iter(())), None)) is not None:
+                act()
+            self._done += 1
+
+    def close(self) -> None: ...
+
+
+def failures(house: Any) -> list[tuple[str, str, int]]:
+    return [(event.during, event.action, event.failures) for event in house.told if type(event) is ObserverFailed]
+
+
+# ------------------------------------------------------------------------------------- what fails for good
+
+
+@pytest.mark.parametrize("call", ["open", "write"])
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("fatal", [("fatal", 1)]),
+        ("disable", [("disabled", 1)]),
+        ("retry", [("retrying", 1), ("disabled", 3)]),
+    ],
+)
+async def test_one_that_fails_for_ever_is_given_up(
+    kit: Any, supervising: Any, call: str, policy: Any, expected: list[tuple[str, int]]
+) -> None:
+    """As its policy says, announced; its queue is let go and counted; nobody else notices."""
+    async with supervising() as house:
+        sink, other = kit.Scripted(**{call: itertools.repeat(kit.fail)}), kit.Scripted()
+        house.add(sink, on_error=policy, retries=2)
+        house.add(other, "other")
+        await house.start(publish=3)
+        while (await house.until(ObserverFailed)).action == "retrying":
+            pass
+        await house.publish(2)
+        reports = await house.drain()
+    assert failures(house) == [(call, *rest) for rest in expected]
+    assert {event.error for event in house.told} == {"OSError: disk full"}
+    assert [describe(error) for error in house.fatal] == (["OSError: disk full"] if policy == "fatal" else [])
+    assert sink.calls.count(call) == expected[-1][1]
+    assert sink.calls.count("close") == (call == "write")  # what was never opened has nothing to close
+    assert reports["sink"] == ObserverReport(
+        observer="sink", state="disabled", published=3, dropped=3, error="OSError: disk full"
+    )
+    assert other.got == [1, 2, 3, 4, 5]
+    assert reports["other"] == ObserverReport(observer="other", state="closed", published=5, delivered=5)
+
+
+async def test_an_async_open_is_refused_by_name(kit: Any, supervising: Any) -> None:
+    """The mistake is named with what to do about it; no coroutine is left behind that nobody awaited."""
+
+    class Eager(kit.Scripted):
+        async def open(self, run: RunInfo) -> Any:  # type: ignore[override]
+            raise AssertionError
+
+    async with supervising() as house:
+        house.add(Eager(), on_error="disable")
+        await house.start()
+        failed = await house.until(ObserverFailed)
+    assert failed.during == "open"
+    assert "Eager.open() is async" in failed.error
+    assert "make it a plain function" in failed.error
+
+
+class Odd(BaseException):
+    """Not an `Exception`."""
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit, Odd])
+@pytest.mark.parametrize("sink_type", ["plain", "async"])
+async def test_no_exception_of_an_observer_ends_the_event_loop(
+    kit: Any, supervising: Any, kind: type[BaseException], sink_type: str
+) -> None:
+    """A sink that calls sys.exit, or raises what means "cancelled", has failed like any other."""
+    async with supervising() as house:
+        sink = kit.plain_async_mixed[sink_type](open=[kind("o")], write=[kind("w")], close=[kind("c")])
+        house.add(sink, retries=1)
+        await house.start(publish=1)
+        await house.until(ObserverRecovered)
+        await house.until(ObserverRecovered)
+        reports = await house.drain()
+    assert failures(house) == [("open", "retrying", 1), ("write", "retrying", 1), ("close", "disabled", 1)]
+    errors = [event.error for event in house.told if type(event) is ObserverFailed]
+    assert errors == [f"{kind.__name__}: {text}" for text in "owc"]
+    assert sink.got == [1]
+    assert reports["sink"].state == "failed"
+
+
+async def test_a_fatal_failure_is_told_before_fences_fall(kit: Any, supervising: Any) -> None:
+    """Or the loop would take another step before it hears of the failure."""
+    async with supervising() as house:
+        fence = Fence(["sink"])
+        waiting: list[list[str]] = []
+        house.supervisor = Supervisor(house.bus, lambda error: waiting.append(fence.waiting))
+        house.add(Hooks({1: [kit.fail]}), on_error="fatal")
+        await house.start(1, Payload(fence=fence))
+        failed = await house.until(ObserverFailed)
+        await house.drain()
+    assert (failed.during, failed.action) == ("on_something", "fatal")
+    assert waiting == [["sink"]]
+    assert fence.waiting == []
+
+
+# ---------------------------------------------------------------------------------- what fails for a while
+
+
+@pytest.mark.parametrize("call", ["open", "write"])
+@pytest.mark.parametrize("times", [1, 3])
+async def test_the_same_batch_is_delivered_again_until_it_is_taken(
+    kit: Any, supervising: Any, call: str, times: int
+) -> None:
+    """Told once at the beginning and once at the end; every event arrives once and in order."""
+    async with supervising() as house:
+        sink = kit.Scripted(**{call: [kit.fail] * times})
+        observer = house.add(sink, retries=3, batch=4)
+        await house.start(publish=6)
+        recovered = await house.until(ObserverRecovered)
+        assert observer.circuit == "closed"
+        await house.publish(6)
+        reports = await house.drain()
+    assert failures(house) == [(call, "retrying", 1)]
+    assert (recovered.observer, recovered.failures) == ("sink", times)
+    assert recovered.outage_s > 0
+    assert sink.calls.count("open") == (times + 1 if call == "open" else 1)
+    again = times + 1 if call == "write" else 1
+    assert sink.tried[:again] == [[1, 2, 3, 4]] * again
+    assert sink.tried[again] != [1, 2, 3, 4]
+    assert sink.got == list(range(1, 13))
+    report = reports["sink"]
+    assert (report.state, report.delivered, report.dropped) == ("closed", 12, 0)
+
+
+async def test_a_later_failure_is_counted_and_told_anew(kit: Any, supervising: Any) -> None:
+    """What was overcome does not count against what comes later."""
+    async with supervising() as house:
+        sink = kit.Scripted(write=[kit.fail, None, kit.fail, None])
+        house.add(sink, retries=1)
+        await house.start()
+        for _ in range(2):
+            await house.publish(1)
+            assert (await house.until(ObserverRecovered)).failures == 1
+        await house.drain()
+    assert failures(house) == [("write", "retrying", 1)] * 2
+    assert sink.got == [1, 2]
+
+
+async def test_pauses_grow_up_to_their_limit(kit: Any, supervising: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They double; also after a thousand failures the next one can be computed."""
+    pauses: list[float] = []
+    back_off = Observer._back_off
+
+    async def note(self: Observer, pause_s: float) -> None:
+        pauses.append(pause_s)
+        await back_off(self, 0.0)
+
+    monkeypatch.setattr(Observer, "_back_off", note)
+    async with supervising() as house:
+        house.add(kit.Scripted(write=[kit.fail] * 1_100), retries=1_100, backoff_s=0.1, max_backoff_s=0.5)
+        await house.start(publish=1)
+        assert (await house.until(ObserverRecovered)).failures == 1_100
+    assert pauses[:5] == [0.1, 0.2, 0.4, 0.5, 0.5]
+    assert pauses[-1] == 0.5
+
+
+async def test_the_queue_follows_its_policy_during_an_outage(kit: Any, supervising: Any) -> None:
+    """Bounded while nothing is delivered; what fell out is counted, and what is left comes in order."""
+    async with supervising() as house:
+        sink = kit.Scripted(write=[kit.fail, kit.fail])
+        observer = house.add(sink, capacity=8, backoff_s=1e6, max_backoff_s=1e6)
+        await house.start(publish=1)
+        await house.until(ObserverFailed)
+        assert observer.circuit == "open"
+        await house.publish(100)
+        assert observer.subscription.statistics.queued == 8
+        reports = await house.drain()  # ends the pause
+    assert sink.got == [1, *range(95, 102)]
+    assert (reports["sink"].delivered, reports["sink"].dropped, reports["sink"].state) == (8, 93, "closed")
+
+
+async def test_a_callback_goes_on_at_the_hook_that_failed(kit: Any, supervising: Any) -> None:
+    """The hooks before it are not run again; those after it follow."""
+    async with supervising() as house:
+        hooks = Hooks({3: [kit.fail, kit.fail]})
+        house.add(hooks, retries=2)
+        await house.start(publish=5)
+        assert (await house.until(ObserverRecovered)).failures == 2
+        reports = await house.drain()
+    assert hooks.ran == [1, 2, 3, 3, 3, 4, 5]
+    assert failures(house) == [("on_something", "retrying", 1)]
+    assert reports["sink"].delivered == 5
+
+
+async def test_failures_of_different_hooks_do_not_add_up(kit: Any, supervising: Any) -> None:
+    """How many retries each hook has does not depend on how many others are in its batch."""
+    async with supervising() as house:
+        hooks = Hooks({at: [kit.fail] for at in (2, 3, 5)})
+        house.add(hooks, retries=1)
+        await house.start(publish=6)
+        counts = [(await house.until(ObserverRecovered)).failures for _ in range(3)]
+        reports = await house.drain()
+    assert counts == [1, 1, 1]
+    assert hooks.ran == [1, 2, 2, 3, 3, 4, 5, 5, 6]
+    assert failures(house) == [("on_something", "retrying", 1)] * 3
+    assert (reports["sink"].state, reports["sink"].delivered) == ("closed", 6)
+
+
+async def test_hooks_that_returned_count_as_delivered_when_the_next_one_is_given_up(kit: Any, supervising: Any) -> None:
+    """Of a batch that failed in the middle, the first part is delivered and the rest dropped."""
+    async with supervising() as house:
+        house.add(Hooks({3: [kit.fail]}), on_error="disable")
+        await house.start(publish=5)
+        await house.until(ObserverFailed)
+        reports = await house.drain()
+    assert (reports["sink"].delivered, reports["sink"].dropped) == (2, 3)
+
+
+def test_an_exception_is_described_in_one_line() -> None:
+    """Whatever its text is: long, in several lines, missing or itself broken."""
+
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert describe(ValueError("a\n  b")) == "ValueError: a b"
+    assert describe(ValueError()) == "ValueError"
+    assert describe(ValueError("x" * 2_000)) == f"ValueError: {'x' * 1_000}..."
+    assert describe(Broken()) == "Broken: its text cannot be had, RuntimeError"

@@ -1,0 +1,176 @@
+"""Observers that hang or are slow, plain and async: nobody waits for them, and nothing is done twice."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from events.messages import ObserverFailed, ObserverRecovered, ObserverSlow
+from events.protocol import ObserverReport
+
+pytestmark = pytest.mark.anyio
+
+
+# ------------------------------------------------------------------------------------------------- hanging
+
+
+async def test_a_call_that_is_too_slow_and_succeeds_late_was_a_success(kit: Any, supervising: Any) -> None:
+    """It is announced as failed, and not made a second time: nothing arrives twice."""
+    async with supervising() as house:
+        gate = house.gate()
+        sink = kit.Scripted(write=[gate])
+        observer = house.add(sink, timeout_s=kit.SHORT_S, retries=1)
+        await house.start(publish=2)
+        failed = await house.until(ObserverFailed)
+        await house.publish(2)
+        assert (failed.action, failed.failures) == ("retrying", 1)
+        assert failed.error == "TimeoutError: no answer within 0.1 s"
+        assert observer.circuit == "open"
+        gate.open()
+        await house.until(ObserverRecovered)
+        reports = await house.drain()
+    assert sink.got == [1, 2, 3, 4]
+    assert (reports["sink"].state, reports["sink"].delivered) == ("closed", 4)
+
+
+async def test_a_call_that_is_too_slow_and_fails_late_is_made_again(kit: Any, supervising: Any) -> None:
+    """Once it cannot succeed any more."""
+    async with supervising() as house:
+        gate = house.gate(then=kit.fail)
+        sink = kit.Scripted(write=[gate])
+        house.add(sink, timeout_s=kit.SHORT_S, retries=1)
+        await house.start(publish=2)
+        await house.until(ObserverFailed)
+        assert sink.calls == ["open", "write"]
+        gate.open()
+        assert (await house.until(ObserverRecovered)).failures == 1
+        await house.drain()
+    assert sink.calls == ["open", "write", "write", "close"]
+    assert sink.got == [1, 2]
+
+
+async def test_an_open_that_succeeds_late_is_not_made_again(kit: Any, supervising: Any) -> None:
+    """A service that takes long to answer is connected to once."""
+    async with supervising() as house:
+        gate = house.gate()
+        sink = kit.Scripted(open=[gate])
+        house.add(sink, timeout_s=kit.SHORT_S, retries=1)
+        await house.start(publish=2)
+        await house.until(ObserverFailed, "open")
+        gate.open()
+        await house.until(ObserverRecovered)
+        await house.drain()
+    assert sink.calls == ["open", "write", "close"]
+
+
+@pytest.mark.parametrize("sink_type", ["async", "mixed"])
+async def test_an_async_call_that_is_too_slow_is_cancelled_and_made_again(
+    kit: Any, supervising: Any, sink_type: str
+) -> None:
+    """A task, unlike a thread, can be ended."""
+    async with supervising() as house:
+        sink = kit.plain_async_mixed[sink_type](write=[house.gate().passed])
+        house.add(sink, timeout_s=kit.SHORT_S, retries=1)
+        await house.start(publish=2)
+        assert (await house.until(ObserverFailed)).error.startswith("TimeoutError")
+        await house.until(ObserverRecovered)
+        await house.drain()
+    assert sink.calls == ["open", "write", "write", "close"]
+    assert sink.got == [1, 2]
+
+
+async def test_an_async_call_that_cannot_be_cancelled_may_succeed_late(kit: Any, supervising: Any) -> None:
+    """It is waited for like one on a thread."""
+    async with supervising() as house:
+        gate = house.gate()
+        sink = kit.AsyncScripted(write=[lambda: gate.passed(shield=True)])
+        house.add(sink, timeout_s=kit.SHORT_S, retries=1)
+        await house.start(publish=2)
+        await house.until(ObserverFailed)
+        gate.open()
+        await house.until(ObserverRecovered)
+        await house.drain()
+    assert sink.calls == ["open", "write", "close"]
+    assert sink.got == [1, 2]
+
+
+async def test_a_slow_call_is_announced_while_it_runs(kit: Any, supervising: Any) -> None:
+    """Once, and it is no failure; where the timeout is shorter, that alone speaks."""
+    async with supervising() as house:
+        gate = house.gate()
+        house.add(kit.Scripted(write=[gate]), slow_s=kit.SHORT_S)
+        await house.start(publish=1)
+        slow = await house.until(ObserverSlow)
+        gate.open()
+        reports = await house.drain()
+    assert (slow.observer, slow.during, slow.running_s) == ("sink", "write", kit.SHORT_S)
+    assert [event for event in house.told if event.during == "write"] == [slow]
+    assert reports["sink"].state == "closed"
+
+
+async def test_a_timeout_before_it_is_slow_is_told_once(kit: Any, supervising: Any) -> None:
+    """No `ObserverSlow` beside the failure."""
+    async with supervising() as house:
+        house.add(kit.Scripted(write=[house.gate()]), on_error="disable", timeout_s=kit.SHORT_S, slow_s=kit.SHORT_S)
+        await house.start(publish=1)
+        failed = await house.until(ObserverFailed)
+        await house.drain()
+    assert house.told == [failed]
+
+
+async def test_a_hang_of_one_does_not_delay_another(kit: Any, supervising: Any) -> None:
+    """Each has a thread of its own."""
+    async with supervising() as house:
+        gate, other = house.gate(), kit.Scripted()
+        house.add(kit.Scripted(write=[gate]))
+        house.add(other, "other")
+        await house.start(publish=2)
+        await gate.reached.wait()
+        await house.publish(2)
+        reports = await house.supervisor.drain(house.supervisor.observers[1:], kit.WAIT_S)
+    assert reports == [ObserverReport(observer="other", state="closed", published=4, delivered=4)]
+    assert other.got == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("sink_type", ["plain", "async", "mixed"])
+async def test_observers_work_while_the_hosts_thread_limiter_is_exhausted(
+    kit: Any, supervising: Any, sink_type: str
+) -> None:
+    """A host that keeps all of anyio's kit.threads busy holds up no observer."""
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    taken = [object() for _ in range(int(limiter.available_tokens))]
+    for borrower in taken:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+    try:
+        async with supervising() as house:
+            sink = kit.plain_async_mixed[sink_type](write=[kit.fail if sink_type == "plain" else None])
+            house.add(sink)
+            await house.start(publish=3)
+            reports = await house.drain()
+    finally:
+        for borrower in taken:
+            limiter.release_on_behalf_of(borrower)
+    assert sink.got == [1, 2, 3]
+    assert reports["sink"].state == "closed"
+
+
+async def test_async_methods_run_in_the_event_loop_and_plain_ones_on_a_thread(kit: Any, supervising: Any) -> None:
+    """The thread is the observer's own, named after it, and daemonic, so that a hang does not keep a process alive."""
+    here = threading.current_thread()
+    async with supervising() as house:
+        plain, fully_async, mixed = kit.Scripted(), kit.AsyncScripted(), kit.Mixed()
+        for name, sink in (("plain", plain), ("async", fully_async), ("mixed", mixed)):
+            house.add(sink, name)
+        await house.start(publish=1)
+        await house.drain()
+        assert {(thread.name, thread.daemon) for thread in plain.threads} == {("stagecast-plain", True)}
+        assert {thread.name for thread in fully_async.threads - {here}} == {"stagecast-async"}  # its `open`
+        assert here in fully_async.threads
+        assert {thread.name for thread in mixed.threads} == {"stagecast-mixed", here.name}
+    assert plain.got == fully_async.got == mixed.got == [1]
+
+

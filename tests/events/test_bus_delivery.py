@@ -1,0 +1,413 @@
+"""What a subscription gets and when: routing, beginning and ending, waking, numbers from the device, losses."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anyio
+import pytest
+from msgspec.structs import force_setattr
+
+from events.backlog import Payload, Published
+from events.errors import BusClosed
+from events.fence import Fence
+from events.messages import (
+    EVENT_TYPES,
+    Event,
+    MetricsLogged,
+    ObserverDropped,
+    RunEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    ValStepEnded,
+)
+from events.sink import Delivery
+
+pytestmark = pytest.mark.anyio
+
+LIMIT_S = 20.0
+"""No test waits that long: it fails instead."""
+
+
+def places(events: Any) -> list[int]:
+    return [event.global_step for event in events]
+
+
+def reports_of(events: Any, observer: str) -> list[ObserverDropped]:
+    return [event for event in events if isinstance(event, ObserverDropped) and event.observer == observer]
+
+
+# -------------------------------------------------------------------------------------------- who gets what
+
+
+async def test_what_is_wanted_follows_the_subscriptions(make: Any, pumping: Any) -> None:
+    """The loop builds rare events only while somebody has asked for them by name."""
+    bus = make.bus()
+    assert bus.wanted == frozenset()
+    steps = bus.subscribe("steps", make.delivery(types=frozenset([ValStepEnded])))
+    assert bus.wanted == {ValStepEnded}
+    everything = bus.subscribe("everything", make.delivery())
+    assert bus.wanted == {ValStepEnded} | {kind for kind in EVENT_TYPES if kind.journalled}
+    bus.unsubscribe(steps)
+    assert ValStepEnded not in bus.wanted
+    async with pumping(bus):
+        bus.unsubscribe(everything)
+        bus.unsubscribe(everything)
+        assert bus.wanted == frozenset()
+
+
+async def test_subscriptions_get_their_types_from_now_on(make: Any, pumping: Any) -> None:
+    """What was delivered before is not repeated; the history keeps the most recent events of all types."""
+    bus = make.bus(history=3)
+
+    def publish_all(first: int) -> None:
+        for at, kind in enumerate([TrainEpochStarted, TrainStepEnded, ValStepEnded], first):
+            bus.publish(make.event(kind, at=at))
+        bus.publish(make.ended(first + 3))
+
+    async with pumping(bus):
+        early = bus.subscribe("early", make.delivery())
+        publish_all(0)
+        await bus.drain()
+        late = bus.subscribe("late", make.delivery(types=frozenset([ValStepEnded, RunEnded])))
+        assert late.is_empty
+        publish_all(4)
+        await bus.drain()
+        assert places([event for event, _ in await early.receive()]) == [0, 1, 3, 4, 5, 7]
+        assert places([event for event, _ in await late.receive()]) == [6, 7]
+        assert places(bus.history) == [5, 6, 7]
+        assert bus.last_seq == 8
+
+
+async def test_payloads_reach_only_those_who_asked(make: Any, pumping: Any) -> None:
+    """And only there do they use up the room in the queue."""
+    bus = make.bus()
+    with_them = bus.subscribe("callback", make.delivery(), payloads=True)
+    without = bus.subscribe("sink", make.delivery())
+    payload = Payload(outputs=["tensor"], nbytes=1_000)
+    async with pumping(bus):
+        bus.publish(make.ended(0), payload)
+        bus.publish(make.ended(1))
+        await bus.drain()
+        assert with_them.queued_bytes == without.queued_bytes + 1_000
+        assert [given for _, given in await with_them.receive()] == [payload, None]
+        assert [given for _, given in await without.receive()] == [None, None]
+
+
+async def test_fences_do_not_wait_for_who_gets_nothing(make: Any, pumping: Any) -> None:
+    """Whoever left, never came, takes other types or no payloads is released when the event passes."""
+    bus = make.bus()
+    bus.subscribe("stays", make.delivery(), payloads=True)
+    left = bus.subscribe("left", make.delivery(), payloads=True)
+    bus.subscribe("other types", make.delivery(types=frozenset([TrainStepEnded])), payloads=True)
+    bus.subscribe("no payloads", make.delivery())
+    names = ["stays", "left", "other types", "no payloads", "never came"]
+    fence, nobody = Fence(names), Fence(["never came"])
+    bus.publish(make.ended(0), Payload(fence=fence))
+    bus.publish(make.event(ValStepEnded, at=1), Payload(fence=nobody))
+    bus.unsubscribe(left)
+    async with pumping(bus):
+        await bus.drain()
+        assert fence.waiting == ["stays"]
+        assert nobody.wait(0)
+
+
+@pytest.mark.xfail(strict=True, reason="the ring drops the event and leaves its fence standing")
+async def test_a_fence_falls_when_the_ring_drops_its_event(make: Any, pumping: Any) -> None:
+    """The loop would wait for ever for a hook that will not run."""
+    bus = make.bus(capacity_bytes=1_000)
+    bus.subscribe("callback", make.delivery(), payloads=True)
+    fence = Fence(["callback"])
+    bus.publish(make.step(0), Payload(fence=fence, nbytes=2_000))
+    async with pumping(bus):
+        assert bus.dropped == 1
+        assert fence.wait(0)
+
+
+# -------------------------------------------------------------------------------------- beginning and ending
+
+
+async def test_nobody_can_subscribe_once_it_closes(make: Any, pumping: Any) -> None:
+    """From the moment it is closed, not only when it has ended; the error names who came too late."""
+    bus = make.bus()
+    async with pumping(bus):
+        bus.close()
+        with pytest.raises(BusClosed, match="'late'"):
+            bus.subscribe("late", make.delivery())
+    assert not bus.alive
+    with pytest.raises(BusClosed, match="'later'"):
+        bus.subscribe("later", make.delivery(overflow="spill"))
+    await bus.drain()  # there is nothing to wait for
+
+
+async def test_draining_delivers_all_that_was_published_before(make: Any, pumping: Any) -> None:
+    """At once, for several callers, also while events are kept back to make a batch."""
+    bus = make.bus()
+    subscription = bus.subscribe("sink", Delivery(latency_s=3_600.0))
+    with anyio.fail_after(LIMIT_S):
+        async with pumping(bus) as tasks:
+            await bus.drain()
+            for rounds in range(1, 4):
+                for at in range(1_000):
+                    bus.publish(make.step(at))
+                tasks.start_soon(bus.drain)
+                await bus.drain()
+                assert subscription.statistics.published == bus.last_seq == 1_000 * rounds
+
+
+@pytest.mark.xfail(strict=True, reason="the pump waits for its next tick between two helpings")
+async def test_a_ring_of_many_helpings_is_drained_at_once(make: Any, pumping: Any) -> None:
+    """However long events may be kept back to make a batch."""
+    bus = make.bus()
+    bus.subscribe("sink", Delivery(latency_s=3_600.0))
+    for at in range(5_000):
+        bus.publish(make.step(at))
+    with anyio.fail_after(0.5):
+        async with pumping(bus):
+            await bus.drain()
+            assert bus.last_seq == 5_000
+
+
+async def test_draining_waits_for_what_threads_had_published(make: Any, pumping: Any, in_threads: Any) -> None:
+    """While threads go on publishing, each drain covers at least what came before it."""
+    bus = make.bus(capacity=100_000)
+    count = [0]
+
+    def publish() -> None:
+        for at in range(3_000):
+            bus.publish(make.step(at))
+            count[0] = at + 1
+
+    async def drain() -> None:
+        while count[0] < 3_000:
+            before = count[0]
+            await bus.drain()
+            assert bus.last_seq >= before
+
+    with anyio.fail_after(LIMIT_S):
+        async with pumping(bus) as tasks:
+            tasks.start_soon(drain)
+            await in_threads(bus, publish)
+
+
+@pytest.mark.parametrize(
+    "overflow",
+    [
+        "drop_oldest",
+        pytest.param("spill", marks=pytest.mark.xfail(strict=True, reason="what the disk answers is never looked at")),
+    ],
+)
+async def test_closing_lets_receivers_have_what_is_queued(
+    make: Any, pumping: Any, receive_all: Any, overflow: Any
+) -> None:
+    """They get the rest, then the end of the stream, also what waits on disk."""
+    bus = make.bus()
+    subscription = bus.subscribe("sink", make.delivery(overflow=overflow, capacity=20 if overflow != "spill" else 2))
+    async with pumping(bus):
+        for at in range(10):
+            bus.publish(make.step(at))
+    try:
+        with anyio.fail_after(0.5):
+            assert places(await receive_all(subscription)) == list(range(10))
+    finally:
+        subscription.discard()
+
+
+async def test_cancelling_the_pump_ends_the_streams_and_leaves_the_rest(make: Any, receive_all: Any) -> None:
+    """Receivers get what was delivered, then the end; what is in the ring stays there."""
+    bus = make.bus()
+    subscription = bus.subscribe("sink", make.delivery())
+    received: list[Event] = []
+
+    async def receive() -> None:
+        received.extend(await receive_all(subscription))
+
+    async with anyio.create_task_group() as receiver:
+        receiver.start_soon(receive)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(bus.run)
+            for at in range(3):
+                bus.publish(make.step(at))
+            await bus.drain()
+            tasks.cancel_scope.cancel()
+            bus.publish(make.step(3))
+    assert places(received) == [0, 1, 2]
+    assert not bus.alive
+    assert (bus.last_seq, subscription.statistics.published) == (3, 3)
+    await bus.drain()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_cancelling_the_pump_natively_is_the_same(make: Any) -> None:
+    """Asyncio's own cancellation, whether it sleeps or ticks, releases whoever waits for a drain."""
+    for sleeping in (True, False):
+        bus = make.bus()
+        subscription = bus.subscribe("sink", Delivery(latency_s=3_600.0))
+        pump = asyncio.ensure_future(bus.run())
+        await bus.drain()
+        if not sleeping:
+            bus.publish(make.step(1))
+        drain = asyncio.ensure_future(bus.drain())
+        pump.cancel()
+        await drain
+        with pytest.raises(asyncio.CancelledError):
+            await pump
+        assert not bus.alive
+        assert subscription.ended
+
+
+# --------------------------------------------------------------------------------------- waking and sharing
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless")
+async def test_every_event_wakes_a_pump_that_sleeps_or_is_about_to(make: Any, pumping: Any, in_threads: Any) -> None:
+    """No wake-up is lost, at whatever moment of the pump's round an event or a posted function comes."""
+    bus = make.bus()
+    subscription = bus.subscribe("sink", make.delivery())
+    seen = threading.Event()
+    rounds = 600
+
+    def loop() -> None:
+        for at in range(rounds):
+            seen.clear()
+            for _ in range(at % 50):
+                pass  # another moment each time
+            if at % 3:
+                bus.publish(make.step(at))
+            else:
+                bus.post(seen.set)
+            assert seen.wait(LIMIT_S), f"round {at}"
+
+    async def receive() -> None:
+        while True:
+            try:
+                await subscription.receive()
+            except anyio.EndOfStream:
+                return
+            seen.set()
+
+    async with pumping(bus) as tasks:
+        tasks.start_soon(receive)
+        await in_threads(bus, loop)
+
+
+async def test_a_long_backlog_does_not_hold_up_the_host(make: Any, pumping: Any) -> None:
+    """Other tasks of the event loop run between the helpings."""
+    bus = make.bus()
+    bus.subscribe("sink", make.delivery())
+    for at in range(12_000):
+        bus.publish(make.step(at))
+    seen: set[int] = set()
+
+    async def watch() -> None:
+        while bus.last_seq < 12_000:
+            seen.add(bus.last_seq)
+            await anyio.lowlevel.checkpoint()
+
+    async with pumping(bus) as tasks:
+        tasks.start_soon(watch)
+        await bus.drain()
+    assert len(seen - {0, 12_000}) >= 3
+
+
+class Later:
+    """A device that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.polls = 0
+        self.batches: list[list[int]] = []
+        self.started = anyio.Event()
+
+    def start(self, batch: list[Published], /) -> Callable[[], bool]:
+        self.batches.append([event.global_step for event, _ in batch])
+        self.started.set()
+
+        def poll() -> bool:
+            self.polls += 1
+            if self.ready:
+                for event, _ in batch:
+                    force_setattr(event, "loss", float(event.global_step))
+            return self.ready
+
+        return poll
+
+
+async def test_events_wait_in_order_for_numbers_from_the_device(make: Any, pumping: Any) -> None:
+    """Nothing is delivered incomplete or overtakes; the event loop goes on meanwhile, and so does what is posted."""
+    device = Later()
+    bus = make.bus(readback=device, history=100)
+    subscription = bus.subscribe("sink", make.delivery())
+    drained = anyio.Event()
+
+    async def drain() -> None:
+        await bus.drain()
+        drained.set()
+
+    with anyio.fail_after(LIMIT_S):
+        async with pumping(bus) as tasks:
+            for at in range(3):
+                bus.publish(make.step(at))
+            await device.started.wait()
+            for at in range(3, 6):
+                bus.publish(make.step(at))
+            tasks.start_soon(drain)
+            while device.polls < 3:
+                await anyio.lowlevel.checkpoint()
+            posted = anyio.Event()
+            bus.post(posted.set)
+            await posted.wait()
+            assert (bus.last_seq, len(bus.history), subscription.statistics.published) == (0, 0, 0)
+            assert not drained.is_set()
+            device.ready = True
+            await drained.wait()
+            received = [event for event, _ in await subscription.receive()]
+            assert [event.loss for event in received] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]  # type: ignore[attr-defined]
+            assert [event.seq for event in received] == [1, 2, 3, 4, 5, 6]
+            assert [at for batch in device.batches for at in batch] == [0, 1, 2, 3, 4, 5]
+
+
+# --------------------------------------------------------------------------------------------------- losses
+
+
+async def test_losses_are_reported_at_most_once_a_second_and_at_the_end(make: Any, pumping: Any) -> None:
+    """Hundreds of losses make few reports; with the last one they add up to what was lost."""
+    bus = make.bus(capacity=4, history=10_000)
+    delivery = make.delivery(capacity=2, types=frozenset([TrainStepEnded, MetricsLogged]))
+    plain = bus.subscribe("plain", delivery)
+    latest = bus.subscribe("latest", make.delivery(overflow="latest", capacity=2, types=delivery.types))
+    bus.subscribe("quiet", make.delivery()).recoverable = True
+    began = time.monotonic()
+    async with pumping(bus):
+        for at in range(200):
+            for _ in range(6):
+                bus.publish(make.metrics(at, loss=1.0))
+            await bus.drain()
+        seconds = time.monotonic() - began
+        assert 0 < len(reports_of(bus.history, "bus")) <= 2 + seconds
+        bus.report_losses()
+        bus.report_losses()
+        await bus.drain()
+        for subscription in (plain, latest):
+            reports, counts = reports_of(bus.history, subscription.name), subscription.statistics
+            assert len(reports) <= 3 + seconds
+            assert sum(report.dropped for report in reports) == counts.dropped
+            assert sum(report.conflated for report in reports) == counts.conflated
+        assert plain.statistics.dropped > 0
+        assert latest.statistics.conflated > 0
+        assert sum(report.dropped for report in reports_of(bus.history, "bus")) == bus.dropped == 400
+        assert reports_of(bus.history, "quiet") == []

@@ -1,0 +1,148 @@
+"""Hooks that raise: what becomes of the run, of the callback and of its other hooks, lane by lane."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from events.messages import ObserverFailed, ObserverRecovered
+from trainer import CallbackInterface, Delivery, fenced, inline, observer
+from trainer.errors import ArgumentsError
+from trainer.hooks import CallbackHooks
+
+MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
+
+
+class Boom(Exception):
+    """What the user's hook raises."""
+
+
+def on(name: str, act: Callable[..., Any], lane: str | None = None) -> Any:
+    """A class of callbacks with one hook, ``act(callback, global_step, *outputs)``, marked or not."""
+
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return act(self, *args, **kwargs)
+
+    if lane is not None:
+        MARKS[lane](hook)
+    return type("Probe", (CallbackInterface,), {name: hook})
+
+
+def policy(on_error: str, **options: Any) -> Delivery:
+    return Delivery(overflow="block", on_error=on_error, backoff_s=0.001, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lane", list(MARKS))
+def test_what_a_hook_raises_ends_the_run_as_itself_with_the_hook_and_the_step_noted(kit: Any, lane: str) -> None:
+    """By default on every lane: the user's own exception, unwrapped, and an event that names the hook."""
+    boom = Boom("in a hook")
+
+    def fail(self: Any, global_step: int, *outputs: Any) -> None:
+        raise boom
+
+    outcome = kit.train(kit.Net(), callbacks=[on("on_end_train_step", fail, lane)()], epochs=100_000)
+    assert outcome.error is boom
+    assert boom.__cause__ is None
+    assert "raised by Probe.on_end_train_step at global_step 1" in boom.__notes__
+    (failed,) = outcome.of(ObserverFailed)
+    assert (failed.observer, failed.during, failed.action) == ("Probe", "on_end_train_step", "fatal")
+    assert failed.error == "Boom: in a hook"
+
+
+@pytest.mark.parametrize("lane", list(MARKS))
+def test_a_callback_that_is_to_be_disabled_fails_once_and_the_run_goes_on(kit: Any, lane: str) -> None:
+    """Its hook is not called again on any lane; a fence does not hold the loop for it; others are not touched."""
+    calls = []
+
+    def fail(self: Any, global_step: int, *outputs: Any) -> None:
+        calls.append(global_step)
+        raise Boom
+
+    class Probe(on("on_end_train_step", fail, lane)):  # type: ignore[misc]
+        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+            """Fenced: all hooks of the epoch before have run when the second one begins."""
+
+    diary = kit.Diary()
+    outcome = kit.train(kit.Net(rows=64), callbacks=[(Probe(), policy("disable")), diary], epochs=2)
+    assert outcome.result.status == "finished"
+    assert calls == [1]
+    assert [step for step, _ in diary.of("on_end_train_step")] == list(range(1, 17))
+    assert [(e.observer, e.action, e.global_step > 0) for e in outcome.of(ObserverFailed)] == [
+        ("Probe", "disabled", True)
+    ]
+
+
+@pytest.mark.parametrize("lane", ["observer", "fenced"])
+def test_a_retried_callback_goes_on_at_the_hook_that_failed(kit: Any, lane: str) -> None:
+    """Hooks before it in the same batch are not repeated, and none after it is left out."""
+    calls: list[int] = []
+    loop_is_ahead = threading.Event()
+
+    def fail_twice(self: Any, global_step: int, *outputs: Any) -> None:
+        if lane == "observer":
+            assert loop_is_ahead.wait(kit.WAIT_S)  # so that the steps after the first are one batch
+        calls.append(global_step)
+        if global_step == 4 and calls.count(4) < 3:
+            raise Boom
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if global_step == 8:
+                loop_is_ahead.set()
+            return super().train_step(global_step, batch, device)
+
+    member = (on("on_end_train_step", fail_twice, lane)(), policy("retry"))
+    outcome = kit.train(Net(rows=64), callbacks=[member], journal=True)
+    assert outcome.result.status == "finished"
+    assert calls == [1, 2, 3, 4, 4, 4, 5, 6, 7, 8]
+    events = kit.read_journal(outcome.result.run_dir)  # it is drained last, so it has what happened in the drain
+    assert [e.action for e in events if isinstance(e, ObserverFailed)] == ["retrying"]
+    assert [e.failures for e in events if isinstance(e, ObserverRecovered)] == [2]
+
+
+def test_an_inline_hook_cannot_be_retried(kit: Any) -> None:
+    """Its place in the step is gone, so it is disabled."""
+    calls = []
+
+    def fail(self: Any, global_step: int, loss: Any) -> None:
+        calls.append(global_step)
+        raise Boom
+
+    outcome = kit.train(kit.Net(), callbacks=[(on("on_end_backward", fail)(), policy("retry"))])
+    assert calls == [0]
+    assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_end_backward", "disabled")]
+
+
+def test_callbacks_of_one_class_have_names_of_their_own(kit: Any) -> None:
+    """On every lane, so that a report says which of them it was."""
+
+    class Two(CallbackInterface):
+        def on_end_train(self, global_step: int) -> None:
+            raise Boom("off the loop")
+
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            raise Boom("inline")
+
+    members = [(Two(), policy("disable")) for _ in range(2)]
+    inline_only = [(on("on_end_backward", lambda *_: 1 / 0)(), policy("disable")) for _ in range(2)]
+    outcome = kit.train(kit.Net(), callbacks=[*members, *inline_only], journal=True)
+    events = kit.read_journal(outcome.result.run_dir)
+    names = {(e.observer, e.during) for e in events if isinstance(e, ObserverFailed)}
+    assert names == {(name, hook) for name in ("Two", "Two-2") for hook in ("on_end_train_step", "on_end_train")} | {
+        ("Probe", "on_end_backward"),
+        ("Probe-2", "on_end_backward"),
+    }
+    assert {report.observer for report in outcome.result.observers} >= {"Two", "Two-2"}
+
+
+def test_a_queue_that_would_lose_outputs_on_its_way_through_the_disk_is_refused(kit: Any) -> None:
+    """Events can be spilled, tensors cannot: the hook would be called without its outputs."""
+    spill = Delivery(overflow="spill")
+    with pytest.raises(ArgumentsError, match="Diary has hooks that get outputs"):
+        CallbackHooks(kit.Diary(), spill)
+    hooks = CallbackHooks(on("on_end_train", lambda *_: None)(), spill)
+    assert hooks.delivery is spill

@@ -1,0 +1,383 @@
+"""Lanes: on which thread each hook runs, what it sees there, and what it costs."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from events.messages import BackwardEnded
+from events.sink import CALLBACK_DELIVERY
+from trainer import CallbackInterface, Delivery, ModuleInterface, fenced, inline, observer
+from trainer.hooks import EVENT_OF_HOOK, CallbackHooks
+from trainer.module_interface import HOOKS, LANE_ATTRIBUTE
+
+MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
+
+
+def on(name: str, act: Callable[..., Any], lane: str | None = None, kind: type = CallbackInterface) -> Any:
+    """A class of callbacks with one hook, ``act(callback, global_step, *outputs)``, marked or not."""
+
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return act(self, *args, **kwargs)
+
+    if lane is not None:
+        MARKS[lane](hook)
+    return type("Probe", (kind,), {name: hook})
+
+
+# ----------------------------------------------------------------------------------------------- which lane
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("mark", [None, *MARKS])
+@pytest.mark.parametrize("owner", [CallbackInterface, ModuleInterface])
+def test_the_lane_is_the_marked_one_or_what_the_contract_needs(name: str, mark: str | None, owner: type) -> None:
+    """Unmarked: backward inline, the begin fenced, the module's own epoch hooks fenced, all others observers."""
+    kind = on(name, lambda *_: None, mark, owner)
+    kind.__abstractmethods__ = frozenset()
+    hooks = CallbackHooks(kind(), None)
+    default = {"on_end_backward": "inline", "on_begin_train_epoch": "fenced"}.get(name, "observer")
+    if owner is ModuleInterface and default == "observer" and name != "on_end_train_step":
+        default = "fenced"
+    event = EVENT_OF_HOOK[name]
+    lane = "inline" if event in hooks.inline else "fenced" if event in hooks.fenced else "observer"
+    assert lane == (mark or default)
+    assert (event in hooks.observed) == (lane != "inline")
+    assert {*hooks.inline, *hooks.observed} == {event}
+
+
+def test_a_fenced_hook_returns_before_the_loop_goes_on(kit: Any) -> None:
+    """The beginning of an epoch before its first forward, of callback and module; the module's other epoch hooks
+    before what comes next; a marked one too. Each of them would see the next forward if it were not waited for."""
+    forward = threading.Event()
+    order: list[str] = []
+
+    def hold(name: str) -> Callable[..., None]:
+        def hook(self: Any, global_step: int, *outputs: Any, **key: Any) -> None:
+            assert threading.current_thread() is not threading.main_thread()
+            forward.clear()
+            assert not forward.wait(0.05)
+            order.append(name)
+
+        return hook
+
+    class Net(kit.Net):
+        on_begin_train_epoch = hold("module begin")
+        on_end_val_epoch = hold("module val")
+        on_end_train_epoch = hold("module epoch")
+        on_end_train = hold("module end")
+
+        def forward_loss(self, batch: Any) -> Any:
+            forward.set()
+            order.append("forward")
+            return super().forward_loss(batch)
+
+    probes = [on("on_begin_train_epoch", hold("begin"))(), on("on_end_train_step", hold("step"), "fenced")()]
+    outcome = kit.train(Net(rows=8), callbacks=probes, epochs=2)
+    assert outcome.result.status == "finished"
+    epoch = ["forward", "step", "forward", "module val", "module epoch"]
+    begins = ["begin", "module begin"]
+    assert sorted(order[:2]) == sorted(order[7:9]) == begins
+    assert order[2:7] == order[9:14] == epoch
+    assert order[14:] == ["module end"]
+
+
+def test_an_observer_mark_lets_the_loop_go_on(kit: Any) -> None:
+    """Hooks that would be fenced see the loop's next step while they run."""
+    waited: list[str] = []
+    steps = [threading.Event() for _ in range(4)]
+
+    class Net(kit.Net):
+        @observer
+        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+            assert steps[global_step].wait(kit.WAIT_S)
+            waited.append("begin")
+
+        @observer
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            assert global_step == 4 or steps[global_step].wait(kit.WAIT_S)
+            waited.append("val")
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            steps[global_step - 1].set()
+            return super().train_step(global_step, batch, device)
+
+    assert kit.train(Net(), epochs=2).result.status == "finished"
+    assert waited == ["begin", "val"] * 2
+
+
+# ----------------------------------------------------------------------------------------- the observer lane
+
+
+def test_observers_run_in_order_each_on_a_thread_of_its_own(kit: Any) -> None:
+    """One that waits for the end of another holds up neither it nor the loop."""
+    other_is_done = threading.Event()
+
+    class Patient(kit.Diary):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            assert other_is_done.wait(kit.WAIT_S)
+            super().on_end_train_step(global_step, *outputs)
+
+    class Quick(kit.Diary):
+        def on_end_train(self, global_step: int) -> None:
+            super().on_end_train(global_step)
+            other_is_done.set()
+
+    one, other = Patient(), Quick()
+    kit.train(kit.Net(rows=64), callbacks=[one, other])
+    assert (one.threads, other.threads) == ({"stagecast-Patient"}, {"stagecast-Quick"})
+    steps = ["on_end_train_step"] * 8
+    ends = ["on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
+    assert one.names == other.names == ["on_begin_train_epoch", *steps, *ends]
+    assert [step for step, _ in one.of("on_end_train_step")] == list(range(1, 9))
+
+
+def test_observers_get_copies_that_the_next_step_does_not_change(kit: Any) -> None:
+    """Detached, and as they were when the step returned them, though the user writes to the same memory again."""
+    returned: list[torch.Tensor] = []
+    overwritten = threading.Event()
+    seen: list[tuple[Any, ...]] = []
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss, predicted = self.forward_loss(batch)
+            buffer = self.buffer = getattr(self, "buffer", torch.zeros_like(predicted))
+            buffer.copy_(predicted.detach())
+            returned.append(buffer.clone())
+            if global_step == 4:
+                overwritten.set()
+            return loss, buffer, predicted
+
+    def keep(self: Any, global_step: int, *outputs: Any) -> None:
+        assert overwritten.wait(kit.WAIT_S)
+        seen.append(outputs)
+
+    kit.train(Net(rows=32), callbacks=[on("on_end_train_step", keep)()])
+    assert len(seen) == 4
+    for (loss, buffer, predicted), expected in zip(seen, returned, strict=True):
+        assert [tensor.requires_grad for tensor in (loss, buffer, predicted)] == [False] * 3
+        assert torch.equal(buffer, expected)
+        assert torch.equal(predicted, expected)
+        assert loss.shape == (1,)
+
+
+@pytest.mark.anyio
+async def test_a_callback_slower_than_the_loop_gets_every_hook_once(kit: Any) -> None:
+    """Whatever the limit of its queue, in order, under both event loops."""
+    steps = []
+
+    def crawl(self: Any, global_step: int, *outputs: Any) -> None:
+        threading.Event().wait(0.001)
+        steps.append((global_step, outputs[0].item()))
+
+    delivery = kit.replace(CALLBACK_DELIVERY, capacity=2)
+    memory = kit.Memory()
+    member = (on("on_end_train_step", crawl)(), delivery)
+    trainer = kit.make_trainer(kit.Net(rows=400), callbacks=[member], sinks=[memory], val_interval_epochs=0)
+    async with trainer.run() as run:
+        pass
+    result = await run.result()
+    assert [step for step, _ in steps] == list(range(1, 51))
+    assert [loss for _, loss in steps] == [loss for _, loss in memory.metrics("train_loss")]
+    report = next(report for report in result.observers if report.observer == "Probe")
+    assert (report.delivered, report.dropped) == (50, 0)
+
+
+def test_a_callback_with_a_delivery_of_its_own_may_miss_steps_but_never_holds_the_loop(kit: Any) -> None:
+    """Paired with drop_oldest: it sleeps through the run, which does not wait; what it missed is counted."""
+    loop_has_ended = threading.Event()
+    steps = []
+
+    class Net(kit.Net):
+        @inline
+        def on_end_train(self, global_step: int) -> None:
+            loop_has_ended.set()
+
+    def hang(self: Any, global_step: int, *outputs: Any) -> None:
+        assert loop_has_ended.wait(kit.WAIT_S)
+        steps.append(global_step)
+
+    member = (on("on_end_train_step", hang)(), Delivery(overflow="drop_oldest", capacity=2))
+    outcome = kit.train(Net(rows=400), callbacks=[member])
+    report = next(report for report in outcome.result.observers if report.observer == "Probe")
+    assert report.published == 50 == report.delivered + report.dropped
+    assert report.dropped >= 46
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 50
+
+
+# ------------------------------------------------------------------------------------------- the inline lane
+
+
+def test_on_end_backward_gets_the_live_loss_and_the_gradients(kit: Any) -> None:
+    """On the loop's thread, after each micro-batch: the very tensor, neither detached nor scaled by its weight."""
+    returned: list[torch.Tensor] = []
+    seen: list[tuple[int, Any, Any]] = []
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            returned.append(self.forward_loss(batch)[0])
+            return returned[-1]
+
+    def look(self: Any, global_step: int, loss: Any) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        seen.append((global_step, loss, net.linear.weight.grad.clone()))
+
+    net = Net()
+    kit.train(net, callbacks=[on("on_end_backward", look)()], gpu_batch_size_limit=4, val_interval_epochs=0)
+    assert [step for step, _, _ in seen] == [0, 0, 1, 1]
+    for loss, (_, got, _) in zip(returned, seen, strict=True):
+        assert got is loss
+        assert got.requires_grad
+    bare = kit.Net()
+    for batch, (_, _, gradient) in zip(bare.batches(4)[:2], seen, strict=False):
+        (bare.forward_loss(batch)[0] / 2).backward()  # gradients of earlier micro-batches are in them
+        assert torch.equal(bare.linear.weight.grad, gradient)
+
+
+def test_an_observer_of_the_backward_gets_a_copy_of_the_loss(kit: Any) -> None:
+    """Marked so, it is off the loop's thread; one event for each micro-batch, the loss a number without a graph."""
+    seen: list[tuple[int, float]] = []
+
+    def look(self: Any, global_step: int, loss: torch.Tensor) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        assert loss.shape == ()
+        assert not loss.requires_grad
+        seen.append((global_step, loss.item()))
+
+    kit.train(kit.Net(), callbacks=[on("on_end_backward", look, "observer")()], gpu_batch_size_limit=4)
+    assert [step for step, _ in seen] == [0, 0, 1, 1]
+    bare = kit.Net()
+    assert seen[0][1] == bare.forward_loss(bare.batches(4)[0])[0].item()
+
+
+def test_an_inline_hook_after_the_step_sees_its_gradients_and_the_new_weights(kit: Any) -> None:
+    """And the outputs without a copy; the gradients are gone when the next step begins."""
+    before: list[torch.Tensor] = []
+    pointers: list[int] = []
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            assert self.linear.weight.grad is None
+            before.append(self.linear.weight.detach().clone())
+            loss, predicted = self.forward_loss(batch)
+            pointers.append(predicted.data_ptr())
+            return loss, predicted
+
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            _, predicted = outputs
+            gradient = self.linear.weight.grad
+            assert torch.equal(self.linear.weight, torch.add(before[-1], gradient, alpha=-self.lr))
+            assert predicted.data_ptr() == pointers[-1]
+            assert [tensor.requires_grad for tensor in outputs] == [False] * 2
+            assert threading.current_thread() is threading.main_thread()
+
+    assert kit.train(Net(rows=32)).result.global_step == 4
+
+
+def test_inline_hooks_run_in_order_the_modules_first(kit: Any) -> None:
+    """Then the callbacks as they were given."""
+    order: list[tuple[str, str]] = []
+
+    def diary(label: str, kind: type) -> Any:
+        def hook(name: str) -> Callable[..., None]:
+            return inline(lambda self, *args, **key: order.append((name, label)))
+
+        return type(label, (kind,), {name: hook(name) for name in HOOKS})()
+
+    kit.train(diary("module", kit.Net), callbacks=[diary("a", CallbackInterface), diary("b", CallbackInterface)])
+    names = [name for name, _ in order[::3]]
+    assert [label for _, label in order] == ["module", "a", "b"] * len(names)
+    step = ["on_end_backward", "on_end_train_step"]
+    assert names == ["on_begin_train_epoch", *step, *step, "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
+
+
+# ----------------------------------------------------------------------------------- what nobody overrides
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies that this thread makes of outputs, eight rows each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        copying = func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        if copying and args[0].numel() == 8:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_hooks_that_nobody_overrides_cost_nothing(kit: Any) -> None:
+    """No output is copied, no BackwardEnded published, no observer's thread started."""
+    threads: set[str] = set()
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            threads.update(kit.trainer_threads())
+            return super().train_step(global_step, batch, device)
+
+    def published(*callbacks: Any) -> tuple[Any, int]:
+        with Copies() as copies:
+            outcome = kit.train(Net(), callbacks=callbacks, epochs=2)
+        assert outcome.result.status == "finished"
+        return outcome, copies.count
+
+    outcome, copies = published(type("Nothing", (CallbackInterface,), {})(), on("on_end_train", print, "inline")())
+    assert copies == 0
+    assert threads <= {"stagecast-events", "stagecast-memory"}
+    assert [e.seq for e in outcome.events] == list(range(1, len(outcome.events) + 1)), "something else was published"
+
+    _, copies = published(kit.Diary())
+    assert copies > 0, "the test would not notice"
+    outcome, _ = published(on("on_end_backward", lambda *_: None, "observer")())
+    missing = outcome.events[-1].seq - len(outcome.events)
+    assert missing == 4, "one BackwardEnded for each step"
+    assert BackwardEnded not in map(type, outcome.events)
+
+
+def test_hooks_are_found_wherever_they_are_defined(kit: Any) -> None:
+    """In a base class, in a mixin that is no callback, and as an attribute of the object."""
+    found: list[str] = []
+
+    class Base(CallbackInterface):
+        def on_end_train(self, global_step: int) -> None:
+            found.append("base")
+
+    class Mixin:
+        def on_end_train(self, global_step: int) -> None:
+            found.append("mixin")
+
+    class Mixed(Mixin, CallbackInterface): ...
+
+    class Calling(Base):
+        def on_end_train(self, global_step: int) -> None:
+            super().on_end_train(global_step)
+            found.append("calling")
+
+    attribute = CallbackInterface()
+    attribute.on_end_train = lambda global_step: found.append("attribute")  # type: ignore[method-assign]
+    partial = CallbackInterface()
+    partial.on_end_train = functools.partial(lambda said, step: found.append(said), "partial")  # type: ignore
+    for callback in (type("Derived", (Base,), {})(), Mixed(), Calling(), attribute, partial):
+        kit.train(kit.Net(), callbacks=[callback])
+    assert found == ["base", "mixin", "base", "calling", "attribute", "partial"]
+
+
+def test_a_mark_is_inherited_with_its_hook_but_not_by_what_overrides_it() -> None:
+    """The mark belongs to the function."""
+    base = on("on_end_train", lambda *_: None, "inline")
+    derived = type("Derived", (base,), {})
+    overriding = type("Overriding", (base,), {"on_end_train": lambda self, step: None})
+    assert hasattr(base.on_end_train, LANE_ATTRIBUTE)
+    event = EVENT_OF_HOOK["on_end_train"]
+    assert event in CallbackHooks(derived(), None).inline
+    assert event in CallbackHooks(overriding(), None).observed

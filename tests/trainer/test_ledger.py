@@ -1,0 +1,320 @@
+"""The stall ledger: each wait of the loop stands on the row that names it, and on no other."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from events.messages import CommandTaken, LedgerReported, StallLedger
+from events.sink import CALLBACK_DELIVERY
+from trainer import CallbackInterface, fenced, inline
+from trainer.ledger import Ledger
+
+ROWS = ("compute", "data", "readback", "publish", "inline", "fence", "backpressure", "paused", "other")
+WAIT_S = 0.01
+
+
+class Clock:
+    """Waits and adds up how long that took."""
+
+    def __init__(self) -> None:
+        self.waited_s = 0.0
+
+    def wait(self, *_: Any, **__: Any) -> None:
+        begin = time.perf_counter()
+        threading.Event().wait(WAIT_S)
+        self.waited_s += time.perf_counter() - begin
+
+
+def rows_of(ledger: StallLedger) -> dict[str, float]:
+    return {row: getattr(ledger, f"{row}_s") for row in ROWS}
+
+
+def check(ledger: StallLedger, row: str, waited_s: float) -> None:
+    """The row holds the wait; nothing is counted twice, so there is no room for it anywhere else."""
+    rows = rows_of(ledger)
+    assert rows[row] >= waited_s > 0
+    assert sum(rows.values()) == pytest.approx(ledger.wall_s, abs=1e-6)
+    assert min(rows.values()) >= -WAIT_S / 2  # less than a wait, if not zero: see the test of what came before
+
+
+def wait_until_loop_waits(thread: threading.Thread, place: str, limit_s: float) -> None:
+    """Until the loop's thread is in a function of this name: what it waits from now on is that wait."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        frame = sys._current_frames().get(thread.ident or 0)
+        while frame is not None and frame.f_code.co_name != place:
+            frame = frame.f_back
+        if frame is not None:
+            return
+        assert time.monotonic() < deadline, f"the loop has not come to {place}"
+        threading.Event().wait(0.001)
+
+
+# ------------------------------------------------------------------------------------------------- each row
+
+
+def test_waiting_for_data_is_on_the_data_row(kit: Any) -> None:
+    """Of training and of validation, for a batch and for the end; making the dataloaders too."""
+    clock = Clock()
+
+    class Net(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            if hasattr(self, "told"):  # that of the first epoch is made before the ledger begins
+                clock.wait()
+            return self.slow(batch_size)
+
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            clock.wait()
+            return self.slow(batch_size)
+
+        def slow(self, batch_size: int) -> Any:
+            for batch in self.batches(batch_size):
+                clock.wait()
+                yield batch
+            clock.wait()
+
+    outcome = kit.train(Net(rows=16), epochs=2, gpu_batch_size_limit=4)
+    check(outcome.result.ledger, "data", clock.waited_s)
+    assert outcome.result.ledger.steps == 4
+
+
+@pytest.mark.xfail(strict=True, reason="start() leaves the row of what was measured before")
+def test_what_came_before_the_loop_is_not_in_the_ledger(kit: Any) -> None:
+    """The first dataloader is made before the ledger begins; wall_s does not hold that, so no row may."""
+    clock = Clock()
+
+    class Net(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            clock.wait()
+            return self.batches(batch_size)
+
+    ledger = kit.train(Net()).result.ledger
+    assert min(rows_of(ledger).values()) >= 0
+
+
+@pytest.mark.parametrize("place", ["train_step", "val_step", "backward", "optimizer", "scheduler"])
+def test_the_users_computation_is_on_the_compute_row(kit: Any, place: str) -> None:
+    """Forward, backward, optimizers and schedulers of a step; forward of validation."""
+    clock = Clock()
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            (optimizer,), _ = super().get_optimizers_schedulers(steps, epochs)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+            if place == "optimizer":
+                optimizer.register_step_pre_hook(clock.wait)
+            if place == "scheduler":
+                scheduler.step = clock.wait  # type: ignore[method-assign]
+            return [optimizer], [scheduler]
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss, _ = self.forward_loss(batch)
+            if place == "train_step":
+                clock.wait()
+            if place == "backward":
+                loss.register_hook(clock.wait)
+            return loss
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if place == "val_step":
+                clock.wait()
+            return super().val_step(global_step, batch, device)
+
+    outcome = kit.train(Net())
+    check(outcome.result.ledger, "compute", clock.waited_s)
+
+
+INLINE = [
+    ("on_begin_train_epoch", {}),
+    ("on_end_backward", {"gpu_batch_size_limit": 4}),
+    ("on_end_train_step", {}),
+    ("on_end_val_epoch", {}),
+    ("on_end_train_epoch", {}),
+]
+
+
+@pytest.mark.parametrize(("hook", "options"), INLINE, ids=[name for name, _ in INLINE])
+def test_inline_hooks_are_on_their_row_wherever_they_run(kit: Any, hook: str, options: dict[str, Any]) -> None:
+    """In the middle of a step it is not on the compute row, too."""
+    clock = Clock()
+    probe = type("Probe", (CallbackInterface,), {hook: inline(lambda self, *args, **key: clock.wait())})
+    outcome = kit.train(kit.Net(), callbacks=[probe()], **options)
+    check(outcome.result.ledger, "inline", clock.waited_s)
+    computed_s = outcome.result.ledger.compute_s
+    assert computed_s <= outcome.result.ledger.wall_s - clock.waited_s
+
+
+@pytest.mark.parametrize("hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_train_epoch"])
+def test_waiting_for_fenced_hooks_is_on_the_fence_row(kit: Any, hook: str) -> None:
+    """From the moment at which the loop waits until the hook has returned."""
+    clock = Clock()
+    loop = threading.current_thread()
+
+    def hold(self: Any, *args: Any) -> None:
+        wait_until_loop_waits(loop, "wait_for_fence", kit.WAIT_S)
+        clock.wait()
+
+    probe = type("Probe", (CallbackInterface,), {hook: fenced(hold)})
+    outcome = kit.train(kit.Net(), callbacks=[probe()])
+    check(outcome.result.ledger, "fence", clock.waited_s)
+
+
+class SlowDevice(TorchFunctionMode):
+    """Each number that this thread reads from a tensor takes a while, as from a device that is busy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.reads = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.item, torch.Tensor.__float__):
+            self.reads += 1
+            self.clock.wait()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{"non_finite_loss": "skip"}, {"precision": "float16"}], ids=["skip", "float16"])
+def test_numbers_that_the_loop_has_to_read_are_on_the_readback_row(kit: Any, options: dict[str, Any]) -> None:
+    """One a step, for the policy that skips and for float16's scaler; and it is not on the compute row, too."""
+    with SlowDevice() as device:
+        outcome = kit.train(kit.Net(rows=24), val_interval_epochs=0, seed=0, **options)
+    ledger = outcome.result.ledger
+    assert device.reads == 3
+    check(ledger, "readback", device.clock.waited_s)
+    assert ledger.compute_s <= ledger.wall_s - device.clock.waited_s
+
+
+def test_a_scheduler_that_follows_a_metric_reads_it_on_the_readback_row(kit: Any) -> None:
+    """Once per validation."""
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            (optimizer,), _ = super().get_optimizers_schedulers(steps, epochs)
+            return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)]
+
+    with SlowDevice() as device:
+        outcome = kit.train(Net(), epochs=2, seed=0)
+    assert device.reads == 2
+    check(outcome.result.ledger, "readback", device.clock.waited_s)
+
+
+@pytest.mark.anyio
+async def test_waiting_for_an_observer_that_sees_everything_is_on_the_backpressure_row(kit: Any) -> None:
+    """From the moment at which the loop waits for room in its queue."""
+    clock = Clock()
+    loops: list[threading.Thread] = []
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loops.append(threading.current_thread())
+            return super().train_step(global_step, batch, device)
+
+    class Slow(CallbackInterface):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            if not clock.waited_s:
+                wait_until_loop_waits(loops[0], "_wait_for_room", kit.WAIT_S)
+                clock.wait()
+
+    delivery = kit.replace(CALLBACK_DELIVERY, capacity=2, latency_s=0.001)
+    net = Net()
+    trainer = kit.make_trainer(net, callbacks=[(Slow(), delivery)], epochs=200, val_interval_epochs=0)
+    async with trainer.run() as run:
+        pass
+    check((await run.result()).ledger, "backpressure", clock.waited_s)
+
+
+@pytest.mark.anyio
+async def test_a_pause_is_on_its_row(kit: Any) -> None:
+    """From the moment at which the loop waits until it is told to go on."""
+    clock = Clock()
+    trainer = kit.make_trainer(kit.Net(), epochs=1_000_000, val_interval_epochs=0)
+    async with trainer.run() as run:
+        run.pause()
+        async for event in run.events(since=0):
+            if isinstance(event, CommandTaken):
+                break
+        (loop,) = [thread for thread in threading.enumerate() if thread.name.startswith("stagecast-loop-")]
+        wait_until_loop_waits(loop, "wait", kit.WAIT_S)
+        clock.wait()
+        run.stop()
+    check((await run.result()).ledger, "paused", clock.waited_s)
+
+
+# ---------------------------------------------------------------------------------------------- the reports
+
+
+def everything_at_once(kit: Any) -> tuple[Any, dict[str, Any]]:
+    """A run with something on nearly every row."""
+
+    class Net(kit.Net):
+        def on_end_backward(self, global_step: int, loss: Any) -> None: ...
+
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None: ...
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.log("loss", (pair := super().train_step(global_step, batch, device))[0])
+            return pair
+
+    options = {"epochs": 5, "gpu_batch_size_limit": 4, "non_finite_loss": "skip", "clip_grads": True}
+    return Net(rows=40), options | {"callbacks": [kit.InlineDiary()]}
+
+
+def test_the_runs_ledger_is_published_and_returned(kit: Any) -> None:
+    """Once, before the end; on the CPU there is no device that could idle."""
+    net, options = everything_at_once(kit)
+    outcome = kit.train(net, **options)
+    (report,) = outcome.of(LedgerReported)
+    assert report.scope == "run"
+    assert report.ledger == outcome.result.ledger
+    assert report.ledger.device_idle_s is None
+    rows = rows_of(report.ledger)
+    assert sum(rows.values()) == pytest.approx(report.ledger.wall_s, abs=1e-6)
+    assert {row for row, value in rows.items() if not value} == {"backpressure", "paused"}
+
+
+def test_the_reports_of_intervals_add_up_to_the_runs(kit: Any) -> None:
+    """Row by row: each interval begins where the one before ended, and only what came after the last is missing."""
+    net, options = everything_at_once(kit)
+    outcome = kit.train(net, ledger_interval_s=1e-9, **options)
+    *intervals, run = [report.ledger for report in outcome.of(LedgerReported)]
+    assert {report.scope for report in outcome.of(LedgerReported)[:-1]} == {"interval"}
+    assert len(intervals) >= 25
+    assert sum(ledger.steps for ledger in intervals) == run.steps == 25
+    for ledger in intervals:
+        assert sum(rows_of(ledger).values()) == pytest.approx(ledger.wall_s, abs=1e-6)
+    for row in (*ROWS, "wall"):
+        if row != "data":  # the first dataloader's: see above
+            added = math.fsum(getattr(ledger, f"{row}_s") for ledger in intervals)
+            assert added <= getattr(run, f"{row}_s") + 1e-6
+
+
+def test_an_interval_holds_what_was_added_since_the_last() -> None:
+    """And the total everything, exactly."""
+    ledger = Ledger(torch.device("cpu"))
+    ledger.start()
+    adds: list[Callable[[], None]] = []
+    for row in ROWS[:-1]:
+        adds.append(lambda row=row: setattr(ledger, row, getattr(ledger, row) + 1_000))  # type: ignore[misc]
+    seen = []
+    for add in adds:
+        add()
+        ledger.steps += 1
+        seen.append(ledger.interval())
+    for row, interval in zip(ROWS, seen, strict=False):
+        rows = {name: value for name, value in rows_of(interval).items() if name != "other"}
+        assert rows == {name: 1e-6 if name == row else 0.0 for name in ROWS[:-1]}
+        assert interval.steps == 1
+    total = ledger.total()
+    assert {value for name, value in rows_of(total).items() if name != "other"} == {1e-6}
+    assert total.steps == 8
+    assert total.wall_s >= math.fsum(interval.wall_s for interval in seen)

@@ -1,0 +1,394 @@
+"""What user code logs: which values, from where, and with which place in the run they are published."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from events.messages import MetricsLogged, RunEnded
+from trainer import CallbackInterface, fenced, inline, observer
+from trainer.recorder import weighted_mean
+
+MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
+NOT_LOGGED = "a module's recorder is detached before the hooks of the run's end"
+
+
+def logging_net(kit: Any, log: Any, **options: Any) -> Any:
+    """A module that calls ``log(self, global_step, batch)`` in each of its training steps."""
+
+    class Logs(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            log(self, global_step, batch)
+            return super().train_step(global_step, batch, device)
+
+    return Logs(**options)
+
+
+def logged(outcome: Any) -> list[dict[str, float]]:
+    assert outcome.result.status == "finished"
+    return [event.metrics for event in outcome.of(MetricsLogged)]
+
+
+# -------------------------------------------------------------------------------------- what is not published
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "says"),
+    [
+        ("", 1.0, ValueError, "empty name"),
+        (3, 1.0, TypeError, "not 3"),
+        ("acc", "high", TypeError, "log('acc')"),
+        ("acc", torch.zeros(2), ValueError, "reduce it first"),
+        ("acc", torch.zeros((), dtype=torch.complex64), TypeError, "complex64"),
+    ],
+)
+def test_what_is_no_metric_ends_the_run_where_it_was_logged(
+    kit: Any, name: Any, value: Any, error: type[Exception], says: str
+) -> None:
+    """The user's line is in the traceback, and nothing of the step is published."""
+    outcome = kit.train(logging_net(kit, lambda net, *_: (net.log("fine", 1.0), net.log(name, value))))
+    assert type(outcome.error) is error
+    assert says in str(outcome.error)
+    assert outcome.of(MetricsLogged) == []
+
+
+def test_what_a_skipped_step_logged_is_forgotten(kit: Any) -> None:
+    """Numbers and tensors, of the step and of the hook after its backward; the next step is not mixed with it."""
+    calls: list[int] = []
+
+    class Diverges(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            calls.append(len(calls) + 1)
+            self.log("call", calls[-1])
+            self.log("tensor", torch.tensor(float(calls[-1])))
+            loss, _ = self.forward_loss(batch)
+            return loss * math.nan if calls[-1] == 2 else loss
+
+        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
+            self.log("backward", calls[-1])
+
+    outcome = kit.train(Diverges(rows=32), non_finite_loss="skip", val_interval_epochs=0)
+    assert logged(outcome) == [{"call": n, "tensor": n, "backward": n} for n in (1, 3, 4)]
+    assert [event.global_step for event in outcome.of(MetricsLogged)] == [1, 2, 3]
+
+
+def test_logging_after_the_run_does_nothing(kit: Any) -> None:
+    """The module belongs to no run any more, whether that ended well or not."""
+    net = kit.Net()
+    kit.train(net)
+    net.log("late", 1.0)
+    failing = logging_net(kit, lambda *_: 1 / 0)
+    assert isinstance(kit.train(failing).error, ZeroDivisionError)
+    failing.log("late", 1.0)
+
+
+# ----------------------------------------------------------------------------------------------- the values
+
+
+def test_every_kind_of_number_becomes_a_float_in_the_order_of_logging(kit: Any) -> None:
+    """Python's, NumPy's, tensors of any real type with one element; not finite ones too."""
+    weight = torch.ones((), requires_grad=True)
+    values: dict[str, Any] = {
+        "float": 0.5,
+        "scalar": torch.tensor(0.25),
+        "int": 2,
+        "bool": True,
+        "one": torch.full((1, 1), 3.0),
+        "numpy": np.float32(0.5),
+        "array": np.array(4),
+        "graph": weight * 5,
+        "int64": torch.tensor(2**40),
+        "double": torch.tensor(1 / 3, dtype=torch.float64),
+        "bfloat16": torch.tensor(1.5, dtype=torch.bfloat16),
+        "flag": torch.tensor(False),
+        "nan": math.nan,
+        "nan tensor": torch.tensor(math.nan),
+        "inf": math.inf,
+        "-inf": torch.tensor(-math.inf),
+    }
+    net = logging_net(kit, lambda net, *_: [net.log(name, value) for name, value in values.items()], rows=8)
+    outcome = kit.train(net, val_interval_epochs=0)
+    (metrics,) = logged(outcome)
+    assert list(metrics) == list(values)
+    assert all(type(value) is float for value in metrics.values())
+    expected = {name: float(value.item() if hasattr(value, "item") else value) for name, value in values.items()}
+    assert metrics == pytest.approx(expected, rel=0, nan_ok=True)
+    assert outcome.result.metrics["double"] == 1 / 3
+    assert math.isnan(outcome.result.metrics["nan tensor"])
+
+
+def test_a_tensor_is_logged_as_it_was_and_not_as_it_became(kit: Any) -> None:
+    """It may be changed in place as soon as log has returned."""
+
+    def log(net: Any, global_step: int, batch: Any) -> None:
+        counter = net.counter = getattr(net, "counter", torch.zeros(1))
+        counter += 1
+        net.log("counter", counter)
+        counter.add_(100).sub_(100)
+        counter[0] = global_step
+
+    assert logged(kit.train(logging_net(kit, log, rows=32), val_interval_epochs=0)) == [
+        {"counter": n} for n in (1, 2, 3, 4)
+    ]
+
+
+def test_a_logged_tensor_does_not_keep_its_graph(kit: Any) -> None:
+    """Or the activations of every logged step would stay in memory: what autograd saved is gone by the next step."""
+    saved: list[weakref.ref[Any]] = []
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+            saved.append(weakref.ref(self))
+
+    def log(net: Any, global_step: int, batch: Any) -> None:
+        assert [ref() for ref in saved] == [None] * len(saved)
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda one: one.tensor):
+            net.log("norm", (net.linear.weight**2).sum())
+
+    assert len(logged(kit.train(logging_net(kit, log, rows=32), val_interval_epochs=0))) == 4
+    assert len(saved) >= 4
+
+
+@pytest.mark.parametrize(
+    ("group", "mean"),
+    [
+        ([(1.0, 3), (5.0, 1)], 2.0),
+        ([(torch.tensor(1.0), 3), (torch.tensor(5.0), 1)], 2.0),
+        ([(torch.tensor(1), 3), (torch.tensor(4), 1)], 1.75),
+        ([(1.0, 1), (torch.tensor(5), 3)], 4.0),
+        ([(torch.tensor(1.0, dtype=torch.float64), 1), (torch.tensor(2.0), 1)], 1.5),
+        ([(math.inf, 1), (torch.tensor(1.0), 1)], math.inf),
+    ],
+)
+def test_the_mean_is_weighted_whatever_its_numbers_are(group: list[Any], mean: float) -> None:
+    """Floats, tensors of one type, of several, and both together; integers are not divided as integers."""
+    assert float(weighted_mean(group)) == mean
+
+
+# ------------------------------------------------------------------------------------------ steps and loaders
+
+
+def test_micro_batches_are_averaged_by_rows(kit: Any) -> None:
+    """One event a step, with the mean over its rows, of numbers as of tensors, or of both in turn."""
+
+    def log(net: Any, global_step: int, batch: Any) -> None:
+        mean = batch[0].mean()
+        net.log("tensor", mean)
+        net.log("number", mean.item())
+        net.mixed = not getattr(net, "mixed", False)
+        net.log("mixed", mean if net.mixed else mean.item())
+
+    net = logging_net(kit, log, rows=13)
+    outcome = kit.train(net, gpu_batch_size_limit=4, val_interval_epochs=0)
+    events = outcome.of(MetricsLogged)
+    expected = [net.x[:8].mean().item(), net.x[8:].mean().item()]
+    for name in ("tensor", "number", "mixed"):
+        assert [event.metrics[name] for event in events] == pytest.approx(expected, rel=1e-5)
+    assert [(event.global_step, event.epoch, event.stage, event.key) for event in events] == [
+        (1, 0, "train", None),
+        (2, 0, "train", None),
+    ]
+
+
+def test_validation_is_averaged_by_rows_under_its_key(kit: Any) -> None:
+    """One event for each dataloader; the result names those of other keys with their key."""
+
+    class Net(kit.Net):
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            return {"default": self.batches(batch_size), "b": self.batches(batch_size)[2:]}
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.log("mean", batch[0].mean())
+            self.log("rows", len(batch[0]))
+            return super().val_step(global_step, batch, device)
+
+    net = Net(rows=20)
+    outcome = kit.train(net, epochs=2)
+    events = outcome.of(MetricsLogged)
+    assert [(e.global_step, e.epoch, e.stage, e.key) for e in events] == [
+        (3, 0, "val", "default"),
+        (3, 0, "val", "b"),
+        (6, 1, "val", "default"),
+        (6, 1, "val", "b"),
+    ]
+    whole, part = net.x.mean().item(), net.x[16:].mean().item()
+    assert [e.metrics["mean"] for e in events] == pytest.approx([whole, part] * 2, rel=1e-5)
+    assert events[0].metrics["rows"] == pytest.approx((8 * 8 + 8 * 8 + 4 * 4) / 20)
+    metrics = outcome.result.metrics
+    assert {name for name in metrics if name.startswith(("mean", "rows"))} == {"mean", "mean/b", "rows", "rows/b"}
+    assert metrics["mean/b"] == events[3].metrics["mean"]
+
+
+def test_a_test_logs_under_its_stage(kit: Any) -> None:
+    """As validation does."""
+
+    class Net(kit.Net):
+        def get_test_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            return {"t": self.batches(batch_size)}
+
+        def test_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.log("rows", len(batch[0]))
+
+    memory = kit.Memory()
+    kit.make_trainer(Net(rows=12), sinks=[memory]).test()
+    (event,) = memory.of(MetricsLogged)
+    assert (event.stage, event.key, event.metrics) == ("test", "t", {"rows": (64 + 16) / 12})
+
+
+def test_the_result_has_the_last_value_of_each_metric(kit: Any) -> None:
+    """Beside the losses; what was logged only once stays."""
+
+    def log(net: Any, global_step: int, batch: Any) -> None:
+        net.log("step", torch.tensor(global_step))
+        if global_step == 1:
+            net.log("once", 7)
+
+    outcome = kit.train(logging_net(kit, log), epochs=2)
+    metrics = outcome.result.metrics
+    assert set(metrics) == {"step", "once", "train_loss", "val_loss"}
+    assert (metrics["step"], metrics["once"]) == (4.0, 7.0)
+
+
+# ------------------------------------------------------------------------------------------------- the hooks
+
+
+def logging_callback(net: Any, lane: str, owner: type = CallbackInterface) -> Any:
+    """Logs in each hook on the given lane, with the hook's name as the metric's."""
+
+    def hook(name: str) -> Any:
+        def run(self: Any, global_step: int, *outputs: Any, key: str = "none") -> None:
+            target = net or self
+            target.log(name, global_step)
+            target.log(f"{name} tensor", torch.tensor(global_step))
+
+        return MARKS[lane](run)
+
+    hooks = ("on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch")
+    return type("Logging", (owner,), {name: hook(name) for name in hooks})
+
+
+@pytest.mark.parametrize("lane", list(MARKS))
+@pytest.mark.parametrize("who", ["callback", "module"])
+def test_hooks_of_every_lane_log_at_the_place_of_their_event(kit: Any, lane: str, who: str) -> None:
+    """Step, epoch, stage and key are the event's, wherever the loop is by the time the hook runs."""
+    if who == "module":
+        outcome = kit.train(logging_callback(None, lane, kit.Net)(), epochs=2)
+    else:
+        net = kit.Net()
+        outcome = kit.train(net, callbacks=[logging_callback(net, lane)()], epochs=2)
+        assert outcome.error is None
+    places: dict[str, list[Any]] = {}
+    for event in outcome.of(MetricsLogged):
+        for name, value in event.metrics.items():
+            assert value == event.global_step
+            places.setdefault(name, []).append((event.global_step, event.epoch, event.stage, event.key))
+    if lane == "observer":
+        # Those of the last epoch may run while the run ends, when the module logs nothing any more.
+        places = {name: seen for name, seen in places.items() if "val" not in name and "train_epoch" not in name}
+    epochs = {
+        "on_begin_train_epoch": [(0, 0, "train", None), (2, 1, "train", None)],
+        "on_end_train_step": [(s, (s - 1) // 2, "train", None) for s in (1, 2, 3, 4)],
+        "on_end_val_epoch": [(2, 0, "val", "default"), (4, 1, "val", "default")],
+        "on_end_train_epoch": [(2, 0, "train", None), (4, 1, "train", None)],
+    }
+    for name, seen in places.items():
+        expected = epochs[name.removesuffix(" tensor")]
+        assert seen == (expected[: len(seen)] if lane == "observer" else expected)
+    if lane != "observer":
+        assert set(places) == {*epochs, *(f"{name} tensor" for name in epochs)}
+
+
+def test_an_observer_that_lags_logs_at_the_step_that_it_handles(kit: Any) -> None:
+    """Not at the one at which the loop is by then."""
+    third = threading.Event()
+    handled = threading.Event()
+
+    class Late(CallbackInterface):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            assert third.wait(kit.WAIT_S)
+            net.log("late", global_step)
+            handled.set()
+
+    def log(net: Any, global_step: int, batch: Any) -> None:
+        if global_step == 4:
+            third.set()
+            assert handled.wait(kit.WAIT_S)
+
+    net = logging_net(kit, log, rows=32)
+    outcome = kit.train(net, callbacks=[Late()], val_interval_epochs=0)
+    first = outcome.of(MetricsLogged)[0]
+    assert (first.global_step, first.epoch, first.stage, first.metrics) == (1, 0, "train", {"late": 1.0})
+
+
+@pytest.mark.xfail(strict=True, reason=NOT_LOGGED)
+@pytest.mark.parametrize("lane", list(MARKS))
+def test_the_last_hook_logs_too(kit: Any, lane: str) -> None:
+    """A final accuracy, computed in on_end_train."""
+
+    class Net(kit.Net):
+        @MARKS[lane]
+        def on_end_train(self, global_step: int) -> None:
+            self.log("final", global_step)
+
+    assert kit.train(Net()).result.metrics.get("final") == 2.0
+
+
+# ---------------------------------------------------------------------------------------------- other threads
+
+
+@pytest.mark.anyio
+async def test_any_thread_may_log(kit: Any) -> None:
+    """Each call from a thread of the user's own is an event at once, at the place where the run is."""
+
+    def log(net: Any, global_step: int, batch: Any) -> None:
+        net.log("step", global_step)
+        thread = threading.Thread(target=lambda: net.log("thread", torch.tensor(float(global_step))))
+        thread.start()
+        thread.join()
+
+    memory = kit.Memory()
+    trainer = kit.make_trainer(logging_net(kit, log), sinks=[memory], val_interval_epochs=0)
+    async with trainer.run() as run:
+        pass
+    events = memory.of(MetricsLogged)
+    assert [(e.global_step, e.stage, e.metrics) for e in events] == [
+        (0, "train", {"thread": 1.0}),
+        (1, "train", {"step": 1.0}),
+        (1, "train", {"thread": 2.0}),
+        (2, "train", {"step": 2.0}),
+    ]
+    assert (await run.result()).metrics["thread"] == 2.0
+    assert memory.of(RunEnded)[0].status == "finished"
+
+
+@pytest.mark.anyio
+async def test_many_threads_lose_nothing(kit: Any) -> None:
+    """Every call of every thread is published once, with its own value."""
+    start = threading.Barrier(4)
+
+    def log(net: Any, global_step: int, batch: Any) -> None:
+        def many(thread: int) -> None:
+            start.wait(kit.WAIT_S)
+            for number in range(100):
+                value = 1_000 * thread + number
+                net.log(f"thread {thread}", value if number % 2 else torch.tensor(value))
+
+        threads = [threading.Thread(target=many, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    memory = kit.Memory()
+    trainer = kit.make_trainer(logging_net(kit, log, rows=8), sinks=[memory], val_interval_epochs=0)
+    async with trainer.run():
+        pass
+    for n in range(4):
+        assert [value for _, value in memory.metrics(f"thread {n}")] == [1_000 * n + i for i in range(100)]

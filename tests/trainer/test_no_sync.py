@@ -1,0 +1,212 @@
+"""The loop's thread reads no number from a tensor: on a device each would wait until all its work is done.
+
+What would make it wait is looked for by name, on the CPU, in the loop's thread alone: calls from Python that turn a
+tensor into something of the host, and the operators underneath, whoever calls them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from events.messages import Event, MetricsLogged, TrainStepEnded, ValEpochEnded
+from events.sink import Delivery
+from trainer import inline
+
+READS = {
+    *("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__"),
+    *("__repr__", "__str__", "__format__", "__contains__", "__iter__", "is_nonzero", "equal", "allclose", "nonzero"),
+}
+aten = torch.ops.aten
+OPERATORS = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
+
+
+class Calls(TorchFunctionMode):
+    """What this thread calls from Python that gives a number to the host."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS:
+            self.found.append(f"Tensor.{name}")
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """The operators underneath that give a number to the host."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in OPERATORS:
+            self.found.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+class Watching:
+    """A console-like sink: looks at every number of every event, as soon as it can."""
+
+    delivery = Delivery(latency_s=0.001)
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+
+    def open(self, run: Any) -> Watching:
+        return self
+
+    def write(self, events: Sequence[Event]) -> None:
+        self.text += [f"{event}" for event in events]
+
+    def close(self) -> None: ...
+
+
+def reads_of(kit: Any, net: Any, **options: Any) -> tuple[list[str], Any]:
+    """What a run reads on the loop's thread, which is this one; from Python, then underneath."""
+    found: list[str] = []
+    with Operators(found), Calls(found):
+        outcome = kit.train(net, **({"seed": 0, "epochs": 2} | options))
+    assert outcome.result.status == "finished"
+    return found, outcome
+
+
+def busy_net(kit: Any, **options: Any) -> Any:
+    """Logs numbers and tensors wherever it can, and validates two dataloaders."""
+
+    class Busy(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
+
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            return {"default": self.batches(batch_size), "b": self.batches(batch_size)}
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss, predicted = self.forward_loss(batch)
+            self.log("tensor", predicted.mean())
+            self.log("number", 1.0)
+            return loss, predicted
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss, predicted = self.forward_loss(batch)
+            self.log("val tensor", predicted.mean())
+            return loss, predicted
+
+        def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
+            self.log("backward", loss_tensor)
+
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            self.log("inline", outputs[0].mean())
+
+    return Busy(**options)
+
+
+# ---------------------------------------------------------------------------------------------------- the test
+
+
+@pytest.mark.parametrize("expression", ["item()", "tolist()", "cpu()", "__float__()", "numpy()", "__format__('')"])
+def test_the_instruments_of_this_file_see_what_they_look_for(kit: Any, expression: str) -> None:
+    """A step that reads its loss is noticed, whichever way it does."""
+
+    class Reads(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss, predicted = self.forward_loss(batch)
+            eval(f"loss.detach().{expression}")
+            return loss, predicted
+
+    found, _ = reads_of(kit, Reads())
+    assert found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gpu_batch_size_limit": 2},
+        {"clip_grads": True},
+        {"clip_grads": True, "max_grad_norm": float("inf"), "val_interval_steps": 1},
+        {"non_finite_loss": "stop"},
+        {"precision": "bfloat16"},
+        {"journal": True, "ledger_interval_s": 1e-9},
+    ],
+    ids=["plain", "accumulating", "clipping", "norm", "stop", "bfloat16", "journal"],
+)
+def test_the_loop_reads_nothing(kit: Any, options: dict[str, Any]) -> None:
+    """With metrics from everywhere, a sink that looks at every number, callbacks with outputs, and validation."""
+    watching = Watching()
+    net = busy_net(kit, rows=28)
+    found, outcome = reads_of(kit, net, sinks=[watching], callbacks=[kit.Diary()], **options)
+    assert found == []
+    steps = outcome.of(TrainStepEnded)
+    assert len(steps) == 8
+    assert all(type(event.loss) is float and type(event.lr) is float for event in steps)
+    assert all((type(event.grad_norm) is float) == options.get("clip_grads", False) for event in steps)
+    assert all(type(event.loss) is float for event in outcome.of(ValEpochEnded))
+    logged = {name for event in outcome.of(MetricsLogged) for name in event.metrics}
+    assert logged == {"tensor", "number", "val tensor", "backward", "inline"}
+    assert len(watching.text) >= len(outcome.events) - 1
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_skipping_reads_one_number_a_step(kit: Any, micro_batch: int) -> None:
+    """Whether the loss is finite, however many micro-batches it is of; it has to know before it steps."""
+    options = {"non_finite_loss": "skip", "gpu_batch_size_limit": micro_batch, "clip_grads": True}
+    found, outcome = reads_of(kit, busy_net(kit, rows=32), callbacks=[kit.Diary()], **options)
+    assert outcome.result.global_step == 8
+    assert found.count("Tensor.item") == 8
+    assert found.count("aten._local_scalar_dense") == 8
+    assert len(found) == 16 + found.count("aten.item")
+
+
+def test_float16_reads_one_number_a_step(kit: Any) -> None:
+    """Whether its gradients have overflowed, over all optimizers."""
+
+    class Two(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return [torch.optim.SGD([one], lr=0.01) for one in self.parameters()], []
+
+    found, outcome = reads_of(kit, Two(rows=32), precision="float16", val_interval_epochs=0)
+    assert outcome.result.ledger.steps == 8
+    # Torch's own unscaling takes no number; a skipped step reads as much as any other.
+    assert found.count("Tensor.item") == 8
+
+
+def test_a_scheduler_that_follows_a_metric_reads_one_number_a_validation(kit: Any) -> None:
+    """It needs the number."""
+
+    class Follows(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)]
+
+    found, _ = reads_of(kit, Follows(rows=32), epochs=3)
+    assert found.count("Tensor.__float__") == 3
+    assert found.count("aten._local_scalar_dense") == 3
+
+
+def test_numbers_are_read_on_the_event_loops_thread(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many at once: far fewer reads than there are numbers."""
+    threads: list[str] = []
+    tolist = torch.Tensor.tolist
+
+    def seen(self: torch.Tensor) -> Any:
+        threads.append(threading.current_thread().name)
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", seen)
+    outcome = kit.train(busy_net(kit, rows=800), val_interval_epochs=0)
+    numbers = 4 * len(outcome.of(TrainStepEnded))
+    assert numbers == 400
+    assert set(threads) == {"stagecast-events"}
+    assert len(threads) < numbers / 4

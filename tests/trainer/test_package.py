@@ -1,0 +1,155 @@
+"""The packages: their public names, what they import, and what they refuse to be shadowed by."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import trainer
+
+ROOT = Path(trainer.__file__).parent.parent
+
+
+def test_somebody_elses_events_is_refused_by_name(script: Any, tmp_path: Path) -> None:
+    """The names are generic: a user's own ``events.py`` beside the script would shadow ours."""
+    stranger = tmp_path / "events.py"
+    stranger.write_text("")
+    code, _, err = script(
+        "for name in ('trainer', 'trainer.arguments', 'trainer.cli', 'sinks'):\n"
+        "    try:\n"
+        "        __import__(name)\n"
+        "    except ImportError as error:\n"
+        f"        assert {str(stranger)!r} in str(error), error\n"
+        "        assert 'ename that file or folder' in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError(name)\n"
+    ).end()
+    assert (code, err) == (0, "")
+
+
+def test_somebody_elses_package_is_refused_by_name_too(script: Any, tmp_path: Path) -> None:
+    """A folder ``events`` with an ``__init__.py``."""
+    stranger = tmp_path / "events" / "__init__.py"
+    stranger.parent.mkdir()
+    stranger.write_text("")
+    code, _, err = script("import trainer").end()
+    assert code == 1
+    assert f"ImportError: stagecast needs its own package 'events', but '{stranger}' shadows it" in err
+
+
+def test_importing_the_trainer_loads_no_observers_and_no_extras(script: Any) -> None:
+    """Sinks and what the examples need are imported when they are used; rich can be absent."""
+    program = script(
+        "import sys\n"
+        "sys.modules['rich'] = None\n"  # makes its import fail: structlog would load it where it is installed
+        "import trainer\n"
+        "assert trainer.Trainer\n"
+        "print(sorted({'sinks', 'sklearn', 'trio', 'trainer.examples', 'trainer.cli'} & set(sys.modules)))"
+    )
+    assert program.end() == (0, "[]\n", "")
+
+
+def test_importing_events_does_not_load_torch(script: Any) -> None:
+    """Host data and its transport: usable where no torch is installed."""
+    modules = [f"events.{path.stem}" for path in (ROOT / "events").glob("*.py") if path.stem != "__init__"]
+    program = script(
+        f"import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        f"    importlib.import_module(name)\n"
+        f"print(sorted({{'torch', 'trainer', 'sinks', 'numpy'}} & set(sys.modules)))"
+    )
+    assert program.end() == (0, "[]\n", "")
+
+
+def test_the_public_names_are_those_we_chose() -> None:
+    """Names are added on purpose: all of `__all__` are there, and nothing else but submodules."""
+    assert trainer.__all__ == [
+        "CallbackInterface",
+        "Delivery",
+        "ModuleInterface",
+        "Stage",
+        "Trainer",
+        "TrainerArguments",
+        "fenced",
+        "inline",
+        "observer",
+        "to_device",
+    ]
+    public = {name for name, value in vars(trainer).items() if name[0] != "_" and not isinstance(value, ModuleType)}
+    assert public == set(trainer.__all__)
+
+
+# ---------------------------------------------------------------------------------------------- who imports whom
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """The top-level packages a file imports, and whether each import runs when the file is imported itself."""
+
+    def visit(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            yield (node.module or "").partition(".")[0], at_import
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            name = node.args[0]
+            yield str(name.value if isinstance(name, ast.Constant) else "?").partition(".")[0], at_import
+        inner = at_import and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            inner = False
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inner)
+
+    yield from visit(ast.parse(path.read_text()), True)
+
+
+FILES = sorted(path for package in ("events", "trainer", "sinks") for path in (ROOT / package).rglob("*.py"))
+
+
+def test_all_files_are_looked_at() -> None:
+    """Guards the tests below."""
+    assert len(FILES) > 50
+    assert ("events", True) in set(imports(ROOT / "trainer/__init__.py"))
+    assert ("sinks", False) in set(imports(ROOT / "trainer/session.py"))
+
+
+@pytest.mark.parametrize(
+    ("package", "never"),
+    [
+        ("events", {"trainer", "sinks", "torch", "numpy", "rich", "yaml"}),
+        ("sinks", {"trainer", "torch", "numpy", "yaml"}),
+        ("trainer", {"rich"}),
+    ],
+)
+def test_imports_go_in_one_direction(package: str, never: set[str]) -> None:
+    """Not even lazily."""
+    found = {
+        str(path.relative_to(ROOT)): sorted(wrong)
+        for path in FILES
+        if path.is_relative_to(ROOT / package) and (wrong := {name for name, _ in imports(path)} & never)
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("package", "late"), [("trainer", {"sinks", "sklearn", "numpy", "trio"}), ("sinks", {"rich"}), ("events", {"trio"})]
+)
+def test_some_imports_wait_until_they_are_needed(package: str, late: set[str]) -> None:
+    """Sinks are built by name; clients and extras are imported by whoever uses them."""
+    found = {
+        str(path.relative_to(ROOT)): sorted(wrong)
+        for path in FILES
+        if path.is_relative_to(ROOT / package)
+        and (wrong := {name for name, at_import in imports(path) if at_import} & late)
+    }
+    assert found == {}
+
+
+def test_no_test_folder_is_a_package() -> None:
+    """``tests/events/__init__.py`` would shadow our ``events``."""
+    assert list((ROOT / "tests").rglob("__init__.py")) == []

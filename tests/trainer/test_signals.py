@@ -1,0 +1,429 @@
+"""SIGINT and SIGTERM on the main thread: the first stops the run in order, the second ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from events.folder import RunFolder
+from events.messages import CommandTaken, Event, RunEnded, TrainStepEnded
+from events.protocol import Pause
+from events.sink import Delivery
+from trainer import CallbackInterface, Trainer, inline
+
+MANY = 100_000  # epochs: more than any test waits for
+BOTH = [signal.SIGINT, signal.SIGTERM]
+
+
+class Unhandled(Exception):
+    """A signal reached the host's own handler."""
+
+
+@pytest.fixture(autouse=True)
+def host_handler() -> Iterator[Callable[..., None]]:
+    """The handler of the host program, which every test must leave in place."""
+
+    def handle(number: int, frame: Any) -> None:
+        raise Unhandled(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in BOTH}
+    yield handle
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert set(after.values()) == {handle}
+
+
+def interrupt(number: signal.Signals) -> None:
+    """From any thread: signal the main one."""
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+class Second:
+    """Sends a signal from a thread of its own once the main thread is known to hang."""
+
+    def __init__(self, number: signal.Signals, wait_s: float) -> None:
+        self._hanging = threading.Event()
+        self._wait_s = wait_s
+        self._thread = threading.Thread(target=self._send, args=(number,), daemon=True)
+        self._thread.start()
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._hanging.wait(self._wait_s):
+            interrupt(number)
+
+    def hang(self) -> None:
+        """On the main thread, in Python code that never looks at anything."""
+        self._hanging.set()
+        until = time.monotonic() + self._wait_s
+        while time.monotonic() < until:
+            pass
+        raise AssertionError("the second signal ended nothing")
+
+
+def net_that(kit: Any, place: str, act: Callable[[], None], at: int = 2) -> Any:
+    """A module that calls ``act`` on the loop's thread when it comes to a place for the ``at``-th time."""
+    visits: dict[str, int] = {}
+
+    def reach(here: str) -> None:
+        visits[here] = visits.get(here, 0) + 1
+        if here == place and visits[here] == at:
+            act()
+
+    class Net(kit.Net):
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            reach("set-up")
+
+            def stream() -> Iterator[Any]:
+                for batch in self.batches(batch_size):
+                    reach("waiting for data")
+                    yield batch
+
+            return stream()
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            reach("train_step")
+            return self.forward_loss(batch)
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            reach("val_step")
+            return self.forward_loss(batch)
+
+        @inline
+        def on_end_train(self, global_step: int) -> None:
+            reach("on_end_train")
+
+    return Net()
+
+
+# ------------------------------------------------------------------------------------------------- the second
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "raised"),
+    [
+        (signal.SIGINT, signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGINT, signal.SIGTERM, SystemExit),
+        (signal.SIGTERM, signal.SIGTERM, SystemExit),
+        (signal.SIGTERM, signal.SIGINT, KeyboardInterrupt),
+    ],
+)
+def test_the_second_signal_ends_a_step_that_hangs(kit: Any, first: Any, second: Any, raised: type) -> None:
+    """At once, as Python does; no hook of the end runs, and the journal ends in RunEnded all the same."""
+    sender = Second(second, kit.WAIT_S)
+
+    def act() -> None:
+        signal.raise_signal(first)
+        sender.hang()
+
+    diary = kit.Diary()
+    outcome = kit.train(net_that(kit, "train_step", act), callbacks=[diary], epochs=MANY, journal=True, run_id="r")
+    assert type(outcome.error) is raised
+    assert raised is KeyboardInterrupt or outcome.error.args == (143,)
+    ended = kit.read_journal("runs/r")[-1]
+    assert (type(ended), ended.status, ended.global_step) == (RunEnded, "cancelled", 1)
+    assert "on_end_train" not in diary.names
+
+
+@pytest.mark.parametrize(
+    ("place", "at"), [("set-up", 1), ("waiting for data", 2), ("val_step", 2), ("on_end_train", 1)]
+)
+def test_the_second_signal_ends_a_run_wherever_it_hangs(kit: Any, place: str, at: int) -> None:
+    """Also in the hook at the very end, when RunEnded is out already; nothing is left on any thread."""
+    sender = Second(signal.SIGINT, kit.WAIT_S)
+
+    def act() -> None:
+        signal.raise_signal(signal.SIGINT)
+        sender.hang()
+
+    outcome = kit.train(net_that(kit, place, act, at), epochs=1)
+    assert type(outcome.error) is KeyboardInterrupt
+    assert [e.status for e in outcome.of(RunEnded)] == ["finished" if place == "on_end_train" else "cancelled"]
+    kit.join_threads()
+
+
+def test_the_second_signal_ends_a_wait_for_a_hook(kit: Any) -> None:
+    """The loop waits at a fence, for a hook that hangs on another thread and cannot be interrupted there."""
+    released = threading.Event()
+
+    class Hanging(CallbackInterface):
+        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+            interrupt(signal.SIGINT)
+            interrupt(signal.SIGTERM)  # not the same again: two of a kind may arrive as one
+            assert released.wait(kit.WAIT_S)
+
+    outcome = kit.train(kit.Net(), callbacks=[Hanging()], drain_timeout_s=0.05, journal=True, run_id="r")
+    released.set()
+    assert type(outcome.error) is SystemExit
+    kit.join_threads()
+    assert kit.read_journal("runs/r")[-1].status == "cancelled"
+
+
+def test_the_second_signal_ends_the_wait_for_a_slow_observer(kit: Any) -> None:
+    """While it drains; the observer goes on in the background, the journal is whole and the folder gets free."""
+    released = threading.Event()
+
+    class Slow(CallbackInterface):
+        def on_end_train(self, global_step: int) -> None:
+            interrupt(signal.SIGINT)
+            interrupt(signal.SIGTERM)
+            assert released.wait(kit.WAIT_S)
+
+    outcome = kit.train(kit.Net(), callbacks=[Slow()], journal=True, run_id="r")
+    assert type(outcome.error) is SystemExit
+    assert [thread.is_alive() for thread in threading.enumerate() if thread.name == "stagecast-events"] == [True]
+    released.set()
+    kit.join_threads()
+    journal = kit.read_journal("runs/r")
+    assert next(e for e in journal if type(e) is RunEnded).status == "finished"
+    RunFolder.open("runs/r", "r").close()
+
+
+class ActsWhileSetUp:
+    """A sink that is asked for its delivery while the run is being set up, on a thread that is not the main one."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    @property
+    def delivery(self) -> Delivery:
+        self._act()
+        return Delivery()
+
+    def open(self, run: Any) -> Any:
+        return self
+
+    def write(self, events: Sequence[Event]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_the_second_signal_ends_a_set_up_that_hangs(kit: Any) -> None:
+    """Nothing was begun: no step is taken, nothing is published, and the folder gets free."""
+    released = threading.Event()
+
+    def act() -> None:
+        interrupt(signal.SIGINT)
+        interrupt(signal.SIGTERM)
+        assert released.wait(kit.WAIT_S)
+
+    net = net_that(kit, "set-up", lambda: pytest.fail("must not be reached"), at=1)
+    outcome = kit.train(net, sinks=[ActsWhileSetUp(act)], journal=True, run_id="r")
+    released.set()
+    kit.join_threads()
+    assert type(outcome.error) is SystemExit
+    assert outcome.events == []
+    RunFolder.open("runs/r", "r").close()
+
+
+# --------------------------------------------------------------------------------------------------- the first
+
+
+@pytest.mark.parametrize("number", BOTH, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("place", "at", "steps"), [("set-up", 1, 0), ("waiting for data", 3, 2), ("train_step", 3, 3), ("val_step", 2, 2)]
+)
+def test_the_first_signal_stops_in_order(kit: Any, number: Any, place: str, at: int, steps: int) -> None:
+    """At the next boundary, in every phase: the hooks of the end run, the result says why, the journal is whole."""
+    diary = kit.Diary()
+    net = net_that(kit, place, lambda: signal.raise_signal(number), at)
+    outcome = kit.train(net, callbacks=[diary], epochs=MANY, journal=True, run_id="r")
+    result = outcome.result
+    assert (result.status, result.reason, result.global_step) == ("stopped", number.name, steps)
+    assert diary.lines[-1] == ("on_end_train", steps, None)
+    journal = kit.read_journal("runs/r")
+    taken = [e for e in journal if type(e) is CommandTaken]
+    assert [(e.command, e.reason) for e in taken] == [("stop", number.name)]
+    assert (type(journal[-1]), journal[-1].status) == (RunEnded, "stopped")
+
+
+@pytest.mark.parametrize("number", BOTH, ids=lambda number: number.name)
+def test_a_signal_while_the_run_is_set_up_is_not_lost(kit: Any, number: Any) -> None:
+    """A device or a folder is being opened on another thread: the run starts, and stops at its first boundary."""
+    outcome = kit.train(kit.Net(), sinks=[ActsWhileSetUp(lambda: interrupt(number))], epochs=MANY)
+    assert (outcome.result.status, outcome.result.reason) == ("stopped", number.name)
+    assert outcome.of(TrainStepEnded) == []
+
+
+def test_a_signal_while_observers_drain_lets_them_finish(kit: Any) -> None:
+    """The loop is over, so there is nothing to stop: the run has finished."""
+    diary = kit.Diary()
+
+    class Slow(CallbackInterface):
+        def on_end_train(self, global_step: int) -> None:
+            interrupt(signal.SIGINT)
+            diary.on_end_train(global_step)
+
+    outcome = kit.train(kit.Net(), callbacks=[Slow()])
+    assert outcome.result.status == "finished"
+    assert diary.names == ["on_end_train"]
+
+
+def test_a_signal_ends_a_pause(kit: Any) -> None:
+    """Somebody who waits at a paused run can stop it as any other."""
+
+    class Watched(Trainer):
+        def _session(self, *args: Any, **options: Any) -> Any:
+            self.session = super()._session(*args, **options)
+            return self.session
+
+    class SignalsOncePaused:
+        delivery = Delivery(latency_s=0.001)
+
+        def open(self, run: Any) -> Any:
+            return self
+
+        def write(self, events: Sequence[Event]) -> None:
+            if any(type(event) is CommandTaken and event.command == "pause" for event in events):
+                interrupt(signal.SIGINT)
+
+        def close(self) -> None: ...
+
+    net = net_that(kit, "train_step", lambda: watched.session.control.send(Pause(id="p")))
+    ready = kit.make_trainer(net, epochs=MANY)
+    watched = Watched(net, ready.arguments, sinks=[SignalsOncePaused()], journal=False)
+    result = watched.train()
+    assert (result.status, result.reason, result.global_step) == ("stopped", "SIGINT", 2)
+
+
+def test_every_run_counts_its_signals_anew(kit: Any) -> None:
+    """The first signal of a second run is a first one again."""
+    for _ in range(2):
+        net = net_that(kit, "train_step", lambda: signal.raise_signal(signal.SIGINT))
+        assert kit.train(net, epochs=MANY).result.status == "stopped"
+
+
+def test_test_stops_too(kit: Any) -> None:
+    """Trainer.test() has no whole outputs then, and says so."""
+    net = net_that(kit, "val_step", lambda: signal.raise_signal(signal.SIGINT), at=1)
+    net.get_test_dataloaders = net.get_val_dataloaders
+    with pytest.raises(Exception, match=r"stopped before its end \(SIGINT\)"):
+        kit.make_trainer(net).test()
+
+
+# ---------------------------------------------------------------------------------------- whose handlers they are
+
+
+def handlers() -> set[Any]:
+    return {signal.getsignal(number) for number in BOTH}
+
+
+def test_handlers_are_ours_during_the_run_only(kit: Any, host_handler: Any) -> None:
+    """Whatever was there before is there again, also what only the system knows."""
+    seen: list[set[Any]] = []
+    net = net_that(kit, "train_step", lambda: seen.append(handlers()))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    kit.train(net)
+    assert not seen[0] & {host_handler, signal.SIG_IGN, signal.SIG_DFL}
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    for number in BOTH:
+        signal.signal(number, host_handler)
+
+
+def test_handlers_are_restored_however_the_run_ends(kit: Any, host_handler: Any) -> None:
+    """Also when it cannot even begin."""
+    net = net_that(kit, "train_step", lambda: 1 / 0)  # type: ignore[arg-type]
+    assert type(kit.train(net).error) is ZeroDivisionError
+    assert handlers() == {host_handler}
+    with RunFolder.open("runs/r", "r"):
+        assert kit.train(kit.Net(), journal=True, run_id="r").error is not None
+    assert handlers() == {host_handler}
+    with pytest.raises(Unhandled, match="SIGINT"):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_train_on_another_thread_touches_no_handlers(kit: Any, host_handler: Any) -> None:
+    """Python allows that to the main thread alone."""
+    seen: list[set[Any]] = []
+    net = net_that(kit, "train_step", lambda: seen.append(handlers()))
+    outcomes: list[Any] = []
+    thread = threading.Thread(target=lambda: outcomes.append(kit.train(net)))
+    thread.start()
+    thread.join(kit.WAIT_S)
+    assert outcomes[0].result.status == "finished"
+    assert seen == [{host_handler}]
+
+
+@pytest.mark.anyio
+async def test_run_never_touches_handlers(kit: Any, host_handler: Any) -> None:
+    """A signal is the host's: its own handler gets it."""
+    host = handlers()  # under trio or asyncio one of them may be the event loop's
+    seen: list[set[Any]] = []
+    net = net_that(kit, "train_step", lambda: seen.append(handlers()))
+    async with kit.make_trainer(net).run() as run:
+        assert handlers() == host
+        await run.result()
+    assert seen == [host]
+
+
+# ------------------------------------------------------------------------------------------ dataloaders' workers
+
+WORKERS = """
+import multiprocessing, os, signal, threading
+import torch
+from torch import nn
+from trainer import ModuleInterface, Trainer, TrainerArguments
+
+os.setpgrp()  # what a terminal sends goes to the group: the workers get it as well
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, hangs):
+        self.hangs = hangs
+    def __len__(self):
+        return 100_000
+    def __getitem__(self, index):
+        if self.hangs and index == 32:
+            os.write(1, b"waiting\\n")
+            threading.Event().wait(30)  # for as long as the test lasts
+        return torch.ones(4)
+
+def began(number):
+    os.write(1, f"{os.getpid()}\\n".encode())  # in one piece: the other worker writes, too
+
+class Net(ModuleInterface):
+    def __init__(self, hangs):
+        super().__init__()
+        self.hangs = hangs
+        self.linear = nn.Linear(4, 1)
+    def get_optimizers_schedulers(self, steps, epochs):
+        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
+    def get_train_dataloader(self, sampler, batch_size):
+        return torch.utils.data.DataLoader(Rows(self.hangs), batch_size, num_workers=2, worker_init_fn=began)
+    def get_val_dataloaders(self, sampler, batch_size):
+        return None
+    def train_step(self, global_step, batch, device):
+        if not self.hangs and global_step == 2:
+            os.killpg(0, signal.SIGINT)
+        return self.linear(batch).mean()
+    def val_step(self, global_step, batch, device): ...
+
+arguments = TrainerArguments(train_batch_size=8, device="cpu", max_steps=1_000)
+result = Trainer(Net(False), arguments, sinks=[], journal=False).train()
+print(result.status, result.reason, result.global_step, multiprocessing.active_children())
+Trainer(Net(True), arguments, sinks=[], run_dir="run", run_id="r").train()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes in /proc")
+def test_signals_to_the_whole_group_leave_no_workers_behind(kit: Any, script: Any, tmp_path: Path) -> None:
+    """As a terminal sends them: a first one does not kill the workers of a run that is to stop in order.
+
+    A second one ends a wait for data that never comes: the program ends with 143, and its children with it.
+    """
+    program = script(WORKERS)
+    program.wait_for("stopped SIGINT 2 []")
+    said = [program.process.stdout.readline().strip() for _ in range(3)]
+    os.killpg(program.process.pid, signal.SIGINT)
+    program.signal(signal.SIGTERM)
+    code, out, err = program.end()
+    assert (code, out, err) == (143, "", "")
+    assert "waiting" in said
+    assert not [pid for pid in said if pid.isdigit() and Path(f"/proc/{pid}").exists()]
+    assert kit.read_journal(tmp_path / "run")[-1].status == "cancelled"
