@@ -105,6 +105,7 @@ class Bus:
         self._wakeup = Wakeup()
         self._sleeping = False
         self._urgent = False
+        self._more = False  # whether the ring held more than one helping
         self._tick_s = _IDLE_TICK_S
         self._drained = anyio.Event()
         self.closing = False
@@ -168,6 +169,8 @@ class Bus:
             or len(self._kept) > self._reserve
             or self._bytes_in - self._bytes_out > self._capacity_bytes
         )
+        if not self.gated:
+            self._room.set()
 
     def _crowd(self) -> None:
         """The ring is filling up: hold the loop, or drop, according to who listens. On the publisher's thread."""
@@ -186,7 +189,10 @@ class Bus:
                 event, payload = self._ring.popleft()
                 if event.droppable:
                     self.dropped += 1
-                    self._bytes_out += payload.nbytes if payload is not None else 0
+                    if payload is not None:
+                        self._bytes_out += payload.nbytes
+                        if payload.fence is not None:
+                            payload.fence.keep(set())  # nobody will run its hooks
                 else:
                     self._kept.append((event, payload))
         finally:
@@ -227,7 +233,10 @@ class Bus:
         await self._drained.wait()
 
     def close(self) -> None:
-        """End what is still subscribed, after what it has queued, and let `run` return. Drain first."""
+        """End what is still subscribed, after what it has queued in memory, and let `run` return.
+
+        Drain first; what waits on disk must have been received, because the pump carries the disk's answers.
+        """
         self.closing = True
         for subscription in self._subscriptions:
             subscription.finish()
@@ -243,7 +252,10 @@ class Bus:
                 if now >= due or self._urgent or self.closing:
                     self._urgent = False
                     busy = await self._pump()
-                    due = now + (self._tick_s if not self._reading else _DEVICE_POLL_S)
+                    if self._reading:
+                        due = now + _DEVICE_POLL_S
+                    else:
+                        due = now if self._more else now + self._tick_s
                     if not busy:
                         if self.closing and not self._posted:
                             return
@@ -279,6 +291,7 @@ class Bus:
         while self._reading and self._reading[0][1]():
             self._deliver(self._reading.popleft()[0])
             await anyio.lowlevel.checkpoint()  # a long backlog must not hold up the host's event loop
+        self._update_gate()  # not before the subscriptions have been offered what the ring held: they may be full now
         self._report_losses()
         if not self._reading and not self._ring and not self._kept:
             self._drained.set()
@@ -291,13 +304,10 @@ class Bus:
                 batch += [queue.popleft() for _ in range(min(len(queue), limit - len(batch)))]
             if self._bytes_in != self._bytes_out:
                 self._bytes_out += sum([payload.nbytes for _, payload in batch if payload is not None])
-        if self._ring:
-            self._urgent = True  # more than one helping: go on at once, after the host's other tasks
+        self._more = bool(self._ring) and len(batch) == limit  # go on at once, after the host's other tasks
         for seq, (event, _) in enumerate(batch, self._next_seq):
             force_setattr(event, "seq", seq)
         self._next_seq += len(batch)
-        self._update_gate()
-        self._room.set()
         return batch
 
     def _deliver(self, batch: list[Published]) -> None:
@@ -361,4 +371,3 @@ class Bus:
         if full != (subscription in self._blocked):
             self._blocked = self._blocked | {subscription} if full else self._blocked - {subscription}
             self._update_gate()
-            self._room.set()

@@ -194,9 +194,10 @@ class Boundary:
             logger.warning(f"the training loop has waited {wait_s:.1f} s for {', '.join(observers)} ({cause})")
 
     def notice(self, text: str) -> None:
-        """Log a remark, once."""
-        if text not in self._noticed:
-            self._noticed.add(text)
+        """Log a remark, once; what stands behind its colon may be another each time."""
+        subject = text.partition(":")[0]
+        if subject not in self._noticed:
+            self._noticed.add(subject)
             logger.warning(text)
 
     # -------------------------------------------------------------------------------------------- commands

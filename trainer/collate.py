@@ -126,7 +126,7 @@ def _collate_column(values: list[Any], position: int, notice: Notice | None) -> 
             return first.reshape(1) if len(values) == 1 else torch.stack(values)
         return first if len(values) == 1 else torch.cat(values)
     if notice is not None:
-        notice(f"output {position} of the step is kept as a list of {len(values)} values: {reason}")
+        notice(f"output {position} of the step is kept as a list: {reason}")
     return [None if value is _MISSING else value for value in values]
 
 

@@ -42,6 +42,8 @@ class Ledger:
 
     def start(self) -> None:
         """The loop begins now; what was measured before is forgotten."""
+        for row in (*_ROWS, "steps", "aside"):
+            setattr(self, row, 0)
         self._started = self._base_wall = clock()
 
     def interval(self) -> StallLedger:

@@ -212,6 +212,8 @@ class Session:
                 self._count_seeded(-1 if seeded else 0)
                 current_origin.reset(token)
             finally:  # whatever a signal has cut short
+                if self._stuck is not None:
+                    self._detach()  # nobody has waited for this thread
                 self.bus.post(self._loop_ended.set)
 
     def _main(self) -> None:
@@ -236,7 +238,6 @@ class Session:
             else:
                 self._test()
         finally:
-            vars(self._module).pop("_recorder", None)
             restore()
 
     def _train(self) -> None:
@@ -422,9 +423,16 @@ class Session:
                 self.control.fail(RunCancelled(f"run {self._run_id} was cancelled: its event loop has failed"))
                 raise
             finally:
+                if self._stuck is None:
+                    self._detach()
                 self._close_folder()
                 self.finished.set()
                 current_origin.reset(token)
+
+    def _detach(self) -> None:
+        """Give the module back: its last hooks have run, and may have logged."""
+        if vars(self._module).get("_recorder") is self.recorder:
+            del vars(self._module)["_recorder"]
 
     async def _wait_for_loop(self) -> None:
         """Wait for the loop's end; once the run is cancelled, no longer than the grace period."""

@@ -95,7 +95,7 @@ def test_steps_with_fewer_outputs_leave_gaps() -> None:
         assert loss.shape == (8,)
         assert [value is None for value in extra] == [True, False, True, False]
         assert notices == [
-            "output 1 of the step is kept as a list of 4 values: 2 of the steps did not return it"
+            "output 1 of the step is kept as a list: 2 of the steps did not return it"
         ]
 
 
