@@ -1,8 +1,7 @@
 """The event bus: any thread publishes without waiting, one task in the event loop delivers.
 
 The path of an event: `Bus.publish` appends it to a ring on the publisher's thread. The pump (`Bus.run`) drains the
-ring,
-numbers the events, has the numbers that are still on the device read in one call, and offers each event to every
+ring, numbers the events, has the numbers that are still on the device read in one call, and offers each event to every
 `Subscription` that wants its type.
 """
 

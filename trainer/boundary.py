@@ -40,8 +40,9 @@ class Boundary:
     """What the loop does between its steps.
 
     Args:
-        on_inline_error: Decides by the callback's policy what an inline hook's exception means; raises it to end
-        the run. ledger_interval_s: How often the ledger is published.
+        on_inline_error: Decides by the callback's policy what an inline hook's exception means; raises it to end the
+            run.
+        ledger_interval_s: How often the ledger is published.
     """
 
     def __init__(

@@ -5,12 +5,12 @@ StagecastError                    (events.errors)
 ├── ContractError                 the user's module does not keep the contract
 │   ├── DataLoaderError           no dataloader, or not one, came back; also a TypeError
 │   │   └── EmptyDataLoader       a dataloader yielded no batch
-│   ├── StepOutputError           a step returned no loss tensor, or nothing that can be kept; also a
-TypeError │   ├── OptimizerError            get_optimizers_schedulers returned something else; also a
-TypeError │   └── MetricNotFound            the monitored metric was never logged; also a LookupError
-├── NonFiniteLossError            the loss was NaN or infinite and the policy says stop; also an
-ArithmeticError ├── EpochOutputsTooLarge          outputs kept for the end of an epoch exceed their limit;
-also a MemoryError └── PrecisionError                this torch cannot do the requested precision
+│   ├── StepOutputError           a step returned no loss tensor, or nothing that can be kept; also a TypeError
+│   ├── OptimizerError            get_optimizers_schedulers returned something else; also a TypeError
+│   └── MetricNotFound            the monitored metric was never logged; also a LookupError
+├── NonFiniteLossError            the loss was NaN or infinite and the policy says stop; also an ArithmeticError
+├── EpochOutputsTooLarge          outputs kept for the end of an epoch exceed their limit; also a MemoryError
+└── PrecisionError                this torch cannot do the requested precision
 
 Whatever the user's own code raises comes out as itself, never wrapped in one of these.
 """

@@ -15,20 +15,17 @@ _DTYPES: dict[PrecisionName, torch.dtype] = {"bfloat16": torch.bfloat16, "float1
 class Precision:
     """What the loop needs to train in a precision. Belongs to one loop: not to be shared between threads.
 
-    With float32 `enabled` is False and the loop skips it all. float16 has few exponents, so its small
-    gradients would
-    vanish: the loss is scaled up before the backward pass and the gradients down again before the optimizers
-        see them.
-    A scale that was too large shows as infinities in the gradients; then that step is left out, for **all**
-    optimizers, and the scale becomes smaller. The order in a step::
+    With float32 `enabled` is False and the loop skips it all. float16 has few exponents, so its small gradients would
+    vanish: the loss is scaled up before the backward pass, and the gradients down again before the optimizers see them.
+    A scale that was too large shows as infinities in the gradients; then that step is left out, for **all** optimizers,
+    and the scale becomes smaller. The order in a step::
 
         with precision.autocast(): loss = train_step(...)
         precision.scale(loss).backward()                    # for each micro-batch
         precision.unscale_(optimizers)                      # then clip
         found = precision.found_inf(optimizers)             # None unless float16
         if found is None or not found.item():               # the host waits for the device here
-            for optimizer in optimizers: optimizer.step()   # directly: the decision was made here, not by the
-            scaler
+            for optimizer in optimizers: optimizer.step()   # directly: the scaler does not decide
         precision.update()
     """
 

@@ -39,14 +39,13 @@ class Trainer:
     Args:
         module: What to train. One run at a time may use it.
         arguments: How to train; the defaults if None.
-        callbacks: Each gets every hook once, in order, on a thread of its own; pair one with a `Delivery` to
-        choose otherwise.
+        callbacks: Each gets every hook once, in order, on a thread of its own; pair one with a `Delivery` to choose
+            otherwise.
         sinks: Observers of the events. None: the console in `train` and `test`, nothing in `run`. Pair one with a
-        `Delivery`
-            to choose how events are delivered to it.
+            `Delivery` to choose how events are delivered to it.
         journal: Whether and how the run keeps its events on disk; on by default.
-        run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, the run is
-        taken up again.
+        run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, the run is taken up
+            again.
         run_dir: The run's folder; by default ``runs/RUN_ID`` below the working directory. Without a journal and without
             this, nothing is written.
 
@@ -81,9 +80,8 @@ class Trainer:
     def train(self) -> RunResult:
         """Train on the calling thread, and wait until the observers are drained.
 
-        The event loop runs on a thread of its own, so this works on any thread, inside a running event loop too
-        (which it
-        blocks). On the main thread the first SIGINT or SIGTERM is a `Run.stop`, the second ends the run at once with
+        The event loop runs on a thread of its own, so this works on any thread, inside a running event loop too (which
+        it blocks). On the main thread the first SIGINT or SIGTERM is a `Run.stop`, the second ends the run at once with
         KeyboardInterrupt or SystemExit; the handlers are restored.
 
         Raises:
