@@ -241,6 +241,11 @@ class Bus:
             subscription.finish()
         self.flush()
 
+    def discard(self) -> None:
+        """Let go of what the constructor opened, because the pump will not run."""
+        self.alive = False
+        self._wakeup.close()
+
     async def run(self) -> None:
         """The pump. Runs until `close`; cancelling it leaves what is in the ring undelivered."""
         due = 0.0

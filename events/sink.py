@@ -17,6 +17,7 @@ lines are a sink::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Sequence
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -100,6 +101,26 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """How long one delivery may take before it counts as failed; None for as long as it likes."""
     slow_s: Annotated[float, Meta(gt=0)] = 10.0
     """How long one delivery may take before `ObserverSlow` says so."""
+
+    def __post_init__(self) -> None:
+        # A Struct's constructor takes anything; only decoding would validate.
+        if not (self.types is None or (isinstance(self.types, frozenset) and all(map(_is_event_type, self.types)))):
+            raise ValueError(f"Delivery(types={self.types!r:.200}): give a frozenset of event types, or None for all")
+        for field in _checked_fields():
+            value = getattr(self, field.name)
+            try:
+                msgspec.convert(value, field.type)
+            except msgspec.ValidationError as error:
+                raise ValueError(f"Delivery({field.name}={value!r:.80}): {error}") from None
+
+
+def _is_event_type(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Event)
+
+
+@functools.cache
+def _checked_fields() -> tuple[msgspec.structs.FieldInfo, ...]:
+    return tuple(field for field in msgspec.structs.fields(Delivery) if field.name != "types")
 
 
 SINK_DELIVERY = Delivery(timeout_s=30.0)

@@ -167,7 +167,9 @@ class Boundary:
                     announced = True
                     self._announce("fence", fence.waiting, begin)
         finally:
-            self.ledger.fence += clock() - begin
+            spent = clock() - begin
+            self.ledger.fence += spent
+            self.ledger.aside += spent
         if announced:
             self._announce("fence", [], begin)
         self._raise_if_failed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from time import perf_counter_ns as clock
 from typing import Any
 
@@ -81,6 +81,9 @@ class Evaluation:
                     outputs = self._run_loader(stage, key, loader, limit, keep)
                     if keep and outputs is not None:
                         kept[key] = outputs.collated()
+        except BaseException:
+            self._recorder.discard()  # numbers of half a validation
+            raise
         finally:
             for module, training in modes:
                 module.training = training  # `train()` would also turn on what the user keeps in eval mode
@@ -91,7 +94,7 @@ class Evaluation:
         self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, keep: bool
     ) -> EpochOutputs | None:
         name, started, _, ended = _EVENTS[stage]
-        boundary, ledger = self._boundary, self._boundary.ledger
+        boundary = self._boundary
         boundary.origin.stage = name
         method = f"get_{name}_dataloaders"
         length = loader_length(loader)
@@ -100,10 +103,7 @@ class Evaluation:
         outputs = self._outputs(stage, key, keep)
         began = time.monotonic()
         boundary.phase = f"the dataloader {key!r} of {method}"
-        mark = clock()
-        batches = iter(loader)
-        ledger.data += clock() - mark
-        done, rows, losses = self._run_batches(stage, key, batches, limit, outputs)
+        done, rows, losses = self._run_batches(stage, key, loader, limit, outputs)
         if done == 0:
             raise EmptyDataLoader(
                 f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out"
@@ -119,7 +119,7 @@ class Evaluation:
         return outputs
 
     def _run_batches(
-        self, stage: Stage, key: str, batches: Iterator[Any], limit: int | None, outputs: EpochOutputs | None
+        self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, outputs: EpochOutputs | None
     ) -> tuple[int, int | None, list[tuple[Value, int]]]:
         """Returns how many batches there were, how many rows (if that is known), and each batch's loss if it has
         one."""
@@ -129,31 +129,35 @@ class Evaluation:
         total: int | None = 0
         losses: list[tuple[Value, int]] = []
         mark = clock()
-        while limit is None or done < limit:
-            boundary.phase = f"the dataloader {key!r} of get_{name}_dataloaders"
-            batch = next(batches, END)  # WAIT: data
-            now = clock()
-            ledger.data += now - mark
-            if batch is END:
-                break
-            mark = boundary.cross(now)  # what came while the loop waited for data is taken before the batch
-            boundary.phase = f"{name}_step"
-            rows = first_rows(batch)
-            self._recorder.weight = rows or 1
-            values = as_tuple(self._forward(stage, batch))
-            now = clock()
-            ledger.compute += now - mark
-            done += 1
-            total = None if rows is None or total is None else total + rows
-            first = values[0] if values else None
-            if isinstance(first, torch.Tensor) and first.numel() == 1:
-                losses.append((first.detach().reshape(()).clone(), rows or 1))
-            if outputs is not None:
-                outputs.append(self._capture.take(values))
-            if step_ended in boundary.bus.wanted:
-                boundary.bus.publish(step_ended(*boundary.origin.header(), key, done))
-            mark = clock()
-            ledger.publish += mark - now
+        batches = iter(loader)
+        try:
+            while limit is None or done < limit:
+                boundary.phase = f"the dataloader {key!r} of get_{name}_dataloaders"
+                batch = next(batches, END)  # WAIT: data
+                now = clock()
+                ledger.data += now - mark
+                if batch is END:
+                    break
+                mark = boundary.cross(now)  # what came while the loop waited for data is taken before the batch
+                boundary.phase = f"{name}_step"
+                rows = first_rows(batch)
+                self._recorder.weight = rows or 1
+                values = as_tuple(self._forward(stage, batch))
+                now = clock()
+                ledger.compute += now - mark
+                done += 1
+                total = None if rows is None or total is None else total + rows
+                first = values[0] if values else None
+                if isinstance(first, torch.Tensor) and first.numel() == 1:
+                    losses.append((first.detach().reshape(()).clone(), rows or 1))
+                if outputs is not None:
+                    outputs.append(self._capture.take(values))
+                if step_ended in boundary.bus.wanted:
+                    boundary.bus.publish(step_ended(*boundary.origin.header(), key, done))
+                mark = clock()
+                ledger.publish += mark - now
+        finally:
+            del batches  # ends its workers, also while an exception keeps this frame alive
         boundary.cross(clock())
         return done, total, losses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -213,7 +214,8 @@ class CallbackTarget:
             args, kwargs = hook_arguments(event, outputs)
             self._hooks[type(event)](*args, **kwargs)
         except BaseException as error:
-            error.add_note(f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
+            with contextlib.suppress(Exception):  # an exception of the user's may not take notes
+                error.add_note(f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
             raise
         finally:
             self._recorder.handling(None)

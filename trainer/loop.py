@@ -141,94 +141,97 @@ class TrainingLoop:
         first_step = origin.global_step
         read = 0
         step_ended = mark
-        while limit is None or origin.global_step < limit:
-            boundary.phase = "the training dataloader"
-            batch = next(batches, END)  # WAIT: data
-            if batch is END:
-                ledger.data += clock() - mark
-                break
-            rows = first_rows(batch) if rows_of is None else rows_of(read)
-            read += 1
-            group = [(batch, rows)]
-            while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
-                group.append((batch, first_rows(batch) if rows_of is None else rows_of(read)))
+        try:
+            while limit is None or origin.global_step < limit:
+                boundary.phase = "the training dataloader"
+                batch = next(batches, END)  # WAIT: data
+                if batch is END:
+                    ledger.data += clock() - mark
+                    break
+                rows = first_rows(batch) if rows_of is None else rows_of(read)
                 read += 1
-            now = clock()
-            ledger.data += now - mark
-            if control.pending:  # came while the loop waited for data: taken before the step, not after it
-                boundary.take_commands()
+                group = [(batch, rows)]
+                while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
+                    group.append((batch, first_rows(batch) if rows_of is None else rows_of(read)))
+                    read += 1
                 now = clock()
+                ledger.data += now - mark
+                if control.pending:  # came while the loop waited for data: taken before the step, not after it
+                    boundary.take_commands()
+                    now = clock()
 
-            mark, aside = now, ledger.aside
-            if ledger.idle is not None:
-                ledger.idle.begin()
-            observed = TrainStepEnded in bus.payload_receivers
-            live: list[Outputs] | None = [] if observed or step_hooks or outputs is not None else None
-            if accumulation == 1:
-                loss = self._micro_step(batch, rows, None, 0, live)
-            else:
-                loss, rows = self._micro_steps(group, live)
-            boundary.phase = "the optimizer step"
-            lr = optimization.learning_rate
-            grad_norm, skipped = optimization.step(loss, rows, ledger)
-            if not gradients_are_looked_at:
-                optimization.zero_grad()
-            if ledger.idle is not None:
-                ledger.idle.end()
-            ledger.steps += 1
-            now = clock()
-            # What was charged to rows of its own in the meantime does not count twice.
-            ledger.compute += now - mark - (ledger.aside - aside)
-
-            if skipped is None:
-                origin.global_step = step = origin.global_step + 1
-                self._skipped_in_a_row = 0
-                if recorder.values:
-                    recorder.take()
-                event = TrainStepEnded(
-                    origin.run_id,
-                    origin.attempt,
-                    0,
-                    time.time(),
-                    origin.rank,
-                    step,
-                    epoch,
-                    "train",
-                    loss,  # type: ignore[arg-type]  # deferred: read in a batch with others, off this thread
-                    step - first_step,
-                    rows,
-                    (now - step_ended) / 1e9,
-                    lr,
-                    grad_norm,  # type: ignore[arg-type]  # deferred, too
-                )
-                step_ended = now
-                payload = None
-                if live is not None or fenced_steps:
-                    payload = self._payload(live, outputs, observed)
-                bus.publish(event, payload)
-                mark = clock()
-                ledger.publish += mark - now
-                if payload is not None and payload.fence is not None:
-                    boundary.wait_for_fence(payload.fence)
-                    mark = clock()
-                if step_hooks and live is not None:
-                    boundary.run_inline_step(step_hooks, live)
-                    mark = clock()
-            else:
-                self._skip(skipped, loss)
-                mark = clock()
-                ledger.publish += mark - now
-            if gradients_are_looked_at:
-                optimization.zero_grad()
+                mark, aside = now, ledger.aside
+                if ledger.idle is not None:
+                    ledger.idle.begin()
+                observed = TrainStepEnded in bus.payload_receivers
+                live: list[Outputs] | None = [] if observed or step_hooks or outputs is not None else None
+                if accumulation == 1:
+                    loss = self._micro_step(batch, rows, None, 0, live)
+                else:
+                    loss, rows = self._micro_steps(group, live)
+                boundary.phase = "the optimizer step"
+                lr = optimization.learning_rate
+                grad_norm, skipped = optimization.step(loss, rows, ledger)
+                if not gradients_are_looked_at:
+                    optimization.zero_grad()
+                if ledger.idle is not None:
+                    ledger.idle.end()
+                ledger.steps += 1
                 now = clock()
-                ledger.compute += now - mark
-                mark = now
-            if control.pending or bus.gated or mark > boundary.ledger_due:
-                mark = boundary.cross(mark)
-            if val_interval is not None and origin.global_step % val_interval == 0:
-                self._validate_after(origin.global_step)
-                mark = step_ended = clock()
-        del batches  # ends the workers of a dataloader before validation starts its own
+                # What was charged to rows of its own in the meantime does not count twice.
+                ledger.compute += now - mark - (ledger.aside - aside)
+
+                if skipped is None:
+                    origin.global_step = step = origin.global_step + 1
+                    self._skipped_in_a_row = 0
+                    if recorder.values:
+                        recorder.take()
+                    event = TrainStepEnded(
+                        origin.run_id,
+                        origin.attempt,
+                        0,
+                        time.time(),
+                        origin.rank,
+                        step,
+                        epoch,
+                        "train",
+                        loss,  # type: ignore[arg-type]  # deferred: read in a batch with others, off this thread
+                        step - first_step,
+                        rows,
+                        (now - step_ended) / 1e9,
+                        lr,
+                        grad_norm,  # type: ignore[arg-type]  # deferred, too
+                    )
+                    step_ended = now
+                    payload = None
+                    if live is not None or fenced_steps:
+                        payload = self._payload(live, outputs, observed)
+                    bus.publish(event, payload)
+                    mark = clock()
+                    ledger.publish += mark - now
+                    if payload is not None and payload.fence is not None:
+                        boundary.wait_for_fence(payload.fence)
+                        mark = clock()
+                    if step_hooks and live is not None:
+                        boundary.run_inline_step(step_hooks, live)
+                        mark = clock()
+                else:
+                    self._skip(skipped, loss)
+                    mark = clock()
+                    ledger.publish += mark - now
+                if gradients_are_looked_at:
+                    optimization.zero_grad()
+                    now = clock()
+                    ledger.compute += now - mark
+                    mark = now
+                if control.pending or bus.gated or mark > boundary.ledger_due:
+                    mark = boundary.cross(mark)
+                if val_interval is not None and origin.global_step % val_interval == 0:
+                    self._validate_after(origin.global_step)
+                    mark = step_ended = clock()
+        finally:
+            # Ends a dataloader's workers: before validation starts its own, and though an exception may keep this frame.
+            del batches
         if read == 0:
             raise EmptyDataLoader(
                 f"get_train_dataloader() gave no batch in epoch {epoch}: the data set is empty, or drop_last left out"
@@ -328,15 +331,18 @@ class TrainingLoop:
     def _publish_backward(self, loss: torch.Tensor, micro_step: int) -> None:
         boundary = self._boundary
         mark = clock()
-        payload = None
+        fence = boundary.fence(BackwardEnded)
+        payload = Payload(fence=fence) if fence is not None else None
         if BackwardEnded in boundary.bus.payload_receivers:
             copy = self._capture.take((loss,))
-            payload = Payload(self._capture.of_step([copy]), nbytes=copy.nbytes)
+            payload = Payload(self._capture.of_step([copy]), fence, copy.nbytes)
         event = BackwardEnded(*boundary.origin.header(), loss.detach(), micro_step)  # type: ignore[arg-type]  # deferred
         boundary.bus.publish(event, payload)
         spent = clock() - mark
         boundary.ledger.publish += spent
         boundary.ledger.aside += spent
+        if fence is not None:
+            boundary.wait_for_fence(fence)
 
     def _skip(self, reason: Skip, loss: torch.Tensor) -> None:
         self._recorder.discard()

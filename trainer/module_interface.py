@@ -19,7 +19,7 @@ fenced   the same; the loop waits for it  the same copies; the model stands stil
 inline   the loop's, at the exact place   live tensors, gradients and weights
 ======== ================================ ==============================================================
 
-Observer is the default. `on_end_backward` is always inline, `on_begin_train_epoch` always fenced, and so are
+Observer is the default. `on_end_backward` is inline, `on_begin_train_epoch` fenced, and so are
 the hooks of a module itself at the beginning and end of an epoch and of training. `inline`, `fenced` and
 `observer` choose otherwise. An observer hook must not use global random generators: it runs beside the loop
 and would change its numbers. Whatever a hook raises ends the run with that exception, unless the callback was
@@ -146,7 +146,7 @@ class CallbackInterface(ABC):
         """
 
     def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
-        """The backward pass of one micro-batch is finished. Always inline: it sees the gradients as they are.
+        """The backward pass of one micro-batch is finished. Inline, unless marked: it sees the gradients as they are.
 
         Gradients of earlier micro-batches of the same step are already in them, weighted by rows.
 

@@ -117,6 +117,8 @@ class Session:
         """Let go of what the constructor opened, because the session will not run."""
         for observer in self._supervisor.observers if hasattr(self, "_supervisor") else ():
             observer.subscription.discard()
+        if hasattr(self, "bus"):
+            self.bus.discard()
         self._close_folder()
 
     def _build(self, sinks: list[SinkLike], journal: Journal | None, interactive: bool) -> None:
@@ -452,12 +454,15 @@ class Session:
             watch.cancel_scope.cancel()
 
     async def _drain(self) -> list[ObserverReport]:
-        """Drain all observers within the deadline; the journal last, because it records how the others ended."""
-        timeout_s = self._arguments.drain_timeout_s
-        others = [observer for observer in self._supervisor.observers if observer is not self._journal]
-        reports = await self._supervisor.drain(others, timeout_s)
-        if self._journal is not None:
-            reports = [*await self._supervisor.drain([self._journal], timeout_s), *reports]
+        """Drain callbacks, then sinks, then the journal: each is told how those before it have ended."""
+        stages: dict[str, list[Observer]] = {"callbacks": [], "sinks": [], "journal": []}
+        for observer in self._supervisor.observers:
+            stage = "callbacks" if observer.target.payloads else "journal" if observer is self._journal else "sinks"
+            stages[stage].append(observer)
+        reports: list[ObserverReport] = []
+        for observers in stages.values():
+            if observers:
+                reports += await self._supervisor.drain(observers, self._arguments.drain_timeout_s)
         await self.bus.drain()
         self.bus.close()
         return reports

@@ -244,8 +244,6 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
         session = make()
         if abandoned.is_set():
             session.discard()
-            session.bus.close()
-            await session.bus.run()  # there is nothing to deliver: it lets its sockets go
             return
         made.put(session)
         await session.serve()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -309,8 +311,6 @@ async def test_any_exception_comes_out_of_run_as_itself(kit: Any, make: Callable
 def test_any_exception_of_a_hook_comes_out_as_itself(kit: Any, lane: str, make: Callable[[], BaseException]) -> None:
     """On the loop's thread or on the callback's own."""
     error = make()
-    if lane == "observer" and isinstance(error, Aloof | Sealed):
-        pytest.skip("a note is added to it on the callback's thread, which such an exception does not take")
 
     class Observing(CallbackInterface):
         def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
@@ -325,3 +325,53 @@ def test_any_exception_of_a_hook_comes_out_as_itself(kit: Any, lane: str, make: 
     assert same(outcome.error, error)
     assert len(outcome.of(RunEnded)) == 1
     kit.join_threads()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"overflow": "drop"}, "overflow='drop'"),
+        ({"on_error": "ignore"}, "on_error='ignore'"),
+        ({"capacity": 0}, "capacity=0"),
+        ({"latency_s": 0}, "latency_s=0"),
+        ({"timeout_s": "soon"}, "timeout_s='soon'"),
+        ({"types": [RunEnded]}, "frozenset of event types"),
+        ({"types": frozenset({"RunEnded"})}, "frozenset of event types"),
+    ],
+)
+def test_a_delivery_that_cannot_be_is_refused_where_it_is_made(options: Any, says: str) -> None:
+    """It would otherwise train on silently, or hang."""
+    with pytest.raises(ValueError, match=says):
+        Delivery(**options)
+
+
+@pytest.mark.parametrize("where", ["train_step", "val_step"])
+def test_a_failed_run_leaves_no_dataloader_workers(kit: Any, where: str) -> None:
+    """Though its exception, which the caller holds, keeps the frames of the loop alive."""
+
+    class Net(kit.Net):
+        def loader(self) -> Any:
+            dataset = torch.utils.data.TensorDataset(self.x, self.y)
+            return torch.utils.data.DataLoader(dataset, batch_size=8, num_workers=2)
+
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            return self.loader()
+
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            return self.loader()
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if where == "train_step":
+                raise ValueError("boom")
+            return self.forward_loss(batch)
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            raise ValueError("boom")
+
+    gc.disable()
+    try:
+        outcome = kit.train(Net())
+        assert isinstance(outcome.error, ValueError)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()

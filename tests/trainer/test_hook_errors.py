@@ -146,3 +146,25 @@ def test_a_queue_that_would_lose_outputs_on_its_way_through_the_disk_is_refused(
         CallbackHooks(kit.Diary(), spill)
     hooks = CallbackHooks(on("on_end_train", lambda *_: None)(), spill)
     assert hooks.delivery is spill
+
+
+def test_a_failure_in_the_last_hook_reaches_the_sinks(kit: Any) -> None:
+    """Callbacks are drained before sinks, so these hear how the callbacks ended."""
+    callback = on("on_end_train", lambda *_: 1 / 0)()
+    outcome = kit.train(kit.Net(), callbacks=[(callback, policy("disable"))])
+    assert outcome.result.status == "finished"
+    assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_end_train", "disabled")]
+
+
+def test_a_fenced_backward_hook_holds_the_loop(kit: Any) -> None:
+    """The loop goes on to the optimizer only when it has returned."""
+    seen: list[tuple[int, bool]] = []
+
+    class Net(kit.Net):
+        @fenced
+        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
+            seen.append((global_step, self.linear.weight.grad is not None))
+
+    result = kit.train(Net()).result
+    assert seen == [(0, True), (1, True)]
+    assert result.ledger.fence_s > 0
