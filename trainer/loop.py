@@ -230,7 +230,7 @@ class TrainingLoop:
                     self._validate_after(origin.global_step)
                     mark = step_ended = clock()
         finally:
-            # Ends a dataloader's workers: before validation starts its own, and though an exception may keep this frame.
+            # Ends a dataloader's workers: before validation starts its own, and though an exception keeps this frame.
             del batches
         if read == 0:
             raise EmptyDataLoader(
