@@ -1,5 +1,10 @@
 """The contract that users implement, and the trainer that runs it."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import events as _events
 
 if not getattr(_events, "__stagecast__", False):
@@ -8,16 +13,17 @@ if not getattr(_events, "__stagecast__", False):
         f" rename that file or folder, or take its folder off the front of sys.path"
     )
 
-from events.sink import Delivery as Delivery
-from trainer.arguments import TrainerArguments as TrainerArguments
-from trainer.data import to_device as to_device
-from trainer.module_interface import CallbackInterface as CallbackInterface
-from trainer.module_interface import ModuleInterface as ModuleInterface
-from trainer.module_interface import Stage as Stage
-from trainer.module_interface import fenced as fenced
-from trainer.module_interface import inline as inline
-from trainer.module_interface import observer as observer
-from trainer.trainer import Trainer as Trainer
+if TYPE_CHECKING:
+    from events.sink import Delivery as Delivery
+    from trainer.arguments import TrainerArguments as TrainerArguments
+    from trainer.data import to_device as to_device
+    from trainer.module_interface import CallbackInterface as CallbackInterface
+    from trainer.module_interface import ModuleInterface as ModuleInterface
+    from trainer.module_interface import Stage as Stage
+    from trainer.module_interface import fenced as fenced
+    from trainer.module_interface import inline as inline
+    from trainer.module_interface import observer as observer
+    from trainer.trainer import Trainer as Trainer
 
 __all__ = [
     "CallbackInterface",
@@ -31,3 +37,23 @@ __all__ = [
     "observer",
     "to_device",
 ]
+
+_HOMES = {
+    "Delivery": "events.sink",
+    "Trainer": "trainer.trainer",
+    "TrainerArguments": "trainer.arguments",
+    "to_device": "trainer.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first asked for: ``stagecast --help`` need not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'trainer' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOMES.get(name, "trainer.module_interface")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -54,6 +53,20 @@ def test_importing_the_trainer_loads_no_observers_and_no_extras(script: Any) -> 
     assert program.end() == (0, "[]\n", "")
 
 
+def test_the_command_line_explains_itself_without_torch(script: Any) -> None:
+    """Help and wrong arguments come at once."""
+    program = script(
+        "import sys\n"
+        "from trainer.cli import main\n"
+        "try:\n"
+        "    main(['demo', '--help'])\n"
+        "except SystemExit as ended:\n"
+        "    print(ended.code, 'torch' in sys.modules)\n"
+    )
+    code, out, err = program.end()
+    assert (code, out.splitlines()[-1], err) == (0, "0 False", "")
+
+
 def test_importing_events_does_not_load_torch(script: Any) -> None:
     """Host data and its transport: usable where no torch is installed."""
     modules = [f"events.{path.stem}" for path in (ROOT / "events").glob("*.py") if path.stem != "__init__"]
@@ -67,7 +80,7 @@ def test_importing_events_does_not_load_torch(script: Any) -> None:
 
 
 def test_the_public_names_are_those_we_chose() -> None:
-    """Names are added on purpose: all of `__all__` are there, and nothing else but submodules."""
+    """Names are added on purpose, and imported when they are first asked for; a wrong one is told the right ones."""
     assert trainer.__all__ == [
         "CallbackInterface",
         "Delivery",
@@ -80,8 +93,11 @@ def test_the_public_names_are_those_we_chose() -> None:
         "observer",
         "to_device",
     ]
-    public = {name for name, value in vars(trainer).items() if name[0] != "_" and not isinstance(value, ModuleType)}
-    assert public == set(trainer.__all__)
+    for name in trainer.__all__:
+        assert name in dir(trainer)
+        assert getattr(trainer, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"has no attribute 'Triner'; it has .*Trainer"):
+        trainer.Triner  # noqa: B018
 
 
 # ---------------------------------------------------------------------------------------------- who imports whom

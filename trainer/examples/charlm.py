@@ -33,7 +33,7 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
     max_lr: float
 
 
-SMALL = Size(width=128, depth=3, heads=4, context=96, batch=24, steps=420, epochs=6, max_lr=4e-3)
+SMALL = Size(width=128, depth=3, heads=4, context=96, batch=24, steps=780, epochs=6, max_lr=4e-3)
 """For about a minute on two CPU cores."""
 
 LARGE = Size(width=512, depth=8, heads=8, context=256, batch=128, steps=1_500, epochs=6, max_lr=1e-3)
