@@ -140,6 +140,7 @@ class TrainingLoop:
         val_interval = arguments.val_interval_steps
         limit = self._step_limit()
         first_step = origin.global_step
+        idle = ledger.idle
         read = 0
         step_ended = mark
         try:
@@ -151,10 +152,11 @@ class TrainingLoop:
                     break
                 rows = first_rows(batch) if rows_of is None else rows_of(read)
                 read += 1
-                group = [(batch, rows)]
-                while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
-                    group.append((batch, first_rows(batch) if rows_of is None else rows_of(read)))
-                    read += 1
+                if accumulation > 1:
+                    group = [(batch, rows)]
+                    while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
+                        group.append((batch, first_rows(batch) if rows_of is None else rows_of(read)))
+                        read += 1
                 now = clock()
                 ledger.data += now - mark
                 if control.pending:  # came while the loop waited for data: taken before the step, not after it
@@ -162,8 +164,8 @@ class TrainingLoop:
                     now = clock()
 
                 mark, aside = now, ledger.aside
-                if ledger.idle is not None:
-                    ledger.idle.begin()
+                if idle is not None:
+                    idle.begin()
                 observed = TrainStepEnded in bus.payload_receivers
                 keep = observed or step_hooks or outputs is not None
                 if accumulation == 1:
@@ -177,8 +179,8 @@ class TrainingLoop:
                 grad_norm, skipped = optimization.step(loss, rows, ledger)
                 if not gradients_are_looked_at:
                     optimization.zero_grad()
-                if ledger.idle is not None:
-                    ledger.idle.end()
+                if idle is not None:
+                    idle.end()
                 ledger.steps += 1
                 now = clock()
                 # What was charged to rows of its own in the meantime does not count twice.
