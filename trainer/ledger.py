@@ -103,6 +103,12 @@ class DeviceIdle:
         """The device's work of a step ends here."""
         self._last_end = self._record()
 
+    def forget(self) -> None:
+        """What comes now is no step, and no idleness either."""
+        if self._last_end is not None:
+            self._free.append(self._last_end)
+            self._last_end = None
+
     def read(self) -> float:
         """Seconds of idleness in all gaps that are over by now."""
         while self._gaps and self._gaps[0][1].query():  # type: ignore[no-untyped-call]

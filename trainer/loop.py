@@ -378,6 +378,8 @@ class TrainingLoop:
     def _validate(self) -> None:
         boundary = self._boundary
         self._validated_at = boundary.origin.global_step
+        if boundary.ledger.idle is not None:
+            boundary.ledger.idle.forget()
         boundary.phase = "get_val_dataloaders"
         mark = clock()
         loaders = as_val_loaders(

@@ -202,7 +202,9 @@ class Session:
         seeded = self._arguments.seed is not None
         try:
             self._count_seeded(1 if seeded else 0)
-            self._main()
+            on_cuda = self._device.type == "cuda"
+            with torch.cuda.device(self._device) if on_cuda else contextlib.nullcontext():  # the thread may be the host's
+                self._main()
             self._status = "finished"
         except StopRequested as stop:
             self._status, self._reason = "stopped", stop.reason
@@ -220,7 +222,6 @@ class Session:
 
     def _main(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
             self._readback.compute_stream = torch.cuda.current_stream(self._device)
         torch.get_num_threads()  # torch gives a new thread the host's setting only when it is asked for
         self.recorder.bind()
