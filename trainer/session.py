@@ -203,7 +203,8 @@ class Session:
         try:
             self._count_seeded(1 if seeded else 0)
             on_cuda = self._device.type == "cuda"
-            with torch.cuda.device(self._device) if on_cuda else contextlib.nullcontext():  # the thread may be the host's
+            # For as long as the loop runs: under `Trainer.train` the thread is the host's.
+            with torch.cuda.device(self._device) if on_cuda else contextlib.nullcontext():
                 self._main()
             self._status = "finished"
         except StopRequested as stop:
