@@ -96,10 +96,16 @@ class Worker:
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Job:
         """Queue a call; returns at once. From the event loop only."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-            self._thread.start()
         job = Job(function, args)
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more threads: this call failed, the next one may not
+                job.error = error
+                job.finished.set()
+                return job
+            self._thread = thread
         self._jobs.put(job)
         return job
 

@@ -66,7 +66,7 @@ class Boundary:
         """What the loop is doing, for messages."""
         self._recorder = recorder
         self._on_inline_error = on_inline_error
-        self._ledger_interval_ns = int(ledger_interval_s * 1e9)
+        self._ledger_interval_ns = int(min(ledger_interval_s, 1e9) * 1e9)  # infinity is no integer
         self.ledger_due = clock() + self._ledger_interval_ns
         """When the ledger is to be published next, on ``perf_counter_ns``."""
         self._noticed: set[str] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -102,6 +103,10 @@ class CallbackHooks:
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
         for name, hook in overridden_hooks(callback).items():
+            if inspect.iscoroutinefunction(hook):
+                raise ArgumentsError(
+                    f"{self.name}.{name} is async, but hooks run on threads: make it a plain function"
+                )
             kind = EVENT_OF_HOOK[name]
             lane = lane_of(callback, name, hook)
             if lane is Lane.INLINE:

@@ -344,7 +344,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             name = _checked_name(name)
         if type(value) is not float:
             if isinstance(value, torch.Tensor):
-                if value.numel() != 1 or value.dtype.is_complex:
+                if value.numel() != 1 or value.dtype.is_complex or value.layout is not torch.strided:
                     raise _bad_tensor(name, value)
             else:
                 value = _as_float(name, value)
@@ -377,7 +377,9 @@ def _bad_tensor(name: str, value: torch.Tensor) -> Exception:
             f"log({name!r}) got a tensor of shape {tuple(value.shape)}: it must have one element; "
             "reduce it first, for example with .mean()"
         )
-    return TypeError(f"log({name!r}) got a tensor of {value.dtype}: log its .abs(), .real or .imag instead")
+    if value.dtype.is_complex:
+        return TypeError(f"log({name!r}) got a tensor of {value.dtype}: log its .abs(), .real or .imag instead")
+    return TypeError(f"log({name!r}) got a tensor with the layout {value.layout}: log it .to_dense()")
 
 
 def _as_float(name: str, value: object) -> float:

@@ -22,6 +22,7 @@ class Optimization:
 
     Args:
         returned: What `ModuleInterface.get_optimizers_schedulers` returned.
+        parameters: The module's.
         latest: Last value of each logged metric, for schedulers that follow one.
 
     Raises:
@@ -31,11 +32,15 @@ class Optimization:
     def __init__(
         self,
         returned: Any,
+        parameters: Iterable[torch.nn.Parameter],
         arguments: TrainerArguments,
         precision: Precision,
         latest: Mapping[str, float | torch.Tensor],
     ) -> None:
         self.optimizers, self.schedulers = _checked(returned)
+        held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        # Of these nobody would clear the gradients.
+        self._strays = [parameter for parameter in parameters if id(parameter) not in held]
         self._arguments = arguments
         self._precision = precision
         self._latest = latest
@@ -126,6 +131,8 @@ class Optimization:
         """Let the gradients go."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        for parameter in self._strays:
+            parameter.grad = None
 
     def end_validation(self, ledger: Ledger) -> None:
         """Validation is over: schedulers that follow a metric get it, unless they follow the training loss.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from math import isfinite
 from operator import setitem
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from msgspec.structs import force_setattr
 
 from events.backlog import Published
+from events.log import logger
 from events.messages import Event, MetricsLogged, TestEpochEnded, TrainEpochEnded, TrainStepEnded, ValEpochEnded
 
-_Place = tuple[Callable[[Any, str, float], None], Any, str]
+_Place = tuple[Callable[[Any, str, float | None], None], Any, str]
 """Where a number goes: how to put it there, the event or dictionary, and the name."""
 
 _Read = Callable[[], bool]
@@ -69,10 +70,14 @@ class DeviceReadback:
         if tensors:
             try:
                 reads += self._read(places, tensors)
-            except RuntimeError:  # of several shapes, or on several devices
+            except Exception:  # of several shapes, on several devices, or unreadable: the long way tells
                 others += zip(places, tensors, strict=True)
         for group in _grouped(others):
-            reads += self._read([place for place, _ in group], [tensor.reshape(()) for _, tensor in group])
+            places = [place for place, _ in group]
+            try:
+                reads += self._read(places, [tensor.reshape(()) for _, tensor in group])
+            except Exception as error:  # the border of the pump, which must go on
+                _lose(places, error)
         if not reads:
             self._observe(batch)
             return _done
@@ -112,10 +117,13 @@ class DeviceReadback:
         held = [*tensors, stacked]
 
         def read() -> bool:
-            if not arrived.query():  # type: ignore[no-untyped-call]
-                return False
+            try:
+                if not arrived.query():  # type: ignore[no-untyped-call]
+                    return False
+                _put(places, host)
+            except Exception as error:  # of the device: the loop meets it, too, with the user's code in its traceback
+                _lose(places, error)
             held.clear()
-            _put(places, host)
             return True
 
         return read
@@ -129,7 +137,7 @@ class DeviceReadback:
                     rows = event.rows or 1
                     self._loss_sum += last * rows
                     self._loss_rows += rows
-                    if not isfinite(last):
+                    if not math.isfinite(last):
                         self._consecutive += 1
                         self._on_loss(event, self._consecutive)
                     elif self._consecutive:
@@ -158,6 +166,13 @@ def _put(places: list[_Place], stacked: torch.Tensor) -> None:
     numbers: list[float] = stacked.flatten().tolist()
     for (put, where, name), number in zip(places, numbers, strict=True):
         put(where, name, float(number))
+
+
+def _lose(places: list[_Place], error: Exception) -> None:
+    """These numbers cannot be read: say so, and go on without them."""
+    logger.warning(f"{len(places)} numbers could not be read from their tensors: {error}", exc_info=error)
+    for put, where, name in places:
+        put(where, name, math.nan if put is setitem else None)
 
 
 def _deferred(event: Event) -> Iterator[tuple[_Place, torch.Tensor]]:

@@ -63,6 +63,8 @@ Task = Literal["train", "test"]
 
 _seeded_runs = 0
 _seed_lock = threading.Lock()
+_claim_lock = threading.Lock()  # held while a run looks whether a module is free, and takes it
+_ABORTED_DRAIN_S = 0.5
 
 
 class Session:
@@ -228,14 +230,15 @@ class Session:
         self.recorder.bind()
         if self._arguments.seed is not None:
             seed_everything(self._arguments.seed)
-        if self._module._recorder is not None:
-            kind = type(self._module).__name__
-            raise ContractError(f"this {kind} is being trained by another run: give each run a module of its own")
+        with _claim_lock:
+            if self._module._recorder is not None:
+                kind = type(self._module).__name__
+                raise ContractError(f"this {kind} is being trained by another run: give each run a module of its own")
+            object.__setattr__(self._module, "_recorder", self.recorder)  # not a submodule, not in the state dict
         self._module.to(self._device)
         if warning := self._arguments.batch_size_warning():
             logger.warning(warning)
         restore = _compile(self._module, self._arguments)
-        object.__setattr__(self._module, "_recorder", self.recorder)  # not a submodule, not in the state dict
         try:
             if self.task == "train":
                 self._train()
@@ -268,7 +271,9 @@ class Session:
         self._publish_started(steps)
         self._boundary.phase = "get_optimizers_schedulers"
         returned = self._module.get_optimizers_schedulers(steps or 0, self._arguments.epochs)
-        optimization = Optimization(returned, self._arguments, self._precision, self.recorder.latest)
+        parameters = self._module.parameters()
+        optimization = Optimization(returned, parameters, self._arguments, self._precision, self.recorder.latest)
+        optimization.zero_grad()  # what the host has left in the gradients is none of the first step's
         self.ledger.start()
         try:
             loop.run(optimization, loader)
@@ -463,10 +468,13 @@ class Session:
         for observer in self._supervisor.observers:
             stage = "callbacks" if observer.target.payloads else "journal" if observer is self._journal else "sinks"
             stages[stage].append(observer)
+        timeout_s = self._arguments.drain_timeout_s
+        if isinstance(self.error, (KeyboardInterrupt, SystemExit)):  # a second signal: somebody wants it to end now
+            timeout_s = min(timeout_s, _ABORTED_DRAIN_S)
         reports: list[ObserverReport] = []
         for observers in stages.values():
             if observers:
-                reports += await self._supervisor.drain(observers, self._arguments.drain_timeout_s)
+                reports += await self._supervisor.drain(observers, timeout_s)
         await self.bus.drain()
         self.bus.close()
         return reports
@@ -536,6 +544,8 @@ async def _outliving(function: Callable[[], Awaitable[None]]) -> None:
         task = asyncio.current_task()
         assert task is not None
         asyncio._unregister_task(task)  # documented in "Extending asyncio"
+        # An eager task is registered only when it waits for the first time.
+        asyncio.get_running_loop().call_soon(asyncio._unregister_task, task)
         await function()
     else:
         import trio

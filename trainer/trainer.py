@@ -82,7 +82,7 @@ class Trainer:
 
         The event loop runs on a thread of its own, so this works on any thread, inside a running event loop too (which
         it blocks). On the main thread the first SIGINT or SIGTERM is a `Run.stop`, the second ends the run at once with
-        KeyboardInterrupt or SystemExit; the handlers are restored.
+        KeyboardInterrupt or SystemExit, leaving observers no more than a moment; the handlers are restored.
 
         Raises:
             RunFolderError: the run's folder cannot be used.
@@ -155,10 +155,14 @@ class _RunContext(AbstractAsyncContextManager[Run]):
 
     async def __aenter__(self) -> Run:
         self._session = self._trainer._session("train", Control(), default_sinks=False, interactive=False)
+        try:
+            self._session.start_thread()  # first, because it may fail; entering the task group cannot
+        except BaseException:
+            self._session.discard()
+            raise
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._session.serve, name="stagecast run")
-        self._session.start_thread()
         self._connection = _LocalConnection(self._session)
         return Run(self._connection)
 
@@ -187,15 +191,15 @@ class _RunContext(AbstractAsyncContextManager[Run]):
 async def _outlast(session: Session) -> BaseException | None:
     """Wait for the end of the run through any number of cancellations; returns the first of them.
 
-    Under asyncio a native ``task.cancel()`` cuts through a shield, and may come again while we wait: each is absorbed
-    here, and the first one goes on when the run has ended.
+    Under asyncio a native ``task.cancel()`` cuts through a shield; trio raises Ctrl-C in its main task, wherever that
+    waits; both may come again. Each is absorbed here, and the first one goes on when the run has ended.
     """
     cancelled: BaseException | None = None
     while not session.finished.is_set():
         try:
             with anyio.CancelScope(shield=session.cancelled):
                 await session.finished.wait()
-        except anyio.get_cancelled_exc_class() as error:
+        except BaseException as error:
             cancelled = cancelled or error
             session.cancel("its task was cancelled")
     return cancelled

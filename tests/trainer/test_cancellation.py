@@ -492,3 +492,31 @@ async def test_steps_stop_at_once(case: Any) -> None:
             await stream.receive()
     assert case.steps <= at + 1
     await case.check()
+
+
+async def test_ctrl_c_while_the_block_waits_for_the_end(script: Any, anyio_backend: str) -> None:
+    """trio raises it where its main task waits, which is within our wait: it is absorbed until the run has ended."""
+    import signal
+
+    program = script(
+        BACKGROUND[: BACKGROUND.index("async def hold")]
+        + f"""
+import anyio
+def tell():
+    net.stepping.wait()
+    print("training")
+threading.Thread(target=tell).start()
+async def main():
+    async with trainer.run():
+        pass
+try:
+    anyio.run(main, backend={anyio_backend!r})
+except BaseException as error:
+    print(type(error).__name__)
+"""
+        + BACKGROUND[BACKGROUND.index("events = []") :]
+    )
+    await anyio.to_thread.run_sync(program.wait_for, "training")
+    program.signal(signal.SIGINT)
+    code, out, err = await anyio.to_thread.run_sync(program.end)
+    assert (code, out.split(), err) == (0, ["KeyboardInterrupt", "cancelled", "0"], "")

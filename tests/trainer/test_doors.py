@@ -13,7 +13,8 @@ import torch
 
 from events.errors import RunCancelled, RunFolderHeld
 from events.messages import CommandTaken, Event, RunEnded, RunStarted, TrainEpochEnded, TrainStepEnded
-from trainer.errors import ContractError
+from trainer import CallbackInterface
+from trainer.errors import ArgumentsError, ContractError
 
 MANY = 100_000  # epochs: more than any test waits for
 
@@ -401,3 +402,47 @@ async def test_a_run_does_not_change_the_hosts_settings(kit: Any) -> None:
     async with kit.make_trainer(kit.Net()).run():
         pass
     assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()) == before
+
+
+@pytest.mark.anyio
+async def test_a_module_is_claimed_before_anything_slow_is_done_with_it(kit: Any) -> None:
+    """Two runs that begin at the same moment: one of them gets it, the other an error."""
+
+    refused = threading.Event()
+
+    class Net(kit.Net):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            assert refused.wait(kit.WAIT_S)  # the first one goes on when the second has failed
+            return super().to(*args, **kwargs)
+
+    net = Net()
+    outcomes: list[str] = []
+
+    async def one() -> None:
+        try:
+            async with kit.make_trainer(net).run() as run:
+                pass
+            outcomes.append((await run.result()).status)
+        except ContractError as error:
+            outcomes.append(str(error).partition(":")[0])
+            refused.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(one)
+        tasks.start_soon(one)
+    assert outcomes == ["this Net is being trained by another run", "finished"]
+
+
+def test_the_ledger_may_be_published_only_at_the_end(kit: Any) -> None:
+    """An infinite interval is allowed, as the argument says."""
+    assert kit.train(kit.Net(), ledger_interval_s=float("inf")).result.status == "finished"
+
+
+def test_an_async_hook_is_refused(kit: Any) -> None:
+    """Nobody would await it."""
+
+    class Late(CallbackInterface):
+        async def on_end_train_step(self, global_step: int, *outputs: Any) -> None: ...  # type: ignore[override]
+
+    with pytest.raises(ArgumentsError, match=r"Late\.on_end_train_step is async"):
+        kit.make_trainer(kit.Net(), callbacks=[Late()]).train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import weakref
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from events.messages import MetricsLogged, RunEnded
+from events.messages import MetricsLogged, RunEnded, TrainStepEnded
 from trainer import CallbackInterface, fenced, inline, observer
 from trainer.recorder import weighted_mean
 
@@ -390,3 +391,24 @@ async def test_many_threads_lose_nothing(kit: Any) -> None:
         pass
     for n in range(4):
         assert [value for _, value in memory.metrics(f"thread {n}")] == [1_000 * n + i for i in range(100)]
+
+
+def test_a_number_that_cannot_be_read_is_nan_and_costs_nobody_else_theirs(
+    kit: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tensor that holds none, or a device that failed: it is said, and the run and its other numbers go on."""
+    caplog.set_level(logging.WARNING, "stagecast")
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.log("unreadable", torch.empty((), device="meta"))
+            self.log("readable", torch.tensor(float(global_step)))
+            return self.forward_loss(batch)
+
+    outcome = kit.train(Net())
+    assert outcome.result.status == "finished"
+    logged = [event.metrics for event in outcome.of(MetricsLogged) if event.key is None]
+    assert [metrics["readable"] for metrics in logged] == [1.0, 2.0]
+    assert all(math.isnan(metrics["unreadable"]) for metrics in logged)
+    assert all(event.loss is not None for event in outcome.of(TrainStepEnded))
+    assert any("could not be read" in record.getMessage() for record in caplog.records)

@@ -322,3 +322,33 @@ def test_float16_clips_unscaled_gradients_and_hooks_see_the_unscaled_loss(kit: A
     norms = [e.grad_norm for e in exact.of(TrainStepEnded)]
     assert [e.grad_norm for e in outcome.of(TrainStepEnded)] == pytest.approx(norms, rel=0.05)
     assert losses == [e.loss for e in outcome.of(TrainStepEnded)]
+
+
+# ---------------------------------------------------------------------------------------- gradients of others
+
+
+def test_gradients_from_before_the_run_are_not_in_its_first_step(kit: Any) -> None:
+    """Somebody looked for a learning rate, or checked that backward works."""
+    clean, used = kit.Net(), kit.Net()
+    used.forward_loss(used.batches(8)[0])[0].mul(1_000).backward()
+    kit.train(clean, max_steps=1)
+    kit.train(used, max_steps=1)
+    assert torch.equal(clean.linear.weight, used.linear.weight)
+
+
+def test_gradients_of_parameters_in_no_optimizer_are_cleared_too(kit: Any) -> None:
+    """Or what on_end_backward sees would grow with each step."""
+    seen: list[float] = []
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return [torch.optim.SGD([self.linear.weight], lr=0.0)], []
+
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            return self.batches(batch_size)[:1] * 3
+
+        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
+            seen.append(float(self.linear.bias.grad))
+
+    kit.train(Net())
+    assert seen == [seen[0]] * 3
