@@ -152,6 +152,7 @@ class TrainingLoop:
                     break
                 rows = first_rows(batch) if rows_of is None else rows_of(read)
                 read += 1
+                group = None
                 if accumulation > 1:
                     group = [(batch, rows)]
                     while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
@@ -168,7 +169,7 @@ class TrainingLoop:
                     idle.begin()
                 observed = TrainStepEnded in bus.payload_receivers
                 keep = observed or step_hooks or outputs is not None
-                if accumulation == 1:
+                if group is None:
                     loss, values = self._micro_step(batch, rows, None, 0)
                     live = [values] if keep else None
                     del values

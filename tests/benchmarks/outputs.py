@@ -32,11 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begin = clock()
         outputs.append(capture.take((loss, logits)))
         costs.append((clock() - begin) / 1e3)
+    kept = outputs.nbytes
     begin = clock()
     collated = outputs.collated()
     collate_ms = (clock() - begin) / 1e6
     print(header())
-    print(f"\ncapture and keep one step's outputs, microseconds; {outputs.nbytes / 1e9:.2f} GB kept")
+    print(f"\ncapture and keep one step's outputs, microseconds; {kept / 1e9:.2f} GB kept")
     print(f"{'steps':>14}{'median':>9}{'p99':>9}")
     part = max(1, options.steps // 10)
     for name, values in (("first tenth", costs[:part]), ("last tenth", costs[-part:])):
