@@ -72,7 +72,7 @@ class Bus:
         self.wanted: frozenset[type[Event]] = frozenset()
         """Event types that somebody subscribes to."""
         self.payload_receivers: dict[type[Event], list[str]] = {}
-        """By event type, the names of those who get its payload; without those whom nobody gets."""
+        """Names of those who get the payload of an event type, for each type that somebody gets with its payload."""
         self.history: deque[Event] = deque(maxlen=history)
         self.dropped = 0
         """Events that the ring dropped."""

@@ -1,8 +1,8 @@
 """The events of a run: frozen structs of plain host values, named as past-tense facts.
 
 Every event starts with the same header, so any of them can be placed on a chart, in a journal or on a wire without
-knowing its type. Units stand in the names (``wait_s``, ``queued_bytes``). An event never holds a tensor: what callbacks
-need beside it travels in the bus's in-process `events.Payload`.
+knowing its type. Units stand in the names (``wait_s``, ``queued_bytes``). What callbacks
+need beside it travels in the bus's in-process `events.Payload`: nobody receives an event with a tensor in it.
 
 Two things are completed by the bus before anybody sees the event: ``seq`` (by the pump, which alone knows the order in
 which threads published), and numbers that were still on the device when it was published (`Event.deferred`). After that

@@ -77,7 +77,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """What happens when the queue is full.
 
     ``latest``: metrics and step events are replaced by the newest of their key. ``drop_oldest``: droppable events go
-    first, oldest first. ``spill``: to a temporary file, in order, nothing is lost (events only, no tensors).
+    first, oldest first. ``spill``: to a temporary file, in order (events only, no tensors). Lost, and counted, is only
+    what the disk refuses, and what comes while its thread is so far behind that ``capacity_bytes`` are on their way.
     ``block``: the training loop waits at its next step boundary; charged to the ledger and announced.
     """
     capacity: Annotated[int, Meta(ge=1)] = 16_384

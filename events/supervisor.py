@@ -28,6 +28,7 @@ from events.subscription import Subscription
 from events.worker import AsyncJob, Job, Worker
 
 _PUMP_S = 1.0
+"""How long the pump may take at least to deliver what was published before a drain."""
 
 OnFatal = Callable[[BaseException], None]
 
@@ -313,18 +314,13 @@ class Supervisor:
         self.observers: list[Observer] = []
 
     def add(self, name: str, target: Target, delivery: Delivery) -> Observer:
-        """Subscribe an observer; `start` runs it. A name that is taken gets a number."""
+        """Subscribe an observer, whose `Observer.run` is then to be started. A name that is taken gets a number."""
         taken = {"bus", *(observer.name for observer in self.observers)}
         numbered = (f"{name}-{number}" for number in itertools.count(2))
         unique = next(unique for unique in itertools.chain([name], numbered) if unique not in taken)
         observer = Observer(unique, target, delivery, self._bus, self._on_fatal)
         self.observers.append(observer)
         return observer
-
-    def start(self, tasks: anyio.abc.TaskGroup) -> None:
-        """Run every observer in the task group."""
-        for observer in self.observers:
-            tasks.start_soon(observer.run, name=f"stagecast {observer.name}")
 
     async def drain(self, observers: Sequence[Observer], timeout_s: float) -> list[ObserverReport]:
         """Deliver what these observers still have queued, close them, and report; no longer than ``timeout_s``."""

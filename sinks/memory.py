@@ -37,9 +37,9 @@ class Memory(msgspec.Struct, frozen=True, dict=True):
     capacity: int = 100_000
     """Events kept; beyond it the oldest are let go and counted in `dropped`."""
 
-    # Lossless without ever holding the loop: `block` would hold it when the machine is so busy that the queue
-    # fills, and a test would then measure its own sink. Appending cannot hang, so a timeout could only lose
-    # events.
+    # Loses nothing that a disk can keep up with, and never holds the loop: `block` would hold it when the machine is so
+    # busy that the queue fills, and a test would then measure its own sink. Appending cannot hang, so a timeout could
+    # only lose events.
     delivery: ClassVar[Delivery] = Delivery(overflow="spill", timeout_s=None)
 
     def __post_init__(self) -> None:

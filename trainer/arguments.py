@@ -127,8 +127,10 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
     ] = 10.0
     drain_timeout_s: Annotated[
         _Seconds,
-        Meta(description="How long callbacks, then sinks, then the journal may each take to finish after the "
-            "loop has ended, in seconds."),
+        Meta(
+            description="How long callbacks, then sinks, then the journal may each take to finish after the "
+            "loop has ended, in seconds."
+        ),
     ] = 30.0
     stop_grace_s: Annotated[
         _Seconds,

@@ -17,6 +17,8 @@ Whatever the user's own code raises comes out as itself, never wrapped in one of
 
 from __future__ import annotations
 
+import contextlib
+
 from events.errors import StagecastError
 
 
@@ -58,3 +60,9 @@ class EpochOutputsTooLarge(StagecastError, MemoryError):
 
 class PrecisionError(StagecastError):
     """The requested precision needs something that this version of torch does not have."""
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Say where an exception came from. One of the user's own kind may refuse: then it goes without."""
+    with contextlib.suppress(Exception):
+        error.add_note(text)

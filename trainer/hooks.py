@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ from events.messages import (
     ValEpochEnded,
 )
 from events.sink import CALLBACK_DELIVERY, Delivery
-from trainer.errors import ArgumentsError
+from trainer.errors import ArgumentsError, add_note
 from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
 from trainer.recorder import MetricRecorder
 
@@ -121,10 +120,6 @@ class CallbackHooks:
                 f" 'block', which is the default, or 'drop_oldest'"
             )
 
-    def wants(self, kind: type[Event]) -> bool:
-        """Whether any lane of it handles this event."""
-        return kind in self.inline or kind in self.observed
-
 
 class HookTable:
     """The hooks of all callbacks, as the loop looks them up.
@@ -141,14 +136,6 @@ class HookTable:
         }
         self.fenced: dict[type[Event], list[str]] = {}
         """Names of the observers that the loop waits for, by event; set once they are subscribed."""
-
-    def wanted_by(self, kind: type[Event]) -> list[str]:
-        """Names of the callbacks that handle this event."""
-        return [callback.name for callback in self.callbacks if callback.wants(kind)]
-
-    def observed(self, kind: type[Event]) -> bool:
-        """Whether a hook off the loop's thread handles this event."""
-        return any(kind in callback.observed for callback in self.callbacks)
 
 
 def _number_names(callbacks: Iterable[CallbackHooks]) -> None:
@@ -219,8 +206,7 @@ class CallbackTarget:
             args, kwargs = hook_arguments(event, outputs)
             self._hooks[type(event)](*args, **kwargs)
         except BaseException as error:
-            with contextlib.suppress(Exception):  # an exception of the user's may not take notes
-                error.add_note(f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
+            add_note(error, f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
             raise
         finally:
             self._recorder.handling(None)

@@ -341,9 +341,9 @@ class TrainingLoop:
     def _publish_backward(self, loss: torch.Tensor, micro_step: int) -> None:
         boundary = self._boundary
         mark = clock()
-        fence = boundary.fence(BackwardEnded)
-        payload = Payload(fence=fence) if fence is not None else None
+        fence = payload = None
         if BackwardEnded in boundary.bus.payload_receivers:
+            fence = boundary.fence(BackwardEnded)
             copy = self._capture.take((loss,))
             payload = Payload(self._capture.of_step([copy]), fence, copy.nbytes)
         event = BackwardEnded(*boundary.origin.header(), loss.detach(), micro_step)  # type: ignore[arg-type]  # deferred

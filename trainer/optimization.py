@@ -39,8 +39,8 @@ class Optimization:
     ) -> None:
         self.optimizers, self.schedulers = _checked(returned)
         held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        # Of these nobody would clear the gradients.
-        self._strays = [parameter for parameter in parameters if id(parameter) not in held]
+        # Nobody else would clear their gradients. Not the frozen ones: they get none, and may be thousands.
+        self._strays = [p for p in parameters if p.requires_grad and id(p) not in held]
         self._arguments = arguments
         self._precision = precision
         self._latest = latest

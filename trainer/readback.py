@@ -21,9 +21,6 @@ _Read = Callable[[], bool]
 """Puts numbers in their places and returns True, if they have arrived from the device."""
 
 
-_SUMMARISED = frozenset({MetricsLogged, ValEpochEnded, TestEpochEnded, TrainEpochEnded})
-
-
 def _done() -> bool:
     return True
 
@@ -129,23 +126,19 @@ class DeviceReadback:
         return read
 
     def _observe(self, batch: list[Published]) -> None:
-        last: float | None = None
         for event, _ in batch:
-            if type(event) is TrainStepEnded:
-                last = event.loss
-                if last is not None:
-                    rows = event.rows or 1
-                    self._loss_sum += last * rows
-                    self._loss_rows += rows
-                    if not math.isfinite(last):
-                        self._consecutive += 1
-                        self._on_loss(event, self._consecutive)
-                    elif self._consecutive:
-                        self._consecutive = 0
-            elif type(event) in _SUMMARISED:
+            if type(event) is not TrainStepEnded:
                 self._summarise(event)
-        if last is not None:
-            self.summary["train_loss"] = last
+            elif (loss := event.loss) is not None:
+                rows = event.rows or 1
+                self._loss_sum += loss * rows
+                self._loss_rows += rows
+                self.summary["train_loss"] = loss
+                if not math.isfinite(loss):
+                    self._consecutive += 1
+                    self._on_loss(event, self._consecutive)
+                elif self._consecutive:
+                    self._consecutive = 0
 
     def _summarise(self, event: Event) -> None:
         if isinstance(event, MetricsLogged):

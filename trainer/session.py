@@ -46,7 +46,7 @@ from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary, StopRequested
 from trainer.control import Control
 from trainer.data import as_val_loaders, resolve_device, seed_everything
-from trainer.errors import ContractError, NonFiniteLossError
+from trainer.errors import ContractError, NonFiniteLossError, add_note
 from trainer.evaluation import Evaluation
 from trainer.hooks import CallbackHooks, CallbackTarget, HookTable, InlineHook
 from trainer.ledger import Ledger
@@ -65,6 +65,7 @@ _seeded_runs = 0
 _seed_lock = threading.Lock()
 _claim_lock = threading.Lock()  # held while a run looks whether a module is free, and takes it
 _ABORTED_DRAIN_S = 0.5
+"""How long each of callbacks, sinks and journal may take after a second signal."""
 
 
 class Session:
@@ -327,7 +328,7 @@ class Session:
         if not cancelled:
             step = self.origin.global_step
             if error is not self.control.error:  # an observer's exception names its hook already
-                _note(error, f"stagecast: in {self._boundary.phase} after global_step {step}")
+                add_note(error, f"stagecast: in {self._boundary.phase} after global_step {step}")
             logger.error(f"the run failed after global_step {step}: {self._reason}")
 
     def _finish_loop(self) -> None:
@@ -381,13 +382,13 @@ class Session:
     def _on_fatal(self, error: BaseException) -> None:
         if not getattr(error, "__notes__", None):  # a callback's names its hook and step already
             failed = [one.name for one in self._supervisor.observers if one.error == describe(error)]
-            _note(error, f"raised by the observer {' or '.join(failed)} after global_step {self.origin.global_step}")
+            add_note(error, f"raised by the observer {' or '.join(failed)} after global_step {self.origin.global_step}")
         self.control.fail(error)
         self.bus.release()
 
     def _on_inline_error(self, hook: InlineHook, error: Exception) -> None:
         fatal = hook.delivery.on_error == "fatal"
-        _note(error, f"raised by {hook.callback}.{hook.name} at global_step {self.origin.global_step}")
+        add_note(error, f"raised by {hook.callback}.{hook.name} at global_step {self.origin.global_step}")
         failed = ObserverFailed(
             *self.origin.header(), hook.callback, describe(error), hook.name, "fatal" if fatal else "disabled"
         )
@@ -577,12 +578,6 @@ def split(member: Any) -> tuple[Any, Any]:
 def _plain(arguments: TrainerArguments) -> Any:
     """The arguments as plain values; what is none, such as a function as torch.compile's backend, is text."""
     return msgspec.to_builtins(arguments, enc_hook=str)
-
-
-def _note(error: BaseException, text: str) -> None:
-    """Say where an exception came from. One of the user's own kind may refuse: then it goes without."""
-    with contextlib.suppress(Exception):
-        error.add_note(text)
 
 
 def _compile(module: ModuleInterface, arguments: TrainerArguments) -> Callable[[], None]:

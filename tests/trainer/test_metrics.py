@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from events.messages import MetricsLogged, RunEnded, TrainStepEnded
+from events.messages import MetricsLogged, RunEnded, TrainEpochEnded, TrainStepEnded
 from trainer import CallbackInterface, fenced, inline, observer
+from trainer.readback import DeviceReadback
 from trainer.recorder import weighted_mean
 
 MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
@@ -412,3 +413,15 @@ def test_a_number_that_cannot_be_read_is_nan_and_costs_nobody_else_theirs(
     assert all(math.isnan(metrics["unreadable"]) for metrics in logged)
     assert all(event.loss is not None for event in outcome.of(TrainStepEnded))
     assert any("could not be read" in record.getMessage() for record in caplog.records)
+
+
+def test_a_loss_that_cannot_be_read_does_not_hide_those_before_it() -> None:
+    """Of one batch of events: the summary has the last loss that could be read, and the epoch's mean is over these."""
+    readback = DeviceReadback(lambda event, consecutive: None)
+    losses = [torch.tensor(2.0), torch.tensor(4.0), torch.empty((), device="meta")]
+    steps = [TrainStepEnded("run", 1, 0, 0.0, 0, at, 0, "train", loss, lr=0.1) for at, loss in enumerate(losses)]
+    epoch = TrainEpochEnded("run", 1, 0, 0.0, 0, 3, 0, "train")
+    assert readback.start([(event, None) for event in [*steps, epoch]])()
+    assert [step.loss for step in steps] == [2.0, 4.0, None]
+    assert readback.summary == {"train_loss": 4.0}
+    assert epoch.loss == 3.0

@@ -141,7 +141,8 @@ class House:
     async def start(self, publish: int = 0, payload: Payload | None = None) -> None:
         """Publish one batch, and run the observers."""
         await self.publish(publish, payload)
-        self.supervisor.start(self.tasks)
+        for observer in self.supervisor.observers:
+            self.tasks.start_soon(observer.run)
 
     async def publish(self, count: int, payload: Payload | None = None) -> None:
         """In one batch, handed over when this returns."""
