@@ -41,6 +41,9 @@ class Optimization:
         held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
         # Nobody else would clear their gradients. Not the frozen ones: they get none, and may be thousands.
         self._strays = [p for p in parameters if p.requires_grad and id(p) not in held]
+        # torch's own `zero_grad` does what three lines do, in the time that the loop has for everything: 10 us and more.
+        self._clear_themselves = [o for o in self.optimizers if not _has_stock_zero_grad(o)]
+        self._cleared_here = [o for o in self.optimizers if _has_stock_zero_grad(o)]
         self._arguments = arguments
         self._precision = precision
         self._latest = latest
@@ -129,8 +132,12 @@ class Optimization:
 
     def zero_grad(self) -> None:
         """Let the gradients go."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._clear_themselves:
+            optimizer.zero_grad()
+        for optimizer in self._cleared_here:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
         for parameter in self._strays:
             parameter.grad = None
 
@@ -179,6 +186,11 @@ def _charge(ledger: Ledger, mark: int) -> None:
     spent = clock() - mark
     ledger.readback += spent
     ledger.aside += spent
+
+
+def _has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether clearing gradients is torch's own: neither its class nor anybody since has made it do more."""
+    return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
 
 
 def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Any]]:
