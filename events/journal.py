@@ -43,6 +43,7 @@ JOURNAL_DELIVERY = Delivery(
     overflow="drop_oldest",
     capacity=65_536,
     capacity_bytes=64 * 2**20,
+    latency_s=0.2,
     on_error="retry",
     # As long as the run lasts: a disk that was full has room again when somebody makes some.
     retries=2**31 - 1,

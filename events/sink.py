@@ -87,8 +87,9 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that may wait, tensors included. A stated bound: see `Subscription`."""
     spill_bytes: Annotated[int, Meta(ge=1)] = 4 * 2**30
     """Bytes of disk that ``spill`` may use; beyond it events are dropped and counted."""
-    latency_s: Annotated[float, Meta(gt=0)] = 0.05
-    """How long an event may be kept back to make a batch while many are published."""
+    latency_s: Annotated[float, Meta(gt=0)] = 0.1
+    """How long an event may be kept back to make a batch while many are published. Each batch wakes threads that
+    compete with the loop for the interpreter lock, so less costs more."""
     batch: Annotated[int, Meta(ge=1)] = 1_024
     """Most events in one delivery."""
     on_error: OnError = "retry"

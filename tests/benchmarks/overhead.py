@@ -1,6 +1,6 @@
 """What the trainer costs a launch-bound loop: the tiny MLP against a bare loop, in total time.
 
-    python tests/benchmarks/overhead.py [--pairs 40] [--steps 400]
+    python tests/benchmarks/overhead.py [--pairs 40] [--steps 2000]
 
 Each round runs every variant once, in an order that changes, with the bare loop before and after each; a variant's
 ratio is its time over the mean of these two. The bare loop against itself is shown in the same way: its spread is what
@@ -134,13 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = variants(options.steps, folder)
         for _, run in chosen.values():
             run()
+        before = bare(options.steps)
         for _ in range(options.pairs):
             for name in random.sample(list(chosen), len(chosen)):
-                before = bare(options.steps)
                 measured = chosen[name][1]()
                 after = bare(options.steps)
-                times += [before, after]
                 ratios.setdefault(name, []).append(2 * measured / (before + after))
+                times.append(after)
+                before = after
     period_us = statistics.median(times) / options.steps * 1e6
     print(f"bare step: {period_us:.0f} us; {options.pairs} pairs of {options.steps} steps\n")
     print(f"{'':36}{'median':>8}{'95 % up to':>12}{'p99':>8}{'bar':>7}")
