@@ -56,6 +56,10 @@ class Target(Protocol):
         """Flush and let go."""
         ...
 
+    def abandon(self) -> None:
+        """Nobody waits any more for the call that is under way: begin nothing new in it. From the event loop."""
+        ...
+
     @property
     def progress(self) -> tuple[str, int | None]:
         """What it is doing now, in a word, and how many events of the batch in hand are done (None: all or nothing)."""
@@ -88,6 +92,9 @@ class SinkTarget:
         assert self.writer is not None
         events: list[Event] = [event for event, _ in batch]
         return self.writer.write(events)
+
+    def abandon(self) -> None:
+        """Nothing: a write is one thing to its writer."""
 
     def close(self) -> Any:
         return self.writer.close() if self.writer is not None else None
@@ -233,6 +240,7 @@ class Observer:
         if fatal:
             self._on_fatal(error)  # before the fences fall: the loop must not take another step
         self._bus.unsubscribe(self.subscription)
+        self.target.abandon()
         _, done = self.target.progress
         self.subscription.done(done or 0)
         self.subscription.discard()
@@ -279,6 +287,7 @@ class Observer:
         state: Literal["closed", "disabled", "stuck", "failed"] = "closed"
         if not self._finished.is_set():
             state = "stuck"
+            self.target.abandon()
             still = f"still in {self._doing} at the end of the drain"
             self.error = still if self.circuit == "closed" else f"{still}, after {self.error}"
         elif self.circuit == "disabled":

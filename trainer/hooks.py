@@ -174,6 +174,7 @@ class CallbackTarget:
         self._batch: Sequence[Published] = ()
         self._done = 0
         self._doing = "open"
+        self._abandoned = False
 
     @property
     def progress(self) -> tuple[str, int | None]:
@@ -188,7 +189,7 @@ class CallbackTarget:
         """Run the hooks of a batch. After a failure the same batch is taken up at the hook that failed."""
         if batch is not self._batch:
             self._batch, self._done = batch, 0
-        while self._done < len(batch):
+        while self._done < len(batch) and not self._abandoned:
             event, payload = batch[self._done]
             self._run(event, payload)
             if payload is not None and payload.fence is not None:
@@ -210,6 +211,10 @@ class CallbackTarget:
             raise
         finally:
             self._recorder.handling(None)
+
+    def abandon(self) -> None:
+        """Run no further hook: the rest of the batch in hand was given up."""
+        self._abandoned = True
 
     def close(self) -> None:
         """Callbacks have nothing to close: `on_end_train` is their end."""

@@ -30,10 +30,8 @@ from __future__ import annotations
 
 import enum
 import numbers
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from types import FunctionType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -393,22 +391,3 @@ def _as_float(name: str, value: object) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"log({name!r}) cannot turn {value!r} into one number: {error}") from error
-
-
-_opaque_lock = threading.Lock()
-
-
-def make_log_opaque(module: ModuleInterface) -> None:
-    """Keep `ModuleInterface.log` out of compiled graphs; call it before compiling methods of ``module``.
-
-    Without it torch.compile would trace into the recorder, specialise on each metric's name and compile again
-    and again. The mark is a wrapper that costs about half a microsecond per call, which is why it is not
-    there from the start: it is put on the classes (once, for the rest of the process) only when something is
-    compiled. Idempotent, any thread.
-    """
-    with _opaque_lock:
-        for kind in type(module).__mro__:
-            log = vars(kind).get("log")
-            ours = issubclass(kind, ModuleInterface) and isinstance(log, FunctionType)
-            if ours and not hasattr(log, "_torchdynamo_disable"):
-                kind.log = torch.compiler.disable(log)  # type: ignore[attr-defined,no-untyped-call]

@@ -24,10 +24,12 @@ from events.run import Run
 from events.sink import Delivery
 from events.stream import LocalEventStream
 from trainer.arguments import TrainerArguments
+from trainer.cancellation import outlast
 from trainer.control import Control
 from trainer.errors import ArgumentsError
+from trainer.loop_thread import Task
 from trainer.module_interface import CallbackInterface, ModuleInterface
-from trainer.session import Callback, Session, SinkLike, Task, console, split
+from trainer.session import Callback, Session, SinkLike, console, split
 
 
 class Trainer:
@@ -105,7 +107,7 @@ class Trainer:
         result = _outcome(session)
         if result.status != "finished":
             raise RunCancelled(f"the test was {result.status} before its end ({result.reason})")
-        return session.outputs
+        return session.loop.outputs
 
     def run(self) -> AbstractAsyncContextManager[Run]:
         """Train in a thread, inside a host's event loop, under asyncio or trio::
@@ -156,7 +158,7 @@ class _RunContext(AbstractAsyncContextManager[Run]):
     async def __aenter__(self) -> Run:
         self._session = self._trainer._session("train", Control(), default_sinks=False, interactive=False)
         try:
-            self._session.start_thread()  # first, because it may fail; entering the task group cannot
+            self._session.loop.start()  # first, because it may fail; entering the task group cannot
         except BaseException:
             self._session.discard()
             raise
@@ -172,10 +174,11 @@ class _RunContext(AbstractAsyncContextManager[Run]):
         session = self._session
         if error is not None:
             session.cancel("an exception left the block" if isinstance(error, Exception) else "its task was cancelled")
-        cancelled = await _outlast(session)
+        cancelled = await outlast(
+            session.finished, lambda: session.cancelled, lambda: session.cancel("its task was cancelled")
+        )
         await self._close_tasks()
-        if session.result is not None and session.result.reason == "the training thread is stuck":
-            assert session.error is not None
+        if session.stuck and session.error is not None:
             raise session.error from error
         if error is not None:
             return  # goes on as itself
@@ -186,23 +189,6 @@ class _RunContext(AbstractAsyncContextManager[Run]):
     async def _close_tasks(self) -> None:
         """End the task group, which is empty by now; its failure can only be our own bug, and is shown as it is."""
         await self._tasks.__aexit__(None, None, None)
-
-
-async def _outlast(session: Session) -> BaseException | None:
-    """Wait for the end of the run through any number of cancellations; returns the first of them.
-
-    Under asyncio a native ``task.cancel()`` cuts through a shield; trio raises Ctrl-C in its main task, wherever that
-    waits; both may come again. Each is absorbed here, and the first one goes on when the run has ended.
-    """
-    cancelled: BaseException | None = None
-    while not session.finished.is_set():
-        try:
-            with anyio.CancelScope(shield=session.cancelled):
-                await session.finished.wait()
-        except BaseException as error:
-            cancelled = cancelled or error
-            session.cancel("its task was cancelled")
-    return cancelled
 
 
 class _LocalConnection:
@@ -270,7 +256,7 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
             abandoned.set()
             raise
         if isinstance(session, Session):
-            session.run_loop()
+            session.loop.run()
             ended.wait()  # by itself: a `join` that a signal interrupts takes the thread for ended (bpo-45274)
             thread.join()
             if not failures:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.compilation import make_log_opaque
 from trainer.module_interface import (
     HOOKS,
     LANE_ATTRIBUTE,
@@ -26,7 +27,6 @@ from trainer.module_interface import (
     Stage,
     fenced,
     inline,
-    make_log_opaque,
     observer,
 )
 

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from events.messages import ObserverFailed, ObserverRecovered
+from events.bus import Bus
+from events.messages import ObserverFailed, ObserverRecovered, TrainStepEnded
+from events.origin import Origin
 from trainer import CallbackInterface, Delivery, fenced, inline, observer
 from trainer.errors import ArgumentsError
-from trainer.hooks import CallbackHooks
+from trainer.hooks import CallbackHooks, CallbackTarget
+from trainer.recorder import MetricRecorder
 
 MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
 
@@ -168,3 +172,22 @@ def test_a_fenced_backward_hook_holds_the_loop(kit: Any) -> None:
     result = kit.train(Net()).result
     assert seen == [(0, True), (1, True)]
     assert result.ledger.fence_s > 0
+
+
+def test_a_callback_that_was_left_behind_runs_no_further_hook() -> None:
+    """Neither those of the batch in hand, which are reported as never run, nor those of a later one."""
+    ran: list[int] = []
+
+    def act(self: Any, global_step: int, *outputs: Any) -> None:
+        ran.append(global_step)
+        target.abandon()
+
+    bus = Bus(Origin("run", 1))
+    hooks = CallbackHooks(on("on_end_train_step", act)(), None)
+    target = CallbackTarget(hooks, torch.device("cpu"), MetricRecorder(bus))
+    steps = [(TrainStepEnded("run", 1, step, 0.0, 0, step, 0, "train", 0.5, 1, 8, 0.1, 0.1), None) for step in (1, 2)]
+    target.deliver(steps)
+    target.deliver(list(steps))
+    bus.discard()
+    assert ran == [1]
+    assert target.progress == ("on_end_train_step", 0)

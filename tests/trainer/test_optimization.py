@@ -75,6 +75,53 @@ def test_iterators_of_optimizers_are_accepted(kit: Any) -> None:
     assert [e.lr for e in outcome.of(TrainStepEnded)] == [0.1, 0.05]
 
 
+def test_gradients_are_cleared_as_an_optimizer_of_its_own_kind_does(kit: Any) -> None:
+    """A class, or somebody since, that does more in `zero_grad` is asked; for torch's own the trainer does it."""
+    calls: list[str] = []
+
+    class Counting(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            calls.append("class")
+            super().zero_grad(set_to_none)
+
+    def make(net: Any) -> Any:
+        subclass = Counting([net.linear.weight], lr=0.1)
+        patched = torch.optim.SGD([net.linear.bias], lr=0.1)
+        zero_grad = patched.zero_grad
+        patched.zero_grad = lambda: (calls.append("patch"), zero_grad())  # type: ignore[method-assign,assignment]
+        return [subclass, patched], []
+
+    one = kit.train(module_with(kit, make), seed=0, epochs=2)
+    steps = len(one.of(TrainStepEnded))
+    assert calls == ["class", "patch"] * (steps + 2)  # before the first step and at the end, too
+    plain = kit.train(
+        module_with(kit, lambda net: ([torch.optim.SGD(net.parameters(), lr=0.1)], [])), seed=0, epochs=2
+    )
+    assert [e.loss for e in one.of(TrainStepEnded)] == pytest.approx([e.loss for e in plain.of(TrainStepEnded)])
+
+
+def test_parameters_that_join_an_optimizer_later_are_cleared_too(kit: Any) -> None:
+    """A layer that is unfrozen in mid-run: its gradients do not add up over the steps."""
+    seen: list[Any] = []
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            self.linear.bias.requires_grad_(False)
+            self.optimizer = torch.optim.SGD([self.linear.weight], lr=0.0)
+            return [self.optimizer], []
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            seen.append(self.linear.bias.grad)
+            if global_step == 2:
+                self.linear.bias.requires_grad_()
+                self.optimizer.add_param_group({"params": [self.linear.bias], "lr": 0.0})
+            return super().train_step(global_step, batch, device)
+
+    steps = kit.train(Net(), epochs=3).result.global_step
+    assert steps > 3
+    assert seen == [None] * steps
+
+
 def test_all_optimizers_and_schedulers_step_together(kit: Any) -> None:
     """Two optimizers over two halves of the parameters equal one over all of them; each scheduler steps once."""
 

@@ -29,6 +29,7 @@ class Hooks:
         self._script = {at: iter(acts) for at, acts in script.items()}
         self._batch: Sequence[Published] = ()
         self._done = 0
+        self._abandoned = False
         self.ran: list[int] = []
 
     @property
@@ -41,10 +42,15 @@ class Hooks:
         if batch is not self._batch:
             self._batch, self._done = batch, 0
         for event, _ in batch[self._done :]:
+            if self._abandoned:
+                return
             self.ran.append(event.global_step)
             if (act := next(self._script.get(event.global_step, iter(())), None)) is not None:
                 act()
             self._done += 1
+
+    def abandon(self) -> None:
+        self._abandoned = True
 
     def close(self) -> None: ...
 
@@ -256,6 +262,25 @@ async def test_hooks_that_returned_count_as_delivered_when_the_next_one_is_given
         await house.until(ObserverFailed)
         reports = await house.drain()
     assert (reports["sink"].delivered, reports["sink"].dropped) == (2, 3)
+
+
+@pytest.mark.parametrize("when", ["given up", "left by the drain"])
+async def test_one_that_is_left_behind_begins_nothing_new(kit: Any, supervising: Any, when: str) -> None:
+    """The hook that hangs ends when it likes; those after it in the batch were reported as never run, and are not."""
+    async with supervising() as house:
+        gate = house.gate()
+        hooks = Hooks({1: [gate]})
+        if when == "given up":
+            house.add(hooks, on_error="disable", timeout_s=kit.SHORT_S)
+        else:
+            house.add(hooks)
+        await house.start(publish=3)
+        await gate.reached.wait()
+        if when == "given up":
+            await house.until(ObserverFailed)
+        reports = await house.drain(kit.SHORT_S)
+    assert reports["sink"].delivered == 0
+    assert hooks.ran == [1]  # the thread has ended
 
 
 def test_an_exception_is_described_in_one_line() -> None:

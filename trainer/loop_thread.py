@@ -1,0 +1,342 @@
+"""The thread that trains: what it does around the loop, from seeding to the event of the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import sys
+import threading
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import anyio
+import msgspec
+import torch
+
+from events.bus import Bus
+from events.errors import RunCancelled
+from events.log import current_origin, logger
+from events.messages import (
+    LedgerReported,
+    ObserverFailed,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    StallLedger,
+    Status,
+)
+from events.supervisor import describe
+from trainer.arguments import TrainerArguments
+from trainer.boundary import Boundary, StopRequested
+from trainer.compilation import compile_steps
+from trainer.control import Control
+from trainer.data import as_val_loaders, seed_everything
+from trainer.errors import ContractError, add_note
+from trainer.evaluation import Evaluation
+from trainer.hooks import HookTable, InlineHook
+from trainer.ledger import Ledger
+from trainer.loop import TrainingLoop
+from trainer.module_interface import ModuleInterface, Stage
+from trainer.optimization import Optimization
+from trainer.precision import Precision
+from trainer.readback import DeviceReadback
+from trainer.recorder import MetricRecorder
+
+Task = Literal["train", "test"]
+
+STUCK = "the training thread is stuck"
+_seeded_runs = 0
+_seed_lock = threading.Lock()
+_claim_lock = threading.Lock()  # held while a run looks whether a module is free, and takes it
+
+
+class LoopThread:
+    """Trains or tests one module. `run` is called on the thread that is to do it; `start` gives it one of its own.
+
+    Args:
+        readback: Told which stream the loop computes on.
+    """
+
+    def __init__(
+        self,
+        module: ModuleInterface,
+        arguments: TrainerArguments,
+        device: torch.device,
+        precision: Precision,
+        *,
+        task: Task,
+        control: Control,
+        bus: Bus,
+        hooks: HookTable,
+        recorder: MetricRecorder,
+        readback: DeviceReadback,
+    ) -> None:
+        self.status: Status = "failed"
+        self.reason: str | None = None
+        self.error: BaseException | None = None
+        """What ended the loop, if it was an exception."""
+        self.outputs: dict[str, tuple[Any, ...]] = {}
+        """What a test returned, per key."""
+        self.epochs = 0
+        """Epochs that were finished."""
+        self.total = StallLedger()
+        """The ledger of the whole run, once it is over."""
+        self.ended = anyio.Event()
+        """Set in the event loop when nothing more will be published."""
+        self._module = module
+        self._arguments = arguments
+        self._device = device
+        self._precision = precision
+        self._task = task
+        self._control = control
+        self._bus = bus
+        self._origin = bus.origin
+        self._recorder = recorder
+        self._readback = readback
+        self._ledger = Ledger(device)
+        self._boundary = Boundary(
+            bus,
+            bus.origin,
+            control,
+            hooks,
+            self._ledger,
+            recorder,
+            on_inline_error=self._on_inline_error,
+            ledger_interval_s=arguments.ledger_interval_s,
+        )
+        self._evaluation = Evaluation(
+            module,
+            device,
+            precision,
+            self._boundary,
+            recorder,
+            outputs_limit_bytes=arguments.epoch_outputs_limit_bytes,
+        )
+        self._thread: threading.Thread | None = None
+        self._started = False
+        self._ending = threading.Lock()  # whoever takes it publishes the end: the loop, or who gives it up
+        self._given_up = False
+
+    # ----------------------------------------------------------------------------------- from other threads
+
+    def start(self) -> None:
+        """Run in a thread of its own."""
+        self._thread = threading.Thread(
+            target=self.run, name=f"stagecast-loop-{self._origin.run_id}", daemon=True
+        )
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the thread's end, after `ended`: its last act was to say so, which is microseconds ago."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def give_up(self) -> str:
+        """It does not end in time: the end is published in its place. Returns where it hangs."""
+        self._given_up = True
+        grace_s = self._arguments.stop_grace_s
+        text = f"the training thread reached no step boundary within {grace_s:g} s (stop_grace_s) of being cancelled"
+        frame = sys._current_frames().get(self._thread.ident or 0) if self._thread else None
+        if frame is not None:
+            text += f"; it is in {self._boundary.phase}:\n" + "".join(traceback.format_stack(frame)).rstrip()
+        if self._ending.acquire(blocking=False):
+            self._bus.publish(RunEnded(*self._origin.header(), "cancelled", STUCK))
+        return text
+
+    def release_module(self) -> None:
+        """Give the module back: its last hooks have run, and may have logged."""
+        if vars(self._module).get("_recorder") is self._recorder:
+            del vars(self._module)["_recorder"]
+
+    # ----------------------------------------------------------------------------------- on the loop's thread
+
+    def run(self) -> None:
+        """Train or test. Never raises: what ended the run is in `error`."""
+        token = current_origin.set(self._origin)
+        seeded = self._arguments.seed is not None
+        try:
+            _count_seeded(1 if seeded else 0)
+            on_cuda = self._device.type == "cuda"
+            # For as long as the loop runs: under `Trainer.train` the thread is the host's.
+            with torch.cuda.device(self._device) if on_cuda else contextlib.nullcontext():
+                self._main()
+            self.status = "finished"
+        except StopRequested as stop:
+            self.status, self.reason = "stopped", stop.reason
+        except BaseException as error:  # the loop's border: told to all observers, then raised by the run's door
+            self._record(error)
+        finally:
+            try:
+                self._finish()
+                _count_seeded(-1 if seeded else 0)
+                current_origin.reset(token)
+            finally:  # whatever a signal has cut short
+                if self._given_up:
+                    self.release_module()  # nobody has waited for this thread
+                self._bus.post(self.ended.set)
+
+    def _main(self) -> None:
+        if self._device.type == "cuda":
+            self._readback.compute_stream = torch.cuda.current_stream(self._device)
+        torch.get_num_threads()  # torch gives a new thread the host's setting only when it is asked for
+        self._recorder.bind()
+        if self._arguments.seed is not None:
+            seed_everything(self._arguments.seed)
+        with _claim_lock:
+            if self._module._recorder is not None:
+                kind = type(self._module).__name__
+                raise ContractError(f"this {kind} is being trained by another run: give each run a module of its own")
+            object.__setattr__(self._module, "_recorder", self._recorder)  # not a submodule, not in the state dict
+        self._module.to(self._device)
+        if warning := self._arguments.batch_size_warning():
+            logger.warning(warning)
+        restore = compile_steps(self._module, self._arguments.compile_options) if self._arguments.compile else None
+        try:
+            if self._task == "train":
+                self._train()
+            else:
+                self._test()
+        finally:
+            if restore is not None:
+                restore()
+
+    def _train(self) -> None:
+        # Drawn from torch's generator, so that a host that has seeded it itself gets the same order each time.
+        seed = self._arguments.seed
+        sampler_seed = seed if seed is not None else int(torch.randint(2**62, ()).item())
+        loop = TrainingLoop(
+            self._module,
+            self._arguments,
+            self._device,
+            precision=self._precision,
+            boundary=self._boundary,
+            evaluation=self._evaluation,
+            recorder=self._recorder,
+            sampler_seed=sampler_seed,
+        )
+        loader = loop.train_loader(0)
+        steps = loop.steps_of(loader)
+        if steps is None:
+            logger.warning(
+                "get_train_dataloader() returned data without a length: get_optimizers_schedulers() is told 0 steps"
+                " per epoch; set max_train_steps_per_epoch if a scheduler needs the number"
+            )
+        self._publish_started(steps)
+        self._boundary.phase = "get_optimizers_schedulers"
+        returned = self._module.get_optimizers_schedulers(steps or 0, self._arguments.epochs)
+        parameters = self._module.parameters()
+        optimization = Optimization(returned, parameters, self._arguments, self._precision, self._recorder.latest)
+        optimization.zero_grad()  # what the host has left in the gradients is none of the first step's
+        self._ledger.start()
+        try:
+            loop.run(optimization, loader)
+        finally:
+            self.epochs = loop.epochs_finished
+            optimization.zero_grad()
+
+    def _test(self) -> None:
+        self._publish_started(None)
+        self._boundary.phase = "get_test_dataloaders"
+        sampler = torch.utils.data.SequentialSampler
+        batch_size = self._arguments.evaluation_batch_size
+        loaders = as_val_loaders(
+            self._module.get_test_dataloaders(sampler, batch_size),
+            "get_test_dataloaders",
+        )
+        if not loaders:
+            raise ContractError(
+                f"{type(self._module).__name__}.get_test_dataloaders() returned no dataloader: implement it (and"
+                f" test_step, unless val_step will do) to use Trainer.test()"
+            )
+        self._ledger.start()
+        self.outputs = self._evaluation.run(Stage.TEST, loaders, None, keep=True)
+
+    def _publish_started(self, steps: int | None) -> None:
+        origin, arguments = self._origin, self._arguments
+        self._started = True
+        kind = type(self._module)
+        started = RunStarted(
+            *origin.header(),
+            f"{kind.__module__}.{kind.__qualname__}",
+            arguments.epochs,
+            steps,
+            arguments.max_steps,
+            plain(arguments),
+            str(self._device),
+            {"python": platform.python_version(), "torch": str(torch.__version__), "stagecast": _own_version()},
+            socket.gethostname(),
+            os.getpid(),
+        )
+        self._bus.publish(started)
+        if origin.attempt > 1:
+            # Nothing of the earlier attempts is taken over, so their steps are superseded from the first one on.
+            self._bus.publish(RunResumed(*origin.header()))
+
+    def _record(self, error: BaseException) -> None:
+        self.error = error
+        cancelled = isinstance(error, (RunCancelled, KeyboardInterrupt, SystemExit))
+        self.status = "cancelled" if cancelled else "failed"
+        self.reason = describe(error)
+        if not cancelled:
+            step = self._origin.global_step
+            if error is not self._control.error:  # an observer's exception names its hook already
+                add_note(error, f"stagecast: in {self._boundary.phase} after global_step {step}")
+            logger.error(f"the run failed after global_step {step}: {self.reason}")
+
+    def _finish(self) -> None:
+        """Publish the ledger and the end; for an orderly end, with the hooks of `RunEnded`."""
+        origin = self._origin
+        origin.stage = None
+        if not self._ending.acquire(blocking=False):
+            return
+        try:
+            if not self._started:  # it failed before it knew how long an epoch is
+                self._publish_started(None)
+            self.total = self._ledger.total()
+            self._bus.publish(LedgerReported(*origin.header(), "run", self.total))
+            ended = RunEnded(*origin.header(), self.status, self.reason)
+            if self.status in ("finished", "stopped"):
+                self._boundary.phase = "on_end_train"
+                self._boundary.publish(ended)
+            else:
+                self._bus.publish(ended)
+        except BaseException as error:  # a hook at the very end failed, or the run was cancelled during it
+            self._record(error)
+
+    def _on_inline_error(self, hook: InlineHook, error: Exception) -> None:
+        fatal = hook.delivery.on_error == "fatal"
+        add_note(error, f"raised by {hook.callback}.{hook.name} at global_step {self._origin.global_step}")
+        failed = ObserverFailed(
+            *self._origin.header(), hook.callback, describe(error), hook.name, "fatal" if fatal else "disabled"
+        )
+        self._bus.publish(failed)
+        if fatal:
+            self._control.fail(error)
+            raise error
+        hook.disabled = True  # an inline hook cannot be retried: its place in the step is gone
+        logger.warning(f"{hook.callback}.{hook.name} failed and is disabled: {describe(error)}", exc_info=error)
+
+
+def plain(arguments: TrainerArguments) -> Any:
+    """The arguments as plain values; what is none, such as a function as torch.compile's backend, is text."""
+    return msgspec.to_builtins(arguments, enc_hook=str)
+
+
+def _count_seeded(change: int) -> None:
+    global _seeded_runs
+    with _seed_lock:
+        _seeded_runs += change
+        if change > 0 and _seeded_runs > 1:
+            logger.warning(
+                "two runs in this process seed the global random generators: neither of them is reproducible"
+            )
+
+
+def _own_version() -> str:
+    try:
+        return version("stagecast")
+    except PackageNotFoundError:
+        return "unknown"
