@@ -171,6 +171,22 @@ async def test_a_ring_of_many_helpings_is_drained_at_once(make: Any, pumping: An
             assert bus.last_seq == 5_000
 
 
+async def test_a_ring_that_fills_up_is_drained_before_anything_has_to_go(make: Any, pumping: Any) -> None:
+    """Without waiting for the tick, which is far away while nobody is in a hurry."""
+    bus = make.bus(capacity=64)
+    subscription = bus.subscribe("sink", Delivery(latency_s=3_600.0))
+    with anyio.fail_after(LIMIT_S):
+        async with pumping(bus):
+            await bus.drain()
+            for _ in range(3):
+                for at in range(60):
+                    bus.publish(make.step(at))
+                received = 0
+                while received < 49:  # three quarters, and one more
+                    received += len(await subscription.receive())
+    assert bus.dropped == 0
+
+
 async def test_draining_waits_for_what_threads_had_published(make: Any, pumping: Any, in_threads: Any) -> None:
     """While threads go on publishing, each drain covers at least what came before it."""
     bus = make.bus(capacity=100_000)
