@@ -17,6 +17,7 @@ import anyio
 from msgspec.structs import force_setattr
 
 from events.backlog import Item, Payload, Published, item_of
+from events.cpu_time import CpuTime
 from events.errors import BusClosed
 from events.messages import EVENT_TYPES, Event, ObserverDropped
 from events.origin import Origin
@@ -80,6 +81,8 @@ class Bus:
         """Events that the ring dropped."""
         self.last_seq = first_seq - 1
         """``seq`` of the last event that was delivered to the subscriptions."""
+        self.cpu_time = CpuTime()
+        """What the threads of the pump and of the observers use of the processor, and of the interpreter."""
         self.alive = True
         """False once the pump has ended: nothing is delivered any more."""
         self._readback = readback
@@ -212,7 +215,7 @@ class Bus:
             raise BusClosed(f"cannot subscribe {name!r}: the run is over and delivers no more events")
         spill = None
         if delivery.overflow == "spill":
-            worker = Worker(f"stagecast-spill-{name}", self.post)
+            worker = Worker(f"stagecast-spill-{name}", self.post, self.cpu_time)
             spill = Spill(worker, delivery.spill_bytes, delivery.capacity_bytes, self._spill_dir)
         subscription = Subscription(
             name, delivery, payloads=payloads, spill=spill, on_credit=self._set_blocked
@@ -251,6 +254,10 @@ class Bus:
 
     async def run(self) -> None:
         """The pump. Runs until `close`; cancelling it leaves what is in the ring undelivered."""
+        with self.cpu_time.counting():
+            await self._run()
+
+    async def _run(self) -> None:
         due = 0.0
         try:
             while True:

@@ -305,6 +305,9 @@ class StallLedger(msgspec.Struct, frozen=True, gc=False):
     wall_s: float = 0.0
     compute_s: float = 0.0
     """Forward, backward, optimizer, scheduler, evaluation steps: the user's model on the loop's thread."""
+    contention_s: float = 0.0
+    """Time within these in which the loop's thread did not run, while threads of this run's bus and observers did: at
+    most so much it has waited for the interpreter lock."""
     data_s: float = 0.0
     """Waiting for the next batch."""
     readback_s: float = 0.0

@@ -120,7 +120,7 @@ class Observer:
         self.target = target
         self._bus = bus
         self._on_fatal = on_fatal
-        self._worker = Worker(f"stagecast-{name}", bus.post)
+        self._worker = Worker(f"stagecast-{name}", bus.post, bus.cpu_time)
         self._during: str | None = None
         self._late: Job | AsyncJob | None = None  # a call that has exceeded its timeout and has not returned
         self._draining = anyio.Event()

@@ -11,6 +11,8 @@ from typing import Any
 
 import anyio
 
+from events.cpu_time import CpuTime
+
 Post = Callable[[Callable[[], object]], None]
 """Runs a function in the event loop, from any thread, without waiting: `Bus.post`."""
 
@@ -88,9 +90,10 @@ class Worker:
     would share its limiter with the host, and a thread abandoned there keeps an asyncio process alive.
     """
 
-    def __init__(self, name: str, post: Post) -> None:
+    def __init__(self, name: str, post: Post, cpu_time: CpuTime) -> None:
         self.name = name
         self.post = post
+        self._cpu_time = cpu_time
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -114,6 +117,7 @@ class Worker:
         self._jobs.put(None)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run(self.post)
-            del job  # or the last batch would stay in memory until the next one
+        with self._cpu_time.counting():
+            while (job := self._jobs.get()) is not None:
+                job.run(self.post)
+                del job  # or the last batch would stay in memory until the next one

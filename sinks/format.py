@@ -11,6 +11,7 @@ from events.messages import StallLedger
 # Every second of the wall has exactly one of these rows.
 _LEDGER_ROWS = (
     ("compute", "compute_s"),
+    ("contention", "contention_s"),
     ("data", "data_s"),
     ("readback", "readback_s"),
     ("publish", "publish_s"),

@@ -139,12 +139,13 @@ class Evaluation:
                 if batch is END:
                     break
                 mark = boundary.cross(now)  # what came while the loop waited for data is taken before the batch
+                ledger.begin_compute(mark)
                 boundary.phase = f"{name}_step"
                 rows = first_rows(batch)
                 self._recorder.weight = rows or 1
                 values = as_tuple(self._forward(stage, batch))
                 now = clock()
-                ledger.compute += now - mark
+                ledger.end_compute(mark, now, ledger.aside)
                 done += 1
                 total = None if rows is None or total is None else total + rows
                 first = values[0] if values else None

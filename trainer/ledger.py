@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from time import perf_counter_ns as clock
+from time import thread_time_ns as cpu_clock
 from typing import Any
 
 import torch
 
 from events.messages import StallLedger
 
-_ROWS = ("compute", "data", "readback", "publish", "inline", "fence", "backpressure", "paused")
+_ROWS = ("compute", "contention", "data", "readback", "publish", "inline", "fence", "backpressure", "paused")
+_GAP_NS = 100_000
+"""When more than this lies between the model's part of two steps, the loop may have waited there for something else."""
 
 
 class Ledger:
@@ -18,20 +22,33 @@ class Ledger:
 
     ``idle`` measures the device's idle time, on CUDA; elsewhere it is None. ``aside`` is the sum of what code within
     somebody else's row has charged to rows of its own: who measures around that code takes the difference off.
+
+    What the loop waits for the interpreter lock, nothing tells. An estimate from above: while the model computes, how
+    much of the time the loop's thread was not on a processor, and no more than the run's other threads were.
+
+    Args:
+        others_ns: CPU time of the run's other threads so far.
     """
 
     __slots__ = (
         "_base",
         "_base_idle_s",
         "_base_wall",
+        "_others",
+        "_others_ns",
+        "_ran",
+        "_ran_at",
         "_started",
+        "_stood",
         *_ROWS,
         "aside",
         "idle",
         "steps",
     )
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, others_ns: Callable[[], int]) -> None:
+        self._others_ns = others_ns
+        self._others = self._stood = self._ran = self._ran_at = self.contention = 0
         self.compute = self.data = self.readback = self.publish = 0
         self.inline = self.fence = self.backpressure = self.paused = 0
         self.steps = self.aside = 0
@@ -44,10 +61,40 @@ class Ledger:
         """The loop begins now; what was measured before is forgotten."""
         for row in (*_ROWS, "steps", "aside"):
             setattr(self, row, 0)
+        self._stood = self._ran_at = 0
+        self._others = self._others_ns()
         self._started = self._base_wall = clock()
+
+    def begin_compute(self, now: int) -> None:
+        """The model's part of a step begins at ``now``."""
+        if now - self._ran_at > _GAP_NS:  # else it is enough to have looked when the last one ended
+            self._ran_at, self._ran = now, cpu_clock()
+
+    def end_compute(self, begin: int, now: int, aside: int) -> None:
+        """It ends.
+
+        Args:
+            begin: When it began.
+            aside: What `aside` was then.
+        """
+        aside = self.aside - aside
+        ran = cpu_clock()
+        self.compute += now - begin - aside
+        stood = now - self._ran_at - (ran - self._ran)
+        self._stood += stood if not aside else max(0, stood - aside)  # as if all of that had been waiting
+        self._ran_at, self._ran = now, ran
+
+    def _settle(self) -> None:
+        """Take the contention since the last call out of the model's row."""
+        others = self._others_ns()
+        contention = max(0, min(self._stood, others - self._others, self.compute))
+        self.contention += contention
+        self.compute -= contention
+        self._stood, self._others = 0, others
 
     def interval(self) -> StallLedger:
         """The rows since the last call."""
+        self._settle()
         now = clock()
         values = self._values()
         idle_s = self.idle.read() if self.idle is not None else None
@@ -58,6 +105,7 @@ class Ledger:
 
     def total(self) -> StallLedger:
         """The rows since `start`."""
+        self._settle()
         now = clock()
         idle_s = self.idle.read() if self.idle is not None else None
         return _ledger(list(self._values()), now - self._started, idle_s)

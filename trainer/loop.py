@@ -158,6 +158,8 @@ class TrainingLoop:
                     while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
                         group.append((batch, first_rows(batch) if rows_of is None else rows_of(read)))
                         read += 1
+                observed = TrainStepEnded in bus.payload_receivers
+                keep = observed or step_hooks or outputs is not None
                 now = clock()
                 ledger.data += now - mark
                 if control.pending:  # came while the loop waited for data: taken before the step, not after it
@@ -165,10 +167,9 @@ class TrainingLoop:
                     now = clock()
 
                 mark, aside = now, ledger.aside
+                ledger.begin_compute(mark)
                 if idle is not None:
                     idle.begin()
-                observed = TrainStepEnded in bus.payload_receivers
-                keep = observed or step_hooks or outputs is not None
                 if group is None:
                     loss, values = self._micro_step(batch, rows, None, 0)
                     live = [values] if keep else None
@@ -182,10 +183,9 @@ class TrainingLoop:
                     optimization.zero_grad()
                 if idle is not None:
                     idle.end()
-                ledger.steps += 1
                 now = clock()
-                # What was charged to rows of its own in the meantime does not count twice.
-                ledger.compute += now - mark - (ledger.aside - aside)
+                ledger.end_compute(mark, now, aside)
+                ledger.steps += 1
 
                 if skipped is None:
                     origin.global_step = step = origin.global_step + 1

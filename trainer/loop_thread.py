@@ -96,7 +96,7 @@ class LoopThread:
         self._origin = bus.origin
         self._recorder = recorder
         self._readback = readback
-        self._ledger = Ledger(device)
+        self._ledger = Ledger(device, bus.cpu_time.read_ns)
         self._boundary = Boundary(
             bus,
             bus.origin,

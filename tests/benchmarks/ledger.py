@@ -1,10 +1,11 @@
 """The stall ledger against the bare loop: does it name what the loop loses?
 
-    python tests/benchmarks/ledger.py [--pairs 15] [--steps 4000]
+    python tests/benchmarks/ledger.py [--pairs 40] [--steps 2000]
 
 First the tiny MLP with its journal: ``other_s``, and the sum of the rows that are not compute beside the measured
-difference to the bare loop. Then a callback that sleeps 10 ms a step and sees every hook: what the loop waited for it
-is known from outside (total minus bare), and the ledger's ``backpressure_s`` is compared with it.
+difference to the bare loop, which clears the gradients as the trainer does, so that the model costs both the same. Then
+a callback that sleeps 10 ms a step and sees every hook: what the loop waited for it is known from outside (total minus
+bare), and the ledger's ``backpressure_s`` is compared with it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from overhead import Sleeps, TinyMLP, bare
-from report import header
+from report import bounds, header
 
 from events.messages import StallLedger
 from trainer import Delivery, Trainer, TrainerArguments
@@ -35,26 +36,28 @@ def ledger_of(steps: int, **options: Any) -> StallLedger:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=2_000)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    bare(options.steps)
+    bare(options.steps, by_hand=True)
     ledger_of(options.steps)
     other, named, difference = [], [], []
+    before = bare(options.steps, by_hand=True)
     for _ in range(options.pairs):
-        alone = (bare(options.steps) + bare(options.steps)) / 2
         ledger = ledger_of(options.steps)
+        after = bare(options.steps, by_hand=True)
         other.append(ledger.other_s / ledger.wall_s)
         named.append((ledger.wall_s - ledger.compute_s) / ledger.wall_s)
-        difference.append((ledger.wall_s - alone) / ledger.wall_s)
+        difference.append((ledger.wall_s - (before + after) / 2) / ledger.wall_s)
+        before = after
     print(header())
     print(f"\njournal, {options.pairs} runs of {options.steps} steps, per cent of the run's wall time")
-    print(f"{'':36}{'median':>8}{'lowest':>8}{'highest':>8}")
+    print(f"{'':36}{'median':>8}{'95 % from':>12}{'to':>8}")
     rows = (("other_s (bar: 1)", other), ("rows that are not compute", named), ("measured against bare", difference))
     for name, values in rows:
-        low, middle, high = (100 * f(values) for f in (min, statistics.median, max))
-        print(f"{name:36}{middle:8.2f}{low:8.2f}{high:8.2f}")
+        low, high = bounds(values)
+        print(f"{name:36}{100 * statistics.median(values):8.2f}{100 * low:12.2f}{100 * high:8.2f}")
     # A small queue, so that the loop waits from early on: what it waits in all is nearly (steps - queue) * 10 ms.
     steps, queue = 400, 16
     alone = bare(steps)

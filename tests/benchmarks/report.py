@@ -28,11 +28,11 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
-def upper_bound(values: Sequence[float], *, rounds: int = 2_000) -> float:
-    """Upper end of the 95 % bootstrap interval of the median."""
+def bounds(values: Sequence[float], *, rounds: int = 2_000) -> tuple[float, float]:
+    """Both ends of the 95 % bootstrap interval of the median."""
     generator = random.Random(0)
     medians = [statistics.median(generator.choices(values, k=len(values))) for _ in range(rounds)]
-    return percentile(medians, 97.5)
+    return percentile(medians, 2.5), percentile(medians, 97.5)
 
 
 def _version(module: object) -> str:

@@ -109,6 +109,15 @@ async def test_publishing_waits_for_no_event_loop(make: Any, pumping: Any) -> No
         assert posted == list(range(0, 10_000, 10))
 
 
+async def test_the_pumps_processor_time_is_counted(make: Any, pumping: Any) -> None:
+    """While it runs where the system tells it, and when it has ended everywhere."""
+    bus = make.bus()
+    async with pumping(bus):
+        bus.publish(build(TrainStepEnded, 0))
+        await bus.drain()
+    assert bus.cpu_time.read_ns() > 0
+
+
 def test_only_what_comes_with_every_step_may_be_dropped() -> None:
     """Events of the run, of epochs, commands, observers and the ledger are not among them."""
     assert {kind.__name__ for kind in EVENT_TYPES if kind.droppable} == DROPPABLE

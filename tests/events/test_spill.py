@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from events.backlog import Item, Payload, item_of
 from events.bus import Bus
+from events.cpu_time import CpuTime
 from events.fence import Fence
 from events.messages import Event, MetricsLogged, ObserverFailed, RunEnded, RunStarted, TrainStepEnded
 from events.origin import Origin
@@ -56,7 +57,7 @@ class Spilling:
 
     def __init__(self, bus: Bus, limit_bytes: int, memory_limit_bytes: int, directory: str | None) -> None:
         self.bus = bus
-        self.worker = Worker("spill-test", bus.post)
+        self.worker = Worker("spill-test", bus.post, bus.cpu_time)
         self.spill = Spill(self.worker, limit_bytes, memory_limit_bytes, directory)
         self.written = 0
         self.lost: list[int] = []
@@ -452,7 +453,7 @@ async def test_closing_lets_go_of_the_file_and_the_thread(files: list[IO[bytes]]
 def test_a_spill_that_was_never_needed_has_neither_thread_nor_file(files: list[IO[bytes]]) -> None:
     """Most queues never overflow."""
     posted: list[Callable[[], object]] = []
-    spill = Spill(Worker("spill-test", posted.append), 1_000, 1_000, None)
+    spill = Spill(Worker("spill-test", posted.append, CpuTime()), 1_000, 1_000, None)
     assert spill.close() == []
     assert [thread for thread in threading.enumerate() if thread.name == "spill-test"] == []
     assert files == posted == []

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from events.bus import Bus
+from events.cpu_time import CpuTime
 from events.fence import Fence
 from events.origin import Origin
 from events.wakeup import Wakeup
@@ -114,7 +115,7 @@ def test_waking_what_is_closed_does_nothing(wakeup: Wakeup) -> None:
 async def working() -> AsyncIterator[Worker]:
     """A worker that reports to a real event loop."""
     bus = Bus(Origin("run"))
-    worker = Worker("worker-test", bus.post)
+    worker = Worker("worker-test", bus.post, bus.cpu_time)
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(bus.run)
@@ -188,7 +189,7 @@ async def test_stopping_lets_queued_calls_finish_and_makes_no_more() -> None:
         thread.join(LIMIT_S)
         assert not thread.is_alive()
         assert made == ["queued"]
-    Worker("never used", lambda function: None).stop()
+    Worker("never used", lambda function: None, CpuTime()).stop()
 
 
 @pytest.mark.anyio
@@ -217,7 +218,7 @@ async def test_a_call_that_hangs_holds_up_nobody_else() -> None:
     async with working() as worker:
         stuck = worker.submit(hang.wait, LIMIT_S)
         stuck.cancel()  # does nothing: a thread cannot be interrupted
-        other = Worker("another", worker.post)
+        other = Worker("another", worker.post, CpuTime())
         done = other.submit(lambda: 5)
         await done.finished.wait()
         assert done.value == 5

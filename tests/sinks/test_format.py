@@ -95,6 +95,7 @@ def test_the_ledger_is_a_table_that_adds_up() -> None:
     assert format_ledger(ledger).splitlines() == [
         "loop time       seconds  percent",
         "compute          54.000   90.0 %",
+        "contention        0.000    0.0 %",
         "data              3.000    5.0 %",
         "readback          0.000    0.0 %",
         "publish           2.500    4.2 %",

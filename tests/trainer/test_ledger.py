@@ -18,7 +18,7 @@ from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, fenced, inline
 from trainer.ledger import Ledger
 
-ROWS = ("compute", "data", "readback", "publish", "inline", "fence", "backpressure", "paused", "other")
+ROWS = ("compute", "contention", "data", "readback", "publish", "inline", "fence", "backpressure", "paused", "other")
 WAIT_S = 0.01
 
 
@@ -41,7 +41,9 @@ def rows_of(ledger: StallLedger) -> dict[str, float]:
 def check(ledger: StallLedger, row: str, waited_s: float) -> None:
     """The row holds the wait; nothing is counted twice, so there is no room for it anywhere else."""
     rows = rows_of(ledger)
-    assert rows[row] >= waited_s > 0
+    # A step that sleeps while observers compute looks just as if it waited for them.
+    held_s = rows[row] + (rows["contention"] if row == "compute" else 0)
+    assert held_s >= waited_s > 0
     assert sum(rows.values()) == pytest.approx(ledger.wall_s, abs=1e-6)
     assert min(rows.values()) >= 0
 
@@ -232,6 +234,34 @@ async def test_waiting_for_an_observer_that_sees_everything_is_on_the_backpressu
     check((await run.result()).ledger, "backpressure", clock.waited_s)
 
 
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no thread can tell another one's time here")
+def test_an_observer_that_keeps_the_interpreter_is_on_the_contention_row(kit: Any) -> None:
+    """It never gives it up of itself, so that the loop waits for each of its turns."""
+    computing, over = threading.Event(), threading.Event()
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if global_step == 2:
+                assert computing.wait(kit.WAIT_S)
+            values = super().train_step(global_step, batch, device)
+            threading.Event().wait(1e-6)  # gives the interpreter up, as a kernel does
+            if global_step == 10:
+                over.set()
+            return values
+
+    class Greedy(CallbackInterface):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            computing.set()
+            while not over.is_set():
+                pass
+
+    delivery = kit.replace(CALLBACK_DELIVERY, latency_s=0.001)
+    ledger = kit.train(Net(rows=80), callbacks=[(Greedy(), delivery)], val_interval_epochs=0).result.ledger
+    assert ledger.steps == 10
+    assert ledger.contention_s > 8 * sys.getswitchinterval()
+    assert min(rows_of(ledger).values()) >= 0
+
+
 @pytest.mark.anyio
 async def test_a_pause_is_on_its_row(kit: Any) -> None:
     """From the moment at which the loop waits until it is told to go on."""
@@ -247,6 +277,36 @@ async def test_a_pause_is_on_its_row(kit: Any) -> None:
         clock.wait()
         run.stop()
     check((await run.result()).ledger, "paused", clock.waited_s)
+
+
+@pytest.mark.parametrize(
+    ("stood", "others", "aside", "contention"),
+    [(70, 1_000, 0, 70), (70, 30, 0, 30), (70, 0, 0, 0), (70, 1_000, 40, 30), (70, 1_000, 90, 0), (-5, 1_000, 0, 0)],
+)
+def test_contention_is_what_the_loop_stood_and_others_ran(
+    monkeypatch: pytest.MonkeyPatch, stood: int, others: int, aside: int, contention: int
+) -> None:
+    """The lesser of the two, within the model's part; what has another row already is not counted again."""
+    now, ran, other = 0, 0, 500
+    monkeypatch.setattr("trainer.ledger.clock", lambda: now)
+    monkeypatch.setattr("trainer.ledger.cpu_clock", lambda: ran)
+    ledger = Ledger(torch.device("cpu"), lambda: other)
+    ledger.start()
+    for _ in range(2):  # with a gap between them that is nobody's, and in which another thread ran
+        now += 1_000_000
+        ledger.begin_compute(begin := now)
+        now, ran, other = now + 200, ran + 200 - stood, other + others
+        ledger.aside += aside
+        ledger.end_compute(begin, now, ledger.aside - aside)
+    total = ledger.total()
+    assert total.contention_s == pytest.approx(2e-9 * contention)
+    assert total.compute_s == pytest.approx(2e-9 * (200 - aside - contention))
+    other += 60  # while the model does not compute: none of the next steps' contention
+    assert ledger.interval().contention_s == total.contention_s
+    ledger.begin_compute(begin := now)
+    now += 50
+    ledger.end_compute(begin, now, ledger.aside)
+    assert ledger.interval().contention_s == 0.0
 
 
 # ---------------------------------------------------------------------------------------------- the reports
@@ -299,7 +359,7 @@ def test_the_reports_of_intervals_add_up_to_the_runs(kit: Any) -> None:
 
 def test_an_interval_holds_what_was_added_since_the_last() -> None:
     """And the total everything, exactly."""
-    ledger = Ledger(torch.device("cpu"))
+    ledger = Ledger(torch.device("cpu"), lambda: 0)
     ledger.start()
     adds: list[Callable[[], None]] = []
     for row in ROWS[:-1]:
@@ -315,5 +375,5 @@ def test_an_interval_holds_what_was_added_since_the_last() -> None:
         assert interval.steps == 1
     total = ledger.total()
     assert {value for name, value in rows_of(total).items() if name != "other"} == {1e-6}
-    assert total.steps == 8
+    assert total.steps == len(adds)
     assert total.wall_s >= math.fsum(interval.wall_s for interval in seen)
