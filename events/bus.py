@@ -217,9 +217,7 @@ class Bus:
         if delivery.overflow == "spill":
             worker = Worker(f"stagecast-spill-{name}", self.post, self.cpu_time)
             spill = Spill(worker, delivery.spill_bytes, delivery.capacity_bytes, self._spill_dir)
-        subscription = Subscription(
-            name, delivery, payloads=payloads, spill=spill, on_credit=self._set_blocked
-        )
+        subscription = Subscription(name, delivery, payloads=payloads, spill=spill, on_credit=self._set_blocked)
         self._set_subscriptions([*self._subscriptions, subscription])
         return subscription
 

@@ -140,9 +140,7 @@ class RunFolder:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            raise RunFolderError(
-                f"{path} cannot be written: {error}; make room or choose another folder"
-            ) from error
+            raise RunFolderError(f"{path} cannot be written: {error}; make room or choose another folder") from error
 
     def close(self) -> None:
         """Let the folder go. The lock file stays, as a trace of the last holder. May be called twice."""

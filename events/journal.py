@@ -77,17 +77,14 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
         """
         if run.run_dir is None:
             raise RunFolderError(
-                f"run {run.run_id!r} has no folder, so it cannot have a journal; give it one, or run "
-                "without a journal"
+                f"run {run.run_id!r} has no folder, so it cannot have a journal; give it one, or run without a journal"
             )
         folder = Path(run.run_dir) / JOURNAL_DIR
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tail = journal_tail(folder)
         except OSError as error:
-            raise RunFolderError(
-                f"the journal {folder} cannot be opened: {error}; is the folder yours?"
-            ) from error
+            raise RunFolderError(f"the journal {folder} cannot be opened: {error}; is the folder yours?") from error
         if tail.run_id not in ("", run.run_id):
             raise RunFolderMismatch(
                 f"the journal {folder} belongs to run {tail.run_id!r}, not to {run.run_id!r}; "

@@ -225,9 +225,7 @@ def _one_line(data: bytes) -> bytes:
         try:
             data = msgspec.json.format(data, indent=-1)
         except _REFUSED as error:
-            raise WireError(
-                f"an UnknownEvent holds no JSON: {error}, in {_excerpt(data)}; drop it"
-            ) from error
+            raise WireError(f"an UnknownEvent holds no JSON: {error}, in {_excerpt(data)}; drop it") from error
     return data + b"\n"
 
 
@@ -264,9 +262,7 @@ def _decode_carefully(data: bytes, encoding: Encoding) -> Event:
     try:
         tree = _read_tree(data, encoding)
     except _REFUSED as error:
-        raise WireError(
-            f"not an event: {error}, in {_excerpt(data)}; it was cut, damaged, or never was one"
-        ) from error
+        raise WireError(f"not an event: {error}, in {_excerpt(data)}; it was cut, damaged, or never was one") from error
     name = tree.get("type")
     if not isinstance(name, str):
         found = "missing" if name is None else repr(name)[:60]

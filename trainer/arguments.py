@@ -85,9 +85,7 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
         PrecisionName,
         Meta(description="Automatic mixed precision; float32 turns it off, float16 scales the loss."),
     ] = "float32"
-    compile: Annotated[bool, Meta(description="Whether to compile the step methods with torch.compile.")] = (
-        False
-    )
+    compile: Annotated[bool, Meta(description="Whether to compile the step methods with torch.compile.")] = False
     compile_options: Annotated[
         dict[str, Any],
         Meta(description="Keyword arguments of torch.compile, for example {mode: max-autotune}."),
@@ -96,12 +94,8 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
         Literal["step", "epoch"],
         Meta(description="Whether schedulers step after each optimizer step or each epoch."),
     ] = "step"
-    monitor: Annotated[str, Meta(min_length=1, description="The metric that ReduceLROnPlateau gets.")] = (
-        "val_loss"
-    )
-    val_interval_epochs: Annotated[
-        int, Meta(ge=0, description="Validate after every so many epochs; 0 is never.")
-    ] = 1
+    monitor: Annotated[str, Meta(min_length=1, description="The metric that ReduceLROnPlateau gets.")] = "val_loss"
+    val_interval_epochs: Annotated[int, Meta(ge=0, description="Validate after every so many epochs; 0 is never.")] = 1
     val_interval_steps: Annotated[
         _Count | None,
         Meta(description="Validate after every so many finished optimizer steps, instead of after epochs."),
@@ -115,15 +109,11 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
     ] = "warn"
     epoch_outputs_limit_bytes: Annotated[
         _Count,
-        Meta(
-            description="Most host memory for the step outputs that a hook at an epoch's end wants, in bytes."
-        ),
+        Meta(description="Most host memory for the step outputs that a hook at an epoch's end wants, in bytes."),
     ] = 4 * 2**30
     ledger_interval_s: Annotated[
         float,
-        Meta(
-            gt=0, description="How often the stall ledger is published, in seconds; infinity only at the end."
-        ),
+        Meta(gt=0, description="How often the stall ledger is published, in seconds; infinity only at the end."),
     ] = 10.0
     drain_timeout_s: Annotated[
         _Seconds,

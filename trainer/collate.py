@@ -43,15 +43,10 @@ def as_tuple(outputs: Any) -> tuple[Any, ...]:
     if isinstance(outputs, Mapping):
         names = ", ".join(map(str, outputs))
         raise StepOutputError(
-            f"a step returned a {type(outputs).__name__} with {names}: "
-            "return the loss, or a tuple that begins with it"
+            f"a step returned a {type(outputs).__name__} with {names}: return the loss, or a tuple that begins with it"
         )
     # An array is iterable, too, but is one value.
-    if (
-        isinstance(outputs, Iterable)
-        and not isinstance(outputs, (str, bytes))
-        and not hasattr(outputs, "__array__")
-    ):
+    if isinstance(outputs, Iterable) and not isinstance(outputs, (str, bytes)) and not hasattr(outputs, "__array__"):
         return tuple(outputs)
     return (outputs,)
 
@@ -103,9 +98,7 @@ def collate_outputs(batches: Sequence[tuple[Any, ...]], notice: Notice | None = 
         One value per position; nothing for no steps. The values of a single step are not copied.
     """
     width = max(map(len, batches), default=0)
-    columns = [
-        [row[position] if position < len(row) else _MISSING for row in batches] for position in range(width)
-    ]
+    columns = [[row[position] if position < len(row) else _MISSING for row in batches] for position in range(width)]
     return _collate_columns(columns, notice)
 
 

@@ -127,9 +127,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
             inner = group.get(name)
             if inner is not None and not isinstance(inner, Mapping):
                 at = ".".join(names[:depth])
-                raise ArgumentsError(
-                    f"override {override!r}: {at} is {reprlib.repr(inner)}, not a group of values"
-                )
+                raise ArgumentsError(f"override {override!r}: {at} is {reprlib.repr(inner)}, not a group of values")
             group[name] = group = dict(inner or {})
         group[names[-1]] = value
     return result
@@ -138,9 +136,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
 # ----------------------------------------------------------------------------------------------- checking
 
 
-def decode(
-    kind: type[_Struct], config: Mapping[str, Any], source: str, overrides: Iterable[str] = ()
-) -> _Struct:
+def decode(kind: type[_Struct], config: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> _Struct:
     """Build a Struct from plain values and overrides, strictly.
 
     Args:
@@ -191,9 +187,7 @@ def _convert_fields(
     """Convert each value to its field's type; what cannot be goes to ``problems``."""
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     problems += [_unknown(key, path, fields) for key in values if key not in fields]
-    problems += [
-        f"{path}{name}: is missing" for name, field in fields.items() if field.required and name not in values
-    ]
+    problems += [f"{path}{name}: is missing" for name, field in fields.items() if field.required and name not in values]
     converted = {}
     for name, field in fields.items():
         if name in values:

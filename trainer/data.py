@@ -188,9 +188,7 @@ def make_train_sampler(seed: int, epoch: int) -> type[ShuffledSampler]:
 # ------------------------------------------------------------------------------------------------- loaders
 
 
-def batch_rows(
-    loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sampler[int]]
-) -> Callable[[int], int] | None:
+def batch_rows(loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sampler[int]]) -> Callable[[int], int] | None:
     """Tell how many rows each batch of a loader will have, where that is certain without reading it.
 
     Returns:
@@ -242,17 +240,9 @@ def as_val_loaders(value: Any, what: str = "get_val_dataloaders") -> dict[str, I
         if not isinstance(key, str) or not key:
             raise DataLoaderError(f"{what}() returned the key {key!r}: keys are strings that are not empty")
         where = f"{what}()[{key!r}]" if isinstance(value, Mapping) else f"{what}()"
-        if isinstance(loader, (str, bytes)) or not (
-            hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
-        ):
-            raise DataLoaderError(
-                f"{where} returned {loader!r}: it must be a dataloader, or any iterable of batches"
-            )
-        if (
-            isinstance(loader, (list, tuple))
-            and loader
-            and all(isinstance(one, DataLoader) for one in loader)
-        ):
+        if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+            raise DataLoaderError(f"{where} returned {loader!r}: it must be a dataloader, or any iterable of batches")
+        if isinstance(loader, (list, tuple)) and loader and all(isinstance(one, DataLoader) for one in loader):
             raise DataLoaderError(
                 f"{where} returned a {type(loader).__name__} of dataloaders: return a dict, to name them"
             )
@@ -287,9 +277,7 @@ def _devices() -> list[str]:
     found = ["'auto'", "'cpu'"]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
-        found += (
-            [f"'{kind.type}:{index}'" for index in range(torch.accelerator.device_count())] if kind else []
-        )
+        found += [f"'{kind.type}:{index}'" for index in range(torch.accelerator.device_count())] if kind else []
     return found
 
 

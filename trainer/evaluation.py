@@ -105,9 +105,7 @@ class Evaluation:
         boundary.phase = f"the dataloader {key!r} of {method}"
         done, rows, losses = self._run_batches(stage, key, loader, limit, outputs)
         if done == 0:
-            raise EmptyDataLoader(
-                f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out"
-            )
+            raise EmptyDataLoader(f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out")
         if self._recorder.values:
             self._recorder.take(key)
         loss: Any = None

@@ -103,9 +103,7 @@ class CallbackHooks:
         self.fenced: set[type[Event]] = set()
         for name, hook in overridden_hooks(callback).items():
             if inspect.iscoroutinefunction(hook):
-                raise ArgumentsError(
-                    f"{self.name}.{name} is async, but hooks run on threads: make it a plain function"
-                )
+                raise ArgumentsError(f"{self.name}.{name} is async, but hooks run on threads: make it a plain function")
             kind = EVENT_OF_HOOK[name]
             lane = lane_of(callback, name, hook)
             if lane is Lane.INLINE:

@@ -124,9 +124,7 @@ class LoopThread:
 
     def start(self) -> None:
         """Run in a thread of its own."""
-        self._thread = threading.Thread(
-            target=self.run, name=f"stagecast-loop-{self._origin.run_id}", daemon=True
-        )
+        self._thread = threading.Thread(target=self.run, name=f"stagecast-loop-{self._origin.run_id}", daemon=True)
         self._thread.start()
 
     def join(self) -> None:

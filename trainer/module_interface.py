@@ -154,9 +154,7 @@ class CallbackInterface(ABC):
                 graph.
         """
 
-    def on_end_val_epoch(
-        self, global_step: int, *val_step_collated_outputs: Any, key: str = "default"
-    ) -> None:
+    def on_end_val_epoch(self, global_step: int, *val_step_collated_outputs: Any, key: str = "default") -> None:
         """Validation over one dataloader is finished. Observer lane; fenced for the module itself.
 
         Runs once for each dataloader, in their order. Overriding it makes the trainer keep the outputs of
@@ -263,9 +261,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         if stage is Stage.TEST:
             return self.test_step(global_step, batch, device)
         allowed = ", ".join(str(one) for one in Stage)  # type: ignore[unreachable]  # callers may be untyped
-        raise AttributeError(
-            f"{type(self).__name__}.forward() got the stage {stage!r}; it must be one of {allowed}"
-        )
+        raise AttributeError(f"{type(self).__name__}.forward() got the stage {stage!r}; it must be one of {allowed}")
 
     @abstractmethod
     def train_step(

@@ -56,9 +56,7 @@ class Optimization:
         self._follow_loss = bool(self._plateau) and arguments.monitor == "train_loss"
         self._loss_sum: torch.Tensor | None = None
         self._loss_rows = 0
-        self._prepares = (
-            arguments.clip_grads or arguments.non_finite_loss == "skip" or precision.scaler is not None
-        )
+        self._prepares = arguments.clip_grads or arguments.non_finite_loss == "skip" or precision.scaler is not None
         """Whether anything is done with the gradients before the optimizers get them."""
         self._never_validates = not arguments.val_interval_epochs and arguments.val_interval_steps is None
 
@@ -69,9 +67,7 @@ class Optimization:
         # Cloned: a scheduler changes it in place before the number is read.
         return lr if type(lr) is float else lr.detach().clone() if isinstance(lr, torch.Tensor) else float(lr)
 
-    def step(
-        self, loss: torch.Tensor, rows: int | None, ledger: Ledger
-    ) -> tuple[torch.Tensor | None, Skip | None]:
+    def step(self, loss: torch.Tensor, rows: int | None, ledger: Ledger) -> tuple[torch.Tensor | None, Skip | None]:
         """Apply the gradients that were accumulated.
 
         Args:

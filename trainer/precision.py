@@ -50,9 +50,7 @@ class Precision:
         try:
             self._autocast = torch.autocast(device_type, dtype=_DTYPES[precision])
         except RuntimeError as error:
-            raise PrecisionError(
-                f"precision={precision!r} does not work on {device_type!r}: {error}"
-            ) from error
+            raise PrecisionError(f"precision={precision!r} does not work on {device_type!r}: {error}") from error
         if precision == "float16":
             self.scaler = _make_scaler(device_type)
 
@@ -96,9 +94,7 @@ class Precision:
         scale = self.scaler._get_scale_async()
         if scale is None:
             raise PrecisionError("found_inf() was called before any loss was scaled")
-        found = [
-            one for optimizer in optimizers for one in self.scaler._found_inf_per_device(optimizer).values()
-        ]
+        found = [one for optimizer in optimizers for one in self.scaler._found_inf_per_device(optimizer).values()]
         if not found:  # no parameter of any optimizer got a gradient, so nothing overflowed
             return torch.zeros((), dtype=torch.float32, device=scale.device)
         total: torch.Tensor = found[0].to(scale.device, non_blocking=True)

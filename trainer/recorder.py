@@ -73,9 +73,7 @@ def _means(values: list[tuple[str, Value, int]]) -> dict[str, Value]:
     groups: dict[str, list[tuple[Value, int]]] = {}
     for name, value, weight in values:
         groups.setdefault(name, []).append((value, weight))
-    return {
-        name: group[0][0] if len(group) == 1 else weighted_mean(group) for name, group in groups.items()
-    }
+    return {name: group[0][0] if len(group) == 1 else weighted_mean(group) for name, group in groups.items()}
 
 
 def weighted_mean(group: list[tuple[Value, int]]) -> Value:
@@ -99,5 +97,3 @@ def weighted_mean(group: list[tuple[Value, int]]) -> Value:
 
 def _constant(value: float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((), value, device=device, dtype=dtype)
-
-

@@ -95,9 +95,7 @@ def segments(folder: Path) -> list[Path]:
 def gaps(folder: Path) -> list[tuple[int, int, int, int]]:
     events = read_all(JournalReader(folder / "journal"))
     return [
-        (event.seq, event.first_seq, event.last_seq, event.lost)
-        for event in events
-        if isinstance(event, JournalGap)
+        (event.seq, event.first_seq, event.last_seq, event.lost) for event in events if isinstance(event, JournalGap)
     ]
 
 
@@ -249,9 +247,7 @@ def test_a_slow_disk_makes_holes_suspicious_too(tmp_path: Path, monkeypatch: pyt
     writer.write([step(1)])
     writer.write([msgspec.structs.replace(step(4), time=0.0)])
     assert gaps(tmp_path) == [(3, 2, 3, 2)]
-    reason = next(
-        e.reason for e in read_all(JournalReader(tmp_path / "journal")) if isinstance(e, JournalGap)
-    )
+    reason = next(e.reason for e in read_all(JournalReader(tmp_path / "journal")) if isinstance(e, JournalGap))
     assert "a write took" in reason
 
 
@@ -421,9 +417,7 @@ garbage = st.one_of(
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10), garbage), max_size=5), st.integers(1, 4))
-def test_garbage_between_lines_is_skipped_and_reported(
-    insertions: list[tuple[int, bytes]], limit: int
-) -> None:
+def test_garbage_between_lines_is_skipped_and_reported(insertions: list[tuple[int, bytes]], limit: int) -> None:
     """Every whole valid line is still returned; each piece of garbage is reported with its place."""
     lines = [wire.encode_json(event) for event in steps(1, 10)]
     marked: list[tuple[bytes, bool]] = [(line, True) for line in lines]
@@ -685,9 +679,7 @@ def test_what_the_journal_keeps_comes_back_as_it_was(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 25), st.integers(15, 900), st.integers(1, 9), st.integers(0, 45))
-def test_a_tail_sees_every_event_once_however_the_bytes_arrive(
-    count: int, piece: int, limit: int, since: int
-) -> None:
+def test_a_tail_sees_every_event_once_however_the_bytes_arrive(count: int, piece: int, limit: int, since: int) -> None:
     """The file grows by arbitrary pieces, also within lines, over two segments."""
     events = steps(1, count)
     split = count // 2

@@ -94,9 +94,7 @@ def test_the_schema_is_itself_valid_and_names_every_type_and_field() -> None:
 def test_the_module_prints_the_schema_and_refuses_other_arguments() -> None:
     """The command that the drift test asks for works."""
     root = SCHEMA_PATH.parents[1]
-    printed = subprocess.run(
-        [sys.executable, "-m", "events.schema"], cwd=root, capture_output=True, check=True
-    )
+    printed = subprocess.run([sys.executable, "-m", "events.schema"], cwd=root, capture_output=True, check=True)
     assert printed.stdout.decode() == schema_text()
     refusal = subprocess.run([sys.executable, "-m", "events.schema", "-w"], cwd=root, capture_output=True)
     assert refusal.returncode == 1

@@ -172,9 +172,7 @@ def test_msgpack_that_is_no_event_is_refused(data: bytes) -> None:
 
 def test_an_unknown_event_with_a_time_beyond_floats_has_time_zero() -> None:
     """A header is read as far as it makes sense."""
-    event = wire.decode_json(
-        b'{"type":"X","time":' + b"9" * 400 + b',"seq":true,"rank":"a","stage":["train"]}'
-    )
+    event = wire.decode_json(b'{"type":"X","time":' + b"9" * 400 + b',"seq":true,"rank":"a","stage":["train"]}')
     assert (event.time, event.seq, event.rank, event.stage) == (0.0, 0, 0, None)
 
 
@@ -357,9 +355,7 @@ def test_every_command_survives_both_forms(command: AnyCommand) -> None:
     assert wire.decode_command_msgpack(wire.encode_command_msgpack(command)) == command
 
 
-@pytest.mark.parametrize(
-    "data", [b"{}", b'{"command":"explode","id":"a"}', b'{"command":"stop"}', b"x", b"[]"]
-)
+@pytest.mark.parametrize("data", [b"{}", b'{"command":"explode","id":"a"}', b'{"command":"stop"}', b"x", b"[]"])
 def test_what_is_no_command_is_refused(data: bytes) -> None:
     """A command that is not understood must not pass as one; the message lists what would."""
     with pytest.raises(WireError, match=r"not a command.*'pause'"):
@@ -404,10 +400,7 @@ def golden_examples() -> list[Event]:
         fields = msgspec.structs.fields(struct)
         return struct(**{field.name: example(field.type, field.name) for field in fields})
 
-    return [
-        msgspec.structs.replace(full(event_type), seq=seq)
-        for seq, event_type in enumerate(EVENT_TYPES, start=1)
-    ]
+    return [msgspec.structs.replace(full(event_type), seq=seq) for seq, event_type in enumerate(EVENT_TYPES, start=1)]
 
 
 def regenerate_golden_files() -> None:
@@ -453,9 +446,7 @@ def test_golden_files_decode_forever(version: str) -> None:
 
 def test_the_golden_files_of_this_version_hold_every_event_type() -> None:
     """Whoever adds an event or a field extends them: see `regenerate_golden_files`."""
-    assert json.dumps(VERSION) in (GOLDEN.parents[2] / "pyproject.toml").read_text(), (
-        "set VERSION to the project's"
-    )
+    assert json.dumps(VERSION) in (GOLDEN.parents[2] / "pyproject.toml").read_text(), "set VERSION to the project's"
     decoded = [wire.decode_json(line) for line in (GOLDEN / f"{VERSION}.jsonl").read_bytes().splitlines()]
     assert {type(event) for event in decoded} == set(EVENT_TYPES)
     assert [repr(event) for event in decoded] == [repr(event) for event in golden_examples()]

@@ -122,9 +122,7 @@ class Screen:
 class Terminal:
     """A `ConsoleWriter` with live bars on an in-memory stream, and the screen that results."""
 
-    def __init__(
-        self, width: int = 100, height: int = 30, file: io.TextIOBase | None = None, **options: Any
-    ) -> None:
+    def __init__(self, width: int = 100, height: int = 30, file: io.TextIOBase | None = None, **options: Any) -> None:
         self.size = (width, height)
         self.file = io.StringIO() if file is None else file
         color = options.pop("color_system", "256")
@@ -186,8 +184,6 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         file = tmp_path / "script.py"
         file.write_text(script)
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": ""} | env
-        return subprocess.run(
-            [sys.executable, str(file)], capture_output=True, text=True, env=environment, timeout=50
-        )
+        return subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=environment, timeout=50)
 
     return run

@@ -60,9 +60,7 @@ def test_a_closed_stream_is_raised_and_closing_stays_quiet(terminal: Any, story:
     one.writer.close()
 
 
-@pytest.mark.parametrize(
-    "name", ["\x1b[2Jgone", "[red]x[/red]", "two\nlines", "\u202eright to left", "\ud800", "[/]"]
-)
+@pytest.mark.parametrize("name", ["\x1b[2Jgone", "[red]x[/red]", "two\nlines", "\u202eright to left", "\ud800", "[/]"])
 def test_a_hostile_name_is_only_text(terminal: Any, story: Any, name: str) -> None:
     """Whatever a user calls things, it can neither move the cursor nor style or break a line."""
     one = terminal()

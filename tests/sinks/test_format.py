@@ -120,9 +120,7 @@ def test_the_ledger_is_a_table_that_adds_up() -> None:
 
 def test_the_ledger_has_every_row_of_the_struct() -> None:
     """A row that is added to the struct must not be missing from the table."""
-    names = [
-        name for name in StallLedger.__struct_fields__ if name not in {"wall_s", "steps", "device_idle_s"}
-    ]
+    names = [name for name in StallLedger.__struct_fields__ if name not in {"wall_s", "steps", "device_idle_s"}]
     ledger = StallLedger(wall_s=float(len(names)), **dict.fromkeys(names, 1.0))  # type: ignore[arg-type]
     assert len(ledger_shares(ledger)) == len(names)
 

@@ -20,9 +20,7 @@ def test_somebody_elses_events_is_refused_by_name(run_python: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["sinks.console", "sinks.memory"])
-def test_somebody_elses_events_is_refused_by_submodules_too(
-    run_python: Any, tmp_path: Path, name: str
-) -> None:
+def test_somebody_elses_events_is_refused_by_submodules_too(run_python: Any, tmp_path: Path, name: str) -> None:
     """Whoever imports a sink directly gets the same answer, not a missing submodule."""
     (tmp_path / "events.py").write_text("")
     assert "ImportError: stagecast's sinks need" in run_python(f"import {name}").stderr

@@ -184,9 +184,7 @@ def test_an_override_that_cannot_be_applied_is_quoted(override: str, says: str) 
 def test_a_wrong_override_is_checked_like_a_value_of_the_file(tmp_path: Path) -> None:
     """The error names the file and the override that it came with."""
     (tmp_path / "a.yaml").write_text("epochs: 2\n")
-    with pytest.raises(
-        ArgumentsError, match=r"a\.yaml with epochs=none, sed=1: .*did you mean seed.*epochs = 'none'"
-    ):
+    with pytest.raises(ArgumentsError, match=r"a\.yaml with epochs=none, sed=1: .*did you mean seed.*epochs = 'none'"):
         TrainerArguments.from_file(tmp_path / "a.yaml", ["epochs=none", "sed=1"])
 
 
@@ -219,9 +217,7 @@ def test_override_values_are_read_as_yaml(text: str, value: Any) -> None:
 def test_dotted_overrides_reach_into_groups_and_change_nothing_else() -> None:
     """Groups are made where they are missing, the later override wins, and the original stays as it was."""
     config = {"compile_options": {"dynamic": False}, "epochs": 1}
-    result = apply_overrides(
-        config, ["compile_options.mode=default", "new.deep.name=1", "epochs=2", "epochs=3"]
-    )
+    result = apply_overrides(config, ["compile_options.mode=default", "new.deep.name=1", "epochs=2", "epochs=3"])
     assert result == {
         "compile_options": {"dynamic": False, "mode": "default"},
         "new": {"deep": {"name": 1}},

@@ -360,7 +360,9 @@ async def test_ctrl_c_in_a_program_with_an_event_loop(script: Any, backend: str)
     """The run is the host's, so is the signal: it becomes the host's cancellation, then KeyboardInterrupt."""
     import signal
 
-    interrupted = BACKGROUND[: BACKGROUND.index("async def main")] + f"""
+    interrupted = (
+        BACKGROUND[: BACKGROUND.index("async def main")]
+        + f"""
 import anyio
 async def report():
     await anyio.to_thread.run_sync(net.stepping.wait)
@@ -376,7 +378,9 @@ except BaseException as error:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     print(type(error).__name__)
-""" + BACKGROUND[BACKGROUND.index("events = []") :]
+"""
+        + BACKGROUND[BACKGROUND.index("events = []") :]
+    )
     program = script(interrupted)
     await anyio.to_thread.run_sync(program.wait_for, "training")
     program.signal(signal.SIGINT)

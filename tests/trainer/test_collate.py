@@ -94,9 +94,7 @@ def test_steps_with_fewer_outputs_leave_gaps() -> None:
         loss, extra = collate([(one,), (two, one), (one,), (one, two)], notices.append)
         assert loss.shape == (8,)
         assert [value is None for value in extra] == [True, False, True, False]
-        assert notices == [
-            "output 1 of the step is kept as a list: 2 of the steps did not return it"
-        ]
+        assert notices == ["output 1 of the step is kept as a list: 2 of the steps did not return it"]
 
 
 def test_nothing_collates_to_nothing() -> None:
@@ -130,9 +128,7 @@ _dtypes = st.sampled_from([torch.float32, torch.int64, torch.bool])
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=8), _trailing, _dtypes)
-def test_rows_come_out_in_order_and_none_is_lost(
-    rows: list[int], trailing: list[int], dtype: torch.dtype
-) -> None:
+def test_rows_come_out_in_order_and_none_is_lost(rows: list[int], trailing: list[int], dtype: torch.dtype) -> None:
     """Concatenated along the first dimension, whatever sizes; the scalar beside it stacks to one per step."""
     total = torch.arange(sum(rows) * max(1, int(np.prod(trailing))) * 2)[: sum(rows) * int(np.prod(trailing))]
     expected = total.reshape(sum(rows), *trailing).to(dtype)
@@ -148,9 +144,7 @@ def test_rows_come_out_in_order_and_none_is_lost(
 @given(
     st.lists(
         st.lists(
-            st.one_of(
-                st.none(), st.integers(0, 2).map(torch.ones), st.just(torch.ones(())), st.text(max_size=1)
-            ),
+            st.one_of(st.none(), st.integers(0, 2).map(torch.ones), st.just(torch.ones(())), st.text(max_size=1)),
             max_size=3,
         ).map(tuple),
         max_size=6,

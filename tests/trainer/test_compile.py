@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it loads its compiler
 ]
 
+
 @pytest.fixture(autouse=True)
 def _compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Begin and end with nothing compiled; the mark that keeps log out of graphs is for good, so put log back."""

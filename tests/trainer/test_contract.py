@@ -347,9 +347,7 @@ def test_log_stays_out_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> No
 # ------------------------------------------------------------------------------------------------ lanes
 
 
-@pytest.mark.parametrize(
-    ("mark", "lane"), [(inline, Lane.INLINE), (fenced, Lane.FENCED), (observer, Lane.OBSERVER)]
-)
+@pytest.mark.parametrize(("mark", "lane"), [(inline, Lane.INLINE), (fenced, Lane.FENCED), (observer, Lane.OBSERVER)])
 def test_a_mark_says_where_a_hook_runs_and_leaves_it_as_it_is(mark: Callable[..., Any], lane: Lane) -> None:
     """The mark is an attribute of the very same function, found through the class and the instance."""
 

@@ -132,9 +132,7 @@ def test_a_synchronisation_in_a_step_is_noticed(kit: Any, sync_is_an_error: Call
     ],
     ids=["plain", "accumulating", "clipping", "bfloat16", "stop"],
 )
-def test_the_loop_synchronises_nowhere(
-    kit: Any, sync_is_an_error: Callable[[], None], options: dict[str, Any]
-) -> None:
+def test_the_loop_synchronises_nowhere(kit: Any, sync_is_an_error: Callable[[], None], options: dict[str, Any]) -> None:
     """With metrics from steps and hooks, callbacks that get outputs, and validation: from the first step to the end."""
 
     class Logs(Net):

@@ -269,9 +269,7 @@ def test_each_epochs_class_counts_its_own_instances() -> None:
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.booleans())
-def test_the_rows_of_each_batch_are_known_without_reading_it(
-    size: int, micro_batch: int, drop_last: bool
-) -> None:
+def test_the_rows_of_each_batch_are_known_without_reading_it(size: int, micro_batch: int, drop_last: bool) -> None:
     """They are what the loader then yields, the smaller last batch included."""
     data = TensorDataset(torch.arange(size))
     sampler = make_train_sampler(0, 0)

@@ -94,9 +94,7 @@ def test_gradients_are_cleared_as_an_optimizer_of_its_own_kind_does(kit: Any) ->
     one = kit.train(module_with(kit, make), seed=0, epochs=2)
     steps = len(one.of(TrainStepEnded))
     assert calls == ["class", "patch"] * (steps + 2)  # before the first step and at the end, too
-    plain = kit.train(
-        module_with(kit, lambda net: ([torch.optim.SGD(net.parameters(), lr=0.1)], [])), seed=0, epochs=2
-    )
+    plain = kit.train(module_with(kit, lambda net: ([torch.optim.SGD(net.parameters(), lr=0.1)], [])), seed=0, epochs=2)
     assert [e.loss for e in one.of(TrainStepEnded)] == pytest.approx([e.loss for e in plain.of(TrainStepEnded)])
 
 

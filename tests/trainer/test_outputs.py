@@ -116,9 +116,7 @@ def test_outputs_that_do_not_fit_together_become_a_list_with_exactly_one_notice(
     assert "output 2 " in notices(caplog)[1]
 
 
-def test_outputs_that_are_ragged_in_many_ways_give_one_notice_too(
-    kit: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_outputs_that_are_ragged_in_many_ways_give_one_notice_too(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Sequences of ever other lengths must not fill the log, nor the memory of what was said."""
     caplog.set_level(logging.WARNING, "stagecast")
     net = returning(kit, lambda net, *_: (torch.zeros(2, next(net.lengths)),), rows=64)

@@ -107,9 +107,7 @@ def test_asking_before_any_loss_was_scaled_is_a_clear_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["_found_inf_per_device", "_get_scale_async"])
-def test_a_torch_without_what_we_read_is_refused_at_the_start(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_torch_without_what_we_read_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Not at the first overflow; the message names what is lacking and the way out."""
     monkeypatch.delattr(torch.amp.GradScaler, name)
     with pytest.raises(PrecisionError, match=f"{name}.*torch {torch.__version__[:4]}.*bfloat16"):

@@ -117,9 +117,7 @@ async def test_one_that_was_given_up_is_closed_once_it_has_returned(kit: Any, su
 
 
 @pytest.mark.parametrize("sink_type", ["plain", "async"])
-async def test_a_close_that_raises_is_announced_and_reported(
-    kit: Any, supervising: Any, sink_type: str
-) -> None:
+async def test_a_close_that_raises_is_announced_and_reported(kit: Any, supervising: Any, sink_type: str) -> None:
     """What was delivered may not have been flushed: that is worth knowing. It is not tried again."""
     async with supervising() as house:
         sink = kit.plain_async_mixed[sink_type](close=[kit.fail])

@@ -172,5 +172,3 @@ async def test_async_methods_run_in_the_event_loop_and_plain_ones_on_a_thread(ki
         assert here in fully_async.threads
         assert {thread.name for thread in mixed.threads} == {"stagecast-mixed", here.name}
     assert plain.got == fully_async.got == mixed.got == [1]
-
-
