@@ -220,6 +220,9 @@ class JournalWriter:
 
     def _append(self, block: bytes, lines: list[Event]) -> None:
         """Write whole lines. Where the disk refuses half-way, those that are whole count as written."""
+        if self._fd is not None and not os.fstat(self._fd).st_nlink:
+            self._leave_segment()
+            raise FileNotFoundError(errno.ENOENT, "the segment was deleted, with all events in it", str(self._path))
         if self._fd is None or self._size >= self._segment_bytes:
             self._next_segment(lines[0].seq)
         if self._directory_dirty:

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterable
 
+from events.errors import CursorError
 from events.messages import Event
 from events.protocol import AnyCommand, Connection, EventStream, Pause, Resume, RunResult, Stop
 
@@ -40,8 +41,19 @@ class Run:
             early.
 
         Raises:
-            CursorError: the run keeps no journal and the events after ``since`` are gone from memory.
+            CursorError: ``since`` is no cursor; or the run keeps no journal and the events after it are gone from
+                memory.
+            TypeError: ``types`` are no event types.
         """
+        if since is not None and (isinstance(since, bool) or not isinstance(since, int) or since < 0):
+            raise CursorError(f"since={since!r:.80}: give the seq of an event, 0 for all, None for those from now on")
+        if types is not None:
+            problem = f"types={types!r:.200}: give a list of event types, such as [TrainEpochEnded]"
+            if not isinstance(types, Iterable):
+                raise TypeError(problem)
+            types = tuple(types)
+            if not all(isinstance(one, type) and issubclass(one, Event) for one in types):
+                raise TypeError(problem)
         return self._connection.events(since, types)
 
     def stop(self, reason: str | None = None) -> None:

@@ -156,6 +156,7 @@ class Observer:
         done: int | None = None
         since = time.monotonic()
         while (error := await self._attempt(during, function, *args)) is not None:
+            self._raise_if_disabled()
             if failures and self.target.progress[1] != done:
                 self._recover(failures, since)  # it got further: this is another failure, not the same one again
                 failures, since = 0, time.monotonic()
@@ -171,7 +172,9 @@ class Observer:
             if await self._succeeds_late():
                 break
             await self._back_off(min(delivery.backoff_s * 2.0 ** min(failures - 1, 64), delivery.max_backoff_s))
+            self._raise_if_disabled()
             self.circuit = "half_open"
+        self._raise_if_disabled()
         if failures:
             self._recover(failures, since)
 
@@ -239,6 +242,23 @@ class Observer:
         self._fail(error, "fatal" if fatal else "disabled", failures)
         if fatal:
             self._on_fatal(error)  # before the fences fall: the loop must not take another step
+        self._abandon()
+
+    def disable(self, error: str) -> None:
+        """Deliver nothing more to it: it has failed elsewhere, where that was announced.
+
+        Args:
+            error: Type and text of what it raised.
+        """
+        if self.circuit != "disabled":
+            self.circuit, self.error = "disabled", error
+            self._abandon()
+
+    def _raise_if_disabled(self) -> None:
+        if self.circuit == "disabled":
+            raise _Stopped
+
+    def _abandon(self) -> None:
         self._bus.unsubscribe(self.subscription)
         self.target.abandon()
         _, done = self.target.progress

@@ -20,7 +20,8 @@ from events.origin import Origin
 from events.protocol import AnyCommand, Pause, Resume, Stop
 from trainer.collate import collate_outputs, detach_copy
 from trainer.control import Control
-from trainer.hooks import HookTable, InlineHook, hook_arguments
+from trainer.errors import EpochOutputsTooLarge, add_note
+from trainer.hooks import CallbackHooks, HookTable, InlineHook, hook_arguments
 from trainer.ledger import Ledger
 from trainer.outputs import EpochOutputs
 from trainer.recorder import MetricRecorder
@@ -40,8 +41,8 @@ class Boundary:
     """What the loop does between its steps.
 
     Args:
-        on_inline_error: Decides by the callback's policy what an inline hook's exception means; raises it to end the
-            run.
+        on_failed_hook: Decides by the callback's policy what it means that a hook of it has failed on this thread;
+            raises the exception to end the run.
         ledger_interval_s: How often the ledger is published.
     """
 
@@ -54,7 +55,7 @@ class Boundary:
         ledger: Ledger,
         recorder: MetricRecorder,
         *,
-        on_inline_error: Callable[[InlineHook, Exception], None],
+        on_failed_hook: Callable[[CallbackHooks, str, Exception], None],
         ledger_interval_s: float,
     ) -> None:
         self.bus = bus
@@ -65,7 +66,7 @@ class Boundary:
         self.phase = "setup"
         """What the loop is doing, for messages."""
         self._recorder = recorder
-        self._on_inline_error = on_inline_error
+        self._on_failed_hook = on_failed_hook
         self._ledger_interval_ns = int(min(ledger_interval_s, 1e9) * 1e9)  # infinity is no integer
         self.ledger_due = clock() + self._ledger_interval_ns
         """When the ledger is to be published next, on ``perf_counter_ns``."""
@@ -98,7 +99,7 @@ class Boundary:
     # ------------------------------------------------------------------------------------ events and hooks
 
     def publish(self, event: Event, outputs: EpochOutputs | None = None) -> None:
-        """Publish a stage's event, run its inline hooks, and wait until its fenced hooks have returned.
+        """Publish a stage's event, wait until its fenced hooks have returned, and run its inline hooks.
 
         Raises:
             BaseException: a fenced or inline hook failed and its policy is fatal, or the run was cancelled.
@@ -109,6 +110,8 @@ class Boundary:
         payload = Payload(outputs, fence) if outputs is not None or fence is not None else None
         self.bus.publish(event, payload)
         self.ledger.publish += clock() - mark
+        if fence is not None:
+            self.wait_for_fence(fence)
         inline = self.hooks.inline.get(kind)
         if inline:
             mark = clock()
@@ -117,18 +120,17 @@ class Boundary:
             self.run_inline(inline, *args, **kwargs)
             if self._recorder.values:  # now, or they would be taken for numbers of the next step
                 self._recorder.take(getattr(event, "key", None))
-        if fence is not None:
-            self.wait_for_fence(fence)
 
     def run_inline(self, hooks: list[InlineHook], *args: Any, **kwargs: Any) -> None:
         """Run hooks here and now; charged to the ledger."""
         mark = clock()
         for hook in hooks:
-            if not hook.disabled:
+            if not hook.owner.disabled:
                 try:
                     hook.call(*args, **kwargs)
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
-                    self._on_inline_error(hook, error)
+                    add_note(error, f"raised by {hook.owner.name}.{hook.name} at global_step {self.origin.global_step}")
+                    self._on_failed_hook(hook.owner, hook.name, error)
         spent = clock() - mark
         self.ledger.inline += spent
         self.ledger.aside += spent
@@ -142,10 +144,23 @@ class Boundary:
         if self._recorder.values:
             self._recorder.take()
 
-    def wants_outputs(self, kind: type[Event]) -> str | None:
-        """Name of a callback whose hook for this event gets outputs; None if there is none, or none any more."""
-        inline = [hook.callback for hook in self.hooks.inline.get(kind, ()) if not hook.disabled]
-        return next(iter([*self.bus.payload_receivers.get(kind, ()), *inline]), None)
+    def epoch_outputs(self, kind: type[Event], hook: str, limit_bytes: int) -> EpochOutputs | None:
+        """Where outputs are kept for this hook; None if no callback has it, or none any more.
+
+        When they outgrow the limit, that is the failure of the callbacks that wanted them.
+        """
+        callbacks = self.hooks.of(kind)
+        if not callbacks:
+            return None
+
+        def on_too_large(error: EpochOutputsTooLarge) -> None:
+            remaining = [callback for callback in callbacks if not callback.disabled]
+            if any(callback.delivery.on_error == "fatal" for callback in remaining):
+                raise error
+            for callback in remaining:
+                self._on_failed_hook(callback, hook, error)
+
+        return EpochOutputs(limit_bytes, f"{callbacks[0].name}.{hook}", self.notice, on_too_large)
 
     def fence(self, kind: type[Event]) -> Fence | None:
         """A fence for an event of this type; None if no hook of it is fenced."""

@@ -114,6 +114,8 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
     """
     result = dict(config)
     for override in overrides:
+        if not isinstance(override, str):
+            raise ArgumentsError(f"override {override!r}: must be text like 'name=value'")
         path, equals, text = override.partition("=")
         names = path.strip().split(".")
         if not equals or not all(names):

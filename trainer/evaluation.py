@@ -169,10 +169,9 @@ class Evaluation:
 
     def _outputs(self, stage: Stage, key: str, keep: bool) -> EpochOutputs | None:
         """Where the outputs of this dataloader are kept; None if nobody wants them."""
-        if keep:
-            owner = f"Trainer.test() for the key {key!r}"
-        elif stage is Stage.VAL and (wanted := self._boundary.wants_outputs(ValEpochEnded)):
-            owner = f"{wanted}.on_end_val_epoch"
-        else:
+        if stage is Stage.VAL:
+            return self._boundary.epoch_outputs(ValEpochEnded, "on_end_val_epoch", self._outputs_limit_bytes)
+        if not keep:
             return None
+        owner = f"Trainer.test() for the key {key!r}"
         return EpochOutputs(self._outputs_limit_bytes, owner, self._boundary.notice)

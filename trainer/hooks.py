@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from events.messages import (
     ValEpochEnded,
 )
 from events.sink import CALLBACK_DELIVERY, Delivery
+from events.supervisor import Observer
 from trainer.errors import ArgumentsError, add_note
 from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
 from trainer.recorder import MetricRecorder
@@ -66,26 +67,12 @@ def lane_of(callback: CallbackInterface, name: str, hook: Hook) -> Lane:
     return Lane.OBSERVER
 
 
-class InlineHook:
-    """A hook on the loop's thread, with the error policy of its callback."""
+class InlineHook(NamedTuple):
+    """A hook on the loop's thread."""
 
-    __slots__ = ("_owner", "call", "disabled", "name")
-
-    def __init__(self, owner: CallbackHooks, name: str, call: Hook) -> None:
-        self._owner = owner
-        self.name = name
-        self.call = call
-        self.disabled = False
-
-    @property
-    def callback(self) -> str:
-        """The name of its callback, which may have got a number since."""
-        return self._owner.name
-
-    @property
-    def delivery(self) -> Delivery:
-        """That of its callback."""
-        return self._owner.delivery
+    owner: CallbackHooks
+    name: str
+    call: Hook
 
 
 class CallbackHooks:
@@ -98,6 +85,10 @@ class CallbackHooks:
     def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
         self.name = type(callback).__name__
         self.delivery = delivery or CALLBACK_DELIVERY
+        self.observer: Observer | None = None
+        """What runs its hooks that are not inline, if it has any."""
+        self.disabled = False
+        """True once it has failed and was given up: no hook of it runs any more, on any lane."""
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
@@ -135,6 +126,10 @@ class HookTable:
         self.fenced: dict[type[Event], list[str]] = {}
         """Names of the observers that the loop waits for, by event; set once they are subscribed."""
 
+    def of(self, kind: type[Event]) -> list[CallbackHooks]:
+        """Callbacks with a hook for this event that are not disabled."""
+        return [c for c in self.callbacks if not c.disabled and (kind in c.inline or kind in c.observed)]
+
 
 def _number_names(callbacks: Iterable[CallbackHooks]) -> None:
     """Tell callbacks of one class apart, those too that have no observer: ``Clip``, ``Clip-2``."""
@@ -165,6 +160,7 @@ class CallbackTarget:
     def __init__(self, hooks: CallbackHooks, device: torch.device, recorder: MetricRecorder) -> None:
         self.observer = hooks.name
         """The name it is supervised under."""
+        self._callback = hooks
         self._hooks = hooks.observed
         self._names = {kind: name for name, kind in EVENT_OF_HOOK.items()}
         self._device = device
@@ -172,7 +168,6 @@ class CallbackTarget:
         self._batch: Sequence[Published] = ()
         self._done = 0
         self._doing = "open"
-        self._abandoned = False
 
     @property
     def progress(self) -> tuple[str, int | None]:
@@ -187,11 +182,11 @@ class CallbackTarget:
         """Run the hooks of a batch. After a failure the same batch is taken up at the hook that failed."""
         if batch is not self._batch:
             self._batch, self._done = batch, 0
-        while self._done < len(batch) and not self._abandoned:
+        while self._done < len(batch) and not self._callback.disabled:
             event, payload = batch[self._done]
             self._run(event, payload)
             if payload is not None and payload.fence is not None:
-                payload.fence.release(self.observer)  # a hook that failed is released by its supervisor
+                payload.fence.release(self.observer)  # one that failed or is disabled is released by its supervisor
             self._done += 1
         self._batch = ()
 
@@ -211,8 +206,8 @@ class CallbackTarget:
             self._recorder.handling(None)
 
     def abandon(self) -> None:
-        """Run no further hook: the rest of the batch in hand was given up."""
-        self._abandoned = True
+        """Run no further hook, inline ones included: the rest of the batch in hand was given up."""
+        self._callback.disabled = True
 
     def close(self) -> None:
         """Callbacks have nothing to close: `on_end_train` is their end."""

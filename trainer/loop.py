@@ -129,7 +129,8 @@ class TrainingLoop:
         gradients_are_looked_at = bool(step_hooks) or fenced_steps  # by a hook at the end of a step
         began = time.monotonic()
         origin.stage = "train"
-        outputs = self._epoch_outputs()
+        limit_bytes = arguments.epoch_outputs_limit_bytes
+        outputs = boundary.epoch_outputs(TrainEpochEnded, "on_end_train_epoch", limit_bytes)
         boundary.publish(TrainEpochStarted(*origin.header(), self.steps_of(loader)))
 
         boundary.phase = "the training dataloader"
@@ -240,10 +241,13 @@ class TrainingLoop:
             # Ends a dataloader's workers: before validation starts its own, and though an exception keeps this frame.
             del batches
         if read == 0:
-            raise EmptyDataLoader(
-                f"get_train_dataloader() gave no batch in epoch {epoch}: the data set is empty, or drop_last left out"
-                f" its only batch (of fewer than {arguments.micro_batch_size} rows)"
+            cause = (
+                "an iterator or generator is used up after one epoch: return a new one, or a DataLoader, each time"
+                if epoch and iter(loader) is loader
+                else f"the data set is empty, or drop_last left out its only batch (of fewer than"
+                f" {arguments.micro_batch_size} rows)"
             )
+            raise EmptyDataLoader(f"get_train_dataloader() gave no batch in epoch {epoch}: {cause}")
         if self._validates_at_end(epoch):
             self._validate()
         steps, duration_s = origin.global_step - first_step, time.monotonic() - began
@@ -394,13 +398,6 @@ class TrainingLoop:
             self._evaluation.run(Stage.VAL, loaders, self._arguments.max_val_steps_per_epoch)
         boundary.phase = "the schedulers"
         self._optimization.end_validation(boundary.ledger)
-
-    def _epoch_outputs(self) -> EpochOutputs | None:
-        owner = self._boundary.wants_outputs(TrainEpochEnded)
-        if owner is None:
-            return None
-        limit = self._arguments.epoch_outputs_limit_bytes
-        return EpochOutputs(limit, f"{owner}.on_end_train_epoch", self._boundary.notice)
 
 
 def _weights(rows: list[int | None]) -> list[float]:

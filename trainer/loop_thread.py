@@ -36,7 +36,7 @@ from trainer.control import Control
 from trainer.data import as_val_loaders, seed_everything
 from trainer.errors import ContractError, add_note
 from trainer.evaluation import Evaluation
-from trainer.hooks import HookTable, InlineHook
+from trainer.hooks import CallbackHooks, HookTable
 from trainer.ledger import Ledger
 from trainer.loop import TrainingLoop
 from trainer.module_interface import ModuleInterface, Stage
@@ -104,7 +104,7 @@ class LoopThread:
             hooks,
             self._ledger,
             recorder,
-            on_inline_error=self._on_inline_error,
+            on_failed_hook=self._on_failed_hook,
             ledger_interval_s=arguments.ledger_interval_s,
         )
         self._evaluation = Evaluation(
@@ -304,18 +304,18 @@ class LoopThread:
         except BaseException as error:  # a hook at the very end failed, or the run was cancelled during it
             self._record(error)
 
-    def _on_inline_error(self, hook: InlineHook, error: Exception) -> None:
-        fatal = hook.delivery.on_error == "fatal"
-        add_note(error, f"raised by {hook.callback}.{hook.name} at global_step {self._origin.global_step}")
-        failed = ObserverFailed(
-            *self._origin.header(), hook.callback, describe(error), hook.name, "fatal" if fatal else "disabled"
-        )
-        self._bus.publish(failed)
+    def _on_failed_hook(self, callback: CallbackHooks, hook: str, error: Exception) -> None:
+        fatal, text = callback.delivery.on_error == "fatal", describe(error)
+        action: Literal["fatal", "disabled"] = "fatal" if fatal else "disabled"
+        self._bus.publish(ObserverFailed(*self._origin.header(), callback.name, text, hook, action))
         if fatal:
             self._control.fail(error)
             raise error
-        hook.disabled = True  # an inline hook cannot be retried: its place in the step is gone
-        logger.warning(f"{hook.callback}.{hook.name} failed and is disabled: {describe(error)}", exc_info=error)
+        # Not retried, whatever the policy: its place in the step is gone.
+        callback.disabled = True
+        if (observer := callback.observer) is not None:
+            self._bus.post(lambda: observer.disable(text))
+        logger.warning(f"callback {callback.name} failed in {hook} (disabled): {text}", exc_info=error)
 
 
 def plain(arguments: TrainerArguments) -> Any:

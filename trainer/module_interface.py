@@ -23,7 +23,7 @@ Observer is the default. `on_end_backward` is inline, `on_begin_train_epoch` fen
 the hooks of a module itself at the beginning and end of an epoch and of training. `inline`, `fenced` and
 `observer` choose otherwise. An observer hook must not use global random generators: it runs beside the loop
 and would change its numbers. Whatever a hook raises ends the run with that exception, unless the callback was
-added with another error policy.
+added with another error policy; one that is disabled runs none of its hooks any more, on any lane.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class CallbackInterface(ABC):
         """A training epoch is finished, its validation included. Observer lane; fenced for the module itself.
 
         Overriding it makes the trainer keep the outputs of the whole epoch in host memory, up to
-        ``TrainerArguments.epoch_outputs_limit_bytes``; beyond that `EpochOutputsTooLarge` ends the run.
+        ``TrainerArguments.epoch_outputs_limit_bytes``; `EpochOutputsTooLarge` beyond that is this hook's failure.
 
         Args:
             global_step: Optimizer steps finished.

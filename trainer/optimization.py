@@ -202,6 +202,13 @@ def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise OptimizerError(f"{what}; the first list holds {_shown(optimizer)}, which is no optimizer")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise OptimizerError(
+                "get_optimizers_schedulers() returned an LBFGS: it computes the loss several times a step, which this"
+                " loop does not; use another optimizer"
+            )
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise OptimizerError("get_optimizers_schedulers() returned an optimizer twice: it would step twice")
     for scheduler in schedulers:
         if not callable(getattr(scheduler, "step", None)):
             raise OptimizerError(f"{what}; the second list holds {_shown(scheduler)}, which has no step()")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ import torch
 
 from trainer.collate import Notice, OutputCollector, collate_outputs
 from trainer.data import map_tensors
+from trainer.errors import EpochOutputsTooLarge
 
 
 class Capture:
@@ -110,11 +112,23 @@ class StepOutputs(msgspec.Struct, gc=False):
 
 
 class EpochOutputs:
-    """The outputs of an epoch's steps, kept because a hook wants them at its end. Filled on the loop's thread."""
+    """The outputs of an epoch's steps, kept because a hook wants them at its end. Filled on the loop's thread.
 
-    def __init__(self, limit_bytes: int, owner: str, notice: Notice) -> None:
-        self._collector = OutputCollector(limit_bytes, owner)
+    Args:
+        on_too_large: Told when they outgrow their limit; if it does not raise, they are let go, and so is what comes.
+            None: that is an error.
+    """
+
+    def __init__(
+        self,
+        limit_bytes: int,
+        owner: str,
+        notice: Notice,
+        on_too_large: Callable[[EpochOutputsTooLarge], None] | None = None,
+    ) -> None:
+        self._collector: OutputCollector | None = OutputCollector(limit_bytes, owner)
         self._notice = notice
+        self._on_too_large = on_too_large
         self._lock = threading.Lock()
         self._last: Copy | None = None
         self._collated: tuple[Any, ...] | None = None
@@ -123,16 +137,24 @@ class EpochOutputs:
         """Keep one step's outputs. Takes as long for the last step as for the first.
 
         Raises:
-            EpochOutputsTooLarge: the epoch's outputs have outgrown their limit.
+            EpochOutputsTooLarge: the epoch's outputs have outgrown their limit, and somebody must have them.
         """
-        self._collector.append(copy.values)
-        if copy.arrived is not None:
+        if self._collector is None:
+            return
+        try:
+            self._collector.append(copy.values)
+        except EpochOutputsTooLarge as error:
+            if self._on_too_large is None:
+                raise
+            self._on_too_large(error)
+            self._collector = self._last = None
+        if copy.arrived is not None and self._collector is not None:
             self._last = copy
 
     @property
     def nbytes(self) -> int:
         """Bytes kept so far."""
-        return self._collector.nbytes
+        return self._collector.nbytes if self._collector is not None else 0
 
     def collated(self) -> tuple[Any, ...]:
         """One value per output position; computed once, on the first observer's thread that asks."""
@@ -141,5 +163,5 @@ class EpochOutputs:
                 if self._last is not None:
                     self._last.wait()  # the copies before it went through the same stream
                     self._last = None
-                self._collated = self._collector.collate(self._notice)
+                self._collated = self._collector.collate(self._notice) if self._collector is not None else ()
             return self._collated

@@ -143,6 +143,7 @@ class Session:
                 delivery = msgspec.structs.replace(callback.delivery, types=frozenset(callback.observed))
                 target = CallbackTarget(callback, self._device, self._recorder)
                 observer = self._supervisor.add(callback.name, target, delivery)
+                callback.observer = observer
                 callback.name = target.observer = observer.name
                 for kind in callback.fenced:
                     table.fenced.setdefault(kind, []).append(observer.name)

@@ -84,7 +84,8 @@ class Trainer:
 
         The event loop runs on a thread of its own, so this works on any thread, inside a running event loop too (which
         it blocks). On the main thread the first SIGINT or SIGTERM is a `Run.stop`, the second ends the run at once with
-        KeyboardInterrupt or SystemExit, leaving observers no more than a moment; the handlers are restored.
+        KeyboardInterrupt or SystemExit, leaving observers no more than a moment; the handlers are restored. A
+        signal that the process ignores stays ignored.
 
         Raises:
             RunFolderError: the run's folder cannot be used.
@@ -281,7 +282,9 @@ def _signals(control: Control) -> Iterator[None]:
         else:
             raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # One that the host ignores (`nohup`, a shell's background job) is none of ours.
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield
     finally:

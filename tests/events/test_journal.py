@@ -240,6 +240,21 @@ def test_holes_are_no_gaps_while_the_disk_keeps_up(tmp_path: Path, disk: BadDisk
     assert gaps(tmp_path) == []
 
 
+def test_a_segment_that_was_deleted_is_an_error_once(tmp_path: Path) -> None:
+    """Or the rest of the run would go into a file that has no name; what comes then is in a new segment."""
+    writer = open_journal(tmp_path)
+    writer.write(steps(1, 3))
+    (segment,) = (tmp_path / "journal").iterdir()
+    segment.unlink()
+    with pytest.raises(FileNotFoundError, match="the segment was deleted, with all events in it") as caught:
+        writer.write(steps(4, 6))
+    assert caught.value.filename == str(segment)
+    writer.write(steps(4, 6))
+    writer.write(steps(7, 7))
+    writer.close()
+    assert seqs(tmp_path) == [4, 5, 6, 7]
+
+
 def test_a_slow_disk_makes_holes_suspicious_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a write hangs the queue may overflow as if it had failed."""
     monkeypatch.setattr("events.journal.SLOW_WRITE_S", -1.0)
@@ -505,6 +520,8 @@ def test_a_lost_segment_is_passed_over(tmp_path: Path) -> None:
     segments(tmp_path)[-1].unlink()
     assert reader.read() == []
     assert reader.skipped[0].reason == "the segment is gone"
+    with pytest.raises(FileNotFoundError):
+        writer.write([step(6)])
     writer.write([step(6)])
     assert [event.seq for event in reader.read()] == [6]
     assert reader.skipped_count == 1

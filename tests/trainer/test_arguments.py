@@ -171,9 +171,10 @@ def test_an_empty_yaml_file_is_all_defaults(tmp_path: Path) -> None:
         ("a..b=3", "must look like 'name=value'"),
         ("epochs.more=3", "epochs is 1, not a group"),
         ("epochs=[", "not valid YAML"),
+        (3, "must be text"),
     ],
 )
-def test_an_override_that_cannot_be_applied_is_quoted(override: str, says: str) -> None:
+def test_an_override_that_cannot_be_applied_is_quoted(override: Any, says: str) -> None:
     """The message repeats it."""
     with pytest.raises(ArgumentsError) as caught:
         apply_overrides({"epochs": 1}, [override])

@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 import torch
 
-from events.errors import RunCancelled, RunFolderHeld
+from events.errors import CursorError, RunCancelled, RunFolderHeld
 from events.messages import CommandTaken, Event, RunEnded, RunStarted, TrainEpochEnded, TrainStepEnded
 from trainer import CallbackInterface
 from trainer.errors import ArgumentsError, ContractError
@@ -246,6 +246,21 @@ async def test_events_from_the_start_are_all_there_in_order(kit: Any) -> None:
     assert type(late[0]) is RunStarted
     assert type(late[-1]) is RunEnded
     assert [e.seq for e in after] == [e.seq for e in late]
+
+
+@pytest.mark.anyio
+async def test_what_is_no_cursor_and_no_type_is_refused_at_once(kit: Any) -> None:
+    """Where the stream is opened, not where it is read; the run does not mind."""
+    async with kit.make_trainer(kit.Net()).run() as run:
+        for since in (-1, 1.5, "0", True):
+            with pytest.raises(CursorError, match=f"since={since!r}: give the seq of an event"):
+                run.events(since=since)
+        for types in (TrainEpochEnded, [int], "TrainEpochEnded", [TrainEpochEnded, "RunEnded"], 3):
+            with pytest.raises(TypeError, match=r"give a list of event types, such as \[TrainEpochEnded\]"):
+                run.events(types=types)  # type: ignore[arg-type]
+        named = (kind for kind in [TrainEpochEnded])  # any iterable will do
+        assert [type(event) async for event in run.events(since=0, types=named)] == [TrainEpochEnded]
+    assert (await run.result()).status == "finished"
 
 
 @pytest.mark.anyio

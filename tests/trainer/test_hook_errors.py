@@ -120,27 +120,77 @@ def test_an_inline_hook_cannot_be_retried(kit: Any) -> None:
     assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_end_backward", "disabled")]
 
 
-def test_callbacks_of_one_class_have_names_of_their_own(kit: Any) -> None:
-    """On every lane, so that a report says which of them it was."""
+def test_a_callback_that_failed_on_the_loops_thread_runs_no_hook_on_another(kit: Any) -> None:
+    """What waits for it is let go, a fence does not hold the loop for it, and the report says what it was."""
+    ran: list[str] = []
 
-    class Two(CallbackInterface):
-        def on_end_train(self, global_step: int) -> None:
-            raise Boom("off the loop")
-
+    class Several(CallbackInterface):
         @inline
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             raise Boom("inline")
 
-    members = [(Two(), policy("disable")) for _ in range(2)]
-    inline_only = [(on("on_end_backward", lambda *_: 1 / 0)(), policy("disable")) for _ in range(2)]
-    outcome = kit.train(kit.Net(), callbacks=[*members, *inline_only], journal=True)
+        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:  # fenced
+            ran.append(f"epoch {epoch}")
+
+        def on_end_backward(self, global_step: int, loss: Any) -> None:  # inline
+            ran.append(f"backward {global_step}")
+
+        def on_end_train(self, global_step: int) -> None:
+            ran.append("end")
+
+    outcome = kit.train(kit.Net(), callbacks=[(Several(), policy("disable"))], epochs=3)
+    assert outcome.result.status == "finished"
+    assert ran == ["epoch 0", "backward 0"]
+    assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_end_train_step", "disabled")]
+    (report,) = [one for one in outcome.result.observers if one.observer == "Several"]
+    assert (report.state, report.error, report.left) == ("disabled", "Boom: inline", 0)
+
+
+def test_a_callback_that_failed_off_the_loops_thread_runs_no_inline_hook(kit: Any) -> None:
+    """It may count on what the failed hook should have done."""
+    ran: list[int] = []
+
+    class Both(CallbackInterface):
+        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:  # fenced
+            raise Boom
+
+        def on_end_backward(self, global_step: int, loss: Any) -> None:  # inline
+            ran.append(global_step)
+
+    outcome = kit.train(kit.Net(), callbacks=[(Both(), policy("disable"))], epochs=3)
+    assert outcome.result.status == "finished"
+    assert ran == []
+    assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_begin_train_epoch", "disabled")]
+
+
+def test_callbacks_of_one_class_have_names_of_their_own(kit: Any) -> None:
+    """On every lane, so that a report says which of them it was."""
+    off_the_loop = on("on_end_train", lambda *_: 1 / 0)
+    on_the_loop = on("on_end_backward", lambda *_: 1 / 0)
+    off_the_loop.__name__, on_the_loop.__name__ = "Off", "On"
+    members = [(kind(), policy("disable")) for kind in (off_the_loop, on_the_loop) * 2]
+    outcome = kit.train(kit.Net(), callbacks=members, journal=True)
     events = kit.read_journal(outcome.result.run_dir)
-    names = {(e.observer, e.during) for e in events if isinstance(e, ObserverFailed)}
-    assert names == {(name, hook) for name in ("Two", "Two-2") for hook in ("on_end_train_step", "on_end_train")} | {
-        ("Probe", "on_end_backward"),
-        ("Probe-2", "on_end_backward"),
+    assert {(e.observer, e.during) for e in events if isinstance(e, ObserverFailed)} == {
+        ("Off", "on_end_train"),
+        ("Off-2", "on_end_train"),
+        ("On", "on_end_backward"),
+        ("On-2", "on_end_backward"),
     }
-    assert {report.observer for report in outcome.result.observers} >= {"Two", "Two-2"}
+    assert {report.observer for report in outcome.result.observers} >= {"Off", "Off-2"}
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
+)
+def test_the_model_stands_still_while_a_fenced_hook_runs(kit: Any, hook: str) -> None:
+    """So an inline hook of the same event, whoever has it, runs only when the fenced ones have returned."""
+    order: list[str] = []
+    first = on(hook, lambda *_, **key: order.append("inline"), "inline")
+    second = on(hook, lambda *_, **key: order.append("fenced"), "fenced")
+    outcome = kit.train(kit.Net(rows=8), callbacks=[first(), second()])
+    assert outcome.result.status == "finished"
+    assert order == ["fenced", "inline"]
 
 
 def test_a_queue_that_would_lose_outputs_on_its_way_through_the_disk_is_refused(kit: Any) -> None:

@@ -62,7 +62,7 @@ def test_a_loader_that_runs_dry_in_a_later_epoch_says_in_which(kit: Any) -> None
 
     outcome = kit.train(OneShot(), epochs=2)
     assert isinstance(outcome.error, EmptyDataLoader)
-    assert "epoch 1" in str(outcome.error)
+    assert "in epoch 1: an iterator or generator is used up after one epoch: return a new one" in str(outcome.error)
     assert len(outcome.of(TrainEpochEnded)) == 1
 
 

@@ -50,6 +50,20 @@ def test_what_is_no_pair_of_optimizers_and_schedulers_is_refused(kit: Any, retur
     assert outcome.names()[-1] == "RunEnded"
 
 
+def test_optimizers_that_this_loop_cannot_step_are_refused(kit: Any) -> None:
+    """One that wants the loss computed again, and one that would step twice."""
+    outcome = kit.train(module_with(kit, lambda net: ([torch.optim.LBFGS(net.parameters())], [])))
+    assert isinstance(outcome.error, OptimizerError)
+    assert "an LBFGS: it computes the loss several times a step" in str(outcome.error)
+
+    def twice(net: Any) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.1)] * 2, []
+
+    outcome = kit.train(module_with(kit, twice))
+    assert isinstance(outcome.error, OptimizerError)
+    assert "an optimizer twice" in str(outcome.error)
+
+
 def test_a_scheduler_without_step_is_refused(kit: Any) -> None:
     """A class, or a number, in the second list is named."""
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from events.messages import ObserverFailed
 from events.sink import CALLBACK_DELIVERY
-from trainer import CallbackInterface, fenced, inline
+from trainer import CallbackInterface, Delivery, fenced, inline
 from trainer.errors import EpochOutputsTooLarge
 from trainer.outputs import Capture, Copy, EpochOutputs
 
@@ -79,6 +80,54 @@ def test_an_epoch_that_outgrows_its_limit_ends_with_the_hook_and_the_ways_out_na
     for part in ("Keeps.on_end_train_epoch", "20,000 bytes", "epoch_outputs_limit_bytes"):
         assert part in str(outcome.error)
     assert 10 < len(steps.seen) < 20
+
+
+@pytest.mark.parametrize("hook", ["on_end_train_epoch", "on_end_val_epoch"])
+def test_callbacks_that_may_fail_are_disabled_when_what_they_want_is_too_much(kit: Any, hook: str) -> None:
+    """The run goes on, and those who do not want outputs of an epoch keep their hooks."""
+    seen: list[Any] = []
+    wants = type("Wants", (CallbackInterface,), {hook: lambda self, *outputs, **key: seen.append(outputs)})
+    marked = type("Marked", (CallbackInterface,), {hook: inline(lambda self, *outputs, **key: seen.append(outputs))})
+    steps = KeepsSteps()
+    may_fail = Delivery(on_error="disable")
+    outcome = kit.train(
+        kit.Net(rows=800),
+        callbacks=[(wants(), may_fail), (marked(), may_fail), steps],
+        epochs=2,
+        epoch_outputs_limit_bytes=20_000,
+    )
+    assert outcome.result.status == "finished"
+    assert seen == []
+    assert len(steps.seen) == 200
+    failed = outcome.of(ObserverFailed)
+    assert [(one.observer, one.during, one.action) for one in failed] == [
+        ("Wants", hook, "disabled"),
+        ("Marked", hook, "disabled"),
+    ]
+    assert all("epoch_outputs_limit_bytes" in one.error for one in failed)
+    assert [one.state for one in outcome.result.observers if one.observer == "Wants"] == ["disabled"]
+
+
+def test_a_callback_that_has_failed_already_is_not_blamed_again(kit: Any) -> None:
+    """What is kept in the same epoch is of no use to it any more."""
+
+    class FailsFirst(Keeps):
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            raise ZeroDivisionError
+
+    member = (FailsFirst(), Delivery(on_error="disable"))
+    outcome = kit.train(kit.Net(rows=800), callbacks=[member], epoch_outputs_limit_bytes=20_000)
+    assert outcome.result.status == "finished"
+    assert [one.during for one in outcome.of(ObserverFailed)] == ["on_end_train_step"]
+
+
+def test_a_callback_that_must_not_fail_ends_the_run_whoever_else_wants_the_outputs(kit: Any) -> None:
+    """They are collected once for all."""
+    members = [(Keeps(), Delivery(on_error="disable")), Keeps()]
+    outcome = kit.train(kit.Net(rows=800), callbacks=members, epoch_outputs_limit_bytes=20_000)
+    assert isinstance(outcome.error, EpochOutputsTooLarge)
+    assert outcome.of(ObserverFailed) == []
 
 
 def test_outputs_of_each_epoch_begin_anew(kit: Any) -> None:
@@ -215,6 +264,15 @@ def test_outputs_are_copied_only_for_the_stage_that_somebody_wants(kit: Any) -> 
     assert clones(Keeps(), KeepsSteps(), KeepsSteps()) == 4, "all share one copy"
 
 
+def test_nothing_is_copied_for_a_callback_that_was_disabled(kit: Any) -> None:
+    """In the epochs after that in which it failed."""
+    with Clones() as count:
+        member = (Keeps(), Delivery(on_error="disable"))
+        outcome = kit.train(kit.Net(rows=800), callbacks=[member], epochs=3, epoch_outputs_limit_bytes=20_000)
+    assert len(outcome.of(ObserverFailed)) == 1
+    assert 0 < count.count <= 100
+
+
 def test_outputs_are_let_go_when_their_hook_has_returned(kit: Any) -> None:
     """A run of any length holds those of a few steps only."""
     alive: list[int] = []
@@ -276,6 +334,23 @@ def test_an_epoch_waits_for_its_copies_although_the_last_step_has_none() -> None
     outputs.append(late(3.0))
     outputs.append(Copy((torch.ones(2),), 8))
     assert outputs.collated()[0].tolist() == [3.0, 3.0, 1.0, 1.0]
+
+
+def test_outputs_that_are_too_much_are_let_go_at_once() -> None:
+    """Unless that is an error: then whoever catches it has what was kept before."""
+    told: list[Exception] = []
+    patient = EpochOutputs(3_000, "test", print, told.append)
+    strict = EpochOutputs(3_000, "test", print)
+    for outputs in (patient, strict):
+        outputs.append(Copy((torch.ones(400),), 1_600))
+        assert outputs.nbytes > 1_600
+    patient.append(Copy((torch.ones(400),), 1_600))
+    with pytest.raises(EpochOutputsTooLarge):
+        strict.append(Copy((torch.ones(400),), 1_600))
+    patient.append(Copy((torch.ones(1),), 4))
+    assert [type(error) for error in told] == [EpochOutputsTooLarge]
+    assert (patient.nbytes, patient.collated()) == (0, ())
+    assert strict.collated()[0].shape == (400,)
 
 
 def test_outputs_are_collated_once_for_all_who_ask() -> None:

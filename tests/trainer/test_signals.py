@@ -317,14 +317,21 @@ def test_handlers_are_ours_during_the_run_only(kit: Any, host_handler: Any) -> N
     """Whatever was there before is there again, also what only the system knows."""
     seen: list[set[Any]] = []
     net = net_that(kit, "train_step", lambda: seen.append(handlers()))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     kit.train(net)
     assert not seen[0] & {host_handler, signal.SIG_IGN, signal.SIG_DFL}
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is host_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    for number in BOTH:
-        signal.signal(number, host_handler)
+    signal.signal(signal.SIGTERM, host_handler)
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored(kit: Any, host_handler: Any) -> None:
+    """As of a job that a shell has put into the background: Ctrl-C is meant for another program."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    net = net_that(kit, "train_step", lambda: signal.raise_signal(signal.SIGINT))
+    assert kit.train(net).result.status == "finished"
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, host_handler)
 
 
 def test_handlers_are_restored_however_the_run_ends(kit: Any, host_handler: Any) -> None:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import anyio
 import pytest
 
 from events.backlog import Payload, Published
@@ -149,6 +150,36 @@ async def test_a_fatal_failure_is_told_before_fences_fall(kit: Any, supervising:
     assert (failed.during, failed.action) == ("on_something", "fatal")
     assert waiting == [["sink"]]
     assert fence.waiting == []
+
+
+@pytest.mark.parametrize("when", ["idle", "in a call", "in a call that fails", "before another try", "in another try"])
+async def test_one_that_has_failed_elsewhere_gets_nothing_more(kit: Any, supervising: Any, when: str) -> None:
+    """It is closed once its call has returned; nobody hears of it from here, because it was announced there."""
+    async with supervising() as house:
+        gate = house.gate(kit.fail if when == "in a call that fails" else lambda: None)
+        writes = {"idle": [None], "before another try": [OSError("no")], "in another try": [OSError("no"), gate]}
+        sink = kit.Scripted(write=writes.get(when, [gate]))
+        pause_s = kit.WAIT_S if when == "before another try" else 1e-4
+        observer = house.add(sink, retries=5, backoff_s=pause_s, max_backoff_s=pause_s)
+        fence = Fence(["sink"])
+        await house.start(1, Payload(fence=fence))
+        if when == "idle":
+            while not sink.got:
+                await anyio.lowlevel.checkpoint()
+        elif when == "before another try":
+            await house.until(ObserverFailed)
+        else:
+            await gate.reached.wait()
+        observer.disable("Boom: elsewhere")
+        observer.disable("Boom: twice")
+        assert fence.wait(0.0)
+        gate.open()
+        await house.publish(3)
+        report = (await house.drain())["sink"]
+        assert (report.state, report.error) == ("disabled", "Boom: elsewhere")
+        assert sink.calls == ["open", *["write"] * (2 if when == "in another try" else 1), "close"]
+        assert failures(house) == ([("write", "retrying", 1)] if "another" in when else [])
+        assert not [event for event in house.told if type(event) is ObserverRecovered]
 
 
 # ---------------------------------------------------------------------------------- what fails for a while
