@@ -79,17 +79,18 @@ class Backlog:
     def drop_oldest(self, limit: int, limit_bytes: int, hard_limit: int, hard_limit_bytes: int) -> list[Item]:
         """Remove droppable events, oldest first, until both limits hold; returns what went.
 
-        When none is left, the others may take up the hard limits before the oldest of them goes too.
+        When none is left, the others may take up the hard limits before the oldest of them goes too. The newest event
+        stays, however many bytes it holds.
         """
         dropped: list[Item] = []
-        while self._items and (len(self) > limit or self.nbytes > limit_bytes):
+        while self._items and (len(self) > limit or (self.nbytes > limit_bytes and len(self) > 1)):
             item = self._items.popleft()
             if item[0].droppable:
                 self.nbytes -= item[2]
                 dropped.append(item)
             else:
                 self._kept.append(item)
-        while self._kept and (len(self) > hard_limit or self.nbytes > hard_limit_bytes):
+        while self._kept and (len(self) > hard_limit or (self.nbytes > hard_limit_bytes and len(self) > 1)):
             item = self._kept.popleft()
             self.nbytes -= item[2]
             dropped.append(item)

@@ -49,7 +49,8 @@ class Bus:
         origin: Gives the header of the bus's own events.
         readback: Completes events whose numbers are still on the device; without one they stay as they are.
         capacity: Events that the ring holds while the event loop does not drain it.
-        capacity_bytes: Bytes of payload that the ring holds before the loop is told to wait.
+        capacity_bytes: Bytes of payload that the ring holds before the loop is told to wait: of events that may be
+            dropped, and as many of others.
         reserve: Events which are not droppable that are kept beyond ``capacity`` before the loop is told to wait.
         history: Most recent events kept in memory for late subscribers.
         first_seq: ``seq`` of the first event.
@@ -95,8 +96,10 @@ class Bus:
         self._ring: deque[Published] = deque()
         self._kept: deque[Published] = deque()  # older than everything in the ring, and not droppable
         self._ring_lock = threading.Lock()  # between dropping and draining; publish never waits for it
-        self._bytes_in = 0  # written by the loop's thread alone
-        self._bytes_out = 0  # written under `_ring_lock`
+        # Bytes of payloads that went in (written by the loop's thread alone) and out (written under `_ring_lock`): of
+        # events that may be dropped to make room, and of those that may not.
+        self._bytes_in = self._kept_bytes_in = 0
+        self._bytes_out = self._kept_bytes_out = 0
         self._posted: deque[Callable[[], object]] = deque()
         self._reading: deque[tuple[list[Published], Callable[[], bool]]] = deque()
         self._subscriptions: tuple[Subscription, ...] = ()
@@ -128,8 +131,11 @@ class Bus:
         ring = self._ring
         ring.append((event, payload))
         if payload is not None and payload.nbytes:
-            self._bytes_in += payload.nbytes
-            if self._bytes_in - self._bytes_out > self._capacity_bytes:
+            if event.droppable:
+                self._bytes_in += payload.nbytes
+            else:
+                self._kept_bytes_in += payload.nbytes
+            if self._is_heavy:
                 self._crowd()
         if len(ring) > self._gate_at:
             self._crowd()
@@ -171,10 +177,16 @@ class Bus:
             self._blocked
             or (self._must_keep and len(self._ring) > self._gate_at)
             or len(self._kept) > self._reserve
-            or self._bytes_in - self._bytes_out > self._capacity_bytes
+            or self._is_heavy
         )
         if not self.gated:
             self._room.set()
+
+    @property
+    def _is_heavy(self) -> bool:
+        """Whether the ring holds more bytes than it should, of either kind."""
+        held, kept = self._bytes_in - self._bytes_out, self._kept_bytes_in - self._kept_bytes_out
+        return held > self._capacity_bytes or kept > self._capacity_bytes
 
     def _crowd(self) -> None:
         """The ring is filling up: hold the loop, or drop, according to who listens. On the publisher's thread."""
@@ -314,8 +326,14 @@ class Bus:
         with self._ring_lock:
             for queue in (self._kept, self._ring):
                 batch += [queue.popleft() for _ in range(min(len(queue), limit - len(batch)))]
-            if self._bytes_in != self._bytes_out:
-                self._bytes_out += sum([payload.nbytes for _, payload in batch if payload is not None])
+            if self._bytes_in != self._bytes_out or self._kept_bytes_in != self._kept_bytes_out:
+                for event, payload in batch:
+                    if payload is None:
+                        pass
+                    elif event.droppable:
+                        self._bytes_out += payload.nbytes
+                    else:
+                        self._kept_bytes_out += payload.nbytes
         self._more = bool(self._ring) and len(batch) == limit  # go on at once, after the host's other tasks
         for seq, (event, _) in enumerate(batch, self._next_seq):
             force_setattr(event, "seq", seq)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import socket
 import sys
@@ -120,8 +121,8 @@ class RunFolder:
     def write_arguments(self, arguments: dict[str, Any]) -> None:
         """Write ``arguments.json``, replacing that of an earlier attempt at once and as a whole.
 
-        The file is for people: what is no plain value is written as text, and NaN as null. The arguments of
-        each attempt stay in the journal, in its `RunStarted`.
+        The file is for people: what is no plain value is written as text, NaN as null, and an infinity as ``1e999``,
+        which readers of JSON take for one. The arguments of each attempt stay in the journal, in its `RunStarted`.
 
         Raises:
             RunFolderError: The folder was closed, or the disk refused; an earlier file is still there.
@@ -129,7 +130,7 @@ class RunFolder:
         path = self._path / ARGUMENTS_NAME
         if self._fd is None:
             raise RunFolderError(f"{path} cannot be written: the run folder was closed; write before `close`")
-        text = msgspec.json.encode(arguments, enc_hook=str)
+        text = msgspec.json.encode(_with_infinities(arguments), enc_hook=str)
         temporary = path.with_name(f"{ARGUMENTS_NAME}.tmp")
         try:
             with open(temporary, "wb") as file:
@@ -253,3 +254,14 @@ def _sign(fd: int, run_id: str) -> None:
     os.ftruncate(fd, 0)
     os.lseek(fd, 0, os.SEEK_SET)
     os.write(fd, text)
+
+
+def _with_infinities(value: Any) -> Any:
+    """JSON has no infinity, but numbers too large to be anything else."""
+    if isinstance(value, dict):
+        return {key: _with_infinities(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_infinities(part) for part in value]
+    if isinstance(value, float) and math.isinf(value):
+        return msgspec.Raw(b"1e999" if value > 0 else b"-1e999")
+    return value

@@ -196,7 +196,7 @@ class TrainEpochEnded(Event, frozen=True, gc=False, tag=True):
     """Optimizer steps finished in this epoch."""
     duration_s: float = 0.0
     loss: float | None = None
-    """Row-weighted mean of the epoch's step losses."""
+    """Row-weighted mean of the epoch's step losses; None if steps were dropped, because the event loop was held up."""
 
 
 # -------------------------------------------------------------------------------------- metrics and health

@@ -37,8 +37,8 @@ class Run:
                 `TestStepEnded` come only to those who name them.
 
         Returns:
-            An asynchronous iterator with a ``cursor``. It ends after the run's last event. Close it when you leave it
-            early.
+            An asynchronous iterator with a ``cursor``. It ends after the run's last event. Left early, it goes on
+            collecting until it is closed, or nothing refers to it any more.
 
         Raises:
             CursorError: ``since`` is no cursor; or the run keeps no journal and the events after it are gone from
@@ -61,7 +61,7 @@ class Run:
         self._send(Stop(id=_new_id(), reason=reason))
 
     def pause(self, reason: str | None = None) -> None:
-        """Wait at the next step boundary until `resume` or `stop`."""
+        """Wait at the next step boundary until `resume` or `stop`. Leaving the block is neither."""
         self._send(Pause(id=_new_id(), reason=reason))
 
     def resume(self, reason: str | None = None) -> None:

@@ -84,7 +84,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     capacity: Annotated[int, Meta(ge=1)] = 16_384
     """Events that may wait, the batch being delivered included."""
     capacity_bytes: Annotated[int, Meta(ge=1)] = 64 * 2**20
-    """Bytes that may wait, tensors included. A stated bound: see `Subscription`."""
+    """Bytes that may wait, tensors included. A stated bound: see `Subscription`. The outputs of an epoch are one event:
+    where they are more than this, they wait alone."""
     spill_bytes: Annotated[int, Meta(ge=1)] = 4 * 2**30
     """Bytes of disk that ``spill`` may use; beyond it events are dropped and counted."""
     latency_s: Annotated[float, Meta(gt=0)] = 0.1
@@ -100,9 +101,10 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """First pause; it doubles up to ``max_backoff_s``."""
     max_backoff_s: Annotated[float, Meta(gt=0)] = 30.0
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
-    """How long one delivery may take before it counts as failed; None for as long as it likes."""
+    """How long one delivery may take before it counts as failed; None for as long as it likes. Of a callback: one hook,
+    which may have up to twice as long."""
     slow_s: Annotated[float, Meta(gt=0)] = 10.0
-    """How long one delivery may take before `ObserverSlow` says so."""
+    """How long one delivery, or hook, may take before `ObserverSlow` says so."""
 
     def __post_init__(self) -> None:
         # A Struct's constructor takes anything; only decoding would validate.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -72,6 +74,9 @@ class LocalEventStream:
             delivery = Delivery(types=self._types, latency_s=0.02, capacity=capacity)
             self._subscription = bus.subscribe("run.events", delivery)
             self._subscription.recoverable = self._reader is not None
+            # For who leaves the stream without closing it; on whatever thread that is noticed.
+            let_go = functools.partial(_let_go, bus, self._subscription)
+            weakref.finalize(self, bus.post, let_go).atexit = False
 
     @property
     def cursor(self) -> int:
@@ -122,8 +127,7 @@ class LocalEventStream:
         self._live = []
         self._behind = False
         if self._subscription is not None:
-            self._bus.unsubscribe(self._subscription)
-            self._subscription.discard()
+            _let_go(self._bus, self._subscription)
             self._subscription = None
 
     def _wants(self, event: Event) -> bool:
@@ -183,3 +187,8 @@ class LocalEventStream:
                 f" seq {oldest}; pass since={oldest - 1} or later, or run with journal=True"
             )
         return recent
+
+
+def _let_go(bus: Bus, subscription: Subscription) -> None:
+    bus.unsubscribe(subscription)
+    subscription.discard()

@@ -38,7 +38,7 @@ class Subscription:
     where that is 1) and ``capacity_bytes`` in memory, or twice that if events that are not droppable fill it alone.
     ``spill`` holds at most ``capacity`` events and ``capacity_bytes``, and as many bytes on their way to the disk
     (twice that for those not droppable). ``block`` holds at most that, and what the bus's ring held when the loop was
-    told to wait.
+    told to wait. One event may exceed the bytes by itself: it is delivered, not dropped.
 
     What nobody waits for stays in the backlog, where the overflow policy rules; a waiting receiver is handed its batch
     through an anyio memory object stream. A batch is at most half of what the queue may hold, or the newest events

@@ -204,16 +204,26 @@ class Observer:
         return TimeoutError(f"no answer within {limit_s:g} s")
 
     async def _finishes(self, call: Job | AsyncJob, limit_s: float | None) -> bool:
-        """Wait for a call within its timeout; publish `ObserverSlow` once it is slow."""
+        """Wait for a call within its timeout; publish `ObserverSlow` once it is slow.
+
+        The time begins anew when some of the batch is done meanwhile: a hundred short hooks are not one long one.
+        """
         timeout_s = limit_s if limit_s is not None else math.inf
         slow_s = min(self.subscription.delivery.slow_s, timeout_s)
-        with anyio.move_on_after(slow_s):
-            await call.finished.wait()
-        if not call.finished.is_set() and slow_s < timeout_s:
-            self._publish(ObserverSlow, self.name, self._doing, slow_s)
-            with anyio.move_on_after(timeout_s - slow_s):
+        announced = slow_s == timeout_s
+        done, left_s = self.target.progress[1], slow_s
+        while True:
+            with anyio.move_on_after(left_s):
                 await call.finished.wait()
-        return call.finished.is_set()
+            if call.finished.is_set():
+                return True
+            if (now_done := self.target.progress[1]) != done:
+                done, left_s = now_done, timeout_s if announced else slow_s
+            elif announced:
+                return False
+            else:
+                self._publish(ObserverSlow, self.name, self._doing, slow_s)
+                announced, left_s = True, timeout_s - slow_s
 
     async def _succeeds_late(self) -> bool:
         """Wait for the call that has exceeded its timeout, if there is one: none is made beside it."""
@@ -341,6 +351,8 @@ class Supervisor:
         self._bus = bus
         self._on_fatal = on_fatal
         self.observers: list[Observer] = []
+        self._limit_s = math.inf
+        self._draining: anyio.CancelScope | None = None
 
     def add(self, name: str, target: Target, delivery: Delivery) -> Observer:
         """Subscribe an observer, whose `Observer.run` is then to be started. A name that is taken gets a number."""
@@ -353,17 +365,24 @@ class Supervisor:
 
     async def drain(self, observers: Sequence[Observer], timeout_s: float) -> list[ObserverReport]:
         """Deliver what these observers still have queued, close them, and report; no longer than ``timeout_s``."""
-        deadline = anyio.current_time() + timeout_s
+        deadline = anyio.current_time() + min(timeout_s, self._limit_s)
         # The pump's own work, and short, unless a device hangs: what is in the ring belongs in the counts.
         with anyio.CancelScope(deadline=max(deadline, anyio.current_time() + _PUMP_S)):
             await self._bus.drain()
         self._bus.report_losses()
         for observer in observers:
             observer.drain()
-        with anyio.CancelScope(deadline=deadline):
+        with anyio.CancelScope(deadline=min(deadline, anyio.current_time() + self._limit_s)) as self._draining:
             for observer in observers:
                 await observer.finished()
+        self._draining = None
         return [observer.report() for observer in observers]
+
+    def hurry(self, timeout_s: float) -> None:
+        """Let the drain that is under way, and each that follows, take no longer than this from now on."""
+        self._limit_s = timeout_s
+        if self._draining is not None:
+            self._draining.deadline = min(self._draining.deadline, anyio.current_time() + timeout_s)
 
 
 def describe(error: BaseException) -> str:

@@ -107,12 +107,17 @@ class Boundary:
         mark = clock()
         kind = type(event)
         fence = self.fence(kind)
-        payload = Payload(outputs, fence) if outputs is not None or fence is not None else None
+        inline = self.hooks.inline.get(kind)
+        payload = None
+        if outputs is not None or fence is not None:
+            receivers = len(self.bus.payload_receivers.get(kind, ()))
+            if outputs is not None:
+                outputs.shared = receivers + bool(inline) > 1
+            payload = Payload(outputs, fence, outputs.nbytes if outputs is not None and receivers else 0)
         self.bus.publish(event, payload)
         self.ledger.publish += clock() - mark
         if fence is not None:
             self.wait_for_fence(fence)
-        inline = self.hooks.inline.get(kind)
         if inline:
             mark = clock()
             args, kwargs = hook_arguments(event, outputs.collated() if outputs is not None else ())
@@ -153,12 +158,13 @@ class Boundary:
         if not callbacks:
             return None
 
+        # First the one that ends the run, if there is one.
+        callbacks.sort(key=lambda callback: callback.delivery.on_error != "fatal")
+
         def on_too_large(error: EpochOutputsTooLarge) -> None:
-            remaining = [callback for callback in callbacks if not callback.disabled]
-            if any(callback.delivery.on_error == "fatal" for callback in remaining):
-                raise error
-            for callback in remaining:
-                self._on_failed_hook(callback, hook, error)
+            for callback in callbacks:
+                if not callback.disabled:
+                    self._on_failed_hook(callback, hook, error)
 
         return EpochOutputs(limit_bytes, f"{callbacks[0].name}.{hook}", self.notice, on_too_large)
 

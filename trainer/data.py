@@ -188,14 +188,18 @@ def make_train_sampler(seed: int, epoch: int) -> type[ShuffledSampler]:
 # ------------------------------------------------------------------------------------------------- loaders
 
 
-def batch_rows(loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sampler[int]]) -> Callable[[int], int] | None:
+def batch_rows(
+    loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sampler[int]]
+) -> Callable[[int], int | None] | None:
     """Tell how many rows each batch of a loader will have, where that is certain without reading it.
 
     Returns:
-        A function from a batch's index to its rows, or None: the loader is not torch's, does not use a
-        sampler of ``sampler_cls``, or does its batching otherwise than in ``micro_batch`` rows.
+        A function from a batch's index to its rows (None beyond the last one), or None: the loader is not torch's,
+        does not use a sampler of ``sampler_cls``, or does its batching otherwise than in ``micro_batch`` rows.
     """
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, sampler_cls):
+        return None
+    if type(loader).__iter__ is not DataLoader.__iter__:
         return None
     batches = loader.batch_sampler
     # A subclass may batch in any way it likes, so the very class.
@@ -207,10 +211,8 @@ def batch_rows(loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sample
     full, rest = divmod(total, micro_batch)
     count = full + (1 if rest and not batches.drop_last else 0)
 
-    def rows(index: int) -> int:
-        if not 0 <= index < count:
-            raise IndexError(f"batch {index} of a dataloader with {count} batches of {total} rows")
-        return micro_batch if index < full else rest
+    def rows(index: int) -> int | None:
+        return micro_batch if index < full else rest if index < count else None
 
     return rows
 

@@ -20,7 +20,7 @@ from events.messages import (
 )
 from trainer.boundary import Boundary
 from trainer.collate import as_tuple
-from trainer.data import first_rows, loader_length
+from trainer.data import SequentialSampler, batch_rows, first_rows, loader_length
 from trainer.errors import EmptyDataLoader
 from trainer.module_interface import ModuleInterface, Stage
 from trainer.outputs import Capture, EpochOutputs
@@ -46,6 +46,7 @@ class Evaluation:
         boundary: Boundary,
         recorder: MetricRecorder,
         *,
+        batch_size: int,
         outputs_limit_bytes: int,
     ) -> None:
         self._module = module
@@ -54,6 +55,7 @@ class Evaluation:
         self._boundary = boundary
         self._recorder = recorder
         self._capture = Capture(device, boundary.notice)
+        self._batch_size = batch_size
         self._outputs_limit_bytes = outputs_limit_bytes
 
     def run(
@@ -127,6 +129,7 @@ class Evaluation:
         total: int | None = 0
         losses: list[tuple[Value, int]] = []
         mark = clock()
+        rows_of = batch_rows(loader, self._batch_size, SequentialSampler)
         batches = iter(loader)
         try:
             while limit is None or done < limit:
@@ -139,7 +142,7 @@ class Evaluation:
                 mark = boundary.cross(now)  # what came while the loop waited for data is taken before the batch
                 ledger.begin_compute(mark)
                 boundary.phase = f"{name}_step"
-                rows = first_rows(batch)
+                rows = first_rows(batch) if rows_of is None else rows_of(done)
                 self._recorder.weight = rows or 1
                 values = as_tuple(self._forward(stage, batch))
                 now = clock()
@@ -156,7 +159,9 @@ class Evaluation:
                 mark = clock()
                 ledger.publish += mark - now
         finally:
+            mark = clock()
             del batches  # ends its workers, also while an exception keeps this frame alive
+            ledger.data += clock() - mark
         boundary.cross(clock())
         return done, total, losses
 

@@ -79,7 +79,8 @@ class CallbackHooks:
     """One callback's hooks, sorted by lane.
 
     Raises:
-        ArgumentsError: its queue may spill, but what goes through the disk loses the outputs that a hook wants.
+        ArgumentsError: its queue may spill, but what goes through the disk loses the outputs that a hook wants; or its
+            delivery names event types.
     """
 
     def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
@@ -103,6 +104,11 @@ class CallbackHooks:
                 self.observed[kind] = hook
                 if lane is Lane.FENCED:
                     self.fenced.add(kind)
+        if self.delivery.types is not None:
+            raise ArgumentsError(
+                f"the callback {self.name} comes with Delivery(types=...), but its hooks say what it gets: leave types"
+                f" out, and hooks that it does not want"
+            )
         if self.delivery.overflow == "spill" and not _WITH_OUTPUTS.isdisjoint(self.observed):
             raise ArgumentsError(
                 f"the callback {self.name} has hooks that get outputs, which an overflow of 'spill' would lose: give it"

@@ -239,7 +239,9 @@ class TrainingLoop:
         finally:
             self._returned = None
             # Ends a dataloader's workers: before validation starts its own, and though an exception keeps this frame.
+            mark = clock()
             del batches
+            ledger.data += clock() - mark
         if read == 0:
             cause = (
                 "an iterator or generator is used up after one epoch: return a new one, or a DataLoader, each time"
@@ -324,8 +326,8 @@ class TrainingLoop:
         if BackwardEnded in boundary.bus.wanted:
             self._publish_backward(loss, micro_step)
         share = share.detach()  # or the event would keep the graph alive
-        # A compiled step may write its next loss to the same memory.
-        return share.clone() if self._arguments.compile else share, values
+        # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
+        return share.clone() if weight is None else share, values
 
     def _payload(self, live: list[Outputs] | None, outputs: EpochOutputs | None, observed: bool) -> Payload:
         """What goes beside a step's event: outputs for those who want them, and the fence."""
@@ -336,7 +338,8 @@ class TrainingLoop:
                 for copy in copies:
                     outputs.append(copy)
             if observed:
-                payload.outputs = self._capture.of_step(copies)
+                shared = outputs is not None or len(self._boundary.bus.payload_receivers.get(TrainStepEnded, ())) > 1
+                payload.outputs = self._capture.of_step(copies, shared)
                 payload.nbytes = payload.outputs.nbytes
         if self._fenced_steps:
             payload.fence = self._boundary.fence(TrainStepEnded)
@@ -349,7 +352,8 @@ class TrainingLoop:
         if BackwardEnded in boundary.bus.payload_receivers:
             fence = boundary.fence(BackwardEnded)
             copy = self._capture.take((loss,))
-            payload = Payload(self._capture.of_step([copy]), fence, copy.nbytes)
+            shared = len(boundary.bus.payload_receivers.get(BackwardEnded, ())) > 1
+            payload = Payload(self._capture.of_step([copy], shared), fence, copy.nbytes)
         event = BackwardEnded(*boundary.origin.header(), loss.detach(), micro_step)  # type: ignore[arg-type]  # deferred
         boundary.bus.publish(event, payload)
         spent = clock() - mark

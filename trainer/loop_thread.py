@@ -113,6 +113,7 @@ class LoopThread:
             precision,
             self._boundary,
             recorder,
+            batch_size=arguments.evaluation_batch_size,
             outputs_limit_bytes=arguments.epoch_outputs_limit_bytes,
         )
         self._thread: threading.Thread | None = None

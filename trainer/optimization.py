@@ -47,7 +47,6 @@ class Optimization:
         self._arguments = arguments
         self._precision = precision
         self._latest = latest
-        self._first_group = self.optimizers[0].param_groups[0]
         self._plateau = [s for s in self.schedulers if isinstance(s, ReduceLROnPlateau)]
         timed = [s for s in self.schedulers if not isinstance(s, ReduceLROnPlateau)]
         self._per_step = timed if arguments.scheduler_interval == "step" else []
@@ -63,7 +62,7 @@ class Optimization:
     @property
     def learning_rate(self) -> Any:
         """Of the first parameter group of the first optimizer: a float, or a tensor if the optimizer keeps one."""
-        lr = self._first_group["lr"]
+        lr = self.optimizers[0].param_groups[0]["lr"]
         # Cloned: a scheduler changes it in place before the number is read.
         return lr if type(lr) is float else lr.detach().clone() if isinstance(lr, torch.Tensor) else float(lr)
 

@@ -56,9 +56,9 @@ class Capture:
         copied = tuple([map_tensors(copy, output) for output in outputs])
         return Copy(copied, nbytes, self._to_host(on_device) if on_device else None)
 
-    def of_step(self, copies: list[Copy]) -> StepOutputs:
-        """The outputs of one step, to go beside its event."""
-        return StepOutputs(copies, self._notice, self._collating)
+    def of_step(self, copies: list[Copy], shared: bool = False) -> StepOutputs:
+        """The outputs of one step, to go beside its event. ``shared``: more than one will have them."""
+        return StepOutputs(copies, self._notice, self._collating, shared)
 
     def _to_host(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
         assert self._stream is not None
@@ -95,6 +95,7 @@ class StepOutputs(msgspec.Struct, gc=False):
     notice: Notice
     lock: threading.Lock
     """Shared by all steps: two observers seldom collate at once."""
+    shared: bool = False
     result: tuple[Any, ...] | None = None
 
     @property
@@ -103,12 +104,15 @@ class StepOutputs(msgspec.Struct, gc=False):
         return sum([copy.nbytes for copy in self.copies])
 
     def collated(self) -> tuple[Any, ...]:
-        """One value per output position; computed once, on the first observer's thread that asks."""
+        """One value per output position; computed once, on the first observer's thread that asks.
+
+        Whoever asks may change what they get: where it is shared, everybody has tensors of their own.
+        """
         with self.lock:
             if self.result is None:
                 self.result = collate_outputs([copy.wait() for copy in self.copies], self.notice)
                 self.copies = []
-            return self.result
+        return _clones(self.result) if self.shared else self.result
 
 
 class EpochOutputs:
@@ -132,6 +136,8 @@ class EpochOutputs:
         self._lock = threading.Lock()
         self._last: Copy | None = None
         self._collated: tuple[Any, ...] | None = None
+        self.shared = False
+        """Whether more than one will have them; known when the epoch is over."""
 
     def append(self, copy: Copy) -> None:
         """Keep one step's outputs. Takes as long for the last step as for the first.
@@ -157,11 +163,15 @@ class EpochOutputs:
         return self._collector.nbytes if self._collector is not None else 0
 
     def collated(self) -> tuple[Any, ...]:
-        """One value per output position; computed once, on the first observer's thread that asks."""
+        """As `StepOutputs.collated`."""
         with self._lock:
             if self._collated is None:
                 if self._last is not None:
                     self._last.wait()  # the copies before it went through the same stream
                     self._last = None
                 self._collated = self._collector.collate(self._notice) if self._collector is not None else ()
-            return self._collated
+        return _clones(self._collated) if self.shared else self._collated
+
+
+def _clones(outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([map_tensors(torch.clone, output) for output in outputs])

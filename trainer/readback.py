@@ -47,6 +47,7 @@ class DeviceReadback:
         self._consecutive = 0
         self._loss_sum = 0.0
         self._loss_rows = 0
+        self._steps = 0
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def start(self, batch: list[Published], /) -> Callable[[], bool]:
@@ -129,7 +130,9 @@ class DeviceReadback:
         for event, _ in batch:
             if type(event) is not TrainStepEnded:
                 self._summarise(event)
-            elif (loss := event.loss) is not None:
+                continue
+            self._steps += 1
+            if (loss := event.loss) is not None:
                 rows = event.rows or 1
                 self._loss_sum += loss * rows
                 self._loss_rows += rows
@@ -150,9 +153,9 @@ class DeviceReadback:
                 suffix = "" if event.key == "default" else f"/{event.key}"
                 self.summary[f"{event.stage}_loss{suffix}"] = event.loss
         elif isinstance(event, TrainEpochEnded):
-            if self._loss_rows:
+            if self._loss_rows and self._steps == event.steps:
                 force_setattr(event, "loss", self._loss_sum / self._loss_rows)
-            self._loss_sum, self._loss_rows = 0.0, 0
+            self._loss_sum, self._loss_rows, self._steps = 0.0, 0, 0
 
 
 def _put(places: list[_Place], stacked: torch.Tensor) -> None:

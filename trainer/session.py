@@ -187,6 +187,10 @@ class Session:
         self.bus.release()
         self._grace.set()
 
+    def hurry(self) -> None:
+        """Somebody cannot wait for the observers: leave them no more than a moment. Any thread."""
+        self.bus.post(lambda: self._supervisor.hurry(_ABORTED_DRAIN_S))
+
     @property
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
@@ -243,8 +247,8 @@ class Session:
             stage = "callbacks" if observer.target.payloads else "journal" if observer is self._journal else "sinks"
             stages[stage].append(observer)
         timeout_s = self._arguments.drain_timeout_s
-        if isinstance(self.loop.error, (KeyboardInterrupt, SystemExit)):  # a second signal: somebody is in a hurry
-            timeout_s = min(timeout_s, _ABORTED_DRAIN_S)
+        if isinstance(self.loop.error, (KeyboardInterrupt, SystemExit)):  # a second signal
+            self._supervisor.hurry(_ABORTED_DRAIN_S)
         reports: list[ObserverReport] = []
         for observers in stages.values():
             if observers:

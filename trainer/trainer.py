@@ -31,6 +31,9 @@ from trainer.loop_thread import Task
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.session import Callback, Session, SinkLike, console, split
 
+_HURRIED_END_S = 5.0
+"""How long `Trainer.train` waits, after a second signal, for observers that were told to be quick."""
+
 
 class Trainer:
     """Trains a module and publishes what happens.
@@ -181,10 +184,10 @@ class _RunContext(AbstractAsyncContextManager[Run]):
         await self._close_tasks()
         if session.stuck and session.error is not None:
             raise session.error from error
+        if cancelled is not None and (error is None or isinstance(error, Exception)):
+            raise cancelled  # came while the end was waited for; the body's exception, if there is one, is its context
         if error is not None:
             return  # goes on as itself
-        if cancelled is not None:
-            raise cancelled
         _outcome(session)
 
     async def _close_tasks(self) -> None:
@@ -258,7 +261,12 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
             raise
         if isinstance(session, Session):
             session.loop.run()
-            ended.wait()  # by itself: a `join` that a signal interrupts takes the thread for ended (bpo-45274)
+            try:
+                ended.wait()  # by itself: a `join` that a signal interrupts takes the thread for ended (bpo-45274)
+            except BaseException:  # a second signal while observers are drained
+                session.hurry()
+                ended.wait(_HURRIED_END_S)
+                raise
             thread.join()
             if not failures:
                 return session

@@ -298,3 +298,6 @@ def test_arguments_are_plain_json_for_people(tmp_path: Path) -> None:
         assert text.startswith('{\n  "epochs"')
         folder.write_arguments({"epochs": 4})
         assert json.loads((tmp_path / "arguments.json").read_text()) == {"epochs": 4}
+        endless = {"interval_s": math.inf, "bounds": [1.0, {"low": -math.inf}]}
+        folder.write_arguments(endless)
+        assert json.loads((tmp_path / "arguments.json").read_text(), parse_constant=pytest.fail) == endless

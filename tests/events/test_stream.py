@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterable
@@ -331,6 +332,20 @@ async def test_a_natively_cancelled_receive_loses_nothing(tmp_path: Path) -> Non
                 await task
         await story.end()
         assert got + await rest(stream) == list(range(1, 3_001))
+
+
+async def test_a_stream_that_nobody_holds_any_more_is_let_go(tmp_path: Path) -> None:
+    """As after a `break` out of `async for`: nothing is kept for it, on whatever thread that is noticed."""
+    async with Story(tmp_path).told() as story:
+        kept = story.open()
+        for _ in range(3):
+            left: Any = story.open()
+            left.itself = story.streams.pop()  # in a cycle, which the collector finds
+        del left
+        await anyio.to_thread.run_sync(gc.collect)
+        await story.publish(TrainStepEnded, count=5)
+        assert [one.name for one in story.bus._subscriptions].count("run.events") == 1
+        assert seqs(await kept.receive()) == [1, 2, 3, 4, 5]
 
 
 async def test_closing_ends_a_receive_that_waits(tmp_path: Path) -> None:

@@ -152,6 +152,19 @@ def train(module: ModuleInterface, *, sinks: Iterable[Any] = (), **options: Any)
     return Outcome(result, error, memory)
 
 
+def wait_until_in(thread: threading.Thread, place: str) -> None:
+    """Until a thread is in a function of this name: what it waits from now on is that wait."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        frame = sys._current_frames().get(thread.ident or 0)
+        while frame is not None and frame.f_code.co_name != place:
+            frame = frame.f_back
+        if frame is not None:
+            return
+        assert time.monotonic() < deadline, f"{thread.name} has not come to {place}"
+        threading.Event().wait(0.001)
+
+
 def wait_until_failed(run: Run) -> None:
     """On the loop's thread, within a step or a hook: go on when the run is cancelled or an observer has failed fatally.
 
@@ -234,6 +247,7 @@ def kit() -> Any:
         make_trainer=make_trainer,
         train=train,
         wait_until_failed=wait_until_failed,
+        wait_until_in=wait_until_in,
         trainer_threads=trainer_threads,
         join_threads=join_threads,
         read_journal=read_journal,

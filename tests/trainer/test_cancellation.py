@@ -122,6 +122,32 @@ async def test_cancelled_while_leaving_the_block(case: Any) -> None:
     await case.check()
 
 
+@asyncio_only
+async def test_cancelled_while_leaving_the_block_because_of_an_error(case: Any) -> None:
+    """Natively, which is said once: it is not lost, but comes out with the error as its context."""
+    case.hold = threading.Event()
+    leaving = anyio.Event()
+
+    async def hold() -> None:
+        async with case.running():
+            leaving.set()
+            raise Boom
+
+    task = asyncio.create_task(hold())
+    await leaving.wait()
+    await anyio.wait_all_tasks_blocked()
+    task.cancel()
+    await anyio.wait_all_tasks_blocked()
+    case.hold.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    context: BaseException | None = caught.value
+    while context is not None and not isinstance(context, Boom):
+        context = context.__context__
+    assert isinstance(context, Boom)
+    await case.check()
+
+
 async def test_cancelled_while_waiting_for_the_result_elsewhere(case: Any) -> None:
     """That task alone is cancelled: the run goes on."""
     async with case.running() as run:

@@ -278,8 +278,7 @@ def test_the_rows_of_each_batch_are_known_without_reading_it(size: int, micro_ba
     assert rows is not None
     actual = [len(batch[0]) for batch in loader]
     assert [rows(index) for index in range(len(actual))] == actual
-    with pytest.raises(IndexError, match=f"with {len(actual)} batches of {size} rows"):
-        rows(len(actual))
+    assert rows(len(actual)) is None
 
 
 class OwnBatches(BatchSampler):
@@ -304,6 +303,23 @@ def test_rows_are_unknown_where_batching_is_not_ours() -> None:
     other = DataLoader(data, batch_sampler=BatchSampler([0], 2, False))
     assert batch_rows(other, 2, SequentialSampler) is None
     assert batch_rows(DataLoader(data, batch_size=2, sampler=SequentialSampler(data)), 2, SequentialSampler)
+
+
+def test_rows_are_unknown_where_a_loader_iterates_otherwise() -> None:
+    """A subclass may cut, join or repeat what the sampler says."""
+
+    class Twice(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            for batch in super().__iter__():
+                yield batch
+                yield batch
+
+    class Named(DataLoader[Any]):
+        """Only a name."""
+
+    data = TensorDataset(torch.arange(10))
+    assert batch_rows(Twice(data, batch_size=2), 2, SequentialSampler) is None
+    assert batch_rows(Named(data, batch_size=2), 2, SequentialSampler) is not None
 
 
 class Stream(IterableDataset[int]):

@@ -202,6 +202,12 @@ def test_a_queue_that_would_lose_outputs_on_its_way_through_the_disk_is_refused(
     assert hooks.delivery is spill
 
 
+def test_event_types_are_chosen_by_hooks_and_not_by_the_delivery(kit: Any) -> None:
+    """A hook that would never be called is no hook."""
+    with pytest.raises(ArgumentsError, match=r"Diary comes with Delivery\(types=...\), but its hooks say"):
+        CallbackHooks(kit.Diary(), Delivery(types=frozenset({TrainStepEnded})))
+
+
 def test_a_failure_in_the_last_hook_reaches_the_sinks(kit: Any) -> None:
     """Callbacks are drained before sinks, so these hear how the callbacks ended."""
     callback = on("on_end_train", lambda *_: 1 / 0)()

@@ -48,19 +48,6 @@ def check(ledger: StallLedger, row: str, waited_s: float) -> None:
     assert min(rows.values()) >= 0
 
 
-def wait_until_loop_waits(thread: threading.Thread, place: str, limit_s: float) -> None:
-    """Until the loop's thread is in a function of this name: what it waits from now on is that wait."""
-    deadline = time.monotonic() + limit_s
-    while True:
-        frame = sys._current_frames().get(thread.ident or 0)
-        while frame is not None and frame.f_code.co_name != place:
-            frame = frame.f_back
-        if frame is not None:
-            return
-        assert time.monotonic() < deadline, f"the loop has not come to {place}"
-        threading.Event().wait(0.001)
-
-
 # ------------------------------------------------------------------------------------------------- each row
 
 
@@ -87,6 +74,30 @@ def test_waiting_for_data_is_on_the_data_row(kit: Any) -> None:
     outcome = kit.train(Net(rows=16), epochs=2, gpu_batch_size_limit=4)
     check(outcome.result.ledger, "data", clock.waited_s)
     assert outcome.result.ledger.steps == 4
+
+
+def test_closing_a_dataloader_is_on_the_data_row(kit: Any) -> None:
+    """Its workers are ended when the loop leaves it before its end, which takes them a while."""
+    clock = Clock()
+
+    class Loader:
+        def __init__(self, batches: list[Any]) -> None:
+            self.batches = batches
+
+        def __iter__(self) -> Any:
+            try:
+                yield from self.batches
+            finally:
+                clock.wait()
+
+    class Net(kit.Net):
+        def batches(self, batch_size: int) -> Any:
+            return Loader(super().batches(batch_size))
+
+    options = {"max_train_steps_per_epoch": 1, "max_val_steps_per_epoch": 1}
+    ledger = kit.train(Net(), epochs=2, **options).result.ledger
+    check(ledger, "data", clock.waited_s)
+    assert clock.waited_s >= 4 * WAIT_S
 
 
 def test_what_came_before_the_loop_is_not_in_the_ledger(kit: Any) -> None:
@@ -161,7 +172,7 @@ def test_waiting_for_fenced_hooks_is_on_the_fence_row(kit: Any, hook: str) -> No
     loop = threading.current_thread()
 
     def hold(self: Any, *args: Any) -> None:
-        wait_until_loop_waits(loop, "wait_for_fence", kit.WAIT_S)
+        kit.wait_until_in(loop, "wait_for_fence")
         clock.wait()
 
     probe = type("Probe", (CallbackInterface,), {hook: fenced(hold)})
@@ -223,7 +234,7 @@ async def test_waiting_for_an_observer_that_sees_everything_is_on_the_backpressu
     class Slow(CallbackInterface):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             if not clock.waited_s:
-                wait_until_loop_waits(loops[0], "_wait_for_room", kit.WAIT_S)
+                kit.wait_until_in(loops[0], "_wait_for_room")
                 clock.wait()
 
     delivery = kit.replace(CALLBACK_DELIVERY, capacity=2, latency_s=0.001)
@@ -273,7 +284,7 @@ async def test_a_pause_is_on_its_row(kit: Any) -> None:
             if isinstance(event, CommandTaken):
                 break
         (loop,) = [thread for thread in threading.enumerate() if thread.name.startswith("stagecast-loop-")]
-        wait_until_loop_waits(loop, "wait", kit.WAIT_S)
+        kit.wait_until_in(loop, "wait")
         clock.wait()
         run.stop()
     check((await run.result()).ledger, "paused", clock.waited_s)

@@ -420,8 +420,24 @@ def test_a_loss_that_cannot_be_read_does_not_hide_those_before_it() -> None:
     readback = DeviceReadback(lambda event, consecutive: None)
     losses = [torch.tensor(2.0), torch.tensor(4.0), torch.empty((), device="meta")]
     steps = [TrainStepEnded("run", 1, 0, 0.0, 0, at, 0, "train", loss, lr=0.1) for at, loss in enumerate(losses)]
-    epoch = TrainEpochEnded("run", 1, 0, 0.0, 0, 3, 0, "train")
+    epoch = TrainEpochEnded("run", 1, 0, 0.0, 0, 3, 0, "train", 3)
     assert readback.start([(event, None) for event in [*steps, epoch]])()
     assert [step.loss for step in steps] == [2.0, 4.0, None]
     assert readback.summary == {"train_loss": 4.0}
     assert epoch.loss == 3.0
+
+
+def test_an_epoch_has_no_loss_if_steps_of_it_were_dropped() -> None:
+    """The mean of what was left is not that of the epoch; the next one has its own again."""
+    readback = DeviceReadback(lambda event, consecutive: None)
+
+    def epoch(*losses: float) -> TrainEpochEnded:
+        steps = [
+            TrainStepEnded("run", 1, 0, 0.0, 0, at, 0, "train", torch.tensor(loss), lr=0.1)
+            for at, loss in enumerate(losses)
+        ]
+        ended = TrainEpochEnded("run", 1, 0, 0.0, 0, 3, 0, "train", 3)
+        assert readback.start([(event, None) for event in [*steps, ended]])()
+        return ended
+
+    assert [epoch(1.0, 2.0, 6.0).loss, epoch(1.0, 2.0).loss, epoch(2.0, 2.0, 2.0).loss] == [3.0, None, 2.0]

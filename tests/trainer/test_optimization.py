@@ -9,6 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from events.messages import RunEnded, StepSkipped, TrainEpochEnded, TrainStepEnded, ValEpochEnded
+from trainer import inline
 from trainer.errors import MetricNotFound, OptimizerError
 
 
@@ -164,6 +165,23 @@ def test_schedulers_step_at_their_interval(kit: Any, interval: str, rates: list[
 
     outcome = kit.train(module_with(kit, make), epochs=2, scheduler_interval=interval)
     assert [e.lr for e in outcome.of(TrainStepEnded)] == pytest.approx(rates)
+
+
+def test_a_learning_rate_that_was_loaded_is_reported(kit: Any) -> None:
+    """`load_state_dict` puts new parameter groups in the place of the old ones."""
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+            return [self.optimizer], []
+
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            state = self.optimizer.state_dict()
+            state["param_groups"][0]["lr"] = 0.25
+            self.optimizer.load_state_dict(state)
+
+    assert [e.lr for e in kit.train(Net()).of(TrainStepEnded)] == [0.5, 0.25]
 
 
 def test_a_learning_rate_that_is_a_tensor_is_reported_as_it_was(kit: Any) -> None:

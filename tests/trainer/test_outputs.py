@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from events.messages import ObserverFailed
+from events.messages import ObserverFailed, TrainStepEnded
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Delivery, fenced, inline
 from trainer.errors import EpochOutputsTooLarge
@@ -127,7 +127,8 @@ def test_a_callback_that_must_not_fail_ends_the_run_whoever_else_wants_the_outpu
     members = [(Keeps(), Delivery(on_error="disable")), Keeps()]
     outcome = kit.train(kit.Net(rows=800), callbacks=members, epoch_outputs_limit_bytes=20_000)
     assert isinstance(outcome.error, EpochOutputsTooLarge)
-    assert outcome.of(ObserverFailed) == []
+    assert "Keeps-2.on_end_train_epoch" in str(outcome.error)
+    assert [(one.observer, one.action) for one in outcome.of(ObserverFailed)] == [("Keeps-2", "fatal")]
 
 
 def test_outputs_of_each_epoch_begin_anew(kit: Any) -> None:
@@ -271,6 +272,74 @@ def test_nothing_is_copied_for_a_callback_that_was_disabled(kit: Any) -> None:
         outcome = kit.train(kit.Net(rows=800), callbacks=[member], epochs=3, epoch_outputs_limit_bytes=20_000)
     assert len(outcome.of(ObserverFailed)) == 1
     assert 0 < count.count <= 100
+
+
+@pytest.mark.parametrize("hook", ["on_end_train_epoch", "on_end_val_epoch"])
+def test_epochs_outputs_count_in_the_queue_of_whom_they_wait_for(kit: Any, hook: str) -> None:
+    """One that is slow at the end of each epoch holds the loop, not the memory of all epochs."""
+    loop = threading.current_thread()
+    held: list[bool] = []
+
+    def hold(self: Any, *outputs: Any, **key: Any) -> None:
+        if not held:
+            kit.wait_until_in(loop, "_wait_for_room")
+            held.append(True)
+
+    class Net(kit.Net):
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return self.forward_loss(batch)[0], torch.zeros(8, 1_000)
+
+        train_step = val_step
+
+    # Room for a hundred events, but not for two with their outputs.
+    delivery = kit.replace(CALLBACK_DELIVERY, capacity_bytes=400_000, latency_s=0.001)
+    slow = type("Slow", (CallbackInterface,), {hook: hold})
+    outcome = kit.train(Net(rows=80), callbacks=[(slow(), delivery)], epochs=50)
+    assert held == [True]
+    assert outcome.result.ledger.backpressure_s > 0
+
+
+def test_each_callback_may_change_what_it_gets(kit: Any) -> None:
+    """At a step's end and at an epoch's, others have tensors of their own, inside of containers too."""
+    seen: list[float] = []
+
+    class Spoils(CallbackInterface):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            _, ones, nested = outputs
+            ones.zero_()
+            nested[0]["ones"].zero_()
+
+        on_end_train_epoch = on_end_train_step
+
+    class Sums(CallbackInterface):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            _, ones, nested = outputs
+            seen.append(float(ones.sum() + nested[0]["ones"].sum()))
+
+        on_end_train_epoch = on_end_train_step
+
+    net = returning(kit, lambda self, step, batch: (torch.ones(8), {"ones": torch.ones(8)}), rows=16)
+    outcome = kit.train(net, callbacks=[Spoils(), Sums(), Spoils()])
+    assert outcome.result.status == "finished"
+    assert seen == [16.0, 16.0, 24.0]
+
+
+def test_a_module_may_change_its_loss_when_the_step_is_over(kit: Any) -> None:
+    """A running mean that begins as the first loss, say: the event still has the step's."""
+    losses: list[float] = []
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss, _ = self.forward_loss(batch)
+            losses.append(loss.item())
+            if global_step == 1:
+                self.mean = loss.detach()
+            else:
+                self.mean.mul_(0.5).add_(loss.detach(), alpha=0.5)
+            return loss
+
+    outcome = kit.train(Net(rows=32))
+    assert [event.loss for event in outcome.of(TrainStepEnded)] == pytest.approx(losses)
 
 
 def test_outputs_are_let_go_when_their_hook_has_returned(kit: Any) -> None:

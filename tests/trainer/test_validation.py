@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from events.messages import (
     MetricsLogged,
@@ -35,6 +36,25 @@ def test_an_empty_validation_loader_says_which(kit: Any) -> None:
     assert isinstance(outcome.error, EmptyDataLoader)
     assert "get_val_dataloaders() gave no batch for the key 'hollow'" in str(outcome.error)
     assert [e.key for e in outcome.of(ValEpochEnded)] == ["full"]
+
+
+def test_losses_are_weighted_by_the_samplers_rows(kit: Any) -> None:
+    """Whatever the first tensor of a batch is: the last batch is smaller, and counts less."""
+
+    class Net(kit.Net):
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            data = [(torch.tensor(float(at)), torch.ones(3)) for at in range(12)]
+
+            def collate(rows: Any) -> Any:
+                return {"weights": torch.ones(3), "values": torch.stack([value for value, _ in rows])}
+
+            return DataLoader(data, batch_size=batch_size, sampler=sampler(data), collate_fn=collate)
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return batch["values"].mean()
+
+    (ended,) = kit.train(Net()).of(ValEpochEnded)
+    assert (ended.rows, ended.loss) == (12, 5.5)
 
 
 def test_outputs_that_outgrow_their_limit_end_the_run_with_the_hook_named(kit: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from events.backlog import Payload
+from events.backlog import Payload, Published
 from events.bus import Bus
 from events.messages import Event, ObserverFailed, ObserverRecovered, ObserverSlow, TrainStepEnded
 from events.protocol import ObserverReport
@@ -113,6 +113,42 @@ class Mixed(AsyncScripted):
         return super().close()
 
 
+class Hooks:
+    """A target like a callback's: one hook for each event, taken up where it failed. The script goes by event."""
+
+    payloads = True
+    blocking = True
+
+    def __init__(self, script: dict[int, Iterable[Callable[[], None]]]) -> None:
+        self._script = {at: iter(acts) for at, acts in script.items()}
+        self._batch: Sequence[Published] = ()
+        self._done = 0
+        self._abandoned = False
+        self.ran: list[int] = []
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        return "on_something", self._done
+
+    def open(self) -> None: ...
+
+    def deliver(self, batch: Sequence[Published], /) -> None:
+        if batch is not self._batch:
+            self._batch, self._done = batch, 0
+        for event, _ in batch[self._done :]:
+            if self._abandoned:
+                return
+            self.ran.append(event.global_step)
+            if (act := next(self._script.get(event.global_step, iter(())), None)) is not None:
+                act()
+            self._done += 1
+
+    def abandon(self) -> None:
+        self._abandoned = True
+
+    def close(self) -> None: ...
+
+
 class House:
     """A supervisor, its observers, and what is published about them."""
 
@@ -203,6 +239,7 @@ def kit() -> Any:
         WAIT_S=WAIT_S,
         SHORT_S=SHORT_S,
         fail=fail,
+        Hooks=Hooks,
         Scripted=Scripted,
         AsyncScripted=AsyncScripted,
         Mixed=Mixed,

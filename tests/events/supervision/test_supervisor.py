@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import anyio
 import pytest
 
-from events.backlog import Payload, Published
+from events.backlog import Payload
 from events.fence import Fence
 from events.messages import ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
@@ -18,42 +17,6 @@ from events.sink import RunInfo
 from events.supervisor import Observer, Supervisor, describe
 
 pytestmark = pytest.mark.anyio
-
-
-class Hooks:
-    """A target like a callback's: one hook for each event, taken up where it failed. The script goes by event."""
-
-    payloads = True
-    blocking = True
-
-    def __init__(self, script: dict[int, Iterable[Callable[[], None]]]) -> None:
-        self._script = {at: iter(acts) for at, acts in script.items()}
-        self._batch: Sequence[Published] = ()
-        self._done = 0
-        self._abandoned = False
-        self.ran: list[int] = []
-
-    @property
-    def progress(self) -> tuple[str, int | None]:
-        return "on_something", self._done
-
-    def open(self) -> None: ...
-
-    def deliver(self, batch: Sequence[Published], /) -> None:
-        if batch is not self._batch:
-            self._batch, self._done = batch, 0
-        for event, _ in batch[self._done :]:
-            if self._abandoned:
-                return
-            self.ran.append(event.global_step)
-            if (act := next(self._script.get(event.global_step, iter(())), None)) is not None:
-                act()
-            self._done += 1
-
-    def abandon(self) -> None:
-        self._abandoned = True
-
-    def close(self) -> None: ...
 
 
 def failures(house: Any) -> list[tuple[str, str, int]]:
@@ -143,7 +106,7 @@ async def test_a_fatal_failure_is_told_before_fences_fall(kit: Any, supervising:
         fence = Fence(["sink"])
         waiting: list[list[str]] = []
         house.supervisor = Supervisor(house.bus, lambda error: waiting.append(fence.waiting))
-        house.add(Hooks({1: [kit.fail]}), on_error="fatal")
+        house.add(kit.Hooks({1: [kit.fail]}), on_error="fatal")
         await house.start(1, Payload(fence=fence))
         failed = await house.until(ObserverFailed)
         await house.drain()
@@ -261,7 +224,7 @@ async def test_the_queue_follows_its_policy_during_an_outage(kit: Any, supervisi
 async def test_a_callback_goes_on_at_the_hook_that_failed(kit: Any, supervising: Any) -> None:
     """The hooks before it are not run again; those after it follow."""
     async with supervising() as house:
-        hooks = Hooks({3: [kit.fail, kit.fail]})
+        hooks = kit.Hooks({3: [kit.fail, kit.fail]})
         house.add(hooks, retries=2)
         await house.start(publish=5)
         assert (await house.until(ObserverRecovered)).failures == 2
@@ -274,7 +237,7 @@ async def test_a_callback_goes_on_at_the_hook_that_failed(kit: Any, supervising:
 async def test_failures_of_different_hooks_do_not_add_up(kit: Any, supervising: Any) -> None:
     """How many retries each hook has does not depend on how many others are in its batch."""
     async with supervising() as house:
-        hooks = Hooks({at: [kit.fail] for at in (2, 3, 5)})
+        hooks = kit.Hooks({at: [kit.fail] for at in (2, 3, 5)})
         house.add(hooks, retries=1)
         await house.start(publish=6)
         counts = [(await house.until(ObserverRecovered)).failures for _ in range(3)]
@@ -288,7 +251,7 @@ async def test_failures_of_different_hooks_do_not_add_up(kit: Any, supervising: 
 async def test_hooks_that_returned_count_as_delivered_when_the_next_one_is_given_up(kit: Any, supervising: Any) -> None:
     """Of a batch that failed in the middle, the first part is delivered and the rest dropped."""
     async with supervising() as house:
-        house.add(Hooks({3: [kit.fail]}), on_error="disable")
+        house.add(kit.Hooks({3: [kit.fail]}), on_error="disable")
         await house.start(publish=5)
         await house.until(ObserverFailed)
         reports = await house.drain()
@@ -300,7 +263,7 @@ async def test_one_that_is_left_behind_begins_nothing_new(kit: Any, supervising:
     """The hook that hangs ends when it likes; those after it in the batch were reported as never run, and are not."""
     async with supervising() as house:
         gate = house.gate()
-        hooks = Hooks({1: [gate]})
+        hooks = kit.Hooks({1: [gate]})
         if when == "given up":
             house.add(hooks, on_error="disable", timeout_s=kit.SHORT_S)
         else:

@@ -37,6 +37,32 @@ async def test_a_call_that_is_too_slow_and_succeeds_late_was_a_success(kit: Any,
     assert (reports["sink"].state, reports["sink"].delivered) == ("closed", 4)
 
 
+async def test_a_batch_of_many_short_hooks_is_neither_slow_nor_hanging(kit: Any, supervising: Any) -> None:
+    """The time is one for each of them, as long as some get done."""
+    async with supervising() as house:
+        hooks = kit.Hooks({at: [lambda: threading.Event().wait(0.05)] for at in range(1, 21)})
+        house.add(hooks, timeout_s=0.5, slow_s=0.4, on_error="disable")
+        await house.start(publish=20)
+        reports = await house.drain()
+    assert hooks.ran == list(range(1, 21))
+    assert (reports["sink"].state, reports["sink"].delivered) == ("closed", 20)
+    assert house.told == []
+
+
+async def test_a_hook_that_hangs_among_others_is_given_up(kit: Any, supervising: Any) -> None:
+    """What was done before it counts as delivered, what is behind it as dropped."""
+    async with supervising() as house:
+        gate = house.gate()
+        hooks = kit.Hooks({3: [gate]})
+        house.add(hooks, timeout_s=kit.SHORT_S, on_error="disable")
+        await house.start(publish=5)
+        assert (await house.until(ObserverFailed)).action == "disabled"
+        gate.open()
+        reports = await house.drain()
+    assert hooks.ran == [1, 2, 3]
+    assert (reports["sink"].delivered, reports["sink"].dropped) == (2, 3)
+
+
 async def test_a_call_that_is_too_slow_and_fails_late_is_made_again(kit: Any, supervising: Any) -> None:
     """Once it cannot succeed any more."""
     async with supervising() as house:
