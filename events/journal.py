@@ -68,6 +68,11 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
 
     delivery: ClassVar[Delivery] = JOURNAL_DELIVERY
 
+    def __post_init__(self) -> None:
+        # A Struct's constructor takes anything; only decoding would validate.
+        if type(self.segment_bytes) is not int or self.segment_bytes < 1:
+            raise ValueError(f"Journal(segment_bytes={self.segment_bytes!r:.80}): give a number of bytes, at least 1")
+
     def open(self, run: RunInfo) -> JournalWriter:
         """Open the journal of ``run.run_dir`` for appending, behind whatever it holds.
 

@@ -111,16 +111,18 @@ def journal_tail(journal_dir: str | os.PathLike[str]) -> JournalTail:
     folder = Path(journal_dir)
     numbers = segment_numbers(folder)
     for number in reversed(numbers):
-        event = _last_event(folder / segment_name(number))
-        if event is not None:
-            # A newest segment without one whole event was begun with an event that others may have seen: stay
-            # above.
-            return JournalTail(event.run_id, event.attempt, max(event.seq, numbers[-1]), numbers[-1])
+        events = _last_events(folder / segment_name(number))
+        if events:
+            # The highest of several, because a damaged digit may have made the last one small. A newest segment without
+            # one whole event was begun with an event that others may have seen: stay above.
+            attempt, seq = max(event.attempt for event in events), max(event.seq for event in events)
+            return JournalTail(events[-1].run_id, attempt, max(seq, numbers[-1]), numbers[-1])
     return JournalTail(seq=numbers[-1], segment=numbers[-1]) if numbers else JournalTail()
 
 
-def _last_event(path: Path) -> Event | None:
-    """The last whole event of a segment. One that lacks only its newline counts: a reader returns it too."""
+def _last_events(path: Path) -> list[Event]:
+    """Whole events at the end of a segment; none if it has none. One that lacks only its newline counts: a reader
+    returns it too."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -129,15 +131,12 @@ def _last_event(path: Path) -> Event | None:
                 start = max(0, size - length)
                 file.seek(start)
                 lines = file.read(size - start).split(b"\n")
-                for line in reversed(lines):
-                    event = _event_of(line)
-                    if event is not None:
-                        return event
-                if start == 0:
-                    return None
+                events = [event for line in lines if (event := _event_of(line)) is not None]
+                if events or start == 0:
+                    return events
                 length *= 4
     except FileNotFoundError:
-        return None
+        return []
 
 
 def _event_of(line: bytes) -> Event | None:

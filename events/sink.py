@@ -50,7 +50,10 @@ class SinkWriter(Protocol):
     """
 
     def write(self, events: Sequence[Event], /) -> Awaitable[None] | None:
-        """Take a batch of events, in order. Raise to have the batch delivered again, as the error policy says."""
+        """Take a batch of events, in order. Raise to have the batch delivered again, as the error policy says.
+
+        The events are everybody's, and so are dictionaries and lists in them: copy what you want to change.
+        """
         ...
 
     def close(self) -> Awaitable[None] | None:

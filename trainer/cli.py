@@ -8,6 +8,7 @@ shown; a second one ends it at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 import warnings
@@ -83,12 +84,16 @@ def _demo(options: argparse.Namespace) -> int:
         )
         arguments = arguments_for(size, device, steps=options.steps, seed=options.seed)
         result = Trainer(module, arguments, run_dir=options.run_dir).train()
+        print(f"\nAfter {result.global_step} steps it writes:\n", flush=True)
+        print(textwrap.indent(module.write("def ", 400).rstrip(), "    | ", lambda _: True))
+        ledger = format_ledger(result.ledger)
+        print(f"\nWhere the loop's time went:\n\n{ledger}\n\nRun folder: {result.run_dir}", flush=True)
+    except BrokenPipeError:  # whoever read it (`head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would say so at its end
+        return 1
     except (StagecastError, OSError) as error:
         print(f"stagecast demo: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentsError) else 1
-    print(f"\nAfter {result.global_step} steps it writes:\n", flush=True)
-    print(textwrap.indent(module.write("def ", 400).rstrip(), "    | ", lambda _: True))
-    print(f"\nWhere the loop's time went:\n\n{format_ledger(result.ledger)}\n\nRun folder: {result.run_dir}")
     return _SIGNAL_CODES.get(result.reason or "", 0)
 
 

@@ -53,8 +53,12 @@ _YamlLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a value as YAML (safe types only). Raises `yaml.YAMLError`."""
+    """Parse a value as YAML (safe types only). Raises `yaml.YAMLError`; ValueError for what is no date."""
     return yaml.load(text, Loader=_YamlLoader)
+
+
+# The errors of tomllib, json and text decoding are ValueErrors; what nests too deeply is a RecursionError.
+_UNREADABLE = (ValueError, RecursionError, yaml.YAMLError)
 
 
 def _parse_json(text: str) -> Any:
@@ -93,7 +97,7 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
         config = parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ArgumentsError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:  # those of tomllib, json and text decoding are ValueErrors
+    except _UNREADABLE as error:
         raise ArgumentsError(f"{path}: is not valid {language}: {error}") from error
     if config is None:
         return {}
@@ -122,7 +126,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
             raise ArgumentsError(f"override {override!r}: must look like 'name=value' or 'group.name=value'")
         try:
             value = parse_yaml(text)
-        except yaml.YAMLError as error:
+        except _UNREADABLE as error:
             raise ArgumentsError(f"override {override!r}: the value is not valid YAML: {error}") from error
         group = result
         for depth, name in enumerate(names[:-1], start=1):

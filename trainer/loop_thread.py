@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import platform
@@ -9,6 +10,7 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -48,6 +50,9 @@ from trainer.recorder import MetricRecorder
 Task = Literal["train", "test"]
 
 STUCK = "the training thread is stuck"
+_AT_EXIT_S = 2.0
+"""How long the end of the process waits for each loop that is still running."""
+_running: weakref.WeakSet[LoopThread] = weakref.WeakSet()
 _seeded_runs = 0
 _seed_lock = threading.Lock()
 _claim_lock = threading.Lock()  # held while a run looks whether a module is free, and takes it
@@ -124,9 +129,17 @@ class LoopThread:
     # ----------------------------------------------------------------------------------- from other threads
 
     def start(self) -> None:
-        """Run in a thread of its own."""
+        """Run in a thread of its own. Should the process end meanwhile, the loop ends first."""
+        _running.add(self)
         self._thread = threading.Thread(target=self.run, name=f"stagecast-loop-{self._origin.run_id}", daemon=True)
         self._thread.start()
+
+    def end(self, timeout_s: float) -> None:
+        """The process ends: stop at the next step, whoever still listens."""
+        self._control.fail(RunCancelled(f"run {self._origin.run_id} was cancelled: the process ended"))
+        self._bus.release()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def join(self) -> None:
         """Wait for the thread's end, after `ended`: its last act was to say so, which is microseconds ago."""
@@ -173,6 +186,7 @@ class LoopThread:
                 _count_seeded(-1 if seeded else 0)
                 current_origin.reset(token)
             finally:  # whatever a signal has cut short
+                _running.discard(self)
                 if self._given_up:
                     self.release_module()  # nobody has waited for this thread
                 self._bus.post(self.ended.set)
@@ -317,6 +331,13 @@ class LoopThread:
         if (observer := callback.observer) is not None:
             self._bus.post(lambda: observer.disable(text))
         logger.warning(f"callback {callback.name} failed in {hook} (disabled): {text}", exc_info=error)
+
+
+@atexit.register
+def _end_all() -> None:
+    """End the loops of runs that nobody has left: a thread that is in torch when the interpreter goes aborts it."""
+    for loop in list(_running):
+        loop.end(_AT_EXIT_S)
 
 
 def plain(arguments: TrainerArguments) -> Any:

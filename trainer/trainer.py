@@ -33,6 +33,8 @@ from trainer.session import Callback, Session, SinkLike, console, split
 
 _HURRIED_END_S = 5.0
 """How long `Trainer.train` waits, after a second signal, for observers that were told to be quick."""
+_CLOSING_S = 1.0
+"""How long it waits for its event loop to close, once the run is over: an async sink that hangs may keep it open."""
 
 
 class Trainer:
@@ -74,7 +76,7 @@ class Trainer:
         problems: list[str] = []
         self._callbacks = _members("callbacks", callbacks, problems)
         self._sinks = None if sinks is None else _members("sinks", sinks, problems)
-        self._journal = Journal() if journal is True else journal or None
+        self._journal = {True: Journal(), False: None}[journal] if isinstance(journal, bool) else journal
         self._run_id = run_id
         self._run_dir = run_dir
         _check(self.module, self.arguments, self._callbacks, self._sinks, problems)
@@ -241,6 +243,7 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
             return
         made.put(session)
         await session.serve()
+        ended.set()  # not only when the event loop is closed, which waits for whatever an async sink has left there
 
     def serve() -> None:
         try:
@@ -267,7 +270,7 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
                 session.hurry()
                 ended.wait(_HURRIED_END_S)
                 raise
-            thread.join()
+            thread.join(_CLOSING_S)
             if not failures:
                 return session
     raise failures[0]
@@ -325,6 +328,8 @@ def _check(
             )
     for number, sink in enumerate(sinks or ()):
         target, delivery = split(sink)
+        if isinstance(target, Journal):
+            problems.append(f"sinks[{number}] is a Journal, of which a run has one: give it as journal=")
         is_sink = callable(getattr(target, "open", None)) and not isinstance(target, type)
         if not is_sink or not isinstance(delivery, Delivery | None):
             problems.append(

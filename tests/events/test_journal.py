@@ -240,6 +240,24 @@ def test_holes_are_no_gaps_while_the_disk_keeps_up(tmp_path: Path, disk: BadDisk
     assert gaps(tmp_path) == []
 
 
+def test_a_damaged_digit_at_the_end_does_not_hide_what_a_new_attempt_writes(tmp_path: Path) -> None:
+    """It is numbered above all that the end of the journal shows, not only above its last line."""
+    write(tmp_path, steps(1, 250))
+    (segment,) = segments(tmp_path)
+    text = segment.read_bytes()
+    segment.write_bytes(text.replace(b'"seq":250', b'"seq":150'))
+    assert journal_tail(tmp_path / "journal").seq == 249
+    write(tmp_path, steps(250, 255))
+    assert seqs(tmp_path)[-7:] == list(range(249, 256))
+
+
+@pytest.mark.parametrize("segment_bytes", [0, -1, "64MB", 1.5, True, None])
+def test_an_impossible_size_of_segments_is_refused(segment_bytes: Any) -> None:
+    """When it is given, not at each write."""
+    with pytest.raises(ValueError, match=r"Journal\(segment_bytes=.*: give a number of bytes"):
+        Journal(segment_bytes=segment_bytes)
+
+
 def test_a_segment_that_was_deleted_is_an_error_once(tmp_path: Path) -> None:
     """Or the rest of the run would go into a file that has no name; what comes then is in a new segment."""
     writer = open_journal(tmp_path)

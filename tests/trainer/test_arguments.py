@@ -172,6 +172,8 @@ def test_an_empty_yaml_file_is_all_defaults(tmp_path: Path) -> None:
         ("epochs.more=3", "epochs is 1, not a group"),
         ("epochs=[", "not valid YAML"),
         (3, "must be text"),
+        ("epochs=2024-13-45", "not valid YAML: month must be in 1..12"),
+        ("epochs=" + "[" * 5_000, "not valid YAML"),
     ],
 )
 def test_an_override_that_cannot_be_applied_is_quoted(override: Any, says: str) -> None:

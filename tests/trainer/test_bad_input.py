@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from events.journal import Journal
 from events.messages import Event, RunEnded, RunStarted
 from events.sink import Delivery
 from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments, inline
@@ -74,6 +75,10 @@ class Quiet(CallbackInterface):
         ({"sinks": [(Lines("a", "b"), 5)]}, "sinks[0] must be a sink (an object with open(run)) or a pair"),
         ({"sinks": [(Lines("a", "b"),)]}, "sinks[0] must be a sink (an object with open(run)) or a pair"),
         ({"journal": "runs"}, "journal must be True, False or a Journal, not 'runs'"),
+        ({"journal": 0}, "journal must be True, False or a Journal, not 0"),
+        ({"journal": {}}, "journal must be True, False or a Journal, not {}"),
+        ({"sinks": [Journal()]}, "sinks[0] is a Journal, of which a run has one: give it as journal="),
+        ({"sinks": [(Journal(), Delivery())]}, "sinks[0] is a Journal, of which a run has one"),
         ({"run_id": ""}, "run_id must be a name without slashes, not ''; run_dir chooses the folder"),
         ({"run_id": "a/b"}, "run_id must be a name without slashes, not 'a/b'"),
         ({"run_id": ".."}, "run_id must be a name without slashes, not '..'"),

@@ -335,6 +335,25 @@ async def test_a_background_task_when_the_program_ends(script: Any) -> None:
     assert (code, out.split(), err) == (0, ["cancelled", "0"], "")
 
 
+@asyncio_only
+async def test_a_process_that_ends_with_a_run_in_it_has_its_own_exit_code(script: Any) -> None:
+    """The block was never left; a loop that is in torch when the interpreter goes would abort it."""
+    held = (
+        BACKGROUND[: BACKGROUND.index("async def hold")]
+        + """
+import sys
+async def main():
+    await trainer.run().__aenter__()
+    await asyncio.to_thread(net.stepping.wait)
+    sys.exit(7)
+asyncio.run(main())
+"""
+    )
+    code, _, err = await anyio.to_thread.run_sync(script(held).end)
+    assert code == 7, err
+    assert "terminate" not in err
+
+
 BACKGROUND = """
 import asyncio, threading, torch
 from trainer import *

@@ -29,6 +29,22 @@ def test_the_demo_trains_and_shows_what_it_did(tmp_path: Path) -> None:
     assert "\x1b" not in done.stderr  # no terminal: plain lines
 
 
+@pytest.mark.timeout(120)
+def test_whoever_reads_only_the_first_line_gets_no_traceback(tmp_path: Path) -> None:
+    """As `stagecast demo | head -1` does; the training has ended by then, and its folder is whole."""
+    command = [sys.executable, "-m", "trainer.cli", "demo", "--steps", "1", "--device", "cpu", "--run-dir", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as demo:  # type: ignore[call-overload]
+        assert demo.stdout.readline()
+        demo.stdout.close()
+        errors = demo.stderr.read()
+        assert demo.wait(110) == 1
+    assert "finished" in errors
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+
+
 def test_what_is_no_number_of_steps_is_refused(tmp_path: Path) -> None:
     """Bad options end with status 2 and a sentence."""
     done = _run("demo", "--steps", "0", cwd=tmp_path)

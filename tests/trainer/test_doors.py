@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import threading
 from typing import Any
@@ -65,6 +67,32 @@ def test_a_trainer_trains_again_after_a_failure(kit: Any) -> None:
     assert net.training
     with pytest.raises(Boom):
         trainer.train()
+    kit.join_threads()
+
+
+@pytest.mark.parametrize("hangs", ["in a thread", "in the event loop"])
+def test_an_async_sink_that_hangs_does_not_hold_the_end(kit: Any, hangs: str) -> None:
+    """Not even the closing of the event loop, which waits for its executor and for tasks that refuse to end."""
+    released = threading.Event()
+
+    class Writer:
+        async def write(self, events: Any) -> None:
+            if hangs == "in a thread":
+                await asyncio.to_thread(released.wait, 50)  # nearly for as long as a test may take
+            while not released.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.01)
+
+        async def close(self) -> None: ...
+
+    class Hangs:
+        def open(self, run: Any) -> Any:
+            return Writer()
+
+    result = kit.make_trainer(kit.Net(), sinks=[Hangs()], drain_timeout_s=0.05).train()
+    assert not released.is_set()
+    assert (result.status, result.observers[-1].state) == ("finished", "stuck")
+    released.set()
     kit.join_threads()
 
 
