@@ -78,7 +78,7 @@ def test_an_async_sink_that_hangs_does_not_hold_the_end(kit: Any, hangs: str) ->
     class Writer:
         async def write(self, events: Any) -> None:
             if hangs == "in a thread":
-                await asyncio.to_thread(released.wait, 50)  # nearly for as long as a test may take
+                await asyncio.to_thread(released.wait, 100)  # longer than a test may take
             while not released.is_set():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(0.01)
