@@ -60,6 +60,17 @@ class Bus:
     called from any thread; everything else belongs to the event loop's thread.
     """
 
+    # With this many attributes a dictionary would cost `publish` half a microsecond of cache misses.
+    # fmt: off
+    __slots__ = (
+        "_blocked", "_bytes_in", "_bytes_out", "_capacity", "_capacity_bytes", "_drained", "_dropped_reported",
+        "_gate_at", "_kept", "_kept_bytes_in", "_kept_bytes_out", "_losses_due", "_more", "_must_keep", "_next_seq",
+        "_posted", "_readback", "_reading", "_reserve", "_ring", "_ring_lock", "_room", "_routes", "_sleeping",
+        "_spill_dir", "_subscriptions", "_tick_s", "_urgent", "_wakeup", "alive", "closing", "cpu_time", "dropped",
+        "gated", "history", "last_seq", "origin", "payload_receivers", "wanted",
+    )
+    # fmt: on
+
     def __init__(
         self,
         origin: Origin,
