@@ -235,12 +235,14 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
     made: queue.SimpleQueue[Session | BaseException] = queue.SimpleQueue()
     abandoned, ended = threading.Event(), threading.Event()
     failures: list[BaseException] = []
+    sessions: list[Session] = []
 
     async def main() -> None:
         session = make()
         if abandoned.is_set():
             session.discard()
             return
+        sessions.append(session)
         made.put(session)
         await session.serve()
         ended.set()  # not only when the event loop is closed, which waits for whatever an async sink has left there
@@ -256,19 +258,23 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
 
     thread = threading.Thread(target=serve, name="stagecast-events", daemon=True)
     with _signals(control):
-        thread.start()
         try:
+            thread.start()
             session = made.get()
-        except BaseException:  # a second signal while a device or a folder is being opened
+            if isinstance(session, Session):
+                session.loop.run()
+        except BaseException:  # a second signal while a device or a folder is being opened, or right after that
             abandoned.set()
+            for one in sessions:
+                one.bus.post(one.loop.ended.set)
             raise
         if isinstance(session, Session):
-            session.loop.run()
             try:
                 ended.wait()  # by itself: a `join` that a signal interrupts takes the thread for ended (bpo-45274)
             except BaseException:  # a second signal while observers are drained
                 session.hurry()
-                ended.wait(_HURRIED_END_S)
+                if ended.wait(_HURRIED_END_S):
+                    thread.join(_CLOSING_S)
                 raise
             thread.join(_CLOSING_S)
             if not failures:

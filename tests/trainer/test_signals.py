@@ -17,6 +17,7 @@ from events.messages import CommandTaken, Event, RunEnded, TrainStepEnded
 from events.protocol import Pause
 from events.sink import Delivery
 from trainer import CallbackInterface, Trainer, inline
+from trainer.loop_thread import LoopThread
 
 MANY = 100_000  # epochs: more than any test waits for
 BOTH = [signal.SIGINT, signal.SIGTERM]
@@ -220,6 +221,32 @@ def test_the_second_signal_ends_a_set_up_that_hangs(kit: Any) -> None:
     kit.join_threads()
     assert type(outcome.error) is SystemExit
     assert outcome.events == []
+    RunFolder.open("runs/r", "r").close()
+
+
+@pytest.mark.parametrize("when", ["at once", "when it is set up"])
+def test_the_second_signal_in_the_moment_before_the_loop_leaves_nothing_running(
+    kit: Any, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """When the thread of the event loop has just been started, and when it has just answered."""
+
+    def signals_after(original: Callable[..., Any], name: str = "stagecast-events") -> Callable[..., Any]:
+        def call(self: Any, *args: Any) -> Any:
+            result = original(self, *args)
+            if getattr(self, "name", name) == name:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
+            return result
+
+        return call
+
+    if when == "at once":
+        monkeypatch.setattr(threading.Thread, "start", signals_after(threading.Thread.start))
+    else:
+        monkeypatch.setattr(LoopThread, "run", signals_after(lambda self: None))
+    outcome = kit.train(kit.Net(), journal=True, run_id="r")
+    assert type(outcome.error) is SystemExit
+    kit.join_threads()
     RunFolder.open("runs/r", "r").close()
 
 
