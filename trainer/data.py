@@ -173,8 +173,9 @@ class ShuffledSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         # Hashed, as seed + epoch would give (0, 1) and (1, 0) the same order.
         digest = hashlib.blake2b(f"{self.seed}:{self.epoch}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        yield from torch.randperm(len(self.data_source), generator=generator).tolist()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+        # On the host, whatever the program's default device is: nothing is waited for.
+        yield from torch.randperm(len(self.data_source), generator=generator, device="cpu").tolist()
 
     def __len__(self) -> int:
         return len(self.data_source)

@@ -219,7 +219,7 @@ class LoopThread:
     def _train(self) -> None:
         # Drawn from torch's generator, so that a host that has seeded it itself gets the same order each time.
         seed = self._arguments.seed
-        sampler_seed = seed if seed is not None else int(torch.randint(2**62, ()).item())
+        sampler_seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu").item())  # on the host
         loop = TrainingLoop(
             self._module,
             self._arguments,

@@ -49,7 +49,7 @@ class Capture:
                 return clone
             if self._stream is None:  # an accelerator without streams of CUDA's kind: this waits for it
                 return clone.to("cpu")
-            host = torch.empty(clone.shape, dtype=clone.dtype, pin_memory=True)
+            host = torch.empty(clone.shape, dtype=clone.dtype, device="cpu", pin_memory=True)
             on_device.append((clone, host))
             return host
 

@@ -107,7 +107,7 @@ class DeviceReadback:
             # for what the compute stream holds now is enough.
             stream.wait_stream(self.compute_stream or torch.cuda.default_stream(device))
             stacked = torch.stack(tensors)
-            host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            host = torch.empty(stacked.shape, dtype=stacked.dtype, device="cpu", pin_memory=True)
             host.copy_(stacked, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(stream)

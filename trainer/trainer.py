@@ -76,7 +76,7 @@ class Trainer:
         problems: list[str] = []
         self._callbacks = _members("callbacks", callbacks, problems)
         self._sinks = None if sinks is None else _members("sinks", sinks, problems)
-        self._journal = {True: Journal(), False: None}[journal] if isinstance(journal, bool) else journal
+        self._journal = Journal() if journal is True else None if journal is False else journal
         self._run_id = run_id
         self._run_dir = run_dir
         _check(self.module, self.arguments, self._callbacks, self._sinks, problems)

@@ -305,6 +305,14 @@ def test_rows_are_unknown_where_batching_is_not_ours() -> None:
     assert batch_rows(DataLoader(data, batch_size=2, sampler=SequentialSampler(data)), 2, SequentialSampler)
 
 
+def test_the_order_is_drawn_on_the_host_whatever_the_default_device_is() -> None:
+    """A program that computes on a device by default gets the same order, and nobody waits for that device."""
+    sampler = make_train_sampler(1, 2)
+    order = list(sampler(range(20)))
+    with torch.device("meta"):
+        assert list(sampler(range(20))) == order
+
+
 def test_rows_are_unknown_where_a_loader_iterates_otherwise() -> None:
     """A subclass may cut, join or repeat what the sampler says."""
 
