@@ -7,6 +7,12 @@ from events.backlog import Payload as Payload
 from events.bus import Bus as Bus
 from events.bus import Readback as Readback
 from events.errors import BusClosed as BusClosed
+from events.errors import CheckpointDamaged as CheckpointDamaged
+from events.errors import CheckpointError as CheckpointError
+from events.errors import CheckpointMismatch as CheckpointMismatch
+from events.errors import CheckpointNotFound as CheckpointNotFound
+from events.errors import CheckpointTooNew as CheckpointTooNew
+from events.errors import CheckpointsFailing as CheckpointsFailing
 from events.errors import CursorError as CursorError
 from events.errors import FenceBroken as FenceBroken
 from events.errors import RunCancelled as RunCancelled
@@ -15,4 +21,6 @@ from events.errors import RunFolderHeld as RunFolderHeld
 from events.errors import RunFolderMismatch as RunFolderMismatch
 from events.errors import StagecastError as StagecastError
 from events.errors import TrainingThreadStuck as TrainingThreadStuck
+from events.errors import UnstorableState as UnstorableState
+from events.errors import UploadError as UploadError
 from events.errors import WireError as WireError

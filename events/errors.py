@@ -1,4 +1,4 @@
-"""Errors of the bus, the journal and the wire.
+"""Errors of the bus, the journal, the wire and checkpoints.
 
 StagecastError
 ├── BusClosed                 publish or subscribe after the bus was closed
@@ -8,6 +8,14 @@ StagecastError
 ├── RunFolderError            a run folder that cannot be used
 │   ├── RunFolderHeld         another process (or run) holds it
 │   └── RunFolderMismatch     it belongs to another run
+├── CheckpointError           a checkpoint cannot be written, read or used
+│   ├── UnstorableState       the state holds what no checkpoint can keep; also a TypeError
+│   ├── CheckpointDamaged     its bytes are not those that were written; also a ValueError
+│   ├── CheckpointTooNew      a later version wrote it
+│   ├── CheckpointMismatch    it is that of another model, or run
+│   ├── CheckpointNotFound    there is none where one was asked for; also a LookupError
+│   ├── CheckpointsFailing    several in a row could not be made durable
+│   └── UploadError           a remote store cannot be used
 ├── RunCancelled              the run was cancelled before it finished
 └── TrainingThreadStuck       the loop did not reach a step boundary in time
 """
@@ -45,6 +53,38 @@ class RunFolderHeld(RunFolderError):
 
 class RunFolderMismatch(RunFolderError):
     """The run folder holds the journal of another run."""
+
+
+class CheckpointError(StagecastError):
+    """A checkpoint cannot be written, read or used."""
+
+
+class UnstorableState(CheckpointError, TypeError):
+    """The state holds a value that no checkpoint can keep: names its path, its type and what to do."""
+
+
+class CheckpointDamaged(CheckpointError, ValueError):
+    """A checkpoint is not whole: a file is missing, cut, or holds other bytes than were written."""
+
+
+class CheckpointTooNew(CheckpointError):
+    """A later version of stagecast wrote the checkpoint, in a format that this one cannot read."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The checkpoint does not fit: it is that of another model or run; names the keys and shapes that differ."""
+
+
+class CheckpointNotFound(CheckpointError, LookupError):
+    """There is no checkpoint where one was asked for."""
+
+
+class CheckpointsFailing(CheckpointError):
+    """Several checkpoints in a row could not be made durable, so going on would risk all that is computed."""
+
+
+class UploadError(CheckpointError):
+    """A remote store of checkpoints cannot be reached or used."""
 
 
 class RunCancelled(StagecastError):

@@ -119,6 +119,7 @@ class JournalWriter:
         self._reason = ""  # why events may be missing
         self._fd: int | None = None
         self._fd_lock = threading.Lock()  # held while the descriptor is replaced, or duplicated by `sync`
+        self._written = threading.Condition()  # notified when `written_seq` has risen
         self.repeated = 0
         """Events that were delivered though their ``seq``, or a higher one, stood in the journal already."""
 
@@ -141,7 +142,9 @@ class JournalWriter:
             kept = [event for event in self._with_gap(fresh) if event.journalled]
             if kept:
                 self._append(*self._encode(kept))
-            self._written_seq = last_seq
+            with self._written:
+                self._written_seq = last_seq
+                self._written.notify_all()
             if self._sync_due:
                 self.sync()
                 self._sync_due = False
@@ -152,6 +155,11 @@ class JournalWriter:
             raise
         if self._failing:
             self._failing, self._suspect_until = False, time.time()
+
+    def wait_for(self, seq: int, timeout_s: float) -> bool:
+        """Wait until `written_seq` has reached ``seq``; False if it has not in that time. Any other thread."""
+        with self._written:
+            return self._written.wait_for(lambda: self._written_seq >= seq, timeout_s)
 
     def sync(self) -> None:
         """Bring everything up to `written_seq` to stable storage.

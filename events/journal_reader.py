@@ -11,6 +11,7 @@ that are no events are skipped and reported. Only a segment that exists and cann
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import deque
@@ -298,9 +299,9 @@ def read_history(
 ) -> Iterator[Event]:
     """The run's history as it counts: without the steps that a later attempt has done again.
 
-    An event of `SUPERSEDED_TYPES` is left out if a later attempt resumed from a smaller ``global_step`` than
-    its own. All other events are there. This is the one place that applies `RunResumed`: replay, charts and
-    reports read through it.
+    An event of `SUPERSEDED_TYPES` is left out if a later attempt resumed from before it: from a checkpoint with a
+    smaller ``seq`` than its own, or, where there was none, a smaller ``global_step``. All other events are there. This
+    is the one place that applies `RunResumed`: replay, charts and reports read through it.
 
     Args:
         journal_dir: The folder of segments; it may be growing. The iterator ends when it has caught up.
@@ -312,19 +313,27 @@ def read_history(
     """
     # Found first: what supersedes an event may stand at the journal's end.
     resumes = list(_resumes(Path(journal_dir), since))
-    kept_up_to: dict[int, float] = {}  # by attempt: the smallest step that a later one resumed from
+    kept_up_to: dict[int, tuple[float, float]] = {}  # by attempt: seq and step that are kept at most
     reader = JournalReader(journal_dir, since)
     while events := reader.read():
         for event in events:
             if isinstance(event, SUPERSEDED_TYPES):
                 if event.attempt not in kept_up_to:
-                    later = (resume.global_step for resume in resumes if resume.attempt > event.attempt)
-                    kept_up_to[event.attempt] = min(later, default=float("inf"))
-                if event.global_step > kept_up_to[event.attempt]:
+                    kept_up_to[event.attempt] = _kept_up_to(event.attempt, resumes)
+                seq, step = kept_up_to[event.attempt]
+                # What a hook logged late belongs to the event that it handled.
+                if (getattr(event, "of_seq", None) or event.seq) > seq or event.global_step > step:
                     continue
             yield event
     if skipped is not None:
         skipped.extend(reader.skipped)
+
+
+def _kept_up_to(attempt: int, resumes: list[RunResumed]) -> tuple[float, float]:
+    later = [resume for resume in resumes if resume.attempt > attempt]
+    seqs = (resume.after_seq for resume in later if resume.after_seq is not None)
+    steps = (resume.global_step for resume in later if resume.after_seq is None)
+    return min(seqs, default=math.inf), min(steps, default=math.inf)
 
 
 def _resumes(journal_dir: Path, since: int) -> Iterator[RunResumed]:

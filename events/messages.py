@@ -78,6 +78,12 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
 class RunResumed(Event, frozen=True, gc=False, tag=True):
     """An attempt continues from ``global_step``: later steps of earlier attempts are superseded by it."""
 
+    checkpoint: str | None = None
+    """Name of the checkpoint whose state it took over; None when it began anew."""
+    after_seq: int | None = None
+    """What earlier attempts published with a greater ``seq`` and is bound to a step is superseded; None: all that has a
+    greater ``global_step``."""
+
 
 class RunEnded(Event, frozen=True, gc=False, tag=True):
     """The loop has ended; nothing is trained after it. Observers may still be draining."""
@@ -209,6 +215,8 @@ class MetricsLogged(Event, frozen=True, gc=False, tag=True):
     # In the order of logging. A value may be deferred, as `Event.deferred` says of fields.
     key: str | None = None
     """The evaluation dataloader they belong to; None for training."""
+    of_seq: int | None = None
+    """``seq`` of the event whose hook logged them, which may have run much later; None outside of such hooks."""
 
     droppable: ClassVar[bool] = True
 
@@ -220,6 +228,8 @@ class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
     action: Literal["warned", "skipped", "stopped"]
     consecutive: int = 1
     """How many steps in a row, this one included."""
+    of_seq: int | None = None
+    """``seq`` of the step's event, where the loss was read later."""
 
     droppable: ClassVar[bool] = True
     deferred: ClassVar[tuple[str, ...]] = ("loss",)
@@ -295,6 +305,103 @@ class JournalGap(Event, frozen=True, gc=False, tag=True):
     reason: str
 
 
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+class CheckpointStaged(Event, frozen=True, gc=False, tag=True):
+    """The state was copied to memory: the loop goes on, and the checkpoint is being written. It is **not** durable."""
+
+    checkpoint: str
+    """Its name, ``step-N.aK``."""
+    reasons: list[str]
+    """Why it was taken: ``steps``, ``minutes``, ``epochs``, ``best``, ``command``, ``stop``, ``end``."""
+    nbytes: int = 0
+    blocked_s: float = 0.0
+    """How long the loop was held."""
+    command_ids: list[str] = []
+    """The commands that asked for it."""
+    metric: float | None = None
+    """The monitored metric of these weights, where there is one."""
+    prefault_s: float | None = None
+    """How long it took to set up the memory, beside the loop; only with the first copy to it."""
+
+
+class CheckpointSkipped(Event, frozen=True, gc=False, tag=True):
+    """One was due and left out, because both copies in memory were still being written."""
+
+    reasons: list[str]
+    writing: list[str]
+    """Names of those that are being written."""
+
+
+class CheckpointSaved(Event, frozen=True, gc=False, tag=True):
+    """A checkpoint is whole and durable on the local disk. ``global_step`` is its own, not the one reached since."""
+
+    checkpoint: str
+    path: str
+    """Its folder."""
+    nbytes: int = 0
+    durable_s: float = 0.0
+    """From the moment at which its state was taken."""
+    write_s: float = 0.0
+    """What of that was writing."""
+    reasons: list[str] = []
+    command_ids: list[str] = []
+    metric: float | None = None
+
+
+class CheckpointFailed(Event, frozen=True, gc=False, tag=True):
+    """A checkpoint could not be made durable, or not be uploaded. Those before it are untouched."""
+
+    checkpoint: str
+    error: str
+    during: Literal["stage", "write", "upload", "delete"] = "write"
+    consecutive: int = 1
+    """How many in a row, this one included."""
+    command_ids: list[str] = []
+
+
+class CheckpointUploading(Event, frozen=True, gc=False, tag=True):
+    """Progress of an upload."""
+
+    checkpoint: str
+    url: str
+    done_bytes: int
+    total_bytes: int
+
+    droppable: ClassVar[bool] = True
+
+
+class CheckpointUploaded(Event, frozen=True, gc=False, tag=True):
+    """A checkpoint is whole in the remote store."""
+
+    checkpoint: str
+    url: str
+    nbytes: int = 0
+    duration_s: float = 0.0
+
+
+class CheckpointDeleted(Event, frozen=True, gc=False, tag=True):
+    """A checkpoint was deleted, because newer or better ones are kept."""
+
+    checkpoint: str
+    where: Literal["local", "remote"] = "local"
+
+
+class WeightsSaved(Event, frozen=True, gc=False, tag=True):
+    """The module's weights alone are durable on the local disk, at the end of a run."""
+
+    path: str
+    nbytes: int = 0
+
+
+class CheckpointRejected(Event, frozen=True, gc=False, tag=True):
+    """A checkpoint was not resumed from, because it is not whole; an older one is tried."""
+
+    checkpoint: str
+    error: str
+
+
 # ---------------------------------------------------------------------------------------------- the ledger
 
 
@@ -320,6 +427,8 @@ class StallLedger(msgspec.Struct, frozen=True, gc=False):
     """Waiting until a fenced hook had returned."""
     backpressure_s: float = 0.0
     """Waiting for room in the queue of an observer that sees everything."""
+    checkpoint_s: float = 0.0
+    """Copying the state for a checkpoint, and waiting for memory to copy it to."""
     paused_s: float = 0.0
     other_s: float = 0.0
     """What has no name."""
@@ -342,7 +451,7 @@ class CommandTaken(Event, frozen=True, gc=False, tag=True):
     """The loop took a command at a step boundary."""
 
     command: str
-    """``stop``, ``pause`` or ``resume``."""
+    """``stop``, ``pause``, ``resume`` or ``checkpoint``."""
     command_id: str
     reason: str | None = None
 
@@ -379,6 +488,15 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     ObserverSlow,
     LoopHeld,
     JournalGap,
+    CheckpointStaged,
+    CheckpointSkipped,
+    CheckpointSaved,
+    CheckpointFailed,
+    CheckpointUploading,
+    CheckpointUploaded,
+    CheckpointDeleted,
+    WeightsSaved,
+    CheckpointRejected,
     LedgerReported,
     CommandTaken,
 )

@@ -25,6 +25,9 @@ class Command(msgspec.Struct, frozen=True, tag=str.lower, tag_field="command", k
 class Stop(Command, frozen=True, tag=str.lower):
     """End training after the current step, orderly: the hooks of the end run, the result says ``stopped``."""
 
+    checkpoint: bool = True
+    """Whether to take a checkpoint first, if the run takes any."""
+
 
 class Pause(Command, frozen=True, tag=str.lower):
     """Wait at the next step boundary until `Resume` or `Stop`."""
@@ -34,7 +37,12 @@ class Resume(Command, frozen=True, tag=str.lower):
     """Go on after `Pause`."""
 
 
-AnyCommand = Stop | Pause | Resume
+class Checkpoint(Command, frozen=True, tag=str.lower):
+    """Take a checkpoint at the next step boundary, and go on. `CheckpointSaved` repeats the ``id`` when it is durable,
+    `CheckpointFailed` when it will not be."""
+
+
+AnyCommand = Stop | Pause | Resume | Checkpoint
 
 
 class ObserverReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +82,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     ledger: StallLedger = StallLedger()
     observers: list[ObserverReport] = []
     run_dir: str | None = None
+    checkpoint: str | None = None
+    """Folder of the newest checkpoint that this attempt has made durable."""
 
 
 class EventStream(Protocol):

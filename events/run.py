@@ -6,9 +6,9 @@ import itertools
 import os
 from collections.abc import Iterable
 
-from events.errors import CursorError
-from events.messages import Event
-from events.protocol import AnyCommand, Connection, EventStream, Pause, Resume, RunResult, Stop
+from events.errors import CheckpointError, CursorError
+from events.messages import CheckpointFailed, CheckpointSaved, Event
+from events.protocol import AnyCommand, Checkpoint, Connection, EventStream, Pause, Resume, RunResult, Stop
 
 _numbers = itertools.count(1)
 
@@ -56,9 +56,35 @@ class Run:
                 raise TypeError(problem)
         return self._connection.events(since, types)
 
-    def stop(self, reason: str | None = None) -> None:
-        """End training after the current step, orderly; the result's status is ``stopped``."""
-        self._send(Stop(id=_new_id(), reason=reason))
+    def stop(self, reason: str | None = None, *, checkpoint: bool = True) -> None:
+        """End training after the current step, orderly; the result's status is ``stopped``.
+
+        Args:
+            checkpoint: Whether to take a checkpoint first, if the run takes any.
+        """
+        self._send(Stop(id=_new_id(), reason=reason, checkpoint=checkpoint))
+
+    async def checkpoint(self, reason: str | None = None) -> str:
+        """Take a checkpoint at the next step boundary, and wait until it is durable. The loop goes on meanwhile.
+
+        Returns:
+            The path of its folder.
+
+        Raises:
+            CheckpointError: It could not be made durable, or the run takes none, or ended before it was taken.
+        """
+        command = Checkpoint(id=_new_id(), reason=reason)
+        events = self.events(types=[CheckpointSaved, CheckpointFailed])
+        try:
+            self._send(command)
+            async for event in events:
+                if isinstance(event, CheckpointSaved) and command.id in event.command_ids:
+                    return event.path
+                if isinstance(event, CheckpointFailed) and command.id in event.command_ids:
+                    raise CheckpointError(f"the checkpoint {event.checkpoint} could not be taken: {event.error}")
+        finally:
+            await events.aclose()
+        raise CheckpointError("the run ended before it took the checkpoint")
 
     def pause(self, reason: str | None = None) -> None:
         """Wait at the next step boundary until `resume` or `stop`. Leaving the block is neither."""

@@ -173,7 +173,7 @@ def _decode_command(data: bytes, decode: Callable[[bytes], AnyCommand]) -> AnyCo
     except _REFUSED as error:
         raise WireError(
             f"not a command: {error}, in {_excerpt(data)}; send an object whose member 'command' is "
-            "'stop', 'pause' or 'resume' and whose 'id' is a string"
+            "'stop', 'pause', 'resume' or 'checkpoint' and whose 'id' is a string"
         ) from error
 
 

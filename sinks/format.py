@@ -18,6 +18,7 @@ _LEDGER_ROWS = (
     ("inline hooks", "inline_s"),
     ("fences", "fence_s"),
     ("backpressure", "backpressure_s"),
+    ("checkpoint", "checkpoint_s"),
     ("paused", "paused_s"),
     ("other", "other_s"),
 )

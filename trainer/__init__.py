@@ -14,6 +14,7 @@ if not getattr(_events, "__stagecast__", False):
     )
 
 if TYPE_CHECKING:
+    from events.checkpoint.settings import Checkpoints as Checkpoints
     from events.sink import Delivery as Delivery
     from trainer.arguments import TrainerArguments as TrainerArguments
     from trainer.data import to_device as to_device
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallbackInterface",
+    "Checkpoints",
     "Delivery",
     "ModuleInterface",
     "Stage",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Checkpoints": "events.checkpoint.settings",
     "Delivery": "events.sink",
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",

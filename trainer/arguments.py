@@ -111,6 +111,21 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
         _Count,
         Meta(description="Most host memory for the step outputs that a hook at an epoch's end wants, in bytes."),
     ] = 4 * 2**30
+    reset_optimizers_schedulers: Annotated[
+        bool,
+        Meta(
+            description="Whether a resumed run takes only the module's state over, and begins with new optimizers and "
+            "schedulers."
+        ),
+    ] = False
+    resume_data: Annotated[
+        Literal["skip", "replay"],
+        Meta(
+            description="How a run that is resumed within an epoch gets to its place in the data: by skipping what was "
+            "used without reading it, where the sampler allows that; or by reading and discarding it, which is exact "
+            "for random augmentation in dataloader workers, too."
+        ),
+    ] = "skip"
     ledger_interval_s: Annotated[
         float,
         Meta(gt=0, description="How often the stall ledger is published, in seconds; infinity only at the end."),

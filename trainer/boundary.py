@@ -17,7 +17,8 @@ from events.fence import Fence
 from events.log import logger
 from events.messages import CommandTaken, Event, LedgerReported, LoopHeld
 from events.origin import Origin
-from events.protocol import AnyCommand, Pause, Resume, Stop
+from events.protocol import AnyCommand, Checkpoint, Pause, Resume, Stop
+from trainer.checkpointing import Checkpointing
 from trainer.collate import collate_outputs, detach_copy
 from trainer.control import Control
 from trainer.errors import EpochOutputsTooLarge, add_note
@@ -54,6 +55,7 @@ class Boundary:
         hooks: HookTable,
         ledger: Ledger,
         recorder: MetricRecorder,
+        checkpoints: Checkpointing,
         *,
         on_failed_hook: Callable[[CallbackHooks, str, Exception], None],
         ledger_interval_s: float,
@@ -63,6 +65,8 @@ class Boundary:
         self.control = control
         self.hooks = hooks
         self.ledger = ledger
+        self.checkpoints = checkpoints
+        checkpoints.wait_for_fence = self.wait_for_fence
         self.phase = "setup"
         """What the loop is doing, for messages."""
         self._recorder = recorder
@@ -129,6 +133,7 @@ class Boundary:
     def run_inline(self, hooks: list[InlineHook], *args: Any, **kwargs: Any) -> None:
         """Run hooks here and now; charged to the ledger."""
         mark = clock()
+        self.checkpoints.stager.gate()  # they may change what is being copied
         for hook in hooks:
             if not hook.owner.disabled:
                 try:
@@ -177,10 +182,11 @@ class Boundary:
         """Wait until every fenced hook of an event has returned."""
         begin = clock()
         announced = False
+        self.checkpoints.stager.gate()  # the hooks may change what is being copied
         self.bus.flush()
         try:
             while not fence.wait(0.05):  # WAIT: fenced hooks; the period bounds how late a cancellation is seen
-                self._raise_if_failed()
+                self.control.raise_if_failed()
                 if not self.bus.alive:
                     names = ", ".join(fence.waiting)
                     raise FenceBroken(f"the loop waited for {names}, but the event loop that runs them has ended")
@@ -193,7 +199,7 @@ class Boundary:
             self.ledger.aside += spent
         if announced:
             self._announce("fence", [], begin)
-        self._raise_if_failed()
+        self.control.raise_if_failed()
 
     def _wait_for_room(self) -> None:
         begin = clock()
@@ -233,34 +239,38 @@ class Boundary:
             StopRequested: a stop was taken.
             BaseException: the run was cancelled, or a fatal observer failed.
         """
-        self._raise_if_failed()
+        self.control.raise_if_failed()
         paused = self._obey(self.control.take(), False)
         begin = clock()
         try:
             while paused:
                 self.control.wait(1.0)  # WAIT: paused until told otherwise
-                self._raise_if_failed()
+                self.control.raise_if_failed()
                 paused = self._obey(self.control.take(), paused)
         finally:
             self.ledger.paused += clock() - begin
 
     def _obey(self, commands: list[AnyCommand], paused: bool) -> bool:
-        """Carry out commands in order; returns whether the run is paused after them."""
+        """Carry out commands in order, then take the checkpoint they ask for; returns whether the run is paused."""
         stop: Stop | None = None
+        checkpoint_ids: list[str] = []
         for command in commands:
             match command:
                 case Stop():
                     stop = stop or command
+                case Checkpoint():
+                    checkpoint_ids.append(command.id)
                 case Pause():
                     paused = True
                 case Resume():
                     paused = False
             name = type(command).__name__.lower()
             self.bus.publish(CommandTaken(*self.origin.header(), name, command.id, command.reason))
+        reasons = ["command"] if checkpoint_ids else []
+        if stop is not None and stop.checkpoint:
+            reasons.append("stop")
+        if reasons:
+            self.checkpoints.on_command(reasons, checkpoint_ids)
         if stop is not None:
             raise StopRequested(stop.reason)
         return paused
-
-    def _raise_if_failed(self) -> None:
-        if self.control.error is not None:
-            raise self.control.error

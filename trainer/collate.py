@@ -160,7 +160,9 @@ class OutputCollector:
         """
         self.limit_bytes = limit_bytes
         self.owner = owner
-        self.clear()
+        self._columns: list[list[Any]] = []
+        self._steps = 0
+        self._nbytes = 0
 
     @property
     def steps(self) -> int:
@@ -199,8 +201,42 @@ class OutputCollector:
         self.clear()
         return _collate_columns(columns, notice)
 
+    def kept(self) -> Callable[[], dict[str, Any]]:
+        """What is kept by now, as a state; made of it when the returned function is called, on any thread.
+
+        Later steps are only ever appended, and collating changes no column, so nothing is copied here.
+        """
+        columns, steps, size = list(self._columns), self._steps, self._nbytes
+        return lambda: {"steps": steps, "nbytes": size, "columns": [_packed(column[:steps]) for column in columns]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `kept` returned."""
+        self._columns = [_unpacked(column) for column in state["columns"]]
+        self._steps = int(state["steps"])
+        self._nbytes = int(state["nbytes"])
+
     def clear(self) -> None:
         """Let everything go."""
-        self._columns: list[list[Any]] = []
+        self._columns = []
         self._steps = 0
         self._nbytes = 0
+
+
+def _packed(values: list[Any]) -> dict[str, Any]:
+    """A column in as few tensors as it can be taken apart from again."""
+    if not values or _obstacle(values) is not None:
+        there = [value is not _MISSING for value in values]
+        return {"values": [None if value is _MISSING else value for value in values], "there": there}
+    if values[0].dim() == 0:
+        return {"stacked": torch.stack(values)}
+    return {"rows": [len(value) for value in values], "joined": torch.cat(values)}
+
+
+def _unpacked(column: dict[str, Any]) -> list[Any]:
+    """The column again, in memory of its own."""
+    if "stacked" in column:
+        return list(column["stacked"].clone().unbind())
+    if "joined" in column:
+        return list(column["joined"].clone().split(column["rows"]))
+    kept = map_tensors(torch.clone, column["values"])
+    return [value if there else _MISSING for value, there in zip(kept, column["there"], strict=True)]

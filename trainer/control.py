@@ -33,6 +33,11 @@ class Control:
             self.error = error
         self._notify()
 
+    def raise_if_failed(self) -> None:
+        """Raise what `fail` was given, if anything was. The loop's thread only."""
+        if self.error is not None:
+            raise self.error
+
     def take(self) -> list[AnyCommand]:
         """All pending commands, in order of arrival. The loop's thread only."""
         self.pending = False  # before the queue is emptied: what comes in between is seen next time

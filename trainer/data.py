@@ -165,6 +165,8 @@ class ShuffledSampler(Sampler[int]):
     epoch: ClassVar[int] = 0
     instances: ClassVar[int] = 0
     """How many samplers of this very class were made: 1 once the dataloader uses it."""
+    skip: ClassVar[int] = 0
+    """How many indices at the beginning are left out, because a run is resumed behind them. The length stays."""
 
     def __init__(self, data_source: Sized) -> None:
         self.data_source = data_source
@@ -175,7 +177,9 @@ class ShuffledSampler(Sampler[int]):
         digest = hashlib.blake2b(f"{self.seed}:{self.epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
         # On the host, whatever the program's default device is: nothing is waited for.
-        yield from torch.randperm(len(self.data_source), generator=generator, device="cpu").tolist()
+        order = torch.randperm(len(self.data_source), generator=generator, device="cpu")
+        skip, type(self).skip = self.skip, 0  # once: the module may keep its loader for the epochs that follow
+        yield from order[skip:].tolist()
 
     def __len__(self) -> int:
         return len(self.data_source)
@@ -183,7 +187,7 @@ class ShuffledSampler(Sampler[int]):
 
 def make_train_sampler(seed: int, epoch: int) -> type[ShuffledSampler]:
     """Make the sampler class for the training data of one epoch; it counts its instances."""
-    return type("TrainSampler", (ShuffledSampler,), {"seed": seed, "epoch": epoch, "instances": 0})
+    return type("TrainSampler", (ShuffledSampler,), {"seed": seed, "epoch": epoch, "instances": 0, "skip": 0})
 
 
 # ------------------------------------------------------------------------------------------------- loaders
@@ -250,6 +254,22 @@ def as_val_loaders(value: Any, what: str = "get_val_dataloaders") -> dict[str, I
                 f"{where} returned a {type(loader).__name__} of dataloaders: return a dict, to name them"
             )
     return loaders
+
+
+def skip_batches(loader: Any, batches: int, micro_batch: int) -> bool:
+    """Have a dataloader begin behind its first batches without reading them.
+
+    Returns:
+        False if it cannot: it is not torch's, or does not take its indices from the one sampler that we own. Then it is
+        as it was.
+    """
+    if batch_rows(loader, micro_batch, ShuffledSampler) is None:
+        return False
+    sampler_cls = type(loader.sampler)
+    if sampler_cls.instances != 1:
+        return False  # others take indices from it, too: they would skip as much
+    sampler_cls.skip = batches * micro_batch
+    return True
 
 
 # ------------------------------------------------------------------------------------------ device and seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import perf_counter_ns as clock
 from typing import Any
 
@@ -59,13 +59,24 @@ class Evaluation:
         self._outputs_limit_bytes = outputs_limit_bytes
 
     def run(
-        self, stage: Stage, loaders: dict[str, Iterable[Any]], limit: int | None, *, keep: bool = False
+        self,
+        stage: Stage,
+        loaders: dict[str, Iterable[Any]],
+        limit: int | None,
+        *,
+        keep: bool = False,
+        under_way: bool = False,
+        on_loader: Callable[[str], None] = lambda key: None,
+        on_done: Callable[[str], None] = lambda key: None,
     ) -> dict[str, tuple[Any, ...]]:
         """Run a stage over every dataloader; afterwards every submodule is in the mode it was in before.
 
         Args:
             limit: Most batches of each dataloader.
             keep: Return the outputs, collated, per key; else they are kept only for hooks that want them.
+            under_way: The first dataloader was begun by an earlier attempt, which has told so.
+            on_loader: Called before each dataloader, with its key.
+            on_done: Called after it, its hooks included.
 
         Raises:
             EmptyDataLoader: a dataloader yielded no batch.
@@ -80,7 +91,10 @@ class Evaluation:
         try:
             with torch.no_grad():
                 for key, loader in loaders.items():
-                    outputs = self._run_loader(stage, key, loader, limit, keep)
+                    on_loader(key)
+                    outputs = self._run_loader(stage, key, loader, limit, keep, under_way)
+                    under_way = False
+                    on_done(key)
                     if keep and outputs is not None:
                         kept[key] = outputs.collated()
         except BaseException:
@@ -93,7 +107,7 @@ class Evaluation:
         return kept
 
     def _run_loader(
-        self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, keep: bool
+        self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, keep: bool, under_way: bool
     ) -> EpochOutputs | None:
         name, started, _, ended = _EVENTS[stage]
         boundary = self._boundary
@@ -101,7 +115,8 @@ class Evaluation:
         method = f"get_{name}_dataloaders"
         length = loader_length(loader)
         steps = limit if length is None else length if limit is None else min(limit, length)
-        boundary.publish(started(*boundary.origin.header(), key, steps))
+        if not under_way:
+            boundary.publish(started(*boundary.origin.header(), key, steps))
         outputs = self._outputs(stage, key, keep)
         began = time.monotonic()
         boundary.phase = f"the dataloader {key!r} of {method}"

@@ -12,6 +12,7 @@ import torch
 from events.backlog import Payload, Published
 from events.messages import (
     BackwardEnded,
+    CheckpointStaged,
     Event,
     RunEnded,
     TrainEpochEnded,
@@ -24,6 +25,7 @@ from events.supervisor import Observer
 from trainer.errors import ArgumentsError, add_note
 from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
 from trainer.recorder import MetricRecorder
+from trainer.tensor_state import part_of
 
 Hook = Callable[..., Any]
 
@@ -90,6 +92,11 @@ class CallbackHooks:
         """What runs its hooks that are not inline, if it has any."""
         self.disabled = False
         """True once it has failed and was given up: no hook of it runs any more, on any lane."""
+        # The module's own state is `ModuleInterface.get_state`.
+        kept = (getattr(callback, "state_dict", None), getattr(callback, "load_state_dict", None))
+        self.stateful = all(map(callable, kept)) and not isinstance(callback, ModuleInterface)
+        """Whether it has ``state_dict`` and ``load_state_dict``, for checkpoints."""
+        self._callback = callback
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
@@ -109,11 +116,28 @@ class CallbackHooks:
                 f"the callback {self.name} comes with Delivery(types=...), but its hooks say what it gets: leave types"
                 f" out, and hooks that it does not want"
             )
+        if self.delivery.overflow == "spill" and self.observed and self.stateful:
+            raise ArgumentsError(
+                f"the callback {self.name} has a state_dict for checkpoints, which an overflow of 'spill' would lose:"
+                f" give it 'block', which is the default, or 'drop_oldest'"
+            )
         if self.delivery.overflow == "spill" and not _WITH_OUTPUTS.isdisjoint(self.observed):
             raise ArgumentsError(
                 f"the callback {self.name} has hooks that get outputs, which an overflow of 'spill' would lose: give it"
                 f" 'block', which is the default, or 'drop_oldest'"
             )
+
+    def state_dict(self) -> Any:
+        """Its state, as it keeps it."""
+        return self._callback.state_dict()  # type: ignore[attr-defined]  # `stateful` has looked
+
+    def load_state_dict(self, state: Any) -> None:
+        """Have it take over what `state_dict` returned. Raises what it raises."""
+        self._callback.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def is_given_up(self) -> bool:
+        """Whether it will handle no event any more."""
+        return self.disabled
 
 
 class HookTable:
@@ -197,6 +221,9 @@ class CallbackTarget:
         self._batch = ()
 
     def _run(self, event: Event, payload: Payload | None) -> None:
+        if isinstance(event, CheckpointStaged):
+            self._add_state(payload)
+            return
         if isinstance(event, RunEnded) and event.status not in ("finished", "stopped"):
             return  # the hook means "after training finishes"
         self._doing = self._names[type(event)]
@@ -210,6 +237,18 @@ class CallbackTarget:
             raise
         finally:
             self._recorder.handling(None)
+
+    def _add_state(self, payload: Payload | None) -> None:
+        """A checkpoint is taken at this place in the run, to which the callback has come just now: add its state."""
+        part = payload.outputs.part_of(self.observer) if payload is not None else None
+        if part is None:
+            return
+        self._doing = "state_dict"
+        try:
+            part.set(part_of({"name": self.observer, "state": self._callback.state_dict()}))
+        except Exception as error:  # a supervisor's border: the checkpoint's failure, told where that is told
+            add_note(error, f"raised by {self.observer}.state_dict")
+            part.set(error)
 
     def abandon(self) -> None:
         """Run no further hook, inline ones included: the rest of the batch in hand was given up."""

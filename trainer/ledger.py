@@ -12,7 +12,18 @@ import torch
 
 from events.messages import StallLedger
 
-_ROWS = ("compute", "contention", "data", "readback", "publish", "inline", "fence", "backpressure", "paused")
+_ROWS = (
+    "compute",
+    "contention",
+    "data",
+    "readback",
+    "publish",
+    "inline",
+    "fence",
+    "backpressure",
+    "checkpoint",
+    "paused",
+)
 _GAP_NS = 100_000
 """When more than this lies between the model's part of two steps, the loop may have waited there for something else."""
 
@@ -50,7 +61,7 @@ class Ledger:
         self._others_ns = others_ns
         self._others = self._stood = self._ran = self._ran_at = self.contention = 0
         self.compute = self.data = self.readback = self.publish = 0
-        self.inline = self.fence = self.backpressure = self.paused = 0
+        self.inline = self.fence = self.backpressure = self.checkpoint = self.paused = 0
         self.steps = self.aside = 0
         self.idle = DeviceIdle(device) if device.type == "cuda" else None
         self._started = self._base_wall = clock()

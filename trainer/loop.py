@@ -7,7 +7,7 @@ host-device synchronisation points one that begins with ``SYNC``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from time import perf_counter_ns as clock
 from typing import Any
 
@@ -24,8 +24,9 @@ from events.messages import (
 )
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary
+from trainer.checkpointing import has_state
 from trainer.collate import as_tuple
-from trainer.data import as_val_loaders, batch_rows, first_rows, loader_length, make_train_sampler
+from trainer.data import ShuffledSampler, as_val_loaders, batch_rows, first_rows, loader_length, make_train_sampler
 from trainer.errors import EmptyDataLoader, StepOutputError
 from trainer.evaluation import END, Evaluation
 from trainer.module_interface import ModuleInterface, Stage
@@ -33,6 +34,8 @@ from trainer.optimization import Optimization, Skip
 from trainer.outputs import Capture, EpochOutputs
 from trainer.precision import Precision
 from trainer.recorder import MetricRecorder
+from trainer.resume import Loaded, go_on
+from trainer.rng import RngState, capture_rng, restore_rng
 
 Outputs = tuple[Any, ...]
 
@@ -50,7 +53,6 @@ class TrainingLoop:
         boundary: Boundary,
         evaluation: Evaluation,
         recorder: MetricRecorder,
-        sampler_seed: int,
     ) -> None:
         self.epochs_finished = 0
         self._module = module
@@ -58,44 +60,77 @@ class TrainingLoop:
         self._device = device
         self._precision = precision
         self._boundary = boundary
+        self._checkpoints = boundary.checkpoints
+        self._position = boundary.checkpoints.position
         self._evaluation = evaluation
         self._recorder = recorder
-        self._sampler_seed = sampler_seed
         self._capture = Capture(device, boundary.notice)
         hooks = boundary.hooks
         self._step_hooks = hooks.inline[TrainStepEnded]
         self._backward_hooks = hooks.inline[BackwardEnded]
         self._fenced_steps = TrainStepEnded in hooks.fenced
         self._returned: Any = None
-        self._validated_at = 0
-        self._skipped_in_a_row = 0
+        self._resumed: Loaded | None = None
+        self._validation_rng: RngState | None = None  # for the validation that a resumed run is to finish
 
-    def run(self, optimization: Optimization, first_loader: Iterable[Any]) -> None:
+    def run(self, optimization: Optimization, first_loader: Iterable[Any], resumed: Loaded | None = None) -> None:
         """Train until the data, a limit or a stop ends it.
 
         Args:
             first_loader: The dataloader of the first epoch; those of later epochs are asked for when they begin.
+            resumed: The checkpoint at whose place to go on; the state is there already, but for the random generators.
 
         Raises:
             StopRequested: a stop was taken.
         """
         self._optimization = optimization
+        self._resumed = resumed
         if not self._module.training:
             self._module.train()  # not where it is: the user may keep a submodule in eval mode, a frozen batch norm
         loader: Iterable[Any] | None = first_loader
-        for epoch in range(self._arguments.epochs):
+        self.epochs_finished = self._boundary.origin.epoch
+        for epoch in range(self.epochs_finished, self._arguments.epochs):
+            if self._at_max_steps and self._position.phase == "begin":
+                break
             self._boundary.origin.epoch = epoch
             self._train_epoch(epoch, loader if loader is not None else self.train_loader(epoch))
             loader = None
             self.epochs_finished += 1
-            if self._at_max_steps:
-                return
+        self._take_last_checkpoint()
+
+    def _take_last_checkpoint(self) -> None:
+        """Training is finished: its state is worth keeping, for who goes on with more epochs."""
+        origin = self._boundary.origin
+        epoch, origin.epoch = origin.epoch, self.epochs_finished
+        try:
+            self._checkpoints.at_end()
+        finally:
+            origin.epoch = epoch
+
+    def recall_loader(self) -> None:
+        """Resumed between two epochs: ask for the dataloader of the one before, as the run has done.
+
+        A module may keep it for the epochs that follow, in the order that it has, or at its own place.
+        """
+        position = self._position
+        if position.sampler_epoch is not None or position.loader_state is not None:
+            loader: Any = self._ask_for_loader(position.sampler_epoch or 0)
+            if position.loader_state is not None and has_state(loader):
+                loader.load_state_dict(position.loader_state)
 
     def train_loader(self, epoch: int) -> Iterable[Any]:
         """Ask the module for the dataloader of an epoch."""
+        position = self._position
+        if self._checkpoints.enabled and position.phase == "begin":
+            position.rng_at_loader = capture_rng(self._device)
+            position.sampler_epoch = position.loader_state = None
+        # A module may keep the loader of another epoch: one that is resumed must get that epoch's order again.
+        return self._ask_for_loader(epoch if position.sampler_epoch is None else position.sampler_epoch)
+
+    def _ask_for_loader(self, in_order_of: int) -> Iterable[Any]:
         self._boundary.phase = "get_train_dataloader"
         mark = clock()
-        self._sampler = make_train_sampler(self._sampler_seed, epoch)
+        self._sampler = make_train_sampler(self._position.sampler_seed, in_order_of)
         loader: Any = self._module.get_train_dataloader(self._sampler, self._arguments.micro_batch_size)
         loaders = as_val_loaders(loader if loader is not None else {}, "get_train_dataloader")
         if list(loaders) != ["default"]:
@@ -127,22 +162,31 @@ class TrainingLoop:
         origin, ledger, control, bus = boundary.origin, boundary.ledger, boundary.control, boundary.bus
         step_hooks, fenced_steps = self._step_hooks, self._fenced_steps
         gradients_are_looked_at = bool(step_hooks) or fenced_steps  # by a hook at the end of a step
-        began = time.monotonic()
+        checkpoints, position = self._checkpoints, self._position
+        began = position.began = time.monotonic()
         origin.stage = "train"
         limit_bytes = arguments.epoch_outputs_limit_bytes
         outputs = boundary.epoch_outputs(TrainEpochEnded, "on_end_train_epoch", limit_bytes)
-        boundary.publish(TrainEpochStarted(*origin.header(), self.steps_of(loader)))
+        checkpoints.outputs, checkpoints.loader = outputs, loader
+        steps = self.steps_of(loader)
+        if position.phase == "begin":
+            position.first_step, position.batches, position.elapsed_s = origin.global_step, 0, 0.0
+            boundary.publish(TrainEpochStarted(*origin.header(), steps))
 
         boundary.phase = "the training dataloader"
         mark = clock()
-        rows_of = batch_rows(loader, arguments.micro_batch_size, self._sampler)
-        batches = iter(loader)
+        rows_of = batch_rows(loader, arguments.micro_batch_size, ShuffledSampler)
+        batches = self._begin(loader, outputs)
+        if control.pending:
+            boundary.take_commands()
+        mark = clock()
         accumulation = arguments.accumulation_steps
         val_interval = arguments.val_interval_steps
         limit = self._step_limit()
-        first_step = origin.global_step
+        first_step = position.first_step
         idle = ledger.idle
-        read = 0
+        read = position.batches
+        used_up = False
         step_ended = mark
         try:
             while limit is None or origin.global_step < limit:
@@ -150,6 +194,7 @@ class TrainingLoop:
                 batch = next(batches, END)  # WAIT: data
                 if batch is END:
                     ledger.data += clock() - mark
+                    used_up = True
                     break
                 rows = first_rows(batch) if rows_of is None else rows_of(read)
                 read += 1
@@ -163,7 +208,9 @@ class TrainingLoop:
                 keep = observed or step_hooks or outputs is not None
                 now = clock()
                 ledger.data += now - mark
-                if control.pending:  # came while the loop waited for data: taken before the step, not after it
+                # What came while the loop waited for data is taken before the step: not if it may ask for a checkpoint,
+                # because the batch in hand is neither used nor unread.
+                if control.pending and not checkpoints.enabled:
                     boundary.take_commands()
                     now = clock()
 
@@ -179,6 +226,8 @@ class TrainingLoop:
                     loss, rows, live = self._micro_steps(group, keep)
                 boundary.phase = "the optimizer step"
                 lr = optimization.learning_rate
+                if checkpoints.stager.pending is not None:
+                    checkpoints.stager.gate()  # the device waits for a copy of what the optimizers are about to change
                 grad_norm, skipped = optimization.step(loss, rows, ledger)
                 if not gradients_are_looked_at:
                     optimization.zero_grad()
@@ -190,7 +239,7 @@ class TrainingLoop:
 
                 if skipped is None:
                     origin.global_step = step = origin.global_step + 1
-                    self._skipped_in_a_row = 0
+                    position.skipped_in_a_row = 0
                     if recorder.values:
                         recorder.take()
                     event = TrainStepEnded(
@@ -231,18 +280,22 @@ class TrainingLoop:
                     now = clock()
                     ledger.compute += now - mark
                     mark = now
+                position.batches = read
                 if control.pending or bus.gated or mark > boundary.ledger_due:
                     mark = boundary.cross(mark)
                 if val_interval is not None and origin.global_step % val_interval == 0:
                     self._validate_after(origin.global_step)
                     mark = step_ended = clock()
+                if origin.global_step >= checkpoints.due_step or mark >= checkpoints.due_ns:
+                    checkpoints.after_step(last=origin.global_step - first_step == steps)
+                    mark = clock()
         finally:
             self._returned = None
             # Ends a dataloader's workers: before validation starts its own, and though an exception keeps this frame.
             mark = clock()
             del batches
             ledger.data += clock() - mark
-        if read == 0:
+        if read == 0 and position.phase == "train":
             cause = (
                 "an iterator or generator is used up after one epoch: return a new one, or a DataLoader, each time"
                 if epoch and iter(loader) is loader
@@ -250,19 +303,64 @@ class TrainingLoop:
                 f" {arguments.micro_batch_size} rows)"
             )
             raise EmptyDataLoader(f"get_train_dataloader() gave no batch in epoch {epoch}: {cause}")
+        if not (used_up if position.phase == "train" else position.loader_state is not None):
+            checkpoints.loader = None  # its own place is one within the epoch, where nobody will go on
+        position.phase = "end"
+        position.loader_state = None
         if self._validates_at_end(epoch):
             self._validate()
-        steps, duration_s = origin.global_step - first_step, time.monotonic() - began
-        boundary.publish(TrainEpochEnded(*origin.header(), steps, duration_s), outputs)
+        duration_s = position.elapsed_s + time.monotonic() - began
+        boundary.publish(TrainEpochEnded(*origin.header(), origin.global_step - first_step, duration_s), outputs)
         boundary.phase = "the schedulers"
         optimization.end_epoch(ledger)
+        position.phase = "begin"
+        checkpoints.outputs = None
+        origin.epoch = epoch + 1  # where a checkpoint goes on
+        checkpoints.after_epoch(epoch)
+        origin.epoch = epoch
+
+    def _begin(self, loader: Iterable[Any], outputs: EpochOutputs | None) -> Iterator[Any]:
+        """Begin to iterate over an epoch's data; in an epoch that is resumed, behind what was used of it."""
+        position, resumed = self._position, self._resumed
+        if position.phase == "begin":
+            sampler = getattr(loader, "sampler", None)
+            if isinstance(sampler, ShuffledSampler):
+                type(sampler).skip = 0  # one that was resumed where nothing was left to read has not skipped yet
+            if self._checkpoints.enabled:
+                position.rng_at_iter = capture_rng(self._device)
+                position.sampler_epoch = sampler.epoch if isinstance(sampler, ShuffledSampler) else None
+            position.phase = "train"
+            return iter(loader)
+        assert resumed is not None
+        self._resumed = None
+        if outputs is not None and "outputs" in resumed.parts:
+            outputs.restore(resumed.parts["outputs"])
+        batches: Iterator[Any] = iter(())
+        if position.phase == "end":
+            if position.loader_state is not None and has_state(loader):
+                loader.load_state_dict(position.loader_state)  # type: ignore[attr-defined]  # `has_state` has looked
+        else:
+            mark = clock()
+            check = self._boundary.control.raise_if_failed
+            batches = go_on(loader, position, self._arguments, self._device, check)  # WAIT: data
+            self._boundary.ledger.data += clock() - mark
+        restore_rng(resumed.rng, self._device)
+        interval, step = self._arguments.val_interval_steps, self._boundary.origin.global_step
+        if position.phase != "train":
+            self._validation_rng = resumed.rng
+        if position.phase == "validate":
+            self._validate()
+            position.phase = "train"
+        elif position.phase == "train" and interval is not None and step % interval == 0:
+            self._validate_after(step)  # was due, and not done yet
+        return batches
 
     def _step_limit(self) -> int | None:
         """The ``global_step`` at which the epoch that begins now must end, whatever data is left."""
         arguments = self._arguments
         limits = [arguments.max_steps] if arguments.max_steps is not None else []
         if arguments.max_train_steps_per_epoch is not None:
-            limits.append(self._boundary.origin.global_step + arguments.max_train_steps_per_epoch)
+            limits.append(self._position.first_step + arguments.max_train_steps_per_epoch)
         return min(limits, default=None)
 
     @property
@@ -366,16 +464,18 @@ class TrainingLoop:
         self._recorder.discard()
         bus, header = self._boundary.bus, self._boundary.origin.header()
         if reason == "non_finite_loss":
-            self._skipped_in_a_row += 1
-            event = NonFiniteLoss(*header, loss, "skipped", self._skipped_in_a_row)  # type: ignore[arg-type]  # deferred
+            count = self._position.skipped_in_a_row = self._position.skipped_in_a_row + 1
+            event = NonFiniteLoss(*header, loss, "skipped", count)  # type: ignore[arg-type]  # deferred
             bus.publish(event)
         bus.publish(StepSkipped(*header, reason))
 
     # ----------------------------------------------------------------------------------------- validation
 
     def _validate_after(self, global_step: int) -> None:
-        if global_step != self._validated_at:  # a step that was skipped right after does not validate again
+        if global_step != self._position.validated_at:  # a step that was skipped right after does not validate again
+            self._position.phase = "validate"
             self._validate()
+            self._position.phase = "train"
 
     def _validates_at_end(self, epoch: int) -> bool:
         arguments = self._arguments
@@ -385,12 +485,13 @@ class TrainingLoop:
         return last or (epoch + 1) % arguments.val_interval_epochs == 0
 
     def _validate(self) -> None:
-        boundary = self._boundary
-        self._validated_at = boundary.origin.global_step
+        """Validate; where that was interrupted, begin with the dataloader that was under way."""
+        boundary, position = self._boundary, self._position
         if boundary.ledger.idle is not None:
             boundary.ledger.idle.forget()
         boundary.phase = "get_val_dataloaders"
         mark = clock()
+        rng, self._validation_rng = self._validation_rng, None
         loaders = as_val_loaders(
             self._module.get_val_dataloaders(
                 torch.utils.data.SequentialSampler,
@@ -398,10 +499,32 @@ class TrainingLoop:
             )
         )
         boundary.ledger.data += clock() - mark
-        if loaders:
-            self._evaluation.run(Stage.VAL, loaders, self._arguments.max_val_steps_per_epoch)
+        if rng is not None:
+            restore_rng(rng, self._device)
+        left = {key: loader for key, loader in loaders.items() if key not in position.validated_keys}
+        if left:
+            self._evaluation.run(
+                Stage.VAL,
+                left,
+                self._arguments.max_val_steps_per_epoch,
+                under_way=rng is not None,  # a checkpoint within a validation is taken between two of its batches
+                on_loader=self._on_val_loader,
+                on_done=self._on_validated,
+            )
+        position.rng_at_validation = None
+        position.validated_keys = []
+        position.validated_at = boundary.origin.global_step
         boundary.phase = "the schedulers"
         self._optimization.end_validation(boundary.ledger)
+        self._checkpoints.after_validation()
+
+    def _on_val_loader(self, key: str) -> None:
+        if self._checkpoints.enabled:
+            self._position.rng_at_validation = capture_rng(self._device)
+
+    def _on_validated(self, key: str) -> None:
+        self._position.rng_at_validation = None
+        self._position.validated_keys = [*self._position.validated_keys, key]
 
 
 def _weights(rows: list[int | None]) -> list[float]:

@@ -19,9 +19,11 @@ import msgspec
 import torch
 
 from events.bus import Bus
+from events.checkpoint.snapshot import Part
 from events.errors import RunCancelled
 from events.log import current_origin, logger
 from events.messages import (
+    CheckpointRejected,
     LedgerReported,
     ObserverFailed,
     RunEnded,
@@ -33,9 +35,10 @@ from events.messages import (
 from events.supervisor import describe
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary, StopRequested
+from trainer.checkpointing import Checkpointing
 from trainer.compilation import compile_steps
 from trainer.control import Control
-from trainer.data import as_val_loaders, seed_everything
+from trainer.data import as_val_loaders, map_tensors, seed_everything
 from trainer.errors import ContractError, add_note
 from trainer.evaluation import Evaluation
 from trainer.hooks import CallbackHooks, HookTable
@@ -46,9 +49,13 @@ from trainer.optimization import Optimization
 from trainer.precision import Precision
 from trainer.readback import DeviceReadback
 from trainer.recorder import MetricRecorder
+from trainer.resume import CheckpointPlan, Loaded
+from trainer.rng import capture_rng, restore_rng
+from trainer.tensor_state import part_of
 
 Task = Literal["train", "test"]
 
+_IN_ORDER = ("finished", "stopped")
 STUCK = "the training thread is stuck"
 _AT_EXIT_S = 2.0
 """How long the end of the process waits for each loop that is still running."""
@@ -63,6 +70,7 @@ class LoopThread:
 
     Args:
         readback: Told which stream the loop computes on.
+        plan: What is to be done about checkpoints.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class LoopThread:
         hooks: HookTable,
         recorder: MetricRecorder,
         readback: DeviceReadback,
+        plan: CheckpointPlan,
     ) -> None:
         self.status: Status = "failed"
         self.reason: str | None = None
@@ -87,6 +96,8 @@ class LoopThread:
         """What a test returned, per key."""
         self.epochs = 0
         """Epochs that were finished."""
+        self.weights: Part | None = None
+        """The module's weights when training has ended in order, if they are wanted; set before `RunEnded`."""
         self.total = StallLedger()
         """The ledger of the whole run, once it is over."""
         self.ended = anyio.Event()
@@ -102,6 +113,21 @@ class LoopThread:
         self._recorder = recorder
         self._readback = readback
         self._ledger = Ledger(device, bus.cpu_time.read_ns)
+        self._hooks = hooks
+        self._plan = plan
+        self._rejected: list[tuple[str, Exception]] = []
+        self._loaded: Loaded | None = None
+        self._checkpoints = Checkpointing(
+            plan.settings if task == "train" else None,
+            module=module,
+            device=device,
+            precision=precision,
+            hooks=hooks,
+            recorder=recorder,
+            bus=bus,
+            control=control,
+            ledger=self._ledger,
+        )
         self._boundary = Boundary(
             bus,
             bus.origin,
@@ -109,6 +135,7 @@ class LoopThread:
             hooks,
             self._ledger,
             recorder,
+            self._checkpoints,
             on_failed_hook=self._on_failed_hook,
             ledger_interval_s=arguments.ledger_interval_s,
         )
@@ -217,9 +244,7 @@ class LoopThread:
                 restore()
 
     def _train(self) -> None:
-        # Drawn from torch's generator, so that a host that has seeded it itself gets the same order each time.
-        seed = self._arguments.seed
-        sampler_seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu").item())  # on the host
+        loaded = self._load()
         loop = TrainingLoop(
             self._module,
             self._arguments,
@@ -228,9 +253,18 @@ class LoopThread:
             boundary=self._boundary,
             evaluation=self._evaluation,
             recorder=self._recorder,
-            sampler_seed=sampler_seed,
         )
-        loader = loop.train_loader(0)
+        position = self._checkpoints.position
+        if loaded is None:
+            # Drawn from torch's generator, so that a host that has seeded it itself gets the same order each time.
+            seed = self._arguments.seed
+            position.sampler_seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
+        else:
+            if position.phase == "begin":
+                loop.recall_loader()
+            restore_rng((position.phase != "begin" and position.rng_at_loader) or loaded.rng, self._device)
+        loader = loop.train_loader(self._origin.epoch)
+        rng = capture_rng(self._device)
         steps = loop.steps_of(loader)
         if steps is None:
             logger.warning(
@@ -238,19 +272,61 @@ class LoopThread:
                 " per epoch; set max_train_steps_per_epoch if a scheduler needs the number"
             )
         self._publish_started(steps)
-        self._boundary.phase = "get_optimizers_schedulers"
-        returned = self._module.get_optimizers_schedulers(steps or 0, self._arguments.epochs)
-        parameters = self._module.parameters()
-        optimization = Optimization(returned, parameters, self._arguments, self._precision, self._recorder.latest)
+        if loaded is None:
+            position.steps_per_epoch = steps or 0
+        optimization = self._make_optimization(position.steps_per_epoch)
+        if loaded is not None:
+            self._restore(loaded, optimization)
+            restore_rng(rng, self._device)
         optimization.zero_grad()  # what the host has left in the gradients is none of the first step's
+        self._checkpoints.start(optimization)
         self._ledger.start()
         try:
-            loop.run(optimization, loader)
+            loop.run(optimization, loader, loaded)
         finally:
             self.epochs = loop.epochs_finished
+            self._checkpoints.loader = None  # or its workers would live on
             optimization.zero_grad()
 
+    def _make_optimization(self, steps_per_epoch: int) -> Optimization:
+        self._boundary.phase = "get_optimizers_schedulers"
+        returned = self._module.get_optimizers_schedulers(steps_per_epoch, self._arguments.epochs)
+        parameters = self._module.parameters()
+        return Optimization(returned, parameters, self._arguments, self._precision, self._recorder.latest)
+
+    # -------------------------------------------------------------------------------------------- resuming
+
+    def _load(self) -> Loaded | None:
+        """Read the checkpoint to go on from, if there is one, and note what this attempt starts from."""
+        self._boundary.phase = "reading the checkpoint"
+        plan, origin = self._plan, self._origin
+        loaded = self._loaded = plan.load(lambda name, error: self._rejected.append((name, error)))
+        parent = None
+        if loaded is not None:
+            loaded.restore_module(self._module)
+            origin.global_step, origin.epoch = loaded.state["global_step"], loaded.state["epoch"]
+            parent = plan.name_of(loaded)
+            self._checkpoints.go_on(loaded.position, parent, plan.best_up_to(loaded))
+        plan.prepare(origin.attempt, parent, loaded)
+        return loaded
+
+    def _restore(self, loaded: Loaded, optimization: Optimization) -> None:
+        """Put back all of a checkpoint but the module, which has its state, and the place in the data."""
+        self._boundary.phase = "restoring the checkpoint"
+        if not self._arguments.reset_optimizers_schedulers:
+            loaded.restore_optimization(optimization, self._device)
+            if self._precision.scaler is not None and loaded.state["scaler"] is not None:
+                self._precision.scaler.load_state_dict(loaded.state["scaler"])
+        loaded.restore_callbacks(self._hooks.callbacks)
+        self._recorder.latest.update(map_tensors(torch.clone, loaded.state["latest"]))
+        if "readings" in loaded.parts:
+            self._readback.restore(loaded.parts["readings"])
+
     def _test(self) -> None:
+        loaded = self._loaded = self._plan.load(lambda name, error: self._rejected.append((name, error)))
+        if loaded is not None:
+            loaded.restore_module(self._module)
+            self._origin.global_step, self._origin.epoch = loaded.state["global_step"], loaded.state["epoch"]
         self._publish_started(None)
         self._boundary.phase = "get_test_dataloaders"
         sampler = torch.utils.data.SequentialSampler
@@ -279,14 +355,22 @@ class LoopThread:
             arguments.max_steps,
             plain(arguments),
             str(self._device),
-            {"python": platform.python_version(), "torch": str(torch.__version__), "stagecast": _own_version()},
+            versions(),
             socket.gethostname(),
             os.getpid(),
         )
         self._bus.publish(started)
-        if origin.attempt > 1:
-            # Nothing of the earlier attempts is taken over, so their steps are superseded from the first one on.
-            self._bus.publish(RunResumed(*origin.header()))
+        for name, error in self._rejected:
+            self._bus.publish(CheckpointRejected(*origin.header(), name, describe(error)))
+        loaded = self._loaded
+        if loaded is not None:
+            in_line = self._plan.name_of(loaded) is not None
+            # The steps of earlier attempts that are done again are superseded: all of them, if this run goes on from
+            # another one's checkpoint.
+            after_seq = loaded.manifest.seq if in_line else 0
+            self._bus.publish(RunResumed(*origin.header(), str(loaded.manifest.name), after_seq))
+        elif origin.attempt > 1:
+            self._bus.publish(RunResumed(*origin.header(), None, 0))
 
     def _record(self, error: BaseException) -> None:
         self.error = error
@@ -308,10 +392,12 @@ class LoopThread:
         try:
             if not self._started:  # it failed before it knew how long an epoch is
                 self._publish_started(None)
+            if self._checkpoints.keeps_weights and self.status in _IN_ORDER:
+                self.weights = part_of(dict(self._module.state_dict()))
             self.total = self._ledger.total()
             self._bus.publish(LedgerReported(*origin.header(), "run", self.total))
             ended = RunEnded(*origin.header(), self.status, self.reason)
-            if self.status in ("finished", "stopped"):
+            if self.status in _IN_ORDER:
                 self._boundary.phase = "on_end_train"
                 self._boundary.publish(ended)
             else:
@@ -353,6 +439,11 @@ def _count_seeded(change: int) -> None:
             logger.warning(
                 "two runs in this process seed the global random generators: neither of them is reproducible"
             )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a run."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "stagecast": _own_version()}
 
 
 def _own_version() -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from events.errors import CheckpointMismatch
 from trainer.arguments import TrainerArguments
 from trainer.errors import MetricNotFound, OptimizerError
 from trainer.ledger import Ledger
@@ -136,6 +137,55 @@ class Optimization:
         for parameter in self._strays:
             parameter.grad = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of optimizers and schedulers, as they keep it, not copied."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            # Functions among it (of SWALR) are those that the constructor has set.
+            "schedulers": [
+                {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
+                if hasattr(scheduler, "state_dict")
+                else None
+                for scheduler in self.schedulers
+            ],
+            "followed_loss": (self._loss_sum, self._loss_rows),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], where: str) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            where: Of what checkpoint, for messages.
+
+        Raises:
+            CheckpointMismatch: it is that of other optimizers or schedulers; none of them was changed.
+        """
+        optimizers, schedulers = state["optimizers"], state["schedulers"]
+        self._check(optimizers, schedulers, where)
+        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
+            optimizer.load_state_dict(saved)
+            _restore_dtypes(optimizer, saved)
+        for scheduler, saved in zip(self.schedulers, schedulers, strict=True):
+            if saved is not None and hasattr(scheduler, "load_state_dict"):
+                scheduler.load_state_dict(saved)
+        self._loss_sum, self._loss_rows = state["followed_loss"]
+
+    def _check(self, optimizers: list[Any], schedulers: list[Any], where: str) -> None:
+        hint = "; TrainerArguments(reset_optimizers_schedulers=True) begins with new ones"
+        for what, own, saved in (
+            ("optimizers", self.optimizers, optimizers),
+            ("schedulers", self.schedulers, schedulers),
+        ):
+            if len(own) != len(saved):
+                raise CheckpointMismatch(f"{where} has {len(saved)} {what}, this module has {len(own)}{hint}")
+        for number, (optimizer, saved) in enumerate(zip(self.optimizers, optimizers, strict=True)):
+            own_sizes = [len(group["params"]) for group in optimizer.param_groups]
+            sizes = [len(group["params"]) for group in saved["param_groups"]]
+            if own_sizes != sizes:
+                raise CheckpointMismatch(
+                    f"{where}: optimizer {number} has groups of {sizes} parameters there, and of {own_sizes} here{hint}"
+                )
+
     def end_validation(self, ledger: Ledger) -> None:
         """Validation is over: schedulers that follow a metric get it, unless they follow the training loss.
 
@@ -174,6 +224,17 @@ class Optimization:
         ledger.readback += clock() - mark
         for scheduler in self._plateau:
             scheduler.step(number)
+
+
+def _restore_dtypes(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Undo that torch has brought a state to its parameter's type: float32 moments of a bfloat16 weight are meant."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        for name, value in saved["state"].get(number, {}).items():
+            own = optimizer.state[parameter].get(name)
+            if isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor) and own.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(own.device, copy=True)
 
 
 def _charge(ledger: Ledger, mark: int) -> None:

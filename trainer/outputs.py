@@ -9,9 +9,11 @@ from typing import Any
 import msgspec
 import torch
 
+from events.checkpoint.snapshot import Part
 from trainer.collate import Notice, OutputCollector, collate_outputs
 from trainer.data import map_tensors
 from trainer.errors import EpochOutputsTooLarge
+from trainer.tensor_state import part_of
 
 
 class Capture:
@@ -156,6 +158,23 @@ class EpochOutputs:
             self._collector = self._last = None
         if copy.arrived is not None and self._collector is not None:
             self._last = copy
+
+    def part(self) -> Callable[[], Part]:
+        """What is kept by now, for a checkpoint: the returned function may be called much later, on another thread."""
+        collector, last = self._collector, self._last
+        kept = collector.kept() if collector is not None else None
+
+        def make() -> Part:
+            if last is not None:
+                last.wait()  # the copies before it went through the same stream
+            return part_of(kept() if kept is not None else None)
+
+        return make
+
+    def restore(self, kept: Any) -> None:
+        """Go on with what stands in a checkpoint."""
+        if self._collector is not None and kept is not None:
+            self._collector.restore(kept)
 
     @property
     def nbytes(self) -> int:

@@ -10,12 +10,24 @@ from typing import Any
 import torch
 from msgspec.structs import force_setattr
 
-from events.backlog import Published
+from events.backlog import Payload, Published
+from events.checkpoint import packing
+from events.checkpoint.snapshot import Part
 from events.log import logger
-from events.messages import Event, MetricsLogged, TestEpochEnded, TrainEpochEnded, TrainStepEnded, ValEpochEnded
+from events.messages import (
+    CheckpointStaged,
+    Event,
+    MetricsLogged,
+    TestEpochEnded,
+    TrainEpochEnded,
+    TrainStepEnded,
+    ValEpochEnded,
+)
 
 _Place = tuple[Callable[[Any, str, float | None], None], Any, str]
 """Where a number goes: how to put it there, the event or dictionary, and the name."""
+
+_READINGS = ("_consecutive", "_loss_sum", "_loss_rows", "_steps")
 
 _Read = Callable[[], bool]
 """Puts numbers in their places and returns True, if they have arrived from the device."""
@@ -127,8 +139,10 @@ class DeviceReadback:
         return read
 
     def _observe(self, batch: list[Published]) -> None:
-        for event, _ in batch:
+        for event, payload in batch:
             if type(event) is not TrainStepEnded:
+                if type(event) is CheckpointStaged and payload is not None:
+                    self._add_readings(payload)
                 self._summarise(event)
                 continue
             self._steps += 1
@@ -142,6 +156,19 @@ class DeviceReadback:
                     self._on_loss(event, self._consecutive)
                 elif self._consecutive:
                     self._consecutive = 0
+
+    def _add_readings(self, payload: Payload) -> None:
+        """A checkpoint is taken at this place: add what has been read up to here."""
+        readings = {name: getattr(self, name) for name in _READINGS} | {"summary": dict(self.summary)}
+        part = payload.outputs.part_of("bus")
+        if part is not None:
+            part.set(Part(packing.encode(readings)))
+
+    def restore(self, readings: dict[str, Any]) -> None:
+        """Go on with what stands in a checkpoint. Before anything is published."""
+        for name in _READINGS:
+            setattr(self, name, readings[name])
+        self.summary = dict(readings["summary"])
 
     def _summarise(self, event: Event) -> None:
         if isinstance(event, MetricsLogged):

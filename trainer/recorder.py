@@ -46,7 +46,7 @@ class MetricRecorder:
         event: Event | None = getattr(self._hook, "event", None)
         header = self._bus.origin.header() if event is None else header_of(event)
         key = getattr(event, "key", None)
-        self._publish(MetricsLogged(*header, {}, key), {name: value})
+        self._publish(MetricsLogged(*header, {}, key, event.seq if event is not None else None), {name: value})
 
     def handling(self, event: Event | None) -> None:
         """The calling thread runs a hook for this event, or (None) no longer does."""

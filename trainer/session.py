@@ -14,11 +14,13 @@ import anyio
 import msgspec
 
 from events.bus import Bus
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled, TrainingThreadStuck
 from events.folder import RunFolder
 from events.journal import Journal
 from events.log import current_origin, logger
-from events.messages import NonFiniteLoss, TrainStepEnded
+from events.messages import CheckpointStaged, NonFiniteLoss, TrainStepEnded
 from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
 from events.sink import Delivery, RunInfo, Sink, delivery_of
@@ -29,15 +31,18 @@ from trainer.control import Control
 from trainer.data import resolve_device
 from trainer.errors import NonFiniteLossError, add_note
 from trainer.hooks import CallbackHooks, CallbackTarget, HookTable
-from trainer.loop_thread import STUCK, LoopThread, Task, plain
+from trainer.loop_thread import STUCK, LoopThread, Task, plain, versions
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.precision import Precision
 from trainer.readback import DeviceReadback
 from trainer.recorder import MetricRecorder
+from trainer.resume import CheckpointPlan
 
 Callback = CallbackInterface | tuple[CallbackInterface, Delivery]
 SinkLike = Sink | tuple[Sink, Delivery]
 
+_JOURNAL_WAIT_S = 5.0
+"""How long a checkpoint waits for the journal to have what led to it. The journal is the lesser good."""
 _ABORTED_DRAIN_S = 0.5
 """How long each of callbacks, sinks and journal may take after a second signal."""
 
@@ -65,6 +70,8 @@ class Session:
         journal: Journal | None,
         run_id: str | None,
         run_dir: str | os.PathLike[str] | None,
+        checkpoints: bool | Checkpoints,
+        resume: str | os.PathLike[str] | None,
         interactive: bool,
     ) -> None:
         self.error: BaseException | None = None
@@ -78,13 +85,15 @@ class Session:
         precision = Precision(arguments.precision, self._device.type)
         self._run_id = run_id or new_run_id()
         self._folder: RunFolder | None = None
-        if journal is not None or run_dir is not None:
+        if journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints):
             self._folder = RunFolder.open(run_dir or Path("runs") / self._run_id, self._run_id)
         try:
             run_dir = str(self._folder.path) if self._folder is not None else None
+            self._plan = self._make_plan(checkpoints, resume)
             self._connect(journal is None)
             attempt = RunInfo(self._run_id, self.origin.attempt, 0, run_dir, interactive)
             self._journal = self._add_journal(journal, attempt)
+            self._checkpoint_observers: list[Observer] = []
             # The contract has no hook for a test.
             members = [(module, None), *map(split, callbacks)] if task == "train" else []
             hooks = self._add_callbacks(members)
@@ -100,7 +109,9 @@ class Session:
                 hooks=hooks,
                 recorder=self._recorder,
                 readback=self._readback,
+                plan=self._plan,
             )
+            self._writer = self._add_checkpoints() if task == "train" else None
             if self._folder is not None:
                 self._folder.write_arguments(plain(arguments))
         except BaseException:
@@ -115,15 +126,27 @@ class Session:
             self.bus.discard()
         self._close_folder()
 
+    def _make_plan(self, checkpoints: bool | Checkpoints, resume: str | os.PathLike[str] | None) -> CheckpointPlan:
+        settings = Checkpoints() if checkpoints is True else checkpoints or None
+        if self._folder is None:
+            return CheckpointPlan(None, None, resume, None)
+        url: str | None = None
+        if settings is not None and settings.upload is not None:
+            url = importlib.import_module("events.checkpoint.remote").run_url(settings.upload, self._run_id)
+        return CheckpointPlan(settings, CheckpointStore(self._folder.path / CHECKPOINTS_DIR), resume, url)
+
     def _connect(self, keeps_history: bool) -> None:
-        folder = self._folder
-        self.origin = Origin(self._run_id, folder.last_attempt + 1 if folder is not None else 1)
+        folder, store = self._folder, self._plan.store
+        # Above everything that the journal or a checkpoint knows: either may have been lost.
+        attempt = max(folder.last_attempt if folder is not None else 0, store.last_attempt if store is not None else 0)
+        seq = max(folder.last_seq if folder is not None else 0, store.last_seq if store is not None else 0)
+        self.origin = Origin(self._run_id, attempt + 1)
         self._readback = DeviceReadback(self._on_loss)
         self.bus = Bus(
             self.origin,
             readback=self._readback,
             history=4_096 if keeps_history else 0,
-            first_seq=folder.last_seq + 1 if folder is not None else 1,
+            first_seq=seq + 1,
             spill_dir=str(folder.path) if folder is not None else None,
         )
         self._recorder = MetricRecorder(self.bus)
@@ -140,7 +163,8 @@ class Session:
         table = HookTable(CallbackHooks(callback, delivery) for callback, delivery in members)
         for callback in table.callbacks:
             if callback.observed:
-                delivery = msgspec.structs.replace(callback.delivery, types=frozenset(callback.observed))
+                types = {*callback.observed, *([CheckpointStaged] if callback.stateful else [])}
+                delivery = msgspec.structs.replace(callback.delivery, types=frozenset(types))
                 target = CallbackTarget(callback, self._device, self._recorder)
                 observer = self._supervisor.add(callback.name, target, delivery)
                 callback.observer = observer
@@ -155,7 +179,44 @@ class Session:
             name = type(described).__name__.lower()
             self._supervisor.add(name, SinkTarget(described, run), delivery or delivery_of(described))
 
+    def _add_checkpoints(self) -> Any:
+        """The observers that write checkpoints, and upload them."""
+        plan, bus = self._plan, self.bus
+        if plan.settings is None or plan.store is None:
+            return None
+        kind = type(self._module)
+        sinks: Any = importlib.import_module("sinks.checkpoint_writer")
+        writer = sinks.CheckpointWriter(
+            plan.store,
+            plan.settings,
+            origin=self.origin,
+            publish=bus.publish,
+            sync_journal=self._sync_journal,
+            weights=lambda: self.loop.weights,
+            module=f"{kind.__module__}.{kind.__qualname__}",
+            versions=versions(),
+        )
+        self._checkpoint_observers.append(self._supervisor.add("checkpoints", writer, sinks.WRITER_DELIVERY))
+        if plan.url is not None:
+            sinks = importlib.import_module("sinks.checkpoint_uploader")
+            uploader = sinks.CheckpointUploader(
+                plan.store, plan.url, plan.settings, bus.publish, self.origin.header, writer.retain
+            )
+            self._checkpoint_observers.append(self._supervisor.add("uploads", uploader, sinks.UPLOADER_DELIVERY))
+        return writer
+
     # ------------------------------------------------------------------------------ from observers and threads
+
+    def _sync_journal(self, seq: int) -> None:
+        """Return when the journal has all up to ``seq`` on stable storage, or is in trouble. On any other thread."""
+        target = self._journal.target if self._journal is not None else None
+        if self._journal is None or not isinstance(target, SinkTarget):
+            return
+        writer: Any = target.writer
+        if writer is not None and self._journal.circuit == "closed":
+            self.bus.flush()
+            if writer.wait_for(seq, _JOURNAL_WAIT_S):
+                writer.sync()
 
     def _on_loss(self, event: TrainStepEnded, consecutive: int) -> None:
         """A loss that is not finite has been read; it belongs to a step that is over."""
@@ -163,7 +224,7 @@ class Session:
         loss = event.loss if event.loss is not None else float("nan")
         if consecutive & (consecutive - 1) == 0:  # the 1st, 2nd, 4th, 8th...: a diverged run is not flooded
             action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
-            self.bus.publish(NonFiniteLoss(*header_of(event), loss, action, consecutive))
+            self.bus.publish(NonFiniteLoss(*header_of(event), loss, action, consecutive, event.seq))
         if consecutive == 1:
             logger.warning(f"the loss of step {event.global_step} is {loss}")
         if stop:
@@ -241,21 +302,34 @@ class Session:
             watch.cancel_scope.cancel()
 
     async def _drain(self) -> list[ObserverReport]:
-        """Drain callbacks, then sinks, then the journal: each is told how those before it have ended."""
-        stages: dict[str, list[Observer]] = {"callbacks": [], "sinks": [], "journal": []}
-        for observer in self._supervisor.observers:
-            stage = "callbacks" if observer.target.payloads else "journal" if observer is self._journal else "sinks"
-            stages[stage].append(observer)
-        timeout_s = self._arguments.drain_timeout_s
+        """Drain callbacks, then checkpoints, sinks, the journal: each is told how those before it have ended."""
+        stages = self._stages()
         if isinstance(self.loop.error, (KeyboardInterrupt, SystemExit)):  # a second signal
             self._supervisor.hurry(_ABORTED_DRAIN_S)
         reports: list[ObserverReport] = []
-        for observers in stages.values():
+        for timeout_s, observers in stages:
             if observers:
                 reports += await self._supervisor.drain(observers, timeout_s)
         await self.bus.drain()
         self.bus.close()
         return reports
+
+    def _stages(self) -> list[tuple[float, list[Observer]]]:
+        """Who is drained together, and how long that may take."""
+        callbacks: list[Observer] = []
+        sinks: list[Observer] = []
+        for observer in self._supervisor.observers:
+            if isinstance(observer.target, CallbackTarget):
+                callbacks.append(observer)
+            elif observer is not self._journal and observer not in self._checkpoint_observers:
+                sinks.append(observer)
+        settings, timeout_s = self._plan.settings, self._arguments.drain_timeout_s
+        return [
+            (timeout_s, callbacks),
+            *((settings.end_timeout_s, [observer]) for observer in self._checkpoint_observers if settings is not None),
+            (timeout_s, sinks),
+            (timeout_s, [self._journal] if self._journal is not None else []),
+        ]
 
     def _conclude(self, reports: list[ObserverReport]) -> None:
         loop, failure = self.loop, self.control.error
@@ -276,6 +350,7 @@ class Session:
             ledger=loop.total,
             observers=reports,
             run_dir=str(self._folder.path) if self._folder is not None else None,
+            checkpoint=str(self._writer.last_saved) if self._writer is not None and self._writer.last_saved else None,
         )
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
+from events.checkpoint.settings import Checkpoints
 from events.errors import RunCancelled
 from events.journal import Journal
 from events.messages import Event
@@ -53,8 +54,13 @@ class Trainer:
         journal: Whether and how the run keeps its events on disk; on by default.
         run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, the run is taken up
             again.
-        run_dir: The run's folder; by default ``runs/RUN_ID`` below the working directory. Without a journal and without
-            this, nothing is written.
+        run_dir: The run's folder; by default ``runs/RUN_ID`` below the working directory. Without a journal, without
+            this and without `Checkpoints`, nothing is written.
+        checkpoints: When checkpoints are taken and how many are kept. True: as `Checkpoints` says by default, where the
+            run has a folder.
+        resume: What to go on from. ``"auto"``: the newest whole checkpoint of the run's folder (or of where it uploads
+            to, if there is none), or a new run if there is none. A path: of a checkpoint, or of a run's folder. An
+            address in a remote store. None: begin anew. `test` takes over the module's state only.
 
     Raises:
         ArgumentsError: something given here is not what it must be.
@@ -70,6 +76,8 @@ class Trainer:
         journal: bool | Journal = True,
         run_id: str | None = None,
         run_dir: str | os.PathLike[str] | None = None,
+        checkpoints: bool | Checkpoints = True,
+        resume: str | os.PathLike[str] | None = None,
     ) -> None:
         self.module = module
         self.arguments = arguments if arguments is not None else TrainerArguments()
@@ -79,6 +87,13 @@ class Trainer:
         self._journal = Journal() if journal is True else None if journal is False else journal
         self._run_id = run_id
         self._run_dir = run_dir
+        self._checkpoints = checkpoints
+        self._resume = resume
+        chosen: object = checkpoints
+        if not isinstance(chosen, bool | Checkpoints):
+            problems.append(f"checkpoints must be True, False or Checkpoints(...), not {_shown(checkpoints)}")
+        if not isinstance(resume, str | os.PathLike | None) or resume == "":
+            problems.append(f"resume must be 'auto', a path, an address or None, not {_shown(resume)}")
         _check(self.module, self.arguments, self._callbacks, self._sinks, problems)
         _check_folder(self._journal, run_id, run_dir, problems)
         if problems:
@@ -88,9 +103,9 @@ class Trainer:
         """Train on the calling thread, and wait until the observers are drained.
 
         The event loop runs on a thread of its own, so this works on any thread, inside a running event loop too (which
-        it blocks). On the main thread the first SIGINT or SIGTERM is a `Run.stop`, the second ends the run at once with
-        KeyboardInterrupt or SystemExit, leaving observers no more than a moment; the handlers are restored. A
-        signal that the process ignores stays ignored.
+        it blocks). On the main thread the first SIGINT or SIGTERM is a `Run.stop`, with a checkpoint; the second ends
+        the run at once with KeyboardInterrupt or SystemExit, leaving observers no more than a moment; the handlers are
+        restored. A signal that the process ignores stays ignored.
 
         Raises:
             RunFolderError: the run's folder cannot be used.
@@ -151,6 +166,8 @@ class Trainer:
             journal=self._journal,
             run_id=self._run_id,
             run_dir=self._run_dir,
+            checkpoints=self._checkpoints,
+            resume=self._resume,
             interactive=interactive,
         )
 

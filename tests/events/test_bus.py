@@ -40,6 +40,7 @@ DROPPABLE = {
     "TestStepEnded",
     "MetricsLogged",
     "NonFiniteLoss",
+    "CheckpointUploading",
     "StepSkipped",
 }
 FIELDS: dict[str, tuple[Any, ...]] = {
@@ -54,6 +55,15 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "ObserverSlow": ("sink", "write", 1.0),
     "LoopHeld": ("fence", ["sink"], 1.0),
     "JournalGap": (1, 2, 2, "disk full"),
+    "CheckpointStaged": ("step-1.a1", ["steps"]),
+    "CheckpointSkipped": (["steps"], ["step-1.a1"]),
+    "CheckpointSaved": ("step-1.a1", "run/checkpoints/step-1.a1"),
+    "CheckpointFailed": ("step-1.a1", "OSError: disk full"),
+    "CheckpointUploading": ("step-1.a1", "s3://bucket", 1, 2),
+    "CheckpointUploaded": ("step-1.a1", "s3://bucket"),
+    "CheckpointDeleted": ("step-1.a1",),
+    "CheckpointRejected": ("step-1.a1", "CheckpointDamaged"),
+    "WeightsSaved": ("run/weights.safetensors",),
     "LedgerReported": ("run", StallLedger()),
     "CommandTaken": ("stop", "id"),
 }

@@ -33,6 +33,14 @@ from events.journal_reader import (
 from events.messages import (
     EVENT_TYPES,
     BackwardEnded,
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointStaged,
+    CheckpointUploaded,
+    CheckpointUploading,
     CommandTaken,
     Event,
     JournalGap,
@@ -46,6 +54,7 @@ from events.messages import (
     RunResumed,
     RunStarted,
     TrainStepEnded,
+    WeightsSaved,
     UnknownEvent,
 )
 from events.sink import RunInfo, Sink, delivery_of
@@ -808,6 +817,9 @@ def test_every_event_type_is_bound_to_a_step_or_not() -> None:
     stays = {
         *(RunStarted, RunResumed, RunEnded, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow),
         *(LoopHeld, JournalGap, CommandTaken),
+        # They tell of what is on the disk, which no later attempt undoes.
+        *(CheckpointStaged, CheckpointSkipped, CheckpointSaved, CheckpointFailed, CheckpointRejected, WeightsSaved),
+        *(CheckpointUploading, CheckpointUploaded, CheckpointDeleted),
     }
     assert set(EVENT_TYPES) == stays | set(SUPERSEDED_TYPES)
     assert not stays & set(SUPERSEDED_TYPES)

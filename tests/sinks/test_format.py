@@ -102,6 +102,7 @@ def test_the_ledger_is_a_table_that_adds_up() -> None:
         "inline hooks      0.000    0.0 %",
         "fences            0.000    0.0 %",
         "backpressure      0.000    0.0 %",
+        "checkpoint        0.000    0.0 %",
         "paused            0.000    0.0 %",
         "other             0.500    0.8 %",
         "wall             60.000  100.0 %",

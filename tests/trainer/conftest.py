@@ -25,6 +25,7 @@ from events.protocol import RunResult
 from events.run import Run
 from sinks import Memory
 from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments
+from trainer.slab import SlabPool
 
 ROOT = Path(trainer.__file__).parent.parent
 WAIT_S = 20.0
@@ -134,11 +135,16 @@ class Outcome:
         return [type(event).__name__ for event in self.events if type(event) not in without]
 
 
+_OWN = ("journal", "run_id", "run_dir", "checkpoints", "resume")
+
+
 def make_trainer(module: ModuleInterface, *, callbacks: Iterable[Any] = (), sinks: Any = (), **options: Any) -> Trainer:
-    """A trainer on the CPU that writes nothing to disk, unless told; ``options`` of it and of its arguments."""
-    own = {name: options.pop(name) for name in ("journal", "run_id", "run_dir") if name in options}
+    """A trainer on the CPU that writes nothing to disk and takes no checkpoints, unless told; ``options`` of it and of its arguments."""
+    own = {name: options.pop(name) for name in _OWN if name in options}
     arguments = TrainerArguments(**({"train_batch_size": 8, "device": "cpu"} | options))
-    return Trainer(module, arguments, callbacks=callbacks, sinks=sinks, **({"journal": False} | own))
+    return Trainer(
+        module, arguments, callbacks=callbacks, sinks=sinks, **({"journal": False, "checkpoints": False} | own)
+    )
 
 
 def train(module: ModuleInterface, *, sinks: Iterable[Any] = (), **options: Any) -> Outcome:
@@ -244,6 +250,7 @@ def kit() -> Any:
         Memory=Memory,
         WAIT_S=WAIT_S,
         ROOT=ROOT,
+        SlabPool=SlabPool,
         make_trainer=make_trainer,
         train=train,
         wait_until_failed=wait_until_failed,

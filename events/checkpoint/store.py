@@ -1,0 +1,403 @@
+"""The checkpoints of a run on disk: committed as a whole, found by their line, verified, removed.
+
+::
+
+    checkpoints/
+        attempt-2.json        what attempt 2 started from: it is its line that "auto" follows
+        step-500.a1/          a checkpoint; its name stands there only once it is whole and durable
+            tensors.safetensors
+            state.msgpack
+            manifest.json     written last; lists and hashes the others
+            uploaded          once it is in the remote store: where
+        .step-550.a1.tmp/     one that is being written, or what a killed process has left of one
+
+**Commit**: all files are written and fsynced in a temporary folder, the manifest last; the folder is fsynced, renamed,
+and its parent fsynced. Only then is the checkpoint announced.
+
+**Line**: each attempt continues from one checkpoint (or from none), and so do its own. The newest checkpoint is that of
+the newest attempt, else the one that this attempt started from, and so on: not the one with the most steps, if somebody
+went back before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from events.checkpoint import disk
+from events.checkpoint.manifest import (
+    MANIFEST_NAME,
+    CheckpointName,
+    FileEntry,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
+from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew
+
+CHECKPOINTS_DIR = "checkpoints"
+"""The folder of checkpoints within a run's folder."""
+_UPLOADED_NAME = "uploaded"
+_CHUNK = 32 * 2**20
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """What an attempt started from."""
+
+    attempt: int
+    parent: str | None
+    """A checkpoint's name; None for an attempt that began anew, or elsewhere."""
+    source: str | None = None
+    """The path of the checkpoint of another run that it began with."""
+
+
+class Upload(msgspec.Struct, frozen=True):
+    """Where a checkpoint was uploaded to."""
+
+    url: str
+    time: float
+    """Unix seconds at which it was whole there."""
+
+
+class CheckpointStore:
+    """The checkpoints in one folder. Any thread; everything waits for the disk.
+
+    One process at a time may write to it: the one that holds the run's folder. Reading needs no lock.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.lock = threading.Lock()
+        """Held by whoever decides what is to be removed, from looking at what there is to removing it."""
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def names(self) -> list[CheckpointName]:
+        """All checkpoints that were committed, in the order in which they came about. Looks at names only."""
+        try:
+            entries = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(name for entry in entries if (name := CheckpointName.parse(entry)) is not None)
+
+    def path(self, name: CheckpointName) -> Path:
+        """Where a checkpoint is, or would be."""
+        return self.folder / str(name)
+
+    def manifest(self, name: CheckpointName) -> Manifest:
+        """Read a checkpoint's manifest.
+
+        Raises:
+            CheckpointNotFound: There is no such checkpoint.
+            CheckpointDamaged: The manifest is missing or changed.
+            CheckpointTooNew: A later version wrote it.
+        """
+        return read_manifest(self.path(name))
+
+    def line(self) -> list[CheckpointName]:
+        """The checkpoints that the run as it stands has come from, the newest first."""
+        return line_of(self.names(), self.attempts(), lambda name: self.manifest(name).parent)
+
+    def attempts(self) -> dict[int, Attempt]:
+        """What each attempt started from, as far as it was noted."""
+        try:
+            entries = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        found: list[Attempt | None] = []
+        for entry in entries:
+            if is_attempt_name(entry):
+                with contextlib.suppress(OSError):
+                    found.append(decode_attempt(entry, (self.folder / entry).read_bytes()))
+        return {attempt.attempt: attempt for attempt in found if attempt is not None}
+
+    @property
+    def last_attempt(self) -> int:
+        """The newest attempt of which there is a trace; 0 for none."""
+        return max([*self.attempts(), *(name.attempt for name in self.names())], default=0)
+
+    @property
+    def last_seq(self) -> int:
+        """The greatest ``seq`` that a checkpoint knows of; 0 for none."""
+        seq = 0
+        for name in self.names():
+            with contextlib.suppress(CheckpointDamaged, CheckpointNotFound, CheckpointTooNew):
+                seq = max(seq, self.manifest(name).seq)
+        return seq
+
+    @property
+    def source(self) -> str | None:
+        """Where else the newest attempt began, if it has no checkpoint of its own yet."""
+        attempts = self.attempts()
+        return attempts[max(attempts)].source if attempts and not self.line() else None
+
+    def candidates(self) -> Iterator[CheckpointName]:
+        """What to try to resume from, best first: the line, and should all of it be damaged, whatever else there is.
+
+        Nothing if the newest attempt began anew and has no checkpoint yet: that is what it is to be continued as.
+        """
+        return candidates_of(self.line(), self.names())
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def prepare(self, attempt: Attempt) -> None:
+        """Begin an attempt: make the folder, remove what a killed process has left, and note where the line goes on.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        if not self.folder.is_dir():
+            os.mkdir(self.folder)
+            for above in self.folder.absolute().parents[:3]:  # the run's folder, and what it lies in, may be new too
+                disk.sync_folder(above)
+        for entry in os.listdir(self.folder):
+            if entry.startswith(".step-") and entry.endswith(".tmp"):
+                disk.remove_folder(self.folder / entry)
+        disk.replace_file(self.folder / attempt_name(attempt.attempt), encode_attempt(attempt))
+
+    def begin(self, name: CheckpointName) -> Path:
+        """Make the temporary folder in which a checkpoint's files are to be written.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        folder = self._temporary(name)
+        disk.remove_folder(folder)
+        os.mkdir(folder)
+        return folder
+
+    def commit(self, manifest: Manifest) -> Path:
+        """Give a checkpoint its name, when all of its files are written and fsynced in its temporary folder.
+
+        Returns:
+            The checkpoint's folder. It is whole and durable.
+
+        Raises:
+            OSError: The disk refused; there is no checkpoint of that name.
+        """
+        temporary, final = self._temporary(manifest.name), self.path(manifest.name)
+        disk.write_parts(temporary / MANIFEST_NAME, [encode_manifest(manifest)])
+        disk.sync_folder(temporary)
+        os.rename(temporary, final)
+        try:
+            disk.sync_folder(self.folder)
+        except OSError:
+            # Not durable, so not to be had: its name may be gone after a power failure, and others may go by it.
+            with contextlib.suppress(OSError):
+                os.rename(final, temporary)
+            raise
+        return final
+
+    def abandon(self, name: CheckpointName) -> None:
+        """Remove what was written of a checkpoint that is not to be committed; as far as the disk lets us."""
+        with contextlib.suppress(OSError):
+            disk.remove_folder(self._temporary(name))
+
+    def remove(self, name: CheckpointName) -> None:
+        """Remove a checkpoint. It is gone at once and as a whole: first its name, then its files.
+
+        Raises:
+            OSError: The disk refused. What is left has no checkpoint's name any more, or is still whole.
+        """
+        temporary = self._temporary(name)
+        disk.remove_folder(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path(name), temporary)
+            disk.sync_folder(self.folder)  # or, after a power failure, the name might be back without the files
+            disk.remove_folder(temporary)
+
+    def _temporary(self, name: CheckpointName) -> Path:
+        return self.folder / f".{name}.tmp"
+
+    # ------------------------------------------------------------------------------------------- uploads
+
+    def mark_uploaded(self, name: CheckpointName, upload: Upload) -> None:
+        """Note that a checkpoint is whole in a remote store. Raises `OSError` if the disk refuses."""
+        disk.replace_file(self.path(name) / _UPLOADED_NAME, msgspec.json.encode(upload) + b"\n")
+
+    def upload_of(self, name: CheckpointName) -> Upload | None:
+        """Where a checkpoint was uploaded to; None if it was not, as far as this folder knows."""
+        try:
+            return msgspec.json.decode((self.path(name) / _UPLOADED_NAME).read_bytes(), type=Upload)
+        except (OSError, ValueError):
+            return None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of the checkpoint in a folder of any name; see `CheckpointStore.manifest`."""
+    path = folder / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise CheckpointDamaged(f"{path} is missing: the folder holds no whole checkpoint") from error
+        raise CheckpointNotFound(f"{folder} does not exist") from error
+    except OSError as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+    manifest = decode_manifest(data, str(path))
+    if CheckpointName.parse(folder.name) not in (None, manifest.name):
+        raise CheckpointDamaged(f"{path} is that of {manifest.name}: the folder was renamed, or the file exchanged")
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Read every file of a checkpoint and compare it with its manifest.
+
+    Raises:
+        CheckpointDamaged: A file is missing, cut or changed; names the first one.
+    """
+    for name, entry in manifest.files.items():
+        digest = xxhash.xxh3_128()
+        nbytes = 0
+        try:
+            with open(folder / name, "rb", buffering=0) as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                    nbytes += len(chunk)
+        except OSError as error:
+            raise CheckpointDamaged(f"{folder / name} cannot be read: {error}") from error
+        check_file(folder / name, entry.nbytes, entry.xxh3_128, nbytes, digest.hexdigest())
+
+
+def read_file(folder: Path, name: str, entry: FileEntry) -> memoryview:
+    """Read a file of a checkpoint to page-aligned memory, and compare it with its manifest.
+
+    Raises:
+        CheckpointDamaged: It is missing, cut or changed.
+    """
+    path = folder / name
+    memory = memoryview(mmap.mmap(-1, max(1, entry.nbytes)))[: entry.nbytes]
+    digest = xxhash.xxh3_128()
+    done = 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while done < entry.nbytes and (count := file.readinto(memory[done : done + _CHUNK])):
+                digest.update(memory[done : done + count])
+                done += count
+            if done == entry.nbytes and file.read(1):
+                done = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+    check_file(path, entry.nbytes, entry.xxh3_128, done, digest.hexdigest())
+    return memory
+
+
+def check_file(path: Path, nbytes: int, digest: str, found_nbytes: int, found_digest: str) -> None:
+    """Compare a file with what its manifest says. Raises `CheckpointDamaged`."""
+    if found_nbytes != nbytes:
+        raise CheckpointDamaged(f"{path} has {found_nbytes:,} bytes instead of {nbytes:,}: it was cut or replaced")
+    if found_digest != digest:
+        raise CheckpointDamaged(f"{path} holds other bytes than were written: its hash is not that of the manifest")
+
+
+def attempt_name(attempt: int) -> str:
+    """Name of the file that says what an attempt started from."""
+    return f"attempt-{attempt}.json"
+
+
+def is_attempt_name(text: str) -> bool:
+    """Whether a file of this name may be one of those."""
+    return text.startswith("attempt-") and text.endswith(".json")
+
+
+def encode_attempt(attempt: Attempt) -> bytes:
+    """The bytes of such a file."""
+    return msgspec.json.encode(attempt) + b"\n"
+
+
+def decode_attempt(file_name: str, data: bytes) -> Attempt | None:
+    """Read such a file; None if it is damaged: the checkpoints' manifests say it too."""
+    try:
+        attempt = msgspec.json.decode(data, type=Attempt)
+    except ValueError:
+        return None
+    return attempt if attempt_name(attempt.attempt) == file_name else None
+
+
+def line_of(
+    names: Iterable[CheckpointName],
+    attempts: Mapping[int, Attempt],
+    parent_of: Callable[[CheckpointName], str | None],
+) -> list[CheckpointName]:
+    """The checkpoints that a run as it stands has come from, the newest first.
+
+    Args:
+        names: All that there are, in the order in which they came about.
+        attempts: What each attempt started from, as far as it was noted.
+        parent_of: Reads the parent from a checkpoint's manifest, or raises as `CheckpointStore.manifest` does.
+    """
+    names = list(names)
+    current = max([*attempts, *(name.attempt for name in names)], default=0)
+    line: list[CheckpointName] = []
+    upto: CheckpointName | None = None
+    while current > 0:
+        own = [name for name in names if name.attempt == current and (upto is None or not upto < name)]
+        line += reversed(own)
+        parent = attempts[current].parent if current in attempts else _first_parent(own, parent_of)
+        upto = CheckpointName.parse(parent) if parent is not None else None
+        # Only ever back, whatever damaged files say.
+        current = upto.attempt if upto is not None and upto.attempt < current else 0
+    return line
+
+
+def _first_parent(own: list[CheckpointName], parent_of: Callable[[CheckpointName], str | None]) -> str | None:
+    """What an attempt of which we have only checkpoints started from, as its oldest one that can be read says."""
+    for name in own:
+        with contextlib.suppress(CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, OSError):
+            return parent_of(name)
+    return None
+
+
+def candidates_of(line: list[CheckpointName], names: Iterable[CheckpointName]) -> Iterator[CheckpointName]:
+    """What to try to resume from, best first; see `CheckpointStore.candidates`."""
+    yield from line
+    if line:
+        yield from reversed([name for name in names if name not in line])
+
+
+def by_age(line: Iterable[CheckpointName], names: Iterable[CheckpointName]) -> list[CheckpointName]:
+    """All checkpoints, the first to go first: those that the run did not come from, then its line, from the oldest."""
+    line = list(line)
+    return [*(name for name in sorted(names) if name not in line), *reversed(line)]
+
+
+def expendable(
+    line: Iterable[CheckpointName],
+    names: Iterable[CheckpointName],
+    metrics: dict[CheckpointName, float],
+    *,
+    keep_last: int,
+    keep_best: int,
+    largest_is_best: bool,
+    uploaded: Iterable[CheckpointName] | None,
+) -> list[CheckpointName]:
+    """Decide which checkpoints may go, the oldest first.
+
+    Those that the run did not come from go first: somebody went back before them.
+
+    Args:
+        line: What the run has come from, the newest first (`CheckpointStore.line`).
+        names: All that there are.
+        metrics: The monitored metric, of those that have a finite one.
+        keep_last: The newest ones stay; at least one.
+        keep_best: So do those of the line with the best metric, the newer of two equal ones.
+        uploaded: Those that are in the remote store; None if uploads are off. One goes only when a newer one is there.
+    """
+    line = list(line)
+    ordered = by_age(line, names)
+    kept = set(ordered[-max(1, keep_last) :])
+    sign = 1 if largest_is_best else -1
+    best = sorted((name for name in line if name in metrics), key=lambda name: (sign * metrics[name], name))
+    kept.update(best[len(best) - keep_best :] if keep_best else [])
+    if uploaded is not None:
+        there = set(uploaded)
+        newest = next((index for index in range(len(ordered) - 1, -1, -1) if ordered[index] in there), 0)
+        kept.update(ordered[newest:])
+    return [name for name in ordered if name not in kept]

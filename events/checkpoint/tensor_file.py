@@ -1,0 +1,153 @@
+"""The layout of a tensor file: a safetensors file, so that any reader of those opens it.
+
+Eight bytes with the length of the header, little-endian; the header, JSON; the elements
+(https://github.com/huggingface/safetensors, "Format"). Ours is padded with spaces so that the elements begin at a page,
+and they stand without gaps, those of the largest items first, so that each tensor is aligned to its item.
+
+What the format has no name for stands in its ``__metadata__`` under ``stagecast``, as JSON: ``aliases`` (tensors that
+are the same memory are stored once: the other names lead to that one) and ``views`` (elements stored under another
+type, with the name of their own: complex128 as pairs of float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from events.checkpoint.disk import PAGE
+from events.errors import CheckpointDamaged
+
+ITEM_BYTES: dict[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2": 1,
+    "F8_E5M2FNUZ": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
+"""The types of elements that a tensor file holds, by their names in the format, with the bytes of one."""
+
+_HEADER_LIMIT = 100_000_000  # readers of safetensors refuse longer ones
+
+
+class TensorInfo(msgspec.Struct, frozen=True):
+    """One tensor as it is stored."""
+
+    name: str
+    dtype: str
+    """One of `ITEM_BYTES`."""
+    shape: tuple[int, ...]
+    view: str = ""
+    """The type that its elements really are, where that is not ``dtype``; its last dimension then belongs to it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """Where everything stands in a tensor file."""
+
+    header: bytes
+    """All that comes before the first element; a multiple of a page."""
+    offsets: list[int]
+    """Of each tensor, in bytes from the file's beginning, in the order in which they were given."""
+    nbytes: int
+    """Of the whole file."""
+
+
+class TensorFile(msgspec.Struct, frozen=True):
+    """What stands in a tensor file's header."""
+
+    tensors: dict[str, tuple[TensorInfo, int]]
+    """Each with its offset in bytes from the file's beginning."""
+    aliases: dict[str, str]
+
+
+class _Notes(msgspec.Struct, omit_defaults=True):
+    aliases: dict[str, str] = {}
+    views: dict[str, str] = {}
+
+
+def lay_out(tensors: Sequence[TensorInfo], aliases: dict[str, str]) -> Layout:
+    """Lay out a file.
+
+    Args:
+        tensors: Names are unique.
+        aliases: Further names of these tensors.
+    """
+    order = sorted(range(len(tensors)), key=lambda i: -ITEM_BYTES[tensors[i].dtype])  # stable: equal ones stay in order
+    begins = [0] * len(tensors)
+    header: dict[str, Any] = {}
+    notes = _Notes(aliases, {one.name: one.view for one in tensors if one.view})
+    if notes.aliases or notes.views:
+        header["__metadata__"] = {"stagecast": msgspec.json.encode(notes).decode()}
+    end = 0
+    for index in order:
+        one = tensors[index]
+        begins[index] = end
+        end += one.nbytes
+        header[one.name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": (begins[index], end)}
+    text = msgspec.json.encode(header)
+    length = -(-(8 + len(text)) // PAGE) * PAGE
+    return Layout(
+        (length - 8).to_bytes(8, "little") + text.ljust(length - 8),
+        [length + begin for begin in begins],
+        length + end,
+    )
+
+
+def read_layout(data: memoryview, where: str) -> TensorFile:
+    """Read a file's header, ours or another writer's.
+
+    Args:
+        data: The whole file.
+        where: Its path, for the message.
+
+    Raises:
+        CheckpointDamaged: It is no such file, or the header does not go with the file's length.
+    """
+    try:
+        return _read_layout(data)
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        raise CheckpointDamaged(f"{where} is no safetensors file: {error}") from error
+
+
+def _read_layout(data: memoryview) -> TensorFile:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, _HEADER_LIMIT):
+        raise ValueError("it is shorter than its header says")
+    header = msgspec.json.decode(bytes(data[8 : 8 + length]), type=dict[str, Any])
+    metadata = header.pop("__metadata__", {})
+    notes = msgspec.json.decode(metadata.get("stagecast", "{}"), type=_Notes)
+    begin = 8 + length
+    tensors: dict[str, tuple[TensorInfo, int]] = {}
+    for name, entry in header.items():
+        dtype, (first, end) = entry["dtype"], entry["data_offsets"]
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"the tensor {name!r} has the unknown type {dtype!r}")
+        shape = msgspec.convert(entry["shape"], tuple[int, ...])
+        info = TensorInfo(name, dtype, shape, notes.views.get(name, ""))
+        if min(shape, default=0) < 0 or first < 0 or end - first != info.nbytes or begin + end > len(data):
+            raise ValueError(f"the tensor {name!r} of shape {shape} does not fit where it should stand")
+        tensors[name] = info, begin + first
+    for alias, name in notes.aliases.items():
+        if name not in tensors or alias in tensors:
+            raise ValueError(f"the name {alias!r} leads to no tensor")
+    return TensorFile(tensors, notes.aliases)

@@ -1,0 +1,297 @@
+"""Writes checkpoints: the subscriber that turns a staged snapshot into a durable folder, and deletes old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from events.backlog import Published
+from events.checkpoint import disk
+from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.snapshot import Part, Snapshot
+from events.checkpoint.store import CheckpointStore, expendable
+from events.checkpoint.tensor_file import lay_out
+from events.errors import CheckpointError, CheckpointsFailing
+from events.log import logger
+from events.messages import (
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointStaged,
+    Event,
+    RunEnded,
+    WeightsSaved,
+)
+from events.origin import Origin, header_of
+from events.sink import Delivery
+from events.supervisor import describe
+
+WEIGHTS_NAME = "weights.safetensors"
+"""The module's weights alone, in the run's folder."""
+WRITER_DELIVERY = Delivery(
+    types=frozenset({CheckpointStaged, RunEnded}),
+    overflow="block",
+    on_error="fatal",
+    slow_s=60.0,
+    latency_s=0.01,
+)
+"""How events reach the writer. Its failures are its own business, until it gives up and ends the run."""
+_PART_TIMEOUT_S = 300.0
+
+
+class CheckpointWriter:
+    """A supervised observer (`events.supervisor.Target`). All but the constructor runs on its own thread.
+
+    Args:
+        store: Where to.
+        origin: Gives the header of events that belong to no other event.
+        publish: `Bus.publish`.
+        sync_journal: Returns when the events up to this ``seq`` are on stable storage, or cannot be for now: what a
+            resumed run does not do again must stand in the journal.
+        weights: The module's weights once training has ended in order; else None.
+        module: Qualified name of the module's class.
+        versions: See `events.checkpoint.manifest.Manifest`.
+    """
+
+    payloads = True
+    blocking = True
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        settings: Checkpoints,
+        *,
+        origin: Origin,
+        publish: Callable[[Event], None],
+        sync_journal: Callable[[int], None],
+        weights: Callable[[], Part | None],
+        module: str,
+        versions: dict[str, str],
+    ) -> None:
+        self.last_saved: Path | None = None
+        """The newest checkpoint that was made durable."""
+        self._store = store
+        self._settings = settings
+        self._origin = origin
+        self._publish = publish
+        self._sync_journal = sync_journal
+        self._weights = weights
+        self._module = module
+        self._versions = versions
+        self._failures = 0
+        self._undeleted: set[CheckpointName] = set()
+        self._batch: Sequence[Published] = ()
+        self._done = 0
+        self._abandoned = False
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        return "write", self._done
+
+    def open(self) -> None:
+        """Nothing: the folder was prepared before the run began."""
+
+    def deliver(self, batch: Sequence[Published], /) -> None:
+        """Write each checkpoint of a batch.
+
+        Raises:
+            CheckpointsFailing: Too many in a row could not be made durable.
+        """
+        self._batch, self._done = batch, 0
+        for event, payload in batch:
+            if self._abandoned:
+                return
+            if isinstance(event, CheckpointStaged) and payload is not None:
+                self._save(event, payload.outputs)
+            elif isinstance(event, RunEnded):
+                self._write_weights(event)
+            self._done += 1
+        self._batch = ()
+
+    def abandon(self) -> None:
+        """Begin no further one."""
+        self._abandoned = True
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def _save(self, event: CheckpointStaged, snapshot: Snapshot) -> None:
+        began = time.time()
+        try:
+            try:
+                manifest, path = self._write(event, snapshot)
+            except BaseException:
+                snapshot.failed = True
+                self._store.abandon(snapshot.name)
+                raise
+            finally:
+                snapshot.release()
+        except (OSError, CheckpointError) as error:
+            self._fail(event, error)
+            return
+        except Exception as error:  # of a callback's state_dict, or a device: a checkpoint less, not the run
+            self._fail(event, error)
+            return
+        self._failures = 0
+        self.last_saved = path
+        now = time.time()
+        metric = snapshot.metric.value if snapshot.metric is not None else None
+        self._publish(
+            CheckpointSaved(
+                *header_of(event),
+                str(snapshot.name),
+                str(path),
+                manifest.nbytes,
+                now - event.time,
+                now - began,
+                event.reasons,
+                event.command_ids,
+                metric,
+            )
+        )
+        self.retain()
+
+    def _write(self, event: CheckpointStaged, snapshot: Snapshot) -> tuple[Manifest, Path]:
+        folder = self._store.begin(snapshot.name)
+        snapshot.wait()
+        digest = disk.write_image(folder / TENSORS_NAME, snapshot.image, snapshot.nbytes)
+        files = {TENSORS_NAME: FileEntry(snapshot.nbytes, digest)}
+        snapshot.release()  # the loop may need the memory, and the rest may have to wait for callbacks
+        files[STATE_NAME] = FileEntry(*disk.write_parts(folder / STATE_NAME, [snapshot.state]))
+        for name, late in snapshot.parts.items():
+            try:
+                part = late.get(_PART_TIMEOUT_S)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name} is missing: {error}") from error
+            if part is None:
+                logger.warning(f"checkpoint {snapshot.name} goes without {name}, which was given up meanwhile")
+            else:
+                _write_part(folder, name, part, files)
+        manifest = Manifest(
+            run_id=event.run_id,
+            attempt=snapshot.name.attempt,
+            global_step=snapshot.name.step,
+            revision=snapshot.name.revision,
+            epoch=event.epoch,
+            seq=event.seq,
+            time=event.time,
+            parent=snapshot.parent,
+            reasons=event.reasons,
+            metric=snapshot.metric,
+            module=self._module,
+            versions=self._versions,
+            files=files,
+        )
+        self._sync_journal(event.seq)
+        return manifest, self._store.commit(manifest)
+
+    def _fail(self, event: CheckpointStaged, error: Exception) -> None:
+        self._failures += 1
+        self._publish_failure(event, event.checkpoint, error, "write", self._failures)
+        logger.warning(f"checkpoint {event.checkpoint} could not be written: {describe(error)}", exc_info=error)
+        if self._failures >= self._settings.max_failures:
+            raise CheckpointsFailing(
+                f"{self._failures} checkpoints in a row could not be made durable (max_failures); the last one:"
+                f" {describe(error)}. Make room in {self._store.folder}, or give the run another folder"
+            ) from error
+
+    def _publish_failure(
+        self,
+        event: CheckpointStaged,
+        checkpoint: str,
+        error: Exception,
+        during: Literal["write", "delete"],
+        consecutive: int,
+    ) -> None:
+        ids = event.command_ids if during == "write" else []
+        failed = CheckpointFailed(*header_of(event), checkpoint, describe(error), during, consecutive, ids)
+        self._publish(failed)
+
+    def _write_weights(self, event: RunEnded) -> None:
+        part = self._weights()
+        if part is None:
+            return
+        path = self._store.folder.parent / WEIGHTS_NAME
+        try:
+            nbytes = _replace_tensors(path, part)
+        except OSError as error:
+            self._publish(CheckpointFailed(*header_of(event), WEIGHTS_NAME, describe(error)))
+            logger.warning(f"the weights could not be written to {path}: {describe(error)}")
+            return
+        self._publish(WeightsSaved(*header_of(event), str(path), nbytes))
+
+    # ----------------------------------------------------------------------------------------- retention
+
+    def retain(self) -> None:
+        """Delete the checkpoints that need not be kept any more. Any thread: the uploader calls it too."""
+        settings, store = self._settings, self._store
+        with store.lock:
+            names = store.names()
+            metrics: dict[CheckpointName, float] = {}
+            manifests: dict[CheckpointName, Manifest] = {}
+            for name in names:
+                with contextlib.suppress(CheckpointError):
+                    manifest = manifests[name] = store.manifest(name)
+                    if manifest.metric is not None and manifest.metric.name == settings.best:  # and is finite
+                        metrics[name] = manifest.metric.value
+            going = expendable(
+                store.line(),
+                names,
+                metrics,
+                keep_last=settings.keep_last,
+                keep_best=settings.keep_best,
+                largest_is_best=settings.best_mode == "max",
+                uploaded=[name for name in names if store.upload_of(name)] if settings.upload is not None else None,
+            )
+            for name in going:
+                self._delete(name, manifests.get(name))
+
+    def _delete(self, name: CheckpointName, manifest: Manifest | None) -> None:
+        """Delete one; what the disk does not let go of is tried again the next time, and told once."""
+        run_id, attempt, seq, now, rank, _, epoch, _ = self._origin.header()
+        header = (run_id, attempt, seq, now, rank, name.step, epoch if manifest is None else manifest.epoch, None)
+        try:
+            self._store.remove(name)
+        except OSError as error:
+            if name not in self._undeleted:
+                self._undeleted.add(name)
+                self._publish(CheckpointFailed(*header, str(name), describe(error), "delete"))
+            return
+        self._undeleted.discard(name)
+        self._publish(CheckpointDeleted(*header, str(name)))
+
+
+def _write_part(folder: Path, name: str, part: Part, files: dict[str, FileEntry]) -> None:
+    files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder / f"{name}.msgpack", [part.state]))
+    if part.tensors:
+        files[f"{name}.safetensors"] = FileEntry(*_write_tensors(folder / f"{name}.safetensors", part))
+
+
+def _write_tensors(path: Path, part: Part) -> tuple[int, str]:
+    """Write a tensor file from memory that lies anywhere; returns its size and its hash."""
+    layout = lay_out([info for info, _ in part.tensors], part.aliases)
+    in_order = sorted(zip(layout.offsets, (data for _, data in part.tensors), strict=True), key=lambda pair: pair[0])
+    return disk.write_parts(path, [layout.header, *(data for _, data in in_order)])
+
+
+def _replace_tensors(path: Path, part: Part) -> int:
+    """Write a tensor file, or replace it as a whole; returns its size."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        nbytes, _ = _write_tensors(temporary, part)
+        os.rename(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    disk.sync_folder(path.parent)
+    return nbytes

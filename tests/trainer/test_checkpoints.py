@@ -1,0 +1,478 @@
+"""When checkpoints are taken, what they hold, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from events.checkpoint.manifest import CheckpointName
+from events.checkpoint.store import CheckpointStore
+from events.errors import CheckpointError, CheckpointsFailing, UnstorableState
+from events.messages import (
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointStaged,
+    CommandTaken,
+    RunResumed,
+    WeightsSaved,
+)
+from events.protocol import Stop
+from trainer import CallbackInterface, Checkpoints, inline
+from trainer.resume import Loaded
+
+OFF = {"every_minutes": None, "at_end": False}
+"""Nothing but what a test asks for."""
+
+
+def store_of(folder: Path) -> CheckpointStore:
+    return CheckpointStore(folder / "checkpoints")
+
+
+def saved(outcome: Any) -> list[tuple[str, list[str]]]:
+    return [(event.checkpoint, event.reasons) for event in outcome.of(CheckpointSaved)]
+
+
+def net_that(kit: Any, act: Callable[[int], None]) -> Any:
+    """A module that acts at the beginning of each training step, on the loop's thread."""
+
+    class Acting(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            act(global_step)
+            return super().train_step(global_step, batch, device)
+
+    return Acting()
+
+
+class At(CallbackInterface):
+    """Does something right after a step, on the loop's thread."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        self.step, self.act = step, act
+
+    @inline
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        if global_step == self.step:
+            self.act()
+
+
+# ---------------------------------------------------------------------------------------------------------- when
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"every_steps": 3}, [("step-3.a1", ["steps"])]),
+        ({"every_epochs": 1}, [("step-2.a1", ["epochs"]), ("step-4.a1", ["epochs"])]),
+        ({"every_epochs": 2}, [("step-4.a1", ["epochs"])]),
+        ({"every_steps": 2, "every_epochs": 2}, [("step-2.a1", ["steps"]), ("step-4.a1", ["steps", "epochs"])]),
+        ({"at_end": True}, [("step-4.a1", ["end"])]),
+        ({"every_epochs": 1, "at_end": True}, [("step-2.a1", ["epochs"]), ("step-4.a1", ["epochs"])]),
+        ({}, []),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_is_taken_when_one_is_due(kit: Any, tmp_path: Path, settings: Any, expected: Any) -> None:
+    """Once at a place, whatever is due there: at an epoch's end all that its last step would have had."""
+    checkpoints = Checkpoints(**OFF | settings)
+    outcome = kit.train(kit.Net(), epochs=2, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    assert saved(outcome) == expected
+    names = [str(name) for name in store_of(tmp_path / "run").names()]
+    assert names == [name for name, _ in expected][-2:]
+    assert outcome.result.checkpoint == (str(tmp_path / "run/checkpoints" / names[-1]) if names else None)
+
+
+def test_minutes_are_looked_at_after_each_step(kit: Any, tmp_path: Path) -> None:
+    """With less than the time of a step, each has one; the next period begins with each."""
+    checkpoints = Checkpoints(every_minutes=1e-9, at_end=False, when_busy="wait")
+    outcome = kit.train(kit.Net(), epochs=2, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    assert [name for name, _ in saved(outcome)] == ["step-1.a1", "step-2.a1", "step-3.a1", "step-4.a1"]
+    assert {tuple(reasons) for _, reasons in saved(outcome)} == {("minutes",)}
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("min", [2, 6]), ("max", [2, 4])])
+@pytest.mark.parametrize("interval", [None, 2], ids=["by epochs", "by steps"])
+def test_the_best_one_is_taken_after_its_validation(
+    kit: Any, tmp_path: Path, mode: Any, expected: list[int], interval: int | None
+) -> None:
+    """Of the metric that was asked for, each time it is better than ever before; its value stands in the manifest."""
+    scores = iter([0.5, 0.7, 0.3, 0.4])
+
+    class Scored(kit.Net):
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            self.log("score", next(scores))
+
+    checkpoints = Checkpoints(**OFF, best="score", best_mode=mode, keep_last=9)
+    outcome = kit.train(
+        Scored(), epochs=4, checkpoints=checkpoints, run_dir=tmp_path / "run", val_interval_steps=interval
+    )
+    assert saved(outcome) == [(f"step-{step}.a1", ["best"]) for step in expected]
+    metrics = {
+        name.step: store_of(tmp_path / "run").manifest(name).metric for name in store_of(tmp_path / "run").names()
+    }
+    values = {2: 0.5, 4: 0.7, 6: 0.3}
+    assert {step: (metric.name, metric.value) for step, metric in metrics.items() if metric} == {
+        step: ("score", values[step]) for step in expected
+    }
+
+
+def test_a_metric_that_nobody_logs_is_told_of_once(kit: Any, tmp_path: Path, caplog: Any) -> None:
+    """With those that there are; nothing is taken for it."""
+    outcome = kit.train(kit.Net(), epochs=2, checkpoints=Checkpoints(**OFF, best="acuracy"), run_dir=tmp_path / "run")
+    assert saved(outcome) == []
+    assert [r for r in caplog.messages if "'acuracy'" in r and "val_loss" in r] == [
+        r for r in caplog.messages if "acuracy" in r
+    ]
+    assert len([r for r in caplog.messages if "acuracy" in r]) == 1
+
+
+@pytest.mark.anyio
+async def test_whoever_asks_gets_the_path_of_a_durable_one(kit: Any, tmp_path: Path) -> None:
+    """At the next step boundary, while the loop goes on; paused too; each asker their own."""
+    gate = threading.Event()
+    net = net_that(kit, lambda step: gate.wait(kit.WAIT_S) if step == 2 else None)
+    trainer = kit.make_trainer(
+        net,
+        epochs=100_000,
+        checkpoints=Checkpoints(**OFF, keep_last=9),
+        run_dir=tmp_path / "run",
+        run_id="r",
+        journal=True,
+    )
+    async with trainer.run() as run:
+        first: list[str] = []
+        async with anyio.create_task_group() as tasks:
+
+            async def ask() -> None:
+                first.append(await run.checkpoint("before the holidays"))
+
+            tasks.start_soon(ask)
+            gate.set()
+        run.pause()
+        second, third = await run.checkpoint(), await run.checkpoint()
+        run.resume()
+        run.stop(checkpoint=False)
+    loaded = [Loaded(Path(path)) for path in (*first, second, third)]
+    assert loaded[1].manifest.name.step == loaded[2].manifest.name.step
+    assert str(loaded[2].manifest.name) == f"{loaded[1].manifest.name}.2"
+    assert {tuple(one.manifest.reasons) for one in loaded} == {("command",)}
+    taken = [event for event in kit.read_journal(tmp_path / "run") if type(event) is CommandTaken]
+    assert (taken[0].command, taken[0].reason) == ("checkpoint", "before the holidays")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("options", [{"checkpoints": False}, {"checkpoints": True, "journal": False}], ids=str)
+async def test_whoever_asks_a_run_without_checkpoints_is_told(kit: Any, tmp_path: Path, options: Any) -> None:
+    """The run goes on."""
+    trainer = kit.make_trainer(kit.Net(), epochs=100_000, **options)
+    async with trainer.run() as run:
+        with pytest.raises(CheckpointError, match="takes no checkpoints"):
+            await run.checkpoint()
+        run.stop()
+    assert (await run.result()).status == "stopped"
+
+
+@pytest.mark.anyio
+async def test_whoever_asks_too_late_is_told(kit: Any, tmp_path: Path) -> None:
+    """The loop has ended by then, or the run."""
+    trainer = kit.make_trainer(kit.Net(), checkpoints=Checkpoints(**OFF), run_dir=tmp_path / "run", run_id="r")
+    async with trainer.run() as run:
+        await run.result()
+        with pytest.raises(CheckpointError, match="the run ended before"):
+            await run.checkpoint()
+
+
+@pytest.mark.parametrize(("checkpoint", "expected"), [(True, [("step-3.a1", ["stop"])]), (False, [])])
+def test_a_stop_takes_one_unless_told_otherwise(kit: Any, tmp_path: Path, checkpoint: bool, expected: Any) -> None:
+    """It is durable when `train` returns."""
+    control: list[Any] = []
+    at = At(3, lambda: control[0].send(Stop(id="1", checkpoint=checkpoint)))
+    trainer = kit.make_trainer(
+        kit.Net(), epochs=9, callbacks=[at], checkpoints=Checkpoints(**OFF), run_dir=tmp_path / "run", journal=True
+    )
+    session = trainer._session
+    trainer._session = lambda task, inbox, **rest: (control.append(inbox), session(task, inbox, **rest))[1]
+    result = trainer.train()
+    assert (result.status, result.global_step) == ("stopped", 3)
+    found = [event for event in kit.read_journal(tmp_path / "run") if type(event) is CheckpointSaved]
+    assert [(e.checkpoint, e.reasons) for e in found] == expected
+    assert [str(name) for name in store_of(tmp_path / "run").names()] == [name for name, _ in expected]
+
+
+# ---------------------------------------------------------------------------------------------- what is in it
+
+
+def test_tensors_stand_in_a_file_that_any_reader_of_safetensors_opens(kit: Any, tmp_path: Path) -> None:
+    """By their names in the module and the optimizers; the rest is msgpack, and there is no other file."""
+
+    class Adam(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return [torch.optim.Adam(self.parameters(), lr=self.lr)], []
+
+    net = Adam()
+    outcome = kit.train(net, checkpoints=Checkpoints(**OFF | {"at_end": True}), run_dir=tmp_path / "run")
+    folder = Path(outcome.result.checkpoint)
+    assert sorted(os.listdir(folder)) == ["manifest.json", "readings.msgpack", "state.msgpack", "tensors.safetensors"]
+    with safe_open(folder / "tensors.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert torch.equal(file.get_tensor("module.linear.weight"), net.linear.weight)
+    assert {"module.linear.bias", "optimizers.0.state.0.exp_avg", "optimizers.0.state.1.step"} <= names
+    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
+    assert set(manifest["files"]) == set(os.listdir(folder)) - {"manifest.json"}
+    assert (manifest["global_step"], manifest["epoch"], manifest["reasons"]) == (2, 1, ["end"])
+
+
+def test_all_kinds_of_tensors_survive(kit: Any, tmp_path: Path) -> None:
+    """Tied and shared ones, views, empty ones and scalars, all types; and state that changes its size."""
+
+    class Many(kit.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tied = torch.nn.Linear(4, 1, bias=False)
+            self.tied.weight = self.linear.weight
+            self.history = torch.zeros(0)
+            base = torch.arange(24.0).reshape(4, 6)
+            self.others: dict[str, Any] = {
+                "view": base[:, ::2],
+                "overlapping": (base[:3], base[1:]),
+                "transposed": base.t(),
+                "empty": torch.zeros(0, 5),
+                "scalar": torch.tensor(2.5),
+                "bfloat16": torch.randn(3).bfloat16(),
+                "float16": torch.randn(3).half(),
+                "float8": torch.randn(4).to(torch.float8_e4m3fn),
+                "float8_e8": torch.rand(4).to(torch.float8_e8m0fnu),
+                "double": torch.randn(3, dtype=torch.float64),
+                "complex64": torch.randn(2, dtype=torch.complex64).conj(),
+                "complex128": torch.randn(2, 2, dtype=torch.complex128),
+                "bool": torch.tensor([True, False]),
+                "ints": [torch.tensor([1, -1], dtype=d) for d in (torch.int8, torch.int16, torch.int32, torch.int64)],
+                "unsigned": [torch.tensor([200], dtype=d) for d in (torch.uint8, torch.uint16, torch.uint32)],
+                3: (torch.ones(1), {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}}, None),
+            }
+
+        def get_state(self) -> dict[str, Any]:
+            return {"weights": self.state_dict(), "history": self.history, "others": self.others}
+
+        def update_state(self, state: dict[str, Any]) -> None:
+            self.got = state
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.history = torch.cat([self.history, torch.tensor([float(global_step)])])
+            return super().train_step(global_step, batch, device)
+
+    net = Many()
+    kit.train(net, epochs=2, checkpoints=Checkpoints(**OFF, every_steps=1, keep_last=9), run_dir=tmp_path / "run")
+    store = store_of(tmp_path / "run")
+    for name in store.names():
+        state = Loaded(store.path(name)).state["module"]
+        assert state["history"].tolist() == [float(step) for step in range(1, name.step + 1)]
+        assert state["weights"]["tied.weight"].data_ptr() == state["weights"]["linear.weight"].data_ptr()
+        assert_same(state["others"], net.others)
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Type, shape, dtype and every bit; containers alike."""
+    assert type(left) is type(right) or isinstance(right, torch.Tensor)
+    if isinstance(right, torch.Tensor):
+        assert (left.dtype, left.shape) == (right.dtype, right.shape)
+        assert left.resolve_conj().contiguous().view(-1).tolist() == right.resolve_conj().contiguous().view(-1).tolist()
+    elif isinstance(right, dict):
+        assert list(left) == list(right)
+        for key in right:
+            assert_same(left[key], right[key])
+    elif isinstance(right, (list, tuple)):
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right
+
+
+def test_what_cannot_be_stored_is_named_before_anything_is_computed(kit: Any, tmp_path: Path) -> None:
+    """By its path; no step is taken."""
+
+    class Odd(kit.Net):
+        def get_state(self) -> dict[str, Any]:
+            return {"weights": self.state_dict(), "vocabulary": [{"index": object()}]}
+
+    outcome = kit.train(Odd(), checkpoints=Checkpoints(**OFF), run_dir=tmp_path / "run")
+    assert isinstance(outcome.error, UnstorableState)
+    assert "module.vocabulary.0.index" in str(outcome.error)
+    assert "TrainStepEnded" not in outcome.names()
+
+
+def test_the_weights_alone_are_there_at_the_end(kit: Any, tmp_path: Path) -> None:
+    """As a state dict; announced when they are on the disk; replaced by those of the next attempt."""
+    net = kit.Net()
+    run = {"run_dir": tmp_path / "run", "run_id": "r"}
+    outcome = kit.train(net, checkpoints=Checkpoints(**OFF), **run)
+    (event,) = outcome.of(WeightsSaved)
+    assert event.path == str(tmp_path / "run/weights.safetensors")
+    first = load_file(event.path)
+    assert all(torch.equal(first[name], tensor) for name, tensor in net.state_dict().items())
+    kit.train(net, checkpoints=Checkpoints(**OFF), **run)
+    assert not torch.equal(load_file(event.path)["linear.weight"], first["linear.weight"])
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
+
+
+def test_no_weights_where_nobody_wants_them(kit: Any, tmp_path: Path) -> None:
+    """Nor from a run that failed."""
+    kit.train(kit.Net(), checkpoints=Checkpoints(**OFF, weights=False), run_dir=tmp_path / "run")
+
+    def fail(step: int) -> None:
+        raise ValueError(step)
+
+    kit.train(net_that(kit, fail), checkpoints=Checkpoints(**OFF), run_dir=tmp_path / "other")
+    assert not list(tmp_path.glob("*/weights*"))
+
+
+# ------------------------------------------------------------------------------------------------- the policies
+
+
+class Gate:
+    """Holds the writer at its first write until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.reached = threading.Event()
+        begin = CheckpointStore.begin
+
+        def held(store: CheckpointStore, name: CheckpointName) -> Path:
+            self.reached.set()
+            assert self.open.wait(20)
+            return begin(store, name)
+
+        monkeypatch.setattr(CheckpointStore, "begin", held)
+
+
+def test_one_that_is_due_while_both_copies_are_written_is_left_out(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And said so; memory holds no third copy. The first two become durable once the disk answers."""
+    gate = Gate(monkeypatch)
+    net = net_that(kit, lambda step: gate.open.set() if step == 6 else None)
+    checkpoints = Checkpoints(**OFF, every_steps=1, keep_last=9)
+    outcome = kit.train(net, epochs=3, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    skipped = outcome.of(CheckpointSkipped)
+    assert [(e.global_step, e.reasons, e.writing) for e in skipped][:1] == [(3, ["steps"], ["step-1.a1", "step-2.a1"])]
+    assert [name for name, _ in saved(outcome)][:2] == ["step-1.a1", "step-2.a1"]
+    assert len(skipped) + len(outcome.of(CheckpointStaged)) == 6
+
+
+def test_the_loop_waits_for_memory_where_that_is_the_policy(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Charged to the ledger; nothing is left out."""
+    gate = Gate(monkeypatch)
+    waited = threading.Event()
+    take = kit.SlabPool.take
+
+    def noticing(pool: Any, timeout_s: float) -> Any:
+        slab = take(pool, timeout_s)
+        if slab is None and timeout_s:
+            waited.set()
+            gate.open.set()
+        return slab
+
+    monkeypatch.setattr(kit.SlabPool, "take", noticing)
+    checkpoints = Checkpoints(**OFF, every_steps=1, keep_last=9, when_busy="wait")
+    outcome = kit.train(kit.Net(), epochs=3, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    assert waited.is_set()
+    assert [name for name, _ in saved(outcome)] == [f"step-{step}.a1" for step in range(1, 7)]
+    assert outcome.result.ledger.checkpoint_s > 0.05
+
+
+def test_old_ones_are_deleted_once_a_newer_one_is_durable(kit: Any, tmp_path: Path) -> None:
+    """The newest and the best stay."""
+    scores = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+
+    class Scored(kit.Net):
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            self.log("score", next(scores))
+
+    checkpoints = Checkpoints(**OFF, every_epochs=1, best="score", keep_last=1, keep_best=1, when_busy="wait")
+    outcome = kit.train(Scored(), epochs=5, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    assert [str(name) for name in store_of(tmp_path / "run").names()] == ["step-4.a1", "step-10.a1"]
+    assert [event.checkpoint for event in outcome.of(CheckpointDeleted)] == ["step-2.a1", "step-6.a1", "step-8.a1"]
+    order = [event.checkpoint for event in outcome.events if type(event) in (CheckpointSaved, CheckpointDeleted)]
+    assert order.index("step-4.a1") < order.index("step-2.a1", 1)
+
+
+def test_three_failures_in_a_row_end_the_run(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told of; two of them do not, and one that succeeds begins the count anew."""
+    begin, broken = CheckpointStore.begin, {2, 3, 5, 6, 7}
+
+    def failing(store: CheckpointStore, name: CheckpointName) -> Path:
+        if name.step in broken:
+            raise OSError(28, "No space left on device")
+        return begin(store, name)
+
+    monkeypatch.setattr(CheckpointStore, "begin", failing)
+    checkpoints = Checkpoints(**OFF, every_steps=1, keep_last=9, when_busy="wait")
+    outcome = kit.train(kit.Net(), epochs=50, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    assert isinstance(outcome.error, CheckpointsFailing)
+    assert "No space left" in str(outcome.error)
+    failed = [(event.checkpoint, event.consecutive) for event in outcome.of(CheckpointFailed)]
+    assert failed == [(f"step-{s}.a1", n) for s, n in ((2, 1), (3, 2), (5, 1), (6, 2), (7, 3))]
+    assert [name for name, _ in saved(outcome)][:2] == ["step-1.a1", "step-4.a1"]
+
+
+@pytest.mark.anyio
+async def test_whoever_asked_is_told_that_it_failed(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason, and training goes on."""
+
+    def failing(store: CheckpointStore, name: CheckpointName) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CheckpointStore, "begin", failing)
+    trainer = kit.make_trainer(kit.Net(), epochs=100_000, checkpoints=Checkpoints(**OFF), run_dir=tmp_path / "run")
+    async with trainer.run() as run:
+        with pytest.raises(CheckpointError, match="No space left"):
+            await run.checkpoint()
+        run.stop(checkpoint=False)
+    assert (await run.result()).status == "stopped"
+
+
+def test_the_journal_has_all_that_led_to_a_checkpoint_before_it_is_announced(kit: Any, tmp_path: Path) -> None:
+    """On stable storage: a resumed run does not do these steps again, so nobody else would tell of them."""
+    seen: list[tuple[int, int]] = []
+    commit = CheckpointStore.commit
+
+    def looking(store: CheckpointStore, manifest: Any) -> Path:
+        journal = kit.read_journal(tmp_path / "run")
+        seen.append((manifest.seq, max(event.seq for event in journal)))
+        assert any(isinstance(e, CheckpointStaged) and e.seq == manifest.seq for e in journal)
+        return commit(store, manifest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointStore, "commit", looking)
+        checkpoints = Checkpoints(**OFF, every_steps=1, when_busy="wait")
+        outcome = kit.train(kit.Net(), epochs=3, checkpoints=checkpoints, run_dir=tmp_path / "run", journal=True)
+    assert outcome.error is None
+    assert len(seen) == 6
+    assert all(written >= seq for seq, written in seen)
+
+
+def test_an_attempt_that_begins_anew_supersedes_all_before_it(kit: Any, tmp_path: Path) -> None:
+    """And "auto" goes on from what it does, not from what was there."""
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": Checkpoints(**OFF | {"at_end": True})}
+    kit.train(kit.Net(), epochs=3, **run)
+    outcome = kit.train(kit.Net(), epochs=1, **run)
+    (resumed,) = outcome.of(RunResumed)
+    assert (resumed.global_step, resumed.checkpoint, resumed.after_seq) == (0, None, 0)
+    assert [str(name) for name in store_of(tmp_path / "run").line()] == ["step-2.a2"]
+    outcome = kit.train(kit.Net(), epochs=2, resume="auto", **run)
+    (resumed,) = outcome.of(RunResumed)
+    assert (resumed.global_step, resumed.checkpoint) == (2, "step-2.a2")
+    assert outcome.result.global_step == 4

@@ -1,0 +1,52 @@
+"""Where the loop stands, in all that a resumed run must know to go on there."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from trainer.rng import RngState
+
+Phase = Literal["begin", "train", "validate", "end"]
+
+
+class Position(msgspec.Struct):
+    """Kept up to date by the loop's thread; copied into each checkpoint.
+
+    ``global_step`` and ``epoch`` are those of the run's `events.origin.Origin`.
+    """
+
+    phase: Phase = "begin"
+    """``begin``: the epoch has not begun. ``train``: between two of its steps. ``validate``: in a validation between
+    two steps. ``end``: all its steps are done; its validation, if it has one, is not."""
+    batches: int = 0
+    """Micro-batches of this epoch that went into its steps so far."""
+    first_step: int = 0
+    """``global_step`` when the epoch began."""
+    elapsed_s: float = 0.0
+    """How long the epoch had been under way when this attempt began with it."""
+    validated_at: int = 0
+    """``global_step`` of the last validation."""
+    validated_keys: list[str] = []
+    """Dataloaders that the validation under way is done with."""
+    skipped_in_a_row: int = 0
+    sampler_seed: int = 0
+    steps_per_epoch: int = 0
+    """What `get_optimizers_schedulers` was told."""
+    sampler_epoch: int | None = None
+    """The epoch whose order the dataloader has; another than the present one where the module keeps its loader."""
+    loader_state: Any = None
+    """What the dataloader's own ``state_dict`` returned, if it has one."""
+    began: float = 0.0
+    """``time.monotonic`` when this attempt began with the epoch; means nothing to another process."""
+    rng_at_loader: RngState | None = None
+    """The random generators before the epoch's dataloader was made..."""
+    rng_at_iter: RngState | None = None
+    """...before it was iterated..."""
+    rng_at_validation: RngState | None = None
+    """...and before the dataloader that is being validated."""
+
+
+SAVED_FIELDS = tuple(name for name in Position.__struct_fields__ if name not in ("began", "rng_at_validation"))
+"""What of it stands in a checkpoint."""

@@ -1,0 +1,341 @@
+"""Finds the checkpoint to resume from, reads it, and puts its state back."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.store import CHECKPOINTS_DIR, Attempt, CheckpointStore, read_file, read_manifest
+from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
+from events.log import logger
+from trainer.arguments import TrainerArguments
+from trainer.checkpointing import has_state
+from trainer.data import loader_length, map_tensors, skip_batches
+from trainer.errors import DataLoaderError
+from trainer.hooks import CallbackHooks
+from trainer.module_interface import ModuleInterface
+from trainer.optimization import Optimization
+from trainer.position import SAVED_FIELDS, Position
+from trainer.rng import RngState, restore_rng
+from trainer.tensor_state import put_together
+
+OnRejected = Callable[[str, Exception], None]
+
+
+class Loaded:
+    """A checkpoint, read and verified. Its tensors are on the host.
+
+    Raises:
+        CheckpointDamaged: it is not whole.
+        CheckpointTooNew: a later version wrote it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.state: dict[str, Any] = self._read(STATE_NAME, TENSORS_NAME)
+        self.parts = {
+            name.removesuffix(".msgpack"): self._read(name, name.removesuffix(".msgpack") + ".safetensors")
+            for name in self.manifest.files
+            if name.endswith(".msgpack") and name != STATE_NAME
+        }
+
+    def _read(self, state_name: str, tensors_name: str) -> Any:
+        files = self.manifest.files
+        if state_name not in files:
+            raise CheckpointDamaged(f"{self.folder / MANIFEST_NAME} does not list {state_name}")
+        state = read_file(self.folder, state_name, files[state_name])
+        tensors = None
+        if tensors_name in files:
+            tensors = read_file(self.folder, tensors_name, files[tensors_name])
+        return put_together(state, tensors, str(self.folder / tensors_name))
+
+    @property
+    def position(self) -> Position:
+        """Where the loop stood."""
+        saved = self.state["position"]
+        return Position(**{name: saved[name] for name in SAVED_FIELDS if name in saved})
+
+    @property
+    def rng(self) -> RngState:
+        """The random generators as they were."""
+        rng: RngState = self.state["rng"]
+        return rng
+
+    def restore_module(self, module: ModuleInterface) -> None:
+        """Have the module take over its state.
+
+        Raises:
+            CheckpointMismatch: it is that of another model; names the keys and shapes. The module is as it was.
+        """
+        state = self.state["module"]
+        if type(module).update_state is ModuleInterface.update_state:
+            _check_module(module, state, str(self.folder))
+        module.update_state(state)
+
+    def restore_optimization(self, optimization: Optimization, device: torch.device) -> None:
+        """Have optimizers and schedulers take over theirs. Raises `CheckpointMismatch`."""
+        names = ("optimizers", "schedulers", "followed_loss")
+        # Copies: torch would keep what it gets, and with it the memory of the whole file.
+        state = {name: map_tensors(torch.clone, self.state[name]) for name in names}
+        total, rows = state["followed_loss"]
+        state["followed_loss"] = (total.to(device) if isinstance(total, torch.Tensor) else total), rows
+        optimization.load_state_dict(state, str(self.folder))
+
+    def restore_callbacks(self, callbacks: Iterable[CallbackHooks]) -> None:
+        """Have the callbacks that have a state take over theirs, by their names."""
+        saved = dict(self.state["callbacks"])
+        saved.update({part["name"]: part["state"] for name, part in self.parts.items() if name.startswith("callback-")})
+        for callback in callbacks:
+            if not callback.stateful:
+                continue
+            if callback.name in saved:
+                callback.load_state_dict(map_tensors(torch.clone, saved.pop(callback.name)))
+            else:
+                logger.warning(f"the checkpoint {self.folder} has no state for the callback {callback.name}")
+        if saved:
+            logger.warning(
+                f"the checkpoint {self.folder} has state for callbacks that are not there: {', '.join(saved)}"
+            )
+
+
+class CheckpointPlan:
+    """What a run is to do about checkpoints, and where they are.
+
+    Args:
+        settings: When to take some; None: it takes none.
+        store: Those of this run; None if it has no folder.
+        resume: What the user asked to resume from.
+        url: Where this run's checkpoints are uploaded to, if they are.
+    """
+
+    def __init__(
+        self,
+        settings: Checkpoints | None,
+        store: CheckpointStore | None,
+        resume: str | os.PathLike[str] | None,
+        url: str | None,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.url = url
+        self._resume = resume
+
+    def load(self, on_rejected: OnRejected) -> Loaded | None:
+        """Read what is to be resumed from; None for a run that begins anew. Waits for the disk, or the network.
+
+        Args:
+            on_rejected: Told of each checkpoint that is not whole, and why, before an older one is tried.
+
+        Raises:
+            CheckpointError: There is none where the user said, or it cannot be used.
+        """
+        resume, store = self._resume, self.store
+        if resume is None:
+            return None
+        if resume != "auto":
+            return self._find(os.fspath(resume), on_rejected)
+        if store is None:
+            raise CheckpointNotFound("resume='auto' goes on in the run's folder, and this run has none: give run_dir")
+        loaded = load_from(store, on_rejected)
+        if loaded is None and (source := store.source) is not None:
+            loaded = self._find(source, on_rejected)
+        if loaded is None and self.url is not None and not store.last_attempt:
+            loaded = download(self.url, store, on_rejected)
+        return loaded
+
+    def _find(self, path: str, on_rejected: OnRejected) -> Loaded:
+        if "://" in path:
+            return download(path, self.store, on_rejected)
+        return find(path, self.store, on_rejected)
+
+    def name_of(self, loaded: Loaded) -> str | None:
+        """Its name, if it is one of this run's; else None."""
+        if self.store is None or loaded.folder.resolve().parent != self.store.folder.resolve():
+            return None
+        return str(loaded.manifest.name)
+
+    def best_up_to(self, loaded: Loaded) -> float | None:
+        """The best value of the monitored metric up to a checkpoint; None if there is none."""
+        settings, store = self.settings, self.store
+        if settings is None or settings.best is None or store is None or self.name_of(loaded) is None:
+            return None
+        return best_metric(store, loaded.manifest.name, settings.best, settings.best_mode == "max")
+
+    def prepare(self, attempt: int, parent: str | None, loaded: Loaded | None) -> None:
+        """Note on the disk what an attempt starts from. Raises `CheckpointError` if the disk refuses."""
+        if self.settings is None or self.store is None:
+            return
+        source = os.path.abspath(loaded.folder) if loaded is not None and parent is None else None
+        try:
+            self.store.prepare(Attempt(attempt, parent, source))
+        except OSError as error:
+            raise CheckpointError(
+                f"no checkpoint can be written to {self.store.folder}: {error}; make the folder one that you may write"
+                f" to, on a disk with room, give the run another (run_dir), or train with checkpoints=False"
+            ) from error
+
+
+def load_from(store: CheckpointStore, on_rejected: OnRejected) -> Loaded | None:
+    """Read the newest whole checkpoint of a store; None if it has none at all.
+
+    Args:
+        on_rejected: Told of each that is not whole, and why.
+
+    Raises:
+        CheckpointDamaged: there are checkpoints, and none of them is whole.
+        CheckpointTooNew: a later version wrote the newest one.
+    """
+    tried: list[str] = []
+    for name in store.candidates():
+        try:
+            return Loaded(store.path(name))
+        except (CheckpointDamaged, CheckpointNotFound) as error:
+            tried.append(str(error))
+            on_rejected(str(name), error)
+    if tried:
+        raise CheckpointDamaged(
+            f"none of the {len(tried)} checkpoints in {store.folder} is whole; nothing was changed. The"
+            f" newest: {tried[0]}"
+        )
+    return None
+
+
+def find(path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected) -> Loaded:
+    """Read the checkpoint that a path means: of itself, or the newest one of a run's folder.
+
+    Args:
+        store: The run's own, in which a mere name (``step-500.a1``) is looked for.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    folder = Path(path)
+    name = CheckpointName.parse(os.fspath(path))
+    if name is not None and store is not None and not folder.exists():
+        folder = store.path(name)
+    if (folder / MANIFEST_NAME).is_file() or CheckpointName.parse(folder.name) is not None:
+        return Loaded(folder)
+    for stored in (folder / CHECKPOINTS_DIR, folder):
+        loaded = load_from(CheckpointStore(stored), on_rejected)
+        if loaded is not None:
+            return loaded
+    raise CheckpointNotFound(
+        f"resume={os.fspath(path)!r}: there is no checkpoint; give the folder of a checkpoint or of a run, or 'auto'"
+    )
+
+
+def download(url: str, store: CheckpointStore | None, on_rejected: OnRejected) -> Loaded:
+    """Fetch a checkpoint from a remote store, and read it.
+
+    Args:
+        url: Of one, or of a run, of which it is the newest.
+        store: The run's own: it is kept there if it is one of this run's; else it is let go when it was read.
+    """
+    remote: Any = importlib.import_module("events.checkpoint.remote")
+    base, _, last = url.rstrip("/").rpartition("/")
+    name = CheckpointName.parse(last)
+    there = remote.RemoteStore(base if name is not None else url)
+    names = [name] if name is not None else list(there.candidates())
+    if not names:
+        raise CheckpointNotFound(f"resume={url!r}: there is no whole checkpoint")
+    raise NotImplementedError
+
+
+def _check_module(module: ModuleInterface, saved: Any, where: str) -> None:
+    """See that a state dict fits before any of it is taken over."""
+    own = module.state_dict()
+    if not isinstance(saved, dict):
+        raise CheckpointMismatch(f"{where} holds no state dict of a module, but a {type(saved).__name__}")
+    problems = [f"it lacks {', '.join(_some(key for key in own if key not in saved))}"] if own.keys() - saved else []
+    if saved.keys() - own.keys():
+        problems.append(f"it has {', '.join(_some(key for key in saved if key not in own))}, which the module lacks")
+    for key in _some(_misshapen(own, saved)):
+        problems.append(key)
+    if problems:
+        raise CheckpointMismatch(
+            f"the checkpoint {where} does not fit {type(module).__name__}: {'; '.join(problems)}. Nothing was changed"
+        )
+
+
+def _misshapen(own: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
+    for key, tensor in own.items():
+        there = saved.get(key)
+        if isinstance(tensor, torch.Tensor) and isinstance(there, torch.Tensor) and tensor.shape != there.shape:
+            yield f"{key} has the shape {tuple(there.shape)} there and {tuple(tensor.shape)} here"
+
+
+def _some(texts: Iterable[str], limit: int = 8) -> list[str]:
+    shown = list(texts)
+    return shown if len(shown) <= limit else [*shown[:limit], f"{len(shown) - limit} more"]
+
+
+def go_on(
+    loader: Any,
+    position: Position,
+    arguments: TrainerArguments,
+    device: torch.device,
+    check: Callable[[], None],
+) -> Iterator[Any]:
+    """Iterate over an epoch's data from behind the batches that its finished steps have used.
+
+    Args:
+        check: Called before each batch that is read for nothing; raises if the run is to end.
+
+    Raises:
+        DataLoaderError: the data ends before that place.
+    """
+    if position.rng_at_iter is not None:
+        restore_rng(position.rng_at_iter, device)
+    if position.loader_state is not None and has_state(loader):
+        loader.load_state_dict(position.loader_state)
+        resumed: Iterator[Any] = iter(loader)
+        return resumed
+    skips = arguments.resume_data == "skip"
+    if skips and skip_batches(loader, position.batches, arguments.micro_batch_size):
+        length = loader_length(loader)  # of other loaders it may be a guess: of an IterableDataset with workers
+        if length is not None and length < position.batches:
+            raise _too_short(length, position)
+        return iter(loader)
+    if skips and position.batches:
+        logger.warning(
+            f"get_train_dataloader() returned data that cannot be skipped: {position.batches} batches are read and"
+            f" discarded (skipping needs a torch DataLoader with the given sampler and batch size; a loader with"
+            f" state_dict and load_state_dict is asked for its own place)"
+        )
+    batches: Iterator[Any] = iter(loader)
+    for number in range(position.batches):
+        check()
+        if next(batches, _END) is _END:
+            raise _too_short(number, position)
+    return batches
+
+
+def _too_short(length: int, position: Position) -> DataLoaderError:
+    return DataLoaderError(
+        f"get_train_dataloader() gives {length} batches, but the checkpoint was taken after {position.batches} of them:"
+        f" resume with the data and the batch size that it was trained with"
+    )
+
+
+def best_metric(store: CheckpointStore, name: CheckpointName, metric: str, largest: bool) -> float | None:
+    """The best value of a metric up to a checkpoint, among those of its line that are still there."""
+    values: list[float] = []
+    for one in store.line():
+        if one <= name:
+            with contextlib.suppress(CheckpointError):
+                found = store.manifest(one).metric
+                if found is not None and found.name == metric:
+                    values.append(found.value)
+    return (max if largest else min)(values, default=None)
+
+
+_END = object()

@@ -1,0 +1,190 @@
+"""State in two halves: tensors, as they stand in a tensor file, and the rest, encoded; and put together again."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from events.checkpoint import packing
+from events.checkpoint.snapshot import Part
+from events.checkpoint.tensor_file import TensorInfo, read_layout
+from events.errors import CheckpointDamaged, UnstorableState
+
+_STORED: dict[torch.dtype, tuple[str, str]] = {
+    torch.bool: ("BOOL", ""),
+    torch.uint8: ("U8", ""),
+    torch.int8: ("I8", ""),
+    torch.float8_e4m3fn: ("F8_E4M3", ""),
+    torch.float8_e4m3fnuz: ("F8_E4M3FNUZ", ""),
+    torch.float8_e5m2: ("F8_E5M2", ""),
+    torch.float8_e5m2fnuz: ("F8_E5M2FNUZ", ""),
+    torch.uint16: ("U16", ""),
+    torch.int16: ("I16", ""),
+    torch.float16: ("F16", ""),
+    torch.bfloat16: ("BF16", ""),
+    torch.uint32: ("U32", ""),
+    torch.int32: ("I32", ""),
+    torch.float32: ("F32", ""),
+    torch.uint64: ("U64", ""),
+    torch.int64: ("I64", ""),
+    torch.float64: ("F64", ""),
+    torch.complex64: ("C64", ""),
+    # The format has no name for these: they are stored under another type, and theirs stands beside it.
+    torch.complex32: ("F16", "complex32"),
+    torch.complex128: ("F64", "complex128"),
+    **{
+        getattr(torch, name): ("U8", name)
+        for name in ("float8_e8m0fnu", "float4_e2m1fn_x2")
+        if hasattr(torch, name)  # newer than the oldest torch that we take
+    },
+}
+"""How each type is stored: the format's name, and if the elements stand under another type than theirs, theirs."""
+_DTYPES = {stored: dtype for dtype, stored in _STORED.items()}
+BASE_DTYPES = {name: dtype for dtype, (name, view) in _STORED.items() if not view}
+"""The type of elements that each name of the format stands for."""
+
+packing.register(torch.Size, "torch.Size", list, torch.Size)
+packing.register(torch.device, "torch.device", str, torch.device)
+packing.register(
+    torch.dtype,
+    "torch.dtype",
+    lambda dtype: str(dtype).removeprefix("torch."),
+    lambda name: _dtype_named(name),
+)
+
+
+class Collected:
+    """A state taken apart: nothing is copied yet.
+
+    Raises:
+        UnstorableState: something in it cannot be stored; names its path.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self.infos: list[TensorInfo] = []
+        self.tensors: list[torch.Tensor] = []
+        """The tensors themselves, in the form in which their elements are stored."""
+        self.aliases: dict[str, str] = {}
+        """Names of tensors that are the very memory of another: stored once."""
+        self._names: set[str] = set()
+        self._seen: dict[Any, str] = {}
+        with torch.no_grad():
+            self.state = packing.encode(tree, self._place)
+
+    def _place(self, path: str, value: Any) -> str | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        dtype, view = _stored_as(path, value)
+        name = path
+        while name in self._names:  # a dot in a key can make two paths one
+            name += "'"
+        self._names.add(name)
+        key = None
+        if value.numel():
+            key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.is_conj(), value.is_neg())
+            if key in self._seen:
+                self.aliases[name] = self._seen[key]
+                return name
+            self._seen[key] = name
+        tensor = value.detach()
+        if view:
+            tensor = torch.view_as_real(tensor.resolve_conj()) if value.is_complex() else tensor.view(torch.uint8)
+        self.infos.append(TensorInfo(name, dtype, tuple(tensor.shape), view))
+        self.tensors.append(tensor)
+        return name
+
+
+def part_of(tree: Any) -> Part:
+    """A copy of a state, in memory of its own, as a part of a checkpoint with its own files.
+
+    Waits for the device, where tensors are on one.
+
+    Raises:
+        UnstorableState: as `Collected`.
+    """
+    collected = Collected(tree)
+    with torch.no_grad():
+        copies = [tensor.to("cpu", copy=True, memory_format=torch.contiguous_format) for tensor in collected.tensors]
+    tensors = [(info, bytes_of(copy)) for info, copy in zip(collected.infos, copies, strict=True)]
+    return Part(collected.state, tensors, collected.aliases)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The elements of a contiguous host tensor, which they keep alive."""
+    if not tensor.numel():
+        return memoryview(b"")
+    # Without NumPy, which torch can be installed without.
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")
+
+
+def put_together(state: memoryview, tensors: memoryview | None, where: str) -> Any:
+    """The tree that `Collected` took apart; its tensors share the memory of ``tensors``.
+
+    Args:
+        where: The path of the tensor file, for messages.
+
+    Raises:
+        CheckpointDamaged: the bytes are not such a state.
+    """
+    found = tensors_in(tensors, where) if tensors is not None else {}
+
+    def tensor(name: str) -> torch.Tensor:
+        try:
+            return found[name]
+        except KeyError:
+            raise CheckpointDamaged(f"{where} lacks the tensor {name!r}") from None
+
+    return packing.decode(state, tensor)
+
+
+def tensors_in(data: memoryview, where: str) -> dict[str, torch.Tensor]:
+    """All tensors of a tensor file, aliases too; they share its memory.
+
+    Raises:
+        CheckpointDamaged: it is no tensor file.
+    """
+    file = read_layout(data, where)
+    found = {name: _tensor(data, info, offset) for name, (info, offset) in file.tensors.items()}
+    return found | {alias: found[name] for alias, name in file.aliases.items()}
+
+
+def _tensor(data: memoryview, info: TensorInfo, offset: int) -> torch.Tensor:
+    base = BASE_DTYPES[info.dtype]
+    if not info.nbytes:
+        tensor = torch.empty(info.shape, dtype=base, device="cpu")
+    else:
+        count = info.nbytes // base.itemsize
+        tensor = torch.frombuffer(data, dtype=base, count=count, offset=offset).view(info.shape)
+    if not info.view:
+        return tensor
+    dtype = _DTYPES.get((info.dtype, info.view))
+    if dtype is None:
+        raise CheckpointDamaged(f"the tensor {info.name!r} is of the type {info.view!r}, which this torch has not got")
+    return torch.view_as_complex(tensor) if dtype.is_complex else tensor.view(dtype)
+
+
+def _stored_as(path: str, tensor: torch.Tensor) -> tuple[str, str]:
+    problem = None
+    if is_lazy(tensor):
+        problem = "is not initialised yet: run the module once, or give it its shapes, before training"
+    elif tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+        problem = "is sparse, nested or quantized: return it from get_state() in parts, as plain tensors"
+    elif tensor.is_meta:
+        problem = "is on the meta device and has no elements"
+    elif tensor.dtype not in _STORED:
+        problem = f"has the type {tensor.dtype}, for which tensor files have no name: convert it in get_state()"
+    if problem is not None:
+        raise UnstorableState(f"the tensor {path} cannot be stored in a checkpoint: it {problem}")
+    return _STORED[tensor.dtype]
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch has no type {name!r}")
+    return dtype
