@@ -113,6 +113,8 @@ class Checkpointing:
             best: The best metric so far, which is to be beaten.
         """
         self.position, self._parent, self._best = position, parent, best
+        if parent is not None:
+            self._last_place = self._place
 
     def start(self, optimization: Optimization) -> None:
         """The state is complete: see that all of it can be stored, before anything is computed.
@@ -343,8 +345,8 @@ class Checkpointing:
 
     @property
     def _is_taken(self) -> bool:
-        """Whether the last one is of this very place, and has not failed so far."""
-        return self._last is not None and not self._last.failed and self._last_place == self._place
+        """Whether the last one is of this very place, and has not failed so far; the one resumed from counts."""
+        return self._last_place == self._place and not (self._last is not None and self._last.failed)
 
     # ----------------------------------------------------------------------------------------- the rest
 
@@ -372,7 +374,7 @@ class Checkpointing:
     def _notice_missing(self, metric: str) -> None:
         if not self._missing_noticed:
             self._missing_noticed = True
-            known = ", ".join(sorted({"train_loss", *self._recorder.latest}))
+            known = ", ".join(sorted(self._recorder.latest)) or "none"
             logger.warning(
                 f"Checkpoints(best={metric!r}): no such metric was logged or computed by the end of validation; there"
                 f" are: {known}"

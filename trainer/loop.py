@@ -334,7 +334,7 @@ class TrainingLoop:
         assert resumed is not None
         self._resumed = None
         if outputs is not None and "outputs" in resumed.parts:
-            outputs.restore(resumed.parts["outputs"])
+            outputs.restore(resumed.parts.pop("outputs"))
         batches: Iterator[Any] = iter(())
         if position.phase == "end":
             if position.loader_state is not None and has_state(loader):

@@ -304,7 +304,7 @@ class LoopThread:
         parent = None
         if loaded is not None:
             loaded.restore_module(self._module)
-            origin.global_step, origin.epoch = loaded.state["global_step"], loaded.state["epoch"]
+            origin.global_step, origin.epoch = loaded.global_step, loaded.epoch
             parent = plan.name_of(loaded)
             self._checkpoints.go_on(loaded.position, parent, plan.best_up_to(loaded))
         plan.prepare(origin.attempt, parent, loaded)
@@ -321,12 +321,14 @@ class LoopThread:
         self._recorder.latest.update(map_tensors(torch.clone, loaded.state["latest"]))
         if "readings" in loaded.parts:
             self._readback.restore(loaded.parts["readings"])
+        loaded.forget()
 
     def _test(self) -> None:
         loaded = self._loaded = self._plan.load(lambda name, error: self._rejected.append((name, error)))
         if loaded is not None:
             loaded.restore_module(self._module)
-            self._origin.global_step, self._origin.epoch = loaded.state["global_step"], loaded.state["epoch"]
+            self._origin.global_step, self._origin.epoch = loaded.global_step, loaded.epoch
+            loaded.forget()
         self._publish_started(None)
         self._boundary.phase = "get_test_dataloaders"
         sampler = torch.utils.data.SequentialSampler

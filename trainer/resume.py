@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -61,14 +60,33 @@ class Loaded:
     @property
     def position(self) -> Position:
         """Where the loop stood."""
-        saved = self.state["position"]
+        saved = self._kept("position")
         return Position(**{name: saved[name] for name in SAVED_FIELDS if name in saved})
 
     @property
     def rng(self) -> RngState:
         """The random generators as they were."""
-        rng: RngState = self.state["rng"]
+        rng: RngState = self._kept("rng")
         return rng
+
+    @property
+    def global_step(self) -> int:
+        """Steps finished."""
+        return int(self.state["global_step"])
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the run is in, or is about to begin."""
+        return int(self.state["epoch"])
+
+    def _kept(self, name: str) -> Any:
+        """Something of the state, in memory of its own: a tensor that is kept would keep the whole file in memory."""
+        return map_tensors(torch.clone, self.state[name])
+
+    def forget(self) -> None:
+        """Let go of everything but what the loop needs to find its place: the rest has been put back."""
+        self.state = {name: self._kept(name) for name in ("global_step", "epoch", "position", "rng")}
+        self.parts = {name: part for name, part in self.parts.items() if name == "outputs"}
 
     def restore_module(self, module: ModuleInterface) -> None:
         """Have the module take over its state.
@@ -85,7 +103,7 @@ class Loaded:
         """Have optimizers and schedulers take over theirs. Raises `CheckpointMismatch`."""
         names = ("optimizers", "schedulers", "followed_loss")
         # Copies: torch would keep what it gets, and with it the memory of the whole file.
-        state = {name: map_tensors(torch.clone, self.state[name]) for name in names}
+        state = {name: self._kept(name) for name in names}
         total, rows = state["followed_loss"]
         state["followed_loss"] = (total.to(device) if isinstance(total, torch.Tensor) else total), rows
         optimization.load_state_dict(state, str(self.folder))
@@ -130,7 +148,7 @@ class CheckpointPlan:
         self._resume = resume
 
     def load(self, on_rejected: OnRejected) -> Loaded | None:
-        """Read what is to be resumed from; None for a run that begins anew. Waits for the disk, or the network.
+        """Read what is to be resumed from; None for a run that begins anew. Waits for the disk.
 
         Args:
             on_rejected: Told of each checkpoint that is not whole, and why, before an older one is tried.
@@ -142,20 +160,13 @@ class CheckpointPlan:
         if resume is None:
             return None
         if resume != "auto":
-            return self._find(os.fspath(resume), on_rejected)
+            return find(resume, store, on_rejected)
         if store is None:
             raise CheckpointNotFound("resume='auto' goes on in the run's folder, and this run has none: give run_dir")
         loaded = load_from(store, on_rejected)
         if loaded is None and (source := store.source) is not None:
-            loaded = self._find(source, on_rejected)
-        if loaded is None and self.url is not None and not store.last_attempt:
-            loaded = download(self.url, store, on_rejected)
+            loaded = find(source, store, on_rejected)
         return loaded
-
-    def _find(self, path: str, on_rejected: OnRejected) -> Loaded:
-        if "://" in path:
-            return download(path, self.store, on_rejected)
-        return find(path, self.store, on_rejected)
 
     def name_of(self, loaded: Loaded) -> str | None:
         """Its name, if it is one of this run's; else None."""
@@ -231,23 +242,6 @@ def find(path: str | os.PathLike[str], store: CheckpointStore | None, on_rejecte
     raise CheckpointNotFound(
         f"resume={os.fspath(path)!r}: there is no checkpoint; give the folder of a checkpoint or of a run, or 'auto'"
     )
-
-
-def download(url: str, store: CheckpointStore | None, on_rejected: OnRejected) -> Loaded:
-    """Fetch a checkpoint from a remote store, and read it.
-
-    Args:
-        url: Of one, or of a run, of which it is the newest.
-        store: The run's own: it is kept there if it is one of this run's; else it is let go when it was read.
-    """
-    remote: Any = importlib.import_module("events.checkpoint.remote")
-    base, _, last = url.rstrip("/").rpartition("/")
-    name = CheckpointName.parse(last)
-    there = remote.RemoteStore(base if name is not None else url)
-    names = [name] if name is not None else list(there.candidates())
-    if not names:
-        raise CheckpointNotFound(f"resume={url!r}: there is no whole checkpoint")
-    raise NotImplementedError
 
 
 def _check_module(module: ModuleInterface, saved: Any, where: str) -> None:

@@ -68,9 +68,9 @@ class Session:
         callbacks: Iterable[Callback],
         sinks: Iterable[SinkLike],
         journal: Journal | None,
-        run_id: str | None,
-        run_dir: str | os.PathLike[str] | None,
-        checkpoints: bool | Checkpoints,
+        run_id: str,
+        run_dir: Path | None,
+        settings: Checkpoints | None,
         resume: str | os.PathLike[str] | None,
         interactive: bool,
     ) -> None:
@@ -83,15 +83,13 @@ class Session:
         self._arguments = arguments
         self._device = resolve_device(arguments.device)
         precision = Precision(arguments.precision, self._device.type)
-        self._run_id = run_id or new_run_id()
-        self._folder: RunFolder | None = None
-        if journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints):
-            self._folder = RunFolder.open(run_dir or Path("runs") / self._run_id, self._run_id)
+        self._run_id = run_id
+        self._folder = RunFolder.open(run_dir, run_id) if run_dir is not None else None
         try:
-            run_dir = str(self._folder.path) if self._folder is not None else None
-            self._plan = self._make_plan(checkpoints, resume)
+            folder = str(self._folder.path) if self._folder is not None else None
+            self._plan = self._make_plan(settings, resume)
             self._connect(journal is None)
-            attempt = RunInfo(self._run_id, self.origin.attempt, 0, run_dir, interactive)
+            attempt = RunInfo(self._run_id, self.origin.attempt, 0, folder, interactive)
             self._journal = self._add_journal(journal, attempt)
             self._checkpoint_observers: list[Observer] = []
             # The contract has no hook for a test.
@@ -126,13 +124,12 @@ class Session:
             self.bus.discard()
         self._close_folder()
 
-    def _make_plan(self, checkpoints: bool | Checkpoints, resume: str | os.PathLike[str] | None) -> CheckpointPlan:
-        settings = Checkpoints() if checkpoints is True else checkpoints or None
+    def _make_plan(self, settings: Checkpoints | None, resume: str | os.PathLike[str] | None) -> CheckpointPlan:
         if self._folder is None:
             return CheckpointPlan(None, None, resume, None)
         url: str | None = None
         if settings is not None and settings.upload is not None:
-            url = importlib.import_module("events.checkpoint.remote").run_url(settings.upload, self._run_id)
+            url = importlib.import_module("events.checkpoint.objects").run_url(settings.upload, self._run_id)
         return CheckpointPlan(settings, CheckpointStore(self._folder.path / CHECKPOINTS_DIR), resume, url)
 
     def _connect(self, keeps_history: bool) -> None:
@@ -324,9 +321,11 @@ class Session:
             elif observer is not self._journal and observer not in self._checkpoint_observers:
                 sinks.append(observer)
         settings, timeout_s = self._plan.settings, self._arguments.drain_timeout_s
+        # Whoever cancels a run does not wait for its uploads.
+        last_s = timeout_s if settings is None or self.cancelled else settings.end_timeout_s
         return [
             (timeout_s, callbacks),
-            *((settings.end_timeout_s, [observer]) for observer in self._checkpoint_observers if settings is not None),
+            *((last_s, [observer]) for observer in self._checkpoint_observers),
             (timeout_s, sinks),
             (timeout_s, [self._journal] if self._journal is not None else []),
         ]

@@ -10,11 +10,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 
 from events.checkpoint.settings import Checkpoints
 from events.errors import RunCancelled
@@ -28,9 +30,10 @@ from trainer.arguments import TrainerArguments
 from trainer.cancellation import outlast
 from trainer.control import Control
 from trainer.errors import ArgumentsError
+from trainer.fetch import fetch_for
 from trainer.loop_thread import Task
 from trainer.module_interface import CallbackInterface, ModuleInterface
-from trainer.session import Callback, Session, SinkLike, console, split
+from trainer.session import Callback, Session, SinkLike, console, new_run_id, split
 
 _HURRIED_END_S = 5.0
 """How long `Trainer.train` waits, after a second signal, for observers that were told to be quick."""
@@ -150,9 +153,27 @@ class Trainer:
     def _run_here(self, task: Task) -> Session:
         on_main_thread = threading.current_thread() is threading.main_thread()
         control = Control()
-        return _run_here(lambda: self._session(task, control, default_sinks=True, interactive=on_main_thread), control)
+        place = self._place()
+        place.fetch()
+        return _run_here(
+            lambda: self._session(task, control, place, default_sinks=True, interactive=on_main_thread), control
+        )
 
-    def _session(self, task: Task, control: Control, *, default_sinks: bool, interactive: bool) -> Session:
+    def _place(self) -> _Place:
+        run_id = self._run_id or new_run_id()
+        checkpoints, run_dir = self._checkpoints, self._run_dir
+        has_folder = self._journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints)
+        settings = Checkpoints() if checkpoints is True else checkpoints or None
+        return _Place(
+            run_id,
+            Path(run_dir or Path("runs") / run_id) if has_folder else None,
+            settings if has_folder else None,
+            self._resume,
+        )
+
+    def _session(
+        self, task: Task, control: Control, place: _Place, *, default_sinks: bool, interactive: bool
+    ) -> Session:
         sinks = self._sinks
         if sinks is None:
             sinks = (console(),) if default_sinks else ()
@@ -164,12 +185,39 @@ class Trainer:
             callbacks=self._callbacks,
             sinks=sinks,
             journal=self._journal,
-            run_id=self._run_id,
-            run_dir=self._run_dir,
-            checkpoints=self._checkpoints,
-            resume=self._resume,
+            run_id=place.run_id,
+            run_dir=place.run_dir,
+            settings=place.settings,
+            resume=place.resume,
             interactive=interactive,
         )
+
+
+class _Place:
+    """Where an attempt lives, and what it goes on from."""
+
+    def __init__(
+        self,
+        run_id: str,
+        run_dir: Path | None,
+        settings: Checkpoints | None,
+        resume: str | os.PathLike[str] | None,
+    ) -> None:
+        self.run_id = run_id
+        self.run_dir = run_dir
+        self.settings = settings
+        self.resume = resume
+        self._fetch = fetch_for(resume, settings, run_id, run_dir)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether something has to be fetched first."""
+        return self._fetch is not None
+
+    def fetch(self) -> None:
+        """Fetch it. Waits for the network."""
+        if self._fetch is not None:
+            self.resume = self._fetch() or self.resume
 
 
 class _RunContext(AbstractAsyncContextManager[Run]):
@@ -179,7 +227,11 @@ class _RunContext(AbstractAsyncContextManager[Run]):
         self._trainer = trainer
 
     async def __aenter__(self) -> Run:
-        self._session = self._trainer._session("train", Control(), default_sinks=False, interactive=False)
+        place = self._trainer._place()
+        if place.is_remote:
+            # A native cancellation leaves the thread behind: it lets the run's folder go when it has ended.
+            await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
+        self._session = self._trainer._session("train", Control(), place, default_sinks=False, interactive=False)
         try:
             self._session.loop.start()  # first, because it may fail; entering the task group cannot
         except BaseException:

@@ -202,7 +202,9 @@ def test_a_stop_takes_one_unless_told_otherwise(kit: Any, tmp_path: Path, checkp
         kit.Net(), epochs=9, callbacks=[at], checkpoints=Checkpoints(**OFF), run_dir=tmp_path / "run", journal=True
     )
     session = trainer._session
-    trainer._session = lambda task, inbox, **rest: (control.append(inbox), session(task, inbox, **rest))[1]
+    trainer._session = lambda task, inbox, *rest, **more: (control.append(inbox), session(task, inbox, *rest, **more))[
+        1
+    ]
     result = trainer.train()
     assert (result.status, result.global_step) == ("stopped", 3)
     found = [event for event in kit.read_journal(tmp_path / "run") if type(event) is CheckpointSaved]

@@ -1,0 +1,100 @@
+"""Brings the checkpoint that a run is to be resumed from out of a remote store, before the run begins."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from events.checkpoint.manifest import CheckpointName
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
+from events.errors import CheckpointDamaged, CheckpointNotFound
+from events.folder import RunFolder
+from events.log import logger
+
+RESUMED_DIR = "resumed"
+"""Within a run's folder: the checkpoint of another run that it began with."""
+
+Fetch = Callable[[], Path | None]
+
+
+def fetch_for(
+    resume: str | os.PathLike[str] | None, settings: Checkpoints | None, run_id: str, run_dir: Path | None
+) -> Fetch | None:
+    """What has to be done before a run can be resumed, where that is on the network; None if nothing has.
+
+    Args:
+        resume: As the trainer was given it.
+        settings: None: the run takes no checkpoints.
+        run_dir: The run's folder; None if it has none.
+
+    Returns:
+        A function that waits for the network, and returns the local path that the address came to: None, if ``resume``
+        is to be followed as it is.
+    """
+    if isinstance(resume, str) and "://" in resume:
+        address = resume
+        return lambda: _fetch_address(address, run_id, run_dir)
+    if resume == "auto" and settings is not None and settings.upload is not None and run_dir is not None:
+        upload = settings.upload
+        return lambda: _fetch_own(upload, run_id, run_dir)
+    return None
+
+
+def _fetch_address(address: str, run_id: str, run_dir: Path | None) -> Path:
+    """Fetch a checkpoint by its address, or the newest one of a run by that of the run.
+
+    Raises:
+        CheckpointNotFound: there is none.
+        CheckpointDamaged: none of those that there are is whole.
+        UploadError: the store cannot be reached.
+    """
+    if run_dir is None:
+        raise CheckpointNotFound(f"resume={address!r} has to be kept somewhere: give the run a folder (run_dir)")
+    base, _, last = address.rstrip("/").rpartition("/")
+    name = CheckpointName.parse(last)
+    remote = _remote(base if name is not None else address)
+    names = [name] if name is not None else list(remote.candidates())
+    if not names:
+        raise CheckpointNotFound(f"resume={address!r}: there is no checkpoint")
+    with RunFolder.open(run_dir, run_id):
+        own = remote.manifest(names[0]).run_id == run_id
+        return _download(remote, names, run_dir / (CHECKPOINTS_DIR if own else RESUMED_DIR))
+
+
+def _fetch_own(upload: str, run_id: str, run_dir: Path) -> None:
+    """On a machine that has nothing of the run, fetch the newest checkpoint that it has uploaded, if there is one."""
+    folder = run_dir / CHECKPOINTS_DIR
+    if CheckpointStore(folder).last_attempt:
+        return
+    objects: Any = importlib.import_module("events.checkpoint.objects")
+    remote = _remote(objects.run_url(upload, run_id))
+    names = list(remote.candidates())
+    if names:
+        with RunFolder.open(run_dir, run_id):
+            _download(remote, names, folder)
+
+
+def _download(remote: Any, names: list[CheckpointName], folder: Path) -> Path:
+    problems: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.name == CHECKPOINTS_DIR:
+        remote.download_attempts(folder)  # or this attempt would be given the number of an earlier one
+    for name in names:
+        try:
+            path: Path = remote.download(name, folder)
+        except (CheckpointDamaged, CheckpointNotFound) as error:
+            problems.append(str(error))
+            logger.warning(f"{error}; an older checkpoint is tried")
+        else:
+            logger.info(f"resuming from {remote.url_of(name)}, now in {path}")
+            return path
+    raise CheckpointDamaged(f"none of the checkpoints at {remote.url} is whole. The newest: {problems[0]}")
+
+
+def _remote(url: str) -> Any:
+    module: Any = importlib.import_module("events.checkpoint.remote")
+    return module.RemoteStore(url)
