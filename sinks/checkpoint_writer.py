@@ -231,27 +231,38 @@ class CheckpointWriter:
 
     def retain(self) -> None:
         """Delete the checkpoints that need not be kept any more. Any thread: the uploader calls it too."""
+        with self._store.lock:
+            try:
+                going = self._expendable()
+            except OSError as error:  # the folder cannot be looked at: nothing goes, and what was saved is saved
+                self._publish(CheckpointFailed(*self._origin.header(), "", describe(error), "delete"))
+                logger.warning(f"no checkpoint is deleted from {self._store.folder}: {describe(error)}")
+                return
+            for name, manifest in going.items():
+                self._delete(name, manifest)
+
+    def _expendable(self) -> dict[CheckpointName, Manifest | None]:
+        """What is to go, with its manifest if that can be read; what the disk has not let go of before is among it."""
         settings, store = self._settings, self._store
-        with store.lock:
-            names = store.names()
-            metrics: dict[CheckpointName, float] = {}
-            manifests: dict[CheckpointName, Manifest] = {}
-            for name in names:
-                with contextlib.suppress(CheckpointError):
-                    manifest = manifests[name] = store.manifest(name)
-                    if manifest.metric is not None and manifest.metric.name == settings.best:  # and is finite
-                        metrics[name] = manifest.metric.value
-            going = expendable(
-                store.line(),
-                names,
-                metrics,
-                keep_last=settings.keep_last,
-                keep_best=settings.keep_best,
-                largest_is_best=settings.best_mode == "max",
-                uploaded=[name for name in names if store.upload_of(name)] if settings.upload is not None else None,
-            )
-            for name in going:
-                self._delete(name, manifests.get(name))
+        names = store.names()
+        metrics: dict[CheckpointName, float] = {}
+        manifests: dict[CheckpointName, Manifest] = {}
+        for name in names:
+            with contextlib.suppress(CheckpointError):
+                manifest = manifests[name] = store.manifest(name)
+                if manifest.metric is not None and manifest.metric.name == settings.best:  # and is finite
+                    metrics[name] = manifest.metric.value
+        going = expendable(
+            store.line(),
+            names,
+            metrics,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+            largest_is_best=settings.best_mode == "max",
+            uploaded=[name for name in names if store.upload_of(name)] if settings.upload is not None else None,
+        )
+        # One that has lost its name already, and not its files, is not among the names any more.
+        return {name: manifests.get(name) for name in [*sorted(self._undeleted - {*names}), *going]}
 
     def _delete(self, name: CheckpointName, manifest: Manifest | None) -> None:
         """Delete one; what the disk does not let go of is tried again the next time, and told once."""

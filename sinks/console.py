@@ -25,6 +25,11 @@ from typing import IO, TYPE_CHECKING, ClassVar
 import msgspec
 
 from events.messages import (
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointUploaded,
     CommandTaken,
     Event,
     JournalGap,
@@ -48,6 +53,7 @@ from events.messages import (
     ValEpochEnded,
     ValEpochStarted,
     ValStepEnded,
+    WeightsSaved,
 )
 from events.sink import Delivery, RunInfo
 from sinks.console_bars import bar_rows
@@ -64,6 +70,7 @@ _TYPES: frozenset[type[Event]] = frozenset({
     ValEpochStarted, ValStepEnded, ValEpochEnded, TestEpochStarted, TestStepEnded, TestEpochEnded,
     MetricsLogged, NonFiniteLoss, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow,
     LoopHeld, JournalGap, LedgerReported, CommandTaken,
+    CheckpointSaved, CheckpointSkipped, CheckpointFailed, CheckpointUploaded, CheckpointRejected, WeightsSaved,
 })  # fmt: skip
 
 _CLEAR_BELOW = "\r\x1b[J"

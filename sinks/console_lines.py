@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from events.messages import (
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointUploaded,
     CommandTaken,
     Event,
     JournalGap,
@@ -25,9 +30,11 @@ from events.messages import (
     TestEpochEnded,
     TrainEpochEnded,
     ValEpochEnded,
+    WeightsSaved,
 )
 from sinks.console_text import Field, Kind, Line, Span
 from sinks.format import (
+    format_bytes,
     format_duration,
     format_number,
     format_rate,
@@ -64,7 +71,7 @@ class Chronicle:
         self._forgotten = 0
         self._handlers: dict[type[Event], Callable[[Any], Iterable[Line]]] = {
             RunStarted: self._run_started,
-            RunResumed: lambda e: [_line(e, "note", f"resumed at step {e.global_step:,}")],
+            RunResumed: self._run_resumed,
             RunEnded: self._run_ended,
             ValEpochEnded: self._val_epoch_ended,
             TestEpochEnded: self._test_epoch_ended,
@@ -79,6 +86,12 @@ class Chronicle:
             JournalGap: self._journal_gap,
             LedgerReported: self._ledger_reported,
             CommandTaken: self._command_taken,
+            CheckpointSaved: self._checkpoint_saved,
+            CheckpointSkipped: self._checkpoint_skipped,
+            CheckpointFailed: self._checkpoint_failed,
+            CheckpointUploaded: self._checkpoint_uploaded,
+            CheckpointRejected: self._checkpoint_rejected,
+            WeightsSaved: lambda e: [_line(e, "note", f"weights in {plain_text(e.path)} ({format_bytes(e.nbytes)})")],
         }
 
     def take(self, event: Event) -> Iterable[Line]:
@@ -114,6 +127,12 @@ class Chronicle:
             fields.append((Span(f"in {plain_text(self._run_dir)}", "dim"),))
         return [Line(e.time, "note", fields)]
 
+    def _run_resumed(self, e: RunResumed) -> list[Line]:
+        if e.checkpoint is None and not e.global_step:
+            return [_line(e, "note", "beginning anew: what earlier attempts have done is superseded")]
+        source = "" if e.checkpoint is None else f" from {plain_text(e.checkpoint, 80)}"
+        return [_line(e, "note", f"resumed{source} at step {e.global_step:,}")]
+
     def _run_ended(self, e: RunEnded) -> list[Line]:
         took = "" if self._began is None else f" after {format_duration(e.time - self._began)}"
         text = f"{e.status} at step {e.global_step:,}{took}"
@@ -138,9 +157,39 @@ class Chronicle:
         return [Line(time, "note", [(Span(f"loop time {format_duration(ledger.wall_s)}"),), *shares])]
 
     def _command_taken(self, e: CommandTaken) -> list[Line]:
-        known = {"pause": "paused", "resume": "resumed", "stop": "stopping"}
+        known = {"pause": "paused", "resume": "resumed", "stop": "stopping", "checkpoint": "checkpoint asked for"}
         text = f"{known.get(e.command, plain_text(e.command, 40))} at step {e.global_step:,}"
         return [_line(e, "note", f"{text}: {plain_text(e.reason)}" if e.reason else text)]
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    def _checkpoint_saved(self, e: CheckpointSaved) -> Iterable[Line]:
+        why = plain_text(", ".join(e.reasons), 80)
+        took = f"{format_bytes(e.nbytes)}, durable after {format_duration(e.durable_s)}"
+        text = f"checkpoint {plain_text(e.checkpoint, 80)} ({why}): {took}"
+        return self._sparsely(
+            e, "checkpoints", "note", text, always=not {"stop", "end", "command"}.isdisjoint(e.reasons)
+        )
+
+    def _checkpoint_skipped(self, e: CheckpointSkipped) -> Iterable[Line]:
+        writing = plain_text(", ".join(e.writing), 80)
+        text = f"warning: no checkpoint at step {e.global_step:,}: {writing} are still being written"
+        return self._sparsely(e, "checkpoints left out", "warn", text)
+
+    def _checkpoint_failed(self, e: CheckpointFailed) -> Iterable[Line]:
+        did = {"stage": "take", "write": "write", "upload": "upload", "delete": "delete"}[e.during]
+        times = f", {e.consecutive:,} in a row" if e.consecutive > 1 else ""
+        what = f"checkpoint {plain_text(e.checkpoint, 80)}" if e.checkpoint else "checkpoint"
+        text = f"error: could not {did} {what}{times}: {plain_text(e.error)}"
+        return self._sparsely(e, f"failures to {did} checkpoints", "bad", text, always=e.during in ("stage", "write"))
+
+    def _checkpoint_uploaded(self, e: CheckpointUploaded) -> Iterable[Line]:
+        took = f"{format_bytes(e.nbytes)} in {format_duration(e.duration_s)}"
+        return self._sparsely(e, "uploads", "note", f"uploaded to {plain_text(e.url)}: {took}")
+
+    def _checkpoint_rejected(self, e: CheckpointRejected) -> list[Line]:
+        text = f"warning: checkpoint {plain_text(e.checkpoint, 80)} is not whole, an older one is tried"
+        return [_line(e, "warn", f"{text}: {plain_text(e.error)}")]
 
     # -------------------------------------------------------------------------------------- the stages
 

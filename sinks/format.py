@@ -55,6 +55,16 @@ def format_number(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def format_bytes(nbytes: float) -> str:
+    """In powers of a thousand, with up to six characters: ``812 B``, ``1.5 GB``, ``42 MB``."""
+    unit = "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if nbytes < 999.5:
+            break
+        nbytes, unit = nbytes / 1_000, larger
+    return f"{nbytes:.1f} {unit}" if unit != "B" and nbytes < 9.95 else f"{nbytes:.0f} {unit}"
+
+
 def format_rate(steps_per_s: float, *, short: bool = False) -> str:
     """Steps per second, or seconds per step where a step takes longer than one."""
     if not math.isfinite(steps_per_s) or steps_per_s <= 0:

@@ -173,7 +173,7 @@ class Progress:
             case CommandTaken(command="pause"):
                 self.paused, self._paused_at = True, self.elapsed_s
                 self._samples.clear()
-            case CommandTaken():
+            case CommandTaken(command="resume" | "stop"):
                 self._resume()
             case RunEnded():
                 self._resume()

@@ -31,8 +31,9 @@ def test_a_snippet_runs(number: int, tmp_path: Path) -> None:
 
 def test_both_commands_name_the_torch_version_in_the_same_call() -> None:
     """Otherwise pip fetches a build with CUDA on a machine without a GPU."""
-    assert len(COMMANDS) == 2
-    for command in COMMANDS:
+    installing = [command for command in COMMANDS if "pip install" in command]
+    assert len(installing) == 2
+    for command in installing:
         assert re.search(r"pip install torch==2\.13\.0 -e ", command)
 
 

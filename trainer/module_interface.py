@@ -111,6 +111,10 @@ class CallbackInterface(ABC):
     Collated outputs are positional, one value per output of the step: tensors ``(B, ...)`` are concatenated
     along dimension 0 to ``(sum of B, ...)``, scalars ``()`` stack to ``(calls,)``, and what does not fit
     together (and whatever is no tensor) becomes a list with one entry per call.
+
+    A callback that has ``state_dict()`` and ``load_state_dict(state)`` is part of checkpoints. ``state_dict`` is called
+    on the thread of its hooks, when it has handled all that came before the checkpoint; it returns plain values and
+    tensors. ``load_state_dict`` is called before the first hook of a resumed run.
     """
 
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
@@ -304,7 +308,12 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         return self.val_step(global_step, batch, device)
 
     def get_state(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep of the module; by default its state dict, not copied."""
+        """Return what a checkpoint must keep of the module; by default its state dict, not copied.
+
+        Called between two steps, on the loop's thread, for each checkpoint: it should take no time. Tensors (copied by
+        the trainer), plain values and containers of them in any nesting; `events.checkpoint.packing.register` adds
+        other types.
+        """
         return dict(self.state_dict())
 
     def update_state(self, state: dict[str, Any]) -> None:

@@ -165,6 +165,8 @@ class Optimization:
         for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(saved)
             _restore_dtypes(optimizer, saved)
+            # It has stepped, in an earlier process. Torch would warn of a scheduler that steps before its optimizer.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
         for scheduler, saved in zip(self.schedulers, schedulers, strict=True):
             if saved is not None and hasattr(scheduler, "load_state_dict"):
                 scheduler.load_state_dict(saved)

@@ -10,7 +10,6 @@ The bytes are exactly those that `encode_manifest` makes: any other spelling of 
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -29,7 +28,6 @@ _NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})\.a([1-9][0-9]{0,17})(?:\.([2-9]|[
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 
 
-@functools.total_ordering
 class CheckpointName(msgspec.Struct, frozen=True):
     """``step-N.aK``: taken after step N in attempt K, so that a step that is done again never collides.
 
@@ -50,8 +48,16 @@ class CheckpointName(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         return f"step-{self.step}.a{self.attempt}" + (f".{self.revision}" if self.revision > 1 else "")
 
+    # Both, because a Struct has methods for all comparisons already: `functools.total_ordering` would add none.
     def __lt__(self, other: CheckpointName) -> bool:
-        return (self.attempt, self.step, self.revision) < (other.attempt, other.step, other.revision)
+        return self._age < other._age
+
+    def __le__(self, other: CheckpointName) -> bool:
+        return self._age <= other._age
+
+    @property
+    def _age(self) -> tuple[int, int, int]:
+        return self.attempt, self.step, self.revision
 
 
 class FileEntry(msgspec.Struct, frozen=True):

@@ -9,9 +9,24 @@ from typing import Any
 import msgspec
 import pytest
 
-from events.messages import BackwardEnded, RunEnded, TrainEpochEnded, TrainStepEnded, ValStepEnded
+from events.messages import (
+    BackwardEnded,
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointUploaded,
+    CommandTaken,
+    RunEnded,
+    RunResumed,
+    TrainEpochEnded,
+    TrainStepEnded,
+    ValStepEnded,
+    WeightsSaved,
+)
 from events.sink import RunInfo, Sink, delivery_of
 from sinks.console import Console
+from sinks.progress import Progress
 
 
 class Tty(io.StringIO):
@@ -91,6 +106,46 @@ def test_no_stderr_at_all_is_no_failure(stderr: Any, story: Any) -> None:
     """A program without a console window has none."""
     stderr(None)
     told(Console(), story.started(), *story.steps(500))
+
+
+def test_checkpoints_are_told_of(stderr: Any, story: Any) -> None:
+    """What is durable, what was left out, what failed and what was not whole; at most one in ten seconds of a kind."""
+    stream = stderr(io.StringIO())
+    saved = {"path": "runs/demo", "nbytes": 1_540_000_000, "durable_s": 1.5}
+    told(
+        Console(),
+        story.started(),
+        story(RunResumed, checkpoint="step-40.a1"),
+        story(CheckpointRejected, checkpoint="step-50.a1", error="CheckpointDamaged: cut"),
+        *(story(CheckpointSaved, checkpoint=f"step-{step}.a2", reasons=["steps"], **saved) for step in (60, 70, 80)),
+        story(CheckpointSkipped, reasons=["steps"], writing=["step-60.a2", "step-70.a2"]),
+        story(CheckpointFailed, checkpoint="step-90.a2", error="OSError: disk full", consecutive=2),
+        story(CheckpointUploaded, checkpoint="step-60.a2", url="s3://b/step-60.a2", nbytes=5_000, duration_s=2.0),
+        story(CheckpointSaved, checkpoint="step-90.a2", reasons=["stop"], **saved),
+        story(WeightsSaved, path="runs/demo/weights.safetensors", nbytes=42_000_000),
+    )
+    text = stream.getvalue()
+    for expected in (
+        "resumed from step-40.a1 at step",
+        "checkpoint step-50.a1 is not whole, an older one is tried: CheckpointDamaged: cut",
+        "checkpoint step-60.a2 (steps): 1.5 GB, durable after 1.5 s",
+        "step-60.a2, step-70.a2 are still being written",
+        "could not write checkpoint step-90.a2, 2 in a row: OSError: disk full",
+        "uploaded to s3://b/step-60.a2: 5.0 kB in 2.0 s",
+        "checkpoint step-90.a2 (stop): 1.5 GB, durable after 1.5 s [and 2 more before]",
+        "weights in runs/demo/weights.safetensors (42 MB)",
+    ):
+        assert expected in text
+    assert "step-70.a2 (steps)" not in text
+
+
+def test_a_checkpoint_that_is_asked_for_ends_no_pause() -> None:
+    """Progress stays paused until it is resumed."""
+    progress = Progress()
+    header = ("demo", 1, 1, 1.0, 0, 5, 0, None)
+    for command, paused in (("pause", True), ("checkpoint", True), ("resume", False)):
+        progress.take(CommandTaken(*header, command, "id"))
+        assert progress.paused is paused
 
 
 def test_progress_is_a_line_now_and_then_by_the_time_of_the_events(stderr: Any, story: Any) -> None:

@@ -7,6 +7,7 @@ import pytest
 from events.messages import StallLedger
 from sinks.format import (
     cells,
+    format_bytes,
     format_clock,
     format_duration,
     format_ledger,
@@ -130,3 +131,20 @@ def test_an_empty_ledger_is_no_error() -> None:
     """A run that was cancelled before its first step has one."""
     assert "-" in format_ledger(StallLedger())
     assert ledger_shares(StallLedger()) == []
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "expected"),
+    [
+        (0, "0 B"),
+        (812, "812 B"),
+        (999, "999 B"),
+        (1_000, "1.0 kB"),
+        (1_540_000, "1.5 MB"),
+        (42e6, "42 MB"),
+        (3.1e9, "3.1 GB"),
+    ],
+)
+def test_bytes_are_in_powers_of_a_thousand(nbytes: float, expected: str) -> None:
+    """As disks and networks count them; never more than six characters."""
+    assert format_bytes(nbytes) == expected

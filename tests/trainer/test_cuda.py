@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from events.checkpoint.store import CheckpointStore
 from events.messages import (
     LedgerReported,
     MetricsLogged,
@@ -25,8 +26,12 @@ from events.messages import (
     TrainStepEnded,
     ValEpochEnded,
 )
-from trainer import CallbackInterface, ModuleInterface, inline, to_device
+from trainer import CallbackInterface, Checkpoints, ModuleInterface, inline, to_device
 from trainer.outputs import Capture
+from trainer.resume import Loaded
+from trainer.slab import Slab
+from trainer.staging import Stager
+from trainer.tensor_state import Collected, tensors_in
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -426,3 +431,85 @@ class HostNet(Net):
         x, y = batch
         logits = self.layers(x)
         return nn.functional.cross_entropy(logits, y), logits
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def staged_on(device: torch.device) -> tuple[Stager, Slab]:
+    return Stager(device), Slab(device)
+
+
+def test_the_memory_for_a_checkpoint_is_pinned() -> None:
+    """Or the copy would wait for the device, and go through memory of the driver's."""
+    _, slab = staged_on(torch.device("cuda:0"))
+    slab.reserve(2**20)
+    assert slab.bytes[: 2**20].is_pinned()
+    slab.close()
+
+
+def test_a_copy_is_of_the_moment_though_the_device_and_the_optimizers_go_on() -> None:
+    """Late ones are copied beside what follows, and the gate keeps that from changing them first; others at once."""
+    device = torch.device("cuda:0")
+    stager, slab = staged_on(device)
+    weight, buffer = torch.ones(2**22, device=device), torch.ones(2**10, device=device)
+    torch.cuda._sleep(CYCLES)
+    weight.add_(1.0)
+    collected = Collected({"weight": weight, "buffer": buffer})
+    staged = stager.copy(collected, slab, {weight.data_ptr()})
+    buffer.add_(5.0)  # a forward may change it before the gate
+    torch.cuda._sleep(CYCLES)
+    assert stager.pending is not None
+    stager.gate()
+    weight.add_(7.0)
+    staged.wait()
+    stored = tensors_in(staged.image, "memory")
+    assert stored["weight"].unique().tolist() == [2.0]
+    assert stored["buffer"].unique().tolist() == [1.0]
+    assert weight.unique().tolist() == [9.0]
+
+
+def test_the_host_does_not_wait_for_a_snapshot(kit: Any, tmp_path: Any, sync_is_an_error: Callable[[], None]) -> None:
+    """Neither at the snapshot nor at the gate; each checkpoint holds the weights of its step."""
+    weights: dict[int, torch.Tensor] = {}
+
+    class Watching(CallbackInterface):
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            weights[global_step] = net.layers[0].weight.detach().clone()
+            sync_is_an_error()
+
+    net = Net()
+    checkpoints = Checkpoints(every_steps=1, every_minutes=None, at_end=False, keep_last=99, when_busy="wait")
+    outcome = kit.train(
+        net, callbacks=[Watching()], device="cuda", checkpoints=checkpoints, run_dir=tmp_path / "run", epochs=2
+    )
+    assert outcome.error is None
+    store = CheckpointStore(tmp_path / "run/checkpoints")
+    assert len(store.names()) == outcome.result.global_step
+    for name in store.names():
+        state = Loaded(store.path(name)).state["module"]
+        assert torch.equal(state["layers.0.weight"], weights[name.step].cpu())
+
+
+def test_a_resumed_run_goes_on_from_the_devices_state(kit: Any, tmp_path: Any) -> None:
+    """With the device's random generator: dropout draws what it would have drawn."""
+
+    class Dropping(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers.insert(1, nn.Dropout(0.5))
+            self.losses: list[float] = []
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            values = super().train_step(global_step, batch, device)
+            self.losses.append(values[0].item())
+            return values
+
+    run = {"device": "cuda", "seed": 3, "epochs": 2, "run_id": "r", "run_dir": tmp_path / "run"}
+    checkpoints = Checkpoints(every_steps=5, every_minutes=None, keep_last=99, when_busy="wait")
+    whole, rest = Dropping(), Dropping()
+    kit.train(whole, checkpoints=checkpoints, **run)
+    kit.train(rest, checkpoints=checkpoints, resume=tmp_path / "run/checkpoints/step-5.a1", **run)
+    assert rest.losses == pytest.approx(whole.losses[5:], rel=1e-4)

@@ -155,7 +155,8 @@ def test_imports_go_in_one_direction(package: str, never: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "late"), [("trainer", {"sinks", "sklearn", "numpy", "trio"}), ("sinks", {"rich"}), ("events", {"trio", "numpy", "obstore"})]
+    ("package", "late"),
+    [("trainer", {"sinks", "sklearn", "numpy", "trio"}), ("sinks", {"rich"}), ("events", {"trio", "numpy", "obstore"})],
 )
 def test_some_imports_wait_until_they_are_needed(package: str, late: set[str]) -> None:
     """Sinks are built by name; clients and extras are imported by whoever uses them."""
