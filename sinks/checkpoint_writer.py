@@ -133,10 +133,7 @@ class CheckpointWriter:
                 raise
             finally:
                 snapshot.release()
-        except (OSError, CheckpointError) as error:
-            self._fail(event, error)
-            return
-        except Exception as error:  # of a callback's state_dict, or a device: a checkpoint less, not the run
+        except Exception as error:  # of the disk, a callback's state_dict, a device: a checkpoint less, not the run
             self._fail(event, error)
             return
         self._failures = 0

@@ -365,6 +365,8 @@ class LoopThread:
         for name, error in self._rejected:
             self._bus.publish(CheckpointRejected(*origin.header(), name, describe(error)))
         loaded = self._loaded
+        if self._task == "test":
+            return  # which supersedes nothing of the training
         if loaded is not None:
             in_line = self._plan.name_of(loaded) is not None
             # The steps of earlier attempts that are done again are superseded: all of them, if this run goes on from

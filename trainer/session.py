@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
@@ -212,8 +213,9 @@ class Session:
         writer: Any = target.writer
         if writer is not None and self._journal.circuit == "closed":
             self.bus.flush()
-            if writer.wait_for(seq, _JOURNAL_WAIT_S):
-                writer.sync()
+            with contextlib.suppress(OSError):  # its own failure, which its next write meets and tells of
+                if writer.wait_for(seq, _JOURNAL_WAIT_S):
+                    writer.sync()
 
     def _on_loss(self, event: TrainStepEnded, consecutive: int) -> None:
         """A loss that is not finite has been read; it belongs to a step that is over."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointError, CheckpointsFailing, UnstorableState
+from events.journal_reader import read_history
 from events.messages import (
     CheckpointDeleted,
     CheckpointFailed,
@@ -26,6 +27,7 @@ from events.messages import (
     CheckpointStaged,
     CommandTaken,
     RunResumed,
+    TrainStepEnded,
     WeightsSaved,
 )
 from events.protocol import Stop
@@ -478,3 +480,24 @@ def test_an_attempt_that_begins_anew_supersedes_all_before_it(kit: Any, tmp_path
     (resumed,) = outcome.of(RunResumed)
     assert (resumed.global_step, resumed.checkpoint) == (2, "step-2.a2")
     assert outcome.result.global_step == 4
+
+
+def test_a_test_of_a_trained_run_supersedes_nothing(kit: Any, tmp_path: Path) -> None:
+    """It takes over the module's state alone, and the history of the training stays."""
+
+    class Tested(kit.Net):
+        def get_test_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+            return self.batches(batch_size)
+
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "journal": True}
+    trained = Tested()
+    kit.train(trained, checkpoints=Checkpoints(**OFF | {"at_end": True}), **run)
+    before = [event for event in read_history(tmp_path / "run/journal") if type(event) is TrainStepEnded]
+    fresh = Tested()
+    with torch.no_grad():
+        fresh.linear.weight.zero_()
+    outputs = kit.make_trainer(fresh, resume="auto", **run).test()
+    assert torch.equal(fresh.linear.weight, trained.linear.weight)
+    assert outputs["default"][1].abs().sum() > 0
+    after = [event for event in read_history(tmp_path / "run/journal") if type(event) is TrainStepEnded]
+    assert after == before != []
