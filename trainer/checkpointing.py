@@ -133,6 +133,12 @@ class Checkpointing:
         self.due_step = self._origin.global_step + 1  # optimizers have their state from then on
         self._set_minutes()
 
+    def release(self) -> None:
+        """The run is over: let the memory go, though somebody may keep the run."""
+        self._pool = self._last = None
+        self._snapshots.clear()
+        self.stager.release()
+
     # --------------------------------------------------------------------------------------------- when
 
     def after_step(self, *, last: bool) -> None:

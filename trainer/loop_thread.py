@@ -185,8 +185,9 @@ class LoopThread:
             self._bus.publish(RunEnded(*self._origin.header(), "cancelled", STUCK))
         return text
 
-    def release_module(self) -> None:
-        """Give the module back: its last hooks have run, and may have logged."""
+    def release(self) -> None:
+        """Give the module back, whose last hooks have run, and may have logged; and the memory of checkpoints."""
+        self._checkpoints.release()
         if vars(self._module).get("_recorder") is self._recorder:
             del vars(self._module)["_recorder"]
 
@@ -215,7 +216,7 @@ class LoopThread:
             finally:  # whatever a signal has cut short
                 _running.discard(self)
                 if self._given_up:
-                    self.release_module()  # nobody has waited for this thread
+                    self.release()  # nobody has waited for this thread
                 self._bus.post(self.ended.set)
 
     def _main(self) -> None:
@@ -272,6 +273,7 @@ class LoopThread:
                 " per epoch; set max_train_steps_per_epoch if a scheduler needs the number"
             )
         self._publish_started(steps)
+        self._publish_resumed(loaded)
         if loaded is None:
             position.steps_per_epoch = steps or 0
         optimization = self._make_optimization(position.steps_per_epoch)
@@ -364,9 +366,13 @@ class LoopThread:
         self._bus.publish(started)
         for name, error in self._rejected:
             self._bus.publish(CheckpointRejected(*origin.header(), name, describe(error)))
-        loaded = self._loaded
-        if self._task == "test":
-            return  # which supersedes nothing of the training
+
+    def _publish_resumed(self, loaded: Loaded | None) -> None:
+        """Training begins at another place than where the attempt before has ended.
+
+        Not told by a test, nor by an attempt that fails before it begins: what has been trained stays as it is.
+        """
+        origin = self._origin
         if loaded is not None:
             in_line = self._plan.name_of(loaded) is not None
             # The steps of earlier attempts that are done again are superseded: all of them, if this run goes on from

@@ -280,7 +280,7 @@ class Session:
                 raise
             finally:
                 if self._stuck is None:
-                    self.loop.release_module()
+                    self.loop.release()
                 self._close_folder()
                 self.finished.set()
                 current_origin.reset(token)

@@ -78,6 +78,10 @@ class Stager:
             torch.cuda.current_stream(self._device).wait_event(self.pending)
             self.pending = None
 
+    def release(self) -> None:
+        """Let go of the slabs."""
+        self._views.clear()
+
     def _views_of(self, slab: Slab, nbytes: int) -> list[torch.Tensor]:
         layout, views = self._views.get(id(slab), (None, []))
         if layout is self._layout:

@@ -155,11 +155,15 @@ class CheckpointStore:
         """
         if not self.folder.is_dir():
             os.mkdir(self.folder)
-            for above in self.folder.absolute().parents[:3]:  # the run's folder, and what it lies in, may be new too
+        # What it lies in may be new too, or was made by a process that was killed before it came to this.
+        for above in self.folder.absolute().parents:
+            with contextlib.suppress(PermissionError):  # one that we may not read is not one that we have made
                 disk.sync_folder(above)
+            if os.path.ismount(above):
+                break
         for entry in os.listdir(self.folder):
             if entry.startswith(".step-") and entry.endswith(".tmp"):
-                disk.remove_folder(self.folder / entry)
+                self._discard(self.folder / entry)
         disk.replace_file(self.folder / attempt_name(attempt.attempt), encode_attempt(attempt))
 
     def begin(self, name: CheckpointName) -> Path:
@@ -169,7 +173,7 @@ class CheckpointStore:
             OSError: The disk refused.
         """
         folder = self._temporary(name)
-        disk.remove_folder(folder)
+        self._discard(folder)
         os.mkdir(folder)
         return folder
 
@@ -198,7 +202,7 @@ class CheckpointStore:
     def abandon(self, name: CheckpointName) -> None:
         """Remove what was written of a checkpoint that is not to be committed; as far as the disk lets us."""
         with contextlib.suppress(OSError):
-            disk.remove_folder(self._temporary(name))
+            self._discard(self._temporary(name))
 
     def remove(self, name: CheckpointName) -> None:
         """Remove a checkpoint. It is gone at once and as a whole: first its name, then its files.
@@ -207,10 +211,15 @@ class CheckpointStore:
             OSError: The disk refused. What is left has no checkpoint's name any more, or is still whole.
         """
         temporary = self._temporary(name)
-        disk.remove_folder(temporary)
+        self._discard(temporary)  # what an earlier try has left
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path(name), temporary)
-            disk.sync_folder(self.folder)  # or, after a power failure, the name might be back without the files
+            self._discard(temporary)
+
+    def _discard(self, temporary: Path) -> None:
+        """Remove a temporary folder, if there is one, when it is certain that it has no other name."""
+        if temporary.is_dir():
+            disk.sync_folder(self.folder)  # or, after a power failure, a checkpoint's name might be back without files
             disk.remove_folder(temporary)
 
     def _temporary(self, name: CheckpointName) -> Path:
