@@ -11,8 +11,8 @@ from events.errors import CheckpointDamaged as CheckpointDamaged
 from events.errors import CheckpointError as CheckpointError
 from events.errors import CheckpointMismatch as CheckpointMismatch
 from events.errors import CheckpointNotFound as CheckpointNotFound
-from events.errors import CheckpointTooNew as CheckpointTooNew
 from events.errors import CheckpointsFailing as CheckpointsFailing
+from events.errors import CheckpointTooNew as CheckpointTooNew
 from events.errors import CursorError as CursorError
 from events.errors import FenceBroken as FenceBroken
 from events.errors import RunCancelled as RunCancelled

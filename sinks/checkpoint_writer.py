@@ -56,6 +56,7 @@ class CheckpointWriter:
         weights: The module's weights once training has ended in order; else None.
         module: Qualified name of the module's class.
         versions: See `events.checkpoint.manifest.Manifest`.
+        url: Where the run's checkpoints are uploaded to; None if they are not.
     """
 
     payloads = True
@@ -72,6 +73,7 @@ class CheckpointWriter:
         weights: Callable[[], Part | None],
         module: str,
         versions: dict[str, str],
+        url: str | None = None,
     ) -> None:
         self.last_saved: Path | None = None
         """The newest checkpoint that was made durable."""
@@ -83,6 +85,7 @@ class CheckpointWriter:
         self._weights = weights
         self._module = module
         self._versions = versions
+        self._url = url
         self._failures = 0
         self._undeleted: set[CheckpointName] = set()
         self._batch: Sequence[Published] = ()
@@ -256,10 +259,14 @@ class CheckpointWriter:
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
             largest_is_best=settings.best_mode == "max",
-            uploaded=[name for name in names if store.upload_of(name)] if settings.upload is not None else None,
+            uploaded=[name for name in names if self._is_uploaded(name)] if self._url is not None else None,
         )
         # One that has lost its name already, and not its files, is not among the names any more.
         return {name: manifests.get(name) for name in [*sorted(self._undeleted - {*names}), *going]}
+
+    def _is_uploaded(self, name: CheckpointName) -> bool:
+        upload = self._store.upload_of(name)
+        return upload is not None and upload.url == f"{self._url}/{name}"  # and not to where it was sent before
 
     def _delete(self, name: CheckpointName, manifest: Manifest | None) -> None:
         """Delete one; what the disk does not let go of is tried again the next time, and told once."""

@@ -193,6 +193,7 @@ class Session:
             weights=lambda: self.loop.weights,
             module=f"{kind.__module__}.{kind.__qualname__}",
             versions=versions(),
+            url=plan.url,
         )
         self._checkpoint_observers.append(self._supervisor.add("checkpoints", writer, sinks.WRITER_DELIVERY))
         if plan.url is not None:

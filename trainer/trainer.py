@@ -18,8 +18,9 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
+from events.checkpoint.objects import parse_url
 from events.checkpoint.settings import Checkpoints
-from events.errors import RunCancelled
+from events.errors import RunCancelled, UploadError
 from events.journal import Journal
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult, Stop
@@ -95,6 +96,11 @@ class Trainer:
         chosen: object = checkpoints
         if not isinstance(chosen, bool | Checkpoints):
             problems.append(f"checkpoints must be True, False or Checkpoints(...), not {_shown(checkpoints)}")
+        if isinstance(checkpoints, Checkpoints) and checkpoints.upload is not None:
+            try:
+                parse_url(checkpoints.upload)
+            except UploadError as error:
+                problems.append(f"Checkpoints(upload=...): {error}")
         if not isinstance(resume, str | os.PathLike | None) or resume == "":
             problems.append(f"resume must be 'auto', a path, an address or None, not {_shown(resume)}")
         _check(self.module, self.arguments, self._callbacks, self._sinks, problems)

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
@@ -53,8 +53,8 @@ def write_image(path: Path, image: memoryview, nbytes: int) -> str:
     return digest
 
 
-def write_parts(path: Path, parts: Sequence[bytes | memoryview]) -> tuple[int, str]:
-    """Write a new file that consists of these parts; returns its size and its hash.
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a new file that consists of these parts, each asked for in its turn; returns its size and its hash.
 
     Raises:
         OSError: The disk refused.

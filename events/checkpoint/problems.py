@@ -1,0 +1,126 @@
+"""What went wrong with a remote store, in words that contain no secret.
+
+An error of obstore quotes the request and the server's answer: addresses with signatures, key ids, what was signed. So
+nothing of it is repeated. Known causes are recognised and named in our own words; of an unknown one only its first
+line remains, without addresses, without values from the environment, and without anything that looks like a key.
+"""
+
+from __future__ import annotations
+
+import http
+import os
+import re
+
+from events.errors import UploadError
+
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
+}
+_ENDPOINT = {"s3": "AWS_ENDPOINT", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
+_ALLOW_HTTP = {"s3": "AWS_ALLOW_HTTP", "gs": "GOOGLE_ALLOW_HTTP", "az": "AZURE_ALLOW_HTTP"}
+
+_NO_CONTAINER = re.compile(
+    r"NoSuchBucket|ContainerNotFound|specified (?:bucket|container) does not exist", re.ASCII | re.IGNORECASE
+)
+_STATUS = re.compile(r"status code: ([1-5][0-9]{2})\b", re.ASCII)
+_CODE = re.compile(r"<Code>([A-Za-z]{3,50})</Code>", re.ASCII)
+_ERRNO = re.compile(r"\bcode: ([0-9]{1,3}),\s+kind:", re.ASCII)
+
+_CHECK_NETWORK = "is the network up, and {endpoint} right, if it is set?"
+_CHECK_CREDENTIALS = "check the credentials in the environment ({credentials}), and what they are allowed to do there"
+_KNOWN: tuple[tuple[str, str, str], ...] = (
+    # What an error's text contains, what that means, and what to do; the first that fits.
+    (r"BadScheme", "its endpoint is not encrypted", "use https, or allow that with {allow_http}=true"),
+    (
+        r"redirect without LOCATION|PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint",
+        "the bucket is in another region",
+        "set AWS_REGION",
+    ),
+    (r"MissingAccount|Account must be specified", "no account is named", "set AZURE_STORAGE_ACCOUNT_NAME"),
+    (
+        r"169\.254\.|metadata\.google|token request|TokenRequest|Missing(?:AccessKey|SecretAccessKey|Credential)",
+        "no credentials could be had",
+        "set {credentials}",
+    ),
+    (r"status code: 40[13]|PermissionDenied|Unauthenticated", "access was denied", _CHECK_CREDENTIALS),
+    (r"status code: 404", "there is nothing at that address", "check the URL, and {endpoint}"),
+    (r"status code: 5", "the store failed", "this may pass"),
+    (r"status code: ", "the store refused", "check the URL, and {endpoint}"),
+    (r"ConnectionRefused", "the connection was refused", _CHECK_NETWORK),
+    (r"dns error|failed to lookup", "its address is not known", _CHECK_NETWORK),
+    (
+        r"certificate|Certificate|UnknownIssuer",
+        "its certificate is not trusted",
+        "is it the right endpoint ({endpoint})?",
+    ),
+    (r"TimedOut|timed out|Timeout", "it did not answer in time", _CHECK_NETWORK),
+    (
+        r"ConnectionReset|BrokenPipe|ConnectionAborted|IncompleteMessage|UnexpectedEof|connection closed",
+        "the connection broke",
+        _CHECK_NETWORK,
+    ),
+)
+
+
+def lacks_container(error: BaseException) -> bool:
+    """Whether what is missing is the whole bucket, or container."""
+    return _NO_CONTAINER.search(str(error)) is not None
+
+
+def explain(error: BaseException, action: str, url: str, scheme: str) -> UploadError:
+    """An error to raise in place of one of obstore, or of the system.
+
+    Args:
+        action: What was tried, as in "cannot write".
+        url: Of the object, as it may be shown.
+    """
+    cause, advice = _cause(error, scheme)
+    words = {
+        "credentials": _CREDENTIALS.get(scheme, ""),
+        "endpoint": _ENDPOINT.get(scheme, ""),
+        "allow_http": _ALLOW_HTTP.get(scheme, ""),
+    }
+    return UploadError(f"cannot {action} {url}: {cause}; {advice.format(**words)}")
+
+
+def _cause(error: BaseException, scheme: str) -> tuple[str, str]:
+    text = str(error)
+    if scheme == "file":
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (match := _ERRNO.search(text)) is not None:
+            number = int(match[1])
+        if number is not None:
+            return os.strerror(number).lower(), "is the folder there, is it yours, and has it room?"
+        return _scrubbed(error), "is the folder there, is it yours, and has it room?"
+    if lacks_container(error):
+        kind = "container" if scheme == "az" else "bucket"
+        return f"the {kind} does not exist", "create it, or name another one"
+    for pattern, cause, advice in _KNOWN:
+        if re.search(pattern, text):
+            return cause + _answer(text), advice
+    return _scrubbed(error), "check the URL, and the environment"
+
+
+def _answer(text: str) -> str:
+    """Status and code of a server's answer, for those who know them."""
+    status, code = _STATUS.search(text), _CODE.search(text)
+    if status is None:
+        return ""
+    try:
+        phrase = f" {http.HTTPStatus(int(status[1])).phrase}"
+    except ValueError:
+        phrase = ""
+    return f" ({status[1]}{phrase}{f', {code[1]}' if code is not None else ''})"
+
+
+def _scrubbed(error: BaseException) -> str:
+    """The first line of an error that nobody has foreseen."""
+    text = next(iter(str(error).splitlines()), "")
+    for name, value in os.environ.items():
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) and len(value) >= 4:
+            text = text.replace(value, "...")
+    text = re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://\S+", "...", text)
+    text = re.sub(r"[A-Za-z0-9+/=_%~-]{20,}", "...", text)
+    return f"{type(error).__name__}: {text[:200]}"
