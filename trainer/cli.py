@@ -1,19 +1,25 @@
 """The command ``stagecast``.
 
-Exit codes: 0 when the run finished; 1 for an error, told in one sentence; 2 for wrong arguments; 130 and 143 when
-SIGINT (Ctrl-C) or SIGTERM ended it. The first signal stops the run at its next step, and what it has reached is still
-shown; a second one ends it at once.
+Exit codes: 0 when the run finished, or the checkpoints are whole; 1 for an error, told in one sentence; 2 for wrong
+arguments; 130 and 143 when SIGINT (Ctrl-C) or SIGTERM ended it. The first signal stops a run at its next step, and what
+it has reached is still shown; a second one ends it at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from events.checkpoint.manifest import CheckpointName
+from events.errors import StagecastError
 
 _SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -28,11 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with code 2, for wrong arguments; with code 143 on a second SIGTERM.
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of metrics and folders may be in any script
     try:
-        return _demo(options)
+        code: int = options.run(options)
+        sys.stdout.flush()  # here, where a closed pipe is expected
+        return code
     except KeyboardInterrupt:
         print("stagecast: ended at once", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read it (`head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would say so at its end
+        return 1
+    except (StagecastError, OSError) as error:
+        from sinks.format import plain_text
+
+        print(f"stagecast {options.command}: error: {plain_text(str(error), 2_000)}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="stagecast", description="Train PyTorch modules over an event bus.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"stagecast {_version()}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_checkpoints(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a small language model on the source of Python's standard library",
@@ -52,6 +76,54 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights and order (default: 0)")
     demo.add_argument("--run-dir", metavar="FOLDER", help="the run's folder (default: runs/RUN_ID)")
+    demo.set_defaults(run=_demo)
+
+
+def _add_checkpoints(commands: Any) -> None:
+    about = "list, verify and export the checkpoints of a run"
+    group = commands.add_parser("checkpoints", help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
+    group.set_defaults(run=_checkpoints)
+    actions = group.add_subparsers(dest="action", metavar="ACTION", required=True)
+    shown = _add_action(
+        actions,
+        "list",
+        "show what there is, the newest first",
+        "The sizes of files are compared with what was written, their bytes are not (see verify). 'resumes here' is"
+        " what resume='auto' takes; 'in line', what the run as it stands has come from; 'left behind', what somebody"
+        " has gone back before.",
+    )
+    shown.add_argument("--json", action="store_true", help="print a JSON array, for scripts")
+    verify = _add_action(
+        actions,
+        "verify",
+        "read every byte and compare it with what was written",
+        "The exit code is 1 if any is not whole.",
+    )
+    verify.add_argument("names", nargs="*", type=_checkpoint, metavar="NAME", help="which (step-500.a1; default: all)")
+    export = _add_action(
+        actions,
+        "export",
+        "write the module's state dict to a safetensors file",
+        "Any reader of safetensors opens it: safetensors.torch.load_file gives the state dict. What is read is"
+        " verified, and the file is there as a whole or not at all.",
+    )
+    export.add_argument("out", type=Path, metavar="OUT.safetensors", help="the file to write")
+    export.add_argument(
+        "--name", type=_checkpoint, help="which (step-500.a1; default: the newest whole one that the run came from)"
+    )
+    export.add_argument("--force", action="store_true", help="replace the file if it is there")
+
+
+def _add_action(actions: Any, name: str, about: str, more: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(
+        name, help=about, description=f"{about.capitalize()}. {more}", allow_abbrev=False
+    )
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="a run's folder, its folder of checkpoints, one checkpoint, or the run's address where they were uploaded"
+        " to (s3://bucket/prefix/RUN_ID, gs://, az://, file://)",
+    )
     return parser
 
 
@@ -61,7 +133,6 @@ def _demo(options: argparse.Namespace) -> int:
     # Imported here, so that --help and errors of the command line do not wait for torch.
     import torch
 
-    from events.errors import StagecastError
     from sinks.format import format_ledger
     from trainer import Trainer
     from trainer.data import resolve_device
@@ -79,7 +150,8 @@ def _demo(options: argparse.Namespace) -> int:
         print(
             f"A transformer of {weights / 1e6:.1f} million weights learns to write Python, on {device}:\n"
             f"{len(text.train):,} characters from {text.files} files in {text.root},\n"
-            f"validated on {len(text.val):,} characters from files that it does not learn from.\n",
+            f"validated on {len(text.val):,} characters from files that it does not learn from.\n\n",
+            end="",  # one write, also where Python buffers none: who reads one line (`head -1`) has got all
             flush=True,
         )
         arguments = arguments_for(size, device, steps=options.steps, seed=options.seed)
@@ -88,13 +160,29 @@ def _demo(options: argparse.Namespace) -> int:
         print(textwrap.indent(module.write("def ", 400).rstrip(), "    | ", lambda _: True))
         ledger = format_ledger(result.ledger)
         print(f"\nWhere the loop's time went:\n\n{ledger}\n\nRun folder: {result.run_dir}", flush=True)
-    except BrokenPipeError:  # whoever read it (`head`) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would say so at its end
-        return 1
-    except (StagecastError, OSError) as error:
+    except ArgumentsError as error:
         print(f"stagecast demo: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentsError) else 1
+        return 2
     return _SIGNAL_CODES.get(result.reason or "", 0)
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from trainer import cli_checkpoints, cli_export  # with what reads them, which help need not wait for
+
+    match options.action:
+        case "list":
+            return cli_checkpoints.show(options.path, as_json=options.json)
+        case "verify":
+            return cli_checkpoints.verify(options.path, options.names)
+        case _:
+            return cli_export.export(options.path, options.out, options.name, force=options.force)
+
+
+def _checkpoint(text: str) -> CheckpointName:
+    name = CheckpointName.parse(text)
+    if name is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no checkpoint's name, as step-500.a1 is")
+    return name
 
 
 def _positive(text: str) -> int:

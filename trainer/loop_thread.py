@@ -403,7 +403,8 @@ class LoopThread:
             if not self._started:  # it failed before it knew how long an epoch is
                 self._publish_started(None)
             if self._checkpoints.keeps_weights and self.status in _IN_ORDER:
-                self.weights = part_of(dict(self._module.state_dict()))
+                # Tied ones under each of their names: that is what `load_state_dict` looks for.
+                self.weights = part_of(dict(self._module.state_dict())).without_aliases()
             self.total = self._ledger.total()
             self._bus.publish(LedgerReported(*origin.header(), "run", self.total))
             ended = RunEnded(*origin.header(), self.status, self.reason)

@@ -24,6 +24,15 @@ class Part(msgspec.Struct, frozen=True):
     aliases: dict[str, str] = {}
     """Further names of these tensors."""
 
+    def without_aliases(self) -> Part:
+        """The same with each tensor under all of its names, for readers that know of no aliases."""
+        known = {info.name: (info, data) for info, data in self.tensors}
+        more = []
+        for alias, name in self.aliases.items():
+            info, data = known[name]
+            more.append((msgspec.structs.replace(info, name=alias), data))
+        return Part(self.state, [*self.tensors, *more])
+
 
 class LatePart:
     """A part that somebody else adds, on their own thread, when they have come to this place in the run.

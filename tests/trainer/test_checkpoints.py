@@ -330,6 +330,21 @@ def test_the_weights_alone_are_there_at_the_end(kit: Any, tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
 
 
+def test_tied_weights_load_as_a_state_dict(kit: Any, tmp_path: Path) -> None:
+    """By plain safetensors and torch, which know nothing of our aliases."""
+
+    class Tied(kit.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = torch.nn.Linear(4, 1)
+            self.again.weight = self.linear.weight
+
+    net, fresh = Tied(), Tied()
+    kit.train(net, checkpoints=Checkpoints(**OFF), run_dir=tmp_path / "run")
+    fresh.load_state_dict(load_file(tmp_path / "run/weights.safetensors"))
+    assert torch.equal(fresh.again.weight, net.linear.weight)
+
+
 def test_no_weights_where_nobody_wants_them(kit: Any, tmp_path: Path) -> None:
     """Nor from a run that failed."""
     kit.train(kit.Net(), checkpoints=Checkpoints(**OFF, weights=False), run_dir=tmp_path / "run")
