@@ -310,8 +310,8 @@ class DcpProcess(DcpThread):
 class Ours(Peer):
     """The trainer's own parts, in the order in which a run uses them: snapshot, write, hash, commit, retention.
 
-    ``hashed=False`` leaves the hash out. ``skip`` tells what becomes of a save when both slabs are in use: it is skipped
-    and counted, or waits.
+    ``hashed=False`` leaves the hash out. ``skip`` tells what becomes of a save when both slabs are in use: it is left
+    out and counted, or waits.
 
     Attributes:
         prefault_s: Seconds that setting up the two slabs took, in the constructor.

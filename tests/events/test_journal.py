@@ -54,8 +54,8 @@ from events.messages import (
     RunResumed,
     RunStarted,
     TrainStepEnded,
-    WeightsSaved,
     UnknownEvent,
+    WeightsSaved,
 )
 from events.sink import RunInfo, Sink, delivery_of
 

@@ -139,7 +139,7 @@ _OWN = ("journal", "run_id", "run_dir", "checkpoints", "resume")
 
 
 def make_trainer(module: ModuleInterface, *, callbacks: Iterable[Any] = (), sinks: Any = (), **options: Any) -> Trainer:
-    """A trainer on the CPU that writes nothing and takes no checkpoints, unless told; `options` of it and its arguments."""
+    """A trainer on the CPU that writes nothing and takes no checkpoints, unless the ``options`` say so."""
     own = {name: options.pop(name) for name in _OWN if name in options}
     arguments = TrainerArguments(**({"train_batch_size": 8, "device": "cpu"} | options))
     return Trainer(
