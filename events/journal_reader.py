@@ -15,11 +15,12 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
+from events.checkpoint.manifest import CheckpointName
 from events.errors import WireError
 from events.messages import (
     BackwardEnded,
@@ -299,9 +300,9 @@ def read_history(
 ) -> Iterator[Event]:
     """The run's history as it counts: without the steps that a later attempt has done again.
 
-    An event of `SUPERSEDED_TYPES` is left out if a later attempt resumed from before it: from a checkpoint with a
-    smaller ``seq`` than its own, or, where there was none, a smaller ``global_step``. All other events are there. This
-    is the one place that applies `RunResumed`: replay, charts and reports read through it.
+    The newest attempt counts; of the one whose checkpoint it went on from, what came before that checkpoint; and so on
+    back to the first. Of `SUPERSEDED_TYPES` everything else is left out. All other events are there. This is the one
+    place that applies `RunResumed`: replay, charts and reports read through it.
 
     Args:
         journal_dir: The folder of segments; it may be growing. The iterator ends when it has caught up.
@@ -312,15 +313,12 @@ def read_history(
         OSError: A segment exists but cannot be read.
     """
     # Found first: what supersedes an event may stand at the journal's end.
-    resumes = list(_resumes(Path(journal_dir), since))
-    kept_up_to: dict[int, tuple[float, float]] = {}  # by attempt: seq and step that are kept at most
+    kept_up_to = _kept_up_to(list(_resumes(Path(journal_dir))))
     reader = JournalReader(journal_dir, since)
     while events := reader.read():
         for event in events:
             if isinstance(event, SUPERSEDED_TYPES):
-                if event.attempt not in kept_up_to:
-                    kept_up_to[event.attempt] = _kept_up_to(event.attempt, resumes)
-                seq, step = kept_up_to[event.attempt]
+                seq, step = kept_up_to(event.attempt)
                 # What a hook logged late belongs to the event that it handled.
                 if (getattr(event, "of_seq", None) or event.seq) > seq or event.global_step > step:
                     continue
@@ -329,14 +327,34 @@ def read_history(
         skipped.extend(reader.skipped)
 
 
-def _kept_up_to(attempt: int, resumes: list[RunResumed]) -> tuple[float, float]:
-    later = [resume for resume in resumes if resume.attempt > attempt]
-    seqs = (resume.after_seq for resume in later if resume.after_seq is not None)
-    steps = (resume.global_step for resume in later if resume.after_seq is None)
-    return min(seqs, default=math.inf), min(steps, default=math.inf)
+def _kept_up_to(resumes: list[RunResumed]) -> Callable[[int], tuple[float, float]]:
+    """By attempt: up to which ``seq``, and which step, its events count."""
+    by_attempt = {resume.attempt: resume for resume in resumes}
+    bounds: dict[int, tuple[float, float]] = {}
+    everything = seq, step = math.inf, math.inf
+    current = newest = max(by_attempt, default=0)
+    while current > 0:
+        bounds[current] = seq, step
+        resume = by_attempt.get(current)
+        parent = current - 1
+        if resume is not None and resume.after_seq is None:  # all that is known is the step
+            step = min(step, resume.global_step)
+        elif resume is not None:
+            name = CheckpointName.parse(resume.checkpoint or "")
+            seq, step = resume.after_seq or 0, math.inf
+            parent = name.attempt if name is not None and resume.after_seq else 0
+        current = min(parent, current - 1)
+
+    def kept(attempt: int) -> tuple[float, float]:
+        if attempt in bounds or attempt > newest:
+            return bounds.get(attempt, everything)
+        # One that has resumed nothing has trained nothing: a test. The first one needs not to have.
+        return (0, 0) if attempt == 1 or attempt in by_attempt else everything
+
+    return kept
 
 
-def _resumes(journal_dir: Path, since: int) -> Iterator[RunResumed]:
+def _resumes(journal_dir: Path) -> Iterator[RunResumed]:
     """The resumes in a journal, decoding only the lines that may be one."""
     for number in segment_numbers(journal_dir):
         try:
@@ -344,7 +362,7 @@ def _resumes(journal_dir: Path, since: int) -> Iterator[RunResumed]:
                 for line in file:
                     if b'"RunResumed"' in line:
                         event = _event_of(line.removesuffix(b"\n"))
-                        if isinstance(event, RunResumed) and event.seq > since:
+                        if isinstance(event, RunResumed):
                             yield event
         except FileNotFoundError:
             continue  # removed since it was listed: the reader reports it if it mattered

@@ -289,7 +289,7 @@ class ObserverSlow(Event, frozen=True, gc=False, tag=True):
 class LoopHeld(Event, frozen=True, gc=False, tag=True):
     """The training loop is waiting, or has waited, for something that must not be missed."""
 
-    cause: Literal["fence", "backpressure"]
+    cause: Literal["fence", "backpressure", "checkpoint"]
     observers: list[str]
     wait_s: float
     """How long so far."""
@@ -348,6 +348,8 @@ class CheckpointSaved(Event, frozen=True, gc=False, tag=True):
     reasons: list[str] = []
     command_ids: list[str] = []
     metric: float | None = None
+    missing: list[str] = []
+    """Callbacks whose state is not in it, because they were given up before they came to its place in the run."""
 
 
 class CheckpointFailed(Event, frozen=True, gc=False, tag=True):

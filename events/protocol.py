@@ -83,7 +83,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     observers: list[ObserverReport] = []
     run_dir: str | None = None
     checkpoint: str | None = None
-    """Folder of the newest checkpoint that this attempt has made durable."""
+    """Folder of the run's newest durable checkpoint: of this attempt, else the one that it has gone on from."""
 
 
 class EventStream(Protocol):

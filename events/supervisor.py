@@ -27,6 +27,8 @@ from events.sink import Delivery, RunInfo, Sink, SinkWriter
 from events.subscription import Subscription
 from events.worker import AsyncJob, Job, Worker
 
+_LEAVING_S = 0.5
+"""How long an observer may take to end that nobody waits for any more."""
 _PUMP_S = 1.0
 """How long the pump may take at least to deliver what was published before a drain."""
 
@@ -353,6 +355,8 @@ class Supervisor:
         self.observers: list[Observer] = []
         self._limit_s = math.inf
         self._draining: anyio.CancelScope | None = None
+        self._drained: list[Observer] = []  # who is, or was last
+        self._left: set[Observer] = set()
 
     def add(self, name: str, target: Target, delivery: Delivery) -> Observer:
         """Subscribe an observer, whose `Observer.run` is then to be started. A name that is taken gets a number."""
@@ -365,6 +369,9 @@ class Supervisor:
 
     async def drain(self, observers: Sequence[Observer], timeout_s: float) -> list[ObserverReport]:
         """Deliver what these observers still have queued, close them, and report; no longer than ``timeout_s``."""
+        if self._left.issuperset(observers):
+            timeout_s = min(timeout_s, _LEAVING_S)
+        self._drained = list(observers)
         deadline = anyio.current_time() + min(timeout_s, self._limit_s)
         # The pump's own work, and short, unless a device hangs: what is in the ring belongs in the counts.
         with anyio.CancelScope(deadline=max(deadline, anyio.current_time() + _PUMP_S)):
@@ -377,6 +384,12 @@ class Supervisor:
                 await observer.finished()
         self._draining = None
         return [observer.report() for observer in observers]
+
+    def leave(self, observer: Observer) -> None:
+        """Wait no longer than a moment for this one, in the drain that is under way or when its turn comes."""
+        self._left.add(observer)
+        if self._draining is not None and self._drained == [observer]:
+            self._draining.deadline = min(self._draining.deadline, anyio.current_time() + _LEAVING_S)
 
     def hurry(self, timeout_s: float) -> None:
         """Let the drain that is under way, and each that follows, take no longer than this from now on."""

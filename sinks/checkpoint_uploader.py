@@ -61,6 +61,7 @@ class CheckpointUploader:
         publish: Publishes an event; from any thread.
         header: Gives the header of an event that happens now (`events.origin.Origin.header`).
         retain: Called after each upload: local checkpoints that were kept because of it may go. Must not raise.
+        give_up: Called when nothing will ever be uploaded, so that nothing is kept because of it.
         limits: How long the store is waited for.
 
     Raises:
@@ -79,6 +80,7 @@ class CheckpointUploader:
         header: Callable[[], Header],
         retain: Callable[[], None],
         limits: Limits | None = None,
+        give_up: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._remote = RemoteStore(url, limits)
@@ -86,6 +88,7 @@ class CheckpointUploader:
         self._publish = publish
         self._header = header
         self._retain = retain
+        self._give_up = give_up
         self._doing: Literal["open", "upload"] = "open"
         self._abandoned = threading.Event()
         self._ready = False
@@ -107,7 +110,12 @@ class CheckpointUploader:
         Raises:
             UploadError: The store cannot be reached, or refuses.
         """
-        self._prepare()
+        try:
+            self._prepare()
+        except UploadError as error:
+            for name in self._pending()[:1]:
+                self._fail(name, error, "upload")
+            raise
         self._upload_pending()
 
     def deliver(self, batch: Sequence[Published], /) -> None:
@@ -134,16 +142,7 @@ class CheckpointUploader:
             return  # it was only an upload that failed
         self._remote.check()
         attempt = self._header()[1]
-        strangers = [name for name in self._remote.names() if name.attempt >= attempt]
-        if strangers:
-            error = UploadError(
-                f"{self._remote.url_of(strangers[-1])} is of attempt {strangers[-1].attempt}, but this is attempt"
-                f" {attempt}: another run of this name was uploaded there. Give this one another run_id, or another"
-                f" place to upload to, or resume='auto' on an empty folder to go on with that one"
-            )
-            self._fail(strangers[-1], error, "upload")
-            logger.error(f"nothing is uploaded: {error}")
-            self._abandoned.set()  # not to be retried: it would hold up the end of the run, and find the same
+        if self._is_anothers([name.attempt for name in self._remote.names() if name.attempt >= attempt]):
             return
         self._remote.note(self._store.attempts().values())
         try:
@@ -151,6 +150,35 @@ class CheckpointUploader:
         except UploadError as error:  # perhaps it may write there, but not delete
             logger.warning(f"what an earlier upload has left cannot be removed: {error}")
         self._ready = True
+
+    def _is_anothers(self, attempts: Sequence[int] = ()) -> bool:
+        """See whether what is there is another run's of this name: then nothing is uploaded, or removed there.
+
+        Args:
+            attempts: Some that are.
+        """
+        own = self._store.attempts()
+        strangers = [
+            *attempts,
+            *(number for number, note in self._remote.attempts().items() if own.get(number) != note),
+        ]
+        if not strangers:
+            return False
+        error = UploadError(
+            f"{self._remote.url} holds attempt {max(strangers)} of another run of this name: give this one another"
+            f" run_id, or another place to upload to; to go on with that one, begin with resume='auto' in an empty"
+            f" folder"
+        )
+        name = next(iter(self._pending()), CheckpointName(0, self._header()[1]))
+        self._fail(name, error, "upload")
+        logger.error(f"nothing is uploaded any more: {error}")
+        self._abandoned.set()  # not to be retried: it would hold up the end of the run, and find the same
+        self._give_up()
+        return True
+
+    def left(self) -> list[CheckpointName]:
+        """Those that are still to be uploaded. Waits for the disk; any thread."""
+        return self._pending()
 
     def _pending(self) -> list[CheckpointName]:
         """Those that are to be uploaded: the newest, and what else is going to be kept."""
@@ -251,6 +279,8 @@ class CheckpointUploader:
         next one it is tried again.
         """
         try:
+            if self._is_anothers():  # one that has begun meanwhile
+                return
             self._remote.reap(keep=set(self._pending()))
             for name in self._expendable(self._remote.line(), self._remote.names(), self._remote.manifest):
                 if self._abandoned.is_set():

@@ -41,7 +41,8 @@ WRITER_DELIVERY = Delivery(
     latency_s=0.01,
 )
 """How events reach the writer. Its failures are its own business, until it gives up and ends the run."""
-_PART_TIMEOUT_S = 300.0
+_PART_TIMEOUT_S = 60.0
+"""How long the state of a callback is waited for that may be disabled."""
 
 
 class CheckpointWriter:
@@ -154,6 +155,7 @@ class CheckpointWriter:
                 event.reasons,
                 event.command_ids,
                 metric,
+                manifest.missing,
             )
         )
         self.retain()
@@ -164,14 +166,14 @@ class CheckpointWriter:
         digest = disk.write_image(folder / TENSORS_NAME, snapshot.image, snapshot.nbytes)
         files = {TENSORS_NAME: FileEntry(snapshot.nbytes, digest)}
         snapshot.release()  # the loop may need the memory, and the rest may have to wait for callbacks
+        missing: list[str] = []
+        owners = {part: owner for owner, part in snapshot.owners.items()}
         files[STATE_NAME] = FileEntry(*disk.write_parts(folder / STATE_NAME, [snapshot.state]))
         for name, late in snapshot.parts.items():
-            try:
-                part = late.get(_PART_TIMEOUT_S)
-            except CheckpointError as error:
-                raise CheckpointError(f"{name} is missing: {error}") from error
+            part = late.get(_PART_TIMEOUT_S)
             if part is None:
-                logger.warning(f"checkpoint {snapshot.name} goes without {name}, which was given up meanwhile")
+                missing.append(owners.get(name, name))
+                logger.warning(f"checkpoint {snapshot.name} goes without the state of {missing[-1]}")
             else:
                 _write_part(folder, name, part, files)
         manifest = Manifest(
@@ -187,6 +189,7 @@ class CheckpointWriter:
             metric=snapshot.metric,
             module=self._module,
             versions=self._versions,
+            missing=missing,
             files=files,
         )
         self._sync_journal(event.seq)
@@ -247,9 +250,14 @@ class CheckpointWriter:
         names = store.names()
         metrics: dict[CheckpointName, float] = {}
         manifests: dict[CheckpointName, Manifest] = {}
+        unread: set[CheckpointName] = set()  # is it a good one? whoever cannot be asked now is asked the next time
         for name in names:
-            with contextlib.suppress(CheckpointError):
+            try:
                 manifest = manifests[name] = store.manifest(name)
+            except CheckpointError as error:
+                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                    unread.add(name)
+            else:
                 if manifest.metric is not None and manifest.metric.name == settings.best:  # and is finite
                     metrics[name] = manifest.metric.value
         going = expendable(
@@ -262,7 +270,12 @@ class CheckpointWriter:
             uploaded=[name for name in names if self._is_uploaded(name)] if self._url is not None else None,
         )
         # One that has lost its name already, and not its files, is not among the names any more.
-        return {name: manifests.get(name) for name in [*sorted(self._undeleted - {*names}), *going]}
+        left = sorted(self._undeleted - {*names})
+        return {name: manifests.get(name) for name in [*left, *going] if name not in unread}
+
+    def without_uploads(self) -> None:
+        """Nothing will be uploaded any more: delete without regard to that. Any thread."""
+        self._url = None
 
     def _is_uploaded(self, name: CheckpointName) -> bool:
         upload = self._store.upload_of(name)
@@ -303,7 +316,7 @@ def _replace_tensors(path: Path, part: Part) -> int:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         nbytes, _ = _write_tensors(temporary, part)
-        os.rename(temporary, path)
+        os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

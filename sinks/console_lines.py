@@ -167,6 +167,8 @@ class Chronicle:
         why = plain_text(", ".join(e.reasons), 80)
         took = f"{format_bytes(e.nbytes)}, durable after {format_duration(e.durable_s)}"
         text = f"checkpoint {plain_text(e.checkpoint, 80)} ({why}): {took}"
+        if e.missing:
+            return [_line(e, "warn", f"warning: {text}, without the state of {plain_text(', '.join(e.missing), 200)}")]
         return self._sparsely(
             e, "checkpoints", "note", text, always=not {"stop", "end", "command"}.isdisjoint(e.reasons)
         )
@@ -288,7 +290,8 @@ class Chronicle:
         if e.wait_s < HELD_S:
             return []
         by = plain_text(", ".join(e.observers), 200) or "nobody known"
-        why = "its hook to return" if e.cause == "fence" else "room in its queue"
+        reasons = {"fence": "its hook to return", "backpressure": "room in its queue", "checkpoint": "the disk"}
+        why = reasons[e.cause]
         waited = format_duration(e.wait_s)
         if e.released:
             text = f"warning: the loop goes on: it had waited {waited} for {by} ({why})"

@@ -19,9 +19,10 @@ from events.checkpoint.snapshot import LatePart, LazyPart, Snapshot
 from events.errors import CheckpointsFailing, UnstorableState
 from events.fence import Fence
 from events.log import logger
-from events.messages import CheckpointFailed, CheckpointSkipped, CheckpointStaged
+from events.messages import CheckpointFailed, CheckpointSkipped, CheckpointStaged, LoopHeld
 from events.supervisor import describe
 from trainer.control import Control
+from trainer.errors import add_note
 from trainer.hooks import CallbackHooks, HookTable
 from trainer.ledger import Ledger
 from trainer.module_interface import ModuleInterface
@@ -36,6 +37,9 @@ from trainer.staging import Stager
 from trainer.tensor_state import Collected
 
 NEVER = sys.maxsize
+READER = "*"
+"""Who adds what has been read of the run's numbers: no observer's name."""
+_ANNOUNCE_WAIT_S = 5.0
 
 
 class Checkpointing:
@@ -57,6 +61,7 @@ class Checkpointing:
         bus: Bus,
         control: Control,
         ledger: Ledger,
+        on_failed_hook: Callable[[CallbackHooks, str, Exception], None],
     ) -> None:
         self.position = Position()
         self.outputs: EpochOutputs | None = None
@@ -78,10 +83,12 @@ class Checkpointing:
         self._origin = bus.origin
         self._control = control
         self._ledger = ledger
+        self._on_failed_hook = on_failed_hook
         self._parent: str | None = None
         self._best: float | None = None
         self._is_best = False
         self._best_before: float | None = None
+        self._best_taken: Snapshot | None = None
         self._metric: tuple[int, float] | None = None  # the step it belongs to, and what it was
         self._optimization: Optimization | None = None
         self._pool: SlabPool | None = None
@@ -125,9 +132,13 @@ class Checkpointing:
         self._optimization = optimization
         if self._settings is None:
             return
-        for callback in self._hooks.callbacks:
-            if callback.stateful:
-                Collected({callback.name: callback.state_dict()})
+        for callback in self._stateful():
+            if callback.is_essential:  # whoever may fail later may do so then
+                try:
+                    Collected({callback.name: callback.state_dict()})
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                    add_note(error, f"raised by {callback.name}.state_dict")
+                    self._on_failed_hook(callback, "state_dict", error)
         self._pool = SlabPool(self._device, self._bus.cpu_time)
         Collected(self._tree())
         self.due_step = self._origin.global_step + 1  # optimizers have their state from then on
@@ -176,9 +187,11 @@ class Checkpointing:
         settings = self._settings
         if settings is None or settings.best is None:
             return
+        if self._best_taken is not None and self._best_taken.failed:
+            self._best, self._best_taken = self._best_before, None  # it is not kept, so it is not to be beaten
         value = self._recorder.latest.get(settings.best)
-        if value is None:
-            self._notice_missing(settings.best)
+        if value is None or self._recorder.logged_at.get(settings.best) != self._origin.global_step:
+            self._notice_missing(settings.best)  # or it is an earlier validation's
             return
         mark = clock()
         number = float(value)  # SYNC: once per validation, because the user wants the best one kept
@@ -246,7 +259,12 @@ class Checkpointing:
                 fence = self._stage(slab, reasons, list(command_ids), mark)
             except (UnstorableState, MemoryError) as error:
                 pool.give_back(slab)
+                if self._is_best:
+                    self._best = self._best_before
                 self._fail(error, list(command_ids))
+            except BaseException:
+                pool.give_back(slab)
+                raise
         finally:
             self._is_best = False
             self._set_minutes()
@@ -279,12 +297,14 @@ class Checkpointing:
         )
         self._snapshots = [one for one in self._snapshots if not one.released] + [snapshot]
         self._last, self._last_place, self._failures = snapshot, self._place, 0
+        if self._is_best:
+            self._best_taken = snapshot
         nbytes, blocked_s = staged.nbytes + len(collected.state), (clock() - mark) / 1e9
         header = self._origin.header()
         prefault_s, slab.prefault_s = slab.prefault_s, None
         event = CheckpointStaged(*header, str(name), reasons, nbytes, blocked_s, command_ids, metric, prefault_s)
         # A callback's inline hooks would go on changing the state that it is asked for on its own thread.
-        torn = [one.name for one in self._stateful() if one.observed and one.inline]
+        torn = [one.name for one in self._stateful() if one.observed and one.inline and one.is_essential]
         fence = Fence(torn) if torn else None
         self._bus.publish(event, Payload(snapshot, fence))
         if not {"stop", "end"} & set(reasons):
@@ -314,20 +334,32 @@ class Checkpointing:
             **optimization.state_dict(),
             "scaler": self._precision.scaler.state_dict() if self._precision.scaler is not None else None,
             "latest": dict(self._recorder.latest),
-            "callbacks": {one.name: one.state_dict() for one in self._stateful() if not one.observed},
+            "callbacks": self._inline_states(),
         }
+
+    def _inline_states(self) -> dict[str, Any]:
+        """The state of callbacks all of whose hooks run on this thread."""
+        states: dict[str, Any] = {}
+        for callback in self._stateful():
+            if not callback.observed:
+                try:
+                    states[callback.name] = callback.state_dict()
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                    add_note(error, f"raised by {callback.name}.state_dict")
+                    self._on_failed_hook(callback, "state_dict", error)
+        return states
 
     def _parts(self) -> tuple[dict[str, LatePart | LazyPart], dict[str, str]]:
         """What is added by others, each on their own thread; and who adds which."""
         bus = self._bus
         parts: dict[str, LatePart | LazyPart] = {"readings": LatePart(lambda: not bus.alive)}
-        owners = {"bus": "readings"}
+        owners = {READER: "readings"}
         if self.outputs is not None and self.position.phase != "begin":
             parts["outputs"] = LazyPart(self.outputs.part())
         for number, callback in enumerate(self._stateful()):
             if callback.observed:
                 part = owners[callback.name] = f"callback-{number}"
-                parts[part] = LatePart(callback.is_given_up)
+                parts[part] = LatePart(callback.is_given_up, essential=callback.is_essential)
         return parts, owners
 
     def _stateful(self) -> list[CallbackHooks]:
@@ -358,10 +390,23 @@ class Checkpointing:
 
     def _wait_for_slab(self, pool: SlabPool, wait: bool) -> Slab | None:
         slab = pool.take(0.0)
-        while slab is None and wait:
+        begin, announced = time.monotonic(), False
+        while slab is None and wait and not self._control.stops_without_checkpoint:
             self._control.raise_if_failed()
             slab = pool.take(0.1)  # WAIT: both copies are being written, and this one must be taken
+            if not announced and time.monotonic() - begin > _ANNOUNCE_WAIT_S:
+                announced = True
+                self._announce(begin, released=False)
+        if announced:
+            self._announce(begin, released=True)
         return slab
+
+    def _announce(self, begin: float, *, released: bool) -> None:
+        """Say that the loop is waiting for the disk; or that it goes on."""
+        wait_s = time.monotonic() - begin
+        self._bus.publish(LoopHeld(*self._origin.header(), "checkpoint", ["checkpoints"], wait_s, released))
+        if not released:
+            logger.warning(f"the training loop has waited {wait_s:.1f} s for checkpoints to be written")
 
     def _fail(self, error: Exception, command_ids: list[str]) -> None:
         self._failures += 1
@@ -382,8 +427,8 @@ class Checkpointing:
             self._missing_noticed = True
             known = ", ".join(sorted(self._recorder.latest)) or "none"
             logger.warning(
-                f"Checkpoints(best={metric!r}): no such metric was logged or computed by the end of validation; there"
-                f" are: {known}"
+                f"Checkpoints(best={metric!r}): no such metric was logged or computed by the end of this validation (by"
+                f" val_step, or the module's own on_end_val_epoch); there are: {known}"
             )
 
     def _set_minutes(self) -> None:

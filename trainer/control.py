@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 from collections import deque
+from collections.abc import Callable
 
-from events.protocol import AnyCommand
+from events.protocol import AnyCommand, Stop
 
 
 class Control:
@@ -19,6 +20,8 @@ class Control:
         """Whether the loop has anything to look at; the one thing it reads at every step."""
         self.error: BaseException | None = None
         """What the loop must raise at its next step boundary: a cancellation, or what a fatal observer raised."""
+        self.on_stop: Callable[[], object] | None = None
+        """Called by a signal instead of sending a stop, once there is no loop any more that would take it."""
         self._commands: deque[AnyCommand] = deque()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -32,6 +35,11 @@ class Control:
         if self.error is None:
             self.error = error
         self._notify()
+
+    @property
+    def stops_without_checkpoint(self) -> bool:
+        """Whether somebody wants the run to stop, and no checkpoint of it. The loop's thread only."""
+        return any(isinstance(command, Stop) and not command.checkpoint for command in list(self._commands))
 
     def raise_if_failed(self) -> None:
         """Raise what `fail` was given, if anything was. The loop's thread only."""

@@ -128,7 +128,8 @@ class Evaluation:
         loss: Any = None
         if len(losses) == done:
             suffix = "" if key == "default" else f"/{key}"
-            loss = self._recorder.latest[f"{name}_loss{suffix}"] = weighted_mean(losses)
+            loss = weighted_mean(losses)
+            self._recorder.keep(f"{name}_loss{suffix}", loss, boundary.origin.global_step)
         event = ended(*boundary.origin.header(), key, done, rows, time.monotonic() - began, loss)
         boundary.publish(event, outputs)
         return outputs

@@ -11,7 +11,7 @@ from typing import Any
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
-from events.errors import CheckpointDamaged, CheckpointNotFound
+from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.folder import RunFolder
 from events.log import logger
 
@@ -52,6 +52,8 @@ def _fetch_address(address: str, run_id: str, run_dir: Path | None) -> Path:
         CheckpointDamaged: none of those that there are is whole.
         UploadError: the store cannot be reached.
     """
+    objects: Any = importlib.import_module("events.checkpoint.objects")
+    objects.parse_url(address)  # or what may be a secret would stand in a message
     if run_dir is None:
         raise CheckpointNotFound(f"resume={address!r} has to be kept somewhere: give the run a folder (run_dir)")
     base, _, last = address.rstrip("/").rpartition("/")
@@ -61,8 +63,7 @@ def _fetch_address(address: str, run_id: str, run_dir: Path | None) -> Path:
     if not names:
         raise CheckpointNotFound(f"resume={address!r}: there is no checkpoint")
     with RunFolder.open(run_dir, run_id):
-        own = remote.manifest(names[0]).run_id == run_id
-        return _download(remote, names, run_dir / (CHECKPOINTS_DIR if own else RESUMED_DIR))
+        return _download(remote, names, run_dir, run_id)
 
 
 def _fetch_own(upload: str, run_id: str, run_dir: Path) -> None:
@@ -75,20 +76,28 @@ def _fetch_own(upload: str, run_id: str, run_dir: Path) -> None:
     names = list(remote.candidates())
     if names:
         with RunFolder.open(run_dir, run_id):
-            _download(remote, names, folder)
+            _download(remote, names, run_dir, run_id)
 
 
-def _download(remote: Any, names: list[CheckpointName], folder: Path) -> Path:
+def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: str) -> Path:
     problems: list[str] = []
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.name == CHECKPOINTS_DIR:
-        remote.download_attempts(folder)  # or this attempt would be given the number of an earlier one
     for name in names:
         try:
+            own = remote.manifest(name).run_id == run_id
+            folder = run_dir / (CHECKPOINTS_DIR if own else RESUMED_DIR)
             path: Path = remote.download(name, folder)
+            if own:
+                # Last: without a checkpoint they would say that this run has begun anew. With them, this attempt gets a
+                # number of its own.
+                remote.download_attempts(folder)
         except (CheckpointDamaged, CheckpointNotFound) as error:
             problems.append(str(error))
             logger.warning(f"{error}; an older checkpoint is tried")
+        except OSError as error:
+            raise CheckpointError(
+                f"{remote.url_of(name)} cannot be brought to {run_dir}: {error}; make room, or give the run"
+                f" another folder"
+            ) from error
         else:
             logger.info(f"resuming from {remote.url_of(name)}, now in {path}")
             return path

@@ -135,6 +135,11 @@ class CallbackHooks:
         """Have it take over what `state_dict` returned. Raises what it raises."""
         self._callback.load_state_dict(state)  # type: ignore[attr-defined]
 
+    @property
+    def is_essential(self) -> bool:
+        """Whether it must not fail or miss anything: a run without it is not the run that was asked for."""
+        return self.delivery.on_error == "fatal"
+
     def is_given_up(self) -> bool:
         """Whether it will handle no event any more."""
         return self.disabled
@@ -246,9 +251,9 @@ class CallbackTarget:
         self._doing = "state_dict"
         try:
             part.set(part_of({"name": self.observer, "state": self._callback.state_dict()}))
-        except Exception as error:  # a supervisor's border: the checkpoint's failure, told where that is told
+        except BaseException as error:  # answered as a hook's would be
             add_note(error, f"raised by {self.observer}.state_dict")
-            part.set(error)
+            raise
 
     def abandon(self) -> None:
         """Run no further hook, inline ones included: the rest of the batch in hand was given up."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from events.backlog import Payload
+from events.log import logger
 from events.messages import (
     BackwardEnded,
     NonFiniteLoss,
@@ -89,6 +90,13 @@ class TrainingLoop:
             self._module.train()  # not where it is: the user may keep a submodule in eval mode, a frozen batch norm
         loader: Iterable[Any] | None = first_loader
         self.epochs_finished = self._boundary.origin.epoch
+        at_end = self.epochs_finished >= self._arguments.epochs or self._at_max_steps
+        if resumed is not None and self._position.phase == "begin" and at_end:
+            step = self._boundary.origin.global_step
+            logger.warning(
+                f"nothing is left to train: the checkpoint is of step {step}, before epoch {self.epochs_finished};"
+                f" raise epochs or max_steps to go on"
+            )
         for epoch in range(self.epochs_finished, self._arguments.epochs):
             if self._at_max_steps and self._position.phase == "begin":
                 break
@@ -171,6 +179,7 @@ class TrainingLoop:
         steps = self.steps_of(loader)
         if position.phase == "begin":
             position.first_step, position.batches, position.elapsed_s = origin.global_step, 0, 0.0
+            position.used_up = False
             boundary.publish(TrainEpochStarted(*origin.header(), steps))
 
         boundary.phase = "the training dataloader"
@@ -186,7 +195,6 @@ class TrainingLoop:
         first_step = position.first_step
         idle = ledger.idle
         read = position.batches
-        used_up = False
         step_ended = mark
         try:
             while limit is None or origin.global_step < limit:
@@ -194,7 +202,7 @@ class TrainingLoop:
                 batch = next(batches, END)  # WAIT: data
                 if batch is END:
                     ledger.data += clock() - mark
-                    used_up = True
+                    position.used_up = True
                     break
                 rows = first_rows(batch) if rows_of is None else rows_of(read)
                 read += 1
@@ -204,6 +212,7 @@ class TrainingLoop:
                     while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
                         group.append((batch, first_rows(batch) if rows_of is None else rows_of(read)))
                         read += 1
+                    position.used_up = batch is END
                 observed = TrainStepEnded in bus.payload_receivers
                 keep = observed or step_hooks or outputs is not None
                 now = clock()
@@ -303,7 +312,7 @@ class TrainingLoop:
                 f" {arguments.micro_batch_size} rows)"
             )
             raise EmptyDataLoader(f"get_train_dataloader() gave no batch in epoch {epoch}: {cause}")
-        if not (used_up if position.phase == "train" else position.loader_state is not None):
+        if not position.used_up:
             checkpoints.loader = None  # its own place is one within the epoch, where nobody will go on
         position.phase = "end"
         position.loader_state = None
@@ -328,6 +337,7 @@ class TrainingLoop:
                 type(sampler).skip = 0  # one that was resumed where nothing was left to read has not skipped yet
             if self._checkpoints.enabled:
                 position.rng_at_iter = capture_rng(self._device)
+                position.batching = self._arguments.micro_batch_size, self._arguments.accumulation_steps
                 position.sampler_epoch = sampler.epoch if isinstance(sampler, ShuffledSampler) else None
             position.phase = "train"
             return iter(loader)
@@ -336,21 +346,24 @@ class TrainingLoop:
         if outputs is not None and "outputs" in resumed.parts:
             outputs.restore(resumed.parts.pop("outputs"))
         batches: Iterator[Any] = iter(())
-        if position.phase == "end":
+        if position.phase == "end" or position.used_up:
             if position.loader_state is not None and has_state(loader):
                 loader.load_state_dict(position.loader_state)  # type: ignore[attr-defined]  # `has_state` has looked
         else:
             mark = clock()
-            check = self._boundary.control.raise_if_failed
-            batches = go_on(loader, position, self._arguments, self._device, check)  # WAIT: data
+            position.rng_at_validation = resumed.rng  # what a checkpoint has to hold that is taken meanwhile
+            batches = go_on(loader, position, self._arguments, self._device, self._take_commands)  # WAIT: data
+            position.rng_at_validation = None
             self._boundary.ledger.data += clock() - mark
         restore_rng(resumed.rng, self._device)
+        resumed.parts.clear()
         interval, step = self._arguments.val_interval_steps, self._boundary.origin.global_step
         if position.phase != "train":
             self._validation_rng = resumed.rng
         if position.phase == "validate":
             self._validate()
             position.phase = "train"
+            self._checkpoints.after_step(last=False)  # it may be the best one
         elif position.phase == "train" and interval is not None and step % interval == 0:
             self._validate_after(step)  # was due, and not done yet
         return batches
@@ -492,6 +505,10 @@ class TrainingLoop:
         boundary.phase = "get_val_dataloaders"
         mark = clock()
         rng, self._validation_rng = self._validation_rng, None
+        if rng is not None and position.rng_at_val_loaders is not None:
+            restore_rng(position.rng_at_val_loaders, self._device)
+        elif self._checkpoints.enabled:
+            position.rng_at_val_loaders = capture_rng(self._device)
         loaders = as_val_loaders(
             self._module.get_val_dataloaders(
                 torch.utils.data.SequentialSampler,
@@ -511,12 +528,16 @@ class TrainingLoop:
                 on_loader=self._on_val_loader,
                 on_done=self._on_validated,
             )
-        position.rng_at_validation = None
+        position.rng_at_validation = position.rng_at_val_loaders = None
         position.validated_keys = []
         position.validated_at = boundary.origin.global_step
         boundary.phase = "the schedulers"
         self._optimization.end_validation(boundary.ledger)
         self._checkpoints.after_validation()
+
+    def _take_commands(self) -> None:
+        if self._boundary.control.pending:
+            self._boundary.take_commands()
 
     def _on_val_loader(self, key: str) -> None:
         if self._checkpoints.enabled:

@@ -23,6 +23,7 @@ from events.checkpoint.snapshot import Part
 from events.errors import RunCancelled
 from events.log import current_origin, logger
 from events.messages import (
+    CheckpointFailed,
     CheckpointRejected,
     LedgerReported,
     ObserverFailed,
@@ -127,6 +128,7 @@ class LoopThread:
             bus=bus,
             control=control,
             ledger=self._ledger,
+            on_failed_hook=self._on_failed_hook,
         )
         self._boundary = Boundary(
             bus,
@@ -152,6 +154,12 @@ class LoopThread:
         self._started = False
         self._ending = threading.Lock()  # whoever takes it publishes the end: the loop, or who gives it up
         self._given_up = False
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The folder of the checkpoint of this run that it has gone on from."""
+        loaded = self._loaded
+        return str(loaded.folder) if loaded is not None and self._plan.name_of(loaded) is not None else None
 
     # ----------------------------------------------------------------------------------- from other threads
 
@@ -273,7 +281,6 @@ class LoopThread:
                 " per epoch; set max_train_steps_per_epoch if a scheduler needs the number"
             )
         self._publish_started(steps)
-        self._publish_resumed(loaded)
         if loaded is None:
             position.steps_per_epoch = steps or 0
         optimization = self._make_optimization(position.steps_per_epoch)
@@ -282,6 +289,9 @@ class LoopThread:
             restore_rng(rng, self._device)
         optimization.zero_grad()  # what the host has left in the gradients is none of the first step's
         self._checkpoints.start(optimization)
+        # Not before all of that: an attempt that fails before it trains leaves the line, and the history, as they are.
+        self._plan.prepare(self._origin.attempt, loaded)
+        self._publish_resumed(loaded)
         self._ledger.start()
         try:
             loop.run(optimization, loader, loaded)
@@ -303,13 +313,10 @@ class LoopThread:
         self._boundary.phase = "reading the checkpoint"
         plan, origin = self._plan, self._origin
         loaded = self._loaded = plan.load(lambda name, error: self._rejected.append((name, error)))
-        parent = None
         if loaded is not None:
             loaded.restore_module(self._module)
             origin.global_step, origin.epoch = loaded.global_step, loaded.epoch
-            parent = plan.name_of(loaded)
-            self._checkpoints.go_on(loaded.position, parent, plan.best_up_to(loaded))
-        plan.prepare(origin.attempt, parent, loaded)
+            self._checkpoints.go_on(loaded.position, plan.name_of(loaded), plan.best_up_to(loaded))
         return loaded
 
     def _restore(self, loaded: Loaded, optimization: Optimization) -> None:
@@ -319,7 +326,7 @@ class LoopThread:
             loaded.restore_optimization(optimization, self._device)
             if self._precision.scaler is not None and loaded.state["scaler"] is not None:
                 self._precision.scaler.load_state_dict(loaded.state["scaler"])
-        loaded.restore_callbacks(self._hooks.callbacks)
+        loaded.restore_callbacks(self._hooks.callbacks, self._on_failed_hook)
         self._recorder.latest.update(map_tensors(torch.clone, loaded.state["latest"]))
         if "readings" in loaded.parts:
             self._readback.restore(loaded.parts["readings"])
@@ -331,6 +338,8 @@ class LoopThread:
             loaded.restore_module(self._module)
             self._origin.global_step, self._origin.epoch = loaded.global_step, loaded.epoch
             loaded.forget()
+        elif self._plan.resumes:
+            logger.warning("there is no checkpoint to resume from: the module is tested as it is")
         self._publish_started(None)
         self._boundary.phase = "get_test_dataloaders"
         sampler = torch.utils.data.SequentialSampler
@@ -403,8 +412,7 @@ class LoopThread:
             if not self._started:  # it failed before it knew how long an epoch is
                 self._publish_started(None)
             if self._checkpoints.keeps_weights and self.status in _IN_ORDER:
-                # Tied ones under each of their names: that is what `load_state_dict` looks for.
-                self.weights = part_of(dict(self._module.state_dict())).without_aliases()
+                self._keep_weights()
             self.total = self._ledger.total()
             self._bus.publish(LedgerReported(*origin.header(), "run", self.total))
             ended = RunEnded(*origin.header(), self.status, self.reason)
@@ -415,6 +423,15 @@ class LoopThread:
                 self._bus.publish(ended)
         except BaseException as error:  # a hook at the very end failed, or the run was cancelled during it
             self._record(error)
+
+    def _keep_weights(self) -> None:
+        try:
+            # Tied ones under each of their names: that is what `load_state_dict` looks for.
+            self.weights = part_of(dict(self._module.state_dict())).without_aliases()
+        except Exception as error:  # the loop's border: a run that has finished is not lost for want of this file
+            text = describe(error)
+            self._bus.publish(CheckpointFailed(*self._origin.header(), "weights.safetensors", text, "stage"))
+            logger.warning(f"the weights alone are not kept: {text}")
 
     def _on_failed_hook(self, callback: CallbackHooks, hook: str, error: Exception) -> None:
         fatal, text = callback.delivery.on_error == "fatal", describe(error)

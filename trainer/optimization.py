@@ -148,6 +148,7 @@ class Optimization:
                 else None
                 for scheduler in self.schedulers
             ],
+            "kinds": [[type(one).__name__ for one in self.optimizers], [type(one).__name__ for one in self.schedulers]],
             "followed_loss": (self._loss_sum, self._loss_rows),
         }
 
@@ -161,7 +162,7 @@ class Optimization:
             CheckpointMismatch: it is that of other optimizers or schedulers; none of them was changed.
         """
         optimizers, schedulers = state["optimizers"], state["schedulers"]
-        self._check(optimizers, schedulers, where)
+        self._check(optimizers, schedulers, state.get("kinds"), where)
         for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(saved)
             _restore_dtypes(optimizer, saved)
@@ -172,7 +173,7 @@ class Optimization:
                 scheduler.load_state_dict(saved)
         self._loss_sum, self._loss_rows = state["followed_loss"]
 
-    def _check(self, optimizers: list[Any], schedulers: list[Any], where: str) -> None:
+    def _check(self, optimizers: list[Any], schedulers: list[Any], kinds: Any, where: str) -> None:
         hint = "; TrainerArguments(reset_optimizers_schedulers=True) begins with new ones"
         for what, own, saved in (
             ("optimizers", self.optimizers, optimizers),
@@ -180,6 +181,12 @@ class Optimization:
         ):
             if len(own) != len(saved):
                 raise CheckpointMismatch(f"{where} has {len(saved)} {what}, this module has {len(own)}{hint}")
+        own_kinds = [[type(one).__name__ for one in self.optimizers], [type(one).__name__ for one in self.schedulers]]
+        if kinds is not None and kinds != own_kinds:
+            there, here = (
+                " and ".join(", ".join(part) or "no scheduler" for part in each) for each in (kinds, own_kinds)
+            )
+            raise CheckpointMismatch(f"{where} has the state of {there}, and this module has {here}{hint}")
         for number, (optimizer, saved) in enumerate(zip(self.optimizers, optimizers, strict=True)):
             own_sizes = [len(group["params"]) for group in optimizer.param_groups]
             sizes = [len(group["params"]) for group in saved["param_groups"]]

@@ -22,6 +22,8 @@ class Position(msgspec.Struct):
     two steps. ``end``: all its steps are done; its validation, if it has one, is not."""
     batches: int = 0
     """Micro-batches of this epoch that went into its steps so far."""
+    used_up: bool = False
+    """Whether the epoch's data has ended: a dataloader that was asked again would begin anew."""
     first_step: int = 0
     """``global_step`` when the epoch began."""
     elapsed_s: float = 0.0
@@ -40,6 +42,10 @@ class Position(msgspec.Struct):
     """What the dataloader's own ``state_dict`` returned, if it has one."""
     began: float = 0.0
     """``time.monotonic`` when this attempt began with the epoch; means nothing to another process."""
+    batching: tuple[int, int] | None = None
+    """Rows of a micro-batch, and micro-batches of a step, in this epoch."""
+    rng_at_val_loaders: RngState | None = None
+    """The random generators before the dataloaders of the validation under way were made."""
     rng_at_loader: RngState | None = None
     """The random generators before the epoch's dataloader was made..."""
     rng_at_iter: RngState | None = None

@@ -24,6 +24,8 @@ class MetricRecorder:
     def __init__(self, bus: Bus) -> None:
         self.latest: dict[str, Value] = {}
         """Last value of each metric, as it was logged: tensors stay on their device."""
+        self.logged_at: dict[str, int] = {}
+        """``global_step`` at which that was."""
         self.weight = 1
         """Rows that the batch in hand stands for. Set by the loop."""
         self._bus = bus
@@ -57,6 +59,11 @@ class MetricRecorder:
         values, self.values = self.values, []
         self._publish(MetricsLogged(*self._bus.origin.header(), {}, key), _means(values))
 
+    def keep(self, name: str, value: Value, global_step: int) -> None:
+        """Note the last value of a metric."""
+        self.latest[name] = value
+        self.logged_at[name] = global_step
+
     def discard(self) -> None:
         """Forget what the loop's thread has logged since the last `take`: the step was skipped."""
         self.values = []
@@ -64,7 +71,7 @@ class MetricRecorder:
     def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
         suffix = "" if event.key in (None, "default") else f"/{event.key}"
         for name, value in values.items():
-            self.latest[name + suffix] = value
+            self.keep(name + suffix, value, event.global_step)
             event.metrics[name] = value  # type: ignore[assignment]  # a tensor is deferred: see `Event.deferred`
         self._bus.publish(event)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
 from events.checkpoint.settings import Checkpoints
@@ -28,6 +30,8 @@ from trainer.tensor_state import put_together
 
 OnRejected = Callable[[str, Exception], None]
 
+_STATE = frozenset({"global_step", "epoch", "position", "rng", "module", "optimizers", "schedulers", "followed_loss"})
+
 
 class Loaded:
     """A checkpoint, read and verified. Its tensors are on the host.
@@ -41,6 +45,8 @@ class Loaded:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.state: dict[str, Any] = self._read(STATE_NAME, TENSORS_NAME)
+        if not isinstance(self.state, dict) or not _STATE.issubset(self.state):
+            raise CheckpointDamaged(f"{self.folder / STATE_NAME} is not the state of a run")
         self.parts = {
             name.removesuffix(".msgpack"): self._read(name, name.removesuffix(".msgpack") + ".safetensors")
             for name in self.manifest.files
@@ -95,28 +101,39 @@ class Loaded:
             CheckpointMismatch: it is that of another model; names the keys and shapes. The module is as it was.
         """
         state = self.state["module"]
+        if type(module).update_state is not ModuleInterface.update_state:
+            state = map_tensors(torch.clone, state)  # it may keep them, and with them the memory of the whole file
         if type(module).update_state is ModuleInterface.update_state:
             _check_module(module, state, str(self.folder))
         module.update_state(state)
 
     def restore_optimization(self, optimization: Optimization, device: torch.device) -> None:
         """Have optimizers and schedulers take over theirs. Raises `CheckpointMismatch`."""
-        names = ("optimizers", "schedulers", "followed_loss")
+        names = ("optimizers", "schedulers", "kinds", "followed_loss")
         # Copies: torch would keep what it gets, and with it the memory of the whole file.
         state = {name: self._kept(name) for name in names}
         total, rows = state["followed_loss"]
         state["followed_loss"] = (total.to(device) if isinstance(total, torch.Tensor) else total), rows
         optimization.load_state_dict(state, str(self.folder))
 
-    def restore_callbacks(self, callbacks: Iterable[CallbackHooks]) -> None:
-        """Have the callbacks that have a state take over theirs, by their names."""
+    def restore_callbacks(
+        self, callbacks: Iterable[CallbackHooks], on_failed_hook: Callable[[CallbackHooks, str, Exception], None]
+    ) -> None:
+        """Have the callbacks that have a state take over theirs, by their names.
+
+        Args:
+            on_failed_hook: Decides by the callback's policy what it means that it refuses.
+        """
         saved = dict(self.state["callbacks"])
         saved.update({part["name"]: part["state"] for name, part in self.parts.items() if name.startswith("callback-")})
         for callback in callbacks:
             if not callback.stateful:
                 continue
             if callback.name in saved:
-                callback.load_state_dict(map_tensors(torch.clone, saved.pop(callback.name)))
+                try:
+                    callback.load_state_dict(map_tensors(torch.clone, saved.pop(callback.name)))
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                    on_failed_hook(callback, "load_state_dict", error)
             else:
                 logger.warning(f"the checkpoint {self.folder} has no state for the callback {callback.name}")
         if saved:
@@ -181,13 +198,23 @@ class CheckpointPlan:
             return None
         return best_metric(store, loaded.manifest.name, settings.best, settings.best_mode == "max")
 
-    def prepare(self, attempt: int, parent: str | None, loaded: Loaded | None) -> None:
+    @property
+    def resumes(self) -> bool:
+        """Whether the user asked to go on from somewhere."""
+        return self._resume is not None
+
+    def prepare(self, attempt: int, loaded: Loaded | None) -> None:
         """Note on the disk what an attempt starts from. Raises `CheckpointError` if the disk refuses."""
         if self.settings is None or self.store is None:
             return
+        parent = self.name_of(loaded) if loaded is not None else None
         source = os.path.abspath(loaded.folder) if loaded is not None and parent is None else None
+        if parent is None and self.store.names():
+            logger.warning(
+                f"attempt {attempt} does not go on from any checkpoint in {self.store.folder}, which it supersedes"
+            )
         try:
-            self.store.prepare(Attempt(attempt, parent, source))
+            self.store.prepare(Attempt(attempt, parent, source, secrets.token_hex(8)))
         except OSError as error:
             raise CheckpointError(
                 f"no checkpoint can be written to {self.store.folder}: {error}; make the folder one that you may write"
@@ -199,13 +226,15 @@ def load_from(store: CheckpointStore, on_rejected: OnRejected) -> Loaded | None:
     """Read the newest whole checkpoint of a store; None if it has none at all.
 
     Args:
-        on_rejected: Told of each that is not whole, and why.
+        on_rejected: Told of each that is not whole, and why; of a damaged note of what an attempt started from, too.
 
     Raises:
         CheckpointDamaged: there are checkpoints, and none of them is whole.
         CheckpointTooNew: a later version wrote the newest one.
     """
     tried: list[str] = []
+    for note, damage in store.damaged_notes().items():
+        on_rejected(note, damage)
     for name in store.candidates():
         try:
             return Loaded(store.path(name))
@@ -229,6 +258,15 @@ def find(path: str | os.PathLike[str], store: CheckpointStore | None, on_rejecte
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
+    try:
+        return _find(path, store, on_rejected)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointNotFound(f"resume={os.fspath(path)!r:.200} cannot be looked at: {error}") from error
+
+
+def _find(path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected) -> Loaded:
     folder = Path(path)
     name = CheckpointName.parse(os.fspath(path))
     if name is not None and store is not None and not folder.exists():
@@ -263,7 +301,9 @@ def _check_module(module: ModuleInterface, saved: Any, where: str) -> None:
 def _misshapen(own: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
     for key, tensor in own.items():
         there = saved.get(key)
-        if isinstance(tensor, torch.Tensor) and isinstance(there, torch.Tensor) and tensor.shape != there.shape:
+        if not isinstance(tensor, torch.Tensor) or not isinstance(there, torch.Tensor) or is_lazy(tensor):
+            continue
+        if tensor.shape != there.shape:
             yield f"{key} has the shape {tuple(there.shape)} there and {tuple(tensor.shape)} here"
 
 
@@ -287,6 +327,13 @@ def go_on(
     Raises:
         DataLoaderError: the data ends before that place.
     """
+    now = arguments.micro_batch_size, arguments.accumulation_steps
+    if position.batching not in (None, now) and position.batches:
+        raise CheckpointMismatch(
+            f"the checkpoint was taken within an epoch in which a step had {position.batching[1]} micro-batches of"
+            f" {position.batching[0]} rows, and now it has {now[1]} of {now[0]}: go on with the batch sizes that it was"
+            f" trained with, or from a checkpoint that was taken at the end of an epoch"
+        )
     if position.rng_at_iter is not None:
         restore_rng(position.rng_at_iter, device)
     if position.loader_state is not None and has_state(loader):

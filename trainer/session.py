@@ -21,7 +21,7 @@ from events.errors import RunCancelled, TrainingThreadStuck
 from events.folder import RunFolder
 from events.journal import Journal
 from events.log import current_origin, logger
-from events.messages import CheckpointStaged, NonFiniteLoss, TrainStepEnded
+from events.messages import CheckpointFailed, CheckpointStaged, NonFiniteLoss, TrainStepEnded
 from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
 from events.sink import Delivery, RunInfo, Sink, delivery_of
@@ -93,6 +93,7 @@ class Session:
             attempt = RunInfo(self._run_id, self.origin.attempt, 0, folder, interactive)
             self._journal = self._add_journal(journal, attempt)
             self._checkpoint_observers: list[Observer] = []
+            self._uploads: Observer | None = None
             # The contract has no hook for a test.
             members = [(module, None), *map(split, callbacks)] if task == "train" else []
             hooks = self._add_callbacks(members)
@@ -198,10 +199,12 @@ class Session:
         self._checkpoint_observers.append(self._supervisor.add("checkpoints", writer, sinks.WRITER_DELIVERY))
         if plan.url is not None:
             sinks = importlib.import_module("sinks.checkpoint_uploader")
+            header = self.origin.header
             uploader = sinks.CheckpointUploader(
-                plan.store, plan.url, plan.settings, bus.publish, self.origin.header, writer.retain
+                plan.store, plan.url, plan.settings, bus.publish, header, writer.retain, give_up=writer.without_uploads
             )
-            self._checkpoint_observers.append(self._supervisor.add("uploads", uploader, sinks.UPLOADER_DELIVERY))
+            self._uploads = self._supervisor.add("uploads", uploader, sinks.UPLOADER_DELIVERY)
+            self._checkpoint_observers.append(self._uploads)
         return writer
 
     # ------------------------------------------------------------------------------ from observers and threads
@@ -310,9 +313,31 @@ class Session:
         for timeout_s, observers in stages:
             if observers:
                 reports += await self._supervisor.drain(observers, timeout_s)
+            if self._uploads is not None and observers == [self._uploads]:
+                self._tell_of_left_uploads(self._uploads)
         await self.bus.drain()
         self.bus.close()
         return reports
+
+    def leave_uploads(self) -> None:
+        """Wait no longer for uploads: the next attempt goes on with them. Any thread, and a signal handler."""
+        self.bus.post(self._leave_uploads)
+
+    def _leave_uploads(self) -> None:
+        if self._uploads is not None:
+            self._uploads.target.abandon()
+            self._supervisor.leave(self._uploads)
+
+    def _tell_of_left_uploads(self, uploads: Observer) -> None:
+        """The run is over: say what of it is not in the remote store."""
+        target: Any = uploads.target
+        try:
+            left = [str(name) for name in target.left()]
+        except OSError:
+            left = []
+        if left:
+            error = f"{', '.join(left)} not uploaded when the run ended ({uploads.error or 'there was no time'})"
+            self.bus.publish(CheckpointFailed(*self.origin.header(), left[0], error, "upload"))
 
     def _stages(self) -> list[tuple[float, list[Observer]]]:
         """Who is drained together, and how long that may take."""
@@ -324,8 +349,9 @@ class Session:
             elif observer is not self._journal and observer not in self._checkpoint_observers:
                 sinks.append(observer)
         settings, timeout_s = self._plan.settings, self._arguments.drain_timeout_s
-        # Whoever cancels a run does not wait for its uploads.
         last_s = timeout_s if settings is None or self.cancelled else settings.end_timeout_s
+        if self.cancelled:
+            self._leave_uploads()  # whoever cancels a run does not wait for them
         return [
             (timeout_s, callbacks),
             *((last_s, [observer]) for observer in self._checkpoint_observers),
@@ -352,8 +378,14 @@ class Session:
             ledger=loop.total,
             observers=reports,
             run_dir=str(self._folder.path) if self._folder is not None else None,
-            checkpoint=str(self._writer.last_saved) if self._writer is not None and self._writer.last_saved else None,
+            checkpoint=self._last_checkpoint,
         )
+
+    @property
+    def _last_checkpoint(self) -> str | None:
+        """The newest durable one of the run: of this attempt, else the one of this run that it has gone on from."""
+        saved = self._writer.last_saved if self._writer is not None else None
+        return str(saved) if saved is not None else self.loop.resumed_from
 
     @property
     def stuck(self) -> bool:

@@ -149,7 +149,10 @@ def tensors_in(data: memoryview, where: str) -> dict[str, torch.Tensor]:
         CheckpointDamaged: it is no tensor file.
     """
     file = read_layout(data, where)
-    found = {name: _tensor(data, info, offset) for name, (info, offset) in file.tensors.items()}
+    try:
+        found = {name: _tensor(data, info, offset) for name, (info, offset) in file.tensors.items()}
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointDamaged(f"{where} holds what is no tensor: {error}") from error
     return found | {alias: found[name] for alias, name in file.aliases.items()}
 
 

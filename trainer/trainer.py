@@ -18,7 +18,7 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
-from events.checkpoint.objects import parse_url
+from events.checkpoint.objects import parse_url, run_url
 from events.checkpoint.settings import Checkpoints
 from events.errors import RunCancelled, UploadError
 from events.journal import Journal
@@ -160,7 +160,8 @@ class Trainer:
         on_main_thread = threading.current_thread() is threading.main_thread()
         control = Control()
         place = self._place()
-        place.fetch()
+        if place.is_remote:
+            _interruptibly(place.fetch)
         return _run_here(
             lambda: self._session(task, control, place, default_sinks=True, interactive=on_main_thread), control
         )
@@ -170,9 +171,12 @@ class Trainer:
         checkpoints, run_dir = self._checkpoints, self._run_dir
         has_folder = self._journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints)
         settings = Checkpoints() if checkpoints is True else checkpoints or None
+        folder = Path(run_dir or Path("runs") / run_id)
+        if settings is not None and settings.upload is not None:
+            _check_upload(settings.upload, run_id, folder)
         return _Place(
             run_id,
-            Path(run_dir or Path("runs") / run_id) if has_folder else None,
+            folder if has_folder else None,
             settings if has_folder else None,
             self._resume,
         )
@@ -344,6 +348,7 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
                 one.bus.post(one.loop.ended.set)
             raise
         if isinstance(session, Session):
+            control.on_stop = session.leave_uploads
             try:
                 ended.wait()  # by itself: a `join` that a signal interrupts takes the thread for ended (bpo-45274)
             except BaseException:  # a second signal while observers are drained
@@ -357,6 +362,25 @@ def _run_here(make: Callable[[], Session], control: Control) -> Session:
     raise failures[0]
 
 
+def _interruptibly(function: Callable[[], None]) -> None:
+    """Run it on a thread of its own: a signal ends the waiting, though the call may be deep in a library."""
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:  # the thread's border: raised on the calling one
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name="stagecast-fetch", daemon=True).start()
+    done.wait()
+    if errors:
+        raise errors[0]
+
+
 @contextlib.contextmanager
 def _signals(control: Control) -> Iterator[None]:
     """On the main thread: the first SIGINT or SIGTERM stops the run orderly, the second ends it at once."""
@@ -367,7 +391,10 @@ def _signals(control: Control) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if next(count) == 1:
+        first = next(count) == 1
+        if first and control.on_stop is not None:
+            control.on_stop()
+        elif first:
             control.send(Stop(id=f"signal-{name}", reason=name))
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -382,6 +409,17 @@ def _signals(control: Control) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _check_upload(upload: str, run_id: str, run_dir: Path) -> None:
+    """See that what is uploaded does not lie where the run itself does."""
+    address = parse_url(run_url(upload, run_id))
+    there, here = Path(address.prefix).resolve(), run_dir.resolve()
+    if address.scheme == "file" and (there.is_relative_to(here) or here.is_relative_to(there)):
+        raise ArgumentsError(
+            f"Checkpoints(upload={upload!r}) would upload to {there}, and the run's own folder is {here}: choose"
+            f" another place"
+        )
 
 
 def _members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:

@@ -89,7 +89,7 @@ def replace_file(path: Path, data: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         write_parts(temporary, [data])
-        os.rename(temporary, path)
+        os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -112,10 +112,14 @@ def sync_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder of plain files; one that is not there is no error."""
+    """Remove a folder with all that is in it, following no links; one that is not there is no error."""
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(path):
-            os.unlink(path / name)
+            inside = path / name
+            if inside.is_dir() and not inside.is_symlink():  # a file browser's, or a notebook's
+                remove_folder(inside)
+            else:
+                os.unlink(inside)
         os.rmdir(path)
 
 
@@ -170,7 +174,7 @@ def _write_at(fd: int, image: memoryview, direct: bool) -> None:
     while done < len(image):
         chunk = image[done : done + _CHUNK]
         try:
-            done += _some(os.pwrite(fd, chunk, done), fd)
+            done += _some(_pwrite(fd, chunk, done), fd)
         except OSError as error:
             if not direct or error.errno not in _NO_DIRECT:
                 raise
@@ -179,6 +183,13 @@ def _write_at(fd: int, image: memoryview, direct: bool) -> None:
         if direct and done % PAGE:  # a disk that is getting full wrote part of it: the rest is no longer aligned
             _leave_direct(fd)
             direct = False
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    os.lseek(fd, offset, os.SEEK_SET)  # Windows
+    return os.write(fd, data)
 
 
 def _leave_direct(fd: int) -> None:

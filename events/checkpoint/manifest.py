@@ -97,6 +97,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     module: str = ""
     """Qualified name of the module's class."""
     versions: dict[str, str] = {}
+    missing: list[str] = []
+    """Callbacks whose state is not in it, because they were given up before they came to its place in the run."""
     files: dict[str, FileEntry]
 
     @property
@@ -146,15 +148,18 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         raise CheckpointDamaged(f"{where} is no manifest ({error}): it was cut or changed") from error
     if _sign(body) != data:
         raise CheckpointDamaged(f"{where} does not match its own hash: it was cut or changed")
-    if msgspec.json.decode(body, type=_Version).format > FORMAT:
+    try:
         version = msgspec.json.decode(body, type=_Version).format
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{where} is no manifest: {error}") from error
+    if version > FORMAT:
         raise CheckpointTooNew(
             f"{where} has format {version}, of which this version of stagecast knows none beyond {FORMAT}: use the"
             f" version that wrote it, or a later one"
         )
     try:
         manifest = msgspec.json.decode(body, type=Manifest)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{where} is no manifest of format {FORMAT}: {error}") from error
     for name in manifest.files:
         if not is_file_name(name) or name == MANIFEST_NAME:

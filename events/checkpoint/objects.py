@@ -53,6 +53,7 @@ _CLIENT_OPTIONS = (
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._-]{0,254}", re.ASCII)
 # What a process that was killed has left of a file it was putting: obstore neither lists nor deletes it.
 _STAGED = re.compile(r".+#[0-9]+")
+_OURS = re.compile(r"step-[0-9]|attempt-[0-9]", re.ASCII)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,12 +192,15 @@ class Objects:
 
     def _clear_staged(self) -> None:
         assert self.folder is not None
-        for above, folders, files in os.walk(self.folder, topdown=False):
-            for name in filter(_STAGED.fullmatch, files):
-                os.unlink(os.path.join(above, name))
-            for name in folders:
-                with contextlib.suppress(OSError):  # it is not empty
-                    os.rmdir(os.path.join(above, name))
+        for entry in self.folder.iterdir():  # only where ours are: somebody else's may lie beside them
+            if _OURS.match(entry.name) and not entry.is_symlink():
+                inside = list(entry.iterdir()) if entry.is_dir() else [entry]
+                for path in inside:
+                    if _STAGED.fullmatch(path.name):
+                        path.unlink()
+                if entry.is_dir():
+                    with contextlib.suppress(OSError):  # it is not empty
+                        entry.rmdir()
 
     # -------------------------------------------------------------------------------------------- obstore
 

@@ -41,6 +41,7 @@ from events.checkpoint.store import (
     encode_attempt,
     is_attempt_name,
     line_of,
+    verify,
 )
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, UploadError
 
@@ -112,6 +113,10 @@ class RemoteStore:
         sizes = self._objects.sizes()
         return max([*self._attempts(sizes), *(name.attempt for name in folders_of(sizes))], default=0)
 
+    def attempts(self) -> dict[int, Attempt]:
+        """What each attempt started from, as far as it was noted."""
+        return self._attempts(self._objects.sizes())
+
     def _attempts(self, sizes: Iterable[str]) -> dict[int, Attempt]:
         keys = [key for key in sizes if is_attempt_name(key)]
         reads = (functools.partial(self._objects.get, key) for key in keys)
@@ -120,7 +125,7 @@ class RemoteStore:
         return {attempt.attempt: attempt for attempt in decoded if attempt is not None}
 
     def download(self, name: CheckpointName, into: Path) -> Path:
-        """Copy a checkpoint to a local folder of checkpoints; one that is there already stays as it is.
+        """Copy a checkpoint to a local folder of checkpoints; one that is there already, and whole, stays as it is.
 
         Every file is compared with the manifest while it is written. The checkpoint has its name only once it is whole
         and durable, so that whatever is killed leaves nothing that could be taken for one.
@@ -136,9 +141,15 @@ class RemoteStore:
         """
         store = CheckpointStore(into)
         if store.path(name).is_dir():
-            return store.path(name)
+            with contextlib.suppress(CheckpointDamaged):
+                verify(store.path(name), store.manifest(name))
+                return store.path(name)
+            store.remove(name)
         manifest = self.manifest(name)
-        part_bytes = self._parts(name).part_bytes
+        noted = self._parts(name)
+        if noted != parts_for(manifest, noted.part_bytes):
+            raise CheckpointDamaged(f"{self.url_of(name)}/{PARTS_NAME} is that of another checkpoint")
+        part_bytes = noted.part_bytes
         into.mkdir(parents=True, exist_ok=True)
         folder = store.begin(name)
         try:
@@ -161,12 +172,8 @@ class RemoteStore:
             OSError: The disk refused.
         """
         into.mkdir(parents=True, exist_ok=True)
-        noted = self._attempts(self._objects.sizes())
-        # One of which only a checkpoint tells counts, too.
-        for number in range(1, self.last_attempt + 1):
-            attempt = noted.get(number)
-            if attempt is not None or number == self.last_attempt:
-                disk.replace_file(into / attempt_name(number), encode_attempt(attempt or Attempt(number, None)))
+        for attempt in self.attempts().values():
+            disk.replace_file(into / attempt_name(attempt.attempt), encode_attempt(attempt))
 
     def _parts(self, name: CheckpointName) -> Parts:
         data = self._objects.get(f"{name}/{PARTS_NAME}")

@@ -66,7 +66,7 @@ def decode_parts(data: bytes, where: str) -> Parts:
     """Read a ``parts.json``. Raises `CheckpointDamaged`."""
     try:
         parts = msgspec.json.decode(data, type=Parts)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{where} was changed: {error}") from error
     if parts.part_bytes < 1:
         raise CheckpointDamaged(f"{where} was changed: it has parts of {parts.part_bytes} bytes")

@@ -9,7 +9,6 @@ import msgspec
 
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.tensor_file import TensorInfo
-from events.errors import CheckpointError
 
 _POLL_S = 0.1  # how often somebody who may never answer is asked whether they still will
 
@@ -39,34 +38,33 @@ class LatePart:
 
     Args:
         is_given_up: Whether they never will; asked on the waiting thread.
+        essential: Whether they are to be waited for as long as they may come.
     """
 
-    def __init__(self, is_given_up: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, is_given_up: Callable[[], bool] = lambda: False, *, essential: bool = True) -> None:
         self._is_given_up = is_given_up
+        self._essential = essential
         self._there = threading.Event()
-        self._part: Part | Exception | None = None
+        self._part: Part | None = None
 
-    def set(self, part: Part | Exception) -> None:
-        """Add it, or say why it cannot be had. Any thread; never waits."""
+    def set(self, part: Part) -> None:
+        """Add it. Any thread; never waits."""
         self._part = part
         self._there.set()
 
     def get(self, timeout_s: float) -> Part | None:
         """Wait for it; None if nobody will add it any more.
 
-        Raises:
-            CheckpointError: It did not come in time.
-            Exception: Why it cannot be had.
+        Args:
+            timeout_s: How long, if it is not essential; None is returned after that, too.
         """
         waited_s = 0.0
         while not self._there.wait(_POLL_S):
             waited_s += _POLL_S
             if self._is_given_up():
                 return None
-            if waited_s > timeout_s:
-                raise CheckpointError(f"it has not come to this place in the run within {timeout_s:g} s")
-        if isinstance(self._part, Exception):
-            raise self._part
+            if not self._essential and waited_s > timeout_s:
+                return None
         return self._part
 
 

@@ -45,6 +45,7 @@ from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNe
 CHECKPOINTS_DIR = "checkpoints"
 """The folder of checkpoints within a run's folder."""
 _UPLOADED_NAME = "uploaded"
+_LAST_ATTEMPT = 10**9
 _CHUNK = 32 * 2**20
 
 
@@ -56,6 +57,13 @@ class Attempt(msgspec.Struct, frozen=True):
     """A checkpoint's name; None for an attempt that began anew, or elsewhere."""
     source: str | None = None
     """The path of the checkpoint of another run that it began with."""
+    id: str = ""
+    """Drawn at random: tells it from the same attempt at another run of that name."""
+
+
+class _SignedAttempt(msgspec.Struct, forbid_unknown_fields=True):
+    attempt: msgspec.Raw
+    xxh3_128: str
 
 
 class Upload(msgspec.Struct, frozen=True):
@@ -107,16 +115,40 @@ class CheckpointStore:
 
     def attempts(self) -> dict[int, Attempt]:
         """What each attempt started from, as far as it was noted."""
+        return {note.attempt: note for note in self._notes().values() if note is not None}
+
+    def damaged_notes(self) -> dict[str, CheckpointDamaged]:
+        """The notes of attempts that are changed, or missing where there are checkpoints: by file, what is wrong."""
+        notes = self._notes()
+        damaged = {
+            file: CheckpointDamaged(
+                f"{self.folder / file} was cut or changed: what its attempt started from is not sure"
+            )
+            for file, note in notes.items()
+            if note is None
+        }
+        for attempt in {name.attempt for name in self.names()}:
+            file = attempt_name(attempt)
+            if file not in notes:
+                damaged[file] = CheckpointDamaged(
+                    f"{self.folder / file} is missing, though that attempt has checkpoints"
+                )
+        return damaged
+
+    def _notes(self) -> dict[str, Attempt | None]:
+        """By file; None for what is damaged."""
         try:
             entries = os.listdir(self.folder)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        found: list[Attempt | None] = []
+        notes: dict[str, Attempt | None] = {}
         for entry in entries:
             if is_attempt_name(entry):
-                with contextlib.suppress(OSError):
-                    found.append(decode_attempt(entry, (self.folder / entry).read_bytes()))
-        return {attempt.attempt: attempt for attempt in found if attempt is not None}
+                try:
+                    notes[entry] = decode_attempt(entry, (self.folder / entry).read_bytes())
+                except OSError:
+                    notes[entry] = None
+        return notes
 
     @property
     def last_attempt(self) -> int:
@@ -162,8 +194,13 @@ class CheckpointStore:
             if os.path.ismount(above):
                 break
         for entry in os.listdir(self.folder):
-            if entry.startswith(".step-") and entry.endswith(".tmp"):
-                self._discard(self.folder / entry)
+            if entry.startswith((".step-", ".attempt-")) and entry.endswith(".tmp"):
+                try:
+                    self._discard(self.folder / entry)
+                except OSError as error:  # it is in nobody's way, unless the very checkpoint is taken again
+                    from events.log import logger  # not for those who only look: it takes its time
+
+                    logger.warning(f"{self.folder / entry} is left of a process that was killed, and stays: {error}")
         disk.replace_file(self.folder / attempt_name(attempt.attempt), encode_attempt(attempt))
 
     def begin(self, name: CheckpointName) -> Path:
@@ -218,7 +255,9 @@ class CheckpointStore:
 
     def _discard(self, temporary: Path) -> None:
         """Remove a temporary folder, if there is one, when it is certain that it has no other name."""
-        if temporary.is_dir():
+        if os.path.islink(temporary) or temporary.is_file():  # moved elsewhere, and linked back
+            os.unlink(temporary)
+        elif temporary.is_dir():
             disk.sync_folder(self.folder)  # or, after a power failure, a checkpoint's name might be back without files
             disk.remove_folder(temporary)
 
@@ -235,7 +274,7 @@ class CheckpointStore:
         """Where a checkpoint was uploaded to; None if it was not, as far as this folder knows."""
         try:
             return msgspec.json.decode((self.path(name) / _UPLOADED_NAME).read_bytes(), type=Upload)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
 
@@ -282,6 +321,12 @@ def read_file(folder: Path, name: str, entry: FileEntry) -> memoryview:
         CheckpointDamaged: It is missing, cut or changed.
     """
     path = folder / name
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+    if size != entry.nbytes:  # before so much memory is asked for
+        raise CheckpointDamaged(f"{path} has {size:,} bytes instead of {entry.nbytes:,}: it was cut or replaced")
     memory = memoryview(mmap.mmap(-1, max(1, entry.nbytes)))[: entry.nbytes]
     digest = xxhash.xxh3_128()
     done = 0
@@ -317,17 +362,23 @@ def is_attempt_name(text: str) -> bool:
 
 
 def encode_attempt(attempt: Attempt) -> bytes:
-    """The bytes of such a file."""
-    return msgspec.json.encode(attempt) + b"\n"
+    """The bytes of such a file: what it says, and a hash of that, as in a manifest."""
+    return _sign(msgspec.json.encode(attempt))
 
 
 def decode_attempt(file_name: str, data: bytes) -> Attempt | None:
     """Read such a file; None if it is damaged: the checkpoints' manifests say it too."""
     try:
-        attempt = msgspec.json.decode(data, type=Attempt)
-    except ValueError:
+        body = bytes(msgspec.json.decode(data, type=_SignedAttempt).attempt)
+        attempt = msgspec.json.decode(body, type=Attempt)
+    except (ValueError, RecursionError):
         return None
-    return attempt if attempt_name(attempt.attempt) == file_name else None
+    known = _sign(body) == data and 1 <= attempt.attempt < _LAST_ATTEMPT
+    return attempt if known and attempt_name(attempt.attempt) == file_name else None
+
+
+def _sign(body: bytes) -> bytes:
+    return msgspec.json.encode(_SignedAttempt(msgspec.Raw(body), xxhash.xxh3_128_hexdigest(body))) + b"\n"
 
 
 def line_of(
@@ -368,13 +419,15 @@ def candidates_of(line: list[CheckpointName], names: Iterable[CheckpointName]) -
     """What to try to resume from, best first; see `CheckpointStore.candidates`."""
     yield from line
     if line:
-        yield from reversed([name for name in names if name not in line])
+        known = set(line)
+        yield from reversed([name for name in names if name not in known])
 
 
 def by_age(line: Iterable[CheckpointName], names: Iterable[CheckpointName]) -> list[CheckpointName]:
     """All checkpoints, the first to go first: those that the run did not come from, then its line, from the oldest."""
     line = list(line)
-    return [*(name for name in sorted(names) if name not in line), *reversed(line)]
+    known = set(line)
+    return [*(name for name in sorted(names) if name not in known), *reversed(line)]
 
 
 def expendable(

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from events.checkpoint.disk import PAGE
 from events.errors import CheckpointDamaged
@@ -80,6 +81,12 @@ class TensorFile(msgspec.Struct, frozen=True):
     aliases: dict[str, str]
 
 
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[Annotated[int, Meta(ge=0, lt=2**48)], ...]
+    data_offsets: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
+
+
 class _Notes(msgspec.Struct, omit_defaults=True):
     aliases: dict[str, str] = {}
     views: dict[str, str] = {}
@@ -133,19 +140,19 @@ def _read_layout(data: memoryview) -> TensorFile:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, _HEADER_LIMIT):
         raise ValueError("it is shorter than its header says")
-    header = msgspec.json.decode(bytes(data[8 : 8 + length]), type=dict[str, Any])
-    metadata = header.pop("__metadata__", {})
+    header = msgspec.json.decode(bytes(data[8 : 8 + length]), type=dict[str, msgspec.Raw])
+    metadata = msgspec.json.decode(header.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
     notes = msgspec.json.decode(metadata.get("stagecast", "{}"), type=_Notes)
     begin = 8 + length
     tensors: dict[str, tuple[TensorInfo, int]] = {}
-    for name, entry in header.items():
-        dtype, (first, end) = entry["dtype"], entry["data_offsets"]
-        if dtype not in ITEM_BYTES:
-            raise ValueError(f"the tensor {name!r} has the unknown type {dtype!r}")
-        shape = msgspec.convert(entry["shape"], tuple[int, ...])
-        info = TensorInfo(name, dtype, shape, notes.views.get(name, ""))
-        if min(shape, default=0) < 0 or first < 0 or end - first != info.nbytes or begin + end > len(data):
-            raise ValueError(f"the tensor {name!r} of shape {shape} does not fit where it should stand")
+    for name, raw in header.items():
+        entry = msgspec.json.decode(raw, type=_Entry)
+        first, end = entry.data_offsets
+        if entry.dtype not in ITEM_BYTES:
+            raise ValueError(f"the tensor {name!r} has the unknown type {entry.dtype!r}")
+        info = TensorInfo(name, entry.dtype, entry.shape, notes.views.get(name, ""))
+        if end - first != info.nbytes or begin + end > len(data):
+            raise ValueError(f"the tensor {name!r} of shape {entry.shape} does not fit where it should stand")
         tensors[name] = info, begin + first
     for alias, name in notes.aliases.items():
         if name not in tensors or alias in tensors:
