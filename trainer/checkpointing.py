@@ -254,6 +254,9 @@ class Checkpointing:
                     self._best = self._best_before  # what is not kept is not what the next one has to beat
                 writing = [str(one.name) for one in self._snapshots if not one.released]
                 self._bus.publish(CheckpointSkipped(*self._origin.header(), reasons, writing))
+                if ids := list(command_ids):
+                    why = "the run is to stop without a checkpoint, and those before it are still being written"
+                    self._bus.publish(CheckpointFailed(*self._origin.header(), "", why, "stage", 1, ids))
                 return
             try:
                 fence = self._stage(slab, reasons, list(command_ids), mark)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
-from events.errors import CheckpointError, CheckpointsFailing, UnstorableState
+from events.errors import CheckpointError, CheckpointMismatch, CheckpointsFailing, UnstorableState
 from events.journal_reader import read_history
 from events.messages import (
     CheckpointDeleted,
@@ -26,11 +28,13 @@ from events.messages import (
     CheckpointSkipped,
     CheckpointStaged,
     CommandTaken,
+    ObserverFailed,
     RunResumed,
     TrainStepEnded,
     WeightsSaved,
 )
 from events.protocol import Stop
+from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Checkpoints, inline
 from trainer.resume import Loaded
 
@@ -516,3 +520,260 @@ def test_a_test_of_a_trained_run_supersedes_nothing(kit: Any, tmp_path: Path) ->
     assert outputs["default"][1].abs().sum() > 0
     after = [event for event in read_history(tmp_path / "run/journal") if type(event) is TrainStepEnded]
     assert after == before != []
+
+
+# ----------------------------------------------------------------------------------------- attempts and their line
+
+
+def test_an_attempt_that_fails_before_it_trains_changes_nothing(kit: Any, tmp_path: Path) -> None:
+    """Neither what "auto" goes on from, nor the history."""
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "journal": True, "epochs": 3}
+    checkpoints = Checkpoints(**OFF, every_epochs=1, keep_last=9, when_busy="wait")
+    kit.train(kit.Net(), checkpoints=checkpoints, **run)
+
+    class NoData(kit.Net):
+        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+            raise FileNotFoundError("/mnt/data is not mounted")
+
+    for resume in (None, tmp_path / "run/checkpoints/step-2.a1"):
+        failed = kit.train(NoData(), checkpoints=checkpoints, resume=resume, **run)
+        assert isinstance(failed.error, FileNotFoundError)
+    assert [str(name) for name in store_of(tmp_path / "run").line()] == ["step-6.a1", "step-4.a1", "step-2.a1"]
+    history = [event.global_step for event in read_history(tmp_path / "run/journal") if type(event) is TrainStepEnded]
+    assert history == [1, 2, 3, 4, 5, 6]
+    resumed = kit.train(kit.Net(), checkpoints=checkpoints, resume="auto", **run | {"epochs": 4})
+    assert resumed.of(RunResumed)[0].checkpoint == "step-6.a1"
+
+
+def test_the_history_follows_the_line_back(kit: Any, tmp_path: Path) -> None:
+    """Twice from one attempt: what the second resumption goes on from counts, though the first one superseded it."""
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "journal": True, "epochs": 4}
+    checkpoints = Checkpoints(**OFF, every_steps=1, keep_last=99, when_busy="wait")
+    kit.train(kit.Net(), checkpoints=checkpoints, **run)
+    for step in (2, 6):
+        kit.train(kit.Net(), checkpoints=checkpoints, resume=tmp_path / f"run/checkpoints/step-{step}.a1", **run)
+    history = [
+        (event.global_step, event.attempt)
+        for event in read_history(tmp_path / "run/journal")
+        if type(event) is TrainStepEnded
+    ]
+    assert history == [(step, 1) for step in range(1, 7)] + [(7, 3), (8, 3)]
+
+
+def test_a_finished_run_that_is_started_again_says_so(kit: Any, tmp_path: Path, caplog: Any) -> None:
+    """And its result names the checkpoint that there is."""
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": Checkpoints(**OFF | {"at_end": True})}
+    first = kit.train(kit.Net(), **run).result
+    again = kit.train(kit.Net(), resume="auto", **run).result
+    assert (again.status, again.global_step, again.checkpoint) == ("finished", 2, first.checkpoint)
+    assert "nothing is left to train" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------- callbacks with a state
+
+
+class Stateful(CallbackInterface):
+    """Counts steps on its own thread, or inline; its state may be made to fail."""
+
+    def __init__(self, act: Callable[[], None] = lambda: None) -> None:
+        self.count, self.act = 0, act
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        self.act()
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+class InlineStateful(Stateful):
+    """The same on the loop's thread."""
+
+    on_end_train_step = inline(lambda self, global_step, *outputs: setattr(self, "count", self.count + 1))
+
+
+def boom() -> None:
+    raise ValueError("boom")
+
+
+@pytest.mark.parametrize("kind", [Stateful, InlineStateful])
+@pytest.mark.parametrize("on_error", ["fatal", "disable"])
+def test_a_state_dict_that_raises_is_answered_by_the_callbacks_policy(
+    kit: Any, tmp_path: Path, kind: type[Stateful], on_error: Any
+) -> None:
+    """As a hook of it would be: the user's exception, or a run that goes on without it, with whole checkpoints."""
+    callback = kind(boom)
+    delivery = kit.replace(CALLBACK_DELIVERY, on_error=on_error)
+    checkpoints = Checkpoints(**OFF, every_epochs=1, keep_last=9, when_busy="wait")
+    outcome = kit.train(
+        kit.Net(), callbacks=[(callback, delivery)], epochs=4, checkpoints=checkpoints, run_dir=tmp_path / "run"
+    )
+    if on_error == "fatal":
+        assert isinstance(outcome.error, ValueError)
+    else:
+        assert outcome.result.status == "finished"
+        assert [event.during for event in outcome.of(ObserverFailed)] == ["state_dict"]
+        assert len(saved(outcome)) == 4
+
+
+def test_a_state_that_is_refused_is_answered_by_the_callbacks_policy(kit: Any, tmp_path: Path) -> None:
+    """It goes on without a callback that may be disabled."""
+
+    class Refusing(Stateful):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("version")
+
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": Checkpoints(**OFF, every_epochs=1)}
+    kit.train(kit.Net(), callbacks=[Stateful()], **run)
+    for on_error, status in (("fatal", "failed"), ("disable", "finished")):
+        delivery = kit.replace(CALLBACK_DELIVERY, on_error=on_error)
+        renamed = type("Stateful", (Refusing,), {})()
+        outcome = kit.train(kit.Net(), callbacks=[(renamed, delivery)], epochs=2, resume="auto", **run)
+        assert outcome.of(ObserverFailed)[0].during == "load_state_dict"
+        assert (isinstance(outcome.error, KeyError), status) == (status == "failed", status)
+
+
+def test_a_slow_callback_makes_no_checkpoint_fail(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that may be disabled is not waited for; what is announced without its state says so."""
+    monkeypatch.setattr("sinks.checkpoint_writer._PART_TIMEOUT_S", 0.1)
+    over = threading.Event()
+
+    class Slow(Stateful):
+        def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+            over.wait(kit.WAIT_S)
+
+    delivery = kit.replace(CALLBACK_DELIVERY, on_error="disable")
+    net = net_that(kit, lambda step: over.set() if step == 12 else None)
+    checkpoints = Checkpoints(**OFF, every_epochs=1, when_busy="wait", keep_last=9)
+    outcome = kit.train(
+        net, callbacks=[(Slow(), delivery)], epochs=6, checkpoints=checkpoints, run_dir=tmp_path / "run"
+    )
+    assert outcome.of(CheckpointFailed) == []
+    assert outcome.of(CheckpointSaved)[0].missing == ["Slow"]
+    name = store_of(tmp_path / "run").names()[0]
+    assert store_of(tmp_path / "run").manifest(name).missing == ["Slow"]
+
+
+# ------------------------------------------------------------------------------------------------- what else went wrong
+
+
+def test_weights_that_cannot_be_kept_do_not_cost_the_end_of_a_run(kit: Any, tmp_path: Path) -> None:
+    """The module's own get_state leaves out what no file can hold, and the state dict has it."""
+
+    class Sparse(kit.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("graph", torch.eye(3).to_sparse())
+
+        def get_state(self) -> dict[str, Any]:
+            return {name: value for name, value in self.state_dict().items() if name != "graph"}
+
+    diary = kit.Diary()
+    outcome = kit.train(Sparse(), callbacks=[diary], checkpoints=Checkpoints(**OFF), run_dir=tmp_path / "run")
+    assert outcome.result.status == "finished"
+    assert diary.names[-1] == "on_end_train"
+    (failed,) = outcome.of(CheckpointFailed)
+    assert "graph" in failed.error
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("policy", ["wait", "skip"])
+async def test_a_stop_is_taken_while_the_disk_is_stuck(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Any
+) -> None:
+    """With both copies on their way; one that asks for no checkpoint has not to wait for one."""
+    gate = Gate(monkeypatch)
+    checkpoints = Checkpoints(**OFF, every_steps=1, when_busy=policy)
+    trainer = kit.make_trainer(kit.Net(), epochs=1_000_000, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    async with trainer.run() as run:
+        await anyio.to_thread.run_sync(gate.reached.wait)
+        async with anyio.create_task_group() as tasks:
+
+            async def ask() -> None:
+                with contextlib.suppress(CheckpointError):  # if it was given up for the stop
+                    await run.checkpoint()
+
+            if policy == "skip":
+                tasks.start_soon(ask)
+            stream = run.events(types=[CommandTaken])
+            run.stop(checkpoint=False)
+            with anyio.fail_after(kit.WAIT_S):
+                async for event in stream:
+                    if event.command == "stop":
+                        break
+            gate.open.set()
+
+
+def test_the_metric_of_a_checkpoint_is_that_of_its_own_validation(kit: Any, tmp_path: Path) -> None:
+    """Not one that an earlier validation has logged: it would be taken for as good, and the good one deleted."""
+
+    class Once(kit.Net):
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            if global_step == 2:
+                self.log("score", 9.0)
+
+    checkpoints = Checkpoints(**OFF, every_epochs=1, best="score", best_mode="max", keep_last=1, when_busy="wait")
+    kit.train(Once(), epochs=4, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    store = store_of(tmp_path / "run")
+    assert {str(name): store.manifest(name).metric is not None for name in store.names()} == {
+        "step-2.a1": True,
+        "step-8.a1": False,
+    }
+
+
+def test_a_best_one_that_could_not_be_written_is_not_to_be_beaten(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one that beats what there is, is the best."""
+    scores = iter([1.0, 9.0, 5.0])
+    begin = CheckpointStore.begin
+    settled = threading.Event()
+
+    def failing(store: CheckpointStore, name: CheckpointName) -> Path:
+        if name.step == 4:
+            raise OSError(28, "No space left on device")
+        return begin(store, name)
+
+    class Scored(kit.Net):
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            if global_step == 6:
+                assert settled.wait(kit.WAIT_S)
+            self.log("score", next(scores))
+
+    abandon = CheckpointStore.abandon
+    monkeypatch.setattr(CheckpointStore, "begin", failing)
+    monkeypatch.setattr(CheckpointStore, "abandon", lambda store, name: (abandon(store, name), settled.set()))
+    checkpoints = Checkpoints(**OFF, best="score", best_mode="max", keep_last=9)
+    outcome = kit.train(Scored(), epochs=3, checkpoints=checkpoints, run_dir=tmp_path / "run")
+    assert [name for name, _ in saved(outcome)] == ["step-2.a1", "step-6.a1"]
+
+
+def test_other_optimizers_are_named(kit: Any, tmp_path: Path) -> None:
+    """Before their state is mixed; with the way to begin with new ones."""
+
+    class Adam(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return [torch.optim.Adam(self.parameters(), lr=self.lr)], []
+
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": Checkpoints(**OFF, every_epochs=1), "epochs": 2}
+    kit.train(kit.Net(), **run | {"epochs": 1})
+    outcome = kit.train(Adam(), resume="auto", **run)
+    assert isinstance(outcome.error, CheckpointMismatch)
+    assert all(text in str(outcome.error) for text in ("SGD", "Adam", "reset_optimizers_schedulers"))
+    assert kit.train(Adam(), resume="auto", reset_optimizers_schedulers=True, **run).result.global_step == 4
+
+
+def test_another_batch_size_within_an_epoch_is_refused(kit: Any, tmp_path: Path) -> None:
+    """The place in the data is counted in batches; at the end of an epoch it is free."""
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "epochs": 2}
+    checkpoints = Checkpoints(**OFF, every_steps=1, keep_last=9, when_busy="wait")
+    kit.train(kit.Net(), checkpoints=checkpoints, **run | {"epochs": 1})
+    first, second = (tmp_path / f"run/checkpoints/step-{step}.a1" for step in (1, 2))
+    outcome = kit.train(kit.Net(), checkpoints=checkpoints, resume=first, train_batch_size=4, **run)
+    assert isinstance(outcome.error, CheckpointMismatch)
+    assert "1 micro-batches of 8 rows" in str(outcome.error)
+    outcome = kit.train(kit.Net(), checkpoints=checkpoints, resume=second, train_batch_size=4, **run)
+    assert outcome.result.global_step == 6

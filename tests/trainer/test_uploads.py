@@ -10,7 +10,14 @@ import pytest
 
 from events.checkpoint.remote import RemoteStore
 from events.errors import CheckpointNotFound, UploadError
-from events.messages import CheckpointDeleted, CheckpointSaved, CheckpointUploaded, ObserverFailed, RunResumed
+from events.messages import (
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointUploaded,
+    ObserverFailed,
+    RunResumed,
+)
 from trainer import Checkpoints
 from trainer.errors import ArgumentsError
 
@@ -117,3 +124,52 @@ def test_a_store_that_cannot_be_used_costs_no_training(kit: Any, tmp_path: Path)
     assert any(event.observer == "uploads" for event in outcome.of(ObserverFailed))
     assert outcome.of(CheckpointDeleted) == []
     assert len(outcome.of(CheckpointSaved)) == 4
+
+
+def test_a_fetch_that_was_interrupted_is_made_again(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves nothing that would be taken for a run which has begun anew: that would delete what was uploaded."""
+    kit.train(kit.Net(rows=64), **run_in(tmp_path, tmp_path / "there"))
+    new = run_in(tmp_path, tmp_path / "there", run_dir=tmp_path / "new")
+
+    def broken(store: RemoteStore, name: Any, parts: Any) -> Any:
+        raise UploadError("the connection broke")
+        yield b""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteStore, "_read", broken)
+        assert isinstance(kit.train(kit.Net(rows=64), epochs=2, resume="auto", **new).error, UploadError)
+    outcome = kit.train(kit.Net(rows=64), epochs=2, resume="auto", **new)
+    assert outcome.of(RunResumed)[0].checkpoint == "step-8.a1"
+
+
+def test_another_runs_uploads_are_not_touched(kit: Any, tmp_path: Path) -> None:
+    """Of the same name, whatever its attempts are called; and what is here is deleted all the same."""
+    kit.train(kit.Net(rows=64), **run_in(tmp_path, tmp_path / "there", run_dir=tmp_path / "alice"))
+    before = [str(name) for name in RemoteStore(f"file://{tmp_path}/there/r").names()]
+    bob = run_in(tmp_path, tmp_path / "there", run_dir=tmp_path / "bob")
+    kit.train(kit.Net(rows=64), **bob | {"checkpoints": Checkpoints(every_minutes=None)})
+    outcome = kit.train(kit.Net(rows=64), epochs=2, resume="auto", **bob)
+    assert any("another run of this name" in event.error for event in outcome.of(CheckpointFailed))
+    assert [str(name) for name in RemoteStore(f"file://{tmp_path}/there/r").names()] == before
+    assert len(list((tmp_path / "bob/checkpoints").glob("step-*"))) == 2
+
+
+@pytest.mark.parametrize("below", ["", "inside"])
+def test_a_place_that_is_the_runs_own_folder_is_refused(kit: Any, tmp_path: Path, below: str) -> None:
+    """Tidying up there would take the run's own files."""
+    place = tmp_path / "runs" / ("r" if below else "") / below
+    outcome = kit.train(
+        kit.Net(), run_id="r", run_dir=tmp_path / "runs/r", checkpoints=Checkpoints(upload=f"file://{place}")
+    )
+    assert isinstance(outcome.error, ArgumentsError)
+    assert not (tmp_path / "runs/r/journal").exists()
+
+
+def test_what_is_left_at_the_end_is_told(kit: Any, tmp_path: Path) -> None:
+    """Which checkpoints are not in the store, before the sinks are closed."""
+    (tmp_path / "there").write_text("a file, where a folder ought to be")
+    place = settings(tmp_path / "there", end_timeout_s=0.2, keep_last=9)
+    outcome = kit.train(kit.Net(rows=64), **run_in(tmp_path, tmp_path / "there", checkpoints=place))
+    told = [event.error for event in outcome.of(CheckpointFailed) if "when the run ended" in event.error]
+    assert len(told) == 1
+    assert all(f"step-{step}.a1" in told[0] for step in (2, 4, 6, 8))
