@@ -284,6 +284,7 @@ class Checkpointing:
         collected = Collected(self._tree())
         staged = self.stager.copy(collected, slab, self._late_tensors())
         parts, owners = self._parts()
+        self._control.raise_if_failed()  # a callback that has failed just now, by which the run ends, is not among them
         name = self._next_name()
         metric = self._metric[1] if self._metric is not None and self._metric[0] == name.step else None
         snapshot = Snapshot(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from events.backlog import Payload, Published
+from events.errors import CheckpointError
 from events.messages import (
     BackwardEnded,
     CheckpointStaged,
@@ -92,6 +93,8 @@ class CallbackHooks:
         """What runs its hooks that are not inline, if it has any."""
         self.disabled = False
         """True once it has failed and was given up: no hook of it runs any more, on any lane."""
+        self.failed = False
+        """True once a hook of it, or its ``state_dict``, has raised on its own thread."""
         # The module's own state is `ModuleInterface.get_state`.
         kept = (getattr(callback, "state_dict", None), getattr(callback, "load_state_dict", None))
         self.stateful = all(map(callable, kept)) and not isinstance(callback, ModuleInterface)
@@ -141,7 +144,13 @@ class CallbackHooks:
         return self.delivery.on_error == "fatal"
 
     def is_given_up(self) -> bool:
-        """Whether it will handle no event any more."""
+        """Whether it will handle no event any more.
+
+        Raises:
+            CheckpointError: It has failed, and the run ends by that: what lacks its state is none to go on from.
+        """
+        if self.failed and self.is_essential:
+            raise CheckpointError(f"the callback {self.name} has failed before it came to this place in the run")
         return self.disabled
 
 
@@ -238,6 +247,7 @@ class CallbackTarget:
             args, kwargs = hook_arguments(event, outputs)
             self._hooks[type(event)](*args, **kwargs)
         except BaseException as error:
+            self._callback.failed = True
             add_note(error, f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
             raise
         finally:
@@ -252,6 +262,7 @@ class CallbackTarget:
         try:
             part.set(part_of({"name": self.observer, "state": self._callback.state_dict()}))
         except BaseException as error:  # answered as a hook's would be
+            self._callback.failed = True
             add_note(error, f"raised by {self.observer}.state_dict")
             raise
 

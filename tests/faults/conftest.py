@@ -79,3 +79,16 @@ def nursery() -> Iterator[Any]:
     """A process that forks runs which may be killed; see `disk_child`."""
     with load("disk_nursery").nursery() as ready:
         yield ready
+
+
+@pytest.fixture(scope="session")
+def runs() -> Any:
+    """Runs that use everything that a resume must restore; see `resume_runs`."""
+    return load("resume_runs")
+
+
+@pytest.fixture(scope="session")
+def child() -> Iterator[Any]:
+    """A process that forks runs which get signals, or fork themselves; see `resume_child`."""
+    with load("resume_child").children() as ready:
+        yield ready

@@ -1,0 +1,461 @@
+"""A run whose whole state is a function of the step, and the border between it and the disk, where faults are put.
+
+`Calls` stands in for ``os`` in the modules that write checkpoints: all their changes of the disk go through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import nn
+
+from events.checkpoint import disk, store
+from events.checkpoint.manifest import CheckpointName
+from events.checkpoint.store import CheckpointStore
+from events.messages import CheckpointFailed, CheckpointSaved, Event
+from events.sink import RunInfo
+from sinks import checkpoint_writer
+from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from trainer.resume import Loaded, load_from
+from trainer.tensor_state import bytes_of
+
+WAIT_S = 20.0
+"""How long anything that ought to happen may take on a busy machine before the test gives up."""
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+class Counting(ModuleInterface):
+    """Parameters, momentum, buffers and the statistics of a batch norm: all change with every step, in place.
+
+    Args:
+        epoch_steps: Steps of an epoch.
+    """
+
+    def __init__(self, epoch_steps: int = 6) -> None:
+        super().__init__()
+        self.epoch_steps = epoch_steps
+        self.weight = nn.Parameter(torch.arange(1500.0) % 251)
+        self.bias = nn.Parameter(torch.zeros(7, dtype=torch.float64))
+        self.norm = nn.BatchNorm1d(5)
+        self.pattern: torch.Tensor
+        self.register_buffer("pattern", torch.zeros(300, dtype=torch.int32))
+        self.batch = torch.arange(20.0).reshape(4, 5)
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.125, momentum=0.5)
+        return [self.optimizer], []
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return [self.batch] * self.epoch_steps
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return {}
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        self.pattern.add_(1)
+        spread = self.norm(batch + self.pattern[0])
+        return self.weight.sum() + self.bias.sum() + (spread * batch).sum()
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        """The loss of a validation, if somebody gives a dataloader for one, grows from each to the next."""
+        return torch.tensor(float(global_step))
+
+
+class Tally(CallbackInterface):
+    """A callback with a state of its own, on a thread of its own: how many steps it has seen."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def digest(tree: Any) -> str:
+    """A hash of all values in a tree of containers and tensors."""
+    hasher = xxhash.xxh3_128()
+    _feed(hasher, tree)
+    return hasher.hexdigest()
+
+
+def _feed(hasher: Any, tree: Any) -> None:
+    if isinstance(tree, dict):
+        for key in sorted(tree, key=str):
+            hasher.update(f"{key!r}:".encode())
+            _feed(hasher, tree[key])
+    elif isinstance(tree, list | tuple):
+        hasher.update(f"{len(tree)}[".encode())
+        for item in tree:
+            _feed(hasher, item)
+    elif isinstance(tree, torch.Tensor):
+        hasher.update(f"{tree.dtype}{tuple(tree.shape)}".encode())
+        hasher.update(bytes_of(tree.detach().contiguous()))
+    else:
+        hasher.update(repr(tree).encode())
+
+
+def digest_of(module: Counting) -> str:
+    """Of all that training changes."""
+    return digest([dict(module.state_dict()), module.optimizer.state_dict()])
+
+
+class Reference:
+    """What a loop written by hand, without a trainer, makes of the state after each step."""
+
+    def __init__(self) -> None:
+        self._module = Counting()
+        self._optimizer = self._module.get_optimizers_schedulers(0, 0)[0][0]
+        self._digests = [digest_of(self._module)]
+
+    def __getitem__(self, step: int) -> str:
+        while len(self._digests) <= step:
+            self._optimizer.zero_grad()
+            self._module.train_step(0, self._module.batch, None).backward()
+            self._optimizer.step()
+            self._digests.append(digest_of(self._module))
+        return self._digests[step]
+
+
+class Sight(NamedTuple):
+    """What a reader of a run's checkpoints finds."""
+
+    name: CheckpointName | None
+    """Of the one to resume from, which is whole and holds what it should; None if there is none."""
+    rejected: list[str]
+    """What was tried before it, and is damaged."""
+
+
+def look(run_dir: Path, reference: Reference) -> Sight:
+    """Read what a resumed run would go on from, as it would, and compare it with what it must be.
+
+    Raises:
+        AssertionError: it is not that.
+        CheckpointError: there are checkpoints, and none can be read.
+    """
+    rejected: list[str] = []
+    loaded = load_from(CheckpointStore(run_dir / "checkpoints"), lambda name, error: rejected.append(name))
+    return Sight(check(loaded, reference) if loaded is not None else None, rejected)
+
+
+def check(loaded: Loaded, reference: Reference) -> CheckpointName:
+    """See that a checkpoint's content is that of its step; returns its name."""
+    name = loaded.manifest.name
+    assert loaded.state["global_step"] == name.step
+    found = digest([loaded.state["module"], loaded.state["optimizers"][0]])
+    assert found == reference[name.step], f"{name} does not hold the state after step {name.step}"
+    states = [part["state"] for part in loaded.parts.values() if isinstance(part, dict) and "state" in part]
+    assert all(state == {"steps": name.step} for state in states), f"{name} holds a callback's state of another step"
+    return name
+
+
+def make_trainer(
+    run_dir: Path,
+    *,
+    module: ModuleInterface | None = None,
+    epochs: int = 1,
+    drain_timeout_s: float = 30.0,
+    val_interval_steps: int | None = None,
+    callbacks: Sequence[Any] = (),
+    sinks: Sequence[Any] = (),
+    journal: bool = False,
+    resume: Any = None,
+    **settings: Any,
+) -> Trainer:
+    """One that takes a checkpoint after every second step, and leaves none out; settings of `Checkpoints` as given."""
+    own = {"every_steps": 2, "keep_last": 1, "when_busy": "wait", "at_end": False, "weights": False}
+    return Trainer(
+        module if module is not None else Counting(),
+        TrainerArguments(
+            epochs=epochs,
+            train_batch_size=4,
+            seed=1,
+            device="cpu",
+            drain_timeout_s=drain_timeout_s,
+            val_interval_steps=val_interval_steps,
+        ),
+        callbacks=callbacks,
+        sinks=list(sinks),
+        journal=journal,
+        run_id="run",
+        run_dir=run_dir,
+        resume=resume,
+        checkpoints=Checkpoints(**(own | settings)),
+    )
+
+
+class Arrivals:
+    """A sink that keeps the events in the order in which they arrive, and lets a thread wait for one."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._arrived = threading.Condition()
+
+    def open(self, run: RunInfo) -> Arrivals:
+        return self
+
+    def write(self, events: Sequence[Event]) -> None:
+        with self._arrived:
+            self.events += events
+            self._arrived.notify_all()
+
+    def close(self) -> None: ...
+
+    def of(self, *kinds: type[Event]) -> list[Any]:
+        return [event for event in list(self.events) if isinstance(event, kinds)]
+
+    def wait_for(self, kind: type[Event], count: int = 1) -> None:
+        """Wait until so many events of a kind have arrived."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(self.of(kind)) >= count, WAIT_S), f"no {kind.__name__} arrived"
+
+
+# ------------------------------------------------------------------------------------------------------- the border
+
+NAMES = ("open", "write", "pwrite", "ftruncate", "fsync", "rename", "unlink", "rmdir", "mkdir", "close", "listdir")
+"""The calls of ``os`` that the writing modules make; ``replace`` is noted as a ``rename``."""
+READING = {"stat", "fstat", "lseek", "fspath", "strerror", "getpid", "cpu_count", "PathLike", "DirEntry", "scandir"}
+"""What they may use besides. Anything else has to be thought about here first."""
+FAILING: dict[int, frozenset[str]] = {
+    # Which calls a disk refuses for each reason. A full one still removes; a read-only one still reads.
+    errno.EIO: frozenset(NAMES),
+    errno.ENOSPC: frozenset({"create", "write", "pwrite", "fsync", "rename", "mkdir"}),
+    errno.EROFS: frozenset({"create", "write", "pwrite", "ftruncate", "rename", "unlink", "rmdir", "mkdir"}),
+}
+
+
+class Call(NamedTuple):
+    """A call that was made."""
+
+    name: str
+    path: str
+    """The first path, or the one that the descriptor was opened with. Of an announcement, the checkpoint's name."""
+    to: str = ""
+    flags: int = 0
+    at: int = 0
+    """Where bytes are written; the length that a file is cut to."""
+    data: bytes = b""
+
+    @property
+    def creates(self) -> bool:
+        """Whether it opens a new file."""
+        return self.name == "open" and bool(self.flags & os.O_CREAT)
+
+
+def refused(code: int, call: Call) -> bool:
+    """Whether a disk refuses a call for this reason."""
+    return call.name in FAILING[code] or (call.creates and "create" in FAILING[code])
+
+
+class Fault:
+    """What goes wrong at the border: at one call, and where it is ``lasting`` at those after it, until it is healed.
+
+    Args:
+        at: Number of the call, from 0.
+        code: The error number; None: the process is killed.
+        afterwards: The call is made all the same, and then fails. (Writes always do half of their work.)
+        from_event: Count from the moment at which so many checkpoints have been announced.
+    """
+
+    def __init__(
+        self, at: int, code: int | None, *, lasting: bool = False, afterwards: bool = False, from_event: int = 0
+    ) -> None:
+        self.at = at
+        self.code = code
+        self.lasting = lasting
+        self.afterwards = afterwards
+        self.from_event = from_event
+        self.struck: list[Call] = []
+        self.noticed = threading.Event()
+        """Set when a call has failed."""
+        self.healed = False
+
+    def strikes(self, call: Call, number: int) -> bool:
+        if self.healed or number < self.at or (not self.lasting and self.struck):
+            return False
+        if self.lasting and not refused(self.code or 0, call):
+            return False
+        self.struck.append(call)
+        return True
+
+    def strike(self, call: Call) -> None:
+        if self.code is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.noticed.set()
+        assert self.code is not None
+        raise OSError(self.code, os.strerror(self.code), call.path)
+
+
+class Calls:
+    """In place of ``os``, while it is entered: notes the calls that succeed, and lets a `Fault` happen.
+
+    Args:
+        syncs: Whether fsync is really called. Where no machine is going to crash, that only takes time.
+        takes: How many of the bytes of a write the disk takes, given how many there are.
+        before: Called before each call, on its thread.
+        on_saved: Called on the writer's thread before a checkpoint is announced.
+        on_failed: Called on the writer's thread before a failure is published.
+    """
+
+    def __init__(
+        self,
+        fault: Fault | None = None,
+        *,
+        syncs: bool = False,
+        takes: Callable[[int], int] | None = None,
+        before: Callable[[Call], None] = lambda call: None,
+        on_saved: Callable[[str], None] = lambda name: None,
+        on_failed: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.log: list[Call] = []
+        """What was done, in order; ``announce`` for each checkpoint that was announced."""
+        self.made: list[Call] = []
+        """All calls since the fault began to count, whether they succeeded or not."""
+        self._fault = fault
+        self._syncs = syncs
+        self._takes = takes
+        self._before = before
+        self._on_saved = on_saved
+        self.on_failed = on_failed
+        self._paths: dict[int, str] = {}
+        self._positions: dict[int, int] = {}
+        self._announced = 0
+        self._lock = threading.RLock()
+
+    @property
+    def announced(self) -> str:
+        """The checkpoint that was announced last."""
+        return [call.path for call in self.log if call.name == "announce"][-1]
+
+    def __enter__(self) -> Calls:
+        for module in _BORDER:
+            module.os = self  # type: ignore[attr-defined]
+        checkpoint_writer.CheckpointSaved = self._saved  # type: ignore[misc, assignment]
+        checkpoint_writer.CheckpointFailed = self._failed  # type: ignore[misc, assignment]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for module in _BORDER:
+            module.os = os  # type: ignore[attr-defined]
+        checkpoint_writer.CheckpointSaved = CheckpointSaved  # type: ignore[misc]
+        checkpoint_writer.CheckpointFailed = CheckpointFailed  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name == "replace":
+            name = "rename"
+        if name not in NAMES:
+            assert not callable(real) or name in READING, f"os.{name} is called, and not known to the tests"
+            return real
+        return lambda *args, **named: self._make(name, real, *args, **named)
+
+    def _saved(self, *fields: Any) -> CheckpointSaved:
+        event = CheckpointSaved(*fields)
+        self.log.append(Call("announce", event.checkpoint))
+        self._announced += 1
+        self._on_saved(event.checkpoint)
+        return event
+
+    def _failed(self, *fields: Any) -> CheckpointFailed:
+        event = CheckpointFailed(*fields)
+        self.on_failed(event.checkpoint)
+        return event
+
+    def _make(self, name: str, real: Any, *args: Any, **named: Any) -> Any:
+        call = self._describe(name, *args)
+        self._before(call)
+        with self._lock:
+            fault = self._fault
+            if fault is not None and self._announced >= fault.from_event:
+                self.made.append(call)
+                if fault.strikes(call, len(self.made) - 1):
+                    self._half_way(fault, call, real, *args, **named)
+                    fault.strike(call)
+            if name == "fsync" and not self._syncs:
+                result = None
+            elif self._takes is not None and name in ("write", "pwrite"):
+                count = self._takes(len(args[1]))
+                result = real(args[0], args[1][:count], *args[2:]) if count else 0
+            else:
+                result = real(*args, **named)
+            self._note(call, result, args)
+        return result
+
+    def _half_way(self, fault: Fault, call: Call, real: Any, *args: Any, **named: Any) -> None:
+        """What a call that fails does all the same."""
+        if call.name in ("write", "pwrite"):
+            fd, data, *at = args
+            half = len(data) // 2 // disk.PAGE * disk.PAGE or len(data) // 2
+            with contextlib.suppress(OSError):  # direct I/O takes whole pages
+                done = real(fd, data[:half], *at)
+                self._note(call._replace(data=bytes(data[:done])), done, (fd, data[:done], *at))
+        elif call.name == "close":
+            real(*args)
+        elif fault.afterwards and fault.code is not None and call.name != "fsync":
+            result = real(*args, **named)
+            self._note(call, result, args)
+            if call.name == "open":
+                os.close(result)
+
+    def _describe(self, name: str, *args: Any) -> Call:
+        if name in ("write", "pwrite"):
+            at = args[2] if name == "pwrite" else self._positions[args[0]]
+            return Call(name, self._paths[args[0]], at=at, data=bytes(args[1]))
+        if name in ("fsync", "close"):
+            return Call(name, self._paths[args[0]])
+        if name == "ftruncate":
+            return Call(name, self._paths[args[0]], at=args[1])
+        path = os.path.abspath(args[0])
+        if name == "open":
+            return Call(name, path, flags=args[1])
+        if name == "rename":
+            return Call(name, path, to=os.path.abspath(args[1]))
+        return Call(name, path)
+
+    def _note(self, call: Call, result: Any, args: Sequence[Any]) -> None:
+        if call.name == "open":
+            self._paths[result], self._positions[result] = call.path, 0
+        elif call.name == "write":
+            self._positions[args[0]] += result
+        if call.name in ("write", "pwrite"):
+            call = call._replace(data=call.data[:result])
+        self.log.append(call)
+
+
+_BORDER = (disk, store, checkpoint_writer)
+
+
+@contextlib.contextmanager
+def no_descriptor_leaks() -> Iterator[None]:
+    """No more files are open at the end than at the beginning."""
+    before = _descriptors()
+    yield
+    assert _descriptors() == before
+
+
+def _descriptors() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sorted(path for path in found if path.startswith("/") and not path.startswith(("/proc", "/dev")))
+
+
+def leftovers(run_dir: Path) -> list[str]:
+    """Temporary files and folders among a run's checkpoints."""
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith("."))

@@ -1,0 +1,332 @@
+"""What is deleted, and what "auto" resumes from, whatever schedule of saves, crashes, uploads and detours there was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hypothesis
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from events.checkpoint.manifest import CheckpointName
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.store import Upload, by_age, candidates_of, expendable, line_of, verify
+from events.errors import CheckpointDamaged
+
+INJECTIONS = {"test_no_schedule_loses_the_newest_checkpoint_or_its_line": (1, 60)}
+
+MEMORY = Path("/dev/shm")  # where an fsync is nothing
+
+
+class Schedule(RuleBasedStateMachine):
+    """Attempts at a run, one after the other, on a real store with the real writer; and what must be there of them."""
+
+    kit: ClassVar[Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
+        self.store = self.kit.CheckpointStore(self.folder / "checkpoints")
+        self.process: Any = None
+        self.attempt = 0
+        self.step = 0
+        self.chain: list[CheckpointName] = []
+        """What the run as it stands has come from, the oldest first; those too that were deleted."""
+        self.damaged: set[CheckpointName] = set()
+        self.lines: dict[CheckpointName, list[CheckpointName]] = {}
+        """What each checkpoint has come from, itself included."""
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+    # ------------------------------------------------------------------------------------------------ the model
+
+    @property
+    def there(self) -> list[CheckpointName]:
+        return self.store.names()
+
+    @property
+    def expected(self) -> CheckpointName | None:
+        """What "auto" has to resume from, if any of what the run has come from is whole."""
+        whole = [name for name in self.chain if name in self.there and name not in self.damaged]
+        return whole[-1] if whole else None
+
+    def died(self, name: CheckpointName) -> None:
+        """The process is gone, perhaps after it had given a checkpoint its name: then it is one."""
+        self.process = None
+        if name in self.there:
+            self.chain.append(name)
+
+    # ------------------------------------------------------------------------------------------------- schedules
+
+    @initialize(
+        keep_last=st.integers(1, 3),
+        keep_best=st.integers(0, 2),
+        best_mode=st.sampled_from(["min", "max"]),
+        uploads=st.booleans(),
+    )
+    def begin(self, keep_last: int, keep_best: int, best_mode: Any, uploads: bool) -> None:
+        self.settings = Checkpoints(
+            keep_last=keep_last,
+            keep_best=keep_best,
+            best=self.kit.METRIC,
+            best_mode=best_mode,
+            upload="file:///somewhere" if uploads else None,
+        )
+        self.start("auto", 0, None)
+
+    @precondition(lambda self: self.process is None)
+    @rule(
+        how=st.sampled_from(["auto", "auto", "auto", "older", "anew"]),
+        index=st.integers(0, 9),
+        dies_at=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+    )
+    def start(self, how: str, index: int, dies_at: int | None) -> None:
+        """A new attempt: from the newest, from any other, or from none; it may die while it begins."""
+        usable = [name for name in self.there if name not in self.damaged]
+        if how == "anew" or not usable:
+            parent = None
+        elif how == "older":
+            parent = usable[index % len(usable)]
+        else:
+            parent = self.expected
+            if parent is None:  # its line is damaged, or it has none: anything else that is whole, if it has
+                parent = next((name for name in self.store.candidates() if name not in self.damaged), None)
+        attempt = self.store.last_attempt + 1
+        try:
+            with self.kit.dying(dies_at):
+                self.process = self.kit.Process(
+                    self.store.folder, self.settings, attempt, str(parent) if parent is not None else None
+                )
+        except self.kit.Killed:
+            if attempt not in self.store.attempts():
+                return
+        self.attempt = attempt
+        self.step = parent.step if parent is not None else 0
+        if parent is None:
+            self.chain = []
+        elif parent in self.chain:
+            self.chain = self.chain[: self.chain.index(parent) + 1]
+        else:  # on a line that had been left
+            self.chain = list(self.lines[parent])
+
+    @precondition(lambda self: self.process is not None)
+    @rule(
+        steps=st.integers(0, 3),
+        metric=st.one_of(st.none(), st.sampled_from([0.1, 0.2, 0.3, 0.4])),
+        dies_at=st.one_of(st.none(), st.none(), st.integers(0, 40)),
+    )
+    def save(self, steps: int, metric: float | None, dies_at: int | None) -> None:
+        """One more checkpoint, after which what need not be kept is deleted; the process may die anywhere in it."""
+        self.step += steps
+        own = [name for name in self.chain if name.attempt == self.attempt and name.step == self.step]
+        name = CheckpointName(self.step, self.attempt, own[-1].revision + 1 if own else 1)
+        before = [*self.there, name]
+        try:
+            with self.kit.dying(dies_at):
+                self.process.save(name, metric)
+        except self.kit.Killed:
+            self.died(name)
+        else:
+            assert self.process.saved[-1] == str(name)
+            self.chain.append(name)
+            self.check_kept(before)
+
+    @precondition(lambda self: self.process is not None)
+    @rule(dies_at=st.one_of(st.none(), st.integers(0, 6)))
+    def retain(self, dies_at: int | None) -> None:
+        """As the uploader has it done. The process may die meanwhile."""
+        before = self.there
+        try:
+            with self.kit.dying(dies_at):
+                self.process.writer.retain()
+        except self.kit.Killed:
+            self.process = None
+        else:
+            self.check_kept(before)
+
+    @precondition(lambda self: self.process is not None)
+    @rule()
+    def crash(self) -> None:
+        """Between two saves."""
+        self.process = None
+
+    @precondition(lambda self: self.settings.upload is not None and self.there)
+    @rule(index=st.integers(0, 9))
+    def upload(self, index: int) -> None:
+        """Any of them has come to the remote store."""
+        name = self.there[index % len(self.there)]
+        self.store.mark_uploaded(name, Upload(f"{self.kit.URL}/{name}", 0.0))
+
+    @precondition(lambda self: len(self.there) > 1)
+    @rule(index=st.integers(0, 9), what=st.sampled_from(["state.msgpack", "tensors.safetensors", "manifest.json"]))
+    def damage(self, index: int, what: str) -> None:
+        """A disk has changed a byte."""
+        whole = [name for name in self.there if name not in self.damaged]
+        if not whole:
+            return
+        name = whole[index % len(whole)]
+        path = self.store.path(name) / what
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        self.damaged.add(name)
+
+    # ----------------------------------------------------------------------------------------------- what must hold
+
+    def check_kept(self, before: list[CheckpointName]) -> None:
+        """What was deleted of these was dispensable, and what was not dispensable was not deleted."""
+        there, settings = self.there, self.settings
+        gone = [name for name in before if name not in there]
+        line = [name for name in self.chain if name in before]
+        assert not set(line[-settings.keep_last :]) & set(gone)
+        if settings.upload is None:
+            assert len(there) <= settings.keep_last + settings.keep_best
+        for name in gone:  # one that goes later is there, and uploaded if uploads are on
+            later = [one for one in there if (one in line, one) > (name in line, name)]
+            assert any(settings.upload is None or self.store.upload_of(one) for one in later), name
+
+    @invariant()
+    def every_name_is_that_of_a_whole_checkpoint(self) -> None:
+        """At any time, in whatever the process has died."""
+        for end, name in enumerate(self.chain, 1):
+            self.lines[name] = self.chain[:end]
+        for name in self.there:
+            try:
+                verify(self.store.path(name), self.store.manifest(name))
+            except CheckpointDamaged:
+                assert name in self.damaged
+            else:
+                assert name not in self.damaged
+
+    @invariant()
+    def auto_resumes_from_the_newest_of_the_line(self) -> None:
+        """The newest attempt's own newest, else what it started from: it is there, and holds what it was saved with."""
+        if not hasattr(self, "settings"):
+            return
+        rejected: list[str] = []
+        if self.chain:
+            assert self.chain[-1] in self.there, "the newest was deleted"
+        line = [name for name in self.chain if name in self.there]
+        assert self.store.line() == line[::-1]
+        try:
+            found = self.kit.load(self.store, rejected)
+        except CheckpointDamaged:
+            assert line
+            assert set(self.there) <= self.damaged
+            return
+        if self.expected is not None or not line:
+            assert found == self.expected
+        else:
+            assert found not in line
+        assert {CheckpointName.parse(name) for name in rejected} <= self.damaged
+
+
+@pytest.mark.timeout(180)
+def test_no_schedule_loses_the_newest_checkpoint_or_its_line(helpers: Any, injection: int) -> None:
+    """Save, crash, upload, delete, damage, resume from an older one: the newest of the line is there, and is found."""
+    Schedule.kit = helpers("resume_store")
+    hypothesis.seed(injection)(Schedule)
+    options: Any = {"deadline": None, "database": None, "derandomize": False, "print_blob": False}
+    run_state_machine_as_test(Schedule, settings=settings(max_examples=10, stateful_step_count=20, **options))
+
+
+# ------------------------------------------------------------------------------------------------- the pure decision
+
+EXAMPLES = settings(max_examples=300 if os.environ.get("STAGECAST_FAULTS") == "full" else 25, deadline=None)
+NAMES = st.builds(CheckpointName, st.integers(0, 30), st.integers(1, 4), st.integers(1, 2))
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> dict[str, Any]:
+    """Names, a line through some of them, metrics, uploads, settings."""
+    names = sorted(draw(st.sets(NAMES, max_size=10)))
+    line = sorted(draw(st.sets(st.sampled_from(names))) if names else [], reverse=True)
+    numbers = st.sampled_from([0.0, 0.1, 0.2, 1e300, -1.0])
+    metrics = draw(st.dictionaries(st.sampled_from(names), numbers)) if names else {}
+    uploaded = draw(st.one_of(st.none(), st.sets(st.sampled_from(names)))) if names else None
+    return {
+        "line": line,
+        "names": names,
+        "metrics": metrics,
+        "keep_last": draw(st.integers(1, 4)),
+        "keep_best": draw(st.integers(0, 3)),
+        "largest_is_best": draw(st.booleans()),
+        "uploaded": uploaded,
+    }
+
+
+@EXAMPLES
+@given(stores())
+def test_what_may_go_is_never_the_newest_nor_the_best(store: dict[str, Any]) -> None:
+    """Of any store, any line through it and any settings."""
+    going = expendable(**store)
+    line, names = store["line"], store["names"]
+    assert len(set(going)) == len(going)
+    assert set(going) <= set(names)
+    left = [name for name in names if name not in going]
+    assert left or not names
+    assert not set(line[: store["keep_last"]]) & set(going)
+    sign = 1 if store["largest_is_best"] else -1
+    best = sorted((sign * store["metrics"][name], name) for name in line if name in store["metrics"])
+    assert not {name for _, name in best[len(best) - store["keep_best"] :]} & set(going) or not store["keep_best"]
+    if store["uploaded"] is None:
+        assert len(left) <= store["keep_last"] + store["keep_best"]
+
+
+@EXAMPLES
+@given(stores())
+def test_what_may_go_goes_by_age_and_at_once(store: dict[str, Any]) -> None:
+    """First what the run did not come from, then the oldest; and when it has gone, nothing more may."""
+    going = expendable(**store)
+    assert going == [name for name in by_age(store["line"], store["names"]) if name in going]
+    off_line = [name not in store["line"] for name in going]
+    assert off_line == sorted(off_line, reverse=True)
+    names = [name for name in store["names"] if name not in going]
+    line = [name for name in store["line"] if name not in going]
+    uploaded = store["uploaded"] & set(names) if store["uploaded"] is not None else None
+    assert expendable(**{**store, "names": names, "line": line, "uploaded": uploaded}) == []
+
+
+@EXAMPLES
+@given(stores())
+def test_nothing_goes_before_a_newer_one_is_uploaded(store: dict[str, Any]) -> None:
+    """Where uploads are on, the newest uploaded one stays, and everything after it."""
+    going = expendable(**store)
+    uploaded = store["uploaded"]
+    if uploaded is None:
+        return
+    ordered = by_age(store["line"], store["names"])
+    there = [index for index, name in enumerate(ordered) if name in uploaded]
+    assert not set(going) & set(ordered[max(there) :] if there else ordered)
+    assert set(going) <= set(expendable(**{**store, "uploaded": None}))
+
+
+@EXAMPLES
+@given(stores(), st.data())
+def test_candidates_are_the_line_and_then_all_else(store: dict[str, Any], data: st.DataObject) -> None:
+    """The line of any parents, however wrong, ends; what is not on it comes last, the newest first."""
+    names = store["names"]
+    parents = {n: data.draw(st.one_of(st.none(), NAMES.map(str), st.just("none"))) for n in range(1, 5)}
+    attempts: dict[int, Any] = {}
+    line = line_of(names, attempts, lambda name: parents[name.attempt])
+    assert len(set(line)) == len(line)
+    assert set(line) <= set(names)
+    assert [name.attempt for name in line] == sorted((name.attempt for name in line), reverse=True)
+    candidates = list(candidates_of(line, names))
+    assert candidates[: len(line)] == line
+    assert candidates[len(line) :] == sorted(set(names) - set(line), reverse=True)
+    assert bool(candidates) == bool(names)
