@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ class Slab:
     def _pin(self) -> None:
         """Have the device copy to it directly, and beside what the loop computes."""
         address = self._bytes.data_ptr()
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
             status = runtime.cudaHostRegister(address, self.nbytes, 0)
         if int(status) != 0:

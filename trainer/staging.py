@@ -107,7 +107,8 @@ class Stager:
         self, views: list[torch.Tensor], tensors: Iterable[torch.Tensor], late: Container[int]
     ) -> torch.cuda.Event | None:
         if self._stream is None:
-            torch._foreach_copy_(views, list(tensors))  # on one thread: two are slower
+            # On one thread: two are slower. It has been there since torch 2.0.
+            torch._foreach_copy_(views, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
             return None
         self.gate()
         sources: list[torch.Tensor] = []
