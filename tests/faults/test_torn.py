@@ -153,7 +153,7 @@ def test_what_a_killed_run_has_not_synced_does_not_cost_what_the_next_one_announ
         log = first[:count]
         states.stop_after(log)
         log += states.record(resume="auto", epochs=2)
-        assert states.bad(log, 4 if full else 3, start=count, stride=3 if full else 9) is None
+        assert states.bad(log, 4 if full else 3, start=count, stride=3 if full else 17) is None
 
 
 @pytest.mark.timeout(300)
@@ -166,7 +166,7 @@ def test_a_call_that_failed_before_the_power_did_costs_nothing_that_was_announce
     for number in range(injection, len(states.made), STRIDE) if full else (renamed + 2,):  # the sync of that
         shutil.rmtree(states.run_dir)
         log = states.record(disk.Fault(number, errno.EIO, from_event=1))
-        assert states.bad(log, 4 if full else 3, stride=2 if full else 3) is None
+        assert states.bad(log, 4 if full else 3, stride=2 if full else 5) is None
 
 
 # ---------------------------------------------------------------------------------------- saves that are not right
