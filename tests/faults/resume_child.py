@@ -277,6 +277,7 @@ def slab(report: Report) -> None:
         os._exit(0 if ctypes.string_at(address, nbytes) == b"\3" * nbytes else 2)
     report("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     report("kept", bool((one.bytes == 7).all()))
+    os._exit(0)  # in less time
 
 
 def until(there: Callable[[], bool]) -> None:

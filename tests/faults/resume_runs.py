@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from events.checkpoint.store import CheckpointStore
 from events.journal_reader import read_history
 from events.messages import (
     Event,
@@ -258,6 +259,7 @@ class Net(ModuleInterface):
 
     def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
         case = self.case
+        self.told = steps, epochs
         torch.rand(()), random.random()  # as a module that initialises something here
         if case.optimizers == "two":
             self.optimizers = [
@@ -502,6 +504,7 @@ class Trace:
     metrics: dict[str, float]
     global_step: int
     epochs: int
+    told: tuple[int, int]
     history: list[Any]
     late: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -520,6 +523,7 @@ def trace(one: Attempt, folder: Path | str) -> Trace:
         metrics=dict(one.result.metrics),
         global_step=one.result.global_step,
         epochs=one.result.epochs,
+        told=one.net.told,
         history=history,
         late=late,
     )
@@ -607,6 +611,7 @@ def assert_continues(last: Attempt, folder: Path | str, expected: Trace) -> None
         "metrics",
         "global_step",
         "epochs",
+        "told",
         "late",
         "history",
     ):
@@ -665,9 +670,12 @@ def run_story(case: Case, places: list[At], every_steps: int, folder: Path) -> A
     """Have a run interrupted at each of these places, and taken up again; returns its last attempt, to its end."""
     checkpoints = Checkpoints(every_steps=every_steps, when_busy="wait", best="val_loss/a")
     resume = None
-    for at in places:
+    for at in [*places, None]:
+        newest = next(reversed(CheckpointStore(folder / "checkpoints").names()), None)
         one = attempt(case, folder, at=at, resume=resume, checkpoints=checkpoints)
+        # To begin anew would be exact, too.
+        assert not one.net.losses or one.net.losses[0][0] == (newest.step if newest is not None else 0) + 1
         # Later attempts may begin behind theirs, and where steps are skipped nobody knows how many there are.
-        assert one.net.at != at or resume or case.precision == "float16", f"it did not come to {at}"
+        assert at is None or one.net.at != at or resume or case.precision == "float16", f"it did not come to {at}"
         resume = "auto"
-    return attempt(case, folder, resume=resume, checkpoints=checkpoints)
+    return one

@@ -30,8 +30,9 @@ INJECTIONS = {
     "test_saves_that_fail_leave_nothing_behind": (1, 4),
     "test_a_run_that_is_over_gives_its_memory_back": (1, 4),
 }
-FLOATS = 2**18  # 1 MiB of weights: what is kept of a save shows
+FLOATS = 2**16  # 256 KiB of weights: what is kept of a save shows
 WAIT_S = 20.0
+ENDS = (CheckpointSaved, CheckpointFailed)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts file descriptors in /proc")
 
@@ -54,7 +55,7 @@ class Tally:
 
 
 class Weights(ModuleInterface):
-    """A megabyte of weights that take no time to train."""
+    """Weights that take no time to train."""
 
     def __init__(self, floats: int = FLOATS) -> None:
         super().__init__()
@@ -161,13 +162,13 @@ def train(folder: Path, net: ModuleInterface, callbacks: Sequence[Any], sink: An
 
 def check_saves(tmp_path: Path, saves: int, first: int) -> None:
     tally = Tally()
-    measures = Measures(range(first, saves + 1, (saves - first) // 4), lambda step: is_done(step))
 
     def is_done(step: int) -> bool:
         # The save of this step comes after the hook. Of those before it, all but two have been deleted.
         count = tally.count
         return count[CheckpointSaved] == step - 1 and count[CheckpointDeleted] == max(0, step - 3)
 
+    measures = Measures(range(first, saves + 1, (saves - first) // 4), is_done)
     result = train(tmp_path, Weights(), [Keeps(), measures], tally, max_steps=saves)
     assert result.status == "finished"
     assert tally.count[CheckpointSaved] == tally.count[CheckpointStaged] == saves
@@ -180,7 +181,7 @@ def check_saves(tmp_path: Path, saves: int, first: int) -> None:
 
 
 def test_saves_leave_nothing_behind(tmp_path: Path, injection: int) -> None:
-    """Sixty saves of a megabyte: memory, threads and open files as after the first twenty; no temporary folders."""
+    """Sixty saves: memory, threads and open files as after the first twenty; no temporary folders."""
     check_saves(tmp_path, 60, 20)
 
 
@@ -212,26 +213,23 @@ def test_saves_that_fail_leave_nothing_behind(tmp_path: Path, injection: int, mo
     monkeypatch.setattr(disk, "write_image", write)
     monkeypatch.setattr(os, name, fail)
     tally = Tally()
-    measures = Measures((10, 40), lambda step: sum(tally.count[kind] for kind in ENDS) == step - 1)
-    result = train(tmp_path, Weights(), [Keeps(), measures], tally, max_steps=41)
+    measures = Measures((10, 25), lambda step: sum(tally.count[kind] for kind in ENDS) == step - 1)
+    result = train(tmp_path, Weights(), [Keeps(), measures], tally, max_steps=26)
     assert result.status == "finished"
-    assert (tally.count[CheckpointFailed], tally.count[CheckpointSaved]) == (28, 13)
+    assert (tally.count[CheckpointFailed], tally.count[CheckpointSaved]) == (18, 8)
     assert_flat(measures.found, 8 * FLOATS * 4)
     store = CheckpointStore(tmp_path / "checkpoints")
-    assert [name.step for name in store.names()] == [36, 39]
+    assert [name.step for name in store.names()] == [21, 24]
     assert len(os.listdir(store.folder)) == 3
     assert STATE_NAME in store.manifest(store.names()[0]).files
 
 
-ENDS = (CheckpointSaved, CheckpointFailed)
-
-
 def test_a_run_that_is_over_gives_its_memory_back(tmp_path: Path, injection: int) -> None:
-    """Runs of 16 MiB, one after the other in one process, as notebooks have them: each begins as the first did."""
+    """Runs of 8 MiB, one after the other in one process, as notebooks have them: each begins as the first did."""
     found: list[dict[str, Any]] = []
     for number in range(3 + 3 * injection):
-        result = train(tmp_path / str(number), Weights(16 * FLOATS), [Keeps()], Tally(), max_steps=3, weights=True)
+        result = train(tmp_path / str(number), Weights(32 * FLOATS), [Keeps()], Tally(), max_steps=3, weights=True)
         assert result.status == "finished"
         until(lambda: not [one for one in threading.enumerate() if one.name.startswith("stagecast-")])
         found.append(held())
-    assert_flat(found, 16 * 2**20)
+    assert_flat(found, 8 * 2**20)

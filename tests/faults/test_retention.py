@@ -46,6 +46,8 @@ class Schedule(RuleBasedStateMachine):
         self.chain: list[CheckpointName] = []
         """What the run as it stands has come from, the oldest first; those too that were deleted."""
         self.damaged: set[CheckpointName] = set()
+        self.metrics: dict[CheckpointName, float] = {}
+        """As far as they can be read."""
         self.lines: dict[CheckpointName, list[CheckpointName]] = {}
         """What each checkpoint has come from, itself included."""
 
@@ -135,6 +137,8 @@ class Schedule(RuleBasedStateMachine):
         own = [name for name in self.chain if name.attempt == self.attempt and name.step == self.step]
         name = CheckpointName(self.step, self.attempt, own[-1].revision + 1 if own else 1)
         before = [*self.there, name]
+        if metric is not None:
+            self.metrics[name] = metric
         try:
             with self.kit.dying(dies_at):
                 self.process.save(name, metric)
@@ -184,6 +188,8 @@ class Schedule(RuleBasedStateMachine):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
         self.damaged.add(name)
+        if what == "manifest.json":
+            self.metrics.pop(name, None)
 
     # ----------------------------------------------------------------------------------------------- what must hold
 
@@ -193,6 +199,11 @@ class Schedule(RuleBasedStateMachine):
         gone = [name for name in before if name not in there]
         line = [name for name in self.chain if name in before]
         assert not set(line[-settings.keep_last :]) & set(gone)
+        sign = 1 if settings.best_mode == "max" else -1
+        best = sorted(
+            (name for name in line if name in self.metrics), key=lambda name: (sign * self.metrics[name], name)
+        )
+        assert not set(best[max(0, len(best) - settings.keep_best) :]) & set(gone)
         if settings.upload is None:
             assert len(there) <= settings.keep_last + settings.keep_best
         for name in gone:  # one that goes later is there, and uploaded if uploads are on
