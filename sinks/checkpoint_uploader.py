@@ -16,7 +16,7 @@ from events.checkpoint.manifest import CheckpointName, Manifest
 from events.checkpoint.objects import Limits
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CheckpointStore, Upload, by_age, expendable
+from events.checkpoint.store import Attempt, CheckpointStore, Upload, by_age, expendable
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew, UploadError
 from events.log import logger
 from events.messages import (
@@ -96,6 +96,7 @@ class CheckpointUploader:
         self._damaged: set[CheckpointName] = set()  # local ones that cannot be uploaded, whatever happens
         self._metrics: dict[CheckpointName, float | None] = {}
         self._failures = {"upload": 0, "delete": 0}  # in a row
+        self._noted: dict[int, Attempt] = {}
         self._told_at = 0.0
 
     @property
@@ -144,12 +145,25 @@ class CheckpointUploader:
         attempt = self._header()[1]
         if self._is_anothers([name.attempt for name in self._remote.names() if name.attempt >= attempt]):
             return
-        self._remote.note(self._store.attempts().values())
+        self._note()
         try:
             self._remote.reap(keep=set(self._pending()))
         except UploadError as error:  # perhaps it may write there, but not delete
             logger.warning(f"what an earlier upload has left cannot be removed: {error}")
         self._ready = True
+
+    def _note(self) -> bool:
+        """Note there what attempts started from; False if another run of this name has done so meanwhile.
+
+        This one may have begun to train since the last time: only then there is a note of it.
+        """
+        attempts = self._store.attempts()
+        if attempts != self._noted:
+            if self._is_anothers():
+                return False
+            self._remote.note(attempts.values())
+            self._noted = attempts
+        return True
 
     def _is_anothers(self, attempts: Sequence[int] = ()) -> bool:
         """See whether what is there is another run's of this name: then nothing is uploaded, or removed there.
@@ -236,6 +250,8 @@ class CheckpointUploader:
         path, began = self._store.path(name), time.monotonic()
         try:
             manifest = self._store.manifest(name)
+            if not self._note():
+                return False
             self._tell(self._header_of(name, manifest), name, 0, manifest.nbytes, first=not self._failures["upload"])
             whole = self._remote.upload(
                 path,
