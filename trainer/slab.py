@@ -71,8 +71,11 @@ class Slab:
         _live.add(memory)
         self._memory = memory
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        address = self._bytes.data_ptr()
         for begin in range(0, length, _CHUNK):
-            self._bytes[begin : begin + _CHUNK].zero_()  # without the interpreter lock
+            # Without the interpreter lock, and not by torch: a thread that is in its code when the interpreter goes aborts
+            # the process.
+            ctypes.memset(address + begin, 0, min(_CHUNK, length - begin))
         if self._device.type == "cuda":
             self._pin()
         return time.perf_counter() - began

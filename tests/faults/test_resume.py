@@ -19,7 +19,7 @@ from events.run import Run
 from sinks import Memory
 from trainer import CallbackInterface, Checkpoints, inline
 
-INJECTIONS = {"test_a_run_that_uses_anything_goes_on_exactly_wherever_it_was_interrupted": (1, 300)}
+INJECTIONS = {"test_a_run_that_uses_anything_goes_on_exactly_wherever_it_was_interrupted": (0, 300)}
 WAIT_S = 20.0
 
 # Of a process with threads, which the workers of dataloaders are forked from: they import nothing and take no locks.
@@ -100,7 +100,7 @@ CHOSEN: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int]] = {
     "float32 moments of bfloat16 weights, some frozen": ({"optimizers": "moments"}, [{"step": 4}, {"step": 8}], 100),
 }
 # The first of them, where not all faults are injected.
-STORIES = list(CHOSEN) if os.environ.get("STAGECAST_FAULTS") == "full" else list(CHOSEN)[:9]
+STORIES = list(CHOSEN) if os.environ.get("STAGECAST_FAULTS") == "full" else list(CHOSEN)[:8]
 
 
 @pytest.mark.parametrize("story", STORIES)
