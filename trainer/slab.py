@@ -73,8 +73,8 @@ class Slab:
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         address = self._bytes.data_ptr()
         for begin in range(0, length, _CHUNK):
-            # Without the interpreter lock, and not by torch: a thread that is in its code when the interpreter goes aborts
-            # the process.
+            # Without the interpreter lock, and not by torch: a thread that is in its code when the interpreter goes
+            # aborts the process.
             ctypes.memset(address + begin, 0, min(_CHUNK, length - begin))
         if self._device.type == "cuda":
             self._pin()
