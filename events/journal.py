@@ -32,6 +32,7 @@ from typing import Annotated, ClassVar
 import msgspec
 from msgspec import Meta
 
+from events.checkpoint import disk
 from events.errors import RunFolderError, RunFolderMismatch, WireError
 from events.journal_reader import JOURNAL_DIR, journal_tail, segment_name
 from events.messages import EVENT_TYPES, Event, JournalGap, RunEnded
@@ -239,7 +240,7 @@ class JournalWriter:
         if self._fd is None or self._size >= self._segment_bytes:
             self._next_segment(lines[0].seq)
         if self._directory_dirty:
-            _sync_directory(self._folder)
+            disk.sync_folder(self._folder)
             self._directory_dirty = False
         assert self._fd is not None
         started = time.monotonic()
@@ -310,17 +311,3 @@ def _gap(following: Event, own_seq: int, first: int, last: int, lost: int, reaso
         lost=lost,
         reason=reason,
     )
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make a new file's name durable, where the system can."""
-    if os.name == "nt":
-        return  # a folder cannot be opened there, and its entries are journalled by the file system
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
-            raise
-    finally:
-        os.close(fd)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -223,7 +221,7 @@ class CheckpointWriter:
             return
         path = self._store.folder.parent / WEIGHTS_NAME
         try:
-            nbytes = _replace_tensors(path, part)
+            nbytes = disk.replace_file(path, _tensor_file(part))
         except OSError as error:
             self._publish(CheckpointFailed(*header_of(event), WEIGHTS_NAME, describe(error)))
             logger.warning(f"the weights could not be written to {path}: {describe(error)}")
@@ -299,27 +297,11 @@ class CheckpointWriter:
 def _write_part(folder: Path, name: str, part: Part, files: dict[str, FileEntry]) -> None:
     files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder / f"{name}.msgpack", [part.state]))
     if part.tensors:
-        files[f"{name}.safetensors"] = FileEntry(*_write_tensors(folder / f"{name}.safetensors", part))
+        files[f"{name}.safetensors"] = FileEntry(*disk.write_parts(folder / f"{name}.safetensors", _tensor_file(part)))
 
 
-def _write_tensors(path: Path, part: Part) -> tuple[int, str]:
-    """Write a tensor file from memory that lies anywhere; returns its size and its hash."""
+def _tensor_file(part: Part) -> list[bytes | memoryview]:
+    """A tensor file, in pieces that lie anywhere in memory."""
     layout = lay_out([info for info, _ in part.tensors], part.aliases)
     in_order = sorted(zip(layout.offsets, (data for _, data in part.tensors), strict=True), key=lambda pair: pair[0])
-    return disk.write_parts(path, [layout.header, *(data for _, data in in_order)])
-
-
-def _replace_tensors(path: Path, part: Part) -> int:
-    """Write a tensor file, or replace it as a whole; returns its size."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        nbytes, _ = _write_tensors(temporary, part)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    disk.sync_folder(path.parent)
-    return nbytes
+    return [layout.header, *(data for _, data in in_order)]

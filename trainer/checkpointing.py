@@ -15,7 +15,7 @@ from events.backlog import Payload
 from events.bus import Bus
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.snapshot import LatePart, LazyPart, Snapshot
+from events.checkpoint.snapshot import READER, LatePart, LazyPart, Snapshot
 from events.errors import CheckpointsFailing, UnstorableState
 from events.fence import Fence
 from events.log import logger
@@ -37,8 +37,6 @@ from trainer.staging import Stager
 from trainer.tensor_state import Collected
 
 NEVER = sys.maxsize
-READER = "*"
-"""Who adds what has been read of the run's numbers: no observer's name."""
 _ANNOUNCE_WAIT_S = 5.0
 
 

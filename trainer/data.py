@@ -179,7 +179,7 @@ class ShuffledSampler(Sampler[int]):
         # On the host, whatever the program's default device is: nothing is waited for.
         order = torch.randperm(len(self.data_source), generator=generator, device="cpu")
         skip, type(self).skip = self.skip, 0  # once: the module may keep its loader for the epochs that follow
-        yield from order[skip:].tolist()
+        yield from order[skip:].tolist()  # of a host tensor: no device is waited for
 
     def __len__(self) -> int:
         return len(self.data_source)

@@ -12,7 +12,7 @@ from msgspec.structs import force_setattr
 
 from events.backlog import Payload, Published
 from events.checkpoint import packing
-from events.checkpoint.snapshot import Part
+from events.checkpoint.snapshot import READER, Part
 from events.log import logger
 from events.messages import (
     CheckpointStaged,
@@ -160,7 +160,7 @@ class DeviceReadback:
     def _add_readings(self, payload: Payload) -> None:
         """A checkpoint is taken at this place: add what has been read up to here."""
         readings = {name: getattr(self, name) for name in _READINGS} | {"summary": dict(self.summary)}
-        part = payload.outputs.part_of("*")  # `trainer.checkpointing.READER`
+        part = payload.outputs.part_of(READER)
         if part is not None:
             part.set(Part(packing.encode(readings)))
 

@@ -101,10 +101,10 @@ class Loaded:
             CheckpointMismatch: it is that of another model; names the keys and shapes. The module is as it was.
         """
         state = self.state["module"]
-        if type(module).update_state is not ModuleInterface.update_state:
-            state = map_tensors(torch.clone, state)  # it may keep them, and with them the memory of the whole file
         if type(module).update_state is ModuleInterface.update_state:
             _check_module(module, state, str(self.folder))
+        else:
+            state = map_tensors(torch.clone, state)  # it may keep them, and with them the memory of the whole file
         module.update_state(state)
 
     def restore_optimization(self, optimization: Optimization, device: torch.device) -> None:

@@ -172,12 +172,11 @@ class SlabPool:
             self._free.append(slab)
             self._changed.notify_all()
 
-    def take(self, timeout_s: float | None) -> Slab | None:
+    def take(self, timeout_s: float) -> Slab | None:
         """Take a free slab; its memory may still have to grow.
 
         Args:
-            timeout_s: How long to wait where all are being written; None: not at all. One that is being set up is
-                waited for in any case.
+            timeout_s: How long to wait where all are being written. One that is being set up is waited for in any case.
 
         Returns:
             The slab, or None after that time.
@@ -186,7 +185,7 @@ class SlabPool:
             if not self._free and not self._preparing and self._made < self.SLABS:
                 self._made += 1
                 return Slab(self._device)
-            deadline = time.monotonic() + (timeout_s or 0.0)
+            deadline = time.monotonic() + timeout_s
             while not self._free:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 and not self._preparing:

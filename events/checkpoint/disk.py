@@ -78,8 +78,11 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, s
     return nbytes, digest.hexdigest()
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     """Replace a file, or create it, as a whole: whenever the machine stops, there is the old one or the new one.
+
+    Returns:
+        Its size.
 
     Raises:
         OSError: The disk refused; an earlier file is still there.
@@ -88,13 +91,14 @@ def replace_file(path: Path, data: bytes) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        write_parts(temporary, [data])
+        nbytes, _ = write_parts(temporary, parts)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+    return nbytes
 
 
 def sync_folder(path: Path) -> None:

@@ -173,7 +173,7 @@ class RemoteStore:
         """
         into.mkdir(parents=True, exist_ok=True)
         for attempt in self.attempts().values():
-            disk.replace_file(into / attempt_name(attempt.attempt), encode_attempt(attempt))
+            disk.replace_file(into / attempt_name(attempt.attempt), [encode_attempt(attempt)])
 
     def _parts(self, name: CheckpointName) -> Parts:
         data = self._objects.get(f"{name}/{PARTS_NAME}")

@@ -10,6 +10,8 @@ import msgspec
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.tensor_file import TensorInfo
 
+READER = "*"
+"""The owner of what has been read of the run's numbers: no observer's name."""
 _POLL_S = 0.1  # how often somebody who may never answer is asked whether they still will
 
 

@@ -201,7 +201,7 @@ class CheckpointStore:
                     from events.log import logger  # not for those who only look: it takes its time
 
                     logger.warning(f"{self.folder / entry} is left of a process that was killed, and stays: {error}")
-        disk.replace_file(self.folder / attempt_name(attempt.attempt), encode_attempt(attempt))
+        disk.replace_file(self.folder / attempt_name(attempt.attempt), [encode_attempt(attempt)])
 
     def begin(self, name: CheckpointName) -> Path:
         """Make the temporary folder in which a checkpoint's files are to be written.
@@ -268,7 +268,7 @@ class CheckpointStore:
 
     def mark_uploaded(self, name: CheckpointName, upload: Upload) -> None:
         """Note that a checkpoint is whole in a remote store. Raises `OSError` if the disk refuses."""
-        disk.replace_file(self.path(name) / _UPLOADED_NAME, msgspec.json.encode(upload) + b"\n")
+        disk.replace_file(self.path(name) / _UPLOADED_NAME, [msgspec.json.encode(upload) + b"\n"])
 
     def upload_of(self, name: CheckpointName) -> Upload | None:
         """Where a checkpoint was uploaded to; None if it was not, as far as this folder knows."""
