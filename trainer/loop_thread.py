@@ -196,6 +196,7 @@ class LoopThread:
     def release(self) -> None:
         """Give the module back, whose last hooks have run, and may have logged; and the memory of checkpoints."""
         self._checkpoints.release()
+        self.weights = None
         if vars(self._module).get("_recorder") is self._recorder:
             del vars(self._module)["_recorder"]
 
