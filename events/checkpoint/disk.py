@@ -145,10 +145,7 @@ class _Hasher:
 
     def _run(self) -> None:
         try:
-            digest = xxhash.xxh3_128()
-            for begin in range(0, len(self._data), _CHUNK):
-                digest.update(self._data[begin : begin + _CHUNK])  # without the interpreter lock
-            self._digest = digest.hexdigest()
+            self._digest = xxhash.xxh3_128(self._data).hexdigest()
         except BaseException as error:  # a thread's border: raised by `result`
             self._error = error
 
