@@ -217,7 +217,8 @@ def show_peers(visits: dict[str, list[Visit]]) -> None:
         shown = f"{1e3 * percentile(during, 99):13.2f}" if during else f"{'-':>13}"
         line = (
             f"{PEERS[name][0]:30}{statistics.median(one.steps for one in seen):7.0f}"
-            f"{1e3 * statistics.median(blocked):12.1f}{1e3 * statistics.median(lost):9.1f}{1e3 * bounds(lost)[1]:9.1f}{1e3 * percentile(lost, 99):8.1f}"
+            f"{1e3 * statistics.median(blocked):12.1f}{1e3 * statistics.median(lost):9.1f}"
+            f"{1e3 * bounds(lost)[1]:9.1f}{1e3 * percentile(lost, 99):8.1f}"
             f"{sum(one.late for one in seen):6}{shown}{1e3 * percentile(outside, 99):9.2f}"
         )
         for which, width in (("idle", 14), ("beside", 9)):
