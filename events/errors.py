@@ -16,6 +16,7 @@ StagecastError
 │   ├── CheckpointNotFound    there is none where one was asked for; also a LookupError
 │   ├── CheckpointsFailing    several in a row could not be made durable
 │   └── UploadError           a remote store cannot be used
+├── SinkMisconfigured         a sink that no retry can open: its client is missing, its address is wrong
 ├── RunCancelled              the run was cancelled before it finished
 └── TrainingThreadStuck       the loop did not reach a step boundary in time
 """
@@ -53,6 +54,10 @@ class RunFolderHeld(RunFolderError):
 
 class RunFolderMismatch(RunFolderError):
     """The run folder holds the journal of another run."""
+
+
+class SinkMisconfigured(StagecastError):
+    """A sink cannot be opened, and trying again will not help; the message says what to do."""
 
 
 class CheckpointError(StagecastError):

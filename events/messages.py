@@ -221,6 +221,90 @@ class MetricsLogged(Event, frozen=True, gc=False, tag=True):
     droppable: ClassVar[bool] = True
 
 
+class HistogramLogged(Event, frozen=True, gc=False, tag=True):
+    """The distribution of a tensor's elements, logged with `trainer.Histogram`: equal bins between its extremes."""
+
+    name: str
+    low: float = 0.0
+    """The smallest finite element: where the first bin begins."""
+    high: float = 0.0
+    """The largest finite element: where the last bin ends. Equal to ``low`` if there is only one value."""
+    counts: list[float] = []
+    """Finite elements in each bin."""
+    non_finite: float = 0.0
+    """Elements that are NaN or infinite."""
+    key: str | None = None
+    """The evaluation dataloader it belongs to; None for training."""
+    of_seq: int | None = None
+    """As in `MetricsLogged`."""
+
+    droppable: ClassVar[bool] = True
+    deferred: ClassVar[tuple[str, ...]] = ("low", "high", "counts", "non_finite")
+
+
+class ImageLogged(Event, frozen=True, gc=False, tag=True):
+    """An image, or a drawn figure, is in a file of the run's folder."""
+
+    name: str
+    path: str
+    """Relative to the run's folder, with slashes."""
+    width: int = 0
+    height: int = 0
+    nbytes: int = 0
+    key: str | None = None
+    of_seq: int | None = None
+
+    droppable: ClassVar[bool] = True
+
+
+class TextLogged(Event, frozen=True, gc=False, tag=True):
+    """A text, logged under a name."""
+
+    name: str
+    text: str
+    """All of it, or its beginning, if ``path`` is given."""
+    path: str | None = None
+    """Where the whole text is, in UTF-8, if it is long; relative to the run's folder, with slashes."""
+    key: str | None = None
+    of_seq: int | None = None
+
+    droppable: ClassVar[bool] = True
+
+
+class GpuSample(msgspec.Struct, frozen=True, gc=False):
+    """One GPU at one moment."""
+
+    index: int
+    name: str = ""
+    utilization_percent: float | None = None
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    power_w: float | None = None
+    temperature_c: float | None = None
+
+
+class SystemSampled(Event, frozen=True, gc=False, tag=True):
+    """What the machine and this process used, at one moment or since the sample before. None: cannot be told here."""
+
+    cpu_percent: float | None = None
+    """Of all cores of the machine, 0 to 100."""
+    process_cpu_percent: float | None = None
+    """Of this process and its children, in percent of one core: up to 100 times the cores."""
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    process_memory_bytes: int | None = None
+    """Resident memory of this process and its children."""
+    disk_used_percent: float | None = None
+    """Of the file system that the run's folder is on."""
+    disk_read_bytes_per_s: float | None = None
+    disk_written_bytes_per_s: float | None = None
+    network_received_bytes_per_s: float | None = None
+    network_sent_bytes_per_s: float | None = None
+    gpus: list[GpuSample] = []
+
+    droppable: ClassVar[bool] = True
+
+
 class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
     """A loss was NaN or infinite. ``global_step`` is the step it belongs to."""
 
@@ -482,6 +566,10 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     TestEpochEnded,
     TrainEpochEnded,
     MetricsLogged,
+    HistogramLogged,
+    ImageLogged,
+    TextLogged,
+    SystemSampled,
     NonFiniteLoss,
     StepSkipped,
     ObserverFailed,

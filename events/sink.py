@@ -18,12 +18,14 @@ lines are a sink::
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Awaitable, Sequence
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 from msgspec import Meta
 
+from events.errors import SinkMisconfigured
 from events.messages import Event
 
 Overflow = Literal["latest", "drop_oldest", "spill", "block"]
@@ -63,10 +65,18 @@ class SinkWriter(Protocol):
 
 @runtime_checkable
 class Sink(Protocol):
-    """The description of a sink. It may carry a class attribute or field ``delivery`` of type `Delivery`."""
+    """The description of a sink. It may carry a class attribute or field ``delivery`` of type `Delivery`.
+
+    It may also have a method ``check()``, which raises `SinkMisconfigured` for what can be seen without opening it: a
+    client that is not installed (`events.sink.require`), an address that is none. The trainer calls it when it is
+    built, on the caller's thread; it waits for nothing.
+    """
 
     def open(self, run: RunInfo, /) -> SinkWriter:
-        """Build the writer; runs on the sink's own thread and may block. Import third-party clients here."""
+        """Build the writer; runs on the sink's own thread and may block. Import third-party clients here.
+
+        It may be called again after it has raised, except `SinkMisconfigured`, which disables the sink.
+        """
         ...
 
 
@@ -135,6 +145,21 @@ SINK_DELIVERY = Delivery(timeout_s=30.0)
 
 CALLBACK_DELIVERY = Delivery(overflow="block", capacity=4_096, capacity_bytes=256 * 2**20, on_error="fatal")
 """What a callback gets that names nothing else: every hook once, in order."""
+
+
+def require(module: str, extra: str, user: str) -> None:
+    """See that a third-party client is installed, without importing it.
+
+    Args:
+        module: The client's top-level module.
+        extra: Which of stagecast's extras installs it.
+        user: Who needs it, for the message.
+
+    Raises:
+        SinkMisconfigured: It is not; says what to install.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise SinkMisconfigured(f"{user} needs the package {module}: pip install 'stagecast[{extra}]'")
 
 
 def delivery_of(sink: Any) -> Delivery:

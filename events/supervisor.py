@@ -20,6 +20,7 @@ import anyio.abc
 
 from events.backlog import Published
 from events.bus import Bus
+from events.errors import SinkMisconfigured
 from events.log import logger
 from events.messages import Event, ObserverFailed, ObserverRecovered, ObserverSlow
 from events.protocol import ObserverReport
@@ -164,7 +165,8 @@ class Observer:
                 failures, since = 0, time.monotonic()
             done = self.target.progress[1]
             failures += 1
-            if delivery.on_error != "retry" or failures > delivery.retries:
+            hopeless = delivery.on_error != "retry" or isinstance(error, SinkMisconfigured)
+            if hopeless or failures > delivery.retries:
                 self._give_up(error, failures)
                 raise _Stopped
             self.error = describe(error)

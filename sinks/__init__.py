@@ -5,15 +5,33 @@ A sink's third-party client is imported when the sink is opened, so ``import sin
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import events
 
 if TYPE_CHECKING:
     from sinks.console import Console as Console
+    from sinks.csv import CSV as CSV
+    from sinks.jsonl import JSONL as JSONL
     from sinks.memory import Memory as Memory
+    from sinks.mlflow import MLflow as MLflow
+    from sinks.opentelemetry import OpenTelemetry as OpenTelemetry
+    from sinks.prometheus import Prometheus as Prometheus
+    from sinks.tensorboard import TensorBoard as TensorBoard
+    from sinks.wandb import WandB as WandB
 
-__all__ = ["Console", "Memory"]
+__all__ = [
+    "CSV",
+    "JSONL",
+    "Console",
+    "MLflow",
+    "Memory",
+    "OpenTelemetry",
+    "Prometheus",
+    "TensorBoard",
+    "WandB",
+]
 
 
 def _check_events() -> None:
@@ -36,16 +54,12 @@ _check_events()
 
 # Lazy, because a submodule imported at the top would meet a shadowing `events` before the check above.
 def __getattr__(name: str) -> Any:
-    if name == "Console":
-        from sinks.console import Console
-
-        return Console
-    if name == "Memory":
-        from sinks.memory import Memory
-
-        return Memory
-    raise AttributeError(f"module 'sinks' has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name not in __all__:
+        raise AttributeError(f"module 'sinks' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"sinks.{name.lower()}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

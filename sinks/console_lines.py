@@ -32,6 +32,7 @@ from events.messages import (
     ValEpochEnded,
     WeightsSaved,
 )
+from events.metrics import metric_name
 from sinks.console_text import Field, Kind, Line, Span
 from sinks.format import (
     format_bytes,
@@ -39,7 +40,6 @@ from sinks.format import (
     format_number,
     format_rate,
     ledger_shares,
-    metric_name,
     plain_text,
 )
 from sinks.progress import Progress

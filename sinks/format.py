@@ -83,11 +83,6 @@ def format_clock(unix_s: float) -> str:
         return "--:--:--"
 
 
-def metric_name(name: str, key: str | None) -> str:
-    """The name of a metric of one evaluation dataloader: the default one's goes without its key."""
-    return name if key is None or key == "default" else f"{name}/{key}"
-
-
 def plain_text(text: str, limit: int = 500) -> str:
     """Make any text one harmless line: what cannot be printed is escaped, what is too long is cut.
 

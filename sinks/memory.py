@@ -10,9 +10,9 @@ from typing import ClassVar, TypeVar
 
 import msgspec
 
-from events.messages import Event, MetricsLogged, TestEpochEnded, TrainStepEnded, ValEpochEnded
+from events.messages import Event
+from events.metrics import metrics_of
 from events.sink import Delivery, RunInfo
-from sinks.format import metric_name
 
 E = TypeVar("E", bound=Event)
 
@@ -67,10 +67,10 @@ class Memory(msgspec.Struct, frozen=True, dict=True):
     def metrics(self, name: str) -> list[tuple[int, float]]:
         """A metric's values as ``(global_step, value)``, in order; empty if nobody logged it.
 
-        The name is the logged one; evaluation over a dataloader other than ``"default"`` appends its key:
-        ``accuracy/KEY``. Losses have the names ``train_loss``, ``val_loss`` and ``test_loss``.
+        The names are those of `events.metrics.metrics_of`: the logged ones, ``train_loss``, ``val_loss`` and so on;
+        evaluation over a dataloader other than ``"default"`` appends its key: ``accuracy/KEY``.
         """
-        return [(e.global_step, value) for e in self.events for known, value in _values(e) if known == name]
+        return [(e.global_step, value) for e in self.events for known, value in metrics_of(e) if known == name]
 
     def clear(self) -> None:
         """Forget all events and the count of dropped ones."""
@@ -118,16 +118,3 @@ class _Store:
         with self._lock:
             self._events.clear()
             self.dropped = 0
-
-
-def _values(event: Event) -> list[tuple[str, float]]:
-    """The metrics that an event carries, under the names of `Memory.metrics`."""
-    if isinstance(event, MetricsLogged):
-        return [(metric_name(name, event.key), value) for name, value in event.metrics.items()]
-    if isinstance(event, TrainStepEnded) and event.loss is not None:
-        return [("train_loss", event.loss)]
-    if isinstance(event, ValEpochEnded) and event.loss is not None:
-        return [(metric_name("val_loss", event.key), event.loss)]
-    if isinstance(event, TestEpochEnded) and event.loss is not None:
-        return [(metric_name("test_loss", event.key), event.loss)]
-    return []

@@ -20,7 +20,7 @@ import anyio.to_thread
 
 from events.checkpoint.objects import parse_url, run_url
 from events.checkpoint.settings import Checkpoints
-from events.errors import RunCancelled, UploadError
+from events.errors import RunCancelled, SinkMisconfigured, UploadError
 from events.journal import Journal
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult, Stop
@@ -455,6 +455,11 @@ def _check(
                 f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
                 f" {_shown(sink)}"
             )
+        elif callable(check := getattr(target, "check", None)):
+            try:
+                check()
+            except SinkMisconfigured as error:
+                problems.append(f"sinks[{number}]: {error}")
 
 
 def _check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -> None:

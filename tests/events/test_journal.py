@@ -53,6 +53,7 @@ from events.messages import (
     RunEnded,
     RunResumed,
     RunStarted,
+    SystemSampled,
     TrainStepEnded,
     UnknownEvent,
     WeightsSaved,
@@ -816,7 +817,7 @@ def test_every_event_type_is_bound_to_a_step_or_not() -> None:
     """Whoever adds an event decides whether redoing the step replaces it."""
     stays = {
         *(RunStarted, RunResumed, RunEnded, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow),
-        *(LoopHeld, JournalGap, CommandTaken),
+        *(LoopHeld, JournalGap, CommandTaken, SystemSampled),
         # They tell of what is on the disk, which no later attempt undoes.
         *(CheckpointStaged, CheckpointSkipped, CheckpointSaved, CheckpointFailed, CheckpointRejected, WeightsSaved),
         *(CheckpointUploading, CheckpointUploaded, CheckpointDeleted),

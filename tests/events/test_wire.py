@@ -20,6 +20,7 @@ from events.errors import WireError
 from events.messages import (
     EVENT_TYPES,
     Event,
+    GpuSample,
     LedgerReported,
     MetricsLogged,
     ObserverFailed,
@@ -423,6 +424,7 @@ def fields_in_repr(line: str) -> dict[str, Any]:
         "nan": math.nan,
         "inf": math.inf,
         "StallLedger": StallLedger,
+        "GpuSample": GpuSample,
         "__builtins__": {},
         **{event_type.__name__: dict for event_type in EVENT_TYPES},
     }

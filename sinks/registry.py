@@ -1,0 +1,67 @@
+"""Finds sinks by name: those of this package and those that other installed packages bring.
+
+A package brings one by an entry point of the group ``stagecast.sinks``, which names a `events.sink.Sink` that is a
+`msgspec.Struct`, so that it can be built from plain values::
+
+    [project.entry-points."stagecast.sinks"]
+    pigeon = "pigeon_post.stagecast:Pigeon"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import msgspec
+
+from events.errors import SinkMisconfigured
+from events.sink import Sink
+
+GROUP = "stagecast.sinks"
+
+
+def sink_names() -> list[str]:
+    """The names of all sinks that are installed, sorted."""
+    return sorted(_found())
+
+
+def sink_type(name: str) -> type[Sink]:
+    """The class of a sink.
+
+    Raises:
+        SinkMisconfigured: There is none of that name, or what its package names is none, or cannot be imported.
+    """
+    entry = _found().get(name)
+    if entry is None:
+        raise SinkMisconfigured(f"there is no sink {name!r}; installed are {', '.join(sink_names())}")
+    try:
+        kind = entry.load()
+    except Exception as error:  # a stranger's package: its name must stand beside whatever it raised
+        raise SinkMisconfigured(f"the sink {name!r} ({entry.value}) cannot be imported: {error!r}") from error
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct) and callable(getattr(kind, "open", None))):
+        raise SinkMisconfigured(f"the sink {name!r} ({entry.value}) is no msgspec.Struct with a method open(run)")
+    return kind  # type: ignore[return-value]  # a Struct with `open` is one
+
+
+def build_sink(name: str, options: Mapping[str, Any]) -> Sink:
+    """Build a sink from plain values, as they come from a file or a command line.
+
+    Raises:
+        SinkMisconfigured: There is no such sink, or an option is unknown or of the wrong type: names its path.
+    """
+    kind: Any = sink_type(name)
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    if unknown := sorted(options.keys() - known):
+        raise SinkMisconfigured(
+            f"the sink {name!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known)) or 'none'}"
+        )
+    try:
+        sink: Sink = msgspec.convert(dict(options), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise SinkMisconfigured(f"the sink {name!r}: {error}") from error
+    return sink
+
+
+def _found() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
