@@ -54,7 +54,8 @@ def build_sink(name: str, options: Mapping[str, Any]) -> Sink:
     known = {field.encode_name for field in msgspec.structs.fields(kind)}
     if unknown := sorted(options.keys() - known):
         raise SinkMisconfigured(
-            f"the sink {name!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known)) or 'none'}"
+            f"the sink {name!r} has no option {', '.join(map(repr, unknown))}; it has"
+            f" {', '.join(sorted(known)) or 'none'}"
         )
     try:
         sink: Sink = msgspec.convert(dict(options), kind, strict=False)

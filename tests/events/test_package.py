@@ -42,6 +42,7 @@ PUBLIC = {
     "RunFolderError",
     "RunFolderHeld",
     "RunFolderMismatch",
+    "SinkMisconfigured",
     "StagecastError",
     "TrainingThreadStuck",
     "UnstorableState",

@@ -39,9 +39,10 @@ def test_importing_sinks_loads_no_client(run_python: Any) -> None:
 
 def test_the_public_surface_is_what_it_says() -> None:
     """Names are added on purpose."""
-    assert sinks.__all__ == ["Console", "Memory"]
-    assert set(sinks.__all__) <= set(dir(sinks))
-    assert sinks.Console.__module__ == "sinks.console"
-    assert sinks.Memory.__module__ == "sinks.memory"
-    with pytest.raises(AttributeError, match="Console, Memory"):
+    names = {"CSV", "Console", "JSONL", "MLflow", "Memory", "OpenTelemetry", "Prometheus", "TensorBoard", "WandB"}
+    assert set(sinks.__all__) == names
+    assert names <= set(dir(sinks))
+    for name in names:
+        assert getattr(sinks, name).__module__ == f"sinks.{name.lower()}"
+    with pytest.raises(AttributeError, match="Console, MLflow, Memory"):
         sinks.Tensorboard  # noqa: B018
