@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from events.sink import Delivery as Delivery
     from trainer.arguments import TrainerArguments as TrainerArguments
     from trainer.data import to_device as to_device
+    from trainer.media import Histogram as Histogram
+    from trainer.media import Image as Image
     from trainer.module_interface import CallbackInterface as CallbackInterface
     from trainer.module_interface import ModuleInterface as ModuleInterface
     from trainer.module_interface import Stage as Stage
@@ -30,6 +32,8 @@ __all__ = [
     "CallbackInterface",
     "Checkpoints",
     "Delivery",
+    "Histogram",
+    "Image",
     "ModuleInterface",
     "Stage",
     "Trainer",
@@ -43,6 +47,8 @@ __all__ = [
 _HOMES = {
     "Checkpoints": "events.checkpoint.settings",
     "Delivery": "events.sink",
+    "Histogram": "trainer.media",
+    "Image": "trainer.media",
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",
     "to_device": "trainer.data",

@@ -36,6 +36,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from trainer.media import Histogram, Image, Logged, as_logged
+
 HOOKS: tuple[str, ...] = (
     "on_begin_train_epoch",
     "on_end_train_step",
@@ -94,10 +96,10 @@ def _mark(hook: _Hook, lane: Lane) -> _Hook:
 
 
 class Recorder(Protocol):
-    """What takes the numbers of `ModuleInterface.log`; the trainer attaches one for the length of a run."""
+    """What takes the values of `ModuleInterface.log`; the trainer attaches one for the length of a run."""
 
-    def log(self, name: str, value: float | torch.Tensor, /) -> None:
-        """Take one number without waiting for the device; called from any thread.
+    def log(self, name: str, value: float | torch.Tensor | Logged, /) -> None:
+        """Take one value without waiting for the device; called from any thread.
 
         A tensor is the caller's own: one real element on any device, possibly with a graph, and possibly
         changed in place as soon as this returns. So detach and copy it here.
@@ -324,8 +326,10 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """
         self.load_state_dict(state)
 
-    def log(self, name: str, value: float | int | torch.Tensor) -> None:
-        """Record a number under a name, for a `MetricsLogged` event. Outside of a run it does nothing.
+    def log(self, name: str, value: float | int | torch.Tensor | Histogram | Image | str | Any) -> None:
+        """Record a number under a name, for a `MetricsLogged` event; or a histogram, an image, a figure or a text.
+
+        Outside of a run it does nothing.
 
         Call it from a step or a hook, on any thread. It waits neither for the device nor for an observer: a
         tensor is read later, with the value that it has now. Under `torch.compile` it runs outside of the
@@ -333,7 +337,10 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
         Args:
             name: Not empty.
-            value: A number (NumPy's too) or a real tensor of one element, of any shape, on any device.
+            value: A number (NumPy's too) or a real tensor of one element, of any shape, on any device. A
+                `trainer.Histogram` or `trainer.Image`; a figure of matplotlib, which is drawn at once, on the calling
+                thread (so from a hook of the observer lane, rather than from a step); or a text. Images, figures and
+                long texts go to files of the run's folder, on a thread of their own.
 
         Raises:
             TypeError: ``name`` is no string, or ``value`` is no real number.
@@ -350,7 +357,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
                 if value.numel() != 1 or value.dtype.is_complex or value.layout is not torch.strided:
                     raise _bad_tensor(name, value)
             else:
-                value = _as_float(name, value)
+                value = as_logged(value) or _as_float(name, value)
         recorder.log(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

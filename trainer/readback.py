@@ -17,6 +17,7 @@ from events.log import logger
 from events.messages import (
     CheckpointStaged,
     Event,
+    HistogramLogged,
     MetricsLogged,
     TestEpochEnded,
     TrainEpochEnded,
@@ -24,7 +25,7 @@ from events.messages import (
     ValEpochEnded,
 )
 
-_Place = tuple[Callable[[Any, str, float | None], None], Any, str]
+_Place = tuple[Callable[[Any, str, Any], None], Any, str]
 """Where a number goes: how to put it there, the event or dictionary, and the name."""
 
 _READINGS = ("_consecutive", "_loss_sum", "_loss_rows", "_steps")
@@ -85,7 +86,7 @@ class DeviceReadback:
         for group in _grouped(others):
             places = [place for place, _ in group]
             try:
-                reads += self._read(places, [tensor.reshape(()) for _, tensor in group])
+                reads += self._read(places, [tensor for _, tensor in group])
             except Exception as error:  # the border of the pump, which must go on
                 _lose(places, error)
         if not reads:
@@ -186,16 +187,23 @@ class DeviceReadback:
 
 
 def _put(places: list[_Place], stacked: torch.Tensor) -> None:
-    numbers: list[float] = stacked.flatten().tolist()
+    """Numbers, or, where each tensor has several elements, lists of them."""
+    if stacked.numel() == len(places):
+        numbers: list[Any] = [float(number) for number in stacked.flatten().tolist()]
+    else:
+        numbers = stacked.tolist()
     for (put, where, name), number in zip(places, numbers, strict=True):
-        put(where, name, float(number))
+        put(where, name, number)
 
 
 def _lose(places: list[_Place], error: Exception) -> None:
     """These numbers cannot be read: say so, and go on without them."""
     logger.warning(f"{len(places)} numbers could not be read from their tensors: {error}", exc_info=error)
     for put, where, name in places:
-        put(where, name, math.nan if put is setitem else None)
+        if isinstance(where, HistogramLogged):
+            put(where, name, [] if name == "counts" else math.nan)
+        else:
+            put(where, name, math.nan if put is setitem else None)
 
 
 def _deferred(event: Event) -> Iterator[tuple[_Place, torch.Tensor]]:
@@ -203,17 +211,17 @@ def _deferred(event: Event) -> Iterator[tuple[_Place, torch.Tensor]]:
     for name in event.deferred:
         value = getattr(event, name)
         if isinstance(value, torch.Tensor):
-            yield (force_setattr, event, name), value
+            yield (force_setattr, event, name), value if value.numel() > 1 else value.reshape(())
     if isinstance(event, MetricsLogged):
         metrics: dict[str, Any] = event.metrics  # declared as numbers, which is what everybody else sees
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
-                yield (setitem, event.metrics, name), value
+                yield (setitem, event.metrics, name), value.reshape(())
 
 
 def _grouped(numbers: list[tuple[_Place, torch.Tensor]]) -> list[list[tuple[_Place, torch.Tensor]]]:
     """Those together that one stack can hold without changing any of them."""
     groups: dict[Any, list[tuple[_Place, torch.Tensor]]] = {}
     for place, tensor in numbers:
-        groups.setdefault((tensor.device, tensor.dtype), []).append((place, tensor))
+        groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append((place, tensor))
     return list(groups.values())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 
 from events.bus import Bus
-from events.messages import Event, MetricsLogged
-from events.origin import header_of
+from events.messages import Event, HistogramLogged, MetricsLogged, TextLogged
+from events.origin import Header, header_of
+from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, MediaWriter, Text
 
 Value = float | torch.Tensor
 
@@ -21,7 +23,7 @@ class MetricRecorder:
     once, with the position in the run of the event that the hook handles.
     """
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, media: MediaWriter) -> None:
         self.latest: dict[str, Value] = {}
         """Last value of each metric, as it was logged: tensors stay on their device."""
         self.logged_at: dict[str, int] = {}
@@ -29,8 +31,9 @@ class MetricRecorder:
         self.weight = 1
         """Rows that the batch in hand stands for. Set by the loop."""
         self._bus = bus
+        self._media = media
         self._loop_thread = 0
-        self.values: list[tuple[str, Value, int]] = []
+        self.values: list[tuple[str, Value | Logged, int]] = []
         """What the loop's thread has logged since the last `take`: name, value, weight."""
         self._hook = threading.local()
 
@@ -38,7 +41,7 @@ class MetricRecorder:
         """The calling thread is the loop's."""
         self._loop_thread = threading.get_ident()
 
-    def log(self, name: str, value: Value) -> None:
+    def log(self, name: str, value: Value | Logged) -> None:
         """Record one value. Any thread; tensors are copied on their device, so they may be changed afterwards."""
         if isinstance(value, torch.Tensor):
             value = value.detach().reshape(()).clone()
@@ -48,7 +51,11 @@ class MetricRecorder:
         event: Event | None = getattr(self._hook, "event", None)
         header = self._bus.origin.header() if event is None else header_of(event)
         key = getattr(event, "key", None)
-        self._publish(MetricsLogged(*header, {}, key, event.seq if event is not None else None), {name: value})
+        of_seq = event.seq if event is not None else None
+        if isinstance(value, Histogram | Image | Drawn | Text):
+            self._publish_other(name, value, header, key, of_seq)
+        else:
+            self._publish(MetricsLogged(*header, {}, key, of_seq), {name: value})
 
     def handling(self, event: Event | None) -> None:
         """The calling thread runs a hook for this event, or (None) no longer does."""
@@ -57,7 +64,14 @@ class MetricRecorder:
     def take(self, key: str | None = None) -> None:
         """Publish what the loop's thread has logged since the last call. ``key``: the evaluation dataloader's."""
         values, self.values = self.values, []
-        self._publish(MetricsLogged(*self._bus.origin.header(), {}, key), _means(values))
+        numbers: list[tuple[str, Value, int]] = []
+        for name, value, weight in values:
+            if isinstance(value, Histogram | Image | Drawn | Text):
+                self._publish_other(name, value, self._bus.origin.header(), key, None)
+            else:
+                numbers.append((name, value, weight))
+        if numbers:
+            self._publish(MetricsLogged(*self._bus.origin.header(), {}, key), _means(numbers))
 
     def keep(self, name: str, value: Value, global_step: int) -> None:
         """Note the last value of a metric."""
@@ -74,6 +88,16 @@ class MetricRecorder:
             self.keep(name + suffix, value, event.global_step)
             event.metrics[name] = value  # type: ignore[assignment]  # a tensor is deferred: see `Event.deferred`
         self._bus.publish(event)
+
+    def _publish_other(self, name: str, value: Logged, header: Header, key: str | None, of_seq: int | None) -> None:
+        if isinstance(value, Histogram):
+            numbers: list[Any] = [value.low, value.high, value.counts, value.non_finite]  # deferred
+            low, high, counts, non_finite = numbers
+            self._bus.publish(HistogramLogged(*header, name, low, high, counts, non_finite, key, of_seq))
+        elif isinstance(value, Text) and len(value.text) <= INLINE_TEXT:
+            self._bus.publish(TextLogged(*header, name, value.text, None, key, of_seq))
+        else:
+            self._media.add(name, value, header, key, of_seq)
 
 
 def _means(values: list[tuple[str, Value, int]]) -> dict[str, Value]:

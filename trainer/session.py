@@ -33,6 +33,7 @@ from trainer.data import resolve_device
 from trainer.errors import NonFiniteLossError, add_note
 from trainer.hooks import CallbackHooks, CallbackTarget, HookTable
 from trainer.loop_thread import STUCK, LoopThread, Task, plain, versions
+from trainer.media import MediaWriter
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.precision import Precision
 from trainer.readback import DeviceReadback
@@ -148,7 +149,8 @@ class Session:
             first_seq=seq + 1,
             spill_dir=str(folder.path) if folder is not None else None,
         )
-        self._recorder = MetricRecorder(self.bus)
+        self._media = MediaWriter(folder.path if folder is not None else None, self.bus.publish, self.origin)
+        self._recorder = MetricRecorder(self.bus, self._media)
         self._supervisor = Supervisor(self.bus, self._on_fatal)
         self._grace = anyio.Event()  # set when the run is cancelled: the loop has `stop_grace_s` from then on
         self._stuck: str | None = None
@@ -313,6 +315,8 @@ class Session:
         for timeout_s, observers in stages:
             if observers:
                 reports += await self._supervisor.drain(observers, timeout_s)
+            if observers is stages[0][1] and self._media.used:  # callbacks can log no more, and sinks are to get it
+                await anyio.to_thread.run_sync(self._media.close, timeout_s, limiter=anyio.CapacityLimiter(1))
             if self._uploads is not None and observers == [self._uploads]:
                 self._tell_of_left_uploads(self._uploads)
         await self.bus.drain()

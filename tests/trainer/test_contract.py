@@ -229,7 +229,7 @@ def test_state_defaults_to_the_state_dict() -> None:
         ("", 1.0, ValueError, "empty name"),
         (None, 1.0, TypeError, "None"),
         (b"loss", 1.0, TypeError, "b'loss'"),
-        ("loss", "1.0", TypeError, "'1.0'"),
+        ("loss", b"1.0", TypeError, "b'1.0'"),
         ("loss", None, TypeError, "None"),
         ("loss", [1.0], TypeError, r"\[1.0\]"),
         ("loss", 1j, TypeError, "1j"),

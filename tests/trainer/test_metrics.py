@@ -44,7 +44,7 @@ def logged(outcome: Any) -> list[dict[str, float]]:
     [
         ("", 1.0, ValueError, "empty name"),
         (3, 1.0, TypeError, "not 3"),
-        ("acc", "high", TypeError, "log('acc')"),
+        ("acc", object(), TypeError, "log('acc')"),
         ("acc", torch.zeros(2), ValueError, "reduce it first"),
         ("acc", torch.zeros((), dtype=torch.complex64), TypeError, "complex64"),
     ],

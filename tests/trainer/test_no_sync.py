@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from events.messages import Event, MetricsLogged, TrainStepEnded, ValEpochEnded
 from events.sink import Delivery
-from trainer import inline
+from trainer import Histogram, inline
 
 READS = {
     *("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__"),
@@ -94,6 +94,7 @@ def busy_net(kit: Any, **options: Any) -> Any:
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             loss, predicted = self.forward_loss(batch)
             self.log("tensor", predicted.mean())
+            self.log("histogram", Histogram(predicted))
             self.log("number", 1.0)
             return loss, predicted
 

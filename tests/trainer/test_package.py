@@ -86,6 +86,8 @@ def test_the_public_names_are_those_we_chose() -> None:
         "CallbackInterface",
         "Checkpoints",
         "Delivery",
+        "Histogram",
+        "Image",
         "ModuleInterface",
         "Stage",
         "Trainer",

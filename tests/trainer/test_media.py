@@ -1,0 +1,235 @@
+"""What a module logs beside numbers: histograms, images, figures and texts, and the files that they go to."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from events.journal_reader import read_history
+from events.messages import Event, HistogramLogged, ImageLogged, ObserverDropped, TextLogged
+from events.origin import Origin
+from trainer import Histogram, Image
+from trainer.media import INLINE_TEXT, Drawn, MediaWriter, Text
+
+
+def logging_net(kit: Any, log: Any, **options: Any) -> Any:
+    """A module that calls ``log(self, global_step, batch)`` in each of its training steps."""
+
+    class Logs(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            log(self, global_step, batch)
+            return super().train_step(global_step, batch, device)
+
+    return Logs(**options)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: Histogram([1.0, 2.0]), TypeError, "tensor of real numbers"),  # type: ignore[arg-type]
+        (lambda: Histogram(torch.zeros(3, dtype=torch.complex64)), TypeError, "real numbers"),
+        (lambda: Histogram(torch.zeros(0, 3)), ValueError, "empty tensor of shape (0, 3)"),
+        (lambda: Histogram(torch.zeros(3), bins=1), ValueError, "at least 2"),
+        (lambda: Image(torch.zeros(8, 3, 4, 4)), ValueError, "(8, 3, 4, 4)"),
+        (lambda: Image(torch.zeros(2, 4, 4)), ValueError, "1, 3 or 4 channels"),
+        (lambda: Image(torch.zeros(4, 4, dtype=torch.int64)), TypeError, "int64"),
+        (lambda: Image("a.png"), TypeError, "'a.png'"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_where_it_is_made(make: Any, error: type[Exception], says: str) -> None:
+    """With its shape or type, and what is taken instead."""
+    with pytest.raises(error) as caught:
+        make()
+    assert says in str(caught.value)
+
+
+def test_an_image_without_pillow_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and not when the file is to be written."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'stagecast\[media\]'"):
+        Image(torch.zeros(4, 4))
+
+
+# ----------------------------------------------------------------------------------------------- histograms
+
+
+def numbers_of(histogram: Histogram) -> tuple[float, float, list[float], float]:
+    return (
+        histogram.low.item(),
+        histogram.high.item(),
+        histogram.counts.tolist(),
+        histogram.non_finite.item(),
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool]
+)
+def test_a_histogram_counts_as_numpy_does(dtype: torch.dtype) -> None:
+    """Equal bins between the extremes, the last one closed."""
+    values = (torch.rand(1_000, generator=torch.Generator().manual_seed(0)) * 64).round().to(dtype)
+    low, high, counts, non_finite = numbers_of(Histogram(values, bins=8))
+    expected, edges = np.histogram(values.double().numpy(), bins=8)
+    assert (low, high, non_finite) == (edges[0], edges[-1], 0)
+    assert counts == expected.tolist()
+
+
+def test_a_histogram_of_the_worst_counts_each_element_once() -> None:
+    """NaN and infinities aside, though the range is more than the type can hold."""
+    worst = torch.tensor([math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 0.0])
+    low, high, counts, non_finite = numbers_of(Histogram(worst, bins=4))
+    assert (low, high) == (pytest.approx(-3.4e38), pytest.approx(3.4e38))
+    assert (sum(counts), counts[0], counts[-1], non_finite) == (3, 1, 1, 3)
+    assert numbers_of(Histogram(torch.tensor([math.nan]), bins=2)) == (0, 0, [0, 0], 1)
+    assert numbers_of(Histogram(torch.full((5,), 7), bins=2)) == (7, 7, [5, 0], 0)
+
+
+def test_a_histogram_keeps_what_the_tensor_was(kit: Any) -> None:
+    """It may be changed right after, and the event has host numbers like any other."""
+
+    def log(net: Any, step: int, batch: Any) -> None:
+        tensor = torch.tensor([float(step), float(step) + 1])
+        net.log("values", Histogram(tensor, bins=2))
+        tensor.zero_()
+
+    outcome = kit.train(logging_net(kit, log))
+    found = outcome.of(HistogramLogged)
+    assert [event.global_step for event in found] == [*range(1, len(found) + 1)]
+    assert [(e.low, e.high, e.counts) for e in found[:2]] == [(1.0, 2.0, [1.0, 1.0]), (2.0, 3.0, [1.0, 1.0])]
+    assert all(type(event.low) is float for event in found)
+
+
+# ------------------------------------------------------------------------------------------ images and texts
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode"),
+    [
+        (torch.linspace(-0.5, 1.5, 20).reshape(4, 5), "L"),
+        (torch.tensor([[math.nan, 1.0]]), "L"),
+        (torch.rand(3, 4, 5), "RGB"),
+        (torch.randint(0, 256, (4, 4, 5), dtype=torch.uint8), "RGBA"),
+        (np.zeros((4, 5, 3), dtype=np.uint8), "RGB"),
+        (PIL.Image.new("RGB", (5, 4), "red"), "RGB"),
+        (PIL.Image.new("CMYK", (5, 4)), "RGB"),
+    ],
+)
+def test_an_image_comes_back_from_its_file(pixels: Any, mode: str) -> None:
+    """Floating numbers from 0 to 1 become bytes, cut off beyond."""
+    png = PIL.Image.open(io.BytesIO(Image(pixels).encode()))
+    assert png.mode == mode
+    if isinstance(pixels, torch.Tensor):
+        expected = pixels if pixels.dtype is torch.uint8 else (pixels.nan_to_num(0).clamp(0, 1) * 255).round().byte()
+        expected = expected.permute(1, 2, 0) if pixels.ndim == 3 else expected
+        assert torch.equal(torch.from_numpy(np.array(png)), expected)
+
+
+def test_media_travel_by_reference(kit: Any, tmp_path: Path) -> None:
+    """The event comes when the file is whole, with the step at which it was logged, and the journal has it."""
+    figure = matplotlib.figure.Figure()
+    figure.subplots().plot([1, 2])
+    long = "ä" * (INLINE_TEXT + 1)
+
+    def log(net: Any, step: int, batch: Any) -> None:
+        if step == 1:
+            net.log("pixels", Image(torch.zeros(3, 4, 5)))
+            net.log("../etc/ü", Image(torch.zeros(2, 2)))
+            net.log("figure", figure)
+            net.log("short", "text")
+            net.log("long", long)
+
+    run_dir = tmp_path / "run"
+    outcome = kit.train(logging_net(kit, log), run_dir=run_dir, journal=True)
+    assert outcome.result.status == "finished"
+    images = {event.name: event for event in outcome.of(ImageLogged)}
+    assert set(images) == {"pixels", "../etc/ü", "figure"}
+    for event in images.values():
+        file = run_dir / event.path
+        assert file.resolve().is_relative_to(run_dir.resolve() / "media")
+        with PIL.Image.open(file) as picture:
+            assert picture.size == (event.width, event.height)
+        assert (file.stat().st_size, event.global_step) == (event.nbytes, 1)
+    assert (images["pixels"].width, images["pixels"].height) == (5, 4)
+    texts = {event.name: event for event in outcome.of(TextLogged)}
+    assert (texts["short"].text, texts["short"].path) == ("text", None)
+    assert texts["long"].text == long[:INLINE_TEXT]
+    assert (run_dir / str(texts["long"].path)).read_text("utf-8") == long
+    kept = [event for event in read_history(run_dir / "journal") if isinstance(event, ImageLogged | TextLogged)]
+    assert {event.name for event in kept} == {*images, *texts}
+
+
+def test_a_run_without_a_folder_says_what_it_does_not_keep(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Training goes on; a long text arrives cut."""
+    with caplog.at_level(logging.WARNING, "stagecast"):
+        outcome = kit.train(
+            logging_net(kit, lambda net, *_: (net.log("a", Image(torch.zeros(2, 2))), net.log("b", "x" * 9_999)))
+        )
+    assert outcome.result.status == "finished"
+    assert caplog.text.count("needs a run that has a folder") == 1
+    assert {(len(event.text), event.path) for event in outcome.of(TextLogged)} == {(INLINE_TEXT, None)}
+
+
+def test_what_is_logged_in_a_late_hook_arrives_before_the_sinks_are_closed(kit: Any, tmp_path: Path) -> None:
+    """The thread that writes is drained between callbacks and sinks."""
+
+    class Late(kit.Net):
+        def on_end_train(self, global_step: int) -> None:
+            self.log("last", Image(torch.zeros(256, 256)))
+
+    outcome = kit.train(Late(), run_dir=tmp_path / "run")
+    assert [event.name for event in outcome.of(ImageLogged)] == ["last"]
+
+
+class Slow(Drawn):
+    """A figure whose encoding waits until it may go on."""
+
+    def __init__(self, go: threading.Event) -> None:
+        self.go = go
+        self.nbytes = 10
+
+    def encode(self) -> bytes:
+        assert self.go.wait(20.0)
+        raise OSError("the disk is full")
+
+
+def test_more_than_can_be_written_is_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Memory is bounded, and a file that fails is counted too."""
+    published: list[Event] = []
+    origin = Origin("run")
+    writer = MediaWriter(tmp_path, published.append, origin)
+    go = threading.Event()
+    for _ in range(100):
+        writer.add("slow", Slow(go), origin.header(), None, None)
+    go.set()
+    writer.add("text", Text("x"), origin.header(), None, None)
+    writer.close(20.0)
+    dropped = sum(event.dropped for event in published if isinstance(event, ObserverDropped))
+    written = sum(isinstance(event, TextLogged) for event in published)
+    assert dropped + written == 101
+    assert written <= 1
+    assert caplog.text.count("the disk is full") == 1
+
+
+def test_an_encoder_that_hangs_does_not_hold_the_end(tmp_path: Path) -> None:
+    """What it leaves is counted."""
+    published: list[Event] = []
+    origin = Origin("run")
+    writer = MediaWriter(tmp_path, published.append, origin)
+    go = threading.Event()
+    writer.add("slow", Slow(go), origin.header(), None, None)
+    writer.close(0.01)
+    assert [event.dropped for event in published if isinstance(event, ObserverDropped)] == [1]
+    go.set()

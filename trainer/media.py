@@ -1,0 +1,320 @@
+"""What a module logs beside numbers: histograms, images, figures and text.
+
+A histogram is computed where its tensor is, and read later like any number. What is large goes to a file of the run's
+folder, encoded and written by a thread of its own; its event follows once the file is whole, and carries the path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import io
+import math
+import queue
+import re
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from events.log import logger
+from events.messages import Event, ImageLogged, ObserverDropped, TextLogged
+from events.origin import Header, Origin
+from trainer.tensor_state import bytes_of
+
+MEDIA_DIR = "media"
+"""Within a run's folder."""
+INLINE_TEXT = 4_096
+"""Characters of a text that its event carries; a longer one goes to a file."""
+_MOST_WAITING = 64
+_MOST_BYTES = 256 * 2**20
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class Histogram:
+    """The distribution of a tensor's elements, for `ModuleInterface.log`::
+
+        self.log("activations", Histogram(hidden))
+
+    It is computed on the tensor's device, at once and without waiting for it: the tensor may be changed afterwards.
+
+    Args:
+        values: A real tensor of any shape, with at least one element.
+        bins: How many equal bins lie between the smallest and the largest finite element.
+
+    Raises:
+        TypeError: it is no real tensor.
+        ValueError: it is empty, or there are fewer than two bins.
+    """
+
+    def __init__(self, values: torch.Tensor, bins: int = 64) -> None:
+        if not isinstance(values, torch.Tensor) or values.dtype.is_complex or values.layout is not torch.strided:
+            raise TypeError(f"Histogram() takes a dense tensor of real numbers, not {values!r:.80}")
+        if not values.numel():
+            raise ValueError(f"Histogram() got an empty tensor of shape {tuple(values.shape)}")
+        if type(bins) is not int or bins < 2:
+            raise ValueError(f"Histogram(bins={bins!r:.80}): give a whole number, at least 2")
+        self.low: torch.Tensor
+        self.high: torch.Tensor
+        self.counts: torch.Tensor
+        self.non_finite: torch.Tensor
+        with torch.no_grad():
+            self._count(values.detach().reshape(-1), bins)
+
+    def _count(self, x: torch.Tensor, bins: int) -> None:
+        if x.dtype is not torch.float64:
+            x = x.to(torch.float32)
+        finite = x.isfinite()
+        low = torch.where(finite, x, math.inf).amin()
+        high = torch.where(finite, x, -math.inf).amax()
+        empty = low > high  # nothing is finite
+        low, high = torch.where(empty, 0.0, low), torch.where(empty, 0.0, high)
+        # Halves, because the difference of two large numbers may be too large for the type.
+        place = (x * 0.5 - low * 0.5) / (high * 0.5 - low * 0.5) * bins
+        index = torch.where(finite & (high > low), place, 0.0).clamp_(0, bins - 1).long()
+        counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
+        counts.scatter_add_(0, index, finite.long())
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.low, self.high, self.counts = low, high, counts.to(dtype)
+        self.non_finite = (~finite).sum().to(dtype)
+
+
+class Image:
+    """A picture, for `ModuleInterface.log`; it is stored as PNG. Needs Pillow (``stagecast[media]``)::
+
+        self.log("samples", Image(pixels))
+
+    Args:
+        pixels: A tensor ``(H, W)`` or ``(C, H, W)`` with 1, 3 or 4 channels, on any device; a NumPy array ``(H, W)`` or
+            ``(H, W, C)``; or an image of Pillow. Whole numbers are of type uint8, 0 to 255; floating ones 0 to 1, and
+            what is beyond is cut off. It is copied at once: it may be changed afterwards.
+
+    Raises:
+        ImportError: Pillow is not installed.
+        TypeError, ValueError: it is no such image; says what it is.
+    """
+
+    def __init__(self, pixels: Any) -> None:
+        if importlib.util.find_spec("PIL") is None:
+            raise ImportError("trainer.Image needs Pillow: pip install 'stagecast[media]'")
+        self._pixels: torch.Tensor | None = None
+        self._picture: Any = None
+        self._copied: torch.cuda.Event | None = None
+        if callable(getattr(pixels, "save", None)) and hasattr(pixels, "mode"):
+            self._picture = pixels.copy()
+            self.nbytes = pixels.width * pixels.height * 4
+            return
+        if not isinstance(pixels, torch.Tensor):
+            pixels = _of_array(pixels)
+        self._pixels = _copied_pixels(pixels)
+        self.nbytes = self._pixels.nbytes
+        if self._pixels.is_cuda:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def encode(self) -> bytes:
+        """The image as PNG. Waits for the device, where the pixels are on one: not for the loop's thread."""
+        picture = self._picture
+        if picture is None:
+            assert self._pixels is not None
+            if self._copied is not None:
+                self._copied.synchronize()
+            picture = _picture_of(self._pixels)
+        elif picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+            picture = picture.convert("RGB")
+        file = io.BytesIO()
+        picture.save(file, format="PNG")
+        return file.getvalue()
+
+
+class Drawn:
+    """A figure of matplotlib, drawn as PNG on the calling thread: figures belong to the thread that makes them."""
+
+    def __init__(self, figure: Any) -> None:
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        self._png = file.getvalue()
+        self.nbytes = len(self._png)
+
+    def encode(self) -> bytes:
+        """The PNG."""
+        return self._png
+
+
+class Text(NamedTuple):
+    """A text."""
+
+    text: str
+
+
+Logged = Histogram | Image | Drawn | Text
+"""What `ModuleInterface.log` takes beside numbers, as it is recorded."""
+
+
+def as_logged(value: Any) -> Logged | None:
+    """Take over what is no number, on the calling thread; None for what is none of it."""
+    if isinstance(value, Histogram | Image):
+        return value
+    if isinstance(value, str):
+        return Text(value)
+    if callable(getattr(value, "savefig", None)):
+        return Drawn(value)
+    return None
+
+
+def _of_array(pixels: Any) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(pixels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"Image() takes a tensor, an array or an image of Pillow, not {pixels!r:.80}") from error
+    return tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+
+
+def _copied_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    shape = tuple(pixels.shape)
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and shape[0] in _MODES)) or not pixels.numel():
+        raise ValueError(
+            f"Image() got the shape {shape}: give one image (H, W) or (C, H, W) with 1, 3 or 4 channels; of a batch,"
+            f" one at a time, or a grid"
+        )
+    if not (pixels.dtype.is_floating_point or pixels.dtype is torch.uint8):
+        raise TypeError(f"Image() got {pixels.dtype}: give uint8 from 0 to 255, or floating numbers from 0 to 1")
+    return pixels.detach().clone()
+
+
+def _picture_of(pixels: torch.Tensor) -> Any:
+    pixels = pixels.cpu()
+    if pixels.ndim == 2:
+        pixels = pixels.unsqueeze(0)
+    if pixels.dtype is not torch.uint8:
+        pixels = pixels.float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+    channels, height, width = pixels.shape
+    data = bytes(bytes_of(pixels.permute(1, 2, 0).contiguous()))
+    return importlib.import_module("PIL.Image").frombytes(_MODES[channels], (width, height), data)
+
+
+class _Item(NamedTuple):
+    name: str
+    what: Image | Drawn | Text
+    header: Header
+    key: str | None
+    of_seq: int | None
+    nbytes: int
+
+
+class MediaWriter:
+    """Writes the files of what was logged, and publishes its events. At most a bounded number waits.
+
+    Args:
+        folder: The run's; None if it has none.
+        publish: `Bus.publish`.
+        origin: Gives the header of its own events.
+    """
+
+    OBSERVER = "media"
+    """Its name where it drops something."""
+
+    def __init__(self, folder: Path | None, publish: Callable[[Event], None], origin: Origin) -> None:
+        self._folder = folder
+        self._publish = publish
+        self._origin = origin
+        self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._count = self._nbytes = 0
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._dropped = 0
+        self._numbers = 0
+        self._told: set[str] = set()
+
+    def add(self, name: str, what: Image | Drawn | Text, header: Header, key: str | None, of_seq: int | None) -> None:
+        """Have it written. Any thread; never waits: what is too much is dropped, and counted."""
+        if self._folder is None and not isinstance(what, Text):
+            self._tell(f"{name!r} is not kept: an image needs a run that has a folder (run_dir, or the journal)")
+            return
+        nbytes = 4 * len(what.text) if isinstance(what, Text) else what.nbytes
+        with self._lock:
+            if self._count >= _MOST_WAITING or (self._count and self._nbytes + nbytes > _MOST_BYTES):
+                self._dropped += 1
+                return
+            self._count += 1
+            self._nbytes += nbytes
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="stagecast-media", daemon=True)
+                self._thread.start()
+        self._waiting.put(_Item(name, what, header, key, of_seq, nbytes))
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was to be written."""
+        return self._thread is not None or self._dropped > 0
+
+    def close(self, timeout_s: float) -> None:
+        """Write what waits, for at most so long; what is left then is counted as dropped. Waits for the disk."""
+        thread = self._thread
+        if thread is not None:
+            self._waiting.put(None)
+            thread.join(timeout_s)
+            if thread.is_alive():
+                with self._lock:
+                    self._dropped += self._count
+        self._tell_of_losses()
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            try:
+                self._publish(self._written(item))
+            except Exception as error:  # the thread's border: a strange image, a full disk
+                self._tell(f"{item.name!r} could not be kept: {type(error).__name__}: {error}")
+                with self._lock:
+                    self._dropped += 1
+            with self._lock:
+                self._count -= 1
+                self._nbytes -= item.nbytes
+            self._tell_of_losses()
+            del item
+
+    def _written(self, item: _Item) -> Event:
+        header, name, what = item.header, item.name, item.what
+        if isinstance(what, Text):
+            path = self._write(name, header, what.text.encode("utf-8", "surrogatepass"), "txt")
+            return TextLogged(*header, name, what.text[:INLINE_TEXT], path, item.key, item.of_seq)
+        png = what.encode()
+        width, height = struct.unpack(">II", png[16:24])  # PNG, section 11.2.2: the header chunk comes first
+        path = self._write(name, header, png, "png")
+        assert path is not None
+        return ImageLogged(*header, name, path, width, height, len(png), item.key, item.of_seq)
+
+    def _write(self, name: str, header: Header, data: bytes, ending: str) -> str | None:
+        if self._folder is None:
+            return None
+        self._numbers += 1
+        _, attempt, _, _, _, global_step, *_ = header
+        path = f"{MEDIA_DIR}/{_folder_name(name)}/step-{global_step}.a{attempt}.{self._numbers}.{ending}"
+        file = self._folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        return path
+
+    def _tell(self, problem: str) -> None:
+        if problem not in self._told and len(self._told) < 100:
+            self._told.add(problem)
+            logger.warning(problem)
+
+    def _tell_of_losses(self) -> None:
+        with self._lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self._publish(ObserverDropped(*self._origin.header(), self.OBSERVER, dropped))
+
+
+def _folder_name(name: str) -> str:
+    """A folder for a metric's name, which is a stranger's text."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64]
+    if plain == name:
+        return plain
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{plain}-{digest}"  # or two names would share one
