@@ -19,6 +19,7 @@ from events.errors import RunCancelled as RunCancelled
 from events.errors import RunFolderError as RunFolderError
 from events.errors import RunFolderHeld as RunFolderHeld
 from events.errors import RunFolderMismatch as RunFolderMismatch
+from events.errors import SinkHostFailed as SinkHostFailed
 from events.errors import SinkMisconfigured as SinkMisconfigured
 from events.errors import StagecastError as StagecastError
 from events.errors import TrainingThreadStuck as TrainingThreadStuck

@@ -17,6 +17,7 @@ StagecastError
 │   ├── CheckpointsFailing    several in a row could not be made durable
 │   └── UploadError           a remote store cannot be used
 ├── SinkMisconfigured         a sink that no retry can open: its client is missing, its address is wrong
+├── SinkHostFailed            a sink in a process of its own has failed, and was to end the run then
 ├── RunCancelled              the run was cancelled before it finished
 └── TrainingThreadStuck       the loop did not reach a step boundary in time
 """
@@ -58,6 +59,10 @@ class RunFolderMismatch(RunFolderError):
 
 class SinkMisconfigured(StagecastError):
     """A sink cannot be opened, and trying again will not help; the message says what to do."""
+
+
+class SinkHostFailed(StagecastError):
+    """A sink that runs in a process of its own, with the policy ``fatal``, has failed."""
 
 
 class CheckpointError(StagecastError):

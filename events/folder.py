@@ -159,6 +159,21 @@ class RunFolder:
 _open_folders: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
+def is_held(path: str | os.PathLike[str]) -> bool:
+    """Whether a process has the run's folder, so that more may be written to it. Takes the lock for a moment."""
+    try:
+        fd = os.open(Path(path) / LOCK_NAME, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        _lock_descriptor(fd)
+    except OSError as error:
+        return error.errno in _HELD
+    finally:
+        os.close(fd)
+    return False
+
+
 def _close_in_child() -> None:
     # A forked child shares the open file and with it the lock: an orphaned dataloader worker would hold the
     # folder of a trainer that is long dead. Closing its copy leaves the parent's lock alone, which unlocking

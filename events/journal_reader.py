@@ -128,6 +128,15 @@ def journal_tail(journal_dir: str | os.PathLike[str]) -> JournalTail:
     return JournalTail(seq=numbers[-1], segment=numbers[-1]) if numbers else JournalTail()
 
 
+def last_events(journal_dir: str | os.PathLike[str]) -> list[Event]:
+    """The newest events of a journal: some hundreds, without reading what is before. Raises `OSError`."""
+    folder = Path(journal_dir)
+    for number in reversed(segment_numbers(folder)):
+        if events := _last_events(folder / segment_name(number)):
+            return events
+    return []
+
+
 def _last_events(path: Path) -> list[Event]:
     """Whole events at the end of a segment; none if it has none. One that lacks only its newline counts: a reader
     returns it too."""
@@ -318,19 +327,27 @@ def read_history(
     Raises:
         OSError: A segment exists but cannot be read.
     """
-    # Found first: what supersedes an event may stand at the journal's end.
-    kept_up_to = _kept_up_to(list(_resumes(Path(journal_dir))))
+    counts = history_filter(journal_dir)
     reader = JournalReader(journal_dir, since)
     while events := reader.read():
-        for event in events:
-            if isinstance(event, SUPERSEDED_TYPES):
-                seq, step = kept_up_to(event.attempt)
-                # What a hook logged late belongs to the event that it handled.
-                if (getattr(event, "of_seq", None) or event.seq) > seq or event.global_step > step:
-                    continue
-            yield event
+        yield from filter(counts, events)
     if skipped is not None:
         skipped.extend(reader.skipped)
+
+
+def history_filter(journal_dir: str | os.PathLike[str]) -> Callable[[Event], bool]:
+    """Tell which events of a journal, as it stands, belong to the history that `read_history` returns."""
+    # Found first: what supersedes an event may stand at the journal's end.
+    kept_up_to = _kept_up_to(list(_resumes(Path(journal_dir))))
+
+    def counts(event: Event) -> bool:
+        if not isinstance(event, SUPERSEDED_TYPES):
+            return True
+        seq, step = kept_up_to(event.attempt)
+        # What a hook logged late belongs to the event that it handled.
+        return (getattr(event, "of_seq", None) or event.seq) <= seq and event.global_step <= step
+
+    return counts
 
 
 def _kept_up_to(resumes: list[RunResumed]) -> Callable[[int], tuple[float, float]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from events.messages import (
     Event,
     LedgerReported,
@@ -12,11 +15,6 @@ from events.messages import (
     TrainStepEnded,
     ValEpochEnded,
 )
-
-METRIC_TYPES: frozenset[type[Event]] = frozenset(
-    {TrainStepEnded, TrainEpochEnded, ValEpochEnded, TestEpochEnded, MetricsLogged, SystemSampled, LedgerReported}
-)
-"""The types of events that have numbers."""
 
 _SYSTEM = (
     "cpu_percent",
@@ -44,27 +42,60 @@ def metrics_of(event: Event) -> list[tuple[str, float]]:
     what user code logs, under its own names; ``system/...`` and ``ledger/...`` (seconds of the last interval). Those of
     an evaluation dataloader other than ``"default"`` end in its key: ``val_loss/KEY``. NaN and infinities are there.
     """
-    match event:
-        case TrainStepEnded():
-            step = [("train_loss", event.loss), ("lr", event.lr), ("grad_norm", event.grad_norm)]
-            return [(name, value) for name, value in step if value is not None] + [("step_s", event.step_s)]
-        case MetricsLogged():
-            return [(metric_name(name, event.key), value) for name, value in event.metrics.items()]
-        case ValEpochEnded() | TestEpochEnded():
-            name = "val_loss" if isinstance(event, ValEpochEnded) else "test_loss"
-            return [] if event.loss is None else [(metric_name(name, event.key), event.loss)]
-        case TrainEpochEnded():
-            return [] if event.loss is None else [("train_epoch_loss", event.loss)]
-        case SystemSampled():
-            return _system(event)
-        case LedgerReported() if event.scope == "interval":
-            rows = ((name, getattr(event.ledger, name)) for name in event.ledger.__struct_fields__ if name != "steps")
-            return [(f"ledger/{name}", value) for name, value in rows if value is not None]
-    return []
+    read = _READERS.get(type(event))
+    return read(event) if read is not None else []
 
 
-def _system(event: SystemSampled) -> list[tuple[str, float]]:
+def _of_step(event: TrainStepEnded) -> list[tuple[str, float]]:
+    found = [("step_s", event.step_s)]
+    if event.loss is not None:
+        found.append(("train_loss", event.loss))
+    if event.lr is not None:
+        found.append(("lr", event.lr))
+    if event.grad_norm is not None:
+        found.append(("grad_norm", event.grad_norm))
+    return found
+
+
+def _of_log(event: MetricsLogged) -> list[tuple[str, float]]:
+    return [(metric_name(name, event.key), value) for name, value in event.metrics.items()]
+
+
+def _of_validation(event: ValEpochEnded) -> list[tuple[str, float]]:
+    return [] if event.loss is None else [(metric_name("val_loss", event.key), event.loss)]
+
+
+def _of_test(event: TestEpochEnded) -> list[tuple[str, float]]:
+    return [] if event.loss is None else [(metric_name("test_loss", event.key), event.loss)]
+
+
+def _of_epoch(event: TrainEpochEnded) -> list[tuple[str, float]]:
+    return [] if event.loss is None else [("train_epoch_loss", event.loss)]
+
+
+def _of_ledger(event: LedgerReported) -> list[tuple[str, float]]:
+    if event.scope != "interval":
+        return []
+    rows = ((name, getattr(event.ledger, name)) for name in event.ledger.__struct_fields__ if name != "steps")
+    return [(f"ledger/{name}", value) for name, value in rows if value is not None]
+
+
+def _of_system(event: SystemSampled) -> list[tuple[str, float]]:
     found = [(f"system/{name}", getattr(event, name)) for name in _SYSTEM]
     for gpu in event.gpus:
         found += [(f"system/gpu{gpu.index}/{name}", getattr(gpu, name)) for name in _GPU]
     return [(name, float(value)) for name, value in found if value is not None]
+
+
+# By type, because a journal of a million steps is read through this.
+_READERS: dict[type[Event], Callable[[Any], list[tuple[str, float]]]] = {
+    TrainStepEnded: _of_step,
+    MetricsLogged: _of_log,
+    ValEpochEnded: _of_validation,
+    TestEpochEnded: _of_test,
+    TrainEpochEnded: _of_epoch,
+    LedgerReported: _of_ledger,
+    SystemSampled: _of_system,
+}
+METRIC_TYPES: frozenset[type[Event]] = frozenset(_READERS)
+"""The types of events that have numbers."""

@@ -6,7 +6,6 @@ checked in. Descriptions are the docstrings of `events.messages`, so there is on
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 
 from events import messages
+from events.field_docs import field_docs
 from events.messages import EVENT_TYPES, Event
 from events.wire import NONFINITE
 
@@ -33,13 +33,13 @@ _NONFINITE_SCHEMA = {
 def json_schema() -> dict[str, Any]:
     """Build the schema (JSON Schema 2020-12) of one encoded event, which is one line of a journal."""
     _, definitions = msgspec.json.schema_components(EVENT_TYPES, ref_template="#/$defs/{name}")
-    documented = _attribute_docs(inspect.getsource(messages))
     header = _header_docs(inspect.cleandoc(Event.__doc__ or ""))
     for name, definition in definitions.items():
         is_event = "type" in definition["properties"]
         definition["description"] = " ".join(definition["description"].split())
+        documented = (header if is_event else {}) | field_docs(getattr(messages, name))
         for field, schema in definition["properties"].items():
-            text = documented.get((name, field)) or (header.get(field) if is_event else None)
+            text = documented.get(field)
             if text is not None:
                 schema["description"] = text
         if is_event:
@@ -70,24 +70,6 @@ def _allow_null_numbers(schema: Any) -> Any:
     if changed.get("type") == "number":
         changed["type"] = ["number", "null"]
     return changed
-
-
-def _attribute_docs(source: str) -> dict[tuple[str, str], str]:
-    """The string behind each annotated attribute of each class, which Python itself does not keep."""
-    docs = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for attribute, following in zip(node.body, node.body[1:], strict=False):
-            if (
-                isinstance(attribute, ast.AnnAssign)
-                and isinstance(attribute.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-                and isinstance(following.value.value, str)
-            ):
-                docs[node.name, attribute.target.id] = " ".join(following.value.value.split())
-    return docs
 
 
 def _header_docs(docstring: str) -> dict[str, str]:

@@ -30,6 +30,7 @@ from events.messages import Event
 
 Overflow = Literal["latest", "drop_oldest", "spill", "block"]
 OnError = Literal["fatal", "disable", "retry"]
+Place = Literal["thread", "process"]
 
 
 class RunInfo(msgspec.Struct, frozen=True):
@@ -118,6 +119,10 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     which may have up to twice as long."""
     slow_s: Annotated[float, Meta(gt=0)] = 10.0
     """How long one delivery, or hook, may take before `ObserverSlow` says so."""
+    runs_in: Place | None = None
+    """Of a sink: ``thread``, or ``process`` for the run's sink host, where it competes with nobody for the interpreter
+    and reads the journal, so that it misses nothing: ``overflow``, ``capacity`` and ``spill_bytes`` have no part there.
+    None: as the trainer says (``sinks_in``)."""
 
     def __post_init__(self) -> None:
         # A Struct's constructor takes anything; only decoding would validate.

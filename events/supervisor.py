@@ -311,6 +311,11 @@ class Observer:
         if self._draining.is_set() and self.circuit == "disabled" and self._late is not None:
             self._finished.set()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is closed."""
+        return self._finished.is_set()
+
     async def finished(self) -> None:
         """Wait until it is closed."""
         await self._finished.wait()
@@ -355,6 +360,7 @@ class Supervisor:
         self._bus = bus
         self._on_fatal = on_fatal
         self.observers: list[Observer] = []
+        self._names = {"bus"}
         self._limit_s = math.inf
         self._draining: anyio.CancelScope | None = None
         self._drained: list[Observer] = []  # who is, or was last
@@ -362,12 +368,16 @@ class Supervisor:
 
     def add(self, name: str, target: Target, delivery: Delivery) -> Observer:
         """Subscribe an observer, whose `Observer.run` is then to be started. A name that is taken gets a number."""
-        taken = {"bus", *(observer.name for observer in self.observers)}
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        unique = next(unique for unique in itertools.chain([name], numbered) if unique not in taken)
-        observer = Observer(unique, target, delivery, self._bus, self._on_fatal)
+        observer = Observer(self.take_name(name), target, delivery, self._bus, self._on_fatal)
         self.observers.append(observer)
         return observer
+
+    def take_name(self, name: str) -> str:
+        """The name, or a numbered one if it is taken; from now on it is."""
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        unique = next(unique for unique in itertools.chain([name], numbered) if unique not in self._names)
+        self._names.add(unique)
+        return unique
 
     async def drain(self, observers: Sequence[Observer], timeout_s: float) -> list[ObserverReport]:
         """Deliver what these observers still have queued, close them, and report; no longer than ``timeout_s``."""
@@ -386,6 +396,10 @@ class Supervisor:
                 await observer.finished()
         self._draining = None
         return [observer.report() for observer in observers]
+
+    def limited(self, timeout_s: float) -> float:
+        """How long a drain of so long may take, since somebody is in a hurry."""
+        return min(timeout_s, self._limit_s)
 
     def leave(self, observer: Observer) -> None:
         """Wait no longer than a moment for this one, in the drain that is under way or when its turn comes."""

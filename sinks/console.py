@@ -108,6 +108,7 @@ class Console(msgspec.Struct, frozen=True):
     # failed once (a closed pipe) will not come back, hence no retries. No timeout: Ctrl-S stops a terminal
     # for as long as its reader likes, and that is no failure.
     delivery: ClassVar[Delivery] = Delivery(
+        runs_in="thread",  # the terminal is this process's
         types=_TYPES,
         overflow="latest",
         capacity=8_192,

@@ -40,7 +40,7 @@ class Memory(msgspec.Struct, frozen=True, dict=True):
     # Loses nothing that a disk can keep up with, and never holds the loop: `block` would hold it when the machine is so
     # busy that the queue fills, and a test would then measure its own sink. Appending cannot hang, so a timeout could
     # only lose events.
-    delivery: ClassVar[Delivery] = Delivery(overflow="spill", timeout_s=None)
+    delivery: ClassVar[Delivery] = Delivery(overflow="spill", timeout_s=None, runs_in="thread")
 
     def __post_init__(self) -> None:
         if self.capacity < 1:

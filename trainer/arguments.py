@@ -130,6 +130,13 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, description="How often the stall ledger is published, in seconds; infinity only at the end."),
     ] = 10.0
+    system_interval_s: Annotated[
+        Annotated[float, Meta(ge=0.1)] | None,
+        Meta(
+            description="How often the use of processors, memory, disk, network and GPUs is sampled, in seconds; "
+            "infinity only at the start and the end. None: never. Needs the extra stagecast[system]."
+        ),
+    ] = None
     drain_timeout_s: Annotated[
         _Seconds,
         Meta(

@@ -33,7 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2, for wrong arguments; with code 143 on a second SIGTERM.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "train" and not any(word.startswith("-") for word in rest):
+        options.overrides = [
+            *options.overrides,
+            *rest,
+        ]  # those behind an option, which argparse does not take (up to Python 3.12)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of metrics and folders may be in any script
     try:
@@ -60,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stagecast {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_train(commands)
     _add_checkpoints(commands)
+    _add_replay(commands)
+    _add_watch(commands)
     return parser
 
 
@@ -77,6 +88,37 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights and order (default: 0)")
     demo.add_argument("--run-dir", metavar="FOLDER", help="the run's folder (default: runs/RUN_ID)")
     demo.set_defaults(run=_demo)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train what a file describes",
+        description="Train what a YAML, TOML or JSON file describes: a module, how to train it, who\n"
+        "is told. Ctrl-C stops it at the next step, with a checkpoint.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.add_argument("file", metavar="FILE", help="the run's file (.yaml, .toml or .json)")
+    train.add_argument("overrides", nargs="*", default=[], metavar="NAME=VALUE", help="instead of what the file says")
+    train.add_argument("--check", action="store_true", help="build everything, say what is wrong, and train nothing")
+    train.add_argument("-h", "--help", action=_ShowReference)
+    train.set_defaults(run=_train)
+
+
+class _ShowReference(argparse.Action):
+    """Shows the help with all that can stand in the file, which is put together only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show this, and end")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from trainer import cli_train
+
+        parser.epilog = cli_train.reference()
+        parser.print_help()
+        parser.exit()
 
 
 def _add_checkpoints(commands: Any) -> None:
@@ -112,6 +154,61 @@ def _add_checkpoints(commands: Any) -> None:
         "--name", type=_checkpoint, help="which (step-500.a1; default: the newest whole one that the run came from)"
     )
     export.add_argument("--force", action="store_true", help="replace the file if it is there")
+
+
+def _add_replay(commands: Any) -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="feed the events of a run to sinks",
+        description="Feed the events of a run, as they stand in its journal, to one or more sinks: to a tool that it"
+        " did not have, or could not reach. Steps that were done again count once. If the run is under way, it is"
+        " followed to its end. The exit code is 1 if a sink did not get everything.",
+        epilog="Options of a sink are those of its class: stagecast train --help lists them.",
+        allow_abbrev=False,
+    )
+    replay.add_argument("path", type=Path, metavar="RUN", help="the run's folder")
+    replay.add_argument(
+        "--to",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("SINK", "OPTION=VALUE"),
+        help="an installed sink, and its options; may be given several times",
+    )
+    replay.add_argument("--since", type=_natural, default=0, metavar="SEQ", help="leave out the events up to this one")
+    replay.set_defaults(run=_replay)
+
+
+def _add_watch(commands: Any) -> None:
+    watch = commands.add_parser(
+        "watch",
+        help="show runs in a browser, as they happen",
+        description="Serve a page that shows a run, or all runs of a folder, as they happen or as they were. It reads"
+        " their journals, so it may be started and ended at any time.",
+        epilog="The environment variable STAGECAST_TOKEN holds the token that watchers have to show; without it only"
+        " addresses that no other machine reaches are served.",
+        allow_abbrev=False,
+    )
+    watch.add_argument("path", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="(default: runs)")
+    watch.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(default: 127.0.0.1)")
+    watch.add_argument("--port", type=_natural, default=8765, metavar="N", help="0 takes a free one (default: 8765)")
+    watch.add_argument("--commands", action="store_true", help="let watchers stop and pause runs, and have checkpoints")
+    watch.add_argument(
+        "--origin", action="append", default=[], metavar="URL", help="a site whose pages may talk to the server, too"
+    )
+    watch.set_defaults(run=_watch)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from trainer import cli_watch
+
+    return cli_watch.watch(options.path, options.host, options.port, commands=options.commands, origins=options.origin)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from trainer import cli_replay
+
+    return cli_replay.replay(options.path, options.to, options.since)
 
 
 def _add_action(actions: Any, name: str, about: str, more: str) -> argparse.ArgumentParser:
@@ -164,6 +261,18 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"stagecast demo: error: {error}", file=sys.stderr)
         return 2
     return _SIGNAL_CODES.get(result.reason or "", 0)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from trainer import cli_train
+    from trainer.errors import ArgumentsError
+
+    try:
+        result = cli_train.train(options.file, options.overrides, only_check=options.check)
+    except ArgumentsError as error:
+        print(f"stagecast train: error: {error}", file=sys.stderr)
+        return 2
+    return _SIGNAL_CODES.get(result.reason or "", 0) if result is not None else 0
 
 
 def _checkpoints(options: argparse.Namespace) -> int:

@@ -1,7 +1,5 @@
 """``stagecast checkpoints list`` and ``verify``: what there is, and whether it is whole, without torch."""
 
-# ruff: noqa: T201 - what a command prints is its output
-
 from __future__ import annotations
 
 import contextlib

@@ -1,7 +1,5 @@
 """``stagecast checkpoints export``: the module's tensors, as a state dict in a safetensors file, without torch."""
 
-# ruff: noqa: T201 - what a command prints is its output
-
 from __future__ import annotations
 
 import contextlib

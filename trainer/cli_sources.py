@@ -1,7 +1,5 @@
 """Where checkpoints are that the command is asked about: on disk, or in a remote store; read alike, without torch."""
 
-# ruff: noqa: T201 - what a command prints is its output
-
 from __future__ import annotations
 
 import contextlib

@@ -107,14 +107,14 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of ``config`` with ``"name=value"`` or ``"group.name=value"`` applied, in order.
+    """Return a copy of ``config`` with ``"name=value"``, ``"group.name=value"``, ``"list.0=value"`` applied, in order.
 
-    Values are read as YAML: ``1e-4`` is a number, ``null`` is None, ``[1, 2]`` a list. Groups that are
-    missing are made; ``config`` is not changed.
+    Values are read as YAML: ``1e-4`` is a number, ``null`` is None, ``[1, 2]`` a list. Groups and lists that are
+    missing are made, and a list grows by the number that comes next; ``config`` is not changed.
 
     Raises:
         ArgumentsError: An override has no ``=``, an empty name, a value that is no YAML, or leads through a
-            value that is no group.
+            value that is no group, or to a place that a list does not have.
     """
     result = dict(config)
     for override in overrides:
@@ -128,15 +128,29 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
             value = parse_yaml(text)
         except _UNREADABLE as error:
             raise ArgumentsError(f"override {override!r}: the value is not valid YAML: {error}") from error
-        group = result
-        for depth, name in enumerate(names[:-1], start=1):
-            inner = group.get(name)
-            if inner is not None and not isinstance(inner, Mapping):
-                at = ".".join(names[:depth])
-                raise ArgumentsError(f"override {override!r}: {at} is {reprlib.repr(inner)}, not a group of values")
-            group[name] = group = dict(inner or {})
-        group[names[-1]] = value
+        try:
+            result = _replaced(result, names, 0, value)
+        except LookupError as error:
+            raise ArgumentsError(f"override {override!r}: {error.args[0]}") from error
     return result
+
+
+def _replaced(group: Any, names: list[str], depth: int, value: Any) -> Any:
+    """A copy of a group or list, with the value at the end of ``names``. Raises LookupError for what leads nowhere."""
+    if depth == len(names):
+        return value
+    name, at = names[depth], ".".join(names[:depth])
+    if group is None and name == "0":  # of a list that is missing, as groups may be
+        group = []
+    if isinstance(group, list):
+        place = int(name) if name.isdecimal() else len(group) + 1
+        if place > len(group):
+            raise LookupError(f"{at} is a list of {len(group)}: {name!r} is no number from 0 to {len(group)}")
+        inner = group[place] if place < len(group) else None
+        return [*group[:place], _replaced(inner, names, depth + 1, value), *group[place + 1 :]]
+    if group is not None and not isinstance(group, Mapping):
+        raise LookupError(f"{at} is {reprlib.repr(group)}, not a group of values")
+    return {**(group or {}), name: _replaced((group or {}).get(name), names, depth + 1, value)}
 
 
 # ----------------------------------------------------------------------------------------------- checking

@@ -19,12 +19,13 @@ from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled, TrainingThreadStuck
 from events.folder import RunFolder
+from events.inbox import Inbox
 from events.journal import Journal
 from events.log import current_origin, logger
 from events.messages import CheckpointFailed, CheckpointStaged, NonFiniteLoss, TrainStepEnded
 from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
-from events.sink import Delivery, RunInfo, Sink, delivery_of
+from events.sink import Delivery, Place, RunInfo, Sink, delivery_of
 from events.supervisor import Observer, SinkTarget, Supervisor, describe
 from trainer.arguments import TrainerArguments
 from trainer.cancellation import outliving
@@ -39,12 +40,14 @@ from trainer.precision import Precision
 from trainer.readback import DeviceReadback
 from trainer.recorder import MetricRecorder
 from trainer.resume import CheckpointPlan
+from trainer.system import SystemSampler
 
 Callback = CallbackInterface | tuple[CallbackInterface, Delivery]
 SinkLike = Sink | tuple[Sink, Delivery]
 
 _JOURNAL_WAIT_S = 5.0
 """How long a checkpoint waits for the journal to have what led to it. The journal is the lesser good."""
+_SETTLE_S = 0.01
 _ABORTED_DRAIN_S = 0.5
 """How long each of callbacks, sinks and journal may take after a second signal."""
 
@@ -75,6 +78,7 @@ class Session:
         settings: Checkpoints | None,
         resume: str | os.PathLike[str] | None,
         interactive: bool,
+        sinks_in: Place,
     ) -> None:
         self.error: BaseException | None = None
         """What the run's door has to raise, once `serve` has returned."""
@@ -98,7 +102,10 @@ class Session:
             # The contract has no hook for a test.
             members = [(module, None), *map(split, callbacks)] if task == "train" else []
             hooks = self._add_callbacks(members)
-            self._add_sinks(sinks, attempt)
+            self._inbox = Inbox(self._folder.path, control.send) if self._folder is not None else None
+            self._host = self._add_sinks(sinks, attempt, sinks_in)
+            interval_s = arguments.system_interval_s
+            self._system = SystemSampler(interval_s, self.bus, folder) if interval_s is not None else None
             self.loop = LoopThread(
                 module,
                 arguments,
@@ -174,11 +181,30 @@ class Session:
                     table.fenced.setdefault(kind, []).append(observer.name)
         return table
 
-    def _add_sinks(self, sinks: Iterable[SinkLike], run: RunInfo) -> None:
+    def _add_sinks(self, sinks: Iterable[SinkLike], run: RunInfo, sinks_in: Place) -> Any:
+        """Add the sinks; returns the host of those that run in a process of their own, None if none does."""
+        hosted: list[Any] = []
         for sink in sinks:
             described, delivery = split(sink)
+            delivery = delivery or delivery_of(described)
             name = type(described).__name__.lower()
-            self._supervisor.add(name, SinkTarget(described, run), delivery or delivery_of(described))
+            if (delivery.runs_in or sinks_in) == "thread":
+                observer = self._supervisor.add(name, SinkTarget(described, run), delivery)
+                self._forget_place(observer.name)
+            else:
+                host: Any = importlib.import_module("sinks.host")
+                since = self.bus.last_seq
+                hosted.append(host.HostedSink.of(self._supervisor.take_name(name), described, delivery, since))
+        if not hosted:
+            return None
+        process: Any = importlib.import_module("sinks.host_process")
+        return process.SinkHost(run, hosted, self.bus, self._arguments.drain_timeout_s, self._on_fatal)
+
+    def _forget_place(self, name: str) -> None:
+        """A sink that runs here now, and may have been in a host before, has no place in the journal any more."""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                (self._folder.path / "sinks" / f"{name}.json").unlink(missing_ok=True)
 
     def _add_checkpoints(self) -> Any:
         """The observers that write checkpoints, and upload them."""
@@ -255,7 +281,12 @@ class Session:
 
     def hurry(self) -> None:
         """Somebody cannot wait for the observers: leave them no more than a moment. Any thread."""
-        self.bus.post(lambda: self._supervisor.hurry(_ABORTED_DRAIN_S))
+        self.bus.post(self._hurry)
+
+    def _hurry(self) -> None:
+        self._supervisor.hurry(_ABORTED_DRAIN_S)
+        if self._host is not None:
+            self._host.hurry(_ABORTED_DRAIN_S)
 
     @property
     def cancelled(self) -> bool:
@@ -277,7 +308,15 @@ class Session:
                     tasks.start_soon(outliving, self.bus.run, name="stagecast bus")
                     for observer in self._supervisor.observers:
                         tasks.start_soon(outliving, observer.run, name=f"stagecast {observer.name}")
+                    if self._host is not None:
+                        self._host.start()
+                    if self._inbox is not None:
+                        self._inbox.start()
+                    if self._system is not None:
+                        tasks.start_soon(outliving, self._system.run, name="stagecast system")
                     await self._wait_for_loop()
+                    if self._system is not None:
+                        await self._system.stop()
                     reports = await self._drain()
                     tasks.cancel_scope.cancel()
                 self._conclude(reports)
@@ -285,8 +324,12 @@ class Session:
                 self.control.fail(RunCancelled(f"run {self._run_id} was cancelled: its event loop has failed"))
                 raise
             finally:
+                if self._system is not None:
+                    self._system.abandon()
                 if self._stuck is None:
                     self.loop.release()
+                if self._inbox is not None:
+                    self._inbox.stop()
                 self._close_folder()
                 self.finished.set()
                 current_origin.reset(token)
@@ -313,7 +356,9 @@ class Session:
             self._supervisor.hurry(_ABORTED_DRAIN_S)
         reports: list[ObserverReport] = []
         for timeout_s, observers in stages:
-            if observers:
+            if observers is stages[-2][1] and self._host is not None:
+                reports += await self._drain_with_host(observers, timeout_s)
+            elif observers:
                 reports += await self._supervisor.drain(observers, timeout_s)
             if observers is stages[0][1] and self._media.used:  # callbacks can log no more, and sinks are to get it
                 await anyio.to_thread.run_sync(self._media.close, timeout_s, limiter=anyio.CapacityLimiter(1))
@@ -322,6 +367,28 @@ class Session:
         await self.bus.drain()
         self.bus.close()
         return reports
+
+    async def _drain_with_host(self, sinks: list[Observer], timeout_s: float) -> list[ObserverReport]:
+        """Drain the sinks here and those in the host at the same time."""
+        here: list[ObserverReport] = []
+        there: list[ObserverReport] = []
+        timeout_s = self._supervisor.limited(timeout_s)
+
+        async def drain_here() -> None:
+            here.extend(await self._supervisor.drain(sinks, timeout_s))
+
+        async with anyio.create_task_group() as both:
+            both.start_soon(drain_here)
+            await self.bus.drain()
+            with anyio.move_on_after(min(timeout_s, _JOURNAL_WAIT_S)):
+                while not self.journal_settled():  # noqa: ASYNC110  # it is asked, and tells nobody
+                    await anyio.sleep(_SETTLE_S)
+            there += await self._host.finish(self._journalled_seq(), timeout_s)
+        return here + there
+
+    def _journalled_seq(self) -> int | None:
+        target: Any = self._journal.target if self._journal is not None else None
+        return target.writer.written_seq if target is not None and target.writer is not None else None
 
     def leave_uploads(self) -> None:
         """Wait no longer for uploads: the next attempt goes on with them. Any thread, and a signal handler."""

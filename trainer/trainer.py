@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import queue
@@ -25,7 +26,7 @@ from events.journal import Journal
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult, Stop
 from events.run import Run
-from events.sink import Delivery
+from events.sink import Delivery, Place, delivery_of, require
 from events.stream import LocalEventStream
 from trainer.arguments import TrainerArguments
 from trainer.cancellation import outlast
@@ -55,6 +56,10 @@ class Trainer:
             otherwise.
         sinks: Observers of the events. None: the console in `train` and `test`, nothing in `run`. Pair one with a
             `Delivery` to choose how events are delivered to it.
+        sinks_in: Where sinks run whose delivery does not say (``runs_in``). ``"thread"``: each on a thread of this
+            process. ``"process"``: all in one process of their own, which reads the journal: however busy they are, the
+            loop does not feel it, and should that process die, another goes on where it was. What they print is in the
+            run's folder, in ``sinks/host.log``.
         journal: Whether and how the run keeps its events on disk; on by default.
         run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, the run is taken up
             again.
@@ -77,6 +82,7 @@ class Trainer:
         *,
         callbacks: Iterable[Callback] = (),
         sinks: Iterable[SinkLike] | None = None,
+        sinks_in: Place = "thread",
         journal: bool | Journal = True,
         run_id: str | None = None,
         run_dir: str | os.PathLike[str] | None = None,
@@ -88,6 +94,7 @@ class Trainer:
         problems: list[str] = []
         self._callbacks = _members("callbacks", callbacks, problems)
         self._sinks = None if sinks is None else _members("sinks", sinks, problems)
+        self._sinks_in: Place = sinks_in
         self._journal = Journal() if journal is True else None if journal is False else journal
         self._run_id = run_id
         self._run_dir = run_dir
@@ -104,6 +111,7 @@ class Trainer:
         if not isinstance(resume, str | os.PathLike | None) or resume == "":
             problems.append(f"resume must be 'auto', a path, an address or None, not {_shown(resume)}")
         _check(self.module, self.arguments, self._callbacks, self._sinks, problems)
+        _check_places(self._sinks, sinks_in, self._journal, problems)
         _check_folder(self._journal, run_id, run_dir, problems)
         if problems:
             raise ArgumentsError("Trainer: " + "; ".join(problems))
@@ -200,6 +208,7 @@ class Trainer:
             settings=place.settings,
             resume=place.resume,
             interactive=interactive,
+            sinks_in=self._sinks_in,
         )
 
 
@@ -438,6 +447,11 @@ def _check(
         problems.append(
             f"arguments must be TrainerArguments, not {_shown(arguments)}; TrainerArguments.from_dict builds them"
         )
+    elif arguments.system_interval_s is not None:
+        try:
+            require("psutil", "system", "TrainerArguments(system_interval_s=...)")
+        except SinkMisconfigured as error:
+            problems.append(str(error))
     for number, callback in enumerate(callbacks):
         target, delivery = split(callback)
         if not isinstance(target, CallbackInterface) or not isinstance(delivery, Delivery | None):
@@ -460,6 +474,24 @@ def _check(
                 check()
             except SinkMisconfigured as error:
                 problems.append(f"sinks[{number}]: {error}")
+
+
+def _check_places(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:
+    """See that what is to run in a process of its own can."""
+    if sinks_in not in ("thread", "process"):
+        problems.append(f"sinks_in must be 'thread' or 'process', not {_shown(sinks_in)}")
+    for number, sink in enumerate(sinks or ()):
+        target, delivery = split(sink)
+        delivery = delivery if isinstance(delivery, Delivery) else delivery_of(target)
+        if (delivery.runs_in or sinks_in) != "process" or not callable(getattr(target, "open", None)):
+            continue
+        if journal is None:
+            problems.append(f"sinks[{number}] cannot run in a process of its own without the journal, which that reads")
+        host: Any = importlib.import_module("sinks.host")
+        try:
+            host.HostedSink.of("", target, delivery, 0)
+        except SinkMisconfigured as error:
+            problems.append(f"sinks[{number}]: {error}")
 
 
 def _check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -> None:

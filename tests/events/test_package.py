@@ -42,6 +42,7 @@ PUBLIC = {
     "RunFolderError",
     "RunFolderHeld",
     "RunFolderMismatch",
+    "SinkHostFailed",
     "SinkMisconfigured",
     "StagecastError",
     "TrainingThreadStuck",

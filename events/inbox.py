@@ -1,0 +1,97 @@
+"""Commands to a run from other processes: files in its folder, which whoever may write there may leave.
+
+A command is one file of JSON under ``commands/``, put there as a whole by renaming it. The run looks a few times a
+second, takes what it finds in the order in which it was sent, and removes it. Nothing listens anywhere, so there is
+nothing to guard but the folder; it works wherever the run's folder can be seen, on a network file system too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from events.errors import RunFolderError, WireError
+from events.folder import is_held
+from events.log import logger
+from events.protocol import AnyCommand
+from events.wire import decode_command_json, encode_command_json
+
+COMMANDS_DIR = "commands"
+"""Within a run's folder."""
+LOOK_S = 0.25
+"""How often a run looks for commands."""
+
+
+def send_command(run_dir: str | os.PathLike[str], command: AnyCommand) -> None:
+    """Leave a command for the run of this folder. Waits for the disk, not for the run: `CommandTaken` tells of that.
+
+    Raises:
+        RunFolderError: No run is under way there, or the folder cannot be written to.
+    """
+    run_dir = Path(run_dir)
+    if not is_held(run_dir):
+        raise RunFolderError(f"no run is under way in {run_dir}, so nobody would take the command {command!r:.80}")
+    folder = run_dir / COMMANDS_DIR
+    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".{name}.tmp"
+        temporary.write_bytes(encode_command_json(command))
+        os.replace(temporary, folder / f"{name}.json")
+    except OSError as error:
+        raise RunFolderError(f"the command cannot be left in {folder}: {error}") from error
+
+
+class Inbox:
+    """Takes the commands that are left for a run, on a thread of its own.
+
+    Args:
+        run_dir: The run's folder, which the caller holds.
+        take: Gets each command, on the inbox's thread; must not raise.
+    """
+
+    def __init__(self, run_dir: Path, take: Callable[[AnyCommand], None]) -> None:
+        self._folder = run_dir / COMMANDS_DIR
+        self._take = take
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stagecast-inbox", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look. What an earlier attempt has not taken any more was meant for that one, and goes."""
+        for path in self._found():
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more. Does not wait: the thread may be waiting for a disk."""
+        self._over.set()
+
+    def _run(self) -> None:
+        while not self._over.wait(LOOK_S):
+            for path in self._found():
+                try:
+                    data = path.read_bytes()
+                    path.unlink()
+                except OSError:  # not ours to remove, or gone: it would be taken again and again
+                    continue
+                try:
+                    command = decode_command_json(data)
+                except WireError as error:
+                    logger.warning(f"{path} is no command: {error}")
+                    continue
+                if self._over.is_set():
+                    return
+                self._take(command)
+
+    def _found(self) -> list[Path]:
+        try:
+            names = os.listdir(self._folder)
+        except OSError:  # nobody has left anything yet, or the disk does not answer
+            return []
+        return [self._folder / name for name in sorted(names) if name.endswith(".json") and not name.startswith(".")]

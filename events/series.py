@@ -1,0 +1,197 @@
+"""Curves of a run in bounded memory: what charts, late joiners and reports show.
+
+A series keeps the mean, the smallest and the largest value of so many steps each. When it has too many of these points,
+pairs become one, so that however long a run is, its curve fits a screen, and no spike is lost in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from events.messages import Event, TrainStepEnded
+from events.metrics import metrics_of
+
+MOST_POINTS = 2_000
+"""Points of a series; between half of that and all of it, once it is long."""
+MOST_POINTS_IN_ALL = 250_000
+"""Points of all series of a run: where there are many, each has fewer."""
+MOST_SERIES = 2_000
+"""Names are strangers' text, so even their number has a bound."""
+
+
+class Series(msgspec.Struct):
+    """One curve: column by column, a point after the other.
+
+    Attributes:
+        step: The last ``global_step`` in each point.
+        time: Unix seconds of that.
+        mean: Of the finite values in it; NaN if none is.
+        low: The smallest finite value in it; NaN if none is.
+        high: The largest one.
+        weight: How many values are in it.
+        odd: Points in which a value was not finite, by their index: ``nan``, ``inf`` or ``-inf``.
+    """
+
+    step: list[int] = []
+    time: list[float] = []
+    mean: list[float] = []
+    low: list[float] = []
+    high: list[float] = []
+    weight: list[int] = []
+    odd: dict[int, str] = {}
+    width: int = 1
+    """Values that a point takes; a power of two."""
+    last: float = math.nan
+
+    @property
+    def count(self) -> int:
+        """Values in all."""
+        return sum(self.weight)
+
+    def extend(self, steps: list[int], times: list[float], values: list[float], most: int = MOST_POINTS) -> None:
+        """Take values in their order, and keep at most so many points. Steps come in order, by and large."""
+        begin, count = 0, len(values)
+        if count:
+            self.last = values[-1]
+        while begin < count:
+            room = self.width - self.weight[-1] if self.weight else 0
+            if room <= 0 and len(self.step) >= most:
+                self._halve()
+                continue
+            end = min(begin + (room if room > 0 else self.width), count)
+            self._put(steps[end - 1], times[end - 1], values[begin:end], new=room <= 0)
+            begin = end
+
+    def _put(self, step: int, time: float, values: list[float], *, new: bool) -> None:
+        """Into one point: the last one, or a new one."""
+        weight, total = len(values), sum(values)
+        if math.isfinite(total):
+            mean = total / weight
+        else:  # one of them is not, or they are so large that their sum is not
+            odd = next((value for value in values if not math.isfinite(value)), None)
+            if odd is not None:
+                self.odd[len(self.step) - (0 if new else 1)] = str(odd)
+            values = [value for value in values if math.isfinite(value)]
+            mean = sum(value / len(values) for value in values) if values else math.nan
+        low, high = (min(values), max(values)) if values else (math.nan, math.nan)
+        if new:
+            self.step.append(step)
+            self.time.append(time)
+            self.mean.append(mean)
+            self.low.append(low)
+            self.high.append(high)
+            self.weight.append(weight)
+            return
+        self.step[-1], self.time[-1] = step, time
+        self.mean[-1] = _mean(self.mean[-1], self.weight[-1], mean, weight)
+        self.low[-1] = _pick(min, self.low[-1], low)
+        self.high[-1] = _pick(max, self.high[-1], high)
+        self.weight[-1] += weight
+
+    def _halve(self) -> None:
+        """Two points become one."""
+        merged = Series(width=self.width * 2, last=self.last)
+        for left in range(0, len(self.step), 2):
+            right = min(left + 1, len(self.step) - 1)
+            merged.step.append(self.step[right])
+            merged.time.append(self.time[right])
+            only = left == right
+            mean = self.mean[left], self.weight[left], self.mean[right], self.weight[right]
+            merged.mean.append(self.mean[left] if only else _mean(*mean))
+            merged.low.append(_pick(min, self.low[left], self.low[right]))
+            merged.high.append(_pick(max, self.high[left], self.high[right]))
+            merged.weight.append(self.weight[left] + (0 if only else self.weight[right]))
+        merged.odd = {index // 2: text for index, text in self.odd.items()}
+        for name in self.__struct_fields__:
+            setattr(self, name, getattr(merged, name))
+
+
+class SeriesStore(msgspec.Struct):
+    """All curves of a run, and up to where of its journal they go."""
+
+    cursor: int = 0
+    """``seq`` of the last event that is in them."""
+    attempt: int = 0
+    series: dict[str, Series] = {}
+    left_out: int = 0
+    """Values under names beyond `MOST_SERIES`."""
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Take the numbers of events, in their order."""
+        columns: dict[str, tuple[list[int], list[float], list[float]]] = {}
+        for event in events:
+            if event.seq > self.cursor:
+                self.cursor, self.attempt = event.seq, event.attempt
+            for name, value in points_of(event):
+                column = columns.get(name)
+                if column is None:
+                    column = columns[name] = ([], [], [])
+                column[0].append(event.global_step)
+                column[1].append(event.time)
+                column[2].append(value)
+        for name in columns:
+            if name not in self.series and len(self.series) < MOST_SERIES:
+                self.series[name] = Series()
+        most = min(MOST_POINTS, MOST_POINTS_IN_ALL // max(1, len(self.series)))
+        for name, column in columns.items():
+            series = self.series.get(name)
+            if series is None:
+                self.left_out += len(column[0])
+            else:
+                series.extend(*column, most)
+
+    def encode(self) -> bytes:
+        """For a file from which `decode` brings it back."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> SeriesStore:
+        """Raises `msgspec.DecodeError` for what is none of this version."""
+        return msgspec.msgpack.decode(data, type=cls)
+
+
+def points_of(event: Event) -> list[tuple[str, float]]:
+    """What charts show of an event: its metrics, and of a step how many rows it trained in a second."""
+    found = metrics_of(event)
+    if isinstance(event, TrainStepEnded) and event.rows is not None and event.step_s > 0:
+        found.append(("rows_per_s", event.rows / event.step_s))
+    return found
+
+
+def plain(series: Series) -> dict[str, Any]:
+    """A series as JSON has it: no NaN, no infinities."""
+
+    def column(values: list[float]) -> Sequence[float | None]:
+        # A point is without a finite value only if it has one that is not.
+        return values if not series.odd else [value if math.isfinite(value) else None for value in values]
+
+    shown: dict[str, Any] = {
+        "step": series.step,
+        "mean": column(series.mean),
+        "min": column(series.low),
+        "max": column(series.high),
+        "time": series.time,
+        "count": series.count,
+    }
+    if series.odd:
+        shown["nonfinite"] = {str(index): text for index, text in series.odd.items()}
+    return shown
+
+
+def _mean(first: float, first_weight: int, second: float, second_weight: int) -> float:
+    """Of two points. Values that were not finite count among the weights: it is no worse for that."""
+    if math.isnan(first) or math.isnan(second):
+        return second if math.isnan(first) else first
+    share = second_weight / (first_weight + second_weight)
+    return first * (1.0 - share) + second * share  # never beyond the two, as their difference may be
+
+
+def _pick(choose: Any, first: float, second: float) -> float:
+    if math.isnan(first) or math.isnan(second):
+        return second if math.isnan(first) else first
+    chosen: float = choose(first, second)
+    return chosen

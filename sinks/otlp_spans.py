@@ -1,0 +1,218 @@
+"""Spans of a run, told from its events. Pure code: no client, no I/O, no clock.
+
+The identifiers are made from the run's own: delivering an event again, or telling a run again from its journal, gives
+the same spans, which a trace store keeps once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from events.messages import (
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointStaged,
+    CheckpointUploaded,
+    CommandTaken,
+    Event,
+    JournalGap,
+    LoopHeld,
+    NonFiniteLoss,
+    ObserverDropped,
+    ObserverFailed,
+    ObserverRecovered,
+    ObserverSlow,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    StepSkipped,
+    TestEpochEnded,
+    TestEpochStarted,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    ValEpochEnded,
+    ValEpochStarted,
+    WeightsSaved,
+)
+from events.metrics import metrics_of
+
+_NOTES = (
+    CheckpointFailed, CheckpointRejected, CheckpointSkipped, CommandTaken, JournalGap, LoopHeld, NonFiniteLoss,
+    ObserverDropped, ObserverFailed, ObserverRecovered, ObserverSlow, RunResumed, StepSkipped, WeightsSaved,
+)  # fmt: skip
+SPAN_TYPES: frozenset[type[Event]] = frozenset({
+    RunStarted, RunEnded, TrainEpochStarted, TrainStepEnded, TrainEpochEnded, ValEpochStarted, ValEpochEnded,
+    TestEpochStarted, TestEpochEnded, CheckpointStaged, CheckpointSaved, CheckpointUploaded, *_NOTES,
+})  # fmt: skip
+"""The types of events that begin, end or are noted in a span."""
+
+_MOST_NOTES = 128
+"""Notes in one span, as the SDKs' own limit is; a loss may be NaN at every step."""
+_HEADER = len(Event.__struct_fields__)
+
+Status = Literal["unset", "ok", "error"]
+Evaluation = tuple[str, str]
+
+
+class Note(msgspec.Struct):
+    """Something that happened within a span."""
+
+    name: str
+    time: float
+    attributes: dict[str, Any]
+
+
+class Span(msgspec.Struct):
+    """A stretch of a run, in Unix seconds."""
+
+    name: str
+    span_id: bytes
+    start: float
+    parent: bytes | None = None
+    link: bytes | None = None
+    """Another span of the same trace that this one continues."""
+    end: float = 0.0
+    status: Status = "unset"
+    message: str = ""
+    attributes: dict[str, Any] = {}
+    notes: list[Note] = []
+    notes_left_out: int = 0
+
+
+def trace_id(run_id: str) -> bytes:
+    """The trace of all attempts at a run."""
+    return _digest("trace", run_id)[:16]
+
+
+def run_span_id(run_id: str, attempt: int) -> bytes:
+    """The span of an attempt: known without its events, so that the next one can link to it."""
+    return _digest("run", run_id, attempt)[:8]
+
+
+class Spans:
+    """Tells the spans of one attempt.
+
+    The run holds training epochs, which hold their validations; tests and checkpoints stand in the run, because a
+    checkpoint may be written while the next epoch goes on.
+    """
+
+    def __init__(self, run_id: str, attempt: int) -> None:
+        self._run_id = run_id
+        self._attempt = attempt
+        self._run_span_id = run_span_id(run_id, attempt)
+        self._run: Span | None = None
+        self._run_start = 0.0
+        self._epoch: Span | None = None
+        self._epochs_done = -1  # the last epoch that has ended
+        self._evaluations: dict[Evaluation, Span] = {}
+        self._checkpoints: dict[str, Span] = {}
+
+    def take(self, events: Sequence[Event]) -> list[Span]:
+        """Take events in their order; returns the spans that have ended."""
+        ended: list[Span] = []
+        for event in events:
+            self._begin(event)
+            if isinstance(event, _NOTES):
+                self._note(event)
+            ended += self._end(event)
+        return ended
+
+    def _begin(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                link = run_span_id(self._run_id, self._attempt - 1) if self._attempt > 1 else None
+                self._run_start = event.time
+                self._run = Span("run", self._run_span_id, event.time, link=link, attributes=_fields(event, _PLAN))
+            case TrainEpochStarted():
+                self._epoch = self._span("train_epoch", event)
+            case TrainStepEnded() if self._epoch is None and event.epoch > self._epochs_done:
+                # A run that was resumed in the middle of an epoch does not begin it again.
+                self._epoch = self._span("train_epoch", event, event.step_s)
+            case ValEpochStarted() | TestEpochStarted():
+                self._evaluations[_evaluation(event)] = self._span(_evaluation(event)[0], event)
+            case CheckpointStaged():
+                self._checkpoints[event.checkpoint] = self._span("checkpoint", event)
+
+    def _end(self, event: Event) -> list[Span]:
+        begun: Span | None = None
+        match event:
+            case TrainEpochEnded():
+                begun, self._epoch, self._epochs_done = self._epoch, None, event.epoch
+                return [self._ended(begun or self._span("train_epoch", event, event.duration_s), event, "ok")]
+            case ValEpochEnded() | TestEpochEnded():
+                kind = _evaluation(event)
+                begun = self._evaluations.pop(kind, None)
+                return [self._ended(begun or self._span(kind[0], event, event.duration_s), event, "ok")]
+            case CheckpointSaved():
+                begun = self._checkpoints.pop(event.checkpoint, None)
+                return [self._ended(begun or self._span("checkpoint", event, event.durable_s), event, "ok")]
+            case CheckpointFailed(during="stage" | "write"):
+                begun = self._checkpoints.pop(event.checkpoint, None)
+                return [self._ended(begun or self._span("checkpoint", event), event, "error", event.error)]
+            case CheckpointUploaded():
+                return [self._ended(self._span("checkpoint_upload", event, event.duration_s), event, "ok")]
+            case RunEnded() if self._run is not None:
+                return self._end_run(self._run, event)
+        return []
+
+    def _end_run(self, run: Span, event: RunEnded) -> list[Span]:
+        """And what was under way in it. Checkpoints are not: they are still being written."""
+        status: Status = {"failed": "error", "cancelled": "unset"}.get(event.status, "ok")  # type: ignore[assignment]
+        # What was cut off has not failed by itself, nor has it come to its end.
+        inner: Status = "error" if status == "error" else "unset"
+        under_way = [*self._evaluations.values(), *([self._epoch] if self._epoch is not None else [])]
+        self._run, self._epoch, self._evaluations = None, None, {}
+        ended = [self._ended(span, event, inner, event.reason or "") for span in under_way]
+        return [*ended, self._ended(run, event, status, event.reason or "")]
+
+    def _span(self, name: str, event: Event, lasted_s: float = 0.0) -> Span:
+        """One that begins with an event, or ``lasted_s`` before it; not before this attempt."""
+        start = max(event.time - lasted_s, min(self._run_start, event.time))
+        evaluation = name == "validation" and self._epoch is not None
+        parent = self._epoch.span_id if evaluation and self._epoch is not None else self._run_span_id
+        return Span(name, _digest(event.run_id, event.attempt, event.seq)[:8], start, parent)
+
+    def _ended(self, span: Span, event: Event, status: Status, message: str = "") -> Span:
+        span.end = max(event.time, span.start)  # the machine's clock may have been set back
+        span.status, span.message = status, message
+        place = {"stagecast.run_id": event.run_id, "stagecast.attempt": event.attempt}
+        place |= {"stagecast.epoch": event.epoch, "stagecast.global_step": event.global_step}
+        metrics = {f"stagecast.metric.{name}": value for name, value in metrics_of(event)}
+        span.attributes = place | span.attributes | _fields(event) | metrics
+        return span
+
+    def _note(self, event: Event) -> None:
+        span = self._epoch if self._epoch is not None and event.stage is not None else self._run
+        if span is None:
+            return
+        if len(span.notes) >= _MOST_NOTES:
+            span.notes_left_out += 1
+            return
+        attributes = {"stagecast.global_step": event.global_step, **_fields(event)}
+        span.notes.append(Note(type(event).__name__, event.time, attributes))
+
+
+_PLAN = ("module", "epochs", "steps_per_epoch", "max_steps", "device", "host", "pid")
+
+
+def _fields(event: Event, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """What an event tells beside its header."""
+    fields = ((name, getattr(event, name)) for name in names or type(event).__struct_fields__[_HEADER:])
+    return {f"stagecast.{name}": value for name, value in fields if value is not None and value != []}
+
+
+def _evaluation(event: Event) -> Evaluation:
+    name = "test" if isinstance(event, TestEpochStarted | TestEpochEnded) else "validation"
+    return name, getattr(event, "key", "default")
+
+
+def _digest(*parts: object) -> bytes:
+    # As JSON: no two lists of parts have the same text.
+    return hashlib.sha256(msgspec.json.encode([str(part).encode(errors="replace").decode() for part in parts])).digest()

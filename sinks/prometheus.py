@@ -1,0 +1,227 @@
+"""A page for Prometheus to scrape while a run is under way.
+
+Scraping sees the present and has no steps: for curves over steps use a sink that is written to. What happens between
+the last scrape and the end of a run is not seen by anybody, because the page goes away with the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import os
+import re
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import msgspec
+
+from events.errors import SinkMisconfigured
+from events.log import logger
+from events.messages import Event
+from events.sink import Delivery, RunInfo, require
+from sinks.totals import STEP_BOUNDS_S, TOTALS_TYPES, Totals, label_text
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+_FILE = "prometheus.json"
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_CLIENT_WAIT_S = 10.0
+"""How long a client may take to send its request, or to take in its answer."""
+
+
+class Prometheus(msgspec.Struct, frozen=True):
+    """Serves a run's numbers at ``http://HOST:PORT/metrics``, from its start to its end.
+
+    Every series is labelled with the run's ``run_id``. All metrics are one family, under the names that they have
+    everywhere: ``stagecast_metric{name="val_loss"}``. Beside it are, among others, ``stagecast_steps_total``,
+    ``stagecast_step_seconds`` (a histogram), ``stagecast_run_state{state="running"}``,
+    ``stagecast_checkpoints_total{outcome="saved"}``, ``stagecast_observer_failures_total{observer="..."}`` and
+    ``stagecast_ledger_seconds_total{row="data"}``: where the loop's time goes.
+
+    A run that keeps a folder writes its address into ``prometheus.json`` there, in the format that Prometheus reads
+    for discovery (``file_sd_configs``), and takes it away at the end. Two runs at a time on one machine need two ports.
+    """
+
+    host: str = "127.0.0.1"
+    """The address to listen on: by default, only this machine can read it. ``0.0.0.0``: every machine that can reach
+    this one; nobody is asked for a password."""
+    port: int = 9464
+    """0 takes a free one, which the log and ``prometheus.json`` tell."""
+    max_names: int = 1_000
+    """Most distinct names of metrics; each is a series that Prometheus keeps. Others are left out, with a warning."""
+
+    # Nothing is lost that the disk can keep: a step that `latest` or `drop_oldest` takes away would be missing in the
+    # counters for ever. Scrapes are seconds apart, so that a second's delay shows nowhere and wakes this thread seldom.
+    delivery: ClassVar[Delivery] = Delivery(types=TOTALS_TYPES, overflow="spill", latency_s=1.0, timeout_s=30.0)
+
+    def check(self) -> None:
+        """See that the client is installed and the address is one.
+
+        Raises:
+            SinkMisconfigured: It is not.
+        """
+        require("prometheus_client", "prometheus", "the sink Prometheus")
+        if not _is_host(self.host):
+            raise SinkMisconfigured(
+                f"Prometheus(host={self.host!r:.200}) is no host name or IP address; the port is given as port="
+            )
+        if not (isinstance(self.port, int) and 0 <= self.port <= 65_535):
+            raise SinkMisconfigured(
+                f"Prometheus(port={self.port!r:.80}) is no port: give 1 to 65535, or 0 for a free one"
+            )
+        if not (isinstance(self.max_names, int) and self.max_names >= 1):
+            raise SinkMisconfigured(f"Prometheus(max_names={self.max_names!r:.80}): it must show at least one name")
+
+    def open(self, run: RunInfo) -> PrometheusWriter:
+        """Begin to serve. Looking up a host name may wait.
+
+        Raises:
+            SinkMisconfigured: As `check`.
+            OSError: The port is taken, or the address is not this machine's. Trying again may help: the run that holds
+                the port may be about to end.
+        """
+        self.check()
+        from prometheus_client import CollectorRegistry, make_wsgi_app
+
+        totals = Totals(self.max_names, "Prometheus")
+        # One of its own: the global one belongs to the program around us, and two runs would collide in it.
+        registry = CollectorRegistry(auto_describe=True)
+        registry.register(_Collector(totals, label_text(run.run_id)))
+        try:
+            server = _Server(self.host, self.port)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Prometheus cannot listen on {_address(self.host, self.port)} ({error.strerror}): free the port, give"
+                f" another with port=, or port=0 for a free one",
+            ) from error
+        server.set_app(make_wsgi_app(registry))
+        return PrometheusWriter(server, totals, None if run.run_dir is None else Path(run.run_dir) / _FILE)
+
+
+class PrometheusWriter:
+    """A page that is being served. Adds up on the sink's thread; answers on threads of its own."""
+
+    def __init__(self, server: _Server, totals: Totals, file: Path | None) -> None:
+        self.url = f"http://{_address(server.host, server.server_port)}/metrics"
+        """Where the page is."""
+        self._server = server
+        self._totals = totals
+        self._file = file
+        # It looks for its end so often, and takes the interpreter lock from the loop each time.
+        self._thread = threading.Thread(
+            target=server.serve_forever, args=(0.25,), name="stagecast-prometheus-http", daemon=True
+        )
+        self._thread.start()
+        logger.info(f"Prometheus can scrape {self.url}")
+        self._announce()
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Add a batch up. Waits for nothing but a scrape that copies the numbers."""
+        self._totals.take(events)
+
+    def close(self) -> None:
+        """Stop serving; the port is free when this returns."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # it may never have been written, or the folder be gone
+                self._file.unlink()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _announce(self) -> None:
+        if self._file is None:
+            return
+        # Whoever listens on all addresses is found by the machine's name.
+        host = self._server.host if self._server.host not in ("0.0.0.0", "::") else socket.gethostname()
+        # Without the run's name among the labels: they would push aside the page's own.
+        groups = [{"targets": [_address(host, self._server.server_port)], "labels": {"job": "stagecast"}}]
+        part = self._file.with_suffix(".part")
+        try:
+            part.write_text(json.dumps(groups, indent=2) + "\n")
+            os.replace(part, self._file)
+        except OSError as error:
+            logger.warning(f"Prometheus cannot write its address to {self._file} ({error.strerror}): it is {self.url}")
+
+
+class _Collector:
+    """The totals as the client's families.
+
+    Not its counters and gauges: in a program that sets ``PROMETHEUS_MULTIPROC_DIR`` these write files that the
+    program's own page would show, and they could not be read all at one moment.
+    """
+
+    def __init__(self, totals: Totals, run_id: str) -> None:
+        self._totals = totals
+        self._run_id = run_id
+
+    def collect(self) -> Iterator[Metric]:
+        """Called for each scrape, on the thread that answers it."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        families, steps = self._totals.read()
+        for family, samples in families:
+            kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+            metric = kind(f"stagecast_{family.name}", family.help, labels=("run_id", *family.labels))
+            for labels, value in samples.items():
+                metric.add_metric((self._run_id, *labels), value)
+            yield metric
+        within, buckets = 0, []
+        for bound, count in zip((*map(str, STEP_BOUNDS_S), "+Inf"), steps.buckets, strict=True):
+            within += count
+            buckets.append((bound, float(within)))
+        histogram = HistogramMetricFamily(
+            "stagecast_step_seconds", "Time from step to step, the wait for data included.", labels=("run_id",)
+        )
+        histogram.add_metric((self._run_id,), buckets, steps.sum_s)
+        yield histogram
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _CLIENT_WAIT_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: it would write to the program's stderr at each scrape."""
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """Answers each request on a thread of its own, so that a client that hangs keeps nobody else waiting."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        """Without asking the name service for the machine's full name, as the standard library does: it may hang."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.host, self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away in the middle is its own affair."""
+        logger.debug(f"a scrape by {client_address} failed", exc_info=True)
+
+
+def _is_host(host: object) -> bool:
+    if not isinstance(host, str):
+        return False
+    if ":" not in host:
+        return len(host) <= 253 and _HOST_NAME.fullmatch(host) is not None
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

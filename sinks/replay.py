@@ -1,0 +1,82 @@
+"""Feeds a run's journal to sinks: after the run, or while it is under way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import anyio
+
+from events.bus import Bus
+from events.errors import RunFolderError
+from events.folder import is_held
+from events.journal_reader import JOURNAL_DIR, history_filter, journal_tail
+from events.messages import Event
+from events.origin import Origin
+from events.protocol import ObserverReport
+from events.sink import Delivery, RunInfo, Sink, delivery_of
+from events.subscription import Subscription
+from sinks.host import HEALTH, FeedObservers
+
+_LOOK_S = 0.5
+"""How often it is seen whether the run is still under way."""
+
+
+async def replay(
+    run_dir: str | os.PathLike[str],
+    sinks: Sequence[Sink],
+    *,
+    since: int = 0,
+    on_health: Callable[[Event], None] = lambda event: None,
+) -> list[ObserverReport]:
+    """Deliver a run's history to sinks, each at its own pace, retried as its `Delivery` says; then close them.
+
+    A run that is under way is followed to its end. Steps that a later attempt has done again are left out.
+
+    Args:
+        since: Events up to this ``seq`` are left out.
+        on_health: Told of each failure and recovery of a sink.
+
+    Returns:
+        For each sink what became of the events: ``left`` counts those that a sink did not get, which was given up.
+
+    Raises:
+        RunFolderError: there is no journal in this folder.
+    """
+    folder = Path(run_dir).absolute()  # noqa: ASYNC240  # asks the system for nothing but the working directory
+    tail = journal_tail(folder / JOURNAL_DIR)
+    if not tail.seq:
+        raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
+    bus = Bus(Origin(tail.run_id, tail.attempt))
+    run = RunInfo(tail.run_id, tail.attempt, 0, os.fspath(folder))
+    observers = FeedObservers(bus, run, history_filter(folder / JOURNAL_DIR))
+    names: list[str] = []
+    for sink in sinks:
+        name = type(sink).__name__.lower()
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+        observers.add(names[-1], sink, delivery_of(sink), since, lambda seq: None)
+    health = bus.subscribe("health", Delivery(types=frozenset(HEALTH), latency_s=0.05))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bus.run)
+        tasks.start_soon(_tell, health, on_health)
+        for observer in observers.observers:
+            tasks.start_soon(observer.run)
+        while is_held(folder):  # noqa: ASYNC110  # the system tells nobody
+            await anyio.sleep(_LOOK_S)
+        observers.finish()
+        for observer in observers.observers:
+            await observer.finished()
+        await bus.drain()
+        reports = await observers.counted()
+        bus.close()
+    return reports
+
+
+async def _tell(health: Subscription, on_health: Callable[[Event], None]) -> None:
+    try:
+        while True:
+            for event, _ in await health.receive():
+                on_health(event)
+    except anyio.EndOfStream:
+        return

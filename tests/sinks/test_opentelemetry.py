@@ -1,0 +1,654 @@
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from events.errors import SinkMisconfigured
+from events.messages import (
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointStaged,
+    CheckpointUploaded,
+    MetricsLogged,
+    NonFiniteLoss,
+    ObserverFailed,
+    ObserverRecovered,
+    RunEnded,
+    RunResumed,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    ValEpochEnded,
+    ValEpochStarted,
+)
+from events.sink import RunInfo
+from sinks import Memory, OpenTelemetry
+from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments, inline
+
+
+def _load() -> ModuleType:
+    """The receiver, which lies beside this file; the folder is no package."""
+    spec = importlib.util.spec_from_file_location("stagecast_otlp_receiver", Path(__file__).parent / "otlp_receiver.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+otlp = _load()
+plain = otlp.plain
+WAIT_S = 20.0
+SECRET = "s3cr3t-t0k3n"
+OK, ERROR, UNSET = 1, 2, 0
+
+
+@pytest.fixture(autouse=True)
+def _an_environment_without_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("OTEL_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Any]:
+    one = otlp.Receiver()
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Any]]:
+    """Opens sinks, and closes them when the test is over."""
+    opened: list[Any] = []
+
+    def open_one(endpoint: str | None, *, run_id: str = "demo", attempt: int = 1, **options: Any) -> Any:
+        opened.append(OpenTelemetry(endpoint=endpoint, **options).open(RunInfo(run_id, attempt=attempt)))
+        return opened[-1]
+
+    yield open_one
+    for writer in opened:
+        writer.close()
+
+
+def an_epoch(story: Any) -> list[Any]:
+    """A run with one epoch of two steps and a validation, from its start to its end."""
+    events = [story.started(), story(TrainEpochStarted, steps=2), *story.steps(2)]
+    story.stage = "val"
+    events.append(story(ValEpochStarted))
+    story.time += 3
+    events.append(story(ValEpochEnded, loss=0.25, steps=1, duration_s=3.0))
+    story.stage = "train"
+    events.append(story(TrainEpochEnded, loss=0.5, steps=2, duration_s=4.0))
+    story.stage = None
+    story.time += 1
+    events.append(story(RunEnded, status="finished"))
+    return events
+
+
+# ------------------------------------------------------------------------------------- collectors that fail
+
+
+def test_what_a_collector_missed_while_it_was_down_arrives_when_it_is_up(connect: Any, story: Any) -> None:
+    """The write raises, which the supervisor counts and repeats; nothing is lost or doubled by that."""
+    port = otlp.free_port()
+    writer = connect(f"http://127.0.0.1:{port}")
+    batch = an_epoch(story)
+    for _ in range(3):
+        with pytest.raises(
+            ConnectionError, match=rf"127\.0\.0\.1:{port}/v1/traces has not taken traces: Connection re"
+        ):
+            writer.write(batch)
+    receiver = otlp.Receiver(port)
+    writer.write(batch)
+    story = receiver.story
+    receiver.close()
+    assert sorted(span.name for span in story.spans) == ["run", "train_epoch", "validation"]
+    assert story.number("steps") == 2
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 400, 401, 307])
+def test_an_answer_that_is_no_success_is_a_failure_at_once(
+    receiver: Any, connect: Any, story: Any, status: int
+) -> None:
+    """The pauses are the supervisor's: the client makes one attempt, and follows nobody elsewhere."""
+    receiver.statuses = {otlp.TRACES: status}
+    receiver.answer_headers = {"Retry-After": "3600", "Location": f"{receiver.url}/elsewhere"}
+    receiver.answers = {otlp.TRACES: SECRET.encode()}
+    writer = connect(receiver.url)
+    with pytest.raises(ConnectionError, match=rf"has not taken traces: the answer was {status} \w+") as raised:
+        writer.write(an_epoch(story))
+    assert SECRET not in str(raised.value)
+    assert [path for path, _, _ in receiver.received] == [otlp.TRACES]
+
+
+def test_a_collector_that_hangs_is_left_in_time(receiver: Any, connect: Any, story: Any) -> None:
+    """A write must end, or the run's end waits for it."""
+    receiver.hanging = True
+    writer = connect(receiver.url, timeout_s=0.2)
+    with pytest.raises(ConnectionError, match="no answer in time"):
+        writer.write(an_epoch(story))
+
+
+def test_a_name_that_nobody_knows_is_a_failure_to_be_tried_again(connect: Any, story: Any) -> None:
+    """A name service may be down for a moment."""
+    with pytest.raises(ConnectionError, match=r"no-such-host\.invalid:4318/v1/metrics has not taken metrics"):
+        connect("http://no-such-host.invalid:4318").write(story.steps(1))
+
+
+def test_an_answer_that_was_lost_makes_no_second_span(receiver: Any, connect: Any, story: Any) -> None:
+    """The collector has the batch, but we do not know: it gets the same spans again, by the same identifiers."""
+    writer = connect(receiver.url)
+    batch = an_epoch(story)
+    receiver.silent = True
+    with pytest.raises(ConnectionError, match="has not taken traces"):
+        writer.write(batch)
+    receiver.silent = False
+    writer.write(batch)
+    sent = [body for path, _, body in receiver.received if path == otlp.TRACES]
+    assert sent[0] == sent[-1]
+    assert len({span.span_id for span in receiver.story.spans}) == 3
+
+
+def test_a_run_that_is_told_again_gives_the_same_spans(receiver: Any, connect: Any, story: Any) -> None:
+    """By another process, from the journal: identifiers are made from the events' own."""
+    batch = an_epoch(story)
+    connect(receiver.url).write(batch)
+    first = {span.span_id for span in receiver.story.spans}
+    again = connect(receiver.url)
+    for event in batch:
+        again.write([event])
+    assert {span.span_id for span in receiver.story.spans} == first
+    connect(receiver.url, attempt=2).write([msgspec.structs.replace(event, attempt=2) for event in batch])
+    connect(receiver.url, run_id="x").write([msgspec.structs.replace(event, run_id="x") for event in batch])
+    assert len({span.span_id for span in receiver.story.spans}) == 3 * len(first)
+    assert len({span.trace_id for span in receiver.story.spans}) == 2
+
+
+def test_spans_that_were_taken_are_not_sent_again_when_metrics_fail(receiver: Any, connect: Any, story: Any) -> None:
+    """The two go to different places; what one has is not repeated because of the other."""
+    receiver.statuses = {otlp.METRICS: 500}
+    writer = connect(receiver.url)
+    batch = an_epoch(story)
+    with pytest.raises(ConnectionError, match="has not taken metrics"):
+        writer.write(batch)
+    receiver.statuses = {}
+    writer.write(batch)
+    assert [path for path, _, _ in receiver.received] == [otlp.TRACES, otlp.METRICS, otlp.METRICS]
+    assert receiver.story.number("steps") == 2
+
+
+def test_what_a_collector_refuses_in_part_is_said_once(
+    receiver: Any, connect: Any, story: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It must not be sent again, says the protocol; but somebody should know."""
+    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+    answer = ExportMetricsServiceResponse()
+    answer.partial_success.rejected_data_points, answer.partial_success.error_message = 3, "too old"
+    receiver.answers = {otlp.METRICS: answer.SerializeToString(), otlp.TRACES: b'{"partialSuccess": {}}'}
+    writer = connect(receiver.url)
+    writer.write(an_epoch(story))
+    writer.write(story.steps(1))
+    assert caplog.text.count("refuses some metrics (3 now): too old") == 1
+
+
+def test_it_can_be_closed_after_a_failure(connect: Any, story: Any) -> None:
+    """Nothing is flushed then: what was refused has been counted as lost, and nothing else is kept back."""
+    writer = connect(f"http://127.0.0.1:{otlp.free_port()}")
+    with pytest.raises(ConnectionError):
+        writer.write(an_epoch(story))
+    writer.close()
+
+
+# ------------------------------------------------------------------------------------ settings and secrets
+
+
+def test_headers_come_from_the_environment_and_are_shown_nowhere(
+    receiver: Any,
+    connect: Any,
+    story: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """A token is sent to the collector, and is in no text that anybody reads."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"Authorization=Bearer%20{SECRET}, x-scope = a b,")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_HEADERS", "authorization=Basic dTpw==")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://user:{SECRET}@127.0.0.1:{receiver.port}")
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    caplog.set_level(logging.DEBUG)
+    sink = OpenTelemetry()
+    writer = connect(None)
+    writer.write(an_epoch(story))
+    (_, traces, _), (_, metrics, _) = receiver.received
+    assert (traces["authorization"], traces["x-scope"]) == (f"Bearer {SECRET}", "a b")
+    assert metrics["authorization"] == "Basic dTpw=="
+    receiver.statuses = {otlp.METRICS: 500}
+    with pytest.raises(ConnectionError) as raised:
+        writer.write(story.steps(1))
+    shown = [repr(sink), repr(writer._traces._settings), str(raised.value), repr(raised.value.__context__), caplog.text]
+    assert SECRET not in " ".join(shown)
+    assert f"http://127.0.0.1:{receiver.port}/v1/metrics" in str(raised.value)
+    assert msgspec.json.decode(msgspec.json.encode(sink), type=OpenTelemetry) == sink
+
+
+@pytest.mark.parametrize(
+    "headers", [SECRET, f"a=1,{SECRET}", f"bad name={SECRET}", f"a={SECRET}%0d%0ax: y", f"a={SECRET}é"]
+)
+def test_a_header_that_is_none_is_refused_without_being_shown(headers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would put it into its error, and the SDK into a log."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", headers)
+    with pytest.raises(SinkMisconfigured, match="OTEL_EXPORTER_OTLP_HEADERS") as raised:
+        OpenTelemetry().check()
+    assert SECRET not in str(raised.value)
+    assert raised.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "says"),
+    [
+        ("localhost:4318", "no address of a collector"),
+        ("grpc://localhost:4317", "give http://HOST:PORT"),
+        ("http://", "no address"),
+        ("http://host:port", "no address"),
+        ("http://[::1", "no address"),
+        ("http://a b:4318", "no address"),
+        (f"http://u:{SECRET}@host:4318", "secrets as headers"),
+        (f"http://host:4318?token={SECRET}", "secrets as headers"),
+        ("http://host:4318/v1/traces", "leave it out"),
+    ],
+)
+def test_what_is_no_address_is_refused_before_the_run(endpoint: str, says: str) -> None:
+    """The trainer asks when it is built; a password is not repeated."""
+    with pytest.raises(SinkMisconfigured, match=says) as raised:
+        OpenTelemetry(endpoint=endpoint).check()
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "collector:4318"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
+    ],
+)
+def test_an_environment_that_cannot_be_followed_is_refused(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the name of the variable."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SinkMisconfigured, match=name):
+        OpenTelemetry().check()
+
+
+@pytest.mark.parametrize("options", [{"timeout_s": 0}, {"timeout_s": math.inf}, {"timeout_s": "4"}, {"max_names": 0}])
+def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    """Each by its name."""
+    with pytest.raises(SinkMisconfigured, match=next(iter(options))):
+        OpenTelemetry(**options).check()
+
+
+def test_without_the_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many programs have OpenTelemetry's interface, and not what sends."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "opentelemetry.proto" else real(name))
+    with pytest.raises(SinkMisconfigured, match=r"opentelemetry\.proto: pip install 'stagecast\[opentelemetry\]'"):
+        OpenTelemetry().check()
+
+
+def test_each_kind_of_request_may_go_elsewhere_and_be_compressed(
+    receiver: Any, connect: Any, story: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the environment says, which the SDK's exporters follow too."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"{receiver.url}/base/")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{receiver.url}/mine?tenant=7")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+    connect(None).write(an_epoch(story))
+    assert [path for path, _, _ in receiver.received] == ["/base/v1/traces", "/mine?tenant=7"]
+    assert receiver.received[0][1]["content-encoding"] == "gzip"
+
+
+def test_the_resource_says_which_service_and_which_run(
+    receiver: Any, connect: Any, story: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs must not write one series; what the environment says about the service holds."""
+    connect(receiver.url).write(story.steps(1))
+    first = plain(receiver.story.resources[-1].attributes)
+    assert first == {"service.name": "stagecast", "service.instance.id": "demo", "stagecast.run_id": "demo"}
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "lab")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=pod-7,team=a%20b")
+    connect(receiver.url, run_id="läuft\udc80").write(story.steps(1))
+    second = plain(receiver.story.resources[-1].attributes)
+    expected = {"service.name": "lab", "service.instance.id": "pod-7", "team": "a b", "stagecast.run_id": "läuft?"}
+    assert second == expected
+    connect(receiver.url, service_name="mine").write(story.steps(1))
+    assert plain(receiver.story.resources[-1].attributes)["service.name"] == "mine"
+
+
+# -------------------------------------------------------------------------------------------------- metrics
+
+
+def test_names_and_numbers_arrive_as_they_are(receiver: Any, connect: Any, story: Any) -> None:
+    """Names are attributes, because those of instruments may hold little; NaN and infinities are numbers."""
+    names = {"größe/π 日本": 1.0, "": 2.0, "a b\n": math.inf, "nan": math.nan}
+    connect(receiver.url).write([story(MetricsLogged, metrics=names | {"\udcff": 5.0, "x" * 100_000: 6.0})])
+    told = receiver.story
+    assert [told.number("metric", name=name) for name in names][:3] == [1.0, 2.0, math.inf]
+    assert math.isnan(told.number("metric", name="nan") or 0.0)
+    assert told.number("metric", name="?") == 5.0
+    assert max(len(plain(p.attributes)["name"]) for p in told.metrics["stagecast.metric"].gauge.data_points) == 256
+
+
+def test_sums_are_cumulative_and_count_each_event_once(receiver: Any, connect: Any, story: Any) -> None:
+    """From the start of the attempt to the newest event, by the events' own times."""
+    writer = connect(receiver.url)
+    started = story.started()
+    batch = [started, *story.steps(3, step_s=0.3)]
+    writer.write(batch)
+    writer.write([*batch, *story.steps(1, step_s=1e6)])
+    told = receiver.story
+    steps = told.metrics["stagecast.steps"].sum
+    assert steps.is_monotonic
+    assert steps.aggregation_temporality == 2
+    assert steps.data_points[0].as_double == 4
+    assert steps.data_points[0].start_time_unix_nano == int(started.time) * 10**9
+    assert steps.data_points[0].time_unix_nano == pytest.approx(story.time * 1e9, abs=1e3)
+    point = told.metrics["stagecast.step_seconds"].histogram.data_points[0]
+    assert (point.count, sum(point.bucket_counts), point.bucket_counts[-1]) == (4, 4, 1)
+    assert len(point.bucket_counts) == len(point.explicit_bounds) + 1
+    assert told.number("checkpoints", outcome="saved") == 0
+
+
+def test_names_beyond_the_limit_are_left_out_with_a_warning(
+    receiver: Any, connect: Any, story: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in Prometheus."""
+    writer = connect(receiver.url, max_names=1)
+    writer.write([story(MetricsLogged, metrics={"a": 1.0, "b": 2.0, "c": 3.0})])
+    assert receiver.story.number("metric_values_left_out") == 2
+    assert caplog.text.count("leaves out 'b'") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- spans
+
+
+def test_spans_have_the_times_of_the_events_and_stand_in_one_another(receiver: Any, connect: Any, story: Any) -> None:
+    """Whenever they were delivered."""
+    batch = an_epoch(story)
+    writer = connect(receiver.url)
+    for event in batch:
+        writer.write([event])
+    told = receiver.story
+    (run,), (epoch,), (validation,) = (told.named(name) for name in ("run", "train_epoch", "validation"))
+    assert (run.parent_span_id, epoch.parent_span_id, validation.parent_span_id) == (b"", run.span_id, epoch.span_id)
+    assert len({span.trace_id for span in told.spans}) == 1
+    times = [
+        (round(span.start_time_unix_nano / 1e9, 3), round(span.end_time_unix_nano / 1e9, 3)) for span in told.spans
+    ]
+    assert times == [(1.7e9 + 0.2, 1.7e9 + 3.2), (1.7e9, 1.7e9 + 3.2), (1.7e9, 1.7e9 + 4.2)]
+    assert [span.status.code for span in told.spans] == [OK, OK, OK]
+    attributes = plain(validation.attributes)
+    assert attributes["stagecast.metric.val_loss"] == 0.25
+    assert (attributes["stagecast.run_id"], attributes["stagecast.attempt"]) == ("demo", 1)
+    assert attributes["stagecast.global_step"] == 2
+    assert plain(epoch.attributes)["stagecast.metric.train_epoch_loss"] == 0.5
+    assert plain(run.attributes)["stagecast.module"] == "my_package.Net"
+
+
+def test_a_run_that_fails_ends_all_that_was_under_way(receiver: Any, connect: Any, story: Any) -> None:
+    """With the reason, and with what had happened before as span events."""
+    writer = connect(receiver.url)
+    started = [story.started(), story(TrainEpochStarted), story(ValEpochStarted, key="dev")]
+    noted = [
+        story(NonFiniteLoss, loss=math.nan, action="stopped"),
+        story(ObserverFailed, observer="wandb", error="OSError: no", action="retrying"),
+    ]
+    story.stage = None
+    told_late = [story(ObserverRecovered, observer="wandb", failures=2)]
+    writer.write([*started, *noted, *told_late, story(RunEnded, status="failed", reason="ValueError: no\udcff")])
+    told = receiver.story
+    assert sorted(span.name for span in told.spans) == ["run", "train_epoch", "validation"]
+    assert {span.status.code for span in told.spans} == {ERROR}
+    assert {span.status.message for span in told.spans} == {"ValueError: no?"}
+    assert [event.name for event in told.named("train_epoch")[0].events] == ["NonFiniteLoss", "ObserverFailed"]
+    assert plain(told.named("train_epoch")[0].events[1].attributes)["stagecast.observer"] == "wandb"
+    assert [event.name for event in told.named("run")[0].events] == ["ObserverRecovered"]
+
+
+@pytest.mark.parametrize(("status", "code"), [("finished", OK), ("stopped", OK), ("cancelled", UNSET)])
+def test_a_run_that_was_ended_has_not_failed(receiver: Any, connect: Any, story: Any, status: str, code: int) -> None:
+    """Being cancelled is no error, nor a success."""
+    connect(receiver.url).write([story.started(), story(TrainEpochStarted), story(RunEnded, status=status)])
+    told = receiver.story
+    assert told.named("run")[0].status.code == code
+    assert told.named("train_epoch")[0].status.code == UNSET
+    assert plain(told.named("run")[0].attributes)["stagecast.status"] == status
+
+
+def test_checkpoints_are_spans_that_may_outlast_the_run(receiver: Any, connect: Any, story: Any) -> None:
+    """The last is written while the run ends; one that fails says why; an upload ends when it is whole."""
+    events = [story.started()]
+    for step in (1, 2):
+        events += [story(CheckpointStaged, checkpoint=f"step-{step}.a1", reasons=["steps"])]
+    events += [
+        story(CheckpointFailed, checkpoint="step-1.a1", error="OSError: ENOSPC"),
+        story(RunEnded, status="finished"),
+    ]
+    story.time += 5
+    events += [story(CheckpointSaved, checkpoint="step-2.a1", path="/x", nbytes=7, durable_s=5.0)]
+    events += [story(CheckpointUploaded, checkpoint="step-2.a1", url="s3://b/x", duration_s=2.0)]
+    connect(receiver.url).write(events)
+    told = receiver.story
+    failed, saved = told.named("checkpoint")
+    assert (failed.status.code, failed.status.message) == (ERROR, "OSError: ENOSPC")
+    assert (saved.status.code, saved.end_time_unix_nano - saved.start_time_unix_nano) == (OK, 5 * 10**9)
+    assert plain(saved.attributes)["stagecast.nbytes"] == 7
+    upload = told.named("checkpoint_upload")[0]
+    assert upload.end_time_unix_nano - upload.start_time_unix_nano == 2 * 10**9
+    assert {span.parent_span_id for span in (failed, saved, upload)} == {told.named("run")[0].span_id}
+
+
+def test_a_resumed_run_goes_on_in_the_same_trace_and_links_to_the_attempt_before(
+    receiver: Any, connect: Any, story: Any
+) -> None:
+    """In the middle of an epoch, which began in another process: its span begins here, and holds its validation."""
+    connect(receiver.url).write(an_epoch(story))
+    story.attempt, story.time = 2, story.time + 100
+    resumed_at = story.time
+    story.stage = "train"
+    events = [story.started(), story(RunResumed, checkpoint="step-1.a1"), *story.steps(1, step_s=0.5)]
+    story.stage = "val"
+    events += [story(ValEpochStarted), story(ValEpochEnded, loss=1.0)]
+    story.stage = "train"
+    events += [story(TrainEpochEnded, loss=1.0, duration_s=50.0), story(RunEnded, status="finished")]
+    connect(receiver.url, attempt=2).write(events)
+    told = receiver.story
+    first, second = told.named("run")
+    assert first.trace_id == second.trace_id
+    assert first.span_id != second.span_id
+    assert [link.span_id for link in second.links] == [first.span_id]
+    epoch, validation = told.named("train_epoch")[1], told.named("validation")[1]
+    assert epoch.parent_span_id == second.span_id
+    assert epoch.start_time_unix_nano >= int(resumed_at) * 10**9
+    assert validation.parent_span_id == epoch.span_id
+    assert len({span.span_id for span in told.spans}) == len(told.spans)
+
+
+def test_an_epoch_that_other_attempts_began_begins_with_this_one(receiver: Any, connect: Any, story: Any) -> None:
+    """Its duration is that of all attempts; a span before its parent would be drawn nowhere."""
+    story.attempt = 2
+    started = story.started()
+    story.time += 1
+    ended = story(TrainEpochEnded, loss=1.0, duration_s=50.0)
+    connect(receiver.url, attempt=2).write([started, ended, story(RunEnded, status="finished")])
+    epoch, run = receiver.story.spans
+    assert epoch.start_time_unix_nano == run.start_time_unix_nano
+
+
+def test_what_happens_at_every_step_is_noted_so_often_and_then_counted(receiver: Any, connect: Any, story: Any) -> None:
+    """A span with a million events is taken by no collector."""
+    started = story.started()
+    noted = [story(NonFiniteLoss, loss=math.nan, action="warned") for _ in range(200)]
+    ended = story(RunEnded, status="finished")
+    connect(receiver.url).write([started, *noted, ended])
+    run = receiver.story.named("run")[0]
+    assert (len(run.events), run.dropped_events_count) == (128, 72)
+
+
+def test_a_clock_that_is_set_back_makes_no_span_that_ends_before_it_begins(
+    receiver: Any, connect: Any, story: Any
+) -> None:
+    """Some stores refuse such spans, and the batch with them."""
+    begun = [story.started(), story(TrainEpochStarted)]
+    story.time -= 3600
+    connect(receiver.url).write([*begun, story(TrainEpochEnded, duration_s=1.0), story(RunEnded, status="finished")])
+    assert all(span.end_time_unix_nano >= span.start_time_unix_nano for span in receiver.story.spans)
+    assert len(receiver.story.spans) == 2
+
+
+# ------------------------------------------------------------------------------------------ the real trainer
+
+
+class Line(ModuleInterface):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
+
+    def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+        return [torch.ones(4, 2)] * 5
+
+    def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+        return [torch.ones(4, 2)]
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        self.log("größe/π", 1.5)
+        return self.linear(batch).square().mean()
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return self.linear(batch).square().mean()
+
+
+def train(sink: Any, memory: Memory, *, callbacks: Any = (), checkpoints: Any = False, **options: Any) -> Any:
+    own = {name: options.pop(name) for name in ("run_id", "run_dir", "resume") if name in options}
+    arguments = TrainerArguments(**({"epochs": 2, "train_batch_size": 4, "device": "cpu"} | options))
+    where = {"callbacks": callbacks, "checkpoints": checkpoints, "journal": bool(own), **own}
+    return Trainer(Line(), arguments, sinks=[memory, sink], **where).train()
+
+
+def test_a_run_is_told_whole_to_its_collector(receiver: Any, tmp_path: Path) -> None:
+    """Spans, checkpoints and numbers of the real trainer, and a second attempt; no global provider is touched."""
+    from opentelemetry import metrics, trace
+
+    globals_before = trace.get_tracer_provider(), metrics.get_meter_provider()
+    memory = Memory()
+    own = {"run_id": "läuft", "run_dir": str(tmp_path / "run"), "checkpoints": Checkpoints(every_epochs=1)}
+    train(OpenTelemetry(endpoint=receiver.url), memory, **own)
+    told = receiver.story
+    assert len(told.named("run")) == 1
+    assert len(told.named("train_epoch")) == len(told.named("validation")) == 2
+    assert len(told.named("checkpoint")) == len(memory.of(CheckpointSaved)) == 2
+    assert {span.status.code for span in told.spans} == {OK}
+    assert (told.number("steps"), told.number("global_step"), told.number("rows")) == (10, 10, 40)
+    assert told.number("metric", name="größe/π") == 1.5
+    assert told.number("metric", name="train_loss") == memory.of(TrainStepEnded)[-1].loss
+    assert told.number("run_state", state="finished") == 1
+
+    train(OpenTelemetry(endpoint=receiver.url), memory, **own, epochs=3, resume="auto")
+    told = receiver.story
+    first, second = told.named("run")
+    assert second.links[0].span_id == first.span_id
+    assert len({span.trace_id for span in told.spans}) == 1
+    assert len({span.span_id for span in told.spans}) == len(told.spans)
+    assert (told.number("steps"), told.number("global_step")) == (5, 15)
+    assert memory.of(ObserverFailed) == []
+    assert (trace.get_tracer_provider(), metrics.get_meter_provider()) == globals_before
+
+
+class Waiting(CallbackInterface):
+    """Holds the loop at the end of an epoch until something has been published."""
+
+    def __init__(self, memory: Memory, kind: type[Any]) -> None:
+        self.memory, self.kind = memory, kind
+
+    @inline
+    def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+        wait_until(lambda: bool(self.memory.of(self.kind)), f"there is no {self.kind.__name__}")
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        threading.Event().wait(0.01)
+
+
+def test_a_collector_that_is_never_there_costs_a_run_only_its_drain(tmp_path: Path) -> None:
+    """The training does not notice; the failure is an event, and the end waits no longer than it may."""
+    memory = Memory()
+    sink = OpenTelemetry(endpoint=f"http://127.0.0.1:{otlp.free_port()}")
+    result = train(sink, memory, callbacks=[Waiting(memory, ObserverFailed)], drain_timeout_s=0.5)
+    assert result.status == "finished"
+    failed = memory.of(ObserverFailed)[0]
+    assert (failed.observer, failed.during, failed.action) == ("opentelemetry", "write", "retrying")
+    assert "Connection refused" in failed.error
+
+
+class KillAndRestart(CallbackInterface):
+    """Kills the collector in the middle of a run, and has it come back once its absence was noticed."""
+
+    def __init__(self, folder: Path, memory: Memory) -> None:
+        self.folder, self.memory = folder, memory
+        self.first = self.now = otlp.Process(folder / "first")
+
+    @inline
+    def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+        if global_step == 5:
+            wait_until(lambda: bool(self.first.received), "the collector has got nothing")
+            self.first.kill()
+        elif global_step == 10:
+            wait_until(lambda: bool(self.memory.of(ObserverFailed)), "nobody has noticed that the collector is gone")
+            self.now = otlp.Process(self.folder / "second", self.first.port)
+        else:
+            wait_until(lambda: bool(self.memory.of(ObserverRecovered)), "nobody has noticed that it is back")
+
+    @property
+    def story(self) -> Any:
+        return otlp.Story([*self.first.received, *self.now.received])
+
+
+def test_what_a_killed_collector_missed_is_delivered_when_it_is_back(tmp_path: Path) -> None:
+    """A real process, killed while a run trains and started again: every span once, every step counted."""
+    memory = Memory()
+    collector = KillAndRestart(tmp_path, memory)
+    try:
+        sink = OpenTelemetry(endpoint=collector.first.url)
+        often = msgspec.structs.replace(OpenTelemetry.delivery, latency_s=0.05)
+        train((sink, often), memory, callbacks=[collector], epochs=3)
+        told = collector.story
+    finally:
+        collector.now.kill()
+    spans = {span.span_id: span for span in told.spans}
+    names = sorted(span.name for span in spans.values())
+    assert names == ["run", *["train_epoch"] * 3, *["validation"] * 3]
+    assert (told.number("steps"), told.number("run_state", state="finished")) == (15, 1)

@@ -1,0 +1,467 @@
+"""``stagecast train``: a run from one file, what is said about a file that will not do, and the help."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from events.checkpoint.settings import Checkpoints
+from events.field_docs import field_docs
+from events.journal import Journal
+from events.journal_reader import read_history
+from events.messages import RunStarted
+from sinks.registry import sink_names, sink_type
+from trainer.arguments import TrainerArguments
+from trainer.config import apply_overrides
+from trainer.errors import ArgumentsError
+from trainer.run_config import RunConfig, load_run_config
+
+ROOT = Path(__file__).parents[2]
+
+JOBS = """
+import torch
+from torch import nn
+from trainer import CallbackInterface, ModuleInterface
+
+
+class Line(ModuleInterface):
+    def __init__(self, width: int = 1, hold: bool = False):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, width), nn.Linear(width, 1))
+        self.hold = hold
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return [torch.ones(batch_size, 1)] * 4
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return [torch.ones(batch_size, 1)]
+
+    def train_step(self, global_step, batch, device):
+        if self.hold and global_step == 1:
+            print("training", flush=True)
+        return self.net(batch).square().mean()
+
+    def val_step(self, global_step, batch, device):
+        return self.net(batch).square().mean()
+
+
+class Sample(CallbackInterface):
+    def __init__(self, module, where: str = "sample.txt"):
+        self.module, self.where = module, where
+
+    def on_end_train_epoch(self, global_step, *outputs):
+        with open(self.where, "a") as file:
+            print(type(self.module).__name__, global_step, file=file)
+
+
+def build(width: int, *, hold: bool = False):
+    return Line(width, hold)
+
+
+def no_module(**options):
+    return "a string"
+
+
+def broken():
+    raise ZeroDivisionError("in the factory")
+
+
+def lost():
+    line = Line()
+    line.train_step = lambda *_: open("no/such/file")
+    return line
+
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with the user's package in it."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "line.py").write_text(JOBS)
+    (tmp_path / "jobs" / "typo.py").write_text("import os\nwidht\n")
+    (tmp_path / "jobs" / "needs.py").write_text("import somewhere.else_entirely\n")
+    (tmp_path / "jobs" / "syntax.py").write_text("def build(:\n")
+    return tmp_path
+
+
+def command(*arguments: str) -> list[str]:
+    # Without the working directory on the path, as the installed command.
+    return [sys.executable, "-P", "-m", "trainer.cli", "train", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def run(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=50
+    )
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> str:
+    (folder / name).write_text(text)
+    return name
+
+
+# ---------------------------------------------------------------------------------- what is wrong, without torch
+
+
+def problems_of(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ArgumentsError) as caught:
+        load_run_config(folder / write(folder, text), overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("arguments: {epochs: 3}", "module: is missing"),
+        ("module: 3", "module = 3: must be a mapping with string keys"),
+        ("module: 'a:b'\nargumnets: {}", "argumnets: is not known; did you mean arguments?"),
+        ("module: 'a:b'\narguments: {epoch: 1}", "arguments.epoch: is not known; did you mean arguments.epochs?"),
+        ("module: 'a:b'\narguments: {epochs: '3'}", "arguments.epochs = '3': must be an integer >= 1"),
+        ("module: 'a:b'\nsinks: console", "sinks = 'console': must be a list or None"),
+        ("module: 'a:b'\nsinks: [3]", "got `int` - at `$[0]`"),
+        ("module: 'a:b'\nsinks_in: cloud", "sinks_in = 'cloud': must be one of 'process', 'thread'"),
+        ("module: 'a:b'\ncheckpoints: {every_steps: 0}", "checkpoints.every_steps = 0: must be an integer >= 1"),
+        ("module: 'a:b'\ncheckpoints: often", "checkpoints = 'often': must be "),
+        ("module: 'a:b'\nrun_id: 7", "run_id = 7: must be a string or None"),
+        ("module: [", "is not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_path_with_what_is_allowed(folder: Path, text: str, says: str) -> None:
+    """In one sentence that begins with the file."""
+    problem = problems_of(folder, text)
+    assert says in problem
+    assert problem.startswith(f"{folder / 'run.yaml'}: ")
+
+
+def test_all_that_is_wrong_comes_at_once(folder: Path) -> None:
+    """With the overrides that had a part in it."""
+    problem = problems_of(folder, "module: 'a:b'\nsink: []\narguments: {seed: x}", "checkpoints.best_mode=most")
+    assert "with checkpoints.best_mode=most" in problem
+    for part in ("sink: is not known; did you mean sinks?", "arguments.seed = 'x'", "checkpoints.best_mode = 'most'"):
+        assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sinks.2.path=a", "sinks is a list of 1: '2' is no number from 0 to 1"),
+        ("sinks.path=a", "sinks is a list of 1: 'path' is no number from 0 to 1"),
+        ("sinks.-1=a", "'-1' is no number from 0 to 1"),
+        ("arguments.epochs.a=1", "arguments.epochs is 1, not a group of values"),
+        ("--check", "must look like 'name=value'"),
+    ],
+)
+def test_an_override_that_leads_nowhere_says_where_it_ends(override: str, says: str) -> None:
+    """Lists are counted from 0, and grow by the next number only."""
+    with pytest.raises(ArgumentsError) as caught:
+        apply_overrides({"sinks": [{"sink": "csv"}], "arguments": {"epochs": 1}}, [override])
+    assert says in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ the format
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.yaml", "module: 'jobs.line:build'\nsinks: [memory, {sink: console, line_every_s: 1.0}]\njournal: true\n"),
+        (
+            "run.toml",
+            'module = "jobs.line:build"\nsinks = ["memory", {sink = "console", line_every_s = 1.0}]\njournal = true\n',
+        ),
+        (
+            "run.json",
+            '{"module": "jobs.line:build", "sinks": ["memory", {"sink": "console", "line_every_s": 1.0}],'
+            ' "journal": true}',
+        ),
+    ],
+)
+def test_the_three_languages_say_the_same(folder: Path, name: str, text: str) -> None:
+    """A string stands for a mapping with the name alone, and overrides find their way into it."""
+    overrides = [
+        "module.width=7",
+        "arguments.epochs=2",
+        "sinks.0.capacity=10",
+        "sinks.2=csv",
+        "checkpoints.every_epochs=1",
+        "resume=auto",
+    ]
+    config = load_run_config(folder / write(folder, text, name), overrides)
+    assert config == RunConfig(
+        module={"factory": "jobs.line:build", "width": 7},
+        arguments=TrainerArguments(epochs=2),
+        sinks=[{"sink": "memory", "capacity": 10}, {"sink": "console", "line_every_s": 1.0}, {"sink": "csv"}],
+        checkpoints=Checkpoints(every_epochs=1),
+        resume="auto",
+    )
+
+
+def test_lists_that_the_file_has_not_are_begun_on_the_command_line(folder: Path) -> None:
+    """With the first place."""
+    config = load_run_config(
+        folder / write(folder, "module: 'a:b'\n"), ["sinks.0=csv", "sinks.0.path=a.csv", "sinks.1=memory"]
+    )
+    assert config.sinks == [{"sink": "csv", "path": "a.csv"}, {"sink": "memory"}]
+
+
+def test_true_is_what_the_trainer_takes_it_for(folder: Path) -> None:
+    """Checkpoints by default ask for no folder where the run has none; those with settings do."""
+    config = load_run_config(folder / write(folder, "module: 'a:b'\ncheckpoints: true\njournal: false\n"))
+    assert (config.checkpoints, config.journal) == (True, False)
+    config = load_run_config(folder / "run.yaml", ["journal=true", "journal.segment_bytes=10", "checkpoints=false"])
+    assert (config.checkpoints, config.journal) == (False, Journal(segment_bytes=10))
+
+
+# --------------------------------------------------------------------------------- what is wrong, on the terminal
+
+
+FACTORIES = [
+    ("jobs.line", ['must look like "package.module:name"']),
+    ("nowhere.jobs:build", ["there is no module nowhere, neither in"]),
+    ("jobs.nowhere:build", ["there is no module jobs.nowhere, neither in"]),
+    ("jobs.needs:build", ["No module named 'somewhere' (", "needs.py, line 1)"]),
+    ("jobs.typo:build", ["NameError: name 'widht' is not defined (", "typo.py, line 2)"]),
+    ("jobs.syntax:build", ["SyntaxError: ", "(syntax.py, line 1)"]),
+    ("jobs.line:biuld", ["jobs.line (", "line.py) has no biuld"]),
+    ("jobs.line:NUMBER", ["is 3, which cannot be called"]),
+]
+
+
+def test_factories_that_cannot_be_found_are_each_told_in_one_sentence(script: Any, folder: Path) -> None:
+    """A module that is not there, one that is wrong itself (and where), a name that is not there, or is no function."""
+    write(folder, json.dumps(FACTORIES), "factories.json")
+    code, out, err = script(
+        "import json, sys\n"
+        "from trainer.run_config import RunConfig, prepare\n"
+        "for name, _ in json.load(open('factories.json')):\n"
+        "    try:\n"
+        "        prepare(RunConfig(module={'factory': name}), 'run.yaml')\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    ).end()
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == len(FACTORIES)
+    for line, (name, says) in zip(lines, FACTORIES, strict=True):
+        assert line.startswith(f"run.yaml: module.factory = {name!r}: ")
+        assert all(part in line for part in says), line
+
+
+UNBUILDABLE = [
+    (
+        "module: 'jobs.line:build'",
+        ["missing a required argument: 'width'; it takes (width: int, *, hold: bool = False)"],
+    ),
+    ("module: {factory: 'jobs.line:build', widht: 3}", ["got an unexpected keyword argument 'widht'; it takes (width"]),
+    ("module: 'jobs.line:no_module'", ["returned 'a string', which is no ModuleInterface"]),
+    (
+        "module: 'nowhere:build'\nsinks: [{path: a}, pigeon, {sink: memory, size: 3}]\ncallbacks: ['jobs.line:No']",
+        [
+            "there is no module nowhere",
+            "sinks.0: needs sink, the name of one; installed are console",
+            "sinks.1: there is no sink 'pigeon'",
+            "sinks.2: the sink 'memory' has no option 'size'; it has capacity",
+            "callbacks.0.callback = 'jobs.line:No': jobs.line (",
+        ],
+    ),
+    (
+        "module: 'jobs.line:Line'\ncallbacks: [{callback: 'jobs.line:Sample', wher: a}]",
+        ["callbacks.0.callback = 'jobs.line:Sample': got an unexpected keyword argument 'wher'; it takes (module, "],
+    ),
+    ("module: 'jobs.line:Line'\ncallbacks: ['jobs.line:no_module']", ["'a string', which is no CallbackInterface"]),
+    ("module: 'jobs.line:Line'\narguments: {device: 'cuda:99'}", ["run.yaml: ", "cuda:99"]),
+    ("module: 'jobs.line:Line'\nrun_id: a/b", ["run.yaml: Trainer: run_id must be a name without slashes"]),
+]
+
+
+def test_what_cannot_be_built_ends_with_status_2_and_a_sentence(script: Any, folder: Path) -> None:
+    """All of it at once, no traceback, and nothing is trained. (In one process: each would wait for torch.)"""
+    write(folder, json.dumps(UNBUILDABLE), "cases.json")
+    code, out, err = script(
+        "import json, pathlib\n"
+        "from trainer.cli import main\n"
+        "for text, _ in json.load(open('cases.json')):\n"
+        "    pathlib.Path('run.yaml').write_text(text)\n"
+        "    print(main(['train', 'run.yaml']))\n"
+    ).end()
+    assert (code, out.split()) == (0, ["2"] * len(UNBUILDABLE)), err
+    lines = err.splitlines()
+    assert len(lines) == len(UNBUILDABLE)
+    for line, (_, says) in zip(lines, UNBUILDABLE, strict=True):
+        assert line.startswith("stagecast train: error: run.yaml: ")
+        assert all(part in line for part in says), line
+    assert not (folder / "runs").exists()
+
+
+def test_a_file_that_is_not_there_ends_with_status_2(folder: Path) -> None:
+    """And is named; torch is not waited for."""
+    done = run(folder, "no.yaml")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "stagecast train: error: no.yaml: cannot be read: No such file or directory\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("factory", "says"), [("broken", "ZeroDivisionError: in the factory"), ("lost", "No such file or directory")]
+)
+def test_an_error_of_the_users_own_code_comes_with_its_traceback(folder: Path, factory: str, says: str) -> None:
+    """Status 1; a sentence would not say where it is, not even of a file that its step has not found."""
+    done = run(folder, write(folder, f"module: 'jobs.line:{factory}'\nsinks: []\njournal: false\n"))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "line.py" in done.stderr
+    assert says in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+def test_a_file_trains_its_module_with_all_that_it_names(folder: Path) -> None:
+    """Arguments, overrides, a callback that gets the module, checkpoints; then the same again goes on from there."""
+    text = """
+        module: {factory: "jobs.line:build", width: 2}
+        arguments: {epochs: 2, train_batch_size: 8, seed: 3, device: cpu}
+        sinks: []
+        callbacks: ["jobs.line:Sample", {callback: "jobs.line:Sample", where: other.txt}]
+        checkpoints: {every_epochs: 1}
+        run_id: line
+        resume: auto
+    """
+    done = run(folder, write(folder, text), "module.width=5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "finished after 8 steps",
+        f"run folder: {folder}/runs/line",
+        f"checkpoint: {folder}/runs/line/checkpoints/step-8.a1",
+    ]
+    assert (folder / "sample.txt").read_text() == "Line 4\nLine 8\n"
+    assert (folder / "other.txt").exists()
+
+    done = run(folder, "run.yaml", "module.width=5", "arguments.epochs=3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("finished after 12 steps\n")
+    started = [event for event in read_history(folder / "runs/line/journal") if isinstance(event, RunStarted)]
+    assert [event.arguments["epochs"] for event in started] == [2, 3]
+    assert started[0].module == "jobs.line.Line"
+
+
+def test_a_seed_is_that_of_the_weights_too(script: Any, folder: Path) -> None:
+    """They are drawn when the module is built, before the run begins."""
+    write(folder, "module: 'jobs.line:Line'\narguments: {seed: 3, device: cpu}\nsinks: []\n")
+    code, _, err = script(
+        "from trainer.cli import main\n"
+        "for name in 'ab':\n"
+        "    assert main(['train', 'run.yaml', f'run_dir={name}']) == 0\n"
+    ).end()
+    assert (code, err) == (0, "")
+    weights = [(folder / name / "weights.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_check_builds_everything_and_trains_nothing(folder: Path) -> None:
+    """It says what would be trained, and leaves nothing behind."""
+    file = write(folder, "module: 'jobs.line:Line'\nsinks: [memory]\ncallbacks: ['jobs.line:Sample']\n")
+    done = run(folder, file, "--check", "arguments.gpu_batch_size_limit=8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "run.yaml is in order; nothing was trained.",
+        "module:     jobs.line.Line, 4 parameters",
+        "steps:      32 rows each, in 4 of 8",
+        "sinks:      memory",
+        "callbacks:  jobs.line:Sample",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["jobs", "run.yaml"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_in_order_and_is_its_exit_code(folder: Path, number: signal.Signals, code: int) -> None:
+    """With a checkpoint, as `stagecast demo` does."""
+    file = write(
+        folder,
+        "module: {factory: 'jobs.line:build', width: 1, hold: true}\nsinks: []\nrun_dir: run\n"
+        "arguments: {epochs: 1000000, device: cpu}\n",
+    )
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command(file), cwd=folder, env=environment(), text=True, **pipes) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "training\n"
+            process.send_signal(number)
+            out, err = process.communicate(timeout=40)
+        finally:
+            process.kill()
+    assert process.returncode == code, err
+    assert re.search(rf"^stopped after \d+ steps \({number.name}\)$", out, re.M)
+    assert re.search(r"^checkpoint: .*step-\d+\.a1$", out, re.M)
+
+
+# ------------------------------------------------------------------------------------------------- the help
+
+
+def test_the_help_lists_every_argument_with_type_default_and_meaning(folder: Path) -> None:
+    """Of the file, `TrainerArguments`, `Checkpoints`, the journal, and each sink that is installed; without torch."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command("--help")[1:]],
+        cwd=folder,
+        env=environment(COLUMNS="80"),
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0
+    assert not re.search(r"\| +(torch|numpy|trainer\.trainer)$", done.stderr, re.M)
+    text = " ".join(done.stdout.split())
+    kinds: list[tuple[str, Any]] = [("", RunConfig), ("checkpoints.", Checkpoints), ("journal.", Journal)]
+    for name in sink_names():
+        assert f"sink {name}:" in text
+    kinds += [("sinks.N.", sink_type(name)) for name in ("console", "memory")]
+    for prefix, kind in kinds:
+        for field in msgspec.structs.fields(kind):
+            assert f" {prefix}{field.name}: " in text
+            doc = field_docs(kind).get(field.name, "").partition("`")[0]
+            assert doc.replace("None", "null").replace("True", "true").replace("False", "false").strip() in text
+    for documented in TrainerArguments.describe():
+        assert f" arguments.{documented.name}: " in text
+        assert documented.doc.replace("None", "null") in text
+    assert "arguments.max_grad_norm: a number > 0 (default: 1.0) The norm" in text
+    assert "arguments.seed: an integer >= 0 and <= 9223372036854775807 or null (default: null) Seeds" in text
+    assert "checkpoints.best_mode: one of 'max', 'min' (default: min)" in text
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_help_fits_the_terminal(folder: Path, columns: int) -> None:
+    """No line is longer, and a wider one is used."""
+    lines = run(folder, "-h", COLUMNS=str(columns)).stdout.splitlines()
+    assert columns - 10 < max(map(len, lines)) <= columns
+
+
+def test_a_sink_that_cannot_be_imported_does_not_hide_the_others(folder: Path) -> None:
+    """A stranger's package may be broken: its name stands in the help, with what it raised."""
+    info = folder / "pigeon-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pigeon\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[stagecast.sinks]\naardvark = nowhere_at_all:Aardvark\n")
+    done = run(folder, "--help", PYTHONPATH=f"{ROOT}{os.pathsep}{folder}")
+    assert done.returncode == 0
+    assert "sink aardvark:\n  the sink 'aardvark' (nowhere_at_all:Aardvark) cannot be imported" in done.stdout
+    assert "sinks.N.line_every_s" in done.stdout

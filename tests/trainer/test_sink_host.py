@@ -1,0 +1,325 @@
+"""Sinks in a process of their own: what reaches them when they, it, or the run misbehaves or dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import anyio
+import msgspec
+import pytest
+
+from events.errors import SinkHostFailed
+from events.messages import ObserverFailed, ObserverRecovered, ValStepEnded
+from events.sink import Delivery
+from sinks import host_process
+from trainer.errors import ArgumentsError
+
+HOSTED = Path(__file__).parent / "hosted"
+
+
+@pytest.fixture
+def sinks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of misbehaving sinks, which a sink host finds, too."""
+    monkeypatch.syspath_prepend(str(HOSTED))
+    monkeypatch.delitem(sys.modules, "hosted_sinks", raising=False)
+    import hosted_sinks  # type: ignore[import-not-found]
+
+    return hosted_sinks
+
+
+class Line(msgspec.Struct, frozen=True):
+    """What a `Witness` has written down."""
+
+    pid: int
+    attempt: int
+    seq: int
+    kind: str
+
+
+def lines(path: Path) -> list[Line]:
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        pid, *rest = line.split()
+        if rest != ["closed"] and len(rest) == 4:
+            found.append(Line(int(pid), int(rest[0]), int(rest[1]), rest[2]))
+    return found
+
+
+def kept_for_sinks(kit: Any, tmp_path: Path) -> set[int]:
+    """What every sink must get. What happens to sinks while the run ends stands in the journal only."""
+    events = kit.read_journal(tmp_path / "run")
+    return {event.seq for event in events if not isinstance(event, ObserverFailed | ObserverRecovered)}
+
+
+def closed(path: Path) -> bool:
+    return path.exists() and path.read_text().endswith(" closed\n")
+
+
+def until(happens: Callable[[], Any], what: str) -> Any:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + 30.0
+    while not (value := happens()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+    return value
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def run_dir_of(kit: Any, tmp_path: Path, module: Any, *sinks: Any, **options: Any) -> Any:
+    given = {"run_dir": tmp_path / "run", "run_id": "run", "journal": True, "sinks_in": "process"} | options
+    return kit.train(module, sinks=sinks, **given)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+class Plain:
+    """No struct."""
+
+    delivery: ClassVar[Delivery] = Delivery(runs_in="process")
+
+    def open(self, run: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_what_cannot_travel_is_refused_when_the_trainer_is_built(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """Each with its reason, and nothing is started or written."""
+
+    class Local(msgspec.Struct, frozen=True):
+        def open(self, run: Any) -> Any:
+            raise NotImplementedError
+
+    witness = sinks.Witness(str(tmp_path / "out"))
+    bad = [Plain(), Local(), (witness, Delivery(types=frozenset({ValStepEnded}), runs_in="process"))]
+    with pytest.raises(ArgumentsError) as caught:
+        kit.make_trainer(kit.Net(), sinks=bad, journal=True, sinks_in="process")
+    for reason in ("no msgspec.Struct", "could not import it", "does not keep ValStepEnded"):
+        assert reason in str(caught.value)
+    with pytest.raises(ArgumentsError, match="without the journal"):
+        kit.make_trainer(kit.Net(), sinks=[witness], sinks_in="process")
+    with pytest.raises(ArgumentsError, match="'thread' or 'process'"):
+        kit.make_trainer(kit.Net(), sinks_in="elsewhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fatal_sink_that_cannot_be_opened_ends_the_run(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """As it would in the run's own process, with what it raised in the text."""
+
+    class Waits(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            kit.wait_until_failed(box[0])
+            return super().train_step(global_step, batch, device)
+
+    box: list[Any] = []
+
+    async def main() -> None:
+        ready = kit.make_trainer(
+            Waits(), sinks=[sinks.Unopenable()], journal=True, sinks_in="process", run_dir=tmp_path / "run"
+        )
+        async with ready.run() as run:
+            box.append(run)
+
+    with pytest.raises(SinkHostFailed, match="no such server"):
+        anyio.run(main)
+
+
+# ---------------------------------------------------------------------------------------------- what arrives
+
+
+def test_every_event_of_the_journal_arrives_once_and_in_order(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """From the first to the last, though it prints, and its processes print."""
+    out = tmp_path / "out"
+    outcome = run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out), "noisy"), epochs=3)
+    kept = [event.seq for event in kit.read_journal(tmp_path / "run")]
+    assert [line.seq for line in lines(out)] == kept
+    assert {line.pid for line in lines(out)} - {os.getpid()} != set()
+    assert closed(out)
+    report = next(one for one in outcome.result.observers if one.observer == "witness")
+    assert (report.state, report.published, report.delivered, report.left) == ("closed", len(kept), len(kept), 0)
+    log = (tmp_path / "run/sinks/host.log").read_text()
+    assert {"what a sink prints", "and on stderr", "and what its processes print"} <= {*log.splitlines()}
+    assert not is_alive(lines(out)[0].pid)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_host_that_is_killed_is_started_again_and_goes_on(kit: Any, sinks: Any, tmp_path: Path, backend: str) -> None:
+    """Nothing is lost; what may come twice is the batch that it was in."""
+    out = tmp_path / "out"
+    killed: list[int] = []
+
+    class Kills(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if global_step == 3:
+                until(lambda: len(lines(out)) >= 3, "nothing has arrived")
+                killed.append(box[0]._connection._session._host.pid)
+                os.kill(killed[0], signal.SIGKILL)
+            return super().train_step(global_step, batch, device)
+
+    box: list[Any] = []
+
+    async def main() -> None:
+        ready = kit.make_trainer(
+            Kills(),
+            sinks=[sinks.Witness(str(out))],
+            journal=True,
+            sinks_in="process",
+            run_dir=tmp_path / "run",
+            epochs=3,
+        )
+        async with ready.run() as run:
+            box.append(run)
+
+    anyio.run(main, backend=backend)
+    assert {line.seq for line in lines(out)} >= kept_for_sinks(kit, tmp_path)
+    assert len({line.pid for line in lines(out)}) == 2
+    assert len(lines(out)) - len({line.seq for line in lines(out)}) <= 8
+    failures = [event for event in kit.read_journal(tmp_path / "run") if isinstance(event, ObserverFailed)]
+    assert [(event.observer, event.during, event.action) for event in failures] == [("witness", "host", "retrying")]
+    assert "by signal 9" in failures[0].error
+
+
+def test_a_sink_that_takes_its_host_with_it_misses_nothing(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """Nor does its neighbour; the end of the run waits for the host that is started again."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out), "dies"), sinks.Witness(str(other)), epochs=4)
+    for path in (out, other):
+        assert {line.seq for line in lines(path)} >= kept_for_sinks(kit, tmp_path)
+        assert closed(path)
+
+
+def test_a_sink_whose_server_is_down_is_told_of_and_recovers(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """The supervisor is the same one; the run hears of it."""
+    out = tmp_path / "out"
+
+    class Waits(kit.Net):
+        def on_end_train(self, global_step: int) -> None:
+            until(lambda: len(lines(out)) > 5, "it has not recovered")
+
+    run_dir_of(kit, tmp_path, Waits(), sinks.Witness(str(out), "fails"))
+    assert {line.seq for line in lines(out)} >= kept_for_sinks(kit, tmp_path)
+    told = kit.read_journal(tmp_path / "run")
+    assert ["OSError: the server is down"] == [event.error for event in told if isinstance(event, ObserverFailed)]
+    assert sum(isinstance(event, ObserverRecovered) for event in told) == 1
+
+
+def test_a_host_that_always_dies_is_given_up(
+    kit: Any, sinks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training does not notice; the report says what there is, and where the rest stands."""
+    monkeypatch.setattr(host_process, "_MOST_DEATHS", 2)
+    outcome = run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(tmp_path / "out"), "mortal"))
+    assert outcome.result.status == "finished"
+    report = next(one for one in outcome.result.observers if one.observer == "witness")
+    assert report.state == "stuck"
+    assert "exit code 3" in str(report.error)
+    assert "stands in the journal" in str(report.error)
+
+
+def test_a_sink_that_hangs_holds_the_end_no_longer_than_the_drain(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """Its neighbour gets everything; what it has not got is counted, and its process is gone."""
+    hangs, fine = tmp_path / "hangs", tmp_path / "fine"
+    pids: list[int] = []
+
+    class Asks(kit.Net):
+        def on_end_train(self, global_step: int) -> None:
+            until(lambda: lines(fine), "nothing has arrived")
+            pids.append(lines(fine)[0].pid)
+
+    sinks_ = [sinks.Witness(str(hangs), "hangs"), sinks.Witness(str(fine))]
+    outcome = run_dir_of(kit, tmp_path, Asks(), *sinks_, drain_timeout_s=0.5)
+    reports = {one.observer: one for one in outcome.result.observers}
+    kept = len(kit.read_journal(tmp_path / "run"))
+    assert (reports["witness"].state, reports["witness-2"].state) == ("stuck", "closed")
+    assert reports["witness"].delivered == 0
+    assert 0 < reports["witness"].left <= kept
+    assert len(lines(fine)) >= reports["witness"].left
+    until(lambda: not is_alive(pids[0]), "the host is still there")
+
+
+# ------------------------------------------------------------------------------------- when the run dies, or goes on
+
+DYING = """
+import os, signal, sys, time
+sys.path[:0] = [{hosted!r}, {tests!r}]
+import torch
+from torch.utils.data import DataLoader
+import hosted_sinks
+from conftest import Net
+from trainer import Trainer, TrainerArguments
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, index): return torch.zeros(4), torch.zeros(1)
+
+class Dies(Net):
+    def get_train_dataloader(self, sampler, batch_size):
+        return DataLoader(Data(), batch_size=batch_size, num_workers={workers})
+    def train_step(self, global_step, batch, device):
+        if global_step == 5:
+            if os.fork() == 0:  # it holds everything that a forked child inherits, and outlives us
+                time.sleep(600)
+            print("dying", flush=True)
+            time.sleep(600)
+        return super().train_step(global_step, batch, device)
+
+arguments = TrainerArguments(train_batch_size=4, device="cpu", epochs=3)
+sink = hosted_sinks.Witness({out!r})
+Trainer(Dies(), arguments, sinks=[sink], sinks_in="process", run_dir="run", run_id="run", checkpoints=False).train()
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_is_killed_is_delivered_to_its_end(
+    kit: Any, sinks: Any, script: Any, tmp_path: Path, workers: int
+) -> None:
+    """The host has what the journal has, closes its sinks and ends, whoever else holds the pipes; the next attempt goes
+    on behind that."""
+    out = tmp_path / "out"
+    text = DYING.format(hosted=str(HOSTED), tests=str(Path(__file__).parent), out=str(out), workers=workers)
+    dying = script(text)
+    dying.wait_for("dying")
+    until(lambda: any(line.kind == "TrainStepEnded" for line in lines(out)), "nothing has arrived")
+    host = lines(out)[0].pid
+    orphans = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == dying.process.pid]
+    dying.signal(signal.SIGKILL)
+    try:
+        until(lambda: closed(out) and not is_alive(host), "the host is still there")
+        kept = [event.seq for event in kit.read_journal(tmp_path / "run")]
+        assert [line.seq for line in lines(out)] == kept
+    finally:
+        for pid in orphans:
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+    run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out)))
+    everything = kit.read_journal(tmp_path / "run")
+    assert [line.seq for line in lines(out)] == [event.seq for event in everything]
+    assert {line.attempt for line in lines(out)} == {1, 2}
+
+
+def parent_of(pid: str) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def test_a_sink_that_was_here_meanwhile_gets_nothing_twice(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """Its place in the journal is forgotten while it runs in the run's own process."""
+    out = tmp_path / "out"
+    for place in ("process", "thread", "process"):
+        run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out)), sinks_in=place)
+    hosted = [line.seq for line in lines(out) if line.attempt != 2]
+    assert len(hosted) == len(set(hosted))
+    assert [line.seq for line in lines(out)] == sorted({line.seq for line in lines(out)})
