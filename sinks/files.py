@@ -1,0 +1,263 @@
+"""A file that a sink appends to: whole batches, each event once, whatever happened to the process before."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import msgspec
+
+from events.errors import SinkMisconfigured
+from events.messages import Event
+from events.sink import RunInfo
+
+if sys.platform != "win32":
+    import fcntl
+
+_CHUNK = 1_024
+"""Bytes of a record that are taken at a time for its checksum; its table has a kilobyte for each."""
+_TAIL_BYTES = 2**20
+"""How much of a file's end is looked at first: nearly always, what is wanted is there."""
+
+Position = tuple[int, int]
+"""``attempt`` and ``seq`` of an event: where it is in its run's history."""
+
+Rows = Iterator[tuple[Position | None, int]]
+"""Of each whole row: whose it is (None: no event's of the run), and where it ends, in bytes from the start of rows."""
+
+
+class AppendedFile:
+    """A file that grows by whole blocks, and has one writer at a time. Used by one thread.
+
+    Args:
+        path: The file; it and its folders are created where they are missing.
+
+    Raises:
+        OSError: It cannot be opened, or another run has it open. Trying again may help.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  # closed by `close`
+        self._cut_to: int | None = None  # where a block that could not be written whole begins
+        try:
+            self._lock()
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def append(self, block: bytes) -> None:
+        """Hand a block to the operating system, all of it or, when this raises, nothing. May wait for the disk.
+
+        Raises:
+            OSError: The disk is full or fails, or somebody has deleted the file.
+        """
+        self._mend()
+        status = os.fstat(self._file.fileno())
+        if not status.st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the file was deleted while it was being written", self.path)
+        left = memoryview(block)
+        self._cut_to = status.st_size
+        try:
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError:
+            # What is there of the block must not stay: it comes again. If even that fails, then before the next block.
+            with contextlib.suppress(OSError):
+                self._mend()
+            raise
+        self._cut_to = None
+
+    def cut(self, size: int) -> None:
+        """Let go of what is behind its first ``size`` bytes."""
+        self._file.truncate(size)
+
+    def close(self) -> None:
+        """Have everything on the disk, and let go. Raises `OSError` if the disk refuses; it is closed all the same."""
+        if self._file.closed:
+            return
+        with self._file:
+            self._mend()
+            os.fsync(self._file.fileno())
+
+    def _mend(self) -> None:
+        if self._cut_to is not None:
+            self.cut(self._cut_to)
+            self._cut_to = None
+
+    def _lock(self) -> None:
+        """Two runs in one file would cut each other's rows. The lock goes with the process, however that ends."""
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Where the file system has no locks, nobody is held up.
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise OSError(
+                        error.errno, "another run is writing to this file: wait for it, or give each its own", self.path
+                    ) from None
+
+
+class End(msgspec.Struct, frozen=True):
+    """What a file that is to be continued has at its end."""
+
+    size: int
+    """Its bytes without a row that was cut off."""
+    last: Position
+    """The run's last event in it; ``(0, 0)`` if there is none."""
+    rows: int
+    """How many rows of that event are there, one after the other."""
+
+
+def find_end(path: str, rows_of: Callable[[BinaryIO], Rows]) -> End:
+    """Find out where to go on in a file. Reads its last megabyte, and only if that does not tell, all of it.
+
+    Args:
+        rows_of: Reads whole rows, from where the file is read to its end.
+    """
+    with open(path, "rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
+        if start:
+            file.seek(start)
+            file.readline()  # the rest of a row; or of a line within one, which then makes rows that are nobody's
+            start = file.tell()
+            end, is_all = _end_of(rows_of(file), start)
+            if is_all:
+                return end
+        file.seek(0)
+        return _end_of(rows_of(file), 0)[0]
+
+
+def _end_of(rows: Rows, start: int) -> tuple[End, bool]:
+    """The end; and whether all rows of the last event were seen, because there was one of another before."""
+    last: Position | None = None
+    size = count = 0
+    is_all = False
+    for position, end in rows:
+        size = end
+        if position is None:
+            continue
+        if position == last:
+            count += 1
+        else:
+            is_all = last is not None
+            last, count = position, 1
+    return End(start + size, last or (0, 0), count), is_all
+
+
+def position_of(event: Event) -> Position:
+    """Where an event is in its run's history."""
+    return event.attempt, event.seq
+
+
+def newer(events: Sequence[Event], last: Position) -> Sequence[Event]:
+    """The events behind a position. They come in order, so that the first one nearly always tells."""
+    if not events or position_of(events[0]) > last:
+        return events
+    return [event for event in events if position_of(event) > last]
+
+
+def path_in(run: RunInfo, given: str | None, default: str, user: str) -> str:
+    """Where a sink writes: the path that was given, or one in the run's folder.
+
+    Raises:
+        SinkMisconfigured: Neither is there.
+    """
+    if given is not None:
+        return os.path.abspath(given)
+    if run.run_dir is None:
+        raise SinkMisconfigured(
+            f"{user} was given no path, and this run keeps no folder to put {default} in: name a path, or keep the"
+            f" run's journal"
+        )
+    return os.path.join(run.run_dir, default)
+
+
+def check_path(given: object, what: str) -> None:
+    """Refuse what is no path, where it is given.
+
+    Raises:
+        ValueError: It is none; says what to give.
+    """
+    if given is not None and (not isinstance(given, str) or not given or "\0" in given):
+        raise ValueError(f"{what}={given!r:.200}: give a path as a string, or None for one in the run's folder")
+
+
+# ------------------------------------------------------------------------------------------- event files
+
+
+def event_records(records: list[bytes]) -> bytes:
+    """Records as they stand in TensorBoard's event files: each between its length and its checksum."""
+    import numpy as np
+
+    by_length: dict[int, list[int]] = {}
+    for index, record in enumerate(records):
+        by_length.setdefault(len(record), []).append(index)
+    framed = [b""] * len(records)
+    for length, indices in by_length.items():
+        rows = np.frombuffer(b"".join([records[index] for index in indices]), np.uint8).reshape(-1, length)
+        checksums = _checksums(rows).tobytes()
+        head = _record_head(length)
+        for at, index in enumerate(indices):
+            framed[index] = b"%b%b%b" % (head, records[index], checksums[4 * at : 4 * at + 4])
+    return b"".join(framed)
+
+
+@functools.lru_cache(maxsize=8_192)
+def _record_head(length: int) -> bytes:
+    import numpy as np
+
+    encoded = struct.pack("<Q", length)
+    checksum: bytes = _checksums(np.frombuffer(encoded, np.uint8).reshape(1, -1)).tobytes()
+    return encoded + checksum
+
+
+def _checksums(rows: Any) -> Any:
+    """The masked CRC-32C of each row of bytes ``(N, L)``, as ``(N,)`` little-endian integers.
+
+    A checksum is the sum, without carry, of what each byte adds to it by its value and its distance from the end; so
+    all bytes of all rows are looked up at once. Of what came before, only four bytes are left to add to the next four.
+    """
+    import numpy as np
+
+    table = _table()
+    found = np.empty(len(rows), "<u4")
+    some = max(1, 2**20 // max(1, min(_CHUNK, rows.shape[1])))  # rows at a time, to bound the memory
+    for first in range(0, len(rows), some):
+        part = rows[first : first + some]
+        state = np.full(len(part), 0xFFFFFFFF, "<u4")
+        for begin in range(0, part.shape[1], _CHUNK):
+            chunk = part[:, begin : begin + _CHUNK].astype(np.intp)
+            width = chunk.shape[1]
+            chunk[:, :4] ^= state.view(np.uint8).reshape(-1, 4)[:, :width]
+            chunk += np.arange((width - 1) * 256, -1, -256)
+            state = (state >> 8 * width if width < 4 else 0) ^ np.bitwise_xor.reduce(table.take(chunk), axis=1)
+        found[first : first + some] = ~state
+    return ((found >> 15 | found << 17) + np.uint32(0xA282EAD8)).astype("<u4")
+
+
+@functools.cache
+def _table() -> Any:
+    """What a byte adds to a checksum: at ``256 * (bytes behind it) + value``."""
+    import numpy as np
+
+    one = np.arange(256, dtype="<u4")
+    for _ in range(8):
+        one = np.where(one & 1, one >> 1 ^ 0x82F63B78, one >> 1).astype("<u4")
+    table = np.empty((_CHUNK, 256), "<u4")
+    table[0] = one
+    for distance in range(1, _CHUNK):
+        table[distance] = one[table[distance - 1] & 0xFF] ^ table[distance - 1] >> 8
+    return table.reshape(-1)
