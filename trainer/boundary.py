@@ -69,6 +69,8 @@ class Boundary:
         checkpoints.wait_for_fence = self.wait_for_fence
         self.phase = "setup"
         """What the loop is doing, for messages."""
+        self.stop_wanted = False
+        """Whether a callback has asked to stop the run; to be taken before anything else is trained."""
         self._recorder = recorder
         self._on_failed_hook = on_failed_hook
         self._ledger_interval_ns = int(min(ledger_interval_s, 1e9) * 1e9)  # infinity is no integer
@@ -145,14 +147,40 @@ class Boundary:
         self.ledger.inline += spent
         self.ledger.aside += spent
 
-    def run_inline_step(self, hooks: list[InlineHook], live: list[tuple[Any, ...]]) -> None:
-        """Run inline hooks of the end of a step, with outputs that are detached but neither copied nor moved."""
-        mark = clock()
-        outputs = collate_outputs([detach_copy(values, clone=False) for values in live], self.notice)
-        self.ledger.publish += clock() - mark
+    def run_inline_step(self, hooks: list[InlineHook], live: list[tuple[Any, ...]] | None) -> None:
+        """Run inline hooks of the end of a step, with outputs that are detached but neither copied nor moved.
+
+        Args:
+            live: The outputs of each micro-batch; None if no hook wants them.
+        """
+        outputs: tuple[Any, ...] = ()
+        if live is not None:
+            mark = clock()
+            outputs = collate_outputs([detach_copy(values, clone=False) for values in live], self.notice)
+            self.ledger.publish += clock() - mark
         self.run_inline(hooks, self.origin.global_step, *outputs)
         if self._recorder.values:
             self._recorder.take()
+
+    def ask_to_stop(self) -> None:
+        """A validation is over: ask the callbacks that may stop the run."""
+        mark = clock()
+        for callback in self.hooks.callbacks:
+            if callback.should_stop is None or callback.disabled:
+                continue
+            step = self.origin.global_step
+            try:
+                reason = callback.should_stop(step, self._recorder.latest)  # SYNC: it reads the number that it follows
+                if not isinstance(reason, str | None):
+                    raise TypeError(f"should_stop() must return the reason to stop, a string, or None, not {reason!r}")
+            except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                add_note(error, f"raised by {callback.name}.should_stop at global_step {step}")
+                self._on_failed_hook(callback, "should_stop", error)
+            else:
+                if reason is not None:
+                    self.stop_wanted = True
+                    self.control.send(Stop(id=f"callback-{callback.name}", reason=reason))
+        self.ledger.readback += clock() - mark
 
     def epoch_outputs(self, kind: type[Event], hook: str, limit_bytes: int) -> EpochOutputs | None:
         """Where outputs are kept for this hook; None if no callback has it, or none any more.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ from trainer.recorder import MetricRecorder
 from trainer.tensor_state import part_of
 
 Hook = Callable[..., Any]
+_Hook = TypeVar("_Hook", bound=Hook)
 
 EVENT_OF_HOOK: dict[str, type[Event]] = {
     "on_begin_train_epoch": TrainEpochStarted,
@@ -44,6 +45,15 @@ _WITH_OUTPUTS = frozenset({TrainStepEnded, TrainEpochEnded, BackwardEnded, ValEp
 """The events whose hooks get tensors."""
 
 _EPOCH_HOOKS = frozenset({"on_begin_train_epoch", "on_end_train_epoch", "on_end_val_epoch", "on_end_train"})
+
+
+_NO_OUTPUTS = "__stagecast_no_outputs__"
+
+
+def without_outputs(hook: _Hook) -> _Hook:
+    """Mark an inline `on_end_train_step` that looks at no outputs: none are kept and collated for it."""
+    setattr(hook, _NO_OUTPUTS, True)
+    return hook
 
 
 def overridden_hooks(callback: CallbackInterface) -> dict[str, Hook]:
@@ -77,6 +87,11 @@ class InlineHook(NamedTuple):
     name: str
     call: Hook
 
+    @property
+    def wants_outputs(self) -> bool:
+        """Whether it looks at what the step returned."""
+        return not getattr(self.call, _NO_OUTPUTS, False)
+
 
 class CallbackHooks:
     """One callback's hooks, sorted by lane.
@@ -99,6 +114,11 @@ class CallbackHooks:
         kept = (getattr(callback, "state_dict", None), getattr(callback, "load_state_dict", None))
         self.stateful = all(map(callable, kept)) and not isinstance(callback, ModuleInterface)
         """Whether it has ``state_dict`` and ``load_state_dict``, for checkpoints."""
+        self.should_stop = self._optional(callback, "should_stop")
+        """Asked on the loop's thread when a validation is over, with ``global_step`` and the last value of each metric:
+        returns a reason to stop the run, or None."""
+        self.bind_optimizers = self._optional(callback, "bind_optimizers")
+        """Given the run's optimizers, once, on the loop's thread before the first step."""
         self._callback = callback
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
@@ -129,6 +149,15 @@ class CallbackHooks:
                 f"the callback {self.name} has hooks that get outputs, which an overflow of 'spill' would lose: give it"
                 f" 'block', which is the default, or 'drop_oldest'"
             )
+
+    def _optional(self, callback: CallbackInterface, name: str) -> Hook | None:
+        """A method that callbacks may have beside the contract's; the module's own methods are its own."""
+        method: Hook | None = getattr(callback, name, None)
+        if not callable(method) or isinstance(callback, ModuleInterface):
+            return None
+        if inspect.iscoroutinefunction(method):
+            raise ArgumentsError(f"{self.name}.{name} is async, but the loop calls it: make it a plain function")
+        return method
 
     def state_dict(self) -> Any:
         """Its state, as it keeps it."""

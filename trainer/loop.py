@@ -68,6 +68,7 @@ class TrainingLoop:
         self._capture = Capture(device, boundary.notice)
         hooks = boundary.hooks
         self._step_hooks = hooks.inline[TrainStepEnded]
+        self._hooks_want_outputs = any(hook.wants_outputs for hook in self._step_hooks)
         self._backward_hooks = hooks.inline[BackwardEnded]
         self._fenced_steps = TrainStepEnded in hooks.fenced
         self._returned: Any = None
@@ -101,6 +102,8 @@ class TrainingLoop:
             if self._at_max_steps and self._position.phase == "begin":
                 break
             self._boundary.origin.epoch = epoch
+            if self._boundary.stop_wanted:
+                self._boundary.take_commands()  # before another epoch begins
             self._train_epoch(epoch, loader if loader is not None else self.train_loader(epoch))
             loader = None
             self.epochs_finished += 1
@@ -169,6 +172,7 @@ class TrainingLoop:
         optimization, recorder = self._optimization, self._recorder
         origin, ledger, control, bus = boundary.origin, boundary.ledger, boundary.control, boundary.bus
         step_hooks, fenced_steps = self._step_hooks, self._fenced_steps
+        hooks_want_outputs = self._hooks_want_outputs
         gradients_are_looked_at = bool(step_hooks) or fenced_steps  # by a hook at the end of a step
         checkpoints, position = self._checkpoints, self._position
         began = position.began = time.monotonic()
@@ -214,7 +218,7 @@ class TrainingLoop:
                         read += 1
                     position.used_up = batch is END
                 observed = TrainStepEnded in bus.payload_receivers
-                keep = observed or step_hooks or outputs is not None
+                keep = observed or hooks_want_outputs or outputs is not None
                 now = clock()
                 ledger.data += now - mark
                 # What came while the loop waited for data is taken before the step: not if it may ask for a checkpoint,
@@ -277,8 +281,8 @@ class TrainingLoop:
                     if payload is not None and payload.fence is not None:
                         boundary.wait_for_fence(payload.fence)
                         mark = clock()
-                    if step_hooks and live is not None:
-                        boundary.run_inline_step(step_hooks, live)
+                    if step_hooks:
+                        boundary.run_inline_step(step_hooks, live if hooks_want_outputs else None)
                         mark = clock()
                 else:
                     self._skip(skipped, loss)
@@ -322,6 +326,8 @@ class TrainingLoop:
         boundary.publish(TrainEpochEnded(*origin.header(), origin.global_step - first_step, duration_s), outputs)
         boundary.phase = "the schedulers"
         optimization.end_epoch(ledger)
+        if arguments.val_interval_steps is None and not arguments.val_interval_epochs:
+            boundary.ask_to_stop()  # its turn after a validation never comes
         position.phase = "begin"
         checkpoints.outputs = None
         origin.epoch = epoch + 1  # where a checkpoint goes on
@@ -489,6 +495,8 @@ class TrainingLoop:
             self._position.phase = "validate"
             self._validate()
             self._position.phase = "train"
+            if self._boundary.stop_wanted:
+                self._boundary.take_commands()  # at this very step
 
     def _validates_at_end(self, epoch: int) -> bool:
         arguments = self._arguments
@@ -534,6 +542,7 @@ class TrainingLoop:
         boundary.phase = "the schedulers"
         self._optimization.end_validation(boundary.ledger)
         self._checkpoints.after_validation()
+        boundary.ask_to_stop()
 
     def _take_commands(self) -> None:
         if self._boundary.control.pending:

@@ -289,6 +289,7 @@ class LoopThread:
             self._restore(loaded, optimization)
             restore_rng(rng, self._device)
         optimization.zero_grad()  # what the host has left in the gradients is none of the first step's
+        self._bind_optimizers(optimization)
         self._checkpoints.start(optimization)
         # Not before all of that: an attempt that fails before it trains leaves the line, and the history, as they are.
         self._plan.prepare(self._origin.attempt, loaded)
@@ -306,6 +307,15 @@ class LoopThread:
         returned = self._module.get_optimizers_schedulers(steps_per_epoch, self._arguments.epochs)
         parameters = self._module.parameters()
         return Optimization(returned, parameters, self._arguments, self._precision, self._recorder.latest)
+
+    def _bind_optimizers(self, optimization: Optimization) -> None:
+        for callback in self._hooks.callbacks:
+            if callback.bind_optimizers is not None and not callback.disabled:
+                try:
+                    callback.bind_optimizers(optimization.optimizers)
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                    add_note(error, f"raised by {callback.name}.bind_optimizers")
+                    self._on_failed_hook(callback, "bind_optimizers", error)
 
     # -------------------------------------------------------------------------------------------- resuming
 

@@ -117,6 +117,11 @@ class CallbackInterface(ABC):
     A callback that has ``state_dict()`` and ``load_state_dict(state)`` is part of checkpoints. ``state_dict`` is called
     on the thread of its hooks, when it has handled all that came before the checkpoint; it returns plain values and
     tensors. ``load_state_dict`` is called before the first hook of a resumed run.
+
+    Two more methods are called where a callback has them, on the loop's thread: ``should_stop(global_step, metrics)``
+    when a validation is over (or an epoch, in a run that does not validate), with the last value of each metric; a
+    reason that it returns stops the run as `Run.stop` does, before anything else is trained. And
+    ``bind_optimizers(optimizers)``, once, before the first step.
     """
 
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:

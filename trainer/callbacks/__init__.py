@@ -1,0 +1,12 @@
+"""Callbacks that many runs want: `EarlyStopping`, `EMA`, `LearningRateMonitor` and `ModelStatistics`.
+
+All of them run on the loop's thread, at exact places, and read no number from the device in a step. What they keep is
+part of checkpoints.
+"""
+
+from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
+from trainer.callbacks.ema import EMA as EMA
+from trainer.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
+from trainer.callbacks.model_statistics import ModelStatistics as ModelStatistics
+
+__all__ = ["EMA", "EarlyStopping", "LearningRateMonitor", "ModelStatistics"]

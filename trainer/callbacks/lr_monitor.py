@@ -1,0 +1,86 @@
+"""Log the learning rates of every parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from trainer.callbacks.checks import Checks, must_be_trained
+from trainer.hooks import without_outputs
+from trainer.module_interface import CallbackInterface, ModuleInterface, inline
+
+
+class LearningRateMonitor(CallbackInterface):
+    """Logs each parameter group's learning rate: ``lr/optimizer0/group0``, and so on::
+
+        from trainer import Trainer, TrainerArguments
+        from trainer.callbacks import LearningRateMonitor
+
+        module = MyModule()
+        Trainer(
+            module,
+            TrainerArguments(epochs=3),
+            callbacks=[LearningRateMonitor(module, every_n_steps=10, momentum=True)],
+        ).train()
+
+    The value is the one that the step was taken with, as in `TrainStepEnded.lr`, which has that of the first group
+    alone. Optimizers and groups are counted from 0, in the order of ``get_optimizers_schedulers``; a group that is
+    added later is there from then on. A rate that is a tensor is logged as one, so nothing waits for the device. A step
+    that was skipped logs nothing. There is nothing to keep in checkpoints.
+
+    Args:
+        module: The module that is trained, through which it logs.
+        every_n_steps: Log when ``global_step`` is a multiple of this.
+        momentum: Log ``momentum/optimizer0/group0``, too, where the group has one: its ``momentum``, or the first of
+            its ``betas``.
+
+    Raises:
+        ArgumentsError: one of them cannot be used.
+        ContractError: in a run, if it does not train this module.
+    """
+
+    def __init__(self, module: ModuleInterface, every_n_steps: int = 1, *, momentum: bool = False) -> None:
+        checks = Checks("LearningRateMonitor")
+        checks.module(module)
+        checks.whole("every_n_steps", every_n_steps)
+        checks.flag("momentum", momentum)
+        checks.done()
+        self._module = module
+        self._every_n_steps = every_n_steps
+        self._momentum = momentum
+        self._optimizers: Sequence[torch.optim.Optimizer] = ()
+        self._used: list[tuple[str, float | torch.Tensor]] = []
+
+    def bind_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """The run's optimizers, from the loop, before its first step."""
+        must_be_trained(self, self._module)
+        self._optimizers = optimizers
+
+    def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
+        """Note the rates that the step at work is about to be taken with: schedulers change them right after it."""
+        if (global_step + 1) % self._every_n_steps == 0:
+            self._used = list(self._read())
+
+    @inline
+    @without_outputs
+    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
+        """The step was taken: log them."""
+        if global_step % self._every_n_steps == 0:
+            for name, value in self._used:
+                self._module.log(name, value)
+
+    def _read(self) -> Iterator[tuple[str, float | torch.Tensor]]:
+        for i, optimizer in enumerate(self._optimizers):
+            for j, group in enumerate(optimizer.param_groups):
+                yield f"lr/optimizer{i}/group{j}", _as_it_is(group["lr"])
+                if self._momentum:
+                    found = group["momentum"] if "momentum" in group else group.get("betas", (None,))[0]
+                    if found is not None:
+                        yield f"momentum/optimizer{i}/group{j}", _as_it_is(found)
+
+
+def _as_it_is(value: Any) -> float | torch.Tensor:
+    """A copy of what a scheduler may change in place, on its device."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else float(value)

@@ -1,0 +1,154 @@
+"""Log norms and distributions of weights and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from trainer.callbacks.checks import Checks, must_be_trained
+from trainer.hooks import without_outputs
+from trainer.media import Histogram
+from trainer.module_interface import CallbackInterface, ModuleInterface, inline
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+class ModelStatistics(CallbackInterface):
+    """Logs how large weights and gradients are, and how they are distributed::
+
+        from trainer import Trainer, TrainerArguments
+        from trainer.callbacks import ModelStatistics
+
+        module = MyModule()
+        statistics = ModelStatistics(module, every_n_steps=50, histograms=True, exclude=["*.bias"])
+        Trainer(
+            module,
+            TrainerArguments(epochs=3, clip_grads=True),
+            callbacks=[statistics],
+        ).train()
+
+    Norms (of order 2) are the metrics ``weight_norm/NAME`` and ``grad_norm/NAME`` of each parameter, and
+    ``weight_norm_total`` and ``grad_norm_total`` of all of them together. Histograms are ``weights/NAME`` and
+    ``gradients/NAME``. NAME is the one of ``module.named_parameters()``: a shared parameter has its first.
+
+    Weights are those after the step. Gradients are those that the optimizers got: unscaled, and clipped if
+    ``clip_grads`` is set (`TrainStepEnded.grad_norm` is the norm before that). A parameter that got none has none here;
+    a sparse one is made dense for it. Frozen parameters are left out.
+
+    All of it is computed where the parameters are, a few kernels for all norms together, and nothing waits for it: the
+    numbers are read later, beside the loop. At other steps the hook does nothing.
+
+    Args:
+        module: The module that is trained.
+        every_n_steps: Look at it when ``global_step`` is a multiple of this.
+        norms: Whether to log norms.
+        histograms: Whether to log histograms: some ten kernels for each.
+        bins: Of a histogram.
+        exclude: Patterns, as in file names (`fnmatch`), of names that get neither norm nor histogram of their own. They
+            count in the totals: ``["*"]`` leaves those alone.
+
+    Raises:
+        ArgumentsError: one of them cannot be used.
+        ContractError: in a run, if it does not train this module.
+    """
+
+    def __init__(
+        self,
+        module: ModuleInterface,
+        every_n_steps: int = 100,
+        *,
+        norms: bool = True,
+        histograms: bool = False,
+        bins: int = 64,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        checks = Checks("ModelStatistics")
+        checks.module(module)
+        checks.whole("every_n_steps", every_n_steps)
+        checks.flag("norms", norms)
+        checks.flag("histograms", histograms)
+        checks.that(bool(norms or histograms), "norms and histograms are both off: there is nothing to log")
+        checks.that(type(bins) is int and bins >= 2, f"bins must be a whole number, at least 2, not {bins!r:.80}")
+        listed = isinstance(exclude, Sequence) and not isinstance(exclude, str | bytes)
+        checks.that(
+            listed and all(isinstance(one, str) for one in exclude),
+            f"exclude must be a list of patterns, such as ['*.bias'], not {exclude!r:.80}",
+        )
+        checks.done()
+        self._module = module
+        self._every_n_steps = every_n_steps
+        self._norms = norms
+        self._histograms = histograms
+        self._bins = bins
+        self._exclude = tuple(exclude)
+
+    @inline
+    @without_outputs
+    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
+        """Look at the module, if it is time to."""
+        if global_step % self._every_n_steps == 0:
+            must_be_trained(self, self._module)
+            self._look()
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        trained = [(name, one) for name, one in self._module.named_parameters() if one.requires_grad]
+        weights: Named = [(name, one.detach()) for name, one in trained if not is_lazy(one) and one.numel()]
+        found = ((name, one.grad) for name, one in trained)
+        gradients: Named = [(name, _dense(one)) for name, one in found if one is not None and one.numel()]
+        if self._norms:
+            self._log_norms("weight_norm", weights)
+            self._log_norms("grad_norm", gradients)
+        if self._histograms:
+            self._log_histograms("weights", weights)
+            self._log_histograms("gradients", gradients)
+
+    def _log_norms(self, name: str, tensors: Named) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], Named] = {}
+        for one in tensors:
+            groups.setdefault((one[1].device, one[1].dtype), []).append(one)
+        totals: list[torch.Tensor] = []
+        for (_, dtype), group in groups.items():
+            # Half precision would overflow, or lose the small ones.
+            wide = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else None
+            ones = [tensor for _, tensor in group]
+            norms = torch._foreach_norm(ones, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]  # no public one
+            for (parameter, _), norm in zip(group, norms, strict=True):
+                if not self._is_excluded(parameter):
+                    self._module.log(f"{name}/{parameter}", norm)
+            totals.append(_norm_of(norms))
+        if totals:
+            self._module.log(f"{name}_total", _together(totals))
+
+    def _log_histograms(self, name: str, tensors: Named) -> None:
+        for parameter, tensor in tensors:
+            if not self._is_excluded(parameter):
+                real = tensor.abs() if tensor.is_complex() else tensor
+                self._module.log(f"{name}/{parameter}", Histogram(real, self._bins))
+
+    def _is_excluded(self, parameter: str) -> bool:
+        return any(fnmatchcase(parameter, pattern) for pattern in self._exclude)
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.detach()
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+def _together(norms: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of what these are the norms of, on an accelerator if one of them is: the other way would be a wait."""
+    if len(norms) == 1:
+        return norms[0]
+    device = next((norm.device for norm in norms if norm.device.type != "cpu"), norms[0].device)
+    dtype = max((norm.dtype for norm in norms), key=lambda one: one.itemsize)
+    moved = [norm.to(device, dtype, non_blocking=True) for norm in norms]
+    return _norm_of(moved)
+
+
+def _norm_of(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return total
