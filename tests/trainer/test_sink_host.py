@@ -210,7 +210,7 @@ def test_a_sink_whose_server_is_down_is_told_of_and_recovers(kit: Any, sinks: An
     run_dir_of(kit, tmp_path, Waits(), sinks.Witness(str(out), "fails"))
     assert {line.seq for line in lines(out)} >= kept_for_sinks(kit, tmp_path)
     told = kit.read_journal(tmp_path / "run")
-    assert ["OSError: the server is down"] == [event.error for event in told if isinstance(event, ObserverFailed)]
+    assert [event.error for event in told if isinstance(event, ObserverFailed)] == ["OSError: the server is down"]
     assert sum(isinstance(event, ObserverRecovered) for event in told) == 1
 
 

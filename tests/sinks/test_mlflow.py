@@ -1,0 +1,505 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from events.errors import SinkMisconfigured
+from events.messages import (
+    HistogramLogged,
+    ImageLogged,
+    MetricsLogged,
+    ObserverFailed,
+    RunEnded,
+    TextLogged,
+    TrainStepEnded,
+)
+from events.metrics import metrics_of
+from events.sink import Delivery, RunInfo
+from sinks import Memory, MLflow
+from sinks.mlflow import RUN_ID_TAG, mlflow_name
+from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
+
+ROOT = Path(__file__).parent.parent
+WAIT_S = 20.0
+# What MLflow's own code, and what it imports, does.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+
+def _load(path: Path) -> ModuleType:
+    """A module of helpers; these folders are no packages."""
+    spec = importlib.util.spec_from_file_location(f"stagecast_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+faulty = _load(ROOT / "faults" / "faulty_proxy.py")
+servers = _load(ROOT / "sinks" / "mlflow_server.py")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    one = servers.MLflowServer(tmp_path_factory.mktemp("mlflow"))
+    try:
+        one.start()
+        yield one
+    finally:
+        one.kill()
+
+
+@pytest.fixture
+def proxy(server: Any) -> Iterator[Any]:
+    """Between the sink and the server, to do something wrong."""
+    one = faulty.FaultyProxy(server.port)
+    yield one
+    one.close()
+
+
+@pytest.fixture(autouse=True)
+def _an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Settings that a sink leaves behind go when the test is over."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    for name in before:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        del os.environ[name]
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """The test's name: of its experiment, and its run."""
+    return str(request.node.name)
+
+
+@pytest.fixture
+def connect(server: Any, name: str, tmp_path: Path) -> Callable[..., Any]:
+    """Opens sinks."""
+
+    def open_one(run_id: str = name, *, attempt: int = 1, uri: str | None = None, **options: Any) -> Any:
+        sink = MLflow(uri or server.url, experiment=name, **options)
+        return sink.open(RunInfo(run_id, attempt=attempt, run_dir=str(tmp_path)))
+
+    return open_one
+
+
+class Look:
+    """What a client that is not the sink's finds of an experiment."""
+
+    def __init__(self, server: Any, experiment: str, folder: Path) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(server.url)
+        self._folder = folder
+        found = self._client.get_experiment_by_name(experiment)
+        self.runs = self._client.search_runs([found.experiment_id]) if found is not None else []
+
+    @property
+    def run(self) -> Any:
+        [run] = self.runs
+        return run
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """In order of step and time."""
+        history = self._client.get_metric_history(self.run.info.run_id, name)
+        return [(one.step, one.value) for one in sorted(history, key=lambda one: (one.step, one.timestamp))]
+
+    def times(self, name: str) -> list[int]:
+        return [one.timestamp for one in self._client.get_metric_history(self.run.info.run_id, name)]
+
+    def files(self, folder: str) -> list[str]:
+        return [one.path for one in self._client.list_artifacts(self.run.info.run_id, folder)]
+
+    def read(self, path: str) -> bytes:
+        return Path(self._client.download_artifacts(self.run.info.run_id, path, str(self._folder))).read_bytes()
+
+
+@pytest.fixture
+def look(server: Any, name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Look]:
+    return lambda: Look(server, name, tmp_path_factory.mktemp("downloads"))
+
+
+class Line(ModuleInterface):
+    """One weight, and a number of its own."""
+
+    def __init__(self, rows: int = 6) -> None:
+        super().__init__()
+        self.rows = rows
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return [torch.full((batch_size, 1), float(i % 6)) for i in range(self.rows)]
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return [torch.ones(batch_size, 1)]
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        self.log("batch/mean", batch.mean())
+        return (self.weight * batch - 1).pow(2).mean()
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return (self.weight * batch - 1).pow(2).mean()
+
+
+class At(CallbackInterface):
+    """Calls a function after a step, which the loop waits for."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        self._step, self._act = step, act
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        if global_step == self._step:
+            self._act()
+
+
+def expected(memory: Memory) -> dict[str, list[tuple[int, float]]]:
+    """All numbers that were published, by name, in order of steps."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for event in memory.events:
+        for metric, value in metrics_of(event):
+            found.setdefault(mlflow_name(metric), []).append((event.global_step, event.time, value))
+    return {metric: [(step, value) for step, _, value in sorted(points)] for metric, points in found.items()}
+
+
+ARGUMENTS: dict[str, Any] = {"train_batch_size": 2, "device": "cpu"}
+
+
+# --------------------------------------------------------------------------------- servers, and what goes wrong
+
+
+def test_a_server_that_is_not_there_is_an_error_at_once(story: Any, tmp_path: Path) -> None:
+    """The client would try for minutes; when to try again is the supervisor's to say."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(Exception, match=rf"{port}.*(refused|Max retries)"):
+        MLflow(f"http://127.0.0.1:{port}").open(RunInfo("demo"))
+
+
+def test_a_server_that_hangs_is_left_in_time(proxy: Any, connect: Any, story: Any, look: Any) -> None:
+    """And what it has not taken comes again, once."""
+    writer = connect(uri=f"http://127.0.0.1:{proxy.port}", timeout_s=1)
+    batch = story.steps(5)
+    proxy.arm(faulty.Fault(0, False, 1.0, "stall"))
+    with pytest.raises(Exception, match=r"(?i)timed out"):
+        writer.write(batch)
+    writer.write(batch)
+    assert look().points("train_loss") == [(step, 2.0) for step in range(1, 6)]
+
+
+@pytest.mark.parametrize("act", ["500", "reset"])
+@pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
+def test_a_request_that_fails_is_made_again_and_doubles_nothing(
+    proxy: Any, connect: Any, story: Any, look: Any, act: Any, answered: bool
+) -> None:
+    """Whether the server has taken the points before it failed, or not."""
+    writer = connect(uri=f"http://127.0.0.1:{proxy.port}")
+    batch = story.steps(1_200)
+    proxy.arm(faulty.Fault(1, answered, 0.5, act))
+    with pytest.raises(Exception, match=r"500|reset|aborted|Max retries"):
+        writer.write(batch)
+    assert len(proxy.fired) == 1
+    writer.write(batch)
+    assert look().points("step_s") == [(step, 0.1) for step in range(1, 1_201)]
+
+
+def test_a_run_whose_creation_was_not_heard_of_is_found_again(
+    server: Any, proxy: Any, connect: Any, story: Any, look: Any
+) -> None:
+    """The answer was lost; there is one run, not two."""
+    connect("other")  # so that the experiment is there
+    proxy.arm(faulty.Fault(2, True, 0.0, "reset"))
+    with pytest.raises(Exception, match=r"reset|aborted|Max retries"):
+        connect(uri=f"http://127.0.0.1:{proxy.port}")
+    assert "runs/create" in proxy.requests[2]
+    connect(uri=f"http://127.0.0.1:{proxy.port}").write(story.steps(1))
+    assert len(look().runs) == 2
+
+
+def test_what_a_server_missed_that_was_killed_during_a_run_arrives_when_it_is_back(
+    server: Any, name: str, look: Any
+) -> None:
+    """Every number that was published is there once: those before, those in the middle, and those after."""
+    memory, failed = Memory(), threading.Event()
+
+    class Watch:
+        """A sink that hears of the failure."""
+
+        delivery = Delivery(types=frozenset({ObserverFailed}), latency_s=0.001)
+
+        def open(self, run: RunInfo) -> Watch:
+            return self
+
+        def write(self, events: Any) -> None:
+            failed.set()
+
+        def close(self) -> None: ...
+
+    def kill() -> None:
+        server.kill()
+
+    def restart() -> None:
+        assert failed.wait(WAIT_S)
+        server.start()
+
+    delivery = Delivery(
+        types=MLflow.delivery.types, overflow="spill", latency_s=0.01, backoff_s=0.05, max_backoff_s=0.5, retries=500
+    )
+    sink = MLflow(server.url, experiment=name)
+    result = Trainer(
+        Line(60),
+        TrainerArguments(**ARGUMENTS),
+        sinks=[memory, (sink, delivery), Watch()],
+        callbacks=[At(20, kill), At(40, restart)],
+        run_id=name[:40],
+        journal=False,
+        checkpoints=False,
+    ).train()
+    report = next(one for one in result.observers if one.observer == "mlflow")
+    assert (report.state, report.dropped, report.left) == ("closed", 0, 0)
+    found = look()
+    assert {metric: found.points(metric) for metric in expected(memory)} == expected(memory)
+    assert len(found.points("train_loss")) == 60
+    assert found.run.info.status == "FINISHED"
+
+
+def test_a_run_trains_to_its_end_when_there_is_no_server() -> None:
+    """The sink is given up, with what happened; the run is not."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    memory = Memory()
+    delivery = Delivery(retries=2, types=MLflow.delivery.types)
+    sink = MLflow(f"http://127.0.0.1:{port}")
+    result = Trainer(
+        Line(), TrainerArguments(**ARGUMENTS), sinks=[memory, (sink, delivery)], journal=False, checkpoints=False
+    ).train()
+    assert (result.status, len(memory.of(TrainStepEnded))) == ("finished", 6)
+    assert next(one for one in result.observers if one.observer == "mlflow").state == "disabled"
+
+
+def test_an_experiment_that_was_deleted_is_told_and_not_tried_again(server: Any, connect: Any, name: str) -> None:
+    """MLflow keeps its name, so no other can be created under it."""
+    from mlflow import MlflowClient
+
+    connect()
+    client = MlflowClient(server.url)
+    client.delete_experiment(client.get_experiment_by_name(name).experiment_id)
+    with pytest.raises(SinkMisconfigured, match="was deleted: restore it, or give another name"):
+        connect()
+
+
+@pytest.mark.parametrize("address", ["http://", "http://host:port", "https://a b", "http://host:0", ""])
+def test_an_address_that_is_none_is_refused_before_the_run(address: str) -> None:
+    """With what was given."""
+    with pytest.raises(SinkMisconfigured, match="is no address"):
+        MLflow(address).check()
+
+
+def test_without_the_client_the_sink_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the run."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SinkMisconfigured, match=r"needs the package mlflow: pip install 'stagecast\[mlflow\]'"):
+        MLflow().check()
+
+
+# ------------------------------------------------------------------------------------------- what is logged
+
+
+def test_nan_stays_and_infinities_become_the_largest_numbers(connect: Any, story: Any, look: Any) -> None:
+    """So a database keeps them."""
+    writer = connect()
+    values = [math.nan, math.inf, -math.inf, 1e308]
+    writer.write([event for value in values for event in story.steps(1, loss=value)])
+    largest = sys.float_info.max
+    assert [repr(value) for _, value in look().points("train_loss")] == [
+        repr(value) for value in (math.nan, largest, -largest, 1e308)
+    ]
+
+
+def test_a_batch_that_comes_again_is_there_once(connect: Any, story: Any, look: Any) -> None:
+    """Also when the process that delivered it first has died since, and its place with it."""
+    batch = [story.started(arguments={"lr": 1}), *story.steps(4)]
+    writer = connect()
+    writer.write(batch[:3])
+    writer.write(batch)
+    connect().write(batch)
+    found = look()
+    assert [step for step, _ in found.points("train_loss")] == [1, 2, 3, 4]
+    assert found.times("train_loss") == [1_700_000_000_000 + 100 * step for step in range(1, 5)]
+
+
+def test_more_than_a_request_holds_is_sent_in_several(proxy: Any, connect: Any, story: Any, look: Any) -> None:
+    """By number, and by bytes: a request has at most 1,000 metrics and a megabyte."""
+    writer = connect(uri=f"http://127.0.0.1:{proxy.port}")
+    proxy.arm()
+    story.global_step = 1
+    writer.write(
+        [
+            story(MetricsLogged, metrics={f"many/{i}": float(i) for i in range(2_300)}),
+            story(MetricsLogged, metrics={f"{i:04d}" + "é" * 240: float(i) for i in range(900)}),
+        ]
+    )
+    metrics = look().run.data.metrics
+    assert len(metrics) == 3_200
+    assert len([one for one in proxy.requests if "log-batch" in one]) == 3 + 2
+    assert metrics["many/2299"] == 2_299.0
+
+
+def test_a_name_that_mlflow_does_not_take_is_changed_the_same_way_every_time(
+    connect: Any, story: Any, look: Any
+) -> None:
+    """No two become one, and what it takes stays."""
+    kept = ["größe", "a/b c", "日本", "val_loss/key-1.x", "x" * 250]
+    changed = [
+        "a$b",
+        "a?b",
+        "/abs",
+        "a/../b",
+        "a//b",
+        "trail/",
+        ".",
+        "..",
+        "../..",
+        "",
+        "a\nb",
+        "a:b",
+        "x" * 251,
+        "./a",
+    ]
+    assert [mlflow_name(one) for one in kept] == kept
+    names = [mlflow_name(one) for one in changed]
+    assert len({*names, *kept}) == len(kept) + len(changed)
+    assert mlflow_name("a$b") == "a_b-" + mlflow_name("a$b")[-8:]
+    writer = connect()
+    writer.write([story(MetricsLogged, metrics={one: 1.0 + i for i, one in enumerate(kept + changed)})])
+    metrics = look().run.data.metrics
+    assert [metrics[one] for one in kept + names] == [1.0 + i for i in range(len(kept + changed))]
+
+
+def test_arguments_are_parameters_and_a_file(connect: Any, story: Any, look: Any) -> None:
+    """Nested ones by their path; of what is too long, the file has all."""
+    arguments = {
+        "lr": 0.1,
+        "nested": {"a": None, "b": [1, "ü"]},
+        "long": "y" * 7_000,
+        "strange $": True,
+        "empty": {},
+        "none": "",
+    } | {f"many{i}": i for i in range(150)}
+    connect().write([story.started(arguments=arguments)])
+    found = look()
+    parameters = found.run.data.params
+    assert (parameters["lr"], parameters["nested/a"], parameters["nested/b"]) == ("0.1", "None", '[1, "ü"]')
+    assert (parameters["empty"], parameters["none"], parameters[mlflow_name("strange $")]) == ("{}", "", "True")
+    assert parameters["long"] == "y" * 6_000
+    assert parameters["many149"] == "149"
+    assert json.loads(found.read("arguments.json")) == arguments
+
+
+def test_images_and_texts_are_files_by_name_and_step(connect: Any, story: Any, look: Any, tmp_path: Path) -> None:
+    """What is not there any more is left out, with the rest intact; a histogram is nothing to MLflow."""
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.png").write_bytes(b"a picture")
+    (tmp_path / "media" / "long.txt").write_bytes("lang über".encode())
+    story.global_step = 7
+    connect().write(
+        [
+            story(HistogramLogged, name="weights", low=0.0, high=1.0, counts=[1.0]),
+            story(ImageLogged, name="samples", path="media/a.png", key="other"),
+            story(ImageLogged, name="gone", path="media/gone.png"),
+            story(TextLogged, name="said", text="hallo ü"),
+            story(TextLogged, name="long", text="la", path="media/long.txt"),
+        ]
+    )
+    found = look()
+    assert found.files("images/samples/other") == ["images/samples/other/00000007.png"]
+    assert found.read("images/samples/other/00000007.png") == b"a picture"
+    assert found.read("texts/said/00000007.txt").decode() == "hallo ü"
+    assert found.read("texts/long/00000007.txt").decode() == "lang über"
+
+
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [("finished", "FINISHED"), ("stopped", "FINISHED"), ("cancelled", "KILLED"), ("failed", "FAILED")],
+)
+def test_the_status_tells_how_the_run_ended(
+    connect: Any, story: Any, look: Any, capfd: Any, status: str, shown: str
+) -> None:
+    """A tag has our own word, and another the reason; numbers that come later are still taken."""
+    writer = connect(tags={"team": "x"}, run_name="a name")
+    writer.write(
+        [*story.steps(1), story(RunEnded, status=status, reason="because"), story(MetricsLogged, metrics={"late": 1.0})]
+    )
+    writer.close()
+    run = look().run
+    assert (run.info.status, run.info.end_time, run.info.run_name) == (shown, 1_700_000_000_100, "a name")
+    tags = run.data.tags
+    assert (tags["stagecast.status"], tags["stagecast.reason"], tags["team"]) == (status, "because", "x")
+    assert run.data.metrics["late"] == 1.0
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("run_id", ["plain", "it's", 'say "x"', "ü ` %"])
+def test_a_second_attempt_continues_the_same_mlflow_run(connect: Any, story: Any, look: Any, run_id: str) -> None:
+    """Found by its tag; an argument that has changed since keeps its first value, as MLflow demands."""
+    writer = connect(run_id)
+    writer.write([story.started(arguments={"epochs": 1}), *story.steps(2), story(RunEnded, status="failed")])
+    story.attempt = 2
+    writer = connect(run_id, attempt=2)
+    assert look().run.info.status == "RUNNING"
+    writer.write(
+        [story.started(arguments={"epochs": 2, "new": 3}), *story.steps(2), story(RunEnded, status="finished")]
+    )
+    found = look()
+    assert [step for step, _ in found.points("train_loss")] == [1, 2, 3, 4]
+    assert (found.run.data.params["epochs"], found.run.data.params["new"]) == ("1", "3")
+    assert json.loads(found.read("arguments.json")) == {"epochs": 2, "new": 3}
+    assert (found.run.info.status, found.run.data.tags[RUN_ID_TAG]) == ("FINISHED", run_id)
+
+
+def test_what_the_user_has_set_for_the_client_stays(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is not set is given the sink's limits."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    connect(timeout_s=2)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "2"
+
+
+@pytest.mark.parametrize("place", ["thread", "process"])
+def test_a_run_and_its_continuation_arrive_whole(server: Any, name: str, look: Any, tmp_path: Path, place: Any) -> None:
+    """Every number that was published is there, under its step, in a thread and in a sink host."""
+    memory = Memory()
+    for epochs in (1, 2):
+        Trainer(
+            Line(),
+            TrainerArguments(**ARGUMENTS, epochs=epochs),
+            sinks=[memory, MLflow(server.url, experiment=name)],
+            run_id="whole",
+            run_dir=tmp_path / "whole",
+            checkpoints=Checkpoints(),
+            resume="auto",
+            sinks_in=place,
+        ).train()
+    found = look()
+    assert {"train_loss", "val_loss", "batch/mean"} <= expected(memory).keys()
+    assert {metric: found.points(metric) for metric in expected(memory)} == expected(memory)
+    assert found.run.info.status == "FINISHED"

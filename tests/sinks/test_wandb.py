@@ -1,0 +1,482 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from events.errors import SinkMisconfigured
+from events.messages import (
+    HistogramLogged,
+    ImageLogged,
+    MetricsLogged,
+    ObserverFailed,
+    RunEnded,
+    TextLogged,
+    TrainStepEnded,
+    ValEpochEnded,
+)
+from events.metrics import metrics_of
+from events.sink import Delivery, RunInfo
+from sinks import Memory, WandB
+from sinks.wandb import wandb_run_id
+from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+# What the client's own code does when its process is killed or its sockets are let go.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in os.environ:
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules["wandb"].teardown() if "wandb" in sys.modules else None
+
+
+@pytest.fixture
+def connect(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens sinks that write offline, and closes them when the test is over."""
+    opened: list[Any] = []
+
+    def open_one(run_id: str = "demo", *, attempt: int = 1, run_dir: Path | None = None, **options: Any) -> Any:
+        run = RunInfo(run_id, attempt=attempt, run_dir=str(run_dir or tmp_path))
+        opened.append(WandB(**({"mode": "offline"} | options)).open(run))
+        return opened[-1]
+
+    yield open_one
+    for writer in opened:
+        writer.close()
+
+
+class Log:
+    """What stands in the transaction logs below a folder, in order: what ``wandb sync`` would upload."""
+
+    def __init__(self, folder: Path) -> None:
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        self.files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+        self.records: list[Any] = []
+        for file in self.files:
+            for data in _blocks(file.read_bytes()):
+                self.records.append(Record.FromString(data))
+        self.runs = self.of("run")
+        self.exit_codes = [one.exit_code for one in self.of("exit")]
+
+    def of(self, kind: str) -> list[Any]:
+        return [getattr(one, kind) for one in self.records if one.WhichOneof("record_type") == kind]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [{_key(item): json.loads(item.value_json) for item in one.item} for one in self.of("history")]
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        return [(row["global_step"], float(row[name])) for row in self.rows if name in row]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {_key(item): json.loads(item.value_json) for one in self.of("config") for item in one.update}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {_key(item): json.loads(item.value_json) for one in self.of("summary") for item in one.update}
+
+
+def _key(item: Any) -> str:
+    return ".".join(item.nested_key) or item.key
+
+
+def _blocks(data: bytes) -> Iterator[bytes]:
+    """Records of a file as LevelDB writes its logs: split into parts, none across a border of 32 KiB."""
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if (left := 32_768 - at % 32_768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+class BadServer:
+    """Takes connections, and answers each request with an error, or never."""
+
+    def __init__(self, answer: bytes | None) -> None:
+        self._answer = answer
+        self._kept: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self._kept.append(client)
+            if self._answer is not None:
+                client.recv(65_536)
+                client.sendall(self._answer)
+                client.close()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+        for one in self._kept:
+            one.close()
+
+
+@pytest.fixture(params=["refuses", "hangs", "500"])
+def bad_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "refuses":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+        return
+    error = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    server = BadServer(error if request.param == "500" else None)
+    yield server.url
+    server.close()
+
+
+class Line(ModuleInterface):
+    """One weight, and a number, a histogram and a text of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return [torch.full((batch_size, 1), float(i)) for i in range(6)]
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return [torch.ones(batch_size, 1)]
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        self.log("batch/mean", batch.mean())
+        return (self.weight * batch - 1).pow(2).mean()
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return (self.weight * batch - 1).pow(2).mean()
+
+
+# --------------------------------------------------------------------------------- servers, and what goes wrong
+
+
+def test_a_server_that_does_not_answer_is_an_error_in_time_and_so_is_it_the_next_time(
+    bad_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second attempt fails for the same reason, not because the first left something behind."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    sink = WandB(project="p", mode="online", base_url=bad_url, init_timeout_s=1)
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"deadline exceeded|timed out|connection refused|HTTP 500"):
+            sink.open(RunInfo("demo", run_dir=str(tmp_path)))
+
+
+def test_a_run_trains_to_its_end_and_ends_when_there_is_no_server(
+    bad_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sink is given up, with what happened; the run is not."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    memory = Memory()
+    sink = WandB(project="p", mode="online", base_url=bad_url, init_timeout_s=0.5)
+    arguments = TrainerArguments(train_batch_size=2, device="cpu")
+    delivery = Delivery(retries=1, types=WandB.delivery.types)
+    result = Trainer(Line(), arguments, sinks=[memory, (sink, delivery)], journal=False, checkpoints=False).train()
+    assert result.status == "finished"
+    assert len(memory.of(TrainStepEnded)) == 6
+    report = next(one for one in result.observers if one.observer == "wandb")
+    assert report.state == "disabled"
+    assert {one.during for one in memory.of(ObserverFailed)} <= {"open"}
+
+
+def test_without_a_key_the_sink_says_so_and_asks_nobody(tmp_path: Path) -> None:
+    """No prompt at a terminal, no upload that fails later."""
+    with pytest.raises(SinkMisconfigured, match="API key"):
+        WandB(mode="online").open(RunInfo("demo", run_dir=str(tmp_path)))
+
+
+def test_when_its_process_dies_a_write_fails_at_once(connect: Any, story: Any, tmp_path: Path) -> None:
+    """It is reported, and neither a write nor the end waits for what cannot come."""
+    writer = WandB(mode="offline").open(RunInfo("demo", run_dir=str(tmp_path)))
+    writer.write(story.steps(1))
+    for child in psutil.Process().children(recursive=True):
+        if "wandb" in child.name():
+            child.kill()
+            child.wait()
+    with pytest.raises(OSError, match="Connection"):
+        for _ in range(50):
+            writer.write(story.steps(1))
+    with pytest.raises(OSError, match="Connection"):
+        writer.close()
+    with pytest.raises(OSError, match="Connection"):
+        sys.modules["wandb"].teardown()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "onlin"}, r"WandB\(mode='onlin'\): give 'online'"),
+        ({"init_timeout_s": 0}, r"WandB\(init_timeout_s=0\)"),
+        ({"finish_timeout_s": math.nan}, r"WandB\(finish_timeout_s=nan\)"),
+        ({"base_url": "wandb.example"}, r"base_url='wandb.example'\) is no address"),
+        ({"base_url": "http://host:port"}, r"base_url='http://host:port'\) is no address"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_before_the_run(options: Any, message: str) -> None:
+    """With what was given, and what to give."""
+    with pytest.raises(SinkMisconfigured, match=message):
+        WandB(**options).check()
+
+
+def test_without_the_client_the_sink_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the run."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SinkMisconfigured, match=r"needs the package wandb: pip install 'stagecast\[wandb\]'"):
+        WandB().check()
+
+
+# ------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_number_that_comes_late_keeps_its_step(connect: Any, story: Any, tmp_path: Path) -> None:
+    """W&B refuses what is logged for a step before the last; here steps are an axis like any other."""
+    writer = connect()
+    early = story.steps(1)
+    late = story(MetricsLogged, metrics={"late": 7.0})
+    writer.write([*early, *story.steps(5), late])
+    writer.close()
+    log = Log(tmp_path)
+    assert log.points("late") == [(1, 7.0)]
+    assert log.points("train_loss") == [(step, 2.0) for step in range(1, 7)]
+    axes = {one.name or one.glob_name: one.step_metric for one in log.of("metric")}
+    assert axes == {"global_step": "", "*": "global_step"}
+
+
+def test_nan_and_infinities_survive(connect: Any, story: Any, tmp_path: Path) -> None:
+    """A diverged loss is what people most need to see."""
+    writer = connect()
+    values = [math.nan, math.inf, -math.inf, 1e308, 5e-324]
+    writer.write([event for value in values for event in story.steps(1, loss=value)])
+    writer.close()
+    found = [value for _, value in Log(tmp_path).points("train_loss")]
+    assert list(map(repr, found)) == list(map(repr, values))
+
+
+def test_a_batch_that_comes_again_is_written_once(connect: Any, story: Any, tmp_path: Path) -> None:
+    """Delivery may repeat a batch, or only its end."""
+    writer = connect()
+    batch = story.steps(4)
+    writer.write(batch[:3])
+    writer.write(batch)
+    writer.write(batch)
+    writer.close()
+    assert [step for step, _ in Log(tmp_path).points("train_loss")] == [1, 2, 3, 4]
+
+
+def test_two_values_of_one_name_at_one_step_are_both_there(connect: Any, story: Any, tmp_path: Path) -> None:
+    """Numbers of a step share a row, but none replaces another."""
+    writer = connect()
+    [step] = story.steps(1)
+    writer.write([step, *[story(MetricsLogged, metrics={"a": float(i), "b": 0.0}) for i in range(3)]])
+    writer.close()
+    log = Log(tmp_path)
+    assert log.points("a") == [(1, 0.0), (1, 1.0), (1, 2.0)]
+    assert len(log.rows) == 3
+
+
+def test_strange_names_are_kept_and_those_of_wandb_are_moved(connect: Any, story: Any, tmp_path: Path) -> None:
+    """A user's ``global_step`` must not become the axis of everything."""
+    names = ["größe", "a/b c", "x" * 600, "日本", "dots.in.it", "a\nb", "global_step", "_step", "_timestamp", ""]
+    writer = connect()
+    story.global_step = 3
+    writer.write([story(MetricsLogged, metrics={name: 1.0 + i}) for i, name in enumerate(names)])
+    writer.close()
+    log = Log(tmp_path)
+    for index, name in enumerate(names):
+        shown = name if index < 6 else f"logged/{name}"
+        assert log.points(shown) == [(3, 1.0 + index)], name
+
+
+def test_the_time_is_that_at_which_a_number_arose(connect: Any, story: Any, tmp_path: Path) -> None:
+    """Not that of its delivery."""
+    writer = connect()
+    writer.write(story.steps(2, step_s=10.0))
+    writer.close()
+    assert [row["_timestamp"] for row in Log(tmp_path).rows] == [1_700_000_010.0, 1_700_000_020.0]
+
+
+def test_histograms_images_and_texts_are_shown_as_wandb_shows_them(connect: Any, story: Any, tmp_path: Path) -> None:
+    """More bins than W&B takes are put together; what is not there is left out, with the rest intact."""
+    from PIL import Image
+
+    (tmp_path / "media").mkdir()
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "media" / "a.png")
+    (tmp_path / "media" / "long.txt").write_text("long <text>")
+    writer = connect()
+    story.global_step = 5
+    writer.write(
+        [
+            story(HistogramLogged, name="weights", low=-1.0, high=1.0, counts=[1.0, 0.0, 3.0, 2.0]),
+            story(HistogramLogged, name="many", low=0.0, high=1.0, counts=[1.0] * 1_100),
+            story(HistogramLogged, name="one", low=2.0, high=2.0, counts=[9.0]),
+            story(HistogramLogged, name="nothing", counts=[0.0, 0.0], non_finite=2.0),
+            story(ImageLogged, name="samples", path="media/a.png", width=4, height=3, key="other"),
+            story(ImageLogged, name="gone", path="media/gone.png"),
+            story(TextLogged, name="said", text="<b>&"),
+            story(TextLogged, name="long", text="lo", path="media/long.txt"),
+        ]
+    )
+    writer.close()
+    log = Log(tmp_path)
+    [row] = log.rows
+    assert row["weights._type"] == "histogram"
+    assert row["weights.values"] == [1, 0, 3, 2]
+    assert row["weights.bins"] == [-1, -0.5, 0, 0.5, 1]
+    assert len(row["many.values"]) <= 512
+    assert sum(row["many.values"]) == 1_100
+    assert row["one.bins"] == [1.5, 2.5]
+    assert not [name for name in row if name.startswith(("nothing", "gone"))]
+    assert (row["samples/other._type"], row["samples/other.width"]) == ("image-file", 4)
+    files = log.files[0].parent / "files"
+    assert (files / row["samples/other.path"]).exists()
+    assert "&lt;b&gt;&amp;" in (files / row["said.path"]).read_text()
+    assert "long &lt;text&gt;" in (files / row["long.path"]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [("finished", 0), ("stopped", 0), ("cancelled", 255), ("failed", 1), (None, 1)]
+)
+def test_the_exit_code_tells_how_the_run_ended(
+    connect: Any, story: Any, tmp_path: Path, status: str | None, code: int
+) -> None:
+    """W&B shows finished, killed or failed by it; the summary has our own word, and the reason."""
+    writer = connect()
+    writer.write([story.started(arguments={"lr": 0.1, "nested": {"a": None}}), *story.steps(1)])
+    if status is not None:
+        writer.write([story(RunEnded, status=status, reason="because")])
+    writer.close()
+    log = Log(tmp_path)
+    assert log.exit_codes == [code]
+    if status is not None:
+        assert (log.summary["stagecast/status"], log.summary["stagecast/reason"]) == (status, "because")
+    assert log.config["lr"] == 0.1
+    assert log.config["module"] == "my_package.Net"
+
+
+def test_a_second_attempt_continues_the_same_wandb_run(connect: Any, story: Any, tmp_path: Path) -> None:
+    """Its id comes from the run's name, and W&B is told to take it up."""
+    for attempt in (1, 2):
+        story.attempt = attempt
+        writer = connect("a run/é", attempt=attempt, project="p", tags=["x"], group="g")
+        writer.write(story.steps(2))
+        writer.close()
+    log = Log(tmp_path)
+    assert [(one.run_id, one.project, one.run_group, list(one.tags)) for one in log.runs] == [
+        (wandb_run_id("a run/é"), "p", "g", ["x"])
+    ] * 2
+    assert all(one.resume for one in log.runs)
+    assert [one.display_name for one in log.runs] == ["a run/é"] * 2
+    assert [step for step, _ in log.points("train_loss")] == [1, 2, 3, 4]
+
+
+def test_ids_are_what_wandb_takes_and_no_two_runs_have_one() -> None:
+    """A name that W&B takes is its own id."""
+    assert wandb_run_id("fine-run_1.2") == "fine-run_1.2"
+    strange = [wandb_run_id(name) for name in ("a/b", "a b", "a_b", "ä", "x" * 65, "x" * 66)]
+    assert len(set(strange)) == 6
+    assert all(len(one) <= 64 for one in strange)
+
+
+# ----------------------------------------------------------------------------------------------- the host
+
+
+def test_the_process_of_the_run_keeps_its_hooks_and_its_output(connect: Any, story: Any, capfd: Any) -> None:
+    """W&B would replace `sys.exit` and `sys.excepthook`, and say things on the console."""
+
+    def hooks() -> list[Any]:
+        return [sys.exit, sys.excepthook, sys.stdout, sys.stderr, *map(signal.getsignal, (2, 15))]
+
+    before = hooks()
+    writer = connect()
+    writer.write(story.steps(1))
+    import wandb
+
+    assert wandb.run is None
+    assert hooks() == before
+    writer.close()
+    assert hooks() == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_disabled_writes_nothing(connect: Any, story: Any, tmp_path: Path) -> None:
+    """Not even a folder of W&B's in which something would be looked for."""
+    writer = connect(mode="disabled")
+    writer.write([story.started(), *story.steps(3)])
+    writer.close()
+    assert Log(tmp_path).files == []
+
+
+def test_the_environment_says_what_the_sink_does_not(
+    monkeypatch: pytest.MonkeyPatch, story: Any, tmp_path: Path
+) -> None:
+    """As for everything else that uses W&B."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "from-outside")
+    writer = WandB().open(RunInfo("demo"))
+    writer.write(story.steps(1))
+    writer.close()
+    assert [one.project for one in Log(tmp_path).runs] == ["from-outside"]
+
+
+@pytest.mark.parametrize("place", ["thread", "process"])
+def test_a_run_and_its_continuation_arrive_whole(tmp_path: Path, place: Any) -> None:
+    """Every number that was published is there, under its step, in a thread and in a sink host."""
+    memory = Memory()
+    for epochs in (1, 2):
+        Trainer(
+            Line(),
+            TrainerArguments(train_batch_size=2, device="cpu", epochs=epochs),
+            sinks=[memory, WandB(project="p", mode="offline")],
+            run_id="whole",
+            run_dir=tmp_path / "whole",
+            checkpoints=Checkpoints(),
+            resume="auto",
+            sinks_in=place,
+        ).train()
+    log = Log(tmp_path / "whole")
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for event in memory.events:
+        for name, value in metrics_of(event):
+            expected.setdefault(name, []).append((event.global_step, value))
+    assert {"train_loss", "val_loss", "batch/mean"} <= expected.keys()
+    assert {name: log.points(name) for name in expected} == expected
+    assert log.exit_codes == [0, 0]
+    assert len({one.run_id for one in log.runs}) == 1
+    assert len(memory.of(ValEpochEnded)) == 2
