@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from events.sink import Delivery as Delivery
     from trainer.arguments import TrainerArguments as TrainerArguments
     from trainer.data import to_device as to_device
+    from trainer.launcher import launch as launch
     from trainer.media import Histogram as Histogram
     from trainer.media import Image as Image
     from trainer.module_interface import CallbackInterface as CallbackInterface
@@ -40,6 +41,7 @@ __all__ = [
     "TrainerArguments",
     "fenced",
     "inline",
+    "launch",
     "observer",
     "to_device",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "Image": "trainer.media",
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",
+    "launch": "trainer.launcher",
     "to_device": "trainer.data",
 }
 

@@ -10,16 +10,22 @@ StagecastError                    (events.errors)
 │   └── MetricNotFound            the monitored metric was never logged; also a LookupError
 ├── NonFiniteLossError            the loss was NaN or infinite and the policy says stop; also an ArithmeticError
 ├── EpochOutputsTooLarge          outputs kept for the end of an epoch exceed their limit; also a MemoryError
-└── PrecisionError                this torch cannot do the requested precision
+├── PrecisionError                this torch cannot do the requested precision
+├── LaunchedRunFailed             what a launched run raised in its own process: type, text and traceback
+└── LaunchedRunCrashed            the process of a launched run died without saying how the run ended
 
-Whatever the user's own code raises comes out as itself, never wrapped in one of these.
+Whatever the user's own code raises comes out as itself, never wrapped in one of these; where it was raised in another
+process, it is told of by `LaunchedRunFailed`, because an exception cannot be carried over as itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import signal
+from collections.abc import Sequence
 
 from events.errors import StagecastError
+from events.messages import Event
 
 
 class ArgumentsError(StagecastError, ValueError):
@@ -60,6 +66,48 @@ class EpochOutputsTooLarge(StagecastError, MemoryError):
 
 class PrecisionError(StagecastError):
     """The requested precision needs something that this version of torch does not have."""
+
+
+class LaunchedRunFailed(StagecastError):
+    """A launched run, or the factory of its trainer, raised an exception in its own process."""
+
+    def __init__(self, message: str, *, type_name: str = "", text: str = "", traceback: str = "") -> None:
+        super().__init__(message)
+        self.type_name = type_name
+        """The exception's type: ``ValueError``, ``my_package.errors.Diverged``."""
+        self.text = text
+        self.traceback = traceback
+        """As Python prints it, with the exceptions that led to it."""
+
+
+class LaunchedRunCrashed(StagecastError):
+    """The process of a launched run died, and the run did not end: a crash, the out-of-memory killer, `os._exit`."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        returncode: int | None = None,
+        last_events: Sequence[Event] = (),
+        log_tail: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.returncode = returncode
+        """The exit code; minus the number of the signal that ended it; None if somebody else has taken it."""
+        self.last_events = list(last_events)
+        """The end of its journal."""
+        self.log_tail = log_tail
+        """The end of what it printed."""
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that ended it, such as ``SIGKILL``; None if it ended by itself."""
+        if self.returncode is None or self.returncode >= 0:
+            return None
+        try:
+            return signal.Signals(-self.returncode).name
+        except ValueError:
+            return f"signal {-self.returncode}"
 
 
 def add_note(error: BaseException, text: str) -> None:

@@ -19,7 +19,6 @@ from events.messages import (
     TrainEpochStarted,
     ValEpochEnded,
 )
-from events.protocol import RunResult
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Checkpoints, fenced
 from trainer.callbacks import EarlyStopping
@@ -175,7 +174,9 @@ def test_the_reason_tells_metric_best_value_and_patience(kit: Any) -> None:
     assert outcome.result.reason == reason
     assert outcome.of(RunEnded)[0].reason == reason
     taken = outcome.of(CommandTaken)
-    assert [(event.command, event.command_id, event.reason) for event in taken] == [("stop", "callback-EarlyStopping", reason)]
+    assert [(event.command, event.command_id, event.reason) for event in taken] == [
+        ("stop", "callback-EarlyStopping", reason)
+    ]
 
 
 def test_a_target_names_itself(kit: Any) -> None:
@@ -293,13 +294,16 @@ def test_a_modules_method_of_that_name_is_its_own(kit: Any) -> None:
 async def test_it_stops_a_run_within_an_event_loop(kit: Any) -> None:
     """At the same step as `train`."""
     callback = EarlyStopping(patience=2)
-    trainer = kit.make_trainer(scripted(kit, [2.0, 1.0] + [1.0] * 8), callbacks=[callback], epochs=5, val_interval_steps=1)
+    trainer = kit.make_trainer(
+        scripted(kit, [2.0, 1.0] + [1.0] * 8), callbacks=[callback], epochs=5, val_interval_steps=1
+    )
     async with trainer.run() as run:
         result = await run.result()
     assert (result.status, result.global_step) == ("stopped", 4)
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
+
 
 class Crash(Exception):
     """The process might as well have died."""

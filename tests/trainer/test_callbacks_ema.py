@@ -84,7 +84,9 @@ def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any], probl
     assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize("use", [EMA.weights, lambda ema: ema.applied().__enter__(), lambda ema: ema.copy_to(nn.Linear(1, 1))])
+@pytest.mark.parametrize(
+    "use", [EMA.weights, lambda ema: ema.applied().__enter__(), lambda ema: ema.copy_to(nn.Linear(1, 1))]
+)
 def test_there_is_no_average_before_the_first_step(use: Any) -> None:
     """It does not pass the weights off as one."""
     with pytest.raises(StagecastError, match="has averaged no step so far"):

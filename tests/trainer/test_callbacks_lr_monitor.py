@@ -193,8 +193,8 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(kit: Any, tmp_path: P
     """The schedulers go on where they were, and the count of steps, too."""
     run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": Checkpoints(every_minutes=None)}
     values = []
-    for limit, resume in ((5, None), (8, "auto")):
+    for epochs, resume in ((1, None), (2, "auto")):
         net = scheduled(kit)
-        outcome = kit.train(net, callbacks=[LearningRateMonitor(net, 2)], max_steps=limit, resume=resume, **run)
+        outcome = kit.train(net, callbacks=[LearningRateMonitor(net, 3)], epochs=epochs, resume=resume, **run)
         values += logged(outcome)["lr/optimizer0/group0"]
-    assert values == [(step, 0.5**step) for step in (2, 4, 6, 8)]
+    assert values == [(step, 0.5**step) for step in (3, 6, 9, 12, 15)]

@@ -15,6 +15,7 @@ from events.origin import Origin
 from trainer import CallbackInterface, Delivery, fenced, inline, observer
 from trainer.errors import ArgumentsError
 from trainer.hooks import CallbackHooks, CallbackTarget
+from trainer.media import MediaWriter
 from trainer.recorder import MetricRecorder
 
 MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
@@ -240,7 +241,8 @@ def test_a_callback_that_was_left_behind_runs_no_further_hook() -> None:
 
     bus = Bus(Origin("run", 1))
     hooks = CallbackHooks(on("on_end_train_step", act)(), None)
-    target = CallbackTarget(hooks, torch.device("cpu"), MetricRecorder(bus))
+    recorder = MetricRecorder(bus, MediaWriter(None, bus.publish, bus.origin))
+    target = CallbackTarget(hooks, torch.device("cpu"), recorder)
     steps = [(TrainStepEnded("run", 1, step, 0.0, 0, step, 0, "train", 0.5, 1, 8, 0.1, 0.1), None) for step in (1, 2)]
     target.deliver(steps)
     target.deliver(list(steps))

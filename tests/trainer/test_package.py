@@ -94,6 +94,7 @@ def test_the_public_names_are_those_we_chose() -> None:
         "TrainerArguments",
         "fenced",
         "inline",
+        "launch",
         "observer",
         "to_device",
     ]
@@ -156,6 +157,10 @@ def test_imports_go_in_one_direction(package: str, never: set[str]) -> None:
     assert found == {}
 
 
+ADAPTERS = {"sinks/live/server.py", "trainer/connection_http.py"}
+"""Modules around a client, which are imported when that is wanted."""
+
+
 @pytest.mark.parametrize(
     ("package", "late"),
     [
@@ -170,6 +175,7 @@ def test_some_imports_wait_until_they_are_needed(package: str, late: set[str]) -
         str(path.relative_to(ROOT)): sorted(wrong)
         for path in FILES
         if path.is_relative_to(ROOT / package)
+        and str(path.relative_to(ROOT)) not in ADAPTERS
         and (wrong := {name for name, at_import in imports(path) if at_import} & late)
     }
     assert found == {}

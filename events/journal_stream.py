@@ -1,0 +1,151 @@
+"""A run's events from a cursor on, where its loop is in another process: read from its journal, while that grows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from events.errors import CursorError, WireError
+from events.journal_reader import JournalReader, segment_name, segment_numbers
+from events.messages import Event
+from events.wire import decode_json
+
+_POLL_S = 0.05
+_READ_LIMIT = 1_024
+_TAIL_BYTES = 2**13
+
+
+class JournalEventStream:
+    """The `events.protocol.EventStream` of a run whose journal somebody else writes. One consumer.
+
+    However slow the consumer is, nothing is lost and nothing is kept in memory: the journal is the queue. It is read on
+    threads, never in the event loop; only the opening, when it is to begin now, reads the journal's last few kilobytes
+    on the calling thread.
+
+    Args:
+        journal_dir: The run's journal; it may not exist yet.
+        attempt: The attempt that is watched: what earlier ones wrote is history, what later ones write is not returned.
+        over: Whether the attempt is, so that nothing more is written to the journal. Any thread.
+        since: Cursor: events with a greater ``seq`` are returned. None: those that are not in the journal yet.
+        types: Only these types; None for all.
+
+    Raises:
+        CursorError: one of the types is never in the journal.
+        OSError: the journal exists but cannot be read.
+    """
+
+    def __init__(
+        self,
+        journal_dir: str | os.PathLike[str],
+        attempt: int,
+        over: Callable[[], bool],
+        since: int | None,
+        types: Iterable[type[Event]] | None,
+    ) -> None:
+        self._types = frozenset(types) if types is not None else None
+        unkept = sorted(one.__name__ for one in self._types or () if not one.journalled)
+        if unkept:
+            raise CursorError(
+                f"{', '.join(unkept)} cannot be watched from another process: the journal, through which the events"
+                f" come, does not keep such events; leave them out, or watch them in the run's own process"
+            )
+        self._attempt = attempt
+        self._over = over
+        self._cursor = _last_seq(Path(journal_dir)) if since is None else since
+        self._reader = JournalReader(journal_dir, since=self._cursor)
+        self._reading = threading.Lock()
+        self._read: deque[Event] = deque()  # filled by a thread, emptied here
+        self._limiter = anyio.CapacityLimiter(1)  # our own: the host's may be taken by whatever the host does
+        self._ready: deque[Event] = deque()
+        self._ended = False
+
+    @property
+    def cursor(self) -> int:
+        """``seq`` of the last event that was returned, or passed over because of its type."""
+        return self._ready[0].seq - 1 if self._ready else self._cursor
+
+    async def receive(self) -> list[Event]:
+        """Wait for the next batch, at least one event. A call that is cancelled loses nothing.
+
+        Raises:
+            anyio.EndOfStream: the attempt's last event was returned before, or the stream was closed.
+            OSError: the journal exists but cannot be read; it may be called again.
+        """
+        if self._ready:
+            batch = list(self._ready)
+            self._ready.clear()
+            return batch
+        while not self._ended:
+            over = self._over()  # asked before reading: what is written later must not be missed
+            if not self._read:
+                await anyio.to_thread.run_sync(self._read_on, limiter=self._limiter)
+            found = bool(self._read)
+            batch = self._take()
+            if batch:
+                return batch
+            if not found:
+                if over:
+                    break
+                await anyio.sleep(_POLL_S)
+        self._ended = True
+        raise anyio.EndOfStream
+
+    def __aiter__(self) -> JournalEventStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._ready:
+            try:
+                self._ready.extend(await self.receive())
+            except anyio.EndOfStream:
+                raise StopAsyncIteration from None
+        return self._ready.popleft()
+
+    async def aclose(self) -> None:
+        """Stop receiving; the rest is let go, and `cursor` stays where it is."""
+        self._cursor = self.cursor
+        self._ready.clear()
+        self._ended = True
+
+    def _take(self) -> list[Event]:
+        """Those of the events read that are wanted."""
+        batch: list[Event] = []
+        while self._read:
+            event = self._read.popleft()
+            if event.attempt > self._attempt:  # the run has been taken up again since
+                self._ended = True
+                break
+            self._cursor = event.seq
+            if self._types is None or type(event) in self._types:
+                batch.append(event)
+        return batch
+
+    def _read_on(self) -> None:
+        """On a thread. Asyncio's `task.cancel` leaves it behind: what it reads is kept, the next one waits for it."""
+        with self._reading:
+            self._read.extend(self._reader.read(_READ_LIMIT))
+
+
+def _last_seq(journal_dir: Path) -> int:
+    """``seq`` of the journal's last whole event, found in its last few kilobytes."""
+    numbers = segment_numbers(journal_dir)
+    if not numbers:
+        return 0
+    with open(journal_dir / segment_name(numbers[-1]), "rb") as file:
+        size, length = file.seek(0, os.SEEK_END), _TAIL_BYTES
+        while True:
+            file.seek(max(0, size - length))
+            lines = file.read(length).split(b"\n")[:-1]  # what has no newline yet is still to come
+            for line in reversed(lines):
+                with contextlib.suppress(WireError):
+                    return decode_json(line).seq
+            if length >= size:
+                return numbers[-1] - 1  # a segment is named by its first event
+            length *= 8

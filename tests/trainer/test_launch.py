@@ -1,0 +1,727 @@
+"""Runs in a process of their own: watched, steered, cancelled, crashed, killed, and left alone.
+
+Every one costs the start of a Python with torch, so each test asks much of its process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from events.errors import CursorError, RunCancelled, UploadError
+from events.journal_reader import segment_name
+from events.journal_stream import JournalEventStream
+from events.messages import (
+    BackwardEnded,
+    CommandTaken,
+    Event,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    TrainEpochEnded,
+    TrainStepEnded,
+)
+from events.protocol import RunResult
+from events.wire import encode_json_lines
+from trainer import launched_process
+from trainer.errors import ArgumentsError, LaunchedRunCrashed, LaunchedRunFailed
+from trainer.launch_report import error_of
+from trainer.launched import Cancelling, Ended, Failed, LaunchConfig, Ready
+from trainer.launched_process import LaunchedProcess
+from trainer.launcher import launch
+
+JOBS = Path(__file__).parent / "launched"
+FOREVER = 1_000_000
+LIMIT_S = 40.0
+asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+
+
+class Boom(Exception):
+    """Somebody else's."""
+
+
+@pytest.fixture(autouse=True)
+def _jobs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The factories are found there as here; no process outlives its test."""
+    monkeypatch.syspath_prepend(str(JOBS))
+    yield
+    assert processes(os.getpid()) == []
+
+
+def processes(parent: int) -> list[int]:
+    """The launched runs of a process that are there, as processes."""
+    return [pid for pid, about in _all_processes() if about[0] == parent and b"trainer.launched" in _command(pid)]
+
+
+def group(leader: int) -> list[int]:
+    """The processes of a group that are alive."""
+    return [pid for pid, about in _all_processes() if about[1] == leader]
+
+
+def _all_processes() -> list[tuple[int, tuple[int, int]]]:
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        try:
+            state, parent, leader, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if state != "Z":
+            found.append((pid, (int(parent), int(leader))))
+    return found
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def until(happens: Callable[[], Any], what: str) -> Any:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + LIMIT_S
+    while not (value := happens()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+    return value
+
+
+async def until_soon(happens: Callable[[], Any], what: str) -> Any:
+    with anyio.fail_after(LIMIT_S):
+        while not (value := happens()):  # noqa: ASYNC110  # another process does it
+            await anyio.sleep(0.01)
+    return value
+
+
+async def pid_of(run: Any) -> int:
+    """The process of a run, once it has taken a few steps."""
+    async for event in run.events(since=0, types=[RunStarted, TrainStepEnded]):
+        if isinstance(event, RunStarted):
+            pid = event.pid
+        elif event.global_step >= 3:
+            return pid
+    raise AssertionError("it has ended")
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("jobs",), "'package.module:function', not 'jobs'"),
+        (("a:b c",), "'package.module:function'"),
+        ((3,), "'package.module:function', not 3"),
+        (("__main__:build",), "move it to a module"),
+        (("a:b", {"net": [1, {"x": object()}]}), r"arguments\['net'\]\[1\]\['x'\] is a object: give plain values"),
+        (("a:b", {"path": Path("x")}), r"arguments\['path'\] is a PosixPath"),
+        (("a:b", {"big": 2**70}), "arguments cannot be encoded"),
+        (("a:b", {"keys": {1: 2}}), "has the key 1: keys must be texts"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_before_anything_starts(given: Any, told: str) -> None:
+    """With its place among the arguments."""
+    with pytest.raises(ArgumentsError, match=told):
+        launch(*given)
+
+
+def test_a_cycle_and_wrong_options_are_refused() -> None:
+    """All of them at once."""
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    options: Any = {"run_id": 5, "run_dir": b"x", "resume": "", "env": {"A": 1}}
+    with pytest.raises(ArgumentsError, match="run_id must"):
+        launch("a:b", {"a": cycle}, **options)
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_a_process_that_never_comes_to_train_says_why(tmp_path: Path) -> None:
+    """When the block is entered, as the kind of error that it is; nothing is left in the way."""
+    expected: list[tuple[Any, dict[str, Any], type[BaseException], str]] = [
+        ("no_such_module:build", {}, LaunchedRunFailed, "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("launched_exit:build", {}, LaunchedRunFailed, "SystemExit: not today"),
+        ("launched_light:no", {}, ArgumentsError, "launched_light has no 'no'"),
+        ("launched_light:build_nothing", {}, ArgumentsError, "must return a Trainer, not 5"),
+        ("launched_light:build_with", {}, LaunchedRunFailed, "missing 1 required positional argument: 'width'"),
+        ("launched_light:build_and_vanish", {}, LaunchedRunCrashed, "exit code 9 before the run began"),
+        ("launched_jobs:build", {"python": tmp_path / "python"}, FileNotFoundError, "python"),
+        ("launched_jobs:build", {"cwd": tmp_path / "nowhere"}, FileNotFoundError, "nowhere"),
+        ("launched_jobs:build", {"run_id": "a/b"}, ArgumentsError, "run_id must be a name without slashes"),
+        ("launched_jobs:build", {"resume": tmp_path / "gone"}, Exception, "gone"),
+    ]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    limit = anyio.CapacityLimiter(3)
+    caught: dict[int, BaseException] = {}
+
+    async def enter(number: int, factory: str, options: Any) -> None:
+        async with limit:
+            try:
+                async with launch(factory, run_dir=tmp_path / f"run-{number}", **options):
+                    pass
+            except Exception as error:
+                caught[number] = error
+
+    async with anyio.create_task_group() as tasks:
+        for number, (factory, options, _, _) in enumerate(expected):
+            tasks.start_soon(enter, number, factory, options)
+    for number, (_, _, kind, text) in enumerate(expected):
+        assert isinstance(caught[number], kind), repr(caught[number])
+        assert text in str(caught[number])
+    crashed: Any = caught[5]
+    assert (crashed.returncode, crashed.signal, crashed.log_tail) == (9, None, "no memory\n")
+    assert "    no memory" in str(crashed)
+    await until_soon(lambda: len(os.listdir("/proc/self/fd")) <= descriptors, "a descriptor is left open")
+
+
+# ------------------------------------------------------------------------------------------------- the stream
+
+
+class Journal:
+    """One that is written here, line by line."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.path = folder / segment_name(1)
+        self.over = False
+
+    def write(self, *events: Event, end: bytes = b"") -> None:
+        with open(self.path, "ab") as file:
+            file.write(encode_json_lines(events) + end)
+
+    def stream(self, since: int | None = 0, types: Any = None) -> JournalEventStream:
+        return JournalEventStream(self.folder, 1, lambda: self.over, since, types)
+
+
+def step(seq: int, attempt: int = 1) -> TrainStepEnded:
+    return TrainStepEnded("run", attempt, seq, 1.0, 0, seq, 0, "train", loss=0.5)
+
+
+@pytest.mark.anyio
+async def test_a_receive_that_is_cancelled_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    """At any moment of it, while the journal grows, torn lines and all."""
+    journal = Journal(tmp_path / "journal")
+    stream = journal.stream()
+    seen: list[int] = []
+    written = 0
+
+    async def write() -> None:
+        nonlocal written
+        while written < 3_000:
+            events = [step(written + number) for number in range(1, 31)]
+            data = encode_json_lines(events)
+            for part in (data[:1_000], data[1_000:]):
+                with journal.path.open("ab") as file:
+                    file.write(part)
+                await anyio.sleep(0.001)
+            written += 30
+        journal.over = True
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(write)
+        cancelled = 0
+        try:
+            while True:
+                with anyio.move_on_after(0.0005 * (cancelled % 7)) as scope:
+                    seen += [event.seq for event in await stream.receive()]
+                cancelled += scope.cancelled_caught
+        except anyio.EndOfStream:
+            pass
+    assert seen == list(range(1, 3_001))
+    assert stream.cursor == 3_000
+    assert cancelled > 10
+
+
+@pytest.mark.anyio
+async def test_a_stream_begins_now_ends_with_its_attempt_and_may_be_closed(tmp_path: Path) -> None:
+    """Now is behind the last whole line. A later attempt's events are not this run's."""
+    journal = Journal(tmp_path / "journal")
+    assert journal.stream(None).cursor == 0
+    journal.write(step(1), step(2), end=b'{"type":"TrainSt')
+    now, steps, closed = journal.stream(None), journal.stream(0, [RunEnded]), journal.stream()
+    assert (now.cursor, steps.cursor) == (2, 0)
+    assert (await anext(closed)).seq == 1
+    await closed.aclose()
+    assert closed.cursor == 1
+    with pytest.raises(StopAsyncIteration):
+        await anext(closed)
+    (tmp_path / "journal" / segment_name(3)).write_bytes(b"")
+    assert journal.stream(None).cursor == 2
+    journal.path = tmp_path / "journal" / segment_name(3)
+    journal.write(step(3), step(4, attempt=2), step(5, attempt=2))
+    assert [event.seq async for event in now] == [3]
+    assert [event async for event in steps] == []
+    assert steps.cursor == 3
+
+
+# ---------------------------------------------------------------------------------------- watched and steered
+
+
+@pytest.mark.anyio
+async def test_a_launched_run_is_watched_and_steered_like_any_other(kit: Any, tmp_path: Path) -> None:
+    """The same events, cursors, commands and result; two runs at once, and neither knows of the other."""
+    values = {"nan": float("nan"), "data": b"\0\xff", "nested": {"a": [1, None, float("inf"), True, "ü"]}}
+    seen: list[Event] = []
+
+    async def watch_all(run: Any) -> None:
+        async for event in run.events(since=0):
+            seen.append(event)
+
+    async def other(started: Any) -> None:
+        async with launch("launched_jobs:build_with", {"run_dir": "chosen", "journal": False}, cwd=tmp_path) as run:
+            assert run.run_id == "mine"
+            with pytest.raises(CursorError, match="keeps no journal"):
+                run.events()
+        assert (await run.result()).run_dir == str(tmp_path / "chosen")
+        started.set()
+
+    async with anyio.create_task_group() as tasks:
+        done = anyio.Event()
+        tasks.start_soon(other, done)
+        async with launch(
+            "launched_jobs:build_checked", {**values, "epochs": FOREVER}, run_dir=tmp_path / "run", run_id="a"
+        ) as run:
+            tasks.start_soon(watch_all, run)
+            assert run.run_id == "a"
+            with pytest.raises(CursorError, match="BackwardEnded cannot be watched from another process"):
+                run.events(types=[BackwardEnded, TrainStepEnded])
+            epochs = run.events(since=0, types=[TrainEpochEnded])
+            first = await anext(epochs)
+            assert [type(first), first.epoch] == [TrainEpochEnded, 0]
+            later = await run.events(since=first.seq).receive()
+            assert later[0].seq == first.seq + 1
+            checkpoint = await run.checkpoint("now")
+            assert (Path(checkpoint) / "manifest.json").exists()
+            now = run.events()
+            run.pause()
+            async for event in now:
+                if isinstance(event, CommandTaken) and event.command == "pause":
+                    break
+            assert event.seq > first.seq
+            run.resume("go")
+            run.stop("enough")
+            await done.wait()
+            result = await run.result()
+            late = [event async for event in run.events(since=0, types=[RunStarted, RunEnded])]
+    assert await run.result() is result
+    assert (result.status, result.reason, result.attempt) == ("stopped", "enough", 1)
+    journal = kit.read_journal(tmp_path / "run")
+    assert seen == journal
+    assert [event.seq for event in seen] == list(range(1, len(seen) + 1))
+    assert [type(event) for event in late] == [RunStarted, RunEnded]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.startswith("[stagecast] run a, attempt 1, process ")
+    assert log.endswith("\nbuilt\n")
+
+
+def test_a_service_that_launches_needs_no_torch(script: Any) -> None:
+    """Nor does it load the trainer."""
+    program = script("import sys\nimport trainer.launcher\nprint('torch' in sys.modules, 'sinks' in sys.modules)")
+    assert program.end() == (0, "False False\n", "")
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_a_signal_to_the_process_alone_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orderly, with a checkpoint. What hangs at the interpreter's end does not hold the block for long."""
+    monkeypatch.setattr(launched_process, "EXIT_S", 0.3)
+    arguments = {"epochs": FOREVER, "deed": "linger", "at": 2, "step_s": 0.001}
+    async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
+        os.kill(await pid_of(run), signal.SIGTERM)
+    result = await run.result()
+    assert (result.status, result.reason) == ("stopped", "SIGTERM")
+    assert result.checkpoint is not None
+    assert result.checkpoint.endswith(f"step-{result.global_step}.a1")
+
+
+# ------------------------------------------------------------------------------------ the process and its pipes
+
+
+def program(text: str, *says: Any) -> LaunchedProcess:
+    """A program that takes the place of the real one: it can ``say(0)``, ``say(1)``..., which are these messages."""
+    frames = [frame(message) for message in says]
+    preamble = f"import os, sys, time\ndef say(number): os.write(int(sys.argv[1]), {frames!r}[number])\n"
+    config = LaunchConfig("no:factory", b"", os.getpid())
+    return LaunchedProcess(config, [sys.executable, "-S", "-c", preamble + text], None, dict(os.environ))
+
+
+def frame(message: Any) -> bytes:
+    data = msgspec.msgpack.encode(message)
+    return len(data).to_bytes(4, "little") + data
+
+
+READY = Ready("run", 1, None, None, None, 0, grace_s=0.2, cancel_s=0.2)
+ENDED = Ended(RunResult(run_id="run", attempt=1, status="finished", metrics={"loss": float("nan")}))
+HELPER = "if os.fork() == 0: time.sleep({})\n"
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_a_pipe_that_workers_hold_open_is_no_process_that_lives(tmp_path: Path) -> None:
+    """The end of the process is its death, not the end of its pipe; after an orderly end, its group is left alone."""
+    process = program(HELPER.format(2) + "say(0); say(1)", READY, ENDED)
+    process.start()
+    with anyio.fail_after(LIMIT_S):
+        await process.ended.wait()
+    assert process._popen is not None
+    assert process.outcome().status == "finished"
+    assert len(group(process._popen.pid)) == 1
+    await until_soon(lambda: process._popen and group(process._popen.pid) == [], "the helper does not end")
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_a_pipe_that_is_closed_early_is_no_process_that_has_died() -> None:
+    """It is waited for, and then told of."""
+    process = program("say(0); os.close(int(sys.argv[1])); time.sleep(0.3); os._exit(5)", READY)
+    process.start()
+    with anyio.fail_after(LIMIT_S):
+        await process.ended.wait()
+    with pytest.raises(LaunchedRunCrashed, match="ended with exit code 5") as caught:
+        process.outcome()
+    assert caught.value.returncode == 5
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_commands_to_a_process_that_reads_nothing_hold_up_nobody(tmp_path: Path) -> None:
+    """Ten megabytes of them; all arrive, whole and in order, once it reads."""
+    text = (
+        "sys.stdin.buffer.readline()\nsay(0)\n"
+        "while not os.path.exists('go'): time.sleep(0.01)\n"
+        "lines = [sys.stdin.buffer.readline() for _ in range(1_000)]\n"
+        "assert lines == [b'%05d' % n + b'x' * 10_000 + bytes([10]) for n in range(1_000)]\nsay(1)"
+    )
+    process = program(text, READY, ENDED)
+    process.start()
+    with anyio.fail_after(LIMIT_S):
+        await process.started.wait()
+        for number in range(1_000):
+            process.send(b"%05d" % number + b"x" * 10_000)
+        (tmp_path / "go").touch()
+        await process.ended.wait()
+    assert process.outcome().status == "finished"
+    process.send(b"too late")
+
+
+@asyncio_only
+@pytest.mark.anyio
+@pytest.mark.parametrize("deaf", ["to the request", "to its own deadlines"])
+async def test_a_cancelled_process_that_keeps_no_deadline_is_killed(deaf: str) -> None:
+    """Whether it says that it has heard, or not; SIGTERM first, for those in its group that heed it."""
+    text = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + HELPER.format(100) + "say(0)\n"
+    text += "say(1)\n" if deaf != "to the request" else ""
+    process = program(text + "time.sleep(100)", READY, Cancelling())
+    process.start()
+    with anyio.fail_after(LIMIT_S):
+        await process.started.wait()
+        process.cancel("no time")
+        await process.ended.wait()
+    with pytest.raises(RunCancelled, match="run run was cancelled: no time; its process was killed"):
+        process.outcome()
+    assert process._popen is not None
+    assert process._popen.returncode == -signal.SIGKILL
+    await until_soon(lambda: process._popen and group(process._popen.pid) == [], "a process is left")
+
+
+# -------------------------------------------------------------------------------------------- how it ends badly
+
+
+def test_the_librarys_own_errors_come_as_what_they_are() -> None:
+    """With the traceback noted. Text that is no Unicode, or cannot be had, is no obstacle."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    error = error_of(Failed.of(UploadError("no bucket \udc80")))
+    assert (type(error), str(error)) == (UploadError, "no bucket \\udc80")
+    assert "in the launched process:" in error.__notes__[0]
+    error = error_of(Failed.of(Mute()))
+    assert isinstance(error, LaunchedRunFailed)
+    assert error.text == "its text cannot be had, ValueError"
+    again = pickle.loads(pickle.dumps(LaunchedRunCrashed("x", returncode=-9)))  # to another worker of the host's
+    assert (str(again), again.signal) == ("x", "SIGKILL")
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_what_a_step_raises_is_told_here(kit: Any, tmp_path: Path) -> None:
+    """Type, text, causes and notes, at the end of the block and from result(). A SystemExit there is none here."""
+    errors: dict[str, Any] = {}
+
+    async def train(deed: str) -> None:
+        try:
+            async with launch("launched_jobs:build", {"deed": deed, "at": 2}, run_dir=tmp_path / deed) as run:
+                with pytest.raises(Exception) as caught:  # noqa: PT011  # compared below
+                    await run.result()
+        except Exception as error:
+            errors[deed] = error
+        assert errors[deed] is caught.value
+
+    async with anyio.create_task_group() as tasks:
+        for deed in ("fail", "leave"):
+            tasks.start_soon(train, deed)
+    failed = errors["fail"]
+    assert isinstance(failed, LaunchedRunFailed)
+    assert (failed.type_name, failed.text) == ("launched_jobs.Diverged", "it was höher")
+    assert str(failed) == "launched_jobs.Diverged: it was höher"
+    for part in ("ValueError: the cause", "in fail", "stagecast: in train_step after global_step 1"):
+        assert part in failed.traceback
+        assert part in failed.__notes__[0]
+    log = (tmp_path / "fail/log.txt").read_text()
+    assert "about to fail" in log
+    assert "Diverged: it was höher" in log
+    assert (errors["leave"].type_name, errors["leave"].text) == ("SystemExit", "3")
+    assert kit.read_journal(tmp_path / "fail")[-1].status == "failed"
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_a_crash_is_told_with_all_that_is_known_of_it(kit: Any, tmp_path: Path) -> None:
+    """Its signal or exit code, the journal's end, what was printed, where it was; and the run can be taken up again.
+
+    No dataloader worker is left, and none keeps this process waiting.
+    """
+    crashes: dict[str, Any] = {}
+
+    async def train(deed: str, **arguments: Any) -> None:
+        events: list[Event] = []
+        pid = 0
+
+        def workers_are_there() -> bool:
+            return len(group(pid)) >= 3
+
+        with pytest.raises(LaunchedRunCrashed) as caught:
+            arguments |= {"deed": deed, "epochs": FOREVER}
+            async with launch("launched_jobs:build", arguments, run_dir=tmp_path / deed, run_id="it") as run:
+                async for event in run.events(since=0):
+                    if isinstance(event, RunStarted):
+                        pid = event.pid
+                    if deed == "" and event.global_step == 5 and isinstance(event, TrainStepEnded):
+                        await until_soon(workers_are_there, "there are no workers")
+                        os.kill(pid, signal.SIGKILL)
+                    events.append(event)
+                await run.result()
+        crashes[deed] = caught.value
+        assert events == kit.read_journal(tmp_path / deed)
+        await until_soon(lambda: group(pid) == [], "a process is left")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: train("", workers=2, step_s=0.01))
+        tasks.start_soon(lambda: train("segfault", at=30))
+        tasks.start_soon(lambda: train("vanish", workers=2, step_s=0.01, at=30, every_steps=2))
+    killed, segfault, vanished = crashes[""], crashes["segfault"], crashes["vanish"]
+    assert (killed.returncode, killed.signal) == (-9, "SIGKILL")
+    assert "the kernel because memory ran out" in str(killed)
+    assert "launch it again with run_id='it', run_dir=" in str(killed)
+    assert 0 < len(killed.last_events) <= 20
+    assert (segfault.returncode, segfault.signal) == (-11, "SIGSEGV")
+    assert "about to crash" in segfault.log_tail
+    assert "launched_jobs.py" in segfault.log_tail  # the Python stack
+    assert "in segfault" in str(segfault)
+    assert (vanished.returncode, vanished.signal) == (7, None)
+    assert "ended with exit code 7; its journal reaches global_step" in str(vanished)
+
+    async with launch(
+        "launched_jobs:build", {"epochs": 60}, run_dir=tmp_path / "vanish", run_id="it", resume="auto"
+    ) as run:
+        resumed = await anext(run.events(since=0, types=[RunResumed]))
+    assert resumed.attempt == 2
+    assert resumed.global_step > 0
+    assert ((await run.result()).status, (await run.result()).global_step) == ("finished", 120)
+    assert (tmp_path / "vanish/log.txt").read_text().count("[stagecast] run it, attempt") == 2
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_a_process_that_prints_without_end_is_not_held_up_nor_its_log_without_bounds(tmp_path: Path) -> None:
+    """80 MB are printed; the end of them is kept."""
+    arguments = {"deed": "chatter", "at": 1, "epochs": FOREVER, "step_s": 0.005}
+    log = tmp_path / "run/log.txt"
+    async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
+        await pid_of(run)
+        await until_soon(lambda: log.stat().st_size < 2**21, "the log is not cut")
+        run.stop()
+    assert log.read_bytes().startswith(b"[stagecast] the log had grown too long; what stood here is gone\n")
+    assert log.read_bytes().endswith(b"xx\n")
+
+
+# -------------------------------------------------------------------------------------------------- cancellation
+
+
+async def check_cancelled(kit: Any, folder: Path, pid: int, run: Any) -> None:
+    """It has ended in order, and left nothing."""
+    ends = [event.status for event in kit.read_journal(folder) if isinstance(event, RunEnded)]
+    assert ends == ["cancelled"]
+    await until_soon(lambda: group(pid) == [], "a process is left")
+    with pytest.raises(RunCancelled, match="was cancelled"):
+        await run.result()
+
+
+@pytest.mark.anyio
+async def test_cancelling_ends_the_process_in_every_phase(kit: Any, tmp_path: Path) -> None:
+    """While it starts, by an exception in the body, by a scope around the block, and while the end is waited for."""
+
+    async def by_exception() -> None:
+        arguments = {"epochs": FOREVER, "workers": 2}
+        with pytest.raises(Boom):
+            async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "exception") as run:
+                pid = await pid_of(run)
+                raise Boom
+        await check_cancelled(kit, tmp_path / "exception", pid, run)
+
+    async def by_scope() -> None:
+        with anyio.CancelScope() as scope:
+            async with launch("launched_jobs:build", {"epochs": FOREVER}, run_dir=tmp_path / "scope") as run:
+                pid = await pid_of(run)
+                run.pause()
+                scope.cancel()
+                await anyio.sleep_forever()
+        assert scope.cancelled_caught
+        await check_cancelled(kit, tmp_path / "scope", pid, run)
+
+    async def at_the_end() -> None:
+        with anyio.move_on_after(LIMIT_S) as scope:
+            async with launch("launched_jobs:build", {"epochs": FOREVER}, run_dir=tmp_path / "end") as run:
+                pid = await pid_of(run)
+                scope.deadline = anyio.current_time() + 0.05
+        assert scope.cancelled_caught
+        await check_cancelled(kit, tmp_path / "end", pid, run)
+
+    async def while_it_starts() -> None:
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+
+                async def enter() -> None:
+                    async with launch("launched_light:build_slowly", cwd=tmp_path):
+                        raise AssertionError("it never starts")
+
+                tasks.start_soon(enter)
+                await until_soon(lambda: "building-" in str(os.listdir(tmp_path)), "it does not start")
+                scope.cancel()
+        (building,) = [name for name in os.listdir(tmp_path) if name.startswith("building-")]
+        pid = int(building.partition("-")[2])
+        await until_soon(lambda: group(pid) == [], "a process is left")
+
+    async with anyio.create_task_group() as tasks:
+        for case in (by_exception, by_scope, at_the_end, while_it_starts):
+            tasks.start_soon(case)
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_native_cancellations_are_outlasted(kit: Any, tmp_path: Path) -> None:
+    """`task.cancel()` as often as one likes, and `asyncio.timeout`; then each goes on as itself."""
+    runs: list[Any] = []
+
+    async def hold(name: str) -> None:
+        async with launch("launched_jobs:build", {"epochs": FOREVER}, run_dir=tmp_path / name) as run:
+            pid = await pid_of(run)
+            runs.append((name, pid, run))
+            await anyio.sleep_forever()
+
+    async def hold_with_timeout() -> None:
+        async with asyncio.timeout(LIMIT_S) as timeout:
+            holding = asyncio.create_task(hold("unrelated"))
+            async with launch("launched_jobs:build", {"epochs": FOREVER}, run_dir=tmp_path / "timeout") as run:
+                runs.append(("timeout", await pid_of(run), run))
+                timeout.reschedule(0)
+                holding.cancel()
+                await anyio.sleep_forever()
+
+    task = asyncio.create_task(hold("cancelled"))
+    timing_out = asyncio.create_task(hold_with_timeout())
+    await until_soon(lambda: any(name == "cancelled" for name, _, _ in runs), "it does not start")
+    while not task.done():
+        task.cancel()
+        await anyio.sleep(0.01)
+    assert task.cancelled()
+    with pytest.raises(TimeoutError):
+        await timing_out
+    await until_soon(lambda: processes(os.getpid()) == [], "a process is left")
+    for name, pid, run in runs:
+        await check_cancelled(kit, tmp_path / name, pid, run)
+
+
+@asyncio_only
+@pytest.mark.anyio
+async def test_a_process_that_cannot_even_hear_is_killed_after_the_grace_period(kit: Any, tmp_path: Path) -> None:
+    """An extension that holds the interpreter lock for good: no thread of its process runs, nor a signal handler."""
+    arguments = {"epochs": FOREVER, "deed": "hold_interpreter", "stop_grace_s": 0.5, "workers": 2}
+    with pytest.raises(Boom):
+        async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run", cwd=tmp_path) as run:
+            await until_soon((tmp_path / "held").exists, "it does not come to its step")
+            pid = (await anext(run.events(since=0, types=[RunStarted]))).pid
+            raise Boom
+    await until_soon(lambda: group(pid) == [], "a process is left")
+    with pytest.raises(RunCancelled, match="its process was killed"):
+        await run.result()
+
+
+# ------------------------------------------------------------------------------------------- the parent's death
+
+PARENT = """
+import os, sys, time
+sys.path.insert(0, {jobs!r})
+import anyio
+from trainer.launch_report import error_of
+from trainer.launched import Cancelling, Ended, Failed, LaunchConfig, Ready
+from trainer.launched_process import LaunchedProcess
+from trainer.launcher import launch
+from events.messages import TrainStepEnded
+
+async def main():
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(starting)
+        async with launch("launched_jobs:build", {arguments!r}, run_dir="run") as run:
+            async for event in run.events(since=0, types=[TrainStepEnded]):
+                if event.global_step > 5:
+                    break
+            while not any(name.startswith("building-") for name in os.listdir()):
+                await anyio.sleep(0.01)
+            worker = os.fork()  # it holds our ends of all pipes
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            print(worker, flush=True)
+            print("ready", flush=True)
+            await anyio.sleep_forever()
+
+async def starting():
+    async with launch("launched_light:build_slowly"):
+        pass
+
+anyio.run(main)
+"""
+
+
+def test_a_run_whose_parent_is_killed_stops_with_a_checkpoint(script: Any, kit: Any, tmp_path: Path) -> None:
+    """Though a worker of the parent holds the pipes open; one that is still being built is ended."""
+    program = script(PARENT.format(jobs=str(JOBS), arguments={"epochs": FOREVER, "workers": 2, "step_s": 0.01}))
+    assert program.process.stdout is not None
+    worker = int(program.process.stdout.readline())
+    program.wait_for("ready")
+    leaders = processes(program.process.pid)
+    assert len(leaders) == 2
+    program.signal(signal.SIGKILL)
+    try:
+        until(lambda: not any(group(pid) for pid in leaders), "a process is left")
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    journal = kit.read_journal(tmp_path / "run")
+    ended = next(event for event in journal if isinstance(event, RunEnded))
+    assert (ended.status, ended.reason) == ("stopped", "the process that launched the run is gone")
+    assert (tmp_path / f"run/checkpoints/step-{ended.global_step}.a1/manifest.json").exists()
