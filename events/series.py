@@ -76,7 +76,11 @@ class Series(msgspec.Struct):
             if odd is not None:
                 self.odd[len(self.step) - (0 if new else 1)] = str(odd)
             values = [value for value in values if math.isfinite(value)]
-            mean = sum(value / len(values) for value in values) if values else math.nan
+            total = sum(values)
+            if values and math.isfinite(total):
+                mean = total / len(values)
+            else:
+                mean = sum(value / len(values) for value in values) if values else math.nan
         low, high = (min(values), max(values)) if values else (math.nan, math.nan)
         if new:
             self.step.append(step)
@@ -110,6 +114,10 @@ class Series(msgspec.Struct):
             setattr(self, name, getattr(merged, name))
 
 
+_Column = tuple[list[int], list[float], list[float]]
+"""Steps, times and values under a name."""
+
+
 class SeriesStore(msgspec.Struct):
     """All curves of a run, and up to where of its journal they go."""
 
@@ -122,10 +130,14 @@ class SeriesStore(msgspec.Struct):
 
     def add(self, events: Iterable[Event]) -> None:
         """Take the numbers of events, in their order."""
-        columns: dict[str, tuple[list[int], list[float], list[float]]] = {}
+        columns: dict[str, _Column] = {}
+        steps: list[TrainStepEnded] = []
         for event in events:
             if event.seq > self.cursor:
                 self.cursor, self.attempt = event.seq, event.attempt
+            if type(event) is TrainStepEnded:
+                steps.append(event)
+                continue
             for name, value in points_of(event):
                 column = columns.get(name)
                 if column is None:
@@ -133,6 +145,8 @@ class SeriesStore(msgspec.Struct):
                 column[0].append(event.global_step)
                 column[1].append(event.time)
                 column[2].append(value)
+        if steps:
+            _add_steps(steps, columns)
         for name in columns:
             if name not in self.series and len(self.series) < MOST_SERIES:
                 self.series[name] = Series()
@@ -152,6 +166,33 @@ class SeriesStore(msgspec.Struct):
     def decode(cls, data: bytes) -> SeriesStore:
         """Raises `msgspec.DecodeError` for what is none of this version."""
         return msgspec.msgpack.decode(data, type=cls)
+
+
+def _add_steps(steps: list[TrainStepEnded], columns: dict[str, _Column]) -> None:
+    """Add what `points_of` says of each step, but column by column: most of a long journal is steps alike."""
+    numbers, times = [step.global_step for step in steps], [step.time for step in steps]
+    named: dict[str, list[float | None]] = {
+        "step_s": [step.step_s for step in steps],
+        "train_loss": [step.loss for step in steps],
+        "lr": [step.lr for step in steps],
+        "grad_norm": [step.grad_norm for step in steps],
+        "rows_per_s": [
+            step.rows / step.step_s if step.rows is not None and step.step_s > 0 else None for step in steps
+        ],
+    }
+    for name, values in named.items():
+        there = [value for value in values if value is not None]
+        if len(there) == len(values):
+            column = numbers, times, there
+        elif there:
+            some = [index for index, value in enumerate(values) if value is not None]
+            column = [numbers[index] for index in some], [times[index] for index in some], there
+        else:
+            continue
+        logged = columns.get(name)  # the user has a metric of this name: both are there
+        if logged is not None:
+            column = logged[0] + column[0], logged[1] + column[1], logged[2] + column[2]
+        columns[name] = column
 
 
 def points_of(event: Event) -> list[tuple[str, float]]:
@@ -186,8 +227,9 @@ def _mean(first: float, first_weight: int, second: float, second_weight: int) ->
     """Of two points. Values that were not finite count among the weights: it is no worse for that."""
     if math.isnan(first) or math.isnan(second):
         return second if math.isnan(first) else first
-    share = second_weight / (first_weight + second_weight)
-    return first * (1.0 - share) + second * share  # never beyond the two, as their difference may be
+    # Half of the difference, twice: all of it may be larger than any number.
+    part = (second / 2 - first / 2) * (second_weight / (first_weight + second_weight))
+    return first + part + part
 
 
 def _pick(choose: Any, first: float, second: float) -> float:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sinks.console import Console as Console
     from sinks.csv import CSV as CSV
     from sinks.jsonl import JSONL as JSONL
+    from sinks.live.sink import Live as Live
     from sinks.memory import Memory as Memory
     from sinks.mlflow import MLflow as MLflow
     from sinks.opentelemetry import OpenTelemetry as OpenTelemetry
@@ -25,6 +26,7 @@ __all__ = [
     "CSV",
     "JSONL",
     "Console",
+    "Live",
     "MLflow",
     "Memory",
     "OpenTelemetry",
@@ -56,7 +58,8 @@ _check_events()
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'sinks' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(f"sinks.{name.lower()}"), name)
+    home = "sinks.live.sink" if name == "Live" else f"sinks.{name.lower()}"
+    value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

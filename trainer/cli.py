@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoints(commands)
     _add_replay(commands)
     _add_watch(commands)
+    _add_report(commands)
     return parser
 
 
@@ -197,6 +198,26 @@ def _add_watch(commands: Any) -> None:
         "--origin", action="append", default=[], metavar="URL", help="a site whose pages may talk to the server, too"
     )
     watch.set_defaults(run=_watch)
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write a run's charts to one HTML file",
+        description="Write one HTML file with the charts, checkpoints and log of a run, to keep or to send to somebody."
+        " It needs no server and asks nobody for anything. Several runs can be laid over each other in it.",
+        allow_abbrev=False,
+    )
+    report.add_argument("path", type=Path, nargs="+", metavar="RUN", help="the folder of a run")
+    report.add_argument("--out", type=Path, metavar="FILE.html", help="(default: RUN.html in the working directory)")
+    report.add_argument("--force", action="store_true", help="replace the file if it is there")
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from trainer import cli_report
+
+    return cli_report.report(options.path, options.out, force=options.force)
 
 
 def _watch(options: argparse.Namespace) -> int:

@@ -39,10 +39,21 @@ def test_importing_sinks_loads_no_client(run_python: Any) -> None:
 
 def test_the_public_surface_is_what_it_says() -> None:
     """Names are added on purpose."""
-    names = {"CSV", "Console", "JSONL", "MLflow", "Memory", "OpenTelemetry", "Prometheus", "TensorBoard", "WandB"}
+    names = {
+        "CSV",
+        "Console",
+        "JSONL",
+        "Live",
+        "MLflow",
+        "Memory",
+        "OpenTelemetry",
+        "Prometheus",
+        "TensorBoard",
+        "WandB",
+    }
     assert set(sinks.__all__) == names
     assert names <= set(dir(sinks))
     for name in names:
-        assert getattr(sinks, name).__module__ == f"sinks.{name.lower()}"
-    with pytest.raises(AttributeError, match="Console, MLflow, Memory"):
+        assert getattr(sinks, name).__module__ == ("sinks.live.sink" if name == "Live" else f"sinks.{name.lower()}")
+    with pytest.raises(AttributeError, match="Console, Live, MLflow, Memory"):
         sinks.Tensorboard  # noqa: B018

@@ -1,0 +1,392 @@
+"""The ASGI application: the page, the runs, and their events by WebSocket and Server-Sent Events.
+
+It is made of anyio alone, runs under any ASGI server, on asyncio and trio, and may be mounted anywhere in a Starlette,
+FastAPI or Litestar application: all its addresses are relative. It needs no lifespan: whoever watches keeps it going.
+
+========================================  ================================================================
+``GET /``                                 the page
+``GET /api/runs``                         all runs in a few words
+``GET /api/runs/RUN_ID``                  one run as it stands: a snapshot
+``GET /api/runs/RUN_ID/events``           the snapshot, then frames, as Server-Sent Events
+``WS /api/runs/RUN_ID/ws``                the same, and commands; the first message is the client's ``hello``
+``GET /api/runs/RUN_ID/journal``          the events themselves, as JSON lines, from ``?since=SEQ`` on
+``POST /api/runs/RUN_ID/commands``        a command
+``GET /api/runs/RUN_ID/media/PATH``       an image of the run's folder
+========================================  ================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from events.errors import RunFolderError, WireError
+from events.folder import is_held
+from events.journal_reader import JOURNAL_DIR, JournalReader
+from events.messages import Event
+from events.wire import decode_command_json, encode_json_lines
+from sinks.live.access import Access, Refused
+from sinks.live.asgi import (
+    Message,
+    Receive,
+    Send,
+    allow,
+    header_of,
+    path_of,
+    send_data,
+    send_file,
+    send_json,
+    send_redirect,
+    start,
+    whole_number,
+    without_body,
+)
+from sinks.live.client import (
+    ENDING,
+    MOST_INBOUND,
+    NO_RUN,
+    NO_TOKEN,
+    TOO_SLOW,
+    Client,
+    CommandSent,
+    Hello,
+    SnapshotWanted,
+)
+from sinks.live.frames import Message as Sent
+from sinks.live.hub import Hub
+from sinks.live.runs import Runs
+
+_PAGE = Path(__file__).with_name("page")
+HELLO_S = 10.0
+"""So long who has connected may wait with his hello."""
+_CLOSE_S = 5.0
+_END_S = 0.5
+_JOURNAL_S = 0.05
+"""How often a journal that is followed is looked at."""
+
+
+class LiveApp:
+    """Serves runs to watchers.
+
+    Args:
+        runs: Which runs there are.
+        access: Who may see them, and command them.
+        most_clients: Connections that stay open at a time; others are asked to come again.
+    """
+
+    def __init__(self, runs: Runs, access: Access, most_clients: int = 1_000) -> None:
+        self._runs = runs
+        self._access = access
+        self._most_clients = most_clients
+        self._clients: set[Client] = set()
+        self._disk = anyio.CapacityLimiter(4)  # our own: a disk that hangs must not take the threads of a host
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """An ASGI application."""
+        match scope["type"]:
+            case "http":
+                await self._http(scope, receive, send)
+            case "websocket":
+                await self._websocket(scope, receive, send)
+            case "lifespan":
+                await _lifespan(receive, send)
+
+    async def end(self) -> None:
+        """Have those who are connected go: the server ends. Waits until they have, for a moment."""
+        for client in list(self._clients):
+            client.leave(Refused(503, "the server ends", code=ENDING))
+        with anyio.move_on_after(_END_S):
+            while self._clients:  # noqa: ASYNC110  # each of them ends a task of its server
+                await anyio.sleep(0.01)
+
+    # ---------------------------------------------------------------------------------------------- HTTP
+
+    async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
+        path = path_of(scope)
+        if scope["method"] == "HEAD":
+            send = without_body(send)
+        try:
+            self._access.check_request(scope)
+            if path == "" and not scope["path"].endswith("/"):
+                await send_redirect(scope, send)
+            elif path == "":
+                await send_file(scope, send, _PAGE, "index.html", self._disk)
+            elif path.startswith("page/"):
+                await send_file(scope, send, _PAGE, path.removeprefix("page/"), self._disk)
+            elif path == "api/runs" or path.startswith("api/runs/"):
+                self._access.check_token(scope)
+                await self._api(scope, receive, send, path.removeprefix("api/runs").strip("/"))
+            else:
+                raise Refused(404, "there is nothing at this address")
+        except Refused as refused:
+            await send_json(send, {"error": refused.reason}, refused.status, refused.headers)
+
+    async def _api(self, scope: Message, receive: Receive, send: Send, path: str) -> None:
+        if not path:
+            allow(scope, "GET")
+            await send_json(send, {"runs": await self._runs.summaries(self._access.commands)})
+            return
+        run_id, _, rest = path.partition("/")
+        hub = await self._hub(run_id)
+        kind, _, inside = rest.partition("/")
+        match kind:
+            case "commands" if not inside:
+                allow(scope, "POST")
+                await self._post_command(hub, scope, receive, send)
+                return
+            case _:
+                allow(scope, "GET")
+        match kind:
+            case "" if not inside:
+                await hub.refresh()
+                await send_data(send, (await hub.snapshot()).data, b"application/json")
+            case "events" if not inside:
+                await self._sse(hub, scope, receive, send)
+            case "journal" if not inside:
+                await self._journal(hub, scope, receive, send)
+            case "media" if hub.run_dir is not None and inside.endswith(".png"):
+                await send_file(scope, send, hub.run_dir / "media", inside.removeprefix("media/"), self._disk)
+            case _:
+                raise Refused(404, "there is nothing at this address")
+
+    async def _hub(self, run_id: str) -> Hub:
+        hub = await self._runs.hub(run_id)
+        if hub is None:
+            raise Refused(404, "there is no such run", code=NO_RUN)
+        hub.allows_commands = self._access.commands
+        return hub
+
+    async def _post_command(self, hub: Hub, scope: Message, receive: Receive, send: Send) -> None:
+        # A form of another site can send anything but this: the browser would ask us first, and hear no.
+        if header_of(scope, b"content-type").partition(b";")[0].strip() != b"application/json":
+            raise Refused(415, "a command is application/json")
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if len(body) > MOST_INBOUND:
+                raise Refused(413, f"a command has at most {MOST_INBOUND} bytes")
+            if not message.get("more_body"):
+                break
+        answer = await self._command(hub, body)
+        await send_json(send, answer, 202 if answer["type"] == "sent" else 409 if self._access.commands else 403)
+
+    async def _command(self, hub: Hub, data: bytes) -> dict[str, Any]:
+        try:
+            command = decode_command_json(data)
+        except WireError as error:
+            return {"type": "refused", "id": None, "reason": str(error)}
+        if not self._access.commands:
+            return {"type": "refused", "id": command.id, "reason": "this server takes no commands"}
+        if not hub.may_take_commands:
+            return {"type": "refused", "id": command.id, "reason": "the run is not under way"}
+        try:
+            await hub.command(command)
+        except (RunFolderError, OSError) as error:
+            return {"type": "refused", "id": command.id, "reason": str(error)}
+        return {"type": "sent", "id": command.id}
+
+    async def _journal(self, hub: Hub, scope: Message, receive: Receive, send: Send) -> None:
+        """The events behind a cursor; with ``follow=1`` until the run is over, with an empty line now and then."""
+        if hub.run_dir is None:
+            raise Refused(404, "this run keeps no journal")
+        query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+        follow = query.get("follow") == ["1"]
+        run_dir = hub.run_dir
+        reader = JournalReader(run_dir / JOURNAL_DIR, _number(query, "since") or 0)
+        limiter = anyio.CapacityLimiter(1)
+
+        def read() -> list[Event]:
+            try:
+                return reader.read()
+            except OSError:  # nothing is lost: asked again
+                return []
+
+        async def is_over() -> bool:
+            """Whether no more is to come. The last checkpoint, for one, comes when the loop has ended already."""
+            if not follow or hub.is_ending:
+                return not follow or reader.cursor >= hub.view.cursor
+            ended = hub.view.run.status not in ("running", "unknown")
+            return ended and not await anyio.to_thread.run_sync(is_held, run_dir, limiter=limiter)
+
+        async def write_all(client: Client) -> None:
+            quiet_s = 0.0
+            while True:
+                over = await is_over()  # before reading: what is written later must not be missed
+                if events := await anyio.to_thread.run_sync(read, limiter=limiter):
+                    quiet_s = 0.0
+                    await client.push(encode_json_lines(events))
+                elif over:
+                    return
+                else:
+                    await anyio.sleep(_JOURNAL_S)
+                    quiet_s += _JOURNAL_S
+                    if quiet_s >= 1.0:
+                        quiet_s = 0.0
+                        await hub.refresh()
+                        await client.push(b"\n")
+
+        hub.followers += 1
+        try:
+            await self._stream(scope, receive, send, b"application/x-ndjson", write_all)
+        finally:
+            hub.followers -= 1
+
+    async def _sse(self, hub: Hub, scope: Message, receive: Receive, send: Send) -> None:
+        query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+        attempt, _, seq = header_of(scope, b"last-event-id").decode("latin-1").partition("-")
+        hello = Hello(since=whole_number(seq), attempt=whole_number(attempt))
+        if hello.since is None or hello.attempt is None:
+            hello = Hello(since=_number(query, "since"), attempt=_number(query, "attempt"))
+
+        async def write_all(client: Client) -> None:
+            async def write(message: Sent | int) -> None:
+                if isinstance(message, int):
+                    await client.push(b'event: gap\ndata: {"type":"gap","lost":%d}\n\n' % message)
+                else:
+                    await client.push(message.event)
+
+            await self._watch(hub, hello, client, write)
+
+        await self._stream(scope, receive, send, b"text/event-stream", write_all)
+
+    async def _stream(
+        self,
+        scope: Message,
+        receive: Receive,
+        send: Send,
+        kind: bytes,
+        write_all: Callable[[Client], Awaitable[None]],
+    ) -> None:
+        """A response that goes on until it is written, or the client has left."""
+        if scope["method"] != "GET":
+            raise Refused(405, "this address takes GET", headers=[(b"allow", b"GET")])
+        client = Client(receive, send)
+        with self._counted(client):
+            await send(start(200, kind, [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]))
+            async with anyio.create_task_group() as tasks:
+                client.scope = tasks.cancel_scope
+                tasks.start_soon(client.wait_for_leave)
+                await write_all(client)
+                tasks.cancel_scope.cancel()
+            with anyio.move_on_after(1.0), contextlib.suppress(OSError, RuntimeError):
+                if not client.has_left:
+                    await send({"type": "http.response.body", "body": b""})
+
+    # ----------------------------------------------------------------------------------------- WebSocket
+
+    async def _websocket(self, scope: Message, receive: Receive, send: Send) -> None:
+        await receive()  # websocket.connect
+        parts = path_of(scope).split("/")
+        if len(parts) != 4 or parts[:2] != ["api", "runs"] or parts[3] != "ws":
+            await send({"type": "websocket.close", "code": NO_RUN})
+            return
+        try:
+            self._access.check_request(scope)
+            await send({"type": "websocket.accept"})
+            client = Client(receive, send)
+            with self._counted(client):
+                await self._serve(parts[2], client)
+        except Refused as refused:
+            reason = refused.reason.encode()[:120].decode(errors="ignore")  # no more goes into the frame
+            with anyio.move_on_after(_CLOSE_S), contextlib.suppress(OSError, RuntimeError):  # it may have left
+                await send({"type": "websocket.close", "code": refused.code, "reason": reason})
+
+    async def _serve(self, run_id: str, client: Client) -> None:
+        """Raises `Refused` with the code that the connection is to be closed with."""
+        hello = None
+        with anyio.move_on_after(HELLO_S) as client.scope:
+            hello = await client.take()
+        if hello is None:
+            if client.has_left:
+                return
+            raise client.problem or Refused(408, "no hello came")
+        if not isinstance(hello, Hello) or not self._access.allows(hello.token):
+            raise Refused(401, "the first message is a hello, with the token", code=NO_TOKEN)
+        hub = await self._hub(run_id)
+
+        async def write(message: Sent | int) -> None:
+            text = message.text if isinstance(message, Sent) else f'{{"type":"gap","lost":{message}}}'
+            await client.send({"type": "websocket.send", "text": text})
+
+        async def listen() -> None:
+            while (message := await client.take()) is not None:
+                if isinstance(message, SnapshotWanted):
+                    client.is_lost = True
+                elif isinstance(message, CommandSent):
+                    answer = await self._command(hub, bytes(message.command))
+                    await client.send({"type": "websocket.send", "text": msgspec.json.encode(answer).decode()})
+            client.leave()
+
+        async with anyio.create_task_group() as tasks:
+            client.scope = tasks.cancel_scope
+            tasks.start_soon(listen)
+            await self._watch(hub, hello, client, write)
+            client.leave(Refused(503, "the run is over, and its server ends", code=ENDING))
+        if client.problem is not None:
+            raise client.problem
+
+    # ---------------------------------------------------------------------------------------------- both
+
+    async def _watch(
+        self, hub: Hub, hello: Hello, client: Client, write: Callable[[Sent | int], Awaitable[None]]
+    ) -> None:
+        """Send a snapshot where one is needed, then each frame as it comes; until the client leaves, or all is over.
+
+        Args:
+            write: Takes a message; or, if frames were missed, how many.
+        """
+        await hub.refresh()
+        async with anyio.create_task_group() as driving:
+            await driving.start(hub.drive)
+            number = hub.resume(hello.attempt, hello.since) if hello.since else None
+            generation = hub.generation
+            while True:
+                if number is None or generation != hub.generation or client.takes_snapshot():
+                    snapshot = await hub.snapshot()
+                    number, generation = snapshot.number + 1, snapshot.generation
+                    await write(snapshot)
+                await hub.wait(number, generation)
+                if generation != hub.generation:
+                    continue
+                if number > hub.newest:
+                    break
+                frame = hub.frame(number)
+                if frame is None:
+                    await write(hub.oldest - number)
+                    number = None
+                    continue
+                await write(frame)
+                number += 1
+            driving.cancel_scope.cancel()
+
+    @contextlib.contextmanager
+    def _counted(self, client: Client) -> Iterator[None]:
+        if len(self._clients) >= self._most_clients:
+            raise Refused(503, f"{len(self._clients)} connections are open: come again later", code=TOO_SLOW)
+        self._clients.add(client)
+        try:
+            yield
+        finally:
+            self._clients.discard(client)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+def _number(query: dict[str, list[str]], name: str) -> int | None:
+    return whole_number(query.get(name, [""])[-1])

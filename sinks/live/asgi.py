@@ -1,0 +1,125 @@
+"""What every answer of the application is made of: its address, its headers, files, JSON."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from sinks.live.access import Headers, Refused
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+MOST_FILE = 64 * 2**20
+"""Bytes of an image."""
+_HEADERS: Headers = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
+        b" base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+]
+_KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".LICENSE": "text/plain; charset=utf-8",
+}
+
+
+def path_of(scope: Message) -> str:
+    """Below where the application is mounted, without slashes around it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    if root and (path + "/").startswith(root + "/"):  # as servers do since ASGI 3; older ones leave it out
+        path = path[len(root) :]
+    return path.strip("/")
+
+
+def header_of(scope: Message, name: bytes) -> bytes:
+    """A header's value; empty if it is not there."""
+    value: bytes = next((value for key, value in scope["headers"] if key.lower() == name), b"")
+    return value
+
+
+def whole_number(text: str) -> int | None:
+    """What a stranger gives for a whole number; None if it is none, or longer than any of ours."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+
+def allow(scope: Message, method: str) -> None:
+    """Raise `Refused` for any other method; where reading is allowed, so is asking for the headers alone."""
+    if scope["method"] not in (method, "HEAD" if method == "GET" else method):
+        raise Refused(405, f"this address takes {method}", headers=[(b"allow", method.encode())])
+
+
+def without_body(send: Send) -> Send:
+    """For ``HEAD``: the same headers, and nothing else."""
+
+    async def sending(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return sending
+
+
+def start(status: int, kind: bytes, headers: Headers) -> Message:
+    """The beginning of an answer."""
+    content = [] if not kind else [(b"content-type", kind)]
+    return {"type": "http.response.start", "status": status, "headers": [*content, *_HEADERS, *headers]}
+
+
+async def send_data(send: Send, data: bytes, kind: bytes, headers: Headers | None = None, status: int = 200) -> None:
+    """A whole answer, which nobody keeps unless the headers say so."""
+    more = headers if headers is not None else [(b"cache-control", b"no-store")]
+    await send(start(status, kind, [(b"content-length", b"%d" % len(data)), *more]))
+    await send({"type": "http.response.body", "body": data})
+
+
+async def send_json(send: Send, value: Any, status: int = 200, headers: Headers | None = None) -> None:
+    """An answer in JSON."""
+    more = [(b"cache-control", b"no-store"), *(headers or [])]
+    await send_data(send, msgspec.json.encode(value), b"application/json", more, status)
+
+
+async def send_redirect(scope: Message, send: Send) -> None:
+    """To the address with a slash at its end, from which the page's relative ones are right."""
+    name = str(scope["path"]).rpartition("/")[2] or "."
+    await send(start(307, b"", [(b"location", quote(name).encode() + b"/")]))
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def send_file(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter) -> None:
+    """A file below a folder. Waits for the disk, on a thread. Raises `Refused` if there is none."""
+    allow(scope, "GET")
+    try:
+        data, stamp = await anyio.to_thread.run_sync(_read_inside, folder, name, limiter=limiter)
+    except (OSError, ValueError, RuntimeError):  # ValueError: NUL in its name; RuntimeError: links in a circle
+        raise Refused(404, "there is nothing at this address") from None
+    headers = [(b"etag", stamp), (b"cache-control", b"no-cache")]
+    if header_of(scope, b"if-none-match") == stamp:
+        await send(start(304, b"", headers))
+        await send({"type": "http.response.body", "body": b""})
+        return
+    await send_data(send, data, _KINDS.get(Path(name).suffix, "application/octet-stream").encode(), headers)
+
+
+def _read_inside(folder: Path, name: str) -> tuple[bytes, bytes]:
+    """A file below a folder, whatever dots and links its name has; and its ETag."""
+    folder = folder.resolve()
+    path = (folder / name).resolve(strict=True)
+    state = path.stat()
+    if not path.is_relative_to(folder) or not stat.S_ISREG(state.st_mode) or state.st_size > MOST_FILE:
+        raise FileNotFoundError(path)
+    return path.read_bytes(), b'"%x-%x"' % (state.st_mtime_ns, state.st_size)

@@ -1,0 +1,118 @@
+"""One connection that stays open: what it may say, how it is sent to, and when it is let go."""
+
+from __future__ import annotations
+
+import math
+
+import anyio
+import msgspec
+
+from sinks.live.access import Refused
+from sinks.live.asgi import Message, Receive, Send
+
+MOST_INBOUND = 64 * 1024
+"""Bytes of a message or a body from a client."""
+SEND_S = 20.0
+"""A client that has not taken a message in this time is let go."""
+SNAPSHOT_S = 1.0
+"""A client gets a snapshot that it asks for so often at most."""
+TOO_SLOW, ENDING, NO_TOKEN, NO_RUN, NOT_ALLOWED = 1013, 1001, 4401, 4404, 1008
+"""With these codes a WebSocket is closed."""
+
+
+class Hello(msgspec.Struct, tag_field="type", tag="hello"):
+    """A watcher's first message."""
+
+    token: str | None = None
+    since: int | None = None
+    attempt: int | None = None
+    mode: str = "charts"
+
+    def __repr__(self) -> str:
+        return f"Hello(since={self.since}, attempt={self.attempt})"  # the token is a secret
+
+
+class SnapshotWanted(msgspec.Struct, tag_field="type", tag="snapshot"):
+    """A watcher has lost its place."""
+
+
+class CommandSent(msgspec.Struct, tag_field="type", tag="command"):
+    """A command for the run."""
+
+    command: msgspec.Raw
+
+
+Said = Hello | SnapshotWanted | CommandSent
+
+
+class Client:
+    """A connection. Belongs to the event loop."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._sending: anyio.Lock = anyio.Lock(fast_acquire=True)
+        self._snapshot_at = -math.inf
+        self.scope: anyio.CancelScope | None = None
+        """Around all that is done for it."""
+        self.problem: Refused | None = None
+        """Why it is let go."""
+        self.has_left = False
+        self.is_lost = False
+        """Whether it has asked for a snapshot."""
+
+    def leave(self, problem: Refused | None = None) -> None:
+        """End all that is done for it."""
+        self.problem = self.problem or problem
+        if self.scope is not None:
+            self.scope.cancel()
+
+    def takes_snapshot(self) -> bool:
+        """Whether it gets the snapshot now that it has asked for."""
+        now = anyio.current_time()
+        if not self.is_lost or now - self._snapshot_at < SNAPSHOT_S:
+            return False
+        self.is_lost, self._snapshot_at = False, now
+        return True
+
+    async def send(self, message: Message) -> None:
+        """Send a message; a client that does not take it in time is let go."""
+        async with self._sending:  # from two tasks
+            with anyio.move_on_after(SEND_S) as waiting:
+                try:
+                    await self._send(message)
+                except (OSError, RuntimeError):  # it has left, says the server, each in its own way
+                    self.has_left = True
+                    self.leave()
+                    await anyio.sleep_forever()
+            if waiting.cancelled_caught:
+                self.leave(Refused(503, "too slow", code=TOO_SLOW))
+                await anyio.sleep_forever()
+
+    async def push(self, data: bytes) -> None:
+        """Send a part of a body."""
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def wait_for_leave(self) -> None:
+        """Until the client has closed the connection of its request."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.has_left = True
+        self.leave()
+
+    async def take(self) -> Said | None:
+        """The next message; None when it has left, or has said what is none: then there is a problem."""
+        message = await self._receive()
+        if message["type"] != "websocket.receive":
+            self.has_left = True
+            return None
+        data = message.get("text") or message.get("bytes") or b""
+        if len(data) > MOST_INBOUND:
+            self.leave(Refused(413, f"a message has at most {MOST_INBOUND} bytes", code=NOT_ALLOWED))
+            return None
+        try:
+            said: Said = msgspec.json.decode(data, type=Said)
+        except (ValueError, RecursionError) as error:  # half a character; a thousand brackets
+            self.leave(Refused(400, f"this is no message: {error}", code=NOT_ALLOWED))
+            return None
+        return said

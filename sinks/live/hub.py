@@ -1,0 +1,376 @@
+"""One run, watched by many: its view, and the frames that are sent of it, each encoded once for everybody.
+
+Nobody has a queue of his own. The newest frames are kept, at most `KEPT_BYTES` of them, and each watcher remembers
+which one is next for him; one that falls behind what is kept is told of the gap and gets a snapshot, in which
+everything is. So what is kept does not depend on how many watch, nor on how slowly. What a server holds of a connection
+is the one message that is being sent on it: at most a snapshot.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import msgspec
+from anyio.abc import TaskStatus
+
+from events.folder import is_held
+from events.inbox import send_command
+from events.journal_reader import JOURNAL_DIR, JournalReader, journal_tail
+from events.messages import Event, RunResumed
+from events.protocol import AnyCommand
+from sinks.live.frames import Message, encode
+from sinks.live.stored import PAUSE_S, head_of, read_view, write_view
+from sinks.live.view import Changes, RunView
+
+FRAME_S = 0.1
+"""Between two frames, while something happens."""
+ALIVE_S = 2.0
+"""A frame comes at least so often."""
+KEPT_BYTES = 8 * 2**20
+KEPT_FRAMES = 1_000
+MOST_IN_A_FRAME = 100_000
+"""Events; when more have happened since the last frame, everybody gets a snapshot, which is smaller."""
+_STORE_S = 30.0
+_STORE_EVENTS = 20_000
+"""So many that are not in the stored view yet make it worth storing."""
+_LOOK_S = 1.0
+_JOURNAL_S = 2.0
+_BATCH = 512
+
+
+class Hub:
+    """Turns a run's events into frames.
+
+    `feed` and `end` may be called on any thread; everything else belongs to the event loop of the server.
+
+    Args:
+        run_dir: The run's folder; None if it has none, or its events are only fed.
+    """
+
+    def __init__(self, run_dir: Path | None = None) -> None:
+        self.run_dir = run_dir
+        self.view = RunView()
+        self.frames: deque[Message] = deque()
+        self.allows_commands = False
+        """Whether the server takes commands for the run from those who watch."""
+        self.generation = 0
+        """Rises when frames do not continue what was before: everybody needs a snapshot then."""
+        self.is_over = False
+        """No frame comes any more."""
+        self.followers = 0
+        """Who reads the journal of it, beside those who watch."""
+        self._ending = False
+        self._kept_bytes = 0
+        self._number = 0
+        self._lock = threading.Lock()  # around the view and what of it was not sent yet
+        self._changes: Changes | None = None  # None while nobody watches: there is nothing to send
+        self._is_new = False  # frames do not continue what was sent
+        self._sent_cursor = 0
+        self._snapshot: Message | None = None
+        self._last_frame_at = -math.inf
+        self._new_frame = anyio.Event()
+        self._driving = anyio.Lock()
+        self._watchers = 0
+
+    # ------------------------------------------------------------------------------------------ the events
+
+    def feed(self, events: Sequence[Event]) -> None:
+        """Take events of the run, in their order; those that came already are left out.
+
+        Any thread, one at a time; waits for the journal when a run is taken up again. Raises `OSError` if that cannot
+        be read.
+        """
+        events = [event for event in events if event.seq > self.view.cursor]
+        resumed = next((event for event in reversed(events) if type(event) is RunResumed), None)
+        if resumed is None or not (self.view.cursor or events[0].attempt < resumed.attempt):
+            for begin in range(0, len(events), _BATCH):  # by pieces: others wait for the lock
+                with self._lock:
+                    self._add(events[begin : begin + _BATCH])
+            return
+        # What the run does again must not be there twice, so the view is made anew: without the lock, it may take long.
+        view = self._made_anew(resumed)
+        view.add([event for event in events if event.seq > view.cursor])
+        self._replace(view)
+
+    def _add(self, events: Sequence[Event]) -> None:
+        self.view.add(events, self._changes)
+        if self._changes is not None and self._changes.count > MOST_IN_A_FRAME:
+            self._changes, self._is_new = Changes(), True
+
+    def _replace(self, view: RunView) -> None:
+        with self._lock:
+            self.view, self._is_new = view, True
+            self._changes = Changes() if self._changes is not None else None
+
+    def _made_anew(self, resumed: RunResumed) -> RunView:
+        if self.run_dir is not None and self._is_journalled(resumed.seq):
+            return read_view(self.run_dir)[0]
+        old = self.view  # what is bound to steps cannot be told apart: it goes
+        return RunView(
+            run=old.run,
+            arguments=old.arguments,
+            versions=old.versions,
+            log=old.log,
+            checkpoints=old.checkpoints,
+            observers=old.observers,
+        )
+
+    def _is_journalled(self, seq: int) -> bool:
+        """Whether the journal has come to a place, or does so soon: it is written by another thread."""
+        assert self.run_dir is not None
+        deadline = time.monotonic() + _JOURNAL_S
+        while journal_tail(self.run_dir / JOURNAL_DIR).seq < seq:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    async def refresh(self) -> None:
+        """Look for news where nobody feeds them. Waits for the disk, on a thread."""
+
+    def end(self, timeout_s: float) -> None:
+        """Let those who watch have what there is, and then go. Any thread; waits for them, for so long."""
+        with self._lock:
+            self._ending = True
+        deadline = time.monotonic() + timeout_s
+        while self.is_watched and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def summary(self) -> dict[str, Any]:
+        """The run in a few words."""
+        with self._lock:
+            return msgspec.structs.asdict(self.view.run) | {"commands": self.takes_commands}
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether anybody watches."""
+        return self._watchers + self.followers > 0
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether no more is to come of it here."""
+        return self._ending
+
+    @property
+    def takes_commands(self) -> bool:
+        """Whether commands reach the run."""
+        return self.allows_commands and self.run_dir is not None and self.view.run.status == "running"
+
+    @property
+    def may_take_commands(self) -> bool:
+        """Whether it is worth asking the run: nobody may have read yet that it is under way."""
+        return self.run_dir is not None and self.view.run.status in ("running", "unknown", "lost")
+
+    async def command(self, command: AnyCommand) -> None:
+        """Leave a command for the run. Raises `RunFolderError` if none is under way."""
+        assert self.run_dir is not None
+        await anyio.to_thread.run_sync(send_command, self.run_dir, command)
+
+    # ------------------------------------------------------------------------------------------ the frames
+
+    async def snapshot(self) -> Message:
+        """All of the view, as it is after the newest frame; encoded once for all who come before the next one.
+
+        It makes that frame, if something has happened. May wait, so that there are not more frames for who comes.
+        """
+        while True:
+            with self._lock:
+                self._settle()
+                made = self._snapshot
+                if made is not None and (made.number, made.generation) == (self._number, self.generation):
+                    return made
+                wait_s = self._last_frame_at + FRAME_S / 2 - time.monotonic()
+                if self._changes is None or wait_s <= 0 or not self._has_news():
+                    self._flush()
+                    data = encode(self.view.snapshot())
+                    made = self._message("snapshot", data, after=0)
+                    self._snapshot = made if self._changes is not None else None
+                    return made
+            await anyio.sleep(wait_s)
+
+    async def drive(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Make frames, if nobody else does. Each watcher runs this, and one of them makes them for all."""
+        if not self._watchers:  # what was waited on may have been another event loop's
+            self._driving, self._new_frame = anyio.Lock(), anyio.Event()
+        self._watchers += 1
+        try:
+            with self._lock:
+                if self._changes is None:
+                    self._changes, self._is_new = Changes(), True
+                self._settle()
+            task_status.started()
+            async with self._driving:
+                while True:
+                    await self.refresh()
+                    with self._lock:
+                        self._flush()
+                    self._wake()
+                    await anyio.sleep(max(0.001, self._last_frame_at + FRAME_S - time.monotonic()))
+        finally:
+            self._watchers -= 1
+            if not self._watchers:
+                with self._lock:
+                    self._changes = self._snapshot = None
+                    self._forget()
+
+    async def wait(self, number: int, generation: int) -> None:
+        """Return when there is a frame with this number, or a later one; when the generation has changed; or at the
+        end of all."""
+        while self._number < number and self.generation == generation and not self.is_over:
+            await self._new_frame.wait()
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest frame."""
+        return self._number
+
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest frame that is kept."""
+        return self.frames[0].number if self.frames else self._number + 1
+
+    def frame(self, number: int) -> Message | None:
+        """The frame with this number, which exists; None if it is not kept any more."""
+        if not self.frames or number < self.frames[0].number:
+            return None
+        return self.frames[number - self.frames[-1].number - 1]  # from the end: most want the newest
+
+    def resume(self, attempt: int | None, cursor: int) -> int | None:
+        """The number of the frame that follows a place; None if nobody who was there can go on without a snapshot."""
+        with self._lock:
+            self._settle()
+            if attempt is not None and attempt != self.view.run.attempt:
+                return None
+            # The first of several: those that tell of no event say what stands, and may be told again.
+            found = next((frame.number for frame in self.frames if frame.after == cursor), None)
+            return self._number + 1 if found is None and cursor == self._sent_cursor else found
+
+    # ------------------------------------------------------------------------------------- under the lock
+
+    def _settle(self) -> None:
+        """See to it that nobody goes on from frames of what was replaced."""
+        if self._is_new:
+            self._is_new = False
+            self.generation += 1
+            self._forget()
+            self._sent_cursor = self.view.cursor
+
+    def _forget(self) -> None:
+        self.frames.clear()
+        self._kept_bytes = 0
+
+    def _has_news(self) -> bool:
+        assert self._changes is not None
+        commands = self.takes_commands
+        if commands != self.view.run.commands:
+            self.view.run.commands = self._changes.run["commands"] = commands
+        return self.view.cursor != self._sent_cursor or bool(self._changes.members())
+
+    def _flush(self) -> None:
+        """Make a frame of what has changed; an empty one as a sign of life."""
+        self._settle()
+        if self._changes is None:
+            self.view.run.commands = self.takes_commands
+            return
+        now = time.monotonic()
+        if self._has_news() or now - self._last_frame_at >= ALIVE_S or self._ending > self.is_over:
+            frame = {"type": "frame", "cursor": self.view.cursor, "time": time.time(), **self._changes.members()}
+            self._changes = Changes()
+            self._last_frame_at = now
+            self._number += 1
+            self._keep(self._message("frame", encode(frame), after=self._sent_cursor))
+            self._sent_cursor = self.view.cursor
+        self.is_over = self._ending
+
+    def _message(self, kind: str, data: bytes, after: int) -> Message:
+        run = self.view.run
+        return Message(kind, self._number, self.generation, run.attempt, after, self.view.cursor, data)
+
+    def _keep(self, frame: Message) -> None:
+        self.frames.append(frame)
+        self._kept_bytes += len(frame.data)
+        while len(self.frames) > 1 and (self._kept_bytes > KEPT_BYTES or len(self.frames) > KEPT_FRAMES):
+            self._kept_bytes -= len(self.frames.popleft().data)
+
+    def _wake(self) -> None:
+        news, self._new_frame = self._new_frame, anyio.Event()
+        news.set()
+
+
+class FolderHub(Hub):
+    """A hub that reads the journal of a run's folder, whoever writes it, while somebody watches."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir)
+        self._reader: JournalReader | None = None
+        self._head = b""
+        self._stored_at = -math.inf
+        self._stored_cursor = 0
+        self._looked_at = -math.inf
+        self._limiter = anyio.CapacityLimiter(1)  # our own: one reads at a time, and no host's threads are taken
+
+    async def refresh(self) -> None:
+        """Read on in the journal. What the disk refuses is asked for again the next time."""
+        await anyio.to_thread.run_sync(self._read_on, limiter=self._limiter)
+
+    def _read_on(self) -> None:
+        assert self.run_dir is not None
+        now = time.monotonic()
+        looks = now - self._looked_at > _LOOK_S or self._reader is None
+        try:
+            held = is_held(self.run_dir) if looks else True  # before reading: what it wrote last must be seen
+            if self._reader is None or (looks and self._is_another(self.run_dir)):
+                self._begin(self.run_dir)
+            assert self._reader is not None
+            while events := self._reader.read(_BATCH):
+                self.feed(events)
+                if len(events) == _BATCH:
+                    time.sleep(PAUSE_S)
+        except OSError:
+            self._reader = None  # what was read may not have come to the view
+            return
+        if looks:
+            self._looked_at = now
+            self._see_whether_lost(held)
+            self._store(now)
+
+    def _is_another(self, run_dir: Path) -> bool:
+        """Whether somebody has put another journal there."""
+        before, self._head = self._head, head_of(run_dir)
+        return before not in (b"", self._head)
+
+    def _begin(self, run_dir: Path) -> None:
+        """Read the journal from its beginning, or from where the stored view ends."""
+        self._head = head_of(run_dir)
+        view, self._stored_cursor = read_view(run_dir)
+        self._replace(view)
+        self._reader = JournalReader(run_dir / JOURNAL_DIR, view.cursor)
+
+    def _store(self, now: float) -> None:
+        """For the next time, when it is worth it: after much was read, and at the run's end."""
+        assert self.run_dir is not None
+        new = self.view.cursor - self._stored_cursor
+        ended = self.view.run.status not in ("running", "unknown")
+        if new >= _STORE_EVENTS and (ended or now - self._stored_at > _STORE_S):
+            self._stored_at, self._stored_cursor = now, self.view.cursor
+            with self._lock:
+                write_view(self.run_dir, self.view)
+
+    def _see_whether_lost(self, held: bool) -> None:
+        """A run that nobody holds any more, and that has not ended in order, is lost."""
+        with self._lock:
+            run = self.view.run
+            status = "running" if held and run.status == "lost" else run.status
+            status = "lost" if not held and status == "running" else status
+            if status != run.status:
+                run.status = status
+                if self._changes is not None:
+                    self._changes.run["status"] = status

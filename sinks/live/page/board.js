@@ -1,0 +1,122 @@
+/** All charts: which are in sight, and when each is drawn. */
+
+import { forgetColours } from "./theme.js";
+
+/** Charts are drawn at most so often, all that are due in one go: each animation frame costs much by itself... */
+const BETWEEN_MS = 200;
+/** ...and take no larger share of the time than this... */
+const SHARE = 0.25;
+/** ...and no more scripts in one animation frame than this. */
+const BUDGET_MS = 12;
+
+export class Board {
+  constructor(view) {
+    this.view = view; // {x, log, smoothing, zoom, isStale}
+    this.charts = new Set();
+    this.draws = { count: 0, ms: 0, worstMs: 0 };
+    this.#sight = new IntersectionObserver((entries) => this.#seen(entries), { rootMargin: "150px" });
+    this.#size = new ResizeObserver((entries) => {
+      for (const { target } of entries) target.chart?.touch();
+      this.wake();
+    });
+  }
+
+  #sight;
+  #size;
+  #asked = false;
+  #cost_ms = 10; // of a pass, with its painting, which no script sees
+  #passAt = 0;
+  #timer = null;
+
+  add(chart) {
+    chart.board = this;
+    chart.plot.chart = chart.root.chart = chart;
+    this.charts.add(chart);
+    this.#sight.observe(chart.root);
+    this.#size.observe(chart.plot);
+  }
+
+  remove(chart) {
+    this.charts.delete(chart);
+    this.#sight.unobserve(chart.root);
+    this.#size.unobserve(chart.plot);
+  }
+
+  #seen(entries) {
+    for (const { target, isIntersecting } of entries) {
+      const { chart } = target;
+      if (!this.charts.has(chart)) continue;
+      chart.isSeen = isIntersecting;
+      if (chart.isSeen) chart.touch();
+      else chart.rest(); // canvases out of sight hold memory
+    }
+    this.wake();
+  }
+
+  /** Everything is to be drawn anew: a setting has changed. */
+  invalidate({ rebuild = false } = {}) {
+    if (rebuild) forgetColours();
+    for (const chart of this.charts) {
+      if (rebuild) chart.rest();
+      chart.touch();
+    }
+    this.wake();
+  }
+
+  zoom(range) {
+    this.view.zoom = range;
+    this.invalidate();
+    this.view.zoomed?.();
+  }
+
+  /** Some points may have come. */
+  wake() {
+    if (this.#asked || document.hidden) return;
+    this.#asked = true;
+    requestAnimationFrame(() => this.#draw());
+  }
+
+  #draw() {
+    this.#asked = false;
+    const began = performance.now();
+    const waiting = [...this.charts].filter((chart) => chart.isSeen && chart.hasNews());
+    waiting.sort((a, b) => a.drawnAt - b.drawnAt);
+    const due = this.#passAt + Math.max(BETWEEN_MS, this.#cost_ms / SHARE);
+    const isDue = began >= due;
+    if (isDue) this.#passAt = began;
+    let soonest = Infinity;
+    let drawn = 0;
+    for (const chart of waiting) {
+      if (!isDue && !chart.isTouched) {
+        soonest = Math.min(soonest, due - began);
+        continue;
+      }
+      if (performance.now() - began > BUDGET_MS) {
+        chart.touch(); // in the next animation frame
+        soonest = 0;
+        continue;
+      }
+      chart.draw();
+      drawn += 1;
+      this.draws.count += 1;
+      this.draws.ms += chart.drawMs;
+      this.draws.worstMs = Math.max(this.draws.worstMs, chart.drawMs);
+    }
+    if (drawn) this.#measure(began);
+    if (soonest === 0) this.wake();
+    else if (soonest < Infinity && this.#timer === null) {
+      this.#timer = setTimeout(() => {
+        this.#timer = null;
+        this.wake();
+      }, soonest);
+    }
+  }
+
+  /** What is painted by software takes long: the next animation frame comes late then. */
+  #measure(began) {
+    requestAnimationFrame(() => {
+      const cost = Math.min(250, Math.max(1, performance.now() - began - 8));
+      this.#cost_ms += (cost - this.#cost_ms) * 0.2;
+    });
+  }
+}

@@ -1,0 +1,401 @@
+/** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
+
+import { align, linearRange, logRange, nearest, pointsOf } from "./curves.js";
+import { announce, el, freshId, setAttribute, setText, svg, table } from "./dom.js";
+import { count, duration, number } from "./format.js";
+import { colours } from "./theme.js";
+
+const uPlot = window.uPlot;
+const TABLE_MS = 2000;
+const MOST_ROWS = 200;
+/** Steps of an axis of bytes. */
+const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
+
+/**
+ * One figure.
+ *
+ * `curves()` gives what it shows: `{label, series, started, show, colour, dash, width, fill, values}`; `values`, if
+ * given, is what legend and table show in place of the series' means (a stack's layers are not where their tops are).
+ */
+export class Chart {
+  constructor({
+    title,
+    curves,
+    height = 210,
+    isSmall = false,
+    takesLog = false,
+    takesSmoothing = true,
+    range = null,
+    note = null,
+  }) {
+    Object.assign(this, { title, curves, height, isSmall, takesLog, takesSmoothing, range });
+    this.isSeen = this.isTouched = false;
+    this.drawnAt = this.drawMs = this.tableAt = 0;
+    this.drawn = "";
+    this.u = null;
+    this.shown = [];
+    const id = freshId("chart");
+    this.legend = el("ul", { class: "legend" });
+    this.readout = el("span", { class: "readout" });
+    this.toggle = el("button", {
+      type: "button",
+      class: "quiet",
+      "aria-pressed": "false",
+      "aria-label": `Show ${title} as table`,
+      text: "Table",
+      onclick: () => this.#showTable(this.holder.hidden),
+    });
+    this.plot = el("div", {
+      class: "plot",
+      role: "img",
+      tabindex: "0",
+      "aria-label": title,
+      onkeydown: (e) => this.#key(e),
+    });
+    this.empty = el("p", { class: "empty", text: "Nothing yet", hidden: true });
+    this.holder = el("div", {
+      class: "table-holder",
+      tabindex: "0",
+      role: "region",
+      "aria-label": `${title}, table`,
+      hidden: true,
+    });
+    this.root = el(
+      "figure",
+      { class: isSmall ? "chart small" : "chart", "aria-labelledby": id },
+      el("figcaption", {}, el("h3", { id, title: note ?? title, text: title }), this.readout, this.toggle),
+      this.legend,
+      this.plot,
+      this.holder,
+    );
+    this.plot.style.height = this.holder.style.height = `${height}px`;
+    this.plot.append(this.empty);
+  }
+
+  touch() {
+    this.isTouched = true;
+  }
+
+  rest() {
+    this.u?.destroy();
+    this.u = null;
+    this.empty.hidden = true; // it is not known, until it is drawn again
+  }
+
+  destroy() {
+    this.board?.remove(this);
+    this.rest();
+  }
+
+  #stamp(curves) {
+    return curves.map((curve) => `${curve.label}:${curve.series.version}:${curve.series.length}`).join("|");
+  }
+
+  hasNews() {
+    return this.isTouched || this.#stamp(this.curves()) !== this.drawn;
+  }
+
+  draw() {
+    const began = performance.now();
+    const curves = this.curves();
+    const stamp = this.#stamp(curves);
+    this.drawn = stamp;
+    this.isTouched = false;
+    this.shown = curves;
+    if (this.holder.hidden) this.#plot(curves);
+    else this.#fillTable(curves, began);
+    this.#fillLegend(curves);
+    this.drawnAt = performance.now();
+    this.drawMs = this.drawnAt - began;
+  }
+
+  // -------------------------------------------------------------------------------------------------- the plot
+
+  #plot(curves) {
+    const width = this.plot.clientWidth;
+    if (!width) return;
+    const { x, smoothing, log } = this.board.view;
+    const isLog = log && this.takesLog;
+    const parts = curves.map((curve) =>
+      pointsOf(curve.series, {
+        x,
+        started: curve.started ?? 0,
+        smoothing: this.takesSmoothing && !curve.isSparse ? smoothing : 0,
+        log: isLog,
+      }),
+    );
+    const hasPoints = parts.some((part) => part.x.length);
+    if (!hasPoints) {
+      this.rest();
+      this.empty.hidden = false;
+      return;
+    }
+    this.empty.hidden = true;
+    // What is behind comes first: the spread of merged points, or the curve that was smoothed away.
+    const withBehind = curves.length <= 3;
+    const layout = parts.map((part) => (withBehind ? (part.low ? "b" : part.raw ? "r" : "-") : "-")).join("");
+    const groups = parts.map((part, i) => {
+      const behind = layout[i] === "b" ? [part.low, part.high] : layout[i] === "r" ? [part.raw] : [];
+      return { x: part.x, columns: [...behind, part.y] };
+    });
+    const data = align(groups);
+    const signature = [
+      layout,
+      isLog,
+      x,
+      width > 500,
+      ...curves.map((c) => `${c.colour}${c.dash}${c.width}${c.label}`),
+    ].join("|");
+    if (this.u && this.signature === signature) {
+      if (this.u.width !== width) this.u.setSize({ width, height: this.height });
+      this.u.setData(data, true);
+    } else {
+      this.u?.destroy();
+      this.signature = signature;
+      this.u = new uPlot(this.#options(curves, layout, isLog, width), data, this.plot);
+    }
+    setAttribute(this.plot, "aria-label", this.#summary(curves));
+  }
+
+  #options(curves, layout, isLog, width) {
+    const { muted, grid } = colours();
+    const { view } = this.board;
+    const series = [{}];
+    const bands = [];
+    this.at = []; // where each curve is among uPlot's series
+    curves.forEach((curve, i) => {
+      const invisible = { stroke: "transparent", width: 0, points: { show: false } };
+      if (layout[i] === "b") {
+        bands.push({ series: [series.length + 1, series.length], fill: `${curve.colour}2e` });
+        series.push(invisible, invisible);
+      } else if (layout[i] === "r") {
+        series.push({ stroke: `${curve.colour}55`, width: 1, points: { show: false } });
+      }
+      this.at.push(series.length);
+      series.push({
+        stroke: curve.colour,
+        width: curve.width ?? 1.75,
+        dash: curve.dash ?? [],
+        fill: curve.fill,
+        points: curve.fill ? { show: false } : { size: 5, fill: curve.colour },
+      });
+    });
+    const font = '11px system-ui, "Segoe UI", Roboto, sans-serif';
+    const axis = { stroke: muted, font, grid: { stroke: grid, width: 1 }, ticks: { show: false }, gap: 4 };
+    const { show = number, tick = show, isBinary = false } = curves[0] ?? {};
+    return {
+      width,
+      height: this.height,
+      padding: [8, 18, 0, 0],
+      legend: { show: false },
+      series,
+      bands,
+      scales: {
+        x: { time: false, range: (u, min, max) => view.zoom ?? (min === max ? [min - 1, max + 1] : [min, max]) },
+        y: isLog
+          ? { distr: 3, range: (u, min, max) => logRange(min, max) }
+          : { range: (u, min, max) => this.range ?? linearRange(min, max) },
+      },
+      axes: [
+        {
+          ...axis,
+          size: 22,
+          space: 64,
+          values: (u, splits) => splits.map((v) => (view.x === "time" ? duration(v) : short(v))),
+        },
+        {
+          ...axis,
+          size: (u, values) => Math.max(34, ...(values ?? []).map((value) => 10 + (value ?? "").length * 6.2)),
+          space: this.isSmall ? 20 : 34,
+          values: (u, splits) => splits.map((v) => (v === null ? "" : tick(v))),
+          ...(isBinary ? { incrs: POWERS } : {}),
+        },
+      ],
+      cursor: {
+        y: false,
+        drag: { x: true, y: false, setScale: false },
+        sync: { key: "stagecast" },
+        points: { size: (u, index) => (this.at.includes(index) ? 6 : 0) }, // not of what is behind
+        bind: { dblclick: () => () => this.board.zoom(null) },
+      },
+      hooks: {
+        setCursor: [(u) => this.#point(u)],
+        setSelect: [(u) => this.#select(u)],
+        draw: [(u) => this.#markOdd(u)],
+      },
+    };
+  }
+
+  #select(u) {
+    const { left, width } = u.select;
+    if (width < 4) return;
+    const range = [u.posToVal(left, "x"), u.posToVal(left + width, "x")];
+    u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    this.board.zoom(range);
+  }
+
+  /** Crosses at the top where a value was not finite. */
+  #markOdd(u) {
+    const { ctx } = u;
+    const size = 3 * devicePixelRatio;
+    ctx.save();
+    ctx.strokeStyle = colours().bad;
+    ctx.lineWidth = 1.5 * devicePixelRatio;
+    ctx.beginPath();
+    for (const curve of this.shown) {
+      for (const index of curve.series.odd?.keys() ?? []) {
+        const x = u.valToPos(this.#x(curve, index), "x", true);
+        const y = u.bbox.top + size + 2;
+        if (x < u.bbox.left || x > u.bbox.left + u.bbox.width) continue;
+        ctx.moveTo(x - size, y - size);
+        ctx.lineTo(x + size, y + size);
+        ctx.moveTo(x + size, y - size);
+        ctx.lineTo(x - size, y + size);
+      }
+    }
+    ctx.stroke();
+    ctx.restore();
+  }
+
+  #x(curve, index) {
+    return this.board.view.x === "time" ? curve.series.time[index] - (curve.started ?? 0) : curve.series.step[index];
+  }
+
+  // ------------------------------------------------------------------------------------------------ the legend
+
+  #fillLegend(curves) {
+    const key = curves.map((curve) => `${curve.label}${curve.colour}`).join("|");
+    if (key !== this.legendKey) {
+      this.legendKey = key;
+      this.outputs = curves.map(() => el("span", { class: "value" }));
+      const items = curves.map((curve, i) =>
+        el(
+          "li",
+          {},
+          swatch(curve),
+          el("span", { class: "name", title: curve.label, text: curve.label }),
+          this.outputs[i],
+        ),
+      );
+      this.legend.replaceChildren(...items);
+    }
+    if (this.u?.cursor.idx != null && this.u.cursor.left >= 0) this.#point(this.u);
+    else this.#fillLast();
+  }
+
+  #fillLast() {
+    setText(this.readout, "");
+    this.shown.forEach((curve, i) => {
+      const values = curve.values;
+      const last = values ? values[curve.series.length - 1] : curve.series.last;
+      if (this.outputs?.[i]) setText(this.outputs[i], (curve.show ?? number)(last));
+    });
+  }
+
+  #point(u) {
+    const x = u.cursor.left >= 0 && u.cursor.idx !== null ? u.data[0][u.cursor.idx] : null;
+    if (x === null || x === undefined || !this.outputs || this.outputs.length !== this.shown.length) {
+      this.#fillLast();
+      return;
+    }
+    setText(this.readout, this.board.view.x === "time" ? duration(x) : `step ${count(x)}`);
+    this.shown.forEach((curve, i) => setText(this.outputs[i], this.#valueAt(curve, x)));
+  }
+
+  #valueAt(curve, x) {
+    const { series } = curve;
+    const xs = this.board.view.x === "time" ? series.time.subarray(0, series.length) : series.step;
+    const at = nearest(xs, series.length, this.board.view.x === "time" ? x + (curve.started ?? 0) : x);
+    return at < 0 ? "–" : (curve.show ?? number)((curve.values ?? series.mean)[at]);
+  }
+
+  #summary(curves) {
+    const told = curves.slice(0, 6).map((curve) => {
+      const { series } = curve;
+      const show = curve.show ?? number;
+      if (!series.length) return `${curve.label}: nothing yet`;
+      const last = curve.values ? curve.values[series.length - 1] : series.last;
+      const ends = series.lowest ? `, lowest ${show(series.lowest.value)}, highest ${show(series.highest.value)}` : "";
+      return `${curve.label}: last ${show(last)} at step ${count(series.step[series.length - 1])}${ends}`;
+    });
+    return `Chart, ${this.title}. ${told.join(". ")}. Arrow keys read single points.`;
+  }
+
+  #key(event) {
+    if (!this.u) return;
+    const xs = this.u.data[0];
+    const now = this.u.cursor.idx ?? xs.length - 1;
+    const by = event.shiftKey ? Math.max(1, Math.round(xs.length / 20)) : 1;
+    const to = { ArrowLeft: now - by, ArrowRight: now + by, Home: 0, End: xs.length - 1 }[event.key];
+    if (event.key === "Escape") {
+      this.u.setCursor({ left: -10, top: -10 });
+      if (this.board.view.zoom) this.board.zoom(null);
+    } else if (to !== undefined) {
+      event.preventDefault();
+      const x = xs[Math.min(xs.length - 1, Math.max(0, to))];
+      this.u.setCursor({ left: this.u.valToPos(x, "x"), top: this.height / 2 });
+      const told = this.shown.map((curve) => `${curve.label} ${this.#valueAt(curve, x)}`);
+      announce(`${this.board.view.x === "time" ? duration(x) : `Step ${count(x)}`}: ${told.join(", ")}`);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------- the table
+
+  #showTable(isTable) {
+    this.holder.hidden = !isTable;
+    this.plot.hidden = isTable;
+    this.toggle.setAttribute("aria-pressed", String(isTable));
+    if (isTable) this.rest();
+    this.tableAt = 0;
+    this.touch();
+    this.draw();
+  }
+
+  #fillTable(curves, now) {
+    // Not under somebody's eyes more often than can be read, and not while it is being scrolled through.
+    if (this.tableAt && (now - this.tableAt < TABLE_MS || this.holder.scrollTop > 0)) return;
+    this.tableAt = now;
+    const groups = curves.map(({ series, values }) => ({
+      x: series.step.subarray(0, series.length),
+      columns: [Array.from((values ?? series.mean).subarray(0, series.length), (v, i) => series.odd?.get(i) ?? v)],
+    }));
+    const [xs, ...columns] = align(groups);
+    const length = xs?.length ?? 0;
+    const heads = [{ head: "Step", number: true }, ...curves.map((curve) => ({ head: curve.label, number: true }))];
+    const rows = [];
+    for (let i = length - 1; i >= Math.max(0, length - MOST_ROWS); i--) {
+      rows.push([
+        count(xs[i]),
+        ...columns.map((column, c) => (column[i] === undefined ? "" : (curves[c].show ?? number)(column[i]))),
+      ]);
+    }
+    const wide = Math.max(1, ...curves.map((curve) => curve.series.width ?? 1));
+    const merged = wide > 1 ? `; a row is the mean of up to ${count(wide)} values` : "";
+    const caption = `${this.title}: the newest ${rows.length} of ${count(length)} points${merged}`;
+    this.holder.replaceChildren(table(caption, heads, rows));
+  }
+}
+
+/** A sample of a curve's line: colour and pattern. */
+export function swatch(curve) {
+  const root = svg("svg", { class: "swatch", width: 26, height: 10, "aria-hidden": "true" });
+  if (curve.layer) {
+    root.append(svg("rect", { x: 7, y: 0, width: 10, height: 10, rx: 2, fill: curve.colour }));
+    if (curve.isHatched)
+      root.append(
+        svg("path", { d: "M7 10 L17 0 M7 5 L12 0 M12 10 L17 5", stroke: colours().surface, "stroke-width": 1.5 }),
+      );
+    return root;
+  }
+  const line = { x1: 0, x2: 26, y1: 5, y2: 5, stroke: curve.colour, "stroke-width": curve.width ?? 2 };
+  root.append(svg("line", { ...line, "stroke-dasharray": (curve.dash ?? []).join(" ") || null }));
+  return root;
+}
+
+function short(value) {
+  const size = Math.abs(value);
+  if (size >= 1e9) return `${number(value / 1e9, 3)}B`;
+  if (size >= 1e6) return `${number(value / 1e6, 3)}M`;
+  if (size >= 1e4) return `${number(value / 1e3, 4)}k`;
+  return Number.isInteger(value) ? count(value) : number(value);
+}

@@ -1,0 +1,252 @@
+/** The way to the server: WebSocket, Server-Sent Events where that does not get through, and the token. */
+
+const FIRST_WAIT_S = 0.5;
+const LONGEST_WAIT_S = 15;
+/** A connection that is silent for so long is given up: the server says something every two seconds. */
+const SILENT_S = 10;
+const TOKEN = "stagecast-token";
+
+export const token = {
+  get: () => (report ? null : sessionStorage.getItem(TOKEN)),
+  set: (value) => sessionStorage.setItem(TOKEN, value),
+  clear: () => sessionStorage.removeItem(TOKEN),
+};
+
+/** In a report there is no server: the runs are in the page itself, as `{runs: [snapshot], media: {address: data}}`. */
+const embedded = document.getElementById("report");
+export const report = embedded ? JSON.parse(embedded.textContent) : null;
+
+/** What was refused for want of the token. */
+export class TokenWanted extends Error {}
+
+/** Fetch an address relative to the page. Throws `TokenWanted`, or an `Error` that says what went wrong. */
+export async function get(address, options = {}) {
+  if (report) return new Response(JSON.stringify({ runs: report.runs.map((one) => one.run) }));
+  const shown = token.get();
+  const headers = { ...(options.headers ?? {}), ...(shown ? { Authorization: `Bearer ${shown}` } : {}) };
+  const response = await fetch(address, { cache: "no-store", ...options, headers });
+  if (response.status === 401) throw new TokenWanted();
+  if (!response.ok && !options.any) throw new Error(`the server answered ${response.status}`);
+  return response;
+}
+
+export function addressOf(runId, rest = "") {
+  return `api/runs/${encodeURIComponent(runId)}${rest}`;
+}
+
+/**
+ * Keeps one run's events coming.
+ *
+ * `on` has `message(data)`, `state()`, `token()`. `store` says where to go on from.
+ */
+export class Connection {
+  constructor(store, on, { isMain }) {
+    this.store = store;
+    this.on = on;
+    this.isMain = isMain;
+    this.state = "connecting"; // "open", "waiting" (to try again), "token", "gone" (for good)
+    this.problem = null;
+    this.heardAt = performance.now();
+    this.retryAt = 0;
+    this.#failures = 0;
+    if (report) queueMicrotask(() => this.#tell());
+    else this.#open();
+  }
+
+  #tell() {
+    this.state = "open";
+    this.on.message(report.runs.find((one) => one.run.run_id === this.store.runId));
+  }
+
+  #failures;
+  #socket = null;
+  #abort = null;
+  #timer = null;
+  #usesEvents = false;
+  #wasOpen = false;
+  #gapTimer = null;
+  #stopped = false;
+
+  stop() {
+    this.#stopped = true;
+    this.#drop();
+  }
+
+  /** Seconds since the server was last heard. */
+  get silence_s() {
+    return report ? 0 : (performance.now() - this.heardAt) / 1000;
+  }
+
+  /** Try again now. */
+  retry() {
+    if (this.#stopped || this.state === "open" || this.state === "connecting") return;
+    this.#failures = 0;
+    this.#drop();
+    this.#open();
+  }
+
+  /** Called once a second: gives up what has fallen silent. */
+  tick() {
+    if (this.state === "open" && this.silence_s > SILENT_S) this.#lost("the server has fallen silent");
+  }
+
+  /** Send a command. Resolves to the server's answer; throws if it could not be sent. */
+  async command(command) {
+    if (this.#socket?.readyState === WebSocket.OPEN) {
+      this.#socket.send(JSON.stringify({ type: "command", command }));
+      return null; // the answer comes as a message
+    }
+    const body = JSON.stringify(command);
+    const headers = { "Content-Type": "application/json" };
+    const response = await get(addressOf(this.store.runId, "/commands"), { method: "POST", body, headers, any: true });
+    return response.json();
+  }
+
+  #drop() {
+    clearTimeout(this.#timer);
+    clearTimeout(this.#gapTimer);
+    this.#timer = this.#gapTimer = null;
+    const socket = this.#socket;
+    this.#socket = null;
+    if (socket) {
+      socket.onopen = socket.onmessage = socket.onclose = socket.onerror = null;
+      socket.close();
+    }
+    this.#abort?.abort();
+    this.#abort = null;
+  }
+
+  #set(state, problem = null) {
+    this.state = state;
+    this.problem = problem;
+    this.on.state();
+  }
+
+  #open() {
+    this.#set("connecting", this.problem);
+    if (this.#usesEvents) this.#openEvents();
+    else this.#openSocket();
+  }
+
+  #openSocket() {
+    this.#wasOpen = false;
+    const address = new URL(addressOf(this.store.runId, "/ws"), document.baseURI);
+    address.protocol = address.protocol === "https:" ? "wss:" : "ws:";
+    address.hash = "";
+    const socket = new WebSocket(address);
+    this.#socket = socket;
+    socket.onopen = () => {
+      this.#wasOpen = true;
+      const { cursor, attempt } = this.store;
+      socket.send(JSON.stringify({ type: "hello", token: token.get(), since: cursor, attempt, mode: "charts" }));
+    };
+    socket.onmessage = (event) => this.#heard(event.data);
+    socket.onclose = (event) => {
+      this.#socket = null;
+      this.#closed(event.code, event.reason);
+    };
+  }
+
+  #closed(code, reason) {
+    if (code === 4401) this.#wantToken();
+    else if (code === 4404) this.#end("there is no such run on this server");
+    else if (code === 1008 && this.#wasOpen) this.#end(reason || "the server does not allow this page");
+    else {
+      // A proxy that does not let WebSockets through shows itself by one that never opens.
+      if (!this.#wasOpen && this.#failures > 0) this.#usesEvents = true;
+      if (code === 1013) this.#failures = Math.max(this.#failures, 2);
+      this.#lost(code === 1013 ? reason || "the server has too much to do" : "the connection was closed");
+    }
+  }
+
+  #wantToken() {
+    this.#drop();
+    this.#set("token", "the server wants its token");
+    this.on.token();
+  }
+
+  #end(problem) {
+    this.#drop();
+    this.#set("gone", problem);
+  }
+
+  #lost(problem) {
+    if (this.#stopped) return;
+    this.#drop();
+    const wait = Math.min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** this.#failures) * (0.75 + Math.random() / 2);
+    this.#failures += 1;
+    this.retryAt = performance.now() + wait * 1000;
+    this.#timer = setTimeout(() => this.#open(), wait * 1000);
+    this.#set("waiting", problem);
+  }
+
+  #heard(text) {
+    this.heardAt = performance.now();
+    let data;
+    try {
+      data = JSON.parse(text);
+    } catch {
+      this.#lost("the server sent what is no message");
+      return;
+    }
+    this.#failures = 0;
+    if (data.type === "gap") {
+      // A snapshot follows; one that does not is asked for.
+      this.#gapTimer = setTimeout(() => this.#ask({ type: "snapshot" }), 1000);
+    } else if (data.type === "snapshot") {
+      clearTimeout(this.#gapTimer);
+    }
+    this.on.message(data);
+    if (this.state !== "open") this.#set("open");
+  }
+
+  #ask(message) {
+    if (this.#socket?.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(message));
+  }
+
+  // ------------------------------------------------------------------------------------------ without WebSocket
+
+  /** By `fetch`, since an `EventSource` cannot show a token. A browser has few of these, so other runs are asked for. */
+  async #openEvents() {
+    const abort = (this.#abort = new AbortController());
+    try {
+      if (!this.isMain) {
+        await this.#poll(abort);
+        return;
+      }
+      const { cursor, attempt } = this.store;
+      const since = cursor === null ? "" : `?since=${cursor}&attempt=${attempt}`;
+      const response = await get(addressOf(this.store.runId, `/events${since}`), { signal: abort.signal });
+      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+      let pending = "";
+      for (;;) {
+        const { value, done } = await reader.read();
+        if (done) throw new Error("the connection was closed");
+        pending += value;
+        const blocks = pending.split(/\r?\n\r?\n/);
+        pending = blocks.pop();
+        for (const block of blocks) {
+          const lines = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+          if (lines.length) this.#heard(lines.map((line) => line.slice(5).trimStart()).join("\n"));
+          else this.heardAt = performance.now();
+        }
+      }
+    } catch (error) {
+      if (abort.signal.aborted) return;
+      if (error instanceof TokenWanted) this.#wantToken();
+      else {
+        if (this.#failures > 2) this.#usesEvents = false; // the other way, once more
+        this.#lost(error.message);
+      }
+    }
+  }
+
+  async #poll(abort) {
+    for (;;) {
+      const response = await get(addressOf(this.store.runId), { signal: abort.signal });
+      this.#heard(await response.text());
+      await new Promise((resolve) => setTimeout(resolve, 4000));
+      if (abort.signal.aborted) return;
+    }
+  }
+}

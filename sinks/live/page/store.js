@@ -1,0 +1,285 @@
+/** What the page knows of a run: from a snapshot and the frames behind it. Bounded in memory; nothing here touches the page. */
+
+/** Points of a series; when it has more, pairs become one. */
+export const MOST_POINTS = 4000;
+const MOST_POINTS_OF_MANY = 1000;
+const MANY = 200;
+const MOST_SERIES = 2000;
+export const MOST_LINES = 1000;
+const MOST_CHECKPOINTS = 1000;
+const MOST_OBSERVERS = 200;
+const MOST_MEDIA = 200;
+const MOST_HISTOGRAMS = 200;
+const MOST_OF_A_HISTOGRAM = 50;
+const COLUMNS = ["step", "time", "mean", "low", "high", "weight"];
+
+/** One curve, column by column: of so many steps each the mean, the lowest and the highest value. */
+export class Series {
+  constructor(name, most = MOST_POINTS) {
+    this.name = name;
+    this.most = most;
+    this.length = 0;
+    this.width = 1; // values that a point takes
+    this.version = 0; // rises with each change
+    this.odd = new Map(); // index -> "nan", "inf" or "-inf": points in which a value was not finite
+    this.last = null; // a number, or one of these words
+    this.count = 0;
+    this.lowest = null; // {value, step}
+    this.highest = null;
+    this.#room(64);
+  }
+
+  static of(name, data, most) {
+    const series = new Series(name, most);
+    const length = data.step.length;
+    series.#room(length);
+    for (let i = 0; i < length; i++) {
+      series.step[i] = data.step[i];
+      series.time[i] = data.time[i];
+      series.mean[i] = data.mean[i] ?? NaN;
+      series.low[i] = data.min[i] ?? NaN;
+      series.high[i] = data.max[i] ?? NaN;
+      series.#remember(series.low[i], series.high[i], data.step[i]);
+    }
+    series.length = length;
+    series.count = data.count ?? length;
+    for (const [index, text] of Object.entries(data.nonfinite ?? {})) series.odd.set(Number(index), text);
+    // All points but the last are full, and a point takes a power of two.
+    while (series.width * length < series.count) series.width *= 2;
+    series.weight.fill(series.width, 0, length);
+    if (length) series.weight[length - 1] = Math.max(1, series.count - series.width * (length - 1));
+    if (length) series.last = series.odd.get(length - 1) ?? data.mean[length - 1];
+    while (series.length > series.most) series.#halve();
+    return series;
+  }
+
+  get lastStep() {
+    return this.length ? this.step[this.length - 1] : null;
+  }
+
+  /** Take one value: a number, or "nan", "inf", "-inf". */
+  add(step, time, value) {
+    const finite = typeof value === "number" && Number.isFinite(value);
+    let at = this.length - 1;
+    if (at < 0 || this.weight[at] >= this.width) {
+      if (this.length >= this.most) {
+        this.#halve();
+        this.add(step, time, value);
+        return;
+      }
+      at = this.length;
+      this.#room(at + 1);
+      this.mean[at] = this.low[at] = this.high[at] = NaN;
+      this.weight[at] = 0;
+      this.length += 1;
+    }
+    this.step[at] = step;
+    this.time[at] = time;
+    this.weight[at] += 1;
+    if (finite) {
+      this.mean[at] = Number.isNaN(this.mean[at]) ? value : this.mean[at] + (value - this.mean[at]) / this.weight[at];
+      this.low[at] = Number.isNaN(this.low[at]) ? value : Math.min(this.low[at], value);
+      this.high[at] = Number.isNaN(this.high[at]) ? value : Math.max(this.high[at], value);
+      this.#remember(value, value, step);
+    } else {
+      this.odd.set(at, String(value ?? "nan"));
+    }
+    this.last = finite ? value : String(value ?? "nan");
+    this.count += 1;
+    this.version += 1;
+  }
+
+  #remember(low, high, step) {
+    if (low === low && (this.lowest === null || low < this.lowest.value)) this.lowest = { value: low, step };
+    if (high === high && (this.highest === null || high > this.highest.value)) this.highest = { value: high, step };
+  }
+
+  #room(length) {
+    const now = this.step ? this.step.length : 0;
+    if (length <= now) return;
+    const size = Math.max(length, Math.min(this.most, now * 2));
+    for (const name of COLUMNS) {
+      const grown = new Float64Array(size);
+      if (this[name]) grown.set(this[name]);
+      this[name] = grown;
+    }
+  }
+
+  #halve() {
+    const pairs = Math.ceil(this.length / 2);
+    for (let to = 0; to < pairs; to++) {
+      const left = to * 2;
+      const right = Math.min(left + 1, this.length - 1);
+      const [a, b] = [this.weight[left], right > left ? this.weight[right] : 0];
+      this.step[to] = this.step[right];
+      this.time[to] = this.time[right];
+      this.mean[to] = meanOf(this.mean[left], a, this.mean[right], b);
+      this.low[to] = pick(Math.min, this.low[left], this.low[right]);
+      this.high[to] = pick(Math.max, this.high[left], this.high[right]);
+      this.weight[to] = a + b;
+    }
+    this.length = pairs;
+    this.width *= 2;
+    this.odd = new Map([...this.odd].map(([index, text]) => [index >> 1, text]));
+    this.version += 1;
+  }
+}
+
+function meanOf(a, aWeight, b, bWeight) {
+  if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) ? b : a;
+  return a + ((b - a) * bWeight) / (aWeight + bWeight);
+}
+
+function pick(choose, a, b) {
+  if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) ? b : a;
+  return choose(a, b);
+}
+
+/** All that is shown of one run. `touched` names what has changed since somebody looked: "run", "log", "names"... */
+export class RunStore {
+  constructor(runId) {
+    this.runId = runId;
+    this.touched = new Set();
+    this.isLoaded = false;
+    this.generation = 0; // rises with each snapshot
+    this.frameTime = 0;
+    this.#clear();
+    this.run = { run_id: runId, status: "unknown", latest: {} };
+  }
+
+  #clear() {
+    this.cursor = null;
+    this.attempt = null;
+    this.series = new Map();
+    this.stages = new Map(); // name -> "val" or "test", where the server says so
+    this.log = [];
+    this.lines = 0; // entries that ever were in the log, for whoever shows it piece by piece
+    this.checkpoints = new Map();
+    this.observers = new Map();
+    this.media = [];
+    this.histograms = new Map();
+    this.arguments = {};
+    this.versions = {};
+  }
+
+  get(name) {
+    return this.series.get(name);
+  }
+
+  /** The last value under a name: a number, "nan", "inf", "-inf", or undefined. */
+  last(name) {
+    return this.series.get(name)?.last ?? this.run.latest?.[name];
+  }
+
+  applySnapshot(data) {
+    this.#clear();
+    this.cursor = data.cursor;
+    this.attempt = data.attempt ?? data.run?.attempt ?? null;
+    this.run = { ...data.run };
+    this.arguments = data.arguments ?? {};
+    this.versions = data.versions ?? {};
+    const entries = Object.entries(data.series ?? {}).slice(0, MOST_SERIES);
+    const most = entries.length > MANY ? MOST_POINTS_OF_MANY : MOST_POINTS;
+    for (const [name, columns] of entries) this.series.set(name, Series.of(name, columns, most));
+    this.#take(data);
+    this.isLoaded = true;
+    this.generation += 1;
+    for (const part of ["run", "names", "log", "checkpoints", "observers", "media", "histograms", "arguments"]) {
+      this.touched.add(part);
+    }
+  }
+
+  applyFrame(data) {
+    if (typeof data.cursor === "number") this.cursor = data.cursor;
+    this.frameTime = data.time ?? this.frameTime;
+    if (data.run) {
+      for (const [name, value] of Object.entries(data.run)) if (name in FIELDS) this.run[name] = value;
+      this.touched.add("run");
+    }
+    if (data.points) {
+      for (const [name, [steps, values]] of Object.entries(data.points)) {
+        let series = this.series.get(name);
+        if (series === undefined) {
+          if (this.series.size >= MOST_SERIES) continue;
+          series = new Series(name, this.series.size > MANY ? MOST_POINTS_OF_MANY : MOST_POINTS);
+          this.series.set(name, series);
+          this.touched.add("names");
+        }
+        for (let i = 0; i < steps.length; i++) series.add(steps[i], data.time, values[i]);
+      }
+      this.touched.add("points");
+    }
+    this.#take(data);
+  }
+
+  #take(data) {
+    for (const [name, stage] of Object.entries(data.stages ?? {})) this.stages.set(name, stage);
+    if (data.log?.length) {
+      this.log.push(...data.log.slice(-MOST_LINES));
+      if (this.log.length > MOST_LINES) this.log.splice(0, this.log.length - MOST_LINES);
+      this.lines += data.log.length;
+      this.touched.add("log");
+    }
+    this.#put(this.checkpoints, data.checkpoints, MOST_CHECKPOINTS, "checkpoints");
+    this.#put(this.observers, data.observers, MOST_OBSERVERS, "observers");
+    if (data.media?.length) {
+      this.media.push(...data.media);
+      this.media.splice(0, Math.max(0, this.media.length - MOST_MEDIA));
+      this.touched.add("media");
+    }
+    for (const [name, rows] of Object.entries(data.histograms ?? {})) {
+      if (!this.histograms.has(name) && this.histograms.size >= MOST_HISTOGRAMS) continue;
+      this.histograms.set(name, [...(this.histograms.get(name) ?? []), ...rows].slice(-MOST_OF_A_HISTOGRAM));
+      this.touched.add("histograms");
+    }
+  }
+
+  #put(into, rows, most, part) {
+    if (!rows?.length) return;
+    for (const row of rows) {
+      into.set(row.name, row);
+      while (into.size > most) into.delete(into.keys().next().value);
+    }
+    this.touched.add(part);
+  }
+
+  /** Seconds that a step has taken of late, on the clock; null if nobody can say. */
+  secondsPerStep() {
+    const series = this.series.get("step_s") ?? this.series.get("train_loss");
+    if (!series || series.length < 3) return null;
+    const end = series.length - 1;
+    let begin = end;
+    while (begin > 0 && (series.time[end] - series.time[begin] < 60 || end - begin < 8)) begin -= 1;
+    const steps = series.step[end] - series.step[begin];
+    return steps > 0 ? (series.time[end] - series.time[begin]) / steps : null;
+  }
+
+  /** Steps that the run is to make in all; null if nobody knows. */
+  totalSteps() {
+    const { epochs, steps_per_epoch: steps, max_steps: most } = this.run;
+    const planned = epochs && steps ? epochs * steps : null;
+    if (most && planned) return Math.min(most, planned);
+    return most ?? planned;
+  }
+}
+
+const FIELDS = Object.fromEntries(
+  [
+    "attempt",
+    "status",
+    "reason",
+    "module",
+    "device",
+    "host",
+    "started",
+    "updated",
+    "global_step",
+    "epoch",
+    "epochs",
+    "steps_per_epoch",
+    "max_steps",
+    "paused",
+    "commands",
+    "latest",
+  ].map((name) => [name, true]),
+);

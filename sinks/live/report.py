@@ -1,0 +1,119 @@
+"""One HTML file with a run's charts, to keep or to send to somebody: the page, with the run in it and no server."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from events.checkpoint import disk
+from events.errors import RunFolderError
+from events.folder import is_held
+from events.journal_reader import JOURNAL_DIR, segment_numbers
+from sinks.live.stored import read_view
+
+_PAGE = Path(__file__).with_name("page")
+MOST_MEDIA_BYTES = 32 * 2**20
+"""Of images in a report; the older ones are left out beyond it."""
+# The file asks nobody for anything: what a stranger's run has brought into it cannot either.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data: blob:;"
+    " connect-src data:; base-uri 'none'; form-action 'none'"
+)
+
+
+def write_report(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> int:
+    """Write a report of one or more runs, which may be laid over each other; returns its size in bytes.
+
+    The file is there as a whole or not at all.
+
+    Raises:
+        RunFolderError: A folder is none of a run, or a journal cannot be read.
+        OSError: The file cannot be written.
+    """
+    runs: list[dict[str, Any]] = []
+    media: dict[str, str] = {}
+    for run_dir in map(Path, run_dirs):
+        snapshot = _snapshot(run_dir)
+        runs.append(snapshot)
+        media.update(_media(run_dir, snapshot))
+    data = msgspec.json.encode({"runs": runs, "media": media})
+    return disk.replace_file(Path(out), [_document(data).encode("utf-8", "surrogatepass")])
+
+
+def _snapshot(run_dir: Path) -> dict[str, Any]:
+    try:
+        if not segment_numbers(run_dir / JOURNAL_DIR):
+            raise RunFolderError(f"{run_dir} is no folder of a run that has kept a journal")
+        view, _ = read_view(run_dir)
+    except OSError as error:
+        raise RunFolderError(f"the journal in {run_dir} cannot be read: {error}") from error
+    if view.run.status == "running" and not is_held(run_dir):
+        view.run.status = "lost"
+    return view.snapshot()
+
+
+def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
+    """The images, the newest first, by the address under which the page asks for them."""
+    found: dict[str, str] = {}
+    room = MOST_MEDIA_BYTES
+    for one in reversed(snapshot["media"]):
+        path = (run_dir / str(one.get("path"))).resolve()
+        if one["kind"] != "image" or not path.is_relative_to(run_dir.resolve() / "media"):
+            continue
+        try:
+            data = path.read_bytes()
+        except OSError:  # somebody has cleared the folder
+            continue
+        room -= len(data)
+        if room < 0:
+            break
+        found[f"{snapshot['run'].run_id}/{one['path']}"] = f"data:image/png;base64,{_base64(data)}"
+    return found
+
+
+def _document(data: bytes) -> str:
+    """The page with everything in it."""
+    page = (_PAGE / "index.html").read_text("utf-8")
+    modules = {path.name: path.read_text("utf-8") for path in _PAGE.glob("*.js") if "iife" not in path.name}
+    imports = {
+        f"stagecast/{name}": f"data:text/javascript;base64,{_base64(_with_names(text).encode())}"
+        for name, text in modules.items()
+    }
+    head = (
+        f'<meta http-equiv="content-security-policy" content="{html.escape(_POLICY)}">\n'
+        f'<script type="application/json" id="report">{_inert(data.decode())}</script>\n'
+        f"{_script((_PAGE / 'uPlot.iife.min.js').read_text('utf-8'))}\n"
+        f'<script type="importmap">{_inert(msgspec.json.encode({"imports": imports}).decode())}</script>\n'
+    )
+    styles = "".join(
+        f"<style>\n{(_PAGE / name).read_text('utf-8')}\n</style>\n" for name in ("uPlot.min.css", "live.css")
+    )
+    page = re.sub(r'<link rel="stylesheet"[^>]*>\n?', "", page)
+    page = re.sub(r"<script [^>]*src=[^>]*></script>\n?", "", page)
+    page = page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n{head}{styles}', 1)
+    return page.replace("</body>", '<script type="module">import "stagecast/live.js";</script>\n</body>', 1)
+
+
+def _with_names(module: str) -> str:
+    """A module whose imports are names of the import map: one that comes from a data address knows no neighbours."""
+    return re.sub(r'(from\s+|import\s+)"\./([\w.]+)"', r'\1"stagecast/\2"', module)
+
+
+def _script(text: str) -> str:
+    return f"<script>{text.replace('</script', '<' + chr(92) + '/script')}</script>"
+
+
+def _inert(json: str) -> str:
+    """JSON that ends no script element and opens no comment, whatever text is in it."""
+    return json.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

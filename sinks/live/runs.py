@@ -1,0 +1,156 @@
+"""Which runs there are to watch: one, or those of a folder."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from events.folder import is_held
+from events.journal_reader import JOURNAL_DIR, JournalReader, last_events, segment_numbers
+from events.messages import Event, RunEnded
+from sinks.live.hub import FolderHub, Hub
+from sinks.live.view import RunView, Summary
+
+_MOST_HUBS = 16
+"""Hubs that are kept though nobody watches them."""
+_HEAD = 64
+MOST_RUNS = 1_000
+
+
+class Runs(Protocol):
+    """Finds runs by their names."""
+
+    async def summaries(self, commands: bool) -> list[dict[str, Any]]:
+        """All of them in a few words, the newest first."""
+        ...
+
+    async def hub(self, run_id: str) -> Hub | None:
+        """What watchers of a run share; None if there is no such run."""
+        ...
+
+
+class OneRun:
+    """The run that a sink belongs to."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    async def summaries(self, commands: bool) -> list[dict[str, Any]]:
+        """Of this run alone."""
+        self._hub.allows_commands = commands
+        return [self._hub.summary()]
+
+    async def hub(self, run_id: str) -> Hub | None:
+        """The run's, if that is its name."""
+        return self._hub if run_id == self._hub.view.run.run_id else None
+
+
+class RunsOfFolder:
+    """The runs in a folder, each in one of its own; or the run whose folder it is.
+
+    They are looked for anew each time, so that runs which begin later are found.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._hubs: OrderedDict[Path, FolderHub] = OrderedDict()
+        self._known: dict[Path, tuple[tuple[int, int], Summary]] = {}
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def summaries(self, commands: bool) -> list[dict[str, Any]]:
+        """Of all runs, at most the newest thousand. Waits for the disk, on a thread."""
+        found = await self._in_thread(self._look)
+        shown = []
+        for run in sorted(found.values(), key=lambda run: run.started, reverse=True):
+            shown.append(msgspec.structs.asdict(run) | {"commands": commands and run.status == "running"})
+        return shown
+
+    async def hub(self, run_id: str) -> Hub | None:
+        """Of a run by its name. Waits for the disk, on a thread."""
+        for path, hub in self._hubs.items():
+            if hub.view.run.run_id == run_id:
+                self._hubs.move_to_end(path)
+                return hub
+        found = await self._in_thread(self._look)
+        named = [path for path, run in found.items() if run.run_id == run_id]
+        if not named:
+            return None
+        path = named[0]
+        there = self._hubs.get(path)
+        if there is None or there.view.run.run_id not in ("", run_id):  # another run has the folder now
+            there = self._hubs[path] = FolderHub(path)
+            self._let_go()
+        return there
+
+    def _let_go(self) -> None:
+        for path in list(self._hubs)[: max(0, len(self._hubs) - _MOST_HUBS)]:
+            if not self._hubs[path].is_watched:
+                del self._hubs[path]
+
+    async def _in_thread(self, function: Any) -> Any:
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(1)
+        return await anyio.to_thread.run_sync(function, limiter=self._limiter)
+
+    def _look(self) -> dict[Path, Summary]:
+        found: dict[Path, Summary] = {}
+        for path in _run_folders(self._folder):
+            known = self._known.get(path)
+            try:
+                stamp = _stamp(path)
+                if known is None or known[0] != stamp or known[1].status in ("running", "lost"):
+                    known = self._known[path] = stamp, summarise(path)
+            except OSError:  # it has been removed since, or cannot be read
+                continue
+            if known[1].run_id:
+                found[path] = known[1]
+        self._known = {path: self._known[path] for path in found}
+        return found
+
+
+def summarise(run_dir: Path) -> Summary:
+    """A run in a few words, from the beginning and the end of its journal. Raises `OSError`."""
+    journal_dir = run_dir / JOURNAL_DIR
+    events: list[Event] = JournalReader(journal_dir).read(_HEAD)
+    tail = last_events(journal_dir)
+    view = RunView()
+    view.add([*events, *(event for event in tail if events and event.seq > events[-1].seq)])
+    if tail and tail[-1].attempt > view.run.attempt:  # its beginning is in the middle
+        view.run.attempt = tail[-1].attempt
+        view.run.status = next((event.status for event in tail if type(event) is RunEnded), "running")
+    if view.run.status in ("running", "unknown") and not is_held(run_dir):
+        view.run.status = "lost"
+    return view.run
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    if (folder / JOURNAL_DIR).is_dir():
+        return [folder]
+    try:
+        with os.scandir(folder) as entries:
+            paths = [Path(entry.path) for entry in entries if entry.is_dir()]
+        runs = [path for path in paths if (path / JOURNAL_DIR).is_dir()]
+    except OSError:
+        return []
+    return sorted(runs, key=_changed, reverse=True)[:MOST_RUNS]
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _stamp(run_dir: Path) -> tuple[int, int]:
+    """Changes when the journal grows."""
+    numbers = segment_numbers(run_dir / JOURNAL_DIR)
+    if not numbers:
+        return 0, 0
+    return numbers[-1], os.stat(run_dir / JOURNAL_DIR / f"{numbers[-1]:020d}.jsonl").st_size

@@ -1,0 +1,387 @@
+"""What a watcher sees of a run: built from its events alone, bounded in memory, and sent as a snapshot and changes.
+
+No I/O, no clock, no thread: whoever has events may build one, a server, a report or a test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from events.messages import (
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointStaged,
+    CheckpointUploaded,
+    CheckpointUploading,
+    CommandTaken,
+    Event,
+    HistogramLogged,
+    ImageLogged,
+    ObserverDropped,
+    ObserverFailed,
+    ObserverRecovered,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    TestEpochEnded,
+    TestEpochStarted,
+    TextLogged,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    ValEpochEnded,
+    ValEpochStarted,
+)
+from events.metrics import metric_name
+from events.series import SeriesStore, plain, points_of
+from sinks.console_lines import Chronicle
+from sinks.progress import Progress
+
+MOST_LINES = 1_000
+MOST_CHECKPOINTS = 1_000
+MOST_OBSERVERS = 200
+MOST_MEDIA = 200
+MOST_HISTOGRAMS = 200
+MOST_OF_A_HISTOGRAM = 50
+_LEVELS = {"warn": "warning", "bad": "error"}
+_PLACES: frozenset[type[Event]] = frozenset(
+    {
+        RunStarted,
+        RunResumed,
+        RunEnded,
+        TrainEpochStarted,
+        TrainStepEnded,
+        TrainEpochEnded,
+        ValEpochStarted,
+        ValEpochEnded,
+        TestEpochStarted,
+        TestEpochEnded,
+    }
+)
+"""Events that say where the run stands. The step of others may be one long past: that of a checkpoint which is saved
+now, or of a number that was read late."""
+
+
+class Summary(msgspec.Struct, omit_defaults=False):
+    """A run in a few words. See the module `sinks.live.app` for how it travels."""
+
+    run_id: str = ""
+    attempt: int = 0
+    status: str = "unknown"
+    reason: str | None = None
+    module: str = ""
+    device: str = ""
+    host: str = ""
+    started: float = 0.0
+    updated: float = 0.0
+    global_step: int = 0
+    epoch: int = 0
+    epochs: int | None = None
+    steps_per_epoch: int | None = None
+    max_steps: int | None = None
+    paused: bool = False
+    commands: bool = False
+    latest: dict[str, float | str] = {}
+
+
+class Checkpoint(msgspec.Struct):
+    """One checkpoint, and what has become of it."""
+
+    name: str
+    global_step: int = 0
+    epoch: int = 0
+    time: float = 0.0
+    nbytes: int = 0
+    durable_s: float | None = None
+    blocked_s: float | None = None
+    metric: float | None = None
+    reasons: list[str] = []
+    state: str = "staged"
+    upload: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class Watched(msgspec.Struct):
+    """One observer of the run: a sink, a callback, the writers."""
+
+    name: str
+    state: str = "ok"
+    queued: int | None = None
+    lag_s: float | None = None
+    dropped: int = 0
+    conflated: int = 0
+    failures: int = 0
+    error: str | None = None
+
+
+class Changes:
+    """What some events have changed: the members of a frame."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, tuple[list[int], list[float | str]]] = {}
+        self.log: list[dict[str, Any]] = []
+        self.checkpoints: dict[str, Checkpoint] = {}
+        self.observers: dict[str, Watched] = {}
+        self.media: list[dict[str, Any]] = []
+        self.histograms: dict[str, list[dict[str, Any]]] = {}
+        self.run: dict[str, Any] = {}
+        self.count = 0
+        """Events in it."""
+
+    def members(self) -> dict[str, Any]:
+        """Those that are not empty, as they travel."""
+        found = {
+            "run": self.run,
+            "points": self.points,
+            "log": self.log,
+            "checkpoints": list(self.checkpoints.values()),
+            "observers": list(self.observers.values()),
+            "media": self.media,
+            "histograms": self.histograms,
+        }
+        return {name: value for name, value in found.items() if value}
+
+
+class RunView(msgspec.Struct, dict=True):
+    """The state of one run."""
+
+    run: Summary = msgspec.field(default_factory=Summary)
+    arguments: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    curves: SeriesStore = msgspec.field(default_factory=SeriesStore)
+    log: list[dict[str, Any]] = []
+    checkpoints: dict[str, Checkpoint] = {}
+    observers: dict[str, Watched] = {}
+    media: list[dict[str, Any]] = []
+    histograms: dict[str, list[dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        # Beside the fields: they are no part of what is stored.
+        self._progress = Progress()
+        self._progress.epochs = self.run.epochs  # of one that was stored
+        self._chronicle = Chronicle(self._progress)
+        self._readers: dict[type[Event], Callable[[Any, Changes], None]] = {
+            RunStarted: self._started,
+            RunResumed: self._resumed,
+            RunEnded: self._ended,
+            TrainEpochStarted: self._epoch_started,
+            CommandTaken: self._command,
+            CheckpointStaged: self._staged,
+            CheckpointSaved: self._saved,
+            CheckpointFailed: self._failed,
+            CheckpointUploading: self._uploading,
+            CheckpointUploaded: self._uploaded,
+            CheckpointDeleted: self._deleted,
+            ObserverFailed: self._observer_failed,
+            ObserverRecovered: self._observer_recovered,
+            ObserverDropped: self._observer_dropped,
+            HistogramLogged: self._histogram,
+            ImageLogged: self._image,
+            TextLogged: self._text,
+        }
+
+    @property
+    def cursor(self) -> int:
+        """``seq`` of the last event that is in it."""
+        return self.curves.cursor
+
+    def add(self, events: Sequence[Event], changes: Changes | None = None) -> None:
+        """Take events in their order; what they change is added to ``changes``, if somebody wants to know."""
+        if not events:
+            return
+        before = msgspec.structs.asdict(self.run)
+        told = changes if changes is not None else Changes()
+        told.count += len(events)
+        self.curves.add(events)
+        if steps := [event for event in events if type(event) is TrainStepEnded]:
+            self._progress.take_steps(steps)
+        for event in events:
+            if changes is not None:
+                _add_points(event, changes)
+            if type(event) is not TrainStepEnded:
+                self._read(event, told)
+        del self.log[:-MOST_LINES]
+        last = events[-1]
+        self.run.updated = last.time
+        self.run.run_id = self.run.run_id or last.run_id  # whatever of it was lost, it has a name
+        place = next((event for event in reversed(events) if type(event) in _PLACES), None)
+        if place is not None:
+            self.run.global_step, self.run.epoch = place.global_step, place.epoch
+        self.run.latest = {name: _number(series.last) for name, series in self.curves.series.items()}
+        after = msgspec.structs.asdict(self.run)
+        del after["latest"]  # whoever follows has it from the points
+        told.run.update({name: value for name, value in after.items() if value != before[name]})
+
+    def _read(self, event: Event, changes: Changes) -> None:
+        reader = self._readers.get(type(event))
+        if reader is not None:
+            reader(event, changes)
+        self._progress.take(event)
+        for line in self._chronicle.take(event):
+            entry = {
+                "seq": event.seq,
+                "time": line.time,
+                "global_step": event.global_step,
+                "epoch": event.epoch,
+                "level": _LEVELS.get(line.kind, "info"),
+                "kind": type(event).__name__,
+                "text": line.text,
+            }
+            self.log.append(entry)
+            changes.log.append(entry)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of it, as it travels."""
+        return {
+            "type": "snapshot",
+            "cursor": self.cursor,
+            "attempt": self.run.attempt,
+            "run": self.run,
+            "arguments": self.arguments,
+            "versions": self.versions,
+            "series": {name: plain(series) for name, series in self.curves.series.items()},
+            "log": self.log,
+            "checkpoints": list(self.checkpoints.values()),
+            "observers": list(self.observers.values()),
+            "media": self.media,
+            "histograms": self.histograms,
+        }
+
+    # ------------------------------------------------------------------------------------------ the run
+
+    def _started(self, e: RunStarted, changes: Changes) -> None:
+        first = self.run.started or e.time
+        self.run = Summary(
+            run_id=e.run_id,
+            attempt=e.attempt,
+            status="running",
+            module=e.module,
+            device=e.device,
+            host=e.host,
+            started=first,
+            global_step=e.global_step,
+            epochs=e.epochs,
+            steps_per_epoch=e.steps_per_epoch,
+            max_steps=e.max_steps,
+            commands=self.run.commands,
+            latest=self.run.latest,
+        )
+        self.arguments, self.versions = e.arguments, e.versions
+
+    def _resumed(self, e: RunResumed, changes: Changes) -> None:
+        self.run.global_step = e.global_step
+
+    def _ended(self, e: RunEnded, changes: Changes) -> None:
+        self.run.status, self.run.reason, self.run.paused = e.status, e.reason, False
+
+    def _epoch_started(self, e: TrainEpochStarted, changes: Changes) -> None:
+        self.run.steps_per_epoch = e.steps if e.steps is not None else self.run.steps_per_epoch
+
+    def _command(self, e: CommandTaken, changes: Changes) -> None:
+        if e.command in ("pause", "resume", "stop"):
+            self.run.paused = e.command == "pause"
+
+    # ---------------------------------------------------------------------------------------- checkpoints
+
+    def _checkpoint(self, name: str, changes: Changes) -> Checkpoint:
+        found = self.checkpoints.get(name)
+        if found is None:
+            found = self.checkpoints[name] = Checkpoint(name)
+            while len(self.checkpoints) > MOST_CHECKPOINTS:
+                del self.checkpoints[next(iter(self.checkpoints))]
+        changes.checkpoints[name] = found
+        return found
+
+    def _staged(self, e: CheckpointStaged, changes: Changes) -> None:
+        one = self._checkpoint(e.checkpoint, changes)
+        one.global_step, one.epoch, one.time, one.nbytes = e.global_step, e.epoch, e.time, e.nbytes
+        one.blocked_s, one.metric, one.reasons, one.state = e.blocked_s, e.metric, e.reasons, "staged"
+
+    def _saved(self, e: CheckpointSaved, changes: Changes) -> None:
+        one = self._checkpoint(e.checkpoint, changes)
+        one.global_step, one.epoch, one.time, one.nbytes = e.global_step, e.epoch, one.time or e.time, e.nbytes
+        one.durable_s, one.metric, one.reasons, one.state = e.durable_s, e.metric, e.reasons, "durable"
+
+    def _failed(self, e: CheckpointFailed, changes: Changes) -> None:
+        if e.checkpoint:
+            one = self._checkpoint(e.checkpoint, changes)
+            one.error = e.error
+            if e.during == "upload":
+                one.upload = {**(one.upload or {"done_bytes": 0, "total_bytes": one.nbytes}), "state": "failed"}
+            elif e.during in ("stage", "write"):
+                one.state, one.global_step, one.time = "failed", e.global_step, e.time
+
+    def _uploading(self, e: CheckpointUploading, changes: Changes) -> None:
+        upload = {"done_bytes": e.done_bytes, "total_bytes": e.total_bytes, "state": "uploading"}
+        self._checkpoint(e.checkpoint, changes).upload = upload
+
+    def _uploaded(self, e: CheckpointUploaded, changes: Changes) -> None:
+        upload = {"done_bytes": e.nbytes, "total_bytes": e.nbytes, "state": "uploaded"}
+        self._checkpoint(e.checkpoint, changes).upload = upload
+
+    def _deleted(self, e: CheckpointDeleted, changes: Changes) -> None:
+        if e.where == "local" and e.checkpoint in self.checkpoints:
+            self._checkpoint(e.checkpoint, changes).state = "deleted"
+
+    # ------------------------------------------------------------------------------------------ observers
+
+    def _observer(self, name: str, changes: Changes) -> Watched:
+        found = self.observers.get(name)
+        if found is None:
+            found = self.observers[name] = Watched(name)
+            while len(self.observers) > MOST_OBSERVERS:
+                del self.observers[next(iter(self.observers))]
+        changes.observers[name] = found
+        return found
+
+    def _observer_failed(self, e: ObserverFailed, changes: Changes) -> None:
+        one = self._observer(e.observer, changes)
+        one.state = "failing" if e.action == "retrying" else "disabled"
+        one.failures, one.error = one.failures + 1, e.error
+
+    def _observer_recovered(self, e: ObserverRecovered, changes: Changes) -> None:
+        self._observer(e.observer, changes).state = "ok"
+
+    def _observer_dropped(self, e: ObserverDropped, changes: Changes) -> None:
+        one = self._observer(e.observer, changes)
+        one.dropped, one.conflated = one.dropped + e.dropped, one.conflated + e.conflated
+
+    # ----------------------------------------------------------------------------------------------- media
+
+    def _histogram(self, e: HistogramLogged, changes: Changes) -> None:
+        name = metric_name(e.name, e.key)
+        if name not in self.histograms and len(self.histograms) >= MOST_HISTOGRAMS:
+            return
+        one = {"step": e.global_step, "low": e.low, "high": e.high, "counts": e.counts}
+        self.histograms.setdefault(name, []).append(one)
+        del self.histograms[name][:-MOST_OF_A_HISTOGRAM]
+        changes.histograms.setdefault(name, []).append(one)
+
+    def _image(self, e: ImageLogged, changes: Changes) -> None:
+        self._add_media(e, changes, kind="image", path=e.path, width=e.width, height=e.height, text=None)
+
+    def _text(self, e: TextLogged, changes: Changes) -> None:
+        self._add_media(e, changes, kind="text", path=e.path, width=None, height=None, text=e.text)
+
+    def _add_media(self, e: ImageLogged | TextLogged, changes: Changes, **rest: Any) -> None:
+        one = {"name": metric_name(e.name, e.key), "global_step": e.global_step, "time": e.time, **rest}
+        self.media.append(one)
+        del self.media[:-MOST_MEDIA]
+        changes.media.append(one)
+
+
+def _add_points(event: Event, changes: Changes) -> None:
+    for name, value in points_of(event):
+        steps, values = changes.points.setdefault(name, ([], []))
+        steps.append(event.global_step)
+        values.append(_number(value))
+
+
+def _number(value: float) -> float | str:
+    """As JSON has it: what is not finite becomes ``nan``, ``inf`` or ``-inf``."""
+    return value if math.isfinite(value) else str(value)

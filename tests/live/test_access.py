@@ -1,0 +1,293 @@
+"""Who may see and command runs: safe where nobody has said anything, and no way out of the run's folder."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import rich.console
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from events.errors import SinkMisconfigured
+from sinks import Live
+from sinks.live import app as app_module
+from sinks.live.access import Access, check_host, is_loopback
+from sinks.live.app import LiveApp
+from sinks.live.client import Hello
+from sinks.live.runs import RunsOfFolder
+from sinks.live.server import Server, bind
+
+TOKEN = "correct-horse-battery"
+SECRET = "this-must-not-be-seen"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org", "127.0.0.1.example.org", ""])
+def test_what_others_can_reach_demands_a_token(host: str) -> None:
+    """Also for a server that is built without the sink."""
+    with pytest.raises(SinkMisconfigured, match="token"):
+        check_host(host, None)
+    check_host(host, TOKEN)
+    with bind("127.0.0.1", 0) as listening, pytest.raises(SinkMisconfigured, match="token"):
+        Server(RunsOfFolder(Path()), listening, host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost", "::1"])
+def test_what_only_this_machine_can_reach_needs_none(host: str) -> None:
+    """The default is one of these."""
+    assert is_loopback(host)
+    check_host(host, None)
+    assert is_loopback(Live().host)
+
+
+@pytest.mark.parametrize("token", ["", "1234567", "pässwörter", "with blank in it", "line\nbreak-in-it"])
+def test_a_token_that_protects_nothing_is_refused(token: str) -> None:
+    """Empty, as from a variable that is not set; or one that no header carries. The message does not show it."""
+    for build in (lambda: check_host("0.0.0.0", token), lambda: Access(token), lambda: Live(token=token).check()):
+        with pytest.raises(SinkMisconfigured) as caught:
+            build()
+        assert not token or token not in str(caught.value)
+
+
+def test_the_token_is_in_no_text() -> None:
+    """Not in what a description, or a message, says of itself; also not in rich's tracebacks."""
+    live = Live(host="0.0.0.0", token=SECRET)
+    console = rich.console.Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(live)
+    shown = [repr(live), str(live), f"{live}", console.export_text(), repr(Access(SECRET)), repr(Hello(token=SECRET))]
+    console.file.close()
+    assert not any(SECRET in text for text in shown)
+
+
+@pytest.fixture
+def server(told: Any, serve: Any) -> Any:
+    tell = told.story
+    told.write(tell.started(arguments={"lr": 0.1}), *tell.steps(3))
+    return serve(RunsOfFolder(told.path), token=TOKEN, commands=True)
+
+
+def get(server: Any, path: str, **options: Any) -> httpx.Response:
+    return httpx.get(server.url + path, **options)
+
+
+@pytest.mark.parametrize("path", ["api/runs", "api/runs/demo", "api/runs/demo/events", "api/runs/demo/journal"])
+def test_without_the_token_nothing_is_seen(server: Any, path: str) -> None:
+    """Nor with a wrong one, nor with the right one in the address, where logs would have it."""
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}):
+        answer = get(server, path, headers=headers)
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        assert "demo" not in answer.text
+    assert get(server, path, params={"token": TOKEN, "access_token": TOKEN}).status_code == 401
+
+
+def test_with_the_token_everything_is(server: Any) -> None:
+    """In the header."""
+    answer = get(server, "api/runs/demo", headers={"authorization": f"Bearer {TOKEN}"})
+    assert answer.json()["series"]["train_loss"]["step"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("hello", [{}, {"token": None}, {"token": "wrong"}, {"token": TOKEN + "x"}, {"token": ""}])
+def test_a_socket_without_the_token_is_closed(server: Any, kit: Any, hello: Any) -> None:
+    """Before it is sent anything; the first message is where the token goes."""
+    with kit.watch(server.url) as socket:
+        socket.send(kit.Watcher().hello(**hello))
+        with pytest.raises(ConnectionClosed) as caught:
+            socket.recv(timeout=10)
+    assert caught.value.rcvd is not None
+    assert caught.value.rcvd.code == 4401
+
+
+def test_a_socket_that_begins_with_something_else_is_closed(server: Any, kit: Any) -> None:
+    """A command is none, token or not."""
+    with kit.watch(server.url) as socket:
+        command = {"type": "command", "token": TOKEN, "command": {"command": "stop", "id": "1"}}
+        socket.send(msgspec.json.encode(command).decode())
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=10)
+
+
+def test_who_says_nothing_is_let_go(server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection without a hello does not keep its place."""
+    monkeypatch.setattr(app_module, "HELLO_S", 0.05)
+    with kit.watch(server.url) as socket, pytest.raises(ConnectionClosed):
+        socket.recv(timeout=10)
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://[", "https://ok.example.evil.example"]
+)
+def test_pages_of_other_sites_are_refused(server: Any, kit: Any, origin: str) -> None:
+    """By WebSocket, where a browser asks nobody; and by HTTP, token or not."""
+    with pytest.raises(InvalidStatus), kit.watch(server.url, origin=origin):
+        pass
+    headers = {"origin": origin, "authorization": f"Bearer {TOKEN}"}
+    assert get(server, "api/runs", headers=headers).status_code == 403
+
+
+def test_its_own_pages_and_allowed_ones_are_not(told: Any, serve: Any, kit: Any) -> None:
+    """The allow-list is of whole origins."""
+    told.write(told.story.started())
+    server = serve(RunsOfFolder(told.path), origins=["https://ok.example/"])
+    for origin in (server.url.rstrip("/"), "https://ok.example"):
+        with kit.watch(server.url, origin=origin) as socket:
+            socket.send(kit.Watcher().hello())
+            assert '"snapshot"' in socket.recv(timeout=10)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::2]", ""])
+def test_a_name_that_was_made_to_lead_here_is_refused(told: Any, serve: Any, host: str) -> None:
+    """DNS rebinding: the page of a stranger asks under his own name."""
+    server = serve(RunsOfFolder(told.path))
+    assert get(server, "", headers={"host": host}).status_code in (400, 421)
+    assert get(server, "api/runs", headers={"host": host, "origin": f"http://{host}"}).status_code in (400, 403, 421)
+    assert get(server, "api/runs", headers={"host": "localhost:1234"}).status_code == 200
+
+
+def test_nobody_commands_a_server_that_takes_none(told: Any, serve: Any, kit: Any) -> None:
+    """The default. The page is told so, and no file is left for the run."""
+    told.write(told.story.started())
+    server, watcher = serve(RunsOfFolder(told.path)), kit.Watcher()
+    with kit.watch(server.url) as socket:
+        socket.send(watcher.hello())
+        kit.read_until(socket, watcher, lambda: "snapshot" in watcher.kinds)
+        assert watcher.run["commands"] is False
+        socket.send('{"type":"command","command":{"command":"stop","id":"x"}}')
+        while (answer := watcher.take(socket.recv(timeout=10)))["type"] == "frame":
+            pass
+    assert (answer["type"], answer["id"]) == ("refused", "x")
+    sent = httpx.post(server.url + "api/runs/demo/commands", json={"command": "stop", "id": "y"})
+    assert (sent.status_code, sent.json()["type"]) == (403, "refused")
+    assert not (told.path / "commands").exists()
+
+
+def test_a_form_of_another_site_commands_nothing(server: Any, told: Any) -> None:
+    """What a browser sends without asking first is refused: text, forms; and other methods."""
+    url, token = server.url + "api/runs/demo/commands", {"authorization": f"Bearer {TOKEN}"}
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        headers = token | {"content-type": kind}
+        assert httpx.post(url, content=b'{"command":"stop","id":"1"}', headers=headers).status_code == 415
+    assert httpx.get(url, headers=token).status_code == 405
+    assert httpx.post(url, json={"command": "stop", "id": "1"}).status_code == 401
+    assert httpx.post(url, json={"command": "explode", "id": "1"}, headers=token).status_code == 409
+    assert httpx.post(url, json={"pad": "x" * 100_000}, headers=token).status_code == 413
+    assert not (told.path / "commands").exists()
+    assert httpx.post(url, json={"command": "stop", "id": "1"}, headers=token).json() == {"type": "sent", "id": "1"}
+    assert len(list((told.path / "commands").iterdir())) == 1
+
+
+@pytest.fixture
+def folder(told: Any) -> Path:
+    """A run with an image, and beside it, above it and in it what nobody is to see."""
+    told.write(told.story.started())
+    path: Path = told.path
+    media = path / "media"
+    (media / "sub").mkdir(parents=True)
+    (media / "ok.png").write_bytes(b"image")
+    (media / "sub" / "ä b.png").write_bytes(b"other")
+    for secret in (path / "s.png", path.parent / "s.png", path.parent.parent / "s.png"):
+        secret.write_text(SECRET)
+    (media / "link.png").symlink_to(path / "s.png")
+    (media / "far").symlink_to(path.parent)
+    (media / "loop.png").symlink_to(media / "loop.png")
+    (media / "no.txt").write_text(SECRET)
+    (media / "folder.png").mkdir()
+    os.mkfifo(media / "pipe.png")
+    return path
+
+
+WAYS = [
+    *("..", "../s.png", "../../s.png", "../../../s.png", "sub/../../s.png", "./../s.png", "media/../../s.png"),
+    *("%2e%2e/s.png", "..%2fs.png", "%2e%2e%2f%2e%2e%2fs.png", "..%252fs.png", "..%5cs.png", "%c0%ae%c0%ae/s.png"),
+    *("/etc/passwd.png", "//s.png", "%2fetc%2fpasswd", "%2Fetc%2Fhostname.png", "ok.png%00.png", "%00.png", "%ff.png"),
+    *("link.png", "far/s.png", "far/../s.png", "loop.png", "loop.png/x.png", "no.txt", "folder.png", "pipe.png"),
+    *("", ".", "x" * 5_000 + ".png", "sub", "ok.png/../../s.png", "ok.png/"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_path_leaves_the_folder_of_images(folder: Path, serve: Any, way: str) -> None:
+    """Dots, encoded dots, absolute paths, NUL, links, pipes: as sent, not as a client would tidy them."""
+    server = serve(RunsOfFolder(folder))
+    for base in ("/api/runs/demo/media/", "/page/", "/api/runs/", "/"):
+        connection = http.client.HTTPConnection("127.0.0.1", int(server.url.split(":")[2].strip("/")), timeout=10)
+        connection.request("GET", base + way)
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        assert SECRET.encode() not in body
+        assert b"root:" not in body
+        assert answer.status in (200, 307, 400, 404, 405)
+        assert answer.status != 200 or (base != "/api/runs/demo/media/" or body == b"image")
+
+
+def test_images_are_served_and_may_be_kept(folder: Path, serve: Any) -> None:
+    """With a type, an ETag, and the headers that keep them from being taken for anything else."""
+    server = serve(RunsOfFolder(folder))
+    answer = get(server, "api/runs/demo/media/media/ok.png")
+    assert (answer.content, answer.headers["content-type"]) == (b"image", "image/png")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert get(server, "api/runs/demo/media/sub/%C3%A4%20b.png").content == b"other"
+    again = get(server, "api/runs/demo/media/ok.png", headers={"if-none-match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    head = httpx.head(server.url + "api/runs/demo/media/ok.png")
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "5")
+
+
+def test_every_answer_has_the_strict_policy(server: Any) -> None:
+    """Errors too. Nothing from elsewhere, nothing inline, in no frame."""
+    for path in ("", "nothing", "api/runs", "page/../x", "api/runs/no"):
+        policy = get(server, path).headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert "http" not in re.sub(r"'[^']*'", "", policy)
+
+
+def test_nothing_secret_is_logged(told: Any, serve: Any, kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """At the finest level, while all kinds of requests come, right and wrong."""
+    caplog.set_level(logging.DEBUG, logger="uvicorn")
+    caplog.set_level(logging.DEBUG, logger="stagecast")
+    told.write(told.story.started())
+    server = serve(RunsOfFolder(told.path), token=SECRET)
+    get(server, "api/runs", headers={"authorization": f"Bearer {SECRET}"})
+    get(server, "api/runs/demo/media/x", headers={"authorization": f"Bearer {SECRET}x"})
+    for hello in (kit.Watcher().hello(token=SECRET), '{"type":"hello","token":["' + SECRET + '"]}'):
+        with kit.watch(server.url) as socket:
+            socket.send(hello)
+            try:
+                said = socket.recv(timeout=10)
+            except ConnectionClosed as closed:
+                said = str(closed)
+            assert SECRET not in said
+    assert SECRET not in caplog.text
+
+
+def test_a_stranger_s_bytes_are_no_error_of_the_server() -> None:
+    """Headers that are no text, addresses that are none, asked of the application itself."""
+    sent: list[Any] = []
+
+    async def ask(headers: list[tuple[bytes, bytes]], path: str) -> None:
+        async def receive() -> Any:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        app = LiveApp(RunsOfFolder(Path("nowhere")), Access(TOKEN))
+        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"\xff=%ff", "headers": headers}
+        await app(scope, receive, send)
+
+    for value in (b"\xff\xfe", b"Bearer \xc3\x28", b"", b"http://[::", b"9" * 10_000):
+        for name in (b"authorization", b"origin", b"host", b"last-event-id"):
+            for path in ("/api/runs/\ud800", "/api/runs/\0/events", "/page/\ud800", "\0", ""):
+                asyncio.run(ask([(name, value)], path))
+    statuses = {message["status"] for message in sent if message["type"] == "http.response.start"}
+    assert statuses <= {200, 307, 401, 403, 404}
+    assert all(msgspec.json.decode(one["body"]) for one in sent if one.get("body", b"").startswith(b"{"))

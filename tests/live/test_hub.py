@@ -1,0 +1,389 @@
+"""One view for many: frames that continue each other, or a new snapshot."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from events.messages import CheckpointSaved
+from sinks.live import hub as hub_module
+from sinks.live.hub import FolderHub, Hub
+from sinks.live.runs import RunsOfFolder
+from sinks.live.stored import STORE_NAME
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def driven(hub: Hub) -> AsyncIterator[None]:
+    """Somebody watches."""
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(hub.drive)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+async def follow(hub: Hub, watcher: Any, until: int, number: int | None = None) -> int | None:
+    """What the application does for one who watches, up to a place of the run's history."""
+    generation = hub.generation
+    with anyio.fail_after(20):
+        while watcher.cursor is None or watcher.cursor < until:
+            if number is None or generation != hub.generation:
+                snapshot = await hub.snapshot()
+                number, generation = snapshot.number + 1, snapshot.generation
+                watcher.take(snapshot.data)
+                continue
+            await hub.wait(number, generation)
+            if generation == hub.generation:
+                frame = hub.frame(number)
+                number = None if frame is None else number + 1
+                if frame is not None:
+                    watcher.take(frame.data)
+    return number
+
+
+async def test_an_attempt_that_goes_back_brings_a_snapshot_without_what_it_does_again(told: Any, kit: Any) -> None:
+    """Whether the journal is there in time or never; fed by a sink's thread."""
+    tell = told.story
+    hub, watcher = Hub(told.path), kit.Watcher()
+    first = [tell.started(), *tell.steps(20), tell(CheckpointSaved, checkpoint="step-15.a1", path="p", global_step=15)]
+    again = [*tell.resumed(15, tell.seq - 6), *tell.steps(3)]
+    async with driven(hub):
+        told.write(*first)
+        hub.feed(first)
+        await follow(hub, watcher, first[-1].seq)
+        assert watcher.points["train_loss"][-1][0] == 20
+        told.write(*again)
+        await anyio.to_thread.run_sync(hub.feed, again)
+        await follow(hub, watcher, tell.seq)
+    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 19))
+    assert (watcher.attempt, watcher.run["attempt"], watcher.run["status"]) == (2, 2, "running")
+    assert list(watcher.checkpoints) == ["step-15.a1"]
+
+
+async def test_what_was_saved_is_not_forgotten_where_there_is_no_journal(story: Any, kit: Any) -> None:
+    """Without one the curves begin anew; checkpoints and lines stay."""
+    hub, watcher = Hub(), kit.Watcher()
+    async with driven(hub):
+        hub.feed([story.started(), *story.steps(5), story(CheckpointSaved, checkpoint="step-5.a1", path="p")])
+        hub.feed([*story.resumed(5, story.seq), *story.steps(2)])
+        await follow(hub, watcher, story.seq)
+    assert list(watcher.checkpoints) == ["step-5.a1"]
+    assert [step for step, _ in watcher.points["train_loss"]] == [6, 7]
+
+
+async def test_both_attempts_in_one_batch(told: Any, kit: Any) -> None:
+    """A hub that has seen nothing yet gets the end of one attempt and the beginning of the next at once."""
+    tell = told.story
+    hub, watcher = FolderHub(told.path), kit.Watcher()
+    await hub.refresh()
+    told.write(tell.started(), *tell.steps(10), *tell.resumed(5, tell.seq - 5), *tell.steps(10))
+    async with driven(hub):
+        await hub.refresh()
+        await follow(hub, watcher, tell.seq)
+    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 16))
+
+
+async def test_events_that_come_again_are_not_shown_again(story: Any, kit: Any) -> None:
+    """Delivery is at least once."""
+    hub, watcher = Hub(), kit.Watcher()
+    events = [story.started(), *story.steps(10)]
+    async with driven(hub):
+        for begin in (0, 3, 0, 6):
+            hub.feed(events[begin:])
+        await follow(hub, watcher, 11)
+    assert len(watcher.points["train_loss"]) == 10
+
+
+async def test_a_thousand_resumes_lose_and_double_nothing(
+    story: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Watchers that leave and come back at random, with their places, have in the end each point once, in order."""
+    monkeypatch.setattr(hub_module, "FRAME_S", 0.002)
+    generator = random.Random(0)
+    hub, fed, over = Hub(), [], anyio.Event()
+    resumed = waiting = 0
+
+    async def come_and_go(watcher: Any) -> None:
+        nonlocal resumed, waiting
+        for _ in range(50):
+            async with driven(hub):
+                number = None if watcher.cursor is None else hub.resume(watcher.attempt, watcher.cursor)
+                resumed += number is not None
+                await follow(hub, watcher, story.seq, number)
+            await anyio.sleep(generator.random() * 0.005)
+        waiting += 1
+        await over.wait()
+        async with driven(hub):
+            number = hub.resume(watcher.attempt, watcher.cursor)
+            await follow(hub, watcher, story.seq, number)
+
+    async def feed() -> None:
+        while waiting < 20 and len(fed) < 1_990:  # so that a snapshot has each step in a point of its own
+            events = [story.started()] if not story.seq else [story.step()]
+            fed.extend(events)
+            await anyio.to_thread.run_sync(hub.feed, events)
+            await anyio.sleep(0.001)
+        over.set()
+
+    watchers = [kit.Watcher() for _ in range(20)]
+    async with anyio.create_task_group() as tasks:
+        for watcher in watchers:
+            tasks.start_soon(come_and_go, watcher)
+        tasks.start_soon(feed)
+    expected = [(event.global_step, event.loss) for event in fed[1:]]
+    assert all(watcher.points["train_loss"] == expected for watcher in watchers)
+    assert resumed > 500
+
+
+async def test_who_falls_behind_finds_his_frame_gone(story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept has a bound in bytes, whoever still waits for it."""
+    monkeypatch.setattr(hub_module, "KEPT_BYTES", 20_000)
+    monkeypatch.setattr(hub_module, "FRAME_S", 0.001)
+    hub = Hub()
+    async with driven(hub):
+        snapshot = await hub.snapshot()
+        with anyio.fail_after(20):
+            while hub.frame(snapshot.number + 1) is not None or hub.newest <= snapshot.number + 1:
+                hub.feed([story.metrics(**{f"m{index}": 1.0 for index in range(100)})])
+                await hub.wait(hub.newest + 1, hub.generation)
+        assert sum(len(frame.data) for frame in hub.frames) <= 20_000
+        assert hub.oldest > snapshot.number + 1
+        assert hub.resume(1, snapshot.cursor) is None
+
+
+async def test_a_flood_brings_a_snapshot_instead_of_a_giant_frame(
+    story: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More events than a frame should have, between two of them."""
+    monkeypatch.setattr(hub_module, "MOST_IN_A_FRAME", 5_000)
+    hub, watcher = Hub(), kit.Watcher()
+    async with driven(hub):
+        number = await follow(hub, watcher, 0)
+        hub.feed([story.started(), *story.steps(20_000)])
+        await follow(hub, watcher, story.seq, number)
+    assert set(watcher.kinds) == {"snapshot"}
+    assert watcher.points["train_loss"][-1][0] == 20_000
+
+
+async def test_when_the_one_that_makes_frames_leaves_another_goes_on(story: Any, kit: Any) -> None:
+    """Each of three leaves in turn; the last still gets what comes."""
+    hub, watcher = Hub(), kit.Watcher()
+    async with anyio.create_task_group() as all_tasks:
+        async with anyio.create_task_group() as leaders:
+            scopes: list[anyio.CancelScope] = []
+
+            async def one(task_status: Any = anyio.TASK_STATUS_IGNORED) -> None:
+                with anyio.CancelScope() as scope:
+                    scopes.append(scope)
+                    await hub.drive(task_status=task_status)
+
+            for _ in range(3):
+                await leaders.start(one)
+            await all_tasks.start(hub.drive)
+            number = None
+            for scope in scopes:
+                hub.feed([story.step()])
+                number = await follow(hub, watcher, story.seq, number)
+                scope.cancel()
+        hub.feed([story.step()])
+        await follow(hub, watcher, story.seq, number)
+        all_tasks.cancel_scope.cancel()
+    assert [step for step, _ in watcher.points["train_loss"]] == [1, 2, 3, 4]
+    assert watcher.kinds.count("snapshot") == 1
+    assert not hub.is_watched
+
+
+async def test_without_a_watcher_nothing_is_kept_to_be_sent(story: Any, kit: Any) -> None:
+    """After the last has left: no frames, no changes, no snapshot; one that comes later gets all."""
+    hub, watcher = Hub(), kit.Watcher()
+    async with driven(hub):
+        await follow(hub, watcher, 0)
+        hub.feed(story.steps(100))
+        await follow(hub, watcher, story.seq)
+    newest = hub.newest
+    hub.feed(story.steps(1_000))
+    assert (len(hub.frames), hub._changes, hub._snapshot, hub.newest) == (0, None, None, newest)
+    late = kit.Watcher()
+    async with driven(hub):
+        assert hub.resume(watcher.attempt, watcher.cursor) is None
+        await follow(hub, late, story.seq)
+    assert len(late.points["train_loss"]) == 1_100
+
+
+async def test_who_was_away_while_nothing_happened_goes_on_without_a_snapshot(story: Any, kit: Any) -> None:
+    """Also as the only watcher there is."""
+    hub, watcher = Hub(), kit.Watcher()
+    hub.feed([story.started(), *story.steps(10)])
+    async with driven(hub):
+        await follow(hub, watcher, story.seq)
+    async with driven(hub):
+        number = hub.resume(watcher.attempt, watcher.cursor)
+        assert number is not None
+        hub.feed(story.steps(1))
+        await follow(hub, watcher, story.seq, number)
+    assert watcher.kinds.count("snapshot") == 1
+    assert len(watcher.points["train_loss"]) == 11
+
+
+async def test_many_that_come_at_once_share_one_snapshot(story: Any) -> None:
+    """While something happens all the time."""
+    hub = Hub()
+    hub.feed([story.started(), *story.steps(10)])
+    found = []
+
+    async def come() -> None:
+        hub.feed([story.step()])
+        found.append(await hub.snapshot())
+
+    async with driven(hub), anyio.create_task_group() as tasks:
+        for _ in range(50):
+            tasks.start_soon(come)
+    assert len({id(snapshot.data) for snapshot in found}) <= 3
+
+
+async def test_a_run_whose_process_has_died_is_lost_and_may_come_back(told: Any, kit: Any) -> None:
+    """Nobody holds the folder, and no end is in the journal; later the next attempt begins."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(3))
+    hub, watcher = FolderHub(told.path), kit.Watcher()
+    await hub.refresh()
+    assert hub.view.run.status == "running"
+    told.let_go()
+    hub._looked_at = -1e9
+    async with driven(hub):
+        await hub.refresh()
+        await follow(hub, watcher, tell.seq)
+        assert watcher.run["status"] == "lost"
+        told.write(*tell.resumed(3, tell.seq))
+        await follow(hub, watcher, tell.seq)
+    assert watcher.run["status"] == "running"
+
+
+async def test_a_run_that_ended_in_order_is_never_lost(told: Any) -> None:
+    """Even when it ends just when it is looked at."""
+    tell = told.story
+    told.write(tell.started())
+    hub = FolderHub(told.path)
+    await hub.refresh()
+    told.write(tell.ended())
+    told.let_go()
+    hub._looked_at = -1e9
+    await hub.refresh()
+    assert hub.view.run.status == "finished"
+
+
+async def test_another_journal_in_the_same_folder_is_another_run(told: Any, kit: Any) -> None:
+    """Of the same name: the folder was deleted, and the run begun again."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(50))
+    hub, watcher = FolderHub(told.path), kit.Watcher()
+    async with driven(hub):
+        await hub.refresh()
+        await follow(hub, watcher, tell.seq)
+        shutil.rmtree(told.path / "journal")
+        (told.path / "journal").mkdir()
+        again = kit.Story()
+        again.time += 1_000_000
+        told.write(again.started(), *again.steps(7))
+        hub._looked_at = -1e9
+        with anyio.fail_after(20):
+            while len(watcher.points.get("train_loss", ())) != 7:
+                watcher.cursor = None
+                await follow(hub, watcher, 1)
+                await anyio.sleep(0.01)
+
+
+async def test_a_journal_that_cannot_be_read_is_asked_again(
+    told: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when that happens while the run is taken up again: nothing is missing then."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(10))
+    hub, watcher = FolderHub(told.path), kit.Watcher()
+    async with driven(hub):
+        await hub.refresh()
+        await follow(hub, watcher, tell.seq)
+
+        def refuse(run_dir: Path) -> Any:
+            raise PermissionError(13, "not now")
+
+        monkeypatch.setattr(hub_module, "read_view", refuse)
+        told.write(*tell.resumed(5, 6), *tell.steps(10))
+        await hub.refresh()
+        await hub.refresh()
+        monkeypatch.undo()
+        await follow(hub, watcher, tell.seq)
+    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 16))
+
+
+async def test_a_long_journal_is_stored_after_it_was_read(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and again at the end of the run; two servers at a time do not harm each other's."""
+    monkeypatch.setattr(hub_module, "_STORE_EVENTS", 100)
+    tell = told.story
+    told.write(tell.started(), *tell.steps(200))
+    hubs = [FolderHub(told.path) for _ in range(4)]
+    threads = [threading.Thread(target=hub._read_on) for hub in hubs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert FolderHub(told.path)._stored_cursor == 0
+    told.write(*tell.steps(200), tell.ended())
+    hubs[0]._looked_at = -1e9
+    await hubs[0].refresh()
+    late = FolderHub(told.path)
+    await late.refresh()
+    assert late._stored_cursor == tell.seq
+    assert sorted(path.name for path in told.path.iterdir()) == ["journal", "run.lock", STORE_NAME]
+
+
+async def test_runs_are_found_by_name_and_never_by_path(told: Any, kit: Any, tmp_path: Path) -> None:
+    """The newest first; folders that are none, or vanish, do no harm."""
+    told.write(told.story.started())
+    other = kit.Told(tmp_path / "runs" / "elsewhere", "other")
+    other.story.time += 1_000
+    other.write(other.story.started(), *other.story.steps(5))
+    other.let_go()
+    (tmp_path / "runs" / "empty").mkdir()
+    (tmp_path / "runs" / "dangling").symlink_to("nowhere")
+    runs = RunsOfFolder(tmp_path / "runs")
+    found = await runs.summaries(commands=True)
+    assert [(run["run_id"], run["status"], run["commands"]) for run in found] == [
+        ("other", "lost", False),
+        ("demo", "running", True),
+    ]
+    assert await runs.hub("elsewhere") is None
+    assert await runs.hub("../runs/demo") is None
+    there = await runs.hub("demo")
+    assert there is not None
+    assert await runs.hub("demo") is there
+    await there.refresh()
+    assert await runs.hub("demo") is there
+    shutil.rmtree(tmp_path / "runs" / "elsewhere")
+    assert [run["run_id"] for run in await runs.summaries(commands=True)] == ["demo"]
+
+
+async def test_a_folder_that_another_run_has_taken(told: Any, tmp_path: Path) -> None:
+    """Who asks for the new one does not get what is known of the old."""
+    told.write(told.story.started(), *told.story.steps(5))
+    runs = RunsOfFolder(told.path)
+    old = await runs.hub("demo")
+    assert old is not None
+    await old.refresh()
+    shutil.rmtree(told.path / "journal")
+    (told.path / "journal").mkdir()
+    told.story.__init__("new")
+    told.write(told.story.started())
+    new = await runs.hub("new")
+    assert new is not None
+    await new.refresh()
+    assert (new.view.run.run_id, new.view.cursor) == ("new", 1)

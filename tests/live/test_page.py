@@ -1,0 +1,510 @@
+"""The page in a real browser: Debian's chromium, driven by Playwright, against a made-up server.
+
+Nothing is downloaded: the browser is the one on the PATH, axe-core comes inside a package from PyPI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parent))
+from page_server import FakeRun, PageServer
+
+EVIL = "<script>alert(1)</script>"
+_LOAD_FAILED = re.compile(r"Failed to load resource|WebSocket connection to .* failed")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("no chromium on the PATH: apt-get install -y chromium")
+        pytest.skip("no chromium on the PATH")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., PageServer]]:
+    """Start servers; they end with the test."""
+    servers: list[PageServer] = []
+
+    def start(*runs: FakeRun, **options: Any) -> PageServer:
+        servers.append(PageServer(list(runs), **options).start())
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+class Watched:
+    """Pages, and what went wrong in them: a test fails for an error in the console, or a request that leaves."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.may_lose_server = False
+        self._contexts: list[Any] = []
+
+    def __call__(self, server: PageServer, fragment: str = "", *, loaded: bool = True, **options: Any) -> Page:
+        options = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | options
+        context = self._browser.new_context(**options)
+        context.set_default_timeout(10_000)
+        self._contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", lambda message: self._console(message.type, message.text))
+        page.on("dialog", lambda dialog: self.problems.append(f"a dialog: {dialog.message}"))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("websocket", lambda websocket: self.requests.append(websocket.url))
+        page.goto(server.url + fragment)
+        if loaded:
+            expect(page.locator("#content")).to_be_visible()
+        return page
+
+    def _console(self, kind: str, text: str) -> None:
+        lost = self.may_lose_server and _LOAD_FAILED.search(text)
+        if kind in ("error", "warning") and not lost:
+            self.problems.append(text)
+
+    def close(self, servers: list[str]) -> None:
+        for context in self._contexts:
+            context.close()
+        assert self.problems == []
+        hosts = {url.split("://", 1)[1].rstrip("/") for url in servers}
+        local = [url for url in self.requests if not url.startswith("data:")]
+        assert [url for url in local if url.split("://", 1)[1].split("/", 1)[0] not in hosts] == []
+
+
+@pytest.fixture
+def visit(browser: Browser, serve: Callable[..., PageServer]) -> Iterator[Watched]:
+    seen: list[str] = []
+
+    class Visiting(Watched):
+        def __call__(self, server: PageServer, fragment: str = "", **options: Any) -> Page:
+            seen.append(server.url)
+            return super().__call__(server, fragment, **options)
+
+    visiting = Visiting(browser)
+    yield visiting
+    visiting.close(seen)
+
+
+def a_run(run_id: str = "demo", steps: int = 600, **options: Any) -> FakeRun:
+    run = FakeRun(run_id, **options)
+    if steps:
+        run.advance(steps)
+        run.furnish()
+    return run
+
+
+def axe(page: Page) -> list[str]:
+    """Serious violations, each in a line."""
+    package = pytest.importorskip("axe_playwright_python")
+    script = Path(package.__file__).with_name("axe.min.js").read_text()
+    session = page.context.new_cdp_session(page)  # the page's own policy lets no foreign script in
+    session.send("Runtime.evaluate", {"expression": script})
+    session.detach()
+    found = page.evaluate("() => axe.run(document, {resultTypes: ['violations'], elementRef: false})")
+    return [
+        f"{one['id']}: {node['html'][:200]} {node['failureSummary'][:300]}"
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"][:3]
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- unhappy paths
+
+
+def test_a_silent_server_makes_the_page_stale(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """After five seconds without a frame a banner says so, the figures are grey, and commands are off."""
+    server = serve(a_run())
+    page = visit(server)
+    expect(page.locator("#banner")).to_be_hidden()
+    server.is_silent = True
+    expect(page.locator("#banner")).to_be_visible(timeout=9_000)
+    expect(page.locator("#banner")).to_contain_text("what you see is old")
+    expect(page.locator("body")).to_have_class(re.compile("stale"))
+    expect(page.locator("#pause")).to_be_disabled()
+    expect(page).to_have_title(re.compile("^⚠"))
+    server.is_silent = False
+    expect(page.locator("#banner")).to_be_hidden()
+    expect(page.locator("#pause")).to_be_enabled()
+
+
+def test_a_closed_connection_is_resumed_at_its_cursor(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """The page says at once that it lost the server, comes back by itself, and asks for what it has missed only."""
+    run = a_run()
+    server = serve(run)
+    page = visit(server)
+    page.evaluate(
+        "() => { const banner = document.getElementById('banner'); new MutationObserver(() => {"
+        " if (!banner.hidden) document.body.dataset.wasStale = 'yes'; }).observe(banner, {attributes: true}); }"
+    )
+    server.call(lambda: server.close_all(1011))
+    expect(page.locator("body")).to_have_attribute("data-was-stale", "yes")
+    expect(page.locator("#banner")).to_be_hidden()
+    assert run.hellos[-1] | {"since": run.cursor, "attempt": 1} == run.hellos[-1]
+    server.train(run, 7)
+    expect(page.locator("#tiles")).to_contain_text("607")
+
+
+def test_a_run_that_was_taken_up_again_is_shown_anew(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """A snapshot in the middle replaces all that was there."""
+    run = a_run()
+    server = serve(run)
+    page = visit(server)
+
+    def again() -> None:
+        fresh = a_run("demo", 250)
+        fresh.attempt = fresh.run["attempt"] = 2
+        for watcher in run.watchers:
+            watcher.put_nowait(json.dumps(fresh.snapshot()))
+
+    server.call(again)
+    expect(page.locator("#tiles")).to_contain_text("attempt 2")
+    expect(page.locator("#tiles dd").first).to_contain_text("250")
+
+
+def test_a_gap_without_a_snapshot_is_asked_about(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Told that it has missed something, the page asks for all of it if it does not come."""
+    run = a_run()
+    server = serve(run)
+    page = visit(server)
+    run.run["global_step"] = 601  # known from a snapshot alone
+    server.call(lambda: [watcher.put_nowait('{"type": "gap", "lost": 3}') for watcher in run.watchers])
+    expect(page.locator("#tiles dd").first).to_contain_text("601")
+
+
+def test_a_run_that_does_not_exist_is_said_so(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """The server's word that there is no such run ends the attempts."""
+    page = visit(serve(a_run()), "#run=nobody", loaded=False)
+    expect(page.locator("#waiting")).to_contain_text("there is no such run")
+
+
+def test_without_runs_the_page_waits(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """An empty folder is no error, and a run that begins later appears by itself."""
+    server = serve()
+    page = visit(server, loaded=False)
+    expect(page.locator("#waiting")).to_contain_text("No runs yet")
+    run = a_run()
+    server.call(lambda: server.runs.update(demo=run))
+    expect(page.locator("#run-name")).to_have_text("demo")
+
+
+def test_a_run_without_a_step_shows_empty_charts(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Before the first step there is a page already, which fills when steps come."""
+    run = a_run(steps=0)
+    server = serve(run)
+    page = visit(server)
+    expect(page.locator("#training .chart").first).to_contain_text("Nothing yet")
+    server.train(run, 60)
+    expect(page.locator("#training canvas").first).to_be_visible()
+
+
+def test_numbers_that_are_not_finite_are_shown(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """NaN and infinities, in a snapshot and in frames, break nothing and are said by name."""
+    run = a_run(steps=40)
+    run.point({}, "train_loss", "nan")
+    server = serve(run)
+    page = visit(server, "#log=1&smooth=0.5")
+    expect(page.locator("#tiles")).to_contain_text("NaN")
+    server.call(lambda: run.tell({"points": {"train_loss": [[41, 42], ["-inf", "inf"]]}}))
+    expect(page.locator("#tiles")).to_contain_text("∞")
+
+
+def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Markup in every place where text may come from elsewhere is shown as it is, and does nothing."""
+    run = a_run(
+        EVIL.replace("/", "\\"), extra=[EVIL, f"val_{EVIL}", '"><img src=x onerror=alert(1)>', "__proto__", "ü/µ " * 60]
+    )
+    run.run |= {"module": EVIL, "device": EVIL, "host": EVIL}
+    for name in list(run.observers):
+        run.observers[name] |= {"name": EVIL + name, "error": EVIL}
+    for one in run.checkpoints.values():
+        one |= {"name": EVIL + one["name"], "reasons": [EVIL], "error": EVIL}
+    run.media[-1] |= {"name": EVIL, "text": EVIL}
+    run.histograms[EVIL] = run.histograms["weights/head"]
+    run.line("X", EVIL, "error")
+    server = serve(run)
+    page = visit(server)
+    expect(page.locator("#metrics h3").get_by_text(EVIL, exact=True)).to_be_visible()
+    for part in ("#place", "#observers", "#checkpoints", "#media", "#histograms", "#log-lines"):
+        expect(page.locator(part)).to_contain_text(EVIL)
+    expect(page.locator("#validation-table")).to_contain_text("val_<script>alert(1)<")  # a slash begins a key
+    server.call(lambda: run.tell({"log": [run.line("X", f"{EVIL} again")], "points": {f"{EVIL}2": [[1], [1.0]]}}))
+    expect(page.locator("#log-lines")).to_contain_text(f"{EVIL} again")
+    assert page.locator("main script, main img[src=x]").count() == 0
+
+
+def test_a_token_is_asked_for_and_never_in_the_address(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """A wrong token is asked for again; the right one opens the run, its images too, and is in no address."""
+    server = serve(a_run(), token="s3cret")
+    visit.may_lose_server = True  # the browser reports a 401 as an error
+    page = visit(server, loaded=False)
+    for guess in ("wrong", "s3cret"):
+        expect(page.locator("#token-dialog")).to_be_visible()
+        page.fill("#token-input", guess)
+        page.keyboard.press("Enter")
+        expect(page.locator("#token-dialog")).to_be_hidden() if guess == "s3cret" else page.wait_for_timeout(0)
+    expect(page.locator("#content")).to_be_visible()
+    page.locator("#media").scroll_into_view_if_needed()
+    expect(page.locator("#media img")).to_have_attribute("src", re.compile("^data:image/png"))
+    assert "s3cret" not in page.url
+    assert not any("s3cret" in url for url in server.requests)
+
+
+def test_server_sent_events_where_websockets_do_not_get_through(
+    serve: Callable[..., PageServer], visit: Watched
+) -> None:
+    """A proxy that lets no WebSocket through costs a moment; frames come, and commands go, all the same."""
+    visit.may_lose_server = True
+    run = a_run()
+    server = serve(run, websockets=False)
+    page = visit(server)
+    server.train(run, 3)
+    expect(page.locator("#tiles dd").first).to_contain_text("603")
+    page.click("#checkpoint")
+    expect(page.locator("#toast")).to_contain_text("asked for")
+    assert [command["command"] for command in run.commands] == ["checkpoint"]
+
+
+def test_a_refused_command_says_why(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """What the server says to a command is what the reader sees."""
+    server = serve(a_run())
+    server.is_refusing = True
+    page = visit(server)
+    page.click("#pause")
+    expect(page.locator("#toast")).to_contain_text("the run is not under way")
+    expect(page.locator("#pause")).to_be_enabled()
+
+
+# --------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_fills_while_frames_come(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Figures, curves, tables, log and title follow the run."""
+    run = a_run(extra=["my/metric"])
+    server = serve(run)
+    page = visit(server)
+    expect(page.locator("#training canvas").first).to_be_visible()
+    server.train(run, 900)
+    expect(page.locator("#tiles dd").first).to_contain_text("1,500")
+    expect(page).to_have_title(re.compile(r"^running, step 1,500 · demo"))
+    expect(page.locator("#checkpoints")).to_contain_text("step-00001500")
+    expect(page.locator("#log-lines")).to_contain_text("epoch 1 of 20")
+    expect(page.locator("#validation-table")).to_contain_text("hard set")
+    expect(page.locator("#ledger-table")).to_contain_text("compute")
+    expect(page.locator("#system h3").get_by_text("GPU use")).to_be_visible()
+    expect(page.locator("#observers")).to_contain_text("ConnectionError")
+    assert page.evaluate("stagecast.focus().store.get('train_loss').count") == 1_500
+
+    def end() -> None:
+        run.run |= {"status": "finished", "commands": False}
+        run.tell({"run": {"status": "finished"}})
+
+    server.call(end)
+    expect(page.locator("#status")).to_contain_text("finished")
+    expect(page.locator("#announcer")).to_have_text("The run is finished")
+    expect(page.locator("#commands")).to_be_hidden()
+
+
+def test_commands_are_sent_and_stop_asks_first(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Pause turns into resume, and a stop needs a second word."""
+    run = a_run()
+    server = serve(run)
+    page = visit(server)
+    page.click("#pause")
+    expect(page.locator("#status")).to_contain_text("paused")
+    page.get_by_role("button", name="Resume").click()
+    expect(page.locator("#status")).to_contain_text("running")
+    page.click("#stop")
+    page.get_by_role("button", name="Keep training").click()
+    page.click("#stop")
+    page.get_by_label("Take a checkpoint first").uncheck()
+    page.get_by_label(re.compile("Reason")).fill("diverged")
+    page.get_by_role("button", name="Stop the run").click()
+    expect(page.locator("#status")).to_contain_text("stopped")
+    assert [command["command"] for command in run.commands] == ["pause", "resume", "stop"]
+    assert (run.commands[-1]["checkpoint"], run.commands[-1]["reason"]) == (False, "diverged")
+    assert len({command["id"] for command in run.commands}) == 3
+
+
+def test_commands_are_not_offered_where_the_server_takes_none(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Without `commands` in the summary there are no buttons."""
+    page = visit(serve(a_run(commands=False)))
+    expect(page.locator("#tiles")).to_contain_text("600")
+    expect(page.locator("#commands")).to_be_hidden()
+
+
+def test_runs_are_compared(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Ticked runs share the charts, each with a colour and a pattern; the address brings the choice back."""
+    server = serve(*(a_run(f"run-{index}", seed=index) for index in range(3)))
+    page = visit(server)
+    page.get_by_label("Compare run-1").check()
+    page.get_by_label("Compare run-2").check()
+    legend = page.locator("#training .chart").nth(1).locator(".legend li")
+    expect(legend).to_have_count(3)
+    marks = page.evaluate(
+        "() => [...document.querySelectorAll('#training .chart:nth-child(2) .legend line')]"
+        ".map(line => [line.getAttribute('stroke'), line.getAttribute('stroke-dasharray')])"
+    )
+    assert len({colour for colour, _ in marks}) == len({dash for _, dash in marks}) == 3
+    fragment = page.url.partition("#")[2]
+    assert fragment == "run=run-0&run=run-1&run=run-2"
+    again = visit(server, f"#{fragment}")
+    expect(again.locator("#compared li")).to_have_count(3)
+    again.get_by_role("button", name="Show the tables of run-2").click()
+    expect(again.locator("#run-name")).to_have_text("run-2")
+    page.get_by_label("Compare run-1").uncheck()
+    expect(legend).to_have_count(2)
+
+
+def test_settings_are_in_the_address(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Scale, smoothing and axis come back with a link."""
+    server = serve(a_run())
+    page = visit(server)
+    page.get_by_label("Log loss").check()
+    page.get_by_label("Smoothing").fill("0.8")
+    page.get_by_label("Across").select_option("time")
+    assert page.url.endswith("#run=demo&log=1&smooth=0.8&x=time")
+    again = visit(server, page.url.partition("/#")[2].join(["#", ""]))
+    expect(again.get_by_label("Log loss")).to_be_checked()
+    expect(again.locator("#smoothing-value")).to_have_text("0.8")
+    expect(again.get_by_label("Across")).to_have_value("time")
+
+
+def test_many_metrics_can_be_searched(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Of hundreds a page full is drawn; a word finds the others."""
+    names = [f"block{block}/head{head}" for block in range(30) for head in range(8)]
+    page = visit(serve(a_run(steps=60, extra=names)))
+    expect(page.locator("#metrics-count")).to_have_text("48 of 240")
+    page.fill("#metrics-filter", "block29/")
+    expect(page.locator("#metrics .chart")).to_have_count(8)
+    page.fill("#metrics-filter", "")
+    page.get_by_role("button", name="Show more").click()
+    expect(page.locator("#metrics .chart")).to_have_count(144)
+
+
+def test_charts_out_of_sight_are_not_drawn(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """A canvas exists where somebody looks, and nowhere else."""
+    page = visit(serve(a_run(extra=[f"metric{index}" for index in range(40)])))
+    expect(page.locator("#training canvas").first).to_be_visible()
+    assert page.locator("#metrics canvas").count() == 0
+    page.locator("#metrics .chart").last.scroll_into_view_if_needed()
+    expect(page.locator("#metrics .chart").last.locator("canvas")).to_be_visible()
+    expect(page.locator("#training canvas")).to_have_count(0)
+
+
+def test_each_chart_can_be_read_as_a_table(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """A button turns a chart into a real table, with the newest step first."""
+    page = visit(serve(a_run()))
+    button = page.get_by_role("button", name="Show Loss as table")
+    button.focus()
+    page.keyboard.press("Enter")
+    expect(button).to_have_attribute("aria-pressed", "true")
+    table = page.get_by_role("table", name=re.compile("^Loss"))
+    expect(table.get_by_role("columnheader")).to_have_text(["Step", "train", "validation", "validation hard set"])
+    expect(table.get_by_role("rowheader").first).to_have_text("600")
+    button.click()
+    expect(page.locator("#training canvas").first).to_be_visible()
+
+
+def test_the_keyboard_reaches_everything(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """The first tab offers to skip; arrows read a chart, and Escape leaves a dialog."""
+    page = visit(serve(a_run()))
+    expect(page.locator("#training canvas").first).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.locator("#skip")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#main")).to_be_focused()
+    assert "run=demo" in page.url  # the skip link leaves the page's state alone
+    page.get_by_role("img", name=re.compile("^Chart, Loss")).focus()
+    page.keyboard.press("End")
+    expect(page.locator("#announcer")).to_have_text(re.compile(r"^Step 600: train "))
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#announcer")).to_have_text(re.compile(r"^Step 599: train "))
+    page.locator("#stop").press("Enter")
+    expect(page.locator("#stop-cancel")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#stop-dialog")).to_be_hidden()
+    expect(page.locator("#stop")).to_be_focused()
+
+
+def test_dark_and_light(serve: Callable[..., PageServer], visit: Watched) -> None:
+    """The system's choice is followed, the button overrules it, and a reload remembers that."""
+    page = visit(serve(a_run()), color_scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(background) == "rgb(15, 18, 22)"
+    page.locator("#theme").click()
+    assert page.evaluate(background) == "rgb(244, 245, 247)"
+    page.reload()
+    expect(page.locator("#theme")).to_have_attribute("aria-label", "Colours: light")
+    assert page.evaluate(background) == "rgb(244, 245, 247)"
+
+
+@pytest.mark.parametrize("width", [360, 800, 1600])
+def test_no_width_makes_the_page_scroll_sideways(width: int, serve: Callable[..., PageServer], visit: Watched) -> None:
+    """From a phone to a wide screen everything fits; tables scroll within themselves."""
+    server = serve(a_run("a-run-with-a-rather-long-name-" * 3, extra=["metric/" + "x" * 80]), a_run("b"))
+    page = visit(server, viewport={"width": width, "height": 800})
+    expect(page.locator("#training canvas").first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(scheme: Any, serve: Callable[..., PageServer], visit: Watched) -> None:
+    """Names, roles, contrast: running, compared, as a table, stale, and in a dialog."""
+    server = serve(a_run("a", extra=["m"]), a_run("b", seed=2))
+    page = visit(server, "#run=a&run=b", color_scheme=scheme)
+    expect(page.locator("#training canvas").first).to_be_visible()
+    page.get_by_role("button", name="Show Loss as table").click()
+    page.locator("details summary").last.click()
+    assert axe(page) == []
+    page.click("#stop")
+    assert axe(page) == []
+    page.keyboard.press("Escape")
+    server.call(lambda: server.close_all(1008))
+    expect(page.locator("#banner")).to_be_visible()
+    assert axe(page) == []
+
+
+def test_the_page_ships_with_its_chart_library() -> None:
+    """uPlot is there, with its licence and its version, and nothing names another machine."""
+    folder = Path(__file__).parents[2] / "sinks" / "live" / "page"
+    assert "v1.6.32" in (folder / "uPlot.iife.min.js").read_text()[:200]
+    assert "MIT" in (folder / "uPlot.LICENSE").read_text()
+    index = (folder / "index.html").read_text()
+    assert not re.search(r"\sstyle=|\son\w+=|https?://", index)
+    for script in folder.glob("*.js"):
+        if not script.name.startswith("uPlot"):
+            text = script.read_text()
+            assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|https?://(?!www\.w3\.org)", text)
+
+
+def test_the_development_server_starts() -> None:
+    """The made-up server serves by hand, too."""
+    command = [sys.executable, "-u", str(Path(__file__).with_name("page_server.py")), "--port", "0", "--steps", "2000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("http://127.0.0.1:")
+        process.terminate()

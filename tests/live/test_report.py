@@ -1,0 +1,115 @@
+"""``stagecast report``: one file that shows runs without a server, and asks nobody for anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from events.journal import Journal
+from events.messages import Event, ImageLogged, MetricsLogged, RunEnded, RunStarted, TrainStepEnded
+from events.sink import RunInfo
+from sinks.live.report import write_report
+
+ROOT = Path(__file__).parent.parent.parent
+EVIL = "</script><script>document.title='owned'</script><!--"
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000 1f15c4890000000d49444154789c6360f8cf500f0003860180"
+    "5a344b6f0000000049454e44ae426082".replace(" ", "")
+)
+
+
+def a_run(folder: Path, run_id: str, steps: int = 20) -> Path:
+    """A run's folder, with a journal in which strangers' text is as bad as it can be."""
+    run_dir = folder / run_id
+    header = [(run_id, 1, seq, 1e9 + seq, 0, max(0, seq - 1), 0, "train") for seq in range(1, steps + 10)]
+    events: list[Event] = [RunStarted(*header[0], EVIL, 3, device="cpu")]
+    events += [TrainStepEnded(*header[i], 1.0 / i, i, 8, 0.01, 0.1, None) for i in range(1, steps + 1)]
+    events.append(MetricsLogged(*header[steps + 1], {EVIL: 1.0, "nan": float("nan")}))
+    events.append(ImageLogged(*header[steps + 2], "picture", "media/picture/a.png", 1, 1, len(PIXEL)))
+    events.append(ImageLogged(*header[steps + 3], "elsewhere", "../secret.png", 1, 1, 3))
+    events.append(RunEnded(*header[steps + 4], "finished", EVIL))
+    writer = Journal().open(RunInfo(run_id, run_dir=str(run_dir)))
+    writer.write(events)
+    writer.close()
+    (run_dir / "media/picture").mkdir(parents=True)
+    (run_dir / "media/picture/a.png").write_bytes(PIXEL)
+    (folder / "secret.png").write_bytes(b"secret")
+    return run_dir
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "trainer.cli", "report", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    """In one sentence, and no file is left."""
+    result = command(".", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "is no folder of a run" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_report_that_is_there_is_kept_unless_forced(tmp_path: Path) -> None:
+    """Whoever has sent it to somebody may still want it."""
+    a_run(tmp_path, "one")
+    assert command("one", cwd=tmp_path).returncode == 0
+    first = (tmp_path / "one.html").read_bytes()
+    again = command("one", cwd=tmp_path)
+    assert (again.returncode, "--force" in again.stderr) == (1, True)
+    assert (tmp_path / "one.html").read_bytes() == first
+    assert command("one", "--force", cwd=tmp_path).returncode == 0
+
+
+def test_strangers_text_ends_no_script_and_nothing_comes_from_outside_the_run(tmp_path: Path) -> None:
+    """The file holds the run and the page, and no address but the ones inside it."""
+    run_dir = a_run(tmp_path, "one")
+    write_report([run_dir], tmp_path / "out.html")
+    text = (tmp_path / "out.html").read_text("utf-8")
+    assert "document.title='owned'" in text
+    assert "</script><script>document.title" not in text
+    assert "c2VjcmV0" not in text  # the image that lies outside of the run's folder
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)
+
+
+def test_the_report_shows_the_runs_in_a_browser(tmp_path: Path) -> None:
+    """Both of them, laid over each other, with the image; no error, no request."""
+    sync_api: Any = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on the PATH")
+    out = tmp_path / "out.html"
+    write_report([a_run(tmp_path, "one"), a_run(tmp_path, "two")], out)
+    problems: list[str] = []
+    requests: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium)
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: requests.append(request.url.partition(":")[0]))
+        page.goto(out.as_uri())
+        sync_api.expect(page.locator("#content")).to_be_visible()
+        sync_api.expect(page.locator("#runs-list li")).to_have_count(2)
+        page.locator("#media-section").scroll_into_view_if_needed()
+        sync_api.expect(page.locator('#media img[alt^="picture"]')).to_have_js_property("naturalWidth", 1)
+        assert page.title().endswith("stagecast")
+        assert "owned" not in page.title()
+        browser.close()
+    assert problems == []
+    assert set(requests) <= {"file", "data", "blob"}

@@ -1,0 +1,273 @@
+"""The sink `Live` with the real trainer: beside the loop, in the sink host, without a folder, when it cannot serve."""
+
+from __future__ import annotations
+
+import socket as sockets
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import torch
+from torch import nn
+from websockets.exceptions import ConnectionClosed
+
+from events.errors import SinkMisconfigured
+from events.messages import ObserverFailed, RunEnded
+from events.sink import RunInfo
+from sinks import Live, Memory
+from sinks.host import HostedSink
+from sinks.live.sink import ADDRESS_NAME, LiveWriter
+from trainer import ModuleInterface, Trainer, TrainerArguments
+
+TOKEN = "correct-horse-battery"
+
+
+class Held(ModuleInterface):
+    """Trains a few steps, and waits in one of them until the test has come to watch."""
+
+    def __init__(self, wait_at: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.wait_at = wait_at
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return [(torch.ones(4, 2), torch.ones(4, 1))] * 8
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return None
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        if global_step == self.wait_at:
+            self.reached.set()
+            assert self.go_on.wait(40)
+        x, y = batch
+        return nn.functional.mse_loss(self.linear(x), y)
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return None
+
+
+class Started:
+    """A run on a thread of its own."""
+
+    def __init__(self, module: Held, sinks: list[Any], **options: Any) -> None:
+        arguments = TrainerArguments(train_batch_size=4, device="cpu", epochs=1)
+        trainer = Trainer(module, arguments, sinks=sinks, checkpoints=False, **options)
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(trainer,))
+        self._thread.start()
+
+    def _run(self, trainer: Trainer) -> None:
+        try:
+            trainer.train()
+        except BaseException as error:
+            self.error = error
+
+    def join(self) -> None:
+        self._thread.join(40)
+        assert not self._thread.is_alive()
+        if self.error is not None:
+            raise self.error
+
+
+def is_free(port: int) -> bool:
+    """Whether somebody else can have a port, at once."""
+    with sockets.socket() as one:
+        one.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def address(kit: Any, folder: Path) -> str:
+    """Where a run says that it is served."""
+    file = folder / ADDRESS_NAME
+    kit.wait_until(lambda: file.exists() and file.read_bytes().endswith(b"\n"))
+    url: str = msgspec.json.decode(file.read_bytes())["url"]
+    return url
+
+
+def test_a_port_that_is_taken_disables_the_sink_and_not_the_run(tmp_path: Path) -> None:
+    """The run says why, and goes on to its end."""
+    module, memory = Held(), Memory()
+    module.go_on.set()
+    with sockets.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        Started(module, [Live(port=port), memory], journal=False).join()
+    failed = [event for event in memory.of(ObserverFailed) if event.action == "disabled"]
+    assert f"127.0.0.1:{port}" in failed[0].error
+    assert memory.of(RunEnded)[0].status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"host": "0.0.0.0"}, "token"),
+        ({"host": "0.0.0.0", "token": "1234567"}, "at least 8"),
+        ({"port": 70_000}, "no port"),
+        ({"port": -1}, "no port"),
+        ({"port": "http"}, "no port"),
+    ],
+)
+def test_what_is_wrong_with_it_is_said_before_the_run(fields: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the trainer is built."""
+    monkeypatch.delenv("STAGECAST_TOKEN", raising=False)
+    with pytest.raises(SinkMisconfigured, match=said):
+        Live(**fields).check()
+    with pytest.raises(ValueError, match=said):
+        Trainer(Held(), TrainerArguments(device="cpu"), sinks=[Live(**fields)], journal=False, checkpoints=False)
+
+
+def test_an_address_that_is_none_of_this_machine() -> None:
+    """It is found when it is opened, and nothing is left behind."""
+    with pytest.raises(SinkMisconfigured, match=r"192\.0\.2\.1"):
+        Live(host="192.0.2.1", token=TOKEN).open(RunInfo("demo"))
+
+
+def test_the_token_comes_from_the_environment(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it stands in no script; an empty variable opens nothing."""
+    monkeypatch.setenv("STAGECAST_TOKEN", TOKEN)
+    writer = Live(host="0.0.0.0").open(RunInfo("demo"))
+    url = writer.url.replace("0.0.0.0", "127.0.0.1")
+    assert httpx.get(url + "api/runs").status_code == 401
+    assert httpx.get(url + "api/runs", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+    writer.close()
+    monkeypatch.setenv("STAGECAST_TOKEN", "")
+    with pytest.raises(SinkMisconfigured):
+        Live(host="0.0.0.0").check()
+
+
+def test_it_travels_to_another_process_and_is_the_same() -> None:
+    """A description is plain values."""
+    live = Live(port=1, commands=True, token=TOKEN, origins=("https://a.example",))
+    built, _ = HostedSink.of("live", live, Live.delivery, 0).build()
+    assert built == live
+
+
+@pytest.mark.parametrize("sinks_in", ["thread", "process"])
+def test_a_run_is_watched_to_its_end(sinks_in: Any, kit: Any, tmp_path: Path) -> None:
+    """Beside the loop and in the sink host: all steps, a command, the last state before the close, the port free, no
+    secret in the folder."""
+    module, folder, watcher = Held(), tmp_path / "runs" / "demo", kit.Watcher()
+    live = Live(commands=True, token=TOKEN)
+    run = Started(module, [live], run_id="demo", run_dir=folder, sinks_in=sinks_in)
+    try:
+        assert module.reached.wait(30)
+        url = address(kit, folder)
+        with kit.watch(url) as socket:
+            socket.send(watcher.hello(token=TOKEN))
+            kit.read_until(socket, watcher, lambda: len(watcher.points.get("train_loss", ())) >= 2)
+            assert watcher.run["commands"] is True
+            command = {"command": "checkpoint", "id": "c"}
+            socket.send(msgspec.json.encode({"type": "command", "command": command}).decode())
+            kit.read_until(socket, watcher, lambda: "sent" in watcher.kinds)
+            texts = [p.read_bytes() for p in folder.rglob("*") if p.is_file()]
+            assert not any(TOKEN.encode() in text for text in texts)
+            module.go_on.set()
+            with pytest.raises(ConnectionClosed) as closed:
+                while True:
+                    watcher.take(socket.recv(timeout=30))
+    finally:
+        module.go_on.set()
+        run.join()
+    assert watcher.run["status"] == "finished"
+    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 9))
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1001
+    assert is_free(int(url.rsplit(":", 1)[1].strip("/")))
+    assert not (folder / ADDRESS_NAME).exists()
+
+
+def test_a_run_without_a_folder(kit: Any) -> None:
+    """It is shown from what it is told alone, takes no commands, and has no journal to give."""
+    writer = Live(commands=True).open(RunInfo("demo"))
+    story, watcher = kit.Story(), kit.Watcher()
+    writer.write([story.started(), *story.steps(3)])
+    with kit.watch(writer.url) as socket:
+        socket.send(watcher.hello())
+        kit.read_until(socket, watcher, lambda: watcher.cursor == 4)
+        assert watcher.run["commands"] is False
+        sent = httpx.post(writer.url + "api/runs/demo/commands", json={"command": "stop", "id": "1"})
+        assert (sent.status_code, sent.json()["type"]) == (409, "refused")
+        assert httpx.get(writer.url + "api/runs/demo/journal").status_code == 404
+        assert httpx.get(writer.url + "api/runs/demo/media/x.png").status_code == 404
+        writer.write([*story.steps(2), story.ended()])
+        writer.close()
+        with pytest.raises(ConnectionClosed):
+            while True:
+                watcher.take(socket.recv(timeout=10))
+    assert (watcher.run["status"], len(watcher.points["train_loss"])) == ("finished", 5)
+
+
+def test_it_ends_though_a_watcher_reads_nothing(kit: Any, story: Any) -> None:
+    """The end of a run waits a moment for those who watch, and no longer."""
+    writer: LiveWriter = Live().open(RunInfo("demo"))
+    with sockets.create_connection(("127.0.0.1", int(writer.url.rsplit(":", 1)[1].strip("/")))) as silent:
+        silent.sendall(b"GET /api/runs/demo/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        kit.wait_until(lambda: writer._hub.is_watched)
+        for _ in range(40):
+            writer.write([story.metrics(**{f"m{i}-{story.seq}": 1.0 for i in range(2_000)})])
+        done = threading.Thread(target=writer.close)
+        done.start()
+        done.join(15)
+        assert not done.is_alive()
+    assert is_free(int(writer.url.rsplit(":", 1)[1].strip("/")))
+
+
+def test_an_attempt_that_resumes_shows_what_was_before(told: Any, kit: Any) -> None:
+    """A second process: its watchers see the first one's curves, without what is done again."""
+    tell, watcher = told.story, kit.Watcher()
+    told.write(tell.started(), *tell.steps(20))
+    writer = Live().open(RunInfo("demo", attempt=2, run_dir=str(told.path)))
+    with kit.watch(writer.url) as socket:
+        socket.send(watcher.hello())
+        kit.read_until(socket, watcher, lambda: len(watcher.points.get("train_loss", ())) == 20)
+        events = [*tell.resumed(10, 11), *tell.steps(5)]
+        told.write(*events)
+        writer.write(events)
+        writer.write(events)  # delivered again
+        kit.read_until(socket, watcher, lambda: watcher.cursor == tell.seq)
+    writer.close()
+    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 16))
+    assert watcher.attempt == 2
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_the_command_ends_with_a_signal(
+    number: str, told: Any, kit: Any, process: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """In order: watchers by both protocols are told, and nothing but its own lines is printed."""
+    import signal
+
+    told.write(told.story.started())
+    one = process("-m", "trainer.cli", "watch", str(told.path.parent), "--port", "0")
+    assert one.stdout is not None
+    line = one.stdout.readline()
+    url = "http" + line.partition("http")[2].strip()
+    with kit.watch(url) as socket, httpx.stream("GET", url + "api/runs/demo/events", timeout=10) as events:
+        socket.send(kit.Watcher().hello())
+        socket.recv(timeout=10)
+        parts = events.iter_bytes()
+        assert b"snapshot" in next(parts)
+        one.send_signal(getattr(signal, number))
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                socket.recv(timeout=10)
+        assert list(parts) is not None  # it ends, as it should, and is not cut off
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1001
+    out, _ = one.communicate(timeout=20)
+    assert one.returncode in (0, -getattr(signal, number))
+    assert "Traceback" not in out
+    assert "rror" not in out

@@ -1,0 +1,229 @@
+"""What watchers see of a run, built from its events alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from events.messages import (
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointStaged,
+    CheckpointUploaded,
+    CheckpointUploading,
+    CommandTaken,
+    HistogramLogged,
+    ImageLogged,
+    ObserverDropped,
+    ObserverFailed,
+    ObserverRecovered,
+    TextLogged,
+    UnknownEvent,
+)
+from sinks.live.frames import encode
+from sinks.live.stored import STORE_NAME, read_view, write_view
+from sinks.live.view import MOST_CHECKPOINTS, MOST_LINES, MOST_MEDIA, MOST_OF_A_HISTOGRAM, Changes, RunView
+
+
+def shown(view: RunView) -> dict[str, Any]:
+    """As it travels, without the times."""
+    found: dict[str, Any] = msgspec.json.decode(encode(view.snapshot()))
+    return found
+
+
+def test_what_cannot_be_encoded_does_not_end_the_server(story: Any) -> None:
+    """Half a character in a name, objects among the arguments: something is shown all the same."""
+    view = RunView()
+    view.add([story.started(arguments={"a\ud800": object, "deep": {1: {2}}}), story.metrics(**{"x\ud800": 1.0})])
+    series = shown(view)["series"]
+    assert [one["mean"] for one in series.values()] == [[1.0]]
+
+
+def test_numbers_that_json_lacks_travel_by_name(story: Any) -> None:
+    """The newest values, and points of a frame."""
+    view, changes = RunView(), Changes()
+    view.add([story.started(), story.step(math.nan), story.step(-math.inf)], changes)
+    assert changes.points["train_loss"] == ([1, 2], ["nan", "-inf"])
+    assert shown(view)["run"]["latest"]["train_loss"] == "-inf"
+    assert shown(view)["series"]["train_loss"]["mean"] == [None, None]
+
+
+def test_a_checkpoint_saved_late_does_not_turn_the_run_back(story: Any) -> None:
+    """Its event carries its own step, not the one that was reached."""
+    view = RunView()
+    view.add([story.started(), *story.steps(50)])
+    view.add([story(CheckpointSaved, checkpoint="step-20.a1", path="p", global_step=20)])
+    assert view.run.global_step == 50
+    assert view.checkpoints["step-20.a1"].global_step == 20
+
+
+def test_events_of_a_later_version_are_passed_over(story: Any) -> None:
+    """They move the cursor, and nothing else."""
+    view = RunView()
+    view.add([story.started(), story(UnknownEvent, unknown_type="Later", raw=b"{}")])
+    assert view.cursor == 2
+
+
+def test_everything_is_bounded(story: Any) -> None:
+    """A run that logs and fails for ever."""
+    view = RunView()
+    view.add([story.started()])
+    for index in range(3_000):
+        image = story(ImageLogged, name="i", path=f"media/{index}.png")
+        histogram = story(HistogramLogged, name="h", counts=[1.0])
+        failure = story(ObserverFailed, observer=f"o{index}", error="E", action="disabled")
+        saved = story(CheckpointSaved, checkpoint=f"step-{index}.a1", path="p")
+        view.add([image, histogram, failure, saved])
+    assert len(view.log) == MOST_LINES
+    assert len(view.media) == MOST_MEDIA
+    assert len(view.histograms["h"]) == MOST_OF_A_HISTOGRAM
+    assert len(view.checkpoints) == MOST_CHECKPOINTS
+    assert view.checkpoints["step-2999.a1"].state == "durable"
+
+
+def test_the_life_of_a_checkpoint(story: Any) -> None:
+    """Staged, durable, uploading, uploaded, deleted here; or failed."""
+    view, name = RunView(), "step-1.a1"
+
+    def after(event: Any) -> Any:
+        changes = Changes()
+        view.add([event], changes)
+        return changes.checkpoints[name]
+
+    assert after(story(CheckpointStaged, checkpoint=name, reasons=["steps"], nbytes=10)).state == "staged"
+    assert after(story(CheckpointSaved, checkpoint=name, path="p", nbytes=10)).state == "durable"
+    going = story(CheckpointUploading, checkpoint=name, url="s3://b", done_bytes=5, total_bytes=10)
+    assert after(going).upload == {"done_bytes": 5, "total_bytes": 10, "state": "uploading"}
+    assert after(story(CheckpointFailed, checkpoint=name, error="E", during="upload")).upload["state"] == "failed"
+    assert view.checkpoints[name].state == "durable"
+    assert after(story(CheckpointUploaded, checkpoint=name, url="s3://b", nbytes=10)).upload["state"] == "uploaded"
+    assert after(story(CheckpointDeleted, checkpoint=name)).state == "deleted"
+    view.add([story(CheckpointFailed, checkpoint="step-2.a1", error="full", during="write")])
+    assert (view.checkpoints["step-2.a1"].state, view.checkpoints["step-2.a1"].error) == ("failed", "full")
+
+
+def test_the_state_of_observers(story: Any) -> None:
+    """Failing, recovered, dropping, disabled."""
+    view = RunView()
+    view.add([story(ObserverFailed, observer="s", error="E", action="retrying")])
+    assert view.observers["s"].state == "failing"
+    view.add([story(ObserverRecovered, observer="s"), story(ObserverDropped, observer="s", dropped=3, conflated=2)])
+    one = view.observers["s"]
+    assert (one.state, one.failures, one.dropped, one.conflated) == ("ok", 1, 3, 2)
+    view.add([story(ObserverFailed, observer="s", error="E2", action="fatal")])
+    assert (view.observers["s"].state, view.observers["s"].error) == ("disabled", "E2")
+
+
+def test_pausing_media_and_the_end(story: Any) -> None:
+    """What else there is to see."""
+    view, changes = RunView(), Changes()
+    view.add([story.started(device="cuda:0", versions={"torch": "2"}), *story.steps(3)])
+    view.add([story(CommandTaken, command="pause", command_id="1"), story(TextLogged, name="t", text="hi")], changes)
+    assert changes.run["paused"] is True
+    assert changes.media[0]["text"] == "hi"
+    assert view.versions == {"torch": "2"}
+    view.add([story.ended("failed")])
+    assert (view.run.status, view.run.paused, view.run.global_step) == ("failed", False, 3)
+    assert [line["kind"] for line in view.log] == ["RunStarted", "CommandTaken", "RunEnded"]
+    assert view.log[-1]["level"] == "error"
+
+
+def test_frames_add_up_to_the_snapshot(story: Any) -> None:
+    """However the events are cut into batches, the changes tell what the view has."""
+    view = RunView()
+    points: list[Any] = []
+    run: dict[str, Any] = {}
+    events = [story.started(), *story.steps(500), story.ended()]
+    for begin in range(0, len(events), 7):
+        changes = Changes()
+        view.add(events[begin : begin + 7], changes)
+        points += zip(*changes.points.get("train_loss", ([], [])), strict=True)
+        run |= changes.run
+    series = view.curves.series["train_loss"]
+    assert points == list(zip(series.step, series.mean, strict=True))
+    now = shown(view)["run"]
+    assert {name: now[name] for name in run} == run
+
+
+def test_superseded_steps_are_not_read(told: Any) -> None:
+    """The view of a journal with three attempts has each step once."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(30))
+    told.write(*tell.resumed(20, tell.seq - 10), *tell.steps(30))
+    told.write(*tell.resumed(40, tell.seq - 10), *tell.steps(5))
+    view, stored = read_view(told.path)
+    assert (view.curves.series["train_loss"].step, stored) == (list(range(1, 46)), 0)
+    assert (view.run.attempt, view.cursor) == (3, tell.seq)
+
+
+def test_a_stored_view_goes_on_from_where_it_was(told: Any) -> None:
+    """It is the same as one from the whole journal; epochs are still known in the lines."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(5_000))
+    write_view(told.path, read_view(told.path)[0])
+    told.write(*tell.steps(5_000), tell.ended())
+    again, stored = read_view(told.path)
+    (told.path / STORE_NAME).unlink()
+    whole, _ = read_view(told.path)
+    assert stored == 5_001
+    assert again.curves == whole.curves
+    assert again.run == whole.run
+    assert [line["text"] for line in again.log][:-1] == [line["text"] for line in whole.log][:-1]
+
+
+def _another_run(told: Any) -> None:
+    for file in (told.path / "journal").iterdir():
+        file.unlink()
+    tell = told.story
+    tell.seq, tell.time, tell.global_step = 0, 1_800_000_000.0, 0
+    told.write(tell.started(), *tell.steps(300))
+
+
+def _resumed(told: Any) -> None:
+    told.write(*told.story.resumed(10, 11))
+
+
+def _cut(told: Any) -> None:
+    file = next((told.path / "journal").iterdir())
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:50]))
+
+
+def _newer(told: Any) -> None:
+    path = told.path / STORE_NAME
+    stored = msgspec.msgpack.decode(path.read_bytes())
+    path.write_bytes(msgspec.msgpack.encode(stored | {"version": 99, "view": "what is this"}))
+
+
+def _torn(told: Any) -> None:
+    path = told.path / STORE_NAME
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _nested(told: Any) -> None:
+    (told.path / STORE_NAME).write_bytes(b"\x91" * 100_000)
+
+
+@pytest.mark.parametrize("change", [_another_run, _resumed, _cut, _newer, _torn, _nested])
+def test_a_stored_view_that_does_not_fit_is_not_used(told: Any, change: Any) -> None:
+    """Of another run of the same name, with superseded steps, beyond the journal, of another version, torn."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(100))
+    write_view(told.path, read_view(told.path)[0])
+    change(told)
+    view, stored = read_view(told.path)
+    (told.path / STORE_NAME).unlink()
+    assert stored == 0
+    assert view.curves == read_view(told.path)[0].curves
+
+
+def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path: Path) -> None:
+    """Storing is a help, never a failure; and leaves nothing half-written."""
+    write_view(tmp_path / "gone", RunView())
+    (tmp_path / STORE_NAME).mkdir()
+    write_view(tmp_path, RunView())
+    assert [path.name for path in tmp_path.iterdir()] == [STORE_NAME]
