@@ -276,6 +276,7 @@ class LiveApp:
             async with anyio.create_task_group() as tasks:
                 client.scope = tasks.cancel_scope
                 tasks.start_soon(client.wait_for_leave)
+                tasks.start_soon(client.let_go_if_stuck)
                 await write_all(client)
                 tasks.cancel_scope.cancel()
             with anyio.move_on_after(1.0), contextlib.suppress(OSError, RuntimeError):
@@ -330,6 +331,7 @@ class LiveApp:
         async with anyio.create_task_group() as tasks:
             client.scope = tasks.cancel_scope
             tasks.start_soon(listen)
+            tasks.start_soon(client.let_go_if_stuck)
             await self._watch(hub, hello, client, write)
             client.leave(Refused(503, "the run is over, and its server ends", code=ENDING))
         if client.problem is not None:
@@ -355,7 +357,8 @@ class LiveApp:
                     snapshot = await hub.snapshot()
                     number, generation = snapshot.number + 1, snapshot.generation
                     await write(snapshot)
-                await hub.wait(number, generation)
+                if hub.newest < number:
+                    await hub.wait(number, generation)
                 if generation != hub.generation:
                     continue
                 if number > hub.newest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import anyio
 import msgspec
@@ -51,7 +52,8 @@ class Client:
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._sending: anyio.Lock = anyio.Lock(fast_acquire=True)
+        self._sending_since: float | None = None
+        self._sent: anyio.Event | None = None
         self._snapshot_at = -math.inf
         self.scope: anyio.CancelScope | None = None
         """Around all that is done for it."""
@@ -69,25 +71,35 @@ class Client:
 
     def takes_snapshot(self) -> bool:
         """Whether it gets the snapshot now that it has asked for."""
-        now = anyio.current_time()
-        if not self.is_lost or now - self._snapshot_at < SNAPSHOT_S:
+        if not self.is_lost or (now := time.monotonic()) - self._snapshot_at < SNAPSHOT_S:
             return False
         self.is_lost, self._snapshot_at = False, now
         return True
 
-    async def send(self, message: Message) -> None:
-        """Send a message; a client that does not take it in time is let go."""
-        async with self._sending:  # from two tasks
-            with anyio.move_on_after(SEND_S) as waiting:
-                try:
-                    await self._send(message)
-                except (OSError, RuntimeError):  # it has left, says the server, each in its own way
-                    self.has_left = True
-                    self.leave()
-                    await anyio.sleep_forever()
-            if waiting.cancelled_caught:
+    async def let_go_if_stuck(self) -> None:
+        """End all if it does not take what is sent to it. A timer around each send would cost more than the send."""
+        while True:
+            await anyio.sleep(SEND_S / 8)
+            if self._sending_since is not None and time.monotonic() - self._sending_since > SEND_S:
                 self.leave(Refused(503, "too slow", code=TOO_SLOW))
-                await anyio.sleep_forever()
+
+    async def send(self, message: Message) -> None:
+        """Send a message. It is `let_go_if_stuck` that ends the waiting for a client that does not take it."""
+        while self._sending_since is not None:  # another task is sending: rarely, so there is no lock
+            self._sent = self._sent or anyio.Event()
+            await self._sent.wait()
+        self._sending_since = time.monotonic()
+        try:
+            await self._send(message)
+        except (OSError, RuntimeError):  # it has left, says the server, each in its own way
+            self.has_left = True
+            self.leave()
+            await anyio.sleep_forever()
+        finally:
+            self._sending_since = None
+            if self._sent is not None:
+                self._sent.set()
+                self._sent = None
 
     async def push(self, data: bytes) -> None:
         """Send a part of a body."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import socket
 import struct
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,15 @@ def _an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.chdir(tmp_path)
     yield
     sys.modules["wandb"].teardown() if "wandb" in sys.modules else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _its_processes_are_reaped() -> Iterator[None]:
+    """The client lets go of its service without waiting for it: or a later test would be told of that."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 @pytest.fixture
