@@ -56,6 +56,7 @@ async def replay(
         name = type(sink).__name__.lower()
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
         observers.add(names[-1], sink, delivery_of(sink), since, lambda seq: None)
+    reports: list[ObserverReport] = []
     health = bus.subscribe("health", Delivery(types=frozenset(HEALTH), latency_s=0.05))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(bus.run)
@@ -68,7 +69,7 @@ async def replay(
         for observer in observers.observers:
             await observer.finished()
         await bus.drain()
-        reports = await observers.counted()
+        reports += await observers.counted()
         bus.close()
     return reports
 
