@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from events.checkpoint.settings import Checkpoints as Checkpoints
     from events.sink import Delivery as Delivery
     from trainer.arguments import TrainerArguments as TrainerArguments
+    from trainer.connection import connect as connect
     from trainer.data import to_device as to_device
     from trainer.launcher import launch as launch
     from trainer.media import Histogram as Histogram
@@ -39,6 +40,7 @@ __all__ = [
     "Stage",
     "Trainer",
     "TrainerArguments",
+    "connect",
     "fenced",
     "inline",
     "launch",
@@ -53,6 +55,7 @@ _HOMES = {
     "Image": "trainer.media",
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",
+    "connect": "trainer.connection",
     "launch": "trainer.launcher",
     "to_device": "trainer.data",
 }

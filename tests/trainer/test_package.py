@@ -92,6 +92,7 @@ def test_the_public_names_are_those_we_chose() -> None:
         "Stage",
         "Trainer",
         "TrainerArguments",
+        "connect",
         "fenced",
         "inline",
         "launch",

@@ -1,0 +1,703 @@
+"""A run over the network: the same events, commands and result, whatever happens to the connection."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import http.server
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from events.errors import CursorError, RunCancelled, StagecastError
+from events.journal_reader import JOURNAL_DIR, JournalReader
+from events.messages import (
+    BackwardEnded,
+    CheckpointSaved,
+    CommandTaken,
+    Event,
+    LedgerReported,
+    MetricsLogged,
+    RunEnded,
+    RunStarted,
+    StallLedger,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+)
+from events.protocol import RunResult
+from events.wire import encode_json
+from sinks.live.runs import RunsOfFolder
+from sinks.live.server import Server, bind
+from sinks.live.sink import Live
+from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from trainer.connected_result import ResultBuilder, RunSummary, Snapshot
+from trainer.connection import connect
+from trainer.connection_errors import (
+    CommandRefused,
+    ConnectedRunFailed,
+    ConnectedRunLost,
+    ConnectError,
+    ConnectionLost,
+)
+
+pytestmark = pytest.mark.anyio
+TOKEN = "none-of-your-business"
+MANY = 1_000_000
+
+
+class Boom(Exception):
+    """What a user's code raises."""
+
+
+class Net(ModuleInterface):
+    """A line through a few points; a step takes some milliseconds, so that there is time to intervene."""
+
+    def __init__(self, pause_s: float = 0.002) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        self.x = torch.linspace(-1, 1, 16).unsqueeze(1)
+        self.pause_s = pause_s
+
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return [self.x[:8], self.x[8:]]
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return [self.x]
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        time.sleep(self.pause_s)
+        self.log("weight", self.linear.weight.detach().clone())
+        return (self.linear(batch) - 3 * batch).square().mean()
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return (self.linear(batch) - 3 * batch).square().mean()
+
+
+class Failing(Net):
+    """Raises in a step."""
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        if global_step == 3:
+            raise Boom("in a step")
+        return super().train_step(global_step, batch, device)
+
+
+class Proxy:
+    """A wire that can be cut, anywhere, by one who counts the bytes; and be dead for a while."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.lengths: Iterator[int] | None = None
+        """After how many bytes to the client each connection is cut; None: never."""
+        self.dead = False
+        self.connections = 0
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listening.accept()
+            except OSError:
+                return
+            self.connections += 1
+            if self.dead:
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self.port))
+            with self._lock:
+                self._open |= {client, server}
+            limit = next(self.lengths) if self.lengths is not None else None
+            for source, sink, most in ((client, server, None), (server, client, limit)):
+                threading.Thread(target=self._pump, args=(source, sink, most), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, most: int | None) -> None:
+        try:
+            while data := source.recv(4096):
+                sink.sendall(data if most is None else data[:most])
+                most = None if most is None else most - len(data)
+                if most is not None and most <= 0:
+                    break
+        except OSError:
+            pass
+        for one in (source, sink):
+            _close(one)
+            with self._lock:
+                self._open.discard(one)
+
+    def cut(self, *, stay_dead: bool = False) -> None:
+        self.dead = stay_dead
+        with self._lock:
+            for one in self._open:
+                _close(one)
+
+    def close(self) -> None:
+        _close(self._listening)
+        self.cut()
+
+
+def _close(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STAGECAST_TOKEN", raising=False)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Serves the runs of a folder, and takes commands for them."""
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    one = _serve(tmp_path / "runs")
+    yield one
+    one.stop()
+
+
+def _serve(folder: Path, port: int = 0, **options: Any) -> Server:
+    server = Server(RunsOfFolder(folder), bind("127.0.0.1", port), "127.0.0.1", **({"commands": True} | options))
+    server.start()
+    return server
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    one = Proxy(port_of(server))
+    yield one
+    one.close()
+
+
+def port_of(server: Server) -> int:
+    return int(server.url.rstrip("/").rpartition(":")[2])
+
+
+def trainer(tmp_path: Path, module: ModuleInterface | None = None, *, epochs: int = MANY, **options: Any) -> Trainer:
+    """One whose run is ``demo``, in a folder of the server."""
+    return Trainer(
+        module if module is not None else Net(),
+        TrainerArguments(epochs=epochs, train_batch_size=8, device="cpu"),
+        **({"run_id": "demo", "run_dir": tmp_path / "runs" / "demo", "checkpoints": False} | options),
+    )
+
+
+def journal(tmp_path: Path) -> list[Event]:
+    return JournalReader(tmp_path / "runs" / "demo" / JOURNAL_DIR).read(MANY)
+
+
+def _address(path: Path) -> str:
+    """Of the page that a run has brought along, once it is there."""
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    url: str = msgspec.json.decode(path.read_bytes())["url"]
+    return url
+
+
+async def soon(what: Awaitable[Any]) -> Any:
+    """What must not take long."""
+    with anyio.fail_after(20):
+        return await what
+
+
+# ------------------------------------------------------------------------------------------------- finding the run
+
+
+async def test_where_nothing_answers_the_error_names_the_address_at_once() -> None:
+    """Entering the block tries once: it is more often the address that is wrong than the server that is late."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(ConnectError, match=f"no run is served at http://127.0.0.1:{port}/: ConnectError"):
+        async with connect(f"http://127.0.0.1:{port}"):
+            raise AssertionError("must not be entered")
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8765", "ws://there/", "http:///x", "file:///etc"])
+async def test_what_is_no_address_is_refused_before_anything_is_sent(url: str) -> None:
+    """By `connect` itself."""
+    with pytest.raises(ConnectError, match="is no address of a page"):
+        connect(url)
+
+
+async def test_another_web_server_is_told_from_one_of_runs() -> None:
+    """Whether it answers with a page or with a refusal."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b"<html>"
+            self.send_response(200 if self.path == "/api/runs" else 404)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as other:
+        threading.Thread(target=other.serve_forever).start()
+        url = f"http://127.0.0.1:{other.server_port}/"
+        with pytest.raises(ConnectError, match="is no server of runs"):
+            async with connect(url):
+                raise AssertionError("must not be entered")
+        with pytest.raises(ConnectError, match=r"run x at .*: the server answers 404 Not Found; see that the address"):
+            async with connect(url, run_id="x"):
+                raise AssertionError("must not be entered")
+        other.shutdown()
+
+
+async def test_the_token_is_wanted_shown_and_never_told(
+    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an argument, or from the environment; one that no header carries is refused at once."""
+    told.write(told.story.started())
+    server = _serve(tmp_path / "runs", token=TOKEN)
+    try:
+        for wrong in (None, "wrong-" + TOKEN):
+            with pytest.raises(ConnectError, match=r"401 Unauthorized .*give connect its token") as caught:
+                async with connect(server.url, token=wrong):
+                    raise AssertionError("must not be entered")
+            assert caught.value.status == 401
+            assert TOKEN not in str(caught.value)
+        with pytest.raises(ConnectError, match="the token has characters"):
+            connect(server.url, token="tóken\n")
+        async with connect(server.url, token=TOKEN) as run:
+            assert run.run_id == "demo"
+        monkeypatch.setenv("STAGECAST_TOKEN", TOKEN)
+        async with connect(server.url) as run:
+            assert [type(event) for event in await soon(run.events(since=0).receive())] == [RunStarted]
+    finally:
+        server.stop()
+
+
+async def test_of_several_runs_one_must_be_named(tmp_path: Path, server: Server, kit: Any) -> None:
+    """In the address, as the page has it, or as an argument; the error shows how."""
+    with pytest.raises(ConnectError, match="serves no run yet"):
+        async with connect(server.url):
+            raise AssertionError("must not be entered")
+    names = ["demo", "größer & schöner"]
+    runs = [kit.Told(tmp_path / "runs" / str(number), name) for number, name in enumerate(names)]
+    for one in runs:
+        one.write(one.story.started())
+    with pytest.raises(ConnectError, match=r"serves 2 runs, .*demo \(running\).*connect\('http://.*#run="):
+        async with connect(server.url):
+            raise AssertionError("must not be entered")
+    for given in (
+        {"url": f"{server.url}#run=gr%C3%B6%C3%9Fer+%26+sch%C3%B6ner"},
+        {"url": server.url, "run_id": names[1]},
+    ):
+        async with connect(**given) as run:
+            assert run.run_id == names[1]
+    with pytest.raises(ConnectError, match=r"404 Not Found \(there is no such run\)"):
+        async with connect(server.url, run_id="other"):
+            raise AssertionError("must not be entered")
+    for one in runs:
+        one.let_go()
+
+
+# ------------------------------------------------------------------------------------------------------ the events
+
+
+async def test_a_connection_that_is_cut_anywhere_misses_nothing_and_repeats_nothing(
+    told: Any, proxy: Proxy, anyio_backend: str
+) -> None:
+    """Hundreds of events, over dozens of connections, each cut after a number of bytes drawn by lot."""
+    draw = random.Random(len(anyio_backend))
+    tell = told.story
+    told.write(tell.started(), *tell.steps(600), tell.metrics(strange=float("nan")), tell.ended())
+    told.let_go()
+    async with connect(proxy.url) as run:
+        proxy.lengths = iter(lambda: draw.randrange(700, 9_000), None)
+        proxy.cut()  # the one that is open
+        got = [event async for event in run.events(since=0)]
+        some = [event async for event in run.events(since=300, types=[MetricsLogged, RunEnded])]
+    assert proxy.connections > 15
+    assert [encode_json(event) for event in got] == [encode_json(event) for event in told.events]
+    assert [type(event) for event in some] == [MetricsLogged, RunEnded]
+
+
+async def test_a_server_that_ends_and_comes_back_is_found_again(told: Any, tmp_path: Path) -> None:
+    """It ends its answer in order, in the middle of the run: that is not taken for the end of the run."""
+    tell = told.story
+    server = _serve(tmp_path / "runs")
+    told.write(tell.started())
+    async with connect(server.url) as run:
+        stream = run.events(since=0)
+        assert type(await soon(anext(stream))) is RunStarted
+        for _ in range(2):
+            await anyio.to_thread.run_sync(server.stop)
+            told.write(*tell.steps(2))
+            server = _serve(tmp_path / "runs", port_of(server))
+            assert [(await soon(anext(stream))).global_step for _ in range(2)] == [
+                tell.global_step - 1,
+                tell.global_step,
+            ]
+        told.write(tell.ended())
+        told.let_go()
+        assert [type(event) async for event in stream] == [RunEnded]
+        with pytest.raises(anyio.EndOfStream):
+            await stream.receive()
+    server.stop()
+
+
+async def test_a_server_that_stays_away_is_given_up_and_may_be_asked_again(told: Any, proxy: Proxy) -> None:
+    """Whoever waits gets a typed error, after the time that was given; later calls go on where it was."""
+    tell = told.story
+    told.write(tell.started())
+    async with connect(proxy.url, give_up_s=0.3) as run:
+        stream = run.events(since=0)
+        assert type(await soon(anext(stream))) is RunStarted
+        proxy.cut(stay_dead=True)
+        with pytest.raises(ConnectionLost, match=r"run demo at http://.* has been out of reach for 0\.3 s: .*"):
+            await soon(anext(stream))
+        with pytest.raises(ConnectionLost, match=r"out of reach for 0\.3 s"):
+            await soon(run.result())
+        proxy.dead = False
+        told.write(tell.step())
+        assert (await soon(anext(stream))).global_step == 1
+        assert stream.cursor == 2
+
+
+async def test_a_cancelled_wait_loses_nothing(told: Any, server: Server) -> None:
+    """However often: the next call goes on."""
+    tell = told.story
+    told.write(tell.started())
+    got: list[Event] = []
+    async with connect(server.url) as run:
+        stream = run.events(since=0)
+        for number in range(10):
+            with anyio.move_on_after(0.003 * number):
+                while True:
+                    got += await stream.receive()
+            told.write(*tell.steps(20))
+        told.write(tell.ended())
+        told.let_go()
+        with anyio.fail_after(20):
+            got += [event async for event in stream]
+    assert [event.seq for event in got] == list(range(1, tell.seq + 1))
+
+
+async def test_from_now_on_means_from_where_the_stream_was_opened(told: Any, server: Server) -> None:
+    """What came before is not in it; what comes between the opening and the first look is."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(5))
+    async with connect(server.url) as run:
+        told.write(*tell.steps(5))
+        stream = run.events()
+        with anyio.move_on_after(0.5):
+            await stream.receive()
+        assert stream.cursor == 11
+        told.write(tell.step())
+        assert (await soon(anext(stream))).global_step == 11
+
+
+async def test_streams_that_are_left_open_are_let_go(told: Any, server: Server) -> None:
+    """In the middle, when nothing refers to them; and at the end of the block, where who waits is told."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(3))
+    async with anyio.create_task_group() as tasks:
+
+        async def wait(stream: Any) -> None:
+            with pytest.raises(ConnectionLost, match=r"the block of connect.* was left"):
+                while True:
+                    await stream.receive()
+            failed.append(stream)
+
+        failed: list[Any] = []
+        async with connect(server.url) as run:
+            async for _ in run.events(since=0):
+                break
+            gc.collect()
+            kept = run.events(since=0)
+            await kept.receive()
+            tasks.start_soon(wait, run.events(since=0))
+            await anyio.sleep(0.1)
+    assert len(failed) == 1
+    with pytest.raises(ConnectionLost, match="was left"):
+        await kept.receive()
+    with pytest.raises(ConnectionLost, match="wait for the run inside of it"):
+        await run.result()
+    with pytest.raises(ConnectionLost, match="was left"):
+        run.stop()
+
+
+async def test_events_that_do_not_travel_are_refused_where_they_are_named(told: Any, server: Server) -> None:
+    """The journal does not have them: a stream of them would wait for ever."""
+    told.write(told.story.started())
+    async with connect(server.url) as run:
+        with pytest.raises(CursorError, match="BackwardEnded cannot be watched over the network"):
+            run.events(types=[BackwardEnded, TrainStepEnded])
+        with pytest.raises(CursorError, match="since=-1"):
+            run.events(since=-1)
+
+
+async def test_the_last_checkpoint_comes_though_the_loop_has_ended(told: Any, server: Server) -> None:
+    """It is durable only after `RunEnded`: the stream goes on until the run lets its folder go."""
+    tell = told.story
+    told.write(tell.started(), tell.step(), tell.ended("stopped"))
+    got: list[type[Event]] = []
+    async with connect(server.url) as run, anyio.create_task_group() as tasks:
+
+        async def watch() -> None:
+            got.extend([type(event) async for event in run.events(since=0)])
+
+        tasks.start_soon(watch)
+        with anyio.move_on_after(1.5) as waiting:  # longer than the server takes to look
+            await run.result()
+        assert waiting.cancelled_caught
+        told.write(tell(CheckpointSaved, checkpoint="step-1.a1", path="/there/step-1.a1"))
+        told.let_go()
+        result = await soon(run.result())
+    assert got == [RunStarted, TrainStepEnded, RunEnded, CheckpointSaved]
+    assert result.checkpoint == "/there/step-1.a1"
+
+
+# ---------------------------------------------------------------------------------------------------- the commands
+
+
+async def test_a_run_is_steered_over_the_network(tmp_path: Path, server: Server) -> None:
+    """A real one: commands are taken in order, a checkpoint is waited for, and the result is that of its own door."""
+    async with trainer(tmp_path, checkpoints=Checkpoints()).run() as here:
+        await anext(here.events(since=0, types=[TrainEpochEnded]))
+        async with connect(f"{server.url}#run=demo") as run:
+            taken = run.events(types=[CommandTaken])
+            run.pause("look")
+            run.resume()
+            path = await soon(run.checkpoint("now"))
+            assert path in {event.path for event in journal(tmp_path) if isinstance(event, CheckpointSaved)}
+            run.stop("enough")
+            result = await soon(run.result())
+            commands = [(event.command, event.reason) async for event in taken]
+        assert await run.result() == result  # also afterwards, now that it is known
+        run.pause()
+    own = await here.result()
+    assert commands == [("pause", "look"), ("resume", None), ("checkpoint", "now"), ("stop", "enough")]
+    _assert_like(result, own)
+    assert result.checkpoint == own.checkpoint != path
+
+
+def _assert_like(result: RunResult, own: RunResult) -> None:
+    for name in ("run_id", "attempt", "status", "reason", "global_step", "epochs", "metrics", "ledger"):
+        assert getattr(result, name) == getattr(own, name), name
+
+
+@pytest.mark.parametrize("waits", ["result", "checkpoint", "stream", "nobody"])
+async def test_a_command_that_is_refused_raises_in_who_waits(
+    told: Any, tmp_path: Path, waits: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, and it is logged; the run can be watched on. Where nobody waits, the end of the block tells."""
+    tell = told.story
+    told.write(tell.started())
+    server = _serve(tmp_path / "runs", commands=False)
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(CommandRefused, match=r"'(stop|checkpoint)' was not taken: .*403 .*takes no commands") as caught:
+        async with connect(server.url) as run:
+            if waits == "nobody":
+                run.stop()
+            else:
+                stream = run.events(since=1)
+                with pytest.raises(CommandRefused) as told_once:
+                    if waits == "result":
+                        run.stop()
+                        await soon(run.result())
+                    elif waits == "checkpoint":
+                        await soon(run.checkpoint())
+                    else:
+                        run.stop()
+                        await soon(stream.receive())
+                told.write(tell.step())
+                assert (await soon(anext(stream))).global_step == 1
+                raise told_once.value
+    assert caught.value.status == 403
+    assert "did not get through" in caplog.text
+    server.stop()
+
+
+async def test_commands_wait_for_a_server_that_is_away_and_keep_their_order(tmp_path: Path, proxy: Proxy) -> None:
+    """The end of the block waits until they have arrived."""
+    async with trainer(tmp_path).run() as here:
+        await anext(here.events(since=0, types=[TrainStepEnded]))
+        async with connect(proxy.url) as run, anyio.create_task_group() as tasks:
+            proxy.cut(stay_dead=True)
+            run.pause("1")
+            await anyio.to_thread.run_sync(run.resume, "2")  # any thread may
+            run.pause("3")
+            run.stop("4")
+
+            async def repair() -> None:
+                await anyio.sleep(0.3)
+                proxy.dead = False
+
+            tasks.start_soon(repair)
+    assert (await here.result()).reason == "4"
+    reasons = [event.reason for event in journal(tmp_path) if isinstance(event, CommandTaken)]
+    assert reasons == ["1", "2", "3", "4"]
+
+
+async def test_a_command_that_cannot_be_delivered_raises_at_the_end_of_the_block(told: Any, proxy: Proxy) -> None:
+    """After the time that was given: a stop that was lost must not look like one that was sent."""
+    told.write(told.story.started())
+    with pytest.raises(ConnectionLost, match=r"out of reach for 0\.2 s"):
+        async with connect(proxy.url, give_up_s=0.2) as run:
+            proxy.cut(stay_dead=True)
+            run.stop()
+
+
+async def test_a_command_for_a_run_that_is_over_is_harmless(told: Any, server: Server) -> None:
+    """Whoever operates the run cannot know that it has just ended."""
+    told.write(told.story.started())
+    async with connect(server.url) as run:
+        told.write(told.story.ended())
+        told.let_go()
+        run.stop()
+        assert (await soon(run.result())).status == "finished"
+        run.stop()
+    run.stop()
+    async with connect(server.url) as run:
+        run.pause()
+
+
+# ------------------------------------------------------------------------------------------------ leaving the block
+
+
+async def test_leaving_the_block_in_any_way_leaves_the_run_alone(tmp_path: Path, server: Server) -> None:
+    """In order, by an exception, which comes out as itself, or cancelled; what was commanded before that is sent."""
+    error = Boom("mine")
+    async with trainer(tmp_path).run() as here:
+        steps = here.events(since=0, types=[TrainStepEnded])
+        await anext(steps)
+        async with connect(server.url):
+            pass
+        with pytest.raises(Boom) as caught:
+            async with connect(server.url) as run:
+                await anext(run.events(since=0))
+                raise error
+        assert caught.value is error
+        with anyio.move_on_after(0.5) as scope:
+            async with connect(server.url) as run:
+                run.pause("cancelled")
+                await run.result()
+        assert scope.cancelled_caught
+        taken = await soon(anext(here.events(since=0, types=[CommandTaken])))
+        assert (taken.command, taken.reason) == ("pause", "cancelled")
+        here.resume()
+        await soon(anext(steps))
+        with pytest.raises(Boom):
+            async with connect(server.url) as run:
+                run.stop("on the way out")
+                raise error
+    assert (await here.result()).reason == "on the way out"
+
+
+# ------------------------------------------------------------------------------------------------------- the result
+
+
+async def test_a_run_that_fails_or_is_cancelled_raises_a_typed_error(tmp_path: Path, server: Server) -> None:
+    """The exception itself stays where the run is; its type, text and the run's last step are there."""
+    with pytest.raises(Boom):
+        async with trainer(tmp_path, Failing()).run():
+            pass
+    async with connect(server.url) as run:
+        with pytest.raises(ConnectedRunFailed, match="run demo failed after global_step 2: Boom: in a step") as caught:
+            await soon(run.result())
+    assert caught.value.result is not None
+    assert (caught.value.result.status, caught.value.result.global_step) == ("failed", 2)
+    cancelled = anyio.CancelScope()
+    with cancelled:
+        async with trainer(tmp_path, resume=None).run() as here:
+            await anext(here.events(types=[TrainStepEnded]))
+            cancelled.cancel()
+    async with connect(server.url) as run:
+        with pytest.raises(RunCancelled, match="run demo was cancelled: its task was cancelled"):
+            await soon(run.result())
+
+
+async def test_a_run_whose_process_dies_is_lost(told: Any, server: Server) -> None:
+    """No end was ever written, and nobody holds its folder: streams end, the result says so."""
+    told.write(told.story.started(), told.story.step())
+    async with connect(server.url) as run:
+        stream = run.events(since=0)
+        await stream.receive()
+        told.let_go()  # as the system does for one that is killed
+        assert [event async for event in stream] == []
+        with pytest.raises(ConnectedRunLost, match="run demo is lost"):
+            await soon(run.result())
+        assert issubclass(ConnectedRunLost, StagecastError)
+
+
+async def test_the_page_that_goes_away_with_its_run_has_told_all(tmp_path: Path) -> None:
+    """The sink `Live` ends with the run: streams end in order, and the result is there, without giving up anything."""
+    live = Live(commands=True)
+    async with trainer(tmp_path, sinks=[live], checkpoints=Checkpoints()).run() as here:
+        await anext(here.events(since=0, types=[TrainStepEnded]))
+        url = await anyio.to_thread.run_sync(_address, tmp_path / "runs" / "demo" / "live.json")
+        async with connect(url) as run:
+            stream = run.events(since=0)
+            run.stop("seen enough")
+            began = time.monotonic()
+            result = await soon(run.result())
+            got = [event async for event in stream]
+            took_s = time.monotonic() - began
+    own = await here.result()
+    _assert_like(result, own)
+    assert result.checkpoint == own.checkpoint
+    assert [event.seq for event in got] == [event.seq for event in journal(tmp_path)][: len(got)]
+    assert RunEnded in {type(event) for event in got}
+    assert took_s < 15
+
+
+def test_a_result_is_told_from_a_summary_and_the_end_of_the_history() -> None:
+    """What is far back comes from the summary, what is near from the events, and a new attempt begins anew."""
+    latest: dict[str, float | str] = {"train_loss": 2.0, "rare": "nan", "lr": 0.1, "system/cpu_percent": 3.0}
+    known = Snapshot(cursor=90, run=RunSummary("demo", attempt=2, status="running", epoch=7, latest=latest))
+    builder = ResultBuilder(known)
+
+    def event(kind: type[Event], attempt: int, epoch: int, **fields: Any) -> Any:
+        return kind("demo", attempt, 91, 0.0, 0, 40, epoch, None, **fields)
+
+    builder.add([event(TrainStepEnded, 1, 3, loss=9.0)])  # of an attempt that was superseded
+    assert builder.result is None
+    builder.add([event(MetricsLogged, 2, 7, metrics={"often": 1.0}, key="easy")])
+    builder.add([event(RunEnded, 2, 7, status="stopped", reason="x")])
+    result = builder.result
+    assert result is not None
+    assert (result.status, result.reason, result.attempt, result.epochs, result.global_step) == (
+        "stopped",
+        "x",
+        2,
+        7,
+        40,
+    )
+    assert {name: str(value) for name, value in result.metrics.items()} == {
+        "train_loss": "2.0",
+        "rare": "nan",
+        "often/easy": "1.0",
+    }
+    builder.add([event(RunStarted, 3, 7, module="m", epochs=9), event(TrainEpochStarted, 3, 8)])
+    assert builder.result is None
+    builder.add(
+        [event(TrainEpochEnded, 3, 8), event(LedgerReported, 3, 8, scope="run", ledger=StallLedger(wall_s=1.0))]
+    )
+    builder.add([event(RunEnded, 3, 8, status="finished")])
+    result = builder.result
+    assert result is not None
+    assert (result.attempt, result.epochs, result.ledger.wall_s) == (3, 9, 1.0)
