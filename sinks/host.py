@@ -240,6 +240,7 @@ def main() -> None:
     """The program."""
     # Whoever ends a service signals its whole group; what is to be delivered then is delivered.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     global _out
     _out = os.dup(1)
     os.dup2(2, 1)  # what sinks print, and the processes that they start, is no message

@@ -23,7 +23,16 @@ from events.messages import Event, ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
 from events.sink import RunInfo
 from events.wire import decode_json
-from sinks.host import CURSORS_DIR, Finish, Finished, HealthTold, HostConfig, HostedSink
+from sinks.host import (
+    CURSORS_DIR,
+    Finish,
+    Finished,
+    HealthTold,
+    HostConfig,
+    HostedSink,
+    cursor_path,
+    read_cursor,
+)
 
 LOG_NAME = "host.log"
 """What sinks print in the host, in the folder of their places."""
@@ -74,6 +83,10 @@ class SinkHost:
         self._ended = anyio.Event()
         self._finishing: anyio.CancelScope | None = None
         self._thread = threading.Thread(target=self._run, name="stagecast-sink-host", daemon=True)
+        # As they are now: one that is started later must find, and write, what the first one did.
+        self._cwd = os.getcwd()
+        path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
     @property
     def pid(self) -> int | None:
@@ -83,6 +96,12 @@ class SinkHost:
 
     def start(self) -> None:
         """Start the process; does not wait for it."""
+        run_dir = self._folder.parent
+        for sink in self._config.sinks:
+            # Beyond what the journal had when the run began: a place in one that is not there any more.
+            if (read_cursor(run_dir, sink.name) or 0) > sink.since:
+                with contextlib.suppress(OSError):
+                    cursor_path(run_dir, sink.name).unlink()
         self._thread.start()
 
     async def finish(self, until: int | None, timeout_s: float) -> list[ObserverReport]:
@@ -142,7 +161,7 @@ class SinkHost:
         """One process, from its start to its end; returns how that came about."""
         try:
             process = self._start()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return f"the sink host could not be started: {error}"
         if process is None:
             return "given up"
@@ -159,16 +178,17 @@ class SinkHost:
 
     def _start(self) -> subprocess.Popen[bytes] | None:
         self._folder.mkdir(exist_ok=True)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         with self._lock, open(self._folder / LOG_NAME, "ab") as log:
             if self._given_up:
                 return None
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sinks.host"],
+                [sys.executable, "-P", "-m", "sinks.host"],  # not from the working directory: a stranger may be there
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=self._environment,
+                cwd=self._cwd,
+                bufsize=0,  # what could not be sent to a dead one must not be tried again when the pipe is closed
                 start_new_session=True,  # what a terminal sends to the run's group is the run's
             )
             self._send(self._config)

@@ -74,8 +74,9 @@ class Histogram:
         empty = low > high  # nothing is finite
         low, high = torch.where(empty, 0.0, low), torch.where(empty, 0.0, high)
         # Halves, because the difference of two large numbers may be too large for the type.
-        place = (x * 0.5 - low * 0.5) / (high * 0.5 - low * 0.5) * bins
-        index = torch.where(finite & (high > low), place, 0.0).clamp_(0, bins - 1).long()
+        span = high * 0.5 - low * 0.5  # 0 also where two numbers are as small as the type can tell apart
+        place = (x * 0.5 - low * 0.5) / span * bins
+        index = torch.where(finite & (span > 0), place, 0.0).nan_to_num(0.0).clamp_(0, bins - 1).long()
         counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
         counts.scatter_add_(0, index, finite.long())
         dtype = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64

@@ -95,6 +95,8 @@ def test_a_histogram_of_the_worst_counts_each_element_once() -> None:
     assert (sum(counts), counts[0], counts[-1], non_finite) == (3, 1, 1, 3)
     assert numbers_of(Histogram(torch.tensor([math.nan]), bins=2)) == (0, 0, [0, 0], 1)
     assert numbers_of(Histogram(torch.full((5,), 7), bins=2)) == (7, 7, [5, 0], 0)
+    for smallest in (torch.tensor([0.0, 1e-45]), torch.tensor([0.0, 5e-324], dtype=torch.float64)):
+        assert sum(numbers_of(Histogram(smallest, bins=2))[2]) == 2
 
 
 def test_a_histogram_keeps_what_the_tensor_was(kit: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -323,3 +324,24 @@ def test_a_sink_that_was_here_meanwhile_gets_nothing_twice(kit: Any, sinks: Any,
     hosted = [line.seq for line in lines(out) if line.attempt != 2]
     assert len(hosted) == len(set(hosted))
     assert [line.seq for line in lines(out)] == sorted({line.seq for line in lines(out)})
+
+
+def test_a_place_in_a_journal_that_was_deleted_hides_nothing(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """The next attempt begins to count anew, below where the sink had come to."""
+    out = tmp_path / "out"
+    run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out)))
+    shutil.rmtree(tmp_path / "run/journal")
+    out.unlink()
+    run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out)))
+    assert [line.seq for line in lines(out)] == [event.seq for event in kit.read_journal(tmp_path / "run")]
+
+
+def test_a_strangers_module_in_the_working_directory_is_not_taken_for_ours(
+    kit: Any, sinks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does an odd entry of the path matter."""
+    (tmp_path / "sinks.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "odd"])
+    out = tmp_path / "out"
+    run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out)))
+    assert [line.seq for line in lines(out)] == [event.seq for event in kit.read_journal(tmp_path / "run")]
