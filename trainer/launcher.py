@@ -180,7 +180,7 @@ def _command(python: str | os.PathLike[str] | None, env: dict[str, str]) -> tupl
     if python is not None and os.fspath(python) != sys.executable:
         return [os.fspath(python), "-m", "trainer.launched"], environment
     if "PYTHONPATH" not in env:
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path if isinstance(path, str))
     # -P: what happens to lie in the working directory comes before nothing else, unless it does so here.
     return [sys.executable, "-P", "-m", "trainer.launched"], environment
 
