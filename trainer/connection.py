@@ -29,13 +29,7 @@ from events.run import Run
 from events.wakeup import Wakeup
 from events.wire import encode_command_json
 from trainer.connected_result import LOOK_BACK, UNDER_WAY, ResultBuilder, Snapshot
-from trainer.connection_errors import (
-    CommandRefused,
-    ConnectedRunFailed,
-    ConnectedRunLost,
-    ConnectError,
-    ConnectionLost,
-)
+from trainer.connection_errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
 from trainer.connection_http import JournalFollower, Patience, RunServer, Unreachable
 
 TOKEN_VARIABLE = "STAGECAST_TOKEN"

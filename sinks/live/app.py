@@ -249,13 +249,7 @@ class LiveApp:
             hello = Hello(since=_number(query, "since"), attempt=_number(query, "attempt"))
 
         async def write_all(client: Client) -> None:
-            async def write(message: Sent | int) -> None:
-                if isinstance(message, int):
-                    await client.push(b'event: gap\ndata: {"type":"gap","lost":%d}\n\n' % message)
-                else:
-                    await client.push(message.event)
-
-            await self._watch(hub, hello, client, write)
+            await self._watch(hub, hello, client, _as_event)
 
         await self._stream(scope, receive, send, b"text/event-stream", write_all)
 
@@ -315,10 +309,6 @@ class LiveApp:
             raise Refused(401, "the first message is a hello, with the token", code=NO_TOKEN)
         hub = await self._hub(run_id)
 
-        async def write(message: Sent | int) -> None:
-            text = message.text if isinstance(message, Sent) else f'{{"type":"gap","lost":{message}}}'
-            await client.send({"type": "websocket.send", "text": text})
-
         async def listen() -> None:
             while (message := await client.take()) is not None:
                 if isinstance(message, SnapshotWanted):
@@ -332,20 +322,18 @@ class LiveApp:
             client.scope = tasks.cancel_scope
             tasks.start_soon(listen)
             tasks.start_soon(client.let_go_if_stuck)
-            await self._watch(hub, hello, client, write)
+            await self._watch(hub, hello, client, _as_text)
             client.leave(Refused(503, "the run is over, and its server ends", code=ENDING))
         if client.problem is not None:
             raise client.problem
 
     # ---------------------------------------------------------------------------------------------- both
 
-    async def _watch(
-        self, hub: Hub, hello: Hello, client: Client, write: Callable[[Sent | int], Awaitable[None]]
-    ) -> None:
+    async def _watch(self, hub: Hub, hello: Hello, client: Client, shape: Callable[[Sent | int], Message]) -> None:
         """Send a snapshot where one is needed, then each frame as it comes; until the client leaves, or all is over.
 
         Args:
-            write: Takes a message; or, if frames were missed, how many.
+            shape: Makes what is sent of a message; or, if frames were missed, of how many.
         """
         await hub.refresh()
         async with anyio.create_task_group() as driving:
@@ -356,19 +344,19 @@ class LiveApp:
                 if number is None or generation != hub.generation or client.takes_snapshot():
                     snapshot = await hub.snapshot()
                     number, generation = snapshot.number + 1, snapshot.generation
-                    await write(snapshot)
-                if hub.newest < number:
-                    await hub.wait(number, generation)
+                    await client.send(shape(snapshot))
+                while hub.newest < number and generation == hub.generation and not hub.is_over:
+                    await hub.news.wait()
                 if generation != hub.generation:
                     continue
                 if number > hub.newest:
                     break
                 frame = hub.frame(number)
                 if frame is None:
-                    await write(hub.oldest - number)
+                    await client.send(shape(hub.oldest - number))
                     number = None
                     continue
-                await write(frame)
+                await client.send(shape(frame))
                 number += 1
             driving.cancel_scope.cancel()
 
@@ -381,6 +369,16 @@ class LiveApp:
             yield
         finally:
             self._clients.discard(client)
+
+
+def _as_text(message: Sent | int) -> Message:
+    text = message.text if isinstance(message, Sent) else f'{{"type":"gap","lost":{message}}}'
+    return {"type": "websocket.send", "text": text}
+
+
+def _as_event(message: Sent | int) -> Message:
+    data = message.event if isinstance(message, Sent) else b'event: gap\ndata: {"type":"gap","lost":%d}\n\n' % message
+    return {"type": "http.response.body", "body": data, "more_body": True}
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -79,7 +79,7 @@ class Client:
     async def let_go_if_stuck(self) -> None:
         """End all if it does not take what is sent to it. A timer around each send would cost more than the send."""
         while True:
-            await anyio.sleep(SEND_S / 8)
+            await anyio.sleep(SEND_S / 2)  # not too often: there are many of these tasks
             if self._sending_since is not None and time.monotonic() - self._sending_since > SEND_S:
                 self.leave(Refused(503, "too slow", code=TOO_SLOW))
 

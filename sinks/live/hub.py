@@ -77,6 +77,7 @@ class Hub:
         self._snapshot: Message | None = None
         self._last_frame_at = -math.inf
         self._new_frame = anyio.Event()
+        self._woken_for = (0, 0, False)
         self._driving = anyio.Lock()
         self._watchers = 0
 
@@ -209,11 +210,12 @@ class Hub:
             task_status.started()
             async with self._driving:
                 while True:
+                    began = time.monotonic()
                     await self.refresh()
                     with self._lock:
                         self._flush()
                     self._wake()
-                    await anyio.sleep(max(0.001, self._last_frame_at + FRAME_S - time.monotonic()))
+                    await anyio.sleep(max(0.0, began + FRAME_S - time.monotonic()))
         finally:
             self._watchers -= 1
             if not self._watchers:
@@ -221,11 +223,10 @@ class Hub:
                     self._changes = self._snapshot = None
                     self._forget()
 
-    async def wait(self, number: int, generation: int) -> None:
-        """Return when there is a frame with this number, or a later one; when the generation has changed; or at the
-        end of all."""
-        while self._number < number and self.generation == generation and not self.is_over:
-            await self._new_frame.wait()
+    @property
+    def news(self) -> anyio.Event:
+        """Set when there is another frame, another generation, or the end of all."""
+        return self._new_frame
 
     @property
     def newest(self) -> int:
@@ -301,8 +302,11 @@ class Hub:
             self._kept_bytes -= len(self.frames.popleft().data)
 
     def _wake(self) -> None:
-        news, self._new_frame = self._new_frame, anyio.Event()
-        news.set()
+        state = self._number, self.generation, self.is_over
+        if state != self._woken_for:  # else all would be woken for nothing
+            self._woken_for = state
+            news, self._new_frame = self._new_frame, anyio.Event()
+            news.set()
 
 
 class FolderHub(Hub):

@@ -41,7 +41,8 @@ async def follow(hub: Hub, watcher: Any, until: int, number: int | None = None) 
                 number, generation = snapshot.number + 1, snapshot.generation
                 watcher.take(snapshot.data)
                 continue
-            await hub.wait(number, generation)
+            while hub.newest < number and generation == hub.generation:
+                await hub.news.wait()
             if generation == hub.generation:
                 frame = hub.frame(number)
                 number = None if frame is None else number + 1
@@ -135,7 +136,7 @@ async def test_a_thousand_resumes_lose_and_double_nothing(
         over.set()
 
     watchers = [kit.Watcher() for _ in range(20)]
-    async with anyio.create_task_group() as tasks:
+    async with driven(hub), anyio.create_task_group() as tasks:  # one stays all along
         for watcher in watchers:
             tasks.start_soon(come_and_go, watcher)
         tasks.start_soon(feed)
@@ -149,12 +150,14 @@ async def test_who_falls_behind_finds_his_frame_gone(story: Any, monkeypatch: py
     monkeypatch.setattr(hub_module, "KEPT_BYTES", 20_000)
     monkeypatch.setattr(hub_module, "FRAME_S", 0.001)
     hub = Hub()
+    hub.feed([story.started()])
     async with driven(hub):
         snapshot = await hub.snapshot()
+        assert hub.resume(1, snapshot.cursor) is not None
         with anyio.fail_after(20):
             while hub.frame(snapshot.number + 1) is not None or hub.newest <= snapshot.number + 1:
                 hub.feed([story.metrics(**{f"m{index}": 1.0 for index in range(100)})])
-                await hub.wait(hub.newest + 1, hub.generation)
+                await hub.news.wait()
         assert sum(len(frame.data) for frame in hub.frames) <= 20_000
         assert hub.oldest > snapshot.number + 1
         assert hub.resume(1, snapshot.cursor) is None
@@ -232,6 +235,25 @@ async def test_who_was_away_while_nothing_happened_goes_on_without_a_snapshot(st
         await follow(hub, watcher, story.seq, number)
     assert watcher.kinds.count("snapshot") == 1
     assert len(watcher.points["train_loss"]) == 11
+
+
+async def test_a_quiet_run_costs_next_to_nothing(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is looked at ten times a second and nobody is woken, but for a sign of life."""
+    monkeypatch.setattr(hub_module, "FRAME_S", 0.01)
+    told.write(told.story.started())
+    hub, looked = FolderHub(told.path), 0
+
+    async def refresh() -> None:
+        nonlocal looked
+        looked += 1
+
+    monkeypatch.setattr(hub, "refresh", refresh)
+    async with driven(hub):
+        await hub.news.wait()  # a first frame
+        news, before = hub.news, looked
+        await anyio.sleep(0.2)
+        assert looked - before <= 21
+        assert hub.news is news
 
 
 async def test_many_that_come_at_once_share_one_snapshot(story: Any) -> None:

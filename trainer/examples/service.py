@@ -1,0 +1,227 @@
+"""A service that trains: starts runs, in this process or in ones of their own, and lists, shows and steers them.
+
+``python -m trainer.examples.service`` serves it at http://127.0.0.1:8000/docs, and the page of all runs at ``/live/``.
+Embedding takes three things: a task group that outlives requests and holds the runs (`trainer.run_manager`), a lifespan
+that ends them in order, and the live application, mounted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio.to_thread
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from pydantic import BaseModel, Field
+
+from events.errors import CheckpointError
+from events.run import Run
+from sinks.live.access import Access, Refused
+from sinks.live.app import LiveApp
+from sinks.live.runs import RunsOfFolder
+from trainer import Trainer, TrainerArguments, launch
+from trainer.run_manager import Job, RunManager, State, Unavailable
+
+
+@asynccontextmanager
+async def open_run(factory: str, arguments: dict[str, Any], launched: bool) -> AsyncIterator[Run]:
+    """Build a trainer and open its run: in a process of its own, or in a thread of this one.
+
+    The first one to choose where runs are large: what a step computes in Python slows nothing here down, and a crash
+    there is no crash here.
+    """
+    if launched:
+        async with launch(factory, arguments) as run:
+            yield run
+    else:
+        trainer = await anyio.to_thread.run_sync(_build, factory, arguments)  # it imports, and reads data
+        async with trainer.run() as run:
+            yield run
+
+
+def _build(factory: str, arguments: dict[str, Any]) -> Trainer:
+    module, _, name = factory.partition(":")
+    trainer: Trainer = getattr(importlib.import_module(module), name)(**arguments)
+    return trainer
+
+
+def digits(run_id: str, run_dir: str, epochs: int = 10) -> Trainer:
+    """A recipe. ``resume="auto"``: a run that is started again goes on from its newest checkpoint."""
+    from trainer.examples.digits import Digits
+
+    return Trainer(Digits(), TrainerArguments(epochs=epochs, seed=0), run_id=run_id, run_dir=run_dir, resume="auto")
+
+
+RECIPES = {"digits": "trainer.examples.service:digits"}
+"""What may be run. A client names one of these; it must not name any function that there is."""
+
+
+class Order(BaseModel):
+    """A run that a client asks for."""
+
+    recipe: str
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # it becomes the name of a folder
+    arguments: dict[str, Any] = {}
+    launched: bool = False
+
+
+class Shown(BaseModel):
+    """A run as clients see it."""
+
+    run_id: str
+    state: State
+    position: int | None
+    reason: str | None
+
+    @classmethod
+    def of(cls, job: Job, manager: RunManager) -> Shown:
+        """As it is now."""
+        return cls(run_id=job.run_id, state=job.state, position=manager.position(job), reason=job.reason)
+
+
+def _manager(request: Request) -> RunManager:
+    manager: RunManager = request.state.manager  # from the lifespan
+    return manager
+
+
+Manager = Annotated[RunManager, Depends(_manager)]
+
+
+def _named(run_id: str, manager: Manager) -> Job:
+    if run_id not in manager.jobs:
+        raise HTTPException(404, f"no run {run_id} was started here")
+    return manager.jobs[run_id]
+
+
+Named = Annotated[Job, Depends(_named)]
+
+
+def _running(job: Named) -> Run:
+    if job.run is None or job.over.is_set():
+        raise HTTPException(409, f"run {job.run_id} is {job.state}")
+    return job.run
+
+
+Running = Annotated[Run, Depends(_running)]
+
+
+def create_app(
+    folder: Path,
+    recipes: Mapping[str, str] = RECIPES,
+    *,
+    at_once: int = 1,
+    stop_s: float = 60.0,
+    token: str | None = None,
+) -> FastAPI:
+    """Build the service.
+
+    Args:
+        folder: Where the runs' folders are.
+        recipes: Factories of trainers by name: ``package.module:function`` with ``run_id``, ``run_dir`` and arguments.
+        at_once: How many runs the device has room for.
+        stop_s: How long runs may take to end in order when the service does.
+        token: What clients have to show. None: only this machine may be asked.
+    """
+    folder = folder.absolute()
+    access = Access(token, commands=True, hosts=None if token is not None else ("127.0.0.1", "localhost"))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, RunManager]]:
+        async with RunManager.open(at_once, stop_s) as manager:
+            yield {"manager": manager}
+
+    def guard(request: Request) -> None:
+        """The same rules as for the live application: its token, and no pages of strangers."""
+        try:
+            access.check_request(request.scope)
+            access.check_token(request.scope)
+        except Refused as refused:
+            raise HTTPException(refused.status, refused.reason) from None
+
+    app = FastAPI(title="stagecast", lifespan=lifespan)
+    app.state.live = LiveApp(RunsOfFolder(folder), access)  # the page, Server-Sent Events, WebSocket, `connect`
+    app.mount("/live", app.state.live)
+    routes = APIRouter(prefix="/runs", dependencies=[Depends(guard)])
+
+    @routes.post("", status_code=201)
+    async def start(order: Order, manager: Manager) -> Shown:
+        if order.recipe not in recipes:
+            raise HTTPException(404, f"there is no recipe {order.recipe}, but {', '.join(recipes)}")
+        place = {"run_id": order.run_id, "run_dir": str(folder / order.run_id)}
+        opened = partial(open_run, recipes[order.recipe], {**order.arguments, **place}, order.launched)
+        with _conflict_if(Unavailable):
+            return Shown.of(manager.start(order.run_id, opened), manager)
+
+    @routes.get("")
+    async def list_all(manager: Manager) -> list[Shown]:
+        return [Shown.of(job, manager) for job in manager.jobs.values()]
+
+    @routes.get("/{run_id}")
+    async def show(job: Named, manager: Manager) -> Shown:
+        return Shown.of(job, manager)
+
+    @routes.post("/{run_id}/stop", status_code=202)
+    async def stop(job: Named, manager: Manager, reason: str = "a client asked for it") -> Shown:
+        manager.stop(job, reason)
+        return Shown.of(job, manager)
+
+    @routes.post("/{run_id}/pause", status_code=202)
+    async def pause(run: Running) -> None:
+        run.pause()
+
+    @routes.post("/{run_id}/resume", status_code=202)
+    async def resume(run: Running) -> None:
+        run.resume()
+
+    @routes.post("/{run_id}/checkpoint")
+    async def checkpoint(run: Running) -> str:
+        with _conflict_if(CheckpointError):
+            return await run.checkpoint()  # until it is durable
+
+    @routes.delete("/{run_id}", status_code=202)
+    async def cancel(job: Named, manager: Manager) -> Shown:
+        job.scope.cancel()
+        return Shown.of(job, manager)
+
+    app.include_router(routes)
+    return app
+
+
+@contextmanager
+def _conflict_if(kind: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        raise HTTPException(409, str(error)) from None
+
+
+class Server(uvicorn.Server):
+    """Has those who watch go first when it ends: uvicorn itself would wait for them, as long as runs go on."""
+
+    def __init__(self, app: FastAPI, **settings: Any) -> None:
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=2, **settings))
+        self._live: LiveApp = app.state.live
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the streams, then the server, then the lifespan, and with it the runs."""
+        await self._live.end()
+        await super().shutdown(sockets)
+
+
+def main() -> None:
+    """Serve on this machine. SIGTERM and Ctrl-C stop the runs, with checkpoints; started again, they go on."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
+    app = create_app(folder, token=os.environ.get("STAGECAST_TOKEN"))
+    Server(app, host="127.0.0.1", port=8000).run()
+
+
+if __name__ == "__main__":
+    main()

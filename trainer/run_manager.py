@@ -1,0 +1,114 @@
+"""Runs inside a service: in line for the device, held by one task group, and ended in order with it.
+
+`trainer.examples.service` is a service made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import anyio
+from anyio.abc import TaskGroup
+
+from events.run import Run
+
+State = Literal["queued", "starting", "running", "finished", "stopped", "failed", "cancelled"]
+OpenRun = Callable[[], AbstractAsyncContextManager[Run]]
+MOST_JOBS = 100
+"""Runs that may be in line or under way, and that are remembered when they are over."""
+
+
+class Unavailable(Exception):
+    """A run cannot be started now."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A run that was asked for, from then on until long after its end."""
+
+    run_id: str
+    state: State = "queued"
+    reason: str | None = None
+    """Why it stopped, or failed."""
+    run: Run | None = None
+    """Once it is under way."""
+    stop_wanted: str | None = None
+    """Said before it was under way."""
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    over: anyio.Event = field(default_factory=anyio.Event)
+
+
+class RunManager:
+    """Runs that share a device: a few at a time, the others in line. One that fails is nobody else's business."""
+
+    def __init__(self, tasks: TaskGroup, at_once: int) -> None:
+        self.jobs: dict[str, Job] = {}  # in the order in which they were asked for
+        self._tasks = tasks
+        self._device = anyio.Semaphore(at_once)
+        self._closing = False
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, at_once: int, stop_s: float) -> AsyncIterator[RunManager]:
+        """Hold runs until the end of the block. There they are stopped, with a checkpoint; who takes longer than
+        ``stop_s`` is cancelled."""
+        async with anyio.create_task_group() as tasks:
+            manager = cls(tasks, at_once)
+            yield manager  # an exception here, a cancellation too, cancels the task group, and thereby all runs
+            manager._closing = True
+            for job in manager.jobs.values():
+                manager.stop(job, "the service shuts down")
+            with anyio.move_on_after(stop_s):
+                for job in manager.jobs.values():
+                    await job.over.wait()
+            tasks.cancel_scope.cancel()
+
+    def start(self, run_id: str, open_run: OpenRun) -> Job:
+        """Put a run in line. Raises `Unavailable`."""
+        under_way = [job for job in self.jobs.values() if not job.over.is_set()]
+        if self._closing or len(under_way) >= MOST_JOBS:
+            raise Unavailable("the service shuts down" if self._closing else f"{len(under_way)} runs are in line")
+        if any(job.run_id == run_id for job in under_way):
+            raise Unavailable(f"run {run_id} is in line or under way")
+        self.jobs.pop(run_id, None)  # over: it is taken up again, at the end of the line
+        for job in [job for job in self.jobs.values() if job.over.is_set()][: len(self.jobs) + 1 - MOST_JOBS]:
+            del self.jobs[job.run_id]
+        job = self.jobs[run_id] = Job(run_id)
+        self._tasks.start_soon(self._train, job, open_run, name=f"run {run_id}")
+        return job
+
+    def stop(self, job: Job, reason: str) -> None:
+        """End a run orderly: at its next step, with a checkpoint."""
+        if job.run is not None:
+            job.run.stop(reason)
+        elif job.state == "queued":
+            job.reason = reason
+            job.scope.cancel()
+        else:
+            job.stop_wanted = reason  # its process starts, or its trainer is built: there is no step to end it at yet
+
+    def position(self, job: Job) -> int | None:
+        """The place in line, from 1; None for a run that is in none."""
+        line = [other for other in self.jobs.values() if other.state == "queued"]
+        return line.index(job) + 1 if job in line else None
+
+    async def _train(self, job: Job, open_run: OpenRun) -> None:
+        try:
+            with job.scope:
+                async with self._device:
+                    job.state = "starting"
+                    async with open_run() as job.run:  # the end of the block waits for the run, even if it is cancelled
+                        job.state = "running"
+                        if job.stop_wanted is not None:
+                            job.run.stop(job.stop_wanted)
+                    result = await job.run.result()
+                    job.state, job.reason = result.status, result.reason
+        except (Exception, SystemExit) as error:  # the run's border: whatever it is, the others go on
+            job.state, job.reason = "failed", f"{type(error).__name__}: {error}"
+        finally:
+            if job.state in ("queued", "starting", "running"):
+                job.state = "cancelled"
+            job.over.set()
