@@ -37,6 +37,8 @@ ARGUMENTS_NAME = "arguments.json"
 # What a second holder meets: EWOULDBLOCK from flock, EACCES or EDEADLOCK from Windows.
 _HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _ATTEMPTS = 16
+_LOOKED_AT_S = 0.1
+"""How long a folder must be held to be held by a run; who only looks lets go within microseconds."""
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -72,7 +74,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | os.PathLike[str], run_id: str) -> RunFolder:
         """Take a run's folder, creating it and its parents where they are missing. Does not wait for a
-        holder.
+        holder, but a tenth of a second for who only looks.
 
         What it has created is removed again when it fails.
 
@@ -160,9 +162,12 @@ _open_folders: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
 def is_held(path: str | os.PathLike[str]) -> bool:
-    """Whether a process has the run's folder, so that more may be written to it. Takes the lock for a moment."""
+    """Whether a process has the run's folder, so that more may be written to it.
+
+    It takes the lock for a moment: the system answers nobody who only asks. `RunFolder.open` waits for that.
+    """
     try:
-        fd = os.open(Path(path) / LOCK_NAME, os.O_RDWR)
+        fd = os.open(Path(path) / LOCK_NAME, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -221,7 +226,7 @@ def _lock(path: Path, undo: contextlib.ExitStack) -> int:
         created = not path.exists()
         fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
         try:
-            _lock_descriptor(fd)
+            _lock_patiently(fd)
         except OSError as error:
             try:
                 if error.errno in _HELD:
@@ -241,6 +246,18 @@ def _lock(path: Path, undo: contextlib.ExitStack) -> int:
                 return fd
         os.close(fd)
     raise OSError(errno.EBUSY, "the lock file is removed again and again", str(path))
+
+
+def _lock_patiently(fd: int) -> None:
+    """Lock it, though somebody may be looking at this moment whether it is held (`is_held`)."""
+    deadline = time.monotonic() + _LOOKED_AT_S
+    while True:
+        try:
+            return _lock_descriptor(fd)
+        except OSError as error:
+            if error.errno not in _HELD or time.monotonic() > deadline:
+                raise
+        time.sleep(0.002)
 
 
 def _lock_descriptor(fd: int) -> None:

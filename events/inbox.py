@@ -37,7 +37,7 @@ def send_command(run_dir: str | os.PathLike[str], command: AnyCommand) -> None:
     if not is_held(run_dir):
         raise RunFolderError(f"no run is under way in {run_dir}, so nobody would take the command {command!r:.80}")
     folder = run_dir / COMMANDS_DIR
-    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+    name = f"{_name_of(time.time_ns())}-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir(exist_ok=True)
         temporary = folder / f".{name}.tmp"
@@ -53,19 +53,23 @@ class Inbox:
     Args:
         run_dir: The run's folder, which the caller holds.
         take: Gets each command, on the inbox's thread; must not raise.
+        since_ns: Unix nanoseconds at which the run began to take its folder: what was left before was meant for an
+            earlier attempt.
     """
 
-    def __init__(self, run_dir: Path, take: Callable[[AnyCommand], None]) -> None:
+    def __init__(self, run_dir: Path, take: Callable[[AnyCommand], None], since_ns: int) -> None:
         self._folder = run_dir / COMMANDS_DIR
         self._take = take
+        self._first_name = _name_of(since_ns)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stagecast-inbox", daemon=True)
 
     def start(self) -> None:
-        """Begin to look. What an earlier attempt has not taken any more was meant for that one, and goes."""
+        """Begin to look. What an earlier attempt has not taken any more goes."""
         for path in self._found():
-            with contextlib.suppress(OSError):
-                path.unlink()
+            if path.name < self._first_name:
+                with contextlib.suppress(OSError):
+                    path.unlink()
         self._thread.start()
 
     def stop(self) -> None:
@@ -95,3 +99,8 @@ class Inbox:
         except OSError:  # nobody has left anything yet, or the disk does not answer
             return []
         return [self._folder / name for name in sorted(names) if name.endswith(".json") and not name.startswith(".")]
+
+
+def _name_of(time_ns: int) -> str:
+    """Sorts by time."""
+    return f"{time_ns:020d}"

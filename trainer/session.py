@@ -90,6 +90,7 @@ class Session:
         self._device = resolve_device(arguments.device)
         precision = Precision(arguments.precision, self._device.type)
         self._run_id = run_id
+        began_ns = time.time_ns()
         self._folder = RunFolder.open(run_dir, run_id) if run_dir is not None else None
         try:
             folder = str(self._folder.path) if self._folder is not None else None
@@ -102,7 +103,7 @@ class Session:
             # The contract has no hook for a test.
             members = [(module, None), *map(split, callbacks)] if task == "train" else []
             hooks = self._add_callbacks(members)
-            self._inbox = Inbox(self._folder.path, control.send) if self._folder is not None else None
+            self._inbox = Inbox(self._folder.path, control.send, began_ns) if self._folder is not None else None
             self._host = self._add_sinks(sinks, attempt, sinks_in)
             interval_s = arguments.system_interval_s
             self._system = SystemSampler(interval_s, self.bus, folder) if interval_s is not None else None

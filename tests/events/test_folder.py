@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from events.errors import RunFolderError, RunFolderHeld, RunFolderMismatch
-from events.folder import RunFolder
+from events.folder import RunFolder, is_held
 from events.journal import Journal
 from events.messages import Event, TrainStepEnded
 from events.sink import RunInfo
@@ -301,3 +302,25 @@ def test_arguments_are_plain_json_for_people(tmp_path: Path) -> None:
         endless = {"interval_s": math.inf, "bounds": [1.0, {"low": -math.inf}]}
         folder.write_arguments(endless)
         assert json.loads((tmp_path / "arguments.json").read_text(), parse_constant=pytest.fail) == endless
+
+
+def test_who_only_looks_keeps_nobody_from_taking_the_folder(tmp_path: Path) -> None:
+    """Watchers look again and again whether a run is under way, and one may begin at that moment."""
+    RunFolder.open(tmp_path / "run", "run").close()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            is_held(tmp_path / "run")
+
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    for looker in lookers:
+        looker.start()
+    try:
+        for _ in range(200):
+            with RunFolder.open(tmp_path / "run", "run"):
+                pass
+    finally:
+        over.set()
+        for looker in lookers:
+            looker.join()

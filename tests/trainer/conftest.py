@@ -218,6 +218,7 @@ class Script:
             [sys.executable, str(path)],
             cwd=folder,
             env=environment,
+            stdin=subprocess.PIPE,  # open until the end: a program may wait for it
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -52,3 +52,18 @@ def test_commands_are_taken_in_order_and_once(kit: Any, tmp_path: Path, backend:
     assert taken[-1].command_id == "c"
     assert "stale" not in {event.command_id for event in taken}
     assert os.listdir(folder) == []
+
+
+def test_a_command_left_while_the_run_is_set_up_is_taken(kit: Any, tmp_path: Path) -> None:
+    """The folder is held from then on, so the sender was told that it is under way."""
+
+    ready = kit.make_trainer(kit.Net(), run_dir=tmp_path / "run", run_id="run", epochs=10**6)
+    build = ready._session
+
+    def built(*args: Any, **options: Any) -> Any:
+        session = build(*args, **options)
+        send_command(tmp_path / "run", Stop(id="early", reason="early"))
+        return session
+
+    ready._session = built
+    assert ready.train().reason == "early"
