@@ -29,8 +29,10 @@ class JournalFeed:
 
     Args:
         since: Events with a greater ``seq`` are delivered.
-        on_delivered: Told the ``seq`` up to which everything was delivered, or was not meant for this observer.
+        on_delivered: Told the ``seq`` up to which everything was delivered, or was not meant for this observer; and how
+            many events were delivered.
         wanted: Decides whether an event counts at all; None: each does.
+        delivered: How many events a feed before this one has delivered, for the counts to go on.
     """
 
     def __init__(
@@ -39,14 +41,13 @@ class JournalFeed:
         delivery: Delivery,
         journal_dir: str | os.PathLike[str],
         since: int,
-        on_delivered: Callable[[int], None],
+        on_delivered: Callable[[int, int], None],
         wanted: Callable[[Event], bool] | None = None,
+        delivered: int = 0,
     ) -> None:
         self.name = name
         self.delivery = delivery
-        self.statistics = Statistics()
-        self.delivered_seq = since
-        """Up to here, everything was delivered, or was not meant for this observer."""
+        self.statistics = Statistics(published=delivered, delivered=delivered)
         self._reader = JournalReader(Path(journal_dir), since)
         self._on_delivered = on_delivered
         self._wanted = wanted
@@ -132,5 +133,4 @@ class JournalFeed:
         return (types is None or type(event) in types) and (self._wanted is None or self._wanted(event))
 
     def _advance(self, seq: int | None = None) -> None:
-        self.delivered_seq = self._reader.cursor if seq is None else seq
-        self._on_delivered(self.delivered_seq)
+        self._on_delivered(self._reader.cursor if seq is None else seq, self.statistics.delivered)

@@ -10,11 +10,13 @@ When the process of the run dies, in whatever way, the host delivers what the jo
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from events.subscription import Subscription
 from events.supervisor import Observer, SinkTarget
 from events.wire import encode_json
 
-CURSORS_DIR = "sinks"
+PLACES_DIR = "sinks"
 """Within a run's folder: how far each sink of a host has come."""
 HEALTH = (ObserverFailed, ObserverRecovered, ObserverSlow)
 """What the host tells the run about its sinks."""
@@ -118,7 +120,18 @@ class Finish(msgspec.Struct, frozen=True):
 
     until: int | None
     """The last ``seq`` to deliver; None for what stands in the journal."""
-    timeout_s: float
+    deadline: float
+    """By `time.monotonic`, which all processes of a machine share: a host may only just have been started."""
+
+    @classmethod
+    def within(cls, until: int | None, timeout_s: float) -> Finish:
+        """In so many seconds from now."""
+        return cls(until, time.monotonic() + timeout_s)
+
+    @property
+    def timeout_s(self) -> float:
+        """What is left."""
+        return max(0.0, self.deadline - time.monotonic())
 
 
 class HealthTold(msgspec.Struct, frozen=True, tag=True):
@@ -133,30 +146,33 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     reports: list[ObserverReport]
 
 
-def cursor_path(run_dir: str | os.PathLike[str], name: str) -> Path:
-    """The file that says how far a sink has come."""
-    return Path(run_dir) / CURSORS_DIR / f"{name}.json"
+class Place(msgspec.Struct, frozen=True):
+    """How far a sink has come, as it stands in a file of the run's folder."""
 
+    seq: int
+    delivered: int = 0
+    """Events that this attempt's hosts have delivered to it."""
 
-def read_cursor(run_dir: str | os.PathLike[str], name: str) -> int | None:
-    """How far a sink has come; None if that is not known."""
-    try:
-        return int(msgspec.json.decode(cursor_path(run_dir, name).read_bytes(), type=dict[str, int])["seq"])
-    except (OSError, ValueError, KeyError, msgspec.DecodeError):
-        return None
+    @staticmethod
+    def path(run_dir: str | os.PathLike[str], name: str) -> Path:
+        """Where it stands."""
+        return Path(run_dir) / PLACES_DIR / f"{name}.json"
 
+    @classmethod
+    def read(cls, run_dir: str | os.PathLike[str], name: str) -> Place | None:
+        """The place of a sink; None if it has none, or it cannot be read."""
+        try:
+            return msgspec.json.decode(cls.path(run_dir, name).read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError):
+            return None
 
-class _Cursor:
-    """Keeps a sink's place in a file; what was delivered after it was written last is delivered again."""
-
-    def __init__(self, run_dir: str, name: str) -> None:
-        self._path = cursor_path(run_dir, name)
-
-    def __call__(self, seq: int) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # a full disk: the place is then an older one
-            temporary.write_bytes(msgspec.json.encode({"seq": seq}))
-            os.replace(temporary, self._path)
+    def write(self, run_dir: str | os.PathLike[str], name: str) -> None:
+        """Keep it. Where the disk refuses, an older one stands there, and what came since is delivered again."""
+        path = self.path(run_dir, name)
+        temporary = path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):
+            temporary.write_bytes(msgspec.json.encode(self))
+            os.replace(temporary, path)
 
 
 class _FeedBus:
@@ -202,11 +218,13 @@ class FeedObservers:
         self._feeds: list[JournalFeed] = []
         self.observers: list[Observer] = []
 
-    def add(self, name: str, sink: Sink, delivery: Delivery, since: int, on_delivered: Callable[[int], None]) -> None:
-        """Add a sink that begins behind ``since``."""
+    def add(
+        self, name: str, sink: Sink, delivery: Delivery, place: Place, on_delivered: Callable[[int, int], None]
+    ) -> None:
+        """Add a sink that goes on from a place."""
         assert self._run.run_dir is not None
         journal_dir = Path(self._run.run_dir) / JOURNAL_DIR
-        feed = JournalFeed(name, delivery, journal_dir, since, on_delivered, self._wanted)
+        feed = JournalFeed(name, delivery, journal_dir, place.seq, on_delivered, self._wanted, place.delivered)
         bus: Any = _FeedBus(self._bus, feed)
         observer = Observer(name, SinkTarget(sink, self._run), delivery, bus, on_fatal=lambda error: None)
         self._feeds.append(feed)
@@ -247,7 +265,7 @@ def main() -> None:
     os.set_blocking(_out, False)
     lines = sys.stdin.buffer
     config = msgspec.json.decode(lines.readline(), type=HostConfig)
-    _wait_for_others(Path(config.run.run_dir or "") / CURSORS_DIR)
+    _wait_for_others(Path(config.run.run_dir or "") / PLACES_DIR)
     anyio.run(_serve, config, lines)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -265,7 +283,7 @@ async def _serve(config: HostConfig, lines: Any) -> None:
 
     def listen() -> None:
         line = lines.readline()
-        how = msgspec.json.decode(line, type=Finish) if line else Finish(None, config.drain_timeout_s)
+        how = msgspec.json.decode(line, type=Finish) if line else Finish.within(None, config.drain_timeout_s)
         bus.post(lambda: end(how))
 
     threading.Thread(target=listen, name="stagecast-host-commands", daemon=True).start()
@@ -291,12 +309,16 @@ def _add_sinks(observers: FeedObservers, config: HostConfig) -> None:
     run_dir = config.run.run_dir
     assert run_dir is not None
     for one in config.sinks:
-        since = read_cursor(run_dir, one.name)
+        place = Place.read(run_dir, one.name) or Place(one.since)
         try:
             sink, delivery = one.build()
         except Exception as error:  # a stranger's module: its name must stand beside whatever it raised
             sink, delivery = _Unbuilt(error), Delivery(on_error="disable")
-        observers.add(one.name, sink, delivery, one.since if since is None else since, _Cursor(run_dir, one.name))
+        observers.add(one.name, sink, delivery, place, functools.partial(_keep, run_dir, one.name))
+
+
+def _keep(run_dir: str, name: str, seq: int, delivered: int) -> None:
+    Place(seq, delivered).write(run_dir, name)
 
 
 def _wait_for_others(folder: Path) -> None:
@@ -315,7 +337,7 @@ async def _watch(config: HostConfig, end: Callable[[Finish], None]) -> None:
     """
     while os.getppid() == config.parent:  # noqa: ASYNC110  # the system tells nobody
         await anyio.sleep(_ALIVE_S)
-    end(Finish(None, config.drain_timeout_s))
+    end(Finish.within(None, config.drain_timeout_s))
 
 
 async def _tell(health: Subscription, told: anyio.Event) -> None:

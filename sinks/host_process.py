@@ -23,16 +23,7 @@ from events.messages import Event, ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
 from events.sink import RunInfo
 from events.wire import decode_json
-from sinks.host import (
-    CURSORS_DIR,
-    Finish,
-    Finished,
-    HealthTold,
-    HostConfig,
-    HostedSink,
-    cursor_path,
-    read_cursor,
-)
+from sinks.host import PLACES_DIR, Finish, Finished, HealthTold, HostConfig, HostedSink, Place
 
 LOG_NAME = "host.log"
 """What sinks print in the host, in the folder of their places."""
@@ -69,7 +60,8 @@ class SinkHost:
     ) -> None:
         assert run.run_dir is not None
         self._config = HostConfig(run, list(sinks), os.getpid(), drain_timeout_s)
-        self._folder = Path(run.run_dir) / CURSORS_DIR
+        self._run_dir = run.run_dir
+        self._folder = Path(run.run_dir) / PLACES_DIR
         self._bus = bus
         self._on_fatal = on_fatal
         self._names = [sink.name for sink in sinks]
@@ -96,17 +88,15 @@ class SinkHost:
 
     def start(self) -> None:
         """Start the process; does not wait for it."""
-        run_dir = self._folder.parent
         for sink in self._config.sinks:
-            # Beyond what the journal had when the run began: a place in one that is not there any more.
-            if (read_cursor(run_dir, sink.name) or 0) > sink.since:
-                with contextlib.suppress(OSError):
-                    cursor_path(run_dir, sink.name).unlink()
+            if (place := Place.read(self._run_dir, sink.name)) is not None:
+                # One beyond what the journal had when the run began is in a journal that is not there any more.
+                Place(min(place.seq, sink.since)).write(self._run_dir, sink.name)
         self._thread.start()
 
     async def finish(self, until: int | None, timeout_s: float) -> list[ObserverReport]:
         """Have everything up to ``until`` delivered, and the sinks closed; kills what has not ended in time."""
-        finish = Finish(until, timeout_s)
+        finish = Finish.within(until, timeout_s)
         with self._lock:
             self._finish = finish
             self._send(finish)
@@ -133,7 +123,14 @@ class SinkHost:
 
     def _left(self, name: str) -> ObserverReport:
         error = self._error or "the sink host was still busy at the end of the drain"
-        return ObserverReport(observer=name, state="stuck", error=f"{error}; what is left stands in the journal")
+        place = Place.read(self._run_dir, name) or Place(0)
+        return ObserverReport(
+            observer=name,
+            state="stuck",
+            published=place.delivered,
+            delivered=place.delivered,
+            error=f"{error}; what is left stands in the journal, and is not counted",
+        )
 
     # --------------------------------------------------------------------------------------- on its own thread
 

@@ -17,7 +17,7 @@ from events.origin import Origin
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink, delivery_of
 from events.subscription import Subscription
-from sinks.host import HEALTH, FeedObservers
+from sinks.host import HEALTH, FeedObservers, Place
 
 _LOOK_S = 0.5
 """How often it is seen whether the run is still under way."""
@@ -55,7 +55,7 @@ async def replay(
     for sink in sinks:
         name = type(sink).__name__.lower()
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
-        observers.add(names[-1], sink, delivery_of(sink), since, lambda seq: None)
+        observers.add(names[-1], sink, delivery_of(sink), Place(since), lambda seq, delivered: None)
     reports: list[ObserverReport] = []
     health = bus.subscribe("health", Delivery(types=frozenset(HEALTH), latency_s=0.05))
     async with anyio.create_task_group() as tasks:

@@ -185,27 +185,23 @@ class Session:
     def _add_sinks(self, sinks: Iterable[SinkLike], run: RunInfo, sinks_in: Place) -> Any:
         """Add the sinks; returns the host of those that run in a process of their own, None if none does."""
         hosted: list[Any] = []
+        host: Any = importlib.import_module("sinks.host")
         for sink in sinks:
             described, delivery = split(sink)
             delivery = delivery or delivery_of(described)
             name = type(described).__name__.lower()
             if (delivery.runs_in or sinks_in) == "thread":
                 observer = self._supervisor.add(name, SinkTarget(described, run), delivery)
-                self._forget_place(observer.name)
+                if run.run_dir is not None:  # it may have been in a host before: from now on that place says nothing
+                    with contextlib.suppress(OSError):
+                        host.Place.path(run.run_dir, observer.name).unlink(missing_ok=True)
             else:
-                host: Any = importlib.import_module("sinks.host")
                 since = self.bus.last_seq
                 hosted.append(host.HostedSink.of(self._supervisor.take_name(name), described, delivery, since))
         if not hosted:
             return None
         process: Any = importlib.import_module("sinks.host_process")
         return process.SinkHost(run, hosted, self.bus, self._arguments.drain_timeout_s, self._on_fatal)
-
-    def _forget_place(self, name: str) -> None:
-        """A sink that runs here now, and may have been in a host before, has no place in the journal any more."""
-        if self._folder is not None:
-            with contextlib.suppress(OSError):
-                (self._folder.path / "sinks" / f"{name}.json").unlink(missing_ok=True)
 
     def _add_checkpoints(self) -> Any:
         """The observers that write checkpoints, and upload them."""

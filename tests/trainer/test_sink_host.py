@@ -181,11 +181,16 @@ def test_a_host_that_is_killed_is_started_again_and_goes_on(kit: Any, sinks: Any
         )
         async with ready.run() as run:
             box.append(run)
+        results.append(await run.result())
 
+    results: list[Any] = []
     anyio.run(main, backend=backend)
     assert {line.seq for line in lines(out)} >= kept_for_sinks(kit, tmp_path)
     assert len({line.pid for line in lines(out)}) == 2
     assert len(lines(out)) - len({line.seq for line in lines(out)}) <= 8
+    (report,) = results[0].observers[-2:-1]
+    assert (report.observer, report.state, report.published) == ("witness", "closed", report.delivered)
+    assert report.delivered == len({line.seq for line in lines(out)})  # of both hosts
     failures = [event for event in kit.read_journal(tmp_path / "run") if isinstance(event, ObserverFailed)]
     assert [(event.observer, event.during, event.action) for event in failures] == [("witness", "host", "retrying")]
     assert "by signal 9" in failures[0].error
