@@ -36,10 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command == "train" and not any(word.startswith("-") for word in rest):
-        options.overrides = [
-            *options.overrides,
-            *rest,
-        ]  # those behind an option, which argparse does not take (up to Python 3.12)
+        options.overrides += rest  # those behind an option, which argparse does not take (up to Python 3.12)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -210,7 +210,10 @@ def _called(factory: _Factory | None, offered: dict[str, Any], kind: str) -> Any
         signature = inspect.signature(factory.function)
     except ValueError:  # it is written in C, and not described
         signature = inspect.signature(lambda **options: None)
-    options |= {name: value for name, value in offered.items() if name in signature.parameters}
+    for name in offered.keys() & signature.parameters.keys():
+        if name in options:
+            raise ArgumentsError(f"{where}: it is given the run's own {name}; leave this option out")
+        options[name] = offered[name]
     try:
         signature.bind_partial(**options)  # first: what is misspelt is also missing
         signature.bind(**options)

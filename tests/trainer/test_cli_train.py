@@ -333,6 +333,14 @@ def test_an_error_of_the_users_own_code_comes_with_its_traceback(folder: Path, f
     assert says in done.stderr
 
 
+def test_a_callback_is_given_the_runs_module_and_no_other(folder: Path) -> None:
+    """An option of that name would be overruled in silence."""
+    text = "module: {factory: 'jobs.line:build', width: 2}\ncallbacks: [{callback: 'jobs.line:Sample', module: 3}]\n"
+    done = run(folder, write(folder, text), "--check")
+    assert done.returncode == 2
+    assert "it is given the run's own module; leave this option out" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- the run
 
 
