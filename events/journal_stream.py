@@ -15,6 +15,7 @@ import anyio.to_thread
 from events.errors import CursorError, WireError
 from events.journal_reader import JournalReader, segment_name, segment_numbers
 from events.messages import Event
+from events.stream import BatchedStream
 from events.wire import decode_json
 
 _POLL_S = 0.05
@@ -22,7 +23,7 @@ _READ_LIMIT = 1_024
 _TAIL_BYTES = 2**13
 
 
-class JournalEventStream:
+class JournalEventStream(BatchedStream):
     """The `events.protocol.EventStream` of a run whose journal somebody else writes. One consumer.
 
     However slow the consumer is, nothing is lost and nothing is kept in memory: the journal is the queue. It is read on
@@ -49,6 +50,7 @@ class JournalEventStream:
         since: int | None,
         types: Iterable[type[Event]] | None,
     ) -> None:
+        super().__init__()
         self._types = frozenset(types) if types is not None else None
         unkept = sorted(one.__name__ for one in self._types or () if not one.journalled)
         if unkept:
@@ -63,7 +65,6 @@ class JournalEventStream:
         self._reading = threading.Lock()
         self._read: deque[Event] = deque()  # filled by a thread, emptied here
         self._limiter = anyio.CapacityLimiter(1)  # our own: the host's may be taken by whatever the host does
-        self._ready: deque[Event] = deque()
         self._ended = False
 
     @property
@@ -71,17 +72,7 @@ class JournalEventStream:
         """``seq`` of the last event that was returned, or passed over because of its type."""
         return self._ready[0].seq - 1 if self._ready else self._cursor
 
-    async def receive(self) -> list[Event]:
-        """Wait for the next batch, at least one event. A call that is cancelled loses nothing.
-
-        Raises:
-            anyio.EndOfStream: the attempt's last event was returned before, or the stream was closed.
-            OSError: the journal exists but cannot be read; it may be called again.
-        """
-        if self._ready:
-            batch = list(self._ready)
-            self._ready.clear()
-            return batch
+    async def _next_batch(self) -> list[Event]:
         while not self._ended:
             over = self._over()  # asked before reading: what is written later must not be missed
             if not self._read:
@@ -96,17 +87,6 @@ class JournalEventStream:
                 await anyio.sleep(_POLL_S)
         self._ended = True
         raise anyio.EndOfStream
-
-    def __aiter__(self) -> JournalEventStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        if not self._ready:
-            try:
-                self._ready.extend(await self.receive())
-            except anyio.EndOfStream:
-                raise StopAsyncIteration from None
-        return self._ready.popleft()
 
     async def aclose(self) -> None:
         """Stop receiving; the rest is let go, and `cursor` stays where it is."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Self
 
 import anyio
 import anyio.to_thread
@@ -23,7 +25,42 @@ _JOURNAL_POLL_S = 0.02
 _READ_LIMIT = 1_024
 
 
-class LocalEventStream:
+class BatchedStream(ABC):
+    """What all `events.protocol.EventStream` have in common: batches, or one event after the other."""
+
+    def __init__(self) -> None:
+        self._ready: deque[Event] = deque()  # of a batch that is handed out one by one
+
+    @abstractmethod
+    async def _next_batch(self) -> list[Event]:
+        """Wait for the next batch, at least one event. Raises `anyio.EndOfStream` where there is none any more."""
+
+    async def receive(self) -> list[Event]:
+        """Wait for the next batch, at least one event. A call that is cancelled loses nothing.
+
+        Raises:
+            anyio.EndOfStream: the last event was returned before, or the stream was closed.
+            Exception: where the events come from cannot be read; it may be called again.
+        """
+        if self._ready:
+            batch = list(self._ready)
+            self._ready.clear()
+            return batch
+        return await self._next_batch()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._ready:
+            try:
+                self._ready.extend(await self.receive())
+            except anyio.EndOfStream:
+                raise StopAsyncIteration from None
+        return self._ready.popleft()
+
+
+class LocalEventStream(BatchedStream):
     """The `events.protocol.EventStream` of a run in this process. Create and use it in the run's event loop.
 
     A consumer that is too slow loses nothing as long as the run has a journal: what its queue dropped is read from
@@ -53,6 +90,7 @@ class LocalEventStream:
         *,
         capacity: int = 16_384,
     ) -> None:
+        super().__init__()
         self._types = frozenset(types) if types is not None else None
         self._cursor = bus.last_seq if since is None else since
         self._reader = JournalReader(journal_dir, since=self._cursor) if journal_dir is not None else None
@@ -60,7 +98,6 @@ class LocalEventStream:
         self._reading = threading.Lock()
         self._read: deque[Event] = deque()  # filled by a thread, emptied here
         self._limiter = anyio.CapacityLimiter(1)  # our own: the host's may be taken by whatever the host does
-        self._ready: deque[Event] = deque()
         self._live: list[Event] = []
         self._bus = bus
         self._subscription: Subscription | None = None
@@ -88,17 +125,7 @@ class LocalEventStream:
             return self._cursor
         return max(self._cursor, self._bus.last_seq)  # none of the events since was meant for this stream
 
-    async def receive(self) -> list[Event]:
-        """Wait for the next batch, at least one event. A call that is cancelled loses nothing.
-
-        Raises:
-            anyio.EndOfStream: the run's last event was returned before, or the stream was closed.
-            OSError: the journal exists but cannot be read; it may be called again.
-        """
-        if self._ready:
-            batch = list(self._ready)
-            self._ready.clear()
-            return batch
+    async def _next_batch(self) -> list[Event]:
         while True:
             batch = await self._catch_up() if self._behind else await self._next_live()
             batch = [event for event in batch if event.seq > self._cursor]
@@ -107,17 +134,6 @@ class LocalEventStream:
                 batch = [event for event in batch if self._wants(event)]
             if batch:
                 return batch
-
-    def __aiter__(self) -> LocalEventStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        if not self._ready:
-            try:
-                self._ready.extend(await self.receive())
-            except anyio.EndOfStream:
-                raise StopAsyncIteration from None
-        return self._ready.popleft()
 
     async def aclose(self) -> None:
         """Stop receiving; the rest is let go, and `cursor` stays where it is."""

@@ -26,6 +26,7 @@ from events.log import logger
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run import Run
+from events.stream import BatchedStream
 from events.wakeup import Wakeup
 from events.wire import encode_command_json
 from trainer.connected_result import LOOK_BACK, UNDER_WAY, ResultBuilder, Snapshot
@@ -310,36 +311,27 @@ class NetworkConnection:
                 return
 
 
-class NetworkEventStream:
+class NetworkEventStream(BatchedStream):
     """The `events.protocol.EventStream` of a run that is watched over the network.
 
-    However slow the consumer is, nothing is lost and little is kept in memory: the journal is the queue.
+    However slow the consumer is, nothing is lost and little is kept in memory: the journal is the queue. Receiving
+    raises `ConnectError` where the server does not give the events, or a command did not get through.
     """
 
     def __init__(
         self, connection: NetworkConnection, follower: JournalFollower, types: frozenset[type[Event]] | None
     ) -> None:
+        super().__init__()
         self._connection = connection
         self._follower = follower
         self._types = types
-        self._ready: deque[Event] = deque()
 
     @property
     def cursor(self) -> int:
         """``seq`` of the last event that was returned, or passed over because of its type."""
         return self._ready[0].seq - 1 if self._ready else self._follower.cursor
 
-    async def receive(self) -> list[Event]:
-        """Wait for the next batch, at least one event. A call that is cancelled loses nothing.
-
-        Raises:
-            anyio.EndOfStream: the run's last event was returned before, or the stream was closed.
-            ConnectError: the server does not give them, or a command did not get through; it may be called again.
-        """
-        if self._ready:
-            batch = list(self._ready)
-            self._ready.clear()
-            return batch
+    async def _next_batch(self) -> list[Event]:
         while True:
             if self._follower.ended:
                 raise anyio.EndOfStream
@@ -349,17 +341,6 @@ class NetworkEventStream:
                 batch = [event for event in batch if type(event) in self._types]
             if batch:
                 return batch
-
-    def __aiter__(self) -> NetworkEventStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        if not self._ready:
-            try:
-                self._ready.extend(await self.receive())
-            except anyio.EndOfStream:
-                raise StopAsyncIteration from None
-        return self._ready.popleft()
 
     async def aclose(self) -> None:
         """Stop receiving; the rest is let go."""
