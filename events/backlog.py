@@ -57,6 +57,12 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._kept) + len(self._items)
 
+    @property
+    def oldest(self) -> Event | None:
+        """The event that has waited longest; None if none waits."""
+        queue = self._kept or self._items
+        return queue[0][0] if queue else None
+
     def extend(self, items: Iterable[Item]) -> None:
         """Append at the young end."""
         for item in items:

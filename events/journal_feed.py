@@ -98,6 +98,11 @@ class JournalFeed:
         elif delivered:
             self._advance(batch[delivered - 1].seq)
 
+    @property
+    def oldest(self) -> Event | None:
+        """The event that has waited longest of those read; None if none waits."""
+        return self._in_hand[0] if self._in_hand else None
+
     def finish(self) -> None:
         """The run writes no more: the receiver gets what there is, up to `stop_at`, then the end of the stream."""
         self._finishing.set()

@@ -370,6 +370,29 @@ class ObserverSlow(Event, frozen=True, gc=False, tag=True):
     running_s: float
 
 
+class ObserverHealth(msgspec.Struct, frozen=True, gc=False):
+    """How one observer is doing. Counts are since the attempt began."""
+
+    observer: str
+    state: Literal["ok", "failing", "disabled"] = "ok"
+    queued: int = 0
+    """Events that wait for it, with those in the delivery under way."""
+    lag_s: float | None = None
+    """How long ago the oldest of them happened; None if none waits."""
+    delivered: int = 0
+    dropped: int = 0
+    conflated: int = 0
+
+
+class ObserversReported(Event, frozen=True, gc=False, tag=True):
+    """How the observers are doing: those of the run's process, or those of its sink host. Comes with the ledger's
+    intervals."""
+
+    observers: list[ObserverHealth]
+
+    droppable: ClassVar[bool] = True
+
+
 class LoopHeld(Event, frozen=True, gc=False, tag=True):
     """The training loop is waiting, or has waited, for something that must not be missed."""
 
@@ -576,6 +599,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     ObserverRecovered,
     ObserverDropped,
     ObserverSlow,
+    ObserversReported,
     LoopHeld,
     JournalGap,
     CheckpointStaged,

@@ -10,6 +10,7 @@ import msgspec
 from anyio.streams.memory import MemoryObjectSendStream
 
 from events.backlog import Backlog, Item, Published
+from events.messages import Event
 from events.sink import Delivery
 from events.spill import Spill
 
@@ -133,6 +134,11 @@ class Subscription:
         """Whether the receiver has been handed everything there is."""
         handed = self._in_hand or not self._in_flight
         return handed and not len(self._backlog) and not (self._spill is not None and self._spill.count)
+
+    @property
+    def oldest(self) -> Event | None:
+        """The event that has waited longest; None if none waits."""
+        return self._in_flight[0][0] if self._in_flight else self._backlog.oldest
 
     @property
     def queued_bytes(self) -> int:

@@ -22,7 +22,14 @@ from events.backlog import Published
 from events.bus import Bus
 from events.errors import SinkMisconfigured
 from events.log import logger
-from events.messages import Event, ObserverFailed, ObserverRecovered, ObserverSlow
+from events.messages import (
+    Event,
+    ObserverFailed,
+    ObserverHealth,
+    ObserverRecovered,
+    ObserverSlow,
+    ObserversReported,
+)
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink, SinkWriter
 from events.subscription import Subscription
@@ -320,6 +327,19 @@ class Observer:
         """Wait until it is closed."""
         await self._finished.wait()
 
+    def health(self) -> ObserverHealth:
+        """How it is doing now."""
+        statistics, oldest = self.subscription.statistics, self.subscription.oldest
+        return ObserverHealth(
+            self.name,
+            "ok" if self.circuit == "closed" else "disabled" if self.circuit == "disabled" else "failing",
+            statistics.queued,
+            None if oldest is None else max(0.0, time.time() - oldest.time),
+            statistics.delivered,
+            statistics.dropped,
+            statistics.conflated,
+        )
+
     def report(self) -> ObserverReport:
         """What became of its events; then lets go of those that are left."""
         statistics = self.subscription.statistics
@@ -412,6 +432,13 @@ class Supervisor:
         self._limit_s = timeout_s
         if self._draining is not None:
             self._draining.deadline = min(self._draining.deadline, anyio.current_time() + timeout_s)
+
+
+async def report_observers(observers: Sequence[Observer], bus: Bus, interval_s: float) -> None:
+    """Publish how they are doing, again and again; until it is cancelled."""
+    while observers:
+        await anyio.sleep(min(interval_s, 1e9))  # infinity: never
+        bus.publish(ObserversReported(*bus.origin.header(), [observer.health() for observer in observers]))
 
 
 def describe(error: BaseException) -> str:

@@ -28,17 +28,17 @@ from events.bus import Bus
 from events.errors import SinkMisconfigured
 from events.journal_feed import JournalFeed
 from events.journal_reader import JOURNAL_DIR
-from events.messages import EVENT_TYPES, Event, ObserverFailed, ObserverRecovered, ObserverSlow
+from events.messages import EVENT_TYPES, Event, ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported
 from events.origin import Origin
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink
 from events.subscription import Subscription
-from events.supervisor import Observer, SinkTarget
+from events.supervisor import Observer, SinkTarget, report_observers
 from events.wire import encode_json
 
 PLACES_DIR = "sinks"
 """Within a run's folder: how far each sink of a host has come."""
-HEALTH = (ObserverFailed, ObserverRecovered, ObserverSlow)
+HEALTH = (ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported)
 """What the host tells the run about its sinks."""
 _out = 1
 """Where messages to the run go."""
@@ -113,6 +113,8 @@ class HostConfig(msgspec.Struct, frozen=True):
     """Process id of the run."""
     drain_timeout_s: float
     """How long delivering the rest may take when the process of the run has died."""
+    report_s: float
+    """How often the run is told how the sinks are doing."""
 
 
 class Finish(msgspec.Struct, frozen=True):
@@ -296,6 +298,7 @@ async def _serve(config: HostConfig, lines: Any) -> None:
         _add_sinks(observers, config)
         for observer in observers.observers:
             tasks.start_soon(observer.run)
+        tasks.start_soon(report_observers, observers.observers, bus, config.report_s)
         await over.wait()
         reports = await observers.drain(finish[0].until, finish[0].timeout_s)
         await bus.drain()

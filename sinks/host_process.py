@@ -47,6 +47,8 @@ class SinkHost:
 
     Args:
         bus: The run's, for what is told about the sinks.
+        drain_timeout_s: How long delivering the rest may take when this process has died.
+        report_s: How often it is told how the sinks are doing.
         on_fatal: Told when a sink with the policy ``fatal`` has failed.
     """
 
@@ -56,10 +58,11 @@ class SinkHost:
         sinks: Sequence[HostedSink],
         bus: Bus,
         drain_timeout_s: float,
+        report_s: float,
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         assert run.run_dir is not None
-        self._config = HostConfig(run, list(sinks), os.getpid(), drain_timeout_s)
+        self._config = HostConfig(run, list(sinks), os.getpid(), drain_timeout_s, min(report_s, 1e9))
         self._run_dir = run.run_dir
         self._folder = Path(run.run_dir) / PLACES_DIR
         self._bus = bus

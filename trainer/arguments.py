@@ -128,7 +128,11 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
     ] = "skip"
     ledger_interval_s: Annotated[
         float,
-        Meta(gt=0, description="How often the stall ledger is published, in seconds; infinity only at the end."),
+        Meta(
+            gt=0,
+            description="How often the stall ledger, and how observers are doing, is published, in seconds; "
+            "infinity: the ledger only at the end.",
+        ),
     ] = 10.0
     system_interval_s: Annotated[
         Annotated[float, Meta(ge=0.1)] | None,

@@ -26,7 +26,7 @@ from events.messages import CheckpointFailed, CheckpointStaged, NonFiniteLoss, T
 from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
 from events.sink import Delivery, Place, RunInfo, Sink, delivery_of
-from events.supervisor import Observer, SinkTarget, Supervisor, describe
+from events.supervisor import Observer, SinkTarget, Supervisor, describe, report_observers
 from trainer.arguments import TrainerArguments
 from trainer.cancellation import outliving
 from trainer.control import Control
@@ -201,7 +201,8 @@ class Session:
         if not hosted:
             return None
         process: Any = importlib.import_module("sinks.host_process")
-        return process.SinkHost(run, hosted, self.bus, self._arguments.drain_timeout_s, self._on_fatal)
+        times_s = self._arguments.drain_timeout_s, self._arguments.ledger_interval_s
+        return process.SinkHost(run, hosted, self.bus, *times_s, self._on_fatal)
 
     def _add_checkpoints(self) -> Any:
         """The observers that write checkpoints, and upload them."""
@@ -311,6 +312,7 @@ class Session:
                         self._inbox.start()
                     if self._system is not None:
                         tasks.start_soon(outliving, self._system.run, name="stagecast system")
+                    tasks.start_soon(outliving, self._report_observers, name="stagecast health")
                     await self._wait_for_loop()
                     if self._system is not None:
                         await self._system.stop()
@@ -330,6 +332,9 @@ class Session:
                 self._close_folder()
                 self.finished.set()
                 current_origin.reset(token)
+
+    async def _report_observers(self) -> None:
+        await report_observers(self._supervisor.observers, self.bus, self._arguments.ledger_interval_s)
 
     async def _wait_for_loop(self) -> None:
         """Wait for the loop's end; once the run is cancelled, no longer than the grace period."""

@@ -25,6 +25,7 @@ from events.messages import (
     ObserverDropped,
     ObserverFailed,
     ObserverRecovered,
+    ObserversReported,
     RunEnded,
     RunResumed,
     RunStarted,
@@ -180,6 +181,7 @@ class RunView(msgspec.Struct, dict=True):
             ObserverFailed: self._observer_failed,
             ObserverRecovered: self._observer_recovered,
             ObserverDropped: self._observer_dropped,
+            ObserversReported: self._observers_reported,
             HistogramLogged: self._histogram,
             ImageLogged: self._image,
             TextLogged: self._text,
@@ -352,6 +354,12 @@ class RunView(msgspec.Struct, dict=True):
         one.dropped, one.conflated = one.dropped + e.dropped, one.conflated + e.conflated
 
     # ----------------------------------------------------------------------------------------------- media
+
+    def _observers_reported(self, e: ObserversReported, changes: Changes) -> None:
+        for health in e.observers:
+            one = self._observer(health.observer, changes)
+            one.state, one.queued, one.lag_s = health.state, health.queued, health.lag_s
+            one.dropped, one.conflated = health.dropped, health.conflated
 
     def _histogram(self, e: HistogramLogged, changes: Changes) -> None:
         name = metric_name(e.name, e.key)

@@ -24,6 +24,7 @@ from events.messages import (
     LedgerReported,
     MetricsLogged,
     ObserverFailed,
+    ObserverHealth,
     RunStarted,
     StallLedger,
     TrainStepEnded,
@@ -425,6 +426,7 @@ def fields_in_repr(line: str) -> dict[str, Any]:
         "inf": math.inf,
         "StallLedger": StallLedger,
         "GpuSample": GpuSample,
+        "ObserverHealth": ObserverHealth,
         "__builtins__": {},
         **{event_type.__name__: dict for event_type in EVENT_TYPES},
     }

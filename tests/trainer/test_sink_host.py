@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 import pytest
 
 from events.errors import SinkHostFailed
-from events.messages import ObserverFailed, ObserverRecovered, ValStepEnded
+from events.messages import ObserverFailed, ObserverHealth, ObserverRecovered, ObserversReported, ValStepEnded
 from events.sink import Delivery
 from sinks import host_process
 from trainer.errors import ArgumentsError
@@ -350,3 +351,42 @@ def test_a_strangers_module_in_the_working_directory_is_not_taken_for_ours(
     out = tmp_path / "out"
     run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out)))
     assert [line.seq for line in lines(out)] == [event.seq for event in kit.read_journal(tmp_path / "run")]
+
+
+def test_the_run_tells_how_its_observers_are_doing_here_and_there(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """With what waits for one that does not come to its end, and how long."""
+    told: dict[str, ObserverHealth] = {}
+
+    class Waits(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if global_step == 2:
+                until(self.is_told, "nothing was told")
+            return super().train_step(global_step, batch, device)
+
+        def is_told(self) -> bool:
+            for event in memory.of(ObserversReported):
+                told.update({health.observer: health for health in event.observers})
+            return "hung" in told and told["hung"].queued > 0 and "witness" in told and told["witness"].delivered > 0
+
+    class Hung:
+        def __init__(self) -> None:
+            self.over = threading.Event()
+
+        def open(self, run: Any) -> Any:
+            return self
+
+        def write(self, events: Any) -> None:
+            self.over.wait(30.0)
+
+        def close(self) -> None:
+            pass
+
+    memory, hung = kit.Memory(), Hung()
+    here = (hung, Delivery(runs_in="thread", latency_s=0.01))
+    options = {"ledger_interval_s": 0.05, "drain_timeout_s": 0.2}
+    run_dir_of(kit, tmp_path, Waits(), sinks.Witness(str(tmp_path / "out")), memory, here, **options)
+    hung.over.set()
+    assert told["hung"].lag_s is not None
+    assert told["hung"].lag_s > 0
+    assert (told["witness"].state, told["journal"].state) == ("ok", "ok")
+    assert told["journal"].delivered > 0
