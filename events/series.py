@@ -158,15 +158,6 @@ class SeriesStore(msgspec.Struct):
             else:
                 series.extend(*column, most)
 
-    def encode(self) -> bytes:
-        """For a file from which `decode` brings it back."""
-        return msgspec.msgpack.encode(self)
-
-    @classmethod
-    def decode(cls, data: bytes) -> SeriesStore:
-        """Raises `msgspec.DecodeError` for what is none of this version."""
-        return msgspec.msgpack.decode(data, type=cls)
-
 
 def _add_steps(steps: list[TrainStepEnded], columns: dict[str, _Column]) -> None:
     """Add what `points_of` says of each step, but column by column: most of a long journal is steps alike."""

@@ -68,7 +68,7 @@ class CSVWriter:
             file.cut(end.size)
             if not end.size:
                 file.append(_HEADER)
-        except BaseException:
+        except BaseException:  # goes on as itself, without the open file
             file.close()
             raise
         self._last = end.last

@@ -49,7 +49,7 @@ class AppendedFile:
         self._cut_to: int | None = None  # where a block that could not be written whole begins
         try:
             self._lock()
-        except BaseException:
+        except BaseException:  # goes on as itself, without the open file
             self._file.close()
             raise
 

@@ -81,7 +81,7 @@ class JSONLWriter:
             end = find_end(file.path, lambda lines: _rows(lines, run_id))
             _check_rest(file.path, end.size)
             file.cut(end.size)
-        except BaseException:
+        except BaseException:  # goes on as itself, without the open file
             file.close()
             raise
         self._last = end.last

@@ -106,7 +106,7 @@ class TensorBoardWriter:
         self._file = AppendedFile(_new_file(folder))
         try:
             self._append([self._client.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()])
-        except BaseException:
+        except BaseException:  # goes on as itself, without the open file
             self._file.close()
             raise
 

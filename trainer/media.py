@@ -123,7 +123,7 @@ class Image:
         if picture is None:
             assert self._pixels is not None
             if self._copied is not None:
-                self._copied.synchronize()
+                self._copied.synchronize()  # WAIT: for the device, on the media thread
             picture = _picture_of(self._pixels)
         elif picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
             picture = picture.convert("RGB")
@@ -188,7 +188,7 @@ def _copied_pixels(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _picture_of(pixels: torch.Tensor) -> Any:
-    pixels = pixels.cpu()
+    pixels = pixels.cpu()  # on the media thread; the copy has been waited for
     if pixels.ndim == 2:
         pixels = pixels.unsqueeze(0)
     if pixels.dtype is not torch.uint8:

@@ -187,7 +187,7 @@ class DeviceReadback:
 
 
 def _put(places: list[_Place], stacked: torch.Tensor) -> None:
-    """Numbers, or, where each tensor has several elements, lists of them."""
+    """Numbers, or, where each tensor has several elements, lists of them. In the event loop's thread."""
     if stacked.numel() == len(places):
         numbers: list[Any] = [float(number) for number in stacked.flatten().tolist()]
     else:

@@ -57,9 +57,9 @@ class Trainer:
         sinks: Observers of the events. None: the console in `train` and `test`, nothing in `run`. Pair one with a
             `Delivery` to choose how events are delivered to it.
         sinks_in: Where sinks run whose delivery does not say (``runs_in``). ``"thread"``: each on a thread of this
-            process. ``"process"``: all in one process of their own, which reads the journal: however busy they are, the
-            loop does not feel it, and should that process die, another goes on where it was. What they print is in the
-            run's folder, in ``sinks/host.log``.
+            process. ``"process"``: all in one process of their own, which reads the journal: what they compute never
+            holds the loop's interpreter, and should that process die, another goes on where it was. What they print is
+            in the run's folder, in ``sinks/host.log``.
         journal: Whether and how the run keeps its events on disk; on by default.
         run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, the run is taken up
             again.

@@ -85,7 +85,7 @@ class Live(msgspec.Struct, frozen=True):
             hub.view.run.run_id = run.run_id
             options: dict[str, Any] = {"token": self._token, "commands": self.commands, "origins": self.origins}
             return LiveWriter(hub, Server(OneRun(hub), listening, self.host, **options))
-        except BaseException:
+        except BaseException:  # goes on as itself, without the port
             listening.close()
             raise
 

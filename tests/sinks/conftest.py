@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+import resource
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +189,49 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         return subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=environment, timeout=50)
 
     return run
+
+
+@contextlib.contextmanager
+def _full_at(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def full_at() -> Any:
+    """Within it no file of this process may become larger: the disk takes a part of a write, then none."""
+    return _full_at
+
+
+@pytest.fixture
+def one_weight() -> type[Any]:
+    """A module of one weight and four rows, to derive from. Here, because most sinks are tested without torch."""
+    import torch
+
+    from trainer import ModuleInterface
+
+    class OneWeight(ModuleInterface):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return [torch.optim.SGD(self.parameters(), lr=0.1)], []
+
+        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+            return [torch.ones(batch_size)] * 4
+
+        def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+            return [torch.ones(batch_size)]
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return ((self.weight * batch - 2) ** 2).mean()
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return ((self.weight * batch - 2) ** 2).mean()
+
+    return OneWeight

@@ -5,14 +5,10 @@ from __future__ import annotations
 import csv
 import errno
 import math
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from events.errors import SinkMisconfigured
 from events.messages import Event, MetricsLogged, RunStarted, TextLogged, TrainStepEnded, UnknownEvent, ValEpochEnded
@@ -20,7 +16,7 @@ from events.metrics import METRIC_TYPES, metrics_of
 from events.sink import RunInfo, delivery_of
 from sinks import CSV, Memory
 from sinks.csv import COLUMNS
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from trainer import Trainer, TrainerArguments
 
 NAMES = ["a/b c", 'say "x"', "one,two", "two\nlines", "carriage\rreturn", "größe 📈", "n" * 3_000, "", " "]
 
@@ -57,17 +53,6 @@ def told(path: Path) -> list[tuple[Any, ...]]:
     ]
 
 
-@contextmanager
-def full_at(size: int) -> Iterator[None]:
-    """No file of this process may become larger: the disk takes a part of a write, then none."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def write_all(path: Path, events: list[Event], **run: Any) -> None:
     writer = CSV(path=str(path)).open(RunInfo("demo", **run))
     writer.write(events)
@@ -77,7 +62,7 @@ def write_all(path: Path, events: list[Event], **run: Any) -> None:
 # ------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(story: Any, tmp_path: Path) -> None:
+def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(story: Any, tmp_path: Path, full_at: Any) -> None:
     """The batch comes again when there is room, whole and once."""
     path = tmp_path / "metrics.csv"
     writer = CSV(path=str(path)).open(RunInfo("demo"))
@@ -262,32 +247,14 @@ def test_runs_one_after_the_other_may_share_a_table(story: Any, tmp_path: Path) 
 # --------------------------------------------------------------------------------------------------- with a run
 
 
-class Net(ModuleInterface):
-    """One weight, four rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
-
-    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-        return [torch.ones(batch_size)] * 4
-
-    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
-        return [torch.ones(batch_size)]
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        self.log("twice", 2.0 * global_step)
-        return ((self.weight * batch - 2) ** 2).mean()
-
-    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        return ((self.weight * batch - 2) ** 2).mean()
-
-
-def test_a_run_that_is_taken_up_again_has_one_table(tmp_path: Path) -> None:
+def test_a_run_that_is_taken_up_again_has_one_table(tmp_path: Path, one_weight: Any) -> None:
     """Every number of both attempts, once, in the run's folder."""
+
+    class Net(one_weight):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.log("twice", 2.0 * global_step)
+            return super().train_step(global_step, batch, device)
+
     memory = Memory()
     for epochs in (2, 3):
         arguments = TrainerArguments(epochs=epochs, train_batch_size=2, device="cpu")

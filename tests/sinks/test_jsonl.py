@@ -5,18 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import math
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import torch
 
 import sinks
 from events.errors import SinkMisconfigured
@@ -25,7 +21,7 @@ from events.messages import Event, MetricsLogged, RunResumed, TrainEpochEnded, U
 from events.sink import RunInfo, delivery_of
 from events.wire import decode_json, encode_json
 from sinks import JSONL, Memory
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from trainer import Trainer, TrainerArguments
 
 ROOT = Path(sinks.__file__).parent.parent
 
@@ -47,17 +43,6 @@ def lines(events: list[Event]) -> bytes:
     return b"".join(encode_json(event) + b"\n" for event in events)
 
 
-@contextmanager
-def full_at(size: int) -> Iterator[None]:
-    """No file of this process may become larger: the disk takes a part of a write, then none."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def write_all(path: Path, events: list[Event], **run: Any) -> None:
     writer = JSONL(path=str(path)).open(RunInfo("demo", **run))
     writer.write(events)
@@ -67,7 +52,7 @@ def write_all(path: Path, events: list[Event], **run: Any) -> None:
 # ------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(story: Any, tmp_path: Path) -> None:
+def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(story: Any, tmp_path: Path, full_at: Any) -> None:
     """The batch comes again when there is room, whole and once."""
     path = tmp_path / "events.jsonl"
     writer = JSONL(path=str(path)).open(RunInfo("demo"))
@@ -84,7 +69,7 @@ def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(story: Any, tmp_path
     assert path.read_bytes() == lines([*first, *second])
 
 
-def test_closing_after_a_failure_lets_the_file_go(story: Any, tmp_path: Path) -> None:
+def test_closing_after_a_failure_lets_the_file_go(story: Any, tmp_path: Path, full_at: Any) -> None:
     """What was written stays, and the next run can have it."""
     path = tmp_path / "events.jsonl"
     writer = JSONL(path=str(path)).open(RunInfo("demo"))
@@ -277,32 +262,15 @@ def test_a_large_file_is_continued_behind_other_runs(story: Any, tmp_path: Path)
 # --------------------------------------------------------------------------------------------------- with a run
 
 
-class Net(ModuleInterface):
-    """One weight, four rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
-
-    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-        return [torch.ones(batch_size)] * 4
-
-    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
-        return [torch.ones(batch_size)]
-
-    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        return (self.weight * batch).mean()
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        return ((self.weight * batch - 2) ** 2).mean() if global_step != 3 else (self.weight * math.nan).mean()
-
-
 @pytest.mark.parametrize("place", ["thread", "process"])
-def test_the_file_has_what_the_journal_has(place: Any, tmp_path: Path) -> None:
+def test_the_file_has_what_the_journal_has(place: Any, tmp_path: Path, one_weight: Any) -> None:
     """Over two attempts, byte for byte, on a thread and in a sink host."""
+
+    class Net(one_weight):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss = super().train_step(global_step, batch, device)
+            return loss if global_step != 3 else loss * math.nan
+
     for epochs in (2, 3):
         arguments = TrainerArguments(epochs=epochs, train_batch_size=2, device="cpu")
         own: Any = {"run_dir": tmp_path / "run", "run_id": "run", "resume": "auto", "sinks_in": place}
@@ -316,10 +284,10 @@ def test_the_file_has_what_the_journal_has(place: Any, tmp_path: Path) -> None:
     assert found.count(b'"nonfinite"') > 1
 
 
-def test_what_a_run_kept_in_memory_is_in_the_file(tmp_path: Path) -> None:
+def test_what_a_run_kept_in_memory_is_in_the_file(tmp_path: Path, one_weight: Any) -> None:
     """A run that keeps no journal, with a path."""
     memory = Memory()
     sink = JSONL(path=str(tmp_path / "deep/er/events.jsonl"))
     arguments = TrainerArguments(train_batch_size=2, device="cpu")
-    Trainer(Net(), arguments, sinks=[sink, memory], journal=False, checkpoints=False).train()
+    Trainer(one_weight(), arguments, sinks=[sink, memory], journal=False, checkpoints=False).train()
     assert (tmp_path / "deep/er/events.jsonl").read_bytes() == lines(memory.events)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -45,7 +44,7 @@ from events.sink import RunInfo
 from sinks import Memory, TensorBoard
 from sinks.files import event_records
 from sinks.tensorboard import TensorBoardWriter
-from trainer import Histogram, Image, ModuleInterface, Trainer, TrainerArguments
+from trainer import Histogram, Image, Trainer, TrainerArguments
 
 
 class WithMore(TensorBoard, frozen=True):
@@ -55,17 +54,6 @@ class WithMore(TensorBoard, frozen=True):
         writer = super().open(run)
         writer.summary_writer.add_pr_curve("curve", np.array([0, 1, 1]), np.array([0.1, 0.6, 0.9]), 3, walltime=5.0)
         return writer
-
-
-@contextmanager
-def full_at(size: int) -> Iterator[None]:
-    """No file of this process may become larger: the disk takes a part of a write, then none."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -127,7 +115,9 @@ def test_a_run_without_a_folder_needs_one() -> None:
         TensorBoard(dir=3)  # type: ignore[arg-type]
 
 
-def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(opened: Any, story: Any, tmp_path: Path) -> None:
+def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(
+    opened: Any, story: Any, tmp_path: Path, full_at: Any
+) -> None:
     """A part of a record would hide all that comes behind it. The batch comes again, whole and once."""
     writer = opened()
     first, second = story.steps(50), story.steps(50)
@@ -384,33 +374,6 @@ assert importlib.util.find_spec("torch")
 # --------------------------------------------------------------------------------------------------- with a run
 
 
-class Net(ModuleInterface):
-    """One weight, four rows, and something of each kind to show."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
-
-    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-        return [torch.ones(batch_size)] * 4
-
-    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
-        return [torch.ones(batch_size)]
-
-    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        return ((self.weight * batch - 2) ** 2).mean()
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        if global_step == 2:
-            self.log("weights", Histogram(self.weight))
-            self.log("picture", Image(torch.rand(3, 4, 5)))
-            self.log("note", "hello")
-        return ((self.weight * batch - 2) ** 2).mean()
-
-
 def asked(url: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -438,8 +401,17 @@ def server(folder: Path) -> Iterator[str]:
             process.terminate()
 
 
-def test_a_run_that_is_taken_up_again_is_one_run_in_tensorboard(tmp_path: Path) -> None:
+def test_a_run_that_is_taken_up_again_is_one_run_in_tensorboard(tmp_path: Path, one_weight: Any) -> None:
     """Its numbers, media and arguments, as the server shows them, and the same as in the events."""
+
+    class Net(one_weight):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if global_step == 2:
+                self.log("weights", Histogram(self.weight))
+                self.log("picture", Image(torch.rand(3, 4, 5)))
+                self.log("note", "hello")
+            return super().train_step(global_step, batch, device)
+
     memory = Memory()
     for epochs in (2, 3):
         arguments = TrainerArguments(epochs=epochs, train_batch_size=2, device="cpu", compile_options={"mode": "x"})

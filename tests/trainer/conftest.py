@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ import msgspec
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer
 from events.journal_reader import JournalReader
@@ -207,6 +210,48 @@ def read_journal(run_dir: str | os.PathLike[str]) -> list[Event]:
     return events
 
 
+READS = {
+    *("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__"),
+    *("__repr__", "__str__", "__format__", "__contains__", "__iter__", "is_nonzero", "equal", "allclose", "nonzero"),
+}
+aten = torch.ops.aten
+OPERATORS = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
+
+
+class Calls(TorchFunctionMode):
+    """What this thread calls from Python that gives a number to the host."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS:
+            self.found.append(f"Tensor.{name}")
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """The operators underneath that give a number to the host."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in OPERATORS:
+            self.found.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def watching_reads(found: list[str]) -> Iterator[None]:
+    """Notes all that this thread reads from tensors: from Python, then underneath."""
+    with Operators(found), Calls(found):
+        yield
+
+
 class Script:
     """A Python program in a process of its own, which reports to us line by line."""
 
@@ -256,6 +301,7 @@ def kit() -> Any:
         train=train,
         wait_until_failed=wait_until_failed,
         wait_until_in=wait_until_in,
+        watching_reads=watching_reads,
         trainer_threads=trainer_threads,
         join_threads=join_threads,
         read_journal=read_journal,

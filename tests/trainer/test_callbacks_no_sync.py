@@ -9,46 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.boundary
 from events.messages import HistogramLogged, MetricsLogged, TrainStepEnded
 from trainer import CallbackInterface, inline
 from trainer.callbacks import EMA, EarlyStopping, LearningRateMonitor, ModelStatistics
-
-READS = {
-    *("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__"),
-    *("__repr__", "__str__", "__format__", "__contains__", "__iter__", "is_nonzero", "equal", "allclose", "nonzero"),
-}
-aten = torch.ops.aten
-OPERATORS = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
-
-
-class Calls(TorchFunctionMode):
-    """What this thread calls from Python that gives a number to the host."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in READS:
-            self.found.append(f"Tensor.{func.__name__}")
-        return func(*args, **(kwargs or {}))
-
-
-class Operators(TorchDispatchMode):
-    """The operators underneath that give a number to the host."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in OPERATORS:
-            self.found.append(str(func.overloadpacket))
-        return func(*args, **(kwargs or {}))
 
 
 def mixed_net(kit: Any) -> Any:
@@ -83,7 +48,7 @@ def callbacks_of(net: Any) -> list[CallbackInterface]:
 
 def reads_of(kit: Any, net: Any, callbacks: list[CallbackInterface], **options: Any) -> tuple[list[str], Any]:
     found: list[str] = []
-    with Operators(found), Calls(found):
+    with kit.watching_reads(found):
         outcome = kit.train(net, callbacks=callbacks, epochs=2, seed=0, **options)
     assert outcome.result.global_step == 8
     return found, outcome

@@ -12,46 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from events.messages import Event, MetricsLogged, TrainStepEnded, ValEpochEnded
 from events.sink import Delivery
 from trainer import Histogram, inline
-
-READS = {
-    *("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__"),
-    *("__repr__", "__str__", "__format__", "__contains__", "__iter__", "is_nonzero", "equal", "allclose", "nonzero"),
-}
-aten = torch.ops.aten
-OPERATORS = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
-
-
-class Calls(TorchFunctionMode):
-    """What this thread calls from Python that gives a number to the host."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in READS:
-            self.found.append(f"Tensor.{name}")
-        return func(*args, **(kwargs or {}))
-
-
-class Operators(TorchDispatchMode):
-    """The operators underneath that give a number to the host."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in OPERATORS:
-            self.found.append(str(func.overloadpacket))
-        return func(*args, **(kwargs or {}))
 
 
 class Watching:
@@ -74,7 +38,7 @@ class Watching:
 def reads_of(kit: Any, net: Any, **options: Any) -> tuple[list[str], Any]:
     """What a run reads on the loop's thread, which is this one; from Python, then underneath."""
     found: list[str] = []
-    with Operators(found), Calls(found):
+    with kit.watching_reads(found):
         outcome = kit.train(net, **({"seed": 0, "epochs": 2} | options))
     assert outcome.result.status == "finished"
     return found, outcome
