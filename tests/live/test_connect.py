@@ -106,6 +106,8 @@ class Proxy:
         self.lengths: Iterator[int] | None = None
         """After how many bytes to the client each connection is cut; None: never."""
         self.dead = False
+        self.refused = threading.Event()
+        """Set when somebody has called while it was dead."""
         self.connections = 0
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -122,6 +124,7 @@ class Proxy:
             self.connections += 1
             if self.dead:
                 client.close()
+                self.refused.set()
                 continue
             server = socket.create_connection(("127.0.0.1", self.port))
             with self._lock:
@@ -430,7 +433,7 @@ async def test_streams_that_are_left_open_are_let_go(told: Any, server: Server) 
             kept = run.events(since=0)
             await kept.receive()
             tasks.start_soon(wait, run.events(since=0))
-            await anyio.sleep(0.1)
+            await anyio.wait_all_tasks_blocked()
     assert len(failed) == 1
     with pytest.raises(ConnectionLost, match="was left"):
         await kept.receive()
@@ -544,7 +547,7 @@ async def test_commands_wait_for_a_server_that_is_away_and_keep_their_order(tmp_
             run.stop("4")
 
             async def repair() -> None:
-                await anyio.sleep(0.3)
+                assert await anyio.to_thread.run_sync(proxy.refused.wait, 20.0)
                 proxy.dead = False
 
             tasks.start_soon(repair)
