@@ -28,7 +28,7 @@ from events.wakeup import Wakeup
 from events.worker import Worker
 
 # A tick costs the process a few hundred microseconds, most of them in caches that have gone cold: so seldom if nobody
-# listens, and else as often as the most impatient subscription asks.
+# listens, and else as often as the most impatient subscription asks of those who take what comes at every step.
 _UNHEARD_TICK_S = 0.25
 _DEVICE_POLL_S = 0.002  # how often a read from the device that is under way is looked at
 _LOSS_REPORT_S = 1.0
@@ -65,9 +65,9 @@ class Bus:
     __slots__ = (
         "_blocked", "_bytes_in", "_bytes_out", "_capacity", "_capacity_bytes", "_drained", "_dropped_reported",
         "_gate_at", "_kept", "_kept_bytes_in", "_kept_bytes_out", "_losses_due", "_more", "_must_keep", "_next_seq",
-        "_posted", "_readback", "_reading", "_reserve", "_ring", "_ring_lock", "_room", "_routes", "_sleeping",
-        "_spill_dir", "_subscriptions", "_tick_s", "_urgent", "_wakeup", "alive", "closing", "cpu_time", "dropped",
-        "gated", "history", "last_seq", "origin", "payload_receivers", "wanted",
+        "_posted", "_prompt", "_readback", "_reading", "_reserve", "_ring", "_ring_lock", "_room", "_routes",
+        "_sleeping", "_spill_dir", "_subscriptions", "_tick_s", "_urgent", "_wakeup", "alive", "closing", "cpu_time",
+        "dropped", "gated", "history", "last_seq", "origin", "payload_receivers", "wanted",
     )
     # fmt: on
 
@@ -125,6 +125,7 @@ class Bus:
         self._urgent = False
         self._more = False  # whether the ring held more than one helping
         self._tick_s = _UNHEARD_TICK_S
+        self._prompt: frozenset[type[Event]] = frozenset()  # types that are delivered at once, not at the next tick
         self._drained = anyio.Event()
         self.closing = False
         """True once `close` was called: nobody can subscribe any more."""
@@ -150,6 +151,8 @@ class Bus:
                 self._crowd()
         if len(ring) > self._gate_at:
             self._crowd()
+        if type(event) in self._prompt:
+            self.flush()
         # The pump sets the flag first and looks at the ring again before it waits: one of the two sees the other.
         if self._sleeping:
             self._sleeping = False
@@ -406,7 +409,16 @@ class Bus:
         receivers = {kind: [s.name for s in targets if s.payloads] for kind, targets in self._routes.items()}
         self.payload_receivers = {kind: names for kind, names in receivers.items() if names}
         self._must_keep = any(s.delivery.overflow == "block" for s in self._subscriptions)
-        self._tick_s = min((s.delivery.latency_s for s in self._subscriptions), default=_UNHEARD_TICK_S)
+        # Who takes nothing of what comes at every step must not make the pump tick for it: what he waits for wakes it.
+        self._tick_s = min(
+            (s.delivery.latency_s for kind, targets in self._routes.items() if kind.droppable for s in targets),
+            default=_UNHEARD_TICK_S,
+        )
+        self._prompt = frozenset(
+            kind
+            for kind, targets in self._routes.items()
+            if not kind.droppable and any(s.delivery.latency_s < self._tick_s for s in targets)
+        )
 
     def _set_blocked(self, subscription: Subscription, full: bool) -> None:
         if full != (subscription in self._blocked):

@@ -187,6 +187,24 @@ async def test_a_ring_that_fills_up_is_drained_before_anything_has_to_go(make: A
     assert bus.dropped == 0
 
 
+async def test_who_takes_only_what_is_rare_is_woken_for_it_and_not_before(make: Any, pumping: Any) -> None:
+    """His haste is not that of those who take every step: the pump does not tick for him, and he does not wait."""
+    bus = make.bus()
+    steps = bus.subscribe("steps", Delivery(latency_s=3_600.0))
+    rare = bus.subscribe("rare", Delivery(types=frozenset({RunEnded, TrainEpochStarted}), latency_s=1e-6))
+    with anyio.fail_after(LIMIT_S):
+        async with pumping(bus):
+            bus.publish(make.step(1))  # the pump, which slept, begins to wait for its next tick
+            assert [event.global_step for event, _ in await steps.receive()] == [1]
+            for at in range(2, 50):
+                bus.publish(make.step(at))
+                await anyio.wait_all_tasks_blocked()
+            assert bus.last_seq == 1
+            bus.publish(make.ended(50))
+            assert [event.global_step for event, _ in await rare.receive()] == [50]
+            assert [event.global_step for event, _ in await steps.receive()] == [*range(2, 51)]
+
+
 async def test_draining_waits_for_what_threads_had_published(make: Any, pumping: Any, in_threads: Any) -> None:
     """While threads go on publishing, each drain covers at least what came before it."""
     bus = make.bus(capacity=100_000)
