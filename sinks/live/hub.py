@@ -65,18 +65,20 @@ class Hub:
         """Rises when frames do not continue what was before: everybody needs a snapshot then."""
         self.is_over = False
         """No frame comes any more."""
+        self.newest = 0
+        """The number of the newest frame."""
+        self.news = anyio.Event()
+        """Set when there is another frame, another generation, or the end of all; then there is a new one."""
         self.followers = 0
         """Who reads the journal of it, beside those who watch."""
         self._ending = False
         self._kept_bytes = 0
-        self._number = 0
         self._lock = threading.Lock()  # around the view and what of it was not sent yet
         self._changes: Changes | None = None  # None while nobody watches: there is nothing to send
         self._is_new = False  # frames do not continue what was sent
         self._sent_cursor = 0
         self._snapshot: Message | None = None
         self._last_frame_at = -math.inf
-        self._new_frame = anyio.Event()
         self._woken_for = (0, 0, False)
         self._driving = anyio.Lock()
         self._watchers = 0
@@ -186,7 +188,7 @@ class Hub:
             with self._lock:
                 self._settle()
                 made = self._snapshot
-                if made is not None and (made.number, made.generation) == (self._number, self.generation):
+                if made is not None and (made.number, made.generation) == (self.newest, self.generation):
                     return made
                 wait_s = self._last_frame_at + FRAME_S / 2 - time.monotonic()
                 if self._changes is None or wait_s <= 0 or not self._has_news():
@@ -200,7 +202,7 @@ class Hub:
     async def drive(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Make frames, if nobody else does. Each watcher runs this, and one of them makes them for all."""
         if not self._watchers:  # what was waited on may have been another event loop's
-            self._driving, self._new_frame = anyio.Lock(), anyio.Event()
+            self._driving, self.news = anyio.Lock(), anyio.Event()
         self._watchers += 1
         try:
             with self._lock:
@@ -224,19 +226,9 @@ class Hub:
                     self._forget()
 
     @property
-    def news(self) -> anyio.Event:
-        """Set when there is another frame, another generation, or the end of all."""
-        return self._new_frame
-
-    @property
-    def newest(self) -> int:
-        """The number of the newest frame."""
-        return self._number
-
-    @property
     def oldest(self) -> int:
         """The number of the oldest frame that is kept."""
-        return self.frames[0].number if self.frames else self._number + 1
+        return self.frames[0].number if self.frames else self.newest + 1
 
     def frame(self, number: int) -> Message | None:
         """The frame with this number, which exists; None if it is not kept any more."""
@@ -252,7 +244,7 @@ class Hub:
                 return None
             # The first of several: those that tell of no event say what stands, and may be told again.
             found = next((frame.number for frame in self.frames if frame.after == cursor), None)
-            return self._number + 1 if found is None and cursor == self._sent_cursor else found
+            return self.newest + 1 if found is None and cursor == self._sent_cursor else found
 
     # ------------------------------------------------------------------------------------- under the lock
 
@@ -286,14 +278,14 @@ class Hub:
             frame = {"type": "frame", "cursor": self.view.cursor, "time": time.time(), **self._changes.members()}
             self._changes = Changes()
             self._last_frame_at = now
-            self._number += 1
+            self.newest += 1
             self._keep(self._message("frame", encode(frame), after=self._sent_cursor))
             self._sent_cursor = self.view.cursor
         self.is_over = self._ending
 
     def _message(self, kind: str, data: bytes, after: int) -> Message:
         run = self.view.run
-        return Message(kind, self._number, self.generation, run.attempt, after, self.view.cursor, data)
+        return Message(kind, self.newest, self.generation, run.attempt, after, self.view.cursor, data)
 
     def _keep(self, frame: Message) -> None:
         self.frames.append(frame)
@@ -302,10 +294,10 @@ class Hub:
             self._kept_bytes -= len(self.frames.popleft().data)
 
     def _wake(self) -> None:
-        state = self._number, self.generation, self.is_over
+        state = self.newest, self.generation, self.is_over
         if state != self._woken_for:  # else all would be woken for nothing
             self._woken_for = state
-            news, self._new_frame = self._new_frame, anyio.Event()
+            news, self.news = self.news, anyio.Event()
             news.set()
 
 

@@ -338,7 +338,7 @@ def main() -> None:
         return serve_live(options.metrics) if options.serve == "live" else serve_bare(options.size)
     print(header())
     live = ["--serve", "live", "--metrics", str(options.metrics)]
-    _, first = measure(live, 2, 3.0)
+    _, first = measure(live, 2, options.seconds)
     bare = ["--serve", "bare", "--size", str(first.nbytes)]
     print(f"{options.clients} clients, {options.metrics:,} numbers a second, frames of {first.nbytes:,} bytes\n")
     print(f"{'':6}  {'CPU':>7}  {'messages/s':>10}  {'latency: median':>15}  {'p99':>7}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -213,6 +215,30 @@ def serve() -> Iterator[Callable[..., Server]]:
     yield start
     for one in started:
         one.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real one, that of the system."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("no chromium on the PATH: apt-get install -y chromium")
+        pytest.skip("no chromium on the PATH")
+    playwright: Any = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=path)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Any]:
+    """Opens the page: see `page_visits.Visits`. The test fails for what went wrong there."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    visits: Any = importlib.import_module("page_visits").Visits(browser)
+    yield visits
+    visits.close()
 
 
 @pytest.fixture

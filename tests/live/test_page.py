@@ -1,14 +1,9 @@
-"""The page in a real browser: Debian's chromium, driven by Playwright, against a made-up server.
-
-Nothing is downloaded: the browser is the one on the PATH, axe-core comes inside a package from PyPI.
-"""
+"""The page in a real browser, against a made-up server that can be in any state."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,26 +13,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import expect
 
 sys.path.insert(0, str(Path(__file__).parent))
 from page_server import FakeRun, PageServer
-
-EVIL = "<script>alert(1)</script>"
-_LOAD_FAILED = re.compile(r"Failed to load resource|WebSocket connection to .* failed")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        if os.environ.get("CI"):
-            pytest.fail("no chromium on the PATH: apt-get install -y chromium")
-        pytest.skip("no chromium on the PATH")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path)
-        yield launched
-        launched.close()
+from page_visits import EVIL, Visits, axe
 
 
 @pytest.fixture
@@ -54,60 +34,6 @@ def serve() -> Iterator[Callable[..., PageServer]]:
         server.stop()
 
 
-class Watched:
-    """Pages, and what went wrong in them: a test fails for an error in the console, or a request that leaves."""
-
-    def __init__(self, browser: Browser) -> None:
-        self._browser = browser
-        self.problems: list[str] = []
-        self.requests: list[str] = []
-        self.may_lose_server = False
-        self._contexts: list[Any] = []
-
-    def __call__(self, server: PageServer, fragment: str = "", *, loaded: bool = True, **options: Any) -> Page:
-        options = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | options
-        context = self._browser.new_context(**options)
-        context.set_default_timeout(10_000)
-        self._contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("console", lambda message: self._console(message.type, message.text))
-        page.on("dialog", lambda dialog: self.problems.append(f"a dialog: {dialog.message}"))
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.on("websocket", lambda websocket: self.requests.append(websocket.url))
-        page.goto(server.url + fragment)
-        if loaded:
-            expect(page.locator("#content")).to_be_visible()
-        return page
-
-    def _console(self, kind: str, text: str) -> None:
-        lost = self.may_lose_server and _LOAD_FAILED.search(text)
-        if kind in ("error", "warning") and not lost:
-            self.problems.append(text)
-
-    def close(self, servers: list[str]) -> None:
-        for context in self._contexts:
-            context.close()
-        assert self.problems == []
-        hosts = {url.split("://", 1)[1].rstrip("/") for url in servers}
-        local = [url for url in self.requests if not url.startswith("data:")]
-        assert [url for url in local if url.split("://", 1)[1].split("/", 1)[0] not in hosts] == []
-
-
-@pytest.fixture
-def visit(browser: Browser, serve: Callable[..., PageServer]) -> Iterator[Watched]:
-    seen: list[str] = []
-
-    class Visiting(Watched):
-        def __call__(self, server: PageServer, fragment: str = "", **options: Any) -> Page:
-            seen.append(server.url)
-            return super().__call__(server, fragment, **options)
-
-    visiting = Visiting(browser)
-    yield visiting
-    visiting.close(seen)
-
-
 def a_run(run_id: str = "demo", steps: int = 600, **options: Any) -> FakeRun:
     run = FakeRun(run_id, **options)
     if steps:
@@ -116,29 +42,13 @@ def a_run(run_id: str = "demo", steps: int = 600, **options: Any) -> FakeRun:
     return run
 
 
-def axe(page: Page) -> list[str]:
-    """Serious violations, each in a line."""
-    package = pytest.importorskip("axe_playwright_python")
-    script = Path(package.__file__).with_name("axe.min.js").read_text()
-    session = page.context.new_cdp_session(page)  # the page's own policy lets no foreign script in
-    session.send("Runtime.evaluate", {"expression": script})
-    session.detach()
-    found = page.evaluate("() => axe.run(document, {resultTypes: ['violations'], elementRef: false})")
-    return [
-        f"{one['id']}: {node['html'][:200]} {node['failureSummary'][:300]}"
-        for one in found["violations"]
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"][:3]
-    ]
-
-
 # ---------------------------------------------------------------------------------------------- unhappy paths
 
 
-def test_a_silent_server_makes_the_page_stale(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_a_silent_server_makes_the_page_stale(serve: Callable[..., PageServer], visit: Visits) -> None:
     """After five seconds without a frame a banner says so, the figures are grey, and commands are off."""
     server = serve(a_run())
-    page = visit(server)
+    page = visit(server.url)
     expect(page.locator("#banner")).to_be_hidden()
     server.is_silent = True
     expect(page.locator("#banner")).to_be_visible(timeout=9_000)
@@ -151,11 +61,11 @@ def test_a_silent_server_makes_the_page_stale(serve: Callable[..., PageServer], 
     expect(page.locator("#pause")).to_be_enabled()
 
 
-def test_a_closed_connection_is_resumed_at_its_cursor(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_a_closed_connection_is_resumed_at_its_cursor(serve: Callable[..., PageServer], visit: Visits) -> None:
     """The page says at once that it lost the server, comes back by itself, and asks for what it has missed only."""
     run = a_run()
     server = serve(run)
-    page = visit(server)
+    page = visit(server.url)
     page.evaluate(
         "() => { const banner = document.getElementById('banner'); new MutationObserver(() => {"
         " if (!banner.hidden) document.body.dataset.wasStale = 'yes'; }).observe(banner, {attributes: true}); }"
@@ -168,11 +78,11 @@ def test_a_closed_connection_is_resumed_at_its_cursor(serve: Callable[..., PageS
     expect(page.locator("#tiles")).to_contain_text("607")
 
 
-def test_a_run_that_was_taken_up_again_is_shown_anew(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_a_run_that_was_taken_up_again_is_shown_anew(serve: Callable[..., PageServer], visit: Visits) -> None:
     """A snapshot in the middle replaces all that was there."""
     run = a_run()
     server = serve(run)
-    page = visit(server)
+    page = visit(server.url)
 
     def again() -> None:
         fresh = a_run("demo", 250)
@@ -185,54 +95,54 @@ def test_a_run_that_was_taken_up_again_is_shown_anew(serve: Callable[..., PageSe
     expect(page.locator("#tiles dd").first).to_contain_text("250")
 
 
-def test_a_gap_without_a_snapshot_is_asked_about(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_a_gap_without_a_snapshot_is_asked_about(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Told that it has missed something, the page asks for all of it if it does not come."""
     run = a_run()
     server = serve(run)
-    page = visit(server)
+    page = visit(server.url)
     run.run["global_step"] = 601  # known from a snapshot alone
     server.call(lambda: [watcher.put_nowait('{"type": "gap", "lost": 3}') for watcher in run.watchers])
     expect(page.locator("#tiles dd").first).to_contain_text("601")
 
 
-def test_a_run_that_does_not_exist_is_said_so(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_a_run_that_does_not_exist_is_said_so(serve: Callable[..., PageServer], visit: Visits) -> None:
     """The server's word that there is no such run ends the attempts."""
-    page = visit(serve(a_run()), "#run=nobody", loaded=False)
+    page = visit(serve(a_run()).url, "#run=nobody", loaded=False)
     expect(page.locator("#waiting")).to_contain_text("there is no such run")
 
 
-def test_without_runs_the_page_waits(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_without_runs_the_page_waits(serve: Callable[..., PageServer], visit: Visits) -> None:
     """An empty folder is no error, and a run that begins later appears by itself."""
     server = serve()
-    page = visit(server, loaded=False)
+    page = visit(server.url, loaded=False)
     expect(page.locator("#waiting")).to_contain_text("No runs yet")
     run = a_run()
     server.call(lambda: server.runs.update(demo=run))
     expect(page.locator("#run-name")).to_have_text("demo")
 
 
-def test_a_run_without_a_step_shows_empty_charts(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_a_run_without_a_step_shows_empty_charts(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Before the first step there is a page already, which fills when steps come."""
     run = a_run(steps=0)
     server = serve(run)
-    page = visit(server)
+    page = visit(server.url)
     expect(page.locator("#training .chart").first).to_contain_text("Nothing yet")
     server.train(run, 60)
     expect(page.locator("#training canvas").first).to_be_visible()
 
 
-def test_numbers_that_are_not_finite_are_shown(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_numbers_that_are_not_finite_are_shown(serve: Callable[..., PageServer], visit: Visits) -> None:
     """NaN and infinities, in a snapshot and in frames, break nothing and are said by name."""
     run = a_run(steps=40)
     run.point({}, "train_loss", "nan")
     server = serve(run)
-    page = visit(server, "#log=1&smooth=0.5")
+    page = visit(server.url, "#log=1&smooth=0.5")
     expect(page.locator("#tiles")).to_contain_text("NaN")
     server.call(lambda: run.tell({"points": {"train_loss": [[41, 42], ["-inf", "inf"]]}}))
     expect(page.locator("#tiles")).to_contain_text("∞")
 
 
-def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Markup in every place where text may come from elsewhere is shown as it is, and does nothing."""
     run = a_run(
         EVIL.replace("/", "\\"), extra=[EVIL, f"val_{EVIL}", '"><img src=x onerror=alert(1)>', "__proto__", "ü/µ " * 60]
@@ -246,7 +156,7 @@ def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Wa
     run.histograms[EVIL] = run.histograms["weights/head"]
     run.line("X", EVIL, "error")
     server = serve(run)
-    page = visit(server)
+    page = visit(server.url)
     expect(page.locator("#metrics h3").get_by_text(EVIL, exact=True)).to_be_visible()
     for part in ("#place", "#observers", "#checkpoints", "#media", "#histograms", "#log-lines"):
         expect(page.locator(part)).to_contain_text(EVIL)
@@ -256,11 +166,11 @@ def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Wa
     assert page.locator("main script, main img[src=x]").count() == 0
 
 
-def test_a_token_is_asked_for_and_never_in_the_address(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_a_token_is_asked_for_and_never_in_the_address(serve: Callable[..., PageServer], visit: Visits) -> None:
     """A wrong token is asked for again; the right one opens the run, its images too, and is in no address."""
     server = serve(a_run(), token="s3cret")
     visit.may_lose_server = True  # the browser reports a 401 as an error
-    page = visit(server, loaded=False)
+    page = visit(server.url, loaded=False)
     for guess in ("wrong", "s3cret"):
         expect(page.locator("#token-dialog")).to_be_visible()
         page.fill("#token-input", guess)
@@ -274,13 +184,13 @@ def test_a_token_is_asked_for_and_never_in_the_address(serve: Callable[..., Page
 
 
 def test_server_sent_events_where_websockets_do_not_get_through(
-    serve: Callable[..., PageServer], visit: Watched
+    serve: Callable[..., PageServer], visit: Visits
 ) -> None:
     """A proxy that lets no WebSocket through costs a moment; frames come, and commands go, all the same."""
     visit.may_lose_server = True
     run = a_run()
     server = serve(run, websockets=False)
-    page = visit(server)
+    page = visit(server.url)
     server.train(run, 3)
     expect(page.locator("#tiles dd").first).to_contain_text("603")
     page.click("#checkpoint")
@@ -288,11 +198,11 @@ def test_server_sent_events_where_websockets_do_not_get_through(
     assert [command["command"] for command in run.commands] == ["checkpoint"]
 
 
-def test_a_refused_command_says_why(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_a_refused_command_says_why(serve: Callable[..., PageServer], visit: Visits) -> None:
     """What the server says to a command is what the reader sees."""
     server = serve(a_run())
     server.is_refusing = True
-    page = visit(server)
+    page = visit(server.url)
     page.click("#pause")
     expect(page.locator("#toast")).to_contain_text("the run is not under way")
     expect(page.locator("#pause")).to_be_enabled()
@@ -301,11 +211,11 @@ def test_a_refused_command_says_why(serve: Callable[..., PageServer], visit: Wat
 # --------------------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_fills_while_frames_come(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_the_page_fills_while_frames_come(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Figures, curves, tables, log and title follow the run."""
     run = a_run(extra=["my/metric"])
     server = serve(run)
-    page = visit(server)
+    page = visit(server.url)
     expect(page.locator("#training canvas").first).to_be_visible()
     server.train(run, 900)
     expect(page.locator("#tiles dd").first).to_contain_text("1,500")
@@ -328,11 +238,11 @@ def test_the_page_fills_while_frames_come(serve: Callable[..., PageServer], visi
     expect(page.locator("#commands")).to_be_hidden()
 
 
-def test_commands_are_sent_and_stop_asks_first(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_commands_are_sent_and_stop_asks_first(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Pause turns into resume, and a stop needs a second word."""
     run = a_run()
     server = serve(run)
-    page = visit(server)
+    page = visit(server.url)
     page.click("#pause")
     expect(page.locator("#status")).to_contain_text("paused")
     page.get_by_role("button", name="Resume").click()
@@ -349,17 +259,17 @@ def test_commands_are_sent_and_stop_asks_first(serve: Callable[..., PageServer],
     assert len({command["id"] for command in run.commands}) == 3
 
 
-def test_commands_are_not_offered_where_the_server_takes_none(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_commands_are_not_offered_where_the_server_takes_none(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Without `commands` in the summary there are no buttons."""
-    page = visit(serve(a_run(commands=False)))
+    page = visit(serve(a_run(commands=False)).url)
     expect(page.locator("#tiles")).to_contain_text("600")
     expect(page.locator("#commands")).to_be_hidden()
 
 
-def test_runs_are_compared(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_runs_are_compared(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Ticked runs share the charts, each with a colour and a pattern; the address brings the choice back."""
     server = serve(*(a_run(f"run-{index}", seed=index) for index in range(3)))
-    page = visit(server)
+    page = visit(server.url)
     page.get_by_label("Compare run-1").check()
     page.get_by_label("Compare run-2").check()
     legend = page.locator("#training .chart").nth(1).locator(".legend li")
@@ -371,7 +281,7 @@ def test_runs_are_compared(serve: Callable[..., PageServer], visit: Watched) -> 
     assert len({colour for colour, _ in marks}) == len({dash for _, dash in marks}) == 3
     fragment = page.url.partition("#")[2]
     assert fragment == "run=run-0&run=run-1&run=run-2"
-    again = visit(server, f"#{fragment}")
+    again = visit(server.url, f"#{fragment}")
     expect(again.locator("#compared li")).to_have_count(3)
     again.get_by_role("button", name="Show the tables of run-2").click()
     expect(again.locator("#run-name")).to_have_text("run-2")
@@ -379,24 +289,24 @@ def test_runs_are_compared(serve: Callable[..., PageServer], visit: Watched) -> 
     expect(legend).to_have_count(2)
 
 
-def test_settings_are_in_the_address(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_settings_are_in_the_address(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Scale, smoothing and axis come back with a link."""
     server = serve(a_run())
-    page = visit(server)
+    page = visit(server.url)
     page.get_by_label("Log loss").check()
     page.get_by_label("Smoothing").fill("0.8")
     page.get_by_label("Across").select_option("time")
     assert page.url.endswith("#run=demo&log=1&smooth=0.8&x=time")
-    again = visit(server, page.url.partition("/#")[2].join(["#", ""]))
+    again = visit(server.url, page.url.partition("/#")[2].join(["#", ""]))
     expect(again.get_by_label("Log loss")).to_be_checked()
     expect(again.locator("#smoothing-value")).to_have_text("0.8")
     expect(again.get_by_label("Across")).to_have_value("time")
 
 
-def test_many_metrics_can_be_searched(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_many_metrics_can_be_searched(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Of hundreds a page full is drawn; a word finds the others."""
     names = [f"block{block}/head{head}" for block in range(30) for head in range(8)]
-    page = visit(serve(a_run(steps=60, extra=names)))
+    page = visit(serve(a_run(steps=60, extra=names)).url)
     expect(page.locator("#metrics-count")).to_have_text("48 of 240")
     page.fill("#metrics-filter", "block29/")
     expect(page.locator("#metrics .chart")).to_have_count(8)
@@ -405,9 +315,9 @@ def test_many_metrics_can_be_searched(serve: Callable[..., PageServer], visit: W
     expect(page.locator("#metrics .chart")).to_have_count(144)
 
 
-def test_charts_out_of_sight_are_not_drawn(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_charts_out_of_sight_are_not_drawn(serve: Callable[..., PageServer], visit: Visits) -> None:
     """A canvas exists where somebody looks, and nowhere else."""
-    page = visit(serve(a_run(extra=[f"metric{index}" for index in range(40)])))
+    page = visit(serve(a_run(extra=[f"metric{index}" for index in range(40)])).url)
     expect(page.locator("#training canvas").first).to_be_visible()
     assert page.locator("#metrics canvas").count() == 0
     page.locator("#metrics .chart").last.scroll_into_view_if_needed()
@@ -415,9 +325,9 @@ def test_charts_out_of_sight_are_not_drawn(serve: Callable[..., PageServer], vis
     expect(page.locator("#training canvas")).to_have_count(0)
 
 
-def test_each_chart_can_be_read_as_a_table(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_each_chart_can_be_read_as_a_table(serve: Callable[..., PageServer], visit: Visits) -> None:
     """A button turns a chart into a real table, with the newest step first."""
-    page = visit(serve(a_run()))
+    page = visit(serve(a_run()).url)
     button = page.get_by_role("button", name="Show Loss as table")
     button.focus()
     page.keyboard.press("Enter")
@@ -429,9 +339,9 @@ def test_each_chart_can_be_read_as_a_table(serve: Callable[..., PageServer], vis
     expect(page.locator("#training canvas").first).to_be_visible()
 
 
-def test_the_keyboard_reaches_everything(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_the_keyboard_reaches_everything(serve: Callable[..., PageServer], visit: Visits) -> None:
     """The first tab offers to skip; arrows read a chart, and Escape leaves a dialog."""
-    page = visit(serve(a_run()))
+    page = visit(serve(a_run()).url)
     expect(page.locator("#training canvas").first).to_be_visible()
     page.keyboard.press("Tab")
     expect(page.locator("#skip")).to_be_focused()
@@ -450,9 +360,9 @@ def test_the_keyboard_reaches_everything(serve: Callable[..., PageServer], visit
     expect(page.locator("#stop")).to_be_focused()
 
 
-def test_dark_and_light(serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_dark_and_light(serve: Callable[..., PageServer], visit: Visits) -> None:
     """The system's choice is followed, the button overrules it, and a reload remembers that."""
-    page = visit(serve(a_run()), color_scheme="dark")
+    page = visit(serve(a_run()).url, color_scheme="dark")
     background = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(background) == "rgb(15, 18, 22)"
     page.locator("#theme").click()
@@ -463,19 +373,19 @@ def test_dark_and_light(serve: Callable[..., PageServer], visit: Watched) -> Non
 
 
 @pytest.mark.parametrize("width", [360, 800, 1600])
-def test_no_width_makes_the_page_scroll_sideways(width: int, serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_no_width_makes_the_page_scroll_sideways(width: int, serve: Callable[..., PageServer], visit: Visits) -> None:
     """From a phone to a wide screen everything fits; tables scroll within themselves."""
     server = serve(a_run("a-run-with-a-rather-long-name-" * 3, extra=["metric/" + "x" * 80]), a_run("b"))
-    page = visit(server, viewport={"width": width, "height": 800})
+    page = visit(server.url, viewport={"width": width, "height": 800})
     expect(page.locator("#training canvas").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(scheme: Any, serve: Callable[..., PageServer], visit: Watched) -> None:
+def test_axe_finds_nothing_serious(scheme: Any, serve: Callable[..., PageServer], visit: Visits) -> None:
     """Names, roles, contrast: running, compared, as a table, stale, and in a dialog."""
     server = serve(a_run("a", extra=["m"]), a_run("b", seed=2))
-    page = visit(server, "#run=a&run=b", color_scheme=scheme)
+    page = visit(server.url, "#run=a&run=b", color_scheme=scheme)
     expect(page.locator("#training canvas").first).to_be_visible()
     page.get_by_role("button", name="Show Loss as table").click()
     page.locator("details summary").last.click()

@@ -1,0 +1,78 @@
+"""Visits of the page in a real browser: Debian's chromium, driven by Playwright.
+
+Nothing is downloaded: the browser is the one on the PATH, axe-core comes inside a package from PyPI.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+EVIL = "<script>alert(1)</script>"
+_LOAD_FAILED = re.compile(r"Failed to load resource|WebSocket connection to .* failed")
+
+
+class Visits:
+    """Pages, and what went wrong in them: a test fails for an error in the console, or a request that leaves."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.may_lose_server = False
+        self._contexts: list[Any] = []
+        self._hosts: set[str] = set()
+
+    def __call__(self, url: str, fragment: str = "", *, loaded: bool = True, **options: Any) -> Page:
+        options = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | options
+        context = self._browser.new_context(**options)
+        context.set_default_timeout(10_000)
+        self._contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", lambda message: self._console(message.type, message.text))
+        page.on("dialog", lambda dialog: self.problems.append(f"a dialog: {dialog.message}"))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("websocket", lambda websocket: self.requests.append(websocket.url))
+        self._hosts.add(_host(url))
+        page.goto(url + fragment)
+        if loaded:
+            expect(page.locator("#content")).to_be_visible()
+        return page
+
+    def _console(self, kind: str, text: str) -> None:
+        lost = self.may_lose_server and _LOAD_FAILED.search(text)
+        if kind in ("error", "warning") and not lost:
+            self.problems.append(text)
+
+    def close(self) -> None:
+        """End them all."""
+        for context in self._contexts:
+            context.close()
+        assert self.problems == []
+        local = [url for url in self.requests if not url.startswith("data:")]
+        assert [url for url in local if _host(url) not in self._hosts] == []
+
+
+def _host(url: str) -> str:
+    return url.split("://", 1)[1].split("/", 1)[0]
+
+
+def axe(page: Page) -> list[str]:
+    """Serious violations, each in a line."""
+    package = pytest.importorskip("axe_playwright_python")
+    script = Path(package.__file__).with_name("axe.min.js").read_text()
+    session = page.context.new_cdp_session(page)  # the page's own policy lets no foreign script in
+    session.send("Runtime.evaluate", {"expression": script})
+    session.detach()
+    found = page.evaluate("() => axe.run(document, {resultTypes: ['violations'], elementRef: false})")
+    return [
+        f"{one['id']}: {node['html'][:200]} {node['failureSummary'][:300]}"
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"][:3]
+    ]

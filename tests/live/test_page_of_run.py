@@ -1,0 +1,177 @@
+"""The page in a real browser, of a real run in a process of its own, by a real ``stagecast watch`` in another."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Page, expect
+
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
+from events.journal_reader import JOURNAL_DIR, JournalReader
+from events.messages import CommandTaken, Event, RunEnded
+
+EVIL = "<script>alert(1)</script>"
+TRAIN = f"""
+import os, sys, time
+import torch
+from torch import nn
+from trainer import ModuleInterface, Trainer, TrainerArguments
+
+
+class Net(ModuleInterface):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+
+    def get_optimizers_schedulers(self, steps, epochs):
+        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return [torch.ones(2, 1)] * 40
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return [torch.ones(2, 1)] * 2
+
+    def val_step(self, global_step, batch, device):
+        return self.linear(batch).square().mean()
+
+    def train_step(self, global_step, batch, device):
+        time.sleep(0.005)
+        self.log({EVIL!r}, float(global_step))
+        self.log("gauge", torch.tensor(2.0) * global_step)
+        return self.linear(batch).square().mean()
+
+
+arguments = TrainerArguments(epochs=1_000_000, train_batch_size=2, device="cpu")
+Trainer(Net(), arguments, run_id=os.path.basename(sys.argv[1]), run_dir=sys.argv[1]).train()
+"""
+
+
+class Run:
+    """A run that trains until somebody stops it, and a server that can be ended and started again at its address."""
+
+    def __init__(self, folder: Path, process: Callable[..., Any]) -> None:
+        self.path = folder / "runs" / "demo"
+        self._process = process
+        (folder / "train_demo.py").write_text(TRAIN)
+        self.training: subprocess.Popen[str] = process("train_demo.py", str(self.path), OMP_NUM_THREADS="1")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}/"
+        self._watching: subprocess.Popen[str] | None = None
+
+    def watch(self, *options: str) -> None:
+        """Start the server. Waits until it is there."""
+        arguments = ["-m", "trainer.cli", "watch", str(self.path.parent), "--port", str(self._port), *options]
+        self._watching = self._process(*arguments)
+        assert self._watching.stdout is not None
+        assert self.url in self._watching.stdout.readline()
+
+    def end_watching(self, how: int) -> None:
+        """End the server, and see that it has."""
+        assert self._watching is not None
+        self._watching.send_signal(how)
+        self._watching.communicate(timeout=20)
+
+    def events(self) -> list[Event]:
+        """What the journal has."""
+        return JournalReader(self.path / JOURNAL_DIR).read()
+
+
+@pytest.fixture
+def run(tmp_path: Path, process: Callable[..., Any], kit: Any) -> Run:
+    started = Run(tmp_path, process)
+    kit.wait_until(lambda: list((started.path / JOURNAL_DIR).glob("*.jsonl")))
+    return started
+
+
+def step_of(page: Page) -> int:
+    """How far the page says that the run is."""
+    shown = re.match(r"[\d,]+", page.locator("#tiles dd").first.text_content() or "")
+    assert shown is not None
+    return int(shown.group().replace(",", ""))
+
+
+def is_whole(page: Page, series: str, behind: int) -> bool:
+    """Whether the page has each value of a series up to its last step, which is behind a step: once, and in order."""
+    found: list[Any] = page.evaluate(
+        "name => { const one = stagecast.focus().store.get(name), steps = Array.from(one.step.slice(0, one.length));"
+        " const counted = one.weight.slice(0, one.length).reduce((sum, weight) => sum + weight, 0);"
+        " const inOrder = steps.every((step, index) => !index || step > steps[index - 1]);"
+        " return [inOrder, counted, one.count, one.lastStep]; }",
+        series,
+    )
+    in_order, counted, count, last = found
+    return bool(in_order) and counted == count == last and last > behind
+
+
+def test_charts_fill_while_a_run_trains_and_survive_the_server(run: Run, visit: Any, kit: Any) -> None:
+    """The server dies without a word: the page says that what it shows is old. It comes back: nothing is missing."""
+    visit.may_lose_server = True
+    run.watch()
+    page = visit(run.url)
+    expect(page.locator("#status")).to_contain_text("running")
+    expect(page.locator("#commands")).to_be_hidden()  # they were not allowed
+    expect(page.locator("#training canvas").first).to_be_visible()
+    expect(page.locator("#metrics h3").get_by_text(EVIL, exact=True)).to_be_visible()
+    expect(page.locator("#metrics h3").get_by_text("gauge", exact=True)).to_be_visible()
+    first = step_of(page)
+    kit.wait_until(lambda: step_of(page) > first + 20)
+
+    run.end_watching(signal.SIGKILL)
+    expect(page.locator("#banner")).to_be_visible()
+    lost_at = step_of(page)
+    run.watch()
+    expect(page.locator("#banner")).to_be_hidden(timeout=20_000)
+    kit.wait_until(lambda: step_of(page) > lost_at + 20)
+    for series in ("train_loss", "gauge", EVIL):
+        assert is_whole(page, series, lost_at), f"{series} has a gap, or something twice"
+
+
+def test_commands_of_the_page_reach_the_run(run: Run, visit: Any, kit: Any) -> None:
+    """Pause, resume, a checkpoint, and a stop with its reason: what the page shows, and what the run has done."""
+    run.watch("--commands")
+    page = visit(run.url, color_scheme="dark")
+    page.click("#pause")
+    expect(page.locator("#status")).to_contain_text("paused")
+    page.get_by_role("button", name="Resume").click()
+    expect(page.locator("#status")).to_contain_text("running")
+    paused_at = step_of(page)
+    kit.wait_until(lambda: step_of(page) > paused_at)
+    page.click("#checkpoint")
+    expect(page.locator("#checkpoints")).to_contain_text(re.compile(r"step-\d+"))
+    page.click("#stop")
+    page.get_by_label(re.compile("Reason")).fill("seen enough")
+    page.get_by_role("button", name="Stop the run").click()
+    expect(page.locator("#status")).to_contain_text("stopped", timeout=20_000)
+    expect(page.locator("#commands")).to_be_hidden()
+    output, _ = run.training.communicate(timeout=kit.WAIT_S)
+    assert run.training.returncode == 0, output
+    events = run.events()
+    taken = [event.command for event in events if isinstance(event, CommandTaken)]
+    assert taken == ["pause", "resume", "checkpoint", "stop"]
+    assert [event.status for event in events if isinstance(event, RunEnded)] == ["stopped"]
+    store = CheckpointStore(run.path / CHECKPOINTS_DIR)
+    assert len(store.names()) == 2, "the one that was asked for, and that of the stop"
+
+
+def test_the_list_has_runs_that_begin_later(run: Run, visit: Any, process: Callable[..., Any], kit: Any) -> None:
+    """A folder's runs are listed, one that begins while the page is open too, and can be laid over each other."""
+    run.watch()
+    page = visit(run.url)
+    other = run.path.parent / "second"
+    process("train_demo.py", str(other), OMP_NUM_THREADS="1")
+    expect(page.get_by_label("Compare demo")).to_have_count(1)
+    page.get_by_label("Compare second").check(timeout=20_000)
+    expect(page.locator("#compared li")).to_have_count(2)
+    for store in ("demo", "second"):
+        expect(page.locator("#training .legend").first).to_contain_text(store)
