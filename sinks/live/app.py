@@ -38,6 +38,7 @@ from sinks.live.asgi import (
     Receive,
     Send,
     allow,
+    asked_path,
     header_of,
     path_of,
     send_data,
@@ -114,7 +115,7 @@ class LiveApp:
             send = without_body(send)
         try:
             self._access.check_request(scope)
-            if path == "" and not scope["path"].endswith("/"):
+            if path == "" and not asked_path(scope).endswith(b"/"):
                 await send_redirect(scope, send)
             elif path == "":
                 await send_file(scope, send, _PAGE, "index.html", self._disk)

@@ -48,6 +48,12 @@ def path_of(scope: Message) -> str:
     return path.strip("/")
 
 
+def asked_path(scope: Message) -> bytes:
+    """As it was asked for, percent-encoded. Frameworks that mount do as they like with a slash at the end of ``path``."""
+    raw: bytes = scope.get("raw_path") or quote(str(scope["path"])).encode()
+    return raw.partition(b"?")[0]
+
+
 def header_of(scope: Message, name: bytes) -> bytes:
     """A header's value; empty if it is not there."""
     value: bytes = next((value for key, value in scope["headers"] if key.lower() == name), b"")
@@ -95,8 +101,8 @@ async def send_json(send: Send, value: Any, status: int = 200, headers: Headers 
 
 async def send_redirect(scope: Message, send: Send) -> None:
     """To the address with a slash at its end, from which the page's relative ones are right."""
-    name = str(scope["path"]).rpartition("/")[2] or "."
-    await send(start(307, b"", [(b"location", quote(name).encode() + b"/")]))
+    name = asked_path(scope).rpartition(b"/")[2] or b"."
+    await send(start(307, b"", [(b"location", b"./" + name + b"/")]))  # the dot: no name leads to another host
     await send({"type": "http.response.body", "body": b""})
 
 

@@ -31,6 +31,8 @@ from sinks.live.runs import OneRun, RunsOfFolder
 APP = """
 from pathlib import Path
 from fastapi import FastAPI
+from litestar import Litestar
+from litestar.handlers import asgi
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from sinks.live.access import Access
@@ -42,12 +44,14 @@ starlette = Starlette(routes=[Mount("/a/b", live)])
 fastapi = FastAPI()
 fastapi.mount("/watch", live)
 fastapi.mount("/in", Starlette(routes=[Mount("/deep", live)]))
+litestar = Litestar([asgi("/watch", is_mount=True, copy_scope=True)(live)])
 """
 SERVERS = {
     "uvicorn-h11-wsproto": ("uvicorn", "live", "", "--http", "h11", "--ws", "wsproto"),
     "uvicorn-behind-a-proxy": ("uvicorn", "live", "", "--root-path", "/proxy"),
     "starlette": ("uvicorn", "starlette", "a/b/"),
     "fastapi-in-it": ("uvicorn", "fastapi", "in/deep/"),
+    "litestar": ("uvicorn", "litestar", "watch/"),
     "hypercorn-asyncio": ("hypercorn", "live", "", "-w", "0"),
     "hypercorn-trio-fastapi": ("hypercorn", "fastapi", "watch/", "-w", "0", "-k", "trio"),
 }
