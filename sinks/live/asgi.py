@@ -49,7 +49,7 @@ def path_of(scope: Message) -> str:
 
 
 def asked_path(scope: Message) -> bytes:
-    """As it was asked for, percent-encoded. Frameworks that mount do as they like with a slash at the end of ``path``."""
+    """As it was asked for, percent-encoded. Frameworks that mount may add a slash to ``path``, or take one away."""
     raw: bytes = scope.get("raw_path") or quote(str(scope["path"])).encode()
     return raw.partition(b"?")[0]
 

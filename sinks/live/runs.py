@@ -54,7 +54,8 @@ class OneRun:
 class RunsOfFolder:
     """The runs in a folder, each in one of its own; or the run whose folder it is.
 
-    They are looked for anew each time, so that runs which begin later are found.
+    They are looked for anew each time, so that runs which begin later are found. Of several with the same name (copies,
+    say) it is the one whose folder changed last.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -100,17 +101,21 @@ class RunsOfFolder:
 
     def _look(self) -> dict[Path, Summary]:
         found: dict[Path, Summary] = {}
+        all_known: dict[Path, tuple[tuple[int, int], Summary]] = {}
+        names = {""}
         for path in _run_folders(self._folder):
             known = self._known.get(path)
             try:
                 stamp = _stamp(path)
                 if known is None or known[0] != stamp or known[1].status in ("running", "lost"):
-                    known = self._known[path] = stamp, summarise(path)
+                    known = stamp, summarise(path)
             except OSError:  # it has been removed since, or cannot be read
                 continue
-            if known[1].run_id:
+            all_known[path] = known
+            if known[1].run_id not in names:
+                names.add(known[1].run_id)
                 found[path] = known[1]
-        self._known = {path: self._known[path] for path in found}
+        self._known = all_known
         return found
 
 

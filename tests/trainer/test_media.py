@@ -16,9 +16,17 @@ import pytest
 import torch
 
 from events.journal_reader import read_history
-from events.messages import Event, HistogramLogged, ImageLogged, ObserverDropped, TextLogged
+from events.messages import (
+    Event,
+    HistogramLogged,
+    ImageLogged,
+    MetricsLogged,
+    ObserverDropped,
+    StepSkipped,
+    TextLogged,
+)
 from events.origin import Origin
-from trainer import Histogram, Image
+from trainer import CallbackInterface, Histogram, Image, fenced, inline, observer
 from trainer.media import INLINE_TEXT, Drawn, MediaWriter, Text
 
 
@@ -193,6 +201,54 @@ def test_what_is_logged_in_a_late_hook_arrives_before_the_sinks_are_closed(kit: 
 
     outcome = kit.train(Late(), run_dir=tmp_path / "run")
     assert [event.name for event in outcome.of(ImageLogged)] == ["last"]
+
+
+@pytest.mark.parametrize("mark", [inline, fenced, observer])
+def test_each_lane_logs_with_the_step_of_its_event(kit: Any, tmp_path: Path, mark: Any) -> None:
+    """Numbers, histograms, images and texts of a callback's hook, however the loop has moved on meanwhile."""
+
+    class Logs(CallbackInterface):
+        @mark
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            net.log("number", float(global_step))
+            net.log("values", Histogram(torch.tensor([0.0, float(global_step)]), bins=2))
+            net.log("pixels", Image(torch.zeros(2, 2)))
+            net.log("words", str(global_step))
+
+    net = kit.Net(rows=32)
+    outcome = kit.train(net, callbacks=[Logs()], run_dir=tmp_path / "run", val_interval_epochs=0)
+    assert outcome.result.global_step == 4
+    numbers = [(event.global_step, event.metrics["number"]) for event in outcome.of(MetricsLogged)]
+    assert numbers == [(step, float(step)) for step in (1, 2, 3, 4)]
+    assert [(event.global_step, event.high) for event in outcome.of(HistogramLogged)] == numbers
+    assert [(event.global_step, event.text) for event in outcome.of(TextLogged)] == [(n, str(n)) for n in (1, 2, 3, 4)]
+    images = outcome.of(ImageLogged)
+    assert [event.global_step for event in images] == [1, 2, 3, 4]
+    assert all((tmp_path / "run" / event.path).is_file() for event in images)
+
+
+def test_what_a_skipped_step_has_logged_is_forgotten(kit: Any, tmp_path: Path) -> None:
+    """As its numbers are: no event, no file, and nothing of it with the next step."""
+
+    class Net(kit.Net):
+        calls = 0
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.calls += 1
+            self.log("number", float(self.calls))
+            self.log("values", Histogram(torch.full((2,), float(self.calls)), bins=2))
+            self.log("pixels", Image(torch.full((2, 2), self.calls / 4)))
+            loss, *rest = super().train_step(global_step, batch, device)
+            return loss * math.nan if self.calls == 2 else loss, *rest
+
+    options = {"non_finite_loss": "skip", "val_interval_epochs": 0}
+    outcome = kit.train(Net(rows=32), run_dir=tmp_path / "run", **options)
+    assert [event.reason for event in outcome.of(StepSkipped)] == ["non_finite_loss"]
+    kept = [(1, 1.0), (2, 3.0), (3, 4.0)]
+    assert [(event.global_step, event.metrics["number"]) for event in outcome.of(MetricsLogged)] == kept
+    assert [(event.global_step, event.high) for event in outcome.of(HistogramLogged)] == kept
+    assert [event.global_step for event in outcome.of(ImageLogged)] == [1, 2, 3]
+    assert len(list((tmp_path / "run" / "media").rglob("*.png"))) == 3
 
 
 class Slow(Drawn):
