@@ -110,7 +110,7 @@ def test_auto_asks_nobody_where_the_newest_is_whole(kit: Any, tmp_path: Path, mo
     assert outcome.result.global_step == 16
 
 
-def test_auto_does_not_take_up_what_the_run_has_left(kit: Any, tmp_path: Path) -> None:
+def test_auto_does_not_take_up_what_the_run_has_left(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt that began anew, and ended before it had a checkpoint, is not continued by that of an older one."""
     place = run_in(tmp_path, tmp_path / "there")
     kit.train(kit.Net(rows=64), epochs=1, **place)
@@ -119,6 +119,7 @@ def test_auto_does_not_take_up_what_the_run_has_left(kit: Any, tmp_path: Path) -
     never = Checkpoints(every_minutes=None, at_end=False)  # without an upload: it is noted here alone
     anew = kit.train(kit.Net(rows=64), epochs=1, **place | {"checkpoints": never})
     assert anew.result.attempt == 2
+    monkeypatch.setattr(fetch, "_download", lambda remote, names, *rest: pytest.fail(f"{names} were fetched"))
     outcome = kit.train(kit.Net(rows=64), epochs=1, resume="auto", **place)
     assert [event.checkpoint for event in outcome.of(RunResumed)] == [None]
     assert (outcome.result.attempt, outcome.result.global_step) == (3, 8)
