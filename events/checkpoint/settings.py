@@ -30,6 +30,7 @@ class Checkpoints(msgspec.Struct, frozen=True, kw_only=True):
     """A metric, as it is called in the result's ``metrics`` (``val_loss``): after a validation in which it is the best
     so far."""
     best_mode: Literal["min", "max"] = "min"
+    """Whether the least or the greatest value of ``best`` is the best."""
     at_end: bool = True
     """When training has finished."""
     keep_last: _Count = 2
