@@ -288,12 +288,11 @@ class Bus:
                 self._run_posted()
                 now = time.monotonic()
                 if now >= due or self._urgent or self.closing:
-                    self._urgent = False
                     busy = await self._pump()
                     if self._reading:
                         due = now + _DEVICE_POLL_S
                     else:
-                        due = now if self._more else now + self._tick_s
+                        due = now if self._more or self._urgent else now + self._tick_s
                     if not busy:
                         if self.closing and not self._posted:
                             return
@@ -321,7 +320,10 @@ class Bus:
 
     async def _pump(self) -> bool:
         """Drain and deliver once; False when there was nothing to do."""
-        batch = self._take() if not self._reading else []
+        batch: list[Published] = []
+        if not self._reading:
+            self._urgent = False  # not while a read is under way: what is urgent would wait for the tick after it
+            batch = self._take()
         busy = bool(batch) or bool(self._reading)
         if batch:
             poll = self._readback.start(batch) if self._readback is not None else None
@@ -410,15 +412,16 @@ class Bus:
         self.payload_receivers = {kind: names for kind, names in receivers.items() if names}
         self._must_keep = any(s.delivery.overflow == "block" for s in self._subscriptions)
         # Who takes nothing of what comes at every step must not make the pump tick for it: what he waits for wakes it.
+        before_s = self._tick_s
         self._tick_s = min(
             (s.delivery.latency_s for kind, targets in self._routes.items() if kind.droppable for s in targets),
             default=_UNHEARD_TICK_S,
         )
         self._prompt = frozenset(
-            kind
-            for kind, targets in self._routes.items()
-            if not kind.droppable and any(s.delivery.latency_s < self._tick_s for s in targets)
+            kind for kind, targets in self._routes.items() if any(s.delivery.latency_s < self._tick_s for s in targets)
         )
+        if self._tick_s < before_s:
+            self.flush()  # or the new one would wait for the end of the tick that was
 
     def _set_blocked(self, subscription: Subscription, full: bool) -> None:
         if full != (subscription in self._blocked):

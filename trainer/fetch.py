@@ -10,8 +10,8 @@ from typing import Any
 
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore, candidates_of, line_of, verify
-from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew, UploadError
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
+from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.folder import RunFolder
 from events.log import logger
 
@@ -67,57 +67,16 @@ def _fetch_address(address: str, run_id: str, run_dir: Path | None) -> Path:
 
 
 def _fetch_own(upload: str, run_id: str, run_dir: Path) -> None:
-    """Where the run's newest checkpoint is not here, or is not whole, fetch the newest that it has uploaded.
-
-    One that is whole here is not fetched, nor what is older than it; then nobody asks the network.
-
-    Raises:
-        CheckpointDamaged: there is nothing here, and none of those there is whole.
-        UploadError: there is nothing here, and the store cannot be reached.
-    """
-    store = CheckpointStore(run_dir / CHECKPOINTS_DIR)
-    here = list(store.candidates())
-    if here and _is_whole(store, here[0]):
+    """On a machine that has nothing of the run, fetch the newest checkpoint that it has uploaded, if there is one."""
+    folder = run_dir / CHECKPOINTS_DIR
+    if CheckpointStore(folder).last_attempt:
         return
     objects: Any = importlib.import_module("events.checkpoint.objects")
-    try:
-        remote = _remote(objects.run_url(upload, run_id))
-        names = _newer_than_here(store, remote)
-        if names:
-            with RunFolder.open(run_dir, run_id):
-                _download(remote, names, run_dir, run_id)
-    except (CheckpointDamaged, UploadError) as error:
-        if not here:
-            raise
-        logger.warning(f"the newest checkpoint in {store.folder} is not whole, and not to be had elsewhere: {error}")
-
-
-def _newer_than_here(store: CheckpointStore, remote: Any) -> list[CheckpointName]:
-    """What is in the remote store of the run's line, the newest first, up to one that is whole here."""
-    own, there = store.names(), remote.names()
-    names = sorted({*own, *there})
-    line = line_of(
-        names,
-        remote.attempts() | store.attempts(),
-        lambda name: (store if name in own else remote).manifest(name).parent,
-    )
-    newer: list[CheckpointName] = []
-    for name in candidates_of(line, names):
-        if name in own and _is_whole(store, name):
-            break
-        if name in there:
-            newer.append(name)
-    return newer
-
-
-def _is_whole(store: CheckpointStore, name: CheckpointName) -> bool:
-    try:
-        verify(store.path(name), store.manifest(name))
-    except (CheckpointDamaged, CheckpointNotFound):
-        return False
-    except CheckpointTooNew:
-        pass  # a matter of its own
-    return True
+    remote = _remote(objects.run_url(upload, run_id))
+    names = list(remote.candidates())
+    if names:
+        with RunFolder.open(run_dir, run_id):
+            _download(remote, names, run_dir, run_id)
 
 
 def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: str) -> Path:

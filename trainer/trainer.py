@@ -68,9 +68,8 @@ class Trainer:
         checkpoints: When checkpoints are taken and how many are kept. True: as `Checkpoints` says by default, where the
             run has a folder.
         resume: What to go on from. ``"auto"``: the newest whole checkpoint of the run's folder (or of where it uploads
-            to, if the newest here is not whole or there is none), or a new run if there is none at all. A path: of a
-            checkpoint, or of a run's folder. An address in a remote store. None: begin anew. `test` takes over the
-            module's state only.
+            to, if there is none), or a new run if there is none. A path: of a checkpoint, or of a run's folder. An
+            address in a remote store. None: begin anew. `test` takes over the module's state only.
 
     Raises:
         ArgumentsError: something given here is not what it must be.

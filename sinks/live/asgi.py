@@ -101,7 +101,7 @@ async def send_json(send: Send, value: Any, status: int = 200, headers: Headers 
 
 async def send_redirect(scope: Message, send: Send) -> None:
     """To the address with a slash at its end, from which the page's relative ones are right."""
-    name = asked_path(scope).rpartition(b"/")[2] or b"."
+    name = quote(asked_path(scope).rpartition(b"/")[2] or b".", safe="%").encode()
     await send(start(307, b"", [(b"location", b"./" + name + b"/")]))  # the dot: no name leads to another host
     await send({"type": "http.response.body", "body": b""})
 

@@ -55,39 +55,43 @@ class RunsOfFolder:
     """The runs in a folder, each in one of its own; or the run whose folder it is.
 
     They are looked for anew each time, so that runs which begin later are found. Of several with the same name (copies,
-    say) it is the one whose folder changed last.
+    say) it is the one that is running, or that told something last.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._hubs: OrderedDict[Path, FolderHub] = OrderedDict()
         self._known: dict[Path, tuple[tuple[int, int], Summary]] = {}
+        self._paths: dict[str, Path] = {}  # by the run's name, as of the last look
         self._limiter: anyio.CapacityLimiter | None = None
 
     async def summaries(self, commands: bool) -> list[dict[str, Any]]:
         """Of all runs, at most the newest thousand. Waits for the disk, on a thread."""
         found = await self._in_thread(self._look)
         shown = []
-        for run in sorted(found.values(), key=lambda run: run.started, reverse=True):
+        for run in sorted(found, key=lambda run: run.started, reverse=True):
             shown.append(msgspec.structs.asdict(run) | {"commands": commands and run.status == "running"})
         return shown
 
     async def hub(self, run_id: str) -> Hub | None:
         """Of a run by its name. Waits for the disk, on a thread."""
-        for path, hub in self._hubs.items():
-            if hub.view.run.run_id == run_id:
-                self._hubs.move_to_end(path)
-                return hub
-        found = await self._in_thread(self._look)
-        named = [path for path, run in found.items() if run.run_id == run_id]
-        if not named:
-            return None
-        path = named[0]
-        there = self._hubs.get(path)
-        if there is None or there.view.run.run_id not in ("", run_id):  # another run has the folder now
-            there = self._hubs[path] = FolderHub(path)
+        there = self._hub_of(run_id)
+        if there is None:
+            await self._in_thread(self._look)
+            there = self._hub_of(run_id)
+        if there is None and (path := self._paths.get(run_id)) is not None:
+            there = self._hubs[path] = FolderHub(path)  # none yet, or another run had the folder
+            self._hubs.move_to_end(path)
             self._let_go()
         return there
+
+    def _hub_of(self, run_id: str) -> FolderHub | None:
+        path = self._paths.get(run_id)
+        hub = self._hubs.get(path) if path is not None else None
+        if path is None or hub is None or hub.view.run.run_id not in ("", run_id):
+            return None
+        self._hubs.move_to_end(path)
+        return hub
 
     def _let_go(self) -> None:
         for path in list(self._hubs)[: max(0, len(self._hubs) - _MOST_HUBS)]:
@@ -99,24 +103,21 @@ class RunsOfFolder:
             self._limiter = anyio.CapacityLimiter(1)
         return await anyio.to_thread.run_sync(function, limiter=self._limiter)
 
-    def _look(self) -> dict[Path, Summary]:
-        found: dict[Path, Summary] = {}
-        all_known: dict[Path, tuple[tuple[int, int], Summary]] = {}
-        names = {""}
+    def _look(self) -> list[Summary]:
+        known: dict[Path, tuple[tuple[int, int], Summary]] = {}
         for path in _run_folders(self._folder):
-            known = self._known.get(path)
             try:
                 stamp = _stamp(path)
-                if known is None or known[0] != stamp or known[1].status in ("running", "lost"):
-                    known = stamp, summarise(path)
+                before = self._known.get(path)
+                if before is None or before[0] != stamp or before[1].status in ("running", "lost"):
+                    before = stamp, summarise(path)
             except OSError:  # it has been removed since, or cannot be read
                 continue
-            all_known[path] = known
-            if known[1].run_id not in names:
-                names.add(known[1].run_id)
-                found[path] = known[1]
-        self._known = all_known
-        return found
+            known[path] = before
+        named = [(path, run) for path, (_, run) in known.items() if run.run_id]
+        named.sort(key=lambda one: (one[1].status == "running", one[1].updated))
+        self._known, self._paths = known, {run.run_id: path for path, run in named}  # the last of a name stays
+        return [known[path][1] for path in self._paths.values()]
 
 
 def summarise(run_dir: Path) -> Summary:

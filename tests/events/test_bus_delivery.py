@@ -196,13 +196,55 @@ async def test_who_takes_only_what_is_rare_is_woken_for_it_and_not_before(make: 
         async with pumping(bus):
             bus.publish(make.step(1))  # the pump, which slept, begins to wait for its next tick
             assert [event.global_step for event, _ in await steps.receive()] == [1]
-            for at in range(2, 50):
+            for at in range(2, 49):
                 bus.publish(make.step(at))
                 await anyio.wait_all_tasks_blocked()
+            bus.publish(make.event(ObserverDropped, "x", 1, 0, at=49))  # rare, too, but nobody is in a hurry for it
+            await anyio.wait_all_tasks_blocked()
             assert bus.last_seq == 1
             bus.publish(make.ended(50))
             assert [event.global_step for event, _ in await rare.receive()] == [50]
             assert [event.global_step for event, _ in await steps.receive()] == [*range(2, 51)]
+
+
+async def test_what_is_urgent_does_not_wait_for_the_tick_behind_a_read(make: Any, pumping: Any) -> None:
+    """It came while numbers were on their way from the device: it goes as soon as they have arrived."""
+    arrived = [False]
+
+    class Waits:
+        def start(self, batch: list[Published], /) -> Callable[[], bool]:
+            return lambda: arrived[0]
+
+    bus = make.bus(readback=Waits())
+    steps = bus.subscribe("steps", Delivery(latency_s=3_600.0))
+    rare = bus.subscribe("rare", Delivery(types=frozenset({RunEnded}), latency_s=1e-6))
+    with anyio.fail_after(LIMIT_S):
+        async with pumping(bus):
+            bus.publish(make.step(1))
+            await anyio.wait_all_tasks_blocked()
+            bus.publish(make.ended(2))
+            await anyio.wait_all_tasks_blocked()
+            assert bus.last_seq == 0
+            arrived[0] = True
+            assert [event.global_step for event, _ in await rare.receive()] == [2]
+            assert [event.global_step for event, _ in await steps.receive()] == [1, 2]
+
+
+async def test_who_comes_later_and_is_in_haste_does_not_wait_for_the_tick_that_was(make: Any, pumping: Any) -> None:
+    """The most impatient of those who take every step sets the tick, from his coming on."""
+    bus = make.bus()
+    bus.subscribe("patient", Delivery(latency_s=3_600.0))
+    with anyio.fail_after(LIMIT_S):
+        async with pumping(bus):
+            for at in range(1, 3):  # the second waits for the tick
+                bus.publish(make.step(at))
+                await anyio.wait_all_tasks_blocked()
+            assert bus.last_seq == 1
+            hasty = bus.subscribe("hasty", Delivery(latency_s=0.001))
+            received: list[int] = []
+            while received[-1:] != [9]:
+                bus.publish(make.step(9))
+                received += [event.global_step for event, _ in await hasty.receive()]
 
 
 async def test_draining_waits_for_what_threads_had_published(make: Any, pumping: Any, in_threads: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import threading
@@ -413,18 +412,22 @@ async def test_a_folder_that_another_run_has_taken(told: Any, tmp_path: Path) ->
     assert (new.view.run.run_id, new.view.cursor) == ("new", 1)
 
 
-async def test_of_runs_with_one_name_the_one_that_changed_last_is_shown(tmp_path: Path, kit: Any) -> None:
-    """A copy of a run's folder: there is one address for both."""
-    for name, steps, changed in (("a", 1, 2_000), ("b", 2, 3_000), ("c", 3, 1_000)):
+async def test_of_runs_with_one_name_the_one_that_goes_on_is_shown(tmp_path: Path, kit: Any) -> None:
+    """A copy of a run's folder, made while it runs: there is one address for both. When it is gone, another has it."""
+    for name, steps in (("b", 4), ("c", 3)):
         told = kit.Told(tmp_path / name)
         told.write(told.story.started(), *told.story.steps(steps))
         told.let_go()
-        os.utime(tmp_path / name, (changed, changed))
+    running = kit.Told(tmp_path / "a")
+    running.write(running.story.started(), *running.story.steps(2))
     runs = RunsOfFolder(tmp_path)
-    for _ in range(2):
-        (one,) = await runs.summaries(commands=False)
-        assert (one["run_id"], one["global_step"]) == ("demo", 2)
-    hub = await runs.hub("demo")
-    assert hub is not None
-    await hub.refresh()
-    assert hub.view.run.global_step == 2
+    for steps, status in ((2, "running"), (4, "lost")):
+        for _ in range(2):
+            (one,) = await runs.summaries(commands=False)
+            assert (one["run_id"], one["status"], one["global_step"]) == ("demo", status, steps)
+            hub = await runs.hub("demo")
+            assert hub is not None
+            await hub.refresh()
+            assert hub.view.run.global_step == steps
+        running.let_go()
+        shutil.rmtree(running.path, ignore_errors=True)

@@ -19,7 +19,7 @@ from events.messages import (
     ObserverFailed,
     RunResumed,
 )
-from trainer import Checkpoints, fetch
+from trainer import Checkpoints
 from trainer.errors import ArgumentsError
 
 
@@ -62,67 +62,20 @@ def test_auto_goes_on_from_there_where_nothing_is_here(kit: Any, tmp_path: Path)
     assert outcome.of(ObserverFailed) == []
 
 
-def spoil(checkpoint: Path) -> None:
-    """Flip a bit of its tensors."""
-    (file,) = checkpoint.glob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-
-
-@pytest.mark.parametrize("lost", ["all deleted", "newest damaged", "all damaged"])
-def test_auto_fetches_what_is_not_whole_here(kit: Any, tmp_path: Path, lost: str) -> None:
-    """What was deleted by hand, or is damaged, is had from where it was uploaded to."""
+def test_an_own_checkpoint_that_is_damaged_is_had_again_by_its_address(kit: Any, tmp_path: Path) -> None:
+    """ "auto" would go on from the older one that is whole here: who wants the newest names it."""
     whole = kit.train(kit.Net(rows=64), epochs=2, **run_in(tmp_path / "other", tmp_path / "elsewhere")).result
     place = run_in(tmp_path, tmp_path / "there")
     kit.train(kit.Net(rows=64), epochs=1, **place)
-    for name in ("step-8.a1", "step-6.a1")[: 1 if "newest" in lost else 2]:
-        folder = tmp_path / "run" / CHECKPOINTS_DIR / name
-        shutil.rmtree(folder) if "deleted" in lost else spoil(folder)
-    outcome = kit.train(kit.Net(rows=64), epochs=2, resume="auto", **place)
+    (file,) = (tmp_path / "run" / CHECKPOINTS_DIR / "step-8.a1").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    outcome = kit.train(kit.Net(rows=64), epochs=2, resume=f"file://{tmp_path}/there/r", **place)
     (resumed,) = outcome.of(RunResumed)
     assert (resumed.attempt, resumed.checkpoint, resumed.global_step) == (2, "step-8.a1", 8)
     assert outcome.result.metrics["val_loss"] == whole.metrics["val_loss"]
     assert [str(name) for name in RemoteStore(f"file://{tmp_path}/there/r").line()][:1] == ["step-16.a2"]
-
-
-def test_auto_takes_an_older_one_here_where_the_store_cannot_help(kit: Any, tmp_path: Path) -> None:
-    """The newest is damaged, and there is no network."""
-    place = run_in(tmp_path, tmp_path / "there")
-    kit.train(kit.Net(rows=64), epochs=1, **place)
-    spoil(tmp_path / "run" / CHECKPOINTS_DIR / "step-8.a1")
-    shutil.rmtree(tmp_path / "there")
-    (tmp_path / "there").write_text("a file, where a folder ought to be")
-    place["checkpoints"] = settings(tmp_path / "there", end_timeout_s=0.5)
-    outcome = kit.train(kit.Net(rows=64), epochs=1, resume="auto", **place)
-    (resumed,) = outcome.of(RunResumed)
-    assert (resumed.checkpoint, outcome.result.global_step) == ("step-6.a1", 8)
-
-
-def test_auto_asks_nobody_where_the_newest_is_whole(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes on where it was needs no network to begin. Who deletes the newest means to go on from before."""
-    place = run_in(tmp_path, tmp_path / "there")
-    kit.train(kit.Net(rows=64), epochs=1, **place)
-    shutil.rmtree(tmp_path / "run" / CHECKPOINTS_DIR / "step-8.a1")
-    monkeypatch.setattr(fetch, "_remote", lambda url: pytest.fail(f"{url} was asked"))
-    outcome = kit.train(kit.Net(rows=64), epochs=2, resume="auto", **place)
-    assert outcome.of(RunResumed)[0].checkpoint == "step-6.a1"
-    assert outcome.result.global_step == 16
-
-
-def test_auto_does_not_take_up_what_the_run_has_left(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt that began anew, and ended before it had a checkpoint, is not continued by that of an older one."""
-    place = run_in(tmp_path, tmp_path / "there")
-    kit.train(kit.Net(rows=64), epochs=1, **place)
-    shutil.rmtree(tmp_path / "run" / CHECKPOINTS_DIR / "step-8.a1")
-    shutil.rmtree(tmp_path / "run" / CHECKPOINTS_DIR / "step-6.a1")
-    never = Checkpoints(every_minutes=None, at_end=False)  # without an upload: it is noted here alone
-    anew = kit.train(kit.Net(rows=64), epochs=1, **place | {"checkpoints": never})
-    assert anew.result.attempt == 2
-    monkeypatch.setattr(fetch, "_download", lambda remote, names, *rest: pytest.fail(f"{names} were fetched"))
-    outcome = kit.train(kit.Net(rows=64), epochs=1, resume="auto", **place)
-    assert [event.checkpoint for event in outcome.of(RunResumed)] == [None]
-    assert (outcome.result.attempt, outcome.result.global_step) == (3, 8)
 
 
 @pytest.mark.parametrize("address", ["file://{there}/r", "file://{there}/r/step-6.a1"])
