@@ -21,6 +21,9 @@ def report(run_dirs: Sequence[Path], out: Path | None, *, force: bool) -> int:
     if out.exists() and not force:
         print(f"stagecast report: error: {out} is there already; --force replaces it", file=sys.stderr)
         return 1
+    if not out.resolve().parent.is_dir():
+        print(f"stagecast report: error: {out.parent} is no folder: make it, or name another file", file=sys.stderr)
+        return 1
     nbytes = write_report(run_dirs, out)
     print(f"{out} ({format_bytes(nbytes)})")
     return 0

@@ -41,10 +41,11 @@ def bind(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(1_024)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # OverflowError: no port at all
         listening.close()
+        reason = getattr(error, "strerror", None) or error
         raise SinkMisconfigured(
-            f"nothing can be served at {host}:{port}: {error.strerror}; choose another port, or 0 for a free one"
+            f"nothing can be served at {host}:{port}: {reason}; choose another port, or 0 for a free one"
         ) from error
     _listening.add(listening)
     return listening

@@ -39,6 +39,14 @@ def test_what_others_can_reach_demands_a_token(host: str) -> None:
         Server(RunsOfFolder(Path()), listening, host)
 
 
+def test_a_port_that_cannot_be_had_is_said_with_a_way_out() -> None:
+    """Taken, or none at all."""
+    with bind("127.0.0.1", 0) as listening:
+        for port in (listening.getsockname()[1], 99_999):
+            with pytest.raises(SinkMisconfigured, match=f":{port}: .*; choose another port"):
+                bind("127.0.0.1", port)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost", "::1"])
 def test_what_only_this_machine_can_reach_needs_none(host: str) -> None:
     """The default is one of these."""

@@ -75,6 +75,14 @@ def test_a_report_that_is_there_is_kept_unless_forced(tmp_path: Path) -> None:
     assert command("one", "--force", cwd=tmp_path).returncode == 0
 
 
+def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    """As the user gave it."""
+    a_run(tmp_path, "one")
+    result = command("one", "--out", "nowhere/one.html", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "nowhere is no folder: make it" in result.stderr
+
+
 def test_strangers_text_ends_no_script_and_nothing_comes_from_outside_the_run(tmp_path: Path) -> None:
     """The file holds the run and the page, and no address but the ones inside it."""
     run_dir = a_run(tmp_path, "one")

@@ -7,10 +7,10 @@ that ends them in order, and the live application, mounted.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import socket
-import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -218,9 +218,12 @@ class Server(uvicorn.Server):
 
 def main() -> None:
     """Serve on this machine. SIGTERM and Ctrl-C stop the runs, with checkpoints; started again, they go on."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
-    app = create_app(folder, token=os.environ.get("STAGECAST_TOKEN"))
-    Server(app, host="127.0.0.1", port=8000).run()
+    parser = argparse.ArgumentParser(prog="python -m trainer.examples.service", description=main.__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="of the runs (default: runs)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    options = parser.parse_args()
+    app = create_app(options.folder, token=os.environ.get("STAGECAST_TOKEN"))
+    Server(app, host="127.0.0.1", port=options.port).run()
 
 
 if __name__ == "__main__":
