@@ -164,6 +164,26 @@ class CheckpointPlan:
         self.url = url
         self._resume = resume
 
+    def check(self) -> None:
+        """See that there is something at a path that the user gave, before the run begins with anything.
+
+        Raises:
+            CheckpointNotFound: There is not. An attempt that began only to say so would end a finished run as failed.
+        """
+        if self._resume is None or self._resume == "auto":
+            return
+        name = CheckpointName.parse(os.fspath(self._resume))
+        places = [Path(self._resume), *([self.store.path(name)] if name is not None and self.store is not None else [])]
+        for place in places:
+            try:
+                place.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValueError):
+                pass  # `load` says what is wrong with it
+            return
+        raise _not_found(self._resume)
+
     def load(self, on_rejected: OnRejected) -> Loaded | None:
         """Read what is to be resumed from; None for a run that begins anew. Waits for the disk.
 
@@ -277,7 +297,11 @@ def _find(path: str | os.PathLike[str], store: CheckpointStore | None, on_reject
         loaded = load_from(CheckpointStore(stored), on_rejected)
         if loaded is not None:
             return loaded
-    raise CheckpointNotFound(
+    raise _not_found(path)
+
+
+def _not_found(path: str | os.PathLike[str]) -> CheckpointNotFound:
+    return CheckpointNotFound(
         f"resume={os.fspath(path)!r}: there is no checkpoint; give the folder of a checkpoint or of a run, or 'auto'"
     )
 

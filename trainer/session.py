@@ -141,7 +141,9 @@ class Session:
         url: str | None = None
         if settings is not None and settings.upload is not None:
             url = importlib.import_module("events.checkpoint.objects").run_url(settings.upload, self._run_id)
-        return CheckpointPlan(settings, CheckpointStore(self._folder.path / CHECKPOINTS_DIR), resume, url)
+        plan = CheckpointPlan(settings, CheckpointStore(self._folder.path / CHECKPOINTS_DIR), resume, url)
+        plan.check()
+        return plan
 
     def _connect(self, keeps_history: bool) -> None:
         folder, store = self._folder, self._plan.store

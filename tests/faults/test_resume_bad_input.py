@@ -393,3 +393,19 @@ def test_a_callback_that_fails_leaves_no_checkpoint_without_its_state(runs: Any,
     last = runs.attempt(case, tmp_path, resume="auto")
     assert last.net.losses[0][0] == 8
     runs.assert_continues(last, tmp_path, runs.straight(case))
+
+
+def test_a_mistyped_path_leaves_a_run_that_is_over_as_it_is(runs: Any, tmp_path: Path) -> None:
+    """No attempt begins only to say so: the run stays finished, and nothing in its folder changes."""
+    folder = tmp_path / "run"
+    assert runs.prepare(runs.Case(), folder).trainer.train().status == "finished"
+
+    def contents() -> dict[Path, bytes]:
+        """But for the lock, which says who had it last."""
+        return {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file() and path.suffix != ".lock"}
+
+    before = contents()
+    for resume in ("nowhere/x", "step-99.a1"):
+        with pytest.raises(CheckpointNotFound):
+            runs.prepare(runs.Case(), folder, resume=resume).trainer.train()
+        assert contents() == before
