@@ -296,5 +296,6 @@ _PLAIN_WORDS: dict[type[inspect.Type], str] = {
     inspect.BoolType: "true or false",
     inspect.DictType: "a mapping with string keys",
     inspect.ListType: "a list",
+    inspect.VarTupleType: "a list",
     inspect.AnyType: "anything",
 }

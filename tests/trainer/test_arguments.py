@@ -326,7 +326,7 @@ def test_every_argument_is_described() -> None:
         (Any, "anything"),
         (list[int], "a list"),
         (str, "a string"),
-        (tuple[int, ...], "vartuple"),
+        (tuple[int, ...], "a list"),
         (Inner, "a mapping of the fields of Inner"),
         (Annotated[float, msgspec.Meta(gt=0, lt=1)], "a number > 0 and < 1"),
     ],
