@@ -25,6 +25,8 @@ from sinks.live import app as app_module
 from sinks.live import client as client_module
 from sinks.live import hub as hub_module
 from sinks.live import server as server_module
+from sinks.live.access import Access
+from sinks.live.app import LiveApp
 from sinks.live.hub import Hub
 from sinks.live.runs import OneRun, RunsOfFolder
 
@@ -468,9 +470,6 @@ def test_the_test_clients_of_frameworks_can_ask_twice(told: Any) -> None:
         warnings.simplefilter("ignore")  # it would rather have another client
         from starlette.testclient import TestClient
 
-    from sinks.live.access import Access
-    from sinks.live.app import LiveApp
-
     told.write(told.story.started())
     client = TestClient(Starlette(routes=[Mount("/live", LiveApp(RunsOfFolder(told.path), Access()))]))
     for _ in range(2):
@@ -479,3 +478,28 @@ def test_the_test_clients_of_frameworks_can_ask_twice(told: Any) -> None:
             socket.send_json({"type": "hello"})
             assert socket.receive_json()["type"] == "snapshot"
             assert socket.receive_json()["type"] == "frame"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("raw", "location"),
+    [
+        (None, b"./watch/"),
+        (b"/watch", b"./watch/"),
+        (b"/watch?token=x", b"./watch/"),
+        (b"/sub/w%20h", b"./w%20h/"),
+        (b"/\\evil.example", b"./%5Cevil.example/"),
+        (b"/watch\r\nset-cookie: a=b", b"./watch%0D%0Aset-cookie%3A%20a%3Db/"),
+    ],
+)
+async def test_a_mount_without_its_slash_leads_only_to_itself(raw: bytes | None, location: bytes) -> None:
+    """Whatever a server lets through, or leaves out."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/watch", "root_path": "/watch", "headers": []}
+    await LiveApp(OneRun(Hub()), Access())(scope | ({"raw_path": raw} if raw else {}), None, send)  # type: ignore[arg-type]
+    assert sent[0]["status"] == 307
+    assert dict(sent[0]["headers"])[b"location"] == location
