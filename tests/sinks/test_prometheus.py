@@ -122,12 +122,27 @@ class Line(ModuleInterface):
         return self.linear(batch).square().mean()
 
 
-def train(sinks: list[Any], **options: Any) -> Memory:
+def train(sinks: list[Any], module: ModuleInterface | None = None, **options: Any) -> Memory:
     memory = Memory()
+    if isinstance(module, WaitsForFailure):
+        module.memory = memory
     own = {"journal": False, "checkpoints": False} | options
     arguments = TrainerArguments(epochs=2, train_batch_size=4, device="cpu")
-    Trainer(Line(), arguments, sinks=[memory, *sinks], **own).train()
+    Trainer(module or Line(), arguments, sinks=[memory, *sinks], **own).train()
     return memory
+
+
+class WaitsForFailure(Line):
+    """Does not end before somebody's failure was told: what happens while a run ends is told to the journal alone."""
+
+    memory: Memory
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        deadline = time.monotonic() + WAIT_S
+        while not self.memory.of(ObserverFailed):
+            assert time.monotonic() < deadline, "no failure was told"
+            time.sleep(0.005)
+        return super().train_step(global_step, batch, device)
 
 
 # ------------------------------------------------------------------------------------------------ addresses
@@ -137,7 +152,7 @@ def test_a_taken_port_disables_the_sink_and_the_run_goes_on() -> None:
     """The page is lost, not the training; the message says which port and what to do."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        memory = train([Prometheus(port=port)])
+        memory = train([Prometheus(port=port)], WaitsForFailure())
     assert memory.of(RunEnded)[0].status == "finished"
     failures = memory.of(ObserverFailed)
     assert {(one.observer, one.during) for one in failures} == {("prometheus", "open")}
