@@ -189,7 +189,7 @@ def _add_watch(commands: Any) -> None:
     )
     watch.add_argument("path", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="(default: runs)")
     watch.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(default: 127.0.0.1)")
-    watch.add_argument("--port", type=_port, default=8765, metavar="N", help="0 takes a free one (default: 8765)")
+    watch.add_argument("--port", type=_natural, default=8765, metavar="N", help="0 takes a free one (default: 8765)")
     watch.add_argument("--commands", action="store_true", help="let watchers stop and pause runs, and have checkpoints")
     watch.add_argument(
         "--origin", action="append", default=[], metavar="URL", help="a site whose pages may talk to the server, too"
@@ -323,12 +323,6 @@ def _natural(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
-
-
-def _port(text: str) -> int:
-    if (number := _natural(text)) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text} is no port: they go from 0 to 65535")
-    return number
 
 
 def _version() -> str:

@@ -266,7 +266,8 @@ class LoopThread:
         )
         position = self._checkpoints.position
         if loaded is None:
-            # Drawn from torch's generator, so that a host that has seeded it itself gets the same order each time.
+            # Drawn from torch's generator, so that a host that has seeded it itself gets the same order each time; on
+            # the CPU, so that no device is waited for.
             seed = self._arguments.seed
             position.sampler_seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
         else:

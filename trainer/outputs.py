@@ -86,7 +86,7 @@ class Copy(msgspec.Struct, gc=False):
     def wait(self) -> tuple[Any, ...]:
         """The values, filled; waits for the copy, so never call it on the loop's thread."""
         if self.arrived is not None:
-            self.arrived.synchronize()
+            self.arrived.synchronize()  # WAIT: for the device, on an observer's thread
         return self.values
 
 

@@ -187,7 +187,10 @@ class DeviceReadback:
 
 
 def _put(places: list[_Place], stacked: torch.Tensor) -> None:
-    """Numbers, or, where each tensor has several elements, lists of them. In the event loop's thread."""
+    """Numbers, or, where each tensor has several elements, lists of them. In the event loop's thread.
+
+    ``stacked`` is in host memory, its copy from a device done: nothing is waited for.
+    """
     if stacked.numel() == len(places):
         numbers: list[Any] = [float(number) for number in stacked.flatten().tolist()]
     else:

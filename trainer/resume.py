@@ -172,17 +172,12 @@ class CheckpointPlan:
         """
         if self._resume is None or self._resume == "auto":
             return
-        name = CheckpointName.parse(os.fspath(self._resume))
-        places = [Path(self._resume), *([self.store.path(name)] if name is not None and self.store is not None else [])]
-        for place in places:
-            try:
-                place.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except (OSError, ValueError):
-                pass  # `load` says what is wrong with it
-            return
-        raise _not_found(self._resume)
+        try:
+            _folder_of(self._resume, self.store).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise _not_found(self._resume) from None
+        except (OSError, ValueError):
+            pass  # `load` says what is wrong with it
 
     def load(self, on_rejected: OnRejected) -> Loaded | None:
         """Read what is to be resumed from; None for a run that begins anew. Waits for the disk.
@@ -287,10 +282,7 @@ def find(path: str | os.PathLike[str], store: CheckpointStore | None, on_rejecte
 
 
 def _find(path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected) -> Loaded:
-    folder = Path(path)
-    name = CheckpointName.parse(os.fspath(path))
-    if name is not None and store is not None and not folder.exists():
-        folder = store.path(name)
+    folder = _folder_of(path, store)
     if (folder / MANIFEST_NAME).is_file() or CheckpointName.parse(folder.name) is not None:
         return Loaded(folder)
     for stored in (folder / CHECKPOINTS_DIR, folder):
@@ -298,6 +290,15 @@ def _find(path: str | os.PathLike[str], store: CheckpointStore | None, on_reject
         if loaded is not None:
             return loaded
     raise _not_found(path)
+
+
+def _folder_of(path: str | os.PathLike[str], store: CheckpointStore | None) -> Path:
+    """What a path means, or the mere name of one of the run's own checkpoints."""
+    folder = Path(path)
+    name = CheckpointName.parse(os.fspath(path))
+    if name is not None and store is not None and not folder.exists():
+        folder = store.path(name)
+    return folder
 
 
 def _not_found(path: str | os.PathLike[str]) -> CheckpointNotFound:

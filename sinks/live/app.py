@@ -342,7 +342,7 @@ class LiveApp:
             number = hub.resume(hello.attempt, hello.since) if hello.since else None
             generation = hub.generation
             while True:
-                if number is None or generation != hub.generation or (client.is_lost and client.takes_snapshot()):
+                if number is None or generation != hub.generation or client.takes_snapshot():
                     snapshot = await hub.snapshot()
                     number, generation = snapshot.number + 1, snapshot.generation
                     await client.send(shape(snapshot))

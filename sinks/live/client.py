@@ -70,8 +70,8 @@ class Client:
             self.scope.cancel()
 
     def takes_snapshot(self) -> bool:
-        """Of one who has asked for a snapshot: whether it gets it now."""
-        if (now := time.monotonic()) - self._snapshot_at < SNAPSHOT_S:
+        """Whether it gets the snapshot now that it has asked for."""
+        if not self.is_lost or (now := time.monotonic()) - self._snapshot_at < SNAPSHOT_S:
             return False
         self.is_lost, self._snapshot_at = False, now
         return True

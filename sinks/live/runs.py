@@ -108,12 +108,12 @@ class RunsOfFolder:
         for path in _run_folders(self._folder):
             try:
                 stamp = _stamp(path)
-                before = self._known.get(path)
-                if before is None or before[0] != stamp or before[1].status in ("running", "lost"):
-                    before = stamp, summarise(path)
+                entry = self._known.get(path)
+                if entry is None or entry[0] != stamp or entry[1].status in ("running", "lost"):
+                    entry = stamp, summarise(path)
             except OSError:  # it has been removed since, or cannot be read
                 continue
-            known[path] = before
+            known[path] = entry
         named = [(path, run) for path, (_, run) in known.items() if run.run_id]
         named.sort(key=lambda one: (one[1].status == "running", one[1].updated))
         self._known, self._paths = known, {run.run_id: path for path, run in named}  # the last of a name stays

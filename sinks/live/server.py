@@ -43,7 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
         listening.listen(1_024)
     except (OSError, OverflowError) as error:  # OverflowError: no port at all
         listening.close()
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise SinkMisconfigured(
             f"nothing can be served at {host}:{port}: {reason}; choose another port, or 0 for a free one"
         ) from error

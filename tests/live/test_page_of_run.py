@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Page, expect
 
+sys.path.insert(0, str(Path(__file__).parent))
+from page_visits import EVIL
+
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.journal_reader import JOURNAL_DIR, JournalReader
 from events.messages import CommandTaken, Event, RunEnded
 
-EVIL = "<script>alert(1)</script>"
 TRAIN = f"""
 import os, sys, time
 import torch

@@ -123,9 +123,7 @@ class Line(ModuleInterface):
 
 
 def train(sinks: list[Any], module: ModuleInterface | None = None, **options: Any) -> Memory:
-    memory = Memory()
-    if isinstance(module, WaitsForFailure):
-        module.memory = memory
+    memory = module.memory if isinstance(module, WaitsForFailure) else Memory()
     own = {"journal": False, "checkpoints": False} | options
     arguments = TrainerArguments(epochs=2, train_batch_size=4, device="cpu")
     Trainer(module or Line(), arguments, sinks=[memory, *sinks], **own).train()
@@ -135,7 +133,9 @@ def train(sinks: list[Any], module: ModuleInterface | None = None, **options: An
 class WaitsForFailure(Line):
     """Does not end before somebody's failure was told: what happens while a run ends is told to the journal alone."""
 
-    memory: Memory
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = Memory()
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
         deadline = time.monotonic() + WAIT_S
