@@ -311,7 +311,10 @@ def _continue_log(path: Path, heading: str) -> int:
 
 
 def _trim_log() -> None:
-    """Keep the log's end alone, once it is long. All who print share the file: they go on behind what is kept."""
+    """Keep the log's end alone, once it is long. All who print share the file: they go on behind what is kept.
+
+    What somebody prints in the milliseconds of the cut may be missing, or stand before what is kept.
+    """
     with contextlib.suppress(OSError):
         size = os.fstat(1).st_size
         if size > _LOG_LIMIT:

@@ -194,10 +194,10 @@ def trainer_threads(*, loops: bool = False) -> list[str]:
 
 def join_threads() -> None:
     """Wait until no thread of a run is left: they end on their own, shortly after their run."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("stagecast-"):
-            thread.join(WAIT_S)
-    assert trainer_threads() == []
+    deadline = time.monotonic() + WAIT_S
+    while left := trainer_threads():  # asked again and again: one that ends may have started another just now
+        assert time.monotonic() < deadline, left
+        threading.Event().wait(0.001)
 
 
 def read_journal(run_dir: str | os.PathLike[str]) -> list[Event]:

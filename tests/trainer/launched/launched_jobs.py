@@ -80,6 +80,11 @@ class Net(ModuleInterface):
     def chatter(self) -> None:
         for _ in range(80):
             print("x" * 2**20)
+        self.deed, self.at = "say_more", self.at + 1
+
+    def say_more(self) -> None:
+        self.at += 1
+        print("more", flush=True)
 
     def linger(self) -> None:
         threading.Thread(target=time.sleep, args=(100,), daemon=False).start()  # the interpreter's end waits for it
