@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from events.backlog import Published
+from events.checkpoint.lineage import Attempt, by_age, expendable
 from events.checkpoint.manifest import CheckpointName, Manifest
 from events.checkpoint.objects import Limits
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import Attempt, CheckpointStore, Upload, by_age, expendable
+from events.checkpoint.store import CheckpointStore, Upload
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew, UploadError
 from events.log import logger
 from events.messages import (

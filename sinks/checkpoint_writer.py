@@ -9,10 +9,11 @@ from typing import Literal
 
 from events.backlog import Published
 from events.checkpoint import disk
+from events.checkpoint.lineage import expendable
 from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import Part, Snapshot
-from events.checkpoint.store import CheckpointStore, expendable
+from events.checkpoint.store import CheckpointStore
 from events.checkpoint.tensor_file import lay_out
 from events.errors import CheckpointError, CheckpointsFailing
 from events.log import logger

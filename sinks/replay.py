@@ -32,7 +32,8 @@ async def replay(
 ) -> list[ObserverReport]:
     """Deliver a run's history to sinks, each at its own pace, retried as its `Delivery` says; then close them.
 
-    A run that is under way is followed to its end. Steps that a later attempt has done again are left out.
+    A run that is under way, or has only just begun, is followed to its end. Steps that a later attempt has done again
+    are left out.
 
     Args:
         since: Events up to this ``seq`` are left out.
@@ -45,7 +46,8 @@ async def replay(
         RunFolderError: there is no journal in this folder.
     """
     folder = Path(run_dir).absolute()  # noqa: ASYNC240  # asks the system for nothing but the working directory
-    tail = journal_tail(folder / JOURNAL_DIR)
+    while not (tail := journal_tail(folder / JOURNAL_DIR)).seq and is_held(folder):  # noqa: ASYNC110  # as below
+        await anyio.sleep(_LOOK_S)  # it has only just begun
     if not tail.seq:
         raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
     bus = Bus(Origin(tail.run_id, tail.attempt))

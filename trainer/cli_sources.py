@@ -12,6 +12,7 @@ from pathlib import Path
 import xxhash
 
 from events.checkpoint import store
+from events.checkpoint.lineage import by_age, is_attempt_name
 from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.parallel import in_order
@@ -45,12 +46,12 @@ class LocalSource:
             self._renamed, self.only = folder, store.read_manifest(folder).name
         elif store.CHECKPOINTS_DIR in entries or LOCK_NAME in entries:
             folder /= store.CHECKPOINTS_DIR
-        elif entries and not any(CheckpointName.parse(entry) or store.is_attempt_name(entry) for entry in entries):
+        elif entries and not any(CheckpointName.parse(entry) or is_attempt_name(entry) for entry in entries):
             raise CheckpointNotFound(f"{path} is no run's folder, and holds no checkpoints")
         self._store = store.CheckpointStore(folder)
         alone = [self.only] if self.only is not None and self._renamed is not None else None
         self.line = alone or self._store.line()
-        self.names = alone or store.by_age(self.line, self._store.names())[::-1]
+        self.names = alone or by_age(self.line, self._store.names())[::-1]
         """All that are there: those of the line, then the others, each from the newest."""
 
     def path(self, name: CheckpointName) -> str:
@@ -97,7 +98,7 @@ class RemoteSource:
         self._objects = Objects(self.where, Limits())
         self._part_bytes: dict[CheckpointName, int] = {}
         self.line = self._store.line()
-        self.names = store.by_age(self.line, self._store.names())[::-1]
+        self.names = by_age(self.line, self._store.names())[::-1]
         self.path = self.uploaded = self._store.url_of
         self.manifest = self._store.manifest
         folder = self._objects.folder

@@ -148,28 +148,12 @@ def build(config: LaunchConfig) -> Trainer:
     built = factory(**msgspec.msgpack.decode(config.arguments))
     if inspect.iscoroutine(built):
         built.close()
-    from trainer.trainer import Trainer
+    from trainer.trainer import Trainer, relocate
 
     if not isinstance(built, Trainer):
         raise ArgumentsError(f"launch: {config.factory!r} must return a Trainer, not {built!r:.80}")
-    _place(built, config)
+    relocate(built, config.run_id, config.run_dir, config.resume)
     return built
-
-
-def _place(trainer: Trainer, config: LaunchConfig) -> None:
-    """What `launch` was given takes the place of what the factory chose."""
-    from trainer.trainer import _check_folder
-
-    problems: list[str] = []
-    _check_folder(trainer._journal, config.run_id, config.run_dir, problems)
-    if problems:
-        raise ArgumentsError("launch: " + "; ".join(problems))
-    if config.run_id is not None:
-        trainer._run_id = config.run_id
-    if config.run_dir is not None:
-        trainer._run_dir = config.run_dir
-    if config.resume is not None:
-        trainer._resume = config.resume
 
 
 class Launched:
@@ -193,12 +177,13 @@ class Launched:
 
     async def run(self, trainer: Trainer) -> RunResult:
         """Run it to its end. SIGTERM and SIGINT to this process alone stop it, as they do in `Trainer.train`."""
-        from trainer.trainer import _signals
+        from trainer.calling_thread import heed_signals
+        from trainer.trainer import RunContext
 
-        context: Any = trainer.run()
+        context = RunContext(trainer)
         async with context as run:
-            session: Session = context._session
-            with _signals(session.control):
+            session = context.session
+            with heed_signals(session.control):
                 self._session = session  # first: who is told that it is ready may cancel it
                 self._say_ready(session)
                 await session.finished.wait()
@@ -215,7 +200,7 @@ class Launched:
             self._say(Ended(outcome))
 
     def _say_ready(self, session: Session) -> None:
-        arguments, folder = session._arguments, session._folder
+        arguments, folder = session.arguments, session.folder
         log, offset = None, 0
         if folder is not None:
             log = folder.path / LOG_NAME
@@ -273,7 +258,7 @@ class Launched:
         if session is not None:
             gone = "the process that launched the run is gone"
             session.control.send(Stop(id="launched", reason=gone))
-            deadline = time.monotonic() + session._arguments.stop_grace_s
+            deadline = time.monotonic() + session.arguments.stop_grace_s
             while not session.loop.ended.is_set() and not self._over.wait(0.1):
                 if time.monotonic() > deadline:
                     session.bus.post(lambda: session.cancel(gone))

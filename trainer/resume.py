@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from events.checkpoint.lineage import Attempt
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CHECKPOINTS_DIR, Attempt, CheckpointStore, read_file, read_manifest
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore, read_file, read_manifest
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from events.log import logger
 from trainer.arguments import TrainerArguments

@@ -86,14 +86,14 @@ class Session:
         self.control = control
         self.finished = anyio.Event()
         self._module = module
-        self._arguments = arguments
+        self.arguments = arguments
         self._device = resolve_device(arguments.device)
         precision = Precision(arguments.precision, self._device.type)
         self._run_id = run_id
         began_ns = time.time_ns()
-        self._folder = RunFolder.open(run_dir, run_id) if run_dir is not None else None
+        self.folder = RunFolder.open(run_dir, run_id) if run_dir is not None else None
         try:
-            folder = str(self._folder.path) if self._folder is not None else None
+            folder = str(self.folder.path) if self.folder is not None else None
             self._plan = self._make_plan(settings, resume)
             self._connect(journal is None)
             attempt = RunInfo(self._run_id, self.origin.attempt, 0, folder, interactive)
@@ -103,7 +103,7 @@ class Session:
             # The contract has no hook for a test.
             members = [(module, None), *map(split, callbacks)] if task == "train" else []
             hooks = self._add_callbacks(members)
-            self._inbox = Inbox(self._folder.path, control.send, began_ns) if self._folder is not None else None
+            self._inbox = Inbox(self.folder.path, control.send, began_ns) if self.folder is not None else None
             self._host = self._add_sinks(sinks, attempt, sinks_in)
             interval_s = arguments.system_interval_s
             self._system = SystemSampler(interval_s, self.bus, folder) if interval_s is not None else None
@@ -121,8 +121,8 @@ class Session:
                 plan=self._plan,
             )
             self._writer = self._add_checkpoints() if task == "train" else None
-            if self._folder is not None:
-                self._folder.write_arguments(plain(arguments))
+            if self.folder is not None:
+                self.folder.write_arguments(plain(arguments))
         except BaseException:
             self.discard()
             raise
@@ -136,17 +136,17 @@ class Session:
         self._close_folder()
 
     def _make_plan(self, settings: Checkpoints | None, resume: str | os.PathLike[str] | None) -> CheckpointPlan:
-        if self._folder is None:
+        if self.folder is None:
             return CheckpointPlan(None, None, resume, None)
         url: str | None = None
         if settings is not None and settings.upload is not None:
             url = importlib.import_module("events.checkpoint.objects").run_url(settings.upload, self._run_id)
-        plan = CheckpointPlan(settings, CheckpointStore(self._folder.path / CHECKPOINTS_DIR), resume, url)
+        plan = CheckpointPlan(settings, CheckpointStore(self.folder.path / CHECKPOINTS_DIR), resume, url)
         plan.check()
         return plan
 
     def _connect(self, keeps_history: bool) -> None:
-        folder, store = self._folder, self._plan.store
+        folder, store = self.folder, self._plan.store
         # Above everything that the journal or a checkpoint knows: either may have been lost.
         attempt = max(folder.last_attempt if folder is not None else 0, store.last_attempt if store is not None else 0)
         seq = max(folder.last_seq if folder is not None else 0, store.last_seq if store is not None else 0)
@@ -203,7 +203,7 @@ class Session:
         if not hosted:
             return None
         process: Any = importlib.import_module("sinks.host_process")
-        times_s = self._arguments.drain_timeout_s, self._arguments.ledger_interval_s
+        times_s = self.arguments.drain_timeout_s, self.arguments.ledger_interval_s
         return process.SinkHost(run, hosted, self.bus, *times_s, self._on_fatal)
 
     def _add_checkpoints(self) -> Any:
@@ -251,7 +251,7 @@ class Session:
 
     def _on_loss(self, event: TrainStepEnded, consecutive: int) -> None:
         """A loss that is not finite has been read; it belongs to a step that is over."""
-        stop = self._arguments.non_finite_loss == "stop"
+        stop = self.arguments.non_finite_loss == "stop"
         loss = event.loss if event.loss is not None else float("nan")
         if consecutive & (consecutive - 1) == 0:  # the 1st, 2nd, 4th, 8th...: a diverged run is not flooded
             action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
@@ -336,7 +336,7 @@ class Session:
                 current_origin.reset(token)
 
     async def _report_observers(self) -> None:
-        await report_observers(self._supervisor.observers, self.bus, self._arguments.ledger_interval_s)
+        await report_observers(self._supervisor.observers, self.bus, self.arguments.ledger_interval_s)
 
     async def _wait_for_loop(self) -> None:
         """Wait for the loop's end; once the run is cancelled, no longer than the grace period."""
@@ -344,7 +344,7 @@ class Session:
 
             async def expire() -> None:
                 await self._grace.wait()
-                await anyio.sleep(self._arguments.stop_grace_s)
+                await anyio.sleep(self.arguments.stop_grace_s)
                 self._stuck = self.loop.give_up()
                 watch.cancel_scope.cancel()
 
@@ -423,7 +423,7 @@ class Session:
                 callbacks.append(observer)
             elif observer is not self._journal and observer not in self._checkpoint_observers:
                 sinks.append(observer)
-        settings, timeout_s = self._plan.settings, self._arguments.drain_timeout_s
+        settings, timeout_s = self._plan.settings, self.arguments.drain_timeout_s
         last_s = timeout_s if settings is None or self.cancelled else settings.end_timeout_s
         if self.cancelled:
             self._leave_uploads()  # whoever cancels a run does not wait for them
@@ -452,7 +452,7 @@ class Session:
             metrics=dict(self._readback.summary),
             ledger=loop.total,
             observers=reports,
-            run_dir=str(self._folder.path) if self._folder is not None else None,
+            run_dir=str(self.folder.path) if self.folder is not None else None,
             checkpoint=self._last_checkpoint,
         )
 
@@ -470,7 +470,7 @@ class Session:
     @property
     def journal_dir(self) -> Path | None:
         """Where the journal is; None if the run keeps none."""
-        return self._folder.journal_dir if self._journal is not None and self._folder is not None else None
+        return self.folder.journal_dir if self._journal is not None and self.folder is not None else None
 
     def journal_settled(self) -> bool:
         """Whether the journal has written all that was delivered so far, or cannot write at present."""
@@ -479,8 +479,8 @@ class Session:
         return self._journal.subscription.statistics.queued == 0 or self._journal.circuit != "closed"
 
     def _close_folder(self) -> None:
-        if self._folder is not None:
-            self._folder.close()
+        if self.folder is not None:
+            self.folder.close()
 
 
 def new_run_id() -> str:

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import itertools
 import os
-import queue
-import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 
-from events.checkpoint.objects import parse_url, run_url
 from events.checkpoint.settings import Checkpoints
-from events.errors import RunCancelled, SinkMisconfigured, UploadError
+from events.errors import RunCancelled
 from events.journal import Journal
 from events.messages import Event
-from events.protocol import AnyCommand, EventStream, RunResult, Stop
+from events.protocol import AnyCommand, EventStream, RunResult
 from events.run import Run
-from events.sink import Delivery, Place, delivery_of, require
+from events.sink import Place
 from events.stream import LocalEventStream
 from trainer.arguments import TrainerArguments
+from trainer.calling_thread import interruptibly, run_here
 from trainer.cancellation import outlast
+from trainer.checks import check_checkpoints, check_folder, check_members, check_places, check_upload, members
 from trainer.control import Control
 from trainer.errors import ArgumentsError
 from trainer.fetch import fetch_for
 from trainer.loop_thread import Task
-from trainer.module_interface import CallbackInterface, ModuleInterface
-from trainer.session import Callback, Session, SinkLike, console, new_run_id, split
-
-_HURRIED_END_S = 5.0
-"""How long `Trainer.train` waits, after a second signal, for observers that were told to be quick."""
-_CLOSING_S = 1.0
-"""How long it waits for its event loop to close, once the run is over: an async sink that hangs may keep it open."""
+from trainer.module_interface import ModuleInterface
+from trainer.session import Callback, Session, SinkLike, console, new_run_id
 
 
 class Trainer:
@@ -92,27 +83,18 @@ class Trainer:
         self.module = module
         self.arguments = arguments if arguments is not None else TrainerArguments()
         problems: list[str] = []
-        self._callbacks = _members("callbacks", callbacks, problems)
-        self._sinks = None if sinks is None else _members("sinks", sinks, problems)
+        self._callbacks = members("callbacks", callbacks, problems)
+        self._sinks = None if sinks is None else members("sinks", sinks, problems)
         self._sinks_in: Place = sinks_in
         self._journal = Journal() if journal is True else None if journal is False else journal
         self._run_id = run_id
         self._run_dir = run_dir
         self._checkpoints = checkpoints
         self._resume = resume
-        chosen: object = checkpoints
-        if not isinstance(chosen, bool | Checkpoints):
-            problems.append(f"checkpoints must be True, False or Checkpoints(...), not {_shown(checkpoints)}")
-        if isinstance(checkpoints, Checkpoints) and checkpoints.upload is not None:
-            try:
-                parse_url(checkpoints.upload)
-            except UploadError as error:
-                problems.append(f"Checkpoints(upload=...): {error}")
-        if not isinstance(resume, str | os.PathLike | None) or resume == "":
-            problems.append(f"resume must be 'auto', a path, an address or None, not {_shown(resume)}")
-        _check(self.module, self.arguments, self._callbacks, self._sinks, problems)
-        _check_places(self._sinks, sinks_in, self._journal, problems)
-        _check_folder(self._journal, run_id, run_dir, problems)
+        check_checkpoints(checkpoints, resume, problems)
+        check_members(self.module, self.arguments, self._callbacks, self._sinks, problems)
+        check_places(self._sinks, sinks_in, self._journal, problems)
+        check_folder(self._journal, run_id, run_dir, problems)
         if problems:
             raise ArgumentsError("Trainer: " + "; ".join(problems))
 
@@ -162,15 +144,15 @@ class Trainer:
             RunFolderError: the run's folder cannot be used.
             TrainingThreadStuck: the run was cancelled and the loop did not reach a step boundary in time.
         """
-        return _RunContext(self)
+        return RunContext(self)
 
     def _run_here(self, task: Task) -> Session:
         on_main_thread = threading.current_thread() is threading.main_thread()
         control = Control()
         place = self._place()
         if place.is_remote:
-            _interruptibly(place.fetch)
-        return _run_here(
+            interruptibly(place.fetch)
+        return run_here(
             lambda: self._session(task, control, place, default_sinks=True, interactive=on_main_thread), control
         )
 
@@ -181,7 +163,7 @@ class Trainer:
         settings = Checkpoints() if checkpoints is True else checkpoints or None
         folder = Path(run_dir or Path("runs") / run_id)
         if settings is not None and settings.upload is not None:
-            _check_upload(settings.upload, run_id, folder)
+            check_upload(settings.upload, run_id, folder)
         return _Place(
             run_id,
             folder if has_folder else None,
@@ -212,6 +194,21 @@ class Trainer:
         )
 
 
+def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: str | None) -> None:
+    """What `launch` was given takes the place of what the factory of the trainer chose.
+
+    Raises:
+        ArgumentsError: it cannot.
+    """
+    problems: list[str] = []
+    check_folder(trainer._journal, run_id, run_dir, problems)
+    if problems:
+        raise ArgumentsError("launch: " + "; ".join(problems))
+    trainer._run_id = run_id or trainer._run_id
+    trainer._run_dir = run_dir or trainer._run_dir
+    trainer._resume = resume or trainer._resume
+
+
 class _Place:
     """Where an attempt lives, and what it goes on from."""
 
@@ -239,8 +236,11 @@ class _Place:
             self.resume = self._fetch() or self.resume
 
 
-class _RunContext(AbstractAsyncContextManager[Run]):
+class RunContext(AbstractAsyncContextManager[Run]):
     """The life of a run inside a host's task."""
+
+    session: Session
+    """Once it is entered."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -250,22 +250,22 @@ class _RunContext(AbstractAsyncContextManager[Run]):
         if place.is_remote:
             # A native cancellation leaves the thread behind: it lets the run's folder go when it has ended.
             await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
-        self._session = self._trainer._session("train", Control(), place, default_sinks=False, interactive=False)
+        self.session = self._trainer._session("train", Control(), place, default_sinks=False, interactive=False)
         try:
-            self._session.loop.start()  # first, because it may fail; entering the task group cannot
+            self.session.loop.start()  # first, because it may fail; entering the task group cannot
         except BaseException:
-            self._session.discard()
+            self.session.discard()
             raise
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
-        self._tasks.start_soon(self._session.serve, name="stagecast run")
-        self._connection = _LocalConnection(self._session)
+        self._tasks.start_soon(self.session.serve, name="stagecast run")
+        self._connection = _LocalConnection(self.session)
         return Run(self._connection)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        session = self._session
+        session = self.session
         if error is not None:
             session.cancel("an exception left the block" if isinstance(error, Exception) else "its task was cancelled")
         cancelled = await outlast(
@@ -312,199 +312,3 @@ def _outcome(session: Session) -> RunResult:
         raise session.error
     assert session.result is not None
     return session.result
-
-
-def _run_here(make: Callable[[], Session], control: Control) -> Session:
-    """Run the loop on this thread and the event loop on another, until both have ended.
-
-    The session is made in its event loop: this thread may be in one of the host's, perhaps of another kind. A signal
-    that comes meanwhile waits in ``control``.
-    """
-    made: queue.SimpleQueue[Session | BaseException] = queue.SimpleQueue()
-    abandoned, ended = threading.Event(), threading.Event()
-    failures: list[BaseException] = []
-    sessions: list[Session] = []
-
-    async def main() -> None:
-        session = make()
-        if abandoned.is_set():
-            session.discard()
-            return
-        sessions.append(session)
-        made.put(session)
-        await session.serve()
-        ended.set()  # not only when the event loop is closed, which waits for whatever an async sink has left there
-
-    def serve() -> None:
-        try:
-            anyio.run(main)
-        except BaseException as error:  # the thread's border: raised on the calling thread
-            failures.append(error)
-            made.put(error)
-        finally:
-            ended.set()
-
-    thread = threading.Thread(target=serve, name="stagecast-events", daemon=True)
-    with _signals(control):
-        try:
-            thread.start()
-            session = made.get()
-            if isinstance(session, Session):
-                session.loop.run()
-        except BaseException:  # a second signal while a device or a folder is being opened, or right after that
-            abandoned.set()
-            for one in sessions:
-                one.bus.post(one.loop.ended.set)
-            raise
-        if isinstance(session, Session):
-            control.on_stop = session.leave_uploads
-            try:
-                ended.wait()  # by itself: a `join` that a signal interrupts takes the thread for ended (bpo-45274)
-            except BaseException:  # a second signal while observers are drained
-                session.hurry()
-                if ended.wait(_HURRIED_END_S):
-                    thread.join(_CLOSING_S)
-                raise
-            thread.join(_CLOSING_S)
-            if not failures:
-                return session
-    raise failures[0]
-
-
-def _interruptibly(function: Callable[[], None]) -> None:
-    """Run it on a thread of its own: a signal ends the waiting, though the call may be deep in a library."""
-    errors: list[BaseException] = []
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            function()
-        except BaseException as error:  # the thread's border: raised on the calling one
-            errors.append(error)
-        finally:
-            done.set()
-
-    threading.Thread(target=run, name="stagecast-fetch", daemon=True).start()
-    done.wait()
-    if errors:
-        raise errors[0]
-
-
-@contextlib.contextmanager
-def _signals(control: Control) -> Iterator[None]:
-    """On the main thread: the first SIGINT or SIGTERM stops the run orderly, the second ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    count = itertools.count(1)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        first = next(count) == 1
-        if first and control.on_stop is not None:
-            control.on_stop()
-        elif first:
-            control.send(Stop(id=f"signal-{name}", reason=name))
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise SystemExit(128 + number)
-
-    # One that the host ignores (`nohup`, a shell's background job) is none of ours.
-    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handle) for number in heeded}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-
-def _check_upload(upload: str, run_id: str, run_dir: Path) -> None:
-    """See that what is uploaded does not lie where the run itself does."""
-    address = parse_url(run_url(upload, run_id))
-    there, here = Path(address.prefix).resolve(), run_dir.resolve()
-    if address.scheme == "file" and (there.is_relative_to(here) or here.is_relative_to(there)):
-        raise ArgumentsError(
-            f"Checkpoints(upload={upload!r}) would upload to {there}, and the run's own folder is {here}: choose"
-            f" another place"
-        )
-
-
-def _members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
-    if isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
-        return tuple(given)
-    problems.append(f"{name} must be a list, not {_shown(given)}; put a single one in brackets")
-    return ()
-
-
-def _check(
-    module: Any, arguments: Any, callbacks: tuple[Any, ...], sinks: tuple[Any, ...] | None, problems: list[str]
-) -> None:
-    if not isinstance(module, ModuleInterface):
-        problems.append(f"module must be an instance of a ModuleInterface, not {_shown(module)}")
-    if not isinstance(arguments, TrainerArguments):
-        problems.append(
-            f"arguments must be TrainerArguments, not {_shown(arguments)}; TrainerArguments.from_dict builds them"
-        )
-    elif arguments.system_interval_s is not None:
-        try:
-            require("psutil", "system", "TrainerArguments(system_interval_s=...)")
-        except SinkMisconfigured as error:
-            problems.append(str(error))
-    for number, callback in enumerate(callbacks):
-        target, delivery = split(callback)
-        if not isinstance(target, CallbackInterface) or not isinstance(delivery, Delivery | None):
-            problems.append(
-                f"callbacks[{number}] must be a CallbackInterface, or a pair of one and a Delivery, not"
-                f" {_shown(callback)}"
-            )
-    for number, sink in enumerate(sinks or ()):
-        target, delivery = split(sink)
-        if isinstance(target, Journal):
-            problems.append(f"sinks[{number}] is a Journal, of which a run has one: give it as journal=")
-        is_sink = callable(getattr(target, "open", None)) and not isinstance(target, type)
-        if not is_sink or not isinstance(delivery, Delivery | None):
-            problems.append(
-                f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
-                f" {_shown(sink)}"
-            )
-        elif callable(check := getattr(target, "check", None)):
-            try:
-                check()
-            except SinkMisconfigured as error:
-                problems.append(f"sinks[{number}]: {error}")
-
-
-def _check_places(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:
-    """See that what is to run in a process of its own can."""
-    if sinks_in not in ("thread", "process"):
-        problems.append(f"sinks_in must be 'thread' or 'process', not {_shown(sinks_in)}")
-    for number, sink in enumerate(sinks or ()):
-        target, delivery = split(sink)
-        delivery = delivery if isinstance(delivery, Delivery) else delivery_of(target)
-        if (delivery.runs_in or sinks_in) != "process" or not callable(getattr(target, "open", None)):
-            continue
-        if journal is None:
-            problems.append(f"sinks[{number}] cannot run in a process of its own without the journal, which that reads")
-        host: Any = importlib.import_module("sinks.host")
-        try:
-            host.HostedSink.of("", target, delivery, 0)
-        except SinkMisconfigured as error:
-            problems.append(f"sinks[{number}]: {error}")
-
-
-def _check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -> None:
-    if not isinstance(journal, Journal | None):
-        problems.append(f"journal must be True, False or a Journal, not {_shown(journal)}")
-    # The name is that of a folder below runs/, and must not lead out of it.
-    if run_id is not None and (
-        not isinstance(run_id, str) or run_id in ("", ".", "..") or {"/", os.sep, "\0"} & set(run_id)
-    ):
-        problems.append(f"run_id must be a name without slashes, not {_shown(run_id)}; run_dir chooses the folder")
-    if run_dir is not None and not (isinstance(run_dir, str | os.PathLike) and os.fspath(run_dir)):
-        problems.append(f"run_dir must be the path of a folder, not {_shown(run_dir)}")
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.80}" if not isinstance(value, type) else f"the class {value.__name__}"

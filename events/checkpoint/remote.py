@@ -16,6 +16,15 @@ from pathlib import Path
 import xxhash
 
 from events.checkpoint import disk
+from events.checkpoint.lineage import (
+    Attempt,
+    attempt_name,
+    candidates_of,
+    decode_attempt,
+    encode_attempt,
+    is_attempt_name,
+    line_of,
+)
 from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest, decode_manifest, encode_manifest
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.parallel import in_order
@@ -30,19 +39,7 @@ from events.checkpoint.remote_layout import (
     parts_of,
     visible,
 )
-from events.checkpoint.store import (
-    Attempt,
-    CheckpointStore,
-    Upload,
-    attempt_name,
-    candidates_of,
-    check_file,
-    decode_attempt,
-    encode_attempt,
-    is_attempt_name,
-    line_of,
-    verify,
-)
+from events.checkpoint.store import CheckpointStore, Upload, check_file, verify
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, UploadError
 
 _THREAD = "stagecast-upload"

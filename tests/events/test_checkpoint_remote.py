@@ -21,12 +21,13 @@ from typing import Any
 import pytest
 
 from events.checkpoint import disk, parallel
+from events.checkpoint.lineage import Attempt
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric, encode_manifest
 from events.checkpoint.objects import Limits, Objects, parse_url, run_url
 from events.checkpoint.parallel import in_order
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.remote_layout import PARTS_NAME, parts_of
-from events.checkpoint.store import Attempt, CheckpointStore, read_manifest, verify
+from events.checkpoint.store import CheckpointStore, read_manifest, verify
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, UploadError
 
 ROOT = Path(__file__).parents[2]

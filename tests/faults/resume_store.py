@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from events.backlog import Payload
+from events.checkpoint.lineage import Attempt
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import Snapshot
-from events.checkpoint.store import Attempt, CheckpointStore
+from events.checkpoint.store import CheckpointStore
 from events.messages import CheckpointDeleted, CheckpointFailed, CheckpointSaved, CheckpointStaged, Event
 from events.origin import Origin
 from sinks.checkpoint_writer import CheckpointWriter

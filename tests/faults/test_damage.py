@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from events.checkpoint.lineage import Attempt
 from events.checkpoint.manifest import CheckpointName
-from events.checkpoint.store import Attempt, CheckpointStore
+from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointDamaged
 from events.messages import CheckpointRejected, CheckpointSaved, RunResumed
 

@@ -21,9 +21,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from events.checkpoint.lineage import by_age, candidates_of, expendable, line_of
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import Upload, by_age, candidates_of, expendable, line_of, verify
+from events.checkpoint.store import Upload, verify
 from events.errors import CheckpointDamaged
 
 INJECTIONS = {"test_no_schedule_loses_the_newest_checkpoint_or_its_line": (1, 60)}

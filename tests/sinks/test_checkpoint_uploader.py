@@ -20,11 +20,12 @@ import pytest
 
 from events.bus import Bus
 from events.checkpoint import disk
+from events.checkpoint.lineage import Attempt
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import Attempt, CheckpointStore, verify
+from events.checkpoint.store import CheckpointStore, verify
 from events.errors import UploadError
 from events.messages import (
     CheckpointDeleted,

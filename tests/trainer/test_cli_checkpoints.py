@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from events.checkpoint import disk, packing
+from events.checkpoint.lineage import Attempt
 from events.checkpoint.manifest import CheckpointName, encode_manifest
 from events.checkpoint.remote import RemoteStore
-from events.checkpoint.store import Attempt, CheckpointStore, Upload, read_manifest
+from events.checkpoint.store import CheckpointStore, Upload, read_manifest
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
 from trainer.cli import main
 

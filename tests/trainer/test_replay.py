@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from events.errors import RunFolderError
-from events.journal_reader import read_history
+from events.folder import is_held
+from events.journal_reader import journal_tail, read_history
 from events.messages import Event, ObserverFailed, ObserverRecovered, TrainStepEnded
 from events.sink import Delivery
 from sinks import Memory
@@ -146,6 +147,27 @@ def test_a_run_under_way_is_followed_to_its_end(kit: Any, tmp_path: Path) -> Non
     anyio.run(main)
     kept = list(read_history(tmp_path / "run/journal"))
     assert seen.events == kept
+
+
+def test_a_run_that_has_only_begun_is_waited_for(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its folder, and not an event yet."""
+    seen, asked = Memory(), threading.Event()
+    monkeypatch.setattr("sinks.replay.is_held", lambda folder: (asked.set(), is_held(folder))[1])
+
+    class Late(kit.Net):
+        def get_train_dataloader(self, *given: Any) -> Any:
+            assert asked.wait(kit.WAIT_S)
+            return super().get_train_dataloader(*given)
+
+    async def main() -> None:
+        ready = kit.make_trainer(Late(), journal=True, run_dir=tmp_path / "run", run_id="run")
+        with anyio.fail_after(kit.WAIT_S):
+            async with ready.run(), anyio.create_task_group() as tasks:
+                assert journal_tail(tmp_path / "run/journal").seq == 0
+                tasks.start_soon(replay, tmp_path / "run", [seen])
+
+    anyio.run(main)
+    assert seen.events == list(read_history(tmp_path / "run/journal"))
 
 
 def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:

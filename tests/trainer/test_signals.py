@@ -178,7 +178,10 @@ def test_the_second_signal_ends_the_wait_for_a_slow_observer(kit: Any) -> None:
     net = kit.Net()
     outcome = kit.train(net, callbacks=[Slow()], journal=True, run_id="r")
     assert type(outcome.error) is SystemExit
-    assert [thread.name for thread in threading.enumerate() if thread.name == "stagecast-events"] == []
+    for thread in threading.enumerate():
+        if thread.name == "stagecast-events":  # no longer than a moment
+            thread.join(kit.WAIT_S)
+            assert not thread.is_alive()
     journal = kit.read_journal("runs/r")
     assert next(e for e in journal if type(e) is RunEnded).status == "finished"
     RunFolder.open("runs/r", "r").close()

@@ -1,0 +1,150 @@
+"""Which checkpoint came from which, and which of them may go: decided on names alone, no file is touched.
+
+**Line**: each attempt continues from one checkpoint (or from none), and so do its own. The newest checkpoint is that of
+the newest attempt, else the one that this attempt started from, and so on: not the one with the most steps, if somebody
+went back before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import msgspec
+import xxhash
+
+from events.checkpoint.manifest import CheckpointName
+from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew
+
+_LAST_ATTEMPT = 10**9
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """What an attempt started from."""
+
+    attempt: int
+    parent: str | None
+    """A checkpoint's name; None for an attempt that began anew, or elsewhere."""
+    source: str | None = None
+    """The path of the checkpoint of another run that it began with."""
+    id: str = ""
+    """Drawn at random: tells it from the same attempt at another run of that name."""
+
+
+class _SignedAttempt(msgspec.Struct, forbid_unknown_fields=True):
+    attempt: msgspec.Raw
+    xxh3_128: str
+
+
+def attempt_name(attempt: int) -> str:
+    """Name of the file that says what an attempt started from."""
+    return f"attempt-{attempt}.json"
+
+
+def is_attempt_name(text: str) -> bool:
+    """Whether a file of this name may be one of those."""
+    return text.startswith("attempt-") and text.endswith(".json")
+
+
+def encode_attempt(attempt: Attempt) -> bytes:
+    """The bytes of such a file: what it says, and a hash of that, as in a manifest."""
+    return _sign(msgspec.json.encode(attempt))
+
+
+def decode_attempt(file_name: str, data: bytes) -> Attempt | None:
+    """Read such a file; None if it is damaged: the checkpoints' manifests say it too."""
+    try:
+        body = bytes(msgspec.json.decode(data, type=_SignedAttempt).attempt)
+        attempt = msgspec.json.decode(body, type=Attempt)
+    except (ValueError, RecursionError):
+        return None
+    known = _sign(body) == data and 1 <= attempt.attempt < _LAST_ATTEMPT
+    return attempt if known and attempt_name(attempt.attempt) == file_name else None
+
+
+def _sign(body: bytes) -> bytes:
+    return msgspec.json.encode(_SignedAttempt(msgspec.Raw(body), xxhash.xxh3_128_hexdigest(body))) + b"\n"
+
+
+def line_of(
+    names: Iterable[CheckpointName],
+    attempts: Mapping[int, Attempt],
+    parent_of: Callable[[CheckpointName], str | None],
+) -> list[CheckpointName]:
+    """The checkpoints that a run as it stands has come from, the newest first.
+
+    Args:
+        names: All that there are, in the order in which they came about.
+        attempts: What each attempt started from, as far as it was noted.
+        parent_of: Reads the parent from a checkpoint's manifest, or raises as `CheckpointStore.manifest` does.
+    """
+    names = list(names)
+    current = max([*attempts, *(name.attempt for name in names)], default=0)
+    line: list[CheckpointName] = []
+    upto: CheckpointName | None = None
+    while current > 0:
+        own = [name for name in names if name.attempt == current and (upto is None or not upto < name)]
+        line += reversed(own)
+        parent = attempts[current].parent if current in attempts else _first_parent(own, parent_of)
+        upto = CheckpointName.parse(parent) if parent is not None else None
+        # Only ever back, whatever damaged files say.
+        current = upto.attempt if upto is not None and upto.attempt < current else 0
+    return line
+
+
+def _first_parent(own: list[CheckpointName], parent_of: Callable[[CheckpointName], str | None]) -> str | None:
+    """What an attempt of which we have only checkpoints started from, as its oldest one that can be read says."""
+    for name in own:
+        with contextlib.suppress(CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, OSError):
+            return parent_of(name)
+    return None
+
+
+def candidates_of(line: list[CheckpointName], names: Iterable[CheckpointName]) -> Iterator[CheckpointName]:
+    """What to try to resume from, best first; see `CheckpointStore.candidates`."""
+    yield from line
+    if line:
+        known = set(line)
+        yield from reversed([name for name in names if name not in known])
+
+
+def by_age(line: Iterable[CheckpointName], names: Iterable[CheckpointName]) -> list[CheckpointName]:
+    """All checkpoints, the first to go first: those that the run did not come from, then its line, from the oldest."""
+    line = list(line)
+    known = set(line)
+    return [*(name for name in sorted(names) if name not in known), *reversed(line)]
+
+
+def expendable(
+    line: Iterable[CheckpointName],
+    names: Iterable[CheckpointName],
+    metrics: dict[CheckpointName, float],
+    *,
+    keep_last: int,
+    keep_best: int,
+    largest_is_best: bool,
+    uploaded: Iterable[CheckpointName] | None,
+) -> list[CheckpointName]:
+    """Decide which checkpoints may go, the oldest first.
+
+    Those that the run did not come from go first: somebody went back before them.
+
+    Args:
+        line: What the run has come from, the newest first (`CheckpointStore.line`).
+        names: All that there are.
+        metrics: The monitored metric, of those that have a finite one.
+        keep_last: The newest ones stay; at least one.
+        keep_best: So do those of the line with the best metric, the newer of two equal ones.
+        uploaded: Those that are in the remote store; None if uploads are off. One goes only when a newer one is there.
+    """
+    line = list(line)
+    ordered = by_age(line, names)
+    kept = set(ordered[-max(1, keep_last) :])
+    sign = 1 if largest_is_best else -1
+    best = sorted((name for name in line if name in metrics), key=lambda name: (sign * metrics[name], name))
+    kept.update(best[len(best) - keep_best :] if keep_best else [])
+    if uploaded is not None:
+        there = set(uploaded)
+        newest = next((index for index in range(len(ordered) - 1, -1, -1) if ordered[index] in there), 0)
+        kept.update(ordered[newest:])
+    return [name for name in ordered if name not in kept]

@@ -1,0 +1,126 @@
+"""What a `Trainer` is given, looked through before anything is opened: each problem says what, where and what to do."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from events.checkpoint.objects import parse_url, run_url
+from events.checkpoint.settings import Checkpoints
+from events.errors import SinkMisconfigured, UploadError
+from events.journal import Journal
+from events.sink import Delivery, delivery_of, require
+from trainer.arguments import TrainerArguments
+from trainer.errors import ArgumentsError
+from trainer.module_interface import CallbackInterface, ModuleInterface
+from trainer.session import split
+
+
+def members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
+    """The callbacks or sinks that are given; a single one in place of several is a problem."""
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
+        return tuple(given)
+    problems.append(f"{name} must be a list, not {shown(given)}; put a single one in brackets")
+    return ()
+
+
+def check_members(
+    module: Any, arguments: Any, callbacks: tuple[Any, ...], sinks: tuple[Any, ...] | None, problems: list[str]
+) -> None:
+    """See that each is what it must be, and that what it needs is installed."""
+    if not isinstance(module, ModuleInterface):
+        problems.append(f"module must be an instance of a ModuleInterface, not {shown(module)}")
+    if not isinstance(arguments, TrainerArguments):
+        problems.append(
+            f"arguments must be TrainerArguments, not {shown(arguments)}; TrainerArguments.from_dict builds them"
+        )
+    elif arguments.system_interval_s is not None:
+        try:
+            require("psutil", "system", "TrainerArguments(system_interval_s=...)")
+        except SinkMisconfigured as error:
+            problems.append(str(error))
+    for number, callback in enumerate(callbacks):
+        target, delivery = split(callback)
+        if not isinstance(target, CallbackInterface) or not isinstance(delivery, Delivery | None):
+            problems.append(
+                f"callbacks[{number}] must be a CallbackInterface, or a pair of one and a Delivery, not"
+                f" {shown(callback)}"
+            )
+    for number, sink in enumerate(sinks or ()):
+        target, delivery = split(sink)
+        if isinstance(target, Journal):
+            problems.append(f"sinks[{number}] is a Journal, of which a run has one: give it as journal=")
+        is_sink = callable(getattr(target, "open", None)) and not isinstance(target, type)
+        if not is_sink or not isinstance(delivery, Delivery | None):
+            problems.append(
+                f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
+                f" {shown(sink)}"
+            )
+        elif callable(check := getattr(target, "check", None)):
+            try:
+                check()
+            except SinkMisconfigured as error:
+                problems.append(f"sinks[{number}]: {error}")
+
+
+def check_places(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:
+    """See that what is to run in a process of its own can."""
+    if sinks_in not in ("thread", "process"):
+        problems.append(f"sinks_in must be 'thread' or 'process', not {shown(sinks_in)}")
+    for number, sink in enumerate(sinks or ()):
+        target, delivery = split(sink)
+        delivery = delivery if isinstance(delivery, Delivery) else delivery_of(target)
+        if (delivery.runs_in or sinks_in) != "process" or not callable(getattr(target, "open", None)):
+            continue
+        if journal is None:
+            problems.append(f"sinks[{number}] cannot run in a process of its own without the journal, which that reads")
+        host: Any = importlib.import_module("sinks.host")
+        try:
+            host.HostedSink.of("", target, delivery, 0)
+        except SinkMisconfigured as error:
+            problems.append(f"sinks[{number}]: {error}")
+
+
+def check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -> None:
+    """See that the run's name and folder can be such."""
+    if not isinstance(journal, Journal | None):
+        problems.append(f"journal must be True, False or a Journal, not {shown(journal)}")
+    # The name is that of a folder below runs/, and must not lead out of it.
+    if run_id is not None and (
+        not isinstance(run_id, str) or run_id in ("", ".", "..") or {"/", os.sep, "\0"} & set(run_id)
+    ):
+        problems.append(f"run_id must be a name without slashes, not {shown(run_id)}; run_dir chooses the folder")
+    if run_dir is not None and not (isinstance(run_dir, str | os.PathLike) and os.fspath(run_dir)):
+        problems.append(f"run_dir must be the path of a folder, not {shown(run_dir)}")
+
+
+def check_checkpoints(checkpoints: Any, resume: Any, problems: list[str]) -> None:
+    """See that checkpoints are described, and what to go on from is."""
+    if not isinstance(checkpoints, bool | Checkpoints):
+        problems.append(f"checkpoints must be True, False or Checkpoints(...), not {shown(checkpoints)}")
+    elif isinstance(checkpoints, Checkpoints) and checkpoints.upload is not None:
+        try:
+            parse_url(checkpoints.upload)
+        except UploadError as error:
+            problems.append(f"Checkpoints(upload=...): {error}")
+    if not isinstance(resume, str | os.PathLike | None) or resume == "":
+        problems.append(f"resume must be 'auto', a path, an address or None, not {shown(resume)}")
+
+
+def check_upload(upload: str, run_id: str, run_dir: Path) -> None:
+    """See that what is uploaded does not lie where the run itself does."""
+    address = parse_url(run_url(upload, run_id))
+    there, here = Path(address.prefix).resolve(), run_dir.resolve()
+    if address.scheme == "file" and (there.is_relative_to(here) or here.is_relative_to(there)):
+        raise ArgumentsError(
+            f"Checkpoints(upload={upload!r}) would upload to {there}, and the run's own folder is {here}: choose"
+            f" another place"
+        )
+
+
+def shown(value: Any) -> str:
+    """As a message shows it."""
+    return f"{value!r:.80}" if not isinstance(value, type) else f"the class {value.__name__}"
