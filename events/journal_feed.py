@@ -25,7 +25,7 @@ _COUNT_S = 0.5
 
 
 class JournalFeed:
-    """Has what `events.supervisor.Observer` uses of a subscription. Belongs to the event loop's thread.
+    """Has what `events.observer.Observer` uses of a subscription. Belongs to the event loop's thread.
 
     Args:
         since: Events with a greater ``seq`` are delivered.

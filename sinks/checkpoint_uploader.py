@@ -28,9 +28,9 @@ from events.messages import (
     CheckpointUploading,
     Event,
 )
+from events.observer import describe
 from events.origin import Header
 from events.sink import Delivery
-from events.supervisor import describe
 
 UPLOADER_DELIVERY = Delivery(
     types=frozenset({CheckpointSaved}),
@@ -53,7 +53,7 @@ PROGRESS_S = 1.0
 
 
 class CheckpointUploader:
-    """A supervised observer (`events.supervisor.Target`). All but the constructor and `abandon` runs on its own thread.
+    """A supervised observer (`events.observer.Target`). All but the constructor and `abandon` runs on its own thread.
 
     Args:
         store: The run's checkpoints. This process is the one that may write to it.

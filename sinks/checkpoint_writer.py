@@ -26,9 +26,9 @@ from events.messages import (
     RunEnded,
     WeightsSaved,
 )
+from events.observer import describe
 from events.origin import Origin, header_of
 from events.sink import Delivery
-from events.supervisor import describe
 
 WEIGHTS_NAME = "weights.safetensors"
 """The module's weights alone, in the run's folder."""
@@ -45,7 +45,7 @@ _PART_TIMEOUT_S = 60.0
 
 
 class CheckpointWriter:
-    """A supervised observer (`events.supervisor.Target`). All but the constructor runs on its own thread.
+    """A supervised observer (`events.observer.Target`). All but the constructor runs on its own thread.
 
     Args:
         store: Where to.

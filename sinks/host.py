@@ -29,11 +29,12 @@ from events.errors import SinkMisconfigured
 from events.journal_feed import JournalFeed
 from events.journal_reader import JOURNAL_DIR
 from events.messages import EVENT_TYPES, Event, ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported
+from events.observer import Observer, SinkTarget
 from events.origin import Origin
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink
 from events.subscription import Subscription
-from events.supervisor import Observer, SinkTarget, report_observers
+from events.supervisor import report_observers
 from events.wire import encode_json
 
 PLACES_DIR = "sinks"

@@ -193,6 +193,11 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
             for field in msgspec.structs.fields(cls)
         ]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `from_dict` takes them; what is none, such as a function given to torch.compile, is text."""
+        values: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
+        return values
+
     @property
     def micro_batch_size(self) -> int:
         """Rows that go through the model at a time: the largest divisor of the batch within the limit."""

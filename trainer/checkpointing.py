@@ -20,7 +20,7 @@ from events.errors import CheckpointsFailing, UnstorableState
 from events.fence import Fence
 from events.log import logger
 from events.messages import CheckpointFailed, CheckpointSkipped, CheckpointStaged, LoopHeld
-from events.supervisor import describe
+from events.observer import describe
 from trainer.control import Control
 from trainer.errors import add_note
 from trainer.hooks import CallbackHooks, HookTable

@@ -21,8 +21,8 @@ from events.messages import (
     TrainStepEnded,
     ValEpochEnded,
 )
+from events.observer import Observer
 from events.sink import CALLBACK_DELIVERY, Delivery
-from events.supervisor import Observer
 from trainer.errors import ArgumentsError, add_note
 from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
 from trainer.recorder import MetricRecorder

@@ -5,17 +5,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import platform
 import socket
 import sys
 import threading
 import traceback
 import weakref
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import anyio
-import msgspec
 import torch
 
 from events.bus import Bus
@@ -33,7 +30,7 @@ from events.messages import (
     StallLedger,
     Status,
 )
-from events.supervisor import describe
+from events.observer import describe
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary, StopRequested
 from trainer.checkpointing import Checkpointing
@@ -53,6 +50,7 @@ from trainer.recorder import MetricRecorder
 from trainer.resume import CheckpointPlan, Loaded
 from trainer.rng import capture_rng, restore_rng
 from trainer.tensor_state import part_of
+from trainer.versions import versions
 
 Task = Literal["train", "test"]
 
@@ -378,7 +376,7 @@ class LoopThread:
             arguments.epochs,
             steps,
             arguments.max_steps,
-            plain(arguments),
+            arguments.to_dict(),
             str(self._device),
             versions(),
             socket.gethostname(),
@@ -466,11 +464,6 @@ def _end_all() -> None:
         loop.end(_AT_EXIT_S)
 
 
-def plain(arguments: TrainerArguments) -> Any:
-    """The arguments as plain values; what is none, such as a function as torch.compile's backend, is text."""
-    return msgspec.to_builtins(arguments, enc_hook=str)
-
-
 def _count_seeded(change: int) -> None:
     global _seeded_runs
     with _seed_lock:
@@ -479,15 +472,3 @@ def _count_seeded(change: int) -> None:
             logger.warning(
                 "two runs in this process seed the global random generators: neither of them is reproducible"
             )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes a run."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "stagecast": _own_version()}
-
-
-def _own_version() -> str:
-    try:
-        return version("stagecast")
-    except PackageNotFoundError:
-        return "unknown"

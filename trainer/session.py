@@ -23,17 +23,18 @@ from events.inbox import Inbox
 from events.journal import Journal
 from events.log import current_origin, logger
 from events.messages import CheckpointFailed, CheckpointStaged, NonFiniteLoss, TrainStepEnded
+from events.observer import Observer, SinkTarget, describe
 from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
 from events.sink import Delivery, Place, RunInfo, Sink, delivery_of
-from events.supervisor import Observer, SinkTarget, Supervisor, describe, report_observers
+from events.supervisor import Supervisor, report_observers
 from trainer.arguments import TrainerArguments
 from trainer.cancellation import outliving
 from trainer.control import Control
 from trainer.data import resolve_device
 from trainer.errors import NonFiniteLossError, add_note
 from trainer.hooks import CallbackHooks, CallbackTarget, HookTable
-from trainer.loop_thread import STUCK, LoopThread, Task, plain, versions
+from trainer.loop_thread import STUCK, LoopThread, Task
 from trainer.media import MediaWriter
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.precision import Precision
@@ -41,6 +42,7 @@ from trainer.readback import DeviceReadback
 from trainer.recorder import MetricRecorder
 from trainer.resume import CheckpointPlan
 from trainer.system import SystemSampler
+from trainer.versions import versions
 
 Callback = CallbackInterface | tuple[CallbackInterface, Delivery]
 SinkLike = Sink | tuple[Sink, Delivery]
@@ -122,7 +124,7 @@ class Session:
             )
             self._writer = self._add_checkpoints() if task == "train" else None
             if self.folder is not None:
-                self.folder.write_arguments(plain(arguments))
+                self.folder.write_arguments(arguments.to_dict())
         except BaseException:
             self.discard()
             raise

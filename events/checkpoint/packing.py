@@ -44,7 +44,6 @@ All functions may be called from any thread. A value that the tree holds twice i
 from __future__ import annotations
 
 import enum
-import math
 import re
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection
@@ -61,18 +60,18 @@ from zoneinfo import ZoneInfo
 import msgspec
 from msgspec.msgpack import Ext
 
+from events.checkpoint import packing_numpy
 from events.errors import CheckpointDamaged, UnstorableState
 
 MAX_DEPTH = 200
 """Levels of containers in containers that a tree may have."""
 
-_PAIRS, _RECORDS, _ARRAY, _SCALAR, _TENSOR, _REGISTERED = 10, 20, 50, 51, 60, 61  # codes; the first two begin a group
+_PAIRS, _RECORDS, _TENSOR, _REGISTERED = 10, 20, 60, 61  # codes; the first two begin a group
 _BYTES_LIMIT = 2**32 - 1  # msgpack's
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
 _ATOMS = frozenset({NoneType, bool, float})  # each value of these is written as it is
 _NATIVE = _ATOMS | {int, str, bytes}
 _HERE: Any = object()  # the label of a part that shares the path of the whole
-_ELEMENTS = re.compile(r"[<>|][biufcmMSUV]\d{1,10}(\[\d{0,10}[A-Za-z]{1,7}\])?")  # no objects, nothing to evaluate
 _ZONE = re.compile(r"[\w+-]+(/[\w+-]+)*", re.ASCII)  # nothing that leaves the folder of time zones
 
 _packer = msgspec.msgpack.Encoder()
@@ -229,7 +228,7 @@ class _Writer:
         try:
             if form is not None:
                 return form.code, form.take(value)
-            if kind.__module__ == "numpy" and (parts := _numpy_parts(value)) is not None:
+            if kind.__module__ == "numpy" and (parts := packing_numpy.parts_of(value)) is not None:
                 return parts
         except ValueError as error:
             raise self.refused(value, str(error)) from error
@@ -354,84 +353,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-# --------------------------------------------------------------------------------------------------------- NumPy
-
-
-def _numpy_parts(value: Any) -> tuple[int, Any] | None:
-    """The parts of an array or a scalar; None for anything else of NumPy's."""
-    import numpy as np  # loaded already: it defined the type
-
-    if type(value) is np.ndarray:
-        return _ARRAY, (_describe(value.dtype), value.shape, value.tobytes())
-    if not isinstance(value, np.generic):
-        return None
-    if isinstance(value, np.str_):  # NumPy drops the NULs at its end wherever it can, and those of bytes_
-        return _SCALAR, ("U", str.__str__(value))
-    if isinstance(value, np.bytes_):
-        return _SCALAR, ("S", bytes(value))
-    return _SCALAR, (_describe(value.dtype), value.tobytes())
-
-
-def _describe(dtype: Any) -> Any:
-    import numpy as np
-
-    description: Any = dtype.str
-    if dtype.subdtype is not None:
-        description = [_describe(dtype.base), list(dtype.shape)]
-    if dtype.names is not None:
-        fields = [dtype.fields[name] for name in dtype.names]
-        description = {
-            "names": list(dtype.names),
-            "formats": [_describe(field[0]) for field in fields],
-            "offsets": [field[1] for field in fields],
-            "itemsize": dtype.itemsize,
-        }
-    if dtype.hasobject or dtype.type is np.record or _dtype(description) != dtype:
-        raise ValueError(
-            f"no checkpoint keeps elements of {dtype!r}; convert them to numbers, bytes or fixed-width text"
-        )
-    return description
-
-
-def _dtype(description: Any) -> Any:
-    import numpy as np
-
-    if type(description) is dict:
-        structure: Any = {key: description[key] for key in ("names", "formats", "offsets", "itemsize")}
-        structure["formats"] = [_dtype(field) for field in structure["formats"]]
-        return np.dtype(structure)
-    if type(description) is list:
-        base, shape = description
-        if type(shape) is not list:  # a range would be looped over, and may be endless
-            raise TypeError(f"{shape!r} are no dimensions")
-        return np.dtype((_dtype(base), tuple(shape)))
-    if _ELEMENTS.fullmatch(description) is None:
-        raise ValueError(f"{description!r} is no dtype")
-    return np.dtype(description)
-
-
-def _array(description: Any, shape: tuple[int, ...], data: bytes) -> Any:
-    import numpy as np
-
-    dtype = _dtype(description)
-    if type(shape) is not tuple or not {int}.issuperset(map(type, shape)):
-        raise TypeError(f"{shape!r} are no dimensions")
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(f"no array of {dtype} and shape {shape} has {len(data)} bytes")
-    return np.ndarray(shape, dtype, buffer=bytearray(data))  # NumPy's copy() would leave the padding to chance
-
-
-def _scalar(description: Any, content: Any) -> Any:
-    import numpy as np
-
-    if description == "S" and type(content) is bytes:
-        return np.bytes_(content)
-    if description == "U" and type(content) is str:
-        return np.str_(content)
-    return _array(description, (), content)[()]
-
-
-# ----------------------------------------------------------------------------------------------- the other types
+# ----------------------------------------------------------------------------------------------------- the types
 
 
 def _items(mapping: Any) -> list[Any]:
@@ -535,8 +457,8 @@ _FORMS: dict[type, _Form] = {
 _KNOWN = _NATIVE | _FORMS.keys()
 _MAKERS: dict[int, Callable[..., Any]] = {
     **{form.code: form.make for form in _FORMS.values() if form.code},
-    _ARRAY: _array,
-    _SCALAR: _scalar,
+    packing_numpy.ARRAY: packing_numpy.array,
+    packing_numpy.SCALAR: packing_numpy.scalar,
     _TENSOR: _Reader.placed,
     _REGISTERED: _from_taught,
 }

@@ -15,9 +15,10 @@ import pytest
 from events.backlog import Payload, Published
 from events.bus import Bus
 from events.messages import Event, ObserverFailed, ObserverRecovered, ObserverSlow, TrainStepEnded
+from events.observer import Observer, SinkTarget
 from events.protocol import ObserverReport
 from events.sink import RunInfo
-from events.supervisor import Observer, SinkTarget, Supervisor
+from events.supervisor import Supervisor
 
 WAIT_S = 20.0
 """How long anything that ought to happen may take on a busy machine."""

@@ -12,9 +12,10 @@ import pytest
 from events.backlog import Payload
 from events.fence import Fence
 from events.messages import ObserverFailed, ObserverRecovered
+from events.observer import Observer, describe
 from events.protocol import ObserverReport
 from events.sink import RunInfo
-from events.supervisor import Observer, Supervisor, describe
+from events.supervisor import Supervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -1,0 +1,87 @@
+"""How `packing` writes NumPy's arrays and scalars: a description of their dtype, and their bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+ARRAY, SCALAR = 50, 51
+"""The codes of their marks."""
+_ELEMENTS = re.compile(r"[<>|][biufcmMSUV]\d{1,10}(\[\d{0,10}[A-Za-z]{1,7}\])?")  # no objects, nothing to evaluate
+
+
+def parts_of(value: Any) -> tuple[int, Any] | None:
+    """The parts of an array or a scalar; None for anything else of NumPy's."""
+    import numpy as np  # loaded already: it defined the type
+
+    if type(value) is np.ndarray:
+        return ARRAY, (_describe(value.dtype), value.shape, value.tobytes())
+    if not isinstance(value, np.generic):
+        return None
+    if isinstance(value, np.str_):  # NumPy drops the NULs at its end wherever it can, and those of bytes_
+        return SCALAR, ("U", str.__str__(value))
+    if isinstance(value, np.bytes_):
+        return SCALAR, ("S", bytes(value))
+    return SCALAR, (_describe(value.dtype), value.tobytes())
+
+
+def _describe(dtype: Any) -> Any:
+    import numpy as np
+
+    description: Any = dtype.str
+    if dtype.subdtype is not None:
+        description = [_describe(dtype.base), list(dtype.shape)]
+    if dtype.names is not None:
+        fields = [dtype.fields[name] for name in dtype.names]
+        description = {
+            "names": list(dtype.names),
+            "formats": [_describe(field[0]) for field in fields],
+            "offsets": [field[1] for field in fields],
+            "itemsize": dtype.itemsize,
+        }
+    if dtype.hasobject or dtype.type is np.record or _dtype(description) != dtype:
+        raise ValueError(
+            f"no checkpoint keeps elements of {dtype!r}; convert them to numbers, bytes or fixed-width text"
+        )
+    return description
+
+
+def _dtype(description: Any) -> Any:
+    import numpy as np
+
+    if type(description) is dict:
+        structure: Any = {key: description[key] for key in ("names", "formats", "offsets", "itemsize")}
+        structure["formats"] = [_dtype(field) for field in structure["formats"]]
+        return np.dtype(structure)
+    if type(description) is list:
+        base, shape = description
+        if type(shape) is not list:  # a range would be looped over, and may be endless
+            raise TypeError(f"{shape!r} are no dimensions")
+        return np.dtype((_dtype(base), tuple(shape)))
+    if _ELEMENTS.fullmatch(description) is None:
+        raise ValueError(f"{description!r} is no dtype")
+    return np.dtype(description)
+
+
+def array(description: Any, shape: tuple[int, ...], data: bytes) -> Any:
+    """Make it of its parts, or raise what `packing` takes for damage."""
+    import numpy as np
+
+    dtype = _dtype(description)
+    if type(shape) is not tuple or not {int}.issuperset(map(type, shape)):
+        raise TypeError(f"{shape!r} are no dimensions")
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"no array of {dtype} and shape {shape} has {len(data)} bytes")
+    return np.ndarray(shape, dtype, buffer=bytearray(data))  # NumPy's copy() would leave the padding to chance
+
+
+def scalar(description: Any, content: Any) -> Any:
+    """Make it of its parts, or raise what `packing` takes for damage."""
+    import numpy as np
+
+    if description == "S" and type(content) is bytes:
+        return np.bytes_(content)
+    if description == "U" and type(content) is str:
+        return np.str_(content)
+    return array(description, (), content)[()]
