@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 
 from events.backlog import Published
-from events.journal_reader import JournalReader
+from events.journal_reader import JournalReader, SkippedLine
 from events.messages import Event
 from events.sink import Delivery
 from events.subscription import Statistics
@@ -102,6 +102,11 @@ class JournalFeed:
     def oldest(self) -> Event | None:
         """The event that has waited longest of those read; None if none waits."""
         return self._in_hand[0] if self._in_hand else None
+
+    @property
+    def skipped(self) -> list[SkippedLine]:
+        """Lines of the journal that were no events: the newest thousand of those that it has come to."""
+        return self._reader.skipped
 
     def finish(self) -> None:
         """The run writes no more: the receiver gets what there is, up to `stop_at`, then the end of the stream."""

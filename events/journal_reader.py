@@ -87,6 +87,8 @@ class SkippedLine(msgspec.Struct, frozen=True):
     length: int
     """Bytes, without the newline; 0 for a segment that is gone."""
     reason: str
+    torn: bool = False
+    """Whether it is the rest of a line whose writer died; a later attempt goes on in a new segment."""
 
 
 class JournalTail(msgspec.Struct, frozen=True):
@@ -197,6 +199,7 @@ class JournalReader:
         self._line = 0  # lines before that
         self._lines: list[bytes] = []  # whole lines from there on that are read but not decoded, last first
         self._finished = False  # the segment is read, and a newer one exists
+        self._rest = False  # what is left of it ends without a newline
 
     @property
     def cursor(self) -> int:
@@ -232,7 +235,7 @@ class JournalReader:
         try:
             event = decode_json(line)
         except WireError as error:
-            self._skip(len(line), str(error))
+            self._skip(len(line), str(error), torn=self._rest)
             return None
         if event.seq < 1 or not event.run_id or event.run_id != (self._run_id or event.run_id):
             whose = f"run_id {event.run_id!r}, seq {event.seq}"
@@ -266,6 +269,7 @@ class JournalReader:
             newer = bool(numbers) and numbers[-1] > self._segment
             data = self._read_on()
             whole = data.rfind(b"\n")
+            self._rest = whole < 0
             if whole >= 0:
                 self._lines = data[:whole].split(b"\n")
             elif newer:
@@ -303,11 +307,11 @@ class JournalReader:
             return b""
         return data
 
-    def _skip(self, length: int, reason: str) -> None:
+    def _skip(self, length: int, reason: str, *, torn: bool = False) -> None:
         assert self._segment is not None
         self.skipped_count += 1
         path = str(self._dir / segment_name(self._segment))
-        self._skipped.append(SkippedLine(path, self._line + 1, self._offset, length, reason))
+        self._skipped.append(SkippedLine(path, self._line + 1, self._offset, length, reason, torn))
 
 
 def read_history(

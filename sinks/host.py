@@ -27,7 +27,7 @@ import msgspec
 from events.bus import Bus
 from events.errors import SinkMisconfigured
 from events.journal_feed import JournalFeed
-from events.journal_reader import JOURNAL_DIR
+from events.journal_reader import JOURNAL_DIR, SkippedLine
 from events.messages import EVENT_TYPES, Event, ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported
 from events.observer import Observer, SinkTarget
 from events.origin import Origin
@@ -237,6 +237,11 @@ class FeedObservers:
         """Nothing more is written to the journal: each sink is closed when it has what stands there."""
         for feed in self._feeds:
             feed.finish()
+
+    @property
+    def skipped(self) -> list[SkippedLine]:
+        """Lines of the journal that were no events, as the feed says that has come to most of them."""
+        return max((feed.skipped for feed in self._feeds), key=len, default=[])
 
     async def drain(self, until: int | None, timeout_s: float) -> list[ObserverReport]:
         """Deliver the rest, close, and report; no longer than ``timeout_s``, and a moment to count."""

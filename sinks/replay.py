@@ -11,7 +11,7 @@ import anyio
 from events.bus import Bus
 from events.errors import RunFolderError
 from events.folder import is_held
-from events.journal_reader import JOURNAL_DIR, history_filter, journal_tail
+from events.journal_reader import JOURNAL_DIR, SkippedLine, history_filter, journal_tail
 from events.messages import Event
 from events.origin import Origin
 from events.protocol import ObserverReport
@@ -29,6 +29,7 @@ async def replay(
     *,
     since: int = 0,
     on_health: Callable[[Event], None] = lambda event: None,
+    skipped: list[SkippedLine] | None = None,
 ) -> list[ObserverReport]:
     """Deliver a run's history to sinks, each at its own pace, retried as its `Delivery` says; then close them.
 
@@ -38,18 +39,21 @@ async def replay(
     Args:
         since: Events up to this ``seq`` are left out.
         on_health: Told of each failure and recovery of a sink.
+        skipped: Takes the lines that were no events, if given (the newest thousand).
 
     Returns:
         For each sink what became of the events: ``left`` counts those that a sink did not get, which was given up.
 
     Raises:
-        RunFolderError: there is no journal in this folder.
+        RunFolderError: there is no journal in this folder, or no event in it that can be read.
     """
     folder = Path(run_dir).absolute()  # noqa: ASYNC240  # asks the system for nothing but the working directory
     while not (tail := journal_tail(folder / JOURNAL_DIR)).seq and is_held(folder):  # noqa: ASYNC110  # as below
         await anyio.sleep(_LOOK_S)  # it has only just begun
     if not tail.seq:
         raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
+    if not tail.run_id:
+        raise RunFolderError(f"the journal in {folder / JOURNAL_DIR} is damaged: no line of it is an event")
     bus = Bus(Origin(tail.run_id, tail.attempt))
     run = RunInfo(tail.run_id, tail.attempt, 0, os.fspath(folder))
     observers = FeedObservers(bus, run, history_filter(folder / JOURNAL_DIR))
@@ -72,6 +76,8 @@ async def replay(
             await observer.finished()
         await bus.drain()
         reports += await observers.counted()
+        if skipped is not None:
+            skipped += observers.skipped
         bus.close()
     return reports
 

@@ -160,8 +160,10 @@ def _add_replay(commands: Any) -> None:
         help="feed the events of a run to sinks",
         description="Feed the events of a run, as they stand in its journal, to one or more sinks: to a tool that it"
         " did not have, or could not reach. Steps that were done again count once. If the run is under way, it is"
-        " followed to its end. The exit code is 1 if a sink did not get everything.",
-        epilog="Options of a sink are those of its class: stagecast train --help lists them.",
+        " followed to its end. The exit code is 1 if a sink did not get everything, or if lines of the journal are"
+        " damaged.",
+        epilog="Options of a sink are those of its class: stagecast train --help lists them. A list or a mapping is"
+        " written in brackets or braces, as in YAML: 'tags=[a, b]'.",
         allow_abbrev=False,
     )
     replay.add_argument("path", type=Path, metavar="RUN", help="the run's folder")

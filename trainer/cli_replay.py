@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,14 @@ from typing import Any
 import anyio
 
 from events.errors import SinkMisconfigured
+from events.journal_reader import SkippedLine
 from events.messages import Event, ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
 from events.sink import Sink
+from trainer.config import UNREADABLE, parse_yaml
+
+_SHOWN = 5
+"""Damaged lines of a journal that are named one by one."""
 
 
 def replay(run_dir: Path, to: Sequence[Sequence[str]], since: int) -> int:
@@ -33,15 +39,19 @@ def replay(run_dir: Path, to: Sequence[Sequence[str]], since: int) -> int:
         print(f"stagecast replay: error: {plain_text(str(error), 2_000)}", file=sys.stderr)
         return 2
 
+    skipped: list[SkippedLine] = []
+
     async def run() -> list[ObserverReport]:
-        return await feed(run_dir, sinks, since=since, on_health=_tell)
+        return await feed(run_dir, sinks, since=since, on_health=_tell, skipped=skipped)
 
     reports = anyio.run(run)
+    _tell_of(skipped)
     for report in reports:
         left = f", {report.left:,} not" if report.left else ""
         state = f" ({report.state}: {plain_text(report.error or '')})" if report.state != "closed" else ""
         print(f"{report.observer}: {report.delivered:,} events delivered{left}{state}")
-    return 0 if all(report.state == "closed" and not report.left for report in reports) else 1
+    whole = all(line.torn for line in skipped)  # what a crash has torn was never an event
+    return 0 if whole and all(report.state == "closed" and not report.left for report in reports) else 1
 
 
 def _sink(name: str, options: Sequence[str]) -> Sink:
@@ -52,12 +62,29 @@ def _sink(name: str, options: Sequence[str]) -> Sink:
         key, equals, value = option.partition("=")
         if not equals:
             raise SinkMisconfigured(f"--to {name} {option}: give the option as NAME=VALUE")
-        values[key] = value
+        values[key] = _parsed(value)
     sink = build_sink(name, values)
     check = getattr(sink, "check", None)
     if callable(check):
         check()
     return sink
+
+
+def _parsed(text: str) -> Any:
+    """A list or a mapping where it looks like one; what else it is, the option's type says."""
+    if text.startswith(("[", "{")):
+        with contextlib.suppress(*UNREADABLE):
+            return parse_yaml(text)
+    return text
+
+
+def _tell_of(skipped: Sequence[SkippedLine]) -> None:
+    """Say which lines of the journal nobody got: the first few, and how many there are."""
+    for line in skipped[:_SHOWN]:
+        what = "torn when the process of the run died" if line.torn else f"no event, and was left out: {line.reason}"
+        print(f"{line.path}, line {line.line}: {what}", file=sys.stderr)
+    if len(skipped) > _SHOWN:
+        print(f"... and {len(skipped) - _SHOWN:,} lines more", file=sys.stderr)
 
 
 def _tell(event: Event) -> None:

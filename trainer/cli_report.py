@@ -12,18 +12,24 @@ def report(run_dirs: Sequence[Path], out: Path | None, *, force: bool) -> int:
 
     Raises:
         RunFolderError: one of the folders is none of a run.
-        OSError: the file cannot be written.
     """
     from sinks.format import format_bytes
     from sinks.live.report import write_report
 
     out = out if out is not None else Path(f"{run_dirs[0].resolve().name}.html")
-    if out.exists() and not force:
+    if out.is_file() and not force:
         print(f"stagecast report: error: {out} is there already; --force replaces it", file=sys.stderr)
+        return 1
+    if out.is_dir():
+        print(f"stagecast report: error: {out} is a folder: name a file in it", file=sys.stderr)
         return 1
     if not out.resolve().parent.is_dir():
         print(f"stagecast report: error: {out.parent} is no folder: make it, or name another file", file=sys.stderr)
         return 1
-    nbytes = write_report(run_dirs, out)
+    try:
+        nbytes = write_report(run_dirs, out)
+    except OSError as error:
+        print(f"stagecast report: error: {out} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 1
     print(f"{out} ({format_bytes(nbytes)})")
     return 0

@@ -50,12 +50,16 @@ def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult
 
     Raises:
         ArgumentsError: The file, or what it names, cannot be used.
+        CheckpointNotFound: There is nothing to resume from where the file says.
         BaseException: what `Trainer.train`, or a factory of the user's, raised.
     """
     # NumPy is no dependency of ours; torch says at each import that it could not find it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     prepared = prepare(load_run_config(path, overrides), path)
     if only_check:
+        from trainer.trainer import check_resume
+
+        check_resume(prepared.trainer)
         print(_summary(path, prepared))
         return None
     try:
@@ -65,10 +69,24 @@ def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult
         sys.exit(1)
     reason = f" ({result.reason})" if result.reason else ""
     print(f"{result.status} after {result.global_step} steps{reason}")
+    _tell_of_losses(result)
     for name, place in (("run folder", result.run_dir), ("checkpoint", result.checkpoint)):
         if place is not None:
             print(f"{name}: {place}")
     return result
+
+
+def _tell_of_losses(result: RunResult) -> None:
+    """Say which observers did not get everything, or ended otherwise than in order."""
+    from sinks.format import plain_text
+
+    for report in result.observers:
+        missing = {"not delivered": report.left, "dropped": report.dropped}
+        lost = [f"{count:,} events {what}" for what, count in missing.items() if count]
+        if report.state != "closed":
+            lost.insert(0, f"{report.state} ({plain_text(report.error or 'no reason given')})")
+        if lost:
+            print(f"{report.observer}: {', '.join(lost)}", file=sys.stderr)
 
 
 def _summary(path: str, prepared: Prepared) -> str:

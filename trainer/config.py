@@ -58,7 +58,7 @@ def parse_yaml(text: str) -> Any:
 
 
 # The errors of tomllib, json and text decoding are ValueErrors; what nests too deeply is a RecursionError.
-_UNREADABLE = (ValueError, RecursionError, yaml.YAMLError)
+UNREADABLE = (ValueError, RecursionError, yaml.YAMLError)
 
 
 def _parse_json(text: str) -> Any:
@@ -97,7 +97,7 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
         config = parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ArgumentsError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ArgumentsError(f"{path}: is not valid {language}: {error}") from error
     if config is None:
         return {}
@@ -126,7 +126,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
             raise ArgumentsError(f"override {override!r}: must look like 'name=value' or 'group.name=value'")
         try:
             value = parse_yaml(text)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ArgumentsError(f"override {override!r}: the value is not valid YAML: {error}") from error
         try:
             result = _replaced(result, names, 0, value)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ from events.wakeup import Wakeup
 from events.wire import encode_command_json
 from trainer.connected_result import LOOK_BACK, UNDER_WAY, ResultBuilder, Snapshot
 from trainer.connection_errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
-from trainer.connection_http import JournalFollower, Patience, RunServer, Unreachable
+from trainer.connection_http import JournalFollower, Patience, RunServer, Unreachable, check_address
 
 TOKEN_VARIABLE = "STAGECAST_TOKEN"
 _NOT_UNDER_WAY = 409
@@ -73,11 +74,13 @@ def connect(
         ConnectedRunFailed: from `Run.result`: the run failed; `ConnectedRunLost` if its process died.
         RunCancelled: from `Run.result`: the run was cancelled.
     """
+    if run_id is not None and not isinstance(run_id, str):
+        raise ConnectError(f"run_id must be the name of a run, not {run_id!r:.80}")
     base, named = _split(url)
     token = token if token is not None else os.environ.get(TOKEN_VARIABLE)
     if token is not None and not (token.isascii() and token.isprintable()):
         raise ConnectError("the token has characters that no header can hold: give printable ASCII")
-    if not give_up_s >= 0:
+    if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
         raise ConnectError(f"give_up_s={give_up_s!r}: give seconds, 0 to try nothing twice")
     return _ConnectContext(base, run_id or named, token, give_up_s)
 
@@ -371,8 +374,12 @@ def _outcome(result: RunResult | None, run_id: str) -> RunResult:
 
 def _split(url: str) -> tuple[str, str]:
     """The address of the page, and the name of the run that it shows, if there is one."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConnectError(f"{url!r:.200} is no address of a page: give one like http://127.0.0.1:8765/#run=NAME")
-    base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
-    return base, parse_qs(parts.fragment).get("run", [""])[-1]
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        check_address(url)
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
+            return base, parse_qs(parts.fragment).get("run", [""])[-1]
+    given: object = url
+    shown = re.sub("//[^/@]*@", "//", given) if isinstance(given, str) else given  # its password goes into no log
+    raise ConnectError(f"{shown!r:.200} is no address of a page: give one like http://127.0.0.1:8765/#run=NAME")

@@ -74,6 +74,14 @@ class _Body(httpx.AsyncByteStream):
         return self._parts.pop()
 
 
+def check_address(url: str) -> None:
+    """Raises `ValueError` or `TypeError` for what no request can be sent to."""
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(str(error)) from None
+
+
 class RunServer:
     """Asks the server at an address. Belongs to one event loop.
 
@@ -85,12 +93,16 @@ class RunServer:
     """
 
     def __init__(self, url: str, run_id: str, token: str | None, give_up_s: float) -> None:
-        self.url = url
+        address = httpx.URL(url)
+        # For whoever stands before the server; a token is for the server itself, and takes its place.
+        login = (address.username, address.password) if address.userinfo and not token else None
+        self.url = str(address.copy_with(userinfo=b""))
         self.run_id = run_id
         self.give_up_s = give_up_s
         self.over = False
         """Whether the run is known to have ended, so that its server may be gone."""
         self._client = httpx.AsyncClient(
+            auth=login,
             headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {}),
             timeout=httpx.Timeout(_SILENCE_S, connect=_CONNECT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=4),

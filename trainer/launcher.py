@@ -83,7 +83,7 @@ def launch(
         OSError: the process cannot be started.
     """
     problems = [*_problems_of(factory, run_id, run_dir, resume, env)]
-    encoded = _encoded(dict(arguments or {}), problems)
+    encoded = _encoded(arguments if arguments is not None else {}, problems)
     if sys.platform == "win32":
         problems.append("runs can be launched on POSIX systems only; Trainer.run works everywhere")
     if problems:
@@ -205,10 +205,18 @@ def _problems_of(factory: Any, run_id: Any, run_dir: Any, resume: Any, env: Any)
         isinstance(env, Mapping) and all(isinstance(part, str) for pair in env.items() for part in pair)
     ):
         yield f"env must map names to texts, not {env!r:.80}"
+    elif env is not None:
+        for name, value in env.items():
+            if not name or "=" in name or "\0" in name + value:
+                yield f"env: no environment has {name!r:.80}={value!r:.80}: no '=' in a name, and no NUL"
 
 
-def _encoded(arguments: dict[Any, Any], problems: list[str]) -> bytes:
+def _encoded(arguments: Any, problems: list[str]) -> bytes:
     """The arguments as msgpack, which brings them over as what they are (but tuples as lists)."""
+    if not isinstance(arguments, Mapping):
+        problems.append(f"arguments must map names to values, not {arguments!r:.80}")
+        return b""
+    arguments = dict(arguments)
     try:
         before = len(problems)
         problems += [f"arguments{where}" for where in _unplain(arguments, "")]

@@ -15,6 +15,7 @@ import anyio.abc
 import anyio.to_thread
 
 from events.checkpoint.settings import Checkpoints
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled
 from events.journal import Journal
 from events.messages import Event
@@ -31,6 +32,7 @@ from trainer.errors import ArgumentsError
 from trainer.fetch import fetch_for
 from trainer.loop_thread import Task
 from trainer.module_interface import ModuleInterface
+from trainer.resume import CheckpointPlan
 from trainer.session import Callback, Session, SinkLike, console, new_run_id
 
 
@@ -207,6 +209,18 @@ def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: 
     trainer._run_id = run_id or trainer._run_id
     trainer._run_dir = run_dir or trainer._run_dir
     trainer._resume = resume or trainer._resume
+
+
+def check_resume(trainer: Trainer) -> None:
+    """See that there is something at the path that a run would go on from; nothing is read of it, nor fetched.
+
+    Raises:
+        CheckpointNotFound: there is not.
+    """
+    place = trainer._place()
+    if not place.is_remote:
+        store = CheckpointStore(place.run_dir / CHECKPOINTS_DIR) if place.run_dir is not None else None
+        CheckpointPlan(None, store, place.resume, None).check()
 
 
 class _Place:

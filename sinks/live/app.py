@@ -67,6 +67,8 @@ from sinks.live.runs import Runs
 _PAGE = Path(__file__).with_name("page")
 HELLO_S = 10.0
 """So long who has connected may wait with his hello."""
+MOST_STRANGERS = 100
+"""So many may be about to say it; then the oldest is let go."""
 _CLOSE_S = 5.0
 _END_S = 0.5
 _JOURNAL_S = 0.05
@@ -87,6 +89,8 @@ class LiveApp:
         self._access = access
         self._most_clients = most_clients
         self._clients: set[Client] = set()
+        self._strangers: dict[Client, None] = {}
+        """Those whose hello is awaited, the oldest first: they take no place from who has shown the token."""
         self._disk = anyio.CapacityLimiter(4)  # our own: a disk that hangs must not take the threads of a host
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -101,10 +105,10 @@ class LiveApp:
 
     async def end(self) -> None:
         """Have those who are connected go: the server ends. Waits until they have, for a moment."""
-        for client in list(self._clients):
+        for client in [*self._clients, *self._strangers]:
             client.leave(Refused(503, "the server ends", code=ENDING))
         with anyio.move_on_after(_END_S):
-            while self._clients:  # noqa: ASYNC110  # each of them ends a task of its server
+            while self._clients or self._strangers:  # noqa: ASYNC110  # each of them ends a task of its server
                 await anyio.sleep(0.01)
 
     # ---------------------------------------------------------------------------------------------- HTTP
@@ -203,7 +207,10 @@ class LiveApp:
         query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
         follow = query.get("follow") == ["1"]
         run_dir = hub.run_dir
-        reader = JournalReader(run_dir / JOURNAL_DIR, _number(query, "since") or 0)
+        since = _number(query, "since") if "since" in query else 0
+        if since is None:
+            raise Refused(400, "since is the seq of an event, a whole number")
+        reader = JournalReader(run_dir / JOURNAL_DIR, since)
         limiter = anyio.CapacityLimiter(1)
 
         def read() -> list[Event]:
@@ -290,24 +297,36 @@ class LiveApp:
             self._access.check_request(scope)
             await send({"type": "websocket.accept"})
             client = Client(receive, send)
-            with self._counted(client):
-                await self._serve(parts[2], client)
+            hello = await self._hello(client)
+            if hello is not None:
+                with self._counted(client):
+                    await self._serve(parts[2], client, hello)
         except Refused as refused:
             reason = refused.reason.encode()[:120].decode(errors="ignore")  # no more goes into the frame
             with anyio.move_on_after(_CLOSE_S), contextlib.suppress(OSError, RuntimeError):  # it may have left
                 await send({"type": "websocket.close", "code": refused.code, "reason": reason})
 
-    async def _serve(self, run_id: str, client: Client) -> None:
-        """Raises `Refused` with the code that the connection is to be closed with."""
+    async def _hello(self, client: Client) -> Hello | None:
+        """Who it is; None if it has left. Raises `Refused` if it does not say, or has no token."""
         hello = None
-        with anyio.move_on_after(HELLO_S) as client.scope:
-            hello = await client.take()
+        self._strangers[client] = None
+        if len(self._strangers) > MOST_STRANGERS:
+            next(iter(self._strangers)).leave(Refused(503, "others have come to say who they are", code=TOO_SLOW))
+        try:
+            with anyio.move_on_after(HELLO_S) as client.scope:
+                hello = await client.take()
+        finally:
+            del self._strangers[client]
         if hello is None:
             if client.has_left:
-                return
+                return None
             raise client.problem or Refused(408, "no hello came")
         if not isinstance(hello, Hello) or not self._access.allows(hello.token):
             raise Refused(401, "the first message is a hello, with the token", code=NO_TOKEN)
+        return hello
+
+    async def _serve(self, run_id: str, client: Client, hello: Hello) -> None:
+        """Raises `Refused` with the code that the connection is to be closed with."""
         hub = await self._hub(run_id)
 
         async def listen() -> None:

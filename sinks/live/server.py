@@ -35,6 +35,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         SinkMisconfigured: The port is taken, or the address is none of this machine.
     """
+    host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -89,7 +90,7 @@ class Server:
         hosts = ("localhost", "127.0.0.1", "::1", host.strip("[]")) if is_loopback(host) else None
         app = LiveApp(runs, Access(token, commands=commands, origins=origins, hosts=hosts))
         self._socket = listening
-        name = f"[{host}]" if ":" in host else host
+        name = f"[{host.strip('[]')}]" if ":" in host else host
         self.url = f"http://{name}:{listening.getsockname()[1]}/"
         """Where the page is."""
         own = logging.getLogger("uvicorn.error")

@@ -47,6 +47,13 @@ def test_a_port_that_cannot_be_had_is_said_with_a_way_out() -> None:
                 bind("127.0.0.1", port)
 
 
+def test_an_address_may_stand_in_brackets() -> None:
+    """As it does in the address of the page."""
+    with bind("[::1]", 0) as listening:
+        server = Server(RunsOfFolder(Path()), listening, "[::1]")
+        assert server.url == f"http://[::1]:{listening.getsockname()[1]}/"
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost", "::1"])
 def test_what_only_this_machine_can_reach_needs_none(host: str) -> None:
     """The default is one of these."""
@@ -126,6 +133,31 @@ def test_who_says_nothing_is_let_go(server: Any, kit: Any, monkeypatch: pytest.M
     monkeypatch.setattr(app_module, "HELLO_S", 0.05)
     with kit.watch(server.url) as socket, pytest.raises(ConnectionClosed):
         socket.recv(timeout=10)
+
+
+def test_those_without_the_token_take_no_place_from_those_who_have_it(
+    server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come and say nothing: the first of them is let go."""
+    monkeypatch.setattr(app_module, "MOST_STRANGERS", 2)
+    app = server._server._app
+    monkeypatch.setattr(app, "_most_clients", 1)
+    with kit.watch(server.url) as first, kit.watch(server.url), kit.watch(server.url):
+        with pytest.raises(ConnectionClosed) as closed:
+            first.recv(timeout=10)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1013
+        with kit.watch(server.url) as friend:
+            friend.send(kit.Watcher().hello(token=TOKEN))
+            assert '"snapshot"' in friend.recv(timeout=10)
+
+
+@pytest.mark.parametrize("since", ["abc", "-1", "1" * 23])
+def test_a_cursor_that_is_none_is_refused(server: Any, since: str) -> None:
+    """Rather than the whole journal sent."""
+    answer = get(server, f"api/runs/demo/journal?since={since}", headers={"authorization": f"Bearer {TOKEN}"})
+    assert answer.status_code == 400
+    assert "since" in answer.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,13 @@ def journal(tmp_path: Path) -> list[Event]:
     return JournalReader(tmp_path / "runs" / "demo" / JOURNAL_DIR).read(MANY)
 
 
+async def journalled(tmp_path: Path) -> None:
+    """Until something stands in the journal: before that, no server knows the run."""
+    with anyio.fail_after(20):
+        while not journal(tmp_path):  # noqa: ASYNC110  # a file tells nobody
+            await anyio.sleep(0.01)
+
+
 def _address(path: Path) -> str:
     """Of the page that a run has brought along, once it is there."""
     deadline = time.monotonic() + 20
@@ -236,11 +243,43 @@ async def test_where_nothing_answers_the_error_names_the_address_at_once() -> No
             raise AssertionError("must not be entered")
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8765", "ws://there/", "http:///x", "file:///etc"])
-async def test_what_is_no_address_is_refused_before_anything_is_sent(url: str) -> None:
-    """By `connect` itself."""
-    with pytest.raises(ConnectError, match="is no address of a page"):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "127.0.0.1:8765",
+        "ws://there/",
+        "http:///x",
+        "file:///etc",
+        "http://[::1",
+        "http://127.0.0.1:80 80/",
+        "http://127.0.0.1:99999/",
+        "https://me:hidden@there:0/",
+        5,
+    ],
+)
+async def test_what_is_no_address_is_refused_before_anything_is_sent(url: Any) -> None:
+    """By `connect` itself, which repeats no password."""
+    with pytest.raises(ConnectError, match="is no address of a page") as caught:
         connect(url)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"run_id": 5}, {"give_up_s": "long"}, {"give_up_s": -1}, {"token": "ü"}])
+async def test_what_else_cannot_be_is_refused_by_its_name(option: dict[str, Any]) -> None:
+    """By `connect` itself."""
+    with pytest.raises(ConnectError, match=next(iter(option))):
+        connect("http://127.0.0.1:1", **option)
+
+
+async def test_a_password_in_the_address_is_not_told() -> None:
+    """It is for whoever stands before the server."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(ConnectError, match=f"http://127.0.0.1:{port}/") as caught:
+        async with connect(f"http://me:hidden@127.0.0.1:{port}"):
+            raise AssertionError("must not be entered")
+    assert "hidden" not in str(caught.value)
 
 
 async def test_another_web_server_is_told_from_one_of_runs() -> None:
@@ -481,6 +520,7 @@ async def test_a_run_is_steered_over_the_network(tmp_path: Path, server: Server)
     """A real one: commands are taken in order, a checkpoint is waited for, and the result is that of its own door."""
     async with trainer(tmp_path, checkpoints=Checkpoints()).run() as here:
         await anext(here.events(since=0, types=[TrainEpochEnded]))
+        await journalled(tmp_path)
         async with connect(f"{server.url}#run=demo") as run:
             taken = run.events(types=[CommandTaken])
             run.pause("look")
@@ -539,6 +579,7 @@ async def test_commands_wait_for_a_server_that_is_away_and_keep_their_order(tmp_
     """The end of the block waits until they have arrived."""
     async with trainer(tmp_path).run() as here:
         await anext(here.events(since=0, types=[TrainStepEnded]))
+        await journalled(tmp_path)
         async with connect(proxy.url) as run, anyio.create_task_group() as tasks:
             proxy.cut(stay_dead=True)
             run.pause("1")
@@ -588,6 +629,7 @@ async def test_leaving_the_block_in_any_way_leaves_the_run_alone(tmp_path: Path,
     async with trainer(tmp_path).run() as here:
         steps = here.events(since=0, types=[TrainStepEnded])
         await anext(steps)
+        await journalled(tmp_path)
         async with connect(server.url):
             pass
         with pytest.raises(Boom) as caught:

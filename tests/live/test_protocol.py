@@ -384,9 +384,12 @@ def test_more_connections_than_are_allowed(sturdy: Any, kit: Any) -> None:
     app = server._server._app
     before, app._most_clients = app._most_clients, 2
     try:
-        with kit.watch(server.url), kit.watch(server.url):
+        with kit.watch(server.url) as first, kit.watch(server.url) as second:
+            first.send(kit.Watcher().hello())
+            second.send(kit.Watcher().hello())
             kit.wait_until(lambda: len(app._clients) == 2)
             with kit.watch(server.url) as third, pytest.raises(ConnectionClosed) as closed:
+                third.send(kit.Watcher().hello())
                 third.recv(timeout=10)
             assert closed.value.rcvd is not None
             assert closed.value.rcvd.code == 1013
@@ -418,13 +421,14 @@ def test_a_server_that_is_started_again(told: Any, serve: Any, kit: Any) -> None
     second = serve(RunsOfFolder(told.path))
     with kit.watch(second.url) as socket:
         socket.send(watcher.resume())
-        kit.wait_until(lambda: second._server._app._clients)
+        watcher.take(socket.recv(timeout=10))  # the sign of life
         told.write(*tell.steps(5))
         kit.read_until(socket, watcher, lambda: watcher.cursor == tell.seq)
-        with kit.watch(second.url) as other:
-            other.send(behind.resume())
-            kit.read_until(other, behind, lambda: behind.cursor == tell.seq)
-    assert behind.kinds.count("snapshot") == 2
+    third = serve(RunsOfFolder(told.path))
+    with kit.watch(third.url) as socket:
+        socket.send(behind.resume())
+        kit.read_until(socket, behind, lambda: behind.cursor == tell.seq)
+    assert (watcher.kinds.count("snapshot"), behind.kinds.count("snapshot")) == (1, 2)
     assert watcher.points == behind.points
 
 

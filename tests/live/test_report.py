@@ -81,6 +81,12 @@ def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
     result = command("one", "--out", "nowhere/one.html", cwd=tmp_path)
     assert result.returncode == 1
     assert "nowhere is no folder: make it" in result.stderr
+    for options in (["--out", "one"], ["--out", "one", "--force"]):
+        result = command("one", *options, cwd=tmp_path)
+        assert (result.returncode, "one is a folder: name a file in it" in result.stderr) == (1, True)
+    if Path("/proc/self").exists():
+        result = command("one", "--out", "/proc/one.html", cwd=tmp_path)
+        assert (result.returncode, "/proc/one.html cannot be written" in result.stderr) == (1, True)
 
 
 def test_strangers_text_ends_no_script_and_nothing_comes_from_outside_the_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -171,6 +172,21 @@ def test_who_does_not_show_the_token_gets_nothing(service: Service) -> None:
         assert httpx.get(service.url + address).status_code == 401
     assert httpx.post(service.url + "/runs/x/stop").status_code == 401
     assert service.client.post("/runs/x/stop", headers={"origin": "https://elsewhere.org"}).status_code == 403
+
+
+def test_who_does_not_show_the_token_is_refused_before_what_he_sends_is_read(service: Service) -> None:
+    """Nor is more read of anybody than a request can have, or what does not say how long it is."""
+    place = httpx.URL(service.url)
+    token = str(service.client.headers["authorization"]).encode()
+    for status, header in (
+        (401, b"content-length: 300000000"),
+        (413, b"content-length: 300000000\r\nauthorization: " + token),
+        (411, b"transfer-encoding: chunked\r\nauthorization: " + token),
+    ):
+        with socket.create_connection((place.host, place.port or 80), 20) as connection:
+            kind = b"content-type: application/json\r\n"
+            connection.sendall(b"POST /runs HTTP/1.1\r\nhost: 127.0.0.1\r\n" + kind + header + b"\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 %d" % status  # of a body that never comes
 
 
 def test_what_cannot_be_started_is_refused(service: Service) -> None:

@@ -16,7 +16,7 @@ from events.errors import CheckpointMismatch, StagecastError
 from events.messages import StepSkipped
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, inline
 from trainer.callbacks import EMA
-from trainer.errors import ArgumentsError
+from trainer.errors import ArgumentsError, ContractError
 
 EACH_STEP = Checkpoints(every_minutes=None, every_steps=1, when_busy="wait")
 
@@ -63,6 +63,15 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_module_that_the_run_does_not_train_is_refused(kit: Any) -> None:
+    """Before the first step; a part of it that is trained, or is yet to be, is not."""
+    error = kit.train(kit.Net(), callbacks=[EMA(kit.Net())]).error
+    assert isinstance(error, ContractError)
+    assert "EMA was given a Net of which this run trains no parameter" in str(error)
+    net = rich_net(kit)
+    assert kit.train(net, callbacks=[EMA(net.first), EMA(net.frozen)]).error is None
 
 
 @pytest.mark.parametrize(

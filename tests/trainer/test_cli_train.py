@@ -373,6 +373,17 @@ def test_a_file_trains_its_module_with_all_that_it_names(folder: Path) -> None:
     assert started[0].module == "jobs.line.Line"
 
 
+def test_a_sink_that_has_not_got_everything_is_told_of_at_the_end(folder: Path) -> None:
+    """Without the console, too: training is not touched, and so the exit code is that of success."""
+    (folder / "taken").mkdir()
+    text = (
+        "module: 'jobs.line:Line'\narguments: {device: cpu, drain_timeout_s: 0.1}\nsinks: [{sink: csv, path: taken}]\n"
+    )
+    done = run(folder, write(folder, text))
+    assert done.returncode == 0
+    assert re.search(r"^csv: (stuck|disabled) \(.*IsADirectoryError.*\), \d+ events not delivered$", done.stderr, re.M)
+
+
 def test_a_seed_is_that_of_the_weights_too(script: Any, folder: Path) -> None:
     """They are drawn when the module is built, before the run begins."""
     write(folder, "module: 'jobs.line:Line'\narguments: {seed: 3, device: cpu}\nsinks: []\n")
@@ -399,6 +410,9 @@ def test_a_check_builds_everything_and_trains_nothing(folder: Path) -> None:
         "callbacks:  jobs.line:Sample",
     ]
     assert sorted(path.name for path in folder.iterdir()) == ["jobs", "run.yaml"]
+    done = run(folder, file, "--check", "resume=elsewhere")
+    assert done.returncode == 1
+    assert "resume='elsewhere': there is no checkpoint" in done.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

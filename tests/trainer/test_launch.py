@@ -128,6 +128,8 @@ async def pid_of(run: Any) -> int:
         (("a:b", {"path": Path("x")}), r"arguments\['path'\] is a PosixPath"),
         (("a:b", {"big": 2**70}), "arguments cannot be encoded"),
         (("a:b", {"keys": {1: 2}}), "has the key 1: keys must be texts"),
+        (("a:b", [1]), r"arguments must map names to values, not \[1\]"),
+        (("a:b", "x"), "arguments must map names to values, not 'x'"),
     ],
 )
 def test_what_cannot_be_launched_is_refused_before_anything_starts(given: Any, told: str) -> None:
@@ -143,6 +145,9 @@ def test_a_cycle_and_wrong_options_are_refused() -> None:
     options: Any = {"run_id": 5, "run_dir": b"x", "resume": "", "env": {"A": 1}}
     with pytest.raises(ArgumentsError, match="run_id must"):
         launch("a:b", {"a": cycle}, **options)
+    for env in ({"A=": "b"}, {"": "b"}, {"A": "b\0"}, {"A\0": "b"}):
+        with pytest.raises(ArgumentsError, match="env: no environment has"):
+            launch("a:b", env=env)
 
 
 @asyncio_only

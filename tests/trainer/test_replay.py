@@ -176,6 +176,44 @@ def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
         anyio.run(replay, tmp_path, [Memory()])
 
 
+def test_lines_of_the_journal_that_are_damaged_are_told(kit: Any, tmp_path: Path) -> None:
+    """And the exit code is no success; a line that a crash has torn was never an event, and is told alone."""
+    kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
+    (segment,) = (tmp_path / "run/journal").glob("*.jsonl")
+    whole = segment.read_bytes().split(b"\n")
+    out = f"path={tmp_path / 'out.jsonl'}"
+
+    segment.write_bytes(b"\n".join([*whole[:2], b"#" * 20, b"#", *whole[4:]]))
+    result = command(kit, "run", "--to", "jsonl", out, "--to", "memory")
+    assert result.returncode == 1
+    assert result.stdout.startswith(f"jsonl: {len(whole) - 3} events delivered\n")
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == [
+        f"{segment}, line {number}" for number in (3, 4)
+    ]
+
+    seq = len(whole)
+    last = whole[-2].replace(f'"seq":{seq - 1}'.encode(), f'"seq":{seq}'.encode())
+    segment.write_bytes(b"\n".join(whole) + last[:20])
+    (segment.parent / f"{seq:020d}.jsonl").write_bytes(last + b"\n")
+    result = command(kit, "run", "--to", "memory")
+    assert (result.returncode, result.stdout) == (0, f"memory: {seq} events delivered\n")
+    assert f"line {seq}: torn when" in result.stderr
+
+    segment.write_bytes(b"#\n" * 20)
+    (segment.parent / f"{seq:020d}.jsonl").unlink()
+    result = command(kit, "run", "--to", "memory")
+    assert (result.returncode, "is damaged: no line of it is an event" in result.stderr) == (1, True)
+    assert "Traceback" not in result.stderr
+
+
+def test_an_option_may_be_a_list_or_a_mapping(kit: Any, tmp_path: Path) -> None:
+    """Written as in YAML; what only begins like one is a text."""
+    kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
+    result = command(kit, "run", "--to", "jsonl", "path=[out.jsonl", "types=[RunStarted, RunEnded]")
+    assert (result.returncode, result.stdout) == (0, "jsonl: 2 events delivered\n"), result.stderr
+    assert len((tmp_path / "[out.jsonl").read_text().splitlines()) == 2
+
+
 def test_the_command_says_what_was_delivered(kit: Any, tmp_path: Path) -> None:
     """To a sink with options, and with the exit code of success."""
     kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from events.errors import CheckpointMismatch, StagecastError
 from trainer.callbacks.checks import Checks, is_finite
+from trainer.errors import ContractError
 from trainer.hooks import without_outputs
 from trainer.module_interface import CallbackInterface, inline
 
@@ -50,6 +51,7 @@ class EMA(CallbackInterface):
 
     Raises:
         ArgumentsError: one of them cannot be used.
+        ContractError: in a run, if it trains nothing of this module.
         CheckpointMismatch: on resuming, if the average is that of another model; names what does not fit.
     """
 
@@ -81,6 +83,18 @@ class EMA(CallbackInterface):
         self._is_applied = False
 
     # ------------------------------------------------------------------------------------ on the loop's thread
+
+    def bind_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """The run's optimizers, from the loop, before its first step: they must train something of what is averaged."""
+        trained = {
+            id(tensor) for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]
+        }
+        own = {id(tensor) for tensor in self._module.parameters() if tensor.requires_grad}
+        if own and trained and not own & trained:
+            raise ContractError(
+                f"EMA was given a {type(self._module).__name__} of which this run trains no parameter: give it the very"
+                f" module that the Trainer gets, or a part of it"
+            )
 
     @inline
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:

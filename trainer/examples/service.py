@@ -21,11 +21,16 @@ import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from events.errors import CheckpointError
 from events.run import Run
 from sinks.live.access import Access, Refused
 from sinks.live.app import LiveApp
+from sinks.live.asgi import path_of
+from sinks.live.client import MOST_INBOUND
 from sinks.live.runs import RunsOfFolder
 from trainer import Trainer, TrainerArguments, launch
 from trainer.run_manager import Job, RunManager, State, Unavailable
@@ -138,18 +143,11 @@ def create_app(
         async with RunManager.open(at_once, stop_s) as manager:
             yield {"manager": manager}
 
-    def guard(request: Request) -> None:
-        """The same rules as for the live application: its token, and no pages of strangers."""
-        try:
-            access.check_request(request.scope)
-            access.check_token(request.scope)
-        except Refused as refused:
-            raise HTTPException(refused.status, refused.reason) from None
-
     app = FastAPI(title="stagecast", lifespan=lifespan)
     app.state.live = LiveApp(RunsOfFolder(folder), access)  # the page, Server-Sent Events, WebSocket, `connect`
     app.mount("/live", app.state.live)
-    routes = APIRouter(prefix="/runs", dependencies=[Depends(guard)])
+    app.add_middleware(Guard, access=access)
+    routes = APIRouter(prefix="/runs")
 
     @routes.post("", status_code=201)
     async def start(order: Order, manager: Manager) -> Shown:
@@ -193,6 +191,35 @@ def create_app(
 
     app.include_router(routes)
     return app
+
+
+class Guard:
+    """Lets nobody to the runs whom the live application would not let in, before anything of a request is read.
+
+    A dependency of FastAPI would come too late: the body is read and decoded first, of whatever size.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application around another."""
+        if scope["type"] == "http" and path_of(scope).partition("/")[0] == "runs":
+            try:
+                self._access.check_request(scope)
+                self._access.check_token(scope)
+                asked = Headers(scope=scope)
+                if "transfer-encoding" in asked:
+                    raise Refused(411, "say how long the request is")
+                if int(asked.get("content-length", 0)) > MOST_INBOUND:
+                    raise Refused(413, f"a request has at most {MOST_INBOUND} bytes")
+            except Refused as refused:
+                headers = {name.decode(): value.decode() for name, value in refused.headers}
+                answer = JSONResponse({"detail": refused.reason}, refused.status, headers)
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 @contextmanager
