@@ -9,6 +9,7 @@ No global provider is read or set.
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import os
 import re
@@ -48,13 +49,15 @@ class OpenTelemetry(msgspec.Struct, frozen=True):
     **Metrics.** ``stagecast.metric`` is one gauge, with the metric's name as the attribute ``name``: names are free
     text, those of instruments are not, and so no name is changed and no two become one. Of each batch the newest
     values are sent, at the time of its newest event. Beside it are sums (``stagecast.steps``, ``stagecast.rows``,
-    ``stagecast.checkpoints``, ``stagecast.ledger_seconds``, ...) and a histogram of step times.
+    ``stagecast.checkpoints``, ``stagecast.ledger_seconds``, ...) and a histogram of step times. Those of each
+    attempt begin at zero, with a start time of their own.
 
     **Spans.** ``run`` holds ``train_epoch``, ``test``, ``checkpoint`` and ``checkpoint_upload``; an epoch holds its
     ``validation``. They begin and end when the events say, have ``stagecast.run_id``, ``stagecast.attempt``,
     ``stagecast.global_step`` and the numbers of their last event as attributes, and tell failures, stalls and losses
     that are no number as span events. All attempts at a run are one trace, made from its ``run_id``; each links to the
-    one before. A span is sent when it has ended: of a process that is killed, the run's own is missing.
+    one before. A span is sent when it has ended: of a process that is killed, the run's own is missing, until a replay
+    tells the attempt after it.
 
     The environment is read as the SDK's exporters do, but for the timeout: ``OTEL_EXPORTER_OTLP_ENDPOINT``,
     ``_HEADERS``, ``_COMPRESSION``, ``_CERTIFICATE``, ``_CLIENT_CERTIFICATE`` and ``_CLIENT_KEY``, each also for
@@ -110,7 +113,7 @@ class OpenTelemetry(msgspec.Struct, frozen=True):
             Channel("traces", _settings(self.endpoint, "traces"), self.timeout_s),
             Channel("metrics", _settings(self.endpoint, "metrics"), self.timeout_s),
             Totals(self.max_names, "OpenTelemetry"),
-            Spans(run.run_id, run.attempt),
+            Spans(run.run_id),
             Encoder(run.run_id, resource),
         )
 
@@ -132,11 +135,13 @@ class OpenTelemetryWriter:
         Raises:
             ConnectionError: The collector could not be reached, or has not taken it.
         """
-        self._unsent += self._spans.take(self._totals.take(events))
-        if self._unsent:
-            self._traces.post(self._encoder.traces(self._unsent))
-            self._unsent = []
-        self._metrics.post(self._encoder.metrics(self._totals))
+        # A replay's batch may hold several attempts. Each begins the sums anew, so the last of the one before go first.
+        for _, of_attempt in itertools.groupby(events, lambda event: event.attempt):
+            self._unsent += self._spans.take(self._totals.take(list(of_attempt)))
+            if self._unsent:
+                self._traces.post(self._encoder.traces(self._unsent))
+                self._unsent = []
+            self._metrics.post(self._encoder.metrics(self._totals))
 
     def close(self) -> None:
         """Let the connections go. Nothing waits to be sent, but what the collector has refused until the end."""

@@ -97,16 +97,21 @@ def run_span_id(run_id: str, attempt: int) -> bytes:
 
 
 class Spans:
-    """Tells the spans of one attempt.
+    """Tells the spans of a run, whose attempts may come one after the other.
 
     The run holds training epochs, which hold their validations; tests and checkpoints stand in the run, because a
-    checkpoint may be written while the next epoch goes on.
+    checkpoint may be written while the next epoch goes on. The first event of another attempt ends what the one before
+    has left open: its process was killed.
     """
 
-    def __init__(self, run_id: str, attempt: int) -> None:
+    def __init__(self, run_id: str) -> None:
         self._run_id = run_id
+        self._begin_attempt(0)
+
+    def _begin_attempt(self, attempt: int) -> None:
         self._attempt = attempt
-        self._run_span_id = run_span_id(run_id, attempt)
+        self._run_span_id = run_span_id(self._run_id, attempt)
+        self._newest: Event | None = None
         self._run: Span | None = None
         self._run_start = 0.0
         self._epoch: Span | None = None
@@ -118,6 +123,11 @@ class Spans:
         """Take events in their order; returns the spans that have ended."""
         ended: list[Span] = []
         for event in events:
+            # Not only at `RunStarted`: a host that is started for an attempt first has the rest of the one before.
+            if event.attempt != self._attempt:
+                ended += self._cut_off()
+                self._begin_attempt(event.attempt)
+            self._newest = event
             self._begin(event)
             if isinstance(event, _NOTES):
                 self._note(event)
@@ -145,19 +155,19 @@ class Spans:
         match event:
             case TrainEpochEnded():
                 begun, self._epoch, self._epochs_done = self._epoch, None, event.epoch
-                return [self._ended(begun or self._span("train_epoch", event, event.duration_s), event, "ok")]
+                return [_ended(begun or self._span("train_epoch", event, event.duration_s), event, "ok")]
             case ValEpochEnded() | TestEpochEnded():
                 kind = _evaluation(event)
                 begun = self._evaluations.pop(kind, None)
-                return [self._ended(begun or self._span(kind[0], event, event.duration_s), event, "ok")]
+                return [_ended(begun or self._span(kind[0], event, event.duration_s), event, "ok")]
             case CheckpointSaved():
                 begun = self._checkpoints.pop(event.checkpoint, None)
-                return [self._ended(begun or self._span("checkpoint", event, event.durable_s), event, "ok")]
+                return [_ended(begun or self._span("checkpoint", event, event.durable_s), event, "ok")]
             case CheckpointFailed(during="stage" | "write"):
                 begun = self._checkpoints.pop(event.checkpoint, None)
-                return [self._ended(begun or self._span("checkpoint", event), event, "error", event.error)]
+                return [_ended(begun or self._span("checkpoint", event), event, "error", event.error)]
             case CheckpointUploaded():
-                return [self._ended(self._span("checkpoint_upload", event, event.duration_s), event, "ok")]
+                return [_ended(self._span("checkpoint_upload", event, event.duration_s), event, "ok")]
             case RunEnded() if self._run is not None:
                 return self._end_run(self._run, event)
         return []
@@ -169,8 +179,16 @@ class Spans:
         inner: Status = "error" if status == "error" else "unset"
         under_way = [*self._evaluations.values(), *([self._epoch] if self._epoch is not None else [])]
         self._run, self._epoch, self._evaluations = None, None, {}
-        ended = [self._ended(span, event, inner, event.reason or "") for span in under_way]
-        return [*ended, self._ended(run, event, status, event.reason or "")]
+        ended = [_ended(span, event, inner, event.reason or "") for span in under_way]
+        return [*ended, _ended(run, event, status, event.reason or "")]
+
+    def _cut_off(self) -> list[Span]:
+        """All that is open, up to the last event of its attempt. Nobody knows how it would have come out."""
+        last = self._newest
+        run = [] if self._run is None else [self._run]
+        open_spans = [*self._evaluations.values(), *([self._epoch] if self._epoch is not None else [])]
+        open_spans += [*self._checkpoints.values(), *run]
+        return [] if last is None else [_closed(span, last, "unset") for span in open_spans]
 
     def _span(self, name: str, event: Event, lasted_s: float = 0.0) -> Span:
         """One that begins with an event, or ``lasted_s`` before it; not before this attempt."""
@@ -178,15 +196,6 @@ class Spans:
         evaluation = name == "validation" and self._epoch is not None
         parent = self._epoch.span_id if evaluation and self._epoch is not None else self._run_span_id
         return Span(name, _digest(event.run_id, event.attempt, event.seq)[:8], start, parent)
-
-    def _ended(self, span: Span, event: Event, status: Status, message: str = "") -> Span:
-        span.end = max(event.time, span.start)  # the machine's clock may have been set back
-        span.status, span.message = status, message
-        place = {"stagecast.run_id": event.run_id, "stagecast.attempt": event.attempt}
-        place |= {"stagecast.epoch": event.epoch, "stagecast.global_step": event.global_step}
-        metrics = {f"stagecast.metric.{name}": value for name, value in metrics_of(event)}
-        span.attributes = place | span.attributes | _fields(event) | metrics
-        return span
 
     def _note(self, event: Event) -> None:
         span = self._epoch if self._epoch is not None and event.stage is not None else self._run
@@ -200,6 +209,23 @@ class Spans:
 
 
 _PLAN = ("module", "epochs", "steps_per_epoch", "max_steps", "device", "host", "pid")
+
+
+def _ended(span: Span, event: Event, status: Status, message: str = "") -> Span:
+    """Closed by the event that tells how it came out."""
+    _closed(span, event, status, message)
+    metrics = {f"stagecast.metric.{name}": value for name, value in metrics_of(event)}
+    span.attributes |= _fields(event) | metrics
+    return span
+
+
+def _closed(span: Span, event: Event, status: Status, message: str = "") -> Span:
+    span.end = max(event.time, span.start)  # the machine's clock may have been set back
+    span.status, span.message = status, message
+    place = {"stagecast.run_id": event.run_id, "stagecast.attempt": event.attempt}
+    place |= {"stagecast.epoch": event.epoch, "stagecast.global_step": event.global_step}
+    span.attributes = place | span.attributes
+    return span
 
 
 def _fields(event: Event, names: Sequence[str] | None = None) -> dict[str, Any]:

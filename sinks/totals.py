@@ -1,6 +1,8 @@
 """What a run amounts to so far, as a few families of numbers: for sinks that show the present. No third-party client.
 
-Counters begin at zero in each attempt, as counters of a process do.
+Counters begin at zero in each attempt, as counters of a process do, also where a sink gets several attempts one after
+the other: from a replay, or in a host that has the rest of the attempt before. A collector knows the new beginning by
+its start time, Prometheus by the fall to zero, and both add up over it: they get the same, however a run was told.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from events.messages import (
     TrainStepEnded,
 )
 from events.metrics import METRIC_TYPES, metrics_of
+from sinks.files import newer, position_of
 
 
 class Family(NamedTuple):
@@ -96,10 +99,10 @@ class Steps(NamedTuple):
 
 
 class Totals:
-    """Adds up one attempt at a run. One thread takes events; any may read.
+    """Adds up an attempt at a run, from its first event to that of the next. One thread takes events; any may read.
 
     An event that has been taken already, because it was delivered again, changes nothing: they come in the order of
-    ``seq``.
+    the run's history.
 
     Args:
         max_names: Most distinct names of metrics. The values of others are left out, counted, and warned of once.
@@ -110,11 +113,17 @@ class Totals:
         self.time = 0.0
         """Unix seconds of the newest event."""
         self.started = 0.0
-        """Unix seconds of the first one."""
+        """Unix seconds of the attempt's first one."""
         self._lock = threading.Lock()
         self._max_names = max_names
         self._user = user
-        self._seq = 0
+        self._last = (0, 0)
+        self._warned = False
+        self._begin_attempt(0)
+
+    def _begin_attempt(self, attempt: int) -> None:
+        self._attempt = attempt
+        self.started = 0.0
         self._failures: dict[str, int] = {}  # of each observer, in a row, as far as counted
         self._samples: dict[str, Samples] = {family.name: {} for family in FAMILIES}
         self._steps = Steps([0] * (len(STEP_BOUNDS_S) + 1), 0, 0.0)
@@ -126,9 +135,11 @@ class Totals:
     def take(self, events: Sequence[Event]) -> list[Event]:
         """Add a batch; returns those of its events that had not been taken before."""
         with self._lock:
-            new = [event for event in events if event.seq > self._seq]
+            new = list(newer(events, self._last))
             for event in new:
-                self._seq = event.seq
+                self._last = position_of(event)
+                if event.attempt != self._attempt:
+                    self._begin_attempt(event.attempt)
                 self.started = self.started or event.time
                 self.time = max(self.time, event.time)
                 self._place(event)
@@ -158,7 +169,8 @@ class Totals:
             if label in known or len(known) < self._max_names:
                 known[label] = value
                 continue
-            if not self._samples["metric_values_left_out"][()]:
+            if not self._warned:
+                self._warned = True
                 logger.warning(
                     f"{self._user} shows the first {self._max_names} names of metrics and leaves out {name[:100]!r} and"
                     f" others: log fewer distinct names, or give max_names"

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 import torch
@@ -22,12 +23,14 @@ from events.messages import (
     CheckpointSaved,
     CheckpointStaged,
     CheckpointUploaded,
+    LedgerReported,
     MetricsLogged,
     NonFiniteLoss,
     ObserverFailed,
     ObserverRecovered,
     RunEnded,
     RunResumed,
+    StallLedger,
     TrainEpochEnded,
     TrainEpochStarted,
     TrainStepEnded,
@@ -36,6 +39,7 @@ from events.messages import (
 )
 from events.sink import RunInfo
 from sinks import Memory, OpenTelemetry
+from sinks.replay import replay
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments, inline
 
 
@@ -377,6 +381,30 @@ def test_sums_are_cumulative_and_count_each_event_once(receiver: Any, connect: A
     assert told.number("checkpoints", outcome="saved") == 0
 
 
+def test_sums_of_attempts_in_one_batch_are_those_of_each_attempt(receiver: Any, connect: Any, story: Any) -> None:
+    """Each with its start time, as its own process sent them; the last of the first one is not left out."""
+    first = [story.started(), *story.steps(3), story(LedgerReported, ledger=StallLedger(data_s=2.0), scope="run")]
+    story.attempt, story.time = 2, story.time + 100
+    second = [story.started(), *story.steps(2), story(LedgerReported, ledger=StallLedger(data_s=0.5), scope="interval")]
+    writer = connect(receiver.url, attempt=2)
+    receiver.statuses = {otlp.METRICS: 500}
+    with pytest.raises(ConnectionError, match="has not taken metrics"):
+        writer.write([*first, *second])
+    receiver.statuses = {}
+    receiver.received.clear()
+    writer.write([*first, *second])
+    requests = [request for request in receiver.received if request[0] == otlp.METRICS]
+    sums = []
+    for told in [otlp.Story([request]) for request in requests]:
+        (steps,) = told.metrics["stagecast.steps"].sum.data_points
+        (times,) = told.metrics["stagecast.step_seconds"].histogram.data_points
+        ledger = told.number("ledger_seconds", row="data")
+        sums.append((steps.start_time_unix_nano, steps.as_double, times.count, ledger))
+    assert sums == [(int(first[0].time) * 10**9, 3, 3, 2.0), (pytest.approx(second[0].time * 1e9), 2, 2, 0.5)]
+    infos = otlp.Story(requests[1:]).metrics["stagecast.run_info"].gauge.data_points
+    assert [plain(info.attributes)["attempt"] for info in infos] == ["2"]
+
+
 def test_names_beyond_the_limit_are_left_out_with_a_warning(
     receiver: Any, connect: Any, story: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -492,6 +520,39 @@ def test_a_resumed_run_goes_on_in_the_same_trace_and_links_to_the_attempt_before
     assert len({span.span_id for span in told.spans}) == len(told.spans)
 
 
+def test_attempts_that_come_one_after_the_other_each_have_their_spans(receiver: Any, connect: Any, story: Any) -> None:
+    """As from a replay, or in a host that has the rest of the attempt before: the first one was killed."""
+    killed = [story.started(), story(TrainEpochStarted), story(CheckpointStaged, checkpoint="step-1.a1", reasons=[])]
+    killed += [story(ValEpochStarted), *story.steps(1)]
+    killed_at = story.time
+    story.attempt, story.time = 2, story.time + 100
+    # The epoch of the first attempt is done again, and its checkpoint was never saved.
+    again = [story.started(), *story.steps(2), story(TrainEpochEnded, loss=1.0), story(RunEnded, status="finished")]
+    connect(receiver.url, attempt=2).write([*killed, *again])
+    told = receiver.story
+    assert len({span.span_id for span in told.spans}) == len(told.spans)
+    first, second = told.named("run")
+    assert [link.span_id for link in second.links] == [first.span_id]
+    assert (first.status.code, second.status.code) == (UNSET, OK)
+    assert first.end_time_unix_nano == pytest.approx(killed_at * 1e9, abs=1e3)
+    assert [epoch.parent_span_id for epoch in told.named("train_epoch")] == [first.span_id, second.span_id]
+    assert [plain(one.attributes)["stagecast.attempt"] for one in told.named("train_epoch")] == [1, 2]
+    (checkpoint,), (validation,) = told.named("checkpoint"), told.named("validation")
+    assert (checkpoint.parent_span_id, checkpoint.status.code) == (first.span_id, UNSET)
+    assert validation.parent_span_id == told.named("train_epoch")[0].span_id
+
+
+def test_the_rest_of_an_attempt_stands_in_that_attempt(receiver: Any, connect: Any, story: Any) -> None:
+    """A host of the next one delivers it; the beginning was told by the host before."""
+    rest = [*story.steps(1), story(CheckpointUploaded, checkpoint="step-1.a1", url="s3://b/x")]
+    story.attempt = 2
+    connect(receiver.url, attempt=2).write([*rest, story.started(), story(RunEnded, status="finished")])
+    told = receiver.story
+    (upload,), (epoch,), (run,) = (told.named(name) for name in ("checkpoint_upload", "train_epoch", "run"))
+    assert upload.parent_span_id == epoch.parent_span_id == run.links[0].span_id
+    assert run.links[0].span_id != run.span_id
+
+
 def test_an_epoch_that_other_attempts_began_begins_with_this_one(receiver: Any, connect: Any, story: Any) -> None:
     """Its duration is that of all attempts; a span before its parent would be drawn nowhere."""
     story.attempt = 2
@@ -583,6 +644,22 @@ def test_a_run_is_told_whole_to_its_collector(receiver: Any, tmp_path: Path) -> 
     assert (told.number("steps"), told.number("global_step")) == (5, 15)
     assert memory.of(ObserverFailed) == []
     assert (trace.get_tracer_provider(), metrics.get_meter_provider()) == globals_before
+
+
+def test_a_replay_of_several_attempts_tells_the_spans_that_they_told(receiver: Any, tmp_path: Path) -> None:
+    """Each once, in its own run: a trace store keeps one of the two."""
+    own = {"run_id": "twice", "run_dir": str(tmp_path / "run"), "checkpoints": Checkpoints(every_epochs=1)}
+    for epochs in (2, 3):
+        train(OpenTelemetry(endpoint=receiver.url), Memory(), **own, epochs=epochs, resume="auto")
+    live = {
+        (span.span_id, span.parent_span_id, *[link.span_id for link in span.links]) for span in receiver.story.spans
+    }
+    receiver.received.clear()
+    anyio.run(replay, tmp_path / "run", [OpenTelemetry(endpoint=receiver.url)])
+    told = receiver.story
+    again = [(span.span_id, span.parent_span_id, *[link.span_id for link in span.links]) for span in told.spans]
+    assert len(told.named("run")) == 2
+    assert sorted(again) == sorted(live)
 
 
 class Waiting(CallbackInterface):

@@ -318,6 +318,20 @@ def test_a_resumed_run_shows_its_place_and_counts_what_this_process_did(serve: A
     assert page.family("run_info", "attempt") == {"2": 1}
 
 
+def test_an_attempt_that_comes_behind_another_begins_to_count_anew(serve: Any, story: Any) -> None:
+    """A replay's page, or a host's that has the rest of the attempt before, is that of a process that was restarted."""
+    first = [story.started(), *story.steps(5), story(MetricsLogged, metrics={"a": 1.0})]
+    first += [story(LedgerReported, ledger=StallLedger(data_s=4.0), scope="run")]
+    story.attempt = 2
+    writer = serve(max_names=3)
+    writer.write([*first, story.started(), *story.steps(2), story(MetricsLogged, metrics={"b": 1.0})])
+    page = Page(writer.url)
+    assert (page("global_step"), page("steps_total"), page("step_seconds_count")) == (7, 2, 2)
+    assert page.family("ledger_seconds_total", "row")["data"] == 0
+    assert page.family("run_info", "attempt") == {"2": 1}
+    assert page.family("metric", "name").keys() == {"train_loss", "step_s", "b"}
+
+
 def test_late_news_of_an_earlier_step_does_not_move_the_run_back(serve: Any, story: Any) -> None:
     """A checkpoint is announced with its own step, long passed by then."""
     writer = serve()
