@@ -172,7 +172,7 @@ def _value(value: object) -> AnyValue:
 
 
 def _text(text: str) -> str:
-    return text[:_TEXT_CHARS].encode(errors="replace").decode()
+    return text[:_TEXT_CHARS].encode(errors="backslashreplace").decode()
 
 
 def _nanos(unix_s: float) -> int:

@@ -241,4 +241,5 @@ def _evaluation(event: Event) -> Evaluation:
 
 def _digest(*parts: object) -> bytes:
     # As JSON: no two lists of parts have the same text.
-    return hashlib.sha256(msgspec.json.encode([str(part).encode(errors="replace").decode() for part in parts])).digest()
+    texts = [str(part).encode(errors="backslashreplace").decode() for part in parts]
+    return hashlib.sha256(msgspec.json.encode(texts)).digest()

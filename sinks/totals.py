@@ -251,8 +251,10 @@ class Totals:
 
 
 def label_text(text: str) -> str:
-    """A text as a label: all that UTF-8 can hold, and no longer than 256 characters; two long ones stay two."""
-    data = text.encode(errors="replace")
+    """A text as a label: what UTF-8 cannot hold as escapes, as all sinks have it, and no longer than 256 characters;
+    two long ones stay two."""
+    data = text.encode(errors="backslashreplace")
+    text = data.decode()
     if len(text) <= _LABEL_CHARS:
-        return data.decode()
-    return f"{data.decode()[: _LABEL_CHARS - 9]}~{hashlib.sha256(data).hexdigest()[:8]}"
+        return text
+    return f"{text[: _LABEL_CHARS - 9]}~{hashlib.sha256(data).hexdigest()[:8]}"

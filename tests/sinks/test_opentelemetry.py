@@ -178,8 +178,10 @@ def test_a_run_that_is_told_again_gives_the_same_spans(receiver: Any, connect: A
     assert {span.span_id for span in receiver.story.spans} == first
     connect(receiver.url, attempt=2).write([msgspec.structs.replace(event, attempt=2) for event in batch])
     connect(receiver.url, run_id="x").write([msgspec.structs.replace(event, run_id="x") for event in batch])
-    assert len({span.span_id for span in receiver.story.spans}) == 3 * len(first)
-    assert len({span.trace_id for span in receiver.story.spans}) == 2
+    for other in ("x\udcff", "x?"):
+        connect(receiver.url, run_id=other).write([msgspec.structs.replace(event, run_id=other) for event in batch])
+    assert len({span.span_id for span in receiver.story.spans}) == 5 * len(first)
+    assert len({span.trace_id for span in receiver.story.spans}) == 4
 
 
 def test_spans_that_were_taken_are_not_sent_again_when_metrics_fail(receiver: Any, connect: Any, story: Any) -> None:
@@ -341,7 +343,7 @@ def test_the_resource_says_which_service_and_which_run(
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=pod-7,team=a%20b")
     connect(receiver.url, run_id="läuft\udc80").write(story.steps(1))
     second = plain(receiver.story.resources[-1].attributes)
-    expected = {"service.name": "lab", "service.instance.id": "pod-7", "team": "a b", "stagecast.run_id": "läuft?"}
+    expected = {"service.name": "lab", "service.instance.id": "pod-7", "team": "a b", "stagecast.run_id": "läuft\\udc80"}
     assert second == expected
     connect(receiver.url, service_name="mine").write(story.steps(1))
     assert plain(receiver.story.resources[-1].attributes)["service.name"] == "mine"
@@ -353,11 +355,11 @@ def test_the_resource_says_which_service_and_which_run(
 def test_names_and_numbers_arrive_as_they_are(receiver: Any, connect: Any, story: Any) -> None:
     """Names are attributes, because those of instruments may hold little; NaN and infinities are numbers."""
     names = {"größe/π 日本": 1.0, "": 2.0, "a b\n": math.inf, "nan": math.nan}
-    connect(receiver.url).write([story(MetricsLogged, metrics=names | {"\udcff": 5.0, "x" * 100_000: 6.0})])
+    connect(receiver.url).write([story(MetricsLogged, metrics=names | {"\udcff": 5.0, "?": 7.0, "x" * 100_000: 6.0})])
     told = receiver.story
     assert [told.number("metric", name=name) for name in names][:3] == [1.0, 2.0, math.inf]
     assert math.isnan(told.number("metric", name="nan") or 0.0)
-    assert told.number("metric", name="?") == 5.0
+    assert (told.number("metric", name="\\udcff"), told.number("metric", name="?")) == (5.0, 7.0)
     assert max(len(plain(p.attributes)["name"]) for p in told.metrics["stagecast.metric"].gauge.data_points) == 256
 
 
@@ -455,7 +457,7 @@ def test_a_run_that_fails_ends_all_that_was_under_way(receiver: Any, connect: An
     told = receiver.story
     assert sorted(span.name for span in told.spans) == ["run", "train_epoch", "validation"]
     assert {span.status.code for span in told.spans} == {ERROR}
-    assert {span.status.message for span in told.spans} == {"ValueError: no?"}
+    assert {span.status.message for span in told.spans} == {"ValueError: no\\udcff"}
     assert [event.name for event in told.named("train_epoch")[0].events] == ["NonFiniteLoss", "ObserverFailed"]
     assert plain(told.named("train_epoch")[0].events[1].attributes)["stagecast.observer"] == "wandb"
     assert [event.name for event in told.named("run")[0].events] == ["ObserverRecovered"]

@@ -268,9 +268,12 @@ def test_names_that_are_no_utf8_or_endless_do_not_break_the_page(serve: Any, sto
     """A page that cannot be encoded would answer 500 for ever; long names are cut, and stay two."""
     writer = serve(run_id="r\udc80")
     writer.write([story(MetricsLogged, metrics={"\udcff": 1.0, "x" * 100_000: 2.0, "x" * 100_001: 3.0})])
+    writer.write([story(MetricsLogged, metrics={"?": 4.0, "\udcfe" * 256: 5.0})])
     page = Page(writer.url)
-    assert page.metric("?") == 1.0
-    assert sorted(page.family("metric", "name").values()) == [1, 2, 3]
+    assert (page.metric("\\udcff"), page.metric("?")) == (1.0, 4.0)
+    assert page.run_ids == {"r\\udc80"}
+    assert sorted(page.family("metric", "name").values()) == [1, 2, 3, 4, 5]
+    assert max(map(len, page.family("metric", "name"))) == 256
     assert len(page.text) < 20_000
 
 
