@@ -199,7 +199,7 @@ class _FeedBus:
 class _Unbuilt:
     """A sink that cannot even be built: opening it says why."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception | SystemExit) -> None:
         self._error = error
 
     def open(self, run: RunInfo) -> Any:
@@ -321,7 +321,7 @@ def _add_sinks(observers: FeedObservers, config: HostConfig) -> None:
         place = Place.read(run_dir, one.name) or Place(one.since)
         try:
             sink, delivery = one.build()
-        except Exception as error:  # a stranger's module: its name must stand beside whatever it raised
+        except (Exception, SystemExit) as error:  # a stranger's module: its name must stand beside whatever it raised
             sink, delivery = _Unbuilt(error), Delivery(on_error="disable")
         observers.add(one.name, sink, delivery, place, functools.partial(_keep, run_dir, one.name))
 

@@ -37,7 +37,7 @@ def sink_type(name: str) -> type[Sink]:
         raise SinkMisconfigured(f"there is no sink {name!r}; installed are {', '.join(sink_names())}")
     try:
         kind = entry.load()
-    except Exception as error:  # a stranger's package: its name must stand beside whatever it raised
+    except (Exception, SystemExit) as error:  # a stranger's package: its name must stand beside whatever it raised
         raise SinkMisconfigured(f"the sink {name!r} ({entry.value}) cannot be imported: {error!r}") from error
     if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct) and callable(getattr(kind, "open", None))):
         raise SinkMisconfigured(f"the sink {name!r} ({entry.value}) is no msgspec.Struct with a method open(run)")

@@ -482,8 +482,11 @@ def test_a_sink_that_cannot_be_imported_does_not_hide_the_others(folder: Path) -
     info = folder / "pigeon-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pigeon\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[stagecast.sinks]\naardvark = nowhere_at_all:Aardvark\n")
+    (folder / "leaves.py").write_text("import sys\nsys.exit(7)\n")
+    entries = "aardvark = nowhere_at_all:Aardvark\nleaver = leaves:Leaver"
+    (info / "entry_points.txt").write_text(f"[stagecast.sinks]\n{entries}\n")
     done = run(folder, "--help", PYTHONPATH=f"{ROOT}{os.pathsep}{folder}")
     assert done.returncode == 0
     assert "sink aardvark:\n  the sink 'aardvark' (nowhere_at_all:Aardvark) cannot be imported" in done.stdout
+    assert "the sink 'leaver' (leaves:Leaver) cannot be imported: SystemExit(7)" in done.stdout
     assert "sinks.N.line_every_s" in done.stdout

@@ -137,6 +137,29 @@ def test_a_fatal_sink_that_cannot_be_opened_ends_the_run(kit: Any, sinks: Any, t
         anyio.run(main)
 
 
+def test_a_sink_whose_import_exits_is_left_out_and_named(
+    kit: Any, sinks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host goes on for the others."""
+    (tmp_path / "quitter_sinks.py").write_text(
+        "import sys, msgspec\n"
+        "if sys.argv[0].endswith('host.py'):\n"
+        "    sys.exit(7)\n"
+        "class Quitter(msgspec.Struct, frozen=True):\n"
+        "    def open(self, run): raise NotImplementedError\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import quitter_sinks  # type: ignore[import-not-found]
+
+    out = tmp_path / "out"
+    outcome = run_dir_of(kit, tmp_path, kit.Net(), quitter_sinks.Quitter(), sinks.Witness(str(out)))
+    states = {one.observer: (one.state, one.error) for one in outcome.result.observers}
+    assert states["witness"] == ("closed", None)
+    assert states["quitter"][0] == "disabled"
+    assert "cannot be built in the sink host: SystemExit(7)" in states["quitter"][1]
+    assert {line.seq for line in lines(out)} >= kept_for_sinks(kit, tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------- what arrives
 
 
