@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from typing import BinaryIO, ClassVar
 
 import msgspec
@@ -13,12 +13,19 @@ from events.errors import SinkMisconfigured
 from events.messages import Event
 from events.metrics import METRIC_TYPES, metrics_of
 from events.sink import Delivery, RunInfo
-from sinks.files import AppendedFile, Rows, check_path, find_end, newer, path_in, position_of
+from sinks.files import AppendedFile, Position, Rows, check_path, find_end, newer, path_in, position_of
 
 COLUMNS = ("run_id", "attempt", "seq", "time", "global_step", "epoch", "stage", "name", "value")
 """The columns: one row for each number."""
 
 _HEADER = (",".join(COLUMNS) + "\n").encode()
+
+# Not read by `csv`, which refuses fields of more than 131,072 characters: what it takes is set for the whole process.
+_TEXT = rb'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'
+_BEGIN = re.compile(rb'"|[^",\r\n]*,\d+,\d+,')
+"""How a row of any run begins: a line that does not is the rest of a name."""
+_ROW = re.compile(rb'(%b),"?(\d+)"?,"?(\d+)"?,[^,]*,[^,]*,[^,]*,[^,]*,%b,[^,]*\n' % (_TEXT, _TEXT))
+"""All columns; another program may have put each between quotes."""
 
 
 class CSV(msgspec.Struct, frozen=True):
@@ -126,29 +133,31 @@ def _quoted(text: str) -> str:
 
 
 def _rows(lines: BinaryIO, run_id: str) -> Rows:
-    end, is_over = 0, False
+    whose = run_id.encode("utf-8", "backslashreplace")
+    end = 0
+    row: list[bytes] = []  # the lines of a row so far, which goes on while a quote is open
+    is_open = False
+    for line in lines:
+        if not line.endswith(b"\n"):
+            return  # cut off
+        end += len(line)
+        if row or _BEGIN.match(line):
+            row.append(line)
+            is_open ^= line.count(b'"') % 2 == 1
+        if not is_open:
+            yield _position(b"".join(row), whose), end
+            row.clear()
 
-    def whole() -> Iterator[str]:
-        nonlocal end, is_over
-        for line in lines:
-            if line.endswith(b"\n"):
-                end += len(line)
-                yield line.decode("utf-8", "replace")
-        is_over = True
 
-    for row in csv.reader(whole()):
-        if is_over:
-            return  # cut off within a quoted field: the reader asked for more lines
-        yield _position(row, run_id), end
-
-
-def _position(row: list[str], run_id: str) -> tuple[int, int] | None:
-    if len(row) != len(COLUMNS) or row[0] != run_id:
+def _position(row: bytes, whose: bytes) -> Position | None:
+    found = _ROW.fullmatch(row)
+    if found is None or _unquoted(found[1]) != whose:
         return None
-    try:
-        return int(row[1]), int(row[2])
-    except ValueError:
-        return None
+    return int(found[2]), int(found[3])
+
+
+def _unquoted(field: bytes) -> bytes:
+    return field[1:-1].replace(b'""', b'"') if field.startswith(b'"') else field
 
 
 def _check_header(path: str) -> None:

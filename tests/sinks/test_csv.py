@@ -147,6 +147,38 @@ def test_one_event_may_have_more_rows_than_are_looked_at_first(name: str, story:
     assert told(path) == rows(events)
 
 
+@pytest.mark.parametrize("name", ["n" * 200_000, ',"' * 100_000, "\n" * 200_000, "demo,9,9," * 20_000])
+def test_a_name_of_any_length_is_read_again(name: str, story: Any, tmp_path: Path) -> None:
+    """`csv` refuses it, unless it is told not to for the whole process; that is the reader's to do."""
+    path = tmp_path / "metrics.csv"
+    events = [*story.steps(1), *[story(MetricsLogged, metrics={name: float(i), "b": 1.0}) for i in range(5)]]
+    write_all(path, events[:-1])
+    whole = path.stat().st_size
+    for size in (whole, whole - 1, whole - 100_000):
+        with open(path, "r+b") as file:
+            file.truncate(size)
+        write_all(path, events)
+        limit = csv.field_size_limit(10**6)
+        try:
+            assert told(path) == rows(events)
+        finally:
+            csv.field_size_limit(limit)
+
+
+def test_a_table_that_another_program_has_saved_is_continued(story: Any, tmp_path: Path) -> None:
+    """With its own ends of lines, or with quotes around everything."""
+    path = tmp_path / "metrics.csv"
+    events = story.steps(9)
+    for count, quoting in ((3, csv.QUOTE_MINIMAL), (6, csv.QUOTE_ALL)):
+        write_all(path, events[:count])
+        saved = read(path)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            file.write(",".join(COLUMNS) + "\r\n")
+            csv.DictWriter(file, COLUMNS, quoting=quoting).writerows(saved)
+    write_all(path, events)
+    assert told(path) == rows(events)
+
+
 @pytest.mark.parametrize("content", ["a;b\n1;2\n", "step,loss\n1,0.5\n", "no line"])
 def test_another_table_is_refused_and_left_as_it_is(content: str, tmp_path: Path) -> None:
     """Whoever names the wrong file keeps it."""

@@ -343,7 +343,12 @@ def test_the_resource_says_which_service_and_which_run(
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=pod-7,team=a%20b")
     connect(receiver.url, run_id="läuft\udc80").write(story.steps(1))
     second = plain(receiver.story.resources[-1].attributes)
-    expected = {"service.name": "lab", "service.instance.id": "pod-7", "team": "a b", "stagecast.run_id": "läuft\\udc80"}
+    expected = {
+        "service.name": "lab",
+        "service.instance.id": "pod-7",
+        "team": "a b",
+        "stagecast.run_id": "läuft\\udc80",
+    }
     assert second == expected
     connect(receiver.url, service_name="mine").write(story.steps(1))
     assert plain(receiver.story.resources[-1].attributes)["service.name"] == "mine"
