@@ -326,13 +326,20 @@ def _experiment_id(client: Any, name: str) -> str:
 def _find_run(client: Any, experiment_id: str, run_id: str) -> Any:
     """The MLflow run of earlier attempts; None if there is none."""
     quote = '"' if "'" in run_id else "'"
-    found = client.search_runs(
-        [experiment_id],
-        filter_string=f"tags.`{RUN_ID_TAG}` = {quote}{run_id}{quote}",
-        order_by=["attributes.start_time ASC"],
-        max_results=1,
-    )
-    return found[0] if found else None
+    # A filter cannot say a text that has both kinds of quotes. A pattern can: any character for each of the one kind.
+    operator = "LIKE" if quote in run_id else "="
+    wanted = f"tags.`{RUN_ID_TAG}` {operator} {quote}{run_id.replace(quote, '_')}{quote}"
+    page = None
+    while True:
+        found = client.search_runs(
+            [experiment_id], filter_string=wanted, order_by=["attributes.start_time ASC"], page_token=page
+        )
+        for run in found:
+            if run.data.tags.get(RUN_ID_TAG) == run_id:  # a pattern fits others, too
+                return run
+        page = found.token
+        if not page:
+            return None
 
 
 def _check_address(address: str | None) -> None:

@@ -458,7 +458,15 @@ def test_the_status_tells_how_the_run_ended(
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("run_id", ["plain", "it's", 'say "x"', "ü ` %"])
+def test_a_run_is_not_taken_for_one_with_a_similar_name(connect: Any) -> None:
+    """A name with both kinds of quotes is looked for by a pattern, which fits others."""
+    others = [connect(f"it's {char}x{char}").mlflow_run_id for char in "-_%"]
+    found = connect("""it's "x\"""").mlflow_run_id
+    assert found not in others
+    assert connect("""it's "x\"""", attempt=2).mlflow_run_id == found
+
+
+@pytest.mark.parametrize("run_id", ["plain", "it's", 'say "x"', """it's "x" 50%_""", "ü ` %"])
 def test_a_second_attempt_continues_the_same_mlflow_run(connect: Any, story: Any, look: Any, run_id: str) -> None:
     """Found by its tag; an argument that has changed since keeps its first value, as MLflow demands."""
     writer = connect(run_id)
