@@ -12,7 +12,6 @@ import importlib
 import itertools
 import math
 import os
-import re
 import socket
 import struct
 import sys
@@ -27,9 +26,8 @@ from events.log import logger
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunResumed, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
+from sinks.event_marks import EVENT_FILE, Mark, go_on_in, mark_record
 from sinks.files import AppendedFile, check_path, event_records, newer, path_in, position_of
-
-_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
 class TensorBoard(msgspec.Struct, frozen=True):
@@ -41,7 +39,9 @@ class TensorBoard(msgspec.Struct, frozen=True):
     Numbers have the names that they have everywhere (`events.metrics.metrics_of`), over ``global_step``, at the time at
     which they arose; TensorBoard keeps them in single precision. The arguments, nested ones as ``outer/inner``, are in
     the tab HPARAMS, beside all numbers, for all runs below the folder that TensorBoard is given. An attempt that
-    continues the run writes a new file into the same folder, and has TensorBoard hide the steps that it does again.
+    continues the run writes a new file into the same folder, and has TensorBoard hide the steps that it does again. No
+    event is there twice, also where a replay goes into the run's own folder: it adds what is missing at the end. One
+    run at a time writes to a folder.
 
     For what is not an event, take tensorboardX's own writer, which writes into the same file::
 
@@ -82,10 +82,10 @@ class TensorBoard(msgspec.Struct, frozen=True):
 
         Raises:
             SinkMisconfigured: There is no folder: none was named, and the run keeps none; or as `check`.
-            OSError: The folder or the file cannot be made.
+            OSError: The folder or the file cannot be made, or the run is being written there already.
         """
         self.check()
-        return TensorBoardWriter(path_in(run, self.dir, "tensorboard", "TensorBoard"), run.run_dir)
+        return TensorBoardWriter(path_in(run, self.dir, "tensorboard", "TensorBoard"), run.run_id, run.run_dir)
 
 
 class TensorBoardWriter:
@@ -93,14 +93,18 @@ class TensorBoardWriter:
 
     Args:
         folder: Where the file goes.
+        run_id: The run.
         run_dir: Where the files of images and texts are.
     """
 
-    def __init__(self, folder: str, run_dir: str | None) -> None:
+    def __init__(self, folder: str, run_id: str, run_dir: str | None) -> None:
         self._folder = folder
+        self._run_id = run_id
         self._run_dir = run_dir
         self._client = _import_client()
-        self._last = (0, 0)
+        os.makedirs(folder, exist_ok=True)
+        self._reached = go_on_in(folder, run_id)
+        self._is_continued = self._reached != Mark()  # and nothing has come since
         # What is written with `summary_writer` may come from any thread.
         self._lock = threading.Lock()
         self._file = AppendedFile(_new_file(folder))
@@ -121,7 +125,9 @@ class TensorBoardWriter:
 
     def write(self, events: Sequence[Event]) -> None:
         """Append what TensorBoard shows of these. Raises `OSError` if the disk refuses; nothing is added then."""
-        events = newer(events, self._last)
+        if events and self._is_continued:
+            self._look_whose(events[0])
+        events = newer(events, self._reached.position)
         records: list[bytes] = []
         for event in events:
             if metrics := metrics_of(event):
@@ -129,10 +135,13 @@ class TensorBoardWriter:
             elif (message := self._message_of(event)) is not None:
                 message.wall_time = event.time
                 records.append(message.SerializeToString())
+        if not events:
+            return
+        reached = self._reached.reached(position_of(events[-1]), max(event.time for event in events))
         if records:
-            self._append(records)
-        if events:
-            self._last = position_of(events[-1])
+            self._append(records, reached)
+        else:
+            self._reached = reached
 
     def close(self) -> None:
         """Have everything on the disk, and let go of the file."""
@@ -142,10 +151,22 @@ class TensorBoardWriter:
         finally:
             self._file.close()
 
-    def _append(self, records: list[bytes]) -> None:
+    def _look_whose(self, first: Event) -> None:
+        """Start over where the folder has another run of the same name, whose events were numbered alike."""
+        self._is_continued = False
+        if position_of(first) <= self._reached.position and self._reached.is_before(first.time):
+            logger.warning(
+                f"TensorBoard adds a run to {self._folder}, where an earlier one has the name {self._run_id!r:.200},"
+                f" too: both are shown as one; give each run a name, or a folder, of its own"
+            )
+            self._reached = Mark()
+
+    def _append(self, records: list[bytes], reached: Mark | None = None) -> None:
         block = event_records(records)
         with self._lock:
-            self._file.append(block)
+            self._file.append(block + mark_record(self._run_id, reached or self._reached))
+            if reached is not None:
+                self._reached = reached
 
     def _message_of(self, event: Event) -> Any:
         """The message that TensorBoard gets of an event that has no numbers; None if it gets none."""
@@ -195,8 +216,7 @@ def _new_file(folder: str) -> str:
     Its name sorts behind all others, whatever the clock says: TensorBoard reads the files of a folder in that order,
     and never goes back to one when it has begun the next.
     """
-    os.makedirs(folder, exist_ok=True)
-    stamps = [int(found[1]) for name in os.listdir(folder) if (found := _FILE.match(name))]
+    stamps = [int(found[1]) for name in os.listdir(folder) if (found := EVENT_FILE.match(name))]
     for stamp in itertools.count(max([int(time.time()), *[one + 1 for one in stamps]])):
         path = os.path.join(folder, f"events.out.tfevents.{stamp}.{socket.gethostname()}.{os.getpid()}")
         try:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
+import msgspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -43,6 +45,7 @@ from events.metrics import metrics_of
 from events.sink import RunInfo
 from sinks import Memory, TensorBoard
 from sinks.files import event_records
+from sinks.replay import replay
 from sinks.tensorboard import TensorBoardWriter
 from trainer import Histogram, Image, Trainer, TrainerArguments
 
@@ -78,14 +81,16 @@ def shown(folder: Path) -> Any:
 
 
 def records_of(folder: Path) -> list[bytes]:
-    """The messages in the folder's only file."""
+    """The messages in the folder's only file, without those that say how far it goes."""
+    from tensorboardX.proto.event_pb2 import Event
+
     (file,) = folder.iterdir()
     data, records = file.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
         records.append(data[12 : 12 + length])
         data = data[16 + length :]
-    return records
+    return [record for record in records if not Event.FromString(record).HasField("log_message")]
 
 
 def curve(board: Any, tag: str) -> list[tuple[int, float, float]]:
@@ -339,13 +344,126 @@ def test_steps_that_are_done_again_are_hidden(opened: Any, story: Any, tmp_path:
     assert found == [*[(step, 1.0) for step in range(1, 7)], (7, 2.0), (8, 2.0)]
 
 
+@pytest.mark.parametrize("chunk", [2**20, 50])
+def test_wherever_a_write_was_cut_off_the_rest_is_added(
+    opened: Any, story: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """A process can die after any byte: what it has left of a batch is cut away, and comes again."""
+    monkeypatch.setattr("sinks.event_marks._CHUNK", chunk)
+    batches = [story.steps(2), story.steps(3), [story(MetricsLogged, metrics={"a": 1.0})]]
+    writer = opened()
+    for batch in batches[:2]:
+        writer.write(batch)
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    whole = file.read_bytes()
+    for size in range(0, len(whole) + 1, 7):
+        for one in (tmp_path / "tensorboard").iterdir():
+            one.unlink()
+        file.write_bytes(whole[:size])
+        for _ in range(2):
+            writer = opened()
+            writer.write([event for batch in batches for event in batch])
+            writer.close()
+        board = shown(tmp_path / "tensorboard")
+        assert [one.step for one in board.Scalars("train_loss")] == [1, 2, 3, 4, 5], size
+        assert len(board.Scalars("a")) == 1
+
+
+def test_a_large_file_is_continued_as_exactly(opened: Any, story: Any, tmp_path: Path) -> None:
+    """Its last batch is longer than what is looked at first."""
+    events = story.steps(40_000)
+    writer = opened()
+    writer.write(events[:100])
+    writer.write(events[100:])
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert file.stat().st_size > 2 * 2**20
+    os.truncate(file, file.stat().st_size - 1)
+    again = opened()
+    assert again._reached.position == (1, 100)
+    again.write(events)
+    assert [one.step for one in shown(tmp_path / "tensorboard").Scalars("train_loss")] == [*range(1, 40_001)]
+
+
+def test_what_others_have_in_the_folder_is_left_as_it_is(opened: Any, story: Any, tmp_path: Path) -> None:
+    """Another run's files, and those of other programs; each run goes on where it was."""
+    steps = story.steps(4)
+    other = [msgspec.structs.replace(step, run_id="other") for step in steps]
+    sink = TensorBoard(dir=str(tmp_path / "board"))
+    for run_id, events in (("demo", steps[:2]), ("other", other)):
+        writer = sink.open(RunInfo(run_id))
+        writer.write(events)
+        writer.close()
+    (tmp_path / "board/events.out.tfevents.9999999990.elsewhere.1").write_bytes(b"x" * 100)
+    before = {one: one.read_bytes() for one in (tmp_path / "board").iterdir()}
+    opened(sink).write(steps)
+    assert {one: one.read_bytes() for one in before} == before
+    (added,) = {*(tmp_path / "board").iterdir()} - before.keys()
+    assert added.read_bytes().count(b"train_loss") == 2
+
+
+def test_a_run_that_was_begun_anew_under_its_name_is_shown(
+    opened: Any, story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its events are numbered as those that are there, and are others; and it is said."""
+    for _ in range(2):
+        story.seq, story.global_step, story.time = 0, 0, story.time + 1
+        writer = opened()
+        writer.write([story.started(), *story.steps(2)])
+        writer.write(story.steps(3))
+        writer.close()
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert [file.read_bytes().count(b"train_loss") for file in files] == [5, 5]
+    assert caplog.text.count("where an earlier one has the name 'demo', too") == 1
+
+
+def test_what_tensorboardx_wrote_stays_when_the_run_goes_on(opened: Any, story: Any, tmp_path: Path) -> None:
+    """It has no place in the run's history, and does not come again."""
+    writer = opened()
+    writer.write(story.steps(1))
+    writer.summary_writer.add_scalar("own", 0.25, 4, walltime=6.0)
+    writer.close()
+    opened(attempt=2)
+    assert curve(shown(tmp_path / "tensorboard"), "own") == [(4, 0.25, 6.0)]
+
+
+def test_a_folder_that_the_run_is_writing_to_is_waited_for(opened: Any, story: Any) -> None:
+    """A replay beside the run would tell everything twice."""
+    writer = opened()
+    writer.write(story.steps(1))
+    with pytest.raises(OSError, match="another run is writing to this file"):
+        opened()
+    writer.close()
+    opened()
+
+
+def test_a_replay_into_the_folder_of_the_run_adds_nothing_that_is_there(tmp_path: Path, one_weight: Any) -> None:
+    """Of two attempts; and all of it where the files are gone."""
+    for epochs in (2, 3):
+        arguments = TrainerArguments(epochs=epochs, train_batch_size=2, device="cpu")
+        own: Any = {"run_dir": tmp_path / "run", "run_id": "one", "resume": "auto"}
+        assert Trainer(one_weight(), arguments, sinks=[TensorBoard()], **own).train().status == "finished"
+    folder = tmp_path / "run/tensorboard"
+    told = [curve(shown(folder), tag) for tag in ("train_loss", "val_loss")]
+    assert [len(points) for points in told] == [12, 3]
+    for _ in range(2):
+        (report,) = anyio.run(replay, tmp_path / "run", [TensorBoard()])
+        assert (report.state, report.left) == ("closed", 0)
+        assert [curve(shown(folder), tag) for tag in ("train_loss", "val_loss")] == told
+    for one in folder.iterdir():
+        one.unlink()
+    anyio.run(replay, tmp_path / "run", [TensorBoard()])
+    assert [curve(shown(folder), tag) for tag in ("train_loss", "val_loss")] == told
+
+
 def test_a_new_file_comes_behind_those_that_are_there(opened: Any, tmp_path: Path) -> None:
     """Whatever the clock says: TensorBoard reads them in the order of their names, and none twice."""
     folder = tmp_path / "tensorboard"
     folder.mkdir()
     (folder / "events.out.tfevents.9999999990.elsewhere.1").write_bytes(b"")
     (folder / "other.txt").write_bytes(b"")
-    opened()
+    opened().close()
     opened()
     names = sorted(name for name in os.listdir(folder) if "tfevents" in name)
     assert [name.split(".")[3] for name in names] == ["9999999990", "9999999991", "9999999992"]
