@@ -65,4 +65,6 @@ def build_sink(name: str, options: Mapping[str, Any]) -> Sink:
 
 
 def _found() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    found = entry_points(group=GROUP)
+    # Ours last: a name of ours means the same wherever a file is read.
+    return {entry.name: entry for entry in sorted(found, key=lambda entry: entry.module.partition(".")[0] == "sinks")}

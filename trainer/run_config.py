@@ -188,7 +188,7 @@ def _find(path: str, options: dict[str, Any], problems: list[str]) -> _Factory |
         return None
     try:
         found: Any = importlib.import_module(package)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         problems.append(f"{where} = {name!r}: cannot import {package}: {_described(error, package)}")
         return None
     for part in attribute.split("."):
@@ -226,7 +226,7 @@ def _called(factory: _Factory | None, offered: dict[str, Any], kind: str) -> Any
     return built
 
 
-def _described(error: Exception, package: str) -> str:
+def _described(error: BaseException, package: str) -> str:
     """An error of the user's code when it is imported, and the place in it."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError):  # says its place itself

@@ -94,6 +94,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "line.py").write_text(JOBS)
     (tmp_path / "jobs" / "typo.py").write_text("import os\nwidht\n")
+    (tmp_path / "jobs" / "script.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "jobs" / "needs.py").write_text("import somewhere.else_entirely\n")
     (tmp_path / "jobs" / "syntax.py").write_text("def build(:\n")
     return tmp_path
@@ -240,6 +241,7 @@ FACTORIES = [
     ("jobs.nowhere:build", ["there is no module jobs.nowhere, neither in"]),
     ("jobs.needs:build", ["No module named 'somewhere' (", "needs.py, line 1)"]),
     ("jobs.typo:build", ["NameError: name 'widht' is not defined (", "typo.py, line 2)"]),
+    ("jobs.script:build", ["SystemExit: 0 (", "script.py, line 2)"]),
     ("jobs.syntax:build", ["SyntaxError: ", "(syntax.py, line 1)"]),
     ("jobs.line:biuld", ["jobs.line (", "line.py) has no biuld"]),
     ("jobs.line:NUMBER", ["is 3, which cannot be called"]),
@@ -478,15 +480,17 @@ def test_the_help_fits_the_terminal(folder: Path, columns: int) -> None:
 
 
 def test_a_sink_that_cannot_be_imported_does_not_hide_the_others(folder: Path) -> None:
-    """A stranger's package may be broken: its name stands in the help, with what it raised."""
+    """A stranger's package may be broken: its name stands in the help, with what it raised. Nor does it take a name."""
     info = folder / "pigeon-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pigeon\nVersion: 1.0\n")
     (folder / "leaves.py").write_text("import sys\nsys.exit(7)\n")
-    entries = "aardvark = nowhere_at_all:Aardvark\nleaver = leaves:Leaver"
+    entries = "aardvark = nowhere_at_all:Aardvark\nleaver = leaves:Leaver\ncsv = nowhere_at_all:CSV\nmemory = leaves:M"
     (info / "entry_points.txt").write_text(f"[stagecast.sinks]\n{entries}\n")
     done = run(folder, "--help", PYTHONPATH=f"{ROOT}{os.pathsep}{folder}")
     assert done.returncode == 0
     assert "sink aardvark:\n  the sink 'aardvark' (nowhere_at_all:Aardvark) cannot be imported" in done.stdout
     assert "the sink 'leaver' (leaves:Leaver) cannot be imported: SystemExit(7)" in done.stdout
     assert "sinks.N.line_every_s" in done.stdout
+    assert "nowhere_at_all:CSV" not in done.stdout
+    assert "leaves:M" not in done.stdout
