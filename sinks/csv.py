@@ -13,7 +13,18 @@ from events.errors import SinkMisconfigured
 from events.messages import Event
 from events.metrics import METRIC_TYPES, metrics_of
 from events.sink import Delivery, RunInfo
-from sinks.files import AppendedFile, Position, Rows, check_path, find_end, newer, path_in, position_of
+from sinks.files import (
+    AppendedFile,
+    End,
+    Position,
+    Rows,
+    check_path,
+    find_end,
+    newer,
+    path_in,
+    position_of,
+    warn_of_another,
+)
 
 COLUMNS = ("run_id", "attempt", "seq", "time", "global_step", "epoch", "stage", "name", "value")
 """The columns: one row for each number."""
@@ -24,7 +35,7 @@ _HEADER = (",".join(COLUMNS) + "\n").encode()
 _TEXT = rb'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'
 _BEGIN = re.compile(rb'"|[^",\r\n]*,\d+,\d+,')
 """How a row of any run begins: a line that does not is the rest of a name."""
-_ROW = re.compile(rb'(%b),"?(\d+)"?,"?(\d+)"?,[^,]*,[^,]*,[^,]*,[^,]*,%b,[^,]*\n' % (_TEXT, _TEXT))
+_ROW = re.compile(rb'(%b),"?(\d+)"?,"?(\d+)"?,"?([-+.\deE]+)"?,[^,]*,[^,]*,[^,]*,%b,[^,]*\n' % (_TEXT, _TEXT))
 """All columns; another program may have put each between quotes."""
 
 
@@ -39,7 +50,7 @@ class CSV(msgspec.Struct, frozen=True):
     ``stage`` is empty outside of any. NaN and infinities are ``nan``, ``inf`` and ``-inf``. An attempt that continues
     the run continues the table. No row is in it twice, and none in part: what a process that was killed has left of one
     is cut away. Steps that a later attempt has done again are there once for each ``attempt``. One run at a time writes
-    to a file; several, one after the other, may.
+    to a file; several, one after the other, may. One that begins anew under the same name is added, with a warning.
     """
 
     path: str | None = None
@@ -78,11 +89,17 @@ class CSVWriter:
         except BaseException:  # goes on as itself, without the open file
             file.close()
             raise
+        self._end: End | None = end  # until it is known whether the run goes on from there
         self._last = end.last
         self._begun = end.rows  # so many rows of that event are there, maybe not all, since a process was killed
 
     def write(self, events: Sequence[Event]) -> None:
         """Append the rows that are not there yet. Raises `OSError` when the disk refuses; nothing is added then."""
+        if self._end is not None and events:
+            if self._end.is_of_another(events[0]):
+                warn_of_another("CSV", self._file.path, events[0].run_id)
+                self._last, self._begun = (0, 0), 0
+            self._end = None
         begun = [event for event in events if position_of(event) == self._last] if self._begun else []
         events = newer(events, self._last)
         if not events and not begun:
@@ -145,15 +162,18 @@ def _rows(lines: BinaryIO, run_id: str) -> Rows:
             row.append(line)
             is_open ^= line.count(b'"') % 2 == 1
         if not is_open:
-            yield _position(b"".join(row), whose), end
+            yield _event_of(b"".join(row), whose), end
             row.clear()
 
 
-def _position(row: bytes, whose: bytes) -> Position | None:
+def _event_of(row: bytes, whose: bytes) -> tuple[Position, float] | None:
     found = _ROW.fullmatch(row)
     if found is None or _unquoted(found[1]) != whose:
         return None
-    return int(found[2]), int(found[3])
+    try:
+        return (int(found[2]), int(found[3])), float(found[4])
+    except ValueError:
+        return None
 
 
 def _unquoted(field: bytes) -> bytes:

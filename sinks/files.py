@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from events.errors import SinkMisconfigured
+from events.log import logger
 from events.messages import Event
 from events.sink import RunInfo
 
@@ -28,8 +29,11 @@ _TAIL_BYTES = 2**20
 Position = tuple[int, int]
 """``attempt`` and ``seq`` of an event: where it is in its run's history."""
 
-Rows = Iterator[tuple[Position | None, int]]
-"""Of each whole row: whose it is (None: no event's of the run), and where it ends, in bytes from the start of rows."""
+Rows = Iterator[tuple[tuple[Position, float] | None, int]]
+"""Of each whole row: its event's position and Unix time (None: no event's of the run), and where it ends, in bytes from
+the start of rows."""
+_CLOCK_S = 1.0
+"""So far apart may the times of events be that stand in another order than they happened in."""
 
 
 class AppendedFile:
@@ -119,6 +123,15 @@ class End(msgspec.Struct, frozen=True):
     """The run's last event in it; ``(0, 0)`` if there is none."""
     rows: int
     """How many rows of that event are there, one after the other."""
+    time: float
+    """Unix seconds at which that event happened."""
+
+    def is_of_another(self, first: Event) -> bool:
+        """Whether what begins with an event is another run of the same name, whose events are numbered alike.
+
+        Delivered again, an event is not later than the last that is there.
+        """
+        return position_of(first) <= self.last and first.time > self.time + _CLOCK_S
 
 
 def find_end(path: str, rows_of: Callable[[BinaryIO], Rows]) -> End:
@@ -144,17 +157,19 @@ def _end_of(rows: Rows, start: int) -> tuple[End, bool]:
     """The end; and whether all rows of the last event were seen, because there was one of another before."""
     last: Position | None = None
     size = count = 0
+    time = 0.0
     is_all = False
-    for position, end in rows:
+    for event, end in rows:
         size = end
-        if position is None:
+        if event is None:
             continue
+        position, time = event
         if position == last:
             count += 1
         else:
             is_all = last is not None
             last, count = position, 1
-    return End(start + size, last or (0, 0), count), is_all
+    return End(start + size, last or (0, 0), count, time), is_all
 
 
 def position_of(event: Event) -> Position:
@@ -167,6 +182,14 @@ def newer(events: Sequence[Event], last: Position) -> Sequence[Event]:
     if not events or position_of(events[0]) > last:
         return events
     return [event for event in events if position_of(event) > last]
+
+
+def warn_of_another(user: str, path: str, run_id: str) -> None:
+    """Say that a file now has two runs of one name."""
+    logger.warning(
+        f"{user} adds a run to {path}, where an earlier one has the name {run_id!r:.200}, too: nothing tells their rows"
+        f" apart but the time; give each run a name, or a file, of its own"
+    )
 
 
 def path_in(run: RunInfo, given: str | None, default: str, user: str) -> str:

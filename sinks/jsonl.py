@@ -13,7 +13,7 @@ from events.log import logger
 from events.messages import EVENT_TYPES, Event
 from events.sink import Delivery, RunInfo
 from events.wire import encode_json, encode_json_lines
-from sinks.files import AppendedFile, Rows, check_path, find_end, newer, path_in, position_of
+from sinks.files import AppendedFile, End, Rows, check_path, find_end, newer, path_in, position_of, warn_of_another
 
 _BEGIN = b'{"type":"'
 _TYPES = {event_type.__name__: event_type for event_type in EVENT_TYPES}
@@ -32,7 +32,7 @@ class JSONL(msgspec.Struct, frozen=True):
     An attempt that continues the run continues the file. No event is in it twice, and none in part: what a process that
     was killed has left of a line is cut away. Steps that a later attempt has done again are there once for each
     attempt: `RunResumed` tells where that one began. One run at a time writes to a file; several, one after the other,
-    may.
+    may. One that begins anew under the same name is added, with a warning.
     """
 
     path: str | None = None
@@ -84,10 +84,16 @@ class JSONLWriter:
         except BaseException:  # goes on as itself, without the open file
             file.close()
             raise
+        self._end: End | None = end  # until it is known whether the run goes on from there
         self._last = end.last
 
     def write(self, events: Sequence[Event]) -> None:
         """Append those that are not in the file yet. Raises `OSError` when the disk refuses; nothing is added then."""
+        if self._end is not None and events:
+            if self._end.is_of_another(events[0]):
+                warn_of_another("JSONL", self._file.path, events[0].run_id)
+                self._last = (0, 0)
+            self._end = None
         events = newer(events, self._last)
         if not events:
             return
@@ -133,6 +139,7 @@ class _Identity(msgspec.Struct):
     run_id: str
     attempt: int
     seq: int
+    time: float
 
 
 _identity = msgspec.json.Decoder(_Identity)
@@ -149,4 +156,4 @@ def _rows(lines: BinaryIO, run_id: str) -> Rows:
         except ValueError:
             yield None, end  # somebody else's line
         else:
-            yield ((found.attempt, found.seq) if found.run_id == run_id else None), end
+            yield (((found.attempt, found.seq), found.time) if found.run_id == run_id else None), end

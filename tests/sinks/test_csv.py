@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from events.errors import SinkMisconfigured
@@ -88,6 +89,19 @@ def test_a_batch_that_comes_again_is_not_written_again(story: Any, tmp_path: Pat
         writer.write(batch)
     writer.close()
     assert told(path) == rows(steps)
+
+
+def test_a_run_that_begins_anew_under_its_name_is_added(
+    story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its events are numbered like those of the one before, but are later; said once."""
+    path, events = tmp_path / "metrics.csv", story.steps(20)
+    anew = [msgspec.structs.replace(event, time=event.time + 60) for event in events]
+    write_all(path, events)
+    for begin in (0, 5):  # the second time, the end of it comes again
+        write_all(path, anew[begin:])
+        assert told(path) == rows([*events, *anew])
+    assert caplog.text.count("where an earlier one has the name 'demo', too") == 1
 
 
 def test_wherever_a_write_was_cut_off_the_table_is_continued_exactly(story: Any, tmp_path: Path) -> None:
