@@ -46,6 +46,7 @@ class Series(msgspec.Struct):
     width: int = 1
     """Values that a point takes; a power of two."""
     last: float = math.nan
+    """The last value, finite or not."""
 
     @property
     def count(self) -> int:
@@ -208,10 +209,17 @@ def plain(series: Series) -> dict[str, Any]:
         "max": column(series.high),
         "time": series.time,
         "count": series.count,
+        # The mean of the last point is another number, once several values are in it.
+        "last": as_json(series.last) if series.step else None,
     }
     if series.odd:
         shown["nonfinite"] = {str(index): text for index, text in series.odd.items()}
     return shown
+
+
+def as_json(value: float) -> float | str:
+    """A number as JSON has it: one that is not finite is ``nan``, ``inf`` or ``-inf``."""
+    return value if math.isfinite(value) else str(value)
 
 
 def _mean(first: float, first_weight: int, second: float, second_weight: int) -> float:

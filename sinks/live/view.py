@@ -5,7 +5,6 @@ No I/O, no clock, no thread: whoever has events may build one, a server, a repor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ from events.messages import (
     ValEpochStarted,
 )
 from events.metrics import metric_name
-from events.series import SeriesStore, plain, points_of
+from events.series import SeriesStore, as_json, plain, points_of
 from sinks.console_lines import Chronicle
 from sinks.progress import Progress
 
@@ -214,7 +213,7 @@ class RunView(msgspec.Struct, dict=True):
         place = next((event for event in reversed(events) if type(event) in _PLACES), None)
         if place is not None:
             self.run.global_step, self.run.epoch = place.global_step, place.epoch
-        self.run.latest = {name: _number(series.last) for name, series in self.curves.series.items()}
+        self.run.latest = {name: as_json(series.last) for name, series in self.curves.series.items()}
         after = msgspec.structs.asdict(self.run)
         del after["latest"]  # whoever follows has it from the points
         told.run.update({name: value for name, value in after.items() if value != before[name]})
@@ -387,9 +386,4 @@ def _add_points(event: Event, changes: Changes) -> None:
     for name, value in points_of(event):
         steps, values = changes.points.setdefault(name, ([], []))
         steps.append(event.global_step)
-        values.append(_number(value))
-
-
-def _number(value: float) -> float | str:
-    """As JSON has it: what is not finite becomes ``nan``, ``inf`` or ``-inf``."""
-    return value if math.isfinite(value) else str(value)
+        values.append(as_json(value))

@@ -48,6 +48,13 @@ def test_a_series_without_a_finite_value_is_null_in_json() -> None:
     assert shown["nonfinite"] == {"0": "nan", "1": "nan", "2": "nan"}
 
 
+@pytest.mark.parametrize("last", [7.5, math.nan, -math.inf])
+def test_the_last_value_is_told_apart_from_its_point(last: float) -> None:
+    """A point of many values has their mean, and the name of what was odd in it; the last value is beside them."""
+    shown = plain(fill([math.nan if index % 2 else 1.0 for index in range(3 * MOST_POINTS)] + [1.0, last]))
+    assert shown["last"] == (last if math.isfinite(last) else str(last))
+
+
 def test_numbers_near_the_largest_do_not_become_infinite() -> None:
     """Their sum is no float any more; their mean is."""
     series = fill([1.7e308] * (3 * MOST_POINTS))

@@ -90,7 +90,7 @@ class FakeRun:
         """Add a value to a series, and to what a frame will tell."""
         step = self.run["global_step"]
         series = self.series.setdefault(
-            name, {"step": [], "mean": [], "min": [], "max": [], "time": [], "count": 0, "nonfinite": {}}
+            name, {"step": [], "mean": [], "min": [], "max": [], "time": [], "count": 0, "last": None, "nonfinite": {}}
         )
         at = len(series["step"])
         finite = value if isinstance(value, float | int) else None
@@ -99,6 +99,7 @@ class FakeRun:
         for column, one in (("step", step), ("time", self.clock), ("mean", finite), ("min", finite), ("max", finite)):
             series[column].append(one)
         series["count"] += 1
+        series["last"] = value
         if at + 1 > MOST_POINTS:
             for column in ("step", "time", "mean", "min", "max"):
                 series[column] = series[column][1::2]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,30 +100,32 @@ def test_strangers_text_ends_no_script_and_nothing_comes_from_outside_the_run(tm
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)
 
 
-def test_the_report_shows_the_runs_in_a_browser(tmp_path: Path) -> None:
+def test_the_last_value_is_shown_however_many_were_merged(told: Any, visit: Any, tmp_path: Path) -> None:
+    """Tiles, legends, the table and what is read aloud have it, not the mean of the last point or a NaN beside it."""
+    expect = pytest.importorskip("playwright.sync_api").expect
+    tell = told.story
+    told.write(tell.started(), *(event for _ in range(4_998) for event in (tell.step(), tell.metrics(val_worst=1.0))))
+    told.write(tell.step(), tell.metrics(val_worst=math.nan), tell.step(7.5), tell.metrics(val_worst=3.25))
+    write_report([told.path], tmp_path / "out.html")
+    page = visit((tmp_path / "out.html").as_uri())
+    assert page.evaluate("stagecast.focus().store.get('train_loss').width") > 1
+    expect(page.locator("#tiles")).to_contain_text("Train loss7.5")
+    expect(page.locator("#training .chart").first.locator(".legend .value")).to_have_text("7.5")
+    expect(page.get_by_role("img", name=re.compile("^Chart, Loss"))).to_have_attribute(
+        "aria-label", re.compile(r"last 7\.5 at step 5,000")
+    )
+    expect(page.locator("#validation-table td").nth(1)).to_have_text("3.25")
+
+
+def test_the_report_shows_the_runs_in_a_browser(tmp_path: Path, visit: Any) -> None:
     """Both of them, laid over each other, with the image; no error, no request."""
-    sync_api: Any = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on the PATH")
+    expect = pytest.importorskip("playwright.sync_api").expect
     out = tmp_path / "out.html"
     write_report([a_run(tmp_path, "one"), a_run(tmp_path, "two")], out)
-    problems: list[str] = []
-    requests: list[str] = []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium)
-        page = browser.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: requests.append(request.url.partition(":")[0]))
-        page.goto(out.as_uri())
-        sync_api.expect(page.locator("#content")).to_be_visible()
-        sync_api.expect(page.locator("#runs-list li")).to_have_count(2)
-        page.locator("#media-section").scroll_into_view_if_needed()
-        sync_api.expect(page.locator('#media img[alt^="picture"]')).to_have_js_property("naturalWidth", 1)
-        assert page.title().endswith("stagecast")
-        assert "owned" not in page.title()
-        browser.close()
-    assert problems == []
-    assert set(requests) <= {"file", "data", "blob"}
+    page = visit(out.as_uri())
+    expect(page.locator("#runs-list li")).to_have_count(2)
+    page.locator("#media-section").scroll_into_view_if_needed()
+    expect(page.locator('#media img[alt^="picture"]')).to_have_js_property("naturalWidth", 1)
+    assert page.title().endswith("stagecast")
+    assert "owned" not in page.title()
+    assert {url.partition(":")[0] for url in visit.requests} <= {"file", "data", "blob"}

@@ -14,8 +14,9 @@ const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
 /**
  * One figure.
  *
- * `curves()` gives what it shows: `{label, series, started, show, colour, dash, width, fill, values}`; `values`, if
- * given, is what legend and table show in place of the series' means (a stack's layers are not where their tops are).
+ * `curves()` gives what it shows: `{label, series, started, show, colour, dash, width, fill, values, last}`; `values` and
+ * `last`, if given, are what legend and table show in place of the series' own (a stack's layers are not where their tops
+ * are).
  */
 export class Chart {
   constructor({
@@ -286,9 +287,7 @@ export class Chart {
   #fillLast() {
     setText(this.readout, "");
     this.shown.forEach((curve, i) => {
-      const values = curve.values;
-      const last = values ? values[curve.series.length - 1] : curve.series.last;
-      if (this.outputs?.[i]) setText(this.outputs[i], (curve.show ?? number)(last));
+      if (this.outputs?.[i]) setText(this.outputs[i], (curve.show ?? number)(curve.last ?? curve.series.last));
     });
   }
 
@@ -314,7 +313,7 @@ export class Chart {
       const { series } = curve;
       const show = curve.show ?? number;
       if (!series.length) return `${curve.label}: nothing yet`;
-      const last = curve.values ? curve.values[series.length - 1] : series.last;
+      const last = curve.last ?? series.last;
       const ends = series.lowest ? `, lowest ${show(series.lowest.value)}, highest ${show(series.highest.value)}` : "";
       return `${curve.label}: last ${show(last)} at step ${count(series.step[series.length - 1])}${ends}`;
     });

@@ -28,6 +28,7 @@ export function ledgerCurves(store) {
       label: LEDGER_NAMES[layer] ?? layer,
       colour,
       values,
+      last: shareOf(series.last, wall.last),
       show: percent,
       tick: wholePercent,
       layer,
@@ -82,9 +83,13 @@ function sharesOf(series, wall) {
     : new Map(Array.from(series.step.subarray(0, series.length), (step, i) => [step, series.mean[i]]));
   for (let i = 0; i < wall.length; i++) {
     const seconds = isAligned ? series.mean[i] : (byStep.get(wall.step[i]) ?? 0);
-    values[i] = wall.mean[i] > 0 && seconds > 0 ? Math.min(1, seconds / wall.mean[i]) : 0;
+    values[i] = shareOf(seconds, wall.mean[i]);
   }
   return values;
+}
+
+function shareOf(seconds, wall) {
+  return wall > 0 && seconds > 0 ? Math.min(1, seconds / wall) : 0;
 }
 
 function total(series) {

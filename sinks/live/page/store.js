@@ -48,7 +48,7 @@ export class Series {
     while (series.width * length < series.count) series.width *= 2;
     series.weight.fill(series.width, 0, length);
     if (length) series.weight[length - 1] = Math.max(1, series.count - series.width * (length - 1));
-    if (length) series.last = series.odd.get(length - 1) ?? data.mean[length - 1];
+    series.last = data.last ?? null; // a point of many values cannot tell it
     while (series.length > series.most) series.#halve();
     return series;
   }
