@@ -33,14 +33,25 @@ def write_report(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathL
 
     The file is there as a whole or not at all.
 
+    A folder that is named twice is in it once.
+
     Raises:
-        RunFolderError: A folder is none of a run, or a journal cannot be read.
+        RunFolderError: A folder is none of a run, a journal cannot be read, or two folders are of one ``run_id``.
         OSError: The file cannot be written.
     """
     runs: list[dict[str, Any]] = []
     media: dict[str, str] = {}
-    for run_dir in map(Path, run_dirs):
+    folders: dict[str, Path] = {}
+    for run_dir in {path.resolve(): path for path in map(Path, run_dirs)}.values():
         snapshot = _snapshot(run_dir)
+        run_id = snapshot["run"].run_id
+        if run_id in folders:
+            # The page tells runs apart by their names alone, and would show one of the two.
+            raise RunFolderError(
+                f"{folders[run_id]} and {run_dir} are both of the run {run_id!r}, and a report can hold one of a name:"
+                " leave one out, or write a report of each"
+            )
+        folders[run_id] = run_dir
         runs.append(snapshot)
         media.update(_media(run_dir, snapshot))
     data = msgspec.json.encode({"runs": runs, "media": media})

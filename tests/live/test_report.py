@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,17 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_two_folders_of_one_run_are_refused(tmp_path: Path) -> None:
+    """A page that shows one of them would hide the other; a folder that is named twice is no second run."""
+    a_run(tmp_path, "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    result = command("one", "copy", "--out", "out.html", cwd=tmp_path)
+    assert (result.returncode, (tmp_path / "out.html").exists()) == (1, False)
+    assert "one and copy are both of the run 'one'" in result.stderr
+    assert "leave one out, or write a report of each" in result.stderr
+    assert command("one", "./one", "--out", "out.html", cwd=tmp_path).returncode == 0
+
+
 def test_a_report_that_is_there_is_kept_unless_forced(tmp_path: Path) -> None:
     """Whoever has sent it to somebody may still want it."""
     a_run(tmp_path, "one")
@@ -115,6 +127,18 @@ def test_the_last_value_is_shown_however_many_were_merged(told: Any, visit: Any,
         "aria-label", re.compile(r"last 7\.5 at step 5,000")
     )
     expect(page.locator("#validation-table td").nth(1)).to_have_text("3.25")
+
+
+def test_a_link_to_a_run_that_is_not_in_the_report_is_said_so(tmp_path: Path, visit: Any) -> None:
+    """The page names the runs that are there, and is not broken by it."""
+    expect = pytest.importorskip("playwright.sync_api").expect
+    out = tmp_path / "out.html"
+    write_report([a_run(tmp_path, "one"), a_run(tmp_path, "two")], out)
+    page = visit(out.as_uri(), "#run=nosuch", loaded=False)
+    expect(page.locator("#waiting-title")).to_have_text("nosuch")
+    expect(page.locator("#waiting-text")).to_have_text("there is no such run in this report; it holds one, two")
+    page.get_by_role("link", name="one").click()
+    expect(page.locator("#content")).to_be_visible()
 
 
 def test_the_report_shows_the_runs_in_a_browser(tmp_path: Path, visit: Any) -> None:

@@ -54,8 +54,14 @@ export class Connection {
   }
 
   #tell() {
+    const snapshot = report.runs.find((one) => one.run.run_id === this.store.runId);
+    if (snapshot === undefined) {
+      const held = report.runs.map((one) => one.run.run_id).join(", ");
+      this.#end(`there is no such run in this report; it holds ${held}`);
+      return;
+    }
     this.state = "open";
-    this.on.message(report.runs.find((one) => one.run.run_id === this.store.runId));
+    this.on.message(snapshot);
   }
 
   #failures;
