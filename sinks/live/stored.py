@@ -24,7 +24,7 @@ from sinks.live.view import RunView
 
 STORE_NAME = "view.msgpack"
 """In a run's folder: the view as it was. It may be deleted."""
-_VERSION = 2
+_VERSION = 3
 _BATCH = 512
 PAUSE_S = 0.0002
 """Between two batches of a long journal: so others on this interpreter wait 2 ms for it instead of 5, each time."""

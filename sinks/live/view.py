@@ -21,6 +21,7 @@ from events.messages import (
     Event,
     HistogramLogged,
     ImageLogged,
+    MetricsLogged,
     ObserverDropped,
     ObserverFailed,
     ObserverRecovered,
@@ -124,6 +125,7 @@ class Changes:
 
     def __init__(self) -> None:
         self.points: dict[str, tuple[list[int], list[float | str]]] = {}
+        self.stages: dict[str, str] = {}
         self.log: list[dict[str, Any]] = []
         self.checkpoints: dict[str, Checkpoint] = {}
         self.observers: dict[str, Watched] = {}
@@ -138,6 +140,7 @@ class Changes:
         found = {
             "run": self.run,
             "points": self.points,
+            "stages": self.stages,
             "log": self.log,
             "checkpoints": list(self.checkpoints.values()),
             "observers": list(self.observers.values()),
@@ -154,6 +157,8 @@ class RunView(msgspec.Struct, dict=True):
     arguments: dict[str, Any] = {}
     versions: dict[str, str] = {}
     curves: SeriesStore = msgspec.field(default_factory=SeriesStore)
+    stages: dict[str, str] = {}
+    """Of the curves that user code logs while it validates or tests: ``val`` or ``test``. Their names are its own."""
     log: list[dict[str, Any]] = []
     checkpoints: dict[str, Checkpoint] = {}
     observers: dict[str, Watched] = {}
@@ -171,6 +176,7 @@ class RunView(msgspec.Struct, dict=True):
             RunEnded: self._ended,
             TrainEpochStarted: self._epoch_started,
             CommandTaken: self._command,
+            MetricsLogged: self._metrics,
             CheckpointStaged: self._staged,
             CheckpointSaved: self._saved,
             CheckpointFailed: self._failed,
@@ -246,6 +252,7 @@ class RunView(msgspec.Struct, dict=True):
             "arguments": self.arguments,
             "versions": self.versions,
             "series": {name: plain(series) for name, series in self.curves.series.items()},
+            "stages": self.stages,
             "log": self.log,
             "checkpoints": list(self.checkpoints.values()),
             "observers": list(self.observers.values()),
@@ -286,6 +293,15 @@ class RunView(msgspec.Struct, dict=True):
     def _command(self, e: CommandTaken, changes: Changes) -> None:
         if e.command in ("pause", "resume", "stop"):
             self.run.paused = e.command == "pause"
+
+    def _metrics(self, e: MetricsLogged, changes: Changes) -> None:
+        if e.stage not in ("val", "test"):
+            return
+        for logged in e.metrics:
+            name = metric_name(logged, e.key)
+            # Only of what has a curve: so there are no more of them than curves.
+            if name not in self.stages and name in self.curves.series:
+                self.stages[name] = changes.stages[name] = e.stage
 
     # ---------------------------------------------------------------------------------------- checkpoints
 

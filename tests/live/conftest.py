@@ -44,7 +44,8 @@ class Story:
         self.seq += 1
         self.time += 0.01
         step = fields.pop("global_step", self.global_step)
-        return kind(self.run_id, self.attempt, self.seq, self.time, 0, step, self.epoch, "train", **fields)
+        stage = fields.pop("stage", "train")
+        return kind(self.run_id, self.attempt, self.seq, self.time, 0, step, self.epoch, stage, **fields)
 
     def started(self, **fields: Any) -> Any:
         return self(RunStarted, **({"module": "a.Net", "epochs": 3, "steps_per_epoch": 100} | fields))

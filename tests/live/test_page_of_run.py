@@ -47,6 +47,9 @@ class Net(ModuleInterface):
     def val_step(self, global_step, batch, device):
         return self.linear(batch).square().mean()
 
+    def on_end_val_epoch(self, global_step, *outputs, key="default"):
+        self.log("worst", 4.0)
+
     def train_step(self, global_step, batch, device):
         time.sleep(0.005)
         self.log({EVIL!r}, float(global_step))
@@ -127,6 +130,8 @@ def test_charts_fill_while_a_run_trains_and_survive_the_server(run: Run, visit: 
     expect(page.locator("#training canvas").first).to_be_visible()
     expect(page.locator("#metrics h3").get_by_text(EVIL, exact=True)).to_be_visible()
     expect(page.locator("#metrics h3").get_by_text("gauge", exact=True)).to_be_visible()
+    expect(page.locator("#validation-table")).to_contain_text("worst")  # logged while validating, whatever its name
+    expect(page.locator("#validation h3").get_by_text("worst", exact=True)).to_be_visible()
     first = step_of(page)
     kit.wait_until(lambda: step_of(page) > first + 20)
 

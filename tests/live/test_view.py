@@ -19,12 +19,14 @@ from events.messages import (
     CommandTaken,
     HistogramLogged,
     ImageLogged,
+    MetricsLogged,
     ObserverDropped,
     ObserverFailed,
     ObserverRecovered,
     TextLogged,
     UnknownEvent,
 )
+from events.series import MOST_SERIES
 from sinks.live.frames import encode
 from sinks.live.stored import STORE_NAME, read_view, write_view
 from sinks.live.view import MOST_CHECKPOINTS, MOST_LINES, MOST_MEDIA, MOST_OF_A_HISTOGRAM, Changes, RunView
@@ -150,6 +152,28 @@ def test_frames_add_up_to_the_snapshot(story: Any) -> None:
     assert {name: now[name] for name in run} == run
 
 
+def test_what_is_logged_while_validating_is_told_apart(story: Any) -> None:
+    """Whatever its name: in the snapshot, and once in a frame; that of training is not."""
+    view, changes = RunView(), Changes()
+    worst = story(MetricsLogged, stage="val", metrics={"worst": 1.0}, key="default")
+    hard = story(MetricsLogged, stage="val", metrics={"worst": 2.0}, key="hard set")
+    tested = story(MetricsLogged, stage="test", metrics={"best": 3.0}, key="default")
+    view.add([story.started(), story.metrics(gauge=1.0), worst, hard, tested], changes)
+    assert changes.members()["stages"] == {"worst": "val", "worst/hard set": "val", "best": "test"}
+    assert shown(view)["stages"] == changes.stages
+    again = Changes()
+    view.add([story(MetricsLogged, stage="val", metrics={"worst": 0.5}, key="default")], again)
+    assert "stages" not in again.members()
+
+
+def test_stages_are_bounded_as_curves_are(story: Any) -> None:
+    """A name that is another one at each validation fills no memory."""
+    view = RunView()
+    for index in range(MOST_SERIES + 50):
+        view.add([story(MetricsLogged, stage="val", metrics={f"m{index}": 1.0}, key="default")])
+    assert view.stages.keys() == view.curves.series.keys()
+
+
 def test_superseded_steps_are_not_read(told: Any) -> None:
     """The view of a journal with three attempts has each step once."""
     tell = told.story
@@ -176,6 +200,16 @@ def test_a_stored_view_goes_on_from_where_it_was(told: Any) -> None:
     assert [line["text"] for line in again.log][:-1] == [line["text"] for line in whole.log][:-1]
 
 
+def test_a_stored_view_knows_what_was_logged_while_validating(told: Any) -> None:
+    """Also of names that are not logged again."""
+    tell = told.story
+    told.write(tell.started(), tell(MetricsLogged, stage="val", metrics={"worst": 1.0}, key="default"))
+    write_view(told.path, read_view(told.path)[0])
+    told.write(*tell.steps(3))
+    view, stored = read_view(told.path)
+    assert (view.stages, stored) == ({"worst": "val"}, 2)
+
+
 def _another_run(told: Any) -> None:
     for file in (told.path / "journal").iterdir():
         file.unlink()
@@ -199,6 +233,13 @@ def _newer(told: Any) -> None:
     path.write_bytes(msgspec.msgpack.encode(stored | {"version": 99, "view": "what is this"}))
 
 
+def _older(told: Any) -> None:
+    path = told.path / STORE_NAME
+    stored = msgspec.msgpack.decode(path.read_bytes())
+    del stored["view"]["stages"]
+    path.write_bytes(msgspec.msgpack.encode(stored | {"version": 2}))
+
+
 def _torn(told: Any) -> None:
     path = told.path / STORE_NAME
     path.write_bytes(path.read_bytes()[:-7])
@@ -208,7 +249,7 @@ def _nested(told: Any) -> None:
     (told.path / STORE_NAME).write_bytes(b"\x91" * 100_000)
 
 
-@pytest.mark.parametrize("change", [_another_run, _resumed, _cut, _newer, _torn, _nested])
+@pytest.mark.parametrize("change", [_another_run, _resumed, _cut, _newer, _older, _torn, _nested])
 def test_a_stored_view_that_does_not_fit_is_not_used(told: Any, change: Any) -> None:
     """Of another run of the same name, with superseded steps, beyond the journal, of another version, torn."""
     tell = told.story

@@ -151,7 +151,7 @@ export class RunStore {
     this.cursor = null;
     this.attempt = null;
     this.series = new Map();
-    this.stages = new Map(); // name -> "val" or "test", where the server says so
+    this.stages = new Map(); // name -> "val" or "test": what user code logs while it validates or tests
     this.log = [];
     this.lines = 0; // entries that ever were in the log, for whoever shows it piece by piece
     this.checkpoints = new Map();
@@ -213,7 +213,11 @@ export class RunStore {
   }
 
   #take(data) {
-    for (const [name, stage] of Object.entries(data.stages ?? {})) this.stages.set(name, stage);
+    for (const [name, stage] of Object.entries(data.stages ?? {})) {
+      if (!this.series.has(name)) continue; // there are no more of them than curves
+      this.stages.set(name, stage);
+      this.touched.add("names");
+    }
     if (data.log?.length) {
       this.log.push(...data.log.slice(-MOST_LINES));
       if (this.log.length > MOST_LINES) this.log.splice(0, this.log.length - MOST_LINES);
