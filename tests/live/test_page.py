@@ -142,6 +142,27 @@ def test_numbers_that_are_not_finite_are_shown(serve: Callable[..., PageServer],
     expect(page.locator("#tiles")).to_contain_text("∞")
 
 
+def test_what_a_logarithmic_scale_hides_is_counted(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Values of 0 and less, in words that are read aloud too; none on the other scale, and none in the table."""
+    run = a_run(steps=0)
+    for value in (1.0, 0.0, -1.0, 2.0, "nan"):
+        run.run["global_step"] += 1
+        run.point({}, "train_loss", value)
+    page = visit(serve(run).url, "#log=1")
+    chart = page.locator("#training .chart").first
+    told = "Not on a logarithmic scale, being 0 or less: train 2 of 5 values."
+    expect(chart.locator(".missing")).to_have_text(told)
+    expect(chart.get_by_role("img")).to_have_attribute("aria-label", re.compile(re.escape(told)))
+    button = chart.get_by_role("button", name="Show Loss as table")
+    button.click()
+    expect(chart.locator(".missing")).to_be_hidden()
+    button.click()
+    expect(chart.locator(".missing")).to_be_visible()
+    page.get_by_label("Log loss").uncheck()
+    expect(chart.locator(".missing")).to_be_hidden()
+    expect(chart.get_by_role("img")).not_to_have_attribute("aria-label", re.compile("logarithmic"))
+
+
 def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Markup in every place where text may come from elsewhere is shown as it is, and does nothing."""
     run = a_run(

@@ -1,6 +1,6 @@
 /** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
 
-import { align, linearRange, logRange, nearest, pointsOf } from "./curves.js";
+import { align, linearRange, logRange, nearest, pointsOf, valuesOffLog } from "./curves.js";
 import { announce, el, freshId, setAttribute, setText, svg, table } from "./dom.js";
 import { count, duration, number } from "./format.js";
 import { colours } from "./theme.js";
@@ -38,6 +38,7 @@ export class Chart {
     const id = freshId("chart");
     this.legend = el("ul", { class: "legend" });
     this.readout = el("span", { class: "readout" });
+    this.missing = el("p", { class: "missing", hidden: true });
     this.toggle = el("button", {
       type: "button",
       class: "quiet",
@@ -66,6 +67,7 @@ export class Chart {
       { class: isSmall ? "chart small" : "chart", "aria-labelledby": id },
       el("figcaption", {}, el("h3", { id, title: note ?? title, text: title }), this.readout, this.toggle),
       this.legend,
+      this.missing,
       this.plot,
       this.holder,
     );
@@ -103,8 +105,12 @@ export class Chart {
     this.drawn = stamp;
     this.isTouched = false;
     this.shown = curves;
-    if (this.holder.hidden) this.#plot(curves);
-    else this.#fillTable(curves, began);
+    if (this.holder.hidden) {
+      this.#plot(curves);
+    } else {
+      this.#tellMissing([]); // a table has them all
+      this.#fillTable(curves, began);
+    }
     this.#fillLegend(curves);
     this.drawnAt = performance.now();
     this.drawMs = this.drawnAt - began;
@@ -125,6 +131,7 @@ export class Chart {
         log: isLog,
       }),
     );
+    this.#tellMissing(isLog ? curves : []);
     const hasPoints = parts.some((part) => part.x.length);
     if (!hasPoints) {
       this.rest();
@@ -156,6 +163,16 @@ export class Chart {
       this.u = new uPlot(this.#options(curves, layout, isLog, width), data, this.plot);
     }
     setAttribute(this.plot, "aria-label", this.#summary(curves));
+  }
+
+  /** A curve that a logarithmic scale hides, or has holes in, is not left out without a word. */
+  #tellMissing(curves) {
+    const told = curves
+      .map(({ label, series }) => [label, valuesOffLog(series), series.count])
+      .filter(([, values]) => values > 0)
+      .map(([label, values, all]) => `${label} ${count(values)} of ${count(all)} values`);
+    this.missing.hidden = !told.length;
+    setText(this.missing, told.length ? `Not on a logarithmic scale, being 0 or less: ${told.join(", ")}.` : "");
   }
 
   #options(curves, layout, isLog, width) {
@@ -317,7 +334,8 @@ export class Chart {
       const ends = series.lowest ? `, lowest ${show(series.lowest.value)}, highest ${show(series.highest.value)}` : "";
       return `${curve.label}: last ${show(last)} at step ${count(series.step[series.length - 1])}${ends}`;
     });
-    return `Chart, ${this.title}. ${told.join(". ")}. Arrow keys read single points.`;
+    const missing = this.missing.hidden ? "" : ` ${this.missing.textContent}`;
+    return `Chart, ${this.title}. ${told.join(". ")}.${missing} Arrow keys read single points.`;
   }
 
   #key(event) {

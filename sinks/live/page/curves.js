@@ -29,6 +29,13 @@ function drawable(column, length, log) {
   return part;
 }
 
+/** How many values of a series a logarithmic scale has no place for: those in points of 0 or less. */
+export function valuesOffLog(series) {
+  let values = 0;
+  for (let i = 0; i < series.length; i++) if (series.mean[i] <= 0) values += series.weight[i];
+  return values;
+}
+
 /** An exponential moving average that does not start at zero. */
 export function smoothed(values, by) {
   const result = new Array(values.length);
