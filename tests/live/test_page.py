@@ -142,6 +142,26 @@ def test_numbers_that_are_not_finite_are_shown(serve: Callable[..., PageServer],
     expect(page.locator("#tiles")).to_contain_text("∞")
 
 
+def test_a_users_name_that_begins_like_the_ledgers_is_a_metric(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Only the ledger's own rows are in its part of the page."""
+    page = visit(serve(a_run(extra=["ledger/foo"])).url)
+    expect(page.locator("#metrics h3")).to_have_text(["ledger/foo"])
+    expect(page.locator("#ledger-table")).to_contain_text("compute")
+
+
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "told"), [(0, 1, "1of 1"), (2, 3, "3of 3"), (3, 3, "3of 3"), (4, None, "5")]
+)
+def test_epochs_are_counted_as_in_the_log(
+    epoch: int, epochs: int | None, told: str, serve: Callable[..., PageServer], visit: Visits
+) -> None:
+    """From 1: the last of three is 3 of 3, while it lasts and afterwards."""
+    run = a_run()
+    run.run |= {"epoch": epoch, "epochs": epochs, "status": "finished"}
+    page = visit(serve(run).url)
+    expect(page.locator("#tiles > div").nth(1)).to_have_text(f"Epoch{told}")
+
+
 def test_what_a_logarithmic_scale_hides_is_counted(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Values of 0 and less, in words that are read aloud too; none on the other scale, and none in the table."""
     run = a_run(steps=0)

@@ -48,7 +48,7 @@ export function writeFigures(store, isStale) {
   const memory = store.get("system/gpu0/memory_used_bytes")?.last ?? store.get("system/process_memory_bytes")?.last;
   const rows = [
     ["Step", count(step), total ? `of ${count(total)}` : ""],
-    ["Epoch", count(run.epoch ?? 0), run.epochs ? `of ${count(run.epochs)}` : ""],
+    ["Epoch", count(epochOf(run)), run.epochs ? `of ${count(run.epochs)}` : ""],
     ["Train loss", number(store.last("train_loss")), lowest(store.get("train_loss"))],
     ["Validation loss", number(store.last("val_loss")), lowest(val)],
     ["Learning rate", number(store.last("lr")), ""],
@@ -69,6 +69,12 @@ export function writeFigures(store, isStale) {
   ];
   fillTiles(rows.filter((row) => row && (row[1] !== NONE || ["Train loss", "Step time"].includes(row[0]))));
   if (run.reason && !isRunning) setText(byId("place"), run.reason);
+}
+
+/** The epoch under way, or the last one, from 1, as the log counts them: events count from 0. */
+function epochOf({ epoch, epochs }) {
+  const now = (epoch ?? 0) + 1;
+  return epochs ? Math.min(now, epochs) : now; // one taken up again with nothing left to do stands behind its last
 }
 
 function lowest(series) {

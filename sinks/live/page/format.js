@@ -89,7 +89,7 @@ export function unitOf(name) {
   if (last.endsWith("_percent")) return { show: having("%") };
   if (name.startsWith("system/") && last === "power_w") return { show: having("W") };
   if (name.startsWith("system/") && last === "temperature_c") return { show: having("°C") };
-  if (name === "step_s" || name.startsWith("ledger/")) return { show: duration };
+  if (name === "step_s" || (name.startsWith("ledger/") && name.endsWith("_s"))) return { show: duration };
   return { show: number };
 }
 

@@ -4,7 +4,7 @@ import { Chart } from "./charts.js";
 import { el, reconcile, setText, table } from "./dom.js";
 import { count, lowerIsBetter, number, unitOf } from "./format.js";
 import { ledgerCurves, ledgerTable } from "./ledger.js";
-import { colours, DASHES } from "./theme.js";
+import { colours, DASHES, LAYERS } from "./theme.js";
 
 const FIRST_METRICS = 48;
 const MORE_METRICS = 96;
@@ -28,11 +28,14 @@ const GPU = {
   temperature_c: "GPU temperature",
 };
 
+/** The ledger's own rows: whatever else a user logs under `ledger/` is a metric of his. */
+const LEDGER = new Set([...LAYERS, "device_idle", "wall"].map((row) => `ledger/${row}_s`));
+
 /** The kind of a name: "train", "validation", "system", "ledger" or "user". */
 export function kindOf(name, stages) {
   if (["train_loss", "lr", "grad_norm", "step_s", "rows_per_s"].includes(name)) return "train";
   if (name.startsWith("system/")) return "system";
-  if (name.startsWith("ledger/")) return "ledger";
+  if (LEDGER.has(name)) return "ledger";
   if (stages.get(name) === "val" || stages.get(name) === "test" || /^(val|valid|validation|test|eval)[_/]/.test(name))
     return "validation";
   return "user";
