@@ -162,6 +162,33 @@ def test_epochs_are_counted_as_in_the_log(
     expect(page.locator("#tiles > div").nth(1)).to_have_text(f"Epoch{told}")
 
 
+@pytest.mark.parametrize("fragment", ["", "#log=1"])
+def test_numbers_near_the_largest_are_drawn(fragment: str, serve: Callable[..., PageServer], visit: Visits) -> None:
+    """From end to end of what a number can be, farther apart than any number is large; also once they are merged."""
+    run = a_run(steps=0)
+    for index in range(300):
+        run.run["global_step"] += 1
+        run.point({}, "huge_loss", -1.7e308 if index % 2 else 1.7e308)
+        run.point({}, "train_loss", 1.7e308 if index % 2 else 1.0)
+    server = serve(run)
+    page = visit(server.url, fragment)
+    page.locator("#metrics").scroll_into_view_if_needed()
+    for part in ("#training", "#metrics"):
+        chart = page.locator(f"{part} .chart").first
+        chart.scroll_into_view_if_needed()
+        expect(chart.locator("canvas")).to_be_visible()
+        places = chart.evaluate(
+            "one => { const { u, height } = one.chart; const ys = u.data[u.data.length - 1];"
+            " return [0, 1].map(index => u.valToPos(ys[index], 'y') / height); }"
+        )
+        assert all(0 <= place <= 1 for place in places), places
+        assert abs(places[0] - places[1]) > 0.5
+    many = [-1.7e308 if index % 2 else 1.7e308 for index in range(10_000)]  # more than the points of a curve
+    server.call(lambda: run.tell({"points": {"huge_loss": [list(range(301, 10_301)), many]}}))
+    page.wait_for_function("() => stagecast.focus().store.get('huge_loss').count === 10300")
+    assert page.evaluate("stagecast.focus().store.get('huge_loss').mean.every(Number.isFinite)")
+
+
 def test_what_a_logarithmic_scale_hides_is_counted(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Values of 0 and less, in words that are read aloud too; none on the other scale, and none in the table."""
     run = a_run(steps=0)

@@ -1,6 +1,6 @@
 /** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
 
-import { align, linearRange, logRange, nearest, pointsOf, valuesOffLog } from "./curves.js";
+import { align, linearRange, logRange, nearest, pointsOf, shrinkageOf, shrunk, valuesOffLog } from "./curves.js";
 import { announce, el, freshId, setAttribute, setText, svg, table } from "./dom.js";
 import { count, duration, number } from "./format.js";
 import { colours } from "./theme.js";
@@ -10,6 +10,10 @@ const TABLE_MS = 2000;
 const MOST_ROWS = 200;
 /** Steps of an axis of bytes. */
 const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
+/** Beyond this uPlot knows no steps of an axis... */
+const HUGE = 1e30;
+/** ...so these are its steps, and those above them. */
+const HUGE_STEPS = Array.from({ length: 340 }, (_, at) => [1, 2, 2.5, 5].map((one) => Number(`${one}e${at - 32}`))).flat();
 
 /**
  * One figure.
@@ -123,14 +127,17 @@ export class Chart {
     if (!width) return;
     const { x, smoothing, log } = this.board.view;
     const isLog = log && this.takesLog;
-    const parts = curves.map((curve) =>
-      pointsOf(curve.series, {
+    const largest = isLog ? 0 : Math.max(0, ...curves.map(({ series }) => sizeOf(series)));
+    this.shrinkage = shrinkageOf(largest);
+    const parts = curves.map((curve) => {
+      const part = pointsOf(curve.series, {
         x,
         started: curve.started ?? 0,
         smoothing: this.takesSmoothing && !curve.isSparse ? smoothing : 0,
         log: isLog,
-      }),
-    );
+      });
+      return shrunk(part, this.shrinkage);
+    });
     this.#tellMissing(isLog ? curves : []);
     const hasPoints = parts.some((part) => part.x.length);
     if (!hasPoints) {
@@ -150,6 +157,7 @@ export class Chart {
     const signature = [
       layout,
       isLog,
+      largest > HUGE,
       x,
       width > 500,
       ...curves.map((c) => `${c.colour}${c.dash}${c.width}${c.label}`),
@@ -160,7 +168,7 @@ export class Chart {
     } else {
       this.u?.destroy();
       this.signature = signature;
-      this.u = new uPlot(this.#options(curves, layout, isLog, width), data, this.plot);
+      this.u = new uPlot(this.#options(curves, layout, isLog, largest > HUGE, width), data, this.plot);
     }
     setAttribute(this.plot, "aria-label", this.#summary(curves));
   }
@@ -175,7 +183,7 @@ export class Chart {
     setText(this.missing, told.length ? `Not on a logarithmic scale, being 0 or less: ${told.join(", ")}.` : "");
   }
 
-  #options(curves, layout, isLog, width) {
+  #options(curves, layout, isLog, isHuge, width) {
     const { muted, grid } = colours();
     const { view } = this.board;
     const series = [{}];
@@ -225,8 +233,8 @@ export class Chart {
           ...axis,
           size: (u, values) => Math.max(34, ...(values ?? []).map((value) => 10 + (value ?? "").length * 6.2)),
           space: this.isSmall ? 20 : 34,
-          values: (u, splits) => splits.map((v) => (v === null ? "" : tick(v))),
-          ...(isBinary ? { incrs: POWERS } : {}),
+          values: (u, splits) => splits.map((v) => (v === null ? "" : this.#tick(tick, v))),
+          ...(isBinary ? { incrs: POWERS } : isHuge ? { incrs: HUGE_STEPS } : {}),
         },
       ],
       cursor: {
@@ -242,6 +250,11 @@ export class Chart {
         draw: [(u) => this.#markOdd(u)],
       },
     };
+  }
+
+  #tick(tick, value) {
+    const told = value * this.shrinkage;
+    return Number.isFinite(told) ? tick(told) : ""; // above the largest number there is still some air
   }
 
   #select(u) {
@@ -391,6 +404,11 @@ export class Chart {
     const caption = `${this.title}: the newest ${rows.length} of ${count(length)} points${merged}`;
     this.holder.replaceChildren(table(caption, heads, rows));
   }
+}
+
+/** The largest value of a series, without its sign. */
+function sizeOf({ lowest, highest }) {
+  return Math.max(Math.abs(lowest?.value ?? 0), Math.abs(highest?.value ?? 0));
 }
 
 /** A sample of a curve's line: colour and pattern. */

@@ -99,6 +99,18 @@ function areEqual(a, b) {
   return true;
 }
 
+/** What the curves' numbers are divided by to be drawn: from one end to the other of all numbers is farther than any. */
+export function shrinkageOf(largest) {
+  return largest > Number.MAX_VALUE / 4 ? 4 : 1;
+}
+
+/** The part of a curve, its numbers divided. */
+export function shrunk(part, by) {
+  if (by === 1) return part;
+  const column = (values) => values && Array.from(values, (value) => (value === null ? null : value / by));
+  return { ...part, y: column(part.y), raw: column(part.raw), low: column(part.low), high: column(part.high) };
+}
+
 /** Where the smallest and the largest value to be shown are, with some air around. */
 export function linearRange(min, max) {
   if (min === null || max === null || !Number.isFinite(min) || !Number.isFinite(max)) return [0, 1];
@@ -114,7 +126,7 @@ export function linearRange(min, max) {
 export function logRange(min, max) {
   if (!(min > 0) || !(max > 0)) return [0.1, 1];
   const [low, high] = [10 ** Math.floor(Math.log10(min)), 10 ** Math.floor(Math.log10(max))];
-  const range = [Math.floor(min / low) * low, Math.ceil(max / high) * high];
+  const range = [Math.floor(min / low) * low, Math.min(Math.ceil(max / high) * high, Number.MAX_VALUE)];
   return range[0] < range[1] ? range : [range[0] / 2, range[1] * 2];
 }
 

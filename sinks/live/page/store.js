@@ -77,7 +77,7 @@ export class Series {
     this.time[at] = time;
     this.weight[at] += 1;
     if (finite) {
-      this.mean[at] = Number.isNaN(this.mean[at]) ? value : this.mean[at] + (value - this.mean[at]) / this.weight[at];
+      this.mean[at] = meanOf(this.mean[at], this.weight[at] - 1, value, 1);
       this.low[at] = Number.isNaN(this.low[at]) ? value : Math.min(this.low[at], value);
       this.high[at] = Number.isNaN(this.high[at]) ? value : Math.max(this.high[at], value);
       this.#remember(value, value, step);
@@ -127,7 +127,9 @@ export class Series {
 
 function meanOf(a, aWeight, b, bWeight) {
   if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) ? b : a;
-  return a + ((b - a) * bWeight) / (aWeight + bWeight);
+  // Half of the difference, twice: all of it may be larger than any number.
+  const part = (b / 2 - a / 2) * (bWeight / (aWeight + bWeight));
+  return a + part + part;
 }
 
 function pick(choose, a, b) {
