@@ -137,6 +137,8 @@ def test_a_link_to_a_run_that_is_not_in_the_report_is_said_so(tmp_path: Path, vi
     page = visit(out.as_uri(), "#run=nosuch", loaded=False)
     expect(page.locator("#waiting-title")).to_have_text("nosuch")
     expect(page.locator("#waiting-text")).to_have_text("there is no such run in this report; it holds one, two")
+    page.evaluate("window.dispatchEvent(new Event('online'))")  # there is nobody to ask again
+    assert not [url for url in visit.requests if url.startswith("ws")]
     page.get_by_role("link", name="one").click()
     expect(page.locator("#content")).to_be_visible()
 

@@ -85,7 +85,7 @@ export class Connection {
 
   /** Try again now. */
   retry() {
-    if (this.#stopped || this.state === "open" || this.state === "connecting") return;
+    if (report || this.#stopped || this.state === "open" || this.state === "connecting") return;
     this.#failures = 0;
     this.#drop();
     this.#open();
