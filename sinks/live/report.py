@@ -65,6 +65,8 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
         view, _ = read_view(run_dir)
     except OSError as error:
         raise RunFolderError(f"the journal in {run_dir} cannot be read: {error}") from error
+    if not view.run.run_id:
+        raise RunFolderError(f"the journal in {run_dir / JOURNAL_DIR} is damaged: no line of it is an event")
     if view.run.status == "running" and not is_held(run_dir):
         view.run.status = "lost"
     return view.snapshot()

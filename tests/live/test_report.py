@@ -76,6 +76,15 @@ def test_two_folders_of_one_run_are_refused(tmp_path: Path) -> None:
     assert command("one", "./one", "--out", "out.html", cwd=tmp_path).returncode == 0
 
 
+def test_a_journal_without_one_event_is_refused(tmp_path: Path) -> None:
+    """Rather than an empty page written."""
+    (tmp_path / "broken/journal").mkdir(parents=True)
+    (tmp_path / "broken/journal/00000000000000000001.jsonl").write_bytes(b"#" * 20 + b"\n")
+    result = command("broken", cwd=tmp_path)
+    assert (result.returncode, "is damaged: no line of it is an event" in result.stderr) == (1, True)
+    assert not (tmp_path / "broken.html").exists()
+
+
 def test_a_report_that_is_there_is_kept_unless_forced(tmp_path: Path) -> None:
     """Whoever has sent it to somebody may still want it."""
     a_run(tmp_path, "one")
