@@ -210,6 +210,29 @@ def test_what_a_logarithmic_scale_hides_is_counted(serve: Callable[..., PageServ
     expect(chart.get_by_role("img")).not_to_have_attribute("aria-label", re.compile("logarithmic"))
 
 
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([1e-14, 5.0], ["1e-12", "1e-9", "1e-6", "0.001", "1"]),
+        ([0.03, 0.8], ["0.05", "0.1", "0.2", "0.5"]),
+        ([0.51, 0.58], ["0.5", "0.6"]),
+        ([5e-324, 1.7e308], ["1e-222", "1e-116", "1e-10", "1e96", "1e202", "1e308"]),
+    ],
+)
+def test_a_logarithmic_scale_has_labels_however_far_it_goes(
+    values: list[float], labels: list[str], serve: Callable[..., PageServer], visit: Visits
+) -> None:
+    """Round numbers, no more of them than there is room for."""
+    run = a_run(steps=0)
+    for value in values:
+        run.run["global_step"] += 1
+        run.point({}, "train_loss", value)
+    page = visit(serve(run).url, "#log=1")
+    chart = page.locator("#training .chart").first
+    expect(chart.locator("canvas")).to_be_visible()
+    assert chart.evaluate("one => one.chart.u.axes[1]._values") == labels
+
+
 def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Markup in every place where text may come from elsewhere is shown as it is, and does nothing."""
     run = a_run(

@@ -1,6 +1,6 @@
 /** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
 
-import { align, linearRange, logRange, nearest, pointsOf, shrinkageOf, shrunk, valuesOffLog } from "./curves.js";
+import { align, linearRange, logRange, logSplits, nearest, pointsOf, shrinkageOf, shrunk, valuesOffLog } from "./curves.js";
 import { announce, el, freshId, setAttribute, setText, svg, table } from "./dom.js";
 import { count, duration, number } from "./format.js";
 import { colours } from "./theme.js";
@@ -234,6 +234,7 @@ export class Chart {
           size: (u, values) => Math.max(34, ...(values ?? []).map((value) => 10 + (value ?? "").length * 6.2)),
           space: this.isSmall ? 20 : 34,
           values: (u, splits) => splits.map((v) => (v === null ? "" : this.#tick(tick, v))),
+          ...(isLog ? this.#logAxis() : {}),
           ...(isBinary ? { incrs: POWERS } : isHuge ? { incrs: HUGE_STEPS } : {}),
         },
       ],
@@ -249,6 +250,16 @@ export class Chart {
         setSelect: [(u) => this.#select(u)],
         draw: [(u) => this.#markOdd(u)],
       },
+    };
+  }
+
+  /** uPlot itself draws a line for each digit of each power, and leaves labels away that it finds no room for. */
+  #logAxis() {
+    const most = Math.max(2, Math.floor((this.height - 30) / 26));
+    return {
+      splits: (u, axis, min, max) => logSplits(min, max, most),
+      filter: (u, splits) => splits,
+      incrs: (u, axis, min, max) => [Math.max(5, max - min)], // of no use here, but without one there is no axis
     };
   }
 

@@ -126,8 +126,28 @@ export function linearRange(min, max) {
 export function logRange(min, max) {
   if (!(min > 0) || !(max > 0)) return [0.1, 1];
   const [low, high] = [10 ** Math.floor(Math.log10(min)), 10 ** Math.floor(Math.log10(max))];
-  const range = [Math.floor(min / low) * low, Math.min(Math.ceil(max / high) * high, Number.MAX_VALUE)];
+  const least = low ? Math.floor(min / low) * low : min; // the smallest numbers have no power of ten below them
+  const range = [least, Math.min(Math.ceil(max / high) * high, Number.MAX_VALUE)];
   return range[0] < range[1] ? range : [range[0] / 2, range[1] * 2];
+}
+
+const MULTIPLES = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 5], [1]];
+
+/** Round numbers from `min` to `max` for the labels of a scale of powers of ten: as many as there is room for. */
+export function logSplits(min, max, most) {
+  const [first, last] = [Math.floor(Math.log10(min)), Math.floor(Math.log10(max))];
+  let splits = [];
+  for (const multiples of last - first < most ? MULTIPLES : []) {
+    splits = [];
+    for (let power = first; power <= last; power++) {
+      for (const multiple of multiples) splits.push(Number(`${multiple}e${power}`));
+    }
+    splits = splits.filter((value) => value >= min && value <= max);
+    if (splits.length <= most) return splits;
+  }
+  const every = Math.ceil((last - first + 1) / most);
+  for (splits = []; splits.length * every <= last - first; ) splits.push(Number(`1e${last - splits.length * every}`));
+  return splits.filter((value) => value >= min).reverse();
 }
 
 /** The index of the value of `xs` that is nearest to `x`; -1 if there is none. */
