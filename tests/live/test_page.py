@@ -233,6 +233,22 @@ def test_a_logarithmic_scale_has_labels_however_far_it_goes(
     assert chart.evaluate("one => one.chart.u.axes[1]._values") == labels
 
 
+def test_on_paper_all_charts_are_drawn(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Those that are out of sight, too, which are let go afterwards."""
+    page = visit(serve(a_run(extra=[f"metric{number}" for number in range(12)])).url)
+    charts = page.locator("figure.chart:visible")
+    expect(charts.first.locator("canvas")).to_be_visible()
+    drawn = charts.locator("canvas")
+    before, every = drawn.count(), charts.count()
+    assert before < every
+    page.evaluate(
+        "addEventListener('beforeprint', () => { window.onPaper = document.querySelectorAll('canvas').length })"
+    )
+    page.pdf()
+    assert page.evaluate("window.onPaper") >= every
+    assert drawn.count() < every
+
+
 def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Markup in every place where text may come from elsewhere is shown as it is, and does nothing."""
     run = a_run(

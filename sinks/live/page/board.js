@@ -19,6 +19,17 @@ export class Board {
       for (const { target } of entries) target.chart?.touch();
       this.wake();
     });
+    addEventListener("beforeprint", () => this.print());
+    addEventListener("afterprint", () => this.printed());
+  }
+
+  /** On paper all is in sight. */
+  print() {
+    for (const chart of this.charts) chart.draw();
+  }
+
+  printed() {
+    for (const chart of this.charts) if (!chart.isSeen) chart.rest();
   }
 
   #sight;
