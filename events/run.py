@@ -81,7 +81,8 @@ class Run:
                 if isinstance(event, CheckpointSaved) and command.id in event.command_ids:
                     return event.path
                 if isinstance(event, CheckpointFailed) and command.id in event.command_ids:
-                    raise CheckpointError(f"the checkpoint {event.checkpoint} could not be taken: {event.error}")
+                    which = f" {event.checkpoint}" if event.checkpoint else ""
+                    raise CheckpointError(f"the checkpoint{which} could not be taken: {event.error}")
         finally:
             await events.aclose()
         raise CheckpointError("the run ended before it took the checkpoint")

@@ -123,7 +123,7 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             description="How a run that is resumed within an epoch gets to its place in the data: by skipping what was "
             "used without reading it, where the sampler allows that; or by reading and discarding it, which is exact "
-            "for random augmentation in dataloader workers, too."
+            "for random augmentation in dataloader workers, too, unless they are persistent."
         ),
     ] = "skip"
     ledger_interval_s: Annotated[

@@ -305,8 +305,12 @@ class Checkpointing:
         header = self._origin.header()
         prefault_s, slab.prefault_s = slab.prefault_s, None
         event = CheckpointStaged(*header, str(name), reasons, nbytes, blocked_s, command_ids, metric, prefault_s)
-        # A callback's inline hooks would go on changing the state that it is asked for on its own thread.
-        torn = [one.name for one in self._stateful() if one.observed and one.inline and one.is_essential]
+        # A callback's inline hooks, and `should_stop`, would go on changing the state that it is asked for elsewhere.
+        torn = [
+            one.name
+            for one in self._stateful()
+            if one.observed and (one.inline or one.should_stop) and one.is_essential
+        ]
         fence = Fence(torn) if torn else None
         self._bus.publish(event, Payload(snapshot, fence))
         if not {"stop", "end"} & set(reasons):
@@ -336,6 +340,7 @@ class Checkpointing:
             **optimization.state_dict(),
             "scaler": self._precision.scaler.state_dict() if self._precision.scaler is not None else None,
             "latest": dict(self._recorder.latest),
+            "logged_at": dict(self._recorder.logged_at),
             "callbacks": self._inline_states(),
         }
 

@@ -272,6 +272,13 @@ def skip_batches(loader: Any, batches: int, micro_batch: int) -> bool:
     return True
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators of its own that a dataloader of torch's, or its sampler, draws from when it is iterated."""
+    owners = loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
 # ------------------------------------------------------------------------------------------ device and seed
 
 

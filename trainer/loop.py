@@ -27,7 +27,15 @@ from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary
 from trainer.checkpointing import has_state
 from trainer.collate import as_tuple
-from trainer.data import ShuffledSampler, as_val_loaders, batch_rows, first_rows, loader_length, make_train_sampler
+from trainer.data import (
+    ShuffledSampler,
+    as_val_loaders,
+    batch_rows,
+    first_rows,
+    generators_of,
+    loader_length,
+    make_train_sampler,
+)
 from trainer.errors import EmptyDataLoader, StepOutputError
 from trainer.evaluation import END, Evaluation
 from trainer.module_interface import ModuleInterface, Stage
@@ -132,8 +140,9 @@ class TrainingLoop:
     def train_loader(self, epoch: int) -> Iterable[Any]:
         """Ask the module for the dataloader of an epoch."""
         position = self._position
-        if self._checkpoints.enabled and position.phase == "begin":
-            position.rng_at_loader = capture_rng(self._device)
+        if position.phase == "begin":
+            if self._checkpoints.enabled:
+                position.rng_at_loader = capture_rng(self._device)
             position.sampler_epoch = position.loader_state = None
         # A module may keep the loader of another epoch: one that is resumed must get that epoch's order again.
         return self._ask_for_loader(epoch if position.sampler_epoch is None else position.sampler_epoch)
@@ -343,6 +352,7 @@ class TrainingLoop:
                 type(sampler).skip = 0  # one that was resumed where nothing was left to read has not skipped yet
             if self._checkpoints.enabled:
                 position.rng_at_iter = capture_rng(self._device)
+                position.generators_at_iter = [generator.get_state() for generator in generators_of(loader)]
                 position.batching = self._arguments.micro_batch_size, self._arguments.accumulation_steps
                 position.sampler_epoch = sampler.epoch if isinstance(sampler, ShuffledSampler) else None
             position.phase = "train"
@@ -351,6 +361,11 @@ class TrainingLoop:
         self._resumed = None
         if outputs is not None and "outputs" in resumed.parts:
             outputs.restore(resumed.parts.pop("outputs"))
+        elif outputs is not None and position.batches:
+            logger.warning(
+                "the checkpoint has no outputs of the epoch that is gone on with, because nobody wanted them then: who"
+                " wants them now gets those from here on"
+            )
         batches: Iterator[Any] = iter(())
         if position.phase == "end" or position.used_up:
             if position.loader_state is not None and has_state(loader):
@@ -372,6 +387,7 @@ class TrainingLoop:
             self._checkpoints.after_step(last=False)  # it may be the best one
         elif position.phase == "train" and interval is not None and step % interval == 0:
             self._validate_after(step)  # was due, and not done yet
+            self._checkpoints.after_step(last=False)  # it may be the best one
         return batches
 
     def _step_limit(self) -> int | None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 import weakref
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import anyio
@@ -33,7 +34,7 @@ from events.messages import (
 from events.observer import describe
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary, StopRequested
-from trainer.checkpointing import Checkpointing
+from trainer.checkpointing import Checkpointing, has_state
 from trainer.compilation import compile_steps
 from trainer.control import Control
 from trainer.data import as_val_loaders, map_tensors, seed_everything
@@ -281,8 +282,13 @@ class LoopThread:
                 " per epoch; set max_train_steps_per_epoch if a scheduler needs the number"
             )
         self._publish_started(steps)
-        if loaded is None:
+        if loaded is None or self._arguments.reset_optimizers_schedulers:
             position.steps_per_epoch = steps or 0
+        elif isinstance(loader, Iterator) and not has_state(loader) and self._origin.epoch > 0:
+            logger.warning(
+                "get_train_dataloader() returned an iterator, which begins anew in each process: what earlier epochs"
+                " have read of it comes again; give it state_dict and load_state_dict to have it go on"
+            )
         optimization = self._make_optimization(position.steps_per_epoch)
         if loaded is not None:
             self._restore(loaded, optimization)
@@ -338,6 +344,7 @@ class LoopThread:
                 self._precision.scaler.load_state_dict(loaded.state["scaler"])
         loaded.restore_callbacks(self._hooks.callbacks, self._on_failed_hook)
         self._recorder.latest.update(map_tensors(torch.clone, loaded.state["latest"]))
+        self._recorder.logged_at.update(loaded.state.get("logged_at", {}))
         if "readings" in loaded.parts:
             self._readback.restore(loaded.parts["readings"])
         loaded.forget()

@@ -10,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from events.errors import CheckpointMismatch
+from events.log import logger
 from trainer.arguments import TrainerArguments
 from trainer.errors import MetricNotFound, OptimizerError
 from trainer.ledger import Ledger
@@ -165,12 +166,17 @@ class Optimization:
         self._check(optimizers, schedulers, state.get("kinds"), where)
         for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(saved)
-            _restore_dtypes(optimizer, saved)
+            _restore_form(optimizer, saved)
             # It has stepped, in an earlier process. Torch would warn of a scheduler that steps before its optimizer.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         for scheduler, saved in zip(self.schedulers, schedulers, strict=True):
             if saved is not None and hasattr(scheduler, "load_state_dict"):
                 scheduler.load_state_dict(saved)
+            else:
+                logger.warning(
+                    f"{where} has no state of the scheduler {type(scheduler).__name__}, which begins anew: give it"
+                    f" state_dict and load_state_dict"
+                )
         self._loss_sum, self._loss_rows = state["followed_loss"]
 
     def _check(self, optimizers: list[Any], schedulers: list[Any], kinds: Any, where: str) -> None:
@@ -235,14 +241,22 @@ class Optimization:
             scheduler.step(number)
 
 
-def _restore_dtypes(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Undo that torch has brought a state to its parameter's type: float32 moments of a bfloat16 weight are meant."""
+def _restore_form(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Undo that torch has brought a state to its parameter's type: float32 moments of a bfloat16 weight are meant.
+
+    And lay out in memory as the parameter is what belongs to its elements, such as one that is ``channels_last``.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     for parameter, number in zip(parameters, numbers, strict=True):
         for name, value in saved["state"].get(number, {}).items():
             own = optimizer.state[parameter].get(name)
-            if isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor) and own.dtype != value.dtype:
+            if not (isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor)):
+                continue
+            # Fused kernels walk through both as they lie in memory, and a file does not know how they lay.
+            if own.shape == parameter.shape and own.stride() != parameter.stride():
+                optimizer.state[parameter][name] = own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if own.dtype != value.dtype:
                 optimizer.state[parameter][name] = value.to(own.device, copy=True)
 
 

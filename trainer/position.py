@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+import torch
 
 from trainer.rng import RngState
 
@@ -44,6 +45,8 @@ class Position(msgspec.Struct):
     """``time.monotonic`` when this attempt began with the epoch; means nothing to another process."""
     batching: tuple[int, int] | None = None
     """Rows of a micro-batch, and micro-batches of a step, in this epoch."""
+    generators_at_iter: list[torch.Tensor] | None = None
+    """The states of the dataloader's own generators (`trainer.data.generators_of`) before it was iterated."""
     rng_at_val_loaders: RngState | None = None
     """The random generators before the dataloaders of the validation under way were made."""
     rng_at_loader: RngState | None = None

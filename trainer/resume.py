@@ -20,7 +20,7 @@ from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from events.log import logger
 from trainer.arguments import TrainerArguments
 from trainer.checkpointing import has_state
-from trainer.data import loader_length, map_tensors, skip_batches
+from trainer.data import generators_of, loader_length, map_tensors, skip_batches
 from trainer.errors import DataLoaderError
 from trainer.hooks import CallbackHooks
 from trainer.module_interface import ModuleInterface
@@ -203,7 +203,10 @@ class CheckpointPlan:
 
     def name_of(self, loaded: Loaded) -> str | None:
         """Its name, if it is one of this run's; else None."""
-        if self.store is None or loaded.folder.resolve().parent != self.store.folder.resolve():
+        if self.store is None:
+            return None
+        own = self.store.folder.resolve()
+        if own not in (loaded.folder.resolve().parent, loaded.folder.absolute().parent.resolve()):
             return None
         return str(loaded.manifest.name)
 
@@ -362,6 +365,8 @@ def go_on(
         )
     if position.rng_at_iter is not None:
         restore_rng(position.rng_at_iter, device)
+    for generator, state in zip(generators_of(loader), position.generators_at_iter or (), strict=False):
+        generator.set_state(state)
     if position.loader_state is not None and has_state(loader):
         loader.load_state_dict(position.loader_state)
         resumed: Iterator[Any] = iter(loader)

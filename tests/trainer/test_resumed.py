@@ -1,0 +1,258 @@
+"""Going on from a checkpoint with what is not usual: it is exact, or it is said that it is not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from events.checkpoint.store import CheckpointStore
+from events.journal_reader import read_history
+from events.messages import CheckpointStaged, TrainStepEnded
+from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
+
+EACH_STEP = Checkpoints(every_steps=1, every_minutes=None, keep_last=99, when_busy="wait")
+
+
+class Net(ModuleInterface):
+    """Five steps an epoch; ``seen`` tells the batches apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net: nn.Module = nn.Linear(4, 1)
+        generator = torch.Generator().manual_seed(3)
+        self.data = TensorDataset(torch.randn(20, 4, generator=generator), torch.randn(20, 1, generator=generator))
+        self.seen: list[float] = []
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
+        self.told = estimated_global_steps_per_epoch
+        return [torch.optim.Adam(self.parameters(), lr=0.05)], []
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return DataLoader(self.data, batch_size, sampler=sampler(self.data))
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return DataLoader(self.data, batch_size)
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        self.seen.append(round(batch[0].sum().item(), 4))
+        return self.loss(batch)
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return self.loss(batch)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+
+def train(net: Net, folder: Path, **options: Any) -> Any:
+    """Three epochs, unless it is said otherwise."""
+    own = {name: options.pop(name) for name in ("checkpoints", "resume", "callbacks", "run_id") if name in options}
+    arguments = TrainerArguments(**{"epochs": 3, "train_batch_size": 4, "seed": 0, "device": "cpu"} | options)
+    own = {"checkpoints": EACH_STEP, "run_id": "r"} | own
+    return Trainer(net, arguments, run_dir=folder, sinks=[], **own).train()
+
+
+def check_exact(make: Callable[[], Net], folder: Path, steps: tuple[int, ...] = (3, 5, 7), **options: Any) -> None:
+    """From each of these steps on, all is as in the run that was never interrupted."""
+    whole = make()
+    train(whole, folder / "whole")
+    for step in steps:
+        again = make()
+        train(again, folder / f"from-{step}", resume=folder / f"whole/checkpoints/step-{step}.a1", **options)
+        assert again.seen == whole.seen[step:], step
+        assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values())), step
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_the_state_of_a_fused_optimizer_lies_in_memory_as_its_weights_do(kind: Any, tmp_path: Path) -> None:
+    """Its kernel walks through both as they lie, whatever their strides are."""
+
+    class Conv(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.data = TensorDataset(torch.randn(20, 3, 8, 8), torch.randn(20, 8))
+
+        def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
+            more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+            return [kind(self.parameters(), lr=0.01, fused=True, **more)], []
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return nn.functional.mse_loss(self.net(batch[0]).mean((2, 3)), batch[1])
+
+    check_exact(Conv, tmp_path)
+
+
+def test_a_run_that_takes_no_checkpoints_itself_goes_on_exactly(tmp_path: Path) -> None:
+    """Each epoch that follows has an order of its own."""
+    check_exact(Net, tmp_path, checkpoints=False)
+
+
+@pytest.mark.parametrize("resume_data", ["skip", "replay"])
+@pytest.mark.parametrize("samples", [False, True], ids=["shuffle", "given sampler"])
+def test_a_dataloader_with_a_generator_of_its_own_goes_on_exactly(
+    resume_data: str, samples: bool, tmp_path: Path
+) -> None:
+    """It draws from it when an epoch begins: before the state that a checkpoint within the epoch has of it."""
+
+    class Own(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(7)
+
+        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+            order = {"sampler": sampler(self.data)} if samples else {"shuffle": True}
+            return DataLoader(self.data, batch_size, generator=self.generator, **order)
+
+        def get_state(self) -> Any:
+            return {"net": dict(self.state_dict()), "generator": self.generator.get_state()}
+
+        def update_state(self, state: Any) -> None:
+            self.load_state_dict(state["net"])
+            self.generator.set_state(state["generator"])
+
+    check_exact(Own, tmp_path, resume_data=resume_data)
+
+
+class Counts(CallbackInterface):
+    """Counts on the loop's thread, and has a slow hook on its own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.restored: int | None = None
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        threading.Event().wait(0.02)
+
+    def should_stop(self, global_step: int, metrics: Any) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = self.restored = state["count"]
+
+
+def test_what_should_stop_has_counted_is_that_of_the_checkpoints_step(tmp_path: Path) -> None:
+    """Though the state is asked for on the callback's own thread, which may come to it later."""
+    settings = Checkpoints(every_epochs=1, keep_last=9, when_busy="wait")
+    first = Counts()
+    train(Net(), tmp_path / "a", checkpoints=settings, callbacks=[first])
+    again = Counts()
+    train(Net(), tmp_path / "b", callbacks=[again], resume=tmp_path / "a/checkpoints/step-10.a1")
+    assert again.restored == 2
+    assert again.count == first.count
+
+
+@pytest.mark.parametrize("settings", [{"val_interval_steps": 3}, {}], ids=["due", "under way"])
+def test_the_best_one_is_taken_of_the_step_whose_validation_was_interrupted(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Before it, or between the dataloader that has the metric and the next."""
+    stop_at = 3 if settings else 5
+
+    class Stopped(Net):
+        def __init__(self, run: Any = None) -> None:
+            super().__init__()
+            self.stops, self.val_steps = True, 0
+
+        def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+            return {"a": DataLoader(self.data, 4), "b": DataLoader(self.data, 4)}
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.val_steps += 1
+            if self.stops and not settings and self.val_steps == 8:  # in "b"
+                os.kill(os.getpid(), 2)
+            return super().val_step(global_step, batch, device)
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if self.stops and settings and global_step == stop_at:
+                os.kill(os.getpid(), 2)
+            return super().train_step(global_step, batch, device)
+
+    checkpoints = Checkpoints(best="val_loss/a", at_end=False, keep_last=9, keep_best=9, every_minutes=None)
+    result = train(Stopped(), tmp_path, checkpoints=checkpoints, **settings)
+    assert (result.status, result.global_step) == ("stopped", stop_at)
+    net = Stopped()
+    net.stops = False
+    train(net, tmp_path, checkpoints=checkpoints, resume="auto", **settings)
+    staged = [e for e in read_history(tmp_path / "journal") if isinstance(e, CheckpointStaged) and e.attempt == 2]
+    assert (staged[0].global_step, "best" in staged[0].reasons) == (stop_at, True)
+    assert staged[0].metric is not None
+
+
+def test_a_checkpoint_that_was_moved_and_linked_back_is_the_runs_own(tmp_path: Path) -> None:
+    """The history goes on behind it."""
+    first = train(Net(), tmp_path, epochs=2, checkpoints=True)
+    moved = tmp_path / "elsewhere"
+    shutil.move(first.checkpoint, moved)
+    os.symlink(moved, first.checkpoint)
+    train(Net(), tmp_path, checkpoints=True, resume="auto")
+    assert CheckpointStore(tmp_path / "checkpoints").attempts()[2].parent == "step-10.a1"
+    steps = [event.global_step for event in read_history(tmp_path / "journal") if isinstance(event, TrainStepEnded)]
+    assert steps == list(range(1, 16))
+
+
+def test_new_schedulers_are_told_how_long_an_epoch_is_now(tmp_path: Path) -> None:
+    """Not how long it was with the batch size of the checkpoint."""
+    train(Net(), tmp_path / "a")
+    net = Net()
+    options = {"train_batch_size": 10, "reset_optimizers_schedulers": True}
+    train(net, tmp_path / "b", resume=tmp_path / "a/checkpoints/step-5.a1", **options)
+    assert net.told == 2
+
+
+def test_a_scheduler_without_a_state_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It begins anew, which no other message would say."""
+
+    class Warm:
+        def step(self) -> None:
+            pass
+
+    class Scheduled(Net):
+        def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
+            return super().get_optimizers_schedulers(estimated_global_steps_per_epoch, epochs)[0], [Warm()]
+
+    train(Scheduled(), tmp_path / "a")
+    train(Scheduled(), tmp_path / "b", resume=tmp_path / "a/checkpoints/step-5.a1")
+    assert "has no state of the scheduler Warm, which begins anew" in caplog.text
+
+
+def test_a_stream_that_begins_anew_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The module keeps it over the epochs; another process has none to keep."""
+
+    class Streams(Net):
+        stream: Iterator[Any] | None = None
+
+        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+            self.stream = self.stream or iter(lambda: [torch.ones(4, 4), torch.ones(4, 1)], None)
+            return self.stream
+
+    train(Streams(), tmp_path / "a", max_train_steps_per_epoch=5)
+    assert "begins anew in each process" not in caplog.text
+    options = {"max_train_steps_per_epoch": 5, "resume": tmp_path / "a/checkpoints/step-5.a1"}
+    train(Streams(), tmp_path / "b", **options)
+    assert "returned an iterator, which begins anew in each process" in caplog.text
+
+
+def test_who_wants_an_epochs_outputs_only_now_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They were not collected before."""
+
+    class Wants(CallbackInterface):
+        def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+            pass
+
+    train(Net(), tmp_path / "a")
+    train(Net(), tmp_path / "b", callbacks=[Wants()], resume=tmp_path / "a/checkpoints/step-3.a1")
+    assert "has no outputs of the epoch that is gone on with" in caplog.text
