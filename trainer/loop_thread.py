@@ -48,7 +48,7 @@ from trainer.optimization import Optimization
 from trainer.precision import Precision
 from trainer.readback import DeviceReadback
 from trainer.recorder import MetricRecorder
-from trainer.resume import CheckpointPlan, Loaded
+from trainer.resume import CheckpointPlan, Loaded, takes_state_by_default
 from trainer.rng import capture_rng, restore_rng
 from trainer.tensor_state import part_of
 from trainer.versions import versions
@@ -272,9 +272,12 @@ class LoopThread:
         else:
             if position.phase == "begin":
                 loop.recall_loader()
+                self._restore_again(loaded)
             restore_rng((position.phase != "begin" and position.rng_at_loader) or loaded.rng, self._device)
         loader = loop.train_loader(self._origin.epoch)
         rng = capture_rng(self._device)
+        if loaded is not None and position.phase != "begin":
+            self._restore_again(loaded)
         steps = loop.steps_of(loader)
         if steps is None:
             logger.warning(
@@ -334,6 +337,11 @@ class LoopThread:
             origin.global_step, origin.epoch = loaded.global_step, loaded.epoch
             self._checkpoints.go_on(loaded.position, plan.name_of(loaded), plan.best_up_to(loaded))
         return loaded
+
+    def _restore_again(self, loaded: Loaded) -> None:
+        """The run had asked for this dataloader already: what a module counts in that method, it has counted."""
+        if not takes_state_by_default(self._module):
+            loaded.restore_module(self._module)
 
     def _restore(self, loaded: Loaded, optimization: Optimization) -> None:
         """Put back all of a checkpoint but the module, which has its state, and the place in the data."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from events.checkpoint.lineage import Attempt
@@ -99,14 +100,24 @@ class Loaded:
         """Have the module take over its state.
 
         Raises:
-            CheckpointMismatch: it is that of another model; names the keys and shapes. The module is as it was.
+            CheckpointMismatch: it is that of another model; names the keys and shapes. The module is as it was, unless
+            it is a submodule that loads in its own way which has refused.
         """
-        state = self.state["module"]
-        if type(module).update_state is ModuleInterface.update_state:
-            _check_module(module, state, str(self.folder))
-        else:
+        state, by_default = self.state["module"], takes_state_by_default(module)
+        own = _with_own_loading(module) if by_default else ()
+        if by_default:
+            _check_module(module, state, str(self.folder), own)
+        if own or not by_default:
             state = map_tensors(torch.clone, state)  # it may keep them, and with them the memory of the whole file
-        module.update_state(state)
+        try:
+            module.update_state(state)
+        except RuntimeError as error:
+            if not own:
+                raise
+            raise CheckpointMismatch(
+                f"the checkpoint {self.folder} does not fit {type(module).__name__}, part of which may have taken it"
+                f" over: {error}"
+            ) from error
 
     def restore_optimization(self, optimization: Optimization, device: torch.device) -> None:
         """Have optimizers and schedulers take over theirs. Raises `CheckpointMismatch`."""
@@ -311,19 +322,43 @@ def _not_found(path: str | os.PathLike[str]) -> CheckpointNotFound:
     )
 
 
-def _check_module(module: ModuleInterface, saved: Any, where: str) -> None:
-    """See that a state dict fits before any of it is taken over."""
-    own = module.state_dict()
+def takes_state_by_default(module: ModuleInterface) -> bool:
+    """Whether the module has left it to the contract how it takes over its state."""
+    return type(module).update_state is ModuleInterface.update_state
+
+
+def _with_own_loading(module: nn.Module) -> tuple[str, ...]:
+    """The beginnings of keys of submodules that load in their own way: what has another shape may fit them."""
+
+    def is_own(one: nn.Module) -> bool:
+        made_by = getattr(type(one)._load_from_state_dict, "__module__", "")
+        return bool(one._load_state_dict_pre_hooks) or not made_by.startswith("torch.")
+
+    if type(module).load_state_dict is not nn.Module.load_state_dict:
+        return ("",)
+    return tuple(f"{name}." if name else "" for name, one in module.named_modules() if is_own(one))
+
+
+def _check_module(module: ModuleInterface, saved: Any, where: str, exempt: tuple[str, ...]) -> None:
+    """See that a state dict fits before any of it is taken over.
+
+    Args:
+        exempt: The shape of what begins like one of these is seen to by the module itself.
+    """
     if not isinstance(saved, dict):
         raise CheckpointMismatch(f"{where} holds no state dict of a module, but a {type(saved).__name__}")
+    own = module.state_dict()
     problems = [f"it lacks {', '.join(_some(key for key in own if key not in saved))}"] if own.keys() - saved else []
     if saved.keys() - own.keys():
         problems.append(f"it has {', '.join(_some(key for key in saved if key not in own))}, which the module lacks")
-    for key in _some(_misshapen(own, saved)):
+    for key in _some(_misshapen({key: value for key, value in own.items() if not key.startswith(exempt)}, saved)):
         problems.append(key)
     if problems:
+        changed = type(module).get_state is not ModuleInterface.get_state
+        hint = "; get_state() is overridden, and so update_state(state) must be, to take it over" if changed else ""
         raise CheckpointMismatch(
-            f"the checkpoint {where} does not fit {type(module).__name__}: {'; '.join(problems)}. Nothing was changed"
+            f"the checkpoint {where} does not fit {type(module).__name__}: {'; '.join(problems)}{hint}. Nothing"
+            f" was changed"
         )
 
 

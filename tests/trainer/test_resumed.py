@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from events.checkpoint.store import CheckpointStore
+from events.errors import CheckpointMismatch
 from events.journal_reader import read_history
 from events.messages import CheckpointStaged, TrainStepEnded
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
@@ -122,6 +123,92 @@ def test_a_dataloader_with_a_generator_of_its_own_goes_on_exactly(
             self.generator.set_state(state["generator"])
 
     check_exact(Own, tmp_path, resume_data=resume_data)
+
+
+def test_what_the_module_counts_where_it_makes_its_dataloader_is_counted_once(tmp_path: Path) -> None:
+    """The method is called once an epoch, and once more by who goes on within one."""
+
+    class Counting(Net):
+        calls = 0
+
+        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+            self.calls += 1
+            return super().get_train_dataloader(sampler, batch_size)
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return super().train_step(global_step, (batch[0] + 0.1 * self.calls, batch[1]), device)
+
+        def get_state(self) -> Any:
+            return {"net": dict(self.state_dict()), "calls": self.calls}
+
+        def update_state(self, state: Any) -> None:
+            self.load_state_dict(state["net"])
+            self.calls = state["calls"]
+
+    check_exact(Counting, tmp_path)
+
+
+class Grows(nn.Module):
+    """Its state has another size at each step, and it can load any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(0))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.steps = torch.zeros_like(state_dict[f"{prefix}steps"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Growing(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grows = Grows()
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        self.grows.steps = torch.cat([self.grows.steps, torch.ones(1)])
+        return super().train_step(global_step, batch, device)
+
+
+def test_a_submodule_that_loads_in_its_own_way_may_take_another_size(tmp_path: Path) -> None:
+    """The others must fit, and what it refuses is a clear error."""
+    check_exact(Growing, tmp_path)
+
+    class Other(Growing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 2)
+
+    resume = tmp_path / "whole/checkpoints/step-3.a1"
+    with pytest.raises(
+        CheckpointMismatch, match=r"net\.weight has the shape \(1, 4\) there and \(2, 4\) here.* Nothing"
+    ):
+        train(Other(), tmp_path / "b", resume=resume)
+
+    class Refuses(Grows):
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+    net = Growing()
+    net.grows = Refuses()
+    with pytest.raises(
+        CheckpointMismatch, match=r"part of which may have taken it over.*\n.*mismatch for grows\.steps"
+    ):
+        train(net, tmp_path / "c", resume=resume)
+    with pytest.raises(CheckpointMismatch, match=r"it has grows\.steps, which the module lacks\. Nothing was changed"):
+        train(Net(), tmp_path / "d", resume=resume)
+
+
+def test_a_state_of_its_own_that_the_module_does_not_take_over_is_told(tmp_path: Path) -> None:
+    """With the method that is missing."""
+
+    class Half(Net):
+        def get_state(self) -> Any:
+            return dict(self.state_dict()) | {"extra": 1}
+
+    train(Half(), tmp_path / "a")
+    with pytest.raises(CheckpointMismatch, match=r"it has extra, .*update_state\(state\) must be"):
+        train(Half(), tmp_path / "b", resume=tmp_path / "a/checkpoints/step-3.a1")
 
 
 class Counts(CallbackInterface):
