@@ -55,7 +55,10 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     max_steps: Annotated[
         _Count | None,
-        Meta(description="Optimizer steps after which the run ends, whatever the epoch. None: no limit."),
+        Meta(
+            description="Optimizer steps after which the run ends, and with it the epoch, whatever data is left of it. "
+            "A run that goes on with more begins with the next epoch. None: no limit."
+        ),
     ] = None
     max_train_steps_per_epoch: Annotated[
         _Count | None,
