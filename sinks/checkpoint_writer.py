@@ -130,7 +130,7 @@ class CheckpointWriter:
         try:
             try:
                 manifest, path = self._write(event, snapshot)
-            except BaseException:
+            except BaseException:  # goes on as itself, without what is there of the files
                 snapshot.failed = True
                 self._store.abandon(snapshot.name)
                 raise

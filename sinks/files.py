@@ -185,10 +185,10 @@ def newer(events: Sequence[Event], last: Position) -> Sequence[Event]:
 
 
 def warn_of_another(user: str, path: str, run_id: str) -> None:
-    """Say that a file now has two runs of one name."""
+    """Say that a file, or a folder of event files, now has two runs of one name."""
     logger.warning(
-        f"{user} adds a run to {path}, where an earlier one has the name {run_id!r:.200}, too: nothing tells their rows"
-        f" apart but the time; give each run a name, or a file, of its own"
+        f"{user} adds a run to {path}, where an earlier one has the name {run_id!r:.200}, too: nothing tells them"
+        f" apart but the time; give each run a name, or a place, of its own"
     )
 
 

@@ -27,7 +27,7 @@ from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunRe
 from events.metrics import METRIC_TYPES, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from sinks.event_marks import EVENT_FILE, Mark, go_on_in, mark_record
-from sinks.files import AppendedFile, check_path, event_records, newer, path_in, position_of
+from sinks.files import AppendedFile, check_path, event_records, newer, path_in, position_of, warn_of_another
 
 
 class TensorBoard(msgspec.Struct, frozen=True):
@@ -155,10 +155,7 @@ class TensorBoardWriter:
         """Start over where the folder has another run of the same name, whose events were numbered alike."""
         self._is_continued = False
         if position_of(first) <= self._reached.position and self._reached.is_before(first.time):
-            logger.warning(
-                f"TensorBoard adds a run to {self._folder}, where an earlier one has the name {self._run_id!r:.200},"
-                f" too: both are shown as one; give each run a name, or a folder, of its own"
-            )
+            warn_of_another("TensorBoard", self._folder, self._run_id)
             self._reached = Mark()
 
     def _append(self, records: list[bytes], reached: Mark | None = None) -> None:

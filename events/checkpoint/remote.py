@@ -156,7 +156,7 @@ class RemoteStore:
                     found = disk.write_parts(folder / file, data)
                 check_file(folder / file, entry.nbytes, entry.xxh3_128, *found)
             path = store.commit(manifest)
-        except BaseException:
+        except BaseException:  # goes on as itself, without what is there of the copy
             store.abandon(name)
             raise
         store.mark_uploaded(name, Upload(self.url_of(name), time.time()))

@@ -170,6 +170,7 @@ class CharLM(ModuleInterface):
         self.eval()
         for _ in range(length):
             seen = tokens[-self.size.context :].unsqueeze(0).to(device)  # (1, T)
+            # SYNC: each character is drawn on the host, for whoever asks for the text; no step does
             logits = self.net(seen)[0, -1].float().cpu() / temperature  # (V,)
             logits[UNKNOWN] = -math.inf
             drawn = torch.multinomial(logits.softmax(0), 1, generator=generator)  # (1,)
