@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from trainer.arguments import TrainerArguments as TrainerArguments
     from trainer.connection import connect as connect
     from trainer.data import to_device as to_device
+    from trainer.errors import RunInterrupted as RunInterrupted
+    from trainer.errors import RunTerminated as RunTerminated
     from trainer.launcher import launch as launch
     from trainer.media import Histogram as Histogram
     from trainer.media import Image as Image
@@ -37,6 +39,8 @@ __all__ = [
     "Histogram",
     "Image",
     "ModuleInterface",
+    "RunInterrupted",
+    "RunTerminated",
     "Stage",
     "Trainer",
     "TrainerArguments",
@@ -53,6 +57,8 @@ _HOMES = {
     "Delivery": "events.sink",
     "Histogram": "trainer.media",
     "Image": "trainer.media",
+    "RunInterrupted": "trainer.errors",
+    "RunTerminated": "trainer.errors",
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",
     "connect": "trainer.connection",

@@ -110,20 +110,28 @@ class Boundary:
         Raises:
             BaseException: a fenced or inline hook failed and its policy is fatal, or the run was cancelled.
         """
+        self.run_hooks(event, self.send(event, outputs), outputs)
+
+    def send(self, event: Event, outputs: EpochOutputs | None = None) -> Fence | None:
+        """Publish a stage's event. Returns the fence that `run_hooks` waits for, if the event has fenced hooks."""
         mark = clock()
         kind = type(event)
         fence = self.fence(kind)
-        inline = self.hooks.inline.get(kind)
         payload = None
         if outputs is not None or fence is not None:
             receivers = len(self.bus.payload_receivers.get(kind, ()))
             if outputs is not None:
-                outputs.shared = receivers + bool(inline) > 1
+                outputs.shared = receivers + bool(self.hooks.inline.get(kind)) > 1
             payload = Payload(outputs, fence, outputs.nbytes if outputs is not None and receivers else 0)
         self.bus.publish(event, payload)
         self.ledger.publish += clock() - mark
+        return fence
+
+    def run_hooks(self, event: Event, fence: Fence | None, outputs: EpochOutputs | None = None) -> None:
+        """Wait until the fenced hooks of an event have returned, then run its inline hooks. Raises as `publish`."""
         if fence is not None:
             self.wait_for_fence(fence)
+        inline = self.hooks.inline.get(type(event))
         if inline:
             mark = clock()
             args, kwargs = hook_arguments(event, outputs.collated() if outputs is not None else ())

@@ -21,8 +21,6 @@ from typing import Any
 from events.checkpoint.manifest import CheckpointName
 from events.errors import StagecastError
 
-_SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
@@ -31,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line; None for that of the process.
 
     Raises:
-        SystemExit: with code 2, for wrong arguments; with code 143 on a second SIGTERM.
+        SystemExit: with code 2, for wrong arguments; with code 143 on a SIGTERM.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -45,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()  # here, where a closed pipe is expected
         return code
-    except KeyboardInterrupt:
-        print("stagecast: ended at once", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if not hasattr(error, "result"):  # of a `RunInterrupted`, which the command has printed
+            print("stagecast: ended at once", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read it (`head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would say so at its end
@@ -253,7 +252,7 @@ def _demo(options: argparse.Namespace) -> int:
     from sinks.format import format_ledger
     from trainer import Trainer
     from trainer.data import resolve_device
-    from trainer.errors import ArgumentsError
+    from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
     from trainer.examples.charlm import CharLM, arguments_for, size_for
     from trainer.examples.text import load_text
 
@@ -272,7 +271,11 @@ def _demo(options: argparse.Namespace) -> int:
             flush=True,
         )
         arguments = arguments_for(size, device, steps=options.steps, seed=options.seed)
-        result = Trainer(module, arguments, run_dir=options.run_dir).train()
+        stop: RunInterrupted | RunTerminated | None = None
+        try:
+            result = Trainer(module, arguments, run_dir=options.run_dir).train()
+        except (RunInterrupted, RunTerminated) as error:
+            stop, result = error, error.result
         print(f"\nAfter {result.global_step} steps it writes:\n", flush=True)
         print(textwrap.indent(module.write("def ", 400).rstrip(), "    | ", lambda _: True))
         ledger = format_ledger(result.ledger)
@@ -280,7 +283,9 @@ def _demo(options: argparse.Namespace) -> int:
     except ArgumentsError as error:
         print(f"stagecast demo: error: {error}", file=sys.stderr)
         return 2
-    return _SIGNAL_CODES.get(result.reason or "", 0)
+    if stop is not None:
+        raise stop
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -288,11 +293,11 @@ def _train(options: argparse.Namespace) -> int:
     from trainer.errors import ArgumentsError
 
     try:
-        result = cli_train.train(options.file, options.overrides, only_check=options.check)
+        cli_train.train(options.file, options.overrides, only_check=options.check)
     except ArgumentsError as error:
         print(f"stagecast train: error: {error}", file=sys.stderr)
         return 2
-    return _SIGNAL_CODES.get(result.reason or "", 0) if result is not None else 0
+    return 0
 
 
 def _checkpoints(options: argparse.Namespace) -> int:

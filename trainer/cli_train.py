@@ -21,6 +21,7 @@ from events.journal import Journal
 from events.protocol import RunResult
 from trainer.arguments import TrainerArguments
 from trainer.config import describe_type
+from trainer.errors import RunInterrupted, RunTerminated
 from trainer.run_config import Prepared, RunConfig, load_run_config, prepare
 
 _INTRODUCTION = """\
@@ -64,16 +65,23 @@ def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult
         return None
     try:
         result = prepared.trainer.train()
+    except (RunInterrupted, RunTerminated) as stop:
+        _print_result(stop.result)
+        raise
     except OSError:  # of the user's own code, most likely: a sentence would not say where
         traceback.print_exc()
         sys.exit(1)
+    _print_result(result)
+    return result
+
+
+def _print_result(result: RunResult) -> None:
     reason = f" ({result.reason})" if result.reason else ""
     print(f"{result.status} after {result.global_step} steps{reason}")
     _tell_of_losses(result)
     for name, place in (("run folder", result.run_dir), ("checkpoint", result.checkpoint)):
         if place is not None:
             print(f"{name}: {place}")
-    return result
 
 
 def _tell_of_losses(result: RunResult) -> None:

@@ -22,6 +22,12 @@ class Control:
         """What the loop must raise at its next step boundary: a cancellation, or what a fatal observer raised."""
         self.on_stop: Callable[[], object] | None = None
         """Called by a signal instead of sending a stop, once there is no loop any more that would take it."""
+        self.stopped_by: str | None = None
+        """The first signal that arrived, such as ``SIGINT``; only `Trainer.train` and `Trainer.test` handle any."""
+        self.interruption: BaseException | None = None
+        """What a second signal has to raise."""
+        self.interruptible = False
+        """Whether the signal handler may raise it where the loop's thread is: in the module's own code."""
         self._commands: deque[AnyCommand] = deque()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -45,6 +51,11 @@ class Control:
         """Raise what `fail` was given, if anything was. The loop's thread only."""
         if self.error is not None:
             raise self.error
+
+    def raise_if_interrupted(self) -> None:
+        """Raise what a second signal has to raise, if one arrived. The loop's thread only."""
+        if self.interruption is not None:
+            raise self.interruption
 
     def take(self) -> list[AnyCommand]:
         """All pending commands, in order of arrival. The loop's thread only."""

@@ -14,6 +14,11 @@ StagecastError                    (events.errors)
 ├── LaunchedRunFailed             what a launched run raised in its own process: type, text and traceback
 └── LaunchedRunCrashed            the process of a launched run died without saying how the run ended
 
+KeyboardInterrupt
+└── RunInterrupted                Ctrl-C (SIGINT) stopped the run of `Trainer.train` or `Trainer.test` orderly
+SystemExit
+└── RunTerminated                 SIGTERM did
+
 Whatever the user's own code raises comes out as itself, never wrapped in one of these; where it was raised in another
 process, it is told of by `LaunchedRunFailed`, because an exception cannot be carried over as itself.
 """
@@ -26,6 +31,7 @@ from collections.abc import Sequence
 
 from events.errors import StagecastError
 from events.messages import Event
+from events.protocol import RunResult
 
 
 class ArgumentsError(StagecastError, ValueError):
@@ -108,6 +114,43 @@ class LaunchedRunCrashed(StagecastError):
             return signal.Signals(-self.returncode).name
         except ValueError:
             return f"signal {-self.returncode}"
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """SIGINT (Ctrl-C) arrived during `Trainer.train` or `Trainer.test`, and the run has ended orderly.
+
+    Raised after the last checkpoint is durable and the observers are drained, so that what follows the run in a program
+    or in a shell (``train && deploy``, the next run of a sweep) does not start.
+    """
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(result)
+        self.result = result
+        """How the run ended; ``status`` is ``finished`` if the signal arrived after the last step."""
+
+    def __str__(self) -> str:
+        return _how_stopped(self.result, "SIGINT")
+
+
+class RunTerminated(SystemExit):
+    """SIGTERM arrived during `Trainer.train` or `Trainer.test`, and the run has ended orderly, as for `RunInterrupted`.
+
+    Not caught, it ends the process with the exit code 143.
+    """
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(result)
+        self.code = 143  # 128 + SIGTERM, as a shell reports it
+        self.result = result
+        """How the run ended; ``status`` is ``finished`` if the signal arrived after the last step."""
+
+    def __str__(self) -> str:
+        return _how_stopped(self.result, "SIGTERM")
+
+
+def _how_stopped(result: RunResult, name: str) -> str:
+    text = f"{name} arrived: run {result.run_id} {result.status} after global_step {result.global_step}"
+    return f"{text}; its checkpoint is {result.checkpoint}" if result.checkpoint is not None else text
 
 
 def add_note(error: BaseException, text: str) -> None:

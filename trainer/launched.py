@@ -176,14 +176,19 @@ class Launched:
         threading.Thread(target=self._watch, name="stagecast-launched-watch", daemon=True).start()
 
     async def run(self, trainer: Trainer) -> RunResult:
-        """Run it to its end. SIGTERM and SIGINT to this process alone stop it, as they do in `Trainer.train`."""
+        """Run it to its end. SIGTERM or SIGINT to this process alone stops it; a second one cancels it."""
         from trainer.calling_thread import heed_signals
         from trainer.trainer import RunContext
 
         context = RunContext(trainer)
         async with context as run:
             session = context.session
-            with heed_signals(session.control):
+
+            def end(_: BaseException) -> None:
+                session.bus.post(lambda: session.cancel("a second signal arrived"))
+                session.hurry()
+
+            with heed_signals(session.control, end):
                 self._session = session  # first: who is told that it is ready may cancel it
                 self._say_ready(session)
                 await session.finished.wait()

@@ -208,9 +208,16 @@ class LoopThread:
         try:
             _count_seeded(1 if seeded else 0)
             on_cuda = self._device.type == "cuda"
-            # For as long as the loop runs: under `Trainer.train` the thread is the host's.
-            with torch.cuda.device(self._device) if on_cuda else contextlib.nullcontext():
-                self._main()
+            try:
+                # Python runs signal handlers only at calls and jumps: none runs between the end of this part, however
+                # it ends, and the assignment in `finally`.
+                self._control.interruptible = True
+                self._control.raise_if_interrupted()
+                # For as long as the loop runs: under `Trainer.train` the thread is the host's.
+                with torch.cuda.device(self._device) if on_cuda else contextlib.nullcontext():
+                    self._main()
+            finally:
+                self._control.interruptible = False
             self.status = "finished"
         except StopRequested as stop:
             self.status, self.reason = "stopped", stop.reason
@@ -433,6 +440,8 @@ class LoopThread:
         origin.stage = None
         if not self._ending.acquire(blocking=False):
             return
+        if self._control.interruption is not None and self.status in _IN_ORDER:
+            self._record(self._control.interruption)  # a second signal arrived since the last step
         try:
             if not self._started:  # it failed before it knew how long an epoch is
                 self._publish_started(None)
@@ -443,7 +452,13 @@ class LoopThread:
             ended = RunEnded(*origin.header(), self.status, self.reason)
             if self.status in _IN_ORDER:
                 self._boundary.phase = "on_end_train"
-                self._boundary.publish(ended)
+                fence = self._boundary.send(ended)
+                try:
+                    self._control.interruptible = True
+                    self._control.raise_if_interrupted()
+                    self._boundary.run_hooks(ended, fence)
+                finally:
+                    self._control.interruptible = False
             else:
                 self._bus.publish(ended)
         except BaseException as error:  # a hook at the very end failed, or the run was cancelled during it

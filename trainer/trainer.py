@@ -28,7 +28,7 @@ from trainer.calling_thread import interruptibly, run_here
 from trainer.cancellation import outlast
 from trainer.checks import check_checkpoints, check_folder, check_members, check_places, check_upload, members
 from trainer.control import Control
-from trainer.errors import ArgumentsError
+from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.fetch import fetch_for
 from trainer.loop_thread import Task
 from trainer.module_interface import ModuleInterface
@@ -104,15 +104,18 @@ class Trainer:
         """Train on the calling thread, and wait until the observers are drained.
 
         The event loop runs on a thread of its own, so this works on any thread, inside a running event loop too (which
-        it blocks). On the main thread the first SIGINT or SIGTERM is a `Run.stop`, with a checkpoint; the second ends
-        the run at once with KeyboardInterrupt or SystemExit, leaving observers no more than a moment; the handlers are
-        restored. A signal that the process ignores stays ignored.
+        it blocks). On the main thread the first SIGINT or SIGTERM stops the run as `Run.stop` does, with a checkpoint,
+        and then raises `RunInterrupted` or `RunTerminated`. A second one ends the run at once with KeyboardInterrupt or
+        SystemExit and leaves the observers at most a moment. The handlers are restored. A signal that the process
+        ignores stays ignored.
 
         Raises:
             RunFolderError: the run's folder cannot be used.
+            RunInterrupted: a SIGINT arrived; the run has ended orderly, and ``result`` holds its result.
+            RunTerminated: the same for a SIGTERM.
             BaseException: what a step, or an observer whose policy is fatal, raised; as itself.
         """
-        return _outcome(self._run_here("train"))
+        return self._run_here("train")[1]
 
     def test(self) -> dict[str, tuple[Any, ...]]:
         """Run the test stage over every dataloader of `ModuleInterface.get_test_dataloaders`, as `train` runs training.
@@ -124,9 +127,10 @@ class Trainer:
             ContractError: the module has no test dataloaders.
             EpochOutputsTooLarge: the outputs exceed ``epoch_outputs_limit_bytes``.
             StagecastError: the test was stopped before its end, so there are no whole outputs.
+            RunInterrupted: a SIGINT stopped it, as for `train`.
+            RunTerminated: a SIGTERM stopped it.
         """
-        session = self._run_here("test")
-        result = _outcome(session)
+        session, result = self._run_here("test")
         if result.status != "finished":
             raise RunCancelled(f"the test was {result.status} before its end ({result.reason})")
         return session.loop.outputs
@@ -148,15 +152,19 @@ class Trainer:
         """
         return RunContext(self)
 
-    def _run_here(self, task: Task) -> Session:
+    def _run_here(self, task: Task) -> tuple[Session, RunResult]:
         on_main_thread = threading.current_thread() is threading.main_thread()
         control = Control()
         place = self._place()
         if place.is_remote:
             interruptibly(place.fetch)
-        return run_here(
+        session = run_here(
             lambda: self._session(task, control, place, default_sinks=True, interactive=on_main_thread), control
         )
+        result = _outcome(session)
+        if control.stopped_by is not None:
+            raise RunInterrupted(result) if control.stopped_by == "SIGINT" else RunTerminated(result)
+        return session, result
 
     def _place(self) -> _Place:
         run_id = self._run_id or new_run_id()

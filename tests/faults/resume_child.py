@@ -93,7 +93,7 @@ def sigterm(
     from events.checkpoint import disk
     from events.checkpoint.remote import RemoteStore
     from sinks.checkpoint_writer import CheckpointWriter
-    from trainer import Checkpoints
+    from trainer import Checkpoints, RunTerminated
 
     left = list(places)
     handled: queue.SimpleQueue[int] = queue.SimpleQueue()  # an event cannot be set by a signal's handler
@@ -150,8 +150,12 @@ def sigterm(
     one.net.rows.in_worker = in_worker
     disk.write_image = with_signals(disk.write_image, "save")
     RemoteStore.upload = with_signals(RemoteStore.upload, "upload")  # type: ignore[method-assign]
-    result = one.trainer.train()
-    report("result", result.status, result.reason, result.global_step, Path(result.checkpoint or "").name)
+    try:
+        one.trainer.train()
+    except RunTerminated as stop:
+        result = stop.result
+        report("result", result.status, result.reason, result.global_step, Path(result.checkpoint or "").name)
+        raise
 
 
 def dies_after_commit(report: Report, run_dir: str, saves: int) -> None:

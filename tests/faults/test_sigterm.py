@@ -81,7 +81,7 @@ def announced(run_dir: Path) -> list[str]:
 def test_a_first_sigterm_saves_and_a_resumed_run_goes_on_exactly(
     runs: Any, child: Any, tmp_path: Path, injection: int
 ) -> None:
-    """In a step, a validation, the first batch, a save or an upload: exit code 0, a durable checkpoint, no workers."""
+    """In a step, a validation, the first batch, a save or an upload: exit code 143, durable, no workers."""
     place, workers, stops_at = ONCE[injection]
     run_dir = tmp_path / "run"
     url = f"file://{tmp_path}/remote" if place == "upload" else None
@@ -89,7 +89,7 @@ def test_a_first_sigterm_saves_and_a_resumed_run_goes_on_exactly(
         os.mkdir(tmp_path / "remote")
     step = 6 if place == "val" else 7
     said, status, errors = child("sigterm", run_dir=run_dir, case=uses(workers), places=[place], step=step, url=url)
-    assert status == 0, errors
+    assert status == 143, errors
     assert errors == ""
     assert said["at"] == [place]
     ((ended, reason, global_step, name),) = said["result"]

@@ -126,9 +126,10 @@ class Outcome:
 
     @property
     def result(self) -> RunResult:
-        if self.error is not None:
+        """Also of a run that a signal stopped, whose exception holds it."""
+        if self._result is None:
+            assert self.error is not None
             raise self.error
-        assert self._result is not None
         return self._result
 
     def of(self, kind: type[Event]) -> list[Any]:
@@ -157,7 +158,7 @@ def train(module: ModuleInterface, *, sinks: Iterable[Any] = (), **options: Any)
     try:
         result, error = ready.train(), None
     except BaseException as caught:
-        result, error = None, caught
+        result, error = getattr(caught, "result", None), caught
     return Outcome(result, error, memory)
 
 

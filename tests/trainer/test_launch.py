@@ -351,6 +351,19 @@ async def test_a_signal_to_the_process_alone_stops_the_run(tmp_path: Path, monke
     assert result.checkpoint.endswith(f"step-{result.global_step}.a1")
 
 
+@asyncio_only
+@pytest.mark.anyio
+async def test_a_second_signal_to_the_process_alone_cancels_the_run(tmp_path: Path) -> None:
+    """Within one step: the run ends at its next boundary without a checkpoint."""
+    arguments = {"epochs": FOREVER, "deed": "", "step_s": 1.0}
+    with pytest.raises(RunCancelled, match="a second signal arrived"):
+        async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
+            pid = await pid_of(run)
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
 # ------------------------------------------------------------------------------------ the process and its pipes
 
 

@@ -89,6 +89,8 @@ def test_the_public_names_are_those_we_chose() -> None:
         "Histogram",
         "Image",
         "ModuleInterface",
+        "RunInterrupted",
+        "RunTerminated",
         "Stage",
         "Trainer",
         "TrainerArguments",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from events.folder import RunFolder
 from events.messages import CommandTaken, Event, RunEnded, TrainStepEnded
 from events.protocol import Pause
 from events.sink import Delivery
-from trainer import CallbackInterface, Trainer, inline
+from trainer import CallbackInterface, RunInterrupted, RunTerminated, Trainer, inline
 from trainer.loop_thread import LoopThread
 
 MANY = 100_000  # epochs: more than any test waits for
@@ -228,30 +229,53 @@ def test_the_second_signal_ends_a_set_up_that_hangs(kit: Any) -> None:
     RunFolder.open("runs/r", "r").close()
 
 
-@pytest.mark.parametrize("when", ["at once", "when it is set up"])
-def test_the_second_signal_in_the_moment_before_the_loop_leaves_nothing_running(
+@pytest.mark.parametrize("when", ["before it is set up", "when it is set up", "after its last step", "when it is over"])
+def test_two_signals_in_a_moment_between_two_phases_end_the_run_at_once(
     kit: Any, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """When the thread of the event loop has just been started, and when it has just answered."""
+    """No user code runs there: the observers are hurried and waited for, and nothing is left running."""
 
-    def signals_after(original: Callable[..., Any], name: str = "stagecast-events") -> Callable[..., Any]:
+    def two() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+
+    def with_signals(original: Callable[..., Any], *, first: bool) -> Callable[..., Any]:
         def call(self: Any, *args: Any) -> Any:
+            ours = not isinstance(self, threading.Thread) or self.name == "stagecast-events"
+            if ours and first:
+                two()
             result = original(self, *args)
-            if getattr(self, "name", name) == name:
-                signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGTERM)
+            if ours and not first:
+                two()
             return result
 
         return call
 
-    if when == "at once":
-        monkeypatch.setattr(threading.Thread, "start", signals_after(threading.Thread.start))
-    else:
-        monkeypatch.setattr(LoopThread, "run", signals_after(lambda self: None))
-    outcome = kit.train(kit.Net(), journal=True, run_id="r")
+    owner, name, first = {
+        "before it is set up": (threading.Thread, "start", False),
+        "when it is set up": (LoopThread, "run", True),
+        "after its last step": (LoopThread, "_finish", True),
+        "when it is over": (LoopThread, "run", False),
+    }[when]
+    monkeypatch.setattr(owner, name, with_signals(getattr(owner, name), first=first))
+    released = threading.Event()
+
+    class Hanging(CallbackInterface):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            assert released.wait(kit.WAIT_S)
+
+    outcome = kit.train(kit.Net(), callbacks=[Hanging()], journal=True, run_id="r")
     assert type(outcome.error) is SystemExit
-    kit.join_threads()
+    for thread in threading.enumerate():
+        if thread.name == "stagecast-events":
+            thread.join(kit.WAIT_S / 4)
+            assert not thread.is_alive()  # it did not wait for the observer until its drain timeout
     RunFolder.open("runs/r", "r").close()
+    released.set()
+    kit.join_threads()
+    if when != "before it is set up":
+        ends = [event for event in kit.read_journal("runs/r") if type(event) is RunEnded]
+        assert [end.status for end in ends] == ["finished" if when == "when it is over" else "cancelled"]
 
 
 # --------------------------------------------------------------------------------------------------- the first
@@ -262,12 +286,16 @@ def test_the_second_signal_in_the_moment_before_the_loop_leaves_nothing_running(
     ("place", "at", "steps"), [("set-up", 1, 0), ("waiting for data", 3, 2), ("train_step", 3, 3), ("val_step", 2, 2)]
 )
 def test_the_first_signal_stops_in_order(kit: Any, number: Any, place: str, at: int, steps: int) -> None:
-    """At the next boundary, in every phase: the hooks of the end run, the result says why, the journal is whole."""
+    """At the next boundary, in every phase: the hooks of the end run, the journal is whole, and `train` raises."""
     diary = kit.Diary()
     net = net_that(kit, place, lambda: signal.raise_signal(number), at)
     outcome = kit.train(net, callbacks=[diary], epochs=MANY, journal=True, run_id="r")
     result = outcome.result
     assert (result.status, result.reason, result.global_step) == ("stopped", number.name, steps)
+    assert type(outcome.error) is (RunInterrupted if number == signal.SIGINT else RunTerminated)
+    assert f"{number.name} arrived: run r stopped after global_step {steps}" in str(outcome.error)
+    assert getattr(outcome.error, "code", 143) == 143
+    assert pickle.loads(pickle.dumps(outcome.error)).result == result
     assert diary.lines[-1] == ("on_end_train", steps, None)
     journal = kit.read_journal("runs/r")
     taken = [e for e in journal if type(e) is CommandTaken]
@@ -284,7 +312,7 @@ def test_a_signal_while_the_run_is_set_up_is_not_lost(kit: Any, number: Any) -> 
 
 
 def test_a_signal_while_observers_drain_lets_them_finish(kit: Any) -> None:
-    """The loop is over, so there is nothing to stop: the run has finished."""
+    """The loop is over, so there is nothing to stop: the run has finished, and `train` raises all the same."""
     diary = kit.Diary()
 
     class Slow(CallbackInterface):
@@ -293,7 +321,7 @@ def test_a_signal_while_observers_drain_lets_them_finish(kit: Any) -> None:
             diary.on_end_train(global_step)
 
     outcome = kit.train(kit.Net(), callbacks=[Slow()])
-    assert outcome.result.status == "finished"
+    assert (type(outcome.error), outcome.result.status) == (RunInterrupted, "finished")
     assert diary.names == ["on_end_train"]
 
 
@@ -320,7 +348,9 @@ def test_a_signal_ends_a_pause(kit: Any) -> None:
     net = net_that(kit, "train_step", lambda: watched.session.control.send(Pause(id="p")))
     ready = kit.make_trainer(net, epochs=MANY)
     watched = Watched(net, ready.arguments, sinks=[SignalsOncePaused()], journal=False)
-    result = watched.train()
+    with pytest.raises(RunInterrupted) as stop:
+        watched.train()
+    result = stop.value.result
     assert (result.status, result.reason, result.global_step) == ("stopped", "SIGINT", 2)
 
 
@@ -332,11 +362,12 @@ def test_every_run_counts_its_signals_anew(kit: Any) -> None:
 
 
 def test_test_stops_too(kit: Any) -> None:
-    """Trainer.test() has no whole outputs then, and says so."""
+    """`Trainer.test` raises as `Trainer.train` does; it has no whole outputs."""
     net = net_that(kit, "val_step", lambda: signal.raise_signal(signal.SIGINT), at=1)
     net.get_test_dataloaders = net.get_val_dataloaders
-    with pytest.raises(Exception, match=r"stopped before its end \(SIGINT\)"):
+    with pytest.raises(RunInterrupted) as stop:
         kit.make_trainer(net).test()
+    assert (stop.value.result.status, stop.value.result.reason) == ("stopped", "SIGINT")
 
 
 # ---------------------------------------------------------------------------------------- whose handlers they are
@@ -409,7 +440,7 @@ WORKERS = """
 import multiprocessing, os, signal, threading
 import torch
 from torch import nn
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from trainer import ModuleInterface, RunInterrupted, Trainer, TrainerArguments
 
 os.setpgrp()  # what a terminal sends goes to the group: the workers get it as well
 
@@ -452,7 +483,10 @@ class Net(ModuleInterface):
     def val_step(self, global_step, batch, device): ...
 
 arguments = TrainerArguments(train_batch_size=8, device="cpu", max_steps=1_000)
-result = Trainer(Net(False), arguments, sinks=[], journal=False).train()
+try:
+    Trainer(Net(False), arguments, sinks=[], journal=False).train()
+except RunInterrupted as stop:
+    result = stop.result
 print(result.status, result.reason, result.global_step, multiprocessing.active_children())
 Trainer(Net(True), arguments, sinks=[], run_dir="run", run_id="r").train()
 """
