@@ -5,6 +5,7 @@
     <path>/
         run.lock          who holds it: {"pid": ..., "host": ..., "run_id": ..., "since": ...}
         arguments.json    the arguments of the newest attempt
+        config.json       the user's hyperparameters of the newest attempt, if there are any
         journal/          the run's history (`events.journal`)
 """
 
@@ -33,6 +34,7 @@ else:
 
 LOCK_NAME = "run.lock"
 ARGUMENTS_NAME = "arguments.json"
+CONFIG_NAME = "config.json"
 
 # What a second holder meets: EWOULDBLOCK from flock, EACCES or EDEADLOCK from Windows.
 _HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
@@ -120,20 +122,21 @@ class RunFolder:
         here."""
         return self._tail.seq
 
-    def write_arguments(self, arguments: dict[str, Any]) -> None:
-        """Write ``arguments.json``, replacing that of an earlier attempt at once and as a whole.
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Write ``arguments.json`` or ``config.json``, replacing that of an earlier attempt at once and as a whole.
 
-        The file is for people: what is no plain value is written as text, NaN as null, and an infinity as ``1e999``,
-        which readers of JSON take for one. The arguments of each attempt stay in the journal, in its `RunStarted`.
+        The file is for people: a value that JSON does not have is written as text, NaN as null, and an infinity as
+        ``1e999``, which readers of JSON take for one. The values of each attempt stay in the journal, in its
+        `RunStarted`.
 
         Raises:
             RunFolderError: The folder was closed, or the disk refused; an earlier file is still there.
         """
-        path = self._path / ARGUMENTS_NAME
+        path = self._path / name
         if self._fd is None:
             raise RunFolderError(f"{path} cannot be written: the run folder was closed; write before `close`")
-        text = msgspec.json.encode(_with_infinities(arguments), enc_hook=str)
-        temporary = path.with_name(f"{ARGUMENTS_NAME}.tmp")
+        text = msgspec.json.encode(_with_infinities(values), enc_hook=str)
+        temporary = path.with_name(f"{name}.tmp")
         try:
             with open(temporary, "wb") as file:
                 file.write(msgspec.json.format(text, indent=2) + b"\n")

@@ -73,6 +73,8 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
     """Versions of what computed the run: python, torch, stagecast."""
     host: str = ""
     pid: int = 0
+    config: dict[str, Any] = {}
+    """The user's own hyperparameters (`Trainer(config=...)`) as plain values."""
 
 
 class RunResumed(Event, frozen=True, gc=False, tag=True):

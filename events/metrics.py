@@ -9,6 +9,7 @@ from events.messages import (
     Event,
     LedgerReported,
     MetricsLogged,
+    RunStarted,
     SystemSampled,
     TestEpochEnded,
     TrainEpochEnded,
@@ -44,6 +45,15 @@ def metrics_of(event: Event) -> list[tuple[str, float]]:
     """
     read = _READERS.get(type(event))
     return read(event) if read is not None else []
+
+
+def hyperparameters(event: RunStarted) -> dict[str, Any]:
+    """What loggers show as hyperparameters: the trainer's arguments and the user's own, nested as they are given.
+
+    A user's name that the arguments have, too, is shown as ``config/NAME``.
+    """
+    own = {name if name not in event.arguments else f"config/{name}": value for name, value in event.config.items()}
+    return event.arguments | own
 
 
 def _of_step(event: TrainStepEnded) -> list[tuple[str, float]]:

@@ -19,7 +19,7 @@ import msgspec
 from events.errors import SinkMisconfigured
 from events.log import logger
 from events.messages import Event, ImageLogged, RunEnded, RunStarted, TextLogged
-from events.metrics import METRIC_TYPES, metric_name, metrics_of
+from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from sinks.files import newer, position_of
 
@@ -205,7 +205,7 @@ class MLflowWriter:
                 pass
 
     def _log_arguments(self, event: RunStarted) -> None:
-        described = {"module": event.module, "device": event.device} | event.arguments
+        described = {"module": event.module, "device": event.device} | hyperparameters(event)
         wanted = {mlflow_name(name): text[:_VALUE_CHARS] for name, text in _flat(described, "")}
         new = [(name, text) for name, text in wanted.items() if name not in self._parameters]
         for start in range(0, len(new), _PARAMETERS):
@@ -213,6 +213,8 @@ class MLflowWriter:
             self._client.log_batch(self.mlflow_run_id, params=[self._entities.Param(*one) for one in some])
             self._parameters.update(some)
         self._upload("", "arguments.json", msgspec.json.format(msgspec.json.encode(event.arguments), indent=2))
+        if event.config:
+            self._upload("", "config.json", msgspec.json.format(msgspec.json.encode(event.config), indent=2))
 
     def _log_image(self, event: ImageLogged) -> None:
         suffix = posixpath.splitext(event.path)[1] or ".png"

@@ -24,7 +24,7 @@ import msgspec
 
 from events.log import logger
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunResumed, RunStarted, TextLogged
-from events.metrics import METRIC_TYPES, metric_name, metrics_of
+from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from sinks.event_marks import EVENT_FILE, Mark, go_on_in, mark_record
 from sinks.files import AppendedFile, check_path, event_records, newer, path_in, position_of, warn_of_another
@@ -290,7 +290,7 @@ class _Client:
         """The run's arguments. Without a summary of the experiment, which would be that of one run only, TensorBoard
         gathers the names of arguments and metrics from all runs."""
         info = self._hparams.SessionStartInfo(start_time_secs=event.time)
-        for name, value in _flat(event.arguments, ""):
+        for name, value in _flat(hyperparameters(event), ""):
             if isinstance(value, bool):
                 info.hparams[name].bool_value = value
             elif isinstance(value, int | float):

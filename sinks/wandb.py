@@ -19,7 +19,7 @@ import msgspec
 from events.errors import SinkMisconfigured
 from events.log import logger
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunStarted, TextLogged
-from events.metrics import METRIC_TYPES, metric_name, metrics_of
+from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from sinks.files import check_path, newer, position_of
 
@@ -217,7 +217,7 @@ class WandBWriter:
                 value = self._text(event)
             case RunStarted():
                 described = {"module": event.module, "device": event.device, "versions": event.versions}
-                self.wandb_run.config.update(described | event.arguments, allow_val_change=True)
+                self.wandb_run.config.update(described | hyperparameters(event), allow_val_change=True)
                 return {}
             case RunEnded():
                 self._exit_code = _EXIT_CODES[event.status]

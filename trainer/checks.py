@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from events.checkpoint.objects import parse_url, run_url
 from events.checkpoint.settings import Checkpoints
@@ -95,6 +97,40 @@ def check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -
         problems.append(f"run_id must be a name without slashes, not {shown(run_id)}; run_dir chooses the folder")
     if run_dir is not None and not (isinstance(run_dir, str | os.PathLike) and os.fspath(run_dir)):
         problems.append(f"run_dir must be the path of a folder, not {shown(run_dir)}")
+
+
+def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
+    """The user's hyperparameters as values that JSON can hold; what it cannot hold becomes text.
+
+    Args:
+        config: A mapping, a dataclass, an attrs class, a Struct, or any object with attributes, such as the namespace
+            of argparse or a pydantic model. They may nest. None for no hyperparameters.
+    """
+    if config is None:
+        return {}
+    try:
+        plain = msgspec.to_builtins(config, str_keys=True, enc_hook=_plain_value)
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        problems.append(f"config={shown(config)} cannot be recorded ({error}); give a mapping of plain values")
+        return {}
+    if isinstance(plain, dict):
+        return plain
+    problems.append(f"config={shown(config)} has no names; give a mapping, a dataclass or a Struct")
+    return {}
+
+
+def _plain_value(value: Any) -> Any:
+    if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):  # pydantic
+        return dump()
+    if isinstance(value, Mapping):  # that of another library, such as OmegaConf
+        return dict(value)
+    if callable(item := getattr(value, "item", None)) and getattr(value, "shape", None) == ():  # a number of NumPy's
+        return item()
+    if isinstance(value, os.PathLike | type) or callable(value) or not hasattr(value, "__dict__"):
+        return str(value)
+    if getattr(value, "shape", None) is not None:  # an array or a tensor
+        return str(value)
+    return {name: item for name, item in vars(value).items() if not name.startswith("_")}
 
 
 def check_checkpoints(checkpoints: Any, resume: Any, problems: list[str]) -> None:

@@ -71,6 +71,7 @@ class LoopThread:
     Args:
         readback: Told which stream the loop computes on.
         plan: What is to be done about checkpoints.
+        config: The user's hyperparameters, for `RunStarted`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class LoopThread:
         recorder: MetricRecorder,
         readback: DeviceReadback,
         plan: CheckpointPlan,
+        config: dict[str, Any],
     ) -> None:
         self.status: Status = "failed"
         self.reason: str | None = None
@@ -115,6 +117,7 @@ class LoopThread:
         self._ledger = Ledger(device, bus.cpu_time.read_ns)
         self._hooks = hooks
         self._plan = plan
+        self._config = config
         self._rejected: list[tuple[str, Exception]] = []
         self._loaded: Loaded | None = None
         self._checkpoints = Checkpointing(
@@ -403,6 +406,7 @@ class LoopThread:
             versions(),
             socket.gethostname(),
             os.getpid(),
+            self._config,
         )
         self._bus.publish(started)
         for name, error in self._rejected:

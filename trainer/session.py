@@ -18,7 +18,7 @@ from events.bus import Bus
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled, TrainingThreadStuck
-from events.folder import RunFolder
+from events.folder import ARGUMENTS_NAME, CONFIG_NAME, RunFolder
 from events.inbox import Inbox
 from events.journal import Journal
 from events.log import current_origin, logger
@@ -81,6 +81,7 @@ class Session:
         resume: str | os.PathLike[str] | None,
         interactive: bool,
         sinks_in: Place,
+        config: dict[str, Any],
     ) -> None:
         self.error: BaseException | None = None
         """What the run's door has to raise, once `serve` has returned."""
@@ -121,10 +122,13 @@ class Session:
                 recorder=self._recorder,
                 readback=self._readback,
                 plan=self._plan,
+                config=config,
             )
             self._writer = self._add_checkpoints() if task == "train" else None
             if self.folder is not None:
-                self.folder.write_arguments(arguments.to_dict())
+                self.folder.write_json(ARGUMENTS_NAME, arguments.to_dict())
+                if config:
+                    self.folder.write_json(CONFIG_NAME, config)
         except BaseException:
             self.discard()
             raise

@@ -26,7 +26,15 @@ from events.stream import LocalEventStream
 from trainer.arguments import TrainerArguments
 from trainer.calling_thread import interruptibly, run_here
 from trainer.cancellation import outlast
-from trainer.checks import check_checkpoints, check_folder, check_members, check_places, check_upload, members
+from trainer.checks import (
+    check_checkpoints,
+    check_folder,
+    check_members,
+    check_places,
+    check_upload,
+    members,
+    plain_config,
+)
 from trainer.control import Control
 from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.fetch import fetch_for
@@ -63,6 +71,9 @@ class Trainer:
         resume: What to go on from. ``"auto"``: the newest whole checkpoint of the run's folder (or of where it uploads
             to, if there is none), or a new run if there is none. A path: of a checkpoint, or of a run's folder. An
             address in a remote store. None: begin anew. `test` takes over the module's state only.
+        config: Your own hyperparameters: a mapping, dataclass, Struct or namespace, nested as you like. They are
+            recorded in the run's folder (``config.json``) and in `RunStarted`, and every logger shows them as it shows
+            hyperparameters. What JSON cannot hold becomes text.
 
     Raises:
         ArgumentsError: something given here is not what it must be.
@@ -81,6 +92,7 @@ class Trainer:
         run_dir: str | os.PathLike[str] | None = None,
         checkpoints: bool | Checkpoints = True,
         resume: str | os.PathLike[str] | None = None,
+        config: Any = None,
     ) -> None:
         self.module = module
         self.arguments = arguments if arguments is not None else TrainerArguments()
@@ -93,6 +105,7 @@ class Trainer:
         self._run_dir = run_dir
         self._checkpoints = checkpoints
         self._resume = resume
+        self._config = plain_config(config, problems)
         check_checkpoints(checkpoints, resume, problems)
         check_members(self.module, self.arguments, self._callbacks, self._sinks, problems)
         check_places(self._sinks, sinks_in, self._journal, problems)
@@ -201,6 +214,7 @@ class Trainer:
             resume=place.resume,
             interactive=interactive,
             sinks_in=self._sinks_in,
+            config=self._config,
         )
 
 

@@ -155,6 +155,7 @@ class RunView(msgspec.Struct, dict=True):
 
     run: Summary = msgspec.field(default_factory=Summary)
     arguments: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     versions: dict[str, str] = {}
     curves: SeriesStore = msgspec.field(default_factory=SeriesStore)
     stages: dict[str, str] = {}
@@ -250,6 +251,7 @@ class RunView(msgspec.Struct, dict=True):
             "attempt": self.run.attempt,
             "run": self.run,
             "arguments": self.arguments,
+            "config": self.config,
             "versions": self.versions,
             "series": {name: plain(series) for name, series in self.curves.series.items()},
             "stages": self.stages,
@@ -279,7 +281,7 @@ class RunView(msgspec.Struct, dict=True):
             commands=self.run.commands,
             latest=self.run.latest,
         )
-        self.arguments, self.versions = e.arguments, e.versions
+        self.arguments, self.config, self.versions = e.arguments, e.config, e.versions
 
     def _resumed(self, e: RunResumed, changes: Changes) -> None:
         self.run.global_step = e.global_step

@@ -134,7 +134,7 @@ folder = RunFolder.open({str(tmp_path)!r}, "run")
 pid = os.fork()
 if pid == 0:
     try:
-        folder.write_arguments({{}})
+        folder.write_json("arguments.json", {{}})
     except RunFolderError:
         os._exit(3)
     os._exit(0)
@@ -238,10 +238,10 @@ def test_arguments_that_cannot_be_written_leave_the_earlier_ones(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with RunFolder.open(tmp_path, "run") as folder:
-        folder.write_arguments({"epochs": 1})
+        folder.write_json("arguments.json", {"epochs": 1})
         monkeypatch.setattr("events.folder.os.replace", refuse)
         with pytest.raises(RunFolderError, match=r"arguments\.json cannot be written: .*No space"):
-            folder.write_arguments({"epochs": 2})
+            folder.write_json("arguments.json", {"epochs": 2})
         assert json.loads((tmp_path / "arguments.json").read_text()) == {"epochs": 1}
         assert not list(tmp_path.glob("*.tmp"))
 
@@ -252,7 +252,7 @@ def test_a_closed_folder_writes_no_arguments(tmp_path: Path) -> None:
     folder.close()
     folder.close()
     with pytest.raises(RunFolderError, match="was closed"):
-        folder.write_arguments({})
+        folder.write_json("arguments.json", {})
 
 
 # ------------------------------------------------------------------------------------------------ happy paths
@@ -293,14 +293,14 @@ def test_a_torn_end_is_read_past(tmp_path: Path) -> None:
 def test_arguments_are_plain_json_for_people(tmp_path: Path) -> None:
     """Indented, and whatever is no plain value is text; a later attempt replaces them."""
     with RunFolder.open(tmp_path, "run") as folder:
-        folder.write_arguments({"epochs": 3, "device": Path("cpu"), "lr": math.nan})
+        folder.write_json("arguments.json", {"epochs": 3, "device": Path("cpu"), "lr": math.nan})
         text = (tmp_path / "arguments.json").read_text()
         assert json.loads(text) == {"epochs": 3, "device": "cpu", "lr": None}
         assert text.startswith('{\n  "epochs"')
-        folder.write_arguments({"epochs": 4})
+        folder.write_json("arguments.json", {"epochs": 4})
         assert json.loads((tmp_path / "arguments.json").read_text()) == {"epochs": 4}
         endless = {"interval_s": math.inf, "bounds": [1.0, {"low": -math.inf}]}
-        folder.write_arguments(endless)
+        folder.write_json("arguments.json", endless)
         assert json.loads((tmp_path / "arguments.json").read_text(), parse_constant=pytest.fail) == endless
 
 

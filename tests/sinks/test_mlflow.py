@@ -405,10 +405,13 @@ def test_arguments_are_parameters_and_a_file(connect: Any, story: Any, look: Any
         "empty": {},
         "none": "",
     } | {f"many{i}": i for i in range(150)}
-    connect().write([story.started(arguments=arguments)])
+    own = {"lr": 3, "width": {"hidden": 8}}
+    connect().write([story.started(arguments=arguments, config=own)])
     found = look()
+    assert json.loads(found.read("config.json")) == own
     parameters = found.run.data.params
     assert (parameters["lr"], parameters["nested/a"], parameters["nested/b"]) == ("0.1", "None", '[1, "ü"]')
+    assert (parameters["config/lr"], parameters["width/hidden"]) == ("3", "8")
     assert (parameters["empty"], parameters["none"], parameters[mlflow_name("strange $")]) == ("{}", "", "True")
     assert parameters["long"] == "y" * 6_000
     assert parameters["many149"] == "149"

@@ -534,7 +534,10 @@ def test_a_run_that_is_taken_up_again_is_one_run_in_tensorboard(tmp_path: Path, 
     for epochs in (2, 3):
         arguments = TrainerArguments(epochs=epochs, train_batch_size=2, device="cpu", compile_options={"mode": "x"})
         own: Any = {"run_dir": tmp_path / "runs/one", "run_id": "one", "resume": "auto"}
-        assert Trainer(Net(), arguments, sinks=[TensorBoard(), memory], **own).train().status == "finished"
+        assert (
+            Trainer(Net(), arguments, sinks=[TensorBoard(), memory], config={"width": 8}, **own).train().status
+            == "finished"
+        )
     board = shown(tmp_path / "runs/one/tensorboard")
     steps = memory.of(TrainStepEnded)
     assert curve(board, "train_loss") == [(e.global_step, single(e.loss or 0.0), e.time) for e in steps]
@@ -550,6 +553,7 @@ def test_a_run_that_is_taken_up_again_is_one_run_in_tensorboard(tmp_path: Path, 
         query = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 9}
         (group,) = asked(f"{url}/data/plugin/hparams/session_groups", query | {"colParams": []})["sessionGroups"]
     assert group["hparams"]["epochs"] == 2.0
+    assert group["hparams"]["width"] == 8.0
     assert group["hparams"]["clip_grads"] is False
     assert group["hparams"]["device"] == "cpu"
     assert group["hparams"]["compile_options/mode"] == "x"

@@ -389,7 +389,7 @@ def test_the_exit_code_tells_how_the_run_ended(
 ) -> None:
     """W&B shows finished, killed or failed by it; the summary has our own word, and the reason."""
     writer = connect()
-    writer.write([story.started(arguments={"lr": 0.1, "nested": {"a": None}}), *story.steps(1)])
+    writer.write([story.started(arguments={"lr": 0.1, "nested": {"a": None}}, config={"width": 8}), *story.steps(1)])
     if status is not None:
         writer.write([story(RunEnded, status=status, reason="because")])
     writer.close()
@@ -397,7 +397,7 @@ def test_the_exit_code_tells_how_the_run_ended(
     assert log.exit_codes == [code]
     if status is not None:
         assert (log.summary["stagecast/status"], log.summary["stagecast/reason"]) == (status, "because")
-    assert log.config["lr"] == 0.1
+    assert (log.config["lr"], log.config["width"]) == (0.1, 8)
     assert log.config["module"] == "my_package.Net"
 
 

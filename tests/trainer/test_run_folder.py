@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -9,7 +11,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
+import torch
 
 from events.errors import RunFolderError, RunFolderHeld, RunFolderMismatch
 from events.folder import RunFolder
@@ -24,6 +29,7 @@ from events.messages import (
     RunStarted,
     TrainStepEnded,
 )
+from trainer.errors import ArgumentsError
 
 NET = """
 import os, resource, signal, sys, threading
@@ -320,6 +326,51 @@ def test_arguments_are_those_of_the_newest_attempt_and_the_journal_has_all(kit: 
     started = [event for event in kit.read_journal("run") if type(event) is RunStarted]
     assert [event.arguments["epochs"] for event in started] == [1, 3]
     assert started[1].arguments == stored
+
+
+@dataclasses.dataclass
+class Size:
+    width: int = 3
+    path: Path = Path("data")
+
+
+class Settings(msgspec.Struct):
+    size: Size
+
+
+class Model:
+    """Stands for a model of pydantic."""
+
+    def model_dump(self) -> dict[str, Any]:
+        return {"lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("config", "recorded"),
+    [
+        ({"lr": 0.1, "sizes": (1, 2), 3: None, "gate": torch.relu}, {"lr": 0.1, "sizes": [1, 2], "3": None}),
+        (Size(), {"width": 3, "path": "data"}),
+        (Settings(Size()), {"size": {"width": 3, "path": "data"}}),
+        (argparse.Namespace(lr=0.5, model=Model()), {"lr": 0.5, "model": {"lr": 0.1}}),
+        (Model(), {"lr": 0.1}),
+        ({"lr": np.float32(0.5), "n": np.int64(2), "table": np.ones(2)}, {"lr": 0.5, "n": 2, "table": "[1. 1.]"}),
+    ],
+    ids=["mapping", "dataclass", "struct", "namespace", "model", "numpy"],
+)
+def test_the_users_hyperparameters_are_recorded(kit: Any, config: Any, recorded: dict[str, Any]) -> None:
+    """In the folder and in `RunStarted`; what JSON cannot hold is text."""
+    assert kit.train(kit.Net(), journal=True, run_dir="run", config=config).error is None
+    stored = json.loads(Path("run/config.json").read_text())
+    assert stored.items() >= recorded.items()
+    assert kit.read_journal("run")[0].config == stored
+
+
+@pytest.mark.parametrize("config", [3, "lr=1", [1, 2], {("a", "b"): 1}, torch.ones(2)])
+def test_a_config_without_names_is_refused(kit: Any, config: Any) -> None:
+    """With its value and the fix; nothing was opened."""
+    with pytest.raises(ArgumentsError, match=r"config=.* give a mapping"):
+        kit.make_trainer(kit.Net(), run_dir="run", config=config)
+    assert not Path("run").exists()
 
 
 def test_a_folder_can_be_moved_and_continued(kit: Any, first_attempt: Any) -> None:

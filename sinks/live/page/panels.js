@@ -243,6 +243,7 @@ export function fillAbout(store) {
         "Run",
         facts.filter(([, one]) => one !== undefined && one !== ""),
       ),
+      sheet("Hyperparameters", Object.entries(store.config)),
       sheet("Arguments", Object.entries(store.arguments)),
       sheet("Versions", Object.entries(store.versions)),
     ].filter(Boolean),

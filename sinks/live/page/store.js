@@ -161,6 +161,7 @@ export class RunStore {
     this.media = [];
     this.histograms = new Map();
     this.arguments = {};
+    this.config = {};
     this.versions = {};
   }
 
@@ -179,6 +180,7 @@ export class RunStore {
     this.attempt = data.attempt ?? data.run?.attempt ?? null;
     this.run = { ...data.run };
     this.arguments = data.arguments ?? {};
+    this.config = data.config ?? {};
     this.versions = data.versions ?? {};
     const entries = Object.entries(data.series ?? {}).slice(0, MOST_SERIES);
     const most = entries.length > MANY ? MOST_POINTS_OF_MANY : MOST_POINTS;
