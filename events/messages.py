@@ -93,6 +93,10 @@ class RunEnded(Event, frozen=True, gc=False, tag=True):
     status: Status
     reason: str | None = None
     """Why it ended before its last step: who stopped it, or the exception's type and text."""
+    traceback: str | None = None
+    """Traceback of the exception that ended the run, with its causes; the middle of a long one is cut out."""
+    phase: str | None = None
+    """What the loop was doing when it failed: the name of a method or hook, or a few words."""
 
 
 # --------------------------------------------------------------------------------------------- the stages
@@ -328,6 +332,20 @@ class StepSkipped(Event, frozen=True, gc=False, tag=True):
     """``gradient_overflow``: float16's loss scale was too large; it has been made smaller. Usual at the start."""
 
     droppable: ClassVar[bool] = True
+
+
+class WarningLogged(Event, frozen=True, gc=False, tag=True):
+    """The trainer, a sink or a callback logged a warning or an error.
+
+    A warning that another event of the run reports already, such as `ObserverFailed`, is not published a second time.
+    """
+
+    level: Literal["warning", "error"]
+    message: str
+    exception: str | None = None
+    """Traceback of the exception that it is about, with its causes; the middle of a long one is cut out."""
+    repeats: int = 0
+    """Identical ones since the last such event, which were not published."""
 
 
 # ----------------------------------------------------------------------------------------------- observers
@@ -597,6 +615,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     SystemSampled,
     NonFiniteLoss,
     StepSkipped,
+    WarningLogged,
     ObserverFailed,
     ObserverRecovered,
     ObserverDropped,

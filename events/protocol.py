@@ -84,6 +84,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str | None = None
     checkpoint: str | None = None
     """Folder of the run's newest durable checkpoint: of this attempt, else the one that it has gone on from."""
+    problems: list[str] = []
+    """What is unhealthy about this attempt, one sentence each (`events.health`). Empty: nothing is."""
 
 
 class EventStream(Protocol):

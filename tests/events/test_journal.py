@@ -57,6 +57,7 @@ from events.messages import (
     SystemSampled,
     TrainStepEnded,
     UnknownEvent,
+    WarningLogged,
     WeightsSaved,
 )
 from events.sink import RunInfo, Sink, delivery_of
@@ -818,7 +819,7 @@ def test_every_event_type_is_bound_to_a_step_or_not() -> None:
     """Whoever adds an event decides whether redoing the step replaces it."""
     stays = {
         *(RunStarted, RunResumed, RunEnded, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow),
-        *(LoopHeld, JournalGap, CommandTaken, SystemSampled, ObserversReported),
+        *(LoopHeld, JournalGap, CommandTaken, SystemSampled, ObserversReported, WarningLogged),
         # They tell of what is on the disk, which no later attempt undoes.
         *(CheckpointStaged, CheckpointSkipped, CheckpointSaved, CheckpointFailed, CheckpointRejected, WeightsSaved),
         *(CheckpointUploading, CheckpointUploaded, CheckpointDeleted),
