@@ -26,6 +26,7 @@ from trainer.hooks import CallbackHooks, HookTable, InlineHook, hook_arguments
 from trainer.ledger import Ledger
 from trainer.outputs import EpochOutputs
 from trainer.recorder import MetricRecorder
+from trainer.signatures import clear_error
 
 _ANNOUNCE_WAIT_S = 5.0
 
@@ -148,7 +149,8 @@ class Boundary:
             if not hook.owner.disabled:
                 try:
                     hook.call(*args, **kwargs)
-                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                except Exception as raised:  # a supervisor's border: reported, and raised unless it only disables
+                    error = clear_error(raised, hook.owner.name, hook.name, hook.call, args, kwargs)
                     add_note(error, f"raised by {hook.owner.name}.{hook.name} at global_step {self.origin.global_step}")
                     self._on_failed_hook(hook.owner, hook.name, error)
         spent = clock() - mark
@@ -195,7 +197,7 @@ class Boundary:
 
         When they outgrow the limit, that is the failure of the callbacks that wanted them.
         """
-        callbacks = self.hooks.of(kind)
+        callbacks = self.hooks.wanting_outputs(kind)
         if not callbacks:
             return None
 

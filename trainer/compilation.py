@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainer.module_interface import ModuleInterface
+from trainer.module_interface import CallbackInterface, ModuleInterface
 
 _STEPS = ("train_step", "val_step", "test_step")
 
@@ -33,7 +33,7 @@ _opaque_lock = threading.Lock()
 
 
 def make_log_opaque(module: ModuleInterface) -> None:
-    """Keep `ModuleInterface.log` out of compiled graphs; call it before compiling methods of ``module``.
+    """Keep `CallbackInterface.log` out of compiled graphs; call it before compiling methods of ``module``.
 
     Without it torch.compile would trace into the recorder, specialise on each metric's name and compile again
     and again. The mark is a wrapper that costs about half a microsecond per call, which is why it is not
@@ -43,6 +43,6 @@ def make_log_opaque(module: ModuleInterface) -> None:
     with _opaque_lock:
         for kind in type(module).__mro__:
             log = vars(kind).get("log")
-            ours = issubclass(kind, ModuleInterface) and isinstance(log, FunctionType)
+            ours = issubclass(kind, CallbackInterface) and isinstance(log, FunctionType)
             if ours and not hasattr(log, "_torchdynamo_disable"):
                 kind.log = torch.compiler.disable(log)  # type: ignore[attr-defined,no-untyped-call]

@@ -7,6 +7,7 @@ StagecastError                    (events.errors)
 │   │   └── EmptyDataLoader       a dataloader yielded no batch
 │   ├── StepOutputError           a step returned no loss tensor, or nothing that can be kept; also a TypeError
 │   ├── OptimizerError            get_optimizers_schedulers returned something else; also a TypeError
+│   ├── SignatureError            a hook does not take the outputs of the step; also a TypeError
 │   └── MetricNotFound            the monitored metric was never logged; also a LookupError
 ├── NonFiniteLossError            the loss was NaN or infinite and the policy says stop; also an ArithmeticError
 ├── EpochOutputsTooLarge          outputs kept for the end of an epoch exceed their limit; also a MemoryError
@@ -56,6 +57,10 @@ class StepOutputError(ContractError, TypeError):
 
 class OptimizerError(ContractError, TypeError):
     """`get_optimizers_schedulers` did not return optimizers and schedulers."""
+
+
+class SignatureError(ContractError, TypeError):
+    """A hook takes another number of outputs than the step returned."""
 
 
 class MetricNotFound(ContractError, LookupError):

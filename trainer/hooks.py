@@ -26,6 +26,7 @@ from events.sink import CALLBACK_DELIVERY, Delivery
 from trainer.errors import ArgumentsError, add_note
 from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
 from trainer.recorder import MetricRecorder
+from trainer.signatures import clear_error, takes_outputs
 from trainer.tensor_state import part_of
 
 Hook = Callable[..., Any]
@@ -44,8 +45,8 @@ EVENT_OF_HOOK: dict[str, type[Event]] = {
 _WITH_OUTPUTS = frozenset({TrainStepEnded, TrainEpochEnded, BackwardEnded, ValEpochEnded})
 """The events whose hooks get tensors."""
 
-_EPOCH_HOOKS = frozenset({"on_begin_train_epoch", "on_end_train_epoch", "on_end_val_epoch", "on_end_train"})
-
+_COLLATED = frozenset({TrainStepEnded, TrainEpochEnded, ValEpochEnded})
+"""The events whose hooks get any number of outputs."""
 
 _NO_OUTPUTS = "__stagecast_no_outputs__"
 
@@ -54,6 +55,16 @@ def without_outputs(hook: _Hook) -> _Hook:
     """Mark an inline `on_end_train_step` that looks at no outputs: none are kept and collated for it."""
     setattr(hook, _NO_OUTPUTS, True)
     return hook
+
+
+def _without_its_outputs(hook: Hook) -> Hook:
+    """Call a hook that takes no outputs without them."""
+
+    @without_outputs
+    def call(global_step: int, *outputs: Any, **named: Any) -> None:
+        hook(global_step, **named)
+
+    return call
 
 
 def overridden_hooks(callback: CallbackInterface) -> dict[str, Hook]:
@@ -75,9 +86,14 @@ def lane_of(callback: CallbackInterface, name: str, hook: Hook) -> Lane:
         return Lane.INLINE  # it gets the undetached loss, which lives only until the next backward
     if name == "on_begin_train_epoch":
         return Lane.FENCED  # "before model forward"
-    if isinstance(callback, ModuleInterface) and name in _EPOCH_HOOKS:
-        return Lane.FENCED  # it may touch the module that is being trained
+    if isinstance(callback, ModuleInterface):  # it reads the module that is trained
+        return Lane.INLINE if name == "on_end_train_step" else Lane.FENCED
     return Lane.OBSERVER
+
+
+def wants_outputs(hook: Hook) -> bool:
+    """Whether a hook looks at what the step returned."""
+    return not getattr(hook, _NO_OUTPUTS, False)
 
 
 class InlineHook(NamedTuple):
@@ -90,7 +106,7 @@ class InlineHook(NamedTuple):
     @property
     def wants_outputs(self) -> bool:
         """Whether it looks at what the step returned."""
-        return not getattr(self.call, _NO_OUTPUTS, False)
+        return wants_outputs(self.call)
 
 
 class CallbackHooks:
@@ -119,7 +135,7 @@ class CallbackHooks:
         returns a reason to stop the run, or None."""
         self.bind_optimizers = self._optional(callback, "bind_optimizers")
         """Given the run's optimizers, once, on the loop's thread before the first step."""
-        self._callback = callback
+        self.callback = callback
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
@@ -128,6 +144,8 @@ class CallbackHooks:
                 raise ArgumentsError(f"{self.name}.{name} is async, but hooks run on threads: make it a plain function")
             kind = EVENT_OF_HOOK[name]
             lane = lane_of(callback, name, hook)
+            if kind in _COLLATED and not takes_outputs(hook):
+                hook = _without_its_outputs(hook)
             if lane is Lane.INLINE:
                 self.inline[kind] = InlineHook(self, name, hook)
             else:
@@ -161,11 +179,11 @@ class CallbackHooks:
 
     def state_dict(self) -> Any:
         """Its state, as it keeps it."""
-        return self._callback.state_dict()  # type: ignore[attr-defined]  # `stateful` has looked
+        return self.callback.state_dict()  # type: ignore[attr-defined]  # `stateful` has looked
 
     def load_state_dict(self, state: Any) -> None:
         """Have it take over what `state_dict` returned. Raises what it raises."""
-        self._callback.load_state_dict(state)  # type: ignore[attr-defined]
+        self.callback.load_state_dict(state)  # type: ignore[attr-defined]
 
     @property
     def is_essential(self) -> bool:
@@ -202,6 +220,10 @@ class HookTable:
     def of(self, kind: type[Event]) -> list[CallbackHooks]:
         """Callbacks with a hook for this event that are not disabled."""
         return [c for c in self.callbacks if not c.disabled and (kind in c.inline or kind in c.observed)]
+
+    def wanting_outputs(self, kind: type[Event]) -> list[CallbackHooks]:
+        """Those of them whose hook looks at outputs."""
+        return [c for c in self.of(kind) if wants_outputs(c.observed.get(kind) or c.inline[kind].call)]
 
 
 def _number_names(callbacks: Iterable[CallbackHooks]) -> None:
@@ -274,7 +296,13 @@ class CallbackTarget:
         try:
             outputs = payload.outputs.collated() if payload is not None and payload.outputs is not None else ()
             args, kwargs = hook_arguments(event, outputs)
-            self._hooks[type(event)](*args, **kwargs)
+            hook = self._hooks[type(event)]
+            try:
+                hook(*args, **kwargs)
+            except TypeError as raised:
+                if (clear := clear_error(raised, self.observer, self._doing, hook, args, kwargs)) is raised:
+                    raise
+                raise clear from None
         except BaseException as error:
             self._callback.failed = True
             add_note(error, f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")

@@ -116,6 +116,8 @@ class LoopThread:
         self._readback = readback
         self._ledger = Ledger(device, bus.cpu_time.read_ns)
         self._hooks = hooks
+        self._logging = [module, *(one.callback for one in hooks.callbacks if one.callback is not module)]
+        """All that log to this run."""
         self._plan = plan
         self._config = config
         self._rejected: list[tuple[str, Exception]] = []
@@ -196,11 +198,12 @@ class LoopThread:
         return text
 
     def release(self) -> None:
-        """Give the module back, whose last hooks have run, and may have logged; and the memory of checkpoints."""
+        """Give back the module and the callbacks, whose last hooks have run, and the memory of checkpoints."""
         self._checkpoints.release()
         self.weights = None
-        if vars(self._module).get("_recorder") is self._recorder:
-            del vars(self._module)["_recorder"]
+        for one in self._logging:
+            if vars(one).get("_stagecast_recorder") is self._recorder:
+                del vars(one)["_stagecast_recorder"]
 
     # ----------------------------------------------------------------------------------- on the loop's thread
 
@@ -245,10 +248,13 @@ class LoopThread:
         if self._arguments.seed is not None:
             seed_everything(self._arguments.seed)
         with _claim_lock:
-            if self._module._recorder is not None:
-                kind = type(self._module).__name__
-                raise ContractError(f"this {kind} is being trained by another run: give each run a module of its own")
-            object.__setattr__(self._module, "_recorder", self._recorder)  # not a submodule, not in the state dict
+            for one in self._logging:
+                if one._stagecast_recorder is not None:
+                    kind, does = ("module", "trained") if one is self._module else ("callback", "used")
+                    name = type(one).__name__
+                    raise ContractError(f"this {name} is being {does} by another run; give each run its own {kind}")
+            for one in self._logging:
+                object.__setattr__(one, "_stagecast_recorder", self._recorder)  # not a submodule, not in the state dict
         self._module.to(self._device)
         if warning := self._arguments.batch_size_warning():
             logger.warning(warning)

@@ -9,21 +9,29 @@ gets the step that it works towards (finished + 1, the same for all micro-batche
 `val_step` and `test_step` get the number of steps finished. So the first ``train_step`` gets 1, and the hook
 after it gets 1, too. A step that was skipped, because its loss or gradients were not finite, is not counted.
 
-**On which lane and thread a hook runs.**
+**On which lane and thread a hook runs.** This table also stands in the README.
 
-======== ================================ ==============================================================
-lane     thread                           what it sees
-======== ================================ ==============================================================
-observer one of the callback's own        detached host copies of outputs; the model may have moved on
-fenced   the same; the loop waits for it  the same copies; the model stands still
-inline   the loop's, at the exact place   live tensors, gradients and weights
-======== ================================ ==============================================================
+| hook | owner | lane | thread | what it gets |
+|---|---|---|---|---|
+| `on_begin_train_epoch` | module, callback | fenced | its own; the loop waits | the epoch; the module at rest |
+| `on_end_backward` | module, callback | inline | the loop's | the live loss and gradients (scaled under float16) |
+| `on_end_train_step` | module | inline | the loop's | the step's outputs, detached, on their device |
+| `on_end_train_step` | callback | observer | its own | detached host copies of the step's outputs |
+| `on_end_val_epoch` | module | fenced | its own; the loop waits | detached host copies; the module at rest |
+| `on_end_val_epoch` | callback | observer | its own | detached host copies |
+| `on_end_train_epoch` | module | fenced | its own; the loop waits | detached host copies; the module at rest |
+| `on_end_train_epoch` | callback | observer | its own | detached host copies |
+| `on_end_train` | module | fenced | its own; the loop waits | the module at rest |
+| `on_end_train` | callback | observer | its own | the step |
 
-Observer is the default. `on_end_backward` is inline, `on_begin_train_epoch` fenced, and so are
-the hooks of a module itself at the beginning and end of an epoch and of training. `inline`, `fenced` and
-`observer` choose otherwise. An observer hook must not use global random generators: it runs beside the loop
-and would change its numbers. Whatever a hook raises ends the run with that exception, unless the callback was
-added with another error policy; one that is disabled runs none of its hooks any more, on any lane.
+`inline`, `fenced` and `observer` choose another lane for a hook. A hook of the observer lane that reads the module or
+an optimizer sees them some steps later: mark it `inline`. It must not use global random generators either, because it
+would change the loop's numbers. A hook that takes no outputs gets none, and none are kept for it. An exception in a
+hook ends the run with that exception, unless the callback was added with another error policy; a disabled callback runs
+none of its hooks any more, on any lane.
+
+Under ``precision="float16"`` the gradients that `on_end_backward` sees are multiplied by the scale of the gradient
+scaler.
 """
 
 from __future__ import annotations
@@ -96,7 +104,7 @@ def _mark(hook: _Hook, lane: Lane) -> _Hook:
 
 
 class Recorder(Protocol):
-    """What takes the values of `ModuleInterface.log`; the trainer attaches one for the length of a run."""
+    """Takes the values of `CallbackInterface.log`; the trainer attaches one for the length of a run."""
 
     def log(self, name: str, value: float | torch.Tensor | Logged, /) -> None:
         """Take one value without waiting for the device; called from any thread.
@@ -124,6 +132,8 @@ class CallbackInterface(ABC):
     ``bind_optimizers(optimizers)``, once, before the first step.
     """
 
+    _stagecast_recorder: Recorder | None = None  # of the run; a plain attribute, so that no state dict contains it
+
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
         """A training epoch begins; returns before its first forward. Fenced, unless marked inline.
 
@@ -133,7 +143,9 @@ class CallbackInterface(ABC):
         """
 
     def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
-        """An optimizer step is finished. Observer lane, unless marked.
+        """An optimizer step is finished, its schedulers included. Inline for the module itself, else observer lane.
+
+        The module's own gets the outputs detached, on their device and not copied: clone what a later step overwrites.
 
         Args:
             global_step: Optimizer steps finished, this one included; from 1.
@@ -157,7 +169,8 @@ class CallbackInterface(ABC):
     def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
         """The backward pass of one micro-batch is finished. Inline, unless marked: it sees the gradients as they are.
 
-        Gradients of earlier micro-batches of the same step are already in them, weighted by rows.
+        They include those of earlier micro-batches of the same step, weighted by rows. Under float16 they are
+        multiplied by the scale of the gradient scaler.
 
         Args:
             global_step: Optimizer steps finished; the step at work is not.
@@ -186,6 +199,47 @@ class CallbackInterface(ABC):
             global_step: Optimizer steps finished.
         """
 
+    def log(self, name: str, value: float | int | torch.Tensor | Histogram | Image | str | Any) -> None:
+        """Record a number under a name, for a `MetricsLogged` event; or a histogram, an image, a figure or a text.
+
+        Outside of a run it does nothing. A callback belongs to the run that it was given to.
+
+        Call it from a step or a hook, on any thread. It waits neither for the device nor for an observer: a
+        tensor is read later, with the value that it has now. Under `torch.compile` it runs outside of the
+        compiled graph.
+
+        Args:
+            name: Not empty.
+            value: A number (NumPy's too) or a real tensor of one element, of any shape, on any device. A
+                `trainer.Histogram` or `trainer.Image`; a figure of matplotlib, which is drawn at once, on the calling
+                thread (so from a hook of the observer lane, rather than from a step); or a text. Images, figures and
+                long texts go to files of the run's folder, on a thread of their own.
+
+        Raises:
+            TypeError: ``name`` is no string, or ``value`` is no real number.
+            ValueError: ``name`` is empty, or the tensor does not have exactly one element.
+        """
+        recorder = self._stagecast_recorder
+        if recorder is None:
+            return
+        # The common cases first: this runs in the step.
+        if type(name) is not str or not name:
+            name = _checked_name(name)
+        if type(value) is not float:
+            if isinstance(value, torch.Tensor):
+                if value.numel() != 1 or value.dtype.is_complex or value.layout is not torch.strided:
+                    raise _bad_tensor(name, value)
+            else:
+                value = as_logged(value) or _as_float(name, value)
+        recorder.log(name, value)
+
+    def __getstate__(self) -> Any:
+        """Copies and pickles belong to no run: they carry no recorder."""
+        state: Any = super().__getstate__()
+        values, slots = state if isinstance(state, tuple) else (state, None)
+        values = {name: value for name, value in (values or {}).items() if name != "_stagecast_recorder"}
+        return values if slots is None else (values, slots)
+
 
 class ModuleInterface(torch.nn.Module, CallbackInterface):
     """A model together with its optimizers, its data, the recipe of a step, and hooks of its own.
@@ -194,8 +248,6 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     is taken: it dispatches on the stage. Put the network's own forward into a submodule, or into a method of
     another name.
     """
-
-    _recorder: Recorder | None = None  # of the run; a plain attribute, so that no state dict contains it
 
     @abstractmethod
     def get_optimizers_schedulers(
@@ -331,47 +383,13 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """
         self.load_state_dict(state)
 
-    def log(self, name: str, value: float | int | torch.Tensor | Histogram | Image | str | Any) -> None:
-        """Record a number under a name, for a `MetricsLogged` event; or a histogram, an image, a figure or a text.
-
-        Outside of a run it does nothing.
-
-        Call it from a step or a hook, on any thread. It waits neither for the device nor for an observer: a
-        tensor is read later, with the value that it has now. Under `torch.compile` it runs outside of the
-        compiled graph.
-
-        Args:
-            name: Not empty.
-            value: A number (NumPy's too) or a real tensor of one element, of any shape, on any device. A
-                `trainer.Histogram` or `trainer.Image`; a figure of matplotlib, which is drawn at once, on the calling
-                thread (so from a hook of the observer lane, rather than from a step); or a text. Images, figures and
-                long texts go to files of the run's folder, on a thread of their own.
-
-        Raises:
-            TypeError: ``name`` is no string, or ``value`` is no real number.
-            ValueError: ``name`` is empty, or the tensor does not have exactly one element.
-        """
-        recorder = self._recorder
-        if recorder is None:
-            return
-        # The common cases first: this runs in the step.
-        if type(name) is not str or not name:
-            name = _checked_name(name)
-        if type(value) is not float:
-            if isinstance(value, torch.Tensor):
-                if value.numel() != 1 or value.dtype.is_complex or value.layout is not torch.strided:
-                    raise _bad_tensor(name, value)
-            else:
-                value = as_logged(value) or _as_float(name, value)
-        recorder.log(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a module belong to no run: they carry no recorder, and no compiled steps.
+    def __getstate__(self) -> Any:
+        """Copies and pickles of a module carry no recorder, and no compiled steps.
 
         A compiled step is bound to this very module; a copy would compute with the weights of the original.
         """
         state = self.__dict__.copy()
-        state.pop("_recorder", None)
+        state.pop("_stagecast_recorder", None)
         for name in ("train_step", "val_step", "test_step"):
             if hasattr(state.get(name), "_torchdynamo_orig_callable"):
                 del state[name]

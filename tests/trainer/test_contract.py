@@ -244,7 +244,7 @@ def test_state_defaults_to_the_state_dict() -> None:
 def test_log_refuses_what_is_no_number(name: Any, value: Any, error: Any, says: str) -> None:
     """The error names the metric and the value, and nothing is recorded."""
     module = Minimal()
-    module._recorder = recorder = Recording()
+    module._stagecast_recorder = recorder = Recording()
     with pytest.raises(error, match=says):
         module.log(name, value)
     assert recorder.logged == []
@@ -271,7 +271,7 @@ def test_log_outside_of_a_run_does_nothing() -> None:
 def test_log_hands_plain_numbers_on_as_floats(value: Any, number: float) -> None:
     """Whatever kind of number the user has, the recorder gets a float."""
     module = Minimal()
-    module._recorder = recorder = Recording()
+    module._stagecast_recorder = recorder = Recording()
     module.log("metric", value)
     assert recorder.logged == [("metric", number)]
     assert isinstance(recorder.logged[0][1], float)
@@ -281,7 +281,7 @@ def test_log_hands_plain_numbers_on_as_floats(value: Any, number: float) -> None
 def test_log_hands_tensors_on_unread(shape: tuple[int, ...]) -> None:
     """A tensor of one element is passed as it is: even one without data, which could not be read."""
     module = Minimal()
-    module._recorder = recorder = Recording()
+    module._stagecast_recorder = recorder = Recording()
     value = torch.empty(shape, device="meta", requires_grad=True)
     module.log("metric", value)
     assert recorder.logged[0][1] is value
@@ -291,12 +291,12 @@ def test_the_recorder_is_neither_state_nor_copied_nor_pickled() -> None:
     """Copies of a module belong to no run: averaging, exporting and checkpointing see only the model."""
     module = Minimal()
     before = set(module.state_dict())
-    module._recorder = recorder = Recording()
+    module._stagecast_recorder = recorder = Recording()
     assert set(module.state_dict()) == before
-    assert copy.deepcopy(module)._recorder is None
-    assert copy.copy(module)._recorder is None
-    assert pickle.loads(pickle.dumps(module))._recorder is None
-    assert module._recorder is recorder
+    assert copy.deepcopy(module)._stagecast_recorder is None
+    assert copy.copy(module)._stagecast_recorder is None
+    assert pickle.loads(pickle.dumps(module))._stagecast_recorder is None
+    assert module._stagecast_recorder is recorder
 
 
 class Logging(Minimal):
@@ -314,7 +314,7 @@ class Logging(Minimal):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_log_stays_out_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred compiled steps that log compute what eager ones do, log each value, and compile once."""
-    monkeypatch.setattr(ModuleInterface, "log", ModuleInterface.log)  # the mark is for good: put it back
+    monkeypatch.setattr(CallbackInterface, "log", CallbackInterface.log)  # the mark is for good: put it back
     compiled = 0
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -324,7 +324,7 @@ def test_log_stays_out_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> No
 
     torch._dynamo.reset()
     module = Logging()
-    module._recorder = recorder = Recording()
+    module._stagecast_recorder = recorder = Recording()
     make_log_opaque(module)
     make_log_opaque(module)
     assert list(inspect.signature(ModuleInterface.log).parameters) == ["self", "name", "value"]

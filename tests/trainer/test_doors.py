@@ -63,7 +63,7 @@ def test_a_trainer_trains_again_after_a_failure(kit: Any) -> None:
     trainer = kit.make_trainer(net, epochs=2)
     with pytest.raises(Boom):
         trainer.train()
-    assert "_recorder" not in vars(net)
+    assert "_stagecast_recorder" not in vars(net)
     assert net.training
     with pytest.raises(Boom):
         trainer.train()
@@ -467,7 +467,7 @@ async def test_a_module_is_claimed_before_anything_slow_is_done_with_it(kit: Any
                 pass
             outcomes.append((await run.result()).status)
         except ContractError as error:
-            outcomes.append(str(error).partition(":")[0])
+            outcomes.append(str(error).partition(";")[0])
             refused.set()
 
     async with anyio.create_task_group() as tasks:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +14,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from events.messages import BackwardEnded
+from events.messages import BackwardEnded, MetricsLogged
 from events.sink import CALLBACK_DELIVERY
-from trainer import CallbackInterface, Delivery, ModuleInterface, fenced, inline, observer
+from trainer import CallbackInterface, Delivery, ModuleInterface, fenced, inline, module_interface, observer
+from trainer.errors import SignatureError
 from trainer.hooks import EVENT_OF_HOOK, CallbackHooks
 from trainer.module_interface import HOOKS, LANE_ATTRIBUTE
 
@@ -31,20 +35,41 @@ def on(name: str, act: Callable[..., Any], lane: str | None = None, kind: type =
     return type("Probe", (kind,), {name: hook})
 
 
+def table_of(text: str) -> list[str]:
+    """The rows of the table of lanes in a text."""
+    lines = text.splitlines()
+    begin = lines.index("| hook | owner | lane | thread | what it gets |") + 2
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[begin:])
+    return [row.strip() for row in rows]
+
+
+TABLE = table_of(inspect.getdoc(module_interface) or "")
+LANES = {
+    (hook.strip("`"), owner): lane
+    for hook, owners, lane in (row.strip("| ").split(" | ")[:3] for row in TABLE)
+    for owner in owners.split(", ")
+}
+"""By hook and owner."""
+
+
 # ----------------------------------------------------------------------------------------------- which lane
+
+
+def test_one_table_of_lanes_is_in_the_contract_and_in_the_readme(kit: Any) -> None:
+    """Every hook of a module and of a callback has one row."""
+    assert table_of((kit.ROOT / "README.md").read_text()) == TABLE
+    assert sorted(LANES) == sorted((name, owner) for name in HOOKS for owner in ("module", "callback"))
 
 
 @pytest.mark.parametrize("name", HOOKS)
 @pytest.mark.parametrize("mark", [None, *MARKS])
 @pytest.mark.parametrize("owner", [CallbackInterface, ModuleInterface])
 def test_the_lane_is_the_marked_one_or_what_the_contract_needs(name: str, mark: str | None, owner: type) -> None:
-    """Unmarked: backward inline, the begin fenced, the module's own epoch hooks fenced, all others observers."""
+    """Unmarked, each has the lane of the contract's table, which also stands in the README."""
     kind = on(name, lambda *_: None, mark, owner)
     kind.__abstractmethods__ = frozenset()
     hooks = CallbackHooks(kind(), None)
-    default = {"on_end_backward": "inline", "on_begin_train_epoch": "fenced"}.get(name, "observer")
-    if owner is ModuleInterface and default == "observer" and name != "on_end_train_step":
-        default = "fenced"
+    default = LANES[name, "module" if owner is ModuleInterface else "callback"]
     event = EVENT_OF_HOOK[name]
     lane = "inline" if event in hooks.inline else "fenced" if event in hooks.fenced else "observer"
     assert lane == (mark or default)
@@ -280,6 +305,108 @@ def test_an_inline_hook_after_the_step_sees_its_gradients_and_the_new_weights(ki
             assert threading.current_thread() is threading.main_thread()
 
     assert kit.train(Net(rows=32)).result.global_step == 4
+
+
+def test_the_modules_own_step_hook_reads_the_state_of_its_step(kit: Any) -> None:
+    """Unmarked: its scheduler's rate is that of the step, its outputs are detached, and its log is the step's."""
+    seen: list[Any] = []
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+            self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, float)
+            return [optimizer], [self.scheduler]
+
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            rate = self.scheduler.get_last_lr()[0]
+            self.log("rate", rate)
+            seen.append((rate, [one.requires_grad for one in outputs], threading.current_thread().name))
+
+    outcome = kit.train(Net(rows=800), val_interval_epochs=0)
+    assert outcome.result.global_step == 100
+    expected = [step * 1e-3 for step in range(1, 101)]
+    assert [rate for rate, *_ in seen] == pytest.approx(expected)
+    assert {(tuple(grad), thread) for _, grad, thread in seen} == {((False, False), "MainThread")}
+    logged = [(event.global_step, event.metrics["rate"]) for event in outcome.of(MetricsLogged)]
+    assert logged == [(step, pytest.approx(rate)) for step, rate in enumerate(expected, start=1)]
+
+
+@pytest.mark.parametrize("lane", MARKS)
+def test_a_hook_that_takes_no_outputs_gets_none_and_none_are_kept_for_it(kit: Any, lane: str) -> None:
+    """On every lane, in a run whose outputs would be more than the limit."""
+    seen: list[tuple[Any, ...]] = []
+
+    class Net(kit.Net):
+        @MARKS[lane]
+        def on_end_train_step(self, global_step: int) -> None:
+            seen.append(("step", global_step))
+
+        @MARKS[lane]
+        def on_end_train_epoch(self, global_step: int) -> None:
+            seen.append(("epoch", global_step))
+
+        @MARKS[lane]
+        def on_end_val_epoch(self, global_step: int, key: str) -> None:
+            seen.append(("val", global_step, key))
+
+    assert kit.train(Net(), epoch_outputs_limit_bytes=1).result.status == "finished"
+    assert seen == [("step", 1), ("step", 2), ("val", 2, "default"), ("epoch", 2)]
+
+
+@pytest.mark.parametrize("lane", MARKS)
+def test_a_hook_that_takes_another_number_of_outputs_is_named_with_the_fix(kit: Any, lane: str) -> None:
+    """Its own TypeErrors stay what they are."""
+
+    def two(self: Any, global_step: int, loss: Any) -> None: ...
+
+    def raising(self: Any, global_step: int, *outputs: Any) -> None:
+        raise TypeError("mine")
+
+    for hook in (two, raising):
+        MARKS[lane](hook)
+    outcome = kit.train(type("Net", (kit.Net,), {"on_end_train_step": two})())
+    assert isinstance(outcome.error, SignatureError)
+    assert isinstance(outcome.error, TypeError)
+    assert str(outcome.error) == (
+        "Net.on_end_train_step(self, global_step: 'int', loss: 'Any') cannot take the 2 outputs of the step;"
+        " let it take *outputs"
+    )
+    outcome = kit.train(type("Net", (kit.Net,), {"on_end_train_step": raising})())
+    assert (type(outcome.error), str(outcome.error)) == (TypeError, "mine")
+
+
+@pytest.mark.parametrize("lane", MARKS)
+def test_a_callback_logs_as_a_module_does(kit: Any, lane: str) -> None:
+    """With the position of its hook, from any lane; outside of a run nothing happens."""
+
+    def hook(self: Any, global_step: int, *outputs: Any) -> None:
+        self.log("mine", float(global_step))
+
+    callback = on("on_end_train_step", hook, lane)()
+    callback.log("before", 1.0)
+    outcome = kit.train(kit.Net(), callbacks=[callback])
+    callback.log("after", 1.0)
+    assert [(event.global_step, event.metrics) for event in outcome.of(MetricsLogged)] == [
+        (1, {"mine": 1.0}),
+        (2, {"mine": 2.0}),
+    ]
+    assert copy.deepcopy(callback).__dict__ == callback.__dict__ == {}
+    with pytest.raises(ValueError, match="empty name"):
+        kit.train(kit.Net(), callbacks=[on("on_end_train", lambda self, step: self.log("", 1.0))()]).result  # noqa: B018
+
+
+def test_a_callback_of_another_run_is_refused(kit: Any) -> None:
+    """It belongs to one run at a time; the other run keeps it."""
+    shared, outcomes = kit.Diary(), []
+
+    class Nested(kit.Net):
+        @inline
+        def on_end_train(self, global_step: int) -> None:
+            outcomes.append(kit.train(kit.Net(), callbacks=[shared]))
+
+    assert kit.train(Nested(), callbacks=[shared]).result.status == "finished"
+    assert str(outcomes[0].error) == "this Diary is being used by another run; give each run its own callback"
+    assert kit.train(kit.Net(), callbacks=[shared]).result.status == "finished"
 
 
 def test_inline_hooks_run_in_order_the_modules_first(kit: Any) -> None:

@@ -51,7 +51,7 @@ def is_finite(value: Any) -> bool:
 
 def must_be_trained(callback: Any, module: ModuleInterface) -> None:
     """Raises `ContractError` if no run trains this module: what is logged through it would go nowhere."""
-    if module._recorder is None:
+    if module._stagecast_recorder is None:
         raise ContractError(
             f"{type(callback).__name__} was given a {type(module).__name__} that this run does not train: give it the"
             f" very module that the Trainer gets"

@@ -1,0 +1,109 @@
+"""Whether a user's method takes the arguments with which the trainer calls it, looked at without calling it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, MethodType
+from typing import Any
+
+from trainer.errors import SignatureError
+
+_FIXED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def signature_of(method: Any) -> inspect.Signature | None:
+    """The arguments of a bound method; None if nobody can know them, as for some functions written in C.
+
+    Raises:
+        ValueError: The method takes no argument at all, not even ``self``.
+    """
+    try:
+        return inspect.signature(method)
+    except (TypeError, ValueError):
+        if isinstance(method, MethodType) and isinstance(method.__func__, FunctionType):
+            raise ValueError("it takes no argument, not even self") from None
+        return None
+
+
+def signature_problem(owner: str, name: str, method: Any, contract: Callable[..., Any]) -> str | None:
+    """Say why a method cannot be called as the contract calls it; None if it can.
+
+    Args:
+        owner: The class, for the message.
+        name: The method's name.
+        method: As it is found on the object, bound.
+        contract: The function that declares it, with ``self``.
+    """
+    expected = inspect.signature(contract)
+    should = f"define it as {name}{_shown(expected)}"
+    if not callable(method):
+        return f"{owner}.{name} is {method!r:.80}, not a method; {should}"
+    try:
+        signature = signature_of(method)
+    except ValueError:
+        return f"{owner}.{name}() takes no argument, not even self; {should}"
+    if signature is None:
+        return None
+    parameters = list(expected.parameters.values())[1:]
+    given = [None for one in parameters if one.kind in _FIXED and one.default is one.empty]
+    named = {one.name: None for one in parameters if one.kind is one.KEYWORD_ONLY}
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        # How many outputs the step returns is known when it has returned them.
+        given += [None] * _least_outputs(signature, len(given), named)
+    if can_take(signature, given, named):
+        return None
+    takes = f"({', '.join(['self', *map(str, signature.parameters.values())])})"
+    return f"{owner}.{name}{takes} cannot take the trainer's arguments; {should}"
+
+
+def takes_outputs(hook: Any) -> bool:
+    """Whether a hook whose first argument is ``global_step`` takes any outputs after it."""
+    try:
+        signature = signature_of(hook)
+    except ValueError:
+        return True
+    if signature is None:
+        return True
+    kinds = [one.kind for one in signature.parameters.values() if one.name != "key"]
+    return inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in _FIXED for kind in kinds) > 1
+
+
+def can_take(signature: inspect.Signature, given: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether these arguments can be bound."""
+    try:
+        signature.bind(*given, **named)
+    except TypeError:
+        return False
+    return True
+
+
+def clear_error(error: Exception, owner: str, name: str, hook: Any, given: Sequence[Any], named: Any) -> Exception:
+    """The error of a hook, or a clear one if the hook did not even begin because it takes another number of outputs."""
+    trace = error.__traceback__
+    if type(error) is not TypeError or trace is None or trace.tb_next is not None:
+        return error  # raised in the hook
+    try:
+        signature = signature_of(hook)
+    except ValueError:
+        return error
+    if signature is None or can_take(signature, given, named):
+        return error
+    count = len(given) - 1
+    outputs = "1 output" if count == 1 else f"{count} outputs"
+    takes = ", ".join(["self", *map(str, signature.parameters.values())])
+    return SignatureError(f"{owner}.{name}({takes}) cannot take the {outputs} of the step; let it take *outputs")
+
+
+def _least_outputs(signature: inspect.Signature, fixed: int, named: Mapping[str, Any]) -> int:
+    required = [
+        one
+        for one in signature.parameters.values()
+        if one.kind in _FIXED and one.default is one.empty and one.name not in named
+    ]
+    return max(0, len(required) - fixed)
+
+
+def _shown(signature: inspect.Signature) -> str:
+    bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty)).replace("'", '"')
