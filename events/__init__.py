@@ -6,6 +6,7 @@ __stagecast__ = True
 from events.backlog import Payload as Payload
 from events.bus import Bus as Bus
 from events.bus import Readback as Readback
+from events.errors import ArgumentsError as ArgumentsError
 from events.errors import BusClosed as BusClosed
 from events.errors import CheckpointDamaged as CheckpointDamaged
 from events.errors import CheckpointError as CheckpointError

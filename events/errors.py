@@ -1,6 +1,7 @@
 """Errors of the bus, the journal, the wire and checkpoints.
 
 StagecastError
+├── ArgumentsError            arguments or a configuration file that cannot be used; also a ValueError
 ├── BusClosed                 publish or subscribe after the bus was closed
 ├── FenceBroken               the loop waited for a hook that can no longer run
 ├── WireError                 bytes that are not an event
@@ -27,6 +28,10 @@ from __future__ import annotations
 
 class StagecastError(Exception):
     """Base of every error that stagecast raises on its own account. A user's exception comes out as itself."""
+
+
+class ArgumentsError(StagecastError, ValueError):
+    """Arguments that cannot be used: names every wrong one, its value and what is allowed."""
 
 
 class BusClosed(StagecastError):

@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import msgspec
 from msgspec import Meta
 
 from events.checkpoint import disk
@@ -37,6 +36,7 @@ from events.errors import RunFolderError, RunFolderMismatch, WireError
 from events.journal_reader import JOURNAL_DIR, journal_tail, segment_name
 from events.messages import EVENT_TYPES, Event, JournalGap, RunEnded
 from events.sink import Delivery, RunInfo
+from events.strict import Strict
 from events.wire import encode_json, encode_json_lines
 
 JOURNAL_DELIVERY = Delivery(
@@ -57,7 +57,7 @@ SLOW_WRITE_S = 1.0
 """A write that took this long may have let the queue overflow, so holes behind it are recorded as gaps."""
 
 
-class Journal(msgspec.Struct, frozen=True, kw_only=True):
+class Journal(Strict, frozen=True, kw_only=True):
     """The sink that keeps a run's history in its folder.
 
     The folder must be held by the caller (`events.folder.RunFolder`): two writers would spoil each other's

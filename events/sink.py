@@ -27,6 +27,7 @@ from msgspec import Meta
 
 from events.errors import SinkMisconfigured
 from events.messages import Event
+from events.strict import Strict
 
 Overflow = Literal["latest", "drop_oldest", "spill", "block"]
 OnError = Literal["fatal", "disable", "retry"]
@@ -81,7 +82,7 @@ class Sink(Protocol):
         ...
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+class Delivery(Strict, frozen=True, kw_only=True):
     """How events reach one observer: which, how many may wait, what happens beyond that, and what if it fails."""
 
     types: frozenset[type[Event]] | None = None

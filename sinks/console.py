@@ -22,8 +22,6 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING, ClassVar
 
-import msgspec
-
 from events.messages import (
     CheckpointFailed,
     CheckpointRejected,
@@ -56,6 +54,7 @@ from events.messages import (
     WeightsSaved,
 )
 from events.sink import Delivery, RunInfo
+from events.strict import Strict
 from sinks.console_bars import bar_rows
 from sinks.console_lines import Chronicle, progress_line
 from sinks.console_text import Line, Span, wrap
@@ -88,7 +87,7 @@ _SIGNS = {"note": "·", "epoch": "•", "good": "✓", "warn": "!", "bad": "✗"
 _ASCII_SIGNS = {"note": "-", "epoch": "*", "good": "+", "warn": "!", "bad": "x"}
 
 
-class Console(msgspec.Struct, frozen=True):
+class Console(Strict, frozen=True):
     """Shows a run to a person: bars in a terminal, otherwise one plain line now and then.
 
     Permanent lines tell what stays true: epochs and their results, failures, what was dropped, pauses, the

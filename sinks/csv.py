@@ -13,6 +13,7 @@ from events.errors import SinkMisconfigured
 from events.messages import Event
 from events.metrics import METRIC_TYPES, metrics_of
 from events.sink import Delivery, RunInfo
+from events.strict import Strict
 from sinks.files import (
     AppendedFile,
     End,
@@ -39,7 +40,7 @@ _ROW = re.compile(rb'(%b),"?(\d+)"?,"?(\d+)"?,"?([-+.\deE]+)"?,[^,]*,[^,]*,[^,]*
 """All columns; another program may have put each between quotes."""
 
 
-class CSV(msgspec.Struct, frozen=True):
+class CSV(Strict, frozen=True):
     """Appends each number to a table, with the name that it has everywhere (`events.metrics.metrics_of`)::
 
         Trainer(module, arguments, sinks=[CSV()]).train()

@@ -12,6 +12,7 @@ from events.errors import SinkMisconfigured, WireError
 from events.log import logger
 from events.messages import EVENT_TYPES, Event
 from events.sink import Delivery, RunInfo
+from events.strict import Strict
 from events.wire import encode_json, encode_json_lines
 from sinks.files import AppendedFile, End, Rows, check_path, find_end, newer, path_in, position_of, warn_of_another
 
@@ -23,7 +24,7 @@ _TYPES = {event_type.__name__: event_type for event_type in EVENT_TYPES}
 _DELIVERY = Delivery(overflow="spill", latency_s=0.5, batch=8_192, timeout_s=30.0, retries=20)
 
 
-class JSONL(msgspec.Struct, frozen=True):
+class JSONL(Strict, frozen=True):
     """Appends each event to a file, as one line of JSON in the form of `events.wire`::
 
         Trainer(module, arguments, sinks=[JSONL()]).train()

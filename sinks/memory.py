@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar, TypeVar
 
-import msgspec
-
 from events.messages import Event
 from events.metrics import metrics_of
 from events.sink import Delivery, RunInfo
+from events.strict import Strict
 
 E = TypeVar("E", bound=Event)
 
 
-class Memory(msgspec.Struct, frozen=True, dict=True):
+class Memory(Strict, frozen=True, dict=True):
     """Keeps the newest events of the runs it is attached to::
 
         sink = Memory()

@@ -21,6 +21,7 @@ from events.log import logger
 from events.messages import Event, ImageLogged, RunEnded, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
 from sinks.files import newer, position_of
 
 RUN_ID_TAG = "stagecast.run_id"
@@ -42,7 +43,7 @@ _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "cancelled": "KILLED",
 _SCHEMES = ("http", "https", "databricks", "databricks-uc", "file", "sqlite", "postgresql", "mysql", "mssql")
 
 
-class MLflow(msgspec.Struct, frozen=True):
+class MLflow(Strict, frozen=True):
     """Logs a run to MLflow: numbers, arguments, images, texts, and how it ended::
 
         Trainer(module, arguments, sinks=[MLflow("http://mlflow.example:5000", experiment="digits")]).train()
@@ -77,7 +78,7 @@ class MLflow(msgspec.Struct, frozen=True):
     ``Default``."""
     run_name: str | None = None
     """The run's name in MLflow. None: its ``run_id``."""
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
     timeout_s: int = 5
     """How long the server may take to accept a connection, and again to answer, in whole seconds. A request is made
     once; when to try again is the supervisor's to say."""

@@ -20,12 +20,11 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, ClassVar, Literal
 from urllib.parse import unquote, urlsplit
 
-import msgspec
-
 from events.errors import SinkMisconfigured
 from events.log import logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
 from sinks.otlp_messages import Encoder
 from sinks.otlp_spans import SPAN_TYPES, Span, Spans
 from sinks.totals import TOTALS_TYPES, Totals
@@ -43,7 +42,7 @@ _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")
 _COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 
 
-class OpenTelemetry(msgspec.Struct, frozen=True):
+class OpenTelemetry(Strict, frozen=True):
     """Sends a run's metrics and spans to a collector.
 
     **Metrics.** ``stagecast.metric`` is one gauge, with the metric's name as the attribute ``name``: names are free

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-import msgspec
-
 from events.errors import SinkMisconfigured
 from events.log import logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
 from sinks.totals import STEP_BOUNDS_S, TOTALS_TYPES, Totals, label_text
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ _CLIENT_WAIT_S = 10.0
 """How long a client may take to send its request, or to take in its answer."""
 
 
-class Prometheus(msgspec.Struct, frozen=True):
+class Prometheus(Strict, frozen=True):
     """Serves a run's numbers at ``http://HOST:PORT/metrics``, from its start to its end.
 
     Every series is labelled with the run's ``run_id``. All metrics are one family, under the names that they have

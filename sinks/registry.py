@@ -17,6 +17,7 @@ import msgspec
 
 from events.errors import SinkMisconfigured
 from events.sink import Sink
+from events.strict import unknown_names
 
 GROUP = "stagecast.sinks"
 
@@ -51,12 +52,17 @@ def build_sink(name: str, options: Mapping[str, Any]) -> Sink:
         SinkMisconfigured: There is no such sink, or an option is unknown or of the wrong type: names its path.
     """
     kind: Any = sink_type(name)
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
-    if unknown := sorted(options.keys() - known):
-        raise SinkMisconfigured(
-            f"the sink {name!r} has no option {', '.join(map(repr, unknown))}; it has"
-            f" {', '.join(sorted(known)) or 'none'}"
-        )
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    unknown = [option for option in options if option not in fields]
+    problems = unknown_names(unknown, sorted(fields), getattr(kind, "argument_aliases", {}))
+    for option, value in options.items():
+        try:
+            if option in fields:
+                msgspec.convert(value, fields[option].type, strict=False)
+        except msgspec.ValidationError as error:
+            problems.append(f"{option} = {value!r:.80}: {error}")
+    if problems:
+        raise SinkMisconfigured(f"the sink {name!r}: {'; '.join(problems)}")
     try:
         sink: Sink = msgspec.convert(dict(options), kind, strict=False)
     except msgspec.ValidationError as error:

@@ -26,11 +26,12 @@ from events.log import logger
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunResumed, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
 from sinks.event_marks import EVENT_FILE, Mark, go_on_in, mark_record
 from sinks.files import AppendedFile, check_path, event_records, newer, path_in, position_of, warn_of_another
 
 
-class TensorBoard(msgspec.Struct, frozen=True):
+class TensorBoard(Strict, frozen=True):
     """Writes what TensorBoard shows: numbers, histograms, images, texts, and the arguments as hyperparameters::
 
         Trainer(module, arguments, sinks=[TensorBoard()]).train()

@@ -21,6 +21,7 @@ from events.log import logger
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
 from sinks.files import check_path, newer, position_of
 
 Mode = Literal["online", "offline", "disabled"]
@@ -33,7 +34,7 @@ _BINS = 512
 _lock = threading.Lock()  # the client has one background process, and `sys.exit`, for all of this process
 
 
-class WandB(msgspec.Struct, frozen=True):
+class WandB(Strict, frozen=True):
     """Logs to Weights & Biases: numbers, histograms, images, texts, the arguments as config, and how the run ended::
 
         Trainer(module, arguments, sinks=[WandB(project="digits")]).train()
@@ -66,7 +67,7 @@ class WandB(msgspec.Struct, frozen=True):
     """None: ``WANDB_MODE`` says, or ``online``. ``disabled``: nothing is logged."""
     dir: str | None = None
     """W&B's files go into the folder ``wandb`` in this one. None: in the run's folder, or the working directory."""
-    tags: list[str] = []
+    tags: list[str] = msgspec.field(default_factory=list)
     group: str | None = None
     job_type: str | None = None
     notes: str | None = None

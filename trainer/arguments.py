@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import isqrt
 from os import PathLike
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
+from events.strict import Strict
 from trainer.config import check_struct, decode, describe_type, load_config
+from trainer.peers import ARGUMENTS
 
 PrecisionName = Literal["float32", "bfloat16", "float16"]
 
@@ -28,7 +30,7 @@ class FieldDoc(NamedTuple):
     doc: str
 
 
-class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
+class TrainerArguments(Strict, frozen=True, kw_only=True):
     """How to train: immutable, checked when built, and stored with the run.
 
     Every field is documented where `describe` finds it. Use `msgspec.structs.replace` to change a field; that
@@ -37,6 +39,8 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
     Raises:
         ArgumentsError: Fields have a wrong type or a value that is not allowed; it names all of them.
     """
+
+    argument_aliases: ClassVar[Mapping[str, str]] = ARGUMENTS
 
     epochs: Annotated[_Count, Meta(description="Epochs to train.")] = 1
     train_batch_size: Annotated[
@@ -92,7 +96,7 @@ class TrainerArguments(msgspec.Struct, frozen=True, kw_only=True):
     compile_options: Annotated[
         dict[str, Any],
         Meta(description="Keyword arguments of torch.compile, for example {mode: max-autotune}."),
-    ] = {}
+    ] = msgspec.field(default_factory=dict)
     scheduler_interval: Annotated[
         Literal["step", "epoch"],
         Meta(description="Whether schedulers step after each optimizer step or each epoch."),

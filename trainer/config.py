@@ -6,7 +6,6 @@ value and what is allowed. Nothing is coerced but an integer where a float is ex
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import reprlib
@@ -22,6 +21,7 @@ import yaml
 from msgspec import inspect
 from msgspec.structs import force_setattr
 
+from events.strict import unknown_names
 from trainer.errors import ArgumentsError
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
@@ -116,22 +116,31 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
         ArgumentsError: An override has no ``=``, an empty name, a value that is no YAML, or leads through a
             value that is no group, or to a place that a list does not have.
     """
+    problems: list[str] = []
+    result = try_overrides(config, overrides, problems)
+    if problems:
+        raise ArgumentsError("; ".join(problems))
+    return result
+
+
+def try_overrides(config: Mapping[str, Any], overrides: Iterable[object], problems: list[str]) -> dict[str, Any]:
+    """As `apply_overrides`; an override that cannot be applied goes to ``problems`` and is skipped."""
     result = dict(config)
     for override in overrides:
         if not isinstance(override, str):
-            raise ArgumentsError(f"override {override!r}: must be text like 'name=value'")
+            problems.append(f"override {override!r}: must be text like 'name=value'")
+            continue
         path, equals, text = override.partition("=")
         names = path.strip().split(".")
         if not equals or not all(names):
-            raise ArgumentsError(f"override {override!r}: must look like 'name=value' or 'group.name=value'")
+            problems.append(f"override {override!r}: must look like 'name=value' or 'group.name=value'")
+            continue
         try:
-            value = parse_yaml(text)
+            result = _replaced(result, names, 0, parse_yaml(text))
         except UNREADABLE as error:
-            raise ArgumentsError(f"override {override!r}: the value is not valid YAML: {error}") from error
-        try:
-            result = _replaced(result, names, 0, value)
+            problems.append(f"override {override!r}: the value is not valid YAML: {error}")
         except LookupError as error:
-            raise ArgumentsError(f"override {override!r}: {error.args[0]}") from error
+            problems.append(f"override {override!r}: {error.args[0]}")
     return result
 
 
@@ -156,7 +165,13 @@ def _replaced(group: Any, names: list[str], depth: int, value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------- checking
 
 
-def decode(kind: type[_Struct], config: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> _Struct:
+def decode(
+    kind: type[_Struct],
+    config: Mapping[str, Any],
+    source: str,
+    overrides: Iterable[str] = (),
+    known_problems: Iterable[str] = (),
+) -> _Struct:
     """Build a Struct from plain values and overrides, strictly.
 
     Args:
@@ -164,6 +179,7 @@ def decode(kind: type[_Struct], config: Mapping[str, Any], source: str, override
         config: Values by field name.
         source: Where they come from, for the message.
         overrides: See `apply_overrides`.
+        known_problems: To be raised together with those that are found here.
 
     Raises:
         ArgumentsError: Lists every unknown key (with the nearest known one), missing field, and wrong value.
@@ -171,10 +187,10 @@ def decode(kind: type[_Struct], config: Mapping[str, Any], source: str, override
     if not isinstance(config, Mapping):
         raise ArgumentsError(f"{source}: must be a mapping of names to values, not {reprlib.repr(config)}")
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
-    problems: list[str] = []
-    values = _convert_fields(kind, apply_overrides(config, overrides), "", problems)
+    problems = list(known_problems)
+    values = _convert_fields(kind, try_overrides(config, overrides, problems), "", problems)
     if overrides:
-        source += f" with {', '.join(overrides)}"
+        source += f" with {', '.join(map(str, overrides))}"
     _raise_if(problems, source)
     return kind(**values)
 
@@ -206,7 +222,8 @@ def _convert_fields(
 ) -> dict[str, Any]:
     """Convert each value to its field's type; what cannot be goes to ``problems``."""
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
-    problems += [_unknown(key, path, fields) for key in values if key not in fields]
+    unknown = [str(key) for key in values if key not in fields]
+    problems += unknown_names(unknown, list(fields), getattr(kind, "argument_aliases", {}), path=path)
     problems += [f"{path}{name}: is missing" for name, field in fields.items() if field.required and name not in values]
     converted = {}
     for name, field in fields.items():
@@ -233,12 +250,6 @@ def _convert(value: Any, expected: Any, path: str, problems: list[str]) -> Any:
         inside = f" ({error})" if " - at " in str(error) else ""
         problems.append(f"{path} = {reprlib.repr(value)}: must be {describe_type(expected)}{inside}")
         return None
-
-
-def _unknown(key: Any, path: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(key), list(known), n=1)
-    hint = f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}"
-    return f"{path}{key}: is not known; {hint}"
 
 
 def _struct_of(kind: Any) -> type[msgspec.Struct] | None:

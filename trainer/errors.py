@@ -1,7 +1,7 @@
 """Errors of the trainer: arguments that cannot work, and modules that break the contract.
 
 StagecastError                    (events.errors)
-├── ArgumentsError                arguments or a configuration file that cannot be used; also a ValueError
+├── ArgumentsError                (events.errors)
 ├── ContractError                 the user's module does not keep the contract
 │   ├── DataLoaderError           no dataloader, or not one, came back; also a TypeError
 │   │   └── EmptyDataLoader       a dataloader yielded no batch
@@ -30,13 +30,10 @@ import contextlib
 import signal
 from collections.abc import Sequence
 
+from events.errors import ArgumentsError as ArgumentsError
 from events.errors import StagecastError
 from events.messages import Event
 from events.protocol import RunResult
-
-
-class ArgumentsError(StagecastError, ValueError):
-    """Arguments that cannot be used: names every wrong field, its value and what is allowed."""
 
 
 class ContractError(StagecastError):

@@ -21,7 +21,7 @@ from events.errors import SinkMisconfigured
 from events.journal import Journal
 from events.sink import Place, Sink
 from trainer.arguments import TrainerArguments
-from trainer.config import apply_overrides, decode, load_config
+from trainer.config import decode, load_config, try_overrides
 from trainer.errors import ArgumentsError
 
 if TYPE_CHECKING:
@@ -76,12 +76,14 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     """
     overrides = list(overrides)
     values = _expanded(load_config(path))
+    problems: list[str] = []
     for override in overrides:
-        values = _expanded(apply_overrides(values, [override]))
+        values = _expanded(try_overrides(values, [override], problems))
     for key in _SWITCHES:
         if values.get(key) == {}:
             values[key] = True  # which is less: it asks for no folder where the run would have none
-    return decode(RunConfig, values, f"{path} with {', '.join(overrides)}" if overrides else str(path))
+    source = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+    return decode(RunConfig, values, source, known_problems=problems)
 
 
 def _expanded(config: Mapping[str, Any]) -> dict[str, Any]:

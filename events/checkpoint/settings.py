@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
+from events.strict import Strict
+
 _Count = Annotated[int, Meta(ge=1)]
 
 
-class Checkpoints(msgspec.Struct, frozen=True, kw_only=True):
+class Checkpoints(Strict, frozen=True, kw_only=True):
     """The checkpoints of a run. They are always taken on `Run.checkpoint`, and on a stop that asks for one.
 
     The loop copies its state to memory and goes on; the rest happens in the background. Two copies at most are in
@@ -19,6 +22,28 @@ class Checkpoints(msgspec.Struct, frozen=True, kw_only=True):
     Raises:
         ValueError: A field has a wrong type, or a value that is not allowed.
     """
+
+    argument_aliases: ClassVar[Mapping[str, str]] = {
+        "monitor": "best",
+        "mode": "best_mode",
+        "metric_for_best_model": "best",
+        "greater_is_better": "use best_mode='min' or best_mode='max'",
+        "save_top_k": "keep_best",
+        "n_saved": "keep_last",
+        "max_to_keep": "keep_last",
+        "save_total_limit": "keep_last",
+        "save_last": "at_end",
+        "save_steps": "every_steps",
+        "every_n_steps": "every_steps",
+        "every_n_train_steps": "every_steps",
+        "train_time_interval": "every_minutes",
+        "every_n_epochs": "every_epochs",
+        "period": "every_epochs",
+        "dirpath": "give the Trainer run_dir",
+        "folder": "give the Trainer run_dir",
+        "filename": "the folder of a checkpoint is named after its step",
+        "save_weights_only": "weights",
+    }
 
     every_steps: _Count | None = None
     """After every so many optimizer steps."""

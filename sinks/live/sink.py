@@ -15,6 +15,7 @@ from events.journal_reader import JOURNAL_DIR
 from events.log import logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
 from sinks.live.access import check_host
 from sinks.live.hub import Hub
 from sinks.live.runs import OneRun
@@ -30,7 +31,7 @@ _END_S = 2.0
 """How long those who watch may take to hear of the end."""
 
 
-class Live(msgspec.Struct, frozen=True):
+class Live(Strict, frozen=True):
     """Serves a page that shows the run as it happens, and the same as WebSocket and Server-Sent Events.
 
     ``stagecast watch`` does it for any run, from outside; this is for one that brings its page along. With

@@ -26,6 +26,7 @@ LATE = {"worker": {"trio"}, "checkpoint.packing_numpy": {"numpy"}, "checkpoint.o
 """What a module imports in functions only: who has none of it needs none of it."""
 ALLOWED = {"events", "msgspec", "anyio", "structlog", "xxhash", *sys.stdlib_module_names}
 PUBLIC = {
+    "ArgumentsError",
     "Bus",
     "BusClosed",
     "CheckpointDamaged",

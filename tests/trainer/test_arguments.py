@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from events.journal import Journal
+from sinks import CSV
+from trainer import Checkpoints, Delivery
 from trainer.arguments import TrainerArguments
 from trainer.config import apply_overrides, check_struct, decode, describe_type, load_config
 from trainer.errors import ArgumentsError
@@ -66,6 +71,73 @@ def test_all_problems_come_in_one_error() -> None:
     assert "device = 3" in text
     assert "seeed: is not known; did you mean seed?" in text
     assert "zzzz: is not known; known are epochs, train_batch_size" in text
+
+
+class Own(TrainerArguments, frozen=True, kw_only=True):
+    """Arguments with a field of the user's, whose name is also an alias."""
+
+    lr: float = 0.1
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: TrainerArguments(max_epochs=3), "TrainerArguments: max_epochs: is not known; did you mean epochs?"),
+        (lambda: TrainerArguments(epohcs=3), "TrainerArguments: epohcs: is not known; did you mean epochs?"),
+        (
+            lambda: TrainerArguments(max_epoch=3, batch_size_train=2),
+            "TrainerArguments: max_epoch: is not known; did you mean epochs?; batch_size_train: is not known; did you"
+            " mean train_batch_size?",
+        ),
+        (
+            lambda: TrainerArguments(lr=3),
+            "TrainerArguments: lr: is not known; set it in get_optimizers_schedulers",
+        ),
+        (lambda: TrainerArguments(3), "TrainerArguments: 3 has no name; write name=value"),
+        (lambda: TrainerArguments.from_dict({"fp16": True}), "the arguments: fp16: is not known; use precision="),
+        (lambda: Own(lrr=3), "Own: lrr: is not known; did you mean lr?"),
+        (lambda: Checkpoints(monitor="val_loss"), "Checkpoints: monitor: is not known; did you mean best?"),
+        (lambda: Delivery(on_eror="retry"), "Delivery: on_eror: is not known; did you mean on_error?"),
+        (lambda: Journal(fsync=True), "Journal: fsync: is not known; known are "),
+        (lambda: CSV(pth="a.csv"), "CSV: pth: is not known; did you mean path?"),
+        (lambda: CSV("a.csv", path="b.csv"), "CSV: path: is given twice; give it once"),
+    ],
+)
+def test_a_constructor_names_its_class_and_what_serves_instead(build: Callable[[], Any], says: str) -> None:
+    """Once, for misspelt names and for those of other trainers, in arguments and in what else people build."""
+    with pytest.raises(ArgumentsError) as caught:
+        build()
+    assert str(caught.value).startswith(says)
+    assert str(caught.value).count(says.partition(": ")[2].partition(":")[0]) == 1
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_every_alias_is_another_name_for_something_that_exists() -> None:
+    """One word is a field; a field never has an alias of its own name."""
+    for kind in (TrainerArguments, Checkpoints):
+        fields = set(kind.__struct_fields__)
+        single = {served for served in kind.argument_aliases.values() if " " not in served}
+        assert single <= fields, single - fields
+        assert not fields & set(kind.argument_aliases)
+
+
+def test_arguments_of_a_subclass_are_built_pickled_and_replaced_as_others_are() -> None:
+    """The user's own field is one like ours, though its name is an alias."""
+    own = Own(lr=1, epochs=2)
+    assert pickle.loads(pickle.dumps(own)) == own == Own.from_dict({"lr": 1, "epochs": 2})
+    assert msgspec.structs.replace(own, lr=2.0).lr == 2.0
+    assert msgspec.json.decode(msgspec.json.encode(own), type=Own) == own
+
+
+def test_names_that_nothing_is_near_are_listed_once_with_the_known_ones() -> None:
+    """Beside the wrong values and the overrides that cannot be applied."""
+    with pytest.raises(ArgumentsError) as caught:
+        TrainerArguments.from_dict({"zzzz": 1, "yyyy": 2, "device": 3}, ["epochs", "seed=[", "xxxx=1"])
+    text = str(caught.value)
+    assert "zzzz, yyyy, xxxx: are not known; known are epochs" in text
+    assert text.count("train_batch_size") == 1
+    for problem in ("override 'epochs': must look like", "override 'seed=[': the value is not valid", "device = 3:"):
+        assert problem in text
 
 
 def test_the_error_is_a_value_error() -> None:

@@ -281,7 +281,7 @@ UNBUILDABLE = [
             "there is no module nowhere",
             "sinks.0: needs sink, the name of one; installed are console",
             "sinks.1: there is no sink 'pigeon'",
-            "sinks.2: the sink 'memory' has no option 'size'; it has capacity",
+            "sinks.2: the sink 'memory': size: is not known; known are capacity",
             "callbacks.0.callback = 'jobs.line:No': jobs.line (",
         ],
     ),

@@ -68,8 +68,8 @@ def test_what_cannot_be_replayed_is_told_in_one_sentence(kit: Any, arguments: li
     ("options", "says"),
     [
         (["memory", "capacity"], "NAME=VALUE"),
-        (["memory", "size=3"], "it has capacity"),
-        (["memory", "capacity=many"], "$.capacity"),
+        (["memory", "size=3"], "size: is not known; known are capacity"),
+        (["memory", "capacity=many"], "capacity = 'many': Expected `int`"),
     ],
 )
 def test_a_wrong_option_is_named(kit: Any, options: list[str], says: str) -> None:
