@@ -1,22 +1,16 @@
 """Metrics and traces of a run, sent to an OpenTelemetry collector by OTLP over HTTP.
 
-The requests are built and sent here rather than by the SDK's exporters, which answer a failure with a line in a log:
-the supervisor could neither deliver again nor tell anybody. Nor do its providers serve: their spans have random
-identifiers, so that a batch that is delivered again would be there twice, and their metrics the time of collection.
-No global provider is read or set.
+The official exporters send; the SDK's providers do not serve: their spans have random identifiers, so that a batch that
+is delivered again would be there twice, and their metrics the time of collection. No global provider is read or set.
 """
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import math
 import os
 import re
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from http import HTTPStatus
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -25,21 +19,18 @@ from events.log import logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.otlp_messages import Encoder
-from sinks.otlp_spans import SPAN_TYPES, Span, Spans
+from sinks.otlp_spans import SPAN_TYPES, Spans
 from sinks.totals import TOTALS_TYPES, Totals
 
 if TYPE_CHECKING:
-    from requests import PreparedRequest
+    from sinks.otlp_export import Exporter
 
 Signal = Literal["traces", "metrics"]
 
 _ENV = "OTEL_EXPORTER_OTLP"
-_MODULES = ("opentelemetry", "opentelemetry.sdk", "opentelemetry.proto", "requests")
-_ANSWER_BYTES = 65_536
+_MODULES = ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")
-_COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 
 
 class OpenTelemetry(Strict, frozen=True):
@@ -58,10 +49,14 @@ class OpenTelemetry(Strict, frozen=True):
     one before. A span is sent when it has ended: of a process that is killed, the run's own is missing, until a replay
     tells the attempt after it.
 
-    The environment is read as the SDK's exporters do, but for the timeout: ``OTEL_EXPORTER_OTLP_ENDPOINT``,
-    ``_HEADERS``, ``_COMPRESSION``, ``_CERTIFICATE``, ``_CLIENT_CERTIFICATE`` and ``_CLIENT_KEY``, each also for
-    ``TRACES`` or ``METRICS`` alone; ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME``. Secrets belong there, in
-    the headers: they are shown nowhere.
+    The two fail apart. A collector that refuses one of them for good (404, 401, ...) gets no more of that one, and a
+    warning names it; what fails for now is retried by the sink's delivery policy.
+
+    The environment is read as OpenTelemetry defines it: ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``_HEADERS``, ``_TIMEOUT``,
+    ``_COMPRESSION``, ``_CERTIFICATE``, ``_CLIENT_CERTIFICATE`` and ``_CLIENT_KEY``, each also for ``TRACES`` or
+    ``METRICS`` alone; ``OTEL_TRACES_EXPORTER=none`` and ``OTEL_METRICS_EXPORTER=none``; ``OTEL_SDK_DISABLED``;
+    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME``. Secrets belong there, in the headers: no message, log or
+    event shows them.
     """
 
     endpoint: str | None = None
@@ -69,8 +64,9 @@ class OpenTelemetry(Strict, frozen=True):
     machine."""
     service_name: str | None = None
     """The resource's ``service.name``. None: the environment says, or ``stagecast``."""
-    timeout_s: float = 4.0
-    """How long the collector may take to accept a connection, and again to answer. A batch is one or two requests."""
+    timeout_s: float | None = None
+    """Seconds that the collector may take to accept a connection, and again to answer. None: as the environment says,
+    or 10 s."""
     max_names: int = 1_000
     """Most distinct names of metrics. Others are left out, with a warning."""
 
@@ -88,147 +84,123 @@ class OpenTelemetry(Strict, frozen=True):
         """
         for module in _MODULES:
             require(module, "opentelemetry", "the sink OpenTelemetry")
-        if not (isinstance(self.timeout_s, int | float) and 0 < self.timeout_s < math.inf):
+        if self.timeout_s is not None and not (
+            isinstance(self.timeout_s, int | float) and 0 < self.timeout_s < math.inf
+        ):
             raise SinkMisconfigured(f"OpenTelemetry(timeout_s={self.timeout_s!r:.80}): give seconds greater than zero")
         if not (isinstance(self.max_names, int) and self.max_names >= 1):
             raise SinkMisconfigured(f"OpenTelemetry(max_names={self.max_names!r:.80}): it must send at least one name")
-        _settings(self.endpoint, "traces")
-        _settings(self.endpoint, "metrics")
+        for signal in _signals():
+            _check_environment(signal)
+            _address(self.endpoint, signal)
 
     def open(self, run: RunInfo) -> OpenTelemetryWriter:
-        """Read the environment. Connects to nobody: a collector that is down is found by the first write.
+        """Read the environment. Does not connect: the first write finds a collector that is down.
 
         Raises:
             SinkMisconfigured: As `check`.
         """
         self.check()
-        from opentelemetry.sdk.resources import OTELResourceDetector
+        from sinks.otlp_export import Exporter
 
-        resource = {"service.name": "stagecast", "service.instance.id": run.run_id}
-        resource |= {str(key): str(value) for key, value in OTELResourceDetector().detect().attributes.items()}
-        resource |= {"service.name": self.service_name} if self.service_name else {}
-        resource |= {"stagecast.run_id": run.run_id}
+        exporters = {
+            signal: Exporter(signal, *_address(self.endpoint, signal), self.timeout_s) for signal in _signals()
+        }
+        if not exporters:
+            logger.warning(
+                "OpenTelemetry sends nothing: OTEL_SDK_DISABLED, or both OTEL_..._EXPORTER=none, turn it off"
+            )
         return OpenTelemetryWriter(
-            Channel("traces", _settings(self.endpoint, "traces"), self.timeout_s),
-            Channel("metrics", _settings(self.endpoint, "metrics"), self.timeout_s),
-            Totals(self.max_names, "OpenTelemetry"),
-            Spans(run.run_id),
-            Encoder(run.run_id, resource),
+            exporters, Totals(self.max_names, "OpenTelemetry"), Spans(run.run_id), run.run_id, self.service_name
         )
 
 
 class OpenTelemetryWriter:
-    """An open `OpenTelemetry`. Keeps nothing back: when `write` returns, the collector has taken it all."""
+    """An open `OpenTelemetry`. When `write` returns, the collector has taken everything."""
 
-    def __init__(self, traces: Channel, metrics: Channel, totals: Totals, spans: Spans, encoder: Encoder) -> None:
-        self._traces = traces
-        self._metrics = metrics
+    def __init__(
+        self,
+        exporters: dict[Signal, Exporter],
+        totals: Totals,
+        spans: Spans,
+        run_id: str,
+        service_name: str | None,
+    ) -> None:
+        from sinks.otlp_export import resource_of
+
+        self._exporters = exporters
         self._totals = totals
         self._spans = spans
-        self._encoder = encoder
-        self._unsent: list[Span] = []  # spans that have ended, and that the collector has not taken
+        self._run_id = run_id
+        self._resource = resource_of(run_id, service_name)
+        self._started = 0.0  # of the attempt whose sums were queued last
 
     def write(self, events: Sequence[Event]) -> None:
-        """Send what a batch changes. One that is delivered again changes nothing, and what was not taken is sent again.
+        """Send what a batch changes. A batch that is delivered again changes nothing; what was not taken is sent again.
 
         Raises:
-            ConnectionError: The collector could not be reached, or has not taken it.
+            ConnectionError: The collector could not be reached, or has not taken all of it.
+            SinkMisconfigured: It refuses everything for good.
         """
-        # A replay's batch may hold several attempts. Each begins the sums anew, so the last of the one before go first.
+        from sinks.otlp_export import Refused, metrics_of, spans_of
+
+        # A replay's batch may hold several attempts. Each restarts the sums, so the last of the one before are sent.
         for _, of_attempt in itertools.groupby(events, lambda event: event.attempt):
-            self._unsent += self._spans.take(self._totals.take(list(of_attempt)))
-            if self._unsent:
-                self._traces.post(self._encoder.traces(self._unsent))
-                self._unsent = []
-            self._metrics.post(self._encoder.metrics(self._totals))
+            ended = self._spans.take(self._totals.take(list(of_attempt)))
+            if ended and (traces := self._exporters.get("traces")):
+                traces.put(spans_of(ended, self._run_id, self._resource))
+            if metrics := self._exporters.get("metrics"):
+                metrics.put(metrics_of(self._totals, self._resource), replaces=self._totals.started == self._started)
+            self._started = self._totals.started
+        failures: list[str] = []
+        for signal, exporter in list(self._exporters.items()):
+            try:
+                exporter.send()
+            except ConnectionError as error:
+                failures.append(str(error))
+            except Refused as error:
+                self._exporters.pop(signal).close()
+                if not self._exporters:
+                    raise SinkMisconfigured(str(error)) from None
+                logger.warning(f"{error}; no more {signal} are sent in this run")
+        if failures:
+            raise ConnectionError("; ".join(failures))
 
     def close(self) -> None:
-        """Let the connections go. Nothing waits to be sent, but what the collector has refused until the end."""
-        self._traces.close()
-        self._metrics.close()
+        """Close the connections. Only what the collector refused until now is left unsent."""
+        for exporter in self._exporters.values():
+            exporter.close()
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Where one kind of request goes, and how. Shows itself without secrets: a traceback may print its variables."""
-
-    url: str = field(repr=False)
-    shown: str
-    """The address without what might be secret in it."""
-    headers: dict[str, str] = field(repr=False)
-    compression: str
-    verify: str | bool
-    cert: str | tuple[str, str] | None
+def _signals() -> list[Signal]:
+    """The kinds of requests that the environment does not turn off."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return []
+    kinds: tuple[Signal, ...] = ("traces", "metrics")
+    return [kind for kind in kinds if os.environ.get(f"OTEL_{kind.upper()}_EXPORTER", "").strip().lower() != "none"]
 
 
-class Channel:
-    """A connection to a collector for one kind of request. Each is made once, and ends within a stated time."""
-
-    def __init__(self, signal: Signal, settings: Settings, timeout_s: float) -> None:
-        import requests
-
-        self._signal = signal
-        self._settings = settings
-        self._timeout_s = timeout_s
-        self._session = requests.Session()
-        self._session.headers.update(settings.headers | {"content-type": "application/x-protobuf"})
-        self._session.verify, self._session.cert = settings.verify, settings.cert
-        if "authorization" in settings.headers:
-            # Or the client would put what stands in ~/.netrc, or in the address, in its place.
-            self._session.auth = _as_it_is
-        self._compress = _COMPRESS.get(settings.compression)
-        if self._compress is not None:
-            self._session.headers["content-encoding"] = settings.compression
-        self._warned = False
-
-    def post(self, message: bytes) -> None:
-        """Send a request, and see that it is taken.
-
-        Raises:
-            ConnectionError: It is not. Neither the text nor the causes hold a header, or what the collector wrote.
-        """
-        data = message if self._compress is None else self._compress(message)
-        try:
-            with self._session.post(
-                self._settings.url, data=data, timeout=self._timeout_s, allow_redirects=False, stream=True
-            ) as answer:
-                status = answer.status_code
-                body = next(answer.iter_content(_ANSWER_BYTES), b"")
-        except OSError as error:  # what the client raises is one, too
-            reason = _reason(error)
-        else:
-            if 200 <= status < 300:
-                self._warn_of_rejected(body)
-                return
-            reason = f"the answer was {_phrase(status)}"
-        # Outside of the handler, so that the client's error, with the address in it, is not chained to it.
-        raise ConnectionError(f"the collector at {self._settings.shown} has not taken {self._signal}: {reason}")
-
-    def close(self) -> None:
-        """Close the connections that are kept open."""
-        self._session.close()
-
-    def _warn_of_rejected(self, body: bytes) -> None:
-        """It may take a request and refuse parts of it; sending them again is of no use, says the protocol."""
-        from sinks.otlp_messages import rejected
-
-        count, why = rejected(self._signal, body)
-        if count and not self._warned:
-            self._warned = True
-            logger.warning(
-                f"the collector at {self._settings.shown} refuses some {self._signal} ({count} now): {why:.200}"
-            )
-
-
-def _settings(endpoint: str | None, signal: Signal) -> Settings:
-    url, shown = _address(endpoint, signal)
-    compression = _setting(signal, "COMPRESSION").lower() or "none"
-    if compression not in ("none", *_COMPRESS):
+def _check_environment(signal: Signal) -> None:
+    """Refuse settings that the exporters would only log, with the secrets in them."""
+    compression = _setting(signal, "COMPRESSION").lower()
+    if compression not in ("", "none", "gzip", "deflate"):
         raise SinkMisconfigured(f"{_ENV}_COMPRESSION={compression[:80]}: give gzip, deflate or none")
-    verify = _setting(signal, "CERTIFICATE") or True
-    certificate, key = _setting(signal, "CLIENT_CERTIFICATE"), _setting(signal, "CLIENT_KEY")
-    cert = (certificate, key) if certificate and key else certificate or None
-    return Settings(url, shown, _headers(signal), compression, verify, cert)
+    timeout = _setting(signal, "TIMEOUT")
+    try:
+        seconds = float(timeout or 10)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SinkMisconfigured(f"{_ENV}_TIMEOUT={timeout[:80]}: give seconds greater than zero")
+    for number, entry in enumerate(_setting(signal, "HEADERS").split(","), 1):
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        value = unquote(value).strip()
+        if not entry.strip():
+            continue
+        if not equals or not _HEADER_NAME.fullmatch(unquote(name)):
+            raise SinkMisconfigured(f"{_ENV}_HEADERS: entry {number} is not of the form name=value")
+        if value and not _HEADER_VALUE.fullmatch(value):
+            raise SinkMisconfigured(f"{_ENV}_HEADERS: the value of {name} has characters that no header may have")
 
 
 def _address(endpoint: str | None, signal: Signal) -> tuple[str, str]:
@@ -264,43 +236,3 @@ def _address(endpoint: str | None, signal: Signal) -> tuple[str, str]:
 
 def _setting(signal: Signal, name: str) -> str:
     return (os.environ.get(f"{_ENV}_{signal.upper()}_{name}") or os.environ.get(f"{_ENV}_{name}") or "").strip()
-
-
-def _headers(signal: Signal) -> dict[str, str]:
-    """``name=value,name=value``, percent-encoded or not. Errors name the header, never its value."""
-    headers: dict[str, str] = {}
-    for number, entry in enumerate(_setting(signal, "HEADERS").split(","), 1):
-        name, equals, value = (part.strip() for part in entry.partition("="))
-        name, value = unquote(name).lower(), unquote(value).strip()
-        if not entry.strip():
-            continue
-        if not equals or not _HEADER_NAME.fullmatch(name):
-            raise SinkMisconfigured(f"{_ENV}_HEADERS: entry {number} is not of the form name=value")
-        if value and not _HEADER_VALUE.fullmatch(value):
-            raise SinkMisconfigured(f"{_ENV}_HEADERS: the value of {name} has characters that no header may have")
-        headers[name] = value
-    return headers
-
-
-def _as_it_is(request: PreparedRequest) -> PreparedRequest:
-    return request
-
-
-def _phrase(status: int) -> str:
-    try:
-        return f"{status} {HTTPStatus(status).phrase}"
-    except ValueError:
-        return str(status)
-
-
-def _reason(error: BaseException) -> str:
-    """Why a request failed: what the system said, without what the client adds, which is the address and more."""
-    while True:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        if "timeout" in type(error).__name__.lower():
-            return "no answer in time"
-        cause = error.__cause__ or error.__context__
-        if cause is None:
-            return type(error).__name__
-        error = cause

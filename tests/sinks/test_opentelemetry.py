@@ -124,19 +124,80 @@ def test_what_a_collector_missed_while_it_was_down_arrives_when_it_is_up(connect
     assert story.number("steps") == 2
 
 
-@pytest.mark.parametrize("status", [500, 503, 429, 400, 401, 307])
-def test_an_answer_that_is_no_success_is_a_failure_at_once(
-    receiver: Any, connect: Any, story: Any, status: int
-) -> None:
-    """The pauses are the supervisor's: the client makes one attempt, and follows nobody elsewhere."""
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_temporary_refusal_is_a_failure_at_once(receiver: Any, connect: Any, story: Any, status: int) -> None:
+    """The pauses are the supervisor's: the client makes one attempt. Metrics are sent all the same."""
     receiver.statuses = {otlp.TRACES: status}
-    receiver.answer_headers = {"Retry-After": "3600", "Location": f"{receiver.url}/elsewhere"}
+    receiver.answer_headers = {"Retry-After": "3600"}
     receiver.answers = {otlp.TRACES: SECRET.encode()}
     writer = connect(receiver.url)
     with pytest.raises(ConnectionError, match=rf"has not taken traces: the answer was {status} \w+") as raised:
         writer.write(an_epoch(story))
     assert SECRET not in str(raised.value)
-    assert [path for path, _, _ in receiver.received] == [otlp.TRACES]
+    assert [path for path, _, _ in receiver.received] == [otlp.TRACES, otlp.METRICS]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 501, 307])
+def test_a_signal_that_is_refused_for_good_is_named_once_and_sent_no_more(
+    receiver: Any, connect: Any, story: Any, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other one goes on; a redirect is not followed, or headers would go elsewhere."""
+    receiver.statuses = {otlp.TRACES: status}
+    receiver.answer_headers = {"Location": f"{receiver.url}/elsewhere"}
+    writer = connect(receiver.url)
+    writer.write(an_epoch(story))
+    story.attempt = 2
+    writer.write(an_epoch(story))
+    assert [path for path, _, _ in receiver.received] == [otlp.TRACES, otlp.METRICS, otlp.METRICS]
+    assert caplog.text.count(f"has not taken traces: the answer was {status}") == 1
+    assert caplog.text.count("no more traces are sent in this run") == 1
+
+
+def test_a_collector_that_refuses_both_for_good_disables_the_sink(receiver: Any, connect: Any, story: Any) -> None:
+    """By the one error that the supervisor does not retry."""
+    receiver.statuses = {otlp.TRACES: 404, otlp.METRICS: 404}
+    with pytest.raises(SinkMisconfigured, match="has not taken metrics: the answer was 404"):
+        connect(receiver.url).write(an_epoch(story))
+
+
+@pytest.mark.parametrize("status", [400, 413])
+def test_a_batch_that_is_refused_is_dropped_with_a_warning(
+    receiver: Any, connect: Any, story: Any, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What comes later may be taken."""
+    receiver.statuses = {otlp.TRACES: status}
+    writer = connect(receiver.url)
+    writer.write([story.started(), story(TrainEpochStarted), story(TrainEpochEnded, loss=1.0)])
+    receiver.statuses = {}
+    writer.write([story(RunEnded, status="finished")])
+    assert [span.name for span in otlp.Story(receiver.received[-2:]).spans] == ["run"]
+    assert caplog.text.count("that batch is dropped") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "sent"),
+    [
+        ({"OTEL_TRACES_EXPORTER": "none"}, [otlp.METRICS]),
+        ({"OTEL_METRICS_EXPORTER": "None"}, [otlp.TRACES]),
+        ({"OTEL_SDK_DISABLED": "true"}, []),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_SDK_DISABLED": "false"}, [otlp.TRACES, otlp.METRICS]),
+    ],
+)
+def test_the_environment_turns_signals_off(
+    receiver: Any,
+    connect: Any,
+    story: Any,
+    environment: dict[str, str],
+    sent: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Both at once with a warning: somebody asked for this sink."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    connect(receiver.url).write(an_epoch(story))
+    assert [path for path, _, _ in receiver.received] == sent
+    assert ("OpenTelemetry sends nothing" in caplog.text) is (not sent)
 
 
 def test_a_collector_that_hangs_is_left_in_time(receiver: Any, connect: Any, story: Any) -> None:
@@ -248,7 +309,7 @@ def test_headers_come_from_the_environment_and_are_shown_nowhere(
     receiver.statuses = {otlp.METRICS: 500}
     with pytest.raises(ConnectionError) as raised:
         writer.write(story.steps(1))
-    shown = [repr(sink), repr(writer._traces._settings), str(raised.value), repr(raised.value.__context__), caplog.text]
+    shown = [repr(sink), str(raised.value), repr(raised.value.__context__), caplog.text]
     assert SECRET not in " ".join(shown)
     assert f"http://127.0.0.1:{receiver.port}/v1/metrics" in str(raised.value)
     assert msgspec.json.decode(msgspec.json.encode(sink), type=OpenTelemetry) == sink
@@ -294,6 +355,7 @@ def test_what_is_no_address_is_refused_before_the_run(endpoint: str, says: str) 
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "collector:4318"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
     ],
 )
 def test_an_environment_that_cannot_be_followed_is_refused(
@@ -314,9 +376,9 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
 
 def test_without_the_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many programs have OpenTelemetry's interface, and not what sends."""
-    real = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "opentelemetry.proto" else real(name))
-    with pytest.raises(SinkMisconfigured, match=r"opentelemetry\.proto: pip install 'stagecast\[opentelemetry\]'"):
+    real, missing = importlib.util.find_spec, "opentelemetry.exporter.otlp.proto.http"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else real(name))
+    with pytest.raises(SinkMisconfigured, match=r"otlp\.proto\.http: pip install 'stagecast\[opentelemetry\]'"):
         OpenTelemetry().check()
 
 
