@@ -72,6 +72,9 @@ class Sink(Protocol):
     It may also have a method ``check()``, which raises `SinkMisconfigured` for what can be seen without opening it: a
     client that is not installed (`events.sink.require`), an address that is none. The trainer calls it when it is
     built, on the caller's thread; it waits for nothing.
+
+    And a method ``bound()``, which returns the description to use: called when a run starts, on the thread that starts
+    it, for what only that thread knows, such as a tracker's run that it has active.
     """
 
     def open(self, run: RunInfo, /) -> SinkWriter:

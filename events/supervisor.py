@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import anyio
 import anyio.abc
@@ -19,6 +19,12 @@ _LEAVING_S = 0.5
 """How long an observer may take to end that nobody waits for any more."""
 _PUMP_S = 1.0
 """How long the pump may take at least to deliver what was published before a drain."""
+
+
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """The name, or, if it is taken, the first of ``NAME-2``, ``NAME-3``, ... that is not."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(unique for unique in itertools.chain([name], numbered) if unique not in taken)
 
 
 class Supervisor:
@@ -47,8 +53,7 @@ class Supervisor:
 
     def take_name(self, name: str) -> str:
         """The name, or a numbered one if it is taken; from now on it is."""
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        unique = next(unique for unique in itertools.chain([name], numbered) if unique not in self._names)
+        unique = unique_name(name, self._names)
         self._names.add(unique)
         return unique
 

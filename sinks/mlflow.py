@@ -8,6 +8,7 @@ import json
 import os
 import posixpath
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -57,6 +58,10 @@ class MLflow(Strict, frozen=True):
     again are there twice. MLflow never changes a parameter: an argument that a later attempt changes keeps its first
     value there, and has the new one in ``arguments.json``.
 
+    A run that the caller has, or the environment names, is joined instead of a second one: ``mlflow_run_id``, the run
+    that ``mlflow.start_run()`` has made active on the thread that starts the training, or ``MLFLOW_RUN_ID``. Whoever
+    began it ends it.
+
     What MLflow does not take is changed: of names, each character that is no letter, digit, space or one of ``_-./``
     becomes ``_``, and a name that was changed, or is longer than 250 characters, ends in ``-`` and eight digits of its
     hash, so that no two become one; values of parameters are cut at 6,000 characters. NaN stays; a database holds the
@@ -79,6 +84,10 @@ class MLflow(Strict, frozen=True):
     run_name: str | None = None
     """The run's name in MLflow. None: its ``run_id``."""
     tags: dict[str, str] = msgspec.field(default_factory=dict)
+    mlflow_run_id: str | None = None
+    """The MLflow run to log to. None: the one that is active or that the environment names, else one for this
+    ``run_id``."""
+    tags: dict[str, str] = {}
     timeout_s: int = 5
     """How long the server may take to accept a connection, and again to answer, in whole seconds. A request is made
     once; when to try again is the supervisor's to say."""
@@ -110,16 +119,27 @@ class MLflow(Strict, frozen=True):
             if not name or not isinstance(value, str):
                 raise SinkMisconfigured(f"MLflow(tags=...): {name!r:.80}={value!r:.80} must be a text with a name")
 
+    def bound(self) -> MLflow:
+        """The same sink for the MLflow run that is active on this thread, which no other thread can see."""
+        mlflow = sys.modules.get("mlflow")  # who has an active run has imported it
+        active = mlflow.active_run() if mlflow is not None and self.mlflow_run_id is None else None
+        return self if active is None else msgspec.structs.replace(self, mlflow_run_id=active.info.run_id)
+
     def open(self, run: RunInfo) -> MLflowWriter:
-        """Find the MLflow run of earlier attempts, or create one.
+        """Join the MLflow run that is named, find that of earlier attempts, or create one.
 
         Raises:
-            SinkMisconfigured: As `check`; or the experiment was deleted.
+            SinkMisconfigured: As `check`; or the experiment was deleted, or the server has no run of that name.
             Exception: What MLflow's client raises when the server is not there. Trying again may help.
         """
         self.check()
         _set_environment(self.timeout_s)
         client = _module("mlflow").MlflowClient(tracking_uri=self.tracking_uri)
+        joined = self.mlflow_run_id or os.environ.get("MLFLOW_RUN_ID")
+        if joined:
+            found = _joined_run(client, joined)
+            client.set_tag(joined, RUN_ID_TAG, run.run_id)
+            return MLflowWriter(client, joined, run.run_dir, dict(found.data.params), owned=False)
         experiment = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
         experiment_id = _experiment_id(client, experiment)
         found = _find_run(client, experiment_id, run.run_id)
@@ -128,7 +148,7 @@ class MLflow(Strict, frozen=True):
             found = client.create_run(experiment_id, tags=tags, run_name=self.run_name or run.run_id)
         elif found.info.status != "RUNNING":
             client.update_run(found.info.run_id, status="RUNNING")
-        return MLflowWriter(client, found.info.run_id, run.run_dir, dict(found.data.params))
+        return MLflowWriter(client, found.info.run_id, run.run_dir, dict(found.data.params), owned=True)
 
 
 class MLflowWriter:
@@ -139,9 +159,13 @@ class MLflowWriter:
         mlflow_run_id: The run that is written to.
         run_dir: Where the files of images and texts are.
         parameters: Those it has.
+        owned: Whether this sink ends it.
     """
 
-    def __init__(self, client: Any, mlflow_run_id: str, run_dir: str | None, parameters: dict[str, str]) -> None:
+    def __init__(
+        self, client: Any, mlflow_run_id: str, run_dir: str | None, parameters: dict[str, str], *, owned: bool
+    ) -> None:
+        self._owned = owned
         self.mlflow_run_id = mlflow_run_id
         self._client = client
         self._entities = _module("mlflow.entities")
@@ -250,6 +274,8 @@ class MLflowWriter:
     def _end(self, event: RunEnded) -> None:
         tags = {STATUS_TAG: event.status} | ({REASON_TAG: event.reason[:_TAG_CHARS]} if event.reason else {})
         self._client.log_batch(self.mlflow_run_id, tags=[self._entities.RunTag(*one) for one in tags.items()])
+        if not self._owned:
+            return
         # Not `log_batch`'s kind of request: this is what gives the run its end, and it may be made again.
         self._client.set_terminated(self.mlflow_run_id, _STATUS[event.status], round(event.time * 1_000))
 
@@ -307,6 +333,23 @@ def _set_environment(timeout_s: int) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_s))
     os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", str(timeout_s))
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+
+def _joined_run(client: Any, mlflow_run_id: str) -> Any:
+    """The run with this id.
+
+    Raises:
+        SinkMisconfigured: There is none.
+    """
+    exceptions: Any = importlib.import_module("mlflow.exceptions")
+    try:
+        return client.get_run(mlflow_run_id)
+    except exceptions.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise SinkMisconfigured(
+                f"MLflow has no run {mlflow_run_id!r:.80}; correct mlflow_run_id or MLFLOW_RUN_ID, or leave it out"
+            ) from None
+        raise
 
 
 def _experiment_id(client: Any, name: str) -> str:

@@ -1,7 +1,6 @@
 """A page for Prometheus to scrape while a run is under way.
 
-Scraping sees the present and has no steps: for curves over steps use a sink that is written to. What happens between
-the last scrape and the end of a run is not seen by anybody, because the page goes away with the run.
+Scraping sees the present and has no steps: for curves over steps use a sink that is written to.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import math
 import os
 import re
 import socket
@@ -29,7 +29,6 @@ from sinks.totals import STEP_BOUNDS_S, TOTALS_TYPES, Totals, label_text
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-_FILE = "prometheus.json"
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _CLIENT_WAIT_S = 10.0
 """How long a client may take to send its request, or to take in its answer."""
@@ -44,17 +43,25 @@ class Prometheus(Strict, frozen=True):
     ``stagecast_checkpoints_total{outcome="saved"}``, ``stagecast_observer_failures_total{observer="..."}`` and
     ``stagecast_ledger_seconds_total{row="data"}``: where the loop's time goes.
 
-    A run that keeps a folder writes its address into ``prometheus.json`` there, in the format that Prometheus reads
-    for discovery (``file_sd_configs``), and takes it away at the end. Two runs at a time on one machine need two ports.
+    A run that keeps a folder writes its address into ``prometheus-RUN.json`` beside that folder, in the format that
+    Prometheus reads for discovery, and removes it at the end: a ``file_sd_configs`` with
+    ``files: [runs/prometheus-*.json]`` finds all runs (Prometheus allows a wildcard in the last part of a path only).
+    Two runs at a time on one machine need two ports.
+
+    If the page has been scraped during the run, the end of the run waits up to ``linger_s`` for one more scrape, which
+    sees the final state.
     """
 
     host: str = "127.0.0.1"
     """The address to listen on: by default, only this machine can read it. ``0.0.0.0``: every machine that can reach
     this one; nobody is asked for a password."""
     port: int = 9464
-    """0 takes a free one, which the log and ``prometheus.json`` tell."""
+    """0 takes a free one, which the log and the discovery file name."""
     max_names: int = 1_000
     """Most distinct names of metrics; each is a series that Prometheus keeps. Others are left out, with a warning."""
+
+    linger_s: float = 15.0
+    """Seconds that the end of a run waits for a scrape of its final state. ``drain_timeout_s`` bounds it, too."""
 
     # Nothing is lost that the disk can keep: a step that `latest` or `drop_oldest` takes away would be missing in the
     # counters for ever. Scrapes are seconds apart, so that a second's delay shows nowhere and wakes this thread seldom.
@@ -77,6 +84,8 @@ class Prometheus(Strict, frozen=True):
             )
         if not (isinstance(self.max_names, int) and self.max_names >= 1):
             raise SinkMisconfigured(f"Prometheus(max_names={self.max_names!r:.80}): it must show at least one name")
+        if not (isinstance(self.linger_s, int | float) and 0 <= self.linger_s < math.inf):
+            raise SinkMisconfigured(f"Prometheus(linger_s={self.linger_s!r:.80}): give seconds, 0 or more")
 
     def open(self, run: RunInfo) -> PrometheusWriter:
         """Begin to serve. Looking up a host name may wait.
@@ -102,13 +111,14 @@ class Prometheus(Strict, frozen=True):
                 f" another with port=, or port=0 for a free one",
             ) from error
         server.set_app(make_wsgi_app(registry))
-        return PrometheusWriter(server, totals, None if run.run_dir is None else Path(run.run_dir) / _FILE)
+        return PrometheusWriter(server, totals, None if run.run_dir is None else _file_of(run.run_dir), self.linger_s)
 
 
 class PrometheusWriter:
     """A page that is being served. Adds up on the sink's thread; answers on threads of its own."""
 
-    def __init__(self, server: _Server, totals: Totals, file: Path | None) -> None:
+    def __init__(self, server: _Server, totals: Totals, file: Path | None, linger_s: float) -> None:
+        self._linger_s = linger_s
         self.url = f"http://{_address(server.host, server.server_port)}/metrics"
         """Where the page is."""
         self._server = server
@@ -127,7 +137,10 @@ class PrometheusWriter:
         self._totals.take(events)
 
     def close(self) -> None:
-        """Stop serving; the port is free when this returns."""
+        """Wait for a last scrape, if there were any, and stop serving; the port is free when this returns."""
+        self._server.closing.set()
+        if self._server.scraped.is_set():
+            self._server.scraped_last.wait(self._linger_s)
         if self._file is not None:
             with contextlib.suppress(OSError):  # it may never have been written, or the folder be gone
                 self._file.unlink()
@@ -184,7 +197,16 @@ class _Collector:
 
 
 class _Handler(WSGIRequestHandler):
+    server: _Server
     timeout = _CLIENT_WAIT_S
+
+    def handle(self) -> None:
+        """Answer one request, and note that it is answered."""
+        is_last = self.server.closing.is_set()  # before the numbers are read: they are the final ones
+        super().handle()
+        self.server.scraped.set()
+        if is_last:
+            self.server.scraped_last.set()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: it would write to the program's stderr at each scrape."""
@@ -197,6 +219,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
     def __init__(self, host: str, port: int) -> None:
         self.host = host
+        self.closing, self.scraped, self.scraped_last = threading.Event(), threading.Event(), threading.Event()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
@@ -209,6 +232,11 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away in the middle is its own affair."""
         logger.debug(f"a scrape by {client_address} failed", exc_info=True)
+
+
+def _file_of(run_dir: str) -> Path:
+    folder = Path(run_dir).absolute()
+    return folder.parent / f"prometheus-{folder.name}.json"
 
 
 def _is_host(host: object) -> bool:

@@ -17,6 +17,7 @@ from events.origin import Origin
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink, delivery_of
 from events.subscription import Subscription
+from events.supervisor import unique_name
 from sinks.host import HEALTH, FeedObservers, Place
 
 _LOOK_S = 0.5
@@ -59,8 +60,7 @@ async def replay(
     observers = FeedObservers(bus, run, history_filter(folder / JOURNAL_DIR))
     names: list[str] = []
     for sink in sinks:
-        name = type(sink).__name__.lower()
-        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+        names.append(unique_name(type(sink).__name__.lower(), names))  # as the run named them
         observers.add(names[-1], sink, delivery_of(sink), Place(since), lambda seq, delivered: None)
     reports: list[ObserverReport] = []
     health = bus.subscribe("health", Delivery(types=frozenset(HEALTH), latency_s=0.05))

@@ -47,6 +47,10 @@ class WandB(Strict, frozen=True):
 
     All attempts at a run are one W&B run; steps that a later attempt does again are there twice.
 
+    A run that the caller has, or the environment names, is joined instead of a second one: ``wandb.run`` where
+    ``wandb.init()`` was called in this process (the caller ends it), ``id``, or ``WANDB_RUN_ID``, which the agent of a
+    sweep sets, too (with ``WANDB_RESUME`` as it is set).
+
     Online, W&B's own process takes what is written, keeps it in a file and uploads it in the background; a server that
     goes away then is waited for until ``finish_timeout_s`` after the run's end, and ``wandb sync`` uploads the rest
     from ``dir``. A server that is not there at the start is tried again for half an hour. Offline, all is left to
@@ -63,6 +67,9 @@ class WandB(Strict, frozen=True):
     """User or team. None: ``WANDB_ENTITY`` says, or the user's default."""
     name: str | None = None
     """The run's name. None: its ``run_id``."""
+    id: str | None = None
+    """The W&B run to log to. None: the one that is active or that the environment names, else one for this ``run_id``.
+    """
     mode: Mode | None = None
     """None: ``WANDB_MODE`` says, or ``online``. ``disabled``: nothing is logged."""
     dir: str | None = None
@@ -117,6 +124,8 @@ class WandB(Strict, frozen=True):
         self.check()
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         wandb = _client()
+        if self.id is None and getattr(wandb, "run", None) is not None:
+            return WandBWriter(wandb.run, run.run_dir, owned=False)
         settings = self._settings(run, wandb)
         with _lock, _hooks_kept():
             try:
@@ -129,7 +138,7 @@ class WandB(Strict, frozen=True):
                 raise
             wandb_run.define_metric("global_step", hidden=True)
             wandb_run.define_metric("*", step_metric="global_step")
-        return WandBWriter(wandb_run, run.run_dir)
+        return WandBWriter(wandb_run, run.run_dir, owned=True)
 
     def _settings(self, run: RunInfo, wandb: Any) -> Any:
         base = wandb.Settings()
@@ -151,8 +160,8 @@ class WandB(Strict, frozen=True):
             "run_group": self.group,
             "run_job_type": self.job_type,
             "run_notes": self.notes,
-            "run_id": wandb_run_id(run.run_id),
-            "resume": "allow",
+            "run_id": self.id or base.run_id or wandb_run_id(run.run_id),
+            "resume": (None if self.id else base.resume) or "allow",
             "root_dir": root,
             "init_timeout": self.init_timeout_s,
             "finish_timeout": self.finish_timeout_s,
@@ -178,11 +187,14 @@ class WandBWriter:
     Args:
         wandb_run: A ``wandb.Run``, for what this sink does not do itself.
         run_dir: Where the files of images and texts are.
+        owned: Whether this sink began it, and ends it.
     """
 
-    def __init__(self, wandb_run: Any, run_dir: str | None) -> None:
+    def __init__(self, wandb_run: Any, run_dir: str | None, *, owned: bool) -> None:
         self.wandb_run = wandb_run
         self._run_dir = run_dir
+        self._owned = owned
+        self._defined: set[str] = set()
         self._last = (0, 0)
         self._exit_code = 1  # who has not seen the end was given up
 
@@ -194,6 +206,8 @@ class WandBWriter:
         """
         for row, last in _rows(newer(events, self._last), self._values_of):
             if row:
+                if not self._owned:
+                    self._define(row)
                 self.wandb_run.log(row)
             self._last = position_of(last)
 
@@ -203,9 +217,17 @@ class WandBWriter:
         Raises:
             TimeoutError: Some of it is not uploaded; `wandb sync` does it later.
         """
+        if not self._owned:
+            return
         self.wandb_run.finish(exit_code=self._exit_code)
         with _lock:
             _end_process(_client())
+
+    def _define(self, row: dict[str, Any]) -> None:
+        """Draw these over ``global_step``: each by its name, because the caller's own metrics have another axis."""
+        for name in row.keys() - self._defined:
+            self.wandb_run.define_metric(name, step_metric=None if name == "global_step" else "global_step")
+            self._defined.add(name)
 
     def _values_of(self, event: Event) -> dict[str, Any]:
         """What an event adds to its step's row."""

@@ -41,7 +41,7 @@ from trainer.fetch import fetch_for
 from trainer.loop_thread import Task
 from trainer.module_interface import ModuleInterface
 from trainer.resume import CheckpointPlan
-from trainer.session import Callback, Session, SinkLike, console, new_run_id
+from trainer.session import Callback, Session, SinkLike, console, new_run_id, split
 
 
 class Trainer:
@@ -171,9 +171,8 @@ class Trainer:
         place = self._place()
         if place.is_remote:
             interruptibly(place.fetch)
-        session = run_here(
-            lambda: self._session(task, control, place, default_sinks=True, interactive=on_main_thread), control
-        )
+        sinks = self._sinks_here((console(),))
+        session = run_here(lambda: self._session(task, control, place, sinks, interactive=on_main_thread), control)
         result = _outcome(session)
         if control.stopped_by is not None:
             raise RunInterrupted(result) if control.stopped_by == "SIGINT" else RunTerminated(result)
@@ -194,12 +193,19 @@ class Trainer:
             self._resume,
         )
 
+    def _sinks_here(self, default: tuple[SinkLike, ...]) -> list[SinkLike]:
+        """The sinks, as their ``bound`` method describes them on the thread that starts the run."""
+        sinks: list[SinkLike] = []
+        for one in default if self._sinks is None else self._sinks:
+            sink, delivery = split(one)
+            if callable(bound := getattr(sink, "bound", None)):
+                sink = bound()
+            sinks.append(sink if delivery is None else (sink, delivery))
+        return sinks
+
     def _session(
-        self, task: Task, control: Control, place: _Place, *, default_sinks: bool, interactive: bool
+        self, task: Task, control: Control, place: _Place, sinks: Iterable[SinkLike], *, interactive: bool
     ) -> Session:
-        sinks = self._sinks
-        if sinks is None:
-            sinks = (console(),) if default_sinks else ()
         return Session(
             self.module,
             self.arguments,
@@ -286,7 +292,9 @@ class RunContext(AbstractAsyncContextManager[Run]):
         if place.is_remote:
             # A native cancellation leaves the thread behind: it lets the run's folder go when it has ended.
             await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
-        self.session = self._trainer._session("train", Control(), place, default_sinks=False, interactive=False)
+        self.session = self._trainer._session(
+            "train", Control(), place, self._trainer._sinks_here(()), interactive=False
+        )
         try:
             self.session.loop.start()  # first, because it may fail; entering the task group cannot
         except BaseException:

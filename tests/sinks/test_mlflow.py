@@ -487,6 +487,44 @@ def test_a_second_attempt_continues_the_same_mlflow_run(connect: Any, story: Any
     assert (found.run.info.status, found.run.data.tags[RUN_ID_TAG]) == ("FINISHED", run_id)
 
 
+@pytest.mark.parametrize("how", ["environment", "active", "given"])
+def test_a_run_that_somebody_else_began_is_joined_and_left_to_them(
+    server: Any, story: Any, name: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No second run is made; parameters and numbers are added, and its status is not ours to set."""
+    import mlflow
+
+    mlflow.set_tracking_uri(server.url)
+    mlflow.set_experiment(name)
+    with mlflow.start_run() as active:
+        mlflow.log_param("theirs", 1)
+        run_id = active.info.run_id
+        sink = MLflow(server.url, experiment=name)
+        if how == "environment":
+            monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+        elif how == "given":
+            sink = MLflow(server.url, mlflow_run_id=run_id)
+        bound = sink.bound() if how == "active" else sink
+        writers: list[Any] = []
+        opening = threading.Thread(target=lambda: writers.append(bound.open(RunInfo("demo"))))  # as a sink's thread
+        opening.start()
+        opening.join()
+        writers[0].write([story.started(arguments={"lr": 0.1}), *story.steps(2), story(RunEnded, status="failed")])
+        client = mlflow.MlflowClient(server.url)
+        experiment = client.get_experiment_by_name(name)
+        (found,) = client.search_runs([experiment.experiment_id])
+        assert (found.info.run_id, found.info.status) == (run_id, "RUNNING")
+        assert (found.data.params["theirs"], found.data.params["lr"]) == ("1", "0.1")
+        assert found.data.tags["stagecast.status"] == "failed"
+        assert len(client.get_metric_history(run_id, "train_loss")) == 2
+
+
+def test_a_run_to_join_that_does_not_exist_is_named(server: Any) -> None:
+    """Trying again does not help."""
+    with pytest.raises(SinkMisconfigured, match="MLflow has no run 'abc'; correct mlflow_run_id"):
+        MLflow(server.url, mlflow_run_id="abc").open(RunInfo("demo"))
+
+
 def test_what_the_user_has_set_for_the_client_stays(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is not set is given the sink's limits."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")

@@ -90,7 +90,7 @@ def serve() -> Iterator[Any]:
     opened: list[Any] = []
 
     def open_one(run_id: str = "demo", run_dir: Path | None = None, **options: Any) -> Any:
-        sink = Prometheus(**({"port": 0} | options))
+        sink = Prometheus(**({"port": 0, "linger_s": 0} | options))
         opened.append(sink.open(RunInfo(run_id, run_dir=None if run_dir is None else str(run_dir))))
         return opened[-1]
 
@@ -210,8 +210,9 @@ def test_a_name_that_nobody_knows_is_an_error_to_be_tried_again(serve: Any) -> N
 
 def test_the_folder_tells_the_address_in_the_format_of_discovery(serve: Any, tmp_path: Path) -> None:
     """With port 0 nobody could find it otherwise; it goes when the page goes."""
-    writer = serve(run_dir=tmp_path)
-    groups = json.loads((tmp_path / "prometheus.json").read_text())
+    writer = serve(run_dir=tmp_path / "run")
+    (file,) = tmp_path.glob("prometheus-*.json")  # as Prometheus may be told: a wildcard in the last part alone
+    groups = json.loads(file.read_text())
     assert f"http://{groups[0]['targets'][0]}/metrics" == writer.url
     assert "run_id" not in groups[0]["labels"]  # Prometheus would rename the page's own
     writer.close()
@@ -222,7 +223,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(
     serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The page is served, and the log says where."""
-    writer = serve(run_dir=tmp_path / "missing")
+    writer = serve(run_dir=tmp_path / "missing" / "run")
     assert Page(writer.url)("steps_total") == 0
     assert f"it is {writer.url}" in caplog.text
     writer.close()
@@ -237,6 +238,22 @@ def test_the_port_is_free_after_close_and_no_thread_is_left(serve: Any) -> None:
     assert "stagecast-prometheus-http" not in {thread.name for thread in threading.enumerate()}
     again = serve(port=port)
     assert Page(again.url)("steps_total") == 0
+
+
+def test_the_final_state_of_a_run_that_is_scraped_is_scraped(serve: Any, story: Any) -> None:
+    """The page stays until then; one that was never scraped is not waited for."""
+    serve(linger_s=WAIT_S).close()
+    writer = serve(linger_s=WAIT_S)
+    writer.write([story.started()])
+    assert Page(writer.url)("run_state", state="running") == 1
+    writer.write([story(RunEnded, status="finished")])
+    closing = threading.Thread(target=writer.close)
+    closing.start()
+    assert writer._server.closing.wait(WAIT_S)
+    assert closing.is_alive()
+    assert Page(writer.url)("run_state", state="finished") == 1
+    closing.join(WAIT_S)
+    assert not closing.is_alive()
 
 
 def test_a_client_that_hangs_keeps_neither_others_nor_the_end_waiting(serve: Any, story: Any) -> None:
@@ -493,7 +510,7 @@ class Scrape(CallbackInterface):
     """At the end of each epoch: holds the loop until the page shows the step that it has come to."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.file = run_dir / "prometheus.json"
+        self.file = run_dir.parent / f"prometheus-{run_dir.name}.json"
         self.pages: list[Page] = []
 
     @inline
@@ -512,7 +529,9 @@ class Scrape(CallbackInterface):
 def test_a_run_can_be_scraped_while_it_trains(tmp_path: Path) -> None:
     """The real trainer: every step is counted, what was logged is there, and nothing is left behind."""
     scrape = Scrape(tmp_path / "run")
-    memory = train([Prometheus(port=0)], callbacks=[scrape], run_id="läuft", run_dir=tmp_path / "run", journal=True)
+    memory = train(
+        [Prometheus(port=0, linger_s=0)], callbacks=[scrape], run_id="läuft", run_dir=tmp_path / "run", journal=True
+    )
     assert [page("steps_total") for page in scrape.pages] == [5, 10]
     last = scrape.pages[-1]
     assert last.run_ids == {"läuft"}

@@ -401,6 +401,43 @@ def test_the_exit_code_tells_how_the_run_ended(
     assert log.config["module"] == "my_package.Net"
 
 
+def test_a_run_that_the_environment_names_is_joined(
+    connect: Any, story: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the agent of a sweep names it; a name given to the sink goes before."""
+    monkeypatch.setenv("WANDB_RUN_ID", "from-env")
+    for options in ({}, {"id": "from-caller"}):
+        writer = connect(**options)
+        writer.write(story.steps(1))
+        writer.close()
+    assert {run.run_id for run in Log(tmp_path).runs} == {"from-env", "from-caller"}
+
+
+def test_an_active_run_of_the_caller_is_joined_and_left_open(story: Any, tmp_path: Path) -> None:
+    """The caller's own metrics keep their axis, and the caller ends the run."""
+    import wandb
+
+    with wandb.init(mode="offline", id="mine", dir=tmp_path, settings=wandb.Settings(silent=True)) as mine:
+        result = Trainer(
+            Line(),
+            TrainerArguments(train_batch_size=2, device="cpu"),
+            sinks=[WandB(mode="offline")],
+            journal=False,
+            checkpoints=False,
+        ).train()
+        mine.log({"after": 1.0})
+    assert [one.state for one in result.observers if one.observer == "wandb"] == ["closed"]
+    log = Log(tmp_path)
+    assert {run.run_id for run in log.runs} == {"mine"}
+    assert log.exit_codes == [0]
+    assert [step for step, _ in log.points("train_loss")] == [1, 2, 3, 4, 5, 6]
+    assert any(row.get("after") == 1.0 for row in log.rows)
+    assert log.summary["stagecast/status"] == "finished"
+    axes = {one.name: one.step_metric for one in log.of("metric")}
+    assert axes["train_loss"] == "global_step"
+    assert "*" not in {one.glob_name for one in log.of("metric")}
+
+
 def test_a_second_attempt_continues_the_same_wandb_run(connect: Any, story: Any, tmp_path: Path) -> None:
     """Its id comes from the run's name, and W&B is told to take it up."""
     for attempt in (1, 2):

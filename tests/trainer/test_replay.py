@@ -84,14 +84,15 @@ def test_a_run_is_fed_as_the_history_that_counts(kit: Any, tmp_path: Path) -> No
     for epochs in (2, 3):
         options = {"run_dir": tmp_path / "run", "run_id": "run", "journal": True, "epochs": epochs}
         assert kit.train(kit.Net(), **options).result.status == "finished"
-    sinks = [Memory(), Memory()]
-    reports = anyio.run(replay, tmp_path / "run", sinks)
+    sinks: list[Any] = [Memory(), Memory(), Flaky(0)]
+    reports = anyio.run(replay, tmp_path / "run", [sinks[0], sinks[2], sinks[1]])
     history = list(read_history(tmp_path / "run/journal"))
     assert sinks[0].events == sinks[1].events == history
     assert {event.attempt for event in sinks[0].of(TrainStepEnded)} == {2}
     assert [(report.observer, report.state, report.left) for report in reports] == [
         ("memory", "closed", 0),
-        ("memory-2", "closed", 0),
+        ("flaky", "closed", 0),
+        ("memory-2", "closed", 0),  # as in a run
     ]
     later = Memory()
 
