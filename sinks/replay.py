@@ -49,7 +49,7 @@ async def replay(
         RunFolderError: there is no journal in this folder, or no event in it that can be read.
     """
     folder = Path(run_dir).absolute()  # noqa: ASYNC240  # asks the system for nothing but the working directory
-    while not (tail := journal_tail(folder / JOURNAL_DIR)).seq and is_held(folder):  # noqa: ASYNC110  # as below
+    while not (tail := journal_tail(folder / JOURNAL_DIR)).run_id and is_held(folder):  # noqa: ASYNC110  # as below
         await anyio.sleep(_LOOK_S)  # it has only just begun
     if not tail.seq:
         raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
