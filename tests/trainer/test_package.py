@@ -160,7 +160,7 @@ def test_imports_go_in_one_direction(package: str, never: set[str]) -> None:
     assert found == {}
 
 
-ADAPTERS = {"sinks/live/server.py", "trainer/connection_http.py", "trainer/examples/service.py"}
+ADAPTERS = {"sinks/live/server.py", "sinks/otlp_export.py", "trainer/connection_http.py", "trainer/examples/service.py"}
 """Modules around a client, which are imported when that is wanted."""
 
 
@@ -168,7 +168,20 @@ ADAPTERS = {"sinks/live/server.py", "trainer/connection_http.py", "trainer/examp
     ("package", "late"),
     [
         ("trainer", {"sinks", "sklearn", "numpy", "trio", "httpx", "psutil", "PIL", "matplotlib"}),
-        ("sinks", {"rich", "numpy", "tensorboardX", "wandb", "mlflow", "prometheus_client", "requests", "uvicorn"}),
+        (
+            "sinks",
+            {
+                "rich",
+                "numpy",
+                "tensorboardX",
+                "wandb",
+                "mlflow",
+                "prometheus_client",
+                "opentelemetry",
+                "requests",
+                "uvicorn",
+            },
+        ),
         ("events", {"trio", "numpy", "obstore"}),
     ],
 )
