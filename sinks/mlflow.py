@@ -87,7 +87,6 @@ class MLflow(Strict, frozen=True):
     mlflow_run_id: str | None = None
     """The MLflow run to log to. None: the one that is active or that the environment names, else one for this
     ``run_id``."""
-    tags: dict[str, str] = {}
     timeout_s: int = 5
     """How long the server may take to accept a connection, and again to answer, in whole seconds. A request is made
     once; when to try again is the supervisor's to say."""
