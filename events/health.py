@@ -22,6 +22,7 @@ from events.messages import (
     ObserverRecovered,
     ObserversReported,
     RunEnded,
+    RunStarted,
     StepSkipped,
     TestEpochEnded,
     ValEpochEnded,
@@ -60,6 +61,7 @@ class Health:
             CheckpointSaved: self._checkpoint_saved,
             CheckpointUploaded: self._checkpoint_uploaded,
             CheckpointRejected: self._checkpoint_rejected,
+            RunStarted: lambda event: None,  # a new attempt begins healthy
             RunEnded: self._run_ended,
         }
 

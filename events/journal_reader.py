@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -379,6 +379,37 @@ def _kept_up_to(resumes: list[RunResumed]) -> Callable[[int], tuple[float, float
         return (0, 0) if attempt == 1 or attempt in by_attempt else everything
 
     return kept
+
+
+class EventFinder:
+    """Finds a journal's events of some types, in order and each once, while it grows. It decodes no other lines.
+
+    Belongs to one thread.
+    """
+
+    def __init__(self, journal_dir: str | os.PathLike[str], types: Iterable[type[Event]]) -> None:
+        self._dir = Path(journal_dir)
+        self._beginnings = tuple(b'{"type":"%s"' % kind.__name__.encode() for kind in types)
+        self._segment = self._offset = 0  # of the next line
+
+    def find(self) -> Iterator[Event]:
+        """Return the events behind those that were found before. Raises `OSError` if a segment cannot be read."""
+        for number in segment_numbers(self._dir):
+            if number < self._segment:
+                continue
+            if number > self._segment:
+                self._segment, self._offset = number, 0
+            try:
+                with open(self._dir / segment_name(number), "rb") as file:
+                    file.seek(self._offset)
+                    for line in file:
+                        if not line.endswith(b"\n"):
+                            break  # it is still being written
+                        self._offset += len(line)
+                        if line.startswith(self._beginnings) and (event := _event_of(line[:-1])) is not None:
+                            yield event
+            except FileNotFoundError:
+                continue  # removed since it was listed
 
 
 def _resumes(journal_dir: Path) -> Iterator[RunResumed]:

@@ -75,6 +75,10 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
     pid: int = 0
     config: dict[str, Any] = {}
     """The user's own hyperparameters (`Trainer(config=...)`) as plain values."""
+    best: str | None = None
+    """The metric by which the best checkpoints are kept (`Checkpoints.best`); None without one."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether the least or the greatest value of ``best`` is the best."""
 
 
 class RunResumed(Event, frozen=True, gc=False, tag=True):

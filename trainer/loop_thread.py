@@ -400,7 +400,7 @@ class LoopThread:
     def _publish_started(self, steps: int | None) -> None:
         origin, arguments = self._origin, self._arguments
         self._started = True
-        kind = type(self._module)
+        kind, settings = type(self._module), self._plan.settings
         started = RunStarted(
             *origin.header(),
             f"{kind.__module__}.{kind.__qualname__}",
@@ -413,6 +413,8 @@ class LoopThread:
             socket.gethostname(),
             os.getpid(),
             self._config,
+            settings.best if settings is not None else None,
+            settings.best_mode if settings is not None else "min",
         )
         self._bus.publish(started)
         for name, error in self._rejected:

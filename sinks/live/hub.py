@@ -117,14 +117,17 @@ class Hub:
         if self.run_dir is not None and self._is_journalled(resumed.seq):
             return read_view(self.run_dir)[0]
         old = self.view  # what is bound to steps cannot be told apart: it goes
-        return RunView(
+        view = RunView(
             run=old.run,
             arguments=old.arguments,
+            config=old.config,
             versions=old.versions,
             log=old.log,
             checkpoints=old.checkpoints,
             observers=old.observers,
         )
+        view.health = old.health
+        return view
 
     def _is_journalled(self, seq: int) -> bool:
         """Whether the journal has come to a place, or does so soon: it is written by another thread."""

@@ -12,9 +12,11 @@ import anyio.to_thread
 import msgspec
 
 from events.folder import is_held
-from events.journal_reader import JOURNAL_DIR, JournalReader, last_events, segment_numbers
+from events.health import Health
+from events.journal_reader import JOURNAL_DIR, EventFinder, JournalReader, last_events, segment_numbers
 from events.messages import Event, RunEnded
 from sinks.live.hub import FolderHub, Hub
+from sinks.live.stored import head_of
 from sinks.live.view import RunView, Summary
 
 _MOST_HUBS = 16
@@ -61,7 +63,7 @@ class RunsOfFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._hubs: OrderedDict[Path, FolderHub] = OrderedDict()
-        self._known: dict[Path, tuple[tuple[int, int], Summary]] = {}
+        self._known: dict[Path, tuple[tuple[int, int], Summary, HealthReader]] = {}
         self._paths: dict[str, Path] = {}  # by the run's name, as of the last look
         self._limiter: anyio.CapacityLimiter | None = None
 
@@ -104,24 +106,47 @@ class RunsOfFolder:
         return await anyio.to_thread.run_sync(function, limiter=self._limiter)
 
     def _look(self) -> list[Summary]:
-        known: dict[Path, tuple[tuple[int, int], Summary]] = {}
+        known: dict[Path, tuple[tuple[int, int], Summary, HealthReader]] = {}
         for path in _run_folders(self._folder):
             try:
                 stamp = _stamp(path)
                 entry = self._known.get(path)
                 if entry is None or entry[0] != stamp or entry[1].status in ("running", "lost"):
-                    entry = stamp, summarise(path)
+                    health = entry[2] if entry is not None else HealthReader(path)
+                    entry = stamp, summarise(path, health), health
             except OSError:  # it has been removed since, or cannot be read
                 continue
             known[path] = entry
-        named = [(path, run) for path, (_, run) in known.items() if run.run_id]
+        named = [(path, run) for path, (_, run, _) in known.items() if run.run_id]
         named.sort(key=lambda one: (one[1].status == "running", one[1].updated))
         self._known, self._paths = known, {run.run_id: path for path, run in named}  # the last of a name stays
         return [known[path][1] for path in self._paths.values()]
 
 
-def summarise(run_dir: Path) -> Summary:
-    """A run in a few words, from the beginning and the end of its journal. Raises `OSError`."""
+class HealthReader:
+    """Reads what is unhealthy about a run from all of its journal, which may grow. Belongs to one thread."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._head: bytes | None = None
+
+    def problems(self) -> list[str]:
+        """Read on, and return what is unhealthy. Raises `OSError`."""
+        head = head_of(self._run_dir)
+        if head != self._head:  # the first time, or another run has the folder now
+            self._head, self._health = head, Health()
+            self._finder = EventFinder(self._run_dir / JOURNAL_DIR, self._health.types)
+        for event in self._finder.find():
+            self._health.add(event)
+        return self._health.problems
+
+
+def summarise(run_dir: Path, health: HealthReader | None = None) -> Summary:
+    """A run in a few words, from the beginning and the end of its journal. Raises `OSError`.
+
+    Args:
+        health: Has read the run's journal before; None reads all of it.
+    """
     journal_dir = run_dir / JOURNAL_DIR
     events: list[Event] = JournalReader(journal_dir).read(_HEAD)
     tail = last_events(journal_dir)
@@ -129,9 +154,11 @@ def summarise(run_dir: Path) -> Summary:
     view.add([*events, *(event for event in tail if events and event.seq > events[-1].seq)])
     if tail and tail[-1].attempt > view.run.attempt:  # its beginning is in the middle
         view.run.attempt = tail[-1].attempt
-        view.run.status = next((event.status for event in tail if type(event) is RunEnded), "running")
+        end = next((event for event in tail if type(event) is RunEnded), None)
+        view.run.status, view.run.ended = ("running", None) if end is None else (end.status, end.time)
     if view.run.status in ("running", "unknown") and not is_held(run_dir):
         view.run.status = "lost"
+    view.run.problems = (health or HealthReader(run_dir)).problems()
     return view.run
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from events.journal_reader import (
     JOURNAL_DIR,
+    EventFinder,
     JournalReader,
     history_filter,
     journal_tail,
@@ -24,7 +25,7 @@ from sinks.live.view import RunView
 
 STORE_NAME = "view.msgpack"
 """In a run's folder: the view as it was. It may be deleted."""
-_VERSION = 3
+_VERSION = 4
 _BATCH = 512
 PAUSE_S = 0.0002
 """Between two batches of a long journal: so others on this interpreter wait 2 ms for it instead of 5, each time."""
@@ -103,6 +104,11 @@ def _stored_view(run_dir: Path) -> RunView:
         stored = msgspec.msgpack.decode((run_dir / STORE_NAME).read_bytes(), type=_Stored)
         fits = stored.version == _VERSION and stored.head == head_of(run_dir)
         if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR).seq:
+            health = stored.view.health  # it is not stored: few lines of the journal bear on it
+            for event in EventFinder(run_dir / JOURNAL_DIR, health.types).find():
+                if event.seq > stored.view.cursor:
+                    break
+                health.add(event)
             return stored.view
     except (OSError, ValueError, RecursionError):
         pass

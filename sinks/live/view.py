@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from events.health import Health
 from events.messages import (
     CheckpointDeleted,
     CheckpointFailed,
@@ -37,6 +38,7 @@ from events.messages import (
     TrainStepEnded,
     ValEpochEnded,
     ValEpochStarted,
+    WarningLogged,
 )
 from events.metrics import metric_name
 from events.series import SeriesStore, as_json, plain, points_of
@@ -80,6 +82,15 @@ class Summary(msgspec.Struct, omit_defaults=False):
     host: str = ""
     started: float = 0.0
     updated: float = 0.0
+    """Unix seconds of the newest event: of a run that died, its last sign of life."""
+    ended: float | None = None
+    """Unix seconds at which the loop ended; None while it runs, and for a run that died."""
+    problems: list[str] = []
+    """What is unhealthy, as `events.health.Health` finds it."""
+    best: str | None = None
+    """The metric by which the run keeps its best checkpoints..."""
+    best_mode: str = "min"
+    """...and whether its least or its greatest value is the best."""
     global_step: int = 0
     epoch: int = 0
     epochs: int | None = None
@@ -171,6 +182,7 @@ class RunView(msgspec.Struct, dict=True):
         self._progress = Progress()
         self._progress.epochs = self.run.epochs  # of one that was stored
         self._chronicle = Chronicle(self._progress)
+        self.health = Health()
         self._readers: dict[type[Event], Callable[[Any, Changes], None]] = {
             RunStarted: self._started,
             RunResumed: self._resumed,
@@ -216,6 +228,7 @@ class RunView(msgspec.Struct, dict=True):
         del self.log[:-MOST_LINES]
         last = events[-1]
         self.run.updated = last.time
+        self.run.problems = self.health.problems
         self.run.run_id = self.run.run_id or last.run_id  # whatever of it was lost, it has a name
         place = next((event for event in reversed(events) if type(event) in _PLACES), None)
         if place is not None:
@@ -230,8 +243,9 @@ class RunView(msgspec.Struct, dict=True):
         if reader is not None:
             reader(event, changes)
         self._progress.take(event)
+        self.health.add(event)
         for line in self._chronicle.take(event):
-            entry = {
+            entry: dict[str, Any] = {
                 "seq": event.seq,
                 "time": line.time,
                 "global_step": event.global_step,
@@ -240,6 +254,8 @@ class RunView(msgspec.Struct, dict=True):
                 "kind": type(event).__name__,
                 "text": line.text,
             }
+            if line.kind in _LEVELS and (detail := _detail_of(event)):
+                entry["detail"] = detail
             self.log.append(entry)
             changes.log.append(entry)
 
@@ -274,6 +290,8 @@ class RunView(msgspec.Struct, dict=True):
             device=e.device,
             host=e.host,
             started=first,
+            best=e.best,
+            best_mode=e.best_mode,
             global_step=e.global_step,
             epochs=e.epochs,
             steps_per_epoch=e.steps_per_epoch,
@@ -288,6 +306,7 @@ class RunView(msgspec.Struct, dict=True):
 
     def _ended(self, e: RunEnded, changes: Changes) -> None:
         self.run.status, self.run.reason, self.run.paused = e.status, e.reason, False
+        self.run.ended = e.time
 
     def _epoch_started(self, e: TrainEpochStarted, changes: Changes) -> None:
         self.run.steps_per_epoch = e.steps if e.steps is not None else self.run.steps_per_epoch
@@ -344,8 +363,13 @@ class RunView(msgspec.Struct, dict=True):
         self._checkpoint(e.checkpoint, changes).upload = upload
 
     def _deleted(self, e: CheckpointDeleted, changes: Changes) -> None:
-        if e.where == "local" and e.checkpoint in self.checkpoints:
-            self._checkpoint(e.checkpoint, changes).state = "deleted"
+        if e.checkpoint not in self.checkpoints:
+            return
+        one = self._checkpoint(e.checkpoint, changes)
+        if e.where == "local":
+            one.state = "deleted"
+        else:
+            one.upload = {**(one.upload or {"done_bytes": 0, "total_bytes": one.nbytes}), "state": "deleted"}
 
     # ------------------------------------------------------------------------------------------ observers
 
@@ -398,6 +422,13 @@ class RunView(msgspec.Struct, dict=True):
         self.media.append(one)
         del self.media[:-MOST_MEDIA]
         changes.media.append(one)
+
+
+def _detail_of(event: Event) -> str | None:
+    """The traceback that belongs to an event's line in the log."""
+    if isinstance(event, RunEnded):
+        return event.traceback
+    return event.exception if isinstance(event, WarningLogged) else None
 
 
 def _add_points(event: Event, changes: Changes) -> None:

@@ -139,6 +139,12 @@ def test_a_new_attempt_begins_healthy_and_keeps_what_failed_before_it_had_starte
     assert problems(*events) == ["csv failed in open and is disabled: OSError"]
 
 
+def test_a_new_attempt_without_any_problem_is_healthy() -> None:
+    """The failure of the attempt before is not its own."""
+    failed = at(4, RunEnded, "failed", "ValueError: boom")
+    assert problems(failed, at(4, RunStarted, "m", 1, attempt=2)) == []
+
+
 def test_strangers_names_do_not_fill_the_memory() -> None:
     """An observer's name, a checkpoint's and a key are text from elsewhere."""
     health = Health()

@@ -20,14 +20,17 @@ from events.messages import (
     HistogramLogged,
     ImageLogged,
     MetricsLogged,
+    NonFiniteLoss,
     ObserverDropped,
     ObserverFailed,
     ObserverRecovered,
+    RunEnded,
     TextLogged,
     UnknownEvent,
 )
 from events.series import MOST_SERIES
 from sinks.live.frames import encode
+from sinks.live.runs import HealthReader, summarise
 from sinks.live.stored import STORE_NAME, read_view, write_view
 from sinks.live.view import MOST_CHECKPOINTS, MOST_LINES, MOST_MEDIA, MOST_OF_A_HISTOGRAM, Changes, RunView
 
@@ -104,7 +107,10 @@ def test_the_life_of_a_checkpoint(story: Any) -> None:
     assert after(story(CheckpointFailed, checkpoint=name, error="E", during="upload")).upload["state"] == "failed"
     assert view.checkpoints[name].state == "durable"
     assert after(story(CheckpointUploaded, checkpoint=name, url="s3://b", nbytes=10)).upload["state"] == "uploaded"
-    assert after(story(CheckpointDeleted, checkpoint=name)).state == "deleted"
+    here = after(story(CheckpointDeleted, checkpoint=name))
+    assert (here.state, here.upload["state"]) == ("deleted", "uploaded")
+    there = after(story(CheckpointDeleted, checkpoint=name, where="remote"))
+    assert (there.state, there.upload["state"]) == ("deleted", "deleted")
     view.add([story(CheckpointFailed, checkpoint="step-2.a1", error="full", during="write")])
     assert (view.checkpoints["step-2.a1"].state, view.checkpoints["step-2.a1"].error) == ("failed", "full")
 
@@ -133,6 +139,41 @@ def test_pausing_media_and_the_end(story: Any) -> None:
     assert (view.run.status, view.run.paused, view.run.global_step) == ("failed", False, 3)
     assert [line["kind"] for line in view.log] == ["RunStarted", "CommandTaken", "RunEnded"]
     assert view.log[-1]["level"] == "error"
+
+
+def test_what_is_unhealthy_is_in_the_snapshot_and_once_in_a_frame(story: Any) -> None:
+    """By the one rule of `Health`; a frame without news of it does not repeat it."""
+    view, changes = RunView(), Changes()
+    view.add([story.started(), *story.steps(3), story(NonFiniteLoss, loss=math.nan, action="warned")], changes)
+    assert changes.run["problems"] == ["the loss was NaN or infinite in 1 step, first at step 3"]
+    quiet = Changes()
+    view.add(story.steps(3), quiet)
+    assert "problems" not in quiet.run
+    view.add([story.ended()])
+    assert shown(view)["run"]["problems"] == view.health.problems == changes.run["problems"]
+
+
+def test_the_end_of_a_run_stays_where_it_was(story: Any) -> None:
+    """An event that comes after it, such as an upload's, does not move it; another attempt has not ended."""
+    view = RunView()
+    view.add([story.started(best="score", best_mode="max"), *story.steps(3), story.ended()])
+    ended = story.time
+    view.add([story(CheckpointUploaded, checkpoint="step-3.a1", url="s3://b")])
+    assert (view.run.ended, view.run.updated > ended) == (ended, True)
+    assert (view.run.best, view.run.best_mode) == ("score", "max")
+    view.add(story.resumed(3, story.seq))
+    assert (view.run.status, view.run.ended) == ("running", None)
+
+
+def test_the_traceback_of_a_failed_run_is_with_its_line_in_the_log(story: Any) -> None:
+    """With that line alone, as text."""
+    view = RunView()
+    view.add(
+        [story.started(), story(RunEnded, status="failed", reason="E: x", traceback="Trace <b>", phase="val_step")]
+    )
+    details = {line["text"]: line.get("detail") for line in view.log}
+    assert [text for text, detail in details.items() if detail == "Trace <b>"] == [view.log[-1]["text"]]
+    assert view.run.problems == ["the run failed in val_step after step 0: E: x"]
 
 
 def test_frames_add_up_to_the_snapshot(story: Any) -> None:
@@ -198,6 +239,21 @@ def test_a_stored_view_goes_on_from_where_it_was(told: Any) -> None:
     assert again.curves == whole.curves
     assert again.run == whole.run
     assert [line["text"] for line in again.log][:-1] == [line["text"] for line in whole.log][:-1]
+
+
+def test_a_stored_view_knows_what_is_unhealthy(told: Any) -> None:
+    """Counts go on from where they were, though what was counted is not read again."""
+    tell = told.story
+    failed = tell(ObserverFailed, observer="csv", error="E", action="disabled")
+    told.write(tell.started(), failed, tell(NonFiniteLoss, loss=math.nan, action="warned"), *tell.steps(3))
+    write_view(told.path, read_view(told.path)[0])
+    told.write(tell(NonFiniteLoss, loss=math.nan, action="warned"), tell.ended())
+    view, stored = read_view(told.path)
+    assert stored == 6
+    assert view.run.problems == [
+        "the loss was NaN or infinite in at least 2 steps, first at step 0",
+        "csv failed and is disabled: E",
+    ]
 
 
 def test_a_stored_view_knows_what_was_logged_while_validating(told: Any) -> None:
@@ -268,3 +324,16 @@ def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path: Path) -> Non
     (tmp_path / STORE_NAME).mkdir()
     write_view(tmp_path, RunView())
     assert [path.name for path in tmp_path.iterdir()] == [STORE_NAME]
+
+
+def test_the_list_knows_of_problems_in_the_middle_of_a_long_journal(told: Any) -> None:
+    """Of a run in a few words only the beginning and the end are decoded; what comes later is added."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(3_000), tell(NonFiniteLoss, loss=math.nan, action="warned"))
+    told.write(*tell.steps(3_000))
+    health = HealthReader(told.path)
+    assert summarise(told.path, health).problems == ["the loss was NaN or infinite in 1 step, first at step 3,000"]
+    told.write(tell(ObserverFailed, observer="csv", error="E", action="disabled"), tell.ended())
+    run = summarise(told.path, health)
+    assert (run.problems, run.ended) == (summarise(told.path).problems, tell.time)
+    assert len(run.problems) == 2
