@@ -81,6 +81,7 @@ class Hub:
         self._last_frame_at = -math.inf
         self._woken_for = (0, 0, False)
         self._driving = anyio.Lock()
+        self._commands = anyio.CapacityLimiter(1)  # our own: the threads of a host may all be taken
         self._watchers = 0
 
     # ------------------------------------------------------------------------------------------ the events
@@ -178,7 +179,7 @@ class Hub:
     async def command(self, command: AnyCommand) -> None:
         """Leave a command for the run. Raises `RunFolderError` if none is under way."""
         assert self.run_dir is not None
-        await anyio.to_thread.run_sync(send_command, self.run_dir, command)
+        await anyio.to_thread.run_sync(send_command, self.run_dir, command, limiter=self._commands)
 
     # ------------------------------------------------------------------------------------------ the frames
 
