@@ -19,6 +19,7 @@ and it closes its connections itself when the server shuts down (`sinks.live.shu
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from events.errors import RunFolderError, WireError
+from events.errors import ArgumentsError, RunFolderError, WireError
 from events.folder import is_held
 from events.journal_reader import JOURNAL_DIR, JournalReader
 from events.messages import Event
@@ -66,7 +67,7 @@ from sinks.live.client import (
 )
 from sinks.live.frames import Message as Sent
 from sinks.live.hub import Hub
-from sinks.live.runs import Runs
+from sinks.live.runs import Runs, runs_of
 from sinks.live.shutdown import find_servers, unread
 
 _PAGE = Path(__file__).with_name("page")
@@ -91,13 +92,18 @@ class LiveApp:
     """Serves runs to watchers.
 
     Args:
-        runs: Which runs there are.
+        runs: Which runs there are: `sinks.live.runs.RunsOfFolder`, or the path of its folder.
         access: Who may see them, and command them.
         most_clients: Connections that stay open at a time; others are asked to come again.
+
+    Raises:
+        ArgumentsError: One of them is something else.
     """
 
-    def __init__(self, runs: Runs, access: Access, most_clients: int = 1_000) -> None:
-        self._runs = runs
+    def __init__(self, runs: Runs | str | os.PathLike[str], access: Access, most_clients: int = 1_000) -> None:
+        if not isinstance(access, Access):
+            raise ArgumentsError(f"access must be Access(...), not {access!r:.80}")
+        self._runs = runs_of(runs)
         self._access = access
         self._most_clients = most_clients
         self._clients: set[Client] = set()

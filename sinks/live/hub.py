@@ -9,6 +9,7 @@ is the one message that is being sent on it: at most a snapshot.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -308,8 +309,8 @@ class Hub:
 class FolderHub(Hub):
     """A hub that reads the journal of a run's folder, whoever writes it, while somebody watches."""
 
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__(run_dir)
+    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        super().__init__(Path(run_dir))
         self._reader: JournalReader | None = None
         self._head = b""
         self._stored_at = -math.inf
