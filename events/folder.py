@@ -24,7 +24,8 @@ from typing import Any
 
 import msgspec
 
-from events.errors import RunFolderError, RunFolderHeld, RunFolderMismatch
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
+from events.errors import CheckpointError, RunFolderError, RunFolderHeld, RunFolderMismatch
 from events.journal_reader import JOURNAL_DIR, JournalTail, journal_tail
 
 if sys.platform == "win32":
@@ -56,6 +57,21 @@ class Holder(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.since))
         return f"process {self.pid} on {self.host} (run {self.run_id!r}, since {since})"
+
+
+def run_id_of(run_dir: str | os.PathLike[str]) -> str | None:
+    """The name of the run that a folder holds: by its journal, else by its checkpoints; None if it holds none."""
+    folder = Path(run_dir)
+    try:
+        if run_id := journal_tail(folder / JOURNAL_DIR).run_id:
+            return run_id
+    except OSError:
+        pass  # opening the folder says what is wrong with it
+    store = CheckpointStore(folder / CHECKPOINTS_DIR)
+    for name in reversed(store.names()):
+        with contextlib.suppress(CheckpointError):
+            return store.manifest(name).run_id
+    return None
 
 
 class RunFolder:

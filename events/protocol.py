@@ -84,6 +84,10 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str | None = None
     checkpoint: str | None = None
     """Folder of the run's newest durable checkpoint: of this attempt, else the one that it has gone on from."""
+    best_checkpoint: str | None = None
+    """Folder of the run's durable checkpoint with the best `Checkpoints.best`; None if it has none."""
+    best_metric: float | None = None
+    """The value of ``Checkpoints.best`` in it."""
     problems: list[str] = []
     """What is unhealthy about this attempt, one sentence each (`events.health`). Empty: nothing is."""
 

@@ -83,10 +83,9 @@ class Checkpointing:
         self._ledger = ledger
         self._on_failed_hook = on_failed_hook
         self._parent: str | None = None
-        self._best: float | None = None
-        self._is_best = False
-        self._best_before: float | None = None
-        self._best_taken: Snapshot | None = None
+        self._scores: list[tuple[float, Snapshot | None]] = []
+        """The metric of each checkpoint of the line; with its snapshot while that is not durable yet."""
+        self._is_best = False  # the last validation's metric is among the best, and its checkpoint is to be taken
         self._metric: tuple[int, float] | None = None  # the step it belongs to, and what it was
         self._optimization: Optimization | None = None
         self._pool: SlabPool | None = None
@@ -110,14 +109,15 @@ class Checkpointing:
         """Whether the module's weights alone are wanted when training has ended."""
         return self._settings is not None and self._settings.weights
 
-    def go_on(self, position: Position, parent: str | None, best: float | None) -> None:
+    def go_on(self, position: Position, parent: str | None, scores: list[float]) -> None:
         """Begin where a checkpoint was taken.
 
         Args:
             parent: Its name, if it is one of this run.
-            best: The best metric so far, which is to be beaten.
+            scores: The metric of each checkpoint up to it that is still there.
         """
-        self.position, self._parent, self._best = position, parent, best
+        self.position, self._parent = position, parent
+        self._scores = [(score, None) for score in scores]
         if parent is not None:
             self._last_place = self._place
 
@@ -178,15 +178,13 @@ class Checkpointing:
             self.take(reasons)
 
     def after_validation(self) -> None:
-        """A validation is finished: is this the best so far?
+        """A validation is finished: is its metric among the best `Checkpoints.keep_best` so far?
 
         The checkpoint is taken by `after_step` or `after_epoch`, whichever comes next, which is at once.
         """
         settings = self._settings
         if settings is None or settings.best is None:
             return
-        if self._best_taken is not None and self._best_taken.failed:
-            self._best, self._best_taken = self._best_before, None  # it is not kept, so it is not to be beaten
         value = self._recorder.latest.get(settings.best)
         if value is None or self._recorder.logged_at.get(settings.best) != self._origin.global_step:
             self._notice_missing(settings.best)  # or it is an earlier validation's
@@ -195,8 +193,8 @@ class Checkpointing:
         number = float(value)  # SYNC: once per validation, because the user wants the best one kept
         self._ledger.readback += clock() - mark
         self._metric = self._origin.global_step, number
-        if math.isfinite(number) and (self._best is None or self._better(number, self._best)):
-            self._best_before, self._best, self._is_best = self._best, number, True
+        if math.isfinite(number) and self._enters_best(number, settings):
+            self._is_best = True
             self.due_step = min(self.due_step, self._origin.global_step)
 
     def after_epoch(self, epoch: int) -> None:
@@ -248,8 +246,6 @@ class Checkpointing:
         try:
             slab = self._wait_for_slab(pool, must or settings.when_busy == "wait")
             if slab is None:
-                if self._is_best:
-                    self._best = self._best_before  # what is not kept is not what the next one has to beat
                 writing = [str(one.name) for one in self._snapshots if not one.released]
                 self._bus.publish(CheckpointSkipped(*self._origin.header(), reasons, writing))
                 if ids := list(command_ids):
@@ -260,8 +256,6 @@ class Checkpointing:
                 fence = self._stage(slab, reasons, list(command_ids), mark)
             except (UnstorableState, MemoryError) as error:
                 pool.give_back(slab)
-                if self._is_best:
-                    self._best = self._best_before
                 self._fail(error, list(command_ids))
             except BaseException:
                 pool.give_back(slab)
@@ -285,10 +279,13 @@ class Checkpointing:
         self._control.raise_if_failed()  # a callback that has failed just now, by which the run ends, is not among them
         name = self._next_name()
         metric = self._metric[1] if self._metric is not None and self._metric[0] == name.step else None
+        score = None
+        if metric is not None and math.isfinite(metric):
+            score = Metric(settings.best or "", metric, settings.best_mode)
         snapshot = Snapshot(
             name,
             parent=self._parent,
-            metric=Metric(settings.best or "", metric) if metric is not None and math.isfinite(metric) else None,
+            metric=score,
             image=staged.image,
             nbytes=staged.nbytes,
             state=collected.state,
@@ -299,8 +296,8 @@ class Checkpointing:
         )
         self._snapshots = [one for one in self._snapshots if not one.released] + [snapshot]
         self._last, self._last_place, self._failures = snapshot, self._place, 0
-        if self._is_best:
-            self._best_taken = snapshot
+        if score is not None:
+            self._scores.append((score.value, snapshot))
         nbytes, blocked_s = staged.nbytes + len(collected.state), (clock() - mark) / 1e9
         header = self._origin.header()
         prefault_s, slab.prefault_s = slab.prefault_s, None
@@ -426,8 +423,17 @@ class Checkpointing:
                 f"{self._failures} checkpoints in a row could not be taken (max_failures); the last one: {error}"
             ) from error
 
-    def _better(self, number: float, best: float) -> bool:
-        return number > best if self._settings is not None and self._settings.best_mode == "max" else number < best
+    def _enters_best(self, number: float, settings: Checkpoints) -> bool:
+        # A checkpoint that was not made durable is not kept, so it need not be beaten.
+        self._scores = [
+            (score, None if snapshot is None or snapshot.released else snapshot)
+            for score, snapshot in self._scores
+            if snapshot is None or not snapshot.failed
+        ]
+        best = sorted((score for score, _ in self._scores), reverse=settings.best_mode == "max")[: settings.keep_best]
+        if len(best) < settings.keep_best:
+            return True
+        return bool(best) and (number > best[-1] if settings.best_mode == "max" else number < best[-1])
 
     def _notice_missing(self, metric: str) -> None:
         if not self._missing_noticed:

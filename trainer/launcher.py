@@ -68,7 +68,7 @@ def launch(
         arguments: Its keyword arguments: None, bool, int, float, str, bytes, and lists and dicts of them.
         run_id: In place of what the factory gave its trainer, as the two below; None leaves that alone.
         run_dir: Relative to the working directory of this process.
-        resume: ``"auto"`` in a program that launches again what has crashed.
+        resume: As in `Trainer`: ``"auto"`` in a program that launches again what has crashed.
         python: The interpreter; None for this one, which then finds the modules that are found here. Another one needs
             stagecast, and what the factory imports.
         cwd: Its working directory; None for this one's.
@@ -187,7 +187,7 @@ def _command(python: str | os.PathLike[str] | None, env: dict[str, str]) -> tupl
 
 def _absolute(resume: str) -> str:
     """A path, as seen from another working directory; "auto" and addresses are what they are."""
-    return resume if resume == "auto" or "://" in resume else os.path.abspath(resume)
+    return resume if resume in ("auto", "best") or "://" in resume else os.path.abspath(resume)
 
 
 def _problems_of(factory: Any, run_id: Any, run_dir: Any, resume: Any, env: Any) -> Iterable[str]:

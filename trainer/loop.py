@@ -104,7 +104,7 @@ class TrainingLoop:
             step = self._boundary.origin.global_step
             logger.warning(
                 f"nothing is left to train: the checkpoint is of step {step}, before epoch {self.epochs_finished};"
-                f" raise epochs or max_steps to go on"
+                f" raise epochs or max_steps, or start a new run from its weights with init_from="
             )
         for epoch in range(self.epochs_finished, self._arguments.epochs):
             if self._at_max_steps and self._position.phase == "begin":

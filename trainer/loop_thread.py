@@ -40,7 +40,7 @@ from trainer.control import Control
 from trainer.data import as_val_loaders, map_tensors, seed_everything
 from trainer.errors import ContractError, add_note
 from trainer.evaluation import Evaluation
-from trainer.hooks import CallbackHooks, HookTable, add_hint
+from trainer.hooks import CallbackHooks, HookTable
 from trainer.ledger import Ledger
 from trainer.loop import TrainingLoop
 from trainer.module_interface import ModuleInterface, Stage
@@ -270,6 +270,9 @@ class LoopThread:
 
     def _train(self) -> None:
         loaded = self._load()
+        if loaded is None:
+            self._boundary.phase = "reading the weights to start from"
+            self._plan.load_weights(self._module)
         loop = TrainingLoop(
             self._module,
             self._arguments,
@@ -351,7 +354,7 @@ class LoopThread:
         if loaded is not None:
             loaded.restore_module(self._module)
             origin.global_step, origin.epoch = loaded.global_step, loaded.epoch
-            self._checkpoints.go_on(loaded.position, plan.name_of(loaded), plan.best_up_to(loaded))
+            self._checkpoints.go_on(loaded.position, plan.name_of(loaded), plan.scores_up_to(loaded))
         return loaded
 
     def _restore_again(self, loaded: Loaded) -> None:
@@ -379,6 +382,8 @@ class LoopThread:
             loaded.restore_module(self._module)
             self._origin.global_step, self._origin.epoch = loaded.global_step, loaded.epoch
             loaded.forget()
+        elif self._plan.load_weights(self._module):
+            pass
         elif self._plan.resumes:
             logger.warning("there is no checkpoint to resume from: the module is tested as it is")
         self._publish_started(None)
@@ -443,7 +448,6 @@ class LoopThread:
         if not cancelled:
             step = self._origin.global_step
             if error is not self._control.error:  # an observer's exception names its hook already
-                add_hint(error)
                 add_note(error, f"stagecast: in {self._boundary.phase} after global_step {step}")
             logger.error(f"the run failed after global_step {step}: {self.reason}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -28,8 +27,10 @@ from trainer.module_interface import ModuleInterface
 from trainer.optimization import Optimization
 from trainer.position import SAVED_FIELDS, Position
 from trainer.rng import RngState, restore_rng
-from trainer.tensor_state import put_together
+from trainer.tensor_state import put_together, tensors_in
 
+KEYWORDS = ("auto", "best")
+"""What ``resume`` may be beside a path or an address."""
 OnRejected = Callable[[str, Exception], None]
 
 _STATE = frozenset({"global_step", "epoch", "position", "rng", "module", "optimizers", "schedulers", "followed_loss"})
@@ -161,6 +162,7 @@ class CheckpointPlan:
         settings: When to take some; None: it takes none.
         store: Those of this run; None if it has no folder.
         resume: What the user asked to resume from.
+        init_from: What the user asked to take weights from, for a run that resumes from nothing.
         url: Where this run's checkpoints are uploaded to, if they are.
     """
 
@@ -170,11 +172,13 @@ class CheckpointPlan:
         store: CheckpointStore | None,
         resume: str | os.PathLike[str] | None,
         url: str | None,
+        init_from: str | os.PathLike[str] | None = None,
     ) -> None:
         self.settings = settings
         self.store = store
         self.url = url
         self._resume = resume
+        self._init_from = init_from
 
     def check(self) -> None:
         """See that there is something at a path that the user gave, before the run begins with anything.
@@ -182,14 +186,15 @@ class CheckpointPlan:
         Raises:
             CheckpointNotFound: There is not. An attempt that began only to say so would end a finished run as failed.
         """
-        if self._resume is None or self._resume == "auto":
-            return
-        try:
-            _folder_of(self._resume, self.store).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise _not_found(self._resume) from None
-        except (OSError, ValueError):
-            pass  # `load` says what is wrong with it
+        for name, path in (("resume", self._resume), ("init_from", self._init_from)):
+            if path is None or (name == "resume" and path in KEYWORDS):
+                continue
+            try:
+                _folder_of(path, self.store).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                raise _not_found(path, name) from None
+            except (OSError, ValueError):
+                pass  # `load` says what is wrong with it
 
     def load(self, on_rejected: OnRejected) -> Loaded | None:
         """Read what is to be resumed from; None for a run that begins anew. Waits for the disk.
@@ -203,10 +208,14 @@ class CheckpointPlan:
         resume, store = self._resume, self.store
         if resume is None:
             return None
-        if resume != "auto":
+        if resume not in KEYWORDS:
             return find(resume, store, on_rejected)
         if store is None:
-            raise CheckpointNotFound("resume='auto' goes on in the run's folder, and this run has none: give run_dir")
+            raise CheckpointNotFound(
+                f"resume={resume!r} looks in the run's folder, and this run has none; give run_dir"
+            )
+        if resume == "best":
+            return self._load_best(store, on_rejected)
         loaded = load_from(store, on_rejected)
         if loaded is None and (source := store.source) is not None:
             loaded = find(source, store, on_rejected)
@@ -221,12 +230,65 @@ class CheckpointPlan:
             return None
         return str(loaded.manifest.name)
 
-    def best_up_to(self, loaded: Loaded) -> float | None:
-        """The best value of the monitored metric up to a checkpoint; None if there is none."""
+    def _load_best(self, store: CheckpointStore, on_rejected: OnRejected) -> Loaded:
+        monitor, mode = self._monitored()
+        for name in store.best(monitor, mode):
+            try:
+                return Loaded(store.path(name))
+            except (CheckpointDamaged, CheckpointNotFound) as error:
+                on_rejected(str(name), error)
+        known = ", ".join(map(str, store.names())) or "none"
+        what = f"with the metric {monitor!r}" if monitor else "with a metric"
+        raise CheckpointNotFound(
+            f"resume='best': {store.folder} has no whole checkpoint {what} (it has: {known}); give the path of a"
+            f" checkpoint, or train with Checkpoints(best=...)"
+        )
+
+    def _monitored(self) -> tuple[str | None, str | None]:
+        settings = self.settings
+        return (None, None) if settings is None or settings.best is None else (settings.best, settings.best_mode)
+
+    def best(self) -> tuple[str, float] | None:
+        """The folder of the run's best durable checkpoint, and its metric; None if it monitors none."""
+        if self.settings is None or self.settings.best is None or self.store is None:
+            return None
+        scores = self.store.scores(self.settings.best)
+        for name in self.store.best(*self._monitored()):
+            return str(self.store.path(name)), scores[name].value
+        return None
+
+    def load_weights(self, module: ModuleInterface) -> bool:
+        """Have the module take over the weights of ``init_from``. Waits for the disk. Returns whether there are any.
+
+        Raises:
+            CheckpointMismatch: they are those of another model; names the keys and shapes. The module is as it was.
+            CheckpointError: there are none, or they cannot be read.
+        """
+        path = self._init_from
+        if path is None:
+            return False
+        if Path(path).is_file():
+            try:
+                data = memoryview(bytearray(Path(path).read_bytes()))  # torch takes only what can be written
+            except OSError as error:
+                raise CheckpointError(f"init_from={os.fspath(path)!r} cannot be read: {error}") from error
+            tensors = tensors_in(data, os.fspath(path))
+            _check_module(module, tensors, os.fspath(path), ())
+            module.load_state_dict(tensors)  # copies them
+            return True
+        loaded = find(
+            path, None, lambda name, error: logger.warning(f"{error}; an older checkpoint is tried"), "init_from"
+        )
+        loaded.restore_module(module)
+        return True
+
+    def scores_up_to(self, loaded: Loaded) -> list[float]:
+        """The monitored metric of each checkpoint up to this one that is still there."""
         settings, store = self.settings, self.store
         if settings is None or settings.best is None or store is None or self.name_of(loaded) is None:
-            return None
-        return best_metric(store, loaded.manifest.name, settings.best, settings.best_mode == "max")
+            return []
+        scores = store.scores(settings.best)
+        return [score.value for name, score in scores.items() if name <= loaded.manifest.name]
 
     @property
     def resumes(self) -> bool:
@@ -279,24 +341,29 @@ def load_from(store: CheckpointStore, on_rejected: OnRejected) -> Loaded | None:
     return None
 
 
-def find(path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected) -> Loaded:
+def find(
+    path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected, argument: str = "resume"
+) -> Loaded:
     """Read the checkpoint that a path means: of itself, or the newest one of a run's folder.
 
     Args:
         store: The run's own, in which a mere name (``step-500.a1``) is looked for.
+        argument: The trainer's argument that gave the path, for messages.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
     try:
-        return _find(path, store, on_rejected)
+        return _find(path, store, on_rejected, argument)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointNotFound(f"resume={os.fspath(path)!r:.200} cannot be looked at: {error}") from error
+        raise CheckpointNotFound(f"{argument}={os.fspath(path)!r:.200} cannot be looked at: {error}") from error
 
 
-def _find(path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected) -> Loaded:
+def _find(
+    path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected, argument: str
+) -> Loaded:
     folder = _folder_of(path, store)
     if (folder / MANIFEST_NAME).is_file() or CheckpointName.parse(folder.name) is not None:
         return Loaded(folder)
@@ -304,7 +371,7 @@ def _find(path: str | os.PathLike[str], store: CheckpointStore | None, on_reject
         loaded = load_from(CheckpointStore(stored), on_rejected)
         if loaded is not None:
             return loaded
-    raise _not_found(path)
+    raise _not_found(path, argument)
 
 
 def _folder_of(path: str | os.PathLike[str], store: CheckpointStore | None) -> Path:
@@ -316,9 +383,10 @@ def _folder_of(path: str | os.PathLike[str], store: CheckpointStore | None) -> P
     return folder
 
 
-def _not_found(path: str | os.PathLike[str]) -> CheckpointNotFound:
+def _not_found(path: str | os.PathLike[str], argument: str = "resume") -> CheckpointNotFound:
+    fix = "or 'auto'" if argument == "resume" else "or a safetensors file"
     return CheckpointNotFound(
-        f"resume={os.fspath(path)!r}: there is no checkpoint; give the folder of a checkpoint or of a run, or 'auto'"
+        f"{argument}={os.fspath(path)!r}: there is no checkpoint; give the folder of a checkpoint or of a run, {fix}"
     )
 
 
@@ -431,18 +499,6 @@ def _too_short(length: int, position: Position) -> DataLoaderError:
         f"get_train_dataloader() gives {length} batches, but the checkpoint was taken after {position.batches} of them:"
         f" resume with the data and the batch size that it was trained with"
     )
-
-
-def best_metric(store: CheckpointStore, name: CheckpointName, metric: str, largest: bool) -> float | None:
-    """The best value of a metric up to a checkpoint, among those of its line that are still there."""
-    values: list[float] = []
-    for one in store.line():
-        if one <= name:
-            with contextlib.suppress(CheckpointError):
-                found = store.manifest(one).metric
-                if found is not None and found.name == metric:
-                    values.append(found.value)
-    return (max if largest else min)(values, default=None)
 
 
 _END = object()

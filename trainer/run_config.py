@@ -19,7 +19,6 @@ import msgspec
 from events.checkpoint.settings import Checkpoints
 from events.errors import SinkMisconfigured
 from events.journal import Journal
-from events.packages import check_packages
 from events.sink import Place, Sink
 from trainer.arguments import TrainerArguments
 from trainer.config import decode, load_config, try_overrides
@@ -58,8 +57,12 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str | None = None
     """The run's folder. None: runs/RUN_ID below the working directory."""
     resume: str | None = None
-    """What to go on from: auto (the newest whole checkpoint of this run, or anew if there is none), the path of a
-    checkpoint or of a run's folder, or an address in a remote store. None: begin anew."""
+    """The checkpoint to continue from: auto (the newest valid one of this run, or a new run if there is none), best
+    (the one with the best metric), the path of a checkpoint or of a run's folder, or an address in a remote store.
+    None: start a new run."""
+    init_from: str | None = None
+    """Where a new run takes its weights from: a checkpoint, a run's folder, an address in a remote store, or a
+    safetensors file."""
 
 
 class Prepared(NamedTuple):
@@ -122,10 +125,6 @@ def prepare(config: RunConfig, source: str) -> Prepared:
 
 def _build(config: RunConfig) -> Trainer:
     sys.path.insert(0, os.getcwd())  # as `python -m` does
-    try:
-        check_packages()
-    except ImportError as error:
-        raise ArgumentsError(str(error)) from error
     problems: list[str] = []
     sinks = None if config.sinks is None else _build_sinks(config.sinks, problems)
     factory = _find("module", config.module, problems)
@@ -151,6 +150,7 @@ def _build(config: RunConfig) -> Trainer:
         run_dir=config.run_dir,
         checkpoints=config.checkpoints,
         resume=config.resume,
+        init_from=config.init_from,
     )
 
 

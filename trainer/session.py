@@ -79,6 +79,7 @@ class Session:
         run_dir: Path | None,
         settings: Checkpoints | None,
         resume: str | os.PathLike[str] | None,
+        init_from: str | os.PathLike[str] | None,
         interactive: bool,
         sinks_in: Place,
         config: dict[str, Any],
@@ -97,7 +98,7 @@ class Session:
         self.folder = RunFolder.open(run_dir, run_id) if run_dir is not None else None
         try:
             folder = str(self.folder.path) if self.folder is not None else None
-            self._plan = self._make_plan(settings, resume)
+            self._plan = self._make_plan(settings, resume, init_from)
             self._connect(journal is None)
             attempt = RunInfo(self._run_id, self.origin.attempt, 0, folder, interactive)
             self._journal = self._add_journal(journal, attempt)
@@ -141,13 +142,18 @@ class Session:
             self.bus.discard()
         self._close_folder()
 
-    def _make_plan(self, settings: Checkpoints | None, resume: str | os.PathLike[str] | None) -> CheckpointPlan:
+    def _make_plan(
+        self,
+        settings: Checkpoints | None,
+        resume: str | os.PathLike[str] | None,
+        init_from: str | os.PathLike[str] | None,
+    ) -> CheckpointPlan:
         if self.folder is None:
-            return CheckpointPlan(None, None, resume, None)
+            return CheckpointPlan(None, None, resume, None, init_from)
         url: str | None = None
         if settings is not None and settings.upload is not None:
             url = importlib.import_module("events.checkpoint.objects").run_url(settings.upload, self._run_id)
-        plan = CheckpointPlan(settings, CheckpointStore(self.folder.path / CHECKPOINTS_DIR), resume, url)
+        plan = CheckpointPlan(settings, CheckpointStore(self.folder.path / CHECKPOINTS_DIR), resume, url, init_from)
         plan.check()
         return plan
 
@@ -448,6 +454,7 @@ class Session:
         elif loop.error is None and failure is not None and not isinstance(failure, RunCancelled):
             # An observer failed fatally while it was drained: the loop was over already, and could not raise it.
             status, reason, self.error = "failed", describe(failure), failure
+        best = self._plan.best()
         self.result = RunResult(
             run_id=self._run_id,
             attempt=self.origin.attempt,
@@ -460,6 +467,8 @@ class Session:
             observers=reports,
             run_dir=str(self.folder.path) if self.folder is not None else None,
             checkpoint=self._last_checkpoint,
+            best_checkpoint=best and best[0],
+            best_metric=best and best[1],
         )
 
     @property

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -19,13 +17,13 @@ import anyio.to_thread
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled
+from events.folder import run_id_of
 from events.journal import Journal
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run import Run
 from events.sink import Place
 from events.stream import LocalEventStream
-from events.strict import argument_problems, refusing
 from trainer.arguments import TrainerArguments
 from trainer.calling_thread import interruptibly, run_here
 from trainer.cancellation import outlast
@@ -43,19 +41,8 @@ from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.fetch import fetch_for
 from trainer.loop_thread import Task
 from trainer.module_interface import ModuleInterface
-from trainer.peers import TRAIN_ARGUMENTS, TRAINER_ARGUMENTS, TRAINER_METHODS
-from trainer.resume import CheckpointPlan
+from trainer.resume import KEYWORDS, CheckpointPlan
 from trainer.session import Callback, Session, SinkLike, console, new_run_id, split
-
-_ALIASES = (
-    {field: f"set it in TrainerArguments({field}=...)" for field in TrainerArguments.__struct_fields__}
-    | {
-        name: f"set {served} in TrainerArguments" if " " not in served else served
-        for name, served in TrainerArguments.argument_aliases.items()
-    }
-    | dict(TRAINER_ARGUMENTS)
-)
-"""What serves instead of an argument that a trainer does not take."""
 
 
 class Trainer:
@@ -82,9 +69,13 @@ class Trainer:
             this and without `Checkpoints`, nothing is written.
         checkpoints: When checkpoints are taken and how many are kept. True: as `Checkpoints` says by default, where the
             run has a folder.
-        resume: What to go on from. ``"auto"``: the newest whole checkpoint of the run's folder (or of where it uploads
-            to, if there is none), or a new run if there is none. A path: of a checkpoint, or of a run's folder. An
-            address in a remote store. None: begin anew. `test` takes over the module's state only.
+        resume: The checkpoint that the run continues from. ``"auto"``: the newest valid one in the run's folder (or
+            where it uploads to, if the folder has none), or a new run if there is none; needs ``run_id`` or
+            ``run_dir``. ``"best"``: the one with the best `Checkpoints.best`. A path: of a checkpoint, or of a run's
+            folder. An address in a remote store. None: start a new run. `test` takes over the module's state only.
+        init_from: Where a new run takes its weights from: a checkpoint, a run's folder (its newest checkpoint), an
+            address in a remote store, or a safetensors file. It starts at step 0 with new optimizers. A run that
+            resumes does not look at it.
         config: Your own hyperparameters: a mapping, dataclass, Struct or namespace, nested as you like. They are
             recorded in the run's folder (``config.json``) and in `RunStarted`, and every logger shows them as it shows
             hyperparameters. What JSON cannot hold becomes text.
@@ -92,25 +83,6 @@ class Trainer:
     Raises:
         ArgumentsError: something given here is not what it must be.
     """
-
-    if not TYPE_CHECKING:  # a type checker must see `__init__` and the real attributes
-
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            """Name arguments that `__init__` does not have, and what serves instead."""
-            takes = inspect.signature(functools.partial(cls.__init__, None))
-            try:
-                takes.bind_partial(*args, **kwargs)
-            except TypeError:
-                problems = argument_problems(takes, args, kwargs, _ALIASES)
-                raise ArgumentsError(f"{cls.__name__}: {'; '.join(problems)}") from None
-            return super().__new__(cls)
-
-        def __getattr__(self, name: str) -> Any:
-            served = TRAINER_METHODS.get(name)
-            instead = f"; {served}" if served is not None else ""
-            raise AttributeError(
-                f"{type(self).__name__!r} object has no attribute {name!r}{instead}", name=name, obj=self
-            )
 
     def __init__(
         self,
@@ -125,6 +97,7 @@ class Trainer:
         run_dir: str | os.PathLike[str] | None = None,
         checkpoints: bool | Checkpoints = True,
         resume: str | os.PathLike[str] | None = None,
+        init_from: str | os.PathLike[str] | None = None,
         config: Any = None,
     ) -> None:
         self.module = module
@@ -138,15 +111,15 @@ class Trainer:
         self._run_dir = run_dir
         self._checkpoints = checkpoints
         self._resume = resume
+        self._init_from = init_from
         self._config = plain_config(config, problems)
-        check_checkpoints(checkpoints, resume, problems)
+        check_checkpoints(checkpoints, resume, init_from, problems)
         check_members(self.module, self.arguments, self._callbacks, self._sinks, problems)
         check_places(self._sinks, sinks_in, self._journal, problems)
         check_folder(self._journal, run_id, run_dir, problems)
         if problems:
             raise ArgumentsError("Trainer: " + "; ".join(problems))
 
-    @refusing(TRAIN_ARGUMENTS)
     def train(self) -> RunResult:
         """Train on the calling thread, and wait until the observers are drained.
 
@@ -164,7 +137,6 @@ class Trainer:
         """
         return self._run_here("train")[1]
 
-    @refusing(TRAIN_ARGUMENTS)
     def test(self) -> dict[str, tuple[Any, ...]]:
         """Run the test stage over every dataloader of `ModuleInterface.get_test_dataloaders`, as `train` runs training.
 
@@ -214,7 +186,7 @@ class Trainer:
         return session, result
 
     def _place(self) -> _Place:
-        run_id = self._run_id or new_run_id()
+        run_id = self._run_id or self._known_run_id() or new_run_id()
         checkpoints, run_dir = self._checkpoints, self._run_dir
         has_folder = self._journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints)
         settings = Checkpoints() if checkpoints is True else checkpoints or None
@@ -226,7 +198,26 @@ class Trainer:
             folder if has_folder else None,
             settings if has_folder else None,
             self._resume,
+            self._init_from,
         )
+
+    def _known_run_id(self) -> str | None:
+        """The run that the given folder holds, for a job that is restarted and names only that.
+
+        Raises:
+            ArgumentsError: nothing says which run to resume.
+        """
+        if self._resume not in KEYWORDS:
+            return None
+        if self._run_dir is None:
+            raise ArgumentsError(f"resume={self._resume!r} needs to know the run; give run_id or run_dir")
+        run_id = run_id_of(self._run_dir)
+        if run_id is None and isinstance(self._checkpoints, Checkpoints) and self._checkpoints.upload is not None:
+            raise ArgumentsError(
+                f"resume={self._resume!r}: {os.fspath(self._run_dir)} holds no run, so its name in the remote store is"
+                f" unknown; give run_id"
+            )
+        return run_id
 
     def _sinks_here(self, default: tuple[SinkLike, ...]) -> list[SinkLike]:
         """The sinks, as their ``bound`` method describes them on the thread that starts the run."""
@@ -253,6 +244,7 @@ class Trainer:
             run_dir=place.run_dir,
             settings=place.settings,
             resume=place.resume,
+            init_from=place.init_from,
             interactive=interactive,
             sinks_in=self._sinks_in,
             config=self._config,
@@ -283,7 +275,7 @@ def check_resume(trainer: Trainer) -> None:
     place = trainer._place()
     if not place.is_remote:
         store = CheckpointStore(place.run_dir / CHECKPOINTS_DIR) if place.run_dir is not None else None
-        CheckpointPlan(None, store, place.resume, None).check()
+        CheckpointPlan(None, store, place.resume, None, None if place.is_remote else place.init_from).check()
 
 
 class _Place:
@@ -295,22 +287,27 @@ class _Place:
         run_dir: Path | None,
         settings: Checkpoints | None,
         resume: str | os.PathLike[str] | None,
+        init_from: str | os.PathLike[str] | None,
     ) -> None:
         self.run_id = run_id
         self.run_dir = run_dir
         self.settings = settings
         self.resume = resume
-        self._fetch = fetch_for(resume, settings, run_id, run_dir)
+        self.init_from = init_from
+        self._fetch = fetch_for("resume", resume, settings, run_id, run_dir)
+        self._fetch_weights = fetch_for("init_from", init_from, None, run_id, run_dir)
 
     @property
     def is_remote(self) -> bool:
         """Whether something has to be fetched first."""
-        return self._fetch is not None
+        return self._fetch is not None or self._fetch_weights is not None
 
     def fetch(self) -> None:
         """Fetch it. Waits for the network."""
         if self._fetch is not None:
             self.resume = self._fetch() or self.resume
+        if self._fetch_weights is not None:
+            self.init_from = self._fetch_weights() or self.init_from
 
 
 class RunContext(AbstractAsyncContextManager[Run]):

@@ -115,12 +115,20 @@ def by_age(line: Iterable[CheckpointName], names: Iterable[CheckpointName]) -> l
     return [*(name for name in sorted(names) if name not in known), *reversed(line)]
 
 
+def best_first(
+    names: Iterable[CheckpointName], metrics: Mapping[CheckpointName, float], largest_is_best: bool
+) -> list[CheckpointName]:
+    """Checkpoints by their metric, the best first; of equal ones the newer first."""
+    sign = 1 if largest_is_best else -1
+    return sorted(names, key=lambda name: (sign * metrics[name], name), reverse=True)
+
+
 def expendable(
     line: Iterable[CheckpointName],
     names: Iterable[CheckpointName],
     metrics: dict[CheckpointName, float],
     *,
-    keep_last: int,
+    keep_last: int | None,
     keep_best: int,
     largest_is_best: bool,
     uploaded: Iterable[CheckpointName] | None,
@@ -133,16 +141,17 @@ def expendable(
         line: What the run has come from, the newest first (`CheckpointStore.line`).
         names: All that there are.
         metrics: The monitored metric, of those that have a finite one.
-        keep_last: The newest ones stay; at least one.
-        keep_best: So do those of the line with the best metric, the newer of two equal ones.
+        keep_last: How many of the newest stay, at least one; None: all stay.
+        keep_best: How many of the line with the best metric stay, too; of two equal ones the newer.
         uploaded: Those that are in the remote store; None if uploads are off. One goes only when a newer one is there.
     """
+    if keep_last is None:
+        return []
     line = list(line)
     ordered = by_age(line, names)
     kept = set(ordered[-max(1, keep_last) :])
-    sign = 1 if largest_is_best else -1
-    best = sorted((name for name in line if name in metrics), key=lambda name: (sign * metrics[name], name))
-    kept.update(best[len(best) - keep_best :] if keep_best else [])
+    scored = [name for name in line if name in metrics]
+    kept.update(best_first(scored, metrics, largest_is_best)[:keep_best])
     if uploaded is not None:
         there = set(uploaded)
         newest = next((index for index in range(len(ordered) - 1, -1, -1) if ordered[index] in there), 0)

@@ -11,7 +11,7 @@ The bytes are exactly those that `encode_manifest` makes: any other spelling of 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import xxhash
@@ -73,6 +73,8 @@ class Metric(msgspec.Struct, frozen=True):
 
     name: str
     value: float
+    mode: Literal["min", "max"] = "min"
+    """Whether the least or the greatest value is the best."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

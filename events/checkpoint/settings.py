@@ -52,16 +52,17 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
     every_epochs: _Count | None = None
     """After every so many epochs."""
     best: Annotated[str, Meta(min_length=1)] | None = None
-    """A metric, as it is called in the result's ``metrics`` (``val_loss``): after a validation in which it is the best
-    so far."""
+    """A metric, as it is called in the result's ``metrics`` (``val_loss``): a checkpoint is taken after each validation
+    in which it is among the best ``keep_best`` so far."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the least or the greatest value of ``best`` is the best."""
     at_end: bool = True
     """When training has finished."""
-    keep_last: _Count = 2
-    """The newest ones are kept..."""
+    keep_last: _Count | None = 2
+    """How many of the newest are kept; None keeps all..."""
     keep_best: Annotated[int, Meta(ge=0)] = 1
-    """...and those with the best ``best``; all others are deleted, once a newer one is durable (and uploaded)."""
+    """...and how many of those with the best ``best``. All others are deleted once a newer one is durable (and
+    uploaded). 0: none is taken or kept for its metric, which is only recorded."""
     when_busy: Literal["skip", "wait"] = "skip"
     """When one is due while both copies in memory are still being written: leave it out (`CheckpointSkipped`), or have
     the loop wait. One that somebody asked for always waits."""

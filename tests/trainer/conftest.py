@@ -139,7 +139,7 @@ class Outcome:
         return [type(event).__name__ for event in self.events if type(event) not in without]
 
 
-_OWN = ("journal", "run_id", "run_dir", "checkpoints", "resume", "sinks_in", "config")
+_OWN = ("journal", "run_id", "run_dir", "checkpoints", "resume", "sinks_in", "config", "init_from")
 
 
 def make_trainer(module: ModuleInterface, *, callbacks: Iterable[Any] = (), sinks: Any = (), **options: Any) -> Trainer:

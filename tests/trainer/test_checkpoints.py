@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,17 @@ import anyio.to_thread
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
-from events.errors import CheckpointError, CheckpointMismatch, CheckpointsFailing, UnstorableState
+from events.errors import (
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    CheckpointsFailing,
+    UnstorableState,
+)
 from events.journal_reader import read_history
 from events.messages import (
     CheckpointDeleted,
@@ -30,12 +37,14 @@ from events.messages import (
     CommandTaken,
     ObserverFailed,
     RunResumed,
+    RunStarted,
     TrainStepEnded,
     WeightsSaved,
 )
 from events.protocol import Stop
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Checkpoints, inline
+from trainer.errors import ArgumentsError
 from trainer.resume import Loaded
 
 OFF = {"every_minutes": None, "at_end": False}
@@ -107,19 +116,31 @@ def test_minutes_are_looked_at_after_each_step(kit: Any, tmp_path: Path) -> None
     assert {tuple(reasons) for _, reasons in saved(outcome)} == {("minutes",)}
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("min", [2, 6]), ("max", [2, 4])])
+@pytest.mark.parametrize(
+    ("mode", "keep_best", "expected"),
+    [
+        ("min", 1, [2, 6]),
+        ("max", 1, [2, 4]),
+        ("min", 2, [2, 4, 6, 8]),
+        ("max", 2, [2, 4]),
+        ("max", 3, [2, 4, 6, 8]),
+        ("min", 0, []),
+    ],
+)
 @pytest.mark.parametrize("interval", [None, 2], ids=["by epochs", "by steps"])
-def test_the_best_one_is_taken_after_its_validation(
-    kit: Any, tmp_path: Path, mode: Any, expected: list[int], interval: int | None
+def test_one_is_taken_after_a_validation_that_is_among_the_best(
+    kit: Any, tmp_path: Path, mode: Any, keep_best: int, expected: list[int], interval: int | None
 ) -> None:
-    """Of the metric that was asked for, each time it is better than ever before; its value stands in the manifest."""
+    """By the metric that was asked for; its value is in the manifest, and the best one in the result."""
     scores = iter([0.5, 0.7, 0.3, 0.4])
 
     class Scored(kit.Net):
         def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
             self.log("score", next(scores))
 
-    checkpoints = Checkpoints(**OFF, best="score", best_mode=mode, keep_last=9)
+    checkpoints = Checkpoints(
+        **OFF, best="score", best_mode=mode, keep_best=keep_best, keep_last=None, when_busy="wait"
+    )
     outcome = kit.train(
         Scored(), epochs=4, checkpoints=checkpoints, run_dir=tmp_path / "run", val_interval_steps=interval
     )
@@ -127,7 +148,10 @@ def test_the_best_one_is_taken_after_its_validation(
     metrics = {
         name.step: store_of(tmp_path / "run").manifest(name).metric for name in store_of(tmp_path / "run").names()
     }
-    values = {2: 0.5, 4: 0.7, 6: 0.3}
+    values = {2: 0.5, 4: 0.7, 6: 0.3, 8: 0.4}
+    best = {"min": 6, "max": 4}[mode] if expected else None
+    folder = best and str(tmp_path / f"run/checkpoints/step-{best}.a1")
+    assert (outcome.result.best_checkpoint, outcome.result.best_metric) == (folder, best and values[best])
     assert {step: (metric.name, metric.value) for step, metric in metrics.items() if metric} == {
         step: ("score", values[step]) for step in expected
     }
@@ -430,6 +454,113 @@ def test_old_ones_are_deleted_once_a_newer_one_is_durable(kit: Any, tmp_path: Pa
     assert [event.checkpoint for event in outcome.of(CheckpointDeleted)] == ["step-2.a1", "step-6.a1", "step-8.a1"]
     order = [event.checkpoint for event in outcome.events if type(event) in (CheckpointSaved, CheckpointDeleted)]
     assert order.index("step-4.a1") < order.index("step-2.a1", 1)
+
+
+def scored(kit: Any, *scores: float) -> Any:
+    """A module with this score in each of its validations."""
+    left = iter(scores)
+
+    class Scored(kit.Net):
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            self.log("score", next(left))
+
+    return Scored()
+
+
+def test_a_resumed_run_knows_the_scores_of_its_line(kit: Any, tmp_path: Path) -> None:
+    """One that does not enter the best three is not taken, though it is the best of its own attempt."""
+    own = {"run_dir": tmp_path / "run", "run_id": "r"}
+    own["checkpoints"] = Checkpoints(**OFF, best="score", keep_best=3, keep_last=9, when_busy="wait")
+    kit.train(scored(kit, 0.1, 0.3, 0.2), epochs=3, **own)
+    outcome = kit.train(scored(kit, 0.4, 0.25, 0.25), epochs=6, resume="auto", **own)
+    assert [name for name, _ in saved(outcome)] == ["step-10.a2"]
+    assert outcome.result.best_checkpoint == str(tmp_path / "run/checkpoints/step-2.a1")
+
+
+def test_resume_best_continues_from_the_best_whole_one(kit: Any, tmp_path: Path) -> None:
+    """By the metric that the run monitors, also where `Trainer.test` names none; a damaged one is passed over."""
+    own = {"run_dir": tmp_path / "run"}
+    settings = Checkpoints(**OFF, best="score", best_mode="max", keep_best=9, keep_last=9, when_busy="wait")
+    kit.train(scored(kit, 1.0, 3.0, 2.0), epochs=3, run_id="r", checkpoints=settings, **own)
+    outcome = kit.train(scored(kit, 0.5), epochs=3, resume="best", checkpoints=settings, **own)
+    assert (outcome.of(RunStarted)[0].run_id, outcome.of(RunResumed)[0].checkpoint) == ("r", "step-4.a1")
+    (tmp_path / "run/checkpoints/step-4.a1/state.msgpack").write_bytes(b"")
+    net = scored(kit)
+    net.get_test_dataloaders = net.get_val_dataloaders
+    kit.make_trainer(net, resume="best", **own).test()
+    third = Loaded(tmp_path / "run/checkpoints/step-2.a1").state["module"]
+    assert all(torch.equal(third[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_resume_best_without_a_score_names_what_there_is(kit: Any, tmp_path: Path) -> None:
+    """Nothing begins."""
+    own = {"run_dir": tmp_path / "run", "run_id": "r"}
+    kit.train(kit.Net(), epochs=1, checkpoints=Checkpoints(**OFF, every_epochs=1), **own)
+    outcome = kit.train(kit.Net(), resume="best", **own)
+    assert isinstance(outcome.error, CheckpointNotFound)
+    assert "no whole checkpoint with a metric (it has: step-2.a1)" in str(outcome.error)
+
+
+def test_a_job_that_names_only_its_folder_resumes(kit: Any, tmp_path: Path) -> None:
+    """The folder knows the run's name, by its journal or by its checkpoints; without a folder it is an error."""
+    own = {"run_dir": tmp_path / "run", "resume": "auto", "checkpoints": Checkpoints(**OFF, every_epochs=1)}
+    names = [kit.train(kit.Net(), epochs=epochs, journal=True, **own).result.run_id for epochs in (1, 2)]
+    shutil.rmtree(tmp_path / "run/journal")
+    last = kit.train(kit.Net(), epochs=3, journal=True, **own)
+    assert {*names, last.result.run_id} == {names[0]}
+    assert last.result.global_step == 6
+    for resume in ("auto", "best"):
+        error = kit.train(kit.Net(), resume=resume).error
+        assert isinstance(error, ArgumentsError)
+        assert f"resume='{resume}' needs to know the run; give run_id or run_dir" in str(error)
+    error = kit.train(
+        kit.Net(), run_dir=tmp_path / "new", resume="auto", checkpoints=Checkpoints(upload=f"file://{tmp_path}/there")
+    ).error
+    assert isinstance(error, ArgumentsError)
+    assert "give run_id" in str(error)
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "run", "weights", "address"])
+def test_a_new_run_starts_from_weights(kit: Any, tmp_path: Path, source: str) -> None:
+    """At step 0, with new optimizers and a history of its own; once it has a checkpoint, that is what it resumes."""
+    remote = f"file://{tmp_path}/there" if source == "address" else None
+    settings = Checkpoints(**OFF, every_epochs=1, upload=remote)
+    old = kit.train(kit.Net(), epochs=2, run_id="old", run_dir=tmp_path / "old", checkpoints=settings).result
+    path = {
+        "checkpoint": old.checkpoint,
+        "run": tmp_path / "old",
+        "weights": tmp_path / "old/weights.safetensors",
+        "address": f"{remote}/old",
+    }[source]
+    seen: list[dict[str, Any]] = []
+
+    class Started(kit.Net):
+        def get_train_dataloader(self, *given: Any) -> Any:
+            seen.append({name: tensor.clone() for name, tensor in self.state_dict().items()})
+            return super().get_train_dataloader(*given)
+
+    own = {"run_dir": tmp_path / "new", "run_id": "new", "checkpoints": Checkpoints(**OFF, every_epochs=1)}
+    result = kit.train(Started(), epochs=1, init_from=path, resume="auto", **own).result
+    weights = load_file(tmp_path / "old/weights.safetensors")
+    assert seen[0].keys() == weights.keys()
+    assert all(torch.equal(seen[0][name], tensor) for name, tensor in weights.items())
+    assert (result.global_step, result.run_id) == (2, "new")
+    again = kit.train(Started(), epochs=2, init_from=path, resume="auto", **own)
+    assert again.of(RunResumed)[0].checkpoint == "step-2.a1"
+
+
+def test_weights_of_another_model_are_refused(kit: Any, tmp_path: Path) -> None:
+    """By the keys and shapes that differ; the module is as it was. So is a path without any."""
+    save_file({"linear.weight": torch.ones(2, 9), "other": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    net = kit.Net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    error = kit.train(net, init_from=tmp_path / "foreign.safetensors").error
+    assert isinstance(error, CheckpointMismatch)
+    assert all(text in str(error) for text in ("linear.weight", "other", "linear.bias"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    error = kit.train(net, init_from=tmp_path / "nothing").error
+    assert isinstance(error, CheckpointNotFound)
+    assert "init_from=" in str(error)
 
 
 def test_three_failures_in_a_row_end_the_run(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

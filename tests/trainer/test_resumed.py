@@ -18,7 +18,7 @@ from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointMismatch
 from events.journal_reader import read_history
 from events.messages import CheckpointStaged, TrainStepEnded
-from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from trainer import CallbackInterface, Checkpoints, ModuleInterface, RunInterrupted, Trainer, TrainerArguments
 
 EACH_STEP = Checkpoints(every_steps=1, every_minutes=None, keep_last=99, when_busy="wait")
 
@@ -269,8 +269,9 @@ def test_the_best_one_is_taken_of_the_step_whose_validation_was_interrupted(
             return super().train_step(global_step, batch, device)
 
     checkpoints = Checkpoints(best="val_loss/a", at_end=False, keep_last=9, keep_best=9, every_minutes=None)
-    result = train(Stopped(), tmp_path, checkpoints=checkpoints, **settings)
-    assert (result.status, result.global_step) == ("stopped", stop_at)
+    with pytest.raises(RunInterrupted) as stop:
+        train(Stopped(), tmp_path, checkpoints=checkpoints, **settings)
+    assert (stop.value.result.status, stop.value.result.global_step) == ("stopped", stop_at)
     net = Stopped()
     net.stops = False
     train(net, tmp_path, checkpoints=checkpoints, resume="auto", **settings)
