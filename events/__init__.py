@@ -3,6 +3,10 @@
 __stagecast__ = True
 """Tells `trainer` and `sinks` that the package which they found under this generic name is ours."""
 
+from events.packages import check_packages as _check_packages
+
+_check_packages()
+
 from events.backlog import Payload as Payload
 from events.bus import Bus as Bus
 from events.bus import Readback as Readback

@@ -107,7 +107,7 @@ def segment_name(number: int) -> str:
     return f"{number:020d}.jsonl"
 
 
-def segment_numbers(journal_dir: Path) -> list[int]:
+def segment_numbers(journal_dir: str | os.PathLike[str]) -> list[int]:
     """The numbers of a journal's segments, ascending; none if the folder does not exist."""
     try:
         names = os.listdir(journal_dir)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Self
 
 import anyio
@@ -83,7 +83,7 @@ class LocalEventStream(BatchedStream):
     def __init__(
         self,
         bus: Bus,
-        journal_dir: Path | None,
+        journal_dir: str | os.PathLike[str] | None,
         journal_settled: Callable[[], bool],
         since: int | None,
         types: Iterable[type[Event]] | None,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 
 from events.errors import ArgumentsError
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str], likeness: float = 0.7) -> str | None:
@@ -54,6 +57,50 @@ def unknown_names(
     return problems
 
 
+def argument_problems(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], aliases: Mapping[str, str]
+) -> list[str]:
+    """Say what is wrong with the arguments of a call, in the order in which one would mend it.
+
+    Args:
+        signature: What can be given, without ``self``.
+        aliases: As `nearest` takes them.
+    """
+    known = signature.parameters
+    positional = [name for name, one in known.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    problems = unknown_names([name for name in kwargs if name not in known], list(known), aliases)
+    if len(args) > len(positional):
+        problems.append(f"{args[len(positional)]!r:.80} has no name; write name=value")
+    by_place = positional[: len(args)]
+    problems += [f"{name}: is given twice; give it once" for name in by_place if name in kwargs]
+    if not problems:  # or what is missing is what was misspelt
+        given = {*by_place, *kwargs}
+        missing = [name for name, one in known.items() if one.default is one.empty and name not in given]
+        problems += [f"{name}: is missing; give it" for name in missing]
+    return problems
+
+
+def refusing(aliases: Mapping[str, str]) -> Callable[[_Method], _Method]:
+    """Have a method that takes no arguments name those that it gets, and what serves instead.
+
+    Args:
+        aliases: What serves instead of an argument of another library, in a few words.
+    """
+
+    def decorate(method: Any) -> Any:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if args or kwargs:
+                where = f"{type(self).__name__}.{method.__name__}() takes no arguments"
+                named = [f"instead of {name}, {aliases[name]}" for name in kwargs if name in aliases]
+                raise ArgumentsError(f"{where}; {', '.join(named) or 'give them to ' + type(self).__name__}")
+            return method(self)
+
+        return call
+
+    return decorate
+
+
 if TYPE_CHECKING:
     from msgspec import StructMeta as _StructType
 else:
@@ -69,22 +116,10 @@ class _StrictType(_StructType):
             try:
                 return super().__call__(*args, **kwargs)
             except TypeError:
-                problems = self._problems(args, kwargs)
+                problems = argument_problems(inspect.signature(self), args, kwargs, self.argument_aliases)
                 if not problems:
                     raise  # raised in `__post_init__`, not by the constructor
                 raise ArgumentsError(f"{self.__name__}: {'; '.join(problems)}") from None
-
-        def _problems(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-            fields = inspect.signature(self).parameters
-            positional = [name for name, one in fields.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
-            unknown = [name for name in kwargs if name not in fields]
-            problems = unknown_names(unknown, self.__struct_fields__, self.argument_aliases)
-            if len(args) > len(positional):
-                problems.append(f"{args[len(positional)]!r:.80} has no name; write name=value")
-            given = {*positional[: len(args)], *kwargs}
-            problems += [f"{name}: is given twice; give it once" for name in positional[: len(args)] if name in kwargs]
-            missing = [name for name, one in fields.items() if one.default is one.empty and name not in given]
-            return problems + [f"{name}: is missing; give it" for name in missing]
 
 
 class Strict(msgspec.Struct, frozen=True, metaclass=_StrictType):

@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import events
+__stagecast__ = True
+"""Tells the other packages that this one, under its generic name, is ours."""
+
+import events as _events  # it looks at `trainer`, too
 
 if TYPE_CHECKING:
     from sinks.console import Console as Console
@@ -36,22 +39,15 @@ __all__ = [
 ]
 
 
-def _check_events() -> None:
-    """Refuse a stranger's ``events``: the name is generic, and one earlier on the path would shadow ours."""
-    if getattr(events, "__stagecast__", False) is True:
-        return
-    file = getattr(events, "__file__", None)
-    where = file or ", ".join(getattr(events, "__path__", ())) or repr(events)
+# Not in a module of its own: under a stranger's `events` nothing else may be imported.
+if not getattr(_events, "__stagecast__", False):
+    _shadow = getattr(_events, "__file__", None) or ", ".join(getattr(_events, "__path__", ())) or repr(_events)
     raise ImportError(
-        "stagecast's sinks need the package 'events' that is installed with them, but 'import events' found "
-        f"{where}, which shadows it. Rename that file or folder, or take the folder it lies in off sys.path "
-        "(a script's own folder comes first there).",
+        f"stagecast needs its own package 'events', but {_shadow} shadows it: rename that file or folder, or take its"
+        f" folder off the front of sys.path",
         name="events",
-        path=file,
+        path=_shadow,
     )
-
-
-_check_events()
 
 
 # Lazy, because a submodule imported at the top would meet a shadowing `events` before the check above.

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import IO, TYPE_CHECKING, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from events.messages import (
     CheckpointFailed,
@@ -127,7 +129,11 @@ class Console(Strict, frozen=True):
         """Look at stderr and decide how to write to it. Imports rich."""
         from rich.console import Console as RichConsole
 
-        console = RichConsole(stderr=True, force_terminal=self.force_terminal)
+        # None (pythonw), closed, or not a stream at all: no one can be shown anything, which is no failure.
+        stream = sys.stderr
+        gone = getattr(stream, "closed", False) or not callable(getattr(stream, "write", None))
+        file: Any = _Nowhere() if gone else None
+        console = RichConsole(stderr=True, file=file, force_terminal=self.force_terminal)
         return ConsoleWriter(
             run,
             console,
@@ -135,6 +141,13 @@ class Console(Strict, frozen=True):
             refresh_per_s=self.refresh_per_s,
             line_every_s=self.line_every_s,
         )
+
+
+class _Nowhere(io.TextIOBase):
+    """Takes text and keeps none."""
+
+    def write(self, text: str, /) -> int:
+        return len(text)
 
 
 class ConsoleWriter:
@@ -306,7 +319,9 @@ class ConsoleWriter:
             text = text.encode(encoding, "backslashreplace").decode(encoding)
         self._silent = True  # unless it goes well: after a stream broke, close() must not try again
         self._file.write(text)
-        self._file.flush()
+        flush = getattr(self._file, "flush", None)  # a stream of the host's may have `write` alone
+        if flush is not None:
+            flush()
         self._silent = False
 
 

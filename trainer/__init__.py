@@ -5,12 +5,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import events as _events
+__stagecast__ = True
+"""Tells the other packages that this one, under its generic name, is ours."""
+
+import events as _events  # it looks at `sinks`, too
 
 if not getattr(_events, "__stagecast__", False):
+    _shadow = getattr(_events, "__file__", None) or ", ".join(getattr(_events, "__path__", ())) or repr(_events)
     raise ImportError(
-        f"stagecast needs its own package 'events', but {getattr(_events, '__file__', None) or _events!r} shadows it:"
-        f" rename that file or folder, or take its folder off the front of sys.path"
+        f"stagecast needs its own package 'events', but {_shadow} shadows it: rename that file or folder, or take its"
+        f" folder off the front of sys.path",
+        name="events",
+        path=_shadow,
     )
 
 if TYPE_CHECKING:

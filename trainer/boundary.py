@@ -22,7 +22,7 @@ from trainer.checkpointing import Checkpointing
 from trainer.collate import collate_outputs, detach_copy
 from trainer.control import Control
 from trainer.errors import EpochOutputsTooLarge, add_note
-from trainer.hooks import CallbackHooks, HookTable, InlineHook, hook_arguments
+from trainer.hooks import CallbackHooks, HookTable, InlineHook, add_hint, hook_arguments
 from trainer.ledger import Ledger
 from trainer.outputs import EpochOutputs
 from trainer.recorder import MetricRecorder
@@ -151,6 +151,7 @@ class Boundary:
                     hook.call(*args, **kwargs)
                 except Exception as raised:  # a supervisor's border: reported, and raised unless it only disables
                     error = clear_error(raised, hook.owner.name, hook.name, hook.call, args, kwargs)
+                    add_hint(error)
                     add_note(error, f"raised by {hook.owner.name}.{hook.name} at global_step {self.origin.global_step}")
                     self._on_failed_hook(hook.owner, hook.name, error)
         spent = clock() - mark

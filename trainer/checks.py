@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from events.errors import SinkMisconfigured, UploadError
 from events.journal import Journal
 from events.sink import Delivery, delivery_of, require
 from trainer.arguments import TrainerArguments
+from trainer.contract_checks import check_contract
 from trainer.errors import ArgumentsError
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.session import split
@@ -23,10 +25,38 @@ from trainer.session import split
 
 def members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
     """The callbacks or sinks that are given; a single one in place of several is a problem."""
-    if isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)):
         return tuple(given)
-    problems.append(f"{name} must be a list, not {shown(given)}; put a single one in brackets")
+    problems.append(f"{name} must be a list, not {shown(given)}; {_instead(name, given)}")
     return ()
+
+
+def _instead(name: str, given: Any) -> str:
+    """How to write what was meant by a callback or sink, or by a list of them."""
+    if isinstance(given, str):
+        found = _by_name(name, given)
+        home = "sinks" if name == "sinks" else "trainer.callbacks"
+        if found is not None:
+            return f"write {name}=[{found}({_OPTIONS.get(found, '')})] (from {home} import {found})"
+        return f"write {name}=[...] with objects, such as those of {home}"
+    if isinstance(given, type):
+        takes = inspect.signature(given).parameters.values()
+        needs = any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in takes)
+        return f"write {name}=[{given.__name__}({'...' if needs else ''})]"
+    if given is None or isinstance(given, bool | int | float | bytes | Mapping):
+        return "put a single one in brackets"
+    return f"put a single one in brackets: {name}=[...]"
+
+
+_OPTIONS = {"EMA": "module", "LearningRateMonitor": "module", "ModelStatistics": "module"}
+
+
+def _by_name(name: str, text: str) -> str | None:
+    """The class of ours that a text means, as other trainers take names: ``"tensorboard"``."""
+    package: Any = importlib.import_module("sinks" if name == "sinks" else "trainer.callbacks")
+    plain = text.lower().replace("_", "").replace("-", "").replace(" ", "")
+    plain = {"tb": "tensorboard", "wb": "wandb", "otel": "opentelemetry"}.get(plain, plain)
+    return next((one for one in package.__all__ if one.lower() in (plain, plain.removesuffix("logger"))), None)
 
 
 def check_members(
@@ -34,7 +64,8 @@ def check_members(
 ) -> None:
     """See that each is what it must be, and that what it needs is installed."""
     if not isinstance(module, ModuleInterface):
-        problems.append(f"module must be an instance of a ModuleInterface, not {shown(module)}")
+        hint = f"; write {module.__name__}()" if isinstance(module, type) else ""
+        problems.append(f"module must be an instance of a ModuleInterface, not {shown(module)}{hint}")
     if not isinstance(arguments, TrainerArguments):
         problems.append(
             f"arguments must be TrainerArguments, not {shown(arguments)}; TrainerArguments.from_dict builds them"
@@ -44,28 +75,40 @@ def check_members(
             require("psutil", "system", "TrainerArguments(system_interval_s=...)")
         except SinkMisconfigured as error:
             problems.append(str(error))
+    sound: list[CallbackInterface] = []
     for number, callback in enumerate(callbacks):
         target, delivery = split(callback)
         if not isinstance(target, CallbackInterface) or not isinstance(delivery, Delivery | None):
-            problems.append(
-                f"callbacks[{number}] must be a CallbackInterface, or a pair of one and a Delivery, not"
-                f" {shown(callback)}"
-            )
+            problem = f"callbacks[{number}] must be a CallbackInterface, or a pair of one and a Delivery, not"
+            problems.append(f"{problem} {shown(callback)}{_hint('callbacks', target)}")
+        else:
+            sound.append(target)
+    if isinstance(module, ModuleInterface):
+        check_contract(module, sound, problems)
     for number, sink in enumerate(sinks or ()):
         target, delivery = split(sink)
         if isinstance(target, Journal):
             problems.append(f"sinks[{number}] is a Journal, of which a run has one: give it as journal=")
         is_sink = callable(getattr(target, "open", None)) and not isinstance(target, type)
         if not is_sink or not isinstance(delivery, Delivery | None):
-            problems.append(
-                f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
-                f" {shown(sink)}"
-            )
+            problem = f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
+            problems.append(f"{problem} {shown(sink)}{_hint('sinks', target)}")
         elif callable(check := getattr(target, "check", None)):
             try:
                 check()
             except SinkMisconfigured as error:
                 problems.append(f"sinks[{number}]: {error}")
+
+
+def _hint(name: str, given: Any) -> str:
+    """How to write a member that is none, where that can be guessed."""
+    if isinstance(given, CallbackInterface):
+        return "; give it as callbacks=[...]"
+    if name == "callbacks" and callable(getattr(given, "open", None)) and not isinstance(given, type):
+        return "; give it as sinks=[...]"
+    if isinstance(given, type) or (isinstance(given, str) and _by_name(name, given) is not None):
+        return f"; {_instead(name, given)}"
+    return ""
 
 
 def check_places(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:

@@ -25,6 +25,7 @@ from events.observer import Observer
 from events.sink import CALLBACK_DELIVERY, Delivery
 from trainer.errors import ArgumentsError, add_note
 from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
+from trainer.peers import hint_for
 from trainer.recorder import MetricRecorder
 from trainer.signatures import clear_error, takes_outputs
 from trainer.tensor_state import part_of
@@ -235,6 +236,12 @@ def _number_names(callbacks: Iterable[CallbackHooks]) -> None:
             callback.name = f"{callback.name}-{seen[callback.name]}"
 
 
+def add_hint(error: BaseException) -> None:
+    """Note what serves instead, if a user's code has looked for a name of another trainer."""
+    if (hint := hint_for(error, CallbackInterface)) is not None:
+        add_note(error, f"stagecast: {hint}")
+
+
 def hook_arguments(event: Event, outputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that the contract gives to the hook of an event."""
     if isinstance(event, TrainEpochStarted):
@@ -305,6 +312,7 @@ class CallbackTarget:
                 raise clear from None
         except BaseException as error:
             self._callback.failed = True
+            add_hint(error)
             add_note(error, f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
             raise
         finally:

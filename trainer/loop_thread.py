@@ -40,7 +40,7 @@ from trainer.control import Control
 from trainer.data import as_val_loaders, map_tensors, seed_everything
 from trainer.errors import ContractError, add_note
 from trainer.evaluation import Evaluation
-from trainer.hooks import CallbackHooks, HookTable
+from trainer.hooks import CallbackHooks, HookTable, add_hint
 from trainer.ledger import Ledger
 from trainer.loop import TrainingLoop
 from trainer.module_interface import ModuleInterface, Stage
@@ -448,6 +448,7 @@ class LoopThread:
         if not cancelled:
             step = self._origin.global_step
             if error is not self._control.error:  # an observer's exception names its hook already
+                add_hint(error)
                 add_note(error, f"stagecast: in {self._boundary.phase} after global_step {step}")
             logger.error(f"the run failed after global_step {step}: {self.reason}")
 

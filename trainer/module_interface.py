@@ -37,14 +37,18 @@ scaler.
 from __future__ import annotations
 
 import enum
+import functools
 import numbers
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from trainer.media import Histogram, Image, Logged, as_logged
+from trainer.peers import CALLS
+from trainer.unheard import in_words, unheard_methods
 
 HOOKS: tuple[str, ...] = (
     "on_begin_train_epoch",
@@ -249,6 +253,17 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     another name.
     """
 
+    if not TYPE_CHECKING:  # a type checker must see `__init__` alone
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            """Name what the class lacks, and what serves instead of its methods for other trainers."""
+            if cls.__abstractmethods__:
+                lacks = f"{cls.__name__} lacks {', '.join(sorted(cls.__abstractmethods__))}"
+                found = unheard_methods(cls, contract_names(ModuleInterface))
+                raise TypeError(f"{lacks}; {in_words(found) or 'write them, as ModuleInterface describes them'}")
+            new = super().__new__
+            return new(cls) if new is object.__new__ else new(cls, *args, **kwargs)
+
     @abstractmethod
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int, epochs: int
@@ -394,6 +409,30 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             if hasattr(state.get(name), "_torchdynamo_orig_callable"):
                 del state[name]
         return state
+
+
+class _Refusal:
+    """Stands where other trainers have a method: calling it names what serves instead."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AttributeError(f"stagecast has no {self._name}(); {CALLS[self._name]}")
+
+
+for _name in CALLS:
+    setattr(CallbackInterface, _name, _Refusal(_name))
+
+_CALLED_BY_USERS = frozenset({"forward", "log", "optimize"})
+
+
+@functools.cache
+def contract_names(kind: type[CallbackInterface]) -> frozenset[str]:
+    """The methods of `ModuleInterface`, or of `CallbackInterface`, that the trainer calls."""
+    classes = (CallbackInterface, ModuleInterface) if issubclass(kind, ModuleInterface) else (CallbackInterface,)
+    names = {name for one in classes for name, value in vars(one).items() if isinstance(value, types.FunctionType)}
+    return frozenset(name for name in names - _CALLED_BY_USERS if not name.startswith("_"))
 
 
 def _checked_name(name: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 METHODS: Mapping[str, str] = {
@@ -99,19 +100,39 @@ ATTRIBUTES: Mapping[str, str] = {
     "hparams": "keep hyperparameters in __init__, and record them with Trainer(config=...)",
     "logger": "record values with self.log(name, value), and give the Trainer sinks=[...]",
     "loggers": "record values with self.log(name, value), and give the Trainer sinks=[...]",
-    "log_dict": "call self.log(name, value) once for each value",
-    "log_metrics": "call self.log(name, value) once for each value",
-    "save_hyperparameters": "keep hyperparameters in __init__, and record them with Trainer(config=...)",
     "optimizers": "keep the optimizers that get_optimizers_schedulers returns as attributes of the module",
-    "lr_schedulers": "keep the schedulers that get_optimizers_schedulers returns as attributes of the module",
-    "manual_backward": "return the loss from train_step; the trainer calls backward",
-    "toggle_optimizer": "set requires_grad of the parameters",
-    "all_gather": "call torch.distributed.all_gather",
     "example_input_array": "the trainer needs no example input",
-    "automatic_optimization": "the trainer takes the optimizer steps",
+    "automatic_optimization": "set manual_optimization",
     "is_global_zero": "the rank is that of torch.distributed",
 }
-"""Attributes and methods of modules and callbacks that their code reads: what serves instead."""
+"""Attributes of modules and callbacks that their code reads: what serves instead."""
+
+CALLS: Mapping[str, str] = {
+    "log_dict": "call self.log(name, value) once for each value",
+    "log_metrics": "call self.log(name, value) once for each value",
+    "save_hyperparameters": "keep hyperparameters in attributes, and record them with Trainer(config=...)",
+    "lr_schedulers": "keep the schedulers of get_optimizers_schedulers in attributes",
+    "manual_backward": "return the loss from train_step",
+    "toggle_optimizer": "set requires_grad of the parameters",
+    "load_from_checkpoint": "build the module and give the Trainer resume",
+}
+"""Methods of modules and callbacks that their code calls: what serves instead."""
+
+TRAIN_ARGUMENTS: Mapping[str, str] = {
+    "resume_from_checkpoint": "give the Trainer resume",
+    "ckpt_path": "give the Trainer resume",
+    "resume": "give the Trainer resume",
+    "model": "give the Trainer the module",
+    "module": "give the Trainer the module",
+    "epochs": "set epochs in TrainerArguments",
+    "max_epochs": "set epochs in TrainerArguments",
+    "train_dataloaders": "return the data from get_train_dataloader of the module",
+    "val_dataloaders": "return the data from get_val_dataloaders of the module",
+    "dataloaders": "return the data from get_test_dataloaders of the module",
+    "datamodule": "return the data from the methods of the module",
+    "callbacks": "give the Trainer callbacks",
+}
+"""Arguments of `Trainer.train` and `Trainer.test`, which take none: what serves instead."""
 
 TRAINER_METHODS: Mapping[str, str] = {
     "fit": "build Trainer(module, arguments) and call train()",
@@ -225,7 +246,7 @@ ARGUMENTS: Mapping[str, str] = {
 }
 """Arguments of a run: the field of `TrainerArguments` that serves instead, or what to do."""
 
-TRAINERARGUMENTS: Mapping[str, str] = {
+TRAINER_ARGUMENTS: Mapping[str, str] = {
     "model": "module",
     "args": "arguments",
     "training_args": "arguments",
@@ -258,3 +279,19 @@ TRAINERARGUMENTS: Mapping[str, str] = {
     "compute_loss_func": "compute the loss in train_step of the module",
 }
 """Arguments of `Trainer`: the one that serves instead, or what to do."""
+
+
+def hint_for(error: BaseException, owner: type) -> str | None:
+    """What serves instead of a name of another trainer that user code has looked for; None for any other error.
+
+    Args:
+        owner: The base of modules and callbacks.
+    """
+    if isinstance(error, AttributeError) and isinstance(error.obj, owner):
+        served = ATTRIBUTES.get(error.name or "")
+        return f"{type(error.obj).__name__} has no {error.name}; {served}" if served is not None else None
+    if type(error) is TypeError:  # no kind of the user's own, whose text may be anything
+        unexpected = re.search(r"\blog\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if unexpected is not None:
+            return f"log(name, value) takes no {unexpected[1]}; leave it out: each step's mean is recorded"
+    return None

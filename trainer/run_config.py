@@ -19,6 +19,7 @@ import msgspec
 from events.checkpoint.settings import Checkpoints
 from events.errors import SinkMisconfigured
 from events.journal import Journal
+from events.packages import check_packages
 from events.sink import Place, Sink
 from trainer.arguments import TrainerArguments
 from trainer.config import decode, load_config, try_overrides
@@ -125,6 +126,10 @@ def prepare(config: RunConfig, source: str) -> Prepared:
 
 def _build(config: RunConfig) -> Trainer:
     sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        check_packages()
+    except ImportError as error:
+        raise ArgumentsError(str(error)) from error
     problems: list[str] = []
     sinks = None if config.sinks is None else _build_sinks(config.sinks, problems)
     factory = _find("module", config.module, problems)

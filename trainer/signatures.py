@@ -53,8 +53,7 @@ def signature_problem(owner: str, name: str, method: Any, contract: Callable[...
         given += [None] * _least_outputs(signature, len(given), named)
     if can_take(signature, given, named):
         return None
-    takes = f"({', '.join(['self', *map(str, signature.parameters.values())])})"
-    return f"{owner}.{name}{takes} cannot take the trainer's arguments; {should}"
+    return f"{owner}.{name}{_with_self(signature)} cannot take the trainer's arguments; {should}"
 
 
 def takes_outputs(hook: Any) -> bool:
@@ -91,8 +90,9 @@ def clear_error(error: Exception, owner: str, name: str, hook: Any, given: Seque
         return error
     count = len(given) - 1
     outputs = "1 output" if count == 1 else f"{count} outputs"
-    takes = ", ".join(["self", *map(str, signature.parameters.values())])
-    return SignatureError(f"{owner}.{name}({takes}) cannot take the {outputs} of the step; let it take *outputs")
+    return SignatureError(
+        f"{owner}.{name}{_with_self(signature)} cannot take the {outputs} of the step; let it take *outputs"
+    )
 
 
 def _least_outputs(signature: inspect.Signature, fixed: int, named: Mapping[str, Any]) -> int:
@@ -102,6 +102,12 @@ def _least_outputs(signature: inspect.Signature, fixed: int, named: Mapping[str,
         if one.kind in _FIXED and one.default is one.empty and one.name not in named
     ]
     return max(0, len(required) - fixed)
+
+
+def _with_self(signature: inspect.Signature) -> str:
+    """The arguments of a bound method as they stand where it is defined."""
+    rest = _shown(signature).removeprefix("(")
+    return f"(self, {rest}" if rest != ")" else "(self)"
 
 
 def _shown(signature: inspect.Signature) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.abc
@@ -24,6 +26,7 @@ from events.protocol import AnyCommand, EventStream, RunResult
 from events.run import Run
 from events.sink import Place
 from events.stream import LocalEventStream
+from events.strict import argument_problems, refusing
 from trainer.arguments import TrainerArguments
 from trainer.calling_thread import interruptibly, run_here
 from trainer.cancellation import outlast
@@ -41,8 +44,19 @@ from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.fetch import fetch_for
 from trainer.loop_thread import Task
 from trainer.module_interface import ModuleInterface
+from trainer.peers import TRAIN_ARGUMENTS, TRAINER_ARGUMENTS, TRAINER_METHODS
 from trainer.resume import KEYWORDS, CheckpointPlan
 from trainer.session import Callback, Session, SinkLike, console, new_run_id, split
+
+_ALIASES = (
+    {field: f"set it in TrainerArguments({field}=...)" for field in TrainerArguments.__struct_fields__}
+    | {
+        name: f"set {served} in TrainerArguments" if " " not in served else served
+        for name, served in TrainerArguments.argument_aliases.items()
+    }
+    | dict(TRAINER_ARGUMENTS)
+)
+"""What serves instead of an argument that a trainer does not take."""
 
 
 class Trainer:
@@ -84,6 +98,25 @@ class Trainer:
         ArgumentsError: something given here is not what it must be.
     """
 
+    if not TYPE_CHECKING:  # a type checker must see `__init__` and the real attributes
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            """Name arguments that `__init__` does not have, and what serves instead."""
+            takes = inspect.signature(functools.partial(cls.__init__, None))
+            try:
+                takes.bind_partial(*args, **kwargs)
+            except TypeError:
+                problems = argument_problems(takes, args, kwargs, _ALIASES)
+                raise ArgumentsError(f"{cls.__name__}: {'; '.join(problems)}") from None
+            return super().__new__(cls)
+
+        def __getattr__(self, name: str) -> Any:
+            served = TRAINER_METHODS.get(name)
+            instead = f"; {served}" if served is not None else ""
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}{instead}", name=name, obj=self
+            )
+
     def __init__(
         self,
         module: ModuleInterface,
@@ -120,6 +153,7 @@ class Trainer:
         if problems:
             raise ArgumentsError("Trainer: " + "; ".join(problems))
 
+    @refusing(TRAIN_ARGUMENTS)
     def train(self) -> RunResult:
         """Train on the calling thread, and wait until the observers are drained.
 
@@ -137,6 +171,7 @@ class Trainer:
         """
         return self._run_here("train")[1]
 
+    @refusing(TRAIN_ARGUMENTS)
     def test(self) -> dict[str, tuple[Any, ...]]:
         """Run the test stage over every dataloader of `ModuleInterface.get_test_dataloaders`, as `train` runs training.
 

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import hmac
+import inspect
 import ipaddress
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
+
+import anyio
+import anyio.to_thread
 
 from events.errors import SinkMisconfigured
+from events.log import logger
 
 Headers = list[tuple[bytes, bytes]]
+_MOST_CHECKS = 8
+"""Maximum synchronous checks at a time, each on a thread."""
 
 
 class Refused(Exception):
-    """A request that is answered with no.
+    """A request that is refused; a check of `Access` may raise it, too.
 
     Attributes:
-        status: For HTTP.
+        status: For HTTP, 401 or 403 for instance.
+        reason: Shown to the client.
         code: For WebSocket.
+        headers: Of the response.
     """
 
     def __init__(self, status: int, reason: str, *, code: int = 1008, headers: Headers | None = None) -> None:
@@ -29,15 +41,74 @@ class Refused(Exception):
         self.headers = headers or []
 
 
+@dataclass(frozen=True)
+class Request:
+    """A request, as a check of the host's own sees it. A command by WebSocket looks like one that is posted."""
+
+    method: str
+    """``GET``, ``HEAD``, ``POST`` or any other; ``WEBSOCKET`` for the beginning of one."""
+    path: str
+    """Below where the application is mounted, decoded, without slashes at its ends: ``api/runs/line/events``."""
+    scope: Mapping[str, Any] = field(repr=False)
+    """The ASGI scope, with what the host's middleware has put there: ``request.scope["user"]``."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The run that it is about; None for the page and the list of runs."""
+        return self.path.split("/")[2] if self.path.startswith("api/runs/") else None
+
+    @property
+    def command(self) -> bool:
+        """Whether it would pause or stop the run, or take a checkpoint."""
+        return self.run_id is not None and self.path.split("/")[3:] == ["commands"]
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """Names in lower case; a header that comes several times is joined by commas."""
+        joined: dict[str, str] = {}
+        for key, value in self.scope["headers"]:
+            name, text = key.decode("latin-1").lower(), value.decode("latin-1")
+            joined[name] = f"{joined[name]}, {text}" if name in joined else text
+        return joined
+
+    @cached_property
+    def cookies(self) -> Mapping[str, str]:
+        """By name; empty if the header cannot be read."""
+        try:
+            return {name: one.value for name, one in SimpleCookie(self.headers.get("cookie", "")).items()}
+        except CookieError:
+            return {}
+
+    @cached_property
+    def query(self) -> Mapping[str, str]:
+        """Of the address; the last value of each name."""
+        return dict(parse_qsl(self.scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
+
+    @property
+    def client(self) -> str | None:
+        """Address of the client, or of the proxy before the server; None if the server does not know it."""
+        client = self.scope.get("client")
+        return str(client[0]) if client else None
+
+
+Check = Callable[[Request], "bool | Awaitable[bool]"]
+
+
 class Access:
     """Checks requests.
 
     Args:
         token: Who does not show it sees nothing but the empty page. None: whoever reaches the server may look.
         commands: Whether those who may see runs may also command them.
-        origins: Sites whose pages may talk to this server, beside its own (``https://example.org``).
+        origins: Sites whose pages may talk to this server, beside its own (``https://example.org``). Their names are
+            among the hosts.
         hosts: Names under which the server is asked for; None: any. Where there is no token, name them: a page of a
             stranger could else make a name of his own lead here (DNS rebinding).
+        check: The host's own, for pages, runs, streams, WebSockets and commands alike, beside the token: gets a
+            `Request` and returns whether it is allowed. It may be ``async``; one that is not runs on a thread, at most
+            8 at a time. Any value but True refuses with 403. So does an exception, which is logged; `Refused`, and
+            exceptions with a ``status_code`` of 401 or 403, such as FastAPI's and Starlette's, refuse with theirs.
+            It is asked when a connection is opened, and for each command; a stream stays open until it ends.
 
     Raises:
         SinkMisconfigured: The token is one that could be guessed, or that no header can carry.
@@ -50,12 +121,16 @@ class Access:
         commands: bool = False,
         origins: Iterable[str] = (),
         hosts: Iterable[str] | None = None,
+        check: Check | None = None,
     ) -> None:
         check_token_text(token)
         self._token = token.encode() if token is not None else None
         self.commands = commands
         self._origins = {origin.rstrip("/").lower() for origin in origins}
-        self._hosts = None if hosts is None else {host.lower() for host in hosts}
+        named = {_hostname(_place(origin) or "") for origin in self._origins}
+        self._hosts = None if hosts is None else {host.lower() for host in hosts} | named
+        self._check = check
+        self._threads = anyio.CapacityLimiter(_MOST_CHECKS)  # our own: a slow check must not take those of the host
 
     def allows(self, token: str | None) -> bool:
         """Whether this is the token, if there is one. Takes as long for every wrong one of its length."""
@@ -75,10 +150,58 @@ class Access:
         """See that a request comes from a page of this server, of an allowed one, or from none. Raises `Refused`."""
         host = _header(scope, b"host").lower()
         if self._hosts is not None and _hostname(host) not in self._hosts:
-            raise Refused(421, "this server is not known under the name that it was asked for")
+            raise Refused(
+                421,
+                f"this server does not answer to the name {_hostname(host)!r:.100}; allow it with hosts= of Access,"
+                " origins= of Live, or --origin of stagecast watch",
+            )
         origin = _header(scope, b"origin").rstrip("/").lower()
-        if origin and origin not in self._origins and not (host and _place(origin) == host):
-            raise Refused(403, "a page of another site asks: this server has not been told to trust it")
+        if origin and not self._is_own(origin, host, scope):
+            raise Refused(
+                403,
+                f"a page of {origin:.100} asks, and this server is {host:.100}; behind a proxy pass the Host header on"
+                " (nginx: proxy_set_header Host $http_host;), or allow the site with origins=",
+            )
+
+    def _is_own(self, origin: str, host: str, scope: MutableMapping[str, Any]) -> bool:
+        if origin in self._origins:
+            return True
+        # A page of another site can set neither: browsers keep the first to themselves, and ask before the second.
+        if _header(scope, b"sec-fetch-site").strip().lower() == "same-origin":
+            return True
+        hosts = [host, *_header(scope, b"x-forwarded-host").lower().split(",")]
+        place, scheme = _place(origin), origin.partition(":")[0]
+        return place is not None and _portless(place, scheme) in {_portless(one.strip(), scheme) for one in hosts}
+
+    async def ask(self, request: Request) -> None:
+        """Ask the host's check, if there is one. Raises `Refused`."""
+        if self._check is None:
+            return
+        try:
+            allowed = await self._ask(self._check, request)
+        except Refused:
+            raise
+        except Exception as error:
+            status = getattr(error, "status_code", None)
+            if status in (401, 403):  # a framework's own way to refuse
+                more = dict(getattr(error, "headers", None) or {}).items()
+                headers = [(str(name).lower().encode(), str(value).encode()) for name, value in more]
+                raise Refused(status, str(getattr(error, "detail", "") or error), headers=headers) from None
+            logger.error(f"the check of Access failed, so the request was refused: {error!r}", exc_info=error)
+            raise Refused(403, "the host's check failed; its log has the reason") from None
+        if allowed is not True:
+            if allowed is not False:
+                kind = type(allowed).__name__
+                logger.warning(f"the check of Access returned {kind}, so the request was refused; return True or False")
+            raise Refused(403, "the host's check refuses this request")
+
+    async def _ask(self, check: Check, request: Request) -> object:
+        if inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(getattr(check, "__call__", None)):  # noqa: B004
+            answer: object = check(request)
+        else:
+            # In a list: trio refuses a coroutine that comes from a thread, and it is awaited here.
+            (answer,) = await anyio.to_thread.run_sync(lambda: [check(request)], limiter=self._threads)
+        return await answer if inspect.isawaitable(answer) else answer
 
 
 def is_loopback(host: str) -> bool:
@@ -118,6 +241,11 @@ def _place(origin: str) -> str | None:
         return urlsplit(origin).netloc or None
     except ValueError:  # a bracket too many
         return None
+
+
+def _portless(place: str, scheme: str) -> str:
+    """Without the port that the scheme has anyway."""
+    return place.removesuffix({"http": ":80", "https": ":443"}.get(scheme, ":"))
 
 
 def _hostname(host: str) -> str:

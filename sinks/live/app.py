@@ -1,7 +1,8 @@
 """The ASGI application: the page, the runs, and their events by WebSocket and Server-Sent Events.
 
 It is made of anyio alone, runs under any ASGI server, on asyncio and trio, and may be mounted anywhere in a Starlette,
-FastAPI or Litestar application: all its addresses are relative. It needs no lifespan: whoever watches keeps it going.
+FastAPI or Litestar application: all its addresses are relative. It needs no lifespan: whoever watches keeps it going,
+and it closes its connections itself when the server shuts down (`sinks.live.shutdown`).
 
 ========================================  ================================================================
 ``GET /``                                 the page
@@ -18,6 +19,7 @@ FastAPI or Litestar application: all its addresses are relative. It needs no lif
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,12 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from events.errors import RunFolderError, WireError
+from events.errors import ArgumentsError, RunFolderError, WireError
 from events.folder import is_held
 from events.journal_reader import JOURNAL_DIR, JournalReader
 from events.messages import Event
 from events.wire import decode_command_json, encode_json_lines
-from sinks.live.access import Access, Refused
+from sinks.live.access import Access, Refused, Request
 from sinks.live.asgi import (
     Message,
     Receive,
@@ -42,9 +44,11 @@ from sinks.live.asgi import (
     header_of,
     path_of,
     send_data,
+    send_denial,
     send_file,
     send_json,
     send_redirect,
+    send_refusal,
     start,
     whole_number,
     without_body,
@@ -54,6 +58,7 @@ from sinks.live.client import (
     MOST_INBOUND,
     NO_RUN,
     NO_TOKEN,
+    RESTART,
     TOO_SLOW,
     Client,
     CommandSent,
@@ -62,7 +67,8 @@ from sinks.live.client import (
 )
 from sinks.live.frames import Message as Sent
 from sinks.live.hub import Hub
-from sinks.live.runs import Runs
+from sinks.live.runs import Runs, runs_of
+from sinks.live.shutdown import find_servers, unread
 
 _PAGE = Path(__file__).with_name("page")
 HELLO_S = 10.0
@@ -71,6 +77,13 @@ MOST_STRANGERS = 100
 """So many may be about to say it; then the oldest is let go."""
 _CLOSE_S = 5.0
 _END_S = 0.5
+_LOOK_S = 0.1
+"""How often it is looked whether the server shuts down."""
+_UNREAD_S = 0.3
+"""Seconds that a client may take to read the rest of what it was sent when the server shuts down."""
+_RETRY = b"retry: 1000\n"
+"""An `EventSource` reconnects after this many milliseconds. A line of the first event: some clients take one alone for
+an event."""
 _JOURNAL_S = 0.05
 """How often a journal that is followed is looked at."""
 
@@ -79,19 +92,25 @@ class LiveApp:
     """Serves runs to watchers.
 
     Args:
-        runs: Which runs there are.
+        runs: Which runs there are: `sinks.live.runs.RunsOfFolder`, or the path of its folder.
         access: Who may see them, and command them.
         most_clients: Connections that stay open at a time; others are asked to come again.
+
+    Raises:
+        ArgumentsError: One of them is something else.
     """
 
-    def __init__(self, runs: Runs, access: Access, most_clients: int = 1_000) -> None:
-        self._runs = runs
+    def __init__(self, runs: Runs | str | os.PathLike[str], access: Access, most_clients: int = 1_000) -> None:
+        if not isinstance(access, Access):
+            raise ArgumentsError(f"access must be Access(...), not {access!r:.80}")
+        self._runs = runs_of(runs)
         self._access = access
         self._most_clients = most_clients
         self._clients: set[Client] = set()
         self._strangers: dict[Client, None] = {}
         """Those whose hello is awaited, the oldest first: they take no place from who has shown the token."""
         self._disk = anyio.CapacityLimiter(4)  # our own: a disk that hangs must not take the threads of a host
+        self._looking = anyio.Lock()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """An ASGI application."""
@@ -104,12 +123,36 @@ class LiveApp:
                 await _lifespan(receive, send)
 
     async def end(self) -> None:
-        """Have those who are connected go: the server ends. Waits until they have, for a moment."""
-        for client in [*self._clients, *self._strangers]:
-            client.leave(Refused(503, "the server ends", code=ENDING))
+        """Close all connections that stay open; waits until they are closed, half a second at most.
+
+        uvicorn, hypercorn and gunicorn need no call of it: the application sees for itself that they shut down. A host
+        with another server calls it when its shutdown begins.
+        """
+        self._close_all()
         with anyio.move_on_after(_END_S):
             while self._clients or self._strangers:  # noqa: ASYNC110  # each of them ends a task of its server
                 await anyio.sleep(0.01)
+
+    def _close_all(self) -> None:
+        for client in [*self._clients, *self._strangers]:
+            client.leave(Refused(503, "the server shuts down", code=RESTART))
+
+    async def _close_with_server(self) -> None:
+        """Close all connections once the server shuts down. Each of them runs this, and one looks for all."""
+        if len(self._clients) + len(self._strangers) == 1:  # what was waited on may have been another event loop's
+            self._looking = anyio.Lock()
+        async with self._looking:
+            servers = find_servers()
+            while not any(server.is_ending() for server in servers):  # noqa: ASYNC110  # no server has an event for it
+                await anyio.sleep(_LOOK_S)
+            headers = [client.headers for client in [*self._clients, *self._strangers]]
+            self._close_all()
+            with anyio.CancelScope(shield=True):
+                with anyio.move_on_after(_UNREAD_S):
+                    while unread(servers, headers):  # noqa: ASYNC110  # no event tells that a client has read
+                        await anyio.sleep(0.02)
+                for transport in unread(servers, headers):
+                    transport.abort()
 
     # ---------------------------------------------------------------------------------------------- HTTP
 
@@ -118,20 +161,25 @@ class LiveApp:
         if scope["method"] == "HEAD":
             send = without_body(send)
         try:
+            is_api = path == "api/runs" or path.startswith("api/runs/")
             self._access.check_request(scope)
-            if path == "" and not asked_path(scope).endswith(b"/"):
+            if "//" in path:  # a check that looks at the path must see the one that is served
+                raise Refused(404, "there is nothing at this address; an address has no empty parts")
+            if is_api:
+                self._access.check_token(scope)
+            await self._access.ask(Request(scope["method"], path, scope))
+            if is_api:
+                await self._api(scope, receive, send, path.removeprefix("api/runs").strip("/"))
+            elif path == "" and not asked_path(scope).endswith(b"/"):
                 await send_redirect(scope, send)
             elif path == "":
                 await send_file(scope, send, _PAGE, "index.html", self._disk)
             elif path.startswith("page/"):
                 await send_file(scope, send, _PAGE, path.removeprefix("page/"), self._disk)
-            elif path == "api/runs" or path.startswith("api/runs/"):
-                self._access.check_token(scope)
-                await self._api(scope, receive, send, path.removeprefix("api/runs").strip("/"))
             else:
-                raise Refused(404, "there is nothing at this address")
+                raise Refused(404, "there is nothing at this address; a proxy that adds a path must also remove it")
         except Refused as refused:
-            await send_json(send, {"error": refused.reason}, refused.status, refused.headers)
+            await send_refusal(scope, send, refused)
 
     async def _api(self, scope: Message, receive: Receive, send: Send, path: str) -> None:
         if not path:
@@ -185,13 +233,19 @@ class LiveApp:
         answer = await self._command(hub, body)
         await send_json(send, answer, 202 if answer["type"] == "sent" else 409 if self._access.commands else 403)
 
-    async def _command(self, hub: Hub, data: bytes) -> dict[str, Any]:
+    async def _command(self, hub: Hub, data: bytes, request: Request | None = None) -> dict[str, Any]:
+        """Leave a command for the run; returns the answer. The host's check is asked about ``request`` before."""
         try:
             command = decode_command_json(data)
         except WireError as error:
             return {"type": "refused", "id": None, "reason": str(error)}
         if not self._access.commands:
             return {"type": "refused", "id": command.id, "reason": "this server takes no commands"}
+        if request is not None:
+            try:
+                await self._access.ask(request)
+            except Refused as refused:
+                return {"type": "refused", "id": command.id, "reason": refused.reason}
         if not hub.may_take_commands:
             return {"type": "refused", "id": command.id, "reason": "the run is not under way"}
         try:
@@ -257,7 +311,13 @@ class LiveApp:
             hello = Hello(since=_number(query, "since"), attempt=_number(query, "attempt"))
 
         async def write_all(client: Client) -> None:
-            await self._watch(hub, hello, client, _as_event)
+            begin = [_RETRY]
+
+            def shape(message: Sent | int) -> Message:
+                event = _as_event(message)
+                return {**event, "body": begin.pop() + event["body"]} if begin else event
+
+            await self._watch(hub, hello, client, shape)
 
         await self._stream(scope, receive, send, b"text/event-stream", write_all)
 
@@ -272,13 +332,14 @@ class LiveApp:
         """A response that goes on until it is written, or the client has left."""
         if scope["method"] != "GET":
             raise Refused(405, "this address takes GET", headers=[(b"allow", b"GET")])
-        client = Client(receive, send)
+        client = Client(receive, send, scope["headers"])
         with self._counted(client):
             await send(start(200, kind, [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]))
             async with anyio.create_task_group() as tasks:
                 client.scope = tasks.cancel_scope
                 tasks.start_soon(client.wait_for_leave)
                 tasks.start_soon(client.let_go_if_stuck)
+                tasks.start_soon(self._close_with_server)
                 await write_all(client)
                 tasks.cancel_scope.cancel()
             with anyio.move_on_after(1.0), contextlib.suppress(OSError, RuntimeError):
@@ -289,22 +350,29 @@ class LiveApp:
 
     async def _websocket(self, scope: Message, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
-        parts = path_of(scope).split("/")
-        if len(parts) != 4 or parts[:2] != ["api", "runs"] or parts[3] != "ws":
-            await send({"type": "websocket.close", "code": NO_RUN})
-            return
+        path = path_of(scope)
+        parts = path.split("/")
+        is_accepted = False
         try:
             self._access.check_request(scope)
+            await self._access.ask(Request("WEBSOCKET", path, scope))
+            if len(parts) != 4 or parts[:2] != ["api", "runs"] or parts[3] != "ws":
+                raise Refused(404, "there is no WebSocket at this address", code=NO_RUN)
             await send({"type": "websocket.accept"})
-            client = Client(receive, send)
+            is_accepted = True
+            client = Client(receive, send, scope["headers"])
             hello = await self._hello(client)
             if hello is not None:
                 with self._counted(client):
-                    await self._serve(parts[2], client, hello)
+                    commands = Request("POST", f"api/runs/{parts[2]}/commands", scope)
+                    await self._serve(parts[2], client, hello, commands)
         except Refused as refused:
-            reason = refused.reason.encode()[:120].decode(errors="ignore")  # no more goes into the frame
             with anyio.move_on_after(_CLOSE_S), contextlib.suppress(OSError, RuntimeError):  # it may have left
-                await send({"type": "websocket.close", "code": refused.code, "reason": reason})
+                if not is_accepted and "websocket.http.response" in (scope.get("extensions") or {}):
+                    await send_denial(send, refused)
+                else:
+                    reason = refused.reason.encode()[:120].decode(errors="ignore")  # no more goes into the frame
+                    await send({"type": "websocket.close", "code": refused.code, "reason": reason})
 
     async def _hello(self, client: Client) -> Hello | None:
         """Who it is; None if it has left. Raises `Refused` if it does not say, or has no token."""
@@ -314,7 +382,10 @@ class LiveApp:
             next(iter(self._strangers)).leave(Refused(503, "others have come to say who they are", code=TOO_SLOW))
         try:
             with anyio.move_on_after(HELLO_S) as client.scope:
-                hello = await client.take()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._close_with_server)
+                    hello = await client.take()
+                    tasks.cancel_scope.cancel()
         finally:
             del self._strangers[client]
         if hello is None:
@@ -325,7 +396,7 @@ class LiveApp:
             raise Refused(401, "the first message is a hello, with the token", code=NO_TOKEN)
         return hello
 
-    async def _serve(self, run_id: str, client: Client, hello: Hello) -> None:
+    async def _serve(self, run_id: str, client: Client, hello: Hello, commands: Request) -> None:
         """Raises `Refused` with the code that the connection is to be closed with."""
         hub = await self._hub(run_id)
 
@@ -334,7 +405,7 @@ class LiveApp:
                 if isinstance(message, SnapshotWanted):
                     client.is_lost = True
                 elif isinstance(message, CommandSent):
-                    answer = await self._command(hub, bytes(message.command))
+                    answer = await self._command(hub, bytes(message.command), commands)
                     await client.send({"type": "websocket.send", "text": msgspec.json.encode(answer).decode()})
             client.leave()
 
@@ -342,6 +413,7 @@ class LiveApp:
             client.scope = tasks.cancel_scope
             tasks.start_soon(listen)
             tasks.start_soon(client.let_go_if_stuck)
+            tasks.start_soon(self._close_with_server)
             await self._watch(hub, hello, client, _as_text)
             client.leave(Refused(503, "the run is over, and its server ends", code=ENDING))
         if client.problem is not None:

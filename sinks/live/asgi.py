@@ -99,6 +99,25 @@ async def send_json(send: Send, value: Any, status: int = 200, headers: Headers 
     await send_data(send, msgspec.json.encode(value), b"application/json", more, status)
 
 
+async def send_refusal(scope: Message, send: Send, refused: Refused) -> None:
+    """In JSON for programs and the page's own requests; in a line of text for who reads it in a browser."""
+    if b"text/html" in header_of(scope, b"accept"):
+        headers = [(b"cache-control", b"no-store"), *refused.headers]
+        text = f"stagecast: {refused.reason}\n".encode("utf-8", "replace")
+        await send_data(send, text, b"text/plain; charset=utf-8", headers, refused.status)
+    else:
+        await send_json(send, {"error": refused.reason}, refused.status, refused.headers)
+
+
+async def send_denial(send: Send, refused: Refused) -> None:
+    """Instead of a WebSocket, where the server can send an answer of ours; others would send 403."""
+
+    async def sending(message: Message) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    await send_json(sending, {"error": refused.reason}, refused.status, refused.headers)
+
+
 async def send_redirect(scope: Message, send: Send) -> None:
     """To the address with a slash at its end, from which the page's relative ones are right."""
     name = quote(asked_path(scope).rpartition(b"/")[2] or b".", safe="%").encode()

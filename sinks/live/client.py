@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import anyio
 import msgspec
@@ -17,7 +18,7 @@ SEND_S = 20.0
 """A client that has not taken a message in this time is let go."""
 SNAPSHOT_S = 1.0
 """A client gets a snapshot that it asks for so often at most."""
-TOO_SLOW, ENDING, NO_TOKEN, NO_RUN, NOT_ALLOWED = 1013, 1001, 4401, 4404, 1008
+TOO_SLOW, ENDING, RESTART, NO_TOKEN, NO_RUN, NOT_ALLOWED = 1013, 1001, 1012, 4401, 4404, 1008
 """With these codes a WebSocket is closed."""
 
 
@@ -49,7 +50,9 @@ Said = Hello | SnapshotWanted | CommandSent
 class Client:
     """A connection. Belongs to the event loop."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: Any) -> None:
+        self.headers = headers
+        """Of its request: the very object in the scope."""
         self._receive = receive
         self._send = send
         self._sending_since: float | None = None

@@ -9,6 +9,7 @@ is the one message that is being sent on it: at most a snapshot.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -81,6 +82,7 @@ class Hub:
         self._last_frame_at = -math.inf
         self._woken_for = (0, 0, False)
         self._driving = anyio.Lock()
+        self._commands = anyio.CapacityLimiter(1)  # our own: the threads of a host may all be taken
         self._watchers = 0
 
     # ------------------------------------------------------------------------------------------ the events
@@ -178,7 +180,7 @@ class Hub:
     async def command(self, command: AnyCommand) -> None:
         """Leave a command for the run. Raises `RunFolderError` if none is under way."""
         assert self.run_dir is not None
-        await anyio.to_thread.run_sync(send_command, self.run_dir, command)
+        await anyio.to_thread.run_sync(send_command, self.run_dir, command, limiter=self._commands)
 
     # ------------------------------------------------------------------------------------------ the frames
 
@@ -307,8 +309,8 @@ class Hub:
 class FolderHub(Hub):
     """A hub that reads the journal of a run's folder, whoever writes it, while somebody watches."""
 
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__(run_dir)
+    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        super().__init__(Path(run_dir))
         self._reader: JournalReader | None = None
         self._head = b""
         self._stored_at = -math.inf

@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from events.errors import ArgumentsError
 from events.folder import is_held
 from events.health import Health
 from events.journal_reader import JOURNAL_DIR, EventFinder, JournalReader, last_events, segment_numbers
@@ -58,10 +59,15 @@ class RunsOfFolder:
 
     They are looked for anew each time, so that runs which begin later are found. Of several with the same name (copies,
     say) it is the one that is running, or that told something last.
+
+    Raises:
+        ArgumentsError: ``folder`` is not a path.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise ArgumentsError(f"RunsOfFolder({folder!r:.80}) is not a path; give it the folder of the runs: 'runs'")
+        self._folder = Path(folder)
         self._hubs: OrderedDict[Path, FolderHub] = OrderedDict()
         self._known: dict[Path, tuple[tuple[int, int], Summary, HealthReader]] = {}
         self._paths: dict[str, Path] = {}  # by the run's name, as of the last look
@@ -141,12 +147,26 @@ class HealthReader:
         return self._health.problems
 
 
-def summarise(run_dir: Path, health: HealthReader | None = None) -> Summary:
+def runs_of(given: Runs | str | os.PathLike[str]) -> Runs:
+    """Runs as they are, or those of a folder that is given by its path.
+
+    Raises:
+        ArgumentsError: It is neither.
+    """
+    if isinstance(given, str | os.PathLike):
+        return RunsOfFolder(given)
+    if isinstance(given, type) or not all(callable(getattr(given, name, None)) for name in ("summaries", "hub")):
+        raise ArgumentsError(f"runs must be a folder or RunsOfFolder(folder), not {given!r:.80}")
+    return given
+
+
+def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = None) -> Summary:
     """A run in a few words, from the beginning and the end of its journal. Raises `OSError`.
 
     Args:
         health: Has read the run's journal before; None reads all of it.
     """
+    run_dir = Path(run_dir)
     journal_dir = run_dir / JOURNAL_DIR
     events: list[Event] = JournalReader(journal_dir).read(_HEAD)
     tail = last_events(journal_dir)

@@ -88,7 +88,7 @@ class Server:
     ) -> None:
         check_host(host, token)
         hosts = ("localhost", "127.0.0.1", "::1", host.strip("[]")) if is_loopback(host) else None
-        app = LiveApp(runs, Access(token, commands=commands, origins=origins, hosts=hosts))
+        app = self._app = LiveApp(runs, Access(token, commands=commands, origins=origins, hosts=hosts))
         self._socket = listening
         name = f"[{host.strip('[]')}]" if ":" in host else host
         self.url = f"http://{name}:{listening.getsockname()[1]}/"
@@ -109,7 +109,7 @@ class Server:
             timeout_graceful_shutdown=1,
             server_header=False,
         )
-        self._server = _Uvicorn(config, app)
+        self._server = _Uvicorn(config)
         self._thread = threading.Thread(target=self._serve, name="stagecast-live", daemon=True)
 
     def run(self) -> None:
@@ -146,11 +146,10 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Ends what is open when it ends, and lets go of connections that do not close."""
+    """Aborts connections that do not close."""
 
-    def __init__(self, config: uvicorn.Config, app: LiveApp) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._app = app
         self._closing: weakref.WeakKeyDictionary[object, float] = weakref.WeakKeyDictionary()
 
     async def on_tick(self, counter: int) -> bool:
@@ -161,8 +160,3 @@ class _Uvicorn(uvicorn.Server):
             if transport.is_closing() and now - self._closing.setdefault(connection, now) > _CLOSING_S:
                 transport.abort()  # what it was sent would stay in memory as long as it likes
         return await super().on_tick(counter)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tell those who watch, then close."""
-        await self._app.end()
-        await super().shutdown(sockets)

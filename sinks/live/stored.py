@@ -39,12 +39,13 @@ class _Stored(msgspec.Struct):
     view: RunView
 
 
-def read_view(run_dir: Path) -> tuple[RunView, int]:
+def read_view(run_dir: str | os.PathLike[str]) -> tuple[RunView, int]:
     """The view of a run's history, and how much of it was stored: up to which ``seq``, 0 for nothing.
 
     Raises:
         OSError: The journal exists and cannot be read.
     """
+    run_dir = Path(run_dir)
     stored = _stored_view(run_dir)
     since = stored.cursor
     if since and (view := _continued(run_dir, stored)) is not None:

@@ -7,9 +7,13 @@ import http.client
 import logging
 import os
 import re
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
 import httpx
 import msgspec
 import pytest
@@ -19,7 +23,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from events.errors import SinkMisconfigured
 from sinks import Live
 from sinks.live import app as app_module
-from sinks.live.access import Access, check_host, is_loopback
+from sinks.live.access import Access, Refused, Request, check_host, is_loopback
 from sinks.live.app import LiveApp
 from sinks.live.client import Hello
 from sinks.live.runs import RunsOfFolder
@@ -140,7 +144,7 @@ def test_those_without_the_token_take_no_place_from_those_who_have_it(
 ) -> None:
     """However many come and say nothing: the first of them is let go."""
     monkeypatch.setattr(app_module, "MOST_STRANGERS", 2)
-    app = server._server._app
+    app = server._app
     monkeypatch.setattr(app, "_most_clients", 1)
     with kit.watch(server.url) as first, kit.watch(server.url), kit.watch(server.url):
         with pytest.raises(ConnectionClosed) as closed:
@@ -188,6 +192,229 @@ def test_a_name_that_was_made_to_lead_here_is_refused(told: Any, serve: Any, hos
     assert get(server, "", headers={"host": host}).status_code in (400, 421)
     assert get(server, "api/runs", headers={"host": host, "origin": f"http://{host}"}).status_code in (400, 403, 421)
     assert get(server, "api/runs", headers={"host": "localhost:1234"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:8765", "sec-fetch-site": "same-origin"}, 202),  # nginx, without proxy_set_header Host
+        ({"host": "127.0.0.1:8765", "sec-fetch-site": "same-site"}, 403),
+        ({"host": "127.0.0.1:8765", "sec-fetch-site": "cross-site"}, 403),
+        ({"host": "127.0.0.1:8765", "x-forwarded-host": "public.example"}, 202),  # Apache, Traefik
+        ({"host": "127.0.0.1:8765", "x-forwarded-host": "other.example"}, 403),
+        ({"host": "127.0.0.1:8765"}, 403),
+        ({"host": "public.example"}, 202),
+        ({"host": "public.example:443"}, 202),
+        ({"host": "public.example:80"}, 403),
+        ({"host": "evil.example", "x-forwarded-host": "127.0.0.1"}, 421),
+    ],
+)
+def test_a_page_behind_a_proxy_is_the_servers_own(told: Any, headers: dict[str, str], status: int) -> None:
+    """By what no page of another site can send; where that is missing, the answer names what to set."""
+    told.write(told.story.started())
+    hosts = ["127.0.0.1", "public.example"]
+    answer = ask(
+        LiveApp(RunsOfFolder(told.path), Access(commands=True, hosts=hosts)),
+        "POST",
+        "/api/runs/demo/commands",
+        {"origin": "https://public.example", "content-type": "application/json"} | headers,
+        b'{"command":"pause","id":"1"}',
+    )
+    assert answer.status_code == status
+    if status == 403:
+        assert "proxy_set_header Host $http_host;" in answer.json()["error"]
+        assert "origins=" in answer.json()["error"]
+    if status == 421:
+        assert "'evil.example'" in answer.json()["error"]
+        assert "hosts=" in answer.json()["error"]
+
+
+def test_an_allowed_origin_is_an_allowed_host_and_a_refused_browser_reads_why(told: Any, serve: Any) -> None:
+    """``stagecast watch --origin`` is enough behind a proxy; who opens the page sees a sentence, not JSON."""
+    told.write(told.story.started())
+    server = serve(RunsOfFolder(told.path), origins=["https://runs.example:8443"])
+    assert get(server, "", headers={"host": "runs.example:8443"}).status_code == 200
+    answer = get(server, "", headers={"host": "other.example", "accept": "text/html,*/*"})
+    assert (answer.status_code, answer.headers["content-type"]) == (421, "text/plain; charset=utf-8")
+    assert answer.text.startswith("stagecast: this server does not answer to the name 'other.example'; ")
+    assert "--origin" in answer.text
+
+
+def ask(
+    app: LiveApp, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b""
+) -> httpx.Response:
+    """Ask the application itself, under trio: a check must not know which event loop it is in."""
+
+    async def asking() -> httpx.Response:
+        transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, headers=headers, content=body)
+
+    return anyio.run(asking, backend="trio")
+
+
+class NotAuthenticated(Exception):
+    """As FastAPI's and Starlette's ``HTTPException``."""
+
+    status_code = 401
+    detail = "log in first"
+    headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Cookie"}
+
+
+def sync_check(request: Request) -> bool:
+    return request.cookies.get("user") == "ada"
+
+
+async def async_check(request: Request) -> bool:
+    await anyio.lowlevel.checkpoint()
+    return request.headers.get("x-user") == "ada" or sync_check(request)
+
+
+class ObjectCheck:
+    """A callable object whose call is a coroutine."""
+
+    async def __call__(self, request: Request) -> bool:
+        return await async_check(request)
+
+
+ADDRESSES = [
+    *(
+        "/",
+        "/page/live.js",
+        "/page/../page/live.js",
+        "/api/runs",
+        "/api/runs/",
+        "/%61pi/runs",
+        "/api%2Fruns",
+        "//api/runs",
+    ),
+    *("/api/runs/demo", "/api/runs//demo", "/api/runs/d%65mo", "/api/runs/demo/events", "/api/runs/demo/journal"),
+    *("/api/runs/demo/media/a.png", "/api/runs/demo/commands", "/api/runs/demo/commands/", "/no", "/api/runs/demo/ws"),
+]
+
+
+@pytest.mark.parametrize("check", [sync_check, async_check, ObjectCheck(), lambda request: async_check(request)])
+def test_a_check_of_the_host_guards_every_address(told: Any, check: Any) -> None:
+    """Pages, runs, streams and commands, by any method and however the address is written; who passes sees all."""
+    told.write(told.story.started())
+    told.write(told.story.ended())
+    told.let_go()
+    (told.path / "media").mkdir()
+    (told.path / "media" / "a.png").write_bytes(b"image")
+    app = LiveApp(RunsOfFolder(told.path), Access(commands=True, check=check))
+    for path in ADDRESSES:
+        for method in ("GET", "HEAD", "POST", "OPTIONS"):
+            answer = ask(app, method, path, {"cookie": "user=eve", "content-type": "application/json"})
+            assert answer.status_code in (403, 404), (method, path)
+            assert answer.status_code == 403 or "//" in path, (method, path)
+            assert "demo" not in answer.text
+    passed = {"cookie": "other=1; user=ada"}
+    for path in ("/", "/page/live.js", "/api/runs", "/api/runs/demo", "/api/runs/demo/journal"):
+        assert ask(app, "GET", path, passed).status_code == 200, path
+        assert ask(app, "HEAD", path, passed).status_code in (200, 405), path
+
+
+@pytest.mark.parametrize("user", ["ada", "eve"])
+def test_a_check_of_the_host_guards_websockets_and_each_command_on_them(
+    told: Any, kit: Any, serve: Any, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command by WebSocket is asked about as one that is posted: a rule for commands cannot be passed by."""
+    asked: list[Request] = []
+
+    def check(request: Request) -> bool:
+        asked.append(request)
+        return request.headers.get("x-user") == "ada" or (request.query.get("see") == "1" and not request.command)
+
+    told.write(told.story.started())
+    server = serve(RunsOfFolder(told.path), commands=True)
+    monkeypatch.setattr(server._app, "_access", Access(commands=True, check=check))
+    with pytest.raises(InvalidStatus) as refused, kit.watch(server.url):
+        pass
+    assert refused.value.response.status_code == 403
+    assert b"refuses" in refused.value.response.body
+    address = server.url.replace("http", "ws") + "api/runs/demo/ws?see=1"
+    with kit.connect(address, additional_headers={"x-user": user}) as socket:
+        socket.send(kit.Watcher().hello())
+        socket.send('{"type":"command","command":{"command":"pause","id":"p"}}')
+        while (answer := kit.Watcher().take(socket.recv(timeout=10)))["type"] not in ("sent", "refused"):
+            pass
+    assert (answer["type"], answer["id"]) == ("sent" if user == "ada" else "refused", "p")
+    assert (asked[-1].method, asked[-1].path, asked[-1].run_id) == ("POST", "api/runs/demo/commands", "demo")
+    assert asked[-1].client == "127.0.0.1"
+    assert asked[1].method == "WEBSOCKET"
+    assert not asked[1].command
+    posted = httpx.post(
+        server.url + "api/runs/demo/commands?see=1", json={"command": "pause", "id": "q"}, headers={"x-user": user}
+    )
+    assert posted.status_code == (202 if user == "ada" else 403)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "said"),
+    [
+        (False, 403, ""),
+        (None, 403, "returned NoneType"),
+        ("yes", 403, "returned str"),
+        (1, 403, "returned int"),
+        (ValueError("the session store is down"), 403, "the session store is down"),
+        (StopIteration(), 403, "StopIteration"),
+        (NotAuthenticated(), 401, ""),
+        (Refused(401, "no session"), 401, ""),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_check_that_does_not_answer_true_refuses(
+    told: Any, caplog: pytest.LogCaptureFixture, answer: Any, status: int, said: str, is_async: bool
+) -> None:
+    """What it raises, or returns in place of a bool, is logged where it is a mistake, and shown to no client."""
+    told.write(told.story.started())
+
+    def check(request: Request) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def awaited(request: Request) -> Any:
+        return check(request)
+
+    app = LiveApp(RunsOfFolder(told.path), Access(check=awaited if is_async else check))
+    refused = ask(app, "GET", "/api/runs")
+    assert refused.status_code == status
+    assert "store" not in refused.text
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.records)
+    if isinstance(answer, NotAuthenticated):
+        assert (refused.json()["error"], refused.headers["www-authenticate"]) == ("log in first", "Cookie")
+
+
+@pytest.mark.anyio
+async def test_a_slow_check_holds_neither_the_loop_nor_the_threads_of_the_host(told: Any) -> None:
+    """It runs on a thread that is ours; an exhausted limiter of the host does not hold it either."""
+    told.write(told.story.started())
+    go_on = threading.Event()
+
+    def check(request: Request) -> bool:
+        return go_on.wait(20)
+
+    transport = httpx.ASGITransport(LiveApp(RunsOfFolder(told.path), Access(check=check)))  # type: ignore[arg-type]
+    statuses: list[int] = []
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    limiter.total_tokens = 1
+    async with (
+        limiter,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def get_runs() -> None:
+            statuses.append((await client.get("/api/runs")).status_code)
+
+        for _ in range(3):
+            tasks.start_soon(get_runs)
+        await anyio.wait_all_tasks_blocked()  # the loop runs while the checks wait
+        assert not statuses
+        go_on.set()
+    assert statuses == [200, 200, 200]
 
 
 def test_nobody_commands_a_server_that_takes_none(told: Any, serve: Any, kit: Any) -> None:

@@ -13,11 +13,15 @@ from typing import Any
 import anyio
 import pytest
 
+from events.errors import ArgumentsError
+from events.journal_reader import segment_numbers
 from events.messages import CheckpointSaved
 from sinks.live import hub as hub_module
+from sinks.live.access import Access
+from sinks.live.app import LiveApp
 from sinks.live.hub import FolderHub, Hub
-from sinks.live.runs import RunsOfFolder
-from sinks.live.stored import STORE_NAME
+from sinks.live.runs import RunsOfFolder, summarise
+from sinks.live.stored import STORE_NAME, read_view
 
 pytestmark = pytest.mark.anyio
 
@@ -393,6 +397,25 @@ async def test_runs_are_found_by_name_and_never_by_path(told: Any, kit: Any, tmp
     assert await runs.hub("demo") is there
     shutil.rmtree(tmp_path / "runs" / "elsewhere")
     assert [run["run_id"] for run in await runs.summaries(commands=True)] == ["demo"]
+
+
+async def test_the_runs_of_a_folder_are_found_by_its_path_as_text(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative or not, by all that reads a run's folder; what is no path is refused by name."""
+    told.write(told.story.started())
+    monkeypatch.chdir(told.path.parent)
+    (summary,) = await RunsOfFolder(told.path.name).summaries(commands=False)
+    hub = await RunsOfFolder(str(told.path.parent)).hub(summary["run_id"])
+    assert hub is not None
+    assert summarise(told.path.name).run_id == read_view(told.path.name)[0].run.run_id == summary["run_id"]
+    assert segment_numbers(f"{told.path.name}/journal") == [1]
+    assert isinstance(LiveApp(told.path.name, Access())._runs, RunsOfFolder)
+    for wrong in (3, None, RunsOfFolder):
+        with pytest.raises(ArgumentsError, match="must be a folder or RunsOfFolder"):
+            LiveApp(wrong, Access())  # type: ignore[arg-type]
+    with pytest.raises(ArgumentsError, match=r"RunsOfFolder\(3\) is not a path; give it the folder"):
+        RunsOfFolder(3)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentsError, match=r"access must be Access\(...\), not 'token'"):
+        LiveApp("runs", "token")  # type: ignore[arg-type]
 
 
 async def test_a_folder_that_another_run_has_taken(told: Any, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import httpx
 import msgspec
 import pytest
@@ -381,7 +383,7 @@ def test_a_client_that_takes_nothing_for_long_is_told_to_come_later(
 def test_more_connections_than_are_allowed(sturdy: Any, kit: Any) -> None:
     """They are asked to come again, by both protocols; and may, when another has left."""
     _, server = sturdy
-    app = server._server._app
+    app = server._app
     before, app._most_clients = app._most_clients, 2
     try:
         with kit.watch(server.url) as first, kit.watch(server.url) as second:
@@ -417,7 +419,7 @@ def test_a_server_that_is_started_again(told: Any, serve: Any, kit: Any) -> None
                 with pytest.raises(ConnectionClosed) as closed:
                     socket.recv(timeout=10)
                 assert closed.value.rcvd is not None
-                assert closed.value.rcvd.code == 1001
+                assert closed.value.rcvd.code == 1012
     second = serve(RunsOfFolder(told.path))
     with kit.watch(second.url) as socket:
         socket.send(watcher.resume())
@@ -482,6 +484,24 @@ def test_the_test_clients_of_frameworks_can_ask_twice(told: Any) -> None:
             socket.send_json({"type": "hello"})
             assert socket.receive_json()["type"] == "snapshot"
             assert socket.receive_json()["type"] == "frame"
+
+
+@pytest.mark.anyio
+async def test_no_thread_of_the_host_is_needed(told: Any) -> None:
+    """All that anyio lends by default are taken: pages, runs, journal, images and commands are served all the same."""
+    told.write(told.story.started(), *told.story.steps(3))
+    (told.path / "media").mkdir()
+    (told.path / "media" / "a.png").write_bytes(b"image")
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    access = Access(commands=True, check=lambda request: True)
+    transport = httpx.ASGITransport(LiveApp(RunsOfFolder(told.path), access))  # type: ignore[arg-type]
+    run = "/api/runs/demo"
+    limiter.total_tokens = 1
+    async with limiter, httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        with anyio.fail_after(20):
+            for path in ("/", "/page/live.js", "/api/runs", run, run + "/journal", run + "/media/a.png"):
+                assert (await client.get(path)).status_code == 200, path
+            assert (await client.post(run + "/commands", json={"command": "stop", "id": "1"})).status_code == 202
 
 
 @pytest.mark.anyio

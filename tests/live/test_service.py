@@ -70,12 +70,13 @@ def net(run_id, run_dir, how="", epochs=1_000_000):
 SERVE = """
 import socket, sys
 from pathlib import Path
-from trainer.examples.service import Server, create_app
+import uvicorn
+from trainer.examples.service import create_app
 
 app = create_app(Path(sys.argv[1]), {"net": "my_jobs:net"}, token=sys.argv[2], at_once=int(sys.argv[3]), stop_s=15)
 listening = socket.create_server(("127.0.0.1", 0))
 print(listening.getsockname()[1], flush=True)
-Server(app, log_level="warning").run(sockets=[listening])
+uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 """
 
 

@@ -266,7 +266,7 @@ def test_the_command_ends_with_a_signal(
                 socket.recv(timeout=10)
         assert list(parts) is not None  # it ends, as it should, and is not cut off
     assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 1001
+    assert closed.value.rcvd.code == 1012
     out, _ = one.communicate(timeout=20)
     assert one.returncode in (0, -getattr(signal, number))
     assert "Traceback" not in out

@@ -59,6 +59,35 @@ def told(console: Console, *events: Any) -> None:
     writer.close()
 
 
+class WriteOnly:
+    """A stream of a host's, which has no more than it needs."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+def closed() -> io.StringIO:
+    """A stream that nothing can be written to."""
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    "make", [WriteOnly, closed, lambda: None, object], ids=["no flush", "closed", "None", "object"]
+)
+def test_whatever_stderr_is_the_console_does_not_fail(
+    story: Any, stderr: Callable[..., Any], make: Callable[[], Any]
+) -> None:
+    """A stream without ``flush`` is written to; one that cannot be written to is left alone."""
+    stream = stderr(make(), TERM="xterm-256color")
+    told(Console(), story.started(), *story.steps(3), story(RunEnded, status="finished"))
+    assert not isinstance(stream, WriteOnly) or "finished" in stream.text
+
+
 @pytest.mark.parametrize(
     ("stream", "env"),
     [

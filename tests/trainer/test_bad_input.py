@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
+import math
 import multiprocessing
 import os
 import re
+import types
+import unittest.mock
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +22,9 @@ import torch
 from events.journal import Journal
 from events.messages import Event, RunEnded, RunStarted
 from events.sink import Delivery
-from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments, inline
+from sinks import CSV
+from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments, inline, observer
+from trainer.callbacks import EMA, EarlyStopping, LearningRateMonitor, ModelStatistics
 from trainer.errors import ArgumentsError, EmptyDataLoader, OptimizerError, StepOutputError
 
 
@@ -68,7 +76,28 @@ class Quiet(CallbackInterface):
         ({"callbacks": [(Quiet(), Delivery(), 3)]}, "callbacks[0] must be a CallbackInterface, or a pair"),
         ({"callbacks": (Quiet(), Delivery())}, "callbacks[1] must be a CallbackInterface, or a pair"),
         ({"sinks": Lines}, "sinks must be a list, not the class Lines"),
-        ({"sinks": "console"}, "sinks must be a list, not 'console'"),
+        (
+            {"sinks": "console"},
+            "sinks must be a list, not 'console'; write sinks=[Console()] (from sinks import Console)",
+        ),
+        ({"sinks": "TensorBoardLogger"}, "sinks must be a list, not 'TensorBoardLogger'; write sinks=[TensorBoard()]"),
+        ({"sinks": "wordpress"}, "sinks must be a list, not 'wordpress'; write sinks=[...] with objects"),
+        ({"sinks": CSV}, "sinks must be a list, not the class CSV; write sinks=[CSV()]"),
+        ({"sinks": CSV()}, "sinks must be a list, not CSV(path=None); put a single one in brackets: sinks=[...]"),
+        ({"sinks": {"csv": CSV()}}, "sinks must be a list, not {'csv': CSV(path=None)}; put a single one in brackets"),
+        ({"sinks": ["w&b", "wandb"]}, "sinks[0] must be a sink (an object with open(run)) or a pair of one and a"),
+        (
+            {"sinks": ["wandb"]},
+            "sinks[0] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
+            " 'wandb'; write sinks=[WandB()] (from sinks import WandB)",
+        ),
+        ({"sinks": [Quiet()]}, re.compile(r"sinks\[0\] must be a sink .*; give it as callbacks=\[\.\.\.\]")),
+        ({"callbacks": [CSV()]}, re.compile(r"callbacks\[0\] must be .*; give it as sinks=\[\.\.\.\]")),
+        ({"callbacks": EMA}, "callbacks must be a list, not the class EMA; write callbacks=[EMA(...)]"),
+        (
+            {"callbacks": ["ema"]},
+            re.compile(r".*, not 'ema'; write callbacks=\[EMA\(module\)\] \(from trainer.callbacks"),
+        ),
         ({"sinks": [Lines]}, "sinks[0] must be a sink (an object with open(run)) or a pair"),
         ({"sinks": [Opened()]}, "sinks[0] must be a sink (an object with open(run)) or a pair"),
         ({"sinks": [Lines("a", "b"), Path("log.txt"), None]}, "sinks[2] must be a sink"),
@@ -90,11 +119,311 @@ class Quiet(CallbackInterface):
         ({"run_dir": b"run"}, "run_dir must be the path of a folder, not b'run'"),
     ],
 )
-def test_what_a_trainer_cannot_use_is_named_when_it_is_built(kit: Any, given: dict[str, Any], says: str) -> None:
+def test_what_a_trainer_cannot_use_is_named_when_it_is_built(kit: Any, given: dict[str, Any], says: Any) -> None:
     """By its argument and place, with what came and what it must be; nothing is written."""
-    with pytest.raises(ArgumentsError, match=f"^Trainer: {re.escape(says)}"):
+    with pytest.raises(
+        ArgumentsError, match=f"^Trainer: {says.pattern if isinstance(says, re.Pattern) else re.escape(says)}"
+    ):
         Trainer(**({"module": kit.Net()} | given))
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "says"),
+    [
+        ((), {"max_epochs": 3}, "Trainer: max_epochs: is not known; set epochs in TrainerArguments"),
+        ((), {"epochs": 3}, "Trainer: epochs: is not known; set it in TrainerArguments(epochs=...)"),
+        (
+            (),
+            {"logger": 1, "sink": 2},
+            "Trainer: logger: is not known; did you mean sinks?; sink: is not known; ",
+        ),
+        ((), {"train_dataset": 1}, "Trainer: train_dataset: is not known; return the data from get_train_dataloader"),
+        ((TrainerArguments(), [Quiet]), {}, "Trainer: [<class '"),
+    ],
+)
+def test_an_argument_that_a_trainer_does_not_take_is_named(kit: Any, arguments: Any, options: Any, says: str) -> None:
+    """With what serves instead, also for the names of other trainers."""
+    with pytest.raises(ArgumentsError, match=f"^{re.escape(says)}"):
+        Trainer(kit.Net(), *arguments, **options)
+    with pytest.raises(ArgumentsError, match=r"^Trainer: model: is not known; did you mean module\?$"):
+        Trainer(model=kit.Net())
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "says"),
+    [
+        (lambda t: t.fit(t.module), AttributeError, "build Trainer(module, arguments) and call train()"),
+        (lambda t: t.callback_metrics, AttributeError, "train() returns a result with metrics"),
+        (lambda t: t.train(resume_from_checkpoint="a"), ArgumentsError, "instead of resume_from_checkpoint, give the"),
+        (lambda t: t.train(t.module), ArgumentsError, "Trainer.train() takes no arguments; give them to Trainer"),
+        (lambda t: t.test(dataloaders=[]), ArgumentsError, "return the data from get_test_dataloaders of the module"),
+        (lambda t: t.module.log_dict({}), AttributeError, "call self.log(name, value) once for each value"),
+        (lambda t: t.module.save_hyperparameters(), AttributeError, "record them with Trainer(config=...)"),
+        (lambda t: t.nothing, AttributeError, "'Trainer' object has no attribute 'nothing'"),
+    ],
+)
+def test_a_call_of_another_trainer_names_what_serves_instead(kit: Any, use: Any, error: Any, says: str) -> None:
+    """On the trainer, the module and callbacks; copies of a trainer work."""
+    trainer = kit.make_trainer(kit.Net())
+    with pytest.raises(error, match=re.escape(says)):
+        use(copy.copy(trainer))
+    assert not hasattr(trainer, "fit")
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda self: self.trainer.global_step, "has no trainer; every hook gets"),
+        (lambda self: self.device, "has no device; every step gets the device as its third argument"),
+        (lambda self: self.log("x", 1.0, prog_bar=True), "log(name, value) takes no prog_bar; leave it out"),
+    ],
+)
+@pytest.mark.parametrize("where", ["step", "inline", "observer"])
+def test_what_other_trainers_give_to_modules_is_named_in_a_note(kit: Any, use: Any, says: str, where: str) -> None:
+    """The user's error stays as it is, in a step and in hooks of each lane."""
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if where == "step":
+                use(self)
+            return self.forward_loss(batch)
+
+    class Hook(CallbackInterface):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            use(self)
+
+        if where == "inline":
+            inline(on_end_train_step)
+
+    outcome = kit.train(Net(), callbacks=[] if where == "step" else [Hook()])
+    assert type(outcome.error) in (AttributeError, TypeError)
+    notes = [note for note in outcome.error.__notes__ if says in note]
+    assert len(notes) == 1
+
+
+# ------------------------------------------------------------------------------------------------- what never fits
+
+
+def built(kit: Any, target: str, **methods: Any) -> Any:
+    """A trainer of a module, or with a callback, that has these methods."""
+    if target == "module":
+        return kit.make_trainer(type("Own", (kit.Net,), methods)())
+    return kit.make_trainer(kit.Net(), callbacks=[type("Own", (CallbackInterface,), methods)()])
+
+
+@pytest.mark.parametrize("target", ["module", "callback"])
+@pytest.mark.parametrize(
+    ("name", "method", "says"),
+    [
+        ("on_begin_train_epoch", lambda self, epoch: 0, "define it as on_begin_train_epoch(self, global_step, epoch)"),
+        (
+            "on_end_train_epoch",
+            lambda self: 0,
+            "Own.on_end_train_epoch(self) cannot take the trainer's arguments",
+        ),
+        ("on_end_backward", lambda self, loss: 0, "define it as on_end_backward(self, global_step, loss_tensor)"),
+        (
+            "on_end_val_epoch",
+            lambda self, step, *outputs: 0,
+            'define it as on_end_val_epoch(self, global_step, *val_step_collated_outputs, key="default")',
+        ),
+        (
+            "on_end_train",
+            lambda: 0,
+            "Own.on_end_train() takes no argument, not even self; define it as on_end_train(",
+        ),
+        ("on_end_train", 3, "Own.on_end_train is 3, not a method; define it as on_end_train(self, global_step)"),
+        ("on_end_train_step", lambda self, *, outputs: 0, "Own.on_end_train_step(self, *, outputs) cannot take"),
+    ],
+)
+def test_a_hook_with_a_wrong_signature_is_named_when_the_trainer_is_built(
+    kit: Any, target: str, name: str, method: Any, says: str
+) -> None:
+    """With the right one, before anything is trained."""
+    with pytest.raises(ArgumentsError, match=re.escape(says)):
+        built(kit, target, **{name: method})
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "says"),
+    [
+        ("train_step", lambda self, batch: 0, "define it as train_step(self, global_step, batch, device)"),
+        ("val_step", lambda self, batch, batch_idx: 0, "define it as val_step(self, global_step, batch, device)"),
+        (
+            "get_optimizers_schedulers",
+            lambda self: 0,
+            "get_optimizers_schedulers(self, estimated_global_steps_per_epoch,",
+        ),
+        ("get_train_dataloader", lambda self: 0, "define it as get_train_dataloader(self, sampler, batch_size)"),
+        (
+            "get_val_dataloaders",
+            lambda self, batch_size: 0,
+            "define it as get_val_dataloaders(self, sampler, batch_size)",
+        ),
+        ("get_state", lambda self, path: 0, "define it as get_state(self)"),
+        ("update_state", lambda self: 0, "define it as update_state(self, state)"),
+        ("forward", lambda self, x: x, "Own.forward replaces the method that calls train_step and val_step; rename it"),
+    ],
+)
+def test_a_method_of_the_module_that_cannot_be_called_is_named_when_the_trainer_is_built(
+    kit: Any, name: str, method: Any, says: str
+) -> None:
+    """All of them at once."""
+    with pytest.raises(ArgumentsError, match=re.escape(says)) as caught:
+        built(kit, "module", **{name: method, "on_end_train": lambda self: 0})
+    assert "Own.on_end_train(self) cannot take" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["should_stop", "bind_optimizers", "state_dict", "load_state_dict"])
+def test_what_a_callback_may_have_beside_its_hooks_is_checked_too(kit: Any, name: str) -> None:
+    """By the arguments with which it is called."""
+    with pytest.raises(
+        ArgumentsError, match=rf"Own.{name}\(self, a, b, c\) cannot take the trainer's arguments; define"
+    ):
+        built(kit, "callback", **{name: lambda self, a, b, c: 0})
+
+
+def test_methods_of_any_form_are_accepted(kit: Any) -> None:
+    """Any arguments, a partial, a mock, static methods, functions of C, and a forward that takes the stage."""
+    methods = {
+        "on_begin_train_epoch": lambda self, *args, **kwargs: None,
+        "on_end_train_step": unittest.mock.Mock(return_value=None),
+        "on_end_train_epoch": staticmethod(functools.partial(lambda said, *args: None, "said")),
+        "on_end_val_epoch": classmethod(lambda cls, step, loss, predicted=None, **key: None),
+        "on_end_train": staticmethod(math.sqrt),
+    }
+    assert built(kit, "callback", **methods).train().status == "finished"
+    assert built(kit, "callback", on_end_train=staticmethod(min)) is not None
+
+    class Own(kit.Net):
+        def forward(self, stage: Any, *rest: Any) -> Any:
+            return super().forward(stage, *rest)
+
+    assert kit.train(Own()).result.status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "served"),
+    [
+        ("module", "training_step", "training_step is called train_step here"),
+        ("module", "validation_step", "validation_step is called val_step here"),
+        ("module", "configure_optimizers", "configure_optimizers is called get_optimizers_schedulers here"),
+        ("module", "trian_step", "trian_step is called train_step here"),
+        ("callback", "on_train_epoch_end", "on_train_epoch_end is called on_end_train_epoch here"),
+        ("callback", "on_step_end", "on_step_end is called on_end_train_step here"),
+        ("callback", "on_log", "instead of on_log, give the Trainer a sink"),
+        ("module", "on_train_step_end", "on_train_step_end is called on_end_train_step here"),
+        ("callback", "on_end_train_epcoh", "on_end_train_epcoh is called on_end_train_epoch here"),
+        ("callback", "on_train_epohc_end", "on_train_epohc_end is called on_end_train_epoch here"),
+    ],
+)
+def test_a_method_that_is_never_called_is_warned_of_once(
+    kit: Any, caplog: Any, target: str, name: str, served: str
+) -> None:
+    """Hooks and methods of other trainers, and misspelt ones, with the name that they have here."""
+    built(kit, target, **{name: lambda self, *args: None})
+    assert [record.message for record in caplog.records] == [f"Own has methods that the trainer never calls: {served}"]
+
+
+def test_helpers_of_the_users_are_not_warned_of(kit: Any, caplog: Any) -> None:
+    """What the class calls itself, what is private, what a library brings, and what resembles nothing."""
+
+    class Own(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return self.training_step(batch)
+
+        def training_step(self, batch: Any) -> Any:
+            return self.forward_loss(batch)
+
+        def _validation_step(self) -> None: ...
+        def get_train_dataset(self) -> None: ...
+        def encode(self) -> None: ...
+
+    library = type("Library", (), {"on_train_epoch_end": lambda self: None, "__module__": "lightning.pytorch"})
+    callback = type("Mixed", (library, CallbackInterface), {"export": lambda self: None})()
+    assert kit.train(Own(), callbacks=[callback, callback]).result.status == "finished"
+    assert caplog.records == []
+
+
+def test_a_module_that_is_not_complete_names_what_its_methods_are_called_here() -> None:
+    """Ported from another trainer, or simply not written yet."""
+    ported = type("Ported", (ModuleInterface,), {"training_step": print, "train_dataloader": lambda self: None})
+    lacks = "lacks get_optimizers_schedulers, get_train_dataloader, get_val_dataloaders, train_step, val_step"
+    with pytest.raises(TypeError, match=f"^Ported {lacks}; train_dataloader is called get_train_dataloader here$"):
+        ported()
+    with pytest.raises(TypeError, match=f"^Empty {lacks}; write them"):
+        type("Empty", (ModuleInterface,), {})()
+
+
+# ------------------------------------------------------------------------------------------------- live state
+
+shared: Any = None
+"""A global variable that a hook reads."""
+
+
+class Holder(CallbackInterface):
+    """Holds what it is given, and looks at it beside the loop."""
+
+    def __init__(self, held: Any = None) -> None:
+        self.held = held
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None: ...
+
+
+class ReadsGlobal(Holder):
+    """Reads a global variable."""
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        assert shared is not None
+
+
+HELD: dict[str, Callable[[Any, Any], Any]] = {
+    "the module": lambda net, optimizer: Holder(net),
+    "a part of the module": lambda net, optimizer: Holder(net.linear),
+    "a tensor of the module": lambda net, optimizer: Holder({"weights": [net.linear.weight]}),
+    "an optimizer": lambda net, optimizer: Holder((optimizer,)),
+    "a scheduler": lambda net, optimizer: Holder(torch.optim.lr_scheduler.StepLR(optimizer, 1)),
+    "the module (bound method)": lambda net, optimizer: Holder(net.forward_loss),
+    "the module (partial)": lambda net, optimizer: Holder(functools.partial(print, net)),
+    "the module (closure)": lambda net, optimizer: Holder(lambda: net),
+    "the module (object)": lambda net, optimizer: Holder(types.SimpleNamespace(net=net)),
+    "the module (weak reference)": lambda net, optimizer: Holder(weakref.ref(net)),
+    "the module (global)": lambda net, optimizer: ReadsGlobal(),
+    "the optimizers (bind_optimizers)": lambda net, optimizer: type(
+        "Bound", (Holder,), {"bind_optimizers": lambda self, optimizers: None}
+    )(),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_callback_that_holds_what_is_trained_is_warned_of_once(
+    kit: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
+    """Where its step hook is not marked: the warning names the mark."""
+    net = kit.Net()
+    monkeypatch.setitem(globals(), "shared", net)
+    make = HELD[held]
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    callbacks = [make(net, optimizer), make(net, optimizer)]
+    kit.make_trainer(net, callbacks=callbacks)
+    (record,) = caplog.records if "closure" not in held else caplog.records[:1]
+    assert f" holds {held.partition(' (')[0]}" in record.message
+    assert "mark on_end_train_step with @inline, or with @observer to silence this" in record.message
+
+
+def test_other_callbacks_are_not_warned_of(kit: Any, caplog: Any) -> None:
+    """Marked ones, those that hold a copy or another module, those that only look at the end, and the shipped ones."""
+    net = kit.Net()
+    marked = type("Marked", (Holder,), {"on_end_train_step": observer(lambda self, step, *outputs: None)})
+    ending = type("Ending", (CallbackInterface,), {"on_end_train": lambda self, step: None})()
+    ending.net = net
+    cyclic: list[Any] = []
+    cyclic.append(cyclic)
+    callbacks = [marked(net), Holder(copy.deepcopy(net)), Holder(kit.Net()), Holder(cyclic), ending]
+    shipped = [EarlyStopping("val_loss"), EMA(net), LearningRateMonitor(net), ModelStatistics(net)]
+    kit.make_trainer(net, callbacks=[*callbacks, *shipped])
+    assert caplog.records == []
 
 
 def test_everything_that_is_wrong_is_named_at_once(kit: Any) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,31 +17,67 @@ import trainer
 ROOT = Path(trainer.__file__).parent.parent
 
 
-def test_somebody_elses_events_is_refused_by_name(script: Any, tmp_path: Path) -> None:
-    """The names are generic: a user's own ``events.py`` beside the script would shadow ours."""
-    stranger = tmp_path / "events.py"
+@pytest.mark.parametrize("form", ["file", "package"])
+@pytest.mark.parametrize("name", ["events", "sinks", "trainer"])
+def test_somebody_elses_file_or_package_is_refused_by_name(script: Any, tmp_path: Path, name: str, form: str) -> None:
+    """The names are generic: whichever of ours is imported first names the file beside the script that shadows one."""
+    stranger = tmp_path / (f"{name}.py" if form == "file" else f"{name}/__init__.py")
+    stranger.parent.mkdir(exist_ok=True)
     stranger.write_text("")
+    ours = ["events", "events.journal_reader", "sinks", "sinks.csv", "trainer", "trainer.cli", "trainer.callbacks"]
     code, _, err = script(
-        "for name in ('trainer', 'trainer.arguments', 'trainer.cli', 'sinks'):\n"
+        f"for name in {[one for one in ours if not f'{one}.'.startswith(f'{name}.')]}:\n"
         "    try:\n"
         "        __import__(name)\n"
         "    except ImportError as error:\n"
-        f"        assert {str(stranger)!r} in str(error), error\n"
-        "        assert 'ename that file or folder' in str(error), error\n"
+        f"        assert {f'{name!r}, but {stranger} shadows it: rename that file or folder'!r} in str(error), error\n"
+        f"        assert (error.name, error.path) == {(name, str(stranger))!r}\n"
         "    else:\n"
         "        raise AssertionError(name)\n"
     ).end()
     assert (code, err) == (0, "")
 
 
-def test_somebody_elses_package_is_refused_by_name_too(script: Any, tmp_path: Path) -> None:
-    """A folder ``events`` with an ``__init__.py``."""
-    stranger = tmp_path / "events" / "__init__.py"
-    stranger.parent.mkdir()
+def test_a_strangers_package_that_is_imported_first_is_refused_too(script: Any, tmp_path: Path) -> None:
+    """Also one that is no file; a folder without ``__init__.py``, and a copy of ours elsewhere, shadow nothing."""
+    (tmp_path / "trainer").mkdir()
+    copy = tmp_path / "copy" / "sinks"
+    copy.mkdir(parents=True)
+    (copy / "__init__.py").write_text((ROOT / "sinks" / "__init__.py").read_text())
+    program = script(
+        "import sys, types\n"
+        "sys.path.insert(0, 'copy')\n"
+        "sys.modules['trainer'] = types.ModuleType('trainer')\n"
+        "try:\n"
+        "    import events\n"
+        "except ImportError as error:\n"
+        "    assert \"'trainer', but <module 'trainer'> shadows it\" in str(error), error\n"
+        "    del sys.modules['trainer']\n"
+        "import events, sinks, trainer\n"
+        "print(sinks.__file__.endswith('copy/sinks/__init__.py'), trainer.__file__)\n"
+    )
+    assert program.end() == (0, f"True {ROOT / 'trainer' / '__init__.py'}\n", "")
+
+
+@pytest.mark.parametrize("name", ["events", "sinks"])
+def test_commands_name_what_shadows_a_package(kit: Any, tmp_path: Path, name: str) -> None:
+    """With ``python -m``, which looks into the working directory first; `stagecast train` looks there later."""
+    stranger = tmp_path / f"{name}.py"
     stranger.write_text("")
-    code, _, err = script("import trainer").end()
-    assert code == 1
-    assert f"ImportError: stagecast needs its own package 'events', but '{stranger}' shadows it" in err
+    (tmp_path / "run.yaml").write_text("module: jobs:make\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run(*words: str) -> str:
+        return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True).stderr
+
+    says = f"stagecast needs its own package '{name}', but {stranger} shadows it: rename that file or folder"
+    assert f"ImportError: {says}" in run("-m", "trainer.cli", "--help")
+    program = "import sys; from trainer.cli import main; sys.exit(main(['train', 'run.yaml']))"
+    text = run("-P", "-c", program)
+    if name == "sinks":  # `events` is imported by then
+        assert text.startswith("stagecast train: error: run.yaml: ")
+        assert says in text
+        assert "Traceback" not in text
 
 
 def test_importing_the_trainer_loads_no_observers_and_no_extras(script: Any) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from events.errors import CheckpointError
 from events.run import Run
 from sinks.live.access import Access, Refused
+from sinks.live.access import Request as AccessRequest
 from sinks.live.app import LiveApp
 from sinks.live.asgi import path_of
 from sinks.live.client import MOST_INBOUND
@@ -47,7 +48,8 @@ async def open_run(factory: str, arguments: dict[str, Any], launched: bool) -> A
         async with launch(factory, arguments) as run:
             yield run
     else:
-        trainer = await anyio.to_thread.run_sync(_build, factory, arguments)  # it imports, and reads data
+        # It imports, and reads data: on a thread of its own, because the host's may all be busy.
+        trainer = await anyio.to_thread.run_sync(_build, factory, arguments, limiter=anyio.CapacityLimiter(1))
         async with trainer.run() as run:
             yield run
 
@@ -92,7 +94,7 @@ class Shown(BaseModel):
         return cls(run_id=job.run_id, state=job.state, position=manager.position(job), reason=job.reason)
 
 
-def _manager(request: Request) -> RunManager:
+async def _manager(request: Request) -> RunManager:
     manager: RunManager = request.state.manager  # from the lifespan
     return manager
 
@@ -100,7 +102,7 @@ def _manager(request: Request) -> RunManager:
 Manager = Annotated[RunManager, Depends(_manager)]
 
 
-def _named(run_id: str, manager: Manager) -> Job:
+async def _named(run_id: str, manager: Manager) -> Job:
     if run_id not in manager.jobs:
         raise HTTPException(404, f"no run {run_id} was started here")
     return manager.jobs[run_id]
@@ -109,7 +111,7 @@ def _named(run_id: str, manager: Manager) -> Job:
 Named = Annotated[Job, Depends(_named)]
 
 
-def _running(job: Named) -> Run:
+async def _running(job: Named) -> Run:
     if job.run is None or job.over.is_set():
         raise HTTPException(409, f"run {job.run_id} is {job.state}")
     return job.run
@@ -144,8 +146,7 @@ def create_app(
             yield {"manager": manager}
 
     app = FastAPI(title="stagecast", lifespan=lifespan)
-    app.state.live = LiveApp(RunsOfFolder(folder), access)  # the page, Server-Sent Events, WebSocket, `connect`
-    app.mount("/live", app.state.live)
+    app.mount("/live", LiveApp(RunsOfFolder(folder), access))  # the page, Server-Sent Events, WebSocket, `connect`
     app.add_middleware(Guard, access=access)
     routes = APIRouter(prefix="/runs")
 
@@ -209,6 +210,7 @@ class Guard:
             try:
                 self._access.check_request(scope)
                 self._access.check_token(scope)
+                await self._access.ask(AccessRequest(scope["method"], path_of(scope), scope))
                 asked = Headers(scope=scope)
                 if "transfer-encoding" in asked:
                     raise Refused(411, "say how long the request is")
@@ -230,19 +232,6 @@ def _conflict_if(kind: type[Exception]) -> Iterator[None]:
         raise HTTPException(409, str(error)) from None
 
 
-class Server(uvicorn.Server):
-    """Has those who watch go first when it ends: uvicorn itself would wait for them, as long as runs go on."""
-
-    def __init__(self, app: FastAPI, **settings: Any) -> None:
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=2, **settings))
-        self._live: LiveApp = app.state.live
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the streams, then the server, then the lifespan, and with it the runs."""
-        await self._live.end()
-        await super().shutdown(sockets)
-
-
 def main() -> None:
     """Serve on this machine. SIGTERM and Ctrl-C stop the runs, with checkpoints; started again, they go on."""
     parser = argparse.ArgumentParser(prog="python -m trainer.examples.service", description=main.__doc__)
@@ -250,7 +239,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
     options = parser.parse_args()
     app = create_app(options.folder, token=os.environ.get("STAGECAST_TOKEN"))
-    Server(app, host="127.0.0.1", port=options.port).run()
+    uvicorn.run(app, host="127.0.0.1", port=options.port, timeout_graceful_shutdown=2)
 
 
 if __name__ == "__main__":
