@@ -345,8 +345,10 @@ class FolderHub(Hub):
 
     def _is_another(self, run_dir: Path) -> bool:
         """Whether somebody has put another journal there."""
-        before, self._head = self._head, head_of(run_dir)
-        return before not in (b"", self._head)
+        before, now = self._head, head_of(run_dir)
+        if now:  # a journal that was removed takes nothing from who watches: they see what there was
+            self._head = now
+        return bool(now) and before not in (b"", now)
 
     def _begin(self, run_dir: Path) -> None:
         """Read the journal from its beginning, or from where the stored view ends."""

@@ -105,10 +105,41 @@ def test_a_gap_without_a_snapshot_is_asked_about(serve: Callable[..., PageServer
     expect(page.locator("#tiles dd").first).to_contain_text("601")
 
 
-def test_a_run_that_does_not_exist_is_said_so(serve: Callable[..., PageServer], visit: Visits) -> None:
-    """The server's word that there is no such run ends the attempts."""
-    page = visit(serve(a_run()).url, "#run=nobody", loaded=False)
-    expect(page.locator("#waiting")).to_contain_text("there is no such run")
+@pytest.mark.parametrize("websockets", [True, False])
+def test_a_run_that_does_not_exist_is_said_so(
+    websockets: bool, serve: Callable[..., PageServer], visit: Visits
+) -> None:
+    """In the header too, with the runs that there are; and it is opened when it begins after all."""
+    visit.may_lose_server = True
+    server = serve(a_run(), websockets=websockets)
+    page = visit(server.url, "#run=nobody", loaded=False)
+    expect(page.locator("#waiting")).to_contain_text("there is no such run on this server; it has demo")
+    expect(page.locator("#status")).to_contain_text("no such run")
+    expect(page.get_by_role("link", name="demo")).to_be_visible()
+    late = a_run("nobody")
+    server.call(lambda: server.runs.update(nobody=late))
+    page.evaluate("stagecast.look()")
+    expect(page.locator("#status")).to_contain_text("running")
+
+
+def test_a_run_that_is_removed_while_it_is_watched_is_said_so(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Frames may come all the same: what is shown stays, and is said to be old."""
+    server = serve(a_run("here"), a_run("gone"))
+    page = visit(server.url, "#run=gone")
+    server.call(lambda: server.runs.pop("gone"))
+    page.evaluate("stagecast.look().then(() => stagecast.look())")
+    expect(page.locator("#status")).to_contain_text("no such run")
+    expect(page.locator("#banner")).to_contain_text("There is no run gone any more: what you see is old")
+    expect(page.locator("#banner")).to_contain_text("it has here")
+    expect(page.locator("#tiles")).to_be_visible()
+
+
+def test_one_missing_run_does_not_hide_the_others(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """The first of those that there are has its tables shown."""
+    page = visit(serve(a_run("a"), a_run("b")).url, "#run=nobody&run=a&run=b")
+    expect(page.locator("#run-name")).to_have_text("a")
+    expect(page.locator("#compared li").first).to_contain_text("there is no such run")
+    expect(page.locator("#training .legend").first).to_contain_text("b · train")
 
 
 def test_without_runs_the_page_waits(serve: Callable[..., PageServer], visit: Visits) -> None:
@@ -247,6 +278,271 @@ def test_on_paper_all_charts_are_drawn(serve: Callable[..., PageServer], visit: 
     page.pdf()
     assert page.evaluate("window.onPaper") >= every
     assert drawn.count() < every
+
+
+@pytest.mark.parametrize("width", [390, 1600])
+def test_paper_has_whole_axes_and_all_runs(width: int, serve: Callable[..., PageServer], visit: Visits) -> None:
+    """However wide the window is: on A4 each chart ends before its frame does, in dark ink, and the runs are named."""
+    server = serve(*(a_run(f"run-{index}", seed=index, extra=["m"]) for index in range(3)))
+    viewport = {"width": width, "height": 800}
+    page = visit(server.url, "#run=run-0&run=run-1&run=run-2", viewport=viewport, color_scheme="dark")
+    expect(page.locator("#training canvas").first).to_be_visible()
+    page.emulate_media(media="print")
+    expect(page.locator("html")).to_have_class("printing")
+    charts = page.evaluate(
+        "() => [...document.querySelectorAll('figure.chart')].filter(one => one.checkVisibility()).map(one =>"
+        " [one.querySelector('canvas').getBoundingClientRect().right, one.getBoundingClientRect().right])"
+    )
+    assert len(charts) > 8
+    for drawn, frame in charts:
+        assert drawn <= frame <= 186 / 25.4 * 96 + 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= max(width, 704)
+    expect(page.locator("h1 ~ .on-paper")).to_have_text("and run-1, run-2")
+    expect(page.locator("#compared li")).to_have_count(3)
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(27, 33, 41)"
+    expect(page.locator("#runs")).to_be_hidden()
+    page.emulate_media(media="screen")
+    expect(page.locator("html")).not_to_have_class("printing")
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(228, 232, 238)"
+
+
+def value_range(page: Any, title: str) -> tuple[float, float]:
+    """What the scale of a chart spans."""
+    chart = page.locator("figure.chart").filter(has=page.locator("h3").get_by_text(title, exact=True))
+    chart.scroll_into_view_if_needed()
+    expect(chart.locator("canvas")).to_be_visible()
+    low, high = chart.evaluate("one => { const { y } = one.chart.u.scales; return [y.min, y.max]; }")
+    return low, high
+
+
+def explosion(length: int, factor: float = 30.0) -> list[float | str]:
+    """Falls for a while, then grows by a factor until it is not finite."""
+    falls: list[float | str] = [2.3 - 0.01 * at for at in range(length)]
+    grows: list[float | str] = [2.3 * factor**at for at in range(1, 100) if 2.3 * factor**at < 3.4e38]
+    return [*falls, *grows, "inf", "nan", "nan"]
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "told"),
+    [
+        (explosion(30), 1.9, 2.5, "Beyond the scale: train 25 of 58 values, up to 1.95e37 at step 55."),
+        (explosion(1, factor=100.0), 0.0, 3_000.0, "Not finite (✕): train 3 of 23 values, ∞ at step 21."),
+        ([1.0, 2.0, "inf", 3.0], 0.5, 3.5, "Not finite (✕): train 1 of 4 values, ∞ at step 3."),
+        ([2.0, 1.0] * 20 + [3.4028235e38], 0.5, 2.5, "Beyond the scale: train 1 of 41 values"),
+        ([2.0, 1.0] * 20 + [-1e38, 1.5], 0.5, 2.5, "down to -1e38 at step 41."),
+        ([1.0, 1.7e308], 0.5, 1.5, "Beyond the scale: train 1 of 2 values, up to 1.7e308 at step 2."),
+        (["nan", "nan"], 0.0, 1.0, "Not finite (✕): train 2 of 2 values, NaN at step 1."),
+    ],
+)
+def test_the_scale_follows_the_values_that_matter(
+    values: list[float | str],
+    low: float,
+    high: float,
+    told: str,
+    serve: Callable[..., PageServer],
+    visit: Visits,
+) -> None:
+    """Not those of a run that diverges, nor a single one that is far from all others: they are marked and counted."""
+    run = a_run(steps=0)
+    for value in values:
+        run.run["global_step"] += 1
+        run.clock += 1
+        run.point({}, "train_loss", value)
+    page = visit(serve(run).url)
+    least, most = value_range(page, "Loss")
+    assert low <= least < most <= high
+    page.get_by_label("Smoothing").fill("0.9")
+    page.get_by_label("Across").select_option("time")
+    least, most = value_range(page, "Loss")
+    assert low <= least < most <= high
+    chart = page.locator("#training .chart").first
+    expect(chart.locator(".notes")).to_contain_text(told)
+    expect(chart.get_by_role("img")).to_have_attribute("aria-label", re.compile(re.escape(told)))
+
+
+@pytest.mark.parametrize(
+    ("values", "high"),
+    [
+        ([5.0], 5.0),
+        ([0.0] * 90 + [1.0] * 10, 1.0),  # seldom anything: that is what is worth seeing
+        ([32.0 * at for at in range(1, 2_000)], 63_968.0),  # counts grow
+        ([10.0**-at for at in range(9, -1, -1)], 1.0),  # a warm-up
+        ([0.001] * 300 + [0.4] * 3, 0.4),
+    ],
+)
+def test_what_is_usual_is_not_cut_off(
+    values: list[float], high: float, serve: Callable[..., PageServer], visit: Visits
+) -> None:
+    """Nothing is beyond the scale of a healthy run."""
+    run = a_run(steps=0)
+    for value in values:
+        run.run["global_step"] += 1
+        run.point({}, "metric", value)
+    page = visit(serve(run).url)
+    assert value_range(page, "metric")[1] >= high
+    expect(page.locator("#metrics .notes")).to_be_hidden()
+
+
+def test_a_diverged_run_does_not_flatten_those_beside_it(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Also one that stays where it is, without a NaN."""
+    runs = [a_run("good", steps=0), a_run("nan", steps=0), a_run("high", steps=0)]
+    for run, values in zip(runs, ([2.0, 1.0] * 40, explosion(30), [3.4e38] * 80), strict=True):
+        for value in values:
+            run.run["global_step"] += 1
+            run.point({}, "train_loss", value)
+    page = visit(serve(*runs).url, "#run=good&run=nan&run=high")
+    assert value_range(page, "Loss")[1] < 3
+    expect(page.locator("#training .notes").first).to_contain_text("high 80 of 80 values, up to 3.4e38")
+
+
+def test_running_for_stands_still_when_the_run_does(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """At the end, or at the last sign of life; in the list too, after a reload, and whatever clock the page has."""
+    ended, lost, going = a_run("ended"), a_run("lost"), a_run("going")
+    for run, status in ((ended, "finished"), (lost, "lost")):
+        run.run |= {"status": status, "started": 1e9, "updated": 1e9 + 90}
+    ended.run |= {"ended": 1e9 + 61, "updated": 1e9 + 5_000}
+    server = serve(ended, lost, going)
+    for run_id, told in (("ended", "1m 01s"), ("lost", "1m 30s"), ("going", "1h 00m")):
+        page = visit(server.url, loaded=False)
+        page.add_init_script("const now = Date.now; Date.now = () => now() + 7 * 86400e3")
+        page.goto(f"{server.url}#run={run_id}")
+        for _ in range(2):
+            page.reload()
+            page.wait_for_function("() => stagecast.focus()?.store.frameTime > 0")
+            first = page.evaluate("stagecast.focus().store.frameTime")
+            page.wait_for_function("first => stagecast.focus().store.frameTime > first + 1.5", arg=first)
+            page.evaluate("stagecast.writeNow()")
+            expect(page.locator("#tiles > div").filter(has_text="Running for")).to_contain_text(told)
+            expect(page.locator("#runs-list li").filter(has_text=run_id)).to_contain_text(told)
+
+
+def test_a_run_without_epochs_has_its_progress_by_its_steps(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """`max_steps` alone says how much is left."""
+    run = a_run()
+    run.run |= {"epochs": None, "max_steps": 1_200}
+    page = visit(serve(run).url)
+    expect(page.locator("#progress-text")).to_have_text(re.compile("^50.0 %, about .* left$"))
+    expect(page.locator("#tiles > div").first).to_have_text("Step600of 1,200")
+
+
+def test_what_is_unhealthy_is_said_wherever_the_run_is(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """No plain tick in the header, the list and the comparison; strangers' text stays text; it goes when it is over."""
+    run, other = a_run("sick"), a_run("well")
+    run.run |= {"status": "finished", "problems": [EVIL, "csv is disabled"]}
+    server = serve(run, other)
+    page = visit(server.url, "#run=sick&run=well")
+    for part in ("#status", "#runs-list li:has-text('sick')", "#compared li:has-text('sick')"):
+        expect(page.locator(part)).to_contain_text("▲ finished, 2 problems")
+    expect(page.locator("#runs-list li").filter(has_text="well")).to_contain_text("● running ·")
+    expect(page.locator("#problems li")).to_have_text([EVIL, "csv is disabled"])
+    expect(page).to_have_title(re.compile("^finished, 2 problems"))
+    assert axe(page) == []
+    server.call(lambda: run.tell({"run": {"problems": []}}))
+    expect(page.locator("#problems-section")).to_be_hidden()
+    expect(page.locator("#status")).to_have_text(re.compile("✓ +finished$"))
+
+
+def test_the_traceback_of_a_failed_run_can_be_read_and_copied(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Folded, as text, with the phase; and beside its line in the log, as that of a warning is."""
+    run = a_run()
+    run.run |= {"status": "failed", "problems": [f"the run failed in val_step after step 600: {EVIL}"]}
+    for kind, level in (("WarningLogged", "warning"), ("RunEnded", "error")):
+        run.line(kind, kind, level)
+        run.log[-1]["detail"] = f"Traceback of {kind}\n  {EVIL}"
+    server = serve(run)
+    page = visit(server.url)
+    expect(page.locator("#status")).to_have_text(re.compile("✕ +failed$"))
+    expect(page.locator("#problems")).to_contain_text("failed in val_step after step 600")
+    shown = page.locator("#problems pre")
+    expect(shown).to_be_hidden()
+    page.locator("#problems summary").click()
+    expect(shown).to_have_text(f"Traceback of RunEnded\n  {EVIL}")
+    page.evaluate("document.addEventListener('copy', () => { window.copied = String(getSelection()); })")
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.get_by_role("button", name="Copy: Traceback of demo").click()
+    expect(page.locator("#toast")).to_have_text("Copied")
+    assert page.evaluate("window.copied") == f"Traceback of RunEnded\n  {EVIL}"
+    expect(page.locator("#log-lines .traceback pre").first).to_have_text(f"Traceback of WarningLogged\n  {EVIL}")
+    assert axe(page) == []
+
+
+def test_what_has_become_of_a_checkpoint_is_said_as_it_is(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Here and in the store; and what nobody finishes any more is not under way."""
+    run = a_run()
+    template = run.checkpoints["step-00000500"]
+    run.checkpoints.clear()
+    for step, state, upload in (
+        (5, "durable", "uploaded"),
+        (4, "deleted", "uploaded"),
+        (3, "deleted", "deleted"),
+        (2, "durable", "deleted"),
+        (1, "deleted", None),
+    ):
+        named = {"name": f"step-{step}", "global_step": step, "state": state, "error": None}
+        told = {"done_bytes": 1, "total_bytes": 1, "state": upload} if upload else None
+        run.checkpoints[f"step-{step}"] = template | named | {"upload": told}
+    lost = a_run("lost")
+    lost.run["status"] = "lost"
+    lost.checkpoints["step-00000500"] |= {"state": "staged", "upload": {"done_bytes": 1, "state": "uploading"}}
+    server = serve(run, lost)
+    page = visit(server.url, "#run=demo")
+    cells = [page.locator(f"#checkpoints tbody td:nth-child({column})").all_inner_texts() for column in (4, 5)]
+    told = [tuple(" ".join(text.split()) for text in row) for row in zip(*cells, strict=True)]
+    assert told == [
+        ("● durable", "✓ uploaded"),
+        ("○ deleted here", "✓ still in the store"),
+        ("○ deleted here", "○ deleted there too"),
+        ("● durable", "○ deleted there"),
+        ("○ deleted", "\N{EN DASH}"),
+    ]
+    page = visit(server.url, "#run=lost")
+    expect(page.locator("#checkpoints tbody tr").last).to_contain_text("never durable")
+    expect(page.locator("#checkpoints tbody tr").last).to_contain_text("unfinished")
+
+
+def test_each_run_has_a_star_at_its_own_best(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """By its own metric and mode: its checkpoint, and its value; the best of all is told apart from them."""
+    runs = [a_run(name, steps=0) for name in ("least", "greatest")]
+    for run, mode in zip(runs, ("min", "max"), strict=True):
+        run.run |= {"best": "val_thing", "best_mode": mode}
+        for step, value in ((1, 0.5), (2, 0.9), (3, 0.7)):
+            run.run["global_step"] = step
+            run.point({}, "val_thing", value)
+            run.point({}, "val_loss", value + (mode == "max"))
+            run._checkpoint({"checkpoints": [], "log": []})
+            list(run.checkpoints.values())[-1]["metric"] = value
+    server = serve(*runs)
+    page = visit(server.url, "#run=least&run=greatest")
+    rows = {
+        tuple(cells[:3:2]): [cell for cell in cells if "★" in cell]
+        for cells in (row.split("\t") for row in page.locator("#validation-table tbody tr").all_inner_texts())
+    }
+    assert rows == {
+        ("val_loss", "least"): ["best of 2 ★ 0.5"],
+        ("val_loss", "greatest"): ["★ 1.5"],
+        ("val_thing", "least"): ["★ 0.5"],
+        ("val_thing", "greatest"): ["★ 0.9"],
+    }
+    expect(page.locator("#checkpoints tr:has-text('★')")).to_contain_text("step-00000001")
+    page.get_by_role("button", name="Show the tables of greatest").click()
+    expect(page.locator("#checkpoints tr:has-text('★')")).to_contain_text("step-00000002")
+
+
+def test_the_comparison_has_all_runs_at_once_and_stays_current(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Whichever of them has news; one that is not compared any more leaves it."""
+    runs = [a_run(f"run-{index}", seed=index) for index in range(3)]
+    for run in runs:
+        run.run["status"] = "finished"  # so that the focused one has no news of its own
+    server = serve(*runs)
+    page = visit(server.url, "#run=run-0&run=run-1&run=run-2")
+    rows = page.locator("#validation-table tbody tr").filter(has_text="val_loss").filter(has_text="default")
+    expect(rows).to_have_count(3)
+    expect(rows.nth(2).locator("td").nth(3)).to_have_text("500")
+    server.train(runs[2], 400)
+    expect(rows.nth(2).locator("td").nth(3)).to_have_text("1,000")
+    page.get_by_label("Compare run-1").uncheck()
+    expect(rows).to_have_count(2)
+    expect(rows.nth(1)).to_contain_text("run-2")
 
 
 def test_names_of_strangers_are_text(serve: Callable[..., PageServer], visit: Visits) -> None:
@@ -420,6 +716,35 @@ def test_many_metrics_can_be_searched(serve: Callable[..., PageServer], visit: V
     page.fill("#metrics-filter", "")
     page.get_by_role("button", name="Show more").click()
     expect(page.locator("#metrics .chart")).to_have_count(144)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "told"),
+    [
+        ("", 9, ""),
+        ("  ", 9, ""),
+        ("NORM", 3, ""),
+        ("^layer[12]/(norm|loss)$", 4, ""),
+        ("layer.*s$", 3, ""),
+        ("val(1)", 1, ""),  # as plain text: that is a name
+        ("(norm", 0, "“(norm” is not a regular expression (Unterminated group): it is searched as plain text."),
+        ("(norm", 0, "No match for “(norm” among 9 metrics."),
+        ("nothing", 0, "No match for “nothing” among 9 metrics."),
+        ("[", 0, "is not a regular expression"),
+    ],
+)
+def test_a_regular_expression_filters_metrics(
+    text: str, shown: int, told: str, serve: Callable[..., PageServer], visit: Visits
+) -> None:
+    """Plain text does, too; what is no expression and what matches nothing is said."""
+    names = [f"layer{index}/{what}" for index in (1, 2, 3) for what in ("norm", "loss")]
+    page = visit(serve(a_run(extra=[*names, "val(1)", "a.b", "a+b"], steps=20)).url)
+    expect(page.locator("#metrics .chart")).to_have_count(9)
+    page.get_by_label("Filter metrics").fill(text)
+    expect(page.locator("#metrics .chart")).to_have_count(shown)
+    expect(page.locator("#metrics-none")).to_contain_text(told) if told else expect(
+        page.locator("#metrics-none")
+    ).to_be_hidden()
 
 
 def test_charts_out_of_sight_are_not_drawn(serve: Callable[..., PageServer], visit: Visits) -> None:

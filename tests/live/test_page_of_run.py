@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from page_visits import EVIL
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.journal_reader import JOURNAL_DIR, JournalReader
 from events.messages import CommandTaken, Event, RunEnded
+from sinks.live.runs import RunsOfFolder
 
 TRAIN = f"""
 import os, sys, time
@@ -183,3 +185,23 @@ def test_the_list_has_runs_that_begin_later(run: Run, visit: Any, process: Calla
     expect(page.locator("#compared li")).to_have_count(2)
     for store in ("demo", "second"):
         expect(page.locator("#training .legend").first).to_contain_text(store)
+
+
+def test_a_run_whose_folder_is_removed_is_said_to_be_gone(told: Any, kit: Any, serve: Any, visit: Any) -> None:
+    """While it is watched, and after a reload; the page names the runs that are left."""
+    visit.may_lose_server = True
+    tell = told.story
+    told.write(tell.started(), *tell.steps(5))
+    other = kit.Told(told.path.parent / "other", "other")
+    other.write(other.story.started(), *other.story.steps(2))
+    page = visit(serve(RunsOfFolder(told.path.parent)).url, "#run=demo")
+    expect(page.locator("#status")).to_contain_text("running")
+    told.let_go()
+    shutil.rmtree(told.path)
+    expect(page.locator("#banner")).to_contain_text("There is no run demo any more", timeout=20_000)
+    expect(page.locator("#banner")).to_contain_text("it has other")
+    expect(page.locator("#status")).to_contain_text("no such run")
+    page.reload()
+    expect(page.locator("#waiting-text")).to_have_text("there is no such run on this server; it has other")
+    expect(page.locator("#status")).to_contain_text("no such run")
+    other.let_go()

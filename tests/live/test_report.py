@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 from events.journal import Journal
-from events.messages import Event, ImageLogged, MetricsLogged, RunEnded, RunStarted, TrainStepEnded
+from events.messages import (
+    CheckpointUploaded,
+    Event,
+    ImageLogged,
+    MetricsLogged,
+    NonFiniteLoss,
+    RunEnded,
+    RunStarted,
+    TrainStepEnded,
+)
 from events.sink import RunInfo
 from sinks.live.report import write_report
 
@@ -150,6 +159,37 @@ def test_a_link_to_a_run_that_is_not_in_the_report_is_said_so(tmp_path: Path, vi
     assert not [url for url in visit.requests if url.startswith("ws")]
     page.get_by_role("link", name="one").click()
     expect(page.locator("#content")).to_be_visible()
+
+
+@pytest.mark.parametrize("status", ["finished", "failed", "lost", "running"])
+def test_a_report_says_how_long_the_run_ran_and_what_is_wrong(
+    status: Any, told: Any, visit: Any, tmp_path: Path
+) -> None:
+    """However long ago it was written: until its end, or its last sign of life; and a failed run's traceback."""
+    expect = pytest.importorskip("playwright.sync_api").expect
+    tell = told.story
+    told.write(tell.started(), *tell.steps(3), tell(NonFiniteLoss, loss=math.nan, action="warned"))
+    tell.time += 125
+    told.write(tell.step())
+    if status in ("finished", "failed"):
+        told.write(tell(RunEnded, status=status, reason=EVIL, traceback=f"Trace {EVIL}", phase="train_step"))
+        tell.time += 5_000
+        told.write(tell(CheckpointUploaded, checkpoint="step-3.a1", url="s3://b"))
+    if status != "running":
+        told.let_go()
+    write_report([told.path], tmp_path / "out.html")
+    page = visit((tmp_path / "out.html").as_uri())
+    page.wait_for_timeout(1_100)  # the page's own clock ticks once
+    expect(page.locator("#tiles > div").filter(has_text="Running for")).to_contain_text("2m 05s")
+    expect(page.locator("#status")).to_contain_text({"lost": "?", "failed": "✕"}.get(status, "▲"))
+    expect(page.locator("#status")).to_contain_text(status)
+    expect(page.locator("#status")).to_contain_text("2 problems" if status == "failed" else "1 problem")
+    expect(page.locator("#problems")).to_contain_text("the loss was NaN or infinite in 1 step, first at step 3")
+    if status == "failed":
+        expect(page.locator("#problems")).to_contain_text("the run failed in train_step after step 4")
+        page.locator("#problems summary").click()
+        expect(page.locator("#problems pre")).to_have_text(f"Trace {EVIL}")
+    assert "owned" not in page.title()
 
 
 def test_the_report_shows_the_runs_in_a_browser(tmp_path: Path, visit: Any) -> None:

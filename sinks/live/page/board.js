@@ -21,15 +21,28 @@ export class Board {
     });
     addEventListener("beforeprint", () => this.print());
     addEventListener("afterprint", () => this.printed());
+    // A preview, say of the browser's own tools, sends no events.
+    matchMedia("print").addEventListener("change", ({ matches }) => (matches ? this.print() : this.printed()));
   }
 
-  /** On paper all is in sight. */
+  /** On paper all is in sight, as wide as the paper, and in colours for it. */
   print() {
-    for (const chart of this.charts) chart.draw();
+    if (document.documentElement.classList.contains("printing")) return;
+    document.documentElement.classList.add("printing");
+    this.#redraw(() => true);
   }
 
   printed() {
-    for (const chart of this.charts) if (!chart.isSeen) chart.rest();
+    document.documentElement.classList.remove("printing");
+    this.#redraw((chart) => chart.isSeen);
+  }
+
+  #redraw(isWanted) {
+    forgetColours();
+    for (const chart of this.charts) {
+      chart.rest();
+      if (isWanted(chart)) chart.draw();
+    }
   }
 
   #sight;

@@ -1,6 +1,20 @@
 /** Charts: a figure each, drawn by uPlot when it is in sight and something in it has changed. */
 
-import { align, linearRange, logRange, logSplits, nearest, pointsOf, shrinkageOf, shrunk, valuesOffLog } from "./curves.js";
+import {
+  align,
+  clamped,
+  commonScope,
+  linearRange,
+  logRange,
+  logSplits,
+  nearest,
+  pointsOf,
+  scopeOf,
+  shrinkageOf,
+  shrunk,
+  smoothPart,
+  valuesOffLog,
+} from "./curves.js";
 import { announce, el, freshId, setAttribute, setText, svg, table } from "./dom.js";
 import { count, duration, number } from "./format.js";
 import { colours } from "./theme.js";
@@ -43,6 +57,7 @@ export class Chart {
     this.legend = el("ul", { class: "legend" });
     this.readout = el("span", { class: "readout" });
     this.missing = el("p", { class: "missing", hidden: true });
+    this.notes = el("p", { class: "notes", hidden: true });
     this.toggle = el("button", {
       type: "button",
       class: "quiet",
@@ -72,6 +87,7 @@ export class Chart {
       el("figcaption", {}, el("h3", { id, title: note ?? title, text: title }), this.readout, this.toggle),
       this.legend,
       this.missing,
+      this.notes,
       this.plot,
       this.holder,
     );
@@ -113,6 +129,7 @@ export class Chart {
       this.#plot(curves);
     } else {
       this.#tellMissing([]); // a table has them all
+      this.#note([]);
       this.#fillTable(curves, began);
     }
     this.#fillLegend(curves);
@@ -127,18 +144,20 @@ export class Chart {
     if (!width) return;
     const { x, smoothing, log } = this.board.view;
     const isLog = log && this.takesLog;
-    const largest = isLog ? 0 : Math.max(0, ...curves.map(({ series }) => sizeOf(series)));
+    const whole = curves.map((curve) => pointsOf(curve.series, { x, started: curve.started ?? 0, log: isLog }));
+    const scope = isLog || this.range ? null : this.#scope(curves, whole);
+    const all = () => Math.max(0, ...curves.map(({ series }) => sizeOf(series)));
+    const largest = isLog ? 0 : scope ? Math.max(...scope.map(Math.abs)) : all();
     this.shrinkage = shrinkageOf(largest);
-    const parts = curves.map((curve) => {
-      const part = pointsOf(curve.series, {
-        x,
-        started: curve.started ?? 0,
-        smoothing: this.takesSmoothing && !curve.isSparse ? smoothing : 0,
-        log: isLog,
-      });
-      return shrunk(part, this.shrinkage);
+    this.scope = scope?.map((value) => value / this.shrinkage) ?? null;
+    this.beyond = whole.map((part) => (scope ? placesBeyond(part, scope) : []));
+    const parts = whole.map((part, i) => {
+      const inScope = scope ? clamped(part, scope) : part;
+      const isSmoothed = this.takesSmoothing && !curves[i].isSparse;
+      return shrunk(smoothPart(inScope, isSmoothed ? smoothing : 0), this.shrinkage);
     });
     this.#tellMissing(isLog ? curves : []);
+    this.#note(curves);
     const hasPoints = parts.some((part) => part.x.length);
     if (!hasPoints) {
       this.rest();
@@ -183,6 +202,53 @@ export class Chart {
     setText(this.missing, told.length ? `Not on a logarithmic scale, being 0 or less: ${told.join(", ")}.` : "");
   }
 
+  /** What the scale follows in the part of the charts that is shown: `[low, high]`, or null for all values. */
+  #scope(curves, parts) {
+    const { zoom } = this.board.view;
+    let isNarrowed = false;
+    const scopes = [];
+    parts.forEach(({ x, y, low, high }, i) => {
+      const isShown = (_, at) => !zoom || (x[at] >= zoom[0] && x[at] <= zoom[1]);
+      const oddAt = Math.max(-1, ...(curves[i].series.odd?.keys() ?? []));
+      for (const column of low ? [low, high] : [y]) {
+        const shown = zoom ? Array.from(column, (value, at) => (isShown(value, at) ? value : null)) : column;
+        const found = scopeOf(shown, oddAt);
+        isNarrowed ||= found !== null;
+        const range = found ?? endsOf(shown);
+        if (range) scopes.push(range);
+      }
+    });
+    if (!scopes.length) return null;
+    const scope = commonScope(scopes);
+    const isWhole = scopes.every(([low, high]) => low >= scope[0] && high <= scope[1]);
+    return isNarrowed || !isWhole ? scope : null;
+  }
+
+  /** Values that are not finite, or beyond the scale, are not left out without a word. */
+  #note(curves) {
+    const told = [];
+    curves.forEach(({ label, series, show = number }, i) => {
+      const what = series.width > 1 ? "points" : "values";
+      const places = this.beyond?.[i] ?? [];
+      if (places.length) {
+        const { lowest, highest } = series;
+        const ends = [
+          highest?.value > this.scope[1] * this.shrinkage && `up to ${show(highest.value)} at step ${count(highest.step)}`,
+          lowest?.value < this.scope[0] * this.shrinkage && `down to ${show(lowest.value)} at step ${count(lowest.step)}`,
+        ];
+        const far = ends.filter(Boolean).map((end) => `, ${end}`);
+        told.push(`Beyond the scale: ${label} ${count(places.length)} of ${count(series.length)} ${what}${far.join("")}.`);
+      }
+      if (series.odd?.size) {
+        const first = Math.min(...series.odd.keys());
+        const of = `${count(series.odd.size)} of ${count(series.length)} ${what}`;
+        told.push(`Not finite (✕): ${label} ${of}, ${number(series.odd.get(first))} at step ${count(series.step[first])}.`);
+      }
+    });
+    this.notes.hidden = !told.length;
+    setText(this.notes, told.join(" "));
+  }
+
   #options(curves, layout, isLog, isHuge, width) {
     const { muted, grid } = colours();
     const { view } = this.board;
@@ -220,7 +286,7 @@ export class Chart {
         x: { time: false, range: (u, min, max) => view.zoom ?? (min === max ? [min - 1, max + 1] : [min, max]) },
         y: isLog
           ? { distr: 3, range: (u, min, max) => logRange(min, max) }
-          : { range: (u, min, max) => this.range ?? linearRange(min, max) },
+          : { range: (u, min, max) => this.range ?? linearRange(...(this.scope ?? [min, max])) },
       },
       axes: [
         {
@@ -276,27 +342,43 @@ export class Chart {
     this.board.zoom(range);
   }
 
-  /** Crosses at the top where a value was not finite. */
+  /** Crosses at the top where a value was not finite; arrows at the edges where one is beyond the scale. */
   #markOdd(u) {
     const { ctx } = u;
     const size = 3 * devicePixelRatio;
+    const edge = size + 2;
     ctx.save();
-    ctx.strokeStyle = colours().bad;
     ctx.lineWidth = 1.5 * devicePixelRatio;
-    ctx.beginPath();
-    for (const curve of this.shown) {
-      for (const index of curve.series.odd?.keys() ?? []) {
-        const x = u.valToPos(this.#x(curve, index), "x", true);
-        const y = u.bbox.top + size + 2;
-        if (x < u.bbox.left || x > u.bbox.left + u.bbox.width) continue;
+    this.shown.forEach((curve, i) => {
+      ctx.beginPath();
+      ctx.strokeStyle = curve.colour;
+      for (const { index, isAbove } of sparsely(this.beyond?.[i] ?? [], (one) => this.#place(u, curve, one.index))) {
+        const x = this.#place(u, curve, index);
+        const y = isAbove ? u.bbox.top + edge : u.bbox.top + u.bbox.height - edge;
+        const tip = isAbove ? y - size : y + size;
+        ctx.moveTo(x - size, y);
+        ctx.lineTo(x, tip);
+        ctx.lineTo(x + size, y);
+      }
+      ctx.stroke();
+      ctx.beginPath();
+      ctx.strokeStyle = colours().bad;
+      for (const index of sparsely(curve.series.odd?.keys() ?? [], (one) => this.#place(u, curve, one))) {
+        const [x, y] = [this.#place(u, curve, index), u.bbox.top + edge];
         ctx.moveTo(x - size, y - size);
         ctx.lineTo(x + size, y + size);
         ctx.moveTo(x + size, y - size);
         ctx.lineTo(x - size, y + size);
       }
-    }
-    ctx.stroke();
+      ctx.stroke();
+    });
     ctx.restore();
+  }
+
+  /** Where a point lies from left to right, on the canvas; NaN outside of the plot. */
+  #place(u, curve, index) {
+    const x = u.valToPos(this.#x(curve, index), "x", true);
+    return x < u.bbox.left || x > u.bbox.left + u.bbox.width ? NaN : x;
   }
 
   #x(curve, index) {
@@ -358,8 +440,8 @@ export class Chart {
       const ends = series.lowest ? `, lowest ${show(series.lowest.value)}, highest ${show(series.highest.value)}` : "";
       return `${curve.label}: last ${show(last)} at step ${count(series.step[series.length - 1])}${ends}`;
     });
-    const missing = this.missing.hidden ? "" : ` ${this.missing.textContent}`;
-    return `Chart, ${this.title}. ${told.join(". ")}.${missing} Arrow keys read single points.`;
+    const notes = [this.missing, this.notes].filter((one) => !one.hidden).map((one) => ` ${one.textContent}`);
+    return `Chart, ${this.title}. ${told.join(". ")}.${notes.join("")} Arrow keys read single points.`;
   }
 
   #key(event) {
@@ -420,6 +502,39 @@ export class Chart {
 /** The largest value of a series, without its sign. */
 function sizeOf({ lowest, highest }) {
   return Math.max(Math.abs(lowest?.value ?? 0), Math.abs(highest?.value ?? 0));
+}
+
+/** The smallest and the largest of the numbers in a column; null if there is none. */
+function endsOf(values) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const value of values) {
+    if (value === null || value !== value) continue;
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return low <= high ? [low, high] : null;
+}
+
+/** The points of a curve that lie beyond its scale: `{index, isAbove}`. */
+function placesBeyond({ y, low, high }, [least, most]) {
+  const found = [];
+  for (let index = 0; index < y.length; index++) {
+    if (y[index] === null) continue;
+    if ((high ?? y)[index] > most) found.push({ index, isAbove: true });
+    else if ((low ?? y)[index] < least) found.push({ index, isAbove: false });
+  }
+  return found;
+}
+
+/** Of marks that lie over each other only one is drawn: a run may be NaN for thousands of steps. */
+function* sparsely(marks, placeOf) {
+  let before = -Infinity;
+  for (const mark of marks) {
+    const place = placeOf(mark);
+    if (!(Math.abs(place - before) >= 5 * devicePixelRatio)) continue;
+    before = place;
+    yield mark;
+  }
 }
 
 /** A sample of a curve's line: colour and pattern. */

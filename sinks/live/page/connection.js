@@ -19,6 +19,9 @@ export const report = embedded ? JSON.parse(embedded.textContent) : null;
 /** What was refused for want of the token. */
 export class TokenWanted extends Error {}
 
+/** What the server says of a run that it does not have. */
+export const NO_RUN = "there is no such run on this server";
+
 /** Fetch an address relative to the page. Throws `TokenWanted`, or an `Error` that says what went wrong. */
 export async function get(address, options = {}) {
   if (report) return new Response(JSON.stringify({ runs: report.runs.map((one) => one.run) }));
@@ -26,6 +29,7 @@ export async function get(address, options = {}) {
   const headers = { ...(options.headers ?? {}), ...(shown ? { Authorization: `Bearer ${shown}` } : {}) };
   const response = await fetch(address, { cache: "no-store", ...options, headers });
   if (response.status === 401) throw new TokenWanted();
+  if (response.status === 404 && !options.any) throw new Error(NO_RUN);
   if (!response.ok && !options.any) throw new Error(`the server answered ${response.status}`);
   return response;
 }
@@ -155,7 +159,7 @@ export class Connection {
 
   #closed(code, reason) {
     if (code === 4401) this.#wantToken();
-    else if (code === 4404) this.#end("there is no such run on this server");
+    else if (code === 4404) this.#end(NO_RUN);
     else if (code === 1008 && this.#wasOpen) this.#end(reason || "the server does not allow this page");
     else {
       // A proxy that does not let WebSockets through shows itself by one that never opens.
@@ -240,6 +244,7 @@ export class Connection {
     } catch (error) {
       if (abort.signal.aborted) return;
       if (error instanceof TokenWanted) this.#wantToken();
+      else if (error.message === NO_RUN) this.#end(NO_RUN);
       else {
         if (this.#failures > 2) this.#usesEvents = false; // the other way, once more
         this.#lost(error.message);

@@ -1,7 +1,7 @@
 /** From series to what is drawn: smoothing, the scale of x, and bringing several curves onto one x. Pure. */
 
 /** The part of a curve that can be drawn: `{x, y, low, high}`, of equal length. */
-export function pointsOf(series, { x, started, smoothing, log }) {
+export function pointsOf(series, { x, started, log }) {
   const length = series.length;
   const xs =
     x === "time"
@@ -11,8 +11,8 @@ export function pointsOf(series, { x, started, smoothing, log }) {
   const isWide = series.width > 1 && series.low !== undefined;
   return {
     x: xs,
-    y: smoothing > 0 ? smoothed(y, smoothing) : y,
-    raw: smoothing > 0 && !isWide ? y : null,
+    y,
+    raw: null,
     low: isWide ? drawable(series.low, length, log) : null,
     high: isWide ? drawable(series.high, length, log) : null,
   };
@@ -34,6 +34,11 @@ export function valuesOffLog(series) {
   let values = 0;
   for (let i = 0; i < series.length; i++) if (series.mean[i] <= 0) values += series.weight[i];
   return values;
+}
+
+/** The part of a curve, smoothed; what it was stays behind it, unless its spread is there. */
+export function smoothPart(part, by) {
+  return by > 0 ? { ...part, y: smoothed(part.y, by), raw: part.low ? null : part.y } : part;
 }
 
 /** An exponential moving average that does not start at zero. */
@@ -109,6 +114,92 @@ export function shrunk(part, by) {
   if (by === 1) return part;
   const column = (values) => values && Array.from(values, (value) => (value === null ? null : value / by));
   return { ...part, y: column(part.y), raw: column(part.raw), low: column(part.low), high: column(part.high) };
+}
+
+/** A value that is so many times as large as what is usual lies beyond the scale... */
+const FAR = 1000;
+/** ...and where nothing tells what is usual, one that is so large. */
+const ABSURD = 1e15;
+
+/**
+ * The values that a scale follows: `[low, high]`; null for all of them.
+ *
+ * A run that diverges passes through all powers of ten before it is NaN, and a single spike may be as large: a scale up to
+ * there would flatten all that is worth seeing. `oddAt`: the index of the last value that was not finite, or -1.
+ */
+export function scopeOf(values, oddAt = -1) {
+  const finite = [];
+  const places = [];
+  for (let i = 0; i < values.length; i++) {
+    if (values[i] === null || values[i] === undefined || values[i] !== values[i]) continue;
+    finite.push(values[i]);
+    places.push(i);
+  }
+  if (!finite.length) return null;
+  const end = divergesAt(finite, places, oddAt);
+  const [low, high] = usualOf(finite, end);
+  const [least, most] = rangeOf(finite, finite.length, -Infinity, Infinity);
+  return low === least && high === most ? null : [low, high];
+}
+
+/** Where values begin to grow and never come back: until they are not finite, or absurdly large. Else their number. */
+function divergesAt(finite, places, oddAt) {
+  const first = Math.max(1, Math.abs(finite[0]));
+  let end = finite.length;
+  let largest = 0;
+  while (end > 1 && Math.abs(finite[end - 1]) > FAR * first) {
+    end -= 1;
+    largest = Math.max(largest, Math.abs(finite[end]));
+  }
+  if (end === finite.length || !(oddAt > places[end] || largest > ABSURD * first)) return finite.length;
+  const usual = Math.max(first, quartilesOf(finite, end, Math.abs)[2]);
+  while (end > 1 && Math.abs(finite[end - 1]) > 10 * usual) end -= 1;
+  return end;
+}
+
+/** The range of the first values without single ones that are far from all others. */
+function usualOf(finite, end) {
+  if (end < 4) return rangeOf(finite, end, -Infinity, Infinity);
+  const [first, middle, third] = quartilesOf(finite, end, (value) => value);
+  const size = Math.max(third - first, Math.abs(middle));
+  const limit = size > 0 ? FAR * size : ABSURD * Math.max(1, Math.abs(middle));
+  return rangeOf(finite, end, first - limit, third + limit);
+}
+
+function rangeOf(finite, end, least, most) {
+  let [low, high] = [Infinity, -Infinity];
+  for (let i = 0; i < end; i++) {
+    if (finite[i] < least || finite[i] > most) continue;
+    if (finite[i] < low) low = finite[i];
+    if (finite[i] > high) high = finite[i];
+  }
+  return [low, high];
+}
+
+const SAMPLES = 401;
+
+/** Of the first values, or of so many of them; sorting all at each drawing would take long. */
+function quartilesOf(finite, end, of) {
+  const count = Math.min(end, SAMPLES);
+  const sample = Float64Array.from({ length: count }, (_, i) => of(finite[Math.floor((i * end) / count)])).sort();
+  return [0.25, 0.5, 0.75].map((share) => sample[Math.floor(share * (count - 1))]);
+}
+
+/** The scale of several curves, each with its `[low, high]`: without those that dwarf all others. */
+export function commonScope(scopes) {
+  const sizes = scopes.map(([low, high]) => Math.max(Math.abs(low), Math.abs(high)));
+  const least = Math.max(1, Math.min(...sizes));
+  const kept = scopes.filter((_, index) => sizes[index] <= ABSURD * least);
+  return [Math.min(...kept.map(([low]) => low)), Math.max(...kept.map(([, high]) => high))];
+}
+
+/** The part of a curve, what lies beyond the scale being just out of sight: canvases do not take lines to 1e300. */
+export function clamped(part, [low, high]) {
+  const [bottom, top] = linearRange(low, high);
+  const [least, most] = [bottom - (top - bottom), top + (top - bottom)];
+  const column = (values) =>
+    values && Array.from(values, (v) => (v === null ? null : v > high ? Math.max(most, high) : v < low ? least : v));
+  return { ...part, y: column(part.y), low: column(part.low), high: column(part.high) };
 }
 
 /** Where the smallest and the largest value to be shown are, with some air around. */

@@ -33,7 +33,7 @@ export function writeFigures(store, isStale) {
   const total = store.totalSteps();
   const perStep = store.secondsPerStep();
   const isRunning = run.status === "running";
-  const now = isRunning && !isStale ? Date.now() / 1000 : store.frameTime || run.updated;
+  const until = store.runningUntil(isStale);
   byId("progress").hidden = !total;
   if (total) {
     byId("progress-bar").value = Math.min(1, step / total);
@@ -63,8 +63,8 @@ export function writeFigures(store, isStale) {
         : null,
     [
       "Running for",
-      duration(Math.max(0, now - (run.started ?? now))),
-      run.attempt > 1 ? `attempt ${run.attempt}` : since(run.started, now),
+      run.started ? duration(Math.max(0, until - run.started)) : NONE,
+      run.attempt > 1 ? `attempt ${run.attempt}` : since(run.started, until),
     ],
   ];
   fillTiles(rows.filter((row) => row && (row[1] !== NONE || ["Train loss", "Step time"].includes(row[0]))));

@@ -2,13 +2,13 @@
 
 import { Board } from "./board.js";
 import { swatch } from "./charts.js";
-import { Connection, get, token, TokenWanted } from "./connection.js";
+import { Connection, get, NO_RUN, report, token, TokenWanted } from "./connection.js";
 import { freshCommandId, isNarrow, setUpControls, showCommands, showControls, toast, WORDS } from "./controls.js";
 import { announce, setAttribute, setText } from "./dom.js";
 import { writeFigures } from "./figures.js";
 import { count, duration } from "./format.js";
 import { fillHistograms, fillMedia } from "./media.js";
-import { Checkpoints, fillAbout, fillObservers, Log } from "./panels.js";
+import { Checkpoints, fillAbout, fillObservers, fillProblems, Log } from "./panels.js";
 import { fillCompared, RunList, statusOf } from "./runs.js";
 import { Sections } from "./sections.js";
 import { RunStore } from "./store.js";
@@ -19,6 +19,11 @@ const STALE_S = 5;
 const MOST_COMPARED = DASHES.length;
 const LIST_MS = 5000;
 const FIRST_LIST_MS = 1500;
+/** A run that so many lists in a row lack is not there any more. */
+const MISSING_LOOKS = 2;
+/** The server lists at most so many: what is not in a list that long may be there all the same. */
+const MOST_LISTED = 1000;
+const MOST_NAMED = 12;
 /** Tables and figures are written at most so often. */
 const WRITE_MS = 250;
 const NAME = "stagecast";
@@ -40,6 +45,8 @@ class App {
     this.chosen = []; // the first is the one whose tables are shown
     this.open = new Map(); // run id -> {store, connection, slot}
     this.runs = [];
+    this.lacking = new Map(); // chosen runs -> how many lists in a row have lacked them
+    this.clock = null; // of the server: {time, at}, in Unix seconds and by `performance.now()`
     this.pending = new Map(); // commands without an answer
     this.readFragment();
     this.board = new Board(this.view);
@@ -100,8 +107,10 @@ class App {
     clearTimeout(this.listTimer);
     let isKnown = false;
     try {
-      const { runs } = await (await get("api/runs")).json();
-      this.runs = runs;
+      const response = await get("api/runs");
+      const time = Date.parse(response.headers.get("date")) / 1000;
+      this.clock = Number.isFinite(time) ? { time, at: performance.now() } : null;
+      this.runs = (await response.json()).runs;
       isKnown = true;
     } catch (error) {
       if (error instanceof TokenWanted) this.askToken();
@@ -113,12 +122,43 @@ class App {
         history.replaceState(null, "", this.fragment());
       }
       if (!this.chosen.length) this.wait("No runs yet", "They appear here as soon as one begins.");
+      this.lookForChosen();
       this.follow();
     }
     this.listFailures = isKnown ? 0 : Math.min(3, (this.listFailures ?? 0) + 1);
     const wait =
       isKnown && !this.runs.length ? FIRST_LIST_MS : LIST_MS * (document.hidden ? 6 : 2 ** this.listFailures);
     this.listTimer = setTimeout(() => this.look(), wait);
+  }
+
+  /** See which of the chosen runs the list lacks, and connect to those that it has again. */
+  lookForChosen() {
+    for (const runId of this.chosen) {
+      const isListed = this.runs.some((run) => run.run_id === runId) || this.runs.length >= MOST_LISTED;
+      this.lacking.set(runId, isListed ? 0 : (this.lacking.get(runId) ?? 0) + 1);
+      const connection = this.open.get(runId)?.connection;
+      if (isListed && connection?.state === "gone" && connection.problem === NO_RUN) connection.retry();
+    }
+  }
+
+  /** Whether a chosen run is not there: it never was, or its folder was removed meanwhile. */
+  isMissing(runId) {
+    const one = this.open.get(runId);
+    const isRefused = one?.connection.state === "gone" && (report || one.connection.problem === NO_RUN);
+    return isRefused || (this.lacking.get(runId) ?? 0) >= MISSING_LOOKS;
+  }
+
+  /** Which runs there are, in words. */
+  runsInWords() {
+    const names = this.runs.map((run) => run.run_id);
+    if (!names.length) return "it has no runs";
+    const more = names.length > MOST_NAMED ? ` and ${count(names.length - MOST_NAMED)} more` : "";
+    return `it has ${names.slice(0, MOST_NAMED).join(", ")}${more}`;
+  }
+
+  /** Unix seconds by the server's clock, which may differ from this page's. */
+  now() {
+    return this.clock ? this.clock.time + (performance.now() - this.clock.at) / 1000 : Date.now() / 1000;
   }
 
   /** Open what was chosen, close what was not. */
@@ -153,8 +193,10 @@ class App {
     this.write();
   }
 
+  /** The run whose tables are shown: the first of the chosen ones that there is. */
   focus() {
-    return this.open.get(this.chosen[0]);
+    const isThere = (runId) => this.open.get(runId)?.store.isLoaded || !this.isMissing(runId);
+    return this.open.get(this.chosen.find(isThere) ?? this.chosen[0]);
   }
 
   shownRuns() {
@@ -180,7 +222,7 @@ class App {
   }
 
   fillList() {
-    const isOpen = this.runs.length > 1;
+    const isOpen = this.runs.some((run) => this.runs.length > 1 || run.run_id !== this.chosen[0]);
     byId("runs-toggle").hidden = !isOpen || !isNarrow.matches;
     byId("runs").hidden = !isOpen || (isNarrow.matches && byId("runs-toggle").getAttribute("aria-expanded") !== "true");
     const markOf = (runId) => {
@@ -196,7 +238,7 @@ class App {
         ? { ...store.run, latest: { val_loss: store.last("val_loss"), train_loss: store.last("train_loss") } }
         : run;
     });
-    this.list.fill(runs, this.chosen, (runId) => this.fragment([runId]), markOf, MOST_COMPARED);
+    this.list.fill(runs, this.chosen, (runId) => this.fragment([runId]), markOf, MOST_COMPARED, this.now());
   }
 
   reconnect() {
@@ -234,10 +276,13 @@ class App {
   writeNow() {
     const focus = this.focus();
     if (!focus) return;
+    if (focus !== this.lastFocus) this.follow(); // the one before is not there
     const { store, connection } = focus;
     this.writeState(store, connection);
     if (!store.isLoaded) {
-      if (connection.state === "gone") this.wait(store.runId, connection.problem);
+      if (this.isMissing(store.runId))
+        this.wait(store.runId, report ? connection.problem : `${NO_RUN}; ${this.runsInWords()}`);
+      else if (connection.state === "gone") this.wait(store.runId, connection.problem);
       else if (connection.state !== "token")
         this.wait(
           "Connecting…",
@@ -248,17 +293,20 @@ class App {
     byId("waiting").hidden = true;
     byId("content").hidden = false;
     if (document.hidden) return; // what is not seen is written when it is
-    if (this.isRearranged) {
+    const isRearranged = this.isRearranged;
+    if (isRearranged) {
       this.isRearranged = false;
       this.sections.arrange();
       this.board.invalidate();
     }
-    const touched = store.touched;
-    if (touched.delete("points") || touched.has("run")) {
+    const isNew = (one) => ["points", "run"].filter((part) => one.touched.delete(part)).length > 0;
+    const fresh = this.shownRuns().filter((one) => isNew(one.store));
+    if (fresh.length || isRearranged) {
       this.sections.fillLedger();
-      this.sections.fillValidation();
+      this.sections.fillValidation(); // of all runs, whichever has news
     }
-    touched.delete("run");
+    const touched = store.touched;
+    fillProblems(this);
     showCommands(this, store);
     if (touched.delete("checkpoints")) this.checkpoints.fill(store);
     if (touched.delete("observers")) fillObservers(store);
@@ -280,27 +328,40 @@ class App {
   /** The state, in the header, the title, the banner, and said aloud when it changes. */
   writeState(store, connection) {
     const { run } = store;
-    const { state, glyph, word } = statusOf(store.isLoaded ? run : { status: "connecting" });
+    const isMissing = this.isMissing(store.runId);
+    const { state, glyph, word, isUnhealthy } = statusOf(
+      isMissing ? { status: "missing" } : store.isLoaded ? run : { status: "connecting" },
+    );
     const chip = byId("status");
     setAttribute(chip, "data-status", state);
+    setAttribute(chip, "data-health", isUnhealthy ? "unhealthy" : null);
     setText(chip.querySelector(".glyph"), glyph);
     setText(chip.querySelector(".word"), word);
     setText(byId("run-name"), store.runId);
     byId("run-name").title = store.runId;
+    const others = this.chosen.filter((runId) => runId !== store.runId);
+    setText(byId("run-others"), others.length ? `and ${others.join(", ")}` : "");
     setText(byId("place"), [run.module, run.device, run.host && `on ${run.host}`].filter(Boolean).join(" · "));
-    const isStale = (this.isStale = store.isLoaded && (connection.state !== "open" || connection.silence_s > STALE_S));
+    const isSilent = connection.state !== "open" || connection.silence_s > STALE_S;
+    const isStale = (this.isStale = store.isLoaded && (isMissing || isSilent));
     document.title = `${isStale ? "⚠ " : ""}${word}, step ${count(run.global_step ?? 0)} · ${store.runId} – ${NAME}`;
-    this.writeBanner(isStale, run, connection);
-    const told = `${state}${isStale}`;
+    this.writeBanner(isStale, store, connection);
+    const told = `${state}${word}${isStale}`;
     if (this.lastState && this.lastState !== told && store.isLoaded)
       announce(isStale ? byId("banner-text").textContent : `The run is ${word}`);
     this.lastState = store.isLoaded ? told : null;
   }
 
-  writeBanner(isStale, run, connection) {
+  writeBanner(isStale, { run, runId }, connection) {
     document.body.classList.toggle("stale", isStale);
     byId("banner").hidden = !isStale;
     if (!isStale) return;
+    if (this.isMissing(runId)) {
+      setText(byId("banner-text"), `There is no run ${runId} any more: what you see is old`);
+      setText(byId("banner-detail"), `Its folder was removed or renamed on the server; ${this.runsInWords()}.`);
+      byId("retry").hidden = true;
+      return;
+    }
     const isOver = run.status !== "running" && run.status !== "unknown";
     const text =
       connection.state === "gone"

@@ -1,6 +1,7 @@
 /** Tables: observers, checkpoints, the log, what the run was started with. */
 
-import { el, setText, svg, table } from "./dom.js";
+import { toast } from "./controls.js";
+import { el, reconcile, setText, svg, table } from "./dom.js";
 import { bytes, count, duration, moment, NONE, number, timeOfDay } from "./format.js";
 
 const FIRST_CHECKPOINTS = 12;
@@ -57,7 +58,68 @@ export function fillObservers(store) {
   byId("observers").replaceChildren(made);
 }
 
+// --------------------------------------------------------------------------------------------- what is wrong
+
+const unhealthy = new Map();
+/** The problems of all runs that are shown, and the traceback of those that failed. */
+export function fillProblems(app) {
+  const runs = app.shownRuns().filter(({ store }) => store.isLoaded && store.run.problems?.length);
+  const failureOf = (store) =>
+    store.run.status === "running" ? null : store.log.findLast((entry) => entry.kind === "RunEnded" && entry.detail);
+  const keyOf = ({ store }) =>
+    JSON.stringify([store.runId, app.isComparing(), store.run.problems, failureOf(store)?.seq ?? null]);
+  const byKey = new Map(runs.map((one) => [keyOf(one), one.store]));
+  byId("problems-section").hidden = !runs.length;
+  reconcile(byId("problems"), unhealthy, [...byKey.keys()], (key) => {
+    const store = byKey.get(key);
+    const failure = failureOf(store);
+    return el(
+      "div",
+      {},
+      app.isComparing() ? el("h3", { text: store.runId }) : null,
+      el("ul", {}, ...store.run.problems.map((text) => el("li", { text }))),
+      failure ? traceback(failure.detail, `Traceback of ${store.runId}`) : null,
+    );
+  });
+}
+
+/** A traceback, folded, that can be copied. */
+function traceback(text, label) {
+  const shown = el("pre", { tabindex: "0", role: "region", "aria-label": label, text });
+  const copy = el("button", {
+    type: "button",
+    class: "quiet",
+    "aria-label": `Copy: ${label}`,
+    text: "Copy",
+    onclick: () => copyText(text, shown),
+  });
+  return el("details", { class: "traceback" }, el("summary", { text: "Traceback" }), copy, shown);
+}
+
+async function copyText(text, shown) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Without TLS from another machine there is no clipboard: the old way copies what is marked.
+    getSelection().selectAllChildren(shown);
+    if (!document.execCommand("copy")) {
+      toast("The browser does not allow copying; the text is marked");
+      return;
+    }
+  }
+  toast("Copied");
+}
+
 // ------------------------------------------------------------------------------------------------ checkpoints
+
+/** The best checkpoint that a run has left, by its own metric and mode; undefined if it keeps none by a metric. */
+function bestCheckpoint(all, { best, best_mode: mode }) {
+  const sign = mode === "max" ? -1 : 1;
+  const isThere = (one) =>
+    one.state === "durable" || (one.state === "deleted" && one.upload?.state === "uploaded");
+  const able = best ? all.filter((one) => isThere(one) && Number.isFinite(one.metric)) : [];
+  return able.sort((a, b) => sign * (a.metric - b.metric) || a.global_step - b.global_step)[0];
+}
 
 export class Checkpoints {
   constructor() {
@@ -74,7 +136,7 @@ export class Checkpoints {
     byId("checkpoints-section").hidden = !all.length;
     if (!all.length) return;
     byId("checkpoints-line").replaceChildren(
-      timeline(all, Math.max(store.run.global_step ?? 0, store.totalSteps() ?? 0)),
+      timeline(all, Math.max(store.run.global_step ?? 0, store.totalSteps() ?? 0), store.run.status === "lost"),
     );
     const shown = this.showsAll ? all : all.slice(0, FIRST_CHECKPOINTS);
     const right = (head) => ({ head, number: true });
@@ -91,28 +153,53 @@ export class Checkpoints {
       { head: "Why" },
       { head: "When" },
     ];
+    const best = bestCheckpoint(all, store.run);
+    const isLost = store.run.status === "lost"; // nobody writes or uploads any more
     const rows = shown.map((one) => [
       one.name,
       count(one.global_step),
       count(one.epoch),
-      stateOf(one),
-      uploadOf(one),
+      stateOf(one, isLost),
+      uploadOf(one, isLost),
       bytes(one.nbytes),
       duration(one.durable_s),
       duration(one.blocked_s),
-      number(one.metric),
+      one === best ? el("span", { class: "best", text: `★ ${number(one.metric)}` }) : number(one.metric),
       (one.reasons ?? []).join(", "),
       el("time", { datetime: isoTime(one.time), title: moment(one.time), text: timeOfDay(one.time) }),
     ]);
-    byId("checkpoints").replaceChildren(table("Checkpoints, the newest first", heads, rows, { hideCaption: true }));
+    byId("checkpoints").replaceChildren(table("Checkpoints, the newest first (★ best that there is)", heads, rows, { hideCaption: true }));
     const more = byId("checkpoints-more");
     more.hidden = all.length <= FIRST_CHECKPOINTS;
     setText(more, this.showsAll ? "Show fewer" : `Show all ${count(all.length)}`);
   }
 }
 
-function stateOf(one) {
-  const mark = stateMark(one.state);
+/** What has become of it on the run's own disk, in words. */
+function wordOf(one, isLost) {
+  if (one.state === "staged" && isLost) return "never durable";
+  return one.state === "deleted" && one.upload ? "deleted here" : one.state;
+}
+
+/** What has become of it in the store, in words; null if it was never on its way there. */
+function uploadWordOf(one, isLost) {
+  const isDeleted = one.state === "deleted";
+  switch (one.upload?.state) {
+    case undefined:
+      return null;
+    case "uploaded":
+      return isDeleted ? "still in the store" : "uploaded";
+    case "deleted":
+      return isDeleted ? "deleted there too" : "deleted there";
+    case "uploading":
+      return isLost ? "unfinished" : "uploading";
+    default:
+      return one.upload.state;
+  }
+}
+
+function stateOf(one, isLost) {
+  const mark = stateMark(one.state === "staged" && isLost ? "failed" : one.state, wordOf(one, isLost));
   if (one.error)
     mark.append(
       el("span", {
@@ -124,10 +211,11 @@ function stateOf(one) {
   return mark;
 }
 
-function uploadOf(one) {
+function uploadOf(one, isLost) {
   const { upload } = one;
+  const word = uploadWordOf(one, isLost);
   if (!upload) return NONE;
-  if (upload.state !== "uploading") return stateMark(upload.state);
+  if (word !== "uploading") return stateMark(word === "unfinished" ? "failed" : upload.state, word);
   const [done, all] = [upload.done_bytes ?? 0, upload.total_bytes || one.nbytes || 1];
   return el(
     "span",
@@ -138,11 +226,12 @@ function uploadOf(one) {
 }
 
 /** Where along the run checkpoints were taken; their shape says what has become of them. */
-function timeline(all, end) {
+function timeline(all, end, isLost) {
   const width = Math.max(200, byId("checkpoints-line").clientWidth);
   const x = (step) => 14 + ((width - 28) * step) / Math.max(1, end);
   const marks = all.map((one) => {
-    const label = `${one.name}, step ${count(one.global_step)}: ${one.state}${one.upload ? `, ${one.upload.state}` : ""}`;
+    const words = [wordOf(one, isLost), uploadWordOf(one, isLost)].filter(Boolean).join(", ");
+    const label = `${one.name}, step ${count(one.global_step)}: ${words}`;
     const at = x(one.global_step);
     const shape =
       one.state === "failed"
@@ -201,7 +290,7 @@ export class Log {
   }
 }
 
-function lineOf({ time, global_step: step, level, text }) {
+function lineOf({ time, global_step: step, level, text, detail }) {
   const mark = level === "error" ? "error: " : level === "warning" ? "warning: " : null;
   return el(
     "li",
@@ -209,6 +298,7 @@ function lineOf({ time, global_step: step, level, text }) {
     el("time", { datetime: isoTime(time), title: moment(time), text: timeOfDay(time) }),
     el("span", { class: "step", text: `step ${count(step)}` }),
     el("span", { class: "text" }, mark ? el("b", { text: mark }) : null, text),
+    detail ? traceback(detail, `Traceback at step ${count(step)}`) : null,
   );
 }
 

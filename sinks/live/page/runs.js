@@ -2,7 +2,8 @@
 
 import { el, reconcile, setAttribute, setText } from "./dom.js";
 import { swatch } from "./charts.js";
-import { ago, count, number } from "./format.js";
+import { ago, count, duration, number } from "./format.js";
+import { matcher } from "./match.js";
 import { colours, DASHES } from "./theme.js";
 
 function byId(id) {
@@ -19,13 +20,22 @@ const STATUS = {
   lost: ["?", "lost"],
   unknown: ["·", "unknown"],
   connecting: ["·", "connecting"],
+  missing: ["?", "no such run"],
 };
 
-/** `{state, glyph, word}` of a run. */
+/** `{state, glyph, word, isUnhealthy}` of a run: one with problems has neither the glyph nor the word of a healthy one. */
 export function statusOf(run) {
   const state = run.status === "running" && run.paused ? "paused" : run.status;
   const [glyph, word] = STATUS[state] ?? STATUS.unknown;
-  return { state, glyph, word };
+  const problems = run.problems?.length ?? 0;
+  if (!problems || state === "missing") return { state, glyph, word, isUnhealthy: false };
+  const isSaid = state === "failed" && problems === 1; // the failure itself
+  return {
+    state,
+    glyph: state === "failed" || state === "lost" ? glyph : "▲",
+    word: isSaid ? word : `${word}, ${count(problems)} ${problems === 1 ? "problem" : "problems"}`,
+    isUnhealthy: true,
+  };
 }
 
 export class RunList {
@@ -37,23 +47,24 @@ export class RunList {
     this.filter.addEventListener("input", () => this.fill(...this.last));
   }
 
-  fill(runs, chosen, linkOf, markOf, most) {
-    this.last = [runs, chosen, linkOf, markOf, most];
+  /** `now` is that of the server, in Unix seconds. */
+  fill(runs, chosen, linkOf, markOf, most, now) {
+    this.last = [runs, chosen, linkOf, markOf, most, now];
     this.filter.hidden = runs.length < 8;
-    const wanted = this.filter.value.toLowerCase();
-    const shown = runs.filter(
-      (run) =>
-        chosen.includes(run.run_id) ||
-        run.run_id.toLowerCase().includes(wanted) ||
-        run.module?.toLowerCase().includes(wanted),
-    );
+    const { matches, problem } = matcher(this.filter.value);
+    const found = runs.filter((run) => matches(run.run_id) || matches(run.module ?? ""));
+    const shown = runs.filter((run) => chosen.includes(run.run_id) || found.includes(run));
+    const none = found.length ? null : `No run matches “${this.filter.value.trim()}”.`;
+    const said = this.filter.hidden ? "" : [problem, runs.length ? none : null].filter(Boolean).join(" ");
+    byId("runs-none").hidden = !said;
+    setText(byId("runs-none"), said);
+    setAttribute(this.filter, "aria-invalid", problem ? "true" : null);
     reconcile(
       byId("runs-list"),
       this.items,
       shown.map((run) => run.run_id),
       (runId) => this.#make(runId),
     );
-    const now = Date.now() / 1000;
     for (const run of shown) {
       const item = this.items.get(run.run_id);
       const isChosen = chosen.includes(run.run_id);
@@ -62,11 +73,13 @@ export class RunList {
       item.box.disabled = (isChosen && chosen.length === 1) || (!isChosen && chosen.length >= most);
       setAttribute(item.link, "href", linkOf(run.run_id));
       setAttribute(item.link, "aria-current", chosen[0] === run.run_id ? "true" : null);
-      const { glyph, word } = statusOf(run);
+      const { glyph, word, isUnhealthy } = statusOf(run);
+      setAttribute(item.state, "data-health", isUnhealthy ? "unhealthy" : null);
       setText(item.state, `${glyph} ${word} · ${count(run.global_step)}`);
       const loss = run.latest?.val_loss ?? run.latest?.train_loss;
-      setText(item.when, ago(run.updated, now));
-      setAttribute(item.root, "title", loss === undefined ? null : `loss ${number(loss)}`);
+      setText(item.when, [durationOf(run, now), ago(run.updated, now)].filter(Boolean).join(" · "));
+      const more = [loss === undefined ? null : `loss ${number(loss)}`, ...(run.problems ?? [])].filter(Boolean);
+      setAttribute(item.root, "title", more.length ? more.join("\n") : null);
       const mark = markOf(run.run_id);
       if (item.markKey !== (mark?.colour ?? null)) {
         item.markKey = mark?.colour ?? null;
@@ -94,6 +107,13 @@ export class RunList {
   }
 }
 
+/** How long a run has been running: until its end, its last sign of life, or now. */
+function durationOf({ status, started, ended, updated }, now) {
+  if (!started) return "";
+  const until = status === "running" ? Math.max(now, updated) : (ended ?? updated);
+  return duration(Math.max(0, Math.round(until - started)));
+}
+
 const compared = new Map();
 /** Above the charts, when there are several runs: whose line is whose. */
 export function fillCompared(app, staleS) {
@@ -101,11 +121,11 @@ export function fillCompared(app, staleS) {
   root.hidden = !app.isComparing();
   const runs = app.isComparing() ? app.shownRuns() : [];
   const keyOf = ({ store, slot }) =>
-    JSON.stringify([store.runId, slot, colours().run[slot], store.runId === app.chosen[0]]);
+    JSON.stringify([store.runId, slot, colours().run[slot], store === app.focus()?.store]);
   const byKey = new Map(runs.map((one) => [keyOf(one), one]));
   reconcile(root, compared, [...byKey.keys()], (key) => {
     const { store, slot } = byKey.get(key);
-    const isFocus = store.runId === app.chosen[0];
+    const isFocus = store === app.focus()?.store;
     const state = el("span", { class: "hint" });
     const promote = () => app.promote(store.runId);
     const action = isFocus
@@ -134,7 +154,21 @@ export function fillCompared(app, staleS) {
       connection.state === "open" && connection.silence_s <= staleS
         ? ""
         : ` · ⚠ ${connection.problem ?? "not connected"}`;
-    const { glyph, word } = statusOf(store.run);
-    setText(compared.get(key).state, `${glyph} ${word} · step ${count(store.run.global_step ?? 0)}${problem}`);
+    const { run } = store;
+    const isMissing = app.isMissing(store.runId);
+    const { glyph, word } = statusOf(isMissing ? { status: "missing" } : run);
+    if (!store.isLoaded) {
+      setText(compared.get(key).state, isMissing ? `⚠ there is no such run` : `${glyph} ${word}${problem}`);
+      continue;
+    }
+    const facts = [
+      `${glyph} ${word}`,
+      `step ${count(run.global_step ?? 0)}`,
+      ...["train_loss", "val_loss"]
+        .filter((name) => store.last(name) !== undefined)
+        .map((name) => `${name === "val_loss" ? "validation" : "train"} loss ${number(store.last(name))}`),
+      run.started ? duration(Math.max(0, Math.round(store.runningUntil(problem !== "") - run.started))) : null,
+    ];
+    setText(compared.get(key).state, `${facts.filter(Boolean).join(" · ")}${problem}`);
   }
 }

@@ -1,9 +1,10 @@
 /** Which charts there are: made from the names of the series that the chosen runs have. */
 
 import { Chart } from "./charts.js";
-import { el, reconcile, setText, table } from "./dom.js";
+import { el, reconcile, setAttribute, setText, table } from "./dom.js";
 import { count, lowerIsBetter, number, unitOf } from "./format.js";
 import { ledgerCurves, ledgerTable } from "./ledger.js";
+import { matcher } from "./match.js";
 import { colours, DASHES, LAYERS } from "./theme.js";
 
 const FIRST_METRICS = 48;
@@ -58,6 +59,7 @@ export class Sections {
         "metrics-section",
         "metrics-count",
         "metrics-filter",
+        "metrics-none",
         "metrics-more",
         "ledger-section",
         "ledger",
@@ -155,14 +157,20 @@ export class Sections {
   }
 
   #arrangeMetrics(names) {
-    const wanted = this.app.view.filter.toLowerCase();
-    const found = names.filter((name) => name.toLowerCase().includes(wanted));
+    const wanted = this.app.view.filter.trim();
+    const { matches, problem } = matcher(wanted);
+    const found = names.filter(matches);
     const shown = found.slice(0, this.most);
     this.#place("metrics", shown, (name) => this.#chart(name, () => [name], { height: 110, isSmall: true }));
     this.parts["metrics-section"].hidden = names.length === 0;
     this.parts["metrics-filter"].hidden = names.length < SEARCH_FROM && !wanted;
     const some = shown.length < names.length ? `${count(shown.length)} of ${count(names.length)}` : count(names.length);
     setText(this.parts["metrics-count"], names.length ? some : "");
+    const none = found.length || !names.length ? null : `No match for “${wanted}” among ${count(names.length)} metrics.`;
+    const said = [problem, none].filter(Boolean).join(" ");
+    this.parts["metrics-none"].hidden = !said;
+    setText(this.parts["metrics-none"], said);
+    setAttribute(this.parts["metrics-filter"], "aria-invalid", problem ? "true" : null);
     this.parts["metrics-more"].hidden = found.length <= shown.length;
   }
 
@@ -221,7 +229,7 @@ export class Sections {
     if (made) this.parts["ledger-table"].replaceChildren(made);
   }
 
-  /** Last and best of each validation metric. */
+  /** Last and best of each validation metric, of all runs that are shown. */
   fillValidation() {
     const runs = this.app.shownRuns();
     const isComparing = this.app.isComparing();
@@ -230,13 +238,17 @@ export class Sections {
     for (const { store } of runs)
       for (const name of store.series.keys()) if (kindOf(name, store.stages) === "validation") names.add(name);
     for (const name of [...names].sort(byName).slice(0, 200)) {
+      const winner = bestOf(name, runs);
       for (const { store } of runs) {
         const series = store.get(name);
         if (!series?.length) continue;
         const [metric, key] = splitKey(name);
-        const isLow = lowerIsBetter(name);
-        const mark = (end, isBest) =>
-          end ? el("span", { class: isBest ? "best" : null, text: `${isBest ? "★ " : ""}${number(end.value)}` }) : "–";
+        const isLow = isLowBest(name, store.run);
+        const mark = (end, isBest) => {
+          if (!end) return "–";
+          const of = isBest && winner?.value === end.value ? `best of ${winner.count} ` : "";
+          return `${of}${isBest ? "★ " : ""}${number(end.value)}`;
+        };
         rows.push([
           metric,
           key,
@@ -262,8 +274,28 @@ export class Sections {
       right("Highest"),
       right("at step"),
     ];
-    this.parts["validation-table"].replaceChildren(table("Last and best values (★ best)", heads, rows));
+    const caption = isComparing ? "Last and best values (★ best of its run)" : "Last and best values (★ best)";
+    const key = JSON.stringify([caption, rows]);
+    if (key === this.validationKey) return; // what somebody reads or has marked stays as it is
+    this.validationKey = key;
+    const cellOf = (text) => (text.includes("★") ? el("span", { class: "best", text }) : text);
+    const cells = rows.map((row) => row.map((text, index) => (index ? cellOf(text) : text)));
+    this.parts["validation-table"].replaceChildren(table(caption, heads, cells));
   }
+}
+
+/** Whether a run's lowest value of a metric is its best: by its own choice, else by the name; null if nobody can say. */
+function isLowBest(name, run) {
+  return name === run.best ? run.best_mode !== "max" : lowerIsBetter(name);
+}
+
+/** The best value among runs that agree on what is better: `{value, count}`; null for fewer than two of them. */
+function bestOf(name, runs) {
+  const stores = runs.map(({ store }) => store).filter((store) => store.get(name)?.lowest);
+  const isLow = stores.length > 1 ? isLowBest(name, stores[0].run) : null;
+  if (isLow === null || stores.some((store) => isLowBest(name, store.run) !== isLow)) return null;
+  const values = stores.map((store) => (isLow ? store.get(name).lowest : store.get(name).highest).value);
+  return { value: isLow ? Math.min(...values) : Math.max(...values), count: stores.length };
 }
 
 function splitKey(name) {

@@ -144,7 +144,8 @@ export class RunStore {
     this.touched = new Set();
     this.isLoaded = false;
     this.generation = 0; // rises with each snapshot
-    this.frameTime = 0;
+    this.frameTime = 0; // the server's clock, as of the newest frame...
+    this.frameAt = 0; // ...and this page's, which may be another
     this.#clear();
     this.run = { run_id: runId, status: "unknown", latest: {} };
   }
@@ -195,7 +196,7 @@ export class RunStore {
 
   applyFrame(data) {
     if (typeof data.cursor === "number") this.cursor = data.cursor;
-    this.frameTime = data.time ?? this.frameTime;
+    if (typeof data.time === "number") [this.frameTime, this.frameAt] = [data.time, performance.now()];
     if (data.run) {
       for (const [name, value] of Object.entries(data.run)) if (name in FIELDS) this.run[name] = value;
       this.touched.add("run");
@@ -262,6 +263,14 @@ export class RunStore {
     return steps > 0 ? (series.time[end] - series.time[begin]) / steps : null;
   }
 
+  /** Unix seconds, on the run's side, until which it has been running: its end, its last sign of life, or now. */
+  runningUntil(isStale) {
+    const { status, ended, updated } = this.run;
+    if (status !== "running" || !this.frameTime) return ended ?? updated;
+    const passed = isStale ? 0 : (performance.now() - this.frameAt) / 1000;
+    return Math.max(updated ?? 0, this.frameTime + passed);
+  }
+
   /** Steps that the run is to make in all; null if nobody knows. */
   totalSteps() {
     const { epochs, steps_per_epoch: steps, max_steps: most } = this.run;
@@ -281,6 +290,10 @@ const FIELDS = Object.fromEntries(
     "host",
     "started",
     "updated",
+    "ended",
+    "problems",
+    "best",
+    "best_mode",
     "global_step",
     "epoch",
     "epochs",

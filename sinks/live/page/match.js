@@ -1,0 +1,18 @@
+/** How names are searched: as a regular expression, and as plain text. Pure. */
+
+/** `{matches(name), problem}`: `problem` says why the text is not a regular expression; it then serves as plain text. */
+export function matcher(text) {
+  const wanted = text.trim();
+  const plain = wanted.toLowerCase();
+  let expression = null;
+  let problem = null;
+  try {
+    expression = new RegExp(wanted, "i");
+  } catch (error) {
+    const reason = error.message.slice(error.message.lastIndexOf(": ") + 1).trim();
+    problem = `“${wanted}” is not a regular expression (${reason}): it is searched as plain text.`;
+  }
+  // A name that contains the text as it stands is always found: “val(1)” finds itself.
+  const matches = (name) => name.toLowerCase().includes(plain) || (expression?.test(name) ?? false);
+  return { matches, problem };
+}
