@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from events.strict import Strict
 from trainer.config import check_struct, decode, describe_type, load_config
-from trainer.peers import ARGUMENTS
+from trainer.peers import ARGUMENTS, TRAINER_ARGUMENTS
 
 PrecisionName = Literal["float32", "bfloat16", "float16"]
 
@@ -235,6 +235,18 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
             f"{self.micro_batch_size}. "
             f"train_batch_size={better} would take {better // limit} of {limit}."
         )
+
+
+def trainer_aliases(place: str) -> dict[str, str]:
+    """What serves instead of a name that a trainer, or the file of a run, does not take.
+
+    Args:
+        place: How to set an argument, with its name in braces.
+    """
+    aliases = {field: place.format(field) for field in TrainerArguments.__struct_fields__}
+    for name, served in ARGUMENTS.items():
+        aliases[name] = place.format(served) if " " not in served else served
+    return aliases | dict(TRAINER_ARGUMENTS)
 
 
 def _description(kind: Any) -> str:

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of metrics and folders may be in any script
     try:
         code: int = options.run(options)
-        if sys.stdout is not None:  # as under pythonw
-            sys.stdout.flush()  # here, where a closed pipe is expected
+        if (flush := getattr(sys.stdout, "flush", None)) is not None:  # pythonw has no stdout
+            flush()  # here, where a closed pipe is expected
         return code
     except KeyboardInterrupt as error:
         if not hasattr(error, "result"):  # of a `RunInterrupted`, which the command has printed

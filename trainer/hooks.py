@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -141,8 +140,6 @@ class CallbackHooks:
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
         for name, hook in overridden_hooks(callback).items():
-            if inspect.iscoroutinefunction(hook):
-                raise ArgumentsError(f"{self.name}.{name} is async, but hooks run on threads: make it a plain function")
             kind = EVENT_OF_HOOK[name]
             lane = lane_of(callback, name, hook)
             if kind in _COLLATED and not takes_outputs(hook):
@@ -174,8 +171,6 @@ class CallbackHooks:
         method: Hook | None = getattr(callback, name, None)
         if not callable(method) or isinstance(callback, ModuleInterface):
             return None
-        if inspect.iscoroutinefunction(method):
-            raise ArgumentsError(f"{self.name}.{name} is async, but the loop calls it: make it a plain function")
         return method
 
     def state_dict(self) -> Any:

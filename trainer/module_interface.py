@@ -150,6 +150,7 @@ class CallbackInterface(ABC):
         """An optimizer step is finished, its schedulers included. Inline for the module itself, else observer lane.
 
         The module's own gets the outputs detached, on their device and not copied: clone what a later step overwrites.
+        To read a number from them waits for the device, unless the hook is marked `observer`.
 
         Args:
             global_step: Optimizer steps finished, this one included; from 1.

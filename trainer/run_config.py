@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -21,7 +21,8 @@ from events.errors import SinkMisconfigured
 from events.journal import Journal
 from events.packages import check_packages
 from events.sink import Place, Sink
-from trainer.arguments import TrainerArguments
+from events.strict import Strict
+from trainer.arguments import TrainerArguments, trainer_aliases
 from trainer.config import decode, load_config, try_overrides
 from trainer.errors import ArgumentsError
 
@@ -33,8 +34,10 @@ _NAMES = {"module": "factory", "sinks": "sink", "callbacks": "callback"}
 _SWITCHES = ("checkpoints", "journal")
 
 
-class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
+class RunConfig(Strict, frozen=True, kw_only=True):
     """What stands in the file of a run. Everything but ``module`` may be left out."""
+
+    argument_aliases: ClassVar[Mapping[str, str]] = trainer_aliases("write arguments.{}")
 
     module: dict[str, Any]
     """What to train. factory: a function, or a class, that returns the module, as "package.module:name"; it may be in
@@ -46,7 +49,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     string is a sink as it is by default. None: the console alone; []: nobody."""
     sinks_in: Place = "thread"
     """Where sinks run: each on a thread beside the loop, or all in one process of their own."""
-    callbacks: list[dict[str, Any]] = []
+    callbacks: list[dict[str, Any]] = msgspec.field(default_factory=list)
     """Hooks beside the module's. callback: a class, or a function that returns one, as "package.module:name"; the other
     options are its keyword arguments. One that takes an argument called module is given the module."""
     checkpoints: Checkpoints | bool = True

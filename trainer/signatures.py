@@ -39,6 +39,10 @@ def signature_problem(owner: str, name: str, method: Any, contract: Callable[...
     should = f"define it as {name}{_shown(expected)}"
     if not callable(method):
         return f"{owner}.{name} is {method!r:.80}, not a method; {should}"
+    if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        return f"{owner}.{name} is async, but the trainer calls it on a thread; make it a plain function"
+    if name.startswith("on_") and inspect.isgeneratorfunction(method):
+        return f"{owner}.{name} is a generator, whose body would never run; make it a function without yield"
     try:
         signature = signature_of(method)
     except ValueError:
@@ -48,11 +52,17 @@ def signature_problem(owner: str, name: str, method: Any, contract: Callable[...
     parameters = list(expected.parameters.values())[1:]
     given = [None for one in parameters if one.kind in _FIXED and one.default is one.empty]
     named = {one.name: None for one in parameters if one.kind is one.KEYWORD_ONLY}
+    fixed = [one.name for one in parameters[: len(given)]]
     if any(one.kind is one.VAR_POSITIONAL for one in parameters):
         # How many outputs the step returns is known when it has returned them.
-        given += [None] * _least_outputs(signature, len(given), named)
+        least = _least_outputs(signature, len(given), named)
+        takes_any = any(one.kind is one.VAR_POSITIONAL for one in signature.parameters.values())
+        given += [None] * max(least, takes_any)
     if can_take(signature, given, named):
-        return None
+        places = [one.name for one in signature.parameters.values() if one.kind in _FIXED]
+        if all(places.index(one) == place for place, one in enumerate(fixed) if one in places):
+            return None
+        return f"{owner}.{name}{_with_self(signature)} takes its arguments in another order; {should}"
     return f"{owner}.{name}{_with_self(signature)} cannot take the trainer's arguments; {should}"
 
 

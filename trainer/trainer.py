@@ -27,7 +27,7 @@ from events.run import Run
 from events.sink import Place
 from events.stream import LocalEventStream
 from events.strict import argument_problems, refusing
-from trainer.arguments import TrainerArguments
+from trainer.arguments import TrainerArguments, trainer_aliases
 from trainer.calling_thread import interruptibly, run_here
 from trainer.cancellation import outlast
 from trainer.checks import (
@@ -44,19 +44,11 @@ from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.fetch import fetch_for
 from trainer.loop_thread import Task
 from trainer.module_interface import ModuleInterface
-from trainer.peers import TRAIN_ARGUMENTS, TRAINER_ARGUMENTS, TRAINER_METHODS
+from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
 from trainer.resume import KEYWORDS, CheckpointPlan
 from trainer.session import Callback, Session, SinkLike, console, new_run_id, split
 
-_ALIASES = (
-    {field: f"set it in TrainerArguments({field}=...)" for field in TrainerArguments.__struct_fields__}
-    | {
-        name: f"set {served} in TrainerArguments" if " " not in served else served
-        for name, served in TrainerArguments.argument_aliases.items()
-    }
-    | dict(TRAINER_ARGUMENTS)
-)
-"""What serves instead of an argument that a trainer does not take."""
+_ALIASES = trainer_aliases("set {} in TrainerArguments")
 
 
 class Trainer:
@@ -190,6 +182,7 @@ class Trainer:
             raise RunCancelled(f"the test was {result.status} before its end ({result.reason})")
         return session.loop.outputs
 
+    @refusing(TRAIN_ARGUMENTS)
     def run(self) -> AbstractAsyncContextManager[Run]:
         """Train in a thread, inside a host's event loop, under asyncio or trio::
 

@@ -132,7 +132,7 @@ def test_what_a_trainer_cannot_use_is_named_when_it_is_built(kit: Any, given: di
     ("arguments", "options", "says"),
     [
         ((), {"max_epochs": 3}, "Trainer: max_epochs: is not known; set epochs in TrainerArguments"),
-        ((), {"epochs": 3}, "Trainer: epochs: is not known; set it in TrainerArguments(epochs=...)"),
+        ((), {"epochs": 3}, "Trainer: epochs: is not known; set epochs in TrainerArguments"),
         (
             (),
             {"logger": 1, "sink": 2},
@@ -212,6 +212,15 @@ def built(kit: Any, target: str, **methods: Any) -> Any:
     return kit.make_trainer(kit.Net(), callbacks=[type("Own", (CallbackInterface,), methods)()])
 
 
+async def waits(self: Any, global_step: int) -> None:
+    """A hook that would have to be awaited."""
+
+
+def yields(self: Any, global_step: int) -> Any:
+    """A hook that would have to be iterated over."""
+    yield
+
+
 @pytest.mark.parametrize("target", ["module", "callback"])
 @pytest.mark.parametrize(
     ("name", "method", "says"),
@@ -233,6 +242,18 @@ def built(kit: Any, target: str, **methods: Any) -> Any:
             lambda: 0,
             "Own.on_end_train() takes no argument, not even self; define it as on_end_train(",
         ),
+        (
+            "on_end_val_epoch",
+            lambda self, step, key, *outputs: 0,
+            "Own.on_end_val_epoch(self, step, key, *outputs)",
+        ),
+        (
+            "on_begin_train_epoch",
+            lambda self, epoch, global_step: 0,
+            "takes its arguments in another order; define",
+        ),
+        ("on_end_train", waits, "Own.on_end_train is async, but the trainer calls it on a thread; make it a plain"),
+        ("on_end_train", yields, "Own.on_end_train is a generator, whose body would never run; make it a function"),
         ("on_end_train", 3, "Own.on_end_train is 3, not a method; define it as on_end_train(self, global_step)"),
         ("on_end_train_step", lambda self, *, outputs: 0, "Own.on_end_train_step(self, *, outputs) cannot take"),
     ],
@@ -260,6 +281,11 @@ def test_a_hook_with_a_wrong_signature_is_named_when_the_trainer_is_built(
             "get_val_dataloaders",
             lambda self, batch_size: 0,
             "define it as get_val_dataloaders(self, sampler, batch_size)",
+        ),
+        (
+            "train_step",
+            lambda self, batch, global_step, device: 0,
+            "takes its arguments in another order; define",
         ),
         ("get_state", lambda self, path: 0, "define it as get_state(self)"),
         ("update_state", lambda self: 0, "define it as update_state(self, state)"),

@@ -135,6 +135,11 @@ def problems_of(folder: Path, text: str, *overrides: str) -> str:
         ("arguments: {epochs: 3}", "module: is missing"),
         ("module: 3", "module = 3: must be a mapping with string keys"),
         ("module: 'a:b'\nargumnets: {}", "argumnets: is not known; did you mean arguments?"),
+        (
+            "module: 'a:b'\nepochs: 3\nlr: 1",
+            "epochs: is not known; write arguments.epochs; lr: is not known; set it in",
+        ),
+        ("model: 'a:b'", "model: is not known; did you mean module?"),
         ("module: 'a:b'\narguments: {epoch: 1}", "arguments.epoch: is not known; did you mean arguments.epochs?"),
         ("module: 'a:b'\narguments: {epochs: '3'}", "arguments.epochs = '3': must be an integer >= 1"),
         ("module: 'a:b'\nsinks: console", "sinks = 'console': must be a list or None"),

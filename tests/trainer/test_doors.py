@@ -15,8 +15,7 @@ import torch
 
 from events.errors import CursorError, RunCancelled, RunFolderHeld
 from events.messages import CommandTaken, Event, RunEnded, RunStarted, TrainEpochEnded, TrainStepEnded
-from trainer import CallbackInterface
-from trainer.errors import ArgumentsError, ContractError
+from trainer.errors import ContractError
 
 MANY = 100_000  # epochs: more than any test waits for
 
@@ -479,13 +478,3 @@ async def test_a_module_is_claimed_before_anything_slow_is_done_with_it(kit: Any
 def test_the_ledger_may_be_published_only_at_the_end(kit: Any) -> None:
     """An infinite interval is allowed, as the argument says."""
     assert kit.train(kit.Net(), ledger_interval_s=float("inf")).result.status == "finished"
-
-
-def test_an_async_hook_is_refused(kit: Any) -> None:
-    """Nobody would await it."""
-
-    class Late(CallbackInterface):
-        async def on_end_train_step(self, global_step: int, *outputs: Any) -> None: ...  # type: ignore[override]
-
-    with pytest.raises(ArgumentsError, match=r"Late\.on_end_train_step is async"):
-        kit.make_trainer(kit.Net(), callbacks=[Late()]).train()

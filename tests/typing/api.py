@@ -1,16 +1,34 @@
 """What a type checker sees of the public interface. Checked by pyright, never run."""
 
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
 from typing import Any, assert_type
 
 from events.protocol import EventStream, RunResult
 from events.run import Run
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from sinks import CSV
+from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
+
+
+class Own(TrainerArguments, frozen=True, kw_only=True):
+    lr: float = 0.1
+
+
+def configure() -> None:
+    assert_type(TrainerArguments(epochs=2), TrainerArguments)
+    assert_type(Own(lr=0.2, epochs=2).lr, float)
+    TrainerArguments(max_epochs=2)  # pyright: ignore[reportCallIssue]
+    Checkpoints(monitor="val_loss")  # pyright: ignore[reportCallIssue]
+    CSV(pth="metrics.csv")  # pyright: ignore[reportCallIssue]
 
 
 def train(module: ModuleInterface) -> None:
     trainer = Trainer(module, TrainerArguments(epochs=2))
     assert_type(trainer.train(), RunResult)
     assert_type(trainer.test(), dict[str, tuple[Any, ...]])
+    trainer.fit(module)  # pyright: ignore[reportAttributeAccessIssue]
+    Trainer(module, max_epochs=2)  # pyright: ignore[reportCallIssue]
+    module.log_dict({})  # pyright: ignore[reportCallIssue]
 
 
 async def watch(module: ModuleInterface) -> None:
