@@ -16,6 +16,7 @@ from events.messages import (
     CheckpointUploaded,
     Event,
     JournalGap,
+    NonFiniteGradient,
     NonFiniteLoss,
     ObserverDropped,
     ObserverFailed,
@@ -48,6 +49,7 @@ class Health:
         self._forget()
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             NonFiniteLoss: self._non_finite_loss,
+            NonFiniteGradient: self._non_finite_gradient,
             StepSkipped: self._step_skipped,
             ValEpochEnded: self._evaluated,
             TestEpochEnded: self._evaluated,
@@ -71,6 +73,7 @@ class Health:
         self._ended = False
         self._observers: dict[str, _Observer] = {}
         self._losses = _Streaks()
+        self._gradients = _Streaks()
         self._evaluations: dict[str, tuple[int, int]] = {}  # what was evaluated -> how often not finite, first step
         self._skipped: dict[str, tuple[int, int]] = {}  # reason -> how often, after which step first
         self._errors: dict[str, None] = {}
@@ -102,6 +105,11 @@ class Health:
             found.append(
                 f"the loss was NaN or infinite in {self._losses.times('step')}, first at step {self._losses.first:,}"
             )
+        if self._gradients.count:
+            found.append(
+                f"a gradient was NaN or infinite in {self._gradients.times('step')}, first at step"
+                f" {self._gradients.first:,}"
+            )
         for what, (count, step) in self._evaluations.items():
             found.append(f"the {what} was NaN or infinite {_times(count)}, first at step {step:,}")
         for reason, (count, step) in self._skipped.items():
@@ -130,6 +138,9 @@ class Health:
 
     def _non_finite_loss(self, e: NonFiniteLoss) -> None:
         self._losses.add(e.global_step, e.consecutive)
+
+    def _non_finite_gradient(self, e: NonFiniteGradient) -> None:
+        self._gradients.add(e.global_step, e.consecutive)
 
     def _evaluated(self, e: ValEpochEnded | TestEpochEnded) -> None:
         if e.loss is not None and not math.isfinite(e.loss):

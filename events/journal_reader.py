@@ -29,6 +29,7 @@ from events.messages import (
     ImageLogged,
     LedgerReported,
     MetricsLogged,
+    NonFiniteGradient,
     NonFiniteLoss,
     RunResumed,
     StepSkipped,
@@ -64,6 +65,7 @@ SUPERSEDED_TYPES: tuple[type[Event], ...] = (
     ImageLogged,
     TextLogged,
     NonFiniteLoss,
+    NonFiniteGradient,
     StepSkipped,
     LedgerReported,
 )

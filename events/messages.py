@@ -128,9 +128,11 @@ class TrainStepEnded(Event, frozen=True, gc=False, tag=True):
     """Learning rate of the first optimizer's first parameter group in this step."""
     grad_norm: float | None = None
     """Total gradient norm before clipping; None when gradients are not clipped."""
+    non_finite_gradient: float | None = None
+    """Positive when a gradient was NaN or infinite; None otherwise, and when `grad_norm` shows it."""
 
     droppable: ClassVar[bool] = True
-    deferred: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm")
+    deferred: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm", "non_finite_gradient")
 
 
 class BackwardEnded(Event, frozen=True, gc=False, tag=True):
@@ -329,10 +331,22 @@ class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
     deferred: ClassVar[tuple[str, ...]] = ("loss",)
 
 
-class StepSkipped(Event, frozen=True, gc=False, tag=True):
-    """The optimizers left a step out, so ``global_step`` and the schedulers did not advance."""
+class NonFiniteGradient(Event, frozen=True, gc=False, tag=True):
+    """A gradient was NaN or infinite while the loss was finite. ``global_step`` is the step it belongs to."""
 
-    reason: Literal["non_finite_loss", "gradient_overflow"]
+    action: Literal["warned", "skipped", "stopped"]
+    consecutive: int = 1
+    """How many steps in a row, this one included."""
+    of_seq: int | None = None
+    """``seq`` of the step's event, where the gradients were read later."""
+
+    droppable: ClassVar[bool] = True
+
+
+class StepSkipped(Event, frozen=True, gc=False, tag=True):
+    """The optimizers skipped a step, so ``global_step`` and the schedulers did not advance."""
+
+    reason: Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
     """``gradient_overflow``: float16's loss scale was too large; it has been made smaller. Usual at the start."""
 
     droppable: ClassVar[bool] = True
@@ -618,6 +632,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     TextLogged,
     SystemSampled,
     NonFiniteLoss,
+    NonFiniteGradient,
     StepSkipped,
     WarningLogged,
     ObserverFailed,

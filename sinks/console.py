@@ -36,6 +36,7 @@ from events.messages import (
     LedgerReported,
     LoopHeld,
     MetricsLogged,
+    NonFiniteGradient,
     NonFiniteLoss,
     ObserverDropped,
     ObserverFailed,
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
 _TYPES: frozenset[type[Event]] = frozenset({
     RunStarted, RunResumed, RunEnded, TrainEpochStarted, TrainStepEnded, TrainEpochEnded,
     ValEpochStarted, ValStepEnded, ValEpochEnded, TestEpochStarted, TestStepEnded, TestEpochEnded,
-    MetricsLogged, NonFiniteLoss, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow,
+    MetricsLogged, NonFiniteLoss, NonFiniteGradient, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow,
     LoopHeld, JournalGap, LedgerReported, CommandTaken,
     CheckpointSaved, CheckpointSkipped, CheckpointFailed, CheckpointUploaded, CheckpointRejected, WeightsSaved,
 })  # fmt: skip

@@ -18,6 +18,7 @@ from events.messages import (
     LedgerReported,
     LoopHeld,
     MetricsLogged,
+    NonFiniteGradient,
     NonFiniteLoss,
     ObserverDropped,
     ObserverFailed,
@@ -78,6 +79,7 @@ class Chronicle:
             TrainEpochEnded: self._train_epoch_ended,
             MetricsLogged: self._metrics_logged,
             NonFiniteLoss: self._non_finite_loss,
+            NonFiniteGradient: self._non_finite_gradient,
             ObserverFailed: self._observer_failed,
             ObserverRecovered: self._observer_recovered,
             ObserverDropped: self._observer_dropped,
@@ -257,10 +259,12 @@ class Chronicle:
     # ---------------------------------------------------------------------------------- what went wrong
 
     def _non_finite_loss(self, e: NonFiniteLoss) -> Iterable[Line]:
-        row = f", {e.consecutive:,} in a row" if e.consecutive > 1 else ""
-        outcome = {"warned": "trained on it", "skipped": "step skipped", "stopped": "stopping"}[e.action]
-        text = f"warning: the loss of step {e.global_step:,} is {e.loss} ({outcome}{row})"
+        text = f"warning: the loss of step {e.global_step:,} is {e.loss} ({_outcome(e)})"
         return self._sparsely(e, "non-finite losses", "warn", text, always=e.action == "stopped")
+
+    def _non_finite_gradient(self, e: NonFiniteGradient) -> Iterable[Line]:
+        text = f"warning: a gradient of step {e.global_step:,} is NaN or infinite ({_outcome(e)})"
+        return self._sparsely(e, "non-finite gradients", "warn", text, always=e.action == "stopped")
 
     def _observer_failed(self, e: ObserverFailed) -> Iterable[Line]:
         times = f", {e.failures:,} in a row" if e.failures > 1 else ""
@@ -337,6 +341,11 @@ def _line(event: Event, kind: Kind, text: str) -> Line:
 
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _outcome(e: NonFiniteLoss | NonFiniteGradient) -> str:
+    row = f", {e.consecutive:,} in a row" if e.consecutive > 1 else ""
+    return {"warned": "trained on it", "skipped": "step skipped", "stopped": "stopping"}[e.action] + row
 
 
 def _name(event: ObserverFailed | ObserverRecovered | ObserverDropped | ObserverSlow) -> str:

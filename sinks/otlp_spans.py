@@ -23,6 +23,7 @@ from events.messages import (
     Event,
     JournalGap,
     LoopHeld,
+    NonFiniteGradient,
     NonFiniteLoss,
     ObserverDropped,
     ObserverFailed,
@@ -44,8 +45,9 @@ from events.messages import (
 from events.metrics import metrics_of
 
 _NOTES = (
-    CheckpointFailed, CheckpointRejected, CheckpointSkipped, CommandTaken, JournalGap, LoopHeld, NonFiniteLoss,
-    ObserverDropped, ObserverFailed, ObserverRecovered, ObserverSlow, RunResumed, StepSkipped, WeightsSaved,
+    CheckpointFailed, CheckpointRejected, CheckpointSkipped, CommandTaken, JournalGap, LoopHeld, NonFiniteGradient,
+    NonFiniteLoss, ObserverDropped, ObserverFailed, ObserverRecovered, ObserverSlow, RunResumed, StepSkipped,
+    WeightsSaved,
 )  # fmt: skip
 SPAN_TYPES: frozenset[type[Event]] = frozenset({
     RunStarted, RunEnded, TrainEpochStarted, TrainStepEnded, TrainEpochEnded, ValEpochStarted, ValEpochEnded,

@@ -23,6 +23,7 @@ from events.messages import (
     CommandTaken,
     Event,
     LedgerReported,
+    NonFiniteGradient,
     NonFiniteLoss,
     ObserverDropped,
     ObserverFailed,
@@ -59,6 +60,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("rows", "counter", "Rows trained in this attempt, where they could be counted."),
     Family("steps_skipped", "counter", "Steps that the optimizers left out.", ("reason",)),
     Family("non_finite_losses", "counter", "Losses that were NaN or infinite."),
+    Family("non_finite_gradients", "counter", "Steps with a finite loss and a NaN or infinite gradient."),
     Family("checkpoints", "counter", "Checkpoints by what became of them.", ("outcome",)),
     Family("checkpoint_saved_timestamp_seconds", "gauge", "Unix time at which a checkpoint was last made durable."),
     Family("observer_up", "gauge", "0 for an observer that fails or is disabled.", ("observer",)),
@@ -76,7 +78,7 @@ STEP_BOUNDS_S: tuple[float, ...] = (
 """Upper bounds of the buckets of step times, in seconds: from a toy on a CPU to a step of many accumulated batches."""
 
 TOTALS_TYPES: frozenset[type[Event]] = METRIC_TYPES | {
-    RunStarted, RunResumed, RunEnded, CommandTaken, TrainEpochStarted, NonFiniteLoss, StepSkipped,
+    RunStarted, RunResumed, RunEnded, CommandTaken, TrainEpochStarted, NonFiniteLoss, NonFiniteGradient, StepSkipped,
     CheckpointStaged, CheckpointSaved, CheckpointSkipped, CheckpointFailed, CheckpointUploaded,
     ObserverFailed, ObserverRecovered, ObserverDropped,
 }  # fmt: skip
@@ -127,7 +129,7 @@ class Totals:
         self._failures: dict[str, int] = {}  # of each observer, in a row, as far as counted
         self._samples: dict[str, Samples] = {family.name: {} for family in FAMILIES}
         self._steps = Steps([0] * (len(STEP_BOUNDS_S) + 1), 0, 0.0)
-        for name in ("steps", "rows", "non_finite_losses", "metric_values_left_out"):
+        for name in ("steps", "rows", "non_finite_losses", "non_finite_gradients", "metric_values_left_out"):
             self._samples[name][()] = 0.0  # what will be counted is there from the start: a rate needs a first value
         self._samples["checkpoints"] = {(outcome,): 0.0 for outcome in _OUTCOMES}
         self._samples["ledger_seconds"] = {(row.removesuffix("_s"),): 0.0 for row in _LEDGER_ROWS}
@@ -212,6 +214,8 @@ class Totals:
                 self._add("steps_skipped", 1, event.reason)
             case NonFiniteLoss():
                 self._add("non_finite_losses", 1)
+            case NonFiniteGradient():
+                self._add("non_finite_gradients", 1)
             case LedgerReported():
                 self._count_ledger(event)
             case ObserverFailed() | ObserverRecovered():

@@ -107,13 +107,17 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         _Count | None,
         Meta(description="Validate after every so many finished optimizer steps, instead of after epochs."),
     ] = None
-    non_finite_loss: Annotated[
+    non_finite: Annotated[
         Literal["warn", "skip", "stop"],
         Meta(
-            description="When a loss is NaN or infinite: say so, leave the step out (this reads each loss), "
-            "or end the run."
+            description="What to do when a loss or a gradient is NaN or infinite: warn and train on it, skip the step "
+            "(which waits for the device once per step), or stop the run. With float16, a step whose gradients "
+            "overflow is always skipped."
         ),
     ] = "warn"
+    max_skipped_steps: Annotated[
+        _Count, Meta(description="Maximum skipped steps in a row; reaching it fails the run.")
+    ] = 100
     epoch_outputs_limit_bytes: Annotated[
         _Count,
         Meta(description="Most host memory for the step outputs that a hook at an epoch's end wants, in bytes."),

@@ -9,7 +9,9 @@ StagecastError                    (events.errors)
 │   ├── OptimizerError            get_optimizers_schedulers returned something else; also a TypeError
 │   ├── SignatureError            a hook does not take the outputs of the step; also a TypeError
 │   └── MetricNotFound            the monitored metric was never logged; also a LookupError
-├── NonFiniteLossError            the loss was NaN or infinite and the policy says stop; also an ArithmeticError
+├── NonFiniteError                NaN or infinity ended the run; also an ArithmeticError
+│   ├── NonFiniteLossError        it was the loss
+│   └── NonFiniteGradientError    it was a gradient; the loss was finite
 ├── EpochOutputsTooLarge          outputs kept for the end of an epoch exceed their limit; also a MemoryError
 ├── PrecisionError                this torch cannot do the requested precision
 ├── LaunchedRunFailed             what a launched run raised in its own process: type, text and traceback
@@ -34,6 +36,9 @@ from events.errors import ArgumentsError as ArgumentsError
 from events.errors import StagecastError
 from events.messages import Event
 from events.protocol import RunResult
+
+REMEDY = "lower the learning rate, set clip_grads, or choose non_finite='skip'"
+"""What helps against NaN, for messages."""
 
 
 class ContractError(StagecastError):
@@ -64,8 +69,16 @@ class MetricNotFound(ContractError, LookupError):
     """The metric that a scheduler waits for was neither logged nor computed; names those that were."""
 
 
-class NonFiniteLossError(StagecastError, ArithmeticError):
-    """The loss was NaN or infinite, and ``non_finite_loss="stop"`` ends the run there."""
+class NonFiniteError(StagecastError, ArithmeticError):
+    """NaN or infinity ended the run: ``non_finite="stop"``, or too many skipped steps in a row."""
+
+
+class NonFiniteLossError(NonFiniteError):
+    """The loss was NaN or infinite."""
+
+
+class NonFiniteGradientError(NonFiniteError):
+    """A gradient was NaN or infinite while the loss was finite."""
 
 
 class EpochOutputsTooLarge(StagecastError, MemoryError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from time import perf_counter_ns as clock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from events.backlog import Payload
 from events.log import logger
 from events.messages import (
     BackwardEnded,
+    NonFiniteGradient,
     NonFiniteLoss,
     StepSkipped,
     TrainEpochEnded,
@@ -36,7 +37,7 @@ from trainer.data import (
     loader_length,
     make_train_sampler,
 )
-from trainer.errors import EmptyDataLoader, StepOutputError
+from trainer.errors import REMEDY, EmptyDataLoader, NonFiniteGradientError, NonFiniteLossError, StepOutputError
 from trainer.evaluation import END, Evaluation
 from trainer.module_interface import ModuleInterface, Stage
 from trainer.optimization import Optimization, Skip
@@ -94,6 +95,7 @@ class TrainingLoop:
             StopRequested: a stop was taken.
         """
         self._optimization = optimization
+        optimization.guard(lambda: self._boundary.phase == "train_step")
         self._resumed = resumed
         if not self._module.training:
             self._module.train()  # not where it is: the user may keep a submodule in eval mode, a frozen batch norm
@@ -194,6 +196,7 @@ class TrainingLoop:
             position.first_step, position.batches, position.elapsed_s = origin.global_step, 0, 0.0
             position.used_up = False
             boundary.publish(TrainEpochStarted(*origin.header(), steps))
+            optimization.find_strays()  # the hooks may have added parameters
 
         boundary.phase = "the training dataloader"
         mark = clock()
@@ -250,7 +253,7 @@ class TrainingLoop:
                 lr = optimization.learning_rate
                 if checkpoints.stager.pending is not None:
                     checkpoints.stager.gate()  # the device waits for a copy of what the optimizers are about to change
-                grad_norm, skipped = optimization.step(loss, rows, ledger)
+                grad_norm, bad_gradient, skipped = optimization.step(loss, rows, ledger)
                 if not gradients_are_looked_at:
                     optimization.zero_grad()
                 if idle is not None:
@@ -279,6 +282,7 @@ class TrainingLoop:
                         (now - step_ended) / 1e9,
                         lr,
                         grad_norm,  # type: ignore[arg-type]  # deferred, too
+                        bad_gradient,  # type: ignore[arg-type]  # deferred, too
                     )
                     step_ended = now
                     payload = None
@@ -449,10 +453,12 @@ class TrainingLoop:
         boundary.phase = "backward"
         try:
             (share if precision.scaler is None else precision.scale(share)).backward()  # type: ignore[no-untyped-call]
-        except RuntimeError:
+        except RuntimeError as error:
             # Looked at only now: it costs a step that is right nothing.
-            if loss.numel() != 1 or not loss.requires_grad:
+            if loss.numel() != 1 or loss.is_complex() or not loss.requires_grad:
                 raise _bad_loss(self._module, loss, values) from None
+            if "backward through the graph a second time" in str(error):
+                raise _own_backward(self._module) from error
             raise
         if self._backward_hooks:
             boundary.run_inline(self._backward_hooks, step, loss)
@@ -496,13 +502,31 @@ class TrainingLoop:
             boundary.wait_for_fence(fence)
 
     def _skip(self, reason: Skip, loss: torch.Tensor) -> None:
+        """A step was skipped.
+
+        Raises:
+            NonFiniteError: the policy is to stop, or this was one too many in a row.
+        """
         self._recorder.discard()
-        bus, header = self._boundary.bus, self._boundary.origin.header()
+        bus, origin, arguments = self._boundary.bus, self._boundary.origin, self._arguments
+        count = self._position.skipped_in_a_row = self._position.skipped_in_a_row + 1
+        stops = arguments.non_finite == "stop" and reason != "gradient_overflow"
+        action: Literal["skipped", "stopped"] = "stopped" if stops else "skipped"
         if reason == "non_finite_loss":
-            count = self._position.skipped_in_a_row = self._position.skipped_in_a_row + 1
-            event = NonFiniteLoss(*header, loss, "skipped", count)  # type: ignore[arg-type]  # deferred
+            event = NonFiniteLoss(*origin.header(), loss, action, count)  # type: ignore[arg-type]  # deferred
             bus.publish(event)
-        bus.publish(StepSkipped(*header, reason))
+        elif reason == "non_finite_gradient":
+            bus.publish(NonFiniteGradient(*origin.header(), action, count))
+        kind = NonFiniteLossError if reason == "non_finite_loss" else NonFiniteGradientError
+        step = origin.global_step + 1  # the same for all in a row
+        if stops:
+            raise kind(f"{_CAUSES[reason]} of step {step} is NaN or infinite and non_finite='stop'; {REMEDY}")
+        bus.publish(StepSkipped(*origin.header(), reason))
+        if count >= arguments.max_skipped_steps:
+            raise kind(
+                f"{count} steps in a row were skipped (max_skipped_steps), all attempts at step {step}:"
+                f" {_CAUSES[reason]} is NaN or infinite; lower the learning rate, or look at the data of step {step}"
+            )
 
     # ----------------------------------------------------------------------------------------- validation
 
@@ -573,6 +597,13 @@ class TrainingLoop:
         self._position.validated_keys = [*self._position.validated_keys, key]
 
 
+_CAUSES: dict[Skip, str] = {
+    "non_finite_loss": "the loss",
+    "non_finite_gradient": "a gradient",
+    "gradient_overflow": "a gradient in float16",
+}
+
+
 def _weights(rows: list[int | None]) -> list[float]:
     """Each micro-batch's part of its step: by rows, or equal parts where they cannot be counted."""
     known = [n for n in rows if n is not None]
@@ -594,7 +625,20 @@ def _bad_loss(module: ModuleInterface, loss: Any, values: Outputs) -> StepOutput
         return StepOutputError(
             f"{where} returned a loss of shape {tuple(loss.shape)}: it must be one number; reduce it with .mean()"
         )
+    if loss.is_complex():
+        return StepOutputError(
+            f"{where} returned a complex loss ({loss.dtype}): a loss must be real; return its .abs() or .real"
+        )
+    if any(parameter.grad is not None for parameter in module.parameters()) and loss.is_leaf:
+        return _own_backward(module)
     return StepOutputError(
         f"{where} returned a loss that needs no gradient: it does not depend on a parameter that is trained, or was"
         f" detached, or was computed under torch.no_grad()"
+    )
+
+
+def _own_backward(module: ModuleInterface) -> StepOutputError:
+    return StepOutputError(
+        f"{type(module).__name__}.train_step() seems to have called backward() itself: return the loss and leave"
+        f" backward() and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
     )

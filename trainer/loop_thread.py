@@ -327,13 +327,12 @@ class LoopThread:
         finally:
             self.epochs = loop.epochs_finished
             self._checkpoints.loader = None  # or its workers would live on
-            optimization.zero_grad()
+            optimization.close()
 
     def _make_optimization(self, steps_per_epoch: int) -> Optimization:
         self._boundary.phase = "get_optimizers_schedulers"
         returned = self._module.get_optimizers_schedulers(steps_per_epoch, self._arguments.epochs)
-        parameters = self._module.parameters()
-        return Optimization(returned, parameters, self._arguments, self._precision, self._recorder.latest)
+        return Optimization(returned, self._module.parameters, self._arguments, self._precision, self._recorder.latest)
 
     def _bind_optimizers(self, optimization: Optimization) -> None:
         for callback in self._hooks.callbacks:

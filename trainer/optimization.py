@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter_ns as clock
 from typing import Any, Literal
 
@@ -13,10 +14,11 @@ from events.errors import CheckpointMismatch
 from events.log import logger
 from trainer.arguments import TrainerArguments
 from trainer.errors import MetricNotFound, OptimizerError
+from trainer.gradients import clip_, non_finite
 from trainer.ledger import Ledger
 from trainer.precision import Precision
 
-Skip = Literal["non_finite_loss", "gradient_overflow"]
+Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
 
 
 class Optimization:
@@ -24,7 +26,7 @@ class Optimization:
 
     Args:
         returned: What `ModuleInterface.get_optimizers_schedulers` returned.
-        parameters: The module's.
+        parameters: Returns the module's at present.
         latest: Last value of each logged metric, for schedulers that follow one.
 
     Raises:
@@ -34,15 +36,17 @@ class Optimization:
     def __init__(
         self,
         returned: Any,
-        parameters: Iterable[torch.nn.Parameter],
+        parameters: Callable[[], Iterable[torch.nn.Parameter]],
         arguments: TrainerArguments,
         precision: Precision,
         latest: Mapping[str, float | torch.Tensor],
     ) -> None:
         self.optimizers, self.schedulers = _checked(returned)
-        held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        # Nobody else would clear their gradients. Not the frozen ones: they get none, and may be thousands.
-        self._strays = [p for p in parameters if p.requires_grad and id(p) not in held]
+        self._parameters = parameters
+        self._strays: list[torch.nn.Parameter] = []
+        self.find_strays()
+        self._in_train_step: Callable[[], bool] = lambda: False
+        self._guards = [optimizer.register_step_pre_hook(self._guard) for optimizer in self.optimizers]
         # torch's own `zero_grad` also opens a range for the profiler, which costs more than the loop adds to a step.
         self._clear_themselves = [o for o in self.optimizers if not _has_stock_zero_grad(o)]
         self._cleared_here = [o for o in self.optimizers if _has_stock_zero_grad(o)]
@@ -57,8 +61,9 @@ class Optimization:
         self._follow_loss = bool(self._plateau) and arguments.monitor == "train_loss"
         self._loss_sum: torch.Tensor | None = None
         self._loss_rows = 0
-        self._prepares = arguments.clip_grads or arguments.non_finite_loss == "skip" or precision.scaler is not None
-        """Whether anything is done with the gradients before the optimizers get them."""
+        # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips.
+        self._reads = arguments.non_finite == "skip" or precision.scaler is not None
+        self._stops = arguments.non_finite == "stop"
         self._never_validates = not arguments.val_interval_epochs and arguments.val_interval_steps is None
 
     @property
@@ -68,7 +73,37 @@ class Optimization:
         # Cloned: a scheduler changes it in place before the number is read.
         return lr if type(lr) is float else lr.detach().clone() if isinstance(lr, torch.Tensor) else float(lr)
 
-    def step(self, loss: torch.Tensor, rows: int | None, ledger: Ledger) -> tuple[torch.Tensor | None, Skip | None]:
+    def find_strays(self) -> None:
+        """Find the parameters that no optimizer holds at present, frozen ones included; and clear their gradients.
+
+        Nobody else would: they would add up until an optimizer gets the parameter. Call it when parameters may have
+        been added to the module or to an optimizer.
+        """
+        held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        self._strays = [p for p in self._parameters() if id(p) not in held]
+        for parameter in self._strays:
+            parameter.grad = None
+
+    def guard(self, in_train_step: Callable[[], bool]) -> None:
+        """Refuse steps of the optimizers while ``in_train_step()`` is true: the trainer would step once more."""
+        self._in_train_step = in_train_step
+
+    def _guard(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._in_train_step():
+            raise OptimizerError(
+                f"train_step() called {type(optimizer).__name__}.step() itself: return the loss and leave backward()"
+                f" and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
+            )
+
+    def close(self) -> None:
+        """The run is over: clear the gradients, and leave the optimizers to whoever keeps them."""
+        self.zero_grad()
+        for guard in self._guards:
+            guard.remove()
+
+    def step(
+        self, loss: torch.Tensor, rows: int | None, ledger: Ledger
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Apply the gradients that were accumulated.
 
         Args:
@@ -76,13 +111,11 @@ class Optimization:
             rows: Rows of the step, where they are known.
 
         Returns:
-            The gradients' norm before clipping if they are clipped, on the device; and why the step was left out,
-            or None.
+            The gradients' norm before clipping if they are clipped, on the device; a number on the device that is
+            positive if a gradient is not finite, where the norm does not show it and the host has not read it; and why
+            the step was skipped, or None.
         """
-        grad_norm: torch.Tensor | None = None
-        skipped: Skip | None = None
-        if self._prepares:
-            grad_norm, skipped = self._prepare(loss, ledger)
+        grad_norm, found, skipped = self._prepare(loss, ledger)
         if skipped is None:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -92,40 +125,57 @@ class Optimization:
                 self._add_loss(loss, rows or 1)
         if self._precision.scaler is not None:
             self._precision.update()
-        return grad_norm, skipped
+        return grad_norm, found, skipped
 
-    def _prepare(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, Skip | None]:
+    def _prepare(
+        self, loss: torch.Tensor, ledger: Ledger
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Unscale and clip the gradients, and decide whether they are to be applied."""
-        arguments = self._arguments
         grad_norm: torch.Tensor | None = None
-        if self._precision.scaler is not None:
+        found: torch.Tensor | None = None
+        scaled = self._precision.scaler is not None
+        if scaled:
             self._precision.unscale_(self.optimizers)
-        if arguments.clip_grads:
+            found = self._precision.found_inf(self.optimizers)
+        if self._arguments.clip_grads:
             parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, arguments.max_grad_norm)
-        if arguments.non_finite_loss == "skip":
-            mark = clock()
-            finite = torch.isfinite(loss).item()  # SYNC: the user chose to skip such steps, so the loop has to know
-            _charge(ledger, mark)
-            if not finite:
-                return grad_norm, "non_finite_loss"
-        return grad_norm, self._read_overflow(ledger) if self._precision.scaler is not None else None
+            grad_norm = clip_(parameters, self._arguments.max_grad_norm)
+        elif not scaled:
+            found = non_finite(
+                [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+            )
+        # On the CPU there is no device to wait for, so "stop" can stop before the weights are harmed.
+        if self._reads or (self._stops and loss.is_cpu):
+            return grad_norm, None, self._read(loss, grad_norm, found, ledger)
+        return grad_norm, found, None
+
+    def _read(
+        self, loss: torch.Tensor, grad_norm: torch.Tensor | None, found: torch.Tensor | None, ledger: Ledger
+    ) -> Skip | None:
+        """One decision for all optimizers whether the step is skipped."""
+        check = grad_norm if found is None else found
+        assert check is not None
+        mark = clock()
+        if check.is_cpu and not loss.is_cpu:
+            numbers = [loss.item(), check.item()]  # SYNC: as below; the check itself is on the host already
+        else:
+            both = torch.stack((loss.reshape(()), check.to(loss.device)))
+            numbers = both.tolist()  # SYNC: the loop has to know whether to skip the step (float16, skip, stop)
+        spent = clock() - mark
+        ledger.readback += spent
+        ledger.aside += spent
+        bad = numbers[1] > 0 if found is not None else not math.isfinite(numbers[1])
+        if not math.isfinite(numbers[0]) and (bad or self._arguments.non_finite != "warn"):
+            return "non_finite_loss"
+        if not bad:
+            return None
+        return "non_finite_gradient" if self._precision.scaler is None else "gradient_overflow"
 
     def _add_loss(self, loss: torch.Tensor, rows: int) -> None:
         # Apple's GPUs have no float64.
         loss = (loss if loss.device.type == "mps" else loss.double()).reshape(()) * rows
         self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
         self._loss_rows += rows
-
-    def _read_overflow(self, ledger: Ledger) -> Skip | None:
-        """One decision for all optimizers whether float16's gradients have overflowed."""
-        found = self._precision.found_inf(self.optimizers)
-        if found is None:
-            return None
-        mark = clock()
-        overflow = found.item() > 0  # SYNC: a float16 scaler needs one a step
-        _charge(ledger, mark)
-        return "gradient_overflow" if overflow else None
 
     def zero_grad(self) -> None:
         """Let the gradients go."""
@@ -260,13 +310,6 @@ def _restore_form(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> No
                 optimizer.state[parameter][name] = value.to(own.device, copy=True)
 
 
-def _charge(ledger: Ledger, mark: int) -> None:
-    """A number from the device was waited for since ``mark``, within the compute row."""
-    spent = clock() - mark
-    ledger.readback += spent
-    ledger.aside += spent
-
-
 def _has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
     """Whether clearing gradients is torch's own: neither its class nor anybody since has made it do more."""
     return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
@@ -274,11 +317,15 @@ def _has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
 
 def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     what = "get_optimizers_schedulers() must return two lists, of optimizers and of schedulers"
+    if isinstance(returned, torch.optim.Optimizer):
+        raise OptimizerError(f"{what}; it returned one {type(returned).__name__}: return [optimizer], []")
+    if isinstance(returned, Mapping):
+        raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], [scheduler]")
     if not isinstance(returned, (tuple, list)) or len(returned) != 2:
         raise OptimizerError(f"{what}; it returned {_shown(returned)}")
-    for part in returned:
-        if not isinstance(part, Iterable):
-            raise OptimizerError(f"{what}; it returned ({_shown(returned[0])}, {_shown(returned[1])})")
+    for part, example in zip(returned, ("[optimizer]", "[scheduler]"), strict=True):
+        if not isinstance(part, Iterable) or isinstance(part, Mapping):
+            raise OptimizerError(f"{what}; it returned {_shown(part)} instead of a list: write {example}")
     optimizers, schedulers = list(returned[0]), list(returned[1])
     if not optimizers:
         raise OptimizerError("get_optimizers_schedulers() returned no optimizer: nothing would be trained")

@@ -160,6 +160,7 @@ TRAINER_METHODS: Mapping[str, str] = {
 """Methods and attributes of a trainer: what serves instead."""
 
 ARGUMENTS: Mapping[str, str] = {
+    "non_finite_loss": "non_finite",
     "max_epochs": "epochs",
     "num_epochs": "epochs",
     "n_epochs": "epochs",

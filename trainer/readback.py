@@ -28,7 +28,7 @@ from events.messages import (
 _Place = tuple[Callable[[Any, str, Any], None], Any, str]
 """Where a number goes: how to put it there, the event or dictionary, and the name."""
 
-_READINGS = ("_consecutive", "_loss_sum", "_loss_rows", "_steps")
+_READINGS = ("_consecutive", "_bad_gradients", "_loss_sum", "_loss_rows", "_steps")
 
 _Read = Callable[[], bool]
 """Puts numbers in their places and returns True, if they have arrived from the device."""
@@ -49,15 +49,20 @@ class DeviceReadback:
 
     Args:
         on_loss: Called for each step whose loss has been read and is not finite; with how many in a row that makes.
+        on_gradient: The same for each step with a finite loss and a gradient that is not finite.
     """
 
-    def __init__(self, on_loss: Callable[[TrainStepEnded, int], None]) -> None:
+    def __init__(
+        self, on_loss: Callable[[TrainStepEnded, int], None], on_gradient: Callable[[TrainStepEnded, int], None]
+    ) -> None:
         self.summary: dict[str, float] = {}
         """Last value of each metric, ``train_loss`` and ``val_loss``."""
         self.compute_stream: torch.cuda.Stream | None = None
         """Where the loop computes, if that is a CUDA device; set on its thread. None: the default stream."""
         self._on_loss = on_loss
+        self._on_gradient = on_gradient
         self._consecutive = 0
+        self._bad_gradients = 0
         self._loss_sum = 0.0
         self._loss_rows = 0
         self._steps = 0
@@ -75,6 +80,9 @@ class DeviceReadback:
             elif event.grad_norm is None and type(event.lr) is float:
                 places.append((force_setattr, event, "loss"))
                 tensors.append(event.loss)
+                if event.non_finite_gradient is not None:
+                    places.append((force_setattr, event, "non_finite_gradient"))
+                    tensors.append(event.non_finite_gradient)
             else:
                 others += _deferred(event)
         reads: list[_Read] = []
@@ -157,6 +165,14 @@ class DeviceReadback:
                     self._on_loss(event, self._consecutive)
                 elif self._consecutive:
                     self._consecutive = 0
+            if event.non_finite_gradient == 0:
+                force_setattr(event, "non_finite_gradient", None)
+            bad = event.non_finite_gradient is not None or not math.isfinite(event.grad_norm or 0.0)
+            if bad and (loss is None or math.isfinite(loss)):
+                self._bad_gradients += 1
+                self._on_gradient(event, self._bad_gradients)
+            elif self._bad_gradients:
+                self._bad_gradients = 0
 
     def _add_readings(self, payload: Payload) -> None:
         """A checkpoint is taken at this place: add what has been read up to here."""
@@ -168,7 +184,7 @@ class DeviceReadback:
     def restore(self, readings: dict[str, Any]) -> None:
         """Go on with what stands in a checkpoint. Before anything is published."""
         for name in _READINGS:
-            setattr(self, name, readings[name])
+            setattr(self, name, readings.get(name, 0))  # a checkpoint of an earlier version lacks the newest
         self.summary = dict(readings["summary"])
 
     def _summarise(self, event: Event) -> None:

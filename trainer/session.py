@@ -22,7 +22,7 @@ from events.folder import ARGUMENTS_NAME, CONFIG_NAME, RunFolder
 from events.inbox import Inbox
 from events.journal import Journal
 from events.log import current_origin, logger
-from events.messages import CheckpointFailed, CheckpointStaged, NonFiniteLoss, TrainStepEnded
+from events.messages import CheckpointFailed, CheckpointStaged, NonFiniteGradient, NonFiniteLoss, TrainStepEnded
 from events.observer import Observer, SinkTarget, describe
 from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
@@ -32,7 +32,7 @@ from trainer.arguments import TrainerArguments
 from trainer.cancellation import outliving
 from trainer.control import Control
 from trainer.data import resolve_device
-from trainer.errors import NonFiniteLossError, add_note
+from trainer.errors import REMEDY, NonFiniteGradientError, NonFiniteLossError, add_note
 from trainer.hooks import CallbackHooks, CallbackTarget, HookTable
 from trainer.loop_thread import STUCK, LoopThread, Task
 from trainer.media import MediaWriter
@@ -163,7 +163,7 @@ class Session:
         attempt = max(folder.last_attempt if folder is not None else 0, store.last_attempt if store is not None else 0)
         seq = max(folder.last_seq if folder is not None else 0, store.last_seq if store is not None else 0)
         self.origin = Origin(self._run_id, attempt + 1)
-        self._readback = DeviceReadback(self._on_loss)
+        self._readback = DeviceReadback(self._on_loss, self._on_gradient)
         self.bus = Bus(
             self.origin,
             readback=self._readback,
@@ -263,7 +263,7 @@ class Session:
 
     def _on_loss(self, event: TrainStepEnded, consecutive: int) -> None:
         """A loss that is not finite has been read; it belongs to a step that is over."""
-        stop = self.arguments.non_finite_loss == "stop"
+        stop = self.arguments.non_finite == "stop"
         loss = event.loss if event.loss is not None else float("nan")
         if consecutive & (consecutive - 1) == 0:  # the 1st, 2nd, 4th, 8th...: a diverged run is not flooded
             action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
@@ -272,9 +272,21 @@ class Session:
             logger.warning(f"the loss of step {event.global_step} is {loss}")
         if stop:
             self.control.fail(
-                NonFiniteLossError(
-                    f"the loss of step {event.global_step} is {loss}, and non_finite_loss is 'stop'; lower the learning"
-                    f" rate, set clip_grads, or choose 'skip' or 'warn'"
+                NonFiniteLossError(f"the loss of step {event.global_step} is {loss} and non_finite='stop'; {REMEDY}")
+            )
+
+    def _on_gradient(self, event: TrainStepEnded, consecutive: int) -> None:
+        """A gradient that is not finite has been read; it belongs to a step that is over, whose loss was finite."""
+        stop = self.arguments.non_finite == "stop"
+        if consecutive & (consecutive - 1) == 0:
+            action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
+            self.bus.publish(NonFiniteGradient(*header_of(event), action, consecutive, event.seq))
+        if consecutive == 1:
+            logger.warning(f"a gradient of step {event.global_step} is NaN or infinite, its loss is {event.loss}")
+        if stop:
+            self.control.fail(
+                NonFiniteGradientError(
+                    f"a gradient of step {event.global_step} is NaN or infinite and non_finite='stop'; {REMEDY}"
                 )
             )
 

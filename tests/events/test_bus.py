@@ -45,6 +45,7 @@ DROPPABLE = {
     "SystemSampled",
     "ObserversReported",
     "NonFiniteLoss",
+    "NonFiniteGradient",
     "CheckpointUploading",
     "StepSkipped",
 }
@@ -57,6 +58,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "TextLogged": ("sample", "text"),
     "ObserversReported": ([],),
     "NonFiniteLoss": (1.0, "warned"),
+    "NonFiniteGradient": ("warned",),
     "StepSkipped": ("non_finite_loss",),
     "ObserverFailed": ("sink", "error"),
     "ObserverRecovered": ("sink",),

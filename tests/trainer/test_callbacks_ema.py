@@ -260,7 +260,7 @@ def test_steps_that_are_left_out_do_not_count(kit: Any) -> None:
 
     net = Spikes(rows=64)
     ema, third = EMA(net, 0.9), EMA(net, 0.9, every_n_steps=3)
-    outcome = kit.train(net, callbacks=[ema, third], non_finite_loss="skip")
+    outcome = kit.train(net, callbacks=[ema, third], non_finite="skip")
     assert len(outcome.of(StepSkipped)) == 1
     assert (outcome.result.global_step, ema.steps, third.steps) == (7, 7, 2)
     assert all(tensor.isfinite().all() for tensor in ema.weights().values())

@@ -159,7 +159,7 @@ def test_a_step_that_was_skipped_logs_nothing(kit: Any) -> None:
             return (loss * float("nan") if self.calls == 2 else loss), predicted
 
     net = Spikes(rows=64)
-    outcome = kit.train(net, callbacks=[LearningRateMonitor(net, 2)], non_finite_loss="skip")
+    outcome = kit.train(net, callbacks=[LearningRateMonitor(net, 2)], non_finite="skip")
     assert len(outcome.of(StepSkipped)) == 1
     assert logged(outcome)["lr/optimizer0/group0"] == [rate for rate in rates_of_steps(outcome) if rate[0] % 2 == 0]
 

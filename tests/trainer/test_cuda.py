@@ -133,7 +133,7 @@ def test_a_synchronisation_in_a_step_is_noticed(kit: Any, sync_is_an_error: Call
         {"gpu_batch_size_limit": 4},
         {"clip_grads": True, "journal": True, "ledger_interval_s": 1e-9},
         {"precision": "bfloat16"},
-        {"non_finite_loss": "stop", "val_interval_steps": 2},
+        {"non_finite": "stop", "val_interval_steps": 2},
     ],
     ids=["plain", "accumulating", "clipping", "bfloat16", "stop"],
 )
@@ -378,7 +378,7 @@ def test_a_loss_that_is_not_finite_is_skipped_on_the_device(kit: Any) -> None:
             loss, logits = super().train_step(global_step, batch, device)
             return loss * (math.nan if self.calls == 2 else 1.0), logits
 
-    outcome = train(kit, Diverges(), non_finite_loss="skip")
+    outcome = train(kit, Diverges(), non_finite="skip")
     assert outcome.result.global_step == 3
     assert [math.isnan(event.loss) for event in outcome.of(NonFiniteLoss)] == [True]
     assert outcome.result.ledger.readback_s > 0

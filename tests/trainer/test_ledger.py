@@ -189,13 +189,13 @@ class SlowDevice(TorchFunctionMode):
         self.reads = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.item, torch.Tensor.__float__):
+        if func in (torch.Tensor.item, torch.Tensor.__float__, torch.Tensor.tolist):
             self.reads += 1
             self.clock.wait()
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{"non_finite_loss": "skip"}, {"precision": "float16"}], ids=["skip", "float16"])
+@pytest.mark.parametrize("options", [{"non_finite": "skip"}, {"precision": "float16"}], ids=["skip", "float16"])
 def test_numbers_that_the_loop_has_to_read_are_on_the_readback_row(kit: Any, options: dict[str, Any]) -> None:
     """One a step, for the policy that skips and for float16's scaler; and it is not on the compute row, too."""
     with SlowDevice() as device:
@@ -336,7 +336,7 @@ def everything_at_once(kit: Any) -> tuple[Any, dict[str, Any]]:
             self.log("loss", (pair := super().train_step(global_step, batch, device))[0])
             return pair
 
-    options = {"epochs": 5, "gpu_batch_size_limit": 4, "non_finite_loss": "skip", "clip_grads": True}
+    options = {"epochs": 5, "gpu_batch_size_limit": 4, "non_finite": "skip", "clip_grads": True}
     return Net(rows=40), options | {"callbacks": [kit.InlineDiary()]}
 
 

@@ -344,7 +344,7 @@ def test_a_nan_loss_is_reported_and_survives_the_way_to_the_event(kit: Any) -> N
 def test_skip_leaves_the_step_out_and_counts_nothing(kit: Any) -> None:
     """Neither weights, nor global_step, nor what the step logged: the others go on as if it had not been."""
     net, bare = nan_at(kit, 2, 3, value=math.inf), kit.Net(rows=48)
-    outcome = kit.train(net, non_finite_loss="skip", val_interval_epochs=0)
+    outcome = kit.train(net, non_finite="skip", val_interval_epochs=0)
     batches = bare.batches(8)
     expected = bare_losses(bare, batches[:1] + batches[3:], 1)
     assert [e.loss for e in outcome.of(TrainStepEnded)] == expected
@@ -360,9 +360,9 @@ def test_skip_leaves_the_step_out_and_counts_nothing(kit: Any) -> None:
 
 
 def test_stop_ends_the_run_with_an_error_that_names_the_step(kit: Any) -> None:
-    """The loss is read later than the step, so the run may be some steps further, but it ends as failed."""
-    outcome = kit.train(nan_at(kit, 2), non_finite_loss="stop", epochs=100_000, val_interval_epochs=0)
+    """On the CPU that is before the step is applied."""
+    outcome = kit.train(nan_at(kit, 2), non_finite="stop", epochs=100_000, val_interval_epochs=0)
     assert isinstance(outcome.error, NonFiniteLossError)
-    assert "step 2 is nan" in str(outcome.error)
+    assert "the loss of step 2 is NaN or infinite" in str(outcome.error)
     assert outcome.of(RunEnded)[0].status == "failed"
     assert outcome.of(NonFiniteLoss)[0].action == "stopped"

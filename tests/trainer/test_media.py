@@ -241,7 +241,7 @@ def test_what_a_skipped_step_has_logged_is_forgotten(kit: Any, tmp_path: Path) -
             loss, *rest = super().train_step(global_step, batch, device)
             return loss * math.nan if self.calls == 2 else loss, *rest
 
-    options = {"non_finite_loss": "skip", "val_interval_epochs": 0}
+    options = {"non_finite": "skip", "val_interval_epochs": 0}
     outcome = kit.train(Net(rows=32), run_dir=tmp_path / "run", **options)
     assert [event.reason for event in outcome.of(StepSkipped)] == ["non_finite_loss"]
     kept = [(1, 1.0), (2, 3.0), (3, 4.0)]

@@ -74,7 +74,7 @@ def test_what_a_skipped_step_logged_is_forgotten(kit: Any) -> None:
         def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
             self.log("backward", calls[-1])
 
-    outcome = kit.train(Diverges(rows=32), non_finite_loss="skip", val_interval_epochs=0)
+    outcome = kit.train(Diverges(rows=32), non_finite="skip", val_interval_epochs=0)
     assert logged(outcome) == [{"call": n, "tensor": n, "backward": n} for n in (1, 3, 4)]
     assert [event.global_step for event in outcome.of(MetricsLogged)] == [1, 2, 3]
 

@@ -218,7 +218,7 @@ def test_a_skipped_step_leaves_no_outputs(kit: Any) -> None:
             return loss * (float("inf") if torch.equal(batch[0], self.x[8:16]) else 1.0), batch[0]
 
     keeps, steps, net = Keeps(), KeepsSteps(), Diverges(rows=32)
-    outcome = kit.train(net, callbacks=[keeps, steps], non_finite_loss="skip")
+    outcome = kit.train(net, callbacks=[keeps, steps], non_finite="skip")
     assert outcome.result.global_step == 3
     assert len(steps.seen) == 3
     ((losses, rows),) = keeps.seen

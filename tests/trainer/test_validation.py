@@ -114,7 +114,7 @@ def test_a_skipped_step_does_not_validate_again(kit: Any) -> None:
             loss, _ = self.forward_loss(batch)
             return loss * float("nan") if self.calls in (3, 4) else loss
 
-    outcome = kit.train(Net(rows=48), non_finite_loss="skip", val_interval_steps=2)
+    outcome = kit.train(Net(rows=48), non_finite="skip", val_interval_steps=2)
     assert [e.global_step for e in outcome.of(ValEpochEnded)] == [2, 4]
 
 

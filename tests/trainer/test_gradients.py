@@ -1,0 +1,372 @@
+"""Gradients that are not finite, sparse ones, complex ones, and those that no optimizer holds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from events.messages import NonFiniteGradient, NonFiniteLoss, StepSkipped, TrainStepEnded
+from trainer import inline
+from trainer.errors import ArgumentsError, NonFiniteGradientError, NonFiniteLossError, OptimizerError, StepOutputError
+from trainer.gradients import clip_, non_finite
+
+POLICIES = [{}, {"clip_grads": True}, {"gpu_batch_size_limit": 4}, {"precision": "bfloat16"}]
+
+
+class BadGradient(torch.autograd.Function):
+    """Forward changes nothing; the gradient becomes ``value``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, value: float) -> torch.Tensor:
+        ctx.value = value
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return torch.full_like(gradients[0], ctx.value), None
+
+
+def bad_gradient_at(kit: Any, *calls: int, value: float = math.nan, rows: int = 48) -> Any:
+    """A module whose loss stays finite, and whose gradients do not in these calls of `train_step`, from 1."""
+
+    class Net(kit.Net):
+        calls = 0
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.calls += 1
+            loss, predicted = self.forward_loss(batch)
+            return (BadGradient.apply(loss, value) if self.calls in calls else loss), predicted
+
+    return Net(rows=rows)
+
+
+def weights_of(net: Any) -> list[Any]:
+    return [parameter.detach().clone() for parameter in net.parameters()]
+
+
+def are_finite(net: Any) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in net.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("options", POLICIES)
+def test_a_gradient_that_is_not_finite_is_skipped_alone(kit: Any, options: dict[str, Any]) -> None:
+    """Only that step: the others do as if it had not been."""
+    net = bad_gradient_at(kit, 2, value=math.inf, rows=48)
+    outcome = kit.train(net, non_finite="skip", val_interval_epochs=0, **options)
+    assert outcome.result.global_step == 5
+    assert are_finite(net)
+    assert [(e.reason, e.global_step) for e in outcome.of(StepSkipped)] in (
+        [("non_finite_gradient", 1)],
+        [("non_finite_gradient", 0)],  # with two micro-batches the second call is of the first step
+    )
+    assert [(e.action, e.consecutive) for e in outcome.of(NonFiniteGradient)] == [("skipped", 1)]
+    assert outcome.of(NonFiniteLoss) == []
+    if not options:
+        plain = kit.Net(rows=48)
+        batches = plain.batches(8)
+        plain.get_train_dataloader = lambda sampler, size: batches[:1] + batches[2:]
+        kit.train(plain, val_interval_epochs=0)
+        assert all(map(torch.equal, weights_of(net), weights_of(plain)))
+
+
+@pytest.mark.parametrize("options", POLICIES)
+def test_stop_ends_the_run_before_the_weights_are_harmed(kit: Any, options: dict[str, Any]) -> None:
+    """On the CPU no device has to be waited for; the error names the step and the gradient."""
+    net = bad_gradient_at(kit, 5, value=math.nan)
+    outcome = kit.train(net, non_finite="stop", val_interval_epochs=0, **options)
+    step = 3 if "gpu_batch_size_limit" in options else 5
+    assert isinstance(outcome.error, NonFiniteGradientError)
+    assert f"a gradient of step {step} is NaN or infinite" in str(outcome.error)
+    assert are_finite(net)
+    assert [e.action for e in outcome.of(NonFiniteGradient)] == ["stopped"]
+    assert len(outcome.of(TrainStepEnded)) == step - 1
+
+
+@pytest.mark.parametrize("options", POLICIES)
+def test_warn_trains_on_and_names_the_first_step(kit: Any, options: dict[str, Any]) -> None:
+    """The weights are NaN from then on, and so are the losses: those are told of by their own event."""
+    outcome = kit.train(bad_gradient_at(kit, 5), val_interval_epochs=0, **options)
+    step = 3 if "gpu_batch_size_limit" in options else 5
+    assert [(e.global_step, e.action) for e in outcome.of(NonFiniteGradient)] == [(step, "warned")]
+    assert [e.global_step for e in outcome.of(NonFiniteLoss)][:1] == [step + 1]
+    assert outcome.result.global_step == 6
+    ended = outcome.of(TrainStepEnded)
+    if "clip_grads" not in options:
+        assert [e.non_finite_gradient for e in ended[:step]] == [None] * (step - 1) + [1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "kind"),
+    [(math.nan, {}, NonFiniteLossError), (1.0, {"precision": "float16"}, NonFiniteGradientError)],
+    ids=["loss", "float16"],
+)
+def test_a_run_does_not_skip_for_ever(kit: Any, value: float, options: Any, kind: type[Exception]) -> None:
+    """The error names the step that could not be taken; a step that is taken starts the count anew."""
+
+    class Net(kit.Net):
+        calls = 0
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.calls += 1
+            loss = self.forward_loss(batch)[0] * 1e-3  # or float16 would overflow by itself
+            if self.calls in (1, 2, 3, 5):
+                return loss
+            return loss * value if value != 1.0 else BadGradient.apply(loss, math.inf)
+
+    outcome = kit.train(Net(rows=80), non_finite="skip", epochs=9, max_skipped_steps=4, **options)
+    assert isinstance(outcome.error, kind)
+    assert "4 steps in a row were skipped (max_skipped_steps), all attempts at step 5" in str(outcome.error)
+    assert len(outcome.of(StepSkipped)) == 5
+    assert outcome.of(TrainStepEnded)[-1].global_step == 4
+
+
+def test_a_nan_loss_in_float16_is_named_as_such(kit: Any) -> None:
+    """The scaler skips it whatever the policy, and would not say that the loss was the cause."""
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss = self.forward_loss(batch)[0] * 1e-3  # or float16 would overflow by itself
+            return loss * math.nan if global_step == 2 else loss
+
+    outcome = kit.train(Net(rows=16), precision="float16", epochs=2, max_skipped_steps=2)
+    assert isinstance(outcome.error, NonFiniteLossError)
+    assert {e.reason for e in outcome.of(StepSkipped)} == {"non_finite_loss"}
+    outcome = kit.train(Net(rows=16), precision="float16", non_finite="stop")
+    assert isinstance(outcome.error, NonFiniteLossError)
+    assert "the loss of step 2" in str(outcome.error)
+
+
+def test_the_old_name_of_the_policy_is_told_the_new_one(kit: Any) -> None:
+    """``non_finite_loss`` covered losses only."""
+    with pytest.raises(ArgumentsError, match=r"non_finite_loss.*non_finite"):
+        kit.train(kit.Net(), non_finite_loss="skip")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: [torch.ones(3), torch.tensor([1.0, v])],
+        lambda v: [torch.ones(3, dtype=torch.float64), torch.tensor([v])],
+        lambda v: [torch.ones(3, dtype=torch.bfloat16), torch.tensor([v], dtype=torch.float16)],
+        lambda v: [torch.ones(3), torch.tensor(complex(1.0, v))],
+        lambda v: [torch.empty(0), torch.tensor([[v]]).t()],
+        lambda v: [torch.sparse_coo_tensor([[0, 0]], [1.0, v], (4,), check_invariants=True), torch.ones(2)],
+        lambda v: [torch.tensor([3e38, 3e38, 3e38]), torch.tensor(v)],
+    ],
+    ids=["two", "types", "half", "complex", "empty", "sparse", "huge"],
+)
+def test_every_kind_of_gradient_is_looked_at_and_none_is_changed(make: Any, bad: float | None) -> None:
+    """Exactly NaN and infinity are found: not numbers whose norm would overflow."""
+    gradients = make(2.0 if bad is None else bad)
+    before = [one.to_dense().clone() for one in gradients]
+    assert (non_finite(gradients).item() > 0) == (bad is not None)
+    for one, was in zip(gradients, before, strict=True):
+        assert torch.equal(one.to_dense(), was) or bad is not None
+
+
+def test_no_gradient_is_finite() -> None:
+    """Where no parameter got one."""
+    assert non_finite([]).item() == 0
+
+
+# -------------------------------------------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize("options", [{}, {"gpu_batch_size_limit": 4}, {"precision": "float16"}])
+def test_sparse_gradients_are_clipped_as_dense_ones(kit: Any, options: dict[str, Any]) -> None:
+    """An embedding beside a dense layer, rows that occur twice in a batch included."""
+
+    class Net(kit.Net):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__(rows=16)
+            torch.manual_seed(0)
+            self.table = nn.Embedding(5, 4, sparse=sparse)
+
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return [torch.optim.SGD(self.parameters(), lr=0.5)], []
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            index = torch.arange(len(batch[0])) % 3
+            return nn.functional.mse_loss(self.linear(self.table(index)), batch[1])
+
+    sparse, dense = Net(True), Net(False)
+    norms = [
+        [e.grad_norm for e in kit.train(net, clip_grads=True, max_grad_norm=0.1, **options).of(TrainStepEnded)]
+        for net in (sparse, dense)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    for one, other in zip(weights_of(sparse), weights_of(dense), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def parameter_with(gradient: torch.Tensor | None, like: torch.Tensor | None = None) -> nn.Parameter:
+    tensor = gradient if like is None else like
+    parameter = nn.Parameter(torch.zeros_like(tensor.to_dense() if tensor is not None else torch.zeros(2)))
+    parameter.grad = gradient
+    return parameter
+
+
+def test_the_norm_alone_is_measured_with_an_infinite_limit() -> None:
+    """Nothing is multiplied: infinity divided by an infinite norm would be NaN."""
+    one = parameter_with(torch.tensor([3.0, math.inf]))
+    assert clip_([one], math.inf).item() == math.inf
+    assert one.grad is not None
+    assert one.grad.tolist() == [3.0, math.inf]
+
+
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
+def test_clipping_takes_what_parameters_there_are(max_norm: float) -> None:
+    """None of them, some without a gradient, zeros, sparse ones without a row, several types, complex numbers."""
+    assert clip_([], max_norm).item() == 0
+    assert clip_([parameter_with(None)], max_norm).item() == 0
+    zero = parameter_with(torch.zeros(3))
+    assert clip_([zero], max_norm).item() == 0
+    assert zero.grad is not None
+    assert zero.grad.tolist() == [0.0] * 3
+    empty = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(0), (4,), check_invariants=True)
+    mixed = [
+        parameter_with(empty),
+        parameter_with(torch.tensor([3.0], dtype=torch.float64)),
+        parameter_with(torch.tensor([4.0j])),
+        parameter_with(None),
+    ]
+    assert clip_(mixed, max_norm).item() == pytest.approx(5.0)
+    assert mixed[2].grad is not None
+    assert mixed[2].grad.abs().item() == pytest.approx(0.8 if max_norm == 1.0 else 4.0)
+
+
+# ----------------------------------------------------------------------------------------- held by no optimizer
+
+
+def test_gradients_that_no_optimizer_holds_yet_do_not_add_up(kit: Any) -> None:
+    """Unfrozen between epochs, within one, or by a hook within one; given to the optimizer later."""
+    seen: list[tuple[int, float | None]] = []
+
+    class Net(kit.Net):
+        def __init__(self) -> None:
+            super().__init__(rows=24)
+            self.body = nn.Linear(4, 4)
+            self.body.requires_grad_(False)
+
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=0.0)
+            return [self.optimizer], []
+
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            return self.batches(batch_size)[:1] * 3
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            x, y = batch
+            return nn.functional.mse_loss(self.linear(self.body(x)), y)
+
+        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
+            weight, bias = self.body.weight.grad, self.body.bias.grad
+            seen.append(tuple(None if one is None else float(one.norm()) for one in (weight, bias)))
+            if global_step == 1:
+                self.body.bias.requires_grad_(True)
+
+        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+            if epoch == 1:
+                self.body.weight.requires_grad_(True)
+            if epoch == 2:
+                self.optimizer.add_param_group({"params": list(self.body.parameters()), "lr": 0.0})
+
+    kit.train(Net(), epochs=3)
+    weight, bias = seen[-1]
+    assert seen == [(None, None)] * 2 + [(None, bias)] + [(weight, bias)] * 6
+
+
+# ------------------------------------------------------------------------------------------------ clear errors
+
+
+def step_net(kit: Any, step: Any) -> Any:
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [self.optimizer], []
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return step(self, self.forward_loss(batch)[0])
+
+    return Net()
+
+
+def test_a_complex_loss_is_named(kit: Any) -> None:
+    """Torch would say that gradients can be created only for real scalars."""
+    outcome = kit.train(step_net(kit, lambda net, loss: loss * (1 + 1j)))
+    assert isinstance(outcome.error, StepOutputError)
+    assert "returned a complex loss (torch.complex64)" in str(outcome.error)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_backward_within_train_step_is_named(kit: Any, detach: bool) -> None:
+    """Torch would say that it goes through the graph a second time, or that the loss has none."""
+
+    def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach() if detach else loss
+
+    outcome = kit.train(step_net(kit, step))
+    assert isinstance(outcome.error, StepOutputError)
+    assert "seems to have called backward() itself" in str(outcome.error)
+    assert "manual_optimization" in str(outcome.error)
+
+
+def test_a_step_within_train_step_is_refused(kit: Any) -> None:
+    """The trainer would step once more; an optimizer is free again when the run is over."""
+
+    def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        net.optimizer.step()
+        return loss
+
+    net = step_net(kit, step)
+    outcome = kit.train(net)
+    assert isinstance(outcome.error, OptimizerError)
+    assert "SGD.step() itself" in str(outcome.error)
+    assert "manual_optimization" in str(outcome.error)
+    net.optimizer.step()
+
+
+def test_a_hook_may_step_an_optimizer(kit: Any) -> None:
+    """Only `train_step` may not: a hook does so on purpose."""
+
+    class Net(kit.Net):
+        @inline
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            self.optimizer.step()
+
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [self.optimizer], []
+
+    assert kit.train(Net()).result.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda o: o, "it returned one SGD: return [optimizer], []"),
+        (lambda o: {"optimizer": o}, "it returned a dict"),
+        (lambda o: (o, []), "instead of a list: write [optimizer]"),
+        (lambda o: ([o], torch.optim.lr_scheduler.StepLR(o, 1)), "instead of a list: write [scheduler]"),
+    ],
+)
+def test_what_other_trainers_return_is_told_how_it_is_written_here(kit: Any, make: Any, said: str) -> None:
+    """One optimizer, a dictionary, one scheduler."""
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return make(torch.optim.SGD(self.parameters(), lr=0.1))
+
+    outcome = kit.train(Net())
+    assert isinstance(outcome.error, OptimizerError)
+    assert said in str(outcome.error)
