@@ -40,7 +40,7 @@ from trainer.data import (
 from trainer.errors import REMEDY, EmptyDataLoader, NonFiniteGradientError, NonFiniteLossError, StepOutputError
 from trainer.evaluation import END, Evaluation
 from trainer.module_interface import ModuleInterface, Stage
-from trainer.optimization import Optimization, Skip
+from trainer.optimization import ClosureWanted, Optimization, Skip
 from trainer.outputs import Capture, EpochOutputs
 from trainer.precision import Precision
 from trainer.recorder import MetricRecorder
@@ -48,6 +48,8 @@ from trainer.resume import Loaded, go_on
 from trainer.rng import RngState, capture_rng, restore_rng
 
 Outputs = tuple[Any, ...]
+OwnStep = tuple[torch.Tensor, int | None, list[Outputs] | None, torch.Tensor | None, torch.Tensor | None, Skip | None]
+"""A step's loss, rows, outputs to keep, gradient norm, check of the gradients, and why it was skipped."""
 
 
 class TrainingLoop:
@@ -210,6 +212,7 @@ class TrainingLoop:
         limit = self._step_limit()
         first_step = position.first_step
         idle = ledger.idle
+        own_step = self._closure_step if optimization.wants_closure else None
         read = position.batches
         step_ended = mark
         try:
@@ -243,17 +246,25 @@ class TrainingLoop:
                 ledger.begin_compute(mark)
                 if idle is not None:
                     idle.begin()
-                if group is None:
-                    loss, values = self._micro_step(batch, rows, None, 0)
-                    live = [values] if keep else None
-                    del values
-                else:
-                    loss, rows, live = self._micro_steps(group, keep)
-                boundary.phase = "the optimizer step"
                 lr = optimization.learning_rate
-                if checkpoints.stager.pending is not None:
-                    checkpoints.stager.gate()  # the device waits for a copy of what the optimizers are about to change
-                grad_norm, bad_gradient, skipped = optimization.step(loss, rows, ledger)
+                if own_step is not None:
+                    loss, rows, live, grad_norm, bad_gradient, skipped = own_step(group or [(batch, rows)], keep)
+                else:
+                    if group is None:
+                        loss, values = self._micro_step(batch, rows, None, 0)
+                        live = [values] if keep else None
+                        del values
+                    else:
+                        loss, rows, live = self._micro_steps(group, keep)
+                    boundary.phase = "the optimizer step"
+                    if checkpoints.stager.pending is not None:
+                        checkpoints.stager.gate()  # the device waits for a copy of what the optimizers will change
+                    try:
+                        grad_norm, bad_gradient, skipped = optimization.step(loss, rows, ledger)
+                    except ClosureWanted:
+                        own_step = self._closure_step
+                        recorder.discard()
+                        loss, rows, live, grad_norm, bad_gradient, skipped = own_step(group or [(batch, rows)], keep)
                 if not gradients_are_looked_at:
                     optimization.zero_grad()
                 if idle is not None:
@@ -467,6 +478,33 @@ class TrainingLoop:
         share = share.detach()  # or the event would keep the graph alive
         # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
         return share.clone() if weight is None else share, values
+
+    def _closure_step(self, group: list[tuple[Any, int | None]], keep: Any) -> OwnStep:
+        """One step of optimizers that compute the loss themselves, as often as they want, on the same micro-batches.
+
+        The step's loss, its outputs and what it logs are those of the first evaluation. Every evaluation draws new
+        random numbers (dropout) and updates running statistics (batch norm), as in a loop written by hand.
+        """
+        boundary, recorder = self._boundary, self._recorder
+        first: list[tuple[torch.Tensor, int | None, list[Outputs] | None]] = []
+
+        def evaluate() -> torch.Tensor:
+            logged, recorder.values = recorder.values, []
+            outcome = self._micro_steps(group, keep and not first)
+            if first:
+                recorder.values = logged
+            else:
+                first.append(outcome)
+            boundary.phase = "the optimizer step"
+            return outcome[0]
+
+        if self._checkpoints.stager.pending is not None:
+            self._checkpoints.stager.gate()
+        done = self._optimization.step_with_closure(evaluate, boundary.ledger)
+        loss, rows, live = first[0]
+        if done.skipped is None:
+            self._optimization.after_step(loss, rows)
+        return loss, rows, live, done.grad_norm, done.found, done.skipped
 
     def _payload(self, live: list[Outputs] | None, outputs: EpochOutputs | None, observed: bool) -> Payload:
         """What goes beside a step's event: outputs for those who want them, and the fence."""

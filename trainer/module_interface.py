@@ -279,6 +279,11 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         Returns:
             The optimizers, at least one, and the schedulers, any number. All optimizers step together; all
             schedulers step after each step, or each epoch, as ``TrainerArguments.scheduler_interval`` says.
+
+            Where one of them computes the loss itself (its ``step`` needs a closure: L-BFGS, SAM), each is stepped
+            with a closure, in their order. Each evaluation runs the forward and backward passes of the whole step on
+            the same micro-batches, with new random numbers (dropout); the hooks of the backward pass run in each, and
+            the step's loss, outputs and logged values are those of the first. float16 is refused.
         """
 
     @abstractmethod

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter_ns as clock
@@ -19,6 +22,24 @@ from trainer.ledger import Ledger
 from trainer.precision import Precision
 
 Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
+
+
+class ClosureWanted(Exception):  # not an error: the step is to be taken again, with `step_with_closure`
+    """An optimizer that was stepped without a closure needs one."""
+
+
+class _Refused(Exception):  # not an error: the way out of an optimizer that computes the loss
+    """A loss or a gradient is not finite."""
+
+
+@dataclasses.dataclass
+class ClosureStep:
+    """What a step with closures has come to; norm and check are those of the first evaluation."""
+
+    evaluations: int = 0
+    grad_norm: torch.Tensor | None = None
+    found: torch.Tensor | None = None
+    skipped: Skip | None = None
 
 
 class Optimization:
@@ -46,6 +67,11 @@ class Optimization:
         self._strays: list[torch.nn.Parameter] = []
         self.find_strays()
         self._in_train_step: Callable[[], bool] = lambda: False
+        self._takes_closure = [_takes_closure(optimizer) for optimizer in self.optimizers]
+        self.wants_closure = any(_wants_closure(optimizer) for optimizer in self.optimizers)
+        """Whether an optimizer computes the loss itself, several times per step: then all get a closure."""
+        if self.wants_closure:
+            _refuse_scaler(self.optimizers, precision)
         self._guards = [optimizer.register_step_pre_hook(self._guard) for optimizer in self.optimizers]
         # torch's own `zero_grad` also opens a range for the profiler, which costs more than the loop adds to a step.
         self._clear_themselves = [o for o in self.optimizers if not _has_stock_zero_grad(o)]
@@ -117,15 +143,90 @@ class Optimization:
         """
         grad_norm, found, skipped = self._prepare(loss, ledger)
         if skipped is None:
-            for optimizer in self.optimizers:
-                optimizer.step()
-            for scheduler in self._per_step:
-                scheduler.step()
-            if self._follow_loss:
-                self._add_loss(loss, rows or 1)
+            for number, optimizer in enumerate(self.optimizers):
+                try:
+                    optimizer.step()
+                except Exception as error:
+                    if "closure" not in str(error):
+                        raise
+                    raise self._want_closure(number) from error
+            self.after_step(loss, rows)
         if self._precision.scaler is not None:
             self._precision.update()
         return grad_norm, found, skipped
+
+    def step_with_closure(self, evaluate: Callable[[], torch.Tensor], ledger: Ledger) -> ClosureStep:
+        """Let each optimizer, in their order, compute the loss and its gradients as often as it wants.
+
+        As in ``for optimizer in optimizers: optimizer.step(closure)``: each evaluation clears all gradients, runs
+        ``evaluate`` and clips. A loss or gradient that is not finite is refused where ``non_finite`` says so, and the
+        parameters and optimizers are set back to the state before the step.
+
+        Args:
+            evaluate: Runs the forward and backward passes of the step with gradients enabled; returns the loss,
+                detached.
+        """
+        done = ClosureStep()
+        before = self._copy() if self._arguments.non_finite != "warn" else None
+
+        def closure() -> torch.Tensor:
+            self.zero_grad()
+            with torch.enable_grad():
+                loss = evaluate()
+            grad_norm, found, skipped = self._prepare(loss, ledger)
+            done.evaluations += 1
+            if done.evaluations == 1:
+                done.grad_norm, done.found = grad_norm, found
+            if skipped is not None:
+                done.skipped = skipped
+                raise _Refused
+            return loss
+
+        try:
+            for optimizer, takes in zip(self.optimizers, self._takes_closure, strict=True):
+                if takes:
+                    optimizer.step(closure)  # type: ignore[arg-type]  # a tensor serves as well as a float
+                else:
+                    closure()
+                    optimizer.step()
+                if not done.evaluations:
+                    raise OptimizerError(f"{type(optimizer).__name__}.step(closure) did not call the closure")
+        except _Refused:
+            assert before is not None
+            self._put_back(before)
+        return done
+
+    def _copy(self) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+        held = [p.detach().clone() for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        return held, [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers]
+
+    @torch.no_grad()
+    def _put_back(self, before: tuple[list[torch.Tensor], list[dict[str, Any]]]) -> None:
+        values, states = before
+        held = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        for parameter, value in zip(held, values, strict=True):
+            parameter.copy_(value)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+            _restore_form(optimizer, state)
+
+    def _want_closure(self, number: int) -> Exception:
+        """An optimizer that may be stepped without a closure refuses that: from now on it gets one."""
+        kind = type(self.optimizers[number]).__name__
+        if number:  # those before it have stepped
+            return OptimizerError(
+                f"{kind}.step() needs a closure: return it as the first optimizer of get_optimizers_schedulers()"
+            )
+        _refuse_scaler(self.optimizers[:1], self._precision)
+        self.wants_closure = True
+        return ClosureWanted()
+
+    def after_step(self, loss: torch.Tensor, rows: int | None) -> None:
+        """The optimizers have stepped: schedulers that follow steps, and the mean loss for those that follow it."""
+        for scheduler in self._per_step:
+            scheduler.step()
+        if self._follow_loss:
+            self._add_loss(loss, rows or 1)
 
     def _prepare(
         self, loss: torch.Tensor, ledger: Ledger
@@ -310,6 +411,35 @@ def _restore_form(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> No
                 optimizer.state[parameter][name] = value.to(own.device, copy=True)
 
 
+def _closure_parameter(optimizer: torch.optim.Optimizer) -> inspect.Parameter | None:
+    """The argument of ``step`` that takes a closure, if it has one."""
+    try:
+        parameters = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    named = [one for one in parameters if one.name == "closure"]
+    required = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return next(iter(named + required), None)
+
+
+def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
+    return _closure_parameter(optimizer) is not None
+
+
+def _wants_closure(optimizer: torch.optim.Optimizer) -> bool:
+    found = _closure_parameter(optimizer)
+    return found is not None and found.default is found.empty
+
+
+def _refuse_scaler(optimizers: list[torch.optim.Optimizer], precision: Precision) -> None:
+    if precision.scaler is not None:
+        kinds = ", ".join(type(one).__name__ for one in optimizers if _takes_closure(one))
+        raise OptimizerError(
+            f"{kinds} computes the loss several times per step, which float16's loss scale, judged once per step, does"
+            f" not allow; use precision='bfloat16' or 'float32'"
+        )
+
+
 def _has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
     """Whether clearing gradients is torch's own: neither its class nor anybody since has made it do more."""
     return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
@@ -332,11 +462,6 @@ def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise OptimizerError(f"{what}; the first list holds {_shown(optimizer)}, which is no optimizer")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise OptimizerError(
-                "get_optimizers_schedulers() returned an LBFGS: it computes the loss several times a step, which this"
-                " loop does not; use another optimizer"
-            )
     if len(set(map(id, optimizers))) < len(optimizers):
         raise OptimizerError("get_optimizers_schedulers() returned an optimizer twice: it would step twice")
     for scheduler in schedulers:
