@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from trainer.module_interface import fenced as fenced
     from trainer.module_interface import inline as inline
     from trainer.module_interface import observer as observer
+    from trainer.schedule import Schedule as Schedule
     from trainer.trainer import Trainer as Trainer
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "ModuleInterface",
     "RunInterrupted",
     "RunTerminated",
+    "Schedule",
     "Stage",
     "Trainer",
     "TrainerArguments",
@@ -65,6 +67,7 @@ _HOMES = {
     "Image": "trainer.media",
     "RunInterrupted": "trainer.errors",
     "RunTerminated": "trainer.errors",
+    "Schedule": "trainer.schedule",
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",
     "connect": "trainer.connection",

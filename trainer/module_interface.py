@@ -278,7 +278,8 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
         Returns:
             The optimizers, at least one, and the schedulers, any number. All optimizers step together; all
-            schedulers step after each step, or each epoch, as ``TrainerArguments.scheduler_interval`` says.
+            schedulers step after each step, or each epoch, as ``TrainerArguments.scheduler_interval`` says. A
+            `trainer.Schedule` around a scheduler gives it an interval or a metric of its own.
 
             Where one of them computes the loss itself (its ``step`` needs a closure: L-BFGS, SAM), each is stepped
             with a closure, in their order. Each evaluation runs the forward and backward passes of the whole step on

@@ -11,7 +11,6 @@ from time import perf_counter_ns as clock
 from typing import Any, Literal
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from events.errors import CheckpointMismatch
 from events.log import logger
@@ -20,6 +19,7 @@ from trainer.errors import MetricNotFound, OptimizerError
 from trainer.gradients import clip_, non_finite
 from trainer.ledger import Ledger
 from trainer.precision import Precision
+from trainer.schedule import Schedule
 
 Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
 
@@ -62,7 +62,8 @@ class Optimization:
         precision: Precision,
         latest: Mapping[str, float | torch.Tensor],
     ) -> None:
-        self.optimizers, self.schedulers = _checked(returned)
+        self.optimizers, schedules = _checked(returned)
+        self.schedulers = [one.scheduler for one in schedules]
         self._parameters = parameters
         self._strays: list[torch.nn.Parameter] = []
         self.find_strays()
@@ -79,12 +80,14 @@ class Optimization:
         self._arguments = arguments
         self._precision = precision
         self._latest = latest
-        self._plateau = [s for s in self.schedulers if isinstance(s, ReduceLROnPlateau)]
-        timed = [s for s in self.schedulers if not isinstance(s, ReduceLROnPlateau)]
-        self._per_step = timed if arguments.scheduler_interval == "step" else []
-        self._per_epoch = timed if arguments.scheduler_interval == "epoch" else []
+        self._plateau = [(one.scheduler, one.monitor or arguments.monitor) for one in schedules if one.follows_metric]
+        timed: dict[str, list[Any]] = {"step": [], "epoch": []}
+        for one in schedules:
+            if not one.follows_metric:
+                timed[one.interval or arguments.scheduler_interval].append(one.scheduler)
+        self._per_step, self._per_epoch = timed["step"], timed["epoch"]
         # The epoch's losses, on the device; kept only when a scheduler follows them.
-        self._follow_loss = bool(self._plateau) and arguments.monitor == "train_loss"
+        self._follow_loss = any(monitor == "train_loss" for _, monitor in self._plateau)
         self._loss_sum: torch.Tensor | None = None
         self._loss_rows = 0
         # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips.
@@ -358,8 +361,9 @@ class Optimization:
         Raises:
             MetricNotFound: nobody logged it.
         """
-        if self._plateau and not self._follow_loss:
-            self._step_plateau(self._monitored(), ledger)
+        for scheduler, monitor in self._plateau:
+            if monitor != "train_loss":
+                self._step_plateau(scheduler, self._monitored(scheduler, monitor), ledger)
 
     def end_epoch(self, ledger: Ledger) -> None:
         """A training epoch is over: schedulers of the epoch, and those that follow the training loss."""
@@ -368,28 +372,28 @@ class Optimization:
         if self._loss_sum is not None:
             mean = self._loss_sum / self._loss_rows
             self._loss_sum, self._loss_rows = None, 0
-            self._step_plateau(mean, ledger)
-        elif self._never_validates:
+            for scheduler, monitor in self._plateau:
+                if monitor == "train_loss":
+                    self._step_plateau(scheduler, mean, ledger)
+        if self._never_validates:
             self.end_validation(ledger)  # its turn never comes, so the metric is one of the training, or an error
 
-    def _monitored(self) -> float | torch.Tensor:
-        monitor = self._arguments.monitor
+    def _monitored(self, scheduler: Any, monitor: str) -> float | torch.Tensor:
         if monitor not in self._latest:
             known = ", ".join(sorted({"train_loss", *self._latest}))
             raise MetricNotFound(
-                f"ReduceLROnPlateau follows monitor={monitor!r}, which was neither logged nor computed by the end of"
-                f" validation (or of the epoch, without validation); there are: {known}. Log it with"
+                f"{type(scheduler).__name__} follows monitor={monitor!r}, which was neither logged nor computed by the"
+                f" end of validation (or of the epoch, without validation); there are: {known}. Log it with"
                 f" module.log({monitor!r}, ...) in val_step or in the module's on_end_val_epoch, or set monitor to one"
                 f" of these"
             )
         return self._latest[monitor]
 
-    def _step_plateau(self, value: float | torch.Tensor, ledger: Ledger) -> None:
+    def _step_plateau(self, scheduler: Any, value: float | torch.Tensor, ledger: Ledger) -> None:
         mark = clock()
         number = float(value)  # SYNC: once per validation or epoch, for a scheduler that needs the number
         ledger.readback += clock() - mark
-        for scheduler in self._plateau:
-            scheduler.step(number)
+        scheduler.step(number)
 
 
 def _restore_form(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -445,7 +449,7 @@ def _has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
 
 
-def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Schedule]]:
     what = "get_optimizers_schedulers() must return two lists, of optimizers and of schedulers"
     if isinstance(returned, torch.optim.Optimizer):
         raise OptimizerError(f"{what}; it returned one {type(returned).__name__}: return [optimizer], []")
@@ -465,9 +469,13 @@ def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     if len(set(map(id, optimizers))) < len(optimizers):
         raise OptimizerError("get_optimizers_schedulers() returned an optimizer twice: it would step twice")
     for scheduler in schedulers:
-        if not callable(getattr(scheduler, "step", None)):
+        if isinstance(scheduler, Mapping):
+            raise OptimizerError(
+                f"{what}; the second list holds {_shown(scheduler)}: write Schedule(scheduler, interval, monitor)"
+            )
+        if not isinstance(scheduler, Schedule) and not callable(getattr(scheduler, "step", None)):
             raise OptimizerError(f"{what}; the second list holds {_shown(scheduler)}, which has no step()")
-    return optimizers, schedulers
+    return optimizers, [one if isinstance(one, Schedule) else Schedule(one) for one in schedulers]
 
 
 def _shown(value: Any) -> str:

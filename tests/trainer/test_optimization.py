@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
 
 from events.messages import RunEnded, StepSkipped, TrainEpochEnded, TrainStepEnded, ValEpochEnded
-from trainer import inline
-from trainer.errors import MetricNotFound, OptimizerError
+from trainer import Checkpoints, Schedule, inline
+from trainer.errors import ArgumentsError, MetricNotFound, OptimizerError
 
 
 def halving(optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -190,6 +190,108 @@ def test_a_learning_rate_that_is_a_tensor_is_reported_as_it_was(kit: Any) -> Non
 
     outcome = kit.train(module_with(kit, make))
     assert [e.lr for e in outcome.of(TrainStepEnded)] == [0.5, 0.25]
+
+
+# --------------------------------------------------------------------------------------------------- schedules
+
+
+def warmup_and(second: Any) -> Any:
+    def make(net: Any) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.8)
+        return [optimizer], [Schedule(LinearLR(optimizer, 0.25, total_iters=3), "step"), second(optimizer)]
+
+    return make
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_each_schedule_has_its_own_interval(kit: Any, interval: str) -> None:
+    """A warmup by step and a decay by epoch, whatever the interval of the others is."""
+    make = warmup_and(lambda optimizer: Schedule(StepLR(optimizer, 1, gamma=0.5), interval="epoch"))
+    outcome = kit.train(module_with(kit, make), epochs=3, scheduler_interval=interval)
+    # 0.25, 0.5, then (after the first epoch's halving) three quarters and all of it.
+    assert [e.lr for e in outcome.of(TrainStepEnded)] == pytest.approx([0.2, 0.4, 0.3, 0.4, 0.2, 0.2])
+
+
+def test_a_warmup_by_step_goes_with_a_plateau_by_validation(kit: Any) -> None:
+    """Each with its own metric: the constant one never improves, the other always does."""
+
+    class Net(kit.Net):
+        validations = 0
+
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.8)
+            return [optimizer], [
+                Schedule(LinearLR(optimizer, 0.25, total_iters=3), "step"),
+                Schedule(ReduceLROnPlateau(optimizer, factor=0.5, patience=0), monitor="same"),
+                Schedule(ReduceLROnPlateau(optimizer, factor=0.1, patience=0), monitor="better"),
+            ]
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.log("same", 1.0)
+            self.log("better", -float(global_step))
+            return super().val_step(global_step, batch, device)
+
+    outcome = kit.train(Net(), epochs=4, scheduler_interval="epoch")
+    assert [e.lr for e in outcome.of(TrainStepEnded)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.4, 0.4, 0.2, 0.2])
+
+
+def test_a_scheduler_of_ones_own_that_needs_a_metric_gets_it(kit: Any) -> None:
+    """Told by its signature, or by a monitor."""
+    got: list[float] = []
+
+    class Own:
+        def step(self, metrics: float) -> None:
+            got.append(metrics)
+
+    class Optional:
+        def step(self, value: float | None = None) -> None:
+            got.append(value)
+
+    def make(net: Any) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.1)], [Own(), Schedule(Optional(), monitor="val_loss")]
+
+    outcome = kit.train(module_with(kit, make))
+    assert got == [outcome.of(ValEpochEnded)[0].loss] * 2
+
+
+def test_schedules_resume_exactly(kit: Any, tmp_path: Any) -> None:
+    """In the middle of an epoch, between a warmup's steps."""
+    make = warmup_and(lambda optimizer: Schedule(ReduceLROnPlateau(optimizer, patience=0), monitor="val_loss"))
+    settings = Checkpoints(every_steps=1, keep_last=9, when_busy="wait")
+    whole = kit.train(module_with(kit, make), epochs=3, run_dir=tmp_path / "run", checkpoints=settings)
+    rest = kit.train(module_with(kit, make), epochs=3, resume=tmp_path / "run" / "checkpoints" / "step-3.a1")
+    rates = [e.lr for e in whole.of(TrainStepEnded)]
+    assert [e.lr for e in rest.of(TrainStepEnded)] == rates[3:]
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda s: Schedule(3), "is not a scheduler"),
+        (lambda s: Schedule(StepLR), "is not a scheduler"),
+        (lambda s: Schedule(Schedule(s)), "is not a scheduler"),
+        (lambda s: Schedule(s, "steps"), "interval='steps'"),
+        (lambda s: Schedule(s, monitor=""), "monitor=''"),
+        (lambda s: Schedule(s, "step", "val_loss"), "after each validation"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_refused_where_it_is_built(build: Any, said: str) -> None:
+    """The value, and what is allowed."""
+    scheduler = StepLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), 1)
+    with pytest.raises(ArgumentsError, match=said):
+        build(scheduler)
+
+
+def test_a_scheduler_in_a_dict_is_told_of_schedule(kit: Any) -> None:
+    """As other trainers take it."""
+
+    def make(net: Any) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        return [optimizer], [{"scheduler": halving(optimizer), "interval": "step"}]
+
+    outcome = kit.train(module_with(kit, make))
+    assert isinstance(outcome.error, OptimizerError)
+    assert "write Schedule(scheduler, interval, monitor)" in str(outcome.error)
 
 
 # --------------------------------------------------------------------------------------------------- gradients

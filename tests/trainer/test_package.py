@@ -130,6 +130,7 @@ def test_the_public_names_are_those_we_chose() -> None:
         "ModuleInterface",
         "RunInterrupted",
         "RunTerminated",
+        "Schedule",
         "Stage",
         "Trainer",
         "TrainerArguments",
