@@ -60,17 +60,21 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 def run_id_of(run_dir: str | os.PathLike[str]) -> str | None:
-    """The name of the run that a folder holds: by its journal, else by its checkpoints; None if it holds none."""
+    """The id of the run that a folder holds: by its journal, its checkpoints, or its last holder; None if it has none.
+
+    Waits for the disk, and never raises: opening the folder says what is wrong with it.
+    """
     folder = Path(run_dir)
-    try:
+    with contextlib.suppress(OSError, ValueError):
         if run_id := journal_tail(folder / JOURNAL_DIR).run_id:
             return run_id
-    except OSError:
-        pass  # opening the folder says what is wrong with it
-    store = CheckpointStore(folder / CHECKPOINTS_DIR)
-    for name in reversed(store.names()):
-        with contextlib.suppress(CheckpointError):
-            return store.manifest(name).run_id
+    with contextlib.suppress(OSError, ValueError):
+        store = CheckpointStore(folder / CHECKPOINTS_DIR)
+        for name in reversed(store.names()):
+            with contextlib.suppress(CheckpointError):
+                return store.manifest(name).run_id
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return msgspec.json.decode((folder / LOCK_NAME).read_bytes(), type=Holder).run_id or None
     return None
 
 

@@ -9,11 +9,11 @@ from typing import Literal
 
 from events.backlog import Published
 from events.checkpoint import disk
-from events.checkpoint.lineage import expendable
+from events.checkpoint.lineage import expendable, ranked
 from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import Part, Snapshot
-from events.checkpoint.store import CheckpointStore
+from events.checkpoint.store import WEIGHTS_NAME, CheckpointStore
 from events.checkpoint.tensor_file import lay_out
 from events.errors import CheckpointError, CheckpointsFailing
 from events.log import logger
@@ -30,8 +30,6 @@ from events.observer import describe
 from events.origin import Origin, header_of
 from events.sink import Delivery
 
-WEIGHTS_NAME = "weights.safetensors"
-"""The module's weights alone, in the run's folder."""
 WRITER_DELIVERY = Delivery(
     types=frozenset({CheckpointStaged, RunEnded}),
     overflow="block",
@@ -77,6 +75,8 @@ class CheckpointWriter:
     ) -> None:
         self.last_saved: Path | None = None
         """The newest checkpoint that was made durable."""
+        self.best: tuple[Path, float] | None = None
+        """Once the run has ended: its durable checkpoint with the best metric, and that; None if it has none."""
         self._store = store
         self._settings = settings
         self._origin = origin
@@ -88,6 +88,7 @@ class CheckpointWriter:
         self._url = url
         self._failures = 0
         self._undeleted: set[CheckpointName] = set()
+        self._ended = False
         self._batch: Sequence[Published] = ()
         self._done = 0
         self._abandoned = False
@@ -113,6 +114,9 @@ class CheckpointWriter:
                 self._save(event, payload.outputs)
             elif isinstance(event, RunEnded):
                 self._write_weights(event)
+                self._ended = True
+                with self._store.lock:
+                    self._find_best()
             self._done += 1
         self._batch = ()
 
@@ -140,6 +144,7 @@ class CheckpointWriter:
             self._fail(event, error)
             return
         self._failures = 0
+        snapshot.durable = True
         self.last_saved = path
         now = time.time()
         metric = snapshot.metric.value if snapshot.metric is not None else None
@@ -242,6 +247,20 @@ class CheckpointWriter:
                 return
             for name, manifest in going.items():
                 self._delete(name, manifest)
+            if self._ended and going:  # after an upload: what it had kept of them may have been the best
+                self._find_best()
+
+    def _find_best(self) -> None:
+        settings, store = self._settings, self._store
+        if settings.best is None:
+            return
+        try:
+            scores = store.scores(settings.best)
+        except OSError as error:
+            logger.warning(f"the best checkpoint in {store.folder} cannot be looked up: {describe(error)}")
+            return
+        best = next(iter(ranked(scores, settings.best_mode)), None)
+        self.best = (store.path(best), scores[best].value) if best is not None else None
 
     def _expendable(self) -> dict[CheckpointName, Manifest | None]:
         """What is to go, with its manifest if that can be read; what the disk has not let go of before is among it."""

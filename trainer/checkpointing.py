@@ -83,8 +83,8 @@ class Checkpointing:
         self._ledger = ledger
         self._on_failed_hook = on_failed_hook
         self._parent: str | None = None
-        self._scores: list[tuple[float, Snapshot | None]] = []
-        """The metric of each checkpoint of the line; with its snapshot while that is not durable yet."""
+        self._scores: dict[int, tuple[float, Snapshot | None]] = {}
+        """The best metrics of the line's checkpoints, by step; with their snapshots while these may still fail."""
         self._is_best = False  # the last validation's metric is among the best, and its checkpoint is to be taken
         self._metric: tuple[int, float] | None = None  # the step it belongs to, and what it was
         self._optimization: Optimization | None = None
@@ -109,15 +109,15 @@ class Checkpointing:
         """Whether the module's weights alone are wanted when training has ended."""
         return self._settings is not None and self._settings.weights
 
-    def go_on(self, position: Position, parent: str | None, scores: list[float]) -> None:
+    def go_on(self, position: Position, parent: str | None, scores: dict[int, float]) -> None:
         """Begin where a checkpoint was taken.
 
         Args:
             parent: Its name, if it is one of this run.
-            scores: The metric of each checkpoint up to it that is still there.
+            scores: The metric of each checkpoint up to it that is still there, by step.
         """
         self.position, self._parent = position, parent
-        self._scores = [(score, None) for score in scores]
+        self._scores = {step: (score, None) for step, score in scores.items()}
         if parent is not None:
             self._last_place = self._place
 
@@ -297,7 +297,7 @@ class Checkpointing:
         self._snapshots = [one for one in self._snapshots if not one.released] + [snapshot]
         self._last, self._last_place, self._failures = snapshot, self._place, 0
         if score is not None:
-            self._scores.append((score.value, snapshot))
+            self._scores[name.step] = score.value, snapshot
         nbytes, blocked_s = staged.nbytes + len(collected.state), (clock() - mark) / 1e9
         header = self._origin.header()
         prefault_s, slab.prefault_s = slab.prefault_s, None
@@ -424,16 +424,28 @@ class Checkpointing:
             ) from error
 
     def _enters_best(self, number: float, settings: Checkpoints) -> bool:
-        # A checkpoint that was not made durable is not kept, so it need not be beaten.
-        self._scores = [
-            (score, None if snapshot is None or snapshot.released else snapshot)
-            for score, snapshot in self._scores
-            if snapshot is None or not snapshot.failed
-        ]
-        best = sorted((score for score, _ in self._scores), reverse=settings.best_mode == "max")[: settings.keep_best]
-        if len(best) < settings.keep_best:
-            return True
-        return bool(best) and (number > best[-1] if settings.best_mode == "max" else number < best[-1])
+        """Whether a metric is better than the last of the best ones, or these are not complete."""
+        sign, step = 1 if settings.best_mode == "max" else -1, self._origin.global_step
+        # A checkpoint that was not made durable is not kept, so it need not be beaten. One of this step holds the same
+        # weights.
+        ranked = sorted(
+            ((sign * score, at, snapshot) for at, (score, snapshot) in self._scores.items() if at != step),
+            key=lambda one: one[:2],
+            reverse=True,
+        )
+        ranked = [one for one in ranked if one[2] is None or not one[2].failed]
+        best = ranked[: settings.keep_best]
+        enters = len(best) < settings.keep_best or bool(best and sign * number > best[-1][0])
+        own = self._scores.get(step)
+        if own is not None and (own[1] is None or not own[1].failed):
+            enters = enters and sign * number > sign * own[0]
+        # Those behind the best may come back while one of these can still fail.
+        durable = [one for one in ranked if one[2] is None or one[2].durable][: settings.keep_best]
+        kept = [*durable, *(one for one in ranked if one[2] is not None and not one[2].durable)]
+        self._scores = {at: (sign * score, snapshot) for score, at, snapshot in kept}
+        if own is not None:
+            self._scores[step] = own
+        return enters
 
     def _notice_missing(self, metric: str) -> None:
         if not self._missing_noticed:

@@ -19,6 +19,7 @@ from events.sink import Delivery, delivery_of, require
 from trainer.arguments import TrainerArguments
 from trainer.contract_checks import check_contract
 from trainer.errors import ArgumentsError
+from trainer.fetch import KEYWORDS
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.session import split
 
@@ -189,6 +190,12 @@ def check_checkpoints(checkpoints: Any, resume: Any, init_from: Any, problems: l
         problems.append(f"resume must be 'auto', 'best', a path, an address or None, not {shown(resume)}")
     if not isinstance(init_from, str | os.PathLike | None) or init_from == "":
         problems.append(f"init_from must be a path, an address or None, not {shown(init_from)}")
+
+
+def check_named(run_id: Any, run_dir: Any, resume: Any, problems: list[str]) -> None:
+    """See that a run that looks for its own checkpoints names itself."""
+    if resume in KEYWORDS and run_id is None and run_dir is None:
+        problems.append(f"resume={resume!r} needs to know the run; give run_id or run_dir")
 
 
 def check_upload(upload: str, run_id: str, run_dir: Path) -> None:

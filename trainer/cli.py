@@ -316,7 +316,7 @@ def _checkpoints(options: argparse.Namespace) -> int:
 def _checkpoint(text: str) -> CheckpointName:
     name = CheckpointName.parse(text)
     if name is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no checkpoint's name, as step-500.a1 is")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a checkpoint name (expected e.g. step-500.a1)")
     return name
 
 

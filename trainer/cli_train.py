@@ -82,6 +82,8 @@ def _print_result(result: RunResult) -> None:
     for name, place in (("run folder", result.run_dir), ("checkpoint", result.checkpoint)):
         if place is not None:
             print(f"{name}: {place}")
+    if result.best_checkpoint is not None:
+        print(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
 
 
 def _tell_of_losses(result: RunResult) -> None:

@@ -5,16 +5,20 @@ No I/O and no clock: `trainer.connection` feeds it what comes over the network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
 
+from events.checkpoint.manifest import CheckpointName
 from events.messages import (
+    CheckpointDeleted,
     CheckpointSaved,
     Event,
     LedgerReported,
     MetricsLogged,
     RunEnded,
+    RunResumed,
     RunStarted,
     StallLedger,
     TestEpochEnded,
@@ -46,6 +50,8 @@ class RunSummary(msgspec.Struct):
     global_step: int = 0
     epoch: int = 0
     latest: dict[str, float | str] = {}
+    best: str | None = None
+    best_mode: str = "min"
 
 
 class CheckpointSummary(msgspec.Struct):
@@ -53,6 +59,7 @@ class CheckpointSummary(msgspec.Struct):
 
     name: str
     state: str = ""
+    metric: float | str | None = None
 
 
 class Snapshot(msgspec.Struct):
@@ -82,6 +89,12 @@ class ResultBuilder:
         self._metrics = {name: float(value) for name, value in run.latest.items() if _is_in_result(name)}
         durable = [one.name for one in snapshot.checkpoints if one.state == "durable"]
         self._checkpoint = durable[-1] if durable else None
+        self._monitor, self._mode = run.best, run.best_mode
+        # By name, the folder (or the name, where no event has told it) and the metric.
+        self._scored: dict[str, tuple[str, float]] = {}
+        for one in snapshot.checkpoints:
+            if one.state == "durable" and one.metric is not None:
+                self._score(one.name, one.name, float(one.metric))
 
     def add(self, events: Sequence[Event]) -> None:
         """Take the next events."""
@@ -97,6 +110,9 @@ class ResultBuilder:
             self._metrics.update(metrics_of(event))
         elif isinstance(event, RunStarted):
             self._attempt, self._ended, self._epochs = event.attempt, None, event.epoch
+            self._monitor, self._mode = event.best, event.best_mode
+        elif isinstance(event, RunResumed):
+            self._forget_after(event)
         elif isinstance(event, TrainEpochStarted):
             self._epochs = event.epoch
         elif isinstance(event, TrainEpochEnded):
@@ -105,14 +121,43 @@ class ResultBuilder:
             self._ledger = event.ledger
         elif isinstance(event, CheckpointSaved):
             self._checkpoint = event.path
+            if event.metric is not None:
+                self._score(event.checkpoint, event.path, event.metric)
+        elif isinstance(event, CheckpointDeleted):
+            if event.where == "local":
+                self._scored.pop(event.checkpoint, None)
         elif isinstance(event, RunEnded):
             self._ended = event
+
+    def _score(self, name: str, place: str, metric: float) -> None:
+        if math.isfinite(metric) and CheckpointName.parse(name) is not None:
+            self._scored[name] = place, metric
+
+    def _forget_after(self, event: RunResumed) -> None:
+        """The run went back: later checkpoints are not of its line any more."""
+        parent = CheckpointName.parse(event.checkpoint) if event.after_seq != 0 and event.checkpoint else None
+        self._scored = {
+            name: one
+            for name, one in self._scored.items()
+            if _age(name).attempt >= event.attempt or (parent is not None and _age(name) <= parent)
+        }
+
+    @property
+    def _best(self) -> tuple[str | None, float | None]:
+        """The best durable checkpoint, of equal ones the newest, and its metric."""
+        if self._monitor is None or not self._scored:
+            return None, None
+        sign = 1 if self._mode == "max" else -1
+        return max(
+            sorted(self._scored.items(), key=lambda one: _age(one[0]), reverse=True), key=lambda one: sign * one[1][1]
+        )[1]
 
     @property
     def result(self) -> RunResult | None:
         """How the run ended; None if it has not."""
         if self._ended is None:
             return None
+        best_checkpoint, best_metric = self._best
         return RunResult(
             run_id=self._run_id,
             attempt=self._attempt,
@@ -123,7 +168,14 @@ class ResultBuilder:
             metrics=dict(self._metrics),
             ledger=self._ledger,
             checkpoint=self._checkpoint,
+            best_checkpoint=best_checkpoint,
+            best_metric=best_metric,
         )
+
+
+def _age(name: str) -> CheckpointName:
+    """A checkpoint's name, by which it compares with others."""
+    return CheckpointName.parse(name) or CheckpointName(0, 0)
 
 
 def _is_in_result(name: str) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from events.checkpoint.lineage import best_first
+from events.checkpoint.lineage import ranked, scores_of
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
@@ -17,10 +16,19 @@ from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.folder import RunFolder
 from events.log import logger
 
+KEYWORDS = ("auto", "best")
+"""What ``resume`` may be beside a path or an address."""
+_WORDS = frozenset({*KEYWORDS, "last", "latest", "newest"})
 RESUMED_DIR = "resumed"
 """Within a run's folder: the checkpoint of another run that it began with."""
 
 Fetch = Callable[[], Path | None]
+
+
+def no_name(path: str) -> str | None:
+    """The word at the end of a path or address that was meant for a checkpoint, and is not the name of one."""
+    word = path.rstrip("/").rpartition("/")[2]
+    return word if word in _WORDS else None
 
 
 def fetch_for(
@@ -45,7 +53,7 @@ def fetch_for(
     if isinstance(resume, str) and "://" in resume:
         address = resume
         return lambda: _fetch_address(argument, address, run_id, run_dir)
-    if resume in ("auto", "best") and settings is not None and settings.upload is not None and run_dir is not None:
+    if resume in KEYWORDS and settings is not None and settings.upload is not None and run_dir is not None:
         upload = settings.upload
         return lambda: _fetch_own(upload, run_id, run_dir, settings if resume == "best" else None)
     return None
@@ -68,9 +76,12 @@ def _fetch_address(argument: str, address: str, run_id: str, run_dir: Path | Non
     remote = _remote(base if name is not None else address)
     names = [name] if name is not None else list(remote.candidates())
     if not names:
-        raise CheckpointNotFound(f"{argument}={address!r}: there is no checkpoint")
+        word = no_name(address)
+        why = f"{word!r} is not a checkpoint name (expected e.g. step-500.a1)" if word else "there is no checkpoint"
+        raise CheckpointNotFound(f"{argument}={address!r}: {why}")
     with RunFolder.open(run_dir, run_id):
-        return _download(remote, names, run_dir, run_id)
+        # Weights are copied, whoever's they are: the history does not continue from them.
+        return _download(remote, names, run_dir, None if argument == "init_from" else run_id)
 
 
 def _fetch_own(upload: str, run_id: str, run_dir: Path, best: Checkpoints | None) -> None:
@@ -84,25 +95,18 @@ def _fetch_own(upload: str, run_id: str, run_dir: Path, best: Checkpoints | None
         return
     objects: Any = importlib.import_module("events.checkpoint.objects")
     remote = _remote(objects.run_url(upload, run_id))
-    names = list(remote.candidates())
-    if best is not None:
-        names = _best_first(remote, names, best)
+    if best is None:
+        names = list(remote.candidates())
+    else:
+        scores = scores_of(remote.line(), remote.manifest, best.best, lambda name, error: logger.warning(str(error)))
+        names = ranked(scores, best.best_mode if best.best is not None else None)
     if names:
         with RunFolder.open(run_dir, run_id):
             _download(remote, names, run_dir, run_id)
 
 
-def _best_first(remote: Any, names: list[CheckpointName], settings: Checkpoints) -> list[CheckpointName]:
-    scores: dict[CheckpointName, float] = {}
-    for name in names:
-        with contextlib.suppress(CheckpointDamaged, CheckpointNotFound):
-            metric = remote.manifest(name).metric
-            if metric is not None and settings.best in (None, metric.name):
-                scores[name] = metric.value
-    return best_first(scores, scores, settings.best_mode == "max")
-
-
-def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: str) -> Path:
+def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: str | None) -> Path:
+    """Copy the first of these that is whole: to this run's checkpoints if it is one of them, else beside them."""
     problems: list[str] = []
     for name in names:
         try:
@@ -115,14 +119,14 @@ def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: s
                 remote.download_attempts(folder)
         except (CheckpointDamaged, CheckpointNotFound) as error:
             problems.append(str(error))
-            logger.warning(f"{error}; an older checkpoint is tried")
+            logger.warning(f"{error}; another checkpoint is tried")
         except OSError as error:
             raise CheckpointError(
                 f"{remote.url_of(name)} cannot be brought to {run_dir}: {error}; make room, or give the run"
                 f" another folder"
             ) from error
         else:
-            logger.info(f"resuming from {remote.url_of(name)}, now in {path}")
+            logger.info(f"{remote.url_of(name)} was copied to {path}")
             return path
     raise CheckpointDamaged(f"none of the checkpoints at {remote.url} is whole. The newest: {problems[0]}")
 

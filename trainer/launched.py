@@ -145,11 +145,15 @@ def build(config: LaunchConfig) -> Trainer:
         if not hasattr(factory, part):
             raise ArgumentsError(f"launch: {config.factory!r}: {getattr(factory, '__name__', factory)} has no {part!r}")
         factory = getattr(factory, part)
-    built = factory(**msgspec.msgpack.decode(config.arguments))
+    from trainer.trainer import Trainer, relocate, relocating
+
+    token = relocating.set(True)
+    try:
+        built = factory(**msgspec.msgpack.decode(config.arguments))
+    finally:
+        relocating.reset(token)
     if inspect.iscoroutine(built):
         built.close()
-    from trainer.trainer import Trainer, relocate
-
     if not isinstance(built, Trainer):
         raise ArgumentsError(f"launch: {config.factory!r} must return a Trainer, not {built!r:.80}")
     relocate(built, config.run_id, config.run_dir, config.resume)

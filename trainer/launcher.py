@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from events.checkpoint.manifest import CheckpointName
 from events.errors import CursorError
 from events.journal_stream import JournalEventStream
 from events.messages import Event
@@ -25,6 +26,7 @@ from events.run import Run
 from events.wire import encode_command_json
 from trainer.cancellation import outlast
 from trainer.errors import ArgumentsError
+from trainer.fetch import KEYWORDS
 from trainer.launched import LaunchConfig
 from trainer.launched_process import LaunchedProcess
 
@@ -186,8 +188,9 @@ def _command(python: str | os.PathLike[str] | None, env: dict[str, str]) -> tupl
 
 
 def _absolute(resume: str) -> str:
-    """A path, as seen from another working directory; "auto" and addresses are what they are."""
-    return resume if resume in ("auto", "best") or "://" in resume else os.path.abspath(resume)
+    """A path, as seen from another working directory; a keyword, an address and a checkpoint's name stay."""
+    name = CheckpointName.parse(resume) is not None and not os.path.exists(resume)
+    return resume if resume in KEYWORDS or "://" in resume or name else os.path.abspath(resume)
 
 
 def _problems_of(factory: Any, run_id: Any, run_dir: Any, resume: Any, env: Any) -> Iterable[str]:

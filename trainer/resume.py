@@ -12,16 +12,17 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from events.checkpoint.lineage import Attempt
+from events.checkpoint.lineage import Attempt, ranked
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore, read_file, read_manifest
+from events.checkpoint.store import CHECKPOINTS_DIR, WEIGHTS_NAME, CheckpointStore, read_file, read_manifest
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from events.log import logger
 from trainer.arguments import TrainerArguments
 from trainer.checkpointing import has_state
 from trainer.data import generators_of, loader_length, map_tensors, skip_batches
 from trainer.errors import DataLoaderError
+from trainer.fetch import KEYWORDS, no_name
 from trainer.hooks import CallbackHooks
 from trainer.module_interface import ModuleInterface
 from trainer.optimization import Optimization
@@ -29,8 +30,6 @@ from trainer.position import SAVED_FIELDS, Position
 from trainer.rng import RngState, restore_rng
 from trainer.tensor_state import put_together, tensors_in
 
-KEYWORDS = ("auto", "best")
-"""What ``resume`` may be beside a path or an address."""
 OnRejected = Callable[[str, Exception], None]
 
 _STATE = frozenset({"global_step", "epoch", "position", "rng", "module", "optimizers", "schedulers", "followed_loss"})
@@ -186,15 +185,12 @@ class CheckpointPlan:
         Raises:
             CheckpointNotFound: There is not. An attempt that began only to say so would end a finished run as failed.
         """
-        for name, path in (("resume", self._resume), ("init_from", self._init_from)):
-            if path is None or (name == "resume" and path in KEYWORDS):
-                continue
-            try:
-                _folder_of(path, self.store).stat()
-            except (FileNotFoundError, NotADirectoryError):
-                raise _not_found(path, name) from None
-            except (OSError, ValueError):
-                pass  # `load` says what is wrong with it
+        resume, store = self._resume, self.store
+        if resume is not None and resume not in KEYWORDS:
+            _check_place("resume", resume, store)
+        found = store is not None and resume == "auto" and (store.source is not None or any(store.candidates()))
+        if self._init_from is not None and not found:
+            _check_place("init_from", self._init_from, None)
 
     def load(self, on_rejected: OnRejected) -> Loaded | None:
         """Read what is to be resumed from; None for a run that begins anew. Waits for the disk.
@@ -208,6 +204,10 @@ class CheckpointPlan:
         resume, store = self._resume, self.store
         if resume is None:
             return None
+        if self._init_from is not None and resume != "auto":
+            logger.warning(
+                f"init_from={os.fspath(self._init_from)!r} is ignored; resume={os.fspath(resume)!r} is given"
+            )
         if resume not in KEYWORDS:
             return find(resume, store, on_rejected)
         if store is None:
@@ -231,64 +231,53 @@ class CheckpointPlan:
         return str(loaded.manifest.name)
 
     def _load_best(self, store: CheckpointStore, on_rejected: OnRejected) -> Loaded:
-        monitor, mode = self._monitored()
-        for name in store.best(monitor, mode):
+        settings = self.settings
+        monitor, mode = (
+            (None, None) if settings is None or settings.best is None else (settings.best, settings.best_mode)
+        )
+
+        def reject(name: str, error: Exception) -> None:
+            logger.warning(f"resume='best' skips a checkpoint: {error}")
+            on_rejected(name, error)
+
+        for name in ranked(store.scores(monitor, reject), mode):
             try:
                 return Loaded(store.path(name))
             except (CheckpointDamaged, CheckpointNotFound) as error:
-                on_rejected(str(name), error)
-        known = ", ".join(map(str, store.names())) or "none"
+                reject(str(name), error)
         what = f"with the metric {monitor!r}" if monitor else "with a metric"
         raise CheckpointNotFound(
-            f"resume='best': {store.folder} has no whole checkpoint {what} (it has: {known}); give the path of a"
-            f" checkpoint, or train with Checkpoints(best=...)"
+            f"resume='best': {store.folder} has no whole checkpoint {what} (it has: {_contents(store)}); give the path"
+            f" of one, or train with Checkpoints(best=...)"
         )
-
-    def _monitored(self) -> tuple[str | None, str | None]:
-        settings = self.settings
-        return (None, None) if settings is None or settings.best is None else (settings.best, settings.best_mode)
-
-    def best(self) -> tuple[str, float] | None:
-        """The folder of the run's best durable checkpoint, and its metric; None if it monitors none."""
-        if self.settings is None or self.settings.best is None or self.store is None:
-            return None
-        scores = self.store.scores(self.settings.best)
-        for name in self.store.best(*self._monitored()):
-            return str(self.store.path(name)), scores[name].value
-        return None
 
     def load_weights(self, module: ModuleInterface) -> bool:
         """Have the module take over the weights of ``init_from``. Waits for the disk. Returns whether there are any.
 
         Raises:
-            CheckpointMismatch: they are those of another model; names the keys and shapes. The module is as it was.
-            CheckpointError: there are none, or they cannot be read.
+            CheckpointMismatch: They are those of another model; names the keys and shapes. The module is as it was.
+            CheckpointError: There are none, or they cannot be read.
         """
-        path = self._init_from
-        if path is None:
+        if self._init_from is None:
             return False
-        if Path(path).is_file():
-            try:
-                data = memoryview(bytearray(Path(path).read_bytes()))  # torch takes only what can be written
-            except OSError as error:
-                raise CheckpointError(f"init_from={os.fspath(path)!r} cannot be read: {error}") from error
-            tensors = tensors_in(data, os.fspath(path))
-            _check_module(module, tensors, os.fspath(path), ())
-            module.load_state_dict(tensors)  # copies them
+        place = _weights_at(Path(self._init_from))
+        if place.is_file():
+            _load_file(module, place)
             return True
-        loaded = find(
-            path, None, lambda name, error: logger.warning(f"{error}; an older checkpoint is tried"), "init_from"
-        )
-        loaded.restore_module(module)
+
+        def tell(name: str, error: Exception) -> None:
+            logger.warning(f"{error}; an older checkpoint is tried")
+
+        find(place, None, tell, "init_from").restore_module(module)
         return True
 
-    def scores_up_to(self, loaded: Loaded) -> list[float]:
-        """The monitored metric of each checkpoint up to this one that is still there."""
+    def scores_up_to(self, loaded: Loaded) -> dict[int, float]:
+        """The monitored metric of each checkpoint up to this one that is still there, by step."""
         settings, store = self.settings, self.store
         if settings is None or settings.best is None or store is None or self.name_of(loaded) is None:
-            return []
-        scores = store.scores(settings.best)
-        return [score.value for name, score in scores.items() if name <= loaded.manifest.name]
+            return {}
+        scores = reversed(store.scores(settings.best).items())  # the newest of a step is last
+        return {name.step: score.value for name, score in scores if name <= loaded.manifest.name}
 
     @property
     def resumes(self) -> bool:
@@ -383,11 +372,78 @@ def _folder_of(path: str | os.PathLike[str], store: CheckpointStore | None) -> P
     return folder
 
 
-def _not_found(path: str | os.PathLike[str], argument: str = "resume") -> CheckpointNotFound:
-    fix = "or 'auto'" if argument == "resume" else "or a safetensors file"
-    return CheckpointNotFound(
-        f"{argument}={os.fspath(path)!r}: there is no checkpoint; give the folder of a checkpoint or of a run, {fix}"
-    )
+def _check_place(argument: str, path: str | os.PathLike[str], store: CheckpointStore | None) -> None:
+    """See that there is something at a path. Raises `CheckpointNotFound`."""
+    try:
+        _folder_of(path, store).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _not_found(path, argument) from None
+    except (OSError, ValueError):
+        pass  # reading it says what is wrong with it
+
+
+def _not_found(path: str | os.PathLike[str], argument: str) -> CheckpointNotFound:
+    text = os.fspath(path)
+    if (word := no_name(text)) is not None:
+        wrong = f"{word!r} is not a checkpoint name (expected e.g. step-500.a1)"
+    else:
+        wrong = "there is no checkpoint"
+    above = Path(text).parent
+    if (names := CheckpointStore(above).names()) and above.name == CHECKPOINTS_DIR:
+        wrong += f"; {above} holds {', '.join(_some(map(str, names)))}"
+    fix = "or 'auto' or 'best'" if argument == "resume" else "or a safetensors file"
+    return CheckpointNotFound(f"{argument}={text!r}: {wrong}; give the folder of a checkpoint or of a run, {fix}")
+
+
+def _contents(store: CheckpointStore) -> str:
+    """What a store holds, for a message: each checkpoint with its metric."""
+    shown = []
+    for name in store.names():
+        try:
+            metric = store.manifest(name).metric
+        except CheckpointError:
+            shown.append(f"{name} (unreadable)")
+        else:
+            shown.append(str(name) if metric is None else f"{name} ({metric.name} {metric.value:.6g})")
+    return ", ".join(_some(shown)) or "none"
+
+
+def _weights_at(place: Path) -> Path:
+    """What ``init_from`` means: a file of weights, or the folder of a checkpoint or of a run."""
+    if place.is_file() and (place.parent / MANIFEST_NAME).is_file():
+        return place.parent  # one file of a checkpoint, which holds more than weights
+    if (place / WEIGHTS_NAME).is_file() and not CheckpointStore(place / CHECKPOINTS_DIR).names():
+        return place / WEIGHTS_NAME
+    return place
+
+
+def _load_file(module: ModuleInterface, path: Path) -> None:
+    """Have a module take over all tensors of a safetensors file. Raises `CheckpointError`."""
+    try:
+        found = tensors_in(memoryview(bytearray(path.read_bytes())), str(path))  # torch takes only what can be written
+    except OSError as error:
+        raise CheckpointError(f"init_from={str(path)!r} cannot be read: {error}") from error
+    except CheckpointDamaged as error:
+        raise CheckpointDamaged(
+            f"init_from={str(path)!r} cannot be used ({error}); write the weights with safetensors.torch.save_file"
+        ) from error
+    own = module.state_dict()
+    # Other writers store tied weights once.
+    names = {_memory_of(own[key]): key for key in found if key in own}
+    state = found | {key: found[names[at]] for key, value in own.items() if (at := _memory_of(value)) in names}
+    exempt = _with_own_loading(module)
+    _check_module(module, state, str(path), exempt)
+    try:
+        module.load_state_dict(state)  # copies them
+    except RuntimeError as error:
+        raise CheckpointMismatch(f"{path} does not fit {type(module).__name__}: {error}") from error
+
+
+def _memory_of(value: Any) -> Any:
+    """What two names of one tensor have in common."""
+    if not isinstance(value, torch.Tensor) or is_lazy(value) or not value.numel():
+        return object()
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
 def takes_state_by_default(module: ModuleInterface) -> bool:
@@ -425,8 +481,7 @@ def _check_module(module: ModuleInterface, saved: Any, where: str, exempt: tuple
         changed = type(module).get_state is not ModuleInterface.get_state
         hint = "; get_state() is overridden, and so update_state(state) must be, to take it over" if changed else ""
         raise CheckpointMismatch(
-            f"the checkpoint {where} does not fit {type(module).__name__}: {'; '.join(problems)}{hint}. Nothing"
-            f" was changed"
+            f"{where} does not fit {type(module).__name__}: {'; '.join(problems)}{hint}. Nothing was changed"
         )
 
 

@@ -74,7 +74,8 @@ class RunManager:
         if any(job.run_id == run_id for job in under_way):
             raise Unavailable(f"run {run_id} is in line or under way")
         self.jobs.pop(run_id, None)  # over: it is taken up again, at the end of the line
-        for job in [job for job in self.jobs.values() if job.over.is_set()][: len(self.jobs) + 1 - MOST_JOBS]:
+        over = [job for job in self.jobs.values() if job.over.is_set()]
+        for job in over[: max(0, len(self.jobs) + 1 - MOST_JOBS)]:
             del self.jobs[job.run_id]
         job = self.jobs[run_id] = Job(run_id)
         self._tasks.start_soon(self._train, job, open_run, name=f"run {run_id}")

@@ -466,7 +466,7 @@ class Session:
         elif loop.error is None and failure is not None and not isinstance(failure, RunCancelled):
             # An observer failed fatally while it was drained: the loop was over already, and could not raise it.
             status, reason, self.error = "failed", describe(failure), failure
-        best = self._plan.best()
+        best = self._writer.best if self._writer is not None else None
         self.result = RunResult(
             run_id=self._run_id,
             attempt=self.origin.attempt,
@@ -479,8 +479,8 @@ class Session:
             observers=reports,
             run_dir=str(self.folder.path) if self.folder is not None else None,
             checkpoint=self._last_checkpoint,
-            best_checkpoint=best and best[0],
-            best_metric=best and best[1],
+            best_checkpoint=str(best[0]) if best is not None else None,
+            best_metric=best[1] if best is not None else None,
         )
 
     @property

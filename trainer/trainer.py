@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
+from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled
@@ -34,6 +36,7 @@ from trainer.checks import (
     check_checkpoints,
     check_folder,
     check_members,
+    check_named,
     check_places,
     check_upload,
     members,
@@ -41,11 +44,11 @@ from trainer.checks import (
 )
 from trainer.control import Control
 from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
-from trainer.fetch import fetch_for
+from trainer.fetch import KEYWORDS, fetch_for
 from trainer.loop_thread import Task
 from trainer.module_interface import ModuleInterface
 from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
-from trainer.resume import KEYWORDS, CheckpointPlan
+from trainer.resume import CheckpointPlan
 from trainer.session import Callback, Session, SinkLike, console, new_run_id, split
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
@@ -80,8 +83,9 @@ class Trainer:
             ``run_dir``. ``"best"``: the one with the best `Checkpoints.best`. A path: of a checkpoint, or of a run's
             folder. An address in a remote store. None: start a new run. `test` takes over the module's state only.
         init_from: Where a new run takes its weights from: a checkpoint, a run's folder (its newest checkpoint), an
-            address in a remote store, or a safetensors file. It starts at step 0 with new optimizers. A run that
-            resumes does not look at it.
+            address in a remote store, or a safetensors file. It starts at step 0 with new optimizers and a history of
+            its own. Every key must fit. A run that resumes ignores it, so that a job which is restarted may give both
+            this and ``resume="auto"``.
         config: Your own hyperparameters: a mapping, dataclass, Struct or namespace, nested as you like. They are
             recorded in the run's folder (``config.json``) and in `RunStarted`, and every logger shows them as it shows
             hyperparameters. What JSON cannot hold becomes text.
@@ -142,6 +146,8 @@ class Trainer:
         check_members(self.module, self.arguments, self._callbacks, self._sinks, problems)
         check_places(self._sinks, sinks_in, self._journal, problems)
         check_folder(self._journal, run_id, run_dir, problems)
+        if not relocating.get():
+            check_named(run_id, run_dir, resume, problems)
         if problems:
             raise ArgumentsError("Trainer: " + "; ".join(problems))
 
@@ -217,6 +223,7 @@ class Trainer:
         run_id = self._run_id or self._known_run_id() or new_run_id()
         checkpoints, run_dir = self._checkpoints, self._run_dir
         has_folder = self._journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints)
+        has_folder = has_folder or self._resume in KEYWORDS
         settings = Checkpoints() if checkpoints is True else checkpoints or None
         folder = Path(run_dir or Path("runs") / run_id)
         if settings is not None and settings.upload is not None:
@@ -230,20 +237,19 @@ class Trainer:
         )
 
     def _known_run_id(self) -> str | None:
-        """The run that the given folder holds, for a job that is restarted and names only that.
+        """The id of the run that the given folder holds, for a job that is restarted and names only that.
 
         Raises:
-            ArgumentsError: nothing says which run to resume.
+            ArgumentsError: the id is the run's address in the remote store, and the folder does not have it.
         """
-        if self._resume not in KEYWORDS:
+        resume, run_dir, settings = self._resume, self._run_dir, self._checkpoints
+        if run_dir is None or resume is None or not _is_within(resume, run_dir):
             return None
-        if self._run_dir is None:
-            raise ArgumentsError(f"resume={self._resume!r} needs to know the run; give run_id or run_dir")
-        run_id = run_id_of(self._run_dir)
-        if run_id is None and isinstance(self._checkpoints, Checkpoints) and self._checkpoints.upload is not None:
+        run_id = run_id_of(run_dir)
+        if run_id is None and isinstance(settings, Checkpoints) and settings.upload is not None:
             raise ArgumentsError(
-                f"resume={self._resume!r}: {os.fspath(self._run_dir)} holds no run, so its name in the remote store is"
-                f" unknown; give run_id"
+                f"resume={resume!r}: {os.fspath(run_dir)} holds no run id, without which its uploads cannot be found;"
+                f" give run_id"
             )
         return run_id
 
@@ -279,6 +285,20 @@ class Trainer:
         )
 
 
+relocating: ContextVar[bool] = ContextVar("stagecast_relocating", default=False)
+"""Set while a factory builds the trainer that `relocate` is going to place."""
+
+
+def _is_within(resume: str | os.PathLike[str], run_dir: str | os.PathLike[str]) -> bool:
+    """Whether ``resume`` means something in the run's own folder."""
+    if resume in KEYWORDS or CheckpointName.parse(os.fspath(resume)) is not None:
+        return True
+    try:
+        return "://" not in os.fspath(resume) and Path(resume).resolve().is_relative_to(Path(run_dir).resolve())
+    except (OSError, ValueError):
+        return False  # opening it says what is wrong with it
+
+
 def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: str | None) -> None:
     """What `launch` was given takes the place of what the factory of the trainer chose.
 
@@ -287,6 +307,7 @@ def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: 
     """
     problems: list[str] = []
     check_folder(trainer._journal, run_id, run_dir, problems)
+    check_named(run_id or trainer._run_id, run_dir or trainer._run_dir, resume or trainer._resume, problems)
     if problems:
         raise ArgumentsError("launch: " + "; ".join(problems))
     trainer._run_id = run_id or trainer._run_id
@@ -303,7 +324,7 @@ def check_resume(trainer: Trainer) -> None:
     place = trainer._place()
     if not place.is_remote:
         store = CheckpointStore(place.run_dir / CHECKPOINTS_DIR) if place.run_dir is not None else None
-        CheckpointPlan(None, store, place.resume, None, None if place.is_remote else place.init_from).check()
+        CheckpointPlan(None, store, place.resume, None, place.init_from).check()
 
 
 class _Place:
@@ -335,7 +356,14 @@ class _Place:
         if self._fetch is not None:
             self.resume = self._fetch() or self.resume
         if self._fetch_weights is not None:
-            self.init_from = self._fetch_weights() or self.init_from
+            self.init_from = None if self._resumes else self._fetch_weights()
+
+    @property
+    def _resumes(self) -> bool:
+        """Whether the run is going to resume, so that it needs no other weights."""
+        if self.resume != "auto":
+            return self.resume is not None
+        return self.run_dir is not None and any(CheckpointStore(self.run_dir / CHECKPOINTS_DIR).candidates())
 
 
 class RunContext(AbstractAsyncContextManager[Run]):

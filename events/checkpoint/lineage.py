@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 import xxhash
 
-from events.checkpoint.manifest import CheckpointName
-from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew
+from events.checkpoint.manifest import CheckpointName, Manifest, Metric
+from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
 
 _LAST_ATTEMPT = 10**9
 
@@ -115,6 +115,46 @@ def by_age(line: Iterable[CheckpointName], names: Iterable[CheckpointName]) -> l
     return [*(name for name in sorted(names) if name not in known), *reversed(line)]
 
 
+def scores_of(
+    line: Iterable[CheckpointName],
+    read: Callable[[CheckpointName], Manifest],
+    metric: str | None = None,
+    on_unread: Callable[[str, Exception], None] = lambda name, error: None,
+) -> dict[CheckpointName, Metric]:
+    """The metric of each checkpoint of a line that has one, in its order.
+
+    Args:
+        line: The newest first.
+        read: Reads a manifest, or raises as `CheckpointStore.manifest` does.
+        metric: Only those of this metric; None: of the one that the newest of them has.
+        on_unread: Called with the name of each whose manifest cannot be read, and why.
+    """
+    scores: dict[CheckpointName, Metric] = {}
+    for name in line:
+        try:
+            found = read(name).metric
+        except CheckpointNotFound:
+            continue  # deleted meanwhile
+        except CheckpointError as error:
+            on_unread(str(name), error)
+            continue
+        if found is not None and found.name == (metric or found.name):
+            metric = found.name
+            scores[name] = found
+    return scores
+
+
+def ranked(scores: Mapping[CheckpointName, Metric], mode: str | None = None) -> list[CheckpointName]:
+    """Checkpoints by their metric, the best first.
+
+    Args:
+        scores: See `scores_of`.
+        mode: ``"min"`` or ``"max"``; None: as the newest of them was taken.
+    """
+    mode = mode or next((score.mode for score in scores.values()), "min")
+    return best_first(scores, {name: score.value for name, score in scores.items()}, mode == "max")
+
+
 def best_first(
     names: Iterable[CheckpointName], metrics: Mapping[CheckpointName, float], largest_is_best: bool
 ) -> list[CheckpointName]:
@@ -142,7 +182,8 @@ def expendable(
         names: All that there are.
         metrics: The monitored metric, of those that have a finite one.
         keep_last: How many of the newest stay, at least one; None: all stay.
-        keep_best: How many of the line with the best metric stay, too; of two equal ones the newer.
+        keep_best: How many of the line with the best metric stay, too; of two equal ones the newer. Several at one step
+            count once: the newest stays.
         uploaded: Those that are in the remote store; None if uploads are off. One goes only when a newer one is there.
     """
     if keep_last is None:
@@ -150,8 +191,9 @@ def expendable(
     line = list(line)
     ordered = by_age(line, names)
     kept = set(ordered[-max(1, keep_last) :])
-    scored = [name for name in line if name in metrics]
-    kept.update(best_first(scored, metrics, largest_is_best)[:keep_best])
+    # The newest of each step: several at one step of the line hold the same weights, and count once.
+    scored = {name.step: name for name in reversed(line) if name in metrics}
+    kept.update(best_first(scored.values(), metrics, largest_is_best)[:keep_best])
     if uploaded is not None:
         there = set(uploaded)
         newest = next((index for index in range(len(ordered) - 1, -1, -1) if ordered[index] in there), 0)

@@ -118,6 +118,8 @@ class Snapshot:
         self.wait = wait
         self.failed = False
         """Set by the writer when it will not be durable."""
+        self.durable = False
+        """Set by the writer when it is."""
         self._image: memoryview | None = image
         self._release = release
         self._lock = threading.Lock()

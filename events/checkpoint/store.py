@@ -21,7 +21,7 @@ import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -31,12 +31,12 @@ from events.checkpoint import disk
 from events.checkpoint.lineage import (
     Attempt,
     attempt_name,
-    best_first,
     candidates_of,
     decode_attempt,
     encode_attempt,
     is_attempt_name,
     line_of,
+    scores_of,
 )
 from events.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -47,10 +47,12 @@ from events.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
+from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew
 
 CHECKPOINTS_DIR = "checkpoints"
 """The folder of checkpoints within a run's folder."""
+WEIGHTS_NAME = "weights.safetensors"
+"""The module's weights alone, in the run's folder."""
 _UPLOADED_NAME = "uploaded"
 _CHUNK = 32 * 2**20
 
@@ -102,31 +104,11 @@ class CheckpointStore:
         """The checkpoints that the run as it stands has come from, the newest first."""
         return line_of(self.names(), self.attempts(), lambda name: self.manifest(name).parent)
 
-    def scores(self, metric: str | None = None) -> dict[CheckpointName, Metric]:
-        """The metric of each checkpoint of the line that has one.
-
-        Args:
-            metric: Only those of this metric; None: of the one that the newest of them has.
-        """
-        scores: dict[CheckpointName, Metric] = {}
-        for name in self.line():
-            with contextlib.suppress(CheckpointError):
-                found = self.manifest(name).metric
-                if found is not None and found.name == (metric or found.name):
-                    metric = found.name
-                    scores[name] = found
-        return scores
-
-    def best(self, metric: str | None = None, mode: str | None = None) -> list[CheckpointName]:
-        """The checkpoints of the line that have a metric, the best first.
-
-        Args:
-            metric: As for `scores`.
-            mode: ``"min"`` or ``"max"``; None: as the newest of them was taken.
-        """
-        scores = self.scores(metric)
-        mode = mode or next((score.mode for score in scores.values()), "min")
-        return best_first(scores, {name: score.value for name, score in scores.items()}, mode == "max")
+    def scores(
+        self, metric: str | None = None, on_unread: Callable[[str, Exception], None] = lambda name, error: None
+    ) -> dict[CheckpointName, Metric]:
+        """The metric of each checkpoint of the line that has one; see `events.checkpoint.lineage.scores_of`."""
+        return scores_of(self.line(), self.manifest, metric, on_unread)
 
     def attempts(self) -> dict[int, Attempt]:
         """What each attempt started from, as far as it was noted."""

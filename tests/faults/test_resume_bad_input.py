@@ -135,19 +135,17 @@ def test_a_path_that_leads_to_no_checkpoint_is_named(runs: Any, tmp_path: Path, 
     assert one.net.losses == []
 
 
-def test_auto_needs_a_folder(runs: Any) -> None:
-    """A run that keeps nothing has nothing to go on from: it says what to give it."""
-    net = runs.Net(runs.Case())
-    trainer = runs.Trainer(net, runs.Case().arguments(), journal=False, sinks=[], resume="auto")
-    with pytest.raises(CheckpointNotFound, match=r"resume='auto'.*give run_dir"):
-        trainer.train()
-    assert net.losses == []
+@pytest.mark.parametrize("resume", ["auto", "best"])
+def test_a_run_that_looks_for_its_own_checkpoints_must_be_named(runs: Any, resume: str) -> None:
+    """When the trainer is made."""
+    with pytest.raises(ArgumentsError, match=rf"resume='{resume}' needs to know the run; give run_id or run_dir"):
+        runs.Trainer(runs.Net(runs.Case()), runs.Case().arguments(), journal=False, sinks=[], resume=resume)
 
 
 @pytest.mark.parametrize("resume", [3, "", b"step-8.a1", Ellipsis])
 def test_what_is_no_path_is_refused_at_once(runs: Any, tmp_path: Path, resume: Any) -> None:
     """When the trainer is made, with all that it may be."""
-    with pytest.raises(ArgumentsError, match=r"resume must be 'auto', a path, an address or None, not"):
+    with pytest.raises(ArgumentsError, match=r"resume must be 'auto', 'best', a path, an address or None, not"):
         runs.prepare(runs.Case(), tmp_path, resume=resume)
 
 

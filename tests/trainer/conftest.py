@@ -298,6 +298,7 @@ def kit() -> Any:
         WAIT_S=WAIT_S,
         ROOT=ROOT,
         SlabPool=SlabPool,
+        Trainer=Trainer,
         make_trainer=make_trainer,
         train=train,
         wait_until_failed=wait_until_failed,

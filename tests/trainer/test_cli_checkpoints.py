@@ -182,7 +182,7 @@ def test_json_has_what_a_script_wants(stagecast: Stagecast, run: Path, upload: s
         "epoch": manifest.epoch,
         "time": manifest.time,
         "nbytes": manifest.nbytes,
-        "metric": {"name": "val_loss", "value": manifest.metric.value},
+        "metric": {"name": "val_loss", "value": manifest.metric.value, "mode": "min"},
         "reasons": manifest.reasons,
         "run_id": "the-run",
         "module": manifest.module,
@@ -676,8 +676,8 @@ def test_a_module_without_tensors_has_nothing_to_export(stagecast: Stagecast, tm
         ([], "required: ACTION"),
         (["list"], "required: PATH"),
         (["export", "run"], "required: OUT.safetensors"),
-        (["verify", "run", "tensors"], "'tensors' is no checkpoint's name, as step-500.a1 is"),
-        (["export", "run", "out", "--name", "step-1"], "'step-1' is no checkpoint's name"),
+        (["verify", "run", "tensors"], "'tensors' is not a checkpoint name (expected e.g. step-500.a1)"),
+        (["export", "run", "out", "--name", "step-1"], "'step-1' is not a checkpoint name"),
     ],
 )
 def test_wrong_arguments_end_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str], why: str) -> None:

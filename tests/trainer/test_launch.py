@@ -11,6 +11,7 @@ import pickle
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ from events.messages import (
 )
 from events.protocol import RunResult
 from events.wire import encode_json_lines
-from trainer import launched_process
+from trainer import launched_process, launcher
 from trainer.errors import ArgumentsError, LaunchedRunCrashed, LaunchedRunFailed
 from trainer.launch_report import error_of
-from trainer.launched import Cancelling, Ended, Failed, LaunchConfig, Ready
+from trainer.launched import Cancelling, Ended, Failed, LaunchConfig, Ready, build
 from trainer.launched_process import LaunchedProcess
 from trainer.launcher import launch
 
@@ -136,6 +137,29 @@ def test_what_cannot_be_launched_is_refused_before_anything_starts(given: Any, t
     """With its place among the arguments."""
     with pytest.raises(ArgumentsError, match=told):
         launch(*given)
+
+
+def test_launch_may_name_the_run_that_the_factory_resumes(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factory need not; but one of the two must."""
+    job: Any = types.ModuleType("resuming_job")
+    job.build = lambda: kit.Trainer(kit.Net(), resume="auto")
+    monkeypatch.setitem(sys.modules, "resuming_job", job)
+    config = LaunchConfig("resuming_job:build", msgspec.msgpack.encode({}), os.getpid())
+    assert build(kit.replace(config, run_id="named"))._run_id == "named"
+    with pytest.raises(ArgumentsError, match="launch: resume='auto' needs to know the run; give run_id or run_dir"):
+        build(config)
+    with pytest.raises(ArgumentsError, match="Trainer: resume='auto'"):
+        job.build()
+
+
+def test_what_is_no_path_is_resumed_from_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keywords, addresses and names of the run's own checkpoints; a path is seen from here."""
+    monkeypatch.chdir(tmp_path)
+    for resume in ("auto", "best", "s3://bucket/run", "step-5.a1"):
+        assert launcher._absolute(resume) == resume
+    (tmp_path / "step-6.a1").mkdir()
+    assert launcher._absolute("step-6.a1") == str(tmp_path / "step-6.a1")
+    assert launcher._absolute("runs/x") == str(tmp_path / "runs/x")
 
 
 def test_a_cycle_and_wrong_options_are_refused() -> None:
@@ -702,7 +726,7 @@ import os, sys, time
 sys.path.insert(0, {jobs!r})
 import anyio
 from trainer.launch_report import error_of
-from trainer.launched import Cancelling, Ended, Failed, LaunchConfig, Ready
+from trainer.launched import Cancelling, Ended, Failed, LaunchConfig, Ready, build
 from trainer.launched_process import LaunchedProcess
 from trainer.launcher import launch
 from events.messages import TrainStepEnded

@@ -62,6 +62,23 @@ def test_auto_goes_on_from_there_where_nothing_is_here(kit: Any, tmp_path: Path)
     assert outcome.of(ObserverFailed) == []
 
 
+def test_the_best_one_is_fetched_where_nothing_is_here(kit: Any, tmp_path: Path) -> None:
+    """Of the line: what the run had gone back before is not the best one of it."""
+    scores = iter([0.4, 0.1, 0.3, 0.2, 0.5])
+
+    class Scored(kit.Net):
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            self.log("score", next(scores))
+
+    own = run_in(tmp_path, tmp_path / "there")
+    own["checkpoints"] = settings(tmp_path / "there", every_steps=None, best="score", keep_best=9, keep_last=9)
+    kit.train(Scored(), epochs=2, **own)
+    kit.train(Scored(), epochs=4, resume="step-2.a1", **own)
+    shutil.rmtree(tmp_path / "run")
+    outcome = kit.train(Scored(), epochs=3, resume="best", **own)
+    assert [event.checkpoint for event in outcome.of(RunResumed)] == ["step-6.a2"]
+
+
 def test_an_own_checkpoint_that_is_damaged_is_had_again_by_its_address(kit: Any, tmp_path: Path) -> None:
     """ "auto" would go on from the older one that is whole here: who wants the newest names it."""
     whole = kit.train(kit.Net(rows=64), epochs=2, **run_in(tmp_path / "other", tmp_path / "elsewhere")).result

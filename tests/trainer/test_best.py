@@ -1,0 +1,243 @@
+"""The best checkpoints: which are taken and kept, what the result names, and resuming from the best one."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from events.checkpoint.manifest import CheckpointName
+from events.checkpoint.store import CheckpointStore
+from events.errors import CheckpointNotFound
+from events.messages import CheckpointRejected, RunResumed
+from sinks.checkpoint_writer import CheckpointWriter
+from trainer import Checkpoints
+from trainer.checkpointing import Checkpointing
+
+EXAMPLES = 200 if os.environ.get("STAGECAST_FAULTS") == "full" else 25
+VALUES = st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf])
+OFF: dict[str, Any] = {"every_minutes": None, "weights": False}
+
+
+def scored(kit: Any, scores: list[float]) -> Any:
+    """A module of one step per epoch, whose validation logs the next of these as ``score``."""
+
+    class Scored(kit.Net):
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            self.log("score", scores[global_step - 1])
+
+    return Scored(rows=8)
+
+
+def train(kit: Any, folder: Path, scores: list[float], **options: Any) -> Any:
+    options = {"epochs": len(scores), "run_id": "r", "run_dir": folder} | options
+    return kit.train(scored(kit, scores), **options)
+
+
+class Trouble:
+    """Has checkpoints of some steps fail at their very end, or be skipped; training waits for each."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, failing: set[int], skipped: set[int]) -> None:
+        written = threading.Semaphore(0)
+        take, wait, save, commit = (
+            Checkpointing.take,
+            Checkpointing._wait_for_slab,
+            CheckpointWriter._save,
+            CheckpointStore.commit,
+        )
+
+        def taken(self: Any, *args: Any, **more: Any) -> None:
+            before = self._last
+            take(self, *args, **more)
+            if self._last is not before:
+                assert written.acquire(timeout=20)
+
+        def saved(self: Any, *args: Any) -> None:
+            save(self, *args)
+            written.release()
+
+        def committed(self: Any, manifest: Any) -> Path:
+            if manifest.global_step in failing:
+                raise OSError("no room")
+            return commit(self, manifest)
+
+        def waited(self: Any, pool: Any, wants: bool) -> Any:
+            return None if self._origin.global_step in skipped else wait(self, pool, wants)
+
+        patch.setattr(Checkpointing, "take", taken)
+        patch.setattr(Checkpointing, "_wait_for_slab", waited)
+        patch.setattr(CheckpointWriter, "_save", saved)
+        patch.setattr(CheckpointStore, "commit", committed)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> dict[str, Any]:
+    """What validations score, in which attempts they are trained, what fails, and what is to be kept."""
+    scores = draw(st.lists(VALUES, min_size=1, max_size=7))
+    steps = st.sets(st.integers(1, len(scores)), max_size=2)
+    return {
+        "scores": scores,
+        "ends": [*sorted(draw(st.sets(st.integers(1, len(scores)), max_size=2))), len(scores)],
+        "failing": draw(steps),
+        "skipped": draw(steps),
+        "keep_best": draw(st.integers(0, 9)),
+        "keep_last": draw(st.one_of(st.none(), st.integers(1, 3))),
+        "best_mode": draw(st.sampled_from(["min", "max"])),
+        "at_end": draw(st.booleans()),
+    }
+
+
+def expected(plan: dict[str, Any]) -> tuple[list[tuple[int, float]], set[int]]:
+    """Of a plain list: all checkpoints that are taken and durable, and the steps of those that stay."""
+    k, sign = plan["keep_best"], 1 if plan["best_mode"] == "max" else -1
+    taken: list[tuple[int, float]] = []
+
+    def best() -> list[tuple[float, int]]:
+        return sorted(((sign * value, step) for step, value in taken if math.isfinite(value)), reverse=True)[:k]
+
+    for end in plan["ends"]:
+        begin = taken[-1][0] if taken else 0
+        for step in range(begin + 1, end + 1):
+            value = plan["scores"][step - 1]
+            enters = math.isfinite(value) and k > 0 and (len(best()) < k or sign * value > best()[-1][0])
+            wanted = enters or (plan["at_end"] and step == end)
+            if wanted and step not in plan["failing"] | plan["skipped"]:
+                taken.append((step, value))
+    last = taken if plan["keep_last"] is None else taken[-plan["keep_last"] :]
+    return taken, {step for step, _ in last} | {step for _, step in best()}
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plans())
+def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_best_k_stay(
+    kit: Any, plan: dict[str, Any]
+) -> None:
+    """With ties, NaN, failures, skips and restarts; and the result names the best of those that stay."""
+    folder = Path(tempfile.mkdtemp())
+    names = ("keep_best", "keep_last", "best_mode", "at_end")
+    checkpoints = Checkpoints(best="score", max_failures=99, **OFF, **{name: plan[name] for name in names})
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            Trouble(patch, plan["failing"], plan["skipped"])
+            for end in plan["ends"]:
+                outcome = train(kit, folder, plan["scores"][:end], checkpoints=checkpoints, resume="auto")
+                result = outcome.result
+        taken, stay = expected(plan)
+        assert {name.step for name in CheckpointStore(folder / "checkpoints").names()} == stay
+        sign = 1 if plan["best_mode"] == "max" else -1
+        scores = [(sign * value, step) for step, value in taken if step in stay and math.isfinite(value)]
+        if scores:
+            value, step = max(scores)
+            assert (result.best_metric, Path(result.best_checkpoint).name.partition(".")[0]) == (
+                sign * value,
+                f"step-{step}",
+            )
+        else:
+            assert (result.best_metric, result.best_checkpoint) == (None, None)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_second_checkpoint_of_one_step_takes_no_place_among_the_best(kit: Any, tmp_path: Path) -> None:
+    """Both hold the same weights: the best two of the run are those of two steps."""
+
+    class Asking(kit.Net):
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            self.log("score", float(global_step))
+
+    folder = tmp_path / "checkpoints"
+    store = CheckpointStore(folder)
+    checkpoints = Checkpoints(best="score", keep_best=2, keep_last=1, at_end=False, **OFF)
+    with pytest.MonkeyPatch.context() as patch:
+        Trouble(patch, set(), set())
+        take = Checkpointing.take
+
+        def twice(self: Any, reasons: list[str], *args: Any, **more: Any) -> None:
+            take(self, reasons, *args, **more)
+            if self._origin.global_step == 1:
+                take(self, ["command"])
+
+        patch.setattr(Checkpointing, "take", twice)
+        kit.train(Asking(rows=8), epochs=3, run_id="r", run_dir=tmp_path, checkpoints=checkpoints)
+    assert [str(name) for name in store.names()] == ["step-1.a1.2", "step-2.a1"]
+
+
+def test_resume_best_names_what_there_is_where_there_is_no_best_one(kit: Any, tmp_path: Path) -> None:
+    """A run without a metric, one with another metric, and an empty folder."""
+    with pytest.raises(CheckpointNotFound, match=r"resume='best'.* \(it has: none\); give the path"):
+        _ = train(kit, tmp_path / "empty", [1.0], checkpoints=True, resume="best").result
+    train(kit, tmp_path / "plain", [1.0], checkpoints=Checkpoints(**OFF))
+    with pytest.raises(CheckpointNotFound, match=r"'best'.* with a metric \(it has: step-1\.a1\); give the path"):
+        _ = train(kit, tmp_path / "plain", [1.0], checkpoints=True, resume="best").result
+    train(kit, tmp_path / "other", [1.5], checkpoints=Checkpoints(best="score", **OFF))
+    with pytest.raises(CheckpointNotFound, match=r"with the metric 'acc' \(it has: step-1\.a1 \(score 1\.5\)\)"):
+        _ = train(kit, tmp_path / "other", [1.0], checkpoints=Checkpoints(best="acc", **OFF), resume="best").result
+
+
+@pytest.mark.parametrize("what", ["tensors.safetensors", "manifest.json"])
+def test_resume_best_falls_back_to_the_next_best_and_says_so(
+    kit: Any, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the best one is damaged: a warning and `CheckpointRejected` name it."""
+    checkpoints = Checkpoints(best="score", keep_last=None, keep_best=9, **OFF)
+    train(kit, tmp_path, [2.0, 1.0, 3.0], checkpoints=checkpoints)
+    path = tmp_path / "checkpoints" / "step-2.a1" / what
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    again = train(kit, tmp_path, [2.0, 1.0, 3.0], checkpoints=checkpoints, resume="best")
+    assert [event.checkpoint for event in again.of(RunResumed)] == ["step-1.a1"]
+    assert "step-2.a1" in [event.checkpoint for event in again.of(CheckpointRejected)]
+    assert [
+        text for text in caplog.messages if text.startswith("resume='best' skips a checkpoint") and str(path) in text
+    ]
+
+
+def test_best_in_place_of_a_checkpoint_is_explained(kit: Any, tmp_path: Path) -> None:
+    """A word at the end of a path is not the name of a checkpoint, as those are that exist."""
+    train(kit, tmp_path / "run", [1.0], checkpoints=Checkpoints(**OFF))
+    for argument, path in (("resume", tmp_path / "run" / "checkpoints" / "best"), ("init_from", Path("latest"))):
+        outcome = train(kit, tmp_path / "new", [1.0], **{argument: path})
+        assert isinstance(outcome.error, CheckpointNotFound)
+        assert f"'{path.name}' is not a checkpoint name (expected e.g. step-500.a1)" in str(outcome.error)
+        assert ("step-1.a1" in str(outcome.error)) == (argument == "resume")
+
+
+def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:
+    """From the events alone: deleted ones, and those that the run went back before, do not count."""
+    from events.messages import CheckpointDeleted, CheckpointSaved, RunEnded, RunStarted
+    from trainer.connected_result import CheckpointSummary, ResultBuilder, RunSummary, Snapshot
+
+    def header(attempt: int, step: int) -> dict[str, Any]:
+        common = {"run_id": "r", "seq": 1, "time": 0.0, "rank": 0, "epoch": 0, "stage": None}
+        return {"attempt": attempt, "global_step": step, **common}
+
+    def saved(name: str, metric: float) -> CheckpointSaved:
+        parsed = CheckpointName.parse(name)
+        assert parsed is not None
+        return CheckpointSaved(**header(parsed.attempt, parsed.step), checkpoint=name, path=f"/c/{name}", metric=metric)
+
+    known = [CheckpointSummary("step-1.a1", "durable", 5.0), CheckpointSummary("step-2.a1", "deleted", 0.1)]
+    story = [
+        saved("step-3.a1", 2.0),
+        saved("step-4.a1", 1.0),
+        saved("step-5.a1", math.nan),
+        RunStarted(**header(2, 3), module="m", epochs=1, best="score"),
+        RunResumed(**header(2, 3), checkpoint="step-3.a1", after_seq=7),
+        saved("step-4.a2", 2.0),
+        saved("step-6.a2", 0.5),
+        CheckpointDeleted(**header(2, 6), checkpoint="step-6.a2"),
+        RunEnded(**header(2, 6), status="finished"),
+    ]
+    builder = ResultBuilder(Snapshot(0, RunSummary("r", 1), known))
+    builder.add(story)
+    assert builder.result is not None
+    assert (builder.result.best_checkpoint, builder.result.best_metric) == ("/c/step-4.a2", 2.0)
