@@ -273,8 +273,10 @@ class Checkpointing:
         pool, settings = self._pool, self._settings
         assert pool is not None
         assert settings is not None
-        collected = Collected(self._tree())
-        staged = self.stager.copy(collected, slab, self._late_tensors())
+        assert self._optimization is not None
+        with self._optimization.evaluation(self.stager.gate):
+            collected = Collected(self._tree())
+            staged = self.stager.copy(collected, slab, self._late_tensors())
         parts, owners = self._parts()
         self._control.raise_if_failed()  # a callback that has failed just now, by which the run ends, is not among them
         name = self._next_name()

@@ -28,6 +28,12 @@ class _OfCallbacks:
     def bind_optimizers(self, optimizers: Any) -> Any: ...
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> Any: ...
+    def on_begin_val_epoch(self, global_step: int, *, key: str) -> Any: ...
+    def on_before_optimizer_step(self, global_step: int) -> Any: ...
+
+
+_OPTIONAL_HOOKS = frozenset({"on_begin_val_epoch", "on_before_optimizer_step"})
+"""Those of them that a module may have, too."""
 
 
 def check_contract(module: ModuleInterface, callbacks: list[CallbackInterface], problems: list[str]) -> None:
@@ -37,7 +43,7 @@ def check_contract(module: ModuleInterface, callbacks: list[CallbackInterface], 
         problems: Gets a sentence for each method that cannot be called.
     """
     _check_forward(module, problems)
-    _check_methods(module, contract_names(ModuleInterface), problems)
+    _check_methods(module, contract_names(ModuleInterface) | _OPTIONAL_HOOKS, problems)
     warnings: dict[str, None] = {}  # one of each, in order: several callbacks may be of one class
     optional = frozenset(name for name in vars(_OfCallbacks) if not name.startswith("_"))
     for callback in callbacks:
@@ -47,7 +53,7 @@ def check_contract(module: ModuleInterface, callbacks: list[CallbackInterface], 
         else:
             _check_methods(callback, names | optional, problems)
             warnings |= dict.fromkeys((*_unheard(callback, names | optional), *_live_state(callback, module)))
-    for warning in (*_unheard(module, contract_names(ModuleInterface)), *warnings):
+    for warning in (*_unheard(module, contract_names(ModuleInterface) | _OPTIONAL_HOOKS), *warnings):
         logger.warning(warning)
 
 

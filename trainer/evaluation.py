@@ -115,6 +115,8 @@ class Evaluation:
         method = f"get_{name}_dataloaders"
         length = loader_length(loader)
         steps = limit if length is None else length if limit is None else min(limit, length)
+        if not under_way and stage is Stage.VAL and boundary.hooks.begin_val:
+            boundary.run_inline(boundary.hooks.begin_val, boundary.origin.global_step, key=key)
         if not under_way:
             boundary.publish(started(*boundary.origin.header(), key, steps))
         outputs = self._outputs(stage, key, keep)

@@ -136,6 +136,8 @@ class CallbackHooks:
         self.bind_optimizers = self._optional(callback, "bind_optimizers")
         """Given the run's optimizers, once, on the loop's thread before the first step."""
         self.callback = callback
+        self.before_step = self._inline_hook(callback, "on_before_optimizer_step")
+        self.begin_val = self._inline_hook(callback, "on_begin_val_epoch")
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
@@ -165,6 +167,15 @@ class CallbackHooks:
                 f"the callback {self.name} has hooks that get outputs, which an overflow of 'spill' would lose: give it"
                 f" 'block', which is the default, or 'drop_oldest'"
             )
+
+    def _inline_hook(self, callback: CallbackInterface, name: str) -> InlineHook | None:
+        """A hook beside the contract's, of a callback or of the module, which runs on the loop's thread."""
+        method: Hook | None = getattr(callback, name, None)
+        if not callable(method):
+            return None
+        if getattr(method, LANE_ATTRIBUTE, Lane.INLINE) is not Lane.INLINE:
+            raise ArgumentsError(f"{self.name}.{name} runs only inline: remove its mark")
+        return InlineHook(self, name, method)
 
     def _optional(self, callback: CallbackInterface, name: str) -> Hook | None:
         """A method that callbacks may have beside the contract's; the module's own methods are its own."""
@@ -210,6 +221,10 @@ class HookTable:
         self.inline: dict[type[Event], list[InlineHook]] = {
             kind: [c.inline[kind] for c in self.callbacks if kind in c.inline] for kind in EVENT_OF_HOOK.values()
         }
+        self.before_step = [c.before_step for c in self.callbacks if c.before_step is not None]
+        """Run when the gradients of a step are complete, unscaled and clipped."""
+        self.begin_val = [c.begin_val for c in self.callbacks if c.begin_val is not None]
+        """Run before a dataloader is validated."""
         self.fenced: dict[type[Event], list[str]] = {}
         """Names of the observers that the loop waits for, by event; set once they are subscribed."""
 

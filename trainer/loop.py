@@ -97,6 +97,9 @@ class TrainingLoop:
             StopRequested: a stop was taken.
         """
         self._optimization = optimization
+        if before_step := self._boundary.hooks.before_step:
+            origin = self._boundary.origin
+            optimization.before_step = lambda: self._boundary.run_inline(before_step, origin.global_step)
         optimization.guard(lambda: self._boundary.phase == "train_step")
         self._resumed = resumed
         if not self._module.training:
@@ -204,6 +207,8 @@ class TrainingLoop:
         mark = clock()
         rows_of = batch_rows(loader, arguments.micro_batch_size, ShuffledSampler)
         batches = self._begin(loader, outputs)
+        if position.phase != "end":
+            optimization.train()  # a checkpoint holds the weights as they are evaluated
         if control.pending:
             boundary.take_commands()
         mark = clock()
@@ -606,14 +611,15 @@ class TrainingLoop:
             restore_rng(rng, self._device)
         left = {key: loader for key, loader in loaders.items() if key not in position.validated_keys}
         if left:
-            self._evaluation.run(
-                Stage.VAL,
-                left,
-                self._arguments.max_val_steps_per_epoch,
-                under_way=rng is not None,  # a checkpoint within a validation is taken between two of its batches
-                on_loader=self._on_val_loader,
-                on_done=self._on_validated,
-            )
+            with self._optimization.evaluation(self._checkpoints.stager.gate):
+                self._evaluation.run(
+                    Stage.VAL,
+                    left,
+                    self._arguments.max_val_steps_per_epoch,
+                    under_way=rng is not None,  # a checkpoint within a validation is taken between two of its batches
+                    on_loader=self._on_val_loader,
+                    on_done=self._on_validated,
+                )
         position.rng_at_validation = position.rng_at_val_loaders = None
         position.validated_keys = []
         position.validated_at = boundary.origin.global_step

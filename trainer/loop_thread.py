@@ -327,7 +327,7 @@ class LoopThread:
         finally:
             self.epochs = loop.epochs_finished
             self._checkpoints.loader = None  # or its workers would live on
-            optimization.close()
+            optimization.close(self._checkpoints.stager.gate)
 
     def _make_optimization(self, steps_per_epoch: int) -> Optimization:
         self._boundary.phase = "get_optimizers_schedulers"

@@ -134,6 +134,11 @@ class CallbackInterface(ABC):
     when a validation is over (or an epoch, in a run that does not validate), with the last value of each metric; a
     reason that it returns stops the run as `Run.stop` does, before anything else is trained. And
     ``bind_optimizers(optimizers)``, once, before the first step.
+
+    Two more hooks run where a callback or the module has them, inline on the loop's thread:
+    ``on_begin_val_epoch(global_step, key)`` before each dataloader of a validation, in eval mode, and
+    ``on_before_optimizer_step(global_step)`` when the gradients of a step are complete, unscaled (float16) and clipped;
+    it may change them. A step that is skipped does not come to it.
     """
 
     _stagecast_recorder: Recorder | None = None  # of the run; a plain attribute, so that no state dict contains it
@@ -175,7 +180,7 @@ class CallbackInterface(ABC):
         """The backward pass of one micro-batch is finished. Inline, unless marked: it sees the gradients as they are.
 
         They include those of earlier micro-batches of the same step, weighted by rows. Under float16 they are
-        multiplied by the scale of the gradient scaler.
+        multiplied by the scale of the gradient scaler; ``on_before_optimizer_step`` sees them unscaled.
 
         Args:
             global_step: Optimizer steps finished; the step at work is not.
@@ -280,6 +285,9 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             The optimizers, at least one, and the schedulers, any number. All optimizers step together; all
             schedulers step after each step, or each epoch, as ``TrainerArguments.scheduler_interval`` says. A
             `trainer.Schedule` around a scheduler gives it an interval or a metric of its own.
+
+            Optimizers with ``eval()`` and ``train()`` (schedule-free ones) are switched to evaluation during a
+            validation, while a checkpoint is taken and when the run is over, and to training otherwise.
 
             Where one of them computes the loss itself (its ``step`` needs a closure: L-BFGS, SAM), each is stepped
             with a closure, in their order. Each evaluation runs the forward and backward passes of the whole step on

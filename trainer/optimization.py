@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import perf_counter_ns as clock
 from typing import Any, Literal
 
@@ -68,6 +69,14 @@ class Optimization:
         self._strays: list[torch.nn.Parameter] = []
         self.find_strays()
         self._in_train_step: Callable[[], bool] = lambda: False
+        self.before_step: Callable[[], None] | None = None
+        """Runs the hooks that look at the gradients that the optimizers are about to get."""
+        self._switched: list[Any] = [
+            one
+            for one in self.optimizers
+            if callable(getattr(one, "eval", None)) and callable(getattr(one, "train", None))
+        ]
+        self._evaluating = False
         self._takes_closure = [_takes_closure(optimizer) for optimizer in self.optimizers]
         self.wants_closure = any(_wants_closure(optimizer) for optimizer in self.optimizers)
         """Whether an optimizer computes the loss itself, several times per step: then all get a closure."""
@@ -124,9 +133,39 @@ class Optimization:
                 f" and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
             )
 
-    def close(self) -> None:
-        """The run is over: clear the gradients, and leave the optimizers to whoever keeps them."""
+    def train(self) -> None:
+        """Switch the optimizers that have ``eval()`` and ``train()`` to training."""
+        for optimizer in self._switched:
+            optimizer.train()
+
+    @contextlib.contextmanager
+    def evaluation(self, gate: Callable[[], None]) -> Iterator[None]:
+        """Switch the optimizers that have ``eval()`` and ``train()`` to evaluation: they may change the weights.
+
+        Args:
+            gate: Has the device wait for a copy of the weights that is under way.
+        """
+        if not self._switched or self._evaluating:
+            yield
+            return
+        gate()
+        self._evaluating = True
+        for optimizer in self._switched:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            self._evaluating = False
+            gate()
+            self.train()
+
+    def close(self, gate: Callable[[], None]) -> None:
+        """The run is over: clear the gradients, and leave the weights as they are evaluated."""
         self.zero_grad()
+        if self._switched:
+            gate()
+            for optimizer in self._switched:
+                optimizer.eval()
         for guard in self._guards:
             guard.remove()
 
@@ -146,6 +185,8 @@ class Optimization:
         """
         grad_norm, found, skipped = self._prepare(loss, ledger)
         if skipped is None:
+            if self.before_step is not None:
+                self.before_step()
             for number, optimizer in enumerate(self.optimizers):
                 try:
                     optimizer.step()
@@ -183,6 +224,8 @@ class Optimization:
             if skipped is not None:
                 done.skipped = skipped
                 raise _Refused
+            if self.before_step is not None:
+                self.before_step()
             return loss
 
         try:

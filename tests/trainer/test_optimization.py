@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -528,3 +529,145 @@ def test_gradients_of_parameters_in_no_optimizer_are_cleared_too(kit: Any) -> No
 
     kit.train(Net())
     assert seen == [seen[0]] * 3
+
+
+# ------------------------------------------------------------------------------ optimizers with eval() and train()
+
+
+class Averaging(torch.optim.SGD):
+    """Stands for a schedule-free one: its weights in evaluation are an average, as stored in checkpoints."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr=lr)
+        self.param_groups[0]["training"] = False
+        self.modes: list[str] = []
+
+    @torch.no_grad()
+    def _switch(self, training: bool) -> None:
+        group = self.param_groups[0]
+        if group["training"] != training:
+            self.modes.append("train" if training else "eval")
+            group["training"] = training
+            for parameter in group["params"]:
+                other = self.state[parameter].setdefault("other", parameter.clone())
+                held = parameter.clone()
+                parameter.copy_(other)
+                other.copy_(held)
+
+    def eval(self) -> None:
+        self._switch(False)
+
+    def train(self) -> None:
+        self._switch(True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        assert self.param_groups[0]["training"]
+        result = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["other"].lerp_(parameter, 0.25)
+        return result
+
+
+def averaging_net(kit: Any, rows: int = 32) -> Any:
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            self.optimizer = Averaging(self.parameters())
+            self.seen: list[bool] = []
+            return [self.optimizer], []
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.seen.append(self.optimizer.param_groups[0]["training"])
+            return super().val_step(global_step, batch, device)
+
+    return Net(rows=rows)
+
+
+def test_optimizers_are_switched_around_validation_and_at_the_end(kit: Any) -> None:
+    """The step itself asserts that it trains; when the run is over the module holds the weights to be used."""
+    net = averaging_net(kit)
+    kit.train(net, epochs=2)
+    assert net.seen == [False] * 8
+    assert net.optimizer.modes == ["train", "eval", "train", "eval", "train", "eval"]
+
+
+@pytest.mark.parametrize("place", ["step-1.a1", "step-4.a1", "step-6.a1"])
+def test_a_checkpoint_holds_the_weights_as_they_are_evaluated(kit: Any, tmp_path: Any, place: str) -> None:
+    """And a run that is resumed from it continues exactly."""
+    settings = Checkpoints(every_steps=1, every_epochs=1, keep_last=None, when_busy="wait")
+    whole, rest, other = averaging_net(kit), averaging_net(kit), averaging_net(kit)
+    kit.train(whole, epochs=2, run_dir=tmp_path / "run", checkpoints=settings)
+    kit.train(
+        rest, epochs=2, run_dir=tmp_path / "rest", checkpoints=settings, resume=tmp_path / "run/checkpoints" / place
+    )
+    assert all(map(torch.equal, whole.parameters(), rest.parameters()))
+    kit.train(other, epochs=2)
+    assert all(map(torch.equal, whole.parameters(), other.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------ optional hooks
+
+
+@pytest.mark.parametrize("options", [{"precision": "float16"}, {"gpu_batch_size_limit": 2}, {"precision": "bfloat16"}])
+def test_on_before_optimizer_step_sees_the_gradients_that_are_applied(kit: Any, options: dict[str, Any]) -> None:
+    """Unscaled and clipped, of all micro-batches; of the module and of callbacks, once a step that is taken."""
+    from trainer import CallbackInterface
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return [torch.optim.SGD(self.parameters(), lr=1.0)], []
+
+        def on_before_optimizer_step(self, global_step: int) -> None:
+            seen.append(
+                (global_step, [p.grad.clone() for p in self.parameters()], [p.clone() for p in self.parameters()])
+            )
+
+    class Other(CallbackInterface):
+        def on_before_optimizer_step(self, global_step: int) -> None:
+            steps.append(global_step)
+
+    seen: list[Any] = []
+    steps: list[int] = []
+    net = Net(rows=64)
+    outcome = kit.train(net, callbacks=[Other()], clip_grads=True, max_grad_norm=0.1, **options)
+    taken = len(outcome.of(TrainStepEnded))
+    assert steps == [step for step, _, _ in seen] == list(range(taken))
+    for (_, gradients, before), (_, _, after) in itertools.pairwise(seen):
+        assert float(torch.cat([one.flatten() for one in gradients]).norm()) <= 0.1 + 1e-6
+        for gradient, old, new in zip(gradients, before, after, strict=True):
+            assert torch.allclose(old - gradient, new, atol=1e-6)
+
+
+def test_on_begin_val_epoch_runs_before_each_dataloader(kit: Any) -> None:
+    """Inline, on live weights: what it changes is what is validated."""
+
+    class Net(kit.Net):
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            return {"a": self.batches(16), "b": self.batches(16)}
+
+        def on_begin_val_epoch(self, global_step: int, key: str) -> None:
+            assert not self.training
+            calls.append((global_step, key))
+            with torch.no_grad():
+                self.linear.weight.zero_()
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            calls.append(float(self.linear.weight.abs().sum()))
+            return super().val_step(global_step, batch, device)
+
+    calls: list[Any] = []
+    kit.train(Net())
+    assert calls == [(2, "a"), 0.0, (2, "b"), 0.0]
+
+
+@pytest.mark.parametrize("name", ["on_begin_val_epoch", "on_before_optimizer_step"])
+def test_an_optional_hook_with_a_wrong_signature_or_lane_is_refused(kit: Any, name: str) -> None:
+    """When the trainer is built."""
+    from trainer import fenced
+
+    net = type("Net", (kit.Net,), {name: lambda self: None})()
+    with pytest.raises(Exception, match=name):
+        kit.make_trainer(net)
+    net = type("Net", (kit.Net,), {name: fenced(lambda self, global_step, key="": None)})()
+    with pytest.raises(ArgumentsError, match="only inline"):
+        kit.make_trainer(net).train()
