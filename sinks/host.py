@@ -24,6 +24,7 @@ from typing import Any
 import anyio
 import msgspec
 
+from events import notice
 from events.bus import Bus
 from events.errors import SinkMisconfigured
 from events.journal_feed import JournalFeed
@@ -135,6 +136,16 @@ class Finish(msgspec.Struct, frozen=True):
     def timeout_s(self) -> float:
         """What is left."""
         return max(0.0, self.deadline - time.monotonic())
+
+
+class Noticed(msgspec.Struct, frozen=True, tag=True):
+    """A line for the person at the run's terminal: see `events.notice`."""
+
+    text: str
+    without_secrets: str
+
+    def __repr__(self) -> str:
+        return f"Noticed({self.without_secrets!r})"
 
 
 class HealthTold(msgspec.Struct, frozen=True, tag=True):
@@ -271,6 +282,7 @@ def main() -> None:
     _out = os.dup(1)
     os.dup2(2, 1)  # what sinks print, and the processes that they start, is no message
     os.set_blocking(_out, False)
+    notice.forward = lambda text, without_secrets: _say(Noticed(text, without_secrets))
     lines = sys.stdin.buffer
     config = msgspec.json.decode(lines.readline(), type=HostConfig)
     _wait_for_others(Path(config.run.run_dir or "") / PLACES_DIR)
@@ -357,7 +369,7 @@ async def _tell(health: Subscription, told: anyio.Event) -> None:
     told.set()
 
 
-def _say(message: HealthTold | Finished) -> None:
+def _say(message: HealthTold | Noticed | Finished) -> None:
     """One line to the process of the run, which may be gone, while somebody still holds the pipe and reads nothing."""
     with contextlib.suppress(OSError):
         os.write(_out, msgspec.json.encode(message) + b"\n")

@@ -20,10 +20,11 @@ from events.bus import Bus
 from events.errors import SinkHostFailed
 from events.log import logger
 from events.messages import Event, ObserverFailed, ObserverRecovered
+from events.notice import notify
 from events.protocol import ObserverReport
 from events.sink import RunInfo
 from events.wire import decode_json
-from sinks.host import PLACES_DIR, Finish, Finished, HealthTold, HostConfig, HostedSink, Place
+from sinks.host import PLACES_DIR, Finish, Finished, HealthTold, HostConfig, HostedSink, Noticed, Place
 
 LOG_NAME = "host.log"
 """What sinks print in the host, in the folder of their places."""
@@ -36,7 +37,7 @@ _LOOK_S = 0.25
 _LEAVE_S = 1.5
 """Beyond the drain's deadline, for the host to count what is left and to say so."""
 
-_Message = HealthTold | Finished
+_Message = HealthTold | Noticed | Finished
 
 
 class SinkHost:
@@ -227,6 +228,9 @@ class SinkHost:
             return
         if isinstance(message, Finished):
             self._reports = message.reports
+            return
+        if isinstance(message, Noticed):
+            notify(message.text, message.without_secrets)
             return
         event = decode_json(bytes(message.event))
         origin = self._bus.origin

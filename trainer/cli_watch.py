@@ -33,6 +33,6 @@ def watch(folder: Path, host: str, port: int, *, commands: bool, origins: list[s
     runs: Any = importlib.import_module("sinks.live.runs")
     server = live.Server(runs.RunsOfFolder(folder), listening, host, token=token, commands=commands, origins=origins)
     may = "may also stop and pause runs" if commands else "may not command runs (--commands)"
-    print(f"{folder} can be watched at {server.url}\nWho opens it {may}. Ctrl-C ends it; runs go on.", flush=True)
+    print(f"{folder} can be watched at {server.link}\nWho opens it {may}. Ctrl-C ends it; runs go on.", flush=True)
     server.run()
     return 0

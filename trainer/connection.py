@@ -62,9 +62,11 @@ def connect(
     on the run's machine (or a mere name, where it is far back in the history).
 
     Args:
-        url: Of the page: the server's, if it serves one run; else with the run's name, ``.../#run=ID``.
+        url: Of the page: the server's, if it serves one run; else with the run's name, ``.../#run=ID``. The printed
+            link, with its token, is one, too: ``.../#token=...&run=ID``.
         run_id: The run's name, in place of that.
-        token: What the server wants to be shown; None: what the environment variable ``STAGECAST_TOKEN`` holds.
+        token: What the server wants to be shown; None: that of the fragment, or what the environment variable
+            ``STAGECAST_TOKEN`` holds.
         give_up_s: How long the server may be out of reach until who waits gets `ConnectionLost`. Entering the block
             tries only once.
 
@@ -76,8 +78,8 @@ def connect(
     """
     if run_id is not None and not isinstance(run_id, str):
         raise ConnectError(f"run_id must be the name of a run, not {run_id!r:.80}")
-    base, named = _split(url)
-    token = token if token is not None else os.environ.get(TOKEN_VARIABLE)
+    base, named, shown = _split(url)
+    token = token if token is not None else shown or os.environ.get(TOKEN_VARIABLE)
     if token is not None and not (token.isascii() and token.isprintable()):
         raise ConnectError("the token has characters that no header can hold: give printable ASCII")
     if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
@@ -372,14 +374,16 @@ def _outcome(result: RunResult | None, run_id: str) -> RunResult:
     return result
 
 
-def _split(url: str) -> tuple[str, str]:
-    """The address of the page, and the name of the run that it shows, if there is one."""
+def _split(url: str) -> tuple[str, str, str]:
+    """The address of the page, and the run and the token of its fragment, each empty if it has none."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         check_address(url)
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
-            return base, parse_qs(parts.fragment).get("run", [""])[-1]
+            told = parse_qs(parts.fragment)
+            return base, told.get("run", [""])[-1], told.get("token", [""])[-1]
     given: object = url
-    shown = re.sub("//[^/@]*@", "//", given) if isinstance(given, str) else given  # its password goes into no log
+    # Neither its password nor its token goes into a log.
+    shown = re.sub("token=[^&]*", "token=...", re.sub("//[^/@]*@", "//", given)) if isinstance(given, str) else given
     raise ConnectError(f"{shown!r:.200} is no address of a page: give one like http://127.0.0.1:8765/#run=NAME")

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import msgspec
 
+from events import notice
 from events.errors import WireError
 from events.log import logger
 from events.protocol import RunResult, Stop
@@ -337,6 +338,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # who reads standard input, such as a debugger, must not take our commands
     os.close(null)
+    notice.is_kept = True  # in a log of the run's folder
     faulthandler.enable()  # a segmentation fault says in the log where it was
     output: Any = sys.stdout
     output.reconfigure(line_buffering=True)  # what a killed process has printed must be there

@@ -148,6 +148,11 @@ class Access:
 
     def check_request(self, scope: MutableMapping[str, Any]) -> None:
         """See that a request comes from a page of this server, of an allowed one, or from none. Raises `Refused`."""
+        self.check_host(scope)
+        self.check_origin(scope)
+
+    def check_host(self, scope: MutableMapping[str, Any]) -> None:
+        """See that this server is asked for under a name that it has. Raises `Refused`."""
         host = _header(scope, b"host").lower()
         if self._hosts is not None and _hostname(host) not in self._hosts:
             raise Refused(
@@ -155,7 +160,10 @@ class Access:
                 f"this server does not answer to the name {_hostname(host)!r:.100}; allow it with hosts= of Access,"
                 " origins= of Live, or --origin of stagecast watch",
             )
-        origin = _header(scope, b"origin").rstrip("/").lower()
+
+    def check_origin(self, scope: MutableMapping[str, Any]) -> None:
+        """See that no page of another site asks. Raises `Refused`."""
+        host, origin = _header(scope, b"host").lower(), _header(scope, b"origin").rstrip("/").lower()
         if origin and not self._is_own(origin, host, scope):
             raise Refused(
                 403,

@@ -162,7 +162,11 @@ class LiveApp:
             send = without_body(send)
         try:
             is_api = path == "api/runs" or path.startswith("api/runs/")
-            self._access.check_request(scope)
+            is_page = path == "" or path.startswith("page/")
+            self._access.check_host(scope)
+            # A browser sends an Origin for the page's modules, too, and a proxy may have altered the Host beside it.
+            if not is_page:
+                self._access.check_origin(scope)
             if "//" in path:  # a check that looks at the path must see the one that is served
                 raise Refused(404, "there is nothing at this address; an address has no empty parts")
             if is_api:

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from urllib.parse import quote
 
 import uvicorn
 
@@ -65,6 +66,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
+def link_to(url: str, token: str | None) -> str:
+    """What opens the page with one click: this machine's name where the server is at all its addresses, the token."""
+    for everywhere in ("//0.0.0.0:", "//[::]:"):
+        url = url.replace(everywhere, f"//{socket.gethostname()}:")
+    return url if token is None else f"{url}#token={quote(token, safe='')}"
+
+
 class Server:
     """A server at an address of its own.
 
@@ -93,6 +101,8 @@ class Server:
         name = f"[{host.strip('[]')}]" if ":" in host else host
         self.url = f"http://{name}:{listening.getsockname()[1]}/"
         """Where the page is."""
+        self.link = link_to(self.url, token)
+        """The same for who started it, with the token in the fragment, which a browser sends to no server."""
         own = logging.getLogger("uvicorn.error")
         if own.level == logging.NOTSET:
             own.setLevel(logging.WARNING)  # a program that logs all there is would log what clients say, tokens too

@@ -14,6 +14,7 @@ from events.errors import SinkMisconfigured
 from events.journal_reader import JOURNAL_DIR
 from events.log import logger
 from events.messages import Event
+from events.notice import notify
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
 from sinks.live.access import check_host
@@ -37,7 +38,8 @@ class Live(Strict, frozen=True):
     ``stagecast watch`` does it for any run, from outside; this is for one that brings its page along. With
     ``Delivery(runs_in="process")``, or ``sinks_in="process"``, however many watch does not reach the loop.
 
-    The address is in the log, and in ``live.json`` in the run's folder. The page goes away with the run.
+    Its link is printed on stderr, with the token in the fragment (``#token=...``); the address without it is in the
+    log, and in ``live.json`` in the run's folder. The page goes away with the run.
     """
 
     host: str = "127.0.0.1"
@@ -99,6 +101,7 @@ class LiveWriter:
         self._server = server
         self._address = hub.run_dir / ADDRESS_NAME if hub.run_dir is not None else None
         server.start()
+        notify(f"the run can be watched at {server.link}", f"the run can be watched at {server.url}")
         if self._address is not None:
             try:
                 self._address.write_bytes(msgspec.json.encode({"url": server.url}) + b"\n")

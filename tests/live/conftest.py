@@ -233,6 +233,15 @@ def browser() -> Iterator[Any]:
         launched.close()
 
 
+@pytest.fixture(scope="module")
+def nginx() -> str:
+    """Where nginx is."""
+    path = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
+    if path is None and os.environ.get("CI"):
+        pytest.fail("no nginx on the PATH: apt-get install -y nginx-light")
+    return path or pytest.skip("no nginx on the PATH")
+
+
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Any]:
     """Opens the page: see `page_visits.Visits`. The test fails for what went wrong there."""

@@ -386,7 +386,7 @@ class PageServer:
     def _refused(self, request: Request) -> Response | None:
         self._note(request)
         if self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}":
-            return JSONResponse({"error": "this server wants its token"}, 401)
+            return JSONResponse({"error": "this server wants its token"}, 401, {"www-authenticate": "Bearer"})
         if request.path_params.get("run_id", next(iter(self.runs), None)) not in self.runs and self.runs:
             return JSONResponse({"error": "there is no such run"}, 404)
         return None

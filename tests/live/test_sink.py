@@ -156,9 +156,11 @@ def test_it_travels_to_another_process_and_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("sinks_in", ["thread", "process"])
-def test_a_run_is_watched_to_its_end(sinks_in: Any, kit: Any, tmp_path: Path) -> None:
-    """Beside the loop and in the sink host: all steps, a command, the last state before the close, the port free, no
-    secret in the folder."""
+def test_a_run_is_watched_to_its_end(
+    sinks_in: Any, kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the loop and in the sink host: the link on stderr, all steps, a command, the last state before the close,
+    the port free, no secret in the folder."""
     module, folder, watcher = Held(), tmp_path / "runs" / "demo", kit.Watcher()
     live = Live(commands=True, token=TOKEN)
     run = Started(module, [live], run_id="demo", run_dir=folder, sinks_in=sinks_in)
@@ -181,6 +183,7 @@ def test_a_run_is_watched_to_its_end(sinks_in: Any, kit: Any, tmp_path: Path) ->
     finally:
         module.go_on.set()
         run.join()
+    assert f"stagecast: the run can be watched at {url}#token={TOKEN}\n" in capsys.readouterr().err
     assert watcher.run["status"] == "finished"
     assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 9))
     assert closed.value.rcvd is not None

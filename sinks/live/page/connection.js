@@ -4,6 +4,8 @@ const FIRST_WAIT_S = 0.5;
 const LONGEST_WAIT_S = 15;
 /** A connection that is silent for so long is given up: the server says something every two seconds. */
 const SILENT_S = 10;
+/** How often a run is asked for whose events do not stream. */
+const POLL_S = 4;
 const TOKEN = "stagecast-token";
 
 export const token = {
@@ -15,6 +17,19 @@ export const token = {
 /** In a report there is no server: the runs are in the page itself, as `{runs: [snapshot], media: {address: data}}`. */
 const embedded = document.getElementById("report");
 export const report = embedded ? JSON.parse(embedded.textContent) : null;
+
+/** A token in the fragment (`#token=...`) is kept for this tab, and leaves the address before anything is asked for. */
+function takeToken() {
+  const told = new URLSearchParams(location.hash.slice(1));
+  const given = told.get("token");
+  if (report || given === null) return false;
+  if (given) token.set(given);
+  told.delete("token");
+  history.replaceState(null, "", location.pathname + location.search + (told.size ? `#${told}` : ""));
+  return true;
+}
+takeToken();
+window.addEventListener("hashchange", () => takeToken() && location.reload());
 
 /** What was refused for want of the token. */
 export class TokenWanted extends Error {}
@@ -28,10 +43,19 @@ export async function get(address, options = {}) {
   const shown = token.get();
   const headers = { ...(options.headers ?? {}), ...(shown ? { Authorization: `Bearer ${shown}` } : {}) };
   const response = await fetch(address, { cache: "no-store", ...options, headers });
-  if (response.status === 401) throw new TokenWanted();
+  // A proxy, or a check of the host's own, may want something else than the token.
+  if (response.status === 401 && /^bearer/i.test(response.headers.get("WWW-Authenticate") ?? ""))
+    throw new TokenWanted();
   if (response.status === 404 && !options.any) throw new Error(NO_RUN);
-  if (!response.ok && !options.any) throw new Error(`the server answered ${response.status}`);
+  if (!response.ok && !options.any) throw new Error((await answerOf(response)).reason);
   return response;
+}
+
+/** The JSON of an answer; where it is none of ours, `{reason}` tells what came in its place. */
+async function answerOf(response) {
+  const answer = await response.json().catch(() => ({}));
+  if (answer.type) return answer;
+  return { reason: `the server answered ${response.status}${answer.error ? `: ${answer.error}` : ""}` };
 }
 
 export function addressOf(runId, rest = "") {
@@ -73,6 +97,9 @@ export class Connection {
   #abort = null;
   #timer = null;
   #usesEvents = false;
+  #polls = false;
+  #silences = 0;
+  #openedAt = 0;
   #wasOpen = false;
   #gapTimer = null;
   #stopped = false;
@@ -87,6 +114,13 @@ export class Connection {
     return report ? 0 : (performance.now() - this.heardAt) / 1000;
   }
 
+  /** What is to be set outside of the page, if anything: `{text, fix}`. */
+  get note() {
+    if (!this.#polls || this.state !== "open") return null;
+    const text = `A proxy holds the stream of events back: the page asks every ${POLL_S} s`;
+    return { text, fix: "Turn its buffering off for this address (nginx: proxy_buffering off;)." };
+  }
+
   /** Try again now. */
   retry() {
     if (report || this.#stopped || this.state === "open" || this.state === "connecting") return;
@@ -97,7 +131,11 @@ export class Connection {
 
   /** Called once a second: gives up what has fallen silent. */
   tick() {
-    if (this.state === "open" && this.silence_s > SILENT_S) this.#lost("the server has fallen silent");
+    const opening_s = this.state === "connecting" && this.#usesEvents ? (performance.now() - this.#openedAt) / 1000 : 0;
+    if (opening_s <= SILENT_S && !(this.state === "open" && this.silence_s > SILENT_S)) return;
+    this.#silences += 1;
+    if (this.#usesEvents && this.isMain && (opening_s || this.#silences > 1)) this.#polls = true;
+    this.#lost("the server has fallen silent");
   }
 
   /** Send a command. Resolves to the server's answer; throws if it could not be sent. */
@@ -109,7 +147,9 @@ export class Connection {
     const body = JSON.stringify(command);
     const headers = { "Content-Type": "application/json" };
     const response = await get(addressOf(this.store.runId, "/commands"), { method: "POST", body, headers, any: true });
-    return response.json();
+    const answer = await answerOf(response);
+    if (!answer.type) throw new Error(answer.reason);
+    return answer;
   }
 
   #drop() {
@@ -133,6 +173,7 @@ export class Connection {
   }
 
   #open() {
+    this.#openedAt = performance.now();
     this.#set("connecting", this.problem);
     if (this.#usesEvents) this.#openEvents();
     else this.#openSocket();
@@ -220,7 +261,7 @@ export class Connection {
   async #openEvents() {
     const abort = (this.#abort = new AbortController());
     try {
-      if (!this.isMain) {
+      if (!this.isMain || this.#polls) {
         await this.#poll(abort);
         return;
       }
@@ -246,7 +287,7 @@ export class Connection {
       if (error instanceof TokenWanted) this.#wantToken();
       else if (error.message === NO_RUN) this.#end(NO_RUN);
       else {
-        if (this.#failures > 2) this.#usesEvents = false; // the other way, once more
+        if (this.#failures > 2) this.#usesEvents = this.#polls = false; // the other way, once more
         this.#lost(error.message);
       }
     }
@@ -256,7 +297,7 @@ export class Connection {
     for (;;) {
       const response = await get(addressOf(this.store.runId), { signal: abort.signal });
       this.#heard(await response.text());
-      await new Promise((resolve) => setTimeout(resolve, 4000));
+      await new Promise((resolve) => setTimeout(resolve, POLL_S * 1000));
       if (abort.signal.aborted) return;
     }
   }

@@ -354,7 +354,13 @@ class App {
 
   writeBanner(isStale, { run, runId }, connection) {
     document.body.classList.toggle("stale", isStale);
-    byId("banner").hidden = !isStale;
+    const { note } = connection;
+    byId("banner").hidden = !isStale && !note;
+    if (!isStale && note) {
+      setText(byId("banner-text"), note.text);
+      setText(byId("banner-detail"), note.fix);
+      byId("retry").hidden = true;
+    }
     if (!isStale) return;
     if (this.isMissing(runId)) {
       setText(byId("banner-text"), `There is no run ${runId} any more: what you see is old`);
