@@ -19,6 +19,7 @@ from msgspec.structs import force_setattr
 from events.backlog import Item, Payload, Published, item_of
 from events.cpu_time import CpuTime
 from events.errors import BusClosed
+from events.health import Health
 from events.messages import EVENT_TYPES, Event, ObserverDropped
 from events.origin import Origin
 from events.sink import Delivery
@@ -67,7 +68,7 @@ class Bus:
         "_gate_at", "_kept", "_kept_bytes_in", "_kept_bytes_out", "_losses_due", "_more", "_must_keep", "_next_seq",
         "_posted", "_prompt", "_readback", "_reading", "_reserve", "_ring", "_ring_lock", "_room", "_routes",
         "_sleeping", "_spill_dir", "_subscriptions", "_tick_s", "_urgent", "_wakeup", "alive", "closing", "cpu_time",
-        "dropped", "gated", "history", "last_seq", "origin", "payload_receivers", "wanted",
+        "dropped", "gated", "health", "history", "last_seq", "origin", "payload_receivers", "wanted",
     )
     # fmt: on
 
@@ -91,6 +92,8 @@ class Bus:
         self.history: deque[Event] = deque(maxlen=history)
         self.dropped = 0
         """Events that the ring dropped."""
+        self.health = Health()
+        """What is unhealthy about the run, of what was delivered so far."""
         self.last_seq = first_seq - 1
         """``seq`` of the last event that was delivered to the subscriptions."""
         self.cpu_time = CpuTime()
@@ -357,10 +360,12 @@ class Bus:
         return batch
 
     def _deliver(self, batch: list[Published]) -> None:
-        routes = self._routes
+        routes, health = self._routes, self.health
         offers: dict[Subscription, list[Item]] = {}
         for published in batch:
             event, payload = published
+            if type(event) in health.types:
+                health.add(event)
             targets = routes.get(type(event), ())
             if payload is None:
                 if targets:

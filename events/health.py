@@ -66,10 +66,13 @@ class Health:
             RunStarted: lambda event: None,  # a new attempt begins healthy
             RunEnded: self._run_ended,
         }
+        self.types = frozenset(self._handlers)
+        """The types of events that change it."""
 
     def _forget(self) -> None:
         """Start a new attempt."""
-        self._failure: str | None = None
+        self.failure: str | None = None
+        """How the run failed, the first of `problems`; None if it has not."""
         self._ended = False
         self._observers: dict[str, _Observer] = {}
         self._losses = _Streaks()
@@ -93,14 +96,14 @@ class Health:
         handler(event)
 
     @property
-    def types(self) -> frozenset[type[Event]]:
-        """The types of events that change it."""
-        return frozenset(self._handlers)
+    def has_failing_observers(self) -> bool:
+        """Whether an observer has failed and not recovered."""
+        return any(observer.failed is not None for observer in self._observers.values())
 
     @property
     def problems(self) -> list[str]:
         """One sentence for each problem, the gravest first; empty for a healthy run."""
-        found: list[str] = [self._failure] if self._failure is not None else []
+        found: list[str] = [self.failure] if self.failure is not None else []
         if self._losses.count:
             found.append(
                 f"the loss was NaN or infinite in {self._losses.times('step')}, first at step {self._losses.first:,}"
@@ -130,11 +133,10 @@ class Health:
 
     def _run_ended(self, e: RunEnded) -> None:
         self._ended = True
-        if e.status == "failed":
+        if e.status == "failed" or e.traceback is not None:  # or it was cancelled, and hung
+            how = "failed" if e.status == "failed" else f"was {e.status}"
             phase = f" in {e.phase}" if e.phase else ""
-            self._failure = f"the run failed{phase} after step {e.global_step:,}" + (
-                f": {e.reason}" if e.reason else ""
-            )
+            self.failure = f"the run {how}{phase} after step {e.global_step:,}" + (f": {e.reason}" if e.reason else "")
 
     def _non_finite_loss(self, e: NonFiniteLoss) -> None:
         self._losses.add(e.global_step, e.consecutive)
@@ -226,17 +228,20 @@ class _Observer:
 
     def problems(self, ended: bool) -> list[str]:
         """What to say behind its name."""
-        found = []
+        queued = self.queued if ended else 0
         if self.failed is not None:
             during = f" in {self.failed.during}" if self.failed.during else ""
+            times = f" {self.failed.failures:,} times" if self.failed.failures > 1 else ""
             outcome = {"fatal": "ended the run", "disabled": "is disabled", "retrying": "has not recovered"}
-            found.append(f"failed{during} and {outcome[self.failed.action]}: {self.failed.error}")
-        elif self.state != "ok":
+            missed = f" ({_many(self.dropped + queued, 'event')} not delivered)" if self.dropped + queued else ""
+            return [f"failed{times}{during} and {outcome[self.failed.action]}{missed}: {self.failed.error}"]
+        found = []
+        if self.state != "ok":
             found.append("is disabled" if self.state == "disabled" else "is failing")
         if self.dropped:
             found.append(f"missed {_many(self.dropped, 'event')}, which its queue had no room for")
-        if ended and self.queued:
-            found.append(f"did not get the last {_many(self.queued, 'event')}")
+        if queued:
+            found.append(f"did not get the last {_many(queued, 'event')}")
         return found
 
 

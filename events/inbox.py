@@ -17,7 +17,7 @@ from pathlib import Path
 
 from events.errors import RunFolderError, WireError
 from events.folder import is_held
-from events.log import logger
+from events.log import in_this_run, logger
 from events.protocol import AnyCommand
 from events.wire import decode_command_json, encode_command_json
 
@@ -62,7 +62,7 @@ class Inbox:
         self._take = take
         self._first_name = _name_of(since_ns)
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="stagecast-inbox", daemon=True)
+        self._thread = threading.Thread(target=in_this_run(self._run), name="stagecast-inbox", daemon=True)
 
     def start(self) -> None:
         """Begin to look. What an earlier attempt has not taken any more goes."""

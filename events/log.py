@@ -1,23 +1,368 @@
-"""The library's logger: structlog over the standard library's logging.
+"""The library's logger, and where its warnings go.
 
-The library configures nothing: records go to the standard logger ``stagecast`` with ``run_id``, ``rank`` and
-``global_step`` as extra fields, and a host that has configured no logging sees none of them.
+Records go through structlog to the standard logger ``stagecast``, with ``run_id``, ``rank`` and ``global_step`` as
+extra fields. The library configures nothing: where a handler of the host takes them, on ``stagecast`` or on the root
+logger, they go there alone. Where none does, warnings and errors appear on stderr, one line each, unless the console of
+their run shows them. Those of a run are published, too, as `WarningLogged`.
+
+To silence them, give the logger ``stagecast`` a handler or a higher level.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import structlog
 
-from events.origin import Origin
+from events.messages import Event, WarningLogged
+from events.origin import Header, Origin
+from events.tracebacks import describe, format_traceback
 
 current_origin: ContextVar[Origin | None] = ContextVar("stagecast_origin", default=None)
 """The run that the current thread or task works for."""
 
+_REPEAT_S = 10.0
+"""An identical warning is shown again after this long, with the number of those between."""
+_MOST_TEXTS = 256
+"""Different warnings that are remembered, to be counted when they come again..."""
+_MOST_IN_REPEAT = 100
+"""...and most of them that are shown within that time: a flood is counted, not shown."""
+_MOST_HELD = 256
+_MOST_QUEUED = 1_000
+_FLUSH_S = 1.0
+_IDLE_S = 0.25
 _RESERVED = {*vars(logging.makeLogRecord({})), "message", "asctime"} - {"exc_info", "stack_info"}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Level = Literal["warning", "error"]
+_LEVELS: dict[str, Level] = {
+    "warning": "warning",
+    "warn": "warning",
+    "error": "error",
+    "exception": "error",
+    "critical": "error",
+    "fatal": "error",
+}
+_NUMBERS = {"warning": logging.WARNING, "error": logging.ERROR}
+
+
+class Warned(NamedTuple):
+    """One warning, as it was logged."""
+
+    level: Level
+    message: str
+    exception: str | None
+    """Traceback, if it is about an exception."""
+    repeats: int
+    """Identical ones before it, which were not shown."""
+    time: float
+    where: str
+    """Run and step, in words; empty outside of any run."""
+
+    @property
+    def line(self) -> str:
+        """It, in one line."""
+        more = f" [{self.repeats:,} more like this before]" if self.repeats else ""
+        text = "".join(char if char.isprintable() else " " for char in " ".join(self.message.split()))
+        return f"stagecast: {self.level}: {text}{more}{self.where}\n"
+
+
+# ------------------------------------------------------------------------------------------------- stderr
+
+
+class _Stderr:
+    """Writes lines to stderr on a thread of its own, because a terminal that is held must not hold a run.
+
+    The thread starts with a line, and ends when there are no more. Never raises, whatever ``sys.stderr`` is.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._lock = threading.RLock()  # a signal's handler may log while its own thread holds it
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+
+    def put(self, text: str) -> None:
+        """Write soon; any thread, waits for nothing. In a forked child, which has no such thread: write now."""
+        if self._pid != os.getpid():
+            self.write(text)
+            return
+        with self._lock:
+            if self._lines.qsize() < _MOST_QUEUED:
+                self._lines.put(text)
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="stagecast-stderr", daemon=True)
+                with contextlib.suppress(RuntimeError):  # the interpreter ends, or the system has no more threads
+                    thread.start()
+                    self._thread = thread
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until what was put before is written, no longer than this."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            if self._thread is None:
+                while self._write_next(0.0):  # no thread could be started for them
+                    pass
+                return
+            written = threading.Event()
+            self._lines.put(written)
+        written.wait(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            if not self._write_next(_IDLE_S):
+                with self._lock:
+                    if self._lines.empty():
+                        self._thread = None
+                        return
+
+    def _write_next(self, timeout_s: float) -> bool:
+        """Write what was put first; False if there is nothing."""
+        try:
+            one = self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            return False
+        if isinstance(one, threading.Event):
+            one.set()
+        else:
+            self.write(one)
+        return True
+
+    @staticmethod
+    def write(text: str) -> None:
+        """Write now; may wait for the terminal."""
+        stream: Any = sys.stderr
+        # A stranger's stream may be closed, None, without `flush`, or of an encoding that lacks some characters.
+        for one in (text, text.encode("ascii", "backslashreplace").decode()):
+            with contextlib.suppress(Exception):
+                stream.write(one)
+                break
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+_stderr = _Stderr()
+atexit.register(lambda: _stderr.flush(_FLUSH_S))
+
+
+def flush_stderr(timeout_s: float = _FLUSH_S) -> None:
+    """Wait a moment until what was logged before is on stderr. Not in an event loop: it may wait for a terminal."""
+    _stderr.flush(timeout_s)
+
+
+# ------------------------------------------------------------------------------------- the warnings of a run
+
+
+class _Repeats:
+    """Counts identical warnings, and those beyond what anybody could read. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal's handler may log while its own thread holds it
+        self._texts: dict[str, tuple[float, int]] = {}
+        self._window = 0.0
+        self._shown = 0
+        self._flood = 0
+
+    def take(self, message: str) -> int | None:
+        """How many identical ones were held back before this one; None to hold it back, too."""
+        now = time.monotonic()
+        with self._lock:
+            since, held = self._texts.get(message, (-_REPEAT_S, 0))
+            if now - since < _REPEAT_S:
+                self._texts[message] = since, held + 1
+                return None
+            if now - self._window >= _REPEAT_S:
+                self._window, self._shown = now, 0
+            if self._shown >= _MOST_IN_REPEAT:
+                self._flood += 1
+                return None
+            self._shown += 1
+            self._texts.pop(message, None)  # to the end: the first is the one shown longest ago
+            self._texts[message] = now, 0
+            if len(self._texts) > _MOST_TEXTS:
+                _, lost = self._texts.pop(next(iter(self._texts)))
+                self._flood += lost
+            return held
+
+    def rest(self) -> list[tuple[str, int]]:
+        """What was held back since it was last shown, with the counts; a text of its own for the flood."""
+        with self._lock:
+            held = [(message, count) for message, (_, count) in self._texts.items() if count]
+            if self._flood:
+                held.append((f"{self._flood:,} more warnings came too fast to be shown", 0))
+            self._texts.clear()
+            self._flood = 0
+            return held
+
+
+class RunLog:
+    """The warnings of one run: published as events, and left to its console where that shows them.
+
+    Args:
+        origin: Of the run. Threads and tasks that have it in `current_origin` log for the run.
+        publish: Takes the events; must wait for nothing.
+    """
+
+    def __init__(self, origin: Origin, publish: Callable[[Event], None]) -> None:
+        self._origin = origin
+        self._publish = publish
+        self._console: Callable[[], bool] = _no_console
+        self._held: deque[Warned] = deque(maxlen=_MOST_HELD)  # left to the console
+        self._before: list[Warned] | None = list(_collected.get() or ())
+        self._lock = threading.RLock()  # a signal's handler may log while its own thread holds it
+        self._pid = os.getpid()
+        self.repeats = _Repeats()
+        _runs[origin] = self
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the run's process, not one that was forked from it."""
+        return self._pid == os.getpid()
+
+    def take(self, warned: Warned, *, publish: bool) -> bool:
+        """Publish it, once the run has started; returns whether the run's console will show it."""
+        if publish:
+            with self._lock:
+                if self._before is not None:
+                    self._before.append(warned)
+                    publish = False
+        if publish:
+            self._publish(self._event(warned, self._origin.header()))
+        if not self._console():
+            return False
+        self._held.append(warned)
+        return True
+
+    def begin(self, console: Callable[[], bool]) -> None:
+        """The run is about to be served: what was logged before is on stderr, or with the host's handlers, already.
+
+        Args:
+            console: Says whether a console of this process shows what is published. Any thread.
+        """
+        for warned in self._before or ():
+            _on_stderr.append((warned.time, warned.message))
+        self._console = console
+
+    def start(self) -> None:
+        """The run has started: publish what was logged before, and from now on what is logged."""
+        with self._lock:
+            before, self._before = self._before or [], None
+            run_id, attempt, seq, _, *rest = self._origin.header()
+            for warned in before:
+                self._publish(self._event(warned, (run_id, attempt, seq, warned.time, *rest)))  # type: ignore[arg-type]  # mypy loses the tuple's types
+
+    def leave_console(self, *, failed: bool) -> None:
+        """The console takes no more events: what is logged from now on goes to stderr.
+
+        Args:
+            failed: Whether it may not have shown what was left to it: that goes to stderr now.
+        """
+        self._console = _no_console
+        if failed and not has_handlers():
+            for warned in self._held:
+                _stderr.put(warned.line)
+            self._held.clear()
+
+    def publish_rest(self) -> None:
+        """Publish how many identical warnings were held back since they were last shown."""
+        for message, count in self.repeats.rest():
+            _show(Warned("warning", message, None, count, time.time(), _where(self._origin)), self, publish=True)
+
+    def end(self) -> None:
+        """The run is over: nothing is published any more."""
+        self._console = _no_console
+        if _runs.get(self._origin) is self:
+            del _runs[self._origin]
+
+    @staticmethod
+    def _event(warned: Warned, header: Header) -> WarningLogged:
+        return WarningLogged(*header, warned.level, warned.message, warned.exception, warned.repeats)
+
+
+def _no_console() -> bool:
+    return False
+
+
+_runs: dict[Origin, RunLog] = {}
+_repeats = _Repeats()  # of what is logged outside of any run
+_on_stderr: deque[tuple[float, str]] = deque(maxlen=_MOST_HELD)
+_collected: ContextVar[list[Warned] | None] = ContextVar("stagecast_collected", default=None)
+forward: list[Callable[[Warned], None]] = []
+"""Take each warning of this process besides, on the thread that logs it: a run in a process of its own adds one."""
+
+
+@contextlib.contextmanager
+def collecting(warnings: list[Warned]) -> Iterator[None]:
+    """Collect what the current thread logs, and what the list holds already, for the run that it is about to begin."""
+    token = _collected.set(warnings)
+    try:
+        yield
+    finally:
+        _collected.reset(token)
+
+
+def collects(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a method that prepares runs: its object collects what it logs, in ``_warned``, for `collecting`."""
+
+    @functools.wraps(method)
+    def collected(*args: P.args, **kwargs: P.kwargs) -> R:
+        with collecting(vars(args[0]).setdefault("_warned", [])):
+            return method(*args, **kwargs)
+
+    return collected
+
+
+def is_on_stderr(event: WarningLogged) -> bool:
+    """Whether this process has shown it before its run began, so that a console must not show it again."""
+    return (event.time, event.message) in _on_stderr
+
+
+def in_this_run(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a thread's target: it logs for the run that the calling thread works for."""
+    origin = current_origin.get()
+
+    def run(*args: Any) -> Any:
+        current_origin.set(origin)
+        return function(*args)
+
+    return run
+
+
+def show_problems(problems: Sequence[str], *, on_stderr: bool) -> None:
+    """Show what is unhealthy about the run of this thread or task, at its end.
+
+    Args:
+        on_stderr: Whether it goes to stderr also where handlers of the host take warnings, unless one of them writes
+            there.
+    """
+    origin = current_origin.get()
+    where = _where(origin) if origin is not None else ""
+    handled = has_handlers()
+    if problems and handled:
+        logger.warning(f"the run has ended with problems: {'; '.join(problems)}", published=True)
+    for problem in problems:
+        warned = Warned("warning", problem, None, 0, time.time(), where)
+        for take in forward:
+            take(warned)
+        if (on_stderr and not _is_handled_on_stderr()) or (not handled and _takes("warning")):
+            _stderr.put(warned.line)
+
+
+# ------------------------------------------------------------------------------------------ the processors
 
 
 def _add_origin(_: Any, __: str, event_dict: Any) -> Any:
@@ -29,20 +374,107 @@ def _add_origin(_: Any, __: str, event_dict: Any) -> Any:
     return event_dict
 
 
+def _report(_: Any, method: str, event_dict: Any) -> Any:
+    """Show warnings to people, and publish those of a run. Before the host's level is asked: events are not the host's.
+
+    A caller passes ``published=True`` where an event of another type reports the same.
+    """
+    published = event_dict.pop("published", False)
+    level = _LEVELS.get(method)
+    if level is None:
+        return event_dict
+    origin = current_origin.get()
+    run = _runs.get(origin) if origin is not None else None
+    if run is not None and not run.is_ours:
+        run = None
+    message = str(event_dict.get("event", ""))
+    if positional := event_dict.get("positional_args"):
+        with contextlib.suppress(TypeError, ValueError):
+            message %= positional
+    if run is None and (collected := _collected.get()) is not None:
+        repeats = None if any(message == other.message for other in collected) else 0  # once for each run
+    else:
+        repeats = (run.repeats if run is not None else _repeats).take(message)
+    if repeats is not None:
+        exception = _exception_of(event_dict.get("exc_info"))
+        text = None if exception is None else format_traceback(exception)
+        if exception is not None and describe(exception).partition(": ")[2] not in message:
+            message = f"{message} ({describe(exception)})"
+        where = _in_words(event_dict.get("run_id"), event_dict.get("global_step"), event_dict.get("rank"))
+        _show(Warned(level, message, text, repeats, time.time(), where), run, publish=not published)
+    return event_dict
+
+
+def _show(warned: Warned, run: RunLog | None, *, publish: bool) -> None:
+    collected = _collected.get()
+    if collected is not None and run is None:
+        collected.append(warned)
+    shown = run.take(warned, publish=publish) if run is not None else False
+    for take in forward:
+        take(warned)
+    if not shown and _takes(warned.level) and not has_handlers():
+        if run is not None:
+            _stderr.put(warned.line)  # this may be the thread that trains, or the host's event loop
+        else:
+            _stderr.write(warned.line)
+
+
+def _exception_of(exc_info: Any) -> BaseException | None:
+    if exc_info is True:
+        return sys.exc_info()[1]
+    if isinstance(exc_info, tuple):
+        exc_info = exc_info[1]
+    return exc_info if isinstance(exc_info, BaseException) else None
+
+
+def _where(origin: Origin) -> str:
+    return _in_words(origin.run_id, origin.global_step, origin.rank)
+
+
+def _in_words(run_id: Any, step: Any, rank: Any) -> str:
+    if run_id is None:
+        return ""
+    return f" (run {run_id}, step {step}" + (f", rank {rank})" if rank else ")")
+
+
+def _takes(level: Level) -> bool:
+    """Whether the host's level lets it through. That the logger is disabled is no choice: `dictConfig` does it."""
+    number = _NUMBERS[level]
+    return _stdlib_logger.getEffectiveLevel() <= number and _stdlib_logger.manager.disable < number
+
+
+def has_handlers() -> bool:
+    """Whether a handler of the host takes the records of this library."""
+    return any(True for _ in _handlers())
+
+
+def _is_handled_on_stderr() -> bool:
+    return any(getattr(handler, "stream", None) is sys.stderr for handler in _handlers())
+
+
+def _handlers() -> Iterator[logging.Handler]:
+    current: logging.Logger | None = None if _stdlib_logger.disabled else _stdlib_logger
+    while current is not None:
+        yield from (handler for handler in current.handlers if handler is not _null)
+        current = current.parent if current.propagate else None
+
+
 def _rename_reserved(_: Any, __: str, event_dict: Any) -> Any:
     """A host may have bound ``name``: the standard library refuses extra fields that a record has itself."""
     return {f"{key}_" if key in _RESERVED else key: value for key, value in event_dict.items()}
 
 
 _stdlib_logger = logging.getLogger("stagecast")
-_stdlib_logger.addHandler(logging.NullHandler())
+_null = logging.NullHandler()  # or the standard library's last resort would print what is shown here
+_stdlib_logger.addHandler(_null)
 
 logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
     _stdlib_logger,
     processors=[
-        structlog.stdlib.filter_by_level,
         structlog.contextvars.merge_contextvars,
         _add_origin,
+        _report,
+        structlog.stdlib.filter_by_level,
         _rename_reserved,
         structlog.stdlib.render_to_log_kwargs,
     ],

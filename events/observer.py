@@ -31,6 +31,7 @@ from events.messages import (
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink, SinkWriter
 from events.subscription import Subscription
+from events.tracebacks import describe as describe
 from events.worker import AsyncJob, Job, Worker
 
 OnFatal = Callable[[BaseException], None]
@@ -294,7 +295,9 @@ class Observer:
     def _fail(self, error: BaseException, action: Literal["fatal", "disabled", "retrying"], failures: int) -> None:
         self.error = describe(error)
         self._publish(ObserverFailed, self.name, self.error, self._doing, action, failures)
-        logger.warning(f"observer {self.name} failed in {self._doing} ({action}): {self.error}", exc_info=error)
+        logger.warning(
+            f"observer {self.name} failed in {self._doing} ({action}): {self.error}", exc_info=error, published=True
+        )
 
     def _publish(self, kind: type[Event], *fields: Any) -> None:
         self._bus.publish(kind(*self._bus.origin.header(), *fields))
@@ -359,16 +362,6 @@ class Observer:
         )
         self.subscription.discard()
         return report
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line of at most a thousand characters: its type and its text."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception as broken:  # a supervisor's border: the exception is the observer's
-        text = f"its text cannot be had, {type(broken).__name__}"
-    text = text if len(text) <= 1_000 else f"{text[:1_000]}..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _same(awaitable: Any) -> Any:

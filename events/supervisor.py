@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 import anyio
 import anyio.abc
 
 from events.bus import Bus
-from events.messages import ObserversReported
+from events.messages import ObserverHealth, ObserversReported
 from events.observer import Observer, OnFatal, Target
 from events.protocol import ObserverReport
 from events.sink import Delivery
@@ -90,6 +91,12 @@ class Supervisor:
         self._limit_s = timeout_s
         if self._draining is not None:
             self._draining.deadline = min(self._draining.deadline, anyio.current_time() + timeout_s)
+
+
+def health_at_end(report: ObserverReport) -> ObserverHealth:
+    """How an observer has ended, as `ObserversReported` carries it: what was left is still queued."""
+    state: Literal["ok", "disabled"] = "ok" if report.state == "closed" else "disabled"
+    return ObserverHealth(report.observer, state, report.left, None, report.delivered, report.dropped, report.conflated)
 
 
 async def report_observers(observers: Sequence[Observer], bus: Bus, interval_s: float) -> None:

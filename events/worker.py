@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 
 from events.cpu_time import CpuTime
+from events.log import in_this_run
 
 Post = Callable[[Callable[[], object]], None]
 """Runs a function in the event loop, from any thread, without waiting: `Bus.post`."""
@@ -101,7 +102,7 @@ class Worker:
         """Queue a call; returns at once. From the event loop only."""
         job = Job(function, args)
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            thread = threading.Thread(target=in_this_run(self._run), name=self.name, daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:  # the system has no more threads: this call failed, the next one may not

@@ -186,7 +186,7 @@ class CheckpointUploader:
         )
         name = next(iter(self._pending()), CheckpointName(0, self._header()[1]))
         self._fail(name, error, "upload")
-        logger.error(f"nothing is uploaded any more: {error}")
+        logger.error(f"nothing is uploaded any more: {error}", published=True)
         self._abandoned.set()  # not to be retried: it would hold up the end of the run, and find the same
         self._give_up()
         return True

@@ -177,7 +177,7 @@ class CheckpointWriter:
             part = late.get(_PART_TIMEOUT_S)
             if part is None:
                 missing.append(owners.get(name, name))
-                logger.warning(f"checkpoint {snapshot.name} goes without the state of {missing[-1]}")
+                logger.warning(f"checkpoint {snapshot.name} goes without the state of {missing[-1]}", published=True)
             else:
                 _write_part(folder, name, part, files)
         manifest = Manifest(
@@ -202,7 +202,9 @@ class CheckpointWriter:
     def _fail(self, event: CheckpointStaged, error: Exception) -> None:
         self._failures += 1
         self._publish_failure(event, event.checkpoint, error, "write", self._failures)
-        logger.warning(f"checkpoint {event.checkpoint} could not be written: {describe(error)}", exc_info=error)
+        logger.warning(
+            f"checkpoint {event.checkpoint} could not be written: {describe(error)}", exc_info=error, published=True
+        )
         if self._failures >= self._settings.max_failures:
             raise CheckpointsFailing(
                 f"{self._failures} checkpoints in a row could not be made durable (max_failures); the last one:"
@@ -230,7 +232,7 @@ class CheckpointWriter:
             nbytes = disk.replace_file(path, _tensor_file(part))
         except OSError as error:
             self._publish(CheckpointFailed(*header_of(event), WEIGHTS_NAME, describe(error)))
-            logger.warning(f"the weights could not be written to {path}: {describe(error)}")
+            logger.warning(f"the weights could not be written to {path}: {describe(error)}", published=True)
             return
         self._publish(WeightsSaved(*header_of(event), str(path), nbytes))
 
@@ -243,7 +245,7 @@ class CheckpointWriter:
                 going = self._expendable()
             except OSError as error:  # the folder cannot be looked at: nothing goes, and what was saved is saved
                 self._publish(CheckpointFailed(*self._origin.header(), "", describe(error), "delete"))
-                logger.warning(f"no checkpoint is deleted from {self._store.folder}: {describe(error)}")
+                logger.warning(f"no checkpoint is deleted from {self._store.folder}: {describe(error)}", published=True)
                 return
             for name, manifest in going.items():
                 self._delete(name, manifest)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
+from events.log import is_on_stderr
 from events.messages import (
     CheckpointFailed,
     CheckpointRejected,
@@ -42,6 +43,7 @@ from events.messages import (
     ObserverFailed,
     ObserverRecovered,
     ObserverSlow,
+    ObserversReported,
     RunEnded,
     RunResumed,
     RunStarted,
@@ -54,6 +56,7 @@ from events.messages import (
     ValEpochEnded,
     ValEpochStarted,
     ValStepEnded,
+    WarningLogged,
     WeightsSaved,
 )
 from events.sink import Delivery, RunInfo
@@ -71,7 +74,7 @@ _TYPES: frozenset[type[Event]] = frozenset({
     RunStarted, RunResumed, RunEnded, TrainEpochStarted, TrainStepEnded, TrainEpochEnded,
     ValEpochStarted, ValStepEnded, ValEpochEnded, TestEpochStarted, TestStepEnded, TestEpochEnded,
     MetricsLogged, NonFiniteLoss, NonFiniteGradient, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow,
-    LoopHeld, JournalGap, LedgerReported, CommandTaken,
+    LoopHeld, JournalGap, LedgerReported, CommandTaken, WarningLogged, ObserversReported,
     CheckpointSaved, CheckpointSkipped, CheckpointFailed, CheckpointUploaded, CheckpointRejected, WeightsSaved,
 })  # fmt: skip
 
@@ -104,6 +107,9 @@ class Console(Strict, frozen=True):
     """Without a terminal: seconds of training between two lines of progress."""
     force_terminal: bool | None = None
     """Draw bars (True) or plain lines (False) whatever stderr is; None to look."""
+
+    shows_warnings: ClassVar[bool] = True
+    """Warnings of a run that has this sink go to it, and not to stderr once more."""
 
     # A person wants the present, so step events may be replaced by newer ones and a quarter of a second is
     # soon enough: each wake of this thread costs the loop a hand-over of the interpreter lock. A stream that
@@ -245,6 +251,8 @@ class ConsoleWriter:
                 steps.append(event)
                 continue
             if type(event) is MetricsLogged and event.key is None:
+                continue
+            if type(event) is WarningLogged and is_on_stderr(event):
                 continue
             self._take_steps(steps, lines)
             self._progress.take(event)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from events.health import Health
 from events.messages import (
     CheckpointFailed,
     CheckpointRejected,
@@ -31,6 +32,7 @@ from events.messages import (
     TestEpochEnded,
     TrainEpochEnded,
     ValEpochEnded,
+    WarningLogged,
     WeightsSaved,
 )
 from events.metrics import metric_name
@@ -50,6 +52,8 @@ HELD_S = 1.0
 REPEAT_S = 10.0
 """Lines of one kind about one observer come at most this often; those between are counted."""
 _MOST_METRICS = 16
+_MOST_TRACEBACK = 30
+"""Lines of a traceback that are shown."""
 _MOST_REPEATS = 256
 """Names are strangers' text, so even this bookkeeping has a bound."""
 
@@ -70,6 +74,10 @@ class Chronicle:
         # What a line is about -> the time of the last such line, and how many were held back since.
         self._repeats: dict[tuple[str, object], tuple[float, int]] = {}
         self._forgotten = 0
+        self._health = Health()
+        self._problems: set[str] = set()  # those that have their line
+        self._ending: Line | None = None  # of a run that failed: to be the last line
+        self._buried = False  # whether it has others behind it
         self._handlers: dict[type[Event], Callable[[Any], Iterable[Line]]] = {
             RunStarted: self._run_started,
             RunResumed: self._run_resumed,
@@ -84,6 +92,7 @@ class Chronicle:
             ObserverRecovered: self._observer_recovered,
             ObserverDropped: self._observer_dropped,
             ObserverSlow: self._observer_slow,
+            WarningLogged: self._warning_logged,
             LoopHeld: self._loop_held,
             JournalGap: self._journal_gap,
             LedgerReported: self._ledger_reported,
@@ -98,8 +107,11 @@ class Chronicle:
 
     def take(self, event: Event) -> Iterable[Line]:
         """The lines that an event is worth, mostly none."""
+        self._health.add(event)
         handler = self._handlers.get(type(event))
-        return () if handler is None else handler(event)
+        lines = () if handler is None else handler(event)
+        self._buried = self._buried or (self._ending is not None and type(event) is not RunEnded and bool(lines))
+        return lines
 
     def trained(self, time: float, global_step: int) -> Iterable[Line]:
         """Training went on: validation results from the middle of an epoch get their own line now."""
@@ -108,13 +120,16 @@ class Chronicle:
     def finish(self) -> list[Line]:
         """What was still held back when the last event had come."""
         time = self._progress.time
-        return [*self._unshown(time), *self._held_back(time), *self._show_ledger(time)]
+        lines = [*self._unshown(time), *self._held_back(time), *self._show_ledger(time), *self._new_problems(time)]
+        return [*lines, self._ending] if self._ending is not None and (lines or self._buried) else lines
 
     # ----------------------------------------------------------------------------------------- the run
 
     def _run_started(self, e: RunStarted) -> list[Line]:
         self._began, self._told = e.time, None
         self._results.clear()
+        self._problems.clear()
+        self._ending, self._buried = None, False
         size = _many(e.epochs, "epoch")
         if e.steps_per_epoch is not None:
             size += f" of {e.steps_per_epoch:,} steps"
@@ -136,13 +151,27 @@ class Chronicle:
         return [_line(e, "note", f"resumed{source} at step {e.global_step:,}")]
 
     def _run_ended(self, e: RunEnded) -> list[Line]:
+        phase = f" in {plain_text(e.phase, 80)}" if e.phase else ""
         took = "" if self._began is None else f" after {format_duration(e.time - self._began)}"
-        text = f"{e.status} at step {e.global_step:,}{took}"
+        text = f"{e.status}{phase} at step {e.global_step:,}{took}"
         if e.reason:
             text += f": {plain_text(e.reason)}"
-        kind: Kind = "good" if e.status == "finished" else "bad" if e.status == "failed" else "warn"
-        ending = _line(e, kind, text)
-        return [*self._unshown(e.time), *self._held_back(e.time), ending, *self._show_ledger(e.time)]
+        before = [*self._unshown(e.time), *self._held_back(e.time)]
+        ledger, problems = self._show_ledger(e.time), self._new_problems(e.time)
+        if e.status == "failed":  # the last line says what failed
+            self._ending = _line(e, "bad", text)
+            return [*before, *ledger, *problems, *_traceback(e), self._ending]
+        self._ending = None
+        if problems and not e.reason:
+            text += f", with {_many(len(problems), 'problem')}"
+        ending = _line(e, "good" if e.status == "finished" and not problems else "warn", text)
+        return [*before, ending, *ledger, *problems]
+
+    def _new_problems(self, time: float) -> list[Line]:
+        """A line for each problem of the run that has none yet."""
+        new = [one for one in self._health.problems if one not in self._problems and one != self._health.failure]
+        self._problems.update(new)
+        return [Line(time, "warn", [(Span(f"problem: {plain_text(one)}", "warn"),)]) for one in new]
 
     def _ledger_reported(self, e: LedgerReported) -> list[Line]:
         if e.scope != "run":
@@ -303,6 +332,11 @@ class Chronicle:
             text = f"warning: the loop has been waiting {waited} for {by} ({why})"
         return self._sparsely(e, f"waits of the loop for {by}", "warn", text, part=e.released)
 
+    def _warning_logged(self, e: WarningLogged) -> list[Line]:
+        more = f" [and {e.repeats:,} more before]" if e.repeats else ""
+        kind: Kind = "bad" if e.level == "error" else "warn"
+        return [_line(e, kind, f"{e.level}: {plain_text(e.message)}{more}")]
+
     def _journal_gap(self, e: JournalGap) -> list[Line]:
         where = f"(seq {e.first_seq:,} to {e.last_seq:,})"
         text = f"error: the journal lacks {_many(e.lost, 'event')} {where}: {plain_text(e.reason)}"
@@ -337,6 +371,16 @@ class Chronicle:
 
 def _line(event: Event, kind: Kind, text: str) -> Line:
     return Line(event.time, kind, [(Span(text, kind),)])
+
+
+def _traceback(e: RunEnded) -> list[Line]:
+    """The end of a traceback, where the user's frames are; all of it is in the journal."""
+    # Not the marks beneath a line: they may be wrapped away from what they mark.
+    rows = [row for row in (e.traceback or "").splitlines() if row.strip(" ~^")]
+    shown = rows[-_MOST_TRACEBACK:]
+    if len(rows) > len(shown):
+        shown.insert(0, f"... {len(rows) - len(shown):,} lines before")
+    return [Line(e.time, "note", [(Span(plain_text(row, 300), "dim"),)]) for row in shown]
 
 
 def _many(count: int, noun: str) -> str:

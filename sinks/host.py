@@ -29,7 +29,16 @@ from events.bus import Bus
 from events.errors import SinkMisconfigured
 from events.journal_feed import JournalFeed
 from events.journal_reader import JOURNAL_DIR, SkippedLine
-from events.messages import EVENT_TYPES, Event, ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported
+from events.log import RunLog, current_origin
+from events.messages import (
+    EVENT_TYPES,
+    Event,
+    ObserverFailed,
+    ObserverRecovered,
+    ObserverSlow,
+    ObserversReported,
+    WarningLogged,
+)
 from events.observer import Observer, SinkTarget
 from events.origin import Origin
 from events.protocol import ObserverReport
@@ -41,7 +50,9 @@ from events.wire import encode_json
 PLACES_DIR = "sinks"
 """Within a run's folder: how far each sink of a host has come."""
 HEALTH = (ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported)
-"""What the host tells the run about its sinks."""
+"""What the host tells the run about its sinks..."""
+TOLD: frozenset[type[Event]] = frozenset({*HEALTH, WarningLogged})
+"""...and what they log."""
 _out = 1
 """Where messages to the run go."""
 _ALIVE_S = 0.5
@@ -294,6 +305,8 @@ def main() -> None:
 
 async def _serve(config: HostConfig, lines: Any) -> None:
     bus = Bus(Origin(config.run.run_id, config.run.attempt))
+    current_origin.set(bus.origin)
+    RunLog(bus.origin, bus.publish).start()
     finish: list[Finish] = []
     over, told = anyio.Event(), anyio.Event()
 
@@ -307,7 +320,7 @@ async def _serve(config: HostConfig, lines: Any) -> None:
         bus.post(lambda: end(how))
 
     threading.Thread(target=listen, name="stagecast-host-commands", daemon=True).start()
-    health = bus.subscribe("run", Delivery(types=frozenset(HEALTH), latency_s=0.02))
+    health = bus.subscribe("run", Delivery(types=TOLD, latency_s=0.02))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(bus.run)
         tasks.start_soon(_tell, health, told)

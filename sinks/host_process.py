@@ -18,8 +18,8 @@ import msgspec
 
 from events.bus import Bus
 from events.errors import SinkHostFailed
-from events.log import logger
-from events.messages import Event, ObserverFailed, ObserverRecovered
+from events.log import in_this_run, logger
+from events.messages import Event, ObserverFailed, ObserverRecovered, WarningLogged
 from events.notice import notify
 from events.protocol import ObserverReport
 from events.sink import RunInfo
@@ -78,7 +78,7 @@ class SinkHost:
         self._reports: list[ObserverReport] | None = None
         self._ended = anyio.Event()
         self._finishing: anyio.CancelScope | None = None
-        self._thread = threading.Thread(target=self._run, name="stagecast-sink-host", daemon=True)
+        self._thread = threading.Thread(target=in_this_run(self._run), name="stagecast-sink-host", daemon=True)
         # As they are now: one that is started later must find, and write, what the first one did.
         self._cwd = os.getcwd()
         path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
@@ -237,15 +237,20 @@ class SinkHost:
         now = {"attempt": origin.attempt, "rank": origin.rank, "global_step": origin.global_step}
         told: Event = msgspec.structs.replace(event, seq=0, epoch=origin.epoch, stage=origin.stage, **now)
         self._bus.publish(told)
-        if isinstance(told, ObserverFailed):
-            logger.warning(f"observer {told.observer} failed in {told.during} ({told.action}): {told.error}")
+        if isinstance(told, WarningLogged):
+            log = logger.error if told.level == "error" else logger.warning
+            log(told.message, published=True)
+        elif isinstance(told, ObserverFailed):
+            logger.warning(
+                f"observer {told.observer} failed in {told.during} ({told.action}): {told.error}", published=True
+            )
             if told.action == "fatal":
                 self._on_fatal(SinkHostFailed(f"the sink {told.observer} failed in {told.during}: {told.error}"))
         elif isinstance(told, ObserverRecovered):
             logger.info(f"observer {told.observer} recovered after {told.outage_s:.1f} s")
 
     def _tell_of_death(self, problem: str, action: Any, deaths: int) -> None:
-        logger.warning(f"{problem} ({action})")
+        logger.warning(f"{problem} ({action})", published=True)
         for name in self._names:
             failed = ObserverFailed(*self._bus.origin.header(), name, problem, "host", action, deaths)
             self._bus.publish(failed)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from events.errors import SinkMisconfigured
-from events.log import logger
+from events.log import in_this_run, logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
@@ -126,7 +126,7 @@ class PrometheusWriter:
         self._file = file
         # It looks for its end so often, and takes the interpreter lock from the loop each time.
         self._thread = threading.Thread(
-            target=server.serve_forever, args=(0.25,), name="stagecast-prometheus-http", daemon=True
+            target=in_this_run(server.serve_forever), args=(0.25,), name="stagecast-prometheus-http", daemon=True
         )
         self._thread.start()
         logger.info(f"Prometheus can scrape {self.url}")

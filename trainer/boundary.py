@@ -260,7 +260,9 @@ class Boundary:
         wait_s = (clock() - begin) / 1e9
         self.bus.publish(LoopHeld(*self.origin.header(), cause, observers, wait_s, not observers))
         if observers:
-            logger.warning(f"the training loop has waited {wait_s:.1f} s for {', '.join(observers)} ({cause})")
+            logger.warning(
+                f"the training loop has waited {wait_s:.1f} s for {', '.join(observers)} ({cause})", published=True
+            )
 
     def notice(self, text: str) -> None:
         """Log a remark, once; what stands behind its colon may be another each time."""

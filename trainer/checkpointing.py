@@ -412,13 +412,13 @@ class Checkpointing:
         wait_s = time.monotonic() - begin
         self._bus.publish(LoopHeld(*self._origin.header(), "checkpoint", ["checkpoints"], wait_s, released))
         if not released:
-            logger.warning(f"the training loop has waited {wait_s:.1f} s for checkpoints to be written")
+            logger.warning(f"the training loop has waited {wait_s:.1f} s for checkpoints to be written", published=True)
 
     def _fail(self, error: Exception, command_ids: list[str]) -> None:
         self._failures += 1
         header, name = self._origin.header(), str(self._next_name())
         self._bus.publish(CheckpointFailed(*header, name, describe(error), "stage", self._failures, command_ids))
-        logger.warning(f"checkpoint {name} could not be taken: {describe(error)}")
+        logger.warning(f"checkpoint {name} could not be taken: {describe(error)}", published=True)
         assert self._settings is not None
         if self._failures >= self._settings.max_failures:
             raise CheckpointsFailing(

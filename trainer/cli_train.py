@@ -78,25 +78,11 @@ def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult
 def _print_result(result: RunResult) -> None:
     reason = f" ({result.reason})" if result.reason else ""
     print(f"{result.status} after {result.global_step} steps{reason}")
-    _tell_of_losses(result)
     for name, place in (("run folder", result.run_dir), ("checkpoint", result.checkpoint)):
         if place is not None:
             print(f"{name}: {place}")
     if result.best_checkpoint is not None:
         print(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
-
-
-def _tell_of_losses(result: RunResult) -> None:
-    """Say which observers did not get everything, or ended otherwise than in order."""
-    from sinks.format import plain_text
-
-    for report in result.observers:
-        missing = {"not delivered": report.left, "dropped": report.dropped}
-        lost = [f"{count:,} events {what}" for what, count in missing.items() if count]
-        if report.state != "closed":
-            lost.insert(0, f"{report.state} ({plain_text(report.error or 'no reason given')})")
-        if lost:
-            print(f"{report.observer}: {', '.join(lost)}", file=sys.stderr)
 
 
 def _summary(path: str, prepared: Prepared) -> str:

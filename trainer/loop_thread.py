@@ -8,9 +8,8 @@ import os
 import socket
 import sys
 import threading
-import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import anyio
@@ -31,7 +30,7 @@ from events.messages import (
     StallLedger,
     Status,
 )
-from events.observer import describe
+from events.tracebacks import describe, format_stack, format_traceback
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary, StopRequested
 from trainer.checkpointing import Checkpointing, has_state
@@ -94,6 +93,8 @@ class LoopThread:
         self.reason: str | None = None
         self.error: BaseException | None = None
         """What ended the loop, if it was an exception."""
+        self._traceback: str | None = None
+        self._phase: str | None = None
         self.outputs: dict[str, tuple[Any, ...]] = {}
         """What a test returned, per key."""
         self.epochs = 0
@@ -102,6 +103,8 @@ class LoopThread:
         """The module's weights when training has ended in order, if they are wanted; set before `RunEnded`."""
         self.total = StallLedger()
         """The ledger of the whole run, once it is over."""
+        self.on_started: Callable[[], None] | None = None
+        """Called once `RunStarted` is published, the first event of an attempt."""
         self.ended = anyio.Event()
         """Set in the event loop when nothing more will be published."""
         self._module = module
@@ -191,10 +194,11 @@ class LoopThread:
         grace_s = self._arguments.stop_grace_s
         text = f"the training thread reached no step boundary within {grace_s:g} s (stop_grace_s) of being cancelled"
         frame = sys._current_frames().get(self._thread.ident or 0) if self._thread else None
-        if frame is not None:
-            text += f"; it is in {self._boundary.phase}:\n" + "".join(traceback.format_stack(frame)).rstrip()
+        stack = None if frame is None else format_stack(frame)
+        if stack is not None:
+            text += f"; it is in {self._boundary.phase}:\n{stack}"
         if self._ending.acquire(blocking=False):
-            self._bus.publish(RunEnded(*self._origin.header(), "cancelled", STUCK))
+            self._bus.publish(RunEnded(*self._origin.header(), "cancelled", STUCK, stack, self._boundary.phase))
         return text
 
     def release(self) -> None:
@@ -421,6 +425,8 @@ class LoopThread:
             settings.best_mode if settings is not None else "min",
         )
         self._bus.publish(started)
+        if self.on_started is not None:
+            self.on_started()
         for name, error in self._rejected:
             self._bus.publish(CheckpointRejected(*origin.header(), name, describe(error)))
 
@@ -445,11 +451,12 @@ class LoopThread:
         self.status = "cancelled" if cancelled else "failed"
         self.reason = describe(error)
         if not cancelled:
+            self._phase, self._traceback = self._boundary.phase, format_traceback(error)
             step = self._origin.global_step
             if error is not self._control.error:  # an observer's exception names its hook already
                 add_hint(error)
                 add_note(error, f"stagecast: in {self._boundary.phase} after global_step {step}")
-            logger.error(f"the run failed after global_step {step}: {self.reason}")
+            logger.error(f"the run failed after global_step {step}: {self.reason}", published=True)
 
     def _finish(self) -> None:
         """Publish the ledger and the end; for an orderly end, with the hooks of `RunEnded`."""
@@ -466,7 +473,7 @@ class LoopThread:
                 self._keep_weights()
             self.total = self._ledger.total()
             self._bus.publish(LedgerReported(*origin.header(), "run", self.total))
-            ended = RunEnded(*origin.header(), self.status, self.reason)
+            ended = RunEnded(*origin.header(), self.status, self.reason, self._traceback, self._phase)
             if self.status in _IN_ORDER:
                 self._boundary.phase = "on_end_train"
                 fence = self._boundary.send(ended)
@@ -480,6 +487,8 @@ class LoopThread:
                 self._bus.publish(ended)
         except BaseException as error:  # a hook at the very end failed, or the run was cancelled during it
             self._record(error)
+            # Whatever was published before: the last word of a run counts.
+            self._bus.publish(RunEnded(*origin.header(), self.status, self.reason, self._traceback, self._phase))
 
     def _keep_weights(self) -> None:
         try:
@@ -488,7 +497,7 @@ class LoopThread:
         except Exception as error:  # the loop's border: a run that has finished is not lost for want of this file
             text = describe(error)
             self._bus.publish(CheckpointFailed(*self._origin.header(), "weights.safetensors", text, "stage"))
-            logger.warning(f"the weights alone are not kept: {text}")
+            logger.warning(f"the weights alone are not kept: {text}", published=True)
 
     def _on_failed_hook(self, callback: CallbackHooks, hook: str, error: Exception) -> None:
         fatal, text = callback.delivery.on_error == "fatal", describe(error)
@@ -501,7 +510,7 @@ class LoopThread:
         callback.disabled = True
         if (observer := callback.observer) is not None:
             self._bus.post(lambda: observer.disable(text))
-        logger.warning(f"callback {callback.name} failed in {hook} (disabled): {text}", exc_info=error)
+        logger.warning(f"callback {callback.name} failed in {hook} (disabled): {text}", exc_info=error, published=True)
 
 
 @atexit.register

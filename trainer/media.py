@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from events.log import logger
+from events.log import in_this_run, logger
 from events.messages import Event, ImageLogged, ObserverDropped, TextLogged
 from events.origin import Header, Origin
 from trainer.tensor_state import bytes_of
@@ -244,7 +244,7 @@ class MediaWriter:
             self._count += 1
             self._nbytes += nbytes
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="stagecast-media", daemon=True)
+                self._thread = threading.Thread(target=in_this_run(self._run), name="stagecast-media", daemon=True)
                 self._thread.start()
         self._waiting.put(_Item(name, what, header, key, of_seq, nbytes))
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
+from contextvars import Token
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,23 @@ from events.errors import RunCancelled, TrainingThreadStuck
 from events.folder import ARGUMENTS_NAME, CONFIG_NAME, RunFolder
 from events.inbox import Inbox
 from events.journal import Journal
-from events.log import current_origin, logger
-from events.messages import CheckpointFailed, CheckpointStaged, NonFiniteGradient, NonFiniteLoss, TrainStepEnded
-from events.observer import Observer, SinkTarget, describe
+from events.log import RunLog, current_origin, logger, show_problems
+from events.messages import (
+    CheckpointFailed,
+    CheckpointStaged,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    ObserverFailed,
+    ObserversReported,
+    RunEnded,
+    TrainStepEnded,
+)
+from events.observer import Observer, SinkTarget
 from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
 from events.sink import Delivery, Place, RunInfo, Sink, delivery_of
-from events.supervisor import Supervisor, report_observers
+from events.supervisor import Supervisor, health_at_end, report_observers
+from events.tracebacks import describe, format_traceback
 from trainer.arguments import TrainerArguments
 from trainer.cancellation import outliving
 from trainer.control import Control
@@ -81,6 +92,7 @@ class Session:
         resume: str | os.PathLike[str] | None,
         init_from: str | os.PathLike[str] | None,
         interactive: bool,
+        on_stderr: bool,
         sinks_in: Place,
         config: dict[str, Any],
     ) -> None:
@@ -89,6 +101,10 @@ class Session:
         self.result: RunResult | None = None
         self.control = control
         self.finished = anyio.Event()
+        self._on_stderr = on_stderr
+        self._consoles: list[Observer] = []
+        self._shown: list[str] = []  # problems that a console has shown
+        self._context: Token[Origin | None] | None = None
         self._module = module
         self.arguments = arguments
         self._device = resolve_device(arguments.device)
@@ -130,17 +146,29 @@ class Session:
                 self.folder.write_json(ARGUMENTS_NAME, arguments.to_dict())
                 if config:
                     self.folder.write_json(CONFIG_NAME, config)
+            self.loop.on_started = self._log.start
+            self._log.begin(self._has_console)
+            self._leave_context()
         except BaseException:
             self.discard()
             raise
 
     def discard(self) -> None:
         """Let go of what the constructor opened, because the session will not run."""
+        self._leave_context()
+        if hasattr(self, "_log"):
+            self._log.leave_console(failed=True)
+            self._log.end()
         for observer in self._supervisor.observers if hasattr(self, "_supervisor") else ():
             observer.subscription.discard()
         if hasattr(self, "bus"):
             self.bus.discard()
         self._close_folder()
+
+    def _leave_context(self) -> None:
+        if self._context is not None:
+            current_origin.reset(self._context)
+            self._context = None
 
     def _make_plan(
         self,
@@ -163,6 +191,7 @@ class Session:
         attempt = max(folder.last_attempt if folder is not None else 0, store.last_attempt if store is not None else 0)
         seq = max(folder.last_seq if folder is not None else 0, store.last_seq if store is not None else 0)
         self.origin = Origin(self._run_id, attempt + 1)
+        self._context = current_origin.set(self.origin)  # the threads that the constructor makes log for this run
         self._readback = DeviceReadback(self._on_loss, self._on_gradient)
         self.bus = Bus(
             self.origin,
@@ -171,6 +200,7 @@ class Session:
             first_seq=seq + 1,
             spill_dir=str(folder.path) if folder is not None else None,
         )
+        self._log = RunLog(self.origin, self.bus.publish)
         self._media = MediaWriter(folder.path if folder is not None else None, self.bus.publish, self.origin)
         self._recorder = MetricRecorder(self.bus, self._media)
         self._supervisor = Supervisor(self.bus, self._on_fatal)
@@ -206,6 +236,8 @@ class Session:
             name = type(described).__name__.lower()
             if (delivery.runs_in or sinks_in) == "thread":
                 observer = self._supervisor.add(name, SinkTarget(described, run), delivery)
+                if getattr(described, "shows_warnings", False):
+                    self._consoles.append(observer)
                 if run.run_dir is not None:  # it may have been in a host before: from now on that place says nothing
                     with contextlib.suppress(OSError):
                         host.Place.path(run.run_dir, observer.name).unlink(missing_ok=True)
@@ -247,6 +279,10 @@ class Session:
             self._checkpoint_observers.append(self._uploads)
         return writer
 
+    def _has_console(self) -> bool:
+        """Whether a console of this process shows what is published. Any thread."""
+        return any(observer.circuit != "disabled" for observer in self._consoles)
+
     # ------------------------------------------------------------------------------ from observers and threads
 
     def _sync_journal(self, seq: int) -> None:
@@ -269,7 +305,7 @@ class Session:
             action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
             self.bus.publish(NonFiniteLoss(*header_of(event), loss, action, consecutive, event.seq))
         if consecutive == 1:
-            logger.warning(f"the loss of step {event.global_step} is {loss}")
+            logger.warning(f"the loss of step {event.global_step} is {loss}", published=True)
         if stop:
             self.control.fail(
                 NonFiniteLossError(f"the loss of step {event.global_step} is {loss} and non_finite='stop'; {REMEDY}")
@@ -282,7 +318,9 @@ class Session:
             action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
             self.bus.publish(NonFiniteGradient(*header_of(event), action, consecutive, event.seq))
         if consecutive == 1:
-            logger.warning(f"a gradient of step {event.global_step} is NaN or infinite, its loss is {event.loss}")
+            logger.warning(
+                f"a gradient of step {event.global_step} is NaN or infinite, its loss is {event.loss}", published=True
+            )
         if stop:
             self.control.fail(
                 NonFiniteGradientError(
@@ -355,6 +393,7 @@ class Session:
                     self.loop.release()
                 if self._inbox is not None:
                     self._inbox.stop()
+                self._log.end()
                 self._close_folder()
                 self.finished.set()
                 current_origin.reset(token)
@@ -378,16 +417,33 @@ class Session:
             watch.cancel_scope.cancel()
 
     async def _drain(self) -> list[ObserverReport]:
-        """Drain callbacks, then checkpoints, sinks, the journal: each is told how those before it have ended."""
+        """Drain callbacks, checkpoints, sinks, consoles, the journal: each gets how those before it have ended."""
+        self._log.publish_rest()
         stages = self._stages()
         if isinstance(self.loop.error, (KeyboardInterrupt, SystemExit)):  # a second signal
             self._supervisor.hurry(_ABORTED_DRAIN_S)
         reports: list[ObserverReport] = []
+        told = False
         for timeout_s, observers in stages:
-            if observers is stages[-2][1] and self._host is not None:
-                reports += await self._drain_with_host(observers, timeout_s)
+            ended: list[ObserverReport] = []
+            if observers is stages[-2][1]:
+                self._publish_ends(reports)
+                await self.bus.drain()
+                self._shown = self.bus.health.problems if observers else []  # by the time a console is closed
+                self._log.leave_console(failed=False)
+            if observers is stages[-3][1] and self._host is not None:
+                ended = await self._drain_with_host(observers, timeout_s)
             elif observers:
-                reports += await self._supervisor.drain(observers, timeout_s)
+                ended = await self._supervisor.drain(observers, timeout_s)
+            for report in ended:
+                if report.state == "stuck":
+                    self._publish_stuck(report)
+            reports += ended
+            if (failure := self._failed_in_drain) is not None and not told:
+                told = True
+                trace = format_traceback(failure)
+                ended_as = RunEnded(*self.origin.header(), "failed", describe(failure), trace, "the end of the run")
+                self.bus.publish(ended_as)
             if observers is stages[0][1] and self._media.used:  # callbacks can log no more, and sinks are to get it
                 await anyio.to_thread.run_sync(self._media.close, timeout_s, limiter=anyio.CapacityLimiter(1))
             if self._uploads is not None and observers == [self._uploads]:
@@ -395,6 +451,17 @@ class Session:
         await self.bus.drain()
         self.bus.close()
         return reports
+
+    def _publish_stuck(self, report: ObserverReport) -> None:
+        error = report.error or "it did not end in time"
+        self.bus.publish(ObserverFailed(*self.origin.header(), report.observer, error, "drain", "disabled"))
+
+    def _publish_ends(self, reports: list[ObserverReport]) -> None:
+        """Publish what became of the events of observers that were drained, unless all is well."""
+        if self.bus.health.has_failing_observers or any(
+            one.state != "closed" or one.left or one.dropped for one in reports
+        ):
+            self.bus.publish(ObserversReported(*self.origin.header(), [health_at_end(one) for one in reports]))
 
     async def _drain_with_host(self, sinks: list[Observer], timeout_s: float) -> list[ObserverReport]:
         """Drain the sinks here and those in the host at the same time."""
@@ -445,7 +512,7 @@ class Session:
         for observer in self._supervisor.observers:
             if isinstance(observer.target, CallbackTarget):
                 callbacks.append(observer)
-            elif observer is not self._journal and observer not in self._checkpoint_observers:
+            elif observer is not self._journal and observer not in (*self._checkpoint_observers, *self._consoles):
                 sinks.append(observer)
         settings, timeout_s = self._plan.settings, self.arguments.drain_timeout_s
         last_s = timeout_s if settings is None or self.cancelled else settings.end_timeout_s
@@ -455,16 +522,16 @@ class Session:
             (timeout_s, callbacks),
             *((last_s, [observer]) for observer in self._checkpoint_observers),
             (timeout_s, sinks),
+            (timeout_s, self._consoles),
             (timeout_s, [self._journal] if self._journal is not None else []),
         ]
 
     def _conclude(self, reports: list[ObserverReport]) -> None:
-        loop, failure = self.loop, self.control.error
+        loop, failure = self.loop, self._failed_in_drain
         status, reason, self.error = loop.status, loop.reason, loop.error
         if self._stuck is not None:
             status, reason, self.error = "cancelled", STUCK, TrainingThreadStuck(self._stuck)
-        elif loop.error is None and failure is not None and not isinstance(failure, RunCancelled):
-            # An observer failed fatally while it was drained: the loop was over already, and could not raise it.
+        elif failure is not None:
             status, reason, self.error = "failed", describe(failure), failure
         best = self._writer.best if self._writer is not None else None
         self.result = RunResult(
@@ -481,7 +548,26 @@ class Session:
             checkpoint=self._last_checkpoint,
             best_checkpoint=str(best[0]) if best is not None else None,
             best_metric=best[1] if best is not None else None,
+            problems=self._problems(reports),
         )
+
+    @property
+    def _failed_in_drain(self) -> BaseException | None:
+        """What a fatal observer raised while it was drained: the loop was over already, and could not raise it."""
+        failure = self.control.error
+        over = self.loop.error is None and self._stuck is None
+        return failure if over and not isinstance(failure, RunCancelled) else None
+
+    def _problems(self, reports: list[ObserverReport]) -> list[str]:
+        """What is unhealthy about the run, at its very end; what no console has shown goes to stderr."""
+        health, consoles = self.bus.health, {observer.name for observer in self._consoles}
+        health.add(ObserversReported(*self.origin.header(), [health_at_end(report) for report in reports]))
+        problems = health.problems
+        unseen = any(report.state != "closed" for report in reports if report.observer in consoles)
+        self._log.leave_console(failed=unseen)
+        shown = [] if unseen else self._shown
+        show_problems([one for one in problems if one not in shown], on_stderr=self._on_stderr)
+        return problems
 
     @property
     def _last_checkpoint(self) -> str | None:

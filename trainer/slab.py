@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from events.cpu_time import CpuTime
-from events.log import logger
+from events.log import in_this_run, logger
 
 _CHUNK = 64 * 2**20  # what is faulted in at a time: in between, whoever waits for memory management gets his turn
 _ALIGNMENT = 2 * 2**20  # a huge page
@@ -151,7 +151,9 @@ class SlabPool:
             self._preparing = True
             self._made += 1
         slab = Slab(self._device)
-        thread = threading.Thread(target=self._prepare, args=(slab, nbytes), name="stagecast-slab", daemon=True)
+        thread = threading.Thread(
+            target=in_this_run(self._prepare), args=(slab, nbytes), name="stagecast-slab", daemon=True
+        )
         try:
             thread.start()
         except RuntimeError:  # the system has no more threads: it is set up when it is needed

@@ -23,6 +23,7 @@ from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled
 from events.folder import run_id_of
 from events.journal import Journal
+from events.log import Warned, collecting, collects, flush_stderr
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run import Run
@@ -113,6 +114,7 @@ class Trainer:
                 f"{type(self).__name__!r} object has no attribute {name!r}{instead}", name=name, obj=self
             )
 
+    @collects
     def __init__(
         self,
         module: ModuleInterface,
@@ -131,6 +133,7 @@ class Trainer:
     ) -> None:
         self.module = module
         self.arguments = arguments if arguments is not None else TrainerArguments()
+        self._warned: list[Warned]  # what was logged on the way to a run: published by each
         problems: list[str] = []
         self._callbacks = members("callbacks", callbacks, problems)
         self._sinks = None if sinks is None else members("sinks", sinks, problems)
@@ -213,12 +216,18 @@ class Trainer:
         if place.is_remote:
             interruptibly(place.fetch)
         sinks = self._sinks_here((console(),))
-        session = run_here(lambda: self._session(task, control, place, sinks, interactive=on_main_thread), control)
+        try:
+            session = run_here(
+                lambda: self._session(task, control, place, sinks, interactive=on_main_thread, on_stderr=True), control
+            )
+        finally:
+            flush_stderr()  # what the run has to say comes before what its caller prints next
         result = _outcome(session)
         if control.stopped_by is not None:
             raise RunInterrupted(result) if control.stopped_by == "SIGINT" else RunTerminated(result)
         return session, result
 
+    @collects
     def _place(self) -> _Place:
         run_id = self._run_id or self._known_run_id() or new_run_id()
         checkpoints, run_dir = self._checkpoints, self._run_dir
@@ -264,25 +273,34 @@ class Trainer:
         return sinks
 
     def _session(
-        self, task: Task, control: Control, place: _Place, sinks: Iterable[SinkLike], *, interactive: bool
+        self,
+        task: Task,
+        control: Control,
+        place: _Place,
+        sinks: Iterable[SinkLike],
+        *,
+        interactive: bool,
+        on_stderr: bool,
     ) -> Session:
-        return Session(
-            self.module,
-            self.arguments,
-            task=task,
-            control=control,
-            callbacks=self._callbacks,
-            sinks=sinks,
-            journal=self._journal,
-            run_id=place.run_id,
-            run_dir=place.run_dir,
-            settings=place.settings,
-            resume=place.resume,
-            init_from=place.init_from,
-            interactive=interactive,
-            sinks_in=self._sinks_in,
-            config=self._config,
-        )
+        with collecting([*self._warned, *place.warned]):
+            return Session(
+                self.module,
+                self.arguments,
+                task=task,
+                control=control,
+                callbacks=self._callbacks,
+                sinks=sinks,
+                journal=self._journal,
+                run_id=place.run_id,
+                run_dir=place.run_dir,
+                settings=place.settings,
+                resume=place.resume,
+                init_from=place.init_from,
+                interactive=interactive,
+                on_stderr=on_stderr,
+                sinks_in=self._sinks_in,
+                config=self._config,
+            )
 
 
 relocating: ContextVar[bool] = ContextVar("stagecast_relocating", default=False)
@@ -345,6 +363,7 @@ class _Place:
         self.init_from = init_from
         self._fetch = fetch_for("resume", resume, settings, run_id, run_dir)
         self._fetch_weights = fetch_for("init_from", init_from, None, run_id, run_dir)
+        self.warned: list[Warned] = []
 
     @property
     def is_remote(self) -> bool:
@@ -354,9 +373,11 @@ class _Place:
     def fetch(self) -> None:
         """Fetch it. Waits for the network."""
         if self._fetch is not None:
-            self.resume = self._fetch() or self.resume
+            with collecting(self.warned):
+                self.resume = self._fetch() or self.resume
         if self._fetch_weights is not None:
-            self.init_from = None if self._resumes else self._fetch_weights()
+            with collecting(self.warned):
+                self.init_from = None if self._resumes else self._fetch_weights()
 
     @property
     def _resumes(self) -> bool:
@@ -381,7 +402,7 @@ class RunContext(AbstractAsyncContextManager[Run]):
             # A native cancellation leaves the thread behind: it lets the run's folder go when it has ended.
             await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
         self.session = self._trainer._session(
-            "train", Control(), place, self._trainer._sinks_here(()), interactive=False
+            "train", Control(), place, self._trainer._sinks_here(()), interactive=False, on_stderr=False
         )
         try:
             self.session.loop.start()  # first, because it may fail; entering the task group cannot

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import uvicorn
 
 from events.errors import SinkMisconfigured
-from events.log import logger
+from events.log import in_this_run, logger
 from sinks.live.access import Access, check_host, is_loopback
 from sinks.live.app import LiveApp
 from sinks.live.client import MOST_INBOUND
@@ -120,7 +120,7 @@ class Server:
             server_header=False,
         )
         self._server = _Uvicorn(config)
-        self._thread = threading.Thread(target=self._serve, name="stagecast-live", daemon=True)
+        self._thread = threading.Thread(target=in_this_run(self._serve), name="stagecast-live", daemon=True)
 
     def run(self) -> None:
         """Serve until a signal comes. On the main thread."""

@@ -60,6 +60,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "NonFiniteLoss": (1.0, "warned"),
     "NonFiniteGradient": ("warned",),
     "StepSkipped": ("non_finite_loss",),
+    "WarningLogged": ("warning", "slow"),
     "ObserverFailed": ("sink", "error"),
     "ObserverRecovered": ("sink",),
     "ObserverDropped": ("sink",),

@@ -78,6 +78,15 @@ FINISHED = at(9, RunEnded, "finished")
         ),
         ([FAILED], "csv failed in open and is disabled: OSError: no such folder"),
         ([RETRYING], "csv failed in write and has not recovered: OSError: busy"),
+        (
+            [
+                FAILED,
+                at(1, ObserverFailed, "csv", "OSError: busy", "write", "disabled", 9),
+                reported(dropped=7, queued=2),
+                FINISHED,
+            ],
+            "csv failed 9 times in write and is disabled (9 events not delivered): OSError: busy",
+        ),
         ([reported(state="disabled")], "csv is disabled"),
         (
             [at(1, ObserverDropped, "csv", 3, 9), at(2, ObserverDropped, "csv", 4)],

@@ -1,4 +1,4 @@
-"""The library's logger: silent where nobody listens, and saying whose record it is where somebody does."""
+"""The library's logger: a host's handlers alone where there are some, else stderr; and the events of a run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
 
 import events
-from events.log import current_origin, logger
+from events.log import RunLog, collecting, collects, current_origin, in_this_run, is_on_stderr, logger
 from events.origin import Origin
 
 ROOT = Path(events.__file__).parent.parent
@@ -28,19 +30,172 @@ def origin() -> Iterator[Origin]:
     current_origin.reset(token)
 
 
-def test_it_is_silent_in_a_host_that_configured_nothing(tmp_path: Path) -> None:
-    """Not even the standard library's last resort prints it, and nothing of the host is configured by the import."""
+def run_script(script: str, folder: Path) -> tuple[str, str]:
+    """What a program prints that has imported the logger: stdout and stderr."""
+    lines = "import logging, logging.config, os, sys, structlog\nfrom events.log import *\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"{lines}from events.log import RunLog, current_origin, flush_stderr\n{script}"]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+def test_without_configuration_a_warning_is_one_line_on_stderr(tmp_path: Path) -> None:
+    """Once, with run and step; less is not printed, and nothing of the host is configured by the import."""
     script = (
-        "import logging, structlog\n"
-        "from events.log import logger\n"
-        "logger.warning('heard', exc_info=ValueError('seen'))\n"
-        "logger.error('heard')\n"
+        "logger.info('quiet')\n"
+        "logger.warning('two\\nlines\\x07', exc_info=ValueError('seen'))\n"
+        "current_origin.set(Origin('run-7', rank=3))\n"
+        "for _ in range(3): logger.error('bad')\n"
         "print(logging.getLogger().handlers, logging.getLogger('stagecast').level, structlog.is_configured())\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (result.stdout, result.stderr, result.returncode) == ("[] 0 False\n", "", 0)
+    said, shown = run_script(script, tmp_path)
+    assert said == "[] 0 False\n"
+    assert shown == (
+        "stagecast: warning: two lines  (ValueError: seen)\nstagecast: error: bad (run run-7, step 0, rank 3)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("configuration", "expected"),
+    [
+        ("logging.basicConfig(format='root %(message)s')", "root heard\n"),
+        ("logging.getLogger('stagecast').addHandler(logging.StreamHandler())", "heard\n"),
+        ("logging.getLogger('stagecast').addHandler(logging.NullHandler())", ""),
+        ("logging.getLogger().addHandler(logging.FileHandler('log.txt'))", ""),
+        ("logging.captureWarnings(True)", "stagecast: warning: heard\n"),
+        ("logging.getLogger('stagecast').setLevel('ERROR')", ""),
+        ("logging.disable(logging.WARNING)", ""),
+        # Its default disables the loggers that exist, which nobody means by it.
+        ("logging.config.dictConfig({'version': 1, 'root': {'level': 'INFO'}})", "stagecast: warning: heard\n"),
+        ("structlog.configure(processors=[])", "stagecast: warning: heard\n"),
+        ("logging.getLogger('stagecast').propagate = False; logging.basicConfig()", "stagecast: warning: heard\n"),
+        ("sys.stderr = None", ""),
+        ("sys.stderr.close()", ""),
+        ("sys.stderr = type('W', (), {'write': lambda self, text: print(text, end='')})()", ""),
+    ],
+)
+def test_the_hosts_own_configuration_decides(tmp_path: Path, configuration: str, expected: str) -> None:
+    """Where a handler takes the records, or a level refuses them, nothing is added; no stream is too odd."""
+    end = "sys.stderr = sys.__stderr__"  # Python itself stumbles over the odd ones when it ends
+    said, shown = run_script(f"{configuration}\nlogger.warning('heard')\n{end}", tmp_path)
+    assert shown == expected
+    assert said == ("stagecast: warning: heard\n" if "'W'" in configuration else "")
+
+
+class Told:
+    """A run whose events are kept."""
+
+    def __init__(self) -> None:
+        self.origin = Origin("run-7")
+        self.events: list[Any] = []
+        self.log = RunLog(self.origin, self.events.append)
+        self.log.begin(lambda: False)
+        self.log.start()
+
+    def texts(self) -> list[tuple[str, str, int]]:
+        return [(event.level, event.message, event.repeats) for event in self.events]
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    """A run that the current context works for."""
+    told = Told()
+    token = current_origin.set(told.origin)
+    yield told
+    current_origin.reset(token)
+    told.log.end()
+
+
+def test_a_warning_of_a_run_is_an_event_of_its_step_with_the_traceback(told: Told) -> None:
+    """Whatever the host's level; what is less than a warning, or what another event reports, is none."""
+    told.origin.global_step = 5
+    logging.getLogger("stagecast").setLevel(logging.CRITICAL)
+    try:
+        logger.info("usual")
+        logger.warning("slow")
+        logger.error("failed in open", published=True)
+        try:
+            raise ValueError("cause")
+        except ValueError:
+            logger.exception("failed")
+    finally:
+        logging.getLogger("stagecast").setLevel(logging.NOTSET)
+    assert told.texts() == [("warning", "slow", 0), ("error", "failed (ValueError: cause)", 0)]
+    assert (told.events[0].run_id, told.events[0].global_step) == ("run-7", 5)
+    assert told.events[1].exception.endswith('raise ValueError("cause")\nValueError: cause')
+
+
+def test_identical_warnings_are_counted_and_a_flood_is_not_published(told: Told) -> None:
+    """A warning at each step must fill neither a journal nor a screen; what was held back is named at the end."""
+    for number in range(1_000):
+        logger.warning("again")
+        logger.warning(f"step {number}")
+    assert len(told.events) < 200
+    told.log.publish_rest()
+    assert told.texts()[-2] == ("warning", "again", 999)
+    assert "more warnings came too fast" in told.texts()[-1][1]
+
+
+def test_a_thread_that_the_run_starts_logs_for_it(told: Told) -> None:
+    """A new thread has no context: another one's warnings are not taken for the run's."""
+    for target, message in ((in_this_run(logger.warning), "ours"), (logger.warning, "another's")):
+        thread = threading.Thread(target=target, args=(message,))
+        thread.start()
+        thread.join()
+    assert [message for _, message, _ in told.texts()] == ["ours"]
+
+
+def test_what_was_logged_before_a_run_began_is_published_by_it() -> None:
+    """What its checks found is part of its history, and is not shown a second time."""
+
+    class Job:
+        @collects
+        def __init__(self) -> None:
+            logger.warning("odd")
+            logger.warning("odd")
+
+    job: Any = Job()
+    with collecting(job._warned):
+        told = Told()
+    assert [(event.message, event.seq, is_on_stderr(event)) for event in told.events] == [("odd", 0, True)]
+    told.log.end()
+
+
+def test_a_console_shows_the_warnings_that_are_left_to_it(tmp_path: Path) -> None:
+    """Not stderr besides; but it does once the console takes no more, also what a console that failed had held."""
+    script = (
+        "takes = [True]\n"
+        "log = RunLog(Origin('r'), lambda event: None)\n"
+        "current_origin.set(log._origin)\n"
+        "log.begin(lambda: takes[0])\n"
+        "logger.warning('left to it')\n"
+        "takes[0] = False\n"
+        "logger.warning('not left')\n"
+        "log.leave_console(failed=FAILED)\n"
+    )
+    line = "stagecast: warning: {} (run r, step 0)\n".format
+    for failed, expected in ((True, line("not left") + line("left to it")), (False, line("not left"))):
+        assert run_script(script.replace("FAILED", str(failed)), tmp_path)[1] == expected
+
+
+def test_a_forked_child_writes_its_own_warnings_and_publishes_none(tmp_path: Path) -> None:
+    """A dataloader's worker has the parent's run in its memory, but neither its event loop nor its threads."""
+    script = (
+        "events = []\n"
+        "log = RunLog(Origin('r'), events.append)\n"
+        "current_origin.set(log._origin)\n"
+        "log.start()\n"
+        "logger.warning('here')\n"
+        "flush_stderr()\n"
+        "if os.fork() == 0:\n"
+        "    logger.warning('there')\n"
+        "    os._exit(len(events) - 1)\n"
+        "print(os.wait()[1])\n"
+    )
+    said, shown = run_script(script, tmp_path)
+    assert said == "0\n"
+    assert [line.split()[2] for line in shown.splitlines()] == ["here", "there"]
 
 
 def test_a_record_below_the_hosts_level_is_not_made(caplog: pytest.LogCaptureFixture) -> None:

@@ -683,7 +683,9 @@ def test_any_exception_of_a_hook_comes_out_as_itself(kit: Any, lane: str, make: 
 
     outcome = kit.train(kit.Net(), callbacks=[Inline() if lane == "inline" else Observing()])
     assert same(outcome.error, error)
-    assert len(outcome.of(RunEnded)) == 1
+    # The loop may have ended before an observer's hook failed: what is published then corrects the end.
+    ends = [event.status for event in outcome.of(RunEnded)]
+    assert ends in (["failed"], ["cancelled"], ["finished", "failed"])
     kit.join_threads()
 
 

@@ -388,7 +388,8 @@ def test_a_sink_that_has_not_got_everything_is_told_of_at_the_end(folder: Path) 
     )
     done = run(folder, write(folder, text))
     assert done.returncode == 0
-    assert re.search(r"^csv: (stuck|disabled) \(.*IsADirectoryError.*\), \d+ events not delivered$", done.stderr, re.M)
+    named = r"^stagecast: warning: csv failed .* and is disabled \(\d+ events not delivered\): .*IsADirectoryError.*$"
+    assert re.search(named, done.stderr, re.M)
 
 
 def test_a_seed_is_that_of_the_weights_too(script: Any, folder: Path) -> None:

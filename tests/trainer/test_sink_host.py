@@ -56,7 +56,9 @@ def lines(path: Path) -> list[Line]:
 def kept_for_sinks(kit: Any, tmp_path: Path) -> set[int]:
     """What every sink must get. What happens to sinks while the run ends stands in the journal only."""
     events = kit.read_journal(tmp_path / "run")
-    return {event.seq for event in events if not isinstance(event, ObserverFailed | ObserverRecovered)}
+    return {
+        event.seq for event in events if not isinstance(event, ObserverFailed | ObserverRecovered | ObserversReported)
+    }
 
 
 def closed(path: Path) -> bool:

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from events.errors import RunCancelled
-from events.messages import Event, MetricsLogged, TrainStepEnded
+from events.messages import Event, MetricsLogged, ObserversReported, TrainStepEnded, WarningLogged
 from events.sink import Delivery
 from sinks import Memory
 from trainer import CallbackInterface, inline
@@ -83,7 +83,7 @@ TABLE = [
     Row("error", "on_begin_train_epoch", "failed", "begin", "run+ epoch+ fatal ledger run-"),
     Row("error", "on_end_val_epoch", "failed", "begin step step val", "run+ epoch+ step step val+ val- fatal ledger run-"),
     Row("error", "on_end_train_epoch", "failed", HOOKS, f"run+ {EPOCH} fatal ledger run-"),
-    Row("error", "on_end_train", "finished", f"{HOOKS} {HOOKS} end", f"run+ {EPOCH} {EPOCH} ledger run- fatal"),
+    Row("error", "on_end_train", "finished", f"{HOOKS} {HOOKS} end", f"run+ {EPOCH} {EPOCH} ledger run- fatal run-"),
     # -- ... and inline ones, in the middle of the second step and at its end
     Row("error", "on_end_backward", "failed", "begin step", "run+ epoch+ step fatal ledger run-"),
     Row("error", "on_end_train_step", "failed", "begin step step", "run+ epoch+ step step fatal ledger run-"),
@@ -232,7 +232,7 @@ def spelled(events: Sequence[Event]) -> str:
             words.append(event.command)  # type: ignore[attr-defined]
         elif name == "ObserverFailed":
             words.append(event.action)  # type: ignore[attr-defined]
-        elif not isinstance(event, MetricsLogged):
+        elif not isinstance(event, MetricsLogged | WarningLogged | ObserversReported):
             words.append(SHORT_EVENTS[name])
     return " ".join(words)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from events.log import logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo
 
@@ -23,12 +24,15 @@ class Witness(msgspec.Struct, frozen=True):
     behaviour: str = ""
     """``noisy``: prints. ``hangs``: never returns from its first write. ``fails``: its first write in a process raises.
     ``dies``: ends its process in its third write, unless a file beside says that it did. ``mortal``: ends its process
-    whenever it is opened. ``burns``: a thread of it computes all the time."""
+    whenever it is opened. ``burns``: a thread of it computes all the time. ``warns``: logs a
+    warning when it is opened."""
     delivery: Delivery = Delivery(latency_s=0.02, batch=8, backoff_s=0.01)
 
     def open(self, run: RunInfo) -> WitnessWriter:
         if self.behaviour == "mortal":
             os._exit(3)
+        if self.behaviour == "warns":
+            logger.warning("by a process")
         if self.behaviour == "burns":
             threading.Thread(target=_burn, daemon=True).start()
         return WitnessWriter(self)

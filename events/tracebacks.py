@@ -1,0 +1,97 @@
+"""Exceptions as text of bounded length: in one line, or with the frames that led there."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterable
+from types import FrameType
+
+_OURS = tuple(
+    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
+    for name in ("trainer", "events", "sinks")
+)
+_TORCH_CALL = os.path.join("torch", "nn", "modules", "module.py")
+_LINE_CHARS = 1_000
+_TEXT_CHARS = 4_000
+"""Most characters of one exception's own text in a traceback."""
+_FRAMES_FIRST, _FRAMES_LAST = 6, 30
+"""Frames of one exception that are kept, from either end: where it was called from, and where it was raised."""
+_CHARS = 16_000
+"""Most characters of a traceback with all its causes."""
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line of at most a thousand characters: its type and its text."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception as broken:  # the exception is the user's
+        text = f"its text cannot be had, {type(broken).__name__}"
+    text = text if len(text) <= _LINE_CHARS else f"{text[:_LINE_CHARS]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def format_traceback(error: BaseException) -> str:
+    """Format an exception as Python prints it, causes and notes included, in at most 16,000 characters.
+
+    It begins with the user's first frame, if there is one: the frames of this library before it are left out. Deep
+    stacks lose their middle, so that the frames where each exception was raised stay. Never raises: an exception whose
+    text cannot be had is named by its type.
+    """
+    try:
+        told = traceback.TracebackException.from_exception(error, compact=True)
+        for one in _chain(told):
+            _drop_ours(one.stack)
+            if len(one.stack) > _FRAMES_FIRST + _FRAMES_LAST:
+                one.stack = traceback.StackSummary.from_list(
+                    [*one.stack[:_FRAMES_FIRST], _gap(len(one.stack)), *one.stack[-_FRAMES_LAST:]]
+                )
+        lines = [_cut(line, _TEXT_CHARS, 3 * _TEXT_CHARS // 4) for line in told.format()]
+        text = "".join(lines).rstrip().encode("utf-8", "backslashreplace").decode()
+        return _cut(text, _CHARS, _CHARS // 4)
+    except Exception as broken:  # formatting a stranger's exception must not hide it
+        return f"{describe(error)}\n(its traceback cannot be had: {type(broken).__name__})"
+
+
+def _drop_ours(stack: traceback.StackSummary) -> None:
+    """Drop the frames on the way into the user's code: this library's own, and of torch's call of a module."""
+    first = next((number for number, frame in enumerate(stack) if not _is_ours(frame.filename)), len(stack))
+    if first < len(stack):
+        stack[:] = [frame for frame in stack[first:] if not frame.filename.endswith(_TORCH_CALL)]
+
+
+def _is_ours(path: str) -> bool:
+    folder = os.path.dirname(path)
+    return path.endswith(_TORCH_CALL) or (folder.startswith(_OURS) and not folder.endswith("examples"))
+
+
+def format_stack(frame: FrameType) -> str:
+    """Format where a thread is, its newest call last, bounded as `format_traceback`."""
+    frames = traceback.extract_stack(frame)
+    if len(frames) > _FRAMES_FIRST + _FRAMES_LAST:
+        frames = traceback.StackSummary.from_list([*frames[:_FRAMES_FIRST], _gap(len(frames)), *frames[-_FRAMES_LAST:]])
+    return _cut("".join(frames.format()).rstrip(), _CHARS, _CHARS // 4)
+
+
+def _chain(told: traceback.TracebackException) -> Iterable[traceback.TracebackException]:
+    """An exception, those behind it, and those within a group."""
+    ahead, seen = [told], set()
+    while ahead:
+        one = ahead.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            ahead += [other for other in (one.__cause__, one.__context__, *(one.exceptions or ())) if other is not None]
+
+
+def _gap(frames: int) -> traceback.FrameSummary:
+    skipped = frames - _FRAMES_FIRST - _FRAMES_LAST
+    return traceback.FrameSummary("...", 0, f"({skipped:,} frames not shown)", lookup_line=False, line="")
+
+
+def _cut(text: str, limit: int, first: int) -> str:
+    """The text, or its two ends with the number of characters between them."""
+    if len(text) <= limit:
+        return text
+    last = limit - first
+    return f"{text[:first]}\n... {len(text) - limit:,} characters not shown ...\n{text[-last:]}"
