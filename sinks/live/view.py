@@ -43,6 +43,7 @@ from events.messages import (
 from events.metrics import metric_name
 from events.series import SeriesStore, as_json, plain, points_of
 from sinks.console_lines import Chronicle
+from sinks.console_text import Line
 from sinks.progress import Progress
 
 MOST_LINES = 1_000
@@ -244,7 +245,10 @@ class RunView(msgspec.Struct, dict=True):
             reader(event, changes)
         self._progress.take(event)
         self.health.add(event)
-        for line in self._chronicle.take(event):
+        detail = _detail_of(event)
+        lines = [line for line in self._chronicle.take(event) if not (detail and _is_of_traceback(line))]
+        graves = [line for line in lines if line.kind in _LEVELS]
+        for line in lines:
             entry: dict[str, Any] = {
                 "seq": event.seq,
                 "time": line.time,
@@ -254,7 +258,7 @@ class RunView(msgspec.Struct, dict=True):
                 "kind": type(event).__name__,
                 "text": line.text,
             }
-            if line.kind in _LEVELS and (detail := _detail_of(event)):
+            if detail and graves and line is graves[-1]:
                 entry["detail"] = detail
             self.log.append(entry)
             changes.log.append(entry)
@@ -429,6 +433,11 @@ def _detail_of(event: Event) -> str | None:
     if isinstance(event, RunEnded):
         return event.traceback
     return event.exception if isinstance(event, WarningLogged) else None
+
+
+def _is_of_traceback(line: Line) -> bool:
+    """Whether the console shows a row of a traceback by it. Here all of that is with the line that it belongs to."""
+    return len(line.fields) == 1 and line.fields[0][0].style == "dim"
 
 
 def _add_points(event: Event, changes: Changes) -> None:

@@ -442,6 +442,15 @@ def test_what_is_unhealthy_is_said_wherever_the_run_is(serve: Callable[..., Page
     expect(page.locator("#status")).to_have_text(re.compile("✓ +finished$"))
 
 
+def test_a_line_of_the_log_has_the_word_of_its_level_once(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Whether its text begins with it or not."""
+    run = a_run(steps=0)
+    for text, level in (("warning: full", "warning"), ("full", "warning"), ("failed at step 3", "error")):
+        run.line("X", text, level)
+    page = visit(serve(run).url)
+    expect(page.locator("#log-lines .text")).to_have_text(["warning: full", "warning: full", "error: failed at step 3"])
+
+
 def test_the_traceback_of_a_failed_run_can_be_read_and_copied(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Folded, as text, with the phase; and beside its line in the log, as that of a warning is."""
     run = a_run()

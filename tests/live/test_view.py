@@ -27,6 +27,7 @@ from events.messages import (
     RunEnded,
     TextLogged,
     UnknownEvent,
+    WarningLogged,
 )
 from events.series import MOST_SERIES
 from sinks.live.frames import encode
@@ -174,6 +175,19 @@ def test_the_traceback_of_a_failed_run_is_with_its_line_in_the_log(story: Any) -
     details = {line["text"]: line.get("detail") for line in view.log}
     assert [text for text, detail in details.items() if detail == "Trace <b>"] == [view.log[-1]["text"]]
     assert view.run.problems == ["the run failed in val_step after step 0: E: x"]
+
+
+def test_a_warning_has_its_line_and_its_traceback(story: Any) -> None:
+    """A failed run's traceback is not in rows of its own beside that."""
+    view = RunView()
+    warning = story(WarningLogged, level="warning", message="the batch is small", exception="Trace of it")
+    failed = story(RunEnded, status="failed", reason="E: x", traceback="File a.py\n  boom()\nE: x")
+    view.add([story.started(), story(NonFiniteLoss, loss=math.nan, action="warned"), warning, failed])
+    [line] = [line for line in view.log if line["kind"] == "WarningLogged"]
+    assert (line["level"], line["detail"]) == ("warning", "Trace of it")
+    assert "the batch is small" in line["text"]
+    assert [line["text"] for line in view.log if "detail" in line] == [line["text"], view.log[-1]["text"]]
+    assert not [line for line in view.log if "boom()" in line["text"]]
 
 
 def test_frames_add_up_to_the_snapshot(story: Any) -> None:

@@ -292,12 +292,13 @@ export class Log {
 
 function lineOf({ time, global_step: step, level, text, detail }) {
   const mark = level === "error" ? "error: " : level === "warning" ? "warning: " : null;
+  const rest = mark && text.startsWith(mark) ? text.slice(mark.length) : text; // many lines have the word already
   return el(
     "li",
     { "data-level": level },
     el("time", { datetime: isoTime(time), title: moment(time), text: timeOfDay(time) }),
     el("span", { class: "step", text: `step ${count(step)}` }),
-    el("span", { class: "text" }, mark ? el("b", { text: mark }) : null, text),
+    el("span", { class: "text" }, mark ? el("b", { text: mark }) : null, rest),
     detail ? traceback(detail, `Traceback at step ${count(step)}`) : null,
   );
 }
