@@ -344,7 +344,10 @@ class NonFiniteGradient(Event, frozen=True, gc=False, tag=True):
 
 
 class StepSkipped(Event, frozen=True, gc=False, tag=True):
-    """The optimizers skipped a step, so ``global_step`` and the schedulers did not advance."""
+    """The optimizers skipped a step, so ``global_step`` and the schedulers did not advance.
+
+    With manual optimization one optimizer skipped one update, and ``global_step`` advances.
+    """
 
     reason: Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
     """``gradient_overflow``: float16's loss scale was too large; it has been made smaller. Usual at the start."""

@@ -33,7 +33,9 @@ _opaque_lock = threading.Lock()
 
 
 def make_log_opaque(module: ModuleInterface) -> None:
-    """Keep `CallbackInterface.log` out of compiled graphs; call it before compiling methods of ``module``.
+    """Keep `CallbackInterface.log` and `ModuleInterface.optimize` out of compiled graphs.
+
+    Call it before compiling methods of ``module``.
 
     Without it torch.compile would trace into the recorder, specialise on each metric's name and compile again
     and again. The mark is a wrapper that costs about half a microsecond per call, which is why it is not
@@ -42,7 +44,8 @@ def make_log_opaque(module: ModuleInterface) -> None:
     """
     with _opaque_lock:
         for kind in type(module).__mro__:
-            log = vars(kind).get("log")
-            ours = issubclass(kind, CallbackInterface) and isinstance(log, FunctionType)
-            if ours and not hasattr(log, "_torchdynamo_disable"):
-                kind.log = torch.compiler.disable(log)  # type: ignore[attr-defined,no-untyped-call]
+            for name in ("log", "optimize"):
+                method = vars(kind).get(name)
+                ours = issubclass(kind, CallbackInterface) and isinstance(method, FunctionType)
+                if ours and not hasattr(method, "_torchdynamo_disable"):
+                    setattr(kind, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]

@@ -37,8 +37,16 @@ from trainer.data import (
     loader_length,
     make_train_sampler,
 )
-from trainer.errors import REMEDY, EmptyDataLoader, NonFiniteGradientError, NonFiniteLossError, StepOutputError
+from trainer.errors import (
+    REMEDY,
+    EmptyDataLoader,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    OptimizerError,
+    StepOutputError,
+)
 from trainer.evaluation import END, Evaluation
+from trainer.manual import ManualSteps
 from trainer.module_interface import ModuleInterface, Stage
 from trainer.optimization import ClosureWanted, Optimization, Skip
 from trainer.outputs import Capture, EpochOutputs
@@ -83,6 +91,7 @@ class TrainingLoop:
         self._backward_hooks = hooks.inline[BackwardEnded]
         self._fenced_steps = TrainStepEnded in hooks.fenced
         self._returned: Any = None
+        self._manual: ManualSteps | None = None
         self._resumed: Loaded | None = None
         self._validation_rng: RngState | None = None  # for the validation that a resumed run is to finish
 
@@ -100,7 +109,20 @@ class TrainingLoop:
         if before_step := self._boundary.hooks.before_step:
             origin = self._boundary.origin
             optimization.before_step = lambda: self._boundary.run_inline(before_step, origin.global_step)
-        optimization.guard(lambda: self._boundary.phase == "train_step")
+        optimization.guard(self._check_step)
+        if self._module.manual_optimization:
+            self._manual = ManualSteps(
+                self._module,
+                self._device,
+                self._arguments,
+                precision=self._precision,
+                boundary=self._boundary,
+                optimization=optimization,
+                recorder=self._recorder,
+                on_backward=self._after_backward,
+                on_skip=self._skip,
+            )
+        object.__setattr__(self._module, "_stagecast_manual", self._manual)  # not in the state dict
         self._resumed = resumed
         if not self._module.training:
             self._module.train()  # not where it is: the user may keep a submodule in eval mode, a frozen batch norm
@@ -217,7 +239,8 @@ class TrainingLoop:
         limit = self._step_limit()
         first_step = position.first_step
         idle = ledger.idle
-        own_step = self._closure_step if optimization.wants_closure else None
+        manual = self._manual is not None
+        own_step = self._manual_step if manual else self._closure_step if optimization.wants_closure else None
         read = position.batches
         step_ended = mark
         try:
@@ -251,8 +274,8 @@ class TrainingLoop:
                 ledger.begin_compute(mark)
                 if idle is not None:
                     idle.begin()
-                lr = optimization.learning_rate
                 if own_step is not None:
+                    lr = optimization.learning_rate
                     loss, rows, live, grad_norm, bad_gradient, skipped = own_step(group or [(batch, rows)], keep)
                 else:
                     if group is None:
@@ -262,6 +285,7 @@ class TrainingLoop:
                     else:
                         loss, rows, live = self._micro_steps(group, keep)
                     boundary.phase = "the optimizer step"
+                    lr = optimization.learning_rate
                     if checkpoints.stager.pending is not None:
                         checkpoints.stager.gate()  # the device waits for a copy of what the optimizers will change
                     try:
@@ -270,7 +294,7 @@ class TrainingLoop:
                         own_step = self._closure_step
                         recorder.discard()
                         loss, rows, live, grad_norm, bad_gradient, skipped = own_step(group or [(batch, rows)], keep)
-                if not gradients_are_looked_at:
+                if not gradients_are_looked_at and not manual:
                     optimization.zero_grad()
                 if idle is not None:
                     idle.end()
@@ -280,7 +304,8 @@ class TrainingLoop:
 
                 if skipped is None:
                     origin.global_step = step = origin.global_step + 1
-                    position.skipped_in_a_row = 0
+                    if not manual:
+                        position.skipped_in_a_row = 0
                     if recorder.values:
                         recorder.take()
                     event = TrainStepEnded(
@@ -314,10 +339,11 @@ class TrainingLoop:
                         boundary.run_inline_step(step_hooks, live if hooks_want_outputs else None)
                         mark = clock()
                 else:
+                    recorder.discard()
                     self._skip(skipped, loss)
                     mark = clock()
                     ledger.publish += mark - now
-                if gradients_are_looked_at:
+                if gradients_are_looked_at and not manual:
                     optimization.zero_grad()
                     now = clock()
                     ledger.compute += now - mark
@@ -476,10 +502,7 @@ class TrainingLoop:
             if "backward through the graph a second time" in str(error):
                 raise _own_backward(self._module) from error
             raise
-        if self._backward_hooks:
-            boundary.run_inline(self._backward_hooks, step, loss)
-        if BackwardEnded in boundary.bus.wanted:
-            self._publish_backward(loss, micro_step)
+        self._after_backward(loss, micro_step)
         share = share.detach()  # or the event would keep the graph alive
         # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
         return share.clone() if weight is None else share, values
@@ -510,6 +533,38 @@ class TrainingLoop:
         if done.skipped is None:
             self._optimization.after_step(loss, rows)
         return loss, rows, live, done.grad_norm, done.found, done.skipped
+
+    def _manual_step(self, group: list[tuple[Any, int | None]], keep: Any) -> OwnStep:
+        """One call of `train_step`, which applies its losses itself."""
+        assert self._manual is not None
+        ((batch, rows),) = group
+        self._recorder.weight = rows or 1
+        values, grad_norm, found = self._manual.step(batch)
+        loss = values[0] if values else None
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise _bad_loss(self._module, loss, values)
+        loss = loss.detach().reshape(()).clone()
+        self._boundary.phase = "the schedulers"
+        if not self._manual.only_skipped:
+            self._optimization.after_step(loss, rows)
+        return loss, rows, [values] if keep else None, grad_norm, found, None
+
+    def _check_step(self, kind: str) -> None:
+        """An optimizer is about to step."""
+        if self._manual is not None:
+            if self._checkpoints.stager.pending is not None:
+                self._checkpoints.stager.gate()
+        elif self._boundary.phase == "train_step":
+            raise OptimizerError(
+                f"train_step() called {kind}.step() itself: return the loss and leave backward() and the optimizers to"
+                f" the trainer, or set manual_optimization = True and call self.optimize(loss)"
+            )
+
+    def _after_backward(self, loss: torch.Tensor, micro_step: int) -> None:
+        if self._backward_hooks:
+            self._boundary.run_inline(self._backward_hooks, self._boundary.origin.global_step, loss)
+        if BackwardEnded in self._boundary.bus.wanted:
+            self._publish_backward(loss, micro_step)
 
     def _payload(self, live: list[Outputs] | None, outputs: EpochOutputs | None, observed: bool) -> Payload:
         """What goes beside a step's event: outputs for those who want them, and the fence."""
@@ -550,9 +605,11 @@ class TrainingLoop:
         Raises:
             NonFiniteError: the policy is to stop, or this was one too many in a row.
         """
-        self._recorder.discard()
         bus, origin, arguments = self._boundary.bus, self._boundary.origin, self._arguments
         count = self._position.skipped_in_a_row = self._position.skipped_in_a_row + 1
+        step = origin.global_step + 1
+        if count == 1:
+            self._position.first_skipped = step
         stops = arguments.non_finite == "stop" and reason != "gradient_overflow"
         action: Literal["skipped", "stopped"] = "stopped" if stops else "skipped"
         if reason == "non_finite_loss":
@@ -561,14 +618,14 @@ class TrainingLoop:
         elif reason == "non_finite_gradient":
             bus.publish(NonFiniteGradient(*origin.header(), action, count))
         kind = NonFiniteLossError if reason == "non_finite_loss" else NonFiniteGradientError
-        step = origin.global_step + 1  # the same for all in a row
         if stops:
             raise kind(f"{_CAUSES[reason]} of step {step} is NaN or infinite and non_finite='stop'; {REMEDY}")
         bus.publish(StepSkipped(*origin.header(), reason))
         if count >= arguments.max_skipped_steps:
             raise kind(
-                f"{count} steps in a row were skipped (max_skipped_steps), all attempts at step {step}:"
-                f" {_CAUSES[reason]} is NaN or infinite; lower the learning rate, or look at the data of step {step}"
+                f"{count} steps in a row were skipped (max_skipped_steps), the first at step"
+                f" {self._position.first_skipped}: {_CAUSES[reason]} is NaN or infinite; lower the learning rate, or"
+                f" look at the data of that step"
             )
 
     # ----------------------------------------------------------------------------------------- validation

@@ -331,6 +331,7 @@ class LoopThread:
         finally:
             self.epochs = loop.epochs_finished
             self._checkpoints.loader = None  # or its workers would live on
+            vars(self._module).pop("_stagecast_manual", None)
             optimization.close(self._checkpoints.stager.gate)
 
     def _make_optimization(self, steps_per_epoch: int) -> Optimization:

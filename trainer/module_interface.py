@@ -46,9 +46,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from trainer.errors import ContractError
 from trainer.media import Histogram, Image, Logged, as_logged
 from trainer.peers import CALLS
 from trainer.unheard import in_words, unheard_methods
+
+if TYPE_CHECKING:
+    from trainer.manual import ManualSteps
 
 HOOKS: tuple[str, ...] = (
     "on_begin_train_epoch",
@@ -62,6 +66,9 @@ HOOKS: tuple[str, ...] = (
 
 LANE_ATTRIBUTE = "__stagecast_lane__"
 """Where a hook's lane mark is kept: an attribute of the function, a `Lane`."""
+
+_OF_A_RUN = ("_stagecast_recorder", "_stagecast_manual")
+"""Attributes that a run sets and takes back: plain ones, so that no state dict contains them."""
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
@@ -247,7 +254,7 @@ class CallbackInterface(ABC):
         """Copies and pickles belong to no run: they carry no recorder."""
         state: Any = super().__getstate__()
         values, slots = state if isinstance(state, tuple) else (state, None)
-        values = {name: value for name, value in (values or {}).items() if name != "_stagecast_recorder"}
+        values = {name: value for name, value in (values or {}).items() if name not in _OF_A_RUN}
         return values if slots is None else (values, slots)
 
 
@@ -269,6 +276,61 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
                 raise TypeError(f"{lacks}; {in_words(found) or 'write them, as ModuleInterface describes them'}")
             new = super().__new__
             return new(cls) if new is object.__new__ else new(cls, *args, **kwargs)
+
+    manual_optimization: bool = False
+    """Whether `train_step` applies its losses itself, with `optimize`."""
+
+    _stagecast_manual: ManualSteps | None = None  # of the run
+
+    def optimize(
+        self,
+        loss: torch.Tensor | None,
+        optimizer: int | torch.optim.Optimizer = 0,
+        *,
+        closure: Callable[[], torch.Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> bool:
+        """Apply a loss to the parameters of one optimizer; call it within `train_step`, as often as it takes::
+
+            class Gan(ModuleInterface):
+                manual_optimization = True
+
+                def train_step(self, global_step, batch, device):
+                    loss = self.critic_loss(batch)
+                    self.optimize(loss, 0)
+                    if global_step % 5 == 0:
+                        self.optimize(self.generator_loss(batch), 1)
+                    return loss.detach()
+
+        It runs the backward pass (scaled with float16) and its hooks, clips and checks the gradients of the optimizer's
+        parameters as `TrainerArguments` says, steps the optimizer, and clears **all** gradients: what the loss has left
+        in other networks is not applied. Gradients that ``loss.backward()`` has left before are applied, too.
+
+        With ``manual_optimization`` each call of `train_step` is one ``global_step``, after which schedulers step as
+        usual, whether or not an optimizer has stepped; only where all updates of a call were skipped they stay. A batch
+        is not split into micro-batches. The first output of `train_step` is the loss to be shown, and needs no graph.
+        Stepping an optimizer directly works, too, without what `optimize` does. Gradients that are kept from one
+        `train_step` to the next are not part of checkpoints.
+
+        Args:
+            loss: A real tensor of one element with a graph; None with a closure.
+            optimizer: Its index in `get_optimizers_schedulers`, or the optimizer itself.
+            closure: Computes the loss, for optimizers that do so several times per step (not with float16).
+            retain_graph: Keep the graph for a later loss.
+
+        Returns:
+            Whether the optimizer has stepped: False where a loss or gradient was not finite and the step was skipped.
+
+        Raises:
+            ContractError: There is nothing to apply, no such optimizer, or no ``manual_optimization``.
+            NonFiniteError: ``non_finite="stop"``, or too many steps in a row were skipped.
+        """
+        if self._stagecast_manual is None:
+            raise ContractError(
+                f"optimize() works within train_step of a run with manual_optimization; set manual_optimization = True"
+                f" in {type(self).__name__}"
+            )
+        return self._stagecast_manual.optimize(loss, optimizer, closure, retain_graph)
 
     @abstractmethod
     def get_optimizers_schedulers(
@@ -419,7 +481,8 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         A compiled step is bound to this very module; a copy would compute with the weights of the original.
         """
         state = self.__dict__.copy()
-        state.pop("_stagecast_recorder", None)
+        for name in _OF_A_RUN:
+            state.pop(name, None)
         for name in ("train_step", "val_step", "test_step"):
             if hasattr(state.get(name), "_torchdynamo_orig_callable"):
                 del state[name]

@@ -68,7 +68,7 @@ class Optimization:
         self._parameters = parameters
         self._strays: list[torch.nn.Parameter] = []
         self.find_strays()
-        self._in_train_step: Callable[[], bool] = lambda: False
+        self._check_step: Callable[[str], None] = lambda kind: None
         self.before_step: Callable[[], None] | None = None
         """Runs the hooks that look at the gradients that the optimizers are about to get."""
         self._switched: list[Any] = [
@@ -77,7 +77,6 @@ class Optimization:
             if callable(getattr(one, "eval", None)) and callable(getattr(one, "train", None))
         ]
         self._evaluating = False
-        self._takes_closure = [_takes_closure(optimizer) for optimizer in self.optimizers]
         self.wants_closure = any(_wants_closure(optimizer) for optimizer in self.optimizers)
         """Whether an optimizer computes the loss itself, several times per step: then all get a closure."""
         if self.wants_closure:
@@ -122,16 +121,12 @@ class Optimization:
         for parameter in self._strays:
             parameter.grad = None
 
-    def guard(self, in_train_step: Callable[[], bool]) -> None:
-        """Refuse steps of the optimizers while ``in_train_step()`` is true: the trainer would step once more."""
-        self._in_train_step = in_train_step
+    def guard(self, check: Callable[[str], None]) -> None:
+        """Call ``check`` with the class of an optimizer before any step of it, whoever steps it."""
+        self._check_step = check
 
     def _guard(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._in_train_step():
-            raise OptimizerError(
-                f"train_step() called {type(optimizer).__name__}.step() itself: return the loss and leave backward()"
-                f" and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
-            )
+        self._check_step(type(optimizer).__name__)
 
     def train(self) -> None:
         """Switch the optimizers that have ``eval()`` and ``train()`` to training."""
@@ -183,7 +178,7 @@ class Optimization:
             positive if a gradient is not finite, where the norm does not show it and the host has not read it; and why
             the step was skipped, or None.
         """
-        grad_norm, found, skipped = self._prepare(loss, ledger)
+        grad_norm, found, skipped = self._prepare(loss, ledger, self.optimizers)
         if skipped is None:
             if self.before_step is not None:
                 self.before_step()
@@ -199,7 +194,26 @@ class Optimization:
             self._precision.update()
         return grad_norm, found, skipped
 
-    def step_with_closure(self, evaluate: Callable[[], torch.Tensor], ledger: Ledger) -> ClosureStep:
+    def update(
+        self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, ledger: Ledger
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
+        """Apply the gradients of one optimizer's parameters, then clear all gradients; returns as `step` does."""
+        grad_norm, found, skipped = self._prepare(loss, ledger, [optimizer])
+        if skipped is None:
+            if self.before_step is not None:
+                self.before_step()
+            optimizer.step()
+        if self._precision.scaler is not None:
+            self._precision.update()
+        self.zero_grad()
+        return grad_norm, found, skipped
+
+    def step_with_closure(
+        self,
+        evaluate: Callable[[], torch.Tensor],
+        ledger: Ledger,
+        optimizers: list[torch.optim.Optimizer] | None = None,
+    ) -> ClosureStep:
         """Let each optimizer, in their order, compute the loss and its gradients as often as it wants.
 
         As in ``for optimizer in optimizers: optimizer.step(closure)``: each evaluation clears all gradients, runs
@@ -209,7 +223,13 @@ class Optimization:
         Args:
             evaluate: Runs the forward and backward passes of the step with gradients enabled; returns the loss,
                 detached.
+            optimizers: Those to be stepped; None: all.
+
+        Raises:
+            OptimizerError: The run uses float16, or an optimizer does not call the closure.
         """
+        optimizers = self.optimizers if optimizers is None else optimizers
+        _refuse_scaler(optimizers, self._precision)
         done = ClosureStep()
         before = self._copy() if self._arguments.non_finite != "warn" else None
 
@@ -217,7 +237,7 @@ class Optimization:
             self.zero_grad()
             with torch.enable_grad():
                 loss = evaluate()
-            grad_norm, found, skipped = self._prepare(loss, ledger)
+            grad_norm, found, skipped = self._prepare(loss, ledger, optimizers)
             done.evaluations += 1
             if done.evaluations == 1:
                 done.grad_norm, done.found = grad_norm, found
@@ -229,8 +249,8 @@ class Optimization:
             return loss
 
         try:
-            for optimizer, takes in zip(self.optimizers, self._takes_closure, strict=True):
-                if takes:
+            for optimizer in optimizers:
+                if _takes_closure(optimizer):
                     optimizer.step(closure)  # type: ignore[arg-type]  # a tensor serves as well as a float
                 else:
                     closure()
@@ -275,21 +295,21 @@ class Optimization:
             self._add_loss(loss, rows or 1)
 
     def _prepare(
-        self, loss: torch.Tensor, ledger: Ledger
+        self, loss: torch.Tensor, ledger: Ledger, optimizers: list[torch.optim.Optimizer]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Unscale and clip the gradients, and decide whether they are to be applied."""
         grad_norm: torch.Tensor | None = None
         found: torch.Tensor | None = None
         scaled = self._precision.scaler is not None
         if scaled:
-            self._precision.unscale_(self.optimizers)
-            found = self._precision.found_inf(self.optimizers)
+            self._precision.unscale_(optimizers)
+            found = self._precision.found_inf(optimizers)
         if self._arguments.clip_grads:
-            parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+            parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
             grad_norm = clip_(parameters, self._arguments.max_grad_norm)
         elif not scaled:
             found = non_finite(
-                [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+                [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
             )
         # On the CPU there is no device to wait for, so "stop" can stop before the weights are harmed.
         if self._reads or (self._stops and loss.is_cpu):

@@ -112,7 +112,7 @@ CALLS: Mapping[str, str] = {
     "log_metrics": "call self.log(name, value) once for each value",
     "save_hyperparameters": "keep hyperparameters in attributes, and record them with Trainer(config=...)",
     "lr_schedulers": "keep the schedulers of get_optimizers_schedulers in attributes",
-    "manual_backward": "return the loss from train_step",
+    "manual_backward": "set manual_optimization = True and call self.optimize(loss, optimizer)",
     "toggle_optimizer": "set requires_grad of the parameters",
     "load_from_checkpoint": "build the module and give the Trainer resume",
 }

@@ -34,6 +34,8 @@ class Position(msgspec.Struct):
     validated_keys: list[str] = []
     """Dataloaders that the validation under way is done with."""
     skipped_in_a_row: int = 0
+    first_skipped: int = 0
+    """The step that the first of them was to be."""
     sampler_seed: int = 0
     steps_per_epoch: int = 0
     """What `get_optimizers_schedulers` was told."""
