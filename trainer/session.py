@@ -499,11 +499,12 @@ class Session:
         target: Any = uploads.target
         try:
             left = [str(name) for name in target.left()]
-        except OSError:
-            left = []
+        except OSError as error:
+            left, text = [""], f"the checkpoints that were not uploaded cannot be listed: {describe(error)}"
+        else:
+            text = f"{', '.join(left)} not uploaded when the run ended ({uploads.error or 'there was no time'})"
         if left:
-            error = f"{', '.join(left)} not uploaded when the run ended ({uploads.error or 'there was no time'})"
-            self.bus.publish(CheckpointFailed(*self.origin.header(), left[0], error, "upload"))
+            self.bus.publish(CheckpointFailed(*self.origin.header(), left[0], text, "upload"))
 
     def _stages(self) -> list[tuple[float, list[Observer]]]:
         """Who is drained together, and how long that may take."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import hypothesis
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -204,7 +204,8 @@ class Schedule(RuleBasedStateMachine):
             return
         assert not set(line[-settings.keep_last :]) & set(gone)
         sign = -1 if settings.best_mode == "max" else 1
-        best = sorted((name for name in reversed(line) if name in self.metrics), key=lambda n: sign * self.metrics[n])
+        scored = {name.step: name for name in line if name in self.metrics}  # the newest of each step
+        best = sorted(scored.values(), key=lambda name: (sign * self.metrics[name], -line.index(name)))
         assert not set(best[: settings.keep_best]) & set(gone)
         if settings.upload is None:
             assert len(there) <= settings.keep_last + settings.keep_best
@@ -282,8 +283,22 @@ def stores(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+FOUR = [CheckpointName(step, 1) for step in (1, 2, 3, 4)]
+
+
 @EXAMPLES
 @given(stores())
+@example(
+    {
+        "line": FOUR[::-1],
+        "names": FOUR,
+        "metrics": {name: 0.1 * name.step for name in FOUR[:3]},
+        "keep_last": 1,
+        "keep_best": 4,
+        "largest_is_best": False,
+        "uploaded": None,
+    }
+)
 def test_what_may_go_is_never_the_newest_nor_the_best(store: dict[str, Any]) -> None:
     """Of any store, any line through it and any settings."""
     going = expendable(**store)
@@ -294,7 +309,8 @@ def test_what_may_go_is_never_the_newest_nor_the_best(store: dict[str, Any]) -> 
     assert left or not names
     assert not set(line[: store["keep_last"]]) & set(going)
     sign = -1 if store["largest_is_best"] else 1
-    best = sorted((name for name in line if name in store["metrics"]), key=lambda name: sign * store["metrics"][name])
+    scored = {name.step: name for name in reversed(line) if name in store["metrics"]}  # the newest of each step
+    best = sorted(scored.values(), key=lambda name: (sign * store["metrics"][name], line.index(name)))
     assert not set(best[: store["keep_best"]]) & set(going)  # the line has the newer of two equal ones first
     if store["uploaded"] is None and store["keep_last"] is not None:
         assert len(left) <= store["keep_last"] + store["keep_best"]

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from events.checkpoint.manifest import CheckpointName
+from events.checkpoint.remote import RemoteStore
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointNotFound
 from events.messages import CheckpointRejected, RunResumed
@@ -81,18 +82,25 @@ class Trouble:
 @st.composite
 def plans(draw: st.DrawFn) -> dict[str, Any]:
     """What validations score, in which attempts they are trained, what fails, and what is to be kept."""
-    scores = draw(st.lists(VALUES, min_size=1, max_size=7))
+    scores = draw(st.lists(VALUES, min_size=3, max_size=7))
     steps = st.sets(st.integers(1, len(scores)), max_size=2)
     return {
         "scores": scores,
         "ends": [*sorted(draw(st.sets(st.integers(1, len(scores)), max_size=2))), len(scores)],
         "failing": draw(steps),
         "skipped": draw(steps),
-        "keep_best": draw(st.integers(0, 9)),
-        "keep_last": draw(st.one_of(st.none(), st.integers(1, 3))),
+        "keep_best": draw(st.sampled_from([2, 3, 5, 1, 0, 9])),
+        "keep_last": draw(st.sampled_from([1, 2, None])),
         "best_mode": draw(st.sampled_from(["min", "max"])),
         "at_end": draw(st.booleans()),
+        "uploads": draw(st.booleans()),
     }
+
+
+def plan(scores: list[float], **more: Any) -> dict[str, Any]:
+    """One of these."""
+    quiet = {"failing": set(), "skipped": set(), "keep_last": 1, "best_mode": "min", "at_end": False, "uploads": False}
+    return {"scores": scores, "ends": [len(scores)], **quiet, **more}
 
 
 def expected(plan: dict[str, Any]) -> tuple[list[tuple[int, float]], set[int]]:
@@ -117,21 +125,29 @@ def expected(plan: dict[str, Any]) -> tuple[list[tuple[int, float]], set[int]]:
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans())
+@example(plan([0.4, 0.3, 0.2, 0.1], keep_best=4, best_mode="max"))  # fewer than k, and a bad one is the newest
+@example(plan([0.1, 0.4, 0.3, 0.2], keep_best=2))  # one that is no record enters
+@example(plan([0.2, 0.4, 0.2, 0.3, 0.1], keep_best=2, ends=[2, 5], uploads=True))
 def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_best_k_stay(
     kit: Any, plan: dict[str, Any]
 ) -> None:
-    """With ties, NaN, failures, skips and restarts; and the result names the best of those that stay."""
+    """With ties, NaN, failures, skips, restarts and uploads; and the result names the best of those that stay."""
     folder = Path(tempfile.mkdtemp())
     names = ("keep_best", "keep_last", "best_mode", "at_end")
-    checkpoints = Checkpoints(best="score", max_failures=99, **OFF, **{name: plan[name] for name in names})
+    upload = (folder / "there").as_uri() if plan["uploads"] else None
+    checkpoints = Checkpoints(
+        best="score", max_failures=99, upload=upload, **OFF, **{name: plan[name] for name in names}
+    )
     try:
         with pytest.MonkeyPatch.context() as patch:
             Trouble(patch, plan["failing"], plan["skipped"])
             for end in plan["ends"]:
-                outcome = train(kit, folder, plan["scores"][:end], checkpoints=checkpoints, resume="auto")
+                outcome = train(kit, folder / "run", plan["scores"][:end], checkpoints=checkpoints, resume="auto")
                 result = outcome.result
         taken, stay = expected(plan)
-        assert {name.step for name in CheckpointStore(folder / "checkpoints").names()} == stay
+        assert {name.step for name in CheckpointStore(folder / "run" / "checkpoints").names()} == stay
+        if upload is not None:
+            assert {name.step for name in RemoteStore(f"{upload}/r").names()} == stay
         sign = 1 if plan["best_mode"] == "max" else -1
         scores = [(sign * value, step) for step, value in taken if step in stay and math.isfinite(value)]
         if scores:
