@@ -172,7 +172,8 @@ def test_a_report_says_how_long_the_run_ran_and_what_is_wrong(
     tell.time += 125
     told.write(tell.step())
     if status in ("finished", "failed"):
-        told.write(tell(RunEnded, status=status, reason=EVIL, traceback=f"Trace {EVIL}", phase="train_step"))
+        failure = {"traceback": f"Trace {EVIL}", "phase": "train_step"} if status == "failed" else {}
+        told.write(tell(RunEnded, status=status, reason=EVIL, **failure))
         tell.time += 5_000
         told.write(tell(CheckpointUploaded, checkpoint="step-3.a1", url="s3://b"))
     if status != "running":
