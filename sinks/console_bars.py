@@ -20,7 +20,7 @@ class _Row(NamedTuple):
 
 _LABEL = 5
 _PERCENT = 4
-_TAIL = 37
+_TAIL = 39
 _COMPACT_TAIL = 31
 """Room that the bars leave for the texts behind them. Fixed, so that a bar does not breathe with its text."""
 _BAR = range(6, 41)
@@ -93,12 +93,23 @@ def _lay_out(row: _Row, counts: int, bar: int, width: int, ascii_only: bool) -> 
         spans += [*_bar(row.fraction, bar, ascii_only), Span(" ")]
     spans.append(Span(f"{percent:>{_PERCENT}}"))
     used = sum(cells(span.text) for span in spans)
-    for span in row.tail:
+    for span in _fitting(row, width - used):
         if used + 2 + cells(span.text.rstrip()) > width:
             break
         spans += [Span("  "), span]
         used += 2 + cells(span.text)
     return crop(spans, width)
+
+
+def _fitting(row: _Row, room: int) -> list[Span]:
+    """What stands behind the bar: where it is too long, the time left stays, and its neighbour before it goes."""
+    tail = row.tail
+    shorter = [tail[0], tail[2]] if len(tail) == 3 else tail[-1:] if row.label == "epoch" else tail
+    return shorter if _length(shorter) <= room < _length(tail) else tail
+
+
+def _length(tail: list[Span]) -> int:
+    return sum(2 + cells(span.text) for span in tail[:-1]) + sum(2 + cells(span.text.rstrip()) for span in tail[-1:])
 
 
 def _bar(fraction: float | None, length: int, ascii_only: bool) -> list[Span]:

@@ -20,12 +20,14 @@ from events.messages import (
     RunEnded,
     RunResumed,
     TrainEpochEnded,
+    TrainEpochStarted,
     TrainStepEnded,
     ValStepEnded,
     WeightsSaved,
 )
 from events.sink import RunInfo, Sink, delivery_of
 from sinks.console import Console
+from sinks.console_bars import bar_rows
 from sinks.progress import Progress
 
 
@@ -262,3 +264,18 @@ def test_it_is_a_plain_description(story: Any) -> None:
     assert delivery.types is not None
     assert TrainStepEnded in delivery.types
     assert BackwardEnded not in delivery.types
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("loss", [0.5, 1.234e-7])
+def test_the_time_left_is_shown_at_usual_widths(story: Any, width: int, loss: float) -> None:
+    """Of the run at any of them; of the epoch too, where there is room for two columns of text."""
+    progress = Progress()
+    progress.take(story.started(epochs=100, steps_per_epoch=500))
+    progress.take(story(TrainEpochStarted, steps=500))
+    progress.take_steps(story.steps(199))
+    progress.loss = loss
+    epoch, step = ("".join(span.text for span in row) for row in bar_rows(progress, width - 1))
+    assert epoch.endswith(" left")
+    assert step.endswith(" left") or width == 40
+    assert max(len(epoch), len(step)) < width
