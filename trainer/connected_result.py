@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from events.checkpoint.manifest import CheckpointName
+from events.health import Health
 from events.messages import (
     CheckpointDeleted,
     CheckpointSaved,
@@ -84,6 +85,7 @@ class ResultBuilder:
         self._known_attempt = run.attempt
         self._attempt = run.attempt
         self._ended: RunEnded | None = None
+        self._health = Health()
         self._epochs = run.epoch  # stays, if no epoch has begun or ended among the events: it is under way since long
         self._ledger = StallLedger()
         self._metrics = {name: float(value) for name, value in run.latest.items() if _is_in_result(name)}
@@ -103,6 +105,7 @@ class ResultBuilder:
                 self._add(event)
 
     def _add(self, event: Event) -> None:
+        self._health.add(event)
         if isinstance(event, TrainStepEnded):
             if event.loss is not None:
                 self._metrics["train_loss"] = event.loss
@@ -168,6 +171,7 @@ class ResultBuilder:
             metrics=dict(self._metrics),
             ledger=self._ledger,
             checkpoint=self._checkpoint,
+            problems=self._health.problems,
             best_checkpoint=best_checkpoint,
             best_metric=best_metric,
         )

@@ -188,7 +188,9 @@ class LaunchedProcess:
             self._deadline = now + (self.ready.cancel_s if self.ready is not None else 0.0)
         else:
             if isinstance(message, Ended):
-                self._result = message.result
+                self._result = result = message.result
+                for problem in result.problems:  # what the process logged is in its own log
+                    logger.warning(problem, run_id=result.run_id, global_step=result.global_step)
             else:
                 self._error = error_of(message)
             self._deadline = now + EXIT_S

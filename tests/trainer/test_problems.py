@@ -16,7 +16,7 @@ from events.errors import TrainingThreadStuck
 from events.log import logger
 from events.messages import ObserverFailed, RunEnded, RunStarted, WarningLogged
 from sinks import CSV, Console
-from trainer import CallbackInterface, Delivery
+from trainer import CallbackInterface, Delivery, launch
 
 HOSTED = Path(__file__).parent / "hosted"
 
@@ -264,3 +264,24 @@ async def test_a_thread_that_hangs_is_shown_where_it_hangs(kit: Any) -> None:
     assert ended.phase == "train_step"
     assert "in train_step\n" in (ended.traceback or "")
     assert session.result.problems == ["the run was cancelled in train_step after step 0: the training thread is stuck"]
+
+
+@pytest.mark.anyio
+async def test_problems_of_a_launched_run_reach_the_process_that_launched_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the run's process prints goes into its own log, which nobody may read."""
+    (tmp_path / "broken_job.py").write_text(
+        "from sinks import CSV\n"
+        "from events.sink import Delivery\n"
+        "from tests.trainer.conftest import Net, make_trainer\n"
+        "def build():\n"
+        "    gone = (CSV(path='/proc/none/metrics.csv'), Delivery(on_error='disable'))\n"
+        "    return make_trainer(Net(), sinks=[gone])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    async with launch("broken_job:build") as run:
+        result = await run.result()
+    (problem,) = result.problems
+    assert problem.startswith("csv failed in open and is disabled")
+    assert problem in caplog.messages
