@@ -216,9 +216,10 @@ class Optimization:
     ) -> ClosureStep:
         """Let each optimizer, in their order, compute the loss and its gradients as often as it wants.
 
-        As in ``for optimizer in optimizers: optimizer.step(closure)``: each evaluation clears all gradients, runs
-        ``evaluate`` and clips. A loss or gradient that is not finite is refused where ``non_finite`` says so, and the
-        parameters and optimizers are set back to the state before the step.
+        As in ``for optimizer in optimizers: optimizer.step(closure)``, with an evaluation before a step whose closure
+        is optional and which is not torch's: it may begin with the gradients that are there. Each evaluation clears all
+        gradients, runs ``evaluate`` and clips. A loss or gradient that is not finite is refused where ``non_finite``
+        says so, and the parameters and optimizers are set back to the state before the step.
 
         Args:
             evaluate: Runs the forward and backward passes of the step with gradients enabled; returns the loss,
@@ -250,10 +251,11 @@ class Optimization:
 
         try:
             for optimizer in optimizers:
+                if not _begins_with_closure(optimizer):
+                    closure()
                 if _takes_closure(optimizer):
                     optimizer.step(closure)  # type: ignore[arg-type]  # a tensor serves as well as a float
                 else:
-                    closure()
                     optimizer.step()
                 if not done.evaluations:
                     raise OptimizerError(f"{type(optimizer).__name__}.step(closure) did not call the closure")
@@ -491,6 +493,14 @@ def _closure_parameter(optimizer: torch.optim.Optimizer) -> inspect.Parameter | 
 
 def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
     return _closure_parameter(optimizer) is not None
+
+
+def _begins_with_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` computes the gradients before it uses any, as torch's own do.
+
+    Where a closure is optional, an optimizer may begin with the gradients that are there: usual SAM code does.
+    """
+    return _wants_closure(optimizer) or (_takes_closure(optimizer) and type(optimizer).__module__.startswith("torch."))
 
 
 def _wants_closure(optimizer: torch.optim.Optimizer) -> bool:
