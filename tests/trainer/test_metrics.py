@@ -417,7 +417,7 @@ def test_a_number_that_cannot_be_read_is_nan_and_costs_nobody_else_theirs(
 
 def test_a_loss_that_cannot_be_read_does_not_hide_those_before_it() -> None:
     """Of one batch of events: the summary has the last loss that could be read, and the epoch's mean is over these."""
-    readback = DeviceReadback(lambda event, consecutive: None)
+    readback = DeviceReadback(lambda event, consecutive: None, lambda event, consecutive: None)
     losses = [torch.tensor(2.0), torch.tensor(4.0), torch.empty((), device="meta")]
     steps = [TrainStepEnded("run", 1, 0, 0.0, 0, at, 0, "train", loss, lr=0.1) for at, loss in enumerate(losses)]
     epoch = TrainEpochEnded("run", 1, 0, 0.0, 0, 3, 0, "train", 3)
@@ -429,7 +429,7 @@ def test_a_loss_that_cannot_be_read_does_not_hide_those_before_it() -> None:
 
 def test_an_epoch_has_no_loss_if_steps_of_it_were_dropped() -> None:
     """The mean of what was left is not that of the epoch; the next one has its own again."""
-    readback = DeviceReadback(lambda event, consecutive: None)
+    readback = DeviceReadback(lambda event, consecutive: None, lambda event, consecutive: None)
 
     def epoch(*losses: float) -> TrainEpochEnded:
         steps = [
