@@ -62,7 +62,8 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
 
     module: str
     """Qualified name of the module's class."""
-    epochs: int
+    epochs: int | None
+    """Epochs after which the run ends; None: ``max_steps`` alone ends it."""
     steps_per_epoch: int | None = None
     """Estimated optimizer steps of an epoch; None when the data has no length."""
     max_steps: int | None = None

@@ -130,11 +130,13 @@ class Chronicle:
         self._results.clear()
         self._problems.clear()
         self._ending, self._buried = None, False
-        size = _many(e.epochs, "epoch")
-        if e.steps_per_epoch is not None:
-            size += f" of {e.steps_per_epoch:,} steps"
-        if e.max_steps is not None:
-            size += f", at most {e.max_steps:,} steps"
+        epoch = f" of {e.steps_per_epoch:,} steps" if e.steps_per_epoch is not None else ""
+        if e.epochs is None:
+            size = f"{e.max_steps or 0:,} steps" + (f", epochs{epoch}" if epoch else "")
+        else:
+            size = _many(e.epochs, "epoch") + epoch
+            if e.max_steps is not None:
+                size += f", at most {e.max_steps:,} steps"
         module = plain_text(e.module.rpartition(".")[2], 80)
         parts = [f"run {plain_text(e.run_id, 80)}", f"{module} on {plain_text(e.device, 40)}", size]
         if e.attempt > 1:

@@ -42,7 +42,13 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
 
     argument_aliases: ClassVar[Mapping[str, str]] = ARGUMENTS
 
-    epochs: Annotated[_Count, Meta(description="Epochs to train.")] = 1
+    epochs: Annotated[
+        _Count | None,
+        Meta(
+            description="Epochs to train. None: as many as max_steps takes, or one without max_steps. With both, "
+            "the run ends at whichever comes first."
+        ),
+    ] = None
     train_batch_size: Annotated[
         _Count, Meta(description="Rows of one optimizer step, over all its micro-batches and all devices.")
     ] = 32
@@ -61,7 +67,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         _Count | None,
         Meta(
             description="Optimizer steps after which the run ends, and with it the epoch, whatever data is left of it. "
-            "A run that goes on with more begins with the next epoch. None: no limit."
+            "A run that is resumed with more starts with the next epoch. None: no limit."
         ),
     ] = None
     max_train_steps_per_epoch: Annotated[
@@ -208,6 +214,32 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         """Plain values, as `from_dict` takes them; what is none, such as a function given to torch.compile, is text."""
         values: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
         return values
+
+    @property
+    def epoch_limit(self) -> int | None:
+        """Epochs after which the run ends; None: ``max_steps`` alone ends it."""
+        return 1 if self.epochs is None and self.max_steps is None else self.epochs
+
+    def total_steps(self, steps_per_epoch: int | None) -> int | None:
+        """Optimizer steps of the whole run; None if nothing says.
+
+        Args:
+            steps_per_epoch: Steps of an epoch that ends with its data; None if that is unknown.
+        """
+        epochs = self.epoch_limit
+        of_epochs = None if epochs is None or steps_per_epoch is None else epochs * steps_per_epoch
+        return min((one for one in (of_epochs, self.max_steps) if one is not None), default=None)
+
+    def steps_and_epochs(self, steps_per_epoch: int | None) -> tuple[int, int]:
+        """What `ModuleInterface.get_optimizers_schedulers` gets: steps per epoch, and epochs.
+
+        Their product is `total_steps`, rounded up to whole steps per epoch; 0 steps if the total is unknown.
+        """
+        total = self.total_steps(steps_per_epoch)
+        if total is None:
+            return 0, self.epoch_limit or 1
+        epochs = -(-total // steps_per_epoch) if steps_per_epoch else self.epoch_limit or 1
+        return -(-total // epochs), epochs
 
     @property
     def micro_batch_size(self) -> int:

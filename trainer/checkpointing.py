@@ -336,6 +336,7 @@ class Checkpointing:
             # A validation that is under way is done again, from the dataloader on that it is in.
             "rng": position.rng_at_validation or capture_rng(self._device),
             "module": self._module.get_state(),
+            "frozen": [name for name, one in self._module.named_parameters() if not one.requires_grad],
             **optimization.state_dict(),
             "scaler": self._precision.scaler.state_dict() if self._precision.scaler is not None else None,
             "latest": dict(self._recorder.latest),
@@ -343,13 +344,13 @@ class Checkpointing:
             "callbacks": self._inline_states(),
         }
 
-    def _inline_states(self) -> dict[str, Any]:
+    def _inline_states(self) -> list[dict[str, Any]]:
         """The state of callbacks all of whose hooks run on this thread."""
-        states: dict[str, Any] = {}
+        states: list[dict[str, Any]] = []
         for callback in self._stateful():
             if not callback.observed:
                 try:
-                    states[callback.name] = callback.state_dict()
+                    states.append(callback.saved_state())
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                     add_note(error, f"raised by {callback.name}.state_dict")
                     self._on_failed_hook(callback, "state_dict", error)

@@ -157,7 +157,7 @@ def first_rows(batch: Any) -> int | None:
 class ShuffledSampler(Sampler[int]):
     """Yields the indices of a data set in an order that (seed, epoch) alone determines.
 
-    `make_train_sampler` makes a subclass of it for each epoch. It uses a generator of its own, so the order
+    `make_train_sampler` makes subclasses of it. It uses a generator of its own, so the order
     depends on no global state and changes none. Iterating it again gives the same order.
     """
 
@@ -185,9 +185,34 @@ class ShuffledSampler(Sampler[int]):
         return len(self.data_source)
 
 
-def make_train_sampler(seed: int, epoch: int) -> type[ShuffledSampler]:
-    """Make the sampler class for the training data of one epoch; it counts its instances."""
-    return type("TrainSampler", (ShuffledSampler,), {"seed": seed, "epoch": epoch, "instances": 0, "skip": 0})
+def make_train_sampler(
+    seed: int, epoch: int | None, base: type[ShuffledSampler] = ShuffledSampler
+) -> type[ShuffledSampler]:
+    """Make a sampler class for training data; it counts its instances.
+
+    Args:
+        epoch: None: that of ``base``, also when it changes there.
+    """
+    own = {"seed": seed, "instances": 0, "skip": 0} | ({} if epoch is None else {"epoch": epoch})
+    return type("TrainSampler", (base,), own)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell a dataloader and what it takes its indices and rows from which epoch it is, where they have ``set_epoch``.
+
+    torch's `DistributedSampler` has one, and would give each epoch the same order without it.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    parts = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
+    for part in {id(part): part for part in (*parts, getattr(loader, "dataset", None))}.values():
+        if callable(method := getattr(part, "set_epoch", None)):
+            method(epoch)
+
+
+def data_rows(loader: Any) -> int | None:
+    """Rows of a dataloader's data set, or else its batches; None if it has no length."""
+    dataset = getattr(loader, "dataset", None)
+    return loader_length(loader if dataset is None else dataset)
 
 
 # ------------------------------------------------------------------------------------------------- loaders
@@ -228,6 +253,11 @@ def loader_length(loader: Iterable[Any]) -> int | None:
         return len(loader)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):  # no __len__, or a dataset or sampler below has none
         return None
+    except Exception as error:  # the user's own code: its class must stand beside whatever it raised
+        raise DataLoaderError(
+            f"len() of a {type(loader).__name__} failed ({error}); return the number of batches from 0 up, or leave"
+            f" __len__ out"
+        ) from error
 
 
 def as_val_loaders(value: Any, what: str = "get_val_dataloaders") -> dict[str, Iterable[Any]]:

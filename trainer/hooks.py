@@ -118,7 +118,7 @@ class CallbackHooks:
     """
 
     def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
-        self.name = type(callback).__name__
+        self.kind = self.name = type(callback).__name__
         self.delivery = delivery or CALLBACK_DELIVERY
         self.observer: Observer | None = None
         """What runs its hooks that are not inline, if it has any."""
@@ -130,6 +130,8 @@ class CallbackHooks:
         kept = (getattr(callback, "state_dict", None), getattr(callback, "load_state_dict", None))
         self.stateful = all(map(callable, kept)) and not isinstance(callback, ModuleInterface)
         """Whether it has ``state_dict`` and ``load_state_dict``, for checkpoints."""
+        self.state_key = self._state_key(callback)
+        """What its state is found again by: told apart from all others of the run."""
         self.should_stop = self._optional(callback, "should_stop")
         """Asked on the loop's thread when a validation is over, with ``global_step`` and the last value of each metric:
         returns a reason to stop the run, or None."""
@@ -184,9 +186,21 @@ class CallbackHooks:
             return None
         return method
 
+    def _state_key(self, callback: CallbackInterface) -> str:
+        key = getattr(callback, "state_key", None)
+        if key is None:
+            return f"{self.kind}({callback._stagecast_built_with})"
+        if not isinstance(key, str) or not key:
+            raise ArgumentsError(f"{self.kind}.state_key is {key!r:.80}; give it a string that is not empty")
+        return key
+
     def state_dict(self) -> Any:
         """Its state, as it keeps it."""
         return self.callback.state_dict()  # type: ignore[attr-defined]  # `stateful` has looked
+
+    def saved_state(self) -> dict[str, Any]:
+        """Its state as a checkpoint has it. Raises what its ``state_dict`` raises."""
+        return {"key": self.state_key, "kind": self.kind, "state": self.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
         """Have it take over what `state_dict` returned. Raises what it raises."""
@@ -235,6 +249,22 @@ class HookTable:
     def wanting_outputs(self, kind: type[Event]) -> list[CallbackHooks]:
         """Those of them whose hook looks at outputs."""
         return [c for c in self.of(kind) if wants_outputs(c.observed.get(kind) or c.inline[kind].call)]
+
+
+def check_state_keys(callbacks: Iterable[CallbackHooks]) -> None:
+    """See that the states of all callbacks can be told apart in a checkpoint.
+
+    Raises:
+        ArgumentsError: two have the same key.
+    """
+    seen: set[str] = set()
+    for callback in callbacks:
+        if callback.stateful and callback.state_key in seen:
+            raise ArgumentsError(
+                f"two callbacks with a state have the state_key {callback.state_key!r}, so a checkpoint could mix them"
+                f" up; give each a state_key of its own"
+            )
+        seen.add(callback.state_key)
 
 
 def _number_names(callbacks: Iterable[CallbackHooks]) -> None:
@@ -335,7 +365,7 @@ class CallbackTarget:
             return
         self._doing = "state_dict"
         try:
-            part.set(part_of({"name": self.observer, "state": self._callback.state_dict()}))
+            part.set(part_of(self._callback.saved_state()))
         except BaseException as error:  # answered as a hook's would be
             self._callback.failed = True
             add_note(error, f"raised by {self.observer}.state_dict")

@@ -6,6 +6,7 @@ host-device synchronisation points one that begins with ``SYNC``.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from time import perf_counter_ns as clock
@@ -32,10 +33,12 @@ from trainer.data import (
     ShuffledSampler,
     as_val_loaders,
     batch_rows,
+    data_rows,
     first_rows,
     generators_of,
     loader_length,
     make_train_sampler,
+    set_epoch,
 )
 from trainer.errors import (
     REMEDY,
@@ -93,6 +96,7 @@ class TrainingLoop:
         self._returned: Any = None
         self._manual: ManualSteps | None = None
         self._resumed: Loaded | None = None
+        self._order: type[ShuffledSampler] | None = None  # what all samplers of the run derive from: it has the epoch
         self._validation_rng: RngState | None = None  # for the validation that a resumed run is to finish
 
     def run(self, optimization: Optimization, first_loader: Iterable[Any], resumed: Loaded | None = None) -> None:
@@ -128,14 +132,17 @@ class TrainingLoop:
             self._module.train()  # not where it is: the user may keep a submodule in eval mode, a frozen batch norm
         loader: Iterable[Any] | None = first_loader
         self.epochs_finished = self._boundary.origin.epoch
-        at_end = self.epochs_finished >= self._arguments.epochs or self._at_max_steps
+        limit = self._arguments.epoch_limit
+        at_end = (limit is not None and self.epochs_finished >= limit) or self._at_max_steps
         if resumed is not None and self._position.phase == "begin" and at_end:
             step = self._boundary.origin.global_step
             logger.warning(
                 f"nothing is left to train: the checkpoint is of step {step}, before epoch {self.epochs_finished};"
                 f" raise epochs or max_steps, or start a new run from its weights with init_from="
             )
-        for epoch in range(self.epochs_finished, self._arguments.epochs):
+        for epoch in itertools.count(self.epochs_finished):
+            if limit is not None and epoch >= limit:
+                break
             if self._at_max_steps and self._position.phase == "begin":
                 break
             self._boundary.origin.epoch = epoch
@@ -158,11 +165,11 @@ class TrainingLoop:
     def recall_loader(self) -> None:
         """Resumed between two epochs: ask for the dataloader of the one before, as the run has done.
 
-        A module may keep it for the epochs that follow, in the order that it has, or at its own place.
+        A module may keep it for the epochs that follow, perhaps at a place of its own.
         """
         position = self._position
         if position.sampler_epoch is not None or position.loader_state is not None:
-            loader: Any = self._ask_for_loader(position.sampler_epoch or 0)
+            loader: Any = self._ask_for_loader(max(0, self._boundary.origin.epoch - 1))
             if position.loader_state is not None and has_state(loader):
                 loader.load_state_dict(position.loader_state)
 
@@ -173,14 +180,16 @@ class TrainingLoop:
             if self._checkpoints.enabled:
                 position.rng_at_loader = capture_rng(self._device)
             position.sampler_epoch = position.loader_state = None
-        # A module may keep the loader of another epoch: one that is resumed must get that epoch's order again.
-        return self._ask_for_loader(epoch if position.sampler_epoch is None else position.sampler_epoch)
+        return self._ask_for_loader(epoch)
 
-    def _ask_for_loader(self, in_order_of: int) -> Iterable[Any]:
+    def _ask_for_loader(self, epoch: int) -> Iterable[Any]:
         self._boundary.phase = "get_train_dataloader"
         mark = clock()
-        self._sampler = make_train_sampler(self._position.sampler_seed, in_order_of)
-        loader: Any = self._module.get_train_dataloader(self._sampler, self._arguments.micro_batch_size)
+        self._order = self._order or make_train_sampler(self._position.sampler_seed, epoch)
+        self._order.epoch = epoch
+        # A class of its own each time: it counts the samplers that are made of it, and skips for one of them.
+        sampler = make_train_sampler(self._position.sampler_seed, None, self._order)
+        loader: Any = self._module.get_train_dataloader(sampler, self._arguments.micro_batch_size)
         loaders = as_val_loaders(loader if loader is not None else {}, "get_train_dataloader")
         if list(loaders) != ["default"]:
             raise EmptyDataLoader(
@@ -392,6 +401,17 @@ class TrainingLoop:
     def _begin(self, loader: Iterable[Any], outputs: EpochOutputs | None) -> Iterator[Any]:
         """Begin to iterate over an epoch's data; in an epoch that is resumed, behind what was used of it."""
         position, resumed = self._position, self._resumed
+        # Of a loader that the module keeps, too: persistent workers need that.
+        assert self._order is not None
+        self._order.epoch = self._boundary.origin.epoch
+        set_epoch(loader, self._boundary.origin.epoch)
+        rows = data_rows(loader)
+        if resumed is not None and position.data_rows not in (None, rows):
+            logger.warning(
+                f"the training data has the length {rows} and had {position.data_rows} when the checkpoint was taken,"
+                f" so the run does not continue exactly; resume with the same data"
+            )
+        position.data_rows = rows
         if position.phase == "begin":
             sampler = getattr(loader, "sampler", None)
             if isinstance(sampler, ShuffledSampler):
@@ -642,7 +662,7 @@ class TrainingLoop:
         arguments = self._arguments
         if arguments.val_interval_steps is not None or not arguments.val_interval_epochs:
             return False
-        last = epoch + 1 == arguments.epochs or self._at_max_steps
+        last = epoch + 1 == arguments.epoch_limit or self._at_max_steps
         return last or (epoch + 1) % arguments.val_interval_epochs == 0
 
     def _validate(self) -> None:
@@ -653,10 +673,12 @@ class TrainingLoop:
         boundary.phase = "get_val_dataloaders"
         mark = clock()
         rng, self._validation_rng = self._validation_rng, None
-        if rng is not None and position.rng_at_val_loaders is not None:
-            restore_rng(position.rng_at_val_loaders, self._device)
-        elif self._checkpoints.enabled:
-            position.rng_at_val_loaders = capture_rng(self._device)
+        # Training goes on with these afterwards: what it computes does not depend on when it is validated.
+        before = position.rng_at_val_loaders if rng is not None else None
+        if before is not None:
+            restore_rng(before, self._device)
+        else:
+            before = position.rng_at_val_loaders = capture_rng(self._device)
         loaders = as_val_loaders(
             self._module.get_val_dataloaders(
                 torch.utils.data.SequentialSampler,
@@ -684,6 +706,7 @@ class TrainingLoop:
         self._optimization.end_validation(boundary.ledger)
         self._checkpoints.after_validation()
         boundary.ask_to_stop()
+        restore_rng(before, self._device)
 
     def _take_commands(self) -> None:
         if self._boundary.control.pending:

@@ -59,7 +59,7 @@ STUCK = "the training thread is stuck"
 _AT_EXIT_S = 2.0
 """How long the end of the process waits for each loop that is still running."""
 _running: weakref.WeakSet[LoopThread] = weakref.WeakSet()
-_seeded_runs = 0
+_seeded_runs: list[str] = []
 _seed_lock = threading.Lock()
 _claim_lock = threading.Lock()  # held while a run looks whether a module is free, and takes it
 
@@ -205,6 +205,7 @@ class LoopThread:
         """Give back the module and the callbacks, whose last hooks have run, and the memory of checkpoints."""
         self._checkpoints.release()
         self.weights = None
+        vars(self._module).pop("_total_steps", None)
         for one in self._logging:
             if vars(one).get("_stagecast_recorder") is self._recorder:
                 del vars(one)["_stagecast_recorder"]
@@ -216,7 +217,8 @@ class LoopThread:
         token = current_origin.set(self._origin)
         seeded = self._arguments.seed is not None
         try:
-            _count_seeded(1 if seeded else 0)
+            if seeded:
+                _note_seeded(self._origin.run_id)
             on_cuda = self._device.type == "cuda"
             try:
                 # Python runs signal handlers only at calls and jumps: none runs between the end of this part, however
@@ -236,7 +238,8 @@ class LoopThread:
         finally:
             try:
                 self._finish()
-                _count_seeded(-1 if seeded else 0)
+                if seeded:
+                    _seeded_runs.remove(self._origin.run_id)
                 current_origin.reset(token)
             finally:  # whatever a signal has cut short
                 _running.discard(self)
@@ -302,10 +305,10 @@ class LoopThread:
         if loaded is not None and position.phase != "begin":
             self._restore_again(loaded)
         steps = loop.steps_of(loader)
-        if steps is None:
+        if self._arguments.total_steps(steps) is None:
             logger.warning(
-                "get_train_dataloader() returned data without a length: get_optimizers_schedulers() is told 0 steps"
-                " per epoch; set max_train_steps_per_epoch if a scheduler needs the number"
+                "get_train_dataloader() returned data without a length, so get_optimizers_schedulers() gets 0 steps per"
+                " epoch; set max_steps or max_train_steps_per_epoch if a scheduler needs the number"
             )
         self._publish_started(steps)
         if loaded is None or self._arguments.reset_optimizers_schedulers:
@@ -315,7 +318,7 @@ class LoopThread:
                 "get_train_dataloader() returned an iterator, which begins anew in each process: what earlier epochs"
                 " have read of it comes again; give it state_dict and load_state_dict to have it go on"
             )
-        optimization = self._make_optimization(position.steps_per_epoch)
+        optimization = self._make_optimization(position.steps_per_epoch or None)
         if loaded is not None:
             self._restore(loaded, optimization)
             restore_rng(rng, self._device)
@@ -334,9 +337,11 @@ class LoopThread:
             vars(self._module).pop("_stagecast_manual", None)
             optimization.close(self._checkpoints.stager.gate)
 
-    def _make_optimization(self, steps_per_epoch: int) -> Optimization:
+    def _make_optimization(self, steps_per_epoch: int | None) -> Optimization:
         self._boundary.phase = "get_optimizers_schedulers"
-        returned = self._module.get_optimizers_schedulers(steps_per_epoch, self._arguments.epochs)
+        object.__setattr__(self._module, "_total_steps", self._arguments.total_steps(steps_per_epoch))
+        told = self._arguments.steps_and_epochs(steps_per_epoch)
+        returned = self._module.get_optimizers_schedulers(*told)
         return Optimization(returned, self._module.parameters, self._arguments, self._precision, self._recorder.latest)
 
     def _bind_optimizers(self, optimization: Optimization) -> None:
@@ -357,6 +362,7 @@ class LoopThread:
         loaded = self._loaded = plan.load(lambda name, error: self._rejected.append((name, error)))
         if loaded is not None:
             loaded.restore_module(self._module)
+            loaded.restore_frozen(self._module)
             origin.global_step, origin.epoch = loaded.global_step, loaded.epoch
             self._checkpoints.go_on(loaded.position, plan.name_of(loaded), plan.scores_up_to(loaded))
         return loaded
@@ -413,7 +419,7 @@ class LoopThread:
         started = RunStarted(
             *origin.header(),
             f"{kind.__module__}.{kind.__qualname__}",
-            arguments.epochs,
+            arguments.epoch_limit,
             steps,
             arguments.max_steps,
             arguments.to_dict(),
@@ -521,11 +527,12 @@ def _end_all() -> None:
         loop.end(_AT_EXIT_S)
 
 
-def _count_seeded(change: int) -> None:
-    global _seeded_runs
+def _note_seeded(run_id: str) -> None:
     with _seed_lock:
-        _seeded_runs += change
-        if change > 0 and _seeded_runs > 1:
+        if _seeded_runs:
+            others = ", ".join(_seeded_runs)
             logger.warning(
-                "two runs in this process seed the global random generators: neither of them is reproducible"
+                f"the seeded runs {run_id} and {others} share the random generators of this process, so none of them is"
+                f" reproducible; train them one after the other, or with launch()"
             )
+        _seeded_runs.append(run_id)

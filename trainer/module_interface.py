@@ -36,12 +36,14 @@ scaler.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import numbers
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -133,9 +135,11 @@ class CallbackInterface(ABC):
     along dimension 0 to ``(sum of B, ...)``, scalars ``()`` stack to ``(calls,)``, and what does not fit
     together (and whatever is no tensor) becomes a list with one entry per call.
 
-    A callback that has ``state_dict()`` and ``load_state_dict(state)`` is part of checkpoints. ``state_dict`` is called
-    on the thread of its hooks, when it has handled all that came before the checkpoint; it returns plain values and
-    tensors. ``load_state_dict`` is called before the first hook of a resumed run.
+    A callback that has ``state_dict()`` and ``load_state_dict(state)`` is part of checkpoints. Its state is found again
+    by its ``state_key``, an attribute that it may have: by default its class and the arguments that it was built with,
+    such as ``EMA(Net, decay=0.99)``. ``state_dict`` is called on the thread of its hooks, when it has handled all that
+    came before the checkpoint; it returns plain values and tensors. ``load_state_dict`` is called before the first hook
+    of a resumed run.
 
     Two more methods are called where a callback has them, on the loop's thread: ``should_stop(global_step, metrics)``
     when a validation is over (or an epoch, in a run that does not validate), with the last value of each metric; a
@@ -149,6 +153,16 @@ class CallbackInterface(ABC):
     """
 
     _stagecast_recorder: Recorder | None = None  # of the run; a plain attribute, so that no state dict contains it
+    _stagecast_built_with: str = ""  # the arguments of the constructor, for the default `state_key`
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Note what it is built with."""
+        new = super().__new__
+        self = new(cls) if new is object.__new__ else new(cls, *args, **kwargs)
+        if args or kwargs:  # a copy is made without
+            with contextlib.suppress(AttributeError):  # a class with __slots__
+                object.__setattr__(self, "_stagecast_built_with", _shown_arguments(args, kwargs))
+        return self
 
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
         """A training epoch begins; returns before its first forward. Fenced, unless marked inline.
@@ -332,6 +346,17 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             )
         return self._stagecast_manual.optimize(loss, optimizer, closure, retain_graph)
 
+    _total_steps: int | None = None  # of the run, as `_recorder`
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run, from its first: exact, where it is known.
+
+        Set from `get_optimizers_schedulers` on until the run ends; None outside of a run, and where data without a
+        length has no limit. A run that stops early takes fewer.
+        """
+        return self._total_steps
+
     @abstractmethod
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int, epochs: int
@@ -339,9 +364,12 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """Build the optimizers and schedulers. Called once per run, with the model on its device.
 
         Args:
-            estimated_global_steps_per_epoch: Optimizer steps of an epoch, from the training dataloader's
-                length and the step limits.
-            epochs: Epochs that the run will train.
+            estimated_global_steps_per_epoch: Optimizer steps of an epoch, from the training dataloader's length and the
+                limits; 0 if nothing says. Where ``max_steps`` ends the run within an epoch, it is the average over
+                the epochs, rounded up.
+            epochs: Epochs that the run will train, the last of them perhaps in part. The product of both is the
+                length of the run (up to the rounding), so a schedule of that length ends where the run ends;
+                `total_steps` is exact.
 
         Returns:
             The optimizers, at least one, and the schedulers, any number. All optimizers step together; all
@@ -511,6 +539,20 @@ def contract_names(kind: type[CallbackInterface]) -> frozenset[str]:
     classes = (CallbackInterface, ModuleInterface) if issubclass(kind, ModuleInterface) else (CallbackInterface,)
     names = {name for one in classes for name, value in vars(one).items() if isinstance(value, types.FunctionType)}
     return frozenset(name for name in names - _CALLED_BY_USERS if not name.startswith("_"))
+
+
+def _shown_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Arguments as in a call; an object that is not a plain value is shown as its class."""
+    shown = [_shown_argument(value) for value in args]
+    return ", ".join([*shown, *(f"{name}={_shown_argument(value)}" for name, value in kwargs.items())])
+
+
+def _shown_argument(value: Any) -> str:
+    if value is None or isinstance(value, bool | int | float | str | bytes | enum.Enum | PurePath):
+        return f"{value!r:.200}"
+    if isinstance(value, list | tuple | set | frozenset):
+        return f"[{', '.join(map(_shown_argument, list(value)[:20]))}]"
+    return value.__qualname__ if isinstance(value, type) or hasattr(value, "__qualname__") else type(value).__name__
 
 
 def _checked_name(name: object) -> str:

@@ -417,7 +417,9 @@ class Optimization:
             sizes = [len(group["params"]) for group in saved["param_groups"]]
             if own_sizes != sizes:
                 raise CheckpointMismatch(
-                    f"{where}: optimizer {number} has groups of {sizes} parameters there, and of {own_sizes} here{hint}"
+                    f"{where}: optimizer {number} has groups of {sizes} parameters there, and of {own_sizes} here;"
+                    f" a group that a hook adds must be added by get_optimizers_schedulers() on resume, before which"
+                    f" requires_grad is restored{hint}"
                 )
 
     def end_validation(self, ledger: Ledger) -> None:

@@ -38,7 +38,9 @@ class Position(msgspec.Struct):
     """The step that the first of them was to be."""
     sampler_seed: int = 0
     steps_per_epoch: int = 0
-    """What `get_optimizers_schedulers` was told."""
+    """Optimizer steps of an epoch that ends with its data; 0 if that is unknown."""
+    data_rows: int | None = None
+    """Length of the data set of this epoch, or of its dataloader; None if it has none."""
     sampler_epoch: int | None = None
     """The epoch whose order the dataloader has; another than the present one where the module keeps its loader."""
     loader_state: Any = None

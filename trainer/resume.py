@@ -32,7 +32,9 @@ from trainer.tensor_state import put_together, tensors_in
 
 OnRejected = Callable[[str, Exception], None]
 
-_STATE = frozenset({"global_step", "epoch", "position", "rng", "module", "optimizers", "schedulers", "followed_loss"})
+_STATE = frozenset(
+    {"global_step", "epoch", "position", "rng", "module", "frozen", "optimizers", "schedulers", "followed_loss"}
+)
 
 
 class Loaded:
@@ -119,6 +121,13 @@ class Loaded:
                 f" over: {error}"
             ) from error
 
+    def restore_frozen(self, module: ModuleInterface) -> None:
+        """Have the module's parameters train that trained then, and no others."""
+        frozen = set(self.state["frozen"])
+        for name, parameter in module.named_parameters():
+            if parameter.is_floating_point() or parameter.is_complex():  # others never need a gradient
+                parameter.requires_grad_(name not in frozen)
+
     def restore_optimization(self, optimization: Optimization, device: torch.device) -> None:
         """Have optimizers and schedulers take over theirs. Raises `CheckpointMismatch`."""
         names = ("optimizers", "schedulers", "kinds", "followed_loss")
@@ -131,23 +140,42 @@ class Loaded:
     def restore_callbacks(
         self, callbacks: Iterable[CallbackHooks], on_failed_hook: Callable[[CallbackHooks, str, Exception], None]
     ) -> None:
-        """Have the callbacks that have a state take over theirs, by their names.
+        """Have the callbacks that have a state take over theirs, by their ``state_key``.
+
+        One whose key has changed, because it was built with other arguments, takes the state of the only other one of
+        its class that is left.
 
         Args:
             on_failed_hook: Decides by the callback's policy what it means that it refuses.
+
+        Raises:
+            CheckpointMismatch: several of one class are left, so whose state is whose is unknown.
         """
-        saved = dict(self.state["callbacks"])
-        saved.update({part["name"]: part["state"] for name, part in self.parts.items() if name.startswith("callback-")})
+        parts = [part for name, part in self.parts.items() if name.startswith("callback-")]
+        saved = {one["key"]: one for one in [*self.state["callbacks"], *parts]}
+        found: list[tuple[CallbackHooks, Any]] = []
+        left: list[CallbackHooks] = []
         for callback in callbacks:
-            if not callback.stateful:
-                continue
-            if callback.name in saved:
-                try:
-                    callback.load_state_dict(map_tensors(torch.clone, saved.pop(callback.name)))
-                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
-                    on_failed_hook(callback, "load_state_dict", error)
+            if callback.stateful and callback.state_key in saved:
+                found.append((callback, saved.pop(callback.state_key)))
+            elif callback.stateful:
+                left.append(callback)
+        for callback in left:
+            alike = [one for one in saved.values() if one["kind"] == callback.kind]
+            if len(alike) > 1 or (alike and sum(one.kind == callback.kind for one in left) > 1):
+                raise CheckpointMismatch(
+                    f"{self.folder} has the states of {', '.join(one['key'] for one in alike)}, and which of them is"
+                    f" that of {callback.state_key} is unknown; give it the state_key that it had"
+                )
+            if alike:
+                found.append((callback, saved.pop(alike[0]["key"])))
             else:
-                logger.warning(f"the checkpoint {self.folder} has no state for the callback {callback.name}")
+                logger.warning(f"the checkpoint {self.folder} has no state for the callback {callback.state_key}")
+        for callback, one in found:
+            try:
+                callback.load_state_dict(map_tensors(torch.clone, one["state"]))
+            except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                on_failed_hook(callback, "load_state_dict", error)
         if saved:
             logger.warning(
                 f"the checkpoint {self.folder} has state for callbacks that are not there: {', '.join(saved)}"

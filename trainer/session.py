@@ -44,7 +44,7 @@ from trainer.cancellation import outliving
 from trainer.control import Control
 from trainer.data import resolve_device
 from trainer.errors import REMEDY, NonFiniteGradientError, NonFiniteLossError, add_note
-from trainer.hooks import CallbackHooks, CallbackTarget, HookTable
+from trainer.hooks import CallbackHooks, CallbackTarget, HookTable, check_state_keys
 from trainer.loop_thread import STUCK, LoopThread, Task
 from trainer.media import MediaWriter
 from trainer.module_interface import CallbackInterface, ModuleInterface
@@ -214,6 +214,8 @@ class Session:
 
     def _add_callbacks(self, members: Iterable[tuple[CallbackInterface, Delivery | None]]) -> HookTable:
         table = HookTable(CallbackHooks(callback, delivery) for callback, delivery in members)
+        if self._plan.settings is not None or self._plan.resumes:
+            check_state_keys(table.callbacks)
         for callback in table.callbacks:
             if callback.observed:
                 types = {*callback.observed, *([CheckpointStaged] if callback.stateful else [])}

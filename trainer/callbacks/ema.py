@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from events.errors import CheckpointMismatch, StagecastError
+from events.log import logger
 from trainer.callbacks.checks import Checks, is_finite
 from trainer.errors import ContractError
 from trainer.hooks import without_outputs
@@ -217,7 +218,7 @@ class EMA(CallbackInterface):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: the averages themselves, not copied."""
-        return {"steps": self.steps, "average": dict(self._average)}
+        return {"steps": self.steps, "decay": self._decay, "average": dict(self._average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
@@ -231,6 +232,11 @@ class EMA(CallbackInterface):
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise CheckpointMismatch(f"the checkpoint's EMA does not fit: {'; '.join(problems[:8])}{more}")
+        if state["decay"] != self._decay:
+            logger.warning(
+                f"EMA(decay={self._decay:g}) continues an average that was taken with decay={state['decay']:g};"
+                f" build it with that decay to resume exactly"
+            )
         self.steps = state["steps"]
         self._average = dict(saved)
         self._follow(join=False)  # what has been unfrozen since joined at the next epoch then, and does so again
