@@ -387,7 +387,7 @@ def test_every_argument_is_described() -> None:
     assert [field.name for field in described] == list(TrainerArguments.__struct_fields__)
     assert all(field.doc.endswith(".") for field in described)
     by_name = {field.name: field for field in described}
-    assert by_name["epochs"][1:3] == ("an integer >= 1", 1)
+    assert by_name["epochs"][1:3] == ("an integer >= 1 or None", None)
     assert by_name["compile_options"].default == {}
     assert by_name["max_steps"].type == "an integer >= 1 or None"
 

@@ -1,0 +1,346 @@
+"""What a run computes does not depend on how it is watched, validated, limited or interrupted."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+from events.errors import CheckpointMismatch
+from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from trainer.callbacks import EMA
+from trainer.errors import ArgumentsError, DataLoaderError
+
+EACH_EPOCH = Checkpoints(every_epochs=1, every_minutes=None, keep_last=None, when_busy="wait", weights=False)
+
+
+class Net(ModuleInterface):
+    """Regression over rows that can be told apart."""
+
+    def __init__(self, rows: int = 12) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net: nn.Module = nn.Linear(2, 1)
+        generator = torch.Generator().manual_seed(2)
+        self.data: Any = TensorDataset(torch.randn(rows, 2, generator=generator), torch.arange(float(rows)))
+        self.seen: list[list[float]] = []
+        self.told: tuple[Any, ...] = ()
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
+        self.told = estimated_global_steps_per_epoch, epochs, self.total_steps
+        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return DataLoader(self.data, batch_size, sampler=sampler(self.data))
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return None
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        rows, numbers = batch
+        self.seen.append(numbers.tolist())
+        return (self.net(rows).squeeze(1) - numbers).pow(2).mean()
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return (self.net(batch[0]).squeeze(1) - batch[1]).pow(2).mean()
+
+
+def train(net: Net, folder: Path | None = None, *, callbacks: Any = (), resume: Any = None, **options: Any) -> Any:
+    arguments = TrainerArguments(**{"train_batch_size": 4, "seed": 0, "device": "cpu"} | options)
+    own: dict[str, Any] = {"journal": False, "checkpoints": False}
+    if folder is not None:
+        own = {"run_dir": folder, "run_id": "r", "checkpoints": EACH_EPOCH}
+    return Trainer(net, arguments, sinks=[], callbacks=callbacks, resume=resume, **own).train()
+
+
+# ------------------------------------------------------------------------------------------ the length of the run
+
+
+class Stream(IterableDataset[Any]):
+    """Rows without end."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.zeros(2), torch.zeros(())
+
+
+class Endless(Net):
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return DataLoader(Stream(), batch_size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits", "told", "steps", "epochs"),
+    [
+        (Net, {}, (3, 1, 3), 3, 1),
+        (Net, {"epochs": 4}, (3, 4, 12), 12, 4),
+        (Net, {"max_steps": 2}, (2, 1, 2), 2, 1),
+        (Net, {"max_steps": 6}, (3, 2, 6), 6, 2),
+        (Net, {"max_steps": 8}, (3, 3, 8), 8, 3),
+        (Net, {"max_steps": 4, "epochs": 5}, (2, 2, 4), 4, 2),
+        (Net, {"max_steps": 99, "epochs": 2}, (3, 2, 6), 6, 2),
+        (Net, {"max_train_steps_per_epoch": 2, "epochs": 3}, (2, 3, 6), 6, 3),
+        (Net, {"max_train_steps_per_epoch": 2, "max_steps": 5}, (2, 3, 5), 5, 3),
+        (Net, {"gpu_batch_size_limit": 2, "max_steps": 2}, (2, 1, 2), 2, 1),
+        (Endless, {"max_steps": 5}, (5, 1, 5), 5, 1),
+        (Endless, {"max_steps": 6, "max_train_steps_per_epoch": 2}, (2, 3, 6), 6, 3),
+        (Endless, {"epochs": 2, "max_train_steps_per_epoch": 2}, (2, 2, 4), 4, 2),
+    ],
+)
+def test_schedulers_get_the_length_of_the_run(
+    kind: Any, limits: dict[str, int], told: tuple[int, int, int], steps: int, epochs: int
+) -> None:
+    """By every limit, for a stream too; steps times epochs is the run's length, rounded up within an epoch."""
+    net = kind()
+    result = train(net, **limits)
+    assert net.told == told
+    assert (result.global_step, result.epochs) == (steps, epochs)
+    assert net.total_steps is None
+
+
+def test_a_schedule_of_that_length_ends_where_the_run_ends() -> None:
+    """OneCycleLR refuses a step beyond its length, and one of length 0."""
+
+    class OneCycle(Endless):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            self.cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps * epochs)
+            return [optimizer], [self.cycle]
+
+    net = OneCycle()
+    train(net, max_steps=10)
+    assert net.cycle.last_epoch == 10
+
+
+class BadLength:
+    def __init__(self, length: Any) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        if isinstance(self.length, Exception):
+            raise self.length
+        return int(self.length)
+
+    def __iter__(self) -> Any:
+        yield torch.zeros(4, 2), torch.zeros(4)
+
+
+@pytest.mark.parametrize("length", [RuntimeError("no"), -1])
+def test_a_length_that_cannot_be_had_names_its_class(length: Any) -> None:
+    """The user's own code fails there, or counts below 0."""
+    net = Net()
+    net.get_train_dataloader = lambda *given: BadLength(length)  # type: ignore[method-assign]
+    with pytest.raises(DataLoaderError, match=r"len\(\) of a BadLength failed \("):
+        train(net)
+
+
+# --------------------------------------------------------------------------------------------- the order of data
+
+
+class Kept(Net):
+    """Keeps its dataloader, as one with persistent workers has to be kept."""
+
+    workers = 0
+    loader: Any = None
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        if self.loader is None:
+            own = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+            self.loader = DataLoader(self.data, batch_size, sampler=self.sampler(sampler), **own)
+        return self.loader
+
+    def sampler(self, kind: type[Any]) -> Any:
+        return kind(self.data)
+
+
+class KeptWithWorkers(Kept):
+    workers = 1
+
+
+class KeptDistributed(Kept):
+    def sampler(self, kind: type[Any]) -> Any:
+        return DistributedSampler(self.data, num_replicas=1, rank=0)
+
+
+class KeptInBatches(Kept):
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        if self.loader is None:
+            batches = torch.utils.data.BatchSampler(sampler(self.data), batch_size, False)
+            self.loader = DataLoader(self.data, batch_sampler=batches)
+        return self.loader
+
+
+@pytest.mark.parametrize("kind", [Kept, KeptWithWorkers, KeptDistributed, KeptInBatches])
+def test_a_kept_loader_gets_a_new_order_each_epoch(kind: Any, tmp_path: Path) -> None:
+    """By seed and epoch, so a resumed run has the same, at the border of an epoch and within one."""
+    net = kind()
+    train(net, tmp_path / "whole", epochs=3)
+    orders = [[row for batch in net.seen[first : first + 3] for row in batch] for first in (0, 3, 6)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    again = kind()
+    train(again, tmp_path / "again", epochs=3, resume=tmp_path / "whole/checkpoints/step-3.a1")
+    assert again.seen == net.seen[3:]
+
+
+def test_data_that_changed_its_length_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With both lengths, since the resumed run is another one then."""
+    train(Net(), tmp_path / "a", epochs=1)
+    checkpoint = tmp_path / "a/checkpoints/step-3.a1"
+    train(Net(), tmp_path / "b", epochs=2, resume=checkpoint)
+    assert "the training data has the length" not in caplog.text
+    train(Net(16), tmp_path / "c", epochs=2, resume=checkpoint)
+    assert "the training data has the length 16 and had 12" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------- validation
+
+
+class Noisy(Net):
+    """Draws from every generator in training and in validation."""
+
+    def draw(self) -> float:
+        import random
+
+        import numpy as np
+
+        return random.random() + float(np.random.rand()) + float(torch.rand(()))
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        self.draw()
+        return {"a": DataLoader(self.data, batch_size, shuffle=True), "b": DataLoader(self.data, batch_size)}
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return super().train_step(global_step, batch, device) * self.draw()
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        self.draw()
+        return super().val_step(global_step, batch, device)
+
+    def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+        self.draw()
+
+
+def test_validation_changes_nothing_that_is_trained() -> None:
+    """Neither that it happens, nor how often: its random numbers are its own, those of loaders and hooks too."""
+    weights = []
+    for options in ({"val_interval_epochs": 0}, {"val_interval_epochs": 1}, {"val_interval_steps": 2}):
+        net = Noisy()
+        train(net, epochs=3, **options)
+        weights.append(net.net.weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+# -------------------------------------------------------------------------------------------------------- state
+
+
+class Count(CallbackInterface):
+    def __init__(self, what: str, *, by: int = 1) -> None:
+        self.what, self.by, self.total = what, by, 0
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        self.total += self.by
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total = state["total"]
+
+
+def test_callbacks_of_one_class_keep_their_own_state_in_any_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By what they were built with; one whose arguments changed takes the only state of its class that is left."""
+    train(Net(), tmp_path / "a", callbacks=[Count("ones"), Count("tens", by=10)], epochs=1)
+    checkpoint = tmp_path / "a/checkpoints/step-3.a1"
+    swapped = [Count("tens", by=10), Count("ones")]
+    train(Net(), tmp_path / "b", callbacks=swapped, epochs=2, resume=checkpoint)
+    assert [one.total for one in swapped] == [60, 6]
+    alone = Count("tens", by=10)
+    train(Net(), tmp_path / "c", callbacks=[alone], epochs=2, resume=checkpoint)
+    assert alone.total == 60
+    assert "has state for callbacks that are not there: Count('ones')" in caplog.text
+    changed = [Count("hundreds", by=100), Count("ones")]
+    train(Net(), tmp_path / "d", callbacks=changed, epochs=2, resume=checkpoint)
+    assert [one.total for one in changed] == [330, 6]
+
+
+def test_states_that_cannot_be_told_apart_are_an_error(tmp_path: Path) -> None:
+    """When they would be saved, and when they would be restored; a state_key of one's own tells them apart."""
+    with pytest.raises(ArgumentsError, match="give each a state_key of its own"):
+        train(Net(), tmp_path / "a", callbacks=[Count("x"), Count("x")], epochs=1)
+    train(Net(), callbacks=[Count("x"), Count("x")], epochs=1)  # nothing is saved
+    keyed = [Count("x"), Count("x")]
+    keyed[0].state_key = "first"  # type: ignore[attr-defined]
+    train(Net(), tmp_path / "b", callbacks=keyed, epochs=1)
+    with pytest.raises(CheckpointMismatch, match="give it the state_key that it had"):
+        train(
+            Net(),
+            tmp_path / "c",
+            callbacks=[Count("y"), Count("z")],
+            epochs=2,
+            resume=tmp_path / "b/checkpoints/step-3.a1",
+        )
+
+
+def test_an_average_with_another_decay_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is continued, but it is not the run that was interrupted."""
+    net = Net()
+    train(net, tmp_path / "a", callbacks=[EMA(net, decay=0.9)], epochs=1)
+    again = Net()
+    resume = tmp_path / "a/checkpoints/step-3.a1"
+    train(again, tmp_path / "b", callbacks=[EMA(again, decay=0.99)], epochs=2, resume=resume)
+    assert "EMA(decay=0.99) continues an average that was taken with decay=0.9" in caplog.text
+
+
+class Unfreezing(Net):
+    """Trains its body from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2).requires_grad_(False)
+
+    def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+        if epoch == 1:
+            self.body.requires_grad_(True)
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return super().train_step(global_step, (self.body(batch[0]), batch[1]), device)
+
+
+def test_what_trains_is_restored(tmp_path: Path) -> None:
+    """``requires_grad`` as it was, so a resumed run computes what the other one did."""
+    whole, again = Unfreezing(), Unfreezing()
+    train(whole, tmp_path / "whole", epochs=3)
+    train(again, tmp_path / "again", epochs=3, resume=tmp_path / "whole/checkpoints/step-6.a1")
+    assert again.body.weight.requires_grad
+    assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_seeded_runs_side_by_side_are_told_apart_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """They share the global generators; one after the other they do not."""
+    train(Net(), epochs=1)
+    train(Net(), epochs=1)
+    assert "share the random generators" not in caplog.text
+    inside, ended = threading.Event(), threading.Event()
+
+    class Waiting(Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            inside.set()
+            assert ended.wait(20)
+            return super().train_step(global_step, batch, device)
+
+    thread = threading.Thread(target=train, args=(Waiting(),), kwargs={"epochs": 1})
+    thread.start()
+    assert inside.wait(20)
+    train(Net(), epochs=1)
+    ended.set()
+    thread.join()
+    assert caplog.text.count("share the random generators of this process") == 1
