@@ -323,10 +323,15 @@ def test_methods_of_any_form_are_accepted(kit: Any) -> None:
     assert built(kit, "callback", on_end_train=staticmethod(min)) is not None
 
     class Own(kit.Net):
+        @torch.autocast("cpu", enabled=False)  # a wrapper of any arguments
         def forward(self, stage: Any, *rest: Any) -> Any:
             return super().forward(stage, *rest)
 
     assert kit.train(Own()).result.status == "finished"
+    replaced = kit.Net()
+    replaced.forward = lambda x: x
+    with pytest.raises(ArgumentsError, match=r"Net\.forward replaces the method that calls train_step"):
+        kit.make_trainer(replaced)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +451,8 @@ def test_other_callbacks_are_not_warned_of(kit: Any, caplog: Any) -> None:
     ending.net = net
     cyclic: list[Any] = []
     cyclic.append(cyclic)
-    callbacks = [marked(net), Holder(copy.deepcopy(net)), Holder(kit.Net()), Holder(cyclic), ending]
+    odd = type("Odd", (), {"__dict__": property(lambda self: 1 / 0)})()
+    callbacks = [marked(net), Holder(copy.deepcopy(net)), Holder(kit.Net()), Holder(cyclic), Holder(odd), ending]
     shipped = [EarlyStopping("val_loss"), EMA(net), LearningRateMonitor(net), ModelStatistics(net)]
     kit.make_trainer(net, callbacks=[*callbacks, *shipped])
     assert caplog.records == []
