@@ -459,7 +459,8 @@ def test_hooks_that_nobody_overrides_cost_nothing(kit: Any) -> None:
 
     outcome, copies = published(type("Nothing", (CallbackInterface,), {})(), on("on_end_train", print, "inline")())
     assert copies == 0
-    assert threads <= {"stagecast-events", "stagecast-memory"}
+    # Warnings of an earlier test may still be on their way to stderr.
+    assert threads <= {"stagecast-events", "stagecast-memory", "stagecast-stderr"}
     assert [e.seq for e in outcome.events] == list(range(1, len(outcome.events) + 1)), "something else was published"
 
     _, copies = published(kit.Diary())
