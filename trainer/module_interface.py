@@ -547,11 +547,13 @@ def _shown_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return ", ".join([*shown, *(f"{name}={_shown_argument(value)}" for name, value in kwargs.items())])
 
 
-def _shown_argument(value: Any) -> str:
+def _shown_argument(value: Any, depth: int = 4) -> str:
     if value is None or isinstance(value, bool | int | float | str | bytes | enum.Enum | PurePath):
         return f"{value!r:.200}"
     if isinstance(value, list | tuple | set | frozenset):
-        return f"[{', '.join(map(_shown_argument, list(value)[:20]))}]"
+        if not depth:  # a list may hold itself
+            return "[...]"
+        return f"[{', '.join(_shown_argument(one, depth - 1) for one in list(value)[:20])}]"
     return value.__qualname__ if isinstance(value, type) or hasattr(value, "__qualname__") else type(value).__name__
 
 
