@@ -103,9 +103,9 @@ class OpenTelemetry(Strict, frozen=True):
         self.check()
         from sinks.otlp_export import Exporter
 
-        exporters = {
-            signal: Exporter(signal, *_address(self.endpoint, signal), self.timeout_s) for signal in _signals()
-        }
+        exporters: dict[Signal, Exporter] = {}
+        for signal in _signals():
+            exporters[signal] = Exporter(signal, *_address(self.endpoint, signal), self.timeout_s)
         if not exporters:
             logger.warning(
                 "OpenTelemetry sends nothing: OTEL_SDK_DISABLED, or both OTEL_..._EXPORTER=none, turn it off"

@@ -197,16 +197,16 @@ class _Collector:
 
 
 class _Handler(WSGIRequestHandler):
-    server: _Server
     timeout = _CLIENT_WAIT_S
 
     def handle(self) -> None:
         """Answer one request, and note that it is answered."""
-        is_last = self.server.closing.is_set()  # before the numbers are read: they are the final ones
+        server: Any = self.server
+        is_last = server.closing.is_set()  # before the numbers are read: they are the final ones
         super().handle()
-        self.server.scraped.set()
+        server.scraped.set()
         if is_last:
-            self.server.scraped_last.set()
+            server.scraped_last.set()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: it would write to the program's stderr at each scrape."""

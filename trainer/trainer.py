@@ -264,7 +264,7 @@ class Trainer:
 
     def _sinks_here(self, default: tuple[SinkLike, ...]) -> list[SinkLike]:
         """The sinks, as their ``bound`` method describes them on the thread that starts the run."""
-        sinks: list[SinkLike] = []
+        sinks: list[Any] = []
         for one in default if self._sinks is None else self._sinks:
             sink, delivery = split(one)
             if callable(bound := getattr(sink, "bound", None)):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 JOBS = """
 import torch
 from torch import nn
-from trainer import CallbackInterface, ModuleInterface
+from trainer import CallbackInterface, ModuleInterface, fenced
 
 
 class Line(ModuleInterface):
@@ -61,6 +61,7 @@ class Sample(CallbackInterface):
     def __init__(self, module, where: str = "sample.txt"):
         self.module, self.where = module, where
 
+    @fenced
     def on_end_train_epoch(self, global_step, *outputs):
         with open(self.where, "a") as file:
             print(type(self.module).__name__, global_step, file=file)
