@@ -131,6 +131,8 @@ class TrainStepEnded(Event, frozen=True, gc=False, tag=True):
     """Total gradient norm before clipping; None when gradients are not clipped."""
     non_finite_gradient: float | None = None
     """Positive when a gradient was NaN or infinite; None otherwise, and when `grad_norm` shows it."""
+    weight: float | None = None
+    """What the step counts in means, if the module has a ``batch_weight``; None: its rows."""
 
     droppable: ClassVar[bool] = True
     deferred: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm", "non_finite_gradient")
@@ -174,7 +176,8 @@ class ValEpochEnded(Event, frozen=True, gc=False, tag=True):
     rows: int | None = None
     duration_s: float = 0.0
     loss: float | None = None
-    """Row-weighted mean of the first output, where that is one number per batch; else None."""
+    """Mean of the losses that ``val_step`` returned first, weighted by ``batch_weight``, else by rows; None if it
+    returned none."""
 
     deferred: ClassVar[tuple[str, ...]] = ("loss",)
 
@@ -215,7 +218,8 @@ class TrainEpochEnded(Event, frozen=True, gc=False, tag=True):
     """Optimizer steps finished in this epoch."""
     duration_s: float = 0.0
     loss: float | None = None
-    """Row-weighted mean of the epoch's step losses; None if steps were dropped, because the event loop was held up."""
+    """Mean of the epoch's step losses, weighted by ``batch_weight``, else by rows: ``train_epoch_loss``. None if steps
+    were dropped, because the event loop was held up."""
 
 
 # -------------------------------------------------------------------------------------- metrics and health
@@ -330,6 +334,18 @@ class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
 
     droppable: ClassVar[bool] = True
     deferred: ClassVar[tuple[str, ...]] = ("loss",)
+
+
+class MonitorMissing(Event, frozen=True, gc=False, tag=True):
+    """A validation (or an epoch, in a run that does not validate) lacks a metric that is followed: nothing was judged
+    by it."""
+
+    monitor: str
+    """The metric's name."""
+    wanted_by: str
+    """Who follows it: ``Checkpoints(best=)``, ``ReduceLROnPlateau``, or a callback."""
+    known: list[str] = []
+    """The metrics that there were."""
 
 
 class NonFiniteGradient(Event, frozen=True, gc=False, tag=True):
@@ -637,6 +653,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     SystemSampled,
     NonFiniteLoss,
     NonFiniteGradient,
+    MonitorMissing,
     StepSkipped,
     WarningLogged,
     ObserverFailed,

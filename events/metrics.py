@@ -31,6 +31,18 @@ _SYSTEM = (
 _GPU = ("utilization_percent", "memory_used_bytes", "power_w", "temperature_c")
 
 
+TRAIN_EPOCH_LOSS = "train_epoch_loss"
+_OWN = ("train_loss", TRAIN_EPOCH_LOSS, "val_loss", "test_loss", "lr", "grad_norm", "step_s")
+_OWN_PREFIXES = ("val_loss/", "test_loss/", "system/", "ledger/")
+
+
+def reserved(name: str) -> str | None:
+    """The names of the trainer's own metrics, if this name is one of them; else None: it is free."""
+    if name not in _OWN and not name.startswith(_OWN_PREFIXES):
+        return None
+    return ", ".join([*_OWN, *(f"{prefix}..." for prefix in _OWN_PREFIXES)])
+
+
 def metric_name(name: str, key: str | None) -> str:
     """The name of a metric of one evaluation dataloader: the default one's goes without its key."""
     return name if key is None or key == "default" else f"{name}/{key}"
@@ -39,7 +51,8 @@ def metric_name(name: str, key: str | None) -> str:
 def metrics_of(event: Event) -> list[tuple[str, float]]:
     """The numbers that an event carries, each with its name. They belong to ``event.global_step``.
 
-    ``train_loss``, ``lr``, ``grad_norm``, ``step_s`` of each step; ``train_epoch_loss``; ``val_loss``, ``test_loss``;
+    ``train_loss``, ``lr``, ``grad_norm``, ``step_s`` of each step; ``train_epoch_loss``, the mean of an epoch's step
+    losses, weighted as the steps are; ``val_loss``, ``test_loss``;
     what user code logs, under its own names; ``system/...`` and ``ledger/...`` (seconds of the last interval). Those of
     an evaluation dataloader other than ``"default"`` end in its key: ``val_loss/KEY``. NaN and infinities are there.
     """
@@ -80,7 +93,7 @@ def _of_test(event: TestEpochEnded) -> list[tuple[str, float]]:
 
 
 def _of_epoch(event: TrainEpochEnded) -> list[tuple[str, float]]:
-    return [] if event.loss is None else [("train_epoch_loss", event.loss)]
+    return [] if event.loss is None else [(TRAIN_EPOCH_LOSS, event.loss)]
 
 
 def _of_ledger(event: LedgerReported) -> list[tuple[str, float]]:

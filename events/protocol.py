@@ -77,8 +77,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     epochs: int = 0
     """Training epochs finished."""
     metrics: dict[str, float] = {}
-    """The last value of each logged metric, and of ``train_loss`` and ``val_loss`` (``val_loss/KEY`` for other
-    keys)."""
+    """The last value of each logged metric, of ``train_loss`` (the last step's), ``train_epoch_loss`` (the mean of the
+    last epoch) and ``val_loss`` (``val_loss/KEY`` for other keys)."""
     ledger: StallLedger = StallLedger()
     observers: list[ObserverReport] = []
     run_dir: str | None = None

@@ -23,6 +23,7 @@ from events.messages import (
     Event,
     JournalGap,
     LoopHeld,
+    MonitorMissing,
     NonFiniteGradient,
     NonFiniteLoss,
     ObserverDropped,
@@ -45,9 +46,9 @@ from events.messages import (
 from events.metrics import metrics_of
 
 _NOTES = (
-    CheckpointFailed, CheckpointRejected, CheckpointSkipped, CommandTaken, JournalGap, LoopHeld, NonFiniteGradient,
-    NonFiniteLoss, ObserverDropped, ObserverFailed, ObserverRecovered, ObserverSlow, RunResumed, StepSkipped,
-    WeightsSaved,
+    CheckpointFailed, CheckpointRejected, CheckpointSkipped, CommandTaken, JournalGap, LoopHeld, MonitorMissing,
+    NonFiniteGradient, NonFiniteLoss, ObserverDropped, ObserverFailed, ObserverRecovered, ObserverSlow, RunResumed,
+    StepSkipped, WeightsSaved,
 )  # fmt: skip
 SPAN_TYPES: frozenset[type[Event]] = frozenset({
     RunStarted, RunEnded, TrainEpochStarted, TrainStepEnded, TrainEpochEnded, ValEpochStarted, ValEpochEnded,

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from events.strict import Strict
 from trainer.config import check_struct, decode, describe_type, load_config
+from trainer.errors import ArgumentsError
 from trainer.peers import ARGUMENTS, TRAINER_ARGUMENTS
 
 PrecisionName = Literal["float32", "bfloat16", "float16"]
@@ -107,11 +108,17 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         Literal["step", "epoch"],
         Meta(description="Whether schedulers step after each optimizer step or each epoch."),
     ] = "step"
-    monitor: Annotated[str, Meta(min_length=1, description="The metric that ReduceLROnPlateau gets.")] = "val_loss"
+    monitor: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="The metric that ReduceLROnPlateau gets: one of each validation, or train_epoch_loss.",
+        ),
+    ] = "val_loss"
     val_interval_epochs: Annotated[int, Meta(ge=0, description="Validate after every so many epochs; 0 is never.")] = 1
     val_interval_steps: Annotated[
         _Count | None,
-        Meta(description="Validate after every so many finished optimizer steps, instead of after epochs."),
+        Meta(description="Validate after every so many optimizer steps and at the end, instead of after epochs."),
     ] = None
     non_finite: Annotated[
         Literal["warn", "skip", "stop"],
@@ -173,6 +180,10 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         # A Struct's constructor takes anything; only decoding would validate.
         check_struct(self)
+        if self.monitor == "train_loss":
+            raise ArgumentsError(
+                "monitor: 'train_loss' is the loss of a single step; set it to 'train_epoch_loss', the epoch's mean"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Iterable[str] = ()) -> TrainerArguments:

@@ -16,6 +16,7 @@ from events.errors import FenceBroken
 from events.fence import Fence
 from events.log import logger
 from events.messages import CommandTaken, Event, LedgerReported, LoopHeld
+from events.metrics import TRAIN_EPOCH_LOSS
 from events.origin import Origin
 from events.protocol import AnyCommand, Checkpoint, Pause, Resume, Stop
 from trainer.checkpointing import Checkpointing
@@ -173,15 +174,24 @@ class Boundary:
         if self._recorder.values:
             self._recorder.take()
 
-    def ask_to_stop(self) -> None:
-        """A validation is over: ask the callbacks that may stop the run."""
+    def ask_to_stop(self, *, epoch_loss: bool | None = None) -> None:
+        """Metrics are judged: ask the callbacks that may stop the run.
+
+        Args:
+            epoch_loss: Only those that follow ``train_epoch_loss``; False: only the others. None: all.
+        """
         mark = clock()
         for callback in self.hooks.callbacks:
             if callback.should_stop is None or callback.disabled:
                 continue
+            if epoch_loss is not None and epoch_loss != (callback.monitor == TRAIN_EPOCH_LOSS):
+                continue
             step = self.origin.global_step
             try:
-                reason = callback.should_stop(step, self._recorder.latest)  # SYNC: it reads the number that it follows
+                monitor, recorder = callback.monitor, self._recorder
+                if monitor is not None and recorder.monitored(monitor, callback.name, required=True) is None:
+                    continue
+                reason = callback.should_stop(step, recorder.judged)  # SYNC: it reads the number that it follows
                 if not isinstance(reason, str | None):
                     raise TypeError(f"should_stop() must return the reason to stop, a string, or None, not {reason!r}")
             except Exception as error:  # a supervisor's border: reported, and raised unless it only disables

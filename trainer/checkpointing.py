@@ -95,7 +95,6 @@ class Checkpointing:
         self._last: Snapshot | None = None
         self._last_place: tuple[Any, ...] = ()
         self._failures = 0
-        self._missing_noticed = False
         self.wait_for_fence: Callable[[Fence], None] = lambda fence: None
         """Set by the boundary: has the loop wait."""
 
@@ -103,6 +102,11 @@ class Checkpointing:
     def enabled(self) -> bool:
         """Whether the run takes checkpoints."""
         return self._settings is not None
+
+    @property
+    def best(self) -> str | None:
+        """The metric that chooses the best one."""
+        return self._settings.best if self._settings is not None else None
 
     @property
     def keeps_weights(self) -> bool:
@@ -178,16 +182,15 @@ class Checkpointing:
             self.take(reasons)
 
     def after_validation(self) -> None:
-        """A validation is finished: is its metric among the best `Checkpoints.keep_best` so far?
+        """A validation, or an epoch in its place, is finished: is its metric among the best `Checkpoints.keep_best`?
 
         The checkpoint is taken by `after_step` or `after_epoch`, whichever comes next, which is at once.
         """
         settings = self._settings
         if settings is None or settings.best is None:
             return
-        value = self._recorder.latest.get(settings.best)
-        if value is None or self._recorder.logged_at.get(settings.best) != self._origin.global_step:
-            self._notice_missing(settings.best)  # or it is an earlier validation's
+        value = self._recorder.monitored(settings.best, "Checkpoints(best=)", required=False)
+        if value is None:
             return
         mark = clock()
         number = float(value)  # SYNC: once per validation, because the user wants the best one kept
@@ -339,8 +342,7 @@ class Checkpointing:
             "frozen": [name for name, one in self._module.named_parameters() if not one.requires_grad],
             **optimization.state_dict(),
             "scaler": self._precision.scaler.state_dict() if self._precision.scaler is not None else None,
-            "latest": dict(self._recorder.latest),
-            "logged_at": dict(self._recorder.logged_at),
+            "metrics": self._recorder.state_dict(),
             "callbacks": self._inline_states(),
         }
 
@@ -449,15 +451,6 @@ class Checkpointing:
         if own is not None:
             self._scores[step] = own
         return enters
-
-    def _notice_missing(self, metric: str) -> None:
-        if not self._missing_noticed:
-            self._missing_noticed = True
-            known = ", ".join(sorted(self._recorder.latest)) or "none"
-            logger.warning(
-                f"Checkpoints(best={metric!r}): no such metric was logged or computed by the end of this validation (by"
-                f" val_step, or the module's own on_end_val_epoch); there are: {known}"
-            )
 
     def _set_minutes(self) -> None:
         minutes = self._settings.every_minutes if self._settings is not None else None

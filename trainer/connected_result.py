@@ -37,8 +37,8 @@ LOOK_BACK = 4_096
 """Events before a summary that are folded in beside it: what a summary does not tell stands among them."""
 
 _NO_RESULT = ("system/", "ledger/")
-_OF_STEPS = frozenset({"lr", "grad_norm", "step_s", "rows_per_s", "train_epoch_loss"})
-_METRIC_TYPES = (MetricsLogged, ValEpochEnded, TestEpochEnded)
+_OF_STEPS = frozenset({"lr", "grad_norm", "step_s", "rows_per_s"})
+_METRIC_TYPES = (MetricsLogged, ValEpochEnded, TestEpochEnded, TrainEpochEnded)
 
 
 class RunSummary(msgspec.Struct):
@@ -111,6 +111,8 @@ class ResultBuilder:
                 self._metrics["train_loss"] = event.loss
         elif isinstance(event, _METRIC_TYPES):
             self._metrics.update(metrics_of(event))
+            if isinstance(event, TrainEpochEnded):
+                self._epochs = event.epoch + 1
         elif isinstance(event, RunStarted):
             self._attempt, self._ended, self._epochs = event.attempt, None, event.epoch
             self._monitor, self._mode = event.best, event.best_mode
@@ -118,8 +120,6 @@ class ResultBuilder:
             self._forget_after(event)
         elif isinstance(event, TrainEpochStarted):
             self._epochs = event.epoch
-        elif isinstance(event, TrainEpochEnded):
-            self._epochs = event.epoch + 1
         elif isinstance(event, LedgerReported) and event.scope == "run":
             self._ledger = event.ledger
         elif isinstance(event, CheckpointSaved):

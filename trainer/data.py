@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import msgspec
 import torch
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torch.utils.data import SequentialSampler as SequentialSampler
 
@@ -65,7 +64,7 @@ def _map(value: Any, function: Callable[[Any], Any], movable: bool) -> Any:
         return value
     if movable and callable(getattr(value, "to", None)):
         return function(value)
-    parts = _parts(value)
+    parts = parts_of(value)
     if parts is None:
         return value
     mapped = [(key, part, _map(part, function, movable)) for key, part in parts]
@@ -74,7 +73,7 @@ def _map(value: Any, function: Callable[[Any], Any], movable: bool) -> Any:
     return _rebuild(value, [(key, after) for key, _, after in mapped])
 
 
-def _parts(value: Any) -> list[tuple[Any, Any]] | None:
+def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
     """What a container holds, with the key, index or field name of each; None if it is not a container."""
     if isinstance(value, Mapping):
         return list(value.items())
@@ -126,29 +125,6 @@ def _rebuild_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return type(value)(items)  # type: ignore[call-arg]
     except TypeError:  # a read-only mapping that is built in another way
         return items
-
-
-def first_rows(batch: Any) -> int | None:
-    """Rows of a batch: the first dimension of the first tensor that has any, depth first; else None.
-
-    A PackedSequence counts its sequences, not their tokens. Reads shapes only: no device is waited for.
-    """
-    if type(batch) in (list, tuple) and batch and type(batch[0]) is torch.Tensor:
-        try:
-            return batch[0].size(0)  # by far the most usual batch, and this runs in the step: one call of torch's
-        except IndexError:  # a scalar
-            pass
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.dim() else None
-    if isinstance(batch, PackedSequence):
-        return int(batch.batch_sizes[0])  # always a host tensor
-    if isinstance(batch, (str, bytes, int, float, type)) or batch is None:
-        return None
-    for _, part in _parts(batch) or ():
-        rows = first_rows(part)
-        if rows is not None:
-            return rows
-    return None
 
 
 # ------------------------------------------------------------------------------------------------ samplers
@@ -218,13 +194,13 @@ def data_rows(loader: Any) -> int | None:
 # ------------------------------------------------------------------------------------------------- loaders
 
 
-def batch_rows(
+def own_batches(
     loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sampler[int]]
-) -> Callable[[int], int | None] | None:
-    """Tell how many rows each batch of a loader will have, where that is certain without reading it.
+) -> Callable[[int], int] | None:
+    """Tell how many indices each batch of a loader is made of, where that is certain.
 
     Returns:
-        A function from a batch's index to its rows (None beyond the last one), or None: the loader is not torch's,
+        A function from a batch's index to its indices (0 beyond the last one), or None: the loader is not torch's,
         does not use a sampler of ``sampler_cls``, or does its batching otherwise than in ``micro_batch`` rows.
     """
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, sampler_cls):
@@ -241,10 +217,10 @@ def batch_rows(
     full, rest = divmod(total, micro_batch)
     count = full + (1 if rest and not batches.drop_last else 0)
 
-    def rows(index: int) -> int | None:
-        return micro_batch if index < full else rest if index < count else None
+    def indices(index: int) -> int:
+        return micro_batch if index < full else rest if index < count else 0
 
-    return rows
+    return indices
 
 
 def loader_length(loader: Iterable[Any]) -> int | None:
@@ -293,7 +269,7 @@ def skip_batches(loader: Any, batches: int, micro_batch: int) -> bool:
         False if it cannot: it is not torch's, or does not take its indices from the one sampler that we own. Then it is
         as it was.
     """
-    if batch_rows(loader, micro_batch, ShuffledSampler) is None:
+    if own_batches(loader, micro_batch, ShuffledSampler) is None:
         return False
     sampler_cls = type(loader.sampler)
     if sampler_cls.instances != 1:

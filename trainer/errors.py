@@ -6,6 +6,7 @@ StagecastError                    (events.errors)
 │   ├── DataLoaderError           no dataloader, or not one, came back; also a TypeError
 │   │   └── EmptyDataLoader       a dataloader yielded no batch
 │   ├── StepOutputError           a step returned no loss tensor, or nothing that can be kept; also a TypeError
+│   ├── BatchWeightError          batch_weight returned something that is not a weight; also a ValueError
 │   ├── OptimizerError            get_optimizers_schedulers returned something else; also a TypeError
 │   ├── SignatureError            a hook does not take the outputs of the step; also a TypeError
 │   └── MetricNotFound            the monitored metric was never logged; also a LookupError
@@ -55,6 +56,10 @@ class EmptyDataLoader(DataLoaderError):
 
 class StepOutputError(ContractError, TypeError):
     """A step did not return what the contract says: a loss tensor first, then any further outputs."""
+
+
+class BatchWeightError(ContractError, ValueError):
+    """`ModuleInterface.batch_weight` returned something that is not a weight, or only zeros for a whole step."""
 
 
 class OptimizerError(ContractError, TypeError):

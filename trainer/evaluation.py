@@ -18,14 +18,16 @@ from events.messages import (
     ValEpochStarted,
     ValStepEnded,
 )
+from events.metrics import metric_name
 from trainer.boundary import Boundary
 from trainer.collate import as_tuple
-from trainer.data import SequentialSampler, batch_rows, first_rows, loader_length
+from trainer.data import SequentialSampler, loader_length
 from trainer.errors import EmptyDataLoader
 from trainer.module_interface import ModuleInterface, Stage
 from trainer.outputs import Capture, EpochOutputs
 from trainer.precision import Precision
 from trainer.recorder import MetricRecorder, Value, weighted_mean
+from trainer.rows import row_counter, weight_of
 
 END = object()
 
@@ -54,6 +56,7 @@ class Evaluation:
         self._precision = precision
         self._boundary = boundary
         self._recorder = recorder
+        self._weigh = weight_of(module)
         self._capture = Capture(device, boundary.notice)
         self._batch_size = batch_size
         self._outputs_limit_bytes = outputs_limit_bytes
@@ -127,27 +130,29 @@ class Evaluation:
             raise EmptyDataLoader(f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out")
         if self._recorder.values:
             self._recorder.take(key)
-        loss: Any = None
-        if len(losses) == done:
-            suffix = "" if key == "default" else f"/{key}"
-            loss = weighted_mean(losses)
-            self._recorder.keep(f"{name}_loss{suffix}", loss, boundary.origin.global_step)
+        loss: Any = weighted_mean(losses)
+        if loss is not None:
+            self._recorder.keep(metric_name(f"{name}_loss", key), loss, name, boundary.origin.global_step)
         event = ended(*boundary.origin.header(), key, done, rows, time.monotonic() - began, loss)
         boundary.publish(event, outputs)
         return outputs
 
     def _run_batches(
         self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, outputs: EpochOutputs | None
-    ) -> tuple[int, int | None, list[tuple[Value, int]]]:
-        """Returns how many batches there were, how many rows (if that is known), and each batch's loss if it has
-        one."""
+    ) -> tuple[int, int | None, list[tuple[Value, float]]]:
+        """Returns how many batches there were, how many rows (if that is known), and the losses of those that have one;
+        none at all where a batch begins with something else."""
         name, _, step_ended, _ = _EVENTS[stage]
         boundary, ledger = self._boundary, self._boundary.ledger
         done = 0
         total: int | None = 0
-        losses: list[tuple[Value, int]] = []
+        losses: list[tuple[Value, float]] = []
+        all_losses = True
+        weigh = self._weigh
         mark = clock()
-        rows_of = batch_rows(loader, self._batch_size, SequentialSampler)
+        notice = boundary.notice if weigh is None else None  # nobody but `rows` in events depends on the count
+        where = f"get_{name}_dataloaders"
+        rows_of = row_counter(loader, self._batch_size, SequentialSampler, notice, where)
         batches = iter(loader)
         try:
             while limit is None or done < limit:
@@ -160,17 +165,26 @@ class Evaluation:
                 mark = boundary.cross(now)  # what came while the loop waited for data is taken before the batch
                 ledger.begin_compute(mark)
                 boundary.phase = f"{name}_step"
-                rows = first_rows(batch) if rows_of is None else rows_of(done)
-                self._recorder.weight = rows or 1
+                rows = rows_of(batch, done)
+                weight = weigh(batch) if weigh is not None else 1 if rows is None else rows
+                self._recorder.weight = weight
                 values = as_tuple(self._forward(stage, batch))
                 now = clock()
                 ledger.end_compute(mark, now, ledger.aside)
                 done += 1
                 total = None if rows is None or total is None else total + rows
                 first = values[0] if values else None
-                if isinstance(first, torch.Tensor) and first.numel() == 1:
-                    losses.append((first.detach().reshape(()).clone(), rows or 1))
-                if outputs is not None:
+                if first is not None:
+                    loss = _loss(first, rows, weight)
+                    if loss is not None:
+                        losses.append((loss, weight))
+                    else:
+                        all_losses = False
+                        boundary.notice(
+                            f"{name}_step() returns no loss first, so there is no {name}_loss: {_shown(first)} is not a"
+                            f" floating-point number, nor a vector of one for each row"
+                        )
+                if outputs is not None and values:
                     outputs.append(self._capture.take(values))
                 if step_ended in boundary.bus.wanted:
                     boundary.bus.publish(step_ended(*boundary.origin.header(), key, done))
@@ -181,7 +195,7 @@ class Evaluation:
             del batches  # ends its workers, also while an exception keeps this frame alive
             ledger.data += clock() - mark
         boundary.cross(clock())
-        return done, total, losses
+        return done, total, losses if all_losses else []
 
     def _forward(self, stage: Stage, batch: Any) -> Any:
         step = self._boundary.origin.global_step
@@ -198,3 +212,20 @@ class Evaluation:
             return None
         owner = f"Trainer.test() for the key {key!r}"
         return EpochOutputs(self._outputs_limit_bytes, owner, self._boundary.notice)
+
+
+def _loss(first: Any, rows: int | None, weight: float) -> Value | None:
+    """The loss of a batch, on its device, from the first output of its step; None if that is not a loss."""
+    if isinstance(first, float):
+        return first
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point() or first.layout is not torch.strided:
+        return None
+    if first.dim() == 1 and first.is_nested is False and len(first) and (rows is None or len(first) in (rows, weight)):
+        return first.detach().mean()  # one for each row
+    return first.detach().reshape(()).clone() if first.numel() == 1 else None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -133,8 +133,11 @@ class CallbackHooks:
         self.state_key = self._state_key(callback)
         """What its state is found again by: told apart from all others of the run."""
         self.should_stop = self._optional(callback, "should_stop")
-        """Asked on the loop's thread when a validation is over, with ``global_step`` and the last value of each metric:
+        """Asked on the loop's thread when a validation is over, with ``global_step`` and what it has produced:
         returns a reason to stop the run, or None."""
+        monitor = getattr(callback, "monitor", None)
+        self.monitor = monitor if self.should_stop is not None and isinstance(monitor, str) else None
+        """The metric without which ``should_stop`` is not called."""
         self.bind_optimizers = self._optional(callback, "bind_optimizers")
         """Given the run's optimizers, once, on the loop's thread before the first step."""
         self.callback = callback
@@ -339,7 +342,8 @@ class CallbackTarget:
         if isinstance(event, RunEnded) and event.status not in ("finished", "stopped"):
             return  # the hook means "after training finishes"
         self._doing = self._names[type(event)]
-        self._recorder.handling(event)
+        waited_for = payload is not None and payload.fence is not None and type(event) in self._callback.fenced
+        self._recorder.handling(event, waited_for=waited_for)
         try:
             outputs = payload.outputs.collated() if payload is not None and payload.outputs is not None else ()
             args, kwargs = hook_arguments(event, outputs)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter_ns as clock
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from events.messages import (
     TrainEpochStarted,
     TrainStepEnded,
 )
+from events.metrics import TRAIN_EPOCH_LOSS
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary
 from trainer.checkpointing import has_state
@@ -32,9 +33,7 @@ from trainer.collate import as_tuple
 from trainer.data import (
     ShuffledSampler,
     as_val_loaders,
-    batch_rows,
     data_rows,
-    first_rows,
     generators_of,
     loader_length,
     make_train_sampler,
@@ -54,11 +53,15 @@ from trainer.module_interface import ModuleInterface, Stage
 from trainer.optimization import ClosureWanted, Optimization, Skip
 from trainer.outputs import Capture, EpochOutputs
 from trainer.precision import Precision
-from trainer.recorder import MetricRecorder
+from trainer.recorder import MetricRecorder, Value
 from trainer.resume import Loaded, go_on
 from trainer.rng import RngState, capture_rng, restore_rng
+from trainer.rows import no_weight, row_counter, weight_of
 
 Outputs = tuple[Any, ...]
+_Count = TypeVar("_Count", int, float)
+_Batch = tuple[Any, int | None, float | None]
+"""A micro-batch, its rows and what it counts, where these are known."""
 OwnStep = tuple[torch.Tensor, int | None, list[Outputs] | None, torch.Tensor | None, torch.Tensor | None, Skip | None]
 """A step's loss, rows, outputs to keep, gradient norm, check of the gradients, and why it was skipped."""
 
@@ -87,6 +90,7 @@ class TrainingLoop:
         self._position = boundary.checkpoints.position
         self._evaluation = evaluation
         self._recorder = recorder
+        self._weigh = weight_of(module)
         self._capture = Capture(device, boundary.notice)
         hooks = boundary.hooks
         self._step_hooks = hooks.inline[TrainStepEnded]
@@ -230,13 +234,17 @@ class TrainingLoop:
         steps = self.steps_of(loader)
         if position.phase == "begin":
             position.first_step, position.batches, position.elapsed_s = origin.global_step, 0, 0.0
-            position.used_up = False
+            position.used_up = position.judges_epoch = False
+            recorder.begin_epoch()
             boundary.publish(TrainEpochStarted(*origin.header(), steps))
             optimization.find_strays()  # the hooks may have added parameters
 
         boundary.phase = "the training dataloader"
         mark = clock()
-        rows_of = batch_rows(loader, arguments.micro_batch_size, ShuffledSampler)
+        weigh = self._weigh
+        notice = boundary.notice if weigh is None else None  # nobody but `rows` in events depends on the count
+        rows_of = row_counter(loader, arguments.micro_batch_size, ShuffledSampler, notice, "get_train_dataloader")
+        follow_loss = self._follows_epoch_loss()
         batches = self._begin(loader, outputs)
         if position.phase != "end":
             optimization.train()  # a checkpoint holds the weights as they are evaluated
@@ -260,13 +268,15 @@ class TrainingLoop:
                     ledger.data += clock() - mark
                     position.used_up = True
                     break
-                rows = first_rows(batch) if rows_of is None else rows_of(read)
+                rows = rows_of(batch, read)
+                weight = rows if weigh is None else weigh(batch)
                 read += 1
                 group = None
                 if accumulation > 1:
-                    group = [(batch, rows)]
+                    group = [(batch, rows, weight)]
                     while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
-                        group.append((batch, first_rows(batch) if rows_of is None else rows_of(read)))
+                        rows = rows_of(batch, read)
+                        group.append((batch, rows, rows if weigh is None else weigh(batch)))
                         read += 1
                     position.used_up = batch is END
                 observed = TrainStepEnded in bus.payload_receivers
@@ -283,12 +293,18 @@ class TrainingLoop:
                 ledger.begin_compute(mark)
                 if idle is not None:
                     idle.begin()
+                if group is not None:
+                    weight = _sum([counts for _, _, counts in group])
+                if weigh is not None and not weight:
+                    raise no_weight(self._module, origin.global_step + 1)
                 if own_step is not None:
                     lr = optimization.learning_rate
-                    loss, rows, live, grad_norm, bad_gradient, skipped = own_step(group or [(batch, rows)], keep)
+                    loss, rows, live, grad_norm, bad_gradient, skipped = own_step(
+                        group or [(batch, rows, weight)], keep
+                    )
                 else:
                     if group is None:
-                        loss, values = self._micro_step(batch, rows, None, 0)
+                        loss, values = self._micro_step(batch, weight, None, 0)
                         live = [values] if keep else None
                         del values
                     else:
@@ -298,11 +314,13 @@ class TrainingLoop:
                     if checkpoints.stager.pending is not None:
                         checkpoints.stager.gate()  # the device waits for a copy of what the optimizers will change
                     try:
-                        grad_norm, bad_gradient, skipped = optimization.step(loss, rows, ledger)
+                        grad_norm, bad_gradient, skipped = optimization.step(loss, ledger)
                     except ClosureWanted:
                         own_step = self._closure_step
                         recorder.discard()
-                        loss, rows, live, grad_norm, bad_gradient, skipped = own_step(group or [(batch, rows)], keep)
+                        loss, rows, live, grad_norm, bad_gradient, skipped = own_step(
+                            group or [(batch, rows, weight)], keep
+                        )
                 if not gradients_are_looked_at and not manual:
                     optimization.zero_grad()
                 if idle is not None:
@@ -317,6 +335,8 @@ class TrainingLoop:
                         position.skipped_in_a_row = 0
                     if recorder.values:
                         recorder.take()
+                    if follow_loss:
+                        recorder.add_loss(loss, weight or 1)
                     event = TrainStepEnded(
                         origin.run_id,
                         origin.attempt,
@@ -333,6 +353,7 @@ class TrainingLoop:
                         lr,
                         grad_norm,  # type: ignore[arg-type]  # deferred, too
                         bad_gradient,  # type: ignore[arg-type]  # deferred, too
+                        None if weigh is None else weight,
                     )
                     step_ended = now
                     payload = None
@@ -389,9 +410,11 @@ class TrainingLoop:
         duration_s = position.elapsed_s + time.monotonic() - began
         boundary.publish(TrainEpochEnded(*origin.header(), origin.global_step - first_step, duration_s), outputs)
         boundary.phase = "the schedulers"
-        optimization.end_epoch(ledger)
-        if arguments.val_interval_steps is None and not arguments.val_interval_epochs:
-            boundary.ask_to_stop()  # its turn after a validation never comes
+        optimization.end_epoch()
+        recorder.end_epoch()
+        never_validates = arguments.val_interval_steps is None and not arguments.val_interval_epochs
+        self._judge(recorder.epoch, epoch_loss=None if never_validates or position.judges_epoch else True)
+        position.judges_epoch = False
         position.phase = "begin"
         checkpoints.outputs = None
         origin.epoch = epoch + 1  # where a checkpoint goes on
@@ -471,33 +494,30 @@ class TrainingLoop:
 
     # --------------------------------------------------------------------------------------------- a step
 
-    def _micro_steps(
-        self, group: list[tuple[Any, int | None]], keep: Any
-    ) -> tuple[torch.Tensor, int | None, list[Outputs] | None]:
-        """The micro-batches of one step, each weighted by its rows: the step's loss, its rows, the outputs to keep."""
-        counts = [rows for _, rows in group]
+    def _micro_steps(self, group: list[_Batch], keep: Any) -> tuple[torch.Tensor, int | None, list[Outputs] | None]:
+        """The micro-batches of one step by their weights: the step's loss, its rows, the outputs to keep."""
+        parts = _parts([weight for _, _, weight in group])
         shares: list[torch.Tensor] = []
         live: list[Outputs] = []
-        for i, ((batch, rows), weight) in enumerate(zip(group, _weights(counts), strict=True)):
-            share, values = self._micro_step(batch, rows, weight, i)
+        for i, ((batch, _, weight), part) in enumerate(zip(group, parts, strict=True)):
+            share, values = self._micro_step(batch, weight, part, i)
             shares.append(share.reshape(()))
             if keep:
                 live.append(values)
-        known = [rows for rows in counts if rows is not None]
-        return torch.stack(shares).sum(), sum(known) if len(known) == len(counts) else None, live if keep else None
+        return torch.stack(shares).sum(), _sum([rows for _, rows, _ in group]), live if keep else None
 
     def _micro_step(
-        self, batch: Any, rows: int | None, weight: float | None, micro_step: int
+        self, batch: Any, counts: float | None, weight: float | None, micro_step: int
     ) -> tuple[torch.Tensor, Outputs]:
         """Forward and backward of one micro-batch; returns its share of the step's loss, detached, and its outputs.
 
         Args:
-            rows: How many the batch has, where they are known.
-            weight: Its part of the step; None for all of it.
+            counts: What the batch counts in means, where that is known.
+            weight: Its part of the step; None for all of it. One of 0 has no backward: a mean over nothing is NaN.
         """
         boundary, precision = self._boundary, self._precision
         step = boundary.origin.global_step
-        self._recorder.weight = rows or 1
+        self._recorder.weight = 1 if counts is None else counts
         boundary.phase = "train_step"
         if precision.enabled:
             with precision.autocast():
@@ -511,6 +531,8 @@ class TrainingLoop:
         loss = values[0] if values else None
         if not isinstance(loss, torch.Tensor):
             raise _bad_loss(self._module, loss, values)
+        if weight == 0:
+            return torch.zeros_like(loss.detach()), values
         share = loss if weight is None else loss * weight
         boundary.phase = "backward"
         try:
@@ -527,7 +549,7 @@ class TrainingLoop:
         # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
         return share.clone() if weight is None else share, values
 
-    def _closure_step(self, group: list[tuple[Any, int | None]], keep: Any) -> OwnStep:
+    def _closure_step(self, group: list[_Batch], keep: Any) -> OwnStep:
         """One step of optimizers that compute the loss themselves, as often as they want, on the same micro-batches.
 
         The step's loss, its outputs and what it logs are those of the first evaluation. Every evaluation draws new
@@ -551,14 +573,14 @@ class TrainingLoop:
         done = self._optimization.step_with_closure(evaluate, boundary.ledger)
         loss, rows, live = first[0]
         if done.skipped is None:
-            self._optimization.after_step(loss, rows)
+            self._optimization.after_step()
         return loss, rows, live, done.grad_norm, done.found, done.skipped
 
-    def _manual_step(self, group: list[tuple[Any, int | None]], keep: Any) -> OwnStep:
+    def _manual_step(self, group: list[_Batch], keep: Any) -> OwnStep:
         """One call of `train_step`, which applies its losses itself."""
         assert self._manual is not None
-        ((batch, rows),) = group
-        self._recorder.weight = rows or 1
+        ((batch, rows, weight),) = group
+        self._recorder.weight = 1 if weight is None else weight
         values, grad_norm, found = self._manual.step(batch)
         loss = values[0] if values else None
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -566,7 +588,7 @@ class TrainingLoop:
         loss = loss.detach().reshape(()).clone()
         self._boundary.phase = "the schedulers"
         if not self._manual.only_skipped:
-            self._optimization.after_step(loss, rows)
+            self._optimization.after_step()
         return loss, rows, [values] if keep else None, grad_norm, found, None
 
     def _check_step(self, kind: str) -> None:
@@ -660,9 +682,11 @@ class TrainingLoop:
 
     def _validates_at_end(self, epoch: int) -> bool:
         arguments = self._arguments
-        if arguments.val_interval_steps is not None or not arguments.val_interval_epochs:
-            return False
         last = epoch + 1 == arguments.epoch_limit or self._at_max_steps
+        if arguments.val_interval_steps is not None:  # the end is validated too, whatever the interval
+            return last and self._position.validated_at != self._boundary.origin.global_step
+        if not arguments.val_interval_epochs:
+            return False
         return last or (epoch + 1) % arguments.val_interval_epochs == 0
 
     def _validate(self) -> None:
@@ -688,6 +712,8 @@ class TrainingLoop:
         boundary.ledger.data += clock() - mark
         if rng is not None:
             restore_rng(rng, self._device)
+        if not position.validated_keys:
+            self._recorder.begin_validation(boundary.origin.global_step)
         left = {key: loader for key, loader in loaders.items() if key not in position.validated_keys}
         if left:
             with self._optimization.evaluation(self._checkpoints.stager.gate):
@@ -703,10 +729,35 @@ class TrainingLoop:
         position.validated_keys = []
         position.validated_at = boundary.origin.global_step
         boundary.phase = "the schedulers"
-        self._optimization.end_validation(boundary.ledger)
-        self._checkpoints.after_validation()
-        boundary.ask_to_stop()
+        if loaders:
+            self._judge(self._recorder.validation, epoch_loss=False)
+        else:
+            position.judges_epoch = True
         restore_rng(before, self._device)
+
+    def _judge(self, metrics: dict[str, Value], *, epoch_loss: bool | None) -> None:
+        """Hand these metrics to all that follow one: schedulers, the best checkpoint, callbacks.
+
+        Args:
+            epoch_loss: Only to those that follow ``train_epoch_loss``; False: only to the others. None: to all.
+        """
+        recorder, ledger = self._recorder, self._boundary.ledger
+        recorder.judged = metrics
+        self._optimization.follow(ledger, epoch_loss=epoch_loss)
+        if epoch_loss is None or epoch_loss == (self._checkpoints.best == TRAIN_EPOCH_LOSS):
+            self._checkpoints.after_validation()
+        self._boundary.ask_to_stop(epoch_loss=epoch_loss)
+        if not epoch_loss:
+            recorder.end_judging()
+
+    def _follows_epoch_loss(self) -> bool:
+        """Whether the loop itself needs the epoch's mean loss: otherwise it is computed where losses are read."""
+        callbacks = self._boundary.hooks.callbacks
+        return (
+            self._optimization.follows_epoch_loss
+            or self._checkpoints.best == TRAIN_EPOCH_LOSS
+            or any(one.should_stop is not None and one.monitor in (None, TRAIN_EPOCH_LOSS) for one in callbacks)
+        )
 
     def _take_commands(self) -> None:
         if self._boundary.control.pending:
@@ -728,13 +779,16 @@ _CAUSES: dict[Skip, str] = {
 }
 
 
-def _weights(rows: list[int | None]) -> list[float]:
-    """Each micro-batch's part of its step: by rows, or equal parts where they cannot be counted."""
-    known = [n for n in rows if n is not None]
-    total = sum(known)
-    if len(known) < len(rows) or not total:
-        return [1 / len(rows)] * len(rows)
-    return [n / total for n in known]
+def _parts(weights: list[float | None]) -> list[float]:
+    """Each micro-batch's part of its step: equal ones where a weight is not known, or all are 0."""
+    total = _sum(weights)
+    return [(weight or 0) / total for weight in weights] if total else [1 / len(weights)] * len(weights)
+
+
+def _sum(counts: Sequence[_Count | None]) -> _Count | None:
+    """None if one of them is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known[1:], known[0]) if len(known) == len(counts) else None
 
 
 def _bad_loss(module: ModuleInterface, loss: Any, values: Outputs) -> StepOutputError:

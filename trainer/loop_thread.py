@@ -342,7 +342,7 @@ class LoopThread:
         object.__setattr__(self._module, "_total_steps", self._arguments.total_steps(steps_per_epoch))
         told = self._arguments.steps_and_epochs(steps_per_epoch)
         returned = self._module.get_optimizers_schedulers(*told)
-        return Optimization(returned, self._module.parameters, self._arguments, self._precision, self._recorder.latest)
+        return Optimization(returned, self._module.parameters, self._arguments, self._precision, self._recorder)
 
     def _bind_optimizers(self, optimization: Optimization) -> None:
         for callback in self._hooks.callbacks:
@@ -376,12 +376,11 @@ class LoopThread:
         """Put back all of a checkpoint but the module, which has its state, and the place in the data."""
         self._boundary.phase = "restoring the checkpoint"
         if not self._arguments.reset_optimizers_schedulers:
-            loaded.restore_optimization(optimization, self._device)
+            loaded.restore_optimization(optimization)
             if self._precision.scaler is not None and loaded.state["scaler"] is not None:
                 self._precision.scaler.load_state_dict(loaded.state["scaler"])
         loaded.restore_callbacks(self._hooks.callbacks, self._on_failed_hook)
-        self._recorder.latest.update(map_tensors(torch.clone, loaded.state["latest"]))
-        self._recorder.logged_at.update(loaded.state.get("logged_at", {}))
+        self._recorder.load_state_dict(map_tensors(torch.clone, loaded.state["metrics"]))
         if "readings" in loaded.parts:
             self._readback.restore(loaded.parts["readings"])
         loaded.forget()

@@ -51,6 +51,7 @@ import torch
 from trainer.errors import ContractError
 from trainer.media import Histogram, Image, Logged, as_logged
 from trainer.peers import CALLS
+from trainer.rows import count_rows
 from trainer.unheard import in_words, unheard_methods
 
 if TYPE_CHECKING:
@@ -142,8 +143,10 @@ class CallbackInterface(ABC):
     of a resumed run.
 
     Two more methods are called where a callback has them, on the loop's thread: ``should_stop(global_step, metrics)``
-    when a validation is over (or an epoch, in a run that does not validate), with the last value of each metric; a
-    reason that it returns stops the run as `Run.stop` does, before anything else is trained. And
+    when a validation is over (or an epoch, in a run that does not validate), with the metrics that it has produced; a
+    reason that it returns stops the run as `Run.stop` does, before anything else is trained. If the callback has an
+    attribute ``monitor``, a metric's name, it is called only when that metric is there; otherwise `MonitorMissing` is
+    published, and `MetricNotFound` raised at the first validation. And
     ``bind_optimizers(optimizers)``, once, before the first step.
 
     Two more hooks run where a callback or the module has them, inline on the loop's thread:
@@ -240,7 +243,8 @@ class CallbackInterface(ABC):
         compiled graph.
 
         Args:
-            name: Not empty.
+            name: Not empty, and not that of a metric of the trainer's own, such as ``train_loss`` or ``lr``. Use one
+                name in training and another one in validation: there is one series for each name.
             value: A number (NumPy's too) or a real tensor of one element, of any shape, on any device. A
                 `trainer.Histogram` or `trainer.Image`; a figure of matplotlib, which is drawn at once, on the calling
                 thread (so from a hook of the observer lane, rather than from a step); or a text. Images, figures and
@@ -248,7 +252,7 @@ class CallbackInterface(ABC):
 
         Raises:
             TypeError: ``name`` is no string, or ``value`` is no real number.
-            ValueError: ``name`` is empty, or the tensor does not have exactly one element.
+            ValueError: ``name`` is empty or the trainer's own, or the tensor does not have exactly one element.
         """
         recorder = self._stagecast_recorder
         if recorder is None:
@@ -476,8 +480,9 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             device: Where the model is.
 
         Returns:
-            A tensor or a tuple of tensors to collect: loss, logits, and so on. Where the first one is a
-            single number per batch, its mean over all rows becomes the metric ``val_loss``.
+            A tensor or a tuple of tensors to collect: loss, logits, and so on; or None for nothing. Where the first one
+            is a floating-point number, or a vector ``(rows,)`` of them, its mean over all rows (or by `batch_weight`)
+            becomes the metric ``val_loss``. Batches that return None do not count in it.
         """
 
     def test_step(
@@ -485,6 +490,25 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     ) -> torch.Tensor | tuple[Any, ...]:
         """Compute the outputs of one test batch, as `val_step` does; by default with `val_step`."""
         return self.val_step(global_step, batch, device)
+
+    def batch_weight(self, batch: Any) -> float:
+        """Return what a batch counts: in an accumulated step, in ``train_epoch_loss``, ``val_loss`` and logged means.
+
+        Override it where a step's loss is not a mean over rows: return the number of target tokens for a language
+        model. Accumulated steps then equal one large batch. Without it a batch counts its rows. Called for each batch
+        of training, validation and testing, on the loop's thread, before the step.
+
+        Args:
+            batch: What the dataloader yielded, on the host unless the dataloader moves it.
+
+        Returns:
+            A finite number from 0, or a tensor of one element on the host. A batch of weight 0 counts nothing: its
+            step runs, without a backward; but the weights of an optimizer step must not all be 0.
+
+        Raises:
+            BatchWeightError: In a run, if it returns something else.
+        """
+        return float(count_rows(batch, None).rows or 1)
 
     def get_state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep of the module; by default its state dict, not copied.

@@ -15,11 +15,13 @@ import torch
 
 from events.errors import CheckpointMismatch
 from events.log import logger
+from events.metrics import TRAIN_EPOCH_LOSS
 from trainer.arguments import TrainerArguments
-from trainer.errors import MetricNotFound, OptimizerError
+from trainer.errors import OptimizerError
 from trainer.gradients import clip_, non_finite
 from trainer.ledger import Ledger
 from trainer.precision import Precision
+from trainer.recorder import MetricRecorder
 from trainer.schedule import Schedule
 
 Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
@@ -49,7 +51,7 @@ class Optimization:
     Args:
         returned: What `ModuleInterface.get_optimizers_schedulers` returned.
         parameters: Returns the module's at present.
-        latest: Last value of each logged metric, for schedulers that follow one.
+        recorder: Has the metrics, for schedulers that follow one.
 
     Raises:
         OptimizerError: it is not a pair of optimizers and schedulers.
@@ -61,7 +63,7 @@ class Optimization:
         parameters: Callable[[], Iterable[torch.nn.Parameter]],
         arguments: TrainerArguments,
         precision: Precision,
-        latest: Mapping[str, float | torch.Tensor],
+        recorder: MetricRecorder,
     ) -> None:
         self.optimizers, schedules = _checked(returned)
         self.schedulers = [one.scheduler for one in schedules]
@@ -87,21 +89,16 @@ class Optimization:
         self._cleared_here = [o for o in self.optimizers if _has_stock_zero_grad(o)]
         self._arguments = arguments
         self._precision = precision
-        self._latest = latest
+        self._recorder = recorder
         self._plateau = [(one.scheduler, one.monitor or arguments.monitor) for one in schedules if one.follows_metric]
         timed: dict[str, list[Any]] = {"step": [], "epoch": []}
         for one in schedules:
             if not one.follows_metric:
                 timed[one.interval or arguments.scheduler_interval].append(one.scheduler)
         self._per_step, self._per_epoch = timed["step"], timed["epoch"]
-        # The epoch's losses, on the device; kept only when a scheduler follows them.
-        self._follow_loss = any(monitor == "train_loss" for _, monitor in self._plateau)
-        self._loss_sum: torch.Tensor | None = None
-        self._loss_rows = 0
         # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips.
         self._reads = arguments.non_finite == "skip" or precision.scaler is not None
         self._stops = arguments.non_finite == "stop"
-        self._never_validates = not arguments.val_interval_epochs and arguments.val_interval_steps is None
 
     @property
     def learning_rate(self) -> Any:
@@ -164,14 +161,11 @@ class Optimization:
         for guard in self._guards:
             guard.remove()
 
-    def step(
-        self, loss: torch.Tensor, rows: int | None, ledger: Ledger
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
+    def step(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Apply the gradients that were accumulated.
 
         Args:
             loss: The step's loss, detached.
-            rows: Rows of the step, where they are known.
 
         Returns:
             The gradients' norm before clipping if they are clipped, on the device; a number on the device that is
@@ -189,7 +183,7 @@ class Optimization:
                     if "closure" not in str(error):
                         raise
                     raise self._want_closure(number) from error
-            self.after_step(loss, rows)
+            self.after_step()
         if self._precision.scaler is not None:
             self._precision.update()
         return grad_norm, found, skipped
@@ -289,12 +283,10 @@ class Optimization:
         self.wants_closure = True
         return ClosureWanted()
 
-    def after_step(self, loss: torch.Tensor, rows: int | None) -> None:
-        """The optimizers have stepped: schedulers that follow steps, and the mean loss for those that follow it."""
+    def after_step(self) -> None:
+        """The optimizers have stepped: schedulers that follow steps do."""
         for scheduler in self._per_step:
             scheduler.step()
-        if self._follow_loss:
-            self._add_loss(loss, rows or 1)
 
     def _prepare(
         self, loss: torch.Tensor, ledger: Ledger, optimizers: list[torch.optim.Optimizer]
@@ -340,12 +332,6 @@ class Optimization:
             return None
         return "non_finite_gradient" if self._precision.scaler is None else "gradient_overflow"
 
-    def _add_loss(self, loss: torch.Tensor, rows: int) -> None:
-        # Apple's GPUs have no float64.
-        loss = (loss if loss.device.type == "mps" else loss.double()).reshape(()) * rows
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
-        self._loss_rows += rows
-
     def zero_grad(self) -> None:
         """Let the gradients go."""
         for optimizer in self._clear_themselves:
@@ -369,7 +355,6 @@ class Optimization:
                 for scheduler in self.schedulers
             ],
             "kinds": [[type(one).__name__ for one in self.optimizers], [type(one).__name__ for one in self.schedulers]],
-            "followed_loss": (self._loss_sum, self._loss_rows),
         }
 
     def load_state_dict(self, state: dict[str, Any], where: str) -> None:
@@ -396,7 +381,6 @@ class Optimization:
                     f"{where} has no state of the scheduler {type(scheduler).__name__}, which begins anew: give it"
                     f" state_dict and load_state_dict"
                 )
-        self._loss_sum, self._loss_rows = state["followed_loss"]
 
     def _check(self, optimizers: list[Any], schedulers: list[Any], kinds: Any, where: str) -> None:
         hint = "; TrainerArguments(reset_optimizers_schedulers=True) begins with new ones"
@@ -422,39 +406,30 @@ class Optimization:
                     f" requires_grad is restored{hint}"
                 )
 
-    def end_validation(self, ledger: Ledger) -> None:
-        """Validation is over: schedulers that follow a metric get it, unless they follow the training loss.
+    @property
+    def follows_epoch_loss(self) -> bool:
+        """Whether a scheduler follows ``train_epoch_loss``."""
+        return any(monitor == TRAIN_EPOCH_LOSS for _, monitor in self._plateau)
+
+    def follow(self, ledger: Ledger, *, epoch_loss: bool | None) -> None:
+        """Metrics may be there: schedulers that follow one get it.
+
+        Args:
+            epoch_loss: Only those that follow ``train_epoch_loss``; False: only the others. None: all.
 
         Raises:
-            MetricNotFound: nobody logged it.
+            MetricNotFound: the first validation has not produced it.
         """
         for scheduler, monitor in self._plateau:
-            if monitor != "train_loss":
-                self._step_plateau(scheduler, self._monitored(scheduler, monitor), ledger)
+            if epoch_loss is None or epoch_loss == (monitor == TRAIN_EPOCH_LOSS):
+                value = self._recorder.monitored(monitor, type(scheduler).__name__, required=True)
+                if value is not None:
+                    self._step_plateau(scheduler, value, ledger)
 
-    def end_epoch(self, ledger: Ledger) -> None:
-        """A training epoch is over: schedulers of the epoch, and those that follow the training loss."""
+    def end_epoch(self) -> None:
+        """A training epoch is over: schedulers of the epoch."""
         for scheduler in self._per_epoch:
             scheduler.step()
-        if self._loss_sum is not None:
-            mean = self._loss_sum / self._loss_rows
-            self._loss_sum, self._loss_rows = None, 0
-            for scheduler, monitor in self._plateau:
-                if monitor == "train_loss":
-                    self._step_plateau(scheduler, mean, ledger)
-        if self._never_validates:
-            self.end_validation(ledger)  # its turn never comes, so the metric is one of the training, or an error
-
-    def _monitored(self, scheduler: Any, monitor: str) -> float | torch.Tensor:
-        if monitor not in self._latest:
-            known = ", ".join(sorted({"train_loss", *self._latest}))
-            raise MetricNotFound(
-                f"{type(scheduler).__name__} follows monitor={monitor!r}, which was neither logged nor computed by the"
-                f" end of validation (or of the epoch, without validation); there are: {known}. Log it with"
-                f" module.log({monitor!r}, ...) in val_step or in the module's on_end_val_epoch, or set monitor to one"
-                f" of these"
-            )
-        return self._latest[monitor]
 
     def _step_plateau(self, scheduler: Any, value: float | torch.Tensor, ledger: Ledger) -> None:
         mark = clock()

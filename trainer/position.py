@@ -31,6 +31,8 @@ class Position(msgspec.Struct):
     """How long the epoch had been under way when this attempt began with it."""
     validated_at: int = 0
     """``global_step`` of the last validation."""
+    judges_epoch: bool = False
+    """Whether a validation that was due in this epoch had no data, so that monitors look at the epoch's own metrics."""
     validated_keys: list[str] = []
     """Dataloaders that the validation under way is done with."""
     skipped_in_a_row: int = 0

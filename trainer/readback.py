@@ -24,11 +24,12 @@ from events.messages import (
     TrainStepEnded,
     ValEpochEnded,
 )
+from events.metrics import TRAIN_EPOCH_LOSS
 
 _Place = tuple[Callable[[Any, str, Any], None], Any, str]
 """Where a number goes: how to put it there, the event or dictionary, and the name."""
 
-_READINGS = ("_consecutive", "_bad_gradients", "_loss_sum", "_loss_rows", "_steps")
+_READINGS = ("_consecutive", "_bad_gradients", "_loss_sum", "_loss_weight", "_steps")
 
 _Read = Callable[[], bool]
 """Puts numbers in their places and returns True, if they have arrived from the device."""
@@ -56,7 +57,7 @@ class DeviceReadback:
         self, on_loss: Callable[[TrainStepEnded, int], None], on_gradient: Callable[[TrainStepEnded, int], None]
     ) -> None:
         self.summary: dict[str, float] = {}
-        """Last value of each metric, ``train_loss`` and ``val_loss``."""
+        """Last value of each metric, ``train_loss``, ``train_epoch_loss`` and ``val_loss``."""
         self.compute_stream: torch.cuda.Stream | None = None
         """Where the loop computes, if that is a CUDA device; set on its thread. None: the default stream."""
         self._on_loss = on_loss
@@ -64,7 +65,7 @@ class DeviceReadback:
         self._consecutive = 0
         self._bad_gradients = 0
         self._loss_sum = 0.0
-        self._loss_rows = 0
+        self._loss_weight = 0.0
         self._steps = 0
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -156,9 +157,9 @@ class DeviceReadback:
                 continue
             self._steps += 1
             if (loss := event.loss) is not None:
-                rows = event.rows or 1
-                self._loss_sum += loss * rows
-                self._loss_rows += rows
+                weight = event.weight if event.weight is not None else event.rows or 1
+                self._loss_sum += loss * weight
+                self._loss_weight += weight
                 self.summary["train_loss"] = loss
                 if not math.isfinite(loss):
                     self._consecutive += 1
@@ -197,9 +198,10 @@ class DeviceReadback:
                 suffix = "" if event.key == "default" else f"/{event.key}"
                 self.summary[f"{event.stage}_loss{suffix}"] = event.loss
         elif isinstance(event, TrainEpochEnded):
-            if self._loss_rows and self._steps == event.steps:
-                force_setattr(event, "loss", self._loss_sum / self._loss_rows)
-            self._loss_sum, self._loss_rows, self._steps = 0.0, 0, 0
+            if self._loss_weight and self._steps == event.steps:
+                mean = self.summary[TRAIN_EPOCH_LOSS] = self._loss_sum / self._loss_weight
+                force_setattr(event, "loss", mean)
+            self._loss_sum, self._loss_weight, self._steps = 0.0, 0.0, 0
 
 
 def _put(places: list[_Place], stacked: torch.Tensor) -> None:

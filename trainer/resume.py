@@ -33,7 +33,7 @@ from trainer.tensor_state import put_together, tensors_in
 OnRejected = Callable[[str, Exception], None]
 
 _STATE = frozenset(
-    {"global_step", "epoch", "position", "rng", "module", "frozen", "optimizers", "schedulers", "followed_loss"}
+    {"global_step", "epoch", "position", "rng", "module", "frozen", "optimizers", "schedulers", "metrics"}
 )
 
 
@@ -128,13 +128,11 @@ class Loaded:
             if parameter.is_floating_point() or parameter.is_complex():  # others never need a gradient
                 parameter.requires_grad_(name not in frozen)
 
-    def restore_optimization(self, optimization: Optimization, device: torch.device) -> None:
+    def restore_optimization(self, optimization: Optimization) -> None:
         """Have optimizers and schedulers take over theirs. Raises `CheckpointMismatch`."""
-        names = ("optimizers", "schedulers", "kinds", "followed_loss")
+        names = ("optimizers", "schedulers", "kinds")
         # Copies: torch would keep what it gets, and with it the memory of the whole file.
         state = {name: self._kept(name) for name in names}
-        total, rows = state["followed_loss"]
-        state["followed_loss"] = (total.to(device) if isinstance(total, torch.Tensor) else total), rows
         optimization.load_state_dict(state, str(self.folder))
 
     def restore_callbacks(

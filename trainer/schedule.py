@@ -24,8 +24,9 @@ class Schedule:
             ``load_state_dict``.
         interval: Whether it steps after each optimizer step or each epoch. None: as
             ``TrainerArguments.scheduler_interval`` says.
-        monitor: The metric that ``scheduler.step(value)`` gets after each validation. None: a scheduler whose
-            ``step`` needs a metric gets ``TrainerArguments.monitor``, any other gets none.
+        monitor: The metric that ``scheduler.step(value)`` gets after each validation (``train_epoch_loss``: after each
+            epoch). None: a scheduler whose ``step`` needs a metric gets ``TrainerArguments.monitor``, any other gets
+            none.
 
     Raises:
         ArgumentsError: The scheduler has no ``step()``, or one that gets a metric is to step after each step.
@@ -42,6 +43,10 @@ class Schedule:
             raise ArgumentsError(f"Schedule got interval={self.interval!r}; it must be 'step' or 'epoch'")
         if self.monitor is not None and (not isinstance(self.monitor, str) or not self.monitor):
             raise ArgumentsError(f"Schedule got monitor={self.monitor!r}; it must be the name of a metric")
+        if self.monitor == "train_loss":
+            raise ArgumentsError(
+                "Schedule got monitor='train_loss', the loss of a single step; use 'train_epoch_loss', the epoch's mean"
+            )
         if self.interval == "step" and self.follows_metric:
             raise ArgumentsError(
                 f"{type(self.scheduler).__name__} gets a metric after each validation, not after each step; leave"

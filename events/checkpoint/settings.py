@@ -87,3 +87,7 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
                 msgspec.convert(value, field.type)
             except msgspec.ValidationError as error:
                 raise ValueError(f"Checkpoints({field.name}={value!r:.80}): {error}") from None
+        if self.best == "train_loss":
+            raise ValueError(
+                "Checkpoints(best='train_loss') is the loss of a single step; use 'train_epoch_loss', the epoch's mean"
+            )

@@ -59,6 +59,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "ObserversReported": ([],),
     "NonFiniteLoss": (1.0, "warned"),
     "NonFiniteGradient": ("warned",),
+    "MonitorMissing": ("accuracy", "EarlyStopping"),
     "StepSkipped": ("non_finite_loss",),
     "WarningLogged": ("warning", "slow"),
     "ObserverFailed": ("sink", "error"),

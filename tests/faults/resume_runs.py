@@ -87,7 +87,9 @@ class Case:
                 "device": "cpu",
                 "precision": self.precision,
                 "scheduler_interval": "epoch" if self.scheduler == "epoch" else "step",
-                "monitor": {"plateau-train": "train_loss", "plateau-logged": "noise"}.get(self.scheduler, "val_loss/b"),
+                "monitor": {"plateau-train": "train_epoch_loss", "plateau-logged": "noise"}.get(
+                    self.scheduler, "val_loss/b"
+                ),
                 "val_interval_steps": self.val_steps,
                 "val_interval_epochs": int(self.validates),
                 "resume_data": self.resume_data,

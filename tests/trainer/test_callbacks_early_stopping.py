@@ -54,7 +54,7 @@ def trained(kit: Any, curve: list[float], callback: Any, **options: Any) -> Any:
     [
         ({"monitor": ""}, "monitor must be a metric's name, not ''"),
         ({"monitor": None}, "monitor must be a metric's name, not None"),
-        ({"monitor": "train_loss"}, "log a mean under a name of your own"),
+        ({"monitor": "train_loss"}, "follow 'train_epoch_loss'"),
         ({"mode": "smallest"}, "mode must be 'min' or 'max', not 'smallest'"),
         ({"patience": 0}, "patience must be a whole number, at least 1, not 0"),
         ({"patience": 2.0}, "patience must be a whole number, at least 1, not 2.0"),
@@ -82,7 +82,7 @@ def test_a_metric_that_nobody_logs_ends_the_run_and_names_the_others(kit: Any) -
     """A misspelt name would be a run that never stops."""
     outcome = trained(kit, [1.0] * 4, EarlyStopping("acuracy"))
     assert isinstance(outcome.error, MetricNotFound)
-    assert "monitor='acuracy'" in str(outcome.error)
+    assert "EarlyStopping follows 'acuracy'" in str(outcome.error)
     assert "there are: val_loss" in str(outcome.error)
     assert outcome.error.__notes__[0] == "raised by EarlyStopping.should_stop at global_step 1"
 

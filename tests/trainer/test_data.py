@@ -24,16 +24,16 @@ from trainer.data import (
     SequentialSampler,
     ShuffledSampler,
     as_val_loaders,
-    batch_rows,
-    first_rows,
     loader_length,
     make_train_sampler,
     map_tensors,
+    own_batches,
     resolve_device,
     seed_everything,
     to_device,
 )
 from trainer.errors import ArgumentsError, DataLoaderError
+from trainer.rows import count_rows
 
 
 class Pair(NamedTuple):
@@ -207,13 +207,13 @@ def test_moving_keeps_the_structure_and_reaches_every_tensor(batch: Any) -> None
         (pack_sequence([torch.ones(3), torch.ones(2)]), 2),
         ([[], torch.ones(0, 2)], 0),
         (object(), None),
-        (np.ones(3), None),
+        (np.ones(3), 3),
         (torch.ones(5, device="meta"), 5),
     ],
 )
 def test_rows_are_the_first_dimension_of_the_first_tensor_that_has_one(batch: Any, rows: int | None) -> None:
     """Depth first; scalars are passed over; sequences are counted, not tokens; nothing is read."""
-    assert first_rows(batch) == rows
+    assert count_rows(batch, None).rows == rows
 
 
 def test_packed_sequences_are_what_the_test_above_means() -> None:
@@ -274,11 +274,11 @@ def test_the_rows_of_each_batch_are_known_without_reading_it(size: int, micro_ba
     data = TensorDataset(torch.arange(size))
     sampler = make_train_sampler(0, 0)
     loader = DataLoader(data, batch_size=micro_batch, sampler=sampler(data), drop_last=drop_last)
-    rows = batch_rows(loader, micro_batch, sampler)
+    rows = own_batches(loader, micro_batch, sampler)
     assert rows is not None
     actual = [len(batch[0]) for batch in loader]
     assert [rows(index) for index in range(len(actual))] == actual
-    assert rows(len(actual)) is None
+    assert rows(len(actual)) == 0
 
 
 class OwnBatches(BatchSampler):
@@ -293,16 +293,16 @@ def test_rows_are_unknown_where_batching_is_not_ours() -> None:
     """Another sampler, batch sampler, batch size, or no torch loader at all."""
     data = TensorDataset(torch.arange(10))
     kind = make_train_sampler(0, 0)
-    assert batch_rows([1, 2], 2, kind) is None
-    assert batch_rows(DataLoader(data, batch_size=2, shuffle=True), 2, kind) is None
-    assert batch_rows(DataLoader(data, batch_size=4, sampler=kind(data)), 2, kind) is None
-    assert batch_rows(DataLoader(data, batch_size=None, sampler=kind(data)), 1, kind) is None
-    assert batch_rows(DataLoader(data, batch_sampler=OwnBatches(kind(data), 2, False)), 2, kind) is None
-    assert batch_rows(DataLoader(data, batch_sampler=BatchSampler(kind(data), 2, False)), 2, kind) is None
+    assert own_batches([1, 2], 2, kind) is None
+    assert own_batches(DataLoader(data, batch_size=2, shuffle=True), 2, kind) is None
+    assert own_batches(DataLoader(data, batch_size=4, sampler=kind(data)), 2, kind) is None
+    assert own_batches(DataLoader(data, batch_size=None, sampler=kind(data)), 1, kind) is None
+    assert own_batches(DataLoader(data, batch_sampler=OwnBatches(kind(data), 2, False)), 2, kind) is None
+    assert own_batches(DataLoader(data, batch_sampler=BatchSampler(kind(data), 2, False)), 2, kind) is None
     # A loader that was given a batch sampler shows a sequential sampler that it does not use.
     other = DataLoader(data, batch_sampler=BatchSampler([0], 2, False))
-    assert batch_rows(other, 2, SequentialSampler) is None
-    assert batch_rows(DataLoader(data, batch_size=2, sampler=SequentialSampler(data)), 2, SequentialSampler)
+    assert own_batches(other, 2, SequentialSampler) is None
+    assert own_batches(DataLoader(data, batch_size=2, sampler=SequentialSampler(data)), 2, SequentialSampler)
 
 
 def test_the_order_is_drawn_on_the_host_whatever_the_default_device_is() -> None:
@@ -326,8 +326,8 @@ def test_rows_are_unknown_where_a_loader_iterates_otherwise() -> None:
         """Only a name."""
 
     data = TensorDataset(torch.arange(10))
-    assert batch_rows(Twice(data, batch_size=2), 2, SequentialSampler) is None
-    assert batch_rows(Named(data, batch_size=2), 2, SequentialSampler) is not None
+    assert own_batches(Twice(data, batch_size=2), 2, SequentialSampler) is None
+    assert own_batches(Named(data, batch_size=2), 2, SequentialSampler) is not None
 
 
 class Stream(IterableDataset[int]):

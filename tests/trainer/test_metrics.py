@@ -253,7 +253,7 @@ def test_the_result_has_the_last_value_of_each_metric(kit: Any) -> None:
 
     outcome = kit.train(logging_net(kit, log), epochs=2)
     metrics = outcome.result.metrics
-    assert set(metrics) == {"step", "once", "train_loss", "val_loss"}
+    assert set(metrics) == {"step", "once", "train_loss", "train_epoch_loss", "val_loss"}
     assert (metrics["step"], metrics["once"]) == (4.0, 7.0)
 
 
@@ -423,7 +423,7 @@ def test_a_loss_that_cannot_be_read_does_not_hide_those_before_it() -> None:
     epoch = TrainEpochEnded("run", 1, 0, 0.0, 0, 3, 0, "train", 3)
     assert readback.start([(event, None) for event in [*steps, epoch]])()
     assert [step.loss for step in steps] == [2.0, 4.0, None]
-    assert readback.summary == {"train_loss": 4.0}
+    assert readback.summary == {"train_loss": 4.0, "train_epoch_loss": 3.0}
     assert epoch.loss == 3.0
 
 
@@ -441,3 +441,47 @@ def test_an_epoch_has_no_loss_if_steps_of_it_were_dropped() -> None:
         return ended
 
     assert [epoch(1.0, 2.0, 6.0).loss, epoch(1.0, 2.0).loss, epoch(2.0, 2.0, 2.0).loss] == [3.0, None, 2.0]
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["train_loss", "val_loss", "val_loss/a", "lr", "grad_norm", "step_s", "ledger/data_s"])
+def test_a_name_of_the_trainers_own_is_refused_at_the_first_log(kit: Any, name: str) -> None:
+    """With the names that are taken."""
+    outcome = kit.train(logging_net(kit, lambda net, *_: net.log(name, 1.0)))
+    assert isinstance(outcome.error, ValueError)
+    assert repr(name) in str(outcome.error)
+    assert "train_epoch_loss, val_loss" in str(outcome.error)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "key", "warns"),
+    [
+        (("acc", 1.0), ("acc", 2.0), "default", "in training and in validation"),
+        (("acc/a", 1.0), ("acc", 2.0), "a", "in training and in validation"),
+        (("acc", 1.0), ("acc", 2.0), "a", None),
+        (("acc", 1.0), ("acc", "text"), "default", "as a number and as a text"),
+    ],
+)
+def test_one_name_for_two_quantities_is_named_once(
+    kit: Any, caplog: pytest.LogCaptureFixture, train: Any, val: Any, key: str, warns: str | None
+) -> None:
+    """They would end in one series; a dataloader's key may make the difference, or undo it."""
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.log(*train)
+            return super().train_step(global_step, batch, device)
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.log(*val)
+            return super().val_step(global_step, batch, device)
+
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            return {key: self.batches(batch_size)}
+
+    kit.train(Net(), epochs=2)
+    found = [text for text in caplog.messages if "is logged" in text]
+    assert len(found) == (warns is not None)
+    assert warns is None or warns in found[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
 
-from events.messages import RunEnded, StepSkipped, TrainEpochEnded, TrainStepEnded, ValEpochEnded
+from events.messages import MonitorMissing, RunEnded, StepSkipped, TrainEpochEnded, TrainStepEnded, ValEpochEnded
 from trainer import Checkpoints, Schedule, inline
 from trainer.errors import ArgumentsError, MetricNotFound, OptimizerError
 
@@ -389,7 +389,7 @@ def test_a_plateau_scheduler_can_follow_the_training_loss(kit: Any) -> None:
             return plateau(self)
 
     net = Net(rows=20)
-    outcome = kit.train(net, epochs=2, monitor="train_loss", val_interval_epochs=0)
+    outcome = kit.train(net, epochs=2, monitor="train_epoch_loss")
     assert net.got == pytest.approx([e.loss for e in outcome.of(TrainEpochEnded)], rel=1e-6)
 
 
@@ -402,8 +402,9 @@ def test_a_metric_that_nobody_logged_is_an_error_that_names_the_others(kit: Any)
 
     outcome = kit.train(module_with(kit, plateau, val_step=val_step), monitor="acuracy")
     assert isinstance(outcome.error, MetricNotFound)
-    assert "monitor='acuracy'" in str(outcome.error)
-    assert "accuracy, train_loss, val_loss" in str(outcome.error)
+    assert "(there are: accuracy, val_loss); set it to 'accuracy'" in str(outcome.error)
+    missing = [(event.monitor, event.wanted_by, event.known) for event in outcome.of(MonitorMissing)]
+    assert missing == [("acuracy", "ReduceLROnPlateau", ["accuracy", "val_loss"])]
     assert outcome.of(RunEnded)[0].status == "failed"
 
 

@@ -39,7 +39,7 @@ def test_an_empty_validation_loader_says_which(kit: Any) -> None:
 
 
 def test_losses_are_weighted_by_the_samplers_rows(kit: Any) -> None:
-    """Whatever the first tensor of a batch is: the last batch is smaller, and counts less."""
+    """Where one tensor of a batch has as many rows as the sampler: the last batch is smaller, and counts less."""
 
     class Net(kit.Net):
         def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
@@ -93,14 +93,15 @@ def test_an_exception_in_val_step_leaves_the_modes_as_they_were(kit: Any) -> Non
         ({}, [2, 4, 6, 8]),
         ({"val_interval_epochs": 0}, []),
         ({"val_interval_epochs": 3}, [6, 8]),
-        ({"val_interval_steps": 3}, [3, 6]),
+        ({"val_interval_steps": 3}, [3, 6, 8]),
+        ({"val_interval_steps": 1000}, [8]),
         ({"val_interval_steps": 1, "max_steps": 3}, [1, 2, 3]),
         ({"max_steps": 5}, [2, 4, 5]),
         ({"max_steps": 5, "val_interval_epochs": 3}, [5]),
     ],
 )
 def test_validation_comes_at_its_interval(kit: Any, options: dict[str, Any], steps: list[int]) -> None:
-    """After every so many epochs and the last one, or after every so many steps; 0 is never."""
+    """After every so many epochs and the last one, or after every so many steps and the last one; 0 is never."""
     outcome = kit.train(kit.Net(), epochs=4, **options)
     assert [e.global_step for e in outcome.of(ValEpochEnded)] == steps
 
@@ -379,3 +380,71 @@ def test_an_exception_in_test_step_comes_out_as_itself(kit: Any) -> None:
         kit.make_trainer(Net()).test()
     assert caught.value is error
     assert "test_step" in caught.value.__notes__[0]
+
+
+# -------------------------------------------------------------------------------------------- what val_loss is
+
+
+def returning(kit: Any, outputs: list[Any]) -> Any:
+    """A module whose validation has one batch of four rows for each of these outputs of val_step."""
+
+    class Net(kit.Net):
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            return [torch.ones(4, 1)] * len(outputs)
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return left.pop(0)
+
+    left = list(outputs)
+    return Net()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss"),
+    [
+        ([torch.tensor(1.0), None, torch.tensor(3.0)], 2.0),
+        ([torch.tensor(1.0), (None, torch.ones(4)), torch.tensor(3.0)], 2.0),
+        ([torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor(5.0)], 4.0),
+        ([torch.tensor([[1.0]]), torch.tensor([3.0])], 2.0),
+        ([1.0, torch.tensor(3.0, dtype=torch.float64)], 2.0),
+        ([None, None], None),
+    ],
+)
+def test_val_loss_is_the_mean_over_the_batches_that_have_a_loss(
+    kit: Any, caplog: pytest.LogCaptureFixture, outputs: list[Any], loss: float | None
+) -> None:
+    """A number for the batch, or one for each row; None is no loss."""
+    (ended,) = kit.train(returning(kit, outputs)).of(ValEpochEnded)
+    assert ended.loss == loss
+    assert "no loss first" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        torch.tensor(3),
+        torch.tensor(True),
+        torch.tensor([1, 2, 3, 4]),
+        torch.tensor(1j),
+        torch.ones(5),
+        torch.ones(4, 1),
+        torch.ones(4, 3),
+        "text",
+    ],
+)
+def test_what_is_not_a_loss_is_never_averaged(kit: Any, caplog: pytest.LogCaptureFixture, first: Any) -> None:
+    """Class indices, flags, complex numbers, vectors of another length; a smaller last batch does not make them one."""
+    outcome = kit.train(returning(kit, [first, first, torch.tensor(1.0)]))
+    assert outcome.of(ValEpochEnded)[0].loss is None
+    assert "val_loss" not in outcome.result.metrics
+    assert len([text for text in caplog.messages if "no loss first" in text]) == 1
+
+
+def test_a_hook_gets_the_outputs_of_the_batches_that_returned_some(kit: Any) -> None:
+    """Collated as if the others had not been there."""
+    diary = kit.Diary()
+    outputs = [(torch.tensor(1.0), torch.ones(4)), None, (torch.tensor(3.0), torch.ones(4))]
+    kit.train(returning(kit, outputs), callbacks=[diary])
+    ((_, ((losses, rows), _)),) = diary.of("on_end_val_epoch")
+    assert losses.tolist() == [1.0, 3.0]
+    assert rows.shape == (8,)

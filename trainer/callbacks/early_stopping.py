@@ -10,7 +10,6 @@ import torch
 
 from events.log import logger
 from trainer.callbacks.checks import Checks, is_finite
-from trainer.errors import MetricNotFound
 from trainer.module_interface import CallbackInterface
 
 
@@ -33,9 +32,10 @@ class EarlyStopping(CallbackInterface):
     run that does not validate is judged at the end of each epoch; after the last epoch there is nothing to stop.
 
     The metric is looked for where `RunResult.metrics` has it: ``val_loss``, ``val_loss/KEY`` for other dataloaders, and
-    what was logged by the end of the validation, by ``val_step``, by the module's own ``on_end_val_epoch``, or by an
-    inline or fenced hook. Its last value counts, even if that is an earlier validation's. It is read on the loop's
-    thread: one wait for the device in each validation, in the ledger's ``readback``.
+    what was logged in the validation, by ``val_step``, by the module's own ``on_end_val_epoch``, or by an inline or
+    fenced hook. A validation that lacks the metric is not judged: `MonitorMissing` and a warning report it. The metric
+    ``train_epoch_loss`` is judged at the end of each epoch. The value is read on the loop's thread: one wait for the
+    device in each validation, in the ledger's ``readback``.
 
     What it knows is part of checkpoints. A run that it has stopped and that is resumed gets one validation in which to
     improve. On resuming with another ``monitor`` or ``mode`` it begins anew.
@@ -50,7 +50,7 @@ class EarlyStopping(CallbackInterface):
 
     Raises:
         ArgumentsError: one of them cannot be used.
-        MetricNotFound: in a run, if nobody has logged the metric by the end of a validation; names those there are.
+        MetricNotFound: in a run, if the first validation does not produce the metric; names those that it produces.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EarlyStopping(CallbackInterface):
         checks.that(isinstance(monitor, str) and bool(monitor), f"monitor must be a metric's name, not {monitor!r:.80}")
         checks.that(
             monitor != "train_loss",
-            "monitor='train_loss' is the loss of a single step, which says little: log a mean under a name of your own",
+            "monitor='train_loss' is the loss of a single step: follow 'train_epoch_loss', the epoch's mean",
         )
         checks.that(mode in ("min", "max"), f"mode must be 'min' or 'max', not {mode!r:.80}")
         checks.whole("patience", patience)
@@ -83,7 +83,8 @@ class EarlyStopping(CallbackInterface):
         """``global_step`` of the validation in which that was."""
         self.waited = 0
         """Validations since then."""
-        self._monitor = monitor
+        self.monitor = monitor
+        """The metric's name: the loop calls `should_stop` when that metric is there."""
         self._mode = mode
         self._patience = patience
         self._min_delta = min_delta
@@ -95,17 +96,9 @@ class EarlyStopping(CallbackInterface):
 
         Args:
             global_step: Optimizer steps finished.
-            metrics: Last value of each metric; tensors are on their device.
+            metrics: What that validation has produced; tensors are on their device.
         """
-        name = self._monitor
-        if name not in metrics:
-            known = ", ".join(sorted(metrics)) or "none"
-            raise MetricNotFound(
-                f"EarlyStopping follows monitor={name!r}, which was neither logged nor computed by the end of this"
-                f" validation (or of the epoch, without validation); there are: {known}. Log it with"
-                f" module.log({name!r}, ...) in val_step or in the module's on_end_val_epoch, or set monitor to one of"
-                f" these"
-            )
+        name = self.monitor
         value = float(metrics[name])  # SYNC: once per validation, because the user wants the run to end by it
         if self._check_finite and not math.isfinite(value):
             return f"{name} is {value} at step {global_step} (check_finite); {self._best_so_far}"
@@ -138,7 +131,7 @@ class EarlyStopping(CallbackInterface):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {
-            "monitor": self._monitor,
+            "monitor": self.monitor,
             "mode": self._mode,
             "best": self.best,
             "best_step": self.best_step,
@@ -147,10 +140,10 @@ class EarlyStopping(CallbackInterface):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, if it is of this metric."""
-        if (state["monitor"], state["mode"]) != (self._monitor, self._mode):
+        if (state["monitor"], state["mode"]) != (self.monitor, self._mode):
             logger.warning(
                 f"EarlyStopping begins anew: that of the checkpoint followed {state['monitor']!r} (mode"
-                f" {state['mode']!r}), and this one follows {self._monitor!r} (mode {self._mode!r})"
+                f" {state['mode']!r}), and this one follows {self.monitor!r} (mode {self._mode!r})"
             )
             return
         self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]

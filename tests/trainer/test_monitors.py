@@ -1,0 +1,148 @@
+"""Metrics that are followed: only a value that the validation just over has produced counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from events.messages import CheckpointStaged, MonitorMissing, TrainEpochEnded
+from trainer import CallbackInterface, Checkpoints, fenced, observer
+from trainer.callbacks import EarlyStopping
+from trainer.errors import ArgumentsError, MetricNotFound
+
+BEST = {"every_minutes": None, "at_end": False, "weights": False}
+
+
+def scored(kit: Any, scores: list[float | None], **methods: Any) -> Any:
+    """A module that logs one of these scores in each validation, None for none; one validation per epoch."""
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            optimizers, _ = super().get_optimizers_schedulers(steps, epochs)
+            self.plateau = ReduceLROnPlateau(optimizers[0], patience=99)
+            return optimizers, [self.plateau]
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return None
+
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            if (score := left.pop(0)) is not None:
+                self.log("score", score)
+
+    left = list(scores)
+    net = Net(rows=8)
+    for name, method in methods.items():
+        setattr(Net, name, method)
+    return net
+
+
+def test_a_validation_without_the_metric_judges_nothing(
+    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Patience, scheduler and best stay as they were; an event names each miss, one warning each gap."""
+    net, stopping = scored(kit, [3.0, None, None, 2.0, None]), EarlyStopping("score", patience=1)
+    checkpoints = Checkpoints(best="score", **BEST)
+    outcome = kit.train(
+        net, callbacks=[stopping], epochs=5, monitor="score", run_dir=tmp_path / "run", checkpoints=checkpoints
+    )
+    assert outcome.result.status == "finished"
+    assert (stopping.best, stopping.waited, net.plateau.last_epoch) == (2.0, 0, 2)
+    assert [event.global_step for event in outcome.of(CheckpointStaged)] == [1, 4]
+    missing = [(event.global_step, event.wanted_by) for event in outcome.of(MonitorMissing)]
+    followers = ["ReduceLROnPlateau", "Checkpoints(best=)", "EarlyStopping"]
+    assert missing == [(step, name) for step in (2, 3, 5) for name in followers]
+    assert len([text for text in caplog.messages if "EarlyStopping follows 'score'" in text]) == 2
+
+
+def test_what_training_logs_does_not_serve_a_run_that_validates(kit: Any) -> None:
+    """Nor does an older value of the same name."""
+
+    def train_step(self: Any, global_step: int, batch: Any, device: Any) -> Any:
+        self.log("score", 1.0)
+        return self.forward_loss(batch)
+
+    outcome = kit.train(scored(kit, [None], train_step=train_step), monitor="score")
+    assert isinstance(outcome.error, MetricNotFound)
+
+
+def test_best_names_what_there_is_when_it_does_not_find_its_metric(
+    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the first validation, though it is no error; several dataloaders have a loss each."""
+
+    class Net(kit.Net):
+        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+            return {"a": self.batches(batch_size), "b": self.batches(batch_size)}
+
+    checkpoints = Checkpoints(best="val_loss", **BEST)
+    outcome = kit.train(Net(), epochs=2, run_dir=tmp_path / "run", checkpoints=checkpoints)
+    assert [event.known for event in outcome.of(MonitorMissing)] == [["val_loss/a", "val_loss/b"]] * 2
+    (text,) = [text for text in caplog.messages if "follows 'val_loss'" in text]
+    assert "set it to 'val_loss/" in text
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_the_epochs_mean_loss_can_be_followed_by_all(kit: Any, tmp_path: Path, validates: bool) -> None:
+    """With validations and without; the mean is that of the event."""
+    seen: list[float] = []
+
+    class Stopping(EarlyStopping):
+        def should_stop(self, global_step: int, metrics: Any) -> str | None:
+            seen.append(float(metrics["train_epoch_loss"]))
+            return super().should_stop(global_step, metrics)
+
+    class Net(kit.Net):
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            optimizers, _ = super().get_optimizers_schedulers(steps, epochs)
+            self.plateau = ReduceLROnPlateau(optimizers[0])
+            return optimizers, [self.plateau]
+
+    net = Net(rows=20)
+    outcome = kit.train(
+        net,
+        callbacks=[Stopping("train_epoch_loss")],
+        epochs=2,
+        monitor="train_epoch_loss",
+        val_interval_epochs=int(validates),
+        run_dir=tmp_path / "run",
+        checkpoints=Checkpoints(best="train_epoch_loss", **BEST),
+    )
+    losses = [event.loss for event in outcome.of(TrainEpochEnded)]
+    assert seen == pytest.approx(losses)
+    assert net.plateau.last_epoch == 2
+    assert [event.metric for event in outcome.of(CheckpointStaged)] == pytest.approx(losses)
+    assert outcome.of(MonitorMissing) == []
+
+
+@pytest.mark.parametrize(("mark", "serves"), [(fenced, True), (observer, False)])
+def test_only_a_hook_that_the_loop_waits_for_serves_a_monitor(kit: Any, mark: Any, serves: bool) -> None:
+    """What another one logs is there at one time and not at another."""
+
+    class Scores(CallbackInterface):
+        def __init__(self, module: Any) -> None:
+            self.log_to = module.log
+
+        @mark  # type: ignore[untyped-decorator]
+        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
+            self.log_to("score", 1.0)
+
+    net = kit.Net()
+    outcome = kit.train(net, callbacks=[Scores(net), EarlyStopping("score")])
+    assert isinstance(outcome.error, MetricNotFound) is not serves
+
+
+def test_the_loss_of_a_step_is_not_a_monitor() -> None:
+    """It says little; each place names the epoch's mean."""
+    from trainer import Schedule, TrainerArguments
+
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    with pytest.raises(ArgumentsError, match="train_epoch_loss"):
+        TrainerArguments(monitor="train_loss")
+    with pytest.raises(ValueError, match="train_epoch_loss"):
+        Checkpoints(best="train_loss")
+    with pytest.raises(ArgumentsError, match="train_epoch_loss"):
+        Schedule(ReduceLROnPlateau(optimizer), monitor="train_loss")
