@@ -16,6 +16,7 @@ from events.messages import (
     CheckpointUploaded,
     Event,
     JournalGap,
+    MonitorMissing,
     NonFiniteGradient,
     NonFiniteLoss,
     ObserverDropped,
@@ -51,6 +52,7 @@ class Health:
             NonFiniteLoss: self._non_finite_loss,
             NonFiniteGradient: self._non_finite_gradient,
             StepSkipped: self._step_skipped,
+            MonitorMissing: self._monitor_missing,
             ValEpochEnded: self._evaluated,
             TestEpochEnded: self._evaluated,
             WarningLogged: self._logged,
@@ -79,6 +81,7 @@ class Health:
         self._gradients = _Streaks()
         self._evaluations: dict[str, tuple[int, int]] = {}  # what was evaluated -> how often not finite, first step
         self._skipped: dict[str, tuple[int, int]] = {}  # reason -> how often, after which step first
+        self._missing: dict[tuple[str, str], tuple[int, MonitorMissing]] = {}  # how often, and the first
         self._errors: dict[str, None] = {}
         self._lost = 0
         self._gap = ""
@@ -117,6 +120,12 @@ class Health:
             found.append(f"the {what} was NaN or infinite {_times(count)}, first at step {step:,}")
         for reason, (count, step) in self._skipped.items():
             found.append(f"{_many(count, 'step')} skipped ({_REASONS.get(reason, reason)}), first after step {step:,}")
+        for (monitor, wanted_by), (count, first) in self._missing.items():
+            known = ", ".join(first.known) or "none"
+            found.append(
+                f"{wanted_by} did not find the metric {monitor!r:.200} {_times(count)}, first at step"
+                f" {first.global_step:,} (there: {known:.500})"
+            )
         for name, observer in self._observers.items():
             found += [f"{name} {what}" for what in observer.problems(self._ended)]
         for failed in self._checkpoints.values():
@@ -149,6 +158,10 @@ class Health:
             what = "validation loss" if isinstance(e, ValEpochEnded) else "test loss"
             what = what if e.key == "default" else f"{what} of {e.key}"
             _count(self._evaluations, what, e.global_step)
+
+    def _monitor_missing(self, e: MonitorMissing) -> None:
+        count, first = self._missing.get((e.monitor, e.wanted_by), (0, e))
+        self._missing[e.monitor, e.wanted_by] = count + 1, first
 
     def _step_skipped(self, e: StepSkipped) -> None:
         if e.reason != "gradient_overflow":  # usual with float16: its loss scale is found that way

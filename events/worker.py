@@ -12,7 +12,6 @@ from typing import Any
 import anyio
 
 from events.cpu_time import CpuTime
-from events.log import in_this_run
 
 Post = Callable[[Callable[[], object]], None]
 """Runs a function in the event loop, from any thread, without waiting: `Bus.post`."""
@@ -102,6 +101,8 @@ class Worker:
         """Queue a call; returns at once. From the event loop only."""
         job = Job(function, args)
         if self._thread is None:
+            from events.log import in_this_run  # structlog takes its time, and not all who import this start a thread
+
             thread = threading.Thread(target=in_this_run(self._run), name=self.name, daemon=True)
             try:
                 thread.start()

@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
-from events.log import is_on_stderr
 from events.messages import (
     CheckpointFailed,
     CheckpointRejected,
@@ -245,6 +244,8 @@ class ConsoleWriter:
     def _take(self, events: Sequence[Event]) -> list[Line]:
         lines: list[Line] = []
         steps: list[TrainStepEnded] = []
+        from events.log import is_on_stderr  # structlog takes its time, and who only describes a console need not wait
+
         for event in events:
             # Nearly all events end here: thousands a second, on a thread that competes with the loop.
             if type(event) is TrainStepEnded:

@@ -15,6 +15,7 @@ from events.messages import (
     CheckpointUploaded,
     Event,
     JournalGap,
+    MonitorMissing,
     NonFiniteLoss,
     ObserverDropped,
     ObserverFailed,
@@ -75,6 +76,10 @@ FINISHED = at(9, RunEnded, "finished")
         (
             [at(2, StepSkipped, "non_finite_loss"), at(2, StepSkipped, "non_finite_loss")],
             "2 steps skipped (the loss was not finite), first after step 2",
+        ),
+        (
+            [at(2, MonitorMissing, "acuracy", "Checkpoints(best=)", ["accuracy", "val_loss"])] * 2,
+            "Checkpoints(best=) did not find the metric 'acuracy' 2 times, first at step 2 (there: accuracy, val_loss)",
         ),
         ([FAILED], "csv failed in open and is disabled: OSError: no such folder"),
         ([RETRYING], "csv failed in write and has not recovered: OSError: busy"),

@@ -123,10 +123,12 @@ def test_a_fatal_sink_that_cannot_be_opened_ends_the_run(kit: Any, sinks: Any, t
 
     class Waits(kit.Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            assert entered.wait(kit.WAIT_S)
             kit.wait_until_failed(box[0])
             return super().train_step(global_step, batch, device)
 
     box: list[Any] = []
+    entered = threading.Event()
 
     async def main() -> None:
         ready = kit.make_trainer(
@@ -134,6 +136,7 @@ def test_a_fatal_sink_that_cannot_be_opened_ends_the_run(kit: Any, sinks: Any, t
         )
         async with ready.run() as run:
             box.append(run)
+            entered.set()
 
     with pytest.raises(SinkHostFailed, match="no such server"):
         anyio.run(main)
