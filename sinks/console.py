@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
+from events.health import Health
 from events.messages import (
     CheckpointFailed,
     CheckpointRejected,
@@ -75,6 +76,7 @@ _TYPES: frozenset[type[Event]] = frozenset({
     MetricsLogged, NonFiniteLoss, NonFiniteGradient, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow,
     LoopHeld, JournalGap, LedgerReported, CommandTaken, WarningLogged, ObserversReported,
     CheckpointSaved, CheckpointSkipped, CheckpointFailed, CheckpointUploaded, CheckpointRejected, WeightsSaved,
+    *Health().types,
 })  # fmt: skip
 
 _CLEAR_BELOW = "\r\x1b[J"

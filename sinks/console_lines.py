@@ -77,6 +77,7 @@ class Chronicle:
         self._health = Health()
         self._problems: set[str] = set()  # those that have their line
         self._ending: Line | None = None  # of a run that failed: to be the last line
+        self._healthy_end: tuple[RunEnded, str] | None = None  # shown as such, though a problem may still come
         self._buried = False  # whether it has others behind it
         self._handlers: dict[type[Event], Callable[[Any], Iterable[Line]]] = {
             RunStarted: self._run_started,
@@ -121,6 +122,9 @@ class Chronicle:
         """What was still held back when the last event had come."""
         time = self._progress.time
         lines = [*self._unshown(time), *self._held_back(time), *self._show_ledger(time), *self._new_problems(time)]
+        if self._healthy_end is not None and self._problems:  # they came after the line that says that it is finished
+            e, text = self._healthy_end
+            lines.append(_line(e, "warn", f"{text}, with {_many(len(self._problems), 'problem')}"))
         return [*lines, self._ending] if self._ending is not None and (lines or self._buried) else lines
 
     # ----------------------------------------------------------------------------------------- the run
@@ -130,6 +134,7 @@ class Chronicle:
         self._results.clear()
         self._problems.clear()
         self._ending, self._buried = None, False
+        self._healthy_end = None
         epoch = f" of {e.steps_per_epoch:,} steps" if e.steps_per_epoch is not None else ""
         if e.epochs is None:
             size = f"{e.max_steps or 0:,} steps" + (f", epochs{epoch}" if epoch else "")
@@ -166,6 +171,7 @@ class Chronicle:
         self._ending = None
         if problems and not e.reason:
             text += f", with {_many(len(problems), 'problem')}"
+        self._healthy_end = (e, text) if e.status == "finished" and not problems else None
         ending = _line(e, "good" if e.status == "finished" and not problems else "warn", text)
         return [*before, ending, *ledger, *problems]
 

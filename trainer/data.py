@@ -227,9 +227,14 @@ def loader_length(loader: Iterable[Any]) -> int | None:
     """Batches that a loader says it will yield; None if it does not know."""
     try:
         return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # no __len__, or a dataset or sampler below has none
-        return None
-    except Exception as error:  # the user's own code: its class must stand beside whatever it raised
+    except Exception as error:
+        # It has no __len__, or a dataset or sampler below it has none.
+        of_torch = isinstance(loader, DataLoader | torch.utils.data.Dataset)
+        if isinstance(error, NotImplementedError) or (
+            isinstance(error, TypeError) and (of_torch or not hasattr(type(loader), "__len__"))
+        ):
+            return None
+        # The user's own code: its class must stand beside whatever it raised.
         raise DataLoaderError(
             f"len() of a {type(loader).__name__} failed ({error}); return the number of batches from 0 up, or leave"
             f" __len__ out"

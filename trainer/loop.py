@@ -100,6 +100,7 @@ class TrainingLoop:
         self._returned: Any = None
         self._manual: ManualSteps | None = None
         self._resumed: Loaded | None = None
+        self._is_checked = False  # whether the first forward pass has left no gradients
         self._order: type[ShuffledSampler] | None = None  # what all samplers of the run derive from: it has the epoch
         self._validation_rng: RngState | None = None  # for the validation that a resumed run is to finish
 
@@ -430,12 +431,14 @@ class TrainingLoop:
         set_epoch(loader, self._boundary.origin.epoch)
         rows = data_rows(loader)
         if resumed is not None and position.data_rows not in (None, rows):
+            when = "before" if position.phase == "begin" else "when"
             logger.warning(
-                f"the training data has the length {rows} and had {position.data_rows} when the checkpoint was taken,"
+                f"the training data has the length {rows} and had {position.data_rows} {when} the checkpoint was taken,"
                 f" so the run does not continue exactly; resume with the same data"
             )
         position.data_rows = rows
         if position.phase == "begin":
+            self._resumed = None
             sampler = getattr(loader, "sampler", None)
             if isinstance(sampler, ShuffledSampler):
                 type(sampler).skip = 0  # one that was resumed where nothing was left to read has not skipped yet
@@ -531,6 +534,13 @@ class TrainingLoop:
         loss = values[0] if values else None
         if not isinstance(loss, torch.Tensor):
             raise _bad_loss(self._module, loss, values)
+        if not self._is_checked:  # once: it looks at every parameter
+            self._is_checked = True
+            if micro_step == 0 and any(parameter.grad is not None for parameter in self._module.parameters()):
+                raise StepOutputError(
+                    f"{type(self._module).__name__}.train_step() called backward(), which the trainer does, too; return"
+                    f" the loss alone, or set manual_optimization = True and call optimize()"
+                )
         if weight == 0:
             return torch.zeros_like(loss.detach()), values
         share = loss if weight is None else loss * weight

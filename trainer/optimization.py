@@ -529,5 +529,5 @@ def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Schedule]
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"a {type(value).__name__}: {text[:80]}" if len(text) > 80 else text

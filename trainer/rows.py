@@ -132,6 +132,8 @@ def _count(batch: Any, expected: int | None, exceeds: bool) -> Count:
         return Count(rows, f"its second dimension is the {expected} rows that were asked for (time first?)")
     if exceeds and expected is not None and rows > expected:
         return Count(rows, f"the dataloader makes batches of {expected}")
+    if isinstance(batch, (list, tuple)) and len(batch) == expected and len(set(shapes)) == 1 and len(shapes[0]) > 1:
+        return Count(rows, f"it is a {type(batch).__name__} of {expected} tensors of one shape, which may be samples")
     if _holds_samples(batch):
         return Count(rows, "it holds no tensor but in containers, which may be samples")
     return Count(rows, None)

@@ -164,7 +164,10 @@ def test_a_metric_that_nobody_logs_is_told_of_once(kit: Any, tmp_path: Path, cap
     assert [r for r in caplog.messages if "'acuracy'" in r and "val_loss" in r] == [
         r for r in caplog.messages if "acuracy" in r
     ]
-    assert len([r for r in caplog.messages if "acuracy" in r]) == 1
+    assert len([r for r in caplog.messages if "follows 'acuracy'" in r]) == 1
+    assert outcome.result.problems == [
+        "Checkpoints(best=) did not find the metric 'acuracy' 2 times, first at step 2 (there: val_loss)"
+    ]
 
 
 @pytest.mark.anyio

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 from events.errors import CheckpointMismatch
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
 from trainer.callbacks import EMA
-from trainer.errors import ArgumentsError, DataLoaderError
+from trainer.errors import ArgumentsError, DataLoaderError, StepOutputError
 
 EACH_EPOCH = Checkpoints(every_epochs=1, every_minutes=None, keep_last=None, when_busy="wait", weights=False)
 
@@ -130,13 +130,26 @@ class BadLength:
         yield torch.zeros(4, 2), torch.zeros(4)
 
 
-@pytest.mark.parametrize("length", [RuntimeError("no"), -1])
+@pytest.mark.parametrize("length", [RuntimeError("no"), TypeError("None has no len()"), -1])
 def test_a_length_that_cannot_be_had_names_its_class(length: Any) -> None:
     """The user's own code fails there, or counts below 0."""
     net = Net()
     net.get_train_dataloader = lambda *given: BadLength(length)  # type: ignore[method-assign]
     with pytest.raises(DataLoaderError, match=r"len\(\) of a BadLength failed \("):
         train(net)
+
+
+def test_a_backward_pass_of_the_modules_own_is_refused() -> None:
+    """Its gradients would be applied twice, or beside those of the loss."""
+
+    class Twice(Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss = super().train_step(global_step, batch, device)
+            loss.backward(retain_graph=True)
+            return loss
+
+    with pytest.raises(StepOutputError, match=r"Twice.train_step\(\) called backward\(\).*manual_optimization"):
+        train(Twice())
 
 
 # --------------------------------------------------------------------------------------------- the order of data
@@ -195,7 +208,7 @@ def test_data_that_changed_its_length_is_named(tmp_path: Path, caplog: pytest.Lo
     train(Net(), tmp_path / "b", epochs=2, resume=checkpoint)
     assert "the training data has the length" not in caplog.text
     train(Net(16), tmp_path / "c", epochs=2, resume=checkpoint)
-    assert "the training data has the length 16 and had 12" in caplog.text
+    assert "the training data has the length 16 and had 12 before the checkpoint" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------- validation

@@ -16,7 +16,7 @@ from events.errors import TrainingThreadStuck
 from events.log import logger
 from events.messages import ObserverFailed, RunEnded, RunStarted, WarningLogged
 from sinks import CSV, Console
-from trainer import CallbackInterface, Delivery, launch
+from trainer import CallbackInterface, Checkpoints, Delivery, launch
 
 HOSTED = Path(__file__).parent / "hosted"
 
@@ -94,6 +94,23 @@ def test_a_run_whose_loss_was_nan_does_not_end_with_a_tick(kit: Any, capsys: pyt
     ]
     assert [shown.count(problem) for problem in result.problems] == [1, 1]
     assert "stagecast:" not in shown
+
+
+@pytest.mark.parametrize("what", ["loss", "metric"])
+def test_a_problem_that_comes_after_the_end_of_the_run_has_the_last_word(
+    kit: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, what: str
+) -> None:
+    """A number is read after its step, perhaps after the run has ended; and a metric that never came is a problem."""
+
+    class Net(kit.Net):
+        def train_step(self, *args: Any) -> Any:
+            loss, *rest = super().train_step(*args)
+            return loss * (math.nan if what == "loss" else 1.0), *rest
+
+    own = {"val_interval_epochs": 0} if what == "loss" else {"checkpoints": Checkpoints(best="acuracy")}
+    kit.train(Net(), sinks=[Console()], run_dir=tmp_path / "run", epochs=1, **own)
+    ends = [line for line in capsys.readouterr().err.splitlines() if "finished at step" in line]
+    assert re.search(r"! finished at step 2 .*, with 1 problem", ends[-1])
 
 
 def test_the_console_that_failed_is_named_with_the_warnings_that_were_left_to_it(

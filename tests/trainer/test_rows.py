@@ -36,6 +36,7 @@ def test_a_batch_whose_tensors_agree_is_counted_without_a_word(batch: Any, expec
 @pytest.mark.parametrize(
     ("batch", "expected", "rows", "doubt"),
     [
+        ((ONES(1, 4, 4), ONES(1, 4, 4)), 2, 1, "tensors of one shape, which may be samples"),
         ([ONES(3, 8, 8), ONES(3, 9, 9), ONES(3, 7, 7), ONES(3, 7, 7)], 4, 4, "a list of 4 entries"),
         (((ONES(3, 8, 8), ONES(3, 9, 9)), (ONES(5, 4), ONES(1, 4))), 2, 2, "a list of 2 entries"),
         ([(ONES(3, 8), ONES(())), (ONES(3, 8), ONES(()))], None, 3, "containers"),
