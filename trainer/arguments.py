@@ -231,25 +231,27 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         """Epochs after which the run ends; None: ``max_steps`` alone ends it."""
         return 1 if self.epochs is None and self.max_steps is None else self.epochs
 
-    def total_steps(self, steps_per_epoch: int | None) -> int | None:
-        """Optimizer steps of the whole run; None if nothing says.
+    def total_steps(self, steps_per_epoch: int | None, done: tuple[int, int] = (0, 0)) -> int | None:
+        """Optimizer steps of the whole run; None if nothing limits them.
 
         Args:
             steps_per_epoch: Steps of an epoch that ends with its data; None if that is unknown.
+            done: Epochs that were trained under earlier limits, and their steps.
         """
         epochs = self.epoch_limit
-        of_epochs = None if epochs is None or steps_per_epoch is None else epochs * steps_per_epoch
+        of_epochs = None
+        if epochs is not None and steps_per_epoch is not None:
+            of_epochs = done[1] + max(0, epochs - done[0]) * steps_per_epoch
         return min((one for one in (of_epochs, self.max_steps) if one is not None), default=None)
 
-    def steps_and_epochs(self, steps_per_epoch: int | None) -> tuple[int, int]:
+    def steps_and_epochs(self, steps_per_epoch: int | None, total: int | None) -> tuple[int, int]:
         """What `ModuleInterface.get_optimizers_schedulers` gets: steps per epoch, and epochs.
 
-        Their product is `total_steps`, rounded up to whole steps per epoch; 0 steps if the total is unknown.
+        Their product is ``total``, rounded up to whole steps per epoch; 0 steps if it is unknown.
         """
-        total = self.total_steps(steps_per_epoch)
         if total is None:
             return 0, self.epoch_limit or 1
-        epochs = -(-total // steps_per_epoch) if steps_per_epoch else self.epoch_limit or 1
+        epochs = max(1, -(-total // steps_per_epoch)) if steps_per_epoch else self.epoch_limit or 1
         return -(-total // epochs), epochs
 
     @property

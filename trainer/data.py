@@ -11,11 +11,19 @@ import dataclasses
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
+from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any, ClassVar
 
 import msgspec
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from torch.utils.data import SequentialSampler as SequentialSampler
 
 from trainer.errors import ArgumentsError, DataLoaderError
@@ -143,12 +151,15 @@ class ShuffledSampler(Sampler[int]):
     """How many samplers of this very class were made: 1 once the dataloader uses it."""
     skip: ClassVar[int] = 0
     """How many indices at the beginning are left out, because a run is resumed behind them. The length stays."""
+    iterations: ClassVar[int] = 0
+    """How often samplers of this very class were iterated, in this process."""
 
     def __init__(self, data_source: Sized) -> None:
         self.data_source = data_source
         type(self).instances += 1
 
     def __iter__(self) -> Iterator[int]:
+        type(self).iterations += 1
         # Hashed, as seed + epoch would give (0, 1) and (1, 0) the same order.
         digest = hashlib.blake2b(f"{self.seed}:{self.epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -169,7 +180,7 @@ def make_train_sampler(
     Args:
         epoch: None: that of ``base``, also when it changes there.
     """
-    own = {"seed": seed, "instances": 0, "skip": 0} | ({} if epoch is None else {"epoch": epoch})
+    own = {"seed": seed, "instances": 0, "skip": 0, "iterations": 0} | ({} if epoch is None else {"epoch": epoch})
     return type("TrainSampler", (base,), own)
 
 
@@ -178,17 +189,79 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
     torch's `DistributedSampler` has one, and would give each epoch the same order without it.
     """
-    batches = getattr(loader, "batch_sampler", None)
-    parts = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
-    for part in {id(part): part for part in (*parts, getattr(loader, "dataset", None))}.values():
+    for part in _parts_of_loader(loader):
         if callable(method := getattr(part, "set_epoch", None)):
             method(epoch)
+
+
+def hides_epoch(loader: Any) -> bool:
+    """Whether persistent workers have a copy of the data set that `set_epoch` does not reach."""
+    dataset = getattr(loader, "dataset", None)
+    if not has_live_workers(loader) or not callable(getattr(dataset, "set_epoch", None)):
+        return False
+    return not any(map(_is_shared, getattr(dataset, "__dict__", {}).values()))  # it may share its epoch with them
+
+
+def _is_shared(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return bool(value.is_shared())  # type: ignore[no-untyped-call]  # torch's
+    return isinstance(value, SynchronizedBase)
+
+
+def _parts_of_loader(loader: Any) -> list[Any]:
+    """A dataloader and what it takes its indices and rows from, each once."""
+    batches = getattr(loader, "batch_sampler", None)
+    parts = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
+    return list({id(part): part for part in (*parts, getattr(loader, "dataset", None))}.values())
 
 
 def data_rows(loader: Any) -> int | None:
     """Rows of a dataloader's data set, or else its batches; None if it has no length."""
     dataset = getattr(loader, "dataset", None)
-    return loader_length(loader if dataset is None else dataset)
+    if dataset is None:
+        return loader_length(loader)
+    try:
+        return len(dataset)
+    except Exception:  # of no use to the dataloader either, which has a sampler of its own then
+        return None
+
+
+def state_of_order(loader: Any) -> torch.Tensor | None:
+    """The state of the generator that decides the order of a dataloader of torch's; None if that is unknown."""
+    for sampler in _parts_of_loader(loader):
+        if isinstance(sampler, _DRAWING):
+            return torch.get_rng_state() if sampler.generator is None else sampler.generator.get_state()
+    return None
+
+
+_DRAWING = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+
+def has_live_workers(loader: Any) -> bool:
+    """Whether persistent workers that have read an epoch will read the next one."""
+    return keeps_workers(loader) and getattr(loader, "_iterator", None) is not None
+
+
+def keeps_workers(loader: Any) -> bool:
+    """Whether a dataloader is of torch's and has persistent workers."""
+    return isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.persistent_workers
+
+
+def iterate(loader: Any, seed: int | None) -> Iterator[Any]:
+    """Iterate a dataloader; one whose persistent workers this process did not start yet, as if it had.
+
+    torch draws the seed of new workers from the loader's generator, and draws none when workers read another epoch.
+
+    Args:
+        seed: That of the new workers, if there would be none in a run that was not interrupted; None: it draws one.
+    """
+    if seed is None or not keeps_workers(loader) or has_live_workers(loader):
+        return iter(loader)
+    own, loader.generator = loader.generator, torch.Generator("cpu").manual_seed(seed)
+    try:
+        return iter(loader)
+    finally:
+        loader.generator = own
 
 
 # ------------------------------------------------------------------------------------------------- loaders
@@ -230,8 +303,9 @@ def loader_length(loader: Iterable[Any]) -> int | None:
     except Exception as error:
         # It has no __len__, or a dataset or sampler below it has none.
         of_torch = isinstance(loader, DataLoader | torch.utils.data.Dataset)
+        is_missing = not str(error).endswith("cannot be interpreted as an integer")
         if isinstance(error, NotImplementedError) or (
-            isinstance(error, TypeError) and (of_torch or not hasattr(type(loader), "__len__"))
+            isinstance(error, TypeError) and is_missing and (of_torch or not hasattr(type(loader), "__len__"))
         ):
             return None
         # The user's own code: its class must stand beside whatever it raised.
@@ -284,9 +358,8 @@ def skip_batches(loader: Any, batches: int, micro_batch: int) -> bool:
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """The generators of its own that a dataloader of torch's, or its sampler, draws from when it is iterated."""
-    owners = loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    found = [getattr(owner, "generator", None) for owner in owners]
+    """The generators of their own that a dataloader of torch's, its samplers and its data draw from."""
+    found = [getattr(owner, "generator", None) for owner in _parts_of_loader(loader)]
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 

@@ -132,6 +132,8 @@ class CallbackHooks:
         """Whether it has ``state_dict`` and ``load_state_dict``, for checkpoints."""
         self.state_key = self._state_key(callback)
         """What its state is found again by: told apart from all others of the run."""
+        self.names_itself = getattr(callback, "state_key", None) is not None
+        """Whether that is a key of its own, not the one by default."""
         self.should_stop = self._optional(callback, "should_stop")
         """Asked on the loop's thread when a validation is over, with ``global_step`` and what it has produced:
         returns a reason to stop the run, or None."""
@@ -203,7 +205,8 @@ class CallbackHooks:
 
     def saved_state(self) -> dict[str, Any]:
         """Its state as a checkpoint has it. Raises what its ``state_dict`` raises."""
-        return {"key": self.state_key, "kind": self.kind, "state": self.state_dict()}
+        kind = None if self.names_itself else self.kind  # one that has a key of its own is found by nothing else
+        return {"key": self.state_key, "kind": kind, "state": self.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
         """Have it take over what `state_dict` returned. Raises what it raises."""

@@ -35,9 +35,14 @@ from trainer.data import (
     as_val_loaders,
     data_rows,
     generators_of,
+    has_live_workers,
+    hides_epoch,
+    iterate,
+    keeps_workers,
     loader_length,
     make_train_sampler,
     set_epoch,
+    state_of_order,
 )
 from trainer.errors import (
     REMEDY,
@@ -102,6 +107,12 @@ class TrainingLoop:
         self._resumed: Loaded | None = None
         self._is_checked = False  # whether the first forward pass has left no gradients
         self._order: type[ShuffledSampler] | None = None  # what all samplers of the run derive from: it has the epoch
+        self._recalled: Any = None  # the dataloader of the epoch before, if this process has not iterated it
+        self._read_early: tuple[Any, type[ShuffledSampler], int] | None = None
+        """A dataloader for which the module has iterated the sampler itself, that sampler's class, and how often."""
+        self._state_of_order: torch.Tensor | None = None  # before the epoch that was iterated last
+        self._warned: set[str] = set()
+        self._generators: list[torch.Generator] = []  # those of the dataloader itself
         self._validation_rng: RngState | None = None  # for the validation that a resumed run is to finish
 
     def run(self, optimization: Optimization, first_loader: Iterable[Any], resumed: Loaded | None = None) -> None:
@@ -172,11 +183,12 @@ class TrainingLoop:
 
         A module may keep it for the epochs that follow, perhaps at a place of its own.
         """
-        position = self._position
-        if position.sampler_epoch is not None or position.loader_state is not None:
-            loader: Any = self._ask_for_loader(max(0, self._boundary.origin.epoch - 1))
+        position, epoch = self._position, self._boundary.origin.epoch
+        if epoch:
+            loader: Any = self._ask_for_loader(epoch - 1)
             if position.loader_state is not None and has_state(loader):
                 loader.load_state_dict(position.loader_state)
+            self._recalled = loader
 
     def train_loader(self, epoch: int) -> Iterable[Any]:
         """Ask the module for the dataloader of an epoch."""
@@ -184,7 +196,7 @@ class TrainingLoop:
         if position.phase == "begin":
             if self._checkpoints.enabled:
                 position.rng_at_loader = capture_rng(self._device)
-            position.sampler_epoch = position.loader_state = None
+            position.loader_state = None
         return self._ask_for_loader(epoch)
 
     def _ask_for_loader(self, epoch: int) -> Iterable[Any]:
@@ -195,6 +207,7 @@ class TrainingLoop:
         # A class of its own each time: it counts the samplers that are made of it, and skips for one of them.
         sampler = make_train_sampler(self._position.sampler_seed, None, self._order)
         loader: Any = self._module.get_train_dataloader(sampler, self._arguments.micro_batch_size)
+        self._warn_of_early_order(loader, sampler)
         loaders = as_val_loaders(loader if loader is not None else {}, "get_train_dataloader")
         if list(loaders) != ["default"]:
             raise EmptyDataLoader(
@@ -232,6 +245,7 @@ class TrainingLoop:
         limit_bytes = arguments.epoch_outputs_limit_bytes
         outputs = boundary.epoch_outputs(TrainEpochEnded, "on_end_train_epoch", limit_bytes)
         checkpoints.outputs, checkpoints.loader = outputs, loader
+        self._generators = generators_of(loader)
         steps = self.steps_of(loader)
         if position.phase == "begin":
             position.first_step, position.batches, position.elapsed_s = origin.global_step, 0, 0.0
@@ -267,7 +281,7 @@ class TrainingLoop:
                 batch = next(batches, END)  # WAIT: data
                 if batch is END:
                     ledger.data += clock() - mark
-                    position.used_up = True
+                    self._use_up()
                     break
                 rows = rows_of(batch, read)
                 weight = rows if weigh is None else weigh(batch)
@@ -279,7 +293,8 @@ class TrainingLoop:
                         rows = rows_of(batch, read)
                         group.append((batch, rows, rows if weigh is None else weigh(batch)))
                         read += 1
-                    position.used_up = batch is END
+                    if batch is END:
+                        self._use_up()
                 observed = TrainStepEnded in bus.payload_receivers
                 keep = observed or hooks_want_outputs or outputs is not None
                 now = clock()
@@ -406,6 +421,7 @@ class TrainingLoop:
             checkpoints.loader = None  # its own place is one within the epoch, where nobody will go on
         position.phase = "end"
         position.loader_state = None
+        self._note_generators()
         if self._validates_at_end(epoch):
             self._validate()
         duration_s = position.elapsed_s + time.monotonic() - began
@@ -416,6 +432,10 @@ class TrainingLoop:
         never_validates = arguments.val_interval_steps is None and not arguments.val_interval_epochs
         self._judge(recorder.epoch, epoch_loss=None if never_validates or position.judges_epoch else True)
         position.judges_epoch = False
+        taken = origin.global_step - first_step
+        planned = position.planned_steps + (position.steps_per_epoch or taken)
+        position.planned_steps = origin.global_step if self._at_max_steps else planned
+        self._note_generators()  # hooks may have drawn from them
         position.phase = "begin"
         checkpoints.outputs = None
         origin.epoch = epoch + 1  # where a checkpoint goes on
@@ -429,26 +449,32 @@ class TrainingLoop:
         assert self._order is not None
         self._order.epoch = self._boundary.origin.epoch
         set_epoch(loader, self._boundary.origin.epoch)
+        recalled, self._recalled = self._recalled, None
         rows = data_rows(loader)
-        if resumed is not None and position.data_rows not in (None, rows):
-            when = "before" if position.phase == "begin" else "when"
-            logger.warning(
-                f"the training data has the length {rows} and had {position.data_rows} {when} the checkpoint was taken,"
-                f" so the run does not continue exactly; resume with the same data"
-            )
+        if resumed is not None and position.data_rows is not None:
+            again = rows if recalled is None else data_rows(recalled)  # the length may change from epoch to epoch
+            if again != position.data_rows:
+                when = "before" if position.phase == "begin" else "when"
+                logger.warning(
+                    f"the training data has the length {again} and had {position.data_rows} {when} the checkpoint was"
+                    f" taken, so the run does not continue exactly; resume with the same data"
+                )
         position.data_rows = rows
         if position.phase == "begin":
             self._resumed = None
+            if recalled is not None:
+                self._keep_generators(recalled, loader)
+            self._warn_of_order(loader)
             sampler = getattr(loader, "sampler", None)
             if isinstance(sampler, ShuffledSampler):
                 type(sampler).skip = 0  # one that was resumed where nothing was left to read has not skipped yet
             if self._checkpoints.enabled:
                 position.rng_at_iter = capture_rng(self._device)
-                position.generators_at_iter = [generator.get_state() for generator in generators_of(loader)]
+                self._note_generators()
                 position.batching = self._arguments.micro_batch_size, self._arguments.accumulation_steps
-                position.sampler_epoch = sampler.epoch if isinstance(sampler, ShuffledSampler) else None
+            position.keeps_workers = has_live_workers(loader) or (loader is recalled and keeps_workers(loader))
             position.phase = "train"
-            return iter(loader)
+            return iterate(loader, position.seed_of_workers(self._boundary.origin.epoch))
         assert resumed is not None
         self._resumed = None
         if outputs is not None and "outputs" in resumed.parts:
@@ -462,10 +488,13 @@ class TrainingLoop:
         if position.phase == "end" or position.used_up:
             if position.loader_state is not None and has_state(loader):
                 loader.load_state_dict(position.loader_state)  # type: ignore[attr-defined]  # `has_state` has looked
+            self._keep_generators(loader, loader)
+            self._recalled = loader
         else:
             mark = clock()
             position.rng_at_validation = resumed.rng  # what a checkpoint has to hold that is taken meanwhile
-            batches = go_on(loader, position, self._arguments, self._device, self._take_commands)  # WAIT: data
+            epoch = self._boundary.origin.epoch
+            batches = go_on(loader, position, epoch, self._arguments, self._device, self._take_commands)  # WAIT: data
             position.rng_at_validation = None
             self._boundary.ledger.data += clock() - mark
         restore_rng(resumed.rng, self._device)
@@ -481,6 +510,54 @@ class TrainingLoop:
             self._validate_after(step)  # was due, and not done yet
             self._checkpoints.after_step(last=False)  # it may be the best one
         return batches
+
+    def _use_up(self) -> None:
+        """The data of the epoch has ended."""
+        self._position.used_up = True
+        self._note_generators()
+
+    def _note_generators(self) -> None:
+        if self._checkpoints.enabled:
+            self._position.generators_at_iter = [generator.get_state() for generator in self._generators]
+
+    def _keep_generators(self, before: Any, loader: Any) -> None:
+        """Set those generators of a dataloader that the module keeps over epochs to their states in the checkpoint."""
+        kept = {id(generator) for generator in generators_of(loader)}
+        for generator, state in zip(generators_of(before), self._position.generators_at_iter or (), strict=False):
+            if id(generator) in kept:
+                generator.set_state(state)
+
+    def _warn_of_order(self, loader: Any) -> None:
+        """Warn if an epoch would have the order of the epoch before."""
+        order, before = state_of_order(loader), self._state_of_order
+        self._state_of_order = order
+        if order is not None and before is not None and torch.equal(order, before):
+            self._warn_once(
+                "get_train_dataloader() seeds the generator that shuffles in each epoch, so all epochs have the same"
+                " order; seed it once, or use the given sampler"
+            )
+        if hides_epoch(loader):
+            self._warn_once(
+                f"set_epoch() of {type(loader.dataset).__name__} does not reach persistent workers, so they may repeat"
+                f" the order of an earlier epoch; share its epoch with them in a tensor (share_memory_()), or set"
+                f" persistent_workers=False"
+            )
+
+    def _warn_of_early_order(self, loader: Any, sampler: type[ShuffledSampler]) -> None:
+        """Warn if the module keeps a dataloader whose order it has read when it made it."""
+        if (early := self._read_early) is not None and loader is early[0] and not sampler.iterations:
+            if early[1].iterations == early[2]:  # not in the epochs since, either
+                self._warn_once(
+                    "get_train_dataloader() keeps a dataloader but iterates the given sampler only when it makes it, so"
+                    " all epochs have the same order; make a new dataloader for each epoch, or give it the sampler"
+                )
+            return
+        self._read_early = (loader, sampler, sampler.iterations) if sampler.iterations else None
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning(text)
 
     def _step_limit(self) -> int | None:
         """The ``global_step`` at which the epoch that begins now must end, whatever data is left."""
@@ -713,6 +790,7 @@ class TrainingLoop:
             restore_rng(before, self._device)
         else:
             before = position.rng_at_val_loaders = capture_rng(self._device)
+        own = [generator.get_state() for generator in self._generators]  # a validation's dataloader may share them
         loaders = as_val_loaders(
             self._module.get_val_dataloaders(
                 torch.utils.data.SequentialSampler,
@@ -744,6 +822,8 @@ class TrainingLoop:
         else:
             position.judges_epoch = True
         restore_rng(before, self._device)
+        for generator, state in zip(self._generators, own, strict=True):
+            generator.set_state(state)
 
     def _judge(self, metrics: dict[str, Value], *, epoch_loss: bool | None) -> None:
         """Hand these metrics to all that follow one: schedulers, the best checkpoint, callbacks.

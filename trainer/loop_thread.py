@@ -44,6 +44,7 @@ from trainer.ledger import Ledger
 from trainer.loop import TrainingLoop
 from trainer.module_interface import ModuleInterface, Stage
 from trainer.optimization import Optimization
+from trainer.position import Position
 from trainer.precision import Precision
 from trainer.readback import DeviceReadback
 from trainer.recorder import MetricRecorder
@@ -238,10 +239,10 @@ class LoopThread:
         finally:
             try:
                 self._finish()
-                if seeded:
-                    _seeded_runs.remove(self._origin.run_id)
                 current_origin.reset(token)
             finally:  # whatever a signal has cut short
+                if seeded:
+                    _forget_seeded(self._origin.run_id)
                 _running.discard(self)
                 if self._given_up:
                     self.release()  # nobody has waited for this thread
@@ -305,20 +306,22 @@ class LoopThread:
         if loaded is not None and position.phase != "begin":
             self._restore_again(loaded)
         steps = loop.steps_of(loader)
-        if self._arguments.total_steps(steps) is None:
+        arguments = self._arguments
+        limits = arguments.micro_batch_size, arguments.accumulation_steps, arguments.max_train_steps_per_epoch
+        if loaded is None or arguments.reset_optimizers_schedulers or position.limits != limits:
+            position.steps_per_epoch, position.limits = steps or 0, limits
+        if arguments.total_steps(steps) is None:
             logger.warning(
                 "get_train_dataloader() returned data without a length, so get_optimizers_schedulers() gets 0 steps per"
                 " epoch; set max_steps or max_train_steps_per_epoch if a scheduler needs the number"
             )
         self._publish_started(steps)
-        if loaded is None or self._arguments.reset_optimizers_schedulers:
-            position.steps_per_epoch = steps or 0
-        elif isinstance(loader, Iterator) and not has_state(loader) and self._origin.epoch > 0:
+        if loaded is not None and isinstance(loader, Iterator) and not has_state(loader) and self._origin.epoch > 0:
             logger.warning(
                 "get_train_dataloader() returned an iterator, which begins anew in each process: what earlier epochs"
                 " have read of it comes again; give it state_dict and load_state_dict to have it go on"
             )
-        optimization = self._make_optimization(position.steps_per_epoch or None)
+        optimization = self._make_optimization(position)
         if loaded is not None:
             self._restore(loaded, optimization)
             restore_rng(rng, self._device)
@@ -337,10 +340,14 @@ class LoopThread:
             vars(self._module).pop("_stagecast_manual", None)
             optimization.close(self._checkpoints.stager.gate)
 
-    def _make_optimization(self, steps_per_epoch: int | None) -> Optimization:
+    def _make_optimization(self, position: Position) -> Optimization:
         self._boundary.phase = "get_optimizers_schedulers"
-        object.__setattr__(self._module, "_total_steps", self._arguments.total_steps(steps_per_epoch))
-        told = self._arguments.steps_and_epochs(steps_per_epoch)
+        steps_per_epoch, origin = position.steps_per_epoch or None, self._origin
+        total = self._arguments.total_steps(steps_per_epoch, (origin.epoch, position.planned_steps))
+        object.__setattr__(self._module, "_total_steps", total)
+        if total is not None and self._arguments.reset_optimizers_schedulers:
+            total = max(1, total - origin.global_step)  # new schedulers begin here
+        told = self._arguments.steps_and_epochs(steps_per_epoch, total)
         returned = self._module.get_optimizers_schedulers(*told)
         return Optimization(returned, self._module.parameters, self._arguments, self._precision, self._recorder)
 
@@ -535,3 +542,8 @@ def _note_seeded(run_id: str) -> None:
                 f" reproducible; train them one after the other, or with launch()"
             )
         _seeded_runs.append(run_id)
+
+
+def _forget_seeded(run_id: str) -> None:
+    with _seed_lock, contextlib.suppress(ValueError):  # a signal came before it was noted
+        _seeded_runs.remove(run_id)

@@ -39,6 +39,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import inspect
+import itertools
 import numbers
 import types
 from abc import ABC, abstractmethod
@@ -48,6 +50,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from trainer.data import parts_of
 from trainer.errors import ContractError
 from trainer.media import Histogram, Image, Logged, as_logged
 from trainer.peers import CALLS
@@ -138,9 +141,9 @@ class CallbackInterface(ABC):
 
     A callback that has ``state_dict()`` and ``load_state_dict(state)`` is part of checkpoints. Its state is found again
     by its ``state_key``, an attribute that it may have: by default its class and the arguments that it was built with,
-    such as ``EMA(Net, decay=0.99)``. ``state_dict`` is called on the thread of its hooks, when it has handled all that
-    came before the checkpoint; it returns plain values and tensors. ``load_state_dict`` is called before the first hook
-    of a resumed run.
+    such as ``EMA(module=Net, decay=0.99)``. ``state_dict`` is called on the thread of its hooks, when it has handled
+    all that came before the checkpoint; it returns plain values and tensors. ``load_state_dict`` is called before the
+    first hook of a resumed run.
 
     Two more methods are called where a callback has them, on the loop's thread: ``should_stop(global_step, metrics)``
     when a validation is over (or an epoch, in a run that does not validate), with the metrics that it has produced; a
@@ -162,9 +165,9 @@ class CallbackInterface(ABC):
         """Note what it is built with."""
         new = super().__new__
         self = new(cls) if new is object.__new__ else new(cls, *args, **kwargs)
-        if args or kwargs:  # a copy is made without
+        if (args or kwargs) and not issubclass(cls, ModuleInterface):  # a copy is made without
             with contextlib.suppress(AttributeError):  # a class with __slots__
-                object.__setattr__(self, "_stagecast_built_with", _shown_arguments(args, kwargs))
+                object.__setattr__(self, "_stagecast_built_with", _shown_arguments(cls, args, kwargs))
         return self
 
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
@@ -373,7 +376,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
                 the epochs, rounded up.
             epochs: Epochs that the run will train, the last of them perhaps in part. The product of both is the
                 length of the run (up to the rounding), so a schedule of that length ends where the run ends;
-                `total_steps` is exact.
+                `total_steps` is exact. With ``reset_optimizers_schedulers`` both are of what is left of the run.
 
         Returns:
             The optimizers, at least one, and the schedulers, any number. All optimizers step together; all
@@ -565,20 +568,38 @@ def contract_names(kind: type[CallbackInterface]) -> frozenset[str]:
     return frozenset(name for name in names - _CALLED_BY_USERS if not name.startswith("_"))
 
 
-def _shown_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Arguments as in a call; an object that is not a plain value is shown as its class."""
-    shown = [_shown_argument(value) for value in args]
-    return ", ".join([*shown, *(f"{name}={_shown_argument(value)}" for name, value in kwargs.items())])
+def _shown_arguments(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Arguments by their names; an object that is not a plain value is shown as its class."""
+    try:
+        bound = inspect.signature(kind.__init__).bind(None, *args, **kwargs)  # type: ignore[misc]  # of this very class
+    except (TypeError, ValueError):  # wrong ones, which the constructor will refuse; or written in C
+        return _shown_argument([*args, kwargs])
+    return ", ".join(f"{name}={_shown_argument(value)}" for name, value in list(bound.arguments.items())[1:])
+
+
+_PLAIN = (bool, numbers.Number, str, bytes, enum.Enum, PurePath, torch.dtype, torch.device)
 
 
 def _shown_argument(value: Any, depth: int = 4) -> str:
-    if value is None or isinstance(value, bool | int | float | str | bytes | enum.Enum | PurePath):
+    if isinstance(value, str | bytes):
+        return repr(value[:200])
+    if value is None or isinstance(value, _PLAIN):
         return f"{value!r:.200}"
-    if isinstance(value, list | tuple | set | frozenset):
-        if not depth:  # a list may hold itself
-            return "[...]"
-        return f"[{', '.join(_shown_argument(one, depth - 1) for one in list(value)[:20])}]"
-    return value.__qualname__ if isinstance(value, type) or hasattr(value, "__qualname__") else type(value).__name__
+    if isinstance(value, type) or hasattr(value, "__qualname__"):
+        return str(value.__qualname__)
+    shown = "" if isinstance(value, list | tuple | set | frozenset | dict) else type(value).__name__
+    if isinstance(value, set | frozenset):  # of no order that another process would have, too
+        parts = sorted(_shown_argument(one, depth - 1) for one in itertools.islice(value, 1_000)) if depth else ["..."]
+        return f"{{{', '.join(parts[:20])}}}"
+    if isinstance(value, list | tuple):
+        # A list may hold itself.
+        parts = [_shown_argument(one, depth - 1) for one in value[:20]] if depth else ["..."]
+        return f"[{', '.join(parts)}]"
+    named = parts_of(value)
+    if named is None:
+        return shown
+    parts = sorted(f"{key!r:.40}: {_shown_argument(one, depth - 1)}" for key, one in named[:20]) if depth else ["..."]
+    return f"{shown}{{{', '.join(parts)}}}"
 
 
 def _checked_name(name: object) -> str:

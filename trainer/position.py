@@ -41,10 +41,13 @@ class Position(msgspec.Struct):
     sampler_seed: int = 0
     steps_per_epoch: int = 0
     """Optimizer steps of an epoch that ends with its data; 0 if that is unknown."""
+    limits: tuple[int, int, int | None] | None = None
+    """Rows of a micro-batch, micro-batches of a step, and maximum steps per epoch, by which it was computed."""
+    planned_steps: int = 0
+    """Optimizer steps of the epochs before this one by that number; those that were done where ``max_steps`` ended
+    one."""
     data_rows: int | None = None
     """Length of the data set of this epoch, or of its dataloader; None if it has none."""
-    sampler_epoch: int | None = None
-    """The epoch whose order the dataloader has; another than the present one where the module keeps its loader."""
     loader_state: Any = None
     """What the dataloader's own ``state_dict`` returned, if it has one."""
     began: float = 0.0
@@ -52,7 +55,10 @@ class Position(msgspec.Struct):
     batching: tuple[int, int] | None = None
     """Rows of a micro-batch, and micro-batches of a step, in this epoch."""
     generators_at_iter: list[torch.Tensor] | None = None
-    """The states of the dataloader's own generators (`trainer.data.generators_of`) before it was iterated."""
+    """The states of the dataloader's own generators (`trainer.data.generators_of`) before it was iterated; once its
+    data has ended, those after that."""
+    keeps_workers: bool = False
+    """Whether persistent workers of an earlier epoch read this one."""
     rng_at_val_loaders: RngState | None = None
     """The random generators before the dataloaders of the validation under way were made."""
     rng_at_loader: RngState | None = None
@@ -61,6 +67,10 @@ class Position(msgspec.Struct):
     """...before it was iterated..."""
     rng_at_validation: RngState | None = None
     """...and before the dataloader that is being validated."""
+
+    def seed_of_workers(self, epoch: int) -> int | None:
+        """The seed of persistent workers that this process starts again for an epoch; None if it starts none again."""
+        return (self.sampler_seed + epoch) % 2**63 if self.keeps_workers else None
 
 
 SAVED_FIELDS = tuple(name for name in Position.__struct_fields__ if name not in ("began", "rng_at_validation"))

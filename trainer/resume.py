@@ -20,7 +20,7 @@ from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from events.log import logger
 from trainer.arguments import TrainerArguments
 from trainer.checkpointing import has_state
-from trainer.data import generators_of, loader_length, map_tensors, skip_batches
+from trainer.data import generators_of, iterate, loader_length, map_tensors, skip_batches
 from trainer.errors import DataLoaderError
 from trainer.fetch import KEYWORDS, no_name
 from trainer.hooks import CallbackHooks
@@ -123,10 +123,17 @@ class Loaded:
 
     def restore_frozen(self, module: ModuleInterface) -> None:
         """Have the module's parameters train that trained then, and no others."""
-        frozen = set(self.state["frozen"])
+        frozen, again = set(self.state["frozen"]), []
         for name, parameter in module.named_parameters():
             if parameter.is_floating_point() or parameter.is_complex():  # others never need a gradient
+                if parameter.requires_grad and name in frozen:
+                    again.append(name)
                 parameter.requires_grad_(name not in frozen)
+        if again:
+            logger.warning(
+                f"requires_grad of {', '.join(_some(again))} is False again, as in the checkpoint {self.folder}; set it"
+                f" in get_optimizers_schedulers() or on_begin_train_epoch() to train them from now on"
+            )
 
     def restore_optimization(self, optimization: Optimization) -> None:
         """Have optimizers and schedulers take over theirs. Raises `CheckpointMismatch`."""
@@ -140,8 +147,8 @@ class Loaded:
     ) -> None:
         """Have the callbacks that have a state take over theirs, by their ``state_key``.
 
-        One whose key has changed, because it was built with other arguments, takes the state of the only other one of
-        its class that is left.
+        One without a key of its own whose arguments have changed takes the state of the only other one of its class
+        that is left, with a warning.
 
         Args:
             on_failed_hook: Decides by the callback's policy what it means that it refuses.
@@ -158,14 +165,19 @@ class Loaded:
                 found.append((callback, saved.pop(callback.state_key)))
             elif callback.stateful:
                 left.append(callback)
+        unnamed = [one.kind for one in left if not one.names_itself]
         for callback in left:
-            alike = [one for one in saved.values() if one["kind"] == callback.kind]
-            if len(alike) > 1 or (alike and sum(one.kind == callback.kind for one in left) > 1):
+            alike = [] if callback.names_itself else [one for one in saved.values() if one["kind"] == callback.kind]
+            if len(alike) > 1 or (alike and unnamed.count(callback.kind) > 1):
                 raise CheckpointMismatch(
                     f"{self.folder} has the states of {', '.join(one['key'] for one in alike)}, and which of them is"
                     f" that of {callback.state_key} is unknown; give it the state_key that it had"
                 )
             if alike:
+                logger.warning(
+                    f"{callback.state_key} takes over the state of {alike[0]['key']}, the only other callback of its"
+                    f" class in the checkpoint {self.folder}; give it a state_key if it is another one"
+                )
                 found.append((callback, saved.pop(alike[0]["key"])))
             else:
                 logger.warning(f"the checkpoint {self.folder} has no state for the callback {callback.state_key}")
@@ -528,6 +540,7 @@ def _some(texts: Iterable[str], limit: int = 8) -> list[str]:
 def go_on(
     loader: Any,
     position: Position,
+    epoch: int,
     arguments: TrainerArguments,
     device: torch.device,
     check: Callable[[], None],
@@ -540,6 +553,7 @@ def go_on(
     Raises:
         DataLoaderError: the data ends before that place.
     """
+    seed = position.seed_of_workers(epoch)
     now = arguments.micro_batch_size, arguments.accumulation_steps
     if position.batching not in (None, now) and position.batches:
         raise CheckpointMismatch(
@@ -553,21 +567,20 @@ def go_on(
         generator.set_state(state)
     if position.loader_state is not None and has_state(loader):
         loader.load_state_dict(position.loader_state)
-        resumed: Iterator[Any] = iter(loader)
-        return resumed
+        return iterate(loader, seed)
     skips = arguments.resume_data == "skip"
     if skips and skip_batches(loader, position.batches, arguments.micro_batch_size):
         length = loader_length(loader)  # of other loaders it may be a guess: of an IterableDataset with workers
         if length is not None and length < position.batches:
             raise _too_short(length, position)
-        return iter(loader)
+        return iterate(loader, seed)
     if skips and position.batches:
         logger.warning(
             f"get_train_dataloader() returned data that cannot be skipped: {position.batches} batches are read and"
             f" discarded (skipping needs a torch DataLoader with the given sampler and batch size; a loader with"
             f" state_dict and load_state_dict is asked for its own place)"
         )
-    batches: Iterator[Any] = iter(loader)
+    batches = iterate(loader, seed)
     for number in range(position.batches):
         check()
         if next(batches, _END) is _END:

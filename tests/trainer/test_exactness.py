@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from events.errors import CheckpointMismatch
-from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from trainer import CallbackInterface, Checkpoints, ModuleInterface, RunInterrupted, Trainer, TrainerArguments
 from trainer.callbacks import EMA
 from trainer.errors import ArgumentsError, DataLoaderError, StepOutputError
 
@@ -50,11 +51,19 @@ class Net(ModuleInterface):
         return (self.net(batch[0]).squeeze(1) - batch[1]).pow(2).mean()
 
 
-def train(net: Net, folder: Path | None = None, *, callbacks: Any = (), resume: Any = None, **options: Any) -> Any:
+def train(
+    net: Net,
+    folder: Path | None = None,
+    *,
+    callbacks: Any = (),
+    resume: Any = None,
+    checkpoints: Checkpoints = EACH_EPOCH,
+    **options: Any,
+) -> Any:
     arguments = TrainerArguments(**{"train_batch_size": 4, "seed": 0, "device": "cpu"} | options)
     own: dict[str, Any] = {"journal": False, "checkpoints": False}
     if folder is not None:
-        own = {"run_dir": folder, "run_id": "r", "checkpoints": EACH_EPOCH}
+        own = {"run_dir": folder, "run_id": "r", "checkpoints": checkpoints}
     return Trainer(net, arguments, sinks=[], callbacks=callbacks, resume=resume, **own).train()
 
 
@@ -117,6 +126,29 @@ def test_a_schedule_of_that_length_ends_where_the_run_ends() -> None:
     assert net.cycle.last_epoch == 10
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "told", "steps"),
+    [
+        ({"epochs": 2, "max_steps": 2}, {"epochs": 2, "max_steps": 99}, (3, 2, 5), 5),  # one epoch was cut
+        ({"epochs": 2, "max_steps": 2}, {"epochs": 3}, (3, 3, 8), 8),
+        ({"epochs": 1}, {"epochs": 3}, (3, 3, 9), 9),
+        ({"epochs": 1}, {"epochs": 3, "max_train_steps_per_epoch": 2}, (2, 4, 7), 7),
+        ({"epochs": 1}, {"epochs": 3, "train_batch_size": 3}, (4, 3, 11), 11),
+        ({"epochs": 1}, {"epochs": 3, "reset_optimizers_schedulers": True}, (3, 2, 9), 9),  # new ones: what is left
+    ],
+)
+def test_a_resumed_run_with_other_limits_has_the_length_of_those(
+    tmp_path: Path, first: dict[str, Any], then: dict[str, Any], told: tuple[int, int, int], steps: int
+) -> None:
+    """With the steps that were taken under the earlier ones."""
+    train(Net(), tmp_path / "a", **first)
+    (checkpoint,) = (tmp_path / "a/checkpoints").glob("step-*.a1")
+    net = Net()
+    result = train(net, tmp_path / "b", resume=checkpoint, **then)
+    assert net.told == told
+    assert result.global_step == steps
+
+
 class BadLength:
     def __init__(self, length: Any) -> None:
         self.length = length
@@ -124,15 +156,15 @@ class BadLength:
     def __len__(self) -> int:
         if isinstance(self.length, Exception):
             raise self.length
-        return int(self.length)
+        return self.length  # type: ignore[no-any-return]
 
     def __iter__(self) -> Any:
         yield torch.zeros(4, 2), torch.zeros(4)
 
 
-@pytest.mark.parametrize("length", [RuntimeError("no"), TypeError("None has no len()"), -1])
+@pytest.mark.parametrize("length", [RuntimeError("no"), TypeError("None has no len()"), -1, 2.0, None, 2**70])
 def test_a_length_that_cannot_be_had_names_its_class(length: Any) -> None:
-    """The user's own code fails there, or counts below 0."""
+    """The user's own code fails there, or returns what is not a count."""
     net = Net()
     net.get_train_dataloader = lambda *given: BadLength(length)  # type: ignore[method-assign]
     with pytest.raises(DataLoaderError, match=r"len\(\) of a BadLength failed \("):
@@ -150,6 +182,21 @@ def test_a_backward_pass_of_the_modules_own_is_refused() -> None:
 
     with pytest.raises(StepOutputError, match=r"Twice.train_step\(\) called backward\(\).*manual_optimization"):
         train(Twice())
+
+
+def test_a_length_of_data_that_nothing_needs_may_be_missing() -> None:
+    """The dataloader has a sampler of its own, and never asks the data set."""
+
+    class Unsized(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            raise RuntimeError("unknown")
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.zeros(2), torch.tensor(float(index))
+
+    net = Net()
+    net.get_train_dataloader = lambda kind, size: DataLoader(Unsized(), size, sampler=range(12))  # type: ignore[method-assign]
+    assert train(net).global_step == 3
 
 
 # --------------------------------------------------------------------------------------------- the order of data
@@ -188,17 +235,149 @@ class KeptInBatches(Kept):
         return self.loader
 
 
-@pytest.mark.parametrize("kind", [Kept, KeptWithWorkers, KeptDistributed, KeptInBatches])
+class KeptShuffling(Kept):
+    generator: torch.Generator | None = None
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        if self.loader is None:
+            own = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+            self.loader = DataLoader(self.data, batch_size, shuffle=True, generator=self.generator, **own)
+        return self.loader
+
+
+class KeptShufflingWithWorkers(KeptShuffling):
+    workers = 1
+
+
+class KeptGenerator(KeptShuffling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+
+class KeptGeneratorWithWorkers(KeptGenerator):
+    workers = 1
+
+
+class KeptGeneratorAlone(KeptGenerator):
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return DataLoader(self.data, batch_size, shuffle=True, generator=self.generator)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Kept,
+        KeptWithWorkers,
+        KeptDistributed,
+        KeptInBatches,
+        KeptShuffling,
+        KeptShufflingWithWorkers,
+        KeptGenerator,
+        KeptGeneratorWithWorkers,
+        KeptGeneratorAlone,
+    ],
+)
 def test_a_kept_loader_gets_a_new_order_each_epoch(kind: Any, tmp_path: Path) -> None:
-    """By seed and epoch, so a resumed run has the same, at the border of an epoch and within one."""
+    """By seed and epoch, so a resumed run has the same, at the border of an epoch and within one.
+
+    Its other random numbers are those of the whole run too, though torch draws one for new workers.
+    """
     net = kind()
-    train(net, tmp_path / "whole", epochs=3)
+    steps = Checkpoints(every_steps=1, every_minutes=None, keep_last=None, when_busy="wait", weights=False)
+    train(net, tmp_path / "whole", epochs=3, checkpoints=steps)
+    after = torch.rand(())
     orders = [[row for batch in net.seen[first : first + 3] for row in batch] for first in (0, 3, 6)]
     assert len({tuple(order) for order in orders}) == 3
     assert all(sorted(order) == list(range(12)) for order in orders)
-    again = kind()
-    train(again, tmp_path / "again", epochs=3, resume=tmp_path / "whole/checkpoints/step-3.a1")
-    assert again.seen == net.seen[3:]
+    for step in (3, 4):
+        again = kind()
+        train(again, tmp_path / f"from-{step}", epochs=3, resume=tmp_path / f"whole/checkpoints/step-{step}.a1")
+        assert again.seen == net.seen[step:]
+        assert torch.rand(()) == after
+
+
+@pytest.mark.parametrize("kind", [KeptWithWorkers, KeptShufflingWithWorkers, KeptGenerator])
+def test_a_kept_loader_has_its_order_after_an_interrupted_validation(kind: Any, tmp_path: Path) -> None:
+    """The epoch's data has ended then, so the resumed run does not iterate the dataloader in that epoch."""
+
+    class Validated(kind):  # type: ignore[misc]
+        interrupts = False
+
+        def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+            return DataLoader(self.data, batch_size, sampler=sampler(self.data))
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if self.interrupts:
+                signal.raise_signal(signal.SIGINT)
+            self.interrupts = False
+            return super().val_step(global_step, batch, device)
+
+    whole, stopped, again = Validated(), Validated(), Validated()
+    train(whole, epochs=3)
+    after = torch.rand(())
+    stopped.interrupts = True
+    with pytest.raises(RunInterrupted):
+        train(stopped, tmp_path, epochs=3)
+    train(again, tmp_path, epochs=3, resume="auto")
+    assert stopped.seen + again.seen == whole.seen
+    assert torch.rand(()) == after
+
+
+class SeedsEachEpoch(Net):
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return DataLoader(self.data, batch_size, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+
+class SeedsAllEachEpoch(Net):
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        torch.manual_seed(5)
+        return DataLoader(self.data, batch_size, shuffle=True)
+
+
+class KeptInOneOrder(Kept):
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        if self.loader is None:
+            self.loader = DataLoader(torch.utils.data.Subset(self.data, list(sampler(self.data))), batch_size)
+        return self.loader
+
+
+class EpochOfItsOwn(TensorDataset):
+    epoch: Any = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class KeptWithEpoch(KeptWithWorkers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = EpochOfItsOwn(*self.data.tensors)
+
+
+class KeptWithSharedEpoch(KeptWithEpoch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.data.shared = torch.zeros(()).share_memory_()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (SeedsEachEpoch, "get_train_dataloader() seeds the generator that shuffles in each epoch"),
+        (SeedsAllEachEpoch, "get_train_dataloader() seeds the generator that shuffles in each epoch"),
+        (KeptInOneOrder, "iterates the given sampler only when it makes it"),
+        (KeptWithEpoch, "set_epoch() of EpochOfItsOwn does not reach persistent workers"),
+        (KeptWithSharedEpoch, None),
+        (KeptGeneratorAlone, None),
+    ],
+)
+def test_an_order_that_comes_again_is_named(kind: Any, text: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, where the trainer can know; a data set that shares its epoch with its workers is left alone."""
+    train(kind(), epochs=3)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (text is not None)
+    assert text is None or text in warnings[0]
 
 
 def test_data_that_changed_its_length_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +388,19 @@ def test_data_that_changed_its_length_is_named(tmp_path: Path, caplog: pytest.Lo
     assert "the training data has the length" not in caplog.text
     train(Net(16), tmp_path / "c", epochs=2, resume=checkpoint)
     assert "the training data has the length 16 and had 12 before the checkpoint" in caplog.text
+
+
+def test_data_whose_length_depends_on_the_epoch_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The length of one epoch says nothing about that of another."""
+
+    class Growing(Net):
+        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+            data = TensorDataset(*(one[: 4 * (sampler.epoch + 1)] for one in self.data.tensors))
+            return DataLoader(data, batch_size, sampler=sampler(data))
+
+    train(Growing(), tmp_path / "a", epochs=1)
+    train(Growing(), tmp_path / "b", epochs=3, resume=tmp_path / "a/checkpoints/step-1.a1")
+    assert "the training data has the length" not in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------- validation
@@ -239,11 +431,26 @@ class Noisy(Net):
         self.draw()
 
 
-def test_validation_changes_nothing_that_is_trained() -> None:
+class SharedGenerator(Noisy):
+    """Shuffles both with one generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        return DataLoader(self.data, batch_size, shuffle=True, generator=self.generator)
+
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+        return self.get_train_dataloader(sampler, batch_size)
+
+
+@pytest.mark.parametrize("kind", [Noisy, SharedGenerator])
+def test_validation_changes_nothing_that_is_trained(kind: Any) -> None:
     """Neither that it happens, nor how often: its random numbers are its own, those of loaders and hooks too."""
     weights = []
     for options in ({"val_interval_epochs": 0}, {"val_interval_epochs": 1}, {"val_interval_steps": 2}):
-        net = Noisy()
+        net = kind()
         train(net, epochs=3, **options)
         weights.append(net.net.weight.detach().clone())
     assert torch.equal(weights[0], weights[1])
@@ -279,10 +486,32 @@ def test_callbacks_of_one_class_keep_their_own_state_in_any_order(
     alone = Count("tens", by=10)
     train(Net(), tmp_path / "c", callbacks=[alone], epochs=2, resume=checkpoint)
     assert alone.total == 60
-    assert "has state for callbacks that are not there: Count('ones')" in caplog.text
-    changed = [Count("hundreds", by=100), Count("ones")]
+    assert "has state for callbacks that are not there: Count(what='ones')" in caplog.text
+    changed = [Count("hundreds", by=100), Count(what="ones")]
     train(Net(), tmp_path / "d", callbacks=changed, epochs=2, resume=checkpoint)
     assert [one.total for one in changed] == [330, 6]
+    taken = "Count(what='hundreds', by=100) takes over the state of Count(what='tens', by=10)"
+    assert taken in caplog.text
+
+
+def test_a_callback_with_a_key_of_its_own_takes_no_other_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both the one that is new and the one that is gone are named."""
+    old, new = Count("x"), Count("x")
+    old.state_key, new.state_key = "old", "new"  # type: ignore[attr-defined]
+    train(Net(), tmp_path / "a", callbacks=[old], epochs=1)
+    train(Net(), tmp_path / "b", callbacks=[new], epochs=2, resume=tmp_path / "a/checkpoints/step-3.a1")
+    assert new.total == 3
+    assert "has no state for the callback new" in caplog.text
+    assert "has state for callbacks that are not there: old" in caplog.text
+
+
+def test_arguments_of_any_kind_tell_callbacks_apart(tmp_path: Path) -> None:
+    """The same in every process, whatever the order of a set."""
+    kinds: list[Any] = [{"a": 1}, {"a": 2}, torch.float16, torch.float32, [1, 2], [1, 3], len, repr, {"x", "y", "z"}]
+    train(Net(), tmp_path, callbacks=[Count(one) for one in kinds], epochs=1)
+    assert Count({"z", "x", "y"})._stagecast_built_with == "what={'x', 'y', 'z'}"  # type: ignore[arg-type]
 
 
 def test_states_that_cannot_be_told_apart_are_an_error(tmp_path: Path) -> None:
@@ -335,6 +564,15 @@ def test_what_trains_is_restored(tmp_path: Path) -> None:
     train(again, tmp_path / "again", epochs=3, resume=tmp_path / "whole/checkpoints/step-6.a1")
     assert again.body.weight.requires_grad
     assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_parameter_that_is_frozen_again_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The module was built to train it, and the checkpoint says otherwise."""
+    train(Unfreezing(), tmp_path / "a", epochs=1)
+    again = Unfreezing()
+    again.body.requires_grad_(True)
+    train(again, tmp_path / "b", epochs=1, resume=tmp_path / "a/checkpoints/step-3.a1")
+    assert "requires_grad of body.weight, body.bias is False again" in caplog.text
 
 
 def test_seeded_runs_side_by_side_are_told_apart_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
