@@ -581,6 +581,13 @@ _PLAIN = (bool, numbers.Number, str, bytes, enum.Enum, PurePath, torch.dtype, to
 
 
 def _shown_argument(value: Any, depth: int = 4) -> str:
+    try:
+        return _shown(value, depth)
+    except Exception:  # an object whose own attributes or repr fail keeps no callback from being built
+        return type(value).__name__
+
+
+def _shown(value: Any, depth: int) -> str:
     if isinstance(value, str | bytes):
         return repr(value[:200])
     if value is None or isinstance(value, _PLAIN):

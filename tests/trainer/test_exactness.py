@@ -513,6 +513,12 @@ def test_arguments_of_any_kind_tell_callbacks_apart(tmp_path: Path) -> None:
     train(Net(), tmp_path, callbacks=[Count(one) for one in kinds], epochs=1)
     assert Count({"z", "x", "y"})._stagecast_built_with == "what={'x', 'y', 'z'}"  # type: ignore[arg-type]
 
+    class Odd:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("no attributes")
+
+    assert Count([Odd()])._stagecast_built_with == "what=[Odd]"  # type: ignore[arg-type]
+
 
 def test_states_that_cannot_be_told_apart_are_an_error(tmp_path: Path) -> None:
     """When they would be saved, and when they would be restored; a state_key of one's own tells them apart."""
