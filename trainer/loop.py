@@ -614,10 +614,7 @@ class TrainingLoop:
         if not self._is_checked:  # once: it looks at every parameter
             self._is_checked = True
             if micro_step == 0 and any(parameter.grad is not None for parameter in self._module.parameters()):
-                raise StepOutputError(
-                    f"{type(self._module).__name__}.train_step() called backward(), which the trainer does, too; return"
-                    f" the loss alone, or set manual_optimization = True and call optimize()"
-                )
+                raise _own_backward(self._module)
         if weight == 0:
             return torch.zeros_like(loss.detach()), values
         share = loss if weight is None else loss * weight

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 from events.errors import CheckpointMismatch
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, RunInterrupted, Trainer, TrainerArguments
 from trainer.callbacks import EMA
-from trainer.errors import ArgumentsError, DataLoaderError, StepOutputError
+from trainer.errors import ArgumentsError, DataLoaderError
 
 EACH_EPOCH = Checkpoints(every_epochs=1, every_minutes=None, keep_last=None, when_busy="wait", weights=False)
 
@@ -169,19 +169,6 @@ def test_a_length_that_cannot_be_had_names_its_class(length: Any) -> None:
     net.get_train_dataloader = lambda *given: BadLength(length)  # type: ignore[method-assign]
     with pytest.raises(DataLoaderError, match=r"len\(\) of a BadLength failed \("):
         train(net)
-
-
-def test_a_backward_pass_of_the_modules_own_is_refused() -> None:
-    """Its gradients would be applied twice, or beside those of the loss."""
-
-    class Twice(Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss = super().train_step(global_step, batch, device)
-            loss.backward(retain_graph=True)
-            return loss
-
-    with pytest.raises(StepOutputError, match=r"Twice.train_step\(\) called backward\(\).*manual_optimization"):
-        train(Twice())
 
 
 def test_a_length_of_data_that_nothing_needs_may_be_missing() -> None:

@@ -306,12 +306,13 @@ def test_a_complex_loss_is_named(kit: Any) -> None:
     assert "returned a complex loss (torch.complex64)" in str(outcome.error)
 
 
+@pytest.mark.parametrize("retain", [False, True])
 @pytest.mark.parametrize("detach", [False, True])
-def test_a_backward_within_train_step_is_named(kit: Any, detach: bool) -> None:
-    """Torch would say that it goes through the graph a second time, or that the loss has none."""
+def test_a_backward_within_train_step_is_named(kit: Any, detach: bool, retain: bool) -> None:
+    """Torch would say that it goes through the graph a second time, or apply its gradients twice without a word."""
 
     def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
         return loss.detach() if detach else loss
 
     outcome = kit.train(step_net(kit, step))
