@@ -301,12 +301,12 @@ def loader_length(loader: Iterable[Any]) -> int | None:
     try:
         return len(loader)  # type: ignore[arg-type]
     except Exception as error:
-        # It has no __len__, or a dataset or sampler below it has none.
+        # It has no __len__, or a loader, dataset or sampler below it has none; not: a None below it has none.
+        text = str(error)
         of_torch = isinstance(loader, DataLoader | torch.utils.data.Dataset)
-        is_missing = not str(error).endswith("cannot be interpreted as an integer")
-        if isinstance(error, NotImplementedError) or (
-            isinstance(error, TypeError) and is_missing and (of_torch or not hasattr(type(loader), "__len__"))
-        ):
+        has_none = of_torch or not hasattr(type(loader), "__len__") or ("has no len()" in text and "None" not in text)
+        is_missing = has_none and not text.endswith("cannot be interpreted as an integer")
+        if isinstance(error, NotImplementedError) or (isinstance(error, TypeError) and is_missing):
             return None
         # The user's own code: its class must stand beside whatever it raised.
         raise DataLoaderError(
