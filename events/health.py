@@ -35,7 +35,7 @@ _MOST_OBSERVERS = 64
 _MOST_ERRORS = 16
 """Names and texts are strangers', so their number has a bound."""
 _REASONS = {"non_finite_loss": "the loss was not finite", "non_finite_gradient": "a gradient was not finite"}
-_STREAM = "run.events"  # what a reader of the run misses, the reader catches up with or was told of
+_STREAM = "run.events"  # a reader of the run catches up with the events it missed, or gets an error
 
 
 class Health:

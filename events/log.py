@@ -438,7 +438,7 @@ def _in_words(run_id: Any, step: Any, rank: Any) -> str:
 
 
 def _takes(level: Level) -> bool:
-    """Whether the host's level lets it through. That the logger is disabled is no choice: `dictConfig` does it."""
+    """Whether the host's level lets it through. `dictConfig` disables existing loggers; that does not count."""
     number = _NUMBERS[level]
     return _stdlib_logger.getEffectiveLevel() <= number and _stdlib_logger.manager.disable < number
 

@@ -1,6 +1,6 @@
 """Lines for the person who started a run: on stderr, without any configuration, also out of a sink host.
 
-They are no warnings: nothing is published, logged or kept, so a line may hold a secret that the person needs.
+They are not warnings: nothing is published, logged or kept, so a line may hold a secret that the person needs.
 """
 
 from __future__ import annotations

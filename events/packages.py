@@ -1,4 +1,4 @@
-"""Sees that `trainer` and `sinks` are ours: the names are generic, and a file of somebody else's may shadow them."""
+"""Checks that `trainer` and `sinks` are ours: the names are generic, so a file in the user's folder may shadow them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def shadow_of(package: str) -> str | None:
         return getattr(found, "__file__", None) or ", ".join(getattr(found, "__path__", ())) or repr(found)
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, AttributeError, ValueError):  # a finder of somebody else's
+    except (ImportError, AttributeError, ValueError):  # raised by another package's import finder
         return None
     if spec is None or spec.origin is None:  # a folder without __init__.py shadows no package
         return None

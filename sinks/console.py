@@ -137,7 +137,7 @@ class Console(Strict, frozen=True):
         """Look at stderr and decide how to write to it. Imports rich."""
         from rich.console import Console as RichConsole
 
-        # None (pythonw), closed, or not a stream at all: no one can be shown anything, which is no failure.
+        # None (pythonw), closed, or not a stream at all: nothing can be shown, and that is not a failure.
         stream = sys.stderr
         gone = getattr(stream, "closed", False) or not callable(getattr(stream, "write", None))
         file: Any = _Nowhere() if gone else None

@@ -403,10 +403,11 @@ def test_running_for_stands_still_when_the_run_does(serve: Callable[..., PageSer
     ended.run |= {"ended": 1e9 + 61, "updated": 1e9 + 5_000}
     server = serve(ended, lost, going)
     for run_id, told in (("ended", "1m 01s"), ("lost", "1m 30s"), ("going", "1h 00m")):
-        page = visit(server.url, loaded=False)
+        page = visit(server.url, f"#run={run_id}")
         page.add_init_script("const now = Date.now; Date.now = () => now() + 7 * 86400e3")
-        page.goto(f"{server.url}#run={run_id}")
         for _ in range(2):
+            # One that is still connecting would write into the console that its connection is cut off.
+            page.wait_for_function("() => stagecast.focus()?.store.frameTime > 0")
             page.reload()
             page.wait_for_function("() => stagecast.focus()?.store.frameTime > 0")
             first = page.evaluate("stagecast.focus().store.frameTime")

@@ -116,7 +116,7 @@ export function shrunk(part, by) {
   return { ...part, y: column(part.y), raw: column(part.raw), low: column(part.low), high: column(part.high) };
 }
 
-/** A value that is so many times as large as what is usual lies beyond the scale... */
+/** Factor over the usual values beyond which a value lies off the scale... */
 const FAR = 1000;
 /** ...and where nothing tells what is usual, one that is so large. */
 const ABSURD = 1e15;
@@ -178,7 +178,7 @@ function rangeOf(finite, end, least, most) {
 
 const SAMPLES = 401;
 
-/** Of the first values, or of so many of them; sorting all at each drawing would take long. */
+/** Quartiles of the first `end` values; at most a sample of them is sorted, so that a drawing stays short. */
 function quartilesOf(finite, end, of) {
   const count = Math.min(end, SAMPLES);
   const sample = Float64Array.from({ length: count }, (_, i) => of(finite[Math.floor((i * end) / count)])).sort();

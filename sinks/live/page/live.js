@@ -19,7 +19,7 @@ const STALE_S = 5;
 const MOST_COMPARED = DASHES.length;
 const LIST_MS = 5000;
 const FIRST_LIST_MS = 1500;
-/** A run that so many lists in a row lack is not there any more. */
+/** Number of lists in a row that must lack a run before it counts as removed. */
 const MISSING_LOOKS = 2;
 /** The server lists at most so many: what is not in a list that long may be there all the same. */
 const MOST_LISTED = 1000;
