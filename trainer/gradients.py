@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 
@@ -10,27 +9,51 @@ import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 
-def non_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Look for NaN and infinity in gradients of any device, layout and type.
+class GradientCheck:
+    """Looks for NaN and infinity in the gradients of each step, of any device, layout and type.
 
-    Returns:
-        A float32 scalar ``()``, positive if any element is not finite, on a device of the gradients.
+    Used on the loop's thread, in every step. It waits for no device.
     """
-    if not gradients:
-        return torch.zeros(())
-    found = torch.zeros((), device=gradients[0].device)
-    try:
-        # One kernel for all of them, the one of torch's GradScaler; measured 4 us where a norm takes 11 us.
-        torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore[reportPrivateImportUsage]  # no public one
-            gradients, found, _one(found.device)
-        )
-    except RuntimeError:  # sparse or complex gradients, several devices or types
-        each = [(~torch.isfinite(_dense(one)).all()).float() for one in gradients]
-        devices = [one.device for one in each]
-        # Not to the CPU where another is: a copy from a device that nobody waits for is not there yet.
-        device = next((one for one in devices if one.type != "cpu"), devices[0])
-        found = torch.stack([one.to(device, non_blocking=True) for one in each]).sum()
-    return found
+
+    def __init__(self) -> None:
+        self._one = torch.ones(())
+        self._free: list[torch.Tensor] = []  # zeros () on one device, made many at a time to launch one kernel less
+
+    def find(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
+        """Look at the gradients of a step.
+
+        Returns:
+            A float32 scalar ``()`` on a device of the gradients, positive if any element is not finite. None if all
+            are finite and the host knows it, as it does on the CPU.
+        """
+        if not gradients:
+            return None
+        if not self._free:
+            device = gradients[0].device
+            self._free = list(torch.zeros(256, device=device).unbind())
+            self._one = torch.ones((), device=device)
+        found = self._free.pop()
+        try:
+            # One kernel for all of them, the one of torch's GradScaler; measured 7 us where a norm takes 24 us.
+            torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore[reportPrivateImportUsage]  # no public one
+                gradients, found, self._one
+            )
+        except RuntimeError:  # sparse or complex gradients, several devices or types, or another device than before
+            if found.device != gradients[0].device:
+                self._free.clear()
+            found = _look_at_each(gradients)
+        if found.is_cpu and not found.item():
+            self._free.append(found)
+            return None
+        return found
+
+
+def _look_at_each(gradients: list[torch.Tensor]) -> torch.Tensor:
+    each = [(~torch.isfinite(_dense(one)).all()).float() for one in gradients]
+    devices = [one.device for one in each]
+    # Not to the CPU where another is: a copy from a device that nobody waits for is not there yet.
+    device = next((one for one in devices if one.type != "cpu"), devices[0])
+    return torch.stack([one.to(device, non_blocking=True) for one in each]).sum()
 
 
 def clip_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
@@ -71,8 +94,3 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
     if gradient.layout is torch.strided:
         return gradient
     return gradient.coalesce()._values() if gradient.layout is torch.sparse_coo else gradient.values()
-
-
-@functools.cache
-def _one(device: torch.device) -> torch.Tensor:
-    return torch.ones((), device=device)

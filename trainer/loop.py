@@ -628,7 +628,8 @@ class TrainingLoop:
             if "backward through the graph a second time" in str(error):
                 raise _own_backward(self._module) from error
             raise
-        self._after_backward(loss, micro_step)
+        if self._backward_hooks or BackwardEnded in boundary.bus.wanted:
+            self._after_backward(loss, micro_step)
         share = share.detach()  # or the event would keep the graph alive
         # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
         return share.clone() if weight is None else share, values
@@ -675,15 +676,15 @@ class TrainingLoop:
             self._optimization.after_step()
         return loss, rows, [values] if keep else None, grad_norm, found, None
 
-    def _check_step(self, kind: str) -> None:
+    def _check_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to step."""
         if self._manual is not None:
             if self._checkpoints.stager.pending is not None:
                 self._checkpoints.stager.gate()
         elif self._boundary.phase == "train_step":
             raise OptimizerError(
-                f"train_step() called {kind}.step() itself: return the loss and leave backward() and the optimizers to"
-                f" the trainer, or set manual_optimization = True and call self.optimize(loss)"
+                f"train_step() called {type(optimizer).__name__}.step() itself: return the loss and leave backward()"
+                f" and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
             )
 
     def _after_backward(self, loss: torch.Tensor, micro_step: int) -> None:

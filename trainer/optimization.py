@@ -12,13 +12,17 @@ from time import perf_counter_ns as clock
 from typing import Any, Literal
 
 import torch
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from events.errors import CheckpointMismatch
 from events.log import logger
 from events.metrics import TRAIN_EPOCH_LOSS
 from trainer.arguments import TrainerArguments
 from trainer.errors import OptimizerError
-from trainer.gradients import clip_, non_finite
+from trainer.gradients import GradientCheck, clip_
 from trainer.ledger import Ledger
 from trainer.precision import Precision
 from trainer.recorder import MetricRecorder
@@ -69,8 +73,14 @@ class Optimization:
         self.schedulers = [one.scheduler for one in schedules]
         self._parameters = parameters
         self._strays: list[torch.nn.Parameter] = []
+        self._held = 0
+        self._has_new_parameters = False
+        self._registrations = [
+            register_module_parameter_registration_hook(self._note_registration),
+            register_module_module_registration_hook(self._note_registration),
+        ]
         self.find_strays()
-        self._check_step: Callable[[str], None] = lambda kind: None
+        self._gradient_check = GradientCheck()
         self.before_step: Callable[[], None] | None = None
         """Runs the hooks that look at the gradients that the optimizers are about to get."""
         self._switched: list[Any] = [
@@ -83,7 +93,7 @@ class Optimization:
         """Whether an optimizer computes the loss itself, several times per step: then all get a closure."""
         if self.wants_closure:
             _refuse_scaler(self.optimizers, precision)
-        self._guards = [optimizer.register_step_pre_hook(self._guard) for optimizer in self.optimizers]
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
         # torch's own `zero_grad` also opens a range for the profiler, which costs more than the loop adds to a step.
         self._clear_themselves = [o for o in self.optimizers if not _has_stock_zero_grad(o)]
         self._cleared_here = [o for o in self.optimizers if _has_stock_zero_grad(o)]
@@ -108,22 +118,25 @@ class Optimization:
         return lr if type(lr) is float else lr.detach().clone() if isinstance(lr, torch.Tensor) else float(lr)
 
     def find_strays(self) -> None:
-        """Find the parameters that no optimizer holds at present, frozen ones included; and clear their gradients.
+        """Find the parameters that no optimizer holds at present, frozen ones included, and clear their gradients.
 
-        Nobody else would: they would add up until an optimizer gets the parameter. Call it when parameters may have
-        been added to the module or to an optimizer.
+        Otherwise these would add up until an optimizer gets the parameter. `zero_grad` calls it after a parameter was
+        registered in any module, or the optimizers hold another number of parameters.
         """
-        held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        self._strays = [p for p in self._parameters() if id(p) not in held]
+        self._has_new_parameters = False
+        held = [id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        self._held = len(held)
+        known = set(held)
+        self._strays = [p for p in self._parameters() if id(p) not in known]
         for parameter in self._strays:
             parameter.grad = None
 
-    def guard(self, check: Callable[[str], None]) -> None:
-        """Call ``check`` with the class of an optimizer before any step of it, whoever steps it."""
-        self._check_step = check
+    def _note_registration(self, *_: Any) -> None:
+        self._has_new_parameters = True
 
-    def _guard(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._check_step(type(optimizer).__name__)
+    def guard(self, check: Callable[[torch.optim.Optimizer, Any, Any], None]) -> None:
+        """Call ``check(optimizer, args, kwargs)`` before any step of an optimizer, by any caller."""
+        self._guards += [optimizer.register_step_pre_hook(check) for optimizer in self.optimizers]
 
     def train(self) -> None:
         """Switch the optimizers that have ``eval()`` and ``train()`` to training."""
@@ -158,8 +171,8 @@ class Optimization:
             gate()
             for optimizer in self._switched:
                 optimizer.eval()
-        for guard in self._guards:
-            guard.remove()
+        for handle in (*self._guards, *self._registrations):
+            handle.remove()
 
     def step(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Apply the gradients that were accumulated.
@@ -183,7 +196,8 @@ class Optimization:
                     if "closure" not in str(error):
                         raise
                     raise self._want_closure(number) from error
-            self.after_step()
+            for scheduler in self._per_step:
+                scheduler.step()
         if self._precision.scaler is not None:
             self._precision.update()
         return grad_norm, found, skipped
@@ -302,7 +316,7 @@ class Optimization:
             parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
             grad_norm = clip_(parameters, self._arguments.max_grad_norm)
         elif not scaled:
-            found = non_finite(
+            found = self._gradient_check.find(
                 [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
             )
         # On the CPU there is no device to wait for, so "stop" can stop before the weights are harmed.
@@ -315,9 +329,10 @@ class Optimization:
     ) -> Skip | None:
         """One decision for all optimizers whether the step is skipped."""
         check = grad_norm if found is None else found
-        assert check is not None
         mark = clock()
-        if check.is_cpu and not loss.is_cpu:
+        if check is None:  # all gradients are finite
+            numbers = [loss.item(), 0.0]  # SYNC: as below
+        elif check.is_cpu and not loss.is_cpu:
             numbers = [loss.item(), check.item()]  # SYNC: as below; the check itself is on the host already
         else:
             both = torch.stack((loss.reshape(()), check.to(loss.device)))
@@ -330,16 +345,24 @@ class Optimization:
             return "non_finite_loss"
         if not bad:
             return None
-        return "non_finite_gradient" if self._precision.scaler is None else "gradient_overflow"
+        scaler = self._precision.scaler
+        # A scale of 1 or less multiplies nothing up, so the gradient itself is not finite in float16.
+        return "non_finite_gradient" if scaler is None or scaler.get_scale() <= 1 else "gradient_overflow"  # SYNC: rare
 
     def zero_grad(self) -> None:
-        """Let the gradients go."""
+        """Clear the gradients."""
+        held = 0
         for optimizer in self._clear_themselves:
             optimizer.zero_grad()
+            held += sum(len(group["params"]) for group in optimizer.param_groups)
         for optimizer in self._cleared_here:
             for group in optimizer.param_groups:
-                for parameter in group["params"]:
+                parameters = group["params"]
+                held += len(parameters)
+                for parameter in parameters:
                     parameter.grad = None
+        if held != self._held or self._has_new_parameters:
+            self.find_strays()
         for parameter in self._strays:
             parameter.grad = None
 

@@ -39,27 +39,24 @@ def row_counter(
         known = indices
         return lambda batch, index: known(index) or None
     if notice is None:
-        return lambda batch, index: count_rows(batch, None).rows
+        return lambda batch, index: _rows_of_tensors(batch) or count_rows(batch, None).rows
     tell = notice
     of_torch = isinstance(loader, DataLoader)
     own_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) if of_torch else None
+    usual = own_size if isinstance(own_size, int) else None if of_torch else batch_size
     announced = False
 
     def count(batch: Any, index: int) -> int | None:
         nonlocal announced
-        if announced:
-            return count_rows(batch, expected(index)).rows
-        rows, doubt = count_rows(batch, expected(index), exceeds=of_torch)
-        if doubt is not None:
+        expected = usual if indices is None else indices(index) or None
+        if expected is not None and _rows_of_tensors(batch) == expected:  # by far the most batches
+            return expected
+        rows, doubt = count_rows(batch, expected, exceeds=of_torch)
+        if doubt is not None and not announced:
             announced = True
             counted = "1" if rows is None else str(rows)
             tell(f"rows of {where}() are a guess: a batch counts {counted}, as {doubt}; define batch_weight to choose")
         return rows
-
-    def expected(index: int) -> int | None:
-        if indices is not None:
-            return indices(index) or None
-        return own_size if isinstance(own_size, int) else None if of_torch else batch_size
 
     return count
 
@@ -72,6 +69,24 @@ def _keeps_rows(loader: Any) -> bool:
     while type(data) is Subset:  # its `__getitems__` hands on that of the data set within
         data = data.dataset
     return not hasattr(data, "__getitems__")  # which may return fewer rows than it was asked for
+
+
+def _rows_of_tensors(batch: Any) -> int | None:
+    """The rows of a tensor, or of a list or tuple of tensors that all have the same number. Runs in every step."""
+    kind = type(batch)
+    if kind is torch.Tensor:
+        return batch.size(0) if batch.dim() else None
+    if kind is not tuple and kind is not list:
+        return None
+    rows: int | None = None
+    for part in batch:
+        if type(part) is not torch.Tensor or not part.dim():
+            return None
+        if rows is None:
+            rows = part.size(0)
+        elif rows != part.size(0):
+            return None
+    return rows
 
 
 class Count(NamedTuple):
@@ -88,22 +103,8 @@ def count_rows(batch: Any, expected: int | None, *, exceeds: bool = False) -> Co
         expected: The rows that the batch was asked to have.
         exceeds: Doubt a batch that has more.
     """
-    kind = type(batch)
-    if (kind is tuple or kind is list) and batch and type(batch[0]) is torch.Tensor and batch[0].dim():
-        # By far the most usual batch, and this runs in the step.
-        rows = batch[0].size(0)
-        if rows == expected:
-            for part in batch:
-                if type(part) is not torch.Tensor or not part.dim() or part.size(0) != rows:
-                    break
-            else:
-                return Count(rows, None)
-    elif kind is torch.Tensor and batch.dim() and batch.size(0) == expected:
+    if expected is not None and _rows_of_tensors(batch) == expected:
         return Count(expected, None)
-    return _count(batch, expected, exceeds)
-
-
-def _count(batch: Any, expected: int | None, exceeds: bool) -> Count:
     found: list[tuple[int, ...]] = []
     graphs = _shapes(batch, found)
     if graphs is not None:

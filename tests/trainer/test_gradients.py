@@ -12,7 +12,7 @@ from torch import nn
 from events.messages import NonFiniteGradient, NonFiniteLoss, StepSkipped, TrainStepEnded
 from trainer import inline
 from trainer.errors import ArgumentsError, NonFiniteGradientError, NonFiniteLossError, OptimizerError, StepOutputError
-from trainer.gradients import clip_, non_finite
+from trainer.gradients import GradientCheck, clip_
 
 POLICIES = [{}, {"clip_grads": True}, {"gpu_batch_size_limit": 4}, {"precision": "bfloat16"}]
 
@@ -127,6 +127,20 @@ def test_a_run_does_not_skip_for_ever(kit: Any, value: float, options: Any, kind
     assert outcome.of(TrainStepEnded)[-1].global_step == 4
 
 
+@pytest.mark.parametrize("policy", ["skip", "stop", "warn"])
+def test_a_nan_gradient_that_no_loss_scale_mends_is_reported_in_float16(kit: Any, policy: str) -> None:
+    """The scale is halved first, to 1; then the gradient is the cause, which ``stop`` ends at."""
+    net = bad_gradient_at(kit, *range(3, 100), rows=8 * 40)
+    outcome = kit.train(net, precision="float16", non_finite=policy, max_skipped_steps=25)
+    assert isinstance(outcome.error, NonFiniteGradientError)
+    overflows = [e for e in outcome.of(StepSkipped) if e.reason == "gradient_overflow"]
+    assert len(overflows) == 16  # 2**16 is the first scale
+    found = outcome.of(NonFiniteGradient)
+    assert {e.action for e in found} == {"stopped" if policy == "stop" else "skipped"}
+    assert len(found) == (1 if policy == "stop" else 9)
+    assert are_finite(net)
+
+
 def test_a_nan_loss_in_float16_is_named_as_such(kit: Any) -> None:
     """The scaler skips it whatever the policy, and would not say that the loss was the cause."""
 
@@ -167,14 +181,18 @@ def test_every_kind_of_gradient_is_looked_at_and_none_is_changed(make: Any, bad:
     """Exactly NaN and infinity are found: not numbers whose norm would overflow."""
     gradients = make(2.0 if bad is None else bad)
     before = [one.to_dense().clone() for one in gradients]
-    assert (non_finite(gradients).item() > 0) == (bad is not None)
-    for one, was in zip(gradients, before, strict=True):
-        assert torch.equal(one.to_dense(), was) or bad is not None
+    check = GradientCheck()
+    for _ in range(3):  # what one step found does not count for the next
+        found = check.find(gradients)
+        assert (found is not None and found.item() > 0) == (bad is not None)
+        for one, was in zip(gradients, before, strict=True):
+            assert torch.equal(one.to_dense(), was) or bad is not None
+        assert check.find([torch.ones(2)]) is None
 
 
 def test_no_gradient_is_finite() -> None:
     """Where no parameter got one."""
-    assert non_finite([]).item() == 0
+    assert GradientCheck().find([]) is None
 
 
 # -------------------------------------------------------------------------------------------------- clipping
@@ -282,6 +300,48 @@ def test_gradients_that_no_optimizer_holds_yet_do_not_add_up(kit: Any) -> None:
     kit.train(Net(), epochs=3)
     weight, bias = seen[-1]
     assert seen == [(None, None)] * 2 + [(None, bias)] + [(weight, bias)] * 6
+
+
+@pytest.mark.parametrize("how", ["created", "attached", "group removed"])
+def test_gradients_of_a_parameter_that_loses_or_lacks_its_optimizer_do_not_add_up(kit: Any, how: str) -> None:
+    """Within an epoch: made in train_step, attached with a module that was made before, or taken from the optimizer."""
+    seen: list[float] = []
+
+    class Net(kit.Net):
+        def __init__(self) -> None:
+            super().__init__(rows=48)
+            self.spare = [nn.Linear(4, 4, bias=False)]  # hidden in a list
+            if how == "group removed":
+                self.body = self.spare[0]
+
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=0.0)
+            if how == "group removed":
+                self.optimizer.add_param_group({"params": list(self.body.parameters()), "lr": 0.0})
+            return [self.optimizer], []
+
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            return self.batches(batch_size)[:1] * 5
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            x, y = batch
+            if global_step == 2:
+                if how == "created":
+                    torch.manual_seed(0)
+                    self.body = nn.Linear(4, 4, bias=False)
+                elif how == "attached":
+                    self.body = self.spare[0]
+                else:
+                    self.optimizer.param_groups.pop()
+            return nn.functional.mse_loss(self.linear(self.body(x) if hasattr(self, "body") else x), y)
+
+        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
+            if hasattr(self, "body"):
+                seen.append(float(self.body.weight.grad.norm()))
+
+    kit.train(Net())
+    assert len(seen) >= 4
+    assert seen == pytest.approx([seen[0]] * len(seen))
 
 
 # ------------------------------------------------------------------------------------------------ clear errors
