@@ -302,7 +302,7 @@ _repeats = _Repeats()  # of what is logged outside of any run
 _on_stderr: deque[tuple[float, str]] = deque(maxlen=_MOST_HELD)
 _collected: ContextVar[list[Warned] | None] = ContextVar("stagecast_collected", default=None)
 forward: list[Callable[[Warned], None]] = []
-"""Take each warning of this process besides, on the thread that logs it: a run in a process of its own adds one."""
+"""Take each warning of this process too, on the thread or task that logs it; a launched run adds one."""
 
 
 @contextlib.contextmanager
@@ -356,8 +356,6 @@ def show_problems(problems: Sequence[str], *, on_stderr: bool) -> None:
         logger.warning(f"the run has ended with problems: {'; '.join(problems)}", published=True)
     for problem in problems:
         warned = Warned("warning", problem, None, 0, time.time(), where)
-        for take in forward:
-            take(warned)
         if (on_stderr and not _is_handled_on_stderr()) or (not handled and _takes("warning")):
             _stderr.put(warned.line)
 

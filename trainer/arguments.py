@@ -124,8 +124,8 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         Literal["warn", "skip", "stop"],
         Meta(
             description="What to do when a loss or a gradient is NaN or infinite: warn and train on it, skip the step "
-            "(which waits for the device once per step), or stop the run. With float16, a step whose gradients "
-            "overflow is always skipped."
+            "(which waits for the device once per step), or stop the run. A gradient norm that overflows counts, too. "
+            "With float16, a step whose gradients overflow is always skipped, and counts once the loss scale is 1."
         ),
     ] = "warn"
     max_skipped_steps: Annotated[

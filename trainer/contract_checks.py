@@ -124,7 +124,7 @@ def live_state(callback: CallbackInterface, hooks: list[Any], module: ModuleInte
         return "the optimizers (bind_optimizers)"
     parts = {id(one) for one in module.modules()}
     tensors = {id(one) for one in (*module.parameters(), *module.buffers())}
-    level = list(vars(callback).items())
+    level = list(_attributes(callback))
     for hook in hooks:
         function = getattr(hook, "__func__", hook)
         level += [
@@ -155,7 +155,8 @@ def _globals_of(function: Any) -> list[Any]:
     code = getattr(function, "__code__", None)
     found = [function.__globals__.get(name) for name in code.co_names] if code is not None else []
     kinds = torch.nn.Module, torch.Tensor, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler
-    return [one for one in found if isinstance(one, kinds)]
+    containers = [one for one in found if isinstance(one, dict | list | tuple | set)]
+    return [one for one in (*found, *itertools.chain(*map(_inside, containers))) if isinstance(one, kinds)]
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -182,6 +183,16 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from value.__defaults__ or ()
         yield from (value.__kwdefaults__ or {}).values()
     else:
-        attributes = getattr(value, "__dict__", None)
-        if isinstance(attributes, dict):
-            yield from list(attributes.values())
+        yield from (part for _, part in _attributes(value))
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """An object's own attributes, those in slots included; no property is called."""
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict):
+        yield from list(attributes.items())
+    for kind in type(value).__mro__:
+        for name, slot in vars(kind).items():
+            if isinstance(slot, types.MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # not set
+                    yield name, slot.__get__(value)

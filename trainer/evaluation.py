@@ -177,7 +177,8 @@ class Evaluation:
                 if first is not None:
                     loss = _loss(first, rows, weight)
                     if loss is not None:
-                        losses.append((loss, weight))
+                        counted = rows is None and weigh is None and _is_vector(first)
+                        losses.append((loss, len(first) if counted else weight))
                     else:
                         all_losses = False
                         boundary.notice(
@@ -218,11 +219,18 @@ def _loss(first: Any, rows: int | None, weight: float) -> Value | None:
     """The loss of a batch, on its device, from the first output of its step; None if that is not a loss."""
     if isinstance(first, float):
         return first
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point() or first.layout is not torch.strided:
+    if not isinstance(first, torch.Tensor):
+        is_numpy = getattr(first, "shape", None) == () and getattr(getattr(first, "dtype", None), "kind", "") == "f"
+        return float(first) if is_numpy else None
+    if not first.is_floating_point() or first.layout is not torch.strided:
         return None
-    if first.dim() == 1 and first.is_nested is False and len(first) and (rows is None or len(first) in (rows, weight)):
+    if _is_vector(first) and (rows is None or len(first) in (rows, weight)):
         return first.detach().mean()  # one for each row
     return first.detach().reshape(()).clone() if first.numel() == 1 else None
+
+
+def _is_vector(first: Any) -> bool:
+    return isinstance(first, torch.Tensor) and first.dim() == 1 and first.is_nested is False and len(first) > 0
 
 
 def _shown(value: Any) -> str:

@@ -21,15 +21,16 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import msgspec
 
-from events import notice
+from events import log, notice
 from events.errors import WireError
-from events.log import logger
+from events.log import Warned, current_origin, logger
 from events.protocol import RunResult, Stop
 from events.wire import decode_command_json
 from trainer.errors import ArgumentsError
@@ -47,7 +48,9 @@ _LOG_LIMIT = 2**26
 _LOG_KEPT = 2**20
 """...which is so long."""
 _LOOK_S = 0.5
-"""How often it looks whether its parent is there, and how long the log is."""
+"""How often it looks whether its parent is there and how long the log is, and passes warnings on."""
+_MOST_WARNINGS = 1_000
+"""Maximum warnings kept between two looks; all are in the log."""
 _SETTLE_S = 10.0
 """What a cancelled run may take beside the deadlines of its observers."""
 _LENGTH = struct.Struct("<I")
@@ -122,7 +125,26 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
         return cls(kind.__module__, kind.__qualname__, _unicode(text), _unicode(lines))
 
 
-Message = Ready | Cancelling | Ended | Failed
+class Logged(msgspec.Struct, frozen=True, tag=True):
+    """A warning of the process, for the stderr or the log handlers of the process that launched it."""
+
+    level: Literal["warning", "error"]
+    message: str
+    repeats: int
+    """Identical ones before it, which were not shown."""
+    run_id: str | None
+    """None: it was logged outside of the run."""
+    global_step: int
+
+    @classmethod
+    def of(cls, warned: Warned) -> Logged:
+        """Describe what the current thread or task has logged."""
+        origin = current_origin.get()
+        run_id, step = (None, 0) if origin is None else (origin.run_id, origin.global_step)
+        return cls(warned.level, _unicode(warned.message), warned.repeats, run_id, step)
+
+
+Message = Ready | Cancelling | Ended | Failed | Logged
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
@@ -175,6 +197,8 @@ class Launched:
         self._commands = commands
         self._messages = messages
         self._saying = threading.Lock()
+        self._warnings: deque[Logged] = deque(maxlen=_MOST_WARNINGS)
+        log.forward.append(self._add_warning)
         self._session: Session | None = None
         self._over = threading.Event()
         threading.Thread(target=self._listen, name="stagecast-launched-commands", daemon=True).start()
@@ -203,6 +227,7 @@ class Launched:
     def conclude(self, outcome: RunResult | BaseException) -> None:
         """Say how it ended."""
         self._over.set()
+        self._pass_warnings_on()
         if isinstance(outcome, BaseException):
             traceback.print_exception(outcome)  # for whoever reads the log
             self._say(Failed.of(outcome))
@@ -236,6 +261,14 @@ class Launched:
             while data:
                 data = data[os.write(self._messages, data) :]
 
+    def _add_warning(self, warned: Warned) -> None:
+        self._warnings.append(Logged.of(warned))  # not written here: the pipe may be full, and this may be the loop
+
+    def _pass_warnings_on(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._say(self._warnings.popleft())
+
     # ------------------------------------------------------------------------------------ on threads of its own
 
     def _listen(self) -> None:
@@ -263,6 +296,7 @@ class Launched:
         """Notice that the parent has died. That standard input ends does not tell it: others may hold the pipe."""
         while os.getppid() == self._parent:
             _trim_log()
+            self._pass_warnings_on()
             time.sleep(_LOOK_S)
         session = self._session
         if session is not None:

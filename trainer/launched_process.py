@@ -24,7 +24,17 @@ from events.errors import RunCancelled
 from events.log import logger
 from events.protocol import RunResult
 from trainer.launch_report import crash, error_of
-from trainer.launched import EXIT_S, Cancel, Cancelling, Ended, LaunchConfig, Message, Ready, take_messages
+from trainer.launched import (
+    EXIT_S,
+    Cancel,
+    Cancelling,
+    Ended,
+    LaunchConfig,
+    Logged,
+    Message,
+    Ready,
+    take_messages,
+)
 
 _POLL_S = 0.02
 """How soon a task sees what the thread knows."""
@@ -186,10 +196,12 @@ class LaunchedProcess:
                 self._deadline = now + message.grace_s
         elif isinstance(message, Cancelling):
             self._deadline = now + (self.ready.cancel_s if self.ready is not None else 0.0)
+        elif isinstance(message, Logged):
+            _log(message)
         else:
             if isinstance(message, Ended):
                 self._result = result = message.result
-                for problem in result.problems:  # what the process logged is in its own log
+                for problem in result.problems:
                     logger.warning(problem, run_id=result.run_id, global_step=result.global_step)
             else:
                 self._error = error_of(message)
@@ -248,3 +260,12 @@ class LaunchedProcess:
         else:
             name = self.ready.run_id if self.ready is not None else self._factory
             self._error = RunCancelled(f"run {name} was cancelled: {self._cancel_reason}; its process was killed")
+
+
+def _log(logged: Logged) -> None:
+    """Log here what the process has logged: its own stderr is a file."""
+    text = logged.message
+    if logged.repeats:
+        text += f" [{logged.repeats:,} more like this before]"
+    origin = {} if logged.run_id is None else {"run_id": logged.run_id, "global_step": logged.global_step}
+    (logger.error if logged.level == "error" else logger.warning)(text, **origin)

@@ -529,18 +529,25 @@ def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Schedule]
     if isinstance(returned, Mapping):
         raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], [scheduler]")
     if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-        raise OptimizerError(f"{what}; it returned {_shown(returned)}")
+        raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], []")
     for part, example in zip(returned, ("[optimizer]", "[scheduler]"), strict=True):
         if not isinstance(part, Iterable) or isinstance(part, Mapping):
             raise OptimizerError(f"{what}; it returned {_shown(part)} instead of a list: write {example}")
     optimizers, schedulers = list(returned[0]), list(returned[1])
     if not optimizers:
-        raise OptimizerError("get_optimizers_schedulers() returned no optimizer: nothing would be trained")
+        raise OptimizerError(
+            "get_optimizers_schedulers() returned no optimizer; return one, such as [torch.optim.Adam(...)], []"
+        )
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise OptimizerError(f"{what}; the first list holds {_shown(optimizer)}, which is no optimizer")
+            raise OptimizerError(
+                f"{what}; the first list holds {_shown(optimizer)}, which is not an optimizer: write [optimizer],"
+                f" [scheduler]"
+            )
     if len(set(map(id, optimizers))) < len(optimizers):
-        raise OptimizerError("get_optimizers_schedulers() returned an optimizer twice: it would step twice")
+        raise OptimizerError(
+            "get_optimizers_schedulers() returned an optimizer twice, which would step it twice; list it once"
+        )
     for scheduler in schedulers:
         if isinstance(scheduler, Mapping):
             raise OptimizerError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, Sampler, Subset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Sampler, Subset, default_collate
 
 from trainer.data import own_batches, parts_of
 from trainer.errors import BatchWeightError
@@ -44,6 +44,7 @@ def row_counter(
     of_torch = isinstance(loader, DataLoader)
     own_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) if of_torch else None
     usual = own_size if isinstance(own_size, int) else None if of_torch else batch_size
+    total = _samples_of(loader) if of_torch else None
     announced = False
 
     def count(batch: Any, index: int) -> int | None:
@@ -51,6 +52,9 @@ def row_counter(
         expected = usual if indices is None else indices(index) or None
         if expected is not None and _rows_of_tensors(batch) == expected:  # by far the most batches
             return expected
+        if indices is None and expected is not None and total is not None:
+            expected = min(expected, total - index * expected)  # the last batch may be smaller
+            expected = expected if expected > 0 else None
         rows, doubt = count_rows(batch, expected, exceeds=of_torch)
         if doubt is not None and not announced:
             announced = True
@@ -69,6 +73,17 @@ def _keeps_rows(loader: Any) -> bool:
     while type(data) is Subset:  # its `__getitems__` hands on that of the data set within
         data = data.dataset
     return not hasattr(data, "__getitems__")  # which may return fewer rows than it was asked for
+
+
+def _samples_of(loader: Any) -> int | None:
+    """The samples of an epoch, where torch's own `BatchSampler` makes the batches."""
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler or not isinstance(batches.sampler, Sized):
+        return None
+    try:
+        return len(batches.sampler)
+    except (TypeError, NotImplementedError):  # of a data set that has no length
+        return None
 
 
 def _rows_of_tensors(batch: Any) -> int | None:

@@ -409,6 +409,27 @@ class ReadsGlobal(Holder):
         assert shared is not None
 
 
+class ReadsTable(Holder):
+    """Reads a table among the global variables."""
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        assert TABLE["shared"] is not None
+
+
+TABLE: dict[str, Any] = {}
+
+
+class Slotted(CallbackInterface):
+    """Holds what it is given in a slot, beside one that is not set."""
+
+    __slots__ = ("held", "other")
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None: ...
+
+
 HELD: dict[str, Callable[[Any, Any], Any]] = {
     "the module": lambda net, optimizer: Holder(net),
     "a part of the module": lambda net, optimizer: Holder(net.linear),
@@ -421,6 +442,8 @@ HELD: dict[str, Callable[[Any, Any], Any]] = {
     "the module (object)": lambda net, optimizer: Holder(types.SimpleNamespace(net=net)),
     "the module (weak reference)": lambda net, optimizer: Holder(weakref.ref(net)),
     "the module (global)": lambda net, optimizer: ReadsGlobal(),
+    "the module (global table)": lambda net, optimizer: ReadsTable(),
+    "the module (slot)": lambda net, optimizer: Slotted(net),
     "the optimizers (bind_optimizers)": lambda net, optimizer: type(
         "Bound", (Holder,), {"bind_optimizers": lambda self, optimizers: None}
     )(),
@@ -434,6 +457,7 @@ def test_a_callback_that_holds_what_is_trained_is_warned_of_once(
     """Where its step hook is not marked: the warning names the mark."""
     net = kit.Net()
     monkeypatch.setitem(globals(), "shared", net)
+    monkeypatch.setitem(TABLE, "shared", net)
     make = HELD[held]
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     callbacks = [make(net, optimizer), make(net, optimizer)]

@@ -162,6 +162,40 @@ def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_bes
         shutil.rmtree(folder)
 
 
+def test_a_score_behind_a_pending_checkpoint_counts_again_when_that_fails(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is written while the third is judged, and fails then: the first is the best one still."""
+    judged, written = threading.Event(), threading.Semaphore(0)
+    commit, save = CheckpointStore.commit, CheckpointWriter._save
+
+    def committed(self: Any, manifest: Any) -> Path:
+        if manifest.global_step == 2:
+            assert judged.wait(20)
+            raise OSError("no room")
+        return commit(self, manifest)
+
+    def saved(self: Any, *args: Any) -> None:
+        save(self, *args)
+        written.release()
+
+    monkeypatch.setattr(CheckpointStore, "commit", committed)
+    monkeypatch.setattr(CheckpointWriter, "_save", saved)
+
+    class Net(type(scored(kit, [0.5, 0.3, 0.4, 0.6]))):  # type: ignore[misc]
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if global_step == 2:
+                assert written.acquire(timeout=20)
+            if global_step == 4:
+                judged.set()
+                assert written.acquire(timeout=20)
+            return super().train_step(global_step, batch, device)
+
+    checkpoints = Checkpoints(best="score", keep_best=1, at_end=False, **OFF)
+    kit.train(Net(rows=8), epochs=4, run_id="r", run_dir=tmp_path, checkpoints=checkpoints)
+    assert [str(name) for name in CheckpointStore(tmp_path / "checkpoints").names()] == ["step-1.a1"]
+
+
 def test_a_second_checkpoint_of_one_step_takes_no_place_among_the_best(kit: Any, tmp_path: Path) -> None:
     """Both hold the same weights: the best two of the run are those of two steps."""
 

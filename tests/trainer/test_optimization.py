@@ -36,11 +36,12 @@ def module_with(kit: Any, make: Any, **extra: Any) -> Any:
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        (None, "must return two lists"),
-        ([], "must return two lists"),
+        (None, "it returned None: return [optimizer], []"),
+        ([], "it returned []: return [optimizer], []"),
+        (["sgd"], "it returned ['sgd']: return [optimizer], []"),
         (([], []), "returned no optimizer"),
         ((3, []), "must return two lists"),
-        ((["sgd"], []), "which is no optimizer"),
+        ((["sgd"], []), "which is not an optimizer"),
     ],
 )
 def test_what_is_no_pair_of_optimizers_and_schedulers_is_refused(kit: Any, returned: Any, said: str) -> None:

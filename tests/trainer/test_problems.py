@@ -289,16 +289,26 @@ async def test_problems_of_a_launched_run_reach_the_process_that_launched_it(
 ) -> None:
     """What the run's process prints goes into its own log, which nobody may read."""
     (tmp_path / "broken_job.py").write_text(
+        "from events.log import logger\n"
         "from sinks import CSV\n"
         "from events.sink import Delivery\n"
         "from tests.trainer.conftest import Net, make_trainer\n"
+        "class Warns(Net):\n"
+        "    def train_step(self, global_step, batch, device):\n"
+        "        logger.warning('the batch is odd')\n"
+        "        return super().train_step(global_step, batch, device)\n"
         "def build():\n"
+        "    logger.warning('built without a seed')\n"
         "    gone = (CSV(path='/proc/none/metrics.csv'), Delivery(on_error='disable'))\n"
-        "    return make_trainer(Net(), sinks=[gone])\n"
+        "    return make_trainer(Warns(), sinks=[gone])\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     async with launch("broken_job:build") as run:
         result = await run.result()
     (problem,) = result.problems
     assert problem.startswith("csv failed in open and is disabled")
-    assert problem in caplog.messages
+    assert caplog.messages.count(problem) == 1
+    assert caplog.messages.count("built without a seed") == 1
+    (odd,) = (record for record in caplog.records if record.message == "the batch is odd")
+    assert (odd.run_id, odd.global_step) == (result.run_id, 0)  # type: ignore[attr-defined]
+    assert any(message.startswith("the batch is odd [") for message in caplog.messages)  # with how many came after it

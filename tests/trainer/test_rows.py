@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from events.messages import TrainEpochEnded, TrainStepEnded, ValEpochEnded
 from trainer.errors import BatchWeightError
@@ -121,6 +121,26 @@ def test_a_guess_is_announced_once(kit: Any, caplog: pytest.LogCaptureFixture) -
     assert "get_train_dataloader()" in text
     assert "counts 8" in text
     assert "batch_weight" in text
+
+
+def test_a_last_smaller_batch_is_looked_at_with_its_own_size(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Time first, and the only batch is smaller than was asked for."""
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return self.forward_loss([part.transpose(0, 1) for part in batch])
+
+        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+            sequences = TensorDataset(torch.zeros(3, 5, 4), torch.zeros(3, 5, 1))
+            return DataLoader(sequences, batch_size=8, collate_fn=time_first)
+
+    kit.train(Net(), val_interval_epochs=0)
+    (text,) = [text for text in caplog.messages if "are a guess" in text]
+    assert "its second dimension is the 3 rows" in text
+
+
+def time_first(samples: list[Any]) -> Any:
+    return [part.transpose(0, 1) for part in default_collate(samples)]
 
 
 class Tokens:

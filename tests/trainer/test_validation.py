@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -407,6 +408,7 @@ def returning(kit: Any, outputs: list[Any]) -> Any:
         ([torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor(5.0)], 4.0),
         ([torch.tensor([[1.0]]), torch.tensor([3.0])], 2.0),
         ([1.0, torch.tensor(3.0, dtype=torch.float64)], 2.0),
+        ([numpy.float32(1.0), (numpy.array(3.0), "more")], 2.0),
         ([None, None], None),
     ],
 )
@@ -438,6 +440,14 @@ def test_what_is_not_a_loss_is_never_averaged(kit: Any, caplog: pytest.LogCaptur
     assert outcome.of(ValEpochEnded)[0].loss is None
     assert "val_loss" not in outcome.result.metrics
     assert len([text for text in caplog.messages if "no loss first" in text]) == 1
+
+
+def test_losses_of_samples_count_as_rows_where_the_batch_does_not_tell(kit: Any) -> None:
+    """A batch of texts, with a vector of losses for each."""
+
+    net = returning(kit, [torch.tensor([1.0, 1.0, 1.0]), torch.tensor([5.0])])
+    net.get_val_dataloaders = lambda sampler, batch_size: [["a", "b", "c"], ["d"]]
+    assert kit.train(net).of(ValEpochEnded)[0].loss == 2.0
 
 
 def test_a_hook_gets_the_outputs_of_the_batches_that_returned_some(kit: Any) -> None:
