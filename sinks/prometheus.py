@@ -6,6 +6,7 @@ Scraping sees the present and has no steps: for curves over steps use a sink tha
 from __future__ import annotations
 
 import contextlib
+import io
 import ipaddress
 import json
 import math
@@ -14,7 +15,8 @@ import re
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -24,14 +26,18 @@ from events.log import in_this_run, logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
+from sinks.connections import EXHAUSTED, REQUEST_S, ConnectionLimit, RatedWarning, address_group
+from sinks.live.access import hostname_of
 from sinks.totals import STEP_BOUNDS_S, TOTALS_TYPES, Totals, label_text
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
-_CLIENT_WAIT_S = 10.0
-"""How long a client may take to send its request, or to take in its answer."""
+_MOST_CONNECTIONS = 16
+"""Maximum connections at a time, each with a thread."""
+_PAUSE_S = 0.5
+"""Seconds without an accept after one has failed for want of descriptors."""
 
 
 class Prometheus(Strict, frozen=True):
@@ -54,11 +60,15 @@ class Prometheus(Strict, frozen=True):
 
     host: str = "127.0.0.1"
     """The address to listen on: by default, only this machine can read it. ``0.0.0.0``: every machine that can reach
-    this one; nobody is asked for a password."""
+    this one; no one is asked for a password."""
     port: int = 9464
     """0 takes a free one, which the log and the discovery file name."""
     max_names: int = 1_000
     """Most distinct names of metrics; each is a series that Prometheus keeps. Others are left out, with a warning."""
+
+    hosts: tuple[str, ...] = ()
+    """Names under which the page may be asked for, beside IP addresses, ``localhost``, ``host`` and this machine's
+    name. A request for any other name is refused, because a stranger's web page could make that name lead here."""
 
     linger_s: float = 15.0
     """Seconds that the end of a run waits for a scrape of its final state. ``drain_timeout_s`` bounds it, too."""
@@ -82,6 +92,9 @@ class Prometheus(Strict, frozen=True):
             raise SinkMisconfigured(
                 f"Prometheus(port={self.port!r:.80}) is no port: give 1 to 65535, or 0 for a free one"
             )
+        for name in self.hosts if isinstance(self.hosts, tuple | list) else (self.hosts,):
+            if not isinstance(name, str) or hostname_of(name) is None:
+                raise SinkMisconfigured(f"Prometheus(hosts=[{name!r:.200}]) is not a host name; give it without a port")
         if not (isinstance(self.max_names, int) and self.max_names >= 1):
             raise SinkMisconfigured(f"Prometheus(max_names={self.max_names!r:.80}): it must show at least one name")
         if not (isinstance(self.linger_s, int | float) and 0 <= self.linger_s < math.inf):
@@ -103,7 +116,7 @@ class Prometheus(Strict, frozen=True):
         registry = CollectorRegistry(auto_describe=True)
         registry.register(_Collector(totals, label_text(run.run_id)))
         try:
-            server = _Server(self.host, self.port)
+            server = _Server(self.host, self.port, self.hosts)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -197,31 +210,115 @@ class _Collector:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _CLIENT_WAIT_S
+    timeout = REQUEST_S
 
     def handle(self) -> None:
-        """Answer one request, and note that it is answered."""
+        """Answer one request, and note it if it was the last scrape."""
         server: Any = self.server
+        self._errors = io.StringIO()
         is_last = server.closing.is_set()  # before the numbers are read: they are the final ones
+        self._is_scrape = False
         super().handle()
-        server.scraped.set()
-        if is_last:
+        if errors := self._errors.getvalue().strip():
+            server.failed(errors.rpartition("\n")[2][:200])
+        elif self._is_scrape and is_last:
             server.scraped_last.set()
+
+    def parse_request(self) -> bool:
+        """Read the request; answers with an error, and returns False, if it is not one for this page."""
+        if not super().parse_request():
+            return False
+        server: Any = self.server
+        server.extend(self.request)
+        given = self.headers.get_all("host") or []
+        if len(given) != 1 or not server.has_name(given[0]):
+            self.send_error(421, "allow this host name with Prometheus(hosts=[...])")
+            return False
+        self._is_scrape = True
+        server.scraped.set()  # before the answer, at which the client may end the run
+        return True
+
+    def get_stderr(self) -> io.StringIO:
+        """Takes the traceback of an answer that failed, which would go to the program's stderr each time."""
+        return self._errors
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: it would write to the program's stderr at each scrape."""
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """Answers each request on a thread of its own, so that a client that hangs keeps nobody else waiting."""
+    """Answers each request on a thread of its own, so that a client that hangs does not delay the others."""
 
     daemon_threads = True
+    request_queue_size = 64
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, hosts: Iterable[str] = ()) -> None:
         self.host = host
         self.closing, self.scraped, self.scraped_last = threading.Event(), threading.Event(), threading.Event()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._names = {hostname_of(name) for name in (*hosts, host, "localhost", socket.gethostname())} - {None}
+        self._limit = ConnectionLimit(_MOST_CONNECTIONS)
+        self._deadlines: dict[Any, float] = {}
+        """When each open connection is shut down; those whose request is complete come last."""
+        self._lock = threading.Lock()  # around the deadlines
+        self._refused = RatedWarning("Prometheus closed a connection: too many clients, or too few descriptors")
+        self.failed = RatedWarning("an answer to Prometheus failed: ")
         super().__init__((host, port), _Handler)
+
+    def has_name(self, host: str) -> bool:
+        """Whether the page may be asked for under what a ``Host`` header says."""
+        name = hostname_of(host)
+        if name is None or name in self._names:
+            return name is not None
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; pauses where the process has no descriptor for it, which otherwise would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self._refused()
+                time.sleep(_PAUSE_S)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether a connection is kept: one too many takes the place of the oldest that has not sent its request."""
+        group = address_group(client_address)
+        is_kept = not self._limit.reserves(request)
+        if is_kept and (self._limit.is_full() or self._limit.is_full_for(group)):
+            is_kept = self._limit.count < self._limit.most + 2 and self._shut_down_oldest()
+        if not is_kept:
+            self._refused()
+            return False
+        self._limit.add(request, group)
+        with self._lock:
+            self._deadlines[request] = time.monotonic() + REQUEST_S
+        return True
+
+    def extend(self, request: Any) -> None:
+        """Give a client whose request is complete as much time again for reading the answer."""
+        with self._lock:
+            if request in self._deadlines:
+                self._deadlines[request] = time.monotonic() + 2 * REQUEST_S
+
+    def service_actions(self) -> None:
+        """Shut down connections whose time is over; a few times a second."""
+        now = time.monotonic()
+        with self._lock:
+            late = [request for request, deadline in self._deadlines.items() if deadline < now]
+        for request in late:
+            self._shut_down(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self._lock:
+            self._deadlines.pop(request, None)
+        super().shutdown_request(request)
 
     def server_bind(self) -> None:
         """Without asking the name service for the machine's full name, as the standard library does: it may hang."""
@@ -230,8 +327,23 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away in the middle is its own affair."""
+        """A client that left early is not an error."""
         logger.debug(f"a scrape by {client_address} failed", exc_info=True)
+
+    def _shut_down_oldest(self) -> bool:
+        with self._lock:
+            waiting = {one: at for one, at in self._deadlines.items() if at <= time.monotonic() + REQUEST_S}
+        if not waiting:
+            return False
+        self._shut_down(min(waiting, key=waiting.__getitem__))
+        return True
+
+    def _shut_down(self, request: Any) -> None:
+        """Have the thread of a connection end; it closes it."""
+        with self._lock:
+            self._deadlines.pop(request, None)
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
 
 
 def _file_of(run_dir: str) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import inspect
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +21,7 @@ from events.errors import SinkMisconfigured
 from events.log import logger
 
 Headers = list[tuple[bytes, bytes]]
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._~-]+))(?::[0-9]{0,5})?")
 _MOST_CHECKS = 8
 """Maximum synchronous checks at a time, each on a thread."""
 
@@ -127,8 +130,9 @@ class Access:
         self._token = token.encode() if token is not None else None
         self.commands = commands
         self._origins = {origin.rstrip("/").lower() for origin in origins}
-        named = {_hostname(_place(origin) or "") for origin in self._origins}
-        self._hosts = None if hosts is None else {host.lower() for host in hosts} | named
+        named = {name for origin in self._origins if (name := hostname_of(_place(origin) or "")) is not None}
+        # A name that is not a host name stays as it is: no request ever has it.
+        self._hosts = None if hosts is None else {hostname_of(host) or host.lower() for host in hosts} | named
         self._check = check
         self._threads = anyio.CapacityLimiter(_MOST_CHECKS)  # our own: a slow check must not take those of the host
 
@@ -153,11 +157,13 @@ class Access:
 
     def check_host(self, scope: MutableMapping[str, Any]) -> None:
         """See that this server is asked for under a name that it has. Raises `Refused`."""
-        host = _header(scope, b"host").lower()
-        if self._hosts is not None and _hostname(host) not in self._hosts:
+        if self._hosts is None:
+            return
+        given = [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == b"host"]
+        if len(given) != 1 or hostname_of(given[0]) not in self._hosts:
             raise Refused(
                 421,
-                f"this server does not answer to the name {_hostname(host)!r:.100}; allow it with hosts= of Access,"
+                f"this server does not answer to the name {', '.join(given)!r:.100}; allow it with hosts= of Access,"
                 " origins= of Live, or --origin of stagecast watch",
             )
 
@@ -256,10 +262,23 @@ def _portless(place: str, scheme: str) -> str:
     return place.removesuffix({"http": ":80", "https": ":443"}.get(scheme, ":"))
 
 
-def _hostname(host: str) -> str:
-    if host.startswith("["):
-        return host.partition("]")[0].strip("[")
-    return host.partition(":")[0]
+def hostname_of(host: str) -> str | None:
+    """Return the name or address in a ``Host`` header, in lower case and without its port; None if it has neither.
+
+    Strict, because the name decides who is answered: in brackets only an IPv6 address, and nothing but a port behind.
+    """
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.IPv6Address(host))
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return None
+    inside, name = found["address"], found["name"]
+    if inside is None:
+        return name.lower()
+    try:
+        return str(ipaddress.IPv6Address(inside))
+    except ValueError:
+        return None
 
 
 def _header(scope: MutableMapping[str, Any], name: bytes) -> str:

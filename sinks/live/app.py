@@ -107,6 +107,7 @@ class LiveApp:
         self._access = access
         self._most_clients = most_clients
         self._clients: set[Client] = set()
+        self._most_strangers = min(MOST_STRANGERS, max(1, most_clients // 10))
         self._strangers: dict[Client, None] = {}
         """Those whose hello is awaited, the oldest first: they take no place from who has shown the token."""
         self._disk = anyio.CapacityLimiter(4)  # our own: a disk that hangs must not take the threads of a host
@@ -382,7 +383,7 @@ class LiveApp:
         """Who it is; None if it has left. Raises `Refused` if it does not say, or has no token."""
         hello = None
         self._strangers[client] = None
-        if len(self._strangers) > MOST_STRANGERS:
+        if len(self._strangers) > self._most_strangers:
             next(iter(self._strangers)).leave(Refused(503, "others have come to say who they are", code=TOO_SLOW))
         try:
             with anyio.move_on_after(HELLO_S) as client.scope:

@@ -143,8 +143,8 @@ def test_those_without_the_token_take_no_place_from_those_who_have_it(
     server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many come and say nothing: the first of them is let go."""
-    monkeypatch.setattr(app_module, "MOST_STRANGERS", 2)
     app = server._app
+    monkeypatch.setattr(app, "_most_strangers", 2)
     monkeypatch.setattr(app, "_most_clients", 1)
     with kit.watch(server.url) as first, kit.watch(server.url), kit.watch(server.url):
         with pytest.raises(ConnectionClosed) as closed:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -38,7 +39,8 @@ from events.messages import (
 )
 from events.sink import RunInfo
 from sinks import Memory, Prometheus
-from sinks.prometheus import _CLIENT_WAIT_S
+from sinks import prometheus as prometheus_module
+from sinks.connections import REQUEST_S
 from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments, inline
 
 WAIT_S = 20.0
@@ -264,8 +266,83 @@ def test_a_client_that_hangs_keeps_neither_others_nor_the_end_waiting(serve: Any
         client.sendall(b"GET /metr")
         writer.write([story.started(), *story.steps(1)])
         # Sooner than a hanging client is given up.
-        assert Page(writer.url, timeout_s=_CLIENT_WAIT_S / 2)("steps_total") == 1
+        assert Page(writer.url, timeout_s=REQUEST_S / 2)("steps_total") == 1
         writer.close()
+
+
+def test_clients_that_send_nothing_take_neither_descriptors_nor_threads(serve: Any, story: Any) -> None:
+    """However many: each takes the place of another, and a scrape is answered beside them."""
+    writer = serve()
+    writer.write([story.started(), *story.steps(1)])
+    port = writer._server.server_port
+    with contextlib.ExitStack() as clients:
+        for sent in [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nx: "] * 20:
+            client = clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=WAIT_S))
+            with contextlib.suppress(OSError):
+                client.sendall(sent)
+        assert Page(writer.url, timeout_s=REQUEST_S / 2)("steps_total") == 1
+        assert len(writer._server._deadlines) <= prometheus_module._MOST_CONNECTIONS + 2
+
+
+def test_a_request_that_trickles_is_not_waited_for(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is that of the whole request, not of each byte."""
+    monkeypatch.setattr(prometheus_module, "REQUEST_S", 0.5)
+    port = serve()._server.server_port
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as client:
+        client.settimeout(0.05)
+        closed = False
+        while not closed and time.monotonic() < began + WAIT_S:
+            try:
+                client.sendall(b"G")
+                closed = client.recv(1) == b""
+            except TimeoutError:
+                pass
+            except OSError:
+                closed = True
+    assert closed
+
+
+def test_without_descriptors_it_pauses_and_answers_later(run_python: Any) -> None:
+    """An accept that fails with EMFILE is not repeated at once, and clients leave a reserve."""
+    script = (
+        "import os, resource, socket, time\nfrom urllib.request import urlopen\n"
+        "from events.sink import RunInfo\nfrom sinks import Prometheus\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))\n"
+        "writer = Prometheus(port=0, linger_s=0).open(RunInfo('demo'))\n"
+        "port = writer._server.server_port\n"
+        "urlopen(writer.url).read()\n"
+        "clients = [socket.socket() for _ in range(8)]\nheld = []\n"
+        "try:\n    while True: held.append(open('/dev/null'))\nexcept OSError: pass\n"
+        "for one in clients: one.connect(('127.0.0.1', port))\n"
+        "before = time.process_time()\ntime.sleep(1.5)\n"
+        "print(time.process_time() - before < 0.7)\n"
+        "held.clear()\nprint(b'stagecast_steps_total' in urlopen(writer.url).read())\nwriter.close()\n"
+    )
+    result = run_python(script)
+    assert result.stdout.split() == ["True", "True"]
+    assert result.stderr.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:9464", 200),
+        ("127.0.0.1", 200),
+        ("10.1.2.3:9464", 200),
+        ("[fd00::1]:9464", 200),
+        ("trainer.internal", 200),
+        ("evil.example", 421),
+        ("[localhost]x.evil.example", 421),
+        ("127.0.0.1.evil.example:9464", 421),
+    ],
+)
+def test_only_names_of_this_machine_are_answered(serve: Any, host: str, status: int) -> None:
+    """A web page whose name was made to lead here (DNS rebinding) does not read the numbers."""
+    writer = serve(hosts=("trainer.internal",))
+    with socket.create_connection(("127.0.0.1", writer._server.server_port), timeout=WAIT_S) as client:
+        client.sendall(f"GET /metrics HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert int(client.makefile("rb").readline().split()[1]) == status
 
 
 # -------------------------------------------------------------------------------------------------- numbers

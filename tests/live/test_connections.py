@@ -1,0 +1,239 @@
+"""Clients that exhaust what a server has: connections, descriptors, patience. The server runs in a process of its own,
+with a low descriptor limit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket as sockets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sinks.connections import ConnectionLimit, address_group
+from sinks.live.access import hostname_of
+
+LIMIT = 128
+SERVER = f"""
+import resource, sys, threading, time
+resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, {LIMIT}))
+import sinks.live.server as server
+from sinks.live.runs import RunsOfFolder
+server.REQUEST_S = float(sys.argv[2])
+listening = server.bind("127.0.0.1", 0)
+one = server.Server(RunsOfFolder(sys.argv[1]), listening, "127.0.0.1", token="correct-horse-battery")
+one.start()
+print(one.url, flush=True)
+held = []
+for line in sys.stdin:  # the descriptors that the rest of the process needs
+    if line == "close\\n":
+        held.clear()
+    elif line == "all\\n":
+        try:
+            while True:
+                held.append(open("/dev/null"))
+        except OSError:
+            pass
+    else:
+        held += [open("/dev/null") for _ in range(int(line))]
+    print("held", flush=True)
+"""
+
+
+class Remote:
+    """The server in its process."""
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self._logged = ""
+        self.url = process.stdout.readline().strip()
+        self.port = int(self.url.rsplit(":", 1)[1].strip("/"))
+
+    def hold(self, what: str) -> None:
+        """Have the process open so many files, "all" that it can, or "close" them."""
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        while (line := self._process.stdout.readline()) != "held\n":
+            assert line
+            self._logged += line
+
+    def answers(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(self.url, timeout=5).status_code == 200
+        return False
+
+    @property
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
+
+    @property
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def log(self) -> str:
+        """What the process has logged by its end."""
+        return self._logged + str(self._process.communicate(timeout=20)[0])
+
+
+@pytest.fixture
+def remote(tmp_path: Path, process: Callable[..., Any]) -> Callable[[float], Remote]:
+    (tmp_path / "serve.py").write_text(SERVER)
+    (tmp_path / "runs").mkdir()
+    return lambda request_s: Remote(process("serve.py", str(tmp_path / "runs"), str(request_s)))
+
+
+@pytest.fixture
+def crowd() -> Iterator[Callable[..., list[sockets.socket]]]:
+    """Opens many connections, which send the same; an address that refuses some is no error."""
+    opened: list[sockets.socket] = []
+
+    def come(port: int, count: int, sent: bytes = b"") -> list[sockets.socket]:
+        for _ in range(count):
+            one = sockets.create_connection(("127.0.0.1", port), timeout=20)
+            opened.append(one)
+            with contextlib.suppress(OSError):
+                one.sendall(sent)
+        return opened
+
+    yield come
+    for one in opened:
+        one.close()
+
+
+def is_closed(one: sockets.socket) -> bool:
+    """Whether the server has closed a connection; waits for it."""
+    try:
+        while one.recv(2**16):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+BEGINNINGS = [
+    b"",
+    b"GET / HTTP/1.1\r\nhost: localhost\r\nx-never: end",
+    b"POST /api/runs/demo/commands HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n"
+    b"authorization: Bearer correct-horse-battery\r\ncontent-type: application/json\r\n\r\n{",
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+@pytest.mark.parametrize("sent", BEGINNINGS, ids=["nothing", "headers", "body"])
+def test_connections_take_no_descriptors_that_the_process_needs(remote: Any, crowd: Any, sent: bytes) -> None:
+    """Three times as many as there are descriptors: the page answers, and most descriptors stay free."""
+    server = remote(60.0)
+    crowd(server.port, 3 * LIMIT, sent)
+    assert server.answers()
+    assert server.descriptors < LIMIT // 2
+    server.hold(str(LIMIT // 2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads the CPU time from /proc")
+def test_a_process_without_descriptors_refuses_clients_and_waits(remote: Any, crowd: Any, kit: Any) -> None:
+    """It neither ends nor spins, logs a line and not one for each client, and answers when there are some again."""
+    server = remote(60.0)
+    assert server.answers()
+    server.hold("all")
+    before_s = server.cpu_s
+    crowd(server.port, 40)
+    watched = threading.Event()
+    watched.wait(2.0)
+    assert server.cpu_s - before_s < 1.0
+    server.hold("close")
+    kit.wait_until(server.answers)
+    assert server.log().count("descriptor") + server.log().count("Too many open files") < 6
+
+
+def test_clients_leave_a_reserve_when_the_process_needs_many(remote: Any, crowd: Any) -> None:
+    """Though they are fewer than allowed."""
+    server = remote(60.0)
+    base = server.descriptors
+    server.hold(str(LIMIT - LIMIT // 4 - base - 2))
+    crowd(server.port, LIMIT)
+    assert server.descriptors <= LIMIT - LIMIT // 4 + 1
+    server.hold(str(LIMIT // 4 - 4))
+
+
+@pytest.mark.parametrize("sent", BEGINNINGS, ids=["nothing", "headers", "body"])
+def test_a_request_that_does_not_come_is_not_waited_for(remote: Any, sent: bytes) -> None:
+    """Also where a byte comes now and then, and after a request that was answered."""
+    server = remote(1.0)
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
+        one.sendall(sent)
+        over = threading.Event()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while not over.wait(0.2):
+                    one.sendall(b"x")
+
+        dripping = threading.Thread(target=drip)
+        if sent:
+            dripping.start()
+        assert is_closed(one)
+        over.set()
+        if sent:
+            dripping.join()
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
+        one.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\nGET / HT")
+        assert is_closed(one)
+
+
+def test_malformed_requests_are_logged_once_a_minute(remote: Any, crowd: Any) -> None:
+    """Who sends them must not fill the disk."""
+    server = remote(60.0)
+    for one in crowd(server.port, 20, b"\0\1\2\r\n\r\n"):
+        assert is_closed(one)
+    assert server.log().count("Invalid HTTP request") == 1
+
+
+def test_the_addresses_of_one_network_are_one() -> None:
+    """A client has a whole /64; loopback brings the clients of a proxy."""
+    assert address_group(("192.0.2.1", 1)) == address_group(("::ffff:192.0.2.1", 1, 0, 0)) == "192.0.2.1"
+    assert address_group(("2001:db8::1", 1, 0, 0)) == address_group(("2001:db8::ffff:2", 1, 0, 0))
+    assert address_group(("127.3.0.1", 1)) is address_group(("::1", 1, 0, 0)) is None
+    limit = ConnectionLimit(4)
+    with sockets.socket() as one, sockets.socket() as two, sockets.socket() as three:
+        limit.add(one, "192.0.2.1")
+        assert not limit.is_full_for("192.0.2.1")
+        limit.add(two, "192.0.2.1")
+        limit.add(three, None)
+        assert limit.is_full_for("192.0.2.1")
+        assert not limit.is_full_for("192.0.2.2")
+        assert not limit.is_full_for(None)
+        two.close()
+        assert not limit.is_full_for("192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("LocalHost:80", "localhost"),
+        ("[::1]:8765", "::1"),
+        ("[0:0:0:0:0:0:0:1]", "::1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("example.org:", "example.org"),
+        ("[localhost]x.evil.com", None),
+        ("[::1]x.evil.com", None),
+        ("[::1].evil.com:80", None),
+        ("[127.0.0.1]", None),
+        ("[localhost]", None),
+        ("localhost:80@evil.com", None),
+        ("localhost/evil.com", None),
+        ("localhost, evil.com", None),
+        ("evil.com\tlocalhost", None),
+        ("localhost:evil", None),
+        ("", None),
+    ],
+)
+def test_a_host_header_is_read_strictly(host: str, name: str | None) -> None:
+    """What stands before or behind the name is not ignored: a name of a stranger could hide in it."""
+    assert hostname_of(host) == name
