@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from events.bounds import Finite, Int64
+
 StageName = Literal["train", "val", "test"]
 Status = Literal["finished", "stopped", "cancelled", "failed"]
 
@@ -37,12 +39,12 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="type", o
     """
 
     run_id: str
-    attempt: int
-    seq: int
-    time: float
-    rank: int
-    global_step: int
-    epoch: int
+    attempt: Int64
+    seq: Int64
+    time: Finite
+    rank: Int64
+    global_step: Int64
+    epoch: Int64
     stage: StageName | None
 
     __test__: ClassVar[bool] = False  # pytest must not take `TestStepEnded` for a test class
@@ -62,18 +64,18 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
 
     module: str
     """Qualified name of the module's class."""
-    epochs: int | None
+    epochs: Int64 | None
     """Epochs after which the run ends; None: ``max_steps`` alone ends it."""
-    steps_per_epoch: int | None = None
+    steps_per_epoch: Int64 | None = None
     """Estimated optimizer steps of an epoch; None when the data has no length."""
-    max_steps: int | None = None
+    max_steps: Int64 | None = None
     arguments: dict[str, Any] = {}
     """The run's `TrainerArguments` as plain values."""
     device: str = "cpu"
     versions: dict[str, str] = {}
     """Versions of what computed the run: python, torch, stagecast."""
     host: str = ""
-    pid: int = 0
+    pid: Int64 = 0
     config: dict[str, Any] = {}
     """The user's own hyperparameters (`Trainer(config=...)`) as plain values."""
     best: str | None = None
@@ -87,7 +89,7 @@ class RunResumed(Event, frozen=True, gc=False, tag=True):
 
     checkpoint: str | None = None
     """Name of the checkpoint whose state it took over; None when it began anew."""
-    after_seq: int | None = None
+    after_seq: Int64 | None = None
     """What earlier attempts published with a greater ``seq`` and is bound to a step is superseded; None: all that has a
     greater ``global_step``."""
 
@@ -110,7 +112,7 @@ class RunEnded(Event, frozen=True, gc=False, tag=True):
 class TrainEpochStarted(Event, frozen=True, gc=False, tag=True):
     """A training epoch begins; published before its first forward."""
 
-    steps: int | None = None
+    steps: Int64 | None = None
     """Optimizer steps expected in this epoch; None when the data has no length."""
 
 
@@ -119,9 +121,9 @@ class TrainStepEnded(Event, frozen=True, gc=False, tag=True):
 
     loss: float | None = None
     """Mean loss over the step's rows; NaN and infinities are kept. None if nobody could read it."""
-    step_in_epoch: int = 0
+    step_in_epoch: Int64 = 0
     """Optimizer steps finished in this epoch, this one included."""
-    rows: int | None = None
+    rows: Int64 | None = None
     """Rows trained in this step, where they could be counted."""
     step_s: float = 0.0
     """Host time since the step before, in seconds, its wait for data included."""
@@ -142,7 +144,7 @@ class BackwardEnded(Event, frozen=True, gc=False, tag=True):
     """The backward pass of one micro-batch is finished. Built only while somebody subscribes to it."""
 
     loss: float | None = None
-    micro_step: int = 0
+    micro_step: Int64 = 0
     """Index of the micro-batch within its optimizer step, from 0."""
 
     droppable: ClassVar[bool] = True
@@ -154,14 +156,14 @@ class ValEpochStarted(Event, frozen=True, gc=False, tag=True):
     """Validation over one dataloader begins."""
 
     key: str = "default"
-    steps: int | None = None
+    steps: Int64 | None = None
 
 
 class ValStepEnded(Event, frozen=True, gc=False, tag=True):
     """One validation batch is done. Built only while somebody subscribes to it."""
 
     key: str = "default"
-    step: int = 0
+    step: Int64 = 0
     """Batches done, this one included."""
 
     droppable: ClassVar[bool] = True
@@ -172,8 +174,8 @@ class ValEpochEnded(Event, frozen=True, gc=False, tag=True):
     """Validation over one dataloader is finished."""
 
     key: str = "default"
-    steps: int = 0
-    rows: int | None = None
+    steps: Int64 = 0
+    rows: Int64 | None = None
     duration_s: float = 0.0
     loss: float | None = None
     """Mean of the losses that ``val_step`` returned first, weighted by ``batch_weight``, else by rows; None if it
@@ -186,14 +188,14 @@ class TestEpochStarted(Event, frozen=True, gc=False, tag=True):
     """Testing over one dataloader begins."""
 
     key: str = "default"
-    steps: int | None = None
+    steps: Int64 | None = None
 
 
 class TestStepEnded(Event, frozen=True, gc=False, tag=True):
     """One test batch is done. Built only while somebody subscribes to it."""
 
     key: str = "default"
-    step: int = 0
+    step: Int64 = 0
 
     droppable: ClassVar[bool] = True
     journalled: ClassVar[bool] = False
@@ -203,8 +205,8 @@ class TestEpochEnded(Event, frozen=True, gc=False, tag=True):
     """Testing over one dataloader is finished."""
 
     key: str = "default"
-    steps: int = 0
-    rows: int | None = None
+    steps: Int64 = 0
+    rows: Int64 | None = None
     duration_s: float = 0.0
     loss: float | None = None
 
@@ -214,7 +216,7 @@ class TestEpochEnded(Event, frozen=True, gc=False, tag=True):
 class TrainEpochEnded(Event, frozen=True, gc=False, tag=True):
     """A training epoch is finished, its validation included."""
 
-    steps: int = 0
+    steps: Int64 = 0
     """Optimizer steps finished in this epoch."""
     duration_s: float = 0.0
     loss: float | None = None
@@ -232,7 +234,7 @@ class MetricsLogged(Event, frozen=True, gc=False, tag=True):
     # In the order of logging. A value may be deferred, as `Event.deferred` says of fields.
     key: str | None = None
     """The evaluation dataloader they belong to; None for training."""
-    of_seq: int | None = None
+    of_seq: Int64 | None = None
     """``seq`` of the event whose hook logged them, which may have run much later; None outside of such hooks."""
 
     droppable: ClassVar[bool] = True
@@ -252,7 +254,7 @@ class HistogramLogged(Event, frozen=True, gc=False, tag=True):
     """Elements that are NaN or infinite."""
     key: str | None = None
     """The evaluation dataloader it belongs to; None for training."""
-    of_seq: int | None = None
+    of_seq: Int64 | None = None
     """As in `MetricsLogged`."""
 
     droppable: ClassVar[bool] = True
@@ -265,11 +267,11 @@ class ImageLogged(Event, frozen=True, gc=False, tag=True):
     name: str
     path: str
     """Relative to the run's folder, with slashes."""
-    width: int = 0
-    height: int = 0
-    nbytes: int = 0
+    width: Int64 = 0
+    height: Int64 = 0
+    nbytes: Int64 = 0
     key: str | None = None
-    of_seq: int | None = None
+    of_seq: Int64 | None = None
 
     droppable: ClassVar[bool] = True
 
@@ -283,7 +285,7 @@ class TextLogged(Event, frozen=True, gc=False, tag=True):
     path: str | None = None
     """Where the whole text is, in UTF-8, if it is long; relative to the run's folder, with slashes."""
     key: str | None = None
-    of_seq: int | None = None
+    of_seq: Int64 | None = None
 
     droppable: ClassVar[bool] = True
 
@@ -291,11 +293,11 @@ class TextLogged(Event, frozen=True, gc=False, tag=True):
 class GpuSample(msgspec.Struct, frozen=True, gc=False):
     """One GPU at one moment."""
 
-    index: int
+    index: Int64
     name: str = ""
     utilization_percent: float | None = None
-    memory_used_bytes: int | None = None
-    memory_total_bytes: int | None = None
+    memory_used_bytes: Int64 | None = None
+    memory_total_bytes: Int64 | None = None
     power_w: float | None = None
     temperature_c: float | None = None
 
@@ -307,9 +309,9 @@ class SystemSampled(Event, frozen=True, gc=False, tag=True):
     """Of all cores of the machine, 0 to 100."""
     process_cpu_percent: float | None = None
     """Of this process and its children, in percent of one core: up to 100 times the cores."""
-    memory_used_bytes: int | None = None
-    memory_total_bytes: int | None = None
-    process_memory_bytes: int | None = None
+    memory_used_bytes: Int64 | None = None
+    memory_total_bytes: Int64 | None = None
+    process_memory_bytes: Int64 | None = None
     """Resident memory of this process and its children."""
     disk_used_percent: float | None = None
     """Of the file system that the run's folder is on."""
@@ -327,9 +329,9 @@ class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
 
     loss: float
     action: Literal["warned", "skipped", "stopped"]
-    consecutive: int = 1
+    consecutive: Int64 = 1
     """How many steps in a row, this one included."""
-    of_seq: int | None = None
+    of_seq: Int64 | None = None
     """``seq`` of the step's event, where the loss was read later."""
 
     droppable: ClassVar[bool] = True
@@ -352,9 +354,9 @@ class NonFiniteGradient(Event, frozen=True, gc=False, tag=True):
     """A gradient was NaN or infinite while the loss was finite. ``global_step`` is the step it belongs to."""
 
     action: Literal["warned", "skipped", "stopped"]
-    consecutive: int = 1
+    consecutive: Int64 = 1
     """How many steps in a row, this one included."""
-    of_seq: int | None = None
+    of_seq: Int64 | None = None
     """``seq`` of the step's event, where the gradients were read later."""
 
     droppable: ClassVar[bool] = True
@@ -382,7 +384,7 @@ class WarningLogged(Event, frozen=True, gc=False, tag=True):
     message: str
     exception: str | None = None
     """Traceback of the exception that it is about, with its causes; the middle of a long one is cut out."""
-    repeats: int = 0
+    repeats: Int64 = 0
     """Identical ones since the last such event, which were not published."""
 
 
@@ -398,7 +400,7 @@ class ObserverFailed(Event, frozen=True, gc=False, tag=True):
     during: str = ""
     """What it was doing: a hook's name, ``open``, ``write`` or ``close``."""
     action: Literal["fatal", "disabled", "retrying"] = "disabled"
-    failures: int = 1
+    failures: Int64 = 1
     """Failures in a row."""
 
 
@@ -406,7 +408,7 @@ class ObserverRecovered(Event, frozen=True, gc=False, tag=True):
     """An observer that had failed delivers again."""
 
     observer: str
-    failures: int = 0
+    failures: Int64 = 0
     outage_s: float = 0.0
 
 
@@ -415,8 +417,8 @@ class ObserverDropped(Event, frozen=True, gc=False, tag=True):
 
     observer: str
     """The observer's name, or ``"bus"`` when the ring itself overflowed and nobody received them."""
-    dropped: int = 0
-    conflated: int = 0
+    dropped: Int64 = 0
+    conflated: Int64 = 0
     """Replaced by a newer event of the same key."""
 
 
@@ -433,13 +435,13 @@ class ObserverHealth(msgspec.Struct, frozen=True, gc=False):
 
     observer: str
     state: Literal["ok", "failing", "disabled"] = "ok"
-    queued: int = 0
+    queued: Int64 = 0
     """Events that wait for it, with those in the delivery under way."""
     lag_s: float | None = None
     """How long ago the oldest of them happened; None if none waits."""
-    delivered: int = 0
-    dropped: int = 0
-    conflated: int = 0
+    delivered: Int64 = 0
+    dropped: Int64 = 0
+    conflated: Int64 = 0
 
 
 class ObserversReported(Event, frozen=True, gc=False, tag=True):
@@ -464,9 +466,9 @@ class LoopHeld(Event, frozen=True, gc=False, tag=True):
 class JournalGap(Event, frozen=True, gc=False, tag=True):
     """The journal lacks events, because it could not write or could not keep up. Its own ``seq`` follows the gap."""
 
-    first_seq: int
-    last_seq: int
-    lost: int
+    first_seq: Int64
+    last_seq: Int64
+    lost: Int64
     reason: str
 
 
@@ -480,7 +482,7 @@ class CheckpointStaged(Event, frozen=True, gc=False, tag=True):
     """Its name, ``step-N.aK``."""
     reasons: list[str]
     """Why it was taken: ``steps``, ``minutes``, ``epochs``, ``best``, ``command``, ``stop``, ``end``."""
-    nbytes: int = 0
+    nbytes: Int64 = 0
     blocked_s: float = 0.0
     """How long the loop was held."""
     command_ids: list[str] = []
@@ -505,7 +507,7 @@ class CheckpointSaved(Event, frozen=True, gc=False, tag=True):
     checkpoint: str
     path: str
     """Its folder."""
-    nbytes: int = 0
+    nbytes: Int64 = 0
     durable_s: float = 0.0
     """From the moment at which its state was taken."""
     write_s: float = 0.0
@@ -523,7 +525,7 @@ class CheckpointFailed(Event, frozen=True, gc=False, tag=True):
     checkpoint: str
     error: str
     during: Literal["stage", "write", "upload", "delete"] = "write"
-    consecutive: int = 1
+    consecutive: Int64 = 1
     """How many in a row, this one included."""
     command_ids: list[str] = []
 
@@ -533,8 +535,8 @@ class CheckpointUploading(Event, frozen=True, gc=False, tag=True):
 
     checkpoint: str
     url: str
-    done_bytes: int
-    total_bytes: int
+    done_bytes: Int64
+    total_bytes: Int64
 
     droppable: ClassVar[bool] = True
 
@@ -544,7 +546,7 @@ class CheckpointUploaded(Event, frozen=True, gc=False, tag=True):
 
     checkpoint: str
     url: str
-    nbytes: int = 0
+    nbytes: Int64 = 0
     duration_s: float = 0.0
 
 
@@ -559,7 +561,7 @@ class WeightsSaved(Event, frozen=True, gc=False, tag=True):
     """The module's weights alone are durable on the local disk, at the end of a run."""
 
     path: str
-    nbytes: int = 0
+    nbytes: Int64 = 0
 
 
 class CheckpointRejected(Event, frozen=True, gc=False, tag=True):
@@ -601,7 +603,7 @@ class StallLedger(msgspec.Struct, frozen=True, gc=False):
     """What has no name."""
     device_idle_s: float | None = None
     """Device time between the end of one step's work and the start of the next; None where there are no CUDA events."""
-    steps: int = 0
+    steps: Int64 = 0
 
 
 class LedgerReported(Event, frozen=True, gc=False, tag=True):

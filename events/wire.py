@@ -15,6 +15,9 @@ Text may hold lone surrogates (a file name that is not UTF-8 ends in an error me
 They are written as their escapes, ``\\udc80``, and stay that on the other side: the event matters more than
 that character.
 
+Decoded data may be hostile. Integers beyond 64 bits, a time that is not finite and values that are nested too deeply
+are refused (`events.bounds`), so that whatever was decoded can be encoded again.
+
 All functions are pure, may be called from any thread and raise nothing but `WireError`.
 """
 
@@ -28,8 +31,9 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from events.bounds import INT_MAX, INT_MIN, check_plain
 from events.errors import WireError
-from events.messages import EVENT_TYPES, Event, StageName, UnknownEvent
+from events.messages import EVENT_TYPES, Event, RunStarted, StageName, UnknownEvent
 from events.protocol import AnyCommand
 
 Encoding = Literal["json", "msgpack"]
@@ -100,7 +104,7 @@ def decode_json(data: bytes) -> Event:
     """
     if _NONFINITE_KEY not in data:
         try:
-            return _from_json.decode(data)
+            return _checked(_from_json.decode(data))
         except _REFUSED:
             pass  # an unknown type, or an error that deserves a better message
     return _decode_carefully(data, "json")
@@ -130,7 +134,7 @@ def decode_msgpack(data: bytes) -> Event:
         WireError: The bytes are no event of any version; the message says what and where.
     """
     try:
-        return _from_msgpack.decode(data)
+        return _checked(_from_msgpack.decode(data))
     except _REFUSED:
         return _decode_carefully(data, "msgpack")
 
@@ -273,11 +277,18 @@ def _decode_carefully(data: bytes, encoding: Encoding) -> Event:
     if name not in _KNOWN:
         return _unknown(name, tree, data, encoding)
     try:
-        event: Event = msgspec.convert(tree, _AnyEvent)
+        return _checked(msgspec.convert(tree, _AnyEvent))
     except _REFUSED as error:
         raise WireError(
             f"{name} event: {error}, in {_excerpt(data)}; compare what wrote it with events/schema.json"
         ) from error
+
+
+def _checked(event: Event) -> Event:
+    """Bound the values of no given type; all others have bounds in their types. Raises ValueError."""
+    if type(event) is RunStarted:
+        check_plain(event.arguments, "$.arguments")
+        check_plain(event.config, "$.config")
     return event
 
 
@@ -325,10 +336,10 @@ def _index(tree: Any, part: str) -> Any:
 def _unknown(name: str, tree: dict[Any, Any], data: bytes, encoding: Encoding) -> UnknownEvent:
     def whole(key: str) -> int:
         value = tree.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+        return value if isinstance(value, int) and type(value) is not bool and INT_MIN <= value <= INT_MAX else 0
 
     run_id, time, stage = tree.get("run_id"), tree.get("time"), tree.get("stage")
-    if not isinstance(time, float):
+    if not isinstance(time, float) or not math.isfinite(time):
         time = float(time) if isinstance(time, int) and abs(time) < 2**53 else 0.0
     return UnknownEvent(
         run_id=run_id if isinstance(run_id, str) else "",

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from events.bounds import INT_MAX, INT_MIN, check_plain
 from events.checkpoint.objects import parse_url, run_url
 from events.checkpoint.settings import Checkpoints
 from events.errors import SinkMisconfigured, UploadError
@@ -153,7 +154,8 @@ def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
     if config is None:
         return {}
     try:
-        plain = msgspec.to_builtins(config, str_keys=True, enc_hook=_plain_value)
+        plain = _within_64_bits(msgspec.to_builtins(config, str_keys=True, enc_hook=_plain_value))
+        check_plain(plain, "config")
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         problems.append(f"config={shown(config)} cannot be recorded ({error}); give a mapping of plain values")
         return {}
@@ -161,6 +163,17 @@ def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
         return plain
     problems.append(f"config={shown(config)} has no names; give a mapping, a dataclass or a Struct")
     return {}
+
+
+def _within_64_bits(value: Any) -> Any:
+    """Replace greater integers by their text, which the journal, browsers and msgpack can hold."""
+    if isinstance(value, dict):
+        return {key: _within_64_bits(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_within_64_bits(item) for item in value]
+    if isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
+        return str(value) if value.bit_length() < 10_000 else f"an integer of {value.bit_length():,} bits"
+    return value
 
 
 def _plain_value(value: Any) -> Any:

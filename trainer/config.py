@@ -21,10 +21,12 @@ import yaml
 from msgspec import inspect
 from msgspec.structs import force_setattr
 
+from events.bounds import INT_MAX, INT_MIN
 from events.strict import unknown_names
 from trainer.errors import ArgumentsError
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
+_SHOWN_BITS = 10_000  # Python refuses to write a longer integer as text
 
 # ------------------------------------------------------------------------------------------------ reading
 
@@ -244,12 +246,18 @@ def _convert(value: Any, expected: Any, path: str, problems: list[str]) -> Any:
         except (TypeError, ValueError) as error:  # its own __post_init__: fields that do not go together
             problems.append(f"{path}: {error}")
             return None
+    is_long = type(value) is int and not INT_MIN <= value <= INT_MAX
     try:
-        return msgspec.convert(value, expected)
+        converted = msgspec.convert(value, expected)
+        if not is_long:
+            return converted
     except msgspec.ValidationError as error:
-        inside = f" ({error})" if " - at " in str(error) else ""
-        problems.append(f"{path} = {reprlib.repr(value)}: must be {describe_type(expected)}{inside}")
-        return None
+        if not is_long or value.bit_length() < _SHOWN_BITS:
+            inside = f" ({error})" if " - at " in str(error) else ""
+            problems.append(f"{path} = {reprlib.repr(value)}: must be {describe_type(expected)}{inside}")
+            return None
+    problems.append(f"{path}: an integer has {value.bit_length():,} bits; give one within 64 bits")
+    return None
 
 
 def _struct_of(kind: Any) -> type[msgspec.Struct] | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 import xxhash
 
+from events.bounds import Int64
 from events.checkpoint.manifest import CheckpointName, Manifest, Metric
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
 
@@ -22,7 +23,7 @@ _LAST_ATTEMPT = 10**9
 class Attempt(msgspec.Struct, frozen=True):
     """What an attempt started from."""
 
-    attempt: int
+    attempt: Int64
     parent: str | None
     """A checkpoint's name; None for an attempt that began anew, or elsewhere."""
     source: str | None = None

@@ -11,11 +11,12 @@ The bytes are exactly those that `encode_manifest` makes: any other spelling of 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import xxhash
 
+from events.bounds import INT_MAX, Finite, Int64
 from events.errors import CheckpointDamaged, CheckpointTooNew
 
 FORMAT = 1
@@ -63,7 +64,7 @@ class CheckpointName(msgspec.Struct, frozen=True):
 class FileEntry(msgspec.Struct, frozen=True):
     """One file of a checkpoint."""
 
-    nbytes: int
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
     xxh3_128: str
     """Hash of its bytes, 32 hexadecimal digits: XXH3 with 128 bits, https://xxhash.com."""
 
@@ -80,16 +81,16 @@ class Metric(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint is and what it consists of."""
 
-    format: int = FORMAT
+    format: Int64 = FORMAT
     run_id: str
-    attempt: int
-    global_step: int
-    revision: int = 1
-    epoch: int
-    seq: int
+    attempt: Int64
+    global_step: Int64
+    revision: Int64 = 1
+    epoch: Int64
+    seq: Int64
     """``seq`` of the run's last event before the state was taken. What earlier attempts published after it is
     superseded when a run resumes from here."""
-    time: float
+    time: Finite
     """Unix seconds at which the state was taken."""
     parent: str | None
     """Name of the checkpoint that its attempt was resumed from; None for one that began anew, or elsewhere."""
@@ -120,7 +121,7 @@ class _Signed(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Version(msgspec.Struct):
-    format: int
+    format: Int64
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

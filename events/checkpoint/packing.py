@@ -68,6 +68,11 @@ MAX_DEPTH = 200
 
 _PAIRS, _RECORDS, _TENSOR, _REGISTERED = 10, 20, 60, 61  # codes; the first two begin a group
 _BYTES_LIMIT = 2**32 - 1  # msgpack's
+_INT_BITS = 4_096
+"""Maximum bits per integer in a type that computes with several: a fraction, a range."""
+_SAME_HASH = 1_000
+"""Maximum keys per hash in a map or set."""
+_SALTED = frozenset({str, bytes, NoneType, bool})  # their hashes differ from process to process, or they are few
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
 _ATOMS = frozenset({NoneType, bool, float})  # each value of these is written as it is
 _NATIVE = _ATOMS | {int, str, bytes}
@@ -357,12 +362,39 @@ def _is_unicode(text: str) -> bool:
 
 
 def _items(mapping: Any) -> list[Any]:
+    _spread(list(mapping))
     return [part for pair in mapping.items() for part in pair]
+
+
+def _spread(keys: Collection[Any]) -> Collection[Any]:
+    """Refuse keys of one hash: a table of them takes quadratic time. Only made-up ones (big integers) have many."""
+    if len(keys) > _SAME_HASH and not _SALTED.issuperset(map(type, keys)):
+        hashed, count = Counter(map(hash, keys)).most_common(1)[0]
+        if count > _SAME_HASH:
+            raise ValueError(f"{count:,} of its keys have one hash, {hashed}; use keys that differ in theirs")
+    return keys
+
+
+def _short_ints(kind: Any) -> Callable[..., Any]:
+    """Make a type of integers that are not so long that its arithmetic takes quadratic time."""
+
+    def make(*parts: Any) -> Any:
+        _check_ints(parts)
+        return kind(*parts)
+
+    return make
+
+
+def _check_ints(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    longest = max((part.bit_length() for part in parts if type(part) is int), default=0)
+    if longest > _INT_BITS:
+        raise ValueError(f"it has an integer of {longest:,} bits, more than {_INT_BITS:,}; store it as an int or text")
+    return parts
 
 
 def _pairs(kind: type) -> Callable[[list[Any]], Any]:
     def make(parts: list[Any]) -> Any:
-        pairs = dict(zip(parts[::2], parts[1::2], strict=True))
+        pairs = dict(zip(_spread(parts[::2]), parts[1::2], strict=True))
         if 2 * len(pairs) != len(parts):
             raise ValueError("it has equal keys")
         return kind(pairs)
@@ -372,7 +404,7 @@ def _pairs(kind: type) -> Callable[[list[Any]], Any]:
 
 def _members(kind: type) -> Callable[[list[Any]], Any]:
     def make(parts: list[Any]) -> Any:
-        members = kind(parts)
+        members = kind(_spread(parts))
         if len(members) != len(parts):
             raise ValueError("it has equal members")
         return members
@@ -420,8 +452,8 @@ _time = attrgetter("hour", "minute", "second", "microsecond", "tzinfo", "fold")
 _FORMS: dict[type, _Form] = {
     list: _Form(0, lambda value: value, list),
     tuple: _Form(1, lambda value: value, tuple),
-    set: _Form(2, lambda value: value, _members(set)),
-    frozenset: _Form(3, lambda value: value, _members(frozenset)),
+    set: _Form(2, _spread, _members(set)),
+    frozenset: _Form(3, _spread, _members(frozenset)),
     deque: _Form(4, lambda value: [*value, value.maxlen], _deque),
     dict: _Form(10, _items, _pairs(dict)),
     OrderedDict: _Form(11, _items, _pairs(OrderedDict)),
@@ -439,8 +471,12 @@ _FORMS: dict[type, _Form] = {
     bytearray: _Form(22, lambda value: (bytes(value),), _exactly(bytes, bytearray)),
     complex: _Form(23, attrgetter("real", "imag"), _exactly(float, complex)),
     Decimal: _Form(24, lambda value: (str(value),), _exactly(str, Decimal)),
-    Fraction: _Form(25, attrgetter("numerator", "denominator"), _exactly(int, Fraction)),
-    range: _Form(26, _range, range),
+    Fraction: _Form(
+        25,
+        lambda value: _check_ints((value.numerator, value.denominator)),
+        _exactly(int, _short_ints(Fraction)),
+    ),
+    range: _Form(26, lambda value: _check_ints(_range(value)), _short_ints(range)),
     slice: _Form(27, _range, slice),
     UUID: _Form(28, lambda value: (value.bytes,), _exactly(bytes, lambda data: UUID(bytes=data))),
     PosixPath: _Form(29, lambda path: (path.as_posix(),), _exactly(str, Path)),

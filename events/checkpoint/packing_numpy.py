@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+_DIMENSIONS = 64  # NumPy has no more
 ARRAY, SCALAR = 50, 51
 """The codes of their marks."""
 _ELEMENTS = re.compile(r"[<>|][biufcmMSUV]\d{1,10}(\[\d{0,10}[A-Za-z]{1,7}\])?")  # no objects, nothing to evaluate
@@ -71,6 +72,8 @@ def array(description: Any, shape: tuple[int, ...], data: bytes) -> Any:
     dtype = _dtype(description)
     if type(shape) is not tuple or not {int}.issuperset(map(type, shape)):
         raise TypeError(f"{shape!r} are no dimensions")
+    if len(shape) > _DIMENSIONS or not all(0 <= size < 2**63 for size in shape):
+        raise ValueError(f"{len(shape)} dimensions, of up to {max(shape).bit_length()} bits, are not a shape")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"no array of {dtype} and shape {shape} has {len(data)} bytes")
     return np.ndarray(shape, dtype, buffer=bytearray(data))  # NumPy's copy() would leave the padding to chance

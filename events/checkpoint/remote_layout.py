@@ -31,6 +31,7 @@ from typing import NamedTuple
 import msgspec
 import xxhash
 
+from events.bounds import Int64
 from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest, encode_manifest
 from events.errors import CheckpointDamaged
 
@@ -40,7 +41,7 @@ PARTS_NAME = "parts.json"
 class Parts(msgspec.Struct, frozen=True):
     """``parts.json``: how files were divided, and which checkpoint's they are."""
 
-    part_bytes: int
+    part_bytes: Int64
     manifest_xxh3_128: str
 
 

@@ -11,7 +11,6 @@ type, with the name of their own: complex128 as pairs of float64).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -59,7 +58,27 @@ class TensorInfo(msgspec.Struct, frozen=True):
     @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return elements_of(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def elements_of(shape: Sequence[int], most: int | None = None) -> int:
+    """Count the elements of a shape. Linear in its dimensions, whatever they are: a product of many large ones is not.
+
+    Args:
+        shape: Dimensions, none of them negative.
+        most: Raise once there are more; None counts them all.
+
+    Raises:
+        ValueError: There are more than ``most``.
+    """
+    if 0 in shape:
+        return 0
+    count = 1
+    for size in shape:
+        count *= size
+        if most is not None and count > most:
+            raise ValueError(f"a shape of {len(shape)} dimensions has more than {most:,} elements")
+    return count
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -149,12 +168,17 @@ def _read_layout(data: memoryview) -> TensorFile:
         entry = msgspec.json.decode(raw, type=_Entry)
         first, end = entry.data_offsets
         if entry.dtype not in ITEM_BYTES:
-            raise ValueError(f"the tensor {name!r} has the unknown type {entry.dtype!r}")
+            raise ValueError(f"the tensor {name!r:.200} has the unknown type {entry.dtype!r:.40}")
+        try:
+            nbytes = elements_of(entry.shape, len(data)) * ITEM_BYTES[entry.dtype]
+        except ValueError as error:
+            raise ValueError(f"the tensor {name!r:.200} does not fit where it should be: {error}") from None
+        if end - first != nbytes or begin + end > len(data):
+            shape = f"shape {entry.shape}" if len(entry.shape) <= 8 else f"{len(entry.shape)} dimensions"
+            raise ValueError(f"the tensor {name!r:.200} of {shape} does not fit where it should be")
         info = TensorInfo(name, entry.dtype, entry.shape, notes.views.get(name, ""))
-        if end - first != info.nbytes or begin + end > len(data):
-            raise ValueError(f"the tensor {name!r} of shape {entry.shape} does not fit where it should stand")
         tensors[name] = info, begin + first
     for alias, name in notes.aliases.items():
         if name not in tensors or alias in tensors:
-            raise ValueError(f"the name {alias!r} leads to no tensor")
+            raise ValueError(f"the name {alias!r:.200} leads to no tensor")
     return TensorFile(tensors, notes.aliases)

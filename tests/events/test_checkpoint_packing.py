@@ -488,12 +488,45 @@ def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
         (packed(marked(60, "weight")), "the tensor 'weight', and there is none.*provide"),
         (packed(marked(61, "unheard.Of", 1)), "'unheard.Of'.*not imported.*provide"),
         (packed(marked(61, [], 1)), "code 61"),
+        (packed(marked(25, marked(20, b"\x01" * 1_000), 3)), "7,993 bits, more than 4,096"),
+        (packed(marked(26, 0, marked(20, b"\x01" * 1_000), 3)), "7,993 bits, more than 4,096"),
+        (packed(marked(50, "<f4", marked(1, *[2**47] * 65), bytes(4))), "65 dimensions, of up to 48 bits"),
+        (packed(marked(50, "<f4", marked(1, marked(20, b"\x01" * 1_000)), bytes(4))), "of up to 7993 bits"),
     ],
 )
 def test_content_that_is_never_written_is_refused(data: bytes, said: str) -> None:
     """The message says where, what, and what to do."""
     with pytest.raises(CheckpointDamaged, match=said):
         packing.decode(data)
+
+
+def colliding(kind: str) -> list[Any]:
+    """Parts of 1,001 different keys of one hash."""
+    modulus = 2**61 - 1  # Python hashes numbers modulo this
+    if kind == "big integers":
+        return [marked(20, (1 + i * modulus).to_bytes(16, "little")) for i in range(1_001)]
+    if kind == "fractions":
+        return [marked(25, 7 * i % modulus, i) for i in range(1, 8_000, 7)][:1_001]
+    if kind == "UUIDs":
+        return [marked(28, (1 + i * modulus).to_bytes(16, "big")) for i in range(1_001)]
+    return [marked(1, *[-1 - (i >> bit & 1) for bit in range(10)], i // 1_024) for i in range(1_024)]
+
+
+@pytest.mark.parametrize("kind", ["big integers", "fractions", "UUIDs", "tuples"])
+@pytest.mark.parametrize("code", [2, 3, 10, 12])
+def test_keys_that_all_have_one_hash_are_refused(kind: str, code: int) -> None:
+    """A table of them takes quadratic time."""
+    keys = colliding(kind)
+    parts = keys if code < 10 else [part for key in keys for part in (key, 1)]
+    with pytest.raises(CheckpointDamaged, match=r"of its keys have one hash"):
+        packing.decode(packed(marked(code, *parts)))
+
+
+def test_a_state_that_could_not_be_read_again_is_not_written() -> None:
+    """Keys of one hash, and fractions and ranges of long integers."""
+    for value in ({2**61 * i - i: 1 for i in range(2**70, 2**70 + 1_001)}, Fraction(2**5000, 3), range(2**5000)):
+        with pytest.raises(UnstorableState, match=r"^a is a [\w.]+ that cannot be stored: "):
+            packing.encode(value, at="a")
 
 
 @pytest.mark.parametrize("tree", [{"a": [Ext(99, b"later")]}, {"a": [marked(99, 1)]}, {"a": [Ext(-7, b"")]}])

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from events import wire
+from events.bounds import Finite
 from events.errors import WireError
 from events.messages import (
     EVENT_TYPES,
@@ -60,6 +61,10 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
     """A strategy for the annotation of any field that events have."""
     if annotation is Any:
         return plain
+    if annotation is Finite:
+        return st.floats(allow_nan=False, allow_infinity=False)
+    if get_origin(annotation) is typing.Annotated:
+        annotation = get_args(annotation)[0]
     simple = {str: text, int: int64, float: st.floats(), bool: st.booleans(), type(None): st.none()}
     if annotation in simple:
         return simple[annotation]
@@ -170,6 +175,55 @@ def test_msgpack_that_is_no_event_is_refused(data: bytes) -> None:
     """The same for msgpack."""
     with pytest.raises(WireError, match="not an event"):
         wire.decode_msgpack(data)
+
+
+BIG = 10**399
+DEEP = b'{"a":' * 500 + b"1" + b"}" * 500
+LINE = (
+    b'{"type":"RunStarted","run_id":"r","attempt":1,"seq":7,"time":1.5,"rank":0,"global_step":5,"epoch":0,"stage":null'
+)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        b',"module":"m","epochs":%d' % BIG,
+        b',"module":"m","epochs":%d' % 2**63,
+        b',"module":"m","epochs":%d' % -BIG,
+        b',"module":"m","epochs":1%s' % (b"0" * 5000),
+        b',"module":"m","epochs":1,"arguments":{"a":[{"b":%d}]}' % BIG,
+        b',"module":"m","epochs":1,"config":{"a":%d}' % 2**64,
+        b',"module":"m","epochs":1,"config":' + DEEP,
+        b',"module":"m","epochs":1,"config":' + b"[" * 100_000,
+        b',"module":"\xff","epochs":1',
+        b',"module":"\\udc80","epochs":1',
+        b',"module":"m","epochs":NaN',
+        b',"module":"m","epochs":1,"time":null,"nonfinite":{"/time":"inf"}',
+        b',"module":"m","epochs":1,"config":{"a":%d,"b":null},"nonfinite":{"/config/b":"nan"}' % BIG,
+    ],
+)
+def test_an_event_that_could_not_be_written_again_is_refused_in_a_few_words(members: bytes) -> None:
+    """Integers beyond 64 bits, deep nesting, text that is not Unicode, a time that is not finite."""
+    with pytest.raises(WireError, match="event: ") as caught:
+        wire.decode_json(LINE + members + b"}")
+    assert len(str(caught.value)) < 500
+
+
+def test_integers_and_times_of_msgpack_have_the_same_bounds() -> None:
+    """An integer of 64 bits without a sign and a NaN are what msgpack can hold beyond JSON."""
+    fields = {**HEADER, "type": "RunStarted", "module": "m", "epochs": 1}
+    for wrong in ({"seq": 2**63}, {"time": math.nan}, {"time": math.inf}):
+        with pytest.raises(WireError, match="RunStarted event: "):
+            wire.decode_msgpack(msgspec.msgpack.encode(fields | wrong))
+
+
+@pytest.mark.parametrize("member", ["attempt", "seq", "rank", "global_step", "epoch"])
+def test_an_unknown_event_has_a_header_within_64_bits(member: str) -> None:
+    """Its header is used as that of any other; its bytes are kept as they are."""
+    event = wire.decode_json(b'{"type":"X","%s":%d}' % (member.encode(), BIG))
+    assert getattr(event, member) == 0
+    wire.encode_json(event)
+    msgspec.msgpack.encode(msgspec.structs.replace(event, raw=b""))
 
 
 def test_an_unknown_event_with_a_time_beyond_floats_has_time_zero() -> None:
@@ -377,6 +431,8 @@ def golden_examples() -> list[Event]:
     """One event of every type, every field set, NaNs and infinities among them."""
 
     def example(annotation: Any, name: str) -> Any:
+        if get_origin(annotation) is typing.Annotated:
+            annotation = get_args(annotation)[0]
         if annotation in (str, Any):
             return f"{name} é/~"
         if annotation is float:

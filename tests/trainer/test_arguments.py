@@ -94,6 +94,14 @@ class Own(TrainerArguments, frozen=True, kw_only=True):
             "TrainerArguments: lr: is not known; set it in get_optimizers_schedulers",
         ),
         (lambda: TrainerArguments(3), "TrainerArguments: 3 has no name; write name=value"),
+        (
+            lambda: TrainerArguments(epochs=10**400),
+            "TrainerArguments: epochs: an integer has 1,329 bits; give one within 64 bits",
+        ),
+        (
+            lambda: TrainerArguments(max_steps=10**9_000),
+            "TrainerArguments: max_steps: an integer has 29,898 bits; give one within 64 bits",
+        ),
         (lambda: TrainerArguments.from_dict({"fp16": True}), "the arguments: fp16: is not known; use precision="),
         (lambda: Own(lrr=3), "Own: lrr: is not known; did you mean lr?"),
         (lambda: Checkpoints(monitor="val_loss"), "Checkpoints: monitor: is not known; did you mean best?"),

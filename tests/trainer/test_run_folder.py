@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -339,6 +340,9 @@ class Settings(msgspec.Struct):
     size: Size
 
 
+DEEP = functools.reduce(lambda inner, _: {"a": inner}, range(150), {})
+
+
 class Model:
     """Stands for a model of pydantic."""
 
@@ -354,9 +358,13 @@ class Model:
         (Settings(Size()), {"size": {"width": 3, "path": "data"}}),
         (argparse.Namespace(lr=0.5, model=Model()), {"lr": 0.5, "model": {"lr": 0.1}}),
         (Model(), {"lr": 0.1}),
+        (
+            {"big": 2**70, "list": [2**64, 10**9_000]},
+            {"big": str(2**70), "list": [str(2**64), "an integer of 29,898 bits"]},
+        ),
         ({"lr": np.float32(0.5), "n": np.int64(2), "table": np.ones(2)}, {"lr": 0.5, "n": 2, "table": "[1. 1.]"}),
     ],
-    ids=["mapping", "dataclass", "struct", "namespace", "model", "numpy"],
+    ids=["mapping", "dataclass", "struct", "namespace", "model", "integers", "numpy"],
 )
 def test_the_users_hyperparameters_are_recorded(kit: Any, config: Any, recorded: dict[str, Any]) -> None:
     """In the folder and in `RunStarted`; what JSON cannot hold is text."""
@@ -366,7 +374,7 @@ def test_the_users_hyperparameters_are_recorded(kit: Any, config: Any, recorded:
     assert kit.read_journal("run")[0].config == stored
 
 
-@pytest.mark.parametrize("config", [3, "lr=1", [1, 2], {("a", "b"): 1}, torch.ones(2)])
+@pytest.mark.parametrize("config", [3, "lr=1", [1, 2], {("a", "b"): 1}, torch.ones(2), DEEP])
 def test_a_config_without_names_is_refused(kit: Any, config: Any) -> None:
     """With its value and the fix; nothing was opened."""
     with pytest.raises(ArgumentsError, match=r"config=.* give a mapping"):

@@ -1,0 +1,47 @@
+"""Bounds of the numbers in data that a stranger may have written: a journal, a manifest, a command, a stored view.
+
+JSON has integers of any length, which neither msgpack nor a browser takes, and whose text Python refuses to write. The
+types here have `msgspec` refuse them while it decodes; `check_plain` does so in values of no given type.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+INT_MIN, INT_MAX = -(2**63), 2**63 - 1
+MAX_DEPTH = 100
+"""Maximum levels of lists and objects in each other, in values of no given type."""
+
+Int64 = Annotated[int, Meta(ge=INT_MIN, le=INT_MAX)]
+"""An integer within 64 bits."""
+Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""A number that is neither NaN nor infinite."""
+
+
+def check_plain(value: Any, where: str = "$") -> None:
+    """Check that values of JSON can be encoded again, in any form.
+
+    Args:
+        value: Lists and dicts of plain values.
+        where: What the value is, for the message.
+
+    Raises:
+        ValueError: An integer has more than 64 bits, or lists and objects are more than `MAX_DEPTH` levels deep.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += one.values()
+            elif isinstance(one, list):
+                inner += one
+            elif isinstance(one, int) and not INT_MIN <= one <= 2 * INT_MAX + 1:
+                raise ValueError(f"an integer has {one.bit_length()} bits, more than 64 - at `{where}`")
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"lists and objects are more than {MAX_DEPTH} levels deep - at `{where}`")

@@ -1,0 +1,96 @@
+"""What stands before a checkpoint's data: a tensor file's header, a manifest, the parts of a file in a store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from events.checkpoint.lineage import Attempt, decode_attempt, encode_attempt
+from events.checkpoint.manifest import FileEntry, Manifest, decode_manifest, encode_manifest
+from events.checkpoint.remote_layout import decode_parts
+from events.checkpoint.tensor_file import TensorInfo, elements_of, read_layout
+from events.errors import CheckpointDamaged
+
+BIG = 10**399
+
+
+def header_of(**entries: Any) -> memoryview:
+    """A tensor file of 4 bytes."""
+    text = msgspec.json.encode(entries)
+    return memoryview(len(text).to_bytes(8, "little") + text + bytes(4))
+
+
+def entry(shape: list[int], end: int = 4) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+
+
+@pytest.mark.parametrize(
+    "shape", [[2**47] * 400_000, [2**47] * 400_000 + [0], [2] * 400_000, [BIG], [-1], [2**47, 2**47], [1] * 10 + [2]]
+)
+def test_a_shape_that_does_not_fit_is_refused_at_once_and_in_a_few_words(shape: list[int]) -> None:
+    """The product of many large dimensions takes quadratic time, and minutes for a header of a few megabytes."""
+    with pytest.raises(CheckpointDamaged, match="is no safetensors file: ") as caught:
+        read_layout(header_of(weight=entry(shape)), "file")
+    assert len(str(caught.value)) < 500
+
+
+def test_shapes_with_a_zero_and_many_ones_are_counted() -> None:
+    """In one pass."""
+    assert elements_of([2**47] * 1_000_000 + [0]) == 0
+    assert TensorInfo("a", "F32", (2**47,) * 1_000_000 + (0,)).nbytes == 0
+    assert list(read_layout(header_of(a=entry([1] * 10_000), b=entry([0, 2**47], 0)), "file").tensors) == ["a", "b"]
+
+
+def test_names_and_types_are_shortened_in_messages() -> None:
+    """A header may be of 100 MB."""
+    long = "x" * 1_000_000
+    views = msgspec.json.encode({"aliases": {long: long}}).decode()
+    for entries in (
+        {long: entry([2])},
+        {long: {"dtype": long, "shape": [1], "data_offsets": [0, 4]}},
+        {"__metadata__": {"stagecast": views}},
+    ):
+        with pytest.raises(CheckpointDamaged) as caught:
+            read_layout(header_of(**entries), "file")
+        assert len(str(caught.value)) < 700
+
+
+MANIFEST = Manifest(
+    run_id="r",
+    attempt=1,
+    global_step=2,
+    epoch=0,
+    seq=9,
+    time=1.5,
+    parent=None,
+    reasons=[],
+    files={"a": FileEntry(1, "")},
+)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attempt": BIG},
+        {"global_step": 2**63},
+        {"epoch": -BIG},
+        {"seq": BIG},
+        {"format": BIG},
+        {"files": {"a": FileEntry(BIG, "")}},
+        {"files": {"a": FileEntry(-1, "")}},
+    ],
+)
+def test_a_signed_manifest_has_integers_within_64_bits(fields: dict[str, Any]) -> None:
+    """Whoever may write to a folder can sign what he likes."""
+    assert decode_manifest(encode_manifest(MANIFEST), "file") == MANIFEST
+    with pytest.raises(CheckpointDamaged, match=r"file is no manifest.*Expected `int`"):
+        decode_manifest(encode_manifest(msgspec.structs.replace(MANIFEST, **fields)), "file")
+
+
+def test_attempts_and_parts_have_integers_within_64_bits() -> None:
+    """As all numbers of a checkpoint."""
+    assert decode_attempt(f"attempt-{BIG}.json", encode_attempt(Attempt(BIG, None))) is None
+    with pytest.raises(CheckpointDamaged, match="was changed: Expected `int`"):
+        decode_parts(b'{"part_bytes":%d,"manifest_xxh3_128":""}' % BIG, "file")
