@@ -110,6 +110,8 @@ class ClientFaults(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is logged. Errors of our own always are."""
         text = str(record.msg)
+        if text.startswith("ASGI callable returned without completing"):  # as when a client did not read
+            return False
         if record.levelno < logging.WARNING or text.startswith("Exception in ASGI"):
             return True
         now = time.monotonic()

@@ -32,7 +32,6 @@ import msgspec
 from events.errors import ArgumentsError, RunFolderError, WireError
 from events.folder import is_held
 from events.journal_reader import JOURNAL_DIR, JournalReader
-from events.messages import Event
 from events.wire import decode_command_json, encode_json_lines
 from sinks.live.access import Access, Refused, Request
 from sinks.live.asgi import (
@@ -84,8 +83,14 @@ _UNREAD_S = 0.3
 _RETRY = b"retry: 1000\n"
 """An `EventSource` reconnects after this many milliseconds. A line of the first event: some clients take one alone for
 an event."""
+MOST_FOLLOWERS = 64
+"""Maximum responses with a journal at a time, because each holds a part of it in memory; further ones get 503."""
 _JOURNAL_S = 0.05
-"""How often a journal that is followed is looked at."""
+"""How often a journal that is followed is looked at; less often where many follow."""
+_JOURNAL_EVENTS = 64
+"""Events that are decoded at a time."""
+_JOURNAL_BYTES = 2**16
+"""A part of a journal is sent once it has so many bytes."""
 
 
 class LiveApp:
@@ -110,6 +115,10 @@ class LiveApp:
         self._most_strangers = min(MOST_STRANGERS, max(1, most_clients // 10))
         self._strangers: dict[Client, None] = {}
         """Those whose hello is awaited, the oldest first: they take no place from who has shown the token."""
+        self._most_followers = min(MOST_FOLLOWERS, max(1, most_clients // 4))
+        self._followers = 0
+        # Shared, and few: each decodes and encodes, and would take the interpreter from the event loop.
+        self._journals = anyio.CapacityLimiter(2)
         self._disk = anyio.CapacityLimiter(4)  # our own: a disk that hangs must not take the threads of a host
         self._looking = anyio.Lock()
 
@@ -269,44 +278,53 @@ class LiveApp:
         since = _number(query, "since") if "since" in query else 0
         if since is None:
             raise Refused(400, "since is the seq of an event, a whole number")
+        if self._followers >= self._most_followers:
+            reason = f"{self._followers} clients read journals, the maximum; try again later"
+            raise Refused(503, reason, headers=[(b"retry-after", b"5")])
         reader = JournalReader(run_dir / JOURNAL_DIR, since)
-        limiter = anyio.CapacityLimiter(1)
 
-        def read() -> list[Event]:
-            try:
-                return reader.read()
-            except OSError:  # nothing is lost: asked again
-                return []
+        def read() -> bytes:
+            """The next part, which ends with an event; on a thread."""
+            part = b""
+            with contextlib.suppress(OSError):  # nothing is lost: the reader has not moved
+                while len(part) < _JOURNAL_BYTES and (events := reader.read(_JOURNAL_EVENTS)):
+                    part += encode_json_lines(events)
+            return part
 
         async def is_over() -> bool:
             """Whether no more is to come. The last checkpoint, for one, comes when the loop has ended already."""
             if not follow or hub.is_ending:
                 return not follow or reader.cursor >= hub.view.cursor
             ended = hub.view.run.status not in ("running", "unknown")
-            return ended and not await anyio.to_thread.run_sync(is_held, run_dir, limiter=limiter)
+            return ended and not await anyio.to_thread.run_sync(is_held, run_dir, limiter=self._journals)
 
         async def write_all(client: Client) -> None:
             quiet_s = 0.0
             while True:
                 over = await is_over()  # before reading: what is written later must not be missed
-                if events := await anyio.to_thread.run_sync(read, limiter=limiter):
+                if part := await anyio.to_thread.run_sync(read, limiter=self._journals):
                     quiet_s = 0.0
-                    await client.push(encode_json_lines(events))
+                    while part:
+                        await client.push(part[:_JOURNAL_BYTES])
+                        part = part[_JOURNAL_BYTES:]
                 elif over:
                     return
                 else:
-                    await anyio.sleep(_JOURNAL_S)
-                    quiet_s += _JOURNAL_S
+                    wait_s = max(_JOURNAL_S, self._followers * _JOURNAL_S / 8)
+                    await anyio.sleep(wait_s)
+                    quiet_s += wait_s
                     if quiet_s >= 1.0:
                         quiet_s = 0.0
                         await hub.refresh()
                         await client.push(b"\n")
 
         hub.followers += 1
+        self._followers += 1
         try:
             await self._stream(scope, receive, send, b"application/x-ndjson", write_all)
         finally:
             hub.followers -= 1
+            self._followers -= 1
 
     async def _sse(self, hub: Hub, scope: Message, receive: Receive, send: Send) -> None:
         query = parse_qs(scope.get("query_string", b"").decode("latin-1"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,10 +74,11 @@ class RunsOfFolder:
         self._known: dict[Path, tuple[tuple[int, int], Summary, HealthReader]] = {}
         self._paths: dict[str, Path] = {}  # by the run's name, as of the last look
         self._limiter: anyio.CapacityLimiter | None = None
+        self._found: tuple[float, list[Summary]] = -math.inf, []  # by the last look, and when that began
 
     async def summaries(self, commands: bool) -> list[dict[str, Any]]:
         """Of all runs, at most the newest thousand. Waits for the disk, on a thread."""
-        found = await self._in_thread(self._look)
+        found = await self._look_again()
         shown = []
         for run in sorted(found, key=lambda run: run.started, reverse=True):
             shown.append(msgspec.structs.asdict(run) | {"commands": commands and run.status == "running"})
@@ -85,7 +88,7 @@ class RunsOfFolder:
         """Of a run by its name. Waits for the disk, on a thread."""
         there = self._hub_of(run_id)
         if there is None:
-            await self._in_thread(self._look)
+            await self._look_again()
             there = self._hub_of(run_id)
         if there is None and (path := self._paths.get(run_id)) is not None:
             there = self._hubs[path] = FolderHub(path)  # none yet, or another run had the folder
@@ -105,6 +108,20 @@ class RunsOfFolder:
         for path in list(self._hubs)[: max(0, len(self._hubs) - _MOST_HUBS)]:
             if not self._hubs[path].is_watched:
                 del self._hubs[path]
+
+    async def _look_again(self) -> list[Summary]:
+        """Look for the runs; those who ask while one looks share the next look, however many they are."""
+        asked = time.monotonic()
+
+        def look() -> list[Summary]:
+            began, found = self._found
+            if began < asked:
+                began = time.monotonic()
+                self._found = began, found = began, self._look()
+            return found
+
+        found: list[Summary] = await self._in_thread(look)
+        return found
 
     async def _in_thread(self, function: Any) -> Any:
         if self._limiter is None:

@@ -1,26 +1,33 @@
 """How soon who comes late sees a long run, and what another watcher of the same server feels of it.
 
-    python tests/benchmarks/live_journal.py [--steps 1000000] [--rounds 3]
+    python tests/benchmarks/live_journal.py [--steps 1000000] [--rounds 3] [--followers 500]
 
 A journal of that many steps; for each round ``stagecast watch`` is started anew, in a process of its own. *cold*: the
 stored view was deleted, so the whole journal is read. *stored*: it is there. *again*: the server has the run already.
 Each time is from the client's hello to its snapshot. Meanwhile somebody watches a second, short run, to which a step is
 added every 10 ms: *other* is the time between two of his frames (100 ms when all is well) while the long one is read.
+
+Then so many clients ask for the journal and read nothing: how many are taken, what the server's memory and threads come
+to, and how long the page takes meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
+import psutil
 from report import header, percentile
 from websockets.sync.client import connect
 
@@ -30,6 +37,9 @@ from events.wire import encode_json_lines
 from sinks.live.stored import STORE_NAME
 
 ROOT = Path(__file__).parent.parent.parent
+_TOKEN = "not-a-secret-of-anybody"
+_HELLO = f'{{"type":"hello","token":"{_TOKEN}"}}'
+_HEADERS = {"Authorization": f"Bearer {_TOKEN}"}
 _SEGMENT_BYTES = 64 * 2**20
 
 
@@ -80,14 +90,14 @@ class Other:
                 number += 1
 
     def _watch(self, url: str) -> None:
-        with connect(f"{url}api/runs/{self._folder.name}/ws", proxy=None, max_size=None) as socket:
-            socket.send('{"type":"hello"}')
+        with connect(f"{url}api/runs/{self._folder.name}/ws", proxy=None, max_size=None) as watching:
+            watching.send(_HELLO)
             for _ in range(5):
-                socket.recv()
+                watching.recv()
             self._seen.set()
             last = time.perf_counter()
             while not self._over.is_set():
-                socket.recv()
+                watching.recv()
                 now = time.perf_counter()
                 if not self._over.is_set():  # else the run does not go on any more
                     self.gaps.append(now - last)
@@ -102,23 +112,68 @@ class Other:
 
 def serve(folder: Path) -> tuple[subprocess.Popen[str], str]:
     """``stagecast watch``; and its address."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "STAGECAST_TOKEN": _TOKEN}
     command = [sys.executable, "-m", "trainer.cli", "watch", str(folder), "--port", "0"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "http://" in line:
-            return process, "http://" + line.partition("http://")[2].split()[0]
+            return process, "http://" + line.partition("http://")[2].partition("#")[0]
     raise RuntimeError("the server has not started")
 
 
 def join(url: str) -> tuple[float, int]:
     """Seconds from hello to snapshot, and its bytes."""
-    with connect(f"{url.replace('http', 'ws', 1)}api/runs/long/ws", proxy=None, max_size=None) as socket:
+    with connect(f"{url.replace('http', 'ws', 1)}api/runs/long/ws", proxy=None, max_size=None) as watching:
         began = time.perf_counter()
-        socket.send('{"type":"hello"}')
-        data = socket.recv()
+        watching.send(_HELLO)
+        data = watching.recv()
         return time.perf_counter() - began, len(data)
+
+
+def page_s(url: str) -> float:
+    """Seconds for the page and the list of runs."""
+    began = time.perf_counter()
+    for path in ("", "api/runs"):
+        urllib.request.urlopen(urllib.request.Request(url + path, headers=_HEADERS), timeout=60).read()
+    return time.perf_counter() - began
+
+
+def follow(folder: Path, count: int) -> None:
+    """Clients that ask for a journal and read nothing; prints a line."""
+    process, url = serve(folder)
+    try:
+        seen = psutil.Process(process.pid)
+        join(url)
+        quiet = [page_s(url) for _ in range(20)]
+        before = seen.memory_info().rss
+        request = b"GET /api/runs/long/journal?follow=1 HTTP/1.1\r\nHost: localhost\r\nAuthorization: %b\r\n\r\n"
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1].strip("/")))
+        clients = [socket.create_connection(address) for _ in range(count)]
+        for one in clients:
+            with contextlib.suppress(OSError):  # closed by the server: there are too many
+                one.sendall(request % _HEADERS["Authorization"].encode())
+        most = threads = 0
+        taken: list[float] = []
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:
+            taken.append(page_s(url))
+            most, threads = max(most, seen.memory_info().rss), max(threads, seen.num_threads())
+            time.sleep(0.05)
+        held = 0
+        for one in clients:
+            with contextlib.suppress(OSError):
+                held += b" 200 " in one.recv(64)
+            one.close()
+        print(
+            f"\n{count} clients follow the journal and read nothing: {held} were taken, memory grew by at most ", end=""
+        )
+        print(f"{(most - before) / 2**20:.0f} MiB, {threads} threads; the page took", end=" ")
+        print(f"{1e3 * statistics.median(taken):.0f} ms (p99 {1e3 * percentile(taken, 99):.0f} ms, ", end="")
+        print(f"max {1e3 * max(taken):.0f} ms), before {1e3 * statistics.median(quiet):.0f} ms")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
 
 
 def main() -> None:
@@ -126,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--followers", type=int, default=500)
     options = parser.parse_args()
     print(header())
     with tempfile.TemporaryDirectory() as name:
@@ -158,6 +214,7 @@ def main() -> None:
             ms = [1e3 * gap for gap in gaps[kind]] or [0.0]
             own = f"{kind:8}  {statistics.median(times):6.2f} s  {max(times):6.2f} s"
             print(f"{own}  {statistics.median(ms):11.0f} ms  {percentile(ms, 99):4.0f} ms  {max(ms):4.0f} ms")
+        follow(folder, options.followers)
 
 
 if __name__ == "__main__":

@@ -451,6 +451,48 @@ def test_a_journal_is_followed_to_its_end(told: Any, serve: Any) -> None:
     assert seqs == list(range(6, tell.seq + 1))
 
 
+def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
+    told: Any, serve: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that read nothing hold little, take two threads in all, and one more than allowed is asked to wait. The
+    runs are looked for once or twice for all of them."""
+    looks: list[int] = []
+    look = RunsOfFolder._look
+    monkeypatch.setattr(RunsOfFolder, "_look", lambda self: looks.append(1) or look(self))
+    monkeypatch.setattr(client_module, "SEND_S", 2.0)
+    monkeypatch.setattr(server_module, "_CLOSING_S", 0.1)
+    tell = told.story
+    told.write(tell.started(), *(tell.metrics(**{f"m{i}": 1.0 for i in range(200)}) for _ in range(1_000)))
+    server = serve(RunsOfFolder(told.path))
+    server._app._most_followers = 20
+    server._socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 2**15)
+    address = ("127.0.0.1", int(server.url.split(":")[2].strip("/")))
+    parts: list[int] = []
+    push = client_module.Client.push
+
+    async def noted(self: Any, data: bytes) -> None:
+        parts.append(len(data))
+        await push(self, data)
+
+    monkeypatch.setattr(client_module.Client, "push", noted)
+    with contextlib.ExitStack() as open_:
+        for _ in range(20):
+            one = open_.enter_context(sockets.socket())
+            one.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 2**16)
+            one.connect(address)
+            one.sendall(b"GET /api/runs/demo/journal HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        kit.wait_until(lambda: server._app._followers == 20)
+        assert len(looks) <= 3
+        answer = httpx.get(server.url + "api/runs/demo/journal")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "20 clients read journals" in answer.json()["error"]
+        assert server._app._journals.total_tokens == 2
+        kit.wait_until(lambda: server._app._followers == 0)  # none of them read
+    assert max(parts) <= 2**16
+    lines = httpx.get(server.url + "api/runs/demo/journal").content.splitlines()
+    assert [msgspec.json.decode(line)["seq"] for line in lines] == list(range(1, tell.seq + 1))
+
+
 def test_commands_are_offered_to_who_came_before_the_run_began(told: Any, serve: Any, kit: Any) -> None:
     """What may be done changes with the run's state, for those who watch too."""
     tell, watcher = told.story, kit.Watcher()
