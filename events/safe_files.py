@@ -25,6 +25,7 @@ _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC",
 _WRITES = os.O_WRONLY | os.O_RDWR
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
+    stat.S_IFREG: "a file",
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -33,8 +34,20 @@ _KINDS = {
 }
 
 
+_guarded: set[Path] = set()
+
+
 class UnsafeFile(OSError):
     """A path below the folder is a link, is not a regular file, or is larger than allowed."""
+
+
+def guard(folder: str | os.PathLike[str]) -> None:
+    """Refuse, from now on and in this process, also the links that lie in this folder itself, by their absolute paths.
+
+    For a folder in which others may make run folders: below it, each run folder is a root of the functions here, and a
+    root may otherwise be a link. The folder itself may be one.
+    """
+    _guarded.add(Path(os.path.abspath(folder)))
 
 
 def open_below(root: str | os.PathLike[str], name: str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
@@ -61,7 +74,7 @@ def open_below(root: str | os.PathLike[str], name: str, flags: int = os.O_RDONLY
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or (folder is None and path.is_symlink()):
-                raise _unsafe(found, path)
+                raise _unsafe(found if folder is not None else os.lstat(path), path)
             if flags & _WRITES and found.st_nlink > 1:
                 raise UnsafeFile(
                     errno.EMLINK,
@@ -176,9 +189,11 @@ def open_folder_below(root: str | os.PathLike[str], name: str) -> Iterator[tuple
         UnsafeFile: A component is a link.
         OSError: As `os.open` raises it, such as `FileNotFoundError` and `NotADirectoryError`.
     """
-    path = Path(root)
+    path, parts = Path(root), _parts(name)
+    if path.parent in _guarded and path.name:
+        path, parts = path.parent, (path.name, *parts)
     if not _NOFOLLOW:
-        for part in _parts(name):
+        for part in parts:
             path /= part
             found = os.lstat(path)
             if not stat.S_ISDIR(found.st_mode):
@@ -187,7 +202,7 @@ def open_folder_below(root: str | os.PathLike[str], name: str) -> Iterator[tuple
         return
     fd = os.open(path, _FOLDER)
     try:
-        for part in _parts(name):
+        for part in parts:
             path /= part
             try:
                 inner = os.open(part, _FOLDER | _NOFOLLOW, dir_fd=fd)
@@ -208,6 +223,11 @@ def _parent_of(root: str | os.PathLike[str], name: str) -> Iterator[tuple[int | 
         raise ValueError(f"{name!r} is not a path below a folder; name a file in it")
     with open_folder_below(root, "/".join(parents) or ".") as (folder, path):
         yield folder, path / last
+
+
+def kind_of(mode: int) -> str:
+    """Name the kind of a file by its ``st_mode``, such as "a symbolic link"."""
+    return _KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
 def _at(folder: int | None, path: Path) -> str:
@@ -232,5 +252,4 @@ def _explained(error: OSError, folder: int | None, path: Path) -> OSError:
 
 
 def _unsafe(found: os.stat_result, path: Path) -> UnsafeFile:
-    kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a link")
-    return UnsafeFile(errno.ELOOP, f"it is {kind}, which is not opened below a run folder", str(path))
+    return UnsafeFile(errno.ELOOP, f"it is {kind_of(found.st_mode)}, which is not opened below a run folder", str(path))

@@ -53,6 +53,19 @@ class Series(msgspec.Struct):
         """Values in all."""
         return sum(self.weight)
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether its columns fit each other: one that was stored may have been altered."""
+        length = len(self.step)
+        columns: tuple[Sequence[object], ...] = (self.time, self.mean, self.low, self.high, self.weight)
+        return (
+            length <= MOST_POINTS
+            and all(len(column) == length for column in columns)
+            and all(0 <= index < length for index in self.odd)
+            and all(weight > 0 for weight in self.weight)
+            and self.width > 0
+        )
+
     def extend(self, steps: list[int], times: list[float], values: list[float], most: int = MOST_POINTS) -> None:
         """Take values in their order, and keep at most so many points. Steps come in order, by and large."""
         begin, count = 0, len(values)
@@ -128,6 +141,11 @@ class SeriesStore(msgspec.Struct):
     series: dict[str, Series] = {}
     left_out: int = 0
     """Values under names beyond `MOST_SERIES`."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it is within its bounds: one that was stored may have been altered."""
+        return len(self.series) <= MOST_SERIES and all(series.is_sound for series in self.series.values())
 
     def add(self, events: Iterable[Event]) -> None:
         """Take the numbers of events, in their order."""

@@ -52,6 +52,8 @@ HELD_S = 1.0
 REPEAT_S = 10.0
 """Lines of one kind about one observer come at most this often; those between are counted."""
 _MOST_METRICS = 16
+_MOST_RESULTS = 2_000
+"""Results that wait for a line; only `_MOST_METRICS` of them are in it."""
 _MOST_TRACEBACK = 30
 """Lines of a traceback that are shown."""
 _MOST_REPEATS = 256
@@ -238,7 +240,7 @@ class Chronicle:
         self._results_at = e.global_step
         self._results_s += e.duration_s
         if e.loss is not None:
-            self._results[metric_name("val_loss", e.key)] = e.loss
+            _keep(self._results, {metric_name("val_loss", e.key): e.loss})
         return []
 
     def _metrics_logged(self, e: MetricsLogged) -> list[Line]:
@@ -246,12 +248,12 @@ class Chronicle:
             return []
         named = {metric_name(name, e.key): value for name, value in e.metrics.items()}
         if e.stage == "test":
-            self._tested.update(named)
+            _keep(self._tested, named)
         elif self._told is not None and e.epoch <= self._told:
             # From an observer's hook, which came to it after the epoch's line.
             return [Line(e.time, "epoch", [(Span(self._epoch_name(e.epoch), "head"),), *_metrics(named)])]
         else:
-            self._results.update(named)
+            _keep(self._results, named)
             self._results_at = e.global_step
         return []
 
@@ -402,6 +404,12 @@ def _outcome(e: NonFiniteLoss | NonFiniteGradient) -> str:
 
 def _name(event: ObserverFailed | ObserverRecovered | ObserverDropped | ObserverSlow) -> str:
     return plain_text(event.observer, 80)
+
+
+def _keep(into: dict[str, float], named: dict[str, float]) -> None:
+    into.update(named)
+    while len(into) > _MOST_RESULTS:
+        into.popitem()
 
 
 def _metrics(values: dict[str, float]) -> list[Field]:

@@ -45,6 +45,7 @@ from sinks.live.asgi import (
     send_data,
     send_denial,
     send_file,
+    send_image,
     send_json,
     send_redirect,
     send_refusal,
@@ -218,8 +219,9 @@ class LiveApp:
                 await self._sse(hub, scope, receive, send)
             case "journal" if not inside:
                 await self._journal(hub, scope, receive, send)
-            case "media" if hub.run_dir is not None and inside.endswith(".png"):
-                await send_file(scope, send, hub.run_dir / "media", inside.removeprefix("media/"), self._disk)
+            case "media" if hub.run_dir is not None:
+                name = f"media/{inside.removeprefix('media/')}"
+                await send_image(scope, send, hub.run_dir, name, self._disk)
             case _:
                 raise Refused(404, "there is nothing at this address")
 

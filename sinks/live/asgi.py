@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import stat
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from events.safe_files import open_below
 from sinks.live.access import Headers, Refused
 
 Message = MutableMapping[str, Any]
@@ -19,7 +20,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MOST_FILE = 64 * 2**20
-"""Bytes of an image."""
+"""Maximum bytes of an image file."""
+MOST_PIXELS = 2**27
+"""Maximum pixels of an image: a small file can hold so many that a browser runs out of memory."""
+_PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _HEADERS: Headers = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -126,25 +130,62 @@ async def send_redirect(scope: Message, send: Send) -> None:
 
 
 async def send_file(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter) -> None:
-    """A file below a folder. Waits for the disk, on a thread. Raises `Refused` if there is none."""
+    """Send a file of the page, by the ending of its name. Waits for the disk, on a thread. Raises `Refused`."""
+    kind = _KINDS.get(Path(name).suffix, "application/octet-stream")
+    await _send_file(scope, send, folder, name, limiter, lambda data: kind)
+
+
+async def send_image(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter) -> None:
+    """Send an image below a run's folder. Waits for the disk, on a thread.
+
+    Raises:
+        Refused: There is no such file, a link leads to it, or its content is not that of an image, whatever its name.
+    """
+    await _send_file(scope, send, folder, name, limiter, image_kind)
+
+
+def image_kind(data: bytes) -> str | None:
+    """The media type of an image that is shown, by its content; None for anything else."""
+    if not data.startswith(_PNG) or len(data) < 24:
+        return None
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    return "image/png" if 0 < width * height <= MOST_PIXELS else None
+
+
+async def _send_file(
+    scope: Message,
+    send: Send,
+    folder: Path,
+    name: str,
+    limiter: anyio.CapacityLimiter,
+    kind_of: Callable[[bytes], str | None],
+) -> None:
     allow(scope, "GET")
     try:
-        data, stamp = await anyio.to_thread.run_sync(_read_inside, folder, name, limiter=limiter)
-    except (OSError, ValueError, RuntimeError):  # ValueError: NUL in its name; RuntimeError: links in a circle
-        raise Refused(404, "there is nothing at this address") from None
+        data, stamp = await anyio.to_thread.run_sync(read_file, folder, name, limiter=limiter)
+        kind = kind_of(data)
+    except (OSError, ValueError):  # ValueError: dots or NUL in its name
+        kind = None
+    if kind is None:
+        raise Refused(404, "there is nothing at this address")
     headers = [(b"etag", stamp), (b"cache-control", b"no-cache")]
     if header_of(scope, b"if-none-match") == stamp:
         await send(start(304, b"", headers))
         await send({"type": "http.response.body", "body": b""})
         return
-    await send_data(send, data, _KINDS.get(Path(name).suffix, "application/octet-stream").encode(), headers)
+    await send_data(send, data, kind.encode(), headers)
 
 
-def _read_inside(folder: Path, name: str) -> tuple[bytes, bytes]:
-    """A file below a folder, whatever dots and links its name has; and its ETag."""
-    folder = folder.resolve()
-    path = (folder / name).resolve(strict=True)
-    state = path.stat()
-    if not path.is_relative_to(folder) or not stat.S_ISREG(state.st_mode) or state.st_size > MOST_FILE:
-        raise FileNotFoundError(path)
-    return path.read_bytes(), b'"%x-%x"' % (state.st_mtime_ns, state.st_size)
+def read_file(folder: Path, name: str) -> tuple[bytes, bytes]:
+    """Read a regular file below a folder, following no link; returns it and its ETag.
+
+    Raises:
+        OSError: It is missing, is a link or a special file, or has more than `MOST_FILE` bytes.
+        ValueError: The name is not a path below a folder.
+    """
+    with open(open_below(folder, name), "rb") as file:
+        state = os.fstat(file.fileno())
+        data = file.read(MOST_FILE + 1) if state.st_size <= MOST_FILE else b""
+        if not state.st_size == len(data) <= MOST_FILE:  # too large, or it is being written
+            raise FileNotFoundError(name)
+        return data, b'"%x-%x"' % (state.st_mtime_ns, state.st_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +40,12 @@ def encode(message: dict[str, Any]) -> bytes:
     """As JSON, whatever is in it."""
     try:
         return _encoder.encode(message)
-    except (ValueError, TypeError, RecursionError):  # names and arguments are strangers' text: half a character, say
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ):  # strangers' text: half a character, say
         return _encoder.encode(_careful(message, 0))
 
 
@@ -53,6 +59,8 @@ def _careful(value: Any, depth: int) -> Any:
         return {_careful(str(key), depth): _careful(part, depth + 1) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_careful(part, depth + 1) for part in value]
-    if value is None or isinstance(value, (bool, int, float)):
+    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 2**63):
         return value
+    if isinstance(value, int):
+        return math.inf if value > 0 else -math.inf  # written as null: no chart shows it
     return str(value).encode("utf-8", "replace").decode()

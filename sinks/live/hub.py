@@ -28,8 +28,17 @@ from events.journal_reader import JOURNAL_DIR, JournalReader, journal_tail
 from events.messages import Event, RunResumed
 from events.protocol import AnyCommand
 from sinks.live.frames import Message, encode
-from sinks.live.stored import PAUSE_S, head_of, read_view, write_view
-from sinks.live.view import Changes, RunView
+from sinks.live.stored import (
+    PAUSE_S,
+    damage_in,
+    damage_of,
+    encode_view,
+    head_of,
+    read_view,
+    reason_of,
+    store_view,
+)
+from sinks.live.view import Changes, RunView, trimmed
 
 FRAME_S = 0.1
 """Between two frames, while something happens."""
@@ -43,6 +52,9 @@ _STORE_S = 30.0
 _STORE_EVENTS = 20_000
 """So many that are not in the stored view yet make it worth storing."""
 _LOOK_S = 1.0
+_RETRY_S = 1.0
+_MOST_RETRY_S = 30.0
+"""Seconds between two attempts to read a journal that cannot be read: the first, and at most."""
 _JOURNAL_S = 2.0
 _BATCH = 512
 
@@ -93,7 +105,7 @@ class Hub:
         Any thread, one at a time; waits for the journal when a run is taken up again. Raises `OSError` if that cannot
         be read.
         """
-        events = [event for event in events if event.seq > self.view.cursor]
+        events = trimmed([event for event in events if event.seq > self.view.cursor])
         resumed = next((event for event in reversed(events) if type(event) is RunResumed), None)
         if resumed is None or not (self.view.cursor or events[0].attempt < resumed.attempt):
             for begin in range(0, len(events), _BATCH):  # by pieces: others wait for the lock
@@ -198,7 +210,7 @@ class Hub:
                 wait_s = self._last_frame_at + FRAME_S / 2 - time.monotonic()
                 if self._changes is None or wait_s <= 0 or not self._has_news():
                     self._flush()
-                    data = encode(self.view.snapshot())
+                    data = encode(self._shown())
                     made = self._message("snapshot", data, after=0)
                     self._snapshot = made if self._changes is not None else None
                     return made
@@ -252,6 +264,10 @@ class Hub:
             return self.newest + 1 if found is None and cursor == self._sent_cursor else found
 
     # ------------------------------------------------------------------------------------- under the lock
+
+    def _shown(self) -> dict[str, Any]:
+        """The view, as it travels."""
+        return self.view.snapshot()
 
     def _settle(self) -> None:
         """See to it that nobody goes on from frames of what was replaced."""
@@ -307,24 +323,35 @@ class Hub:
 
 
 class FolderHub(Hub):
-    """A hub that reads the journal of a run's folder, whoever writes it, while somebody watches."""
+    """A hub that reads the journal of a run's folder, whoever writes it, while somebody watches.
 
-    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+    Never raises for what is in the folder: the view says how the run is damaged.
+
+    Args:
+        name: The run's name in the list of runs, where that is not its ``run_id``.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], name: str | None = None) -> None:
         super().__init__(Path(run_dir))
+        self.name = name
         self._reader: JournalReader | None = None
         self._head = b""
         self._stored_at = -math.inf
         self._stored_cursor = 0
         self._looked_at = -math.inf
+        self._retry_at = -math.inf
+        self._retry_s = _RETRY_S
         self._limiter = anyio.CapacityLimiter(1)  # our own: one reads at a time, and no host's threads are taken
 
     async def refresh(self) -> None:
-        """Read on in the journal. What the disk refuses is asked for again the next time."""
+        """Read on in the journal. What the disk refuses is asked for again, after a second and then less often."""
         await anyio.to_thread.run_sync(self._read_on, limiter=self._limiter)
 
     def _read_on(self) -> None:
         assert self.run_dir is not None
         now = time.monotonic()
+        if now < self._retry_at:
+            return
         looks = now - self._looked_at > _LOOK_S or self._reader is None
         try:
             held = is_held(self.run_dir) if looks else True  # before reading: what it wrote last must be seen
@@ -335,13 +362,31 @@ class FolderHub(Hub):
                 self.feed(events)
                 if len(events) == _BATCH:
                     time.sleep(PAUSE_S)
-        except OSError:
+            reason = damage_in(self._reader) or (damage_of(self.run_dir) if looks else None)
+        except Exception as error:  # whatever a stranger has put there, it concerns this run alone
+            gone = isinstance(error, FileNotFoundError)  # who watches sees what there was
+            self._see_damage(None if gone else reason_of(error, self.run_dir), is_broken=not gone)
+        else:
+            self._see_damage(reason)
+        if self.view.is_broken:
             self._reader = None  # what was read may not have come to the view
+            self._retry_at = time.monotonic() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)
             return
+        self._retry_s = _RETRY_S
         if looks:
             self._looked_at = now
             self._see_whether_lost(held)
             self._store(now)
+
+    def _see_damage(self, reason: str | None, *, is_broken: bool = False) -> None:
+        if reason is None or (reason == self.view.run.damage and is_broken == self.view.is_broken):
+            return
+        with self._lock:
+            self.view.damaged(reason, is_broken=is_broken)
+            if self._changes is not None:
+                run = self.view.run
+                self._changes.run |= {"status": run.status, "damage": run.damage, "problems": run.problems}
 
     def _is_another(self, run_dir: Path) -> bool:
         """Whether somebody has put another journal there."""
@@ -365,15 +410,22 @@ class FolderHub(Hub):
         if new >= _STORE_EVENTS and (ended or now - self._stored_at > _STORE_S):
             self._stored_at, self._stored_cursor = now, self.view.cursor
             with self._lock:
-                write_view(self.run_dir, self.view)
+                data = encode_view(self.run_dir, self.view)
+            if data is not None:  # without the lock: the event loop must not wait for the disk
+                store_view(self.run_dir, data)
 
     def _see_whether_lost(self, held: bool) -> None:
-        """A run that nobody holds any more, and that has not ended in order, is lost."""
+        """A run that no process holds any more, and that has not ended cleanly, is lost."""
         with self._lock:
             run = self.view.run
-            status = "running" if held and run.status == "lost" else run.status
-            status = "lost" if not held and status == "running" else status
+            status = "running" if held and run.attempt and run.status in ("lost", "damaged") else run.status
+            if not held and status == "running":
+                status = "damaged" if run.damage else "lost"
             if status != run.status:
                 run.status = status
                 if self._changes is not None:
                     self._changes.run["status"] = status
+
+    def _shown(self) -> dict[str, Any]:
+        shown = super()._shown()
+        return shown if self.name is None else shown | {"run": msgspec.structs.replace(shown["run"], run_id=self.name)}

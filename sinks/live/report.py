@@ -6,7 +6,7 @@ import base64
 import html
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from events.checkpoint import disk
 from events.errors import RunFolderError
 from events.folder import is_held
 from events.journal_reader import JOURNAL_DIR, segment_numbers
-from sinks.live.stored import read_view
+from sinks.live.asgi import image_kind, read_file
+from sinks.live.frames import encode
+from sinks.live.stored import damage_of, read_view, reason_of
 
 _PAGE = Path(__file__).with_name("page")
 MOST_MEDIA_BYTES = 32 * 2**20
@@ -28,15 +30,22 @@ _POLICY = (
 )
 
 
-def write_report(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> int:
+def write_report(
+    run_dirs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    on_damage: Callable[[Path, str], None] = lambda run_dir, reason: None,
+) -> int:
     """Write a report of one or more runs, which may be laid over each other; returns its size in bytes.
 
     The file is there as a whole or not at all.
 
     A folder that is named twice is in it once.
 
+    Args:
+        on_damage: Called for each folder that could be read only in part, with the reason. The report names it, too.
+
     Raises:
-        RunFolderError: A folder is none of a run, a journal cannot be read, or two folders are of one ``run_id``.
+        RunFolderError: A folder is not that of a run, nothing of it can be read, or two are of one ``run_id``.
         OSError: The file cannot be written.
     """
     runs: list[dict[str, Any]] = []
@@ -44,6 +53,8 @@ def write_report(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathL
     folders: dict[str, Path] = {}
     for run_dir in {path.resolve(): path for path in map(Path, run_dirs)}.values():
         snapshot = _snapshot(run_dir)
+        if snapshot["run"].damage is not None:
+            on_damage(run_dir, snapshot["run"].damage)
         run_id = snapshot["run"].run_id
         if run_id in folders:
             # The page tells runs apart by their names alone, and would show one of the two.
@@ -54,21 +65,21 @@ def write_report(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathL
         folders[run_id] = run_dir
         runs.append(snapshot)
         media.update(_media(run_dir, snapshot))
-    data = msgspec.json.encode({"runs": runs, "media": media})
+    data = encode({"runs": runs, "media": media})
     return disk.replace_file(Path(out), [_document(data).encode("utf-8", "surrogatepass")])
 
 
 def _snapshot(run_dir: Path) -> dict[str, Any]:
     try:
-        if not segment_numbers(run_dir / JOURNAL_DIR):
-            raise RunFolderError(f"{run_dir} is no folder of a run that has kept a journal")
-        view, _ = read_view(run_dir)
+        if damage_of(run_dir) is None and not segment_numbers(run_dir / JOURNAL_DIR):
+            raise RunFolderError(f"{run_dir} is not a folder of a run that has kept a journal")
     except OSError as error:
-        raise RunFolderError(f"the journal in {run_dir} cannot be read: {error}") from error
+        raise RunFolderError(f"{run_dir} is damaged: {reason_of(error, run_dir)}") from error
+    view, _ = read_view(run_dir)
     if not view.run.run_id:
-        raise RunFolderError(f"the journal in {run_dir / JOURNAL_DIR} is damaged: no line of it is an event")
+        raise RunFolderError(f"{run_dir} is damaged: {view.run.damage or 'no line of its journal is an event'}")
     if view.run.status == "running" and not is_held(run_dir):
-        view.run.status = "lost"
+        view.run.status = "damaged" if view.run.damage else "lost"
     return view.snapshot()
 
 
@@ -76,18 +87,21 @@ def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
     """The images, the newest first, by the address under which the page asks for them."""
     found: dict[str, str] = {}
     room = MOST_MEDIA_BYTES
+    run_id = snapshot["run"].run_id
     for one in reversed(snapshot["media"]):
-        path = (run_dir / str(one.get("path"))).resolve()
-        if one["kind"] != "image" or not path.is_relative_to(run_dir.resolve() / "media"):
+        path = str(one.get("path"))
+        if one["kind"] != "image" or not path.startswith("media/") or f"{run_id}/{path}" in found:
             continue
         try:
-            data = path.read_bytes()
-        except OSError:  # somebody has cleared the folder
+            data, _ = read_file(run_dir, path)
+        except (OSError, ValueError):  # somebody has cleared the folder, or it is not a file of the run
+            continue
+        if (kind := image_kind(data)) is None:
             continue
         room -= len(data)
         if room < 0:
             break
-        found[f"{snapshot['run'].run_id}/{one['path']}"] = f"data:image/png;base64,{_base64(data)}"
+        found[f"{run_id}/{path}"] = f"data:{kind};base64,{_base64(data)}"
     return found
 
 

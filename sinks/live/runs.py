@@ -16,15 +16,26 @@ import msgspec
 from events.errors import ArgumentsError
 from events.folder import is_held
 from events.health import Health
-from events.journal_reader import JOURNAL_DIR, EventFinder, JournalReader, last_events, segment_numbers
+from events.journal_reader import (
+    JOURNAL_DIR,
+    EventFinder,
+    JournalReader,
+    last_events,
+    segment_name,
+    segment_numbers,
+)
 from events.messages import Event, RunEnded
+from events.safe_files import guard, list_below, stat_below
+from sinks.format import plain_text
 from sinks.live.hub import FolderHub, Hub
-from sinks.live.stored import head_of
-from sinks.live.view import RunView, Summary
+from sinks.live.stored import damage_in, damage_of, head_of, reason_of
+from sinks.live.view import MOST_NAME, RunView, Summary, damage_line, trimmed
 
 _MOST_HUBS = 16
 """Hubs that are kept though nobody watches them."""
 _HEAD = 64
+_OPEN = ("running", "lost")
+"""What may change while the journal does not grow."""
 MOST_RUNS = 1_000
 
 
@@ -56,11 +67,24 @@ class OneRun:
         return self._hub if run_id == self._hub.view.run.run_id else None
 
 
+class _Run(msgspec.Struct):
+    """What is known of one folder."""
+
+    stamp: tuple[int, int] | None
+    summary: Summary
+    health: HealthReader
+
+
 class RunsOfFolder:
     """The runs in a folder, each in one of its own; or the run whose folder it is.
 
-    They are looked for anew each time, so that runs which begin later are found. Of several with the same name (copies,
-    say) it is the one that is running, or that told something last.
+    They are looked for anew each time, so that runs which begin later are found. A run is listed under its ``run_id``;
+    of several folders with one ``run_id`` (copies, say) that has it whose own name it is, else the one that runs, or
+    that has the newest event. The others are listed under the ``run_id`` and the name of their folder. A run that
+    cannot be read, or whose ``run_id`` is not a printable name, is listed under the name of its folder.
+
+    A link in the folder is not followed: whoever may write there could show any folder of the user. It is listed as
+    damaged, unless it leads to another entry of the same folder.
 
     Raises:
         ArgumentsError: ``folder`` is not a path.
@@ -69,10 +93,11 @@ class RunsOfFolder:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         if not isinstance(folder, str | os.PathLike):
             raise ArgumentsError(f"RunsOfFolder({folder!r:.80}) is not a path; give it the folder of the runs: 'runs'")
-        self._folder = Path(folder)
+        self._folder = Path(os.path.abspath(folder))
+        guard(self._folder)
         self._hubs: OrderedDict[Path, FolderHub] = OrderedDict()
-        self._known: dict[Path, tuple[tuple[int, int], Summary, HealthReader]] = {}
-        self._paths: dict[str, Path] = {}  # by the run's name, as of the last look
+        self._known: dict[Path, _Run] = {}
+        self._paths: dict[str, tuple[Path, str]] = {}  # by the name in the list, as of the last look; and the run_id
         self._limiter: anyio.CapacityLimiter | None = None
         self._found: tuple[float, list[Summary]] = -math.inf, []  # by the last look, and when that began
 
@@ -85,21 +110,24 @@ class RunsOfFolder:
         return shown
 
     async def hub(self, run_id: str) -> Hub | None:
-        """Of a run by its name. Waits for the disk, on a thread."""
+        """Of a run by its name in the list. Waits for the disk, on a thread."""
         there = self._hub_of(run_id)
         if there is None:
             await self._look_again()
             there = self._hub_of(run_id)
-        if there is None and (path := self._paths.get(run_id)) is not None:
-            there = self._hubs[path] = FolderHub(path)  # none yet, or another run had the folder
+        if there is None and (known := self._paths.get(run_id)) is not None:
+            path, own = known
+            there = self._hubs[path] = FolderHub(path, None if own == run_id else run_id)
             self._hubs.move_to_end(path)
             self._let_go()
         return there
 
     def _hub_of(self, run_id: str) -> FolderHub | None:
-        path = self._paths.get(run_id)
+        """The hub that there is; None if there is none yet, or another run has the folder or the name now."""
+        path, own = self._paths.get(run_id, (None, ""))
         hub = self._hubs.get(path) if path is not None else None
-        if path is None or hub is None or hub.view.run.run_id not in ("", run_id):
+        name = None if own == run_id else run_id
+        if path is None or hub is None or hub.name != name or hub.view.run.run_id not in ("", own):
             return None
         self._hubs.move_to_end(path)
         return hub
@@ -129,21 +157,29 @@ class RunsOfFolder:
         return await anyio.to_thread.run_sync(function, limiter=self._limiter)
 
     def _look(self) -> list[Summary]:
-        known: dict[Path, tuple[tuple[int, int], Summary, HealthReader]] = {}
-        for path in _run_folders(self._folder):
-            try:
-                stamp = _stamp(path)
-                entry = self._known.get(path)
-                if entry is None or entry[0] != stamp or entry[1].status in ("running", "lost"):
-                    health = entry[2] if entry is not None else HealthReader(path)
-                    entry = stamp, summarise(path, health), health
-            except OSError:  # it has been removed since, or cannot be read
-                continue
-            known[path] = entry
-        named = [(path, run) for path, (_, run, _) in known.items() if run.run_id]
-        named.sort(key=lambda one: (one[1].status == "running", one[1].updated))
-        self._known, self._paths = known, {run.run_id: path for path, run in named}  # the last of a name stays
-        return [known[path][1] for path in self._paths.values()]
+        self._known = {path: run for path in _run_folders(self._folder) if (run := self._look_at(path)) is not None}
+        self._paths, summaries = _named({path: run.summary for path, run in self._known.items()})
+        return summaries
+
+    def _look_at(self, path: Path) -> _Run | None:
+        """One run, as it is now; None if it has not begun, or has been removed. Never raises for what is in it."""
+        known = self._known.get(path)
+        health = known.health if known is not None else HealthReader(path)
+        stamp: tuple[int, int] | None = None
+        try:
+            reason = damage_of(path)
+            stamp = _stamp(path)
+            if known is None or known.stamp != stamp or known.summary.damage or known.summary.status in _OPEN:
+                summary = summarise(path, health)
+            else:
+                summary = known.summary
+        except FileNotFoundError:  # it has been removed since
+            return None
+        except Exception as error:  # whatever a stranger has put there, it concerns this run alone
+            reason, summary = reason_of(error, path), Summary()
+        hub = self._hubs.get(path)
+        _add_damage(summary, reason or (hub.view.run.damage if hub is not None else None))
+        return _Run(stamp, summary, health) if summary.run_id or summary.damage else None
 
 
 class HealthReader:
@@ -185,10 +221,11 @@ def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = Non
     """
     run_dir = Path(run_dir)
     journal_dir = run_dir / JOURNAL_DIR
-    events: list[Event] = JournalReader(journal_dir).read(_HEAD)
+    reader = JournalReader(journal_dir)
+    events: list[Event] = reader.read(_HEAD)
     tail = last_events(journal_dir)
     view = RunView()
-    view.add([*events, *(event for event in tail if events and event.seq > events[-1].seq)])
+    view.add(trimmed([*events, *(event for event in tail if events and event.seq > events[-1].seq)]))
     if tail and tail[-1].attempt > view.run.attempt:  # its beginning is in the middle
         view.run.attempt = tail[-1].attempt
         end = next((event for event in tail if type(event) is RunEnded), None)
@@ -196,26 +233,85 @@ def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = Non
     if view.run.status in ("running", "unknown") and not is_held(run_dir):
         view.run.status = "lost"
     view.run.problems = (health or HealthReader(run_dir)).problems()
+    _add_damage(view.run, damage_in(reader))
     return view.run
 
 
+def _add_damage(run: Summary, reason: str | None) -> None:
+    if reason is None or run.damage is not None:
+        return
+    run.damage = reason
+    run.problems = [damage_line(reason), *run.problems]
+    if run.status in ("unknown", "lost"):
+        run.status = "damaged"
+
+
+def _named(found: dict[Path, Summary]) -> tuple[dict[str, tuple[Path, str]], list[Summary]]:
+    """Give each run a name of its own: by that the folder and the ``run_id``, and the summaries with these names."""
+    rank = {path: (path.name != run.run_id, run.status != "running", -run.updated) for path, run in found.items()}
+    paths: dict[str, tuple[Path, str]] = {}
+    summaries: dict[Path, Summary] = {}
+    for path, run in sorted(found.items(), key=lambda one: (not _is_name(one[1].run_id), *rank[one[0]])):
+        own, folder = run.run_id, plain_text(path.name, 100) or "run"
+        name, reason = own, None
+        if not _is_name(own):
+            name, reason = folder, f"its run_id {plain_text(own, 60)!r} is not a printable name" if own else None
+        elif own in paths:
+            name, first = f"{own} ({folder})", paths[own][0]
+            run = _with_namesake(run, first)
+            summaries[first] = _with_namesake(summaries[first], path)
+        number = 2
+        while name in paths:
+            name, number = f"{name} ({number})", number + 1
+        paths[name] = path, own
+        run = msgspec.structs.replace(run, run_id=name)
+        _add_damage(run, reason)
+        summaries[path] = run
+    return paths, list(summaries.values())
+
+
+def _with_namesake(run: Summary, other: Path) -> Summary:
+    """Name another folder with the same ``run_id``: one of the two may pretend to be the other."""
+    problem = f"the folder {plain_text(other.name, 100)!r} has a run of the same run_id"
+    return run if len(run.problems) > 20 else msgspec.structs.replace(run, problems=[*run.problems, problem])
+
+
+def _is_name(run_id: str) -> bool:
+    """Whether a ``run_id`` can be a part of an address, and is shown as it is."""
+    return run_id.isprintable() and 0 < len(run_id) <= MOST_NAME and run_id not in (".", "..") and "/" not in run_id
+
+
 def _run_folders(folder: Path) -> list[Path]:
-    if (folder / JOURNAL_DIR).is_dir():
+    """The newest folders that have a journal, or something in its place; and links, which `guard` refuses."""
+    if _has_journal(folder):
         return [folder]
     try:
-        with os.scandir(folder) as entries:
-            paths = [Path(entry.path) for entry in entries if entry.is_dir()]
-        runs = [path for path in paths if (path / JOURNAL_DIR).is_dir()]
+        entries = list_below(folder, ".")
     except OSError:
         return []
-    return sorted(runs, key=_changed, reverse=True)[:MOST_RUNS]
+    found: list[tuple[float, Path]] = []
+    for entry in entries:
+        path = folder / entry.name
+        try:
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if (is_folder and _has_journal(path)) or (entry.is_symlink() and _leads_out(path)):
+                found.append((entry.stat(follow_symlinks=False).st_mtime, path))
+        except OSError:  # removed meanwhile
+            continue
+    return [path for _, path in sorted(found, key=lambda one: one[0], reverse=True)[:MOST_RUNS]]
 
 
-def _changed(path: Path) -> float:
+def _has_journal(path: Path) -> bool:
     try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+        stat_below(path, JOURNAL_DIR)
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)  # a folder that cannot be read is listed as damaged
+    return True
+
+
+def _leads_out(link: Path) -> bool:
+    """Whether a link leads anywhere else than to an entry beside it, which is listed by itself."""
+    return os.path.dirname(os.path.abspath(link.parent / os.readlink(link))) != str(link.parent)
 
 
 def _stamp(run_dir: Path) -> tuple[int, int]:
@@ -223,4 +319,4 @@ def _stamp(run_dir: Path) -> tuple[int, int]:
     numbers = segment_numbers(run_dir / JOURNAL_DIR)
     if not numbers:
         return 0, 0
-    return numbers[-1], os.stat(run_dir / JOURNAL_DIR / f"{numbers[-1]:020d}.jsonl").st_size
+    return numbers[-1], stat_below(run_dir, f"{JOURNAL_DIR}/{segment_name(numbers[-1])}").st_size

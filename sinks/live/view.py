@@ -5,6 +5,8 @@ No I/O, no clock, no thread: whoever has events may build one, a server, a repor
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +54,38 @@ MOST_OBSERVERS = 200
 MOST_MEDIA = 200
 MOST_HISTOGRAMS = 200
 MOST_OF_A_HISTOGRAM = 50
+MOST_COUNTS = 12_800
+"""Maximum bins per histogram name, in all steps that are kept."""
+MOST_NAME = 300
+"""Maximum characters per name; what has a longer one is not shown."""
+MOST_LINE = 4_000
+"""Maximum characters per line of the log."""
+MOST_TEXT = 64 * 1_024
+"""Maximum characters per text; the rest is cut."""
+MOST_VALUES = 2_000
+"""Maximum entries per list or mapping of an event."""
+MOST_DETAILS = 100
+"""Maximum tracebacks in the log; older ones are removed from their lines."""
+MOST_SETTINGS_BYTES = 256 * 1_024
+"""Maximum bytes, as JSON, of the arguments, the configuration and the versions, each."""
+_SETTINGS = frozenset({"arguments", "config", "versions"})
+_NAMES = frozenset(
+    {
+        "run_id",
+        "module",
+        "device",
+        "host",
+        "checkpoint",
+        "observer",
+        "name",
+        "key",
+        "path",
+        "best",
+        "monitor",
+        "command",
+    }
+)
+_ROW = {"step", "low", "high", "counts"}
 _LEVELS = {"warn": "warning", "bad": "error"}
 _PLACES: frozenset[type[Event]] = frozenset(
     {
@@ -87,7 +121,10 @@ class Summary(msgspec.Struct, omit_defaults=False):
     ended: float | None = None
     """Unix seconds at which the loop ended; None while it runs, and for a run that died."""
     problems: list[str] = []
-    """What is unhealthy, as `events.health.Health` finds it."""
+    """The damage, if there is any, and what is unhealthy, as `events.health.Health` finds it."""
+    damage: str | None = None
+    """Why the run's folder cannot be read, or not all of it; None for a sound one. The status is ``damaged`` where that
+    leaves it unknown."""
     best: str | None = None
     """The metric by which the run keeps its best checkpoints..."""
     best_mode: str = "min"
@@ -183,6 +220,9 @@ class RunView(msgspec.Struct, dict=True):
         self._progress = Progress()
         self._progress.epochs = self.run.epochs  # of one that was stored
         self._chronicle = Chronicle(self._progress)
+        self._detailed: deque[dict[str, Any]] = deque(entry for entry in self.log if "detail" in entry)
+        self.is_broken = False
+        """Whether reading has ended at the damage, so that what follows is missing."""
         self.health = Health()
         self._readers: dict[type[Event], Callable[[Any, Changes], None]] = {
             RunStarted: self._started,
@@ -211,6 +251,38 @@ class RunView(msgspec.Struct, dict=True):
         """``seq`` of the last event that is in it."""
         return self.curves.cursor
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether this one, which was stored, is within all bounds: a stranger may have written it."""
+        return (
+            len(self.log) <= MOST_LINES
+            and len(self.checkpoints) <= MOST_CHECKPOINTS
+            and len(self.observers) <= MOST_OBSERVERS
+            and len(self.media) <= MOST_MEDIA
+            and len(self.histograms) <= MOST_HISTOGRAMS
+            and all(len(rows) <= MOST_OF_A_HISTOGRAM for rows in self.histograms.values())
+            and self.stages.keys() <= self.curves.series.keys()
+            and self.curves.is_sound
+            and all(entry.get("kind") and type(entry.get("seq")) is int for entry in self.log)
+            and all({"name", "kind", "path", "text", "global_step"} <= entry.keys() for entry in self.media)
+            and all(_are_sound(rows) for rows in self.histograms.values())
+        )
+
+    def damaged(self, reason: str | None, *, is_broken: bool = False) -> None:
+        """Note what cannot be read of the run's folder; None changes nothing."""
+        if reason is None:
+            return
+        self.is_broken = self.is_broken or is_broken
+        self.run.damage = reason
+        self.run.problems = self.problems
+        if self.run.status in ("unknown", "lost"):
+            self.run.status = "damaged"
+
+    @property
+    def problems(self) -> list[str]:
+        """The damage, and what is unhealthy about the run."""
+        return [*([damage_line(self.run.damage)] if self.run.damage else []), *self.health.problems]
+
     def add(self, events: Sequence[Event], changes: Changes | None = None) -> None:
         """Take events in their order; what they change is added to ``changes``, if somebody wants to know."""
         if not events:
@@ -223,13 +295,13 @@ class RunView(msgspec.Struct, dict=True):
             self._progress.take_steps(steps)
         for event in events:
             if changes is not None:
-                _add_points(event, changes)
+                self._add_points(event, changes)
             if type(event) is not TrainStepEnded:
                 self._read(event, told)
         del self.log[:-MOST_LINES]
         last = events[-1]
         self.run.updated = last.time
-        self.run.problems = self.health.problems
+        self.run.problems = self.problems
         self.run.run_id = self.run.run_id or last.run_id  # whatever of it was lost, it has a name
         place = next((event for event in reversed(events) if type(event) in _PLACES), None)
         if place is not None:
@@ -256,10 +328,13 @@ class RunView(msgspec.Struct, dict=True):
                 "epoch": event.epoch,
                 "level": _LEVELS.get(line.kind, "info"),
                 "kind": type(event).__name__,
-                "text": line.text,
+                "text": line.text[:MOST_LINE],
             }
             if detail and graves and line is graves[-1]:
                 entry["detail"] = detail
+                self._detailed.append(entry)
+                while len(self._detailed) > MOST_DETAILS:
+                    self._detailed.popleft().pop("detail", None)
             self.log.append(entry)
             changes.log.append(entry)
 
@@ -282,6 +357,13 @@ class RunView(msgspec.Struct, dict=True):
             "histograms": self.histograms,
         }
 
+    def _add_points(self, event: Event, changes: Changes) -> None:
+        for name, value in points_of(event):
+            if name in self.curves.series:  # so there are no more names than curves
+                steps, values = changes.points.setdefault(name, ([], []))
+                steps.append(event.global_step)
+                values.append(as_json(value))
+
     # ------------------------------------------------------------------------------------------ the run
 
     def _started(self, e: RunStarted, changes: Changes) -> None:
@@ -301,6 +383,7 @@ class RunView(msgspec.Struct, dict=True):
             steps_per_epoch=e.steps_per_epoch,
             max_steps=e.max_steps,
             commands=self.run.commands,
+            damage=self.run.damage,
             latest=self.run.latest,
         )
         self.arguments, self.config, self.versions = e.arguments, e.config, e.versions
@@ -408,11 +491,11 @@ class RunView(msgspec.Struct, dict=True):
 
     def _histogram(self, e: HistogramLogged, changes: Changes) -> None:
         name = metric_name(e.name, e.key)
-        if name not in self.histograms and len(self.histograms) >= MOST_HISTOGRAMS:
+        if not e.counts or (name not in self.histograms and len(self.histograms) >= MOST_HISTOGRAMS):
             return
         one = {"step": e.global_step, "low": e.low, "high": e.high, "counts": e.counts}
         self.histograms.setdefault(name, []).append(one)
-        del self.histograms[name][:-MOST_OF_A_HISTOGRAM]
+        del self.histograms[name][: -max(1, min(MOST_OF_A_HISTOGRAM, MOST_COUNTS // len(e.counts)))]
         changes.histograms.setdefault(name, []).append(one)
 
     def _image(self, e: ImageLogged, changes: Changes) -> None:
@@ -440,8 +523,61 @@ def _is_of_traceback(line: Line) -> bool:
     return len(line.fields) == 1 and line.fields[0][0].style == "dim"
 
 
-def _add_points(event: Event, changes: Changes) -> None:
-    for name, value in points_of(event):
-        steps, values = changes.points.setdefault(name, ([], []))
-        steps.append(event.global_step)
-        values.append(as_json(value))
+def _are_sound(rows: list[dict[str, Any]]) -> bool:
+    return sum(len(row["counts"]) for row in rows) <= MOST_COUNTS and all(row.keys() >= _ROW for row in rows)
+
+
+def damage_line(reason: str) -> str:
+    """The problem that names a damage."""
+    return f"the run's folder is damaged: {reason}"
+
+
+def trimmed(events: Sequence[Event]) -> Sequence[Event]:
+    """Events without what is larger than a view shows; nearly always those that were given.
+
+    Called before the lock of a view is taken: one line of a journal may hold a hundred thousand names.
+    """
+    if all(type(event) is TrainStepEnded or not _is_large(event) for event in events):
+        return events
+    return [_cut(event) if _is_large(event) else event for event in events]
+
+
+def _is_large(event: Event) -> bool:
+    for name in event.__struct_fields__:
+        value = getattr(event, name)
+        if isinstance(value, str):
+            if len(value) > MOST_TEXT or (len(value) > MOST_NAME + 1 and name in _NAMES):
+                return True
+        elif isinstance(value, (list, dict)) and value:
+            if len(value) > MOST_VALUES or name in _SETTINGS:
+                return True
+            if any(isinstance(part, str) and len(part) > MOST_NAME for part in value):
+                return True
+    return False
+
+
+def _cut(event: Event) -> Event:
+    fields: dict[str, Any] = {}
+    for name in event.__struct_fields__:
+        value = getattr(event, name)
+        if isinstance(value, str):
+            # One character more, so that an identity that was cut is not taken for a whole one.
+            fields[name] = value[: MOST_NAME + 1 if name in _NAMES else MOST_TEXT]
+        elif name in _SETTINGS and isinstance(value, dict):
+            fields[name] = _settings(value)
+        elif isinstance(value, dict):
+            few = list(itertools.islice(value.items(), MOST_VALUES))
+            fields[name] = {key: part for key, part in few if not (isinstance(key, str) and len(key) > MOST_NAME)}
+        elif isinstance(value, list) and name == "counts" and len(value) > MOST_VALUES:
+            fields[name] = []  # a part of a histogram is wrong
+        elif isinstance(value, list):
+            fields[name] = [part[:MOST_NAME] if isinstance(part, str) else part for part in value[:MOST_VALUES]]
+    return msgspec.structs.replace(event, **fields)
+
+
+def _settings(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        size = len(msgspec.json.encode(value, enc_hook=str))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return {"(not shown)": "it is nested too deep, or is not text"}
+    return value if size <= MOST_SETTINGS_BYTES else {"(not shown)": f"it has {size:,} bytes"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from events.errors import ArgumentsError
@@ -436,7 +437,7 @@ async def test_a_folder_that_another_run_has_taken(told: Any, tmp_path: Path) ->
 
 
 async def test_of_runs_with_one_name_the_one_that_goes_on_is_shown(tmp_path: Path, kit: Any) -> None:
-    """A copy of a run's folder, made while it runs: there is one address for both. When it is gone, another has it."""
+    """Copies of a run's folder: each has a name of its own, and the newest has the ``run_id``; all name another."""
     for name, steps in (("b", 4), ("c", 3)):
         told = kit.Told(tmp_path / name)
         told.write(told.story.started(), *told.story.steps(steps))
@@ -446,8 +447,16 @@ async def test_of_runs_with_one_name_the_one_that_goes_on_is_shown(tmp_path: Pat
     runs = RunsOfFolder(tmp_path)
     for steps, status in ((2, "running"), (4, "lost")):
         for _ in range(2):
-            (one,) = await runs.summaries(commands=False)
-            assert (one["run_id"], one["status"], one["global_step"]) == ("demo", status, steps)
+            listed = {one["run_id"]: one for one in await runs.summaries(commands=False)}
+            assert all("has a run of the same run_id" in one["problems"][-1] for one in listed.values())
+            one = listed.pop("demo")
+            assert (one["status"], one["global_step"]) == (status, steps)
+            assert sorted(listed) == (["demo (b)", "demo (c)"] if status == "running" else ["demo (c)"])
+            other = await runs.hub("demo (c)")
+            assert other is not None
+            await other.refresh()
+            assert other.view.run.global_step == 3
+            assert msgspec.json.decode((await other.snapshot()).data)["run"]["run_id"] == "demo (c)"
             hub = await runs.hub("demo")
             assert hub is not None
             await hub.refresh()

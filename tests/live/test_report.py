@@ -70,7 +70,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     """In one sentence, and no file is left."""
     result = command(".", cwd=tmp_path)
     assert result.returncode == 1
-    assert "is no folder of a run" in result.stderr
+    assert "is not a folder of a run" in result.stderr
     assert os.listdir(tmp_path) == []
 
 
@@ -90,7 +90,10 @@ def test_a_journal_without_one_event_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken/journal").mkdir(parents=True)
     (tmp_path / "broken/journal/00000000000000000001.jsonl").write_bytes(b"#" * 20 + b"\n")
     result = command("broken", cwd=tmp_path)
-    assert (result.returncode, "is damaged: no line of it is an event" in result.stderr) == (1, True)
+    assert (
+        result.returncode,
+        "damaged: journal/00000000000000000001.jsonl, line 1: not an event" in result.stderr,
+    ) == (1, True)
     assert not (tmp_path / "broken.html").exists()
 
 

@@ -258,8 +258,9 @@ def test_a_stored_view_goes_on_from_where_it_was(told: Any) -> None:
 def test_a_stored_view_knows_what_is_unhealthy(told: Any) -> None:
     """Counts go on from where they were, though what was counted is not read again."""
     tell = told.story
+    started = tell.started()
     failed = tell(ObserverFailed, observer="csv", error="E", action="disabled")
-    told.write(tell.started(), failed, tell(NonFiniteLoss, loss=math.nan, action="warned"), *tell.steps(3))
+    told.write(started, failed, tell(NonFiniteLoss, loss=math.nan, action="warned"), *tell.steps(3))
     write_view(told.path, read_view(told.path)[0])
     told.write(tell(NonFiniteLoss, loss=math.nan, action="warned"), tell.ended())
     view, stored = read_view(told.path)
