@@ -28,6 +28,7 @@ import structlog
 
 from events.messages import Event, WarningLogged
 from events.origin import Header, Origin
+from events.text import plain_text
 from events.tracebacks import describe, format_traceback
 
 current_origin: ContextVar[Origin | None] = ContextVar("stagecast_origin", default=None)
@@ -41,6 +42,8 @@ _MOST_IN_REPEAT = 100
 """...and most of them that are shown within that time: a flood is counted, not shown."""
 _MOST_HELD = 256
 _MOST_QUEUED = 1_000
+_MOST_CHARS = 10_000
+"""Maximum characters per line on stderr."""
 _FLUSH_S = 1.0
 _IDLE_S = 0.25
 _RESERVED = {*vars(logging.makeLogRecord({})), "message", "asctime"} - {"exc_info", "stack_info"}
@@ -76,7 +79,7 @@ class Warned(NamedTuple):
     def line(self) -> str:
         """It, in one line."""
         more = f" [{self.repeats:,} more like this before]" if self.repeats else ""
-        text = "".join(char if char.isprintable() else " " for char in " ".join(self.message.split()))
+        text = plain_text(" ".join(self.message.split()), _MOST_CHARS)
         return f"stagecast: {self.level}: {text}{more}{self.where}\n"
 
 

@@ -122,7 +122,7 @@ def encode_msgpack(event: Event) -> bytes:
         try:
             return _msgpack.encode(event)
         except UnicodeEncodeError:
-            return _msgpack.encode(_without_surrogates(msgspec.to_builtins(event, str_keys=True)))
+            return _msgpack.encode(without_surrogates(msgspec.to_builtins(event, str_keys=True)))
     except _REFUSED as error:
         raise _unencodable(event, error) from error
 
@@ -195,7 +195,7 @@ def _encode_json_carefully(event: Event) -> bytes:
         try:
             return _json.encode(tree)
         except UnicodeEncodeError:
-            return _json.encode(_without_surrogates(tree))
+            return _json.encode(without_surrogates(tree))
     except _REFUSED as error:
         raise _unencodable(event, error) from error
 
@@ -213,13 +213,14 @@ def _find_nonfinite(value: Any, pointer: str, found: dict[str, str]) -> None:
             _find_nonfinite(item, f"{pointer}/{index}", found)
 
 
-def _without_surrogates(value: Any) -> Any:
+def without_surrogates(value: Any) -> Any:
+    """Copy plain values with lone surrogates as their escapes, which every encoding can hold."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
-        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+        return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_surrogates(item) for item in value]
+        return [without_surrogates(item) for item in value]
     return value
 
 

@@ -1,4 +1,4 @@
-"""Numbers, durations and strangers' names as text for people. Imports only events and what Python has."""
+"""Numbers and durations as text for people. Imports only events and what Python has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import unicodedata
 
 from events.messages import StallLedger
+from events.text import plain_text as plain_text
 
 # Every second of the wall has exactly one of these rows.
 _LEDGER_ROWS = (
@@ -81,19 +82,6 @@ def format_clock(unix_s: float) -> str:
         return time.strftime("%H:%M:%S", time.localtime(unix_s))
     except (OverflowError, OSError, ValueError):  # a NaN, or a year that the C library does not know
         return "--:--:--"
-
-
-def plain_text(text: str, limit: int = 500) -> str:
-    """Make any text one harmless line: what cannot be printed is escaped, what is too long is cut.
-
-    Control characters, line breaks, text direction marks and lone surrogates come out as ``\\x1b``, ``\\n``
-    and the like, so that a metric's name or an exception's text can neither move the cursor nor break a line.
-    """
-    if len(text) > limit:
-        text = text[: limit - 3] + "..."
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cells(text: str) -> int:

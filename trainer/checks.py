@@ -17,6 +17,8 @@ from events.checkpoint.settings import Checkpoints
 from events.errors import SinkMisconfigured, UploadError
 from events.journal import Journal
 from events.sink import Delivery, delivery_of, require
+from events.text import name_problem
+from events.wire import without_surrogates
 from trainer.arguments import TrainerArguments
 from trainer.contract_checks import check_contract
 from trainer.errors import ArgumentsError
@@ -140,6 +142,8 @@ def check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -
         not isinstance(run_id, str) or run_id in ("", ".", "..") or {"/", os.sep, "\0"} & set(run_id)
     ):
         problems.append(f"run_id must be a name without slashes, not {shown(run_id)}; run_dir chooses the folder")
+    elif isinstance(run_id, str) and (problem := name_problem(run_id)) is not None:
+        problems.append(f"run_id={run_id!r:.80} {problem}; give a short, printable name")
     if run_dir is not None and not (isinstance(run_dir, str | os.PathLike) and os.fspath(run_dir)):
         problems.append(f"run_dir must be the path of a folder, not {shown(run_dir)}")
 
@@ -154,7 +158,8 @@ def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
     if config is None:
         return {}
     try:
-        plain = _within_64_bits(msgspec.to_builtins(config, str_keys=True, enc_hook=_plain_value))
+        plain = msgspec.to_builtins(config, str_keys=True, enc_hook=_plain_value)
+        plain = without_surrogates(_within_64_bits(plain))
         check_plain(plain, "config")
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         problems.append(f"config={shown(config)} cannot be recorded ({error}); give a mapping of plain values")

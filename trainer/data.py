@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 from torch.utils.data import SequentialSampler as SequentialSampler
 
+from events.text import name_problem
 from trainer.errors import ArgumentsError, DataLoaderError
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -330,7 +331,9 @@ def as_val_loaders(value: Any, what: str = "get_val_dataloaders") -> dict[str, I
     loaders = dict(value) if isinstance(value, Mapping) else {"default": value}
     for key, loader in loaders.items():
         if not isinstance(key, str) or not key:
-            raise DataLoaderError(f"{what}() returned the key {key!r}: keys are strings that are not empty")
+            raise DataLoaderError(f"{what}() returned the key {key!r:.80}: keys are strings that are not empty")
+        if (problem := name_problem(key)) is not None:
+            raise DataLoaderError(f"{what}() returned the key {key!r:.80}, which {problem}; use a short, printable one")
         where = f"{what}()[{key!r}]" if isinstance(value, Mapping) else f"{what}()"
         if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
             raise DataLoaderError(f"{where} returned {loader!r}: it must be a dataloader, or any iterable of batches")

@@ -13,6 +13,7 @@ from events.log import logger
 from events.messages import Event, HistogramLogged, MetricsLogged, MonitorMissing, TextLogged
 from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
 from events.origin import Header, header_of
+from events.text import MOST_NAME, as_name, name_problem
 from trainer.errors import MetricNotFound
 from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, MediaWriter, Text
 
@@ -48,7 +49,7 @@ class MetricRecorder:
         """What the loop's thread has logged since the last `take`: name, value, weight."""
         self._hook = threading.local()
         self._places: dict[str, tuple[str | None, str]] = {}  # of each name: the stage, and what it holds
-        self._allowed: set[str] = set()
+        self._allowed: dict[str, str] = {}  # names that were given before, and those under which they are recorded
 
     def bind(self) -> None:
         """The calling thread is the loop's."""
@@ -60,8 +61,7 @@ class MetricRecorder:
         Raises:
             ValueError: the trainer publishes a metric of that name itself.
         """
-        if name not in self._allowed:
-            self._allow(name)
+        name = self._allowed.get(name) or self._allow(name)
         if isinstance(value, torch.Tensor):
             value = value.detach().reshape(()).clone()
         if threading.get_ident() == self._loop_thread:
@@ -193,13 +193,19 @@ class MetricRecorder:
 
     # -------------------------------------------------------------------------------------------- publishing
 
-    def _allow(self, name: str) -> None:
+    def _allow(self, name: str) -> str:
         if (names := reserved(name)) is not None:
             raise ValueError(
                 f"log({name!r}) would mix with a metric of the trainer's own ({names}); use another name, such as"
                 f" {'my_' + name.replace('/', '_')!r}"
             )
-        self._allowed.add(name)
+        self._allowed[name] = recorded = as_name(name)
+        if recorded != name:
+            logger.warning(
+                f"log({name!r:.80}): the name {name_problem(name)}, and is recorded as {recorded!r}; use printable"
+                f" names of up to {MOST_NAME} characters"
+            )
+        return recorded
 
     def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
         serves = threading.get_ident() == self._loop_thread or getattr(self._hook, "waited_for", False)

@@ -18,6 +18,7 @@ import xxhash
 
 from events.bounds import INT_MAX, Finite, Int64
 from events.errors import CheckpointDamaged, CheckpointTooNew
+from events.wire import without_surrogates
 
 FORMAT = 1
 """Format of the manifest and of all files that it lists. A reader refuses greater ones."""
@@ -126,8 +127,10 @@ class _Version(msgspec.Struct):
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of ``manifest.json``."""
-    body = msgspec.json.encode(manifest)
-    return _sign(body)
+    try:
+        return _sign(msgspec.json.encode(manifest))
+    except UnicodeEncodeError:  # names are the user's: of the class, a callback, a metric
+        return _sign(msgspec.json.encode(without_surrogates(msgspec.to_builtins(manifest))))
 
 
 def _sign(body: bytes) -> bytes:

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from events.strict import Strict
+from events.text import name_problem
 
 _Count = Annotated[int, Meta(ge=1)]
 
@@ -87,6 +88,8 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
                 msgspec.convert(value, field.type)
             except msgspec.ValidationError as error:
                 raise ValueError(f"Checkpoints({field.name}={value!r:.80}): {error}") from None
+        if self.best is not None and (problem := name_problem(self.best)) is not None:
+            raise ValueError(f"Checkpoints(best={self.best!r:.80}): the name {problem}; log a short, printable one")
         if self.best == "train_loss":
             raise ValueError(
                 "Checkpoints(best='train_loss') is the loss of a single step; use 'train_epoch_loss', the epoch's mean"

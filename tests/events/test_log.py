@@ -52,7 +52,7 @@ def test_without_configuration_a_warning_is_one_line_on_stderr(tmp_path: Path) -
     said, shown = run_script(script, tmp_path)
     assert said == "[] 0 False\n"
     assert shown == (
-        "stagecast: warning: two lines  (ValueError: seen)\nstagecast: error: bad (run run-7, step 0, rank 3)\n"
+        "stagecast: warning: two lines\\x07 (ValueError: seen)\nstagecast: error: bad (run run-7, step 0, rank 3)\n"
     )
 
 

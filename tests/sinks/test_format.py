@@ -14,7 +14,6 @@ from sinks.format import (
     format_number,
     format_rate,
     ledger_shares,
-    plain_text,
 )
 
 
@@ -75,14 +74,6 @@ def test_a_rate_is_readable_for_fast_and_slow_steps(rate: float, text: str) -> N
 def test_an_impossible_time_is_no_error(unix_s: float) -> None:
     """A clock that is broken must not break the display of what it timed."""
     assert format_clock(unix_s) == "--:--:--"
-
-
-def test_text_is_made_harmless_and_bounded() -> None:
-    """Escapes for what does not print, an ellipsis for what does not end, all else untouched."""
-    assert plain_text("a\x1b[31m\r\n\t\x9b") == "a\\x1b[31m\\r\\n\\t\\x9b"
-    assert plain_text("\u2028\u202e\ud800") == "\\u2028\\u202e\\ud800"
-    assert plain_text("x" * 600) == "x" * 497 + "..."
-    assert plain_text("naïve 検証 [red]") == "naïve 検証 [red]"
 
 
 def test_cells_are_columns_and_not_characters() -> None:

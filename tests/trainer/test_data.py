@@ -372,6 +372,8 @@ def test_the_length_of_a_loader_is_its_own_word_or_none() -> None:
         ({"a": None}, r"get_val_dataloaders\(\)\['a'\] returned None"),
         ({1: []}, "the key 1"),
         ({"": []}, "the key ''"),
+        ({"a\udc80": []}, r"the key 'a\\udc80', which holds characters that cannot be printed; use"),
+        ({"a" * 251: []}, "which has 251 characters, more than 250; use"),
         ([DataLoader([1]), DataLoader([2])], "a list of dataloaders: return a dict"),
     ],
 )

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from events.checkpoint.settings import Checkpoints
 from events.messages import MetricsLogged, RunEnded, TrainEpochEnded, TrainStepEnded
 from trainer import CallbackInterface, fenced, inline, observer
+from trainer.errors import ArgumentsError
 from trainer.readback import DeviceReadback
 from trainer.recorder import weighted_mean
 
@@ -34,6 +36,42 @@ def logging_net(kit: Any, log: Any, **options: Any) -> Any:
 def logged(outcome: Any) -> list[dict[str, float]]:
     assert outcome.result.status == "finished"
     return [event.metrics for event in outcome.of(MetricsLogged)]
+
+
+def test_a_name_that_cannot_be_printed_is_recorded_as_its_escapes(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """In events, in monitors and in checkpoints; one warning names each."""
+    recorded = {
+        "a\udc80b": "a\\udc80b",
+        "a\0\nb": "a\\x00\\nb",
+        "\x1b[31mred": "\\x1b[31mred",
+        "a\u202eb": "a\\u202eb",
+        "n" * 100_000: "n" * 238 + "...f318a926",
+        "good \u00e4": "good \u00e4",
+    }
+
+    class Net(kit.Net):
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            for name in recorded:
+                self.log(name, 1.0)
+            self.log("score", 1.0)
+            return super().val_step(global_step, batch, device)
+
+    checkpoints = Checkpoints(best="score", every_epochs=1)
+    outcome = kit.train(Net(), checkpoints=checkpoints, journal=True, run_dir="run", epochs=1)
+    assert logged(outcome) == [dict.fromkeys([*recorded.values(), "score"], 1.0)]
+    assert outcome.result.checkpoint is not None
+    assert {*recorded.values()} <= {*outcome.result.metrics}
+    for name in [*recorded.values()][:5]:
+        assert caplog.text.count(f"is recorded as {name!r}; use printable names") == 1
+
+
+@pytest.mark.parametrize("name", ["a\udc80b", "a\nb", "n" * 251])
+def test_what_names_a_metric_or_a_run_must_be_printable(kit: Any, name: str) -> None:
+    """A monitor of such a name finds no metric; a folder of such a name cannot be made everywhere."""
+    with pytest.raises(ValueError, match=r"^Checkpoints\(best=.*\): the name has|holds"):
+        Checkpoints(best=name)
+    with pytest.raises(ArgumentsError, match=r"run_id=.* (has 251|holds) characters"):
+        kit.make_trainer(kit.Net(), run_id=name)
 
 
 # -------------------------------------------------------------------------------------- what is not published

@@ -1,0 +1,53 @@
+"""Texts of strangers: as one harmless line for people, and as names that every journal and logger can hold."""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+MOST_NAME = 250
+"""Maximum characters per name of a metric, a dataloader or a run."""
+
+# Control characters, marks that change the direction of text, separators of lines, lone surrogates.
+_NOT_IN_NAMES = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain_text(text: str, limit: int = 500) -> str:
+    """Make any text one harmless line: what cannot be printed is escaped, what is too long is cut.
+
+    Control characters, line breaks, text direction marks and lone surrogates come out as ``\\x1b``, ``\\n``
+    and the like, so that a metric's name or an exception's text can neither move the cursor nor break a line.
+    """
+    if len(text) > limit:
+        text = text[: limit - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def name_problem(text: str) -> str | None:
+    """What keeps a text from being a name; None for a good one."""
+    if not text:
+        return "is empty"
+    if len(text) > MOST_NAME:
+        return f"has {len(text):,} characters, more than {MOST_NAME}"
+    if _NOT_IN_NAMES.search(text):
+        return "holds characters that cannot be printed"
+    return None
+
+
+def as_name(text: str) -> str:
+    """Make a name of a text: characters that cannot be printed are escaped, a long text ends in a hash of it.
+
+    Different texts give different names, but for chance, and a name that is good gives itself.
+    """
+    if name_problem(text) is None:
+        return text
+    name = _NOT_IN_NAMES.sub(lambda found: _escaped(found[0]), text)
+    if len(name) > MOST_NAME:
+        name = f"{name[: MOST_NAME - 12]}...{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
+    return name
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
