@@ -1,5 +1,8 @@
 """The journal: every event of a run, appended to JSON lines in segments.
 
+Segments are created exclusively, and no link is followed. An event that has more than `MAX_LINE_BYTES` as a line is
+replaced by a `JournalGap`, as one is that cannot be encoded.
+
 `events.journal_reader` reads it. What the writer promises, so that a reader needs no lock and no index:
 
 - A line that ends in a newline is one whole event and never changes. A segment is never written to once a
@@ -33,8 +36,10 @@ from msgspec import Meta
 
 from events.checkpoint import disk
 from events.errors import RunFolderError, RunFolderMismatch, WireError
-from events.journal_reader import JOURNAL_DIR, journal_tail, segment_name
+from events.journal_reader import JOURNAL_DIR, journal_tail
+from events.journal_segment import MAX_LINE_BYTES, open_segment, segment_name
 from events.messages import EVENT_TYPES, Event, JournalGap, RunEnded
+from events.safe_files import make_folder_below
 from events.sink import Delivery, RunInfo
 from events.strict import Strict
 from events.wire import encode_json, encode_json_lines
@@ -78,7 +83,7 @@ class Journal(Strict, frozen=True, kw_only=True):
         """Open the journal of ``run.run_dir`` for appending, behind whatever it holds.
 
         Raises:
-            RunFolderError: The run has no folder, or the journal's cannot be made.
+            RunFolderError: The run has no folder, or the journal's cannot be made or is a link.
             RunFolderMismatch: The journal there is another run's.
         """
         if run.run_dir is None:
@@ -87,7 +92,8 @@ class Journal(Strict, frozen=True, kw_only=True):
             )
         folder = Path(run.run_dir) / JOURNAL_DIR
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder_below(folder.parent, JOURNAL_DIR)
             tail = journal_tail(folder)
         except OSError as error:
             raise RunFolderError(f"the journal {folder} cannot be opened: {error}; is the folder yours?") from error
@@ -219,12 +225,15 @@ class JournalWriter:
     def _encode(self, kept: list[Event]) -> tuple[bytes, list[Event]]:
         """The lines of a batch, and the events they are: one that no line can hold is replaced by a gap."""
         try:
-            return encode_json_lines(kept), kept
+            block = encode_json_lines(kept)
+            if len(block) <= MAX_LINE_BYTES:
+                return block, kept
         except WireError:
             pass
         for index, event in enumerate(kept):
             try:
-                encode_json(event)
+                if (size := len(encode_json(event))) > MAX_LINE_BYTES:
+                    raise WireError(f"{type(event).__name__} has {size:,} bytes, and a line at most {MAX_LINE_BYTES:,}")
             except WireError as error:
                 # Raising would have it delivered, and refused, for ever.
                 kept[index] = _gap(event, event.seq, event.seq, event.seq, 1, str(error))
@@ -281,8 +290,11 @@ class JournalWriter:
         path = self._folder / segment_name(number)
         if self._fd is not None:
             self.sync()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        fd = os.open(path, flags, 0o644)
+        try:
+            fd = open_segment(self._folder, number, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        except FileExistsError:
+            self._last_segment = number  # somebody put it there: the batch is delivered again, and gets the next number
+            raise
         self._leave_segment()
         self._fd, self._path, self._size, self._last_segment = fd, path, 0, number
         self._directory_dirty = True

@@ -3,17 +3,18 @@
 A journal is a folder of segments: JSON lines in files that are named by the first ``seq`` in them. A line
 that ends in a newline never changes; segments are only ever added. What stands behind the last newline of the
 newest segment is still being written, or is what a killed process left. So a reader that waits for the
-newline, and gives up on it only when a newer segment exists, sees every event once and in order.
+newline until a newer segment exists sees every event once and in order.
 
-All of it is synchronous and belongs to one thread. Nothing here raises for what stands in the files: lines
-that are no events are skipped and reported. Only a segment that exists and cannot be read raises `OSError`.
+All of it is synchronous and belongs to one thread. Nothing here raises for the content of a journal: lines that are
+not events, lines that are too long, and segments that are not regular files are skipped and reported. A segment that
+exists and cannot be read raises `OSError`, and so does a journal whose folder is a link.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ import msgspec
 
 from events.checkpoint.manifest import CheckpointName
 from events.errors import WireError
+from events.journal_segment import JOURNAL_DIR as JOURNAL_DIR
+from events.journal_segment import MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
+from events.journal_segment import segment_name as segment_name
+from events.journal_segment import segment_numbers as segment_numbers
 from events.messages import (
     BackwardEnded,
     Event,
@@ -45,10 +50,8 @@ from events.messages import (
     ValEpochStarted,
     ValStepEnded,
 )
+from events.safe_files import UnsafeFile
 from events.wire import decode_json
-
-JOURNAL_DIR = "journal"
-"""The journal's folder within a run's folder."""
 
 SUPERSEDED_TYPES: tuple[type[Event], ...] = (
     TrainEpochStarted,
@@ -76,9 +79,12 @@ SUPERSEDED_TYPES: tuple[type[Event], ...] = (
 What happened to the run, to observers and to commands has happened, whatever is done again.
 """
 
-_SEGMENT = re.compile(r"\d{20}\.jsonl", re.ASCII)
-_CHUNK = 2**20
+_REASON = 200
+"""Maximum characters per reason of a skipped line."""
 _TAIL_CHUNK = 2**18
+_TAIL_LINES = 10_000
+_LEAST_LINE_BYTES = 64
+"""Minimum bytes per line of an event: its header alone has more."""
 
 
 class SkippedLine(msgspec.Struct, frozen=True):
@@ -89,10 +95,10 @@ class SkippedLine(msgspec.Struct, frozen=True):
     """From 1, within the segment."""
     offset: int
     length: int
-    """Bytes, without the newline; 0 for a segment that is gone."""
+    """Bytes, without the newline; 0 for a segment that is gone or is not a regular file."""
     reason: str
     torn: bool = False
-    """Whether it is the rest of a line whose writer died; a later attempt goes on in a new segment."""
+    """Whether it is the beginning of a line whose writer died; a later attempt continues in a new segment."""
 
 
 class JournalTail(msgspec.Struct, frozen=True):
@@ -106,72 +112,85 @@ class JournalTail(msgspec.Struct, frozen=True):
     """The number that names the newest segment."""
 
 
-def segment_name(number: int) -> str:
-    """The file name of the segment whose first event has this ``seq``."""
-    return f"{number:020d}.jsonl"
-
-
-def segment_numbers(journal_dir: str | os.PathLike[str]) -> list[int]:
-    """The numbers of a journal's segments, ascending; none if the folder does not exist."""
-    try:
-        names = os.listdir(journal_dir)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(int(name[:20]) for name in names if _SEGMENT.fullmatch(name))
-
-
 def journal_tail(journal_dir: str | os.PathLike[str]) -> JournalTail:
     """Find the last event of a journal, reading from its end. Raises `OSError` if it cannot be read."""
-    folder = Path(journal_dir)
-    numbers = segment_numbers(folder)
+    numbers = segment_numbers(journal_dir)
+    least = numbers[-1] if numbers else 0
     for number in reversed(numbers):
-        events = _last_events(folder / segment_name(number))
+        events, is_all = _last_events(journal_dir, number)
         if events:
             # The highest of several, because a damaged digit may have made the last one small. A newest segment without
             # one whole event was begun with an event that others may have seen: stay above.
             attempt, seq = max(event.attempt for event in events), max(event.seq for event in events)
-            return JournalTail(events[-1].run_id, attempt, max(seq, numbers[-1]), numbers[-1])
-    return JournalTail(seq=numbers[-1], segment=numbers[-1]) if numbers else JournalTail()
+            return JournalTail(events[-1].run_id, attempt, max(seq, least), numbers[-1])
+        if not is_all:  # stay above all the lines that it may hold
+            least = max(least, number + _size_of(journal_dir, number) // _LEAST_LINE_BYTES)
+    return JournalTail(seq=least, segment=numbers[-1]) if numbers else JournalTail()
+
+
+def _size_of(journal_dir: str | os.PathLike[str], number: int) -> int:
+    """Bytes of a segment; 0 of one that is gone or is not a regular file."""
+    try:
+        fd = open_segment(journal_dir, number)
+    except (FileNotFoundError, UnsafeFile):
+        return 0
+    try:
+        return min(os.fstat(fd).st_size, _LEAST_LINE_BYTES * 2**40)
+    finally:
+        os.close(fd)
 
 
 def last_events(journal_dir: str | os.PathLike[str]) -> list[Event]:
     """The newest events of a journal: some hundreds, without reading what is before. Raises `OSError`."""
-    folder = Path(journal_dir)
-    for number in reversed(segment_numbers(folder)):
-        if events := _last_events(folder / segment_name(number)):
+    for number in reversed(segment_numbers(journal_dir)):
+        if events := _last_events(journal_dir, number)[0]:
             return events
     return []
 
 
-def _last_events(path: Path) -> list[Event]:
-    """Whole events at the end of a segment; none if it has none. One that lacks only its newline counts: a reader
-    returns it too."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            length = _TAIL_CHUNK
-            while True:
-                start = max(0, size - length)
-                file.seek(start)
-                lines = file.read(size - start).split(b"\n")
-                events = [event for line in lines if (event := _event_of(line)) is not None]
-                if events or start == 0:
-                    return events
-                length *= 4
-    except FileNotFoundError:
-        return []
+def last_whole_seq(journal_dir: str | os.PathLike[str]) -> int:
+    """``seq`` of the last event whose line is finished, 0 if there is none. Raises `OSError`."""
+    numbers = segment_numbers(journal_dir)
+    if not numbers:
+        return 0
+    events, _ = _last_events(journal_dir, numbers[-1], chunk=2**13, unfinished=False)
+    return events[-1].seq if events else numbers[-1] - 1  # a segment is named by its first event
 
 
-def _event_of(line: bytes) -> Event | None:
+def _last_events(
+    journal_dir: str | os.PathLike[str], number: int, *, chunk: int | None = None, unfinished: bool = True
+) -> tuple[list[Event], bool]:
+    """Whole events at the end of a segment, and whether no other part of it can hold any if there are none.
+
+    Args:
+        chunk: Bytes to begin with.
+        unfinished: Whether an event that lacks only its newline counts, as it does for readers of an older segment.
+    """
+    length, is_all = chunk or _TAIL_CHUNK, False
+    while not is_all and length <= 2 * MAX_LINE_BYTES:
+        try:
+            data, is_all = read_tail(journal_dir, number, length)
+        except (FileNotFoundError, UnsafeFile):
+            return [], True
+        lines = data.rsplit(b"\n", _TAIL_LINES)
+        if not unfinished:
+            lines.pop()
+        if events := [event for line in lines if (event := _event_of(line)) is not None]:
+            return events, is_all
+        length *= 4
+    return [], is_all
+
+
+def _event_of(line: bytes | TooLong) -> Event | None:
     try:
-        event = decode_json(line)
+        event = decode_json(line) if isinstance(line, bytes) else None
     except WireError:
         return None
-    return event if event.run_id and event.seq > 0 else None
+    return event if event is not None and event.run_id and event.seq > 0 else None
 
 
 class JournalReader:
-    """Reads a journal's events in order, each once, and goes on where it stopped when there are more.
+    """Reads a journal's events in order, each once, and continues where it stopped when there are more.
 
     It never waits: `read` returns what is there. To follow a journal that is being written, call it again.
     The journal may not exist yet, be written by another process, grow, be cut or lose segments meanwhile.
@@ -188,7 +207,7 @@ class JournalReader:
 
         Args:
             journal_dir: The folder of segments.
-            since: Events up to this ``seq`` are left out; 0 for all.
+            since: Events up to this ``seq`` are skipped; 0 for all.
             run_id: Events of any other run are skipped; None if that is not known.
             max_skipped: How many skipped lines `skipped` keeps, the newest; `skipped_count` counts all.
         """
@@ -198,10 +217,10 @@ class JournalReader:
         self.skipped_count = 0
         """Lines that were skipped so far."""
         self._run_id = run_id
-        self._segment: int | None = None  # the number of the segment being read
+        self._segment: SegmentLines | None = None  # the one being read
         self._offset = 0  # of the next line in it
         self._line = 0  # lines before that
-        self._lines: list[bytes] = []  # whole lines from there on that are read but not decoded, last first
+        self._lines: list[bytes | TooLong] = []  # whole lines from there on that are read but not decoded, last first
         self._finished = False  # the segment is read, and a newer one exists
         self._rest = False  # what is left of it ends without a newline
 
@@ -215,25 +234,34 @@ class JournalReader:
         """The lines skipped so far, oldest first, at most ``max_skipped``."""
         return list(self._skipped)
 
-    def read(self, limit: int = 1_024) -> list[Event]:
+    def read(self, limit: int = 1_024, until: float = math.inf) -> list[Event]:
         """Return the next events, at most ``limit``; none when there are no more for now.
 
+        Args:
+            until: Where no event has been found by this time (`time.monotonic`), return none; the next call continues.
+
         Raises:
-            OSError: A segment exists but cannot be read. Nothing is lost; it may be called again.
+            OSError: A segment exists but cannot be read, or the journal is a link. Nothing is lost; it may be called
+                again.
         """
         events: list[Event] = []
         while len(events) < limit and (self._lines or self._fill()):
             line = self._lines.pop()
             event = self._decode(line)
-            self._offset += len(line) + 1
+            self._offset += (line.length if isinstance(line, TooLong) else len(line)) + 1
             self._line += 1
             if event is not None:
                 self._cursor = event.seq
                 events.append(event)
+            elif until < math.inf and time.monotonic() > until:
+                break
         return events
 
-    def _decode(self, line: bytes) -> Event | None:
+    def _decode(self, line: bytes | TooLong) -> Event | None:
         """The event of the next line, if it is one that has not been returned."""
+        if isinstance(line, TooLong):
+            self._skip(line.length, f"it is longer than {MAX_LINE_BYTES:,} bytes")
+            return None
         if not line:
             return None
         try:
@@ -269,53 +297,45 @@ class JournalReader:
                 following = self._following(numbers)
                 if following is None:
                     return False
-                self._segment, self._offset, self._line, self._finished = following, 0, 0, False
-            newer = bool(numbers) and numbers[-1] > self._segment
-            data = self._read_on()
-            whole = data.rfind(b"\n")
-            self._rest = whole < 0
-            if whole >= 0:
-                self._lines = data[:whole].split(b"\n")
-            elif newer:
+                self._segment, self._offset, self._line = SegmentLines(self._dir, following), 0, 0
+                self._finished = False
+            newer = bool(numbers) and numbers[-1] > self._segment.number
+            self._lines = self._read_on(self._segment)
+            self._rest = not self._lines
+            if not self._lines:
+                if not newer:
+                    return False
                 self._finished = True
-                if not data:
+                if not self._segment.rest:
                     continue
-                self._lines = [data]  # the rest of a line: torn, or whole but for its newline
-            else:
-                return False
+                self._lines = [self._segment.rest]  # torn, or whole but for its newline
+            self._offset = self._segment.start
             self._lines.reverse()
             return True
 
     def _following(self, numbers: list[int]) -> int | None:
         """The segment to read next."""
         if self._segment is not None:
-            return next((number for number in numbers if number > self._segment), None)
+            return next((number for number in numbers if number > self._segment.number), None)
         # Every event above the cursor is in the last segment named at or below its successor, or in a later
         # one.
         start = [number for number in numbers if number <= self._cursor + 1]
         return start[-1] if start else numbers[0] if numbers else None
 
-    def _read_on(self) -> bytes:
-        """At least one whole line from ``_offset`` on, or all that is there."""
-        assert self._segment is not None
-        path = self._dir / segment_name(self._segment)
+    def _read_on(self, segment: SegmentLines) -> list[bytes | TooLong]:
+        """Whole lines, if there are any; a segment that is gone, or is not a file, is reported once."""
         try:
-            with open(path, "rb") as file:
-                file.seek(self._offset)
-                data = file.read(_CHUNK)
-                while b"\n" not in data and (more := file.read(max(_CHUNK, len(data)))):
-                    data += more
-        except FileNotFoundError:
+            return segment.read()
+        except (FileNotFoundError, UnsafeFile) as error:
             self._finished = True
-            self._skip(0, "the segment is gone")
-            return b""
-        return data
+            self._skip(0, "the segment is gone" if isinstance(error, FileNotFoundError) else str(error.strerror))
+            return []
 
     def _skip(self, length: int, reason: str, *, torn: bool = False) -> None:
         assert self._segment is not None
         self.skipped_count += 1
-        path = str(self._dir / segment_name(self._segment))
-        self._skipped.append(SkippedLine(path, self._line + 1, self._offset, length, reason, torn))
+        path = str(self._dir / segment_name(self._segment.number))
+        self._skipped.append(SkippedLine(path, self._line + 1, self._offset, length, reason[:_REASON], torn))
 
 
 def read_history(
@@ -394,37 +414,43 @@ class EventFinder:
     def __init__(self, journal_dir: str | os.PathLike[str], types: Iterable[type[Event]]) -> None:
         self._dir = Path(journal_dir)
         self._beginnings = tuple(b'{"type":"%s"' % kind.__name__.encode() for kind in types)
-        self._segment = self._offset = 0  # of the next line
+        self._segment: SegmentLines | None = None
 
-    def find(self) -> Iterator[Event]:
-        """Return the events behind those that were found before. Raises `OSError` if a segment cannot be read."""
+    def find(self, until: float = math.inf) -> Iterator[Event]:
+        """Return the events behind those that were found before. Raises `OSError` if a segment cannot be read.
+
+        Args:
+            until: Stop soon after this time (`time.monotonic`); the next call continues.
+        """
         for number in segment_numbers(self._dir):
-            if number < self._segment:
+            if self._segment is None or number > self._segment.number:
+                self._segment = SegmentLines(self._dir, number)
+            if number < self._segment.number:
                 continue
-            if number > self._segment:
-                self._segment, self._offset = number, 0
-            try:
-                with open(self._dir / segment_name(number), "rb") as file:
-                    file.seek(self._offset)
-                    for line in file:
-                        if not line.endswith(b"\n"):
-                            break  # it is still being written
-                        self._offset += len(line)
-                        if line.startswith(self._beginnings) and (event := _event_of(line[:-1])) is not None:
-                            yield event
-            except FileNotFoundError:
-                continue  # removed since it was listed
+            for line in _lines_of(self._segment, until):
+                if line.startswith(self._beginnings) and (event := _event_of(line)) is not None:
+                    yield event
+            if until < math.inf and time.monotonic() > until:
+                return
+
+
+def _lines_of(segment: SegmentLines, until: float = math.inf) -> Iterator[bytes]:
+    """The whole lines that follow in a segment; none of one that is gone, or is not a regular file."""
+    try:
+        while lines := segment.read():
+            yield from (line for line in lines if isinstance(line, bytes))
+            if until < math.inf and time.monotonic() > until:
+                return
+    except (FileNotFoundError, UnsafeFile):
+        return  # removed since it was listed: the reader reports it
 
 
 def _resumes(journal_dir: Path) -> Iterator[RunResumed]:
     """The resumes in a journal, decoding only the lines that may be one."""
     for number in segment_numbers(journal_dir):
-        try:
-            with open(journal_dir / segment_name(number), "rb") as file:
-                for line in file:
-                    if b'"RunResumed"' in line:
-                        event = _event_of(line.removesuffix(b"\n"))
-                        if isinstance(event, RunResumed):
-                            yield event
-        except FileNotFoundError:
-            continue  # removed since it was listed: the reader reports it if it mattered
+        segment = SegmentLines(journal_dir, number)
+        for line in _lines_of(segment):
+            if b'"RunResumed"' in line and isinstance(event := _event_of(line), RunResumed):
+                yield event
+        if b'"RunResumed"' in segment.rest and isinstance(event := _event_of(segment.rest), RunResumed):
+            yield event

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
-from events.errors import CursorError, WireError
-from events.journal_reader import JournalReader, segment_name, segment_numbers
+from events.errors import CursorError
+from events.journal_reader import JournalReader, last_whole_seq
 from events.messages import Event
 from events.stream import BatchedStream
-from events.wire import decode_json
 
 _POLL_S = 0.05
 _READ_LIMIT = 1_024
-_TAIL_BYTES = 2**13
 
 
 class JournalEventStream(BatchedStream):
@@ -60,7 +56,7 @@ class JournalEventStream(BatchedStream):
             )
         self._attempt = attempt
         self._over = over
-        self._cursor = _last_seq(Path(journal_dir)) if since is None else since
+        self._cursor = last_whole_seq(journal_dir) if since is None else since
         self._reader = JournalReader(journal_dir, since=self._cursor)
         self._reading = threading.Lock()
         self._read: deque[Event] = deque()  # filled by a thread, emptied here
@@ -111,21 +107,3 @@ class JournalEventStream(BatchedStream):
         """On a thread. Asyncio's `task.cancel` leaves it behind: what it reads is kept, the next one waits for it."""
         with self._reading:
             self._read.extend(self._reader.read(_READ_LIMIT))
-
-
-def _last_seq(journal_dir: Path) -> int:
-    """``seq`` of the journal's last whole event, found in its last few kilobytes."""
-    numbers = segment_numbers(journal_dir)
-    if not numbers:
-        return 0
-    with open(journal_dir / segment_name(numbers[-1]), "rb") as file:
-        size, length = file.seek(0, os.SEEK_END), _TAIL_BYTES
-        while True:
-            file.seek(max(0, size - length))
-            lines = file.read(length).split(b"\n")[:-1]  # what has no newline yet is still to come
-            for line in reversed(lines):
-                with contextlib.suppress(WireError):
-                    return decode_json(line).seq
-            if length >= size:
-                return numbers[-1] - 1  # a segment is named by its first event
-            length *= 8

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from events.errors import RunFolderError, WireError
 from events.journal import JOURNAL_DELIVERY, Journal, JournalWriter
 from events.journal_reader import (
     SUPERSEDED_TYPES,
+    EventFinder,
     JournalReader,
     SkippedLine,
     journal_tail,
+    last_events,
     read_history,
     segment_numbers,
 )
@@ -60,6 +63,7 @@ from events.messages import (
     WarningLogged,
     WeightsSaved,
 )
+from events.safe_files import UnsafeFile
 from events.sink import RunInfo, Sink, delivery_of
 
 ROOT = Path(__file__).parents[2]
@@ -557,12 +561,181 @@ def test_a_lost_segment_is_passed_over(tmp_path: Path) -> None:
     assert reader.skipped_count == 1
 
 
+def put(path: Path, kind: str) -> None:
+    """Put something that is not a regular file in a path's place."""
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(kind)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="special files are POSIX")
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "/dev/zero", "../../outside", "missing", "."])
+def test_what_is_not_a_regular_file_is_damage(tmp_path: Path, kind: str, place: int) -> None:
+    """Nothing waits for it, follows it or raises; the other segments are read, and it is reported once."""
+    writer = open_journal(tmp_path / "run", segment_bytes=1)
+    for seq in range(1, 4):
+        writer.write([step(seq)])
+    writer.close()
+    (tmp_path / "outside").write_bytes(wire.encode_json_lines([step(place + 1, loss=7.0)]))
+    journal = tmp_path / "run" / "journal"
+    bad = segments(tmp_path / "run")[place]
+    put(bad, kind)
+    left = [seq for seq in (1, 2, 3) if seq != place + 1]
+    reader = JournalReader(journal)
+    assert [event.seq for event in read_all(reader)] == left
+    assert read_all(reader) == []
+    [skip] = reader.skipped
+    assert (skip.path, skip.length, skip.torn) == (str(bad), 0, False)
+    assert "which is not opened below a run folder" in skip.reason
+    assert [event.seq for event in read_history(journal)] == left
+    assert [event.seq for event in EventFinder(journal, [TrainStepEnded]).find()] == left
+    assert [event.seq for event in last_events(journal)] == [left[-1]]
+    assert journal_tail(journal).seq == 3  # nothing is numbered below what was there
+    write(tmp_path / "run", [step(4, attempt=2)])
+    assert [event.seq for event in read_all(reader)] == [4]
+    assert reader.skipped_count == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_the_folder_of_a_journal_is_not_a_link(tmp_path: Path) -> None:
+    """Neither a reader nor a writer follows one; the run folder itself may be reached through one."""
+    write(tmp_path / "elsewhere", steps(1, 2))
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    assert seqs(tmp_path / "linked") == [1, 2]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "journal").symlink_to(tmp_path / "elsewhere" / "journal")
+    with pytest.raises(UnsafeFile, match="a symbolic link"):
+        seqs(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="a symbolic link"):
+        open_journal(tmp_path / "run")
+    assert len(segments(tmp_path / "elsewhere")) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_a_link_in_the_place_of_the_next_segment_is_not_followed(tmp_path: Path) -> None:
+    """The batch is refused once, and then gets a segment with another name."""
+    target = tmp_path / "target"
+    target.write_text("mine")
+    writer = open_journal(tmp_path / "run")
+    (tmp_path / "run" / "journal" / f"{1:020d}.jsonl").symlink_to(target)
+    with pytest.raises(FileExistsError):
+        writer.write(steps(1, 2))
+    writer.write(steps(1, 2))
+    writer.close()
+    assert target.read_text() == "mine"
+    assert seqs(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files are not sparse there by default")
+@pytest.mark.parametrize("after", [b"", b"\n"], ids=["without an end", "with an end"])
+def test_a_sparse_segment_of_40_gb_costs_neither_memory_nor_time(tmp_path: Path, after: bytes) -> None:
+    """The hole is one line that is too long: it is reported, and what stands before and after is read."""
+    write(tmp_path, steps(1, 3))
+    (path,) = segments(tmp_path)
+    begin = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(40 * 10**9)
+        file.write(b"x" + after + (wire.encode_json_lines(steps(4, 5)) if after else b""))
+    journal = tmp_path / "journal"
+    tracemalloc.start()
+    try:
+        reader = JournalReader(journal)
+        assert [event.seq for event in read_all(reader)] == ([1, 2, 3, 4, 5] if after else [1, 2, 3])
+        assert [(skip.offset, skip.length) for skip in reader.skipped] == [(begin, 40 * 10**9 + 1 - begin)]
+        last = 5 if after else 3
+        assert journal_tail(journal).seq == last
+        assert [event.seq for event in EventFinder(journal, [TrainStepEnded]).find()][-1] == last
+        assert [event.seq for event in read_history(journal)][-1] == last
+        write(tmp_path, [step(6, attempt=2)])
+        assert [event.seq for event in read_all(reader)] == [6]
+        assert reader.skipped_count == 1
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 600), max_size=8), st.integers(1, 200), st.booleans())
+def test_a_line_that_is_too_long_costs_only_itself(lengths: list[int], piece: int, ends: bool) -> None:
+    """Wherever it stands and however the bytes arrive, it is reported once, and every other line is returned."""
+    limit = 300
+    lines: list[bytes] = []
+    for seq, length in enumerate(lengths, start=1):
+        lines += [b"x" * length, wire.encode_json(step(seq))]
+    data = b"\n".join([*lines, b"y" * 700]) + (b"\n" if ends else b"")
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("events.journal_segment.MAX_LINE_BYTES", limit)
+        patch.setattr("events.journal_segment._CHUNK", 64)
+        journal = Path(name) / "journal"
+        journal.mkdir()
+        path = journal / f"{1:020d}.jsonl"
+        reader = JournalReader(journal)
+        seen: list[Event] = []
+        for at in range(0, len(data), piece):
+            with open(path, "ab") as file:
+                file.write(data[at : at + piece])
+            seen += read_all(reader)
+        assert [event.seq for event in seen] == list(range(1, len(lengths) + 1))
+        starts = [sum(len(line) + 1 for line in lines[:index]) for index in range(len(lines) + 1)]
+        wrong = [start for start, line in zip(starts, lines, strict=False) if line[:1] == b"x"]
+        assert [skip.offset for skip in reader.skipped] == [*wrong, starts[-1]]
+        again = JournalReader(journal)
+        assert [event.seq for event in read_all(again)] == [event.seq for event in seen]
+        longer = [(skip.offset, skip.length) for skip in again.skipped if skip.length > limit]
+        assert longer == [
+            (start, len(line)) for start, line in zip(starts, [*lines, b"y" * 700], strict=True) if len(line) > limit
+        ]
+
+
+def test_garbage_holds_nobody_longer_than_they_allow(tmp_path: Path) -> None:
+    """A reader and a finder return at their time, and continue there."""
+    write(tmp_path, steps(1, 2))
+    with open(segments(tmp_path)[0], "ab") as file:
+        file.write(b"x\n" * 3 + b'{"type":"TrainStepEnded"\n' * 3 + wire.encode_json_lines(steps(3, 3)))
+    reader = JournalReader(tmp_path / "journal")
+    found = [[event.seq for event in reader.read(until=0.0)] for _ in range(7)]
+    assert found == [[1, 2], [], [], [], [], [], [3]]
+    finder = EventFinder(tmp_path / "journal", [TrainStepEnded])
+    assert [event.seq for event in finder.find(until=0.0)] == [1, 2, 3]  # it looks at a mebibyte at least
+    assert list(finder.find(until=0.0)) == []
+
+
+def test_a_new_attempt_stays_above_a_segment_whose_end_is_garbage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much of it there is: what it may have held is bounded by its size."""
+    monkeypatch.setattr("events.journal_reader.MAX_LINE_BYTES", 2**18)
+    write(tmp_path, steps(1, 50))
+    with open(segments(tmp_path)[0], "ab") as file:
+        file.write(b"x" * 2**20 + b"\n")
+    assert journal_tail(tmp_path / "journal").seq >= 50
+    write(tmp_path, [step(journal_tail(tmp_path / "journal").seq + 1, attempt=2)])
+    assert len(seqs(tmp_path)) == 51
+
+
+def test_an_event_that_is_larger_than_a_line_becomes_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbours are written, and no line is longer than readers take."""
+    monkeypatch.setattr("events.journal.MAX_LINE_BYTES", 400)
+    writer = open_journal(tmp_path)
+    large = RunStarted("run", 1, 2, 0.0, 0, 0, 0, None, module="m" * 400, epochs=1)
+    writer.write([step(1), large, step(3)])
+    assert seqs(tmp_path) == [1, 2, 3]
+    assert gaps(tmp_path) == [(2, 2, 2, 1)]
+    assert max(len(line) for line in segments(tmp_path)[0].read_bytes().splitlines()) <= 400
+
+
 def test_other_files_are_no_segments(tmp_path: Path) -> None:
     """Indexes, editors' leftovers and folders may stand beside the segments."""
     write(tmp_path, [step(1)])
     (tmp_path / "journal" / "index.db").write_bytes(b"x")
     (tmp_path / "journal" / "00000000000000000001.jsonl~").write_bytes(b"x")
     (tmp_path / "journal" / "2.jsonl").write_bytes(b"x")
+    (tmp_path / "journal" / f"{10**20 - 1}.jsonl").write_bytes(b"x")  # no seq reaches that
     assert segment_numbers(tmp_path / "journal") == [1]
     assert seqs(tmp_path) == [1]
 
@@ -635,9 +808,9 @@ def test_a_reader_near_the_end_does_not_open_what_lies_before(tmp_path: Path) ->
     for path in segments(tmp_path)[:3]:
         path.unlink()
         path.mkdir()
-    assert seqs(tmp_path, since=3) == [4, 5]
-    with pytest.raises(OSError, match="directory"):
-        seqs(tmp_path, since=2)
+    reader = JournalReader(tmp_path / "journal", since=3)
+    assert [event.seq for event in read_all(reader)] == [4, 5]
+    assert reader.skipped == []
 
 
 def test_a_new_attempt_never_appends_to_an_old_segment(tmp_path: Path) -> None:
@@ -750,7 +923,7 @@ def test_a_tail_sees_every_event_once_however_the_bytes_arrive(count: int, piece
 
 def test_lines_longer_than_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the search from the end."""
-    monkeypatch.setattr("events.journal_reader._CHUNK", 16)
+    monkeypatch.setattr("events.journal_segment._CHUNK", 16)
     monkeypatch.setattr("events.journal_reader._TAIL_CHUNK", 16)
     write(tmp_path, steps(1, 5))
     assert seqs(tmp_path) == [1, 2, 3, 4, 5]
