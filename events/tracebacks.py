@@ -55,12 +55,13 @@ def format_traceback(error: BaseException) -> str:
 
 def _drop_ours(stack: traceback.StackSummary) -> None:
     """Drop the frames on the way into the user's code: this library's own, and of torch's call of a module."""
-    first = next((number for number, frame in enumerate(stack) if not _is_ours(frame.filename)), len(stack))
+    first = next((number for number, frame in enumerate(stack) if not is_ours(frame.filename)), len(stack))
     if first < len(stack):
         stack[:] = [frame for frame in stack[first:] if not frame.filename.endswith(_TORCH_CALL)]
 
 
-def _is_ours(path: str) -> bool:
+def is_ours(path: str) -> bool:
+    """Whether a source file is of this library, or the one of torch's through which it calls a module."""
     folder = os.path.dirname(path)
     return path.endswith(_TORCH_CALL) or (folder.startswith(_OURS) and not folder.endswith("examples"))
 
@@ -82,6 +83,18 @@ def _chain(told: traceback.TracebackException) -> Iterable[traceback.TracebackEx
             seen.add(id(one))
             yield one
             ahead += [other for other in (one.__cause__, one.__context__, *(one.exceptions or ())) if other is not None]
+
+
+def chain_of(error: BaseException) -> Iterable[BaseException]:
+    """An exception, those behind it, and those within a group; each once."""
+    ahead, seen = [error], set()
+    while ahead:
+        one = ahead.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            within = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+            ahead += [other for other in (one.__cause__, one.__context__, *within) if other is not None]
 
 
 def _gap(frames: int) -> traceback.FrameSummary:

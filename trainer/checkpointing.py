@@ -148,7 +148,7 @@ class Checkpointing:
 
     def release(self) -> None:
         """The run is over: let the memory go, though somebody may keep the run."""
-        self._pool = self._last = None
+        self._pool = self._last = self._optimization = self.outputs = None
         self._snapshots.clear()
         self.stager.release()
 

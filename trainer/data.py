@@ -6,10 +6,13 @@ fields of dataclasses, attrs classes and msgspec Structs; whatever else it meets
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
+import os
 import random
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any, ClassVar
@@ -25,8 +28,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 from torch.utils.data import SequentialSampler as SequentialSampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from events.text import name_problem
+from events.tracebacks import chain_of, is_ours
 from trainer.errors import ArgumentsError, DataLoaderError
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -263,6 +268,40 @@ def iterate(loader: Any, seed: int | None) -> Iterator[Any]:
         return iter(loader)
     finally:
         loader.generator = own
+
+
+def end_iteration(batches: Any, loader: Any) -> None:
+    """End the workers of an iteration, whoever still refers to it. Persistent workers belong to their dataloader.
+
+    The frames of an exception refer to it, for example. Without this, a later garbage collection would end the workers,
+    on any thread, which waits for each of them.
+    """
+    if type(loader).__iter__ is DataLoader.__iter__:  # any other may hand out one iterator again and again
+        _end_workers(batches)
+
+
+def _end_workers(batches: Any) -> None:
+    if isinstance(batches, _MultiProcessingDataLoaderIter) and not batches._persistent_workers:
+        batches._shutdown_workers()  # what its `__del__` calls; does nothing the second time
+
+
+def release_frames(error: BaseException) -> None:
+    """Empty the frames behind an exception of a run that is over, but those of the user's own code.
+
+    They hold its dataloaders, batches and graphs for as long as somebody keeps the exception. The user's frames stay
+    as they are, for a debugger; only the workers of an iteration that one of their variables holds are ended.
+    """
+    for one in chain_of(error):
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            if is_ours(frame.f_code.co_filename) or frame.f_code.co_filename.startswith(_DATA_FOLDER):
+                with contextlib.suppress(RuntimeError):  # it is being executed
+                    frame.clear()
+            else:
+                for value in list(frame.f_locals.values()):
+                    _end_workers(value)
+
+
+_DATA_FOLDER = os.path.dirname(torch.utils.data.__file__)
 
 
 # ------------------------------------------------------------------------------------------------- loaders

@@ -21,7 +21,7 @@ from events.messages import (
 from events.metrics import metric_name
 from trainer.boundary import Boundary
 from trainer.collate import as_tuple
-from trainer.data import SequentialSampler, loader_length
+from trainer.data import SequentialSampler, end_iteration, loader_length
 from trainer.errors import EmptyDataLoader
 from trainer.module_interface import ModuleInterface, Stage
 from trainer.outputs import Capture, EpochOutputs
@@ -193,7 +193,8 @@ class Evaluation:
                 ledger.publish += mark - now
         finally:
             mark = clock()
-            del batches  # ends its workers, also while an exception keeps this frame alive
+            end_iteration(batches, loader)
+            del batches  # ends those of a generator, too, also while an exception keeps this frame alive
             ledger.data += clock() - mark
         boundary.cross(clock())
         return done, total, losses if all_losses else []

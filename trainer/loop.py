@@ -34,6 +34,7 @@ from trainer.data import (
     ShuffledSampler,
     as_val_loaders,
     data_rows,
+    end_iteration,
     generators_of,
     has_live_workers,
     hides_epoch,
@@ -108,6 +109,8 @@ class TrainingLoop:
         self._is_checked = False  # whether the first forward pass has left no gradients
         self._order: type[ShuffledSampler] | None = None  # what all samplers of the run derive from: it has the epoch
         self._recalled: Any = None  # the dataloader of the epoch before, if this process has not iterated it
+        self._first_loader: Iterable[Any] | None = None
+        self._iteration: tuple[Iterator[Any], Any] | None = None  # over the epoch's data, and the dataloader
         self._read_early: tuple[Any, type[ShuffledSampler], int] | None = None
         """A dataloader for which the module has iterated the sampler itself, that sampler's class, and how often."""
         self._state_of_order: torch.Tensor | None = None  # before the epoch that was iterated last
@@ -115,11 +118,10 @@ class TrainingLoop:
         self._generators: list[torch.Generator] = []  # those of the dataloader itself
         self._validation_rng: RngState | None = None  # for the validation that a resumed run is to finish
 
-    def run(self, optimization: Optimization, first_loader: Iterable[Any], resumed: Loaded | None = None) -> None:
-        """Train until the data, a limit or a stop ends it.
+    def run(self, optimization: Optimization, resumed: Loaded | None = None) -> None:
+        """Train until the data, a limit or a stop ends it. `ask_for_first_loader` comes before.
 
         Args:
-            first_loader: The dataloader of the first epoch; those of later epochs are asked for when they begin.
             resumed: The checkpoint at whose place to go on; the state is there already, but for the random generators.
 
         Raises:
@@ -146,7 +148,6 @@ class TrainingLoop:
         self._resumed = resumed
         if not self._module.training:
             self._module.train()  # not where it is: the user may keep a submodule in eval mode, a frozen batch norm
-        loader: Iterable[Any] | None = first_loader
         self.epochs_finished = self._boundary.origin.epoch
         limit = self._arguments.epoch_limit
         at_end = (limit is not None and self.epochs_finished >= limit) or self._at_max_steps
@@ -164,10 +165,14 @@ class TrainingLoop:
             self._boundary.origin.epoch = epoch
             if self._boundary.stop_wanted:
                 self._boundary.take_commands()  # before another epoch begins
-            self._train_epoch(epoch, loader if loader is not None else self.train_loader(epoch))
-            loader = None
+            self._train_epoch(epoch, self._next_loader(epoch))
             self.epochs_finished += 1
         self._take_last_checkpoint()
+
+    def close(self) -> None:
+        """End what is open, and let go of the data: an exception may keep this loop."""
+        self._end_iteration()
+        self._manual = self._recalled = self._read_early = self._first_loader = self._returned = None
 
     def _take_last_checkpoint(self) -> None:
         """Training is finished: its state is worth keeping, for who goes on with more epochs."""
@@ -190,8 +195,17 @@ class TrainingLoop:
                 loader.load_state_dict(position.loader_state)
             self._recalled = loader
 
-    def train_loader(self, epoch: int) -> Iterable[Any]:
-        """Ask the module for the dataloader of an epoch."""
+    def ask_for_first_loader(self) -> Iterable[Any]:
+        """Ask for the dataloader of the first epoch. Those of later epochs are asked for when they begin."""
+        self._first_loader = loader = self._train_loader(self._boundary.origin.epoch)
+        return loader
+
+    def _next_loader(self, epoch: int) -> Iterable[Any]:
+        # No frame around the epoch refers to its dataloader: persistent workers end with it.
+        loader, self._first_loader = self._first_loader, None
+        return loader if loader is not None else self._train_loader(epoch)
+
+    def _train_loader(self, epoch: int) -> Iterable[Any]:
         position = self._position
         if position.phase == "begin":
             if self._checkpoints.enabled:
@@ -408,6 +422,7 @@ class TrainingLoop:
             # Ends a dataloader's workers: before validation starts its own, and though an exception keeps this frame.
             mark = clock()
             del batches
+            self._end_iteration()
             ledger.data += clock() - mark
         if read == 0 and position.phase == "train":
             cause = (
@@ -474,7 +489,7 @@ class TrainingLoop:
                 position.batching = self._arguments.micro_batch_size, self._arguments.accumulation_steps
             position.keeps_workers = has_live_workers(loader) or (loader is recalled and keeps_workers(loader))
             position.phase = "train"
-            return iterate(loader, position.seed_of_workers(self._boundary.origin.epoch))
+            return self._iterate(loader, position.seed_of_workers(self._boundary.origin.epoch))
         assert resumed is not None
         self._resumed = None
         if outputs is not None and "outputs" in resumed.parts:
@@ -494,7 +509,8 @@ class TrainingLoop:
             mark = clock()
             position.rng_at_validation = resumed.rng  # what a checkpoint has to hold that is taken meanwhile
             epoch = self._boundary.origin.epoch
-            batches = go_on(loader, position, epoch, self._arguments, self._device, self._take_commands)  # WAIT: data
+            check, iterate = self._take_commands, self._iterate
+            batches = go_on(loader, position, epoch, self._arguments, self._device, check, iterate)  # WAIT: data
             position.rng_at_validation = None
             self._boundary.ledger.data += clock() - mark
         restore_rng(resumed.rng, self._device)
@@ -510,6 +526,16 @@ class TrainingLoop:
             self._validate_after(step)  # was due, and not done yet
             self._checkpoints.after_step(last=False)  # it may be the best one
         return batches
+
+    def _iterate(self, loader: Any, seed: int | None) -> Iterator[Any]:
+        batches = iterate(loader, seed)
+        self._iteration = batches, loader  # from here on, every way out ends it
+        return batches
+
+    def _end_iteration(self) -> None:
+        iteration, self._iteration = self._iteration, None
+        if iteration is not None:
+            end_iteration(*iteration)
 
     def _use_up(self) -> None:
         """The data of the epoch has ended."""

@@ -36,7 +36,7 @@ from trainer.boundary import Boundary, StopRequested
 from trainer.checkpointing import Checkpointing, has_state
 from trainer.compilation import compile_steps
 from trainer.control import Control
-from trainer.data import as_val_loaders, map_tensors, seed_everything
+from trainer.data import as_val_loaders, map_tensors, release_frames, seed_everything
 from trainer.errors import ContractError, add_note
 from trainer.evaluation import Evaluation
 from trainer.hooks import CallbackHooks, HookTable, add_hint
@@ -124,7 +124,7 @@ class LoopThread:
         """All that log to this run."""
         self._plan = plan
         self._config = config
-        self._rejected: list[tuple[str, Exception]] = []
+        self._rejected: list[tuple[str, str]] = []  # text only: an exception would keep its frames
         self._loaded: Loaded | None = None
         self._checkpoints = Checkpointing(
             plan.settings if task == "train" else None,
@@ -235,6 +235,7 @@ class LoopThread:
         except StopRequested as stop:
             self.status, self.reason = "stopped", stop.reason
         except BaseException as error:  # the loop's border: told to all observers, then raised by the run's door
+            _drop_first_frame(error)  # this one, or the frame and its exception would keep each other
             self._record(error)
         finally:
             try:
@@ -244,6 +245,8 @@ class LoopThread:
                 if seeded:
                     _forget_seeded(self._origin.run_id)
                 _running.discard(self)
+                if self.error is not None:
+                    release_frames(self.error)
                 if self._given_up:
                     self.release()  # nobody has waited for this thread
                 self._bus.post(self.ended.set)
@@ -301,7 +304,7 @@ class LoopThread:
                 loop.recall_loader()
                 self._restore_again(loaded)
             restore_rng((position.phase != "begin" and position.rng_at_loader) or loaded.rng, self._device)
-        loader = loop.train_loader(self._origin.epoch)
+        loader = loop.ask_for_first_loader()
         rng = capture_rng(self._device)
         if loaded is not None and position.phase != "begin":
             self._restore_again(loaded)
@@ -333,10 +336,12 @@ class LoopThread:
         self._publish_resumed(loaded)
         self._ledger.start()
         try:
-            loop.run(optimization, loader, loaded)
+            del loader
+            loop.run(optimization, loaded)
         finally:
             self.epochs = loop.epochs_finished
             self._checkpoints.loader = None  # or its workers would live on
+            loop.close()
             vars(self._module).pop("_stagecast_manual", None)
             optimization.close(self._checkpoints.stager.gate)
 
@@ -366,13 +371,16 @@ class LoopThread:
         """Read the checkpoint to go on from, if there is one, and note what this attempt starts from."""
         self._boundary.phase = "reading the checkpoint"
         plan, origin = self._plan, self._origin
-        loaded = self._loaded = plan.load(lambda name, error: self._rejected.append((name, error)))
+        loaded = self._loaded = plan.load(self._reject)
         if loaded is not None:
             loaded.restore_module(self._module)
             loaded.restore_frozen(self._module)
             origin.global_step, origin.epoch = loaded.global_step, loaded.epoch
             self._checkpoints.go_on(loaded.position, plan.name_of(loaded), plan.scores_up_to(loaded))
         return loaded
+
+    def _reject(self, name: str, error: Exception) -> None:
+        self._rejected.append((name, describe(error)))
 
     def _restore_again(self, loaded: Loaded) -> None:
         """The run had asked for this dataloader already: what a module counts in that method, it has counted."""
@@ -393,7 +401,7 @@ class LoopThread:
         loaded.forget()
 
     def _test(self) -> None:
-        loaded = self._loaded = self._plan.load(lambda name, error: self._rejected.append((name, error)))
+        loaded = self._loaded = self._plan.load(self._reject)
         if loaded is not None:
             loaded.restore_module(self._module)
             self._origin.global_step, self._origin.epoch = loaded.global_step, loaded.epoch
@@ -441,7 +449,7 @@ class LoopThread:
         if self.on_started is not None:
             self.on_started()
         for name, error in self._rejected:
-            self._bus.publish(CheckpointRejected(*origin.header(), name, describe(error)))
+            self._bus.publish(CheckpointRejected(*origin.header(), name, error))
 
     def _publish_resumed(self, loaded: Loaded | None) -> None:
         """Training begins at another place than where the attempt before has ended.
@@ -524,6 +532,11 @@ class LoopThread:
         if (observer := callback.observer) is not None:
             self._bus.post(lambda: observer.disable(text))
         logger.warning(f"callback {callback.name} failed in {hook} (disabled): {text}", exc_info=error, published=True)
+
+
+def _drop_first_frame(error: BaseException) -> None:
+    if error.__traceback__ is not None:
+        error.__traceback__ = error.__traceback__.tb_next
 
 
 @atexit.register

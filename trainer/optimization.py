@@ -173,6 +173,7 @@ class Optimization:
                 optimizer.eval()
         for handle in (*self._guards, *self._registrations):
             handle.remove()
+        self.before_step = None
 
     def step(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Apply the gradients that were accumulated.

@@ -20,7 +20,7 @@ from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from events.log import logger
 from trainer.arguments import TrainerArguments
 from trainer.checkpointing import has_state
-from trainer.data import generators_of, iterate, loader_length, map_tensors, skip_batches
+from trainer.data import generators_of, loader_length, map_tensors, skip_batches
 from trainer.errors import DataLoaderError
 from trainer.fetch import KEYWORDS, no_name
 from trainer.hooks import CallbackHooks
@@ -544,11 +544,13 @@ def go_on(
     arguments: TrainerArguments,
     device: torch.device,
     check: Callable[[], None],
+    iterate: Callable[[Any, int | None], Iterator[Any]],
 ) -> Iterator[Any]:
     """Iterate over an epoch's data from behind the batches that its finished steps have used.
 
     Args:
         check: Called before each batch that is read for nothing; raises if the run is to end.
+        iterate: Begins to iterate over a dataloader, given the seed of its workers.
 
     Raises:
         DataLoaderError: the data ends before that place.

@@ -554,6 +554,10 @@ class Session:
             problems=self._problems(reports),
         )
 
+    def forget_error(self) -> None:
+        """Keep the exception no longer that ended the run: its frames refer to all that the user's code held."""
+        self.error = self.loop.error = self.control.error = None
+
     @property
     def _failed_in_drain(self) -> BaseException | None:
         """What a fatal observer raised while it was drained: the loop was over already, and could not raise it."""

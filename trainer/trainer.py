@@ -222,7 +222,15 @@ class Trainer:
             )
         finally:
             flush_stderr()  # what the run has to say comes before what its caller prints next
-        result = _outcome(session)
+        error = session.error
+        if error is not None:
+            session.forget_error()
+            try:
+                raise error
+            finally:
+                del error  # or this frame and the exception would keep each other
+        result = session.result
+        assert result is not None
         if control.stopped_by is not None:
             raise RunInterrupted(result) if control.stopped_by == "SIGINT" else RunTerminated(result)
         return session, result
@@ -461,7 +469,11 @@ class _LocalConnection:
 
 
 def _outcome(session: Session) -> RunResult:
-    if session.error is not None:
-        raise session.error
+    error = session.error
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del session, error  # or this frame and the exception would keep each other
     assert session.result is not None
     return session.result
