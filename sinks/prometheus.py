@@ -54,6 +54,10 @@ class Prometheus(Strict, frozen=True):
     ``files: [runs/prometheus-*.json]`` finds all runs (Prometheus allows a wildcard in the last part of a path only).
     Two runs at a time on one machine need two ports.
 
+    It runs in the sink host, so that scrapes take nothing from the process that trains. Its counters restart at zero if
+    the host has died. ``(Prometheus(), Delivery(runs_in="thread"))`` serves from the process that trains and needs no
+    journal.
+
     If the page has been scraped during the run, the end of the run waits up to ``linger_s`` for one more scrape, which
     sees the final state.
     """
@@ -75,7 +79,9 @@ class Prometheus(Strict, frozen=True):
 
     # Nothing is lost that the disk can keep: a step that `latest` or `drop_oldest` takes away would be missing in the
     # counters for ever. Scrapes are seconds apart, so that a second's delay shows nowhere and wakes this thread seldom.
-    delivery: ClassVar[Delivery] = Delivery(types=TOTALS_TYPES, overflow="spill", latency_s=1.0, timeout_s=30.0)
+    delivery: ClassVar[Delivery] = Delivery(
+        types=TOTALS_TYPES, overflow="spill", latency_s=1.0, timeout_s=30.0, runs_in="process"
+    )
 
     def check(self) -> None:
         """See that the client is installed and the address is one.

@@ -125,7 +125,11 @@ def check_places(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, pro
         if (delivery.runs_in or sinks_in) != "process" or not callable(getattr(target, "open", None)):
             continue
         if journal is None:
-            problems.append(f"sinks[{number}] cannot run in a process of its own without the journal, which that reads")
+            problems.append(
+                f"sinks[{number}] ({type(target).__name__}) runs in the sink host, which reads the journal; keep the"
+                f" journal, or give ({type(target).__name__}(...), Delivery(runs_in='thread'))"
+            )
+            continue
         host: Any = importlib.import_module("sinks.host")
         try:
             host.HostedSink.of("", target, delivery, 0)

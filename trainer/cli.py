@@ -185,8 +185,8 @@ def _add_watch(commands: Any) -> None:
         help="show runs in a browser, as they happen",
         description="Serve a page that shows a run, or all runs of a folder, as they happen or as they were. It reads"
         " their journals, so it may be started and ended at any time.",
-        epilog="The environment variable STAGECAST_TOKEN holds the token that watchers have to show; without it only"
-        " addresses that no other machine reaches are served.",
+        epilog="The printed link holds a token, which watchers have to show: that of the environment variable"
+        " STAGECAST_TOKEN, or a new one. An address that other machines reach is served only with STAGECAST_TOKEN.",
         allow_abbrev=False,
     )
     watch.add_argument("path", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="(default: runs)")
@@ -196,6 +196,7 @@ def _add_watch(commands: Any) -> None:
     watch.add_argument(
         "--origin", action="append", default=[], metavar="URL", help="a site whose pages may talk to the server, too"
     )
+    watch.add_argument("--no-token", action="store_true", help="let every user of this machine watch")
     watch.set_defaults(run=_watch)
 
 
@@ -222,7 +223,14 @@ def _report(options: argparse.Namespace) -> int:
 def _watch(options: argparse.Namespace) -> int:
     from trainer import cli_watch
 
-    return cli_watch.watch(options.path, options.host, options.port, commands=options.commands, origins=options.origin)
+    return cli_watch.watch(
+        options.path,
+        options.host,
+        options.port,
+        commands=options.commands,
+        origins=options.origin,
+        has_token=not options.no_token,
+    )
 
 
 def _replay(options: argparse.Namespace) -> int:

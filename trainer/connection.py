@@ -32,6 +32,7 @@ from events.wakeup import Wakeup
 from events.wire import encode_command_json
 from trainer.connected_result import LOOK_BACK, UNDER_WAY, ResultBuilder, Snapshot
 from trainer.connection_errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
+from trainer.connection_folder import link_of
 from trainer.connection_http import JournalFollower, Patience, RunServer, Unreachable, check_address
 
 TOKEN_VARIABLE = "STAGECAST_TOKEN"
@@ -41,7 +42,7 @@ _LEAVE_S = 2.0
 
 
 def connect(
-    url: str, *, run_id: str | None = None, token: str | None = None, give_up_s: float = 60.0
+    url: str | os.PathLike[str], *, run_id: str | None = None, token: str | None = None, give_up_s: float = 60.0
 ) -> AbstractAsyncContextManager[Run]:
     """Watch and steer a run over the network, under asyncio or trio::
 
@@ -63,7 +64,8 @@ def connect(
 
     Args:
         url: Of the page: the server's, if it serves one run; else with the run's name, ``.../#run=ID``. The printed
-            link, with its token, is one, too: ``.../#token=...&run=ID``.
+            link, with its token, is one, too: ``.../#token=...&run=ID``. Or the folder of a run with the sink `Live`,
+            whose ``live.json`` has the link.
         run_id: The run's name, in place of that.
         token: What the server wants to be shown; None: that of the fragment, or what the environment variable
             ``STAGECAST_TOKEN`` holds.
@@ -78,7 +80,7 @@ def connect(
     """
     if run_id is not None and not isinstance(run_id, str):
         raise ConnectError(f"run_id must be the name of a run, not {run_id!r:.80}")
-    base, named, shown = _split(url)
+    base, named, shown = _split(link_of(url))
     token = token if token is not None else shown or os.environ.get(TOKEN_VARIABLE)
     if token is not None and not (token.isascii() and token.isprintable()):
         raise ConnectError("the token has characters that no header can hold: give printable ASCII")

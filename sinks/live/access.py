@@ -6,7 +6,9 @@ import contextlib
 import hmac
 import inspect
 import ipaddress
+import os
 import re
+import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +22,8 @@ import anyio.to_thread
 from events.errors import SinkMisconfigured
 from events.log import logger
 
+TOKEN_VARIABLE = "STAGECAST_TOKEN"
+"""Environment variable with the token of pages that are served and of servers that are connected to."""
 Headers = list[tuple[bytes, bytes]]
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._~-]+))(?::[0-9]{0,5})?")
 _MOST_CHECKS = 8
@@ -226,6 +230,26 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def choose_token(given: str | bool | None, host: str) -> str | None:
+    """Return the token that a page demands; None if it demands none.
+
+    Args:
+        given: The token; False for none. None: that of the environment variable ``STAGECAST_TOKEN``, or else a new
+            random one, because other users of this machine can reach the page, too.
+        host: Where the page is served. Beyond this machine no token is generated: people there have to know it.
+
+    Raises:
+        SinkMisconfigured: Others can reach the page, and there is no token; or the token is not a good one.
+    """
+    if given is True:
+        raise SinkMisconfigured("token=True is not a token; give a text, None for a new one, or False for none")
+    token = given if isinstance(given, str) else None
+    if given is None:
+        token = os.environ.get(TOKEN_VARIABLE) or (secrets.token_urlsafe(24) if is_loopback(host) else None)
+    check_host(host, token)
+    return token
 
 
 def check_token_text(token: str | None) -> None:

@@ -118,13 +118,16 @@ class LiveApp:
         """Those whose hello is awaited, the oldest first: they take no place from who has shown the token."""
         self._most_followers = min(MOST_FOLLOWERS, max(1, most_clients // 4))
         self._followers = 0
-        # Shared, and few: each decodes and encodes, and would take the interpreter from the event loop.
-        self._journals = anyio.CapacityLimiter(2)
-        self._disk = anyio.CapacityLimiter(4)  # our own: a disk that hangs must not take the threads of a host
+        self._journals: anyio.CapacityLimiter
+        """Shared, and few: each decodes and encodes, and would take the interpreter from the event loop."""
+        self._disk: anyio.CapacityLimiter | None = None
+        """Our own: a disk that hangs must not take the threads of a host."""
         self._looking = anyio.Lock()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """An ASGI application."""
+        if self._disk is None:  # here, because a limiter belongs to the kind of event loop in which it is made
+            self._disk, self._journals = anyio.CapacityLimiter(4), anyio.CapacityLimiter(2)
         match scope["type"]:
             case "http":
                 await self._http(scope, receive, send)

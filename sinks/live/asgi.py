@@ -129,13 +129,13 @@ async def send_redirect(scope: Message, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def send_file(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter) -> None:
+async def send_file(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter | None) -> None:
     """Send a file of the page, by the ending of its name. Waits for the disk, on a thread. Raises `Refused`."""
     kind = _KINDS.get(Path(name).suffix, "application/octet-stream")
     await _send_file(scope, send, folder, name, limiter, lambda data: kind)
 
 
-async def send_image(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter) -> None:
+async def send_image(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter | None) -> None:
     """Send an image below a run's folder. Waits for the disk, on a thread.
 
     Raises:
@@ -157,7 +157,7 @@ async def _send_file(
     send: Send,
     folder: Path,
     name: str,
-    limiter: anyio.CapacityLimiter,
+    limiter: anyio.CapacityLimiter | None,
     kind_of: Callable[[bytes], str | None],
 ) -> None:
     allow(scope, "GET")

@@ -68,7 +68,7 @@ def variants(steps: int, folder: str) -> dict[str, tuple[float, Callable[[], flo
         "JSONL, CSV, TensorBoard": (1.15, run(*files)),
         "the same in the sink host": (1.06, run(*files, sinks_in="process")),
         "and one that burns, there": (1.06, run(*files, Burns(), sinks_in="process")),
-        "Live, in the sink host": (1.06, run(Live(port=0), sinks_in="process")),
+        "Live, in the sink host": (1.06, run(Live(port=0))),
     }
 
 

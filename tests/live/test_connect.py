@@ -16,7 +16,6 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-import msgspec
 import pytest
 import torch
 from torch import nn
@@ -215,14 +214,12 @@ async def journalled(tmp_path: Path) -> None:
             await anyio.sleep(0.01)
 
 
-def _address(path: Path) -> str:
-    """Of the page that a run has brought along, once it is there."""
+def _wait_for(path: Path) -> None:
+    """Wait until a run has written the address of its page."""
     deadline = time.monotonic() + 20
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    url: str = msgspec.json.decode(path.read_bytes())["url"]
-    return url
 
 
 async def soon(what: Awaitable[Any]) -> Any:
@@ -690,12 +687,14 @@ async def test_a_run_whose_process_dies_is_lost(told: Any, server: Server) -> No
 
 
 async def test_the_page_that_goes_away_with_its_run_has_told_all(tmp_path: Path) -> None:
-    """The sink `Live` ends with the run: streams end in order, and the result is there, without giving up anything."""
+    """The sink `Live` ends with the run: streams end cleanly, and the result is there. The run's folder has the link,
+    with the token that was generated."""
     live = Live(commands=True)
     async with trainer(tmp_path, sinks=[live], checkpoints=Checkpoints()).run() as here:
         await anext(here.events(since=0, types=[TrainStepEnded]))
-        url = await anyio.to_thread.run_sync(_address, tmp_path / "runs" / "demo" / "live.json")
-        async with connect(url) as run:
+        folder = tmp_path / "runs" / "demo"
+        await anyio.to_thread.run_sync(_wait_for, folder / "live.json")
+        async with connect(folder) as run:
             stream = run.events(since=0)
             run.stop("seen enough")
             began = time.monotonic()
@@ -708,6 +707,28 @@ async def test_the_page_that_goes_away_with_its_run_has_told_all(tmp_path: Path)
     assert [event.seq for event in got] == [event.seq for event in journal(tmp_path)][: len(got)]
     assert RunEnded in {type(event) for event in got}
     assert took_s < 15
+
+
+def test_a_folder_whose_page_cannot_be_found_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an address, with one that is no file or is damaged, and with one that another user has written there."""
+    with pytest.raises(ConnectError, match=r"has no live\.json, .*; add the sink Live"):
+        connect(tmp_path)
+    address = tmp_path / "live.json"
+    (tmp_path / "other").write_text('{"url": "http://127.0.0.1:1/", "token": "of-somebody"}')
+    address.symlink_to(tmp_path / "other")
+    with pytest.raises(ConnectError, match="is a symbolic link"):
+        connect(tmp_path)
+    for data in (b"", b'{"url": 5}', b"\xff", b'{"url": "' + b"x" * 100_000):
+        address.unlink()
+        address.write_bytes(data)
+        with pytest.raises(ConnectError, match="cannot be read"):
+            connect(str(tmp_path))
+    address.unlink()
+    address.write_text('{"url": "http://127.0.0.1:1/", "token": "of-somebody"}')
+    connect(tmp_path)
+    monkeypatch.setattr("os.geteuid", lambda: 4_242)
+    with pytest.raises(ConnectError, match="belongs to another user"):
+        connect(tmp_path)
 
 
 def test_a_result_is_told_from_a_summary_and_the_end_of_the_history() -> None:

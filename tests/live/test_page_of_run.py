@@ -79,8 +79,8 @@ class Run:
 
     def watch(self, *options: str) -> None:
         """Start the server. Waits until it is there."""
-        arguments = ["-m", "trainer.cli", "watch", str(self.path.parent), "--port", str(self._port), *options]
-        self._watching = self._process(*arguments)
+        arguments = ["-m", "trainer.cli", "watch", str(self.path.parent), "--no-token", "--port", str(self._port)]
+        self._watching = self._process(*arguments, *options)
         assert self._watching.stdout is not None
         assert self.url in self._watching.stdout.readline()
 

@@ -18,13 +18,14 @@ from websockets.exceptions import ConnectionClosed
 
 from events.errors import SinkMisconfigured
 from events.messages import ObserverFailed, RunEnded
-from events.sink import RunInfo
+from events.sink import Delivery, RunInfo
 from sinks import Live, Memory
 from sinks.host import HostedSink
 from sinks.live.sink import ADDRESS_NAME, LiveWriter
 from trainer import ModuleInterface, Trainer, TrainerArguments
 
 TOKEN = "correct-horse-battery"
+HERE = Delivery(overflow="spill", runs_in="thread")
 
 
 class Held(ModuleInterface):
@@ -104,7 +105,7 @@ def test_a_port_that_is_taken_disables_the_sink_and_not_the_run(tmp_path: Path) 
     module.go_on.set()
     with sockets.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        Started(module, [Live(port=port), memory], journal=False).join()
+        Started(module, [(Live(port=port), HERE), memory], journal=False).join()
     failed = [event for event in memory.of(ObserverFailed) if event.action == "disabled"]
     assert f"127.0.0.1:{port}" in failed[0].error
     assert memory.of(RunEnded)[0].status == "finished"
@@ -148,6 +149,52 @@ def test_the_token_comes_from_the_environment(kit: Any, monkeypatch: pytest.Monk
         Live(host="0.0.0.0").check()
 
 
+@pytest.mark.parametrize("where", ["folder", "no folder"])
+def test_without_a_token_one_is_generated(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the printed link, and in a file that only its owner may read; where stderr is kept, only in that."""
+    monkeypatch.delenv("STAGECAST_TOKEN", raising=False)
+    run = RunInfo("demo", run_dir=str(tmp_path) if where == "folder" else None)
+    tokens = []
+    for kept in (False, True):
+        monkeypatch.setattr("events.notice.is_kept", kept)
+        writer = Live().open(run)
+        try:
+            token = writer._server.link.partition("#token=")[2]
+            tokens.append(token)
+            assert len(token) >= 32
+            assert httpx.get(writer.url + "api/runs").status_code == 401
+            headers = {"authorization": f"Bearer {token}"}
+            assert httpx.get(writer.url + "api/runs", headers=headers).status_code == 200
+            assert (token in capsys.readouterr().err) is not kept
+            if where == "folder":
+                file = tmp_path / ADDRESS_NAME
+                assert file.stat().st_mode & 0o777 == 0o600
+                assert msgspec.json.decode(file.read_bytes()) == {"url": writer.url, "token": token}
+        finally:
+            writer.close()
+    assert tokens[0] != tokens[1]
+    with pytest.raises(SinkMisconfigured, match="token=True is not a token"):
+        Live(token=True).check()
+    with pytest.raises(SinkMisconfigured, match="give a token"):
+        Live(host="0.0.0.0", token=False).check()
+
+
+def test_watch_generates_a_token_unless_it_is_told_not_to(told: Any, process: Callable[..., Any]) -> None:
+    """Other users of this machine can reach the page, too."""
+    told.write(told.story.started())
+    for options, status in (([], 401), (["--no-token"], 200)):
+        one = process("-m", "trainer.cli", "watch", str(told.path.parent), "--port", "0", *options, STAGECAST_TOKEN="")
+        assert one.stdout is not None
+        link = "http" + one.stdout.readline().partition("http")[2].strip()
+        url, _, token = link.partition("#token=")
+        assert httpx.get(url + "api/runs").status_code == status
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        assert httpx.get(url + "api/runs", headers=headers).status_code == 200
+        assert ("Every user of this machine may watch" in one.stdout.readline()) is bool(options)
+
+
 def test_it_travels_to_another_process_and_is_the_same() -> None:
     """A description is plain values."""
     live = Live(port=1, commands=True, token=TOKEN, origins=("https://a.example",))
@@ -155,15 +202,15 @@ def test_it_travels_to_another_process_and_is_the_same() -> None:
     assert built == live
 
 
-@pytest.mark.parametrize("sinks_in", ["thread", "process"])
+@pytest.mark.parametrize("options", [[HERE], []], ids=["thread", "host"])
 def test_a_run_is_watched_to_its_end(
-    sinks_in: Any, kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[Delivery], kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Beside the loop and in the sink host: the link on stderr, all steps, a command, the last state before the close,
     the port free, no secret in the folder."""
     module, folder, watcher = Held(), tmp_path / "runs" / "demo", kit.Watcher()
     live = Live(commands=True, token=TOKEN)
-    run = Started(module, [live], run_id="demo", run_dir=folder, sinks_in=sinks_in)
+    run = Started(module, [(live, *options) if options else live], run_id="demo", run_dir=folder)
     try:
         assert module.reached.wait(30)
         url = address(kit, folder)
@@ -194,7 +241,7 @@ def test_a_run_is_watched_to_its_end(
 
 def test_a_run_without_a_folder(kit: Any) -> None:
     """It is shown from what it is told alone, takes no commands, and has no journal to give."""
-    writer = Live(commands=True).open(RunInfo("demo"))
+    writer = Live(commands=True, token=False).open(RunInfo("demo"))
     story, watcher = kit.Story(), kit.Watcher()
     writer.write([story.started(), *story.steps(3)])
     with kit.watch(writer.url) as socket:
@@ -215,7 +262,7 @@ def test_a_run_without_a_folder(kit: Any) -> None:
 
 def test_it_ends_though_a_watcher_reads_nothing(kit: Any, story: Any) -> None:
     """The end of a run waits a moment for those who watch, and no longer."""
-    writer: LiveWriter = Live().open(RunInfo("demo"))
+    writer: LiveWriter = Live(token=False).open(RunInfo("demo"))
     with sockets.create_connection(("127.0.0.1", int(writer.url.rsplit(":", 1)[1].strip("/")))) as silent:
         silent.sendall(b"GET /api/runs/demo/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
         kit.wait_until(lambda: writer._hub.is_watched)
@@ -232,7 +279,7 @@ def test_an_attempt_that_resumes_shows_what_was_before(told: Any, kit: Any) -> N
     """A second process: its watchers see the first one's curves, without what is done again."""
     tell, watcher = told.story, kit.Watcher()
     told.write(tell.started(), *tell.steps(20))
-    writer = Live().open(RunInfo("demo", attempt=2, run_dir=str(told.path)))
+    writer = Live(token=False).open(RunInfo("demo", attempt=2, run_dir=str(told.path)))
     with kit.watch(writer.url) as socket:
         socket.send(watcher.hello())
         kit.read_until(socket, watcher, lambda: len(watcher.points.get("train_loss", ())) == 20)
@@ -254,7 +301,7 @@ def test_the_command_ends_with_a_signal(
     import signal
 
     told.write(told.story.started())
-    one = process("-m", "trainer.cli", "watch", str(told.path.parent), "--port", "0")
+    one = process("-m", "trainer.cli", "watch", str(told.path.parent), "--port", "0", "--no-token")
     assert one.stdout is not None
     line = one.stdout.readline()
     url = "http" + line.partition("http")[2].strip()

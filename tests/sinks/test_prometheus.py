@@ -37,7 +37,7 @@ from events.messages import (
     TrainStepEnded,
     ValEpochEnded,
 )
-from events.sink import RunInfo
+from events.sink import Delivery, RunInfo
 from sinks import Memory, Prometheus
 from sinks import prometheus as prometheus_module
 from sinks.connections import REQUEST_S
@@ -154,7 +154,7 @@ def test_a_taken_port_disables_the_sink_and_the_run_goes_on() -> None:
     """The page is lost, not the training; the message says which port and what to do."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        memory = train([Prometheus(port=port)], WaitsForFailure())
+        memory = train([(Prometheus(port=port), Delivery(runs_in="thread"))], WaitsForFailure())
     assert memory.of(RunEnded)[0].status == "finished"
     failures = memory.of(ObserverFailed)
     assert {(one.observer, one.during) for one in failures} == {("prometheus", "open")}

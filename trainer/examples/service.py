@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -27,12 +26,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from events.errors import CheckpointError
 from events.run import Run
-from sinks.live.access import Access, Refused
+from sinks.live.access import Access, Refused, choose_token
 from sinks.live.access import Request as AccessRequest
 from sinks.live.app import LiveApp
 from sinks.live.asgi import path_of
 from sinks.live.client import MOST_INBOUND
 from sinks.live.runs import RunsOfFolder
+from sinks.live.server import link_to
 from trainer import Trainer, TrainerArguments, launch
 from trainer.run_manager import Job, RunManager, State, Unavailable
 
@@ -135,7 +135,7 @@ def create_app(
         recipes: Factories of trainers by name: ``package.module:function`` with ``run_id``, ``run_dir`` and arguments.
         at_once: How many runs the device has room for.
         stop_s: How long runs may take to end in order when the service does.
-        token: What clients have to show. None: only this machine may be asked.
+        token: What clients have to show. None: whoever reaches the service on this machine may start and stop runs.
     """
     folder = folder.absolute()
     access = Access(token, commands=True, hosts=None if token is not None else ("127.0.0.1", "localhost"))
@@ -237,8 +237,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.examples.service", description=main.__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="of the runs (default: runs)")
     parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    parser.add_argument("--no-token", action="store_true", help="let every user of this machine start and stop runs")
     options = parser.parse_args()
-    app = create_app(options.folder, token=os.environ.get("STAGECAST_TOKEN"))
+    token = choose_token(False if options.no_token else None, "127.0.0.1")
+    app = create_app(options.folder, token=token)
+    print(f"the runs can be watched at {link_to(f'http://127.0.0.1:{options.port}/live/', token)}", flush=True)
     uvicorn.run(app, host="127.0.0.1", port=options.port, timeout_graceful_shutdown=2)
 
 
