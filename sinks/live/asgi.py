@@ -135,7 +135,9 @@ async def send_file(scope: Message, send: Send, folder: Path, name: str, limiter
     await _send_file(scope, send, folder, name, limiter, lambda data: kind)
 
 
-async def send_image(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter | None) -> None:
+async def send_image(
+    scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter | None
+) -> None:
     """Send an image below a run's folder. Waits for the disk, on a thread.
 
     Raises:

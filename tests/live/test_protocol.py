@@ -533,7 +533,7 @@ async def test_no_thread_of_the_host_is_needed(told: Any) -> None:
     """All that anyio lends by default are taken: pages, runs, journal, images and commands are served all the same."""
     told.write(told.story.started(), *told.story.steps(3))
     (told.path / "media").mkdir()
-    (told.path / "media" / "a.png").write_bytes(b"image")
+    (told.path / "media" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\0\0\1" * 2)
     limiter = anyio.to_thread.current_default_thread_limiter()
     access = Access(commands=True, check=lambda request: True)
     transport = httpx.ASGITransport(LiveApp(RunsOfFolder(told.path), access))  # type: ignore[arg-type]
