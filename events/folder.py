@@ -20,13 +20,22 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import CheckpointError, RunFolderError, RunFolderHeld, RunFolderMismatch
 from events.journal_reader import JOURNAL_DIR, JournalTail, journal_tail
+from events.safe_files import (
+    UnsafeFile,
+    make_folder_below,
+    open_below,
+    open_folder_below,
+    read_below,
+    replace_below,
+    stat_below,
+)
 
 if sys.platform == "win32":
     import msvcrt
@@ -40,6 +49,7 @@ CONFIG_NAME = "config.json"
 # What a second holder meets: EWOULDBLOCK from flock, EACCES or EDEADLOCK from Windows.
 _HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _ATTEMPTS = 16
+_LOCK_BYTES = 65_536
 _LOOKED_AT_S = 0.1
 """How long a folder must be held to be held by a run; who only looks lets go within microseconds."""
 
@@ -48,15 +58,19 @@ class Holder(msgspec.Struct, frozen=True):
     """What a lock file says about who holds the folder. For people: the lock itself is the operating
     system's."""
 
-    pid: int
+    pid: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
     host: str
     run_id: str
     since: float
     """Unix seconds."""
 
     def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.since))
-        return f"process {self.pid} on {self.host} (run {self.run_id!r}, since {since})"
+        try:
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.since))
+        except (OSError, OverflowError, ValueError):  # not a time: somebody else wrote the file
+            since = "an unknown time"
+        host = self.host if self.host.isprintable() else repr(self.host)
+        return f"process {self.pid} on {host:.255} (run {self.run_id!r:.255}, since {since})"
 
 
 def run_id_of(run_dir: str | os.PathLike[str]) -> str | None:
@@ -74,7 +88,7 @@ def run_id_of(run_dir: str | os.PathLike[str]) -> str | None:
             with contextlib.suppress(CheckpointError):
                 return store.manifest(name).run_id
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        return msgspec.json.decode((folder / LOCK_NAME).read_bytes(), type=Holder).run_id or None
+        return msgspec.json.decode(read_below(folder, LOCK_NAME, _LOCK_BYTES), type=Holder).run_id or None
     return None
 
 
@@ -109,10 +123,17 @@ class RunFolder:
         with contextlib.ExitStack() as undo:
             try:
                 _make_folders(folder, undo)
-                fd = _lock(folder / LOCK_NAME, undo)
+                fd = _lock(folder, undo)
+                _check_checkpoints(folder)
+                if not os.path.lexists(folder / JOURNAL_DIR):
+                    undo.callback(_remove, os.rmdir, folder / JOURNAL_DIR)
+                make_folder_below(folder, JOURNAL_DIR)
                 tail = _read_tail(folder, run_id)
                 _sign(fd, run_id)
-                (folder / JOURNAL_DIR).mkdir(exist_ok=True)
+            except UnsafeFile as error:
+                raise RunFolderError(
+                    f"the run folder {folder} cannot be used: {error}; remove that, or choose another folder"
+                ) from error
             except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
                 raise RunFolderError(
                     f"the run folder {folder} cannot be used: {error}; choose another folder, or make "
@@ -156,16 +177,9 @@ class RunFolder:
         if self._fd is None:
             raise RunFolderError(f"{path} cannot be written: the run folder was closed; write before `close`")
         text = msgspec.json.encode(_with_infinities(values), enc_hook=str)
-        temporary = path.with_name(f"{name}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                file.write(msgspec.json.format(text, indent=2) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            replace_below(self._path, name, msgspec.json.format(text, indent=2) + b"\n")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise RunFolderError(f"{path} cannot be written: {error}; make room or choose another folder") from error
 
     def close(self) -> None:
@@ -190,7 +204,7 @@ def is_held(path: str | os.PathLike[str]) -> bool:
     It takes the lock for a moment: the system answers nobody who only asks. `RunFolder.open` waits for that.
     """
     try:
-        fd = os.open(Path(path) / LOCK_NAME, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+        fd = open_below(path, LOCK_NAME, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -224,6 +238,12 @@ def _read_tail(folder: Path, run_id: str) -> JournalTail:
     return tail
 
 
+def _check_checkpoints(folder: Path) -> None:
+    """See that the checkpoints do not lead elsewhere; taking one sees it too, but only once the run has begun."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), open_folder_below(folder, CHECKPOINTS_DIR):
+        pass
+
+
 def _make_folders(folder: Path, undo: contextlib.ExitStack) -> None:
     """Create the folder and its parents, to be removed again on failure where they are still empty."""
     missing = []
@@ -243,11 +263,12 @@ def _remove(how: Any, path: Path) -> None:
         how(path)
 
 
-def _lock(path: Path, undo: contextlib.ExitStack) -> int:
+def _lock(folder: Path, undo: contextlib.ExitStack) -> int:
     """Open the lock file and lock it. Raises `RunFolderHeld`, or `OSError` if the file system cannot lock."""
+    path = folder / LOCK_NAME
     for _ in range(_ATTEMPTS):
-        created = not path.exists()
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        created = not os.path.lexists(path)
+        fd = open_below(folder, LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock_patiently(fd)
         except OSError as error:
@@ -262,7 +283,7 @@ def _lock(path: Path, undo: contextlib.ExitStack) -> int:
         # Whoever held it before may have removed the file between our opening and our locking it: a lock on a
         # file that has no name excludes nobody.
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
+            if os.path.samestat(os.fstat(fd), stat_below(folder, LOCK_NAME)):
                 undo.callback(os.close, fd)
                 if created:
                     undo.callback(_remove, os.unlink, path)  # before the close: while nobody else can hold it

@@ -19,12 +19,14 @@ from events.errors import RunFolderError, WireError
 from events.folder import is_held
 from events.log import in_this_run, logger
 from events.protocol import AnyCommand
+from events.safe_files import UnsafeFile, list_below, make_folder_below, read_below, replace_below, unlink_below
 from events.wire import decode_command_json, encode_command_json
 
 COMMANDS_DIR = "commands"
 """Within a run's folder."""
 LOOK_S = 0.25
 """How often a run looks for commands."""
+_COMMAND_BYTES = 2**20
 
 
 def send_command(run_dir: str | os.PathLike[str], command: AnyCommand) -> None:
@@ -36,15 +38,12 @@ def send_command(run_dir: str | os.PathLike[str], command: AnyCommand) -> None:
     run_dir = Path(run_dir)
     if not is_held(run_dir):
         raise RunFolderError(f"no run is under way in {run_dir}, so nobody would take the command {command!r:.80}")
-    folder = run_dir / COMMANDS_DIR
     name = f"{_name_of(time.time_ns())}-{uuid.uuid4().hex[:8]}"
     try:
-        folder.mkdir(exist_ok=True)
-        temporary = folder / f".{name}.tmp"
-        temporary.write_bytes(encode_command_json(command))
-        os.replace(temporary, folder / f"{name}.json")
+        make_folder_below(run_dir, COMMANDS_DIR)
+        replace_below(run_dir, f"{COMMANDS_DIR}/{name}.json", encode_command_json(command), durable=False)
     except OSError as error:
-        raise RunFolderError(f"the command cannot be left in {folder}: {error}") from error
+        raise RunFolderError(f"the command cannot be left in {run_dir / COMMANDS_DIR}: {error}") from error
 
 
 class Inbox:
@@ -58,18 +57,19 @@ class Inbox:
     """
 
     def __init__(self, run_dir: Path, take: Callable[[AnyCommand], None], since_ns: int) -> None:
-        self._folder = run_dir / COMMANDS_DIR
+        self._run_dir = run_dir
         self._take = take
         self._first_name = _name_of(since_ns)
         self._over = threading.Event()
+        self._warned: set[str] = set()
         self._thread = threading.Thread(target=in_this_run(self._run), name="stagecast-inbox", daemon=True)
 
     def start(self) -> None:
         """Begin to look. What an earlier attempt has not taken any more goes."""
-        for path in self._found():
-            if path.name < self._first_name:
+        for name in self._found():
+            if name < self._first_name:
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    unlink_below(self._run_dir, f"{COMMANDS_DIR}/{name}")
         self._thread.start()
 
     def stop(self) -> None:
@@ -78,27 +78,45 @@ class Inbox:
 
     def _run(self) -> None:
         while not self._over.wait(LOOK_S):
-            for path in self._found():
+            for name in self._found():
+                path = f"{COMMANDS_DIR}/{name}"
                 try:
-                    data = path.read_bytes()
-                    path.unlink()
+                    data = read_below(self._run_dir, path, _COMMAND_BYTES)
+                except UnsafeFile as error:
+                    self._warn(f"{self._run_dir / path} is not a command: {error}")
+                    with contextlib.suppress(OSError):
+                        unlink_below(self._run_dir, path)
+                    continue
+                except OSError:
+                    continue
+                try:
+                    unlink_below(self._run_dir, path)
                 except OSError:  # not ours to remove, or gone: it would be taken again and again
                     continue
                 try:
                     command = decode_command_json(data)
                 except WireError as error:
-                    logger.warning(f"{path} is no command: {error}")
+                    logger.warning(f"{self._run_dir / path} is not a command: {error}")
                     continue
                 if self._over.is_set():
                     return
                 self._take(command)
 
-    def _found(self) -> list[Path]:
+    def _found(self) -> list[str]:
         try:
-            names = os.listdir(self._folder)
+            names = [entry.name for entry in list_below(self._run_dir, COMMANDS_DIR)]
+        except UnsafeFile as error:
+            self._warn(f"commands that are left in the folder are not taken: {error}; remove that")
+            return []
         except OSError:  # nobody has left anything yet, or the disk does not answer
             return []
-        return [self._folder / name for name in sorted(names) if name.endswith(".json") and not name.startswith(".")]
+        return [name for name in names if name.endswith(".json") and not name.startswith(".")]
+
+    def _warn(self, problem: str) -> None:
+        """Warn once: the thread meets the same a few times a second."""
+        if problem not in self._warned and len(self._warned) < 100:
+            self._warned.add(problem)
+            logger.warning(problem)
 
 
 def _name_of(time_ns: int) -> str:

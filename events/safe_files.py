@@ -152,10 +152,15 @@ def make_folder_below(root: str | os.PathLike[str], name: str) -> None:
         pass
 
 
-def replace_below(root: str | os.PathLike[str], name: str, data: bytes, mode: int = 0o666) -> None:
+def replace_below(
+    root: str | os.PathLike[str], name: str, data: bytes, mode: int = 0o666, *, durable: bool = True
+) -> None:
     """Write a file below a folder as a whole, replacing one that is there; durable when it returns.
 
     The temporary file has a random name and is created exclusively, and removed on failure. Waits for the disk.
+
+    Args:
+        durable: False leaves it to the system when the file reaches the disk, and so waits less.
 
     Raises:
         UnsafeFile: A component is a link; the name itself may be one, which is replaced, not followed.
@@ -168,14 +173,26 @@ def replace_below(root: str | os.PathLike[str], name: str, data: bytes, mode: in
             with open(fd, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(fd)
+                if durable:
+                    os.fsync(fd)
             os.replace(_at(folder, temporary), _at(folder, path), src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(_at(folder, temporary), dir_fd=folder)
             raise
-        if folder is not None:
+        if durable and folder is not None:
             os.fsync(folder)
+
+
+def unlink_below(root: str | os.PathLike[str], name: str) -> None:
+    """Remove a file below a folder; a link is removed itself.
+
+    Raises:
+        UnsafeFile: A component before the last is a link.
+        OSError: As `os.unlink` raises it.
+    """
+    with _parent_of(root, name) as (folder, path):
+        os.unlink(_at(folder, path), dir_fd=folder)
 
 
 @contextlib.contextmanager

@@ -251,6 +251,10 @@ class CheckpointUploader:
         path, began = self._store.path(name), time.monotonic()
         try:
             manifest = self._store.manifest(name)
+            if manifest.run_id != self._header()[0]:
+                logger.warning(f"{path} is not uploaded; it belongs to run {manifest.run_id!r:.200}")
+                self._damaged.add(name)
+                return False
             if not self._note():
                 return False
             self._tell(self._header_of(name, manifest), name, 0, manifest.nbytes, first=not self._failures["upload"])

@@ -257,7 +257,7 @@ class CheckpointWriter:
         if settings.best is None:
             return
         try:
-            scores = store.scores(settings.best)
+            scores = store.scores(settings.best, run_id=self._origin.run_id)
         except OSError as error:
             logger.warning(f"the best checkpoint in {store.folder} cannot be looked up: {describe(error)}")
             return
@@ -271,6 +271,7 @@ class CheckpointWriter:
         metrics: dict[CheckpointName, float] = {}
         manifests: dict[CheckpointName, Manifest] = {}
         unread: set[CheckpointName] = set()  # is it a good one? whoever cannot be asked now is asked the next time
+        others: set[CheckpointName] = set()  # of another run, copied into the folder: not this run's to delete
         for name in names:
             try:
                 manifest = manifests[name] = store.manifest(name)
@@ -278,11 +279,14 @@ class CheckpointWriter:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     unread.add(name)
             else:
+                if manifest.run_id != self._origin.run_id:
+                    others.add(name)
+                    continue
                 if manifest.metric is not None and manifest.metric.name == settings.best:  # and is finite
                     metrics[name] = manifest.metric.value
         going = expendable(
-            store.line(),
-            names,
+            [name for name in store.line() if name not in others],
+            [name for name in names if name not in others],
             metrics,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,

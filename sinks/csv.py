@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
-from typing import BinaryIO, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ from events.metrics import METRIC_TYPES, metrics_of
 from events.sink import Delivery, RunInfo
 from events.strict import Strict
 from sinks.files import (
+    LINE_BYTES,
     AppendedFile,
     End,
     Position,
@@ -24,6 +25,7 @@ from sinks.files import (
     newer,
     path_in,
     position_of,
+    too_long,
     warn_of_another,
 )
 
@@ -73,7 +75,7 @@ class CSV(Strict, frozen=True):
             SinkMisconfigured: There is no path, and the run keeps no folder; or the file is another table.
             OSError: The file cannot be opened, or another run has it open.
         """
-        return CSVWriter(AppendedFile(path_in(run, self.path, "metrics.csv", "CSV")), run.run_id)
+        return CSVWriter(AppendedFile(path_in(run, self.path, "metrics.csv", "CSV"), run.run_dir), run.run_id)
 
 
 class CSVWriter:
@@ -82,8 +84,8 @@ class CSVWriter:
     def __init__(self, file: AppendedFile, run_id: str) -> None:
         self._file = file
         try:
-            _check_header(file.path)
-            end = find_end(file.path, lambda lines: _rows(lines, run_id))
+            _check_header(file)
+            end = find_end(file, lambda lines: _rows(lines, run_id, file.path))
             file.cut(end.size)
             if not end.size:
                 file.append(_HEADER)
@@ -150,9 +152,9 @@ def _quoted(text: str) -> str:
     return text
 
 
-def _rows(lines: BinaryIO, run_id: str) -> Rows:
+def _rows(lines: Iterable[bytes], run_id: str, path: str) -> Rows:
     whose = run_id.encode("utf-8", "backslashreplace")
-    end = 0
+    end = begin = 0
     row: list[bytes] = []  # the lines of a row so far, which goes on while a quote is open
     is_open = False
     for line in lines:
@@ -162,9 +164,12 @@ def _rows(lines: BinaryIO, run_id: str) -> Rows:
         if row or _BEGIN.match(line):
             row.append(line)
             is_open ^= line.count(b'"') % 2 == 1
+        if end - begin > LINE_BYTES:
+            raise too_long(path)
         if not is_open:
             yield _event_of(b"".join(row), whose), end
             row.clear()
+            begin = end
 
 
 def _event_of(row: bytes, whose: bytes) -> tuple[Position, float] | None:
@@ -181,11 +186,11 @@ def _unquoted(field: bytes) -> bytes:
     return field[1:-1].replace(b'""', b'"') if field.startswith(b'"') else field
 
 
-def _check_header(path: str) -> None:
-    with open(path, "rb") as file:
-        found = file.readline(len(_HEADER) + 2)
+def _check_header(file: AppendedFile) -> None:
+    with file.reader() as reader:
+        found = reader.readline(len(_HEADER) + 2)
     if found.rstrip(b"\r\n") != _HEADER.rstrip() and not _HEADER.startswith(found):  # it may be cut off, too
         raise SinkMisconfigured(
-            f"CSV cannot continue {path}, whose first line is {found[:80]!r} and not {_HEADER.decode().rstrip()}: move"
-            f" the file away, or name another path"
+            f"CSV cannot continue {file.path}, whose first line is {found[:80]!r} and not {_HEADER.decode().rstrip()};"
+            f" move the file away, or name another path"
         )

@@ -11,11 +11,11 @@ import hashlib
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from sinks.files import AppendedFile, Position, event_records
+from sinks.files import AppendedFile, Position, event_records, open_file
 
-EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{1,12})\.", re.ASCII)
 """How the name of an event file begins; its number says when it was begun."""
 
 _CHUNK = 2**20
@@ -47,11 +47,14 @@ def mark_record(run_id: str, mark: Mark) -> bytes:
     return event_records([b"\x32%c%b" % (len(message), message)])
 
 
-def go_on_in(folder: str, run_id: str) -> Mark:
+def go_on_in(folder: str, run_id: str, run_dir: str | None) -> Mark:
     """Up to where a folder has a run's events.
 
     What stands behind the last mark is a part of a batch, which comes again: it is cut away. Reads the end of the
     newest file, nearly always; all of those that have no mark of the run.
+
+    Args:
+        run_dir: The run's folder; no link below it is followed.
 
     Raises:
         OSError: A file cannot be read, or is still being written to.
@@ -59,12 +62,13 @@ def go_on_in(folder: str, run_id: str) -> Mark:
     names = [(int(found[1]), name) for name in os.listdir(folder) if (found := EVENT_FILE.match(name))]
     for _, name in sorted(names, reverse=True):
         path = os.path.join(folder, name)
-        if _last_mark(path, run_id) is None:
-            continue
-        file = AppendedFile(path)
+        with open(open_file(path, run_dir), "rb") as reader:
+            if _last_mark(reader, run_id) is None:
+                continue
+        file = AppendedFile(path, run_dir)
         try:
-            # Again, because its writer may only just have let go.
-            mark, end = _last_mark(path, run_id) or (Mark(), file.size)
+            with file.reader() as reader:  # again, because its writer may only just have let go
+                mark, end = _last_mark(reader, run_id) or (Mark(), file.size)
             if file.size > end:
                 file.cut(end)
         finally:
@@ -73,25 +77,24 @@ def go_on_in(folder: str, run_id: str) -> Mark:
     return Mark()
 
 
-def _last_mark(path: str, run_id: str) -> tuple[Mark, int] | None:
+def _last_mark(file: BinaryIO, run_id: str) -> tuple[Mark, int] | None:
     """The last mark of a run in a file, and where it ends; None if there is none."""
     example = mark_record(run_id, Mark())
     begin = example[: example.index(_digest(run_id)) + 16]
-    with open(path, "rb") as file:
-        start = file.seek(0, os.SEEK_END)
-        data = b""
-        while start:
-            length = min(start, _CHUNK)
-            start -= length
-            file.seek(start)
-            data = file.read(length) + data[: len(example) - 1]  # a mark may lie across
-            at = len(data)
-            while (at := data.rfind(begin, 0, at)) >= 0:
-                record = data[at : at + len(example)]
-                if (found := _TEXT.search(record)) is not None:
-                    mark = Mark((int(found[1]), int(found[2])), int(found[3]))
-                    if record == mark_record(run_id, mark):  # its checksum, too
-                        return mark, start + at + len(record)
+    start = file.seek(0, os.SEEK_END)
+    data = b""
+    while start:
+        length = min(start, _CHUNK)
+        start -= length
+        file.seek(start)
+        data = file.read(length) + data[: len(example) - 1]  # a mark may lie across
+        at = len(data)
+        while (at := data.rfind(begin, 0, at)) >= 0:
+            record = data[at : at + len(example)]
+            if (found := _TEXT.search(record)) is not None:
+                mark = Mark((int(found[1]), int(found[2])), int(found[3]))
+                if record == mark_record(run_id, mark):  # its checksum, too
+                    return mark, start + at + len(record)
     return None
 
 

@@ -6,16 +6,18 @@ import contextlib
 import errno
 import functools
 import os
+import stat
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import msgspec
 
 from events.errors import SinkMisconfigured
 from events.log import logger
-from events.messages import Event
+from events.messages import Event, ImageLogged, TextLogged
+from events.safe_files import UnsafeFile, make_folder_below, open_below, read_below
 from events.sink import RunInfo
 
 if sys.platform != "win32":
@@ -32,6 +34,11 @@ Position = tuple[int, int]
 Rows = Iterator[tuple[tuple[Position, float] | None, int]]
 """Of each whole row: its event's position and Unix time (None: no event's of the run), and where it ends, in bytes from
 the start of rows."""
+LINE_BYTES = 64 * 2**20
+"""Maximum bytes per line, or per row, of a file that is continued: more would not be read into memory."""
+_MEDIA_BYTES = 2**30
+"""Maximum bytes per image or text of the run's folder that a sink reads."""
+_APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _CLOCK_S = 1.0
 """So far apart may the times of events be that stand in another order than they happened in."""
 
@@ -41,15 +48,17 @@ class AppendedFile:
 
     Args:
         path: The file; it and its folders are created where they are missing.
+        run_dir: The run's folder; no link below it is followed.
 
     Raises:
+        SinkMisconfigured: It is reached through a link below ``run_dir``, or is not a regular file.
         OSError: It cannot be opened, or another run has it open. Trying again may help.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, run_dir: str | None) -> None:
         self.path = path
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  # closed by `close`
+        make_folders(os.path.dirname(path) or ".", run_dir)
+        self._file = open(open_file(path, run_dir, _APPENDING), "a+b", buffering=0)  # noqa: SIM115  # see `close`
         self._cut_to: int | None = None  # where a block that could not be written whole begins
         try:
             self._lock()
@@ -61,6 +70,12 @@ class AppendedFile:
     def size(self) -> int:
         """Its bytes."""
         return os.fstat(self._file.fileno()).st_size
+
+    def reader(self) -> BinaryIO:
+        """Read the file from its beginning, by a descriptor of its own."""
+        file = open(os.dup(self._file.fileno()), "rb")  # noqa: SIM115  # closed by the caller
+        file.seek(0)
+        return file
 
     def append(self, block: bytes) -> None:
         """Hand a block to the operating system, all of it or, when this raises, nothing. May wait for the disk.
@@ -134,23 +149,107 @@ class End(msgspec.Struct, frozen=True):
         return position_of(first) <= self.last and first.time > self.time + _CLOCK_S
 
 
-def find_end(path: str, rows_of: Callable[[BinaryIO], Rows]) -> End:
-    """Find out where to go on in a file. Reads its last megabyte, and only if that does not tell, all of it.
+def open_file(path: str, run_dir: str | None, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file, following no link below the run's folder; returns its descriptor.
+
+    Raises:
+        SinkMisconfigured: It is reached through a link below ``run_dir``, or is not a regular file.
+        OSError: As `os.open` raises it.
+    """
+    name = _below(path, run_dir)
+    if name is not None and run_dir is not None:
+        with _explained():
+            return open_below(run_dir, name, flags)
+    more = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    fd = os.open(path, flags | more, 0o666)  # a link that the user names is followed
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SinkMisconfigured(f"{path} is not a regular file; name another path")
+    return fd
+
+
+def make_folders(path: str, run_dir: str | None) -> None:
+    """Make a folder and its parents, following no link below the run's folder. Raises as `open_file` does."""
+    name = _below(path, run_dir)
+    if name is None or run_dir is None:
+        os.makedirs(path, exist_ok=True)
+        return
+    os.makedirs(run_dir, exist_ok=True)
+    parts = [part for part in name.split("/") if part != "."]
+    with _explained():
+        for count in range(1, len(parts) + 1):
+            make_folder_below(run_dir, "/".join(parts[:count]))
+
+
+def _below(path: str, run_dir: str | None) -> str | None:
+    """A path as it is below the run's folder; None if it is not."""
+    if run_dir is None:
+        return None
+    try:
+        name = os.path.relpath(os.path.abspath(path), os.path.abspath(run_dir)).replace(os.sep, "/")
+    except ValueError:  # another drive
+        return None
+    return None if name.split("/")[0] == ".." else name
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except UnsafeFile as error:  # trying again finds the same
+        raise SinkMisconfigured(f"{error}; remove it, or name another path") from error
+
+
+def read_media(run_dir: str | None, event: ImageLogged | TextLogged, user: str) -> bytes | None:
+    """Read the file of an image or a text in the run's folder, following no link.
+
+    Returns:
+        None where it cannot be had, with a warning: people tidy up, and it will not come back.
+
+    Raises:
+        OSError: The disk refuses. Trying again may help.
+    """
+    try:
+        if run_dir is None or event.path is None:
+            raise FileNotFoundError("this run keeps no folder")
+        return read_below(run_dir, event.path, _MEDIA_BYTES)
+    except (FileNotFoundError, UnsafeFile, ValueError) as error:  # ValueError: a path that leads out of the folder
+        logger.warning(f"{user} cannot show all of {event.name!r:.200} of step {event.global_step}: {error}")
+        return None
+
+
+def find_end(file: AppendedFile, rows_of: Callable[[Iterable[bytes]], Rows]) -> End:
+    """Find out where to continue a file. Reads its last megabyte, and only if that does not tell, all of it.
 
     Args:
-        rows_of: Reads whole rows, from where the file is read to its end.
+        rows_of: Reads whole rows from the lines of the file, or of its end.
+
+    Raises:
+        SinkMisconfigured: A line has more than `LINE_BYTES`.
     """
-    with open(path, "rb") as file:
-        start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
+    with file.reader() as found:
+        start = max(0, found.seek(0, os.SEEK_END) - _TAIL_BYTES)
         if start:
-            file.seek(start)
-            file.readline()  # the rest of a row; or of a line within one, which then makes rows that are nobody's
-            start = file.tell()
-            end, is_all = _end_of(rows_of(file), start)
+            found.seek(start)
+            found.readline()  # the rest of a row; or of a line within one, which then makes rows that are nobody's
+            start = found.tell()
+            end, is_all = _end_of(rows_of(_lines(found, file.path)), start)
             if is_all:
                 return end
-        file.seek(0)
-        return _end_of(rows_of(file), 0)[0]
+        found.seek(0)
+        return _end_of(rows_of(_lines(found, file.path)), 0)[0]
+
+
+def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
+    while line := file.readline(LINE_BYTES):
+        if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+            raise too_long(path)
+        yield line
+
+
+def too_long(path: str) -> SinkMisconfigured:
+    """What to raise where a line, or a row, of a file has more than `LINE_BYTES`."""
+    return SinkMisconfigured(f"{path} has a line of more than {LINE_BYTES:,} bytes; move it away, or name another path")
 
 
 def _end_of(rows: Rows, start: int) -> tuple[End, bool]:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import msgspec
@@ -42,6 +42,7 @@ from events.messages import (
 from events.observer import Observer, SinkTarget
 from events.origin import Origin
 from events.protocol import ObserverReport
+from events.safe_files import open_below, read_below, replace_below
 from events.sink import Delivery, RunInfo, Sink
 from events.subscription import Subscription
 from events.supervisor import report_observers
@@ -53,6 +54,7 @@ HEALTH = (ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported)
 """What the host tells the run about its sinks..."""
 TOLD: frozenset[type[Event]] = frozenset({*HEALTH, WarningLogged})
 """...and what they log."""
+_PLACE_BYTES = 4_096
 _out = 1
 """Where messages to the run go."""
 _ALIVE_S = 0.5
@@ -174,30 +176,27 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 class Place(msgspec.Struct, frozen=True):
     """How far a sink has come, as it stands in a file of the run's folder."""
 
-    seq: int
-    delivered: int = 0
+    seq: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    delivered: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
     """Events that this attempt's hosts have delivered to it."""
 
     @staticmethod
-    def path(run_dir: str | os.PathLike[str], name: str) -> Path:
-        """Where it stands."""
-        return Path(run_dir) / PLACES_DIR / f"{name}.json"
+    def file(name: str) -> str:
+        """Where it stands, below the run's folder."""
+        return f"{PLACES_DIR}/{name}.json"
 
     @classmethod
     def read(cls, run_dir: str | os.PathLike[str], name: str) -> Place | None:
         """The place of a sink; None if it has none, or it cannot be read."""
         try:
-            return msgspec.json.decode(cls.path(run_dir, name).read_bytes(), type=cls)
-        except (OSError, msgspec.DecodeError):
+            return msgspec.json.decode(read_below(run_dir, cls.file(name), _PLACE_BYTES), type=cls)
+        except (OSError, ValueError, RecursionError):
             return None
 
     def write(self, run_dir: str | os.PathLike[str], name: str) -> None:
         """Keep it. Where the disk refuses, an older one stands there, and what came since is delivered again."""
-        path = self.path(run_dir, name)
-        temporary = path.with_suffix(".tmp")
         with contextlib.suppress(OSError):
-            temporary.write_bytes(msgspec.json.encode(self))
-            os.replace(temporary, path)
+            replace_below(run_dir, self.file(name), msgspec.json.encode(self), durable=False)
 
 
 class _FeedBus:
@@ -296,7 +295,7 @@ def main() -> None:
     notice.forward = lambda text, without_secrets: _say(Noticed(text, without_secrets))
     lines = sys.stdin.buffer
     config = msgspec.json.decode(lines.readline(), type=HostConfig)
-    _wait_for_others(Path(config.run.run_dir or "") / PLACES_DIR)
+    _wait_for_others(config.run.run_dir or "")
     anyio.run(_serve, config, lines)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -355,13 +354,13 @@ def _keep(run_dir: str, name: str, seq: int, delivered: int) -> None:
     Place(seq, delivered).write(run_dir, name)
 
 
-def _wait_for_others(folder: Path) -> None:
+def _wait_for_others(run_dir: str) -> None:
     """Wait until no other host of this run is left: one whose run has died may still be delivering what it left."""
     if sys.platform != "win32":
         import fcntl
 
-        fd = os.open(folder / "host.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # held until the process ends
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fd = open_below(run_dir, f"{PLACES_DIR}/host.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # held until the process ends
 
 
 async def _watch(config: HostConfig, end: Callable[[Finish], None]) -> None:

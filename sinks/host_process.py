@@ -22,6 +22,7 @@ from events.log import in_this_run, logger
 from events.messages import Event, ObserverFailed, ObserverRecovered, WarningLogged
 from events.notice import notify
 from events.protocol import ObserverReport
+from events.safe_files import make_folder_below, open_below
 from events.sink import RunInfo
 from events.wire import decode_json
 from sinks.host import PLACES_DIR, Finish, Finished, HealthTold, HostConfig, HostedSink, Noticed, Place
@@ -65,7 +66,7 @@ class SinkHost:
         assert run.run_dir is not None
         self._config = HostConfig(run, list(sinks), os.getpid(), drain_timeout_s, min(report_s, 1e9))
         self._run_dir = run.run_dir
-        self._folder = Path(run.run_dir) / PLACES_DIR
+        self._run_dir = run.run_dir
         self._bus = bus
         self._on_fatal = on_fatal
         self._names = [sink.name for sink in sinks]
@@ -175,11 +176,13 @@ class SinkHost:
                 process.kill()
         code = process.returncode
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        return f"the sink host ended {how}; what its sinks printed stands in {self._folder / LOG_NAME}"
+        log = Path(self._run_dir, PLACES_DIR, LOG_NAME)
+        return f"the sink host ended {how}; what its sinks printed stands in {log}"
 
     def _start(self) -> subprocess.Popen[bytes] | None:
-        self._folder.mkdir(exist_ok=True)
-        with self._lock, open(self._folder / LOG_NAME, "ab") as log:
+        make_folder_below(self._run_dir, PLACES_DIR)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with self._lock, open(open_below(self._run_dir, f"{PLACES_DIR}/{LOG_NAME}", flags), "ab") as log:
             if self._given_up:
                 return None
             self._process = subprocess.Popen(

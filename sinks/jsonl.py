@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from typing import BinaryIO
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -69,7 +68,7 @@ class JSONL(Strict, frozen=True):
             OSError: The file cannot be opened, or another run has it open.
         """
         path = path_in(run, self.path, "events.jsonl", "JSONL")
-        return JSONLWriter(AppendedFile(path), run.run_id, self.delivery.types)
+        return JSONLWriter(AppendedFile(path, run.run_dir), run.run_id, self.delivery.types)
 
 
 class JSONLWriter:
@@ -79,8 +78,8 @@ class JSONLWriter:
         self._file = file
         self._types = types
         try:
-            end = find_end(file.path, lambda lines: _rows(lines, run_id))
-            _check_rest(file.path, end.size)
+            end = find_end(file, lambda lines: _rows(lines, run_id))
+            _check_rest(file, end.size)
             file.cut(end.size)
         except BaseException:  # goes on as itself, without the open file
             file.close()
@@ -123,16 +122,16 @@ def _encode(events: Sequence[Event]) -> bytes:
     return b"".join(lines)
 
 
-def _check_rest(path: str, size: int) -> None:
+def _check_rest(file: AppendedFile, size: int) -> None:
     """See that what is to be cut away is the beginning of an event's line, and not somebody's last one."""
-    with open(path, "rb") as file:
-        file.seek(size)
-        found = file.read(80)
+    with file.reader() as reader:
+        reader.seek(size)
+        found = reader.read(80)
     # A machine that went down may have left zeros.
     if found[: len(_BEGIN)].rstrip(b"\0") != _BEGIN[: len(found.rstrip(b"\0"))]:
         raise SinkMisconfigured(
-            f"JSONL cannot continue {path}, whose last line is {found!r}: that is no event, and has no end; move the"
-            f" file away, or name another path"
+            f"JSONL cannot continue {file.path}, whose last line is {found!r}: that is not an event, and has no end;"
+            f" move the file away, or name another path"
         )
 
 
@@ -146,7 +145,7 @@ class _Identity(msgspec.Struct):
 _identity = msgspec.json.Decoder(_Identity)
 
 
-def _rows(lines: BinaryIO, run_id: str) -> Rows:
+def _rows(lines: Iterable[bytes], run_id: str) -> Rows:
     end = 0
     for line in lines:
         if not line.endswith(b"\n"):
@@ -154,7 +153,7 @@ def _rows(lines: BinaryIO, run_id: str) -> Rows:
         end += len(line)
         try:
             found = _identity.decode(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             yield None, end  # somebody else's line
         else:
             yield (((found.attempt, found.seq), found.time) if found.run_id == run_id else None), end

@@ -18,12 +18,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from events.errors import SinkMisconfigured
-from events.log import logger
 from events.messages import Event, ImageLogged, RunEnded, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.files import newer, position_of
+from sinks.files import newer, position_of, read_media
 
 RUN_ID_TAG = "stagecast.run_id"
 """The tag by which an attempt finds the MLflow run of those before it."""
@@ -242,25 +241,14 @@ class MLflowWriter:
 
     def _log_image(self, event: ImageLogged) -> None:
         suffix = posixpath.splitext(event.path)[1] or ".png"
-        if (data := self._read(event)) is not None:
+        if (data := read_media(self._run_dir, event, "MLflow")) is not None:
             self._upload(_folder("images", event), f"{event.global_step:08d}{suffix}", data)
 
     def _log_text(self, event: TextLogged) -> None:
-        data = self._read(event) if event.path is not None else None
+        data = read_media(self._run_dir, event, "MLflow") if event.path is not None else None
         if data is None:
             data = event.text.encode("utf-8", "backslashreplace")
         self._upload(_folder("texts", event), f"{event.global_step:08d}.txt", data)
-
-    def _read(self, event: ImageLogged | TextLogged) -> bytes | None:
-        """A file of the run's folder; None if it is not there: people tidy up, and it will not come back."""
-        try:
-            if self._run_dir is None or event.path is None:
-                raise FileNotFoundError("this run keeps no folder")
-            with open(os.path.join(self._run_dir, event.path), "rb") as file:
-                return file.read()
-        except FileNotFoundError as error:
-            logger.warning(f"MLflow cannot have all of {event.name!r:.200} of step {event.global_step}: {error}")
-            return None
 
     def _upload(self, folder: str, name: str, data: bytes) -> None:
         """Store an artifact. The client takes its name from that of a local file."""

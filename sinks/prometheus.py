@@ -10,7 +10,6 @@ import io
 import ipaddress
 import json
 import math
-import os
 import re
 import socket
 import socketserver
@@ -24,6 +23,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from events.errors import SinkMisconfigured
 from events.log import in_this_run, logger
 from events.messages import Event
+from events.safe_files import replace_below
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
 from sinks.connections import EXHAUSTED, REQUEST_S, ConnectionLimit, RatedWarning, address_group
@@ -174,10 +174,9 @@ class PrometheusWriter:
         host = self._server.host if self._server.host not in ("0.0.0.0", "::") else socket.gethostname()
         # Without the run's name among the labels: they would push aside the page's own.
         groups = [{"targets": [_address(host, self._server.server_port)], "labels": {"job": "stagecast"}}]
-        part = self._file.with_suffix(".part")
         try:
-            part.write_text(json.dumps(groups, indent=2) + "\n")
-            os.replace(part, self._file)
+            text = json.dumps(groups, indent=2) + "\n"
+            replace_below(self._file.parent, self._file.name, text.encode(), durable=False)
         except OSError as error:
             logger.warning(f"Prometheus cannot write its address to {self._file} ({error.strerror}): it is {self.url}")
 

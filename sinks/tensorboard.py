@@ -22,13 +22,22 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from events.log import logger
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunResumed, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
 from sinks.event_marks import EVENT_FILE, Mark, go_on_in, mark_record
-from sinks.files import AppendedFile, check_path, event_records, newer, path_in, position_of, warn_of_another
+from sinks.files import (
+    AppendedFile,
+    check_path,
+    event_records,
+    make_folders,
+    newer,
+    path_in,
+    position_of,
+    read_media,
+    warn_of_another,
+)
 
 
 class TensorBoard(Strict, frozen=True):
@@ -103,12 +112,12 @@ class TensorBoardWriter:
         self._run_id = run_id
         self._run_dir = run_dir
         self._client = _import_client()
-        os.makedirs(folder, exist_ok=True)
-        self._reached = go_on_in(folder, run_id)
+        make_folders(folder, run_dir)
+        self._reached = go_on_in(folder, run_id, run_dir)
         self._is_continued = self._reached != Mark()  # and nothing has come since
         # What is written with `summary_writer` may come from any thread.
         self._lock = threading.Lock()
-        self._file = AppendedFile(_new_file(folder))
+        self._file = AppendedFile(_new_file(folder), run_dir)
         try:
             self._append([self._client.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()])
         except BaseException:  # goes on as itself, without the open file
@@ -189,23 +198,12 @@ class TensorBoardWriter:
         return None if value is None else client.Event(step=event.global_step, summary=client.Summary(value=[value]))
 
     def _image(self, event: ImageLogged) -> Any:
-        data = self._read(event.path, event)
+        data = read_media(self._run_dir, event, "TensorBoard")
         return None if data is None else self._client.image(event, data)
 
     def _text(self, event: TextLogged) -> str:
-        data = None if event.path is None else self._read(event.path, event)
+        data = None if event.path is None else read_media(self._run_dir, event, "TensorBoard")
         return event.text if data is None else data.decode("utf-8", "replace")
-
-    def _read(self, path: str, event: ImageLogged | TextLogged) -> bytes | None:
-        """A file of the run's folder; None if it is not there: people tidy up, and it will not come back."""
-        try:
-            if self._run_dir is None:
-                raise FileNotFoundError("this run keeps no folder")
-            with open(os.path.join(self._run_dir, path), "rb") as file:
-                return file.read()
-        except FileNotFoundError as error:
-            logger.warning(f"TensorBoard cannot show all of {event.name!r:.200} of step {event.global_step}: {error}")
-            return None
 
 
 def _new_file(folder: str) -> str:

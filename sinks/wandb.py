@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import html
 import importlib
+import io
 import os
 import re
 import sys
@@ -17,12 +18,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from events.errors import SinkMisconfigured
-from events.log import logger
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.files import check_path, newer, position_of
+from sinks.files import check_path, make_folders, newer, position_of, read_media
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -149,7 +149,9 @@ class WandB(Strict, frozen=True):
             # W&B would ask for a key at the terminal, on a thread beside the run.
             raise SinkMisconfigured(f"nobody is logged in at {url}: run `wandb login`, or set WANDB_API_KEY")
         root = os.path.abspath(self.dir or run.run_dir or ".")
-        os.makedirs(root, exist_ok=True)
+        make_folders(root, run.run_dir)
+        if os.path.lexists(own := os.path.join(root, "wandb")):  # the client's own folder: not a link
+            make_folders(own, run.run_dir)
         given = {
             "mode": mode,
             "project": self.project,
@@ -252,24 +254,16 @@ class WandBWriter:
         return {} if value is None else {_shown(metric_name(event.name, event.key)): value}
 
     def _image(self, event: ImageLogged) -> Any:
-        path = self._path(event)
-        return None if path is None else _client().Image(path)
+        data = read_media(self._run_dir, event, "W&B")
+        if data is None:
+            return None
+        return _client().Image(importlib.import_module("PIL.Image").open(io.BytesIO(data), formats=("PNG",)))
 
     def _text(self, event: TextLogged) -> Any:
-        text, path = event.text, self._path(event) if event.path is not None else None
-        if path is not None:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                text = file.read()
+        data = read_media(self._run_dir, event, "W&B") if event.path is not None else None
+        text = event.text if data is None else data.decode("utf-8", "replace")
         text = text.encode("utf-8", "backslashreplace").decode()
         return _client().Html(f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>', inject=False)
-
-    def _path(self, event: ImageLogged | TextLogged) -> str | None:
-        """A file of the run's folder; None if it is not there: people tidy up, and it will not come back."""
-        path = os.path.join(self._run_dir or "", event.path or "")
-        if self._run_dir is not None and os.path.exists(path):
-            return path
-        logger.warning(f"W&B cannot show all of {event.name!r:.200} of step {event.global_step}: {path} is not there")
-        return None
 
 
 def _client() -> Any:

@@ -34,7 +34,7 @@ class LocalSource:
     def __init__(self, path: str) -> None:
         folder = Path(os.path.abspath(path))
         if not folder.is_dir():
-            raise CheckpointNotFound(f"{path} {'is no folder' if folder.exists() else 'does not exist'}")
+            raise CheckpointNotFound(f"{path} {'is not a folder' if folder.exists() else 'does not exist'}")
         entries = os.listdir(folder)
         self.where = path
         self.only = CheckpointName.parse(folder.name)
@@ -67,11 +67,7 @@ class LocalSource:
     def check(self, manifest: Manifest) -> None:
         """Compare the sizes of a checkpoint's files with its manifest. Raises `CheckpointDamaged`."""
         for file, entry in manifest.files.items():
-            path = Path(self.path(manifest.name), file)
-            try:
-                store.check_file(path, entry.nbytes, "", path.stat().st_size, "")
-            except OSError as error:
-                raise CheckpointDamaged(f"{path} cannot be read: {error.strerror}") from error
+            store.check_size(Path(self.path(manifest.name)), file, entry)
 
     def verify(self, manifest: Manifest) -> None:
         """Read all of its files. Raises `CheckpointDamaged`."""

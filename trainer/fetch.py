@@ -11,7 +11,7 @@ from typing import Any
 from events.checkpoint.lineage import ranked, scores_of
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
+from events.checkpoint.store import CHECKPOINTS_DIR, RESUMED_DIR, CheckpointStore
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.folder import RunFolder
 from events.log import logger
@@ -19,8 +19,6 @@ from events.log import logger
 KEYWORDS = ("auto", "best")
 """What ``resume`` may be beside a path or an address."""
 _WORDS = frozenset({*KEYWORDS, "last", "latest", "newest"})
-RESUMED_DIR = "resumed"
-"""Within a run's folder: the checkpoint of another run that it began with."""
 
 Fetch = Callable[[], Path | None]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from events.journal_reader import last_events
 from events.messages import Event
+from events.safe_files import open_below
 from trainer.errors import LaunchedRunCrashed, LaunchedRunFailed, add_note
 from trainer.launched import Failed, Ready
 
@@ -100,7 +101,8 @@ def _log_tail(ready: Ready | None, early_log: Any) -> str:
             size = os.fstat(early_log.fileno()).st_size
             data = os.pread(early_log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         else:
-            with open(ready.log, "rb") as log:
+            folder, name = os.path.split(ready.log)
+            with open(open_below(folder, name), "rb") as log:
                 size = log.seek(0, os.SEEK_END)
                 begin = ready.log_offset if ready.log_offset <= size else 0  # the log was cut since
                 log.seek(max(begin, size - _TAIL_BYTES))

@@ -29,9 +29,10 @@ import anyio
 import msgspec
 
 from events import log, notice
-from events.errors import WireError
+from events.errors import RunFolderError, WireError
 from events.log import Warned, current_origin, logger
 from events.protocol import RunResult, Stop
+from events.safe_files import open_below
 from events.wire import decode_command_json
 from trainer.errors import ArgumentsError
 
@@ -239,7 +240,9 @@ class Launched:
         log, offset = None, 0
         if folder is not None:
             log = folder.path / LOG_NAME
-            offset = _continue_log(log, f"[stagecast] run {session.origin.run_id}, attempt {session.origin.attempt}")
+            offset = _continue_log(
+                folder.path, f"[stagecast] run {session.origin.run_id}, attempt {session.origin.attempt}"
+            )
         self._say(
             Ready(
                 run_id=session.origin.run_id,
@@ -318,10 +321,17 @@ def _cancel_or_command(line: bytes) -> Any:
     return decode_command_json(line)
 
 
-def _continue_log(path: Path, heading: str) -> int:
-    """Print to this file from now on, and take along what has been printed; returns where this attempt begins."""
+def _continue_log(folder: Path, heading: str) -> int:
+    """Print to the log of a run's folder, with what was printed before; returns where this attempt begins in it.
+
+    Raises:
+        RunFolderError: The log cannot be written to.
+    """
+    try:
+        log = open_below(folder, LOG_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise RunFolderError(f"{folder / LOG_NAME} cannot be written: {error}; remove it") from error
     before = os.dup(1)
-    log = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         offset = os.fstat(log).st_size
         os.write(log, f"{heading}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode())

@@ -24,6 +24,7 @@ import torch
 from events.log import in_this_run, logger
 from events.messages import Event, ImageLogged, ObserverDropped, TextLogged
 from events.origin import Header, Origin
+from events.safe_files import make_folder_below, replace_below
 from trainer.tensor_state import bytes_of
 
 MEDIA_DIR = "media"
@@ -294,10 +295,11 @@ class MediaWriter:
             return None
         self._numbers += 1
         _, attempt, _, _, _, global_step, *_ = header
-        path = f"{MEDIA_DIR}/{_folder_name(name)}/step-{global_step}.a{attempt}.{self._numbers}.{ending}"
-        file = self._folder / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+        folder = f"{MEDIA_DIR}/{_folder_name(name)}"
+        path = f"{folder}/step-{global_step}.a{attempt}.{self._numbers}.{ending}"
+        make_folder_below(self._folder, MEDIA_DIR)
+        make_folder_below(self._folder, folder)
+        replace_below(self._folder, path, data, durable=False)
         return path
 
     def _tell(self, problem: str) -> None:

@@ -15,9 +15,17 @@ from torch.nn.parameter import is_lazy
 from events.checkpoint.lineage import Attempt, ranked
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CHECKPOINTS_DIR, WEIGHTS_NAME, CheckpointStore, read_file, read_manifest
+from events.checkpoint.store import (
+    CHECKPOINTS_DIR,
+    WEIGHTS_NAME,
+    CheckpointStore,
+    read_file,
+    read_manifest,
+    read_weights,
+)
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from events.log import logger
+from events.safe_files import UnsafeFile
 from trainer.arguments import TrainerArguments
 from trainer.checkpointing import has_state
 from trainer.data import generators_of, loader_length, map_tensors, skip_batches
@@ -201,6 +209,7 @@ class CheckpointPlan:
         resume: What the user asked to resume from.
         init_from: What the user asked to take weights from, for a run that resumes from nothing.
         url: Where this run's checkpoints are uploaded to, if they are.
+        run_id: This run's: of another one no checkpoint is taken, unless the user names it.
     """
 
     def __init__(
@@ -210,12 +219,14 @@ class CheckpointPlan:
         resume: str | os.PathLike[str] | None,
         url: str | None,
         init_from: str | os.PathLike[str] | None = None,
+        run_id: str | None = None,
     ) -> None:
         self.settings = settings
         self.store = store
         self.url = url
         self._resume = resume
         self._init_from = init_from
+        self._run_id = run_id
 
     def check(self) -> None:
         """See that there is something at a path that the user gave, before the run begins with anything.
@@ -254,7 +265,7 @@ class CheckpointPlan:
             )
         if resume == "best":
             return self._load_best(store, on_rejected)
-        loaded = load_from(store, on_rejected)
+        loaded = load_from(store, on_rejected, self._run_id)
         if loaded is None and (source := store.source) is not None:
             loaded = find(source, store, on_rejected)
         return loaded
@@ -280,8 +291,9 @@ class CheckpointPlan:
 
         for name in ranked(store.scores(monitor, reject), mode):
             try:
+                check_owner(store, name, self._run_id)
                 return Loaded(store.path(name))
-            except (CheckpointDamaged, CheckpointNotFound) as error:
+            except (CheckpointDamaged, CheckpointMismatch, CheckpointNotFound) as error:
                 reject(str(name), error)
         what = f"with the metric {monitor!r}" if monitor else "with a metric"
         raise CheckpointNotFound(
@@ -314,7 +326,9 @@ class CheckpointPlan:
         settings, store = self.settings, self.store
         if settings is None or settings.best is None or store is None or self.name_of(loaded) is None:
             return {}
-        scores = reversed(store.scores(settings.best).items())  # the newest of a step is last
+        scores = reversed(
+            store.scores(settings.best, run_id=loaded.manifest.run_id).items()
+        )  # the newest of a step is last
         return {name.step: score.value for name, score in scores if name <= loaded.manifest.name}
 
     @property
@@ -334,6 +348,11 @@ class CheckpointPlan:
             )
         try:
             self.store.prepare(Attempt(attempt, parent, source, secrets.token_hex(8)))
+        except UnsafeFile as error:
+            raise CheckpointError(
+                f"no checkpoint can be written to {self.store.folder}: {error}; remove that, or give the run another"
+                f" folder (run_dir)"
+            ) from error
         except OSError as error:
             raise CheckpointError(
                 f"no checkpoint can be written to {self.store.folder}: {error}; make the folder one that you may write"
@@ -341,11 +360,13 @@ class CheckpointPlan:
             ) from error
 
 
-def load_from(store: CheckpointStore, on_rejected: OnRejected) -> Loaded | None:
-    """Read the newest whole checkpoint of a store; None if it has none at all.
+def load_from(store: CheckpointStore, on_rejected: OnRejected, run_id: str | None = None) -> Loaded | None:
+    """Read the newest valid checkpoint of a store; None if it has none at all.
 
     Args:
-        on_rejected: Told of each that is not whole, and why; of a damaged note of what an attempt started from, too.
+        on_rejected: Called for each that is not whole or belongs to another run, with the reason; and for a damaged
+            note of what an attempt started from.
+        run_id: Only those of this run; None: of any.
 
     Raises:
         CheckpointDamaged: there are checkpoints, and none of them is whole.
@@ -356,7 +377,11 @@ def load_from(store: CheckpointStore, on_rejected: OnRejected) -> Loaded | None:
         on_rejected(note, damage)
     for name in store.candidates():
         try:
+            check_owner(store, name, run_id)
             return Loaded(store.path(name))
+        except CheckpointMismatch as error:
+            logger.warning(f"resume='auto' skips a checkpoint: {error}")
+            on_rejected(str(name), error)
         except (CheckpointDamaged, CheckpointNotFound) as error:
             tried.append(str(error))
             on_rejected(str(name), error)
@@ -366,6 +391,20 @@ def load_from(store: CheckpointStore, on_rejected: OnRejected) -> Loaded | None:
             f" newest: {tried[0]}"
         )
     return None
+
+
+def check_owner(store: CheckpointStore, name: CheckpointName, run_id: str | None) -> None:
+    """See that a checkpoint is of this run; None: of any.
+
+    Raises:
+        CheckpointMismatch: It is of another run, as one that was copied into the folder is.
+        CheckpointError: As `CheckpointStore.manifest`.
+    """
+    if run_id is not None and (owner := store.manifest(name).run_id) != run_id:
+        raise CheckpointMismatch(
+            f"{store.path(name)} belongs to run {owner!r:.200}, not to {run_id!r:.200}; to resume from it all the same,"
+            f" give its path as resume"
+        )
 
 
 def find(
@@ -458,7 +497,7 @@ def _weights_at(place: Path) -> Path:
 def _load_file(module: ModuleInterface, path: Path) -> None:
     """Have a module take over all tensors of a safetensors file. Raises `CheckpointError`."""
     try:
-        found = tensors_in(memoryview(bytearray(path.read_bytes())), str(path))  # torch takes only what can be written
+        found = tensors_in(read_weights(path), str(path))
     except OSError as error:
         raise CheckpointError(f"init_from={str(path)!r} cannot be read: {error}") from error
     except CheckpointDamaged as error:

@@ -36,6 +36,7 @@ from events.messages import (
 from events.observer import Observer, SinkTarget
 from events.origin import Origin, header_of
 from events.protocol import ObserverReport, RunResult
+from events.safe_files import unlink_below
 from events.sink import Delivery, Place, RunInfo, Sink, delivery_of
 from events.supervisor import Supervisor, health_at_end, report_observers
 from events.tracebacks import describe, format_traceback
@@ -181,7 +182,8 @@ class Session:
         url: str | None = None
         if settings is not None and settings.upload is not None:
             url = importlib.import_module("events.checkpoint.objects").run_url(settings.upload, self._run_id)
-        plan = CheckpointPlan(settings, CheckpointStore(self.folder.path / CHECKPOINTS_DIR), resume, url, init_from)
+        store = CheckpointStore(self.folder.path / CHECKPOINTS_DIR)
+        plan = CheckpointPlan(settings, store, resume, url, init_from, self._run_id)
         plan.check()
         return plan
 
@@ -242,7 +244,7 @@ class Session:
                     self._consoles.append(observer)
                 if run.run_dir is not None:  # it may have been in a host before: from now on that place says nothing
                     with contextlib.suppress(OSError):
-                        host.Place.path(run.run_dir, observer.name).unlink(missing_ok=True)
+                        unlink_below(run.run_dir, host.Place.file(observer.name))
             else:
                 since = self.bus.last_seq
                 hosted.append(host.HostedSink.of(self._supervisor.take_name(name), described, delivery, since))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ _CHUNK = 32 * 2**20
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # What a file system says that does not take direct I/O, at opening or at the first write.
 _NO_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -89,8 +91,7 @@ def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        remove(temporary)
         nbytes, _ = write_parts(temporary, parts)
         os.replace(temporary, path)
     except OSError:
@@ -105,7 +106,7 @@ def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, where the system can."""
     if os.name == "nt":
         return  # a folder cannot be opened there, and its entries are journalled by the file system
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
         os.fsync(fd)
     except OSError as error:
@@ -115,16 +116,38 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it, following no links; one that is not there is no error."""
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, following no link; a missing one is not an error.
+
+    A folder is entered by its descriptor, so a link that takes its place meanwhile is not followed either.
+    """
     with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(path):
-            inside = path / name
-            if inside.is_dir() and not inside.is_symlink():  # a file browser's, or a notebook's
-                remove_folder(inside)
+        if not stat.S_ISDIR(os.stat(path, follow_symlinks=False).st_mode):
+            os.unlink(path)
+        elif _BY_DESCRIPTOR:
+            _remove_folder(path, None)
+        else:
+            for name in os.listdir(path):
+                remove(path / name)
+            os.rmdir(path)
+
+
+_BY_DESCRIPTOR = {os.open, os.stat, os.unlink, os.rmdir} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
+
+
+def _remove_folder(name: Path | str, within: int | None) -> None:
+    fd = os.open(name, _FOLDER, dir_fd=within)
+    try:
+        for inside in os.listdir(fd):
+            if stat.S_ISDIR(
+                os.stat(inside, dir_fd=fd, follow_symlinks=False).st_mode
+            ):  # a file browser's, a notebook's
+                _remove_folder(inside, fd)
             else:
-                os.unlink(inside)
-        os.rmdir(path)
+                os.unlink(inside, dir_fd=fd)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=within)
 
 
 class _Hasher:

@@ -121,6 +121,7 @@ def scores_of(
     read: Callable[[CheckpointName], Manifest],
     metric: str | None = None,
     on_unread: Callable[[str, Exception], None] = lambda name, error: None,
+    run_id: str | None = None,
 ) -> dict[CheckpointName, Metric]:
     """The metric of each checkpoint of a line that has one, in its order.
 
@@ -129,16 +130,18 @@ def scores_of(
         read: Reads a manifest, or raises as `CheckpointStore.manifest` does.
         metric: Only those of this metric; None: of the one that the newest of them has.
         on_unread: Called with the name of each whose manifest cannot be read, and why.
+        run_id: Only those of this run; None: of any.
     """
     scores: dict[CheckpointName, Metric] = {}
     for name in line:
         try:
-            found = read(name).metric
+            manifest = read(name)
         except CheckpointNotFound:
             continue  # deleted meanwhile
         except CheckpointError as error:
             on_unread(str(name), error)
             continue
+        found = manifest.metric if run_id in (None, manifest.run_id) else None
         if found is not None and found.name == (metric or found.name):
             metric = found.name
             scores[name] = found

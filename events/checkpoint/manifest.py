@@ -23,6 +23,8 @@ from events.wire import without_surrogates
 FORMAT = 1
 """Format of the manifest and of all files that it lists. A reader refuses greater ones."""
 MANIFEST_NAME = "manifest.json"
+MANIFEST_BYTES = 16 * 2**20
+"""Maximum bytes per manifest."""
 TENSORS_NAME = "tensors.safetensors"
 STATE_NAME = "state.msgpack"
 

@@ -18,8 +18,10 @@ and its parent fsynced. Only then is the checkpoint announced.
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +41,7 @@ from events.checkpoint.lineage import (
     scores_of,
 )
 from events.checkpoint.manifest import (
+    MANIFEST_BYTES,
     MANIFEST_NAME,
     CheckpointName,
     FileEntry,
@@ -48,13 +51,20 @@ from events.checkpoint.manifest import (
     encode_manifest,
 )
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew
+from events.safe_files import open_below, open_folder_below, read_below
 
 CHECKPOINTS_DIR = "checkpoints"
 """The folder of checkpoints within a run's folder."""
+RESUMED_DIR = "resumed"
+"""The folder of downloaded checkpoints of other runs within a run's folder."""
 WEIGHTS_NAME = "weights.safetensors"
 """The module's weights alone, in the run's folder."""
 _UPLOADED_NAME = "uploaded"
 _CHUNK = 32 * 2**20
+_NOTE_BYTES = 65_536
+"""Maximum bytes per note: of an attempt, of an upload."""
+_LAST_SEQ = 2**53
+"""No run comes so far: a greater number is damage, or malice, and is not counted on from."""
 
 
 class Upload(msgspec.Struct, frozen=True):
@@ -69,10 +79,14 @@ class CheckpointStore:
     """The checkpoints in one folder. Any thread; everything waits for the disk.
 
     One process at a time may write to it: the one that holds the run's folder. Reading needs no lock.
+
+    The folder may be somebody else's: below it no link is followed, nor is the folder itself one where it is the
+    ``checkpoints`` of a run's folder. Every method may raise `UnsafeFile`, an `OSError`, where it is.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._root, self._within = _root_of(self.folder)
         self.lock = threading.Lock()
         """Held by whoever decides what is to be removed, from looking at what there is to removing it."""
 
@@ -80,11 +94,19 @@ class CheckpointStore:
 
     def names(self) -> list[CheckpointName]:
         """All checkpoints that were committed, in the order in which they came about. Looks at names only."""
+        return sorted(name for entry in self._entries() if (name := CheckpointName.parse(entry)) is not None)
+
+    def _entries(self) -> list[str]:
         try:
-            entries = os.listdir(self.folder)
+            with open_folder_below(self._root, self._within or ".") as (folder, path):
+                return os.listdir(path if folder is None else folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name for entry in entries if (name := CheckpointName.parse(entry)) is not None)
+
+    def _look(self, name: str = "") -> None:
+        """See that the folder, or one in it, is reached through no link. Raises `UnsafeFile`."""
+        with open_folder_below(self._root, f"{self._within}{name}" or "."):
+            pass
 
     def path(self, name: CheckpointName) -> Path:
         """Where a checkpoint is, or would be."""
@@ -105,10 +127,13 @@ class CheckpointStore:
         return line_of(self.names(), self.attempts(), lambda name: self.manifest(name).parent)
 
     def scores(
-        self, metric: str | None = None, on_unread: Callable[[str, Exception], None] = lambda name, error: None
+        self,
+        metric: str | None = None,
+        on_unread: Callable[[str, Exception], None] = lambda name, error: None,
+        run_id: str | None = None,
     ) -> dict[CheckpointName, Metric]:
         """The metric of each checkpoint of the line that has one; see `events.checkpoint.lineage.scores_of`."""
-        return scores_of(self.line(), self.manifest, metric, on_unread)
+        return scores_of(self.line(), self.manifest, metric, on_unread, run_id)
 
     def attempts(self) -> dict[int, Attempt]:
         """What each attempt started from, as far as it was noted."""
@@ -134,15 +159,11 @@ class CheckpointStore:
 
     def _notes(self) -> dict[str, Attempt | None]:
         """By file; None for what is damaged."""
-        try:
-            entries = os.listdir(self.folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
         notes: dict[str, Attempt | None] = {}
-        for entry in entries:
+        for entry in self._entries():
             if is_attempt_name(entry):
                 try:
-                    notes[entry] = decode_attempt(entry, (self.folder / entry).read_bytes())
+                    notes[entry] = decode_attempt(entry, read_below(self._root, self._within + entry, _NOTE_BYTES))
                 except OSError:
                     notes[entry] = None
         return notes
@@ -158,7 +179,8 @@ class CheckpointStore:
         seq = 0
         for name in self.names():
             with contextlib.suppress(CheckpointDamaged, CheckpointNotFound, CheckpointTooNew):
-                seq = max(seq, self.manifest(name).seq)
+                found = self.manifest(name).seq
+                seq = max(seq, found if found < _LAST_SEQ else 0)
         return seq
 
     @property
@@ -182,15 +204,16 @@ class CheckpointStore:
         Raises:
             OSError: The disk refused.
         """
-        if not self.folder.is_dir():
+        if not os.path.lexists(self.folder):
             os.mkdir(self.folder)
+        self._look()
         # What it lies in may be new too, or was made by a process that was killed before it came to this.
         for above in self.folder.absolute().parents:
             with contextlib.suppress(PermissionError):  # one that we may not read is not one that we have made
                 disk.sync_folder(above)
             if os.path.ismount(above):
                 break
-        for entry in os.listdir(self.folder):
+        for entry in self._entries():
             if entry.startswith((".step-", ".attempt-")) and entry.endswith(".tmp"):
                 try:
                     self._discard(self.folder / entry)
@@ -206,6 +229,7 @@ class CheckpointStore:
         Raises:
             OSError: The disk refused.
         """
+        self._look()
         folder = self._temporary(name)
         self._discard(folder)
         os.mkdir(folder)
@@ -244,6 +268,7 @@ class CheckpointStore:
         Raises:
             OSError: The disk refused. What is left has no checkpoint's name any more, or is still whole.
         """
+        self._look()
         temporary = self._temporary(name)
         self._discard(temporary)  # what an earlier try has left
         with contextlib.suppress(FileNotFoundError):
@@ -252,11 +277,11 @@ class CheckpointStore:
 
     def _discard(self, temporary: Path) -> None:
         """Remove a temporary folder, if there is one, when it is certain that it has no other name."""
-        if os.path.islink(temporary) or temporary.is_file():  # moved elsewhere, and linked back
-            os.unlink(temporary)
-        elif temporary.is_dir():
-            disk.sync_folder(self.folder)  # or, after a power failure, a checkpoint's name might be back without files
-            disk.remove_folder(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(temporary, follow_symlinks=False).st_mode):
+                # Or, after a power failure, a checkpoint's name might be back without files.
+                disk.sync_folder(self.folder)
+            disk.remove(temporary)
 
     def _temporary(self, name: CheckpointName) -> Path:
         return self.folder / f".{name}.tmp"
@@ -265,21 +290,43 @@ class CheckpointStore:
 
     def mark_uploaded(self, name: CheckpointName, upload: Upload) -> None:
         """Note that a checkpoint is whole in a remote store. Raises `OSError` if the disk refuses."""
+        self._look(str(name))
         disk.replace_file(self.path(name) / _UPLOADED_NAME, [msgspec.json.encode(upload) + b"\n"])
 
     def upload_of(self, name: CheckpointName) -> Upload | None:
         """Where a checkpoint was uploaded to; None if it was not, as far as this folder knows."""
         try:
-            return msgspec.json.decode((self.path(name) / _UPLOADED_NAME).read_bytes(), type=Upload)
+            data = read_below(self._root, f"{self._within}{name}/{_UPLOADED_NAME}", _NOTE_BYTES)
+            return msgspec.json.decode(data, type=Upload)
         except (OSError, ValueError, RecursionError):
             return None
+
+
+def _root_of(folder: Path) -> tuple[Path, str]:
+    """A folder of checkpoints as the user's folder, which may be a link, and what is below it: no link.
+
+    Returns:
+        That folder, and the path below it, which is empty or ends with a slash.
+    """
+    if folder.name in (CHECKPOINTS_DIR, RESUMED_DIR):
+        return folder.parent, f"{folder.name}/"
+    return folder, ""
+
+
+def _checkpoint_root_of(folder: Path) -> tuple[Path, str]:
+    """The same of the folder of one checkpoint, of any name."""
+    if CheckpointName.parse(folder.name) is None:
+        return folder, ""
+    root, within = _root_of(folder.parent)
+    return root, f"{within}{folder.name}/"
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the checkpoint in a folder of any name; see `CheckpointStore.manifest`."""
     path = folder / MANIFEST_NAME
+    root, within = _checkpoint_root_of(folder)
     try:
-        data = path.read_bytes()
+        data = read_below(root, within + MANIFEST_NAME, MANIFEST_BYTES)
     except FileNotFoundError as error:
         if folder.is_dir():
             raise CheckpointDamaged(f"{path} is missing: the folder holds no whole checkpoint") from error
@@ -296,48 +343,94 @@ def verify(folder: Path, manifest: Manifest) -> None:
     """Read every file of a checkpoint and compare it with its manifest.
 
     Raises:
-        CheckpointDamaged: A file is missing, cut or changed; names the first one.
+        CheckpointDamaged: A file is missing, cut or changed, or is not a regular one; names the first one.
     """
     for name, entry in manifest.files.items():
-        digest = xxhash.xxh3_128()
-        nbytes = 0
-        try:
-            with open(folder / name, "rb", buffering=0) as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-                    nbytes += len(chunk)
-        except OSError as error:
-            raise CheckpointDamaged(f"{folder / name} cannot be read: {error}") from error
+        with _opened(folder, name, entry) as file:
+            digest = xxhash.xxh3_128()
+            nbytes = 0
+            while nbytes <= entry.nbytes and (chunk := file.read(_CHUNK)):  # no further: it may grow meanwhile
+                digest.update(chunk)
+                nbytes += len(chunk)
         check_file(folder / name, entry.nbytes, entry.xxh3_128, nbytes, digest.hexdigest())
+
+
+def check_size(folder: Path, name: str, entry: FileEntry) -> None:
+    """Compare the size of a checkpoint's file with its manifest. Raises as `verify` does."""
+    with _opened(folder, name, entry):
+        pass
 
 
 def read_file(folder: Path, name: str, entry: FileEntry) -> memoryview:
     """Read a file of a checkpoint to page-aligned memory, and compare it with its manifest.
 
     Raises:
-        CheckpointDamaged: It is missing, cut or changed.
+        CheckpointDamaged: It is missing, cut or changed, is not a regular one, or has more bytes than this machine
+            has memory.
     """
     path = folder / name
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
-    if size != entry.nbytes:  # before so much memory is asked for
-        raise CheckpointDamaged(f"{path} has {size:,} bytes instead of {entry.nbytes:,}: it was cut or replaced")
-    memory = memoryview(mmap.mmap(-1, max(1, entry.nbytes)))[: entry.nbytes]
-    digest = xxhash.xxh3_128()
-    done = 0
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while done < entry.nbytes and (count := file.readinto(memory[done : done + _CHUNK])):
-                digest.update(memory[done : done + count])
-                done += count
-            if done == entry.nbytes and file.read(1):
-                done = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+    with _opened(folder, name, entry) as file:
+        memory = _memory_for(path, entry.nbytes)
+        digest = xxhash.xxh3_128()
+        done = 0
+        while done < entry.nbytes and (count := file.readinto(memory[done : done + _CHUNK])):
+            digest.update(memory[done : done + count])
+            done += count
+        if done == entry.nbytes and file.read(1):
+            done = os.fstat(file.fileno()).st_size
     check_file(path, entry.nbytes, entry.xxh3_128, done, digest.hexdigest())
     return memory
+
+
+def read_weights(path: Path) -> memoryview:
+    """Read a safetensors file that the user names to memory that may be written to.
+
+    Raises:
+        CheckpointDamaged: It is not a regular file, has more bytes than this machine has memory, or is cut meanwhile.
+        OSError: It cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(fd, "rb", buffering=0) as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointDamaged(f"{path} is not a regular file")
+        memory = _memory_for(path, found.st_size)
+        done = 0
+        while done < len(memory) and (count := file.readinto(memory[done : done + _CHUNK])):
+            done += count
+    if done < len(memory):
+        raise CheckpointDamaged(f"{path} was cut while it was read")
+    return memory
+
+
+def _memory_for(path: Path, nbytes: int) -> memoryview:
+    if nbytes > _MEMORY_BYTES:
+        raise CheckpointDamaged(f"{path} has {nbytes:,} bytes, more than the memory of this machine")
+    return memoryview(mmap.mmap(-1, max(1, nbytes)))[:nbytes]
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, name: str, entry: FileEntry) -> Iterator[io.FileIO]:
+    """A file of a checkpoint, opened if it is a regular one of the size in the manifest."""
+    root, within = _checkpoint_root_of(folder)
+    path = folder / name
+    try:
+        with open(open_below(root, within + name), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            check_file(path, entry.nbytes, "", size, "")  # before so much is read, or memory is asked for
+            yield file
+    except OSError as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 2**62
+
+
+_MEMORY_BYTES = _memory_bytes()
 
 
 def check_file(path: Path, nbytes: int, digest: str, found_nbytes: int, found_digest: str) -> None:

@@ -11,6 +11,7 @@ type, with the name of their own: complex128 as pairs of float64).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -178,7 +179,20 @@ def _read_layout(data: memoryview) -> TensorFile:
             raise ValueError(f"the tensor {name!r:.200} of {shape} does not fit where it should be")
         info = TensorInfo(name, entry.dtype, entry.shape, notes.views.get(name, ""))
         tensors[name] = info, begin + first
+    _check_overlaps(tensors)
     for alias, name in notes.aliases.items():
         if name not in tensors or alias in tensors:
             raise ValueError(f"the name {alias!r:.200} leads to no tensor")
     return TensorFile(tensors, notes.aliases)
+
+
+def _check_overlaps(tensors: dict[str, tuple[TensorInfo, int]]) -> None:
+    """See that each byte belongs to one tensor: copies of tensors that share theirs would fill the memory.
+
+    Raises:
+        ValueError: One belongs to two.
+    """
+    places = sorted((offset, offset + info.nbytes, name) for name, (info, offset) in tensors.items() if info.nbytes)
+    for (_, end, first), (begin, _, second) in itertools.pairwise(places):
+        if begin < end:
+            raise ValueError(f"the tensors {first!r:.200} and {second!r:.200} overlap")

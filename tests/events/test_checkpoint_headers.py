@@ -36,6 +36,12 @@ def test_a_shape_that_does_not_fit_is_refused_at_once_and_in_a_few_words(shape: 
     assert len(str(caught.value)) < 500
 
 
+def test_tensors_that_share_bytes_are_refused() -> None:
+    """A small file of many large tensors would fill the memory as soon as they are copied."""
+    with pytest.raises(CheckpointDamaged, match="'a' and 'b' overlap"):
+        read_layout(header_of(a=entry([1]), b=entry([1]), c=entry([0], 0)), "file")
+
+
 def test_shapes_with_a_zero_and_many_ones_are_counted() -> None:
     """In one pass."""
     assert elements_of([2**47] * 1_000_000 + [0]) == 0

@@ -234,12 +234,12 @@ def test_arguments_that_cannot_be_written_leave_the_earlier_ones(
 ) -> None:
     """The file is replaced as a whole or not at all, and nothing half-written stays."""
 
-    def refuse(source: Any, target: Any) -> None:
+    def refuse(source: Any, target: Any, **folders: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with RunFolder.open(tmp_path, "run") as folder:
         folder.write_json("arguments.json", {"epochs": 1})
-        monkeypatch.setattr("events.folder.os.replace", refuse)
+        monkeypatch.setattr("events.safe_files.os.replace", refuse)
         with pytest.raises(RunFolderError, match=r"arguments\.json cannot be written: .*No space"):
             folder.write_json("arguments.json", {"epochs": 2})
         assert json.loads((tmp_path / "arguments.json").read_text()) == {"epochs": 1}

@@ -377,7 +377,7 @@ class Calls:
         return event
 
     def _make(self, name: str, real: Any, *args: Any, **named: Any) -> Any:
-        call = self._describe(name, *args)
+        call = self._describe(name, *args, within=named.get("dir_fd"))
         self._before(call)
         with self._lock:
             fault = self._fault
@@ -412,7 +412,7 @@ class Calls:
             if call.name == "open":
                 os.close(result)
 
-    def _describe(self, name: str, *args: Any) -> Call:
+    def _describe(self, name: str, *args: Any, within: int | None = None) -> Call:
         if name in ("write", "pwrite"):
             at = args[2] if name == "pwrite" else self._positions[args[0]]
             return Call(name, self._paths[args[0]], at=at, data=bytes(args[1]))
@@ -420,7 +420,9 @@ class Calls:
             return Call(name, self._paths[args[0]])
         if name == "ftruncate":
             return Call(name, self._paths[args[0]], at=args[1])
-        path = os.path.abspath(args[0])
+        if isinstance(args[0], int):  # a folder's, which another module may have opened
+            return Call(name, os.readlink(f"/proc/self/fd/{args[0]}"))
+        path = os.path.abspath(args[0] if within is None else f"{self._paths[within]}/{args[0]}")
         if name == "open":
             return Call(name, path, flags=args[1])
         if name == "rename":

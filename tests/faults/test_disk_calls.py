@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from events.checkpoint import store
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointError
@@ -114,19 +115,20 @@ def test_a_best_checkpoint_that_cannot_be_read_for_the_moment_is_not_deleted(
     """That its metric is not known now does not make it a worse one."""
     run_dir = tmp_path / "run"
     manifest = run_dir / "checkpoints" / "step-2.a1" / "manifest.json"
-    read, refused = Path.read_bytes, []
+    read, refused = store.read_below, []
 
-    def read_bytes(path: Path) -> bytes:
+    def read_below(root: Path, name: str, limit_bytes: int) -> bytes:
+        path = root / name
         if path == manifest and len(refused) < 1 and (run_dir / "checkpoints" / "step-4.a1").exists():
             refused.append(path)
             raise OSError(errno.EIO, "read error", str(path))
-        return read(path)
+        return read(root, name, limit_bytes)
 
     class Validated(disk.Counting):  # type: ignore[misc, name-defined]
         def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
             return [self.batch]
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(store, "read_below", read_below)
     disk.make_trainer(run_dir, module=Validated(), val_interval_steps=2, best="val_loss").train()
     assert refused
     assert [str(name) for name in CheckpointStore(run_dir / "checkpoints").names()] == ["step-2.a1", "step-6.a1"]

@@ -299,6 +299,8 @@ def kernel_calls(folder: Path) -> list[tuple[str, str, str]]:
             paths = re.findall(r'"([^"]*)"', arguments) if not re.match(r"\d+<", arguments) else []
             of_descriptor = re.match(r"\d+<([^>]*)>", arguments)
             first = of_descriptor[1] if of_descriptor is not None else paths[0] if paths else ""
+            if _KERNEL_NAMES.get(name, name) in ("open", "unlink", "rmdir") and of_descriptor is not None:
+                first += "/" + re.findall(r'"([^"]*)"', arguments)[0]
             second = paths[1] if len(paths) > 1 else ""
             found.append((float(time), (_KERNEL_NAMES.get(name, name), first, second)))
     return [call for _, call in sorted(found)]
