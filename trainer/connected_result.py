@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -36,6 +37,14 @@ UNDER_WAY = frozenset({"running", "unknown"})
 LOOK_BACK = 4_096
 """Events before a summary that are folded in beside it: what a summary does not tell stands among them."""
 
+MOST_SEQ = 2**53
+"""Greatest number of an event, a step or an epoch: JSON readers hold no greater one exactly."""
+_MOST_BYTES = 64 * 2**20
+"""Maximum bytes of the names and paths that a result is built from."""
+_ENTRY_BYTES = 200
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_SEQ)]
+_Number = float | Literal["nan", "inf", "-inf"]
+
 _NO_RESULT = ("system/", "ledger/")
 _OF_STEPS = frozenset({"lr", "grad_norm", "step_s", "rows_per_s"})
 _METRIC_TYPES = (MetricsLogged, ValEpochEnded, TestEpochEnded, TrainEpochEnded)
@@ -45,12 +54,12 @@ class RunSummary(msgspec.Struct):
     """A run in a few words, as the server tells it. What else it says is left aside."""
 
     run_id: str
-    attempt: int = 0
+    attempt: _Count = 0
     status: str = "unknown"
     reason: str | None = None
-    global_step: int = 0
-    epoch: int = 0
-    latest: dict[str, float | str] = {}
+    global_step: _Count = 0
+    epoch: _Count = 0
+    latest: dict[str, _Number] = {}
     best: str | None = None
     best_mode: str = "min"
 
@@ -60,13 +69,13 @@ class CheckpointSummary(msgspec.Struct):
 
     name: str
     state: str = ""
-    metric: float | str | None = None
+    metric: _Number | None = None
 
 
 class Snapshot(msgspec.Struct):
     """A run as it stood at one event."""
 
-    cursor: int
+    cursor: _Count
     run: RunSummary
     checkpoints: list[CheckpointSummary] = []
 
@@ -81,6 +90,7 @@ class ResultBuilder:
 
     def __init__(self, snapshot: Snapshot) -> None:
         run = snapshot.run
+        self._bytes = 0
         self._run_id = run.run_id
         self._known_attempt = run.attempt
         self._attempt = run.attempt
@@ -98,6 +108,11 @@ class ResultBuilder:
             if one.state == "durable" and one.metric is not None:
                 self._score(one.name, one.name, float(one.metric))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the names and paths take more memory than those of any run: do not add events then."""
+        return self._bytes > _MOST_BYTES
+
     def add(self, events: Sequence[Event]) -> None:
         """Take the next events."""
         for event in events:
@@ -110,7 +125,10 @@ class ResultBuilder:
             if event.loss is not None:
                 self._metrics["train_loss"] = event.loss
         elif isinstance(event, _METRIC_TYPES):
-            self._metrics.update(metrics_of(event))
+            for name, value in metrics_of(event):
+                if name not in self._metrics:
+                    self._bytes += _ENTRY_BYTES + 4 * len(name)
+                self._metrics[name] = value
             if isinstance(event, TrainEpochEnded):
                 self._epochs = event.epoch + 1
         elif isinstance(event, RunStarted):
@@ -134,6 +152,7 @@ class ResultBuilder:
 
     def _score(self, name: str, place: str, metric: float) -> None:
         if math.isfinite(metric) and CheckpointName.parse(name) is not None:
+            self._bytes += _ENTRY_BYTES + 4 * (len(name) + len(place))
             self._scored[name] = place, metric
 
     def _forget_after(self, event: RunResumed) -> None:

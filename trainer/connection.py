@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -24,18 +23,22 @@ import anyio
 
 from events.errors import CursorError, RunCancelled
 from events.log import logger
+from events.masking import masked_url
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run import Run
 from events.stream import BatchedStream
+from events.text import plain_text
 from events.wakeup import Wakeup
 from events.wire import encode_command_json
 from trainer.connected_result import LOOK_BACK, UNDER_WAY, ResultBuilder, Snapshot
 from trainer.connection_errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
 from trainer.connection_folder import link_of
-from trainer.connection_http import JournalFollower, Patience, RunServer, Unreachable, check_address
+from trainer.connection_http import JournalFollower, Origin, Patience, RunServer, Unreachable
 
 TOKEN_VARIABLE = "STAGECAST_TOKEN"
+URL_VARIABLE = "STAGECAST_URL"
+"""Environment variable with the address of the server that the token of `TOKEN_VARIABLE` belongs to."""
 _NOT_UNDER_WAY = 409
 _LEAVE_S = 2.0
 """What a block that is left by an exception may still take to send the commands that it has given."""
@@ -62,38 +65,49 @@ def connect(
     `Run.result` is told from the events: it has no ``observers`` and no ``run_dir``, and its ``checkpoint`` is a path
     on the run's machine (or a mere name, where it is far back in the history).
 
+    The server is not trusted. Its answers are limited in size and time, its texts are escaped in messages, and it
+    cannot redirect to another server. A token is sent to the server that it belongs to, and to no other.
+
     Args:
         url: Of the page: the server's, if it serves one run; else with the run's name, ``.../#run=ID``. The printed
             link, with its token, is one, too: ``.../#token=...&run=ID``. Or the folder of a run with the sink `Live`,
             whose ``live.json`` has the link.
         run_id: The run's name, in place of that.
-        token: What the server wants to be shown; None: that of the fragment, or what the environment variable
-            ``STAGECAST_TOKEN`` holds.
+        token: The token for this server. None: that of the fragment, else that of the environment variable
+            ``STAGECAST_TOKEN``, which belongs to the server that ``STAGECAST_URL`` names (scheme, host and port), or
+            without it to servers on this machine (``localhost``, 127.0.0.0/8, ``::1``). A warning is logged where a
+            token is sent to another machine without https.
         give_up_s: How long the server may be out of reach until who waits gets `ConnectionLost`. Entering the block
             tries only once.
 
     Raises:
-        ConnectError: the address is none. When the block is entered: nothing answers there, the token is wrong, or
+        ConnectError: the address is not valid. When the block is entered: nothing answers there, the token is wrong, or
             there is no such run.
+        ProtocolViolated: inside of the block and when it is entered: no server of runs sends such an answer.
         ConnectedRunFailed: from `Run.result`: the run failed; `ConnectedRunLost` if its process died.
         RunCancelled: from `Run.result`: the run was cancelled.
     """
-    if run_id is not None and not isinstance(run_id, str):
+    if run_id is not None and not (isinstance(run_id, str) and _is_text(run_id)):
         raise ConnectError(f"run_id must be the name of a run, not {run_id!r:.80}")
     base, named, shown = _split(link_of(url))
-    token = token if token is not None else shown or os.environ.get(TOKEN_VARIABLE)
-    if token is not None and not (token.isascii() and token.isprintable()):
+    withheld = ""
+    if token is None:
+        token = shown or None
+    if token is None and (kept := os.environ.get(TOKEN_VARIABLE)):
+        withheld = _why_withheld(Origin.of(base))
+        token = kept if not withheld else None
+    if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
         raise ConnectError("the token has characters that no header can hold: give printable ASCII")
     if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
         raise ConnectError(f"give_up_s={give_up_s!r}: give seconds, 0 to try nothing twice")
-    return _ConnectContext(base, run_id or named, token, give_up_s)
+    return _ConnectContext(base, run_id or named, token, give_up_s, withheld)
 
 
 class _ConnectContext(AbstractAsyncContextManager[Run]):
     """The life of a connection inside a task."""
 
-    def __init__(self, url: str, run_id: str, token: str | None, give_up_s: float) -> None:
-        self._given = url, run_id, token, give_up_s
+    def __init__(self, url: str, run_id: str, token: str | None, give_up_s: float, withheld: str) -> None:
+        self._given = url, run_id, token, give_up_s, withheld
 
     async def __aenter__(self) -> Run:
         server = RunServer(*self._given)
@@ -159,6 +173,7 @@ class NetworkConnection:
         self._followers: set[JournalFollower] = set()
         self._folding = anyio.Lock()
         self._builder = ResultBuilder(known)
+        self._patience = Patience(server)  # of commands
         self._folded: JournalFollower | None = None
 
     # -------------------------------------------------------------------------------------------- the protocol
@@ -197,6 +212,8 @@ class NetworkConnection:
                 while not follower.ended:
                     with self.waiting():
                         self._builder.add(await follower.read())
+                    if self._builder.is_full:
+                        raise self._server.violated("sends more names of metrics and checkpoints than a run has")
         return _outcome(self._builder.result, self.run_id)
 
     # ------------------------------------------------------------------------------------------ who waits for it
@@ -250,6 +267,7 @@ class NetworkConnection:
             if self._jobs:
                 await self._jobs.popleft()()
             else:
+                self._patience.reset()  # commands that wait together share the time; later ones have their own
                 await self._wakeup.wait(None)
         self.sent.set()
 
@@ -271,14 +289,14 @@ class NetworkConnection:
             self._wakeup.close()
 
     async def _post(self, command: AnyCommand, data: bytes) -> None:
-        patience = Patience(self._server)
         while True:
             try:
                 await self._server.command(data)
+                self._patience.reset()
                 return
             except Unreachable as error:
                 try:
-                    await patience.wait(error, 0.0 if self._server.over else self._server.give_up_s)
+                    await self._patience.wait(error, 0.0 if self._server.over else self._server.give_up_s)
                 except ConnectionLost as lost:
                     self._not_taken(command, lost)
                     return
@@ -367,25 +385,54 @@ async def _find(server: RunServer) -> Snapshot:
 
 
 def _outcome(result: RunResult | None, run_id: str) -> RunResult:
+    run = f"run {plain_text(run_id, 80)}"
     if result is None:
-        raise ConnectedRunLost(f"run {run_id} is lost: its process has died without an end; resume='auto' goes on")
+        raise ConnectedRunLost(f"{run} is lost: its process has died without an end; resume='auto' resumes it")
     if result.status == "failed":
-        raise ConnectedRunFailed(f"run {run_id} failed after global_step {result.global_step}: {result.reason}", result)
+        why = plain_text(result.reason or "", 1_000)
+        raise ConnectedRunFailed(f"{run} failed after global_step {result.global_step}: {why}", result)
     if result.status == "cancelled":
-        raise RunCancelled(result.reason or f"run {run_id} was cancelled")
+        raise RunCancelled(plain_text(result.reason, 1_000) if result.reason else f"{run} was cancelled")
     return result
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be part of an address: it has no lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _why_withheld(origin: Origin) -> str:
+    """Why the token of the environment is not sent to a server, as the end of an error; empty if it is sent."""
+    named = os.environ.get(URL_VARIABLE)
+    if not named:
+        if origin.is_loopback:
+            return ""
+        return f"; {TOKEN_VARIABLE} is sent to this machine alone, unless {URL_VARIABLE} names the server"
+    try:
+        owner = Origin.of(named)
+    except (ValueError, TypeError):
+        shown = plain_text(masked_url(named), 200)
+        raise ConnectError(
+            f"{URL_VARIABLE}={shown!r} is not an address; give one like http://127.0.0.1:8765/"
+        ) from None
+    return "" if owner == origin else f"; {TOKEN_VARIABLE} belongs to {owner}, as {URL_VARIABLE} says"
 
 
 def _split(url: str) -> tuple[str, str, str]:
     """The address of the page, and the run and the token of its fragment, each empty if it has none."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
-        check_address(url)
+        Origin.of(url)
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+        # An @ behind the host may end a password with a slash, which belongs to another host than the one in front.
+        if "@" not in parts.path + parts.query:
             base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
             told = parse_qs(parts.fragment)
-            return base, told.get("run", [""])[-1], told.get("token", [""])[-1]
+            if Origin.of(base) == Origin.of(url) and _is_text(url):
+                return base, told.get("run", [""])[-1], told.get("token", [""])[-1]
     given: object = url
-    # Neither its password nor its token goes into a log.
-    shown = re.sub("token=[^&]*", "token=...", re.sub("//[^/@]*@", "//", given)) if isinstance(given, str) else given
-    raise ConnectError(f"{shown!r:.200} is no address of a page: give one like http://127.0.0.1:8765/#run=NAME")
+    shown = plain_text(masked_url(given), 200) if isinstance(given, str) else given
+    raise ConnectError(f"{shown!r:.240} is not the address of a page; give one like http://127.0.0.1:8765/#run=NAME")

@@ -1,7 +1,8 @@
 """Errors of watching a run over the network.
 
 StagecastError                (events.errors)
-└── ConnectError              the server cannot be reached, or answers with no
+└── ConnectError              the server cannot be reached, or refuses
+    ├── ProtocolViolated      an answer that no server of runs sends: its size, encoding, types or order
     ├── ConnectionLost        it was there, and has been out of reach for too long; or the block was left
     ├── CommandRefused        it did not take a command
     └── ConnectedRunFailed    the run has failed where it runs; has its result
@@ -21,6 +22,10 @@ class ConnectError(StagecastError):
         super().__init__(message)
         self.status = status
         """Of the server's answer; None if there was none."""
+
+
+class ProtocolViolated(ConnectError):
+    """The server sends an answer that no server of runs sends: too large, encoded, of other types or out of order."""
 
 
 class ConnectionLost(ConnectError):
