@@ -407,7 +407,9 @@ class LiveApp:
         hello = None
         self._strangers[client] = None
         if len(self._strangers) > self._most_strangers:
-            next(iter(self._strangers)).leave(Refused(503, "others have come to say who they are", code=TOO_SLOW))
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]  # here, so that the next one does not make the same one leave
+            oldest.leave(Refused(503, "others have come to say who they are", code=TOO_SLOW))
         try:
             with anyio.move_on_after(HELLO_S) as client.scope:
                 async with anyio.create_task_group() as tasks:
@@ -415,7 +417,7 @@ class LiveApp:
                     hello = await client.take()
                     tasks.cancel_scope.cancel()
         finally:
-            del self._strangers[client]
+            self._strangers.pop(client, None)
         if hello is None:
             if client.has_left:
                 return None

@@ -283,7 +283,7 @@ class _Uvicorn(uvicorn.Server):
         return await super().on_tick(counter)
 
     def make_room(self, address: str | None) -> bool:
-        """Abort the connection that has waited longest for a request, or for its client to read the rest.
+        """Abort the connection that has waited longest for a request, or for its client to read the rest or to close.
 
         One at a time: the next only when this one is closed, so that there is at most one too many.
 
@@ -299,7 +299,7 @@ class _Uvicorn(uvicorn.Server):
                 continue
             if isinstance(connection, _Http) and connection.is_waiting:
                 since[connection] = connection.waiting_since
-            elif connection.transport.is_closing():
+            elif connection.transport.is_closing() or getattr(connection, "close_sent", False):
                 since[connection] = self._closing.setdefault(connection, time.monotonic())
         if not since:
             return False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from sinks.connections import ConnectionLimit, address_group
@@ -134,6 +135,89 @@ def test_connections_take_no_descriptors_that_the_process_needs(remote: Any, cro
     assert server.answers()
     assert server.descriptors < LIMIT // 2
     server.hold(str(LIMIT // 2))
+
+
+def test_sockets_that_say_no_hello_make_room(remote: Any, crowd: Any) -> None:
+    """Also those that were closed for others, and do not answer the close."""
+    server = remote(60.0)
+    upgrade = (
+        b"GET /api/runs/demo/ws HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
+    )
+    for one in crowd(server.port, LIMIT, upgrade):
+        one.settimeout(0.0)
+    for _ in range(5):
+        assert server.answers()
+    assert server.descriptors < LIMIT // 2
+
+
+TRAIN = """
+import resource, sys
+from pathlib import Path
+import torch
+from events.messages import CheckpointFailed, CheckpointSaved
+from events.sink import Delivery
+from sinks import Live, Memory, Prometheus
+from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
+
+
+class Net(ModuleInterface):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+
+    def get_optimizers_schedulers(self, steps, epochs):
+        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return [torch.ones(2, 2)] * 12
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return None
+
+    def val_step(self, global_step, batch, device):
+        return None
+
+    def train_step(self, global_step, batch, device):
+        if global_step == 4:
+            print("begun", flush=True)
+            sys.stdin.readline()
+        return self.linear(batch).square().mean()
+
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))
+memory = Memory()
+where = {"runs_in": sys.argv[1]}
+sinks = [memory, (Live(), Delivery(**where)), (Prometheus(port=0, linger_s=0), Delivery(**where))]
+arguments = TrainerArguments(epochs=1, train_batch_size=2, device="cpu")
+keep = Checkpoints(every_steps=2)
+result = Trainer(Net(), arguments, sinks=sinks, checkpoints=keep, run_dir="runs/demo", run_id="demo").train()
+print("end", result.status, len(memory.of(CheckpointSaved)) > 3, len(memory.of(CheckpointFailed)), flush=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+@pytest.mark.timeout(180)
+def test_clients_without_a_token_end_no_run(
+    where: str, tmp_path: Path, process: Callable[..., Any], crowd: Any, kit: Any
+) -> None:
+    """In the process that trains and in the sink host: more sockets than descriptors, and each checkpoint is saved."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    one = process("train.py", where, OMP_NUM_THREADS="1", STAGECAST_TOKEN="")
+    lines: list[str] = []
+    while "begun\n" not in lines:
+        lines.append(one.stdout.readline())
+        assert lines[-1], "".join(lines)
+    live, prometheus = tmp_path / "runs" / "demo" / "live.json", tmp_path / "runs" / "prometheus-demo.json"
+    kit.wait_until(lambda: live.exists() and prometheus.exists())
+    page = msgspec.json.decode(live.read_bytes())["url"]
+    scraped = msgspec.json.decode(prometheus.read_bytes())[0]["targets"][0]
+    crowd(int(page.rsplit(":", 1)[1].strip("/")), 200)
+    crowd(int(scraped.rsplit(":", 1)[1]), 200)
+    assert httpx.get(page, timeout=10).status_code == 200
+    assert httpx.get(f"http://{scraped}/metrics", timeout=10).status_code == 200
+    out, _ = one.communicate("\n", timeout=100)
+    assert "end finished True 0\n" in out, "".join(lines) + out
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads the CPU time from /proc")
