@@ -133,10 +133,11 @@ def list_below(root: str | os.PathLike[str], name: str) -> list[os.DirEntry[str]
         OSError: As `os.scandir` raises it, such as `FileNotFoundError`.
     """
     with open_folder_below(root, name) as (folder, path), os.scandir(path if folder is None else folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-        for entry in found:
+        found = []
+        for entry in sorted(entries, key=lambda entry: entry.name):
             with contextlib.suppress(OSError):  # removed meanwhile
                 entry.stat(follow_symlinks=False)  # the entry keeps it: later the descriptor is closed
+                found.append(entry)
         return found
 
 

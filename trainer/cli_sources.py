@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import mmap
 import os
 import sys
 from pathlib import Path
@@ -16,8 +15,8 @@ from events.checkpoint.lineage import by_age, is_attempt_name
 from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.parallel import in_order
-from events.checkpoint.remote import RemoteStore
-from events.checkpoint.remote_layout import PARTS_NAME, Part, decode_parts, parts_of
+from events.checkpoint.remote import LOST, RemoteStore
+from events.checkpoint.remote_layout import PARTS_NAME, Part, decode_parts, plan_of
 from events.errors import CheckpointDamaged, CheckpointNotFound
 from events.folder import LOCK_NAME
 
@@ -92,7 +91,7 @@ class RemoteSource:
         self.where = base if self.only is not None else url.rstrip("/")
         self._store = RemoteStore(self.where)
         self._objects = Objects(self.where, Limits())
-        self._part_bytes: dict[CheckpointName, int] = {}
+        self._plans: dict[CheckpointName, dict[str, list[Part]]] = {}
         self.line = self._store.line()
         self.names = by_age(self.line, self._store.names())[::-1]
         self.path = self.uploaded = self._store.url_of
@@ -103,8 +102,10 @@ class RemoteSource:
 
     def check(self, manifest: Manifest) -> None:
         there = self._objects.sizes(f"{manifest.name}/")
-        for file in manifest.files:
-            for part in self._parts(manifest, file):
+        noted = decode_parts(self._get(manifest.name, PARTS_NAME), f"{self.path(manifest.name)}/{PARTS_NAME}")
+        plan = self._plans[manifest.name] = plan_of(manifest, noted.part_bytes, len(there) + LOST)
+        for parts in plan.values():
+            for part in parts:
                 if (found := there.get(f"{manifest.name}/{part.key}", 0)) != part.nbytes:
                     where = f"{self.path(manifest.name)}/{part.key}"
                     raise CheckpointDamaged(f"{where} has {found:,} bytes instead of {part.nbytes:,}")
@@ -114,16 +115,17 @@ class RemoteSource:
             self._read(manifest, file, None)
 
     def read(self, manifest: Manifest, file: str) -> memoryview:
-        nbytes = manifest.files[file].nbytes
-        memory = memoryview(mmap.mmap(-1, max(1, nbytes)))[:nbytes]
+        memory = store.memory_for(f"{self.path(manifest.name)}/{file}", manifest.files[file].nbytes)
         self._read(manifest, file, memory)
         return memory
 
     def _read(self, manifest: Manifest, file: str, into: memoryview | None) -> None:
         """Read a file in pieces, several at a time: the store may be far away."""
+        if manifest.name not in self._plans:
+            self.check(manifest)
         calls = (
             functools.partial(self._get, manifest.name, part.key, begin, min(_READ_BYTES, part.nbytes - begin))
-            for part in self._parts(manifest, file)
+            for part in self._plans[manifest.name][file]
             for begin in range(0, part.nbytes, _READ_BYTES)
         )
         digest, done = xxhash.xxh3_128(), 0
@@ -136,15 +138,9 @@ class RemoteSource:
         if digest.hexdigest() != manifest.files[file].xxh3_128:
             raise CheckpointDamaged(f"{self.path(manifest.name)}/{file} holds other bytes than were written")
 
-    def _parts(self, manifest: Manifest, file: str) -> list[Part]:
-        name = manifest.name
-        if name not in self._part_bytes:
-            parts = decode_parts(self._get(name, PARTS_NAME), f"{self.path(name)}/{PARTS_NAME}")
-            self._part_bytes[name] = parts.part_bytes
-        return parts_of(file, manifest.files[file].nbytes, self._part_bytes[name])
-
     def _get(self, name: CheckpointName, key: str, *where: int) -> bytes:
-        data = self._objects.get(f"{name}/{key}", *where)
+        path = f"{name}/{key}"
+        data = self._objects.get_range(path, *where) if where else self._objects.get(path, store.NOTE_BYTES)
         if data is None:
             raise CheckpointDamaged(f"{self.path(name)}/{key} is missing")
         return data

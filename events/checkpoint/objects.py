@@ -24,6 +24,7 @@ import datetime
 import functools
 import os
 import re
+import stat
 import threading
 import urllib.parse
 import urllib.request
@@ -35,7 +36,8 @@ import msgspec
 
 from events.checkpoint import disk
 from events.checkpoint.problems import explain, lacks_container
-from events.errors import UploadError
+from events.errors import CheckpointDamaged, UploadError
+from events.safe_files import UnsafeFile, list_below, open_below, open_folder_below, read_below, unlink_below
 
 T = TypeVar("T")
 
@@ -152,23 +154,54 @@ class Objects:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object as a whole; on stable storage, where it is a file, when this returns."""
+        if self.folder is not None:
+            self._call("write", key, lambda: self._look(key))
         # One plain request. A multipart upload would be left behind, invisible and paid for, by a process that is
         # killed, and obstore can neither list nor abort those.
         self._call("write", key, lambda: _obstore().put(self._client(len(data)), key, data, use_multipart=False))
         if self.folder is not None:
             self._call("write", key, lambda: self._sync(key))
 
-    def get(self, key: str, begin: int = 0, nbytes: int | None = None) -> bytes | None:
-        """Read an object, or some of its bytes (at least one); None if there is none."""
+    def get(self, key: str, limit_bytes: int) -> bytes | None:
+        """Read an object; None if there is none.
+
+        Raises:
+            CheckpointDamaged: It has more than ``limit_bytes``; or it is a file, and not a regular one.
+        """
+
+        def read() -> bytes | int:
+            if self.folder is not None:
+                return read_below(self.folder, key, limit_bytes)
+            found = _obstore().get(self._client(0), key)
+            size: int = found.meta["size"]
+            return size if size > limit_bytes else bytes(found.bytes())
+
+        data = self._read(key, read)
+        if isinstance(data, int):
+            raise CheckpointDamaged(f"{self.url}/{key} has {data:,} bytes, more than {limit_bytes:,}")
+        return data
+
+    def get_range(self, key: str, begin: int, nbytes: int) -> bytes | None:
+        """Read some bytes of an object, at least one; None if there is none. Raises as `get` does."""
 
         def read() -> bytes:
-            if nbytes is None:
-                return bytes(_obstore().get(self._client(0), key).bytes())
-            return bytes(_obstore().get_range(self._client(nbytes), key, start=begin, length=nbytes))
+            if self.folder is None:
+                return bytes(_obstore().get_range(self._client(nbytes), key, start=begin, length=nbytes))
+            with open(open_below(self.folder, key), "rb") as file:
+                file.seek(begin)
+                return file.read(nbytes)
 
-        if self.folder is not None and not self.folder.is_dir():
-            return None
-        return self._call("read", key, read, may_lack=True)
+        return self._read(key, read)
+
+    def _read(self, key: str, read: Callable[[], T]) -> T | None:
+        if self.folder is None:
+            return self._call("read", key, read, may_lack=True)
+        try:
+            if not self.folder.is_dir():
+                return None
+            return self._call("read", key, read, may_lack=True, unsafe=True)
+        except UnsafeFile as error:
+            raise CheckpointDamaged(f"{self.url}/{key} cannot be read: {error.strerror}") from error
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """The bytes of all objects, or of those below a prefix that ends with a slash, by their keys."""
@@ -177,13 +210,45 @@ class Objects:
             pages = _obstore().list(self._client(0), below.rstrip("/") or None, chunk_size=1000)
             return {one["path"]: one["size"] for page in pages for one in page}
 
-        if self.folder is not None and not self.folder.is_dir():
-            return {}
+        if self.folder is not None:
+            if not self.folder.is_dir():
+                return {}
+            return self._call("list", below, functools.partial(self._files, below.rstrip("/")), may_lack=True) or {}
         return self._call("list", below, listed) or {}
+
+    def _files(self, below: str) -> dict[str, int]:
+        """The same where the objects are files: those that are ours, in no folder that is a link."""
+        assert self.folder is not None
+        found: dict[str, int] = {}
+        for entry in list_below(self.folder, below or "."):
+            key, status = f"{below}/{entry.name}" if below else entry.name, entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                if not _STAGED.fullmatch(entry.name):
+                    found[key] = status.st_size
+            elif stat.S_ISDIR(status.st_mode) and not below and _OURS.match(key):
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    found |= self._files(key)
+        return found
+
+    def _unlink(self, key: str) -> None:
+        assert self.folder is not None
+        unlink_below(self.folder, key)
+        if above := os.path.dirname(key):
+            with contextlib.suppress(OSError):  # it is not empty
+                os.rmdir(self.folder / above)
+
+    def _look(self, key: str) -> None:
+        """See that an object is put below no link. Raises `UnsafeFile`."""
+        assert self.folder is not None
+        with contextlib.suppress(FileNotFoundError), open_folder_below(self.folder, os.path.dirname(key) or "."):
+            pass
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
-        self._call("delete", key, lambda: _obstore().delete(self._client(0), key), may_lack=True)
+        if self.folder is not None:
+            self._call("delete", key, lambda: self._unlink(key), may_lack=True)
+        else:
+            self._call("delete", key, lambda: _obstore().delete(self._client(0), key), may_lack=True)
 
     def clear_staged(self) -> None:
         """Remove the traces of killed processes that no listing shows. Only while nobody is writing."""
@@ -204,13 +269,17 @@ class Objects:
 
     # -------------------------------------------------------------------------------------------- obstore
 
-    def _call(self, action: str, key: str, function: Callable[[], T], *, may_lack: bool = False) -> T | None:
-        """Make a call; None if it met no object, where that may be."""
+    def _call(
+        self, action: str, key: str, function: Callable[[], T], *, may_lack: bool = False, unsafe: bool = False
+    ) -> T | None:
+        """Make a call; None if it met no object, where that may be. `UnsafeFile` is raised as it is if ``unsafe``."""
         try:
             return function()
         except (OSError, ValueError, RuntimeError, _obstore().exceptions.BaseError) as error:
             if may_lack and isinstance(error, FileNotFoundError) and not lacks_container(error):
                 return None
+            if unsafe and isinstance(error, UnsafeFile):
+                raise
             problem = explain(error, action, f"{self.url}/{key}".rstrip("/"), self.address.scheme)
         # Not in the handler: obstore's error would come along as its context, with all that it quotes.
         raise problem

@@ -12,6 +12,7 @@ import os
 import re
 
 from events.errors import UploadError
+from events.safe_files import UnsafeFile
 
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
@@ -87,6 +88,8 @@ def explain(error: BaseException, action: str, url: str, scheme: str) -> UploadE
 
 def _cause(error: BaseException, scheme: str) -> tuple[str, str]:
     text = str(error)
+    if isinstance(error, UnsafeFile):
+        return str(error.strerror), f"remove {error.filename}"
     if scheme == "file":
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (match := _ERRNO.search(text)) is not None:

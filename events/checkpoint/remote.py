@@ -10,7 +10,7 @@ import functools
 import io
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 import xxhash
@@ -25,7 +25,14 @@ from events.checkpoint.lineage import (
     is_attempt_name,
     line_of,
 )
-from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest, decode_manifest, encode_manifest
+from events.checkpoint.manifest import (
+    MANIFEST_BYTES,
+    MANIFEST_NAME,
+    CheckpointName,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.parallel import in_order
 from events.checkpoint.remote_layout import (
@@ -36,13 +43,17 @@ from events.checkpoint.remote_layout import (
     encode_parts,
     folders_of,
     parts_for,
-    parts_of,
+    plan_of,
     visible,
 )
-from events.checkpoint.store import CheckpointStore, Upload, check_file, verify
+from events.checkpoint.store import NOTE_BYTES, CheckpointStore, Upload, check_file, check_size, open_file, verify
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, UploadError
 
 _THREAD = "stagecast-upload"
+_MOST_PARTS = 10**6
+"""Maximum objects per checkpoint."""
+LOST = 1_000
+"""Objects that may be lost of a checkpoint for the first of them to be named."""
 _READ_BYTES = 16 * 2**20
 """How much of an object is read at once."""
 
@@ -87,7 +98,7 @@ class RemoteStore:
             CheckpointDamaged: The manifest is not as it was written.
             CheckpointTooNew: A later version wrote it.
         """
-        data = self._objects.get(f"{name}/{MANIFEST_NAME}")
+        data = self._objects.get(f"{name}/{MANIFEST_NAME}", MANIFEST_BYTES)
         if data is None:
             raise CheckpointNotFound(f"there is no checkpoint {self.url_of(name)}")
         manifest = decode_manifest(data, f"{self.url_of(name)}/{MANIFEST_NAME}")
@@ -114,9 +125,9 @@ class RemoteStore:
         """What each attempt started from, as far as it was noted."""
         return self._attempts(self._objects.sizes())
 
-    def _attempts(self, sizes: Iterable[str]) -> dict[int, Attempt]:
-        keys = [key for key in sizes if is_attempt_name(key)]
-        reads = (functools.partial(self._objects.get, key) for key in keys)
+    def _attempts(self, sizes: Mapping[str, int]) -> dict[int, Attempt]:
+        keys = [key for key, size in sizes.items() if is_attempt_name(key) and size <= NOTE_BYTES]
+        reads = (functools.partial(self._objects.get, key, NOTE_BYTES) for key in keys)
         with contextlib.closing(in_order(reads, self._limits.parallel, _THREAD)) as found:
             decoded = [decode_attempt(key, data) for key, data in zip(keys, found, strict=True) if data is not None]
         return {attempt.attempt: attempt for attempt in decoded if attempt is not None}
@@ -146,12 +157,12 @@ class RemoteStore:
         noted = self._parts(name)
         if noted != parts_for(manifest, noted.part_bytes):
             raise CheckpointDamaged(f"{self.url_of(name)}/{PARTS_NAME} is that of another checkpoint")
-        part_bytes = noted.part_bytes
         into.mkdir(parents=True, exist_ok=True)
+        plan = self._whole(manifest, noted.part_bytes)
         folder = store.begin(name)
         try:
             for file, entry in manifest.files.items():
-                parts = parts_of(file, entry.nbytes, part_bytes)
+                parts = plan[file]
                 with contextlib.closing(self._read(name, parts)) as data:
                     found = disk.write_parts(folder / file, data)
                 check_file(folder / file, entry.nbytes, entry.xxh3_128, *found)
@@ -172,22 +183,42 @@ class RemoteStore:
         for attempt in self.attempts().values():
             disk.replace_file(into / attempt_name(attempt.attempt), [encode_attempt(attempt)])
 
+    def _whole(self, manifest: Manifest, part_bytes: int) -> dict[str, list[Part]]:
+        """What a checkpoint consists of, if all of that is there, in the right sizes: before the disk is filled.
+
+        Raises:
+            CheckpointDamaged, CheckpointNotFound: It is not.
+        """
+        name = manifest.name
+        sizes = self._objects.sizes(f"{name}/")
+        plan = plan_of(manifest, part_bytes, len(sizes) + LOST)
+        for parts in plan.values():
+            for part in parts:
+                found = sizes.get(f"{name}/{part.key}")
+                if found is None:
+                    raise self._lost(name, part.key)
+                if found != part.nbytes:
+                    where = f"{self.url_of(name)}/{part.key}"
+                    raise CheckpointDamaged(f"{where} has {found:,} bytes instead of {part.nbytes:,}")
+        return plan
+
     def _parts(self, name: CheckpointName) -> Parts:
-        data = self._objects.get(f"{name}/{PARTS_NAME}")
+        data = self._objects.get(f"{name}/{PARTS_NAME}", NOTE_BYTES)
         if data is None:
             raise self._lost(name, PARTS_NAME)
         return decode_parts(data, f"{self.url_of(name)}/{PARTS_NAME}")
 
     def _read(self, name: CheckpointName, parts: list[Part]) -> Generator[bytes]:
         """The bytes of a file, in pieces."""
-        pieces = [
-            (part, begin, min(_READ_BYTES, part.nbytes - begin))
-            for part in parts
-            for begin in range(0, part.nbytes, _READ_BYTES)
-        ]
-        reads = (functools.partial(self._objects.get, f"{name}/{part.key}", *where) for part, *where in pieces)
+
+        def pieces() -> Iterator[tuple[Part, int, int]]:
+            for part in parts:
+                for begin in range(0, part.nbytes, _READ_BYTES):
+                    yield part, begin, min(_READ_BYTES, part.nbytes - begin)
+
+        reads = (functools.partial(self._objects.get_range, f"{name}/{part.key}", *at) for part, *at in pieces())
         with contextlib.closing(in_order(reads, self._limits.parallel, _THREAD)) as found:
-            for (part, begin, nbytes), data in zip(pieces, found, strict=True):
+            for (part, begin, nbytes), data in zip(pieces(), found, strict=True):
                 if data is None:
                     raise self._lost(name, part.key)
                 if len(data) != nbytes:
@@ -197,7 +228,7 @@ class RemoteStore:
 
     def _lost(self, name: CheckpointName, key: str) -> CheckpointNotFound | CheckpointDamaged:
         """What to raise where an object is missing of a checkpoint that was visible just now."""
-        if self._objects.get(f"{name}/{MANIFEST_NAME}") is None:  # it goes first
+        if self._objects.get(f"{name}/{MANIFEST_NAME}", MANIFEST_BYTES) is None:  # it goes first
             return CheckpointNotFound(f"the checkpoint {self.url_of(name)} was removed while it was read")
         return CheckpointDamaged(f"{self.url_of(name)}/{key} is missing")
 
@@ -232,10 +263,12 @@ class RemoteStore:
         name = manifest.name
         if self._is_there(name, manifest):
             return True
-        plan = _plan(manifest, part_bytes)
+        plan = plan_of(manifest, part_bytes, _MOST_PARTS)
         keys = [part.key for parts in plan.values() for part in parts]
         if len({*keys, PARTS_NAME, MANIFEST_NAME}) != len(keys) + 2:
             raise UploadError(f"{folder} has files whose parts would be called as other files are: {', '.join(plan)}")
+        for file, entry in manifest.files.items():
+            check_size(folder, file, entry)
         there = self._begin(name, manifest, part_bytes)
         puts = self._puts(folder, manifest, plan, there, cancelled)
         done = 0
@@ -255,7 +288,8 @@ class RemoteStore:
         """Whether a checkpoint is whole in the store already. If it is there but is not whole, it disappears."""
         try:
             found = self.manifest(name)
-            if found == manifest and not self._missing(name, _plan(manifest, self._parts(name).part_bytes)):
+            if found == manifest:
+                self._whole(manifest, self._parts(name).part_bytes)
                 return True
         except CheckpointNotFound:
             return False
@@ -300,7 +334,7 @@ class RemoteStore:
         """The calls that put the parts which are not there; each returns how many bytes then are."""
         for file, entry in manifest.files.items():
             digest = xxhash.xxh3_128()
-            with open(folder / file, "rb", buffering=0) as source:
+            with open_file(folder, file) as source:
                 for part in plan[file]:
                     if cancelled():
                         return
@@ -361,10 +395,6 @@ class RemoteStore:
         deletes = (functools.partial(self._objects.delete, key) for key in list(keys))
         for _ in in_order(deletes, self._limits.parallel, _THREAD):
             pass
-
-
-def _plan(manifest: Manifest, part_bytes: int) -> dict[str, list[Part]]:
-    return {file: parts_of(file, entry.nbytes, part_bytes) for file, entry in manifest.files.items()}
 
 
 def _read_exactly(source: io.FileIO, nbytes: int) -> bytes:

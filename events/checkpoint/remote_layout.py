@@ -74,6 +74,22 @@ def decode_parts(data: bytes, where: str) -> Parts:
     return parts
 
 
+def plan_of(manifest: Manifest, part_bytes: int, most: int) -> dict[str, list[Part]]:
+    """The objects that each file of a checkpoint consists of.
+
+    Args:
+        most: Maximum objects. Somebody else may have written the manifest and ``parts.json``: a list of all parts that
+            they claim would fill the memory.
+
+    Raises:
+        CheckpointDamaged: It consists of more.
+    """
+    count = sum(max(1, -(-entry.nbytes // part_bytes)) for entry in manifest.files.values())
+    if count > most:
+        raise CheckpointDamaged(f"{manifest.name} would consist of {count:,} objects, and {most:,} are there at most")
+    return {file: parts_of(file, entry.nbytes, part_bytes) for file, entry in manifest.files.items()}
+
+
 def parts_of(file: str, nbytes: int, part_bytes: int) -> list[Part]:
     """The objects that a file consists of, in order."""
     if nbytes <= part_bytes:

@@ -61,7 +61,7 @@ WEIGHTS_NAME = "weights.safetensors"
 """The module's weights alone, in the run's folder."""
 _UPLOADED_NAME = "uploaded"
 _CHUNK = 32 * 2**20
-_NOTE_BYTES = 65_536
+NOTE_BYTES = 65_536
 """Maximum bytes per note: of an attempt, of an upload."""
 _LAST_SEQ = 2**53
 """No run comes so far: a greater number is damage, or malice, and is not counted on from."""
@@ -163,7 +163,7 @@ class CheckpointStore:
         for entry in self._entries():
             if is_attempt_name(entry):
                 try:
-                    notes[entry] = decode_attempt(entry, read_below(self._root, self._within + entry, _NOTE_BYTES))
+                    notes[entry] = decode_attempt(entry, read_below(self._root, self._within + entry, NOTE_BYTES))
                 except OSError:
                     notes[entry] = None
         return notes
@@ -296,7 +296,7 @@ class CheckpointStore:
     def upload_of(self, name: CheckpointName) -> Upload | None:
         """Where a checkpoint was uploaded to; None if it was not, as far as this folder knows."""
         try:
-            data = read_below(self._root, f"{self._within}{name}/{_UPLOADED_NAME}", _NOTE_BYTES)
+            data = read_below(self._root, f"{self._within}{name}/{_UPLOADED_NAME}", NOTE_BYTES)
             return msgspec.json.decode(data, type=Upload)
         except (OSError, ValueError, RecursionError):
             return None
@@ -370,7 +370,7 @@ def read_file(folder: Path, name: str, entry: FileEntry) -> memoryview:
     """
     path = folder / name
     with _opened(folder, name, entry) as file:
-        memory = _memory_for(path, entry.nbytes)
+        memory = memory_for(path, entry.nbytes)
         digest = xxhash.xxh3_128()
         done = 0
         while done < entry.nbytes and (count := file.readinto(memory[done : done + _CHUNK])):
@@ -394,7 +394,7 @@ def read_weights(path: Path) -> memoryview:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointDamaged(f"{path} is not a regular file")
-        memory = _memory_for(path, found.st_size)
+        memory = memory_for(path, found.st_size)
         done = 0
         while done < len(memory) and (count := file.readinto(memory[done : done + _CHUNK])):
             done += count
@@ -403,19 +403,25 @@ def read_weights(path: Path) -> memoryview:
     return memory
 
 
-def _memory_for(path: Path, nbytes: int) -> memoryview:
+def memory_for(path: Path | str, nbytes: int) -> memoryview:
+    """Page-aligned memory for a file. Raises `CheckpointDamaged` if it has more bytes than this machine has memory."""
     if nbytes > _MEMORY_BYTES:
         raise CheckpointDamaged(f"{path} has {nbytes:,} bytes, more than the memory of this machine")
     return memoryview(mmap.mmap(-1, max(1, nbytes)))[:nbytes]
 
 
+def open_file(folder: Path, name: str) -> io.FileIO:
+    """Open a regular file of a checkpoint, following no link. Raises `UnsafeFile` and other `OSError`."""
+    root, within = _checkpoint_root_of(folder)
+    return open(open_below(root, within + name), "rb", buffering=0)
+
+
 @contextlib.contextmanager
 def _opened(folder: Path, name: str, entry: FileEntry) -> Iterator[io.FileIO]:
     """A file of a checkpoint, opened if it is a regular one of the size in the manifest."""
-    root, within = _checkpoint_root_of(folder)
     path = folder / name
     try:
-        with open(open_below(root, within + name), "rb", buffering=0) as file:
+        with open_file(folder, name) as file:
             size = os.fstat(file.fileno()).st_size
             check_file(path, entry.nbytes, "", size, "")  # before so much is read, or memory is asked for
             yield file

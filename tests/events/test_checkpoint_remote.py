@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from events.checkpoint import disk, parallel
@@ -26,9 +27,10 @@ from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metr
 from events.checkpoint.objects import Limits, Objects, parse_url, run_url
 from events.checkpoint.parallel import in_order
 from events.checkpoint.remote import RemoteStore
-from events.checkpoint.remote_layout import PARTS_NAME, parts_of
+from events.checkpoint.remote_layout import PARTS_NAME, encode_parts, parts_for, parts_of
 from events.checkpoint.store import CheckpointStore, read_manifest, verify
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, UploadError
+from trainer.cli_sources import RemoteSource
 
 ROOT = Path(__file__).parents[2]
 PART = 1_000
@@ -777,3 +779,85 @@ def test_without_threads_calls_are_made_by_the_caller(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(parallel.threading.Thread, "start", no_more)
     assert list(in_order((lambda number=number: number for number in range(5)), 3, "test")) == list(range(5))
+
+
+# ---------------------------------------------------------------------------------------- what somebody else wrote
+
+
+def rewrite(place: Path, manifest: Manifest, part_bytes: int) -> None:
+    """Put a manifest, and parts that go with it, in place of a checkpoint's own."""
+    folder = place / str(manifest.name)
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    (folder / "parts.json").write_bytes(encode_parts(parts_for(manifest, part_bytes)))
+
+
+@pytest.mark.parametrize("part_bytes", [1, 2**20, 2**62])
+def test_a_manifest_that_claims_more_than_is_there_is_damaged_at_once(tmp_path: Path, part_bytes: int) -> None:
+    """Neither its parts are listed nor its bytes asked for: they would fill the memory and the disk."""
+    manifest = make(tmp_path / "local", 5)
+    remote = RemoteStore((tmp_path / "store").as_uri())
+    put(remote, tmp_path / "local", manifest)
+    huge = {name: msgspec.structs.replace(entry, nbytes=2**61) for name, entry in manifest.files.items()}
+    rewrite(tmp_path / "store", msgspec.structs.replace(manifest, files=huge), part_bytes)
+    with pytest.raises(CheckpointDamaged):
+        remote.download(manifest.name, tmp_path / "into")
+    assert not any((tmp_path / "into").iterdir())
+    source = RemoteSource((tmp_path / "store").as_uri())
+    for read in (source.check, source.verify):
+        with pytest.raises(CheckpointDamaged):
+            read(source.manifest(manifest.name))
+    with pytest.raises(CheckpointDamaged):
+        source.read(source.manifest(manifest.name), next(iter(huge)))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and FIFOs are POSIX")
+@pytest.mark.parametrize("kind", ["link", "FIFO", "folder", "sparse"])
+@pytest.mark.parametrize("file", ["manifest.json", "parts.json", "state.bin"])
+def test_an_object_that_is_not_a_small_regular_file_is_damage(tmp_path: Path, file: str, kind: str) -> None:
+    """It is neither waited for, nor followed, nor read into memory; the checkpoint beside it is downloaded."""
+    older, manifest = make(tmp_path / "local", 5), make(tmp_path / "local", 6)
+    remote = RemoteStore((tmp_path / "store").as_uri())
+    put(remote, tmp_path / "local", older)
+    put(remote, tmp_path / "local", manifest)
+    path = tmp_path / "store" / str(manifest.name) / file
+    secret = tmp_path / "secret"
+    path.rename(secret)
+    if kind == "link":
+        path.symlink_to(secret)
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with open(path, "wb") as sparse:
+            sparse.truncate(40 * 2**30)
+    with pytest.raises((CheckpointDamaged, CheckpointNotFound)):
+        remote.download(manifest.name, tmp_path / "into")
+    verify(remote.download(older.name, tmp_path / "into"), older)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links are POSIX")
+def test_a_folder_of_objects_that_is_a_link_is_neither_written_nor_emptied(tmp_path: Path) -> None:
+    """The error names it."""
+    manifest = make(tmp_path / "local", 5)
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "manifest.json").write_bytes(b"mine")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / str(manifest.name)).symlink_to(private)
+    remote = RemoteStore((tmp_path / "store").as_uri())
+    for act in (lambda: put(remote, tmp_path / "local", manifest), lambda: remote.remove(manifest.name)):
+        with pytest.raises((UploadError, CheckpointDamaged), match="symbolic link"):
+            act()
+    remote.reap()
+    assert remote.names() == []
+    assert {path.name: path.read_bytes() for path in private.iterdir()} == {"manifest.json": b"mine"}
+
+
+def test_a_local_checkpoint_that_claims_more_than_it_has_is_not_planned(tmp_path: Path) -> None:
+    """Its parts would fill the memory."""
+    manifest = make(tmp_path / "local", 5)
+    huge = {name: msgspec.structs.replace(entry, nbytes=2**61) for name, entry in manifest.files.items()}
+    remote = RemoteStore((tmp_path / "store").as_uri())
+    with pytest.raises(CheckpointDamaged, match="would consist of"):
+        put(remote, tmp_path / "local", msgspec.structs.replace(manifest, files=huge))

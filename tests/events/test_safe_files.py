@@ -46,6 +46,29 @@ def test_a_regular_file_is_read_whole(root: Path) -> None:
     os.close(fd)
 
 
+def test_an_entry_that_is_removed_while_a_folder_is_listed_is_not_in_the_list(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked later, it would look for its name by a descriptor that is another folder's by then."""
+    (root / "sub" / "gone").write_text("")
+    scan = os.scandir
+
+    class Scan:
+        def __init__(self, folder: int) -> None:
+            self._entries = scan(folder)
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            entries = list(self._entries)
+            (root / "sub" / "gone").unlink()
+            return entries
+
+        def __exit__(self, *exc_info: object) -> None:
+            self._entries.close()
+
+    monkeypatch.setattr("events.safe_files.os.scandir", Scan)
+    assert [entry.name for entry in list_below(root, "sub")] == ["file"]
+
+
 @pytest.mark.parametrize("place", ["last", "parent", "dangling"])
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, os.O_RDWR | os.O_APPEND])
 def test_no_link_is_followed(root: Path, place: str, flags: int) -> None:
