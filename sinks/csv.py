@@ -38,6 +38,9 @@ _HEADER = (",".join(COLUMNS) + "\n").encode()
 _TEXT = rb'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'
 _BEGIN = re.compile(rb'"|[^",\r\n]*,\d+,\d+,')
 """How a row of any run begins: a line that does not is the rest of a name."""
+_FORMULA = re.compile("^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?=[-=+@\uff1d\uff0b\uff0d\uff20])")
+"""Where a text begins that a spreadsheet may take for a formula: a cell, also where a semicolon, a tab or a line
+break separates cells. The last four are the wide forms of the first."""
 _ROW = re.compile(rb'(%b),"?(\d+)"?,"?(\d+)"?,"?([-+.\deE]+)"?,[^,]*,[^,]*,[^,]*,%b,[^,]*\n' % (_TEXT, _TEXT))
 """All columns; another program may have put each between quotes."""
 
@@ -50,7 +53,9 @@ class CSV(Strict, frozen=True):
         table[table.name == "val_loss"].plot(x="global_step", y="value")
 
     Its columns are ``run_id, attempt, seq, time, global_step, epoch, stage, name, value``; ``time`` is in Unix seconds,
-    ``stage`` is empty outside of any. NaN and infinities are ``nan``, ``inf`` and ``-inf``. An attempt that continues
+    ``stage`` is empty outside of any. NaN and infinities are ``nan``, ``inf`` and ``-inf``. A name that a spreadsheet
+    would take for a formula (it begins with ``=``, ``+``, ``-``, ``@``, a tab or a line break) has a ``'`` before it;
+    numbers have none. An attempt that continues
     the run continues the table. No row is in it twice, and none in part: what a process that was killed has left of one
     is cut away. Steps that a later attempt has done again are there once for each ``attempt``. One run at a time writes
     to a file; several, one after the other, may. One that begins anew under the same name is added, with a warning.
@@ -146,14 +151,16 @@ def _quoted(text: str) -> str:
     """A field as `csv` writes it. Cached: there are few names, and millions of rows.
 
     A carriage return is quoted, too, which `csv` does in newer Pythons only: readers take a bare one for a row's end.
+    So are a semicolon and a tab, which separate fields for some spreadsheets.
     """
-    if any(char in text for char in ',"\r\n'):
+    text = _FORMULA.sub("'", text)
+    if any(char in text for char in ',;"\t\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text
 
 
 def _rows(lines: Iterable[bytes], run_id: str, path: str) -> Rows:
-    whose = run_id.encode("utf-8", "backslashreplace")
+    whose = _FORMULA.sub("'", run_id).encode("utf-8", "backslashreplace")
     end = begin = 0
     row: list[bytes] = []  # the lines of a row so far, which goes on while a quote is open
     is_open = False

@@ -11,7 +11,6 @@ import argparse
 import io
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ from typing import Any
 
 from events.checkpoint.manifest import CheckpointName
 from events.errors import StagecastError
+from trainer.cli_text import complain, say, show_exception
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of metrics and folders may be in any script
+    sys.excepthook = show_exception
     try:
         code: int = options.run(options)
         if (flush := getattr(sys.stdout, "flush", None)) is not None:  # pythonw has no stdout
@@ -46,15 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt as error:
         if not hasattr(error, "result"):  # of a `RunInterrupted`, which the command has printed
-            print("stagecast: ended at once", file=sys.stderr)
+            complain("stagecast: ended at once")
         return 130
     except BrokenPipeError:  # whoever read it (`head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would say so at its end
         return 1
     except (StagecastError, OSError) as error:
-        from sinks.format import plain_text
-
-        print(f"stagecast {options.command}: error: {plain_text(str(error), 2_000)}", file=sys.stderr)
+        complain(f"stagecast {options.command}: error: {error}")
         return 1
 
 
@@ -286,11 +285,11 @@ def _demo(options: argparse.Namespace) -> int:
         except (RunInterrupted, RunTerminated) as error:
             stop, result = error, error.result
         print(f"\nAfter {result.global_step} steps it writes:\n", flush=True)
-        print(textwrap.indent(module.write("def ", 400).rstrip(), "    | ", lambda _: True))
+        say(*(f"    | {line}" for line in module.write("def ", 400).expandtabs().rstrip().split("\n")))
         ledger = format_ledger(result.ledger)
-        print(f"\nWhere the loop's time went:\n\n{ledger}\n\nRun folder: {result.run_dir}", flush=True)
+        say("", "Where the loop's time went:", "", *ledger.split("\n"), "", f"Run folder: {result.run_dir}")
     except ArgumentsError as error:
-        print(f"stagecast demo: error: {error}", file=sys.stderr)
+        complain(*f"stagecast demo: error: {error}".split("\n"))
         return 2
     if stop is not None:
         raise stop
@@ -304,7 +303,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         cli_train.train(options.file, options.overrides, only_check=options.check)
     except ArgumentsError as error:
-        print(f"stagecast train: error: {error}", file=sys.stderr)
+        complain(*f"stagecast train: error: {error}".split("\n"))
         return 2
     return 0
 

@@ -15,6 +15,7 @@ import msgspec
 from events.checkpoint.manifest import CheckpointName, Manifest, Metric
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
 from trainer.cli_sources import Source, chosen, open_source, plain, problem
+from trainer.cli_text import say
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +53,7 @@ def show(path: str, *, as_json: bool) -> int:
     elif rows:
         _print_table(rows)
     else:
-        print(f"no checkpoints in {plain(path)}")
+        say(f"no checkpoints in {plain(path)}")
     return 0
 
 
@@ -63,7 +64,7 @@ def verify(path: str, names: list[CheckpointName]) -> int:
     source = open_source(path)
     wanted = chosen(source, names)
     if not wanted:
-        print(f"no checkpoints in {plain(path)}")
+        say(f"no checkpoints in {plain(path)}")
     code = 0
     for name in wanted:
         began = time.perf_counter()
@@ -75,7 +76,7 @@ def verify(path: str, names: list[CheckpointName]) -> int:
                 verdict = f"whole  {format_bytes(manifest.nbytes)} in {format_duration(time.perf_counter() - began)}"
         except CheckpointNotFound:
             verdict = "deleted meanwhile"
-        print(f"{name!s:{max(len(str(one)) for one in wanted)}}  {verdict}", flush=True)
+        say(f"{name!s:{max(len(str(one)) for one in wanted)}}  {verdict}")
     return code
 
 

@@ -15,7 +15,8 @@ from events.checkpoint import disk
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName
 from events.checkpoint.tensor_file import TensorInfo, lay_out, read_layout
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
-from trainer.cli_sources import Source, chosen, open_source, plain, problem, say
+from trainer.cli_sources import Source, chosen, note, open_source, plain, problem
+from trainer.cli_text import say
 
 # Marks in the state, of the table in `events.checkpoint.packing`: of what holds further values, and of a tensor.
 _TUPLE, _PAIRS, _ORDERED_PAIRS, _TENSOR = 1, 10, 11, 60
@@ -44,14 +45,14 @@ def export(path: str, out: Path, name: CheckpointName | None, *, force: bool) ->
         except (CheckpointDamaged, CheckpointNotFound) as error:
             if wanted is not None:
                 raise
-            say(f"{one} is damaged and passed over: {problem(source, one, error)}")
+            note(f"{one} is damaged and passed over: {problem(source, one, error)}")
     else:
         raise CheckpointNotFound(f"{path} has no whole checkpoint that its run would go on from: name one with --name")
     if module.left_out:
-        say(f"left out, being no tensors: {plain(', '.join(module.left_out))}")
+        note(f"left out, being no tensors: {plain(', '.join(module.left_out))}")
     nbytes = _write(out, module, force)
     count = len(module.tensors)
-    print(f"{plain(out)}  {count} tensor{'s' * (count != 1)} of {one}  {format_bytes(nbytes)}")
+    say(f"{plain(out)}  {count} tensor{'s' * (count != 1)} of {one}  {format_bytes(nbytes)}")
     return 0
 
 

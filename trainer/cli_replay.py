@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from events.journal_reader import SkippedLine
 from events.messages import Event, ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
 from events.sink import Sink
+from trainer.cli_text import complain, say
 from trainer.config import UNREADABLE, parse_yaml
 
 _SHOWN = 5
@@ -30,13 +30,12 @@ def replay(run_dir: Path, to: Sequence[Sequence[str]], since: int) -> int:
     Raises:
         RunFolderError: there is no journal.
     """
-    from sinks.format import plain_text
     from sinks.replay import replay as feed
 
     try:
         sinks = [_sink(name, options) for name, *options in to]
     except SinkMisconfigured as error:
-        print(f"stagecast replay: error: {plain_text(str(error), 2_000)}", file=sys.stderr)
+        complain(f"stagecast replay: error: {error}")
         return 2
 
     skipped: list[SkippedLine] = []
@@ -48,8 +47,8 @@ def replay(run_dir: Path, to: Sequence[Sequence[str]], since: int) -> int:
     _tell_of(skipped)
     for report in reports:
         left = f", {report.left:,} not" if report.left else ""
-        state = f" ({report.state}: {plain_text(report.error or '')})" if report.state != "closed" else ""
-        print(f"{report.observer}: {report.delivered:,} events delivered{left}{state}")
+        state = f" ({report.state}: {report.error})" if report.state != "closed" else ""
+        say(f"{report.observer}: {report.delivered:,} events delivered{left}{state}")
     whole = all(line.torn for line in skipped)  # what a crash has torn was never an event
     return 0 if whole and all(report.state == "closed" and not report.left for report in reports) else 1
 
@@ -82,15 +81,15 @@ def _tell_of(skipped: Sequence[SkippedLine]) -> None:
     """Say which lines of the journal nobody got: the first few, and how many there are."""
     for line in skipped[:_SHOWN]:
         what = "torn when the process of the run died" if line.torn else f"no event, and was left out: {line.reason}"
-        print(f"{line.path}, line {line.line}: {what}", file=sys.stderr)
+        complain(f"{line.path}, line {line.line}: {what}")
     if len(skipped) > _SHOWN:
-        print(f"... and {len(skipped) - _SHOWN:,} lines more", file=sys.stderr)
+        complain(f"... and {len(skipped) - _SHOWN:,} lines more")
 
 
 def _tell(event: Event) -> None:
-    from sinks.format import format_duration, plain_text
+    from sinks.format import format_duration
 
     if isinstance(event, ObserverFailed):
-        print(f"{event.observer} failed in {event.during} ({event.action}): {plain_text(event.error)}", file=sys.stderr)
+        complain(f"{event.observer} failed in {event.during} ({event.action}): {event.error}")
     elif isinstance(event, ObserverRecovered):
-        print(f"{event.observer} recovered after {format_duration(event.outage_s)}", file=sys.stderr)
+        complain(f"{event.observer} recovered after {format_duration(event.outage_s)}")

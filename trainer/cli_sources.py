@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 from pathlib import Path
 
 import xxhash
@@ -19,6 +18,8 @@ from events.checkpoint.remote import LOST, RemoteStore
 from events.checkpoint.remote_layout import PARTS_NAME, Part, decode_parts, plan_of
 from events.errors import CheckpointDamaged, CheckpointNotFound
 from events.folder import LOCK_NAME
+from events.text import plain_text
+from trainer.cli_text import complain
 
 _READ_BYTES = 16 * 2**20
 
@@ -168,10 +169,8 @@ def problem(source: Source, name: CheckpointName, error: object) -> str:
 
 
 def plain(text: object) -> str:
-    from sinks.format import plain_text
-
     return plain_text(str(text), 2_000)
 
 
-def say(text: str) -> None:
-    print(f"stagecast checkpoints: {text}", file=sys.stderr)
+def note(text: str) -> None:
+    complain(f"stagecast checkpoints: {text}")

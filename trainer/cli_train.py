@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import textwrap
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from events.field_docs import field_docs
 from events.journal import Journal
 from events.protocol import RunResult
 from trainer.arguments import TrainerArguments
+from trainer.cli_text import say, show_exception
 from trainer.config import describe_type
 from trainer.errors import RunInterrupted, RunTerminated
 from trainer.run_config import Prepared, RunConfig, load_run_config, prepare
@@ -61,15 +61,15 @@ def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult
         from trainer.trainer import check_resume
 
         check_resume(prepared.trainer)
-        print(_summary(path, prepared))
+        say(*_summary(path, prepared))
         return None
     try:
         result = prepared.trainer.train()
     except (RunInterrupted, RunTerminated) as stop:
         _print_result(stop.result)
         raise
-    except OSError:  # of the user's own code, most likely: a sentence would not say where
-        traceback.print_exc()
+    except OSError as error:  # of the user's own code, most likely: a sentence would not say where
+        show_exception(type(error), error, error.__traceback__)
         sys.exit(1)
     _print_result(result)
     return result
@@ -77,15 +77,15 @@ def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult
 
 def _print_result(result: RunResult) -> None:
     reason = f" ({result.reason})" if result.reason else ""
-    print(f"{result.status} after {result.global_step} steps{reason}")
+    say(f"{result.status} after {result.global_step} steps{reason}")
     for name, place in (("run folder", result.run_dir), ("checkpoint", result.checkpoint)):
         if place is not None:
-            print(f"{name}: {place}")
+            say(f"{name}: {place}")
     if result.best_checkpoint is not None:
-        print(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
+        say(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
 
 
-def _summary(path: str, prepared: Prepared) -> str:
+def _summary(path: str, prepared: Prepared) -> list[str]:
     module, config = prepared.trainer.module, prepared.config
     weights = sum(parameter.numel() for parameter in module.parameters())
     sinks = ["console"] if config.sinks is None else [one["sink"] for one in config.sinks]
@@ -99,7 +99,7 @@ def _summary(path: str, prepared: Prepared) -> str:
     ]
     if warning := config.arguments.batch_size_warning():
         lines.append(f"warning:    {warning}")
-    return "\n".join(lines)
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------ the help

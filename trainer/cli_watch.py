@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 from events.errors import RunFolderError, SinkMisconfigured
 from events.sink import require
+from trainer.cli_text import complain, say
 
 
 def watch(folder: Path, host: str, port: int, *, commands: bool, origins: list[str], has_token: bool = True) -> int:
@@ -30,7 +30,7 @@ def watch(folder: Path, host: str, port: int, *, commands: bool, origins: list[s
         token = access.choose_token(None if has_token else False, host)
         listening = live.bind(host, port)
     except SinkMisconfigured as error:
-        print(f"stagecast watch: error: {error}", file=sys.stderr)
+        complain(f"stagecast watch: error: {error}")
         return 2
     runs: Any = importlib.import_module("sinks.live.runs")
     server = live.Server(runs.RunsOfFolder(folder), listening, host, token=token, commands=commands, origins=origins)
@@ -38,6 +38,6 @@ def watch(folder: Path, host: str, port: int, *, commands: bool, origins: list[s
     may = (
         "may watch the runs, stop them and pause them" if commands else "may watch the runs (--commands: and stop them)"
     )
-    print(f"{folder} can be watched at {server.link}\n{who} {may}. Ctrl-C ends the server, not the runs.", flush=True)
+    say(f"{folder} can be watched at {server.link}", f"{who} {may}. Ctrl-C ends the server, not the runs.")
     server.run()
     return 0

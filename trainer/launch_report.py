@@ -11,6 +11,7 @@ from typing import Any
 from events.journal_reader import last_events
 from events.messages import Event
 from events.safe_files import open_below
+from events.text import plain_text
 from trainer.errors import LaunchedRunCrashed, LaunchedRunFailed, add_note
 from trainer.launched import Failed, Ready
 
@@ -81,7 +82,7 @@ def _shown(tail: str) -> str:
         if line.startswith("Current thread"):
             fatal = [one for one in lines[:number] if one.startswith("Fatal Python error")]
             chosen = [*fatal[-1:], *lines[number : number + _SHOWN_LINES]]
-    return "\n".join(f"    {line:.200}" for line in chosen) or "    (nothing)"
+    return "\n".join(f"    {plain_text(line, 200)}" for line in chosen) or "    (nothing)"
 
 
 def _events(ready: Ready | None) -> list[Event]:

@@ -149,7 +149,7 @@ def test_a_large_table_is_continued_as_exactly(name: str, story: Any, tmp_path: 
     assert told(path) == rows(events)
 
 
-@pytest.mark.parametrize("name", ["metric", 'a\n,"', "\n\n"])
+@pytest.mark.parametrize("name", ["metric", 'a\n,"', "a\n\nb"])
 def test_one_event_may_have_more_rows_than_are_looked_at_first(name: str, story: Any, tmp_path: Path) -> None:
     """How many of them are there is still known."""
     path = tmp_path / "metrics.csv"
@@ -161,7 +161,7 @@ def test_one_event_may_have_more_rows_than_are_looked_at_first(name: str, story:
     assert told(path) == rows(events)
 
 
-@pytest.mark.parametrize("name", ["n" * 200_000, ',"' * 100_000, "\n" * 200_000, "demo,9,9," * 20_000])
+@pytest.mark.parametrize("name", ["n" * 200_000, ',"' * 100_000, "a" + "\n" * 200_000, "demo,9,9," * 20_000])
 def test_a_name_of_any_length_is_read_again(name: str, story: Any, tmp_path: Path) -> None:
     """`csv` refuses it, unless it is told not to for the whole process; that is the reader's to do."""
     path = tmp_path / "metrics.csv"
@@ -246,6 +246,43 @@ def test_numbers_and_names_come_back_as_they_were(story: Any, tmp_path: Path) ->
     events = [story(MetricsLogged, metrics=dict(zip(NAMES, values, strict=True)))]
     write_all(path, events)
     assert told(path) == rows(events)
+
+
+def test_no_text_is_a_formula_and_every_number_is_a_number(story: Any, tmp_path: Path) -> None:
+    """A spreadsheet that opens the table computes nothing; a run of such a name is continued."""
+    names = [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "\uff1d1",
+        "a;=1",
+        "a\t=1",
+        'b"=1',
+        "'=1",
+        "fine-1",
+        "loss=2",
+    ]
+    values = dict(zip(names, [-0.5, math.nan, -math.inf, math.inf, *map(float, range(-5, 5))], strict=True))
+    run_id = "=cmd|' /C calc'!A0"
+    events = [MetricsLogged(run_id, 1, seq, 1.5, 0, step, 0, "train", values) for seq, step in ((1, 1), (2, 2))]
+    path = tmp_path / "metrics.csv"
+    for some in (events[:1], events):
+        writer = CSV(path=str(path)).open(RunInfo(run_id))
+        writer.write(some)
+        writer.close()
+    found = read(path)
+    assert [float(row["value"]) for row in found] == pytest.approx([*values.values()] * 2, nan_ok=True)
+    assert {row["run_id"] for row in found} == {f"'{run_id}"}
+    harmless = ["'=1+1", "'+1", "'-1", "'@SUM(1)", "'\t'=1", "'\r'=1", "'\n'=1", "'\uff1d1", "a;'=1", "a\t'=1"]
+    assert [row["name"] for row in found][: len(names)] == [*harmless, *names[10:]]
+    for separator in (",", ";", "\t"):
+        with open(path, newline="", encoding="utf-8") as file:
+            cells = [cell for row in csv.reader(file, delimiter=separator) for cell in row]
+        assert [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r", "\n", "\uff1d"))] == []
 
 
 def test_a_name_that_is_no_unicode_is_written_as_its_escapes(story: Any, tmp_path: Path) -> None:

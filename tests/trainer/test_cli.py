@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from events.checkpoint.manifest import Manifest, Metric, encode_manifest
+from events.messages import ObserverFailed
+from events.wire import encode_json
+from trainer.cli import main
 
 
 def _run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -43,6 +49,46 @@ def test_whoever_reads_only_the_first_line_gets_no_traceback(tmp_path: Path) -> 
     assert "finished" in errors
     assert "Traceback" not in errors
     assert "BrokenPipe" not in errors
+
+
+BAD = "bad\x1b[2J\x9b1m\u202e\x07\nstagecast: fine"
+
+
+def test_commands_print_names_and_errors_of_strangers_as_their_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a folder, a run, a metric, an observer; also an exception that ends the command."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    run = tmp_path / f"run{BAD}"
+    manifest = Manifest(
+        run_id=BAD, attempt=1, global_step=1, epoch=0, seq=9, time=1.5, parent=None, reasons=[BAD],
+        metric=Metric(BAD, 1.0), module=BAD, files={},
+    )  # fmt: skip
+    for folder, data in (("step-1.a1", encode_manifest(manifest)), ("step-2.a1", b"{")):
+        (run / "checkpoints" / folder).mkdir(parents=True)
+        (run / "checkpoints" / folder / "manifest.json").write_bytes(data)
+    (run / "journal").mkdir()
+    header = (BAD, 1, 1, 1.5, 0, 0, 0, None)
+    event = ObserverFailed(*header, BAD, BAD, BAD)
+    (run / "journal" / f"{1:020}.jsonl").write_bytes(encode_json(event) + b"\n{}\n")
+    for arguments in (
+        ["checkpoints", str(run)],
+        ["checkpoints", "verify", str(run)],
+        ["checkpoints", "export", str(run), str(tmp_path / "out")],
+        ["checkpoints", str(run / BAD)],
+        ["report", str(run), "--out", str(tmp_path / BAD / "out")],
+        ["replay", str(run / BAD), "memory"],
+        ["watch", str(run / BAD)],
+        ["train", str(run / BAD)],
+    ):
+        with contextlib.suppress(SystemExit):
+            main(arguments)
+    sys.excepthook(RuntimeError, RuntimeError(BAD), None)
+    said = "".join(capsys.readouterr())
+    lines = said.split("\n")
+    assert said.count("bad\\x1b[2J\\x9b1m\\u202e\\x07") >= 8
+    assert [line for line in lines if not line.isprintable()] == []
+    assert lines.count("stagecast: fine") == 1  # of the exception, which is shown as it is written
 
 
 def test_what_is_no_number_of_steps_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""How commands print what people read: no name or error of a run can move a terminal's cursor or fake a line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from types import TracebackType
+from typing import Any
+
+from events.text import plain_text
+
+_MOST_CHARS = 4_000
+
+
+def say(*lines: str) -> None:
+    """Print lines to stdout: escapes for what cannot be printed, also for line breaks, and cut at 4,000 characters."""
+    _print(lines, sys.stdout)
+
+
+def complain(*lines: str) -> None:
+    """Print lines to stderr, as `say` does."""
+    _print(lines, sys.stderr)
+
+
+def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception as the interpreter does, but as `complain`: for `sys.excepthook`."""
+    complain(*"".join(traceback.format_exception(kind, error, trace)).expandtabs().rstrip("\n").split("\n"))
+
+
+def _print(lines: tuple[str, ...], stream: Any) -> None:
+    print(*(plain_text(line, _MOST_CHARS) for line in lines), sep="\n", file=stream, flush=True)
