@@ -330,13 +330,16 @@ class Optimization:
     ) -> Skip | None:
         """One decision for all optimizers whether the step is skipped."""
         check = grad_norm if found is None else found
+        scaler = self._precision.scaler
+        scale = None if scaler is None else scaler._get_scale_async()
         mark = clock()
-        if check is None:  # all gradients are finite
+        if check is None:  # there are no gradients
             numbers = [loss.item(), 0.0]  # SYNC: as below
         elif check.is_cpu and not loss.is_cpu:
             numbers = [loss.item(), check.item()]  # SYNC: as below; the check itself is on the host already
         else:
-            both = torch.stack((loss.reshape(()), check.to(loss.device)))
+            each = [one.to(loss.device) for one in (check, scale) if one is not None]
+            both = torch.stack((loss.reshape(()), *each))
             numbers = both.tolist()  # SYNC: the loop has to know whether to skip the step (float16, skip, stop)
         spent = clock() - mark
         ledger.readback += spent
@@ -346,9 +349,9 @@ class Optimization:
             return "non_finite_loss"
         if not bad:
             return None
-        scaler = self._precision.scaler
         # A scale of 1 or less multiplies nothing up, so the gradient itself is not finite in float16.
-        return "non_finite_gradient" if scaler is None or scaler.get_scale() <= 1 else "gradient_overflow"  # SYNC: rare
+        is_scaled = len(numbers) > 2 and numbers[2] > 1
+        return "gradient_overflow" if is_scaled else "non_finite_gradient"
 
     def zero_grad(self) -> None:
         """Clear the gradients."""
