@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,7 @@ class LiveApp:
         if hub is None:
             raise Refused(404, "there is no such run", code=NO_RUN)
         hub.allows_commands = self._access.commands
+        hub.asked_at = time.monotonic()
         return hub
 
     async def _post_command(self, hub: Hub, scope: Message, receive: Receive, send: Send) -> None:

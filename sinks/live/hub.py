@@ -52,6 +52,8 @@ _STORE_S = 30.0
 _STORE_EVENTS = 20_000
 """So many that are not in the stored view yet make it worth storing."""
 _LOOK_S = 1.0
+_RETURN_S = 1.0
+"""Seconds that a client has from one request to the next, when the run is over."""
 _RETRY_S = 1.0
 _MOST_RETRY_S = 30.0
 """Seconds between two attempts to read a journal that cannot be read: the first, and at most."""
@@ -82,6 +84,8 @@ class Hub:
         """The number of the newest frame."""
         self.news = anyio.Event()
         """Set when there is another frame, another generation, or the end of all; then there is a new one."""
+        self.asked_at = -math.inf
+        """When a client last asked for something of the run, by `time.monotonic`."""
         self.followers = 0
         """Who reads the journal of it, beside those who watch."""
         self._ending = False
@@ -157,11 +161,14 @@ class Hub:
         """Look for news where nobody feeds them. Waits for the disk, on a thread."""
 
     def end(self, timeout_s: float) -> None:
-        """Let those who watch have what there is, and then go. Any thread; waits for them, for so long."""
+        """Give clients what there is, and end their streams. Any thread; waits for them, at most ``timeout_s``.
+
+        A client that asked a moment ago, say with a command, may be about to ask for the end: it gets `_RETURN_S`.
+        """
         with self._lock:
             self._ending = True
         deadline = time.monotonic() + timeout_s
-        while self.is_watched and time.monotonic() < deadline:
+        while (self.is_watched or time.monotonic() < self.asked_at + _RETURN_S) and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def summary(self) -> dict[str, Any]:
