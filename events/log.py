@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import structlog
 
+from events.masking import masked
 from events.messages import Event, WarningLogged
 from events.origin import Header, Origin
 from events.text import plain_text
@@ -381,6 +382,8 @@ def _report(_: Any, method: str, event_dict: Any) -> Any:
     A caller passes ``published=True`` where an event of another type reports the same.
     """
     published = event_dict.pop("published", False)
+    if isinstance(text := event_dict.get("event"), str):
+        event_dict["event"] = masked(text)
     level = _LEVELS.get(method)
     if level is None:
         return event_dict
@@ -391,7 +394,7 @@ def _report(_: Any, method: str, event_dict: Any) -> Any:
     message = str(event_dict.get("event", ""))
     if positional := event_dict.get("positional_args"):
         with contextlib.suppress(TypeError, ValueError):
-            message %= positional
+            message = masked(message % positional)
     if run is None and (collected := _collected.get()) is not None:
         repeats = None if any(message == other.message for other in collected) else 0  # once for each run
     else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import msgspec
 
 from events.errors import ArgumentsError
+from events.masking import masked
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -130,3 +131,7 @@ class Strict(msgspec.Struct, frozen=True, metaclass=_StrictType):
 
     argument_aliases: ClassVar[Mapping[str, str]] = {}
     """Names that other libraries have for fields: the field, or what to do in a few words."""
+
+    def __repr__(self) -> str:
+        """Show the fields, without the passwords of URLs: a settings object ends in logs."""
+        return masked(super().__repr__())

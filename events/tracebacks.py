@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Iterable
 from types import FrameType
 
+from events.masking import masked
+
 _OURS = tuple(
     os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
     for name in ("trainer", "events", "sinks")
@@ -24,7 +26,7 @@ _CHARS = 16_000
 def describe(error: BaseException) -> str:
     """An exception in one line of at most a thousand characters: its type and its text."""
     try:
-        text = " ".join(str(error).split())
+        text = masked(" ".join(str(error).split()))
     except Exception as broken:  # the exception is the user's
         text = f"its text cannot be had, {type(broken).__name__}"
     text = text if len(text) <= _LINE_CHARS else f"{text[:_LINE_CHARS]}..."
@@ -46,7 +48,7 @@ def format_traceback(error: BaseException) -> str:
                 one.stack = traceback.StackSummary.from_list(
                     [*one.stack[:_FRAMES_FIRST], _gap(len(one.stack)), *one.stack[-_FRAMES_LAST:]]
                 )
-        lines = [_cut(line, _TEXT_CHARS, 3 * _TEXT_CHARS // 4) for line in told.format()]
+        lines = [_cut(masked(line), _TEXT_CHARS, 3 * _TEXT_CHARS // 4) for line in told.format()]
         text = "".join(lines).rstrip().encode("utf-8", "backslashreplace").decode()
         return _cut(text, _CHARS, _CHARS // 4)
     except Exception as broken:  # formatting a stranger's exception must not hide it

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from events.errors import SinkMisconfigured
+from events.masking import masked_url
 from events.messages import Event, ImageLogged, RunEnded, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
@@ -391,5 +392,6 @@ def _check_address(address: str | None) -> None:
     except ValueError:
         pass  # the port is no number, or the host no IPv6 address
     raise SinkMisconfigured(
-        f"MLflow(tracking_uri={address!r:.200}) is no address: give http://HOST:PORT, or what MLflow takes otherwise"
+        f"MLflow(tracking_uri={masked_url(address)!r:.200}) is no address: give http://HOST:PORT, or what MLflow takes"
+        f" otherwise"
     )

@@ -227,7 +227,9 @@ def _address(endpoint: str | None, signal: Signal) -> tuple[str, str]:
             url = f"{(os.environ.get(source) or 'http://localhost:4318').rstrip('/')}/v1/{signal}"
     try:
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", url):
+        # An @ behind the host may end a password with a slash.
+        is_clear = "@" not in parts.path and not re.search(r"\s", url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_clear:
             return url, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     except ValueError:
         pass  # the port is no number, or the host no IPv6 address

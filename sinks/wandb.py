@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from events.errors import SinkMisconfigured
+from events.masking import masked_url
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
@@ -110,7 +111,8 @@ class WandB(Strict, frozen=True):
                 raise SinkMisconfigured(f"WandB({name}={getattr(self, name)!r:.80}): give seconds greater than zero")
         if self.base_url is not None and not _is_address(self.base_url):
             raise SinkMisconfigured(
-                f"WandB(base_url={self.base_url!r:.200}) is no address of a server: give http://HOST:PORT or https://HOST"
+                f"WandB(base_url={masked_url(self.base_url)!r:.200}) is no address of a server: give http://HOST:PORT"
+                f" or https://HOST"
             )
         require("wandb", "wandb", "the sink WandB")
 

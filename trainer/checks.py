@@ -16,6 +16,7 @@ from events.checkpoint.objects import parse_url, run_url
 from events.checkpoint.settings import Checkpoints
 from events.errors import SinkMisconfigured, UploadError
 from events.journal import Journal
+from events.masking import masked
 from events.sink import Delivery, delivery_of, require
 from events.text import name_problem
 from events.wire import without_surrogates
@@ -163,7 +164,7 @@ def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         plain = msgspec.to_builtins(config, str_keys=True, enc_hook=_plain_value)
-        plain = without_surrogates(_within_64_bits(plain))
+        plain = without_surrogates(_recordable(plain))
         check_plain(plain, "config")
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         problems.append(f"config={shown(config)} cannot be recorded ({error}); give a mapping of plain values")
@@ -174,12 +175,15 @@ def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _within_64_bits(value: Any) -> Any:
-    """Replace greater integers by their text, which the journal, browsers and msgpack can hold."""
+def _recordable(value: Any) -> Any:
+    """Replace integers beyond 64 bits by their text, which the journal, browsers and msgpack can hold; mask secrets of
+    URLs."""
     if isinstance(value, dict):
-        return {key: _within_64_bits(item) for key, item in value.items()}
+        return {key: _recordable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_within_64_bits(item) for item in value]
+        return [_recordable(item) for item in value]
+    if isinstance(value, str):
+        return masked(value)
     if isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
         return str(value) if value.bit_length() < 10_000 else f"an integer of {value.bit_length():,} bits"
     return value
@@ -233,4 +237,4 @@ def check_upload(upload: str, run_id: str, run_dir: Path) -> None:
 
 def shown(value: Any) -> str:
     """As a message shows it."""
-    return f"{value!r:.80}" if not isinstance(value, type) else f"the class {value.__name__}"
+    return f"{masked(repr(value)):.80}" if not isinstance(value, type) else f"the class {value.__name__}"

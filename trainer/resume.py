@@ -25,6 +25,7 @@ from events.checkpoint.store import (
 )
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from events.log import logger
+from events.masking import masked
 from events.safe_files import UnsafeFile
 from trainer.arguments import TrainerArguments
 from trainer.checkpointing import has_state
@@ -469,7 +470,9 @@ def _not_found(path: str | os.PathLike[str], argument: str) -> CheckpointNotFoun
     if (names := CheckpointStore(above).names()) and above.name == CHECKPOINTS_DIR:
         wrong += f"; {above} holds {', '.join(_some(map(str, names)))}"
     fix = "or 'auto' or 'best'" if argument == "resume" else "or a safetensors file"
-    return CheckpointNotFound(f"{argument}={text!r}: {wrong}; give the folder of a checkpoint or of a run, {fix}")
+    return CheckpointNotFound(
+        f"{argument}={masked(text)!r}: {wrong}; give the folder of a checkpoint or of a run, {fix}"
+    )
 
 
 def _contents(store: CheckpointStore) -> str:
@@ -499,10 +502,11 @@ def _load_file(module: ModuleInterface, path: Path) -> None:
     try:
         found = tensors_in(read_weights(path), str(path))
     except OSError as error:
-        raise CheckpointError(f"init_from={str(path)!r} cannot be read: {error}") from error
+        raise CheckpointError(f"init_from={masked(str(path))!r} cannot be read: {masked(str(error))}") from error
     except CheckpointDamaged as error:
         raise CheckpointDamaged(
-            f"init_from={str(path)!r} cannot be used ({error}); write the weights with safetensors.torch.save_file"
+            f"init_from={masked(str(path))!r} cannot be used ({masked(str(error))}); write the weights with"
+            f" safetensors.torch.save_file"
         ) from error
     own = module.state_dict()
     # Other writers store tied weights once.

@@ -89,7 +89,7 @@ class Trainer:
             this and ``resume="auto"``.
         config: Your own hyperparameters: a mapping, dataclass, Struct or namespace, nested as you like. They are
             recorded in the run's folder (``config.json``) and in `RunStarted`, and every logger shows them as it shows
-            hyperparameters. What JSON cannot hold becomes text.
+            hyperparameters. What JSON cannot hold becomes text. Passwords and tokens of URLs are masked.
 
     Raises:
         ArgumentsError: something given here is not what it must be.

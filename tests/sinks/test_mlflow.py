@@ -307,11 +307,14 @@ def test_an_experiment_that_was_deleted_is_told_and_not_tried_again(server: Any,
         connect()
 
 
-@pytest.mark.parametrize("address", ["http://", "http://host:port", "https://a b", "http://host:0", ""])
+@pytest.mark.parametrize(
+    "address", ["http://", "http://host:port", "https://a b", "http://host:0", "", "http://me:hid/den@host"]
+)
 def test_an_address_that_is_none_is_refused_before_the_run(address: str) -> None:
-    """With what was given."""
-    with pytest.raises(SinkMisconfigured, match="is no address"):
+    """With what was given, but its password."""
+    with pytest.raises(SinkMisconfigured, match="is no address") as caught:
         MLflow(address).check()
+    assert "hid" not in str(caught.value)
 
 
 def test_without_the_client_the_sink_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

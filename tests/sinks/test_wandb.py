@@ -258,6 +258,7 @@ def test_when_its_process_dies_a_write_fails_at_once(connect: Any, story: Any, t
         ({"finish_timeout_s": math.nan}, r"WandB\(finish_timeout_s=nan\)"),
         ({"base_url": "wandb.example"}, r"base_url='wandb.example'\) is no address"),
         ({"base_url": "http://host:port"}, r"base_url='http://host:port'\) is no address"),
+        ({"base_url": "http://me:hid/den@host"}, r"base_url='http://\.\.\.@host'\) is no address"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_before_the_run(options: Any, message: str) -> None:

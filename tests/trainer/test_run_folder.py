@@ -363,9 +363,10 @@ class Model:
             {"big": str(2**70), "list": [str(2**64), "an integer of 29,898 bits"]},
         ),
         ({"a\udc80": ["\udc81"]}, {"a\\udc80": ["\\udc81"]}),
+        ({"db": ["pg://me:hid/den@there/x"]}, {"db": ["pg://...@there/x"]}),
         ({"lr": np.float32(0.5), "n": np.int64(2), "table": np.ones(2)}, {"lr": 0.5, "n": 2, "table": "[1. 1.]"}),
     ],
-    ids=["mapping", "dataclass", "struct", "namespace", "model", "integers", "surrogates", "numpy"],
+    ids=["mapping", "dataclass", "struct", "namespace", "model", "integers", "surrogates", "password", "numpy"],
 )
 def test_the_users_hyperparameters_are_recorded(kit: Any, config: Any, recorded: dict[str, Any]) -> None:
     """In the folder and in `RunStarted`; what JSON cannot hold is text."""
