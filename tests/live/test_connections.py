@@ -16,7 +16,9 @@ import msgspec
 import pytest
 
 from sinks.connections import ConnectionLimit, address_group
+from sinks.live import server as server_module
 from sinks.live.access import hostname_of
+from sinks.live.hub import Hub
 
 LIMIT = 128
 SERVER = f"""
@@ -295,6 +297,33 @@ def test_the_addresses_of_one_network_are_one() -> None:
         assert not limit.is_full_for(None)
         two.close()
         assert not limit.is_full_for("192.0.2.1")
+
+
+def test_one_address_takes_at_most_half_of_the_connections(
+    serve: Any, story: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its streams are: those of other addresses are served."""
+    hub = Hub()
+    hub.view.run.run_id = "demo"
+    hub.feed([story.started()])
+    server = serve(hub)
+    monkeypatch.setattr(server._socket, "limit", ConnectionLimit(8))
+    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1].strip("/")))
+    request = b"GET /api/runs/demo/events HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as streams:
+
+        def answers(group: str) -> bool:
+            monkeypatch.setattr(server_module, "address_group", lambda address: group)
+            one = streams.enter_context(sockets.create_connection(address, timeout=20))
+            try:
+                one.sendall(request)
+                return b"200 OK" in one.recv(100)
+            except ConnectionError:
+                return False
+
+        assert [answers("192.0.2.1") for _ in range(6)] == [True] * 4 + [False] * 2
+        assert [answers("192.0.2.2") for _ in range(6)] == [True] * 4 + [False] * 2
+        assert not answers("192.0.2.3")
 
 
 @pytest.mark.parametrize(
