@@ -53,6 +53,8 @@ _LIST_BYTES = 16 * 2**20
 """Maximum bytes of the list of runs..."""
 _SUMMARY_BYTES = 8 * 2**20
 """...and of those parts of a snapshot that are decoded: decoding takes twenty times as much memory."""
+_NAME_CHARS = 1_000
+"""Maximum characters per name of a run that the server chooses."""
 _REFUSAL_BYTES = 64 * 2**10
 """Bytes of an answer that is not a success which are read; the rest is ignored."""
 _LINE_BYTES = MAX_LINE_BYTES
@@ -201,7 +203,10 @@ class RunServer:
         """Find the one run that the server has. Raises `ConnectError` if it has several, or none."""
         runs = self._decode(await self._call("GET", "api/runs", most=_LIST_BYTES), _List).runs
         if len(runs) == 1:
-            self.run_id = runs[0].run_id
+            name = runs[0].run_id
+            if name in ("", ".", "..") or len(name) > _NAME_CHARS:  # in an address they lead elsewhere
+                raise self.violated(f"names a run {plain_text(name, 80)!r}, which is not a name")
+            self.run_id = name
             return
         names = ", ".join(f"{plain_text(run.run_id, 80)} ({plain_text(run.status, 20)})" for run in runs[:5])
         names += ", ..." if len(runs) > 5 else ""
@@ -277,7 +282,10 @@ class RunServer:
 
     def _request(self, method: str, address: str, content: bytes | None = None) -> httpx.Request:
         headers = {"content-type": "application/json"} if content is not None else {}
-        request = self._client.build_request(method, address, content=content, headers=headers)
+        try:
+            request = self._client.build_request(method, address, content=content, headers=headers)
+        except httpx.InvalidURL as error:
+            raise ConnectError(f"run {self.shown_run} cannot be in an address ({error}); correct its name") from None
         request.stream = _Body(content or b"")
         return request
 
@@ -487,7 +495,8 @@ class JournalFollower:
             event = decode_json(line)
         except WireError as error:
             raise self._server.violated(f"sends a line that is not an event ({plain_text(str(error))})") from None
-        if event.run_id != self._server.run_id and not isinstance(event, UnknownEvent):
+        is_nameless = not event.run_id and isinstance(event, UnknownEvent)  # of a later version
+        if event.run_id != self._server.run_id and not is_nameless:
             raise self._server.violated(
                 f"sends an event of run {plain_text(event.run_id, 80)} in the journal of run {self._server.shown_run}"
             )

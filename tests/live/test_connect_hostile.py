@@ -31,7 +31,7 @@ TOKEN = "none-of-your-business"
 SNAPSHOT = {"cursor": 0, "run": {"run_id": "demo", "status": "running"}}
 CAP = 100_000
 
-Answer = Callable[["Peer"], None]
+Answer = Callable[["Peer"], Any]
 
 
 class Peer:
@@ -177,7 +177,7 @@ def whole_answer(body: Any, head: str = "", status: str = "200 OK") -> Answer:
 
 
 def raw(*parts: bytes) -> Answer:
-    return lambda peer: [peer.send(part) for part in parts] and None
+    return lambda peer: [peer.send(part) for part in parts]
 
 
 def flooding(*parts: bytes) -> Answer:
@@ -217,7 +217,7 @@ ENTERING: dict[str, tuple[Answer, str]] = {
     "a byte at a time": (headed(dripping(b"a")), "no complete answer came within 0.4 s"),
     "a byte of a header at a time": (dripping(OK + b"x: "), "no complete answer came within 0.4 s"),
     "a refusal by bytes": (dripping(b"HTTP/1.1 403 Forbidden\r\n\r\naaa"), "no complete answer|answers 403"),
-    "nothing": (lambda peer: peer.over.wait(5) and None, "no complete answer|ReadTimeout"),
+    "nothing": (lambda peer: peer.over.wait(5), "no complete answer|ReadTimeout"),
     "continue, without end": (flooding(b"HTTP/1.1 100 Continue\r\n\r\n" * 100), "no complete answer"),
     "a header without end": (flooding(OK + b"x: ", b"a" * 65_536), "RemoteProtocolError"),
     "headers without end": (flooding(OK, b"x: y\r\n" * 10_000), "RemoteProtocolError"),
@@ -247,6 +247,12 @@ ENTERING: dict[str, tuple[Answer, str]] = {
         whole_answer({"runs": [{"run_id": "\x1b[2Ja", "status": "\x1b[1m"}, {"run_id": "b\nc"}]}),
         r"\\x1b\[2Ja \(\\x1b\[1m\), b\\nc",
     ),
+    "a name that leads elsewhere": (
+        whole_answer({"runs": [{"run_id": ".."}]}),
+        "names a run '..', which is not a name",
+    ),
+    "a very long name": (whole_answer({"runs": [{"run_id": "a" * 90_000}]}), "names a run 'aaa.*, which is not a name"),
+    "an address that is none": (whole_answer(b"", "location: http://[::1\r\n", "302 x"), "RemoteProtocolError"),
     "very long names": (whole_answer({"runs": [{"run_id": "a" * 40_000}, {"run_id": "b" * 40_000}]}), "serves 2 runs"),
 }
 
@@ -303,6 +309,11 @@ JOURNALS: dict[str, tuple[Answer, type[ConnectError], str]] = {
         headed(raw(line(1, "\x1bother"))),
         ProtocolViolated,
         r"an event of run \\x1bother in the journal of",
+    ),
+    "another run's news": (
+        headed(raw(b'{"type":"News","seq":1,"run_id":"other"}\n')),
+        ProtocolViolated,
+        "an event of run other in the journal of run demo",
     ),
     "an event again": (headed(raw(line(5), line(5))), ProtocolViolated, "sends event 5 behind event 5"),
     "back": (headed(raw(line(9), line(8))), ProtocolViolated, "sends event 8 behind event 9"),
