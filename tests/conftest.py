@@ -14,6 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+# The suite tries few inputs each time; `-m fuzz --hypothesis-profile=fuzz` tries many.
+settings.register_profile("fuzz", max_examples=5_000, deadline=None)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

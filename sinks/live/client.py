@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import msgspec
 
+from events.bounds import Int64
 from sinks.live.access import Refused
 from sinks.live.asgi import Message, Receive, Send
 
@@ -26,8 +27,8 @@ class Hello(msgspec.Struct, tag_field="type", tag="hello"):
     """A watcher's first message."""
 
     token: str | None = None
-    since: int | None = None
-    attempt: int | None = None
+    since: Int64 | None = None
+    attempt: Int64 | None = None
     mode: str = "charts"
 
     def __repr__(self) -> str:

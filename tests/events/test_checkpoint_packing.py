@@ -385,6 +385,7 @@ def check_decoder(data: bytes) -> None:
         packing.decode(data, Tensor)
 
 
+@pytest.mark.fuzz
 @settings(deadline=None, max_examples=300)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_raise_nothing_but_damaged(data: bytes) -> None:
@@ -393,6 +394,7 @@ def test_arbitrary_bytes_raise_nothing_but_damaged(data: bytes) -> None:
     check_decoder(b"\x92\x00" + data)
 
 
+@pytest.mark.fuzz
 @settings(deadline=None, max_examples=300)
 @given(trees, st.data())
 def test_cut_and_flipped_states_raise_nothing_but_damaged(tree: Any, data: st.DataObject) -> None:
@@ -428,7 +430,8 @@ raw_trees = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=1000)
+@pytest.mark.fuzz
+@settings(deadline=None)
 @given(raw_trees)
 def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
     """Every maker gets parts that it never gave: too few, too many, of other types."""

@@ -106,6 +106,7 @@ def check_decoder(decode: typing.Callable[[bytes], object], data: bytes) -> None
         decode(data)
 
 
+@pytest.mark.fuzz
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_raise_nothing_but_wire_errors(data: bytes) -> None:
@@ -119,6 +120,7 @@ def test_arbitrary_bytes_raise_nothing_but_wire_errors(data: bytes) -> None:
         check_decoder(decode, data)
 
 
+@pytest.mark.fuzz
 @settings(deadline=None)
 @given(any_event, st.data())
 def test_mutated_events_raise_nothing_but_wire_errors(event: Event, data: st.DataObject) -> None:
