@@ -18,6 +18,7 @@ from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink, delivery_of
 from events.subscription import Subscription
 from events.supervisor import unique_name
+from sinks.damage import unreadable
 from sinks.host import HEALTH, FeedObservers, Place
 
 _LOOK_S = 0.5
@@ -46,9 +47,11 @@ async def replay(
         For each sink what became of the events: ``left`` counts those that a sink did not get, which was given up.
 
     Raises:
-        RunFolderError: there is no journal in this folder, or no event in it that can be read.
+        RunFolderError: There is no journal in this folder, it cannot be read, or no line of it is an event.
     """
     folder = Path(run_dir).absolute()  # noqa: ASYNC240  # asks the system for nothing but the working directory
+    if (reason := unreadable(folder)) is not None:
+        raise RunFolderError(f"{folder} is damaged: {reason}")
     while not (tail := journal_tail(folder / JOURNAL_DIR)).run_id and is_held(folder):  # noqa: ASYNC110  # as below
         await anyio.sleep(_LOOK_S)  # it has only just begun
     if not tail.seq:

@@ -34,6 +34,7 @@ from events.errors import ArgumentsError, RunFolderError, WireError
 from events.folder import is_held
 from events.journal_reader import JOURNAL_DIR, JournalReader
 from events.wire import decode_command_json, encode_json_lines
+from sinks.damage import unreadable
 from sinks.live.access import Access, Refused, Request
 from sinks.live.asgi import (
     Message,
@@ -288,6 +289,8 @@ class LiveApp:
         if self._followers >= self._most_followers:
             reason = f"{self._followers} clients read journals, the maximum; try again later"
             raise Refused(503, reason, headers=[(b"retry-after", b"5")])
+        if (problem := await anyio.to_thread.run_sync(unreadable, run_dir, limiter=self._journals)) is not None:
+            raise Refused(409, f"the run is damaged: {problem}")
         reader = JournalReader(run_dir / JOURNAL_DIR, since)
 
         def read() -> bytes:

@@ -27,15 +27,14 @@ from events.inbox import send_command
 from events.journal_reader import JOURNAL_DIR, JournalReader, journal_tail
 from events.messages import Event, RunResumed
 from events.protocol import AnyCommand
+from sinks.damage import damage_in, damage_of, reason_of
 from sinks.live.frames import Message, encode
 from sinks.live.stored import (
     PAUSE_S,
-    damage_in,
-    damage_of,
+    batches,
     encode_view,
     head_of,
     read_view,
-    reason_of,
     store_view,
 )
 from sinks.live.view import Changes, RunView, trimmed
@@ -346,6 +345,7 @@ class FolderHub(Hub):
         self._stored_at = -math.inf
         self._stored_cursor = 0
         self._looked_at = -math.inf
+        self._misfit: str | None = None  # the damage that is not in the journal, as of the last look
         self._retry_at = -math.inf
         self._retry_s = _RETRY_S
         self._limiter = anyio.CapacityLimiter(1)  # our own: one reads at a time, and no host's threads are taken
@@ -360,16 +360,21 @@ class FolderHub(Hub):
         if now < self._retry_at:
             return
         looks = now - self._looked_at > _LOOK_S or self._reader is None
+        held = is_held(self.run_dir) if looks else True  # before reading: what it wrote last must be seen
         try:
-            held = is_held(self.run_dir) if looks else True  # before reading: what it wrote last must be seen
             if self._reader is None or (looks and self._is_another(self.run_dir)):
                 self._begin(self.run_dir)
             assert self._reader is not None
-            while events := self._reader.read(_BATCH):
+            for events in batches(self._reader):
                 self.feed(events)
-                if len(events) == _BATCH:
+                if len(events) >= _BATCH:
                     time.sleep(PAUSE_S)
-            reason = damage_in(self._reader) or (damage_of(self.run_dir) if looks else None)
+            reason = damage_in(self._reader)
+            if looks:
+                before, self._misfit = self._misfit, damage_of(self.run_dir)
+                reason = reason or self._misfit
+                if self._misfit is None and before is not None:
+                    self._reader = None  # somebody has mended it: the view is made anew
         except Exception as error:  # whatever a stranger has put there, it concerns this run alone
             gone = isinstance(error, FileNotFoundError)  # who watches sees what there was
             self._see_damage(None if gone else reason_of(error, self.run_dir), is_broken=not gone)
@@ -377,6 +382,7 @@ class FolderHub(Hub):
             self._see_damage(reason)
         if self.view.is_broken:
             self._reader = None  # what was read may not have come to the view
+            self._see_whether_lost(held)
             self._retry_at = time.monotonic() + self._retry_s
             self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)
             return

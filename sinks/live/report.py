@@ -16,9 +16,10 @@ from events.checkpoint import disk
 from events.errors import RunFolderError
 from events.folder import is_held
 from events.journal_reader import JOURNAL_DIR, segment_numbers
+from sinks.damage import damage_of, reason_of
 from sinks.live.asgi import image_kind, read_file
 from sinks.live.frames import encode
-from sinks.live.stored import damage_of, read_view, reason_of
+from sinks.live.stored import read_view
 
 _PAGE = Path(__file__).with_name("page")
 MOST_MEDIA_BYTES = 32 * 2**20

@@ -26,16 +26,21 @@ from events.journal_reader import (
 )
 from events.messages import Event, RunEnded
 from events.safe_files import guard, list_below, stat_below
+from sinks.damage import damage_in, damage_of, reason_of
 from sinks.format import plain_text
 from sinks.live.hub import FolderHub, Hub
-from sinks.live.stored import damage_in, damage_of, head_of, reason_of
+from sinks.live.stored import batches, head_of
 from sinks.live.view import MOST_NAME, RunView, Summary, damage_line, trimmed
 
 _MOST_HUBS = 16
 """Hubs that are kept though nobody watches them."""
 _HEAD = 64
-_OPEN = ("running", "lost")
-"""What may change while the journal does not grow."""
+_PER_RUN_S = 0.2
+"""Maximum seconds per run that a look at all runs takes; later looks read what a long journal holds beyond that."""
+_FIRST_LOOK_S = 5.0
+"""Seconds after which a look leaves the runs that are not known yet to a later one."""
+_LOOK_S = 0.5
+"""Seconds after which a look leaves the runs that are known as they are."""
 MOST_RUNS = 1_000
 
 
@@ -70,9 +75,14 @@ class OneRun:
 class _Run(msgspec.Struct):
     """What is known of one folder."""
 
-    stamp: tuple[int, int] | None
+    stamp: tuple[int, ...] | None
+    held: bool
+    reason: str | None
+    """What is wrong with its parts, beside the journal's content."""
     summary: Summary
     health: HealthReader
+    looked_at: float
+    """`time.monotonic` of the last look."""
 
 
 class RunsOfFolder:
@@ -98,6 +108,7 @@ class RunsOfFolder:
         self._hubs: OrderedDict[Path, FolderHub] = OrderedDict()
         self._known: dict[Path, _Run] = {}
         self._paths: dict[str, tuple[Path, str]] = {}  # by the name in the list, as of the last look; and the run_id
+        self._is_behind = False  # the last look has left runs that are not known yet
         self._limiter: anyio.CapacityLimiter | None = None
         self._found: tuple[float, list[Summary]] = -math.inf, []  # by the last look, and when that began
 
@@ -114,6 +125,8 @@ class RunsOfFolder:
         there = self._hub_of(run_id)
         if there is None:
             await self._look_again()
+            while self._is_behind and run_id not in self._paths:
+                await self._look_again()
             there = self._hub_of(run_id)
         if there is None and (known := self._paths.get(run_id)) is not None:
             path, own = known
@@ -157,29 +170,51 @@ class RunsOfFolder:
         return await anyio.to_thread.run_sync(function, limiter=self._limiter)
 
     def _look(self) -> list[Summary]:
-        self._known = {path: run for path in _run_folders(self._folder) if (run := self._look_at(path)) is not None}
-        self._paths, summaries = _named({path: run.summary for path, run in self._known.items()})
+        began = time.monotonic()
+        found = _run_folders(self._folder)
+        known = {path: self._known[path] for path in found if path in self._known}
+        self._is_behind = False
+        # Those that were looked at longest ago first, so that runs which take long do not keep others from their turn.
+        for path in sorted(found, key=lambda path: known[path].looked_at if path in known else -math.inf):
+            if time.monotonic() - began > (_LOOK_S if path in known else _FIRST_LOOK_S):
+                self._is_behind = self._is_behind or path not in known
+            elif (run := self._look_at(path)) is not None:
+                known[path] = run
+            else:
+                known.pop(path, None)
+        self._known = known
+        self._paths, summaries = _named({path: self._with_view(path, run.summary) for path, run in known.items()})
         return summaries
+
+    def _with_view(self, path: Path, summary: Summary) -> Summary:
+        """A summary with the damage that only who has read the whole journal knows."""
+        hub = self._hubs.get(path)
+        summary = msgspec.structs.replace(summary)
+        _add_damage(summary, hub.view.run.damage if hub is not None else None)
+        return summary
 
     def _look_at(self, path: Path) -> _Run | None:
         """One run, as it is now; None if it has not begun, or has been removed. Never raises for what is in it."""
         known = self._known.get(path)
         health = known.health if known is not None else HealthReader(path)
-        stamp: tuple[int, int] | None = None
+        stamp: tuple[int, ...] | None = None
+        held = False
         try:
             reason = damage_of(path)
             stamp = _stamp(path)
-            if known is None or known.stamp != stamp or known.summary.damage or known.summary.status in _OPEN:
-                summary = summarise(path, health)
+            held = is_held(path)
+            if known is None or health.is_behind or (known.stamp, known.held, known.reason) != (stamp, held, reason):
+                summary = summarise(path, health, time.monotonic() + _PER_RUN_S)
             else:
                 summary = known.summary
         except FileNotFoundError:  # it has been removed since
             return None
         except Exception as error:  # whatever a stranger has put there, it concerns this run alone
             reason, summary = reason_of(error, path), Summary()
-        hub = self._hubs.get(path)
-        _add_damage(summary, reason or (hub.view.run.damage if hub is not None else None))
-        return _Run(stamp, summary, health) if summary.run_id or summary.damage else None
+        _add_damage(summary, reason)
+        if not summary.run_id and not summary.damage:
+            return None
+        return _Run(stamp, held, reason, summary, health, time.monotonic())
 
 
 class HealthReader:
@@ -188,15 +223,22 @@ class HealthReader:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._head: bytes | None = None
+        self.is_behind = False
+        """Whether the last call has not come to the end of the journal."""
 
-    def problems(self) -> list[str]:
-        """Read on, and return what is unhealthy. Raises `OSError`."""
+    def problems(self, until: float = math.inf) -> list[str]:
+        """Read on, and return what is unhealthy. Raises `OSError`.
+
+        Args:
+            until: Stop soon after this time (`time.monotonic`); then `is_behind` is True, and the next call continues.
+        """
         head = head_of(self._run_dir)
         if head != self._head:  # the first time, or another run has the folder now
             self._head, self._health = head, Health()
             self._finder = EventFinder(self._run_dir / JOURNAL_DIR, self._health.types)
-        for event in self._finder.find():
+        for event in self._finder.find(until):
             self._health.add(event)
+        self.is_behind = time.monotonic() > until
         return self._health.problems
 
 
@@ -213,16 +255,21 @@ def runs_of(given: Runs | str | os.PathLike[str]) -> Runs:
     return given
 
 
-def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = None) -> Summary:
+def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = None, until: float = math.inf) -> Summary:
     """A run in a few words, from the beginning and the end of its journal. Raises `OSError`.
 
     Args:
         health: Has read the run's journal before; None reads all of it.
+        until: Stop reading soon after this time (`time.monotonic`), with what is known then.
     """
     run_dir = Path(run_dir)
     journal_dir = run_dir / JOURNAL_DIR
     reader = JournalReader(journal_dir)
-    events: list[Event] = reader.read(_HEAD)
+    events: list[Event] = []
+    for batch in batches(reader, until, _HEAD):
+        events += batch
+        if len(events) >= _HEAD:
+            break
     tail = last_events(journal_dir)
     view = RunView()
     view.add(trimmed([*events, *(event for event in tail if events and event.seq > events[-1].seq)]))
@@ -232,7 +279,7 @@ def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = Non
         view.run.status, view.run.ended = ("running", None) if end is None else (end.status, end.time)
     if view.run.status in ("running", "unknown") and not is_held(run_dir):
         view.run.status = "lost"
-    view.run.problems = (health or HealthReader(run_dir)).problems()
+    view.run.problems = (health or HealthReader(run_dir)).problems(until)
     _add_damage(view.run, damage_in(reader))
     return view.run
 
@@ -314,9 +361,11 @@ def _leads_out(link: Path) -> bool:
     return os.path.dirname(os.path.abspath(link.parent / os.readlink(link))) != str(link.parent)
 
 
-def _stamp(run_dir: Path) -> tuple[int, int]:
-    """Changes when the journal grows."""
+def _stamp(run_dir: Path) -> tuple[int, ...]:
+    """Changes when the journal grows, and when its newest segment or its folder is altered."""
     numbers = segment_numbers(run_dir / JOURNAL_DIR)
+    folder = stat_below(run_dir, JOURNAL_DIR)
     if not numbers:
-        return 0, 0
-    return numbers[-1], stat_below(run_dir, f"{JOURNAL_DIR}/{segment_name(numbers[-1])}").st_size
+        return (folder.st_ctime_ns,)
+    newest = stat_below(run_dir, f"{JOURNAL_DIR}/{segment_name(numbers[-1])}")
+    return numbers[-1], newest.st_size, newest.st_ctime_ns, folder.st_ctime_ns

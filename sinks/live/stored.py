@@ -5,39 +5,40 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from events.folder import ARGUMENTS_NAME, CONFIG_NAME, LOCK_NAME
+from events.errors import WireError
 from events.journal_reader import (
     JOURNAL_DIR,
     EventFinder,
     JournalReader,
     history_filter,
     journal_tail,
-    segment_name,
     segment_numbers,
 )
+from events.journal_segment import open_segment
 from events.messages import Event, RunResumed
-from events.safe_files import kind_of, list_below, open_below, read_below, replace_below, stat_below
-from sinks.format import plain_text
+from events.safe_files import list_below, read_below, replace_below
+from sinks.damage import damage_in, damage_of, reason_of
 from sinks.live.view import RunView, trimmed
 
 STORE_NAME = "view.msgpack"
 """In a run's folder: the view as it was. It may be deleted."""
 _VERSION = 5
-_BATCH = 512
 PAUSE_S = 0.0002
 """Between two batches of a long journal: so others on this interpreter wait 2 ms for it instead of 5, each time."""
+MOST_SKIPPED = 10_000
+"""Maximum lines of a journal that are not events; behind them it is not read."""
+_SLICE_S = 0.25
+_AT_ONCE = 8
 _HEAD = 1_024
 _TRIES = 3
 _MOST_BYTES = 64 * 2**20
 """Maximum bytes of the stored view; a larger one is not written and not read."""
-_MOST_REASON = 300
 
 
 class _Stored(msgspec.Struct):
@@ -76,10 +77,10 @@ def _continued(run_dir: Path, view: RunView, known: float | None = None) -> RunV
         seq, counts = _filter_of(journal_dir) if not view.cursor else (0, None)
         known = seq if known is None else known
         reader = JournalReader(journal_dir, view.cursor)
-        while events := reader.read(_BATCH):
+        for events in batches(reader):
             if any(type(event) is RunResumed and event.seq > known for event in events):
                 return None
-            view.add(trimmed(events if counts is None else [event for event in events if counts(event)]))
+            view.add(events if counts is None else [event for event in events if counts(event)])
             time.sleep(PAUSE_S)
         view.curves.cursor = max(view.cursor, reader.cursor)  # the last ones may be superseded
         view.damaged(damage_of(run_dir) or damage_in(reader))
@@ -88,6 +89,30 @@ def _continued(run_dir: Path, view: RunView, known: float | None = None) -> RunV
     except Exception as error:  # whatever a stranger has put there, it concerns this run alone
         view.damaged(reason_of(error, run_dir), is_broken=True)
     return view
+
+
+def batches(reader: JournalReader, until: float = math.inf, most: int = 512) -> Iterator[Sequence[Event]]:
+    """Read on in a journal, by so many events at a time, each `trimmed`: a few lines of it may fill the memory.
+
+    Args:
+        until: Stop soon after this time (`time.monotonic`).
+
+    Raises:
+        OSError: A segment cannot be read.
+        WireError: More lines than `MOST_SKIPPED` are not events.
+    """
+    while True:
+        slice_end = min(until, time.monotonic() + _SLICE_S)
+        batch: list[Event] = []
+        while len(batch) < most and (events := reader.read(_AT_ONCE, slice_end)):
+            batch += trimmed(events)
+        if batch:
+            yield batch
+        if reader.skipped_count > MOST_SKIPPED:
+            raise WireError(f"{damage_in(reader)}; the journal has too many such lines to be read")
+        now = time.monotonic()
+        if now > until or (not batch and now <= slice_end):
+            return
 
 
 def _filter_of(journal_dir: Path) -> tuple[int, Callable[[Event], bool] | None]:
@@ -122,7 +147,7 @@ def head_of(run_dir: Path) -> bytes:
     """Tells a journal from any other, also of the same name: the beginning of its first event. Raises `OSError`."""
     try:
         number = segment_numbers(run_dir / JOURNAL_DIR)[0]
-        with open(open_below(run_dir, f"{JOURNAL_DIR}/{segment_name(number)}"), "rb", buffering=0) as file:
+        with open(open_segment(run_dir / JOURNAL_DIR, number), "rb", buffering=0) as file:
             return file.read(_HEAD).partition(b"\n")[0]
     except (FileNotFoundError, IndexError):
         return b""
@@ -143,47 +168,3 @@ def _stored_view(run_dir: Path) -> RunView:
     except Exception:  # whatever a stranger has put there, the journal is read instead
         pass
     return RunView()
-
-
-# --------------------------------------------------------------------------------------------- damaged folders
-
-
-_PARTS = {JOURNAL_DIR: True, "media": True, LOCK_NAME: False, ARGUMENTS_NAME: False, CONFIG_NAME: False}
-_PARTS |= {"live.json": False, STORE_NAME: False}
-"""What a run's folder may hold for who watches it; True for folders."""
-
-
-def damage_of(run_dir: Path) -> str | None:
-    """Name the first part of a run's folder that is a link, a special file, or a folder instead of a file.
-
-    Waits for the disk, and opens nothing. Raises `OSError` if the folder cannot be read.
-    """
-    for name, is_folder in _PARTS.items():
-        try:
-            mode = stat_below(run_dir, name).st_mode
-        except FileNotFoundError:
-            continue
-        if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
-            return f"{name} is {kind_of(mode)} instead of a {'folder' if is_folder else 'file'}"
-    return None
-
-
-def damage_in(reader: JournalReader) -> str | None:
-    """Name the first line that a reader has skipped, and count them; None for a whole journal.
-
-    A line that a killed process has left unfinished is not damage.
-    """
-    bad = [line for line in reader.skipped if not line.torn]
-    if not bad:
-        return None
-    more = f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""
-    first = bad[0]
-    return plain_text(f"{JOURNAL_DIR}/{Path(first.path).name}, line {first.line:,}{more}: {first.reason}", _MOST_REASON)
-
-
-def reason_of(error: Exception, run_dir: Path) -> str:
-    """Why a run could not be read, in one line, with paths as they are below its folder."""
-    if isinstance(error, OSError) and error.filename is not None:
-        path = os.path.relpath(os.fspath(error.filename), run_dir)
-        return plain_text(f"{path}: {error.strerror}" if path != "." else str(error.strerror), _MOST_REASON)
-    return plain_text(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, _MOST_REASON)

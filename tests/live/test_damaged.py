@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ import pytest
 
 from events.safe_files import UnsafeFile, open_below, stat_below
 from sinks.live.runs import RunsOfFolder
+from sinks.live.stored import STORE_NAME
+from sinks.live.view import damage_line
 
+TOKEN = "a-token-of-this-test"
 SECRET = b"a-secret-of-the-user"
 IMAGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x06\0\0\0"
 SEGMENT = "journal/00000000000000000001.jsonl"
@@ -125,3 +131,190 @@ def test_a_run_whose_id_is_not_a_name_is_listed_by_its_folder(folder: Path, kit:
     assert sorted(listed) == ["demo", name]
     assert (listed[name]["status"], "is not a printable name" in listed[name]["damage"]) == ("damaged", True)
     assert httpx.get(f"{server.url}api/runs/{name}").json()["run"]["global_step"] == 5
+
+
+def bad_line(**fields: Any) -> Callable[[Path], None]:
+    """An event with these fields, as JSON, behind those that are there."""
+
+    def write(run: Path) -> None:
+        event = {"type": "TrainStepEnded", "run_id": run.name, "attempt": 1, "seq": 7, "time": 1.7e9, "rank": 0}
+        event |= {"global_step": 6, "epoch": 0, "stage": "train", "loss": 1.0, "step_in_epoch": 6, "step_s": 0.1}
+        text = json.dumps(event | fields).replace('"LONG"', "9" * 400).replace('"NAN"', "NaN")
+        append(text.encode() + b"\n")(run)
+
+    return write
+
+
+def append(data: bytes) -> Callable[[Path], None]:
+    def write(run: Path) -> None:
+        with open(run / SEGMENT, "ab") as file:
+            file.write(data)
+
+    return write
+
+
+def special(name: str, kind: str) -> Callable[[Path], None]:
+    """Something else in the place of a part of the folder."""
+
+    def write(run: Path) -> None:
+        path = run / name
+        if path.is_dir():
+            path.rename(path.with_name("moved"))
+        else:
+            path.unlink(missing_ok=True)
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "file":
+            path.write_text("not a folder")
+        else:
+            path.symlink_to(run.parent.parent / "private" / name if kind == "link" else "/dev/zero")
+
+    return write
+
+
+def sparse(run: Path) -> None:
+    os.truncate(run / SEGMENT, 40 * 2**30)
+
+
+def unreadable(run: Path) -> None:
+    (run / SEGMENT).chmod(0)
+    if os.access(run / SEGMENT, os.R_OK):  # root reads everything
+        special(SEGMENT, "folder")(run)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "integer of 400 digits": (bad_line(global_step="LONG"), "line 7"),
+    "step that is NaN": (bad_line(global_step="NAN"), "line 7"),
+    "step beyond 64 bits": (bad_line(seq=2**64), "line 7"),
+    "nested": (append(b'{"a":' * 100_000 + b"\n"), "line 7"),
+    "not unicode": (append(b'\xff\xfe"\n'), "line 7"),
+    "endless line": (append(b"x" * 20_000_000), "line 7: it is longer than 8,388,608 bytes"),
+    "garbage": (append(b"x\n" * 200_000), "not an event"),
+    "sparse": (sparse, "line 7: it is longer than 8,388,608 bytes"),
+    "unreadable": (unreadable, SEGMENT),
+    "fifo as segment": (special(SEGMENT, "fifo"), f"{SEGMENT}: it is a FIFO"),
+    "folder as segment": (special(SEGMENT, "folder"), f"{SEGMENT}: it is a folder"),
+    "link as segment": (special(SEGMENT, "link"), f"{SEGMENT}: it is a symbolic link"),
+    "device as segment": (special(SEGMENT, "device"), f"{SEGMENT}: it is a symbolic link"),
+    "fifo as next segment": (special("journal/00000000000000000050.jsonl", "fifo"), "50.jsonl, line 1: it is a FIFO"),
+    "link as journal": (special("journal", "link"), "journal is a symbolic link instead of a folder"),
+    "file as journal": (special("journal", "file"), "journal is a file instead of a folder"),
+    "fifo as lock": (special("run.lock", "fifo"), "run.lock is a FIFO instead of a file"),
+    "folder as lock": (special("run.lock", "folder"), "run.lock is a folder instead of a file"),
+    "fifo as live.json": (special("live.json", "fifo"), "live.json is a FIFO instead of a file"),
+    "fifo as arguments": (special("arguments.json", "fifo"), "arguments.json is a FIFO instead of a file"),
+    "fifo as stored view": (special(STORE_NAME, "fifo"), f"{STORE_NAME} is a FIFO instead of a file"),
+}
+
+
+@pytest.fixture
+def damaged(folder: Path, kit: Any) -> Iterator[Path]:
+    """Beside ``demo``, a run for each kind of damage."""
+    for name, (damage, _) in DAMAGES.items():
+        damage(a_run(folder, kit, name))
+    yield folder
+    for path in folder.glob(f"*/{SEGMENT}"):
+        path.chmod(0o600) if path.is_file() else None
+
+
+def test_a_damaged_run_disturbs_no_other(damaged: Path, process: Any, kit: Any) -> None:
+    """Each is listed with its reason, by a server of its own process, and no request stays without an answer."""
+    served = process("-m", "trainer.cli", "watch", str(damaged), "--port", "0", STAGECAST_TOKEN=TOKEN)
+    url = next(part for part in served.stdout.readline().split() if part.startswith("http")).partition("#")[0]
+    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {TOKEN}"}) as client:
+
+        def get(path: str) -> httpx.Response:
+            return client.get(path, timeout=60)
+
+        kit.wait_until(lambda: len(get("api/runs").json()["runs"]) == len(DAMAGES) + 1)
+        listed = {run["run_id"]: run for run in get("api/runs").json()["runs"]}
+        assert (listed.pop("demo")["status"], listed.keys()) == ("running", DAMAGES.keys())
+        for name, (_, reason) in DAMAGES.items():
+            assert (name, listed[name]["status"]) == (name, "damaged")
+            assert reason in listed[name]["damage"], name
+            assert damage_line(listed[name]["damage"]) in listed[name]["problems"]
+            shown = get(f"api/runs/{name}").json()
+            assert (name, shown["run"]["status"]) == (name, "damaged")
+            assert reason in shown["run"]["damage"], name
+            assert get("api/runs/demo").json()["series"]["train_loss"]["count"] == 20
+        assert get("api/runs/unreadable/journal").status_code in (200, 409)
+        assert get("api/runs/link as journal/journal").status_code == 409
+
+
+def test_a_damaged_run_that_was_mended_is_sound_again(folder: Path, kit: Any, serve: Any) -> None:
+    """In the list and in its view, without a restart of the server."""
+    run = a_run(folder, kit, "mended")
+    (run / "journal").rename(run / "away")
+    (run / "journal").symlink_to("away")
+    url = f"{serve(RunsOfFolder(folder)).url}api/runs"
+
+    def state() -> list[Any]:
+        shown = httpx.get(f"{url}/mended").json()["run"]
+        listed = next(one for one in httpx.get(url).json()["runs"] if one["run_id"] == "mended")
+        return [shown["status"], listed["status"], shown["damage"] or listed["damage"]]
+
+    kit.wait_until(lambda: state()[:2] == ["damaged", "damaged"])
+    (run / "journal").unlink()
+    (run / "away").rename(run / "journal")
+    kit.wait_until(lambda: state() == ["lost", "lost", None])
+    (run / "run.lock").unlink()
+    os.mkfifo(run / "run.lock")
+    kit.wait_until(lambda: state()[:2] == ["damaged", "damaged"])
+    (run / "run.lock").unlink()
+    kit.wait_until(lambda: state() == ["lost", "lost", None])
+
+
+def test_reports_and_replays_name_the_damage(damaged: Path, tmp_path: Path) -> None:
+    """A run of which nothing can be read is refused; of another the rest is there, and the exit code is 1."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trainer.cli", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
+
+    for name in ("link as journal", "fifo as segment"):
+        result = run("report", str(damaged / name))
+        assert (result.returncode, "is damaged: journal" in result.stderr) == (1, True)
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / f"{name}.html").exists()
+    result = run("report", str(damaged / "integer of 400 digits"))
+    assert (result.returncode, "is damaged: journal/" in result.stderr) == (1, True)
+    assert "the report has the rest of it" in result.stderr
+    assert (tmp_path / "integer of 400 digits.html").exists()
+    for name, word in (("link as journal", "is damaged: "), ("integer of 400 digits", "line 7")):
+        result = run("replay", str(damaged / name), "--to", "jsonl", "path=out.jsonl")
+        assert (result.returncode, word in result.stderr, "Traceback" in result.stderr) == (1, True, False)
+
+
+def test_the_page_shows_what_is_damaged(damaged: Path, serve: Any, visit: Any) -> None:
+    """In the list, in the state of the run, and with its reason; wild values draw nothing wrong and end no script."""
+    expect = pytest.importorskip("playwright.sync_api").expect
+    wild = damaged / "fifo as lock" / SEGMENT
+    header = '"run_id":"fifo as lock","attempt":1,"rank":0,"epoch":4611686018427387904,"stage":"train"'
+    lines = [
+        f'{{"type":"TrainStepEnded",{header},"seq":7,"time":1e300,"global_step":9223372036854775807,"loss":1e308,'
+        '"step_in_epoch":9223372036854775807,"step_s":1e308}',
+        f'{{"type":"MetricsLogged",{header},"seq":8,"time":-1e300,"global_step":-4611686018427387904,'
+        '"metrics":{"a":1e308,"b":-1e308}}',
+        f'{{"type":"WarningLogged",{header},"seq":9,"time":1e300,"global_step":-5,"level":"warning","message":"wild"}}',
+    ]
+    with open(wild, "a") as file:
+        file.write("\n".join(lines) + "\n")
+    page = visit(serve(RunsOfFolder(damaged)).url, "#run=fifo%20as%20lock")
+    expect(page.locator("#status")).to_have_attribute("data-status", "damaged")
+    expect(page.locator("#status .word")).to_contain_text("damaged")
+    expect(page.locator("#problems")).to_contain_text("run.lock is a FIFO instead of a file")
+    expect(page.locator("#runs-list li", has_text="link as journal")).to_contain_text("⚠ damaged")
+    for axis in ("time", "step"):
+        page.select_option("#x", axis)
+    if os.environ.get("STAGECAST_SCREENSHOT"):
+        page.wait_for_timeout(1500)
+        page.screenshot(path=os.environ["STAGECAST_SCREENSHOT"], full_page=True)
+    page.goto(page.url.partition("#")[0] + "#run=link%20as%20journal")
+    expect(page.locator("#problems")).to_contain_text("journal is a symbolic link instead of a folder")
+    page.goto(page.url.partition("#")[0] + "#run=demo")
+    expect(page.locator("#status")).to_have_attribute("data-status", "running")

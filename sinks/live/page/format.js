@@ -13,7 +13,8 @@ export const NONE = "–";
 
 /** A count, or a step: `12,340`. */
 export function count(value) {
-  return isNumber(value) ? whole.format(value) : NONE;
+  if (!isNumber(value)) return NONE;
+  return Math.abs(value) < 1e15 ? whole.format(value) : number(value);
 }
 
 /** A measured number to four digits, without zeros that say nothing: `0.5321`, `12,340`, `3e-4`. */
@@ -46,6 +47,7 @@ export function duration(seconds) {
   if (!isNumber(seconds)) return NONE;
   const size = Math.abs(seconds);
   if (size === 0) return "0 s";
+  if (size >= 1e12) return `${number(seconds)} s`;
   if (size < 1e-3) return `${number(seconds * 1e6, 3)} µs`;
   if (size < 1) return `${number(seconds * 1e3, 3)} ms`;
   if (size < 60) return `${number(seconds, 3)} s`;
@@ -56,7 +58,7 @@ export function duration(seconds) {
 
 /** How long ago: `just now`, `3 min ago`. Both in Unix seconds. */
 export function ago(time, now) {
-  if (!isNumber(time) || time <= 0) return NONE;
+  if (!isTime(time)) return NONE;
   const passed = Math.max(0, now - time);
   if (passed < 5) return "just now";
   if (passed < 60) return `${Math.floor(passed)} s ago`;
@@ -67,17 +69,18 @@ export function ago(time, now) {
 
 /** The time of day. */
 export function timeOfDay(time) {
-  return isNumber(time) && time > 0 ? clock.format(time * 1000) : NONE;
+  return isTime(time) ? clock.format(time * 1000) : NONE;
 }
 
 /** Day and time. */
 export function moment(time) {
-  return isNumber(time) && time > 0 ? dayAndClock.format(time * 1000) : NONE;
+  return isTime(time) ? dayAndClock.format(time * 1000) : NONE;
 }
 
 /** A share of one: `12.3 %`. */
 export function percent(share) {
-  return isNumber(share) ? `${(share * 100).toFixed(1)} %` : NONE;
+  if (!isNumber(share)) return NONE;
+  return `${Math.abs(share) < 1e6 ? (share * 100).toFixed(1) : number(share * 100)} %`;
 }
 
 /** How the numbers of a series are written, from its name: `{show, tick, isBinary}`; `tick` for an axis. */
@@ -143,7 +146,7 @@ function bytesPerS(value) {
 
 /** The time of day, with the day where it is another one; for a line that has little room. */
 export function since(time, now) {
-  if (!isNumber(time) || time <= 0) return "";
+  if (!isTime(time)) return "";
   const options =
     now - time > 20 * 3600 ? { month: "short", day: "numeric" } : { hour: "2-digit", minute: "2-digit", hour12: false };
   return `since ${new Intl.DateTimeFormat(undefined, options).format(time * 1000)}`;
@@ -151,6 +154,11 @@ export function since(time, now) {
 
 function isNumber(value) {
   return typeof value === "number" && Number.isFinite(value);
+}
+
+/** Whether it is a time, in Unix seconds, that a `Date` can hold: others, which a stranger may write, throw. */
+export function isTime(time) {
+  return isNumber(time) && time > 0 && time < 8.64e12;
 }
 
 function trimmed(text) {

@@ -2,7 +2,7 @@
 
 import { toast } from "./controls.js";
 import { el, reconcile, setText, svg, table } from "./dom.js";
-import { bytes, count, duration, moment, NONE, number, timeOfDay } from "./format.js";
+import { bytes, count, duration, isTime, moment, NONE, number, timeOfDay } from "./format.js";
 
 const FIRST_CHECKPOINTS = 12;
 const GLYPHS = {
@@ -112,6 +112,11 @@ async function copyText(text, shown) {
 
 // ------------------------------------------------------------------------------------------------ checkpoints
 
+/** Whether the process of a run has died, as far as its folder shows. */
+function isOver({ status }) {
+  return status === "lost" || status === "damaged";
+}
+
 /** The best checkpoint that a run has left, by its own metric and mode; undefined if it keeps none by a metric. */
 function bestCheckpoint(all, { best, best_mode: mode }) {
   const sign = mode === "max" ? -1 : 1;
@@ -136,7 +141,7 @@ export class Checkpoints {
     byId("checkpoints-section").hidden = !all.length;
     if (!all.length) return;
     byId("checkpoints-line").replaceChildren(
-      timeline(all, Math.max(store.run.global_step ?? 0, store.totalSteps() ?? 0), store.run.status === "lost"),
+      timeline(all, Math.max(store.run.global_step ?? 0, store.totalSteps() ?? 0), isOver(store.run)),
     );
     const shown = this.showsAll ? all : all.slice(0, FIRST_CHECKPOINTS);
     const right = (head) => ({ head, number: true });
@@ -154,7 +159,7 @@ export class Checkpoints {
       { head: "When" },
     ];
     const best = bestCheckpoint(all, store.run);
-    const isLost = store.run.status === "lost"; // nobody writes or uploads any more
+    const isLost = isOver(store.run); // nobody writes or uploads any more
     const rows = shown.map((one) => [
       one.name,
       count(one.global_step),
@@ -253,7 +258,7 @@ function timeline(all, end, isLost) {
 }
 
 function isoTime(time) {
-  return time > 0 ? new Date(time * 1000).toISOString() : null;
+  return isTime(time) ? new Date(time * 1000).toISOString() : null;
 }
 
 // ----------------------------------------------------------------------------------------------------- the log

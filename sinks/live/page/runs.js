@@ -18,6 +18,7 @@ const STATUS = {
   failed: ["✕", "failed"],
   cancelled: ["⊘", "cancelled"],
   lost: ["?", "lost"],
+  damaged: ["⚠", "damaged"],
   unknown: ["·", "unknown"],
   connecting: ["·", "connecting"],
   missing: ["?", "no such run"],
@@ -29,11 +30,17 @@ export function statusOf(run) {
   const [glyph, word] = STATUS[state] ?? STATUS.unknown;
   const problems = run.problems?.length ?? 0;
   if (!problems || state === "missing") return { state, glyph, word, isUnhealthy: false };
-  const isSaid = state === "failed" && problems === 1; // the failure itself
+  const others = problems - (run.damage ? 1 : 0);
+  const isSaid = !others || (state === "failed" && others === 1); // the failure itself
+  const words = [
+    word,
+    run.damage && state !== "damaged" ? "damaged" : null,
+    isSaid ? null : `${count(others)} ${others === 1 ? "problem" : "problems"}`,
+  ];
   return {
     state,
-    glyph: state === "failed" || state === "lost" ? glyph : "▲",
-    word: isSaid ? word : `${word}, ${count(problems)} ${problems === 1 ? "problem" : "problems"}`,
+    glyph: ["failed", "lost", "damaged"].includes(state) ? glyph : "▲",
+    word: words.filter(Boolean).join(", "),
     isUnhealthy: true,
   };
 }

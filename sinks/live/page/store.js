@@ -292,6 +292,7 @@ const FIELDS = Object.fromEntries(
     "updated",
     "ended",
     "problems",
+    "damage",
     "best",
     "best_mode",
     "global_step",

@@ -1,0 +1,78 @@
+"""What is wrong with a run's folder, in words: it may be damaged, or a stranger may have prepared it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+from events.errors import WireError
+from events.folder import ARGUMENTS_NAME, CONFIG_NAME, LOCK_NAME
+from events.journal_reader import JOURNAL_DIR, JournalReader, segment_numbers
+from events.journal_segment import open_segment
+from events.safe_files import UnsafeFile, kind_of, list_below, stat_below
+from sinks.format import plain_text
+
+_MOST_REASON = 300
+_PARTS = {JOURNAL_DIR: True, "media": True, LOCK_NAME: False, ARGUMENTS_NAME: False, CONFIG_NAME: False}
+_PARTS |= {"live.json": False, "view.msgpack": False}
+"""What a run's folder may hold for who watches it; True for folders."""
+
+
+def damage_of(run_dir: Path) -> str | None:
+    """Name the first part of a run's folder that is a link, a special file, or a folder instead of a file.
+
+    Waits for the disk, and opens nothing. Raises `OSError` if the folder cannot be read.
+    """
+    for name, is_folder in _PARTS.items():
+        try:
+            mode = stat_below(run_dir, name).st_mode
+        except FileNotFoundError:
+            continue
+        if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
+            return f"{name} is {kind_of(mode)} instead of a {'folder' if is_folder else 'file'}"
+    return None
+
+
+def unreadable(run_dir: Path) -> str | None:
+    """Why a run's journal cannot be read; None where it can be, or does not exist. Waits for the disk."""
+    journal_dir = run_dir / JOURNAL_DIR
+    try:
+        list_below(run_dir, JOURNAL_DIR)
+        for number in segment_numbers(journal_dir):
+            try:
+                os.close(open_segment(journal_dir, number))
+            except UnsafeFile:
+                continue  # a reader skips it and reports it
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return reason_of(error, run_dir)
+    return None
+
+
+def damage_in(reader: JournalReader) -> str | None:
+    """Name the first line that a reader has skipped, and count them; None for a whole journal.
+
+    A line that a killed process has left unfinished is not damage.
+    """
+    bad = [line for line in reader.skipped if not line.torn]
+    if not bad:
+        return None
+    count = reader.skipped_count - len(reader.skipped) + len(bad)  # the reader keeps the newest ones
+    more = f", and {count - 1:,} more" if count > 1 else ""
+    first = bad[0]
+    return plain_text(f"{JOURNAL_DIR}/{Path(first.path).name}, line {first.line:,}{more}: {first.reason}", _MOST_REASON)
+
+
+def reason_of(error: Exception, run_dir: Path) -> str:
+    """Why a run could not be read, in one line, with paths as they are below its folder. Waits for the disk."""
+    with contextlib.suppress(OSError):
+        if (reason := damage_of(run_dir)) is not None:
+            return reason
+    if isinstance(error, OSError) and error.filename is not None:
+        path = os.path.relpath(os.fspath(error.filename), run_dir)
+        return plain_text(f"{path}: {error.strerror}" if path != "." else str(error.strerror), _MOST_REASON)
+    name = "" if isinstance(error, WireError) else f"{type(error).__name__}: "
+    return plain_text(f"{name}{error}", _MOST_REASON)
