@@ -22,7 +22,7 @@ from events.log import in_this_run, logger
 from events.messages import Event, ObserverFailed, ObserverRecovered, WarningLogged
 from events.notice import notify
 from events.protocol import ObserverReport
-from events.safe_files import make_folder_below, open_below
+from events.safe_files import UnsafeFile, make_folder_below, open_below
 from events.sink import RunInfo
 from events.wire import decode_json
 from sinks.host import PLACES_DIR, Finish, Finished, HealthTold, HostConfig, HostedSink, Noticed, Place
@@ -75,6 +75,7 @@ class SinkHost:
         self._finish: Finish | None = None
         self._woken = threading.Event()
         self._given_up = False
+        self._is_hopeless = False  # another try would find the same
         self._error: str | None = None
         self._reports: list[ObserverReport] | None = None
         self._ended = anyio.Event()
@@ -149,7 +150,7 @@ class SinkHost:
                     return
                 deaths = 1 if time.monotonic() - began > _HEALTHY_S else deaths + 1
                 self._error = problem
-                if deaths >= _MOST_DEATHS:
+                if deaths >= _MOST_DEATHS or self._is_hopeless:
                     self._tell_of_death(problem, "disabled", deaths)
                     return
                 self._tell_of_death(problem, "retrying", deaths)
@@ -164,7 +165,9 @@ class SinkHost:
         try:
             process = self._start()
         except (OSError, ValueError) as error:
-            return f"the sink host could not be started: {error}"
+            self._is_hopeless = isinstance(error, UnsafeFile)
+            fix = "; remove that" if self._is_hopeless else ""
+            return f"the sink host could not be started: {error}{fix}"
         if process is None:
             return "given up"
         with process:

@@ -16,9 +16,10 @@ import anyio
 import msgspec
 
 from events.bus import Bus
+from events.checkpoint.lineage import LAST_ATTEMPT
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
-from events.errors import RunCancelled, TrainingThreadStuck
+from events.checkpoint.store import CHECKPOINTS_DIR, LAST_SEQ, CheckpointStore
+from events.errors import RunCancelled, RunFolderError, TrainingThreadStuck
 from events.folder import ARGUMENTS_NAME, CONFIG_NAME, RunFolder
 from events.inbox import Inbox
 from events.journal import Journal
@@ -192,6 +193,11 @@ class Session:
         # Above everything that the journal or a checkpoint knows: either may have been lost.
         attempt = max(folder.last_attempt if folder is not None else 0, store.last_attempt if store is not None else 0)
         seq = max(folder.last_seq if folder is not None else 0, store.last_seq if store is not None else 0)
+        if attempt >= LAST_ATTEMPT or seq >= LAST_SEQ:  # made up: events and checkpoints after it could not be read
+            raise RunFolderError(
+                f"the run folder {folder.path if folder is not None else None} has attempt {attempt:,} and event"
+                f" {seq:,}, after which nothing can be numbered; choose another folder"
+            )
         self.origin = Origin(self._run_id, attempt + 1)
         self._context = current_origin.set(self.origin)  # the threads that the constructor makes log for this run
         self._readback = DeviceReadback(self._on_loss, self._on_gradient)

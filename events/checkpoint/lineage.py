@@ -17,7 +17,8 @@ from events.bounds import Int64
 from events.checkpoint.manifest import CheckpointName, Manifest, Metric
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
 
-_LAST_ATTEMPT = 10**9
+LAST_ATTEMPT = 10**9 - 1
+"""Attempts are numbered up to here: a greater number stands in a file that was damaged, or made up."""
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -59,7 +60,7 @@ def decode_attempt(file_name: str, data: bytes) -> Attempt | None:
         attempt = msgspec.json.decode(body, type=Attempt)
     except (ValueError, RecursionError):
         return None
-    known = _sign(body) == data and 1 <= attempt.attempt < _LAST_ATTEMPT
+    known = _sign(body) == data and 1 <= attempt.attempt <= LAST_ATTEMPT
     return attempt if known and attempt_name(attempt.attempt) == file_name else None
 
 

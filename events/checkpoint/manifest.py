@@ -28,7 +28,7 @@ MANIFEST_BYTES = 16 * 2**20
 TENSORS_NAME = "tensors.safetensors"
 STATE_NAME = "state.msgpack"
 
-_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})\.a([1-9][0-9]{0,17})(?:\.([2-9]|[1-9][0-9]{1,17}))?", re.ASCII)
+_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})\.a([1-9][0-9]{0,8})(?:\.([2-9]|[1-9][0-9]{1,17}))?", re.ASCII)
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 
 

@@ -63,7 +63,7 @@ _UPLOADED_NAME = "uploaded"
 _CHUNK = 32 * 2**20
 NOTE_BYTES = 65_536
 """Maximum bytes per note: of an attempt, of an upload."""
-_LAST_SEQ = 2**53
+LAST_SEQ = 2**53
 """No run comes so far: a greater number is damage, or malice, and is not counted on from."""
 
 
@@ -180,7 +180,7 @@ class CheckpointStore:
         for name in self.names():
             with contextlib.suppress(CheckpointDamaged, CheckpointNotFound, CheckpointTooNew):
                 found = self.manifest(name).seq
-                seq = max(seq, found if found < _LAST_SEQ else 0)
+                seq = max(seq, found if found < LAST_SEQ else 0)
         return seq
 
     @property

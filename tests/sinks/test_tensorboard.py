@@ -160,6 +160,29 @@ def test_files_that_are_gone_leave_the_rest_to_be_shown(
     assert "this run keeps no folder" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "path", ["../secret", "media/../../secret", "{}/secret", "media/link", "away/secret", "fifo", ""]
+)
+def test_no_file_outside_of_the_runs_folder_is_shown(
+    path: str, opened: Any, story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever path an event names, as that of a replayed run of somebody else may; and nothing waits for a FIFO."""
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "run" / "media").mkdir(parents=True)
+    (tmp_path / "run" / "media" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "run" / "away").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "run" / "fifo")
+    name = path.format(tmp_path)
+    opened(TensorBoard(dir=str(tmp_path / "board")), run_dir=str(tmp_path / "run")).write([
+        story(TextLogged, name="note", text="beginn", path=name),
+        story(ImageLogged, name="picture", path=name),
+    ])  # fmt: skip
+    board = shown(tmp_path / "board")
+    assert board.Tensors("note")[0].tensor_proto.string_val == [b"beginn"]
+    assert board.Tags()["images"] == []
+    assert "cannot show all of 'note'" in caplog.text
+
+
 def test_events_of_other_types_are_ignored(opened: Any, story: Any, tmp_path: Path) -> None:
     """Those of a later version, too."""
     writer = opened()

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
-from events.errors import RunFolderError
+from events.checkpoint import store
+from events.errors import CheckpointError, RunFolderError
 from events.inbox import send_command
 from events.messages import CheckpointRejected, RunResumed
 from events.protocol import Stop
 from sinks import CSV, JSONL, Live, TensorBoard
 from trainer import Checkpoints
+from trainer.cli import main
+from trainer.launcher import launch
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="links and FIFOs are POSIX"),
@@ -134,6 +137,34 @@ def test_no_folder_of_a_run_is_written_through_a_link(
         assert str(run_dir / name) in caplog.text
 
 
+def test_a_sink_host_is_not_started_again_and_again_where_its_folder_leads_elsewhere(
+    kit: Any, tmp_path: Path, secret: Secret
+) -> None:
+    """Its sinks are disabled, and the reason names the path."""
+    secret.put(tmp_path / "run" / "sinks", "linked folder")
+    outcome = kit.train(
+        kit.Net(), run_dir=tmp_path / "run", run_id="run", journal=True, sinks=[JSONL()], sinks_in="process"
+    )
+    secret.check()
+    assert outcome.result.status == "finished"
+    (problem,) = [line for line in outcome.result.problems if "sink host" in line]
+    assert f"a symbolic link, which is not opened below a run folder: '{tmp_path}/run/sinks'; remove that" in problem
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_launched_run_prints_to_no_file_that_its_log_leads_to(
+    tmp_path: Path, secret: Secret, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends, and its error names the log."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "launched"))
+    secret.put(tmp_path / "run" / "log.txt", "link")
+    with pytest.raises(RunFolderError, match=r"run/log\.txt cannot be written: .*a symbolic link.*; remove it"):
+        async with launch("launched_jobs:build", {}, run_dir=tmp_path / "run", run_id="run") as run:
+            await run.result()
+    secret.check()
+
+
 @pytest.mark.parametrize("name", ["run.lock", "journal", "checkpoints"])
 @pytest.mark.parametrize("kind", ["link", "linked folder", "dangling link", "FIFO"])
 def test_a_run_whose_lock_journal_or_checkpoints_lead_elsewhere_does_not_begin(
@@ -147,6 +178,20 @@ def test_a_run_whose_lock_journal_or_checkpoints_lead_elsewhere_does_not_begin(
     assert type(outcome.error).__module__ == "events.errors"
     assert str(run_dir / name) in str(outcome.error)
     assert "remove" in str(outcome.error)
+
+
+@pytest.mark.parametrize("attempt", [10**9 - 1, 10**18 - 1])
+def test_a_made_up_number_of_an_attempt_leaves_no_checkpoint_that_cannot_be_found(
+    kit: Any, tmp_path: Path, attempt: int
+) -> None:
+    """After the last number there is none: the run does not begin. A greater one is no checkpoint's name."""
+    (tmp_path / "run/checkpoints" / f"step-1.a{attempt}").mkdir(parents=True)
+    outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", run_id="run", checkpoints=Checkpoints(every_steps=1))
+    if attempt < 10**9:
+        assert isinstance(outcome.error, RunFolderError)
+        assert "has attempt 999,999,999" in str(outcome.error)
+    else:
+        assert [str(name) for name in store.CheckpointStore(tmp_path / "run/checkpoints").names()][-1] == "step-2.a1"
 
 
 @pytest.mark.parametrize("kind", ["link", "FIFO", "folder", "hard link"])
@@ -218,3 +263,100 @@ def test_a_checkpoint_of_another_run_is_neither_deleted_nor_the_best(kit: Any, t
     assert theirs.is_dir()
     assert sorted(path.name for path in theirs.parent.glob("step-*")) == ["step-2.a2", "step-8.a1"]
     assert outcome.result.best_checkpoint == str(theirs.parent / "step-2.a2")
+
+
+# ------------------------------------------------------------------------------------- what is read of a checkpoint
+
+
+def spoil(secret: Secret, path: Path, kind: str) -> None:
+    """Put something at a path that is not a small regular file; of a link, it leads to what was there."""
+    if kind == "sparse":
+        with open(path, "r+b") as file:
+            file.truncate(40 * 2**30)
+    elif kind == "linked original":
+        original = secret.file.with_name(f"{path.parent.name} {path.name}")
+        path.rename(original)
+        path.symlink_to(original)
+    elif kind == "device":
+        path.unlink()
+        path.symlink_to("/dev/zero")
+    else:
+        secret.put(path, kind)
+
+
+SPOILED = ("FIFO", "folder", "sparse", "linked original", "device", "socket")
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_whatever_stands_for_a_file_of_a_checkpoint_is_damage_and_an_older_one_is_resumed(
+    kit: Any, tmp_path: Path, secret: Secret, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither resuming nor the command waits for it, follows it, or reads it into memory; both name it."""
+    saved(kit, tmp_path / "run", "run", epochs=2)
+    folder = tmp_path / "run/checkpoints"
+    for number, file in enumerate(("manifest.json", "state.msgpack", "tensors.safetensors")):
+        spoil(secret, folder / f"step-{4 - number}.a1" / file, kind)
+    spoil(secret, folder / "attempt-1.json", kind)
+    import resource  # not on Windows
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["checkpoints", "list", str(tmp_path / "run")]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("damaged") == 3
+    assert main(["checkpoints", "verify", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().out.count("damaged") == 3
+    assert main(["checkpoints", "export", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 0
+    outcome = saved(kit, tmp_path / "run", "run", epochs=2, resume="auto")
+    assert outcome.of(RunResumed)[0].global_step == 1
+    assert {event.checkpoint for event in outcome.of(CheckpointRejected)} == {
+        *("step-4.a1", "step-3.a1", "step-2.a1", "attempt-1.json")
+    }
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+    secret.check()
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO", "linked folder", "folder", "hard link"])
+def test_what_a_killed_process_seems_to_have_left_is_removed_without_following_it(
+    kit: Any, tmp_path: Path, secret: Secret, kind: str
+) -> None:
+    """Temporary folders and notes, what is in them, and checkpoints that retention deletes."""
+    folder = tmp_path / "run/checkpoints"
+    for name in (".step-1.a1.tmp", ".step-9.a9.tmp", ".attempt-1.json.tmp", ".step-2.a1.tmp/inside", "step-1.a9"):
+        secret.put(folder / name, kind)
+    secret.put(tmp_path / "run/.weights.safetensors.tmp", kind)
+    settings = Checkpoints(every_steps=1, when_busy="wait", keep_last=1)
+    outcome = saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    assert outcome.result.status == "finished"
+    assert (tmp_path / "run/weights.safetensors").is_file()
+    assert not list(folder.glob(".*"))
+    assert len(list(folder.glob("step-*"))) <= 2
+    secret.check()
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "sparse", "device"])
+def test_weights_that_are_no_regular_file_of_this_machines_size_are_refused(
+    kit: Any, tmp_path: Path, secret: Secret, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, and without reading them."""
+    monkeypatch.setattr(store, "_MEMORY_BYTES", 2**34)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"")
+    spoil(secret, path, kind)
+    outcome = kit.train(kit.Net(), init_from=path)
+    assert isinstance(outcome.error, CheckpointError)
+    assert str(path) in str(outcome.error)
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.csv"])
+def test_a_file_without_an_end_is_not_continued(
+    kit: Any, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be read into memory as one line."""
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / name, "wb") as file:
+        file.write(b"run_id,attempt,seq,time,global_step,epoch,stage,name,value\n" if name == "metrics.csv" else b"")
+        file.truncate(40 * 2**30)
+    with caplog.at_level(logging.WARNING):
+        outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True, sinks=[JSONL(), CSV()])
+    assert outcome.result.status == "finished"
+    assert f"{name} has a line of more than" in caplog.text
