@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from events.checkpoint.lineage import LAST_ATTEMPT
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import CheckpointError, RunFolderError, RunFolderHeld, RunFolderMismatch
 from events.journal_reader import JOURNAL_DIR, JournalTail, journal_tail
@@ -63,6 +64,8 @@ class Holder(msgspec.Struct, frozen=True):
     run_id: str
     since: float
     """Unix seconds."""
+    attempt: int = 0
+    """The newest attempt that a holder has claimed."""
 
     def __str__(self) -> str:
         try:
@@ -99,12 +102,13 @@ class RunFolder:
     fails also within the same process. Forked children do not share in it. Used by one thread.
     """
 
-    def __init__(self, path: Path, run_id: str, fd: int, tail: JournalTail) -> None:
+    def __init__(self, path: Path, run_id: str, fd: int, tail: JournalTail, claimed: int) -> None:
         """Not called directly: see `open`."""
         self._path = path
         self._run_id = run_id
         self._fd: int | None = fd
         self._tail = tail
+        self._claimed = claimed
         _open_folders.add(self)
 
     @classmethod
@@ -129,7 +133,8 @@ class RunFolder:
                     undo.callback(_remove, os.rmdir, folder / JOURNAL_DIR)
                 make_folder_below(folder, JOURNAL_DIR)
                 tail = _read_tail(folder, run_id)
-                _sign(fd, run_id)
+                claimed = _claimed(fd, run_id)
+                _sign(fd, run_id, claimed)
             except UnsafeFile as error:
                 raise RunFolderError(
                     f"the run folder {folder} cannot be used: {error}; remove that, or choose another folder"
@@ -140,7 +145,7 @@ class RunFolder:
                     "this one a folder that you may write to, on a disk with room"
                 ) from error
             undo.pop_all()
-        return cls(folder, run_id, fd, tail)
+        return cls(folder, run_id, fd, tail, claimed)
 
     @property
     def path(self) -> Path:
@@ -154,8 +159,23 @@ class RunFolder:
 
     @property
     def last_attempt(self) -> int:
-        """The newest attempt in the journal when the folder was opened; 0 if there was none."""
-        return self._tail.attempt
+        """The newest attempt that is in the journal or was claimed when the folder was opened; 0 if there was none."""
+        return max(self._tail.attempt, self._claimed)
+
+    def claim(self, attempt: int) -> None:
+        """Record durably that this attempt's number is in use, though nothing of it may reach the journal.
+
+        Raises:
+            RunFolderError: The folder was closed, or the disk refused.
+        """
+        path = self._path / LOCK_NAME
+        if self._fd is None:
+            raise RunFolderError(f"{path} cannot be written: the run folder was closed; claim before `close`")
+        try:
+            _sign(self._fd, self._run_id, attempt)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be written: {error}; make room or choose another folder") from error
 
     @property
     def last_seq(self) -> int:
@@ -324,10 +344,24 @@ def _held(path: Path, fd: int) -> RunFolderHeld:
     )
 
 
-def _sign(fd: int, run_id: str) -> None:
-    holder = Holder(pid=os.getpid(), host=socket.gethostname(), run_id=run_id, since=time.time())
+def _claimed(fd: int, run_id: str) -> int:
+    """The newest attempt that the file of a lock names for this run; 0 for none."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    try:
+        holder = msgspec.json.decode(os.read(fd, _LOCK_BYTES), type=Holder)
+    except (ValueError, OverflowError, RecursionError):
+        return 0
+    return holder.attempt if holder.run_id == run_id and 0 <= holder.attempt < LAST_ATTEMPT else 0
+
+
+def _sign(fd: int, run_id: str, attempt: int) -> None:
+    holder = Holder(pid=os.getpid(), host=socket.gethostname(), run_id=run_id, since=time.time(), attempt=attempt)
     text = msgspec.json.encode(holder) + b"\n"
-    os.ftruncate(fd, 0)
+    # One write over the old text, which may be longer: a process that is killed here leaves a number that can be read.
+    if (size := os.fstat(fd).st_size) > _LOCK_BYTES:
+        os.ftruncate(fd, 0)  # nobody signed that
+    else:
+        text += b" " * max(0, size - len(text))
     os.lseek(fd, 0, os.SEEK_SET)
     os.write(fd, text)
 

@@ -7,7 +7,11 @@ replaced by a `JournalGap`, as one is that cannot be encoded.
 
 - A line that ends in a newline is one whole event and never changes. A segment is never written to once a
   newer one exists, so no half line is ever followed by a whole one in the same file.
-- Events stand in the order of their ``seq``, each once, however often they are delivered.
+- Events stand in the order of their ``seq``, each once, however often they are delivered. One exception: `RunResumed`
+  is written three times, and again at the beginning of each further segment of its attempt, with the same ``seq``:
+  without it, the superseded steps of earlier attempts would count again.
+- Each line has a checksum, and names the ``seq`` of the line before it where that is not its own less one
+  (`events.journal_lines`). So a reader tells a changed or lost line from an event that was never kept.
 - What was handed to `JournalWriter.write` has reached the operating system when that returns: it survives the
   process, by whatever signal it dies. It is on stable storage (survives the machine) at each `RunEnded`, each
   new segment, `sync` and `close`.
@@ -36,13 +40,14 @@ from msgspec import Meta
 
 from events.checkpoint import disk
 from events.errors import RunFolderError, RunFolderMismatch, WireError
+from events.journal_lines import MAX_ADDED_BYTES, encode_lines, gap_before
 from events.journal_reader import JOURNAL_DIR, journal_tail
 from events.journal_segment import MAX_LINE_BYTES, open_segment, segment_name
-from events.messages import EVENT_TYPES, Event, JournalGap, RunEnded
+from events.messages import EVENT_TYPES, Event, RunEnded, RunResumed
 from events.safe_files import make_folder_below
 from events.sink import Delivery, RunInfo
 from events.strict import Strict
-from events.wire import encode_json, encode_json_lines
+from events.wire import encode_json
 
 JOURNAL_DELIVERY = Delivery(
     types=frozenset(event_type for event_type in EVENT_TYPES if event_type.journalled),
@@ -116,6 +121,8 @@ class JournalWriter:
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._written_seq = written_seq
+        self._line_seq = written_seq  # of the last line
+        self._resumed: RunResumed | None = None  # this attempt's
         self._last_segment = last_segment
         self._path = folder
         self._size = 0  # of the whole lines in the segment
@@ -146,7 +153,13 @@ class JournalWriter:
         last_seq = fresh[-1].seq if fresh else self._written_seq
         self._sync_due = self._sync_due or any(type(event) is RunEnded for event in fresh)
         try:
-            kept = [event for event in self._with_gap(fresh) if event.journalled]
+            kept: list[Event] = []
+            for event in self._with_gap(fresh):
+                if event.journalled:
+                    kept.append(event)
+                    if type(event) is RunResumed:
+                        self._resumed = event
+                        kept += [event, event]  # one changed newline joins, and so loses, two lines
             if kept:
                 self._append(*self._encode(kept))
             with self._written:
@@ -219,25 +232,25 @@ class JournalWriter:
                 break
         if not lost:
             return fresh
-        gap = _gap(fresh[at], own_seq, first, last, lost, self._reason)
+        gap = gap_before(fresh[at], own_seq, first, last, lost, self._reason)
         return [*fresh[:at], gap, *fresh[at:]]
 
     def _encode(self, kept: list[Event]) -> tuple[bytes, list[Event]]:
         """The lines of a batch, and the events they are: one that no line can hold is replaced by a gap."""
         try:
-            block = encode_json_lines(kept)
+            block = encode_lines(kept, self._line_seq)
             if len(block) <= MAX_LINE_BYTES:
                 return block, kept
         except WireError:
             pass
         for index, event in enumerate(kept):
             try:
-                if (size := len(encode_json(event))) > MAX_LINE_BYTES:
+                if (size := len(encode_json(event)) + MAX_ADDED_BYTES) > MAX_LINE_BYTES:
                     raise WireError(f"{type(event).__name__} has {size:,} bytes, and a line at most {MAX_LINE_BYTES:,}")
             except WireError as error:
                 # Raising would have it delivered, and refused, for ever.
-                kept[index] = _gap(event, event.seq, event.seq, event.seq, 1, str(error))
-        return encode_json_lines(kept), kept
+                kept[index] = gap_before(event, event.seq, event.seq, event.seq, 1, str(error))
+        return encode_lines(kept, self._line_seq), kept
 
     # ---------------------------------------------------------------------------------------------- the file
 
@@ -248,6 +261,9 @@ class JournalWriter:
             raise FileNotFoundError(errno.ENOENT, "the segment was deleted, with all events in it", str(self._path))
         if self._fd is None or self._size >= self._segment_bytes:
             self._next_segment(lines[0].seq)
+            if self._resumed is not None and self._resumed.seq < lines[0].seq:
+                block = encode_lines([self._resumed], self._resumed.seq - 1) + block
+                lines = [self._resumed, *lines]
         if self._directory_dirty:
             disk.sync_folder(self._folder)
             self._directory_dirty = False
@@ -265,10 +281,12 @@ class JournalWriter:
             whole = block.rfind(b"\n", 0, done) + 1
             if whole:
                 self._size += whole
-                self._written_seq = lines[block.count(b"\n", 0, whole) - 1].seq
+                self._line_seq = max(self._line_seq, lines[block.count(b"\n", 0, whole) - 1].seq)
+                self._written_seq = max(self._written_seq, self._line_seq)
             self._cut_back()
             raise
         self._size += len(block)
+        self._line_seq = lines[-1].seq
         if time.monotonic() - started > SLOW_WRITE_S:
             self._suspect_until = time.time()
             self._reason = f"a write took {time.monotonic() - started:.1f} s"
@@ -305,21 +323,3 @@ class JournalWriter:
         if fd is not None:
             with contextlib.suppress(OSError):  # everything was written with a result of its own
                 os.close(fd)
-
-
-def _gap(following: Event, own_seq: int, first: int, last: int, lost: int, reason: str) -> JournalGap:
-    """A gap in front of, or in place of, an event whose header it takes."""
-    return JournalGap(
-        run_id=following.run_id,
-        attempt=following.attempt,
-        seq=own_seq,
-        time=following.time,
-        rank=following.rank,
-        global_step=following.global_step,
-        epoch=following.epoch,
-        stage=following.stage,
-        first_seq=first,
-        last_seq=last,
-        lost=lost,
-        reason=reason,
-    )

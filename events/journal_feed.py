@@ -55,6 +55,7 @@ class JournalFeed:
         self._finishing = anyio.Event()
         self._until: int | None = None
         self._discarded = False
+        self._ended = False
         self._limiter = anyio.CapacityLimiter(1)  # our own: the host's may be taken by whatever the host does
 
     async def receive(self) -> list[Published]:
@@ -80,7 +81,10 @@ class JournalFeed:
                     self._advance()
                     continue
                 if finishing and (self._until is None or self._reader.cursor >= self._until):
-                    break
+                    if self._ended:
+                        break
+                    self._ended = True  # nobody writes any more: the journal's end counts as it is
+                    continue
             with anyio.move_on_after(max(self.delivery.latency_s, _LEAST_POLL_S) if not finishing else _LEAST_POLL_S):
                 if finishing:
                     await anyio.sleep_forever()
@@ -132,7 +136,7 @@ class JournalFeed:
     def _read(self) -> list[Event] | None:
         """The next events; None if the disk refused."""
         try:
-            return self._reader.read(self.delivery.batch)
+            return self._reader.read(self.delivery.batch) or (self._reader.finish() if self._ended else [])
         except OSError:
             return None
 

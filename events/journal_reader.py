@@ -23,6 +23,7 @@ import msgspec
 
 from events.checkpoint.manifest import CheckpointName
 from events.errors import WireError
+from events.journal_lines import decode_line, events_in, gap_before, is_checked
 from events.journal_segment import JOURNAL_DIR as JOURNAL_DIR
 from events.journal_segment import MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
 from events.journal_segment import segment_name as segment_name
@@ -51,7 +52,6 @@ from events.messages import (
     ValStepEnded,
 )
 from events.safe_files import UnsafeFile
-from events.wire import decode_json
 
 SUPERSEDED_TYPES: tuple[type[Event], ...] = (
     TrainEpochStarted,
@@ -99,6 +99,9 @@ class SkippedLine(msgspec.Struct, frozen=True):
     reason: str
     torn: bool = False
     """Whether it is the beginning of a line whose writer died; a later attempt continues in a new segment."""
+    first_seq: int | None = None
+    """Where events are lost there, the first ``seq`` that is; `JournalReader.read` returns a `JournalGap` for them."""
+    last_seq: int | None = None
 
 
 class JournalTail(msgspec.Struct, frozen=True):
@@ -117,12 +120,12 @@ def journal_tail(journal_dir: str | os.PathLike[str]) -> JournalTail:
     numbers = segment_numbers(journal_dir)
     least = numbers[-1] if numbers else 0
     for number in reversed(numbers):
-        events, is_all = _last_events(journal_dir, number)
+        events, damaged, is_all = _last_events(journal_dir, number)
         if events:
             # The highest of several, because a damaged digit may have made the last one small. A newest segment without
             # one whole event was begun with an event that others may have seen: stay above.
             attempt, seq = max(event.attempt for event in events), max(event.seq for event in events)
-            return JournalTail(events[-1].run_id, attempt, max(seq, least), numbers[-1])
+            return JournalTail(events[-1].run_id, attempt, max(seq + damaged, least), numbers[-1])
         if not is_all:  # stay above all the lines that it may hold
             least = max(least, number + _size_of(journal_dir, number) // _LEAST_LINE_BYTES)
     return JournalTail(seq=least, segment=numbers[-1]) if numbers else JournalTail()
@@ -153,14 +156,14 @@ def last_whole_seq(journal_dir: str | os.PathLike[str]) -> int:
     numbers = segment_numbers(journal_dir)
     if not numbers:
         return 0
-    events, _ = _last_events(journal_dir, numbers[-1], chunk=2**13, unfinished=False)
+    events, _, _ = _last_events(journal_dir, numbers[-1], chunk=2**13, unfinished=False)
     return events[-1].seq if events else numbers[-1] - 1  # a segment is named by its first event
 
 
 def _last_events(
     journal_dir: str | os.PathLike[str], number: int, *, chunk: int | None = None, unfinished: bool = True
-) -> tuple[list[Event], bool]:
-    """Whole events at the end of a segment, and whether no other part of it can hold any if there are none.
+) -> tuple[list[Event], int, bool]:
+    """Whole events at the end of a segment; how many lines behind them are damaged; whether all of it was searched.
 
     Args:
         chunk: Bytes to begin with.
@@ -171,22 +174,45 @@ def _last_events(
         try:
             data, is_all = read_tail(journal_dir, number, length)
         except (FileNotFoundError, UnsafeFile):
-            return [], True
-        lines = data.rsplit(b"\n", _TAIL_LINES)
-        if not unfinished:
-            lines.pop()
-        if events := [event for line in lines if (event := _event_of(line)) is not None]:
-            return events, is_all
+            return [], 0, True
+        *lines, rest = data.rsplit(b"\n", _TAIL_LINES)
+        checked = any(map(is_checked, reversed(lines)))
+        events: list[Event] = []
+        damaged = 0
+        for line in lines:
+            if (event := _event_of(line, checked)) is not None:
+                events.append(event)
+                damaged = 0
+            elif line and checked:
+                damaged += events_in(line)
+        if events:
+            if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
+                return [*events, event], 0, is_all
+            return events, damaged, is_all
+        if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
+            return [event], 0, is_all
         length *= 4
-    return [], is_all
+    return [], 0, is_all
 
 
-def _event_of(line: bytes | TooLong) -> Event | None:
+def _event_of(line: bytes | TooLong, checked: bool = False) -> Event | None:
+    """The event of a line, if it is one.
+
+    Args:
+        checked: Whether the lines of its segment have checksums.
+    """
     try:
-        event = decode_json(line) if isinstance(line, bytes) else None
+        event, previous = decode_line(line) if isinstance(line, bytes) else (None, None)
     except WireError:
         return None
-    return event if event is not None and event.run_id and event.seq > 0 else None
+    if event is None or not event.run_id or event.seq < 1 or (checked and previous is None):
+        return None
+    return event
+
+
+def _mended(rest: bytes) -> bytes:
+    """What stands behind the last newline, without one more byte if this was the newline: the checksum is a proof."""
+    return rest[:-1] if is_checked(rest[:-1]) else rest
 
 
 class JournalReader:
@@ -223,6 +249,10 @@ class JournalReader:
         self._lines: list[bytes | TooLong] = []  # whole lines from there on that are read but not decoded, last first
         self._finished = False  # the segment is read, and a newer one exists
         self._rest = False  # what is left of it ends without a newline
+        self._damaged = 0  # events that lines skipped since the last event may have been, torn ones apart
+        self._why = ""  # the last of them was
+        self._behind_gap: Event | None = None  # is returned next
+        self._last: Event | None = None  # that was returned
 
     @property
     def cursor(self) -> int:
@@ -245,40 +275,84 @@ class JournalReader:
                 again.
         """
         events: list[Event] = []
-        while len(events) < limit and (self._lines or self._fill()):
-            line = self._lines.pop()
-            event = self._decode(line)
-            self._offset += (line.length if isinstance(line, TooLong) else len(line)) + 1
-            self._line += 1
+        while len(events) < limit and (self._behind_gap is not None or self._lines or self._fill()):
+            event, self._behind_gap = self._behind_gap, None
+            if event is None:
+                line = self._lines.pop()
+                event = self._decode(line)
+                self._offset += (line.length if isinstance(line, TooLong) else len(line)) + 1
+                self._line += 1
             if event is not None:
                 self._cursor = event.seq
+                self._last = event
                 events.append(event)
             elif until < math.inf and time.monotonic() > until:
                 break
         return events
 
+    def finish(self) -> list[Event]:
+        """Return what `read` did not because it may be written to: the journal's end, when nobody writes any more.
+
+        That is an event without its newline, or a gap for damaged lines behind the last event. The rest of an
+        unfinished line is reported in `skipped`. Call it once `read` returns none. Raises `OSError`.
+        """
+        found = self.read()
+        if not found and self._segment is not None and not self._finished and self._segment.rest:
+            self._begin_rest(self._segment)
+            found = self.read()
+        if not found and self._damaged and self._last is not None:
+            last = self._cursor + self._damaged
+            found = [self._gap(self._last, last)]
+            self._cursor = last
+        return found
+
     def _decode(self, line: bytes | TooLong) -> Event | None:
-        """The event of the next line, if it is one that has not been returned."""
+        """The event of the next line, if it is one that has not been returned; or the gap before it."""
+        assert self._segment is not None
         if isinstance(line, TooLong):
             self._skip(line.length, f"it is longer than {MAX_LINE_BYTES:,} bytes")
             return None
         if not line:
             return None
         try:
-            event = decode_json(line)
+            event, previous = decode_line(line)
         except WireError as error:
-            self._skip(len(line), str(error), torn=self._rest)
+            self._skip(len(line), str(error), torn=self._rest, events=events_in(line))
+            return None
+        if previous is None and self._segment.checked:
+            self._skip(len(line), "it has no checksum, and other lines of its segment have", torn=self._rest)
             return None
         if event.seq < 1 or not event.run_id or event.run_id != (self._run_id or event.run_id):
             whose = f"run_id {event.run_id!r}, seq {event.seq}"
             self._skip(len(line), f"an event with {whose} is none of run {self._run_id or 'any'!r}")
             return None
         if event.seq <= self._cursor:
+            self._damaged = 0
             return None  # a repeat
-        if self._misplaced(event):
-            self._skip(len(line), f"its seq {event.seq} is not below that of the next line")
-            return None
+        if previous is None:
+            if self._misplaced(event):
+                self._skip(len(line), f"its seq {event.seq} is not below that of the next line")
+                return None
+            # Without checksums a lost line is known only by its remains.
+            previous = event.seq - 1 if self._damaged else self._cursor
+        if self._cursor < previous < event.seq:
+            self._behind_gap = event
+            return self._gap(event, previous)
+        self._damaged = 0
         return event
+
+    def _gap(self, beside: Event, last: int) -> Event:
+        """Report that the events up to ``last`` are lost."""
+        assert self._segment is not None
+        first = self._cursor + 1
+        if not self._damaged:
+            self._skip(0, "events are missing before this line: lines or a segment were removed")
+        place = f"line {self._skipped[-1].line} of {segment_name(self._segment.number)}" if self._skipped else "a line"
+        if self._skipped:
+            self._skipped[-1] = msgspec.structs.replace(self._skipped[-1], first_seq=first, last_seq=last)
+        self._damaged = 0
+        which = f"seq {first:,}" if first == last else f"seq {first:,} to {last:,}"
+        return gap_before(beside, last, first, last, last - first + 1, f"{which}, at {place}: {self._why}")
 
     def _misplaced(self, event: Event) -> bool:
         """Whether a ``seq`` is wrong: one damaged digit would hide all the events that follow."""
@@ -308,10 +382,16 @@ class JournalReader:
                 self._finished = True
                 if not self._segment.rest:
                     continue
-                self._lines = [self._segment.rest]  # torn, or whole but for its newline
+                self._begin_rest(self._segment)
+                return True
             self._offset = self._segment.start
             self._lines.reverse()
             return True
+
+    def _begin_rest(self, segment: SegmentLines) -> None:
+        """Take what has no newline as a line: it is torn, or whole but for that."""
+        self._lines = [_mended(segment.rest)]
+        self._offset, self._rest, self._finished = segment.start, True, True
 
     def _following(self, numbers: list[int]) -> int | None:
         """The segment to read next."""
@@ -331,9 +411,12 @@ class JournalReader:
             self._skip(0, "the segment is gone" if isinstance(error, FileNotFoundError) else str(error.strerror))
             return []
 
-    def _skip(self, length: int, reason: str, *, torn: bool = False) -> None:
+    def _skip(self, length: int, reason: str, *, torn: bool = False, events: int = 1) -> None:
         assert self._segment is not None
         self.skipped_count += 1
+        if not torn:
+            self._damaged += events
+            self._why = reason[:_REASON]
         path = str(self._dir / segment_name(self._segment.number))
         self._skipped.append(SkippedLine(path, self._line + 1, self._offset, length, reason[:_REASON], torn))
 
@@ -357,7 +440,7 @@ def read_history(
     """
     counts = history_filter(journal_dir)
     reader = JournalReader(journal_dir, since)
-    while events := reader.read():
+    while events := reader.read() or reader.finish():
         yield from filter(counts, events)
     if skipped is not None:
         skipped.extend(reader.skipped)
@@ -415,6 +498,7 @@ class EventFinder:
         self._dir = Path(journal_dir)
         self._beginnings = tuple(b'{"type":"%s"' % kind.__name__.encode() for kind in types)
         self._segment: SegmentLines | None = None
+        self._found_seq = 0
 
     def find(self, until: float = math.inf) -> Iterator[Event]:
         """Return the events behind those that were found before. Raises `OSError` if a segment cannot be read.
@@ -428,7 +512,9 @@ class EventFinder:
             if number < self._segment.number:
                 continue
             for line in _lines_of(self._segment, until):
-                if line.startswith(self._beginnings) and (event := _event_of(line)) is not None:
+                event = _event_of(line, self._segment.checked) if line.startswith(self._beginnings) else None
+                if event is not None and event.seq > self._found_seq:  # the writer repeats resumes
+                    self._found_seq = event.seq
                     yield event
             if until < math.inf and time.monotonic() > until:
                 return
@@ -450,7 +536,7 @@ def _resumes(journal_dir: Path) -> Iterator[RunResumed]:
     for number in segment_numbers(journal_dir):
         segment = SegmentLines(journal_dir, number)
         for line in _lines_of(segment):
-            if b'"RunResumed"' in line and isinstance(event := _event_of(line), RunResumed):
+            if b'"RunResumed"' in line and isinstance(event := _event_of(line, segment.checked), RunResumed):
                 yield event
-        if b'"RunResumed"' in segment.rest and isinstance(event := _event_of(segment.rest), RunResumed):
+        if isinstance(event := _event_of(_mended(segment.rest), segment.checked), RunResumed):
             yield event

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from events.journal_lines import is_checked
 from events.safe_files import open_below, open_folder_below
 
 JOURNAL_DIR = "journal"
@@ -35,6 +36,8 @@ _CHUNK = 2**20
 _SCAN_BYTES = 256 * 2**20
 """Maximum bytes of data that are searched for the end of a line that is too long; then the rest is skipped."""
 _RANGES = 1_024
+_LOOKED_AT = 16
+"""Maximum lines per read that are looked at for a checksum until one has one."""
 _SEEK_DATA = getattr(os, "SEEK_DATA", None)
 _SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
 
@@ -87,6 +90,8 @@ class SegmentLines:
         """Offset of the first line that `read` returned last, or of `rest`."""
         self.rest = b""
         """The beginning of a line whose newline `read` did not find."""
+        self.checked = False
+        """Whether lines of this segment have checksums: then all have."""
         self._next = 0
         self._in_long_line = False  # `_next` lies within a line that was returned as `TooLong`
 
@@ -117,9 +122,9 @@ class SegmentLines:
                 return [TooLong(first)]
             if newline >= 0:
                 self._next += newline + 1
-                lines: list[bytes | TooLong] = []
-                lines += data[:newline].split(b"\n")
-                return lines
+                lines = data[:newline].split(b"\n")
+                self.checked = self.checked or any(map(is_checked, lines[:_LOOKED_AT]))
+                return list[bytes | TooLong](lines)
             if len(data) <= MAX_LINE_BYTES:
                 self.rest = data
                 return []

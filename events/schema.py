@@ -16,6 +16,7 @@ import msgspec
 
 from events import messages
 from events.field_docs import field_docs
+from events.journal_lines import CHECKSUM, PREVIOUS_SEQ
 from events.messages import EVENT_TYPES, Event
 from events.wire import NONFINITE
 
@@ -28,6 +29,25 @@ _NONFINITE_SCHEMA = {
     "propertyNames": {"pattern": "^/"},
     "additionalProperties": {"enum": ["nan", "inf", "-inf"]},
 }
+
+_CHECKSUM_SCHEMA = {
+    "description": "Only in a journal, the last member: the CRC-32 (zlib's, in hexadecimal) of the line's bytes "
+    "without this member and its comma. Lines of earlier versions have none.",
+    "type": "string",
+    "pattern": "^[0-9a-f]{8}$",
+}
+_PREVIOUS_SEQ_SCHEMA = {
+    "description": "Only in a journal, and only where it is not seq - 1: the seq of the line before. "
+    "If that line has another seq, lines are lost.",
+    "type": "integer",
+    "minimum": 0,
+}
+_ADDED: dict[str, dict[str, Any]] = {
+    NONFINITE: _NONFINITE_SCHEMA,
+    PREVIOUS_SEQ: _PREVIOUS_SEQ_SCHEMA,
+    CHECKSUM: _CHECKSUM_SCHEMA,
+}
+"""What an encoded event has beside its fields."""
 
 
 def json_schema() -> dict[str, Any]:
@@ -43,8 +63,9 @@ def json_schema() -> dict[str, Any]:
             if text is not None:
                 schema["description"] = text
         if is_event:
-            definition["properties"][NONFINITE] = {"$ref": f"#/$defs/{NONFINITE}"}
-    definitions[NONFINITE] = _NONFINITE_SCHEMA
+            for member in _ADDED:
+                definition["properties"][member] = {"$ref": f"#/$defs/{member}"}
+    definitions |= _ADDED
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "stagecast event",

@@ -53,7 +53,7 @@ def unreadable(run_dir: Path) -> str | None:
 
 
 def damage_in(reader: JournalReader) -> str | None:
-    """Name the first line that a reader has skipped, and count them; None for a whole journal.
+    """Name the first line that a reader has skipped, and count them and the lost events; None for a whole journal.
 
     A line that a killed process has left unfinished is not damage.
     """
@@ -63,7 +63,10 @@ def damage_in(reader: JournalReader) -> str | None:
     count = reader.skipped_count - len(reader.skipped) + len(bad)  # the reader keeps the newest ones
     more = f", and {count - 1:,} more" if count > 1 else ""
     first = bad[0]
-    return plain_text(f"{JOURNAL_DIR}/{Path(first.path).name}, line {first.line:,}{more}: {first.reason}", _MOST_REASON)
+    lost = sum(line.last_seq - line.first_seq + 1 for line in bad if line.first_seq and line.last_seq)
+    lacks = f" ({lost:,} event{'s are' if lost > 1 else ' is'} lost)" if lost else ""
+    place = f"{JOURNAL_DIR}/{Path(first.path).name}, line {first.line:,}{more}"
+    return plain_text(f"{place}: {first.reason:.200}{lacks}", _MOST_REASON)
 
 
 def reason_of(error: Exception, run_dir: Path) -> str:

@@ -78,9 +78,12 @@ def _parsed(text: str) -> Any:
 
 
 def _tell_of(skipped: Sequence[SkippedLine]) -> None:
-    """Say which lines of the journal nobody got: the first few, and how many there are."""
+    """Print which lines of the journal no sink received: the first few, and how many there are."""
     for line in skipped[:_SHOWN]:
-        what = "torn when the process of the run died" if line.torn else f"no event, and was left out: {line.reason}"
+        what = "torn when the process of the run died" if line.torn else f"skipped: {line.reason}"
+        if line.first_seq is not None and line.last_seq is not None:
+            lost = line.last_seq - line.first_seq + 1
+            what += f"; {lost:,} event{'s are' if lost > 1 else ' is'} lost"
         complain(f"{line.path}, line {line.line}: {what}")
     if len(skipped) > _SHOWN:
         complain(f"... and {len(skipped) - _SHOWN:,} lines more")

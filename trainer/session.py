@@ -198,6 +198,8 @@ class Session:
                 f"the run folder {folder.path if folder is not None else None} has attempt {attempt:,} and event"
                 f" {seq:,}, after which nothing can be numbered; choose another folder"
             )
+        if folder is not None:
+            folder.claim(attempt + 1)  # before anything uses the number: a kill may come before it is in the journal
         self.origin = Origin(self._run_id, attempt + 1)
         self._context = current_origin.set(self.origin)  # the threads that the constructor makes log for this run
         self._readback = DeviceReadback(self._on_loss, self._on_gradient)

@@ -293,12 +293,14 @@ class LiveApp:
             raise Refused(409, f"the run is damaged: {problem}")
         reader = JournalReader(run_dir / JOURNAL_DIR, since)
 
-        def read() -> bytes:
+        def read(over: bool) -> bytes:
             """The next part, which ends with an event; on a thread."""
             part = b""
             with contextlib.suppress(OSError):  # nothing is lost: the reader has not moved
                 while len(part) < _JOURNAL_BYTES and (events := reader.read(_JOURNAL_EVENTS)):
                     part += encode_json_lines(events)
+                if over and not part and not is_held(run_dir):
+                    part = encode_json_lines(reader.finish())
             return part
 
         async def is_over() -> bool:
@@ -312,7 +314,7 @@ class LiveApp:
             quiet_s = 0.0
             while True:
                 over = await is_over()  # before reading: what is written later must not be missed
-                if part := await anyio.to_thread.run_sync(read, limiter=self._journals):
+                if part := await anyio.to_thread.run_sync(read, over, limiter=self._journals):
                     quiet_s = 0.0
                     while part:
                         await client.push(part[:_JOURNAL_BYTES])

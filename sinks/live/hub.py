@@ -365,7 +365,7 @@ class FolderHub(Hub):
             if self._reader is None or (looks and self._is_another(self.run_dir)):
                 self._begin(self.run_dir)
             assert self._reader is not None
-            for events in batches(self._reader):
+            for events in batches(self._reader, is_over=not held):
                 self.feed(events)
                 if len(events) >= _BATCH:
                     time.sleep(PAUSE_S)

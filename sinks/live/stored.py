@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from events.errors import WireError
+from events.folder import is_held
 from events.journal_reader import (
     JOURNAL_DIR,
     EventFinder,
@@ -76,8 +77,9 @@ def _continued(run_dir: Path, view: RunView, known: float | None = None) -> RunV
         list_below(run_dir, JOURNAL_DIR)
         seq, counts = _filter_of(journal_dir) if not view.cursor else (0, None)
         known = seq if known is None else known
+        held = is_held(run_dir)  # before reading: what is written later must not be missed
         reader = JournalReader(journal_dir, view.cursor)
-        for events in batches(reader):
+        for events in batches(reader, is_over=not held):
             if any(type(event) is RunResumed and event.seq > known for event in events):
                 return None
             view.add(events if counts is None else [event for event in events if counts(event)])
@@ -91,11 +93,14 @@ def _continued(run_dir: Path, view: RunView, known: float | None = None) -> RunV
     return view
 
 
-def batches(reader: JournalReader, until: float = math.inf, most: int = 512) -> Iterator[Sequence[Event]]:
+def batches(
+    reader: JournalReader, until: float = math.inf, most: int = 512, *, is_over: bool = False
+) -> Iterator[Sequence[Event]]:
     """Read on in a journal, by so many events at a time, each `trimmed`: a few lines of it may fill the memory.
 
     Args:
         until: Stop soon after this time (`time.monotonic`).
+        is_over: Nobody writes to the journal any more, so its end counts as it is.
 
     Raises:
         OSError: A segment cannot be read.
@@ -111,8 +116,12 @@ def batches(reader: JournalReader, until: float = math.inf, most: int = 512) -> 
         if reader.skipped_count > MOST_SKIPPED:
             raise WireError(f"{damage_in(reader)}; the journal has too many such lines to be read")
         now = time.monotonic()
-        if now > until or (not batch and now <= slice_end):
+        if now > until:
             return
+        if not batch and now <= slice_end:
+            if not is_over or not (rest := reader.finish()):
+                return
+            yield trimmed(rest)
 
 
 def _filter_of(journal_dir: Path) -> tuple[int, Callable[[Event], bool] | None]:

@@ -280,8 +280,11 @@ class RunView(msgspec.Struct, dict=True):
 
     @property
     def problems(self) -> list[str]:
-        """The damage, and what is unhealthy about the run."""
-        return [*([damage_line(self.run.damage)] if self.run.damage else []), *self.health.problems]
+        """The damage, and what is unhealthy about the run. A damage of the journal counts the events that are lost."""
+        if not self.run.damage:
+            return self.health.problems
+        gaps = "the journal lacks" if self.run.damage.startswith("journal/") else damage_line("")
+        return [damage_line(self.run.damage), *(one for one in self.health.problems if not one.startswith(gaps))]
 
     def add(self, events: Sequence[Event], changes: Changes | None = None) -> None:
         """Take events in their order; what they change is added to ``changes``, if somebody wants to know."""

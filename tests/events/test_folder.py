@@ -277,6 +277,28 @@ def test_a_run_is_taken_up_again_behind_its_history(tmp_path: Path) -> None:
         assert (folder.last_attempt, folder.last_seq) == (2, 9)
 
 
+def test_an_attempt_that_was_claimed_is_not_used_again(tmp_path: Path) -> None:
+    """Though nothing of it has reached the journal, and whatever else was written over the claim."""
+    with RunFolder.open(tmp_path, "run") as folder:
+        folder.claim(1)
+    with RunFolder.open(tmp_path, "run") as folder:
+        assert folder.last_attempt == 1
+        folder.claim(2)
+        assert json.loads((tmp_path / "run.lock").read_text())["attempt"] == 2
+    with RunFolder.open(tmp_path, "run") as folder:
+        assert (folder.last_attempt, folder.last_seq) == (2, 0)
+    with pytest.raises(RunFolderError, match="was closed"):
+        folder.claim(3)
+    with RunFolder.open(tmp_path, "another") as folder:
+        assert folder.last_attempt == 0
+    for junk in (b"", b"[", b'{"pid":1,"host":"h","run_id":"run","since":0,"attempt":-1}', b" " * 100_000):
+        (tmp_path / "run.lock").write_bytes(junk)
+        with RunFolder.open(tmp_path, "run") as folder:
+            assert folder.last_attempt == 0
+        assert (tmp_path / "run.lock").stat().st_size < 66_000
+        assert json.loads((tmp_path / "run.lock").read_text())["run_id"] == "run"
+
+
 def test_a_torn_end_is_read_past(tmp_path: Path) -> None:
     """What others may have seen of a line that was never finished is not numbered again."""
     write_journal(tmp_path, [step(1), step(2)])

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from events import wire
+from events.journal_lines import CHECKSUM, PREVIOUS_SEQ
 from events.messages import EVENT_TYPES, Event, MetricsLogged, TrainStepEnded
 from events.schema import SCHEMA_PATH, json_schema, schema_text
 
@@ -85,6 +86,8 @@ def test_the_schema_is_itself_valid_and_names_every_type_and_field() -> None:
         assert set(properties) == {field.name for field in msgspec.structs.fields(event_type)} | {
             "type",
             wire.NONFINITE,
+            CHECKSUM,
+            PREVIOUS_SEQ,
         }
         assert all(properties[name]["description"] for name in header)
     loss = schema["$defs"]["TrainStepEnded"]["properties"]["loss"]["description"]

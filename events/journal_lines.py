@@ -1,0 +1,110 @@
+"""The lines of a journal: events as JSON, each with a checksum. Pure functions.
+
+A line is the JSON object of an event (`events.wire`) with one or two members more at its end::
+
+    {"type":"TrainStepEnded",...,"loss":0.5,"previous_seq":41,"crc32":"0badcafe"}
+
+``crc32`` is the CRC-32 (zlib's) of the bytes before its comma and a closing brace, that is of the line without this
+member. ``previous_seq`` is the ``seq`` of the line before, and is only there where it is not this line's less one: the
+journal does not keep every event. So a reader tells a lost line from an event that was never kept. Lines of versions
+without checksums have neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from zlib import crc32
+
+from events.errors import WireError
+from events.messages import Event, JournalGap
+from events.wire import decode_json, encode_json_lines
+
+CHECKSUM = "crc32"
+PREVIOUS_SEQ = "previous_seq"
+"""Members that only lines of a journal have. No event may have a field of these names."""
+
+MAX_ADDED_BYTES = 64
+"""Maximum bytes per line that these members take."""
+
+_MARK = b',"crc32":"'
+_PREVIOUS = b',"previous_seq":'
+_LENGTH = len(_MARK) + 10
+
+
+def encode_lines(events: Sequence[Event], previous_seq: int) -> bytes:
+    """Encode events as lines, each ended by a newline. The journal's hot path: about 1 us an event.
+
+    Args:
+        previous_seq: ``seq`` of the line before the first of them.
+
+    Raises:
+        WireError: As `events.wire.encode_json_lines`.
+    """
+    block = encode_json_lines(events)
+    lines = block.split(b"\n")
+    lines.pop()
+    if block.count(b"}\n") != len(lines):
+        lines = [line.rstrip() for line in lines]  # of an unknown event, as somebody else wrote it
+    if events[-1].seq != previous_seq + len(lines):
+        for index, event in enumerate(events):
+            if event.seq > previous_seq + 1:
+                lines[index] = b"%b%b%d}" % (lines[index][:-1], _PREVIOUS, previous_seq)
+            previous_seq = event.seq
+    return b"".join([b'%b,"crc32":"%08x"}\n' % (line[:-1], crc32(line)) for line in lines])
+
+
+def decode_line(line: bytes) -> tuple[Event, int | None]:
+    """Decode a line: its event, and the ``seq`` of the line before, None for a line without a checksum.
+
+    Raises:
+        WireError: The line is not an event, or not the one that was written.
+    """
+    body = _checked(line)
+    if body is None:
+        return decode_json(line), None
+    at = body.rfind(_PREVIOUS, -MAX_ADDED_BYTES)
+    if at >= 0 and (digits := body[at + len(_PREVIOUS) : -1]).isdigit():
+        return decode_json(body[:at] + b"}"), int(digits)
+    event = decode_json(body)
+    return event, event.seq - 1
+
+
+def events_in(line: bytes) -> int:
+    """How many events a damaged line may have been: more than one where a newline between them was changed."""
+    return max(1, line.count(_MARK))
+
+
+def is_checked(line: bytes) -> bool:
+    """Whether a line has a checksum, and it is right."""
+    try:
+        return _checked(line) is not None
+    except WireError:
+        return False
+
+
+def _checked(line: bytes) -> bytes | None:
+    """The line without its checksum, which is right; None if it has none."""
+    if line[-_LENGTH:-10] != _MARK:
+        return None
+    body = line[:-_LENGTH] + b"}"
+    if line[-10:] != b'%08x"}' % crc32(body):
+        raise WireError("its checksum does not match, so the line was changed")
+    return body
+
+
+def gap_before(following: Event, own_seq: int, first: int, last: int, lost: int, reason: str) -> JournalGap:
+    """A gap in front of, or in place of, an event whose header it takes."""
+    return JournalGap(
+        run_id=following.run_id,
+        attempt=following.attempt,
+        seq=own_seq,
+        time=following.time,
+        rank=following.rank,
+        global_step=following.global_step,
+        epoch=following.epoch,
+        stage=following.stage,
+        first_seq=first,
+        last_seq=last,
+        lost=lost,
+        reason=reason,
+    )
