@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from events.checkpoint import store
-from events.errors import CheckpointError, RunFolderError
+from events.errors import CheckpointError, RunFolderError, SinkMisconfigured
 from events.inbox import send_command
 from events.messages import CheckpointRejected, RunResumed
 from events.protocol import Stop
-from sinks import CSV, JSONL, Live, TensorBoard
+from events.sink import RunInfo
+from sinks import CSV, JSONL, Live, Prometheus, TensorBoard
 from trainer import Checkpoints
 from trainer.cli import main
 from trainer.launcher import launch
@@ -360,3 +361,42 @@ def test_a_file_without_an_end_is_not_continued(
         outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True, sinks=[JSONL(), CSV()])
     assert outcome.result.status == "finished"
     assert f"{name} has a line of more than" in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_not_uploaded_as_this_runs(
+    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning names it; the run's own are uploaded."""
+    saved(kit, tmp_path / "theirs", "theirs", epochs=4)
+    shutil.copytree(tmp_path / "theirs/checkpoints/step-8.a1", tmp_path / "run/checkpoints/step-8.a1")
+    settings = Checkpoints(every_steps=2, when_busy="wait", upload=(tmp_path / "store").as_uri())
+    with caplog.at_level(logging.WARNING):
+        outcome = saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    assert outcome.result.status == "finished"
+    there = {path.name for path in (tmp_path / "store/run").iterdir()}
+    assert "step-8.a1" not in there
+    assert any(name.startswith("step-2.a2") for name in there)
+    assert caplog.text.count("step-8.a1 is not uploaded; it belongs to run 'theirs'") == 1
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "FIFO"])
+def test_the_address_for_prometheus_is_written_to_a_file_of_its_own(tmp_path: Path, secret: Secret, kind: str) -> None:
+    """It lies beside the run's folder, where others may write."""
+    path = tmp_path / "prometheus-run.json"
+    for name in ("prometheus-run.json", "prometheus-run.part"):
+        secret.put(tmp_path / name, kind)
+    writer = Prometheus(port=0).open(RunInfo("run", run_dir=str(tmp_path / "run")))
+    assert b"targets" in path.read_bytes()
+    writer.close()
+    secret.check()
+
+
+@pytest.mark.parametrize("sink", [CSV, JSONL])
+def test_a_sinks_own_path_may_be_a_link_and_must_be_a_regular_file(tmp_path: Path, sink: Any) -> None:
+    """The user chose it; nothing waits for a FIFO."""
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    sink(path=str(tmp_path / "link")).open(RunInfo("run", run_dir=str(tmp_path / "run"))).close()
+    assert (tmp_path / "target").is_file()
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(SinkMisconfigured, match="fifo is not a regular file; name another path"):
+        sink(path=str(tmp_path / "fifo")).open(RunInfo("run", run_dir=None))
