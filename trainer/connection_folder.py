@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import msgspec
@@ -20,15 +21,16 @@ class _Address(msgspec.Struct):
     token: str | None = None
 
 
-def link_of(given: str | os.PathLike[str]) -> str:
+def link_of(given: Any) -> str:
     """Return the link to the page of a run whose folder is given; an address as it is. Waits for the disk.
 
     Raises:
         ConnectError: The folder names no page, or another user has written the name: the token of this user must not
             go there.
     """
+    link: str = given
     if not isinstance(given, str | os.PathLike) or given == "" or (isinstance(given, str) and "://" in given):
-        return given
+        return link
     folder = Path(given)
     try:
         if not folder.is_dir():
