@@ -15,6 +15,7 @@ from events.checkpoint import disk
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName
 from events.checkpoint.tensor_file import TensorInfo, lay_out, read_layout
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from events.msgpack_keys import check_keys
 from trainer.cli_sources import Source, chosen, note, open_source, plain, problem
 from trainer.cli_text import say
 
@@ -73,14 +74,16 @@ class _Module:
         """By their names in the state dict; those that are tied, under each of theirs."""
         self.left_out: list[str] = []
         try:
-            _, state = msgspec.msgpack.decode(source.read(self.manifest, STATE_NAME))
+            packed = source.read(self.manifest, STATE_NAME)
+            check_keys(packed)
+            _, state = msgspec.msgpack.decode(packed)
             self._data = source.read(self.manifest, TENSORS_NAME)
             self._file = read_layout(self._data, f"{self.where}/{TENSORS_NAME}")
             self._sort("", state["module"])
         except CheckpointError:
             raise
-        except (LookupError, TypeError, ValueError) as error:
-            raise CheckpointDamaged(f"{self.where} holds no state of a module: {error!r}") from error
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointDamaged(f"{self.where} holds no state of a module: {error!r:.300}") from error
         if not self.tensors:
             raise CheckpointError(f"{self.where} holds no tensors of the module")
 

@@ -62,6 +62,7 @@ from msgspec.msgpack import Ext
 
 from events.checkpoint import packing_numpy
 from events.errors import CheckpointDamaged, UnstorableState
+from events.msgpack_keys import check_keys
 
 MAX_DEPTH = 200
 """Levels of containers in containers that a tree may have."""
@@ -134,6 +135,7 @@ def decode(data: bytes | memoryview, tensor: Callable[[str], Any] | None = None)
     """
     reader = _Reader(tensor)
     try:
+        check_keys(data)
         raw = _unpacker.decode(data)
     except _UNREADABLE as error:
         raise reader.damaged(str(error)) from error

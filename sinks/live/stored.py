@@ -23,6 +23,7 @@ from events.journal_reader import (
 )
 from events.journal_segment import open_segment
 from events.messages import Event, RunResumed
+from events.msgpack_keys import check_keys
 from events.safe_files import list_below, read_below, replace_below
 from sinks.damage import damage_in, damage_of, reason_of
 from sinks.live.view import RunView, trimmed
@@ -165,7 +166,9 @@ def head_of(run_dir: Path) -> bytes:
 def _stored_view(run_dir: Path) -> RunView:
     """What is stored, if it is of this journal, of a version that we read, and whole; else an empty view."""
     try:
-        stored = msgspec.msgpack.decode(read_below(run_dir, STORE_NAME, _MOST_BYTES), type=_Stored)
+        data = read_below(run_dir, STORE_NAME, _MOST_BYTES)
+        check_keys(data)
+        stored = msgspec.msgpack.decode(data, type=_Stored)
         fits = stored.version == _VERSION and stored.head == head_of(run_dir) and stored.view.is_sound
         if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR).seq:
             health = stored.view.health  # it is not stored: few lines of the journal bear on it

@@ -454,7 +454,7 @@ def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
         (msgspec.msgpack.encode([True, {"a": 1}]), "not an array of a number and a tree"),
         (b"\x92\x02\x82\x01\x05\x01\x06", "maps have 1 entries, and 2 were written"),
         (b"\x92\x02\x82\xa1a\x05\xa1a\x06", "maps have 1 entries, and 2 were written"),
-        (b"\x92\x01\x81\x90\x01", "keys that are never written so"),
+        (b"\x92\x01\x81\x90\x01", "an array as a key"),
         (b"\x92\x01\x81\x80\x01", "hashable"),
         (b"\x92\x00\xd6\xff\x00\x00\x00\x01", "msgpack's datetime"),
         (packed([5, Ext(1, b"")]), "1 cannot be restored: msgpack's Ext"),
@@ -523,6 +523,14 @@ def test_keys_that_all_have_one_hash_are_refused(kind: str, code: int) -> None:
     parts = keys if code < 10 else [part for key in keys for part in (key, 1)]
     with pytest.raises(CheckpointDamaged, match=r"of its keys have one hash"):
         packing.decode(packed(marked(code, *parts)))
+
+
+def test_arrays_as_keys_are_refused_before_a_table_of_them_is_made() -> None:
+    """A megabyte of tuples of one hash would take minutes."""
+    keys = [bytes([0xDC, 0, 20]) + bytes(0xFE + (i >> bit & 1) for bit in range(20)) for i in range(40_000)]
+    data = b"\x92\x00\xdf" + len(keys).to_bytes(4, "big") + b"".join(key + b"\xc0" for key in keys)
+    with pytest.raises(CheckpointDamaged, match="a map has an array as a key"):
+        packing.decode(data)
 
 
 def test_a_state_that_could_not_be_read_again_is_not_written() -> None:
