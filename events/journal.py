@@ -61,7 +61,7 @@ JOURNAL_DELIVERY = Delivery(
     backoff_s=0.1,
     max_backoff_s=5.0,
 )
-"""How events reach the journal. It gives up only with the run, and waits for the disk as long as it takes."""
+"""How events reach the journal. It waits for the disk as long as the run lasts, and a moment longer."""
 
 SLOW_WRITE_S = 1.0
 """A write that took this long may have let the queue overflow, so holes behind it are recorded as gaps."""

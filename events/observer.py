@@ -36,6 +36,10 @@ from events.worker import AsyncJob, Job, Worker
 
 OnFatal = Callable[[BaseException], None]
 
+LAST_TRIES_S = 3.0
+"""Seconds for which a call that fails is repeated once the run is over, however many retries are left: a disk that is
+full then, or read-only, must not use up the whole drain. Each progress within the call restarts them."""
+
 
 class Target(Protocol):
     """What a supervised observer does; `SinkTarget` and the callbacks of `trainer` are the two kinds."""
@@ -128,6 +132,7 @@ class Observer:
         self._during: str | None = None
         self._late: Job | AsyncJob | None = None  # a call that has exceeded its timeout and has not returned
         self._draining = anyio.Event()
+        self._drained_since = math.inf
         self._finished = anyio.Event()
         self._close_failed = False
 
@@ -167,7 +172,8 @@ class Observer:
             done = self.target.progress[1]
             failures += 1
             hopeless = delivery.on_error != "retry" or isinstance(error, SinkMisconfigured)
-            if hopeless or failures > delivery.retries:
+            too_late = time.monotonic() - max(since, self._drained_since) > LAST_TRIES_S
+            if hopeless or failures > delivery.retries or too_late:
                 self._give_up(error, failures)
                 raise _Stopped
             self.error = describe(error)
@@ -227,7 +233,7 @@ class Observer:
             elif announced:
                 return False
             else:
-                self._publish(ObserverSlow, self.name, self._doing, slow_s)
+                self._publish(ObserverSlow, self.name, self.doing, slow_s)
                 announced, left_s = True, timeout_s - slow_s
 
     async def _succeeds_late(self) -> bool:
@@ -248,7 +254,7 @@ class Observer:
     async def _back_off(self, pause_s: float) -> None:
         with anyio.move_on_after(pause_s):
             await self._draining.wait()
-            # The run is over: what is left is tried in quick succession until the drain's deadline.
+            # The run is over: what is left is tried in quick succession.
             await anyio.sleep(min(pause_s, 0.1))
 
     def _give_up(self, error: BaseException, failures: int) -> None:
@@ -289,14 +295,15 @@ class Observer:
             self._fail(error, "disabled", 1)
 
     @property
-    def _doing(self) -> str:
+    def doing(self) -> str:
+        """The call that is under way, or was the last one."""
         return self._during or self.target.progress[0]
 
     def _fail(self, error: BaseException, action: Literal["fatal", "disabled", "retrying"], failures: int) -> None:
         self.error = describe(error)
-        self._publish(ObserverFailed, self.name, self.error, self._doing, action, failures)
+        self._publish(ObserverFailed, self.name, self.error, self.doing, action, failures)
         logger.warning(
-            f"observer {self.name} failed in {self._doing} ({action}): {self.error}", exc_info=error, published=True
+            f"observer {self.name} failed in {self.doing} ({action}): {self.error}", exc_info=error, published=True
         )
 
     def _publish(self, kind: type[Event], *fields: Any) -> None:
@@ -306,6 +313,7 @@ class Observer:
         """No more events will come: deliver what is queued, then close."""
         self._bus.unsubscribe(self.subscription)
         self.subscription.finish()
+        self._drained_since = time.monotonic()
         self._draining.set()
         self._let_go()
 
@@ -313,6 +321,11 @@ class Observer:
         """Have the drain not wait for an observer that was given up because it hangs: nothing is left to wait for."""
         if self._draining.is_set() and self.circuit == "disabled" and self._late is not None:
             self._finished.set()
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether its last call failed, or it is disabled. Any thread."""
+        return self.circuit != "closed"
 
     @property
     def is_finished(self) -> bool:
@@ -343,7 +356,7 @@ class Observer:
         if not self._finished.is_set():
             state = "stuck"
             self.target.abandon()
-            still = f"still in {self._doing} at the end of the drain"
+            still = f"still in {self.doing} at the end of the drain"
             self.error = still if self.circuit == "closed" else f"{still}, after {self.error}"
         elif self.circuit == "disabled":
             state = "disabled"

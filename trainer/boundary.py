@@ -6,7 +6,8 @@ All of it runs on the loop's thread. Places where the loop may wait carry a comm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from time import perf_counter_ns as clock
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from trainer.checkpointing import Checkpointing
 from trainer.collate import collate_outputs, detach_copy
 from trainer.control import Control
 from trainer.errors import EpochOutputsTooLarge, add_note
-from trainer.hooks import CallbackHooks, HookTable, InlineHook, add_hint, hook_arguments
+from trainer.hooks import CallbackHooks, HookTable, InlineHook, add_hint, hook_arguments, hook_of
 from trainer.ledger import Ledger
 from trainer.outputs import EpochOutputs
 from trainer.recorder import MetricRecorder
@@ -68,7 +69,7 @@ class Boundary:
         self.hooks = hooks
         self.ledger = ledger
         self.checkpoints = checkpoints
-        checkpoints.wait_for_fence = self.wait_for_fence
+        checkpoints.wait_for_fence, checkpoints.within = self.wait_for_fence, self.within
         self.phase = "setup"
         """What the loop is doing, for messages."""
         self.stop_wanted = False
@@ -104,6 +105,16 @@ class Boundary:
             self.bus.publish(LedgerReported(*self.origin.header(), "interval", self.ledger.interval()))
         return mark
 
+    @contextlib.contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """The loop does this from here to the end of the block, and then what it did before.
+
+        An exception leaves the phase as it is: where the run ends by it, that is what its end names.
+        """
+        before, self.phase = self.phase, phase
+        yield
+        self.phase = before
+
     # ------------------------------------------------------------------------------------ events and hooks
 
     def publish(self, event: Event, outputs: EpochOutputs | None = None) -> None:
@@ -132,11 +143,13 @@ class Boundary:
     def run_hooks(self, event: Event, fence: Fence | None, outputs: EpochOutputs | None = None) -> None:
         """Wait until the fenced hooks of an event have returned, then run its inline hooks. Raises as `publish`."""
         if fence is not None:
-            self.wait_for_fence(fence)
+            with self.within(hook_of(event)):
+                self.wait_for_fence(fence)
         inline = self.hooks.inline.get(type(event))
         if inline:
             mark = clock()
-            args, kwargs = hook_arguments(event, outputs.collated() if outputs is not None else ())
+            with self.within(hook_of(event)):
+                args, kwargs = hook_arguments(event, outputs.collated() if outputs is not None else ())
             self.ledger.publish += clock() - mark
             self.run_inline(inline, *args, **kwargs)
             if self._recorder.values:  # now, or they would be taken for numbers of the next step
@@ -146,8 +159,10 @@ class Boundary:
         """Run hooks here and now; charged to the ledger."""
         mark = clock()
         self.checkpoints.stager.gate()  # they may change what is being copied
+        before = self.phase
         for hook in hooks:
             if not hook.owner.disabled:
+                self.phase = hook.name
                 try:
                     hook.call(*args, **kwargs)
                 except Exception as raised:  # a supervisor's border: reported, and raised unless it only disables
@@ -155,6 +170,7 @@ class Boundary:
                     add_hint(error)
                     add_note(error, f"raised by {hook.owner.name}.{hook.name} at global_step {self.origin.global_step}")
                     self._on_failed_hook(hook.owner, hook.name, error)
+        self.phase = before
         spent = clock() - mark
         self.ledger.inline += spent
         self.ledger.aside += spent
@@ -180,13 +196,14 @@ class Boundary:
         Args:
             epoch_loss: Only those that follow ``train_epoch_loss``; False: only the others. None: all.
         """
-        mark = clock()
+        mark, before = clock(), self.phase
         for callback in self.hooks.callbacks:
+            self.phase = before
             if callback.should_stop is None or callback.disabled:
                 continue
             if epoch_loss is not None and epoch_loss != (callback.monitor == TRAIN_EPOCH_LOSS):
                 continue
-            step = self.origin.global_step
+            step, self.phase = self.origin.global_step, "should_stop"
             try:
                 monitor, recorder = callback.monitor, self._recorder
                 if monitor is not None and recorder.monitored(monitor, callback.name, required=True) is None:
@@ -201,6 +218,7 @@ class Boundary:
                 if reason is not None:
                     self.stop_wanted = True
                     self.control.send(Stop(id=f"callback-{callback.name}", reason=reason))
+        self.phase = before
         self.ledger.readback += clock() - mark
 
     def epoch_outputs(self, kind: type[Event], hook: str, limit_bytes: int) -> EpochOutputs | None:
@@ -253,6 +271,7 @@ class Boundary:
     def _wait_for_room(self) -> None:
         begin = clock()
         announced = False
+        before, self.phase = self.phase, "waiting for observers"
         while not self.bus.wait_for_room(0.1):  # WAIT: an observer that sees everything, or the host's event loop
             if self.control.pending:
                 self.ledger.backpressure += clock() - begin
@@ -264,6 +283,7 @@ class Boundary:
         self.ledger.backpressure += clock() - begin
         if announced:
             self._announce("backpressure", [], begin)
+        self.phase = before
 
     def _announce(self, cause: Literal["fence", "backpressure"], observers: list[str], begin: int) -> None:
         """Say that the loop is waiting for these observers; for none: that it goes on."""
@@ -292,7 +312,10 @@ class Boundary:
         """
         self.control.raise_if_failed()
         paused = self._obey(self.control.take(), False)
+        if not paused:
+            return
         begin = clock()
+        before, self.phase = self.phase, "paused"
         try:
             while paused:
                 self.control.wait(1.0)  # WAIT: paused until told otherwise
@@ -300,6 +323,7 @@ class Boundary:
                 paused = self._obey(self.control.take(), paused)
         finally:
             self.ledger.paused += clock() - begin
+        self.phase = before
 
     def _obey(self, commands: list[AnyCommand], paused: bool) -> bool:
         """Carry out commands in order, then take the checkpoint they ask for; returns whether the run is paused."""

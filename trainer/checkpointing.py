@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -37,6 +38,7 @@ from trainer.staging import Stager
 from trainer.tensor_state import Collected
 
 NEVER = sys.maxsize
+PREPARING, TAKING = "preparing checkpoints", "taking a checkpoint"
 _ANNOUNCE_WAIT_S = 5.0
 
 
@@ -97,6 +99,8 @@ class Checkpointing:
         self._failures = 0
         self.wait_for_fence: Callable[[Fence], None] = lambda fence: None
         """Set by the boundary: has the loop wait."""
+        self.within: Callable[[str], contextlib.AbstractContextManager[None]] = lambda phase: contextlib.nullcontext()
+        """Set by the boundary: names what the loop does."""
 
     @property
     def enabled(self) -> bool:
@@ -163,7 +167,8 @@ class Checkpointing:
         if not self._prepared and self._pool is not None:
             self._prepared = True
             mark = clock()
-            self._pool.prepare(self.stager.lay_out(Collected(self._tree())))
+            with self.within(PREPARING):
+                self._pool.prepare(self.stager.lay_out(Collected(self._tree())))
             self._ledger.checkpoint += clock() - mark
         reasons = []
         if settings.every_steps is not None:
@@ -241,9 +246,13 @@ class Checkpointing:
             CheckpointsFailing: too many in a row have failed.
             BaseException: the run was cancelled meanwhile.
         """
-        settings, pool = self._settings, self._pool
-        if settings is None or pool is None:
-            return
+        if self._settings is not None and self._pool is not None:
+            with self.within(TAKING):
+                self._take(self._settings, self._pool, reasons, command_ids, must)
+
+    def _take(
+        self, settings: Checkpoints, pool: SlabPool, reasons: list[str], command_ids: Iterable[str], must: bool
+    ) -> None:
         mark = clock()
         fence: Fence | None = None
         try:

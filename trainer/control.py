@@ -20,6 +20,8 @@ class Control:
         """Whether the loop has anything to look at; the one thing it reads at every step."""
         self.error: BaseException | None = None
         """What the loop must raise at its next step boundary: a cancellation, or what a fatal observer raised."""
+        self.phase: str | None = None
+        """The hook or call that raised `error`; None where nobody was in one."""
         self.on_stop: Callable[[], object] | None = None
         """Called by a signal instead of sending a stop, once there is no loop any more that would take it."""
         self.stopped_by: str | None = None
@@ -36,10 +38,14 @@ class Control:
         self._commands.append(command)
         self._notify()
 
-    def fail(self, error: BaseException) -> None:
-        """Have the loop raise ``error`` at its next step boundary. The first one stays."""
+    def fail(self, error: BaseException, phase: str | None = None) -> None:
+        """Have the loop raise ``error`` at its next step boundary. The first one stays.
+
+        Args:
+            phase: The hook or call that raised it.
+        """
         if self.error is None:
-            self.error = error
+            self.phase, self.error = phase, error
         self._notify()
 
     @property

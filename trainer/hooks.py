@@ -24,6 +24,7 @@ from events.observer import Observer
 from events.sink import CALLBACK_DELIVERY, Delivery
 from trainer.errors import ArgumentsError, add_note
 from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
+from trainer.outputs import collate_steps
 from trainer.peers import hint_for
 from trainer.recorder import MetricRecorder
 from trainer.signatures import clear_error, takes_outputs
@@ -41,6 +42,8 @@ EVENT_OF_HOOK: dict[str, type[Event]] = {
     "on_end_train": RunEnded,
 }
 """Every hook of the contract and the event it answers."""
+
+_HOOK_OF_EVENT = {kind: name for name, kind in EVENT_OF_HOOK.items()}
 
 _WITH_OUTPUTS = frozenset({TrainStepEnded, TrainEpochEnded, BackwardEnded, ValEpochEnded})
 """The events whose hooks get tensors."""
@@ -75,6 +78,11 @@ def overridden_hooks(callback: CallbackInterface) -> dict[str, Hook]:
         if getattr(hook, "__func__", hook) is not getattr(CallbackInterface, name):
             found[name] = hook
     return found
+
+
+def hook_of(event: Event) -> str:
+    """The name of the hook that answers an event; where none does, the event's own."""
+    return _HOOK_OF_EVENT.get(type(event), type(event).__name__)
 
 
 def lane_of(callback: CallbackInterface, name: str, hook: Hook) -> Lane:
@@ -310,10 +318,10 @@ class CallbackTarget:
         """The name it is supervised under."""
         self._callback = hooks
         self._hooks = hooks.observed
-        self._names = {kind: name for name, kind in EVENT_OF_HOOK.items()}
         self._device = device
         self._recorder = recorder
         self._batch: Sequence[Published] = ()
+        self._outputs: dict[int, tuple[Any, ...]] = {}  # of steps of the batch, by their place in it
         self._done = 0
         self._doing = "open"
 
@@ -330,13 +338,14 @@ class CallbackTarget:
         """Run the hooks of a batch. After a failure the same batch is taken up at the hook that failed."""
         if batch is not self._batch:
             self._batch, self._done = batch, 0
+            self._outputs = collate_steps(batch) if len(batch) > 1 else {}
         while self._done < len(batch) and not self._callback.disabled:
             event, payload = batch[self._done]
             self._run(event, payload)
             if payload is not None and payload.fence is not None:
                 payload.fence.release(self.observer)  # one that failed or is disabled is released by its supervisor
             self._done += 1
-        self._batch = ()
+        self._batch, self._outputs = (), {}
 
     def _run(self, event: Event, payload: Payload | None) -> None:
         if isinstance(event, CheckpointStaged):
@@ -344,11 +353,13 @@ class CallbackTarget:
             return
         if isinstance(event, RunEnded) and event.status not in ("finished", "stopped"):
             return  # the hook means "after training finishes"
-        self._doing = self._names[type(event)]
+        self._doing = hook_of(event)
         waited_for = payload is not None and payload.fence is not None and type(event) in self._callback.fenced
         self._recorder.handling(event, waited_for=waited_for)
         try:
-            outputs = payload.outputs.collated() if payload is not None and payload.outputs is not None else ()
+            outputs = self._outputs.pop(self._done, None)
+            if outputs is None:
+                outputs = payload.outputs.collated() if payload is not None and payload.outputs is not None else ()
             args, kwargs = hook_arguments(event, outputs)
             hook = self._hooks[type(event)]
             try:

@@ -57,7 +57,7 @@ from trainer.evaluation import END, Evaluation
 from trainer.manual import ManualSteps
 from trainer.module_interface import ModuleInterface, Stage
 from trainer.optimization import ClosureWanted, Optimization, Skip
-from trainer.outputs import Capture, EpochOutputs
+from trainer.outputs import Capture, Copy, EpochOutputs
 from trainer.precision import Precision
 from trainer.recorder import MetricRecorder, Value
 from trainer.resume import Loaded, go_on
@@ -388,12 +388,14 @@ class TrainingLoop:
                     step_ended = now
                     payload = None
                     if live is not None or fenced_steps:
-                        payload = self._payload(live, outputs, observed)
+                        same = loss if group is None and own_step is None else None
+                        payload = self._payload(live, outputs, observed, same)
                     bus.publish(event, payload)
                     mark = clock()
                     ledger.publish += mark - now
                     if payload is not None and payload.fence is not None:
-                        boundary.wait_for_fence(payload.fence)
+                        with boundary.within("on_end_train_step"):
+                            boundary.wait_for_fence(payload.fence)
                         mark = clock()
                     if step_hooks:
                         boundary.run_inline_step(step_hooks, live if hooks_want_outputs else None)
@@ -719,16 +721,26 @@ class TrainingLoop:
         if BackwardEnded in self._boundary.bus.wanted:
             self._publish_backward(loss, micro_step)
 
-    def _payload(self, live: list[Outputs] | None, outputs: EpochOutputs | None, observed: bool) -> Payload:
-        """What goes beside a step's event: outputs for those who want them, and the fence."""
+    def _payload(
+        self, live: list[Outputs] | None, outputs: EpochOutputs | None, observed: bool, loss: torch.Tensor | None
+    ) -> Payload:
+        """What goes beside a step's event: outputs for those who want them, and the fence.
+
+        Args:
+            loss: The event's, a copy of the only micro-batch's first output. Nobody changes it.
+        """
         payload = Payload()
         if live is not None and (observed or outputs is not None):
-            copies = [self._capture.take(values) for values in live]
+            if is_loss := type(loss) is torch.Tensor and len(live[0]) == 1 and loss.is_cpu:
+                copies = [Copy((loss,), loss.nbytes)]
+            else:
+                copies = [self._capture.take(values) for values in live]
             if outputs is not None:
                 for copy in copies:
                     outputs.append(copy)
             if observed:
-                shared = outputs is not None or len(self._boundary.bus.payload_receivers.get(TrainStepEnded, ())) > 1
+                shared = is_loss or outputs is not None
+                shared = shared or len(self._boundary.bus.payload_receivers.get(TrainStepEnded, ())) > 1
                 payload.outputs = self._capture.of_step(copies, shared)
                 payload.nbytes = payload.outputs.nbytes
         if self._fenced_steps:
@@ -750,7 +762,8 @@ class TrainingLoop:
         boundary.ledger.publish += spent
         boundary.ledger.aside += spent
         if fence is not None:
-            boundary.wait_for_fence(fence)
+            with boundary.within("on_end_backward"):
+                boundary.wait_for_fence(fence)
 
     def _skip(self, reason: Skip, loss: torch.Tensor) -> None:
         """A step was skipped.

@@ -33,7 +33,7 @@ from events.messages import (
 from events.tracebacks import describe, format_stack, format_traceback
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary, StopRequested
-from trainer.checkpointing import Checkpointing, has_state
+from trainer.checkpointing import PREPARING, Checkpointing, has_state
 from trainer.compilation import compile_steps
 from trainer.control import Control
 from trainer.data import as_val_loaders, map_tensors, release_frames, seed_everything
@@ -330,10 +330,12 @@ class LoopThread:
             restore_rng(rng, self._device)
         optimization.zero_grad()  # what the host has left in the gradients is none of the first step's
         self._bind_optimizers(optimization)
+        self._boundary.phase = PREPARING
         self._checkpoints.start(optimization)
         # Not before all of that: an attempt that fails before it trains leaves the line, and the history, as they are.
         self._plan.prepare(self._origin.attempt, loaded)
         self._publish_resumed(loaded)
+        self._boundary.phase = "setup"
         self._ledger.start()
         try:
             del loader
@@ -359,6 +361,7 @@ class LoopThread:
     def _bind_optimizers(self, optimization: Optimization) -> None:
         for callback in self._hooks.callbacks:
             if callback.bind_optimizers is not None and not callback.disabled:
+                self._boundary.phase = "bind_optimizers"
                 try:
                     callback.bind_optimizers(optimization.optimizers)
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
@@ -385,6 +388,7 @@ class LoopThread:
     def _restore_again(self, loaded: Loaded) -> None:
         """The run had asked for this dataloader already: what a module counts in that method, it has counted."""
         if not takes_state_by_default(self._module):
+            self._boundary.phase = "restoring the checkpoint"
             loaded.restore_module(self._module)
 
     def _restore(self, loaded: Loaded, optimization: Optimization) -> None:
@@ -401,6 +405,7 @@ class LoopThread:
         loaded.forget()
 
     def _test(self) -> None:
+        self._boundary.phase = "reading the checkpoint"
         loaded = self._loaded = self._plan.load(self._reject)
         if loaded is not None:
             loaded.restore_module(self._module)
@@ -472,9 +477,11 @@ class LoopThread:
         self.status = "cancelled" if cancelled else "failed"
         self.reason = describe(error)
         if not cancelled:
-            self._phase, self._traceback = self._boundary.phase, format_traceback(error)
+            from_elsewhere = error is self._control.error
+            self._phase = self._control.phase if from_elsewhere else self._boundary.phase
+            self._traceback = format_traceback(error)
             step = self._origin.global_step
-            if error is not self._control.error:  # an observer's exception names its hook already
+            if not from_elsewhere:  # an observer's exception names its hook already
                 add_hint(error)
                 add_note(error, f"stagecast: in {self._boundary.phase} after global_step {step}")
             logger.error(f"the run failed after global_step {step}: {self.reason}", published=True)
@@ -525,7 +532,7 @@ class LoopThread:
         action: Literal["fatal", "disabled"] = "fatal" if fatal else "disabled"
         self._bus.publish(ObserverFailed(*self._origin.header(), callback.name, text, hook, action))
         if fatal:
-            self._control.fail(error)
+            self._control.fail(error, hook)
             raise error
         # Not retried, whatever the policy: its place in the step is gone.
         callback.disabled = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import torch
 
+from events.backlog import Published
 from events.checkpoint.snapshot import Part
 from trainer.collate import Notice, OutputCollector, collate_outputs
 from trainer.data import map_tensors
@@ -105,6 +106,17 @@ class StepOutputs(msgspec.Struct, gc=False):
         """Bytes of the elements."""
         return sum([copy.nbytes for copy in self.copies])
 
+    def of_one_batch(self) -> tuple[torch.Tensor, ...] | None:
+        """The values, if they are tensors of one micro-batch that are here, and nobody has collated them."""
+        copies = self.copies
+        if len(copies) != 1 or copies[0].arrived is not None:
+            return None
+        values = copies[0].values
+        for value in values:
+            if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_nested:
+                return None
+        return values
+
     def collated(self) -> tuple[Any, ...]:
         """One value per output position; computed once, on the first observer's thread that asks.
 
@@ -115,6 +127,45 @@ class StepOutputs(msgspec.Struct, gc=False):
                 self.result = collate_outputs([copy.wait() for copy in self.copies], self.notice)
                 self.copies = []
         return _clones(self.result) if self.shared else self.result
+
+
+_SMALL_BYTES = 4_096
+
+
+def collate_steps(batch: Sequence[Published]) -> dict[int, tuple[torch.Tensor, ...]]:
+    """As `StepOutputs.collated` for many steps; by their place in the batch.
+
+    The numbers of all steps are stacked in one call. Each call of torch's releases the interpreter lock, which the loop
+    takes and releases in its own calls: with some calls per step, both threads would wait for each other at each.
+
+    Returns:
+        The outputs of those steps that had one micro-batch and returned tensors. The others take the long way, and so
+        do those of which everybody gets copies that are not small: a batch has no second copy of its memory.
+    """
+    found: dict[int, tuple[torch.Tensor, ...]] = {}
+    copied: set[int] = set()
+    numbers: dict[torch.dtype, list[torch.Tensor]] = {}
+    for index, (_, payload) in enumerate(batch):
+        outputs = payload.outputs if payload is not None else None
+        if type(outputs) is not StepOutputs or (values := outputs.of_one_batch()) is None:
+            continue
+        if outputs.shared:
+            if payload is not None and payload.nbytes > _SMALL_BYTES:
+                continue
+            copied.add(index)
+        for value in values:
+            if not value.dim():
+                numbers.setdefault(value.dtype, []).append(value)
+        found[index] = values
+    views = {dtype: iter(torch.stack(values).unsqueeze(1).unbind()) for dtype, values in numbers.items()}
+    for index, values in found.items():
+        found[index] = tuple(
+            [
+                next(views[value.dtype]) if not value.dim() else value.clone() if index in copied else value
+                for value in values
+            ]
+        )
+    return found
 
 
 class EpochOutputs:

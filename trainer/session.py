@@ -63,6 +63,8 @@ SinkLike = Sink | tuple[Sink, Delivery]
 _JOURNAL_WAIT_S = 5.0
 """How long a checkpoint waits for the journal to have what led to it. The journal is the lesser good."""
 _SETTLE_S = 0.01
+_LOOK_S = 0.1
+"""How often it is seen meanwhile whether the journal can write at all."""
 _ABORTED_DRAIN_S = 0.5
 """How long each of callbacks, sinks and journal may take after a second signal."""
 
@@ -303,11 +305,14 @@ class Session:
         if self._journal is None or not isinstance(target, SinkTarget):
             return
         writer: Any = target.writer
-        if writer is not None and self._journal.circuit == "closed":
+        if writer is not None and not self._journal.is_failing:
             self.bus.flush()
             with contextlib.suppress(OSError):  # its own failure, which its next write meets and tells of
-                if writer.wait_for(seq, _JOURNAL_WAIT_S):
-                    writer.sync()
+                deadline = time.monotonic() + _JOURNAL_WAIT_S
+                while not writer.wait_for(seq, _LOOK_S):
+                    if self._journal.is_failing or time.monotonic() > deadline:
+                        return
+                writer.sync()
 
     def _on_loss(self, event: TrainStepEnded, consecutive: int) -> None:
         """A loss that is not finite has been read; it belongs to a step that is over."""
@@ -341,10 +346,16 @@ class Session:
             )
 
     def _on_fatal(self, error: BaseException) -> None:
+        text = describe(error)
+        observers = [one for one in self._supervisor.observers if one.error == text]
         if not getattr(error, "__notes__", None):  # a callback's names its hook and step already
-            failed = [one.name for one in self._supervisor.observers if one.error == describe(error)]
-            add_note(error, f"raised by the observer {' or '.join(failed)} after global_step {self.origin.global_step}")
-        self.control.fail(error)
+            failed = " or ".join(one.name for one in observers)
+            add_note(error, f"raised by the observer {failed} after global_step {self.origin.global_step}")
+        # The note names the callback; a hook is named as it is on the loop's thread.
+        phases = [
+            one.doing if isinstance(one.target, CallbackTarget) else f"{one.name}.{one.doing}" for one in observers
+        ]
+        self.control.fail(error, " or ".join(phases) or None)
         self.bus.release()
 
     def cancel(self, reason: str) -> None:
@@ -454,7 +465,8 @@ class Session:
             if (failure := self._failed_in_drain) is not None and not told:
                 told = True
                 trace = format_traceback(failure)
-                ended_as = RunEnded(*self.origin.header(), "failed", describe(failure), trace, "the end of the run")
+                phase = self.control.phase or "the end of the run"
+                ended_as = RunEnded(*self.origin.header(), "failed", describe(failure), trace, phase)
                 self.bus.publish(ended_as)
             if observers is stages[0][1] and self._media.used:  # callbacks can log no more, and sinks are to get it
                 await anyio.to_thread.run_sync(self._media.close, timeout_s, limiter=anyio.CapacityLimiter(1))

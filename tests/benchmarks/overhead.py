@@ -77,6 +77,16 @@ class Raises(CallbackInterface):
         raise ValueError("benchmark")
 
 
+class Counts(CallbackInterface):
+    """Counts the steps, and looks at nothing."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
+        self.steps += 1
+
+
 def bare(steps: int, by_hand: bool = False) -> float:
     """The loop that a user would write; returns its seconds. ``by_hand`` clears the gradients as the trainer does."""
     module = TinyMLP(steps)
@@ -124,6 +134,7 @@ def variants(steps: int, folder: str) -> dict[str, tuple[float, Callable[[], flo
         "nothing attached": (1.03, run(sinks=[], journal=False)),
         "journal": (1.06, run(sinks=[])),
         "journal and console": (1.08, run()),
+        "two callbacks that count": (1.06, run(sinks=[], journal=False, callbacks=[Counts(), Counts()])),
         "callback that sleeps 10 ms a step": (1.06, with_callback(Sleeps())),
         "callback that hangs": (1.06, with_callback(Hangs())),
         "callback that raises": (1.06, with_callback(Raises())),

@@ -6,8 +6,10 @@ filled up, or made read-only, in a mount namespace of their own.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,61 @@ def test_a_disk_that_goes_on_refusing_ends_the_run_after_three_checkpoints(
     assert again.train().global_step == 24
     assert disk.look(run_dir, reference) == (CheckpointName(24, 2), [])
     assert not disk.leftovers(run_dir)
+
+
+class Refusing:
+    """The module ``os``, of which everything that writes fails with an error number once there is one."""
+
+    code: int | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in ("open", "write", "pwrite", "writev", "fsync", "rename", "replace", "mkdir", "posix_fallocate"):
+            return real
+
+        def call(*args: Any, **named: Any) -> Any:
+            if self.code is not None and (name != "open" or args[1] & os.O_CREAT):
+                raise OSError(self.code, os.strerror(self.code))
+            return real(*args, **named)
+
+        return call
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("parts", [{"journal"}, {"checkpoint"}, {"journal", "checkpoint"}], ids=" and ".join)
+@pytest.mark.parametrize("step", [1, 5], ids=["from the first step on", "at the end"])
+@pytest.mark.parametrize("fails", [True, False], ids=["a step fails", "no step fails"])
+def test_a_disk_that_refuses_does_not_use_up_the_drain_of_a_run(
+    step: int, parts: set[str], code: int, fails: bool, disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run raises its own error, and its journal is given up long before the drain's deadline, by name."""
+    refusing = Refusing()
+    for name, module in list(sys.modules.items()):
+        part = "journal" if name == "events.journal" else "checkpoint" if name.startswith("events.checkpoint.") else ""
+        if part in parts and getattr(module, "os", None) is os:
+            monkeypatch.setattr(module, "os", refusing)
+    monkeypatch.setattr("events.observer.LAST_TRIES_S", 0.3)
+
+    class Fails(disk.Counting):  # type: ignore[misc, name-defined]
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            if global_step == step:
+                refusing.code = code
+            if global_step == 6 and fails:
+                raise ZeroDivisionError
+            return super().train_step(global_step, batch, device)
+
+    arrivals = disk.Arrivals()
+    make = disk.make_trainer
+    trainer = make(tmp_path / "run", module=Fails(), sinks=[arrivals], journal=True, drain_timeout_s=300.0)
+    if fails:
+        with pytest.raises((ZeroDivisionError, CheckpointsFailing)):
+            trainer.train()
+    else:
+        with contextlib.suppress(CheckpointsFailing):
+            trainer.train()
+    assert arrivals.of(RunEnded)
+    assert refusing.code == code
 
 
 @pytest.mark.skipif(os.name == "nt", reason="mounts and fork are POSIX")

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from events.backlog import Payload
 from events.messages import ObserverFailed, TrainStepEnded
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Delivery, fenced, inline
 from trainer.errors import EpochOutputsTooLarge
-from trainer.outputs import Capture, Copy, EpochOutputs
+from trainer.outputs import Capture, Copy, EpochOutputs, collate_steps
 
 Pair = collections.namedtuple("Pair", "rows label")
 
@@ -322,6 +324,61 @@ def test_each_callback_may_change_what_it_gets(kit: Any) -> None:
     outcome = kit.train(net, callbacks=[Spoils(), Sums(), Spoils()])
     assert outcome.result.status == "finished"
     assert seen == [16.0, 16.0, 24.0]
+
+
+def test_callbacks_may_change_a_loss_that_is_the_only_output(kit: Any) -> None:
+    """Neither the other callback, nor the events, nor the epoch's outputs and mean see it."""
+
+    class Zeroes(CallbackInterface):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            self.seen.append(float(outputs[0]))
+            outputs[0].zero_()
+
+    class Epochs(CallbackInterface):
+        def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+            self.seen = outputs[0].tolist()
+
+    class Net(kit.Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            return super().train_step(global_step, batch, device)[0]
+
+    members = [Zeroes(), Zeroes(), Epochs()]
+    outcome = kit.train(Net(rows=400), callbacks=members, epochs=1)
+    losses = [event.loss for event in outcome.of(TrainStepEnded)]
+    assert min(losses) > 0
+    assert members[0].seen == members[1].seen == members[2].seen == losses
+    assert outcome.result.metrics["train_epoch_loss"] == pytest.approx(sum(losses) / len(losses))
+    alone = [Zeroes()]
+    assert [event.loss for event in kit.train(Net(rows=400), callbacks=alone).of(TrainStepEnded)] == alone[0].seen
+
+
+def test_the_numbers_of_a_batch_are_collated_in_one_call(kit: Any) -> None:
+    """As one by one, whatever is beside them; the callback's thread releases the interpreter once, not at each step."""
+    capture = Capture(torch.device("cpu"), lambda text: None)
+    made = [(torch.tensor(float(i)), torch.full((2, 3), float(i)), torch.tensor(i)) for i in range(6)]
+    groups: list[list[Any]] = [[values] for values in made[:4]] + [[made[4], made[5]], [(torch.tensor(1.0), "text")]]
+    payloads = [Payload(capture.of_step([capture.take(values) for values in group], shared=True)) for group in groups]
+    calls: list[str] = []
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        found = collate_steps([(None, payload) for payload in payloads])  # type: ignore[misc]
+    assert calls.count("stack") == 2  # of each type one
+    assert list(found) == [0, 1, 2, 3]
+    for index, outputs in found.items():
+        long_way = payloads[index].outputs.collated()
+        assert [one.tolist() for one in outputs] == [one.tolist() for one in long_way]
+        assert [one.shape for one in outputs] == [one.shape for one in long_way]
+        for own in outputs:
+            own.zero_()
+        assert payloads[index].outputs.collated()[1].unique().tolist() == [float(index)]
 
 
 def test_a_module_may_change_its_loss_when_the_step_is_over(kit: Any) -> None:

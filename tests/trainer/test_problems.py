@@ -12,11 +12,11 @@ from typing import Any
 import anyio
 import pytest
 
-from events.errors import TrainingThreadStuck
+from events.errors import TrainingThreadStuck, UnstorableState
 from events.log import logger
 from events.messages import ObserverFailed, RunEnded, RunStarted, WarningLogged
 from sinks import CSV, Console
-from trainer import CallbackInterface, Checkpoints, Delivery, launch
+from trainer import CallbackInterface, Checkpoints, Delivery, fenced, inline, launch
 
 HOSTED = Path(__file__).parent / "hosted"
 
@@ -227,6 +227,66 @@ def test_a_run_that_failed_says_where_and_in_which_phase(
     assert "direct cause" in (ended.traceback or "")
     assert any(line.endswith("Boom: broken") for line in lines)
     assert f" ✗ failed in {method} at step " in capsys.readouterr().err.splitlines()[-1]
+
+
+class Unstorable(CallbackInterface):
+    def state_dict(self) -> dict[str, Any]:
+        return {"a lock": threading.Lock()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StopsBadly(CallbackInterface):
+    def should_stop(self, global_step: int, metrics: Any) -> str | None:
+        raise Boom
+
+
+def failing(hook: str, mark: Any = lambda hook: hook) -> CallbackInterface:
+    def fail(self: Any, *_: Any, **__: Any) -> None:
+        raise Boom
+
+    made: CallbackInterface = type("Fails", (CallbackInterface,), {hook: mark(fail)})()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("phase", "callback", "options"),
+    [
+        ("state_dict", Unstorable(), {"checkpoints": True, "run_dir": "run"}),
+        ("should_stop", StopsBadly(), {}),
+        ("on_end_train_step", failing("on_end_train_step", inline), {}),
+        ("on_end_backward", failing("on_end_backward"), {}),
+        ("on_end_train_step", failing("on_end_train_step"), {}),
+        ("on_begin_train_epoch", failing("on_begin_train_epoch"), {}),
+        ("on_end_train_epoch", failing("on_end_train_epoch", fenced), {}),
+    ],
+)
+def test_the_end_names_the_hook_or_call_that_failed_and_no_phase_before_it(
+    kit: Any, phase: str, callback: CallbackInterface, options: dict[str, Any]
+) -> None:
+    """Whichever lane the hook runs on, and wherever the loop was."""
+    outcome = kit.train(kit.Net(), callbacks=[callback], **options)
+    assert isinstance(outcome.error, (Boom, UnstorableState))
+    assert last_end(outcome).phase == phase
+    assert "get_optimizers_schedulers" not in "".join(getattr(outcome.error, "__notes__", ()))
+
+
+@pytest.mark.parametrize(("call", "phase"), [(1, "preparing checkpoints"), (2, "preparing checkpoints"), (3, "taking")])
+def test_a_module_whose_state_fails_does_so_in_a_checkpoint(kit: Any, call: int, phase: str) -> None:
+    """The dry run, the memory that is prepared after the first step, the first checkpoint: no phase before it."""
+
+    class Net(kit.Net):
+        asked = 0
+
+        def get_state(self) -> Any:
+            self.asked += 1
+            if self.asked == call:
+                raise Boom
+            return super().get_state()
+
+    outcome = kit.train(Net(), checkpoints=Checkpoints(every_steps=1), run_dir="run")
+    assert isinstance(outcome.error, Boom)
+    assert (last_end(outcome).phase or "").startswith(phase)
 
 
 def test_an_observer_that_ends_the_run_while_it_is_drained_corrects_the_end(kit: Any) -> None:
