@@ -24,7 +24,7 @@ from anyio.abc import TaskStatus
 
 from events.folder import is_held
 from events.inbox import send_command
-from events.journal_reader import JOURNAL_DIR, JournalReader, journal_tail
+from events.journal_reader import JOURNAL_DIR, JournalReader, journal_tail, segment_numbers
 from events.messages import Event, RunResumed
 from events.protocol import AnyCommand
 from sinks.damage import damage_in, damage_of, reason_of
@@ -370,6 +370,8 @@ class FolderHub(Hub):
                 if len(events) >= _BATCH:
                     time.sleep(PAUSE_S)
             reason = damage_in(self._reader)
+            if reason is not None and not segment_numbers(self.run_dir / JOURNAL_DIR):
+                reason = None  # a journal that was removed takes nothing from who watches: they see what there was
             if looks:
                 before, self._misfit = self._misfit, damage_of(self.run_dir)
                 reason = reason or self._misfit

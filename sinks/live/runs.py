@@ -39,7 +39,7 @@ _PER_RUN_S = 0.2
 """Maximum seconds per run that a look at all runs takes; later looks read what a long journal holds beyond that."""
 _FIRST_LOOK_S = 5.0
 """Seconds after which a look leaves the runs that are not known yet to a later one."""
-_LOOK_S = 0.5
+_LOOK_S = 0.3
 """Seconds after which a look leaves the runs that are known as they are."""
 MOST_RUNS = 1_000
 
@@ -203,10 +203,14 @@ class RunsOfFolder:
             reason = damage_of(path)
             stamp = _stamp(path)
             held = is_held(path)
-            if known is None or health.is_behind or (known.stamp, known.held, known.reason) != (stamp, held, reason):
-                summary = summarise(path, health, time.monotonic() + _PER_RUN_S)
+            until = time.monotonic() + _PER_RUN_S
+            if known is None or (known.stamp, known.held, known.reason) != (stamp, held, reason):
+                summary = summarise(path, health, until)
             else:
                 summary = known.summary
+                if health.is_behind:
+                    damage = [damage_line(summary.damage)] if summary.damage is not None else []
+                    summary.problems = [*damage, *health.problems(until)]
         except FileNotFoundError:  # it has been removed since
             return None
         except Exception as error:  # whatever a stranger has put there, it concerns this run alone

@@ -112,6 +112,8 @@ def batches(
         batch: list[Event] = []
         while len(batch) < most and (events := reader.read(_AT_ONCE, slice_end)):
             batch += trimmed(events)
+            if time.monotonic() > slice_end:
+                break
         if batch:
             yield batch
         if reader.skipped_count > MOST_SKIPPED:

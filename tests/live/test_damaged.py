@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from events.messages import HistogramLogged, MetricsLogged, RunEnded, RunResumed, TextLogged, WarningLogged
 from events.safe_files import UnsafeFile, open_below, stat_below
+from events.series import MOST_SERIES
+from sinks.live.hub import FolderHub
 from sinks.live.runs import RunsOfFolder
-from sinks.live.stored import STORE_NAME
-from sinks.live.view import damage_line
+from sinks.live.stored import STORE_NAME, read_view, write_view
+from sinks.live.view import MOST_DETAILS, Changes, RunView, damage_line, trimmed
 
 TOKEN = "a-token-of-this-test"
 SECRET = b"a-secret-of-the-user"
@@ -318,3 +323,79 @@ def test_the_page_shows_what_is_damaged(damaged: Path, serve: Any, visit: Any) -
     expect(page.locator("#problems")).to_contain_text("journal is a symbolic link instead of a folder")
     page.goto(page.url.partition("#")[0] + "#run=demo")
     expect(page.locator("#status")).to_have_attribute("data-status", "running")
+
+
+def test_what_a_view_holds_is_bounded_whatever_one_line_has_in_it(story: Any) -> None:
+    """Names, texts, bins and settings beyond the limits are cut before a view takes them; others are as they were."""
+    small = [story.started(), *story.steps(3), story.metrics(a=1.0)]
+    assert trimmed(small) == small
+    view = RunView()
+    changes = Changes()
+    huge = [
+        story.started(arguments={"a": "x" * 10_000_000}, module="m" * 10_000),
+        story(MetricsLogged, metrics={f"m{index}": 1.0 for index in range(300_000)}),
+        story(MetricsLogged, metrics={"n" * 10_000: 1.0}),
+        story(TextLogged, name="t", path="media/t.txt", text="x" * 5_000_000),
+        story(HistogramLogged, name="h", counts=[1.0] * 300_000),
+        story(RunEnded, status="failed", reason="r" * 5_000_000, traceback="t" * 5_000_000),
+    ]
+    view.add(trimmed(huge), changes)
+    assert len(view.curves.series) <= MOST_SERIES
+    assert changes.points.keys() <= view.curves.series.keys()
+    assert len(msgspec.json.encode(view.snapshot())) < 2_000_000
+    for _ in range(300):
+        view.add(trimmed([story(WarningLogged, level="warning", message="m", exception="e" * 60_000)]))
+    assert sum("detail" in entry for entry in view.log) == MOST_DETAILS
+
+
+@pytest.mark.parametrize("spoil", ["columns", "points", "rows", "lines", "device", "link"])
+def test_a_stored_view_that_a_stranger_made_is_not_used(told: Any, spoil: str) -> None:
+    """One whose parts do not fit each other, or that is not a file: the journal is read instead, and has everything."""
+    told.write(told.story.started(), *told.story.steps(10))
+    view, _ = read_view(told.path)
+    series = view.curves.series["train_loss"]
+    if spoil == "columns":
+        series.mean = series.mean[:3]
+    elif spoil == "points":
+        series.odd = {10**9: "nan"}
+    elif spoil == "rows":
+        view.histograms = {"h": [{"counts": [1.0]}]}
+    elif spoil == "lines":
+        view.log = [{"text": "no kind"}]
+    write_view(told.path, view)
+    if spoil in ("device", "link"):
+        data = (told.path / STORE_NAME).read_bytes()
+        (told.path / STORE_NAME).unlink()
+        (told.path.parent / "elsewhere").write_bytes(data)
+        (told.path / STORE_NAME).symlink_to("/dev/zero" if spoil == "device" else "../elsewhere")
+    again, stored = read_view(told.path)
+    assert stored == 0
+    assert again.curves.series["train_loss"].count == 10
+    write_view(told.path, again)
+    assert not (told.path / STORE_NAME).is_symlink()
+    assert read_view(told.path)[1] == told.story.seq
+
+
+def test_a_resume_that_the_end_of_the_journal_denies_is_read_once(told: Any) -> None:
+    """Its ``seq`` is above that of all lines at the end, so it seems to be new each time."""
+    tell = told.story
+    told.write(tell.started(), *tell.steps(3))
+    tell.seq = 10**9
+    told.write(tell(RunResumed, checkpoint="step-2.a1", after_seq=3))
+    segment = told.path / SEGMENT
+    lines = segment.read_bytes().splitlines(keepends=True)
+    # Garbage, so that the reader does not see that the next lines are lower; and they fill what is read of the end.
+    segment.write_bytes(b"".join(lines) + b"garbage\n" * 10 + lines[1] * 3_000)
+    view, _ = read_view(told.path)
+    assert (view.run.run_id, view.cursor) == ("demo", 10**9 + 1)
+
+
+def test_a_folder_that_vanishes_while_it_is_read_is_no_error(told: Any) -> None:
+    """Whoever watches keeps what there was."""
+    told.write(told.story.started(), *told.story.steps(10))
+    hub = FolderHub(told.path)
+    hub._read_on()
+    shutil.rmtree(told.path)
+    hub._looked_at = -1e9
+    hub._read_on()
+    assert (hub.view.curves.series["train_loss"].count, hub.view.run.damage) == (10, None)

@@ -125,7 +125,14 @@ def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
 def test_strangers_text_ends_no_script_and_nothing_comes_from_outside_the_run(tmp_path: Path) -> None:
     """The file holds the run and the page, and no address but the ones inside it."""
     run_dir = a_run(tmp_path, "one")
-    write_report([run_dir], tmp_path / "out.html")
+    (run_dir / "media/picture/a.png").rename(tmp_path / "a.png")
+    for link, target in (("picture/a.png", "../../../a.png"), ("picture", "../../away")):
+        path = run_dir / "media" / link
+        if path.is_dir():
+            path.rename(tmp_path / "away")
+        path.symlink_to(target)
+        write_report([run_dir], tmp_path / "out.html")
+        assert "data:image/png" not in (tmp_path / "out.html").read_text("utf-8")
     text = (tmp_path / "out.html").read_text("utf-8")
     assert "document.title='owned'" in text
     assert "</script><script>document.title" not in text
