@@ -165,9 +165,9 @@ async def _send_file(
     allow(scope, "GET")
     try:
         data, stamp = await anyio.to_thread.run_sync(read_file, folder, name, limiter=limiter)
-        kind = kind_of(data)
     except (OSError, ValueError):  # ValueError: dots or NUL in its name
-        kind = None
+        raise Refused(404, "there is nothing at this address") from None
+    kind = kind_of(data)
     if kind is None:
         raise Refused(404, "there is nothing at this address")
     headers = [(b"etag", stamp), (b"cache-control", b"no-cache")]

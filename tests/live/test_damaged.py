@@ -314,6 +314,7 @@ def test_the_page_shows_what_is_damaged(damaged: Path, serve: Any, visit: Any) -
     expect(page.locator("#status .word")).to_contain_text("damaged")
     expect(page.locator("#problems")).to_contain_text("run.lock is a FIFO instead of a file")
     expect(page.locator("#runs-list li", has_text="link as journal")).to_contain_text("⚠ damaged")
+    expect(page.locator("#content")).not_to_contain_text("e+")  # no number is written by its digits
     for axis in ("time", "step"):
         page.select_option("#x", axis)
     if os.environ.get("STAGECAST_SCREENSHOT"):
