@@ -24,8 +24,8 @@ import msgspec
 from events.checkpoint.manifest import CheckpointName
 from events.errors import WireError
 from events.journal_lines import decode_line, events_in, gap_before, is_checked
+from events.journal_segment import CHUNK_BYTES, MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
 from events.journal_segment import JOURNAL_DIR as JOURNAL_DIR
-from events.journal_segment import MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
 from events.journal_segment import segment_name as segment_name
 from events.journal_segment import segment_numbers as segment_numbers
 from events.messages import (
@@ -228,6 +228,7 @@ class JournalReader:
         since: int = 0,
         run_id: str | None = None,
         max_skipped: int = 1_000,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Start behind the event with ``seq == since``; opens nothing yet.
 
@@ -236,12 +237,14 @@ class JournalReader:
             since: Events up to this ``seq`` are skipped; 0 for all.
             run_id: Events of any other run are skipped; None if that is not known.
             max_skipped: How many skipped lines `skipped` keeps, the newest; `skipped_count` counts all.
+            chunk_bytes: Bytes that are read at a time, and kept until they are decoded.
         """
         self._dir = Path(journal_dir)
         self._cursor = since
         self._skipped: deque[SkippedLine] = deque(maxlen=max_skipped)
         self.skipped_count = 0
         """Lines that were skipped so far."""
+        self._chunk_bytes = chunk_bytes
         self._run_id = run_id
         self._segment: SegmentLines | None = None  # the one being read
         self._offset = 0  # of the next line in it
@@ -371,7 +374,11 @@ class JournalReader:
                 following = self._following(numbers)
                 if following is None:
                     return False
-                self._segment, self._offset, self._line = SegmentLines(self._dir, following), 0, 0
+                self._segment, self._offset, self._line = (
+                    SegmentLines(self._dir, following, self._chunk_bytes),
+                    0,
+                    0,
+                )
                 self._finished = False
             newer = bool(numbers) and numbers[-1] > self._segment.number
             self._lines = self._read_on(self._segment)

@@ -289,9 +289,7 @@ class LiveApp:
         if self._followers >= self._most_followers:
             reason = f"{self._followers} clients read journals, the maximum; try again later"
             raise Refused(503, reason, headers=[(b"retry-after", b"5")])
-        if (problem := await anyio.to_thread.run_sync(unreadable, run_dir, limiter=self._journals)) is not None:
-            raise Refused(409, f"the run is damaged: {problem}")
-        reader = JournalReader(run_dir / JOURNAL_DIR, since)
+        reader = JournalReader(run_dir / JOURNAL_DIR, since, chunk_bytes=_JOURNAL_BYTES)
 
         def read(over: bool) -> bytes:
             """The next part, which ends with an event; on a thread."""
@@ -331,8 +329,10 @@ class LiveApp:
                         await client.push(b"\n")
 
         hub.followers += 1
-        self._followers += 1
+        self._followers += 1  # nothing is awaited since it was compared: others would pass meanwhile
         try:
+            if (problem := await anyio.to_thread.run_sync(unreadable, run_dir, limiter=self._journals)) is not None:
+                raise Refused(409, f"the run is damaged: {problem}")
             await self._stream(scope, receive, send, b"application/x-ndjson", write_all)
         finally:
             hub.followers -= 1

@@ -470,13 +470,17 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
     parts: list[int] = []
     push = client_module.Client.push
 
+    most = 0
+
     async def noted(self: Any, data: bytes) -> None:
+        nonlocal most
+        most = max(most, server._app._followers)
         parts.append(len(data))
         await push(self, data)
 
     monkeypatch.setattr(client_module.Client, "push", noted)
     with contextlib.ExitStack() as open_:
-        for _ in range(20):
+        for _ in range(30):
             one = open_.enter_context(sockets.socket())
             one.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 2**16)
             one.connect(address)
@@ -489,6 +493,7 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
         assert server._app._journals.total_tokens == 2
         kit.wait_until(lambda: server._app._followers == 0)  # none of them read
     assert max(parts) <= 2**16
+    assert most == 20
     lines = httpx.get(server.url + "api/runs/demo/journal").content.splitlines()
     assert [msgspec.json.decode(line)["seq"] for line in lines] == list(range(1, tell.seq + 1))
 
