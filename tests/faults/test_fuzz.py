@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 import tracemalloc
 import types
@@ -62,38 +63,42 @@ pytestmark = pytest.mark.fuzz
 
 T = TypeVar("T")
 
-texts = st.one_of(
-    st.text(max_size=20),
-    st.sampled_from(["", "\0", "\x1b[2J", "\u202e", "\ud800", "../../x", "a/b", "=1+1", "nan", "x" * 5_000, "default"]),
+names = ["", "\0", "\x1b[2J", "\u202e", "../../x", "a/b", "=1+1", "nan", "x" * 5_000, "default", "loss", "stop"]
+texts = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.sampled_from(names))
+integers = st.one_of(st.integers(-3, 100), st.integers(-3, 100), st.sampled_from([2**31, 2**53, 2**63 - 1, -(2**63)]))
+reals = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([5e-324, 1.7976931348623157e308, -0.0, 1e18, 0.0])
 )
-numbers = st.one_of(
-    st.integers(-3, 100),
-    st.sampled_from([2**31, 2**53, 2**63 - 1, -(2**63), 2**63, 2**64, -(10**30), 10**400]),
-    st.floats(),
-    st.sampled_from([5e-324, 1.7976931348623157e308, -0.0, 1e18]),
-)
-plain = st.recursive(
-    st.one_of(st.none(), st.booleans(), numbers, texts),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
-    max_leaves=12,
-)
+
+
+def nested(atoms: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        atoms,
+        lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
+        max_leaves=12,
+    )
+
+
+plain = nested(st.one_of(st.none(), st.booleans(), integers, reals, texts))
+big = st.sampled_from([2**63, 2**64, -(2**63) - 1, -(10**30), 10**400, 10**4_000])
+odd = st.sampled_from([math.nan, math.inf, -math.inf, "\ud800", "\udc80x"])
+strange = st.one_of(big, odd, nested(st.one_of(st.none(), st.booleans(), integers, texts, big, odd)))
+"""What few fields can have, and some that none can."""
 
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
-    """Values for a field, mostly of its type, as JSON has them."""
-    return st.one_of(_right(kind), _right(kind), _right(kind), plain)
-
-
-def _right(kind: Any) -> st.SearchStrategy[Any]:
+    """Values for a field of a type, as JSON has them."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is typing.Annotated:
-        return _right(args[0])
+        return values_of(args[0])
     if kind is Any or kind is msgspec.Raw:
         return plain
     if kind in (str, bytes):
         return texts
-    if kind in (int, float):
-        return numbers
+    if kind is int:
+        return integers
+    if kind is float:
+        return reals
     if kind is bool:
         return st.booleans()
     if kind is type(None):
@@ -101,7 +106,7 @@ def _right(kind: Any) -> st.SearchStrategy[Any]:
     if origin is typing.Literal:
         return st.sampled_from(args)
     if origin in (typing.Union, types.UnionType):
-        return st.one_of([_right(arg) for arg in args])
+        return st.one_of([values_of(arg) for arg in args])
     if origin is dict:
         return st.dictionaries(texts, values_of(args[1]), max_size=4)
     if origin in (list, tuple):
@@ -109,27 +114,24 @@ def _right(kind: Any) -> st.SearchStrategy[Any]:
     return objects_of(kind)
 
 
-def objects_of(struct: type[msgspec.Struct]) -> st.SearchStrategy[dict[str, Any]]:
-    """Objects that are nearly such a Struct: fields are missing, of another type, or of no such name."""
-    fields = {one.encode_name: values_of(one.type) for one in msgspec.structs.fields(struct)}
-    required = {one.encode_name for one in msgspec.structs.fields(struct) if one.required}
-    tag = struct.__struct_config__
-    named = st.just({} if tag.tag is None else {tag.tag_field: tag.tag})
-    whole = st.fixed_dictionaries(
-        {name: fields[name] for name in fields if name in required},
-        optional={name: fields[name] for name in fields if name not in required},
-    )
-    extra = st.dictionaries(texts, plain, max_size=2)
-    lost = st.sets(st.sampled_from(sorted(required)), max_size=1) if required else st.just(set())
-    # Mostly nothing is lost or added.
-    lost, extra = (st.one_of(st.just(type_()), st.just(type_()), one) for type_, one in ((set, lost), (dict, extra)))
-    return st.builds(
-        lambda name, fields, extra, lost: {k: v for k, v in {**extra, **fields, **name}.items() if k not in lost},
-        named,
-        whole,
-        extra,
-        lost,
-    )
+@st.composite
+def objects_of(draw: st.DrawFn, struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Such a Struct, or nearly: a field is missing, of another type, beyond its bounds, or of no such name."""
+    fields = msgspec.structs.fields(struct)
+    given_ones = [one for one in fields if one.required or draw(st.booleans())]
+    tree = {one.encode_name: draw(values_of(one.type)) for one in given_ones}
+    if struct.__struct_config__.tag is not None:
+        tree[struct.__struct_config__.tag_field] = struct.__struct_config__.tag
+    match draw(st.sampled_from(["right", "right", "right", "changed", "changed", "lost", "added"])):
+        case "changed":
+            tree[draw(st.sampled_from([one.encode_name for one in fields]))] = draw(strange)
+        case "lost" if tree:
+            del tree[draw(st.sampled_from(sorted(tree)))]
+        case "added":
+            tree[draw(texts)] = draw(strange)
+        case "right" if draw(st.booleans()):  # NaN and infinities, as journals have them
+            tree["nonfinite"] = {f"/{name}": "nan" for name, value in tree.items() if value is None}
+    return tree
 
 
 def as_json(value: Any) -> bytes:
@@ -308,7 +310,7 @@ notes = st.fixed_dictionaries(
 )
 tensor_headers = st.builds(
     lambda entries, said, extra: as_json({**extra, **entries, "__metadata__": {"stagecast": as_json(said).decode()}}),
-    st.dictionaries(st.sampled_from(["a", "b", "c"]), st.one_of(tensor_entries, plain), max_size=3),
+    st.dictionaries(st.sampled_from(["a", "b", "c"]), st.one_of(tensor_entries, tensor_entries, strange), max_size=3),
     notes,
     st.dictionaries(texts, plain, max_size=1),
 )
@@ -378,9 +380,10 @@ API = json.loads((Path(__file__).parents[1] / "live" / "openapi.json").read_text
 REFUSED = {"400", "401", "403", "404", "405", "421"}
 """What any address may answer."""
 ways = st.sampled_from([(path, method) for path, methods in API["paths"].items() for method in methods])
+digits = st.sampled_from(["0", "-1", "7", str(2**63), "9" * 400, "9" * 5_000, "1e3", "\u0663"])
 parameters = st.dictionaries(
     st.sampled_from(["since", "attempt", "follow", "mode", "token", "x"]),
-    st.one_of(numbers.map(str), texts),
+    st.one_of(digits, texts),
     max_size=3,
 )
 headers = st.dictionaries(
