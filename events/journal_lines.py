@@ -32,7 +32,7 @@ _LENGTH = len(_MARK) + 10
 
 
 def encode_lines(events: Sequence[Event], previous_seq: int) -> bytes:
-    """Encode events as lines, each ended by a newline. The journal's hot path: about 1 us an event.
+    """Encode events as lines, each ended by a newline. The journal's hot path: about 1.7 us an event.
 
     Args:
         previous_seq: ``seq`` of the line before the first of them.

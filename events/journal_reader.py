@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -81,6 +82,7 @@ What happened to the run, to observers and to commands has happened, whatever is
 
 _REASON = 200
 """Maximum characters per reason of a skipped line."""
+_SEQ = re.compile(rb'"seq":(\d{1,16}),')
 _TAIL_CHUNK = 2**18
 _TAIL_LINES = 10_000
 _LEAST_LINE_BYTES = 64
@@ -320,7 +322,9 @@ class JournalReader:
         try:
             event, previous = decode_line(line)
         except WireError as error:
-            self._skip(len(line), str(error), torn=self._rest, events=events_in(line))
+            seq = _SEQ.search(line) if self._last is None else None
+            if seq is None or int(seq[1]) > self._cursor:  # else it was damaged before the events that are asked for
+                self._skip(len(line), str(error), torn=self._rest, events=events_in(line))
             return None
         if previous is None and self._segment.checked:
             self._skip(len(line), "it has no checksum, and other lines of its segment have", torn=self._rest)

@@ -643,6 +643,7 @@ def test_a_damaged_end_is_named_once_nobody_writes(tmp_path: Path) -> None:
     assert (gap.first_seq, gap.last_seq, reader.cursor) == (4, 4, 4)
     assert reader.finish() == []
     assert len(reader.skipped) == 1
+    assert JournalReader(tmp_path / "journal", since=reader.cursor).finish() == []  # whoever has it is not told again
 
 
 def test_lines_without_checksums_are_read_and_their_holes_are_not_gaps(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import httpx
 import msgspec
 import pytest
 
-from events.messages import HistogramLogged, MetricsLogged, RunEnded, RunResumed, TextLogged, WarningLogged
+from events.journal_lines import encode_lines
+from events.messages import HistogramLogged, JournalGap, MetricsLogged, RunEnded, RunResumed, TextLogged, WarningLogged
 from events.safe_files import UnsafeFile, open_below, stat_below
 from events.series import MOST_SERIES
+from events.wire import decode_json
 from sinks.live.hub import FolderHub
 from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import STORE_NAME, read_view, write_view
@@ -108,6 +110,30 @@ def test_a_run_folder_that_is_a_link_is_named_and_not_followed(folder: Path, ser
         open_below(folder / "mine", SEGMENT)
     with pytest.raises(UnsafeFile, match="symbolic link"):
         stat_below(folder / "mine", "media/a.png")
+
+
+@pytest.mark.parametrize("place", ["middle", "end"])
+def test_a_changed_line_of_a_journal_is_named_once(folder: Path, kit: Any, serve: Any, place: str) -> None:
+    """With the count and the place: on the page, with a stored view too, and in the journal that clients read."""
+    run = a_run(folder, kit, "changed")
+    whole = encode_lines([decode_json(line) for line in (run / SEGMENT).read_bytes().splitlines()], 0)
+    lines = whole.splitlines(keepends=True)
+    number = 3 if place == "middle" else len(lines)
+    lines[number - 1] = lines[number - 1].replace(b'"loss":', b'"lass":')
+    (run / SEGMENT).write_bytes(b"".join(lines))
+    sentence = (
+        f"the run's folder is damaged: {SEGMENT}, line {number}: its checksum does not match, so the line was changed"
+        " (1 event is lost)"
+    )
+    for _ in range(2):
+        server = serve(RunsOfFolder(folder))
+        assert httpx.get(f"{server.url}api/runs/changed").json()["run"]["problems"] == [sentence]
+        write_view(run, read_view(run)[0])
+    events = [decode_json(line) for line in httpx.get(f"{server.url}api/runs/changed/journal").content.splitlines()]
+    assert [event.seq for event in events] == list(range(1, len(lines) + 1))
+    [gap] = [event for event in events if isinstance(event, JournalGap)]
+    assert (gap.seq, gap.first_seq, gap.last_seq, gap.lost) == (number, number, number, 1)
+    assert gap.reason.startswith(f"seq {number}, at line {number} of ")
 
 
 def test_a_run_cannot_take_the_place_of_another(folder: Path, kit: Any, serve: Any) -> None:
