@@ -7,6 +7,7 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from events.masking import masked
 from events.text import plain_text
 
 _MOST_CHARS = 4_000
@@ -18,8 +19,8 @@ def say(*lines: str) -> None:
 
 
 def complain(*lines: str) -> None:
-    """Print lines to stderr, as `say` does."""
-    _print(lines, sys.stderr)
+    """Print lines to stderr, as `say` does, without the passwords and tokens of URLs."""
+    _print(tuple(map(masked, lines)), sys.stderr)
 
 
 def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -259,6 +259,9 @@ def test_best_in_place_of_a_checkpoint_is_explained(kit: Any, tmp_path: Path) ->
         assert isinstance(outcome.error, CheckpointNotFound)
         assert f"'{path.name}' is not a checkpoint name (expected e.g. step-500.a1)" in str(outcome.error)
         assert ("step-1.a1" in str(outcome.error)) == (argument == "resume")
+        outcome = train(kit, tmp_path / "new", [1.0], **{argument: "s3:/key:secret@bucket/step-1.a1"})
+        assert isinstance(outcome.error, CheckpointNotFound)
+        assert f"{argument}='s3:/...@bucket/step-1.a1'" in str(outcome.error)
 
 
 def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:

@@ -284,6 +284,8 @@ def test_an_address_that_is_none_is_an_error(stagecast: Stagecast) -> None:
     assert (code, out) == (1, "")
     assert err.startswith("stagecast checkpoints: error: the s3:// URL for checkpoints contains a user")
     assert "secret@" not in err
+    for action in (["list"], ["verify"]):  # with one slash it is a path
+        assert "s3:/...@bucket/run does not exist" in stagecast(*action, "s3:/key:secret@bucket/run")[2]
 
 
 # -------------------------------------------------------------------------------------------------- verification
