@@ -25,8 +25,8 @@ import msgspec
 from events.checkpoint.manifest import CheckpointName
 from events.errors import WireError
 from events.journal_lines import decode_line, events_in, gap_before, is_checked
-from events.journal_segment import CHUNK_BYTES, MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
 from events.journal_segment import JOURNAL_DIR as JOURNAL_DIR
+from events.journal_segment import MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
 from events.journal_segment import segment_name as segment_name
 from events.journal_segment import segment_numbers as segment_numbers
 from events.messages import (
@@ -230,7 +230,7 @@ class JournalReader:
         since: int = 0,
         run_id: str | None = None,
         max_skipped: int = 1_000,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> None:
         """Start behind the event with ``seq == since``; opens nothing yet.
 
@@ -239,7 +239,7 @@ class JournalReader:
             since: Events up to this ``seq`` are skipped; 0 for all.
             run_id: Events of any other run are skipped; None if that is not known.
             max_skipped: How many skipped lines `skipped` keeps, the newest; `skipped_count` counts all.
-            chunk_bytes: Bytes that are read at a time, and kept until they are decoded.
+            chunk_bytes: Bytes that are read at a time, and kept until they are decoded; a mebibyte by default.
         """
         self._dir = Path(journal_dir)
         self._cursor = since

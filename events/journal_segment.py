@@ -32,7 +32,7 @@ MAX_SEGMENT = 2**52
 """Maximum number of a segment. The ``seq`` of what follows then still fits a float of JSON."""
 
 _SEGMENT = re.compile(r"\d{20}\.jsonl", re.ASCII)
-CHUNK_BYTES = 2**20
+_CHUNK = 2**20
 _SCAN_BYTES = 256 * 2**20
 """Maximum bytes of data that are searched for the end of a line that is too long; then the rest is skipped."""
 _RANGES = 1_024
@@ -80,12 +80,12 @@ def open_segment(journal_dir: str | os.PathLike[str], number: int, flags: int = 
 class SegmentLines:
     """Reads the lines of one segment, which may grow, in order and each once. Belongs to one thread.
 
-    Memory: one line and ``chunk_bytes``.
+    Memory: one line and ``chunk_bytes``, a mebibyte by default.
     """
 
-    def __init__(self, journal_dir: str | os.PathLike[str], number: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, journal_dir: str | os.PathLike[str], number: int, chunk_bytes: int | None = None) -> None:
         self._dir = journal_dir
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = chunk_bytes or _CHUNK
         self.number = number
         self.start = 0
         """Offset of the first line that `read` returned last, or of `rest`."""
@@ -169,7 +169,7 @@ def _after_long_line(file: BinaryIO, offset: int) -> tuple[int, bool]:
     while offset < end and limit > 0:
         offset = _next_data(file, offset, end)
         file.seek(offset)
-        chunk = file.read(CHUNK_BYTES)
+        chunk = file.read(_CHUNK)
         if not chunk:
             break
         newline = chunk.find(b"\n")
