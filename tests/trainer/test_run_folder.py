@@ -202,6 +202,13 @@ async def test_a_watcher_of_a_later_attempt_sees_the_earlier_ones(kit: Any, firs
     assert (2, RunResumed) in seen
 
 
+def test_an_attempt_that_left_nothing_in_the_journal_keeps_its_number(kit: Any, first_attempt: Any) -> None:
+    """As where its process was killed before the first event was on disk."""
+    for segment in Path("run/journal").iterdir():
+        segment.unlink()
+    assert again(kit).result.attempt == 2
+
+
 # ----------------------------------------------------------------------------------------------- a damaged journal
 
 
