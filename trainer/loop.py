@@ -731,8 +731,9 @@ class TrainingLoop:
         """
         payload = Payload()
         if live is not None and (observed or outputs is not None):
-            if is_loss := type(loss) is torch.Tensor and len(live[0]) == 1 and loss.is_cpu:
-                copies = [Copy((loss,), loss.nbytes)]
+            is_loss = False
+            if loss is not None and type(loss) is torch.Tensor and len(live[0]) == 1 and loss.is_cpu:
+                is_loss, copies = True, [Copy((loss,), loss.nbytes)]
             else:
                 copies = [self._capture.take(values) for values in live]
             if outputs is not None:
