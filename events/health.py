@@ -30,8 +30,11 @@ from events.messages import (
     ValEpochEnded,
     WarningLogged,
 )
+from events.text import plain_text
 
 _MOST_OBSERVERS = 64
+_MOST_CHARS = 4_000
+"""Maximum characters per problem: names and errors in it may be a stranger's."""
 _MOST_ERRORS = 16
 """Names and texts are strangers', so their number has a bound."""
 _REASONS = {"non_finite_loss": "the loss was not finite", "non_finite_gradient": "a gradient was not finite"}
@@ -136,7 +139,7 @@ class Health:
         if self._lost:
             found.append(f"the journal lacks {_many(self._lost, 'event')}: {self._gap}")
         found += self._errors
-        return found
+        return [plain_text(one, _MOST_CHARS) for one in found]
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -161,7 +164,8 @@ class Health:
 
     def _monitor_missing(self, e: MonitorMissing) -> None:
         count, first = self._missing.get((e.monitor, e.wanted_by), (0, e))
-        self._missing[e.monitor, e.wanted_by] = count + 1, first
+        if count or len(self._missing) < _MOST_ERRORS:
+            self._missing[e.monitor, e.wanted_by] = count + 1, first
 
     def _step_skipped(self, e: StepSkipped) -> None:
         if e.reason != "gradient_overflow":  # usual with float16: its loss scale is found that way

@@ -370,10 +370,12 @@ class JournalReader:
 
     def _fill(self) -> bool:
         """Read whole lines into ``_lines``; False when there are none for now."""
+        numbers: list[int] = []
         while True:
             # List first: the writer has left a segment before it creates the next, so one that is read to its
-            # end after a newer one was seen is complete.
-            numbers = segment_numbers(self._dir)
+            # end after a newer one was seen is complete. One listing serves for all the segments that it names.
+            if self._segment is None or not numbers or numbers[-1] <= self._segment.number:
+                numbers = segment_numbers(self._dir)
             if self._segment is None or self._finished:
                 following = self._following(numbers)
                 if following is None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 
 _MAX_DEPTH = 10_000
+_CONTAINERS = 1_000_000
+"""Maximum arrays and maps in a document, or one for 8 bytes: an empty one has one byte, and some 60 when decoded."""
 # Bytes after the first one, by the first one; of these, texts and extensions have a length that is read.
 _FIXED = {
     0xC0: 0,
@@ -47,9 +49,11 @@ def check_keys(data: bytes | memoryview) -> None:
     Data that is cut or malformed passes: decoding it fails.
 
     Raises:
-        ValueError: A key is an array, or arrays and maps are more than 10,000 levels deep.
+        ValueError: A key is an array, arrays and maps are more than 10,000 levels deep, or there are too many for
+            the size of the data.
     """
-    at, size = 0, len(data)
+    at, size, containers = 0, len(data), 0
+    most = max(_CONTAINERS, size // 8)
     left, in_map = 1, False  # what the container at hand still holds: twice the entries of a map
     outer: list[tuple[int, bool]] = []
     while at < size:
@@ -77,6 +81,9 @@ def check_keys(data: bytes | memoryview) -> None:
             is_map = first in _MAPS or 0x80 <= first < 0x90
             if not is_map and in_map and left % 2:
                 raise ValueError(f"a map has an array as a key (byte {at - 1:,})")
+            containers += 1
+            if containers > most:
+                raise ValueError(f"more than {most:,} arrays and maps in {size:,} bytes")
             if len(outer) >= _MAX_DEPTH:
                 raise ValueError(f"arrays and maps are more than {_MAX_DEPTH:,} levels deep")
             outer.append((left, in_map))

@@ -112,6 +112,9 @@ class ClientFaults(logging.Filter):
         text = str(record.msg)
         if text.startswith("ASGI callable returned without completing"):  # as when a client did not read
             return False
+        error = record.exc_info[1] if record.exc_info else None
+        if type(error).__module__.partition(".")[0] == "h11":  # an answer to a request that breaks off in its body
+            return False
         if record.levelno < logging.WARNING or text.startswith("Exception in ASGI"):
             return True
         now = time.monotonic()

@@ -229,7 +229,7 @@ class SinkHost:
     def _take(self, line: bytes) -> None:
         try:
             message: _Message = msgspec.json.decode(line, type=_Message)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             logger.warning(f"the sink host said what cannot be read: {error}")
             return
         if isinstance(message, Finished):

@@ -31,6 +31,7 @@ from events.messages import (
 )
 from events.metrics import metrics_of
 from events.protocol import RunResult
+from events.text import plain_text
 
 UNDER_WAY = frozenset({"running", "unknown"})
 """States of a run that more is to come of."""
@@ -184,7 +185,7 @@ class ResultBuilder:
             run_id=self._run_id,
             attempt=self._attempt,
             status=self._ended.status,
-            reason=self._ended.reason,
+            reason=None if self._ended.reason is None else plain_text(self._ended.reason, 4_000),
             global_step=self._ended.global_step,
             epochs=self._epochs,
             metrics=dict(self._metrics),

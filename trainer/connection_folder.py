@@ -47,7 +47,7 @@ def link_of(given: Any) -> str:
         if hasattr(os, "geteuid") and os.fstat(file).st_uid != os.geteuid():
             raise ConnectError(f"{folder / _ADDRESS_NAME} belongs to another user; give the address of the page")
         address = msgspec.json.decode(os.read(file, _MOST_BYTES), type=_Address)
-    except (OSError, msgspec.DecodeError, UnicodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ConnectError(
             f"{folder / _ADDRESS_NAME} cannot be read ({error}); give the address of the page"
         ) from error

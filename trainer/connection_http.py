@@ -325,7 +325,7 @@ class RunServer:
             401: f"; give connect its token (token=, or its link with #token=...){self._withheld}",
             404: "; see that the address is that of the page, and that the run's name is right",
         }.get(status, "")
-        if response.is_redirect:
+        if response.has_redirect_location:
             there = plain_text(masked_url(response.headers["location"]), 200)
             hint = f"; give connect the address that it redirects to, if you trust it: {there}"
         where = f"run {self.shown_run} at {self.url}" if self.run_id else self.url

@@ -109,7 +109,8 @@ class ManualSteps:
                 loss = loss.detach()
                 boundary.phase = "the optimizer step"
                 grad_norm, found, skipped = optimization.update(chosen, loss, boundary.ledger)
-                self._note(grad_norm, found)
+                if skipped is None:  # else `on_skip` reports it
+                    self._note(grad_norm, found)
         if self._precision.enabled:
             torch.clear_autocast_cache()  # it holds copies of the weights as they were
         boundary.phase = "train_step"
@@ -136,7 +137,8 @@ class ManualSteps:
 
         done = self._optimization.step_with_closure(evaluate, self._boundary.ledger, [optimizer])
         self._optimization.zero_grad()
-        self._note(done.grad_norm, done.found)
+        if done.skipped is None:
+            self._note(done.grad_norm, done.found)
         self._skipped = done.skipped
         return first[0]
 

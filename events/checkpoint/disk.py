@@ -135,14 +135,20 @@ def remove(path: Path) -> None:
 _BY_DESCRIPTOR = {os.open, os.stat, os.unlink, os.rmdir} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
 
 
-def _remove_folder(name: Path | str, within: int | None) -> None:
+_MOST_DEPTH = 64
+"""Maximum levels of folders that are removed: each has a descriptor and a call of its own."""
+
+
+def _remove_folder(name: Path | str, within: int | None, depth: int = 0) -> None:
+    if depth > _MOST_DEPTH:
+        raise OSError(errno.ELOOP, f"more than {_MOST_DEPTH} folders are in each other; remove them by hand", str(name))
     fd = os.open(name, _FOLDER, dir_fd=within)
     try:
         for inside in os.listdir(fd):
             if stat.S_ISDIR(
                 os.stat(inside, dir_fd=fd, follow_symlinks=False).st_mode
             ):  # a file browser's, a notebook's
-                _remove_folder(inside, fd)
+                _remove_folder(inside, fd, depth + 1)
             else:
                 os.unlink(inside, dir_fd=fd)
     finally:

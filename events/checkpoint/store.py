@@ -63,7 +63,7 @@ _UPLOADED_NAME = "uploaded"
 _CHUNK = 32 * 2**20
 NOTE_BYTES = 65_536
 """Maximum bytes per note: of an attempt, of an upload."""
-LAST_SEQ = 2**53
+LAST_SEQ = 2**51
 """No run comes so far: a greater number is damage, or malice, and is not counted on from."""
 
 

@@ -241,7 +241,7 @@ class HealthReader:
             self._head, self._health = head, Health()
             self._finder = EventFinder(self._run_dir / JOURNAL_DIR, self._health.types)
         for event in self._finder.find(until):
-            self._health.add(event)
+            self._health.add(trimmed([event])[0])
         self.is_behind = time.monotonic() > until
         return self._health.problems
 

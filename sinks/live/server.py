@@ -244,9 +244,31 @@ class _Http(H11Protocol):
 class _WebSocket(WebSocketsSansIOProtocol):
     """One connection that has become a WebSocket."""
 
+    waiting_since = 0.0
+    """When it was made."""
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.logger = _make_log()
+        self.waiting_since = time.monotonic()
+
+    def data_received(self, data: bytes) -> None:
+        """Abort a handshake that was refused without an answer, such as one of too many headers."""
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            self.transport.abort()
+
+    def handle_ping(self) -> None:
+        """Answer a ping; a client that does not read its answers is closed, or they would fill memory."""
+        if not self.writable.is_set():
+            self.transport.abort()
+            return
+        super().handle_ping()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the handshake is not complete."""
+        return not self.handshake_complete
 
 
 class _Uvicorn(uvicorn.Server):
@@ -278,7 +300,11 @@ class _Uvicorn(uvicorn.Server):
             if transport.is_closing():
                 if now - self._closing.setdefault(connection, now) > _CLOSING_S:
                     transport.abort()  # its data would stay in memory for as long as the client does not read
-            elif isinstance(connection, _Http) and connection.is_waiting and now - connection.waiting_since > REQUEST_S:
+            elif (
+                isinstance(connection, _Http | _WebSocket)
+                and connection.is_waiting
+                and now - connection.waiting_since > REQUEST_S
+            ):
                 transport.abort()
         return await super().on_tick(counter)
 
@@ -297,7 +323,7 @@ class _Uvicorn(uvicorn.Server):
         for connection in self.server_state.connections:
             if address is not None and address_group(connection.client) != address:
                 continue
-            if isinstance(connection, _Http) and connection.is_waiting:
+            if isinstance(connection, _Http | _WebSocket) and connection.is_waiting:
                 since[connection] = connection.waiting_since
             elif connection.transport.is_closing() or getattr(connection, "close_sent", False):
                 since[connection] = self._closing.setdefault(connection, time.monotonic())

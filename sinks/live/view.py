@@ -58,6 +58,7 @@ MOST_COUNTS = 12_800
 """Maximum bins per histogram name, in all steps that are kept."""
 MOST_NAME = 300
 """Maximum characters per name; what has a longer one is not shown."""
+MOST_REASONS = 20
 MOST_LINE = 4_000
 """Maximum characters per line of the log."""
 MOST_TEXT = 64 * 1_024
@@ -428,17 +429,17 @@ class RunView(msgspec.Struct, dict=True):
     def _staged(self, e: CheckpointStaged, changes: Changes) -> None:
         one = self._checkpoint(e.checkpoint, changes)
         one.global_step, one.epoch, one.time, one.nbytes = e.global_step, e.epoch, e.time, e.nbytes
-        one.blocked_s, one.metric, one.reasons, one.state = e.blocked_s, e.metric, e.reasons, "staged"
+        one.blocked_s, one.metric, one.reasons, one.state = e.blocked_s, e.metric, e.reasons[:MOST_REASONS], "staged"
 
     def _saved(self, e: CheckpointSaved, changes: Changes) -> None:
         one = self._checkpoint(e.checkpoint, changes)
         one.global_step, one.epoch, one.time, one.nbytes = e.global_step, e.epoch, one.time or e.time, e.nbytes
-        one.durable_s, one.metric, one.reasons, one.state = e.durable_s, e.metric, e.reasons, "durable"
+        one.durable_s, one.metric, one.reasons, one.state = e.durable_s, e.metric, e.reasons[:MOST_REASONS], "durable"
 
     def _failed(self, e: CheckpointFailed, changes: Changes) -> None:
         if e.checkpoint:
             one = self._checkpoint(e.checkpoint, changes)
-            one.error = e.error
+            one.error = e.error[:MOST_LINE]
             if e.during == "upload":
                 one.upload = {**(one.upload or {"done_bytes": 0, "total_bytes": one.nbytes}), "state": "failed"}
             elif e.during in ("stage", "write"):
@@ -475,7 +476,7 @@ class RunView(msgspec.Struct, dict=True):
     def _observer_failed(self, e: ObserverFailed, changes: Changes) -> None:
         one = self._observer(e.observer, changes)
         one.state = "failing" if e.action == "retrying" else "disabled"
-        one.failures, one.error = one.failures + 1, e.error
+        one.failures, one.error = one.failures + 1, e.error[:MOST_LINE]
 
     def _observer_recovered(self, e: ObserverRecovered, changes: Changes) -> None:
         self._observer(e.observer, changes).state = "ok"

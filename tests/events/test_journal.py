@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events import wire
+from events import journal_reader, wire
 from events.errors import RunFolderError, WireError
 from events.journal import JOURNAL_DELIVERY, Journal, JournalWriter
 from events.journal_lines import CHECKSUM, PREVIOUS_SEQ, encode_lines
@@ -1145,3 +1145,16 @@ def test_the_history_reports_what_it_skipped(tmp_path: Path) -> None:
     skipped: list[SkippedLine] = []
     assert [event.seq for event in read_history(tmp_path / "journal", skipped=skipped)] == [1, 2]
     assert [(skip.line, skip.first_seq, skip.last_seq) for skip in skipped] == [(2, 2, 2)]
+
+
+def test_empty_segments_are_read_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One listing serves for all of them."""
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    for number in range(1, 500):
+        (journal / f"{number:020d}.jsonl").touch()
+    listings: list[int] = []
+    list_all = journal_reader.segment_numbers
+    monkeypatch.setattr(journal_reader, "segment_numbers", lambda folder: listings.append(1) or list_all(folder))
+    assert JournalReader(journal).read() == []
+    assert len(listings) <= 3

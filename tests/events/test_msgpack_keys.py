@@ -64,3 +64,11 @@ def test_deep_nesting_is_refused_with_little_memory() -> None:
     """Before the decoder would exhaust the stack."""
     with pytest.raises(ValueError, match="10,000 levels deep"):
         check_keys(b"\x91" * 1_000_000)
+
+
+def test_containers_that_would_fill_the_memory_are_refused() -> None:
+    """An empty list has one byte, and sixty of them when it is decoded; many small ones with a content pass."""
+    check_keys(msgspec.msgpack.encode([[0.5]] * 1_200_000))
+    for empty in (b"\x90", b"\x80"):
+        with pytest.raises(ValueError, match=r"more than 1,000,000 arrays and maps"):
+            check_keys(b"\xdd" + (1_100_000).to_bytes(4, "big") + empty * 1_100_000)

@@ -732,7 +732,7 @@ def test_a_folder_whose_page_cannot_be_found_is_refused(tmp_path: Path, monkeypa
     address.symlink_to(tmp_path / "other")
     with pytest.raises(ConnectError, match="is a symbolic link"):
         connect(tmp_path)
-    for data in (b"", b'{"url": 5}', b"\xff", b'{"url": "' + b"x" * 100_000):
+    for data in (b"", b'{"url": 5}', b"\xff", b'{"url": "' + b"x" * 100_000, b'{"x":' + b"[" * 16_000):
         address.unlink()
         address.write_bytes(data)
         with pytest.raises(ConnectError, match="cannot be read"):

@@ -238,6 +238,8 @@ ENTERING: dict[str, tuple[Answer, str]] = {
         r"answers 302 Found; .*redirects to, if you trust it: http://\.\.\.@elsewhere/",
     ),
     "a redirect to a file": (whole_answer(b"", "location: file:///etc/passwd\r\n", "301 Moved"), "answers 301"),
+    "a redirect to nowhere": (whole_answer(b"", "", "302 Found"), "answers 302 Found"),
+    "not modified": (whole_answer(b"", "", "304 Not Modified"), "answers 304 Not Modified"),
     "a redirect to itself": (whole_answer(b"", "location: /api/runs\r\n", "307 Again"), "answers 307"),
     "escapes in a refusal": (
         whole_answer({"error": "\x1b]0;hidden\x07\u202e\r\n\0"}, status="403 Forbidden"),
@@ -346,7 +348,7 @@ async def test_a_hostile_journal_ends_soon_for_streams_and_for_the_result(
 
 
 async def test_the_end_of_a_run_cannot_harm_a_terminal(hostile: Callable[..., Hostile]) -> None:
-    """The reason of a failure is the server's text; in the result it is what it was."""
+    """The reason of a failure is the server's text; it is escaped in the message and in the result."""
     reason = "Boom: \x1b[2J\u202e"
     end = line(1) + line(2, kind=RunEnded, status="failed", reason=reason)
     over = whole_answer({"cursor": 2, "run": {"run_id": "demo", "status": "failed"}})
@@ -355,7 +357,7 @@ async def test_the_end_of_a_run_cannot_harm_a_terminal(hostile: Callable[..., Ho
         with anyio.fail_after(10), pytest.raises(ConnectedRunFailed, match=r"Boom: \\x1b\[2J\\u202e") as caught:
             await run.result()
     assert caught.value.result is not None
-    assert caught.value.result.reason == reason
+    assert caught.value.result.reason == r"Boom: \x1b[2J\u202e"
 
 
 async def test_names_without_end_do_not_fill_the_memory(

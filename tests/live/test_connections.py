@@ -273,6 +273,43 @@ def test_a_request_that_does_not_come_is_not_waited_for(remote: Any, sent: bytes
         assert is_closed(one)
 
 
+UPGRADE = (
+    b"GET /api/runs/demo/ws HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "more", [b"a: b\r\n" * 300, b"a: " + b"b" * 20_000 + b"\r\n", b"sec-websocket-protocol: \x01\xe9,,\r\n"]
+)
+def test_a_handshake_that_cannot_be_answered_is_closed(remote: Any, more: bytes) -> None:
+    """Too many headers, too long ones, and names of protocols that are none: the library answers nothing to these."""
+    server = remote(60.0)
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
+        one.sendall(UPGRADE + more + b"\r\n")
+        assert is_closed(one)
+
+
+def test_a_client_that_only_pings_is_closed(remote: Any) -> None:
+    """Its answers, which it does not read, would fill the memory."""
+    server = remote(60.0)
+    ping = b"\x89\xfd\0\0\0\0" + b"x" * 125
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
+        one.sendall(UPGRADE + b"\r\n")
+        with pytest.raises(ConnectionError):
+            for _ in range(2_000):  # 250 MB
+                one.sendall(ping * 1_000)
+
+
+def test_requests_that_break_off_log_no_traceback(remote: Any, crowd: Any) -> None:
+    """A body in chunks that are none."""
+    server = remote(60.0)
+    sent = b"POST /x HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"
+    for one in crowd(server.port, 20, sent):
+        assert is_closed(one)
+    assert "Traceback" not in server.log()
+
+
 def test_malformed_requests_are_logged_once_a_minute(remote: Any, crowd: Any) -> None:
     """Who sends them must not fill the disk."""
     server = remote(60.0)

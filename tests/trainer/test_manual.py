@@ -301,3 +301,19 @@ def test_manual_optimization_takes_whole_batches(kit: Any) -> None:
     outcome = kit.train(gan_class(kit)(), gpu_batch_size_limit=2)
     assert isinstance(outcome.error, ArgumentsError)
     assert "gpu_batch_size_limit=2" in str(outcome.error)
+
+
+@pytest.mark.parametrize("options", [{"precision": "float16"}, {"non_finite": "skip"}])
+def test_a_skipped_update_is_reported_once(kit: Any, options: dict[str, Any]) -> None:
+    """With clipping, its norm is not that of the step: the step would count as one more bad gradient."""
+
+    def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
+        net.calls = getattr(net, "calls", 0) + 1
+        net.optimize(loss * (math.nan if net.calls == 2 else 1e-3))
+        return loss.detach()
+
+    outcome = kit.train(manual_net(kit, step), clip_grads=True, epochs=4, **options)
+    assert outcome.error is None
+    assert [e.reason for e in outcome.of(StepSkipped)] == ["non_finite_loss"]
+    assert len(outcome.of(NonFiniteLossEvent)) == 1
+    assert outcome.of(NonFiniteGradient) == []

@@ -400,3 +400,20 @@ def test_a_sinks_own_path_may_be_a_link_and_must_be_a_regular_file(tmp_path: Pat
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(SinkMisconfigured, match="fifo is not a regular file; name another path"):
         sink(path=str(tmp_path / "fifo")).open(RunInfo("run", run_dir=None))
+
+
+def test_folders_in_each_other_without_end_are_left_and_named(kit: Any, tmp_path: Path, caplog: Any) -> None:
+    """In a checkpoint that retention removes: each level would take a descriptor and a call."""
+    deep = tmp_path / "checkpoints" / ".step-9.a9.tmp"
+    deep.mkdir(parents=True)
+    inner = os.open(deep, os.O_RDONLY)
+    for _ in range(200):
+        os.mkdir("d", dir_fd=inner)
+        below = os.open("d", os.O_RDONLY, dir_fd=inner)
+        os.close(inner)
+        inner = below
+    os.close(inner)
+    outcome = kit.train(kit.Net(), run_id="r", run_dir=tmp_path, checkpoints=Checkpoints(every_steps=1))
+    assert outcome.error is None
+    assert "remove them by hand" in caplog.text
+    shutil.rmtree(deep)
