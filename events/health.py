@@ -148,7 +148,8 @@ class Health:
         if e.status == "failed" or e.traceback is not None:  # or it was cancelled, and hung
             how = "failed" if e.status == "failed" else f"was {e.status}"
             phase = f" in {e.phase}" if e.phase else ""
-            self.failure = f"the run {how}{phase} after step {e.global_step:,}" + (f": {e.reason}" if e.reason else "")
+            reason = f": {e.reason}" if e.reason else ""
+            self.failure = plain_text(f"the run {how}{phase} after step {e.global_step:,}{reason}", _MOST_CHARS)
 
     def _non_finite_loss(self, e: NonFiniteLoss) -> None:
         self._losses.add(e.global_step, e.consecutive)
