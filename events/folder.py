@@ -70,7 +70,7 @@ class Holder(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         try:
             since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.since))
-        except (OSError, OverflowError, ValueError):  # not a time: somebody else wrote the file
+        except (OSError, OverflowError, ValueError):  # not a time: the file is damaged or a stranger's
             since = "an unknown time"
         host = self.host if self.host.isprintable() else repr(self.host)
         return f"process {self.pid} on {host:.255} (run {self.run_id!r:.255}, since {since})"

@@ -311,7 +311,7 @@ class JournalWriter:
         try:
             fd = open_segment(self._folder, number, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         except FileExistsError:
-            self._last_segment = number  # somebody put it there: the batch is delivered again, and gets the next number
+            self._last_segment = number  # a stranger's file: the batch is delivered again and gets the next number
             raise
         self._leave_segment()
         self._fd, self._path, self._size, self._last_segment = fd, path, 0, number

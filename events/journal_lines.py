@@ -44,7 +44,7 @@ def encode_lines(events: Sequence[Event], previous_seq: int) -> bytes:
     lines = block.split(b"\n")
     lines.pop()
     if block.count(b"}\n") != len(lines):
-        lines = [line.rstrip() for line in lines]  # of an unknown event, as somebody else wrote it
+        lines = [line.rstrip() for line in lines]  # of an unknown event, as its writer formed it
     if events[-1].seq != previous_seq + len(lines):
         for index, event in enumerate(events):
             if event.seq > previous_seq + 1:

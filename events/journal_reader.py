@@ -270,7 +270,7 @@ class JournalReader:
         return list(self._skipped)
 
     def read(self, limit: int = 1_024, until: float = math.inf) -> list[Event]:
-        """Return the next events, at most ``limit``; none when there are no more for now.
+        """Return the next events, at most ``limit``; none when no more are written yet.
 
         Args:
             until: Where no event has been found by this time (`time.monotonic`), return none; the next call continues.

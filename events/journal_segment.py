@@ -97,7 +97,7 @@ class SegmentLines:
         self._in_long_line = False  # `_next` lies within a line that was returned as `TooLong`
 
     def read(self) -> list[bytes | TooLong]:
-        """Return the next whole lines without their newlines, at least one; none when there are no more for now.
+        """Return the next whole lines without their newlines, at least one; none when no more are written yet.
 
         Raises:
             UnsafeFile: The segment is not a regular file.

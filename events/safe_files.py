@@ -85,7 +85,7 @@ def open_below(root: str | os.PathLike[str], name: str, flags: int = os.O_RDONLY
                 os.ftruncate(fd, 0)
             if folder is not None:
                 os.set_blocking(fd, True)
-        except BaseException:
+        except BaseException:  # propagates unchanged, without the descriptor
             os.close(fd)
             raise
         return fd
@@ -177,7 +177,7 @@ def replace_below(
                 if durable:
                     os.fsync(fd)
             os.replace(_at(folder, temporary), _at(folder, path), src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
+        except BaseException:  # propagates unchanged, without the temporary file
             with contextlib.suppress(OSError):
                 os.unlink(_at(folder, temporary), dir_fd=folder)
             raise

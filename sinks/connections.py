@@ -108,7 +108,7 @@ class ClientFaults(logging.Filter):
         self._next: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is logged. Errors of our own always are."""
+        """Whether a record is logged. Errors of our own always are; answers to broken requests never are."""
         text = str(record.msg)
         if text.startswith("ASGI callable returned without completing"):  # as when a client did not read
             return False

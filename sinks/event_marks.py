@@ -67,7 +67,7 @@ def go_on_in(folder: str, run_id: str, run_dir: str | None) -> Mark:
                 continue
         file = AppendedFile(path, run_dir)
         try:
-            with file.reader() as reader:  # again, because its writer may only just have let go
+            with file.reader() as reader:  # again: its writer may have closed it a moment ago
                 mark, end = _last_mark(reader, run_id) or (Mark(), file.size)
             if file.size > end:
                 file.cut(end)

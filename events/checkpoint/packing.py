@@ -378,7 +378,7 @@ def _spread(keys: Collection[Any]) -> Collection[Any]:
 
 
 def _short_ints(kind: Any) -> Callable[..., Any]:
-    """Make a type of integers that are not so long that its arithmetic takes quadratic time."""
+    """Bound the length of a type's integers, whose arithmetic takes quadratic time."""
 
     def make(*parts: Any) -> Any:
         _check_ints(parts)

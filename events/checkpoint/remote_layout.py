@@ -78,7 +78,7 @@ def plan_of(manifest: Manifest, part_bytes: int, most: int) -> dict[str, list[Pa
     """The objects that each file of a checkpoint consists of.
 
     Args:
-        most: Maximum objects. Somebody else may have written the manifest and ``parts.json``: a list of all parts that
+        most: Maximum objects. A stranger may have written the manifest and ``parts.json``: a list of all parts that
             they claim would fill the memory.
 
     Raises:

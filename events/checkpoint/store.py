@@ -80,7 +80,7 @@ class CheckpointStore:
 
     One process at a time may write to it: the one that holds the run's folder. Reading needs no lock.
 
-    The folder may be somebody else's: below it no link is followed, nor is the folder itself one where it is the
+    The folder may be a stranger's: below it no link is followed, nor is the folder itself one where it is the
     ``checkpoints`` of a run's folder. Every method may raise `UnsafeFile`, an `OSError`, where it is.
     """
 

@@ -241,7 +241,8 @@ def choose_token(given: str | bool | None, host: str) -> str | None:
         host: Where the page is served. Beyond this machine no token is generated: people there have to know it.
 
     Raises:
-        SinkMisconfigured: Others can reach the page, and there is no token; or the token is not a good one.
+        SinkMisconfigured: Others can reach the page, and there is no token; or the token is too short, or has
+            characters that a header cannot carry.
     """
     if given is True:
         raise SinkMisconfigured("token=True is not a token; give a text, None for a new one, or False for none")

@@ -93,7 +93,7 @@ _JOURNAL_S = 0.05
 _JOURNAL_EVENTS = 64
 """Events that are decoded at a time."""
 _JOURNAL_BYTES = 2**16
-"""A part of a journal is sent once it has so many bytes."""
+"""Minimum bytes per part of a journal, its last part excepted."""
 
 
 class LiveApp:

@@ -22,7 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 MOST_FILE = 64 * 2**20
 """Maximum bytes of an image file."""
 MOST_PIXELS = 2**27
-"""Maximum pixels of an image: a small file can hold so many that a browser runs out of memory."""
+"""Maximum pixels per image: a small file may expand to more than a browser's memory."""
 _PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _HEADERS: Headers = [
     (b"x-content-type-options", b"nosniff"),

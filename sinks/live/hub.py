@@ -376,7 +376,7 @@ class FolderHub(Hub):
                 before, self._misfit = self._misfit, damage_of(self.run_dir)
                 reason = reason or self._misfit
                 if self._misfit is None and before is not None:
-                    self._reader = None  # somebody has mended it: the view is made anew
+                    self._reader = None  # it was mended: the view is built again
         except Exception as error:  # whatever a stranger has put there, it concerns this run alone
             gone = isinstance(error, FileNotFoundError)  # who watches sees what there was
             self._see_damage(None if gone else reason_of(error, self.run_dir), is_broken=not gone)

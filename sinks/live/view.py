@@ -59,6 +59,7 @@ MOST_COUNTS = 12_800
 MOST_NAME = 300
 """Maximum characters per name; what has a longer one is not shown."""
 MOST_REASONS = 20
+"""Maximum reasons per checkpoint."""
 MOST_LINE = 4_000
 """Maximum characters per line of the log."""
 MOST_TEXT = 64 * 1_024
