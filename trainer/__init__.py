@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from events.sink import Delivery as Delivery
     from trainer.arguments import TrainerArguments as TrainerArguments
     from trainer.connection import connect as connect
-    from trainer.data import to_device as to_device
     from trainer.errors import RunInterrupted as RunInterrupted
     from trainer.errors import RunTerminated as RunTerminated
     from trainer.launcher import launch as launch
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from trainer.module_interface import inline as inline
     from trainer.module_interface import observer as observer
     from trainer.schedule import Schedule as Schedule
+    from trainer.tensors import to_device as to_device
     from trainer.trainer import Trainer as Trainer
 
 __all__ = [
@@ -72,7 +72,7 @@ _HOMES = {
     "TrainerArguments": "trainer.arguments",
     "connect": "trainer.connection",
     "launch": "trainer.launcher",
-    "to_device": "trainer.data",
+    "to_device": "trainer.tensors",
 }
 
 

@@ -23,6 +23,7 @@ from events.log import logger
 from events.messages import CheckpointFailed, CheckpointSkipped, CheckpointStaged, LoopHeld
 from events.observer import describe
 from trainer.control import Control
+from trainer.data import has_state
 from trainer.errors import add_note
 from trainer.hooks import CallbackHooks, HookTable
 from trainer.ledger import Ledger
@@ -464,8 +465,3 @@ class Checkpointing:
     def _set_minutes(self) -> None:
         minutes = self._settings.every_minutes if self._settings is not None else None
         self.due_ns = NEVER if minutes is None else clock() + int(min(minutes, 1e6) * 60e9)
-
-
-def has_state(loader: Any) -> bool:
-    """Whether a dataloader keeps its own position."""
-    return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))

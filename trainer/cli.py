@@ -259,7 +259,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     from sinks.format import format_ledger
     from trainer import Trainer
-    from trainer.data import resolve_device
+    from trainer.device import resolve_device
     from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
     from trainer.examples.charlm import CharLM, arguments_for, size_for
     from trainer.examples.text import load_text

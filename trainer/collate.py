@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from trainer.data import map_tensors
 from trainer.errors import EpochOutputsTooLarge, StepOutputError
+from trainer.tensors import map_tensors
 
 Notice = Callable[[str], None]
 """Takes a sentence about an output that could only be kept as a list."""

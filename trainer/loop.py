@@ -28,7 +28,6 @@ from events.messages import (
 from events.metrics import TRAIN_EPOCH_LOSS
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary
-from trainer.checkpointing import has_state
 from trainer.collate import as_tuple
 from trainer.data import (
     ShuffledSampler,
@@ -37,6 +36,7 @@ from trainer.data import (
     end_iteration,
     generators_of,
     has_live_workers,
+    has_state,
     hides_epoch,
     iterate,
     keeps_workers,

@@ -33,10 +33,10 @@ from events.messages import (
 from events.tracebacks import describe, format_stack, format_traceback
 from trainer.arguments import TrainerArguments
 from trainer.boundary import Boundary, StopRequested
-from trainer.checkpointing import PREPARING, Checkpointing, has_state
+from trainer.checkpointing import PREPARING, Checkpointing
 from trainer.compilation import compile_steps
 from trainer.control import Control
-from trainer.data import as_val_loaders, map_tensors, release_frames, seed_everything
+from trainer.data import as_val_loaders, has_state, release_frames
 from trainer.errors import ContractError, add_note
 from trainer.evaluation import Evaluation
 from trainer.hooks import CallbackHooks, HookTable, add_hint
@@ -49,8 +49,9 @@ from trainer.precision import Precision
 from trainer.readback import DeviceReadback
 from trainer.recorder import MetricRecorder
 from trainer.resume import CheckpointPlan, Loaded, takes_state_by_default
-from trainer.rng import capture_rng, restore_rng
+from trainer.rng import capture_rng, restore_rng, seed_everything
 from trainer.tensor_state import part_of
+from trainer.tensors import map_tensors
 from trainer.versions import versions
 
 Task = Literal["train", "test"]

@@ -50,11 +50,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
-from trainer.data import parts_of
 from trainer.errors import ContractError
 from trainer.media import Histogram, Image, Logged, as_logged
 from trainer.peers import CALLS
 from trainer.rows import count_rows
+from trainer.tensors import parts_of
 from trainer.unheard import in_words, unheard_methods
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import torch
 from events.backlog import Published
 from events.checkpoint.snapshot import Part
 from trainer.collate import Notice, OutputCollector, collate_outputs
-from trainer.data import map_tensors
 from trainer.errors import EpochOutputsTooLarge
 from trainer.tensor_state import part_of
+from trainer.tensors import map_tensors
 
 
 class Capture:

@@ -28,8 +28,7 @@ from events.log import logger
 from events.masking import masked
 from events.safe_files import UnsafeFile
 from trainer.arguments import TrainerArguments
-from trainer.checkpointing import has_state
-from trainer.data import generators_of, loader_length, map_tensors, skip_batches
+from trainer.data import generators_of, has_state, loader_length, skip_batches
 from trainer.errors import DataLoaderError
 from trainer.fetch import KEYWORDS, no_name
 from trainer.hooks import CallbackHooks
@@ -38,6 +37,7 @@ from trainer.optimization import Optimization
 from trainer.position import SAVED_FIELDS, Position
 from trainer.rng import RngState, restore_rng
 from trainer.tensor_state import put_together, tensors_in
+from trainer.tensors import map_tensors
 
 OnRejected = Callable[[str, Exception], None]
 

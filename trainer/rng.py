@@ -1,4 +1,4 @@
-"""The states of the global random generators: Python's, NumPy's, torch's, and that of the run's device."""
+"""The global random generators: Python's, NumPy's, torch's, and that of the run's device; their seed and states."""
 
 from __future__ import annotations
 
@@ -35,3 +35,14 @@ def restore_rng(state: RngState, device: torch.device) -> None:
             np.random.set_state(state["numpy"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy (where it is installed) and torch, on every device."""
+    random.seed(seed)
+    torch.manual_seed(seed)  # seeds all accelerators, too
+    try:
+        import numpy as np
+    except ImportError:
+        return
+    np.random.seed(seed % 2**32)  # NumPy takes 32 bits

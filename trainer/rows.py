@@ -10,8 +10,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader, Sampler, Subset, default_collate
 
-from trainer.data import own_batches, parts_of
+from trainer.data import own_batches
 from trainer.errors import BatchWeightError
+from trainer.tensors import parts_of
 
 CountRows = Callable[[Any, int], int | None]
 """From a batch and its index in the epoch to its rows; None where they cannot be counted."""

@@ -140,7 +140,8 @@ def _build(config: RunConfig) -> Trainer:
     if problems:
         raise ArgumentsError("; ".join(problems))
 
-    from trainer.data import resolve_device, seed_everything
+    from trainer.device import resolve_device
+    from trainer.rng import seed_everything
     from trainer.trainer import Trainer
 
     resolve_device(config.arguments.device)  # before a factory that may take long

@@ -44,7 +44,7 @@ from events.tracebacks import describe, format_traceback
 from trainer.arguments import TrainerArguments
 from trainer.cancellation import outliving
 from trainer.control import Control
-from trainer.data import resolve_device
+from trainer.device import resolve_device
 from trainer.errors import REMEDY, NonFiniteGradientError, NonFiniteLossError, add_note
 from trainer.hooks import CallbackHooks, CallbackTarget, HookTable, check_state_keys
 from trainer.loop_thread import STUCK, LoopThread, Task

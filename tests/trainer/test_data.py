@@ -26,14 +26,13 @@ from trainer.data import (
     as_val_loaders,
     loader_length,
     make_train_sampler,
-    map_tensors,
     own_batches,
-    resolve_device,
-    seed_everything,
-    to_device,
 )
+from trainer.device import resolve_device
 from trainer.errors import ArgumentsError, DataLoaderError
+from trainer.rng import seed_everything
 from trainer.rows import count_rows
+from trainer.tensors import map_tensors, to_device
 
 
 class Pair(NamedTuple):

@@ -1,0 +1,119 @@
+"""Tensors in nested values.
+
+Values may nest in any way. `map_tensors` walks tensors, mappings, lists, tuples, named tuples, and the
+fields of dataclasses, attrs classes and msgspec Structs; whatever else it meets stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import msgspec
+import torch
+
+
+def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool = True) -> Any:
+    """Return the batch with every tensor in it on ``device``; nothing is changed in place.
+
+    Objects with a ``to`` method (a PackedSequence, a tokenizer's BatchEncoding) are moved by it. A container
+    keeps its type where a copy of it can be filled; one in which nothing had to move is returned as it is,
+    not as a copy.
+
+    Args:
+        batch: Any nesting; see the module's docstring.
+        device: Where to.
+        non_blocking: Do not wait for copies from pinned host memory to an accelerator
+            (``DataLoader(pin_memory=True)``); the device orders them before the work that uses them. From
+            memory that is not pinned, the host waits anyway.
+
+    Returns:
+        The batch, of the same structure.
+    """
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=non_blocking)
+        try:
+            return value.to(device, non_blocking=non_blocking)
+        except TypeError:  # a `to` that takes only the device
+            return value.to(device)
+
+    return _map(batch, move, movable=True)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Return ``value`` with ``function`` applied to each tensor; only containers it changes are rebuilt."""
+    return _map(value, function, movable=False)
+
+
+def _map(value: Any, function: Callable[[Any], Any], movable: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (str, bytes, int, float, type)) or value is None:
+        return value
+    if movable and callable(getattr(value, "to", None)):
+        return function(value)
+    parts = parts_of(value)
+    if parts is None:
+        return value
+    mapped = [(key, part, _map(part, function, movable)) for key, part in parts]
+    if all(after is before for _, before, after in mapped):
+        return value
+    return _rebuild(value, [(key, after) for key, _, after in mapped])
+
+
+def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a container holds, with the key, index or field name of each; None if it is not a container."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    names = _field_names(value)
+    return None if names is None else [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+
+
+def _field_names(value: Any) -> list[str] | None:
+    if isinstance(value, msgspec.Struct):
+        return list(value.__struct_fields__)
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    attributes = getattr(type(value), "__attrs_attrs__", None)  # attrs, without importing it
+    return None if attributes is None else [attribute.name for attribute in attributes]
+
+
+def _rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
+    if isinstance(value, Mapping):
+        return _rebuild_mapping(value, dict(parts))
+    if isinstance(value, tuple):
+        items = [part for _, part in parts]
+        # A named tuple's constructor takes the fields apart; `_make` is the one way in that all of them
+        # share.
+        make = getattr(type(value), "_make", None)
+        return make(items) if make is not None else tuple(items)
+    result = copy.copy(value)
+    if isinstance(value, list):
+        result[:] = [part for _, part in parts]
+    elif isinstance(value, msgspec.Struct):
+        for name, part in parts:
+            msgspec.structs.force_setattr(result, name, part)
+    else:
+        for name, part in parts:
+            object.__setattr__(result, name, part)  # past a frozen class, and past setters that would convert
+    return result
+
+
+def _rebuild_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(value) is dict:
+        return items
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)  # keeps what the class has beside its items, such as a default factory
+        for key, item in items.items():
+            result[key] = item
+        return result
+    try:
+        return type(value)(items)  # type: ignore[call-arg]
+    except TypeError:  # a read-only mapping that is built in another way
+        return items
