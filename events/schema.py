@@ -16,7 +16,7 @@ import msgspec
 
 from events import messages
 from events.field_docs import field_docs
-from events.journal_lines import CHECKSUM, PREVIOUS_SEQ
+from events.journal.lines import CHECKSUM, PREVIOUS_SEQ
 from events.messages import EVENT_TYPES, Event
 from events.wire import NONFINITE
 

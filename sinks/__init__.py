@@ -14,16 +14,16 @@ __stagecast__ = True
 import events as _events  # it looks at `trainer`, too
 
 if TYPE_CHECKING:
-    from sinks.console import Console as Console
-    from sinks.csv import CSV as CSV
-    from sinks.jsonl import JSONL as JSONL
+    from sinks.console.console import Console as Console
+    from sinks.files.csv import CSV as CSV
+    from sinks.files.jsonl import JSONL as JSONL
+    from sinks.files.tensorboard import TensorBoard as TensorBoard
     from sinks.live.sink import Live as Live
     from sinks.memory import Memory as Memory
-    from sinks.mlflow import MLflow as MLflow
-    from sinks.opentelemetry import OpenTelemetry as OpenTelemetry
-    from sinks.prometheus import Prometheus as Prometheus
-    from sinks.tensorboard import TensorBoard as TensorBoard
-    from sinks.wandb import WandB as WandB
+    from sinks.trackers.mlflow import MLflow as MLflow
+    from sinks.trackers.opentelemetry import OpenTelemetry as OpenTelemetry
+    from sinks.trackers.prometheus import Prometheus as Prometheus
+    from sinks.trackers.wandb import WandB as WandB
 
 __all__ = [
     "CSV",
@@ -50,12 +50,25 @@ if not getattr(_events, "__stagecast__", False):
     )
 
 
+_HOMES = {
+    "CSV": "sinks.files.csv",
+    "Console": "sinks.console.console",
+    "JSONL": "sinks.files.jsonl",
+    "Live": "sinks.live.sink",
+    "MLflow": "sinks.trackers.mlflow",
+    "Memory": "sinks.memory",
+    "OpenTelemetry": "sinks.trackers.opentelemetry",
+    "Prometheus": "sinks.trackers.prometheus",
+    "TensorBoard": "sinks.files.tensorboard",
+    "WandB": "sinks.trackers.wandb",
+}
+
+
 # Lazy, because a submodule imported at the top would meet a shadowing `events` before the check above.
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'sinks' has no attribute {name!r}; it has {', '.join(__all__)}")
-    home = "sinks.live.sink" if name == "Live" else f"sinks.{name.lower()}"
-    value = getattr(importlib.import_module(home), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

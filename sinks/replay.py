@@ -8,18 +8,18 @@ from pathlib import Path
 
 import anyio
 
-from events.bus import Bus
+from events.bus.bus import Bus
+from events.bus.subscription import Subscription
+from events.bus.supervisor import unique_name
 from events.errors import RunFolderError
-from events.folder import is_held
-from events.journal_reader import JOURNAL_DIR, SkippedLine, history_filter, journal_tail
+from events.journal.reader import JOURNAL_DIR, SkippedLine, history_filter, journal_tail
 from events.messages import Event
 from events.origin import Origin
 from events.protocol import ObserverReport
+from events.run.folder import is_held
 from events.sink import Delivery, RunInfo, Sink, delivery_of
-from events.subscription import Subscription
-from events.supervisor import unique_name
 from sinks.damage import unreadable
-from sinks.host import HEALTH, FeedObservers, Place
+from sinks.host.child import HEALTH, FeedObservers, Place
 
 _LOOK_S = 0.5
 """How often it is seen whether the run is still under way."""

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from events.checkpoint.settings import Checkpoints as Checkpoints
     from events.sink import Delivery as Delivery
     from trainer.arguments import TrainerArguments as TrainerArguments
-    from trainer.connection import connect as connect
+    from trainer.data.tensors import to_device as to_device
     from trainer.errors import RunInterrupted as RunInterrupted
     from trainer.errors import RunTerminated as RunTerminated
-    from trainer.launcher import launch as launch
+    from trainer.loop.schedule import Schedule as Schedule
     from trainer.media import Histogram as Histogram
     from trainer.media import Image as Image
     from trainer.module_interface import CallbackInterface as CallbackInterface
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from trainer.module_interface import fenced as fenced
     from trainer.module_interface import inline as inline
     from trainer.module_interface import observer as observer
-    from trainer.schedule import Schedule as Schedule
-    from trainer.tensors import to_device as to_device
+    from trainer.remote.connect import connect as connect
+    from trainer.remote.launch import launch as launch
     from trainer.trainer import Trainer as Trainer
 
 __all__ = [
@@ -67,12 +67,12 @@ _HOMES = {
     "Image": "trainer.media",
     "RunInterrupted": "trainer.errors",
     "RunTerminated": "trainer.errors",
-    "Schedule": "trainer.schedule",
+    "Schedule": "trainer.loop.schedule",
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",
-    "connect": "trainer.connection",
-    "launch": "trainer.launcher",
-    "to_device": "trainer.tensors",
+    "connect": "trainer.remote.connect",
+    "launch": "trainer.remote.launch",
+    "to_device": "trainer.data.tensors",
 }
 
 

@@ -25,7 +25,7 @@ from events.log import in_this_run, logger
 from events.messages import Event, ImageLogged, ObserverDropped, TextLogged
 from events.origin import Header, Origin
 from events.safe_files import make_folder_below, replace_below
-from trainer.tensor_state import bytes_of
+from trainer.data.tensor_state import bytes_of
 
 MEDIA_DIR = "media"
 """Within a run's folder."""

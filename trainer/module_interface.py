@@ -50,15 +50,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from trainer.data.rows import count_rows
+from trainer.data.tensors import parts_of
 from trainer.errors import ContractError
 from trainer.media import Histogram, Image, Logged, as_logged
 from trainer.peers import CALLS
-from trainer.rows import count_rows
-from trainer.tensors import parts_of
 from trainer.unheard import in_words, unheard_methods
 
 if TYPE_CHECKING:
-    from trainer.manual import ManualSteps
+    from trainer.loop.manual import ManualSteps
 
 HOOKS: tuple[str, ...] = (
     "on_begin_train_epoch",

@@ -13,7 +13,7 @@ from typing import Literal
 import anyio
 from anyio.abc import TaskGroup
 
-from events.run import Run
+from events.run.run import Run
 
 State = Literal["queued", "starting", "running", "finished", "stopped", "failed", "cancelled"]
 OpenRun = Callable[[], AbstractAsyncContextManager[Run]]

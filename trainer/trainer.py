@@ -21,19 +21,25 @@ from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled
-from events.folder import run_id_of
-from events.journal import Journal
+from events.journal.writer import Journal
 from events.log import Warned, collecting, collects, flush_stderr
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
-from events.run import Run
+from events.run.folder import run_id_of
+from events.run.run import Run
+from events.run.stream import LocalEventStream
 from events.sink import Place
-from events.stream import LocalEventStream
 from events.strict import argument_problems, refusing
 from trainer.arguments import TrainerArguments, trainer_aliases
-from trainer.calling_thread import interruptibly, run_here
-from trainer.cancellation import outlast
-from trainer.checks import (
+from trainer.checkpoint.fetch import KEYWORDS, fetch_for
+from trainer.checkpoint.resume import CheckpointPlan
+from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
+from trainer.loop.control import Control
+from trainer.module_interface import ModuleInterface
+from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
+from trainer.run.calling_thread import interruptibly, run_here
+from trainer.run.cancellation import outlast
+from trainer.run.checks import (
     check_checkpoints,
     check_folder,
     check_members,
@@ -43,14 +49,8 @@ from trainer.checks import (
     members,
     plain_config,
 )
-from trainer.control import Control
-from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
-from trainer.fetch import KEYWORDS, fetch_for
-from trainer.loop_thread import Task
-from trainer.module_interface import ModuleInterface
-from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
-from trainer.resume import CheckpointPlan
-from trainer.session import Callback, Session, SinkLike, console, new_run_id, split
+from trainer.run.session import Callback, Session, SinkLike, console, new_run_id, split
+from trainer.run.thread import Task
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
 

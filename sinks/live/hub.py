@@ -22,11 +22,11 @@ import anyio.to_thread
 import msgspec
 from anyio.abc import TaskStatus
 
-from events.folder import is_held
-from events.inbox import send_command
-from events.journal_reader import JOURNAL_DIR, JournalReader, journal_tail, segment_numbers
+from events.journal.reader import JOURNAL_DIR, JournalReader, journal_tail, segment_numbers
 from events.messages import Event, RunResumed
 from events.protocol import AnyCommand
+from events.run.folder import is_held
+from events.run.inbox import send_command
 from sinks.damage import damage_in, damage_of, reason_of
 from sinks.live.frames import Message, encode
 from sinks.live.stored import (

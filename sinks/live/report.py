@@ -14,8 +14,8 @@ import msgspec
 
 from events.checkpoint import disk
 from events.errors import RunFolderError
-from events.folder import is_held
-from events.journal_reader import JOURNAL_DIR, segment_numbers
+from events.journal.reader import JOURNAL_DIR, segment_numbers
+from events.run.folder import is_held
 from sinks.damage import damage_of, reason_of
 from sinks.live.asgi import image_kind, read_file
 from sinks.live.frames import encode

@@ -14,9 +14,8 @@ import anyio.to_thread
 import msgspec
 
 from events.errors import ArgumentsError
-from events.folder import is_held
 from events.health import Health
-from events.journal_reader import (
+from events.journal.reader import (
     JOURNAL_DIR,
     EventFinder,
     JournalReader,
@@ -25,6 +24,7 @@ from events.journal_reader import (
     segment_numbers,
 )
 from events.messages import Event, RunEnded
+from events.run.folder import is_held
 from events.safe_files import guard, list_below, stat_below
 from sinks.damage import damage_in, damage_of, reason_of
 from sinks.format import plain_text

@@ -12,8 +12,7 @@ from pathlib import Path
 import msgspec
 
 from events.errors import WireError
-from events.folder import is_held
-from events.journal_reader import (
+from events.journal.reader import (
     JOURNAL_DIR,
     EventFinder,
     JournalReader,
@@ -21,9 +20,10 @@ from events.journal_reader import (
     journal_tail,
     segment_numbers,
 )
-from events.journal_segment import open_segment
+from events.journal.segment import open_segment
 from events.messages import Event, RunResumed
 from events.msgpack_keys import check_keys
+from events.run.folder import is_held
 from events.safe_files import list_below, read_below, replace_below
 from sinks.damage import damage_in, damage_of, reason_of
 from sinks.live.view import RunView, trimmed

@@ -44,9 +44,9 @@ from events.messages import (
 )
 from events.metrics import metric_name
 from events.series import SeriesStore, as_json, plain, points_of
-from sinks.console_lines import Chronicle
-from sinks.console_text import Line
-from sinks.progress import Progress
+from sinks.console.lines import Chronicle
+from sinks.console.progress import Progress
+from sinks.console.text import Line
 
 MOST_LINES = 1_000
 MOST_CHECKPOINTS = 1_000

@@ -38,19 +38,19 @@ from torch.distributed.checkpoint import _async_process_executor as dcp_process
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from events.backlog import Payload
+from events.bus.backlog import Payload
+from events.bus.cpu_time import CpuTime
 from events.checkpoint import disk as checkpoint_disk
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import Snapshot
 from events.checkpoint.store import CheckpointStore
-from events.cpu_time import CpuTime
 from events.messages import CheckpointFailed, CheckpointSaved, CheckpointStaged, Event
 from events.origin import Origin
-from sinks.checkpoint_writer import CheckpointWriter
-from trainer.slab import Slab, SlabPool
-from trainer.staging import Stager
-from trainer.tensor_state import Collected
+from sinks.checkpoints.writer import CheckpointWriter
+from trainer.checkpoint.slab import Slab, SlabPool
+from trainer.checkpoint.staging import Stager
+from trainer.data.tensor_state import Collected
 
 # Both say that this is one process without a GPU.
 warnings.filterwarnings("ignore", message="Ignoring pin_memory flag")

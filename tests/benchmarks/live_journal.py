@@ -31,8 +31,8 @@ import psutil
 from report import header, percentile
 from websockets.sync.client import connect
 
-from events.folder import RunFolder
 from events.messages import Event, RunStarted, TrainStepEnded
+from events.run.folder import RunFolder
 from events.wire import encode_json_lines
 from sinks.live.stored import STORE_NAME
 
@@ -113,7 +113,7 @@ class Other:
 def serve(folder: Path) -> tuple[subprocess.Popen[str], str]:
     """``stagecast watch``; and its address."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "STAGECAST_TOKEN": _TOKEN}
-    command = [sys.executable, "-m", "trainer.cli", "watch", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "trainer.cli.main", "watch", str(folder), "--port", "0"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:

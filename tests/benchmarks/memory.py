@@ -21,7 +21,7 @@ import anyio
 import psutil
 from report import header
 
-from events.bus import Bus
+from events.bus.bus import Bus
 from events.messages import MetricsLogged, TrainStepEnded
 from events.origin import Origin
 from events.sink import Delivery

@@ -16,7 +16,7 @@ from time import perf_counter_ns as clock
 import torch
 from report import header, percentile
 
-from trainer.outputs import Capture, EpochOutputs
+from trainer.hooks.capture import Capture, EpochOutputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,11 +18,11 @@ from time import perf_counter_ns as clock
 import anyio
 from report import header, percentile
 
-from events.bus import Bus
+from events.bus.bus import Bus
+from events.bus.subscription import Subscription
 from events.messages import TrainStepEnded
 from events.origin import Origin
 from events.sink import Delivery
-from events.subscription import Subscription
 
 _SUBSCRIPTIONS = 8
 

@@ -11,12 +11,12 @@ from typing import Any
 import anyio
 import pytest
 
-from events.backlog import Published
-from events.bus import Bus
+from events.bus.backlog import Published
+from events.bus.bus import Bus
+from events.bus.subscription import Subscription
 from events.messages import Event, MetricsLogged, RunEnded, TrainStepEnded
 from events.origin import Origin
 from events.sink import Delivery
-from events.subscription import Subscription
 
 
 class Make:

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events.backlog import Backlog, Item, Payload, item_of
+from events.bus.backlog import Backlog, Item, Payload, item_of
 from events.messages import MetricsLogged, NonFiniteLoss, RunEnded, TrainStepEnded
 
 UNLIMITED = 2**62

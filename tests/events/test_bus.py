@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from events.backlog import Payload
-from events.bus import Bus
+from events.bus.backlog import Payload
+from events.bus.bus import Bus
+from events.bus.subscription import Subscription
 from events.messages import (
     EVENT_TYPES,
     Event,
@@ -26,7 +27,6 @@ from events.messages import (
 )
 from events.origin import Origin
 from events.sink import Delivery
-from events.subscription import Subscription
 
 pytestmark = pytest.mark.anyio
 

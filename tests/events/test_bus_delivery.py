@@ -13,9 +13,9 @@ import anyio
 import pytest
 from msgspec.structs import force_setattr
 
-from events.backlog import Payload, Published
+from events.bus.backlog import Payload, Published
+from events.bus.fence import Fence
 from events.errors import BusClosed
-from events.fence import Fence
 from events.messages import (
     EVENT_TYPES,
     Event,

@@ -30,7 +30,7 @@ from events.checkpoint.remote import RemoteStore
 from events.checkpoint.remote_layout import PARTS_NAME, encode_parts, parts_for, parts_of
 from events.checkpoint.store import CheckpointStore, read_manifest, verify
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, UploadError
-from trainer.cli_sources import RemoteSource
+from trainer.cli.sources import RemoteSource
 
 ROOT = Path(__file__).parents[2]
 PART = 1_000

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from events.cpu_time import CpuTime
+from events.bus.cpu_time import CpuTime
 
 USED_NS = 20_000_000
 LIMIT_S = 20.0

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from events.errors import RunFolderError, RunFolderHeld, RunFolderMismatch
-from events.folder import RunFolder, is_held
-from events.journal import Journal
+from events.journal.writer import Journal
 from events.messages import Event, TrainStepEnded
+from events.run.folder import RunFolder, is_held
 from events.sink import RunInfo
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 def test_a_folder_that_another_process_holds_names_its_holder(tmp_path: Path) -> None:
     """The message says which process, where, for which run, since when, and what to do."""
     code = f"""
-from events.folder import RunFolder
+from events.run.folder import RunFolder
 folder = RunFolder.open({str(tmp_path)!r}, "theirs")
 print("held", flush=True)
 input()
@@ -102,7 +102,7 @@ def test_a_killed_trainer_frees_its_folder_while_its_forked_worker_lives_on(tmp_
     """An orphaned dataloader worker must not hold the folder of a trainer that was killed."""
     code = f"""
 import os
-from events.folder import RunFolder
+from events.run.folder import RunFolder
 folder = RunFolder.open({str(tmp_path)!r}, "run")
 read, write = os.pipe()
 if os.fork() == 0:
@@ -129,7 +129,7 @@ def test_a_folder_is_closed_in_a_forked_child(tmp_path: Path) -> None:
     code = f"""
 import os
 from events.errors import RunFolderError
-from events.folder import RunFolder
+from events.run.folder import RunFolder
 folder = RunFolder.open({str(tmp_path)!r}, "run")
 pid = os.fork()
 if pid == 0:
@@ -151,7 +151,7 @@ input()
 @POSIX
 def test_a_removed_lock_file_does_not_let_two_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock on a file that lost its name before it was locked excludes nobody, so another is taken."""
-    import events.folder as module
+    import events.run.folder as module
 
     lock_descriptor = module._lock_descriptor
     removed = []
@@ -173,7 +173,7 @@ def test_a_file_system_that_cannot_lock_is_named(tmp_path: Path, monkeypatch: py
     def refuse(fd: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("events.folder._lock_descriptor", refuse)
+    monkeypatch.setattr("events.run.folder._lock_descriptor", refuse)
     with pytest.raises(RunFolderError, match=r"a/b cannot be used: .*choose another folder"):
         RunFolder.open(tmp_path / "a" / "b", "run")
     assert list(tmp_path.iterdir()) == []

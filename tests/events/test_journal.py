@@ -24,11 +24,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events import journal_reader, wire
+from events import wire
 from events.errors import RunFolderError, WireError
-from events.journal import JOURNAL_DELIVERY, Journal, JournalWriter
-from events.journal_lines import CHECKSUM, PREVIOUS_SEQ, encode_lines
-from events.journal_reader import (
+from events.journal import reader as journal_reader
+from events.journal.lines import CHECKSUM, PREVIOUS_SEQ, encode_lines
+from events.journal.reader import (
     SUPERSEDED_TYPES,
     EventFinder,
     JournalReader,
@@ -38,6 +38,7 @@ from events.journal_reader import (
     read_history,
     segment_numbers,
 )
+from events.journal.writer import JOURNAL_DELIVERY, Journal, JournalWriter
 from events.messages import (
     EVENT_TYPES,
     BackwardEnded,
@@ -133,7 +134,7 @@ class BadDisk:
         self.synced = 0
         self._write, self._truncate, self._fsync = os.write, os.ftruncate, os.fsync
         for name, function in (("write", self.write), ("ftruncate", self.truncate), ("fsync", self.fsync)):
-            monkeypatch.setattr(f"events.journal.os.{name}", function)
+            monkeypatch.setattr(f"events.journal.writer.os.{name}", function)
 
     def write(self, fd: int, data: Any) -> int:
         take = min(len(data), 7) if self.short else len(data)
@@ -299,7 +300,7 @@ def test_a_segment_that_was_deleted_is_an_error_once(tmp_path: Path) -> None:
 
 def test_a_slow_disk_makes_holes_suspicious_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a write hangs the queue may overflow as if it had failed."""
-    monkeypatch.setattr("events.journal.SLOW_WRITE_S", -1.0)
+    monkeypatch.setattr("events.journal.writer.SLOW_WRITE_S", -1.0)
     writer = open_journal(tmp_path)
     writer.write([step(1)])
     writer.write([msgspec.structs.replace(step(4), time=0.0)])
@@ -362,7 +363,7 @@ def test_a_real_limit_of_the_system_is_survived(tmp_path: Path) -> None:
     code = f"""
 import resource, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from events.journal import Journal
+from events.journal.writer import Journal
 from events.messages import TrainStepEnded
 from events.sink import RunInfo
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -398,7 +399,7 @@ def test_a_killed_writer_loses_nothing_that_write_returned_for(tmp_path: Path) -
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from events.journal import Journal
+from events.journal.writer import Journal
 from events.messages import TrainStepEnded
 from events.sink import RunInfo
 writer = Journal(segment_bytes=30_000).open(RunInfo("run", run_dir={str(tmp_path)!r}))
@@ -804,8 +805,8 @@ def test_a_line_that_is_too_long_costs_only_itself(lengths: list[int], piece: in
         lines += [b"x" * length, wire.encode_json(step(seq))]
     data = b"\n".join([*lines, b"y" * 700]) + (b"\n" if ends else b"")
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("events.journal_segment.MAX_LINE_BYTES", limit)
-        patch.setattr("events.journal_segment._CHUNK", 64)
+        patch.setattr("events.journal.segment.MAX_LINE_BYTES", limit)
+        patch.setattr("events.journal.segment._CHUNK", 64)
         journal = Path(name) / "journal"
         journal.mkdir()
         path = journal / f"{1:020d}.jsonl"
@@ -844,7 +845,7 @@ def test_a_new_attempt_stays_above_a_segment_whose_end_is_garbage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much of it there is: what it may have held is bounded by its size."""
-    monkeypatch.setattr("events.journal_reader.MAX_LINE_BYTES", 2**18)
+    monkeypatch.setattr("events.journal.reader.MAX_LINE_BYTES", 2**18)
     write(tmp_path, steps(1, 50))
     with open(segments(tmp_path)[0], "ab") as file:
         file.write(b"x" * 2**20 + b"\n")
@@ -856,7 +857,7 @@ def test_a_new_attempt_stays_above_a_segment_whose_end_is_garbage(
 
 def test_an_event_that_is_larger_than_a_line_becomes_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its neighbours are written, and no line is longer than readers take."""
-    monkeypatch.setattr("events.journal.MAX_LINE_BYTES", 400)
+    monkeypatch.setattr("events.journal.writer.MAX_LINE_BYTES", 400)
     writer = open_journal(tmp_path)
     large = RunStarted("run", 1, 2, 0.0, 0, 0, 0, None, module="m" * 400, epochs=1)
     writer.write([step(1), large, step(3)])
@@ -992,7 +993,7 @@ def test_a_sync_that_failed_at_the_end_is_made_again(tmp_path: Path, monkeypatch
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(fd)
 
-    monkeypatch.setattr("events.journal.os.fsync", fsync)
+    monkeypatch.setattr("events.journal.writer.os.fsync", fsync)
     with pytest.raises(OSError, match="Input/output"):
         writer.write([ended(2)])
     writer.write([ended(2)])
@@ -1008,7 +1009,7 @@ def test_a_file_is_closed_though_its_last_sync_fails(tmp_path: Path, monkeypatch
     def refuse(fd: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("events.journal.os.fsync", refuse)
+    monkeypatch.setattr("events.journal.writer.os.fsync", refuse)
     with pytest.raises(OSError, match="Input/output"):
         writer.close()
     writer.close()
@@ -1059,8 +1060,8 @@ def test_a_tail_sees_every_event_once_however_the_bytes_arrive(count: int, piece
 
 def test_lines_longer_than_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the search from the end."""
-    monkeypatch.setattr("events.journal_segment._CHUNK", 16)
-    monkeypatch.setattr("events.journal_reader._TAIL_CHUNK", 16)
+    monkeypatch.setattr("events.journal.segment._CHUNK", 16)
+    monkeypatch.setattr("events.journal.reader._TAIL_CHUNK", 16)
     write(tmp_path, steps(1, 5))
     assert seqs(tmp_path) == [1, 2, 3, 4, 5]
     assert journal_tail(tmp_path / "journal").seq == 5

@@ -22,7 +22,7 @@ MODULES = sorted(
     for path in FOLDER.rglob("*.py")
     if path.parent != FOLDER / "golden"
 )
-LATE = {"worker": {"trio"}, "checkpoint.packing_numpy": {"numpy"}, "checkpoint.objects": {"obstore"}}
+LATE = {"bus.worker": {"trio"}, "checkpoint.packing_numpy": {"numpy"}, "checkpoint.objects": {"obstore"}}
 """What a module imports in functions only: who has none of it needs none of it."""
 ALLOWED = {"events", "msgspec", "anyio", "structlog", "xxhash", *sys.stdlib_module_names}
 PUBLIC = {

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from events import wire
-from events.journal_lines import CHECKSUM, PREVIOUS_SEQ
+from events.journal.lines import CHECKSUM, PREVIOUS_SEQ
 from events.messages import EVENT_TYPES, Event, MetricsLogged, TrainStepEnded
 from events.schema import SCHEMA_PATH, json_schema, schema_text
 

@@ -19,16 +19,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from events.backlog import Item, Payload, item_of
-from events.bus import Bus
-from events.cpu_time import CpuTime
-from events.fence import Fence
+from events.bus.backlog import Item, Payload, item_of
+from events.bus.bus import Bus
+from events.bus.cpu_time import CpuTime
+from events.bus.fence import Fence
+from events.bus.spill import Spill
+from events.bus.subscription import Subscription
+from events.bus.worker import Worker
 from events.messages import Event, MetricsLogged, ObserverFailed, RunEnded, RunStarted, TrainStepEnded
 from events.origin import Origin
 from events.sink import Delivery
-from events.spill import Spill
-from events.subscription import Subscription
-from events.worker import Worker
 
 LIMIT_S = 20.0
 """No test waits that long: it fails instead."""

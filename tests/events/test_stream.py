@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from events import CursorError
-from events.bus import Bus
-from events.journal import Journal
-from events.journal_reader import JOURNAL_DIR
+from events.bus.bus import Bus
+from events.journal.reader import JOURNAL_DIR
+from events.journal.writer import Journal
 from events.messages import BackwardEnded, Event, MetricsLogged, TrainEpochEnded, TrainStepEnded
 from events.origin import Origin
+from events.run.stream import LocalEventStream
 from events.safe_files import UnsafeFile
 from events.sink import RunInfo
-from events.stream import LocalEventStream
 
 pytestmark = pytest.mark.anyio
 

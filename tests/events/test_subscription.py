@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events.backlog import Item, Payload, Published, item_of
-from events.fence import Fence
+from events.bus.backlog import Item, Payload, Published, item_of
+from events.bus.fence import Fence
+from events.bus.subscription import Subscription
 from events.messages import MetricsLogged, RunEnded, TrainStepEnded
 from events.sink import Delivery, Overflow
-from events.subscription import Subscription
 
 T = TypeVar("T")
 HUGE = 2**40

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events.bus import Bus
-from events.cpu_time import CpuTime
-from events.fence import Fence
+from events.bus.bus import Bus
+from events.bus.cpu_time import CpuTime
+from events.bus.fence import Fence
+from events.bus.wakeup import Wakeup
+from events.bus.worker import AsyncJob, Worker
 from events.origin import Origin
-from events.wakeup import Wakeup
-from events.worker import AsyncJob, Worker
 
 LIMIT_S = 20.0
 """No test waits that long: it fails instead."""

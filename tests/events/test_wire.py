@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from events import wire
 from events.bounds import Finite
 from events.errors import WireError
-from events.journal_lines import CHECKSUM, PREVIOUS_SEQ
+from events.journal.lines import CHECKSUM, PREVIOUS_SEQ
 from events.messages import (
     EVENT_TYPES,
     Event,

@@ -23,10 +23,10 @@ from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
 from events.messages import CheckpointFailed, CheckpointSaved, Event
 from events.sink import RunInfo
-from sinks import checkpoint_writer
+from sinks.checkpoints import writer as checkpoint_writer
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
-from trainer.resume import Loaded, load_from
-from trainer.tensor_state import bytes_of
+from trainer.checkpoint.resume import Loaded, load_from
+from trainer.data.tensor_state import bytes_of
 
 WAIT_S = 20.0
 """How long anything that ought to happen may take on a busy machine before the test gives up."""

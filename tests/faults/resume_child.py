@@ -92,7 +92,7 @@ def sigterm(
 
     from events.checkpoint import disk
     from events.checkpoint.remote import RemoteStore
-    from sinks.checkpoint_writer import CheckpointWriter
+    from sinks.checkpoints.writer import CheckpointWriter
     from trainer import Checkpoints, RunTerminated
 
     left = list(places)
@@ -261,7 +261,7 @@ def slab(report: Report) -> None:
 
     import torch
 
-    from trainer.slab import Slab
+    from trainer.checkpoint.slab import Slab
 
     one = Slab(torch.device("cpu"))
     one.reserve(4 * 2**20)
@@ -375,8 +375,8 @@ def main() -> None:
         "torch._dynamo",
         "resume_runs",
         "events.checkpoint.remote",
-        "sinks.checkpoint_writer",
-        "sinks.checkpoint_uploader",
+        "sinks.checkpoints.writer",
+        "sinks.checkpoints.uploader",
     ):  # what a run imports on its way
         importlib.import_module(lazily)
     print("ready", flush=True)

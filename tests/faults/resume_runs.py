@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from events.checkpoint.store import CheckpointStore
-from events.journal_reader import read_history
+from events.journal.reader import read_history
 from events.messages import (
     Event,
     MetricsLogged,
@@ -471,9 +471,9 @@ def prepare(
         if what == "crash":
             raise Crash
         if what == "stop":
-            trainer.session.control.send(Stop(id="stop"))
+            trainer.run.session.control.send(Stop(id="stop"))
         if what == "save":
-            trainer.session.control.send(Checkpoint(id="save"))
+            trainer.run.session.control.send(Checkpoint(id="save"))
             net.at = At(max(net.working_on, 1) + 2, what="crash")
 
     net.act = act

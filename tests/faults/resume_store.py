@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from events.backlog import Payload
+from events.bus.backlog import Payload
 from events.checkpoint.lineage import Attempt
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.settings import Checkpoints
@@ -18,11 +18,11 @@ from events.checkpoint.snapshot import Snapshot
 from events.checkpoint.store import CheckpointStore
 from events.messages import CheckpointDeleted, CheckpointFailed, CheckpointSaved, CheckpointStaged, Event
 from events.origin import Origin
-from sinks.checkpoint_writer import CheckpointWriter
-from trainer.resume import _STATE, Loaded, load_from
-from trainer.slab import Slab
-from trainer.staging import Stager
-from trainer.tensor_state import Collected
+from sinks.checkpoints.writer import CheckpointWriter
+from trainer.checkpoint.resume import _STATE, Loaded, load_from
+from trainer.checkpoint.slab import Slab
+from trainer.checkpoint.staging import Stager
+from trainer.data.tensor_state import Collected
 
 METRIC = "val_loss"
 URL = "file:///somewhere/r"

@@ -163,10 +163,10 @@ def test_a_disk_that_refuses_does_not_use_up_the_drain_of_a_run(
     """The run raises its own error, and its journal is given up long before the drain's deadline, by name."""
     refusing = Refusing()
     for name, module in list(sys.modules.items()):
-        part = "journal" if name == "events.journal" else "checkpoint" if name.startswith("events.checkpoint.") else ""
+        part = name.split(".")[1] if name.startswith(("events.journal.writer", "events.checkpoint.")) else ""
         if part in parts and getattr(module, "os", None) is os:
             monkeypatch.setattr(module, "os", refusing)
-    monkeypatch.setattr("events.observer.LAST_TRIES_S", 0.3)
+    monkeypatch.setattr("events.bus.observer.LAST_TRIES_S", 0.3)
 
     class Fails(disk.Counting):  # type: ignore[misc, name-defined]
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:

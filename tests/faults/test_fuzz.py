@@ -33,7 +33,7 @@ from events.checkpoint.remote_layout import Parts, decode_parts
 from events.checkpoint.tensor_file import read_layout
 from events.errors import CheckpointDamaged, CheckpointTooNew, WireError
 from events.health import Health
-from events.journal_reader import JournalReader, journal_tail, last_events, read_history
+from events.journal.reader import JournalReader, journal_tail, last_events, read_history
 from events.messages import EVENT_TYPES, Event
 from events.metrics import metrics_of
 from events.protocol import AnyCommand
@@ -46,8 +46,9 @@ from events.wire import (
     encode_json,
     encode_msgpack,
 )
-from sinks.console_lines import Chronicle, progress_line
-from sinks.csv import _encode as table_rows
+from sinks.console.lines import Chronicle, progress_line
+from sinks.console.progress import Progress
+from sinks.files.csv import _encode as table_rows
 from sinks.live.access import Access
 from sinks.live.app import LiveApp
 from sinks.live.client import Hello
@@ -55,9 +56,8 @@ from sinks.live.frames import encode as encode_frame
 from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import read_view, write_view
 from sinks.live.view import Changes, RunView
-from sinks.progress import Progress
-from trainer.connected_result import ResultBuilder, RunSummary, Snapshot
-from trainer.tensor_state import tensors_in
+from trainer.data.tensor_state import tensors_in
+from trainer.remote.result import ResultBuilder, RunSummary, Snapshot
 
 pytestmark = pytest.mark.fuzz
 
@@ -367,7 +367,7 @@ def test_what_a_server_answers_gives_a_result_or_is_refused(summary: bytes, line
     """A summary and events of a server that `connect` talks to."""
     try:
         snapshot = msgspec.json.decode(summary, type=Snapshot)
-    except (ValueError, RecursionError):  # `trainer.connection_http` makes its own error of these
+    except (ValueError, RecursionError):  # `trainer.remote.http` makes its own error of these
         snapshot = Snapshot(0, RunSummary("r"))
     builder = ResultBuilder(snapshot)
     builder.add(decoded(lines))

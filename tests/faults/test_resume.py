@@ -15,7 +15,7 @@ import pytest
 
 from events.checkpoint.store import CheckpointStore
 from events.messages import CommandTaken, RunResumed
-from events.run import Run
+from events.run.run import Run
 from sinks import Memory
 from trainer import CallbackInterface, Checkpoints, inline
 

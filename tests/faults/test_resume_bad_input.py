@@ -33,8 +33,8 @@ from events.messages import CheckpointFailed, ObserverFailed
 from events.sink import Delivery
 from sinks import Memory
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, inline
+from trainer.checkpoint.resume import find
 from trainer.errors import ArgumentsError, DataLoaderError
-from trainer.resume import find
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from events.checkpoint.store import CheckpointStore, verify
-from events.journal_reader import JournalReader
+from events.journal.reader import JournalReader
 from events.messages import CheckpointDeleted, CheckpointSaved, CheckpointUploaded, Event, RunEnded
 
 INJECTIONS = {

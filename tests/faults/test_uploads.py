@@ -31,7 +31,7 @@ from events.checkpoint.store import CheckpointStore, verify
 from events.errors import UploadError
 from events.messages import CheckpointUploaded, Event
 from events.origin import Origin
-from sinks.checkpoint_uploader import CheckpointUploader
+from sinks.checkpoints.uploader import CheckpointUploader
 
 INJECTIONS = {
     "test_s3_never_shows_a_torn_checkpoint_and_keeps_no_orphan": (10, 200),

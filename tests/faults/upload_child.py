@@ -19,7 +19,7 @@ from events.checkpoint.objects import Limits  # noqa: E402
 from events.checkpoint.settings import Checkpoints  # noqa: E402
 from events.checkpoint.store import CheckpointStore  # noqa: E402
 from events.origin import Origin  # noqa: E402
-from sinks.checkpoint_uploader import CheckpointUploader  # noqa: E402
+from sinks.checkpoints.uploader import CheckpointUploader  # noqa: E402
 
 
 def work(job: dict[str, Any]) -> None:

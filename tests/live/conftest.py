@@ -18,8 +18,8 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 import sinks
-from events.folder import RunFolder
 from events.messages import Event, MetricsLogged, RunEnded, RunResumed, RunStarted, TrainStepEnded
+from events.run.folder import RunFolder
 from events.wire import encode_json_lines
 from sinks.live.hub import Hub
 from sinks.live.runs import OneRun

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from events.errors import CursorError, RunCancelled, StagecastError
-from events.journal_reader import JOURNAL_DIR, JournalReader
+from events.journal.reader import JOURNAL_DIR, JournalReader
 from events.messages import (
     BackwardEnded,
     CheckpointSaved,
@@ -43,15 +43,15 @@ from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server, bind
 from sinks.live.sink import Live
 from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
-from trainer.connected_result import ResultBuilder, RunSummary, Snapshot
-from trainer.connection import connect
-from trainer.connection_errors import (
+from trainer.remote.connect import connect
+from trainer.remote.errors import (
     CommandRefused,
     ConnectedRunFailed,
     ConnectedRunLost,
     ConnectError,
     ConnectionLost,
 )
+from trainer.remote.result import ResultBuilder, RunSummary, Snapshot
 
 pytestmark = pytest.mark.anyio
 TOKEN = "none-of-your-business"

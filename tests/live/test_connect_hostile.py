@@ -22,9 +22,9 @@ import pytest
 
 from events.messages import MetricsLogged, RunEnded, RunStarted
 from events.wire import encode_json
-from trainer import connection_http
-from trainer.connection import connect
-from trainer.connection_errors import ConnectedRunFailed, ConnectError, ConnectionLost, ProtocolViolated
+from trainer.remote import http as connection_http
+from trainer.remote.connect import connect
+from trainer.remote.errors import ConnectedRunFailed, ConnectError, ConnectionLost, ProtocolViolated
 
 pytestmark = pytest.mark.anyio
 TOKEN = "none-of-your-business"
@@ -364,7 +364,7 @@ async def test_names_without_end_do_not_fill_the_memory(
     hostile: Callable[..., Hostile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a result is built from has a maximum size."""
-    monkeypatch.setattr("trainer.connected_result._MOST_BYTES", 50_000)
+    monkeypatch.setattr("trainer.remote.result._MOST_BYTES", 50_000)
 
     def journal(peer: Peer) -> None:
         peer.stream()
@@ -501,7 +501,7 @@ async def test_the_token_of_the_environment_belongs_to_one_origin(
     monkeypatch.setenv("STAGECAST_TOKEN", TOKEN)
     monkeypatch.setenv("STAGECAST_URL", owner) if owner else monkeypatch.delenv("STAGECAST_URL", raising=False)
     seen: list[Any] = []
-    monkeypatch.setattr("trainer.connection.RunServer", lambda *given: seen.append(given) or 1 / 0)
+    monkeypatch.setattr("trainer.remote.connect.RunServer", lambda *given: seen.append(given) or 1 / 0)
     for kept, shown in ((url, sent), (url.partition("#")[0] + "#token=mine", True)):
         seen.clear()
         try:
@@ -549,7 +549,7 @@ async def test_a_token_without_encryption_beyond_this_machine_is_warned_of(caplo
 def test_the_warning_reaches_stderr_without_any_configuration() -> None:
     """In a program that has not set up logging."""
     program = (
-        "import anyio\nfrom trainer.connection_http import RunServer\n"
+        "import anyio\nfrom trainer.remote.http import RunServer\n"
         f"anyio.run(RunServer('http://10.0.0.1:5/', 'demo', {TOKEN!r}, 1.0).aclose)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

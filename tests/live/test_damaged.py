@@ -15,7 +15,7 @@ import httpx
 import msgspec
 import pytest
 
-from events.journal_lines import encode_lines
+from events.journal.lines import encode_lines
 from events.messages import HistogramLogged, JournalGap, MetricsLogged, RunEnded, RunResumed, TextLogged, WarningLogged
 from events.safe_files import UnsafeFile, open_below, stat_below
 from events.series import MOST_SERIES
@@ -252,7 +252,7 @@ def damaged(folder: Path, kit: Any) -> Iterator[Path]:
 
 def test_a_damaged_run_disturbs_no_other(damaged: Path, process: Any, kit: Any) -> None:
     """Each is listed with its reason, by a server of its own process, and no request stays without an answer."""
-    served = process("-m", "trainer.cli", "watch", str(damaged), "--port", "0", STAGECAST_TOKEN=TOKEN)
+    served = process("-m", "trainer.cli.main", "watch", str(damaged), "--port", "0", STAGECAST_TOKEN=TOKEN)
     url = next(part for part in served.stdout.readline().split() if part.startswith("http")).partition("#")[0]
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {TOKEN}"}) as client:
 
@@ -302,7 +302,7 @@ def test_reports_and_replays_name_the_damage(damaged: Path, tmp_path: Path) -> N
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "trainer.cli", *arguments]
+        command = [sys.executable, "-m", "trainer.cli.main", *arguments]
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
         )

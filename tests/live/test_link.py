@@ -16,8 +16,8 @@ import pytest
 from events import notice
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import link_to
-from trainer.connection import connect
-from trainer.connection_errors import ConnectError
+from trainer.remote.connect import connect
+from trainer.remote.errors import ConnectError
 
 TOKEN = "corr&ct+horse%20#battery="
 
@@ -82,6 +82,6 @@ def test_the_printed_link_is_one_for_connect(told: Any, serve: Any) -> None:
 def test_watch_prints_the_link(told: Any, process: Any) -> None:
     """With the port that the system chose, and the token."""
     told.write(told.story.started())
-    one = process("-m", "trainer.cli", "watch", str(Path(told.path).parent), "--port", "0", STAGECAST_TOKEN=TOKEN)
+    one = process("-m", "trainer.cli.main", "watch", str(Path(told.path).parent), "--port", "0", STAGECAST_TOKEN=TOKEN)
     line = one.stdout.readline()
     assert re.search(r"http://127\.0\.0\.1:[1-9]\d*/#token=corr%26ct%2Bhorse%2520%23battery%3D$", line.strip())

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from page_visits import EVIL
 
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
-from events.journal_reader import JOURNAL_DIR, JournalReader
+from events.journal.reader import JOURNAL_DIR, JournalReader
 from events.messages import CommandTaken, Event, RunEnded
 from sinks.live.runs import RunsOfFolder
 
@@ -79,7 +79,7 @@ class Run:
 
     def watch(self, *options: str) -> None:
         """Start the server. Waits until it is there."""
-        arguments = ["-m", "trainer.cli", "watch", str(self.path.parent), "--no-token", "--port", str(self._port)]
+        arguments = ["-m", "trainer.cli.main", "watch", str(self.path.parent), "--no-token", "--port", str(self._port)]
         self._watching = self._process(*arguments, *options)
         assert self._watching.stdout is not None
         assert self.url in self._watching.stdout.readline()

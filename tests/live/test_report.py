@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from events.journal import Journal
+from events.journal.writer import Journal
 from events.messages import (
     CheckpointUploaded,
     Event,
@@ -57,7 +57,7 @@ def a_run(folder: Path, run_id: str, steps: int = 20) -> Path:
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "trainer.cli", "report", *arguments],
+        [sys.executable, "-m", "trainer.cli.main", "report", *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,

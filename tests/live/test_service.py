@@ -22,9 +22,9 @@ from websockets.sync.client import connect as connect_websocket
 
 import trainer
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
-from events.journal_reader import JOURNAL_DIR, JournalReader
+from events.journal.reader import JOURNAL_DIR, JournalReader
 from events.messages import Event, RunEnded, RunResumed, TrainStepEnded
-from trainer.connection import connect
+from trainer.remote.connect import connect
 
 ROOT = Path(trainer.__file__).parent.parent
 WAIT_S = 25.0

@@ -16,7 +16,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from events.messages import TrainStepEnded
-from trainer.connection import connect
+from trainer.remote.connect import connect
 
 APP = """
 import contextlib, sys

@@ -20,7 +20,7 @@ from events.errors import SinkMisconfigured
 from events.messages import ObserverFailed, RunEnded
 from events.sink import Delivery, RunInfo
 from sinks import Live, Memory
-from sinks.host import HostedSink
+from sinks.host.child import HostedSink
 from sinks.live.sink import ADDRESS_NAME, LiveWriter
 from trainer import ModuleInterface, Trainer, TrainerArguments
 
@@ -185,7 +185,9 @@ def test_watch_generates_a_token_unless_it_is_told_not_to(told: Any, process: Ca
     """Other users of this machine can reach the page, too."""
     told.write(told.story.started())
     for options, status in (([], 401), (["--no-token"], 200)):
-        one = process("-m", "trainer.cli", "watch", str(told.path.parent), "--port", "0", *options, STAGECAST_TOKEN="")
+        one = process(
+            "-m", "trainer.cli.main", "watch", str(told.path.parent), "--port", "0", *options, STAGECAST_TOKEN=""
+        )
         assert one.stdout is not None
         link = "http" + one.stdout.readline().partition("http")[2].strip()
         url, _, token = link.partition("#token=")
@@ -301,7 +303,7 @@ def test_the_command_ends_with_a_signal(
     import signal
 
     told.write(told.story.started())
-    one = process("-m", "trainer.cli", "watch", str(told.path.parent), "--port", "0", "--no-token")
+    one = process("-m", "trainer.cli.main", "watch", str(told.path.parent), "--port", "0", "--no-token")
     assert one.stdout is not None
     line = one.stdout.readline()
     url = "http" + line.partition("http")[2].strip()

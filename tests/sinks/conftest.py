@@ -20,7 +20,7 @@ from rich.console import Console as RichConsole
 import sinks
 from events.messages import Event, RunStarted, StageName, TrainStepEnded
 from events.sink import RunInfo
-from sinks.console import ConsoleWriter
+from sinks.console.console import ConsoleWriter
 
 ROOT = Path(sinks.__file__).parent.parent
 

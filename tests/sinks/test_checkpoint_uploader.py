@@ -18,7 +18,8 @@ from typing import Any
 import anyio
 import pytest
 
-from events.bus import Bus
+from events.bus.bus import Bus
+from events.bus.supervisor import Supervisor
 from events.checkpoint import disk
 from events.checkpoint.lineage import Attempt
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric
@@ -39,9 +40,8 @@ from events.messages import (
 )
 from events.origin import Origin
 from events.sink import Delivery
-from events.supervisor import Supervisor
-from sinks import checkpoint_uploader
-from sinks.checkpoint_uploader import UPLOADER_DELIVERY, CheckpointUploader
+from sinks.checkpoints import uploader as checkpoint_uploader
+from sinks.checkpoints.uploader import UPLOADER_DELIVERY, CheckpointUploader
 
 PART = 2**16
 SECRETS = {"AWS_ACCESS_KEY_ID": "AKIASECRETSECRET0001", "AWS_SECRET_ACCESS_KEY": "s3cr3t/with+slashes/and=more01234"}

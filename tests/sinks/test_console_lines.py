@@ -26,9 +26,9 @@ from events.messages import (
     WeightsSaved,
 )
 from events.sink import RunInfo, Sink, delivery_of
-from sinks.console import Console
-from sinks.console_bars import bar_rows
-from sinks.progress import Progress
+from sinks.console.bars import bar_rows
+from sinks.console.console import Console
+from sinks.console.progress import Progress
 
 
 class Tty(io.StringIO):

@@ -16,7 +16,7 @@ from events.messages import Event, MetricsLogged, RunStarted, TextLogged, TrainS
 from events.metrics import METRIC_TYPES, metrics_of
 from events.sink import RunInfo, delivery_of
 from sinks import CSV, Memory
-from sinks.csv import COLUMNS
+from sinks.files.csv import COLUMNS
 from trainer import Trainer, TrainerArguments
 
 NAMES = ["a/b c", 'say "x"', "one,two", "two\nlines", "carriage\rreturn", "größe 📈", "n" * 3_000, "", " "]

@@ -16,7 +16,7 @@ import pytest
 
 import sinks
 from events.errors import SinkMisconfigured
-from events.journal_reader import JournalReader
+from events.journal.reader import JournalReader
 from events.messages import Event, MetricsLogged, RunResumed, TrainEpochEnded, UnknownEvent
 from events.sink import RunInfo, delivery_of
 from events.wire import decode_json, encode_json

@@ -28,7 +28,7 @@ from events.messages import (
 from events.metrics import metrics_of
 from events.sink import Delivery, RunInfo
 from sinks import Memory, MLflow
-from sinks.mlflow import RUN_ID_TAG, mlflow_name
+from sinks.trackers.mlflow import RUN_ID_TAG, mlflow_name
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
 
 ROOT = Path(__file__).parent.parent

@@ -39,8 +39,8 @@ from events.messages import (
 )
 from events.sink import Delivery, RunInfo
 from sinks import Memory, Prometheus
-from sinks import prometheus as prometheus_module
 from sinks.connections import REQUEST_S
+from sinks.trackers import prometheus as prometheus_module
 from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments, inline
 
 WAIT_S = 20.0

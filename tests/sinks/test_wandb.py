@@ -33,7 +33,7 @@ from events.messages import (
 from events.metrics import metrics_of
 from events.sink import Delivery, RunInfo
 from sinks import Memory, WandB
-from sinks.wandb import wandb_run_id
+from sinks.trackers.wandb import wandb_run_id
 from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
 
 KEY = "0123456789abcdef" * 2 + "01234567"

@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer
-from events.journal_reader import JournalReader
+from events.journal.reader import JournalReader
 from events.messages import Event
 from events.protocol import RunResult
-from events.run import Run
+from events.run.run import Run
 from sinks import Memory
 from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments
-from trainer.slab import SlabPool
+from trainer.checkpoint.slab import SlabPool
 
 ROOT = Path(trainer.__file__).parent.parent
 WAIT_S = 20.0

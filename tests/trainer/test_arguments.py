@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from events.journal import Journal
+from events.journal.writer import Journal
 from sinks import CSV
 from trainer import Checkpoints, Delivery
 from trainer.arguments import TrainerArguments

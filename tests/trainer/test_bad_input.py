@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from events.journal import Journal
+from events.journal.writer import Journal
 from events.messages import Event, RunEnded, RunStarted
 from events.sink import Delivery
 from sinks import CSV

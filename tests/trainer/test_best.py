@@ -19,9 +19,9 @@ from events.checkpoint.remote import RemoteStore
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointNotFound
 from events.messages import CheckpointRejected, RunResumed
-from sinks.checkpoint_writer import CheckpointWriter
+from sinks.checkpoints.writer import CheckpointWriter
 from trainer import Checkpoints
-from trainer.checkpointing import Checkpointing
+from trainer.checkpoint.taker import Checkpointing
 
 EXAMPLES = 200 if os.environ.get("STAGECAST_FAULTS") == "full" else 25
 VALUES = st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf])
@@ -267,7 +267,7 @@ def test_best_in_place_of_a_checkpoint_is_explained(kit: Any, tmp_path: Path) ->
 def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:
     """From the events alone: deleted ones, and those that the run went back before, do not count."""
     from events.messages import CheckpointDeleted, CheckpointSaved, RunEnded, RunStarted
-    from trainer.connected_result import CheckpointSummary, ResultBuilder, RunSummary, Snapshot
+    from trainer.remote.result import CheckpointSummary, ResultBuilder, RunSummary, Snapshot
 
     def header(attempt: int, step: int) -> dict[str, Any]:
         common = {"run_id": "r", "seq": 1, "time": 0.0, "rank": 0, "epoch": 0, "stage": None}

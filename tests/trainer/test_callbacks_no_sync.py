@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.boundary
+import trainer.loop.boundary
 from events.messages import HistogramLogged, MetricsLogged, TrainStepEnded
 from trainer import CallbackInterface, inline
 from trainer.callbacks import EMA, EarlyStopping, LearningRateMonitor, ModelStatistics
@@ -86,13 +86,13 @@ def test_no_step_reads_anything(kit: Any, options: dict[str, Any]) -> None:
 def test_no_outputs_are_kept_for_them(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be large, and would have to be put together; a hook of the user's still gets them."""
     collated: list[int] = []
-    original = trainer.boundary.collate_outputs
+    original = trainer.loop.boundary.collate_outputs
 
     def counted(outputs: Any, notice: Any) -> Any:
         collated.append(len(outputs))
         return original(outputs, notice)
 
-    monkeypatch.setattr(trainer.boundary, "collate_outputs", counted)
+    monkeypatch.setattr(trainer.loop.boundary, "collate_outputs", counted)
     net = kit.Net(rows=32)
     kit.train(net, callbacks=callbacks_of(net), gpu_batch_size_limit=4)
     assert collated == []

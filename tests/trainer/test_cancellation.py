@@ -19,8 +19,8 @@ import anyio.to_thread
 import pytest
 
 from events.errors import RunCancelled, TrainingThreadStuck
-from events.folder import RunFolder
 from events.messages import RunEnded, TrainStepEnded
+from events.run.folder import RunFolder
 from trainer import CallbackInterface, Delivery, fenced
 
 pytestmark = pytest.mark.anyio
@@ -356,7 +356,7 @@ asyncio.run(main())
 BACKGROUND = """
 import asyncio, threading, torch
 from trainer import *
-from events.journal_reader import JournalReader
+from events.journal.reader import JournalReader
 from pathlib import Path
 
 class Net(ModuleInterface):

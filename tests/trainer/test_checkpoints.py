@@ -27,7 +27,7 @@ from events.errors import (
     CheckpointsFailing,
     UnstorableState,
 )
-from events.journal_reader import read_history
+from events.journal.reader import read_history
 from events.messages import (
     CheckpointDeleted,
     CheckpointFailed,
@@ -44,8 +44,8 @@ from events.messages import (
 from events.protocol import Stop
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Checkpoints, inline
+from trainer.checkpoint.resume import Loaded
 from trainer.errors import ArgumentsError
-from trainer.resume import Loaded
 
 OFF = {"every_minutes": None, "at_end": False}
 """Nothing but what a test asks for."""
@@ -759,7 +759,7 @@ def test_a_state_that_is_refused_is_answered_by_the_callbacks_policy(kit: Any, t
 
 def test_a_slow_callback_makes_no_checkpoint_fail(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that may be disabled is not waited for; what is announced without its state says so."""
-    monkeypatch.setattr("sinks.checkpoint_writer._PART_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("sinks.checkpoints.writer._PART_TIMEOUT_S", 0.1)
     over = threading.Event()
 
     class Slow(Stateful):

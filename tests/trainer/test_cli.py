@@ -13,11 +13,11 @@ import pytest
 from events.checkpoint.manifest import Manifest, Metric, encode_manifest
 from events.messages import ObserverFailed
 from events.wire import encode_json
-from trainer.cli import main
+from trainer.cli.main import main
 
 
 def _run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer.cli", *arguments]
+    command = [sys.executable, "-m", "trainer.cli.main", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=110)
 
@@ -38,7 +38,7 @@ def test_the_demo_trains_and_shows_what_it_did(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_whoever_reads_only_the_first_line_gets_no_traceback(tmp_path: Path) -> None:
     """As `stagecast demo | head -1` does; the training has ended by then, and its folder is whole."""
-    command = [sys.executable, "-m", "trainer.cli", "demo", "--steps", "1", "--device", "cpu", "--run-dir", "run"]
+    command = [sys.executable, "-m", "trainer.cli.main", "demo", "--steps", "1", "--device", "cpu", "--run-dir", "run"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as demo:  # type: ignore[call-overload]

@@ -27,7 +27,7 @@ from events.checkpoint.manifest import CheckpointName, encode_manifest
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.store import CheckpointStore, Upload, read_manifest
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
-from trainer.cli import main
+from trainer.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -378,7 +378,7 @@ def test_uploaded_checkpoints_are_listed_and_verified_where_they_are(
     stagecast: Stagecast, upload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is downloaded to the disk; parts are read piece by piece."""
-    monkeypatch.setattr("trainer.cli_sources._READ_BYTES", 1_000)
+    monkeypatch.setattr("trainer.cli.sources._READ_BYTES", 1_000)
     monkeypatch.setattr(disk, "write_parts", None)
     _, out, _ = stagecast("list", upload, "--json")
     rows = json.loads(out)
@@ -695,7 +695,7 @@ def test_nothing_but_training_waits_for_torch(script: Any, run: Path, upload: st
     """Lists and exports come at once; obstore is imported for an address only."""
     code, out, err = script(
         f"import sys\n"
-        f"from trainer.cli import main\n"
+        f"from trainer.cli.main import main\n"
         f"try:\n"
         f"    main(['--help'])\n"
         f"except SystemExit:\n"
@@ -716,7 +716,7 @@ def _environment(**more: str) -> dict[str, str]:
 def _in_terminal(*arguments: str, **environment: str) -> str:
     """What the command prints to a terminal."""
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "trainer.cli", "checkpoints", *arguments]
+    command = [sys.executable, "-m", "trainer.cli.main", "checkpoints", *arguments]
     with subprocess.Popen(command, stdout=follower, stderr=follower, env=_environment(**environment)) as process:
         os.close(follower)
         text = b""
@@ -751,7 +751,7 @@ def test_a_terminal_shows_colours_unless_told_not_to(run: Path) -> None:
 def test_names_in_any_script_are_shown_as_far_as_the_output_can(tmp_path: Path, run: Path) -> None:
     """An encoding that lacks them is no reason to fail."""
     folder = run.rename(tmp_path / "läufe\x1b[31m\n\udcff")  # the last one is no Unicode, but the byte 0xff
-    command = [sys.executable, "-m", "trainer.cli", "checkpoints"]
+    command = [sys.executable, "-m", "trainer.cli.main", "checkpoints"]
     environment = _environment(PYTHONIOENCODING="ascii")
     done = subprocess.run([*command, "list", folder, "--json"], env=environment, capture_output=True, timeout=50)
     assert done.returncode == 0, done.stderr
@@ -768,7 +768,7 @@ def test_names_in_any_script_are_shown_as_far_as_the_output_can(tmp_path: Path, 
 
 def test_whoever_reads_no_further_gets_no_traceback(run: Path) -> None:
     """As `stagecast checkpoints list ... | head -0` does."""
-    command = [sys.executable, "-m", "trainer.cli", "checkpoints", "list", str(run)]
+    command = [sys.executable, "-m", "trainer.cli.main", "checkpoints", "list", str(run)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=_environment()) as process:
         assert process.stdout is not None

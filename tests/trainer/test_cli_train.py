@@ -16,14 +16,14 @@ import pytest
 
 from events.checkpoint.settings import Checkpoints
 from events.field_docs import field_docs
-from events.journal import Journal
-from events.journal_reader import read_history
+from events.journal.reader import read_history
+from events.journal.writer import Journal
 from events.messages import RunStarted
 from sinks.registry import sink_names, sink_type
 from trainer.arguments import TrainerArguments
+from trainer.cli.run_config import RunConfig, load_run_config
 from trainer.config import apply_overrides
 from trainer.errors import ArgumentsError
-from trainer.run_config import RunConfig, load_run_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,7 @@ def folder(tmp_path: Path) -> Path:
 
 def command(*arguments: str) -> list[str]:
     # Without the working directory on the path, as the installed command.
-    return [sys.executable, "-P", "-m", "trainer.cli", "train", *arguments]
+    return [sys.executable, "-P", "-m", "trainer.cli.main", "train", *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -259,7 +259,7 @@ def test_factories_that_cannot_be_found_are_each_told_in_one_sentence(script: An
     write(folder, json.dumps(FACTORIES), "factories.json")
     code, out, err = script(
         "import json, sys\n"
-        "from trainer.run_config import RunConfig, prepare\n"
+        "from trainer.cli.run_config import RunConfig, prepare\n"
         "for name, _ in json.load(open('factories.json')):\n"
         "    try:\n"
         "        prepare(RunConfig(module={'factory': name}), 'run.yaml')\n"
@@ -306,7 +306,7 @@ def test_what_cannot_be_built_ends_with_status_2_and_a_sentence(script: Any, fol
     write(folder, json.dumps(UNBUILDABLE), "cases.json")
     code, out, err = script(
         "import json, pathlib\n"
-        "from trainer.cli import main\n"
+        "from trainer.cli.main import main\n"
         "for text, _ in json.load(open('cases.json')):\n"
         "    pathlib.Path('run.yaml').write_text(text)\n"
         "    print(main(['train', 'run.yaml']))\n"
@@ -397,7 +397,7 @@ def test_a_seed_is_that_of_the_weights_too(script: Any, folder: Path) -> None:
     """They are drawn when the module is built, before the run begins."""
     write(folder, "module: 'jobs.line:Line'\narguments: {seed: 3, device: cpu}\nsinks: []\n")
     code, _, err = script(
-        "from trainer.cli import main\n"
+        "from trainer.cli.main import main\n"
         "for name in 'ab':\n"
         "    assert main(['train', 'run.yaml', f'run_dir={name}']) == 0\n"
     ).end()

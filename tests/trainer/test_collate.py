@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-import trainer.collate
-from trainer.collate import TENSOR_BYTES, OutputCollector, as_tuple, collate_outputs, detach_copy, nbytes
+import trainer.hooks.collate
 from trainer.errors import EpochOutputsTooLarge, StepOutputError
+from trainer.hooks.collate import TENSOR_BYTES, OutputCollector, as_tuple, collate_outputs, detach_copy, nbytes
 
 # ----------------------------------------------------------------------------------------------- limits
 
@@ -179,7 +179,7 @@ def test_pieces_are_let_go_while_collating() -> None:
 def test_appending_costs_the_same_whatever_was_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Appending looks at the new outputs alone: it counts their bytes once and copies nothing."""
     counted = []
-    monkeypatch.setattr(trainer.collate, "nbytes", lambda outputs: counted.append(outputs) or nbytes(outputs))
+    monkeypatch.setattr(trainer.hooks.collate, "nbytes", lambda outputs: counted.append(outputs) or nbytes(outputs))
     steps = [(torch.ones(2), torch.ones(())) for _ in range(50)]
     collector = OutputCollector(2**30, "test")
     with TorchCalls() as calls:

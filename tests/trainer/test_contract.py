@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.compilation import make_log_opaque
 from trainer.module_interface import (
     HOOKS,
     LANE_ATTRIBUTE,
@@ -29,6 +28,7 @@ from trainer.module_interface import (
     inline,
     observer,
 )
+from trainer.run.compilation import make_log_opaque
 
 # The contract as a table: class, method, parameters (a default after "="), abstract.
 CONTRACT = [

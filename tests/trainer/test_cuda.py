@@ -27,11 +27,11 @@ from events.messages import (
     ValEpochEnded,
 )
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, inline, to_device
-from trainer.outputs import Capture
-from trainer.resume import Loaded
-from trainer.slab import Slab
-from trainer.staging import Stager
-from trainer.tensor_state import Collected, tensors_in
+from trainer.checkpoint.resume import Loaded
+from trainer.checkpoint.slab import Slab
+from trainer.checkpoint.staging import Stager
+from trainer.data.tensor_state import Collected, tensors_in
+from trainer.hooks.capture import Capture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from trainer.data import (
+from trainer.data.loaders import (
     SequentialSampler,
     ShuffledSampler,
     as_val_loaders,
@@ -28,11 +28,11 @@ from trainer.data import (
     make_train_sampler,
     own_batches,
 )
-from trainer.device import resolve_device
+from trainer.data.rng import seed_everything
+from trainer.data.rows import count_rows
+from trainer.data.tensors import map_tensors, to_device
 from trainer.errors import ArgumentsError, DataLoaderError
-from trainer.rng import seed_everything
-from trainer.rows import count_rows
-from trainer.tensors import map_tensors, to_device
+from trainer.run.device import resolve_device
 
 
 class Pair(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 from events.messages import NonFiniteGradient, NonFiniteLoss, StepSkipped, TrainStepEnded
 from trainer import inline
 from trainer.errors import ArgumentsError, NonFiniteGradientError, NonFiniteLossError, OptimizerError, StepOutputError
-from trainer.gradients import GradientCheck, clip_
+from trainer.loop.gradients import GradientCheck, clip_
 
 POLICIES = [{}, {"clip_grads": True}, {"gpu_batch_size_limit": 4}, {"precision": "bfloat16"}]
 

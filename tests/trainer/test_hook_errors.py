@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from events.bus import Bus
+from events.bus.bus import Bus
 from events.messages import ObserverFailed, ObserverRecovered, TrainStepEnded
 from events.origin import Origin
 from trainer import CallbackInterface, Delivery, fenced, inline, observer
 from trainer.errors import ArgumentsError
-from trainer.hooks import CallbackHooks, CallbackTarget
+from trainer.hooks.hooks import CallbackHooks, CallbackTarget
+from trainer.hooks.recorder import MetricRecorder
 from trainer.media import MediaWriter
-from trainer.recorder import MetricRecorder
 
 MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
 

@@ -18,7 +18,7 @@ from events.messages import BackwardEnded, MetricsLogged
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Delivery, ModuleInterface, fenced, inline, module_interface, observer
 from trainer.errors import SignatureError
-from trainer.hooks import EVENT_OF_HOOK, CallbackHooks
+from trainer.hooks.hooks import EVENT_OF_HOOK, CallbackHooks
 from trainer.module_interface import HOOKS, LANE_ATTRIBUTE
 
 MARKS = {"inline": inline, "fenced": fenced, "observer": observer}

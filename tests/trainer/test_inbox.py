@@ -10,10 +10,10 @@ import anyio
 import pytest
 
 from events.errors import RunFolderError
-from events.folder import is_held
-from events.inbox import COMMANDS_DIR, send_command
 from events.messages import CommandTaken, TrainStepEnded
 from events.protocol import Pause, Resume, Stop
+from events.run.folder import is_held
+from events.run.inbox import COMMANDS_DIR, send_command
 
 
 def test_a_command_to_a_run_that_is_over_is_refused(kit: Any, tmp_path: Path) -> None:

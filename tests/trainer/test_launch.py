@@ -21,8 +21,7 @@ import msgspec
 import pytest
 
 from events.errors import CursorError, RunCancelled, UploadError
-from events.journal_reader import segment_name
-from events.journal_stream import JournalEventStream
+from events.journal.reader import segment_name
 from events.messages import (
     BackwardEnded,
     CommandTaken,
@@ -34,13 +33,15 @@ from events.messages import (
     TrainStepEnded,
 )
 from events.protocol import RunResult
+from events.run.journal_stream import JournalEventStream
 from events.wire import encode_json_lines
-from trainer import launched_process, launcher
 from trainer.errors import ArgumentsError, LaunchedRunCrashed, LaunchedRunFailed
-from trainer.launch_report import error_of
-from trainer.launched import Cancelling, Ended, Failed, LaunchConfig, Ready, build
-from trainer.launched_process import LaunchedProcess
-from trainer.launcher import launch
+from trainer.remote import launch as launcher
+from trainer.remote import process as launched_process
+from trainer.remote.child import Cancelling, Ended, Failed, LaunchConfig, Ready, build
+from trainer.remote.launch import launch
+from trainer.remote.launch_report import error_of
+from trainer.remote.process import LaunchedProcess
 
 JOBS = Path(__file__).parent / "launched"
 FOREVER = 1_000_000
@@ -62,7 +63,7 @@ def _jobs(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def processes(parent: int) -> list[int]:
     """The launched runs of a process that are there, as processes."""
-    return [pid for pid, about in _all_processes() if about[0] == parent and b"trainer.launched" in _command(pid)]
+    return [pid for pid, about in _all_processes() if about[0] == parent and b"trainer.remote.child" in _command(pid)]
 
 
 def group(leader: int) -> list[int]:
@@ -357,7 +358,7 @@ async def test_a_launched_run_is_watched_and_steered_like_any_other(kit: Any, tm
 
 def test_a_service_that_launches_needs_no_torch(script: Any) -> None:
     """Nor does it load the trainer."""
-    program = script("import sys\nimport trainer.launcher\nprint('torch' in sys.modules, 'sinks' in sys.modules)")
+    program = script("import sys\nimport trainer.remote.launch\nprint('torch' in sys.modules, 'sinks' in sys.modules)")
     assert program.end() == (0, "False False\n", "")
 
 
@@ -725,10 +726,10 @@ PARENT = """
 import os, sys, time
 sys.path.insert(0, {jobs!r})
 import anyio
-from trainer.launch_report import error_of
-from trainer.launched import Cancelling, Ended, Failed, LaunchConfig, Ready, build
-from trainer.launched_process import LaunchedProcess
-from trainer.launcher import launch
+from trainer.remote.launch_report import error_of
+from trainer.remote.child import Cancelling, Ended, Failed, LaunchConfig, Ready, build
+from trainer.remote.process import LaunchedProcess
+from trainer.remote.launch import launch
 from events.messages import TrainStepEnded
 
 async def main():

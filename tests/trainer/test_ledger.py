@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from events.messages import CommandTaken, LedgerReported, StallLedger
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, fenced, inline
-from trainer.ledger import Ledger
+from trainer.loop.ledger import Ledger
 
 ROWS = ("compute", "contention", "data", "readback", "publish", "inline", "fence", "backpressure", "paused", "other")
 WAIT_S = 0.01
@@ -300,8 +300,8 @@ def test_contention_is_what_the_loop_stood_and_others_ran(
 ) -> None:
     """The lesser of the two, within the model's part; what has another row already is not counted again."""
     now, ran, other = 0, 0, 500
-    monkeypatch.setattr("trainer.ledger.clock", lambda: now)
-    monkeypatch.setattr("trainer.ledger.cpu_clock", lambda: ran)
+    monkeypatch.setattr("trainer.loop.ledger.clock", lambda: now)
+    monkeypatch.setattr("trainer.loop.ledger.cpu_clock", lambda: ran)
     ledger = Ledger(torch.device("cpu"), lambda: other)
     ledger.start()
     for _ in range(2):  # with a gap between them that is nobody's, and in which another thread ran

@@ -16,8 +16,8 @@ from events.checkpoint.settings import Checkpoints
 from events.messages import MetricsLogged, RunEnded, TrainEpochEnded, TrainStepEnded
 from trainer import CallbackInterface, fenced, inline, observer
 from trainer.errors import ArgumentsError
-from trainer.readback import DeviceReadback
-from trainer.recorder import weighted_mean
+from trainer.hooks.readback import DeviceReadback
+from trainer.hooks.recorder import weighted_mean
 
 MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
 

@@ -14,12 +14,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from events.backlog import Payload
+from events.bus.backlog import Payload
 from events.messages import ObserverFailed, TrainStepEnded
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Delivery, fenced, inline
 from trainer.errors import EpochOutputsTooLarge
-from trainer.outputs import Capture, Copy, EpochOutputs, collate_steps
+from trainer.hooks.capture import Capture, Copy, EpochOutputs, collate_steps
 
 Pair = collections.namedtuple("Pair", "rows label")
 

@@ -24,7 +24,15 @@ def test_somebody_elses_file_or_package_is_refused_by_name(script: Any, tmp_path
     stranger = tmp_path / (f"{name}.py" if form == "file" else f"{name}/__init__.py")
     stranger.parent.mkdir(exist_ok=True)
     stranger.write_text("")
-    ours = ["events", "events.journal_reader", "sinks", "sinks.csv", "trainer", "trainer.cli", "trainer.callbacks"]
+    ours = [
+        "events",
+        "events.journal.reader",
+        "sinks",
+        "sinks.files.csv",
+        "trainer",
+        "trainer.cli.main",
+        "trainer.callbacks",
+    ]
     code, _, err = script(
         f"for name in {[one for one in ours if not f'{one}.'.startswith(f'{name}.')]}:\n"
         "    try:\n"
@@ -71,8 +79,8 @@ def test_commands_name_what_shadows_a_package(kit: Any, tmp_path: Path, name: st
         return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True).stderr
 
     says = f"stagecast needs its own package '{name}', but {stranger} shadows it: rename that file or folder"
-    assert f"ImportError: {says}" in run("-m", "trainer.cli", "--help")
-    program = "import sys; from trainer.cli import main; sys.exit(main(['train', 'run.yaml']))"
+    assert f"ImportError: {says}" in run("-m", "trainer.cli.main", "--help")
+    program = "import sys; from trainer.cli.main import main; sys.exit(main(['train', 'run.yaml']))"
     text = run("-P", "-c", program)
     if name == "sinks":  # `events` is imported by then
         assert text.startswith("stagecast train: error: run.yaml: ")
@@ -87,7 +95,7 @@ def test_importing_the_trainer_loads_no_observers_and_no_extras(script: Any) -> 
         "sys.modules['rich'] = None\n"  # makes its import fail: structlog would load it where it is installed
         "import trainer\n"
         "assert trainer.Trainer\n"
-        "print(sorted({'sinks', 'sklearn', 'trio', 'trainer.examples', 'trainer.cli'} & set(sys.modules)))"
+        "print(sorted({'sinks', 'sklearn', 'trio', 'trainer.examples', 'trainer.cli.main'} & set(sys.modules)))"
     )
     assert program.end() == (0, "[]\n", "")
 
@@ -96,7 +104,7 @@ def test_the_command_line_explains_itself_without_torch(script: Any) -> None:
     """Help and wrong arguments come at once."""
     program = script(
         "import sys\n"
-        "from trainer.cli import main\n"
+        "from trainer.cli.main import main\n"
         "try:\n"
         "    main(['demo', '--help'])\n"
         "except SystemExit as ended:\n"
@@ -179,7 +187,7 @@ def test_all_files_are_looked_at() -> None:
     """Guards the tests below."""
     assert len(FILES) > 50
     assert ("events", True) in set(imports(ROOT / "trainer/__init__.py"))
-    assert ("sinks", False) in set(imports(ROOT / "trainer/session.py"))
+    assert ("sinks", False) in set(imports(ROOT / "trainer/run/session.py"))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,12 @@ def test_imports_go_in_one_direction(package: str, never: set[str]) -> None:
     assert found == {}
 
 
-ADAPTERS = {"sinks/live/server.py", "sinks/otlp_export.py", "trainer/connection_http.py", "trainer/examples/service.py"}
+ADAPTERS = {
+    "sinks/live/server.py",
+    "sinks/trackers/otlp_export.py",
+    "trainer/remote/http.py",
+    "trainer/examples/service.py",
+}
 """Modules around a client, which are imported when that is wanted."""
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainer.errors import PrecisionError
-from trainer.precision import Precision
+from trainer.loop.precision import Precision
 
 
 def _two() -> tuple[nn.Parameter, nn.Parameter, list[torch.optim.Optimizer]]:

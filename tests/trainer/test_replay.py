@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from events.errors import RunFolderError
-from events.folder import is_held
-from events.journal_lines import decode_line, encode_lines
-from events.journal_reader import journal_tail, read_history
+from events.journal.lines import decode_line, encode_lines
+from events.journal.reader import journal_tail, read_history
 from events.messages import Event, ObserverFailed, ObserverRecovered, TrainStepEnded
+from events.run.folder import is_held
 from events.sink import Delivery
 from sinks import Memory
 from sinks.replay import replay
@@ -27,7 +27,7 @@ HOSTED = Path(__file__).parent / "hosted"
 
 def command(kit: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "trainer.cli", "replay", *arguments],
+        [sys.executable, "-m", "trainer.cli.main", "replay", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(kit.ROOT), str(HOSTED)])},

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from events.messages import TrainEpochEnded, TrainStepEnded, ValEpochEnded
+from trainer.data.rows import count_rows
 from trainer.errors import BatchWeightError
-from trainer.rows import count_rows
 
 ONES = torch.ones
 

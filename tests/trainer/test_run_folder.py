@@ -20,8 +20,7 @@ import pytest
 import torch
 
 from events.errors import RunFolderError, RunFolderHeld, RunFolderMismatch
-from events.folder import RunFolder
-from events.journal_reader import JournalReader, SkippedLine, journal_tail, read_history
+from events.journal.reader import JournalReader, SkippedLine, journal_tail, read_history
 from events.messages import (
     Event,
     JournalGap,
@@ -32,6 +31,7 @@ from events.messages import (
     RunStarted,
     TrainStepEnded,
 )
+from events.run.folder import RunFolder
 from trainer.errors import ArgumentsError
 
 NET = """
@@ -90,7 +90,7 @@ def again(kit: Any, folder: Any = "run", **options: Any) -> Any:
 async def test_a_folder_that_another_process_holds_is_refused_by_both_doors(kit: Any, script: Any) -> None:
     """With the process's number, before the module is asked for anything; it is free once that process is gone."""
     holder = script(
-        "import os, sys\nfrom events.folder import RunFolder\n"
+        "import os, sys\nfrom events.run.folder import RunFolder\n"
         "folder = RunFolder.open('run', 'mine')\nprint('held')\nsys.stdin.read()"
     )
     holder.wait_for("held")

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from events.folder import RunFolder
 from events.messages import CommandTaken, Event, RunEnded, TrainStepEnded
 from events.protocol import Pause
+from events.run.folder import RunFolder
 from events.sink import Delivery
 from trainer import CallbackInterface, RunInterrupted, RunTerminated, Trainer, inline
-from trainer.loop_thread import LoopThread
+from trainer.run.thread import LoopThread
 
 MANY = 100_000  # epochs: more than any test waits for
 BOTH = [signal.SIGINT, signal.SIGTERM]

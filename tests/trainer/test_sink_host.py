@@ -19,7 +19,7 @@ import pytest
 from events.errors import SinkHostFailed
 from events.messages import ObserverFailed, ObserverHealth, ObserverRecovered, ObserversReported, ValStepEnded
 from events.sink import Delivery
-from sinks import host_process
+from sinks.host import process as host_process
 from trainer.errors import ArgumentsError
 
 HOSTED = Path(__file__).parent / "hosted"

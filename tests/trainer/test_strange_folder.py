@@ -14,14 +14,14 @@ import pytest
 
 from events.checkpoint import store
 from events.errors import CheckpointError, RunFolderError, SinkMisconfigured
-from events.inbox import send_command
 from events.messages import CheckpointRejected, RunResumed
 from events.protocol import Stop
+from events.run.inbox import send_command
 from events.sink import RunInfo
 from sinks import CSV, JSONL, Live, Prometheus, TensorBoard
 from trainer import Checkpoints
-from trainer.cli import main
-from trainer.launcher import launch
+from trainer.cli.main import main
+from trainer.remote.launch import launch
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="links and FIFOs are POSIX"),

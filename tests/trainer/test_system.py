@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from events.messages import RunEnded, RunStarted, SystemSampled
-from trainer import system as system_module
 from trainer.errors import ArgumentsError
+from trainer.run import system as system_module
 
 
 def holding_net(kit: Any, hold: Any) -> Any:

@@ -5,7 +5,7 @@
 from typing import Any, assert_type
 
 from events.protocol import EventStream, RunResult
-from events.run import Run
+from events.run.run import Run
 from sinks import CSV
 from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
 

@@ -15,7 +15,7 @@ from events.errors import CheckpointMismatch, StagecastError
 from events.log import logger
 from trainer.callbacks.checks import Checks, is_finite
 from trainer.errors import ContractError
-from trainer.hooks import without_outputs
+from trainer.hooks.hooks import without_outputs
 from trainer.module_interface import CallbackInterface, inline
 
 

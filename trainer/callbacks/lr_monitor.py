@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.callbacks.checks import Checks, must_be_trained
-from trainer.hooks import without_outputs
+from trainer.hooks.hooks import without_outputs
 from trainer.module_interface import CallbackInterface, ModuleInterface, inline
 
 

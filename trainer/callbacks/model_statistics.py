@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from trainer.callbacks.checks import Checks, must_be_trained
-from trainer.hooks import without_outputs
+from trainer.hooks.hooks import without_outputs
 from trainer.media import Histogram
 from trainer.module_interface import CallbackInterface, ModuleInterface, inline
 

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from events.errors import CheckpointError
-from events.run import Run
+from events.run.run import Run
 from sinks.live.access import Access, Refused, choose_token
 from sinks.live.access import Request as AccessRequest
 from sinks.live.app import LiveApp

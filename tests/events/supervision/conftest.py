@@ -12,13 +12,13 @@ from typing import Any
 import anyio
 import pytest
 
-from events.backlog import Payload, Published
-from events.bus import Bus
+from events.bus.backlog import Payload, Published
+from events.bus.bus import Bus
+from events.bus.observer import Observer, SinkTarget
+from events.bus.supervisor import Supervisor
 from events.messages import Event, ObserverFailed, ObserverRecovered, ObserverSlow, TrainStepEnded
-from events.observer import Observer, SinkTarget
 from events.protocol import ObserverReport
 from events.sink import RunInfo
-from events.supervisor import Supervisor
 
 WAIT_S = 20.0
 """How long anything that ought to happen may take on a busy machine."""

@@ -9,13 +9,13 @@ from typing import Any
 import anyio
 import pytest
 
-from events.backlog import Payload
-from events.fence import Fence
+from events.bus.backlog import Payload
+from events.bus.fence import Fence
+from events.bus.observer import Observer, describe
+from events.bus.supervisor import Supervisor
 from events.messages import ObserverFailed, ObserverRecovered
-from events.observer import Observer, describe
 from events.protocol import ObserverReport
 from events.sink import RunInfo
-from events.supervisor import Supervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -1,0 +1,381 @@
+"""Runs one observer so that it can neither kill a run by accident nor hang its end.
+
+An observer has a task here, and a thread of its own if it blocks. Deliveries are made one at a time; a failure is
+published, and answered as the `Delivery` says. While an observer is failing, its circuit is open: nothing is delivered
+but one attempt after each growing pause, and its queue follows the overflow policy. A call that exceeds its timeout
+counts as failed, but is never made a second time while it may still succeed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import anyio
+import anyio.abc
+
+from events.bus.backlog import Published
+from events.bus.bus import Bus
+from events.bus.subscription import Subscription
+from events.bus.worker import AsyncJob, Job, Worker
+from events.errors import SinkMisconfigured
+from events.log import logger
+from events.messages import (
+    Event,
+    ObserverFailed,
+    ObserverHealth,
+    ObserverRecovered,
+    ObserverSlow,
+)
+from events.protocol import ObserverReport
+from events.sink import Delivery, RunInfo, Sink, SinkWriter
+from events.tracebacks import describe as describe
+
+OnFatal = Callable[[BaseException], None]
+
+LAST_TRIES_S = 3.0
+"""Seconds for which a call that fails is repeated once the run is over, however many retries are left: a disk that is
+full then, or read-only, must not use up the whole drain. Each progress within the call restarts them."""
+
+
+class Target(Protocol):
+    """What a supervised observer does; `SinkTarget` and the callbacks of `trainer` are the two kinds."""
+
+    payloads: bool
+    """Whether it needs the payloads beside the events."""
+    blocking: bool
+    """Whether `deliver` runs on the observer's thread; if not, it returns an awaitable at once. Known after `open`.
+
+    `open` and `close` always run on the thread. What any of them returns is awaited in the event loop if it can be.
+    """
+
+    def open(self) -> None:
+        """Get ready; on the observer's thread."""
+        ...
+
+    def deliver(self, batch: Sequence[Published], /) -> Any:
+        """Handle a batch, or what is left of it when it is delivered again."""
+        ...
+
+    def close(self) -> Any:
+        """Flush and let go."""
+        ...
+
+    def abandon(self) -> None:
+        """Nobody waits any more for the call that is under way: begin nothing new in it. From the event loop."""
+        ...
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        """What it is doing now, in a word, and how many events of the batch in hand are done (None: all or nothing)."""
+        ...
+
+
+class SinkTarget:
+    """A sink as the supervisor sees it."""
+
+    payloads = False
+    blocking = True
+
+    def __init__(self, sink: Sink, run: RunInfo) -> None:
+        self._sink = sink
+        self._run = run
+        self.writer: SinkWriter | None = None
+
+    def open(self) -> None:
+        writer: Any = self._sink.open(self._run)
+        if inspect.iscoroutine(writer):
+            writer.close()
+            raise TypeError(
+                f"{type(self._sink).__name__}.open() is async, but a sink is opened on a thread of its own: make it a"
+                f" plain function that returns the writer, and connect in the writer's first `async def write`"
+            )
+        self.blocking = not inspect.iscoroutinefunction(writer.write)
+        self.writer = writer
+
+    def deliver(self, batch: Sequence[Published], /) -> Any:
+        assert self.writer is not None
+        events: list[Event] = [event for event, _ in batch]
+        return self.writer.write(events)
+
+    def abandon(self) -> None:
+        """Nothing: a write is one thing to its writer."""
+
+    def close(self) -> Any:
+        return self.writer.close() if self.writer is not None else None
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        return ("write" if self.writer is not None else "open"), None
+
+
+class _Stopped(Exception):
+    """The observer gets nothing more."""
+
+
+class Observer:
+    """One supervised observer. Created by `Supervisor.add`."""
+
+    def __init__(self, name: str, target: Target, delivery: Delivery, bus: Bus, on_fatal: OnFatal) -> None:
+        self.name = name
+        self.circuit: Literal["closed", "open", "half_open", "disabled"] = "closed"
+        self.error: str | None = None
+        """Type and text of its last failure."""
+        self.subscription: Subscription = bus.subscribe(name, delivery, payloads=target.payloads)
+        self.target = target
+        self._bus = bus
+        self._on_fatal = on_fatal
+        self._worker = Worker(f"stagecast-{name}", bus.post, bus.cpu_time)
+        self._during: str | None = None
+        self._late: Job | AsyncJob | None = None  # a call that has exceeded its timeout and has not returned
+        self._draining = anyio.Event()
+        self._drained_since = math.inf
+        self._finished = anyio.Event()
+        self._close_failed = False
+
+    async def run(self) -> None:
+        """Open, deliver until the end of the stream, close."""
+        try:
+            try:
+                await self._persist("open", self.target.open)
+                await self._deliver()
+            except _Stopped:
+                pass
+            await self._close()
+            self._finished.set()
+        finally:
+            self._worker.stop()  # when cancelled too: an idle thread would wait for its next call for ever
+
+    async def _deliver(self) -> None:
+        while True:
+            try:
+                batch = await self.subscription.receive()
+            except anyio.EndOfStream:
+                return
+            await self._persist(None, self.target.deliver, batch)
+            del batch  # or its tensors would stay in memory until the next one comes
+
+    async def _persist(self, during: str | None, function: Callable[..., Any], *args: Any) -> None:
+        """Make a call until it succeeds or the policy gives up (`_Stopped`)."""
+        delivery = self.subscription.delivery
+        failures = 0
+        done: int | None = None
+        since = time.monotonic()
+        while (error := await self._attempt(during, function, *args)) is not None:
+            self._raise_if_disabled()
+            if failures and self.target.progress[1] != done:
+                self._recover(failures, since)  # it got further: this is another failure, not the same one again
+                failures, since = 0, time.monotonic()
+            done = self.target.progress[1]
+            failures += 1
+            hopeless = delivery.on_error != "retry" or isinstance(error, SinkMisconfigured)
+            too_late = time.monotonic() - max(since, self._drained_since) > LAST_TRIES_S
+            if hopeless or failures > delivery.retries or too_late:
+                self._give_up(error, failures)
+                raise _Stopped
+            self.error = describe(error)
+            if failures == 1:
+                self._fail(error, "retrying", failures)
+            self.circuit = "open"
+            if await self._succeeds_late():
+                break
+            await self._back_off(min(delivery.backoff_s * 2.0 ** min(failures - 1, 64), delivery.max_backoff_s))
+            self._raise_if_disabled()
+            self.circuit = "half_open"
+        self._raise_if_disabled()
+        if failures:
+            self._recover(failures, since)
+
+    def _recover(self, failures: int, since: float) -> None:
+        self.circuit = "closed"
+        self._publish(ObserverRecovered, self.name, failures, time.monotonic() - since)
+
+    async def _attempt(self, during: str | None, function: Callable[..., Any], *args: Any) -> BaseException | None:
+        """Make a call once; returns what it raised, or that it did not return in time."""
+        self._during = during
+        limit_s = self.subscription.delivery.timeout_s if during != "close" else None
+        call: Job | AsyncJob
+        if self.target.blocking or during is not None:
+            call = self._worker.submit(function, *args)
+        else:
+            call = AsyncJob(function, *args)
+        try:
+            in_time = await self._finishes(call, limit_s)
+            if in_time and inspect.isawaitable(call.value):  # an async `close`, or a `write` that is not declared async
+                call = AsyncJob(_same, call.value)
+                in_time = await self._finishes(call, limit_s)
+        finally:
+            call.cancel()
+        if in_time:
+            return call.error
+        self._late = call
+        return TimeoutError(f"no answer within {limit_s:g} s")
+
+    async def _finishes(self, call: Job | AsyncJob, limit_s: float | None) -> bool:
+        """Wait for a call within its timeout; publish `ObserverSlow` once it is slow.
+
+        The time begins anew when some of the batch is done meanwhile: a hundred short hooks are not one long one.
+        """
+        timeout_s = limit_s if limit_s is not None else math.inf
+        slow_s = min(self.subscription.delivery.slow_s, timeout_s)
+        announced = slow_s == timeout_s
+        done, left_s = self.target.progress[1], slow_s
+        while True:
+            with anyio.move_on_after(left_s):
+                await call.finished.wait()
+            if call.finished.is_set():
+                return True
+            if (now_done := self.target.progress[1]) != done:
+                done, left_s = now_done, timeout_s if announced else slow_s
+            elif announced:
+                return False
+            else:
+                self._publish(ObserverSlow, self.name, self.doing, slow_s)
+                announced, left_s = True, timeout_s - slow_s
+
+    async def _succeeds_late(self) -> bool:
+        """Wait for the call that has exceeded its timeout, if there is one: none is made beside it."""
+        call = self._late
+        if call is None:
+            return False
+        await call.finished.wait()
+        if inspect.isawaitable(call.value):
+            call = self._late = AsyncJob(_same, call.value)
+            try:
+                await call.finished.wait()
+            finally:
+                call.cancel()
+        self._late = None
+        return call.error is None
+
+    async def _back_off(self, pause_s: float) -> None:
+        with anyio.move_on_after(pause_s):
+            await self._draining.wait()
+            # The run is over: what is left is tried in quick succession.
+            await anyio.sleep(min(pause_s, 0.1))
+
+    def _give_up(self, error: BaseException, failures: int) -> None:
+        fatal = self.subscription.delivery.on_error == "fatal"
+        self.circuit = "disabled"
+        self._fail(error, "fatal" if fatal else "disabled", failures)
+        if fatal:
+            self._on_fatal(error)  # before the fences fall: the loop must not take another step
+        self._abandon()
+
+    def disable(self, error: str) -> None:
+        """Deliver nothing more to it: it has failed elsewhere, where that was announced.
+
+        Args:
+            error: Type and text of what it raised.
+        """
+        if self.circuit != "disabled":
+            self.circuit, self.error = "disabled", error
+            self._abandon()
+
+    def _raise_if_disabled(self) -> None:
+        if self.circuit == "disabled":
+            raise _Stopped
+
+    def _abandon(self) -> None:
+        self._bus.unsubscribe(self.subscription)
+        self.target.abandon()
+        _, done = self.target.progress
+        self.subscription.done(done or 0)
+        self.subscription.discard()
+
+    async def _close(self) -> None:
+        self._let_go()
+        await self._succeeds_late()  # its methods are called one at a time
+        error = await self._attempt("close", self.target.close)
+        if error is not None:
+            self._close_failed = True
+            self._fail(error, "disabled", 1)
+
+    @property
+    def doing(self) -> str:
+        """The call that is under way, or was the last one."""
+        return self._during or self.target.progress[0]
+
+    def _fail(self, error: BaseException, action: Literal["fatal", "disabled", "retrying"], failures: int) -> None:
+        self.error = describe(error)
+        self._publish(ObserverFailed, self.name, self.error, self.doing, action, failures)
+        logger.warning(
+            f"observer {self.name} failed in {self.doing} ({action}): {self.error}", exc_info=error, published=True
+        )
+
+    def _publish(self, kind: type[Event], *fields: Any) -> None:
+        self._bus.publish(kind(*self._bus.origin.header(), *fields))
+
+    def drain(self) -> None:
+        """No more events will come: deliver what is queued, then close."""
+        self._bus.unsubscribe(self.subscription)
+        self.subscription.finish()
+        self._drained_since = time.monotonic()
+        self._draining.set()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Have the drain not wait for an observer that was given up because it hangs: nothing is left to wait for."""
+        if self._draining.is_set() and self.circuit == "disabled" and self._late is not None:
+            self._finished.set()
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether its last call failed, or it is disabled. Any thread."""
+        return self.circuit != "closed"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is closed."""
+        return self._finished.is_set()
+
+    async def finished(self) -> None:
+        """Wait until it is closed."""
+        await self._finished.wait()
+
+    def health(self) -> ObserverHealth:
+        """How it is doing now."""
+        statistics, oldest = self.subscription.statistics, self.subscription.oldest
+        return ObserverHealth(
+            self.name,
+            "ok" if self.circuit == "closed" else "disabled" if self.circuit == "disabled" else "failing",
+            statistics.queued,
+            None if oldest is None else max(0.0, time.time() - oldest.time),
+            statistics.delivered,
+            statistics.dropped,
+            statistics.conflated,
+        )
+
+    def report(self) -> ObserverReport:
+        """What became of its events; then lets go of those that are left."""
+        statistics = self.subscription.statistics
+        state: Literal["closed", "disabled", "stuck", "failed"] = "closed"
+        if not self._finished.is_set():
+            state = "stuck"
+            self.target.abandon()
+            still = f"still in {self.doing} at the end of the drain"
+            self.error = still if self.circuit == "closed" else f"{still}, after {self.error}"
+        elif self.circuit == "disabled":
+            state = "disabled"
+        elif self._close_failed:
+            state = "failed"
+        report = ObserverReport(
+            observer=self.name,
+            state=state,
+            published=statistics.published,
+            delivered=statistics.delivered,
+            dropped=statistics.dropped,
+            conflated=statistics.conflated,
+            spilled=statistics.spilled,
+            left=statistics.queued,
+            error=self.error,
+        )
+        self.subscription.discard()
+        return report
+
+
+def _same(awaitable: Any) -> Any:
+    return awaitable

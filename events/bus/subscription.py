@@ -1,0 +1,244 @@
+"""One observer's queue: bounded in count and bytes, with a stated rule for what happens there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import anyio
+import msgspec
+from anyio.streams.memory import MemoryObjectSendStream
+
+from events.bus.backlog import Backlog, Item, Published
+from events.bus.spill import Spill
+from events.messages import Event
+from events.sink import Delivery
+
+
+class Statistics(msgspec.Struct):
+    """Counters of one subscription. ``published == delivered + dropped + conflated + queued`` at all times."""
+
+    published: int = 0
+    """Events that were meant for it."""
+    delivered: int = 0
+    """Events whose delivery has returned."""
+    dropped: int = 0
+    """Events that it will never get, by its overflow policy or because it was disabled."""
+    conflated: int = 0
+    """Events replaced by a newer one of the same key."""
+    spilled: int = 0
+    """Events that went through the disk; they are also counted as what became of them."""
+    queued: int = 0
+    """Events waiting, on disk, or in a delivery that has not returned."""
+
+
+class Subscription:
+    """A queue between the pump and one receiver, used in the event loop's thread only.
+
+    Stated bounds, the batch in delivery included: ``drop_oldest`` and ``latest`` hold at most ``capacity`` events (two,
+    where that is 1) and ``capacity_bytes`` in memory, or twice that if events that are not droppable fill it alone.
+    ``spill`` holds at most ``capacity`` events and ``capacity_bytes``, and as many bytes on their way to the disk
+    (twice that for those not droppable). ``block`` holds at most that, and what the bus's ring held when the loop was
+    told to wait. One event may exceed the bytes by itself: it is delivered, not dropped.
+
+    What nobody waits for stays in the backlog, where the overflow policy rules; a waiting receiver is handed its batch
+    through an anyio memory object stream. A batch is at most half of what the queue may hold, or the newest events
+    would find no room while it is delivered. It counts as queued until the receiver asks for the next one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        delivery: Delivery,
+        *,
+        payloads: bool = False,
+        spill: Spill | None = None,
+        on_credit: Callable[[Subscription, bool], None] = lambda subscription, full: None,
+    ) -> None:
+        self.name = name
+        self.delivery = delivery
+        self.payloads = payloads
+        """Whether the receiver gets the payloads; without them tensors are let go at the pump."""
+        self.statistics = Statistics()
+        self.ended = False
+        self.recoverable = False
+        """Whether the receiver gets elsewhere what is dropped here, so that it is no loss to be announced."""
+        self._spill = spill
+        self._on_credit = on_credit
+        self._backlog = Backlog()
+        self._batch = min(delivery.batch, (delivery.capacity + 1) // 2)
+        self._batch_bytes = delivery.capacity_bytes // 2
+        self._in_flight: list[Item] = []
+        self._in_flight_bytes = 0
+        self._in_hand = False  # whether the receiver has got what is in flight
+        self._waiting: MemoryObjectSendStream[list[Item]] | None = None  # there while the receiver waits
+        self._reported = (0, 0)
+
+    # ------------------------------------------------------------------------------------- the pump's side
+
+    def offer(self, items: list[Item]) -> None:
+        """Take events from the pump and apply the overflow policy. Never waits."""
+        self.statistics.published += len(items)
+        if self.ended:
+            self._lose(items, "dropped")
+            return
+        self.statistics.queued += len(items)
+        if self._spill is not None:
+            fitting = 0 if self._spill.count else self._fitting(items)
+            self._backlog.extend(items[:fitting])
+            if fitting < len(items):
+                self._spill.write(items[fitting:], self._spilled)
+        else:
+            self._backlog.extend(items)
+            if self.delivery.overflow == "block":
+                self._on_credit(self, self.is_full)
+            elif self.is_full:
+                self._overflow()
+        if self._waiting is not None and not self.is_empty:
+            # An empty batch if what there is must come from the disk.
+            self._waiting.send_nowait(self._take())
+            self._waiting = None
+
+    def finish(self) -> None:
+        """No more events will be offered: the receiver gets what is queued, then the end of the stream."""
+        self.ended = True
+        if self._waiting is not None:
+            self._waiting.close()
+
+    def discard(self) -> None:
+        """Drop all that waits and end the stream; the loop is released from fences and from waiting for room."""
+        self.finish()
+        self._lose([*self._in_flight, *self._backlog.take(len(self._backlog))], "dropped", queued=True)
+        self._in_flight, self._in_flight_bytes = [], 0
+        if self._spill is not None:
+            self._release(self._spill.close())
+        self.statistics.dropped += self.statistics.queued  # what was on disk
+        self.statistics.queued = 0
+        self._on_credit(self, False)
+
+    def take_losses(self) -> tuple[int, int]:
+        """Events dropped and conflated since the last call; none if the receiver gets them elsewhere."""
+        before, self._reported = self._reported, (self.statistics.dropped, self.statistics.conflated)
+        if self.recoverable:
+            return 0, 0
+        return self._reported[0] - before[0], self._reported[1] - before[1]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more waits in memory than the delivery allows."""
+        count = len(self._backlog) + len(self._in_flight)
+        return count > self.delivery.capacity or self._waiting_bytes > self.delivery.capacity_bytes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the receiver has been handed everything there is."""
+        handed = self._in_hand or not self._in_flight
+        return handed and not len(self._backlog) and not (self._spill is not None and self._spill.count)
+
+    @property
+    def oldest(self) -> Event | None:
+        """The event that has waited longest; None if none waits."""
+        return self._in_flight[0][0] if self._in_flight else self._backlog.oldest
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of memory that waiting events hold."""
+        return self._waiting_bytes + (self._spill.memory_bytes if self._spill is not None else 0)
+
+    @property
+    def _waiting_bytes(self) -> int:
+        return self._backlog.nbytes + self._in_flight_bytes
+
+    def _fitting(self, items: list[Item]) -> int:
+        """How many of these, from the first on, still fit into memory."""
+        room = self.delivery.capacity - len(self._backlog) - len(self._in_flight)
+        room_bytes = self.delivery.capacity_bytes - self._waiting_bytes
+        for index, item in enumerate(items):
+            room_bytes -= item[2]
+            if index >= room or room_bytes < 0:
+                return index
+        return len(items)
+
+    def _overflow(self) -> None:
+        if self.delivery.overflow == "latest":
+            self._lose(self._backlog.conflate(), "conflated", queued=True)
+        # The newest event always finds a place, whatever is being delivered.
+        capacity, capacity_bytes = self.delivery.capacity, self.delivery.capacity_bytes
+        flying, flying_bytes = len(self._in_flight), self._in_flight_bytes
+        limits = max(capacity - flying, 1), max(capacity_bytes - flying_bytes, 0)
+        hard_limits = max(2 * capacity - flying, 1), max(2 * capacity_bytes - flying_bytes, 0)
+        self._lose(self._backlog.drop_oldest(*limits, *hard_limits), "dropped", queued=True)
+
+    def _lose(self, items: list[Item], how: Literal["dropped", "conflated"], *, queued: bool = False) -> None:
+        statistics = self.statistics
+        setattr(statistics, how, getattr(statistics, how) + len(items))
+        if queued:
+            statistics.queued -= len(items)
+        self._release(items)
+
+    def _release(self, items: list[Item]) -> None:
+        """Nobody will run the hooks of these events."""
+        for _, payload, _ in items:
+            if payload is not None and payload.fence is not None:
+                payload.fence.release(self.name)
+
+    def _spilled(self, written: int, lost: list[Item]) -> None:
+        """The spill has dealt with a chunk."""
+        self.statistics.spilled += written
+        self._lose(lost, "dropped", queued=True)
+
+    # --------------------------------------------------------------------------------- the receiver's side
+
+    async def receive(self) -> list[Published]:
+        """Wait for the next batch, at least one event; counts the batch before it as delivered.
+
+        A call that is cancelled loses nothing: what it would have returned is returned by the next one.
+
+        Raises:
+            anyio.EndOfStream: everything has been received, and no more will come.
+        """
+        self.done()
+        while not (self._in_flight or self._take()):
+            if self._spill is not None and self._spill.count:
+                items, lost = await self._spill.read(self._batch, self._batch_bytes)
+                self._backlog.extend(items)
+                if lost:
+                    self.statistics.dropped += lost
+                    self.statistics.queued -= lost
+                    self._release(self._spill.fenced())  # which of them are lost cannot be told: none may hold the loop
+            elif self.ended:
+                raise anyio.EndOfStream
+            else:
+                await self._wait()
+        self._in_hand = True
+        return [(event, payload) for event, payload, _ in self._in_flight]
+
+    def done(self, count: int | None = None) -> None:
+        """The batch in hand is delivered; or its first ``count`` events are, and the rest is dropped."""
+        if not self._in_hand:
+            return
+        items, self._in_flight, self._in_flight_bytes, self._in_hand = self._in_flight, [], 0, False
+        delivered = len(items) if count is None else count
+        self.statistics.delivered += len(items[:delivered])
+        self.statistics.queued -= len(items[:delivered])
+        self._lose(items[delivered:], "dropped", queued=True)
+        if self.delivery.overflow == "block" and not self.ended:
+            self._on_credit(self, self.is_full)
+
+    def _take(self) -> list[Item]:
+        self._in_flight = self._backlog.take(self._batch, self._batch_bytes)
+        self._in_flight_bytes = sum(item[2] for item in self._in_flight)
+        return self._in_flight
+
+    async def _wait(self) -> None:
+        """Wait until the pump hands over a batch, which it also leaves in `_in_flight`, or until the end."""
+        # With room for one: a receiver that has not begun to wait, or is being cancelled, cannot take it directly.
+        send, receive = anyio.create_memory_object_stream[list[Item]](1)
+        self._waiting = send
+        with send, receive:
+            try:
+                await receive.receive()
+            except anyio.EndOfStream:
+                pass  # `receive` sees that it has ended
+            finally:
+                self._waiting = None

@@ -1,0 +1,125 @@
+"""Calls that can be left behind: on threads and in tasks of our own, awaited without the host's thread limiter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import queue
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+
+from events.bus.cpu_time import CpuTime
+
+Post = Callable[[Callable[[], object]], None]
+"""Runs a function in the event loop, from any thread, without waiting: `Bus.post`."""
+
+
+class Job:
+    """One call on a `Worker`. Await `finished`, then read `error` or `value`."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._function = function
+        self._args = args
+        self.finished = anyio.Event()
+        self.value: Any = None
+        self.error: BaseException | None = None
+        """What the call raised. Kept as data: a SystemExit of a callback must not end the host's event loop."""
+
+    def run(self, post: Post) -> None:
+        """Make the call on the current thread and report through ``post``."""
+        try:
+            self.value = self._function(*self._args)
+        except BaseException as error:  # the border of a thread that belongs to an observer: reported, not handled
+            self.error = error
+        finally:
+            del self._function, self._args
+        post(self.finished.set)
+
+    def cancel(self) -> None:
+        """Nothing: a thread cannot be interrupted."""
+
+
+class AsyncJob:
+    """One call that returns an awaitable, in a task of its own. Create it in the event loop; then as `Job`.
+
+    The task is in no task group, because a group waits for its tasks: one that shields itself from cancellation, as
+    every `anyio.to_thread` does, would hold up the end of the run for as long as it likes. What it raises is kept as
+    data too, a cancellation included that nobody has asked for.
+    """
+
+    def __init__(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        self._function = function
+        self._args = args
+        self._scope = anyio.CancelScope()
+        self.finished = anyio.Event()
+        self.value: Any = None
+        self.error: BaseException | None = None
+        if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+            task = asyncio.get_running_loop().create_task(self._run())
+            _tasks.add(task)  # the event loop itself holds no reference to it
+            task.add_done_callback(_tasks.discard)
+        else:
+            import trio
+
+            trio.lowlevel.spawn_system_task(self._run, context=contextvars.copy_context())
+
+    def cancel(self) -> None:
+        """Ask it to end."""
+        self._scope.cancel()
+
+    async def _run(self) -> None:
+        with self._scope:
+            try:
+                self.value = await self._function(*self._args)
+            except BaseException as error:  # the border of a task that belongs to an observer: reported, not handled
+                self.error = error
+        del self._function, self._args
+        self.finished.set()
+
+
+_tasks: set[asyncio.Task[None]] = set()
+
+
+class Worker:
+    """A thread that makes one call at a time.
+
+    It is daemonic, so a call that never returns holds up neither a run nor the end of the process. `anyio.to_thread`
+    would share its limiter with the host, and a thread abandoned there keeps an asyncio process alive.
+    """
+
+    def __init__(self, name: str, post: Post, cpu_time: CpuTime) -> None:
+        self.name = name
+        self.post = post
+        self._cpu_time = cpu_time
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Job:
+        """Queue a call; returns at once. From the event loop only."""
+        job = Job(function, args)
+        if self._thread is None:
+            from events.log import in_this_run  # structlog takes its time, and not all who import this start a thread
+
+            thread = threading.Thread(target=in_this_run(self._run), name=self.name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more threads: this call failed, the next one may not
+                job.error = error
+                job.finished.set()
+                return job
+            self._thread = thread
+        self._jobs.put(job)
+        return job
+
+    def stop(self) -> None:
+        """End the thread after the calls that are queued. Does not wait; calls made later are never run."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        with self._cpu_time.counting():
+            while (job := self._jobs.get()) is not None:
+                job.run(self.post)
+                del job  # or the last batch would stay in memory until the next one

@@ -1,0 +1,555 @@
+"""Reading a journal: from a cursor on, while it grows, whatever happened to its files.
+
+A journal is a folder of segments: JSON lines in files that are named by the first ``seq`` in them. A line
+that ends in a newline never changes; segments are only ever added. What stands behind the last newline of the
+newest segment is still being written, or is what a killed process left. So a reader that waits for the
+newline until a newer segment exists sees every event once and in order.
+
+All of it is synchronous and belongs to one thread. Nothing here raises for the content of a journal: lines that are
+not events, lines that are too long, and segments that are not regular files are skipped and reported. A segment that
+exists and cannot be read raises `OSError`, and so does a journal whose folder is a link.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from events.checkpoint.manifest import CheckpointName
+from events.errors import WireError
+from events.journal.lines import decode_line, events_in, gap_before, is_checked
+from events.journal.segment import JOURNAL_DIR as JOURNAL_DIR
+from events.journal.segment import MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
+from events.journal.segment import segment_name as segment_name
+from events.journal.segment import segment_numbers as segment_numbers
+from events.messages import (
+    BackwardEnded,
+    Event,
+    HistogramLogged,
+    ImageLogged,
+    LedgerReported,
+    MetricsLogged,
+    MonitorMissing,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    RunResumed,
+    StepSkipped,
+    TestEpochEnded,
+    TestEpochStarted,
+    TestStepEnded,
+    TextLogged,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    ValEpochEnded,
+    ValEpochStarted,
+    ValStepEnded,
+)
+from events.safe_files import UnsafeFile
+
+SUPERSEDED_TYPES: tuple[type[Event], ...] = (
+    TrainEpochStarted,
+    TrainStepEnded,
+    BackwardEnded,
+    ValEpochStarted,
+    ValStepEnded,
+    ValEpochEnded,
+    TestEpochStarted,
+    TestStepEnded,
+    TestEpochEnded,
+    TrainEpochEnded,
+    MetricsLogged,
+    HistogramLogged,
+    ImageLogged,
+    TextLogged,
+    MonitorMissing,
+    NonFiniteLoss,
+    NonFiniteGradient,
+    StepSkipped,
+    LedgerReported,
+)
+"""Events that are bound to a step, so that redoing the step replaces them.
+
+What happened to the run, to observers and to commands has happened, whatever is done again.
+"""
+
+_REASON = 200
+"""Maximum characters per reason of a skipped line."""
+_SEQ = re.compile(rb'"seq":(\d{1,16}),')
+_TAIL_CHUNK = 2**18
+_TAIL_LINES = 10_000
+_LEAST_LINE_BYTES = 64
+"""Minimum bytes per line of an event: its header alone has more."""
+
+
+class SkippedLine(msgspec.Struct, frozen=True):
+    """Bytes of a journal that are no event of its run."""
+
+    path: str
+    line: int
+    """From 1, within the segment."""
+    offset: int
+    length: int
+    """Bytes, without the newline; 0 for a segment that is gone or is not a regular file."""
+    reason: str
+    torn: bool = False
+    """Whether it is the beginning of a line whose writer died; a later attempt continues in a new segment."""
+    first_seq: int | None = None
+    """Where events are lost there, the first ``seq`` that is; `JournalReader.read` returns a `JournalGap` for them."""
+    last_seq: int | None = None
+
+
+class JournalTail(msgspec.Struct, frozen=True):
+    """Where a journal ends. All zeros and empty for one that holds nothing."""
+
+    run_id: str = ""
+    attempt: int = 0
+    seq: int = 0
+    """No event in the journal lies above it."""
+    segment: int = 0
+    """The number that names the newest segment."""
+
+
+def journal_tail(journal_dir: str | os.PathLike[str]) -> JournalTail:
+    """Find the last event of a journal, reading from its end. Raises `OSError` if it cannot be read."""
+    numbers = segment_numbers(journal_dir)
+    least = numbers[-1] if numbers else 0
+    for number in reversed(numbers):
+        events, damaged, is_all = _last_events(journal_dir, number)
+        if events:
+            # The highest of several, because a damaged digit may have made the last one small. A newest segment without
+            # one whole event was begun with an event that others may have seen: stay above.
+            attempt, seq = max(event.attempt for event in events), max(event.seq for event in events)
+            return JournalTail(events[-1].run_id, attempt, max(seq + damaged, least), numbers[-1])
+        if not is_all:  # stay above all the lines that it may hold
+            least = max(least, number + _size_of(journal_dir, number) // _LEAST_LINE_BYTES)
+    return JournalTail(seq=least, segment=numbers[-1]) if numbers else JournalTail()
+
+
+def _size_of(journal_dir: str | os.PathLike[str], number: int) -> int:
+    """Bytes of a segment; 0 of one that is gone or is not a regular file."""
+    try:
+        fd = open_segment(journal_dir, number)
+    except (FileNotFoundError, UnsafeFile):
+        return 0
+    try:
+        return min(os.fstat(fd).st_size, _LEAST_LINE_BYTES * 2**40)
+    finally:
+        os.close(fd)
+
+
+def last_events(journal_dir: str | os.PathLike[str]) -> list[Event]:
+    """The newest events of a journal: some hundreds, without reading what is before. Raises `OSError`."""
+    for number in reversed(segment_numbers(journal_dir)):
+        if events := _last_events(journal_dir, number)[0]:
+            return events
+    return []
+
+
+def last_whole_seq(journal_dir: str | os.PathLike[str]) -> int:
+    """``seq`` of the last event whose line is finished, 0 if there is none. Raises `OSError`."""
+    numbers = segment_numbers(journal_dir)
+    if not numbers:
+        return 0
+    events, _, _ = _last_events(journal_dir, numbers[-1], chunk=2**13, unfinished=False)
+    return events[-1].seq if events else numbers[-1] - 1  # a segment is named by its first event
+
+
+def _last_events(
+    journal_dir: str | os.PathLike[str], number: int, *, chunk: int | None = None, unfinished: bool = True
+) -> tuple[list[Event], int, bool]:
+    """Whole events at the end of a segment; how many lines behind them are damaged; whether all of it was searched.
+
+    Args:
+        chunk: Bytes to begin with.
+        unfinished: Whether an event that lacks only its newline counts, as it does for readers of an older segment.
+    """
+    length, is_all = chunk or _TAIL_CHUNK, False
+    while not is_all and length <= 2 * MAX_LINE_BYTES:
+        try:
+            data, is_all = read_tail(journal_dir, number, length)
+        except (FileNotFoundError, UnsafeFile):
+            return [], 0, True
+        *lines, rest = data.rsplit(b"\n", _TAIL_LINES)
+        checked = any(map(is_checked, reversed(lines)))
+        events: list[Event] = []
+        damaged = 0
+        for line in lines:
+            if (event := _event_of(line, checked)) is not None:
+                events.append(event)
+                damaged = 0
+            elif line and checked:
+                damaged += events_in(line)
+        if events:
+            if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
+                return [*events, event], 0, is_all
+            return events, damaged, is_all
+        if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
+            return [event], 0, is_all
+        length *= 4
+    return [], 0, is_all
+
+
+def _event_of(line: bytes | TooLong, checked: bool = False) -> Event | None:
+    """The event of a line, if it is one.
+
+    Args:
+        checked: Whether the lines of its segment have checksums.
+    """
+    try:
+        event, previous = decode_line(line) if isinstance(line, bytes) else (None, None)
+    except WireError:
+        return None
+    if event is None or not event.run_id or event.seq < 1 or (checked and previous is None):
+        return None
+    return event
+
+
+def _mended(rest: bytes) -> bytes:
+    """What stands behind the last newline, without one more byte if this was the newline: the checksum is a proof."""
+    return rest[:-1] if is_checked(rest[:-1]) else rest
+
+
+class JournalReader:
+    """Reads a journal's events in order, each once, and continues where it stopped when there are more.
+
+    It never waits: `read` returns what is there. To follow a journal that is being written, call it again.
+    The journal may not exist yet, be written by another process, grow, be cut or lose segments meanwhile.
+    """
+
+    def __init__(
+        self,
+        journal_dir: str | os.PathLike[str],
+        since: int = 0,
+        run_id: str | None = None,
+        max_skipped: int = 1_000,
+        chunk_bytes: int | None = None,
+    ) -> None:
+        """Start behind the event with ``seq == since``; opens nothing yet.
+
+        Args:
+            journal_dir: The folder of segments.
+            since: Events up to this ``seq`` are skipped; 0 for all.
+            run_id: Events of any other run are skipped; None if that is not known.
+            max_skipped: How many skipped lines `skipped` keeps, the newest; `skipped_count` counts all.
+            chunk_bytes: Bytes that are read at a time, and kept until they are decoded; a mebibyte by default.
+        """
+        self._dir = Path(journal_dir)
+        self._cursor = since
+        self._skipped: deque[SkippedLine] = deque(maxlen=max_skipped)
+        self.skipped_count = 0
+        """Lines that were skipped so far."""
+        self._chunk_bytes = chunk_bytes
+        self._run_id = run_id
+        self._segment: SegmentLines | None = None  # the one being read
+        self._offset = 0  # of the next line in it
+        self._line = 0  # lines before that
+        self._lines: list[bytes | TooLong] = []  # whole lines from there on that are read but not decoded, last first
+        self._finished = False  # the segment is read, and a newer one exists
+        self._rest = False  # what is left of it ends without a newline
+        self._damaged = 0  # events that lines skipped since the last event may have been, torn ones apart
+        self._why = ""  # the last of them was
+        self._behind_gap: Event | None = None  # is returned next
+        self._last: Event | None = None  # that was returned
+
+    @property
+    def cursor(self) -> int:
+        """``seq`` of the last event returned: pass it as ``since`` to continue elsewhere."""
+        return self._cursor
+
+    @property
+    def skipped(self) -> list[SkippedLine]:
+        """The lines skipped so far, oldest first, at most ``max_skipped``."""
+        return list(self._skipped)
+
+    def read(self, limit: int = 1_024, until: float = math.inf) -> list[Event]:
+        """Return the next events, at most ``limit``; none when no more are written yet.
+
+        Args:
+            until: Where no event has been found by this time (`time.monotonic`), return none; the next call continues.
+
+        Raises:
+            OSError: A segment exists but cannot be read, or the journal is a link. Nothing is lost; it may be called
+                again.
+        """
+        events: list[Event] = []
+        while len(events) < limit and (self._behind_gap is not None or self._lines or self._fill()):
+            event, self._behind_gap = self._behind_gap, None
+            if event is None:
+                line = self._lines.pop()
+                event = self._decode(line)
+                self._offset += (line.length if isinstance(line, TooLong) else len(line)) + 1
+                self._line += 1
+            if event is not None:
+                self._cursor = event.seq
+                self._last = event
+                events.append(event)
+            elif until < math.inf and time.monotonic() > until:
+                break
+        return events
+
+    def finish(self) -> list[Event]:
+        """Return what `read` did not because it may be written to: the journal's end, when nobody writes any more.
+
+        That is an event without its newline, or a gap for damaged lines behind the last event. The rest of an
+        unfinished line is reported in `skipped`. Call it once `read` returns none. Raises `OSError`.
+        """
+        found = self.read()
+        if not found and self._segment is not None and not self._finished and self._segment.rest:
+            self._begin_rest(self._segment)
+            found = self.read()
+        if not found and self._damaged and self._last is not None:
+            last = self._cursor + self._damaged
+            found = [self._gap(self._last, last)]
+            self._cursor = last
+        return found
+
+    def _decode(self, line: bytes | TooLong) -> Event | None:
+        """The event of the next line, if it is one that has not been returned; or the gap before it."""
+        assert self._segment is not None
+        if isinstance(line, TooLong):
+            self._skip(line.length, f"it is longer than {MAX_LINE_BYTES:,} bytes")
+            return None
+        if not line:
+            return None
+        try:
+            event, previous = decode_line(line)
+        except WireError as error:
+            seq = _SEQ.search(line) if self._last is None else None
+            if seq is None or int(seq[1]) > self._cursor:  # else it was damaged before the events that are asked for
+                self._skip(len(line), str(error), torn=self._rest, events=events_in(line))
+            return None
+        if previous is None and self._segment.checked:
+            self._skip(len(line), "it has no checksum, and other lines of its segment have", torn=self._rest)
+            return None
+        if event.seq < 1 or not event.run_id or event.run_id != (self._run_id or event.run_id):
+            whose = f"run_id {event.run_id!r}, seq {event.seq}"
+            self._skip(len(line), f"an event with {whose} is none of run {self._run_id or 'any'!r}")
+            return None
+        if event.seq <= self._cursor:
+            self._damaged = 0
+            return None  # a repeat
+        if previous is None:
+            if self._misplaced(event):
+                self._skip(len(line), f"its seq {event.seq} is not below that of the next line")
+                return None
+            # Without checksums a lost line is known only by its remains.
+            previous = event.seq - 1 if self._damaged else self._cursor
+        if self._cursor < previous < event.seq:
+            self._behind_gap = event
+            return self._gap(event, previous)
+        self._damaged = 0
+        return event
+
+    def _gap(self, beside: Event, last: int) -> Event:
+        """Report that the events up to ``last`` are lost."""
+        assert self._segment is not None
+        first = self._cursor + 1
+        if not self._damaged:
+            self._skip(0, "events are missing before this line: lines or a segment were removed")
+        place = f"line {self._skipped[-1].line} of {segment_name(self._segment.number)}" if self._skipped else "a line"
+        if self._skipped:
+            self._skipped[-1] = msgspec.structs.replace(self._skipped[-1], first_seq=first, last_seq=last)
+        self._damaged = 0
+        which = f"seq {first:,}" if first == last else f"seq {first:,} to {last:,}"
+        return gap_before(beside, last, first, last, last - first + 1, f"{which}, at {place}: {self._why}")
+
+    def _misplaced(self, event: Event) -> bool:
+        """Whether a ``seq`` is wrong: one damaged digit would hide all the events that follow."""
+        if event.seq == self._cursor + 1 or not self._lines:
+            return False
+        following = next((other for line in self._lines[-1:-8:-1] if (other := _event_of(line))), None)
+        return following is not None and self._cursor < following.seq <= event.seq
+
+    def _fill(self) -> bool:
+        """Read whole lines into ``_lines``; False when there are none for now."""
+        numbers: list[int] = []
+        while True:
+            # List first: the writer has left a segment before it creates the next, so one that is read to its
+            # end after a newer one was seen is complete. One listing serves for all the segments that it names.
+            if self._segment is None or not numbers or numbers[-1] <= self._segment.number:
+                numbers = segment_numbers(self._dir)
+            if self._segment is None or self._finished:
+                following = self._following(numbers)
+                if following is None:
+                    return False
+                self._segment, self._offset, self._line = (
+                    SegmentLines(self._dir, following, self._chunk_bytes),
+                    0,
+                    0,
+                )
+                self._finished = False
+            newer = bool(numbers) and numbers[-1] > self._segment.number
+            self._lines = self._read_on(self._segment)
+            self._rest = not self._lines
+            if not self._lines:
+                if not newer:
+                    return False
+                self._finished = True
+                if not self._segment.rest:
+                    continue
+                self._begin_rest(self._segment)
+                return True
+            self._offset = self._segment.start
+            self._lines.reverse()
+            return True
+
+    def _begin_rest(self, segment: SegmentLines) -> None:
+        """Take what has no newline as a line: it is torn, or whole but for that."""
+        self._lines = [_mended(segment.rest)]
+        self._offset, self._rest, self._finished = segment.start, True, True
+
+    def _following(self, numbers: list[int]) -> int | None:
+        """The segment to read next."""
+        if self._segment is not None:
+            return next((number for number in numbers if number > self._segment.number), None)
+        # Every event above the cursor is in the last segment named at or below its successor, or in a later
+        # one.
+        start = [number for number in numbers if number <= self._cursor + 1]
+        return start[-1] if start else numbers[0] if numbers else None
+
+    def _read_on(self, segment: SegmentLines) -> list[bytes | TooLong]:
+        """Whole lines, if there are any; a segment that is gone, or is not a file, is reported once."""
+        try:
+            return segment.read()
+        except (FileNotFoundError, UnsafeFile) as error:
+            self._finished = True
+            self._skip(0, "the segment is gone" if isinstance(error, FileNotFoundError) else str(error.strerror))
+            return []
+
+    def _skip(self, length: int, reason: str, *, torn: bool = False, events: int = 1) -> None:
+        assert self._segment is not None
+        self.skipped_count += 1
+        if not torn:
+            self._damaged += events
+            self._why = reason[:_REASON]
+        path = str(self._dir / segment_name(self._segment.number))
+        self._skipped.append(SkippedLine(path, self._line + 1, self._offset, length, reason[:_REASON], torn))
+
+
+def read_history(
+    journal_dir: str | os.PathLike[str], since: int = 0, skipped: list[SkippedLine] | None = None
+) -> Iterator[Event]:
+    """The run's history as it counts: without the steps that a later attempt has done again.
+
+    The newest attempt counts; of the one whose checkpoint it went on from, what came before that checkpoint; and so on
+    back to the first. Of `SUPERSEDED_TYPES` everything else is left out. All other events are there. This is the one
+    place that applies `RunResumed`: replay, charts and reports read through it.
+
+    Args:
+        journal_dir: The folder of segments; it may be growing. The iterator ends when it has caught up.
+        since: Events up to this ``seq`` are left out.
+        skipped: Takes the lines that were no events, if given (the newest thousand).
+
+    Raises:
+        OSError: A segment exists but cannot be read.
+    """
+    counts = history_filter(journal_dir)
+    reader = JournalReader(journal_dir, since)
+    while events := reader.read() or reader.finish():
+        yield from filter(counts, events)
+    if skipped is not None:
+        skipped.extend(reader.skipped)
+
+
+def history_filter(journal_dir: str | os.PathLike[str]) -> Callable[[Event], bool]:
+    """Tell which events of a journal, as it stands, belong to the history that `read_history` returns."""
+    # Found first: what supersedes an event may stand at the journal's end.
+    kept_up_to = _kept_up_to(list(_resumes(Path(journal_dir))))
+
+    def counts(event: Event) -> bool:
+        if not isinstance(event, SUPERSEDED_TYPES):
+            return True
+        seq, step = kept_up_to(event.attempt)
+        # What a hook logged late belongs to the event that it handled.
+        return (getattr(event, "of_seq", None) or event.seq) <= seq and event.global_step <= step
+
+    return counts
+
+
+def _kept_up_to(resumes: list[RunResumed]) -> Callable[[int], tuple[float, float]]:
+    """By attempt: up to which ``seq``, and which step, its events count."""
+    by_attempt = {resume.attempt: resume for resume in resumes}
+    bounds: dict[int, tuple[float, float]] = {}
+    everything = seq, step = math.inf, math.inf
+    current = newest = max(by_attempt, default=0)
+    while current > 0:
+        bounds[current] = seq, step
+        resume = by_attempt.get(current)
+        parent = current - 1
+        if resume is not None and resume.after_seq is None:  # all that is known is the step
+            step = min(step, resume.global_step)
+        elif resume is not None:
+            name = CheckpointName.parse(resume.checkpoint or "")
+            seq, step = resume.after_seq or 0, math.inf
+            parent = name.attempt if name is not None and resume.after_seq else 0
+        current = min(parent, current - 1)
+
+    def kept(attempt: int) -> tuple[float, float]:
+        if attempt in bounds or attempt > newest:
+            return bounds.get(attempt, everything)
+        # One that has resumed nothing has trained nothing: a test. The first one needs not to have.
+        return (0, 0) if attempt == 1 or attempt in by_attempt else everything
+
+    return kept
+
+
+class EventFinder:
+    """Finds a journal's events of some types, in order and each once, while it grows. It decodes no other lines.
+
+    Belongs to one thread.
+    """
+
+    def __init__(self, journal_dir: str | os.PathLike[str], types: Iterable[type[Event]]) -> None:
+        self._dir = Path(journal_dir)
+        self._beginnings = tuple(b'{"type":"%s"' % kind.__name__.encode() for kind in types)
+        self._segment: SegmentLines | None = None
+        self._found_seq = 0
+
+    def find(self, until: float = math.inf) -> Iterator[Event]:
+        """Return the events behind those that were found before. Raises `OSError` if a segment cannot be read.
+
+        Args:
+            until: Stop soon after this time (`time.monotonic`); the next call continues.
+        """
+        for number in segment_numbers(self._dir):
+            if self._segment is None or number > self._segment.number:
+                self._segment = SegmentLines(self._dir, number)
+            if number < self._segment.number:
+                continue
+            for line in _lines_of(self._segment, until):
+                event = _event_of(line, self._segment.checked) if line.startswith(self._beginnings) else None
+                if event is not None and event.seq > self._found_seq:  # the writer repeats resumes
+                    self._found_seq = event.seq
+                    yield event
+            if until < math.inf and time.monotonic() > until:
+                return
+
+
+def _lines_of(segment: SegmentLines, until: float = math.inf) -> Iterator[bytes]:
+    """The whole lines that follow in a segment; none of one that is gone, or is not a regular file."""
+    try:
+        while lines := segment.read():
+            yield from (line for line in lines if isinstance(line, bytes))
+            if until < math.inf and time.monotonic() > until:
+                return
+    except (FileNotFoundError, UnsafeFile):
+        return  # removed since it was listed: the reader reports it
+
+
+def _resumes(journal_dir: Path) -> Iterator[RunResumed]:
+    """The resumes in a journal, decoding only the lines that may be one."""
+    for number in segment_numbers(journal_dir):
+        segment = SegmentLines(journal_dir, number)
+        for line in _lines_of(segment):
+            if b'"RunResumed"' in line and isinstance(event := _event_of(line, segment.checked), RunResumed):
+                yield event
+        if isinstance(event := _event_of(_mended(segment.rest), segment.checked), RunResumed):
+            yield event

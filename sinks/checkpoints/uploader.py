@@ -1,0 +1,329 @@
+"""Uploads checkpoints in the background: the newest first, then those that are kept anyway; never a queue of them.
+
+What is to be uploaded is read from the run's folder, again after each upload. An event only says that something is
+there, so one more, or one less, makes no difference; and what an earlier attempt left goes first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from events.bus.backlog import Published
+from events.bus.observer import describe
+from events.checkpoint.lineage import Attempt, by_age, expendable
+from events.checkpoint.manifest import CheckpointName, Manifest
+from events.checkpoint.objects import Limits
+from events.checkpoint.remote import RemoteStore
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.store import CheckpointStore, Upload
+from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew, UploadError
+from events.log import logger
+from events.messages import (
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointUploaded,
+    CheckpointUploading,
+    Event,
+)
+from events.origin import Header
+from events.sink import Delivery
+
+UPLOADER_DELIVERY = Delivery(
+    types=frozenset({CheckpointSaved}),
+    # It never holds the loop. Were thousands saved during one upload, the oldest events would go: the newest wakes it.
+    overflow="drop_oldest",
+    capacity=4_096,
+    on_error="retry",
+    # As long as the run lasts: a network comes back.
+    retries=2**31 - 1,
+    backoff_s=1.0,
+    max_backoff_s=60.0,
+    # An upload takes as long as it takes, and says how far it is: `CheckpointUploading`.
+    timeout_s=None,
+    slow_s=86_400.0,
+)
+"""How events reach the uploader. It gives up only with the run."""
+
+PROGRESS_S = 1.0
+"""Seconds between two `CheckpointUploading` of one upload."""
+
+
+class CheckpointUploader:
+    """A supervised observer (`events.bus.observer.Target`).
+
+    All but the constructor and `abandon` runs on its own thread.
+
+    Args:
+        store: The run's checkpoints. This process is the one that may write to it.
+        url: Where this run's checkpoints go (`events.checkpoint.objects.run_url`).
+        settings: Of these, what is kept, and the size of the parts.
+        publish: Publishes an event; from any thread.
+        header: Gives the header of an event that happens now (`events.origin.Origin.header`).
+        retain: Called after each upload: local checkpoints that were kept because of it may go. Must not raise.
+        give_up: Called when nothing will ever be uploaded, so that nothing is kept because of it.
+        limits: How long the store is waited for.
+
+    Raises:
+        UploadError: The URL is none of a store, or contains credentials.
+    """
+
+    payloads = False
+    blocking = True
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        url: str,
+        settings: Checkpoints,
+        publish: Callable[[Event], None],
+        header: Callable[[], Header],
+        retain: Callable[[], None],
+        limits: Limits | None = None,
+        give_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store = store
+        self._remote = RemoteStore(url, limits)
+        self._settings = settings
+        self._publish = publish
+        self._header = header
+        self._retain = retain
+        self._give_up = give_up
+        self._doing: Literal["open", "upload"] = "open"
+        self._abandoned = threading.Event()
+        self._ready = False
+        self._untidy: CheckpointName | None = None  # since this one, the store may hold what need not be kept
+        self._damaged: set[CheckpointName] = set()  # local ones that cannot be uploaded, whatever happens
+        self._metrics: dict[CheckpointName, float | None] = {}
+        self._failures = {"upload": 0, "delete": 0}  # in a row
+        self._noted: dict[int, Attempt] = {}
+        self._told_at = 0.0
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        return self._doing, None
+
+    def open(self) -> None:
+        """See that the store can be used, remove what a killed process has left there, and upload what it has not.
+
+        Where the store holds checkpoints of another run of this name, that is told, and nothing is uploaded.
+
+        Raises:
+            UploadError: The store cannot be reached, or refuses.
+        """
+        try:
+            self._prepare()
+        except UploadError as error:
+            for name in self._pending()[:1]:
+                self._fail(name, error, "upload")
+            raise
+        self._upload_pending()
+
+    def deliver(self, batch: Sequence[Published], /) -> None:
+        """Upload what is there to be uploaded. Made again after a failure, it goes on where it was.
+
+        Raises:
+            UploadError: The store cannot be reached, or refuses.
+            OSError: The disk does.
+        """
+        self._doing = "upload"
+        self._upload_pending()
+
+    def abandon(self) -> None:
+        """Stop at the next part."""
+        self._abandoned.set()
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    # ------------------------------------------------------------------------------------------- what is due
+
+    def _prepare(self) -> None:
+        if self._ready:
+            return  # it was only an upload that failed
+        self._remote.check()
+        attempt = self._header()[1]
+        if self._is_anothers([name.attempt for name in self._remote.names() if name.attempt >= attempt]):
+            return
+        self._note()
+        try:
+            self._remote.reap(keep=set(self._pending()))
+        except UploadError as error:  # perhaps it may write there, but not delete
+            logger.warning(f"what an earlier upload has left cannot be removed: {error}")
+        self._ready = True
+
+    def _note(self) -> bool:
+        """Note there what attempts started from; False if another run of this name has done so meanwhile.
+
+        This one may have begun to train since the last time: only then there is a note of it.
+        """
+        attempts = self._store.attempts()
+        if attempts != self._noted:
+            if self._is_anothers():
+                return False
+            self._remote.note(attempts.values())
+            self._noted = attempts
+        return True
+
+    def _is_anothers(self, attempts: Sequence[int] = ()) -> bool:
+        """See whether what is there is another run's of this name: then nothing is uploaded, or removed there.
+
+        Args:
+            attempts: Some that are.
+        """
+        own = self._store.attempts()
+        strangers = [
+            *attempts,
+            *(number for number, note in self._remote.attempts().items() if own.get(number) != note),
+        ]
+        if not strangers:
+            return False
+        error = UploadError(
+            f"{self._remote.url} holds attempt {max(strangers)} of another run of this name: give this one another"
+            f" run_id, or another place to upload to; to go on with that one, begin with resume='auto' in an empty"
+            f" folder"
+        )
+        name = next(iter(self._pending()), CheckpointName(0, self._header()[1]))
+        self._fail(name, error, "upload")
+        logger.error(f"nothing is uploaded any more: {error}", published=True)
+        self._abandoned.set()  # not to be retried: it would hold up the end of the run, and find the same
+        self._give_up()
+        return True
+
+    def left(self) -> list[CheckpointName]:
+        """Those that are still to be uploaded. Waits for the disk; any thread."""
+        return self._pending()
+
+    def _pending(self) -> list[CheckpointName]:
+        """Those that are to be uploaded: the newest, and what else is going to be kept."""
+        names, line = self._store.names(), self._store.line()
+        going = set(self._expendable(line, names, self._store.manifest))
+        return [
+            name
+            for name in reversed(by_age(line, names))
+            if name not in going and name not in self._damaged and not self._is_uploaded(name)
+        ]
+
+    def _is_uploaded(self, name: CheckpointName) -> bool:
+        upload = self._store.upload_of(name)
+        return upload is not None and upload.url == self._remote.url_of(name)
+
+    def _expendable(
+        self, line: list[CheckpointName], names: list[CheckpointName], read: Callable[[CheckpointName], Manifest]
+    ) -> list[CheckpointName]:
+        """What need not be kept, of these."""
+        settings = self._settings
+        metrics = {name: self._metric(name, read) for name in names if settings.best is not None and settings.keep_best}
+        return expendable(
+            line,
+            names,
+            {name: metric for name, metric in metrics.items() if metric is not None},
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+            largest_is_best=settings.best_mode == "max",
+            uploaded=None,
+        )
+
+    def _metric(self, name: CheckpointName, read: Callable[[CheckpointName], Manifest]) -> float | None:
+        if name not in self._metrics:
+            try:
+                metric = read(name).metric
+            except (CheckpointNotFound, CheckpointDamaged, CheckpointTooNew):
+                return None
+            self._metrics[name] = metric.value if metric is not None and metric.name == self._settings.best else None
+        return self._metrics[name]
+
+    # --------------------------------------------------------------------------------------------- uploading
+
+    def _upload_pending(self) -> None:
+        while not self._abandoned.is_set():
+            pending = self._pending()
+            if pending and not self._upload(pending[0]):
+                continue  # it is not to be uploaded after all
+            if self._untidy is not None and not self._abandoned.is_set():
+                self._tidy(self._untidy)
+            if not pending:
+                return
+
+    def _upload(self, name: CheckpointName) -> bool:
+        """Upload one; whether it is whole in the store now, and was not before."""
+        path, began = self._store.path(name), time.monotonic()
+        try:
+            manifest = self._store.manifest(name)
+            if manifest.run_id != self._header()[0]:
+                logger.warning(f"{path} is not uploaded; it belongs to run {manifest.run_id!r:.200}")
+                self._damaged.add(name)
+                return False
+            if not self._note():
+                return False
+            self._tell(self._header_of(name, manifest), name, 0, manifest.nbytes, first=not self._failures["upload"])
+            whole = self._remote.upload(
+                path,
+                manifest,
+                self._settings.upload_part_bytes,
+                lambda done, total: self._tell(self._header_of(name, manifest), name, done, total),
+                self._abandoned.is_set,
+            )
+            if whole:
+                with self._store.lock:  # not in a folder that is just being removed
+                    self._store.mark_uploaded(name, Upload(self._remote.url_of(name), time.time()))
+        except (CheckpointError, OSError) as error:
+            if not path.is_dir():  # retention has deleted it meanwhile; what is in the store of it is reaped
+                self._untidy = name
+                return False
+            self._fail(name, error, "upload")
+            if isinstance(error, CheckpointDamaged | CheckpointTooNew):
+                self._damaged.add(name)  # another attempt at it would find the same
+                self._untidy = name
+                return False
+            raise
+        if not whole:
+            return False
+        self._failures["upload"] = 0
+        self._untidy = name
+        url, duration_s = self._remote.url_of(name), time.monotonic() - began
+        self._publish(CheckpointUploaded(*self._header_of(name, manifest), str(name), url, manifest.nbytes, duration_s))
+        self._retain()
+        return True
+
+    def _tell(self, header: Header, name: CheckpointName, done: int, total: int, *, first: bool = False) -> None:
+        now = time.monotonic()
+        if first or now - self._told_at >= PROGRESS_S:
+            self._told_at = now
+            self._publish(CheckpointUploading(*header, str(name), self._remote.url_of(name), done, total))
+
+    def _tidy(self, name: CheckpointName) -> None:
+        """Remove from the store what is not kept, and what is left of uploads that are not going to be finished.
+
+        A failure is told, and no more than that: it may be for want of a permission, and the uploads go on. After the
+        next one it is tried again.
+        """
+        try:
+            if self._is_anothers():  # one that has begun meanwhile
+                return
+            self._remote.reap(keep=set(self._pending()))
+            for name in self._expendable(self._remote.line(), self._remote.names(), self._remote.manifest):
+                if self._abandoned.is_set():
+                    return
+                self._remote.remove(name)
+                self._publish(CheckpointDeleted(*self._header_of(name), str(name), "remote"))
+        except UploadError as error:
+            self._fail(name, error, "delete")
+        else:
+            self._failures["delete"] = 0
+        self._untidy = None
+
+    # ---------------------------------------------------------------------------------------------- telling
+
+    def _fail(self, name: CheckpointName, error: Exception, during: Literal["upload", "delete"]) -> None:
+        count = self._failures[during] = self._failures[during] + 1
+        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th...: an outage may be long
+            self._publish(CheckpointFailed(*self._header_of(name), str(name), describe(error), during, count))
+
+    def _header_of(self, name: CheckpointName, manifest: Manifest | None = None) -> Header:
+        """The header of an event about a checkpoint: it happens now, but belongs to the checkpoint's step."""
+        run_id, attempt, seq, now, rank, _, epoch, _ = self._header()
+        return (run_id, attempt, seq, now, rank, name.step, manifest.epoch if manifest is not None else epoch, None)

@@ -1,0 +1,333 @@
+"""Writes checkpoints: the subscriber that turns a staged snapshot into a durable folder, and deletes old ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from events.bus.backlog import Published
+from events.bus.observer import describe
+from events.checkpoint import disk
+from events.checkpoint.lineage import expendable, ranked
+from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.snapshot import Part, Snapshot
+from events.checkpoint.store import WEIGHTS_NAME, CheckpointStore
+from events.checkpoint.tensor_file import lay_out
+from events.errors import CheckpointError, CheckpointsFailing
+from events.log import logger
+from events.messages import (
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointStaged,
+    Event,
+    RunEnded,
+    WeightsSaved,
+)
+from events.origin import Origin, header_of
+from events.sink import Delivery
+
+WRITER_DELIVERY = Delivery(
+    types=frozenset({CheckpointStaged, RunEnded}),
+    overflow="block",
+    on_error="fatal",
+    slow_s=60.0,
+    latency_s=0.01,
+)
+"""How events reach the writer. Its failures are its own business, until it gives up and ends the run."""
+_PART_TIMEOUT_S = 60.0
+"""How long the state of a callback is waited for that may be disabled."""
+
+
+class CheckpointWriter:
+    """A supervised observer (`events.bus.observer.Target`). All but the constructor runs on its own thread.
+
+    Args:
+        store: Where to.
+        origin: Gives the header of events that belong to no other event.
+        publish: `Bus.publish`.
+        sync_journal: Returns when the events up to this ``seq`` are on stable storage, or cannot be for now: what a
+            resumed run does not do again must stand in the journal.
+        weights: The module's weights once training has ended in order; else None.
+        module: Qualified name of the module's class.
+        versions: See `events.checkpoint.manifest.Manifest`.
+        url: Where the run's checkpoints are uploaded to; None if they are not.
+    """
+
+    payloads = True
+    blocking = True
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        settings: Checkpoints,
+        *,
+        origin: Origin,
+        publish: Callable[[Event], None],
+        sync_journal: Callable[[int], None],
+        weights: Callable[[], Part | None],
+        module: str,
+        versions: dict[str, str],
+        url: str | None = None,
+    ) -> None:
+        self.last_saved: Path | None = None
+        """The newest checkpoint that was made durable."""
+        self.best: tuple[Path, float] | None = None
+        """Once the run has ended: its durable checkpoint with the best metric, and that; None if it has none."""
+        self._store = store
+        self._settings = settings
+        self._origin = origin
+        self._publish = publish
+        self._sync_journal = sync_journal
+        self._weights = weights
+        self._module = module
+        self._versions = versions
+        self._url = url
+        self._failures = 0
+        self._undeleted: set[CheckpointName] = set()
+        self._ended = False
+        self._batch: Sequence[Published] = ()
+        self._done = 0
+        self._abandoned = False
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        return "write", self._done
+
+    def open(self) -> None:
+        """Nothing: the folder was prepared before the run began."""
+
+    def deliver(self, batch: Sequence[Published], /) -> None:
+        """Write each checkpoint of a batch.
+
+        Raises:
+            CheckpointsFailing: Too many in a row could not be made durable.
+        """
+        self._batch, self._done = batch, 0
+        for event, payload in batch:
+            if self._abandoned:
+                return
+            if isinstance(event, CheckpointStaged) and payload is not None:
+                self._save(event, payload.outputs)
+            elif isinstance(event, RunEnded):
+                self._write_weights(event)
+                self._ended = True
+                with self._store.lock:
+                    self._find_best()
+            self._done += 1
+        self._batch = ()
+
+    def abandon(self) -> None:
+        """Begin no further one."""
+        self._abandoned = True
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def _save(self, event: CheckpointStaged, snapshot: Snapshot) -> None:
+        began = time.time()
+        try:
+            try:
+                manifest, path = self._write(event, snapshot)
+            except BaseException:  # goes on as itself, without what is there of the files
+                snapshot.failed = True
+                self._store.abandon(snapshot.name)
+                raise
+            finally:
+                snapshot.release()
+        except Exception as error:  # of the disk, a callback's state_dict, a device: a checkpoint less, not the run
+            self._fail(event, error)
+            return
+        self._failures = 0
+        snapshot.durable = True
+        self.last_saved = path
+        now = time.time()
+        metric = snapshot.metric.value if snapshot.metric is not None else None
+        self._publish(
+            CheckpointSaved(
+                *header_of(event),
+                str(snapshot.name),
+                str(path),
+                manifest.nbytes,
+                now - event.time,
+                now - began,
+                event.reasons,
+                event.command_ids,
+                metric,
+                manifest.missing,
+            )
+        )
+        self.retain()
+
+    def _write(self, event: CheckpointStaged, snapshot: Snapshot) -> tuple[Manifest, Path]:
+        folder = self._store.begin(snapshot.name)
+        snapshot.wait()
+        digest = disk.write_image(folder / TENSORS_NAME, snapshot.image, snapshot.nbytes)
+        files = {TENSORS_NAME: FileEntry(snapshot.nbytes, digest)}
+        snapshot.release()  # the loop may need the memory, and the rest may have to wait for callbacks
+        missing: list[str] = []
+        owners = {part: owner for owner, part in snapshot.owners.items()}
+        files[STATE_NAME] = FileEntry(*disk.write_parts(folder / STATE_NAME, [snapshot.state]))
+        for name, late in snapshot.parts.items():
+            part = late.get(_PART_TIMEOUT_S)
+            if part is None:
+                missing.append(owners.get(name, name))
+                logger.warning(f"checkpoint {snapshot.name} goes without the state of {missing[-1]}", published=True)
+            else:
+                _write_part(folder, name, part, files)
+        manifest = Manifest(
+            run_id=event.run_id,
+            attempt=snapshot.name.attempt,
+            global_step=snapshot.name.step,
+            revision=snapshot.name.revision,
+            epoch=event.epoch,
+            seq=event.seq,
+            time=event.time,
+            parent=snapshot.parent,
+            reasons=event.reasons,
+            metric=snapshot.metric,
+            module=self._module,
+            versions=self._versions,
+            missing=missing,
+            files=files,
+        )
+        self._sync_journal(event.seq)
+        return manifest, self._store.commit(manifest)
+
+    def _fail(self, event: CheckpointStaged, error: Exception) -> None:
+        self._failures += 1
+        self._publish_failure(event, event.checkpoint, error, "write", self._failures)
+        logger.warning(
+            f"checkpoint {event.checkpoint} could not be written: {describe(error)}", exc_info=error, published=True
+        )
+        if self._failures >= self._settings.max_failures:
+            raise CheckpointsFailing(
+                f"{self._failures} checkpoints in a row could not be made durable (max_failures); the last one:"
+                f" {describe(error)}. Make room in {self._store.folder}, or give the run another folder"
+            ) from error
+
+    def _publish_failure(
+        self,
+        event: CheckpointStaged,
+        checkpoint: str,
+        error: Exception,
+        during: Literal["write", "delete"],
+        consecutive: int,
+    ) -> None:
+        ids = event.command_ids if during == "write" else []
+        failed = CheckpointFailed(*header_of(event), checkpoint, describe(error), during, consecutive, ids)
+        self._publish(failed)
+
+    def _write_weights(self, event: RunEnded) -> None:
+        part = self._weights()
+        if part is None:
+            return
+        path = self._store.folder.parent / WEIGHTS_NAME
+        try:
+            nbytes = disk.replace_file(path, _tensor_file(part))
+        except OSError as error:
+            self._publish(CheckpointFailed(*header_of(event), WEIGHTS_NAME, describe(error)))
+            logger.warning(f"the weights could not be written to {path}: {describe(error)}", published=True)
+            return
+        self._publish(WeightsSaved(*header_of(event), str(path), nbytes))
+
+    # ----------------------------------------------------------------------------------------- retention
+
+    def retain(self) -> None:
+        """Delete the checkpoints that need not be kept any more. Any thread: the uploader calls it too."""
+        with self._store.lock:
+            try:
+                going = self._expendable()
+            except OSError as error:  # the folder cannot be looked at: nothing goes, and what was saved is saved
+                self._publish(CheckpointFailed(*self._origin.header(), "", describe(error), "delete"))
+                logger.warning(f"no checkpoint is deleted from {self._store.folder}: {describe(error)}", published=True)
+                return
+            for name, manifest in going.items():
+                self._delete(name, manifest)
+            if self._ended and going:  # after an upload: what it had kept of them may have been the best
+                self._find_best()
+
+    def _find_best(self) -> None:
+        settings, store = self._settings, self._store
+        if settings.best is None:
+            return
+        try:
+            scores = store.scores(settings.best, run_id=self._origin.run_id)
+        except OSError as error:
+            logger.warning(f"the best checkpoint in {store.folder} cannot be looked up: {describe(error)}")
+            return
+        best = next(iter(ranked(scores, settings.best_mode)), None)
+        self.best = (store.path(best), scores[best].value) if best is not None else None
+
+    def _expendable(self) -> dict[CheckpointName, Manifest | None]:
+        """What is to go, with its manifest if that can be read; what the disk has not let go of before is among it."""
+        settings, store = self._settings, self._store
+        names = store.names()
+        metrics: dict[CheckpointName, float] = {}
+        manifests: dict[CheckpointName, Manifest] = {}
+        unread: set[CheckpointName] = set()  # is it a good one? whoever cannot be asked now is asked the next time
+        others: set[CheckpointName] = set()  # of another run, copied into the folder: not this run's to delete
+        for name in names:
+            try:
+                manifest = manifests[name] = store.manifest(name)
+            except CheckpointError as error:
+                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                    unread.add(name)
+            else:
+                if manifest.run_id != self._origin.run_id:
+                    others.add(name)
+                    continue
+                if manifest.metric is not None and manifest.metric.name == settings.best:  # and is finite
+                    metrics[name] = manifest.metric.value
+        going = expendable(
+            [name for name in store.line() if name not in others],
+            [name for name in names if name not in others],
+            metrics,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+            largest_is_best=settings.best_mode == "max",
+            uploaded=[name for name in names if self._is_uploaded(name)] if self._url is not None else None,
+        )
+        # One that has lost its name already, and not its files, is not among the names any more.
+        left = sorted(self._undeleted - {*names})
+        return {name: manifests.get(name) for name in [*left, *going] if name not in unread}
+
+    def without_uploads(self) -> None:
+        """Nothing will be uploaded any more: delete without regard to that. Any thread."""
+        self._url = None
+
+    def _is_uploaded(self, name: CheckpointName) -> bool:
+        upload = self._store.upload_of(name)
+        return upload is not None and upload.url == f"{self._url}/{name}"  # and not to where it was sent before
+
+    def _delete(self, name: CheckpointName, manifest: Manifest | None) -> None:
+        """Delete one; what the disk does not let go of is tried again the next time, and told once."""
+        run_id, attempt, seq, now, rank, _, epoch, _ = self._origin.header()
+        header = (run_id, attempt, seq, now, rank, name.step, epoch if manifest is None else manifest.epoch, None)
+        try:
+            self._store.remove(name)
+        except OSError as error:
+            if name not in self._undeleted:
+                self._undeleted.add(name)
+                self._publish(CheckpointFailed(*header, str(name), describe(error), "delete"))
+            return
+        self._undeleted.discard(name)
+        self._publish(CheckpointDeleted(*header, str(name)))
+
+
+def _write_part(folder: Path, name: str, part: Part, files: dict[str, FileEntry]) -> None:
+    files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder / f"{name}.msgpack", [part.state]))
+    if part.tensors:
+        files[f"{name}.safetensors"] = FileEntry(*disk.write_parts(folder / f"{name}.safetensors", _tensor_file(part)))
+
+
+def _tensor_file(part: Part) -> list[bytes | memoryview]:
+    """A tensor file, in pieces that lie anywhere in memory."""
+    layout = lay_out([info for info, _ in part.tensors], part.aliases)
+    in_order = sorted(zip(layout.offsets, (data for _, data in part.tensors), strict=True), key=lambda pair: pair[0])
+    return [layout.header, *(data for _, data in in_order)]

@@ -1,0 +1,121 @@
+"""The live block of the console: an epoch row, a step row and a validation row, laid out for a width."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from sinks.console.progress import Evaluation, Progress
+from sinks.console.text import Span, crop
+from sinks.format import cells, format_duration, format_number, format_rate, plain_text
+
+
+class _Row(NamedTuple):
+    label: str
+    counter: str
+    fraction: float | None
+    tail: list[Span]
+    """From the left, most important first; the last ones go where there is no room."""
+
+
+_LABEL = 5
+_PERCENT = 4
+_TAIL = 39
+_COMPACT_TAIL = 31
+"""Room that the bars leave for the texts behind them. Fixed, so that a bar does not breathe with its text."""
+_BAR = range(6, 41)
+"""Sensible lengths of a bar. With less room than that there is none."""
+_COMPACT_BELOW = 64
+
+
+def bar_rows(progress: Progress, width: int, *, ascii_only: bool = False) -> list[list[Span]]:
+    """Lay the rows out in at most ``width`` columns; no row contains a line break.
+
+    Two rows while training, a third while validating, one while testing. Numbers stand in the same columns
+    from one call to the next as long as the totals stay the same.
+    """
+    compact = width < _COMPACT_BELOW
+    now = progress.evaluation
+    rows = [_epoch_row(progress, compact), _step_row(progress, compact)]
+    if now is not None:
+        rows = [_evaluation_row(now)] if now.stage == "test" else [*rows, _evaluation_row(now)]
+    counts = max(len(row.counter) for row in rows)
+    room = width - (_LABEL + 1 + counts + 1) - (1 + _PERCENT) - (2 + (_COMPACT_TAIL if compact else _TAIL))
+    bar = min(room, _BAR.stop - 1) if room >= _BAR.start else 0
+    return [_lay_out(row, counts, bar, width, ascii_only) for row in rows]
+
+
+def _epoch_row(progress: Progress, compact: bool) -> _Row:
+    left_s = progress.run_left_s
+    elapsed = f"{format_duration(progress.elapsed_s)} elapsed"
+    if left_s is None:
+        tail = [Span(elapsed, "dim")]
+    elif compact:
+        tail = [Span(f"{format_duration(left_s)} left")]
+    else:  # above the step row's own "left"
+        tail = [Span(f"{elapsed:<25}", "dim"), Span(f"{format_duration(left_s)} left")]
+    total = progress.total_steps
+    fraction = progress.global_step / total if total else None
+    return _Row("epoch", _count(progress.epoch + 1, progress.epochs), fraction, tail)
+
+
+def _step_row(progress: Progress, compact: bool) -> _Row:
+    steps, loss = progress.steps, progress.loss
+    tail = []
+    if loss is not None:
+        tail.append(Span(f"loss {format_number(loss):<6}", "" if math.isfinite(loss) else "bad"))
+    if progress.paused:
+        tail.append(Span("paused", "warn"))
+    elif progress.rate is not None:
+        rate = format_rate(progress.rate, short=compact)
+        tail.append(Span(rate if compact else f"{rate:<12}"))
+        if progress.epoch_left_s is not None and progress.evaluation is None:
+            tail.append(Span(f"{format_duration(progress.epoch_left_s)} left"))
+    fraction = progress.step_in_epoch / steps if steps else None
+    return _Row("step", _count(progress.step_in_epoch, steps), fraction, tail)
+
+
+def _evaluation_row(now: Evaluation) -> _Row:
+    fraction = now.step / now.steps if now.steps else None
+    return _Row(now.stage, _count(now.step, now.steps), fraction, [Span(plain_text(now.key, 60), "dim")])
+
+
+def _count(done: int, total: int | None) -> str:
+    """``7/500``, padded to the width of ``500/500``: a counter must not push its neighbours about."""
+    return str(done) if total is None else f"{done:>{len(str(total))}}/{total}"
+
+
+def _lay_out(row: _Row, counts: int, bar: int, width: int, ascii_only: bool) -> list[Span]:
+    # floor: 100 % is said when the last step is done, not before
+    percent = "" if row.fraction is None else f"{min(100, math.floor(100 * row.fraction))}%"
+    spans = [Span(f"{row.label:<{_LABEL}} ", "head"), Span(f"{row.counter:>{counts}} ")]
+    if bar:
+        spans += [*_bar(row.fraction, bar, ascii_only), Span(" ")]
+    spans.append(Span(f"{percent:>{_PERCENT}}"))
+    used = sum(cells(span.text) for span in spans)
+    for span in _fitting(row, width - used):
+        if used + 2 + cells(span.text.rstrip()) > width:
+            break
+        spans += [Span("  "), span]
+        used += 2 + cells(span.text)
+    return crop(spans, width)
+
+
+def _fitting(row: _Row, room: int) -> list[Span]:
+    """What stands behind the bar: where it is too long, the time left stays, and its neighbour before it goes."""
+    tail = row.tail
+    shorter = [tail[0], tail[2]] if len(tail) == 3 else tail[-1:] if row.label == "epoch" else tail
+    return shorter if _length(shorter) <= room < _length(tail) else tail
+
+
+def _length(tail: list[Span]) -> int:
+    return sum(2 + cells(span.text) for span in tail[:-1]) + sum(2 + cells(span.text.rstrip()) for span in tail[-1:])
+
+
+def _bar(fraction: float | None, length: int, ascii_only: bool) -> list[Span]:
+    if fraction is None:  # nothing to measure against: keep the columns, claim nothing
+        return [Span(" " * length)]
+    done = min(length, int(length * fraction))
+    full, rest = ("#", ".") if ascii_only else ("━", "─")
+    style = "done" if done == length else "bar"
+    return [Span(full * done, style), Span(rest * (length - done), "dim")]

@@ -1,0 +1,376 @@
+"""The console: live bars in a terminal, plain lines anywhere else. Writes to stderr: stdout is the program's.
+
+Rich finds out what the terminal can do (size, colours, ``NO_COLOR``); the block itself is drawn here rather
+than by ``rich.live.Live``, for four reasons. Its refresh thread would take the interpreter lock from the
+training loop, and even without it a frame of ``rich.progress`` costs eight times what this one does. It hides
+the cursor, which a killed process cannot bring back. It moves up by the lines it remembers, so a ``print`` of
+the user's or a resize leaves ruins. And on a broken pipe rich points the whole process's stdout at
+``/dev/null``.
+
+Here the cursor rests, visible, at the beginning of an empty line *above* the bars, and each frame begins by
+clearing from there to the end of the screen. Whatever else is printed lands on that empty line and stays
+(from the second line within one frame on, with the rest of a bar behind it); a resize, Ctrl-Z or ``kill -9``
+leaves nothing to repair.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import IO, TYPE_CHECKING, Any, ClassVar
+
+from events.health import Health
+from events.messages import (
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointUploaded,
+    CommandTaken,
+    Event,
+    JournalGap,
+    LedgerReported,
+    LoopHeld,
+    MetricsLogged,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    ObserverDropped,
+    ObserverFailed,
+    ObserverRecovered,
+    ObserverSlow,
+    ObserversReported,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    TestEpochEnded,
+    TestEpochStarted,
+    TestStepEnded,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    ValEpochEnded,
+    ValEpochStarted,
+    ValStepEnded,
+    WarningLogged,
+    WeightsSaved,
+)
+from events.sink import Delivery, RunInfo
+from events.strict import Strict
+from sinks.console.bars import bar_rows
+from sinks.console.lines import Chronicle, progress_line
+from sinks.console.progress import Progress
+from sinks.console.text import Line, Span, wrap
+from sinks.format import format_clock, plain_text
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+_TYPES: frozenset[type[Event]] = frozenset({
+    RunStarted, RunResumed, RunEnded, TrainEpochStarted, TrainStepEnded, TrainEpochEnded,
+    ValEpochStarted, ValStepEnded, ValEpochEnded, TestEpochStarted, TestStepEnded, TestEpochEnded,
+    MetricsLogged, NonFiniteLoss, NonFiniteGradient, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow,
+    LoopHeld, JournalGap, LedgerReported, CommandTaken, WarningLogged, ObserversReported,
+    CheckpointSaved, CheckpointSkipped, CheckpointFailed, CheckpointUploaded, CheckpointRejected, WeightsSaved,
+    *Health().types,
+})  # fmt: skip
+
+_CLEAR_BELOW = "\r\x1b[J"
+_PALETTE = {
+    "head": "bold",
+    "dim": "dim",
+    "bar": "cyan",
+    "done": "green",
+    "good": "green",
+    "warn": "yellow",
+    "bad": "bold red",
+}
+# A sign besides the colour, and words besides the sign: none of the three is needed to read the others.
+_SIGNS = {"note": "·", "epoch": "•", "good": "✓", "warn": "!", "bad": "✗"}
+_ASCII_SIGNS = {"note": "-", "epoch": "*", "good": "+", "warn": "!", "bad": "x"}
+
+
+class Console(Strict, frozen=True):
+    """Shows a run to a person: bars in a terminal, otherwise one plain line now and then.
+
+    Permanent lines tell what stays true: epochs and their results, failures, what was dropped, pauses, the
+    end and where the loop's time went. Bars are only drawn in a terminal that can move its cursor, by one
+    console at a time: a second one in the same process prints plain lines between them, marked with its run.
+    """
+
+    refresh_per_s: float = 2.0
+    """Most redraws of the bars per second."""
+    line_every_s: float = 10.0
+    """Without a terminal: seconds of training between two lines of progress."""
+    force_terminal: bool | None = None
+    """Draw bars (True) or plain lines (False) whatever stderr is; None to look."""
+
+    shows_warnings: ClassVar[bool] = True
+    """Warnings of a run that has this sink go to it, and not to stderr once more."""
+
+    # A person wants the present, so step events may be replaced by newer ones and a quarter of a second is
+    # soon enough: each wake of this thread costs the loop a hand-over of the interpreter lock. A stream that
+    # failed once (a closed pipe) will not come back, hence no retries. No timeout: Ctrl-S stops a terminal
+    # for as long as its reader likes, and that is no failure.
+    delivery: ClassVar[Delivery] = Delivery(
+        runs_in="thread",  # the terminal is this process's
+        types=_TYPES,
+        overflow="latest",
+        capacity=8_192,
+        latency_s=0.25,
+        batch=4_096,
+        on_error="disable",
+        timeout_s=None,
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.refresh_per_s <= 60:
+            raise ValueError(f"Console(refresh_per_s={self.refresh_per_s}): give a number above 0, up to 60")
+        if not self.line_every_s > 0:
+            raise ValueError(f"Console(line_every_s={self.line_every_s}): give a number of seconds above 0")
+
+    def open(self, run: RunInfo) -> ConsoleWriter:
+        """Look at stderr and decide how to write to it. Imports rich."""
+        from rich.console import Console as RichConsole
+
+        # None (pythonw), closed, or not a stream at all: nothing can be shown, and that is not a failure.
+        stream = sys.stderr
+        gone = getattr(stream, "closed", False) or not callable(getattr(stream, "write", None))
+        file: Any = _Nowhere() if gone else None
+        console = RichConsole(stderr=True, file=file, force_terminal=self.force_terminal)
+        return ConsoleWriter(
+            run,
+            console,
+            live=self.force_terminal,
+            refresh_per_s=self.refresh_per_s,
+            line_every_s=self.line_every_s,
+        )
+
+
+class _Nowhere(io.TextIOBase):
+    """Takes text and keeps none."""
+
+    def write(self, text: str, /) -> int:
+        return len(text)
+
+
+class ConsoleWriter:
+    """An open `Console`. Not thread-safe, as any writer; it starts no thread and redraws only from `write`.
+
+    A test gives it ``rich.console.Console(file=io.StringIO(), width=80, height=24)`` and says with ``live``
+    whether to draw bars; None is to look at the stream. ``write`` raises what the stream raises
+    (`BrokenPipeError`, or `ValueError` once it is closed); after that the writer is silent.
+    """
+
+    def __init__(
+        self,
+        run: RunInfo,
+        console: RichConsole,
+        *,
+        live: bool | None = None,
+        refresh_per_s: float = 2.0,
+        line_every_s: float = 10.0,
+    ) -> None:
+        self._console = console
+        # Held on to: rich would look sys.stderr up at each use, and follow whoever replaces it meanwhile.
+        self._file = console.file
+        self._every_s = 1 / refresh_per_s
+        self._line_every_s = line_every_s
+        self._progress = Progress()
+        self._chronicle = Chronicle(self._progress, run.run_dir)
+        self._ascii = console.options.ascii_only
+        terminal = _can_move_cursor(console) if live is None else live
+        self._live = terminal and _claim(self._file)
+        self._run_id = plain_text(run.run_id, 80)
+        self._beside_bars = terminal and not self._live
+        self._paint = _paints(console) if self._live else {}
+        self._drawn_at = -self._every_s
+        self._line_due: float | None = None
+        self._moved = False
+        self._block = False  # whether bars are on the screen
+        self._silent = False
+        self._lock = threading.Lock()  # only ever contended by the interpreter's exit
+        if self._live:
+            atexit.register(self._at_exit)
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Take a batch: print what is permanent at once, redraw the bars if it is time."""
+        with self._lock:
+            if self._silent:
+                return
+            lines = self._take(events)
+            if self._live:
+                due = time.monotonic() - self._drawn_at >= self._every_s
+                if lines or (due and self._moved):
+                    self._draw(lines)
+            else:
+                lines += self._progress_line()
+                self._print(lines)
+
+    def close(self) -> None:
+        """Say what was held back and leave the terminal in order. Never raises, may be repeated."""
+        with self._lock:
+            self._finish()
+
+    def _finish(self) -> None:
+        atexit.unregister(self._at_exit)
+        if self._live:
+            _release(self._file)
+        if self._silent:
+            return
+        lines = self._chronicle.finish()
+        # The stream may have gone meanwhile: nobody is left to tell, and closing must not fail for that.
+        with contextlib.suppress(OSError, ValueError):
+            if self._live:
+                clear = _CLEAR_BELOW if self._block else ""
+                rest = self._rows() if self._block else []  # the end was not seen: the last state stays
+                self._send(clear + "".join(f"{row}\n" for row in [*self._wrapped(lines), *rest]))
+            else:
+                self._print(lines)
+        self._silent = True
+
+    def _at_exit(self) -> None:
+        """The interpreter ends and nobody closed us: the shell's prompt belongs below the bars."""
+        if self._lock.acquire(timeout=1.0):  # a write that hangs must not keep the process alive
+            try:
+                self._finish()
+            finally:
+                self._lock.release()
+
+    # ------------------------------------------------------------------------------------------- events
+
+    def _take(self, events: Sequence[Event]) -> list[Line]:
+        lines: list[Line] = []
+        steps: list[TrainStepEnded] = []
+        from events.log import is_on_stderr  # structlog takes its time, and who only describes a console need not wait
+
+        for event in events:
+            # Nearly all events end here: thousands a second, on a thread that competes with the loop.
+            if type(event) is TrainStepEnded:
+                steps.append(event)
+                continue
+            if type(event) is MetricsLogged and event.key is None:
+                continue
+            if type(event) is WarningLogged and is_on_stderr(event):
+                continue
+            self._take_steps(steps, lines)
+            self._progress.take(event)
+            lines += self._chronicle.take(event)
+        self._take_steps(steps, lines)
+        self._moved = self._moved or bool(events)
+        return lines
+
+    def _take_steps(self, steps: list[TrainStepEnded], lines: list[Line]) -> None:
+        if steps:
+            self._progress.take_steps(steps)
+            lines += self._chronicle.trained(steps[-1].time, steps[-1].global_step)
+            steps.clear()
+
+    # --------------------------------------------------------------------------------------- a terminal
+
+    def _draw(self, lines: Iterable[Line]) -> None:
+        rows = [] if self._progress.ended else self._rows()
+        # Only our own bars are cleared away: without them the cursor may stand behind somebody else's text.
+        frame = [_CLEAR_BELOW if self._block else "", *(f"{row}\n" for row in self._wrapped(lines))]
+        if rows:
+            frame += ["\n", "\n".join(rows), f"\x1b[{len(rows)}A\r"]
+        self._block = bool(rows)
+        self._send("".join(frame))
+        self._drawn_at = time.monotonic()
+        self._moved = False
+
+    def _rows(self) -> list[str]:
+        width, height = self._console.size
+        rows = bar_rows(self._progress, width - 1, ascii_only=self._ascii)  # -1: the last column may wrap
+        return [self._painted(row) for row in rows[: max(0, height - 2)]]
+
+    def _wrapped(self, lines: Iterable[Line]) -> list[str]:
+        width = self._console.size[0] - 1
+        signs = _ASCII_SIGNS if self._ascii else _SIGNS
+        out = []
+        for line in lines:
+            sign = self._painted([Span(signs[line.kind], line.kind)])
+            for index, row in enumerate(wrap(line, max(10, width - 2))):
+                out.append(f"{sign if index == 0 else ' '} {self._painted(row)}")
+        return out
+
+    def _painted(self, spans: Iterable[Span]) -> str:
+        paint = self._paint
+        return "".join([paint.get(style, "\0").replace("\0", text) for text, style in spans]).rstrip()
+
+    # ------------------------------------------------------------------------------------- no terminal
+
+    def _print(self, lines: Iterable[Line]) -> None:
+        signs = _ASCII_SIGNS if self._ascii else _SIGNS
+        start = f"{self._run_id}  " if self._beside_bars else ""
+        text = "".join(f"{format_clock(line.time)} {signs[line.kind]} {start}{line.text}\n" for line in lines)
+        if text:
+            # Beside another console's bars the cursor rests on their empty line: what is below it is redrawn
+            # soon.
+            self._send(_CLEAR_BELOW + text if self._beside_bars else text)
+
+    def _progress_line(self) -> list[Line]:
+        """One line of progress when it is due by the time of the events, however many came at once."""
+        now = self._progress
+        if self._line_due is None:
+            self._line_due = now.time + self._line_every_s
+        # Much earlier than the last line: the clock was set back.
+        if now.ended or self._line_due - 2 * self._line_every_s <= now.time < self._line_due:
+            return []
+        self._line_due = now.time + self._line_every_s
+        return [progress_line(now)]
+
+    def _send(self, text: str) -> None:
+        """One write and a flush: a frame that is written in pieces flickers. May wait for the terminal."""
+        if self._ascii:
+            encoding = self._console.encoding
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._silent = True  # unless it goes well: after a stream broke, close() must not try again
+        self._file.write(text)
+        flush = getattr(self._file, "flush", None)  # a stream of the host's may have `write` alone
+        if flush is not None:
+            flush()
+        self._silent = False
+
+
+def _can_move_cursor(console: RichConsole) -> bool:
+    """Whether bars can be drawn. Rich's answer alone would draw them into a file when FORCE_COLOR is set."""
+    if console.is_dumb_terminal or console.legacy_windows or console.is_jupyter:
+        return False
+    isatty = getattr(console.file, "isatty", None)
+    return console.is_terminal and isatty is not None and bool(isatty())
+
+
+def _paints(console: RichConsole) -> dict[str, str]:
+    """Each style of the palette as what it makes of a NUL: rendered once, painting is then a replacement."""
+    from rich.console import COLOR_SYSTEMS
+    from rich.style import Style
+
+    system = COLOR_SYSTEMS[console.color_system] if console.color_system is not None else None
+    styles = {name: Style.parse(definition) for name, definition in _PALETTE.items()}
+    return {
+        name: (style.without_color if console.no_color else style).render("\0", color_system=system)
+        for name, style in styles.items()
+    }
+
+
+_claims_lock = threading.Lock()
+_claims: list[IO[str]] = []
+
+
+def _claim(file: IO[str]) -> bool:
+    """Take a stream for live bars; False when another console of this process draws there already."""
+    with _claims_lock:
+        if any(other is file for other in _claims):
+            return False
+        _claims.append(file)
+        return True
+
+
+def _release(file: IO[str]) -> None:
+    with _claims_lock:
+        _claims[:] = [other for other in _claims if other is not file]

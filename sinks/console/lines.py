@@ -1,0 +1,454 @@
+"""The console's permanent lines: which events are worth one, and what it says. Pure: events in, lines out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from events.health import Health
+from events.messages import (
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointUploaded,
+    CommandTaken,
+    Event,
+    JournalGap,
+    LedgerReported,
+    LoopHeld,
+    MetricsLogged,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    ObserverDropped,
+    ObserverFailed,
+    ObserverRecovered,
+    ObserverSlow,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    StallLedger,
+    TestEpochEnded,
+    TrainEpochEnded,
+    ValEpochEnded,
+    WarningLogged,
+    WeightsSaved,
+)
+from events.metrics import metric_name
+from sinks.console.progress import Progress
+from sinks.console.text import Field, Kind, Line, Span
+from sinks.format import (
+    format_bytes,
+    format_duration,
+    format_number,
+    format_rate,
+    ledger_shares,
+    plain_text,
+)
+
+HELD_S = 1.0
+"""A held loop is worth a line from this on."""
+REPEAT_S = 10.0
+"""Lines of one kind about one observer come at most this often; those between are counted."""
+_MOST_METRICS = 16
+_MOST_RESULTS = 2_000
+"""Results that wait for a line; only `_MOST_METRICS` of them are in it."""
+_MOST_TRACEBACK = 30
+"""Lines of a traceback that are shown."""
+_MOST_REPEATS = 256
+"""Names are strangers' text, so even this bookkeeping has a bound."""
+
+
+class Chronicle:
+    """Turns events into lines. Belongs to one writer; `Progress` is told about each event before it is."""
+
+    def __init__(self, progress: Progress, run_dir: str | None = None) -> None:
+        self._progress = progress
+        self._run_dir = run_dir
+        self._began: float | None = None
+        self._ledger: StallLedger | None = None
+        self._results: dict[str, float] = {}  # validation results that no line has shown yet
+        self._results_at = 0
+        self._results_s = 0.0
+        self._tested: dict[str, float] = {}
+        self._told: int | None = None  # the last epoch that has its line
+        # What a line is about -> the time of the last such line, and how many were held back since.
+        self._repeats: dict[tuple[str, object], tuple[float, int]] = {}
+        self._forgotten = 0
+        self._health = Health()
+        self._problems: set[str] = set()  # those that have their line
+        self._ending: Line | None = None  # of a run that failed: to be the last line
+        self._healthy_end: tuple[RunEnded, str] | None = None  # shown as such, though a problem may still come
+        self._buried = False  # whether it has others behind it
+        self._handlers: dict[type[Event], Callable[[Any], Iterable[Line]]] = {
+            RunStarted: self._run_started,
+            RunResumed: self._run_resumed,
+            RunEnded: self._run_ended,
+            ValEpochEnded: self._val_epoch_ended,
+            TestEpochEnded: self._test_epoch_ended,
+            TrainEpochEnded: self._train_epoch_ended,
+            MetricsLogged: self._metrics_logged,
+            NonFiniteLoss: self._non_finite_loss,
+            NonFiniteGradient: self._non_finite_gradient,
+            ObserverFailed: self._observer_failed,
+            ObserverRecovered: self._observer_recovered,
+            ObserverDropped: self._observer_dropped,
+            ObserverSlow: self._observer_slow,
+            WarningLogged: self._warning_logged,
+            LoopHeld: self._loop_held,
+            JournalGap: self._journal_gap,
+            LedgerReported: self._ledger_reported,
+            CommandTaken: self._command_taken,
+            CheckpointSaved: self._checkpoint_saved,
+            CheckpointSkipped: self._checkpoint_skipped,
+            CheckpointFailed: self._checkpoint_failed,
+            CheckpointUploaded: self._checkpoint_uploaded,
+            CheckpointRejected: self._checkpoint_rejected,
+            WeightsSaved: lambda e: [_line(e, "note", f"weights in {plain_text(e.path)} ({format_bytes(e.nbytes)})")],
+        }
+
+    def take(self, event: Event) -> Iterable[Line]:
+        """The lines that an event is worth, mostly none."""
+        self._health.add(event)
+        handler = self._handlers.get(type(event))
+        lines = () if handler is None else handler(event)
+        self._buried = self._buried or (self._ending is not None and type(event) is not RunEnded and bool(lines))
+        return lines
+
+    def trained(self, time: float, global_step: int) -> Iterable[Line]:
+        """Training went on: validation results from the middle of an epoch get their own line now."""
+        return self._mid_epoch(time) if self._results and global_step > self._results_at else ()
+
+    def finish(self) -> list[Line]:
+        """What was still held back when the last event had come."""
+        time = self._progress.time
+        lines = [*self._unshown(time), *self._held_back(time), *self._show_ledger(time), *self._new_problems(time)]
+        if self._healthy_end is not None and self._problems:  # they came after the line that says that it is finished
+            e, text = self._healthy_end
+            lines.append(_line(e, "warn", f"{text}, with {_many(len(self._problems), 'problem')}"))
+        return [*lines, self._ending] if self._ending is not None and (lines or self._buried) else lines
+
+    # ----------------------------------------------------------------------------------------- the run
+
+    def _run_started(self, e: RunStarted) -> list[Line]:
+        self._began, self._told = e.time, None
+        self._results.clear()
+        self._problems.clear()
+        self._ending, self._buried = None, False
+        self._healthy_end = None
+        epoch = f" of {e.steps_per_epoch:,} steps" if e.steps_per_epoch is not None else ""
+        if e.epochs is None:
+            size = f"{e.max_steps or 0:,} steps" + (f", epochs{epoch}" if epoch else "")
+        else:
+            size = _many(e.epochs, "epoch") + epoch
+            if e.max_steps is not None:
+                size += f", at most {e.max_steps:,} steps"
+        module = plain_text(e.module.rpartition(".")[2], 80)
+        parts = [f"run {plain_text(e.run_id, 80)}", f"{module} on {plain_text(e.device, 40)}", size]
+        if e.attempt > 1:
+            parts.append(f"attempt {e.attempt}")
+        fields: list[Field] = [(Span(part, "" if i else "head"),) for i, part in enumerate(parts)]
+        if self._run_dir is not None:
+            fields.append((Span(f"in {plain_text(self._run_dir)}", "dim"),))
+        return [Line(e.time, "note", fields)]
+
+    def _run_resumed(self, e: RunResumed) -> list[Line]:
+        if e.checkpoint is None and not e.global_step:
+            return [_line(e, "note", "beginning anew: what earlier attempts have done is superseded")]
+        source = "" if e.checkpoint is None else f" from {plain_text(e.checkpoint, 80)}"
+        return [_line(e, "note", f"resumed{source} at step {e.global_step:,}")]
+
+    def _run_ended(self, e: RunEnded) -> list[Line]:
+        phase = f" in {plain_text(e.phase, 80)}" if e.phase else ""
+        took = "" if self._began is None else f" after {format_duration(e.time - self._began)}"
+        text = f"{e.status}{phase} at step {e.global_step:,}{took}"
+        if e.reason:
+            text += f": {plain_text(e.reason)}"
+        before = [*self._unshown(e.time), *self._held_back(e.time)]
+        ledger, problems = self._show_ledger(e.time), self._new_problems(e.time)
+        if e.status == "failed":  # the last line says what failed
+            self._ending = _line(e, "bad", text)
+            return [*before, *ledger, *problems, *_traceback(e), self._ending]
+        self._ending = None
+        if problems and not e.reason:
+            text += f", with {_many(len(problems), 'problem')}"
+        self._healthy_end = (e, text) if e.status == "finished" and not problems else None
+        ending = _line(e, "good" if e.status == "finished" and not problems else "warn", text)
+        return [*before, ending, *ledger, *problems]
+
+    def _new_problems(self, time: float) -> list[Line]:
+        """A line for each problem of the run that has none yet."""
+        new = [one for one in self._health.problems if one not in self._problems and one != self._health.failure]
+        self._problems.update(new)
+        return [Line(time, "warn", [(Span(f"problem: {plain_text(one)}", "warn"),)]) for one in new]
+
+    def _ledger_reported(self, e: LedgerReported) -> list[Line]:
+        if e.scope != "run":
+            return []
+        self._ledger = e.ledger
+        return self._show_ledger(e.time) if self._progress.ended else []
+
+    def _show_ledger(self, time: float) -> list[Line]:
+        """The ledger comes last, whichever of it and `RunEnded` was published first."""
+        ledger, self._ledger = self._ledger, None
+        if ledger is None:
+            return []
+        shares = [(Span(f"{row} ", "dim"), Span(share)) for row, share in ledger_shares(ledger)]
+        return [Line(time, "note", [(Span(f"loop time {format_duration(ledger.wall_s)}"),), *shares])]
+
+    def _command_taken(self, e: CommandTaken) -> list[Line]:
+        known = {"pause": "paused", "resume": "resumed", "stop": "stopping", "checkpoint": "checkpoint asked for"}
+        text = f"{known.get(e.command, plain_text(e.command, 40))} at step {e.global_step:,}"
+        return [_line(e, "note", f"{text}: {plain_text(e.reason)}" if e.reason else text)]
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    def _checkpoint_saved(self, e: CheckpointSaved) -> Iterable[Line]:
+        why = plain_text(", ".join(e.reasons), 80)
+        took = f"{format_bytes(e.nbytes)}, durable after {format_duration(e.durable_s)}"
+        text = f"checkpoint {plain_text(e.checkpoint, 80)} ({why}): {took}"
+        if e.missing:
+            return [_line(e, "warn", f"warning: {text}, without the state of {plain_text(', '.join(e.missing), 200)}")]
+        return self._sparsely(
+            e, "checkpoints", "note", text, always=not {"stop", "end", "command"}.isdisjoint(e.reasons)
+        )
+
+    def _checkpoint_skipped(self, e: CheckpointSkipped) -> Iterable[Line]:
+        writing = plain_text(", ".join(e.writing), 80)
+        text = f"warning: no checkpoint at step {e.global_step:,}: {writing} are still being written"
+        return self._sparsely(e, "checkpoints left out", "warn", text)
+
+    def _checkpoint_failed(self, e: CheckpointFailed) -> Iterable[Line]:
+        did = {"stage": "take", "write": "write", "upload": "upload", "delete": "delete"}[e.during]
+        times = f", {e.consecutive:,} in a row" if e.consecutive > 1 else ""
+        what = f"checkpoint {plain_text(e.checkpoint, 80)}" if e.checkpoint else "checkpoint"
+        text = f"error: could not {did} {what}{times}: {plain_text(e.error)}"
+        return self._sparsely(e, f"failures to {did} checkpoints", "bad", text, always=e.during in ("stage", "write"))
+
+    def _checkpoint_uploaded(self, e: CheckpointUploaded) -> Iterable[Line]:
+        took = f"{format_bytes(e.nbytes)} in {format_duration(e.duration_s)}"
+        return self._sparsely(e, "uploads", "note", f"uploaded to {plain_text(e.url)}: {took}")
+
+    def _checkpoint_rejected(self, e: CheckpointRejected) -> list[Line]:
+        text = f"warning: checkpoint {plain_text(e.checkpoint, 80)} is not whole, an older one is tried"
+        return [_line(e, "warn", f"{text}: {plain_text(e.error)}")]
+
+    # -------------------------------------------------------------------------------------- the stages
+
+    def _val_epoch_ended(self, e: ValEpochEnded) -> list[Line]:
+        self._results_at = e.global_step
+        self._results_s += e.duration_s
+        if e.loss is not None:
+            _keep(self._results, {metric_name("val_loss", e.key): e.loss})
+        return []
+
+    def _metrics_logged(self, e: MetricsLogged) -> list[Line]:
+        if e.key is None:
+            return []
+        named = {metric_name(name, e.key): value for name, value in e.metrics.items()}
+        if e.stage == "test":
+            _keep(self._tested, named)
+        elif self._told is not None and e.epoch <= self._told:
+            # From an observer's hook, which came to it after the epoch's line.
+            return [Line(e.time, "epoch", [(Span(self._epoch_name(e.epoch), "head"),), *_metrics(named)])]
+        else:
+            _keep(self._results, named)
+            self._results_at = e.global_step
+        return []
+
+    def _train_epoch_ended(self, e: TrainEpochEnded) -> list[Line]:
+        fields: list[Field] = [(Span(self._epoch_name(e.epoch), "head"),)]
+        if e.loss is not None:
+            fields += _metrics({"train_loss": e.loss})
+        fields += _metrics(self._results)
+        fields.append((Span(format_duration(e.duration_s), "dim"),))
+        self._results.clear()
+        self._results_s = 0.0
+        self._told = e.epoch
+        return [Line(e.time, "epoch", fields)]
+
+    def _test_epoch_ended(self, e: TestEpochEnded) -> list[Line]:
+        fields: list[Field] = [(Span(f"test {plain_text(e.key, 60)}", "head"),)]
+        if e.loss is not None:
+            fields += _metrics({"loss": e.loss})
+        fields += [*_metrics(self._tested), (Span(format_duration(e.duration_s), "dim"),)]
+        self._tested.clear()
+        return [Line(e.time, "epoch", fields)]
+
+    def _mid_epoch(self, time: float) -> list[Line]:
+        fields: list[Field] = [(Span(f"step {self._results_at:,}", "head"),), *_metrics(self._results)]
+        if self._results_s > 0:
+            fields.append((Span(format_duration(self._results_s), "dim"),))
+        self._results.clear()
+        self._results_s = 0.0
+        return [Line(time, "epoch", fields)]
+
+    def _unshown(self, time: float) -> list[Line]:
+        lines = self._mid_epoch(time) if self._results else []
+        if self._tested:
+            lines.append(Line(time, "epoch", [(Span("test", "head"),), *_metrics(self._tested)]))
+            self._tested.clear()
+        return lines
+
+    def _epoch_name(self, epoch: int) -> str:
+        of = self._progress.epochs
+        return f"epoch {epoch + 1}" if of is None else f"epoch {epoch + 1:>{len(str(of))}}/{of}"
+
+    # ---------------------------------------------------------------------------------- what went wrong
+
+    def _non_finite_loss(self, e: NonFiniteLoss) -> Iterable[Line]:
+        text = f"warning: the loss of step {e.global_step:,} is {e.loss} ({_outcome(e)})"
+        return self._sparsely(e, "non-finite losses", "warn", text, always=e.action == "stopped")
+
+    def _non_finite_gradient(self, e: NonFiniteGradient) -> Iterable[Line]:
+        text = f"warning: a gradient of step {e.global_step:,} is NaN or infinite ({_outcome(e)})"
+        return self._sparsely(e, "non-finite gradients", "warn", text, always=e.action == "stopped")
+
+    def _observer_failed(self, e: ObserverFailed) -> Iterable[Line]:
+        times = f", {e.failures:,} in a row" if e.failures > 1 else ""
+        outcome = {"fatal": "the run ends", "disabled": "disabled", "retrying": "retrying"}[e.action]
+        during = f" in {plain_text(e.during, 60)}" if e.during else ""
+        text = f"{_name(e)} failed{during}{times}, {outcome}: {plain_text(e.error)}"
+        if e.action == "retrying":
+            return self._sparsely(e, f"failures of {_name(e)}", "warn", f"warning: {text}")
+        return [_line(e, "bad", f"error: {text}")]
+
+    def _observer_recovered(self, e: ObserverRecovered) -> Iterable[Line]:
+        text = f"{_name(e)} recovered after {format_duration(e.outage_s)} and {_many(e.failures, 'failure')}"
+        return self._sparsely(e, f"recoveries of {_name(e)}", "good", text)
+
+    def _observer_dropped(self, e: ObserverDropped) -> Iterable[Line]:
+        if e.dropped == 0:  # only replaced by newer ones: what that observer asked for
+            return []
+        text = f"warning: {_many(e.dropped, 'event')} did not reach {_name(e)}"
+        return self._sparsely(e, f"drops by {_name(e)}", "warn", text)
+
+    def _observer_slow(self, e: ObserverSlow) -> Iterable[Line]:
+        during = plain_text(e.during, 60)
+        text = f"warning: {_name(e)} has been in {during} for {format_duration(e.running_s)}"
+        return self._sparsely(e, f"slow calls of {_name(e)}", "warn", text)
+
+    def _loop_held(self, e: LoopHeld) -> Iterable[Line]:
+        if e.wait_s < HELD_S:
+            return []
+        by = plain_text(", ".join(e.observers), 200) or "nobody known"
+        reasons = {"fence": "its hook to return", "backpressure": "room in its queue", "checkpoint": "the disk"}
+        why = reasons[e.cause]
+        waited = format_duration(e.wait_s)
+        if e.released:
+            text = f"warning: the loop goes on: it had waited {waited} for {by} ({why})"
+        else:
+            text = f"warning: the loop has been waiting {waited} for {by} ({why})"
+        return self._sparsely(e, f"waits of the loop for {by}", "warn", text, part=e.released)
+
+    def _warning_logged(self, e: WarningLogged) -> list[Line]:
+        more = f" [and {e.repeats:,} more before]" if e.repeats else ""
+        kind: Kind = "bad" if e.level == "error" else "warn"
+        return [_line(e, kind, f"{e.level}: {plain_text(e.message)}{more}")]
+
+    def _journal_gap(self, e: JournalGap) -> list[Line]:
+        where = f"(seq {e.first_seq:,} to {e.last_seq:,})"
+        text = f"error: the journal lacks {_many(e.lost, 'event')} {where}: {plain_text(e.reason)}"
+        return [_line(e, "bad", text)]
+
+    def _sparsely(
+        self, e: Event, what: str, kind: Kind, text: str, *, part: object = None, always: bool = False
+    ) -> list[Line]:
+        """A line, unless its like was shown within `REPEAT_S`: what happens at each step must not flood."""
+        key = (what, part)
+        shown, held = self._repeats.get(key, (-math.inf, 0))
+        if not always and e.time - shown < REPEAT_S:
+            self._repeats[key] = (shown, held + 1)
+            return []
+        self._repeats.pop(key, None)  # to the end: the first is the one shown longest ago
+        self._repeats[key] = (e.time, 0)
+        if len(self._repeats) > _MOST_REPEATS:
+            oldest = next(iter(self._repeats))
+            self._forgotten += self._repeats.pop(oldest)[1]
+        return [_line(e, kind, f"{text} [and {held:,} more before]" if held else text)]
+
+    def _held_back(self, time: float) -> list[Line]:
+        counts: dict[str, int] = {}
+        for (what, _), (_, held) in self._repeats.items():
+            counts[what] = counts.get(what, 0) + held
+        counts["others"] = self._forgotten
+        self._repeats.clear()
+        self._forgotten = 0
+        said = [(Span(f"{what}: {held:,} more"),) for what, held in counts.items() if held]
+        return [Line(time, "warn", [(Span("not shown above:"),), *said])] if said else []
+
+
+def _line(event: Event, kind: Kind, text: str) -> Line:
+    return Line(event.time, kind, [(Span(text, kind),)])
+
+
+def _traceback(e: RunEnded) -> list[Line]:
+    """The end of a traceback, where the user's frames are; all of it is in the journal."""
+    # Not the marks beneath a line: they may be wrapped away from what they mark.
+    rows = [row for row in (e.traceback or "").splitlines() if row.strip(" ~^")]
+    shown = rows[-_MOST_TRACEBACK:]
+    if len(rows) > len(shown):
+        shown.insert(0, f"... {len(rows) - len(shown):,} lines before")
+    return [Line(e.time, "note", [(Span(plain_text(row, 300), "dim"),)]) for row in shown]
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _outcome(e: NonFiniteLoss | NonFiniteGradient) -> str:
+    row = f", {e.consecutive:,} in a row" if e.consecutive > 1 else ""
+    return {"warned": "trained on it", "skipped": "step skipped", "stopped": "stopping"}[e.action] + row
+
+
+def _name(event: ObserverFailed | ObserverRecovered | ObserverDropped | ObserverSlow) -> str:
+    return plain_text(event.observer, 80)
+
+
+def _keep(into: dict[str, float], named: dict[str, float]) -> None:
+    into.update(named)
+    while len(into) > _MOST_RESULTS:
+        into.popitem()
+
+
+def _metrics(values: dict[str, float]) -> list[Field]:
+    """Losses first, whatever was logged before them; then in the order of logging."""
+    shown = sorted(values.items(), key=lambda item: not item[0].startswith("val_loss"))[:_MOST_METRICS]
+    fields: list[Field] = [
+        (
+            Span(f"{plain_text(name, 60)} ", "dim"),
+            Span(f"{format_number(value):>6}", "" if math.isfinite(value) else "bad"),
+        )
+        for name, value in shown
+    ]
+    if len(values) > _MOST_METRICS:
+        fields.append((Span(f"and {len(values) - _MOST_METRICS:,} more", "dim"),))
+    return fields
+
+
+def progress_line(now: Progress) -> Line:
+    """Where the run stands, for those who see no bars."""
+    parts = [f"epoch {now.epoch + 1}" + (f"/{now.epochs}" if now.epochs is not None else "")]
+    if now.evaluation is not None:
+        of = f"/{now.evaluation.steps:,}" if now.evaluation.steps is not None else ""
+        key = plain_text(now.evaluation.key, 60)
+        parts.append(f"{now.evaluation.stage} {key} {now.evaluation.step:,}{of}")
+        return _parts(now.time, parts[1:] if now.evaluation.stage == "test" else parts)
+    steps = now.steps
+    percent = f" ({100 * now.step_in_epoch // steps} %)" if steps else ""
+    parts.append(f"step {now.step_in_epoch:,}" + (f"/{steps:,}{percent}" if steps is not None else ""))
+    if now.loss is not None:
+        parts.append(f"loss {format_number(now.loss)}")
+    if now.paused:
+        parts.append("paused")
+    elif now.rate is not None:
+        parts.append(format_rate(now.rate))
+    left_s = now.run_left_s if now.run_left_s is not None else now.epoch_left_s
+    if left_s is not None:
+        parts.append(f"{format_duration(left_s)} left" + (" in this epoch" if now.run_left_s is None else ""))
+    return _parts(now.time, parts)
+
+
+def _parts(time: float, parts: list[str]) -> Line:
+    return Line(time, "note", [(Span(part),) for part in parts])

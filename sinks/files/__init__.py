@@ -1,0 +1,1 @@
+"""Sinks that append to files in the run folder."""

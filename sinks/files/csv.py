@@ -1,0 +1,203 @@
+"""A sink that keeps the numbers as a table: for pandas, for a spreadsheet, for ``grep``."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import msgspec
+
+from events.errors import SinkMisconfigured
+from events.messages import Event
+from events.metrics import METRIC_TYPES, metrics_of
+from events.sink import Delivery, RunInfo
+from events.strict import Strict
+from sinks.files.appended import (
+    LINE_BYTES,
+    AppendedFile,
+    End,
+    Position,
+    Rows,
+    check_path,
+    find_end,
+    newer,
+    path_in,
+    position_of,
+    too_long,
+    warn_of_another,
+)
+
+COLUMNS = ("run_id", "attempt", "seq", "time", "global_step", "epoch", "stage", "name", "value")
+"""The columns: one row for each number."""
+
+_HEADER = (",".join(COLUMNS) + "\n").encode()
+
+# Not read by `csv`, which refuses fields of more than 131,072 characters: what it takes is set for the whole process.
+_TEXT = rb'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'
+_BEGIN = re.compile(rb'"|[^",\r\n]*,\d+,\d+,')
+"""How a row of any run begins: a line that does not is the rest of a name."""
+_FORMULA = re.compile("^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?=[-=+@\uff1d\uff0b\uff0d\uff20])")
+"""Where a text begins that a spreadsheet may take for a formula: a cell, also where a semicolon, a tab or a line
+break separates cells. The last four are the wide forms of the first."""
+_ROW = re.compile(rb'(%b),"?(\d+)"?,"?(\d+)"?,"?([-+.\deE]+)"?,[^,]*,[^,]*,[^,]*,%b,[^,]*\n' % (_TEXT, _TEXT))
+"""All columns; another program may have put each between quotes."""
+
+
+class CSV(Strict, frozen=True):
+    """Appends each number to a table, with the name that it has everywhere (`events.metrics.metrics_of`)::
+
+        Trainer(module, arguments, sinks=[CSV()]).train()
+        table = pandas.read_csv("runs/RUN/metrics.csv")
+        table[table.name == "val_loss"].plot(x="global_step", y="value")
+
+    Its columns are ``run_id, attempt, seq, time, global_step, epoch, stage, name, value``; ``time`` is in Unix seconds,
+    ``stage`` is empty outside of any. NaN and infinities are ``nan``, ``inf`` and ``-inf``. A name that a spreadsheet
+    would take for a formula (it begins with ``=``, ``+``, ``-``, ``@``, a tab or a line break) has a ``'`` before it;
+    numbers have none. An attempt that continues
+    the run continues the table. No row is in it twice, and none in part: what a process that was killed has left of one
+    is cut away. Steps that a later attempt has done again are there once for each ``attempt``. One run at a time writes
+    to a file; several, one after the other, may. One that begins anew under the same name is added, with a warning.
+    """
+
+    path: str | None = None
+    """The file; None: ``metrics.csv`` in the run's folder."""
+
+    # Spilled, because a gap would be noticed only by who reads the file later; a disk that is full stays so for
+    # minutes, so it is asked for about seven. Half a second makes thousands of rows one write.
+    delivery: ClassVar[Delivery] = Delivery(
+        types=METRIC_TYPES, overflow="spill", latency_s=0.5, batch=8_192, timeout_s=30.0, retries=20
+    )
+
+    def __post_init__(self) -> None:
+        check_path(self.path, "CSV(path")
+
+    def open(self, run: RunInfo) -> CSVWriter:
+        """Open the table, and see where to go on in it.
+
+        Raises:
+            SinkMisconfigured: There is no path, and the run keeps no folder; or the file is another table.
+            OSError: The file cannot be opened, or another run has it open.
+        """
+        return CSVWriter(AppendedFile(path_in(run, self.path, "metrics.csv", "CSV"), run.run_dir), run.run_id)
+
+
+class CSVWriter:
+    """An open `CSV`. Waits for the disk only."""
+
+    def __init__(self, file: AppendedFile, run_id: str) -> None:
+        self._file = file
+        try:
+            _check_header(file)
+            end = find_end(file, lambda lines: _rows(lines, run_id, file.path))
+            file.cut(end.size)
+            if not end.size:
+                file.append(_HEADER)
+        except BaseException:  # goes on as itself, without the open file
+            file.close()
+            raise
+        self._end: End | None = end  # until it is known whether the run goes on from there
+        self._last = end.last
+        self._begun = end.rows  # so many rows of that event are there, maybe not all, since a process was killed
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Append the rows that are not there yet. Raises `OSError` when the disk refuses; nothing is added then."""
+        if self._end is not None and events:
+            if self._end.is_of_another(events[0]):
+                warn_of_another("CSV", self._file.path, events[0].run_id)
+                self._last, self._begun = (0, 0), 0
+            self._end = None
+        begun = [event for event in events if position_of(event) == self._last] if self._begun else []
+        events = newer(events, self._last)
+        if not events and not begun:
+            return
+        block = "".join([*_encode(begun)[self._begun :], *_encode(events)])
+        self._file.append(block.encode("utf-8", "backslashreplace"))
+        if events:
+            self._last = position_of(events[-1])
+        self._begun = 0
+
+    def close(self) -> None:
+        """Have everything on the disk, and let go of the file."""
+        self._file.close()
+
+
+def _encode(events: Sequence[Event]) -> list[str]:
+    """The rows of some events. The hot path: about 3 us an event that has four numbers."""
+    found = [(event, metrics) for event in events if (metrics := metrics_of(event))]
+    numbers = [number for event, metrics in found for number in (event.time, *[value for _, value in metrics])]
+    texts = iter(_texts(numbers))
+    rows: list[str] = []
+    for event, metrics in found:
+        head = (
+            f"{_quoted(event.run_id)},{event.attempt},{event.seq},{next(texts)},{event.global_step},{event.epoch},"
+            f"{event.stage or ''},"
+        )
+        rows += [f"{head}{_quoted(name)},{text}\n" for (name, _), text in zip(metrics, texts, strict=False)]
+    return rows
+
+
+def _texts(numbers: list[float]) -> list[str]:
+    """The shortest text that gives each number again. All at once by `msgspec`: seven times as fast as `repr`."""
+    texts = msgspec.json.encode(numbers).decode()[1:-1].split(",")
+    if "null" in texts:  # JSON has no NaN and no infinities
+        return [repr(number) if text == "null" else text for number, text in zip(numbers, texts, strict=True)]
+    return texts
+
+
+@functools.lru_cache(maxsize=8_192)
+def _quoted(text: str) -> str:
+    """A field as `csv` writes it. Cached: there are few names, and millions of rows.
+
+    A carriage return is quoted, too, which `csv` does in newer Pythons only: readers take a bare one for a row's end.
+    So are a semicolon and a tab, which separate fields for some spreadsheets.
+    """
+    text = _FORMULA.sub("'", text)
+    if any(char in text for char in ',;"\t\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def _rows(lines: Iterable[bytes], run_id: str, path: str) -> Rows:
+    whose = _FORMULA.sub("'", run_id).encode("utf-8", "backslashreplace")
+    end = begin = 0
+    row: list[bytes] = []  # the lines of a row so far, which goes on while a quote is open
+    is_open = False
+    for line in lines:
+        if not line.endswith(b"\n"):
+            return  # cut off
+        end += len(line)
+        if row or _BEGIN.match(line):
+            row.append(line)
+            is_open ^= line.count(b'"') % 2 == 1
+        if end - begin > LINE_BYTES:
+            raise too_long(path)
+        if not is_open:
+            yield _event_of(b"".join(row), whose), end
+            row.clear()
+            begin = end
+
+
+def _event_of(row: bytes, whose: bytes) -> tuple[Position, float] | None:
+    found = _ROW.fullmatch(row)
+    if found is None or _unquoted(found[1]) != whose:
+        return None
+    try:
+        return (int(found[2]), int(found[3])), float(found[4])
+    except ValueError:
+        return None
+
+
+def _unquoted(field: bytes) -> bytes:
+    return field[1:-1].replace(b'""', b'"') if field.startswith(b'"') else field
+
+
+def _check_header(file: AppendedFile) -> None:
+    with file.reader() as reader:
+        found = reader.readline(len(_HEADER) + 2)
+    if found.rstrip(b"\r\n") != _HEADER.rstrip() and not _HEADER.startswith(found):  # it may be cut off, too
+        raise SinkMisconfigured(
+            f"CSV cannot continue {file.path}, whose first line is {found[:80]!r} and not {_HEADER.decode().rstrip()};"
+            f" move the file away, or name another path"
+        )

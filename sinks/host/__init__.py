@@ -1,0 +1,1 @@
+"""The sink host: a process in which sinks run."""

@@ -1,0 +1,391 @@
+"""The sink host: a process in which sinks run, so that what they compute never holds the interpreter of the loop.
+
+It is started by `sinks.host.process` and reads the run's journal (`events.journal.feed`); each sink has its own place
+in it. Lines of JSON come in: first `HostConfig`, then `Finish`. Lines of JSON go out: `HealthTold` and `Finished`. How
+far each sink has come stands in a file of the run's folder, so that a host that is started again goes on from there.
+
+When the process of the run dies, in whatever way, the host delivers what the journal has, and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import msgspec
+
+from events import notice
+from events.bus.bus import Bus
+from events.bus.observer import Observer, SinkTarget
+from events.bus.subscription import Subscription
+from events.bus.supervisor import report_observers
+from events.errors import SinkMisconfigured
+from events.journal.feed import JournalFeed
+from events.journal.reader import JOURNAL_DIR, SkippedLine
+from events.log import RunLog, current_origin
+from events.messages import (
+    EVENT_TYPES,
+    Event,
+    ObserverFailed,
+    ObserverRecovered,
+    ObserverSlow,
+    ObserversReported,
+    WarningLogged,
+)
+from events.origin import Origin
+from events.protocol import ObserverReport
+from events.safe_files import open_below, read_below, replace_below
+from events.sink import Delivery, RunInfo, Sink
+from events.wire import encode_json
+
+PLACES_DIR = "sinks"
+"""Within a run's folder: how far each sink of a host has come."""
+HEALTH = (ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported)
+"""What the host tells the run about its sinks..."""
+TOLD: frozenset[type[Event]] = frozenset({*HEALTH, WarningLogged})
+"""...and what they log."""
+_PLACE_BYTES = 4_096
+_out = 1
+"""Where messages to the run go."""
+_ALIVE_S = 0.5
+"""How often it looks whether the process of the run is still there."""
+
+
+class HostedSink(msgspec.Struct, frozen=True):
+    """A sink as it travels to another process."""
+
+    name: str
+    """The observer's."""
+    kind: str
+    """``module:Class``."""
+    fields: dict[str, Any]
+    delivery: dict[str, Any]
+    """`events.sink.Delivery` without ``types``..."""
+    types: list[str] | None
+    """...whose names are here."""
+    since: int
+    """Where it begins, if it has not been in this run's host before."""
+
+    @classmethod
+    def of(cls, name: str, sink: Sink, delivery: Delivery, since: int) -> HostedSink:
+        """Describe a sink.
+
+        Raises:
+            SinkMisconfigured: it cannot travel; says why.
+        """
+        kind = type(sink)
+        if not isinstance(sink, msgspec.Struct):
+            raise SinkMisconfigured(
+                f"{kind.__name__} cannot run in a sink host: it is no msgspec.Struct of plain values"
+            )
+        if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
+            raise SinkMisconfigured(
+                f"{kind.__qualname__} cannot run in a sink host, which could not import it: define it at the top of a"
+                f" module, not in the script or within a function"
+            )
+        unkept = sorted(one.__name__ for one in delivery.types or () if not one.journalled)
+        if unkept:
+            raise SinkMisconfigured(
+                f"{kind.__name__} cannot run in a sink host: the journal, which that reads, does not keep"
+                f" {', '.join(unkept)}"
+            )
+        types = None if delivery.types is None else sorted(one.__name__ for one in delivery.types)
+        plain = msgspec.to_builtins(msgspec.structs.replace(delivery, types=None))
+        try:
+            fields = msgspec.to_builtins(sink)
+        except (TypeError, ValueError) as error:
+            raise SinkMisconfigured(f"{kind.__name__} cannot run in a sink host: {error}") from error
+        return cls(name, f"{kind.__module__}:{kind.__qualname__}", fields, plain, types, since)
+
+    def build(self) -> tuple[Any, Delivery]:
+        """The sink and its delivery. Raises what its import or its constructor raises."""
+        module, _, name = self.kind.partition(":")
+        kind: Any = importlib.import_module(module)
+        for part in name.split("."):
+            kind = getattr(kind, part)
+        known = {one.__name__: one for one in EVENT_TYPES}
+        types = None if self.types is None else frozenset(known[one] for one in self.types)
+        delivery = msgspec.structs.replace(msgspec.convert(self.delivery, Delivery), types=types)
+        return msgspec.convert(self.fields, kind), delivery
+
+
+class HostConfig(msgspec.Struct, frozen=True):
+    """The first line to a host."""
+
+    run: RunInfo
+    sinks: list[HostedSink]
+    parent: int
+    """Process id of the run."""
+    drain_timeout_s: float
+    """How long delivering the rest may take when the process of the run has died."""
+    report_s: float
+    """How often the run is told how the sinks are doing."""
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """The run is over: deliver up to ``until``, close, report, end."""
+
+    until: int | None
+    """The last ``seq`` to deliver; None for what stands in the journal."""
+    deadline: float
+    """By `time.monotonic`, which all processes of a machine share: a host may only just have been started."""
+
+    @classmethod
+    def within(cls, until: int | None, timeout_s: float) -> Finish:
+        """In so many seconds from now."""
+        return cls(until, time.monotonic() + timeout_s)
+
+    @property
+    def timeout_s(self) -> float:
+        """What is left."""
+        return max(0.0, self.deadline - time.monotonic())
+
+
+class Noticed(msgspec.Struct, frozen=True, tag=True):
+    """A line for the person at the run's terminal: see `events.notice`."""
+
+    text: str
+    without_secrets: str
+
+    def __repr__(self) -> str:
+        return f"Noticed({self.without_secrets!r})"
+
+
+class HealthTold(msgspec.Struct, frozen=True, tag=True):
+    """Something happened to a sink."""
+
+    event: msgspec.Raw
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The last line from a host that ends in order."""
+
+    reports: list[ObserverReport]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """How far a sink has come, as it stands in a file of the run's folder."""
+
+    seq: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    delivered: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+    """Events that this attempt's hosts have delivered to it."""
+
+    @staticmethod
+    def file(name: str) -> str:
+        """Where it stands, below the run's folder."""
+        return f"{PLACES_DIR}/{name}.json"
+
+    @classmethod
+    def read(cls, run_dir: str | os.PathLike[str], name: str) -> Place | None:
+        """The place of a sink; None if it has none, or it cannot be read."""
+        try:
+            return msgspec.json.decode(read_below(run_dir, cls.file(name), _PLACE_BYTES), type=cls)
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def write(self, run_dir: str | os.PathLike[str], name: str) -> None:
+        """Keep it. Where the disk refuses, an older one stands there, and what came since is delivered again."""
+        with contextlib.suppress(OSError):
+            replace_below(run_dir, self.file(name), msgspec.json.encode(self), durable=False)
+
+
+class _FeedBus:
+    """What an `Observer` needs of a bus, where its events come from the journal."""
+
+    def __init__(self, bus: Bus, feed: JournalFeed) -> None:
+        self.origin = bus.origin
+        self.publish = bus.publish
+        self.post = bus.post
+        self.cpu_time = bus.cpu_time
+        self._feed = feed
+
+    def subscribe(self, name: str, delivery: Delivery, *, payloads: bool = False) -> JournalFeed:
+        """The feed."""
+        return self._feed
+
+    def unsubscribe(self, feed: JournalFeed) -> None:
+        """Nothing: a feed is offered nothing."""
+
+
+class _Unbuilt:
+    """A sink that cannot even be built: opening it says why."""
+
+    def __init__(self, error: Exception | SystemExit) -> None:
+        self._error = error
+
+    def open(self, run: RunInfo) -> Any:
+        raise SinkMisconfigured(f"it cannot be built in the sink host: {self._error!r}") from self._error
+
+
+class FeedObservers:
+    """Sinks that are fed from a journal: for the host of a run, and for `sinks.replay`.
+
+    Args:
+        bus: Carries what the observers say about themselves.
+        wanted: See `JournalFeed`.
+    """
+
+    def __init__(self, bus: Bus, run: RunInfo, wanted: Callable[[Event], bool] | None = None) -> None:
+        self._bus = bus
+        self._run = run
+        self._wanted = wanted
+        self._feeds: list[JournalFeed] = []
+        self.observers: list[Observer] = []
+
+    def add(
+        self, name: str, sink: Sink, delivery: Delivery, place: Place, on_delivered: Callable[[int, int], None]
+    ) -> None:
+        """Add a sink that goes on from a place."""
+        assert self._run.run_dir is not None
+        journal_dir = Path(self._run.run_dir) / JOURNAL_DIR
+        feed = JournalFeed(name, delivery, journal_dir, place.seq, on_delivered, self._wanted, place.delivered)
+        bus: Any = _FeedBus(self._bus, feed)
+        observer = Observer(name, SinkTarget(sink, self._run), delivery, bus, on_fatal=lambda error: None)
+        self._feeds.append(feed)
+        self.observers.append(observer)
+
+    def finish(self) -> None:
+        """Nothing more is written to the journal: each sink is closed when it has what stands there."""
+        for feed in self._feeds:
+            feed.finish()
+
+    @property
+    def skipped(self) -> list[SkippedLine]:
+        """Lines of the journal that were no events, as the feed says that has come to most of them."""
+        return max((feed.skipped for feed in self._feeds), key=len, default=[])
+
+    async def drain(self, until: int | None, timeout_s: float) -> list[ObserverReport]:
+        """Deliver the rest, close, and report; no longer than ``timeout_s``, and a moment to count."""
+        for feed, observer in zip(self._feeds, self.observers, strict=True):
+            feed.stop_at(until)
+            observer.drain()
+        with anyio.move_on_after(timeout_s):
+            for observer in self.observers:
+                await observer.finished()
+        return await self.counted()
+
+    async def counted(self) -> list[ObserverReport]:
+        """What became of the events for each, with those that one did not get."""
+        async with anyio.create_task_group() as counting:
+            for feed, observer in zip(self._feeds, self.observers, strict=True):
+                if feed.statistics.queued or observer.circuit != "closed" or not observer.is_finished:
+                    counting.start_soon(feed.count_left)
+        return [observer.report() for observer in self.observers]
+
+
+def main() -> None:
+    """The program."""
+    # Whoever ends a service signals its whole group; what is to be delivered then is delivered.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    global _out
+    _out = os.dup(1)
+    os.dup2(2, 1)  # what sinks print, and the processes that they start, is no message
+    os.set_blocking(_out, False)
+    notice.forward = lambda text, without_secrets: _say(Noticed(text, without_secrets))
+    lines = sys.stdin.buffer
+    config = msgspec.json.decode(lines.readline(), type=HostConfig)
+    _wait_for_others(config.run.run_dir or "")
+    anyio.run(_serve, config, lines)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a sink that hangs must not hold the end
+
+
+async def _serve(config: HostConfig, lines: Any) -> None:
+    bus = Bus(Origin(config.run.run_id, config.run.attempt))
+    current_origin.set(bus.origin)
+    RunLog(bus.origin, bus.publish).start()
+    finish: list[Finish] = []
+    over, told = anyio.Event(), anyio.Event()
+
+    def end(how: Finish) -> None:
+        finish.append(how)
+        over.set()
+
+    def listen() -> None:
+        line = lines.readline()
+        how = msgspec.json.decode(line, type=Finish) if line else Finish.within(None, config.drain_timeout_s)
+        bus.post(lambda: end(how))
+
+    threading.Thread(target=listen, name="stagecast-host-commands", daemon=True).start()
+    health = bus.subscribe("run", Delivery(types=TOLD, latency_s=0.02))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bus.run)
+        tasks.start_soon(_tell, health, told)
+        tasks.start_soon(_watch, config, end)
+        observers = FeedObservers(bus, config.run)
+        _add_sinks(observers, config)
+        for observer in observers.observers:
+            tasks.start_soon(observer.run)
+        tasks.start_soon(report_observers, observers.observers, bus, config.report_s)
+        await over.wait()
+        reports = await observers.drain(finish[0].until, finish[0].timeout_s)
+        await bus.drain()
+        health.finish()
+        await told.wait()
+        _say(Finished(reports))
+        tasks.cancel_scope.cancel()
+
+
+def _add_sinks(observers: FeedObservers, config: HostConfig) -> None:
+    run_dir = config.run.run_dir
+    assert run_dir is not None
+    for one in config.sinks:
+        place = Place.read(run_dir, one.name) or Place(one.since)
+        try:
+            sink, delivery = one.build()
+        except (Exception, SystemExit) as error:  # a stranger's module: its name must stand beside whatever it raised
+            sink, delivery = _Unbuilt(error), Delivery(on_error="disable")
+        observers.add(one.name, sink, delivery, place, functools.partial(_keep, run_dir, one.name))
+
+
+def _keep(run_dir: str, name: str, seq: int, delivered: int) -> None:
+    Place(seq, delivered).write(run_dir, name)
+
+
+def _wait_for_others(run_dir: str) -> None:
+    """Wait until no other host of this run is left: one whose run has died may still be delivering what it left."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fd = open_below(run_dir, f"{PLACES_DIR}/host.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # held until the process ends
+
+
+async def _watch(config: HostConfig, end: Callable[[Finish], None]) -> None:
+    """Notice that the process of the run has died.
+
+    The end of standard input does not tell it: dataloader workers that it has forked may hold the other end.
+    """
+    while os.getppid() == config.parent:  # noqa: ASYNC110  # the system tells nobody
+        await anyio.sleep(_ALIVE_S)
+    end(Finish.within(None, config.drain_timeout_s))
+
+
+async def _tell(health: Subscription, told: anyio.Event) -> None:
+    with contextlib.suppress(anyio.EndOfStream):
+        while True:
+            for event, _ in await health.receive():
+                _say(HealthTold(msgspec.Raw(encode_json(event))))
+    told.set()
+
+
+def _say(message: HealthTold | Noticed | Finished) -> None:
+    """One line to the process of the run, which may be gone, while somebody still holds the pipe and reads nothing."""
+    with contextlib.suppress(OSError):
+        os.write(_out, msgspec.json.encode(message) + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Sinks that send to services of others: trackers and monitoring."""

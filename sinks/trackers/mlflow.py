@@ -1,0 +1,397 @@
+"""A sink that tells an MLflow tracking server about a run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import posixpath
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from events.errors import SinkMisconfigured
+from events.masking import masked_url
+from events.messages import Event, ImageLogged, RunEnded, RunStarted, TextLogged
+from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
+from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
+from sinks.files.appended import newer, position_of, read_media
+
+RUN_ID_TAG = "stagecast.run_id"
+"""The tag by which an attempt finds the MLflow run of those before it."""
+STATUS_TAG = "stagecast.status"
+"""The tag that says how the run ended: as `RunEnded.status`, which knows more than MLflow's."""
+REASON_TAG = "stagecast.reason"
+
+_METRICS = 1_000
+"""Most metrics that a server takes in one request..."""
+_REQUEST_BYTES = 900_000
+"""...and most bytes, with a margin: it takes 1,000,000."""
+_PARAMETERS = 100
+_KEY_CHARS = 250
+_VALUE_CHARS = 6_000
+_TAG_CHARS = 5_000
+_FOREIGN = re.compile(r"[^\w.\- /]")
+_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "cancelled": "KILLED", "failed": "FAILED"}
+_SCHEMES = ("http", "https", "databricks", "databricks-uc", "file", "sqlite", "postgresql", "mysql", "mssql")
+
+
+class MLflow(Strict, frozen=True):
+    """Logs a run to MLflow: numbers, arguments, images, texts, and how it ended::
+
+        Trainer(module, arguments, sinks=[MLflow("http://mlflow.example:5000", experiment="digits")]).train()
+
+    Numbers have the names that they have everywhere (`events.metrics.metrics_of`), over ``global_step``, at the time at
+    which they arose. Arguments are parameters, nested ones as ``outer/inner``, and whole in ``arguments.json``. Images
+    are in ``images/NAME/STEP.png``, texts in ``texts/NAME/STEP.txt``. A run that was stopped is ``FINISHED``, one that
+    was cancelled ``KILLED``; the tag ``stagecast.status`` tells which. MLflow shows no histograms: there are none.
+
+    All attempts at a run are one MLflow run, found by the tag ``stagecast.run_id``. Steps that a later attempt does
+    again are there twice. MLflow never changes a parameter: an argument that a later attempt changes keeps its first
+    value there, and has the new one in ``arguments.json``.
+
+    A run that the caller has, or the environment names, is joined instead of a second one: ``mlflow_run_id``, the run
+    that ``mlflow.start_run()`` has made active on the thread that starts the training, or ``MLFLOW_RUN_ID``. Whoever
+    began it ends it.
+
+    What MLflow does not take is changed: of names, each character that is no letter, digit, space or one of ``_-./``
+    becomes ``_``, and a name that was changed, or is longer than 250 characters, ends in ``-`` and eight digits of its
+    hash, so that no two become one; values of parameters are cut at 6,000 characters. NaN stays; a database holds the
+    largest number for an infinity.
+
+    Delivered again, a point is not doubled in a database, which knows it by its name, step, time and value.
+
+    MLflow's client would wait for a quarter of an hour, and takes its settings from the environment only. Opening this
+    sink sets for all of its process, where they are not set, ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` (to 0),
+    ``MLFLOW_HTTP_REQUEST_TIMEOUT`` and ``MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT`` (to ``timeout_s``), and
+    ``MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT``. If other code of yours uses MLflow, run the sink in a sink host
+    (``sinks_in="process"``), whose environment is its own.
+    """
+
+    tracking_uri: str | None = None
+    """Where to log. None: ``MLFLOW_TRACKING_URI`` says, or MLflow's default."""
+    experiment: str | None = None
+    """Name of the experiment, which is created if there is none. None: ``MLFLOW_EXPERIMENT_NAME`` says, or
+    ``Default``."""
+    run_name: str | None = None
+    """The run's name in MLflow. None: its ``run_id``."""
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
+    mlflow_run_id: str | None = None
+    """The MLflow run to log to. None: the one that is active or that the environment names, else one for this
+    ``run_id``."""
+    timeout_s: int = 5
+    """How long the server may take to accept a connection, and again to answer, in whole seconds. A request is made
+    once; when to try again is the supervisor's to say."""
+
+    # Spilled: a server that is restarted must find nothing missing. It is tried for half a day. A request for each
+    # batch, so that fewer, larger ones are the cheaper way.
+    delivery: ClassVar[Delivery] = Delivery(
+        types=METRIC_TYPES | {RunStarted, RunEnded, ImageLogged, TextLogged},
+        overflow="spill",
+        latency_s=1.0,
+        batch=4_096,
+        retries=1_440,
+        timeout_s=30.0,
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.timeout_s, int) or self.timeout_s < 1:
+            raise ValueError(f"MLflow(timeout_s={self.timeout_s!r:.80}): give whole seconds, at least one")
+
+    def check(self) -> None:
+        """See that the client is installed, and that the address is one.
+
+        Raises:
+            SinkMisconfigured: It is not; or as said.
+        """
+        require("mlflow", "mlflow", "the sink MLflow")
+        _check_address(self.tracking_uri)
+        for name, value in self.tags.items():
+            if not name or not isinstance(value, str):
+                raise SinkMisconfigured(f"MLflow(tags=...): {name!r:.80}={value!r:.80} must be a text with a name")
+
+    def bound(self) -> MLflow:
+        """The same sink for the MLflow run that is active on this thread, which no other thread can see."""
+        mlflow = sys.modules.get("mlflow")  # who has an active run has imported it
+        active = mlflow.active_run() if mlflow is not None and self.mlflow_run_id is None else None
+        return self if active is None else msgspec.structs.replace(self, mlflow_run_id=active.info.run_id)
+
+    def open(self, run: RunInfo) -> MLflowWriter:
+        """Join the MLflow run that is named, find that of earlier attempts, or create one.
+
+        Raises:
+            SinkMisconfigured: As `check`; or the experiment was deleted, or the server has no run of that name.
+            Exception: What MLflow's client raises when the server is not there. Trying again may help.
+        """
+        self.check()
+        _set_environment(self.timeout_s)
+        client = _module("mlflow").MlflowClient(tracking_uri=self.tracking_uri)
+        joined = self.mlflow_run_id or os.environ.get("MLFLOW_RUN_ID")
+        if joined:
+            found = _joined_run(client, joined)
+            client.set_tag(joined, RUN_ID_TAG, run.run_id)
+            return MLflowWriter(client, joined, run.run_dir, dict(found.data.params), owned=False)
+        experiment = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
+        experiment_id = _experiment_id(client, experiment)
+        found = _find_run(client, experiment_id, run.run_id)
+        if found is None:
+            tags = self.tags | {RUN_ID_TAG: run.run_id}
+            found = client.create_run(experiment_id, tags=tags, run_name=self.run_name or run.run_id)
+        elif found.info.status != "RUNNING":
+            client.update_run(found.info.run_id, status="RUNNING")
+        return MLflowWriter(client, found.info.run_id, run.run_dir, dict(found.data.params), owned=True)
+
+
+class MLflowWriter:
+    """An open `MLflow`. Keeps nothing back: when `write` returns, the server has taken it all.
+
+    Args:
+        client: A ``mlflow.MlflowClient``.
+        mlflow_run_id: The run that is written to.
+        run_dir: Where the files of images and texts are.
+        parameters: Those it has.
+        owned: Whether this sink ends it.
+    """
+
+    def __init__(
+        self, client: Any, mlflow_run_id: str, run_dir: str | None, parameters: dict[str, str], *, owned: bool
+    ) -> None:
+        self._owned = owned
+        self.mlflow_run_id = mlflow_run_id
+        self._client = client
+        self._entities = _module("mlflow.entities")
+        self._run_dir = run_dir
+        self._parameters = parameters
+        self._last = (0, 0)
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Log what MLflow shows of these, in their order; what it has taken is not sent again.
+
+        Raises:
+            Exception: What MLflow's client raises when the server does not answer in time, or refuses.
+        """
+        waiting: list[Any] = []
+        nbytes = 0
+        previous: Event | None = None
+        for event in newer(events, self._last):
+            metrics = self._metrics_of(event)
+            size = sum(6 * len(metric.key) + 120 for metric in metrics)
+            if waiting and (not metrics or len(waiting) + len(metrics) > _METRICS or nbytes + size > _REQUEST_BYTES):
+                self._log(waiting, previous)
+                waiting, nbytes = [], 0
+            if metrics:
+                waiting += metrics
+                nbytes += size
+            else:
+                self._take(event)
+                self._last = position_of(event)
+            previous = event
+        if waiting:
+            self._log(waiting, previous)
+
+    def close(self) -> None:
+        """Nothing to let go. Without the run's end, which a sink that was given up has not seen, MLflow goes on saying
+        that it runs."""
+
+    def _metrics_of(self, event: Event) -> list[Any]:
+        milliseconds = max(0, round(event.time * 1_000))
+        return [
+            self._entities.Metric(mlflow_name(name), float(value), milliseconds, event.global_step)
+            for name, value in metrics_of(event)
+        ]
+
+    def _log(self, metrics: list[Any], last: Event | None) -> None:
+        """Send metrics, up to those of ``last``. More than a request holds are one event's, and are split."""
+        assert last is not None
+        for chunk in _chunks(metrics):
+            self._client.log_batch(self.mlflow_run_id, metrics=chunk)
+        self._last = position_of(last)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._log_arguments(event)
+            case ImageLogged():
+                self._log_image(event)
+            case TextLogged():
+                self._log_text(event)
+            case RunEnded():
+                self._end(event)
+            case _:
+                pass
+
+    def _log_arguments(self, event: RunStarted) -> None:
+        described = {"module": event.module, "device": event.device} | hyperparameters(event)
+        wanted = {mlflow_name(name): text[:_VALUE_CHARS] for name, text in _flat(described, "")}
+        new = [(name, text) for name, text in wanted.items() if name not in self._parameters]
+        for start in range(0, len(new), _PARAMETERS):
+            some = new[start : start + _PARAMETERS]
+            self._client.log_batch(self.mlflow_run_id, params=[self._entities.Param(*one) for one in some])
+            self._parameters.update(some)
+        self._upload("", "arguments.json", msgspec.json.format(msgspec.json.encode(event.arguments), indent=2))
+        if event.config:
+            self._upload("", "config.json", msgspec.json.format(msgspec.json.encode(event.config), indent=2))
+
+    def _log_image(self, event: ImageLogged) -> None:
+        suffix = posixpath.splitext(event.path)[1] or ".png"
+        if (data := read_media(self._run_dir, event, "MLflow")) is not None:
+            self._upload(_folder("images", event), f"{event.global_step:08d}{suffix}", data)
+
+    def _log_text(self, event: TextLogged) -> None:
+        data = read_media(self._run_dir, event, "MLflow") if event.path is not None else None
+        if data is None:
+            data = event.text.encode("utf-8", "backslashreplace")
+        self._upload(_folder("texts", event), f"{event.global_step:08d}.txt", data)
+
+    def _upload(self, folder: str, name: str, data: bytes) -> None:
+        """Store an artifact. The client takes its name from that of a local file."""
+        with tempfile.TemporaryDirectory(prefix="stagecast-mlflow-") as temporary:
+            path = os.path.join(temporary, name)
+            with open(path, "wb") as file:
+                file.write(data)
+            self._client.log_artifact(self.mlflow_run_id, path, folder or None)
+
+    def _end(self, event: RunEnded) -> None:
+        tags = {STATUS_TAG: event.status} | ({REASON_TAG: event.reason[:_TAG_CHARS]} if event.reason else {})
+        self._client.log_batch(self.mlflow_run_id, tags=[self._entities.RunTag(*one) for one in tags.items()])
+        if not self._owned:
+            return
+        # Not `log_batch`'s kind of request: this is what gives the run its end, and it may be made again.
+        self._client.set_terminated(self.mlflow_run_id, _STATUS[event.status], round(event.time * 1_000))
+
+
+@lru_cache(maxsize=8_192)
+def mlflow_name(name: str) -> str:
+    """A name as MLflow takes it: itself, if it does, or what it becomes by the rules that `MLflow` states."""
+    clean = _FOREIGN.sub("_", name)
+    if (clean and posixpath.normpath(clean) != clean) or clean in ("", ".") or clean.startswith(("..", "/")):
+        # It reads names as paths, and refuses those that are not in their simplest form.
+        clean = "/".join(part.replace("..", "_") for part in clean.split("/") if part not in ("", ".", "..")) or "_"
+    if clean == name and len(name) <= _KEY_CHARS:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{clean[: _KEY_CHARS - 9].rstrip('/')}-{digest}"
+
+
+def _folder(kind: str, event: ImageLogged | TextLogged) -> str:
+    return f"{kind}/{mlflow_name(metric_name(event.name, event.key))}"
+
+
+def _chunks(metrics: list[Any]) -> Iterator[list[Any]]:
+    """As few lists as fit into requests, in order."""
+    chunk: list[Any] = []
+    nbytes = 0
+    for metric in metrics:
+        size = 6 * len(metric.key) + 120
+        if chunk and (len(chunk) == _METRICS or nbytes + size > _REQUEST_BYTES):
+            yield chunk
+            chunk, nbytes = [], 0
+        chunk.append(metric)
+        nbytes += size
+    if chunk:
+        yield chunk
+
+
+def _flat(value: Any, name: str) -> list[tuple[str, str]]:
+    """Nested arguments as names and texts."""
+    if isinstance(value, Mapping) and value:
+        return [one for key, item in value.items() for one in _flat(item, f"{name}/{key}" if name else str(key))]
+    if isinstance(value, str):
+        return [(name, value)]
+    if isinstance(value, list | tuple | Mapping):
+        return [(name, json.dumps(value, ensure_ascii=False, default=str))]
+    return [(name, str(value))]
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)  # by name: to some tools, `import mlflow` is this very file
+
+
+def _set_environment(timeout_s: int) -> None:
+    """What the client can be told in no other way; what the user has set stays."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_s))
+    os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", str(timeout_s))
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+
+def _joined_run(client: Any, mlflow_run_id: str) -> Any:
+    """The run with this id.
+
+    Raises:
+        SinkMisconfigured: There is none.
+    """
+    exceptions: Any = importlib.import_module("mlflow.exceptions")
+    try:
+        return client.get_run(mlflow_run_id)
+    except exceptions.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise SinkMisconfigured(
+                f"MLflow has no run {mlflow_run_id!r:.80}; correct mlflow_run_id or MLFLOW_RUN_ID, or leave it out"
+            ) from None
+        raise
+
+
+def _experiment_id(client: Any, name: str) -> str:
+    """The experiment's id; it is created if there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except _module("mlflow.exceptions").MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another run was quicker
+    if found is None or found.lifecycle_stage != "active":
+        raise SinkMisconfigured(
+            f"the MLflow experiment {name!r:.200} was deleted: restore it, or give another name as experiment="
+        )
+    return str(found.experiment_id)
+
+
+def _find_run(client: Any, experiment_id: str, run_id: str) -> Any:
+    """The MLflow run of earlier attempts; None if there is none."""
+    quote = '"' if "'" in run_id else "'"
+    # A filter cannot say a text that has both kinds of quotes. A pattern can: any character for each of the one kind.
+    operator = "LIKE" if quote in run_id else "="
+    wanted = f"tags.`{RUN_ID_TAG}` {operator} {quote}{run_id.replace(quote, '_')}{quote}"
+    page = None
+    while True:
+        found = client.search_runs(
+            [experiment_id], filter_string=wanted, order_by=["attributes.start_time ASC"], page_token=page
+        )
+        for run in found:
+            if run.data.tags.get(RUN_ID_TAG) == run_id:  # a pattern fits others, too
+                return run
+        page = found.token
+        if not page:
+            return None
+
+
+def _check_address(address: str | None) -> None:
+    """See that an address is one; a path is.
+
+    Raises:
+        SinkMisconfigured: It is none.
+    """
+    if address is None:
+        return
+    try:
+        parts = urlsplit(address)
+        is_server = parts.scheme in ("http", "https")
+        if address and (not is_server or (parts.hostname and parts.port != 0 and not re.search(r"\s", address))):
+            return
+    except ValueError:
+        pass  # the port is no number, or the host no IPv6 address
+    raise SinkMisconfigured(
+        f"MLflow(tracking_uri={masked_url(address)!r:.200}) is no address: give http://HOST:PORT, or what MLflow takes"
+        f" otherwise"
+    )

@@ -1,0 +1,240 @@
+"""Metrics and traces of a run, sent to an OpenTelemetry collector by OTLP over HTTP.
+
+The official exporters send; the SDK's providers do not serve: their spans have random identifiers, so that a batch that
+is delivered again would be there twice, and their metrics the time of collection. No global provider is read or set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+from urllib.parse import unquote, urlsplit
+
+from events.errors import SinkMisconfigured
+from events.log import logger
+from events.messages import Event
+from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
+from sinks.trackers.otlp_spans import SPAN_TYPES, Spans
+from sinks.trackers.totals import TOTALS_TYPES, Totals
+
+if TYPE_CHECKING:
+    from sinks.trackers.otlp_export import Exporter
+
+Signal = Literal["traces", "metrics"]
+
+_ENV = "OTEL_EXPORTER_OTLP"
+_MODULES = ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")
+
+
+class OpenTelemetry(Strict, frozen=True):
+    """Sends a run's metrics and spans to a collector.
+
+    **Metrics.** ``stagecast.metric`` is one gauge, with the metric's name as the attribute ``name``: names are free
+    text, those of instruments are not, and so no name is changed and no two become one. Of each batch the newest
+    values are sent, at the time of its newest event. Beside it are sums (``stagecast.steps``, ``stagecast.rows``,
+    ``stagecast.checkpoints``, ``stagecast.ledger_seconds``, ...) and a histogram of step times. Those of each
+    attempt begin at zero, with a start time of their own.
+
+    **Spans.** ``run`` holds ``train_epoch``, ``test``, ``checkpoint`` and ``checkpoint_upload``; an epoch holds its
+    ``validation``. They begin and end when the events say, have ``stagecast.run_id``, ``stagecast.attempt``,
+    ``stagecast.global_step`` and the numbers of their last event as attributes, and tell failures, stalls and losses
+    that are no number as span events. All attempts at a run are one trace, made from its ``run_id``; each links to the
+    one before. A span is sent when it has ended: of a process that is killed, the run's own is missing, until a replay
+    tells the attempt after it.
+
+    The two fail apart. A collector that refuses one of them for good (404, 401, ...) gets no more of that one, and a
+    warning names it; what fails for now is retried by the sink's delivery policy.
+
+    The environment is read as OpenTelemetry defines it: ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``_HEADERS``, ``_TIMEOUT``,
+    ``_COMPRESSION``, ``_CERTIFICATE``, ``_CLIENT_CERTIFICATE`` and ``_CLIENT_KEY``, each also for ``TRACES`` or
+    ``METRICS`` alone; ``OTEL_TRACES_EXPORTER=none`` and ``OTEL_METRICS_EXPORTER=none``; ``OTEL_SDK_DISABLED``;
+    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME``. Secrets belong there, in the headers: no message, log or
+    event shows them.
+    """
+
+    endpoint: str | None = None
+    """Where the collector is: ``http://HOST:4318``, without ``/v1/traces``. None: the environment says, or this
+    machine."""
+    service_name: str | None = None
+    """The resource's ``service.name``. None: the environment says, or ``stagecast``."""
+    timeout_s: float | None = None
+    """Seconds that the collector may take to accept a connection, and again to answer. None: as the environment says,
+    or 10 s."""
+    max_names: int = 1_000
+    """Most distinct names of metrics. Others are left out, with a warning."""
+
+    # Nothing is lost that the disk can keep, or sums would be wrong and spans without an end. A collector is restarted,
+    # or away for a while: it is tried for a day before the sink is given up. Once a second is often enough.
+    delivery: ClassVar[Delivery] = Delivery(
+        types=TOTALS_TYPES | SPAN_TYPES, overflow="spill", latency_s=1.0, retries=2_880, timeout_s=30.0
+    )
+
+    def check(self) -> None:
+        """See that the packages are installed, and that the settings here and in the environment make sense.
+
+        Raises:
+            SinkMisconfigured: They do not. Says which, and never the value of a header.
+        """
+        for module in _MODULES:
+            require(module, "opentelemetry", "the sink OpenTelemetry")
+        if self.timeout_s is not None and not (
+            isinstance(self.timeout_s, int | float) and 0 < self.timeout_s < math.inf
+        ):
+            raise SinkMisconfigured(f"OpenTelemetry(timeout_s={self.timeout_s!r:.80}): give seconds greater than zero")
+        if not (isinstance(self.max_names, int) and self.max_names >= 1):
+            raise SinkMisconfigured(f"OpenTelemetry(max_names={self.max_names!r:.80}): it must send at least one name")
+        for signal in _signals():
+            _check_environment(signal)
+            _address(self.endpoint, signal)
+
+    def open(self, run: RunInfo) -> OpenTelemetryWriter:
+        """Read the environment. Does not connect: the first write finds a collector that is down.
+
+        Raises:
+            SinkMisconfigured: As `check`.
+        """
+        self.check()
+        from sinks.trackers.otlp_export import Exporter
+
+        exporters: dict[Signal, Exporter] = {}
+        for signal in _signals():
+            exporters[signal] = Exporter(signal, *_address(self.endpoint, signal), self.timeout_s)
+        if not exporters:
+            logger.warning(
+                "OpenTelemetry sends nothing: OTEL_SDK_DISABLED, or both OTEL_..._EXPORTER=none, turn it off"
+            )
+        return OpenTelemetryWriter(
+            exporters, Totals(self.max_names, "OpenTelemetry"), Spans(run.run_id), run.run_id, self.service_name
+        )
+
+
+class OpenTelemetryWriter:
+    """An open `OpenTelemetry`. When `write` returns, the collector has taken everything."""
+
+    def __init__(
+        self,
+        exporters: dict[Signal, Exporter],
+        totals: Totals,
+        spans: Spans,
+        run_id: str,
+        service_name: str | None,
+    ) -> None:
+        from sinks.trackers.otlp_export import resource_of
+
+        self._exporters = exporters
+        self._totals = totals
+        self._spans = spans
+        self._run_id = run_id
+        self._resource = resource_of(run_id, service_name)
+        self._started = 0.0  # of the attempt whose sums were queued last
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Send what a batch changes. A batch that is delivered again changes nothing; what was not taken is sent again.
+
+        Raises:
+            ConnectionError: The collector could not be reached, or has not taken all of it.
+            SinkMisconfigured: It refuses everything for good.
+        """
+        from sinks.trackers.otlp_export import Refused, metrics_of, spans_of
+
+        # A replay's batch may hold several attempts. Each restarts the sums, so the last of the one before are sent.
+        for _, of_attempt in itertools.groupby(events, lambda event: event.attempt):
+            ended = self._spans.take(self._totals.take(list(of_attempt)))
+            if ended and (traces := self._exporters.get("traces")):
+                traces.put(spans_of(ended, self._run_id, self._resource))
+            if metrics := self._exporters.get("metrics"):
+                metrics.put(metrics_of(self._totals, self._resource), replaces=self._totals.started == self._started)
+            self._started = self._totals.started
+        failures: list[str] = []
+        for signal, exporter in list(self._exporters.items()):
+            try:
+                exporter.send()
+            except ConnectionError as error:
+                failures.append(str(error))
+            except Refused as error:
+                self._exporters.pop(signal).close()
+                if not self._exporters:
+                    raise SinkMisconfigured(str(error)) from None
+                logger.warning(f"{error}; no more {signal} are sent in this run")
+        if failures:
+            raise ConnectionError("; ".join(failures))
+
+    def close(self) -> None:
+        """Close the connections. Only what the collector refused until now is left unsent."""
+        for exporter in self._exporters.values():
+            exporter.close()
+
+
+def _signals() -> list[Signal]:
+    """The kinds of requests that the environment does not turn off."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return []
+    kinds: tuple[Signal, ...] = ("traces", "metrics")
+    return [kind for kind in kinds if os.environ.get(f"OTEL_{kind.upper()}_EXPORTER", "").strip().lower() != "none"]
+
+
+def _check_environment(signal: Signal) -> None:
+    """Refuse settings that the exporters would only log, with the secrets in them."""
+    compression = _setting(signal, "COMPRESSION").lower()
+    if compression not in ("", "none", "gzip", "deflate"):
+        raise SinkMisconfigured(f"{_ENV}_COMPRESSION={compression[:80]}: give gzip, deflate or none")
+    timeout = _setting(signal, "TIMEOUT")
+    try:
+        seconds = float(timeout or 10)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SinkMisconfigured(f"{_ENV}_TIMEOUT={timeout[:80]}: give seconds greater than zero")
+    for number, entry in enumerate(_setting(signal, "HEADERS").split(","), 1):
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        value = unquote(value).strip()
+        if not entry.strip():
+            continue
+        if not equals or not _HEADER_NAME.fullmatch(unquote(name)):
+            raise SinkMisconfigured(f"{_ENV}_HEADERS: entry {number} is not of the form name=value")
+        if value and not _HEADER_VALUE.fullmatch(value):
+            raise SinkMisconfigured(f"{_ENV}_HEADERS: the value of {name} has characters that no header may have")
+
+
+def _address(endpoint: str | None, signal: Signal) -> tuple[str, str]:
+    """Where requests go: to be used, and to be shown, without what might be secret in it."""
+    if endpoint is not None:
+        source, url = "OpenTelemetry(endpoint=...)", f"{endpoint.rstrip('/')}/v1/{signal}"
+        if {"@", "?", "#"} & set(endpoint):
+            raise SinkMisconfigured(
+                f"{source} holds a user, a password or a query, and may be written down with the run: give the address"
+                f" alone, and secrets as headers in {_ENV}_HEADERS"
+            )
+        if endpoint.rstrip("/").endswith(("/v1/traces", "/v1/metrics")):
+            raise SinkMisconfigured(f"{source} ends in /v1/..., which is added for each kind of request: leave it out")
+    else:
+        protocol = _setting(signal, "PROTOCOL")
+        if protocol not in ("", "http/protobuf"):
+            raise SinkMisconfigured(
+                f"{_ENV}_PROTOCOL={protocol[:80]}, but this sink speaks http/protobuf: give its address as endpoint="
+            )
+        source = f"{_ENV}_{signal.upper()}_ENDPOINT"
+        url = os.environ.get(source, "")
+        if not url:
+            source = f"{_ENV}_ENDPOINT"
+            url = f"{(os.environ.get(source) or 'http://localhost:4318').rstrip('/')}/v1/{signal}"
+    try:
+        parts = urlsplit(url)
+        # An @ behind the host may end a password with a slash.
+        is_clear = "@" not in parts.path and not re.search(r"\s", url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_clear:
+            return url, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    except ValueError:
+        pass  # the port is no number, or the host no IPv6 address
+    raise SinkMisconfigured(f"{source} is no address of a collector: give http://HOST:PORT or https://HOST:PORT")
+
+
+def _setting(signal: Signal, name: str) -> str:
+    return (os.environ.get(f"{_ENV}_{signal.upper()}_{name}") or os.environ.get(f"{_ENV}_{name}") or "").strip()

@@ -1,0 +1,371 @@
+"""A page for Prometheus to scrape while a run is under way.
+
+Scraping sees the present and has no steps: for curves over steps use a sink that is written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import ipaddress
+import json
+import math
+import re
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from events.errors import SinkMisconfigured
+from events.log import in_this_run, logger
+from events.messages import Event
+from events.safe_files import replace_below
+from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
+from sinks.connections import EXHAUSTED, REQUEST_S, ConnectionLimit, RatedWarning, address_group
+from sinks.live.access import hostname_of
+from sinks.trackers.totals import STEP_BOUNDS_S, TOTALS_TYPES, Totals, label_text
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_MOST_CONNECTIONS = 16
+"""Maximum connections at a time, each with a thread."""
+_PAUSE_S = 0.5
+"""Seconds without an accept after one has failed for want of descriptors."""
+
+
+class Prometheus(Strict, frozen=True):
+    """Serves a run's numbers at ``http://HOST:PORT/metrics``, from its start to its end.
+
+    Every series is labelled with the run's ``run_id``. All metrics are one family, under the names that they have
+    everywhere: ``stagecast_metric{name="val_loss"}``. Beside it are, among others, ``stagecast_steps_total``,
+    ``stagecast_step_seconds`` (a histogram), ``stagecast_run_state{state="running"}``,
+    ``stagecast_checkpoints_total{outcome="saved"}``, ``stagecast_observer_failures_total{observer="..."}`` and
+    ``stagecast_ledger_seconds_total{row="data"}``: where the loop's time goes.
+
+    A run that keeps a folder writes its address into ``prometheus-RUN.json`` beside that folder, in the format that
+    Prometheus reads for discovery, and removes it at the end: a ``file_sd_configs`` with
+    ``files: [runs/prometheus-*.json]`` finds all runs (Prometheus allows a wildcard in the last part of a path only).
+    Two runs at a time on one machine need two ports.
+
+    It runs in the sink host, so that scrapes take nothing from the process that trains. Its counters restart at zero if
+    the host has died. ``(Prometheus(), Delivery(runs_in="thread"))`` serves from the process that trains and needs no
+    journal.
+
+    If the page has been scraped during the run, the end of the run waits up to ``linger_s`` for one more scrape, which
+    sees the final state.
+    """
+
+    host: str = "127.0.0.1"
+    """The address to listen on: by default, only this machine can read it. ``0.0.0.0``: every machine that can reach
+    this one; no one is asked for a password."""
+    port: int = 9464
+    """0 takes a free one, which the log and the discovery file name."""
+    max_names: int = 1_000
+    """Most distinct names of metrics; each is a series that Prometheus keeps. Others are left out, with a warning."""
+
+    hosts: tuple[str, ...] = ()
+    """Names under which the page may be asked for, beside IP addresses, ``localhost``, ``host`` and this machine's
+    name. A request for any other name is refused, because a stranger's web page could make that name lead here."""
+
+    linger_s: float = 15.0
+    """Seconds that the end of a run waits for a scrape of its final state. ``drain_timeout_s`` bounds it, too."""
+
+    # Nothing is lost that the disk can keep: a step that `latest` or `drop_oldest` takes away would be missing in the
+    # counters for ever. Scrapes are seconds apart, so that a second's delay shows nowhere and wakes this thread seldom.
+    delivery: ClassVar[Delivery] = Delivery(
+        types=TOTALS_TYPES, overflow="spill", latency_s=1.0, timeout_s=30.0, runs_in="process"
+    )
+
+    def check(self) -> None:
+        """See that the client is installed and the address is one.
+
+        Raises:
+            SinkMisconfigured: It is not.
+        """
+        require("prometheus_client", "prometheus", "the sink Prometheus")
+        if not _is_host(self.host):
+            raise SinkMisconfigured(
+                f"Prometheus(host={self.host!r:.200}) is no host name or IP address; the port is given as port="
+            )
+        if not (isinstance(self.port, int) and 0 <= self.port <= 65_535):
+            raise SinkMisconfigured(
+                f"Prometheus(port={self.port!r:.80}) is no port: give 1 to 65535, or 0 for a free one"
+            )
+        for name in self.hosts if isinstance(self.hosts, tuple | list) else (self.hosts,):
+            if not isinstance(name, str) or hostname_of(name) is None:
+                raise SinkMisconfigured(f"Prometheus(hosts=[{name!r:.200}]) is not a host name; give it without a port")
+        if not (isinstance(self.max_names, int) and self.max_names >= 1):
+            raise SinkMisconfigured(f"Prometheus(max_names={self.max_names!r:.80}): it must show at least one name")
+        if not (isinstance(self.linger_s, int | float) and 0 <= self.linger_s < math.inf):
+            raise SinkMisconfigured(f"Prometheus(linger_s={self.linger_s!r:.80}): give seconds, 0 or more")
+
+    def open(self, run: RunInfo) -> PrometheusWriter:
+        """Begin to serve. Looking up a host name may wait.
+
+        Raises:
+            SinkMisconfigured: As `check`.
+            OSError: The port is taken, or the address is not this machine's. Trying again may help: the run that holds
+                the port may be about to end.
+        """
+        self.check()
+        from prometheus_client import CollectorRegistry, make_wsgi_app
+
+        totals = Totals(self.max_names, "Prometheus")
+        # One of its own: the global one belongs to the program around us, and two runs would collide in it.
+        registry = CollectorRegistry(auto_describe=True)
+        registry.register(_Collector(totals, label_text(run.run_id)))
+        try:
+            server = _Server(self.host, self.port, self.hosts)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Prometheus cannot listen on {_address(self.host, self.port)} ({error.strerror}): free the port, give"
+                f" another with port=, or port=0 for a free one",
+            ) from error
+        server.set_app(make_wsgi_app(registry))
+        return PrometheusWriter(server, totals, None if run.run_dir is None else _file_of(run.run_dir), self.linger_s)
+
+
+class PrometheusWriter:
+    """A page that is being served. Adds up on the sink's thread; answers on threads of its own."""
+
+    def __init__(self, server: _Server, totals: Totals, file: Path | None, linger_s: float) -> None:
+        self._linger_s = linger_s
+        self.url = f"http://{_address(server.host, server.server_port)}/metrics"
+        """Where the page is."""
+        self._server = server
+        self._totals = totals
+        self._file = file
+        # It looks for its end so often, and takes the interpreter lock from the loop each time.
+        self._thread = threading.Thread(
+            target=in_this_run(server.serve_forever), args=(0.25,), name="stagecast-prometheus-http", daemon=True
+        )
+        self._thread.start()
+        logger.info(f"Prometheus can scrape {self.url}")
+        self._announce()
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Add a batch up. Waits for nothing but a scrape that copies the numbers."""
+        self._totals.take(events)
+
+    def close(self) -> None:
+        """Wait for a last scrape, if there were any, and stop serving; the port is free when this returns."""
+        self._server.closing.set()
+        if self._server.scraped.is_set():
+            self._server.scraped_last.wait(self._linger_s)
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # it may never have been written, or the folder be gone
+                self._file.unlink()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _announce(self) -> None:
+        if self._file is None:
+            return
+        # Whoever listens on all addresses is found by the machine's name.
+        host = self._server.host if self._server.host not in ("0.0.0.0", "::") else socket.gethostname()
+        # Without the run's name among the labels: they would push aside the page's own.
+        groups = [{"targets": [_address(host, self._server.server_port)], "labels": {"job": "stagecast"}}]
+        try:
+            text = json.dumps(groups, indent=2) + "\n"
+            replace_below(self._file.parent, self._file.name, text.encode(), durable=False)
+        except OSError as error:
+            logger.warning(f"Prometheus cannot write its address to {self._file} ({error.strerror}): it is {self.url}")
+
+
+class _Collector:
+    """The totals as the client's families.
+
+    Not its counters and gauges: in a program that sets ``PROMETHEUS_MULTIPROC_DIR`` these write files that the
+    program's own page would show, and they could not be read all at one moment.
+    """
+
+    def __init__(self, totals: Totals, run_id: str) -> None:
+        self._totals = totals
+        self._run_id = run_id
+
+    def collect(self) -> Iterator[Metric]:
+        """Called for each scrape, on the thread that answers it."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        families, steps = self._totals.read()
+        for family, samples in families:
+            kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+            metric = kind(f"stagecast_{family.name}", family.help, labels=("run_id", *family.labels))
+            for labels, value in samples.items():
+                metric.add_metric((self._run_id, *labels), value)
+            yield metric
+        within, buckets = 0, []
+        for bound, count in zip((*map(str, STEP_BOUNDS_S), "+Inf"), steps.buckets, strict=True):
+            within += count
+            buckets.append((bound, float(within)))
+        histogram = HistogramMetricFamily(
+            "stagecast_step_seconds", "Time from step to step, the wait for data included.", labels=("run_id",)
+        )
+        histogram.add_metric((self._run_id,), buckets, steps.sum_s)
+        yield histogram
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = REQUEST_S
+
+    def handle(self) -> None:
+        """Answer one request, and note it if it was the last scrape."""
+        server: Any = self.server
+        self._errors = io.StringIO()
+        is_last = server.closing.is_set()  # before the numbers are read: they are the final ones
+        self._is_scrape = False
+        super().handle()
+        if errors := self._errors.getvalue().strip():
+            server.failed(errors.rpartition("\n")[2][:200])
+        elif self._is_scrape and is_last:
+            server.scraped_last.set()
+
+    def parse_request(self) -> bool:
+        """Read the request; answers with an error, and returns False, if it is not one for this page."""
+        if not super().parse_request():
+            return False
+        server: Any = self.server
+        server.extend(self.request)
+        given = self.headers.get_all("host") or []
+        if len(given) != 1 or not server.has_name(given[0]):
+            self.send_error(421, "allow this host name with Prometheus(hosts=[...])")
+            return False
+        self._is_scrape = True
+        server.scraped.set()  # before the answer, at which the client may end the run
+        return True
+
+    def get_stderr(self) -> io.StringIO:
+        """Takes the traceback of an answer that failed, which would go to the program's stderr each time."""
+        return self._errors
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: it would write to the program's stderr at each scrape."""
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """Answers each request on a thread of its own, so that a client that hangs does not delay the others."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, host: str, port: int, hosts: Iterable[str] = ()) -> None:
+        self.host = host
+        self.closing, self.scraped, self.scraped_last = threading.Event(), threading.Event(), threading.Event()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._names = {hostname_of(name) for name in (*hosts, host, "localhost", socket.gethostname())} - {None}
+        self._limit = ConnectionLimit(_MOST_CONNECTIONS)
+        self._deadlines: dict[Any, float] = {}
+        """When each open connection is shut down; those whose request is complete come last."""
+        self._lock = threading.Lock()  # around the deadlines
+        self._refused = RatedWarning("Prometheus closed a connection: too many clients, or too few descriptors")
+        self.failed = RatedWarning("an answer to Prometheus failed: ")
+        super().__init__((host, port), _Handler)
+
+    def has_name(self, host: str) -> bool:
+        """Whether the page may be asked for under what a ``Host`` header says."""
+        name = hostname_of(host)
+        if name is None or name in self._names:
+            return name is not None
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; pauses where the process has no descriptor for it, which otherwise would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self._refused()
+                time.sleep(_PAUSE_S)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether a connection is kept: one too many takes the place of the oldest that has not sent its request."""
+        group = address_group(client_address)
+        is_kept = not self._limit.reserves(request)
+        if is_kept and (self._limit.is_full() or self._limit.is_full_for(group)):
+            is_kept = self._limit.count < self._limit.most + 2 and self._shut_down_oldest()
+        if not is_kept:
+            self._refused()
+            return False
+        self._limit.add(request, group)
+        with self._lock:
+            self._deadlines[request] = time.monotonic() + REQUEST_S
+        return True
+
+    def extend(self, request: Any) -> None:
+        """Give a client whose request is complete as much time again for reading the answer."""
+        with self._lock:
+            if request in self._deadlines:
+                self._deadlines[request] = time.monotonic() + 2 * REQUEST_S
+
+    def service_actions(self) -> None:
+        """Shut down connections whose time is over; a few times a second."""
+        now = time.monotonic()
+        with self._lock:
+            late = [request for request, deadline in self._deadlines.items() if deadline < now]
+        for request in late:
+            self._shut_down(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self._lock:
+            self._deadlines.pop(request, None)
+        super().shutdown_request(request)
+
+    def server_bind(self) -> None:
+        """Without asking the name service for the machine's full name, as the standard library does: it may hang."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.host, self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left early is not an error."""
+        logger.debug(f"a scrape by {client_address} failed", exc_info=True)
+
+    def _shut_down_oldest(self) -> bool:
+        with self._lock:
+            waiting = {one: at for one, at in self._deadlines.items() if at <= time.monotonic() + REQUEST_S}
+        if not waiting:
+            return False
+        self._shut_down(min(waiting, key=waiting.__getitem__))
+        return True
+
+    def _shut_down(self, request: Any) -> None:
+        """Have the thread of a connection end; it closes it."""
+        with self._lock:
+            self._deadlines.pop(request, None)
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
+
+
+def _file_of(run_dir: str) -> Path:
+    folder = Path(run_dir).absolute()
+    return folder.parent / f"prometheus-{folder.name}.json"
+
+
+def _is_host(host: object) -> bool:
+    if not isinstance(host, str):
+        return False
+    if ":" not in host:
+        return len(host) <= 253 and _HOST_NAME.fullmatch(host) is not None
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,264 @@
+"""What a run amounts to so far, as a few families of numbers: for sinks that show the present. No third-party client.
+
+Counters begin at zero in each attempt, as counters of a process do, also where a sink gets several attempts one after
+the other: from a replay, or in a host that has the rest of the attempt before. A collector knows the new beginning by
+its start time, Prometheus by the fall to zero, and both add up over it: they get the same, however a run was told.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import threading
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from events.log import logger
+from events.messages import (
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointSkipped,
+    CheckpointStaged,
+    CheckpointUploaded,
+    CommandTaken,
+    Event,
+    LedgerReported,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    ObserverDropped,
+    ObserverFailed,
+    ObserverRecovered,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    StallLedger,
+    StepSkipped,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+)
+from events.metrics import METRIC_TYPES, metrics_of
+from sinks.files.appended import newer, position_of
+
+
+class Family(NamedTuple):
+    """Numbers of one meaning, told apart by labels."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("metric", "gauge", "Newest value of each metric: losses, what user code logs, system/...", ("name",)),
+    Family("global_step", "gauge", "Optimizer steps finished over all attempts."),
+    Family("epoch", "gauge", "Training epoch, from 0."),
+    Family("run_info", "gauge", "What runs; always 1.", ("attempt", "module", "device", "host", "stagecast", "torch")),
+    Family("run_state", "gauge", "1 for the state the run is in, 0 for the others.", ("state",)),
+    Family("steps", "counter", "Optimizer steps finished in this attempt."),
+    Family("rows", "counter", "Rows trained in this attempt, where they could be counted."),
+    Family("steps_skipped", "counter", "Steps that the optimizers left out.", ("reason",)),
+    Family("non_finite_losses", "counter", "Losses that were NaN or infinite."),
+    Family("non_finite_gradients", "counter", "Steps with a finite loss and a NaN or infinite gradient."),
+    Family("checkpoints", "counter", "Checkpoints by what became of them.", ("outcome",)),
+    Family("checkpoint_saved_timestamp_seconds", "gauge", "Unix time at which a checkpoint was last made durable."),
+    Family("observer_up", "gauge", "0 for an observer that fails or is disabled.", ("observer",)),
+    Family("observer_failures", "counter", "Failed calls of an observer, counted when told of.", ("observer",)),
+    Family("observer_dropped", "counter", "Events that did not reach an observer, or anybody (bus).", ("observer",)),
+    Family("observer_conflated", "counter", "Events replaced by a newer one in an observer's queue.", ("observer",)),
+    Family("ledger_seconds", "counter", "Where the loop's time went; the rows add up to all of it.", ("row",)),
+    Family("device_idle_seconds", "counter", "Device time between the work of two steps, where it can be told."),
+    Family("metric_values_left_out", "counter", "Values of metrics beyond the limit on distinct names."),
+)  # fmt: skip
+
+STEP_BOUNDS_S: tuple[float, ...] = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+)  # fmt: skip
+"""Upper bounds of the buckets of step times, in seconds: from a toy on a CPU to a step of many accumulated batches."""
+
+TOTALS_TYPES: frozenset[type[Event]] = METRIC_TYPES | {
+    RunStarted, RunResumed, RunEnded, CommandTaken, TrainEpochStarted, NonFiniteLoss, NonFiniteGradient, StepSkipped,
+    CheckpointStaged, CheckpointSaved, CheckpointSkipped, CheckpointFailed, CheckpointUploaded,
+    ObserverFailed, ObserverRecovered, ObserverDropped,
+}  # fmt: skip
+"""The types of events that change a number here."""
+
+_STATES = ("running", "paused", "finished", "stopped", "cancelled", "failed")
+_OUTCOMES = ("staged", "saved", "skipped", "failed", "uploaded", "upload_failed", "delete_failed")
+_LEDGER_ROWS = [row for row in StallLedger.__struct_fields__ if row not in ("wall_s", "device_idle_s", "steps")]
+_LABEL_CHARS = 256
+
+Samples = dict[tuple[str, ...], float]
+
+
+class Steps(NamedTuple):
+    """How long steps took: how many within each of `STEP_BOUNDS_S` and, last, beyond them; and all of them."""
+
+    buckets: list[int]
+    total: int
+    sum_s: float
+
+
+class Totals:
+    """Adds up an attempt at a run, from its first event to that of the next. One thread takes events; any may read.
+
+    An event that has been taken already, because it was delivered again, changes nothing: they come in the order of
+    the run's history.
+
+    Args:
+        max_names: Most distinct names of metrics. The values of others are left out, counted, and warned of once.
+        user: Who shows the numbers, for that warning.
+    """
+
+    def __init__(self, max_names: int, user: str) -> None:
+        self.time = 0.0
+        """Unix seconds of the newest event."""
+        self.started = 0.0
+        """Unix seconds of the attempt's first one."""
+        self._lock = threading.Lock()
+        self._max_names = max_names
+        self._user = user
+        self._last = (0, 0)
+        self._warned = False
+        self._begin_attempt(0)
+
+    def _begin_attempt(self, attempt: int) -> None:
+        self._attempt = attempt
+        self.started = 0.0
+        self._failures: dict[str, int] = {}  # of each observer, in a row, as far as counted
+        self._samples: dict[str, Samples] = {family.name: {} for family in FAMILIES}
+        self._steps = Steps([0] * (len(STEP_BOUNDS_S) + 1), 0, 0.0)
+        for name in ("steps", "rows", "non_finite_losses", "non_finite_gradients", "metric_values_left_out"):
+            self._samples[name][()] = 0.0  # what will be counted is there from the start: a rate needs a first value
+        self._samples["checkpoints"] = {(outcome,): 0.0 for outcome in _OUTCOMES}
+        self._samples["ledger_seconds"] = {(row.removesuffix("_s"),): 0.0 for row in _LEDGER_ROWS}
+
+    def take(self, events: Sequence[Event]) -> list[Event]:
+        """Add a batch; returns those of its events that had not been taken before."""
+        with self._lock:
+            new = list(newer(events, self._last))
+            for event in new:
+                self._last = position_of(event)
+                if event.attempt != self._attempt:
+                    self._begin_attempt(event.attempt)
+                self.started = self.started or event.time
+                self.time = max(self.time, event.time)
+                self._place(event)
+                self._count(event)
+                if not isinstance(event, LedgerReported):  # its rows are counters here
+                    self._show(event)
+        return new
+
+    def read(self) -> tuple[list[tuple[Family, Samples]], Steps]:
+        """All families with a number, and the times of steps: one consistent state, the reader's own."""
+        with self._lock:
+            families = [(family, dict(self._samples[family.name])) for family in FAMILIES]
+            steps = self._steps._replace(buckets=list(self._steps.buckets))
+        return [(family, samples) for family, samples in families if samples], steps
+
+    def _set(self, family: str, value: float, *labels: str) -> None:
+        self._samples[family][labels] = value
+
+    def _add(self, family: str, value: float, *labels: str) -> None:
+        samples = self._samples[family]
+        samples[labels] = samples.get(labels, 0.0) + value
+
+    def _show(self, event: Event) -> None:
+        known = self._samples["metric"]
+        for name, value in metrics_of(event):
+            label = (label_text(name),)
+            if label in known or len(known) < self._max_names:
+                known[label] = value
+                continue
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    f"{self._user} shows the first {self._max_names} names of metrics and leaves out {name[:100]!r} and"
+                    f" others: log fewer distinct names, or give max_names"
+                )
+            self._add("metric_values_left_out", 1)
+
+    def _place(self, event: Event) -> None:
+        """Where the run is. Other events may belong to an earlier step than the one reached since."""
+        match event:
+            case TrainStepEnded() | TrainEpochStarted() | TrainEpochEnded() | RunResumed() | RunStarted() | RunEnded():
+                self._set("global_step", event.global_step)
+                self._set("epoch", event.epoch)
+        match event:
+            case RunStarted():
+                self._enter("running")
+                versions = [event.versions.get(name, "") for name in ("stagecast", "torch")]
+                labels = (str(event.attempt), event.module, event.device, event.host, *versions)
+                self._set("run_info", 1.0, *map(label_text, labels))
+            case RunEnded():
+                self._enter(event.status)
+            case CommandTaken(command="pause"):
+                self._enter("paused")
+            case CommandTaken(command="resume"):
+                self._enter("running")
+
+    def _enter(self, state: str) -> None:
+        for known in _STATES:
+            self._set("run_state", float(known == state), known)
+
+    def _count(self, event: Event) -> None:
+        match event:
+            case TrainStepEnded():
+                self._add("steps", 1)
+                self._add("rows", event.rows or 0)
+                buckets, total, sum_s = self._steps
+                buckets[bisect.bisect_left(STEP_BOUNDS_S, event.step_s)] += 1
+                self._steps = Steps(buckets, total + 1, sum_s + event.step_s)
+            case StepSkipped():
+                self._add("steps_skipped", 1, event.reason)
+            case NonFiniteLoss():
+                self._add("non_finite_losses", 1)
+            case NonFiniteGradient():
+                self._add("non_finite_gradients", 1)
+            case LedgerReported():
+                self._count_ledger(event)
+            case ObserverFailed() | ObserverRecovered():
+                self._count_failures(event)
+            case ObserverDropped():
+                self._add("observer_dropped", event.dropped, label_text(event.observer))
+                self._add("observer_conflated", event.conflated, label_text(event.observer))
+            case CheckpointSaved():
+                self._add("checkpoints", 1, "saved")
+                self._set("checkpoint_saved_timestamp_seconds", event.time)
+            case CheckpointFailed(during="upload" | "delete" as during):
+                self._add("checkpoints", 1, f"{during}_failed")
+            case CheckpointFailed():
+                self._add("checkpoints", 1, "failed")
+            case CheckpointStaged():
+                self._add("checkpoints", 1, "staged")
+            case CheckpointSkipped():
+                self._add("checkpoints", 1, "skipped")
+            case CheckpointUploaded():
+                self._add("checkpoints", 1, "uploaded")
+
+    def _count_failures(self, event: ObserverFailed | ObserverRecovered) -> None:
+        """Only the first and the last failure in a row are told of, each with how many there were."""
+        observer = label_text(event.observer)
+        self._add("observer_failures", event.failures - self._failures.get(event.observer, 0), observer)
+        goes_on = isinstance(event, ObserverFailed) and event.action == "retrying"
+        self._failures[event.observer] = event.failures if goes_on else 0
+        self._set("observer_up", float(isinstance(event, ObserverRecovered)), observer)
+
+    def _count_ledger(self, event: LedgerReported) -> None:
+        # The report of the whole attempt, at its end, includes what came since the last interval.
+        put = self._add if event.scope == "interval" else self._set
+        for row in _LEDGER_ROWS:
+            put("ledger_seconds", getattr(event.ledger, row), row.removesuffix("_s"))
+        if event.ledger.device_idle_s is not None:
+            put("device_idle_seconds", event.ledger.device_idle_s)
+
+
+def label_text(text: str) -> str:
+    """A text as a label: what UTF-8 cannot hold as escapes, as all sinks have it, and no longer than 256 characters;
+    two long ones stay two."""
+    data = text.encode(errors="backslashreplace")
+    text = data.decode()
+    if len(text) <= _LABEL_CHARS:
+        return text
+    return f"{text[: _LABEL_CHARS - 9]}~{hashlib.sha256(data).hexdigest()[:8]}"

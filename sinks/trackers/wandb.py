@@ -1,0 +1,359 @@
+"""A sink that logs a run to Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html
+import importlib
+import io
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from events.errors import SinkMisconfigured
+from events.masking import masked_url
+from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunStarted, TextLogged
+from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
+from events.sink import Delivery, RunInfo, require
+from events.strict import Strict
+from sinks.files.appended import check_path, make_folders, newer, position_of, read_media
+
+Mode = Literal["online", "offline", "disabled"]
+
+_EXIT_CODES = {"finished": 0, "stopped": 0, "cancelled": 255, "failed": 1}
+"""W&B shows 0 as finished, 255 as killed, and 1 as failed."""
+_OWN_NAMES = frozenset({"global_step", "_step", "_timestamp", "_runtime", "_wandb"})
+_BINS = 512
+"""Most that W&B takes."""
+_lock = threading.Lock()  # the client has one background process, and `sys.exit`, for all of this process
+
+
+class WandB(Strict, frozen=True):
+    """Logs to Weights & Biases: numbers, histograms, images, texts, the arguments as config, and how the run ended::
+
+        Trainer(module, arguments, sinks=[WandB(project="digits")]).train()
+
+    Numbers have the names that they have everywhere (`events.metrics.metrics_of`; one that W&B uses itself, such as
+    ``_step``, becomes ``logged/_step``), at the time at which they arose. Their axis is ``global_step``, which is
+    logged with them: W&B's own step only counts rows, so that a number that comes late is not refused. Texts are
+    ``wandb.Html``. In the summary are the last values, ``stagecast/status`` and ``stagecast/reason``. W&B shows a run
+    that was stopped as finished, one that was cancelled as killed.
+
+    All attempts at a run are one W&B run; steps that a later attempt does again are there twice.
+
+    A run that the caller has, or the environment names, is joined instead of a second one: ``wandb.run`` where
+    ``wandb.init()`` was called in this process (the caller ends it), ``id``, or ``WANDB_RUN_ID``, which the agent of a
+    sweep sets, too (with ``WANDB_RESUME`` as it is set).
+
+    Online, W&B's own process takes what is written, keeps it in a file and uploads it in the background; a server that
+    goes away then is waited for until ``finish_timeout_s`` after the run's end, and ``wandb sync`` uploads the rest
+    from ``dir``. A server that is not there at the start is tried again for half an hour. Offline, all is left to
+    ``wandb sync``.
+
+    Nothing is captured from the console, and ``sys.exit`` and ``sys.excepthook`` stay as they were. W&B's reports about
+    itself are off where ``WANDB_ERROR_REPORTING`` does not say otherwise: they hold up the end of a process when the
+    server hangs.
+    """
+
+    project: str | None = None
+    """None: ``WANDB_PROJECT`` says, or W&B's default."""
+    entity: str | None = None
+    """User or team. None: ``WANDB_ENTITY`` says, or the user's default."""
+    name: str | None = None
+    """The run's name. None: its ``run_id``."""
+    id: str | None = None
+    """The W&B run to log to. None: the one that is active or that the environment names, else one for this ``run_id``.
+    """
+    mode: Mode | None = None
+    """None: ``WANDB_MODE`` says, or ``online``. ``disabled``: nothing is logged."""
+    dir: str | None = None
+    """W&B's files go into the folder ``wandb`` in this one. None: in the run's folder, or the working directory."""
+    tags: list[str] = msgspec.field(default_factory=list)
+    group: str | None = None
+    job_type: str | None = None
+    notes: str | None = None
+    base_url: str | None = None
+    """Address of a server of your own. None: ``WANDB_BASE_URL`` says, or W&B's."""
+    init_timeout_s: float = 10.0
+    """How long the server may take to begin the run."""
+    finish_timeout_s: float = 10.0
+    """How long what is not uploaded yet is waited for when the run has ended."""
+
+    # Spilled, because a curve with gaps looks like one without. A row costs half a millisecond of Python.
+    delivery: ClassVar[Delivery] = Delivery(
+        types=METRIC_TYPES | {RunStarted, RunEnded, HistogramLogged, ImageLogged, TextLogged},
+        overflow="spill",
+        latency_s=1.0,
+        timeout_s=60.0,
+        retries=60,
+    )
+
+    def __post_init__(self) -> None:
+        check_path(self.dir, "WandB(dir")
+
+    def check(self) -> None:
+        """See that the client is installed, and that the settings make sense.
+
+        Raises:
+            SinkMisconfigured: They do not; says which.
+        """
+        if self.mode not in (None, "online", "offline", "disabled"):
+            raise SinkMisconfigured(f"WandB(mode={self.mode!r:.80}): give 'online', 'offline' or 'disabled'")
+        for name in ("init_timeout_s", "finish_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise SinkMisconfigured(f"WandB({name}={getattr(self, name)!r:.80}): give seconds greater than zero")
+        if self.base_url is not None and not _is_address(self.base_url):
+            raise SinkMisconfigured(
+                f"WandB(base_url={masked_url(self.base_url)!r:.200}) is no address of a server: give http://HOST:PORT"
+                f" or https://HOST"
+            )
+        require("wandb", "wandb", "the sink WandB")
+
+    def open(self, run: RunInfo) -> WandBWriter:
+        """Begin the W&B run, or take up that of earlier attempts.
+
+        Raises:
+            SinkMisconfigured: As `check`; or nobody is logged in.
+            Exception: What W&B's client raises when the server does not answer in time. Trying again may help.
+        """
+        self.check()
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        wandb = _client()
+        if self.id is None and getattr(wandb, "run", None) is not None:
+            return WandBWriter(wandb.run, run.run_dir, owned=False)
+        settings = self._settings(run, wandb)
+        with _lock, _hooks_kept():
+            try:
+                wandb_run = wandb.init(settings=settings)
+            except wandb.errors.UsageError as error:
+                raise SinkMisconfigured(f"W&B cannot begin a run: {error}") from error
+            except Exception:
+                # Its process would say of every other attempt that this run is in use.
+                _end_process(wandb)
+                raise
+            wandb_run.define_metric("global_step", hidden=True)
+            wandb_run.define_metric("*", step_metric="global_step")
+        return WandBWriter(wandb_run, run.run_dir, owned=True)
+
+    def _settings(self, run: RunInfo, wandb: Any) -> Any:
+        base = wandb.Settings()
+        base.update_from_env_vars(os.environ)
+        mode = self.mode or base.mode
+        url = self.base_url or base.base_url
+        if mode == "online" and sys.stdin is not None and sys.stdin.isatty() and not _has_credentials(url):
+            # W&B would ask for a key at the terminal, on a thread beside the run.
+            raise SinkMisconfigured(f"nobody is logged in at {url}: run `wandb login`, or set WANDB_API_KEY")
+        root = os.path.abspath(self.dir or run.run_dir or ".")
+        make_folders(root, run.run_dir)
+        if os.path.lexists(own := os.path.join(root, "wandb")):  # the client's own folder: not a link
+            make_folders(own, run.run_dir)
+        given = {
+            "mode": mode,
+            "project": self.project,
+            "entity": self.entity,
+            "base_url": self.base_url,
+            "run_name": self.name or run.run_id,
+            "run_tags": tuple(self.tags) or None,
+            "run_group": self.group,
+            "run_job_type": self.job_type,
+            "run_notes": self.notes,
+            "run_id": self.id or base.run_id or wandb_run_id(run.run_id),
+            "resume": (None if self.id else base.resume) or "allow",
+            "root_dir": root,
+            "init_timeout": self.init_timeout_s,
+            "finish_timeout": self.finish_timeout_s,
+            "finish_timeout_raises": True,
+            "reinit": "create_new",  # other code's run, and `wandb.run`, are left alone
+            "console": "off",
+            "silent": True,
+            "disable_git": True,
+            "disable_code": True,
+            "save_code": False,
+            # The run's own samples say more, and of the right process.
+            "x_disable_stats": True,
+            "x_disable_meta": True,
+            "x_save_requirements": False,
+        }
+        known = wandb.Settings.model_fields
+        return wandb.Settings(**{key: value for key, value in given.items() if value is not None and key in known})
+
+
+class WandBWriter:
+    """An open `WandB`. Its writes wait for W&B's process on this machine, never for the server.
+
+    Args:
+        wandb_run: A ``wandb.Run``, for what this sink does not do itself.
+        run_dir: Where the files of images and texts are.
+        owned: Whether this sink began it, and ends it.
+    """
+
+    def __init__(self, wandb_run: Any, run_dir: str | None, *, owned: bool) -> None:
+        self.wandb_run = wandb_run
+        self._run_dir = run_dir
+        self._owned = owned
+        self._defined: set[str] = set()
+        self._last = (0, 0)
+        self._exit_code = 1  # who has not seen the end was given up
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Log what W&B shows of these: one row for what belongs to one step.
+
+        Raises:
+            Exception: What W&B's client raises when its process has died.
+        """
+        for row, last in _rows(newer(events, self._last), self._values_of):
+            if row:
+                if not self._owned:
+                    self._define(row)
+                self.wandb_run.log(row)
+            self._last = position_of(last)
+
+    def close(self) -> None:
+        """End the W&B run, and wait for what is not uploaded yet, but no longer than ``finish_timeout_s``.
+
+        Raises:
+            TimeoutError: Some of it is not uploaded; `wandb sync` does it later.
+        """
+        if not self._owned:
+            return
+        self.wandb_run.finish(exit_code=self._exit_code)
+        with _lock:
+            _end_process(_client())
+
+    def _define(self, row: dict[str, Any]) -> None:
+        """Draw these over ``global_step``: each by its name, because the caller's own metrics have another axis."""
+        for name in row.keys() - self._defined:
+            self.wandb_run.define_metric(name, step_metric=None if name == "global_step" else "global_step")
+            self._defined.add(name)
+
+    def _values_of(self, event: Event) -> dict[str, Any]:
+        """What an event adds to its step's row."""
+        match event:
+            case HistogramLogged():
+                value = _histogram(event)
+            case ImageLogged():
+                value = self._image(event)
+            case TextLogged():
+                value = self._text(event)
+            case RunStarted():
+                described = {"module": event.module, "device": event.device, "versions": event.versions}
+                self.wandb_run.config.update(described | hyperparameters(event), allow_val_change=True)
+                return {}
+            case RunEnded():
+                self._exit_code = _EXIT_CODES[event.status]
+                self.wandb_run.summary["stagecast/status"] = event.status
+                self.wandb_run.summary["stagecast/reason"] = event.reason
+                return {}
+            case _:
+                return {_shown(name): value for name, value in metrics_of(event)}
+        return {} if value is None else {_shown(metric_name(event.name, event.key)): value}
+
+    def _image(self, event: ImageLogged) -> Any:
+        data = read_media(self._run_dir, event, "W&B")
+        if data is None:
+            return None
+        return _client().Image(importlib.import_module("PIL.Image").open(io.BytesIO(data), formats=("PNG",)))
+
+    def _text(self, event: TextLogged) -> Any:
+        data = read_media(self._run_dir, event, "W&B") if event.path is not None else None
+        text = event.text if data is None else data.decode("utf-8", "replace")
+        text = text.encode("utf-8", "backslashreplace").decode()
+        return _client().Html(f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>', inject=False)
+
+
+def _client() -> Any:
+    return importlib.import_module("wandb")  # by name: to some tools, `import wandb` is this very file
+
+
+def _end_process(wandb: Any) -> None:
+    """End W&B's own process, if nobody else's run is in it: only then are its files known to be whole."""
+    if getattr(wandb.setup(), "most_recent_active_run", None) is None and wandb.run is None:
+        wandb.teardown()
+
+
+def wandb_run_id(run_id: str) -> str:
+    """A W&B run's id: the run's name if W&B takes it, else what is left of it and eight digits of its hash."""
+    clean = re.sub(r"[^A-Za-z0-9._-]", "_", run_id)
+    if clean == run_id and len(run_id) <= 64:
+        return run_id
+    return f"{clean[:55]}-{hashlib.sha256(run_id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def _rows(events: Sequence[Event], values_of: Any) -> Iterator[tuple[dict[str, Any], Event]]:
+    """Rows to be logged, each with its last event. A row is what comes in a row for one step, each name once."""
+    row: dict[str, Any] = {}
+    last: Event | None = None
+    for event in events:
+        values = values_of(event)
+        if last is not None and (event.global_step != last.global_step or values.keys() & row.keys()):
+            yield row, last
+            row = {}
+        if values:
+            row |= values
+            row |= {"global_step": event.global_step, "_timestamp": event.time}
+        last = event
+    if last is not None:
+        yield row, last
+
+
+def _shown(name: str) -> str:
+    # Reserved, or shown nowhere.
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return f"logged/{name}" if name in _OWN_NAMES or not name else name
+
+
+def _histogram(event: HistogramLogged) -> Any:
+    """The event's bins; None if no element was finite, which leaves nothing to show."""
+    if not sum(event.counts):
+        return None
+    together = -(-len(event.counts) // _BINS)
+    counts = [sum(event.counts[at : at + together]) for at in range(0, len(event.counts), together)]
+    low, high = event.low, event.high
+    if low == high:
+        low, high = low - 0.5, high + 0.5  # a bin without a width is not drawn
+    # Divided before they are subtracted: the range may be more than a number can hold.
+    width = high / len(event.counts) - low / len(event.counts)
+    edges = [low + width * at for at in range(0, len(event.counts), together)] + [high]
+    return _client().Histogram(np_histogram=(counts, edges))
+
+
+@contextlib.contextmanager
+def _hooks_kept() -> Iterator[None]:
+    """The client puts itself in their place, for the exit code that a run has when nobody ends it; this sink does."""
+    kept = sys.exit, sys.excepthook
+    try:
+        yield
+    finally:
+        sys.exit, sys.excepthook = kept
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False  # the port is no number, or the host no IPv6 address
+
+
+def _has_credentials(url: str) -> bool:
+    """Whether W&B finds a key without asking."""
+    import netrc
+
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    path = os.environ.get("NETRC") or next(
+        (known for known in map(os.path.expanduser, ("~/.netrc", "~/_netrc")) if os.path.exists(known)), None
+    )
+    host = (urlsplit(url).hostname or "").removeprefix("app.")
+    try:
+        known_hosts = netrc.netrc(path).hosts if path else {}
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(one.partition(":")[0] in (host, "api." + host) for one in known_hosts)

@@ -1,0 +1,202 @@
+"""Host memory that a checkpoint's state is copied to: mapped once, faulted in beforehand, used again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from events.bus.cpu_time import CpuTime
+from events.log import in_this_run, logger
+
+_CHUNK = 64 * 2**20  # what is faulted in at a time: in between, whoever waits for memory management gets his turn
+_ALIGNMENT = 2 * 2**20  # a huge page
+
+
+class Slab:
+    """A block of page-aligned memory, pinned for a CUDA device, that forked children do not have.
+
+    A dataloader's worker that is forked would share its pages, and the next copy to them would fault on each one to
+    make it ours again (14 times slower, measured). So they are kept out of children. Pages are huge where the system
+    has them, which also makes faulting them in many times faster.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: mmap.mmap | None = None
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._unpin: Callable[[], object] | None = None
+        self.prefault_s: float | None = None
+        """How long it took to set it up before it was used; None once that has been told."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much it holds."""
+        return self._bytes.numel()
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """All of it: uint8 ``(nbytes,)``."""
+        return self._bytes
+
+    @property
+    def view(self) -> memoryview:
+        """All of it, for writing it to a file."""
+        assert self._memory is not None
+        return memoryview(self._memory)
+
+    def reserve(self, nbytes: int) -> float:
+        """Make it hold at least so much; what it held is lost if it has to grow. Returns the seconds that took.
+
+        Raises:
+            MemoryError: The system has not so much memory to give.
+        """
+        if nbytes <= self.nbytes:
+            return 0.0
+        began = time.perf_counter()
+        self.close()
+        length = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        try:
+            memory = _map(length)
+        except (OSError, ValueError, OverflowError) as error:
+            raise MemoryError(f"{length:,} bytes of memory for a checkpoint cannot be had: {error}") from error
+        _live.add(memory)
+        self._memory = memory
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        address = self._bytes.data_ptr()
+        for begin in range(0, length, _CHUNK):
+            # Without the interpreter lock, and not by torch: a thread that is in its code when the interpreter goes
+            # aborts the process.
+            ctypes.memset(address + begin, 0, min(_CHUNK, length - begin))
+        if self._device.type == "cuda":
+            self._pin()
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Give the memory back, once nothing looks at it any more."""
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+        unpin, self._unpin = self._unpin, None
+        if unpin is not None:
+            unpin()
+        self._memory = None  # unmapped when the last view is gone
+
+    def _pin(self) -> None:
+        """Have the device copy to it directly, and beside what the loop computes."""
+        address = self._bytes.data_ptr()
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            status = runtime.cudaHostRegister(address, self.nbytes, 0)
+        if int(status) != 0:
+            logger.warning(f"memory for checkpoints could not be pinned (CUDA error {int(status)}): saves will be slow")
+            return
+        finalizer = weakref.finalize(self, runtime.cudaHostUnregister, address)
+        finalizer.atexit = False
+        self._unpin = finalizer
+
+
+def _map(length: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, length)
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            with contextlib.suppress(OSError):  # a kernel without it
+                memory.madvise(getattr(mmap, advice))
+    return memory
+
+
+_live: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def _keep_in_child() -> None:
+    # The child has not got the memory, and something else may be mapped there by now, which unmapping would take away.
+    for memory in list(_live):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_in_child)
+
+
+class SlabPool:
+    """The slabs of a run: two at most. One is handed out, written from, and comes back; never used before that.
+
+    Args:
+        device: The run's.
+    """
+
+    SLABS = 2
+
+    def __init__(self, device: torch.device, cpu_time: CpuTime) -> None:
+        self._device = device
+        self._cpu_time = cpu_time
+        self._free: list[Slab] = []
+        self._made = 0
+        self._changed = threading.Condition()
+        self._preparing = False
+
+    def prepare(self, nbytes: int) -> None:
+        """Set up one more slab beside the loop, if there may be one. Does not wait."""
+        with self._changed:
+            if self._preparing or self._made >= self.SLABS:
+                return
+            self._preparing = True
+            self._made += 1
+        slab = Slab(self._device)
+        thread = threading.Thread(
+            target=in_this_run(self._prepare), args=(slab, nbytes), name="stagecast-slab", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads: it is set up when it is needed
+            self._prepared(slab)
+
+    def _prepare(self, slab: Slab, nbytes: int) -> None:
+        try:
+            with self._cpu_time.counting():
+                slab.prefault_s = slab.reserve(nbytes)
+        except MemoryError as error:  # a thread's border: met again, and reported, by the save that needs it
+            logger.warning(f"{error}; a checkpoint may fail")
+        finally:
+            self._prepared(slab)
+
+    def _prepared(self, slab: Slab) -> None:
+        with self._changed:
+            self._preparing = False
+            self._free.append(slab)
+            self._changed.notify_all()
+
+    def take(self, timeout_s: float) -> Slab | None:
+        """Take a free slab; its memory may still have to grow.
+
+        Args:
+            timeout_s: How long to wait where all are being written. One that is being set up is waited for in any case.
+
+        Returns:
+            The slab, or None after that time.
+        """
+        with self._changed:
+            if not self._free and not self._preparing and self._made < self.SLABS:
+                self._made += 1
+                return Slab(self._device)
+            deadline = time.monotonic() + timeout_s
+            while not self._free:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 and not self._preparing:
+                    return None
+                self._changed.wait(0.1 if left_s <= 0 else min(left_s, 0.1))
+            return self._free.pop()
+
+    def give_back(self, slab: Slab) -> None:
+        """Any thread."""
+        with self._changed:
+            self._free.append(slab)
+            self._changed.notify_all()

@@ -1,0 +1,258 @@
+"""The file that describes a whole run, and the trainer that it describes.
+
+A string stands for a mapping that has nothing but the name: ``sinks: [console]`` is ``sinks: [{sink: console}]``. The
+options stand beside the name, so that each of them can be overridden by its path: ``sinks.0.path=metrics.csv``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import msgspec
+
+from events.checkpoint.settings import Checkpoints
+from events.errors import SinkMisconfigured
+from events.journal.writer import Journal
+from events.packages import check_packages
+from events.sink import Place, Sink
+from events.strict import Strict
+from trainer.arguments import TrainerArguments, trainer_aliases
+from trainer.config import decode, load_config, try_overrides
+from trainer.errors import ArgumentsError
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
+
+_NAMES = {"module": "factory", "sinks": "sink", "callbacks": "callback"}
+"""The option that names what is to be built, by the key that it is below."""
+_SWITCHES = ("checkpoints", "journal")
+
+
+class RunConfig(Strict, frozen=True, kw_only=True):
+    """What stands in the file of a run. Everything but ``module`` may be left out."""
+
+    argument_aliases: ClassVar[Mapping[str, str]] = trainer_aliases("write arguments.{}")
+
+    module: dict[str, Any]
+    """What to train. factory: a function, or a class, that returns the module, as "package.module:name"; it may be in
+    the working directory. The other options are its keyword arguments. A string is the factory alone."""
+    arguments: TrainerArguments = msgspec.field(default_factory=TrainerArguments)
+    """How to train: see arguments below."""
+    sinks: list[dict[str, Any]] | None = None
+    """Who is told what happens. sink: the name of an installed one; the other options are its own (see sinks below). A
+    string is a sink as it is by default. None: the console alone; []: nobody."""
+    sinks_in: Place = "thread"
+    """Where sinks run: each on a thread beside the loop, or all in one process of their own."""
+    callbacks: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    """Hooks beside the module's. callback: a class, or a function that returns one, as "package.module:name"; the other
+    options are its keyword arguments. One that takes an argument called module is given the module."""
+    checkpoints: Checkpoints | bool = True
+    """When checkpoints are taken: see checkpoints below. true: as they are by default; false: none."""
+    journal: Journal | bool = True
+    """Whether the run keeps its events on disk: see journal below."""
+    run_id: str | None = None
+    """The run's name. None: a new one each time."""
+    run_dir: str | None = None
+    """The run's folder. None: runs/RUN_ID below the working directory."""
+    resume: str | None = None
+    """The checkpoint to continue from: auto (the newest valid one of this run, or a new run if there is none), best
+    (the one with the best metric), the path of a checkpoint or of a run's folder, or an address in a remote store.
+    None: start a new run."""
+    init_from: str | None = None
+    """Where a new run takes its weights from: a checkpoint, a run's folder, an address in a remote store, or a
+    safetensors file."""
+
+
+class Prepared(NamedTuple):
+    """All that a file describes, built and checked: ready to train."""
+
+    config: RunConfig
+    trainer: Trainer
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read the file of a run, strictly; without torch.
+
+    Raises:
+        ArgumentsError: The file cannot be read; or it names all keys that are unknown and all values that are wrong.
+    """
+    overrides = list(overrides)
+    values = _expanded(load_config(path))
+    problems: list[str] = []
+    for override in overrides:
+        values = _expanded(try_overrides(values, [override], problems))
+    for key in _SWITCHES:
+        if values.get(key) == {}:
+            values[key] = True  # which is less: it asks for no folder where the run would have none
+    source = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+    return decode(RunConfig, values, source, known_problems=problems)
+
+
+def _expanded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With mappings in place of the strings, and of true, so that overrides find what they name."""
+    result = dict(config)
+    for key, name in _NAMES.items():
+        value = result.get(key)
+        if isinstance(value, str) and key == "module":
+            result[key] = {name: value}
+        elif isinstance(value, list):
+            result[key] = [{name: one} if isinstance(one, str) else one for one in value]
+    for key in _SWITCHES:
+        if result.get(key) is True:
+            result[key] = {}
+    return result
+
+
+def prepare(config: RunConfig, source: str) -> Prepared:
+    """Build the sinks, the module, the callbacks and the trainer. Imports torch, and calls the user's factories.
+
+    The random generators are seeded first, if the arguments say so: the module's weights are drawn from them.
+
+    Args:
+        source: Where the file is, for messages.
+
+    Raises:
+        ArgumentsError: Something named there does not exist or cannot be built from its options.
+        BaseException: what a factory raised; as itself.
+    """
+    try:
+        return Prepared(config, _build(config))
+    except ArgumentsError as error:
+        raise ArgumentsError(f"{source}: {error}") from error
+
+
+def _build(config: RunConfig) -> Trainer:
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        check_packages()
+    except ImportError as error:
+        raise ArgumentsError(str(error)) from error
+    problems: list[str] = []
+    sinks = None if config.sinks is None else _build_sinks(config.sinks, problems)
+    factory = _find("module", config.module, problems)
+    callbacks = [_find(f"callbacks.{number}", one, problems) for number, one in enumerate(config.callbacks)]
+    if problems:
+        raise ArgumentsError("; ".join(problems))
+
+    from trainer.data.rng import seed_everything
+    from trainer.run.device import resolve_device
+    from trainer.trainer import Trainer
+
+    resolve_device(config.arguments.device)  # before a factory that may take long
+    if config.arguments.seed is not None:
+        seed_everything(config.arguments.seed)
+    module = _called(factory, {}, "ModuleInterface")
+    return Trainer(
+        module,
+        config.arguments,
+        callbacks=[_called(one, {"module": module}, "CallbackInterface") for one in callbacks],
+        sinks=sinks,
+        sinks_in=config.sinks_in,
+        journal=config.journal,
+        run_id=config.run_id,
+        run_dir=config.run_dir,
+        checkpoints=config.checkpoints,
+        resume=config.resume,
+        init_from=config.init_from,
+    )
+
+
+class _Factory(NamedTuple):
+    """Something of the user's that is to be called."""
+
+    path: str
+    """Where it stands in the file."""
+    name: str
+    function: Callable[..., Any]
+    options: dict[str, Any]
+
+
+def _build_sinks(described: list[dict[str, Any]], problems: list[str]) -> list[Sink]:
+    registry: Any = importlib.import_module("sinks.registry")
+    sinks = []
+    for number, options in enumerate(described):
+        name = options.get("sink")
+        if not isinstance(name, str):
+            problems.append(
+                f"sinks.{number}: needs sink, the name of one; installed are {', '.join(registry.sink_names())}"
+            )
+            continue
+        try:
+            sinks.append(registry.build_sink(name, {key: value for key, value in options.items() if key != "sink"}))
+        except (SinkMisconfigured, ValueError) as error:
+            problems.append(f"sinks.{number}: {error}")
+    return sinks
+
+
+def _find(path: str, options: dict[str, Any], problems: list[str]) -> _Factory | None:
+    """Import what the user's options name; what is wrong goes to ``problems``."""
+    option = _NAMES[path.partition(".")[0]]
+    name = options.get(option)
+    where = f"{path}.{option}"
+    if not isinstance(name, str):
+        problems.append(f'{where}: must be text like "package.module:name"' + (f", not {name!r:.80}" if name else ""))
+        return None
+    package, colon, attribute = name.partition(":")
+    if not (package and colon and attribute):
+        problems.append(f'{where} = {name!r}: must look like "package.module:name"')
+        return None
+    try:
+        found: Any = importlib.import_module(package)
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
+        problems.append(f"{where} = {name!r}: cannot import {package}: {_described(error, package)}")
+        return None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            problems.append(f"{where} = {name!r}: {package} ({_file_of(package)}) has no {attribute}")
+            return None
+        found = getattr(found, part)
+    if not callable(found):
+        problems.append(f"{where} = {name!r}: is {found!r:.80}, which cannot be called; name a function or a class")
+        return None
+    return _Factory(where, name, found, {key: value for key, value in options.items() if key != option})
+
+
+def _called(factory: _Factory | None, offered: dict[str, Any], kind: str) -> Any:
+    """Call it with its options, and with what is offered to those that ask for it by name."""
+    assert factory is not None  # or there was a problem
+    options, where = dict(factory.options), f"{factory.path} = {factory.name!r}"
+    try:
+        signature = inspect.signature(factory.function)
+    except ValueError:  # it is written in C, and not described
+        signature = inspect.signature(lambda **options: None)
+    for name in offered.keys() & signature.parameters.keys():
+        if name in options:
+            raise ArgumentsError(f"{where}: it is given the run's own {name}; leave this option out")
+        options[name] = offered[name]
+    try:
+        signature.bind_partial(**options)  # first: what is misspelt is also missing
+        signature.bind(**options)
+    except TypeError as error:
+        takes = signature.replace(return_annotation=signature.empty)
+        raise ArgumentsError(f"{where}: {error}; it takes {takes}") from error
+    built = factory.function(**options)
+    if not isinstance(built, getattr(importlib.import_module("trainer.module_interface"), kind)):
+        raise ArgumentsError(f"{where}: returned {built!r:.80}, which is no {kind}")
+    return built
+
+
+def _described(error: BaseException, package: str) -> str:
+    """An error of the user's code when it is imported, and the place in it."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):  # says its place itself
+        return text
+    if isinstance(error, ModuleNotFoundError) and f"{package}.".startswith(f"{error.name}."):
+        return f"there is no module {error.name}, neither in {os.getcwd()} nor among the installed ones"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    place = frames[-1] if frames and frames[-1].filename != __file__ else None
+    return text if place is None else f"{text} ({place.filename}, line {place.lineno})"
+
+
+def _file_of(package: str) -> str:
+    return getattr(sys.modules.get(package), "__file__", None) or "which has no file"

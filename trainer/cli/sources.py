@@ -1,0 +1,176 @@
+"""Where checkpoints are that the command is asked about: on disk, or in a remote store; read alike, without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from pathlib import Path
+
+import xxhash
+
+from events.checkpoint import store
+from events.checkpoint.lineage import by_age, is_attempt_name
+from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest
+from events.checkpoint.objects import Limits, Objects
+from events.checkpoint.parallel import in_order
+from events.checkpoint.remote import LOST, RemoteStore
+from events.checkpoint.remote_layout import PARTS_NAME, Part, decode_parts, plan_of
+from events.errors import CheckpointDamaged, CheckpointNotFound
+from events.run.folder import LOCK_NAME
+from events.text import plain_text
+from trainer.cli.text import complain
+
+_READ_BYTES = 16 * 2**20
+
+
+class LocalSource:
+    """Checkpoints on disk: of a run's folder, of a folder of checkpoints, or one of them, by whatever name.
+
+    Raises:
+        CheckpointNotFound: The path means none of them.
+    """
+
+    def __init__(self, path: str) -> None:
+        folder = Path(os.path.abspath(path))
+        if not folder.is_dir():
+            raise CheckpointNotFound(f"{path} {'is not a folder' if folder.exists() else 'does not exist'}")
+        entries = os.listdir(folder)
+        self.where = path
+        self.only = CheckpointName.parse(folder.name)
+        """The one that the path means, if it means one."""
+        self._renamed: Path | None = None
+        if self.only is not None:
+            folder = folder.parent
+        elif MANIFEST_NAME in entries:
+            self._renamed, self.only = folder, store.read_manifest(folder).name
+        elif store.CHECKPOINTS_DIR in entries or LOCK_NAME in entries:
+            folder /= store.CHECKPOINTS_DIR
+        elif entries and not any(CheckpointName.parse(entry) or is_attempt_name(entry) for entry in entries):
+            raise CheckpointNotFound(f"{path} is no run's folder, and holds no checkpoints")
+        self._store = store.CheckpointStore(folder)
+        alone = [self.only] if self.only is not None and self._renamed is not None else None
+        self.line = alone or self._store.line()
+        self.names = alone or by_age(self.line, self._store.names())[::-1]
+        """All that are there: those of the line, then the others, each from the newest."""
+
+    def path(self, name: CheckpointName) -> str:
+        return str(self._renamed or self._store.path(name))
+
+    def uploaded(self, name: CheckpointName) -> str | None:
+        upload = self._store.upload_of(name) if self._renamed is None else None
+        return upload.url if upload is not None else None
+
+    def manifest(self, name: CheckpointName) -> Manifest:
+        return store.read_manifest(Path(self.path(name)))
+
+    def check(self, manifest: Manifest) -> None:
+        """Compare the sizes of a checkpoint's files with its manifest. Raises `CheckpointDamaged`."""
+        for file, entry in manifest.files.items():
+            store.check_size(Path(self.path(manifest.name)), file, entry)
+
+    def verify(self, manifest: Manifest) -> None:
+        """Read all of its files. Raises `CheckpointDamaged`."""
+        store.verify(Path(self.path(manifest.name)), manifest)
+
+    def read(self, manifest: Manifest, file: str) -> memoryview:
+        """Read one to memory, and verify it. Raises `CheckpointDamaged`; `KeyError` if the checkpoint has none such."""
+        return store.read_file(Path(self.path(manifest.name)), file, manifest.files[file])
+
+
+class RemoteSource:
+    """Checkpoints in a remote store: of a run, or one of them. Its members are those of `LocalSource`.
+
+    Raises:
+        CheckpointNotFound: The path means a checkpoint, or a folder, that is not there.
+        UploadError: It is no address of a store, or that cannot be reached. So may all methods.
+    """
+
+    def __init__(self, url: str) -> None:
+        base, _, last = url.rstrip("/").rpartition("/")
+        self.only = CheckpointName.parse(last)
+        self.where = base if self.only is not None else url.rstrip("/")
+        self._store = RemoteStore(self.where)
+        self._objects = Objects(self.where, Limits())
+        self._plans: dict[CheckpointName, dict[str, list[Part]]] = {}
+        self.line = self._store.line()
+        self.names = by_age(self.line, self._store.names())[::-1]
+        self.path = self.uploaded = self._store.url_of
+        self.manifest = self._store.manifest
+        folder = self._objects.folder
+        if self.only not in (None, *self.names) or (folder is not None and not folder.is_dir()):
+            raise CheckpointNotFound(f"{url} does not exist")
+
+    def check(self, manifest: Manifest) -> None:
+        there = self._objects.sizes(f"{manifest.name}/")
+        noted = decode_parts(self._get(manifest.name, PARTS_NAME), f"{self.path(manifest.name)}/{PARTS_NAME}")
+        plan = self._plans[manifest.name] = plan_of(manifest, noted.part_bytes, len(there) + LOST)
+        for parts in plan.values():
+            for part in parts:
+                if (found := there.get(f"{manifest.name}/{part.key}", 0)) != part.nbytes:
+                    where = f"{self.path(manifest.name)}/{part.key}"
+                    raise CheckpointDamaged(f"{where} has {found:,} bytes instead of {part.nbytes:,}")
+
+    def verify(self, manifest: Manifest) -> None:
+        for file in manifest.files:
+            self._read(manifest, file, None)
+
+    def read(self, manifest: Manifest, file: str) -> memoryview:
+        memory = store.memory_for(f"{self.path(manifest.name)}/{file}", manifest.files[file].nbytes)
+        self._read(manifest, file, memory)
+        return memory
+
+    def _read(self, manifest: Manifest, file: str, into: memoryview | None) -> None:
+        """Read a file in pieces, several at a time: the store may be far away."""
+        if manifest.name not in self._plans:
+            self.check(manifest)
+        calls = (
+            functools.partial(self._get, manifest.name, part.key, begin, min(_READ_BYTES, part.nbytes - begin))
+            for part in self._plans[manifest.name][file]
+            for begin in range(0, part.nbytes, _READ_BYTES)
+        )
+        digest, done = xxhash.xxh3_128(), 0
+        with contextlib.closing(in_order(calls, Limits().parallel, "stagecast-read")) as pieces:
+            for piece in pieces:
+                digest.update(piece)
+                if into is not None:
+                    into[done : done + len(piece)] = piece
+                done += len(piece)
+        if digest.hexdigest() != manifest.files[file].xxh3_128:
+            raise CheckpointDamaged(f"{self.path(manifest.name)}/{file} holds other bytes than were written")
+
+    def _get(self, name: CheckpointName, key: str, *where: int) -> bytes:
+        path = f"{name}/{key}"
+        data = self._objects.get_range(path, *where) if where else self._objects.get(path, store.NOTE_BYTES)
+        if data is None:
+            raise CheckpointDamaged(f"{self.path(name)}/{key} is missing")
+        return data
+
+
+Source = LocalSource | RemoteSource
+
+
+def open_source(path: str) -> Source:
+    return RemoteSource(path) if "://" in path else LocalSource(path)
+
+
+def chosen(source: Source, names: list[CheckpointName]) -> list[CheckpointName]:
+    """The checkpoints of these names, else all that the path means. Raises `CheckpointNotFound`."""
+    there = source.names if source.only is None else [source.only]
+    for name in names:
+        if name not in there:
+            raise CheckpointNotFound(f"there is no checkpoint {name} in {source.where}")
+    return list(dict.fromkeys(names)) or there
+
+
+def problem(source: Source, name: CheckpointName, error: object) -> str:
+    """What is wrong with a checkpoint, without its path."""
+    return plain(str(error).replace(f"{source.path(name)}/", ""))
+
+
+def plain(text: object) -> str:
+    return plain_text(str(text), 2_000)
+
+
+def note(text: str) -> None:
+    complain(f"stagecast checkpoints: {text}")

@@ -1,0 +1,1 @@
+"""Batches, dataloaders, tensors and random generators."""

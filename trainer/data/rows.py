@@ -1,0 +1,232 @@
+"""What a batch counts: its rows, and its weight in accumulation and in means. Reads shapes only, never a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import BatchSampler, DataLoader, Sampler, Subset, default_collate
+
+from trainer.data.loaders import own_batches
+from trainer.data.tensors import parts_of
+from trainer.errors import BatchWeightError
+
+CountRows = Callable[[Any, int], int | None]
+"""From a batch and its index in the epoch to its rows; None where they cannot be counted."""
+
+
+def row_counter(
+    loader: Iterable[Any],
+    batch_size: int,
+    sampler_cls: type[Sampler[int]],
+    notice: Callable[[str], None] | None,
+    where: str,
+) -> CountRows:
+    """Count the rows of each batch of a loader.
+
+    They are known from the indices where torch's own collation makes the batches of the trainer's sampler. Every other
+    batch is counted by looking at it, because a ``collate_fn`` or the data set may drop or merge rows.
+
+    Args:
+        batch_size: What the module was asked for.
+        notice: Called with a sentence about a count that may be wrong. None: nobody depends on it.
+        where: The method that returned the loader, for that sentence.
+    """
+    indices = own_batches(loader, batch_size, sampler_cls)
+    if indices is not None and _keeps_rows(loader):
+        known = indices
+        return lambda batch, index: known(index) or None
+    if notice is None:
+        return lambda batch, index: _rows_of_tensors(batch) or count_rows(batch, None).rows
+    tell = notice
+    of_torch = isinstance(loader, DataLoader)
+    own_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) if of_torch else None
+    usual = own_size if isinstance(own_size, int) else None if of_torch else batch_size
+    total = _samples_of(loader) if of_torch else None
+    announced = False
+
+    def count(batch: Any, index: int) -> int | None:
+        nonlocal announced
+        expected = usual if indices is None else indices(index) or None
+        if expected is not None and _rows_of_tensors(batch) == expected:  # by far the most batches
+            return expected
+        if indices is None and expected is not None and total is not None:
+            expected = min(expected, total - index * expected)  # the last batch may be smaller
+            expected = expected if expected > 0 else None
+        rows, doubt = count_rows(batch, expected, exceeds=of_torch)
+        if doubt is not None and not announced:
+            announced = True
+            counted = "1" if rows is None else str(rows)
+            tell(f"rows of {where}() are a guess: a batch counts {counted}, as {doubt}; define batch_weight to choose")
+        return rows
+
+    return count
+
+
+def _keeps_rows(loader: Any) -> bool:
+    """Whether a batch has one row for each of its indices."""
+    if loader.collate_fn is not default_collate:
+        return False
+    data = loader.dataset
+    while type(data) is Subset:  # its `__getitems__` hands on that of the data set within
+        data = data.dataset
+    return not hasattr(data, "__getitems__")  # which may return fewer rows than it was asked for
+
+
+def _samples_of(loader: Any) -> int | None:
+    """The samples of an epoch, where torch's own `BatchSampler` makes the batches."""
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler or not isinstance(batches.sampler, Sized):
+        return None
+    try:
+        return len(batches.sampler)
+    except (TypeError, NotImplementedError):  # of a data set that has no length
+        return None
+
+
+def _rows_of_tensors(batch: Any) -> int | None:
+    """The rows of a tensor, or of a list or tuple of tensors that all have the same number. Runs in every step."""
+    kind = type(batch)
+    if kind is torch.Tensor:
+        return batch.size(0) if batch.dim() else None
+    if kind is not tuple and kind is not list:
+        return None
+    rows: int | None = None
+    for part in batch:
+        if type(part) is not torch.Tensor or not part.dim():
+            return None
+        if rows is None:
+            rows = part.size(0)
+        elif rows != part.size(0):
+            return None
+    return rows
+
+
+class Count(NamedTuple):
+    """The rows of a batch, and why they may be others."""
+
+    rows: int | None
+    doubt: str | None
+
+
+def count_rows(batch: Any, expected: int | None, *, exceeds: bool = False) -> Count:
+    """Count the rows of a batch: the first dimension of its first tensor that has any.
+
+    Args:
+        expected: The rows that the batch was asked to have.
+        exceeds: Doubt a batch that has more.
+    """
+    if expected is not None and _rows_of_tensors(batch) == expected:
+        return Count(expected, None)
+    found: list[tuple[int, ...]] = []
+    graphs = _shapes(batch, found)
+    if graphs is not None:
+        return Count(graphs, "it is a batch of graphs, of which num_graphs says how many")
+    shapes = [shape for shape in found if shape]
+    if not shapes:
+        what = "all its tensors are scalars" if found else f"a {type(batch).__name__} without a tensor"
+        return Count(None, what)
+    rows = shapes[0][0]
+    if rows != expected and expected is not None:
+        for entries in (batch, next(iter(batch), None) if isinstance(batch, (list, tuple)) else None):
+            if not isinstance(entries, (list, tuple)) or (entries is batch and not _holds_samples(batch)):
+                continue
+            if len(entries) == expected:
+                return Count(expected, f"it holds a list of {expected} entries, not tensors of {expected} rows")
+    others = sorted({shape[0] for shape in shapes})
+    if len(others) > 1:
+        lengths = " and ".join([", ".join(map(str, others[:3])), "more"] if len(others) > 3 else map(str, others))
+        rows = expected if expected in others else rows
+        return Count(rows, f"the first dimensions of its tensors differ ({lengths})")
+    if not found[0]:
+        return Count(rows, "it begins with a scalar tensor, and the first one that has rows was taken")
+    if rows == expected:
+        return Count(rows, None)
+    if expected is not None and all(len(shape) > 1 and shape[1] == expected for shape in shapes):
+        return Count(rows, f"its second dimension is the {expected} rows that were asked for (time first?)")
+    if exceeds and expected is not None and rows > expected:
+        return Count(rows, f"the dataloader makes batches of {expected}")
+    if isinstance(batch, (list, tuple)) and len(batch) == expected and len(set(shapes)) == 1 and len(shapes[0]) > 1:
+        return Count(rows, f"it is a {type(batch).__name__} of {expected} tensors of one shape, which may be samples")
+    if _holds_samples(batch):
+        return Count(rows, "it holds no tensor but in containers, which may be samples")
+    return Count(rows, None)
+
+
+def _holds_samples(batch: Any) -> bool:
+    """Whether a batch looks like a list of samples, or of images: not like inputs and targets."""
+    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+        return False
+    if all(isinstance(part, torch.Tensor) for part in batch):
+        return len({part.shape[:1] for part in batch}) > 1 or len(batch) > 3
+    return all(isinstance(part, (list, tuple, Mapping)) for part in batch)
+
+
+def _shapes(value: Any, found: list[tuple[int, ...]]) -> int | None:
+    """Add the shapes of all tensors and arrays, depth first; returns the graphs, if it comes upon a batch of them."""
+    if isinstance(value, torch.Tensor):
+        found.append(tuple(value.shape) if not value.is_nested else (value.size(0),))
+        return None
+    if isinstance(value, PackedSequence):
+        found.append((int(value.batch_sizes[0]),))  # always a host tensor; its sequences, not their tokens
+        return None
+    if isinstance(value, (str, bytes, int, float, type)) or value is None:
+        return None
+    parts = parts_of(value)
+    if parts is None:
+        graphs = getattr(value, "num_graphs", None)
+        if isinstance(graphs, int):
+            return graphs
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and hasattr(value, "__array__"):
+            found.append(shape)
+        return None
+    for _, part in parts:
+        graphs = _shapes(part, found)
+        if graphs is not None:
+            return graphs
+    return None
+
+
+def checked_weight(weight: Any, module: str) -> float:
+    """What `ModuleInterface.batch_weight` returned, as a number; no device is waited for.
+
+    Raises:
+        BatchWeightError: it is a tensor on another device than the host, not one number, not finite, or negative.
+    """
+    where = f"{module}.batch_weight() returned"
+    if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":
+        raise BatchWeightError(
+            f"{where} a tensor on {weight.device}; count on the host, where the dataloader's batch is"
+        )
+    if isinstance(weight, complex) or not hasattr(weight, "__float__"):
+        raise BatchWeightError(f"{where} {weight!r:.80}, which is not a number; return what the batch counts")
+    try:
+        number = float(weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BatchWeightError(
+            f"{where} {weight!r:.80}, which is not one number; return what the batch counts"
+        ) from error
+    if not math.isfinite(number) or number < 0:
+        raise BatchWeightError(f"{where} {number}; return a finite number from 0")
+    return number
+
+
+def weight_of(module: Any) -> Callable[[Any], float] | None:
+    """The module's own `ModuleInterface.batch_weight`, checked at each call; None if it has none."""
+    method = getattr(module, "batch_weight", None)
+    if method is None or getattr(getattr(method, "__func__", method), "__module__", None) == "trainer.module_interface":
+        return None
+    name = type(module).__name__
+    return lambda batch: checked_weight(method(batch), name)
+
+
+def no_weight(module: Any, step: int) -> BatchWeightError:
+    """All batches of a step count nothing."""
+    return BatchWeightError(
+        f"{type(module).__name__}.batch_weight() returned 0 for all of step {step}; leave such batches out of the"
+        f" dataloader"
+    )

@@ -1,0 +1,294 @@
+"""Takes what user code logs and makes `MetricsLogged` of it, without asking the device for a number."""
+
+from __future__ import annotations
+
+import threading
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from events.bus.bus import Bus
+from events.log import logger
+from events.messages import Event, HistogramLogged, MetricsLogged, MonitorMissing, TextLogged
+from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
+from events.origin import Header, header_of
+from events.text import MOST_NAME, as_name, name_problem
+from trainer.errors import MetricNotFound
+from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, MediaWriter, Text
+
+Value = float | torch.Tensor
+
+
+class MetricRecorder:
+    """What `ModuleInterface.log` writes to during a run.
+
+    On the loop's thread values are gathered and published once per optimizer step, or once per evaluation of a
+    dataloader, as the mean weighted by rows. In a hook of the observer or fenced lane, each call publishes at
+    once, with the position in the run of the event that the hook handles.
+    """
+
+    def __init__(self, bus: Bus, media: MediaWriter) -> None:
+        self.weight: float = 1
+        """What the batch in hand counts in means. Set by the loop."""
+        self.validation: dict[str, Value] = {}
+        """What the validation at hand has produced, or the last one; tensors stay on their device."""
+        self.epoch: dict[str, Value] = {}
+        """What training has produced in the present epoch."""
+        self.judged: dict[str, Value] = self.validation
+        """The one of the two that monitors look at."""
+        self._validated_at = 0
+        self._seen = {TRAIN_EPOCH_LOSS}  # names that a validation, or an epoch in place of one, has produced
+        self._gaps: set[tuple[str, str]] = set()  # monitors that lacked their metric last time
+        self._loss_sum: torch.Tensor | None = None
+        self._loss_weight = 0.0
+        self._bus = bus
+        self._media = media
+        self._loop_thread = 0
+        self.values: list[tuple[str, Value | Logged, float]] = []
+        """What the loop's thread has logged since the last `take`: name, value, weight."""
+        self._hook = threading.local()
+        self._places: dict[str, tuple[str | None, str]] = {}  # of each name: the stage, and what it holds
+        self._allowed: dict[str, str] = {}  # names that were given before, and those under which they are recorded
+
+    def bind(self) -> None:
+        """The calling thread is the loop's."""
+        self._loop_thread = threading.get_ident()
+
+    def log(self, name: str, value: Value | Logged) -> None:
+        """Record one value. Any thread; tensors are copied on their device, so they may be changed afterwards.
+
+        Raises:
+            ValueError: the trainer publishes a metric of that name itself.
+        """
+        name = self._allowed.get(name) or self._allow(name)
+        if isinstance(value, torch.Tensor):
+            value = value.detach().reshape(()).clone()
+        if threading.get_ident() == self._loop_thread:
+            self.values.append((name, value, self.weight))
+            return
+        event: Event | None = getattr(self._hook, "event", None)
+        header = self._bus.origin.header() if event is None else header_of(event)
+        key = getattr(event, "key", None)
+        of_seq = event.seq if event is not None else None
+        if isinstance(value, Histogram | Image | Drawn | Text):
+            self._publish_other(name, value, header, key, of_seq)
+        else:
+            self._publish(MetricsLogged(*header, {}, key, of_seq), {name: value})
+
+    def handling(self, event: Event | None, *, waited_for: bool = False) -> None:
+        """The calling thread runs a hook for this event, or (None) no longer does.
+
+        Args:
+            waited_for: The loop waits for the hook, so that what it logs is there when monitors are read. What other
+                hooks log comes at any time, and serves no monitor.
+        """
+        self._hook.event, self._hook.waited_for = event, waited_for
+
+    def take(self, key: str | None = None) -> None:
+        """Publish what the loop's thread has logged since the last call. ``key``: the evaluation dataloader's."""
+        values, self.values = self.values, []
+        numbers: list[tuple[str, Value, float]] = []
+        for name, value, weight in values:
+            if isinstance(value, Histogram | Image | Drawn | Text):
+                self._publish_other(name, value, self._bus.origin.header(), key, None)
+            else:
+                numbers.append((name, value, weight))
+        if numbers and (means := _means(numbers)):
+            self._publish(MetricsLogged(*self._bus.origin.header(), {}, key), means)
+
+    def discard(self) -> None:
+        """Forget what the loop's thread has logged since the last `take`: the step was skipped."""
+        self.values = []
+
+    # ------------------------------------------------------------------------------------------- monitors
+
+    def begin_validation(self, global_step: int) -> None:
+        """A validation begins: what an earlier one has produced counts no more."""
+        self._validated_at = global_step
+        self.validation.clear()
+
+    def begin_epoch(self) -> None:
+        """A training epoch begins."""
+        self.epoch.clear()
+        self._loss_sum, self._loss_weight = None, 0.0
+
+    def add_loss(self, loss: torch.Tensor, weight: float) -> None:
+        """Add a step's loss to the epoch's mean; called only where a monitor follows it."""
+        # Apple's GPUs have no float64.
+        loss = (loss if loss.device.type == "mps" else loss.double()).reshape(()) * weight
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        self._loss_weight += weight
+
+    def end_epoch(self) -> None:
+        """A training epoch is over: its mean loss is known, where a monitor follows it."""
+        if self._loss_sum is not None and self._loss_weight:
+            self.epoch[TRAIN_EPOCH_LOSS] = self._loss_sum / self._loss_weight
+
+    def keep(self, name: str, value: Value, stage: str | None, global_step: int) -> None:
+        """Note a value for monitors."""
+        if stage == "val":
+            if global_step == self._validated_at:
+                self.validation[name] = value
+        elif stage == "train":
+            self.epoch[name] = value
+
+    def monitored(self, monitor: str, wanted_by: str, *, required: bool) -> Value | None:
+        """The value of a metric that the validation (or epoch) just over has produced; None if it has not.
+
+        `MonitorMissing` and a warning then name the metrics that exist.
+
+        Args:
+            wanted_by: Who follows it, for messages.
+            required: It is an error that no validation so far has produced it.
+
+        Raises:
+            MetricNotFound: as ``required`` says.
+        """
+        judged, gap = self.judged, (wanted_by, monitor)
+        value = judged.get(monitor)
+        if value is not None:
+            self._gaps.discard(gap)
+            return value
+        known = sorted(judged)
+        self._bus.publish(MonitorMissing(*self._bus.origin.header(), monitor, wanted_by, known))
+        before, noticed = monitor in self._seen, gap in self._gaps
+        self._gaps.add(gap)
+        what = "validation" if judged is self.validation else "epoch"
+        there = f"{', '.join(known)}" if known else "none"
+        text = f"{wanted_by} follows {monitor!r}, which is not a metric of this {what} (there are: {there})"
+        if before:
+            text += "; nothing is judged by it this time"
+        elif near := get_close_matches(monitor, known, 1, 0.5):
+            text += f"; set it to {near[0]!r}, or log {monitor!r}"
+        else:
+            text += f"; log {monitor!r} in val_step or in the module's own on_end_val_epoch"
+        if required and not before:
+            raise MetricNotFound(text)
+        if not noticed:
+            logger.warning(text)
+        return None
+
+    def end_judging(self) -> None:
+        """All monitors have looked: a name that was there now was there before, from now on."""
+        self._seen.update(self.judged)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What monitors need of it in a checkpoint; tensors are not copied."""
+        return {
+            "validation": dict(self.validation),
+            "epoch": dict(self.epoch),
+            "validated_at": self._validated_at,
+            "seen": sorted(self._seen),
+            "followed_loss": (self._loss_sum, self._loss_weight),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.validation.update(state["validation"])
+        self.epoch.update(state["epoch"])
+        self._validated_at = state["validated_at"]
+        self._seen.update(state["seen"])
+        self._loss_sum, self._loss_weight = state["followed_loss"]
+
+    # -------------------------------------------------------------------------------------------- publishing
+
+    def _allow(self, name: str) -> str:
+        if (names := reserved(name)) is not None:
+            raise ValueError(
+                f"log({name!r}) would mix with a metric of the trainer's own ({names}); use another name, such as"
+                f" {'my_' + name.replace('/', '_')!r}"
+            )
+        self._allowed[name] = recorded = as_name(name)
+        if recorded != name:
+            logger.warning(
+                f"log({name!r:.80}): the name {name_problem(name)}, and is recorded as {recorded!r}; use printable"
+                f" names of up to {MOST_NAME} characters"
+            )
+        return recorded
+
+    def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
+        serves = threading.get_ident() == self._loop_thread or getattr(self._hook, "waited_for", False)
+        for name, value in values.items():
+            full = metric_name(name, event.key)
+            if self._places.get(full) != (event.stage, "a number"):
+                self._place(full, event.stage, "a number")
+            if serves:
+                self.keep(full, value, event.stage, event.global_step)
+            event.metrics[name] = value  # type: ignore[assignment]  # a tensor is deferred: see `Event.deferred`
+        self._bus.publish(event)
+
+    def _place(self, name: str, stage: str | None, what: str) -> None:
+        """Warn once of a name under which two quantities would end in one series."""
+        first = self._places.setdefault(name, (stage, what))
+        if first == (stage, what) or first[1] == "":
+            return
+        self._places[name] = (stage, "")
+        if first[1] != what:
+            logger.warning(
+                f"{name!r} is logged as {first[1]} and as {what}; loggers may show one of the two: use two names"
+            )
+        else:
+            here, there = _STAGES.get(first[0], "outside of a stage"), _STAGES.get(stage, "outside of a stage")
+            logger.warning(
+                f"{name!r} is logged {here} and {there}, and both end in one series; use two names, such as"
+                f" 'train_{name}' and 'val_{name}'"
+            )
+
+    def _publish_other(self, name: str, value: Logged, header: Header, key: str | None, of_seq: int | None) -> None:
+        full, kind = metric_name(name, key), _KINDS[type(value)]
+        if self._places.get(full) != (header[-1], kind):
+            self._place(full, header[-1], kind)
+        if isinstance(value, Histogram):
+            numbers: list[Any] = [value.low, value.high, value.counts, value.non_finite]  # deferred
+            low, high, counts, non_finite = numbers
+            self._bus.publish(HistogramLogged(*header, name, low, high, counts, non_finite, key, of_seq))
+        elif isinstance(value, Text) and len(value.text) <= INLINE_TEXT:
+            self._bus.publish(TextLogged(*header, name, value.text, None, key, of_seq))
+        else:
+            self._media.add(name, value, header, key, of_seq)
+
+
+_STAGES: dict[str | None, str] = {"train": "in training", "val": "in validation", "test": "in testing"}
+_KINDS: dict[type, str] = {Histogram: "a histogram", Image: "an image", Drawn: "an image", Text: "a text"}
+
+
+def _means(values: list[tuple[str, Value, float]]) -> dict[str, Value]:
+    groups: dict[str, list[tuple[Value, float]]] = {}
+    for name, value, weight in values:
+        groups.setdefault(name, []).append((value, weight))
+    means: dict[str, Value] = {}
+    for name, group in groups.items():
+        mean = group[0][0] if len(group) == 1 else weighted_mean(group)
+        if mean is not None:
+            means[name] = mean
+    return means
+
+
+def weighted_mean(group: list[tuple[Value, float]]) -> Value | None:
+    """The mean of numbers and 0-dim tensors; on the tensors' device if there is any, without waiting for it.
+
+    Values of weight 0 are left out, NaN ones too. None if no weight is left.
+    """
+    group = [(value, weight) for value, weight in group if weight]
+    if not group:
+        return None
+    total = sum(weight for _, weight in group)
+    tensors = [value for value, _ in group if isinstance(value, torch.Tensor)]
+    if not tensors:
+        return sum(float(value) * weight for value, weight in group) / total
+    device = tensors[0].device
+    # Apple's GPUs have no float64.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if len(tensors) == len(group) and len({(t.device, t.dtype) for t in tensors}) == 1:
+        stacked = torch.stack(tensors).to(dtype)
+    else:
+        stacked = torch.stack(
+            [v.to(device, dtype) if isinstance(v, torch.Tensor) else _constant(v, device, dtype) for v, _ in group]
+        )
+    weights = torch.tensor([weight for _, weight in group], dtype=dtype).to(device, non_blocking=True)
+    return (stacked * weights).sum() / total
+
+
+def _constant(value: float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((), value, device=device, dtype=dtype)

@@ -1,0 +1,1 @@
+"""The training loop and its parts. All on the thread of the loop."""

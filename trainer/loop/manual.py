@@ -1,0 +1,172 @@
+"""Manual optimization: the module decides in `train_step` which loss is applied to which optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainer.arguments import TrainerArguments
+from trainer.errors import ArgumentsError, ContractError
+from trainer.hooks.collate import as_tuple
+from trainer.hooks.recorder import MetricRecorder
+from trainer.loop.boundary import Boundary
+from trainer.loop.optimization import Optimization, Skip
+from trainer.loop.precision import Precision
+from trainer.module_interface import ModuleInterface, Stage
+
+
+class ManualSteps:
+    """Runs `train_step` of a module with ``manual_optimization``, and what it asks of `ModuleInterface.optimize`.
+
+    On the loop's thread.
+
+    Args:
+        on_backward: Runs the hooks and publishes the event of a backward pass: its loss and number within the step.
+        on_skip: Reports a skipped update: its reason and its loss. Raises to end the run.
+
+    Raises:
+        ArgumentsError: The step is split into micro-batches.
+    """
+
+    def __init__(
+        self,
+        module: ModuleInterface,
+        device: torch.device,
+        arguments: TrainerArguments,
+        *,
+        precision: Precision,
+        boundary: Boundary,
+        optimization: Optimization,
+        recorder: MetricRecorder,
+        on_backward: Callable[[torch.Tensor, int], None],
+        on_skip: Callable[[Skip, torch.Tensor], None],
+    ) -> None:
+        if arguments.accumulation_steps > 1:
+            raise ArgumentsError(
+                f"gpu_batch_size_limit={arguments.gpu_batch_size_limit} splits a step into"
+                f" {arguments.accumulation_steps} micro-batches, but with manual_optimization each train_step is a"
+                f" step; remove it, and accumulate in train_step"
+            )
+        self._module = module
+        self._device = device
+        self._precision = precision
+        self._boundary = boundary
+        self._optimization = optimization
+        self._recorder = recorder
+        self._on_backward = on_backward
+        self._on_skip = on_skip
+        self._in_step = False
+        self._skipped: Skip | None = None
+        self.only_skipped = False
+        """Whether the last call of `train_step` had updates, and all were skipped: schedulers stay, too."""
+        self._updates = 0
+        self._backwards = 0
+        self._grad_norm: torch.Tensor | None = None
+        self._found: torch.Tensor | None = None
+
+    def step(self, batch: Any) -> tuple[tuple[Any, ...], torch.Tensor | None, torch.Tensor | None]:
+        """Call `train_step`; returns its outputs, the last gradient norm, and a check of all gradients."""
+        self._backwards, self._grad_norm, self._found = 0, None, None
+        self._updates, self.only_skipped = 0, False
+        step = self._boundary.origin.global_step + 1
+        self._boundary.phase = "train_step"
+        self._in_step = True
+        try:
+            if self._precision.enabled:
+                with self._precision.autocast():
+                    returned = self._module(Stage.TRAIN, step, batch, self._device)
+            else:
+                returned = self._module(Stage.TRAIN, step, batch, self._device)
+        finally:
+            self._in_step = False
+        values = (returned,) if isinstance(returned, torch.Tensor) else as_tuple(returned)
+        return values, self._grad_norm, self._found
+
+    def optimize(
+        self,
+        loss: torch.Tensor | None,
+        optimizer: int | torch.optim.Optimizer,
+        closure: Callable[[], torch.Tensor] | None,
+        retain_graph: bool,
+    ) -> bool:
+        """See `ModuleInterface.optimize`."""
+        if not self._in_step:
+            raise ContractError("optimize() was called outside of train_step; call it within train_step")
+        chosen = self._chosen(optimizer)
+        if (loss is None) == (closure is None):
+            raise ContractError("optimize() takes a loss or a closure that computes it; give it one of them")
+        boundary, optimization = self._boundary, self._optimization
+        # The backward pass and the update are computed in the types that they have.
+        with torch.autocast(self._device.type, enabled=False):
+            if closure is not None:
+                loss = self._with_closure(chosen, closure)
+                skipped = self._skipped
+            else:
+                assert loss is not None
+                self._backward(loss, retain_graph)
+                loss = loss.detach()
+                boundary.phase = "the optimizer step"
+                grad_norm, found, skipped = optimization.update(chosen, loss, boundary.ledger)
+                if skipped is None:  # else `on_skip` reports it
+                    self._note(grad_norm, found)
+        if self._precision.enabled:
+            torch.clear_autocast_cache()  # it holds copies of the weights as they were
+        boundary.phase = "train_step"
+        self._updates += skipped is None
+        self.only_skipped = not self._updates
+        if skipped is None:
+            boundary.checkpoints.position.skipped_in_a_row = 0
+        else:
+            self._on_skip(skipped, loss)
+        return skipped is None
+
+    def _with_closure(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        first: list[torch.Tensor] = []
+
+        def evaluate() -> torch.Tensor:
+            self._boundary.phase = "train_step"
+            # float16 takes no closure.
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._precision.enabled):
+                loss = closure()
+            self._backward(loss, retain_graph=False)
+            self._boundary.phase = "the optimizer step"
+            first.append(loss.detach())
+            return first[-1]
+
+        done = self._optimization.step_with_closure(evaluate, self._boundary.ledger, [optimizer])
+        self._optimization.zero_grad()
+        if done.skipped is None:
+            self._note(done.grad_norm, done.found)
+        self._skipped = done.skipped
+        return first[0]
+
+    def _backward(self, loss: Any, retain_graph: bool) -> None:
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
+            raise ContractError(
+                f"optimize() got {loss!r:.80}, which is not a loss; give it a real tensor of one element with a graph"
+            )
+        self._boundary.phase = "backward"
+        self._precision.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self._on_backward(loss, self._backwards)
+        self._backwards += 1
+
+    def _note(self, grad_norm: torch.Tensor | None, found: torch.Tensor | None) -> None:
+        if grad_norm is not None:
+            self._grad_norm = grad_norm
+        if found is not None:
+            self._found = found if self._found is None else self._found + found.to(self._found.device)
+
+    def _chosen(self, optimizer: int | torch.optim.Optimizer) -> torch.optim.Optimizer:
+        own = self._optimization.optimizers
+        if isinstance(optimizer, torch.optim.Optimizer):
+            found = [one for one in own if one is optimizer]
+        else:
+            found = own[optimizer : optimizer + 1] if isinstance(optimizer, int) and optimizer >= 0 else []
+        if not found:
+            raise ContractError(
+                f"optimize() got optimizer={optimizer!r:.80}, which get_optimizers_schedulers() did not return; give it"
+                f" the index of one of the {len(own)}"
+            )
+        return found[0]

@@ -1,0 +1,567 @@
+"""One optimizer step over all optimizers: unscale, clip, decide, step, schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from time import perf_counter_ns as clock
+from typing import Any, Literal
+
+import torch
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from events.errors import CheckpointMismatch
+from events.log import logger
+from events.metrics import TRAIN_EPOCH_LOSS
+from trainer.arguments import TrainerArguments
+from trainer.errors import OptimizerError
+from trainer.hooks.recorder import MetricRecorder
+from trainer.loop.gradients import GradientCheck, clip_
+from trainer.loop.ledger import Ledger
+from trainer.loop.precision import Precision
+from trainer.loop.schedule import Schedule
+
+Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
+
+
+class ClosureWanted(Exception):  # not an error: the step is to be taken again, with `step_with_closure`
+    """An optimizer that was stepped without a closure needs one."""
+
+
+class _Refused(Exception):  # not an error: the way out of an optimizer that computes the loss
+    """A loss or a gradient is not finite."""
+
+
+@dataclasses.dataclass
+class ClosureStep:
+    """What a step with closures has come to; norm and check are those of the first evaluation."""
+
+    evaluations: int = 0
+    grad_norm: torch.Tensor | None = None
+    found: torch.Tensor | None = None
+    skipped: Skip | None = None
+
+
+class Optimization:
+    """The optimizers and schedulers of a run, stepped together. Used on the loop's thread.
+
+    Args:
+        returned: What `ModuleInterface.get_optimizers_schedulers` returned.
+        parameters: Returns the module's at present.
+        recorder: Has the metrics, for schedulers that follow one.
+
+    Raises:
+        OptimizerError: it is not a pair of optimizers and schedulers.
+    """
+
+    def __init__(
+        self,
+        returned: Any,
+        parameters: Callable[[], Iterable[torch.nn.Parameter]],
+        arguments: TrainerArguments,
+        precision: Precision,
+        recorder: MetricRecorder,
+    ) -> None:
+        self.optimizers, schedules = _checked(returned)
+        self.schedulers = [one.scheduler for one in schedules]
+        self._parameters = parameters
+        self._strays: list[torch.nn.Parameter] = []
+        self._held = 0
+        self._has_new_parameters = False
+        self._registrations = [
+            register_module_parameter_registration_hook(self._note_registration),
+            register_module_module_registration_hook(self._note_registration),
+        ]
+        self.find_strays()
+        self._gradient_check = GradientCheck()
+        self.before_step: Callable[[], None] | None = None
+        """Runs the hooks that look at the gradients that the optimizers are about to get."""
+        self._switched: list[Any] = [
+            one
+            for one in self.optimizers
+            if callable(getattr(one, "eval", None)) and callable(getattr(one, "train", None))
+        ]
+        self._evaluating = False
+        self.wants_closure = any(_wants_closure(optimizer) for optimizer in self.optimizers)
+        """Whether an optimizer computes the loss itself, several times per step: then all get a closure."""
+        if self.wants_closure:
+            _refuse_scaler(self.optimizers, precision)
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+        # torch's own `zero_grad` also opens a range for the profiler, which costs more than the loop adds to a step.
+        self._clear_themselves = [o for o in self.optimizers if not _has_stock_zero_grad(o)]
+        self._cleared_here = [o for o in self.optimizers if _has_stock_zero_grad(o)]
+        self._arguments = arguments
+        self._precision = precision
+        self._recorder = recorder
+        self._plateau = [(one.scheduler, one.monitor or arguments.monitor) for one in schedules if one.follows_metric]
+        timed: dict[str, list[Any]] = {"step": [], "epoch": []}
+        for one in schedules:
+            if not one.follows_metric:
+                timed[one.interval or arguments.scheduler_interval].append(one.scheduler)
+        self._per_step, self._per_epoch = timed["step"], timed["epoch"]
+        # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips.
+        self._reads = arguments.non_finite == "skip" or precision.scaler is not None
+        self._stops = arguments.non_finite == "stop"
+
+    @property
+    def learning_rate(self) -> Any:
+        """Of the first parameter group of the first optimizer: a float, or a tensor if the optimizer keeps one."""
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        # Cloned: a scheduler changes it in place before the number is read.
+        return lr if type(lr) is float else lr.detach().clone() if isinstance(lr, torch.Tensor) else float(lr)
+
+    def find_strays(self) -> None:
+        """Find the parameters that no optimizer holds at present, frozen ones included, and clear their gradients.
+
+        Otherwise these would add up until an optimizer gets the parameter. `zero_grad` calls it after a parameter was
+        registered in any module, or the optimizers hold another number of parameters.
+        """
+        self._has_new_parameters = False
+        held = [id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        self._held = len(held)
+        known = set(held)
+        self._strays = [p for p in self._parameters() if id(p) not in known]
+        for parameter in self._strays:
+            parameter.grad = None
+
+    def _note_registration(self, *_: Any) -> None:
+        self._has_new_parameters = True
+
+    def guard(self, check: Callable[[torch.optim.Optimizer, Any, Any], None]) -> None:
+        """Call ``check(optimizer, args, kwargs)`` before any step of an optimizer, by any caller."""
+        self._guards += [optimizer.register_step_pre_hook(check) for optimizer in self.optimizers]
+
+    def train(self) -> None:
+        """Switch the optimizers that have ``eval()`` and ``train()`` to training."""
+        for optimizer in self._switched:
+            optimizer.train()
+
+    @contextlib.contextmanager
+    def evaluation(self, gate: Callable[[], None]) -> Iterator[None]:
+        """Switch the optimizers that have ``eval()`` and ``train()`` to evaluation: they may change the weights.
+
+        Args:
+            gate: Has the device wait for a copy of the weights that is under way.
+        """
+        if not self._switched or self._evaluating:
+            yield
+            return
+        gate()
+        self._evaluating = True
+        for optimizer in self._switched:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            self._evaluating = False
+            gate()
+            self.train()
+
+    def close(self, gate: Callable[[], None]) -> None:
+        """The run is over: clear the gradients, and leave the weights as they are evaluated."""
+        self.zero_grad()
+        if self._switched:
+            gate()
+            for optimizer in self._switched:
+                optimizer.eval()
+        for handle in (*self._guards, *self._registrations):
+            handle.remove()
+        self.before_step = None
+
+    def step(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
+        """Apply the gradients that were accumulated.
+
+        Args:
+            loss: The step's loss, detached.
+
+        Returns:
+            The gradients' norm before clipping if they are clipped, on the device; a number on the device that is
+            positive if a gradient is not finite, where the norm does not show it and the host has not read it; and why
+            the step was skipped, or None.
+        """
+        grad_norm, found, skipped = self._prepare(loss, ledger, self.optimizers)
+        if skipped is None:
+            if self.before_step is not None:
+                self.before_step()
+            for number, optimizer in enumerate(self.optimizers):
+                try:
+                    optimizer.step()
+                except Exception as error:
+                    if "closure" not in str(error):
+                        raise
+                    raise self._want_closure(number) from error
+            for scheduler in self._per_step:
+                scheduler.step()
+        if self._precision.scaler is not None:
+            self._precision.update()
+        return grad_norm, found, skipped
+
+    def update(
+        self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, ledger: Ledger
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
+        """Apply the gradients of one optimizer's parameters, then clear all gradients; returns as `step` does."""
+        grad_norm, found, skipped = self._prepare(loss, ledger, [optimizer])
+        if skipped is None:
+            if self.before_step is not None:
+                self.before_step()
+            optimizer.step()
+        if self._precision.scaler is not None:
+            self._precision.update()
+        self.zero_grad()
+        return grad_norm, found, skipped
+
+    def step_with_closure(
+        self,
+        evaluate: Callable[[], torch.Tensor],
+        ledger: Ledger,
+        optimizers: list[torch.optim.Optimizer] | None = None,
+    ) -> ClosureStep:
+        """Let each optimizer, in their order, compute the loss and its gradients as often as it wants.
+
+        As in ``for optimizer in optimizers: optimizer.step(closure)``, with an evaluation before a step whose closure
+        is optional and which is not torch's: it may begin with the gradients that are there. Each evaluation clears all
+        gradients, runs ``evaluate`` and clips. A loss or gradient that is not finite is refused where ``non_finite``
+        says so, and the parameters and optimizers are set back to the state before the step.
+
+        Args:
+            evaluate: Runs the forward and backward passes of the step with gradients enabled; returns the loss,
+                detached.
+            optimizers: Those to be stepped; None: all.
+
+        Raises:
+            OptimizerError: The run uses float16, or an optimizer does not call the closure.
+        """
+        optimizers = self.optimizers if optimizers is None else optimizers
+        _refuse_scaler(optimizers, self._precision)
+        done = ClosureStep()
+        before = self._copy() if self._arguments.non_finite != "warn" else None
+
+        def closure() -> torch.Tensor:
+            self.zero_grad()
+            with torch.enable_grad():
+                loss = evaluate()
+            grad_norm, found, skipped = self._prepare(loss, ledger, optimizers)
+            done.evaluations += 1
+            if done.evaluations == 1:
+                done.grad_norm, done.found = grad_norm, found
+            if skipped is not None:
+                done.skipped = skipped
+                raise _Refused
+            if self.before_step is not None:
+                self.before_step()
+            return loss
+
+        try:
+            for optimizer in optimizers:
+                if not _begins_with_closure(optimizer):
+                    closure()
+                if _takes_closure(optimizer):
+                    optimizer.step(closure)  # type: ignore[arg-type]  # a tensor serves as well as a float
+                else:
+                    optimizer.step()
+                if not done.evaluations:
+                    raise OptimizerError(f"{type(optimizer).__name__}.step(closure) did not call the closure")
+        except _Refused:
+            assert before is not None
+            self._put_back(before)
+        return done
+
+    def _copy(self) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+        held = [p.detach().clone() for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        return held, [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers]
+
+    @torch.no_grad()
+    def _put_back(self, before: tuple[list[torch.Tensor], list[dict[str, Any]]]) -> None:
+        values, states = before
+        held = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        for parameter, value in zip(held, values, strict=True):
+            parameter.copy_(value)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+            _restore_form(optimizer, state)
+
+    def _want_closure(self, number: int) -> Exception:
+        """An optimizer that may be stepped without a closure refuses that: from now on it gets one."""
+        kind = type(self.optimizers[number]).__name__
+        if number:  # those before it have stepped
+            return OptimizerError(
+                f"{kind}.step() needs a closure: return it as the first optimizer of get_optimizers_schedulers()"
+            )
+        _refuse_scaler(self.optimizers[:1], self._precision)
+        self.wants_closure = True
+        return ClosureWanted()
+
+    def after_step(self) -> None:
+        """The optimizers have stepped: schedulers that follow steps do."""
+        for scheduler in self._per_step:
+            scheduler.step()
+
+    def _prepare(
+        self, loss: torch.Tensor, ledger: Ledger, optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
+        """Unscale and clip the gradients, and decide whether they are to be applied."""
+        grad_norm: torch.Tensor | None = None
+        found: torch.Tensor | None = None
+        scaled = self._precision.scaler is not None
+        if scaled:
+            self._precision.unscale_(optimizers)
+            found = self._precision.found_inf(optimizers)
+        if self._arguments.clip_grads:
+            parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+            grad_norm = clip_(parameters, self._arguments.max_grad_norm)
+        elif not scaled:
+            found = self._gradient_check.find(
+                [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+            )
+        # On the CPU there is no device to wait for, so "stop" can stop before the weights are harmed.
+        if self._reads or (self._stops and loss.is_cpu):
+            return grad_norm, None, self._read(loss, grad_norm, found, ledger)
+        return grad_norm, found, None
+
+    def _read(
+        self, loss: torch.Tensor, grad_norm: torch.Tensor | None, found: torch.Tensor | None, ledger: Ledger
+    ) -> Skip | None:
+        """One decision for all optimizers whether the step is skipped."""
+        check = grad_norm if found is None else found
+        scaler = self._precision.scaler
+        scale = None if scaler is None else scaler._get_scale_async()
+        mark = clock()
+        if check is None:  # there are no gradients
+            numbers = [loss.item(), 0.0]  # SYNC: as below
+        elif check.is_cpu and not loss.is_cpu:
+            numbers = [loss.item(), check.item()]  # SYNC: as below; the check itself is on the host already
+        else:
+            each = [one.to(loss.device) for one in (check, scale) if one is not None]
+            both = torch.stack((loss.reshape(()), *each))
+            numbers = both.tolist()  # SYNC: the loop has to know whether to skip the step (float16, skip, stop)
+        spent = clock() - mark
+        ledger.readback += spent
+        ledger.aside += spent
+        bad = numbers[1] > 0 if found is not None else not math.isfinite(numbers[1])
+        if not math.isfinite(numbers[0]) and (bad or self._arguments.non_finite != "warn"):
+            return "non_finite_loss"
+        if not bad:
+            return None
+        # A scale of 1 or less multiplies nothing up, so the gradient itself is not finite in float16.
+        is_scaled = len(numbers) > 2 and numbers[2] > 1
+        return "gradient_overflow" if is_scaled else "non_finite_gradient"
+
+    def zero_grad(self) -> None:
+        """Clear the gradients."""
+        held = 0
+        for optimizer in self._clear_themselves:
+            optimizer.zero_grad()
+            held += sum(len(group["params"]) for group in optimizer.param_groups)
+        for optimizer in self._cleared_here:
+            for group in optimizer.param_groups:
+                parameters = group["params"]
+                held += len(parameters)
+                for parameter in parameters:
+                    parameter.grad = None
+        if held != self._held or self._has_new_parameters:
+            self.find_strays()
+        for parameter in self._strays:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of optimizers and schedulers, as they keep it, not copied."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            # Functions among it (of SWALR) are those that the constructor has set.
+            "schedulers": [
+                {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
+                if hasattr(scheduler, "state_dict")
+                else None
+                for scheduler in self.schedulers
+            ],
+            "kinds": [[type(one).__name__ for one in self.optimizers], [type(one).__name__ for one in self.schedulers]],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], where: str) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            where: Of what checkpoint, for messages.
+
+        Raises:
+            CheckpointMismatch: it is that of other optimizers or schedulers; none of them was changed.
+        """
+        optimizers, schedulers = state["optimizers"], state["schedulers"]
+        self._check(optimizers, schedulers, state.get("kinds"), where)
+        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
+            optimizer.load_state_dict(saved)
+            _restore_form(optimizer, saved)
+            # It has stepped, in an earlier process. Torch would warn of a scheduler that steps before its optimizer.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+        for scheduler, saved in zip(self.schedulers, schedulers, strict=True):
+            if saved is not None and hasattr(scheduler, "load_state_dict"):
+                scheduler.load_state_dict(saved)
+            else:
+                logger.warning(
+                    f"{where} has no state of the scheduler {type(scheduler).__name__}, which begins anew: give it"
+                    f" state_dict and load_state_dict"
+                )
+
+    def _check(self, optimizers: list[Any], schedulers: list[Any], kinds: Any, where: str) -> None:
+        hint = "; TrainerArguments(reset_optimizers_schedulers=True) begins with new ones"
+        for what, own, saved in (
+            ("optimizers", self.optimizers, optimizers),
+            ("schedulers", self.schedulers, schedulers),
+        ):
+            if len(own) != len(saved):
+                raise CheckpointMismatch(f"{where} has {len(saved)} {what}, this module has {len(own)}{hint}")
+        own_kinds = [[type(one).__name__ for one in self.optimizers], [type(one).__name__ for one in self.schedulers]]
+        if kinds is not None and kinds != own_kinds:
+            there, here = (
+                " and ".join(", ".join(part) or "no scheduler" for part in each) for each in (kinds, own_kinds)
+            )
+            raise CheckpointMismatch(f"{where} has the state of {there}, and this module has {here}{hint}")
+        for number, (optimizer, saved) in enumerate(zip(self.optimizers, optimizers, strict=True)):
+            own_sizes = [len(group["params"]) for group in optimizer.param_groups]
+            sizes = [len(group["params"]) for group in saved["param_groups"]]
+            if own_sizes != sizes:
+                raise CheckpointMismatch(
+                    f"{where}: optimizer {number} has groups of {sizes} parameters there, and of {own_sizes} here;"
+                    f" a group that a hook adds must be added by get_optimizers_schedulers() on resume, before which"
+                    f" requires_grad is restored{hint}"
+                )
+
+    @property
+    def follows_epoch_loss(self) -> bool:
+        """Whether a scheduler follows ``train_epoch_loss``."""
+        return any(monitor == TRAIN_EPOCH_LOSS for _, monitor in self._plateau)
+
+    def follow(self, ledger: Ledger, *, epoch_loss: bool | None) -> None:
+        """Metrics may be there: schedulers that follow one get it.
+
+        Args:
+            epoch_loss: Only those that follow ``train_epoch_loss``; False: only the others. None: all.
+
+        Raises:
+            MetricNotFound: the first validation has not produced it.
+        """
+        for scheduler, monitor in self._plateau:
+            if epoch_loss is None or epoch_loss == (monitor == TRAIN_EPOCH_LOSS):
+                value = self._recorder.monitored(monitor, type(scheduler).__name__, required=True)
+                if value is not None:
+                    self._step_plateau(scheduler, value, ledger)
+
+    def end_epoch(self) -> None:
+        """A training epoch is over: schedulers of the epoch."""
+        for scheduler in self._per_epoch:
+            scheduler.step()
+
+    def _step_plateau(self, scheduler: Any, value: float | torch.Tensor, ledger: Ledger) -> None:
+        mark = clock()
+        number = float(value)  # SYNC: once per validation or epoch, for a scheduler that needs the number
+        ledger.readback += clock() - mark
+        scheduler.step(number)
+
+
+def _restore_form(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Undo that torch has brought a state to its parameter's type: float32 moments of a bfloat16 weight are meant.
+
+    And lay out in memory as the parameter is what belongs to its elements, such as one that is ``channels_last``.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        for name, value in saved["state"].get(number, {}).items():
+            own = optimizer.state[parameter].get(name)
+            if not (isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor)):
+                continue
+            # Fused kernels walk through both as they lie in memory, and a file does not know how they lay.
+            if own.shape == parameter.shape and own.stride() != parameter.stride():
+                optimizer.state[parameter][name] = own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if own.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(own.device, copy=True)
+
+
+def _closure_parameter(optimizer: torch.optim.Optimizer) -> inspect.Parameter | None:
+    """The argument of ``step`` that takes a closure, if it has one."""
+    try:
+        parameters = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    named = [one for one in parameters if one.name == "closure"]
+    required = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return next(iter(named + required), None)
+
+
+def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
+    return _closure_parameter(optimizer) is not None
+
+
+def _begins_with_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` computes the gradients before it uses any, as torch's own do.
+
+    Where a closure is optional, an optimizer may begin with the gradients that are there: usual SAM code does.
+    """
+    return _wants_closure(optimizer) or (_takes_closure(optimizer) and type(optimizer).__module__.startswith("torch."))
+
+
+def _wants_closure(optimizer: torch.optim.Optimizer) -> bool:
+    found = _closure_parameter(optimizer)
+    return found is not None and found.default is found.empty
+
+
+def _refuse_scaler(optimizers: list[torch.optim.Optimizer], precision: Precision) -> None:
+    if precision.scaler is not None:
+        kinds = ", ".join(type(one).__name__ for one in optimizers if _takes_closure(one))
+        raise OptimizerError(
+            f"{kinds} computes the loss several times per step, which float16's loss scale, judged once per step, does"
+            f" not allow; use precision='bfloat16' or 'float32'"
+        )
+
+
+def _has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether clearing gradients is torch's own: neither its class nor anybody since has made it do more."""
+    return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
+
+
+def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Schedule]]:
+    what = "get_optimizers_schedulers() must return two lists, of optimizers and of schedulers"
+    if isinstance(returned, torch.optim.Optimizer):
+        raise OptimizerError(f"{what}; it returned one {type(returned).__name__}: return [optimizer], []")
+    if isinstance(returned, Mapping):
+        raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], [scheduler]")
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], []")
+    for part, example in zip(returned, ("[optimizer]", "[scheduler]"), strict=True):
+        if not isinstance(part, Iterable) or isinstance(part, Mapping):
+            raise OptimizerError(f"{what}; it returned {_shown(part)} instead of a list: write {example}")
+    optimizers, schedulers = list(returned[0]), list(returned[1])
+    if not optimizers:
+        raise OptimizerError(
+            "get_optimizers_schedulers() returned no optimizer; return one, such as [torch.optim.Adam(...)], []"
+        )
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptimizerError(
+                f"{what}; the first list holds {_shown(optimizer)}, which is not an optimizer: write [optimizer],"
+                f" [scheduler]"
+            )
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise OptimizerError(
+            "get_optimizers_schedulers() returned an optimizer twice, which would step it twice; list it once"
+        )
+    for scheduler in schedulers:
+        if isinstance(scheduler, Mapping):
+            raise OptimizerError(
+                f"{what}; the second list holds {_shown(scheduler)}: write Schedule(scheduler, interval, monitor)"
+            )
+        if not isinstance(scheduler, Schedule) and not callable(getattr(scheduler, "step", None)):
+            raise OptimizerError(f"{what}; the second list holds {_shown(scheduler)}, which has no step()")
+    return optimizers, [one if isinstance(one, Schedule) else Schedule(one) for one in schedulers]
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return f"a {type(value).__name__}: {text[:80]}" if len(text) > 80 else text

@@ -1,0 +1,1 @@
+"""Runs in other processes and on other machines: `launch` and `connect`."""

@@ -1,0 +1,438 @@
+"""Watching and steering a run over the network, through whatever serves it: `sinks.live`.
+
+Events come from the run's journal, by cursor (`trainer.remote.http`): a connection that breaks is made anew where
+it broke, so nothing is missed and nothing comes twice. Commands are posted one after another, by a task that nobody
+waits for.
+
+torch is not imported here: who watches need not have it in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+import anyio
+
+from events.bus.wakeup import Wakeup
+from events.errors import CursorError, RunCancelled
+from events.log import logger
+from events.masking import masked_url
+from events.messages import Event
+from events.protocol import AnyCommand, EventStream, RunResult
+from events.run.run import Run
+from events.run.stream import BatchedStream
+from events.text import plain_text
+from events.wire import encode_command_json
+from trainer.remote.errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
+from trainer.remote.folder import link_of
+from trainer.remote.http import JournalFollower, Origin, Patience, RunServer, Unreachable
+from trainer.remote.result import LOOK_BACK, UNDER_WAY, ResultBuilder, Snapshot
+
+TOKEN_VARIABLE = "STAGECAST_TOKEN"
+URL_VARIABLE = "STAGECAST_URL"
+"""Environment variable with the address of the server that the token of `TOKEN_VARIABLE` belongs to."""
+_NOT_UNDER_WAY = 409
+_LEAVE_S = 2.0
+"""What a block that is left by an exception may still take to send the commands that it has given."""
+
+
+def connect(
+    url: str | os.PathLike[str], *, run_id: str | None = None, token: str | None = None, give_up_s: float = 60.0
+) -> AbstractAsyncContextManager[Run]:
+    """Watch and steer a run over the network, under asyncio or trio::
+
+        async with connect("http://127.0.0.1:8765/#run=line") as run:
+            async for event in run.events(since=0, types=[TrainEpochEnded]):
+                print(event.epoch, event.loss)
+            result = await run.result()
+
+    The run is the same as that of `Trainer.run`, but this is a watcher: **leaving the block, in whatever way, only
+    disconnects**, and the run goes on. Await `Run.result` inside of the block to wait for the run.
+
+    A connection that breaks is made anew where it broke. Commands go out in order, in the background, at least once;
+    the end of the block waits for that. One that is not taken is logged, and raises `CommandRefused` or
+    `ConnectionLost` in whoever waits for the run (`Run.result`, `Run.checkpoint`, a stream), or waits for it next; at
+    the latest at the end of the block. One for a run that has just ended is harmless.
+
+    `Run.result` is told from the events: it has no ``observers`` and no ``run_dir``, and its ``checkpoint`` is a path
+    on the run's machine (or a mere name, where it is far back in the history).
+
+    The server is not trusted. Its answers are limited in size and time, its texts are escaped in messages, and it
+    cannot redirect to another server. A token is sent to the server that it belongs to, and to no other.
+
+    Args:
+        url: Of the page: the server's, if it serves one run; else with the run's name, ``.../#run=ID``. The printed
+            link, with its token, is one, too: ``.../#token=...&run=ID``. Or the folder of a run with the sink `Live`,
+            whose ``live.json`` has the link.
+        run_id: The run's name, in place of that.
+        token: The token for this server. None: that of the fragment, else that of the environment variable
+            ``STAGECAST_TOKEN``, which belongs to the server that ``STAGECAST_URL`` names (scheme, host and port), or
+            without it to servers on this machine (``localhost``, 127.0.0.0/8, ``::1``). A warning is logged where a
+            token is sent to another machine without https.
+        give_up_s: How long the server may be out of reach until who waits gets `ConnectionLost`. Entering the block
+            tries only once.
+
+    Raises:
+        ConnectError: the address is not valid. When the block is entered: nothing answers there, the token is wrong, or
+            there is no such run.
+        ProtocolViolated: inside of the block and when it is entered: no server of runs sends such an answer.
+        ConnectedRunFailed: from `Run.result`: the run failed; `ConnectedRunLost` if its process died.
+        RunCancelled: from `Run.result`: the run was cancelled.
+    """
+    if run_id is not None and not (isinstance(run_id, str) and _is_text(run_id)):
+        raise ConnectError(f"run_id must be the name of a run, not {run_id!r:.80}")
+    base, named, shown = _split(link_of(url))
+    withheld = ""
+    if token is None:
+        token = shown or None
+    if token is None and (kept := os.environ.get(TOKEN_VARIABLE)):
+        withheld = _why_withheld(Origin.of(base))
+        token = kept if not withheld else None
+    if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
+        raise ConnectError("the token has characters that no header can hold: give printable ASCII")
+    if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
+        raise ConnectError(f"give_up_s={give_up_s!r}: give seconds, 0 to try nothing twice")
+    return _ConnectContext(base, run_id or named, token, give_up_s, withheld)
+
+
+class _ConnectContext(AbstractAsyncContextManager[Run]):
+    """The life of a connection inside a task."""
+
+    def __init__(self, url: str, run_id: str, token: str | None, give_up_s: float, withheld: str) -> None:
+        self._given = url, run_id, token, give_up_s, withheld
+
+    async def __aenter__(self) -> Run:
+        server = RunServer(*self._given)
+        try:
+            known = await _find(server)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await server.aclose()
+            raise
+        self._connection = connection = NetworkConnection(server, known)
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(connection.work, name="stagecast connection")
+        return Run(connection)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        connection = self._connection
+        connection.finish()
+        try:
+            if error is None:
+                await connection.sent.wait()
+            else:
+                with anyio.move_on_after(_LEAVE_S, shield=True):
+                    await connection.sent.wait()
+        finally:
+            self._tasks.cancel_scope.cancel()
+            try:
+                await self._tasks.__aexit__(None, None, None)  # not told of the exception: it would come in a group
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await connection.aclose()
+        if error is None and connection.untold is not None:
+            raise connection.untold
+
+
+class NetworkConnection:
+    """The run protocol over HTTP.
+
+    One task does what has its place in an order: it posts commands, and asks where streams begin that were opened
+    between them.
+
+    Args:
+        server: Of the run.
+        known: The run as it was found.
+    """
+
+    def __init__(self, server: RunServer, known: Snapshot) -> None:
+        self.untold: ConnectError | None = None
+        """Why a command did not get through, while nobody has been told."""
+        self.sent = anyio.Event()
+        """Set after `finish`, once all commands have been dealt with."""
+        self._server = server
+        self._known = known
+        server.over = known.run.status not in UNDER_WAY
+        self._jobs: deque[Callable[[], Awaitable[None]]] = deque()
+        self._wakeup = Wakeup()
+        self._finishing = False
+        self._left = ConnectionLost(f"the block of connect({server.url!r}) was left: wait for the run inside of it")
+        self._failure: ConnectError | None = None
+        self._waits: set[anyio.CancelScope] = set()
+        self._followers: set[JournalFollower] = set()
+        self._folding = anyio.Lock()
+        self._builder = ResultBuilder(known)
+        self._patience = Patience(server)  # of commands
+        self._folded: JournalFollower | None = None
+
+    # -------------------------------------------------------------------------------------------- the protocol
+
+    @property
+    def run_id(self) -> str:
+        return self._server.run_id
+
+    def send(self, command: AnyCommand) -> None:
+        data = encode_command_json(command)
+        if not self._finishing:
+            self._do(functools.partial(self._post, command, data))
+        elif not self._server.over:
+            raise self._left
+
+    def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
+        kinds = frozenset(types) if types is not None else None
+        if unkept := sorted(kind.__name__ for kind in kinds or () if not kind.journalled):
+            raise CursorError(
+                f"{', '.join(unkept)} cannot be watched over the network: the journal, from which the events come, does"
+                f" not keep such events; leave them out, or watch them in the run's own process"
+            )
+        follower = self._follow(since)
+        stream = NetworkEventStream(self, follower, kinds)
+        # For who leaves the stream without closing it; on whatever thread that is noticed.
+        let_go = functools.partial(self._do, functools.partial(self.close, follower))
+        weakref.finalize(stream, let_go).atexit = False
+        return stream
+
+    async def result(self) -> RunResult:
+        async with self._folding:  # several tasks may wait: one folds for all
+            if self._folded is None:
+                self._folded = self._follow(max(0, self._known.cursor - LOOK_BACK))
+            follower = self._folded
+            with contextlib.suppress(anyio.EndOfStream):
+                while not follower.ended:
+                    with self.waiting():
+                        self._builder.add(await follower.read())
+                    if self._builder.is_full:
+                        raise self._server.violated("sends more names of metrics and checkpoints than a run has")
+        return _outcome(self._builder.result, self.run_id)
+
+    # ------------------------------------------------------------------------------------------ who waits for it
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around whatever waits for the run: raises what went wrong with a command, before or meanwhile."""
+        if self._failure is self._left:
+            raise self._left
+        if self.untold is not None:
+            untold, self.untold = self.untold, None
+            raise untold
+        scope = anyio.CancelScope()
+        self._waits.add(scope)
+        try:
+            with scope:
+                yield
+        finally:
+            self._waits.discard(scope)
+        if scope.cancelled_caught and self._failure is not None:
+            self.untold = None
+            raise self._failure
+
+    def _tell(self, failure: ConnectError) -> None:
+        self._failure = failure
+        for scope in self._waits:
+            scope.cancel()
+
+    def _follow(self, since: int | None) -> JournalFollower:
+        follower = JournalFollower(self._server, since)
+        self._followers.add(follower)
+        if since is None:
+            self._do(functools.partial(self._ask_where, follower))
+        return follower
+
+    async def close(self, follower: JournalFollower) -> None:
+        """Follow no more."""
+        self._followers.discard(follower)
+        await follower.aclose()
+
+    # ------------------------------------------------------------------------------------------------- its task
+
+    def _do(self, job: Callable[[], Awaitable[None]]) -> None:
+        """Have the task do something, after what it was given before. Any thread."""
+        self._jobs.append(job)
+        self._wakeup.set()
+
+    async def work(self) -> None:
+        """Do what there is to do, until `finish`."""
+        while self._jobs or not self._finishing:
+            if self._jobs:
+                await self._jobs.popleft()()
+            else:
+                self._patience.reset()  # commands that wait together share the time; later ones have their own
+                await self._wakeup.wait(None)
+        self.sent.set()
+
+    def finish(self) -> None:
+        """Take no more commands."""
+        self._finishing = True
+        self._wakeup.set()
+
+    async def aclose(self) -> None:
+        """Disconnect; who waits gets `ConnectionLost`."""
+        self._tell(self._left)
+        try:
+            while self._waits:  # noqa: ASYNC110  # each of them is cancelled, and about to let its connection go
+                await anyio.sleep(0.001)
+            for follower in list(self._followers):
+                await follower.disconnect()
+            await self._server.aclose()
+        finally:
+            self._wakeup.close()
+
+    async def _post(self, command: AnyCommand, data: bytes) -> None:
+        while True:
+            try:
+                await self._server.command(data)
+                self._patience.reset()
+                return
+            except Unreachable as error:
+                try:
+                    await self._patience.wait(error, 0.0 if self._server.over else self._server.give_up_s)
+                except ConnectionLost as lost:
+                    self._not_taken(command, lost)
+                    return
+            except ConnectError as error:
+                if error.status == _NOT_UNDER_WAY and not self._server.over:
+                    await self._see_whether_over()
+                name = type(command).__name__.lower()
+                self._not_taken(command, CommandRefused(f"the command {name!r} was not taken: {error}", error.status))
+                return
+
+    def _not_taken(self, command: AnyCommand, why: ConnectError) -> None:
+        if self._server.over:
+            logger.info(f"{command!r:.80} came after the end of the run")
+            return
+        logger.warning(f"{command!r:.80} did not get through: {why}")
+        self.untold = why
+        self._tell(why)
+
+    async def _see_whether_over(self) -> None:
+        with contextlib.suppress(Unreachable, ConnectError):
+            self._server.over = (await self._server.snapshot()).run.status not in UNDER_WAY
+
+    async def _ask_where(self, follower: JournalFollower) -> None:
+        patience = Patience(self._server)
+        while not follower.ended:
+            try:
+                follower.begin_at((await self._server.snapshot()).cursor)
+                return
+            except Unreachable as error:
+                try:
+                    await patience.wait(error, self._server.give_up_s)
+                except ConnectionLost as lost:
+                    follower.begin_at(lost)
+                    return
+            except ConnectError as error:
+                follower.begin_at(error)
+                return
+
+
+class NetworkEventStream(BatchedStream):
+    """The `events.protocol.EventStream` of a run that is watched over the network.
+
+    However slow the consumer is, nothing is lost and little is kept in memory: the journal is the queue. Receiving
+    raises `ConnectError` where the server does not give the events, or a command did not get through.
+    """
+
+    def __init__(
+        self, connection: NetworkConnection, follower: JournalFollower, types: frozenset[type[Event]] | None
+    ) -> None:
+        super().__init__()
+        self._connection = connection
+        self._follower = follower
+        self._types = types
+
+    @property
+    def cursor(self) -> int:
+        """``seq`` of the last event that was returned, or passed over because of its type."""
+        return self._ready[0].seq - 1 if self._ready else self._follower.cursor
+
+    async def _next_batch(self) -> list[Event]:
+        while True:
+            if self._follower.ended:
+                raise anyio.EndOfStream
+            with self._connection.waiting():
+                batch = await self._follower.read()
+            if self._types is not None:
+                batch = [event for event in batch if type(event) in self._types]
+            if batch:
+                return batch
+
+    async def aclose(self) -> None:
+        """Stop receiving; the rest is let go."""
+        self._ready.clear()
+        await self._connection.close(self._follower)
+
+
+async def _find(server: RunServer) -> Snapshot:
+    try:
+        if not server.run_id:
+            await server.choose()
+        return await server.snapshot()
+    except Unreachable as error:
+        raise ConnectError(
+            f"no run is served at {server.url}: {error}; see that the run, or `stagecast watch`, is under way there"
+        ) from error
+
+
+def _outcome(result: RunResult | None, run_id: str) -> RunResult:
+    run = f"run {plain_text(run_id, 80)}"
+    if result is None:
+        raise ConnectedRunLost(f"{run} is lost: its process has died without an end; resume='auto' resumes it")
+    if result.status == "failed":
+        why = plain_text(result.reason or "", 1_000)
+        raise ConnectedRunFailed(f"{run} failed after global_step {result.global_step}: {why}", result)
+    if result.status == "cancelled":
+        raise RunCancelled(plain_text(result.reason, 1_000) if result.reason else f"{run} was cancelled")
+    return result
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be part of an address: it has no lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _why_withheld(origin: Origin) -> str:
+    """Why the token of the environment is not sent to a server, as the end of an error; empty if it is sent."""
+    named = os.environ.get(URL_VARIABLE)
+    if not named:
+        if origin.is_loopback:
+            return ""
+        return f"; {TOKEN_VARIABLE} is sent to this machine alone, unless {URL_VARIABLE} names the server"
+    try:
+        owner = Origin.of(named)
+    except (ValueError, TypeError):
+        shown = plain_text(masked_url(named), 200)
+        raise ConnectError(
+            f"{URL_VARIABLE}={shown!r} is not an address; give one like http://127.0.0.1:8765/"
+        ) from None
+    return "" if owner == origin else f"; {TOKEN_VARIABLE} belongs to {owner}, as {URL_VARIABLE} says"
+
+
+def _split(url: str) -> tuple[str, str, str]:
+    """The address of the page, and the run and the token of its fragment, each empty if it has none."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        Origin.of(url)
+        parts = urlsplit(url)
+        # An @ behind the host may end a password with a slash, which belongs to another host than the one in front.
+        if "@" not in parts.path + parts.query:
+            base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
+            told = parse_qs(parts.fragment)
+            if Origin.of(base) == Origin.of(url) and _is_text(url):
+                return base, told.get("run", [""])[-1], told.get("token", [""])[-1]
+    given: object = url
+    shown = plain_text(masked_url(given), 200) if isinstance(given, str) else given
+    raise ConnectError(f"{shown!r:.240} is not the address of a page; give one like http://127.0.0.1:8765/#run=NAME")

@@ -1,0 +1,111 @@
+"""How a launched run ended badly, told in the process that launched it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from events.journal.reader import last_events
+from events.messages import Event
+from events.safe_files import open_below
+from events.text import plain_text
+from trainer.errors import LaunchedRunCrashed, LaunchedRunFailed, add_note
+from trainer.remote.child import Failed, Ready
+
+_LAST_EVENTS = 20
+_TAIL_BYTES = 8 * 1024
+_SHOWN_EVENTS = 3
+_SHOWN_LINES = 20
+_OWN_ERRORS = ("events.errors", "trainer.errors")
+
+
+def error_of(failed: Failed) -> BaseException:
+    """The exception to raise here for one that was raised there: an error of stagecast's own as what it is."""
+    error: BaseException
+    kind: Callable[[str], BaseException] | None = None
+    if failed.module in _OWN_ERRORS:
+        kind = getattr(importlib.import_module(failed.module), failed.name, None)
+    if kind is not None:
+        error = kind(failed.text)
+    else:
+        name = failed.name if failed.module == "builtins" else f"{failed.module}.{failed.name}"
+        message = f"{name}: {failed.text}" if failed.text else name
+        error = LaunchedRunFailed(message, type_name=name, text=failed.text, traceback=failed.traceback)
+    add_note(error, f"in the launched process:\n{failed.traceback}")
+    return error
+
+
+def crash(factory: str, ready: Ready | None, returncode: int | None, early_log: Any) -> LaunchedRunCrashed:
+    """Tell all that is known of the death of a process. Waits for the disk.
+
+    Args:
+        ready: What the process said of its run; None if it did not come to that.
+        returncode: As `LaunchedRunCrashed` has it.
+        early_log: The file that it printed to before its run had a folder.
+    """
+    events = _events(ready)
+    tail = _log_tail(ready, early_log)
+    error = LaunchedRunCrashed("", returncode=returncode, last_events=events[-_LAST_EVENTS:], log_tail=tail)
+    if error.signal is not None:
+        how = f"was killed by {error.signal}"
+        if error.signal == "SIGKILL":
+            how += " (by somebody, or by the kernel because memory ran out)"
+    else:
+        how = f"ended with exit code {returncode}" if returncode is not None else "is gone (its exit code was lost)"
+    if ready is None:
+        parts = [f"the process that {factory!r} was to build a trainer in {how} before the run began"]
+    else:
+        step = max((event.global_step for event in events), default=0)
+        parts = [f"the process of run {ready.run_id} {how}"]
+        if events:
+            parts.append(
+                f"its journal reaches global_step {step}, and ends with "
+                + ", ".join(type(one).__name__ for one in events[-_SHOWN_EVENTS:])
+            )
+        folder = f", run_dir={ready.run_dir!r}" if ready.run_dir is not None else ""
+        parts.append(
+            f'to go on from its newest checkpoint, launch it again with run_id={ready.run_id!r}{folder}, resume="auto"'
+        )
+    where = f" ({ready.log})" if ready is not None and ready.log is not None else ""
+    error.args = (f"{'; '.join(parts)}. What it printed last{where}:\n{_shown(tail)}",)
+    return error
+
+
+def _shown(tail: str) -> str:
+    """What to show of a log: its end, or of what `faulthandler` said the thread that crashed."""
+    lines = tail.splitlines()
+    chosen = lines[-_SHOWN_LINES:]
+    for number, line in enumerate(lines):
+        if line.startswith("Current thread"):
+            fatal = [one for one in lines[:number] if one.startswith("Fatal Python error")]
+            chosen = [*fatal[-1:], *lines[number : number + _SHOWN_LINES]]
+    return "\n".join(f"    {plain_text(line, 200)}" for line in chosen) or "    (nothing)"
+
+
+def _events(ready: Ready | None) -> list[Event]:
+    if ready is None or ready.journal_dir is None:
+        return []
+    try:
+        return [event for event in last_events(ready.journal_dir) if event.attempt == ready.attempt]
+    except OSError:
+        return []
+
+
+def _log_tail(ready: Ready | None, early_log: Any) -> str:
+    """The end of what this attempt has printed."""
+    data = b""
+    with contextlib.suppress(OSError):
+        if ready is None or ready.log is None:
+            size = os.fstat(early_log.fileno()).st_size
+            data = os.pread(early_log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+        else:
+            folder, name = os.path.split(ready.log)
+            with open(open_below(folder, name), "rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                begin = ready.log_offset if ready.log_offset <= size else 0  # the log was cut since
+                log.seek(max(begin, size - _TAIL_BYTES))
+                data = log.read()
+    return data.decode("utf-8", "replace")

@@ -1,0 +1,1 @@
+"""One attempt at a run, from opening its observers to its outcome."""

@@ -1,0 +1,240 @@
+"""What a `Trainer` is given, looked through before anything is opened: each problem says what, where and what to do."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from events.bounds import INT_MAX, INT_MIN, check_plain
+from events.checkpoint.objects import parse_url, run_url
+from events.checkpoint.settings import Checkpoints
+from events.errors import SinkMisconfigured, UploadError
+from events.journal.writer import Journal
+from events.masking import masked
+from events.sink import Delivery, delivery_of, require
+from events.text import name_problem
+from events.wire import without_surrogates
+from trainer.arguments import TrainerArguments
+from trainer.checkpoint.fetch import KEYWORDS
+from trainer.errors import ArgumentsError
+from trainer.module_interface import CallbackInterface, ModuleInterface
+from trainer.run.contract_checks import check_contract
+from trainer.run.session import split
+
+
+def members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
+    """The callbacks or sinks that are given; a single one in place of several is a problem."""
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)):
+        return tuple(given)
+    problems.append(f"{name} must be a list, not {shown(given)}; {_instead(name, given)}")
+    return ()
+
+
+def _instead(name: str, given: Any) -> str:
+    """How to write what was meant by a callback or sink, or by a list of them."""
+    if isinstance(given, str):
+        found = _by_name(name, given)
+        home = "sinks" if name == "sinks" else "trainer.callbacks"
+        if found is not None:
+            return f"write {name}=[{found}({_OPTIONS.get(found, '')})] (from {home} import {found})"
+        return f"write {name}=[...] with objects, such as those of {home}"
+    if isinstance(given, type):
+        takes = inspect.signature(given).parameters.values()
+        needs = any(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in takes)
+        return f"write {name}=[{given.__name__}({'...' if needs else ''})]"
+    if given is None or isinstance(given, bool | int | float | bytes | Mapping):
+        return "put a single one in brackets"
+    return f"put a single one in brackets: {name}=[...]"
+
+
+_OPTIONS = {"EMA": "module", "LearningRateMonitor": "module", "ModelStatistics": "module"}
+
+
+def _by_name(name: str, text: str) -> str | None:
+    """The class of ours that a text means, as other trainers take names: ``"tensorboard"``."""
+    package: Any = importlib.import_module("sinks" if name == "sinks" else "trainer.callbacks")
+    plain = text.lower().replace("_", "").replace("-", "").replace(" ", "")
+    plain = {"tb": "tensorboard", "wb": "wandb", "otel": "opentelemetry"}.get(plain, plain)
+    return next((one for one in package.__all__ if one.lower() in (plain, plain.removesuffix("logger"))), None)
+
+
+def check_members(
+    module: Any, arguments: Any, callbacks: tuple[Any, ...], sinks: tuple[Any, ...] | None, problems: list[str]
+) -> None:
+    """See that each is what it must be, and that what it needs is installed."""
+    if not isinstance(module, ModuleInterface):
+        hint = f"; write {module.__name__}()" if isinstance(module, type) else ""
+        problems.append(f"module must be an instance of a ModuleInterface, not {shown(module)}{hint}")
+    if not isinstance(arguments, TrainerArguments):
+        problems.append(
+            f"arguments must be TrainerArguments, not {shown(arguments)}; TrainerArguments.from_dict builds them"
+        )
+    elif arguments.system_interval_s is not None:
+        try:
+            require("psutil", "system", "TrainerArguments(system_interval_s=...)")
+        except SinkMisconfigured as error:
+            problems.append(str(error))
+    sound: list[CallbackInterface] = []
+    for number, callback in enumerate(callbacks):
+        target, delivery = split(callback)
+        if not isinstance(target, CallbackInterface) or not isinstance(delivery, Delivery | None):
+            problem = f"callbacks[{number}] must be a CallbackInterface, or a pair of one and a Delivery, not"
+            problems.append(f"{problem} {shown(callback)}{_hint('callbacks', target)}")
+        else:
+            sound.append(target)
+    if isinstance(module, ModuleInterface):
+        check_contract(module, sound, problems)
+    for number, sink in enumerate(sinks or ()):
+        target, delivery = split(sink)
+        if isinstance(target, Journal):
+            problems.append(f"sinks[{number}] is a Journal, of which a run has one: give it as journal=")
+        is_sink = callable(getattr(target, "open", None)) and not isinstance(target, type)
+        if not is_sink or not isinstance(delivery, Delivery | None):
+            problem = f"sinks[{number}] must be a sink (an object with open(run)) or a pair of one and a Delivery, not"
+            problems.append(f"{problem} {shown(sink)}{_hint('sinks', target)}")
+        elif callable(check := getattr(target, "check", None)):
+            try:
+                check()
+            except SinkMisconfigured as error:
+                problems.append(f"sinks[{number}]: {error}")
+
+
+def _hint(name: str, given: Any) -> str:
+    """How to write a member that is none, where that can be guessed."""
+    if isinstance(given, CallbackInterface):
+        return "; give it as callbacks=[...]"
+    if name == "callbacks" and callable(getattr(given, "open", None)) and not isinstance(given, type):
+        return "; give it as sinks=[...]"
+    if isinstance(given, type) or (isinstance(given, str) and _by_name(name, given) is not None):
+        return f"; {_instead(name, given)}"
+    return ""
+
+
+def check_places(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:
+    """See that what is to run in a process of its own can."""
+    if sinks_in not in ("thread", "process"):
+        problems.append(f"sinks_in must be 'thread' or 'process', not {shown(sinks_in)}")
+    for number, sink in enumerate(sinks or ()):
+        target, delivery = split(sink)
+        delivery = delivery if isinstance(delivery, Delivery) else delivery_of(target)
+        if (delivery.runs_in or sinks_in) != "process" or not callable(getattr(target, "open", None)):
+            continue
+        if journal is None:
+            problems.append(
+                f"sinks[{number}] ({type(target).__name__}) runs in the sink host, which reads the journal; keep the"
+                f" journal, or give ({type(target).__name__}(...), Delivery(runs_in='thread'))"
+            )
+            continue
+        host: Any = importlib.import_module("sinks.host.child")
+        try:
+            host.HostedSink.of("", target, delivery, 0)
+        except SinkMisconfigured as error:
+            problems.append(f"sinks[{number}]: {error}")
+
+
+def check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -> None:
+    """See that the run's name and folder can be such."""
+    if not isinstance(journal, Journal | None):
+        problems.append(f"journal must be True, False or a Journal, not {shown(journal)}")
+    # The name is that of a folder below runs/, and must not lead out of it.
+    if run_id is not None and (
+        not isinstance(run_id, str) or run_id in ("", ".", "..") or {"/", os.sep, "\0"} & set(run_id)
+    ):
+        problems.append(f"run_id must be a name without slashes, not {shown(run_id)}; run_dir chooses the folder")
+    elif isinstance(run_id, str) and (problem := name_problem(run_id)) is not None:
+        problems.append(f"run_id={run_id!r:.80} {problem}; give a short, printable name")
+    if run_dir is not None and not (isinstance(run_dir, str | os.PathLike) and os.fspath(run_dir)):
+        problems.append(f"run_dir must be the path of a folder, not {shown(run_dir)}")
+
+
+def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
+    """The user's hyperparameters as values that JSON can hold; what it cannot hold becomes text.
+
+    Args:
+        config: A mapping, a dataclass, an attrs class, a Struct, or any object with attributes, such as the namespace
+            of argparse or a pydantic model. They may nest. None for no hyperparameters.
+    """
+    if config is None:
+        return {}
+    try:
+        plain = msgspec.to_builtins(config, str_keys=True, enc_hook=_plain_value)
+        plain = without_surrogates(_recordable(plain))
+        check_plain(plain, "config")
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        problems.append(f"config={shown(config)} cannot be recorded ({error}); give a mapping of plain values")
+        return {}
+    if isinstance(plain, dict):
+        return plain
+    problems.append(f"config={shown(config)} has no names; give a mapping, a dataclass or a Struct")
+    return {}
+
+
+def _recordable(value: Any) -> Any:
+    """Replace integers beyond 64 bits by their text, which the journal, browsers and msgpack can hold; mask secrets of
+    URLs."""
+    if isinstance(value, dict):
+        return {key: _recordable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_recordable(item) for item in value]
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
+        return str(value) if value.bit_length() < 10_000 else f"an integer of {value.bit_length():,} bits"
+    return value
+
+
+def _plain_value(value: Any) -> Any:
+    if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):  # pydantic
+        return dump()
+    if isinstance(value, Mapping):  # that of another library, such as OmegaConf
+        return dict(value)
+    if callable(item := getattr(value, "item", None)) and getattr(value, "shape", None) == ():  # a number of NumPy's
+        return item()
+    if isinstance(value, os.PathLike | type) or callable(value) or not hasattr(value, "__dict__"):
+        return str(value)
+    if getattr(value, "shape", None) is not None:  # an array or a tensor
+        return str(value)
+    return {name: item for name, item in vars(value).items() if not name.startswith("_")}
+
+
+def check_checkpoints(checkpoints: Any, resume: Any, init_from: Any, problems: list[str]) -> None:
+    """See that the checkpoints, and where the run starts from, are described."""
+    if not isinstance(checkpoints, bool | Checkpoints):
+        problems.append(f"checkpoints must be True, False or Checkpoints(...), not {shown(checkpoints)}")
+    elif isinstance(checkpoints, Checkpoints) and checkpoints.upload is not None:
+        try:
+            parse_url(checkpoints.upload)
+        except UploadError as error:
+            problems.append(f"Checkpoints(upload=...): {error}")
+    if not isinstance(resume, str | os.PathLike | None) or resume == "":
+        problems.append(f"resume must be 'auto', 'best', a path, an address or None, not {shown(resume)}")
+    if not isinstance(init_from, str | os.PathLike | None) or init_from == "":
+        problems.append(f"init_from must be a path, an address or None, not {shown(init_from)}")
+
+
+def check_named(run_id: Any, run_dir: Any, resume: Any, problems: list[str]) -> None:
+    """See that a run that looks for its own checkpoints names itself."""
+    if resume in KEYWORDS and run_id is None and run_dir is None:
+        problems.append(f"resume={resume!r} needs to know the run; give run_id or run_dir")
+
+
+def check_upload(upload: str, run_id: str, run_dir: Path) -> None:
+    """See that what is uploaded does not lie where the run itself does."""
+    address = parse_url(run_url(upload, run_id))
+    there, here = Path(address.prefix).resolve(), run_dir.resolve()
+    if address.scheme == "file" and (there.is_relative_to(here) or here.is_relative_to(there)):
+        raise ArgumentsError(
+            f"Checkpoints(upload={upload!r}) would upload to {there}, and the run's own folder is {here}: choose"
+            f" another place"
+        )
+
+
+def shown(value: Any) -> str:
+    """As a message shows it."""
+    return f"{masked(repr(value)):.80}" if not isinstance(value, type) else f"the class {value.__name__}"

@@ -1,0 +1,323 @@
+"""Samples what the machine, this process and its GPUs use, beside the loop, and publishes it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
+
+import anyio
+import torch
+
+from events.bus.bus import Bus
+from events.log import current_origin, logger
+from events.messages import GpuSample, RunStarted, SystemSampled
+from events.sink import Delivery
+
+_FIRST_S = 1.0
+"""The first sample comes no later than this after the start: who looks at a run wants to see something."""
+_SHORTEST_S = 0.05
+"""Shares and rates of a shorter time say nothing: processors count in hundredths of a second."""
+_LAST_S = 1.0
+"""How long the end of a run waits for its last sample."""
+_LOOPBACK = ("lo", "lo0", "Loopback Pseudo-Interface 1")
+
+T = TypeVar("T")
+
+
+class SystemSampler:
+    """Publishes `SystemSampled` from a thread of its own: soon after `RunStarted`, then regularly, and at the end.
+
+    All methods are called in the run's event loop. A counter that cannot be read is None, and is told once in the log.
+    One that hangs, as the disk usage of a dead network file system does, ends the samples but holds up nothing.
+
+    Args:
+        interval_s: Seconds from one sample to the next.
+        bus: Where they are published.
+        folder: The run's path; None if it has none.
+    """
+
+    def __init__(self, interval_s: float, bus: Bus, folder: str | None) -> None:
+        self._interval_s = interval_s
+        self._bus = bus
+        # Here and not on the thread: what another thread is importing while a dataloader forks its workers, these can
+        # never import.
+        self._machine = _Machine(importlib.import_module("psutil"), folder)
+        self._nvml = _import_nvml()
+        self._subscription = bus.subscribe("system", Delivery(types=frozenset({RunStarted})))
+        self._began = anyio.Event()
+        self._ended = anyio.Event()
+        self._ending = threading.Event()
+        self._given_up = False
+        self._thread: threading.Thread | None = None
+
+    async def run(self) -> None:
+        """Start the thread once the run has started, whose event is to be the first one."""
+        try:
+            await self._subscription.receive()
+            thread = threading.Thread(target=self._run, name="stagecast-system", daemon=True)
+            thread.start()
+            self._thread = thread
+        except anyio.EndOfStream:
+            pass  # the run never started
+        except RuntimeError as error:
+            logger.warning(f"the system is not sampled: {error}")  # the system has no more threads
+        finally:
+            self._bus.unsubscribe(self._subscription)
+            self._subscription.discard()
+            self._began.set()
+
+    async def stop(self) -> None:
+        """Have it take a last sample, and wait for that, but not for long."""
+        with anyio.move_on_after(_LAST_S):
+            await self._bus.drain()
+            if self._subscription.statistics.published:  # it may be about to start in a run that is over already
+                await self._began.wait()
+            self._ending.set()
+            if self._thread is not None:
+                await self._ended.wait()
+        if self._thread is not None and not self._ended.is_set():
+            logger.warning(f"the last sample of the system is left out: reading {self._machine.reading} takes too long")
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Publish nothing more, and end when what is being read has been read."""
+        self._given_up = True
+        self._ending.set()
+
+    # ---------------------------------------------------------------------------------- on the sampler's thread
+
+    def _run(self) -> None:
+        current_origin.set(self._bus.origin)
+        with self._bus.cpu_time.counting():
+            try:
+                self._sample()
+            except Exception as error:  # the thread's border: a run does not end for want of statistics
+                logger.warning(f"the system is not sampled any more: {type(error).__name__}: {error}")
+        self._bus.post(self._ended.set)
+
+    def _sample(self) -> None:
+        origin, machine = self._bus.origin, self._machine
+        gpus = machine.told("the GPUs", lambda: _Gpus(self._nvml)) or _Gpus(None)
+        with contextlib.closing(gpus):
+            machine.read()  # what the first rates are counted from
+            wait_s = min(self._interval_s, _FIRST_S)
+            while True:
+                last = self._ending.wait(min(wait_s, threading.TIMEOUT_MAX))
+                values = machine.read() if not self._given_up else {}
+                event = SystemSampled(*origin.header(), **values, gpus=machine.told("the GPUs", gpus.read) or [])
+                if self._given_up:  # meanwhile, perhaps
+                    return
+                self._bus.publish(event)
+                if last:
+                    return
+                wait_s = self._interval_s
+
+
+class _Machine:
+    """The counters of the machine and of this process. Their rates are those since the reading before."""
+
+    def __init__(self, psutil: ModuleType, folder: str | None) -> None:
+        self.reading = "nothing"
+        """What is being read at present."""
+        self._psutil: Any = psutil
+        self._folder = folder
+        self._process = self._psutil.Process()
+        self._cores = self._psutil.cpu_count() or 1
+        self._before: dict[str, tuple[float, float]] = {}  # each counter's last value, and when that was
+        self._told: set[str] = set()
+
+    def read(self) -> dict[str, Any]:
+        """The fields of a `SystemSampled`, but for the GPUs."""
+        busy = self._rate("cpu", self.told("the processors' times", self._busy_s))
+        used_s, resident = self.told("this process's children", self._tree) or (None, None)
+        used = self._rate("process", used_s)
+        memory = self.told("the memory", self._psutil.virtual_memory)
+        disk = self.told("the disks' counters", lambda: self._psutil.disk_io_counters(nowrap=False))
+        received, sent = self.told("the network's counters", self._network) or (None, None)
+        return {
+            "cpu_percent": None if busy is None else min(100.0, 100.0 * busy / self._cores),
+            "process_cpu_percent": None if used is None else 100.0 * used,
+            "memory_used_bytes": None if memory is None else memory.total - memory.available,
+            "memory_total_bytes": None if memory is None else memory.total,
+            "process_memory_bytes": resident,
+            "disk_read_bytes_per_s": self._rate("read", disk and disk.read_bytes),
+            "disk_written_bytes_per_s": self._rate("written", disk and disk.write_bytes),
+            "network_received_bytes_per_s": self._rate("received", received),
+            "network_sent_bytes_per_s": self._rate("sent", sent),
+            "disk_used_percent": self.told("the disk usage of the run's folder", self._disk_used),
+        }
+
+    def told(self, what: str, read: Callable[[], T]) -> T | None:
+        """What a function returns; None if it cannot, which the log is told the first time."""
+        self.reading = what
+        try:
+            return read()
+        except Exception as error:  # whatever a strange machine forbids or lacks: the others are worth having
+            if what not in self._told:
+                self._told.add(what)
+                logger.warning(f"{what} cannot be read, and are left out: {type(error).__name__}: {error}")
+            return None
+
+    def _rate(self, name: str, value: float | None) -> float | None:
+        now = time.monotonic()
+        began, before = self._before.get(name, (now, 0.0))
+        if value is None or 0.0 < now - began < _SHORTEST_S:
+            return None
+        self._before[name] = now, value
+        # Less than before: a device has gone, or a counter has begun anew.
+        return (value - before) / (now - began) if now > began and value >= before else None
+
+    def _busy_s(self) -> float:
+        times = self._psutil.cpu_times()
+        idle: float = times.idle + getattr(times, "iowait", 0.0)
+        guests: float = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # in `user` and `nice` already
+        return float(sum(times)) - idle - guests
+
+    def _tree(self) -> tuple[float, int]:
+        """Processor seconds and resident bytes of this process and its children; of children that ended, the former."""
+        used_s, resident = 0.0, 0
+        for process in [self._process, *self._children()]:
+            with contextlib.suppress(self._psutil.NoSuchProcess, self._psutil.AccessDenied):  # it has ended meanwhile
+                times = process.cpu_times()
+                used_s += times.user + times.system + times.children_user + times.children_system
+                resident += process.memory_info().rss
+        return used_s, resident
+
+    def _children(self) -> list[Any]:
+        """All processes below this one.
+
+        psutil reads about every process of the machine to find them, and beside a loop that is busy in Python each read
+        waits for the interpreter lock. Linux keeps lists of its own.
+        """
+        if not os.path.exists(f"/proc/{self._process.pid}/task/{self._process.pid}/children"):
+            return list(self._process.children(recursive=True))
+        found, parents = [], [self._process.pid]
+        while parents:
+            for child in _forked_by(parents.pop()):
+                with contextlib.suppress(self._psutil.NoSuchProcess):
+                    found.append(self._psutil.Process(child))
+                parents.append(child)
+        return found
+
+    def _network(self) -> tuple[int, int]:
+        cards = self._psutil.net_io_counters(pernic=True, nowrap=False)
+        counted = [counters for name, counters in cards.items() if name not in _LOOPBACK]
+        return sum(one.bytes_recv for one in counted), sum(one.bytes_sent for one in counted)
+
+    def _disk_used(self) -> float | None:
+        return None if self._folder is None else float(self._psutil.disk_usage(self._folder).percent)
+
+
+def _forked_by(pid: int) -> list[int]:
+    """The children of all threads of a process, on Linux."""
+    children = []
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+                children += [int(child) for child in file.read().split()]
+    return children
+
+
+def _import_nvml() -> Any:
+    try:
+        return importlib.import_module("pynvml")
+    except ImportError:
+        return None
+
+
+class _Gpus:
+    """The NVIDIA GPUs that the run can see, numbered as torch numbers them. Without a driver, none."""
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml: Any = nvml
+        self._handles: list[Any] = []
+        self._by_torch = False
+        if nvml is None:
+            return
+        try:
+            nvml.nvmlInit()
+            self._handles = self._from_environment()
+        except nvml.NVMLError as error:
+            self._nvml = None
+            logger.debug(f"no GPUs are sampled: {error}")
+
+    def read(self) -> list[GpuSample]:
+        """One sample of each."""
+        if self._nvml is None:
+            return []
+        # Only torch knows for sure which is which; to ask it before it has begun would set CUDA up in this process.
+        if not self._by_torch and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
+            self._by_torch = True
+            self._handles = self._from_torch() or self._handles
+        return [self._sample(index, handle) for index, handle in enumerate(self._handles)]
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        if self._nvml is not None:
+            self._ask("nvmlShutdown")
+
+    def _sample(self, index: int, handle: Any) -> GpuSample:
+        name, rates = self._ask("nvmlDeviceGetName", handle), self._ask("nvmlDeviceGetUtilizationRates", handle)
+        memory, milliwatts = self._ask("nvmlDeviceGetMemoryInfo", handle), self._ask("nvmlDeviceGetPowerUsage", handle)
+        celsius = self._ask("nvmlDeviceGetTemperature", handle, self._nvml.NVML_TEMPERATURE_GPU)
+        return GpuSample(
+            index,
+            _text(name) if name is not None else "",
+            None if rates is None else float(rates.gpu),
+            None if memory is None else int(memory.used),
+            None if memory is None else int(memory.total),
+            None if milliwatts is None else milliwatts / 1_000,
+            None if celsius is None else float(celsius),
+        )
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        """What the driver answers; None for what this GPU, or a part of one, does not tell."""
+        try:
+            return getattr(self._nvml, function)(*arguments)
+        except self._nvml.NVMLError:
+            return None
+
+    def _from_torch(self) -> list[Any]:
+        handles = []
+        for number in range(torch.cuda.device_count()):
+            uuid = getattr(torch.cuda.get_device_properties(number), "uuid", None)
+            handle = self._ask("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}")
+            handle = handle or self._ask("nvmlDeviceGetHandleByUUID", f"MIG-{uuid}")
+            if handle is None:
+                return []  # a numbering with gaps would show one GPU under the name of another
+            handles.append(handle)
+        return handles
+
+    def _from_environment(self) -> list[Any]:
+        """Those of ``CUDA_VISIBLE_DEVICES``, as CUDA reads it: up to the first that does not exist."""
+        nvml = self._nvml
+        everyone = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is None:
+            return everyone
+        handles = []
+        for entry in visible.split(","):
+            handle = self._find(entry.strip(), everyone)
+            if handle is None:
+                break
+            handles.append(handle)
+        return handles
+
+    def _find(self, entry: str, everyone: list[Any]) -> Any:
+        if entry.isdecimal():
+            return everyone[int(entry)] if int(entry) < len(everyone) else None
+        if entry.startswith("MIG-"):
+            return self._ask("nvmlDeviceGetHandleByUUID", entry)
+        # The beginning of an identifier will do, if only one has it.
+        named = [one for one in everyone if entry and _text(self._ask("nvmlDeviceGetUUID", one)).startswith(entry)]
+        return named[0] if len(named) == 1 else None
+
+
+def _text(answer: Any) -> str:
+    return answer.decode() if isinstance(answer, bytes) else str(answer)  # bytes: older versions of the client
