@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -115,9 +116,18 @@ def main() -> int:
 
 
 def complex_functions() -> list[str]:
-    ruff = Path(sys.executable).with_name("ruff")
     config = f"lint.mccabe.max-complexity={MAX_COMPLEXITY}"
-    command = [str(ruff), "check", "--select", "C901", "--config", config, "--output-format", "json", *PACKAGES]
+    command = [
+        shutil.which("ruff") or "ruff",
+        "check",
+        "--select",
+        "C901",
+        "--config",
+        config,
+        "--output-format",
+        "json",
+        *PACKAGES,
+    ]
     found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout)
     return [f"{one['message']} in {Path(one['filename']).relative_to(ROOT)}:{one['location']['row']}" for one in found]
 

@@ -49,8 +49,8 @@ from trainer.run.checks import (
     members,
     plain_config,
 )
+from trainer.run.loop_thread import Task
 from trainer.run.session import Callback, Session, SinkLike, console, new_run_id, split
-from trainer.run.thread import Task
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
 

@@ -131,7 +131,7 @@ def is_writing() -> bool:
     """Whether some thread is in the writer of checkpoints, or hashes one."""
     for frame in sys._current_frames().values():
         while frame is not None:
-            if Path(frame.f_code.co_filename).name in ("checkpoint_writer.py", "disk.py"):
+            if Path(frame.f_code.co_filename).name in ("writer.py", "disk.py"):
                 return True
             frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -18,7 +18,7 @@ from events.protocol import Pause
 from events.run.folder import RunFolder
 from events.sink import Delivery
 from trainer import CallbackInterface, RunInterrupted, RunTerminated, Trainer, inline
-from trainer.run.thread import LoopThread
+from trainer.run.loop_thread import LoopThread
 
 MANY = 100_000  # epochs: more than any test waits for
 BOTH = [signal.SIGINT, signal.SIGTERM]

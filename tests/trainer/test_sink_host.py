@@ -148,7 +148,7 @@ def test_a_sink_whose_import_exits_is_left_out_and_named(
     """The host goes on for the others."""
     (tmp_path / "quitter_sinks.py").write_text(
         "import sys, msgspec\n"
-        "if sys.argv[0].endswith('host.py'):\n"
+        "if sys.argv[0].endswith('host/child.py'):\n"
         "    sys.exit(7)\n"
         "class Quitter(msgspec.Struct, frozen=True):\n"
         "    def open(self, run): raise NotImplementedError\n"

@@ -53,8 +53,8 @@ from trainer.media import MediaWriter
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.run.cancellation import outliving
 from trainer.run.device import resolve_device
+from trainer.run.loop_thread import STUCK, LoopThread, Task
 from trainer.run.system import SystemSampler
-from trainer.run.thread import STUCK, LoopThread, Task
 from trainer.run.versions import versions
 
 Callback = CallbackInterface | tuple[CallbackInterface, Delivery]
