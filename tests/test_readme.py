@@ -1,37 +1,108 @@
-"""The README is true: its snippets run, and its commands are those that CI uses."""
+"""The README and the guides are true: their snippets and commands run, their links lead somewhere."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
+from trainer.cli.main import main
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"^```bash\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+README = ROOT / "README.md"
+GUIDES = [ROOT / "trainer" / "COMING_FROM.md", *(ROOT / room / "README.md" for room in ("trainer", "events", "sinks"))]
+DOCUMENTS = [README, *GUIDES, ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md"))]
+SERVES = ("stagecast watch", "stagecast demo")
+"""Commands that other tests run: they serve until a signal, or train for a minute."""
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+class Block(NamedTuple):
+    """A fenced block of a guide."""
+
+    language: str
+    text: str
+    line: int
+    """Line of the guide at which the text starts, from 1."""
+
+
+def blocks_of(document: Path) -> Iterator[Block]:
+    text = document.read_text(encoding="utf-8")
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        yield Block(found[1], found[2], text.count("\n", 0, found.start(2)) + 1)
+
+
+def run_blocks(document: Path, names: dict[str, Any]) -> None:
+    """Run the Python and stagecast blocks of a guide in its order, in this process and in the working directory.
+
+    A block that starts with ``# NAME.py`` or ``# NAME.yaml`` is written to this file first. A Python block among them
+    is imported by whoever names it, and runs nowhere else.
+    """
+    for block in blocks_of(document):
+        file = re.match(r"# (\w+\.(?:py|yaml))\n", block.text)
+        if file is not None:
+            Path(file[1]).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            # Empty lines before it, so that a traceback has the line of the guide.
+            exec(compile("\n" * (block.line - 1) + block.text, document, "exec"), names)
+        elif block.language == "bash":
+            for command in block.text.splitlines():
+                if command.startswith("stagecast ") and not command.startswith(SERVES):
+                    assert main(shlex.split(command, comments=True)[1:]) == 0, f"{document}: {command}"
+
+
+@pytest.fixture(scope="module")
+def readme_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The names that the README defines: the guides use its module."""
+    names: dict[str, Any] = {"__name__": "guide"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        run_blocks(README, names)
+    return names
+
+
 @pytest.mark.timeout(120)
-def test_a_snippet_runs(number: int, tmp_path: Path) -> None:
-    """Each snippet runs by itself in an empty folder, after those before it."""
-    script = tmp_path / "snippet.py"
-    script.write_text("\n\n".join(SNIPPETS[: number + 1]), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_snippets_of_the_readme_run(readme_names: dict[str, Any]) -> None:
+    """They train, and define the module that the guides use."""
+    assert readme_names["result"].status == "finished"
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: str(guide.relative_to(ROOT)))
+@pytest.mark.timeout(120)
+def test_the_snippets_and_commands_of_a_guide_run(
+    guide: Path, readme_names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each guide runs from top to bottom, with the names of the README, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    run_blocks(guide, dict(readme_names))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_the_links_of_a_document_lead_to_files_of_the_repository(document: Path) -> None:
+    """Relative links and images exist, and so does the heading that a link names."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}, target
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    """At most 200 lines; the guides have the rest."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_both_commands_name_the_torch_version_in_the_same_call() -> None:
     """Otherwise pip fetches a build with CUDA on a machine without a GPU."""
-    installing = [command for command in COMMANDS if "pip install" in command]
+    installing = [block.text for block in blocks_of(README) if block.language == "bash" and "pip install" in block.text]
     assert len(installing) == 2
     for command in installing:
         assert re.search(r"pip install torch==2\.13\.0 -e ", command)
@@ -39,5 +110,5 @@ def test_both_commands_name_the_torch_version_in_the_same_call() -> None:
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     """It is marked in the README, and .ci/run takes it from there."""
-    assert re.search(r"<!-- tests -->\n```bash\n.*-m pytest\n```", README)
+    assert re.search(r"<!-- tests -->\n```bash\n.*-m pytest\n```", README.read_text(encoding="utf-8"))
     assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

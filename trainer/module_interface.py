@@ -9,7 +9,7 @@ gets the step that it works towards (finished + 1, the same for all micro-batche
 `val_step` and `test_step` get the number of steps finished. So the first ``train_step`` gets 1, and the hook
 after it gets 1, too. A step that was skipped, because its loss or gradients were not finite, is not counted.
 
-**On which lane and thread a hook runs.** This table also stands in the README.
+**On which lane and thread a hook runs.** `trainer/README.md` has the same table.
 
 | hook | owner | lane | thread | what it gets |
 |---|---|---|---|---|

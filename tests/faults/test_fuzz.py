@@ -1,6 +1,6 @@
 """Files and messages that a stranger may have written: each gives a value, or the error of its kind.
 
-Also for longer, as the README says: then each test tries thousands of inputs.
+Also for longer, as CONTRIBUTING.md says: then each test tries thousands of inputs.
 """
 
 from __future__ import annotations

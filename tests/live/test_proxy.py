@@ -1,4 +1,4 @@
-"""The page behind a real nginx: with the README's configuration, with next to none, and with one that buffers."""
+"""The page behind a real nginx: with the guide's configuration, with next to none, and with one that buffers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from page_visits import Visits
 
 from sinks.live.runs import RunsOfFolder
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
-NGINX = re.findall(r"^```nginx\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)[0]
+GUIDE = (Path(__file__).parent.parent.parent / "sinks" / "README.md").read_text()
+NGINX = re.findall(r"^```nginx\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL)[0]
 CONFIG = """
 daemon off; pid {folder}/pid; error_log stderr; {user}
 events {{}}

@@ -55,9 +55,9 @@ LANES = {
 # ----------------------------------------------------------------------------------------------- which lane
 
 
-def test_one_table_of_lanes_is_in_the_contract_and_in_the_readme(kit: Any) -> None:
+def test_one_table_of_lanes_is_in_the_contract_and_in_the_guide(kit: Any) -> None:
     """Every hook of a module and of a callback has one row."""
-    assert table_of((kit.ROOT / "README.md").read_text()) == TABLE
+    assert table_of((kit.ROOT / "trainer" / "README.md").read_text()) == TABLE
     assert sorted(LANES) == sorted((name, owner) for name in HOOKS for owner in ("module", "callback"))
 
 
@@ -65,7 +65,7 @@ def test_one_table_of_lanes_is_in_the_contract_and_in_the_readme(kit: Any) -> No
 @pytest.mark.parametrize("mark", [None, *MARKS])
 @pytest.mark.parametrize("owner", [CallbackInterface, ModuleInterface])
 def test_the_lane_is_the_marked_one_or_what_the_contract_needs(name: str, mark: str | None, owner: type) -> None:
-    """Unmarked, each has the lane of the contract's table, which also stands in the README."""
+    """Unmarked, each has the lane of the contract's table."""
     kind = on(name, lambda *_: None, mark, owner)
     kind.__abstractmethods__ = frozenset()
     hooks = CallbackHooks(kind(), None)
