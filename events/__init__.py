@@ -8,8 +8,9 @@ from events.packages import check_packages as _check_packages
 _check_packages()
 
 from events.bus.backlog import Payload as Payload
-from events.bus.bus import Bus as Bus
-from events.bus.bus import Readback as Readback
+from events.bus.pump import Pump as Pump
+from events.bus.pump import Readback as Readback
+from events.bus.ring import Ring as Ring
 from events.errors import ArgumentsError as ArgumentsError
 from events.errors import BusClosed as BusClosed
 from events.errors import CheckpointDamaged as CheckpointDamaged

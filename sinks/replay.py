@@ -8,7 +8,8 @@ from pathlib import Path
 
 import anyio
 
-from events.bus.bus import Bus
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.bus.subscription import Subscription
 from events.bus.supervisor import unique_name
 from events.errors import RunFolderError
@@ -58,7 +59,8 @@ async def replay(
         raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
     if not tail.run_id:
         raise RunFolderError(f"the journal in {folder / JOURNAL_DIR} is damaged: no line of it is an event")
-    bus = Bus(Origin(tail.run_id, tail.attempt))
+    bus = Ring(Origin(tail.run_id, tail.attempt))
+    pump = Pump(bus)
     run = RunInfo(tail.run_id, tail.attempt, 0, os.fspath(folder))
     observers = FeedObservers(bus, run, history_filter(folder / JOURNAL_DIR))
     names: list[str] = []
@@ -66,9 +68,9 @@ async def replay(
         names.append(unique_name(type(sink).__name__.lower(), names))  # as the run named them
         observers.add(names[-1], sink, delivery_of(sink), Place(since), lambda seq, delivered: None)
     reports: list[ObserverReport] = []
-    health = bus.subscribe("health", Delivery(types=frozenset(HEALTH), latency_s=0.05))
+    health = pump.subscribe("health", Delivery(types=frozenset(HEALTH), latency_s=0.05))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bus.run)
+        tasks.start_soon(pump.run)
         tasks.start_soon(_tell, health, on_health)
         for observer in observers.observers:
             tasks.start_soon(observer.run)
@@ -77,11 +79,11 @@ async def replay(
         observers.finish()
         for observer in observers.observers:
             await observer.finished()
-        await bus.drain()
+        await pump.drain()
         reports += await observers.counted()
         if skipped is not None:
             skipped += observers.skipped
-        bus.close()
+        pump.close()
     return reports
 
 

@@ -213,7 +213,7 @@ class MediaWriter:
 
     Args:
         folder: The run's; None if it has none.
-        publish: `Bus.publish`.
+        publish: `Ring.publish`.
         origin: Gives the header of its own events.
     """
 

@@ -461,7 +461,7 @@ class _LocalConnection:
 
     def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
         session = self._session
-        return LocalEventStream(session.bus, session.journal_dir, session.journal_settled, since, types)
+        return LocalEventStream(session.pump, session.journal_dir, session.journal_settled, since, types)
 
     async def result(self) -> RunResult:
         await self._session.finished.wait()

@@ -18,7 +18,7 @@ import anyio
 import anyio.abc
 
 from events.bus.backlog import Published
-from events.bus.bus import Bus
+from events.bus.pump import Pump
 from events.bus.subscription import Subscription
 from events.bus.worker import AsyncJob, Job, Worker
 from events.errors import SinkMisconfigured
@@ -119,16 +119,16 @@ class _Stopped(Exception):
 class Observer:
     """One supervised observer. Created by `Supervisor.add`."""
 
-    def __init__(self, name: str, target: Target, delivery: Delivery, bus: Bus, on_fatal: OnFatal) -> None:
+    def __init__(self, name: str, target: Target, delivery: Delivery, pump: Pump, on_fatal: OnFatal) -> None:
         self.name = name
         self.circuit: Literal["closed", "open", "half_open", "disabled"] = "closed"
         self.error: str | None = None
         """Type and text of its last failure."""
-        self.subscription: Subscription = bus.subscribe(name, delivery, payloads=target.payloads)
+        self.subscription: Subscription = pump.subscribe(name, delivery, payloads=target.payloads)
         self.target = target
-        self._bus = bus
+        self._pump = pump
         self._on_fatal = on_fatal
-        self._worker = Worker(f"stagecast-{name}", bus.post, bus.cpu_time)
+        self._worker = Worker(f"stagecast-{name}", pump.ring.post, pump.ring.cpu_time)
         self._during: str | None = None
         self._late: Job | AsyncJob | None = None  # a call that has exceeded its timeout and has not returned
         self._draining = anyio.Event()
@@ -280,7 +280,7 @@ class Observer:
             raise _Stopped
 
     def _abandon(self) -> None:
-        self._bus.unsubscribe(self.subscription)
+        self._pump.unsubscribe(self.subscription)
         self.target.abandon()
         _, done = self.target.progress
         self.subscription.done(done or 0)
@@ -307,11 +307,11 @@ class Observer:
         )
 
     def _publish(self, kind: type[Event], *fields: Any) -> None:
-        self._bus.publish(kind(*self._bus.origin.header(), *fields))
+        self._pump.ring.publish(kind(*self._pump.ring.origin.header(), *fields))
 
     def drain(self) -> None:
         """No more events will come: deliver what is queued, then close."""
-        self._bus.unsubscribe(self.subscription)
+        self._pump.unsubscribe(self.subscription)
         self.subscription.finish()
         self._drained_since = time.monotonic()
         self._draining.set()

@@ -10,8 +10,9 @@ from typing import Literal
 import anyio
 import anyio.abc
 
-from events.bus.bus import Bus
 from events.bus.observer import Observer, OnFatal, Target
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.messages import ObserverHealth, ObserversReported
 from events.protocol import ObserverReport
 from events.sink import Delivery
@@ -32,12 +33,12 @@ class Supervisor:
     """All observers of a run. Used in the event loop's thread only.
 
     Args:
-        bus: The bus whose events they get.
+        pump: Delivers their events.
         on_fatal: Told when an observer with the policy ``fatal`` has failed, with what it raised.
     """
 
-    def __init__(self, bus: Bus, on_fatal: OnFatal) -> None:
-        self._bus = bus
+    def __init__(self, pump: Pump, on_fatal: OnFatal) -> None:
+        self._pump = pump
         self._on_fatal = on_fatal
         self.observers: list[Observer] = []
         self._names = {"bus"}
@@ -48,7 +49,7 @@ class Supervisor:
 
     def add(self, name: str, target: Target, delivery: Delivery) -> Observer:
         """Subscribe an observer, whose `Observer.run` is then to be started. A name that is taken gets a number."""
-        observer = Observer(self.take_name(name), target, delivery, self._bus, self._on_fatal)
+        observer = Observer(self.take_name(name), target, delivery, self._pump, self._on_fatal)
         self.observers.append(observer)
         return observer
 
@@ -66,8 +67,8 @@ class Supervisor:
         deadline = anyio.current_time() + min(timeout_s, self._limit_s)
         # The pump's own work, and short, unless a device hangs: what is in the ring belongs in the counts.
         with anyio.CancelScope(deadline=max(deadline, anyio.current_time() + _PUMP_S)):
-            await self._bus.drain()
-        self._bus.report_losses()
+            await self._pump.drain()
+        self._pump.report_losses()
         for observer in observers:
             observer.drain()
         with anyio.CancelScope(deadline=min(deadline, anyio.current_time() + self._limit_s)) as self._draining:
@@ -99,7 +100,7 @@ def health_at_end(report: ObserverReport) -> ObserverHealth:
     return ObserverHealth(report.observer, state, report.left, None, report.delivered, report.dropped, report.conflated)
 
 
-async def report_observers(observers: Sequence[Observer], bus: Bus, interval_s: float) -> None:
+async def report_observers(observers: Sequence[Observer], bus: Ring, interval_s: float) -> None:
     """Publish how they are doing, again and again; until it is cancelled."""
     while observers:
         await anyio.sleep(min(interval_s, 1e9))  # infinity: never

@@ -20,6 +20,8 @@ class Wakeup:
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
         self._set = False
+        self.urgent = False
+        """Whether the waiting task must act at once. Any thread sets it, before `set`; the task clears it."""
 
     def set(self) -> None:
         """Wake the waiting task; if it is not waiting, its next wait returns at once. Any thread; never waits."""

@@ -14,7 +14,7 @@ import anyio
 from events.bus.cpu_time import CpuTime
 
 Post = Callable[[Callable[[], object]], None]
-"""Runs a function in the event loop, from any thread, without waiting: `Bus.post`."""
+"""Runs a function in the event loop, from any thread, without waiting: `Ring.post`."""
 
 
 class Job:

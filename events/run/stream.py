@@ -14,7 +14,7 @@ from typing import Self
 import anyio
 import anyio.to_thread
 
-from events.bus.bus import Bus
+from events.bus.pump import Pump
 from events.bus.subscription import Subscription
 from events.errors import CursorError
 from events.journal.reader import JournalReader
@@ -69,7 +69,7 @@ class LocalEventStream(BatchedStream):
     caught up with. Types that the journal does not keep are never caught up with: they come from the opening on.
 
     Args:
-        bus: The run's bus.
+        pump: The run's.
         journal_dir: The run's journal; None if it has none.
         journal_settled: Whether the journal has nothing more to write of what was delivered so far.
         since: Cursor: events with a greater ``seq`` are returned. None: those from now on.
@@ -82,7 +82,7 @@ class LocalEventStream(BatchedStream):
 
     def __init__(
         self,
-        bus: Bus,
+        pump: Pump,
         journal_dir: str | os.PathLike[str] | None,
         journal_settled: Callable[[], bool],
         since: int | None,
@@ -92,28 +92,28 @@ class LocalEventStream(BatchedStream):
     ) -> None:
         super().__init__()
         self._types = frozenset(types) if types is not None else None
-        self._cursor = bus.last_seq if since is None else since
+        self._cursor = pump.last_seq if since is None else since
         self._reader = JournalReader(journal_dir, since=self._cursor) if journal_dir is not None else None
         self._journal_settled = journal_settled
         self._reading = threading.Lock()
         self._read: deque[Event] = deque()  # filled by a thread, emptied here
         self._limiter = anyio.CapacityLimiter(1)  # our own: the host's may be taken by whatever the host does
         self._live: list[Event] = []
-        self._bus = bus
+        self._pump = pump
         self._subscription: Subscription | None = None
         self._dropped = 0
-        self._behind = self._cursor < bus.last_seq
-        self._behind_until = bus.last_seq  # from there on, the queue has everything
+        self._behind = self._cursor < pump.last_seq
+        self._behind_until = pump.last_seq  # from there on, the queue has everything
         if self._behind and self._reader is None:
-            self._live = self._recent(bus, self._cursor)
+            self._live = self._recent(pump, self._cursor)
             self._behind = False
-        if bus.alive and not bus.closing:
+        if pump.ring.alive and not pump.closing:
             delivery = Delivery(types=self._types, latency_s=0.02, capacity=capacity)
-            self._subscription = bus.subscribe("run.events", delivery)
+            self._subscription = pump.subscribe("run.events", delivery)
             self._subscription.recoverable = self._reader is not None
             # For who leaves the stream without closing it; on whatever thread that is noticed.
-            let_go = functools.partial(_let_go, bus, self._subscription)
-            weakref.finalize(self, bus.post, let_go).atexit = False
+            let_go = functools.partial(_let_go, pump, self._subscription)
+            weakref.finalize(self, pump.ring.post, let_go).atexit = False
 
     @property
     def cursor(self) -> int:
@@ -123,7 +123,7 @@ class LocalEventStream(BatchedStream):
         live = self._subscription
         if live is None or self._behind or self._live or live.statistics.dropped > self._dropped or not live.is_empty:
             return self._cursor
-        return max(self._cursor, self._bus.last_seq)  # none of the events since was meant for this stream
+        return max(self._cursor, self._pump.last_seq)  # none of the events since was meant for this stream
 
     async def _next_batch(self) -> list[Event]:
         while True:
@@ -143,7 +143,7 @@ class LocalEventStream(BatchedStream):
         self._live = []
         self._behind = False
         if self._subscription is not None:
-            _let_go(self._bus, self._subscription)
+            _let_go(self._pump, self._subscription)
             self._subscription = None
 
     def _wants(self, event: Event) -> bool:
@@ -189,15 +189,15 @@ class LocalEventStream(BatchedStream):
             self._dropped = live.statistics.dropped
             self._live = batch
             self._behind = True
-            self._behind_until = self._bus.last_seq
+            self._behind_until = self._pump.last_seq
             return []
         return batch
 
     @staticmethod
-    def _recent(bus: Bus, since: int) -> list[Event]:
-        recent = [event for event in bus.history if event.seq > since]
+    def _recent(pump: Pump, since: int) -> list[Event]:
+        recent = [event for event in pump.history if event.seq > since]
         if not recent or recent[0].seq > since + 1:
-            oldest = recent[0].seq if recent else bus.last_seq + 1
+            oldest = recent[0].seq if recent else pump.last_seq + 1
             raise CursorError(
                 f"events after seq {since} are not kept: the run has no journal and the oldest event in memory is"
                 f" seq {oldest}; pass since={oldest - 1} or later, or run with journal=True"
@@ -205,6 +205,6 @@ class LocalEventStream(BatchedStream):
         return recent
 
 
-def _let_go(bus: Bus, subscription: Subscription) -> None:
-    bus.unsubscribe(subscription)
+def _let_go(pump: Pump, subscription: Subscription) -> None:
+    pump.unsubscribe(subscription)
     subscription.discard()

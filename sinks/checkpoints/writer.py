@@ -48,7 +48,7 @@ class CheckpointWriter:
     Args:
         store: Where to.
         origin: Gives the header of events that belong to no other event.
-        publish: `Bus.publish`.
+        publish: `Ring.publish`.
         sync_journal: Returns when the events up to this ``seq`` are on stable storage, or cannot be for now: what a
             resumed run does not do again must stand in the journal.
         weights: The module's weights once training has ended in order; else None.

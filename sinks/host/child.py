@@ -25,8 +25,9 @@ import anyio
 import msgspec
 
 from events import notice
-from events.bus.bus import Bus
 from events.bus.observer import Observer, SinkTarget
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.bus.subscription import Subscription
 from events.bus.supervisor import report_observers
 from events.errors import SinkMisconfigured
@@ -202,11 +203,8 @@ class Place(msgspec.Struct, frozen=True):
 class _FeedBus:
     """What an `Observer` needs of a bus, where its events come from the journal."""
 
-    def __init__(self, bus: Bus, feed: JournalFeed) -> None:
-        self.origin = bus.origin
-        self.publish = bus.publish
-        self.post = bus.post
-        self.cpu_time = bus.cpu_time
+    def __init__(self, ring: Ring, feed: JournalFeed) -> None:
+        self.ring = ring
         self._feed = feed
 
     def subscribe(self, name: str, delivery: Delivery, *, payloads: bool = False) -> JournalFeed:
@@ -235,7 +233,7 @@ class FeedObservers:
         wanted: See `JournalFeed`.
     """
 
-    def __init__(self, bus: Bus, run: RunInfo, wanted: Callable[[Event], bool] | None = None) -> None:
+    def __init__(self, bus: Ring, run: RunInfo, wanted: Callable[[Event], bool] | None = None) -> None:
         self._bus = bus
         self._run = run
         self._wanted = wanted
@@ -303,7 +301,8 @@ def main() -> None:
 
 
 async def _serve(config: HostConfig, lines: Any) -> None:
-    bus = Bus(Origin(config.run.run_id, config.run.attempt))
+    bus = Ring(Origin(config.run.run_id, config.run.attempt))
+    pump = Pump(bus)
     current_origin.set(bus.origin)
     RunLog(bus.origin, bus.publish).start()
     finish: list[Finish] = []
@@ -319,9 +318,9 @@ async def _serve(config: HostConfig, lines: Any) -> None:
         bus.post(lambda: end(how))
 
     threading.Thread(target=listen, name="stagecast-host-commands", daemon=True).start()
-    health = bus.subscribe("run", Delivery(types=TOLD, latency_s=0.02))
+    health = pump.subscribe("run", Delivery(types=TOLD, latency_s=0.02))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bus.run)
+        tasks.start_soon(pump.run)
         tasks.start_soon(_tell, health, told)
         tasks.start_soon(_watch, config, end)
         observers = FeedObservers(bus, config.run)
@@ -331,7 +330,7 @@ async def _serve(config: HostConfig, lines: Any) -> None:
         tasks.start_soon(report_observers, observers.observers, bus, config.report_s)
         await over.wait()
         reports = await observers.drain(finish[0].until, finish[0].timeout_s)
-        await bus.drain()
+        await pump.drain()
         health.finish()
         await told.wait()
         _say(Finished(reports))

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import msgspec
 
-from events.bus.bus import Bus
+from events.bus.ring import Ring
 from events.errors import SinkHostFailed
 from events.log import in_this_run, logger
 from events.messages import Event, ObserverFailed, ObserverRecovered, WarningLogged
@@ -58,7 +58,7 @@ class SinkHost:
         self,
         run: RunInfo,
         sinks: Sequence[HostedSink],
-        bus: Bus,
+        bus: Ring,
         drain_timeout_s: float,
         report_s: float,
         on_fatal: Callable[[BaseException], None],

@@ -21,7 +21,8 @@ import anyio
 import psutil
 from report import header
 
-from events.bus.bus import Bus
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.messages import MetricsLogged, TrainStepEnded
 from events.origin import Origin
 from events.sink import Delivery
@@ -36,21 +37,21 @@ async def measure(policy: Literal["latest", "drop_oldest", "spill"], events: int
     """One policy; returns its row of the table."""
     process = psutil.Process()
     origin = Origin("benchmark")
-    bus = Bus(origin)
-    subscription = bus.subscribe("stuck", Delivery(overflow=policy, capacity_bytes=_CAPACITY_BYTES))
+    pump = Pump(Ring(origin))
+    subscription = pump.subscribe("stuck", Delivery(overflow=policy, capacity_bytes=_CAPACITY_BYTES))
 
     def publish() -> None:
         for step in range(1, events // 2 + 1):
             origin.global_step = step
-            bus.publish(TrainStepEnded(*origin.header(), 0.5, step, 32, 0.001, 0.1))
-            bus.publish(MetricsLogged(*origin.header(), {"accuracy": 0.5, "mae": 0.1}))
-            if bus._ring.__len__() > 8_192:  # as fast as the pump can follow, so that the subscription gets them all
+            pump.ring.publish(TrainStepEnded(*origin.header(), 0.5, step, 32, 0.001, 0.1))
+            pump.ring.publish(MetricsLogged(*origin.header(), {"accuracy": 0.5, "mae": 0.1}))
+            if len(pump.ring._events) > 8_192:  # as fast as the pump can follow, so that the subscription gets them all
                 gate.wait(0.001)
 
     gate = threading.Event()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bus.run)
-        bus.publish(TrainStepEnded(*origin.header()))
+        tasks.start_soon(pump.run)
+        pump.ring.publish(TrainStepEnded(*origin.header()))
         await subscription.receive()  # the sink takes one event, and never asks again
         gc.collect()
         before = process.memory_info().rss
@@ -60,26 +61,26 @@ async def measure(policy: Literal["latest", "drop_oldest", "spill"], events: int
         while thread.is_alive():
             await anyio.sleep(0.05)
             peak = max(peak, process.memory_info().rss)
-        await bus.drain()
+        await pump.drain()
         while subscription._spill is not None and subscription._spill.memory_bytes:
             await anyio.sleep(0.05)
             peak = max(peak, process.memory_info().rss)
         counts = subscription.statistics
-        total = counts.delivered + counts.dropped + counts.conflated + counts.queued + bus.dropped
+        total = counts.delivered + counts.dropped + counts.conflated + counts.queued + pump.ring.counters.dropped
         published = events // 2 * 2 + 1
         row = (
             f"{policy:12}{(peak - before) / _MIB:10.1f}{(_CAPACITY_BYTES + _RING_BYTES) / _MIB:10.1f}"
-            f"{counts.conflated:12,}{counts.dropped:12,}{counts.spilled:12,}{counts.queued:12,}{bus.dropped:8,}"
-            f"   {'add up' if total == published + counts_of_bus(bus) else f'{total:,} of {published:,}'}"
+            f"{counts.conflated:12,}{counts.dropped:12,}{counts.spilled:12,}{counts.queued:12,}{pump.ring.counters.dropped:8,}"
+            f"   {'add up' if total == published + counts_of_bus(pump) else f'{total:,} of {published:,}'}"
         )
-        bus.close()
+        pump.close()
     subscription.discard()
     return row
 
 
-def counts_of_bus(bus: Bus) -> int:
+def counts_of_bus(pump: Pump) -> int:
     """Events that the bus published about itself (`ObserverDropped`)."""
-    return bus._next_seq - 1 - _published_by_user[0] + bus.dropped
+    return pump._next_seq - 1 - _published_by_user[0] + pump.ring.counters.dropped
 
 
 _published_by_user = [0]

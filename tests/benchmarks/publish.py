@@ -18,7 +18,8 @@ from time import perf_counter_ns as clock
 import anyio
 from report import header, percentile
 
-from events.bus.bus import Bus
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.bus.subscription import Subscription
 from events.messages import TrainStepEnded
 from events.origin import Origin
@@ -37,7 +38,7 @@ def _busy_wait(until: int) -> None:
 
 
 class OnlyDeque:
-    """What `Bus.publish` cannot go below."""
+    """What `Ring.publish` cannot go below."""
 
     def __init__(self) -> None:
         self._ring: deque[tuple[TrainStepEnded, None]] = deque(maxlen=1_000)
@@ -46,7 +47,7 @@ class OnlyDeque:
         self._ring.append((event, None))
 
 
-def paced(bus: Bus | OnlyDeque, origin: Origin, *, per_s: int, seconds: float) -> list[float]:
+def paced(ring: Ring | OnlyDeque, origin: Origin, *, per_s: int, seconds: float) -> list[float]:
     """Publish at a pace; microseconds of each call."""
     costs: list[float] = []
     period = 1_000_000_000 // per_s
@@ -59,33 +60,33 @@ def paced(bus: Bus | OnlyDeque, origin: Origin, *, per_s: int, seconds: float) -
         _busy_wait(due)
         event = _event(origin)
         begin = clock()
-        bus.publish(event)
+        ring.publish(event)
         costs.append((clock() - begin) / 1e3)
     return costs
 
 
-def waking(bus: Bus, origin: Origin, *, count: int) -> list[float]:
+def waking(ring: Ring, origin: Origin, *, count: int) -> list[float]:
     """Publish to a pump that sleeps; microseconds of each call."""
     costs: list[float] = []
     for _ in range(count):
-        while not bus._sleeping:  # the benchmark may look: nothing public tells
+        while not ring._sleeping:  # the benchmark may look: nothing public tells
             time.sleep(0.002)
         event = _event(origin)
         begin = clock()
-        bus.publish(event)
+        ring.publish(event)
         costs.append((clock() - begin) / 1e3)
     return costs
 
 
-async def _measure(publisher: Callable[[Bus, Origin], list[float]], *, block: bool) -> list[float]:
+async def _measure(publisher: Callable[[Ring, Origin], list[float]], *, block: bool) -> list[float]:
     origin = Origin("benchmark")
-    bus = Bus(origin)
-    subscriptions = [bus.subscribe(f"s{i}", Delivery()) for i in range(_SUBSCRIPTIONS)]
+    pump = Pump(Ring(origin))
+    subscriptions = [pump.subscribe(f"s{i}", Delivery()) for i in range(_SUBSCRIPTIONS)]
     costs: list[float] = []
 
     def work() -> None:
-        costs.extend(publisher(bus, origin))
-        bus.post(bus.close)
+        costs.extend(publisher(pump.ring, origin))
+        pump.ring.post(pump.close)
 
     async def consume(subscription: Subscription) -> None:
         try:
@@ -95,12 +96,12 @@ async def _measure(publisher: Callable[[Bus, Origin], list[float]], *, block: bo
             return
 
     async def blocks() -> None:
-        while bus.alive and not bus.closing:
+        while pump.ring.alive and not pump.closing:
             time.sleep(0.1)  # noqa: ASYNC251 - the host misbehaves: that is what is measured
             await anyio.sleep(0.01)
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bus.run)
+        tasks.start_soon(pump.run)
         for subscription in subscriptions:
             tasks.start_soon(consume, subscription)
         if block:
@@ -117,7 +118,7 @@ def main() -> int:
     print(header())
     print(f"\npublish() in microseconds, {_SUBSCRIPTIONS} subscriptions")
     print(f"{'':44}{'p50':>8}{'p99':>8}{'max':>9}   bar")
-    cases: list[tuple[str, Callable[[Bus, Origin], list[float]], bool, str]] = [
+    cases: list[tuple[str, Callable[[Ring, Origin], list[float]], bool, str]] = [
         ("deque.append, 3,000/s", lambda b, o: paced(OnlyDeque(), o, per_s=3_000, seconds=5), False, ""),
         ("3,000 events/s", lambda b, o: paced(b, o, per_s=3_000, seconds=5), False, "p50 1, p99 10"),
         ("into a sleeping event loop", lambda b, o: waking(b, o, count=200), False, "p50 50"),

@@ -12,7 +12,8 @@ import anyio
 import pytest
 
 from events.bus.backlog import Published
-from events.bus.bus import Bus
+from events.bus.pump import Pump
+from events.bus.ring import Limits, Ring
 from events.bus.subscription import Subscription
 from events.messages import Event, MetricsLogged, RunEnded, TrainStepEnded
 from events.origin import Origin
@@ -41,8 +42,10 @@ class Make:
     def metrics(self, at: int | None = None, key: str | None = None, **metrics: float) -> MetricsLogged:
         return self.event(MetricsLogged, metrics, key, at=at)
 
-    def bus(self, **options: Any) -> Bus:
-        return Bus(self.origin, **options)
+    def pump(self, **options: Any) -> Pump:
+        """A pump and its ring."""
+        limits = {name: options.pop(name) for name in Limits.__struct_fields__ if name in options}
+        return Pump(Ring(self.origin, Limits(**limits)), **options)
 
     def delivery(self, **options: Any) -> Delivery:
         """One that is delivered at once."""
@@ -55,18 +58,18 @@ def make() -> Make:
 
 
 @pytest.fixture
-def pumping() -> Callable[[Bus], Any]:
-    """``async with pumping(bus) as tasks``: the pump runs; at the end everything is delivered and the bus closed."""
+def pumping() -> Callable[[Pump], Any]:
+    """``async with pumping(pump) as tasks``: the pump runs; at the end everything is delivered and the bus closed."""
 
     @asynccontextmanager
-    async def pump(bus: Bus) -> AsyncIterator[anyio.abc.TaskGroup]:
+    async def run(pump: Pump) -> AsyncIterator[anyio.abc.TaskGroup]:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(bus.run)
+            tasks.start_soon(pump.run)
             yield tasks
-            await bus.drain()
-            bus.close()
+            await pump.drain()
+            pump.close()
 
-    return pump
+    return run
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def receive_all() -> Callable[[Subscription], Any]:
 def in_threads() -> Callable[..., Any]:
     """Run functions in threads of their own, at once, without holding up the event loop."""
 
-    async def run(bus: Bus, *functions: Callable[[], object]) -> None:
+    async def run(pump: Pump, *functions: Callable[[], object]) -> None:
         finished = anyio.Event()
         left = itertools.count(len(functions) - 1, -1)
         errors: list[BaseException] = []
@@ -100,7 +103,7 @@ def in_threads() -> Callable[..., Any]:
             except BaseException as error:
                 errors.append(error)
             if next(left) == 0:
-                bus.post(finished.set)
+                pump.ring.post(finished.set)
 
         threads = [threading.Thread(target=target, args=(function,)) for function in functions]
         for thread in threads:

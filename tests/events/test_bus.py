@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from events.bus.backlog import Payload
-from events.bus.bus import Bus
+from events.bus.pump import Pump
+from events.bus.ring import Limits, Ring
 from events.bus.subscription import Subscription
 from events.messages import (
     EVENT_TYPES,
@@ -97,11 +98,11 @@ def places(events: Any) -> list[int]:
     return [event.global_step for event in events]
 
 
-async def end(bus: Bus, *subscriptions: Subscription) -> None:
+async def end(pump: Pump, *subscriptions: Subscription) -> None:
     """What a supervisor does at the end of a run."""
-    await bus.drain()
+    await pump.drain()
     for subscription in subscriptions:
-        bus.unsubscribe(subscription)
+        pump.unsubscribe(subscription)
         subscription.finish()
 
 
@@ -110,35 +111,35 @@ async def end(bus: Bus, *subscriptions: Subscription) -> None:
 
 async def test_publishing_waits_for_no_event_loop(make: Any, pumping: Any) -> None:
     """With the event loop's thread held, another one publishes ten thousand events and posts a thousand functions."""
-    bus = make.bus(history=20_000)
+    pump = make.pump(history=20_000)
     returned = threading.Event()
     posted: list[int] = []
 
     def loop() -> None:
         for at in range(10_000):
-            bus.publish(build(TrainStepEnded, at))
+            pump.ring.publish(build(TrainStepEnded, at))
             if at % 10 == 0:
-                bus.post(lambda at=at: posted.append(at))
-                bus.flush()
+                pump.ring.post(lambda at=at: posted.append(at))
+                pump.ring.flush()
         returned.set()
 
-    async with pumping(bus):
-        await bus.drain()
+    async with pumping(pump):
+        await pump.drain()
         threading.Thread(target=loop).start()
         assert returned.wait(LIMIT_S)  # held until the last call has returned
-        assert (bus.last_seq, posted) == (0, [])
-        await bus.drain()
-        assert places(bus.history) == list(range(10_000))
+        assert (pump.last_seq, posted) == (0, [])
+        await pump.drain()
+        assert places(pump.history) == list(range(10_000))
         assert posted == list(range(0, 10_000, 10))
 
 
 async def test_the_pumps_processor_time_is_counted(make: Any, pumping: Any) -> None:
     """While it runs where the system tells it, and when it has ended everywhere."""
-    bus = make.bus()
-    async with pumping(bus):
-        bus.publish(build(TrainStepEnded, 0))
-        await bus.drain()
-    assert bus.cpu_time.read_ns() > 0
+    pump = make.pump()
+    async with pumping(pump):
+        pump.ring.publish(build(TrainStepEnded, 0))
+        await pump.drain()
+    assert pump.ring.cpu_time.read_ns() > 0
 
 
 def test_only_what_comes_with_every_step_may_be_dropped() -> None:
@@ -157,94 +158,94 @@ def test_the_oldest_steps_go_and_nothing_else(
     backend: str, capacity: int, first_seq: int, kinds: list[type[Event]]
 ) -> None:
     """Without a pump the ring keeps its last events and, beyond them, all that must not be dropped; the rest counts."""
-    bus = Bus(Origin("run"), capacity=capacity, first_seq=first_seq, history=1_000)
+    pump = Pump(Ring(Origin("run"), Limits(capacity=capacity)), first_seq=first_seq, history=1_000)
     for at, kind in enumerate(kinds):
-        bus.publish(build(kind, at))
+        pump.ring.publish(build(kind, at))
     expected = [at for at, kind in enumerate(kinds) if not kind.droppable or at >= len(kinds) - capacity]
-    assert bus.dropped == len(kinds) - len(expected)
+    assert pump.ring.counters.dropped == len(kinds) - len(expected)
 
     async def deliver() -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(bus.run)
-            await bus.drain()
-            bus.close()
+            tasks.start_soon(pump.run)
+            await pump.drain()
+            pump.close()
 
     anyio.run(deliver, backend=backend)
-    history = list(bus.history)
-    if bus.dropped:
+    history = list(pump.history)
+    if pump.ring.counters.dropped:
         report = history.pop()
         assert isinstance(report, ObserverDropped)
-        assert (report.observer, report.dropped, report.conflated) == ("bus", bus.dropped, 0)
+        assert (report.observer, report.dropped, report.conflated) == ("bus", pump.ring.counters.dropped, 0)
     assert places(history) == expected
-    assert [event.seq for event in bus.history] == list(range(first_seq, first_seq + len(bus.history)))
-    assert bus.last_seq == first_seq + len(bus.history) - 1
+    assert [event.seq for event in pump.history] == list(range(first_seq, first_seq + len(pump.history)))
+    assert pump.last_seq == first_seq + len(pump.history) - 1
 
 
 async def test_telemetry_never_holds_the_loop(make: Any, pumping: Any) -> None:
     """However full the ring is of what may be dropped, the loop is not told to wait."""
-    bus = make.bus(capacity=8)
-    bus.subscribe("sink", make.delivery(capacity=2))
+    pump = make.pump(capacity=8)
+    pump.subscribe("sink", make.delivery(capacity=2))
     for at in range(100):
-        bus.publish(build(TrainStepEnded, at))
-        assert not bus.gated
-        assert bus.wait_for_room(0)
-    async with pumping(bus):
-        assert bus.dropped == 92
+        pump.ring.publish(build(TrainStepEnded, at))
+        assert not pump.ring.gated
+        assert pump.ring.wait_for_room(0)
+    async with pumping(pump):
+        assert pump.ring.counters.dropped == 92
 
 
 async def test_the_loop_waits_once_the_reserve_is_used_up(make: Any, pumping: Any) -> None:
     """What must not be dropped has room beyond the ring; then the loop is held, by the bus, until it is delivered."""
-    bus = make.bus(capacity=8, reserve=4, history=100)
+    pump = make.pump(capacity=8, reserve=4, history=100)
     for at in range(12):
-        bus.publish(build(RunEnded, at))
-    assert not bus.gated
-    bus.publish(build(RunEnded, 12))
-    assert bus.gated
-    assert not bus.wait_for_room(0)
-    assert bus.blocked_by == ["bus"]
-    async with pumping(bus):
-        await bus.drain()
-        assert not bus.gated
-        assert bus.wait_for_room(0)
-        assert places(bus.history) == list(range(13))
+        pump.ring.publish(build(RunEnded, at))
+    assert not pump.ring.gated
+    pump.ring.publish(build(RunEnded, 12))
+    assert pump.ring.gated
+    assert not pump.ring.wait_for_room(0)
+    assert pump.ring.blocked_by == ["bus"]
+    async with pumping(pump):
+        await pump.drain()
+        assert not pump.ring.gated
+        assert pump.ring.wait_for_room(0)
+        assert places(pump.history) == list(range(13))
 
 
 async def test_payloads_are_bounded_in_bytes(make: Any, pumping: Any) -> None:
     """Steps go with their tensors until the rest fits; what must not go holds the loop until it is delivered."""
-    bus = make.bus(capacity_bytes=1_000, history=100)
+    pump = make.pump(capacity_bytes=1_000, history=100)
     for at in range(5):
-        bus.publish(build(TrainStepEnded, at), Payload(nbytes=400))
-        assert not bus.gated
-    assert bus.dropped == 3
-    bus.publish(build(RunEnded, 5), Payload(nbytes=700))
-    assert not bus.gated
-    bus.publish(build(RunEnded, 6), Payload(nbytes=700))
-    assert bus.dropped == 3, "that steps go would make no room for these"
-    assert bus.gated
-    assert bus.blocked_by == ["bus"]
-    async with pumping(bus):
-        await bus.drain()
-        assert not bus.gated
-        assert places(bus.history)[:4] == [3, 4, 5, 6]  # and then how many were dropped
+        pump.ring.publish(build(TrainStepEnded, at), Payload(nbytes=400))
+        assert not pump.ring.gated
+    assert pump.ring.counters.dropped == 3
+    pump.ring.publish(build(RunEnded, 5), Payload(nbytes=700))
+    assert not pump.ring.gated
+    pump.ring.publish(build(RunEnded, 6), Payload(nbytes=700))
+    assert pump.ring.counters.dropped == 3, "that steps go would make no room for these"
+    assert pump.ring.gated
+    assert pump.ring.blocked_by == ["bus"]
+    async with pumping(pump):
+        await pump.drain()
+        assert not pump.ring.gated
+        assert places(pump.history)[:4] == [3, 4, 5, 6]  # and then how many were dropped
         for at in range(7, 9):
-            bus.publish(build(TrainStepEnded, at), Payload(nbytes=500))
-        bus.publish(build(RunEnded, 9), Payload(nbytes=1_000))
-        assert bus.dropped == 3
-        assert not bus.gated
+            pump.ring.publish(build(TrainStepEnded, at), Payload(nbytes=500))
+        pump.ring.publish(build(RunEnded, 9), Payload(nbytes=1_000))
+        assert pump.ring.counters.dropped == 3
+        assert not pump.ring.gated
 
 
 async def test_memory_is_bounded_after_the_pump_has_ended(make: Any, pumping: Any) -> None:
     """A loop that goes on for a while publishes into a ring that drops and counts; it is never held."""
-    bus = make.bus(capacity=8)
-    bus.subscribe("callback", make.delivery(overflow="block", capacity=1))
-    async with pumping(bus):
+    pump = make.pump(capacity=8)
+    pump.subscribe("callback", make.delivery(overflow="block", capacity=1))
+    async with pumping(pump):
         pass
     for at in range(100):
-        bus.publish(build(TrainStepEnded, at))
-        bus.post(lambda: None)
-        assert bus.wait_for_room(LIMIT_S)
-    bus.flush()
-    assert bus.dropped >= 100 - 2 * 8
+        pump.ring.publish(build(TrainStepEnded, at))
+        pump.ring.post(lambda: None)
+        assert pump.ring.wait_for_room(LIMIT_S)
+    pump.ring.flush()
+    assert pump.ring.counters.dropped >= 100 - 2 * 8
 
 
 # ------------------------------------------------------------------------------------------ any run at all
@@ -277,12 +278,12 @@ def wants(types: frozenset[type[Event]] | None, event: Event) -> bool:
     return event.journalled if types is None else type(event) in types
 
 
-def check_history(bus: Bus, first_seq: int, plans: list[list[type[Event]]]) -> None:
-    history = list(bus.history)
+def check_history(pump: Pump, first_seq: int, plans: list[list[type[Event]]]) -> None:
+    history = list(pump.history)
     assert [event.seq for event in history] == list(range(first_seq, first_seq + len(history)))
     ours = [event for event in history if not isinstance(event, ObserverDropped)]
-    assert len(ours) + bus.dropped == sum(len(kinds) for kinds in plans)
-    assert bus.dropped == sum(getattr(event, "dropped", 0) for event in history if _is_of(event, "bus"))
+    assert len(ours) + pump.ring.counters.dropped == sum(len(kinds) for kinds in plans)
+    assert pump.ring.counters.dropped == sum(getattr(event, "dropped", 0) for event in history if _is_of(event, "bus"))
     for thread, kinds in enumerate(plans):
         mine = [event for event in ours if event.rank == thread]
         assert places(mine) == sorted(set(places(mine)))
@@ -295,8 +296,8 @@ def _is_of(event: Event, observer: str) -> bool:
     return isinstance(event, ObserverDropped) and event.observer == observer
 
 
-def check_subscription(bus: Bus, receiver: Receiver, subscription: Subscription, received: list[Event]) -> None:
-    meant = [event for event in bus.history if wants(receiver.types, event)]
+def check_subscription(pump: Pump, receiver: Receiver, subscription: Subscription, received: list[Event]) -> None:
+    meant = [event for event in pump.history if wants(receiver.types, event)]
     counts = subscription.statistics
     assert add_up(subscription)
     assert (counts.published, counts.delivered, counts.queued) == (len(meant), len(received), 0)
@@ -332,10 +333,10 @@ def test_every_event_is_delivered_or_accounted_for(
     """Several threads, any subscriptions, a pump that runs or is late: order, identity and counts hold everywhere."""
 
     async def main() -> None:
-        bus = Bus(Origin("run"), capacity=ring, first_seq=first_seq, history=10_000)
+        pump = Pump(Ring(Origin("run"), Limits(capacity=ring)), first_seq=first_seq, history=10_000)
         received: list[list[Event]] = [[] for _ in receivers]
         subscriptions = [
-            bus.subscribe(
+            pump.subscribe(
                 f"observer {at}",
                 Delivery(
                     overflow=receiver.overflow,
@@ -359,29 +360,29 @@ def test_every_event_is_delivered_or_accounted_for(
 
         def publish(thread: int, kinds: list[type[Event]]) -> None:
             for at, kind in enumerate(kinds):
-                while pumped and bus.gated:
-                    bus.wait_for_room(0.02)
-                bus.publish(build(kind, at, thread))
+                while pumped and pump.ring.gated:
+                    pump.ring.wait_for_room(0.02)
+                pump.ring.publish(build(kind, at, thread))
 
         threads = [lambda thread=thread, kinds=kinds: publish(thread, kinds) for thread, kinds in enumerate(plans)]
         with anyio.fail_after(LIMIT_S):
-            async with anyio.create_task_group() as pump, anyio.create_task_group() as tasks:
+            async with anyio.create_task_group() as running, anyio.create_task_group() as tasks:
                 if not pumped:
                     run_all(threads)
-                pump.start_soon(bus.run)
+                running.start_soon(pump.run)
                 for at in range(len(receivers)):
                     tasks.start_soon(receive, at)
                 if pumped:
-                    await in_threads(bus, *threads)
-                await bus.drain()
-                bus.report_losses()
-                await end(bus, *subscriptions)
-                tasks.start_soon(close_after, bus, subscriptions)
-        check_history(bus, first_seq, plans)
+                    await in_threads(pump, *threads)
+                await pump.drain()
+                pump.report_losses()
+                await end(pump, *subscriptions)
+                tasks.start_soon(close_after, pump, subscriptions)
+        check_history(pump, first_seq, plans)
         for at, receiver in enumerate(receivers):
-            check_subscription(bus, receiver, subscriptions[at], received[at])
+            check_subscription(pump, receiver, subscriptions[at], received[at])
         if pumped and any(receiver.overflow == "block" for receiver in receivers):
-            assert bus.dropped == 0
+            assert pump.ring.counters.dropped == 0
 
     anyio.run(main, backend=backend)
 
@@ -394,10 +395,10 @@ def run_all(functions: list[Callable[[], None]]) -> None:
         thread.join(LIMIT_S)
 
 
-async def close_after(bus: Bus, subscriptions: list[Subscription]) -> None:
+async def close_after(pump: Pump, subscriptions: list[Subscription]) -> None:
     while not all(subscription.statistics.queued == 0 for subscription in subscriptions):
         await anyio.lowlevel.checkpoint()
-    bus.close()
+    pump.close()
     for subscription in subscriptions:
         subscription.discard()
 
@@ -407,18 +408,18 @@ async def close_after(bus: Bus, subscriptions: list[Subscription]) -> None:
 
 async def test_block_holds_the_loop_and_loses_nothing(make: Any, pumping: Any, in_threads: Any) -> None:
     """A loop that keeps to the gate gets every event through the smallest queue, and does not run far ahead."""
-    bus = make.bus(capacity=16)
-    subscription = bus.subscribe("callback", make.delivery(overflow="block", capacity=2))
+    pump = make.pump(capacity=16)
+    subscription = pump.subscribe("callback", make.delivery(overflow="block", capacity=2))
     published = itertools.count(1)
     received: list[int] = []
     ahead: list[int] = []
 
     def loop() -> None:
         for _ in range(600):
-            while bus.gated:
-                assert bus.wait_for_room(LIMIT_S)
+            while pump.ring.gated:
+                assert pump.ring.wait_for_room(LIMIT_S)
             at = next(published)
-            bus.publish(build(TrainStepEnded, at))
+            pump.ring.publish(build(TrainStepEnded, at))
             ahead.append(at - len(received))
 
     async def receive() -> None:
@@ -426,91 +427,91 @@ async def test_block_holds_the_loop_and_loses_nothing(make: Any, pumping: Any, i
             received.extend(places([event for event, _ in await subscription.receive()]))
 
     with anyio.fail_after(LIMIT_S):
-        async with pumping(bus) as tasks:
+        async with pumping(pump) as tasks:
             tasks.start_soon(receive)
-            await in_threads(bus, loop)
+            await in_threads(pump, loop)
     assert received == list(range(1, 601))
-    assert (bus.dropped, subscription.statistics.dropped) == (0, 0)
+    assert (pump.ring.counters.dropped, subscription.statistics.dropped) == (0, 0)
     assert max(ahead) <= 2 + 2 * 16
 
 
 async def test_whoever_holds_the_loop_is_named_until_it_has_room(make: Any, pumping: Any) -> None:
     """Receiving, leaving and being given up all let the loop go on."""
-    bus = make.bus()
+    pump = make.pump()
     delivery = make.delivery(overflow="block", capacity=2)
     names = ["c", "a", "b"]
-    subscriptions = {name: bus.subscribe(name, delivery) for name in names}
-    async with pumping(bus):
+    subscriptions = {name: pump.subscribe(name, delivery) for name in names}
+    async with pumping(pump):
         for at in range(4):
-            bus.publish(build(TrainStepEnded, at))
-        await bus.drain()
-        assert bus.blocked_by == ["a", "b", "c"]
-        assert bus.gated
-        bus.unsubscribe(subscriptions["a"])
-        assert bus.blocked_by == ["b", "c"]
+            pump.ring.publish(build(TrainStepEnded, at))
+        await pump.drain()
+        assert pump.ring.blocked_by == ["a", "b", "c"]
+        assert pump.ring.gated
+        pump.unsubscribe(subscriptions["a"])
+        assert pump.ring.blocked_by == ["b", "c"]
         subscriptions["b"].discard()
-        assert bus.blocked_by == ["c"]
-        assert not bus.wait_for_room(0)
+        assert pump.ring.blocked_by == ["c"]
+        assert not pump.ring.wait_for_room(0)
         while not subscriptions["c"].is_empty:
             await subscriptions["c"].receive()
         subscriptions["c"].done()
-        assert not bus.gated
-        assert bus.wait_for_room(0)
+        assert not pump.ring.gated
+        assert pump.ring.wait_for_room(0)
         assert all(add_up(subscription) for subscription in subscriptions.values())
 
 
 async def test_the_loop_is_held_before_the_ring_must_drop_what_somebody_must_get(make: Any, pumping: Any) -> None:
     """While the event loop is blocked, a ring that fills up tells the loop in time."""
-    bus = make.bus(capacity=16)
-    subscription = bus.subscribe("callback", make.delivery(overflow="block"))
+    pump = make.pump(capacity=16)
+    subscription = pump.subscribe("callback", make.delivery(overflow="block"))
     for count in itertools.count(1):
-        bus.publish(build(TrainStepEnded, count))
-        if bus.gated:
+        pump.ring.publish(build(TrainStepEnded, count))
+        if pump.ring.gated:
             break
     assert count <= 16
     for at in range(8):  # what is left of this step
-        bus.publish(build(TrainStepEnded, count + 1 + at))
-    assert bus.dropped == 0
-    async with pumping(bus):
-        await bus.drain()
-        assert not bus.gated
+        pump.ring.publish(build(TrainStepEnded, count + 1 + at))
+    assert pump.ring.counters.dropped == 0
+    async with pumping(pump):
+        await pump.drain()
+        assert not pump.ring.gated
         assert subscription.statistics.published == count + 8
 
 
 async def test_releasing_ends_a_wait_but_not_the_gate(make: Any, pumping: Any) -> None:
     """The loop has something else to look at: a stop, or a cancellation."""
-    bus = make.bus(capacity=1, reserve=0)
-    bus.publish(build(RunEnded, 1))
-    bus.publish(build(RunEnded, 2))
+    pump = make.pump(capacity=1, reserve=0)
+    pump.ring.publish(build(RunEnded, 1))
+    pump.ring.publish(build(RunEnded, 2))
     results: list[bool] = []
-    loop = threading.Thread(target=lambda: results.append(bus.wait_for_room(LIMIT_S)))
+    loop = threading.Thread(target=lambda: results.append(pump.ring.wait_for_room(LIMIT_S)))
     loop.start()
     while loop.is_alive():
-        bus.release()
+        pump.ring.release()
         loop.join(0.01)
     assert results == [False]
-    assert bus.gated
-    async with pumping(bus):
-        await bus.drain()
-        assert not bus.gated
+    assert pump.ring.gated
+    async with pumping(pump):
+        await pump.drain()
+        assert not pump.ring.gated
 
 
 async def test_the_end_of_the_pump_lets_the_loop_go(make: Any, in_threads: Any) -> None:
     """Nobody will make room any more, so nobody waits for it; the wait that is under way ends too."""
-    bus = make.bus()
-    bus.subscribe("callback", make.delivery(overflow="block", capacity=1))
+    pump = make.pump()
+    pump.subscribe("callback", make.delivery(overflow="block", capacity=1))
     results: list[bool] = []
     waiting = threading.Event()
 
     def loop() -> None:
         waiting.set()
-        results.append(bus.wait_for_room(LIMIT_S))
+        results.append(pump.ring.wait_for_room(LIMIT_S))
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bus.run)
+        tasks.start_soon(pump.run)
         for at in range(3):
-            bus.publish(build(TrainStepEnded, at))
-        await bus.drain()
+            pump.ring.publish(build(TrainStepEnded, at))
+        await pump.drain()
         thread = threading.Thread(target=loop)
         thread.start()
         assert waiting.wait(LIMIT_S)

@@ -47,53 +47,53 @@ def reports_of(events: Any, observer: str) -> list[ObserverDropped]:
 
 async def test_what_is_wanted_follows_the_subscriptions(make: Any, pumping: Any) -> None:
     """The loop builds rare events only while somebody has asked for them by name."""
-    bus = make.bus()
-    assert bus.wanted == frozenset()
-    steps = bus.subscribe("steps", make.delivery(types=frozenset([ValStepEnded])))
-    assert bus.wanted == {ValStepEnded}
-    everything = bus.subscribe("everything", make.delivery())
-    assert bus.wanted == {ValStepEnded} | {kind for kind in EVENT_TYPES if kind.journalled}
-    bus.unsubscribe(steps)
-    assert ValStepEnded not in bus.wanted
-    async with pumping(bus):
-        bus.unsubscribe(everything)
-        bus.unsubscribe(everything)
-        assert bus.wanted == frozenset()
+    pump = make.pump()
+    assert pump.ring.audience.wanted == frozenset()
+    steps = pump.subscribe("steps", make.delivery(types=frozenset([ValStepEnded])))
+    assert pump.ring.audience.wanted == {ValStepEnded}
+    everything = pump.subscribe("everything", make.delivery())
+    assert pump.ring.audience.wanted == {ValStepEnded} | {kind for kind in EVENT_TYPES if kind.journalled}
+    pump.unsubscribe(steps)
+    assert ValStepEnded not in pump.ring.audience.wanted
+    async with pumping(pump):
+        pump.unsubscribe(everything)
+        pump.unsubscribe(everything)
+        assert pump.ring.audience.wanted == frozenset()
 
 
 async def test_subscriptions_get_their_types_from_now_on(make: Any, pumping: Any) -> None:
     """What was delivered before is not repeated; the history keeps the most recent events of all types."""
-    bus = make.bus(history=3)
+    pump = make.pump(history=3)
 
     def publish_all(first: int) -> None:
         for at, kind in enumerate([TrainEpochStarted, TrainStepEnded, ValStepEnded], first):
-            bus.publish(make.event(kind, at=at))
-        bus.publish(make.ended(first + 3))
+            pump.ring.publish(make.event(kind, at=at))
+        pump.ring.publish(make.ended(first + 3))
 
-    async with pumping(bus):
-        early = bus.subscribe("early", make.delivery())
+    async with pumping(pump):
+        early = pump.subscribe("early", make.delivery())
         publish_all(0)
-        await bus.drain()
-        late = bus.subscribe("late", make.delivery(types=frozenset([ValStepEnded, RunEnded])))
+        await pump.drain()
+        late = pump.subscribe("late", make.delivery(types=frozenset([ValStepEnded, RunEnded])))
         assert late.is_empty
         publish_all(4)
-        await bus.drain()
+        await pump.drain()
         assert places([event for event, _ in await early.receive()]) == [0, 1, 3, 4, 5, 7]
         assert places([event for event, _ in await late.receive()]) == [6, 7]
-        assert places(bus.history) == [5, 6, 7]
-        assert bus.last_seq == 8
+        assert places(pump.history) == [5, 6, 7]
+        assert pump.last_seq == 8
 
 
 async def test_payloads_reach_only_those_who_asked(make: Any, pumping: Any) -> None:
     """And only there do they use up the room in the queue."""
-    bus = make.bus()
-    with_them = bus.subscribe("callback", make.delivery(), payloads=True)
-    without = bus.subscribe("sink", make.delivery())
+    pump = make.pump()
+    with_them = pump.subscribe("callback", make.delivery(), payloads=True)
+    without = pump.subscribe("sink", make.delivery())
     payload = Payload(outputs=["tensor"], nbytes=1_000)
-    async with pumping(bus):
-        bus.publish(make.ended(0), payload)
-        bus.publish(make.ended(1))
-        await bus.drain()
+    async with pumping(pump):
+        pump.ring.publish(make.ended(0), payload)
+        pump.ring.publish(make.ended(1))
+        await pump.drain()
         assert with_them.queued_bytes == without.queued_bytes + 1_000
         assert [given for _, given in await with_them.receive()] == [payload, None]
         assert [given for _, given in await without.receive()] == [None, None]
@@ -101,30 +101,30 @@ async def test_payloads_reach_only_those_who_asked(make: Any, pumping: Any) -> N
 
 async def test_fences_do_not_wait_for_who_gets_nothing(make: Any, pumping: Any) -> None:
     """Whoever left, never came, takes other types or no payloads is released when the event passes."""
-    bus = make.bus()
-    bus.subscribe("stays", make.delivery(), payloads=True)
-    left = bus.subscribe("left", make.delivery(), payloads=True)
-    bus.subscribe("other types", make.delivery(types=frozenset([TrainStepEnded])), payloads=True)
-    bus.subscribe("no payloads", make.delivery())
+    pump = make.pump()
+    pump.subscribe("stays", make.delivery(), payloads=True)
+    left = pump.subscribe("left", make.delivery(), payloads=True)
+    pump.subscribe("other types", make.delivery(types=frozenset([TrainStepEnded])), payloads=True)
+    pump.subscribe("no payloads", make.delivery())
     names = ["stays", "left", "other types", "no payloads", "never came"]
     fence, nobody = Fence(names), Fence(["never came"])
-    bus.publish(make.ended(0), Payload(fence=fence))
-    bus.publish(make.event(ValStepEnded, at=1), Payload(fence=nobody))
-    bus.unsubscribe(left)
-    async with pumping(bus):
-        await bus.drain()
+    pump.ring.publish(make.ended(0), Payload(fence=fence))
+    pump.ring.publish(make.event(ValStepEnded, at=1), Payload(fence=nobody))
+    pump.unsubscribe(left)
+    async with pumping(pump):
+        await pump.drain()
         assert fence.waiting == ["stays"]
         assert nobody.wait(0)
 
 
 async def test_a_fence_falls_when_the_ring_drops_its_event(make: Any, pumping: Any) -> None:
     """The loop would wait for ever for a hook that will not run."""
-    bus = make.bus(capacity_bytes=1_000)
-    bus.subscribe("callback", make.delivery(), payloads=True)
+    pump = make.pump(capacity_bytes=1_000)
+    pump.subscribe("callback", make.delivery(), payloads=True)
     fence = Fence(["callback"])
-    bus.publish(make.step(0), Payload(fence=fence, nbytes=2_000))
-    async with pumping(bus):
-        assert bus.dropped == 1
+    pump.ring.publish(make.step(0), Payload(fence=fence, nbytes=2_000))
+    async with pumping(pump):
+        assert pump.ring.counters.dropped == 1
         assert fence.wait(0)
 
 
@@ -133,76 +133,78 @@ async def test_a_fence_falls_when_the_ring_drops_its_event(make: Any, pumping: A
 
 async def test_nobody_can_subscribe_once_it_closes(make: Any, pumping: Any) -> None:
     """From the moment it is closed, not only when it has ended; the error names who came too late."""
-    bus = make.bus()
-    async with pumping(bus):
-        bus.close()
+    pump = make.pump()
+    async with pumping(pump):
+        pump.close()
         with pytest.raises(BusClosed, match="'late'"):
-            bus.subscribe("late", make.delivery())
-    assert not bus.alive
+            pump.subscribe("late", make.delivery())
+    assert not pump.ring.alive
     with pytest.raises(BusClosed, match="'later'"):
-        bus.subscribe("later", make.delivery(overflow="spill"))
-    await bus.drain()  # there is nothing to wait for
+        pump.subscribe("later", make.delivery(overflow="spill"))
+    await pump.drain()  # there is nothing to wait for
 
 
 async def test_draining_delivers_all_that_was_published_before(make: Any, pumping: Any) -> None:
     """At once, for several callers, also while events are kept back to make a batch."""
-    bus = make.bus()
-    subscription = bus.subscribe("sink", Delivery(latency_s=3_600.0))
+    pump = make.pump()
+    subscription = pump.subscribe("sink", Delivery(latency_s=3_600.0))
     with anyio.fail_after(LIMIT_S):
-        async with pumping(bus) as tasks:
-            await bus.drain()
+        async with pumping(pump) as tasks:
+            await pump.drain()
             for rounds in range(1, 4):
                 for at in range(1_000):
-                    bus.publish(make.step(at))
-                tasks.start_soon(bus.drain)
-                await bus.drain()
-                assert subscription.statistics.published == bus.last_seq == 1_000 * rounds
+                    pump.ring.publish(make.step(at))
+                tasks.start_soon(pump.drain)
+                await pump.drain()
+                assert subscription.statistics.published == pump.last_seq == 1_000 * rounds
 
 
 async def test_a_ring_of_many_helpings_is_drained_at_once(make: Any, pumping: Any) -> None:
     """However long events may be kept back to make a batch."""
-    bus = make.bus()
-    bus.subscribe("sink", Delivery(latency_s=3_600.0))
+    pump = make.pump()
+    pump.subscribe("sink", Delivery(latency_s=3_600.0))
     for at in range(5_000):
-        bus.publish(make.step(at))
+        pump.ring.publish(make.step(at))
     with anyio.fail_after(0.5):
-        async with pumping(bus):
-            await bus.drain()
-            assert bus.last_seq == 5_000
+        async with pumping(pump):
+            await pump.drain()
+            assert pump.last_seq == 5_000
 
 
 async def test_a_ring_that_fills_up_is_drained_before_anything_has_to_go(make: Any, pumping: Any) -> None:
     """Without waiting for the tick, which is far away while nobody is in a hurry."""
-    bus = make.bus(capacity=64)
-    subscription = bus.subscribe("sink", Delivery(latency_s=3_600.0))
+    pump = make.pump(capacity=64)
+    subscription = pump.subscribe("sink", Delivery(latency_s=3_600.0))
     with anyio.fail_after(LIMIT_S):
-        async with pumping(bus):
-            await bus.drain()
+        async with pumping(pump):
+            await pump.drain()
             for _ in range(3):
                 for at in range(60):
-                    bus.publish(make.step(at))
+                    pump.ring.publish(make.step(at))
                 received = 0
                 while received < 49:  # three quarters, and one more
                     received += len(await subscription.receive())
-    assert bus.dropped == 0
+    assert pump.ring.counters.dropped == 0
 
 
 async def test_who_takes_only_what_is_rare_is_woken_for_it_and_not_before(make: Any, pumping: Any) -> None:
     """His haste is not that of those who take every step: the pump does not tick for him, and he does not wait."""
-    bus = make.bus()
-    steps = bus.subscribe("steps", Delivery(latency_s=3_600.0))
-    rare = bus.subscribe("rare", Delivery(types=frozenset({RunEnded, TrainEpochStarted}), latency_s=1e-6))
+    pump = make.pump()
+    steps = pump.subscribe("steps", Delivery(latency_s=3_600.0))
+    rare = pump.subscribe("rare", Delivery(types=frozenset({RunEnded, TrainEpochStarted}), latency_s=1e-6))
     with anyio.fail_after(LIMIT_S):
-        async with pumping(bus):
-            bus.publish(make.step(1))  # the pump, which slept, begins to wait for its next tick
+        async with pumping(pump):
+            pump.ring.publish(make.step(1))  # the pump, which slept, begins to wait for its next tick
             assert [event.global_step for event, _ in await steps.receive()] == [1]
             for at in range(2, 49):
-                bus.publish(make.step(at))
+                pump.ring.publish(make.step(at))
                 await anyio.wait_all_tasks_blocked()
-            bus.publish(make.event(ObserverDropped, "x", 1, 0, at=49))  # rare, too, but nobody is in a hurry for it
+            pump.ring.publish(
+                make.event(ObserverDropped, "x", 1, 0, at=49)
+            )  # rare, too, but nobody is in a hurry for it
             await anyio.wait_all_tasks_blocked()
-            assert bus.last_seq == 1
-            bus.publish(make.ended(50))
+            assert pump.last_seq == 1
+            pump.ring.publish(make.ended(50))
             assert [event.global_step for event, _ in await rare.receive()] == [50]
             assert [event.global_step for event, _ in await steps.receive()] == [*range(2, 51)]
 
@@ -215,16 +217,16 @@ async def test_what_is_urgent_does_not_wait_for_the_tick_behind_a_read(make: Any
         def start(self, batch: list[Published], /) -> Callable[[], bool]:
             return lambda: arrived[0]
 
-    bus = make.bus(readback=Waits())
-    steps = bus.subscribe("steps", Delivery(latency_s=3_600.0))
-    rare = bus.subscribe("rare", Delivery(types=frozenset({RunEnded}), latency_s=1e-6))
+    pump = make.pump(readback=Waits())
+    steps = pump.subscribe("steps", Delivery(latency_s=3_600.0))
+    rare = pump.subscribe("rare", Delivery(types=frozenset({RunEnded}), latency_s=1e-6))
     with anyio.fail_after(LIMIT_S):
-        async with pumping(bus):
-            bus.publish(make.step(1))
+        async with pumping(pump):
+            pump.ring.publish(make.step(1))
             await anyio.wait_all_tasks_blocked()
-            bus.publish(make.ended(2))
+            pump.ring.publish(make.ended(2))
             await anyio.wait_all_tasks_blocked()
-            assert bus.last_seq == 0
+            assert pump.last_seq == 0
             arrived[0] = True
             assert [event.global_step for event, _ in await rare.receive()] == [2]
             assert [event.global_step for event, _ in await steps.receive()] == [1, 2]
@@ -232,50 +234,50 @@ async def test_what_is_urgent_does_not_wait_for_the_tick_behind_a_read(make: Any
 
 async def test_who_comes_later_and_is_in_haste_does_not_wait_for_the_tick_that_was(make: Any, pumping: Any) -> None:
     """The most impatient of those who take every step sets the tick, from his coming on."""
-    bus = make.bus()
-    bus.subscribe("patient", Delivery(latency_s=3_600.0))
+    pump = make.pump()
+    pump.subscribe("patient", Delivery(latency_s=3_600.0))
     with anyio.fail_after(LIMIT_S):
-        async with pumping(bus):
+        async with pumping(pump):
             for at in range(1, 3):  # the second waits for the tick
-                bus.publish(make.step(at))
+                pump.ring.publish(make.step(at))
                 await anyio.wait_all_tasks_blocked()
-            assert bus.last_seq == 1
-            hasty = bus.subscribe("hasty", Delivery(latency_s=0.001))
+            assert pump.last_seq == 1
+            hasty = pump.subscribe("hasty", Delivery(latency_s=0.001))
             received: list[int] = []
             while received[-1:] != [9]:
-                bus.publish(make.step(9))
+                pump.ring.publish(make.step(9))
                 received += [event.global_step for event, _ in await hasty.receive()]
 
 
 async def test_draining_waits_for_what_threads_had_published(make: Any, pumping: Any, in_threads: Any) -> None:
     """While threads go on publishing, each drain covers at least what came before it."""
-    bus = make.bus(capacity=100_000)
+    pump = make.pump(capacity=100_000)
     count = [0]
 
     def publish() -> None:
         for at in range(3_000):
-            bus.publish(make.step(at))
+            pump.ring.publish(make.step(at))
             count[0] = at + 1
 
     async def drain() -> None:
         while count[0] < 3_000:
             before = count[0]
-            await bus.drain()
-            assert bus.last_seq >= before
+            await pump.drain()
+            assert pump.last_seq >= before
 
     with anyio.fail_after(LIMIT_S):
-        async with pumping(bus) as tasks:
+        async with pumping(pump) as tasks:
             tasks.start_soon(drain)
-            await in_threads(bus, publish)
+            await in_threads(pump, publish)
 
 
 async def test_closing_lets_receivers_have_what_is_queued(make: Any, pumping: Any, receive_all: Any) -> None:
     """They get the rest, then the end of the stream."""
-    bus = make.bus()
-    subscription = bus.subscribe("sink", make.delivery(overflow="drop_oldest", capacity=20))
-    async with pumping(bus):
+    pump = make.pump()
+    subscription = pump.subscribe("sink", make.delivery(overflow="drop_oldest", capacity=20))
+    async with pumping(pump):
         for at in range(10):
-            bus.publish(make.step(at))
+            pump.ring.publish(make.step(at))
     try:
         with anyio.fail_after(0.5):
             assert places(await receive_all(subscription)) == list(range(10))
@@ -285,8 +287,8 @@ async def test_closing_lets_receivers_have_what_is_queued(make: Any, pumping: An
 
 async def test_cancelling_the_pump_ends_the_streams_and_leaves_the_rest(make: Any, receive_all: Any) -> None:
     """Receivers get what was delivered, then the end; what is in the ring stays there."""
-    bus = make.bus()
-    subscription = bus.subscribe("sink", make.delivery())
+    pump = make.pump()
+    subscription = pump.subscribe("sink", make.delivery())
     received: list[Event] = []
 
     async def receive() -> None:
@@ -295,34 +297,34 @@ async def test_cancelling_the_pump_ends_the_streams_and_leaves_the_rest(make: An
     async with anyio.create_task_group() as receiver:
         receiver.start_soon(receive)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(bus.run)
+            tasks.start_soon(pump.run)
             for at in range(3):
-                bus.publish(make.step(at))
-            await bus.drain()
+                pump.ring.publish(make.step(at))
+            await pump.drain()
             tasks.cancel_scope.cancel()
-            bus.publish(make.step(3))
+            pump.ring.publish(make.step(3))
     assert places(received) == [0, 1, 2]
-    assert not bus.alive
-    assert (bus.last_seq, subscription.statistics.published) == (3, 3)
-    await bus.drain()
+    assert not pump.ring.alive
+    assert (pump.last_seq, subscription.statistics.published) == (3, 3)
+    await pump.drain()
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_cancelling_the_pump_natively_is_the_same(make: Any) -> None:
     """Asyncio's own cancellation, whether it sleeps or ticks, releases whoever waits for a drain."""
     for sleeping in (True, False):
-        bus = make.bus()
-        subscription = bus.subscribe("sink", Delivery(latency_s=3_600.0))
-        pump = asyncio.ensure_future(bus.run())
-        await bus.drain()
+        pump = make.pump()
+        subscription = pump.subscribe("sink", Delivery(latency_s=3_600.0))
+        running = asyncio.ensure_future(pump.run())
+        await pump.drain()
         if not sleeping:
-            bus.publish(make.step(1))
-        drain = asyncio.ensure_future(bus.drain())
-        pump.cancel()
+            pump.ring.publish(make.step(1))
+        drain = asyncio.ensure_future(pump.drain())
+        running.cancel()
         await drain
         with pytest.raises(asyncio.CancelledError):
-            await pump
-        assert not bus.alive
+            await running
+        assert not pump.ring.alive
         assert subscription.ended
 
 
@@ -341,8 +343,8 @@ def restless() -> Iterator[None]:
 @pytest.mark.usefixtures("restless")
 async def test_every_event_wakes_a_pump_that_sleeps_or_is_about_to(make: Any, pumping: Any, in_threads: Any) -> None:
     """No wake-up is lost, at whatever moment of the pump's round an event or a posted function comes."""
-    bus = make.bus()
-    subscription = bus.subscribe("sink", make.delivery())
+    pump = make.pump()
+    subscription = pump.subscribe("sink", make.delivery())
     seen = threading.Event()
     rounds = 600
 
@@ -352,9 +354,9 @@ async def test_every_event_wakes_a_pump_that_sleeps_or_is_about_to(make: Any, pu
             for _ in range(at % 50):
                 pass  # another moment each time
             if at % 3:
-                bus.publish(make.step(at))
+                pump.ring.publish(make.step(at))
             else:
-                bus.post(seen.set)
+                pump.ring.post(seen.set)
             assert seen.wait(LIMIT_S), f"round {at}"
 
     async def receive() -> None:
@@ -365,27 +367,27 @@ async def test_every_event_wakes_a_pump_that_sleeps_or_is_about_to(make: Any, pu
                 return
             seen.set()
 
-    async with pumping(bus) as tasks:
+    async with pumping(pump) as tasks:
         tasks.start_soon(receive)
-        await in_threads(bus, loop)
+        await in_threads(pump, loop)
 
 
 async def test_a_long_backlog_does_not_hold_up_the_host(make: Any, pumping: Any) -> None:
     """Other tasks of the event loop run between the helpings."""
-    bus = make.bus()
-    bus.subscribe("sink", make.delivery())
+    pump = make.pump()
+    pump.subscribe("sink", make.delivery())
     for at in range(12_000):
-        bus.publish(make.step(at))
+        pump.ring.publish(make.step(at))
     seen: set[int] = set()
 
     async def watch() -> None:
-        while bus.last_seq < 12_000:
-            seen.add(bus.last_seq)
+        while pump.last_seq < 12_000:
+            seen.add(pump.last_seq)
             await anyio.lowlevel.checkpoint()
 
-    async with pumping(bus) as tasks:
+    async with pumping(pump) as tasks:
         tasks.start_soon(watch)
-        await bus.drain()
+        await pump.drain()
     assert len(seen - {0, 12_000}) >= 3
 
 
@@ -415,28 +417,28 @@ class Later:
 async def test_events_wait_in_order_for_numbers_from_the_device(make: Any, pumping: Any) -> None:
     """Nothing is delivered incomplete or overtakes; the event loop goes on meanwhile, and so does what is posted."""
     device = Later()
-    bus = make.bus(readback=device, history=100)
-    subscription = bus.subscribe("sink", make.delivery())
+    pump = make.pump(readback=device, history=100)
+    subscription = pump.subscribe("sink", make.delivery())
     drained = anyio.Event()
 
     async def drain() -> None:
-        await bus.drain()
+        await pump.drain()
         drained.set()
 
     with anyio.fail_after(LIMIT_S):
-        async with pumping(bus) as tasks:
+        async with pumping(pump) as tasks:
             for at in range(3):
-                bus.publish(make.step(at))
+                pump.ring.publish(make.step(at))
             await device.started.wait()
             for at in range(3, 6):
-                bus.publish(make.step(at))
+                pump.ring.publish(make.step(at))
             tasks.start_soon(drain)
             while device.polls < 3:
                 await anyio.lowlevel.checkpoint()
             posted = anyio.Event()
-            bus.post(posted.set)
+            pump.ring.post(posted.set)
             await posted.wait()
-            assert (bus.last_seq, len(bus.history), subscription.statistics.published) == (0, 0, 0)
+            assert (pump.last_seq, len(pump.history), subscription.statistics.published) == (0, 0, 0)
             assert not drained.is_set()
             device.ready = True
             await drained.wait()
@@ -451,28 +453,28 @@ async def test_events_wait_in_order_for_numbers_from_the_device(make: Any, pumpi
 
 async def test_losses_are_reported_at_most_once_a_second_and_at_the_end(make: Any, pumping: Any) -> None:
     """Hundreds of losses make few reports; with the last one they add up to what was lost."""
-    bus = make.bus(capacity=4, history=10_000)
+    pump = make.pump(capacity=4, history=10_000)
     delivery = make.delivery(capacity=2, types=frozenset([TrainStepEnded, MetricsLogged]))
-    plain = bus.subscribe("plain", delivery)
-    latest = bus.subscribe("latest", make.delivery(overflow="latest", capacity=2, types=delivery.types))
-    bus.subscribe("quiet", make.delivery()).recoverable = True
+    plain = pump.subscribe("plain", delivery)
+    latest = pump.subscribe("latest", make.delivery(overflow="latest", capacity=2, types=delivery.types))
+    pump.subscribe("quiet", make.delivery()).recoverable = True
     began = time.monotonic()
-    async with pumping(bus):
+    async with pumping(pump):
         for at in range(200):
             for _ in range(6):
-                bus.publish(make.metrics(at, loss=1.0))
-            await bus.drain()
+                pump.ring.publish(make.metrics(at, loss=1.0))
+            await pump.drain()
         seconds = time.monotonic() - began
-        assert 0 < len(reports_of(bus.history, "bus")) <= 2 + seconds
-        bus.report_losses()
-        bus.report_losses()
-        await bus.drain()
+        assert 0 < len(reports_of(pump.history, "bus")) <= 2 + seconds
+        pump.report_losses()
+        pump.report_losses()
+        await pump.drain()
         for subscription in (plain, latest):
-            reports, counts = reports_of(bus.history, subscription.name), subscription.statistics
+            reports, counts = reports_of(pump.history, subscription.name), subscription.statistics
             assert len(reports) <= 3 + seconds
             assert sum(report.dropped for report in reports) == counts.dropped
             assert sum(report.conflated for report in reports) == counts.conflated
         assert plain.statistics.dropped > 0
         assert latest.statistics.conflated > 0
-        assert sum(report.dropped for report in reports_of(bus.history, "bus")) == bus.dropped == 400
-        assert reports_of(bus.history, "quiet") == []
+        assert sum(report.dropped for report in reports_of(pump.history, "bus")) == pump.ring.counters.dropped == 400
+        assert reports_of(pump.history, "quiet") == []

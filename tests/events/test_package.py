@@ -27,7 +27,6 @@ LATE = {"bus.worker": {"trio"}, "checkpoint.packing_numpy": {"numpy"}, "checkpoi
 ALLOWED = {"events", "msgspec", "anyio", "structlog", "xxhash", *sys.stdlib_module_names}
 PUBLIC = {
     "ArgumentsError",
-    "Bus",
     "BusClosed",
     "CheckpointDamaged",
     "CheckpointError",
@@ -38,7 +37,9 @@ PUBLIC = {
     "CursorError",
     "FenceBroken",
     "Payload",
+    "Pump",
     "Readback",
+    "Ring",
     "RunCancelled",
     "RunFolderError",
     "RunFolderHeld",

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from events.bus.backlog import Item, Payload, item_of
-from events.bus.bus import Bus
 from events.bus.cpu_time import CpuTime
 from events.bus.fence import Fence
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.bus.spill import Spill
 from events.bus.subscription import Subscription
 from events.bus.worker import Worker
@@ -55,9 +56,9 @@ def seqs(items: list[Item]) -> list[int]:
 class Spilling:
     """A spill with its worker, and what has become of the events that were written."""
 
-    def __init__(self, bus: Bus, limit_bytes: int, memory_limit_bytes: int, directory: str | None) -> None:
-        self.bus = bus
-        self.worker = Worker("spill-test", bus.post, bus.cpu_time)
+    def __init__(self, pump: Pump, limit_bytes: int, memory_limit_bytes: int, directory: str | None) -> None:
+        self.pump = pump
+        self.worker = Worker("spill-test", pump.ring.post, pump.ring.cpu_time)
         self.spill = Spill(self.worker, limit_bytes, memory_limit_bytes, directory)
         self.written = 0
         self.lost: list[int] = []
@@ -99,14 +100,14 @@ class Spilling:
 async def spilling(
     limit_bytes: int = 2**20, *, memory_limit_bytes: int = HUGE, directory: str | None = None
 ) -> AsyncIterator[Spilling]:
-    bus = Bus(Origin("run"))
+    pump = Pump(Ring(Origin("run")))
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(bus.run)
-            spilling = Spilling(bus, limit_bytes, memory_limit_bytes, directory)
+            tasks.start_soon(pump.run)
+            spilling = Spilling(pump, limit_bytes, memory_limit_bytes, directory)
             yield spilling
             spilling.spill.close()
-            bus.close()
+            pump.close()
 
 
 @pytest.fixture
@@ -444,7 +445,7 @@ async def test_closing_lets_go_of_the_file_and_the_thread(files: list[IO[bytes]]
             disk.write(steps(4, 5))
         thread.join(LIMIT_S)
         assert not thread.is_alive()
-        await disk.bus.drain()
+        await disk.pump.drain()
         assert [file.closed for file in files] == [True]
         assert (disk.spill.count, disk.written, disk.lost) == (0, 0, [4, 5])
         assert disk.spill.fenced() == []

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from events import CursorError
-from events.bus.bus import Bus
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.journal.reader import JOURNAL_DIR
 from events.journal.writer import Journal
 from events.messages import BackwardEnded, Event, MetricsLogged, TrainEpochEnded, TrainStepEnded
@@ -35,18 +36,18 @@ class Story:
     """A bus whose journal is written when the test says so."""
 
     def __init__(self, run_dir: str | os.PathLike[str] | None, **options: Any) -> None:
-        self.bus = Bus(Origin("run"), **options)
+        self.pump = Pump(Ring(Origin("run")), **options)
         self.streams: list[LocalEventStream] = []
         self._dir = Path(run_dir) / JOURNAL_DIR if run_dir is not None else None
         if run_dir is not None:
             self._writer = Journal().open(RunInfo("run", run_dir=str(run_dir)))
-            self._to_write = self.bus.subscribe("journal", Journal.delivery)
+            self._to_write = self.pump.subscribe("journal", Journal.delivery)
 
     async def publish(self, *kinds: type[Event], count: int = 1) -> None:
         """Publish and deliver."""
         for kind in kinds * count:
-            self.bus.publish(kind("run", 1, 0, 0.0, 0, 0, 0, None, *FIELDS.get(kind, ())))
-        await self.bus.drain()
+            self.pump.ring.publish(kind("run", 1, 0, 0.0, 0, 0, 0, None, *FIELDS.get(kind, ())))
+        await self.pump.drain()
 
     async def write(self) -> None:
         """Bring the journal up to date."""
@@ -60,18 +61,18 @@ class Story:
     def open(
         self, since: int | None = None, types: Iterable[type[Event]] | None = None, **options: Any
     ) -> LocalEventStream:
-        self.streams.append(LocalEventStream(self.bus, self._dir, self.settled, since, types, **options))
+        self.streams.append(LocalEventStream(self.pump, self._dir, self.settled, since, types, **options))
         return self.streams[-1]
 
     async def end(self) -> None:
         await self.write()
-        self.bus.close()
+        self.pump.close()
 
     @asynccontextmanager
     async def told(self) -> AsyncIterator[Story]:
         """Its bus is pumped; at the end the run is over and everything is closed."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.bus.run)
+            tasks.start_soon(self.pump.run)
             yield self
             await self.end()
         for stream in self.streams:
@@ -345,7 +346,7 @@ async def test_a_stream_that_nobody_holds_any_more_is_let_go(tmp_path: Path) -> 
         del left
         await anyio.to_thread.run_sync(gc.collect)
         await story.publish(TrainStepEnded, count=5)
-        assert [one.name for one in story.bus._subscriptions].count("run.events") == 1
+        assert [one.name for one in story.pump._subscriptions].count("run.events") == 1
         assert seqs(await kept.receive()) == [1, 2, 3, 4, 5]
 
 
@@ -363,7 +364,7 @@ async def test_closing_ends_a_receive_that_waits(tmp_path: Path) -> None:
             await anyio.wait_all_tasks_blocked()
             await stream.aclose()
         await stream.aclose()
-        assert BackwardEnded not in story.bus.wanted
+        assert BackwardEnded not in story.pump.ring.audience.wanted
 
 
 KINDS = st.sampled_from([TrainStepEnded, TrainStepEnded, MetricsLogged, TrainEpochEnded, BackwardEnded])

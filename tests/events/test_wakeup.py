@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events.bus.bus import Bus
 from events.bus.cpu_time import CpuTime
 from events.bus.fence import Fence
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.bus.wakeup import Wakeup
 from events.bus.worker import AsyncJob, Worker
 from events.origin import Origin
@@ -114,14 +115,14 @@ def test_waking_what_is_closed_does_nothing(wakeup: Wakeup) -> None:
 @asynccontextmanager
 async def working() -> AsyncIterator[Worker]:
     """A worker that reports to a real event loop."""
-    bus = Bus(Origin("run"))
-    worker = Worker("worker-test", bus.post, bus.cpu_time)
+    pump = Pump(Ring(Origin("run")))
+    worker = Worker("worker-test", pump.ring.post, pump.ring.cpu_time)
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(bus.run)
+            tasks.start_soon(pump.run)
             yield worker
             worker.stop()
-            bus.close()
+            pump.close()
 
 
 def thread_of(worker: Worker) -> threading.Thread:

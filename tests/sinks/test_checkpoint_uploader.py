@@ -18,7 +18,8 @@ from typing import Any
 import anyio
 import pytest
 
-from events.bus.bus import Bus
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.bus.supervisor import Supervisor
 from events.checkpoint import disk
 from events.checkpoint.lineage import Attempt
@@ -482,13 +483,13 @@ async def test_no_secret_reaches_an_event_or_a_log(
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     rig.save(10)
-    bus = Bus(rig.origin)
+    pump = Pump(Ring(rig.origin))
     limits = Limits(connect_s=1.0, request_s=5.0, retries=0)
     uploader = CheckpointUploader(
-        rig.store, "s3://bucket/run", Checkpoints(), bus.publish, rig.origin.header, lambda: None, limits
+        rig.store, "s3://bucket/run", Checkpoints(), pump.ring.publish, rig.origin.header, lambda: None, limits
     )
-    supervisor = Supervisor(bus, lambda error: None)
-    listener = bus.subscribe("listener", Delivery(latency_s=1e-6))
+    supervisor = Supervisor(pump, lambda error: None)
+    listener = pump.subscribe("listener", Delivery(latency_s=1e-6))
     with http.server.HTTPServer(("127.0.0.1", 0), Quoting) as server, caplog.at_level(logging.DEBUG):
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -496,7 +497,7 @@ async def test_no_secret_reaches_an_event_or_a_log(
         monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(bus.run)
+            tasks.start_soon(pump.run)
             observer = supervisor.add("uploader", uploader, UPLOADER_DELIVERY)
             tasks.start_soon(observer.run)
             batch: list[Any] = []
@@ -529,17 +530,17 @@ async def test_under_a_supervisor_an_outage_passes_and_the_end_waits_for_the_las
         real(self, key, data)
 
     monkeypatch.setattr(Objects, "put", put)
-    bus = Bus(rig.origin)
+    pump = Pump(Ring(rig.origin))
     rig.events = told = []  # type: ignore[assignment]
     uploader = CheckpointUploader(
-        rig.store, rig.remote.url, Checkpoints(), bus.publish, rig.origin.header, lambda: None
+        rig.store, rig.remote.url, Checkpoints(), pump.ring.publish, rig.origin.header, lambda: None
     )
-    supervisor = Supervisor(bus, lambda error: None)
-    listener = bus.subscribe("listener", Delivery(latency_s=1e-6, capacity=100))
+    supervisor = Supervisor(pump, lambda error: None)
+    listener = pump.subscribe("listener", Delivery(latency_s=1e-6, capacity=100))
 
     def saved(step: int) -> None:
         name = rig.save(step)
-        bus.publish(CheckpointSaved(*rig.origin.header(), str(name), str(rig.store.path(name))))
+        pump.ring.publish(CheckpointSaved(*rig.origin.header(), str(name), str(rig.store.path(name))))
 
     async def until(kind: type[Event]) -> Any:
         while True:
@@ -550,7 +551,7 @@ async def test_under_a_supervisor_an_outage_passes_and_the_end_waits_for_the_las
 
     with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(bus.run)
+            tasks.start_soon(pump.run)
             observer = supervisor.add("uploader", uploader, UPLOADER_DELIVERY)
             tasks.start_soon(observer.run)
             saved(10)
@@ -564,9 +565,9 @@ async def test_under_a_supervisor_an_outage_passes_and_the_end_waits_for_the_las
             outage.clear()
             saved(30)
             (report,) = await supervisor.drain([observer], 20.0)
-            await bus.drain()
+            await pump.drain()
             await until(ObserverRecovered)
-            bus.close()
+            pump.close()
     assert (report.state, report.published, report.delivered, report.left) == ("closed", 3, 3, 0)
     assert rig.names == ["step-20.a1", "step-30.a1"]
     for name in rig.remote.names():

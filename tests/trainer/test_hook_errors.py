@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from events.bus.bus import Bus
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.messages import ObserverFailed, ObserverRecovered, TrainStepEnded
 from events.origin import Origin
 from trainer import CallbackInterface, Delivery, fenced, inline, observer
@@ -239,13 +240,13 @@ def test_a_callback_that_was_left_behind_runs_no_further_hook() -> None:
         ran.append(global_step)
         target.abandon()
 
-    bus = Bus(Origin("run", 1))
+    pump = Pump(Ring(Origin("run", 1)))
     hooks = CallbackHooks(on("on_end_train_step", act)(), None)
-    recorder = MetricRecorder(bus, MediaWriter(None, bus.publish, bus.origin))
+    recorder = MetricRecorder(pump, MediaWriter(None, pump.ring.publish, pump.ring.origin))
     target = CallbackTarget(hooks, torch.device("cpu"), recorder)
     steps = [(TrainStepEnded("run", 1, step, 0.0, 0, step, 0, "train", 0.5, 1, 8, 0.1, 0.1), None) for step in (1, 2)]
     target.deliver(steps)
     target.deliver(list(steps))
-    bus.discard()
+    pump.ring.close()
     assert ran == [1]
     assert target.progress == ("on_end_train_step", 0)

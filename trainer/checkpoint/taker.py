@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from events.bus.backlog import Payload
-from events.bus.bus import Bus
 from events.bus.fence import Fence
 from events.bus.observer import describe
+from events.bus.ring import Ring
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import READER, LatePart, LazyPart, Snapshot
@@ -59,7 +59,7 @@ class Checkpointing:
         precision: Precision,
         hooks: HookTable,
         recorder: MetricRecorder,
-        bus: Bus,
+        bus: Ring,
         control: Control,
         ledger: Ledger,
         on_failed_hook: Callable[[CallbackHooks, str, Exception], None],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from events.bus.bus import Bus
+from events.bus.ring import Ring
 from events.log import logger
 from events.messages import Event, HistogramLogged, MetricsLogged, MonitorMissing, TextLogged
 from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
@@ -28,7 +28,7 @@ class MetricRecorder:
     once, with the position in the run of the event that the hook handles.
     """
 
-    def __init__(self, bus: Bus, media: MediaWriter) -> None:
+    def __init__(self, bus: Ring, media: MediaWriter) -> None:
         self.weight: float = 1
         """What the batch in hand counts in means. Set by the loop."""
         self.validation: dict[str, Value] = {}

@@ -12,8 +12,8 @@ from time import perf_counter_ns as clock
 from typing import Any, Literal
 
 from events.bus.backlog import Payload
-from events.bus.bus import Bus
 from events.bus.fence import Fence
+from events.bus.ring import Ring
 from events.errors import FenceBroken
 from events.log import logger
 from events.messages import CommandTaken, Event, LedgerReported, LoopHeld
@@ -52,7 +52,7 @@ class Boundary:
 
     def __init__(
         self,
-        bus: Bus,
+        bus: Ring,
         origin: Origin,
         control: Control,
         hooks: HookTable,
@@ -132,7 +132,7 @@ class Boundary:
         fence = self.fence(kind)
         payload = None
         if outputs is not None or fence is not None:
-            receivers = len(self.bus.payload_receivers.get(kind, ()))
+            receivers = len(self.bus.audience.payload_receivers.get(kind, ()))
             if outputs is not None:
                 outputs.shared = receivers + bool(self.hooks.inline.get(kind)) > 1
             payload = Payload(outputs, fence, outputs.nbytes if outputs is not None and receivers else 0)

@@ -187,7 +187,7 @@ class Evaluation:
                         )
                 if outputs is not None and values:
                     outputs.append(self._capture.take(values))
-                if step_ended in boundary.bus.wanted:
+                if step_ended in boundary.bus.audience.wanted:
                     boundary.bus.publish(step_ended(*boundary.origin.header(), key, done))
                 mark = clock()
                 ledger.publish += mark - now

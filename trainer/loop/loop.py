@@ -309,7 +309,7 @@ class TrainingLoop:
                         read += 1
                     if batch is END:
                         self._use_up()
-                observed = TrainStepEnded in bus.payload_receivers
+                observed = TrainStepEnded in bus.audience.payload_receivers
                 keep = observed or hooks_want_outputs or outputs is not None
                 now = clock()
                 ledger.data += now - mark
@@ -656,7 +656,7 @@ class TrainingLoop:
             if "backward through the graph a second time" in str(error):
                 raise _own_backward(self._module) from error
             raise
-        if self._backward_hooks or BackwardEnded in boundary.bus.wanted:
+        if self._backward_hooks or BackwardEnded in boundary.bus.audience.wanted:
             self._after_backward(loss, micro_step)
         share = share.detach()  # or the event would keep the graph alive
         # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
@@ -718,7 +718,7 @@ class TrainingLoop:
     def _after_backward(self, loss: torch.Tensor, micro_step: int) -> None:
         if self._backward_hooks:
             self._boundary.run_inline(self._backward_hooks, self._boundary.origin.global_step, loss)
-        if BackwardEnded in self._boundary.bus.wanted:
+        if BackwardEnded in self._boundary.bus.audience.wanted:
             self._publish_backward(loss, micro_step)
 
     def _payload(
@@ -741,7 +741,7 @@ class TrainingLoop:
                     outputs.append(copy)
             if observed:
                 shared = is_loss or outputs is not None
-                shared = shared or len(self._boundary.bus.payload_receivers.get(TrainStepEnded, ())) > 1
+                shared = shared or len(self._boundary.bus.audience.payload_receivers.get(TrainStepEnded, ())) > 1
                 payload.outputs = self._capture.of_step(copies, shared)
                 payload.nbytes = payload.outputs.nbytes
         if self._fenced_steps:
@@ -752,10 +752,10 @@ class TrainingLoop:
         boundary = self._boundary
         mark = clock()
         fence = payload = None
-        if BackwardEnded in boundary.bus.payload_receivers:
+        if BackwardEnded in boundary.bus.audience.payload_receivers:
             fence = boundary.fence(BackwardEnded)
             copy = self._capture.take((loss,))
-            shared = len(boundary.bus.payload_receivers.get(BackwardEnded, ())) > 1
+            shared = len(boundary.bus.audience.payload_receivers.get(BackwardEnded, ())) > 1
             payload = Payload(self._capture.of_step([copy], shared), fence, copy.nbytes)
         event = BackwardEnded(*boundary.origin.header(), loss.detach(), micro_step)  # type: ignore[arg-type]  # deferred
         boundary.bus.publish(event, payload)

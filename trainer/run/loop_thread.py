@@ -15,7 +15,7 @@ from typing import Any, Literal
 import anyio
 import torch
 
-from events.bus.bus import Bus
+from events.bus.ring import Ring
 from events.checkpoint.snapshot import Part
 from events.errors import RunCancelled
 from events.log import current_origin, logger
@@ -84,7 +84,7 @@ class LoopThread:
         *,
         task: Task,
         control: Control,
-        bus: Bus,
+        bus: Ring,
         hooks: HookTable,
         recorder: MetricRecorder,
         readback: DeviceReadback,

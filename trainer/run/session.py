@@ -15,8 +15,9 @@ from typing import Any, Literal
 import anyio
 import msgspec
 
-from events.bus.bus import Bus
 from events.bus.observer import Observer, SinkTarget
+from events.bus.pump import Pump
+from events.bus.ring import Ring
 from events.bus.supervisor import Supervisor, health_at_end, report_observers
 from events.checkpoint.lineage import LAST_ATTEMPT
 from events.checkpoint.settings import Checkpoints
@@ -130,7 +131,7 @@ class Session:
             self._inbox = Inbox(self.folder.path, control.send, began_ns) if self.folder is not None else None
             self._host = self._add_sinks(sinks, attempt, sinks_in)
             interval_s = arguments.system_interval_s
-            self._system = SystemSampler(interval_s, self.bus, folder) if interval_s is not None else None
+            self._system = SystemSampler(interval_s, self.pump, folder) if interval_s is not None else None
             self.loop = LoopThread(
                 module,
                 arguments,
@@ -166,7 +167,7 @@ class Session:
         for observer in self._supervisor.observers if hasattr(self, "_supervisor") else ():
             observer.subscription.discard()
         if hasattr(self, "bus"):
-            self.bus.discard()
+            self.bus.close()
         self._close_folder()
 
     def _leave_context(self) -> None:
@@ -205,8 +206,9 @@ class Session:
         self.origin = Origin(self._run_id, attempt + 1)
         self._context = current_origin.set(self.origin)  # the threads that the constructor makes log for this run
         self._readback = DeviceReadback(self._on_loss, self._on_gradient)
-        self.bus = Bus(
-            self.origin,
+        self.bus = Ring(self.origin)
+        self.pump = Pump(
+            self.bus,
             readback=self._readback,
             history=4_096 if keeps_history else 0,
             first_seq=seq + 1,
@@ -215,7 +217,7 @@ class Session:
         self._log = RunLog(self.origin, self.bus.publish)
         self._media = MediaWriter(folder.path if folder is not None else None, self.bus.publish, self.origin)
         self._recorder = MetricRecorder(self.bus, self._media)
-        self._supervisor = Supervisor(self.bus, self._on_fatal)
+        self._supervisor = Supervisor(self.pump, self._on_fatal)
         self._grace = anyio.Event()  # set when the run is cancelled: the loop has `stop_grace_s` from then on
         self._stuck: str | None = None
 
@@ -256,7 +258,7 @@ class Session:
                     with contextlib.suppress(OSError):
                         unlink_below(run.run_dir, host.Place.file(observer.name))
             else:
-                since = self.bus.last_seq
+                since = self.pump.last_seq
                 hosted.append(host.HostedSink.of(self._supervisor.take_name(name), described, delivery, since))
         if not hosted:
             return None
@@ -390,7 +392,7 @@ class Session:
         with anyio.CancelScope(shield=True):
             try:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(outliving, self.bus.run, name="stagecast bus")
+                    tasks.start_soon(outliving, self.pump.run, name="stagecast bus")
                     for observer in self._supervisor.observers:
                         tasks.start_soon(outliving, observer.run, name=f"stagecast {observer.name}")
                     if self._host is not None:
@@ -451,8 +453,8 @@ class Session:
             ended: list[ObserverReport] = []
             if observers is stages[-2][1]:
                 self._publish_ends(reports)
-                await self.bus.drain()
-                self._shown = self.bus.health.problems if observers else []  # by the time a console is closed
+                await self.pump.drain()
+                self._shown = self.pump.health.problems if observers else []  # by the time a console is closed
                 self._log.leave_console(failed=False)
             if observers is stages[-3][1] and self._host is not None:
                 ended = await self._drain_with_host(observers, timeout_s)
@@ -472,8 +474,8 @@ class Session:
                 await anyio.to_thread.run_sync(self._media.close, timeout_s, limiter=anyio.CapacityLimiter(1))
             if self._uploads is not None and observers == [self._uploads]:
                 self._tell_of_left_uploads(self._uploads)
-        await self.bus.drain()
-        self.bus.close()
+        await self.pump.drain()
+        self.pump.close()
         return reports
 
     def _publish_stuck(self, report: ObserverReport) -> None:
@@ -482,7 +484,7 @@ class Session:
 
     def _publish_ends(self, reports: list[ObserverReport]) -> None:
         """Publish what became of the events of observers that were drained, unless all is well."""
-        if self.bus.health.has_failing_observers or any(
+        if self.pump.health.has_failing_observers or any(
             one.state != "closed" or one.left or one.dropped for one in reports
         ):
             self.bus.publish(ObserversReported(*self.origin.header(), [health_at_end(one) for one in reports]))
@@ -498,7 +500,7 @@ class Session:
 
         async with anyio.create_task_group() as both:
             both.start_soon(drain_here)
-            await self.bus.drain()
+            await self.pump.drain()
             with anyio.move_on_after(min(timeout_s, _JOURNAL_WAIT_S)):
                 while not self.journal_settled():  # noqa: ASYNC110  # it is asked, and tells nobody
                     await anyio.sleep(_SETTLE_S)
@@ -589,7 +591,7 @@ class Session:
 
     def _problems(self, reports: list[ObserverReport]) -> list[str]:
         """What is unhealthy about the run, at its very end; what no console has shown goes to stderr."""
-        health, consoles = self.bus.health, {observer.name for observer in self._consoles}
+        health, consoles = self.pump.health, {observer.name for observer in self._consoles}
         health.add(ObserversReported(*self.origin.header(), [health_at_end(report) for report in reports]))
         problems = health.problems
         unseen = any(report.state != "closed" for report in reports if report.observer in consoles)

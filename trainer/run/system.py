@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import anyio
 import torch
 
-from events.bus.bus import Bus
+from events.bus.pump import Pump
 from events.log import current_origin, logger
 from events.messages import GpuSample, RunStarted, SystemSampled
 from events.sink import Delivery
@@ -38,18 +38,19 @@ class SystemSampler:
 
     Args:
         interval_s: Seconds from one sample to the next.
-        bus: Where they are published.
+        pump: Tells when the run starts; its ring takes the samples.
         folder: The run's path; None if it has none.
     """
 
-    def __init__(self, interval_s: float, bus: Bus, folder: str | None) -> None:
+    def __init__(self, interval_s: float, pump: Pump, folder: str | None) -> None:
         self._interval_s = interval_s
-        self._bus = bus
+        self._pump = pump
+        self._bus = pump.ring
         # Here and not on the thread: what another thread is importing while a dataloader forks its workers, these can
         # never import.
         self._machine = _Machine(importlib.import_module("psutil"), folder)
         self._nvml = _import_nvml()
-        self._subscription = bus.subscribe("system", Delivery(types=frozenset({RunStarted})))
+        self._subscription = pump.subscribe("system", Delivery(types=frozenset({RunStarted})))
         self._began = anyio.Event()
         self._ended = anyio.Event()
         self._ending = threading.Event()
@@ -68,14 +69,14 @@ class SystemSampler:
         except RuntimeError as error:
             logger.warning(f"the system is not sampled: {error}")  # the system has no more threads
         finally:
-            self._bus.unsubscribe(self._subscription)
+            self._pump.unsubscribe(self._subscription)
             self._subscription.discard()
             self._began.set()
 
     async def stop(self) -> None:
         """Have it take a last sample, and wait for that, but not for long."""
         with anyio.move_on_after(_LAST_S):
-            await self._bus.drain()
+            await self._pump.drain()
             if self._subscription.statistics.published:  # it may be about to start in a run that is over already
                 await self._began.wait()
             self._ending.set()

@@ -13,8 +13,8 @@ import anyio
 import pytest
 
 from events.bus.backlog import Payload, Published
-from events.bus.bus import Bus
 from events.bus.observer import Observer, SinkTarget
+from events.bus.pump import Pump
 from events.bus.supervisor import Supervisor
 from events.messages import Event, ObserverFailed, ObserverRecovered, ObserverSlow, TrainStepEnded
 from events.protocol import ObserverReport
@@ -33,16 +33,16 @@ def fail() -> None:
 class Gate:
     """Where an observer stands until it is let through."""
 
-    def __init__(self, bus: Bus, then: Callable[[], None]) -> None:
+    def __init__(self, pump: Pump, then: Callable[[], None]) -> None:
         self.reached = anyio.Event()
-        self._bus = bus
+        self._pump = pump
         self._then = then
         self._opened = threading.Event()
         self._opened_async = anyio.Event()
 
     def __call__(self) -> None:
         """On a thread."""
-        self._bus.post(self.reached.set)
+        self._pump.ring.post(self.reached.set)
         assert self._opened.wait(WAIT_S)
         self._then()
 
@@ -154,19 +154,19 @@ class House:
     """A supervisor, its observers, and what is published about them."""
 
     def __init__(self, make: Any, tasks: anyio.abc.TaskGroup) -> None:
-        self.bus: Bus = make.bus()
+        self.pump: Pump = make.pump()
         self.fatal: list[BaseException] = []
-        self.supervisor = Supervisor(self.bus, self.fatal.append)
+        self.supervisor = Supervisor(self.pump, self.fatal.append)
         self.told: list[Any] = []
         self.gates: list[Gate] = []
         self.tasks = tasks
         self._make = make
         kinds = frozenset({ObserverFailed, ObserverRecovered, ObserverSlow})
-        self._watch = self.bus.subscribe("watch", make.delivery(types=kinds))
+        self._watch = self.pump.subscribe("watch", make.delivery(types=kinds))
         self._unread: deque[Event] = deque()
 
     def gate(self, then: Callable[[], None] = lambda: None) -> Gate:
-        self.gates.append(Gate(self.bus, then))
+        self.gates.append(Gate(self.pump, then))
         return self.gates[-1]
 
     def add(self, target: Any, name: str = "sink", **delivery: Any) -> Observer:
@@ -184,8 +184,8 @@ class House:
     async def publish(self, count: int, payload: Payload | None = None) -> None:
         """In one batch, handed over when this returns."""
         for _ in range(count):
-            self.bus.publish(self._make.step(), payload)
-        await self.bus.drain()
+            self.pump.ring.publish(self._make.step(), payload)
+        await self.pump.drain()
 
     async def until(self, kind: type[Event], during: str | None = None) -> Any:
         """Wait for the next event of a kind."""
@@ -198,7 +198,7 @@ class House:
 
     async def drain(self, timeout_s: float = WAIT_S) -> dict[str, ObserverReport]:
         reports = await self.supervisor.drain(self.supervisor.observers, timeout_s)
-        await self.bus.drain()
+        await self.pump.drain()
         while not self._watch.is_empty:
             self._unread.extend([event for event, _ in await self._watch.receive()])
         self.told += self._unread
@@ -219,7 +219,7 @@ def supervising(make: Any) -> Callable[[], Any]:
     async def run() -> AsyncIterator[House]:
         async with anyio.create_task_group() as tasks:
             house = House(make, tasks)
-            tasks.start_soon(house.bus.run)
+            tasks.start_soon(house.pump.run)
             try:
                 yield house
             finally:

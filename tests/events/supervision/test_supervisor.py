@@ -106,7 +106,7 @@ async def test_a_fatal_failure_is_told_before_fences_fall(kit: Any, supervising:
     async with supervising() as house:
         fence = Fence(["sink"])
         waiting: list[list[str]] = []
-        house.supervisor = Supervisor(house.bus, lambda error: waiting.append(fence.waiting))
+        house.supervisor = Supervisor(house.pump, lambda error: waiting.append(fence.waiting))
         house.add(kit.Hooks({1: [kit.fail]}), on_error="fatal")
         await house.start(1, Payload(fence=fence))
         failed = await house.until(ObserverFailed)
