@@ -7,7 +7,7 @@ from typing import Literal
 
 import anyio
 import msgspec
-from anyio.streams.memory import MemoryObjectSendStream
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from events.bus.backlog import Backlog, Item, Published
 from events.bus.spill import Spill
@@ -41,9 +41,10 @@ class Subscription:
     (twice that for those not droppable). ``block`` holds at most that, and what the bus's ring held when the loop was
     told to wait. One event may exceed the bytes by itself: it is delivered, not dropped.
 
-    What nobody waits for stays in the backlog, where the overflow policy rules; a waiting receiver is handed its batch
-    through an anyio memory object stream. A batch is at most half of what the queue may hold, or the newest events
-    would find no room while it is delivered. It counts as queued until the receiver asks for the next one.
+    The pump sends a batch through an anyio memory object stream to a receiver that waits. While the receiver is busy,
+    events stay in the backlog, where the overflow policy applies. A batch is at most half of what the queue may hold,
+    or the newest events would find no room while it is delivered. It counts as queued until the receiver asks for the
+    next one.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class Subscription:
         self._backlog = Backlog()
         self._batch = min(delivery.batch, (delivery.capacity + 1) // 2)
         self._batch_bytes = delivery.capacity_bytes // 2
-        self._in_flight: list[Item] = []
+        self._in_flight: list[Item] = []  # sent, or in the receiver's hand
         self._in_flight_bytes = 0
         self._in_hand = False  # whether the receiver has got what is in flight
-        self._waiting: MemoryObjectSendStream[list[Item]] | None = None  # there while the receiver waits
+        self._stream: tuple[MemoryObjectSendStream[list[Item]], MemoryObjectReceiveStream[list[Item]]] | None = None
+        self._waiting = False  # whether the receiver waits for the stream
         self._reported = (0, 0)
 
     # ------------------------------------------------------------------------------------- the pump's side
@@ -94,16 +96,15 @@ class Subscription:
                 self._on_credit(self, self.is_full)
             elif self.is_full:
                 self._overflow()
-        if self._waiting is not None and not self.is_empty:
+        if self._waiting and self._stream is not None and not self.is_empty:
+            self._waiting = False
             # An empty batch if what there is must come from the disk.
-            self._waiting.send_nowait(self._take())
-            self._waiting = None
+            self._stream[0].send_nowait(self._take())
 
     def finish(self) -> None:
         """No more events will be offered: the receiver gets what is queued, then the end of the stream."""
         self.ended = True
-        if self._waiting is not None:
-            self._waiting.close()
+        self._close_stream()
 
     def discard(self) -> None:
         """Drop all that waits and end the stream; the loop is released from fences and from waiting for room."""
@@ -231,14 +232,23 @@ class Subscription:
         return self._in_flight
 
     async def _wait(self) -> None:
-        """Wait until the pump hands over a batch, which it also leaves in `_in_flight`, or until the end."""
-        # With room for one: a receiver that has not begun to wait, or is being cancelled, cannot take it directly.
-        send, receive = anyio.create_memory_object_stream[list[Item]](1)
-        self._waiting = send
-        with send, receive:
-            try:
-                await receive.receive()
-            except anyio.EndOfStream:
-                pass  # `receive` sees that it has ended
-            finally:
-                self._waiting = None
+        """Wait for a batch from the pump, or for the end."""
+        if self._stream is None:
+            # With room for one: a receiver that does not wait yet, or is being cancelled, cannot take it directly.
+            self._stream = anyio.create_memory_object_stream[list[Item]](1)
+        self._waiting = True
+        try:
+            self._in_flight = await self._stream[1].receive()
+        except (anyio.EndOfStream, anyio.ClosedResourceError):
+            pass  # ended; a batch that was sent just before is still in `_in_flight`
+        except BaseException:
+            self._close_stream()  # cancelled: the stream may hold a batch, which the next call finds in `_in_flight`
+            raise
+        finally:
+            self._waiting = False
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            for end in self._stream:
+                end.close()
+            self._stream = None

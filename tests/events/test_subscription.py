@@ -128,8 +128,17 @@ async def test_a_natively_cancelled_receive_loses_nothing() -> None:
 
 
 @pytest.mark.anyio
-async def test_events_that_come_while_a_receiver_begins_to_wait_wake_it() -> None:
-    """Between finding the queue empty and waiting there is a moment; what is offered in it is not forgotten."""
+async def test_events_that_come_while_a_receiver_begins_to_wait_wake_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between finding the queue empty and waiting, an event may come. Every batch travels through the same stream."""
+    create: Any = anyio.create_memory_object_stream
+    streams: list[Any] = []
+
+    class Streams:
+        def __getitem__(self, kind: Any) -> Any:
+            streams.append(kind)
+            return create
+
+    monkeypatch.setattr(anyio, "create_memory_object_stream", Streams())
     subscription = Subscription("s", Delivery())
     count = 300
     got: list[int] = []
@@ -148,6 +157,8 @@ async def test_events_that_come_while_a_receiver_begins_to_wait_wake_it() -> Non
                 await anyio.wait_all_tasks_blocked()
                 assert subscription.is_empty
     assert got == list(range(1, count + 1))
+    assert len(streams) == 1
+    subscription.finish()
 
 
 @pytest.mark.anyio
