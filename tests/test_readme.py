@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from sinks.live.runs import RunsOfFolder
+from sinks.live.server import Server, bind
+from trainer import peers
 from trainer.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +60,17 @@ def run_blocks(document: Path, names: dict[str, Any]) -> None:
                     assert main(shlex.split(command, comments=True)[1:]) == 0, f"{document}: {command}"
 
 
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Serve the runs of a folder, as ``stagecast watch`` does; returns the address."""
+    server = Server(RunsOfFolder(folder), bind("127.0.0.1", 0), "127.0.0.1")
+    server.start()
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
 @pytest.fixture(scope="module")
 def readme_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The names that the README defines: the guides use its module."""
@@ -80,7 +96,11 @@ def test_the_snippets_and_commands_of_a_guide_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    run_blocks(guide, dict(readme_names))
+    names = dict(readme_names)
+    run_blocks(guide, names)
+    if "follow" in names:  # the client of a served run
+        with serving(Path("runs")) as url:
+            assert asyncio.run(names["follow"](f"{url}#run=line")).status == "finished"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
@@ -93,6 +113,19 @@ def test_the_links_of_a_document_lead_to_files_of_the_repository(document: Path)
         if heading:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}, target
+
+
+def test_the_page_for_other_trainers_agrees_with_the_messages() -> None:
+    """Each name of another trainer stands in a row with the replacement that errors and warnings name."""
+    names = peers.METHODS | peers.CALLS | peers.ARGUMENTS | peers.TRAINER_ARGUMENTS | peers.TRAIN_ARGUMENTS
+    rows: dict[str, list[str]] = {}
+    for row in re.findall(r"^\| (.*) \|$", GUIDES[0].read_text(encoding="utf-8"), flags=re.MULTILINE):
+        here, *others = row.split(" | ")
+        for name in re.findall(r"`(\w+)", " ".join(others)):
+            rows.setdefault(name, []).extend(re.findall(r"\w+", here))
+    known = names.keys() & rows.keys()
+    assert len(known) > 40
+    assert [name for name in known if not set(re.findall(r"\w+", names[name])) & set(rows[name])] == []
 
 
 def test_the_readme_is_read_in_five_minutes() -> None:
