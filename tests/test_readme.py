@@ -97,7 +97,11 @@ def test_the_snippets_and_commands_of_a_guide_run(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     names = dict(readme_names)
-    run_blocks(guide, names)
+    try:
+        run_blocks(guide, names)
+    finally:
+        for written in tmp_path.glob("*.py"):
+            sys.modules.pop(written.stem, None)
     if "follow" in names:  # the client of a served run
         with serving(Path("runs")) as url:
             assert asyncio.run(names["follow"](f"{url}#run=line")).status == "finished"
