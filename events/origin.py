@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 from events.messages import Event, StageName
 
@@ -26,6 +28,15 @@ class Origin:
         self.global_step = 0
         self.epoch = 0
         self.stage: StageName | None = None
+
+    @contextlib.contextmanager
+    def at_epoch(self, epoch: int) -> Iterator[None]:
+        """Let the run stand at another epoch for the length of a block."""
+        before, self.epoch = self.epoch, epoch
+        try:
+            yield
+        finally:
+            self.epoch = before
 
     def header(self) -> Header:
         """The first eight fields of an event that happens now; ``seq`` is 0 until the pump assigns it."""

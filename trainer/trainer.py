@@ -34,6 +34,7 @@ from trainer.arguments import TrainerArguments, trainer_aliases
 from trainer.checkpoint.fetch import KEYWORDS, fetch_for
 from trainer.checkpoint.resume import CheckpointPlan
 from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
+from trainer.loop.attempt import TaskName
 from trainer.loop.control import Control
 from trainer.module_interface import ModuleInterface
 from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
@@ -49,7 +50,6 @@ from trainer.run.checks import (
     members,
     plain_config,
 )
-from trainer.run.loop_thread import Task
 from trainer.run.session import Callback, Session, SinkLike, console, new_run_id, split
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
@@ -189,7 +189,7 @@ class Trainer:
         session, result = self._run_here("test")
         if result.status != "finished":
             raise RunCancelled(f"the test was {result.status} before its end ({result.reason})")
-        return session.loop.outputs
+        return session.loop.task.outputs
 
     @refusing(TRAIN_ARGUMENTS)
     def run(self) -> AbstractAsyncContextManager[Run]:
@@ -209,7 +209,7 @@ class Trainer:
         """
         return RunContext(self)
 
-    def _run_here(self, task: Task) -> tuple[Session, RunResult]:
+    def _run_here(self, task: TaskName) -> tuple[Session, RunResult]:
         on_main_thread = threading.current_thread() is threading.main_thread()
         control = Control()
         place = self._place()
@@ -282,7 +282,7 @@ class Trainer:
 
     def _session(
         self,
-        task: Task,
+        task: TaskName,
         control: Control,
         place: _Place,
         sinks: Iterable[SinkLike],

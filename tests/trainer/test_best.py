@@ -21,7 +21,7 @@ from events.errors import CheckpointNotFound
 from events.messages import CheckpointRejected, RunResumed
 from sinks.checkpoints.writer import CheckpointWriter
 from trainer import Checkpoints
-from trainer.checkpoint.taker import Checkpointing
+from trainer.loop.checkpointing import Checkpointing
 
 EXAMPLES = 200 if os.environ.get("STAGECAST_FAULTS") == "full" else 25
 VALUES = st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf])
@@ -55,11 +55,12 @@ class Trouble:
             CheckpointStore.commit,
         )
 
-        def taken(self: Any, *args: Any, **more: Any) -> None:
+        def taken(self: Any, *args: Any, **more: Any) -> Any:
             before = self._last
-            take(self, *args, **more)
+            fence = take(self, *args, **more)
             if self._last is not before:
                 assert written.acquire(timeout=20)
+            return fence
 
         def saved(self: Any, *args: Any) -> None:
             save(self, *args)
@@ -71,7 +72,7 @@ class Trouble:
             return commit(self, manifest)
 
         def waited(self: Any, pool: Any, wants: bool) -> Any:
-            return None if self._origin.global_step in skipped else wait(self, pool, wants)
+            return None if self._attempt.origin.global_step in skipped else wait(self, pool, wants)
 
         patch.setattr(Checkpointing, "take", taken)
         patch.setattr(Checkpointing, "_wait_for_slab", waited)
@@ -210,10 +211,9 @@ def test_a_second_checkpoint_of_one_step_takes_no_place_among_the_best(kit: Any,
         Trouble(patch, set(), set())
         take = Checkpointing.take
 
-        def twice(self: Any, reasons: list[str], *args: Any, **more: Any) -> None:
-            take(self, reasons, *args, **more)
-            if self._origin.global_step == 1:
-                take(self, ["command"])
+        def twice(self: Any, reasons: list[str], *args: Any, **more: Any) -> Any:
+            fence = take(self, reasons, *args, **more)
+            return take(self, ["command"]) if self._attempt.origin.global_step == 1 else fence
 
         patch.setattr(Checkpointing, "take", twice)
         kit.train(Asking(rows=8), epochs=3, run_id="r", run_dir=tmp_path, checkpoints=checkpoints)

@@ -6,7 +6,6 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -304,20 +303,23 @@ def test_contention_is_what_the_loop_stood_and_others_ran(
     monkeypatch.setattr("trainer.loop.ledger.cpu_clock", lambda: ran)
     ledger = Ledger(torch.device("cpu"), lambda: other)
     ledger.start()
-    for _ in range(2):  # with a gap between them that is nobody's, and in which another thread ran
+    for _ in range(2):  # with a gap between them in the row "other", in which another thread ran
         now += 1_000_000
-        ledger.begin_compute(begin := now)
-        now, ran, other = now + 200, ran + 200 - stood, other + others
-        ledger.aside += aside
-        ledger.end_compute(begin, now, ledger.aside - aside)
+        ledger.enter("compute")
+        now, ran, other = now + 100, ran + 100 - (stood - aside), other + others
+        ledger.enter("fence")
+        now += aside
+        ledger.enter("compute")
+        now, ran = now + 100 - aside, ran + 100 - aside
+        ledger.enter("other")
     total = ledger.total()
     assert total.contention_s == pytest.approx(2e-9 * contention)
     assert total.compute_s == pytest.approx(2e-9 * (200 - aside - contention))
     other += 60  # while the model does not compute: none of the next steps' contention
     assert ledger.interval().contention_s == total.contention_s
-    ledger.begin_compute(begin := now)
+    ledger.enter("compute")
     now += 50
-    ledger.end_compute(begin, now, ledger.aside)
+    ledger.enter("other")
     assert ledger.interval().contention_s == 0.0
 
 
@@ -369,23 +371,23 @@ def test_the_reports_of_intervals_add_up_to_the_runs(kit: Any) -> None:
         assert added <= getattr(run, f"{row}_s") + 1e-6
 
 
-def test_an_interval_holds_what_was_added_since_the_last() -> None:
-    """And the total everything, exactly."""
+def test_an_interval_holds_what_was_added_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the total everything, exactly; each nanosecond is on the row that was entered last."""
+    now = 0
+    monkeypatch.setattr("trainer.loop.ledger.clock", lambda: now)
     ledger = Ledger(torch.device("cpu"), lambda: 0)
-    ledger.start()
-    adds: list[Callable[[], None]] = []
-    for row in ROWS[:-1]:
-        adds.append(lambda row=row: setattr(ledger, row, getattr(ledger, row) + 1_000))  # type: ignore[misc]
+    entered = [row for row in ROWS if row != "contention"]
     seen = []
-    for add in adds:
-        add()
+    for row in entered:
+        before = ledger.enter(row)  # type: ignore[arg-type]
+        now += 1_000
+        ledger.enter(before)
         ledger.steps += 1
         seen.append(ledger.interval())
-    for row, interval in zip(ROWS, seen, strict=False):
-        rows = {name: value for name, value in rows_of(interval).items() if name != "other"}
-        assert rows == {name: 1e-6 if name == row else 0.0 for name in ROWS[:-1]}
+    for row, interval in zip(entered, seen, strict=True):
+        assert rows_of(interval) == pytest.approx({name: 1e-6 if name == row else 0.0 for name in ROWS})
         assert interval.steps == 1
     total = ledger.total()
-    assert {value for name, value in rows_of(total).items() if name != "other"} == {1e-6}
-    assert total.steps == len(adds)
-    assert total.wall_s >= math.fsum(interval.wall_s for interval in seen)
+    assert rows_of(total) == pytest.approx({name: 1e-6 if name in entered else 0.0 for name in ROWS})
+    assert total.steps == len(entered)
+    assert total.wall_s == pytest.approx(math.fsum(interval.wall_s for interval in seen))

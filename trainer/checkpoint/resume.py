@@ -27,16 +27,12 @@ from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from events.log import logger
 from events.masking import masked
 from events.safe_files import UnsafeFile
-from trainer.arguments import TrainerArguments
 from trainer.checkpoint.fetch import KEYWORDS, no_name
 from trainer.checkpoint.position import SAVED_FIELDS, Position
-from trainer.data.loaders import generators_of, has_state, loader_length, skip_batches
-from trainer.data.rng import RngState, restore_rng
+from trainer.data.rng import RngState
 from trainer.data.tensor_state import put_together, tensors_in
 from trainer.data.tensors import map_tensors
-from trainer.errors import DataLoaderError
 from trainer.hooks.hooks import CallbackHooks
-from trainer.loop.optimization import Optimization
 from trainer.module_interface import ModuleInterface
 
 OnRejected = Callable[[str, Exception], None]
@@ -144,12 +140,11 @@ class Loaded:
                 f" in get_optimizers_schedulers() or on_begin_train_epoch() to train them from now on"
             )
 
-    def restore_optimization(self, optimization: Optimization) -> None:
-        """Have optimizers and schedulers take over theirs. Raises `CheckpointMismatch`."""
-        names = ("optimizers", "schedulers", "kinds")
+    @property
+    def optimization(self) -> dict[str, Any]:
+        """The state of optimizers and schedulers."""
         # Copies: torch would keep what it gets, and with it the memory of the whole file.
-        state = {name: self._kept(name) for name in names}
-        optimization.load_state_dict(state, str(self.folder))
+        return {name: self._kept(name) for name in ("optimizers", "schedulers", "kinds")}
 
     def restore_callbacks(
         self, callbacks: Iterable[CallbackHooks], on_failed_hook: Callable[[CallbackHooks, str, Exception], None]
@@ -578,66 +573,3 @@ def _misshapen(own: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
 def _some(texts: Iterable[str], limit: int = 8) -> list[str]:
     shown = list(texts)
     return shown if len(shown) <= limit else [*shown[:limit], f"{len(shown) - limit} more"]
-
-
-def go_on(
-    loader: Any,
-    position: Position,
-    epoch: int,
-    arguments: TrainerArguments,
-    device: torch.device,
-    check: Callable[[], None],
-    iterate: Callable[[Any, int | None], Iterator[Any]],
-) -> Iterator[Any]:
-    """Iterate over an epoch's data from behind the batches that its finished steps have used.
-
-    Args:
-        check: Called before each batch that is read for nothing; raises if the run is to end.
-        iterate: Begins to iterate over a dataloader, given the seed of its workers.
-
-    Raises:
-        DataLoaderError: the data ends before that place.
-    """
-    seed = position.seed_of_workers(epoch)
-    now = arguments.micro_batch_size, arguments.accumulation_steps
-    if position.batching not in (None, now) and position.batches:
-        raise CheckpointMismatch(
-            f"the checkpoint was taken within an epoch in which a step had {position.batching[1]} micro-batches of"
-            f" {position.batching[0]} rows, and now it has {now[1]} of {now[0]}: go on with the batch sizes that it was"
-            f" trained with, or from a checkpoint that was taken at the end of an epoch"
-        )
-    if position.rng_at_iter is not None:
-        restore_rng(position.rng_at_iter, device)
-    for generator, state in zip(generators_of(loader), position.generators_at_iter or (), strict=False):
-        generator.set_state(state)
-    if position.loader_state is not None and has_state(loader):
-        loader.load_state_dict(position.loader_state)
-        return iterate(loader, seed)
-    skips = arguments.resume_data == "skip"
-    if skips and skip_batches(loader, position.batches, arguments.micro_batch_size):
-        length = loader_length(loader)  # of other loaders it may be a guess: of an IterableDataset with workers
-        if length is not None and length < position.batches:
-            raise _too_short(length, position)
-        return iterate(loader, seed)
-    if skips and position.batches:
-        logger.warning(
-            f"get_train_dataloader() returned data that cannot be skipped: {position.batches} batches are read and"
-            f" discarded (skipping needs a torch DataLoader with the given sampler and batch size; a loader with"
-            f" state_dict and load_state_dict is asked for its own place)"
-        )
-    batches = iterate(loader, seed)
-    for number in range(position.batches):
-        check()
-        if next(batches, _END) is _END:
-            raise _too_short(number, position)
-    return batches
-
-
-def _too_short(length: int, position: Position) -> DataLoaderError:
-    return DataLoaderError(
-        f"get_train_dataloader() gives {length} batches, but the checkpoint was taken after {position.batches} of them:"
-        f" resume with the data and the batch size that it was trained with"
-    )
-
-
-_END = object()

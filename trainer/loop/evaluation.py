@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from time import perf_counter_ns as clock
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from trainer.data.rows import row_counter, weight_of
 from trainer.errors import EmptyDataLoader
 from trainer.hooks.capture import Capture, EpochOutputs
 from trainer.hooks.collate import as_tuple
-from trainer.hooks.recorder import MetricRecorder, Value, weighted_mean
+from trainer.hooks.recorder import Value, weighted_mean
 from trainer.loop.boundary import Boundary
-from trainer.loop.precision import Precision
-from trainer.module_interface import ModuleInterface, Stage
+from trainer.module_interface import Stage
 
 END = object()
 
@@ -40,26 +38,11 @@ _EVENTS: dict[Stage, tuple[StageName, Any, Any, Any]] = {
 class Evaluation:
     """Evaluates one module. All methods run on the loop's thread."""
 
-    def __init__(
-        self,
-        module: ModuleInterface,
-        device: torch.device,
-        precision: Precision,
-        boundary: Boundary,
-        recorder: MetricRecorder,
-        *,
-        batch_size: int,
-        outputs_limit_bytes: int,
-    ) -> None:
-        self._module = module
-        self._device = device
-        self._precision = precision
+    def __init__(self, boundary: Boundary) -> None:
         self._boundary = boundary
-        self._recorder = recorder
-        self._weigh = weight_of(module)
-        self._capture = Capture(device, boundary.notice)
-        self._batch_size = batch_size
-        self._outputs_limit_bytes = outputs_limit_bytes
+        self._attempt = attempt = boundary.attempt
+        self._weigh = weight_of(attempt.module)
+        self._capture = Capture(attempt.device, attempt.notice)
 
     def run(
         self,
@@ -86,11 +69,11 @@ class Evaluation:
             EpochOutputsTooLarge: the outputs to be kept exceed their limit.
             StopRequested: a stop was taken between two batches.
         """
-        origin = self._boundary.origin
+        origin = self._attempt.origin
         before = origin.stage
-        modes = [(module, module.training) for module in self._module.modules()]
+        modes = [(module, module.training) for module in self._attempt.module.modules()]
         kept: dict[str, tuple[Any, ...]] = {}
-        self._module.eval()
+        self._attempt.module.eval()
         try:
             with torch.no_grad():
                 for key, loader in loaders.items():
@@ -101,7 +84,7 @@ class Evaluation:
                     if keep and outputs is not None:
                         kept[key] = outputs.collated()
         except BaseException:
-            self._recorder.discard()  # numbers of half a validation
+            self._attempt.recorder.discard()  # numbers of half a validation
             raise
         finally:
             for module, training in modes:
@@ -113,107 +96,123 @@ class Evaluation:
         self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, keep: bool, under_way: bool
     ) -> EpochOutputs | None:
         name, started, _, ended = _EVENTS[stage]
-        boundary = self._boundary
-        boundary.origin.stage = name
+        attempt, boundary, recorder = self._attempt, self._boundary, self._attempt.recorder
+        origin = attempt.origin
+        origin.stage = name
         method = f"get_{name}_dataloaders"
         length = loader_length(loader)
         steps = limit if length is None else length if limit is None else min(limit, length)
-        if not under_way and stage is Stage.VAL and boundary.hooks.begin_val:
-            boundary.run_inline(boundary.hooks.begin_val, boundary.origin.global_step, key=key)
+        if not under_way and stage is Stage.VAL and attempt.hooks.begin_val:
+            boundary.run_inline(attempt.hooks.begin_val, origin.global_step, key=key)
         if not under_way:
-            boundary.publish(started(*boundary.origin.header(), key, steps))
+            boundary.publish(started(*origin.header(), key, steps))
         outputs = self._outputs(stage, key, keep)
         began = time.monotonic()
-        boundary.phase = f"the dataloader {key!r} of {method}"
-        done, rows, losses = self._run_batches(stage, key, loader, limit, outputs)
-        if done == 0:
+        attempt.phase = f"the dataloader {key!r} of {method}"
+        tally = self._run_batches(stage, key, loader, limit, outputs)
+        if tally.batches == 0:
             raise EmptyDataLoader(f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out")
-        if self._recorder.values:
-            self._recorder.take(key)
-        loss: Any = weighted_mean(losses)
+        if recorder.values:
+            recorder.take(key)
+        loss: Any = weighted_mean(tally.losses)
         if loss is not None:
-            self._recorder.keep(metric_name(f"{name}_loss", key), loss, name, boundary.origin.global_step)
-        event = ended(*boundary.origin.header(), key, done, rows, time.monotonic() - began, loss)
+            recorder.keep(metric_name(f"{name}_loss", key), loss, name, origin.global_step)
+        event = ended(*origin.header(), key, tally.batches, tally.rows, time.monotonic() - began, loss)
         boundary.publish(event, outputs)
         return outputs
 
     def _run_batches(
         self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, outputs: EpochOutputs | None
-    ) -> tuple[int, int | None, list[tuple[Value, float]]]:
-        """Returns how many batches there were, how many rows (if that is known), and the losses of those that have one;
-        none at all where a batch begins with something else."""
+    ) -> _Tally:
         name, _, step_ended, _ = _EVENTS[stage]
-        boundary, ledger = self._boundary, self._boundary.ledger
-        done = 0
-        total: int | None = 0
-        losses: list[tuple[Value, float]] = []
-        all_losses = True
-        weigh = self._weigh
-        mark = clock()
-        notice = boundary.notice if weigh is None else None  # nobody but `rows` in events depends on the count
-        where = f"get_{name}_dataloaders"
-        rows_of = row_counter(loader, self._batch_size, SequentialSampler, notice, where)
+        attempt, ledger, weigh = self._attempt, self._attempt.ledger, self._weigh
+        tally = _Tally()
+        method = f"get_{name}_dataloaders"
+        notice = attempt.notice if weigh is None else None  # only `rows` in events depends on the count
+        batch_size = attempt.arguments.evaluation_batch_size
+        rows_of = row_counter(loader, batch_size, SequentialSampler, notice, method)
+        before = ledger.enter("data")
         batches = iter(loader)
         try:
-            while limit is None or done < limit:
-                boundary.phase = f"the dataloader {key!r} of get_{name}_dataloaders"
+            while limit is None or tally.batches < limit:
+                attempt.phase = f"the dataloader {key!r} of {method}"
+                ledger.enter("data")
                 batch = next(batches, END)  # WAIT: data
-                now = clock()
-                ledger.data += now - mark
                 if batch is END:
                     break
-                mark = boundary.cross(now)  # what came while the loop waited for data is taken before the batch
-                ledger.begin_compute(mark)
-                boundary.phase = f"{name}_step"
-                rows = rows_of(batch, done)
+                ledger.enter("other")
+                self._boundary.cross()  # commands that arrived while the loop waited for data come before the batch
+                ledger.enter("compute")
+                attempt.phase = f"{name}_step"
+                rows = rows_of(batch, tally.batches)
                 weight = weigh(batch) if weigh is not None else 1 if rows is None else rows
-                self._recorder.weight = weight
+                attempt.recorder.weight = weight
                 values = as_tuple(self._forward(stage, batch))
-                now = clock()
-                ledger.end_compute(mark, now, ledger.aside)
-                done += 1
-                total = None if rows is None or total is None else total + rows
-                first = values[0] if values else None
-                if first is not None:
-                    loss = _loss(first, rows, weight)
-                    if loss is not None:
-                        counted = rows is None and weigh is None and _is_vector(first)
-                        losses.append((loss, len(first) if counted else weight))
-                    else:
-                        all_losses = False
-                        boundary.notice(
-                            f"{name}_step() returns no loss first, so there is no {name}_loss: {_shown(first)} is not a"
-                            f" floating-point number, nor a vector of one for each row"
-                        )
+                ledger.enter("publish")
+                if not tally.add(values, rows, weight, counts_rows=rows is None and weigh is None):
+                    attempt.notice(
+                        f"{name}_step() returns no loss first, so there is no {name}_loss: {_shown(values[0])} is not a"
+                        f" floating-point number, nor a vector of one for each row"
+                    )
                 if outputs is not None and values:
                     outputs.append(self._capture.take(values))
-                if step_ended in boundary.bus.audience.wanted:
-                    boundary.bus.publish(step_ended(*boundary.origin.header(), key, done))
-                mark = clock()
-                ledger.publish += mark - now
+                if step_ended in attempt.bus.audience.wanted:
+                    attempt.bus.publish(step_ended(*attempt.origin.header(), key, tally.batches))
         finally:
-            mark = clock()
+            ledger.enter("data")
             end_iteration(batches, loader)
             del batches  # ends those of a generator, too, also while an exception keeps this frame alive
-            ledger.data += clock() - mark
-        boundary.cross(clock())
-        return done, total, losses if all_losses else []
+            ledger.enter(before)
+        self._boundary.cross()
+        return tally
 
     def _forward(self, stage: Stage, batch: Any) -> Any:
-        step = self._boundary.origin.global_step
-        if self._precision.enabled:
-            with self._precision.autocast():
-                return self._module(stage, step, batch, self._device)
-        return self._module(stage, step, batch, self._device)
+        step = self._attempt.origin.global_step
+        if self._attempt.precision.enabled:
+            with self._attempt.precision.autocast():
+                return self._attempt.module(stage, step, batch, self._attempt.device)
+        return self._attempt.module(stage, step, batch, self._attempt.device)
 
     def _outputs(self, stage: Stage, key: str, keep: bool) -> EpochOutputs | None:
         """Where the outputs of this dataloader are kept; None if nobody wants them."""
+        limit_bytes = self._attempt.arguments.epoch_outputs_limit_bytes
         if stage is Stage.VAL:
-            return self._boundary.epoch_outputs(ValEpochEnded, "on_end_val_epoch", self._outputs_limit_bytes)
+            return self._boundary.epoch_outputs(
+                ValEpochEnded, "on_end_val_epoch", self._attempt.arguments.epoch_outputs_limit_bytes
+            )
         if not keep:
             return None
         owner = f"Trainer.test() for the key {key!r}"
-        return EpochOutputs(self._outputs_limit_bytes, owner, self._boundary.notice)
+        return EpochOutputs(limit_bytes, owner, self._attempt.notice)
+
+
+class _Tally:
+    """What the batches of one dataloader add up to."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.rows: int | None = 0
+        """None if the number is not known."""
+        self.losses: list[tuple[Value, float]] = []
+        """With the weight of each; empty once a step has returned something else first."""
+        self._has_losses = True
+
+    def add(self, values: tuple[Any, ...], rows: int | None, weight: float, *, counts_rows: bool) -> bool:
+        """Add a batch; returns whether what its step returned first, if anything, is a loss.
+
+        Args:
+            counts_rows: A vector of losses is weighted by its length.
+        """
+        self.batches += 1
+        self.rows = None if rows is None or self.rows is None else self.rows + rows
+        first: Any = values[0] if values else None
+        loss = _loss(first, rows, weight) if first is not None else None
+        if loss is not None and self._has_losses:
+            self.losses.append((loss, len(first) if counts_rows and _is_vector(first) else weight))
+        elif first is not None and loss is None:
+            self._has_losses = False
+            self.losses.clear()
+        return loss is not None or first is None
 
 
 def _loss(first: Any, rows: int | None, weight: float) -> Value | None:

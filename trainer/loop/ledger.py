@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter_ns as clock
 from time import thread_time_ns as cpu_clock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from events.messages import StallLedger
 
-_ROWS = (
+Row = Literal[
+    "compute", "data", "readback", "publish", "inline", "fence", "backpressure", "checkpoint", "paused", "other"
+]
+_ROWS: tuple[Row, ...] = (
     "compute",
-    "contention",
     "data",
     "readback",
     "publish",
@@ -23,113 +26,109 @@ _ROWS = (
     "backpressure",
     "checkpoint",
     "paused",
+    "other",
 )
-_GAP_NS = 100_000
-"""When more than this lies between the model's part of two steps, the loop may have waited there for something else."""
 
 
 class Ledger:
-    """Nanoseconds per row. The loop's thread adds to the rows as it goes; nobody else writes.
+    """A stopwatch over rows: each nanosecond of the loop belongs to exactly one.
 
-    ``idle`` measures the device's idle time, on CUDA; elsewhere it is None. ``aside`` is the sum of what code within
-    somebody else's row has charged to rows of its own: who measures around that code takes the difference off.
+    Only the thread of the loop switches it.
 
-    What the loop waits for the interpreter lock, nothing tells. An estimate from above: while the model computes, how
-    much of the time the loop's thread was not on a processor, and no more than the run's other threads were.
+    How long the loop waits for the interpreter lock cannot be measured. It is estimated from above, as the row
+    ``contention``: the time in ``compute`` that the thread of the loop was off the CPU, at most as long as the other
+    threads of the run were on it.
+
+    Attributes:
+        row: The row that the time is charged to at present.
+        since: When the row was switched to, on ``perf_counter_ns``.
+        steps: Optimizer steps so far.
+        idle: The device's idle time, on CUDA; None elsewhere.
 
     Args:
-        others_ns: CPU time of the run's other threads so far.
+        others_ns: Returns the CPU time of the run's other threads so far.
     """
 
     __slots__ = (
         "_base",
-        "_base_idle_s",
-        "_base_wall",
         "_others",
         "_others_ns",
         "_ran",
-        "_ran_at",
-        "_started",
+        "_settled",
+        "_spent",
         "_stood",
-        *_ROWS,
-        "aside",
         "idle",
+        "row",
+        "since",
         "steps",
     )
 
     def __init__(self, device: torch.device, others_ns: Callable[[], int]) -> None:
         self._others_ns = others_ns
-        self._others = self._stood = self._ran = self._ran_at = self.contention = 0
-        self.compute = self.data = self.readback = self.publish = 0
-        self.inline = self.fence = self.backpressure = self.checkpoint = self.paused = 0
-        self.steps = self.aside = 0
         self.idle = DeviceIdle(device) if device.type == "cuda" else None
-        self._started = self._base_wall = clock()
-        self._base = (0,) * (len(_ROWS) + 1)
-        self._base_idle_s = 0.0
+        self.start()
 
     def start(self) -> None:
-        """The loop begins now; what was measured before is forgotten."""
-        for row in (*_ROWS, "steps", "aside"):
-            setattr(self, row, 0)
-        self._stood = self._ran_at = 0
+        """Begin to measure, in the row ``other``; what was measured before is forgotten."""
+        self.row: Row = "other"
+        self.steps = 0
+        self._spent: dict[str, int] = {**dict.fromkeys(_ROWS, 0), "contention": 0}
+        self._ran = 0  # CPU time of this thread when it began to compute
+        self._stood = 0  # time off the CPU since the last report, while computing
+        self._settled = 0  # time spent computing up to the last report
         self._others = self._others_ns()
-        self._started = self._base_wall = clock()
+        self._base = StallLedger()
+        self.since = clock()
 
-    def begin_compute(self, now: int) -> None:
-        """The model's part of a step begins at ``now``."""
-        if now - self._ran_at > _GAP_NS:  # else it is enough to have looked when the last one ended
-            self._ran_at, self._ran = now, cpu_clock()
+    def enter(self, row: Row) -> Row:
+        """Charge the time from now on to a row; returns the row that it was charged to before."""
+        now, before = clock(), self.row
+        self._spent[before] += now - self.since
+        if before == "compute":
+            ran = cpu_clock()
+            self._stood += now - self.since - (ran - self._ran)
+            self._ran = ran
+        elif row == "compute":
+            self._ran = cpu_clock()
+        self.since, self.row = now, row
+        return before
 
-    def end_compute(self, begin: int, now: int, aside: int) -> None:
-        """It ends.
-
-        Args:
-            begin: When it began.
-            aside: What `aside` was then.
-        """
-        aside = self.aside - aside
-        ran = cpu_clock()
-        self.compute += now - begin - aside
-        stood = now - self._ran_at - (ran - self._ran)
-        self._stood += stood if not aside else max(0, stood - aside)  # as if all of that had been waiting
-        self._ran_at, self._ran = now, ran
-
-    def _settle(self) -> None:
-        """Take the contention since the last call out of the model's row."""
-        others = self._others_ns()
-        contention = max(0, min(self._stood, others - self._others, self.compute))
-        self.contention += contention
-        self.compute -= contention
-        self._stood, self._others = 0, others
+    @contextlib.contextmanager
+    def within(self, row: Row) -> Iterator[None]:
+        """Charge the time of a block to a row, and after it to the row before."""
+        before = self.enter(row)
+        try:
+            yield
+        finally:
+            self.enter(before)
 
     def interval(self) -> StallLedger:
         """The rows since the last call."""
-        self._settle()
-        now = clock()
-        values = self._values()
-        idle_s = self.idle.read() if self.idle is not None else None
-        spent = [value - base for value, base in zip(values, self._base, strict=True)]
-        ledger = _ledger(spent, now - self._base_wall, None if idle_s is None else idle_s - self._base_idle_s)
-        self._base, self._base_wall, self._base_idle_s = values, now, idle_s or 0.0
-        return ledger
+        total, before = self.total(), self._base
+        self._base = total
+        return _difference(total, before)
 
     def total(self) -> StallLedger:
         """The rows since `start`."""
-        self._settle()
-        now = clock()
+        self.enter(self.row)
+        others = self._others_ns()
+        computed = self._spent["compute"] - self._settled
+        contention = max(0, min(self._stood, others - self._others, computed))
+        self._spent["contention"] += contention
+        self._spent["compute"] -= contention
+        self._settled, self._stood, self._others = self._spent["compute"], 0, others
+        rows: dict[str, Any] = {f"{row}_s": spent / 1e9 for row, spent in self._spent.items()}
         idle_s = self.idle.read() if self.idle is not None else None
-        return _ledger(list(self._values()), now - self._started, idle_s)
-
-    def _values(self) -> tuple[int, ...]:
-        return (*(getattr(self, row) for row in _ROWS), self.steps)
+        return StallLedger(wall_s=sum(self._spent.values()) / 1e9, device_idle_s=idle_s, steps=self.steps, **rows)
 
 
-def _ledger(values: list[int], wall: int, idle_s: float | None) -> StallLedger:
-    *rows, steps = values
-    named: dict[str, Any] = {f"{row}_s": value / 1e9 for row, value in zip(_ROWS, rows, strict=True)}
-    other_s = (wall - sum(rows)) / 1e9
-    return StallLedger(wall_s=wall / 1e9, other_s=other_s, device_idle_s=idle_s, steps=steps, **named)
+def _difference(total: StallLedger, before: StallLedger) -> StallLedger:
+    fields = {
+        name: value - (getattr(before, name) or 0)
+        for name in total.__struct_fields__
+        if (value := getattr(total, name)) is not None
+    }
+    return StallLedger(**fields)
 
 
 def _timing_event() -> torch.cuda.Event:

@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 
-from trainer.arguments import TrainerArguments
 from trainer.errors import ArgumentsError, ContractError
 from trainer.hooks.collate import as_tuple
-from trainer.hooks.recorder import MetricRecorder
 from trainer.loop.boundary import Boundary
 from trainer.loop.optimization import Optimization, Skip
-from trainer.loop.precision import Precision
-from trainer.module_interface import ModuleInterface, Stage
+from trainer.module_interface import Stage
 
 
 class ManualSteps:
@@ -32,29 +29,22 @@ class ManualSteps:
 
     def __init__(
         self,
-        module: ModuleInterface,
-        device: torch.device,
-        arguments: TrainerArguments,
-        *,
-        precision: Precision,
         boundary: Boundary,
         optimization: Optimization,
-        recorder: MetricRecorder,
+        *,
         on_backward: Callable[[torch.Tensor, int], None],
         on_skip: Callable[[Skip, torch.Tensor], None],
     ) -> None:
+        self._attempt = boundary.attempt
+        arguments = self._attempt.arguments
         if arguments.accumulation_steps > 1:
             raise ArgumentsError(
                 f"gpu_batch_size_limit={arguments.gpu_batch_size_limit} splits a step into"
                 f" {arguments.accumulation_steps} micro-batches, but with manual_optimization each train_step is a"
                 f" step; remove it, and accumulate in train_step"
             )
-        self._module = module
-        self._device = device
-        self._precision = precision
-        self._boundary = boundary
+        self._position = boundary.checkpoints.position
         self._optimization = optimization
-        self._recorder = recorder
         self._on_backward = on_backward
         self._on_skip = on_skip
         self._in_step = False
@@ -70,15 +60,15 @@ class ManualSteps:
         """Call `train_step`; returns its outputs, the last gradient norm, and a check of all gradients."""
         self._backwards, self._grad_norm, self._found = 0, None, None
         self._updates, self.only_skipped = 0, False
-        step = self._boundary.origin.global_step + 1
-        self._boundary.phase = "train_step"
+        step = self._attempt.origin.global_step + 1
+        self._attempt.phase = "train_step"
         self._in_step = True
         try:
-            if self._precision.enabled:
-                with self._precision.autocast():
-                    returned = self._module(Stage.TRAIN, step, batch, self._device)
+            if self._attempt.precision.enabled:
+                with self._attempt.precision.autocast():
+                    returned = self._attempt.module(Stage.TRAIN, step, batch, self._attempt.device)
             else:
-                returned = self._module(Stage.TRAIN, step, batch, self._device)
+                returned = self._attempt.module(Stage.TRAIN, step, batch, self._attempt.device)
         finally:
             self._in_step = False
         values = (returned,) if isinstance(returned, torch.Tensor) else as_tuple(returned)
@@ -97,9 +87,9 @@ class ManualSteps:
         chosen = self._chosen(optimizer)
         if (loss is None) == (closure is None):
             raise ContractError("optimize() takes a loss or a closure that computes it; give it one of them")
-        boundary, optimization = self._boundary, self._optimization
+        attempt, optimization = self._attempt, self._optimization
         # The backward pass and the update are computed in the types that they have.
-        with torch.autocast(self._device.type, enabled=False):
+        with torch.autocast(self._attempt.device.type, enabled=False):
             if closure is not None:
                 loss = self._with_closure(chosen, closure)
                 skipped = self._skipped
@@ -107,17 +97,17 @@ class ManualSteps:
                 assert loss is not None
                 self._backward(loss, retain_graph)
                 loss = loss.detach()
-                boundary.phase = "the optimizer step"
-                grad_norm, found, skipped = optimization.update(chosen, loss, boundary.ledger)
+                attempt.phase = "the optimizer step"
+                grad_norm, found, skipped = optimization.update(chosen, loss)
                 if skipped is None:  # else `on_skip` reports it
                     self._note(grad_norm, found)
-        if self._precision.enabled:
+        if self._attempt.precision.enabled:
             torch.clear_autocast_cache()  # it holds copies of the weights as they were
-        boundary.phase = "train_step"
+        attempt.phase = "train_step"
         self._updates += skipped is None
         self.only_skipped = not self._updates
         if skipped is None:
-            boundary.checkpoints.position.skipped_in_a_row = 0
+            self._position.skipped_in_a_row = 0
         else:
             self._on_skip(skipped, loss)
         return skipped is None
@@ -126,16 +116,18 @@ class ManualSteps:
         first: list[torch.Tensor] = []
 
         def evaluate() -> torch.Tensor:
-            self._boundary.phase = "train_step"
+            self._attempt.phase = "train_step"
             # float16 takes no closure.
-            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._precision.enabled):
+            with torch.autocast(
+                self._attempt.device.type, dtype=torch.bfloat16, enabled=self._attempt.precision.enabled
+            ):
                 loss = closure()
             self._backward(loss, retain_graph=False)
-            self._boundary.phase = "the optimizer step"
+            self._attempt.phase = "the optimizer step"
             first.append(loss.detach())
             return first[-1]
 
-        done = self._optimization.step_with_closure(evaluate, self._boundary.ledger, [optimizer])
+        done = self._optimization.step_with_closure(evaluate, [optimizer])
         self._optimization.zero_grad()
         if done.skipped is None:
             self._note(done.grad_norm, done.found)
@@ -147,8 +139,8 @@ class ManualSteps:
             raise ContractError(
                 f"optimize() got {loss!r:.80}, which is not a loss; give it a real tensor of one element with a graph"
             )
-        self._boundary.phase = "backward"
-        self._precision.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self._attempt.phase = "backward"
+        self._attempt.precision.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         self._on_backward(loss, self._backwards)
         self._backwards += 1
 

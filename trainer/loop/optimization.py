@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from time import perf_counter_ns as clock
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -18,15 +16,19 @@ from torch.nn.modules.module import (
 )
 
 from events.errors import CheckpointMismatch
-from events.log import logger
-from events.metrics import TRAIN_EPOCH_LOSS
-from trainer.arguments import TrainerArguments
 from trainer.errors import OptimizerError
-from trainer.hooks.recorder import MetricRecorder
+from trainer.loop.attempt import Attempt
 from trainer.loop.gradients import GradientCheck, clip_
-from trainer.loop.ledger import Ledger
-from trainer.loop.precision import Precision
-from trainer.loop.schedule import Schedule
+from trainer.loop.optimizers import (
+    as_optimizers,
+    begins_with_closure,
+    has_stock_zero_grad,
+    refuse_scaler,
+    restore_form,
+    takes_closure,
+    wants_closure,
+)
+from trainer.loop.schedule import Schedules
 
 Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
 
@@ -52,63 +54,46 @@ class ClosureStep:
 class Optimization:
     """The optimizers and schedulers of a run, stepped together. Used on the loop's thread.
 
+    Attributes:
+        optimizers: In the order in which the module returned them.
+        before_step: Runs the hooks that look at the gradients that the optimizers are about to get.
+        wants_closure: Whether an optimizer computes the loss itself, several times per step: then all get a closure.
+
     Args:
         returned: What `ModuleInterface.get_optimizers_schedulers` returned.
-        parameters: Returns the module's at present.
-        recorder: Has the metrics, for schedulers that follow one.
 
     Raises:
-        OptimizerError: it is not a pair of optimizers and schedulers.
+        OptimizerError: It is not a pair of optimizers and schedulers.
     """
 
-    def __init__(
-        self,
-        returned: Any,
-        parameters: Callable[[], Iterable[torch.nn.Parameter]],
-        arguments: TrainerArguments,
-        precision: Precision,
-        recorder: MetricRecorder,
-    ) -> None:
-        self.optimizers, schedules = _checked(returned)
-        self.schedulers = [one.scheduler for one in schedules]
-        self._parameters = parameters
+    def __init__(self, returned: Any, attempt: Attempt) -> None:
+        self.optimizers, schedules = as_optimizers(returned)
+        self.schedules = Schedules(schedules, attempt)
+        self.before_step: Callable[[], None] | None = None
+        self.wants_closure = any(wants_closure(optimizer) for optimizer in self.optimizers)
+        if self.wants_closure:
+            refuse_scaler(self.optimizers, attempt.precision)
+        self._attempt = attempt
+        self._arguments = attempt.arguments
+        self._precision = attempt.precision
         self._strays: list[torch.nn.Parameter] = []
         self._held = 0
         self._has_new_parameters = False
-        self._registrations = [
+        self._handles: list[torch.utils.hooks.RemovableHandle] = [
             register_module_parameter_registration_hook(self._note_registration),
             register_module_module_registration_hook(self._note_registration),
         ]
         self.find_strays()
         self._gradient_check = GradientCheck()
-        self.before_step: Callable[[], None] | None = None
-        """Runs the hooks that look at the gradients that the optimizers are about to get."""
         self._switched: list[Any] = [
             one
             for one in self.optimizers
             if callable(getattr(one, "eval", None)) and callable(getattr(one, "train", None))
         ]
         self._evaluating = False
-        self.wants_closure = any(_wants_closure(optimizer) for optimizer in self.optimizers)
-        """Whether an optimizer computes the loss itself, several times per step: then all get a closure."""
-        if self.wants_closure:
-            _refuse_scaler(self.optimizers, precision)
-        self._guards: list[torch.utils.hooks.RemovableHandle] = []
         # torch's own `zero_grad` also opens a range for the profiler, which costs more than the loop adds to a step.
-        self._clear_themselves = [o for o in self.optimizers if not _has_stock_zero_grad(o)]
-        self._cleared_here = [o for o in self.optimizers if _has_stock_zero_grad(o)]
-        self._arguments = arguments
-        self._precision = precision
-        self._recorder = recorder
-        self._plateau = [(one.scheduler, one.monitor or arguments.monitor) for one in schedules if one.follows_metric]
-        timed: dict[str, list[Any]] = {"step": [], "epoch": []}
-        for one in schedules:
-            if not one.follows_metric:
-                timed[one.interval or arguments.scheduler_interval].append(one.scheduler)
-        self._per_step, self._per_epoch = timed["step"], timed["epoch"]
-        # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips.
-        self._reads = arguments.non_finite == "skip" or precision.scaler is not None
-        self._stops = arguments.non_finite == "stop"
+        self._clear_themselves = [o for o in self.optimizers if not has_stock_zero_grad(o)]
+        self._cleared_here = [o for o in self.optimizers if has_stock_zero_grad(o)]
 
     @property
     def learning_rate(self) -> Any:
@@ -127,7 +112,7 @@ class Optimization:
         held = [id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]]
         self._held = len(held)
         known = set(held)
-        self._strays = [p for p in self._parameters() if id(p) not in known]
+        self._strays = [p for p in self._attempt.module.parameters() if id(p) not in known]
         for parameter in self._strays:
             parameter.grad = None
 
@@ -136,7 +121,7 @@ class Optimization:
 
     def guard(self, check: Callable[[torch.optim.Optimizer, Any, Any], None]) -> None:
         """Call ``check(optimizer, args, kwargs)`` before any step of an optimizer, by any caller."""
-        self._guards += [optimizer.register_step_pre_hook(check) for optimizer in self.optimizers]
+        self._handles += [optimizer.register_step_pre_hook(check) for optimizer in self.optimizers]
 
     def train(self) -> None:
         """Switch the optimizers that have ``eval()`` and ``train()`` to training."""
@@ -171,11 +156,11 @@ class Optimization:
             gate()
             for optimizer in self._switched:
                 optimizer.eval()
-        for handle in (*self._guards, *self._registrations):
+        for handle in self._handles:
             handle.remove()
         self.before_step = None
 
-    def step(self, loss: torch.Tensor, ledger: Ledger) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
+    def step(self, loss: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Apply the gradients that were accumulated.
 
         Args:
@@ -186,7 +171,7 @@ class Optimization:
             positive if a gradient is not finite, where the norm does not show it and the host has not read it; and why
             the step was skipped, or None.
         """
-        grad_norm, found, skipped = self._prepare(loss, ledger, self.optimizers)
+        grad_norm, found, skipped = self._prepare(loss, self.optimizers)
         if skipped is None:
             if self.before_step is not None:
                 self.before_step()
@@ -197,17 +182,16 @@ class Optimization:
                     if "closure" not in str(error):
                         raise
                     raise self._want_closure(number) from error
-            for scheduler in self._per_step:
-                scheduler.step()
+            self.schedules.after_step()
         if self._precision.scaler is not None:
             self._precision.update()
         return grad_norm, found, skipped
 
     def update(
-        self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, ledger: Ledger
+        self, optimizer: torch.optim.Optimizer, loss: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Apply the gradients of one optimizer's parameters, then clear all gradients; returns as `step` does."""
-        grad_norm, found, skipped = self._prepare(loss, ledger, [optimizer])
+        grad_norm, found, skipped = self._prepare(loss, [optimizer])
         if skipped is None:
             if self.before_step is not None:
                 self.before_step()
@@ -220,7 +204,6 @@ class Optimization:
     def step_with_closure(
         self,
         evaluate: Callable[[], torch.Tensor],
-        ledger: Ledger,
         optimizers: list[torch.optim.Optimizer] | None = None,
     ) -> ClosureStep:
         """Let each optimizer, in their order, compute the loss and its gradients as often as it wants.
@@ -239,7 +222,7 @@ class Optimization:
             OptimizerError: The run uses float16, or an optimizer does not call the closure.
         """
         optimizers = self.optimizers if optimizers is None else optimizers
-        _refuse_scaler(optimizers, self._precision)
+        refuse_scaler(optimizers, self._precision)
         done = ClosureStep()
         before = self._copy() if self._arguments.non_finite != "warn" else None
 
@@ -247,7 +230,7 @@ class Optimization:
             self.zero_grad()
             with torch.enable_grad():
                 loss = evaluate()
-            grad_norm, found, skipped = self._prepare(loss, ledger, optimizers)
+            grad_norm, found, skipped = self._prepare(loss, optimizers)
             done.evaluations += 1
             if done.evaluations == 1:
                 done.grad_norm, done.found = grad_norm, found
@@ -260,9 +243,9 @@ class Optimization:
 
         try:
             for optimizer in optimizers:
-                if not _begins_with_closure(optimizer):
+                if not begins_with_closure(optimizer):
                     closure()
-                if _takes_closure(optimizer):
+                if takes_closure(optimizer):
                     optimizer.step(closure)  # type: ignore[arg-type]  # a tensor serves as well as a float
                 else:
                     optimizer.step()
@@ -285,7 +268,7 @@ class Optimization:
             parameter.copy_(value)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-            _restore_form(optimizer, state)
+            restore_form(optimizer, state)
 
     def _want_closure(self, number: int) -> Exception:
         """An optimizer that may be stepped without a closure refuses that: from now on it gets one."""
@@ -294,17 +277,12 @@ class Optimization:
             return OptimizerError(
                 f"{kind}.step() needs a closure: return it as the first optimizer of get_optimizers_schedulers()"
             )
-        _refuse_scaler(self.optimizers[:1], self._precision)
+        refuse_scaler(self.optimizers[:1], self._precision)
         self.wants_closure = True
         return ClosureWanted()
 
-    def after_step(self) -> None:
-        """The optimizers have stepped: schedulers that follow steps do."""
-        for scheduler in self._per_step:
-            scheduler.step()
-
     def _prepare(
-        self, loss: torch.Tensor, ledger: Ledger, optimizers: list[torch.optim.Optimizer]
+        self, loss: torch.Tensor, optimizers: list[torch.optim.Optimizer]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
         """Unscale and clip the gradients, and decide whether they are to be applied."""
         grad_norm: torch.Tensor | None = None
@@ -321,29 +299,26 @@ class Optimization:
                 [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
             )
         # On the CPU there is no device to wait for, so "stop" can stop before the weights are harmed.
-        if self._reads or (self._stops and loss.is_cpu):
-            return grad_norm, None, self._read(loss, grad_norm, found, ledger)
+        policy = self._arguments.non_finite
+        # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips.
+        if scaled or policy == "skip" or (policy == "stop" and loss.is_cpu):
+            return grad_norm, None, self._read(loss, grad_norm, found)
         return grad_norm, found, None
 
-    def _read(
-        self, loss: torch.Tensor, grad_norm: torch.Tensor | None, found: torch.Tensor | None, ledger: Ledger
-    ) -> Skip | None:
+    def _read(self, loss: torch.Tensor, grad_norm: torch.Tensor | None, found: torch.Tensor | None) -> Skip | None:
         """One decision for all optimizers whether the step is skipped."""
         check = grad_norm if found is None else found
         scaler = self._precision.scaler
         scale = None if scaler is None else scaler._get_scale_async()
-        mark = clock()
-        if check is None:  # there are no gradients
-            numbers = [loss.item(), 0.0]  # SYNC: as below
-        elif check.is_cpu and not loss.is_cpu:
-            numbers = [loss.item(), check.item()]  # SYNC: as below; the check itself is on the host already
-        else:
-            each = [one.to(loss.device) for one in (check, scale) if one is not None]
-            both = torch.stack((loss.reshape(()), *each))
-            numbers = both.tolist()  # SYNC: the loop has to know whether to skip the step (float16, skip, stop)
-        spent = clock() - mark
-        ledger.readback += spent
-        ledger.aside += spent
+        with self._attempt.ledger.within("readback"):
+            if check is None:  # there are no gradients
+                numbers = [loss.item(), 0.0]  # SYNC: as below
+            elif check.is_cpu and not loss.is_cpu:
+                numbers = [loss.item(), check.item()]  # SYNC: as below; the check itself is on the host already
+            else:
+                each = [one.to(loss.device) for one in (check, scale) if one is not None]
+                both = torch.stack((loss.reshape(()), *each))
+                numbers = both.tolist()  # SYNC: the loop has to know whether to skip the step (float16, skip, stop)
         bad = numbers[1] > 0 if found is not None else not math.isfinite(numbers[1])
         if not math.isfinite(numbers[0]) and (bad or self._arguments.non_finite != "warn"):
             return "non_finite_loss"
@@ -374,14 +349,8 @@ class Optimization:
         """The state of optimizers and schedulers, as they keep it, not copied."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            # Functions among it (of SWALR) are those that the constructor has set.
-            "schedulers": [
-                {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
-                if hasattr(scheduler, "state_dict")
-                else None
-                for scheduler in self.schedulers
-            ],
-            "kinds": [[type(one).__name__ for one in self.optimizers], [type(one).__name__ for one in self.schedulers]],
+            "schedulers": self.schedules.state(),
+            "kinds": self._kinds,
         }
 
     def load_state_dict(self, state: dict[str, Any], where: str) -> None:
@@ -397,30 +366,26 @@ class Optimization:
         self._check(optimizers, schedulers, state.get("kinds"), where)
         for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(saved)
-            _restore_form(optimizer, saved)
+            restore_form(optimizer, saved)
             # It has stepped, in an earlier process. Torch would warn of a scheduler that steps before its optimizer.
             optimizer._opt_called = True  # type: ignore[attr-defined]
-        for scheduler, saved in zip(self.schedulers, schedulers, strict=True):
-            if saved is not None and hasattr(scheduler, "load_state_dict"):
-                scheduler.load_state_dict(saved)
-            else:
-                logger.warning(
-                    f"{where} has no state of the scheduler {type(scheduler).__name__}, which begins anew: give it"
-                    f" state_dict and load_state_dict"
-                )
+        self.schedules.load_state(schedulers, where)
+
+    @property
+    def _kinds(self) -> list[list[str]]:
+        return [[type(one).__name__ for one in group] for group in (self.optimizers, self.schedules.schedulers)]
 
     def _check(self, optimizers: list[Any], schedulers: list[Any], kinds: Any, where: str) -> None:
         hint = "; TrainerArguments(reset_optimizers_schedulers=True) begins with new ones"
         for what, own, saved in (
             ("optimizers", self.optimizers, optimizers),
-            ("schedulers", self.schedulers, schedulers),
+            ("schedulers", self.schedules.schedulers, schedulers),
         ):
             if len(own) != len(saved):
                 raise CheckpointMismatch(f"{where} has {len(saved)} {what}, this module has {len(own)}{hint}")
-        own_kinds = [[type(one).__name__ for one in self.optimizers], [type(one).__name__ for one in self.schedulers]]
-        if kinds is not None and kinds != own_kinds:
+        if kinds is not None and kinds != self._kinds:
             there, here = (
-                " and ".join(", ".join(part) or "no scheduler" for part in each) for each in (kinds, own_kinds)
+                " and ".join(", ".join(part) or "no scheduler" for part in each) for each in (kinds, self._kinds)
             )
             raise CheckpointMismatch(f"{where} has the state of {there}, and this module has {here}{hint}")
         for number, (optimizer, saved) in enumerate(zip(self.optimizers, optimizers, strict=True)):
@@ -432,136 +397,3 @@ class Optimization:
                     f" a group that a hook adds must be added by get_optimizers_schedulers() on resume, before which"
                     f" requires_grad is restored{hint}"
                 )
-
-    @property
-    def follows_epoch_loss(self) -> bool:
-        """Whether a scheduler follows ``train_epoch_loss``."""
-        return any(monitor == TRAIN_EPOCH_LOSS for _, monitor in self._plateau)
-
-    def follow(self, ledger: Ledger, *, epoch_loss: bool | None) -> None:
-        """Metrics may be there: schedulers that follow one get it.
-
-        Args:
-            epoch_loss: Only those that follow ``train_epoch_loss``; False: only the others. None: all.
-
-        Raises:
-            MetricNotFound: the first validation has not produced it.
-        """
-        for scheduler, monitor in self._plateau:
-            if epoch_loss is None or epoch_loss == (monitor == TRAIN_EPOCH_LOSS):
-                value = self._recorder.monitored(monitor, type(scheduler).__name__, required=True)
-                if value is not None:
-                    self._step_plateau(scheduler, value, ledger)
-
-    def end_epoch(self) -> None:
-        """A training epoch is over: schedulers of the epoch."""
-        for scheduler in self._per_epoch:
-            scheduler.step()
-
-    def _step_plateau(self, scheduler: Any, value: float | torch.Tensor, ledger: Ledger) -> None:
-        mark = clock()
-        number = float(value)  # SYNC: once per validation or epoch, for a scheduler that needs the number
-        ledger.readback += clock() - mark
-        scheduler.step(number)
-
-
-def _restore_form(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Undo that torch has brought a state to its parameter's type: float32 moments of a bfloat16 weight are meant.
-
-    And lay out in memory as the parameter is what belongs to its elements, such as one that is ``channels_last``.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    for parameter, number in zip(parameters, numbers, strict=True):
-        for name, value in saved["state"].get(number, {}).items():
-            own = optimizer.state[parameter].get(name)
-            if not (isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor)):
-                continue
-            # Fused kernels walk through both as they lie in memory, and a file does not know how they lay.
-            if own.shape == parameter.shape and own.stride() != parameter.stride():
-                optimizer.state[parameter][name] = own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            if own.dtype != value.dtype:
-                optimizer.state[parameter][name] = value.to(own.device, copy=True)
-
-
-def _closure_parameter(optimizer: torch.optim.Optimizer) -> inspect.Parameter | None:
-    """The argument of ``step`` that takes a closure, if it has one."""
-    try:
-        parameters = inspect.signature(optimizer.step).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    named = [one for one in parameters if one.name == "closure"]
-    required = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-    return next(iter(named + required), None)
-
-
-def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
-    return _closure_parameter(optimizer) is not None
-
-
-def _begins_with_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``step`` computes the gradients before it uses any, as torch's own do.
-
-    Where a closure is optional, an optimizer may begin with the gradients that are there: usual SAM code does.
-    """
-    return _wants_closure(optimizer) or (_takes_closure(optimizer) and type(optimizer).__module__.startswith("torch."))
-
-
-def _wants_closure(optimizer: torch.optim.Optimizer) -> bool:
-    found = _closure_parameter(optimizer)
-    return found is not None and found.default is found.empty
-
-
-def _refuse_scaler(optimizers: list[torch.optim.Optimizer], precision: Precision) -> None:
-    if precision.scaler is not None:
-        kinds = ", ".join(type(one).__name__ for one in optimizers if _takes_closure(one))
-        raise OptimizerError(
-            f"{kinds} computes the loss several times per step, which float16's loss scale, judged once per step, does"
-            f" not allow; use precision='bfloat16' or 'float32'"
-        )
-
-
-def _has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether clearing gradients is torch's own: neither its class nor anybody since has made it do more."""
-    return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
-
-
-def _checked(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Schedule]]:
-    what = "get_optimizers_schedulers() must return two lists, of optimizers and of schedulers"
-    if isinstance(returned, torch.optim.Optimizer):
-        raise OptimizerError(f"{what}; it returned one {type(returned).__name__}: return [optimizer], []")
-    if isinstance(returned, Mapping):
-        raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], [scheduler]")
-    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-        raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], []")
-    for part, example in zip(returned, ("[optimizer]", "[scheduler]"), strict=True):
-        if not isinstance(part, Iterable) or isinstance(part, Mapping):
-            raise OptimizerError(f"{what}; it returned {_shown(part)} instead of a list: write {example}")
-    optimizers, schedulers = list(returned[0]), list(returned[1])
-    if not optimizers:
-        raise OptimizerError(
-            "get_optimizers_schedulers() returned no optimizer; return one, such as [torch.optim.Adam(...)], []"
-        )
-    for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise OptimizerError(
-                f"{what}; the first list holds {_shown(optimizer)}, which is not an optimizer: write [optimizer],"
-                f" [scheduler]"
-            )
-    if len(set(map(id, optimizers))) < len(optimizers):
-        raise OptimizerError(
-            "get_optimizers_schedulers() returned an optimizer twice, which would step it twice; list it once"
-        )
-    for scheduler in schedulers:
-        if isinstance(scheduler, Mapping):
-            raise OptimizerError(
-                f"{what}; the second list holds {_shown(scheduler)}: write Schedule(scheduler, interval, monitor)"
-            )
-        if not isinstance(scheduler, Schedule) and not callable(getattr(scheduler, "step", None)):
-            raise OptimizerError(f"{what}; the second list holds {_shown(scheduler)}, which has no step()")
-    return optimizers, [one if isinstance(one, Schedule) else Schedule(one) for one in schedulers]
-
-
-def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return f"a {type(value).__name__}: {text[:80]}" if len(text) > 80 else text

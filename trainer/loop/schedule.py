@@ -1,14 +1,18 @@
-"""A learning rate scheduler with an interval or a metric of its own."""
+"""Learning rate schedulers: when each steps, and on which metric."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from events.errors import ArgumentsError
+from events.log import logger
+from events.metrics import TRAIN_EPOCH_LOSS
+from trainer.loop.attempt import Attempt
 
 Interval = Literal["step", "epoch"]
 
@@ -67,3 +71,76 @@ def _needs_metric(scheduler: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return any(name in ("metric", "metrics") and one.default is one.empty for name, one in parameters.items())
+
+
+class Schedules:
+    """The schedulers of a run. Used on the loop's thread."""
+
+    def __init__(self, schedules: Iterable[Schedule], attempt: Attempt) -> None:
+        schedules = list(schedules)
+        self.schedulers = [one.scheduler for one in schedules]
+        self._attempt = attempt
+        arguments = attempt.arguments
+        self._plateau = [(one.scheduler, one.monitor or arguments.monitor) for one in schedules if one.follows_metric]
+        timed: dict[str, list[Any]] = {"step": [], "epoch": []}
+        for one in schedules:
+            if not one.follows_metric:
+                timed[one.interval or arguments.scheduler_interval].append(one.scheduler)
+        self._per_step, self._per_epoch = timed["step"], timed["epoch"]
+
+    @property
+    def follows_epoch_loss(self) -> bool:
+        """Whether a scheduler follows ``train_epoch_loss``."""
+        return any(monitor == TRAIN_EPOCH_LOSS for _, monitor in self._plateau)
+
+    def after_step(self) -> None:
+        """The optimizers have stepped: schedulers of steps do."""
+        for scheduler in self._per_step:
+            scheduler.step()
+
+    def after_epoch(self) -> None:
+        """A training epoch has ended: schedulers of epochs step."""
+        for scheduler in self._per_epoch:
+            scheduler.step()
+
+    def follow(self, *, epoch_loss: bool | None) -> None:
+        """Give their metric to the schedulers that follow one, if it exists.
+
+        Args:
+            epoch_loss: Only those that follow ``train_epoch_loss``; False: only the others. None: all.
+
+        Raises:
+            MetricNotFound: The first validation has not produced it.
+        """
+        for scheduler, monitor in self._plateau:
+            if epoch_loss is None or epoch_loss == (monitor == TRAIN_EPOCH_LOSS):
+                value = self._attempt.recorder.monitored(monitor, type(scheduler).__name__, required=True)
+                if value is not None:
+                    with self._attempt.ledger.within("readback"):
+                        number = float(value)  # SYNC: once per validation or epoch, for a scheduler that needs it
+                    scheduler.step(number)
+
+    def state(self) -> list[dict[str, Any] | None]:
+        """The state of each scheduler, as it keeps it, not copied; None for one without ``state_dict``."""
+        # Functions in it (of SWALR) are those that the constructor has set.
+        return [
+            {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
+            if hasattr(scheduler, "state_dict")
+            else None
+            for scheduler in self.schedulers
+        ]
+
+    def load_state(self, states: list[dict[str, Any] | None], where: str) -> None:
+        """Restore what `state` returned.
+
+        Args:
+            where: The checkpoint that it comes from, for messages.
+        """
+        for scheduler, saved in zip(self.schedulers, states, strict=True):
+            if saved is not None and hasattr(scheduler, "load_state_dict"):
+                scheduler.load_state_dict(saved)
+            else:
+                logger.warning(
+                    f"{where} has no state of the scheduler {type(scheduler).__name__}, which starts over; give it"
+                    f" state_dict and load_state_dict"
+                )

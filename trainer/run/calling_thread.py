@@ -83,7 +83,7 @@ def run_here(make: Callable[[], Session], control: Control) -> Session:
         control.on_stop = session.leave_uploads
         _wait_for_observers(session, news, control)
         if control.interruption is not None:
-            interrupted = session.loop.error  # its traceback shows where the loop was
+            interrupted = session.loop.ending.error  # its traceback shows where the loop was
             raise interrupted if isinstance(interrupted, (KeyboardInterrupt, SystemExit)) else control.interruption
         thread.join(_CLOSING_S)
     return session

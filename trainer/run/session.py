@@ -48,13 +48,14 @@ from trainer.errors import REMEDY, NonFiniteGradientError, NonFiniteLossError, a
 from trainer.hooks.hooks import CallbackHooks, CallbackTarget, HookTable, check_state_keys
 from trainer.hooks.readback import DeviceReadback
 from trainer.hooks.recorder import MetricRecorder
+from trainer.loop.attempt import Attempt, TaskName
 from trainer.loop.control import Control
 from trainer.loop.precision import Precision
 from trainer.media import MediaWriter
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.run.cancellation import outliving
 from trainer.run.device import resolve_device
-from trainer.run.loop_thread import STUCK, LoopThread, Task
+from trainer.run.loop_thread import STUCK, LoopThread
 from trainer.run.system import SystemSampler
 from trainer.run.versions import versions
 
@@ -86,7 +87,7 @@ class Session:
         module: ModuleInterface,
         arguments: TrainerArguments,
         *,
-        task: Task,
+        task: TaskName,
         control: Control,
         callbacks: Iterable[Callback],
         sinks: Iterable[SinkLike],
@@ -133,25 +134,27 @@ class Session:
             interval_s = arguments.system_interval_s
             self._system = SystemSampler(interval_s, self.pump, folder) if interval_s is not None else None
             self.loop = LoopThread(
-                module,
-                arguments,
-                self._device,
-                precision,
-                task=task,
-                control=control,
-                bus=self.bus,
-                hooks=hooks,
-                recorder=self._recorder,
-                readback=self._readback,
-                plan=self._plan,
-                config=config,
+                Attempt(
+                    task=task,
+                    module=module,
+                    arguments=arguments,
+                    device=self._device,
+                    precision=precision,
+                    control=control,
+                    bus=self.bus,
+                    hooks=hooks,
+                    recorder=self._recorder,
+                    readback=self._readback,
+                    plan=self._plan,
+                    config=config,
+                )
             )
             self._writer = self._add_checkpoints() if task == "train" else None
             if self.folder is not None:
                 self.folder.write_json(ARGUMENTS_NAME, arguments.to_dict())
                 if config:
                     self.folder.write_json(CONFIG_NAME, config)
-            self.loop.on_started = self._log.start
+            self.loop.task.on_started = self._log.start
             self._log.begin(self._has_console)
             self._leave_context()
         except BaseException:
@@ -445,7 +448,7 @@ class Session:
         """Drain callbacks, checkpoints, sinks, consoles, the journal: each gets how those before it have ended."""
         self._log.publish_rest()
         stages = self._stages()
-        if isinstance(self.loop.error, (KeyboardInterrupt, SystemExit)):  # a second signal
+        if isinstance(self.loop.ending.error, (KeyboardInterrupt, SystemExit)):  # a second signal
             self._supervisor.hurry(_ABORTED_DRAIN_S)
         reports: list[ObserverReport] = []
         told = False
@@ -555,7 +558,7 @@ class Session:
 
     def _conclude(self, reports: list[ObserverReport]) -> None:
         loop, failure = self.loop, self._failed_in_drain
-        status, reason, self.error = loop.status, loop.reason, loop.error
+        status, reason, self.error = loop.ending.status, loop.ending.reason, loop.ending.error
         if self._stuck is not None:
             status, reason, self.error = "cancelled", STUCK, TrainingThreadStuck(self._stuck)
         elif failure is not None:
@@ -567,7 +570,7 @@ class Session:
             status=status,
             reason=reason,
             global_step=self.origin.global_step,
-            epochs=loop.epochs,
+            epochs=loop.task.epochs,
             metrics=dict(self._readback.summary),
             ledger=loop.total,
             observers=reports,
@@ -580,13 +583,13 @@ class Session:
 
     def forget_error(self) -> None:
         """Keep the exception no longer that ended the run: its frames refer to all that the user's code held."""
-        self.error = self.loop.error = self.control.error = None
+        self.error = self.loop.ending.error = self.control.error = None
 
     @property
     def _failed_in_drain(self) -> BaseException | None:
         """What a fatal observer raised while it was drained: the loop was over already, and could not raise it."""
         failure = self.control.error
-        over = self.loop.error is None and self._stuck is None
+        over = self.loop.ending.error is None and self._stuck is None
         return failure if over and not isinstance(failure, RunCancelled) else None
 
     def _problems(self, reports: list[ObserverReport]) -> list[str]:
@@ -604,7 +607,7 @@ class Session:
     def _last_checkpoint(self) -> str | None:
         """The newest durable one of the run: of this attempt, else the one of this run that it has gone on from."""
         saved = self._writer.last_saved if self._writer is not None else None
-        return str(saved) if saved is not None else self.loop.resumed_from
+        return str(saved) if saved is not None else self.loop.task.resumed_from
 
     @property
     def stuck(self) -> bool:

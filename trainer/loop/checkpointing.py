@@ -1,0 +1,381 @@
+"""What is in a checkpoint, and how it is taken. All on the loop's thread; nothing here writes to a disk."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from time import perf_counter_ns as clock
+from typing import Any
+
+import torch
+
+from events.bus.backlog import Payload
+from events.bus.fence import Fence
+from events.checkpoint.manifest import CheckpointName, Metric
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.snapshot import READER, LatePart, LazyPart, Snapshot
+from events.errors import CheckpointsFailing, UnstorableState
+from events.log import logger
+from events.messages import CheckpointFailed, CheckpointSkipped, CheckpointStaged, LoopHeld
+from events.tracebacks import describe
+from trainer.checkpoint.due import BestScores, DuePolicy
+from trainer.checkpoint.position import SAVED_FIELDS, Position
+from trainer.checkpoint.slab import Slab, SlabPool
+from trainer.checkpoint.staging import Stager
+from trainer.data.loaders import has_state
+from trainer.data.rng import capture_rng
+from trainer.data.tensor_state import Collected
+from trainer.errors import add_note
+from trainer.hooks.capture import EpochOutputs
+from trainer.hooks.hooks import CallbackHooks
+from trainer.loop.attempt import Attempt
+from trainer.loop.optimization import Optimization
+
+PREPARING, TAKING = "preparing checkpoints", "taking a checkpoint"
+_ANNOUNCE_WAIT_S = 5.0
+
+
+class Checkpointing:
+    """Takes the checkpoints of one run.
+
+    A method that takes one returns a fence if callbacks have hooks on both lanes and a state: the caller waits for it.
+
+    Attributes:
+        position: Where the loop stands.
+        outputs: The outputs of the present epoch, if a hook wants them at its end.
+        loader: The dataloader of the present epoch, or of the one before; None if it has no position to resume at.
+        due: When the next checkpoint is due.
+        stager: Copies the state.
+
+    Args:
+        settings: None disables checkpoints; requests are answered with `CheckpointFailed`.
+    """
+
+    def __init__(self, attempt: Attempt, settings: Checkpoints | None) -> None:
+        self.position = Position()
+        self.outputs: EpochOutputs | None = None
+        self.loader: Any = None
+        self.due = DuePolicy(settings)
+        self.stager = Stager(attempt.device)
+        self.settings = settings
+        self._attempt = attempt
+        self._best = BestScores(settings, {}) if settings is not None else None
+        self._optimization: Optimization | None = None
+        self._pool: SlabPool | None = None
+        self._prepared = False
+        self._parent: str | None = None
+        self._metric: tuple[int, float] | None = None  # the step it belongs to, and what it was
+        self._snapshots: list[Snapshot] = []  # those whose memory is not back yet, and the last one
+        self._last_place: tuple[Any, ...] = ()
+        self._failures = 0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the run takes checkpoints."""
+        return self.settings is not None
+
+    def resume(self, position: Position, parent: str | None, scores: dict[int, float]) -> None:
+        """Begin where a checkpoint was taken.
+
+        Args:
+            parent: Its name, if it is one of this run.
+            scores: The metric of each checkpoint up to it that still exists, by step.
+        """
+        self.position, self._parent = position, parent
+        if self.settings is not None:
+            self._best = BestScores(self.settings, scores)
+        if parent is not None:
+            self._last_place = self._place
+
+    def start(self, optimization: Optimization) -> None:
+        """The state is complete: see that all of it can be stored, before anything is computed.
+
+        Raises:
+            UnstorableState: A value in it cannot be; names its path.
+        """
+        self._optimization = optimization
+        if self.settings is None:
+            return
+        for callback in self._stateful():
+            if callback.is_essential:  # any other is only disabled when it fails
+                try:
+                    Collected({callback.name: callback.state_dict()})
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                    add_note(error, f"raised by {callback.name}.state_dict")
+                    self._attempt.fail_hook(callback, "state_dict", error)
+        self._pool = SlabPool(self._attempt.device, self._attempt.bus.cpu_time)
+        Collected(self._tree())
+        self.due.start(self._attempt.origin.global_step, clock())
+
+    def release(self) -> None:
+        """The run is over: release the memory, though a user may keep the run."""
+        self._pool = self._optimization = self.outputs = None
+        self._snapshots.clear()
+        self.stager.release()
+
+    # --------------------------------------------------------------------------------------------- when
+
+    def after_step(self, *, last: bool) -> Fence | None:
+        """A step is finished, its validation too if it had one. ``last``: so is the epoch; see `after_epoch`."""
+        if self.settings is None:
+            return None
+        if not self._prepared and self._pool is not None:
+            self._prepared = True
+            with self._attempt.ledger.within("checkpoint"), self._attempt.within(PREPARING):
+                self._pool.prepare(self.stager.lay_out(Collected(self._tree())))
+        return self._take_for(self.due.after_step(self._attempt.origin.global_step, clock(), last=last))
+
+    def after_validation(self) -> None:
+        """A validation, or an epoch in its place, is finished: is its metric among the best `Checkpoints.keep_best`?
+
+        The checkpoint is taken by `after_step` or `after_epoch`, whichever is called next, which is at once.
+        """
+        settings, attempt = self.settings, self._attempt
+        if settings is None or settings.best is None or self._best is None:
+            return
+        value = attempt.recorder.monitored(settings.best, "Checkpoints(best=)", required=False)
+        if value is None:
+            return
+        with attempt.ledger.within("readback"):
+            number = float(value)  # SYNC: once per validation, because the user wants the best one kept
+        step = attempt.origin.global_step
+        self._metric = step, number
+        if self._best.enters(step, number):
+            self.due.found_best(step)
+
+    def after_epoch(self, epoch: int) -> Fence | None:
+        """An epoch is finished, its validation and schedulers too."""
+        return self._take_for(self.due.after_epoch(epoch, clock()))
+
+    def at_end(self) -> Fence | None:
+        """Training is finished."""
+        if self.settings is None or not self.settings.at_end or self._is_taken:
+            return None
+        return self.take(["end"], must=True)
+
+    def on_command(self, reasons: list[str], command_ids: list[str]) -> Fence | None:
+        """A command asks for a checkpoint, or stops the run."""
+        if self.settings is None:
+            if command_ids:
+                why = "this run takes no checkpoints: it has no folder, or was made with checkpoints=False"
+                self._publish_failure("", why, 1, command_ids)
+        elif command_ids or not self._is_taken:
+            return self.take(reasons, command_ids, must=True)
+        return None
+
+    # ---------------------------------------------------------------------------------------------- what
+
+    def _take_for(self, reasons: list[str]) -> Fence | None:
+        return self.take(reasons) if reasons else None
+
+    def take(self, reasons: list[str], command_ids: Iterable[str] = (), *, must: bool = False) -> Fence | None:
+        """Take one now.
+
+        Args:
+            must: Wait for memory, whatever the policy: it was asked for.
+
+        Raises:
+            CheckpointsFailing: Too many in a row have failed.
+            BaseException: The run was cancelled meanwhile.
+        """
+        settings, pool = self.settings, self._pool
+        if settings is None or pool is None:
+            return None
+        with self._attempt.ledger.within("checkpoint"), self._attempt.within(TAKING):
+            try:
+                return self._take(settings, pool, reasons, list(command_ids), must)
+            finally:
+                self.due.taken(clock())
+
+    def _take(
+        self, settings: Checkpoints, pool: SlabPool, reasons: list[str], command_ids: list[str], must: bool
+    ) -> Fence | None:
+        began, attempt = clock(), self._attempt
+        slab = self._wait_for_slab(pool, must or settings.when_busy == "wait")
+        if slab is None:
+            writing = [str(one.name) for one in self._snapshots if not one.released]
+            attempt.bus.publish(CheckpointSkipped(*attempt.origin.header(), reasons, writing))
+            if command_ids:
+                why = "the run is to stop without a checkpoint, and those before it are still being written"
+                self._publish_failure("", why, 1, command_ids)
+            return None
+        try:
+            return self._stage(settings, pool, slab, reasons, command_ids, began)
+        except (UnstorableState, MemoryError) as error:
+            pool.give_back(slab)
+            self._fail(settings, error, command_ids)
+            return None
+        except BaseException:
+            pool.give_back(slab)
+            raise
+
+    def _stage(
+        self,
+        settings: Checkpoints,
+        pool: SlabPool,
+        slab: Slab,
+        reasons: list[str],
+        command_ids: list[str],
+        began: int,
+    ) -> Fence | None:
+        attempt, optimization = self._attempt, self._optimization
+        assert optimization is not None
+        with optimization.evaluation(self.stager.gate):
+            collected = Collected(self._tree())
+            staged = self.stager.copy(collected, slab, self._late_tensors(optimization))
+        parts, owners = self._parts()
+        attempt.control.raise_if_failed()  # a callback that has failed just now, and ends the run, is not among them
+        name = self._next_name()
+        metric = self._metric[1] if self._metric is not None and self._metric[0] == name.step else None
+        score = None
+        if metric is not None and math.isfinite(metric):
+            score = Metric(settings.best or "", metric, settings.best_mode)
+        snapshot = Snapshot(
+            name,
+            parent=self._parent,
+            metric=score,
+            image=staged.image,
+            nbytes=staged.nbytes,
+            state=collected.state,
+            parts=parts,
+            owners=owners,
+            wait=staged.wait,
+            release=lambda: pool.give_back(slab),
+        )
+        self._snapshots = [one for one in self._snapshots if not one.released] + [snapshot]
+        self._last_place, self._failures = self._place, 0
+        if score is not None and self._best is not None:
+            self._best.add(name.step, score.value, snapshot)
+        nbytes, blocked_s = staged.nbytes + len(collected.state), (clock() - began) / 1e9
+        header = attempt.origin.header()
+        prefault_s, slab.prefault_s = slab.prefault_s, None
+        event = CheckpointStaged(*header, str(name), reasons, nbytes, blocked_s, command_ids, metric, prefault_s)
+        # A callback's inline hooks, and `should_stop`, would change the state that it is asked for on another thread.
+        torn = [
+            one.name
+            for one in self._stateful()
+            if one.observed and (one.inline or one.should_stop) and one.is_essential
+        ]
+        fence = Fence(torn) if torn else None
+        attempt.bus.publish(event, Payload(snapshot, fence))
+        if not {"stop", "end"} & set(reasons):
+            pool.prepare(slab.nbytes)  # the other one, now that it is going to be used
+        return fence
+
+    def _next_name(self) -> CheckpointName:
+        origin, last = self._attempt.origin, self._last
+        revision = last.name.revision + 1 if last is not None and last.name.step == origin.global_step else 1
+        return CheckpointName(origin.global_step, origin.attempt, revision)
+
+    def _tree(self) -> dict[str, Any]:
+        """All that must be as it is at this moment."""
+        attempt, optimization, position = self._attempt, self._optimization, self.position
+        assert optimization is not None
+        where = {name: getattr(position, name) for name in SAVED_FIELDS}
+        if self.loader is not None and has_state(self.loader):
+            where["loader_state"] = self.loader.state_dict()
+        where["elapsed_s"] += time.monotonic() - position.began if position.phase != "begin" else 0.0
+        scaler = attempt.precision.scaler
+        return {
+            "global_step": attempt.origin.global_step,
+            "epoch": attempt.origin.epoch,
+            "position": where,
+            # A validation that is under way is repeated, from the dataloader on that it is in.
+            "rng": position.rng_at_validation or capture_rng(attempt.device),
+            "module": attempt.module.get_state(),
+            "frozen": [name for name, one in attempt.module.named_parameters() if not one.requires_grad],
+            **optimization.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "metrics": attempt.recorder.state_dict(),
+            "callbacks": self._inline_states(),
+        }
+
+    def _inline_states(self) -> list[dict[str, Any]]:
+        """The state of callbacks all of whose hooks run on this thread."""
+        states: list[dict[str, Any]] = []
+        for callback in self._stateful():
+            if not callback.observed:
+                try:
+                    states.append(callback.saved_state())
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                    add_note(error, f"raised by {callback.name}.state_dict")
+                    self._attempt.fail_hook(callback, "state_dict", error)
+        return states
+
+    def _parts(self) -> tuple[dict[str, LatePart | LazyPart], dict[str, str]]:
+        """The parts that others add, each on its own thread; and who adds which."""
+        bus = self._attempt.bus
+        parts: dict[str, LatePart | LazyPart] = {"readings": LatePart(lambda: not bus.alive)}
+        owners = {READER: "readings"}
+        if self.outputs is not None and self.position.phase != "begin":
+            parts["outputs"] = LazyPart(self.outputs.part())
+        for number, callback in enumerate(self._stateful()):
+            if callback.observed:
+                part = owners[callback.name] = f"callback-{number}"
+                parts[part] = LatePart(callback.is_given_up, essential=callback.is_essential)
+        return parts, owners
+
+    def _stateful(self) -> list[CallbackHooks]:
+        return [callback for callback in self._attempt.hooks.callbacks if callback.stateful and not callback.disabled]
+
+    def _late_tensors(self, optimization: Optimization) -> set[int]:
+        """Addresses on the device of the tensors that only the optimizers change."""
+        if self._attempt.device.type != "cuda":
+            return set()
+        found = {parameter.data_ptr() for parameter in self._attempt.module.parameters()}
+        for optimizer in optimization.optimizers:
+            for state in optimizer.state.values():
+                found.update(value.data_ptr() for value in state.values() if isinstance(value, torch.Tensor))
+        return found
+
+    @property
+    def _last(self) -> Snapshot | None:
+        return self._snapshots[-1] if self._snapshots else None
+
+    @property
+    def _place(self) -> tuple[Any, ...]:
+        origin, position = self._attempt.origin, self.position
+        done = len(position.validated_keys), position.validated_at
+        return origin.global_step, origin.epoch, position.phase, position.batches, *done
+
+    @property
+    def _is_taken(self) -> bool:
+        """Whether the last one is of this very place, and has not failed so far; the one resumed from counts."""
+        return self._last_place == self._place and not (self._last is not None and self._last.failed)
+
+    # ----------------------------------------------------------------------------------------- the rest
+
+    def _wait_for_slab(self, pool: SlabPool, wait: bool) -> Slab | None:
+        slab, control = pool.take(0.0), self._attempt.control
+        begin, announced = time.monotonic(), False
+        while slab is None and wait and not control.stops_without_checkpoint:
+            control.raise_if_failed()
+            slab = pool.take(0.1)  # WAIT: both copies are being written, and this one must be taken
+            if not announced and time.monotonic() - begin > _ANNOUNCE_WAIT_S:
+                announced = True
+                self._announce(begin, released=False)
+        if announced:
+            self._announce(begin, released=True)
+        return slab
+
+    def _announce(self, begin: float, *, released: bool) -> None:
+        """Publish that the loop waits for the disk, or that the wait is over."""
+        wait_s, header = time.monotonic() - begin, self._attempt.origin.header()
+        self._attempt.bus.publish(LoopHeld(*header, "checkpoint", ["checkpoints"], wait_s, released))
+        if not released:
+            logger.warning(f"the training loop has waited {wait_s:.1f} s for checkpoints to be written", published=True)
+
+    def _publish_failure(self, name: str, error: str, failures: int, command_ids: list[str]) -> None:
+        header = self._attempt.origin.header()
+        self._attempt.bus.publish(CheckpointFailed(*header, name, error, "stage", failures, command_ids))
+
+    def _fail(self, settings: Checkpoints, error: Exception, command_ids: list[str]) -> None:
+        self._failures += 1
+        name = str(self._next_name())
+        self._publish_failure(name, describe(error), self._failures, command_ids)
+        logger.warning(f"checkpoint {name} could not be taken: {describe(error)}", published=True)
+        if self._failures >= settings.max_failures:
+            raise CheckpointsFailing(
+                f"{self._failures} checkpoints in a row could not be taken (max_failures); the last one: {error}"
+            ) from error

@@ -1,0 +1,115 @@
+"""What can be known of optimizers without stepping them: what a module returned, closures, the form of their state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from trainer.errors import OptimizerError
+from trainer.loop.precision import Precision
+from trainer.loop.schedule import Schedule
+
+
+def restore_form(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Undo that torch has brought a state to its parameter's type: float32 moments of a bfloat16 weight are meant.
+
+    And lay out in memory as the parameter is what belongs to its elements, such as one that is ``channels_last``.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        for name, value in saved["state"].get(number, {}).items():
+            own = optimizer.state[parameter].get(name)
+            if not (isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor)):
+                continue
+            # Fused kernels walk through both as they lie in memory, and a file does not know how they lay.
+            if own.shape == parameter.shape and own.stride() != parameter.stride():
+                optimizer.state[parameter][name] = own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if own.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(own.device, copy=True)
+
+
+def _closure_parameter(optimizer: torch.optim.Optimizer) -> inspect.Parameter | None:
+    """The argument of ``step`` that takes a closure, if it has one."""
+    try:
+        parameters = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    named = [one for one in parameters if one.name == "closure"]
+    required = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return next(iter(named + required), None)
+
+
+def takes_closure(optimizer: torch.optim.Optimizer) -> bool:
+    return _closure_parameter(optimizer) is not None
+
+
+def begins_with_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` computes the gradients before it uses any, as torch's own do.
+
+    Where a closure is optional, an optimizer may begin with the gradients that are there: usual SAM code does.
+    """
+    return wants_closure(optimizer) or (takes_closure(optimizer) and type(optimizer).__module__.startswith("torch."))
+
+
+def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
+    found = _closure_parameter(optimizer)
+    return found is not None and found.default is found.empty
+
+
+def refuse_scaler(optimizers: list[torch.optim.Optimizer], precision: Precision) -> None:
+    if precision.scaler is not None:
+        kinds = ", ".join(type(one).__name__ for one in optimizers if takes_closure(one))
+        raise OptimizerError(
+            f"{kinds} computes the loss several times per step, which float16's loss scale, judged once per step, does"
+            f" not allow; use precision='bfloat16' or 'float32'"
+        )
+
+
+def has_stock_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether clearing gradients is torch's own: neither its class nor anybody since has made it do more."""
+    return type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
+
+
+def as_optimizers(returned: Any) -> tuple[list[torch.optim.Optimizer], list[Schedule]]:
+    what = "get_optimizers_schedulers() must return two lists, of optimizers and of schedulers"
+    if isinstance(returned, torch.optim.Optimizer):
+        raise OptimizerError(f"{what}; it returned one {type(returned).__name__}: return [optimizer], []")
+    if isinstance(returned, Mapping):
+        raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], [scheduler]")
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        raise OptimizerError(f"{what}; it returned {_shown(returned)}: return [optimizer], []")
+    for part, example in zip(returned, ("[optimizer]", "[scheduler]"), strict=True):
+        if not isinstance(part, Iterable) or isinstance(part, Mapping):
+            raise OptimizerError(f"{what}; it returned {_shown(part)} instead of a list: write {example}")
+    optimizers, schedulers = list(returned[0]), list(returned[1])
+    if not optimizers:
+        raise OptimizerError(
+            "get_optimizers_schedulers() returned no optimizer; return one, such as [torch.optim.Adam(...)], []"
+        )
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptimizerError(
+                f"{what}; the first list holds {_shown(optimizer)}, which is not an optimizer: write [optimizer],"
+                f" [scheduler]"
+            )
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise OptimizerError(
+            "get_optimizers_schedulers() returned an optimizer twice, which would step it twice; list it once"
+        )
+    for scheduler in schedulers:
+        if isinstance(scheduler, Mapping):
+            raise OptimizerError(
+                f"{what}; the second list holds {_shown(scheduler)}: write Schedule(scheduler, interval, monitor)"
+            )
+        if not isinstance(scheduler, Schedule) and not callable(getattr(scheduler, "step", None)):
+            raise OptimizerError(f"{what}; the second list holds {_shown(scheduler)}, which has no step()")
+    return optimizers, [one if isinstance(one, Schedule) else Schedule(one) for one in schedulers]
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return f"a {type(value).__name__}: {text[:80]}" if len(text) > 80 else text

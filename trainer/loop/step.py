@@ -1,0 +1,357 @@
+"""One optimizer step: forward and backward passes of its micro-batches, then the optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import torch
+
+from events.bus.backlog import Payload
+from events.messages import BackwardEnded, NonFiniteGradient, NonFiniteLoss, StepSkipped
+from trainer.data.rows import no_weight, weight_of
+from trainer.errors import (
+    REMEDY,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    OptimizerError,
+    StepOutputError,
+)
+from trainer.hooks.capture import Capture
+from trainer.hooks.collate import as_tuple
+from trainer.loop.boundary import Boundary
+from trainer.loop.feed import MicroBatch
+from trainer.loop.manual import ManualSteps
+from trainer.loop.optimization import ClosureWanted, Optimization, Skip
+from trainer.module_interface import ModuleInterface, Stage
+
+Outputs = tuple[Any, ...]
+_Count = TypeVar("_Count", int, float)
+
+
+class StepOutcome(msgspec.Struct, gc=False):
+    """What a step has computed."""
+
+    loss: torch.Tensor
+    """A scalar ``()``, detached, that nothing changes any more."""
+    rows: int | None
+    outputs: list[Outputs] | None
+    """What `train_step` returned for each micro-batch, with its graph; None if nothing is to be kept."""
+    lr: Any
+    grad_norm: torch.Tensor | None = None
+    bad_gradient: torch.Tensor | None = None
+    """Positive if a gradient is not finite; None if the norm shows it, or the host has read it."""
+    skipped: Skip | None = None
+    is_output: bool = False
+    """Whether the loss is a copy of the first output of the only micro-batch."""
+    weight: float | None = None
+    """What the step counts in means."""
+
+
+class Step:
+    """Takes the optimizer steps of one module. On the thread of the loop.
+
+    Args:
+        clears: Clear the gradients at the end of a step. False: the caller does, after the hooks that look at them.
+    """
+
+    def __init__(self, boundary: Boundary, optimization: Optimization, capture: Capture, *, clears: bool) -> None:
+        self._boundary = boundary
+        self._attempt = attempt = boundary.attempt
+        self._module = attempt.module
+        self._checkpoints = boundary.checkpoints
+        self._optimization = optimization
+        self._capture = capture
+        self._weigh = weight_of(attempt.module)
+        self._backward_hooks = attempt.hooks.inline[BackwardEnded]
+        self._returned: Any = None
+        self._is_checked = False  # whether the first forward pass has left no gradients
+        self._manual: ManualSteps | None = None
+        self._take: Callable[[list[MicroBatch], bool], StepOutcome] = (
+            self._with_closure if optimization.wants_closure else self._automatic
+        )
+        if attempt.module.manual_optimization:
+            self._manual = ManualSteps(boundary, optimization, on_backward=self._after_backward, on_skip=self.skip)
+            self._take = self._by_module
+        self._clears = clears and self._manual is None
+        optimization.guard(self._check_caller)
+        object.__setattr__(self._module, "_stagecast_manual", self._manual)  # not in the state dict
+
+    @property
+    def is_manual(self) -> bool:
+        """Whether the module optimizes itself."""
+        return self._manual is not None
+
+    def run(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
+        """Take one step.
+
+        Args:
+            keep: Whether the outputs of `train_step` are wanted.
+
+        Raises:
+            StepOutputError: `train_step` returned something else than a loss that can be trained.
+            NonFiniteError: A manual update was not finite, and the policy is to stop.
+        """
+        attempt, ledger = self._attempt, self._attempt.ledger
+        ledger.enter("compute")
+        if ledger.idle is not None:
+            ledger.idle.begin()
+        weight = group[0].weight if len(group) == 1 else _sum([one.weight for one in group])
+        if self._weigh is not None and not weight:
+            raise no_weight(self._module, attempt.origin.global_step + 1)
+        outcome = self._take(group, keep)
+        outcome.weight = weight
+        if self._clears:
+            self._optimization.zero_grad()
+        if ledger.idle is not None:
+            ledger.idle.end()
+        ledger.steps += 1
+        ledger.enter("publish")
+        return outcome
+
+    def release(self) -> None:
+        """Release the graph of the last step."""
+        self._returned = None
+
+    def close(self) -> None:
+        """Training has ended."""
+        self._returned = self._manual = None
+        vars(self._module).pop("_stagecast_manual", None)
+
+    # --------------------------------------------------------------------------------- the ways to take one
+
+    def _automatic(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
+        loss, rows, outputs = self._micro_steps(group, keep)
+        self._attempt.phase = "the optimizer step"
+        lr = self._optimization.learning_rate
+        self._gate()  # the device waits for a copy of what the optimizers will change
+        try:
+            grad_norm, bad_gradient, skipped = self._optimization.step(loss)
+        except ClosureWanted:
+            self._attempt.recorder.discard()
+            self._take = self._with_closure
+            return self._with_closure(group, keep)
+        return StepOutcome(loss, rows, outputs, lr, grad_norm, bad_gradient, skipped, len(group) == 1)
+
+    def _with_closure(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
+        """One step of optimizers that compute the loss themselves, as often as they want, on the same micro-batches.
+
+        The step's loss, its outputs and what it logs are those of the first evaluation. Every evaluation draws new
+        random numbers (dropout) and updates running statistics (batch norm), as in a loop written by hand.
+        """
+        attempt, recorder, lr = self._attempt, self._attempt.recorder, self._optimization.learning_rate
+        first: list[tuple[torch.Tensor, int | None, list[Outputs] | None]] = []
+
+        def evaluate() -> torch.Tensor:
+            logged, recorder.values = recorder.values, []
+            result = self._micro_steps(group, keep and not first)
+            if first:
+                recorder.values = logged
+            else:
+                first.append(result)
+            attempt.phase = "the optimizer step"
+            return result[0]
+
+        self._gate()
+        done = self._optimization.step_with_closure(evaluate)
+        if done.skipped is None:
+            self._optimization.schedules.after_step()
+        return StepOutcome(*first[0], lr, done.grad_norm, done.found, done.skipped)
+
+    def _by_module(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
+        """One call of `train_step`, which applies its losses itself."""
+        assert self._manual is not None
+        ((batch, rows, weight),) = group
+        lr = self._optimization.learning_rate
+        self._attempt.recorder.weight = 1 if weight is None else weight
+        values, grad_norm, bad_gradient = self._manual.step(batch)
+        loss = values[0] if values else None
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise _bad_loss(self._module, loss, values)
+        loss = loss.detach().reshape(()).clone()
+        self._attempt.phase = "the schedulers"
+        if not self._manual.only_skipped:
+            self._optimization.schedules.after_step()
+        return StepOutcome(loss, rows, [values] if keep else None, lr, grad_norm, bad_gradient)
+
+    # --------------------------------------------------------------------------------------- micro-batches
+
+    def _micro_steps(
+        self, group: list[MicroBatch], keep: bool
+    ) -> tuple[torch.Tensor, int | None, list[Outputs] | None]:
+        """The micro-batches of one step by their weights: the step's loss, its rows, the outputs to keep."""
+        if len(group) == 1:
+            loss, values = self._micro_step(group[0], None, 0)
+            return loss, group[0].rows, [values] if keep else None
+        parts = _parts([one.weight for one in group])
+        shares: list[torch.Tensor] = []
+        outputs: list[Outputs] = []
+        for i, (one, part) in enumerate(zip(group, parts, strict=True)):
+            share, values = self._micro_step(one, part, i)
+            shares.append(share.reshape(()))
+            if keep:
+                outputs.append(values)
+        return torch.stack(shares).sum(), _sum([one.rows for one in group]), outputs if keep else None
+
+    def _micro_step(self, one: MicroBatch, part: float | None, number: int) -> tuple[torch.Tensor, Outputs]:
+        """Forward and backward of one micro-batch; returns its share of the step's loss, detached, and its outputs.
+
+        Args:
+            part: Its part of the step; None for all of it. One of 0 has no backward: a mean over nothing is NaN.
+            number: Of the micro-batch in the step, from 0.
+        """
+        attempt, precision = self._attempt, self._attempt.precision
+        step = attempt.origin.global_step + 1
+        attempt.recorder.weight = 1 if one.weight is None else one.weight
+        attempt.phase = "train_step"
+        if precision.enabled:
+            with precision.autocast():
+                returned = self._module(Stage.TRAIN, step, one.batch, attempt.device)
+        else:
+            returned = self._module(Stage.TRAIN, step, one.batch, attempt.device)
+        # The graph of the step before is released here, as in a loop written by hand. Between backward and optimizer it
+        # would slow down the optimizer: by 5 us, measured with a tiny model.
+        self._returned = returned
+        values = (returned,) if isinstance(returned, torch.Tensor) else as_tuple(returned)
+        loss = values[0] if values else None
+        if not isinstance(loss, torch.Tensor):
+            raise _bad_loss(self._module, loss, values)
+        if not self._is_checked:  # once: it looks at every parameter
+            self._is_checked = True
+            if number == 0 and any(parameter.grad is not None for parameter in self._module.parameters()):
+                raise _own_backward(self._module)
+        if part == 0:
+            return torch.zeros_like(loss.detach()), values
+        share = loss if part is None else loss * part
+        attempt.phase = "backward"
+        try:
+            (share if precision.scaler is None else precision.scale(share)).backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            # Checked only now: it costs a step without an error nothing.
+            if loss.numel() != 1 or loss.is_complex() or not loss.requires_grad:
+                raise _bad_loss(self._module, loss, values) from None
+            if "backward through the graph a second time" in str(error):
+                raise _own_backward(self._module) from error
+            raise
+        if self._backward_hooks or BackwardEnded in attempt.bus.audience.wanted:
+            self._after_backward(loss, number)
+        share = share.detach()  # or the event would keep the graph alive
+        # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
+        return share.clone() if part is None else share, values
+
+    def _after_backward(self, loss: torch.Tensor, number: int) -> None:
+        if self._backward_hooks:
+            self._boundary.run_inline(self._backward_hooks, self._attempt.origin.global_step, loss)
+        if BackwardEnded in self._attempt.bus.audience.wanted:
+            self._publish_backward(loss, number)
+
+    def _publish_backward(self, loss: torch.Tensor, number: int) -> None:
+        boundary, bus = self._boundary, self._attempt.bus
+        fence = payload = None
+        with self._attempt.ledger.within("publish"):
+            receivers = bus.audience.payload_receivers.get(BackwardEnded, ())
+            if receivers:
+                fence = boundary.fence(BackwardEnded)
+                copy = self._capture.take((loss,))
+                payload = Payload(self._capture.of_step([copy], len(receivers) > 1), fence, copy.nbytes)
+            header = self._attempt.origin.header()
+            bus.publish(BackwardEnded(*header, loss.detach(), number), payload)  # type: ignore[arg-type]  # deferred
+        if fence is not None:
+            with self._attempt.within("on_end_backward"):
+                boundary.wait_for_fence(fence)
+
+    # ------------------------------------------------------------------------------------------- the policy
+
+    def _gate(self) -> None:
+        if self._checkpoints.stager.pending is not None:
+            self._checkpoints.stager.gate()
+
+    def _check_caller(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer is about to step."""
+        if self._manual is not None:
+            self._gate()
+        elif self._attempt.phase == "train_step":
+            raise OptimizerError(
+                f"train_step() called {type(optimizer).__name__}.step() itself: return the loss and leave backward()"
+                f" and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
+            )
+
+    def skip(self, reason: Skip, loss: torch.Tensor) -> None:
+        """Report a skipped step.
+
+        Raises:
+            NonFiniteError: The policy is to stop, or too many steps in a row were skipped.
+        """
+        bus, origin, arguments = self._attempt.bus, self._attempt.origin, self._attempt.arguments
+        position, step = self._checkpoints.position, origin.global_step + 1
+        count = position.skipped_in_a_row = position.skipped_in_a_row + 1
+        if count == 1:
+            position.first_skipped = step
+        stops = arguments.non_finite == "stop" and reason != "gradient_overflow"
+        action: Literal["skipped", "stopped"] = "stopped" if stops else "skipped"
+        if reason == "non_finite_loss":
+            event = NonFiniteLoss(*origin.header(), loss, action, count)  # type: ignore[arg-type]  # deferred
+            bus.publish(event)
+        elif reason == "non_finite_gradient":
+            bus.publish(NonFiniteGradient(*origin.header(), action, count))
+        kind = NonFiniteLossError if reason == "non_finite_loss" else NonFiniteGradientError
+        if stops:
+            raise kind(f"{_CAUSES[reason]} of step {step} is NaN or infinite and non_finite='stop'; {REMEDY}")
+        bus.publish(StepSkipped(*origin.header(), reason))
+        if count >= arguments.max_skipped_steps:
+            raise kind(
+                f"{count} steps in a row were skipped (max_skipped_steps), the first at step"
+                f" {position.first_skipped}: {_CAUSES[reason]} is NaN or infinite; lower the learning rate, or"
+                f" look at the data of that step"
+            )
+
+
+_CAUSES: dict[Skip, str] = {
+    "non_finite_loss": "the loss",
+    "non_finite_gradient": "a gradient",
+    "gradient_overflow": "a gradient in float16",
+}
+
+
+def _parts(weights: list[float | None]) -> list[float]:
+    """Each micro-batch's part of its step: equal ones where a weight is not known, or all are 0."""
+    total = _sum(weights)
+    return [(weight or 0) / total for weight in weights] if total else [1 / len(weights)] * len(weights)
+
+
+def _sum(counts: Sequence[_Count | None]) -> _Count | None:
+    """None if one of them is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known[1:], known[0]) if len(known) == len(counts) else None
+
+
+def _bad_loss(module: ModuleInterface, loss: Any, values: Outputs) -> StepOutputError:
+    where = f"{type(module).__name__}.train_step()"
+    if not values:
+        return StepOutputError(f"{where} returned nothing: return the loss tensor, or a tuple that begins with it")
+    if not isinstance(loss, torch.Tensor):
+        return StepOutputError(
+            f"{where} returned a {type(loss).__name__} ({loss!r:.80}) as its first value: that must be the loss tensor"
+        )
+    if loss.numel() != 1:
+        return StepOutputError(
+            f"{where} returned a loss of shape {tuple(loss.shape)}: it must be one number; reduce it with .mean()"
+        )
+    if loss.is_complex():
+        return StepOutputError(
+            f"{where} returned a complex loss ({loss.dtype}): a loss must be real; return its .abs() or .real"
+        )
+    if any(parameter.grad is not None for parameter in module.parameters()) and loss.is_leaf:
+        return _own_backward(module)
+    return StepOutputError(
+        f"{where} returned a loss that needs no gradient: it does not depend on a parameter that is trained, or was"
+        f" detached, or was computed under torch.no_grad()"
+    )
+
+
+def _own_backward(module: ModuleInterface) -> StepOutputError:
+    return StepOutputError(
+        f"{type(module).__name__}.train_step() seems to have called backward() itself: return the loss and leave"
+        f" backward() and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
+    )

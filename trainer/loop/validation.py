@@ -1,0 +1,157 @@
+"""Validations during training: when they are due, and who follows their metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from events.metrics import TRAIN_EPOCH_LOSS
+from trainer.checkpoint.position import Position
+from trainer.data.loaders import as_val_loaders
+from trainer.data.rng import RngState, capture_rng, restore_rng
+from trainer.hooks.recorder import Value
+from trainer.loop.boundary import Boundary
+from trainer.loop.evaluation import Evaluation
+from trainer.loop.feed import Feed
+from trainer.loop.optimization import Optimization
+from trainer.module_interface import Stage
+
+
+class Validation:
+    """Validates the module between two steps. On the thread of the loop.
+
+    A validation changes none of the random generators that training uses: what training computes does not depend on
+    when the module is validated.
+    """
+
+    def __init__(self, boundary: Boundary, evaluation: Evaluation, optimization: Optimization, feed: Feed) -> None:
+        self._boundary = boundary
+        self._attempt = boundary.attempt
+        self._checkpoints = boundary.checkpoints
+        self._position: Position = boundary.checkpoints.position
+        self._evaluation = evaluation
+        self._optimization = optimization
+        self._feed = feed
+        self._interval = boundary.attempt.arguments.val_interval_steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step that has ended is one to validate after."""
+        step = self._attempt.origin.global_step
+        # A step that was skipped right after a validation does not validate again.
+        return self._interval is not None and step % self._interval == 0 and step != self._position.validated_at
+
+    def after_step(self, interrupted: RngState | None = None) -> None:
+        """Validate between two steps of an epoch.
+
+        Args:
+            interrupted: The random generators of a validation that an earlier attempt began, at the dataloader on that
+                is left.
+        """
+        self._position.phase = "validate"
+        self._run(interrupted)
+        self._position.phase = "train"
+        if self._boundary.stop_wanted and interrupted is None:
+            self._boundary.take_commands()  # at this very step
+
+    def after_epoch(self, epoch: int, interrupted: RngState | None = None) -> None:
+        """Validate at the end of an epoch, if that is due."""
+        attempt, every = self._attempt, self._attempt.arguments.val_interval_epochs
+        last = epoch + 1 == attempt.arguments.epoch_limit or attempt.is_at_max_steps
+        if self._interval is not None:  # the end is validated too, whatever the interval
+            is_due = last and self._position.validated_at != attempt.origin.global_step
+        else:
+            is_due = bool(every) and (last or (epoch + 1) % every == 0)
+        if is_due:
+            self._run(interrupted)
+
+    def judge_epoch(self) -> None:
+        """Hand on the metrics of the epoch itself: to those that follow ``train_epoch_loss``, or had no validation."""
+        never = self._interval is None and not self._attempt.arguments.val_interval_epochs
+        in_its_place = never or self._position.judges_epoch
+        self._judge(self._attempt.recorder.epoch, epoch_loss=None if in_its_place else True)
+        self._position.judges_epoch = False
+
+    @property
+    def follows_epoch_loss(self) -> bool:
+        """Whether the loop itself needs the epoch's mean loss: else it is computed where losses are read."""
+        callbacks = self._attempt.hooks.callbacks
+        return (
+            self._optimization.schedules.follows_epoch_loss
+            or self._best == TRAIN_EPOCH_LOSS
+            or any(one.should_stop is not None and one.monitor in (None, TRAIN_EPOCH_LOSS) for one in callbacks)
+        )
+
+    @property
+    def _best(self) -> str | None:
+        settings = self._checkpoints.settings
+        return settings.best if settings is not None else None
+
+    def _run(self, interrupted: RngState | None) -> None:
+        attempt, position, recorder = self._attempt, self._position, self._attempt.recorder
+        if attempt.ledger.idle is not None:
+            attempt.ledger.idle.forget()
+        before = position.rng_at_val_loaders if interrupted is not None else None
+        if before is not None:
+            restore_rng(before, attempt.device)
+        else:
+            before = position.rng_at_val_loaders = capture_rng(attempt.device)
+        own = [generator.get_state() for generator in self._feed.generators]  # a validation's dataloader may share them
+        loaders = self._ask()
+        if interrupted is not None:
+            restore_rng(interrupted, attempt.device)
+        if not position.validated_keys:
+            recorder.begin_validation(attempt.origin.global_step)
+        left = {key: loader for key, loader in loaders.items() if key not in position.validated_keys}
+        if left:
+            with self._optimization.evaluation(self._checkpoints.stager.gate):
+                self._evaluation.run(
+                    Stage.VAL,
+                    left,
+                    attempt.arguments.max_val_steps_per_epoch,
+                    under_way=interrupted is not None,  # a checkpoint within one is taken between two of its batches
+                    on_loader=self._on_loader,
+                    on_done=self._on_done,
+                )
+        position.rng_at_validation = position.rng_at_val_loaders = None
+        position.validated_keys = []
+        position.validated_at = attempt.origin.global_step
+        attempt.phase = "the schedulers"
+        if loaders:
+            self._judge(recorder.validation, epoch_loss=False)
+        else:
+            position.judges_epoch = True
+        restore_rng(before, attempt.device)
+        for generator, state in zip(self._feed.generators, own, strict=True):
+            generator.set_state(state)
+
+    def _ask(self) -> dict[str, Any]:
+        attempt = self._attempt
+        attempt.phase = "get_val_dataloaders"
+        with attempt.ledger.within("data"):
+            sampler, batch_size = torch.utils.data.SequentialSampler, attempt.arguments.evaluation_batch_size
+            return as_val_loaders(attempt.module.get_val_dataloaders(sampler, batch_size))
+
+    def _judge(self, metrics: dict[str, Value], *, epoch_loss: bool | None) -> None:
+        """Hand these metrics to all that follow one: schedulers, the best checkpoint, callbacks.
+
+        Args:
+            epoch_loss: Only to those that follow ``train_epoch_loss``; False: only to the others. None: to all.
+        """
+        recorder = self._attempt.recorder
+        recorder.judged = metrics
+        self._optimization.schedules.follow(epoch_loss=epoch_loss)
+        if epoch_loss is None or epoch_loss == (self._best == TRAIN_EPOCH_LOSS):
+            self._checkpoints.after_validation()
+        self._boundary.ask_to_stop(epoch_loss=epoch_loss)
+        if not epoch_loss:
+            recorder.end_judging()
+
+    def _on_loader(self, key: str) -> None:
+        if self._checkpoints.enabled:
+            self._position.rng_at_validation = capture_rng(self._attempt.device)
+
+    def _on_done(self, key: str) -> None:
+        self._position.rng_at_validation = None
+        self._position.validated_keys = [*self._position.validated_keys, key]

@@ -1,0 +1,257 @@
+"""What the thread of the loop does: train or test, from reading the checkpoint to the last step."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from events.log import logger
+from events.messages import CheckpointRejected, RunResumed, RunStarted
+from events.tracebacks import describe
+from trainer.checkpoint.position import Position
+from trainer.checkpoint.resume import Loaded, takes_state_by_default
+from trainer.data.loaders import as_val_loaders, has_state
+from trainer.data.rng import RngState, capture_rng, restore_rng
+from trainer.data.tensors import map_tensors
+from trainer.errors import ContractError, add_note
+from trainer.loop.boundary import Boundary
+from trainer.loop.checkpointing import PREPARING
+from trainer.loop.evaluation import Evaluation
+from trainer.loop.feed import Feed
+from trainer.loop.loop import TrainingLoop
+from trainer.loop.optimization import Optimization
+from trainer.module_interface import Stage
+from trainer.run.versions import versions
+
+
+class Task:
+    """Trains or tests one module. On the thread of the loop.
+
+    Attributes:
+        started: `RunStarted` is published, the first event of an attempt.
+        on_started: Called then.
+        outputs: What a test returned, per key.
+        epochs: Epochs that were finished.
+    """
+
+    def __init__(self, boundary: Boundary) -> None:
+        self.started = False
+        self.on_started: Callable[[], None] | None = None
+        self.outputs: dict[str, tuple[Any, ...]] = {}
+        self.epochs = 0
+        self._boundary = boundary
+        self._attempt = boundary.attempt
+        self._checkpoints = boundary.checkpoints
+        self._rejected: list[tuple[str, str]] = []  # text only: an exception would keep its frames
+        self._loaded: Loaded | None = None
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The folder of the checkpoint of this run that it has resumed from."""
+        loaded = self._loaded
+        return str(loaded.folder) if loaded is not None and self._attempt.plan.name_of(loaded) is not None else None
+
+    def train(self) -> None:
+        """Train, from the checkpoint if there is one."""
+        attempt = self._attempt
+        loaded = self._load()
+        if loaded is None:
+            attempt.phase = "reading the weights to start from"
+            attempt.plan.load_weights(attempt.module)
+        feed = Feed(self._boundary)
+        try:
+            loop, optimization = self._prepare(feed, loaded)
+            attempt.ledger.start()
+            try:
+                loop.run(loaded)
+            finally:
+                self.epochs = loop.epochs_finished
+                loop.close()
+                optimization.close(self._checkpoints.stager.gate)
+        finally:
+            self._checkpoints.loader = None  # or its workers would live on
+            feed.close()
+
+    def _prepare(self, feed: Feed, loaded: Loaded | None) -> tuple[TrainingLoop, Optimization]:
+        """Ask the module for all that it trains with, and restore the checkpoint into it."""
+        attempt, origin, position = self._attempt, self._attempt.origin, self._checkpoints.position
+        rng = self._open_data(feed, position, loaded)
+        optimization = self._make_optimization(position)
+        if loaded is not None:
+            self._restore(loaded, optimization)
+            restore_rng(rng, attempt.device)
+        optimization.zero_grad()  # gradients that the host has left do not belong to the first step
+        self._bind_optimizers(optimization)
+        attempt.phase = "setup"
+        loop = TrainingLoop(self._boundary, Evaluation(self._boundary), feed, optimization)
+        attempt.phase = PREPARING
+        self._checkpoints.start(optimization)
+        # Not before all of that: an attempt that fails before it trains leaves the line, and the history, as they are.
+        attempt.plan.prepare(origin.attempt, loaded)
+        self._publish_resumed(loaded)
+        attempt.phase = "setup"
+        return loop, optimization
+
+    def _open_data(self, feed: Feed, position: Position, loaded: Loaded | None) -> RngState:
+        """Ask for the first dataloader; returns the random generators after that."""
+        attempt, arguments, origin = self._attempt, self._attempt.arguments, self._attempt.origin
+        if loaded is None:
+            # Drawn from torch's generator, so that a host that has seeded it itself gets the same order each time; on
+            # the CPU, so that no device is waited for.
+            seed = arguments.seed
+            position.sampler_seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
+        else:
+            if position.phase == "begin":
+                feed.recall()
+                self._restore_again(loaded)
+            restore_rng((position.phase != "begin" and position.rng_at_loader) or loaded.rng, attempt.device)
+        loader = feed.ask_for_first_loader()
+        rng = capture_rng(attempt.device)
+        if loaded is not None and position.phase != "begin":
+            self._restore_again(loaded)
+        steps = feed.steps_of(loader)
+        limits = arguments.micro_batch_size, arguments.accumulation_steps, arguments.max_train_steps_per_epoch
+        if loaded is None or arguments.reset_optimizers_schedulers or position.limits != limits:
+            position.steps_per_epoch, position.limits = steps or 0, limits
+        if arguments.total_steps(steps) is None:
+            logger.warning(
+                "get_train_dataloader() returned data without a length, so get_optimizers_schedulers() gets 0 steps per"
+                " epoch; set max_steps or max_train_steps_per_epoch if a scheduler needs the number"
+            )
+        self.publish_started(steps)
+        if loaded is not None and isinstance(loader, Iterator) and not has_state(loader) and origin.epoch > 0:
+            logger.warning(
+                "get_train_dataloader() returned an iterator, which starts from its beginning in each process, so the"
+                " run reads again what earlier epochs have read; give it state_dict and load_state_dict"
+            )
+        return rng
+
+    def _make_optimization(self, position: Position) -> Optimization:
+        attempt, arguments, origin = self._attempt, self._attempt.arguments, self._attempt.origin
+        attempt.phase = "get_optimizers_schedulers"
+        steps_per_epoch = position.steps_per_epoch or None
+        total = arguments.total_steps(steps_per_epoch, (origin.epoch, position.planned_steps))
+        object.__setattr__(attempt.module, "_total_steps", total)
+        if total is not None and arguments.reset_optimizers_schedulers:
+            total = max(1, total - origin.global_step)  # new schedulers begin here
+        numbers = arguments.steps_and_epochs(steps_per_epoch, total)
+        return Optimization(attempt.module.get_optimizers_schedulers(*numbers), attempt)
+
+    def _bind_optimizers(self, optimization: Optimization) -> None:
+        for callback in self._attempt.hooks.callbacks:
+            if callback.bind_optimizers is not None and not callback.disabled:
+                self._attempt.phase = "bind_optimizers"
+                try:
+                    callback.bind_optimizers(optimization.optimizers)
+                except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                    add_note(error, f"raised by {callback.name}.bind_optimizers")
+                    self._attempt.fail_hook(callback, "bind_optimizers", error)
+
+    # -------------------------------------------------------------------------------------------- resuming
+
+    def _load(self) -> Loaded | None:
+        """Read the checkpoint to go on from, if there is one, and note what this attempt starts from."""
+        self._attempt.phase = "reading the checkpoint"
+        plan, origin = self._attempt.plan, self._attempt.origin
+        loaded = self._loaded = plan.load(self._reject)
+        if loaded is not None:
+            loaded.restore_module(self._attempt.module)
+            loaded.restore_frozen(self._attempt.module)
+            origin.global_step, origin.epoch = loaded.global_step, loaded.epoch
+            self._checkpoints.resume(loaded.position, plan.name_of(loaded), plan.scores_up_to(loaded))
+        return loaded
+
+    def _reject(self, name: str, error: Exception) -> None:
+        self._rejected.append((name, describe(error)))
+
+    def _restore_again(self, loaded: Loaded) -> None:
+        """The run had asked for this dataloader already: what a module counts in that method, it has counted."""
+        if not takes_state_by_default(self._attempt.module):
+            self._attempt.phase = "restoring the checkpoint"
+            loaded.restore_module(self._attempt.module)
+
+    def _restore(self, loaded: Loaded, optimization: Optimization) -> None:
+        """Restore all of a checkpoint but the module, which has its state, and the place in the data."""
+        attempt, scaler = self._attempt, self._attempt.precision.scaler
+        attempt.phase = "restoring the checkpoint"
+        if not attempt.arguments.reset_optimizers_schedulers:
+            optimization.load_state_dict(loaded.optimization, str(loaded.folder))
+            if scaler is not None and loaded.state["scaler"] is not None:
+                scaler.load_state_dict(loaded.state["scaler"])
+        loaded.restore_callbacks(attempt.hooks.callbacks, attempt.fail_hook)
+        attempt.recorder.load_state_dict(map_tensors(torch.clone, loaded.state["metrics"]))
+        if "readings" in loaded.parts:
+            attempt.readback.restore(loaded.parts["readings"])
+        loaded.forget()
+
+    def test(self) -> None:
+        """Test, from the checkpoint or the weights if there are some."""
+        attempt, plan, module = self._attempt, self._attempt.plan, self._attempt.module
+        attempt.phase = "reading the checkpoint"
+        loaded = self._loaded = plan.load(self._reject)
+        if loaded is not None:
+            loaded.restore_module(module)
+            attempt.origin.global_step, attempt.origin.epoch = loaded.global_step, loaded.epoch
+            loaded.forget()
+        elif not plan.load_weights(module) and plan.resumes:
+            logger.warning("there is no checkpoint to resume from: the module is tested as it is")
+        self.publish_started(None)
+        attempt.phase = "get_test_dataloaders"
+        sampler, batch_size = torch.utils.data.SequentialSampler, attempt.arguments.evaluation_batch_size
+        loaders = as_val_loaders(module.get_test_dataloaders(sampler, batch_size), "get_test_dataloaders")
+        if not loaders:
+            raise ContractError(
+                f"{type(module).__name__}.get_test_dataloaders() returned no dataloader: implement it (and test_step,"
+                f" unless val_step will do) to use Trainer.test()"
+            )
+        attempt.ledger.start()
+        self.outputs = Evaluation(self._boundary).run(Stage.TEST, loaders, None, keep=True)
+
+    def publish_started(self, steps: int | None) -> None:
+        """Publish `RunStarted`.
+
+        Args:
+            steps: Of an epoch; None if that is unknown.
+        """
+        origin, arguments = self._attempt.origin, self._attempt.arguments
+        self.started = True
+        kind, settings = type(self._attempt.module), self._attempt.plan.settings
+        started = RunStarted(
+            *origin.header(),
+            f"{kind.__module__}.{kind.__qualname__}",
+            arguments.epoch_limit,
+            steps,
+            arguments.max_steps,
+            arguments.to_dict(),
+            str(self._attempt.device),
+            versions(),
+            socket.gethostname(),
+            os.getpid(),
+            self._attempt.config,
+            settings.best if settings is not None else None,
+            settings.best_mode if settings is not None else "min",
+        )
+        self._attempt.bus.publish(started)
+        if self.on_started is not None:
+            self.on_started()
+        for name, error in self._rejected:
+            self._attempt.bus.publish(CheckpointRejected(*origin.header(), name, error))
+
+    def _publish_resumed(self, loaded: Loaded | None) -> None:
+        """Training begins at another place than where the attempt before has ended.
+
+        Not told by a test, nor by an attempt that fails before it begins: what has been trained stays as it is.
+        """
+        origin = self._attempt.origin
+        if loaded is not None:
+            in_line = self._attempt.plan.name_of(loaded) is not None
+            # The steps of earlier attempts that are done again are superseded: all of them, if this run goes on from
+            # another one's checkpoint.
+            after_seq = loaded.manifest.seq if in_line else 0
+            self._attempt.bus.publish(RunResumed(*origin.header(), str(loaded.manifest.name), after_seq))
+        elif origin.attempt > 1:
+            self._attempt.bus.publish(RunResumed(*origin.header(), None, 0))
