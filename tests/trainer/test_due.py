@@ -1,0 +1,102 @@
+"""When checkpoints are due, without a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer import Checkpoints
+from trainer.checkpoint.due import NEVER, BestScores, DuePolicy
+
+MINUTE = 60 * 10**9
+
+
+class Snapshot:
+    """Stands for a checkpoint that is being written."""
+
+    def __init__(self, *, durable: bool = False, failed: bool = False) -> None:
+        self.durable, self.failed = durable, failed
+
+
+def policy(start: int = 0, **settings: Any) -> DuePolicy:
+    one = DuePolicy(Checkpoints(**{"every_minutes": None, "every_epochs": None, **settings}))
+    one.start(start, 0)
+    return one
+
+
+def test_without_settings_no_checkpoint_is_ever_due() -> None:
+    """The loop compares two numbers per step, and never calls it."""
+    one = DuePolicy(None)
+    one.start(3, 0)
+    assert (one.step, one.ns) == (NEVER, NEVER)
+    assert one.after_step(4, 10**18, last=False) == one.after_epoch(0, 10**18) == []
+
+
+@given(every=st.integers(1, 7), start=st.integers(0, 20), skipped=st.sets(st.integers(1, 40)))
+def test_every_n_steps_means_multiples_of_n(every: int, start: int, skipped: set[int]) -> None:
+    """Wherever the run was resumed, and whichever steps were not looked at because nothing was due."""
+    one = policy(start, every_steps=every)
+    due = [step for step in range(start + 1, start + 41) if step >= one.step and one.after_step(step, 0, last=False)]
+    assert due == [step for step in range(start + 1, start + 41) if step % every == 0]
+
+
+def test_minutes_count_from_the_checkpoint_before() -> None:
+    """Whatever it was taken for, and also if it was skipped."""
+    one = policy(every_minutes=2)
+    assert one.after_step(1, 2 * MINUTE - 1, last=False) == []
+    assert one.after_step(2, 2 * MINUTE, last=False) == ["minutes"]
+    one.taken(3 * MINUTE)
+    assert one.after_step(3, 5 * MINUTE - 1, last=False) == []
+    assert one.after_epoch(0, 5 * MINUTE) == ["minutes"]
+
+
+def test_the_last_step_of_an_epoch_leaves_its_reasons_to_the_epoch() -> None:
+    """One checkpoint instead of two; the reasons of both, each once."""
+    one = policy(every_steps=2, every_epochs=1)
+    one.found_best(2)
+    assert one.after_step(2, 0, last=True) == []
+    assert one.after_epoch(0, 0) == ["steps", "best", "epochs"]
+    one.taken(0)
+    assert one.after_epoch(1, 0) == ["epochs"]
+
+
+def test_the_best_one_is_due_at_once() -> None:
+    """At the step of its validation, and not a second time."""
+    one = policy(every_steps=100)
+    one.after_step(1, 0, last=False)
+    one.found_best(5)
+    assert one.step == 5
+    assert one.after_step(5, 0, last=False) == ["best"]
+    one.taken(0)
+    assert one.after_step(6, 0, last=False) == []
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@given(scores=st.lists(st.floats(-9, 9), max_size=12), keep=st.integers(0, 4))
+def test_a_metric_enters_the_best_k_as_in_a_sorted_list(mode: str, scores: list[float], keep: int) -> None:
+    """If every checkpoint becomes durable at once; an equal one does not replace an older one."""
+    sign = 1 if mode == "max" else -1
+    best = BestScores(Checkpoints(best="m", best_mode=mode, keep_best=keep), {})  # type: ignore[arg-type]
+    kept: list[float] = []
+    for step, score in enumerate(scores, 1):
+        enters = len(kept) < keep or (bool(kept) and sign * score > kept[-1])
+        assert best.enters(step, score) is enters
+        if enters:
+            kept = sorted([*kept, sign * score], reverse=True)[:keep]
+            best.add(step, score, Snapshot(durable=True))  # type: ignore[arg-type]
+
+
+def test_a_failed_checkpoint_need_not_be_beaten() -> None:
+    """And one behind it is among the best again."""
+    best = BestScores(Checkpoints(best="m", keep_best=1), {1: 0.5})
+    lost = Snapshot()
+    assert best.enters(2, 0.1)
+    best.add(2, 0.1, lost)  # type: ignore[arg-type]
+    assert not best.enters(3, 0.2)
+    lost.failed = True
+    assert best.enters(4, 0.2)
+    assert not best.enters(5, 0.7)
+    assert not best.enters(6, float("nan"))
