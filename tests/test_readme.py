@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server, bind
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 GUIDES = [ROOT / "trainer" / "COMING_FROM.md", *(ROOT / room / "README.md" for room in ("trainer", "events", "sinks"))]
 DOCUMENTS = [README, *GUIDES, ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").glob("*.md"))]
+CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 SERVES = ("stagecast watch", "stagecast demo")
 """Commands that other tests run: they serve until a signal, or train for a minute."""
 
@@ -148,4 +150,22 @@ def test_both_commands_name_the_torch_version_in_the_same_call() -> None:
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     """It is marked in the README, and .ci/run takes it from there."""
     assert re.search(r"<!-- tests -->\n```bash\n.*-m pytest\n```", README.read_text(encoding="utf-8"))
-    assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "<!-- tests -->" in CI
+
+
+def test_the_workflow_runs_ci_and_the_commit_hooks_run_its_linters_and_types() -> None:
+    """A commit, a pull request and .ci/run find the same mistakes."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert workflow["jobs"]["ci"]["steps"][-1]["run"] == ".ci/run"
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = [hook["entry"].removesuffix(" --fix") for repository in config["repos"] for hook in repository["hooks"]]
+    commands = re.findall(r'^"\$environment/bin/(\w+)"( check| format)?', CI, flags=re.MULTILINE)
+    assert hooks == ["".join(command) for command in commands]
+
+
+@pytest.mark.parametrize("form", ["bug", "feature"])
+def test_an_issue_form_is_complete(form: str) -> None:
+    """GitHub hides a form without a name, a description, or fields with labels."""
+    loaded = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= loaded.keys()
+    assert all(field["attributes"].get("label") for field in loaded["body"] if field["type"] != "markdown")
