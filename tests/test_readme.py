@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+import sinks
+from events.messages import EVENT_TYPES
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server, bind
 from trainer import peers
@@ -119,6 +121,12 @@ def test_the_links_of_a_document_lead_to_files_of_the_repository(document: Path)
         if heading:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}, target
+
+
+def test_the_guides_list_every_event_and_every_sink() -> None:
+    """A new event or sink needs its place in a table."""
+    documented = {name for guide in GUIDES for name in re.findall(r"`(\w+)`", guide.read_text(encoding="utf-8"))}
+    assert {event_type.__name__ for event_type in EVENT_TYPES} | set(sinks.__all__) <= documented
 
 
 def test_the_page_for_other_trainers_agrees_with_the_messages() -> None:
