@@ -8,19 +8,16 @@ from pathlib import Path
 
 import anyio
 
-from events.bus.pump import Pump
-from events.bus.ring import Ring
-from events.bus.subscription import Subscription
 from events.bus.supervisor import unique_name
+from events.bus.wakeup import Poster
 from events.errors import RunFolderError
 from events.journal.reader import JOURNAL_DIR, SkippedLine, history_filter, journal_tail
 from events.messages import Event
-from events.origin import Origin
 from events.protocol import ObserverReport
 from events.run.folder import is_held
-from events.sink import Delivery, RunInfo, Sink, delivery_of
+from events.sink import RunInfo, Sink, delivery_of
 from sinks.damage import unreadable
-from sinks.host.child import HEALTH, FeedObservers, Place
+from sinks.host.child import FeedObservers, Place
 
 _LOOK_S = 0.5
 """How often it is seen whether the run is still under way."""
@@ -59,19 +56,16 @@ async def replay(
         raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
     if not tail.run_id:
         raise RunFolderError(f"the journal in {folder / JOURNAL_DIR} is damaged: no line of it is an event")
-    bus = Ring(Origin(tail.run_id, tail.attempt))
-    pump = Pump(bus)
+    calls = Poster()
     run = RunInfo(tail.run_id, tail.attempt, 0, os.fspath(folder))
-    observers = FeedObservers(bus, run, history_filter(folder / JOURNAL_DIR))
+    observers = FeedObservers(run, on_health, calls.post, history_filter(folder / JOURNAL_DIR))
     names: list[str] = []
     for sink in sinks:
         names.append(unique_name(type(sink).__name__.lower(), names))  # as the run named them
         observers.add(names[-1], sink, delivery_of(sink), Place(since), lambda seq, delivered: None)
     reports: list[ObserverReport] = []
-    health = pump.subscribe("health", Delivery(types=frozenset(HEALTH), latency_s=0.05))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(pump.run)
-        tasks.start_soon(_tell, health, on_health)
+        tasks.start_soon(calls.run)
         for observer in observers.observers:
             tasks.start_soon(observer.run)
         while is_held(folder):  # noqa: ASYNC110  # the system tells nobody
@@ -79,18 +73,8 @@ async def replay(
         observers.finish()
         for observer in observers.observers:
             await observer.finished()
-        await pump.drain()
         reports += await observers.counted()
         if skipped is not None:
             skipped += observers.skipped
-        pump.close()
+        tasks.cancel_scope.cancel()
     return reports
-
-
-async def _tell(health: Subscription, on_health: Callable[[Event], None]) -> None:
-    try:
-        while True:
-            for event, _ in await health.receive():
-                on_health(event)
-    except anyio.EndOfStream:
-        return

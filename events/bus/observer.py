@@ -18,8 +18,7 @@ import anyio
 import anyio.abc
 
 from events.bus.backlog import Published
-from events.bus.pump import Pump
-from events.bus.subscription import Subscription
+from events.bus.subscription import Statistics
 from events.bus.worker import AsyncJob, Job, Worker
 from events.errors import SinkMisconfigured
 from events.log import logger
@@ -30,6 +29,7 @@ from events.messages import (
     ObserverRecovered,
     ObserverSlow,
 )
+from events.origin import Origin
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo, Sink, SinkWriter
 from events.tracebacks import describe as describe
@@ -39,6 +39,39 @@ OnFatal = Callable[[BaseException], None]
 LAST_TRIES_S = 3.0
 """Seconds for which a call that fails is repeated once the run is over, however many retries are left: a disk that is
 full then, or read-only, must not use up the whole drain. Each progress within the call restarts them."""
+
+
+class Source(Protocol):
+    """Where the batches of an observer come from: a `Subscription`, or the journal (`events.journal.feed`)."""
+
+    name: str
+    delivery: Delivery
+    statistics: Statistics
+
+    @property
+    def oldest(self) -> Event | None:
+        """The event that has waited longest; None if none waits."""
+        ...
+
+    async def receive(self) -> list[Published]:
+        """Wait for the next batch, at least one event; counts the batch before it as delivered.
+
+        Raises:
+            anyio.EndOfStream: everything has been received, and no more will come.
+        """
+        ...
+
+    def done(self, count: int | None = None) -> None:
+        """Count the batch in hand as delivered; or its first ``count`` events, and drop the rest."""
+        ...
+
+    def finish(self) -> None:
+        """Take no more events: the observer gets what is queued, then the end of the stream."""
+        ...
+
+    def discard(self) -> None:
+        """Drop all that waits, and end the stream."""
+        ...
 
 
 class Target(Protocol):
@@ -117,18 +150,37 @@ class _Stopped(Exception):
 
 
 class Observer:
-    """One supervised observer. Created by `Supervisor.add`."""
+    """One supervised observer. Belongs to the event loop's thread.
 
-    def __init__(self, name: str, target: Target, delivery: Delivery, pump: Pump, on_fatal: OnFatal) -> None:
-        self.name = name
+    Args:
+        source: Its events.
+        target: What it does with them.
+        worker: Its thread, named for it. `run` stops it.
+        origin: Source of the headers of the events about it.
+        publish: Receives these events.
+        on_fatal: Receives the exception when its policy is ``fatal`` and it has failed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        target: Target,
+        *,
+        worker: Worker,
+        origin: Origin,
+        publish: Callable[[Event], object],
+        on_fatal: OnFatal,
+    ) -> None:
+        self.name = source.name
         self.circuit: Literal["closed", "open", "half_open", "disabled"] = "closed"
         self.error: str | None = None
         """Type and text of its last failure."""
-        self.subscription: Subscription = pump.subscribe(name, delivery, payloads=target.payloads)
+        self.source = source
         self.target = target
-        self._pump = pump
+        self._worker = worker
+        self._origin = origin
+        self._publish = publish
         self._on_fatal = on_fatal
-        self._worker = Worker(f"stagecast-{name}", pump.ring.post, pump.ring.cpu_time)
         self._during: str | None = None
         self._late: Job | AsyncJob | None = None  # a call that has exceeded its timeout and has not returned
         self._draining = anyio.Event()
@@ -152,7 +204,7 @@ class Observer:
     async def _deliver(self) -> None:
         while True:
             try:
-                batch = await self.subscription.receive()
+                batch = await self.source.receive()
             except anyio.EndOfStream:
                 return
             await self._persist(None, self.target.deliver, batch)
@@ -160,7 +212,7 @@ class Observer:
 
     async def _persist(self, during: str | None, function: Callable[..., Any], *args: Any) -> None:
         """Make a call until it succeeds or the policy gives up (`_Stopped`)."""
-        delivery = self.subscription.delivery
+        delivery = self.source.delivery
         failures = 0
         done: int | None = None
         since = time.monotonic()
@@ -191,12 +243,13 @@ class Observer:
 
     def _recover(self, failures: int, since: float) -> None:
         self.circuit = "closed"
-        self._publish(ObserverRecovered, self.name, failures, time.monotonic() - since)
+        outage_s = time.monotonic() - since
+        self._report(ObserverRecovered, observer=self.name, failures=failures, outage_s=outage_s)
 
     async def _attempt(self, during: str | None, function: Callable[..., Any], *args: Any) -> BaseException | None:
         """Make a call once; returns what it raised, or that it did not return in time."""
         self._during = during
-        limit_s = self.subscription.delivery.timeout_s if during != "close" else None
+        limit_s = self.source.delivery.timeout_s if during != "close" else None
         call: Job | AsyncJob
         if self.target.blocking or during is not None:
             call = self._worker.submit(function, *args)
@@ -220,7 +273,7 @@ class Observer:
         The time begins anew when some of the batch is done meanwhile: a hundred short hooks are not one long one.
         """
         timeout_s = limit_s if limit_s is not None else math.inf
-        slow_s = min(self.subscription.delivery.slow_s, timeout_s)
+        slow_s = min(self.source.delivery.slow_s, timeout_s)
         announced = slow_s == timeout_s
         done, left_s = self.target.progress[1], slow_s
         while True:
@@ -233,7 +286,7 @@ class Observer:
             elif announced:
                 return False
             else:
-                self._publish(ObserverSlow, self.name, self.doing, slow_s)
+                self._report(ObserverSlow, observer=self.name, during=self.doing, running_s=slow_s)
                 announced, left_s = True, timeout_s - slow_s
 
     async def _succeeds_late(self) -> bool:
@@ -258,7 +311,7 @@ class Observer:
             await anyio.sleep(min(pause_s, 0.1))
 
     def _give_up(self, error: BaseException, failures: int) -> None:
-        fatal = self.subscription.delivery.on_error == "fatal"
+        fatal = self.source.delivery.on_error == "fatal"
         self.circuit = "disabled"
         self._fail(error, "fatal" if fatal else "disabled", failures)
         if fatal:
@@ -280,11 +333,10 @@ class Observer:
             raise _Stopped
 
     def _abandon(self) -> None:
-        self._pump.unsubscribe(self.subscription)
         self.target.abandon()
         _, done = self.target.progress
-        self.subscription.done(done or 0)
-        self.subscription.discard()
+        self.source.done(done or 0)
+        self.source.discard()
 
     async def _close(self) -> None:
         self._let_go()
@@ -301,18 +353,18 @@ class Observer:
 
     def _fail(self, error: BaseException, action: Literal["fatal", "disabled", "retrying"], failures: int) -> None:
         self.error = describe(error)
-        self._publish(ObserverFailed, self.name, self.error, self.doing, action, failures)
+        fields = {"observer": self.name, "error": self.error, "during": self.doing}
+        self._report(ObserverFailed, **fields, action=action, failures=failures)
         logger.warning(
             f"observer {self.name} failed in {self.doing} ({action}): {self.error}", exc_info=error, published=True
         )
 
-    def _publish(self, kind: type[Event], *fields: Any) -> None:
-        self._pump.ring.publish(kind(*self._pump.ring.origin.header(), *fields))
+    def _report(self, kind: type[Event], **fields: Any) -> None:
+        self._publish(kind(*self._origin.header(), **fields))
 
     def drain(self) -> None:
         """No more events will come: deliver what is queued, then close."""
-        self._pump.unsubscribe(self.subscription)
-        self.subscription.finish()
+        self.source.finish()
         self._drained_since = time.monotonic()
         self._draining.set()
         self._let_go()
@@ -338,7 +390,7 @@ class Observer:
 
     def health(self) -> ObserverHealth:
         """How it is doing now."""
-        statistics, oldest = self.subscription.statistics, self.subscription.oldest
+        statistics, oldest = self.source.statistics, self.source.oldest
         return ObserverHealth(
             self.name,
             "ok" if self.circuit == "closed" else "disabled" if self.circuit == "disabled" else "failing",
@@ -351,7 +403,7 @@ class Observer:
 
     def report(self) -> ObserverReport:
         """What became of its events; then lets go of those that are left."""
-        statistics = self.subscription.statistics
+        statistics = self.source.statistics
         state: Literal["closed", "disabled", "stuck", "failed"] = "closed"
         if not self._finished.is_set():
             state = "stuck"
@@ -373,7 +425,7 @@ class Observer:
             left=statistics.queued,
             error=self.error,
         )
-        self.subscription.discard()
+        self.source.discard()
         return report
 
 

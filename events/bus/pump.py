@@ -95,14 +95,11 @@ class Pump:
         if delivery.overflow == "spill":
             worker = Worker(f"stagecast-spill-{name}", self.ring.post, self.ring.cpu_time)
             spill = Spill(worker, delivery.spill_bytes, delivery.capacity_bytes, self._spill_dir)
-        subscription = Subscription(name, delivery, payloads=payloads, spill=spill, on_credit=self._set_blocked)
+        subscription = Subscription(
+            name, delivery, payloads=payloads, spill=spill, on_credit=self._set_blocked, on_finish=self._unsubscribe
+        )
         self._set_subscriptions([*self._subscriptions, subscription])
         return subscription
-
-    def unsubscribe(self, subscription: Subscription) -> None:
-        """Offer it nothing more. What it holds is not touched: see `Subscription.finish` and `discard`."""
-        self._set_subscriptions([other for other in self._subscriptions if other is not subscription])
-        self._set_blocked(subscription, False)
 
     async def drain(self) -> None:
         """Wait until everything published before this call has been offered to the subscriptions."""
@@ -250,6 +247,10 @@ class Pump:
         )
         if self._tick_s < before_s:
             self.ring.flush()  # or the new tick would only start after the old one
+
+    def _unsubscribe(self, subscription: Subscription) -> None:
+        self._set_subscriptions([other for other in self._subscriptions if other is not subscription])
+        self._set_blocked(subscription, False)
 
     def _set_blocked(self, subscription: Subscription, full: bool) -> None:
         audience = self.ring.audience

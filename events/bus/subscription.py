@@ -55,6 +55,7 @@ class Subscription:
         payloads: bool = False,
         spill: Spill | None = None,
         on_credit: Callable[[Subscription, bool], None] = lambda subscription, full: None,
+        on_finish: Callable[[Subscription], None] = lambda subscription: None,
     ) -> None:
         self.name = name
         self.delivery = delivery
@@ -66,6 +67,7 @@ class Subscription:
         """Whether the receiver gets elsewhere what is dropped here, so that it is no loss to be announced."""
         self._spill = spill
         self._on_credit = on_credit
+        self._on_finish = on_finish
         self._backlog = Backlog()
         self._batch = min(delivery.batch, (delivery.capacity + 1) // 2)
         self._batch_bytes = delivery.capacity_bytes // 2
@@ -102,8 +104,10 @@ class Subscription:
             self._stream[0].send_nowait(self._take())
 
     def finish(self) -> None:
-        """No more events will be offered: the receiver gets what is queued, then the end of the stream."""
-        self.ended = True
+        """Be offered no more events: the receiver gets what is queued, then the end of the stream."""
+        if not self.ended:
+            self.ended = True
+            self._on_finish(self)
         self._close_stream()
 
     def discard(self) -> None:

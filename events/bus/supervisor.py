@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import anyio
@@ -12,8 +12,9 @@ import anyio.abc
 
 from events.bus.observer import Observer, OnFatal, Target
 from events.bus.pump import Pump
-from events.bus.ring import Ring
-from events.messages import ObserverHealth, ObserversReported
+from events.bus.worker import Worker
+from events.messages import Event, ObserverHealth, ObserversReported
+from events.origin import Origin
 from events.protocol import ObserverReport
 from events.sink import Delivery
 
@@ -49,7 +50,15 @@ class Supervisor:
 
     def add(self, name: str, target: Target, delivery: Delivery) -> Observer:
         """Subscribe an observer, whose `Observer.run` is then to be started. A name that is taken gets a number."""
-        observer = Observer(self.take_name(name), target, delivery, self._pump, self._on_fatal)
+        ring, name = self._pump.ring, self.take_name(name)
+        observer = Observer(
+            self._pump.subscribe(name, delivery, payloads=target.payloads),
+            target,
+            worker=Worker(f"stagecast-{name}", ring.post, ring.cpu_time),
+            origin=ring.origin,
+            publish=ring.publish,
+            on_fatal=self._on_fatal,
+        )
         self.observers.append(observer)
         return observer
 
@@ -100,8 +109,10 @@ def health_at_end(report: ObserverReport) -> ObserverHealth:
     return ObserverHealth(report.observer, state, report.left, None, report.delivered, report.dropped, report.conflated)
 
 
-async def report_observers(observers: Sequence[Observer], bus: Ring, interval_s: float) -> None:
-    """Publish how they are doing, again and again; until it is cancelled."""
+async def report_observers(
+    observers: Sequence[Observer], origin: Origin, publish: Callable[[Event], object], interval_s: float
+) -> None:
+    """Publish `ObserversReported` at each interval, until it is cancelled."""
     while observers:
         await anyio.sleep(min(interval_s, 1e9))  # infinity: never
-        bus.publish(ObserversReported(*bus.origin.header(), [observer.health() for observer in observers]))
+        publish(ObserversReported(*origin.header(), observers=[observer.health() for observer in observers]))

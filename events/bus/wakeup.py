@@ -1,10 +1,15 @@
-"""Waking an event loop from another thread without ever waiting for it."""
+"""Waking an event loop from another thread, and running functions there, without ever waiting for it."""
 
 from __future__ import annotations
 
 import socket
+from collections import deque
+from collections.abc import Callable
 
 import anyio
+
+Post = Callable[[Callable[[], object]], None]
+"""Runs a function in the event loop's thread soon, from any thread, without waiting: `Ring.post`, `Poster.post`."""
 
 
 class Wakeup:
@@ -49,6 +54,29 @@ class Wakeup:
         self._set = False
 
     def close(self) -> None:
-        """Let go of both sockets; `set` does nothing from then on."""
+        """Close both sockets; `set` does nothing from then on."""
         self._receiver.close()
         self._sender.close()
+
+
+class Poster:
+    """Runs the functions that other threads post, where no `Ring` and `Pump` do."""
+
+    def __init__(self) -> None:
+        self._posted: deque[Callable[[], object]] = deque()
+        self._wakeup = Wakeup()
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Run a function in the event loop's thread soon. Any thread; never waits. The function must not raise."""
+        self._posted.append(function)
+        self._wakeup.set()
+
+    async def run(self) -> None:
+        """Run what is posted, until it is cancelled."""
+        try:
+            while True:
+                while self._posted:
+                    self._posted.popleft()()
+                await self._wakeup.wait(None)
+        finally:
+            self._wakeup.close()

@@ -12,9 +12,7 @@ from typing import Any
 import anyio
 
 from events.bus.cpu_time import CpuTime
-
-Post = Callable[[Callable[[], object]], None]
-"""Runs a function in the event loop, from any thread, without waiting: `Ring.post`."""
+from events.bus.wakeup import Post
 
 
 class Job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import weakref
@@ -112,8 +111,7 @@ class LocalEventStream(BatchedStream):
             self._subscription = pump.subscribe("run.events", delivery)
             self._subscription.recoverable = self._reader is not None
             # For who leaves the stream without closing it; on whatever thread that is noticed.
-            let_go = functools.partial(_let_go, pump, self._subscription)
-            weakref.finalize(self, pump.ring.post, let_go).atexit = False
+            weakref.finalize(self, pump.ring.post, self._subscription.discard).atexit = False
 
     @property
     def cursor(self) -> int:
@@ -143,7 +141,7 @@ class LocalEventStream(BatchedStream):
         self._live = []
         self._behind = False
         if self._subscription is not None:
-            _let_go(self._pump, self._subscription)
+            self._subscription.discard()
             self._subscription = None
 
     def _wants(self, event: Event) -> bool:
@@ -203,8 +201,3 @@ class LocalEventStream(BatchedStream):
                 f" seq {oldest}; pass since={oldest - 1} or later, or run with journal=True"
             )
         return recent
-
-
-def _let_go(pump: Pump, subscription: Subscription) -> None:
-    pump.unsubscribe(subscription)
-    subscription.discard()

@@ -25,24 +25,16 @@ import anyio
 import msgspec
 
 from events import notice
+from events.bus.cpu_time import CpuTime
 from events.bus.observer import Observer, SinkTarget
-from events.bus.pump import Pump
-from events.bus.ring import Ring
-from events.bus.subscription import Subscription
 from events.bus.supervisor import report_observers
+from events.bus.wakeup import Post, Poster
+from events.bus.worker import Worker
 from events.errors import SinkMisconfigured
 from events.journal.feed import JournalFeed
 from events.journal.reader import JOURNAL_DIR, SkippedLine
 from events.log import RunLog, current_origin
-from events.messages import (
-    EVENT_TYPES,
-    Event,
-    ObserverFailed,
-    ObserverRecovered,
-    ObserverSlow,
-    ObserversReported,
-    WarningLogged,
-)
+from events.messages import EVENT_TYPES, Event
 from events.origin import Origin
 from events.protocol import ObserverReport
 from events.safe_files import open_below, read_below, replace_below
@@ -51,10 +43,6 @@ from events.wire import encode_json
 
 PLACES_DIR = "sinks"
 """Within a run's folder: how far each sink of a host has come."""
-HEALTH = (ObserverFailed, ObserverRecovered, ObserverSlow, ObserversReported)
-"""What the host tells the run about its sinks..."""
-TOLD: frozenset[type[Event]] = frozenset({*HEALTH, WarningLogged})
-"""...and what they log."""
 _PLACE_BYTES = 4_096
 _out = 1
 """Where messages to the run go."""
@@ -200,21 +188,6 @@ class Place(msgspec.Struct, frozen=True):
             replace_below(run_dir, self.file(name), msgspec.json.encode(self), durable=False)
 
 
-class _FeedBus:
-    """What an `Observer` needs of a bus, where its events come from the journal."""
-
-    def __init__(self, ring: Ring, feed: JournalFeed) -> None:
-        self.ring = ring
-        self._feed = feed
-
-    def subscribe(self, name: str, delivery: Delivery, *, payloads: bool = False) -> JournalFeed:
-        """The feed."""
-        return self._feed
-
-    def unsubscribe(self, feed: JournalFeed) -> None:
-        """Nothing: a feed is offered nothing."""
-
-
 class _Unbuilt:
     """A sink that cannot even be built: opening it says why."""
 
@@ -229,13 +202,22 @@ class FeedObservers:
     """Sinks that are fed from a journal: for the host of a run, and for `sinks.replay`.
 
     Args:
-        bus: Carries what the observers say about themselves.
+        publish: Receives the events about the observers, in the event loop.
+        post: Runs a function in the event loop.
         wanted: See `JournalFeed`.
     """
 
-    def __init__(self, bus: Ring, run: RunInfo, wanted: Callable[[Event], bool] | None = None) -> None:
-        self._bus = bus
+    def __init__(
+        self,
+        run: RunInfo,
+        publish: Callable[[Event], object],
+        post: Post,
+        wanted: Callable[[Event], bool] | None = None,
+    ) -> None:
+        self.origin = Origin(run.run_id, run.attempt)
         self._run = run
+        self._publish = publish
+        self._post = post
         self._wanted = wanted
         self._feeds: list[JournalFeed] = []
         self.observers: list[Observer] = []
@@ -247,8 +229,14 @@ class FeedObservers:
         assert self._run.run_dir is not None
         journal_dir = Path(self._run.run_dir) / JOURNAL_DIR
         feed = JournalFeed(name, delivery, journal_dir, place.seq, on_delivered, self._wanted, place.delivered)
-        bus: Any = _FeedBus(self._bus, feed)
-        observer = Observer(name, SinkTarget(sink, self._run), delivery, bus, on_fatal=lambda error: None)
+        observer = Observer(
+            feed,
+            SinkTarget(sink, self._run),
+            worker=Worker(f"stagecast-{name}", self._post, CpuTime()),
+            origin=self.origin,
+            publish=self._publish,
+            on_fatal=lambda error: None,
+        )
         self._feeds.append(feed)
         self.observers.append(observer)
 
@@ -301,12 +289,12 @@ def main() -> None:
 
 
 async def _serve(config: HostConfig, lines: Any) -> None:
-    bus = Ring(Origin(config.run.run_id, config.run.attempt))
-    pump = Pump(bus)
-    current_origin.set(bus.origin)
-    RunLog(bus.origin, bus.publish).start()
+    calls = Poster()
+    observers = FeedObservers(config.run, _publish, calls.post)
+    current_origin.set(observers.origin)
+    RunLog(observers.origin, _publish).start()
     finish: list[Finish] = []
-    over, told = anyio.Event(), anyio.Event()
+    over = anyio.Event()
 
     def end(how: Finish) -> None:
         finish.append(how)
@@ -315,24 +303,18 @@ async def _serve(config: HostConfig, lines: Any) -> None:
     def listen() -> None:
         line = lines.readline()
         how = msgspec.json.decode(line, type=Finish) if line else Finish.within(None, config.drain_timeout_s)
-        bus.post(lambda: end(how))
+        calls.post(lambda: end(how))
 
     threading.Thread(target=listen, name="stagecast-host-commands", daemon=True).start()
-    health = pump.subscribe("run", Delivery(types=TOLD, latency_s=0.02))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(pump.run)
-        tasks.start_soon(_tell, health, told)
+        tasks.start_soon(calls.run)
         tasks.start_soon(_watch, config, end)
-        observers = FeedObservers(bus, config.run)
         _add_sinks(observers, config)
         for observer in observers.observers:
             tasks.start_soon(observer.run)
-        tasks.start_soon(report_observers, observers.observers, bus, config.report_s)
+        tasks.start_soon(report_observers, observers.observers, observers.origin, _publish, config.report_s)
         await over.wait()
         reports = await observers.drain(finish[0].until, finish[0].timeout_s)
-        await pump.drain()
-        health.finish()
-        await told.wait()
         _say(Finished(reports))
         tasks.cancel_scope.cancel()
 
@@ -372,12 +354,9 @@ async def _watch(config: HostConfig, end: Callable[[Finish], None]) -> None:
     end(Finish.within(None, config.drain_timeout_s))
 
 
-async def _tell(health: Subscription, told: anyio.Event) -> None:
-    with contextlib.suppress(anyio.EndOfStream):
-        while True:
-            for event, _ in await health.receive():
-                _say(HealthTold(msgspec.Raw(encode_json(event))))
-    told.set()
+def _publish(event: Event) -> None:
+    """Send an event about a sink, or a warning that it logged, to the run. Any thread."""
+    _say(HealthTold(msgspec.Raw(encode_json(event))))
 
 
 def _say(message: HealthTold | Noticed | Finished) -> None:

@@ -53,11 +53,11 @@ async def test_what_is_wanted_follows_the_subscriptions(make: Any, pumping: Any)
     assert pump.ring.audience.wanted == {ValStepEnded}
     everything = pump.subscribe("everything", make.delivery())
     assert pump.ring.audience.wanted == {ValStepEnded} | {kind for kind in EVENT_TYPES if kind.journalled}
-    pump.unsubscribe(steps)
+    steps.finish()
     assert ValStepEnded not in pump.ring.audience.wanted
     async with pumping(pump):
-        pump.unsubscribe(everything)
-        pump.unsubscribe(everything)
+        everything.finish()
+        everything.finish()
         assert pump.ring.audience.wanted == frozenset()
 
 
@@ -110,7 +110,7 @@ async def test_fences_do_not_wait_for_who_gets_nothing(make: Any, pumping: Any) 
     fence, nobody = Fence(names), Fence(["never came"])
     pump.ring.publish(make.ended(0), Payload(fence=fence))
     pump.ring.publish(make.event(ValStepEnded, at=1), Payload(fence=nobody))
-    pump.unsubscribe(left)
+    left.finish()
     async with pumping(pump):
         await pump.drain()
         assert fence.waiting == ["stays"]

@@ -17,11 +17,8 @@ from hypothesis import strategies as st
 
 from events.bus.cpu_time import CpuTime
 from events.bus.fence import Fence
-from events.bus.pump import Pump
-from events.bus.ring import Ring
-from events.bus.wakeup import Wakeup
+from events.bus.wakeup import Poster, Wakeup
 from events.bus.worker import AsyncJob, Worker
-from events.origin import Origin
 
 LIMIT_S = 20.0
 """No test waits that long: it fails instead."""
@@ -115,14 +112,17 @@ def test_waking_what_is_closed_does_nothing(wakeup: Wakeup) -> None:
 @asynccontextmanager
 async def working() -> AsyncIterator[Worker]:
     """A worker that reports to a real event loop."""
-    pump = Pump(Ring(Origin("run")))
-    worker = Worker("worker-test", pump.ring.post, pump.ring.cpu_time)
+    poster = Poster()
+    worker = Worker("worker-test", poster.post, CpuTime())
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(pump.run)
+            tasks.start_soon(poster.run)
             yield worker
             worker.stop()
-            pump.close()
+            for thread in threading.enumerate():
+                if thread.name == worker.name:
+                    thread.join(LIMIT_S)
+            tasks.cancel_scope.cancel()
 
 
 def thread_of(worker: Worker) -> threading.Thread:

@@ -168,7 +168,7 @@ class Session:
             self._log.leave_console(failed=True)
             self._log.end()
         for observer in self._supervisor.observers if hasattr(self, "_supervisor") else ():
-            observer.subscription.discard()
+            observer.source.discard()
         if hasattr(self, "bus"):
             self.bus.close()
         self._close_folder()
@@ -427,7 +427,9 @@ class Session:
                 current_origin.reset(token)
 
     async def _report_observers(self) -> None:
-        await report_observers(self._supervisor.observers, self.bus, self.arguments.ledger_interval_s)
+        await report_observers(
+            self._supervisor.observers, self.origin, self.bus.publish, self.arguments.ledger_interval_s
+        )
 
     async def _wait_for_loop(self) -> None:
         """Wait for the loop's end; once the run is cancelled, no longer than the grace period."""
@@ -623,7 +625,7 @@ class Session:
         """Whether the journal has written all that was delivered so far, or cannot write at present."""
         if self._journal is None or self.finished.is_set():
             return True
-        return self._journal.subscription.statistics.queued == 0 or self._journal.circuit != "closed"
+        return self._journal.source.statistics.queued == 0 or self._journal.circuit != "closed"
 
     def _close_folder(self) -> None:
         if self.folder is not None:

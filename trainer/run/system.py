@@ -69,7 +69,6 @@ class SystemSampler:
         except RuntimeError as error:
             logger.warning(f"the system is not sampled: {error}")  # the system has no more threads
         finally:
-            self._pump.unsubscribe(self._subscription)
             self._subscription.discard()
             self._began.set()
 

@@ -9,13 +9,17 @@ from typing import Any
 import anyio
 import pytest
 
-from events.bus.backlog import Payload
+from events.bus.backlog import Payload, Published
+from events.bus.cpu_time import CpuTime
 from events.bus.fence import Fence
-from events.bus.observer import Observer, describe
+from events.bus.observer import Observer, SinkTarget, describe
+from events.bus.subscription import Statistics
 from events.bus.supervisor import Supervisor
-from events.messages import ObserverFailed, ObserverRecovered
+from events.bus.wakeup import Poster
+from events.bus.worker import Worker
+from events.messages import Event, ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
-from events.sink import RunInfo
+from events.sink import Delivery, RunInfo
 
 pytestmark = pytest.mark.anyio
 
@@ -59,6 +63,57 @@ async def test_one_that_fails_for_ever_is_given_up(
     )
     assert other.got == [1, 2, 3, 4, 5]
     assert reports["other"] == ObserverReport(observer="other", state="closed", published=5, delivered=5)
+
+
+class Listed:
+    """A source of an observer: events that are there already."""
+
+    name, delivery = "sink", Delivery()
+
+    def __init__(self, events: list[Event]) -> None:
+        self.statistics = Statistics(published=len(events), queued=len(events))
+        self._batches = [[(event, None)] for event in events]
+
+    @property
+    def oldest(self) -> None:
+        return None
+
+    async def receive(self) -> list[Published]:
+        self.done()
+        if not self._batches:
+            raise anyio.EndOfStream
+        return self._batches.pop()
+
+    def done(self, count: int | None = None) -> None:
+        self.statistics.delivered = self.statistics.published - len(self._batches)
+        self.statistics.queued = len(self._batches)
+
+    def finish(self) -> None: ...
+
+    def discard(self) -> None: ...
+
+
+async def test_an_observer_needs_no_bus(kit: Any, make: Any) -> None:
+    """It takes batches from a source and reports to a function."""
+    sink, told, poster = kit.Scripted(write=[OSError("disk full")]), [], Poster()
+    source = Listed([make.step(2), make.step(1)])
+    observer = Observer(
+        source,
+        SinkTarget(sink, RunInfo("run")),
+        worker=Worker("stagecast-sink", poster.post, CpuTime()),
+        origin=make.origin,
+        publish=told.append,
+        on_fatal=lambda error: None,
+    )
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(poster.run)
+        await observer.run()
+        tasks.cancel_scope.cancel()
+    assert sink.got == [1, 2]
+    assert [type(event) for event in told] == [ObserverFailed, ObserverRecovered]
+    assert observer.report() == ObserverReport(
+        observer="sink", state="closed", published=2, delivered=2, error="OSError: disk full"
+    )
 
 
 async def test_an_async_open_is_refused_by_name(kit: Any, supervising: Any) -> None:
@@ -216,7 +271,7 @@ async def test_the_queue_follows_its_policy_during_an_outage(kit: Any, supervisi
         await house.until(ObserverFailed)
         assert observer.circuit == "open"
         await house.publish(100)
-        assert observer.subscription.statistics.queued == 8
+        assert observer.source.statistics.queued == 8
         reports = await house.drain()  # ends the pause
     assert sink.got == [1, *range(95, 102)]
     assert (reports["sink"].delivered, reports["sink"].dropped, reports["sink"].state) == (8, 93, "closed")
