@@ -471,9 +471,9 @@ def prepare(
         if what == "crash":
             raise Crash
         if what == "stop":
-            trainer.run.session.control.send(Stop(id="stop"))
+            trainer.session.control.send(Stop(id="stop"))
         if what == "save":
-            trainer.run.session.control.send(Checkpoint(id="save"))
+            trainer.session.control.send(Checkpoint(id="save"))
             net.at = At(max(net.working_on, 1) + 2, what="crash")
 
     net.act = act

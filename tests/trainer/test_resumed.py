@@ -313,7 +313,7 @@ def test_a_scheduler_without_a_state_is_told_of(tmp_path: Path, caplog: pytest.L
 
     train(Scheduled(), tmp_path / "a")
     train(Scheduled(), tmp_path / "b", resume=tmp_path / "a/checkpoints/step-5.a1")
-    assert "has no state of the scheduler Warm, which begins anew" in caplog.text
+    assert "has no state of the scheduler Warm, which starts over" in caplog.text
 
 
 def test_a_stream_that_begins_anew_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -327,10 +327,10 @@ def test_a_stream_that_begins_anew_is_told_of(tmp_path: Path, caplog: pytest.Log
             return self.stream
 
     train(Streams(), tmp_path / "a", max_train_steps_per_epoch=5)
-    assert "begins anew in each process" not in caplog.text
+    assert "starts from its beginning" not in caplog.text
     options = {"max_train_steps_per_epoch": 5, "resume": tmp_path / "a/checkpoints/step-5.a1"}
     train(Streams(), tmp_path / "b", **options)
-    assert "returned an iterator, which begins anew in each process" in caplog.text
+    assert "returned an iterator, which starts from its beginning in each process" in caplog.text
 
 
 def test_who_wants_an_epochs_outputs_only_now_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -342,4 +342,4 @@ def test_who_wants_an_epochs_outputs_only_now_is_told(tmp_path: Path, caplog: py
 
     train(Net(), tmp_path / "a")
     train(Net(), tmp_path / "b", callbacks=[Wants()], resume=tmp_path / "a/checkpoints/step-3.a1")
-    assert "has no outputs of the epoch that is gone on with" in caplog.text
+    assert "this checkpoint holds no outputs for the current epoch" in caplog.text

@@ -175,7 +175,7 @@ class TrainingLoop:
             outputs.restore(resumed.parts.pop("outputs"))
         elif outputs is not None and position.batches:
             logger.warning(
-                "This checkpoint holds no outputs for the current epoch: no hook asked for them; hooks get those of the"
+                "this checkpoint holds no outputs for the current epoch: no hook asked for them; hooks get those of the"
                 " steps from now on"
             )
         self._feed.resume(loader, rng)
