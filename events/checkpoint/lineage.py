@@ -80,12 +80,14 @@ def line_of(
         attempts: What each attempt started from, as far as it was noted.
         parent_of: Reads the parent from a checkpoint's manifest, or raises as `CheckpointStore.manifest` does.
     """
-    names = list(names)
-    current = max([*attempts, *(name.attempt for name in names)], default=0)
+    of_attempt: dict[int, list[CheckpointName]] = {}
+    for name in names:
+        of_attempt.setdefault(name.attempt, []).append(name)
+    current = max([*attempts, *of_attempt], default=0)
     line: list[CheckpointName] = []
     upto: CheckpointName | None = None
     while current > 0:
-        own = [name for name in names if name.attempt == current and (upto is None or not upto < name)]
+        own = [name for name in of_attempt.get(current, ()) if upto is None or not upto < name]
         line += reversed(own)
         parent = attempts[current].parent if current in attempts else _first_parent(own, parent_of)
         upto = CheckpointName.parse(parent) if parent is not None else None

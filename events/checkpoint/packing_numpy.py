@@ -6,10 +6,15 @@ import math
 import re
 from typing import Any
 
+from events.checkpoint.tensor_file import elements_of
+
 _DIMENSIONS = 64  # NumPy has no more
 ARRAY, SCALAR = 50, 51
 """The codes of their marks."""
-_ELEMENTS = re.compile(r"[<>|][biufcmMSUV]\d{1,10}(\[\d{0,10}[A-Za-z]{1,7}\])?")  # no objects, nothing to evaluate
+_ELEMENTS = re.compile(r"[<>|][biufcmMSUV]\d{1,10}(\[([1-9]\d{0,9})?[A-Za-z]{1,7}\])?")  # no objects, no unit of 0 days
+_ITEM_BYTES = 2**31 - 1  # NumPy computes with C's ints, and wraps around without an error
+_EMPTY_ITEMS = 2**16
+"""Maximum elements of 0 bytes per array."""
 
 
 def parts_of(value: Any) -> tuple[int, Any] | None:
@@ -52,17 +57,29 @@ def _dtype(description: Any) -> Any:
     import numpy as np
 
     if type(description) is dict:
-        structure: Any = {key: description[key] for key in ("names", "formats", "offsets", "itemsize")}
-        structure["formats"] = [_dtype(field) for field in structure["formats"]]
-        return np.dtype(structure)
+        names, formats, offsets, itemsize = (description[key] for key in ("names", "formats", "offsets", "itemsize"))
+        formats = [_dtype(field) for field in formats]
+        for field, offset in zip(formats, _whole(offsets), strict=True):
+            if offset + field.itemsize > itemsize:
+                raise ValueError(f"a field of {field.itemsize:,} bytes at {offset:,} is outside of {itemsize:,} bytes")
+        _whole([itemsize])
+        return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": itemsize})
     if type(description) is list:
-        base, shape = description
-        if type(shape) is not list:  # a range would be looped over, and may be endless
-            raise TypeError(f"{shape!r} are no dimensions")
-        return np.dtype((_dtype(base), tuple(shape)))
+        base, shape = _dtype(description[0]), tuple(_whole(description[1]))
+        elements_of(shape, _ITEM_BYTES // max(1, base.itemsize))
+        return np.dtype((base, shape))
     if _ELEMENTS.fullmatch(description) is None:
         raise ValueError(f"{description!r} is no dtype")
     return np.dtype(description)
+
+
+def _whole(numbers: Any) -> list[int]:
+    """Check that these are numbers within an element, in a list: a range would be looped over, and may be endless."""
+    if type(numbers) is not list or not {int}.issuperset(map(type, numbers)):
+        raise TypeError(f"{numbers!r:.80} are not whole numbers in a list")
+    if not all(0 <= number <= _ITEM_BYTES for number in numbers):
+        raise ValueError(f"an element has dimensions, offsets and sizes from 0 to {_ITEM_BYTES:,}")
+    return numbers
 
 
 def array(description: Any, shape: tuple[int, ...], data: bytes) -> Any:
@@ -76,6 +93,8 @@ def array(description: Any, shape: tuple[int, ...], data: bytes) -> Any:
         raise ValueError(f"{len(shape)} dimensions, of up to {max(shape).bit_length()} bits, are not a shape")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"no array of {dtype} and shape {shape} has {len(data)} bytes")
+    if not dtype.itemsize and math.prod(shape) > _EMPTY_ITEMS:
+        raise ValueError(f"an array has more than {_EMPTY_ITEMS:,} elements of 0 bytes")
     return np.ndarray(shape, dtype, buffer=bytearray(data))  # NumPy's copy() would leave the padding to chance
 
 
@@ -87,4 +106,7 @@ def scalar(description: Any, content: Any) -> Any:
         return np.bytes_(content)
     if description == "U" and type(content) is str:
         return np.str_(content)
-    return array(description, (), content)[()]
+    try:
+        return array(description, (), content)[()]
+    except SystemError as error:  # NumPy's for text with a number that is not a character
+        raise ValueError(f"{description!r:.80} does not fit its bytes") from error

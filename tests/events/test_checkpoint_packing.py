@@ -485,7 +485,7 @@ def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
         (packed(marked(50, "<f4", marked(1, 2), bytes(4))), "has 4 bytes"),
         (packed(marked(50, "<f4", marked(1, -1), b"")), "code 50"),
         (packed(marked(50, "<f4", marked(26, 0, 10**18, 1), b"")), "code 50"),
-        (packed(marked(50, ["<f4", marked(26, 0, 10**18, 1)], marked(1, 0), b"")), "are no dimensions"),
+        (packed(marked(50, ["<f4", marked(26, 0, 10**18, 1)], marked(1, 0), b"")), "are not whole numbers in a list"),
         (packed(marked(51, "S", 10**12)), "code 51"),
         (packed(marked(51, "U", 5)), "code 51"),
         (packed(marked(60, "weight")), "the tensor 'weight', and there is none.*provide"),
@@ -494,6 +494,9 @@ def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
         (packed(marked(25, marked(20, b"\x01" * 1_000), 3)), "7,993 bits, more than 4,096"),
         (packed(marked(26, 0, marked(20, b"\x01" * 1_000), 3)), "7,993 bits, more than 4,096"),
         (packed(marked(50, "<f4", marked(1, *[2**47] * 65), bytes(4))), "65 dimensions, of up to 48 bits"),
+        (packed(marked(51, "<U1", b"\xff\xff\xff\x7f")), "does not fit its bytes"),
+        (packed(marked(50, "<M8[0D]", marked(1, 1), bytes(8))), "no dtype"),
+        (packed(marked(50, "|V0", marked(1, 2**62), b"")), "more than 65,536 elements of 0 bytes"),
         (packed(marked(50, "<f4", marked(1, marked(20, b"\x01" * 1_000)), bytes(4))), "of up to 7993 bits"),
     ],
 )
@@ -501,6 +504,37 @@ def test_content_that_is_never_written_is_refused(data: bytes, said: str) -> Non
     """The message says where, what, and what to do."""
     with pytest.raises(CheckpointDamaged, match=said):
         packing.decode(data)
+
+
+def fields(formats: list[Any], offsets: list[Any], itemsize: Any = 8) -> dict[str, Any]:
+    return {"names": ["a", "b"][: len(formats)], "formats": formats, "offsets": offsets, "itemsize": itemsize}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (fields(["<i4"], [2**31 - 4]), "outside of 8 bytes"),
+        (fields(["<i4"], [2**32 - 4]), "from 0 to"),
+        (fields(["<i4"], [-4]), "from 0 to"),
+        (fields(["<i4", "<i4"], [0, 5]), "outside of 8 bytes"),
+        (fields(["<i4"], [0], 2**31), "from 0 to"),
+        (fields(["<i4"], [0.0]), "whole numbers"),
+        (fields(["<i4", "<i4"], [0]), "shorter"),
+        (fields([fields(["<i4"], [2**31 - 4])], [0]), "outside of 8 bytes"),
+        (fields([["|u1", [2**31 - 9]]], [4_096]), "outside of 8 bytes"),
+        (fields([["|u1", [2**16, 2**16 + 1]]], [0]), "more than"),
+        (["<i4", [2**30 + 2]], "more than"),
+        (["|V0", [2**31 - 1] * 40], "more than"),
+        (["<i4", [-2]], "from 0 to"),
+        ([fields(["<i4"], [8]), [1]], "outside of 8 bytes"),
+    ],
+)
+def test_elements_that_reach_outside_of_their_bytes_are_refused(dtype: Any, said: str) -> None:
+    """NumPy computes sizes in C's ints, takes such a type, and reads and writes beside the array."""
+    entries = str(dtype).count("names") * 4
+    for code, shape in ((50, [marked(1, 1)]), (51, [])):
+        with pytest.raises(CheckpointDamaged, match=said):
+            packing.decode(packed(marked(code, dtype, *shape, bytes(8)), entries))
 
 
 def colliding(kind: str) -> list[Any]:

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from events.checkpoint.lineage import by_age, candidates_of, expendable, line_of
+from events.checkpoint.lineage import Attempt, by_age, candidates_of, expendable, line_of
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import Upload, verify
@@ -359,3 +359,23 @@ def test_candidates_are_the_line_and_then_all_else(store: dict[str, Any], data: 
     assert candidates[: len(line)] == line
     assert candidates[len(line) :] == sorted(set(names) - set(line), reverse=True)
     assert bool(candidates) == bool(names)
+
+
+def test_the_line_of_many_attempts_takes_linear_time() -> None:
+    """A folder of a stranger may have thousands: each checkpoint is looked at once, not once per attempt."""
+    looks = 0
+
+    class Counted:
+        def __init__(self, number: int) -> None:
+            self._age = (number, number, 1)
+
+        @property
+        def attempt(self) -> int:
+            nonlocal looks
+            looks += 1
+            return self._age[0]
+
+    names: Any = [Counted(number) for number in range(1, 501)]
+    attempts = {number: Attempt(number, f"step-{number - 1}.a{number - 1}") for number in range(2, 501)}
+    assert line_of(names, attempts, lambda name: None) == names[::-1]
+    assert looks <= 2 * len(names)

@@ -663,6 +663,22 @@ class Wordless(Odd):
         pass
 
 
+@pytest.mark.parametrize("layers", [4, 60])
+def test_tied_tensors_fill_no_disk(
+    stagecast: Stagecast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
+    """They are written under each of their names, unless these are very many or the disk has no room for them."""
+    tied = Tied()
+    tied.more = nn.ModuleList([nn.Linear(100, 100)] * layers)
+    train(tmp_path / "tied", tied)
+    code, _, err = stagecast("export", "tied", "all.safetensors")
+    assert (code, (tmp_path / "all.safetensors").exists()) == ((0, True) if layers < 32 else (1, False))
+    assert ("so many names" in err) == (layers > 32)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 100_000))  # type: ignore[attr-defined]
+    code, _, err = stagecast("export", "tied", "more.safetensors")
+    assert (code, (tmp_path / "more.safetensors").exists()) == (1, False)
+
+
 def test_a_module_without_tensors_has_nothing_to_export(stagecast: Stagecast, tmp_path: Path) -> None:
     """Rather an error than an empty file."""
     train(tmp_path / "none", Wordless())

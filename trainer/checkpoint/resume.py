@@ -31,7 +31,7 @@ from trainer.checkpoint.fetch import KEYWORDS, no_name
 from trainer.checkpoint.position import SAVED_FIELDS, Position
 from trainer.data.rng import RngState
 from trainer.data.tensor_state import put_together, tensors_in
-from trainer.data.tensors import map_tensors
+from trainer.data.tensors import clone_tensors
 from trainer.hooks.hooks import CallbackHooks
 from trainer.module_interface import ModuleInterface
 
@@ -96,7 +96,7 @@ class Loaded:
 
     def _kept(self, name: str) -> Any:
         """Something of the state, in memory of its own: a tensor that is kept would keep the whole file in memory."""
-        return map_tensors(torch.clone, self.state[name])
+        return clone_tensors(self.state[name])
 
     def forget(self) -> None:
         """Let go of everything but what the loop needs to find its place: the rest has been put back."""
@@ -115,7 +115,7 @@ class Loaded:
         if by_default:
             _check_module(module, state, str(self.folder), own)
         if own or not by_default:
-            state = map_tensors(torch.clone, state)  # it may keep them, and with them the memory of the whole file
+            state = clone_tensors(state)  # it may keep them, and with them the memory of the whole file
         try:
             module.update_state(state)
         except RuntimeError as error:
@@ -187,7 +187,7 @@ class Loaded:
                 logger.warning(f"the checkpoint {self.folder} has no state for the callback {callback.state_key}")
         for callback, one in found:
             try:
-                callback.load_state_dict(map_tensors(torch.clone, one["state"]))
+                callback.load_state_dict(clone_tensors(one["state"]))
             except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                 on_failed_hook(callback, "load_state_dict", error)
         if saved:

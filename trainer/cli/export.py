@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from trainer.cli.text import say
 
 # Marks in the state, of the table in `events.checkpoint.packing`: of what holds further values, and of a tensor.
 _TUPLE, _PAIRS, _ORDERED_PAIRS, _TENSOR = 1, 10, 11, 60
+_MOST_TIMES = 32
+"""Maximum size of an export in sizes of the checkpoint's tensor file. Tied tensors are written under each name, such as
+those of layers that share their weights."""
 
 
 def export(path: str, out: Path, name: CheckpointName | None, *, force: bool) -> int:
@@ -77,8 +81,8 @@ class _Module:
             packed = source.read(self.manifest, STATE_NAME)
             check_keys(packed)
             _, state = msgspec.msgpack.decode(packed)
-            self._data = source.read(self.manifest, TENSORS_NAME)
-            self._file = read_layout(self._data, f"{self.where}/{TENSORS_NAME}")
+            self.data = source.read(self.manifest, TENSORS_NAME)
+            self._file = read_layout(self.data, f"{self.where}/{TENSORS_NAME}")
             self._sort("", state["module"])
         except CheckpointError:
             raise
@@ -111,7 +115,7 @@ class _Module:
         info, offset = self._file.tensors[self._file.aliases.get(stored, stored)]
         if name in self.tensors:
             raise CheckpointError(f"two tensors of the module in {self.where} would be called {name!r}")
-        self.tensors[name] = info, self._data[offset : offset + info.nbytes]
+        self.tensors[name] = info, self.data[offset : offset + info.nbytes]
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -128,12 +132,25 @@ def _check_out(out: Path, force: bool) -> None:
 
 def _write(out: Path, module: _Module, force: bool) -> int:
     """Write the file as a whole, or not at all; returns its size."""
+    from sinks.format import format_bytes
+
     infos = [TensorInfo(name, info.dtype, info.shape, info.view) for name, (info, _) in module.tensors.items()]
     strange = [f"{one.name} ({one.view})" for one in infos if one.view]
     strange += [f"{one.name} (a reserved name)" for one in infos if one.name == "__metadata__"]
     if strange:
         raise CheckpointError(f"a safetensors file cannot hold {', '.join(strange)}: convert that in get_state()")
     layout = lay_out(infos, {})
+    stored, free = len(module.data), shutil.disk_usage(out.parent).free
+    if layout.nbytes > _MOST_TIMES * stored:
+        raise CheckpointError(
+            f"{module.where} holds {format_bytes(stored)} under so many names that an export takes"
+            f" {format_bytes(layout.nbytes)}; return each tensor once from get_state()"
+        )
+    if layout.nbytes > free:
+        raise CheckpointError(
+            f"the export takes {format_bytes(layout.nbytes)}, and {out.parent} has {format_bytes(free)} free; write"
+            f" elsewhere"
+        )
     # "format" is what loaders of Hugging Face's ask for.
     notes = {"format": "pt", "checkpoint": f"{module.manifest.run_id}/{module.manifest.name}"}
     text = msgspec.json.encode({"__metadata__": notes} | msgspec.json.decode(layout.header[8:]))

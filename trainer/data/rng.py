@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from typing import Any
 
 import torch
+
+from events.errors import CheckpointDamaged
 
 RngState = dict[str, Any]
 
@@ -23,7 +26,12 @@ def capture_rng(device: torch.device) -> RngState:
 
 
 def restore_rng(state: RngState, device: torch.device) -> None:
-    """Set the generators to these states; one that the state does not tell of stays as it is."""
+    """Set the generators to these states; one that the state does not mention stays as it is.
+
+    Raises:
+        CheckpointDamaged: One of them is not the state of such a generator; none was set.
+    """
+    _check(state, device)
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "numpy" in state:
@@ -35,6 +43,33 @@ def restore_rng(state: RngState, device: torch.device) -> None:
             np.random.set_state(state["numpy"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _check(state: RngState, device: torch.device) -> None:
+    try:
+        _, _, gauss = state["python"]
+        if gauss is not None and not (type(gauss) is float and math.isfinite(gauss)):
+            raise ValueError(f"{gauss!r:.80} is not a number that Python's generator keeps")
+        random.Random().setstate(state["python"])
+        torch.Generator().set_state(state["torch"])
+        if "cuda" in state and device.type == "cuda":
+            torch.Generator(device).set_state(state["cuda"])
+        if "numpy" in state:
+            _check_numpy(*state["numpy"])
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
+        raise CheckpointDamaged(
+            f"the state of the random generators cannot be restored: {error!r:.300}; load an older checkpoint"
+        ) from error
+
+
+def _check_numpy(name: Any, key: Any, position: Any, has_gauss: Any, gauss: Any) -> None:
+    # NumPy does not check the position, and reads behind its state with a wrong one.
+    if name != "MT19937" or not isinstance(position, int) or not 0 <= position <= 624:
+        raise ValueError(f"{name!r:.80} at {position!r:.80} is not a place in the state of NumPy's generator")
+    if (str(key.dtype), key.shape) != ("uint32", (624,)):
+        raise ValueError(f"the state of NumPy's generator has {key.shape} {key.dtype} numbers, not 624 of uint32")
+    if has_gauss not in (0, 1) or not isinstance(gauss, float) or not math.isfinite(gauss):
+        raise ValueError(f"{gauss!r:.80} is not a number that NumPy's generator keeps")
 
 
 def seed_everything(seed: int) -> None:

@@ -49,6 +49,18 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     return _map(value, function, movable=False)
 
 
+def clone_tensors(value: Any) -> Any:
+    """Return ``value`` with each tensor cloned once: a tensor that occurs twice is one tensor in the result, too."""
+    clones: dict[int, torch.Tensor] = {}
+
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in clones:
+            clones[id(tensor)] = tensor.clone()
+        return clones[id(tensor)]
+
+    return map_tensors(clone, value)
+
+
 def _map(value: Any, function: Callable[[Any], Any], movable: bool) -> Any:
     if isinstance(value, torch.Tensor):
         return function(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.data.tensors import map_tensors
+from trainer.data.tensors import clone_tensors, map_tensors
 from trainer.errors import EpochOutputsTooLarge, StepOutputError
 
 Notice = Callable[[str], None]
@@ -210,8 +210,8 @@ class OutputCollector:
         return lambda: {"steps": steps, "nbytes": size, "columns": [_packed(column[:steps]) for column in columns]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `kept` returned."""
-        self._columns = [_unpacked(column) for column in state["columns"]]
+        """Take over what `kept` returned, in memory of its own."""
+        self._columns = [_unpacked(column) for column in clone_tensors(state["columns"])]
         self._steps = int(state["steps"])
         self._nbytes = int(state["nbytes"])
 
@@ -233,10 +233,8 @@ def _packed(values: list[Any]) -> dict[str, Any]:
 
 
 def _unpacked(column: dict[str, Any]) -> list[Any]:
-    """The column again, in memory of its own."""
     if "stacked" in column:
-        return list(column["stacked"].clone().unbind())
+        return list(column["stacked"].unbind())
     if "joined" in column:
-        return list(column["joined"].clone().split(column["rows"]))
-    kept = map_tensors(torch.clone, column["values"])
-    return [value if there else _MISSING for value, there in zip(kept, column["there"], strict=True)]
+        return list(column["joined"].split(column["rows"]))
+    return [value if there else _MISSING for value, there in zip(column["values"], column["there"], strict=True)]

@@ -16,7 +16,7 @@ from trainer.checkpoint.position import Position
 from trainer.checkpoint.resume import Loaded, takes_state_by_default
 from trainer.data.loaders import as_val_loaders, has_state
 from trainer.data.rng import RngState, capture_rng, restore_rng
-from trainer.data.tensors import map_tensors
+from trainer.data.tensors import clone_tensors
 from trainer.errors import ContractError, add_note
 from trainer.loop.boundary import Boundary
 from trainer.loop.checkpointing import PREPARING
@@ -183,7 +183,7 @@ class Task:
             if scaler is not None and loaded.state["scaler"] is not None:
                 scaler.load_state_dict(loaded.state["scaler"])
         loaded.restore_callbacks(attempt.hooks.callbacks, attempt.fail_hook)
-        attempt.recorder.load_state_dict(map_tensors(torch.clone, loaded.state["metrics"]))
+        attempt.recorder.load_state_dict(clone_tensors(loaded.state["metrics"]))
         if "readings" in loaded.parts:
             attempt.readback.restore(loaded.parts["readings"])
         loaded.forget()
