@@ -30,12 +30,12 @@ process, it is told of by `LaunchedRunFailed`, because an exception cannot be ca
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Sequence
 
 from events.errors import ArgumentsError as ArgumentsError
 from events.errors import StagecastError
 from events.messages import Event
+from events.process import signal_name
 from events.protocol import RunResult
 
 REMEDY = "lower the learning rate, set clip_grads, or choose non_finite='skip'"
@@ -119,7 +119,7 @@ class LaunchedRunCrashed(StagecastError):
     ) -> None:
         super().__init__(message)
         self.returncode = returncode
-        """The exit code; minus the number of the signal that ended it; None if somebody else has taken it."""
+        """The exit code; minus the number of the signal that killed it; None if it was lost."""
         self.last_events = list(last_events)
         """The end of its journal."""
         self.log_tail = log_tail
@@ -128,12 +128,7 @@ class LaunchedRunCrashed(StagecastError):
     @property
     def signal(self) -> str | None:
         """The name of the signal that ended it, such as ``SIGKILL``; None if it ended by itself."""
-        if self.returncode is None or self.returncode >= 0:
-            return None
-        try:
-            return signal.Signals(-self.returncode).name
-        except ValueError:
-            return f"signal {-self.returncode}"
+        return signal_name(self.returncode)
 
 
 class RunInterrupted(KeyboardInterrupt):

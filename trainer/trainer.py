@@ -6,11 +6,10 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -39,7 +38,7 @@ from trainer.loop.control import Control
 from trainer.module_interface import ModuleInterface
 from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
 from trainer.run.calling_thread import interruptibly, run_here
-from trainer.run.cancellation import outlast
+from trainer.run.cancellation import ending_with_block
 from trainer.run.checks import (
     check_checkpoints,
     check_folder,
@@ -207,7 +206,7 @@ class Trainer:
             RunFolderError: the run's folder cannot be used.
             TrainingThreadStuck: the run was cancelled and the loop did not reach a step boundary in time.
         """
-        return RunContext(self)
+        return _run(self)
 
     def _run_here(self, task: TaskName) -> tuple[Session, RunResult]:
         on_main_thread = threading.current_thread() is threading.main_thread()
@@ -222,15 +221,11 @@ class Trainer:
             )
         finally:
             flush_stderr()  # what the run has to say comes before what its caller prints next
-        error = session.error
-        if error is not None:
+        try:
+            result = session.outcome()
+        except BaseException:
             session.forget_error()
-            try:
-                raise error
-            finally:
-                del error  # or this frame and the exception would keep each other
-        result = session.result
-        assert result is not None
+            raise
         if control.stopped_by is not None:
             raise RunInterrupted(result) if control.stopped_by == "SIGINT" else RunTerminated(result)
         return session, result
@@ -395,55 +390,33 @@ class _Place:
         return self.run_dir is not None and any(CheckpointStore(self.run_dir / CHECKPOINTS_DIR).candidates())
 
 
-class RunContext(AbstractAsyncContextManager[Run]):
-    """The life of a run inside a host's task."""
+@asynccontextmanager
+async def serving(trainer: Trainer) -> AsyncIterator[Session]:
+    """Run the trainer's loop in a thread and its observers in this event loop; the run ends with the block."""
+    place = trainer._place()
+    if place.is_remote:
+        # A native cancellation leaves the thread behind, which releases the run's folder when it has ended.
+        await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
+    session = trainer._session("train", Control(), place, trainer._sinks_here(()), interactive=False, on_stderr=False)
+    try:
+        session.loop.start()  # before the task group is entered, because it may fail
+    except BaseException:
+        session.discard()
+        raise
+    tasks = anyio.create_task_group()
+    await tasks.__aenter__()
+    tasks.start_soon(session.serve, name="stagecast run")
+    try:
+        async with ending_with_block(session):
+            yield session
+    finally:
+        await tasks.__aexit__(None, None, None)  # empty by now; without the exception, which it would wrap in a group
 
-    session: Session
-    """Once it is entered."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    async def __aenter__(self) -> Run:
-        place = self._trainer._place()
-        if place.is_remote:
-            # A native cancellation leaves the thread behind: it lets the run's folder go when it has ended.
-            await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
-        self.session = self._trainer._session(
-            "train", Control(), place, self._trainer._sinks_here(()), interactive=False, on_stderr=False
-        )
-        try:
-            self.session.loop.start()  # first, because it may fail; entering the task group cannot
-        except BaseException:
-            self.session.discard()
-            raise
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        self._tasks.start_soon(self.session.serve, name="stagecast run")
-        self._connection = _LocalConnection(self.session)
-        return Run(self._connection)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        session = self.session
-        if error is not None:
-            session.cancel("an exception left the block" if isinstance(error, Exception) else "its task was cancelled")
-        cancelled = await outlast(
-            session.finished, lambda: session.cancelled, lambda: session.cancel("its task was cancelled")
-        )
-        await self._close_tasks()
-        if session.stuck and session.error is not None:
-            raise session.error from error
-        if cancelled is not None and (error is None or isinstance(error, Exception)):
-            raise cancelled  # came while the end was waited for; the body's exception, if there is one, is its context
-        if error is not None:
-            return  # goes on as itself
-        _outcome(session)
-
-    async def _close_tasks(self) -> None:
-        """End the task group, which is empty by now; its failure can only be our own bug, and is shown as it is."""
-        await self._tasks.__aexit__(None, None, None)
+@asynccontextmanager
+async def _run(trainer: Trainer) -> AsyncIterator[Run]:
+    async with serving(trainer) as session:
+        yield Run(_LocalConnection(session))
 
 
 class _LocalConnection:
@@ -465,15 +438,4 @@ class _LocalConnection:
 
     async def result(self) -> RunResult:
         await self._session.finished.wait()
-        return _outcome(self._session)
-
-
-def _outcome(session: Session) -> RunResult:
-    error = session.error
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del session, error  # or this frame and the exception would keep each other
-    assert session.result is not None
-    return session.result
+        return self._session.outcome()

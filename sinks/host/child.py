@@ -1,8 +1,8 @@
 """The sink host: a process in which sinks run, so that what they compute never holds the interpreter of the loop.
 
-It is started by `sinks.host.process` and reads the run's journal (`events.journal.feed`); each sink has its own place
-in it. Lines of JSON come in: first `HostConfig`, then `Finish`. Lines of JSON go out: `HealthTold` and `Finished`. How
-far each sink has come stands in a file of the run's folder, so that a host that is started again goes on from there.
+`sinks.host.process` starts it as an `events.process.Child`. It reads the run's journal (`events.journal.feed`), each
+sink from its own place. It receives `HostConfig`, then `Finish`, and sends `HealthTold`, `Noticed` and `Finished`. A
+file of the run's folder keeps how far each sink has come, so that a host that is started again continues from there.
 
 When the process of the run dies, in whatever way, the host delivers what the journal has, and ends.
 """
@@ -15,7 +15,6 @@ import importlib
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from events.journal.reader import JOURNAL_DIR, SkippedLine
 from events.log import RunLog, current_origin
 from events.messages import EVENT_TYPES, Event
 from events.origin import Origin
+from events.process import Parent
 from events.protocol import ObserverReport
 from events.safe_files import open_below, read_below, replace_below
 from events.sink import Delivery, RunInfo, Sink
@@ -44,10 +44,6 @@ from events.wire import encode_json
 PLACES_DIR = "sinks"
 """Within a run's folder: how far each sink of a host has come."""
 _PLACE_BYTES = 4_096
-_out = 1
-"""Where messages to the run go."""
-_ALIVE_S = 0.5
-"""How often it looks whether the process of the run is still there."""
 
 
 class HostedSink(msgspec.Struct, frozen=True):
@@ -109,35 +105,23 @@ class HostedSink(msgspec.Struct, frozen=True):
 
 
 class HostConfig(msgspec.Struct, frozen=True):
-    """The first line to a host."""
+    """The first message to a host."""
 
     run: RunInfo
     sinks: list[HostedSink]
-    parent: int
-    """Process id of the run."""
     drain_timeout_s: float
-    """How long delivering the rest may take when the process of the run has died."""
+    """Maximum seconds to deliver the rest when the process of the run has died."""
     report_s: float
-    """How often the run is told how the sinks are doing."""
+    """Seconds between two reports on the health of the sinks."""
 
 
 class Finish(msgspec.Struct, frozen=True):
     """The run is over: deliver up to ``until``, close, report, end."""
 
     until: int | None
-    """The last ``seq`` to deliver; None for what stands in the journal."""
+    """The last ``seq`` to deliver; None for all that the journal holds."""
     deadline: float
-    """By `time.monotonic`, which all processes of a machine share: a host may only just have been started."""
-
-    @classmethod
-    def within(cls, until: int | None, timeout_s: float) -> Finish:
-        """In so many seconds from now."""
-        return cls(until, time.monotonic() + timeout_s)
-
-    @property
-    def timeout_s(self) -> float:
-        """What is left."""
-        return max(0.0, self.deadline - time.monotonic())
+    """By `time.monotonic`, which all processes of a machine share: a host may have just been started."""
 
 
 class Noticed(msgspec.Struct, frozen=True, tag=True):
@@ -151,15 +135,22 @@ class Noticed(msgspec.Struct, frozen=True, tag=True):
 
 
 class HealthTold(msgspec.Struct, frozen=True, tag=True):
-    """Something happened to a sink."""
+    """An event about a sink, or a warning that one has logged."""
 
-    event: msgspec.Raw
+    event: bytes
+    """In JSON (`events.wire`)."""
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The last line from a host that ends in order."""
+    """The last message of a host that ends cleanly."""
 
     reports: list[ObserverReport]
+
+
+FromHost = HealthTold | Noticed | Finished
+from_host: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost)
+_config: msgspec.msgpack.Decoder[HostConfig] = msgspec.msgpack.Decoder(HostConfig)
+_finish: msgspec.msgpack.Decoder[Finish] = msgspec.msgpack.Decoder(Finish)
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -270,52 +261,48 @@ class FeedObservers:
 
 
 def main() -> None:
-    """The program."""
-    # Whoever ends a service signals its whole group; what is to be delivered then is delivered.
+    """Run the program."""
+    # A signal to the group of a service must not keep the host from delivering what the run still publishes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    global _out
-    _out = os.dup(1)
-    os.dup2(2, 1)  # what sinks print, and the processes that they start, is no message
-    os.set_blocking(_out, False)
-    notice.forward = lambda text, without_secrets: _say(Noticed(text, without_secrets))
-    lines = sys.stdin.buffer
-    config = msgspec.json.decode(lines.readline(), type=HostConfig)
+    parent = Parent()
+    notice.forward = lambda text, without_secrets: parent.send(Noticed(text, without_secrets))
+    config = parent.receive(_config)
+    if config is None:
+        return
     _wait_for_others(config.run.run_dir or "")
-    anyio.run(_serve, config, lines)
+    anyio.run(_serve, config, parent)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a sink that hangs must not hold the end
 
 
-async def _serve(config: HostConfig, lines: Any) -> None:
+async def _serve(config: HostConfig, parent: Parent) -> None:
+    def publish(event: Event) -> None:
+        parent.send(HealthTold(encode_json(event)))
+
     calls = Poster()
-    observers = FeedObservers(config.run, _publish, calls.post)
+    observers = FeedObservers(config.run, publish, calls.post)
     current_origin.set(observers.origin)
-    RunLog(observers.origin, _publish).start()
+    RunLog(observers.origin, publish).start()
     finish: list[Finish] = []
     over = anyio.Event()
 
-    def end(how: Finish) -> None:
-        finish.append(how)
-        over.set()
+    def end(how: Finish | None) -> None:
+        finish.append(how or Finish(None, time.monotonic() + config.drain_timeout_s))
+        calls.post(over.set)
 
-    def listen() -> None:
-        line = lines.readline()
-        how = msgspec.json.decode(line, type=Finish) if line else Finish.within(None, config.drain_timeout_s)
-        calls.post(lambda: end(how))
-
-    threading.Thread(target=listen, name="stagecast-host-commands", daemon=True).start()
+    parent.listen(_finish, end)
+    parent.watch(lambda: end(None))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(calls.run)
-        tasks.start_soon(_watch, config, end)
         _add_sinks(observers, config)
         for observer in observers.observers:
             tasks.start_soon(observer.run)
-        tasks.start_soon(report_observers, observers.observers, observers.origin, _publish, config.report_s)
+        tasks.start_soon(report_observers, observers.observers, observers.origin, publish, config.report_s)
         await over.wait()
-        reports = await observers.drain(finish[0].until, finish[0].timeout_s)
-        _say(Finished(reports))
+        reports = await observers.drain(finish[0].until, max(0.0, finish[0].deadline - time.monotonic()))
+        parent.send(Finished(reports))
         tasks.cancel_scope.cancel()
 
 
@@ -336,33 +323,11 @@ def _keep(run_dir: str, name: str, seq: int, delivered: int) -> None:
 
 
 def _wait_for_others(run_dir: str) -> None:
-    """Wait until no other host of this run is left: one whose run has died may still be delivering what it left."""
-    if sys.platform != "win32":
-        import fcntl
+    """Wait until no other host of this run is left: one whose run has died may still be delivering its events."""
+    import fcntl  # not at the top: what needs no host is imported on Windows, too
 
-        fd = open_below(run_dir, f"{PLACES_DIR}/host.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)  # held until the process ends
-
-
-async def _watch(config: HostConfig, end: Callable[[Finish], None]) -> None:
-    """Notice that the process of the run has died.
-
-    The end of standard input does not tell it: dataloader workers that it has forked may hold the other end.
-    """
-    while os.getppid() == config.parent:  # noqa: ASYNC110  # the system tells nobody
-        await anyio.sleep(_ALIVE_S)
-    end(Finish.within(None, config.drain_timeout_s))
-
-
-def _publish(event: Event) -> None:
-    """Send an event about a sink, or a warning that it logged, to the run. Any thread."""
-    _say(HealthTold(msgspec.Raw(encode_json(event))))
-
-
-def _say(message: HealthTold | Noticed | Finished) -> None:
-    """One line to the process of the run, which may be gone, while somebody still holds the pipe and reads nothing."""
-    with contextlib.suppress(OSError):
-        os.write(_out, msgspec.json.encode(message) + b"\n")
+    fd = open_below(run_dir, f"{PLACES_DIR}/host.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    fcntl.flock(fd, fcntl.LOCK_EX)  # held until the process ends
 
 
 if __name__ == "__main__":

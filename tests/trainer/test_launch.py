@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -32,16 +33,14 @@ from events.messages import (
     TrainEpochEnded,
     TrainStepEnded,
 )
-from events.protocol import RunResult
+from events.process import Program
 from events.run.journal_stream import JournalEventStream
 from events.wire import encode_json_lines
 from trainer.errors import ArgumentsError, LaunchedRunCrashed, LaunchedRunFailed
 from trainer.remote import launch as launcher
-from trainer.remote import process as launched_process
-from trainer.remote.child import Cancelling, Ended, Failed, LaunchConfig, Ready, build
-from trainer.remote.launch import launch
+from trainer.remote.child import Cancelling, Failed, LaunchConfig, Ready, build
+from trainer.remote.launch import LaunchedRun, launch
 from trainer.remote.launch_report import error_of
-from trainer.remote.process import LaunchedProcess
 
 JOBS = Path(__file__).parent / "launched"
 FOREVER = 1_000_000
@@ -145,7 +144,7 @@ def test_launch_may_name_the_run_that_the_factory_resumes(kit: Any, monkeypatch:
     job: Any = types.ModuleType("resuming_job")
     job.build = lambda: kit.Trainer(kit.Net(), resume="auto")
     monkeypatch.setitem(sys.modules, "resuming_job", job)
-    config = LaunchConfig("resuming_job:build", msgspec.msgpack.encode({}), os.getpid())
+    config = LaunchConfig("resuming_job:build", msgspec.msgpack.encode({}))
     assert build(kit.replace(config, run_id="named"))._run_id == "named"
     with pytest.raises(ArgumentsError, match="launch: resume='auto' needs to know the run; give run_id or run_dir"):
         build(config)
@@ -366,7 +365,7 @@ def test_a_service_that_launches_needs_no_torch(script: Any) -> None:
 @pytest.mark.anyio
 async def test_a_signal_to_the_process_alone_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Orderly, with a checkpoint. What hangs at the interpreter's end does not hold the block for long."""
-    monkeypatch.setattr(launched_process, "EXIT_S", 0.3)
+    monkeypatch.setattr(launcher, "EXIT_S", 0.3)
     arguments = {"epochs": FOREVER, "deed": "linger", "at": 2, "step_s": 0.001}
     async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
         os.kill(await pid_of(run), signal.SIGTERM)
@@ -389,15 +388,31 @@ async def test_a_second_signal_to_the_process_alone_cancels_the_run(tmp_path: Pa
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
-# ------------------------------------------------------------------------------------ the process and its pipes
-
-
-def program(text: str, *says: Any) -> LaunchedProcess:
-    """A program that takes the place of the real one: it can ``say(0)``, ``say(1)``..., which are these messages."""
-    frames = [frame(message) for message in says]
-    preamble = f"import os, sys, time\ndef say(number): os.write(int(sys.argv[1]), {frames!r}[number])\n"
-    config = LaunchConfig("no:factory", b"", os.getpid())
-    return LaunchedProcess(config, [sys.executable, "-S", "-c", preamble + text], None, dict(os.environ))
+@asyncio_only
+@pytest.mark.anyio
+@pytest.mark.parametrize("deaf", ["to the request", "to its own deadlines"])
+async def test_a_cancelled_process_that_keeps_no_deadline_is_killed(deaf: str) -> None:
+    """Whether it has acknowledged the request or not, and with the processes that it has started."""
+    frames = [frame(Ready("run", 1, None, None, None, 0, grace_s=0.2, cancel_s=0.2)), frame(Cancelling())]
+    text = (
+        "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "if os.fork(): os.write(int(sys.argv[1]), {said!r})\ntime.sleep(100)"
+    )
+    said = b"".join(frames[:1] if deaf == "to the request" else frames)
+    program = Program([sys.executable, "-S", "-c", text.format(said=said)], os.environ)
+    run = LaunchedRun(LaunchConfig("no:factory", b""), program)
+    threading.Thread(target=run.live, daemon=True).start()
+    with anyio.fail_after(LIMIT_S):
+        await run.started.wait()
+        child = run.child
+        assert child is not None
+        pid = child.pid
+        assert pid is not None
+        run.cancel("no time")
+        await run.finished.wait()
+    with pytest.raises(RunCancelled, match="run run was cancelled: no time; its process was killed"):
+        run.outcome()
+    await until_soon(lambda: group(pid) == [], "a process is left")
 
 
 def frame(message: Any) -> bytes:
@@ -405,85 +420,11 @@ def frame(message: Any) -> bytes:
     return len(data).to_bytes(4, "little") + data
 
 
-READY = Ready("run", 1, None, None, None, 0, grace_s=0.2, cancel_s=0.2)
-ENDED = Ended(RunResult(run_id="run", attempt=1, status="finished", metrics={"loss": float("nan")}))
-HELPER = "if os.fork() == 0: time.sleep({})\n"
-
-
-@asyncio_only
-@pytest.mark.anyio
-async def test_a_pipe_that_workers_hold_open_is_no_process_that_lives(tmp_path: Path) -> None:
-    """The end of the process is its death, not the end of its pipe; after an orderly end, its group is left alone."""
-    process = program(HELPER.format(2) + "say(0); say(1)", READY, ENDED)
-    process.start()
-    with anyio.fail_after(LIMIT_S):
-        await process.ended.wait()
-    assert process._popen is not None
-    assert process.outcome().status == "finished"
-    assert len(group(process._popen.pid)) == 1
-    await until_soon(lambda: process._popen and group(process._popen.pid) == [], "the helper does not end")
-
-
-@asyncio_only
-@pytest.mark.anyio
-async def test_a_pipe_that_is_closed_early_is_no_process_that_has_died() -> None:
-    """It is waited for, and then told of."""
-    process = program("say(0); os.close(int(sys.argv[1])); time.sleep(0.3); os._exit(5)", READY)
-    process.start()
-    with anyio.fail_after(LIMIT_S):
-        await process.ended.wait()
-    with pytest.raises(LaunchedRunCrashed, match="ended with exit code 5") as caught:
-        process.outcome()
-    assert caught.value.returncode == 5
-
-
-@asyncio_only
-@pytest.mark.anyio
-async def test_commands_to_a_process_that_reads_nothing_hold_up_nobody(tmp_path: Path) -> None:
-    """A megabyte of them; all arrive, whole and in order, once it reads."""
-    text = (
-        "sys.stdin.buffer.readline()\nsay(0)\n"
-        "while not os.path.exists('go') and os.getppid() > 1: time.sleep(0.01)\n"
-        "lines = [sys.stdin.buffer.readline() for _ in range(100)]\n"
-        "assert lines == [b'%05d' % n + b'x' * 10_000 + bytes([10]) for n in range(100)]\nsay(1)"
-    )
-    process = program(text, READY, ENDED)
-    process.start()
-    with anyio.fail_after(LIMIT_S):
-        await process.started.wait()
-        for number in range(100):
-            process.send(b"%05d" % number + b"x" * 10_000)
-        (tmp_path / "go").touch()
-        await process.ended.wait()
-    assert process.outcome().status == "finished"
-    process.send(b"too late")
-
-
-@asyncio_only
-@pytest.mark.anyio
-@pytest.mark.parametrize("deaf", ["to the request", "to its own deadlines"])
-async def test_a_cancelled_process_that_keeps_no_deadline_is_killed(deaf: str) -> None:
-    """Whether it says that it has heard, or not; SIGTERM first, for those in its group that heed it."""
-    text = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + HELPER.format(100) + "say(0)\n"
-    text += "say(1)\n" if deaf != "to the request" else ""
-    process = program(text + "time.sleep(100)", READY, Cancelling())
-    process.start()
-    with anyio.fail_after(LIMIT_S):
-        await process.started.wait()
-        process.cancel("no time")
-        await process.ended.wait()
-    with pytest.raises(RunCancelled, match="run run was cancelled: no time; its process was killed"):
-        process.outcome()
-    assert process._popen is not None
-    assert process._popen.returncode == -signal.SIGKILL
-    await until_soon(lambda: process._popen and group(process._popen.pid) == [], "a process is left")
-
-
 # -------------------------------------------------------------------------------------------- how it ends badly
 
 
 def test_the_librarys_own_errors_come_as_what_they_are() -> None:
-    """With the traceback noted. Text that is no Unicode, or cannot be had, is no obstacle."""
+    """With the traceback as a note; also with text that is not Unicode or cannot be read."""
 
     class Mute(Exception):
         def __str__(self) -> str:
@@ -494,7 +435,7 @@ def test_the_librarys_own_errors_come_as_what_they_are() -> None:
     assert "in the launched process:" in error.__notes__[0]
     error = error_of(Failed.of(Mute()))
     assert isinstance(error, LaunchedRunFailed)
-    assert error.text == "its text cannot be had, ValueError"
+    assert error.text == "its text cannot be read: ValueError"
     again = pickle.loads(pickle.dumps(LaunchedRunCrashed("x", returncode=-9)))  # to another worker of the host's
     assert (str(again), again.signal) == ("x", "SIGKILL")
 
@@ -596,7 +537,7 @@ async def test_a_process_that_prints_without_end_is_not_held_up_nor_its_log_with
     log = tmp_path / "run/log.txt"
 
     def is_cut() -> bool:
-        return log.stat().st_size < 2**25 and b"[stagecast] the log had grown too long" in log.read_bytes()
+        return log.stat().st_size < 2**25 and b"[stagecast] the log was too long" in log.read_bytes()
 
     async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
         await pid_of(run)
@@ -604,7 +545,7 @@ async def test_a_process_that_prints_without_end_is_not_held_up_nor_its_log_with
         await until_soon(lambda: log.read_bytes().endswith(b"more\n"), "nothing is printed any more")
         run.stop()
     printed = log.read_bytes()
-    assert printed.count(b"[stagecast] the log had grown too long; what stood here is gone\n") == 1
+    assert printed.count(b"[stagecast] the log was too long, and its beginning was removed\n") == 1
     assert printed.count(b"x" * 2**16) >= 8
 
 
@@ -726,9 +667,6 @@ PARENT = """
 import os, sys, time
 sys.path.insert(0, {jobs!r})
 import anyio
-from trainer.remote.launch_report import error_of
-from trainer.remote.child import Cancelling, Ended, Failed, LaunchConfig, Ready, build
-from trainer.remote.process import LaunchedProcess
 from trainer.remote.launch import launch
 from events.messages import TrainStepEnded
 

@@ -1,11 +1,10 @@
-"""The program of a launched run: builds the trainer that a factory returns, runs it, and heeds who launched it.
+"""The program of a launched run: builds the trainer that a factory returns, runs it, and obeys the process above it.
 
-`trainer.remote.launch` starts it, as ``python -m trainer.remote.child FD``. Lines of JSON come in on standard input:
-first `LaunchConfig`, then commands (`events.wire`) and `Cancel`. Messages go out through the pipe FD, in msgpack behind
-their length: `Ready` when the run is under way, at the end `Ended` or `Failed`. Nothing is ever unpickled. Events are
-no messages: whoever wants them reads the run's journal.
+`trainer.remote.launch` starts it as an `events.process.Child`. It receives `LaunchConfig`, then commands and `Cancel`.
+It sends `Ready` when the run is under way, `Logged` for each warning, and at the end `Ended` or `Failed`. Events are
+not messages: the launching process reads the run's journal.
 
-When the process that launched it dies, in whatever way, the run is stopped with a checkpoint, and the program ends.
+When the launching process dies, in whatever way, the run is stopped with a checkpoint, and the program ends.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import importlib
 import inspect
 import os
 import signal
-import struct
 import sys
 import threading
 import time
@@ -29,11 +27,11 @@ import anyio
 import msgspec
 
 from events import log, notice
-from events.errors import RunFolderError, WireError
-from events.log import Warned, current_origin, logger
-from events.protocol import RunResult, Stop
+from events.errors import RunFolderError
+from events.log import Warned, current_origin
+from events.process import Parent
+from events.protocol import AnyCommand, RunResult, Stop
 from events.safe_files import open_below
-from events.wire import decode_command_json
 from trainer.errors import ArgumentsError
 
 if TYPE_CHECKING:
@@ -41,38 +39,33 @@ if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
 LOG_NAME = "log.txt"
-"""What the process prints, within the run's folder."""
+"""File in the run's folder with what the process prints."""
 EXIT_S = 10.0
-"""How long the interpreter may take to end once the run is over: threads and exit hooks of the user may hang."""
-_LOG_LIMIT = 2**26
-"""A log that has grown so long loses all but its end..."""
-_LOG_KEPT = 2**20
-"""...which is so long."""
-_LOOK_S = 0.5
-"""How often it looks whether its parent is there and how long the log is, and passes warnings on."""
+"""Maximum seconds from the end of the run to the end of the process: threads and exit hooks of the user may hang."""
+_LOG_LIMIT_BYTES = 2**26
+"""A longer log is cut..."""
+_LOG_KEPT_BYTES = 2**20
+"""...to its last bytes."""
 _MOST_WARNINGS = 1_000
-"""Maximum warnings kept between two looks; all are in the log."""
+"""Maximum warnings kept until they are sent; all are in the log."""
 _SETTLE_S = 10.0
-"""What a cancelled run may take beside the deadlines of its observers."""
-_LENGTH = struct.Struct("<I")
+"""Maximum seconds for the end of a cancelled run beyond the deadlines of its observers."""
 
 
 class LaunchConfig(msgspec.Struct, frozen=True):
-    """The first line to a launched run."""
+    """The first message to a launched run."""
 
     factory: str
     """``package.module:function``."""
     arguments: bytes
-    """The factory's keyword arguments, as msgpack: unlike JSON it keeps NaN, infinities and bytes."""
-    parent: int
-    """Process id of who launched it."""
+    """The factory's keyword arguments in msgpack, as they were when `launch` was called."""
     run_id: str | None = None
     run_dir: str | None = None
     resume: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="command"):
-    """End the run at its next step, as one whose task was cancelled: no command, for it has no orderly end."""
+    """End the run at its next step, as the cancellation of its task does: unlike a command, without the last hooks."""
 
     reason: str
 
@@ -85,17 +78,17 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     run_dir: str | None
     journal_dir: str | None
     log: str | None
-    """Where everything is printed from now on; None: where it was until now."""
+    """The file that receives the output from now on; None if it stays the same."""
     log_offset: int
     """Where this attempt begins in it."""
     grace_s: float
-    """How long the loop may take to a step boundary."""
+    """Maximum seconds for the loop to reach a step boundary."""
     cancel_s: float
-    """How long the end of a cancelled run may take at most."""
+    """Maximum seconds for the end of a cancelled run."""
 
 
 class Cancelling(msgspec.Struct, frozen=True, tag=True):
-    """`Cancel` has arrived, so the process is not hung: it keeps its deadlines itself."""
+    """`Cancel` was received: the process is not hung, and ends the run by its own deadlines."""
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
@@ -105,7 +98,7 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """There is no trainer, or the run has raised."""
+    """The factory or the run raised an exception."""
 
     module: str
     """Of the exception's type."""
@@ -119,8 +112,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
         """Describe an exception."""
         try:
             text = str(error)
-        except Exception as broken:  # a stranger's `__str__`
-            text = f"its text cannot be had, {type(broken).__name__}"
+        except Exception as broken:  # the user's `__str__`
+            text = f"its text cannot be read: {type(broken).__name__}"
         kind = type(error)
         lines = "".join(traceback.format_exception(error))
         return cls(kind.__module__, kind.__qualname__, _unicode(text), _unicode(lines))
@@ -132,9 +125,9 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
     level: Literal["warning", "error"]
     message: str
     repeats: int
-    """Identical ones before it, which were not shown."""
+    """Identical warnings before it that were not shown."""
     run_id: str | None
-    """None: it was logged outside of the run."""
+    """None if it was logged outside of the run."""
     global_step: int
 
     @classmethod
@@ -145,24 +138,14 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
         return cls(warned.level, _unicode(warned.message), warned.repeats, run_id, step)
 
 
-Message = Ready | Cancelling | Ended | Failed | Logged
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-
-
-def take_messages(data: bytes) -> tuple[list[Message], bytes]:
-    """The whole messages at the front of what came through the pipe, and the rest."""
-    messages: list[Message] = []
-    while len(data) >= _LENGTH.size:
-        end = _LENGTH.size + _LENGTH.unpack_from(data)[0]
-        if len(data) < end:
-            break
-        messages.append(_decoder.decode(data[_LENGTH.size : end]))
-        data = data[end:]
-    return messages, data
+FromRun = Ready | Cancelling | Ended | Failed | Logged
+from_run: msgspec.msgpack.Decoder[FromRun] = msgspec.msgpack.Decoder(FromRun)
+_config: msgspec.msgpack.Decoder[LaunchConfig] = msgspec.msgpack.Decoder(LaunchConfig)
+_to_run: msgspec.msgpack.Decoder[Cancel | AnyCommand] = msgspec.msgpack.Decoder(Cancel | AnyCommand)
 
 
 def build(config: LaunchConfig) -> Trainer:
-    """Have the factory build the trainer. Raises what its import, or it, raises."""
+    """Call the factory. Raises what it, or its import, raises."""
     module, _, name = config.factory.partition(":")
     factory: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -185,122 +168,74 @@ def build(config: LaunchConfig) -> Trainer:
 
 
 class Launched:
-    """This end of the pipes, the log, and the watch over the parent.
+    """The run, as messages from the launching process and the death of that process control it."""
 
-    Args:
-        config: The first line.
-        commands: The lines that follow it.
-        messages: File descriptor that messages go to.
-    """
-
-    def __init__(self, config: LaunchConfig, commands: Any, messages: int) -> None:
-        self._parent = config.parent
-        self._commands = commands
-        self._messages = messages
-        self._saying = threading.Lock()
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
         self._warnings: deque[Logged] = deque(maxlen=_MOST_WARNINGS)
         log.forward.append(self._add_warning)
         self._session: Session | None = None
         self._over = threading.Event()
-        threading.Thread(target=self._listen, name="stagecast-launched-commands", daemon=True).start()
-        threading.Thread(target=self._watch, name="stagecast-launched-watch", daemon=True).start()
+        parent.listen(_to_run, self._take)
+        parent.watch(self._end_without_parent, self._look_after_logs)
 
     async def run(self, trainer: Trainer) -> RunResult:
         """Run it to its end. SIGTERM or SIGINT to this process alone stops it; a second one cancels it."""
         from trainer.run.calling_thread import heed_signals
-        from trainer.trainer import RunContext
+        from trainer.trainer import serving
 
-        context = RunContext(trainer)
-        async with context as run:
-            session = context.session
+        async with serving(trainer) as session:
 
             def end(_: BaseException) -> None:
                 session.bus.post(lambda: session.cancel("a second signal arrived"))
                 session.hurry()
 
             with heed_signals(session.control, end):
-                self._session = session  # first: who is told that it is ready may cancel it
-                self._say_ready(session)
+                self._session = session  # before `Ready`, because a cancellation may answer it
+                self._parent.send(_ready(session))
                 await session.finished.wait()
-        result: RunResult = await run.result()
-        return result
+        return session.outcome()
 
     def conclude(self, outcome: RunResult | BaseException) -> None:
-        """Say how it ended."""
+        """Send how the run ended."""
         self._over.set()
-        self._pass_warnings_on()
+        self._send_warnings()
         if isinstance(outcome, BaseException):
-            traceback.print_exception(outcome)  # for whoever reads the log
-            self._say(Failed.of(outcome))
+            traceback.print_exception(outcome)  # for the log
+            self._parent.send(Failed.of(outcome))
         else:
-            self._say(Ended(outcome))
-
-    def _say_ready(self, session: Session) -> None:
-        arguments, folder = session.arguments, session.folder
-        log, offset = None, 0
-        if folder is not None:
-            log = folder.path / LOG_NAME
-            offset = _continue_log(
-                folder.path, f"[stagecast] run {session.origin.run_id}, attempt {session.origin.attempt}"
-            )
-        self._say(
-            Ready(
-                run_id=session.origin.run_id,
-                attempt=session.origin.attempt,
-                run_dir=None if folder is None else str(folder.path),
-                journal_dir=None if session.journal_dir is None else str(session.journal_dir),
-                log=None if log is None else str(log),
-                log_offset=offset,
-                grace_s=arguments.stop_grace_s,
-                # Callbacks, what they logged last, the checkpoints' two observers, sinks, the journal.
-                cancel_s=arguments.stop_grace_s + 6 * arguments.drain_timeout_s + _SETTLE_S,
-            )
-        )
-
-    def _say(self, message: Message) -> None:
-        data = msgspec.msgpack.encode(message)
-        data = _LENGTH.pack(len(data)) + data
-        with self._saying, contextlib.suppress(OSError):  # who launched it is gone
-            while data:
-                data = data[os.write(self._messages, data) :]
+            self._parent.send(Ended(outcome))
 
     def _add_warning(self, warned: Warned) -> None:
-        self._warnings.append(Logged.of(warned))  # not written here: the pipe may be full, and this may be the loop
+        self._warnings.append(Logged.of(warned))  # sending may wait, and this may be the loop's thread
 
-    def _pass_warnings_on(self) -> None:
+    def _send_warnings(self) -> None:
         with contextlib.suppress(IndexError):
             while True:
-                self._say(self._warnings.popleft())
+                self._parent.send(self._warnings.popleft())
 
-    # ------------------------------------------------------------------------------------ on threads of its own
+    # ------------------------------------------------------------------------------------ on the parent's threads
 
-    def _listen(self) -> None:
-        for line in self._commands:
-            try:
-                command = _cancel_or_command(line)
-            except WireError as error:
-                logger.warning(str(error))
-                continue
-            session = self._session
-            if isinstance(command, Cancel):
-                if session is not None:
-                    self._cancel(session, command.reason)
-            elif session is not None:
-                session.control.send(command)
+    def _take(self, message: Cancel | AnyCommand | None) -> None:
+        session = self._session
+        if session is None or message is None:
+            return
+        if not isinstance(message, Cancel):
+            session.control.send(message)
+            return
+        reason = message.reason
 
-    def _cancel(self, session: Session, reason: str) -> None:
         def cancel() -> None:
             session.cancel(reason)
-            self._say(Cancelling())
+            self._parent.send(Cancelling())
 
         session.bus.post(cancel)
 
-    def _watch(self) -> None:
-        """Notice that the parent has died. That standard input ends does not tell it: others may hold the pipe."""
-        while os.getppid() == self._parent:
-            _trim_log()
-            self._pass_warnings_on()
-            time.sleep(_LOOK_S)
+    def _look_after_logs(self) -> None:
+        _trim_log()
+        self._send_warnings()
+
+    def _end_without_parent(self) -> None:
         session = self._session
         if session is not None:
             gone = "the process that launched the run is gone"
@@ -310,19 +245,34 @@ class Launched:
                 if time.monotonic() > deadline:
                     session.bus.post(lambda: session.cancel(gone))
                     break
-            self._over.wait()  # each observer's end has its own deadline
-            time.sleep(EXIT_S)  # by then, the process has ended
+            self._over.wait()  # the end of each observer has a deadline
+            time.sleep(EXIT_S)  # the process normally ends before this does
         _end_group()
 
 
-def _cancel_or_command(line: bytes) -> Any:
-    with contextlib.suppress(msgspec.DecodeError):
-        return msgspec.json.decode(line, type=Cancel)
-    return decode_command_json(line)
+def _ready(session: Session) -> Ready:
+    arguments, folder = session.arguments, session.folder
+    log, offset = None, 0
+    if folder is not None:
+        log = folder.path / LOG_NAME
+        offset = _continue_log(
+            folder.path, f"[stagecast] run {session.origin.run_id}, attempt {session.origin.attempt}"
+        )
+    return Ready(
+        run_id=session.origin.run_id,
+        attempt=session.origin.attempt,
+        run_dir=None if folder is None else str(folder.path),
+        journal_dir=None if session.journal_dir is None else str(session.journal_dir),
+        log=None if log is None else str(log),
+        log_offset=offset,
+        grace_s=arguments.stop_grace_s,
+        # Callbacks, what they logged last, the checkpoints' two observers, sinks, the journal.
+        cancel_s=arguments.stop_grace_s + 6 * arguments.drain_timeout_s + _SETTLE_S,
+    )
 
 
 def _continue_log(folder: Path, heading: str) -> int:
-    """Print to the log of a run's folder, with what was printed before; returns where this attempt begins in it.
+    """Move the output, with all that was printed before, to the log of a run folder; return where it begins there.
 
     Raises:
         RunFolderError: The log cannot be written to.
@@ -337,7 +287,7 @@ def _continue_log(folder: Path, heading: str) -> int:
         os.write(log, f"{heading}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode())
         sys.stdout.flush()
         sys.stderr.flush()
-        os.dup2(log, 1)  # first: what the loop prints meanwhile is not lost
+        os.dup2(log, 1)  # before copying, so that nothing that the loop prints meanwhile is lost
         os.dup2(log, 2)
         position = 0
         while printed := os.pread(before, 2**20, position):
@@ -350,21 +300,21 @@ def _continue_log(folder: Path, heading: str) -> int:
 
 
 def _trim_log() -> None:
-    """Keep the log's end alone, once it is long. All who print share the file: they go on behind what is kept.
+    """Cut a long log to its end. All writers share the file description, so they continue after the kept end.
 
-    What somebody prints in the milliseconds of the cut may be missing, or stand before what is kept.
+    Output in the milliseconds of the cut may be lost, or appear before the kept end.
     """
     with contextlib.suppress(OSError):
         size = os.fstat(1).st_size
-        if size > _LOG_LIMIT:
-            kept = os.pread(1, _LOG_KEPT, size - _LOG_KEPT)
+        if size > _LOG_LIMIT_BYTES:
+            kept = os.pread(1, _LOG_KEPT_BYTES, size - _LOG_KEPT_BYTES)
             os.ftruncate(1, 0)
             os.lseek(1, 0, os.SEEK_SET)
-            os.write(1, b"[stagecast] the log had grown too long; what stood here is gone\n" + kept)
+            os.write(1, b"[stagecast] the log was too long, and its beginning was removed\n" + kept)
 
 
 def _end_group() -> None:
-    """Leave nothing behind: no worker, not this process."""
+    """Kill all workers, and this process."""
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
@@ -375,31 +325,28 @@ def _unicode(text: str) -> str:
 
 
 def main() -> None:
-    """The program."""
-    messages = int(sys.argv[1])
-    os.set_inheritable(messages, False)
-    commands = os.fdopen(os.dup(0), "rb")
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)  # who reads standard input, such as a debugger, must not take our commands
-    os.close(null)
-    notice.is_kept = True  # in a log of the run's folder
-    faulthandler.enable()  # a segmentation fault says in the log where it was
+    """Run the program."""
+    parent = Parent()
+    notice.is_kept = True  # stderr is a file of the run's folder
+    faulthandler.enable()  # writes the stack of a segmentation fault into the log
     output: Any = sys.stdout
-    output.reconfigure(line_buffering=True)  # what a killed process has printed must be there
-    config = msgspec.json.decode(commands.readline(), type=LaunchConfig)
-    launched = Launched(config, commands, messages)
+    output.reconfigure(line_buffering=True)  # so that nothing is lost when the process is killed
+    config = parent.receive(_config)
+    if config is None:
+        return
+    launched = Launched(parent)
     outcome: RunResult | BaseException
 
     async def run() -> RunResult | BaseException:
         try:
             return await launched.run(trainer)
-        except BaseException as error:  # SystemExit from a step must not reach the event loop
+        except BaseException as error:  # a SystemExit of a step must not reach the event loop
             return error
 
     try:
         trainer = build(config)
         outcome = anyio.run(run)
-    except BaseException as error:  # the process's border: who launched it is told
+    except BaseException as error:  # the process's border: `Failed` reports it
         outcome = error
     launched.conclude(outcome)
     if not isinstance(outcome, RunResult):

@@ -1,36 +1,40 @@
 """Launching a run in a process of its own, and watching and steering it from here.
 
-The process belongs to a thread (`trainer.remote.process`). Events come from the run's journal
-(`events.run.journal_stream`), so whoever watches costs the run nothing.
-
-torch is not imported here: a service that launches runs need not have it in memory.
+Events come from the run's journal (`events.run.journal_stream`), so that watching costs the run nothing. torch is not
+imported here: a service that launches runs need not have it in memory.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
-from types import TracebackType
-from typing import Any
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import IO, Any
 
+import anyio
 import msgspec
 
 from events.checkpoint.manifest import CheckpointName
-from events.errors import CursorError
+from events.errors import CursorError, RunCancelled
+from events.log import logger
 from events.messages import Event
+from events.process import Child, Program
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.journal_stream import JournalEventStream
 from events.run.run import Run
-from events.wire import encode_command_json
+from events.wire import encode_command_msgpack
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.errors import ArgumentsError
-from trainer.remote.child import LaunchConfig
-from trainer.remote.process import LaunchedProcess
-from trainer.run.cancellation import outlast
+from trainer.remote.child import EXIT_S, Cancel, Cancelling, Ended, FromRun, LaunchConfig, Logged, Ready, from_run
+from trainer.remote.launch_report import crash, error_of
+from trainer.run.cancellation import ending_with_block
 
 _PLAIN = (type(None), bool, int, float, str, bytes)
+_POLL_S = 0.02
+"""Maximum seconds until a task sees that a flag was set."""
 
 
 def launch(
@@ -93,98 +97,163 @@ def launch(
     config = LaunchConfig(
         factory=factory,
         arguments=encoded,
-        parent=os.getpid(),
         run_id=run_id,
         run_dir=None if run_dir is None else os.path.abspath(run_dir),
         resume=None if resume is None else _absolute(os.fspath(resume)),
     )
-    command, environment = _command(python, dict(env or {}))
-    return _LaunchContext(LaunchedProcess(config, command, None if cwd is None else os.fspath(cwd), environment))
+    program = Program.of_module(
+        "trainer.remote.child",
+        None if python is None else os.fspath(python),
+        env or {},
+        None if cwd is None else os.fspath(cwd),
+    )
+    return _running(LaunchedRun(config, program))
 
 
-class _LaunchContext(AbstractAsyncContextManager[Run]):
-    """The life of a launched run inside a task."""
-
-    def __init__(self, process: LaunchedProcess) -> None:
-        self._process = process
-
-    async def __aenter__(self) -> Run:
-        process = self._process
-        process.start()
-        try:
-            await process.started.wait()
-            if process.ready is None:
-                await process.ended.wait()
-        except BaseException:
-            await self._cancelled("its task was cancelled")
-            raise
-        if process.ready is None:
-            process.outcome()
-        return Run(_ProcessConnection(process))
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        process = self._process
-        if error is not None:
-            reason = "an exception left the block" if isinstance(error, Exception) else "its task was cancelled"
-            cancelled = await self._cancelled(reason)
-        else:
-            cancelled = await self._outlast()
-        if cancelled is not None and (error is None or isinstance(error, Exception)):
-            raise cancelled  # came while the end was waited for; the body's exception, if there is one, is its context
-        if error is not None:
-            return  # goes on as itself
-        process.outcome()
-
-    async def _cancelled(self, reason: str) -> BaseException | None:
-        self._process.cancel(reason)
-        return await self._outlast()
-
-    async def _outlast(self) -> BaseException | None:
-        process = self._process
-        ended: Any = process.ended  # of an event, `outlast` uses what this one has, too
-        return await outlast(ended, lambda: process.cancelled, lambda: process.cancel("its task was cancelled"))
+@asynccontextmanager
+async def _running(launched: LaunchedRun) -> AsyncIterator[Run]:
+    threading.Thread(target=launched.live, name="stagecast-launched-run", daemon=True).start()
+    async with ending_with_block(launched):
+        await launched.started.wait()
+        if launched.ready is None:
+            launched.outcome()
+        yield Run(launched)
 
 
-class _ProcessConnection:
-    """The run protocol to another process: commands through a pipe, events through the journal."""
+class ThreadFlag:
+    """Set by a thread, waited for by any number of tasks in any event loop."""
 
-    def __init__(self, process: LaunchedProcess) -> None:
-        assert process.ready is not None
-        self._process = process
-        self._ready = process.ready
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self.set = self._flag.set
+        self.is_set = self._flag.is_set
+
+    async def wait(self) -> None:
+        """Wait until it is set."""
+        while not self._flag.is_set():  # noqa: ASYNC110  # it belongs to no event loop, so it can wake none
+            await anyio.sleep(_POLL_S)
+
+
+class LaunchedRun:
+    """A run in another process: commands go through its channel, events come through the journal.
+
+    All that waits for the process is on one thread, in `live`; tasks only look. So nothing waits for it in an event
+    loop, and no cancellation leaves a process behind.
+    """
+
+    def __init__(self, config: LaunchConfig, program: Program) -> None:
+        self.ready: Ready | None = None
+        self.started, self.finished = ThreadFlag(), ThreadFlag()
+        self.error: BaseException | None = None
+        self.child: Child[FromRun] | None = None
+        self._decided = ThreadFlag()
+        self._config, self._program = config, program
+        self._result: RunResult | None = None
+        self._cancel_reason: str | None = None
+
+    def cancel(self, reason: str) -> None:
+        """End the run at its next step, and then the process; kill it if it takes too long. Any thread."""
+        if self._cancel_reason is None:
+            self._cancel_reason = reason
+            self._ask_to_cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancel_reason is not None
+
+    def outcome(self) -> RunResult:
+        """Return the result of the run, once that is decided; raises what it raised."""
+        if self.error is not None:
+            raise self.error
+        assert self._result is not None
+        return self._result
+
+    # -------------------------------------------------------------------------------------------- the protocol
 
     @property
     def run_id(self) -> str:
-        return self._ready.run_id
+        assert self.ready is not None
+        return self.ready.run_id
 
     def send(self, command: AnyCommand) -> None:
-        self._process.send(encode_command_json(command))
+        assert self.child is not None
+        self.child.send(msgspec.Raw(encode_command_msgpack(command)))
 
     def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
-        ready = self._ready
+        ready = self.ready
+        assert ready is not None
         if ready.journal_dir is None:
             raise CursorError(
                 f"run {ready.run_id} keeps no journal, through which a run in another process is watched; let the"
                 f" factory give its Trainer journal=True"
             )
-        return JournalEventStream(ready.journal_dir, ready.attempt, self._process.decided.is_set, since, types)
+        return JournalEventStream(ready.journal_dir, ready.attempt, self._decided.is_set, since, types)
 
     async def result(self) -> RunResult:
-        await self._process.decided.wait()
-        return self._process.outcome()
+        await self._decided.wait()
+        return self.outcome()
+
+    # ------------------------------------------------------------------------------------------ on its thread
+
+    def live(self) -> None:
+        """Run the process from its start to its death."""
+        try:
+            with tempfile.TemporaryFile() as log:
+                self.child = child = Child(self._program, log, from_run)
+                child.send(self._config)
+                self._ask_to_cancel()
+                code = child.run(self._take)
+                if not self._decided.is_set():
+                    self.error = self._error_of_death(code, log)
+        except BaseException as error:  # the thread's border: raised where the run is waited for
+            self.error = self.error or error
+        finally:
+            for flag in (self._decided, self.finished, self.started):
+                flag.set()
+
+    def _ask_to_cancel(self) -> None:
+        child, reason = self.child, self._cancel_reason
+        if child is not None and reason is not None and not self._decided.is_set():
+            child.send(Cancel(reason))
+            child.end_within(self.ready.grace_s if self.ready is not None else 0.0)
+
+    def _take(self, message: FromRun) -> None:
+        child = self.child
+        assert child is not None
+        if isinstance(message, Ready):
+            self.ready = message
+            self.started.set()
+            self._ask_to_cancel()  # again: a run that is not ready ignores it
+        elif isinstance(message, Cancelling):
+            child.end_within(self.ready.cancel_s if self.ready is not None else 0.0)
+        elif isinstance(message, Logged):
+            _log(message)
+        else:
+            if isinstance(message, Ended):
+                self._result = result = message.result
+                for problem in result.problems:
+                    logger.warning(problem, run_id=result.run_id, global_step=result.global_step)
+            else:
+                self.error = error_of(message)
+            self._decided.set()
+            child.end_within(EXIT_S)
+            child.spares_group = not self.cancelled
+
+    def _error_of_death(self, code: int | None, log: IO[bytes]) -> BaseException:
+        if self._cancel_reason is None:
+            return crash(self._config.factory, self.ready, code, log)
+        name = self.ready.run_id if self.ready is not None else self._config.factory
+        return RunCancelled(f"run {name} was cancelled: {self._cancel_reason}; its process was killed")
 
 
-def _command(python: str | os.PathLike[str] | None, env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """How to start the program, and its environment."""
-    environment = {**os.environ, **env}
-    if python is not None and os.fspath(python) != sys.executable:
-        return [os.fspath(python), "-m", "trainer.remote.child"], environment
-    if "PYTHONPATH" not in env:
-        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path if isinstance(path, str))
-    # -P: what happens to lie in the working directory comes before nothing else, unless it does so here.
-    return [sys.executable, "-P", "-m", "trainer.remote.child"], environment
+def _log(logged: Logged) -> None:
+    """Log a warning of the process here: its own stderr is a file."""
+    text = logged.message
+    if logged.repeats:
+        text += f" [{logged.repeats:,} more like this before]"
+    origin = {} if logged.run_id is None else {"run_id": logged.run_id, "global_step": logged.global_step}
+    (logger.error if logged.level == "error" else logger.warning)(text, **origin)
 
 
 def _absolute(resume: str) -> str:

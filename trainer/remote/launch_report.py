@@ -1,4 +1,4 @@
-"""How a launched run ended badly, told in the process that launched it."""
+"""The exceptions that the launching process raises for a run that failed or crashed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from events.journal.reader import last_events
 from events.messages import Event
+from events.process import exit_in_words
 from events.safe_files import open_below
 from events.text import plain_text
 from trainer.errors import LaunchedRunCrashed, LaunchedRunFailed, add_note
@@ -23,7 +24,7 @@ _OWN_ERRORS = ("events.errors", "trainer.errors")
 
 
 def error_of(failed: Failed) -> BaseException:
-    """The exception to raise here for one that was raised there: an error of stagecast's own as what it is."""
+    """The exception to raise for one of a launched process: an error of stagecast keeps its type."""
     error: BaseException
     kind: Callable[[str], BaseException] | None = None
     if failed.module in _OWN_ERRORS:
@@ -39,22 +40,17 @@ def error_of(failed: Failed) -> BaseException:
 
 
 def crash(factory: str, ready: Ready | None, returncode: int | None, early_log: Any) -> LaunchedRunCrashed:
-    """Tell all that is known of the death of a process. Waits for the disk.
+    """Make the exception for a process that died. Waits for the disk.
 
     Args:
-        ready: What the process said of its run; None if it did not come to that.
-        returncode: As `LaunchedRunCrashed` has it.
-        early_log: The file that it printed to before its run had a folder.
+        ready: None if the process died before it sent `Ready`.
+        returncode: See `LaunchedRunCrashed.returncode`.
+        early_log: The file with its output from before the run had a folder.
     """
     events = _events(ready)
     tail = _log_tail(ready, early_log)
     error = LaunchedRunCrashed("", returncode=returncode, last_events=events[-_LAST_EVENTS:], log_tail=tail)
-    if error.signal is not None:
-        how = f"was killed by {error.signal}"
-        if error.signal == "SIGKILL":
-            how += " (by somebody, or by the kernel because memory ran out)"
-    else:
-        how = f"ended with exit code {returncode}" if returncode is not None else "is gone (its exit code was lost)"
+    how = exit_in_words(returncode)
     if ready is None:
         parts = [f"the process that {factory!r} was to build a trainer in {how} before the run began"]
     else:
@@ -67,15 +63,15 @@ def crash(factory: str, ready: Ready | None, returncode: int | None, early_log: 
             )
         folder = f", run_dir={ready.run_dir!r}" if ready.run_dir is not None else ""
         parts.append(
-            f'to go on from its newest checkpoint, launch it again with run_id={ready.run_id!r}{folder}, resume="auto"'
+            f'to resume from its newest checkpoint, launch it again with run_id={ready.run_id!r}{folder}, resume="auto"'
         )
     where = f" ({ready.log})" if ready is not None and ready.log is not None else ""
-    error.args = (f"{'; '.join(parts)}. What it printed last{where}:\n{_shown(tail)}",)
+    error.args = (f"{'; '.join(parts)}. Its last output{where}:\n{_shown(tail)}",)
     return error
 
 
 def _shown(tail: str) -> str:
-    """What to show of a log: its end, or of what `faulthandler` said the thread that crashed."""
+    """The part of a log to show: its end, or the crashed thread's stack that `faulthandler` wrote."""
     lines = tail.splitlines()
     chosen = lines[-_SHOWN_LINES:]
     for number, line in enumerate(lines):
@@ -95,7 +91,7 @@ def _events(ready: Ready | None) -> list[Event]:
 
 
 def _log_tail(ready: Ready | None, early_log: Any) -> str:
-    """The end of what this attempt has printed."""
+    """The end of this attempt's output."""
     data = b""
     with contextlib.suppress(OSError):
         if ready is None or ready.log is None:

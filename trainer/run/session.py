@@ -583,6 +583,17 @@ class Session:
             problems=self._problems(reports),
         )
 
+    def outcome(self) -> RunResult:
+        """Return the result, once the session has finished; raises what ended the run."""
+        error = self.error
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del self, error  # or this frame and the exception would keep each other
+        assert self.result is not None
+        return self.result
+
     def forget_error(self) -> None:
         """Keep the exception no longer that ended the run: its frames refer to all that the user's code held."""
         self.error = self.loop.ending.error = self.control.error = None
@@ -610,11 +621,6 @@ class Session:
         """The newest durable one of the run: of this attempt, else the one of this run that it has gone on from."""
         saved = self._writer.last_saved if self._writer is not None else None
         return str(saved) if saved is not None else self.loop.task.resumed_from
-
-    @property
-    def stuck(self) -> bool:
-        """Whether the loop had to be given up."""
-        return self._stuck is not None
 
     @property
     def journal_dir(self) -> Path | None:
