@@ -16,7 +16,13 @@ StagecastError                    (events.errors)
 ├── EpochOutputsTooLarge          outputs kept for the end of an epoch exceed their limit; also a MemoryError
 ├── PrecisionError                this torch cannot do the requested precision
 ├── LaunchedRunFailed             what a launched run raised in its own process: type, text and traceback
-└── LaunchedRunCrashed            the process of a launched run died without saying how the run ended
+├── LaunchedRunCrashed            the process of a launched run died before it reported how the run ended
+└── ConnectError                  a run cannot be watched over the network
+    ├── ProtocolViolated          the server sent an answer that no server of runs sends
+    ├── ConnectionLost            the server has been out of reach for too long, or the block of `connect` was left
+    ├── CommandRefused            the server did not take a command
+    └── ConnectedRunFailed        the run failed where it runs
+        └── ConnectedRunLost      its process died before it reported how the run ended
 
 KeyboardInterrupt
 └── RunInterrupted                Ctrl-C (SIGINT) stopped the run of `Trainer.train` or `Trainer.test` orderly
@@ -129,6 +135,40 @@ class LaunchedRunCrashed(StagecastError):
     def signal(self) -> str | None:
         """The name of the signal that ended it, such as ``SIGKILL``; None if it ended by itself."""
         return signal_name(self.returncode)
+
+
+class ConnectError(StagecastError):
+    """A run cannot be watched over the network; the message names the server and a fix."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        """Of the server's answer; None if there was none."""
+
+
+class ProtocolViolated(ConnectError):
+    """The server sent an answer that no server of runs sends: too large, encoded, of other types or out of order."""
+
+
+class ConnectionLost(ConnectError):
+    """The server has been out of reach for longer than ``give_up_s``, or the block of `connect` has been left."""
+
+
+class CommandRefused(ConnectError):
+    """The server did not take a command."""
+
+
+class ConnectedRunFailed(ConnectError):
+    """The run failed where it runs."""
+
+    def __init__(self, message: str, result: RunResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+        """How the run ended, as far as it is known."""
+
+
+class ConnectedRunLost(ConnectedRunFailed):
+    """The run's process died before it reported how the run ended. A checkpoint may let it resume."""
 
 
 class RunInterrupted(KeyboardInterrupt):

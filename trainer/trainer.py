@@ -6,8 +6,8 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from trainer.loop.control import Control
 from trainer.module_interface import ModuleInterface
 from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
 from trainer.run.calling_thread import interruptibly, run_here
-from trainer.run.cancellation import ending_with_block
+from trainer.run.cancellation import end_with_block
 from trainer.run.checks import (
     check_checkpoints,
     check_folder,
@@ -206,7 +206,7 @@ class Trainer:
             RunFolderError: the run's folder cannot be used.
             TrainingThreadStuck: the run was cancelled and the loop did not reach a step boundary in time.
         """
-        return _run(self)
+        return RunContext(self)
 
     def _run_here(self, task: TaskName) -> tuple[Session, RunResult]:
         on_main_thread = threading.current_thread() is threading.main_thread()
@@ -390,33 +390,38 @@ class _Place:
         return self.run_dir is not None and any(CheckpointStore(self.run_dir / CHECKPOINTS_DIR).candidates())
 
 
-@asynccontextmanager
-async def serving(trainer: Trainer) -> AsyncIterator[Session]:
-    """Run the trainer's loop in a thread and its observers in this event loop; the run ends with the block."""
-    place = trainer._place()
-    if place.is_remote:
-        # A native cancellation leaves the thread behind, which releases the run's folder when it has ended.
-        await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
-    session = trainer._session("train", Control(), place, trainer._sinks_here(()), interactive=False, on_stderr=False)
-    try:
-        session.loop.start()  # before the task group is entered, because it may fail
-    except BaseException:
-        session.discard()
-        raise
-    tasks = anyio.create_task_group()
-    await tasks.__aenter__()
-    tasks.start_soon(session.serve, name="stagecast run")
-    try:
-        async with ending_with_block(session):
-            yield session
-    finally:
-        await tasks.__aexit__(None, None, None)  # empty by now; without the exception, which it would wrap in a group
+class RunContext(AbstractAsyncContextManager[Run]):
+    """The life of a run inside a host's task. Not a generator, which asyncio would close in another task if dropped."""
 
+    session: Session
+    """Once it is entered."""
 
-@asynccontextmanager
-async def _run(trainer: Trainer) -> AsyncIterator[Run]:
-    async with serving(trainer) as session:
-        yield Run(_LocalConnection(session))
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    async def __aenter__(self) -> Run:
+        place = self._trainer._place()
+        if place.is_remote:
+            # A native cancellation leaves the thread behind, which releases the run's folder when it has ended.
+            await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
+        self.session = self._trainer._session(
+            "train", Control(), place, self._trainer._sinks_here(()), interactive=False, on_stderr=False
+        )
+        try:
+            self.session.loop.start()  # first, because it may fail; entering the task group cannot
+        except BaseException:
+            self.session.discard()
+            raise
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self.session.serve, name="stagecast run")
+        return Run(_LocalConnection(self.session))
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            await end_with_block(self.session, error)
+        finally:
+            await self._tasks.__aexit__(None, None, None)  # empty by now: only a bug of ours can make it raise
 
 
 class _LocalConnection:

@@ -57,7 +57,7 @@ from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import read_view, write_view
 from sinks.live.view import Changes, RunView
 from trainer.data.tensor_state import tensors_in
-from trainer.remote.result import ResultBuilder, RunSummary, Snapshot
+from trainer.remote.result import ResultBuilder, RunSnapshot, RunSummary
 
 pytestmark = pytest.mark.fuzz
 
@@ -362,13 +362,13 @@ def test_a_packed_state_is_a_value_that_can_be_packed_again_or_is_damaged(
 
 
 @fuzz
-@given(damaged(objects_of(Snapshot).map(as_json)), st.lists(event_lines, max_size=6))
+@given(damaged(objects_of(RunSnapshot).map(as_json)), st.lists(event_lines, max_size=6))
 def test_what_a_server_answers_gives_a_result_or_is_refused(summary: bytes, lines: list[bytes]) -> None:
     """A summary and events of a server that `connect` talks to."""
     try:
-        snapshot = msgspec.json.decode(summary, type=Snapshot)
+        snapshot = msgspec.json.decode(summary, type=RunSnapshot)
     except (ValueError, RecursionError):  # `trainer.remote.http` makes its own error of these
-        snapshot = Snapshot(0, RunSummary("r"))
+        snapshot = RunSnapshot(0, RunSummary("r"))
     builder = ResultBuilder(snapshot)
     builder.add(decoded(lines))
     assert builder.result is None or builder.result.run_id == snapshot.run.run_id

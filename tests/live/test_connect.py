@@ -43,15 +43,15 @@ from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server, bind
 from sinks.live.sink import Live
 from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
-from trainer.remote.connect import connect
-from trainer.remote.errors import (
+from trainer.errors import (
     CommandRefused,
     ConnectedRunFailed,
     ConnectedRunLost,
     ConnectError,
     ConnectionLost,
 )
-from trainer.remote.result import ResultBuilder, RunSummary, Snapshot
+from trainer.remote.connect import connect
+from trainer.remote.result import ResultBuilder, RunSnapshot, RunSummary
 
 pytestmark = pytest.mark.anyio
 TOKEN = "none-of-your-business"
@@ -748,7 +748,7 @@ def test_a_folder_whose_page_cannot_be_found_is_refused(tmp_path: Path, monkeypa
 def test_a_result_is_told_from_a_summary_and_the_end_of_the_history() -> None:
     """What is far back comes from the summary, what is near from the events, and a new attempt begins anew."""
     latest: dict[str, float | str] = {"train_loss": 2.0, "rare": "nan", "lr": 0.1, "system/cpu_percent": 3.0}
-    known = Snapshot(cursor=90, run=RunSummary("demo", attempt=2, status="running", epoch=7, latest=latest))
+    known = RunSnapshot(cursor=90, run=RunSummary("demo", attempt=2, status="running", epoch=7, latest=latest))
     builder = ResultBuilder(known)
 
     def event(kind: type[Event], attempt: int, epoch: int, **fields: Any) -> Any:

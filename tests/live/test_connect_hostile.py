@@ -22,9 +22,10 @@ import pytest
 
 from events.messages import MetricsLogged, RunEnded, RunStarted
 from events.wire import encode_json
+from trainer.errors import ConnectedRunFailed, ConnectError, ConnectionLost, ProtocolViolated
+from trainer.remote import follower
 from trainer.remote import http as connection_http
 from trainer.remote.connect import connect
-from trainer.remote.errors import ConnectedRunFailed, ConnectError, ConnectionLost, ProtocolViolated
 
 pytestmark = pytest.mark.anyio
 TOKEN = "none-of-your-business"
@@ -154,10 +155,12 @@ def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Hostile]]
     """Start a hostile server; sizes and deadlines are small enough to reach."""
     monkeypatch.delenv("STAGECAST_TOKEN", raising=False)
     monkeypatch.delenv("STAGECAST_URL", raising=False)
-    for name in ("_ANSWER_BYTES", "_LIST_BYTES", "_SUMMARY_BYTES", "_LINE_BYTES", "_EVENTLESS_BYTES"):
+    for name in ("_ANSWER_BYTES", "_LIST_BYTES", "_SUMMARY_BYTES"):
         monkeypatch.setattr(connection_http, name, CAP)
-    for name in ("_ANSWER_S", "_LINE_S", "_SILENCE_S"):
-        monkeypatch.setattr(connection_http, name, 0.4)
+    for name in ("_LINE_BYTES", "_EVENTLESS_BYTES"):
+        monkeypatch.setattr(follower, name, CAP)
+    for module, name in ((connection_http, "_ANSWER_S"), (connection_http, "_SILENCE_S"), (follower, "_LINE_S")):
+        monkeypatch.setattr(module, name, 0.4)
     started: list[Hostile] = []
 
     def start(answers: dict[str, Answer], context: ssl.SSLContext | None = None) -> Hostile:

@@ -16,8 +16,8 @@ import pytest
 from events import notice
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import link_to
+from trainer.errors import ConnectError
 from trainer.remote.connect import connect
-from trainer.remote.errors import ConnectError
 
 TOKEN = "corr&ct+horse%20#battery="
 

@@ -267,7 +267,7 @@ def test_best_in_place_of_a_checkpoint_is_explained(kit: Any, tmp_path: Path) ->
 def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:
     """From the events alone: deleted ones, and those that the run went back before, do not count."""
     from events.messages import CheckpointDeleted, CheckpointSaved, RunEnded, RunStarted
-    from trainer.remote.result import CheckpointSummary, ResultBuilder, RunSummary, Snapshot
+    from trainer.remote.result import CheckpointSummary, ResultBuilder, RunSnapshot, RunSummary
 
     def header(attempt: int, step: int) -> dict[str, Any]:
         common = {"run_id": "r", "seq": 1, "time": 0.0, "rank": 0, "epoch": 0, "stage": None}
@@ -290,7 +290,7 @@ def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:
         CheckpointDeleted(**header(2, 6), checkpoint="step-6.a2"),
         RunEnded(**header(2, 6), status="finished"),
     ]
-    builder = ResultBuilder(Snapshot(0, RunSummary("r", 1), known))
+    builder = ResultBuilder(RunSnapshot(0, RunSummary("r", 1), known))
     builder.add(story)
     assert builder.result is not None
     assert (builder.result.best_checkpoint, builder.result.best_metric) == ("/c/step-4.a2", 2.0)

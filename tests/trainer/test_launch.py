@@ -393,7 +393,7 @@ async def test_a_second_signal_to_the_process_alone_cancels_the_run(tmp_path: Pa
 @pytest.mark.parametrize("deaf", ["to the request", "to its own deadlines"])
 async def test_a_cancelled_process_that_keeps_no_deadline_is_killed(deaf: str) -> None:
     """Whether it has acknowledged the request or not, and with the processes that it has started."""
-    frames = [frame(Ready("run", 1, None, None, None, 0, grace_s=0.2, cancel_s=0.2)), frame(Cancelling())]
+    frames = [frame(Ready("run", 1, None, None, 0, grace_s=0.2, cancel_s=0.2)), frame(Cancelling())]
     text = (
         "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "if os.fork(): os.write(int(sys.argv[1]), {said!r})\ntime.sleep(100)"

@@ -77,10 +77,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     attempt: int
     run_dir: str | None
     journal_dir: str | None
-    log: str | None
-    """The file that receives the output from now on; None if it stays the same."""
     log_offset: int
-    """Where this attempt begins in it."""
+    """Where this attempt begins in the log of the run's folder, which receives the output from now on."""
     grace_s: float
     """Maximum seconds for the loop to reach a step boundary."""
     cancel_s: float
@@ -182,9 +180,11 @@ class Launched:
     async def run(self, trainer: Trainer) -> RunResult:
         """Run it to its end. SIGTERM or SIGINT to this process alone stops it; a second one cancels it."""
         from trainer.run.calling_thread import heed_signals
-        from trainer.trainer import serving
+        from trainer.trainer import RunContext
 
-        async with serving(trainer) as session:
+        context = RunContext(trainer)
+        async with context:
+            session = context.session
 
             def end(_: BaseException) -> None:
                 session.bus.post(lambda: session.cancel("a second signal arrived"))
@@ -251,20 +251,15 @@ class Launched:
 
 
 def _ready(session: Session) -> Ready:
-    arguments, folder = session.arguments, session.folder
-    log, offset = None, 0
-    if folder is not None:
-        log = folder.path / LOG_NAME
-        offset = _continue_log(
-            folder.path, f"[stagecast] run {session.origin.run_id}, attempt {session.origin.attempt}"
-        )
+    arguments, origin, folder = session.arguments, session.origin, session.folder
     return Ready(
-        run_id=session.origin.run_id,
-        attempt=session.origin.attempt,
+        run_id=origin.run_id,
+        attempt=origin.attempt,
         run_dir=None if folder is None else str(folder.path),
         journal_dir=None if session.journal_dir is None else str(session.journal_dir),
-        log=None if log is None else str(log),
-        log_offset=offset,
+        log_offset=0
+        if folder is None
+        else _continue_log(folder.path, f"[stagecast] run {origin.run_id}, attempt {origin.attempt}"),
         grace_s=arguments.stop_grace_s,
         # Callbacks, what they logged last, the checkpoints' two observers, sinks, the journal.
         cancel_s=arguments.stop_grace_s + 6 * arguments.drain_timeout_s + _SETTLE_S,

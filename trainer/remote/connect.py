@@ -17,28 +17,24 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import anyio
 
 from events.bus.wakeup import Wakeup
 from events.errors import CursorError, RunCancelled
 from events.log import logger
-from events.masking import masked_url
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
 from events.run.stream import BatchedStream
 from events.text import plain_text
 from events.wire import encode_command_json
-from trainer.remote.errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
-from trainer.remote.folder import link_of
-from trainer.remote.http import JournalFollower, Origin, Patience, RunServer, Unreachable
-from trainer.remote.result import LOOK_BACK, UNDER_WAY, ResultBuilder, Snapshot
+from trainer.errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
+from trainer.remote.address import PageAddress, is_encodable, token_of_environment
+from trainer.remote.follower import JournalFollower
+from trainer.remote.http import Patience, RunServer, Unreachable
+from trainer.remote.result import LOOK_BACK, UNDER_WAY, ResultBuilder, RunSnapshot
 
-TOKEN_VARIABLE = "STAGECAST_TOKEN"
-URL_VARIABLE = "STAGECAST_URL"
-"""Environment variable with the address of the server that the token of `TOKEN_VARIABLE` belongs to."""
 _NOT_UNDER_WAY = 409
 _LEAVE_S = 2.0
 """What a block that is left by an exception may still take to send the commands that it has given."""
@@ -87,20 +83,17 @@ def connect(
         ConnectedRunFailed: from `Run.result`: the run failed; `ConnectedRunLost` if its process died.
         RunCancelled: from `Run.result`: the run was cancelled.
     """
-    if run_id is not None and not (isinstance(run_id, str) and _is_text(run_id)):
+    if run_id is not None and not (isinstance(run_id, str) and is_encodable(run_id)):
         raise ConnectError(f"run_id must be the name of a run, not {run_id!r:.80}")
-    base, named, shown = _split(link_of(url))
-    withheld = ""
+    page, withheld = PageAddress.of(url), ""
+    token = page.token if token is None else token
     if token is None:
-        token = shown or None
-    if token is None and (kept := os.environ.get(TOKEN_VARIABLE)):
-        withheld = _why_withheld(Origin.of(base))
-        token = kept if not withheld else None
+        token, withheld = token_of_environment(page.url)
     if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
         raise ConnectError("the token has characters that no header can hold: give printable ASCII")
     if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
         raise ConnectError(f"give_up_s={give_up_s!r}: give seconds, 0 to try nothing twice")
-    return _ConnectContext(base, run_id or named, token, give_up_s, withheld)
+    return _ConnectContext(page.url, run_id or page.run_id, token, give_up_s, withheld)
 
 
 class _ConnectContext(AbstractAsyncContextManager[Run]):
@@ -156,7 +149,7 @@ class NetworkConnection:
         known: The run as it was found.
     """
 
-    def __init__(self, server: RunServer, known: Snapshot) -> None:
+    def __init__(self, server: RunServer, known: RunSnapshot) -> None:
         self.untold: ConnectError | None = None
         """Why a command did not get through, while nobody has been told."""
         self.sent = anyio.Event()
@@ -289,23 +282,19 @@ class NetworkConnection:
             self._wakeup.close()
 
     async def _post(self, command: AnyCommand, data: bytes) -> None:
-        while True:
-            try:
-                await self._server.command(data)
-                self._patience.reset()
-                return
-            except Unreachable as error:
-                try:
-                    await self._patience.wait(error, 0.0 if self._server.over else self._server.give_up_s)
-                except ConnectionLost as lost:
-                    self._not_taken(command, lost)
-                    return
-            except ConnectError as error:
-                if error.status == _NOT_UNDER_WAY and not self._server.over:
-                    await self._see_whether_over()
-                name = type(command).__name__.lower()
-                self._not_taken(command, CommandRefused(f"the command {name!r} was not taken: {error}", error.status))
-                return
+        server = self._server
+        try:
+            await self._patience.ask(
+                functools.partial(server.command, data), lambda: 0.0 if server.over else server.give_up_s
+            )
+        except ConnectionLost as lost:
+            self._not_taken(command, lost)
+        except ConnectError as error:
+            if error.status == _NOT_UNDER_WAY and not server.over:
+                with contextlib.suppress(Unreachable, ConnectError):
+                    server.over = (await server.snapshot()).run.status not in UNDER_WAY
+            name = type(command).__name__.lower()
+            self._not_taken(command, CommandRefused(f"the command {name!r} was not taken: {error}", error.status))
 
     def _not_taken(self, command: AnyCommand, why: ConnectError) -> None:
         if self._server.over:
@@ -315,25 +304,14 @@ class NetworkConnection:
         self.untold = why
         self._tell(why)
 
-    async def _see_whether_over(self) -> None:
-        with contextlib.suppress(Unreachable, ConnectError):
-            self._server.over = (await self._server.snapshot()).run.status not in UNDER_WAY
-
     async def _ask_where(self, follower: JournalFollower) -> None:
-        patience = Patience(self._server)
-        while not follower.ended:
-            try:
-                follower.begin_at((await self._server.snapshot()).cursor)
-                return
-            except Unreachable as error:
-                try:
-                    await patience.wait(error, self._server.give_up_s)
-                except ConnectionLost as lost:
-                    follower.begin_at(lost)
-                    return
-            except ConnectError as error:
-                follower.begin_at(error)
-                return
+        server = self._server
+        try:
+            snapshot = await Patience(server).ask(server.snapshot, lambda: 0.0 if follower.ended else server.give_up_s)
+        except ConnectError as error:
+            follower.begin_at(error)
+        else:
+            follower.begin_at(snapshot.cursor)
 
 
 class NetworkEventStream(BatchedStream):
@@ -373,7 +351,7 @@ class NetworkEventStream(BatchedStream):
         await self._connection.close(self._follower)
 
 
-async def _find(server: RunServer) -> Snapshot:
+async def _find(server: RunServer) -> RunSnapshot:
     try:
         if not server.run_id:
             await server.choose()
@@ -394,45 +372,3 @@ def _outcome(result: RunResult | None, run_id: str) -> RunResult:
     if result.status == "cancelled":
         raise RunCancelled(plain_text(result.reason, 1_000) if result.reason else f"{run} was cancelled")
     return result
-
-
-def _is_text(name: str) -> bool:
-    """Whether it can be part of an address: it has no lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _why_withheld(origin: Origin) -> str:
-    """Why the token of the environment is not sent to a server, as the end of an error; empty if it is sent."""
-    named = os.environ.get(URL_VARIABLE)
-    if not named:
-        if origin.is_loopback:
-            return ""
-        return f"; {TOKEN_VARIABLE} is sent to this machine alone, unless {URL_VARIABLE} names the server"
-    try:
-        owner = Origin.of(named)
-    except (ValueError, TypeError):
-        shown = plain_text(masked_url(named), 200)
-        raise ConnectError(
-            f"{URL_VARIABLE}={shown!r} is not an address; give one like http://127.0.0.1:8765/"
-        ) from None
-    return "" if owner == origin else f"; {TOKEN_VARIABLE} belongs to {owner}, as {URL_VARIABLE} says"
-
-
-def _split(url: str) -> tuple[str, str, str]:
-    """The address of the page, and the run and the token of its fragment, each empty if it has none."""
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        Origin.of(url)
-        parts = urlsplit(url)
-        # An @ behind the host may end a password with a slash, which belongs to another host than the one in front.
-        if "@" not in parts.path + parts.query:
-            base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
-            told = parse_qs(parts.fragment)
-            if Origin.of(base) == Origin.of(url) and _is_text(url):
-                return base, told.get("run", [""])[-1], told.get("token", [""])[-1]
-    given: object = url
-    shown = plain_text(masked_url(given), 200) if isinstance(given, str) else given
-    raise ConnectError(f"{shown!r:.240} is not the address of a page; give one like http://127.0.0.1:8765/#run=NAME")

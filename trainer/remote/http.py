@@ -1,4 +1,4 @@
-"""The server of a run, as a client has it: what can be asked of it, and its journal followed by cursor over HTTP.
+"""The server of a run, as a client sees it: the requests that it answers, over HTTP.
 
 The server is not trusted. Every answer has a maximum size and a deadline, has no content encoding and is decoded
 strictly. Redirects are not followed, cookies are not kept, and the server's texts are escaped in messages.
@@ -10,43 +10,29 @@ A failure that a later attempt may not have raises `Unreachable`; an answer that
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 import anyio
+import httpx
 import msgspec
 
-from events.errors import WireError
-from events.journal.segment import MAX_LINE_BYTES
 from events.log import logger
 from events.masking import masked, masked_url
-from events.messages import Event, RunEnded, RunStarted, UnknownEvent
 from events.text import plain_text
-from events.wire import decode_json
-from trainer.remote.errors import ConnectError, ConnectionLost, ProtocolViolated
-from trainer.remote.result import MOST_SEQ, UNDER_WAY, Snapshot
-
-try:
-    import httpx
-except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(
-        "connect needs the package httpx: pip install 'stagecast[live]'", name=missing.name
-    ) from missing
+from trainer.errors import ConnectError, ConnectionLost, ProtocolViolated
+from trainer.remote.address import ServerOrigin
+from trainer.remote.result import RunSnapshot
 
 _CONNECT_S = 5.0
 _SILENCE_S = 15.0
 """A server sends something every second or so. After this time without a byte, the client reconnects."""
 _ANSWER_S = 60.0
 """Maximum seconds per request, from the connection to the last byte of the answer; of a journal, to its first byte."""
-_LINE_S = 60.0
-"""Maximum seconds between the first and the last byte of a journal's line."""
-_SETTLED_S = 5.0
-"""A connection that lasts so long counts as a success, even if it brings no event."""
 _ANSWER_BYTES = 64 * 2**20
 """Maximum bytes per answer. A snapshot with the curves of many metrics has some megabytes."""
 _LIST_BYTES = 16 * 2**20
@@ -57,19 +43,13 @@ _NAME_CHARS = 1_000
 """Maximum characters per name of a run that the server chooses."""
 _REFUSAL_BYTES = 64 * 2**10
 """Bytes of an answer that is not a success which are read; the rest is ignored."""
-_LINE_BYTES = MAX_LINE_BYTES
-_EVENTLESS_BYTES = 64 * 2**20
-"""Maximum bytes of a journal without a new event."""
-_AFTER_END_S = 2.0
-"""How long a server is looked for once the run is known to have ended: the sink `Live` goes away with its run."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 3.0
 _LATER = frozenset({408, 425, 429})
 
 T = TypeVar("T")
 
-
-_FAILURES = (httpx.RequestError, OSError, UnicodeError)
+FAILURES = (httpx.RequestError, OSError, UnicodeError)
 """Failures of a connection. OSError: TLS records that are not valid. UnicodeError: a host name that is too long."""
 _REFUSED = (ValueError, TypeError, OverflowError, RecursionError)
 """Errors of decoding. Those of msgspec are ValueErrors."""
@@ -77,42 +57,6 @@ _REFUSED = (ValueError, TypeError, OverflowError, RecursionError)
 
 class Unreachable(Exception):
     """There was no answer, or one that may differ at the next attempt."""
-
-
-class Origin(NamedTuple):
-    """The server that an address leads to, as the HTTP client reads the address. A credential belongs to one."""
-
-    scheme: str
-    host: str
-    port: int
-
-    @classmethod
-    def of(cls, url: str) -> Origin:
-        """Raises `ValueError` or `TypeError` for an address that no request can be sent to."""
-        try:
-            address = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ValueError(str(error)) from None
-        port = {"http": 80, "https": 443}.get(address.scheme, 0) if address.port is None else address.port
-        if address.scheme not in ("http", "https") or not address.host or not 0 < port < 2**16:
-            raise ValueError("not the address of a server")
-        try:
-            host = str(ipaddress.ip_address(address.host))  # an IPv6 address is written in several ways
-        except ValueError:
-            host = address.host
-        return cls(address.scheme, host, port)
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether it is on this machine, by its name alone: no name is resolved but ``localhost``."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
 
 
 class _Listed(msgspec.Struct):
@@ -171,7 +115,7 @@ class RunServer:
         # For a proxy before the server; a token is for the server itself, and takes its place.
         login = (address.username, address.password) if address.userinfo and not token else None
         self.url = str(address.copy_with(userinfo=b""))
-        self.origin = Origin.of(self.url)
+        self.origin = ServerOrigin.of(self.url)
         self.run_id = run_id
         self.give_up_s = give_up_s
         self.over = False
@@ -214,13 +158,13 @@ class RunServer:
         example = runs[0].run_id[:200] if runs else "NAME"
         raise ConnectError(f"{self.url} {found} connect('{self.url}#run={quote(example)}')")
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self) -> RunSnapshot:
         """The run as it stands."""
         parts = self._decode(await self._call("GET", self._of_run("")), _Parts)
         summary = b'{"cursor":%b,"run":%b,"checkpoints":%b}' % (parts.cursor, parts.run, parts.checkpoints)
         if len(summary) > _SUMMARY_BYTES:
             raise self.violated(f"sends more than {_SUMMARY_BYTES:,} bytes as the summary of a run")
-        snapshot = self._decode(summary, Snapshot)
+        snapshot = self._decode(summary, RunSnapshot)
         if snapshot.run.run_id not in ("", self.run_id):  # it has no name before its first event
             raise self.violated(f"answers with run {plain_text(snapshot.run.run_id, 80)}, not run {self.shown_run}")
         return snapshot
@@ -237,7 +181,7 @@ class RunServer:
             try:
                 await self._check(response)
             except BaseException:
-                await _close(response)
+                await close(response)
                 raise
         return response
 
@@ -263,7 +207,7 @@ class RunServer:
         with anyio.move_on_after(_ANSWER_S) as scope:
             try:
                 yield
-            except _FAILURES as error:
+            except FAILURES as error:
                 raise Unreachable(described(error)) from None
         if scope.cancelled_caught:
             raise Unreachable(f"no complete answer came within {_ANSWER_S:g} s")
@@ -275,7 +219,7 @@ class RunServer:
                 await self._check(response)
                 body = await self._body(response, most)
             finally:
-                await _close(response)
+                await close(response)
         if len(body) > most:
             raise self.violated(f"sends more than {most:,} bytes as an answer to {method} {path:.200}")
         return body
@@ -316,7 +260,7 @@ class RunServer:
             try:
                 answer = msgspec.json.decode(await self._body(response, _REFUSAL_BYTES), type=_No)
                 said = plain_text(answer.reason or answer.error)
-            except (*_REFUSED, *_FAILURES):  # from a proxy, or cut off
+            except (*_REFUSED, *FAILURES):  # from a proxy, or cut off
                 pass
         said = f"{status} {plain_text(response.reason_phrase, 80)}{f' ({said})' if said else ''}"
         if status >= 500 or status in _LATER:
@@ -342,204 +286,40 @@ class RunServer:
 
 
 class Patience:
-    """How long a server is tried again, and how soon; anew after each success."""
+    """How often, and for how long, a server is tried again. A success restarts both."""
 
     def __init__(self, server: RunServer) -> None:
         self._server = server
         self.reset()
 
     def reset(self) -> None:
-        """It has answered."""
+        """Record a success."""
         self._since: float | None = None
         self._pause_s = _FIRST_PAUSE_S
+
+    async def ask(self, request: Callable[[], Awaitable[T]], limit_s: Callable[[], float]) -> T:
+        """Repeat a request until the server answers. Raises what the request raises, and `ConnectionLost`."""
+        while True:
+            try:
+                answer = await request()
+            except Unreachable as error:
+                await self.wait(error, limit_s())
+            else:
+                self.reset()
+                return answer
 
     async def wait(self, error: Unreachable, limit_s: float) -> None:
         """Wait before the next attempt. Raises `ConnectionLost` if there have been failures for ``limit_s``."""
         now = time.monotonic()
-        if self._since is None:
-            self._since = now
+        self._since = now if self._since is None else self._since
         left_s = self._since + limit_s - now
         if left_s <= 0:
             raise ConnectionLost(
                 f"run {self._server.shown_run} at {self._server.url} has been out of reach for {limit_s:g} s: {error}"
             ) from error
-        # Drawn by lot: those that a server has lost do not all come back at once.
+        # Random, so that the clients that a server has lost do not all come back at once.
         await anyio.sleep(min(left_s, random.uniform(0.5, 1.0) * self._pause_s))
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-
-
-class JournalFollower:
-    """Reads the run's events from a place on, over as many connections as it takes. One consumer.
-
-    Args:
-        server: Of the run.
-        since: Events with a greater ``seq`` are returned. None: `begin_at` says it later.
-    """
-
-    def __init__(self, server: RunServer, since: int | None) -> None:
-        self.ended = False
-        """Whether the run's last event was returned, or the follower was closed."""
-        self._server = server
-        self._cursor = since or 0
-        self._begun = anyio.Event()
-        if since is not None:
-            self._begun.set()
-        self._problem: Exception | None = None
-        self._patience = Patience(server)
-        self._response: httpx.Response | None = None
-        self._chunks: AsyncIterator[bytes] | None = None
-        self._connected = 0.0  # when, by time.monotonic
-        self._line = bytearray()  # the beginning of one
-        self._line_since = 0.0
-        self._eventless_bytes = 0
-        self._saw_end = False
-
-    @property
-    def cursor(self) -> int:
-        """``seq`` of the last event that was returned."""
-        return self._cursor
-
-    def begin_at(self, cursor: int | Exception) -> None:
-        """Say where it begins, or why that cannot be known."""
-        if isinstance(cursor, Exception):
-            self._problem = cursor
-        else:
-            self._cursor = cursor
-        self._begun.set()
-
-    async def read(self) -> list[Event]:
-        """Wait for the next events, at least one. A call that is cancelled loses nothing.
-
-        Raises:
-            anyio.EndOfStream: There are no more.
-            ConnectError: The server does not give them.
-        """
-        await self._begun.wait()
-        if self._problem is not None:
-            raise self._problem
-        while not self.ended:
-            try:
-                if events := await self._read_on():
-                    return events
-            except Unreachable as error:
-                await self._lose(error)
-        raise anyio.EndOfStream
-
-    async def aclose(self) -> None:
-        """Return no more."""
-        self.ended = True
-        await self.disconnect()
-
-    async def _read_on(self) -> list[Event]:
-        """What comes next, or nothing; over a new connection, if there is none."""
-        try:
-            if self._chunks is None:
-                self._response = await self._server.journal(self._cursor)
-                self._chunks = self._response.aiter_raw()
-                self._connected = time.monotonic()
-            assert self._chunks is not None
-            chunk = await anext(self._chunks)
-        except StopAsyncIteration:
-            await self.disconnect()
-            await self._see_whether_over()
-            return []
-        except _FAILURES as error:
-            await self.disconnect()
-            raise Unreachable(described(error)) from None
-        except BaseException:  # a cancellation has broken the connection: the next call makes another
-            await self.disconnect()
-            raise
-        try:
-            events = self._take(chunk)
-        except (Unreachable, ConnectError):
-            await self.disconnect()
-            raise
-        # A server that accepts, sends a sign of life and disconnects, again and again, is out of reach.
-        if events or time.monotonic() - self._connected > _SETTLED_S:
-            self._patience.reset()
-        return events
-
-    def _take(self, chunk: bytes) -> list[Event]:
-        """The events that are complete with these bytes.
-
-        Raises:
-            ProtocolViolated: They are not the next events of this run.
-            Unreachable: A line takes too long.
-        """
-        now = time.monotonic()
-        self._eventless_bytes += len(chunk)
-        first, newline, rest = chunk.partition(b"\n")
-        if not self._line:
-            self._line_since = now
-        self._line += first
-        events: list[Event] = []
-        if newline:
-            lines = [bytes(self._line)]
-            *more, last = rest.split(b"\n")
-            self._line, self._line_since = bytearray(last), now
-            for line in lines + more:
-                if line:  # or it is a sign of life
-                    events.append(self._event(line))
-        if events:
-            self._eventless_bytes = len(self._line)
-        if len(self._line) > _LINE_BYTES:
-            raise self._server.violated(f"sends a journal line of more than {_LINE_BYTES:,} bytes")
-        if self._eventless_bytes > _EVENTLESS_BYTES:
-            raise self._server.violated(f"sends {_EVENTLESS_BYTES:,} bytes of a journal without a new event")
-        if self._line and now - self._line_since > _LINE_S:
-            raise Unreachable(f"a line of the journal took longer than {_LINE_S:g} s")
-        return events
-
-    def _event(self, line: bytes) -> Event:
-        try:
-            event = decode_json(line)
-        except WireError as error:
-            raise self._server.violated(f"sends a line that is not an event ({plain_text(str(error))})") from None
-        is_nameless = not event.run_id and isinstance(event, UnknownEvent)  # of a later version
-        if event.run_id != self._server.run_id and not is_nameless:
-            raise self._server.violated(
-                f"sends an event of run {plain_text(event.run_id, 80)} in the journal of run {self._server.shown_run}"
-            )
-        if not self._cursor < event.seq <= MOST_SEQ:
-            raise self._server.violated(f"sends event {event.seq:.6g} behind event {self._cursor}")
-        self._cursor = event.seq
-        if isinstance(event, (RunEnded, RunStarted)):
-            self._saw_end = isinstance(event, RunEnded)
-        return event
-
-    async def _see_whether_over(self) -> None:
-        """The server has ended its answer: because the run is over, or somebody between has cut it off."""
-        if not self._saw_end:
-            snapshot = await self._server.snapshot()
-            if snapshot.cursor < self._cursor:
-                raise self._server.violated(f"goes back from event {self._cursor} to event {snapshot.cursor}")
-            if snapshot.run.status in UNDER_WAY or snapshot.cursor > self._cursor:
-                raise Unreachable("the journal's events came to an end before the run's")
-        self._end()
-
-    async def _lose(self, error: Unreachable) -> None:
-        """Wait before the next attempt, or find that there need be none."""
-        known_to_be_over = self._saw_end or self._server.over
-        try:
-            await self._patience.wait(error, _AFTER_END_S if known_to_be_over else self._server.give_up_s)
-        except ConnectionLost:
-            if not self._saw_end:
-                raise
-            self._end()
-
-    def _end(self) -> None:
-        self.ended = self._server.over = True
-
-    async def disconnect(self) -> None:
-        """Let go of the connection; reading on makes another."""
-        response, chunks = self._response, self._chunks
-        self._response = self._chunks = None
-        self._line = bytearray()
-        self._eventless_bytes = 0
-        if chunks is not None:
-            await end_chunks(chunks)
-        if response is not None:
-            await _close(response)
 
 
 async def end_chunks(chunks: AsyncIterator[bytes]) -> None:
@@ -548,14 +328,14 @@ async def end_chunks(chunks: AsyncIterator[bytes]) -> None:
     A generator around others that are suspended leaves these to the garbage collector when it is closed, of which trio
     warns. A cancelled read ends them all.
     """
-    with anyio.CancelScope(shield=True) as scope, contextlib.suppress(StopAsyncIteration, *_FAILURES):
+    with anyio.CancelScope(shield=True) as scope, contextlib.suppress(StopAsyncIteration, *FAILURES):
         scope.cancel()
         while True:
             await anext(chunks)
 
 
-async def _close(response: httpx.Response) -> None:
-    with anyio.CancelScope(shield=True), contextlib.suppress(*_FAILURES):
+async def close(response: httpx.Response) -> None:
+    with anyio.CancelScope(shield=True), contextlib.suppress(*FAILURES):
         await response.aclose()
 
 

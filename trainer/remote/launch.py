@@ -10,8 +10,8 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import IO, Any
 
 import anyio
@@ -30,7 +30,7 @@ from trainer.checkpoint.fetch import KEYWORDS
 from trainer.errors import ArgumentsError
 from trainer.remote.child import EXIT_S, Cancel, Cancelling, Ended, FromRun, LaunchConfig, Logged, Ready, from_run
 from trainer.remote.launch_report import crash, error_of
-from trainer.run.cancellation import ending_with_block
+from trainer.run.cancellation import end_with_block
 
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _POLL_S = 0.02
@@ -56,68 +56,66 @@ def launch(
 
         # anywhere
         async with launch("my_package.jobs:build_trainer", {"width": 256}) as run:
-            async for event in run.events(since=0, types=[TrainEpochEnded]):
-                print(event.epoch, event.loss)
+            print(await run.checkpoint())
         result = await run.result()
 
-    The run is the same as that of `Trainer.run`, and so are the rules of its block: leaving it waits for the run and
-    raises what it raised; an exception in the body, or any cancellation, ends the loop at its next step. But the loop
-    has an interpreter, a device context and memory of its own: nothing that this process computes slows it down, and
-    should it crash, this process goes on. A process that does not end in time is killed, with all the processes in its
-    group. Should this process die, the run is stopped, with a checkpoint.
+    The run, and its block, behave as those of `Trainer.run`. But the loop has an interpreter, a device context and
+    memory of its own: nothing that this process computes slows it down, and it may crash alone. A process that does not
+    end in time is killed, with its process group. If this process dies, the run is stopped with a checkpoint.
 
-    Events come through the run's journal, a few dozen milliseconds late. What the process prints is in ``log.txt`` in
-    the run's folder, where the Python stack of a fatal signal is found, too. Nothing is pickled. POSIX only.
+    Events come through the run's journal, a few dozen milliseconds late. The output of the process, and the Python
+    stack of a fatal signal, are in ``log.txt`` in the run's folder. Nothing is pickled. POSIX only.
 
     Args:
-        factory: ``package.module:function``; called in the process, on its main thread, to return a `Trainer`.
+        factory: ``package.module:function``; called on the main thread of the process to return a `Trainer`.
         arguments: Its keyword arguments: None, bool, int, float, str, bytes, and lists and dicts of them.
-        run_id: In place of what the factory gave its trainer, as the two below; None leaves that alone.
+        run_id: Replaces the one that the factory gave its trainer, as do the next two; None keeps it.
         run_dir: Relative to the working directory of this process.
-        resume: As in `Trainer`: ``"auto"`` in a program that launches again what has crashed.
-        python: The interpreter; None for this one, which then finds the modules that are found here. Another one needs
-            stagecast, and what the factory imports.
-        cwd: Its working directory; None for this one's.
-        env: Environment variables to set there, beside those of this process.
+        resume: As in `Trainer`; ``"auto"`` in a program that launches a crashed run again.
+        python: The interpreter; None for this one, which then finds the modules that this process finds. Another one
+            needs stagecast and what the factory imports.
+        cwd: Its working directory; None for that of this process.
+        env: Environment variables in addition to those of this process.
 
     Raises:
-        ArgumentsError: something given here is not what it must be; nothing was started. When the block is entered: the
-            factory does not exist or returns no trainer.
-        LaunchedRunFailed: the factory or the run raised; the errors of stagecast itself come as what they are.
-        LaunchedRunCrashed: the process died before the run was over.
-        RunCancelled: the run was cancelled.
-        OSError: the process cannot be started.
+        ArgumentsError: An argument is wrong; or, when the block is entered, the factory returns no trainer.
+        LaunchedRunFailed: The factory or the run raised an exception. Errors of stagecast keep their type.
+        LaunchedRunCrashed: The process died before the run was over.
+        RunCancelled: The run was cancelled.
+        OSError: The process cannot be started.
     """
     problems = [*_problems_of(factory, run_id, run_dir, resume, env)]
     encoded = _encoded(arguments if arguments is not None else {}, problems)
-    if sys.platform == "win32":
-        problems.append("runs can be launched on POSIX systems only; Trainer.run works everywhere")
     if problems:
         raise ArgumentsError("launch: " + "; ".join(problems))
-    config = LaunchConfig(
-        factory=factory,
-        arguments=encoded,
-        run_id=run_id,
-        run_dir=None if run_dir is None else os.path.abspath(run_dir),
-        resume=None if resume is None else _absolute(os.fspath(resume)),
-    )
-    program = Program.of_module(
-        "trainer.remote.child",
-        None if python is None else os.fspath(python),
-        env or {},
-        None if cwd is None else os.fspath(cwd),
-    )
-    return _running(LaunchedRun(config, program))
+    run_dir = None if run_dir is None else os.path.abspath(run_dir)
+    resume = None if resume is None else _absolute(os.fspath(resume))
+    interpreter = None if python is None else os.fspath(python)
+    folder = None if cwd is None else os.fspath(cwd)
+    program = Program.of_module("trainer.remote.child", interpreter, env or {}, folder)
+    return _LaunchContext(LaunchedRun(LaunchConfig(factory, encoded, run_id, run_dir, resume), program))
 
 
-@asynccontextmanager
-async def _running(launched: LaunchedRun) -> AsyncIterator[Run]:
-    threading.Thread(target=launched.live, name="stagecast-launched-run", daemon=True).start()
-    async with ending_with_block(launched):
-        await launched.started.wait()
+class _LaunchContext(AbstractAsyncContextManager[Run]):
+    """The life of a launched run inside a task."""
+
+    def __init__(self, launched: LaunchedRun) -> None:
+        self._launched = launched
+
+    async def __aenter__(self) -> Run:
+        launched = self._launched
+        threading.Thread(target=launched.live, name="stagecast-launched-run", daemon=True).start()
+        try:
+            await launched.started.wait()
+        except BaseException as error:
+            await end_with_block(launched, error)
+            raise
         if launched.ready is None:
             launched.outcome()
-        yield Run(launched)
+        return Run(launched)
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        await end_with_block(self._launched, error)
 
 
 class ThreadFlag:
@@ -263,6 +261,8 @@ def _absolute(resume: str) -> str:
 
 
 def _problems_of(factory: Any, run_id: Any, run_dir: Any, resume: Any, env: Any) -> Iterable[str]:
+    if sys.platform == "win32":
+        yield "runs can be launched on POSIX systems only; Trainer.run works everywhere"
     module, colon, name = factory.partition(":") if isinstance(factory, str) else ("", "", "")
     if not colon or not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
         yield f"factory must be 'package.module:function', not {factory!r:.80}"

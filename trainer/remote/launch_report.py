@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from events.process import exit_in_words
 from events.safe_files import open_below
 from events.text import plain_text
 from trainer.errors import LaunchedRunCrashed, LaunchedRunFailed, add_note
-from trainer.remote.child import Failed, Ready
+from trainer.remote.child import LOG_NAME, Failed, Ready
 
 _LAST_EVENTS = 20
 _TAIL_BYTES = 8 * 1024
@@ -65,7 +64,7 @@ def crash(factory: str, ready: Ready | None, returncode: int | None, early_log: 
         parts.append(
             f'to resume from its newest checkpoint, launch it again with run_id={ready.run_id!r}{folder}, resume="auto"'
         )
-    where = f" ({ready.log})" if ready is not None and ready.log is not None else ""
+    where = f" ({os.path.join(ready.run_dir, LOG_NAME)})" if ready is not None and ready.run_dir is not None else ""
     error.args = (f"{'; '.join(parts)}. Its last output{where}:\n{_shown(tail)}",)
     return error
 
@@ -92,16 +91,14 @@ def _events(ready: Ready | None) -> list[Event]:
 
 def _log_tail(ready: Ready | None, early_log: Any) -> str:
     """The end of this attempt's output."""
-    data = b""
-    with contextlib.suppress(OSError):
-        if ready is None or ready.log is None:
-            size = os.fstat(early_log.fileno()).st_size
-            data = os.pread(early_log.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+    try:
+        if ready is None or ready.run_dir is None:
+            begin, fd = 0, os.dup(early_log.fileno())
         else:
-            folder, name = os.path.split(ready.log)
-            with open(open_below(folder, name), "rb") as log:
-                size = log.seek(0, os.SEEK_END)
-                begin = ready.log_offset if ready.log_offset <= size else 0  # the log was cut since
-                log.seek(max(begin, size - _TAIL_BYTES))
-                data = log.read()
-    return data.decode("utf-8", "replace")
+            begin, fd = ready.log_offset, open_below(ready.run_dir, LOG_NAME)
+        with open(fd, "rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(begin if begin <= size else 0, size - _TAIL_BYTES))  # it may have been cut since
+            return log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""

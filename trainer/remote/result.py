@@ -73,7 +73,7 @@ class CheckpointSummary(msgspec.Struct):
     metric: _Number | None = None
 
 
-class Snapshot(msgspec.Struct):
+class RunSnapshot(msgspec.Struct):
     """A run as it stood at one event."""
 
     cursor: _Count
@@ -89,7 +89,7 @@ class ResultBuilder:
             run's beginning.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: RunSnapshot) -> None:
         run = snapshot.run
         self._bytes = 0
         self._run_id = run.run_id

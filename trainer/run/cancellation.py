@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import anyio
@@ -64,38 +63,32 @@ class Endable(Protocol):
         ...
 
 
-@contextlib.asynccontextmanager
-async def ending_with_block(run: Endable) -> AsyncIterator[None]:
-    """Wait at the end of the block for the end of the run. An exception or a cancellation cancels the run first.
+async def end_with_block(run: Endable, error: BaseException | None) -> None:
+    """Wait for the end of a run at the end of its block; an exception or a cancellation cancels the run first.
 
     Under asyncio a native ``task.cancel()`` cuts through a shield, and trio raises Ctrl-C in its main task, wherever
     that waits. Both may come repeatedly. Each is absorbed here, and the first is raised when the run has ended.
 
+    Args:
+        error: Left the block, and propagates when this returns.
+
     Raises:
         TrainingThreadStuck: The loop did not reach a step boundary in time.
-        BaseException: What left the block or cancelled it; after a normal end, what the run raised.
+        BaseException: The first cancellation; or, if the block was left normally, what the run raised.
     """
-    error: BaseException | None = None
-    try:
-        yield
-    except BaseException as caught:
-        error = caught
+    if error is not None:
         run.cancel("an exception left the block" if isinstance(error, Exception) else "its task was cancelled")
-    interruption: BaseException | None = None
+    cancellation: BaseException | None = None
     while not run.finished.is_set():
         try:
             with anyio.CancelScope(shield=run.cancelled):  # scopes around the block have nothing to add then
                 await run.finished.wait()
         except BaseException as caught:
-            interruption = interruption or caught
+            cancellation = cancellation or caught
             run.cancel("its task was cancelled")
-    try:
-        if isinstance(run.error, TrainingThreadStuck):
-            raise run.error from error
-        if error is not None and (interruption is None or not isinstance(error, Exception)):
-            raise error
-        if interruption is not None:
-            raise interruption  # the exception that left the block, if there is one, is its context
+    if isinstance(run.error, TrainingThreadStuck):
+        raise run.error from error
+    if cancellation is not None and (error is None or isinstance(error, Exception)):
+        raise cancellation  # the exception that left the block, if there is one, is its context
+    if error is None:
         run.outcome()
-    finally:
-        del error, interruption  # or this frame and the exception would keep each other

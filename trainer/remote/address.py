@@ -1,0 +1,161 @@
+"""The address that `connect` is given: which server and run it leads to, and which token is sent there."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
+
+import msgspec
+
+from events.masking import masked_url
+from events.safe_files import open_below
+from events.text import plain_text
+from trainer.errors import ConnectError
+
+try:
+    import httpx
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "connect needs the package httpx: pip install 'stagecast[live]'", name=missing.name
+    ) from missing
+
+TOKEN_VARIABLE = "STAGECAST_TOKEN"
+URL_VARIABLE = "STAGECAST_URL"
+"""Environment variable with the address of the server that the token of `TOKEN_VARIABLE` belongs to."""
+_LINK_NAME = "live.json"
+_LINK_BYTES = 2**14
+
+
+class ServerOrigin(NamedTuple):
+    """The server that an address leads to, as the HTTP client reads the address. A credential belongs to one."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, url: str) -> ServerOrigin:
+        """Raises `ValueError` or `TypeError` for an address that no request can be sent to."""
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ValueError(str(error)) from None
+        port = {"http": 80, "https": 443}.get(address.scheme, 0) if address.port is None else address.port
+        if address.scheme not in ("http", "https") or not address.host or not 0 < port < 2**16:
+            raise ValueError("not the address of a server")
+        try:
+            host = str(ipaddress.ip_address(address.host))  # an IPv6 address is written in several ways
+        except ValueError:
+            host = address.host
+        return cls(address.scheme, host, port)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it is on this machine, by its name alone: no name is resolved but ``localhost``."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+class PageAddress(NamedTuple):
+    """The parts of the link to a page."""
+
+    url: str
+    """Of the page, with a slash at its end."""
+    run_id: str
+    """Empty if the link names no run."""
+    token: str | None
+
+    @classmethod
+    def of(cls, given: Any) -> PageAddress:
+        """Split a link; read that of a run whose folder is given from the disk.
+
+        Raises:
+            ConnectError: The address is not valid, or the folder has no link that belongs to this user.
+        """
+        url = _link_of(given)
+        try:
+            origin, parts = ServerOrigin.of(url), urlsplit(url)
+            # An @ behind the host may end a password with a slash, which belongs to another host than the one in front.
+            if "@" not in parts.path + parts.query and is_encodable(url):
+                base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
+                named = parse_qs(parts.fragment)
+                if ServerOrigin.of(base) == origin:
+                    return cls(base, named.get("run", [""])[-1], named.get("token", [""])[-1] or None)
+        except (ValueError, TypeError, AttributeError):
+            pass
+        given = url
+        shown = plain_text(masked_url(given), 200) if isinstance(given, str) else given
+        raise ConnectError(
+            f"{shown!r:.240} is not the address of a page; give one like http://127.0.0.1:8765/#run=NAME"
+        )
+
+
+class _Link(msgspec.Struct):
+    url: str
+    token: str | None = None
+
+
+def _link_of(given: Any) -> Any:
+    """The link in the folder of a run with the sink `Live`; what is not a folder is returned unchanged."""
+    if not isinstance(given, str | os.PathLike) or given == "" or (isinstance(given, str) and "://" in given):
+        return given
+    folder = Path(given)
+    try:
+        if not folder.is_dir():
+            return os.fspath(given)
+        file = open_below(folder, _LINK_NAME)
+    except FileNotFoundError:
+        raise ConnectError(
+            f"{folder} has no {_LINK_NAME}, so no page of this run is served; add the sink Live, or connect to the"
+            " link that stagecast watch prints"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise ConnectError(f"{folder} cannot be read ({error}); give the address of a page") from error
+    try:
+        if hasattr(os, "geteuid") and os.fstat(file).st_uid != os.geteuid():
+            raise ConnectError(f"{folder / _LINK_NAME} belongs to another user; give the address of the page")
+        link = msgspec.json.decode(os.read(file, _LINK_BYTES), type=_Link)
+    except (OSError, msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise ConnectError(f"{folder / _LINK_NAME} cannot be read ({error}); give the address of the page") from error
+    finally:
+        os.close(file)
+    return link.url if link.token is None else f"{link.url}#token={quote(link.token, safe='')}"
+
+
+def token_of_environment(url: str) -> tuple[str | None, str]:
+    """The token for a server from the environment; if it belongs to another, None and the end of an error about that.
+
+    Raises:
+        ConnectError: `URL_VARIABLE` is not an address.
+    """
+    token, named, origin = os.environ.get(TOKEN_VARIABLE), os.environ.get(URL_VARIABLE), ServerOrigin.of(url)
+    if not token or (not named and origin.is_loopback):
+        return token or None, ""
+    if not named:
+        return None, f"; {TOKEN_VARIABLE} is sent to this machine alone, unless {URL_VARIABLE} names the server"
+    try:
+        owner = ServerOrigin.of(named)
+    except (ValueError, TypeError):
+        shown = plain_text(masked_url(named), 200)
+        raise ConnectError(
+            f"{URL_VARIABLE}={shown!r} is not an address; give one like http://127.0.0.1:8765/"
+        ) from None
+    return (token, "") if owner == origin else (None, f"; {TOKEN_VARIABLE} belongs to {owner}, as {URL_VARIABLE} says")
+
+
+def is_encodable(name: str) -> bool:
+    """Whether a text can be part of an address: it has no lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
