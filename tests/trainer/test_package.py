@@ -211,6 +211,8 @@ def test_imports_go_in_one_direction(package: str, never: set[str]) -> None:
 ADAPTERS = {
     "sinks/live/server.py",
     "sinks/trackers/otlp_export.py",
+    "trainer/remote/address.py",
+    "trainer/remote/follower.py",
     "trainer/remote/http.py",
     "trainer/examples/service.py",
 }
