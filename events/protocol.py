@@ -59,8 +59,6 @@ class ObserverReport(msgspec.Struct, frozen=True, kw_only=True):
     delivered: int = 0
     dropped: int = 0
     conflated: int = 0
-    spilled: int = 0
-    """Of the delivered and left ones, how many went through the disk."""
     left: int = 0
     """Still queued, or in a delivery that did not return, when the deadline passed."""
     error: str | None = None

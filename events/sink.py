@@ -29,7 +29,7 @@ from events.errors import SinkMisconfigured
 from events.messages import Event
 from events.strict import Strict
 
-Overflow = Literal["latest", "drop_oldest", "spill", "block"]
+Overflow = Literal["latest", "drop_oldest", "catch_up", "block"]
 OnError = Literal["fatal", "disable", "retry"]
 Place = Literal["thread", "process"]
 
@@ -95,17 +95,15 @@ class Delivery(Strict, frozen=True, kw_only=True):
     """What happens when the queue is full.
 
     ``latest``: metrics and step events are replaced by the newest of their key. ``drop_oldest``: droppable events go
-    first, oldest first. ``spill``: to a temporary file, in order (events only, no tensors). Lost, and counted, is only
-    what the disk refuses, and what comes while its thread is so far behind that ``capacity_bytes`` are on their way.
-    ``block``: the training loop waits at its next step boundary; charged to the ledger and announced.
+    first, oldest first. ``catch_up``: lossless; the sink reads the events that do not fit from the run's journal, which
+    it therefore needs. An event is only lost, and counted, if the journal could not keep it. ``block``: the training
+    loop waits at its next step boundary; charged to the ledger and announced.
     """
     capacity: Annotated[int, Meta(ge=1)] = 16_384
     """Events that may wait, the batch being delivered included."""
     capacity_bytes: Annotated[int, Meta(ge=1)] = 64 * 2**20
     """Bytes that may wait, tensors included. A stated bound: see `Subscription`. The outputs of an epoch are one event:
     where they are more than this, they wait alone."""
-    spill_bytes: Annotated[int, Meta(ge=1)] = 4 * 2**30
-    """Bytes of disk that ``spill`` may use; beyond it events are dropped and counted."""
     latency_s: Annotated[float, Meta(gt=0)] = 0.1
     """How long an event may be kept back to make a batch while many are published. Each batch wakes threads that
     compete with the loop for the interpreter lock, so less costs more."""
@@ -125,8 +123,8 @@ class Delivery(Strict, frozen=True, kw_only=True):
     """How long one delivery, or hook, may take before `ObserverSlow` says so."""
     runs_in: Place | None = None
     """Of a sink: ``thread``, or ``process`` for the run's sink host, where it competes with nobody for the interpreter
-    and reads the journal, so that it misses nothing: ``overflow``, ``capacity`` and ``spill_bytes`` have no part there.
-    None: as the trainer says (``sinks_in``)."""
+    and reads the journal, so that it misses nothing: ``overflow`` and ``capacity`` do not apply there. None: the
+    trainer's ``sinks_in``."""
 
     def __post_init__(self) -> None:
         # A Struct's constructor takes anything; only decoding would validate.

@@ -36,10 +36,10 @@ class Memory(Strict, frozen=True, dict=True):
     capacity: int = 100_000
     """Events kept; beyond it the oldest are let go and counted in `dropped`."""
 
-    # Loses nothing that a disk can keep up with, and never holds the loop: `block` would hold it when the machine is so
-    # busy that the queue fills, and a test would then measure its own sink. Appending cannot hang, so a timeout could
+    # Never holds the loop: `block` would when the machine is so busy that the queue fills, and a test would measure its
+    # own sink. As many events may wait as are kept, and it needs no journal. Appending cannot hang, so a timeout could
     # only lose events.
-    delivery: ClassVar[Delivery] = Delivery(overflow="spill", timeout_s=None, runs_in="thread")
+    delivery: ClassVar[Delivery] = Delivery(capacity=100_000, capacity_bytes=2**28, timeout_s=None, runs_in="thread")
 
     def __post_init__(self) -> None:
         if self.capacity < 1:

@@ -41,10 +41,10 @@ from trainer.run.calling_thread import interruptibly, run_here
 from trainer.run.cancellation import end_with_block
 from trainer.run.checks import (
     check_checkpoints,
+    check_deliveries,
     check_folder,
     check_members,
     check_named,
-    check_places,
     check_upload,
     members,
     plain_config,
@@ -146,7 +146,7 @@ class Trainer:
         self._config = plain_config(config, problems)
         check_checkpoints(checkpoints, resume, init_from, problems)
         check_members(self.module, self.arguments, self._callbacks, self._sinks, problems)
-        check_places(self._sinks, sinks_in, self._journal, problems)
+        check_deliveries(self._sinks, sinks_in, self._journal, problems)
         check_folder(self._journal, run_id, run_dir, problems)
         if not relocating.get():
             check_named(run_id, run_dir, resume, problems)
@@ -439,7 +439,7 @@ class _LocalConnection:
 
     def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
         session = self._session
-        return LocalEventStream(session.pump, session.journal_dir, session.journal_settled, since, types)
+        return LocalEventStream(session.pump, since, types)
 
     async def result(self) -> RunResult:
         await self._session.finished.wait()

@@ -421,7 +421,6 @@ class Observer:
             delivered=statistics.delivered,
             dropped=statistics.dropped,
             conflated=statistics.conflated,
-            spilled=statistics.spilled,
             left=statistics.queued,
             error=self.error,
         )

@@ -16,10 +16,9 @@ import anyio
 from msgspec.structs import force_setattr, replace
 
 from events.bus.backlog import Item, Published, item_of
+from events.bus.catch_up import WrittenJournal
 from events.bus.ring import Audience, Ring
-from events.bus.spill import Spill
 from events.bus.subscription import Subscription
-from events.bus.worker import Worker
 from events.errors import BusClosed
 from events.health import Health
 from events.messages import EVENT_TYPES, Event, ObserverDropped
@@ -51,7 +50,7 @@ class Pump:
         readback: Completes events whose numbers are still on the device; without one they stay as they are.
         history: Most recent events kept in memory for late subscribers.
         first_seq: ``seq`` of the first event.
-        spill_dir: Folder of spill files; None for the system's temporary folder.
+        journal: The run's, for subscriptions that catch up; None if it keeps none.
     """
 
     def __init__(
@@ -61,9 +60,10 @@ class Pump:
         readback: Readback | None = None,
         history: int = 0,
         first_seq: int = 1,
-        spill_dir: str | None = None,
+        journal: WrittenJournal | None = None,
     ) -> None:
         self.ring = ring
+        self.journal = journal
         self.history: deque[Event] = deque(maxlen=history)
         self.health = Health()
         """Problems of the run, as far as its events were delivered."""
@@ -74,7 +74,6 @@ class Pump:
         self._readback = readback
         self._reading: deque[tuple[list[Published], Callable[[], bool]]] = deque()
         self._next_seq = first_seq
-        self._spill_dir = spill_dir
         self._subscriptions: tuple[Subscription, ...] = ()
         self._routes: dict[type[Event], tuple[Subscription, ...]] = {}
         self._tick_s = _UNHEARD_TICK_S
@@ -88,15 +87,18 @@ class Pump:
 
         Raises:
             BusClosed: the run is over.
+            ValueError: it is to catch up, and the run keeps no journal.
         """
         if self.closing or not self.ring.alive:
             raise BusClosed(f"cannot subscribe {name!r}: the run is over and delivers no more events")
-        spill = None
-        if delivery.overflow == "spill":
-            worker = Worker(f"stagecast-spill-{name}", self.ring.post, self.ring.cpu_time)
-            spill = Spill(worker, delivery.spill_bytes, delivery.capacity_bytes, self._spill_dir)
         subscription = Subscription(
-            name, delivery, payloads=payloads, spill=spill, on_credit=self._set_blocked, on_finish=self._unsubscribe
+            name,
+            delivery,
+            payloads=payloads,
+            journal=self.journal,
+            after=self.last_seq,
+            on_credit=self._set_blocked,
+            on_finish=self._unsubscribe,
         )
         self._set_subscriptions([*self._subscriptions, subscription])
         return subscription
@@ -111,10 +113,7 @@ class Pump:
         await self._drained.wait()
 
     def close(self) -> None:
-        """End what is still subscribed, after what it has queued in memory, and let `run` return.
-
-        Drain first; what waits on disk must have been received, because the pump carries the disk's answers.
-        """
+        """End what is still subscribed, after what it has queued, and let `run` return. Drain first."""
         self.closing = True
         for subscription in self._subscriptions:
             subscription.finish()
@@ -219,11 +218,7 @@ class Pump:
     def _set_subscriptions(self, subscriptions: Iterable[Subscription]) -> None:
         self._subscriptions = tuple(subscriptions)
         routes = {
-            kind: tuple(
-                subscription
-                for subscription in self._subscriptions
-                if (kind.journalled if subscription.delivery.types is None else kind in subscription.delivery.types)
-            )
+            kind: tuple(subscription for subscription in self._subscriptions if subscription.wants(kind))
             for kind in EVENT_TYPES
         }
         self._routes = routes

@@ -10,7 +10,7 @@ import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from events.bus.backlog import Backlog, Item, Published
-from events.bus.spill import Spill
+from events.bus.catch_up import CatchUp, WrittenJournal
 from events.messages import Event
 from events.sink import Delivery
 
@@ -26,10 +26,8 @@ class Statistics(msgspec.Struct):
     """Events that it will never get, by its overflow policy or because it was disabled."""
     conflated: int = 0
     """Events replaced by a newer one of the same key."""
-    spilled: int = 0
-    """Events that went through the disk; they are also counted as what became of them."""
     queued: int = 0
-    """Events waiting, on disk, or in a delivery that has not returned."""
+    """Events that wait in memory or in the journal, or are in a delivery that has not returned."""
 
 
 class Subscription:
@@ -37,14 +35,20 @@ class Subscription:
 
     Stated bounds, the batch in delivery included: ``drop_oldest`` and ``latest`` hold at most ``capacity`` events (two,
     where that is 1) and ``capacity_bytes`` in memory, or twice that if events that are not droppable fill it alone.
-    ``spill`` holds at most ``capacity`` events and ``capacity_bytes``, and as many bytes on their way to the disk
-    (twice that for those not droppable). ``block`` holds at most that, and what the bus's ring held when the loop was
-    told to wait. One event may exceed the bytes by itself: it is delivered, not dropped.
+    ``catch_up`` holds at most ``capacity`` events and ``capacity_bytes``, and one read of the journal (64 events).
+    ``block`` holds at most that, and what the ring held when it gated the loop. One event may exceed the bytes by
+    itself: it is delivered, not dropped.
 
     The pump sends a batch through an anyio memory object stream to a receiver that waits. While the receiver is busy,
     events stay in the backlog, where the overflow policy applies. A batch is at most half of what the queue may hold,
     or the newest events would find no room while it is delivered. It counts as queued until the receiver asks for the
     next one.
+
+    Args:
+        journal: Where ``catch_up`` reads the events that do not fit into memory.
+        after: ``seq`` of the last event before those that will be offered.
+        on_credit: Told whether a subscription with the policy ``block`` is full, whenever that may have changed.
+        on_finish: Called when the subscription takes no more events.
     """
 
     def __init__(
@@ -53,7 +57,8 @@ class Subscription:
         delivery: Delivery,
         *,
         payloads: bool = False,
-        spill: Spill | None = None,
+        journal: WrittenJournal | None = None,
+        after: int = 0,
         on_credit: Callable[[Subscription, bool], None] = lambda subscription, full: None,
         on_finish: Callable[[Subscription], None] = lambda subscription: None,
     ) -> None:
@@ -63,14 +68,17 @@ class Subscription:
         """Whether the receiver gets the payloads; without them tensors are let go at the pump."""
         self.statistics = Statistics()
         self.ended = False
-        self.recoverable = False
-        """Whether the receiver gets elsewhere what is dropped here, so that it is no loss to be announced."""
-        self._spill = spill
+        self._catch_up: CatchUp | None = None
+        if delivery.overflow == "catch_up":
+            if journal is None:
+                raise ValueError(
+                    f"Delivery(overflow='catch_up') of {name!r} reads the journal, and the run has none; keep the"
+                    f" journal, or choose 'drop_oldest'"
+                )
+            self._catch_up = CatchUp(journal, after, lambda event: self.wants(type(event)), self.statistics)
         self._on_credit = on_credit
         self._on_finish = on_finish
         self._backlog = Backlog()
-        self._batch = min(delivery.batch, (delivery.capacity + 1) // 2)
-        self._batch_bytes = delivery.capacity_bytes // 2
         self._in_flight: list[Item] = []  # sent, or in the receiver's hand
         self._in_flight_bytes = 0
         self._in_hand = False  # whether the receiver has got what is in flight
@@ -87,11 +95,10 @@ class Subscription:
             self._lose(items, "dropped")
             return
         self.statistics.queued += len(items)
-        if self._spill is not None:
-            fitting = 0 if self._spill.count else self._fitting(items)
+        if self._catch_up is not None:
+            fitting = 0 if self._catch_up.count else self._fitting(items)
             self._backlog.extend(items[:fitting])
-            if fitting < len(items):
-                self._spill.write(items[fitting:], self._spilled)
+            self._lose(self._catch_up.leave(items[fitting:]), "dropped", queued=True)
         else:
             self._backlog.extend(items)
             if self.delivery.overflow == "block":
@@ -100,7 +107,7 @@ class Subscription:
                 self._overflow()
         if self._waiting and self._stream is not None and not self.is_empty:
             self._waiting = False
-            # An empty batch if what there is must come from the disk.
+            # An empty batch if the journal has the next events.
             self._stream[0].send_nowait(self._take())
 
     def finish(self) -> None:
@@ -115,30 +122,28 @@ class Subscription:
         self.finish()
         self._lose([*self._in_flight, *self._backlog.take(len(self._backlog))], "dropped", queued=True)
         self._in_flight, self._in_flight_bytes = [], 0
-        if self._spill is not None:
-            self._release(self._spill.close())
-        self.statistics.dropped += self.statistics.queued  # what was on disk
+        if self._catch_up is not None:
+            self._catch_up.discard()
+        self.statistics.dropped += self.statistics.queued  # in the journal
         self.statistics.queued = 0
         self._on_credit(self, False)
 
     def take_losses(self) -> tuple[int, int]:
-        """Events dropped and conflated since the last call; none if the receiver gets them elsewhere."""
+        """Events dropped and conflated since the last call."""
         before, self._reported = self._reported, (self.statistics.dropped, self.statistics.conflated)
-        if self.recoverable:
-            return 0, 0
         return self._reported[0] - before[0], self._reported[1] - before[1]
 
     @property
     def is_full(self) -> bool:
         """Whether more waits in memory than the delivery allows."""
         count = len(self._backlog) + len(self._in_flight)
-        return count > self.delivery.capacity or self._waiting_bytes > self.delivery.capacity_bytes
+        return count > self.delivery.capacity or self.queued_bytes > self.delivery.capacity_bytes
 
     @property
     def is_empty(self) -> bool:
         """Whether the receiver has been handed everything there is."""
         handed = self._in_hand or not self._in_flight
-        return handed and not len(self._backlog) and not (self._spill is not None and self._spill.count)
+        return handed and not len(self._backlog) and not (self._catch_up is not None and self._catch_up.count)
 
     @property
     def oldest(self) -> Event | None:
@@ -148,16 +153,16 @@ class Subscription:
     @property
     def queued_bytes(self) -> int:
         """Bytes of memory that waiting events hold."""
-        return self._waiting_bytes + (self._spill.memory_bytes if self._spill is not None else 0)
-
-    @property
-    def _waiting_bytes(self) -> int:
         return self._backlog.nbytes + self._in_flight_bytes
+
+    def wants(self, kind: type[Event]) -> bool:
+        """Whether it receives events of this type."""
+        return kind.journalled if self.delivery.types is None else kind in self.delivery.types
 
     def _fitting(self, items: list[Item]) -> int:
         """How many of these, from the first on, still fit into memory."""
         room = self.delivery.capacity - len(self._backlog) - len(self._in_flight)
-        room_bytes = self.delivery.capacity_bytes - self._waiting_bytes
+        room_bytes = self.delivery.capacity_bytes - self.queued_bytes
         for index, item in enumerate(items):
             room_bytes -= item[2]
             if index >= room or room_bytes < 0:
@@ -187,11 +192,6 @@ class Subscription:
             if payload is not None and payload.fence is not None:
                 payload.fence.release(self.name)
 
-    def _spilled(self, written: int, lost: list[Item]) -> None:
-        """The spill has dealt with a chunk."""
-        self.statistics.spilled += written
-        self._lose(lost, "dropped", queued=True)
-
     # --------------------------------------------------------------------------------- the receiver's side
 
     async def receive(self) -> list[Published]:
@@ -204,13 +204,8 @@ class Subscription:
         """
         self.done()
         while not (self._in_flight or self._take()):
-            if self._spill is not None and self._spill.count:
-                items, lost = await self._spill.read(self._batch, self._batch_bytes)
-                self._backlog.extend(items)
-                if lost:
-                    self.statistics.dropped += lost
-                    self.statistics.queued -= lost
-                    self._release(self._spill.fenced())  # which of them are lost cannot be told: none may hold the loop
+            if self._catch_up is not None and self._catch_up.count:
+                self._backlog.extend(await self._catch_up.read(self._batch))
             elif self.ended:
                 raise anyio.EndOfStream
             else:
@@ -230,8 +225,12 @@ class Subscription:
         if self.delivery.overflow == "block" and not self.ended:
             self._on_credit(self, self.is_full)
 
+    @property
+    def _batch(self) -> int:
+        return min(self.delivery.batch, (self.delivery.capacity + 1) // 2)
+
     def _take(self) -> list[Item]:
-        self._in_flight = self._backlog.take(self._batch, self._batch_bytes)
+        self._in_flight = self._backlog.take(self._batch, self.delivery.capacity_bytes // 2)
         self._in_flight_bytes = sum(item[2] for item in self._in_flight)
         return self._in_flight
 

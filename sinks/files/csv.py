@@ -64,10 +64,10 @@ class CSV(Strict, frozen=True):
     path: str | None = None
     """The file; None: ``metrics.csv`` in the run's folder."""
 
-    # Spilled, because a gap would be noticed only by who reads the file later; a disk that is full stays so for
-    # minutes, so it is asked for about seven. Half a second makes thousands of rows one write.
+    # Lossless, because a gap would only be noticed when somebody reads the file. A full disk stays full for minutes:
+    # writes are repeated for about seven. Half a second makes thousands of rows one write.
     delivery: ClassVar[Delivery] = Delivery(
-        types=METRIC_TYPES, overflow="spill", latency_s=0.5, batch=8_192, timeout_s=30.0, retries=20
+        types=METRIC_TYPES, overflow="catch_up", latency_s=0.5, batch=8_192, timeout_s=30.0, retries=20
     )
 
     def __post_init__(self) -> None:

@@ -28,9 +28,9 @@ from sinks.files.appended import (
 _BEGIN = b'{"type":"'
 _TYPES = {event_type.__name__: event_type for event_type in EVENT_TYPES}
 
-# Spilled, because a gap would be noticed only by who reads the file later; a disk that is full stays so for minutes, so
-# it is asked for about seven. Half a second makes thousands of events one write.
-_DELIVERY = Delivery(overflow="spill", latency_s=0.5, batch=8_192, timeout_s=30.0, retries=20)
+# Lossless, because a gap would only be noticed when somebody reads the file. A full disk stays full for minutes: writes
+# are repeated for about seven. Half a second makes thousands of events one write.
+_DELIVERY = Delivery(overflow="catch_up", latency_s=0.5, batch=8_192, timeout_s=30.0, retries=20)
 
 
 class JSONL(Strict, frozen=True):

@@ -65,11 +65,11 @@ class TensorBoard(Strict, frozen=True):
     dir: str | None = None
     """The folder, this run's alone: it is one run in TensorBoard. None: ``tensorboard`` in the run's folder."""
 
-    # Spilled, because a curve with gaps looks like one without. TensorBoard looks for news every few seconds, so that a
-    # second makes thousands of events one write, and shows nowhere.
+    # Lossless, because a curve with gaps looks like one without. TensorBoard polls every few seconds, so a delay of one
+    # second does not show, and makes thousands of events one write.
     delivery: ClassVar[Delivery] = Delivery(
         types=METRIC_TYPES | {RunStarted, RunResumed, RunEnded, HistogramLogged, ImageLogged, TextLogged},
-        overflow="spill",
+        overflow="catch_up",
         latency_s=1.0,
         batch=8_192,
         timeout_s=30.0,

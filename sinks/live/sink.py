@@ -57,8 +57,8 @@ class Live(Strict, frozen=True):
     origins: tuple[str, ...] = ()
     """Sites whose pages may talk to it, beside its own: ``https://example.org``."""
 
-    # What comes late shows late: nothing is to be lost for it, and nothing held up.
-    delivery: ClassVar[Delivery] = Delivery(overflow="spill", latency_s=0.1, runs_in="process")
+    # Lossless, because the page shows the whole history; late events only show late.
+    delivery: ClassVar[Delivery] = Delivery(overflow="catch_up", latency_s=0.1, runs_in="process")
 
     def __repr__(self) -> str:
         return f"Live(host={self.host!r}, port={self.port!r}, commands={self.commands!r})"  # the token is a secret

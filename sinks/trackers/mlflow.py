@@ -91,11 +91,11 @@ class MLflow(Strict, frozen=True):
     """How long the server may take to accept a connection, and again to answer, in whole seconds. A request is made
     once; when to try again is the supervisor's to say."""
 
-    # Spilled: a server that is restarted must find nothing missing. It is tried for half a day. A request for each
+    # Lossless: a server that is restarted must find nothing missing. It is tried for half a day. A request for each
     # batch, so that fewer, larger ones are the cheaper way.
     delivery: ClassVar[Delivery] = Delivery(
         types=METRIC_TYPES | {RunStarted, RunEnded, ImageLogged, TextLogged},
-        overflow="spill",
+        overflow="catch_up",
         latency_s=1.0,
         batch=4_096,
         retries=1_440,

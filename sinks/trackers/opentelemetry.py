@@ -70,10 +70,10 @@ class OpenTelemetry(Strict, frozen=True):
     max_names: int = 1_000
     """Most distinct names of metrics. Others are left out, with a warning."""
 
-    # Nothing is lost that the disk can keep, or sums would be wrong and spans without an end. A collector is restarted,
-    # or away for a while: it is tried for a day before the sink is given up. Once a second is often enough.
+    # Lossless, or sums would be wrong and spans without an end. A collector may be restarted or away for a while: it is
+    # tried for a day. Once a second is often enough.
     delivery: ClassVar[Delivery] = Delivery(
-        types=TOTALS_TYPES | SPAN_TYPES, overflow="spill", latency_s=1.0, retries=2_880, timeout_s=30.0
+        types=TOTALS_TYPES | SPAN_TYPES, overflow="catch_up", latency_s=1.0, retries=2_880, timeout_s=30.0
     )
 
     def check(self) -> None:

@@ -77,10 +77,10 @@ class Prometheus(Strict, frozen=True):
     linger_s: float = 15.0
     """Seconds that the end of a run waits for a scrape of its final state. ``drain_timeout_s`` bounds it, too."""
 
-    # Nothing is lost that the disk can keep: a step that `latest` or `drop_oldest` takes away would be missing in the
-    # counters for ever. Scrapes are seconds apart, so that a second's delay shows nowhere and wakes this thread seldom.
+    # Lossless: a step that `latest` or `drop_oldest` takes away would be missing in the counters for ever. Scrapes are
+    # seconds apart, so a delay of one second does not show, and wakes this thread rarely.
     delivery: ClassVar[Delivery] = Delivery(
-        types=TOTALS_TYPES, overflow="spill", latency_s=1.0, timeout_s=30.0, runs_in="process"
+        types=TOTALS_TYPES, overflow="catch_up", latency_s=1.0, timeout_s=30.0, runs_in="process"
     )
 
     def check(self) -> None:

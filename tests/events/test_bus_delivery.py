@@ -140,7 +140,7 @@ async def test_nobody_can_subscribe_once_it_closes(make: Any, pumping: Any) -> N
             pump.subscribe("late", make.delivery())
     assert not pump.ring.alive
     with pytest.raises(BusClosed, match="'later'"):
-        pump.subscribe("later", make.delivery(overflow="spill"))
+        pump.subscribe("later", make.delivery())
     await pump.drain()  # there is nothing to wait for
 
 

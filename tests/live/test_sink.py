@@ -25,7 +25,7 @@ from sinks.live.sink import ADDRESS_NAME, LiveWriter
 from trainer import ModuleInterface, Trainer, TrainerArguments
 
 TOKEN = "correct-horse-battery"
-HERE = Delivery(overflow="spill", runs_in="thread")
+HERE = Delivery(runs_in="thread")
 
 
 class Held(ModuleInterface):

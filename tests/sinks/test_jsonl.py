@@ -18,7 +18,7 @@ import sinks
 from events.errors import SinkMisconfigured
 from events.journal.reader import JournalReader
 from events.messages import Event, MetricsLogged, RunResumed, TrainEpochEnded, UnknownEvent
-from events.sink import RunInfo, delivery_of
+from events.sink import Delivery, RunInfo, delivery_of
 from events.wire import decode_json, encode_json
 from sinks import JSONL, Memory
 from trainer import Trainer, TrainerArguments
@@ -302,5 +302,11 @@ def test_what_a_run_kept_in_memory_is_in_the_file(tmp_path: Path, one_weight: An
     memory = Memory()
     sink = JSONL(path=str(tmp_path / "deep/er/events.jsonl"))
     arguments = TrainerArguments(train_batch_size=2, device="cpu")
-    Trainer(one_weight(), arguments, sinks=[sink, memory], journal=False, checkpoints=False).train()
+    Trainer(
+        one_weight(),
+        arguments,
+        sinks=[(sink, Delivery(overflow="drop_oldest")), memory],
+        journal=False,
+        checkpoints=False,
+    ).train()
     assert (tmp_path / "deep/er/events.jsonl").read_bytes() == lines(memory.events)

@@ -130,5 +130,5 @@ def test_it_is_a_plain_description(story: Any) -> None:
 def test_it_loses_nothing_and_holds_nobody() -> None:
     """A test's sink must see everything, without making the run wait for it."""
     delivery = delivery_of(Memory())
-    assert delivery.overflow == "spill"
+    assert delivery.overflow == "drop_oldest"
     assert delivery.types is None

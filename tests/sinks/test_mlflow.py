@@ -261,9 +261,7 @@ def test_what_a_server_missed_that_was_killed_during_a_run_arrives_when_it_is_ba
         assert failed.wait(WAIT_S)
         server.start()
 
-    delivery = Delivery(
-        types=MLflow.delivery.types, overflow="spill", latency_s=0.01, backoff_s=0.05, max_backoff_s=0.5, retries=500
-    )
+    delivery = Delivery(types=MLflow.delivery.types, latency_s=0.01, backoff_s=0.05, max_backoff_s=0.5, retries=500)
     sink = MLflow(server.url, experiment=name)
     result = Trainer(
         Line(60),

@@ -423,7 +423,7 @@ def test_an_active_run_of_the_caller_is_joined_and_left_open(story: Any, tmp_pat
         result = Trainer(
             Line(),
             TrainerArguments(train_batch_size=2, device="cpu"),
-            sinks=[WandB(mode="offline")],
+            sinks=[(WandB(mode="offline"), Delivery(types=WandB.delivery.types))],
             journal=False,
             checkpoints=False,
         ).train()

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from events.journal.writer import Journal
-from events.messages import Event, RunEnded, RunStarted
+from events.messages import BackwardEnded, Event, RunEnded, RunStarted
 from events.sink import Delivery
 from sinks import CSV
 from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments, inline, observer
@@ -108,6 +108,15 @@ class Quiet(CallbackInterface):
         ({"journal": {}}, "journal must be True, False or a Journal, not {}"),
         ({"sinks": [Journal()]}, "sinks[0] is a Journal, of which a run has one: give it as journal="),
         ({"sinks": [(Journal(), Delivery())]}, "sinks[0] is a Journal, of which a run has one"),
+        (
+            {"sinks": [CSV("m.csv")], "journal": False},
+            "sinks[0] (CSV) has overflow='catch_up', which reads the journal; keep the journal, or give (CSV(...),"
+            " Delivery(overflow='drop_oldest'))",
+        ),
+        (
+            {"sinks": [(CSV("m.csv"), Delivery(overflow="catch_up", types=frozenset({BackwardEnded})))]},
+            "sinks[0] (CSV) has overflow='catch_up', but the journal does not keep BackwardEnded; give",
+        ),
         ({"run_id": ""}, "run_id must be a name without slashes, not ''; run_dir chooses the folder"),
         ({"run_id": "a/b"}, "run_id must be a name without slashes, not 'a/b'"),
         ({"run_id": ".."}, "run_id must be a name without slashes, not '..'"),

@@ -195,13 +195,10 @@ def test_the_model_stands_still_while_a_fenced_hook_runs(kit: Any, hook: str) ->
     assert order == ["fenced", "inline"]
 
 
-def test_a_queue_that_would_lose_outputs_on_its_way_through_the_disk_is_refused(kit: Any) -> None:
-    """Events can be spilled, tensors cannot: the hook would be called without its outputs."""
-    spill = Delivery(overflow="spill")
-    with pytest.raises(ArgumentsError, match="Diary has hooks that get outputs"):
-        CallbackHooks(kit.Diary(), spill)
-    hooks = CallbackHooks(on("on_end_train", lambda *_: None)(), spill)
-    assert hooks.delivery is spill
+def test_a_callback_that_would_catch_up_is_refused(kit: Any) -> None:
+    """The journal keeps events and no tensors: a hook would be called without its outputs."""
+    with pytest.raises(ArgumentsError, match=r"Diary cannot catch up from the journal, .*; give it overflow='block'"):
+        CallbackHooks(kit.Diary(), Delivery(overflow="catch_up"))
 
 
 def test_event_types_are_chosen_by_hooks_and_not_by_the_delivery(kit: Any) -> None:

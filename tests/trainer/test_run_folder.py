@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,17 @@ from events.journal.reader import JournalReader, SkippedLine, journal_tail, read
 from events.messages import (
     Event,
     JournalGap,
+    LedgerReported,
     ObserverFailed,
     ObserverRecovered,
+    ObserversReported,
     RunEnded,
     RunResumed,
     RunStarted,
     TrainStepEnded,
 )
 from events.run.folder import RunFolder
+from events.sink import Delivery
 from trainer.errors import ArgumentsError
 
 NET = """
@@ -480,3 +484,30 @@ def test_training_goes_on_while_the_disk_is_full(kit: Any, script: Any) -> None:
     assert [[event.seq, type(event).__name__] for event in journal][: len(published)] == published
     assert RunEnded in {type(event) for event in journal}
     assert [json.loads(line)["seq"] for line in lines(Path("lifted"))] == [event.seq for event in journal]  # each once
+
+
+def test_a_slow_sink_that_catches_up_misses_nothing(kit: Any, tmp_path: Path) -> None:
+    """It writes its first batch after the last step, and has room for two events; the loop does not wait for it."""
+    trained = threading.Event()
+
+    class Slow(kit.Memory):
+        def open(self, run: Any) -> Any:
+            writer = super().open(run)
+            write = writer.write
+            writer.write = lambda events: (trained.wait(kit.WAIT_S), write(events))[1]
+            return writer
+
+    class Sets(kit.Diary):
+        def on_end_train(self, global_step: int) -> None:
+            trained.set()
+
+    slow = Slow()
+    sinks = [(slow, Delivery(overflow="catch_up", capacity=2))]
+    outcome = kit.train(kit.Net(), sinks=sinks, callbacks=[Sets()], journal=True, run_dir=tmp_path / "run", epochs=5)
+    report = next(one for one in outcome.result.observers if one.observer == "slow")
+    assert (report.state, report.dropped, report.left) == ("closed", 0, 0)
+    history = kit.read_journal(tmp_path / "run")
+    assert len(history) > 20
+    last = slow.events[-1].seq
+    assert [event.seq for event in slow.events] == [event.seq for event in history if event.seq <= last]
+    assert isinstance(slow.events[-1], RunEnded | ObserversReported | LedgerReported)

@@ -121,8 +121,7 @@ class CallbackHooks:
     """One callback's hooks, sorted by lane.
 
     Raises:
-        ArgumentsError: its queue may spill, but what goes through the disk loses the outputs that a hook wants; or its
-            delivery names event types.
+        ArgumentsError: its delivery names event types, or catches up from the journal, which keeps no outputs.
     """
 
     def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
@@ -172,15 +171,10 @@ class CallbackHooks:
                 f"the callback {self.name} comes with Delivery(types=...), but its hooks say what it gets: leave types"
                 f" out, and hooks that it does not want"
             )
-        if self.delivery.overflow == "spill" and self.observed and self.stateful:
+        if self.delivery.overflow == "catch_up":
             raise ArgumentsError(
-                f"the callback {self.name} has a state_dict for checkpoints, which an overflow of 'spill' would lose:"
-                f" give it 'block', which is the default, or 'drop_oldest'"
-            )
-        if self.delivery.overflow == "spill" and not _WITH_OUTPUTS.isdisjoint(self.observed):
-            raise ArgumentsError(
-                f"the callback {self.name} has hooks that get outputs, which an overflow of 'spill' would lose: give it"
-                f" 'block', which is the default, or 'drop_oldest'"
+                f"the callback {self.name} cannot catch up from the journal, which keeps no outputs; give it"
+                f" overflow='block', which is the default and loses nothing, or 'drop_oldest'"
             )
 
     def _inline_hook(self, callback: CallbackInterface, name: str) -> InlineHook | None:

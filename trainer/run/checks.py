@@ -116,18 +116,32 @@ def _hint(name: str, given: Any) -> str:
     return ""
 
 
-def check_places(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:
-    """See that what is to run in a process of its own can."""
+def check_deliveries(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:
+    """Check that sinks can run where they are to, and that those which read the journal have one."""
     if sinks_in not in ("thread", "process"):
         problems.append(f"sinks_in must be 'thread' or 'process', not {shown(sinks_in)}")
     for number, sink in enumerate(sinks or ()):
         target, delivery = split(sink)
         delivery = delivery if isinstance(delivery, Delivery) else delivery_of(target)
-        if (delivery.runs_in or sinks_in) != "process" or not callable(getattr(target, "open", None)):
+        if not callable(getattr(target, "open", None)):
+            continue
+        name = f"sinks[{number}] ({type(target).__name__})"
+        if (delivery.runs_in or sinks_in) != "process":
+            unkept = sorted(kind.__name__ for kind in delivery.types or () if not kind.journalled)
+            if delivery.overflow == "catch_up" and journal is None:
+                problems.append(
+                    f"{name} has overflow='catch_up', which reads the journal; keep the journal, or give"
+                    f" ({type(target).__name__}(...), Delivery(overflow='drop_oldest'))"
+                )
+            elif delivery.overflow == "catch_up" and unkept:
+                problems.append(
+                    f"{name} has overflow='catch_up', but the journal does not keep {', '.join(unkept)}; give"
+                    f" overflow='drop_oldest' or 'block'"
+                )
             continue
         if journal is None:
             problems.append(
-                f"sinks[{number}] ({type(target).__name__}) runs in the sink host, which reads the journal; keep the"
+                f"{name} runs in the sink host, which reads the journal; keep the"
                 f" journal, or give ({type(target).__name__}(...), Delivery(runs_in='thread'))"
             )
             continue

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import anyio
 import msgspec
 
+from events.bus.catch_up import WrittenJournal
 from events.bus.observer import Observer, SinkTarget
 from events.bus.pump import Pump
 from events.bus.ring import Ring
@@ -215,7 +216,9 @@ class Session:
             readback=self._readback,
             history=4_096 if keeps_history else 0,
             first_seq=seq + 1,
-            spill_dir=str(folder.path) if folder is not None else None,
+            journal=WrittenJournal(folder.journal_dir, self.journal_settled)
+            if folder is not None and not keeps_history
+            else None,
         )
         self._log = RunLog(self.origin, self.bus.publish)
         self._media = MediaWriter(folder.path if folder is not None else None, self.bus.publish, self.origin)
