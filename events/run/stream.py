@@ -1,11 +1,12 @@
-"""A run's events from a cursor on: from the journal while it is behind, then as they are published."""
+"""A run's events from a cursor on: in its process, or in another one, from its journal."""
 
 from __future__ import annotations
 
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import anyio
@@ -14,6 +15,7 @@ from events.bus.pump import Pump
 from events.bus.subscription import Subscription
 from events.errors import CursorError
 from events.journal.follow import Follower
+from events.journal.reader import last_whole_seq
 from events.messages import Event
 from events.sink import Delivery, Overflow
 
@@ -53,6 +55,73 @@ class BatchedStream(ABC):
             except anyio.EndOfStream:
                 raise StopAsyncIteration from None
         return self._ready.popleft()
+
+
+class JournalEventStream(BatchedStream):
+    """The `events.protocol.EventStream` of a run whose journal another process writes. One consumer.
+
+    However slow the consumer is, nothing is lost and nothing is kept in memory: the journal is the queue. It is read on
+    threads, never in the event loop; only the opening, with ``since=None``, reads the journal's last kilobytes on the
+    calling thread.
+
+    Args:
+        journal_dir: The run's journal; it may not exist yet.
+        attempt: The attempt that is watched: events of earlier ones are history, those of later ones end the stream.
+        over: Whether the attempt is, so that nothing more is written to the journal.
+        since: Cursor: events with a greater ``seq`` are returned. None: those that are not in the journal yet.
+        types: Only these types; None for all.
+
+    Raises:
+        CursorError: one of the types is never in the journal.
+        OSError: the journal exists but cannot be read.
+    """
+
+    def __init__(
+        self,
+        journal_dir: str | os.PathLike[str],
+        attempt: int,
+        over: Callable[[], bool],
+        since: int | None,
+        types: Iterable[type[Event]] | None,
+    ) -> None:
+        super().__init__()
+        self._types = frozenset(types) if types is not None else None
+        unkept = sorted(one.__name__ for one in self._types or () if not one.journalled)
+        if unkept:
+            raise CursorError(
+                f"{', '.join(unkept)} cannot be watched from another process: the journal, through which the events"
+                f" come, does not keep such events; leave them out, or watch them in the run's own process"
+            )
+        self._attempt = attempt
+        self._cursor = last_whole_seq(journal_dir) if since is None else since
+        self._ended = False
+        self._follower = Follower(journal_dir, self._cursor, over=lambda: self._ended or over(), poll_s=_POLL_S)
+
+    @property
+    def cursor(self) -> int:
+        """``seq`` of the last event that was returned, or passed over because of its type."""
+        return self._ready[0].seq - 1 if self._ready else self._cursor
+
+    async def _next_batch(self) -> list[Event]:
+        batch: list[Event] = []
+        while not batch and not self._ended:
+            for event in await self._follower.receive():
+                if self._ended or event.attempt > self._attempt:  # the run was resumed since
+                    self._ended = True
+                    break
+                self._cursor = event.seq
+                if self._types is None or type(event) in self._types:
+                    batch.append(event)
+        if not batch:
+            raise anyio.EndOfStream
+        return batch
+
+    async def aclose(self) -> None:
+        """Stop receiving and drop the rest; `cursor` keeps its value."""
+        self._cursor = self.cursor
+        self._ready.clear()
+        self._ended = True
+        self._follower.wake()  # for a task that still waits in `receive`
 
 
 class LocalEventStream(BatchedStream):

@@ -34,7 +34,7 @@ from events.messages import (
     TrainStepEnded,
 )
 from events.process import Program
-from events.run.journal_stream import JournalEventStream
+from events.run.stream import JournalEventStream
 from events.wire import encode_json_lines
 from trainer.errors import ArgumentsError, LaunchedRunCrashed, LaunchedRunFailed
 from trainer.remote import launch as launcher

@@ -1,6 +1,6 @@
 """Launching a run in a process of its own, and watching and steering it from here.
 
-Events come from the run's journal (`events.run.journal_stream`), so that watching costs the run nothing. torch is not
+Events come from the run's journal (`events.run.stream`), so that watching costs the run nothing. torch is not
 imported here: a service that launches runs need not have it in memory.
 """
 
@@ -23,8 +23,8 @@ from events.log import logger
 from events.messages import Event
 from events.process import Child, Program
 from events.protocol import AnyCommand, EventStream, RunResult
-from events.run.journal_stream import JournalEventStream
 from events.run.run import Run
+from events.run.stream import JournalEventStream
 from events.wire import encode_command_msgpack
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.errors import ArgumentsError
