@@ -17,6 +17,12 @@ MAX_DEPTH = 100
 
 Int64 = Annotated[int, Meta(ge=INT_MIN, le=INT_MAX)]
 """An integer within 64 bits."""
+Count = Annotated[int, Meta(ge=0, le=INT_MAX)]
+"""Such an integer that is not negative."""
+LAST_ATTEMPT = 10**9 - 1
+"""Attempts are numbered up to here: a greater number stands in a file that was damaged, or made up."""
+AttemptNumber = Annotated[int, Meta(ge=0, le=LAST_ATTEMPT)]
+"""The number of an attempt; 0 where none is known."""
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """A number that is neither NaN nor infinite."""
 

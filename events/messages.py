@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from events.bounds import Finite, Int64
+from events.bounds import AttemptNumber, Count, Finite, Int64
 
 StageName = Literal["train", "val", "test"]
 Status = Literal["finished", "stopped", "cancelled", "failed"]
@@ -39,12 +39,12 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="type", o
     """
 
     run_id: str
-    attempt: Int64
-    seq: Int64
+    attempt: AttemptNumber
+    seq: Count
     time: Finite
-    rank: Int64
-    global_step: Int64
-    epoch: Int64
+    rank: Count
+    global_step: Count
+    epoch: Count
     stage: StageName | None
 
     __test__: ClassVar[bool] = False  # pytest must not take `TestStepEnded` for a test class

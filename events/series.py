@@ -6,12 +6,14 @@ pairs become one, so that however long a run is, its curve fits a screen, and no
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from events.bounds import INT_MAX, Count, Int64
 from events.messages import Event, TrainStepEnded
 from events.metrics import metrics_of
 
@@ -21,6 +23,12 @@ MOST_POINTS_IN_ALL = 250_000
 """Points of all series of a run: where there are many, each has fewer."""
 MOST_SERIES = 2_000
 """Names are strangers' text, so even their number has a bound."""
+
+
+_Value = TypeVar("_Value")
+_Points = Annotated[list[_Value], msgspec.Meta(max_length=MOST_POINTS)]
+"""Bounded before it is decoded."""
+_Word = Literal["nan", "inf", "-inf"]
 
 
 class Series(msgspec.Struct):
@@ -33,17 +41,17 @@ class Series(msgspec.Struct):
         low: The smallest finite value in it; NaN if none is.
         high: The largest one.
         weight: How many values are in it.
-        odd: Points in which a value was not finite, by their index: ``nan``, ``inf`` or ``-inf``.
+        odd: Points in which a value was not finite, in their order: their index, and ``nan``, ``inf`` or ``-inf``.
     """
 
-    step: list[int] = []
-    time: list[float] = []
-    mean: list[float] = []
-    low: list[float] = []
-    high: list[float] = []
-    weight: list[int] = []
-    odd: dict[int, str] = {}
-    width: int = 1
+    step: _Points[Int64] = []
+    time: _Points[float] = []
+    mean: _Points[float] = []
+    low: _Points[float] = []
+    high: _Points[float] = []
+    weight: _Points[Count] = []
+    odd: _Points[tuple[Count, _Word]] = []  # a stranger could choose colliding keys of a dict
+    width: Count = 1
     """Values that a point takes; a power of two."""
     last: float = math.nan
     """The last value, finite or not."""
@@ -59,10 +67,11 @@ class Series(msgspec.Struct):
         length = len(self.step)
         columns: tuple[Sequence[object], ...] = (self.time, self.mean, self.low, self.high, self.weight)
         return (
-            length <= MOST_POINTS
-            and all(len(column) == length for column in columns)
-            and all(0 <= index < length for index in self.odd)
+            all(len(column) == length for column in columns)
+            and all(before < after for (before, _), (after, _) in itertools.pairwise(self.odd))
+            and (not self.odd or self.odd[-1][0] < length)
             and all(weight > 0 for weight in self.weight)
+            and self.count <= INT_MAX
             and self.width > 0
         )
 
@@ -88,7 +97,7 @@ class Series(msgspec.Struct):
         else:  # one of them is not, or they are so large that their sum is not
             odd = next((value for value in values if not math.isfinite(value)), None)
             if odd is not None:
-                self.odd[len(self.step) - (0 if new else 1)] = str(odd)
+                self._mark(len(self.step) - (0 if new else 1), _word(odd))
             values = [value for value in values if math.isfinite(value)]
             total = sum(values)
             if values and math.isfinite(total):
@@ -110,6 +119,12 @@ class Series(msgspec.Struct):
         self.high[-1] = _pick(max, self.high[-1], high)
         self.weight[-1] += weight
 
+    def _mark(self, index: int, word: _Word) -> None:
+        """Note that the newest point has a value that is not finite."""
+        if self.odd and self.odd[-1][0] == index:
+            self.odd.pop()
+        self.odd.append((index, word))
+
     def _halve(self) -> None:
         """Two points become one."""
         merged = Series(width=self.width * 2, last=self.last)
@@ -123,7 +138,8 @@ class Series(msgspec.Struct):
             merged.low.append(_pick(min, self.low[left], self.low[right]))
             merged.high.append(_pick(max, self.high[left], self.high[right]))
             merged.weight.append(self.weight[left] + (0 if only else self.weight[right]))
-        merged.odd = {index // 2: text for index, text in self.odd.items()}
+        for index, word in self.odd:
+            merged._mark(index // 2, word)
         for name in self.__struct_fields__:
             setattr(self, name, getattr(merged, name))
 
@@ -138,14 +154,14 @@ class SeriesStore(msgspec.Struct):
     cursor: int = 0
     """``seq`` of the last event that is in them."""
     attempt: int = 0
-    series: dict[str, Series] = {}
+    series: Annotated[dict[str, Series], msgspec.Meta(max_length=MOST_SERIES)] = {}
     left_out: int = 0
     """Values under names beyond `MOST_SERIES`."""
 
     @property
     def is_sound(self) -> bool:
         """Whether it is within its bounds: one that was stored may have been altered."""
-        return len(self.series) <= MOST_SERIES and all(series.is_sound for series in self.series.values())
+        return all(series.is_sound for series in self.series.values())
 
     def add(self, events: Iterable[Event]) -> None:
         """Take the numbers of events, in their order."""
@@ -231,13 +247,17 @@ def plain(series: Series) -> dict[str, Any]:
         "last": as_json(series.last) if series.step else None,
     }
     if series.odd:
-        shown["nonfinite"] = {str(index): text for index, text in series.odd.items()}
+        shown["nonfinite"] = {str(index): word for index, word in series.odd}
     return shown
 
 
 def as_json(value: float) -> float | str:
     """A number as JSON has it: one that is not finite is ``nan``, ``inf`` or ``-inf``."""
     return value if math.isfinite(value) else str(value)
+
+
+def _word(value: float) -> _Word:
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
 def _mean(first: float, first_weight: int, second: float, second_weight: int) -> float:

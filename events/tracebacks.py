@@ -26,7 +26,7 @@ _CHARS = 16_000
 def describe(error: BaseException) -> str:
     """An exception in one line of at most a thousand characters: its type and its text."""
     try:
-        text = masked(" ".join(str(error).split()))
+        text = " ".join(masked(str(error)).split())
     except Exception as broken:  # the exception is the user's
         text = f"its text cannot be had, {type(broken).__name__}"
     text = text if len(text) <= _LINE_CHARS else f"{text[:_LINE_CHARS]}..."
@@ -44,6 +44,8 @@ def format_traceback(error: BaseException) -> str:
         told = traceback.TracebackException.from_exception(error, compact=True)
         for one in _chain(told):
             _drop_ours(one.stack)
+            if isinstance(one.__notes__, list):  # masked as a whole: they are formatted line by line
+                one.__notes__ = [masked(str(note)) for note in one.__notes__]
             if len(one.stack) > _FRAMES_FIRST + _FRAMES_LAST:
                 one.stack = traceback.StackSummary.from_list(
                     [*one.stack[:_FRAMES_FIRST], _gap(len(one.stack)), *one.stack[-_FRAMES_LAST:]]

@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from events.bounds import INT_MAX, INT_MIN, check_plain
+from events.bounds import INT_MAX, LAST_ATTEMPT, check_plain
 from events.errors import WireError
 from events.messages import EVENT_TYPES, Event, RunStarted, StageName, UnknownEvent
 from events.protocol import AnyCommand
@@ -335,16 +335,16 @@ def _index(tree: Any, part: str) -> Any:
 
 
 def _unknown(name: str, tree: dict[Any, Any], data: bytes, encoding: Encoding) -> UnknownEvent:
-    def whole(key: str) -> int:
+    def whole(key: str, most: int = INT_MAX) -> int:
         value = tree.get(key)
-        return value if isinstance(value, int) and type(value) is not bool and INT_MIN <= value <= INT_MAX else 0
+        return value if isinstance(value, int) and type(value) is not bool and 0 <= value <= most else 0
 
     run_id, time, stage = tree.get("run_id"), tree.get("time"), tree.get("stage")
     if not isinstance(time, float) or not math.isfinite(time):
         time = float(time) if isinstance(time, int) and abs(time) < 2**53 else 0.0
     return UnknownEvent(
         run_id=run_id if isinstance(run_id, str) else "",
-        attempt=whole("attempt"),
+        attempt=whole("attempt", LAST_ATTEMPT),
         seq=whole("seq"),
         time=time,
         rank=whole("rank"),

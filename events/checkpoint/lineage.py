@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 import xxhash
 
-from events.bounds import Int64
+from events.bounds import LAST_ATTEMPT, Int64
 from events.checkpoint.manifest import CheckpointName, Manifest, Metric
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
-
-LAST_ATTEMPT = 10**9 - 1
-"""Attempts are numbered up to here: a greater number stands in a file that was damaged, or made up."""
 
 
 class Attempt(msgspec.Struct, frozen=True):

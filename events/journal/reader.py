@@ -12,6 +12,7 @@ exists and cannot be read raises `OSError`, and so does a journal whose folder i
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import re
@@ -476,29 +477,47 @@ def history_filter(journal_dir: str | os.PathLike[str]) -> Callable[[Event], boo
 
 def _kept_up_to(resumes: list[RunResumed]) -> Callable[[int], tuple[float, float]]:
     """By attempt: up to which ``seq``, and which step, its events count."""
-    by_attempt = {resume.attempt: resume for resume in resumes}
-    bounds: dict[int, tuple[float, float]] = {}
+    # Sorted and not by attempt in a dict: a stranger may choose numbers that collide, or that are far apart. Of several
+    # resumes of an attempt the last one counts.
+    resumes = sorted((resume for resume in resumes if resume.attempt), key=_attempt_of)
     everything = seq, step = math.inf, math.inf
-    current = newest = max(by_attempt, default=0)
+    current = newest = resumes[-1].attempt if resumes else 0
+    line: list[tuple[int, int, tuple[float, float]]] = []  # first and last attempt of a stretch with the same bounds
     while current > 0:
-        bounds[current] = seq, step
-        resume = by_attempt.get(current)
-        parent = current - 1
-        if resume is not None and resume.after_seq is None:  # all that is known is the step
+        index = bisect.bisect_right(resumes, current, key=_attempt_of) - 1
+        if index < 0:
+            line.append((1, current, (seq, step)))
+            break
+        resume = resumes[index]
+        line.append((resume.attempt, current, (seq, step)))
+        parent = resume.attempt - 1
+        if resume.after_seq is None:  # all that is known is the step
             step = min(step, resume.global_step)
-        elif resume is not None:
+        else:
             name = CheckpointName.parse(resume.checkpoint or "")
-            seq, step = resume.after_seq or 0, math.inf
+            seq, step = resume.after_seq, math.inf
             parent = name.attempt if name is not None and resume.after_seq else 0
-        current = min(parent, current - 1)
+        current = min(parent, resume.attempt - 1)
+    line.reverse()
 
     def kept(attempt: int) -> tuple[float, float]:
-        if attempt in bounds or attempt > newest:
-            return bounds.get(attempt, everything)
+        stretch = line[max(0, bisect.bisect_right(line, attempt, key=_first_of) - 1)] if line else (0, 0, everything)
+        if stretch[0] <= attempt <= stretch[1]:
+            return stretch[2]
         # One that has resumed nothing has trained nothing: a test. The first one needs not to have.
-        return (0, 0) if attempt == 1 or attempt in by_attempt else everything
+        index = bisect.bisect_left(resumes, attempt, key=_attempt_of)
+        has_resumed = attempt <= newest and resumes[index].attempt == attempt
+        return (0, 0) if has_resumed or (attempt == 1 and newest) else everything
 
     return kept
+
+
+def _attempt_of(event: Event) -> int:
+    return event.attempt
+
+
+def _first_of(stretch: tuple[int, int, tuple[float, float]]) -> int:
+    return stretch[0]
 
 
 class EventFinder:

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from events.checkpoint.lineage import LAST_ATTEMPT
+from events.bounds import LAST_ATTEMPT
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import CheckpointError, RunFolderError, RunFolderHeld, RunFolderMismatch
 from events.journal.reader import JOURNAL_DIR, JournalTail, journal_tail

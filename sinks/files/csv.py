@@ -38,9 +38,13 @@ _HEADER = (",".join(COLUMNS) + "\n").encode()
 _TEXT = rb'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'
 _BEGIN = re.compile(rb'"|[^",\r\n]*,\d+,\d+,')
 """How a row of any run begins: a line that does not is the rest of a name."""
-_FORMULA = re.compile("^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?=[-=+@\uff1d\uff0b\uff0d\uff20])")
+_UNSEEN = "[\0-\x08\x0b\x0c\x0e-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
+"""Spaces and characters without a shape, which spreadsheets may strip; not a tab or a line break."""
+_FORMULA = re.compile(
+    f"^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?={_UNSEEN}*[-=+@\u2212\ufe62\ufe63\ufe66\ufe6b\uff0b\uff0d\uff1d\uff20])"
+)
 """Where a text begins that a spreadsheet may take for a formula: a cell, also where a semicolon, a tab or a line
-break separates cells. The last four are the wide forms of the first."""
+break separates cells. The first four signs have wide and small forms."""
 _ROW = re.compile(rb'(%b),"?(\d+)"?,"?(\d+)"?,"?([-+.\deE]+)"?,[^,]*,[^,]*,[^,]*,%b,[^,]*\n' % (_TEXT, _TEXT))
 """All columns; another program may have put each between quotes."""
 
@@ -54,8 +58,8 @@ class CSV(Strict, frozen=True):
 
     Its columns are ``run_id, attempt, seq, time, global_step, epoch, stage, name, value``; ``time`` is in Unix seconds,
     ``stage`` is empty outside of any. NaN and infinities are ``nan``, ``inf`` and ``-inf``. A name that a spreadsheet
-    would take for a formula (it begins with ``=``, ``+``, ``-``, ``@``, a tab or a line break) has a ``'`` before it;
-    numbers have none. An attempt that continues
+    would take for a formula (it begins with ``=``, ``+``, ``-`` or ``@``, also behind spaces, or with a tab or a line
+    break) has a ``'`` before it; numbers have none. An attempt that continues
     the run continues the table. No row is in it twice, and none in part: what a process that was killed has left of one
     is cut away. Steps that a later attempt has done again are there once for each ``attempt``. One run at a time writes
     to a file; several, one after the other, may. One that begins anew under the same name is added, with a warning.

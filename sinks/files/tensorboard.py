@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from events.bounds import INT_MAX
+from events.log import logger
 from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunResumed, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
@@ -140,11 +142,8 @@ class TensorBoardWriter:
         events = newer(events, self._reached.position)
         records: list[bytes] = []
         for event in events:
-            if metrics := metrics_of(event):
-                records.append(_scalars(event, metrics))
-            elif (message := self._message_of(event)) is not None:
-                message.wall_time = event.time
-                records.append(message.SerializeToString())
+            if (record := self._record_of(event)) is not None:
+                records.append(record)
         if not events:
             return
         reached = self._reached.reached(position_of(events[-1]), max(event.time for event in events))
@@ -175,6 +174,21 @@ class TensorBoardWriter:
             if reached is not None:
                 self._reached = reached
 
+    def _record_of(self, event: Event) -> bytes | None:
+        """The record of an event; None if TensorBoard gets none, or if no message can hold the event."""
+        if metrics := metrics_of(event):
+            return _scalars(event, metrics)
+        try:
+            message = self._message_of(event)
+            if message is None:
+                return None
+            message.wall_time = event.time
+            record: bytes = message.SerializeToString()
+        except (ValueError, TypeError, OverflowError) as error:  # numbers of a stranger: a retry meets the same
+            logger.warning(f"TensorBoard skips {type(event).__name__} (seq {event.seq}): {error}")
+            return None
+        return record
+
     def _message_of(self, event: Event) -> Any:
         """The message that TensorBoard gets of an event that has no numbers; None if it gets none."""
         client = self._client
@@ -192,7 +206,7 @@ class TensorBoardWriter:
                 value = client.session_end(event)
             case RunResumed():
                 # Hides everything in this folder from this step on, whose numbers come again.
-                return client.Event(step=event.global_step + 1, session_log=client.session_log_start)
+                return client.Event(step=min(event.global_step + 1, INT_MAX), session_log=client.session_log_start)
             case _:
                 return None
         return None if value is None else client.Event(step=event.global_step, summary=client.Summary(value=[value]))
@@ -276,7 +290,8 @@ class _Client:
 
     def image(self, event: ImageLogged, data: bytes) -> Any:
         """The encoded image as it is."""
-        image = self.Summary.Image(height=event.height, width=event.width, encoded_image_string=data)
+        height, width = (size if 0 <= size < 2**31 else 0 for size in (event.height, event.width))
+        image = self.Summary.Image(height=height, width=width, encoded_image_string=data)
         return self.Summary.Value(tag=_tag(event), image=image)
 
     def text(self, tag: str, text: str) -> Any:

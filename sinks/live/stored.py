@@ -30,7 +30,7 @@ from sinks.live.view import RunView, trimmed
 
 STORE_NAME = "view.msgpack"
 """In a run's folder: the view as it was. It may be deleted."""
-_VERSION = 5
+_VERSION = 6
 PAUSE_S = 0.0002
 """Between two batches of a long journal: so others on this interpreter wait 2 ms for it instead of 5, each time."""
 MOST_SKIPPED = 10_000

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from events import wire
+from events.bounds import LAST_ATTEMPT
 from events.errors import RunFolderError, WireError
 from events.journal import reader as journal_reader
 from events.journal.lines import CHECKSUM, PREVIOUS_SEQ, encode_lines
@@ -1101,6 +1102,20 @@ def test_resumes_nest(tmp_path: Path) -> None:
     assert kept() == [(1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 6), (2, 7), (3, 8)]
     write(tmp_path, [resumed(17, 4, 3), step(18, 4, 4)])
     assert kept() == [(1, 1), (1, 2), (1, 3), (4, 4)]
+
+
+def test_attempts_that_are_far_apart_cost_no_memory(tmp_path: Path) -> None:
+    """A line of 180 bytes may name any attempt up to the last one; a greater number is damage."""
+    write(tmp_path, [step(1), step(2), step(3)])
+    write(tmp_path, [resumed(4, LAST_ATTEMPT, 2), step(5, LAST_ATTEMPT, 3), resumed(6, LAST_ATTEMPT + 1, 0)])
+    tracemalloc.start()
+    try:
+        history = list(read_history(tmp_path / "journal"))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert [event.seq for event in history if not isinstance(event, JournalGap)] == [1, 2, 4, 5]
+    assert [event.first_seq for event in history if isinstance(event, JournalGap)] == [6]
 
 
 @settings(deadline=None, max_examples=40)

@@ -25,6 +25,20 @@ LEAKING = [
     "http://there/?%74oken=hidden",
     "https://bucket/x?X-Amz-Signature=hidden&X-Amz-Credential=hidden",
     "wss://there:x/;access-token=hidden",
+    "https://me:12/hidden@there/path",
+    "https://me:8080?x=hidden@there/",
+    "s3://1234:1/hidden@bucket",
+    "https://there/?api_key%3Dhidden",
+    "postgres://me:x hidden@there/db",
+    "postgres://me:12 hidden@there/db",
+    "postgres://me:12/x hidden@there/db",
+    "postgres://me:x y hidden@z@there/db",
+    "https://me:x\n  hidden@there",
+    "https://me\n:hidden@there",
+    "https://\nme:hidden@there",
+    "https:/\n/me:hidden@there",
+    "https://\n  me:hidden@there",
+    "https://there/?token=x\nhidden",
 ]
 
 
@@ -58,6 +72,8 @@ def test_an_argument_that_is_meant_for_a_url_is_masked_without_its_scheme(url: s
         "s3://bucket/a@b",
         "file:///home/me@there/x",
         "http://[::1]:80/a@b",
+        "http://127.0.0.1:80/a@b and a@b",
+        "see http://there:80, and mail me",
         "mail me@there",
         "x=1 http://there/?run=a#b=c",
     ],
@@ -69,5 +85,11 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 def test_masking_takes_linear_time() -> None:
     """Texts of strangers can be long."""
-    for text in ("a" * 10**6 + ":/", "://" * 10**5, "http://a" + "?a=" * 10**5, "http://" + "@" * 10**5 + "x"):
+    for text in (
+        "a" * 10**6 + ":/",
+        "://" * 10**5,
+        "http://a" + "?a=" * 10**5,
+        "http://" + "@" * 10**5 + "x",
+        "ab:/\n" * 10**5,
+    ):
         masked(text)

@@ -65,7 +65,9 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
     if annotation is Finite:
         return st.floats(allow_nan=False, allow_infinity=False)
     if get_origin(annotation) is typing.Annotated:
-        annotation = get_args(annotation)[0]
+        annotation, meta = get_args(annotation)
+        if annotation is int:
+            return st.integers(meta.ge, meta.le)
     simple = {str: text, int: int64, float: st.floats(), bool: st.booleans(), type(None): st.none()}
     if annotation in simple:
         return simple[annotation]
@@ -215,7 +217,7 @@ def test_an_event_that_could_not_be_written_again_is_refused_in_a_few_words(memb
 def test_integers_and_times_of_msgpack_have_the_same_bounds() -> None:
     """An integer of 64 bits without a sign and a NaN are what msgpack can hold beyond JSON."""
     fields = {**HEADER, "type": "RunStarted", "module": "m", "epochs": 1}
-    for wrong in ({"seq": 2**63}, {"time": math.nan}, {"time": math.inf}):
+    for wrong in ({"seq": 2**63}, {"global_step": -1}, {"attempt": 10**9}, {"time": math.nan}, {"time": math.inf}):
         with pytest.raises(WireError, match="RunStarted event: "):
             wire.decode_msgpack(msgspec.msgpack.encode(fields | wrong))
 

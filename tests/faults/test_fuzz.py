@@ -90,7 +90,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     """Values for a field of a type, as JSON has them."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is typing.Annotated:
-        return values_of(args[0])
+        values, meta = values_of(args[0]), args[1]
+        return values.filter(lambda value: meta.ge <= value <= meta.le) if args[0] is int else values
     if kind is Any or kind is msgspec.Raw:
         return plain
     if kind in (str, bytes):

@@ -265,8 +265,14 @@ def test_no_text_is_a_formula_and_every_number_is_a_number(story: Any, tmp_path:
         "'=1",
         "fine-1",
         "loss=2",
+        " =1",
+        "\u3000\ufeff=1",
+        "a; \uff1d1",
+        "\t\x1f-1",
+        "\ufe661",
+        "a =1",
     ]
-    values = dict(zip(names, [-0.5, math.nan, -math.inf, math.inf, *map(float, range(-5, 5))], strict=True))
+    values = dict(zip(names, [-0.5, math.nan, -math.inf, math.inf, *map(float, range(-5, 11))], strict=True))
     run_id = "=cmd|' /C calc'!A0"
     events = [MetricsLogged(run_id, 1, seq, 1.5, 0, step, 0, "train", values) for seq, step in ((1, 1), (2, 2))]
     path = tmp_path / "metrics.csv"
@@ -278,11 +284,13 @@ def test_no_text_is_a_formula_and_every_number_is_a_number(story: Any, tmp_path:
     assert [float(row["value"]) for row in found] == pytest.approx([*values.values()] * 2, nan_ok=True)
     assert {row["run_id"] for row in found} == {f"'{run_id}"}
     harmless = ["'=1+1", "'+1", "'-1", "'@SUM(1)", "'\t'=1", "'\r'=1", "'\n'=1", "'\uff1d1", "a;'=1", "a\t'=1"]
-    assert [row["name"] for row in found][: len(names)] == [*harmless, *names[10:]]
+    harmless += names[10:14]
+    harmless += ["' =1", "'\u3000\ufeff=1", "a;' \uff1d1", "'\t'\x1f-1", "'\ufe661", "a =1"]
+    assert [row["name"] for row in found][: len(names)] == harmless
     for separator in (",", ";", "\t"):
         with open(path, newline="", encoding="utf-8") as file:
             cells = [cell for row in csv.reader(file, delimiter=separator) for cell in row]
-        assert [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r", "\n", "\uff1d"))] == []
+        assert [cell for cell in cells if cell.strip().startswith(("=", "+", "@", "\t", "\r", "\n", "\uff1d"))] == []
 
 
 def test_a_name_that_is_no_unicode_is_written_as_its_escapes(story: Any, tmp_path: Path) -> None:

@@ -451,6 +451,20 @@ def test_what_tensorboardx_wrote_stays_when_the_run_goes_on(opened: Any, story: 
     assert curve(shown(tmp_path / "tensorboard"), "own") == [(4, 0.25, 6.0)]
 
 
+def test_an_event_that_no_message_can_hold_is_skipped(opened: Any, story: Any, tmp_path: Path, caplog: Any) -> None:
+    """With a warning, and once: numbers in a journal may be a stranger's."""
+    writer = opened()
+    huge = msgspec.structs.replace(story(HistogramLogged, name="h", low=0.0, high=1.0, counts=[1.0]), global_step=2**63)
+    last = msgspec.structs.replace(story(RunResumed), global_step=2**63 - 1)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    image = story(ImageLogged, name="i", path="a.png", width=2**40, height=-1)
+    writer.write([huge, last, image, *story.steps(1)])
+    writer.close()
+    assert caplog.text.count("TensorBoard skips HistogramLogged") == caplog.text.count("TensorBoard skips") == 1
+    board = shown(tmp_path / "tensorboard")
+    assert (len(board.Scalars("train_loss")), len(board.Images("i"))) == (1, 1)
+
+
 def test_a_folder_that_the_run_is_writing_to_is_waited_for(opened: Any, story: Any) -> None:
     """A replay beside the run would tell everything twice."""
     writer = opened()

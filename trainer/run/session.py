@@ -15,12 +15,12 @@ from typing import Any, Literal
 import anyio
 import msgspec
 
+from events.bounds import LAST_ATTEMPT
 from events.bus.catch_up import WrittenJournal
 from events.bus.observer import Observer, SinkTarget
 from events.bus.pump import Pump
 from events.bus.ring import Ring
 from events.bus.supervisor import Supervisor, health_at_end, report_observers
-from events.checkpoint.lineage import LAST_ATTEMPT
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, LAST_SEQ, CheckpointStore
 from events.errors import RunCancelled, RunFolderError, TrainingThreadStuck
