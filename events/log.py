@@ -294,7 +294,9 @@ class RunLog:
 
     @staticmethod
     def _event(warned: Warned, header: Header) -> WarningLogged:
-        return WarningLogged(*header, warned.level, warned.message, warned.exception, warned.repeats)
+        return WarningLogged(
+            *header, level=warned.level, message=warned.message, exception=warned.exception, repeats=warned.repeats
+        )
 
 
 def _no_console() -> bool:

@@ -283,12 +283,16 @@ class MediaWriter:
         header, name, what = item.header, item.name, item.what
         if isinstance(what, Text):
             path = self._write(name, header, what.text.encode("utf-8", "surrogatepass"), "txt")
-            return TextLogged(*header, name, what.text[:INLINE_TEXT], path, item.key, item.of_seq)
+            return TextLogged(
+                *header, name=name, text=what.text[:INLINE_TEXT], path=path, key=item.key, of_seq=item.of_seq
+            )
         png = what.encode()
         width, height = struct.unpack(">II", png[16:24])  # PNG, section 11.2.2: the header chunk comes first
         path = self._write(name, header, png, "png")
         assert path is not None
-        return ImageLogged(*header, name, path, width, height, len(png), item.key, item.of_seq)
+        return ImageLogged(
+            *header, name=name, path=path, width=width, height=height, nbytes=len(png), key=item.key, of_seq=item.of_seq
+        )
 
     def _write(self, name: str, header: Header, data: bytes, ending: str) -> str | None:
         if self._folder is None:
@@ -311,7 +315,7 @@ class MediaWriter:
         with self._lock:
             dropped, self._dropped = self._dropped, 0
         if dropped:
-            self._publish(ObserverDropped(*self._origin.header(), self.OBSERVER, dropped))
+            self._publish(ObserverDropped(*self._origin.header(), observer=self.OBSERVER, dropped=dropped))
 
 
 def _folder_name(name: str) -> str:

@@ -285,7 +285,15 @@ class CheckpointUploader:
         self._failures["upload"] = 0
         self._untidy = name
         url, duration_s = self._remote.url_of(name), time.monotonic() - began
-        self._publish(CheckpointUploaded(*self._header_of(name, manifest), str(name), url, manifest.nbytes, duration_s))
+        self._publish(
+            CheckpointUploaded(
+                *self._header_of(name, manifest),
+                checkpoint=str(name),
+                url=url,
+                nbytes=manifest.nbytes,
+                duration_s=duration_s,
+            )
+        )
         self._retain()
         return True
 
@@ -293,7 +301,11 @@ class CheckpointUploader:
         now = time.monotonic()
         if first or now - self._told_at >= PROGRESS_S:
             self._told_at = now
-            self._publish(CheckpointUploading(*header, str(name), self._remote.url_of(name), done, total))
+            self._publish(
+                CheckpointUploading(
+                    *header, checkpoint=str(name), url=self._remote.url_of(name), done_bytes=done, total_bytes=total
+                )
+            )
 
     def _tidy(self, name: CheckpointName) -> None:
         """Remove from the store what is not kept, and what is left of uploads that are not going to be finished.
@@ -309,7 +321,7 @@ class CheckpointUploader:
                 if self._abandoned.is_set():
                     return
                 self._remote.remove(name)
-                self._publish(CheckpointDeleted(*self._header_of(name), str(name), "remote"))
+                self._publish(CheckpointDeleted(*self._header_of(name), checkpoint=str(name), where="remote"))
         except UploadError as error:
             self._fail(name, error, "delete")
         else:
@@ -321,7 +333,15 @@ class CheckpointUploader:
     def _fail(self, name: CheckpointName, error: Exception, during: Literal["upload", "delete"]) -> None:
         count = self._failures[during] = self._failures[during] + 1
         if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th...: an outage may be long
-            self._publish(CheckpointFailed(*self._header_of(name), str(name), describe(error), during, count))
+            self._publish(
+                CheckpointFailed(
+                    *self._header_of(name),
+                    checkpoint=str(name),
+                    error=describe(error),
+                    during=during,
+                    consecutive=count,
+                )
+            )
 
     def _header_of(self, name: CheckpointName, manifest: Manifest | None = None) -> Header:
         """The header of an event about a checkpoint: it happens now, but belongs to the checkpoint's step."""

@@ -151,15 +151,15 @@ class CheckpointWriter:
         self._publish(
             CheckpointSaved(
                 *header_of(event),
-                str(snapshot.name),
-                str(path),
-                manifest.nbytes,
-                now - event.time,
-                now - began,
-                event.reasons,
-                event.command_ids,
-                metric,
-                manifest.missing,
+                checkpoint=str(snapshot.name),
+                path=str(path),
+                nbytes=manifest.nbytes,
+                durable_s=now - event.time,
+                write_s=now - began,
+                reasons=event.reasons,
+                command_ids=event.command_ids,
+                metric=metric,
+                missing=manifest.missing,
             )
         )
         self.retain()
@@ -220,7 +220,14 @@ class CheckpointWriter:
         consecutive: int,
     ) -> None:
         ids = event.command_ids if during == "write" else []
-        failed = CheckpointFailed(*header_of(event), checkpoint, describe(error), during, consecutive, ids)
+        failed = CheckpointFailed(
+            *header_of(event),
+            checkpoint=checkpoint,
+            error=describe(error),
+            during=during,
+            consecutive=consecutive,
+            command_ids=ids,
+        )
         self._publish(failed)
 
     def _write_weights(self, event: RunEnded) -> None:
@@ -231,10 +238,10 @@ class CheckpointWriter:
         try:
             nbytes = disk.replace_file(path, _tensor_file(part))
         except OSError as error:
-            self._publish(CheckpointFailed(*header_of(event), WEIGHTS_NAME, describe(error)))
+            self._publish(CheckpointFailed(*header_of(event), checkpoint=WEIGHTS_NAME, error=describe(error)))
             logger.warning(f"the weights could not be written to {path}: {describe(error)}", published=True)
             return
-        self._publish(WeightsSaved(*header_of(event), str(path), nbytes))
+        self._publish(WeightsSaved(*header_of(event), path=str(path), nbytes=nbytes))
 
     # ----------------------------------------------------------------------------------------- retention
 
@@ -244,7 +251,9 @@ class CheckpointWriter:
             try:
                 going = self._expendable()
             except OSError as error:  # the folder cannot be looked at: nothing goes, and what was saved is saved
-                self._publish(CheckpointFailed(*self._origin.header(), "", describe(error), "delete"))
+                self._publish(
+                    CheckpointFailed(*self._origin.header(), checkpoint="", error=describe(error), during="delete")
+                )
                 logger.warning(f"no checkpoint is deleted from {self._store.folder}: {describe(error)}", published=True)
                 return
             for name, manifest in going.items():
@@ -314,10 +323,10 @@ class CheckpointWriter:
         except OSError as error:
             if name not in self._undeleted:
                 self._undeleted.add(name)
-                self._publish(CheckpointFailed(*header, str(name), describe(error), "delete"))
+                self._publish(CheckpointFailed(*header, checkpoint=str(name), error=describe(error), during="delete"))
             return
         self._undeleted.discard(name)
-        self._publish(CheckpointDeleted(*header, str(name)))
+        self._publish(CheckpointDeleted(*header, checkpoint=str(name)))
 
 
 def _write_part(folder: Path, name: str, part: Part, files: dict[str, FileEntry]) -> None:

@@ -214,5 +214,12 @@ class SinkHost:
         assert self._error is not None
         logger.warning(f"{self._error} ({action})", published=True)
         for sink in self._config.sinks:
-            failed = ObserverFailed(*self._bus.origin.header(), sink.name, self._error, "host", action, deaths)
+            failed = ObserverFailed(
+                *self._bus.origin.header(),
+                observer=sink.name,
+                error=self._error,
+                during="host",
+                action=action,
+                failures=deaths,
+            )
             self._bus.publish(failed)

@@ -129,6 +129,24 @@ def test_every_event_type_is_listed() -> None:
     assert len(EVENT_TYPES) == len(set(EVENT_TYPES))
 
 
+HOT = {"TrainStepEnded", "BackwardEnded"}
+"""Events of each step or micro-batch, which are built by position."""
+
+
+def test_cold_events_are_built_by_keyword() -> None:
+    """So that a reader sees which value is which. A header, which is one tuple, may come first."""
+    kinds = {kind.__name__ for kind in EVENT_TYPES} - HOT
+    paths = [path for package in ("events", "trainer", "sinks") for path in (FOLDER.parent / package).rglob("*.py")]
+    found = [
+        f"{path.relative_to(FOLDER.parent)}:{node.lineno} {node.func.id}"
+        for path in sorted(paths)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds
+        if not all(isinstance(argument, ast.Starred) for argument in node.args)
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("kind", [*EVENT_TYPES, UnknownEvent], ids=lambda kind: kind.__name__)
 def test_every_event_is_a_frozen_tagged_fact_with_the_header_first(kind: type[Event]) -> None:
     """So that any of them can be placed without knowing its type."""

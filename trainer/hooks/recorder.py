@@ -74,7 +74,7 @@ class MetricRecorder:
         if isinstance(value, Histogram | Image | Drawn | Text):
             self._publish_other(name, value, header, key, of_seq)
         else:
-            self._publish(MetricsLogged(*header, {}, key, of_seq), {name: value})
+            self._publish(MetricsLogged(*header, metrics={}, key=key, of_seq=of_seq), {name: value})
 
     def handling(self, event: Event | None, *, waited_for: bool = False) -> None:
         """The calling thread runs a hook for this event, or (None) no longer does.
@@ -95,7 +95,7 @@ class MetricRecorder:
             else:
                 numbers.append((name, value, weight))
         if numbers and (means := _means(numbers)):
-            self._publish(MetricsLogged(*self._bus.origin.header(), {}, key), means)
+            self._publish(MetricsLogged(*self._bus.origin.header(), metrics={}, key=key), means)
 
     def discard(self) -> None:
         """Forget what the loop's thread has logged since the last `take`: the step was skipped."""
@@ -151,7 +151,7 @@ class MetricRecorder:
             self._gaps.discard(gap)
             return value
         known = sorted(judged)
-        self._bus.publish(MonitorMissing(*self._bus.origin.header(), monitor, wanted_by, known))
+        self._bus.publish(MonitorMissing(*self._bus.origin.header(), monitor=monitor, wanted_by=wanted_by, known=known))
         before, noticed = monitor in self._seen, gap in self._gaps
         self._gaps.add(gap)
         what = "validation" if judged is self.validation else "epoch"
@@ -242,9 +242,13 @@ class MetricRecorder:
         if isinstance(value, Histogram):
             numbers: list[Any] = [value.low, value.high, value.counts, value.non_finite]  # deferred
             low, high, counts, non_finite = numbers
-            self._bus.publish(HistogramLogged(*header, name, low, high, counts, non_finite, key, of_seq))
+            self._bus.publish(
+                HistogramLogged(
+                    *header, name=name, low=low, high=high, counts=counts, non_finite=non_finite, key=key, of_seq=of_seq
+                )
+            )
         elif isinstance(value, Text) and len(value.text) <= INLINE_TEXT:
-            self._bus.publish(TextLogged(*header, name, value.text, None, key, of_seq))
+            self._bus.publish(TextLogged(*header, name=name, text=value.text, path=None, key=key, of_seq=of_seq))
         else:
             self._media.add(name, value, header, key, of_seq)
 

@@ -83,7 +83,9 @@ class Attempt:
         """
         fatal, text = callback.delivery.on_error == "fatal", describe(error)
         action: Literal["fatal", "disabled"] = "fatal" if fatal else "disabled"
-        self.bus.publish(ObserverFailed(*self.origin.header(), callback.name, text, hook, action))
+        self.bus.publish(
+            ObserverFailed(*self.origin.header(), observer=callback.name, error=text, during=hook, action=action)
+        )
         if fatal:
             self.control.fail(error, hook)
             raise error

@@ -63,7 +63,9 @@ class Boundary:
             self._wait_for_room()
         if attempt.ledger.since > self._ledger_due:
             self._ledger_due = attempt.ledger.since + self._interval_ns
-            attempt.bus.publish(LedgerReported(*attempt.origin.header(), "interval", attempt.ledger.interval()))
+            attempt.bus.publish(
+                LedgerReported(*attempt.origin.header(), scope="interval", ledger=attempt.ledger.interval())
+            )
 
     # ------------------------------------------------------------------------------------ events and hooks
 
@@ -230,7 +232,11 @@ class Boundary:
     def _announce(self, cause: Literal["fence", "backpressure"], observers: list[str], begin: int) -> None:
         """Say that the loop is waiting for these observers; for none: that it goes on."""
         wait_s = (clock() - begin) / 1e9
-        self.attempt.bus.publish(LoopHeld(*self.attempt.origin.header(), cause, observers, wait_s, not observers))
+        self.attempt.bus.publish(
+            LoopHeld(
+                *self.attempt.origin.header(), cause=cause, observers=observers, wait_s=wait_s, released=not observers
+            )
+        )
         if observers:
             logger.warning(
                 f"the training loop has waited {wait_s:.1f} s for {', '.join(observers)} ({cause})", published=True
@@ -270,7 +276,9 @@ class Boundary:
                 case Resume():
                     paused = False
             name = type(command).__name__.lower()
-            self.attempt.bus.publish(CommandTaken(*self.attempt.origin.header(), name, command.id, command.reason))
+            self.attempt.bus.publish(
+                CommandTaken(*self.attempt.origin.header(), command=name, command_id=command.id, reason=command.reason)
+            )
         reasons = ["command"] if checkpoint_ids else []
         if stop is not None and stop.checkpoint:
             reasons.append("stop")

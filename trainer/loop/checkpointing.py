@@ -195,7 +195,7 @@ class Checkpointing:
         slab = self._wait_for_slab(pool, must or settings.when_busy == "wait")
         if slab is None:
             writing = [str(one.name) for one in self._snapshots if not one.released]
-            attempt.bus.publish(CheckpointSkipped(*attempt.origin.header(), reasons, writing))
+            attempt.bus.publish(CheckpointSkipped(*attempt.origin.header(), reasons=reasons, writing=writing))
             if command_ids:
                 why = "the run is to stop without a checkpoint, and those before it are still being written"
                 self._publish_failure("", why, 1, command_ids)
@@ -250,7 +250,16 @@ class Checkpointing:
         nbytes, blocked_s = staged.nbytes + len(collected.state), (clock() - began) / 1e9
         header = attempt.origin.header()
         prefault_s, slab.prefault_s = slab.prefault_s, None
-        event = CheckpointStaged(*header, str(name), reasons, nbytes, blocked_s, command_ids, metric, prefault_s)
+        event = CheckpointStaged(
+            *header,
+            checkpoint=str(name),
+            reasons=reasons,
+            nbytes=nbytes,
+            blocked_s=blocked_s,
+            command_ids=command_ids,
+            metric=metric,
+            prefault_s=prefault_s,
+        )
         # A callback's inline hooks, and `should_stop`, would change the state that it is asked for on another thread.
         torn = [
             one.name
@@ -362,13 +371,19 @@ class Checkpointing:
     def _announce(self, begin: float, *, released: bool) -> None:
         """Publish that the loop waits for the disk, or that the wait is over."""
         wait_s, header = time.monotonic() - begin, self._attempt.origin.header()
-        self._attempt.bus.publish(LoopHeld(*header, "checkpoint", ["checkpoints"], wait_s, released))
+        self._attempt.bus.publish(
+            LoopHeld(*header, cause="checkpoint", observers=["checkpoints"], wait_s=wait_s, released=released)
+        )
         if not released:
             logger.warning(f"the training loop has waited {wait_s:.1f} s for checkpoints to be written", published=True)
 
     def _publish_failure(self, name: str, error: str, failures: int, command_ids: list[str]) -> None:
         header = self._attempt.origin.header()
-        self._attempt.bus.publish(CheckpointFailed(*header, name, error, "stage", failures, command_ids))
+        self._attempt.bus.publish(
+            CheckpointFailed(
+                *header, checkpoint=name, error=error, during="stage", consecutive=failures, command_ids=command_ids
+            )
+        )
 
     def _fail(self, settings: Checkpoints, error: Exception, command_ids: list[str]) -> None:
         self._failures += 1

@@ -105,7 +105,7 @@ class Evaluation:
         if not under_way and stage is Stage.VAL and attempt.hooks.begin_val:
             boundary.run_inline(attempt.hooks.begin_val, origin.global_step, key=key)
         if not under_way:
-            boundary.publish(started(*origin.header(), key, steps))
+            boundary.publish(started(*origin.header(), key=key, steps=steps))
         outputs = self._outputs(stage, key, keep)
         began = time.monotonic()
         attempt.phase = f"the dataloader {key!r} of {method}"
@@ -117,7 +117,14 @@ class Evaluation:
         loss: Any = weighted_mean(tally.losses)
         if loss is not None:
             recorder.keep(metric_name(f"{name}_loss", key), loss, name, origin.global_step)
-        event = ended(*origin.header(), key, tally.batches, tally.rows, time.monotonic() - began, loss)
+        event = ended(
+            *origin.header(),
+            key=key,
+            steps=tally.batches,
+            rows=tally.rows,
+            duration_s=time.monotonic() - began,
+            loss=loss,
+        )
         boundary.publish(event, outputs)
         return outputs
 
@@ -156,7 +163,7 @@ class Evaluation:
                     )
                 if outputs is not None and values:
                     outputs.append(self._capture.take(values))
-                if step_ended in attempt.bus.audience.wanted:
+                if step_ended in attempt.bus.audience.wanted:  # built by position, because there is one per batch
                     attempt.bus.publish(step_ended(*attempt.origin.header(), key, tally.batches))
         finally:
             ledger.enter("data")

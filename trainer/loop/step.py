@@ -256,6 +256,7 @@ class Step:
                 copy = self._capture.take((loss,))
                 payload = Payload(self._capture.of_step([copy], len(receivers) > 1), fence, copy.nbytes)
             header = self._attempt.origin.header()
+            # By position, because it is built at every micro-batch.
             bus.publish(BackwardEnded(*header, loss.detach(), number), payload)  # type: ignore[arg-type]  # deferred
         if fence is not None:
             with self._attempt.within("on_end_backward"):
@@ -291,14 +292,14 @@ class Step:
         stops = arguments.non_finite == "stop" and reason != "gradient_overflow"
         action: Literal["skipped", "stopped"] = "stopped" if stops else "skipped"
         if reason == "non_finite_loss":
-            event = NonFiniteLoss(*origin.header(), loss, action, count)  # type: ignore[arg-type]  # deferred
+            event = NonFiniteLoss(*origin.header(), loss=loss, action=action, consecutive=count)  # type: ignore[arg-type]  # deferred
             bus.publish(event)
         elif reason == "non_finite_gradient":
-            bus.publish(NonFiniteGradient(*origin.header(), action, count))
+            bus.publish(NonFiniteGradient(*origin.header(), action=action, consecutive=count))
         kind = NonFiniteLossError if reason == "non_finite_loss" else NonFiniteGradientError
         if stops:
             raise kind(f"{_CAUSES[reason]} of step {step} is NaN or infinite and non_finite='stop'; {REMEDY}")
-        bus.publish(StepSkipped(*origin.header(), reason))
+        bus.publish(StepSkipped(*origin.header(), reason=reason))
         if count >= arguments.max_skipped_steps:
             raise kind(
                 f"{count} steps in a row were skipped (max_skipped_steps), the first at step"

@@ -224,7 +224,7 @@ class LoopThread:
             if settings is not None and settings.weights and self._is_clean:
                 self._keep_weights()
             self.total = attempt.ledger.total()
-            attempt.bus.publish(LedgerReported(*attempt.origin.header(), "run", self.total))
+            attempt.bus.publish(LedgerReported(*attempt.origin.header(), scope="run", ledger=self.total))
             if self._is_clean:
                 attempt.phase = "on_end_train"
                 event = self._event_of(self.ending)
@@ -247,7 +247,9 @@ class LoopThread:
 
     def _event_of(self, ending: Ending) -> RunEnded:
         header = self._attempt.origin.header()
-        return RunEnded(*header, ending.status, ending.reason, ending.traceback, ending.phase)
+        return RunEnded(
+            *header, status=ending.status, reason=ending.reason, traceback=ending.traceback, phase=ending.phase
+        )
 
     def _publish_end(self, ending: Ending) -> None:
         self._attempt.bus.publish(self._event_of(ending))
@@ -258,7 +260,9 @@ class LoopThread:
             self.weights = part_of(dict(self._attempt.module.state_dict())).without_aliases()
         except Exception as error:  # the loop's border: a run that has finished is not lost for want of this file
             text, header = describe(error), self._attempt.origin.header()
-            self._attempt.bus.publish(CheckpointFailed(*header, "weights.safetensors", text, "stage"))
+            self._attempt.bus.publish(
+                CheckpointFailed(*header, checkpoint="weights.safetensors", error=text, during="stage")
+            )
             logger.warning(f"the weights alone are not kept: {text}", published=True)
 
 

@@ -328,7 +328,9 @@ class Session:
         loss = event.loss if event.loss is not None else float("nan")
         if consecutive & (consecutive - 1) == 0:  # the 1st, 2nd, 4th, 8th...: a diverged run is not flooded
             action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
-            self.bus.publish(NonFiniteLoss(*header_of(event), loss, action, consecutive, event.seq))
+            self.bus.publish(
+                NonFiniteLoss(*header_of(event), loss=loss, action=action, consecutive=consecutive, of_seq=event.seq)
+            )
         if consecutive == 1:
             logger.warning(f"the loss of step {event.global_step} is {loss}", published=True)
         if stop:
@@ -341,7 +343,9 @@ class Session:
         stop = self.arguments.non_finite == "stop"
         if consecutive & (consecutive - 1) == 0:
             action: Literal["warned", "stopped"] = "stopped" if stop else "warned"
-            self.bus.publish(NonFiniteGradient(*header_of(event), action, consecutive, event.seq))
+            self.bus.publish(
+                NonFiniteGradient(*header_of(event), action=action, consecutive=consecutive, of_seq=event.seq)
+            )
         if consecutive == 1:
             logger.warning(
                 f"a gradient of step {event.global_step} is NaN or infinite, its loss is {event.loss}", published=True
@@ -476,7 +480,9 @@ class Session:
                 told = True
                 trace = format_traceback(failure)
                 phase = self.control.phase or "the end of the run"
-                ended_as = RunEnded(*self.origin.header(), "failed", describe(failure), trace, phase)
+                ended_as = RunEnded(
+                    *self.origin.header(), status="failed", reason=describe(failure), traceback=trace, phase=phase
+                )
                 self.bus.publish(ended_as)
             if observers is stages[0][1] and self._media.used:  # callbacks can log no more, and sinks are to get it
                 await anyio.to_thread.run_sync(self._media.close, timeout_s, limiter=anyio.CapacityLimiter(1))
@@ -488,14 +494,20 @@ class Session:
 
     def _publish_stuck(self, report: ObserverReport) -> None:
         error = report.error or "it did not end in time"
-        self.bus.publish(ObserverFailed(*self.origin.header(), report.observer, error, "drain", "disabled"))
+        self.bus.publish(
+            ObserverFailed(
+                *self.origin.header(), observer=report.observer, error=error, during="drain", action="disabled"
+            )
+        )
 
     def _publish_ends(self, reports: list[ObserverReport]) -> None:
         """Publish what became of the events of observers that were drained, unless all is well."""
         if self.pump.health.has_failing_observers or any(
             one.state != "closed" or one.left or one.dropped for one in reports
         ):
-            self.bus.publish(ObserversReported(*self.origin.header(), [health_at_end(one) for one in reports]))
+            self.bus.publish(
+                ObserversReported(*self.origin.header(), observers=[health_at_end(one) for one in reports])
+            )
 
     async def _drain_with_host(self, sinks: list[Observer], timeout_s: float) -> list[ObserverReport]:
         """Drain the sinks here and those in the host at the same time."""
@@ -538,7 +550,7 @@ class Session:
         else:
             text = f"{', '.join(left)} not uploaded when the run ended ({uploads.error or 'there was no time'})"
         if left:
-            self.bus.publish(CheckpointFailed(*self.origin.header(), left[0], text, "upload"))
+            self.bus.publish(CheckpointFailed(*self.origin.header(), checkpoint=left[0], error=text, during="upload"))
 
     def _stages(self) -> list[tuple[float, list[Observer]]]:
         """Who is drained together, and how long that may take."""
@@ -611,7 +623,7 @@ class Session:
     def _problems(self, reports: list[ObserverReport]) -> list[str]:
         """What is unhealthy about the run, at its very end; what no console has shown goes to stderr."""
         health, consoles = self.pump.health, {observer.name for observer in self._consoles}
-        health.add(ObserversReported(*self.origin.header(), [health_at_end(report) for report in reports]))
+        health.add(ObserversReported(*self.origin.header(), observers=[health_at_end(report) for report in reports]))
         problems = health.problems
         unseen = any(report.state != "closed" for report in reports if report.observer in consoles)
         self._log.leave_console(failed=unseen)

@@ -222,24 +222,24 @@ class Task:
         kind, settings = type(self._attempt.module), self._attempt.plan.settings
         started = RunStarted(
             *origin.header(),
-            f"{kind.__module__}.{kind.__qualname__}",
-            arguments.epoch_limit,
-            steps,
-            arguments.max_steps,
-            arguments.to_dict(),
-            str(self._attempt.device),
-            versions(),
-            socket.gethostname(),
-            os.getpid(),
-            self._attempt.config,
-            settings.best if settings is not None else None,
-            settings.best_mode if settings is not None else "min",
+            module=f"{kind.__module__}.{kind.__qualname__}",
+            epochs=arguments.epoch_limit,
+            steps_per_epoch=steps,
+            max_steps=arguments.max_steps,
+            arguments=arguments.to_dict(),
+            device=str(self._attempt.device),
+            versions=versions(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            config=self._attempt.config,
+            best=settings.best if settings is not None else None,
+            best_mode=settings.best_mode if settings is not None else "min",
         )
         self._attempt.bus.publish(started)
         if self.on_started is not None:
             self.on_started()
         for name, error in self._rejected:
-            self._attempt.bus.publish(CheckpointRejected(*origin.header(), name, error))
+            self._attempt.bus.publish(CheckpointRejected(*origin.header(), checkpoint=name, error=error))
 
     def _publish_resumed(self, loaded: Loaded | None) -> None:
         """Training begins at another place than where the attempt before has ended.
@@ -252,6 +252,8 @@ class Task:
             # The steps of earlier attempts that are done again are superseded: all of them, if this run goes on from
             # another one's checkpoint.
             after_seq = loaded.manifest.seq if in_line else 0
-            self._attempt.bus.publish(RunResumed(*origin.header(), str(loaded.manifest.name), after_seq))
+            self._attempt.bus.publish(
+                RunResumed(*origin.header(), checkpoint=str(loaded.manifest.name), after_seq=after_seq)
+            )
         elif origin.attempt > 1:
-            self._attempt.bus.publish(RunResumed(*origin.header(), None, 0))
+            self._attempt.bus.publish(RunResumed(*origin.header(), checkpoint=None, after_seq=0))
