@@ -225,10 +225,12 @@ class EMA(CallbackInterface):
         named, saved = self._named(), state["average"]
         problems = [f"there is no {name} here to average" for name in saved if name not in named]
         problems += [
-            f"{name} has the shape {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here"
+            f"{name} {problem}"
             for name, tensor in named.items()
-            if name in saved and saved[name].shape != tensor.shape
+            if name in saved and (problem := _misfit(saved[name], tensor)) is not None
         ]
+        if type(state["steps"]) is not int or type(state["decay"]) is not float or state["steps"] < 0:
+            problems.append("its number of steps or its decay is not a number")
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise CheckpointMismatch(f"the checkpoint's EMA does not fit: {'; '.join(problems[:8])}{more}")
@@ -245,6 +247,17 @@ class EMA(CallbackInterface):
 @torch.no_grad()
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  # no public one
+
+
+def _misfit(average: Any, tensor: torch.Tensor) -> str | None:
+    """Why an average is not one of this tensor; None if it is."""
+    if not isinstance(average, torch.Tensor):
+        return f"is a {type(average).__name__} there, not a tensor"
+    if average.shape != tensor.shape:
+        return f"has the shape {tuple(average.shape)} there and {tuple(tensor.shape)} here"
+    if average.dtype != _wide(tensor.dtype) and not (average.is_floating_point() and tensor.is_floating_point()):
+        return f"has the type {average.dtype} there and {tensor.dtype} here"
+    return None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

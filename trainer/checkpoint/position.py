@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
 
+from events.bounds import INT_MAX
 from trainer.data.rng import RngState
 
 Phase = Literal["begin", "train", "validate", "end"]
@@ -75,3 +76,20 @@ class Position(msgspec.Struct):
 
 SAVED_FIELDS = tuple(name for name in Position.__struct_fields__ if name not in ("began", "rng_at_validation"))
 """What of it stands in a checkpoint."""
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
+
+
+class SavedState(msgspec.Struct):
+    """What the state in a checkpoint must have, and of which types. What is in it is checked where it is restored."""
+
+    global_step: _Count
+    epoch: _Count
+    position: Position
+    rng: dict[str, Any]
+    module: Any
+    frozen: list[str]
+    optimizers: list[dict[Any, Any]]
+    schedulers: list[dict[Any, Any] | None]
+    metrics: dict[str, Any]
+    callbacks: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -28,7 +29,7 @@ from events.log import logger
 from events.masking import masked
 from events.safe_files import UnsafeFile
 from trainer.checkpoint.fetch import KEYWORDS, no_name
-from trainer.checkpoint.position import SAVED_FIELDS, Position
+from trainer.checkpoint.position import SAVED_FIELDS, Position, SavedState
 from trainer.data.rng import RngState
 from trainer.data.tensor_state import put_together, tensors_in
 from trainer.data.tensors import clone_tensors
@@ -36,10 +37,6 @@ from trainer.hooks.hooks import CallbackHooks
 from trainer.module_interface import ModuleInterface
 
 OnRejected = Callable[[str, Exception], None]
-
-_STATE = frozenset(
-    {"global_step", "epoch", "position", "rng", "module", "frozen", "optimizers", "schedulers", "metrics"}
-)
 
 
 class Loaded:
@@ -54,8 +51,10 @@ class Loaded:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.state: dict[str, Any] = self._read(STATE_NAME, TENSORS_NAME)
-        if not isinstance(self.state, dict) or not _STATE.issubset(self.state):
-            raise CheckpointDamaged(f"{self.folder / STATE_NAME} is not the state of a run")
+        try:
+            msgspec.convert(self.state, SavedState)
+        except msgspec.ValidationError as error:
+            raise CheckpointDamaged(f"{self.folder / STATE_NAME} is not the state of a run: {error}") from error
         self.parts = {
             name.removesuffix(".msgpack"): self._read(name, name.removesuffix(".msgpack") + ".safetensors")
             for name in self.manifest.files
@@ -564,9 +563,11 @@ def _check_module(module: ModuleInterface, saved: Any, where: str, exempt: tuple
 def _misshapen(own: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
     for key, tensor in own.items():
         there = saved.get(key)
-        if not isinstance(tensor, torch.Tensor) or not isinstance(there, torch.Tensor) or is_lazy(tensor):
+        if not isinstance(tensor, torch.Tensor) or is_lazy(tensor) or key not in saved:
             continue
-        if tensor.shape != there.shape:
+        if not isinstance(there, torch.Tensor):
+            yield f"{key} is a {type(there).__name__} there and a tensor here"
+        elif tensor.shape != there.shape:
             yield f"{key} has the shape {tuple(there.shape)} there and {tuple(tensor.shape)} here"
 
 

@@ -24,10 +24,10 @@ from trainer.loop.optimizers import (
     begins_with_closure,
     has_stock_zero_grad,
     refuse_scaler,
-    restore_form,
     takes_closure,
     wants_closure,
 )
+from trainer.loop.saved_state import INSTEAD, checked_optimizer, checked_scheduler, restore_optimizer
 from trainer.loop.schedule import Schedules
 
 Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
@@ -267,8 +267,7 @@ class Optimization:
         for parameter, value in zip(held, values, strict=True):
             parameter.copy_(value)
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-            restore_form(optimizer, state)
+            restore_optimizer(optimizer, state)
 
     def _want_closure(self, number: int) -> Exception:
         """An optimizer that may be stepped without a closure refuses that: from now on it gets one."""
@@ -364,9 +363,16 @@ class Optimization:
         """
         optimizers, schedulers = state["optimizers"], state["schedulers"]
         self._check(optimizers, schedulers, state.get("kinds"), where)
-        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
-            optimizer.load_state_dict(saved)
-            restore_form(optimizer, saved)
+        optimizers = [
+            checked_optimizer(optimizer, saved, f"{where}: optimizer {number}")
+            for number, (optimizer, saved) in enumerate(zip(self.optimizers, optimizers, strict=True))
+        ]
+        schedulers = [
+            checked_scheduler(scheduler, saved, where)
+            for scheduler, saved in zip(self.schedules.schedulers, schedulers, strict=True)
+        ]
+        for optimizer, checked in zip(self.optimizers, optimizers, strict=True):
+            restore_optimizer(optimizer, checked)
             # It has stepped, in an earlier process. Torch would warn of a scheduler that steps before its optimizer.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         self.schedules.load_state(schedulers, where)
@@ -376,24 +382,14 @@ class Optimization:
         return [[type(one).__name__ for one in group] for group in (self.optimizers, self.schedules.schedulers)]
 
     def _check(self, optimizers: list[Any], schedulers: list[Any], kinds: Any, where: str) -> None:
-        hint = "; TrainerArguments(reset_optimizers_schedulers=True) begins with new ones"
         for what, own, saved in (
             ("optimizers", self.optimizers, optimizers),
             ("schedulers", self.schedules.schedulers, schedulers),
         ):
             if len(own) != len(saved):
-                raise CheckpointMismatch(f"{where} has {len(saved)} {what}, this module has {len(own)}{hint}")
+                raise CheckpointMismatch(f"{where} has {len(saved)} {what}, this module has {len(own)}{INSTEAD}")
         if kinds is not None and kinds != self._kinds:
             there, here = (
                 " and ".join(", ".join(part) or "no scheduler" for part in each) for each in (kinds, self._kinds)
             )
-            raise CheckpointMismatch(f"{where} has the state of {there}, and this module has {here}{hint}")
-        for number, (optimizer, saved) in enumerate(zip(self.optimizers, optimizers, strict=True)):
-            own_sizes = [len(group["params"]) for group in optimizer.param_groups]
-            sizes = [len(group["params"]) for group in saved["param_groups"]]
-            if own_sizes != sizes:
-                raise CheckpointMismatch(
-                    f"{where}: optimizer {number} has groups of {sizes} parameters there, and of {own_sizes} here;"
-                    f" a group that a hook adds must be added by get_optimizers_schedulers() on resume, before which"
-                    f" requires_grad is restored{hint}"
-                )
+            raise CheckpointMismatch(f"{where} has the state of {there}, and this module has {here}{INSTEAD}")

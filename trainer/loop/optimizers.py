@@ -1,4 +1,4 @@
-"""What can be known of optimizers without stepping them: what a module returned, closures, the form of their state."""
+"""What can be known of optimizers without stepping them: what a module returned, and closures."""
 
 from __future__ import annotations
 
@@ -11,25 +11,6 @@ import torch
 from trainer.errors import OptimizerError
 from trainer.loop.precision import Precision
 from trainer.loop.schedule import Schedule
-
-
-def restore_form(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Undo that torch has brought a state to its parameter's type: float32 moments of a bfloat16 weight are meant.
-
-    And lay out in memory as the parameter is what belongs to its elements, such as one that is ``channels_last``.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    for parameter, number in zip(parameters, numbers, strict=True):
-        for name, value in saved["state"].get(number, {}).items():
-            own = optimizer.state[parameter].get(name)
-            if not (isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor)):
-                continue
-            # Fused kernels walk through both as they lie in memory, and a file does not know how they lay.
-            if own.shape == parameter.shape and own.stride() != parameter.stride():
-                optimizer.state[parameter][name] = own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            if own.dtype != value.dtype:
-                optimizer.state[parameter][name] = value.to(own.device, copy=True)
 
 
 def _closure_parameter(optimizer: torch.optim.Optimizer) -> inspect.Parameter | None:

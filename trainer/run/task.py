@@ -24,6 +24,7 @@ from trainer.loop.evaluation import Evaluation
 from trainer.loop.feed import Feed
 from trainer.loop.loop import TrainingLoop
 from trainer.loop.optimization import Optimization
+from trainer.loop.saved_state import checked_scaler
 from trainer.module_interface import Stage
 from trainer.run.versions import versions
 
@@ -181,7 +182,7 @@ class Task:
         if not attempt.arguments.reset_optimizers_schedulers:
             optimization.load_state_dict(loaded.optimization, str(loaded.folder))
             if scaler is not None and loaded.state["scaler"] is not None:
-                scaler.load_state_dict(loaded.state["scaler"])
+                scaler.load_state_dict(checked_scaler(scaler, loaded.state["scaler"], str(loaded.folder)))
         loaded.restore_callbacks(attempt.hooks.callbacks, attempt.fail_hook)
         attempt.recorder.load_state_dict(clone_tensors(loaded.state["metrics"]))
         if "readings" in loaded.parts:
