@@ -305,7 +305,11 @@ def test_hooks_of_one_callback_on_two_lanes_are_saved_at_one_place(runs: Any, tm
 
         def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
             # Until the loop waits for this callback, or has gone on without it.
-            until(lambda: is_in(loop, "_wait_for", "wait_for_fence") or self.inline[-1] > global_step or global_step == last)
+            until(
+                lambda: (
+                    is_in(loop, "_wait_for", "wait_for_fence") or self.inline[-1] > global_step or global_step == last
+                )
+            )
             self.observed.append(global_step)
 
         def state_dict(self) -> dict[str, Any]:
