@@ -33,6 +33,7 @@ from events.errors import RunFolderError, WireError
 from events.log import Warned, current_origin, logger
 from events.protocol import RunResult, Stop
 from events.safe_files import open_below
+from events.tracebacks import without_controls
 from events.wire import decode_command_json
 from trainer.errors import ArgumentsError
 
@@ -230,7 +231,7 @@ class Launched:
         self._over.set()
         self._pass_warnings_on()
         if isinstance(outcome, BaseException):
-            traceback.print_exception(outcome)  # for whoever reads the log
+            traceback.print_exception(without_controls(outcome))  # for whoever reads the log
             self._say(Failed.of(outcome))
         else:
             self._say(Ended(outcome))

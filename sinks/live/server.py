@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from events.errors import SinkMisconfigured
-from events.log import in_this_run, logger
+from events.log import PlainRecords, in_this_run, logger
 from sinks.connections import EXHAUSTED, REQUEST_S, ClientFaults, ConnectionLimit, RatedWarning, address_group
 from sinks.live.access import Access, check_host, is_loopback
 from sinks.live.app import LiveApp
@@ -217,6 +217,7 @@ def _make_log() -> logging.Logger:
     log = logging.getLogger("uvicorn.error.stagecast")  # handlers and level are the host's
     if not log.filters:
         log.addFilter(ClientFaults())
+        log.addFilter(PlainRecords())
     return log
 
 
