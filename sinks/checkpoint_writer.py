@@ -28,6 +28,7 @@ from events.messages import (
 )
 from events.observer import describe
 from events.origin import Origin, header_of
+from events.safe_files import replace_below
 from events.sink import Delivery
 
 WRITER_DELIVERY = Delivery(
@@ -167,12 +168,12 @@ class CheckpointWriter:
     def _write(self, event: CheckpointStaged, snapshot: Snapshot) -> tuple[Manifest, Path]:
         folder = self._store.begin(snapshot.name)
         snapshot.wait()
-        digest = disk.write_image(folder / TENSORS_NAME, snapshot.image, snapshot.nbytes)
+        digest = disk.write_image(folder, TENSORS_NAME, snapshot.image, snapshot.nbytes)
         files = {TENSORS_NAME: FileEntry(snapshot.nbytes, digest)}
         snapshot.release()  # the loop may need the memory, and the rest may have to wait for callbacks
         missing: list[str] = []
         owners = {part: owner for owner, part in snapshot.owners.items()}
-        files[STATE_NAME] = FileEntry(*disk.write_parts(folder / STATE_NAME, [snapshot.state]))
+        files[STATE_NAME] = FileEntry(*disk.write_parts(folder, STATE_NAME, [snapshot.state]))
         for name, late in snapshot.parts.items():
             part = late.get(_PART_TIMEOUT_S)
             if part is None:
@@ -229,7 +230,7 @@ class CheckpointWriter:
             return
         path = self._store.folder.parent / WEIGHTS_NAME
         try:
-            nbytes = disk.replace_file(path, _tensor_file(part))
+            nbytes = replace_below(path.parent, path.name, _tensor_file(part))
         except OSError as error:
             self._publish(CheckpointFailed(*header_of(event), WEIGHTS_NAME, describe(error)))
             logger.warning(f"the weights could not be written to {path}: {describe(error)}", published=True)
@@ -320,10 +321,10 @@ class CheckpointWriter:
         self._publish(CheckpointDeleted(*header, str(name)))
 
 
-def _write_part(folder: Path, name: str, part: Part, files: dict[str, FileEntry]) -> None:
-    files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder / f"{name}.msgpack", [part.state]))
+def _write_part(folder: disk.Folder, name: str, part: Part, files: dict[str, FileEntry]) -> None:
+    files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder, f"{name}.msgpack", [part.state]))
     if part.tensors:
-        files[f"{name}.safetensors"] = FileEntry(*disk.write_parts(folder / f"{name}.safetensors", _tensor_file(part)))
+        files[f"{name}.safetensors"] = FileEntry(*disk.write_parts(folder, f"{name}.safetensors", _tensor_file(part)))
 
 
 def _tensor_file(part: Part) -> list[bytes | memoryview]:

@@ -52,7 +52,7 @@ def make(folder: Path, step: int, attempt: int = 1, *, parent: str | None = None
     noise = random.Random(f"{name} {files}")
     entries = {}
     for stem, nbytes in (files or {"tensors": 5_500, "state": 300}).items():
-        entries[f"{stem}.bin"] = FileEntry(*disk.write_parts(temporary / f"{stem}.bin", [noise.randbytes(nbytes)]))
+        entries[f"{stem}.bin"] = FileEntry(*disk.write_parts(temporary, f"{stem}.bin", [noise.randbytes(nbytes)]))
     manifest = Manifest(
         run_id="run",
         attempt=attempt,

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from events.checkpoint import store
+from events.checkpoint.manifest import CheckpointName
 from events.errors import CheckpointError, RunFolderError, SinkMisconfigured
 from events.inbox import send_command
-from events.messages import CheckpointRejected, RunResumed
+from events.messages import CheckpointFailed, CheckpointRejected, CheckpointSaved, RunResumed
 from events.protocol import Stop
 from events.sink import RunInfo
 from sinks import CSV, JSONL, Live, Prometheus, TensorBoard
@@ -266,6 +267,100 @@ def test_a_checkpoint_of_another_run_is_neither_deleted_nor_the_best(kit: Any, t
     assert outcome.result.best_checkpoint == str(theirs.parent / "step-2.a2")
 
 
+# ------------------------------------------------------------------------------- what is exchanged during a checkpoint
+
+
+def exchange(path: Path, target: Path) -> None:
+    """Put a link in the place of a folder."""
+    path.rename(path.with_name(f"{path.name}.away"))
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("what", ["temporary folder", "checkpoints"])
+def test_a_link_that_takes_the_place_of_a_folder_during_a_checkpoint_leads_nowhere(
+    kit: Any, tmp_path: Path, secret: Secret, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That checkpoint fails, and nothing is announced; where the link is gone again, the next one is saved."""
+    folder, begin = tmp_path / "run/checkpoints", store.CheckpointStore.begin
+
+    def exchanged(self: store.CheckpointStore, name: CheckpointName) -> Any:
+        made = begin(self, name)
+        if name.step == 1:
+            (temporary,) = folder.glob(".step-1.*")
+            if what == "checkpoints":
+                shutil.copytree(temporary, secret.folder / temporary.name)
+            exchange(temporary if what == "temporary folder" else folder, secret.folder)
+        elif what == "checkpoints":
+            pytest.fail("a checkpoint was begun behind a link")
+        return made
+
+    monkeypatch.setattr(store.CheckpointStore, "begin", exchanged)
+    settings = Checkpoints(every_steps=1, when_busy="wait", at_end=False, weights=False)
+    outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", run_id="run", epochs=1, checkpoints=settings)
+    for path in secret.folder.glob(".step-1.*"):
+        path.rmdir()  # it was not written to
+    secret.check()
+    assert [event.checkpoint for event in outcome.of(CheckpointFailed)][:1] == ["step-1.a1"]
+    expected = ["step-2.a1"] if what == "temporary folder" else []
+    assert [event.checkpoint for event in outcome.of(CheckpointSaved)] == expected
+
+
+def test_a_link_that_takes_the_place_of_the_checkpoints_during_a_deletion_deletes_nothing(
+    tmp_path: Path, secret: Secret, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is exchanged between the rename and the removal."""
+    folder = tmp_path / "run/checkpoints"
+    (folder / "step-1.a1").mkdir(parents=True)
+    (folder / "step-1.a1" / "file").write_bytes(b"old")
+    checkpoints, rename = store.CheckpointStore(folder), os.replace
+
+    def exchanged(source: Any, target: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        rename(source, target, **options)
+        shutil.copytree(secret.folder, secret.folder / Path(target).name)
+        exchange(folder, secret.folder)
+
+    monkeypatch.setattr(os, "rename", exchanged)
+    monkeypatch.setattr(os, "replace", exchanged)
+    with pytest.raises(OSError, match="symbolic link"):
+        checkpoints.remove(CheckpointName(1, 1))
+    (copy,) = secret.folder.glob(".step-1.*")
+    assert (copy / "keep.json").is_file()
+    shutil.rmtree(copy)
+    secret.check()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "linked folder"])
+def test_a_download_replaces_what_has_the_name_of_its_checkpoint(
+    kit: Any, tmp_path: Path, secret: Secret, kind: str
+) -> None:
+    """It is not followed, nor waited for."""
+    settings = Checkpoints(every_steps=1, when_busy="wait", upload=(tmp_path / "store").as_uri())
+    saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    secret.put(tmp_path / "here/checkpoints/step-2.a1", kind)
+    secret.put(tmp_path / "here/checkpoints/attempt-1.json", "link")
+    outcome = saved(kit, tmp_path / "here", "run", epochs=2, resume=f"{(tmp_path / 'store').as_uri()}/run/step-2.a1")
+    secret.check()
+    assert outcome.of(RunResumed)[0].global_step == 2
+    assert outcome.result.global_step == 4
+    assert not (tmp_path / "here/checkpoints/attempt-1.json").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "resumed"])
+def test_a_download_does_not_follow_a_linked_folder(kit: Any, tmp_path: Path, secret: Secret, name: str) -> None:
+    """Whoever's checkpoint it is; the error names the link."""
+    settings = Checkpoints(every_steps=1, when_busy="wait", upload=(tmp_path / "store").as_uri())
+    saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    secret.put(tmp_path / "here" / name, "linked folder")
+    url = f"{(tmp_path / 'store').as_uri()}/run/step-2.a1"
+    own = name == "checkpoints"
+    outcome = saved(
+        kit, tmp_path / "here", "run" if own else "other", epochs=2, **{"resume" if own else "init_from": url}
+    )
+    secret.check()
+    assert str(tmp_path / "here" / name) in str(outcome.error)
+
+
 # ------------------------------------------------------------------------------------- what is read of a checkpoint
 
 
@@ -403,8 +498,8 @@ def test_a_sinks_own_path_may_be_a_link_and_must_be_a_regular_file(tmp_path: Pat
 
 
 def test_folders_in_each_other_without_end_are_left_and_named(kit: Any, tmp_path: Path, caplog: Any) -> None:
-    """In a checkpoint that retention removes: each level would take a descriptor and a call."""
-    deep = tmp_path / "checkpoints" / ".step-9.a9.tmp"
+    """Each level would take a descriptor and a call. They have no name that a new checkpoint needs."""
+    deep = tmp_path / "checkpoints" / ".step-1.a1.tmp"
     deep.mkdir(parents=True)
     inner = os.open(deep, os.O_RDONLY)
     for _ in range(200):
@@ -415,5 +510,6 @@ def test_folders_in_each_other_without_end_are_left_and_named(kit: Any, tmp_path
     os.close(inner)
     outcome = kit.train(kit.Net(), run_id="r", run_dir=tmp_path, checkpoints=Checkpoints(every_steps=1))
     assert outcome.error is None
+    assert not outcome.of(CheckpointFailed)
     assert "remove them by hand" in caplog.text
     shutil.rmtree(deep)
