@@ -12,7 +12,10 @@ exists and cannot be read raises `OSError`, and so does a journal whose folder i
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
+import operator
 import os
 import re
 import time
@@ -24,7 +27,7 @@ import msgspec
 
 from events.checkpoint.manifest import CheckpointName
 from events.errors import WireError
-from events.journal_lines import decode_line, events_in, gap_before, is_checked
+from events.journal_lines import decode_line, decoded_bytes, events_in, gap_before, is_checked
 from events.journal_segment import JOURNAL_DIR as JOURNAL_DIR
 from events.journal_segment import MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
 from events.journal_segment import segment_name as segment_name
@@ -85,6 +88,8 @@ _REASON = 200
 _SEQ = re.compile(rb'"seq":(\d{1,16}),')
 _TAIL_CHUNK = 2**18
 _TAIL_LINES = 10_000
+READ_BYTES = 16 * 2**20
+"""Maximum bytes of memory, as `decoded_bytes` estimates them, that the events of one read take before its last one."""
 _LEAST_LINE_BYTES = 64
 """Minimum bytes per line of an event: its header alone has more."""
 
@@ -146,7 +151,10 @@ def _size_of(journal_dir: str | os.PathLike[str], number: int) -> int:
 
 
 def last_events(journal_dir: str | os.PathLike[str]) -> list[Event]:
-    """The newest events of a journal: some hundreds, without reading what is before. Raises `OSError`."""
+    """The newest events of a journal: some hundreds, without reading what is before; fewer where they are large.
+
+    Raises `OSError`.
+    """
     for number in reversed(segment_numbers(journal_dir)):
         if events := _last_events(journal_dir, number)[0]:
             return events
@@ -167,6 +175,8 @@ def _last_events(
 ) -> tuple[list[Event], int, bool]:
     """Whole events at the end of a segment; how many lines behind them are damaged; whether all of it was searched.
 
+    Of large events only the newest are returned, up to `READ_BYTES`.
+
     Args:
         chunk: Bytes to begin with.
         unfinished: Whether an event that lacks only its newline counts, as it does for readers of an older segment.
@@ -179,20 +189,20 @@ def _last_events(
             return [], 0, True
         *lines, rest = data.rsplit(b"\n", _TAIL_LINES)
         checked = any(map(is_checked, reversed(lines)))
-        events: list[Event] = []
-        damaged = 0
-        for line in lines:
-            if (event := _event_of(line, checked)) is not None:
-                events.append(event)
-                damaged = 0
-            elif line and checked:
-                damaged += events_in(line)
-        if events:
-            if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
-                return [*events, event], 0, is_all
-            return events, damaged, is_all
+        newest: list[Event] = []
+        damaged = spent = 0
         if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
-            return [event], 0, is_all
+            newest, spent = [event], decoded_bytes(rest)
+        for line in reversed(lines):
+            if spent >= READ_BYTES:
+                break
+            if (event := _event_of(line, checked)) is not None:
+                newest.append(event)
+                spent += decoded_bytes(line)
+            elif line and checked and not newest:
+                damaged += events_in(line)
+        if newest:
+            return newest[::-1], damaged, is_all
         length *= 4
     return [], 0, is_all
 
@@ -258,6 +268,8 @@ class JournalReader:
         self._why = ""  # the last of them was
         self._behind_gap: Event | None = None  # is returned next
         self._last: Event | None = None  # that was returned
+        self.last_bytes = 0
+        """Bytes of memory that the events of the last `read` take, as `decoded_bytes` estimates them."""
 
     @property
     def cursor(self) -> int:
@@ -272,6 +284,8 @@ class JournalReader:
     def read(self, limit: int = 1_024, until: float = math.inf) -> list[Event]:
         """Return the next events, at most ``limit``; none when no more are written yet.
 
+        Fewer where they are large: none follows those that take `READ_BYTES` of memory together.
+
         Args:
             until: Where no event has been found by this time (`time.monotonic`), return none; the next call continues.
 
@@ -280,12 +294,19 @@ class JournalReader:
                 again.
         """
         events: list[Event] = []
-        while len(events) < limit and (self._behind_gap is not None or self._lines or self._fill()):
+        spent = self.last_bytes = 0
+        while (
+            len(events) < limit and spent < READ_BYTES and (self._behind_gap is not None or self._lines or self._fill())
+        ):
             event, self._behind_gap = self._behind_gap, None
             if event is None:
                 line = self._lines.pop()
                 event = self._decode(line)
-                self._offset += (line.length if isinstance(line, TooLong) else len(line)) + 1
+                if isinstance(line, TooLong):
+                    self._offset += line.length + 1
+                else:
+                    self._offset += len(line) + 1
+                    spent += decoded_bytes(line) if event is not None else 0
                 self._line += 1
             if event is not None:
                 self._cursor = event.seq
@@ -293,6 +314,7 @@ class JournalReader:
                 events.append(event)
             elif until < math.inf and time.monotonic() > until:
                 break
+        self.last_bytes = spent
         return events
 
     def finish(self) -> list[Event]:
@@ -462,7 +484,7 @@ def read_history(
 def history_filter(journal_dir: str | os.PathLike[str]) -> Callable[[Event], bool]:
     """Tell which events of a journal, as it stands, belong to the history that `read_history` returns."""
     # Found first: what supersedes an event may stand at the journal's end.
-    kept_up_to = _kept_up_to(list(_resumes(Path(journal_dir))))
+    kept_up_to = _kept_up_to(_resumes(Path(journal_dir)))
 
     def counts(event: Event) -> bool:
         if not isinstance(event, SUPERSEDED_TYPES):
@@ -474,27 +496,46 @@ def history_filter(journal_dir: str | os.PathLike[str]) -> Callable[[Event], boo
     return counts
 
 
-def _kept_up_to(resumes: list[RunResumed]) -> Callable[[int], tuple[float, float]]:
+def _kept_up_to(resumes: Iterable[RunResumed]) -> Callable[[int], tuple[float, float]]:
     """By attempt: up to which ``seq``, and which step, its events count."""
-    by_attempt = {resume.attempt: resume for resume in resumes}
-    bounds: dict[int, tuple[float, float]] = {}
+    by_attempt: dict[int, tuple[CheckpointName | None, int | None, int]] = {}
+    for resume in resumes:
+        by_attempt[resume.attempt] = (
+            CheckpointName.parse(resume.checkpoint or ""),
+            resume.after_seq,
+            resume.global_step,
+        )
+    known = sorted(by_attempt)
+    # Attempts that count, the newest first: the first and the last of several with one bound. A damaged or crafted
+    # attempt may be any number, so those without a resume are never counted one by one.
+    spans: list[tuple[int, int, tuple[float, float]]] = []
     everything = seq, step = math.inf, math.inf
-    current = newest = max(by_attempt, default=0)
+    current = newest = known[-1] if known else 0
     while current > 0:
-        bounds[current] = seq, step
-        resume = by_attempt.get(current)
+        if current not in by_attempt:
+            below = bisect.bisect_left(known, current)
+            lower = max(0, known[below - 1]) if below else 0
+            spans.append((lower + 1, current, (seq, step)))
+            current = lower
+            continue
+        spans.append((current, current, (seq, step)))
+        name, after_seq, at_step = by_attempt[current]
         parent = current - 1
-        if resume is not None and resume.after_seq is None:  # all that is known is the step
-            step = min(step, resume.global_step)
-        elif resume is not None:
-            name = CheckpointName.parse(resume.checkpoint or "")
-            seq, step = resume.after_seq or 0, math.inf
-            parent = name.attempt if name is not None and resume.after_seq else 0
+        if after_seq is None:  # all that is known is the step
+            step = min(step, at_step)
+        else:
+            seq, step = after_seq, math.inf
+            parent = name.attempt if name is not None and after_seq else 0
         current = min(parent, current - 1)
+    spans.reverse()
 
+    @functools.lru_cache(maxsize=256)
     def kept(attempt: int) -> tuple[float, float]:
-        if attempt in bounds or attempt > newest:
-            return bounds.get(attempt, everything)
+        if attempt > newest:
+            return everything
+        at = bisect.bisect_right(spans, attempt, key=operator.itemgetter(0)) - 1
+        if at >= 0 and attempt <= spans[at][1]:
+            return spans[at][2]
         # One that has resumed nothing has trained nothing: a test. The first one needs not to have.
         return (0, 0) if attempt == 1 or attempt in by_attempt else everything
 

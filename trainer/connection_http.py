@@ -22,6 +22,7 @@ import anyio
 import msgspec
 
 from events.errors import WireError
+from events.journal_lines import check_size
 from events.journal_segment import MAX_LINE_BYTES
 from events.log import logger
 from events.masking import masked, masked_url
@@ -492,6 +493,7 @@ class JournalFollower:
 
     def _event(self, line: bytes) -> Event:
         try:
+            check_size(line)
             event = decode_json(line)
         except WireError as error:
             raise self._server.violated(f"sends a line that is not an event ({plain_text(str(error))})") from None

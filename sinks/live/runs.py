@@ -24,7 +24,7 @@ from events.journal_reader import (
     segment_name,
     segment_numbers,
 )
-from events.messages import Event, RunEnded
+from events.messages import RunEnded
 from events.safe_files import guard, list_below, stat_below
 from sinks.damage import damage_in, damage_of, reason_of
 from sinks.format import plain_text
@@ -269,14 +269,15 @@ def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = Non
     run_dir = Path(run_dir)
     journal_dir = run_dir / JOURNAL_DIR
     reader = JournalReader(journal_dir)
-    events: list[Event] = []
+    view = RunView()
+    count = 0
     for batch in batches(reader, until, _HEAD):
-        events += batch
-        if len(events) >= _HEAD:
+        view.add(batch)  # at once, for a few events may be as large as all that a view keeps
+        count += len(batch)
+        if count >= _HEAD:
             break
     tail = last_events(journal_dir)
-    view = RunView()
-    view.add(trimmed([*events, *(event for event in tail if events and event.seq > events[-1].seq)]))
+    view.add(trimmed([event for event in tail if count and event.seq > view.cursor]))
     if tail and tail[-1].attempt > view.run.attempt:  # its beginning is in the middle
         view.run.attempt = tail[-1].attempt
         end = next((event for event in tail if type(event) is RunEnded), None)

@@ -37,6 +37,8 @@ MOST_SKIPPED = 10_000
 """Maximum lines of a journal that are not events; behind them it is not read."""
 _SLICE_S = 0.25
 _AT_ONCE = 8
+_BATCH_BYTES = 32 * 2**20
+"""Maximum bytes of memory, estimated, that the events of one batch take before its last read."""
 _HEAD = 1_024
 _TRIES = 3
 _MOST_BYTES = 64 * 2**20
@@ -110,8 +112,10 @@ def batches(
     while True:
         slice_end = min(until, time.monotonic() + _SLICE_S)
         batch: list[Event] = []
-        while len(batch) < most and (events := reader.read(_AT_ONCE, slice_end)):
+        taken = 0
+        while len(batch) < most and taken < _BATCH_BYTES and (events := reader.read(_AT_ONCE, slice_end)):
             batch += trimmed(events)
+            taken += reader.last_bytes
             if time.monotonic() > slice_end:
                 break
         if batch:

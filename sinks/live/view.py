@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from events.health import Health
+from events.journal_lines import decoded_bytes
 from events.messages import (
     CheckpointDeleted,
     CheckpointFailed,
@@ -70,6 +71,8 @@ MOST_DETAILS = 100
 """Maximum tracebacks in the log; older ones are removed from their lines."""
 MOST_SETTINGS_BYTES = 256 * 1_024
 """Maximum bytes, as JSON, of the arguments, the configuration and the versions, each."""
+MOST_SETTINGS_MEMORY = 4 * 2**20
+"""Maximum bytes of memory, estimated, of each of these."""
 _SETTINGS = frozenset({"arguments", "config", "versions"})
 _NAMES = frozenset(
     {
@@ -582,7 +585,11 @@ def _cut(event: Event) -> Event:
 
 def _settings(value: dict[str, Any]) -> dict[str, Any]:
     try:
-        size = len(msgspec.json.encode(value, enc_hook=str))
+        data = msgspec.json.encode(value, enc_hook=str)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return {"(not shown)": "it is nested too deep, or is not text"}
-    return value if size <= MOST_SETTINGS_BYTES else {"(not shown)": f"it has {size:,} bytes"}
+    if len(data) > MOST_SETTINGS_BYTES:
+        return {"(not shown)": f"it has {len(data):,} bytes"}
+    if (size := decoded_bytes(data)) > MOST_SETTINGS_MEMORY:
+        return {"(not shown)": f"it may take {size:,} bytes of memory"}
+    return value

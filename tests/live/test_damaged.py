@@ -375,6 +375,15 @@ def test_what_a_view_holds_is_bounded_whatever_one_line_has_in_it(story: Any) ->
     assert sum("detail" in entry for entry in view.log) == MOST_DETAILS
 
 
+def test_settings_that_are_large_in_memory_are_not_kept(story: Any) -> None:
+    """Though they are few bytes; a configuration of that size is."""
+    empty = {"a": [[]] * 60_000}
+    config = {f"layer{index}.width": index + 0.5 for index in range(8_000)}
+    [event] = trimmed([story.started(arguments=empty, config=config)])
+    assert event.arguments.keys() == {"(not shown)"}
+    assert event.config == config
+
+
 @pytest.mark.parametrize("spoil", ["columns", "points", "rows", "lines", "device", "link"])
 def test_a_stored_view_that_a_stranger_made_is_not_used(told: Any, spoil: str) -> None:
     """One whose parts do not fit each other, or that is not a file: the journal is read instead, and has everything."""
