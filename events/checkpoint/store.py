@@ -418,14 +418,20 @@ def read_file(folder: Path, name: str, entry: FileEntry) -> memoryview:
     return memory
 
 
-def read_weights(path: Path) -> memoryview:
-    """Read a safetensors file that the user names to memory that may be written to.
+def read_weights(path: Path, *, follow: bool) -> memoryview:
+    """Read a safetensors file to memory that may be written to.
+
+    Args:
+        follow: Whether the file may be a link.
 
     Raises:
         CheckpointDamaged: It is not a regular file, has more bytes than this machine has memory, or is cut meanwhile.
         OSError: It cannot be read.
     """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if follow:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    else:
+        fd = open_below(path.parent, path.name)
     with open(fd, "rb", buffering=0) as file:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):

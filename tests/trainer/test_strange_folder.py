@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from events.inbox import send_command
 from events.messages import CheckpointFailed, CheckpointRejected, CheckpointSaved, RunResumed
 from events.protocol import Stop
 from events.sink import RunInfo
-from sinks import CSV, JSONL, Live, Prometheus, TensorBoard
+from sinks import CSV, JSONL, Live, Prometheus, TensorBoard, tensorboard
 from trainer import Checkpoints
 from trainer.cli import main
 from trainer.launcher import launch
@@ -330,6 +332,22 @@ def test_a_link_that_takes_the_place_of_the_checkpoints_during_a_deletion_delete
     secret.check()
 
 
+def test_no_event_file_is_created_through_a_link_that_takes_the_place_of_its_folder(
+    tmp_path: Path, secret: Secret, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is exchanged after the sink has looked for the newest file."""
+    count = itertools.count
+
+    def exchanged(first: int) -> Any:
+        exchange(tmp_path / "run/tensorboard", secret.folder)
+        return count(first)
+
+    monkeypatch.setattr(tensorboard, "itertools", SimpleNamespace(count=exchanged))
+    with pytest.raises(SinkMisconfigured, match="symbolic link"):
+        TensorBoard().open(RunInfo("run", run_dir=str(tmp_path / "run")))
+    secret.check()
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "linked folder"])
 def test_a_download_replaces_what_has_the_name_of_its_checkpoint(
     kit: Any, tmp_path: Path, secret: Secret, kind: str
@@ -441,6 +459,20 @@ def test_weights_that_are_no_regular_file_of_this_machines_size_are_refused(
     outcome = kit.train(kit.Net(), init_from=path)
     assert isinstance(outcome.error, CheckpointError)
     assert str(path) in str(outcome.error)
+
+
+def test_weights_are_read_through_a_link_where_the_user_names_it_and_not_below_a_run_folder(
+    kit: Any, tmp_path: Path, secret: Secret
+) -> None:
+    """The link leads to weights of the user that fit."""
+    kit.train(kit.Net(), run_dir=tmp_path / "own", run_id="own", checkpoints=Checkpoints(every_steps=1))
+    weights = tmp_path / "own/weights.safetensors"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/weights.safetensors").symlink_to(weights)
+    assert kit.train(kit.Net(), init_from=tmp_path / "run/weights.safetensors").result.status == "finished"
+    outcome = kit.train(kit.Net(), init_from=tmp_path / "run")
+    assert isinstance(outcome.error, CheckpointError)
+    assert "a symbolic link, which is not opened below a run folder" in str(outcome.error)
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.csv"])
