@@ -41,8 +41,10 @@ _BATCH_BYTES = 32 * 2**20
 """Maximum bytes of memory, estimated, that the events of one batch take before its last read."""
 _HEAD = 1_024
 _TRIES = 3
-_MOST_BYTES = 64 * 2**20
+_MOST_BYTES = 32 * 2**20
 """Maximum bytes of the stored view; a larger one is not written and not read."""
+_ROOM_BYTES = 64 * 2**20
+"""Maximum bytes of memory that a stored view may take beyond a small multiple of its length; likewise."""
 
 
 class _Stored(msgspec.Struct):
@@ -155,7 +157,9 @@ def encode_view(run_dir: Path, view: RunView) -> bytes | None:
 
 def store_view(run_dir: Path, data: bytes) -> None:
     """Write what `encode_view` returned. Waits for the disk."""
-    with contextlib.suppress(OSError):  # another server may watch the run, or the folder cannot be written
+    # Another server may watch the run, the folder may refuse, or the view is one that would not be read.
+    with contextlib.suppress(OSError, ValueError):
+        check_keys(data, _ROOM_BYTES)
         replace_below(run_dir, STORE_NAME, data)
 
 
@@ -173,7 +177,7 @@ def _stored_view(run_dir: Path) -> RunView:
     """What is stored, if it is of this journal, of a version that we read, and whole; else an empty view."""
     try:
         data = read_below(run_dir, STORE_NAME, _MOST_BYTES)
-        check_keys(data)
+        check_keys(data, _ROOM_BYTES)
         stored = msgspec.msgpack.decode(data, type=_Stored)
         fits = stored.version == _VERSION and stored.head == head_of(run_dir) and stored.view.is_sound
         if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR).seq:
