@@ -90,6 +90,7 @@ _TAIL_CHUNK = 2**18
 _TAIL_LINES = 10_000
 READ_BYTES = 16 * 2**20
 """Maximum bytes of memory, as `decoded_bytes` estimates them, that the events of one read take before its last one."""
+_BETWEEN_LINES = 8
 _LEAST_LINE_BYTES = 64
 """Minimum bytes per line of an event: its header alone has more."""
 
@@ -122,12 +123,16 @@ class JournalTail(msgspec.Struct, frozen=True):
     """The number that names the newest segment."""
 
 
-def journal_tail(journal_dir: str | os.PathLike[str]) -> JournalTail:
-    """Find the last event of a journal, reading from its end. Raises `OSError` if it cannot be read."""
+def journal_tail(journal_dir: str | os.PathLike[str], between: Callable[[], None] = lambda: None) -> JournalTail:
+    """Find the last event of a journal, reading from its end. Raises `OSError` if it cannot be read.
+
+    Args:
+        between: Called now and then, because a damaged end takes long.
+    """
     numbers = segment_numbers(journal_dir)
     least = numbers[-1] if numbers else 0
     for number in reversed(numbers):
-        events, damaged, is_all = _last_events(journal_dir, number)
+        events, damaged, is_all = _last_events(journal_dir, number, between=between)
         if events:
             # The highest of several, because a damaged digit may have made the last one small. A newest segment without
             # one whole event was begun with an event that others may have seen: stay above.
@@ -171,7 +176,12 @@ def last_whole_seq(journal_dir: str | os.PathLike[str]) -> int:
 
 
 def _last_events(
-    journal_dir: str | os.PathLike[str], number: int, *, chunk: int | None = None, unfinished: bool = True
+    journal_dir: str | os.PathLike[str],
+    number: int,
+    *,
+    chunk: int | None = None,
+    unfinished: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[list[Event], int, bool]:
     """Whole events at the end of a segment; how many lines behind them are damaged; whether all of it was searched.
 
@@ -193,9 +203,11 @@ def _last_events(
         damaged = spent = 0
         if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
             newest, spent = [event], decoded_bytes(rest)
-        for line in reversed(lines):
+        for index, line in enumerate(reversed(lines)):
             if spent >= READ_BYTES:
                 break
+            if index % _BETWEEN_LINES == 0:
+                between()
             if (event := _event_of(line, checked)) is not None:
                 newest.append(event)
                 spent += decoded_bytes(line)
@@ -481,10 +493,16 @@ def read_history(
         skipped.extend(reader.skipped)
 
 
-def history_filter(journal_dir: str | os.PathLike[str]) -> Callable[[Event], bool]:
-    """Tell which events of a journal, as it stands, belong to the history that `read_history` returns."""
+def history_filter(
+    journal_dir: str | os.PathLike[str], between: Callable[[], None] = lambda: None
+) -> Callable[[Event], bool]:
+    """Tell which events of a journal, as it stands, belong to the history that `read_history` returns.
+
+    Args:
+        between: Called between two parts of the journal, a mebibyte each, because all of it is read.
+    """
     # Found first: what supersedes an event may stand at the journal's end.
-    kept_up_to = _kept_up_to(_resumes(Path(journal_dir)))
+    kept_up_to = _kept_up_to(_resumes(Path(journal_dir), between))
 
     def counts(event: Event) -> bool:
         if not isinstance(event, SUPERSEDED_TYPES):
@@ -554,18 +572,19 @@ class EventFinder:
         self._segment: SegmentLines | None = None
         self._found_seq = 0
 
-    def find(self, until: float = math.inf) -> Iterator[Event]:
+    def find(self, until: float = math.inf, between: Callable[[], None] = lambda: None) -> Iterator[Event]:
         """Return the events behind those that were found before. Raises `OSError` if a segment cannot be read.
 
         Args:
             until: Stop soon after this time (`time.monotonic`); the next call continues.
+            between: Called between two parts of the journal, a mebibyte each.
         """
         for number in segment_numbers(self._dir):
             if self._segment is None or number > self._segment.number:
                 self._segment = SegmentLines(self._dir, number)
             if number < self._segment.number:
                 continue
-            for line in _lines_of(self._segment, until):
+            for line in _lines_of(self._segment, until, between):
                 event = _event_of(line, self._segment.checked) if line.startswith(self._beginnings) else None
                 if event is not None and event.seq > self._found_seq:  # the writer repeats resumes
                     self._found_seq = event.seq
@@ -574,22 +593,25 @@ class EventFinder:
                 return
 
 
-def _lines_of(segment: SegmentLines, until: float = math.inf) -> Iterator[bytes]:
+def _lines_of(
+    segment: SegmentLines, until: float = math.inf, between: Callable[[], None] = lambda: None
+) -> Iterator[bytes]:
     """The whole lines that follow in a segment; none of one that is gone, or is not a regular file."""
     try:
         while lines := segment.read():
             yield from (line for line in lines if isinstance(line, bytes))
+            between()
             if until < math.inf and time.monotonic() > until:
                 return
     except (FileNotFoundError, UnsafeFile):
         return  # removed since it was listed: the reader reports it
 
 
-def _resumes(journal_dir: Path) -> Iterator[RunResumed]:
+def _resumes(journal_dir: Path, between: Callable[[], None] = lambda: None) -> Iterator[RunResumed]:
     """The resumes in a journal, decoding only the lines that may be one."""
     for number in segment_numbers(journal_dir):
         segment = SegmentLines(journal_dir, number)
-        for line in _lines_of(segment):
+        for line in _lines_of(segment, between=between):
             if b'"RunResumed"' in line and isinstance(event := _event_of(line, segment.checked), RunResumed):
                 yield event
         if isinstance(event := _event_of(_mended(segment.rest), segment.checked), RunResumed):

@@ -37,6 +37,7 @@ from sinks.live.stored import (
     read_view,
     store_view,
 )
+from sinks.live.turns import READING
 from sinks.live.view import Changes, RunView, trimmed
 
 FRAME_S = 0.1
@@ -355,10 +356,13 @@ class FolderHub(Hub):
         await anyio.to_thread.run_sync(self._read_on, limiter=self._limiter)
 
     def _read_on(self) -> None:
+        if time.monotonic() >= self._retry_at:
+            with READING.taken():
+                self._read_in_turns()
+
+    def _read_in_turns(self) -> None:
         assert self.run_dir is not None
         now = time.monotonic()
-        if now < self._retry_at:
-            return
         looks = now - self._looked_at > _LOOK_S or self._reader is None
         held = is_held(self.run_dir) if looks else True  # before reading: what it wrote last must be seen
         try:

@@ -26,6 +26,7 @@ from events.messages import Event, RunResumed
 from events.msgpack_keys import check_keys
 from events.safe_files import list_below, read_below, replace_below
 from sinks.damage import damage_in, damage_of, reason_of
+from sinks.live.turns import READING, TURN_S
 from sinks.live.view import RunView, trimmed
 
 STORE_NAME = "view.msgpack"
@@ -35,7 +36,7 @@ PAUSE_S = 0.0002
 """Between two batches of a long journal: so others on this interpreter wait 2 ms for it instead of 5, each time."""
 MOST_SKIPPED = 10_000
 """Maximum lines of a journal that are not events; behind them it is not read."""
-_SLICE_S = 0.25
+_SLICE_S = TURN_S
 _AT_ONCE = 8
 _BATCH_BYTES = 32 * 2**20
 """Maximum bytes of memory, estimated, that the events of one batch take before its last read."""
@@ -112,6 +113,7 @@ def batches(
         WireError: More lines than `MOST_SKIPPED` are not events.
     """
     while True:
+        READING.pass_on()
         slice_end = min(until, time.monotonic() + _SLICE_S)
         batch: list[Event] = []
         taken = 0
@@ -135,9 +137,9 @@ def batches(
 
 def _filter_of(journal_dir: Path) -> tuple[int, Callable[[Event], bool] | None]:
     """Up to where the journal is known, and what of that counts; None: all of it."""
-    tail = journal_tail(journal_dir)
+    tail = journal_tail(journal_dir, READING.pass_on)
     # The filter looks through the whole journal, for what a first attempt cannot have.
-    return tail.seq, history_filter(journal_dir) if tail.attempt > 1 else None
+    return tail.seq, history_filter(journal_dir, READING.pass_on) if tail.attempt > 1 else None
 
 
 def write_view(run_dir: Path, view: RunView) -> None:
@@ -180,9 +182,9 @@ def _stored_view(run_dir: Path) -> RunView:
         check_keys(data, _ROOM_BYTES)
         stored = msgspec.msgpack.decode(data, type=_Stored)
         fits = stored.version == _VERSION and stored.head == head_of(run_dir) and stored.view.is_sound
-        if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR).seq:
+        if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR, READING.pass_on).seq:
             health = stored.view.health  # it is not stored: few lines of the journal bear on it
-            for event in EventFinder(run_dir / JOURNAL_DIR, health.types).find():
+            for event in EventFinder(run_dir / JOURNAL_DIR, health.types).find(between=READING.pass_on):
                 if event.seq > stored.view.cursor:
                     break
                 health.add(event)
