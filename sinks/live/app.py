@@ -186,6 +186,7 @@ class LiveApp:
         if scope["method"] == "HEAD":
             send = without_body(send)
         try:
+            _check_framing(scope)
             is_api = path == "api/runs" or path.startswith("api/runs/")
             is_page = path == "" or path.startswith("page/")
             self._access.check_host(scope)
@@ -517,6 +518,13 @@ class LiveApp:
         finally:
             self._clients.discard(client)
             client.forget()
+
+
+def _check_framing(scope: Message) -> None:
+    """Refuse a request whose end a proxy may see elsewhere: what follows could be answered as another's request."""
+    names = {key.lower() for key, _ in scope["headers"]}
+    if {b"transfer-encoding", b"content-length"} <= names:
+        raise Refused(400, "a request has one length: Content-Length or chunks", headers=[(b"connection", b"close")])
 
 
 def _as_text(message: Sent | int) -> Message:

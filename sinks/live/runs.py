@@ -34,6 +34,8 @@ from sinks.live.view import MOST_NAME, RunView, Summary, damage_line, trimmed
 
 _MOST_HUBS = 16
 """Hubs that are kept though nobody watches them."""
+MOST_READERS = 32
+"""Maximum threads that read runs for watchers, however many runs they ask for at once."""
 _HEAD = 64
 _PER_RUN_S = 0.2
 """Maximum seconds per run that a look at all runs takes; later looks read what a long journal holds beyond that."""
@@ -110,6 +112,7 @@ class RunsOfFolder:
         self._paths: dict[str, tuple[Path, str]] = {}  # by the name in the list, as of the last look; and the run_id
         self._is_behind = False  # the last look has left runs that are not known yet
         self._limiter: anyio.CapacityLimiter | None = None
+        self._readers: anyio.CapacityLimiter | None = None
         self._found: tuple[float, list[Summary]] = -math.inf, []  # by the last look, and when that began
 
     async def summaries(self, commands: bool) -> list[dict[str, Any]]:
@@ -130,7 +133,8 @@ class RunsOfFolder:
             there = self._hub_of(run_id)
         if there is None and (known := self._paths.get(run_id)) is not None:
             path, own = known
-            there = self._hubs[path] = FolderHub(path, None if own == run_id else run_id)
+            self._readers = self._readers or anyio.CapacityLimiter(MOST_READERS)
+            there = self._hubs[path] = FolderHub(path, None if own == run_id else run_id, self._readers)
             self._hubs.move_to_end(path)
             self._let_go()
         return there

@@ -340,6 +340,19 @@ def test_requests_that_break_off_log_no_traceback(remote: Any, crowd: Any) -> No
     assert "Traceback" not in server.log()
 
 
+def test_a_request_with_two_lengths_is_the_last_of_its_connection(remote: Any) -> None:
+    """A proxy that believes the other length would take the second answer for that to another client's request."""
+    server = remote(60.0)
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
+        lengths = b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+        request = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
+        one.sendall(b"POST /api/runs/demo/commands HTTP/1.1\r\nhost: localhost\r\n" + lengths + request + b"\r\n")
+        answers = b""
+        while part := one.recv(2**16):
+            answers += part
+    assert (answers.count(b"HTTP/1.1 "), answers[:12]) == (1, b"HTTP/1.1 400")
+
+
 def test_malformed_requests_are_logged_once_a_minute(remote: Any, crowd: Any) -> None:
     """Who sends them must not fill the disk."""
     server = remote(60.0)

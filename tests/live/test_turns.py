@@ -12,6 +12,7 @@ import pytest
 
 from events.journal_reader import JournalReader
 from sinks.live import hub as hub_module
+from sinks.live import runs as runs_module
 from sinks.live import turns as turns_module
 from sinks.live.runs import RunsOfFolder
 from sinks.live.turns import READING, Turns
@@ -140,6 +141,38 @@ def test_reads_that_hang_do_not_keep_a_sound_run_from_its_clients(
         finally:
             hang.set()
         assert [answer.result() for answer in answers] == [(200, 2_000)] * SLOW
+
+
+def test_runs_that_are_asked_for_at_once_take_a_limited_number_of_threads(
+    many: Any, serve: Any, kit: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait without one; those that ask for the same run take none of them."""
+    clock(0.0, 0.0)
+    monkeypatch.setattr(runs_module, "MOST_READERS", 4)
+    hang, lock = threading.Event(), threading.Lock()
+    hung, most = [], []
+    read_view = hub_module.read_view
+
+    def read(run_dir: Any) -> Any:
+        with lock:
+            hung.append(run_dir)
+            most.append(len(hung))
+        assert hang.wait(30)
+        with lock:
+            hung.remove(run_dir)
+        return read_view(run_dir)
+
+    monkeypatch.setattr(hub_module, "read_view", read)
+    server = serve(RunsOfFolder(many))
+    with ThreadPoolExecutor(2 * SLOW) as pool:
+        try:
+            answers = [pool.submit(ask, server.url, f"slow{number % SLOW}") for number in range(2 * SLOW)]
+            kit.wait_until(lambda: len(hung) == 4)
+            kit.wait_until(lambda: server._app._runs._readers.statistics().tasks_waiting == SLOW - 4)
+        finally:
+            hang.set()
+        assert [answer.result() for answer in answers] == [(200, 2_000)] * 2 * SLOW
+    assert max(most) == 4
 
 
 def test_few_runs_are_decoded_at_a_time(many: Any, serve: Any, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
