@@ -303,15 +303,18 @@ class Boundary:
 
     # -------------------------------------------------------------------------------------------- commands
 
-    def take_commands(self) -> None:
+    def take_commands(self, *, checkpoint: bool = True) -> None:
         """Take what has come in. A stop wins over everything else; a pause is waited out here.
+
+        Args:
+            checkpoint: Whether a checkpoint can be taken here.
 
         Raises:
             StopRequested: a stop was taken.
             BaseException: the run was cancelled, or a fatal observer failed.
         """
         self.control.raise_if_failed()
-        paused = self._obey(self.control.take(), False)
+        paused = self._obey(self.control.take(), False, checkpoint)
         if not paused:
             return
         begin = clock()
@@ -320,12 +323,12 @@ class Boundary:
             while paused:
                 self.control.wait(1.0)  # WAIT: paused until told otherwise
                 self.control.raise_if_failed()
-                paused = self._obey(self.control.take(), paused)
+                paused = self._obey(self.control.take(), paused, checkpoint)
         finally:
             self.ledger.paused += clock() - begin
         self.phase = before
 
-    def _obey(self, commands: list[AnyCommand], paused: bool) -> bool:
+    def _obey(self, commands: list[AnyCommand], paused: bool, checkpoint: bool) -> bool:
         """Carry out commands in order, then take the checkpoint they ask for; returns whether the run is paused."""
         stop: Stop | None = None
         checkpoint_ids: list[str] = []
@@ -344,8 +347,10 @@ class Boundary:
         reasons = ["command"] if checkpoint_ids else []
         if stop is not None and stop.checkpoint:
             reasons.append("stop")
-        if reasons:
+        if reasons and checkpoint:
             self.checkpoints.on_command(reasons, checkpoint_ids)
+        elif checkpoint_ids:
+            self.checkpoints.refuse(checkpoint_ids, "the run stops within a step")
         if stop is not None:
             raise StopRequested(stop.reason)
         return paused

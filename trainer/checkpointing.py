@@ -230,9 +230,13 @@ class Checkpointing:
         if self._settings is None:
             if command_ids:
                 why = "this run takes no checkpoints: it has no folder, or was made with checkpoints=False"
-                self._bus.publish(CheckpointFailed(*self._origin.header(), "", why, "stage", 1, command_ids))
+                self.refuse(command_ids, why)
         elif command_ids or not self._is_taken:
             self.take(reasons, command_ids, must=True)
+
+    def refuse(self, command_ids: list[str], why: str) -> None:
+        """Answer requests for a checkpoint that is not taken."""
+        self._bus.publish(CheckpointFailed(*self._origin.header(), "", why, "stage", 1, command_ids))
 
     # ---------------------------------------------------------------------------------------------- what
 
@@ -262,7 +266,7 @@ class Checkpointing:
                 self._bus.publish(CheckpointSkipped(*self._origin.header(), reasons, writing))
                 if ids := list(command_ids):
                     why = "the run is to stop without a checkpoint, and those before it are still being written"
-                    self._bus.publish(CheckpointFailed(*self._origin.header(), "", why, "stage", 1, ids))
+                    self.refuse(ids, why)
                 return
             try:
                 fence = self._stage(slab, reasons, list(command_ids), mark)

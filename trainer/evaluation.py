@@ -28,6 +28,7 @@ from trainer.outputs import Capture, EpochOutputs
 from trainer.precision import Precision
 from trainer.recorder import MetricRecorder, Value, weighted_mean
 from trainer.rows import row_counter, weight_of
+from trainer.workers import Batches
 
 END = object()
 
@@ -153,7 +154,7 @@ class Evaluation:
         notice = boundary.notice if weigh is None else None  # nobody but `rows` in events depends on the count
         where = f"get_{name}_dataloaders"
         rows_of = row_counter(loader, self._batch_size, SequentialSampler, notice, where)
-        batches = iter(loader)
+        batches = Batches(boundary, lambda: iter(loader))
         try:
             while limit is None or done < limit:
                 boundary.phase = f"the dataloader {key!r} of get_{name}_dataloaders"
@@ -193,7 +194,7 @@ class Evaluation:
                 ledger.publish += mark - now
         finally:
             mark = clock()
-            end_iteration(batches, loader)
+            end_iteration(batches.source, loader)
             del batches  # ends those of a generator, too, also while an exception keeps this frame alive
             ledger.data += clock() - mark
         boundary.cross(clock())

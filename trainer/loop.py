@@ -63,6 +63,7 @@ from trainer.recorder import MetricRecorder, Value
 from trainer.resume import Loaded, go_on
 from trainer.rng import RngState, capture_rng, restore_rng
 from trainer.rows import no_weight, row_counter, weight_of
+from trainer.workers import Batches
 
 Outputs = tuple[Any, ...]
 _Count = TypeVar("_Count", int, float)
@@ -281,6 +282,7 @@ class TrainingLoop:
             boundary.take_commands()
         mark = clock()
         accumulation = arguments.accumulation_steps
+        counts_itself = has_state(loader)
         val_interval = arguments.val_interval_steps
         limit = self._step_limit()
         first_step = position.first_step
@@ -303,10 +305,12 @@ class TrainingLoop:
                 group = None
                 if accumulation > 1:
                     group = [(batch, rows, weight)]
+                    batches.is_ahead = counts_itself
                     while len(group) < accumulation and (batch := next(batches, END)) is not END:  # WAIT: data
                         rows = rows_of(batch, read)
                         group.append((batch, rows, rows if weigh is None else weigh(batch)))
                         read += 1
+                    batches.is_ahead = False
                     if batch is END:
                         self._use_up()
                 observed = TrainStepEnded in bus.payload_receivers
@@ -459,7 +463,7 @@ class TrainingLoop:
         checkpoints.after_epoch(epoch)
         origin.epoch = epoch
 
-    def _begin(self, loader: Iterable[Any], outputs: EpochOutputs | None) -> Iterator[Any]:
+    def _begin(self, loader: Iterable[Any], outputs: EpochOutputs | None) -> Batches:
         """Begin to iterate over an epoch's data; in an epoch that is resumed, behind what was used of it."""
         position, resumed = self._position, self._resumed
         # Of a loader that the module keeps, too: persistent workers need that.
@@ -501,7 +505,7 @@ class TrainingLoop:
                 "the checkpoint has no outputs of the epoch that is gone on with, because nobody wanted them then: who"
                 " wants them now gets those from here on"
             )
-        batches: Iterator[Any] = iter(())
+        batches = Batches(self._boundary, lambda: iter(()))
         if position.phase == "end" or position.used_up:
             if position.loader_state is not None and has_state(loader):
                 loader.load_state_dict(position.loader_state)  # type: ignore[attr-defined]  # `has_state` has looked
@@ -529,9 +533,9 @@ class TrainingLoop:
             self._checkpoints.after_step(last=False)  # it may be the best one
         return batches
 
-    def _iterate(self, loader: Any, seed: int | None) -> Iterator[Any]:
-        batches = iterate(loader, seed)
-        self._iteration = batches, loader  # from here on, every way out ends it
+    def _iterate(self, loader: Any, seed: int | None) -> Batches:
+        batches = Batches(self._boundary, lambda: iterate(loader, seed))
+        self._iteration = batches.source, loader  # from here on, every way out ends it
         return batches
 
     def _end_iteration(self) -> None:

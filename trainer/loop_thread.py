@@ -52,6 +52,7 @@ from trainer.resume import CheckpointPlan, Loaded, takes_state_by_default
 from trainer.rng import capture_rng, restore_rng
 from trainer.tensor_state import part_of
 from trainer.versions import versions
+from trainer.workers import take_stop_of_dead_workers
 
 Task = Literal["train", "test"]
 
@@ -228,7 +229,13 @@ class LoopThread:
                 self._control.raise_if_interrupted()
                 # For as long as the loop runs: under `Trainer.train` the thread is the host's.
                 with torch.cuda.device(self._device) if on_cuda else contextlib.nullcontext():
-                    self._main()
+                    try:
+                        self._main()
+                    except StopRequested:
+                        raise
+                    except Exception as error:  # the module's own code may read data of its own, within a step
+                        take_stop_of_dead_workers(self._boundary, error, checkpoint=False)
+                        raise
             finally:
                 self._control.interruptible = False
             self.status = "finished"
@@ -473,10 +480,9 @@ class LoopThread:
 
     def _record(self, error: BaseException) -> None:
         self.error = error
-        cancelled = isinstance(error, (RunCancelled, KeyboardInterrupt, SystemExit))
-        self.status = "cancelled" if cancelled else "failed"
+        self.status = status_after(error)
         self.reason = describe(error)
-        if not cancelled:
+        if self.status == "failed":
             from_elsewhere = error is self._control.error
             self._phase = self._control.phase if from_elsewhere else self._boundary.phase
             self._traceback = format_traceback(error)
@@ -539,6 +545,12 @@ class LoopThread:
         if (observer := callback.observer) is not None:
             self._bus.post(lambda: observer.disable(text))
         logger.warning(f"callback {callback.name} failed in {hook} (disabled): {text}", exc_info=error, published=True)
+
+
+def status_after(error: BaseException) -> Status:
+    """How a run has ended that an exception ended, whichever phase and thread raised it."""
+    cancelled = isinstance(error, (RunCancelled, KeyboardInterrupt, SystemExit))
+    return "cancelled" if cancelled else "failed"
 
 
 def _drop_first_frame(error: BaseException) -> None:

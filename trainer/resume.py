@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -585,6 +585,9 @@ def _some(texts: Iterable[str], limit: int = 8) -> list[str]:
     return shown if len(shown) <= limit else [*shown[:limit], f"{len(shown) - limit} more"]
 
 
+_Batches = TypeVar("_Batches", bound=Iterator[Any])
+
+
 def go_on(
     loader: Any,
     position: Position,
@@ -592,8 +595,8 @@ def go_on(
     arguments: TrainerArguments,
     device: torch.device,
     check: Callable[[], None],
-    iterate: Callable[[Any, int | None], Iterator[Any]],
-) -> Iterator[Any]:
+    iterate: Callable[[Any, int | None], _Batches],
+) -> _Batches:
     """Iterate over an epoch's data from behind the batches that its finished steps have used.
 
     Args:

@@ -47,7 +47,7 @@ from trainer.control import Control
 from trainer.data import resolve_device
 from trainer.errors import REMEDY, NonFiniteGradientError, NonFiniteLossError, add_note
 from trainer.hooks import CallbackHooks, CallbackTarget, HookTable, check_state_keys
-from trainer.loop_thread import STUCK, LoopThread, Task
+from trainer.loop_thread import STUCK, LoopThread, Task, status_after
 from trainer.media import MediaWriter
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.precision import Precision
@@ -466,7 +466,7 @@ class Session:
                 told = True
                 trace = format_traceback(failure)
                 phase = self.control.phase or "the end of the run"
-                ended_as = RunEnded(*self.origin.header(), "failed", describe(failure), trace, phase)
+                ended_as = RunEnded(*self.origin.header(), status_after(failure), describe(failure), trace, phase)
                 self.bus.publish(ended_as)
             if observers is stages[0][1] and self._media.used:  # callbacks can log no more, and sinks are to get it
                 await anyio.to_thread.run_sync(self._media.close, timeout_s, limiter=anyio.CapacityLimiter(1))
@@ -557,7 +557,7 @@ class Session:
         if self._stuck is not None:
             status, reason, self.error = "cancelled", STUCK, TrainingThreadStuck(self._stuck)
         elif failure is not None:
-            status, reason, self.error = "failed", describe(failure), failure
+            status, reason, self.error = status_after(failure), describe(failure), failure
         best = self._writer.best if self._writer is not None else None
         self.result = RunResult(
             run_id=self._run_id,
