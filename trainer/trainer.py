@@ -74,7 +74,7 @@ class Trainer:
             in the run's folder, in ``sinks/host.log``.
         journal: Whether and how the run keeps its events on disk; on by default.
         run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, the run is taken up
-            again.
+            again. Checkpoints are told apart by this name alone: use it for one run only.
         run_dir: The run's folder; by default ``runs/RUN_ID`` below the working directory. Without a journal, without
             this and without `Checkpoints`, nothing is written.
         checkpoints: When checkpoints are taken and how many are kept. True: as `Checkpoints` says by default, where the
