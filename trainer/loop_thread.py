@@ -273,6 +273,9 @@ class LoopThread:
                     raise ContractError(f"this {name} is being {does} by another run; give each run its own {kind}")
             for one in self._logging:
                 object.__setattr__(one, "_stagecast_recorder", self._recorder)  # not a submodule, not in the state dict
+        for name, parameter in self._module.named_parameters():
+            if parameter.is_meta:
+                raise ContractError(f"the parameter {name} is on the meta device; give it data with to_empty()")
         self._module.to(self._device)
         if warning := self._arguments.batch_size_warning():
             logger.warning(warning)
@@ -363,7 +366,12 @@ class LoopThread:
             total = max(1, total - origin.global_step)  # new schedulers begin here
         told = self._arguments.steps_and_epochs(steps_per_epoch, total)
         returned = self._module.get_optimizers_schedulers(*told)
-        return Optimization(returned, self._module.parameters, self._arguments, self._precision, self._recorder)
+        made = Optimization(returned, self._module.parameters, self._arguments, self._precision, self._recorder)
+        trained = {
+            id(one) for optimizer in made.optimizers for group in optimizer.param_groups for one in group["params"]
+        }
+        self._precision.check((name, one) for name, one in self._module.named_parameters() if id(one) in trained)
+        return made
 
     def _bind_optimizers(self, optimization: Optimization) -> None:
         for callback in self._hooks.callbacks:
