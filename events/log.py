@@ -1,9 +1,10 @@
 """The library's logger, and where its warnings go.
 
 Records go through structlog to the standard logger ``stagecast``, with ``run_id``, ``rank`` and ``global_step`` as
-extra fields. The library configures nothing: where a handler of the host takes them, on ``stagecast`` or on the root
-logger, they go there alone. Where none does, warnings and errors appear on stderr, one line each, unless the console of
-their run shows them. Those of a run are published, too, as `WarningLogged`.
+extra fields, and with texts that are safe to show (`PlainRecords`). The library configures nothing: where a handler of
+the host takes them, on ``stagecast`` or on the root logger, they go there alone. Where none does, warnings and errors
+appear on stderr, one line each, unless the console of their run shows them. Those of a run are published, too, as
+`WarningLogged`.
 
 To silence them, give the logger ``stagecast`` a handler or a higher level.
 """
@@ -29,8 +30,8 @@ import structlog
 from events.masking import masked
 from events.messages import Event, WarningLogged
 from events.origin import Header, Origin
-from events.text import plain_text
-from events.tracebacks import describe, format_traceback
+from events.text import one_line, plain_lines
+from events.tracebacks import describe, format_traceback, without_controls
 
 current_origin: ContextVar[Origin | None] = ContextVar("stagecast_origin", default=None)
 """The run that the current thread or task works for."""
@@ -44,7 +45,7 @@ _MOST_IN_REPEAT = 100
 _MOST_HELD = 256
 _MOST_QUEUED = 1_000
 _MOST_CHARS = 10_000
-"""Maximum characters per line on stderr."""
+"""Maximum characters per line on stderr, and per text that a handler of the host gets."""
 _FLUSH_S = 1.0
 _IDLE_S = 0.25
 _RESERVED = {*vars(logging.makeLogRecord({})), "message", "asctime"} - {"exc_info", "stack_info"}
@@ -80,8 +81,7 @@ class Warned(NamedTuple):
     def line(self) -> str:
         """It, in one line."""
         more = f" [{self.repeats:,} more like this before]" if self.repeats else ""
-        text = plain_text(" ".join(self.message.split()), _MOST_CHARS)
-        return f"stagecast: {self.level}: {text}{more}{self.where}\n"
+        return f"stagecast: {self.level}: {one_line(self.message, _MOST_CHARS)}{more}{self.where}\n"
 
 
 # ------------------------------------------------------------------------------------------------- stderr
@@ -384,8 +384,13 @@ def _report(_: Any, method: str, event_dict: Any) -> Any:
     A caller passes ``published=True`` where an event of another type reports the same.
     """
     published = event_dict.pop("published", False)
-    if isinstance(text := event_dict.get("event"), str):
-        event_dict["event"] = masked(text)
+    message = str(event_dict.get("event", ""))
+    if positional := event_dict.pop("positional_args", None):
+        try:
+            message = message % positional
+        except (TypeError, ValueError):
+            message = f"{message} {positional!r}"
+    event_dict["event"] = message = masked(message)
     level = _LEVELS.get(method)
     if level is None:
         return event_dict
@@ -393,10 +398,6 @@ def _report(_: Any, method: str, event_dict: Any) -> Any:
     run = _runs.get(origin) if origin is not None else None
     if run is not None and not run.is_ours:
         run = None
-    message = str(event_dict.get("event", ""))
-    if positional := event_dict.get("positional_args"):
-        with contextlib.suppress(TypeError, ValueError):
-            message = masked(message % positional)
     if run is None and (collected := _collected.get()) is not None:
         repeats = None if any(message == other.message for other in collected) else 0  # once for each run
     else:
@@ -470,7 +471,32 @@ def _rename_reserved(_: Any, __: str, event_dict: Any) -> Any:
     return {f"{key}_" if key in _RESERVED else key: value for key, value in event_dict.items()}
 
 
+class PlainRecords(logging.Filter):
+    """Makes the records of a logger harmless for whatever handlers and formatters the host has.
+
+    Names, files, servers and exceptions bring texts of strangers. Each text of a record becomes one line without
+    control characters, marks of text direction and secrets of URLs; tracebacks keep their line breaks.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; it always passes."""
+        try:
+            record.msg = record.getMessage()
+        except (TypeError, ValueError):  # of a format that does not fit
+            record.msg = f"{record.msg} {record.args!r}"
+        record.args = ()
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            plain = without_controls(error)
+            record.exc_info = (type(plain), plain, plain.__traceback__)
+        for name, value in vars(record).items():
+            if isinstance(value, str):
+                lines = name in ("exc_text", "stack_info")
+                setattr(record, name, (plain_lines if lines else one_line)(masked(value), _MOST_CHARS))
+        return True
+
+
 _stdlib_logger = logging.getLogger("stagecast")
+_stdlib_logger.addFilter(PlainRecords())
 _null = logging.NullHandler()  # or the standard library's last resort would print what is shown here
 _stdlib_logger.addHandler(_null)
 

@@ -1,7 +1,7 @@
-"""Looks through msgpack of a stranger for maps whose keys are arrays.
+"""Looks through msgpack of a stranger before it is decoded: for maps whose keys are arrays, and for its size in memory.
 
-`msgspec` makes tuples of them, and tuples of one hash are easily made: a map of a hundred thousand takes minutes.
-stagecast never writes such a map.
+`msgspec` makes tuples of such keys, and tuples of one hash are easily made: a map of a hundred thousand takes minutes.
+stagecast never writes such a map. An empty list has one byte, and some 60 when it is decoded.
 """
 
 from __future__ import annotations
@@ -9,8 +9,18 @@ from __future__ import annotations
 import re
 
 _MAX_DEPTH = 10_000
-_CONTAINERS = 1_000_000
-"""Maximum arrays and maps in a document, or one for 8 bytes: an empty one has one byte, and some 60 when decoded."""
+ROOM_BYTES = 512 * 2**20
+"""Maximum bytes of memory that decoded data may take beyond `GROWTH` times its length: some three million small tuples,
+or twenty million integers."""
+GROWTH = 4
+"""Bytes of memory per byte of texts and of 64-bit numbers."""
+ALWAYS_FITS_BYTES = ROOM_BYTES // 160
+"""Data of this length takes no more than that, whatever is in it."""
+_SLOT, _NUMBER, _TEXT, _EXTENSION, _ARRAY, _MAP, _TABLE, _ENTRY = 8, 32, 72, 96, 96, 64, 160, 96
+"""Bytes of memory: in a list, of a number beyond those that Python keeps, of a text, and so on."""
+_KEPT = bytes([*range(128), 0xC0, 0xC2, 0xC3])
+"""First bytes of values that take no memory of their own."""
+_MOST_RUN = 2**20
 # Bytes after the first one, by the first one; of these, texts and extensions have a length that is read.
 _FIXED = {
     0xC0: 0,
@@ -43,17 +53,20 @@ _small = re.compile(rb"[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]+")
 _RUNS |= dict.fromkeys([*range(128), 192, 194, 195, *range(224, 256)], (_small, 1))
 
 
-def check_keys(data: bytes | memoryview) -> None:
-    """See that no key of a map is an array, before the data is decoded. Takes linear time and little memory.
+def check_keys(data: bytes | memoryview, room_bytes: int = ROOM_BYTES) -> None:
+    """Check that no key of a map is an array, and that the data fits the memory. Takes linear time and little memory.
 
-    Data that is cut or malformed passes: decoding it fails.
+    Data that is cut or malformed may pass: decoding it fails, in no more memory.
+
+    Args:
+        room_bytes: Maximum bytes of memory that the decoded data may take beyond `GROWTH` times its length.
 
     Raises:
-        ValueError: A key is an array, arrays and maps are more than 10,000 levels deep, or there are too many for
-            the size of the data.
+        ValueError: A key is an array, arrays and maps are more than 10,000 levels deep, one of them is longer than the
+            data, or the decoded data may take more memory.
     """
-    at, size, containers = 0, len(data), 0
-    most = max(_CONTAINERS, size // 8)
+    at, size = 0, len(data)
+    room = room_bytes + GROWTH * size
     left, in_map = 1, False  # what the container at hand still holds: twice the entries of a map
     outer: list[tuple[int, bool]] = []
     while at < size:
@@ -62,28 +75,37 @@ def check_keys(data: bytes | memoryview) -> None:
                 return
             left, in_map = outer.pop()
             continue
+        if room < 0:
+            raise ValueError(f"its {size:,} bytes may take more than {room_bytes + GROWTH * size:,} bytes of memory")
         first = data[at]
         if not in_map and left > 1 and first in _RUNS:
             run, width = _RUNS[first]
-            found = run.match(data, at, min(size, at + width * left))
+            found = run.match(data, at, min(size, at + width * min(left, _MOST_RUN)))
             if found is None:
                 return
-            at, left = found.end(), left - (found.end() - at) // width
+            count = (found.end() - at) // width
+            own = count if width > 1 else len(found[0].translate(None, _KEPT))
+            room -= own * _NUMBER
+            at, left = found.end(), left - count
             continue
         left -= 1
         at += 1
         if first in _FIXED:
-            at += _FIXED[first]
+            length = _FIXED[first]
+            at += length
+            if 0xA0 <= first < 0xC0:
+                room -= _TEXT + GROWTH * length
+            else:
+                room -= _EXTENSION if 0xD4 <= first < 0xD9 else _NUMBER
         elif first in _SIZED:
             width, more = _SIZED[first]
-            at += width + more + int.from_bytes(data[at : at + width], "big")
+            length = int.from_bytes(data[at : at + width], "big")
+            at += width + more + length
+            room -= (_EXTENSION if more else _TEXT) + GROWTH * length
         else:
             is_map = first in _MAPS or 0x80 <= first < 0x90
             if not is_map and in_map and left % 2:
                 raise ValueError(f"a map has an array as a key (byte {at - 1:,})")
-            containers += 1
-            if containers > most:
-                raise ValueError(f"more than {most:,} arrays and maps in {size:,} bytes")
             if len(outer) >= _MAX_DEPTH:
                 raise ValueError(f"arrays and maps are more than {_MAX_DEPTH:,} levels deep")
             outer.append((left, in_map))
@@ -91,3 +113,9 @@ def check_keys(data: bytes | memoryview) -> None:
             count = int.from_bytes(data[at : at + width], "big") if width else first & 0x0F
             at += width
             left, in_map = count * (1 + is_map), is_map
+            if left > size - at:  # the decoder would find out behind the last of those that there are
+                raise ValueError(f"it was cut: a list or map has {left:,} values, and {size - at:,} bytes follow")
+            # The decoder sets up a list of this length before it finds the items.
+            room -= _MAP + (_TABLE if count else 0) + _ENTRY * max(0, count - 5) if is_map else _ARRAY + _SLOT * count
+    if room < 0:
+        raise ValueError(f"its {size:,} bytes may take more than {room_bytes + GROWTH * size:,} bytes of memory")

@@ -14,7 +14,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -22,6 +22,7 @@ _SAFE = _NOFOLLOW
 for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY", "O_NOINHERIT"):
     _SAFE |= getattr(os, _flag, 0)
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+_CHUNK = 32 * 2**20
 _WRITES = os.O_WRONLY | os.O_RDWR
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -142,7 +143,7 @@ def list_below(root: str | os.PathLike[str], name: str) -> list[os.DirEntry[str]
 
 
 def make_folder_below(root: str | os.PathLike[str], name: str) -> None:
-    """Make a folder below a folder, where it is missing; its parent must exist.
+    """Make a folder below a folder where it is missing; its parent must exist.
 
     Raises:
         UnsafeFile: It, or a component before it, is a link or a file.
@@ -154,35 +155,73 @@ def make_folder_below(root: str | os.PathLike[str], name: str) -> None:
 
 
 def replace_below(
-    root: str | os.PathLike[str], name: str, data: bytes, mode: int = 0o666, *, durable: bool = True
-) -> None:
+    root: str | os.PathLike[str],
+    name: str,
+    data: bytes | Iterable[bytes | memoryview],
+    mode: int = 0o666,
+    *,
+    durable: bool = True,
+) -> int:
     """Write a file below a folder as a whole, replacing one that is there; durable when it returns.
 
     The temporary file has a random name and is created exclusively, and removed on failure. Waits for the disk.
 
     Args:
+        data: All bytes, or parts of them in their order.
         durable: False leaves it to the system when the file reaches the disk, and so waits less.
+
+    Returns:
+        The size of the file in bytes.
 
     Raises:
         UnsafeFile: A component is a link; the name itself may be one, which is replaced, not followed.
         OSError: The disk refused; the file is as it was.
     """
+    nbytes = 0
     with _parent_of(root, name) as (folder, path):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        fd = os.open(_at(folder, temporary), os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, mode, dir_fd=folder)
         try:
-            with open(fd, "wb") as file:
-                file.write(data)
-                file.flush()
+            fd = os.open(_at(folder, temporary), os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, mode, dir_fd=folder)
+            try:
+                for part in [data] if isinstance(data, bytes) else data:
+                    nbytes += write_all(fd, part, temporary)
                 if durable:
                     os.fsync(fd)
+            finally:
+                os.close(fd)
             os.replace(_at(folder, temporary), _at(folder, path), src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:  # propagates unchanged, without the temporary file
             with contextlib.suppress(OSError):
                 os.unlink(_at(folder, temporary), dir_fd=folder)
             raise
         if durable and folder is not None:
-            os.fsync(folder)
+            sync_descriptor(folder)
+    return nbytes
+
+
+def write_all(fd: int, data: bytes | memoryview, where: object) -> int:
+    """Write all bytes to a descriptor; returns their number. Raises `OSError` also where it accepts none."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += some(os.write(fd, view[done : done + _CHUNK]), where)
+    return done
+
+
+def some(written: int, where: object) -> int:
+    """Return the number of bytes that were written, or raise `OSError` for none: a retry might never end."""
+    if written == 0:
+        raise OSError(errno.EIO, "the file takes no bytes", str(where))
+    return written
+
+
+def sync_descriptor(folder: int) -> None:
+    """Make the names in an opened folder durable, where the file system can."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
 
 
 def unlink_below(root: str | os.PathLike[str], name: str) -> None:

@@ -25,6 +25,22 @@ def plain_text(text: str, limit: int = 500) -> str:
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
+def one_line(text: str, limit: int = 10_000) -> str:
+    """Return any text as one harmless line in which each line break, with the spaces around it, is one space."""
+    return plain_text(text if text.isprintable() else " ".join(text.split()), limit)
+
+
+def plain_lines(text: str, limit: int = 10_000) -> str:
+    """Escape as `plain_text` does, but keep line breaks and tabs.
+
+    Args:
+        limit: Maximum characters per line.
+    """
+    if text.isprintable() and len(text) <= limit:
+        return text
+    return "\n".join("\t".join(plain_text(part, limit) for part in line.split("\t")) for line in text.split("\n"))
+
+
 def name_problem(text: str) -> str | None:
     """What keeps a text from being a name; None for a good one."""
     if not text:

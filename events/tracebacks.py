@@ -6,8 +6,10 @@ import os
 import traceback
 from collections.abc import Iterable
 from types import FrameType
+from typing import Any
 
 from events.masking import masked
+from events.text import plain_lines
 
 _OURS = tuple(
     os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
@@ -21,6 +23,8 @@ _FRAMES_FIRST, _FRAMES_LAST = 6, 30
 """Frames of one exception that are kept, from either end: where it was called from, and where it was raised."""
 _CHARS = 16_000
 """Most characters of a traceback with all its causes."""
+_MOST_CAUSES = 50
+"""Maximum exceptions in a chain that are copied."""
 
 
 def describe(error: BaseException) -> str:
@@ -50,9 +54,8 @@ def format_traceback(error: BaseException) -> str:
                 one.stack = traceback.StackSummary.from_list(
                     [*one.stack[:_FRAMES_FIRST], _gap(len(one.stack)), *one.stack[-_FRAMES_LAST:]]
                 )
-        lines = [_cut(masked(line), _TEXT_CHARS, 3 * _TEXT_CHARS // 4) for line in told.format()]
-        text = "".join(lines).rstrip().encode("utf-8", "backslashreplace").decode()
-        return _cut(text, _CHARS, _CHARS // 4)
+        lines = [_cut(plain_lines(masked(line)), _TEXT_CHARS, 3 * _TEXT_CHARS // 4) for line in told.format()]
+        return _cut("".join(lines).rstrip(), _CHARS, _CHARS // 4)
     except Exception as broken:  # formatting a stranger's exception must not hide it
         return f"{describe(error)}\n(its traceback cannot be had: {type(broken).__name__})"
 
@@ -99,6 +102,59 @@ def chain_of(error: BaseException) -> Iterable[BaseException]:
             yield one
             within = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
             ahead += [other for other in (one.__cause__, one.__context__, *within) if other is not None]
+
+
+def without_controls(error: BaseException) -> BaseException:
+    """Return an exception whose texts, and those of its causes and notes, may be shown in a terminal.
+
+    It is the exception itself where they may be already. Otherwise it is a copy whose type has the same name: its
+    texts keep their line breaks, have no other control characters and no marks of text direction, and their URLs
+    have no secrets. Never raises.
+    """
+    try:
+        return error if all(map(_is_clean, chain_of(error))) else _copy(error, {}, 0) or error
+    except Exception:  # the exception is the user's
+        return Exception(describe(error)).with_traceback(error.__traceback__)
+
+
+def _is_clean(error: BaseException) -> bool:
+    return all(_clean(text) == text for text in _texts_of(error))
+
+
+def _clean(text: str) -> str:
+    return plain_lines(masked(text))
+
+
+def _texts_of(error: BaseException) -> list[str]:
+    """The texts of an exception that a traceback shows: its own, and its notes."""
+    text = error.message if isinstance(error, BaseExceptionGroup) else str(error)
+    return [text, *map(str, getattr(error, "__notes__", None) or ())]
+
+
+def _copy(error: BaseException | None, copies: dict[int, BaseException | None], depth: int) -> BaseException | None:
+    """Copy an exception with clean texts; None for one that is too deep, or among its own causes."""
+    if error is None or depth > _MOST_CAUSES:
+        return None
+    if id(error) in copies:
+        return copies[id(error)]
+    copies[id(error)] = None
+    kind, (text, *notes) = type(error), map(_clean, _texts_of(error))
+    named: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    within = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    copied = [found for one in within if (found := _copy(one, copies, depth + 1)) is not None]
+    copy: BaseException
+    if copied:
+        copy = type(kind.__name__, (BaseExceptionGroup,), named)(text, copied)
+    else:
+        copy = type(kind.__name__, (Exception,), named)(text)
+    copies[id(error)] = copy
+    copy.__traceback__ = error.__traceback__
+    copy.__cause__ = _copy(error.__cause__, copies, depth + 1)
+    copy.__context__ = _copy(error.__context__, copies, depth + 1)
+    copy.__suppress_context__ = error.__suppress_context__
+    for note in notes:
+        copy.add_note(note)
+    return copy
 
 
 def _gap(frames: int) -> traceback.FrameSummary:

@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from events.bounds import INT_MAX, LAST_ATTEMPT, check_plain
+from events.bounds import INT_MAX, LAST_ATTEMPT, MAX_DEPTH, check_plain
 from events.errors import WireError
 from events.messages import EVENT_TYPES, Event, RunStarted, StageName, UnknownEvent
 from events.protocol import AnyCommand
@@ -316,6 +316,8 @@ def _restore_nonfinite(tree: dict[str, Any]) -> None:
 
 def _set_if_null(tree: Any, pointer: str, number: float) -> None:
     """Put a number where the pointer leads, if a null is there; elsewhere there is nothing to restore."""
+    if pointer.count("/") > MAX_DEPTH + 2:  # deeper than any event
+        return
     *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]] or [""]
     for part in parents:
         tree = tree[_index(tree, part)] if _holds(tree, part) else None

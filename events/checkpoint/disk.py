@@ -1,5 +1,6 @@
 """Files that are on stable storage when the call returns, written without holding the interpreter lock.
 
+They are written to an opened folder (`Folder`), so a link that takes its place meanwhile leads nowhere.
 Large ones are written with direct I/O where the file system takes it: from page-aligned memory to the disk, past the
 page cache, which would copy every byte once more and be flushed at a time of its own choosing. Every call that changes
 the disk is one of ``os``, by that name: what a test replaces there, it replaces here.
@@ -17,17 +18,100 @@ from pathlib import Path
 
 import xxhash
 
+from events.safe_files import some, sync_descriptor, write_all
+
 PAGE = 4096
 """Alignment of direct I/O: in memory, in the file, and of the length."""
 _CHUNK = 32 * 2**20
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # What a file system says that does not take direct I/O, at opening or at the first write.
 _NO_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_ENTER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+_FOLDER = _ENTER | getattr(os, "O_NOFOLLOW", 0)
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+for _flag in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
+    _CREATE |= getattr(os, _flag, 0)
+_BY_DESCRIPTOR = {os.open, os.stat, os.unlink, os.rmdir} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
 
 
-def write_image(path: Path, image: memoryview, nbytes: int) -> str:
+class Folder:
+    """An opened folder: files that are written to it are in it, whatever takes the place of its name meanwhile.
+
+    Args:
+        path: Its path, for messages, and for systems without ``dir_fd`` (Windows).
+        fd: Its descriptor, which `close` closes; None on such a system.
+    """
+
+    def __init__(self, path: Path, fd: int | None) -> None:
+        self.path = path
+        self.fd = fd
+
+    @classmethod
+    def open(cls, path: Path) -> Folder:
+        """Open a folder that the user names, which may be reached through links."""
+        return cls(path, os.open(path, _ENTER) if _BY_DESCRIPTOR else None)
+
+    def make(self, name: str) -> Folder:
+        """Make a new folder in it and open that. Raises `FileExistsError` and other `OSError`."""
+        os.mkdir(self._at(name), dir_fd=self.fd)
+        return Folder(self.path / name, os.open(name, _FOLDER, dir_fd=self.fd) if self.fd is not None else None)
+
+    def create(self, name: str, flags: int = 0) -> int:
+        """Create a file in it exclusively, and return its descriptor."""
+        return os.open(self._at(name), _CREATE | flags, 0o644, dir_fd=self.fd)
+
+    def stat(self, name: str) -> os.stat_result:
+        """The status of a file or folder in it; of a link, that of the link itself."""
+        return os.stat(self._at(name), dir_fd=self.fd, follow_symlinks=False)
+
+    def has(self, other: Folder, name: str) -> bool:
+        """Whether another opened folder is the one of that name in it, and not one that was exchanged for it."""
+        return other.fd is None or os.path.samestat(os.fstat(other.fd), self.stat(name))
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file or folder in it, replacing a file that is there."""
+        os.replace(self._at(old), self._at(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder with all that is in it, following no link; a missing one is not an error.
+
+        A folder is entered by its descriptor, so a link that takes its place meanwhile is not followed either.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(self.stat(name).st_mode):
+                os.unlink(self._at(name), dir_fd=self.fd)
+            elif self.fd is not None:
+                _remove_folder(name, self.fd)
+            else:
+                inner = Folder(self.path / name, None)
+                for inside in os.listdir(inner.path):
+                    inner.remove(inside)
+                os.rmdir(inner.path)
+
+    def sync(self) -> None:
+        """Make the names in it durable, where the system can."""
+        if self.fd is not None:
+            sync_descriptor(self.fd)
+        else:
+            sync_folder(self.path)
+
+    def close(self) -> None:
+        """Close its descriptor. May be called twice."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _at(self, name: str) -> str:
+        return name if self.fd is not None else str(self.path / name)
+
+
+def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> str:
     """Write a new file from page-aligned memory, and hash it meanwhile on a thread of its own.
 
     Args:
@@ -42,7 +126,7 @@ def write_image(path: Path, image: memoryview, nbytes: int) -> str:
     """
     hasher = _Hasher(image[:nbytes])
     try:
-        fd, direct = _open_for_image(path)
+        fd, direct = _open_for_image(folder, name)
         try:
             _write_at(fd, image if direct else image[:nbytes], direct)
             if direct:
@@ -55,7 +139,7 @@ def write_image(path: Path, image: memoryview, nbytes: int) -> str:
     return digest
 
 
-def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+def write_parts(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
     """Write a new file that consists of these parts, each asked for in its turn; returns its size and its hash.
 
     Raises:
@@ -63,91 +147,43 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, s
     """
     digest = xxhash.xxh3_128()
     nbytes = 0
-    fd = os.open(path, _CREATE, 0o644)
+    fd = folder.create(name)
     try:
         for part in parts:
             view = memoryview(part).cast("B")
             for begin in range(0, len(view), _CHUNK):
                 chunk = view[begin : begin + _CHUNK]
                 digest.update(chunk)
-                done = 0
-                while done < len(chunk):
-                    done += _some(os.write(fd, chunk[done:]), path)
-            nbytes += len(view)
+                nbytes += write_all(fd, chunk, folder.path / name)
         os.fsync(fd)
     finally:
         os.close(fd)
     return nbytes, digest.hexdigest()
 
 
-def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> int:
-    """Replace a file, or create it, as a whole: whenever the machine stops, there is the old one or the new one.
-
-    Returns:
-        Its size.
-
-    Raises:
-        OSError: The disk refused; an earlier file is still there.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        remove(temporary)
-        nbytes, _ = write_parts(temporary, parts)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    sync_folder(path.parent)
-    return nbytes
-
-
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, where the system can."""
     if os.name == "nt":
         return  # a folder cannot be opened there, and its entries are journalled by the file system
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    fd = os.open(path, _ENTER)
     try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
-            raise
+        sync_descriptor(fd)
     finally:
         os.close(fd)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, following no link; a missing one is not an error.
-
-    A folder is entered by its descriptor, so a link that takes its place meanwhile is not followed either.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISDIR(os.stat(path, follow_symlinks=False).st_mode):
-            os.unlink(path)
-        elif _BY_DESCRIPTOR:
-            _remove_folder(path, None)
-        else:
-            for name in os.listdir(path):
-                remove(path / name)
-            os.rmdir(path)
-
-
-_BY_DESCRIPTOR = {os.open, os.stat, os.unlink, os.rmdir} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
 
 
 _MOST_DEPTH = 64
 """Maximum levels of folders that are removed: each has a descriptor and a call of its own."""
 
 
-def _remove_folder(name: Path | str, within: int | None, depth: int = 0) -> None:
+def _remove_folder(name: str, within: int, depth: int = 0) -> None:
     if depth > _MOST_DEPTH:
-        raise OSError(errno.ELOOP, f"more than {_MOST_DEPTH} folders are in each other; remove them by hand", str(name))
+        raise OSError(errno.ELOOP, f"more than {_MOST_DEPTH} folders are in each other; remove them by hand", name)
     fd = os.open(name, _FOLDER, dir_fd=within)
     try:
         for inside in os.listdir(fd):
-            if stat.S_ISDIR(
-                os.stat(inside, dir_fd=fd, follow_symlinks=False).st_mode
-            ):  # a file browser's, a notebook's
+            found = os.stat(inside, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):  # a file browser's, a notebook's
                 _remove_folder(inside, fd, depth + 1)
             else:
                 os.unlink(inside, dir_fd=fd)
@@ -187,16 +223,15 @@ class _Hasher:
         return self._digest
 
 
-def _open_for_image(path: Path) -> tuple[int, bool]:
+def _open_for_image(folder: Folder, name: str) -> tuple[int, bool]:
     if _DIRECT:
         try:
-            return os.open(path, _CREATE | _DIRECT, 0o644), True
+            return folder.create(name, _DIRECT), True
         except OSError as error:
             if error.errno not in _NO_DIRECT:
                 raise
-        with contextlib.suppress(FileNotFoundError):  # some create it before they refuse
-            os.unlink(path)
-    return os.open(path, _CREATE, 0o644), False
+        folder.remove(name)  # some create it before they refuse
+    return folder.create(name), False
 
 
 def _write_at(fd: int, image: memoryview, direct: bool) -> None:
@@ -204,7 +239,7 @@ def _write_at(fd: int, image: memoryview, direct: bool) -> None:
     while done < len(image):
         chunk = image[done : done + _CHUNK]
         try:
-            done += _some(_pwrite(fd, chunk, done), fd)
+            done += some(_pwrite(fd, chunk, done), fd)
         except OSError as error:
             if not direct or error.errno not in _NO_DIRECT:
                 raise
@@ -226,9 +261,3 @@ def _leave_direct(fd: int) -> None:
     import fcntl
 
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_DIRECT)
-
-
-def _some(written: int, where: object) -> int:
-    if written == 0:
-        raise OSError(errno.EIO, "the file takes no bytes", str(where))
-    return written

@@ -18,6 +18,7 @@ import xxhash
 
 from events.bounds import INT_MAX, Finite, Int64
 from events.errors import CheckpointDamaged, CheckpointTooNew
+from events.journal.lines import MAX_DECODED_BYTES, decoded_bytes
 from events.wire import without_surrogates
 
 FORMAT = 1
@@ -146,9 +147,14 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         where: Its path or address, for the message.
 
     Raises:
-        CheckpointDamaged: The bytes are not those that were written, or it lists a file outside of its folder.
+        CheckpointDamaged: The bytes are not those that were written, it lists a file outside of its folder, or it may
+            take more than `MAX_DECODED_BYTES` of memory.
         CheckpointTooNew: A later version wrote it.
     """
+    if (size := decoded_bytes(data)) > MAX_DECODED_BYTES:
+        raise CheckpointDamaged(
+            f"{where} may take {size:,} bytes of memory, more than {MAX_DECODED_BYTES:,}; load another checkpoint"
+        )
     try:
         signed = msgspec.json.decode(data, type=_Signed)
         body = bytes(signed.manifest)

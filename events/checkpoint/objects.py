@@ -37,7 +37,15 @@ import msgspec
 from events.checkpoint import disk
 from events.checkpoint.problems import explain, lacks_container
 from events.errors import CheckpointDamaged, UploadError
-from events.safe_files import UnsafeFile, list_below, open_below, open_folder_below, read_below, unlink_below
+from events.safe_files import (
+    UnsafeFile,
+    list_below,
+    make_folder_below,
+    open_below,
+    read_below,
+    replace_below,
+    unlink_below,
+)
 
 T = TypeVar("T")
 
@@ -53,8 +61,8 @@ _CLIENT_OPTIONS = (
     "timeout",
 )
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._-]{0,254}", re.ASCII)
-# What a process that was killed has left of a file it was putting: obstore neither lists nor deletes it.
-_STAGED = re.compile(r".+#[0-9]+")
+# What a process that was killed has left of a file it was putting (`events.safe_files.replace_below`).
+_STAGED = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.ASCII | re.DOTALL)
 _OURS = re.compile(r"step-[0-9]|attempt-[0-9]", re.ASCII)
 
 
@@ -155,12 +163,11 @@ class Objects:
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object as a whole; on stable storage, where it is a file, when this returns."""
         if self.folder is not None:
-            self._call("write", key, lambda: self._look(key))
+            self._call("write", key, lambda: self._write(key, data))
+            return
         # One plain request. A multipart upload would be left behind, invisible and paid for, by a process that is
         # killed, and obstore can neither list nor abort those.
         self._call("write", key, lambda: _obstore().put(self._client(len(data)), key, data, use_multipart=False))
-        if self.folder is not None:
-            self._call("write", key, lambda: self._sync(key))
 
     def get(self, key: str, limit_bytes: int) -> bytes | None:
         """Read an object; None if there is none.
@@ -237,11 +244,15 @@ class Objects:
             with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(self.folder / above)
 
-    def _look(self, key: str) -> None:
-        """See that an object is put below no link. Raises `UnsafeFile`."""
+    def _write(self, key: str, data: bytes | memoryview) -> None:
+        """Write an object that is a file, through no link; it is durable, and so are the folders that it lies in."""
         assert self.folder is not None
-        with contextlib.suppress(FileNotFoundError), open_folder_below(self.folder, os.path.dirname(key) or "."):
-            pass
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if above := os.path.dirname(key):
+            make_folder_below(self.folder, above)
+        replace_below(self.folder, key, [data])
+        for folder in (self.folder, self.folder.parent):
+            disk.sync_folder(folder)
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
@@ -257,15 +268,21 @@ class Objects:
 
     def _clear_staged(self) -> None:
         assert self.folder is not None
-        for entry in self.folder.iterdir():  # only where ours are: somebody else's may lie beside them
-            if _OURS.match(entry.name) and not entry.is_symlink():
-                inside = list(entry.iterdir()) if entry.is_dir() else [entry]
-                for path in inside:
-                    if _STAGED.fullmatch(path.name):
-                        path.unlink()
-                if entry.is_dir():
-                    with contextlib.suppress(OSError):  # it is not empty
-                        entry.rmdir()
+        for entry in list_below(self.folder, "."):  # only where ours are: somebody else's may lie beside them
+            if not entry.is_dir(follow_symlinks=False):
+                self._unlink_staged(entry.name)
+            elif _OURS.match(entry.name):
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    for inside in list_below(self.folder, entry.name):
+                        self._unlink_staged(f"{entry.name}/{inside.name}")
+                with contextlib.suppress(OSError):  # it is not empty
+                    os.rmdir(self.folder / entry.name)
+
+    def _unlink_staged(self, key: str) -> None:
+        assert self.folder is not None
+        name = os.path.basename(key)
+        if _STAGED.fullmatch(name) and ("/" in key or _OURS.match(name[1:])):
+            unlink_below(self.folder, key)
 
     # -------------------------------------------------------------------------------------------- obstore
 
@@ -295,8 +312,7 @@ class Objects:
     def _connect(self, nbytes: int) -> Any:
         stores, address, limits = _obstore().store, self.address, self._limits
         if address.scheme == "file":
-            # Made on writing only: a reader leaves nothing behind.
-            return stores.LocalStore(Path(address.prefix), mkdir=True, automatic_cleanup=True)
+            return stores.LocalStore(Path(address.prefix))
         kind = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}[address.scheme]
         # With options of ours, obstore no longer takes any from the environment.
         variables = {option: _PREFIXES[address.scheme] + option.upper() for option in _CLIENT_OPTIONS}
@@ -309,17 +325,6 @@ class Objects:
             "retry_timeout": datetime.timedelta(seconds=limits.retry_s),
         }
         return kind(address.bucket, prefix=address.prefix or None, client_options=options, retry_config=retries)
-
-    def _sync(self, key: str) -> None:
-        assert self.folder is not None
-        path = self.folder / key
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        for folder in {path.parent, self.folder, self.folder.parent}:
-            disk.sync_folder(folder)
 
 
 def _obstore() -> Any:

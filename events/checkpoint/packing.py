@@ -62,7 +62,7 @@ from msgspec.msgpack import Ext
 
 from events.checkpoint import packing_numpy
 from events.errors import CheckpointDamaged, UnstorableState
-from events.msgpack_keys import check_keys
+from events.msgpack_keys import ALWAYS_FITS_BYTES, check_keys
 
 MAX_DEPTH = 200
 """Levels of containers in containers that a tree may have."""
@@ -110,12 +110,20 @@ def encode(tree: Any, place: Callable[[str, Any], str | None] | None = None, at:
         at: The path of ``tree``; paths continue it with keys and indices: ``optimizers.0.state.5.exp_avg``.
 
     Raises:
-        UnstorableState: A value is of no such type, holds itself, or lies too deep; names the path, the type and
-            what to do.
+        UnstorableState: A value is of no such type, holds itself, or lies too deep, or the tree would take more memory
+            than `decode` allows; names the path, the type and what to do.
     """
     writer = _Writer(place, at)
     packed = writer.pack(tree)
-    return _packer.encode([writer.entries, packed])
+    data = _packer.encode([writer.entries, packed])
+    if len(data) > ALWAYS_FITS_BYTES:
+        try:
+            check_keys(data)
+        except ValueError as error:  # a checkpoint that could not be read again
+            raise UnstorableState(
+                f"{at or 'the state'} has too many small values: {error}; keep them as a tensor or an array"
+            ) from error
+    return data
 
 
 def decode(data: bytes | memoryview, tensor: Callable[[str], Any] | None = None) -> Any:

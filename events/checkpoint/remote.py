@@ -148,8 +148,8 @@ class RemoteStore:
             OSError: The disk refused.
         """
         store = CheckpointStore(into)
-        if store.path(name).is_dir():
-            with contextlib.suppress(CheckpointDamaged):
+        if os.path.lexists(store.path(name)):
+            with contextlib.suppress(CheckpointDamaged, CheckpointNotFound):
                 verify(store.path(name), store.manifest(name))
                 return store.path(name)
             store.remove(name)
@@ -157,15 +157,16 @@ class RemoteStore:
         noted = self._parts(name)
         if noted != parts_for(manifest, noted.part_bytes):
             raise CheckpointDamaged(f"{self.url_of(name)}/{PARTS_NAME} is that of another checkpoint")
-        into.mkdir(parents=True, exist_ok=True)
+        into.parent.mkdir(parents=True, exist_ok=True)
+        store.make()
         plan = self._whole(manifest, noted.part_bytes)
         folder = store.begin(name)
         try:
             for file, entry in manifest.files.items():
                 parts = plan[file]
                 with contextlib.closing(self._read(name, parts)) as data:
-                    found = disk.write_parts(folder / file, data)
-                check_file(folder / file, entry.nbytes, entry.xxh3_128, *found)
+                    found = disk.write_parts(folder, file, data)
+                check_file(folder.path / file, entry.nbytes, entry.xxh3_128, *found)
             path = store.commit(manifest)
         except BaseException:  # goes on as itself, without what is there of the copy
             store.abandon(name)
@@ -179,9 +180,11 @@ class RemoteStore:
         Raises:
             OSError: The disk refused.
         """
-        into.mkdir(parents=True, exist_ok=True)
+        into.parent.mkdir(parents=True, exist_ok=True)
+        store = CheckpointStore(into)
+        store.make()
         for attempt in self.attempts().values():
-            disk.replace_file(into / attempt_name(attempt.attempt), [encode_attempt(attempt)])
+            store.note(attempt)
 
     def _whole(self, manifest: Manifest, part_bytes: int) -> dict[str, list[Part]]:
         """What a checkpoint consists of, if all of that is there, in the right sizes: before the disk is filled.

@@ -9,18 +9,21 @@
             state.msgpack
             manifest.json     written last; lists and hashes the others
             uploaded          once it is in the remote store: where
-        .step-550.a1.tmp/     one that is being written, or what a killed process has left of one
+        .step-550.a1.5f0c31d2.tmp/   one that is being written, or what a killed process has left of one
 
 **Commit**: all files are written and fsynced in a temporary folder, the manifest last; the folder is fsynced, renamed,
-and its parent fsynced. Only then is the checkpoint announced.
+and its parent fsynced. Only then is the checkpoint announced. The temporary folder is new, has a random name, and stays
+open: no one can have prepared it, and nothing is written through a link that takes its place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import mmap
 import os
+import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -51,7 +54,7 @@ from events.checkpoint.manifest import (
     encode_manifest,
 )
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew
-from events.safe_files import open_below, open_folder_below, read_below
+from events.safe_files import make_folder_below, open_below, open_folder_below, read_below, replace_below
 
 CHECKPOINTS_DIR = "checkpoints"
 """The folder of checkpoints within a run's folder."""
@@ -87,6 +90,8 @@ class CheckpointStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._root, self._within = _root_of(self.folder)
+        self._new: dict[CheckpointName, disk.Folder] = {}  # begun, neither committed nor abandoned
+        self._left: dict[CheckpointName, set[str]] = {}  # temporary folders that exist, or may
         self.lock = threading.Lock()
         """Held by whoever decides what is to be removed, from looking at what there is to removing it."""
 
@@ -98,15 +103,10 @@ class CheckpointStore:
 
     def _entries(self) -> list[str]:
         try:
-            with open_folder_below(self._root, self._within or ".") as (folder, path):
-                return os.listdir(path if folder is None else folder)
+            with self._opened() as folder:
+                return os.listdir(folder.path if folder.fd is None else folder.fd)
         except (FileNotFoundError, NotADirectoryError):
             return []
-
-    def _look(self, name: str = "") -> None:
-        """See that the folder, or one in it, is reached through no link. Raises `UnsafeFile`."""
-        with open_folder_below(self._root, f"{self._within}{name}" or "."):
-            pass
 
     def path(self, name: CheckpointName) -> Path:
         """Where a checkpoint is, or would be."""
@@ -204,9 +204,7 @@ class CheckpointStore:
         Raises:
             OSError: The disk refused.
         """
-        if not os.path.lexists(self.folder):
-            os.mkdir(self.folder)
-        self._look()
+        self.make()
         # What it lies in may be new too, or was made by a process that was killed before it came to this.
         for above in self.folder.absolute().parents:
             with contextlib.suppress(PermissionError):  # one that we may not read is not one that we have made
@@ -216,24 +214,34 @@ class CheckpointStore:
         for entry in self._entries():
             if entry.startswith((".step-", ".attempt-")) and entry.endswith(".tmp"):
                 try:
-                    self._discard(self.folder / entry)
-                except OSError as error:  # it is in nobody's way, unless the very checkpoint is taken again
+                    self._discard(entry)
+                except OSError as error:  # it is in nobody's way
                     from events.log import logger  # not for those who only look: it takes its time
 
                     logger.warning(f"{self.folder / entry} is left of a process that was killed, and stays: {error}")
-        disk.replace_file(self.folder / attempt_name(attempt.attempt), [encode_attempt(attempt)])
+        self.note(attempt)
 
-    def begin(self, name: CheckpointName) -> Path:
-        """Make the temporary folder in which a checkpoint's files are to be written.
+    def make(self) -> None:
+        """Make the folder where it is missing. Raises `OSError` if the disk refused."""
+        if self._within:
+            make_folder_below(self._root, self._within)
+        else:
+            self.folder.mkdir(exist_ok=True)
+
+    def note(self, attempt: Attempt) -> None:
+        """Note durably what an attempt started from. Raises `OSError` if the disk refused."""
+        replace_below(self._root, self._within + attempt_name(attempt.attempt), encode_attempt(attempt))
+
+    def begin(self, name: CheckpointName) -> disk.Folder:
+        """Make the temporary folder in which a checkpoint's files are to be written; it stays open until `commit`.
 
         Raises:
             OSError: The disk refused.
         """
-        self._look()
-        folder = self._temporary(name)
-        self._discard(folder)
-        os.mkdir(folder)
-        return folder
+        self._close(name)
+        with self._opened() as folder:
+            self._new[name] = made = folder.make(self._temporary(name))
+        return made
 
     def commit(self, manifest: Manifest) -> Path:
         """Give a checkpoint its name, when all of its files are written and fsynced in its temporary folder.
@@ -244,23 +252,31 @@ class CheckpointStore:
         Raises:
             OSError: The disk refused; there is no checkpoint of that name.
         """
-        temporary, final = self._temporary(manifest.name), self.path(manifest.name)
-        disk.write_parts(temporary / MANIFEST_NAME, [encode_manifest(manifest)])
-        disk.sync_folder(temporary)
-        os.rename(temporary, final)
-        try:
-            disk.sync_folder(self.folder)
-        except OSError:
-            # Not durable, so not to be had: its name may be gone after a power failure, and others may go by it.
-            with contextlib.suppress(OSError):
-                os.rename(final, temporary)
-            raise
-        return final
+        name = manifest.name
+        new = self._new[name]
+        temporary, final = new.path.name, str(name)
+        disk.write_parts(new, MANIFEST_NAME, [encode_manifest(manifest)])
+        new.sync()
+        with self._opened() as folder:
+            folder.rename(temporary, final)
+            try:
+                if not folder.has(new, final):
+                    raise OSError(errno.ESTALE, "another process has exchanged the folder", str(new.path))
+                folder.sync()
+            except OSError:
+                # Not durable, so not to be had: its name may be gone after a power failure, and others may go by it.
+                with contextlib.suppress(OSError):
+                    folder.rename(final, temporary)
+                raise
+        self._left[name].discard(temporary)
+        self._close(name)
+        return self.path(name)
 
     def abandon(self, name: CheckpointName) -> None:
         """Remove what was written of a checkpoint that is not to be committed; as far as the disk lets us."""
+        self._close(name)
         with contextlib.suppress(OSError):
-            self._discard(self._temporary(name))
+            self._discard_left(name)
 
     def remove(self, name: CheckpointName) -> None:
         """Remove a checkpoint. It is gone at once and as a whole: first its name, then its files.
@@ -268,30 +284,50 @@ class CheckpointStore:
         Raises:
             OSError: The disk refused. What is left has no checkpoint's name any more, or is still whole.
         """
-        self._look()
-        temporary = self._temporary(name)
-        self._discard(temporary)  # what an earlier try has left
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path(name), temporary)
+        self._discard_left(name)  # what an earlier try has left
+        with self._opened() as folder:
+            temporary = self._temporary(name)
+            try:
+                folder.rename(str(name), temporary)
+            except FileNotFoundError:
+                self._left[name].discard(temporary)
+                return
+        self._discard_left(name)
+
+    def _discard_left(self, name: CheckpointName) -> None:
+        for temporary in list(self._left.get(name, ())):
             self._discard(temporary)
+            self._left[name].discard(temporary)
 
-    def _discard(self, temporary: Path) -> None:
+    def _discard(self, temporary: str) -> None:
         """Remove a temporary folder, if there is one, when it is certain that it has no other name."""
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISDIR(os.stat(temporary, follow_symlinks=False).st_mode):
+        with self._opened() as folder, contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(folder.stat(temporary).st_mode):
                 # Or, after a power failure, a checkpoint's name might be back without files.
-                disk.sync_folder(self.folder)
-            disk.remove(temporary)
+                folder.sync()
+            folder.remove(temporary)
 
-    def _temporary(self, name: CheckpointName) -> Path:
-        return self.folder / f".{name}.tmp"
+    def _temporary(self, name: CheckpointName) -> str:
+        """The name of a new temporary folder, which is remembered until it is known to be gone."""
+        temporary = f".{name}.{secrets.token_hex(4)}.tmp"
+        self._left.setdefault(name, set()).add(temporary)
+        return temporary
+
+    def _close(self, name: CheckpointName) -> None:
+        if (new := self._new.pop(name, None)) is not None:
+            new.close()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[disk.Folder]:
+        """Open the folder, following no link below the user's one. Raises `UnsafeFile` and other `OSError`."""
+        with open_folder_below(self._root, self._within or ".") as (fd, path):
+            yield disk.Folder(path, fd)
 
     # ------------------------------------------------------------------------------------------- uploads
 
     def mark_uploaded(self, name: CheckpointName, upload: Upload) -> None:
         """Note that a checkpoint is whole in a remote store. Raises `OSError` if the disk refuses."""
-        self._look(str(name))
-        disk.replace_file(self.path(name) / _UPLOADED_NAME, [msgspec.json.encode(upload) + b"\n"])
+        replace_below(self._root, f"{self._within}{name}/{_UPLOADED_NAME}", msgspec.json.encode(upload) + b"\n")
 
     def upload_of(self, name: CheckpointName) -> Upload | None:
         """Where a checkpoint was uploaded to; None if it was not, as far as this folder knows."""
@@ -382,14 +418,20 @@ def read_file(folder: Path, name: str, entry: FileEntry) -> memoryview:
     return memory
 
 
-def read_weights(path: Path) -> memoryview:
-    """Read a safetensors file that the user names to memory that may be written to.
+def read_weights(path: Path, *, follow: bool) -> memoryview:
+    """Read a safetensors file to memory that may be written to.
+
+    Args:
+        follow: Whether the file may be a link.
 
     Raises:
         CheckpointDamaged: It is not a regular file, has more bytes than this machine has memory, or is cut meanwhile.
         OSError: It cannot be read.
     """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if follow:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    else:
+        fd = open_below(path.parent, path.name)
     with open(fd, "rb", buffering=0) as file:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):

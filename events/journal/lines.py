@@ -26,6 +26,20 @@ PREVIOUS_SEQ = "previous_seq"
 MAX_ADDED_BYTES = 64
 """Maximum bytes per line that these members take."""
 
+MAX_DECODED_BYTES = 32 * 2**20
+"""Maximum bytes of memory that a decoded line may take, as `decoded_bytes` estimates it: some 200,000 metrics in one
+event. The writer records a `JournalGap` in place of a larger event; readers skip and report such a line."""
+
+MAX_GROWTH = 48
+"""Maximum bytes of memory per byte of a line: what empty lists and maps in each other take."""
+
+ALWAYS_FITS_BYTES = MAX_DECODED_BYTES // MAX_GROWTH
+"""A line of this length takes at most `MAX_DECODED_BYTES`, whatever is in it."""
+
+_SHORT_BYTES = 1_024
+_SIZES = ((b",", 40), (b":", 40), (b'"', 32), (b"[", 96), (b"{", 200))
+"""Bytes of memory per character of JSON: an entry, a key in a table, half of a text, a list, a map."""
+
 _MARK = b',"crc32":"'
 _PREVIOUS = b',"previous_seq":'
 _LENGTH = len(_MARK) + 10
@@ -57,9 +71,12 @@ def decode_line(line: bytes) -> tuple[Event, int | None]:
     """Decode a line: its event, and the ``seq`` of the line before, None for a line without a checksum.
 
     Raises:
-        WireError: The line is not an event, or not the one that was written.
+        WireError: The line is not an event, or not the one that was written; or an event of its size could fill the
+            memory, which is found before it is decoded.
     """
     body = _checked(line)
+    if len(line) > ALWAYS_FITS_BYTES:
+        check_size(line)
     if body is None:
         return decode_json(line), None
     at = body.rfind(_PREVIOUS, -MAX_ADDED_BYTES)
@@ -67,6 +84,24 @@ def decode_line(line: bytes) -> tuple[Event, int | None]:
         return decode_json(body[:at] + b"}"), int(digits)
     event = decode_json(body)
     return event, event.seq - 1
+
+
+def decoded_bytes(line: bytes) -> int:
+    """Estimate the bytes of memory that a line takes when it is decoded, from above, without decoding it.
+
+    Characters within texts count as those between them. A short line counts as if it were the worst.
+    """
+    most = MAX_GROWTH * len(line)
+    if len(line) <= _SHORT_BYTES:
+        return most
+    is_wide = not line.isascii() or b"\\u" in line  # then a text may take four bytes per character
+    return min(most, (4 if is_wide else 1) * len(line) + sum(line.count(mark) * size for mark, size in _SIZES))
+
+
+def check_size(line: bytes) -> None:
+    """Refuse a line that takes more than `MAX_DECODED_BYTES` of memory when it is decoded. Raises `WireError`."""
+    if (size := decoded_bytes(line)) > MAX_DECODED_BYTES:
+        raise WireError(f"it may take {size:,} bytes of memory when decoded, more than {MAX_DECODED_BYTES:,}")
 
 
 def events_in(line: bytes) -> int:

@@ -25,7 +25,7 @@ import msgspec
 
 from events.checkpoint.manifest import CheckpointName
 from events.errors import WireError
-from events.journal.lines import decode_line, events_in, gap_before, is_checked
+from events.journal.lines import decode_line, decoded_bytes, events_in, gap_before, is_checked
 from events.journal.segment import JOURNAL_DIR as JOURNAL_DIR
 from events.journal.segment import MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
 from events.journal.segment import segment_name as segment_name
@@ -86,6 +86,9 @@ _REASON = 200
 _SEQ = re.compile(rb'"seq":(\d{1,16}),')
 _TAIL_CHUNK = 2**18
 _TAIL_LINES = 10_000
+READ_BYTES = 16 * 2**20
+"""Maximum bytes of memory, as `decoded_bytes` estimates them, that the events of one read take before its last one."""
+_BETWEEN_LINES = 8
 _LEAST_LINE_BYTES = 64
 """Minimum bytes per line of an event: its header alone has more."""
 
@@ -118,12 +121,16 @@ class JournalTail(msgspec.Struct, frozen=True):
     """The number that names the newest segment."""
 
 
-def journal_tail(journal_dir: str | os.PathLike[str]) -> JournalTail:
-    """Find the last event of a journal, reading from its end. Raises `OSError` if it cannot be read."""
+def journal_tail(journal_dir: str | os.PathLike[str], between: Callable[[], None] = lambda: None) -> JournalTail:
+    """Find the last event of a journal, reading from its end. Raises `OSError` if it cannot be read.
+
+    Args:
+        between: Called now and then, because a damaged end takes long.
+    """
     numbers = segment_numbers(journal_dir)
     least = numbers[-1] if numbers else 0
     for number in reversed(numbers):
-        events, damaged, is_all = _last_events(journal_dir, number)
+        events, damaged, is_all = _last_events(journal_dir, number, between=between)
         if events:
             # The highest of several, because a damaged digit may have made the last one small. A newest segment without
             # one whole event was begun with an event that others may have seen: stay above.
@@ -147,7 +154,10 @@ def _size_of(journal_dir: str | os.PathLike[str], number: int) -> int:
 
 
 def last_events(journal_dir: str | os.PathLike[str]) -> list[Event]:
-    """The newest events of a journal: some hundreds, without reading what is before. Raises `OSError`."""
+    """The newest events of a journal: some hundreds, without reading what is before; fewer where they are large.
+
+    Raises `OSError`.
+    """
     for number in reversed(segment_numbers(journal_dir)):
         if events := _last_events(journal_dir, number)[0]:
             return events
@@ -164,9 +174,16 @@ def last_whole_seq(journal_dir: str | os.PathLike[str]) -> int:
 
 
 def _last_events(
-    journal_dir: str | os.PathLike[str], number: int, *, chunk: int | None = None, unfinished: bool = True
+    journal_dir: str | os.PathLike[str],
+    number: int,
+    *,
+    chunk: int | None = None,
+    unfinished: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[list[Event], int, bool]:
     """Whole events at the end of a segment; how many lines behind them are damaged; whether all of it was searched.
+
+    Of large events only the newest are returned, up to `READ_BYTES`.
 
     Args:
         chunk: Bytes to begin with.
@@ -180,20 +197,22 @@ def _last_events(
             return [], 0, True
         *lines, rest = data.rsplit(b"\n", _TAIL_LINES)
         checked = any(map(is_checked, reversed(lines)))
-        events: list[Event] = []
-        damaged = 0
-        for line in lines:
-            if (event := _event_of(line, checked)) is not None:
-                events.append(event)
-                damaged = 0
-            elif line and checked:
-                damaged += events_in(line)
-        if events:
-            if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
-                return [*events, event], 0, is_all
-            return events, damaged, is_all
+        newest: list[Event] = []
+        damaged = spent = 0
         if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
-            return [event], 0, is_all
+            newest, spent = [event], decoded_bytes(rest)
+        for index, line in enumerate(reversed(lines)):
+            if spent >= READ_BYTES:
+                break
+            if index % _BETWEEN_LINES == 0:
+                between()
+            if (event := _event_of(line, checked)) is not None:
+                newest.append(event)
+                spent += decoded_bytes(line)
+            elif line and checked and not newest:
+                damaged += events_in(line)
+        if newest:
+            return newest[::-1], damaged, is_all
         length *= 4
     return [], 0, is_all
 
@@ -259,6 +278,8 @@ class JournalReader:
         self._why = ""  # the last of them was
         self._behind_gap: Event | None = None  # is returned next
         self._last: Event | None = None  # that was returned
+        self.last_bytes = 0
+        """Bytes of memory that the events of the last `read` take, as `decoded_bytes` estimates them."""
 
     @property
     def cursor(self) -> int:
@@ -273,6 +294,8 @@ class JournalReader:
     def read(self, limit: int = 1_024, until: float = math.inf) -> list[Event]:
         """Return the next events, at most ``limit``; none when no more are written yet.
 
+        Fewer where they are large: none follows those that take `READ_BYTES` of memory together.
+
         Args:
             until: Where no event has been found by this time (`time.monotonic`), return none; the next call continues.
 
@@ -281,12 +304,19 @@ class JournalReader:
                 again.
         """
         events: list[Event] = []
-        while len(events) < limit and (self._behind_gap is not None or self._lines or self._fill()):
+        spent = self.last_bytes = 0
+        while (
+            len(events) < limit and spent < READ_BYTES and (self._behind_gap is not None or self._lines or self._fill())
+        ):
             event, self._behind_gap = self._behind_gap, None
             if event is None:
                 line = self._lines.pop()
                 event = self._decode(line)
-                self._offset += (line.length if isinstance(line, TooLong) else len(line)) + 1
+                if isinstance(line, TooLong):
+                    self._offset += line.length + 1
+                else:
+                    self._offset += len(line) + 1
+                    spent += decoded_bytes(line) if event is not None else 0
                 self._line += 1
             if event is not None:
                 self._cursor = event.seq
@@ -294,6 +324,7 @@ class JournalReader:
                 events.append(event)
             elif until < math.inf and time.monotonic() > until:
                 break
+        self.last_bytes = spent
         return events
 
     def finish(self) -> list[Event]:
@@ -460,10 +491,16 @@ def read_history(
         skipped.extend(reader.skipped)
 
 
-def history_filter(journal_dir: str | os.PathLike[str]) -> Callable[[Event], bool]:
-    """Tell which events of a journal, as it stands, belong to the history that `read_history` returns."""
+def history_filter(
+    journal_dir: str | os.PathLike[str], between: Callable[[], None] = lambda: None
+) -> Callable[[Event], bool]:
+    """Tell which events of a journal, as it stands, belong to the history that `read_history` returns.
+
+    Args:
+        between: Called between two parts of the journal, a mebibyte each, because all of it is read.
+    """
     # Found first: what supersedes an event may stand at the journal's end.
-    kept_up_to = _kept_up_to(list(_resumes(Path(journal_dir))))
+    kept_up_to = _kept_up_to(_resumes(Path(journal_dir), between))
 
     def counts(event: Event) -> bool:
         if not isinstance(event, SUPERSEDED_TYPES):
@@ -475,7 +512,7 @@ def history_filter(journal_dir: str | os.PathLike[str]) -> Callable[[Event], boo
     return counts
 
 
-def _kept_up_to(resumes: list[RunResumed]) -> Callable[[int], tuple[float, float]]:
+def _kept_up_to(resumes: Iterable[RunResumed]) -> Callable[[int], tuple[float, float]]:
     """By attempt: up to which ``seq``, and which step, its events count."""
     # Sorted and not by attempt in a dict: a stranger may choose numbers that collide, or that are far apart. Of several
     # resumes of an attempt the last one counts.
@@ -532,18 +569,19 @@ class EventFinder:
         self._segment: SegmentLines | None = None
         self._found_seq = 0
 
-    def find(self, until: float = math.inf) -> Iterator[Event]:
+    def find(self, until: float = math.inf, between: Callable[[], None] = lambda: None) -> Iterator[Event]:
         """Return the events behind those that were found before. Raises `OSError` if a segment cannot be read.
 
         Args:
             until: Stop soon after this time (`time.monotonic`); the next call continues.
+            between: Called between two parts of the journal, a mebibyte each.
         """
         for number in segment_numbers(self._dir):
             if self._segment is None or number > self._segment.number:
                 self._segment = SegmentLines(self._dir, number)
             if number < self._segment.number:
                 continue
-            for line in _lines_of(self._segment, until):
+            for line in _lines_of(self._segment, until, between):
                 event = _event_of(line, self._segment.checked) if line.startswith(self._beginnings) else None
                 if event is not None and event.seq > self._found_seq:  # the writer repeats resumes
                     self._found_seq = event.seq
@@ -552,22 +590,25 @@ class EventFinder:
                 return
 
 
-def _lines_of(segment: SegmentLines, until: float = math.inf) -> Iterator[bytes]:
+def _lines_of(
+    segment: SegmentLines, until: float = math.inf, between: Callable[[], None] = lambda: None
+) -> Iterator[bytes]:
     """The whole lines that follow in a segment; none of one that is gone, or is not a regular file."""
     try:
         while lines := segment.read():
             yield from (line for line in lines if isinstance(line, bytes))
+            between()
             if until < math.inf and time.monotonic() > until:
                 return
     except (FileNotFoundError, UnsafeFile):
         return  # removed since it was listed: the reader reports it
 
 
-def _resumes(journal_dir: Path) -> Iterator[RunResumed]:
+def _resumes(journal_dir: Path, between: Callable[[], None] = lambda: None) -> Iterator[RunResumed]:
     """The resumes in a journal, decoding only the lines that may be one."""
     for number in segment_numbers(journal_dir):
         segment = SegmentLines(journal_dir, number)
-        for line in _lines_of(segment):
+        for line in _lines_of(segment, between=between):
             if b'"RunResumed"' in line and isinstance(event := _event_of(line, segment.checked), RunResumed):
                 yield event
         if isinstance(event := _event_of(_mended(segment.rest), segment.checked), RunResumed):

@@ -1,7 +1,8 @@
 """The journal: every event of a run, appended to JSON lines in segments.
 
-Segments are created exclusively, and no link is followed. An event that has more than `MAX_LINE_BYTES` as a line is
-replaced by a `JournalGap`, as one is that cannot be encoded.
+Segments are created exclusively, and no link is followed. An event that has more than `MAX_LINE_BYTES` as a line, or
+whose line readers refuse because it may take more than `MAX_DECODED_BYTES` of memory, is replaced by a `JournalGap`, as
+is one that cannot be encoded.
 
 `events.journal.reader` reads it. What the writer promises, so that a reader needs no lock and no index:
 
@@ -40,14 +41,14 @@ from msgspec import Meta
 
 from events.checkpoint import disk
 from events.errors import RunFolderError, RunFolderMismatch, WireError
-from events.journal.lines import MAX_ADDED_BYTES, encode_lines, gap_before
+from events.journal.lines import ALWAYS_FITS_BYTES, check_size, encode_lines, gap_before
 from events.journal.reader import JOURNAL_DIR, journal_tail
 from events.journal.segment import MAX_LINE_BYTES, open_segment, segment_name
+from events.log import logger
 from events.messages import EVENT_TYPES, Event, RunEnded, RunResumed
 from events.safe_files import make_folder_below
 from events.sink import Delivery, RunInfo
 from events.strict import Strict
-from events.wire import encode_json
 
 JOURNAL_DELIVERY = Delivery(
     types=frozenset(event_type for event_type in EVENT_TYPES if event_type.journalled),
@@ -239,17 +240,21 @@ class JournalWriter:
         """The lines of a batch, and the events they are: one that no line can hold is replaced by a gap."""
         try:
             block = encode_lines(kept, self._line_seq)
-            if len(block) <= MAX_LINE_BYTES:
+            if len(block) <= min(MAX_LINE_BYTES, ALWAYS_FITS_BYTES):
                 return block, kept
         except WireError:
             pass
         for index, event in enumerate(kept):
             try:
-                if (size := len(encode_json(event)) + MAX_ADDED_BYTES) > MAX_LINE_BYTES:
-                    raise WireError(f"{type(event).__name__} has {size:,} bytes, and a line at most {MAX_LINE_BYTES:,}")
+                line = encode_lines([event], max(0, event.seq - 2))[:-1]  # with all that a line can have
+                if len(line) > MAX_LINE_BYTES:
+                    raise WireError(f"its line has {len(line):,} bytes, more than {MAX_LINE_BYTES:,}")
+                check_size(line)
             except WireError as error:
                 # Raising would have it delivered, and refused, for ever.
-                kept[index] = gap_before(event, event.seq, event.seq, event.seq, 1, str(error))
+                reason = f"{type(event).__name__}: {error}"
+                logger.warning("the journal does not keep event %d, %s", event.seq, reason)
+                kept[index] = gap_before(event, event.seq, event.seq, event.seq, 1, reason)
         return encode_lines(kept, self._line_seq), kept
 
     # ---------------------------------------------------------------------------------------------- the file

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from events.bus.backlog import Published
+from events.bus.observer import describe
 from events.checkpoint import disk
 from events.checkpoint.lineage import expendable, ranked
 from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
@@ -27,8 +28,8 @@ from events.messages import (
     WeightsSaved,
 )
 from events.origin import Origin, header_of
+from events.safe_files import replace_below
 from events.sink import Delivery
-from events.tracebacks import describe
 
 WRITER_DELIVERY = Delivery(
     types=frozenset({CheckpointStaged, RunEnded}),
@@ -43,7 +44,7 @@ _PART_TIMEOUT_S = 60.0
 
 
 class CheckpointWriter:
-    """A supervised observer (`events.bus.target.Target`). All but the constructor runs on its own thread.
+    """A supervised observer (`events.bus.observer.Target`). All but the constructor runs on its own thread.
 
     Args:
         store: Where to.
@@ -167,12 +168,12 @@ class CheckpointWriter:
     def _write(self, event: CheckpointStaged, snapshot: Snapshot) -> tuple[Manifest, Path]:
         folder = self._store.begin(snapshot.name)
         snapshot.wait()
-        digest = disk.write_image(folder / TENSORS_NAME, snapshot.image, snapshot.nbytes)
+        digest = disk.write_image(folder, TENSORS_NAME, snapshot.image, snapshot.nbytes)
         files = {TENSORS_NAME: FileEntry(snapshot.nbytes, digest)}
         snapshot.release()  # the loop may need the memory, and the rest may have to wait for callbacks
         missing: list[str] = []
         owners = {part: owner for owner, part in snapshot.owners.items()}
-        files[STATE_NAME] = FileEntry(*disk.write_parts(folder / STATE_NAME, [snapshot.state]))
+        files[STATE_NAME] = FileEntry(*disk.write_parts(folder, STATE_NAME, [snapshot.state]))
         for name, late in snapshot.parts.items():
             part = late.get(_PART_TIMEOUT_S)
             if part is None:
@@ -236,7 +237,7 @@ class CheckpointWriter:
             return
         path = self._store.folder.parent / WEIGHTS_NAME
         try:
-            nbytes = disk.replace_file(path, _tensor_file(part))
+            nbytes = replace_below(path.parent, path.name, _tensor_file(part))
         except OSError as error:
             self._publish(CheckpointFailed(*header_of(event), checkpoint=WEIGHTS_NAME, error=describe(error)))
             logger.warning(f"the weights could not be written to {path}: {describe(error)}", published=True)
@@ -329,10 +330,10 @@ class CheckpointWriter:
         self._publish(CheckpointDeleted(*header, checkpoint=str(name)))
 
 
-def _write_part(folder: Path, name: str, part: Part, files: dict[str, FileEntry]) -> None:
-    files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder / f"{name}.msgpack", [part.state]))
+def _write_part(folder: disk.Folder, name: str, part: Part, files: dict[str, FileEntry]) -> None:
+    files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder, f"{name}.msgpack", [part.state]))
     if part.tensors:
-        files[f"{name}.safetensors"] = FileEntry(*disk.write_parts(folder / f"{name}.safetensors", _tensor_file(part)))
+        files[f"{name}.safetensors"] = FileEntry(*disk.write_parts(folder, f"{name}.safetensors", _tensor_file(part)))
 
 
 def _tensor_file(part: Part) -> list[bytes | memoryview]:

@@ -34,6 +34,7 @@ from sinks.files.appended import (
     event_records,
     make_folders,
     newer,
+    open_file,
     path_in,
     position_of,
     read_media,
@@ -119,7 +120,7 @@ class TensorBoardWriter:
         self._is_continued = self._reached != Mark()  # and nothing has come since
         # What is written with `summary_writer` may come from any thread.
         self._lock = threading.Lock()
-        self._file = AppendedFile(_new_file(folder), run_dir)
+        self._file = AppendedFile(_new_file(folder, run_dir), run_dir)
         try:
             self._append([self._client.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()])
         except BaseException:  # goes on as itself, without the open file
@@ -220,7 +221,7 @@ class TensorBoardWriter:
         return event.text if data is None else data.decode("utf-8", "replace")
 
 
-def _new_file(folder: str) -> str:
+def _new_file(folder: str, run_dir: str | None) -> str:
     """Create the next event file of a folder.
 
     Its name sorts behind all others, whatever the clock says: TensorBoard reads the files of a folder in that order,
@@ -230,7 +231,7 @@ def _new_file(folder: str) -> str:
     for stamp in itertools.count(max([int(time.time()), *[one + 1 for one in stamps]])):
         path = os.path.join(folder, f"events.out.tfevents.{stamp}.{socket.gethostname()}.{os.getpid()}")
         try:
-            open(path, "xb").close()
+            os.close(open_file(path, run_dir, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue
         return path

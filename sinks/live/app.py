@@ -37,11 +37,14 @@ from events.wire import decode_command_json, encode_json_lines
 from sinks.damage import unreadable
 from sinks.live.access import Access, Refused, Request
 from sinks.live.asgi import (
+    AnswerAborted,
     Message,
     Receive,
     Send,
+    Unread,
     allow,
     asked_path,
+    busy,
     header_of,
     path_of,
     send_data,
@@ -88,6 +91,8 @@ _RETRY = b"retry: 1000\n"
 an event."""
 MOST_FOLLOWERS = 64
 """Maximum responses with a journal at a time, because each holds a part of it in memory; further ones get 503."""
+MOST_IMAGES = 64
+"""Maximum responses with an image at a time, because each holds an open file; further ones get 503."""
 _JOURNAL_S = 0.05
 """How often a journal that is followed is looked at; less often where many follow."""
 _JOURNAL_EVENTS = 64
@@ -120,16 +125,20 @@ class LiveApp:
         """Those whose hello is awaited, the oldest first: they take no place from who has shown the token."""
         self._most_followers = min(MOST_FOLLOWERS, max(1, most_clients // 4))
         self._followers = 0
-        self._journals: anyio.CapacityLimiter
-        """Shared, and few: each decodes and encodes, and would take the interpreter from the event loop."""
+        self._most_images = min(MOST_IMAGES, max(1, most_clients // 4))
+        self._images = 0
+        self._unread = Unread()
+        self._folders: anyio.CapacityLimiter
+        """Of threads that read below run folders for clients. Shared, and few: journals are decoded and encoded, which
+        would take the interpreter from the event loop."""
         self._disk: anyio.CapacityLimiter | None = None
-        """Our own: a disk that hangs must not take the threads of a host."""
+        """Our own, for the page: a disk that hangs must not take the threads of a host."""
         self._looking = anyio.Lock()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """An ASGI application."""
         if self._disk is None:  # here, because a limiter belongs to the kind of event loop in which it is made
-            self._disk, self._journals = anyio.CapacityLimiter(4), anyio.CapacityLimiter(2)
+            self._disk, self._folders = anyio.CapacityLimiter(4), anyio.CapacityLimiter(2)
         match scope["type"]:
             case "http":
                 await self._http(scope, receive, send)
@@ -177,6 +186,7 @@ class LiveApp:
         if scope["method"] == "HEAD":
             send = without_body(send)
         try:
+            _check_framing(scope)
             is_api = path == "api/runs" or path.startswith("api/runs/")
             is_page = path == "" or path.startswith("page/")
             self._access.check_host(scope)
@@ -200,11 +210,13 @@ class LiveApp:
                 raise Refused(404, "there is nothing at this address; a proxy that adds a path must also remove it")
         except Refused as refused:
             await send_refusal(scope, send, refused)
+        except AnswerAborted:
+            return  # the server closes a connection whose response is not complete
 
     async def _api(self, scope: Message, receive: Receive, send: Send, path: str) -> None:
         if not path:
             allow(scope, "GET")
-            await send_json(send, {"runs": await self._runs.summaries(self._access.commands)})
+            await send_json(send, {"runs": await self._runs.summaries(self._access.commands)}, unread=self._unread)
             return
         run_id, _, rest = path.partition("/")
         hub = await self._hub(run_id)
@@ -219,16 +231,24 @@ class LiveApp:
         match kind:
             case "" if not inside:
                 await hub.refresh()
-                await send_data(send, (await hub.snapshot()).data, b"application/json")
+                await send_data(send, (await hub.snapshot()).data, b"application/json", unread=self._unread)
             case "events" if not inside:
                 await self._sse(hub, scope, receive, send)
             case "journal" if not inside:
                 await self._journal(hub, scope, receive, send)
             case "media" if hub.run_dir is not None:
-                name = f"media/{inside.removeprefix('media/')}"
-                await send_image(scope, send, hub.run_dir, name, self._disk)
+                await self._image(hub.run_dir, f"media/{inside.removeprefix('media/')}", scope, receive, send)
             case _:
                 raise Refused(404, "there is nothing at this address")
+
+    async def _image(self, run_dir: Path, name: str, scope: Message, receive: Receive, send: Send) -> None:
+        if self._images >= self._most_images:
+            raise busy(f"{self._images} clients read images, the maximum; try again later")
+        self._images += 1
+        try:
+            await send_image(scope, receive, send, run_dir, name, self._folders)
+        finally:
+            self._images -= 1
 
     async def _hub(self, run_id: str) -> Hub:
         hub = await self._runs.hub(run_id)
@@ -287,8 +307,7 @@ class LiveApp:
         if since is None:
             raise Refused(400, "since is the seq of an event, a whole number")
         if self._followers >= self._most_followers:
-            reason = f"{self._followers} clients read journals, the maximum; try again later"
-            raise Refused(503, reason, headers=[(b"retry-after", b"5")])
+            raise busy(f"{self._followers} clients read journals, the maximum; try again later")
         reader = JournalReader(run_dir / JOURNAL_DIR, since, chunk_bytes=_JOURNAL_BYTES)
 
         def read(over: bool) -> bytes:
@@ -306,13 +325,13 @@ class LiveApp:
             if not follow or hub.is_ending:
                 return not follow or reader.cursor >= hub.view.cursor
             ended = hub.view.run.status not in ("running", "unknown")
-            return ended and not await anyio.to_thread.run_sync(is_held, run_dir, limiter=self._journals)
+            return ended and not await anyio.to_thread.run_sync(is_held, run_dir, limiter=self._folders)
 
         async def write_all(client: Client) -> None:
             quiet_s = 0.0
             while True:
                 over = await is_over()  # before reading: what is written later must not be missed
-                if part := await anyio.to_thread.run_sync(read, over, limiter=self._journals):
+                if part := await anyio.to_thread.run_sync(read, over, limiter=self._folders):
                     quiet_s = 0.0
                     while part:
                         await client.push(part[:_JOURNAL_BYTES])
@@ -331,7 +350,7 @@ class LiveApp:
         hub.followers += 1
         self._followers += 1  # nothing is awaited since it was compared: others would pass meanwhile
         try:
-            if (problem := await anyio.to_thread.run_sync(unreadable, run_dir, limiter=self._journals)) is not None:
+            if (problem := await anyio.to_thread.run_sync(unreadable, run_dir, limiter=self._folders)) is not None:
                 raise Refused(409, f"the run is damaged: {problem}")
             await self._stream(scope, receive, send, b"application/x-ndjson", write_all)
         finally:
@@ -367,7 +386,7 @@ class LiveApp:
         """A response that goes on until it is written, or the client has left."""
         if scope["method"] != "GET":
             raise Refused(405, "this address takes GET", headers=[(b"allow", b"GET")])
-        client = Client(receive, send, scope["headers"])
+        client = Client(receive, send, scope["headers"], self._unread)
         with self._counted(client):
             await send(start(200, kind, [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]))
             async with anyio.create_task_group() as tasks:
@@ -395,7 +414,7 @@ class LiveApp:
                 raise Refused(404, "there is no WebSocket at this address", code=NO_RUN)
             await send({"type": "websocket.accept"})
             is_accepted = True
-            client = Client(receive, send, scope["headers"])
+            client = Client(receive, send, scope["headers"], self._unread)
             hello = await self._hello(client)
             if hello is not None:
                 with self._counted(client):
@@ -498,6 +517,14 @@ class LiveApp:
             yield
         finally:
             self._clients.discard(client)
+            client.forget()
+
+
+def _check_framing(scope: Message) -> None:
+    """Refuse a request whose end a proxy may see elsewhere: what follows could be answered as another's request."""
+    names = {key.lower() for key, _ in scope["headers"]}
+    if {b"transfer-encoding", b"content-length"} <= names:
+        raise Refused(400, "a request has one length: Content-Length or chunks", headers=[(b"connection", b"close")])
 
 
 def _as_text(message: Sent | int) -> Message:

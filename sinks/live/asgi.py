@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import anyio
@@ -21,8 +22,17 @@ Send = Callable[[Message], Awaitable[None]]
 
 MOST_FILE = 64 * 2**20
 """Maximum bytes of an image file."""
+PART_BYTES = 2**16
+"""Maximum bytes of an answer that are handed to the server at a time: it holds them until the client reads."""
+STALL_S = 30.0
+"""Maximum seconds per part of an answer; the timeout restarts with each part that the client takes."""
+LEAST_BYTES_PER_S = 2**14
+"""Minimum bytes per second that a client must read of a whole answer, beside `STALL_S`."""
+MOST_UNREAD_BYTES = 2**27
+"""Maximum bytes of answers per application that are in memory for clients that have not read them."""
 MOST_PIXELS = 2**27
 """Maximum pixels per image: a small file may expand to more than a browser's memory."""
+_RETRY_AFTER: Headers = [(b"retry-after", b"5")]
 _PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _HEADERS: Headers = [
     (b"x-content-type-options", b"nosniff"),
@@ -42,6 +52,51 @@ _KINDS = {
     ".svg": "image/svg+xml",
     ".LICENSE": "text/plain; charset=utf-8",
 }
+
+
+class AnswerAborted(Exception):
+    """An answer cannot be completed: its client does not read, or its file was cut. Its connection is closed."""
+
+
+class Unread:
+    """Bounds the bytes of answers that are in memory until clients have read them. Belongs to the event loop.
+
+    Answers of up to `PART_BYTES` are not counted: the server's own buffer per connection is as large.
+    """
+
+    def __init__(self, most_bytes: int = MOST_UNREAD_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+
+    def add(self, count: int) -> int:
+        """Count the bytes of an answer; returns the count for `remove`. One answer is always allowed.
+
+        Raises:
+            Refused: There are too many.
+        """
+        count = count if count > PART_BYTES else 0
+        if count and self._bytes and self._bytes + count > self._most_bytes:
+            raise busy(f"other clients have not read {self._bytes:,} bytes of their answers; try again later")
+        self._bytes += count
+        return count
+
+    def remove(self, count: int) -> None:
+        """Stop counting them."""
+        self._bytes -= count
+
+    @contextlib.contextmanager
+    def holding(self, count: int) -> Iterator[None]:
+        """Count the bytes of an answer while it is sent. Raises `Refused`."""
+        count = self.add(count)
+        try:
+            yield
+        finally:
+            self.remove(count)
+
+
+def busy(reason: str) -> Refused:
+    """The refusal of a request that may be repeated after some seconds."""
+    return Refused(503, reason, code=1013, headers=_RETRY_AFTER)
 
 
 def path_of(scope: Message) -> str:
@@ -90,17 +145,64 @@ def start(status: int, kind: bytes, headers: Headers) -> Message:
     return {"type": "http.response.start", "status": status, "headers": [*content, *_HEADERS, *headers]}
 
 
-async def send_data(send: Send, data: bytes, kind: bytes, headers: Headers | None = None, status: int = 200) -> None:
-    """A whole answer, which nobody keeps unless the headers say so."""
+async def send_data(
+    send: Send,
+    data: bytes,
+    kind: bytes,
+    headers: Headers | None = None,
+    status: int = 200,
+    unread: Unread | None = None,
+) -> None:
+    """Send a whole answer, which no cache keeps unless the headers allow it.
+
+    Args:
+        unread: Counts the answer while it is in memory; None for one whose size no run folder decides.
+
+    Raises:
+        Refused: Clients have not read too many other answers.
+        AnswerAborted: The client does not read.
+    """
+
+    async def read(begin: int, end: int) -> bytes:
+        return data[begin:end]
+
     more = headers if headers is not None else [(b"cache-control", b"no-store")]
-    await send(start(status, kind, [(b"content-length", b"%d" % len(data)), *more]))
-    await send({"type": "http.response.body", "body": data})
+    with unread.holding(len(data)) if unread is not None else contextlib.nullcontext():
+        await send(start(status, kind, [(b"content-length", b"%d" % len(data)), *more]))
+        await _send_parts(send, len(data), read)
 
 
-async def send_json(send: Send, value: Any, status: int = 200, headers: Headers | None = None) -> None:
-    """An answer in JSON."""
+async def _send_parts(send: Send, size: int, read: Callable[[int, int], Awaitable[bytes]]) -> None:
+    """Send a body of which one part is in memory at a time.
+
+    Args:
+        read: Returns the bytes of a range.
+
+    Raises:
+        AnswerAborted: The client takes no part for `STALL_S`, or reads too slowly; or the body is shorter.
+    """
+    deadline = anyio.current_time() + STALL_S + size / LEAST_BYTES_PER_S
+    begin = 0
+    while True:
+        end = min(size, begin + PART_BYTES)
+        part = await read(begin, end)
+        if len(part) != end - begin:
+            raise AnswerAborted("the file was cut while it was sent")
+        with anyio.move_on_after(min(STALL_S, deadline - anyio.current_time())) as taking:
+            await send({"type": "http.response.body", "body": part, "more_body": end < size})
+        if taking.cancelled_caught:
+            raise AnswerAborted(f"the client has read {begin:,} of {size:,} bytes, too slowly")
+        begin = end
+        if begin == size:
+            return
+
+
+async def send_json(
+    send: Send, value: Any, status: int = 200, headers: Headers | None = None, unread: Unread | None = None
+) -> None:
+    """Send an answer in JSON; as `send_data`."""
     more = [(b"cache-control", b"no-store"), *(headers or [])]
-    await send_data(send, msgspec.json.encode(value), b"application/json", more, status)
+    await send_data(send, msgspec.json.encode(value), b"application/json", more, status, unread)
 
 
 async def send_refusal(scope: Message, send: Send, refused: Refused) -> None:
@@ -131,19 +233,73 @@ async def send_redirect(scope: Message, send: Send) -> None:
 
 async def send_file(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter | None) -> None:
     """Send a file of the page, by the ending of its name. Waits for the disk, on a thread. Raises `Refused`."""
-    kind = _KINDS.get(Path(name).suffix, "application/octet-stream")
-    await _send_file(scope, send, folder, name, limiter, lambda data: kind)
+    allow(scope, "GET")
+    try:
+        data, stamp = await anyio.to_thread.run_sync(read_file, folder, name, limiter=limiter)
+    except (OSError, ValueError):  # ValueError: dots or NUL in its name
+        raise Refused(404, "there is nothing at this address") from None
+    if not await _is_unchanged(scope, send, stamp):
+        kind = _KINDS.get(Path(name).suffix, "application/octet-stream")
+        await send_data(send, data, kind.encode(), _stamped(stamp))
 
 
 async def send_image(
-    scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter | None
+    scope: Message, receive: Receive, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter
 ) -> None:
-    """Send an image below a run's folder. Waits for the disk, on a thread.
+    """Send an image below a run's folder, from its open file, as the client reads. Waits for the disk, on a thread.
 
     Raises:
         Refused: There is no such file, a link leads to it, or its content is not that of an image, whatever its name.
+        AnswerAborted: The client does not read, or the file was cut meanwhile.
     """
-    await _send_file(scope, send, folder, name, limiter, image_kind)
+    allow(scope, "GET")
+    try:
+        file, size, kind, stamp = await anyio.to_thread.run_sync(_open_image, folder, name, limiter=limiter)
+    except (OSError, ValueError):
+        raise Refused(404, "there is nothing at this address") from None
+
+    async def read(begin: int, end: int) -> bytes:
+        return await anyio.to_thread.run_sync(file.read, end - begin, limiter=limiter)
+
+    with file:
+        if await _is_unchanged(scope, send, stamp):
+            return
+        await send(start(200, kind.encode(), [(b"content-length", b"%d" % size), *_stamped(stamp)]))
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
+        aborted: AnswerAborted | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_cancel_at_disconnect, receive, tasks.cancel_scope)
+            try:
+                await _send_parts(send, size, read)
+            except AnswerAborted as error:  # here, because a task group raises groups
+                aborted = error
+            tasks.cancel_scope.cancel()
+        if aborted is not None:
+            raise aborted
+
+
+async def _cancel_at_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
+    """Servers ignore what is sent to a client that has left, so that the rest would be read for no one."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+def _open_image(folder: Path, name: str) -> tuple[BinaryIO, int, str, bytes]:
+    """Open an image; returns it with its size in bytes, its media type and its ETag. Raises as `read_file`."""
+    file = open(open_below(folder, name), "rb")  # noqa: SIM115  # the caller closes it
+    try:
+        state = os.fstat(file.fileno())
+        kind = image_kind(file.read(24))
+        if kind is None or state.st_size > MOST_FILE:
+            raise FileNotFoundError(name)
+        file.seek(0)
+    except BaseException:  # propagates unchanged, without the descriptor
+        file.close()
+        raise
+    return file, state.st_size, kind, _stamp_of(state)
 
 
 def image_kind(data: bytes) -> str | None:
@@ -154,28 +310,21 @@ def image_kind(data: bytes) -> str | None:
     return "image/png" if 0 < width * height <= MOST_PIXELS else None
 
 
-async def _send_file(
-    scope: Message,
-    send: Send,
-    folder: Path,
-    name: str,
-    limiter: anyio.CapacityLimiter | None,
-    kind_of: Callable[[bytes], str | None],
-) -> None:
-    allow(scope, "GET")
-    try:
-        data, stamp = await anyio.to_thread.run_sync(read_file, folder, name, limiter=limiter)
-    except (OSError, ValueError):  # ValueError: dots or NUL in its name
-        raise Refused(404, "there is nothing at this address") from None
-    kind = kind_of(data)
-    if kind is None:
-        raise Refused(404, "there is nothing at this address")
-    headers = [(b"etag", stamp), (b"cache-control", b"no-cache")]
-    if header_of(scope, b"if-none-match") == stamp:
-        await send(start(304, b"", headers))
-        await send({"type": "http.response.body", "body": b""})
-        return
-    await send_data(send, data, kind.encode(), headers)
+async def _is_unchanged(scope: Message, send: Send, stamp: bytes) -> bool:
+    """Whether the client has the file already; then this answers."""
+    if header_of(scope, b"if-none-match") != stamp:
+        return False
+    await send(start(304, b"", _stamped(stamp)))
+    await send({"type": "http.response.body", "body": b""})
+    return True
+
+
+def _stamped(stamp: bytes) -> Headers:
+    return [(b"etag", stamp), (b"cache-control", b"no-cache")]
+
+
+def _stamp_of(state: os.stat_result) -> bytes:
+    return b'"%x-%x"' % (state.st_mtime_ns, state.st_size)
 
 
 def read_file(folder: Path, name: str) -> tuple[bytes, bytes]:
@@ -190,4 +339,4 @@ def read_file(folder: Path, name: str) -> tuple[bytes, bytes]:
         data = file.read(MOST_FILE + 1) if state.st_size <= MOST_FILE else b""
         if not state.st_size == len(data) <= MOST_FILE:  # too large, or it is being written
             raise FileNotFoundError(name)
-        return data, b'"%x-%x"' % (state.st_mtime_ns, state.st_size)
+        return data, _stamp_of(state)

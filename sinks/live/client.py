@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -11,12 +12,12 @@ import msgspec
 
 from events.bounds import Int64
 from sinks.live.access import Refused
-from sinks.live.asgi import Message, Receive, Send
+from sinks.live.asgi import PART_BYTES, Message, Receive, Send, Unread
 
 MOST_INBOUND = 64 * 1024
 """Bytes of a message or a body from a client."""
 SEND_S = 20.0
-"""A client that has not taken a message in this time is let go."""
+"""Maximum seconds per message, or per part of a long one that is sent in parts; then the client is disconnected."""
 SNAPSHOT_S = 1.0
 """A client gets a snapshot that it asks for so often at most."""
 TOO_SLOW, ENDING, RESTART, NO_TOKEN, NO_RUN, NOT_ALLOWED = 1013, 1001, 1012, 4401, 4404, 1008
@@ -51,11 +52,13 @@ Said = Hello | SnapshotWanted | CommandSent
 class Client:
     """A connection. Belongs to the event loop."""
 
-    def __init__(self, receive: Receive, send: Send, headers: Any) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: Any, unread: Unread) -> None:
         self.headers = headers
         """Of its request: the very object in the scope."""
         self._receive = receive
         self._send = send
+        self._unread = unread
+        self._held = 0  # bytes of the last message: the server may hold them until it takes the next
         self._sending_since: float | None = None
         self._sent: anyio.Event | None = None
         self._snapshot_at = -math.inf
@@ -92,9 +95,20 @@ class Client:
         while self._sending_since is not None:  # another task is sending: rarely, so there is no lock
             self._sent = self._sent or anyio.Event()
             await self._sent.wait()
-        self._sending_since = time.monotonic()
+        self._sending_since = time.monotonic()  # others wait from here on
         try:
-            await self._send(message)
+            size = self._unread.add(len(message.get("body") or message.get("text") or b""))
+            self._held += size
+            for part in _parts(message):
+                self._sending_since = time.monotonic()
+                await self._send(part)
+            # The server has sent all before this message; of a body it holds a part, but of a WebSocket's message all.
+            left = size if message["type"] == "websocket.send" else 0
+            self._unread.remove(self._held - left)
+            self._held = left
+        except Refused as refused:
+            self.leave(refused)
+            await anyio.sleep_forever()
         except (OSError, RuntimeError):  # it has left, says the server, each in its own way
             self.has_left = True
             self.leave()
@@ -104,6 +118,11 @@ class Client:
             if self._sent is not None:
                 self._sent.set()
                 self._sent = None
+
+    def forget(self) -> None:
+        """Stop counting what it has not read; its connection is closed."""
+        self._unread.remove(self._held)
+        self._held = 0
 
     async def push(self, data: bytes) -> None:
         """Send a part of a body."""
@@ -132,3 +151,10 @@ class Client:
             self.leave(Refused(400, f"this is no message: {error}", code=NOT_ALLOWED))
             return None
         return said
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """A body in parts of `PART_BYTES`; a message of a WebSocket as it is."""
+    body: bytes = message.get("body", b"")
+    for begin in range(0, len(body) or 1, PART_BYTES):
+        yield {**message, "body": body[begin : begin + PART_BYTES]} if len(body) > PART_BYTES else message

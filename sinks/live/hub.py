@@ -37,6 +37,7 @@ from sinks.live.stored import (
     read_view,
     store_view,
 )
+from sinks.live.turns import READING
 from sinks.live.view import Changes, RunView, trimmed
 
 FRAME_S = 0.1
@@ -335,9 +336,15 @@ class FolderHub(Hub):
 
     Args:
         name: The run's name in the list of runs, where that is not its ``run_id``.
+        readers: Limits the threads that read runs; None for one thread of its own.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], name: str | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        name: str | None = None,
+        readers: anyio.CapacityLimiter | None = None,
+    ) -> None:
         super().__init__(Path(run_dir))
         self.name = name
         self._reader: JournalReader | None = None
@@ -348,17 +355,22 @@ class FolderHub(Hub):
         self._misfit: str | None = None  # the damage that is not in the journal, as of the last look
         self._retry_at = -math.inf
         self._retry_s = _RETRY_S
-        self._limiter = anyio.CapacityLimiter(1)  # our own: one reads at a time, and no host's threads are taken
+        self._limiter = anyio.CapacityLimiter(1)  # one reads at a time
+        self._readers = readers or anyio.CapacityLimiter(1)  # our own: no host's threads are taken
 
     async def refresh(self) -> None:
         """Read on in the journal. What the disk refuses is asked for again, after a second and then less often."""
-        await anyio.to_thread.run_sync(self._read_on, limiter=self._limiter)
+        async with self._limiter:  # first: those who wait for this run must not take the threads of others
+            await anyio.to_thread.run_sync(self._read_on, limiter=self._readers)
 
     def _read_on(self) -> None:
+        if time.monotonic() >= self._retry_at:
+            with READING.taken():
+                self._read_in_turns()
+
+    def _read_in_turns(self) -> None:
         assert self.run_dir is not None
         now = time.monotonic()
-        if now < self._retry_at:
-            return
         looks = now - self._looked_at > _LOOK_S or self._reader is None
         held = is_held(self.run_dir) if looks else True  # before reading: what it wrote last must be seen
         try:

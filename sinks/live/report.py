@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from events.checkpoint import disk
 from events.errors import RunFolderError
 from events.journal.reader import JOURNAL_DIR, segment_numbers
 from events.run.folder import is_held
+from events.safe_files import replace_below
 from sinks.damage import damage_of, reason_of
 from sinks.live.asgi import image_kind, read_file
 from sinks.live.frames import encode
@@ -67,7 +67,8 @@ def write_report(
         runs.append(snapshot)
         media.update(_media(run_dir, snapshot))
     data = encode({"runs": runs, "media": media})
-    return disk.replace_file(Path(out), [_document(data).encode("utf-8", "surrogatepass")])
+    path = Path(out)
+    return replace_below(path.parent, path.name, _document(data).encode("utf-8", "surrogatepass"))
 
 
 def _snapshot(run_dir: Path) -> dict[str, Any]:
@@ -90,8 +91,8 @@ def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
     room = MOST_MEDIA_BYTES
     run_id = snapshot["run"].run_id
     for one in reversed(snapshot["media"]):
-        path = str(one.path)
-        if one.kind != "image" or not path.startswith("media/") or f"{run_id}/{path}" in found:
+        path = str(one.get("path"))
+        if one["kind"] != "image" or not path.startswith("media/") or f"{run_id}/{path}" in found:
             continue
         try:
             data, _ = read_file(run_dir, path)

@@ -23,7 +23,7 @@ from events.journal.reader import (
     segment_name,
     segment_numbers,
 )
-from events.messages import Event, RunEnded
+from events.messages import RunEnded
 from events.run.folder import is_held
 from events.safe_files import guard, list_below, stat_below
 from sinks.damage import damage_in, damage_of, reason_of
@@ -34,6 +34,8 @@ from sinks.live.view import MOST_NAME, RunView, Summary, damage_line, trimmed
 
 _MOST_HUBS = 16
 """Hubs that are kept though nobody watches them."""
+MOST_READERS = 32
+"""Maximum threads that read runs for watchers, however many runs they ask for at once."""
 _HEAD = 64
 _PER_RUN_S = 0.2
 """Maximum seconds per run that a look at all runs takes; later looks read what a long journal holds beyond that."""
@@ -110,6 +112,7 @@ class RunsOfFolder:
         self._paths: dict[str, tuple[Path, str]] = {}  # by the name in the list, as of the last look; and the run_id
         self._is_behind = False  # the last look has left runs that are not known yet
         self._limiter: anyio.CapacityLimiter | None = None
+        self._readers: anyio.CapacityLimiter | None = None
         self._found: tuple[float, list[Summary]] = -math.inf, []  # by the last look, and when that began
 
     async def summaries(self, commands: bool) -> list[dict[str, Any]]:
@@ -130,7 +133,8 @@ class RunsOfFolder:
             there = self._hub_of(run_id)
         if there is None and (known := self._paths.get(run_id)) is not None:
             path, own = known
-            there = self._hubs[path] = FolderHub(path, None if own == run_id else run_id)
+            self._readers = self._readers or anyio.CapacityLimiter(MOST_READERS)
+            there = self._hubs[path] = FolderHub(path, None if own == run_id else run_id, self._readers)
             self._hubs.move_to_end(path)
             self._let_go()
         return there
@@ -269,14 +273,15 @@ def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = Non
     run_dir = Path(run_dir)
     journal_dir = run_dir / JOURNAL_DIR
     reader = JournalReader(journal_dir)
-    events: list[Event] = []
+    view = RunView()
+    count = 0
     for batch in batches(reader, until, _HEAD):
-        events += batch
-        if len(events) >= _HEAD:
+        view.add(batch)  # at once, for a few events may be as large as all that a view keeps
+        count += len(batch)
+        if count >= _HEAD:
             break
     tail = last_events(journal_dir)
-    view = RunView()
-    view.add(trimmed([*events, *(event for event in tail if events and event.seq > events[-1].seq)]))
+    view.add(trimmed([event for event in tail if count and event.seq > view.cursor]))
     if tail and tail[-1].attempt > view.run.attempt:  # its beginning is in the middle
         view.run.attempt = tail[-1].attempt
         end = next((event for event in tail if type(event) is RunEnded), None)

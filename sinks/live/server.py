@@ -22,10 +22,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from events.errors import SinkMisconfigured
-from events.log import in_this_run, logger
+from events.log import PlainRecords, in_this_run, logger
 from sinks.connections import EXHAUSTED, REQUEST_S, ClientFaults, ConnectionLimit, RatedWarning, address_group
 from sinks.live.access import Access, check_host, is_loopback
 from sinks.live.app import LiveApp
+from sinks.live.asgi import PART_BYTES
 from sinks.live.client import MOST_INBOUND
 from sinks.live.runs import Runs
 
@@ -35,6 +36,9 @@ _PAUSE_S = 0.5
 """Seconds without an accept after one has failed for want of descriptors; less than asyncio's second."""
 _CLOSING_S = 10.0
 """How long a connection may take to close: one whose client reads nothing would never do so."""
+
+_MOST_BUFFERED = 2 * PART_BYTES
+"""Maximum bytes per connection that may be unread when it closes, or when its client pings."""
 
 
 class Listener(socket.socket):
@@ -217,7 +221,20 @@ def _make_log() -> logging.Logger:
     log = logging.getLogger("uvicorn.error.stagecast")  # handlers and level are the host's
     if not log.filters:
         log.addFilter(ClientFaults())
+        log.addFilter(PlainRecords())
     return log
+
+
+# uvicorn has no public means to see whether a connection waits for its client, nor to refuse its pings. What is used of
+# its protocols beyond asyncio's own interface is all in `_Http`, `_WebSocket` and `_Uvicorn`, and a test names the one
+# of these attributes that an upgrade has removed.
+HTTP_ATTRIBUTES = ("app", "client", "cycle", "logger", "on_response_complete", "scope", "transport")
+CYCLE_ATTRIBUTES = ("more_body", "response_complete")
+WEBSOCKET_ATTRIBUTES = (
+    *("app", "client", "close_sent", "conn", "handle_close", "handle_ping", "handshake_complete"),
+    *("handshake_initiated", "logger", "transport"),
+)
+SERVER_ATTRIBUTES = ("on_tick", "run", "server_state", "should_exit", "started", "startup")
 
 
 class _Http(H11Protocol):
@@ -255,15 +272,22 @@ class _WebSocket(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         """Abort a handshake that was refused without an answer, such as one of too many headers."""
         super().data_received(data)
+        # `handshake_exc` is public, of `websockets.server.ServerProtocol`.
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
             self.transport.abort()
 
     def handle_ping(self) -> None:
         """Answer a ping; a client that does not read its answers is closed, or they would fill memory."""
-        if not self.writable.is_set():
+        if self.transport.get_write_buffer_size() > _MOST_BUFFERED:
             self.transport.abort()
             return
         super().handle_ping()
+
+    def handle_close(self, event: Any) -> None:
+        """Close; a client that has not read what it was sent does not want it, and it would stay in memory."""
+        if not self.close_sent and self.transport.get_write_buffer_size() > _MOST_BUFFERED:
+            self.transport.abort()
+        super().handle_close(event)
 
     @property
     def is_waiting(self) -> bool:
@@ -298,7 +322,8 @@ class _Uvicorn(uvicorn.Server):
         for connection in list(self.server_state.connections) if counter % 10 == 0 else ():
             transport = connection.transport
             if transport.is_closing():
-                if now - self._closing.setdefault(connection, now) > _CLOSING_S:
+                closing_s = now - self._closing.setdefault(connection, now)
+                if closing_s > _CLOSING_S or transport.get_write_buffer_size() > _MOST_BUFFERED:
                     transport.abort()  # its data would stay in memory for as long as the client does not read
             elif (
                 isinstance(connection, _Http | _WebSocket)

@@ -26,6 +26,7 @@ from events.msgpack_keys import check_keys
 from events.run.folder import is_held
 from events.safe_files import list_below, read_below, replace_below
 from sinks.damage import damage_in, damage_of, reason_of
+from sinks.live.turns import READING, TURN_S
 from sinks.live.view import RunView, trimmed
 
 STORE_NAME = "view.msgpack"
@@ -35,12 +36,16 @@ PAUSE_S = 0.0002
 """Between two batches of a long journal: so others on this interpreter wait 2 ms for it instead of 5, each time."""
 MOST_SKIPPED = 10_000
 """Maximum lines of a journal that are not events; behind them it is not read."""
-_SLICE_S = 0.25
+_SLICE_S = TURN_S
 _AT_ONCE = 8
+_BATCH_BYTES = 32 * 2**20
+"""Maximum bytes of memory, estimated, that the events of one batch take before its last read."""
 _HEAD = 1_024
 _TRIES = 3
-_MOST_BYTES = 64 * 2**20
+_MOST_BYTES = 32 * 2**20
 """Maximum bytes of the stored view; a larger one is not written and not read."""
+_ROOM_BYTES = 64 * 2**20
+"""Maximum bytes of memory that a stored view may take beyond a small multiple of its length; likewise."""
 
 
 class _Stored(msgspec.Struct):
@@ -108,10 +113,13 @@ def batches(
         WireError: More lines than `MOST_SKIPPED` are not events.
     """
     while True:
+        READING.pass_on()
         slice_end = min(until, time.monotonic() + _SLICE_S)
         batch: list[Event] = []
-        while len(batch) < most and (events := reader.read(_AT_ONCE, slice_end)):
+        taken = 0
+        while len(batch) < most and taken < _BATCH_BYTES and (events := reader.read(_AT_ONCE, slice_end)):
             batch += trimmed(events)
+            taken += reader.last_bytes
             if time.monotonic() > slice_end:
                 break
         if batch:
@@ -129,9 +137,9 @@ def batches(
 
 def _filter_of(journal_dir: Path) -> tuple[int, Callable[[Event], bool] | None]:
     """Up to where the journal is known, and what of that counts; None: all of it."""
-    tail = journal_tail(journal_dir)
+    tail = journal_tail(journal_dir, READING.pass_on)
     # The filter looks through the whole journal, for what a first attempt cannot have.
-    return tail.seq, history_filter(journal_dir) if tail.attempt > 1 else None
+    return tail.seq, history_filter(journal_dir, READING.pass_on) if tail.attempt > 1 else None
 
 
 def write_view(run_dir: Path, view: RunView) -> None:
@@ -151,7 +159,9 @@ def encode_view(run_dir: Path, view: RunView) -> bytes | None:
 
 def store_view(run_dir: Path, data: bytes) -> None:
     """Write what `encode_view` returned. Waits for the disk."""
-    with contextlib.suppress(OSError):  # another server may watch the run, or the folder cannot be written
+    # Another server may watch the run, the folder may refuse, or the view is one that would not be read.
+    with contextlib.suppress(OSError, ValueError):
+        check_keys(data, _ROOM_BYTES)
         replace_below(run_dir, STORE_NAME, data)
 
 
@@ -169,12 +179,12 @@ def _stored_view(run_dir: Path) -> RunView:
     """What is stored, if it is of this journal, of a version that we read, and whole; else an empty view."""
     try:
         data = read_below(run_dir, STORE_NAME, _MOST_BYTES)
-        check_keys(data)
+        check_keys(data, _ROOM_BYTES)
         stored = msgspec.msgpack.decode(data, type=_Stored)
         fits = stored.version == _VERSION and stored.head == head_of(run_dir) and stored.view.is_sound
-        if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR).seq:
+        if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR, READING.pass_on).seq:
             health = stored.view.health  # it is not stored: few lines of the journal bear on it
-            for event in EventFinder(run_dir / JOURNAL_DIR, health.types).find():
+            for event in EventFinder(run_dir / JOURNAL_DIR, health.types).find(between=READING.pass_on):
                 if event.seq > stored.view.cursor:
                     break
                 health.add(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -100,3 +101,20 @@ def test_attempts_and_parts_have_integers_within_64_bits() -> None:
     assert decode_attempt(f"attempt-{BIG}.json", encode_attempt(Attempt(BIG, None))) is None
     with pytest.raises(CheckpointDamaged, match="was changed: Expected `int`"):
         decode_parts(b'{"part_bytes":%d,"manifest_xxh3_128":""}' % BIG, "file")
+
+
+def test_a_manifest_that_would_fill_the_memory_is_damage() -> None:
+    """Though its hash is right; it is not decoded. One with thousands of files is."""
+    fields: dict[str, Any] = {"run_id": "r", "attempt": 1, "global_step": 1, "epoch": 0, "seq": 1, "time": 1.0}
+    files = {f"part{index}.msgpack": FileEntry(1, "0" * 32) for index in range(10_000)}
+    whole = Manifest(**fields, parent=None, reasons=[], files=files)
+    assert decode_manifest(encode_manifest(whole), "m") == whole
+    large = Manifest(**fields, parent=None, reasons=["ab"] * 1_500_000, files={})
+    data = encode_manifest(large)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointDamaged, match=r"m may take .* bytes of memory"):
+            decode_manifest(data, "m")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

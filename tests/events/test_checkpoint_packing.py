@@ -31,6 +31,7 @@ from msgspec.msgpack import Ext
 
 from events.checkpoint import packing
 from events.errors import CheckpointDamaged, UnstorableState
+from events.msgpack_keys import check_keys
 
 CODES = [1, 2, 3, 4, 10, 11, 12, *range(20, 32), *range(40, 46), 50, 51, 60, 61]
 
@@ -447,7 +448,7 @@ def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
     ("data", "said"),
     [
         (b"", "the state cannot be restored: .*load an older"),
-        (packed(1)[:-1], "truncated"),
+        (packed(1)[:-1], "it was cut"),
         (packed(1) + b"\x00", "trailing"),
         (msgspec.msgpack.encode(1), "not an array of a number and a tree"),
         (msgspec.msgpack.encode([0, 1, 2]), "not an array of a number and a tree"),
@@ -878,3 +879,12 @@ def test_packing_loads_neither_torch_nor_numpy() -> None:
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_state_that_could_not_be_read_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By who writes it, with what to do; one that is as long and has fewer values is stored."""
+    monkeypatch.setattr("events.checkpoint.packing.ALWAYS_FITS_BYTES", 0)
+    monkeypatch.setattr("events.checkpoint.packing.check_keys", lambda data: check_keys(data, 2**20))
+    with pytest.raises(UnstorableState, match=r"callbacks\.seen has too many small values: .* keep them as a tensor"):
+        packing.encode([[] for _ in range(20_000)], at="callbacks.seen")
+    assert packing.decode(packing.encode(["x" * 20_000] * 10)) == ["x" * 20_000] * 10

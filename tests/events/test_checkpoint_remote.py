@@ -52,7 +52,7 @@ def make(folder: Path, step: int, attempt: int = 1, *, parent: str | None = None
     noise = random.Random(f"{name} {files}")
     entries = {}
     for stem, nbytes in (files or {"tensors": 5_500, "state": 300}).items():
-        entries[f"{stem}.bin"] = FileEntry(*disk.write_parts(temporary / f"{stem}.bin", [noise.randbytes(nbytes)]))
+        entries[f"{stem}.bin"] = FileEntry(*disk.write_parts(temporary, f"{stem}.bin", [noise.randbytes(nbytes)]))
     manifest = Manifest(
         run_id="run",
         attempt=attempt,
@@ -654,22 +654,54 @@ def test_one_of_a_later_version_is_not_overwritten(
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
 def test_what_a_killed_process_has_staged_is_reaped(remote: RemoteStore, there: Path, local: Path) -> None:
-    """obstore writes a file beside the object and renames it; of that, no listing shows anything."""
+    """A file is written beside the object and renamed; of that, no listing shows anything."""
     code = f"""
 import os, signal
-from obstore.store import LocalStore
-import obstore
+from events.safe_files import replace_below
 def chunks():
     yield b"half"
     os.kill(os.getpid(), signal.SIGKILL)
-obstore.put(LocalStore({str(there / "step-5.a1")!r}, mkdir=True), "tensors.bin", chunks())
+replace_below({str(there)!r}, "step-5.a1/tensors.bin", chunks())
 """
+    (there / "step-5.a1").mkdir(parents=True)
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert keys(there) == ["step-5.a1/tensors.bin#1"]
+    (key,) = keys(there)
+    assert key.startswith("step-5.a1/.tensors.bin.")
+    assert key.endswith(".tmp")
     assert remote._objects.sizes() == {}
     remote.reap()
     assert list(there.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links are POSIX")
+@pytest.mark.parametrize("what", ["folder", "object"])
+def test_an_object_is_not_written_through_a_link_that_appears_during_an_upload(
+    remote: RemoteStore, there: Path, local: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user of the folder puts it there after the first part; what it leads to stays as it is."""
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "file").write_bytes(b"private")
+    write, manifest = Objects._call, make(local, 5)
+
+    def write_after_link(self: Objects, action: str, key: str, function: Any, **options: Any) -> Any:
+        if action == "write" and key.endswith("manifest.json"):
+            if what == "folder":
+                (there / "step-5.a1").rename(there / "away")
+                (there / "step-5.a1").symlink_to(private)
+            else:
+                (there / key).symlink_to(private / "file")
+        return write(self, action, key, function, **options)
+
+    monkeypatch.setattr(Objects, "_call", write_after_link)
+    if what == "folder":
+        with pytest.raises(UploadError, match="symbolic link"):
+            put(remote, local, manifest)
+    else:
+        put(remote, local, manifest)
+        assert remote.names() == [manifest.name]
+    assert [(path.name, path.read_bytes()) for path in private.iterdir()] == [("file", b"private")]
 
 
 # --------------------------------------------------------------------------------------------------- the line

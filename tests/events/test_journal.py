@@ -28,7 +28,7 @@ from events import wire
 from events.bounds import LAST_ATTEMPT
 from events.errors import RunFolderError, WireError
 from events.journal import reader as journal_reader
-from events.journal.lines import CHECKSUM, PREVIOUS_SEQ, encode_lines
+from events.journal.lines import CHECKSUM, MAX_DECODED_BYTES, PREVIOUS_SEQ, decoded_bytes, encode_lines
 from events.journal.reader import (
     SUPERSEDED_TYPES,
     EventFinder,
@@ -865,6 +865,77 @@ def test_an_event_that_is_larger_than_a_line_becomes_a_gap(tmp_path: Path, monke
     assert seqs(tmp_path) == [1, 2, 3]
     assert gaps(tmp_path) == [(2, 2, 2, 1)]
     assert max(len(line) for line in segments(tmp_path)[0].read_bytes().splitlines()) <= 400
+
+
+def filled(item: str, nbytes: int) -> bytes:
+    return f"[{','.join([item] * (nbytes // (len(item) + 1)))}]".encode()
+
+
+FILLS = {
+    "lists": '"module":"m","epochs":1,"arguments":{"a":%b}', "maps": '"module":"m","epochs":1,"config":{"a":%b}',
+    "deep": '"module":"m","epochs":1,"arguments":{"a":%b}', "texts": '"module":"m","epochs":1,"arguments":{"a":%b}',
+    "numbers": '"x":%b',
+}  # fmt: skip
+ITEMS = {"lists": "[]", "maps": '{"":0}', "deep": "[" * 90 + "]" * 90, "texts": '"ab"', "numbers": "-6"}
+
+
+@pytest.mark.parametrize("kind", sorted(FILLS))
+def test_a_line_that_would_fill_the_memory_is_damage(tmp_path: Path, kind: str) -> None:
+    """Nothing of it is decoded, its neighbours are read, and each reader finds what is behind it."""
+    field = FILLS[kind].encode() % filled(ITEMS[kind], 8_000_000)
+    header = b'"run_id":"run","attempt":1,"seq":2,"time":1.0,"rank":0,"global_step":2,"epoch":0,"stage":null'
+    body = b'{"type":"RunStarted",%b,%b}' % (header, field)
+    large = b'%b,"crc32":"%08x"}\n' % (body[:-1], zlib.crc32(body))
+    first, last = encode_lines([step(1)], 0), encode_lines([step(3)], 2)
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / f"{1:020d}.jsonl").write_bytes(first + large + last)
+    del field, body, large
+    tracemalloc.start()
+    try:
+        reader = JournalReader(tmp_path / "journal")
+        assert [(type(event).__name__, event.seq) for event in read_all(reader)] == [
+            ("TrainStepEnded", 1), ("JournalGap", 2), ("TrainStepEnded", 3),
+        ]  # fmt: skip
+        assert [event.seq for event in last_events(tmp_path / "journal")][-1] == 3
+        assert journal_tail(tmp_path / "journal").seq == 3
+        assert tracemalloc.get_traced_memory()[1] < 48 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert "bytes of memory when decoded" in reader.skipped[0].reason
+
+
+def test_an_event_that_readers_would_refuse_becomes_a_gap(tmp_path: Path) -> None:
+    """Just below the limit it is written, and read again as it was."""
+    writer = open_journal(tmp_path)
+
+    def started(seq: int, count: int) -> RunStarted:
+        arguments: dict[str, Any] = {"a": [[]] * count}
+        return RunStarted("run", 1, seq, 0.0, 0, 0, 0, None, module="m", epochs=1, arguments=arguments)
+
+    low, high = 0, 1_000_000  # the first is written, the second is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = decoded_bytes(encode_lines([started(5, middle)], 3)[:-1]) <= MAX_DECODED_BYTES
+        low, high = (middle, high) if fits else (low, middle)
+    writer.write([step(1), started(2, high), step(3), started(5, low), step(6)])
+    assert seqs(tmp_path) == [1, 2, 3, 5, 6]
+    assert gaps(tmp_path) == [(2, 2, 2, 1)]
+    reader = JournalReader(tmp_path / "journal")
+    events = read_all(reader)
+    assert "RunStarted: it may take" in events[1].reason  # type: ignore[attr-defined]
+    assert (events[3], reader.skipped) == (started(5, low), [])
+
+
+def test_large_events_are_read_few_at_a_time(tmp_path: Path) -> None:
+    """So that a read takes the memory of one of them, and not of ``limit``; also one of a journal's end."""
+    writer = open_journal(tmp_path)
+    for seq in range(1, 13):
+        raw = b'{"type":"New","run_id":"run","attempt":1,"seq":%d,"x":"%b"}' % (seq, b"x" * 4_000_000)
+        writer.write([UnknownEvent("run", 1, seq, 0.0, 0, 0, 0, None, unknown_type="New", raw=raw)])
+    reader = JournalReader(tmp_path / "journal")
+    assert [len(reader.read()) for _ in range(4)] == [5, 5, 2, 0]
+    assert reader.skipped == []
+    assert 1 <= len(last_events(tmp_path / "journal")) <= 5
 
 
 def test_other_files_are_no_segments(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
 import subprocess
@@ -257,3 +259,89 @@ def test_the_hosts_structlog_configuration_does_not_apply(caplog: pytest.LogCapt
     finally:
         structlog.reset_defaults()
     assert caplog.messages == ["through"]
+
+
+HOSTILE = "name\r\n2026-01-01 CRITICAL forged\x1b[2J\x9b1A\u2028\u202e\ud800 s3://user:pa/ss@host/x?token=abc"
+HANDLERS = {
+    "plain": logging.Formatter("%(levelname)s %(message)s %(path)s"),
+    "json": structlog.stdlib.ProcessorFormatter(
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ],
+        foreign_pre_chain=[structlog.stdlib.ExtraAdder(), structlog.processors.add_log_level],
+    ),
+    "console": structlog.stdlib.ProcessorFormatter(
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+        ],
+        foreign_pre_chain=[structlog.stdlib.ExtraAdder(), structlog.processors.add_log_level],
+    ),
+}
+
+
+@pytest.fixture(params=list(HANDLERS))
+def host(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """What a handler of the host writes, as lines."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(HANDLERS[request.param])
+    log = logging.getLogger("stagecast")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield lambda: stream.getvalue().split("\n")[:-1]
+    log.setLevel(logging.NOTSET)
+    log.removeHandler(handler)
+
+
+@pytest.mark.parametrize("level", ["info", "warning", "error"])
+def test_a_text_of_a_stranger_is_one_harmless_line_of_a_hosts_handler(host: Any, level: str) -> None:
+    """Message, arguments and fields: no line break, no escape, no text direction, no secret."""
+    log = getattr(logger, level)
+    log(HOSTILE, path=HOSTILE)
+    log("%s of %d", HOSTILE, 3, path="p")
+    log("%d", HOSTILE, path="p")  # a format that does not fit
+    lines = host()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.isprintable()
+        assert "CRITICAL forged" in line
+        assert "pa/ss" not in line
+        assert "abc" not in line
+
+
+def raise_hostile() -> None:
+    try:
+        raise KeyError(HOSTILE)
+    except KeyError as error:
+        group = ExceptionGroup(HOSTILE, [ValueError(HOSTILE), OSError(2, HOSTILE, HOSTILE)])
+        group.add_note(HOSTILE)
+        error.__context__ = group  # a circle
+        raise group from error
+
+
+def test_a_traceback_of_a_stranger_keeps_its_lines_and_nothing_else(host: Any) -> None:
+    """Causes, groups and notes; types keep their names, frames their lines."""
+    try:
+        raise_hostile()
+    except ExceptionGroup as error:
+        logger.warning("failed", exc_info=error, path="p")
+    text = "\n".join(json.loads(line)["exception"] if line.startswith("{") else line for line in host())
+    assert all(line.isprintable() for line in text.splitlines())
+    for part in ("KeyError: ", "ExceptionGroup: name", "ValueError: name", "FileNotFoundError: ", "in raise_hostile"):
+        assert part in text
+    assert "pa/ss" not in text
+    assert text.count("forged") >= 5
+
+
+def test_an_exception_whose_text_cannot_be_had_is_logged(host: Any) -> None:
+    """By its type."""
+
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    logger.warning("failed", exc_info=Odd(), path="p")
+    assert any("Odd" in line for line in host())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.msgpack import Ext
 
-from events.msgpack_keys import check_keys
+from events.msgpack_keys import GROWTH, check_keys
 
 atoms = st.one_of(
     st.none(),
@@ -66,9 +67,64 @@ def test_deep_nesting_is_refused_with_little_memory() -> None:
         check_keys(b"\x91" * 1_000_000)
 
 
-def test_containers_that_would_fill_the_memory_are_refused() -> None:
-    """An empty list has one byte, and sixty of them when it is decoded; many small ones with a content pass."""
-    check_keys(msgspec.msgpack.encode([[0.5]] * 1_200_000))
-    for empty in (b"\x90", b"\x80"):
-        with pytest.raises(ValueError, match=r"more than 1,000,000 arrays and maps"):
-            check_keys(b"\xdd" + (1_100_000).to_bytes(4, "big") + empty * 1_100_000)
+def array(item: bytes, count: int) -> bytes:
+    return b"\xdd" + count.to_bytes(4, "big") + item * count
+
+
+SHAPES = {
+    "empty lists": b"\x90",
+    "empty maps": b"\x80",
+    "lists in lists": b"\x91\x91\x90",
+    "deep": b"\x91" * 9 + b"\x90",
+    "small maps": b"\x81\0\0",
+    "maps": b"\x86" + bytes(range(12)),
+    "negative": b"\xf0",
+    "small numbers": b"\x92\0\xf0",
+    "numbers": b"\xcd\xff\xff",
+    "empty texts": b"\xa0",
+    "wide texts": b"\xa4\xf0\x9f\x98\x80",
+    "bytes": b"\xc4\x02ab",
+    "extensions": b"\xc7\0\5",
+    "tuples": b"\x93\xc7\0\1\0\0",
+    "big keys": b"\x81\xa3abc\x90",
+    "mixed": b"\x94\x80\xa1a\xcd\1\2\x90",
+}
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_data_that_would_fill_the_memory_is_refused(shape: str) -> None:
+    """What passes takes four times its length and the room; what is refused is not decoded."""
+    item, room = SHAPES[shape], 2**20
+    passed = refused = 0
+    for count in (1_000, 5_000, 10_000, 20_000, 50_000, 200_000):
+        data = array(item, count)
+        try:
+            check_keys(data, room)
+        except ValueError:
+            refused += 1
+            continue
+        passed += 1
+        tracemalloc.start()
+        try:
+            msgspec.msgpack.decode(data)
+            assert tracemalloc.get_traced_memory()[1] <= GROWTH * len(data) + room
+        finally:
+            tracemalloc.stop()
+    assert passed
+    assert refused
+
+
+def test_a_list_that_is_longer_than_the_data_is_refused() -> None:
+    """Before the items that there are would be decoded."""
+    with pytest.raises(ValueError, match="it was cut: a list or map has 1,001 values, and 1,000 bytes follow"):
+        check_keys(b"\xdd" + (1_001).to_bytes(4, "big") + b"\x90" * 1_000)
+
+
+def test_what_users_keep_passes() -> None:
+    """Numbers in any number, small texts and tuples by the million."""
+    for tree in (
+        [0.5] * 3_000_000, list(range(3_000_000)), [-1.5] * 100_000 + list(range(-100_000, 0)),
+        [f"sample{index}" for index in range(1_000_000)], [[Ext(1, b""), 1, 2]] * 1_000_000,
+        {index: [index, 0.5] for index in range(1_000_000)},
+    ):  # fmt: skip
+        check_keys(msgspec.msgpack.encode(tree))

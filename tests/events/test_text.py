@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from events.text import MOST_NAME, as_name, name_problem, plain_text
+from events.text import MOST_NAME, as_name, name_problem, one_line, plain_lines, plain_text
 
 
 def test_text_is_made_harmless_and_bounded() -> None:
@@ -15,6 +15,8 @@ def test_text_is_made_harmless_and_bounded() -> None:
     assert plain_text("\u2028\u202e\ud800") == "\\u2028\\u202e\\ud800"
     assert plain_text("x" * 600) == "x" * 497 + "..."
     assert plain_text("naïve 検証 [red]") == "naïve 検証 [red]"
+    assert one_line("two\r\n lines  \x07") == "two lines \\x07"
+    assert plain_lines("two\r\n\tlines\x07") == "two\\r\n\tlines\\x07"
 
 
 @given(st.text(st.characters() | st.characters(categories=["Cs", "Cc", "Cf"])))

@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import nn
 
+from events import safe_files
 from events.checkpoint import disk, store
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
@@ -345,12 +346,13 @@ class Calls:
     def __enter__(self) -> Calls:
         for module in _BORDER:
             module.os = self  # type: ignore[attr-defined]
+        safe_files.os = _OfCheckpoints(self)  # type: ignore[attr-defined]
         checkpoint_writer.CheckpointSaved = self._saved  # type: ignore[misc, assignment]
         checkpoint_writer.CheckpointFailed = self._failed  # type: ignore[misc, assignment]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for module in _BORDER:
+        for module in (*_BORDER, safe_files):
             module.os = os  # type: ignore[attr-defined]
         checkpoint_writer.CheckpointSaved = CheckpointSaved  # type: ignore[misc]
         checkpoint_writer.CheckpointFailed = CheckpointFailed  # type: ignore[misc]
@@ -377,7 +379,9 @@ class Calls:
         return event
 
     def _make(self, name: str, real: Any, *args: Any, **named: Any) -> Any:
-        call = self._describe(name, *args, within=named.get("dir_fd"))
+        call = self._describe(name, *args, within=named.get("dir_fd", named.get("src_dir_fd")))
+        if name == "close":
+            self._paths.pop(args[0], None)
         self._before(call)
         with self._lock:
             fault = self._fault
@@ -411,23 +415,38 @@ class Calls:
             self._note(call, result, args)
             if call.name == "open":
                 os.close(result)
+                self._paths.pop(result)
 
     def _describe(self, name: str, *args: Any, within: int | None = None) -> Call:
         if name in ("write", "pwrite"):
             at = args[2] if name == "pwrite" else self._positions[args[0]]
             return Call(name, self._paths[args[0]], at=at, data=bytes(args[1]))
-        if name in ("fsync", "close"):
-            return Call(name, self._paths[args[0]])
         if name == "ftruncate":
             return Call(name, self._paths[args[0]], at=args[1])
-        if isinstance(args[0], int):  # a folder's, which another module may have opened
-            return Call(name, os.readlink(f"/proc/self/fd/{args[0]}"))
-        path = os.path.abspath(args[0] if within is None else f"{self._paths[within]}/{args[0]}")
+        if isinstance(args[0], int):
+            return Call(name, self.path_of(args[0]))
+        path = self._absolute(args[0], within)
         if name == "open":
             return Call(name, path, flags=args[1])
         if name == "rename":
-            return Call(name, path, to=os.path.abspath(args[1]))
+            return Call(name, path, to=self._absolute(args[1], within))
         return Call(name, path)
+
+    def _absolute(self, path: Any, within: int | None) -> str:
+        return os.path.abspath(path if within is None else f"{self.path_of(within)}/{path}")
+
+    def path_of(self, fd: int) -> str:
+        """The path that a descriptor was opened with, here or in another module."""
+        return self._paths[fd] if fd in self._paths else os.readlink(f"/proc/self/fd/{fd}")
+
+    def concerns(self, name: str, *args: Any, **named: Any) -> bool:
+        """Whether a call of a module that writes other files too is one of the writing of checkpoints or weights."""
+        if name == "listdir" or (name == "open" and not args[1] & os.O_CREAT):
+            return False
+        if isinstance(args[0], int):
+            return args[0] in self._paths or (name == "fsync" and self.path_of(args[0]).endswith("/checkpoints"))
+        path = self._absolute(args[0], named.get("dir_fd", named.get("src_dir_fd")))
+        return "/checkpoints" in path or "weights.safetensors" in path
 
     def _note(self, call: Call, result: Any, args: Sequence[Any]) -> None:
         if call.name == "open":
@@ -437,6 +456,21 @@ class Calls:
         if call.name in ("write", "pwrite"):
             call = call._replace(data=call.data[:result])
         self.log.append(call)
+
+
+class _OfCheckpoints:
+    """In place of ``os`` in a module that writes other files too: `Calls` gets the calls that concern checkpoints."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in NAMES and name != "replace":
+            return real
+        noted = getattr(self._calls, name)
+        concerns = self._calls.concerns
+        return lambda *args, **named: (noted if concerns(name, *args, **named) else real)(*args, **named)
 
 
 _BORDER = (disk, store, checkpoint_writer)

@@ -55,7 +55,7 @@ class Pace:
     def before(self, call: Any) -> None:
         """On the writer's thread, before each call to the disk."""
         if call.name == "pwrite":
-            name = CheckpointName.parse(Path(call.path).parent.name.removeprefix(".").removesuffix(".tmp"))
+            name = CheckpointName.parse(".".join(Path(call.path).parent.name.split(".")[1:3]))
             assert name is not None
             beyond = min(name.step + 3, self._steps)
             deadline = time.monotonic() + self._wait_s

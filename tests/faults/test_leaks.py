@@ -128,10 +128,10 @@ def until(there: Callable[[], bool]) -> None:
 
 
 def is_writing() -> bool:
-    """Whether some thread is in the writer of checkpoints, or hashes one."""
+    """Whether some thread is in the writer of checkpoints, hashes one, or has a folder of the run open."""
     for frame in sys._current_frames().values():
         while frame is not None:
-            if Path(frame.f_code.co_filename).name in ("writer.py", "disk.py"):
+            if Path(frame.f_code.co_filename).name in ("writer.py", "disk.py", "safe_files.py"):
                 return True
             frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -202,17 +202,17 @@ def test_a_thousand_saves_leave_nothing_behind(place: Path, injection: int) -> N
 @pytest.mark.timeout(120)
 def test_saves_that_fail_leave_nothing_behind(place: Path, injection: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three fail, each at another call to the disk: nothing is left of those, and the rest are whole."""
-    name, skips = (("fsync", 0), ("open", 1), ("rename", 0), ("pwrite", 0))[injection]
+    name, skips = (("fsync", 0), ("open", 1), ("replace", 0), ("pwrite", 0))[injection]
     original, saving = getattr(os, name), threading.local()
     writes = disk.write_image
 
-    def write(path: Path, *args: Any) -> Any:
-        saving.left = skips if int(path.parent.name.partition("-")[2].partition(".")[0]) % 3 else None
-        return writes(path, *args)
+    def write(folder: disk.Folder, *args: Any) -> Any:
+        saving.left = skips if int(folder.path.name.partition("-")[2].partition(".")[0]) % 3 else None
+        return writes(folder, *args)
 
     def fail(*args: Any, **options: Any) -> Any:
         left = getattr(saving, "left", None)
-        if left is not None and (name != "rename" or str(args[0]).endswith(".tmp")):
+        if left is not None and (name != "replace" or str(args[0]).endswith(".tmp")):
             saving.left = left - 1 if left else None
             if not left:
                 raise OSError(28, "No space left on device")

@@ -29,7 +29,7 @@ def make(folder: Path, step: int, nbytes: int = 3 * PART + 1) -> Manifest:
     folder.mkdir(exist_ok=True)
     temporary = store.begin(name)
     data = random.Random(step).randbytes(nbytes)
-    files = {"tensors.bin": FileEntry(*disk.write_parts(temporary / "tensors.bin", [data]))}
+    files = {"tensors.bin": FileEntry(*disk.write_parts(temporary, "tensors.bin", [data]))}
     place = {"run_id": "run", "attempt": 1, "global_step": step, "epoch": 0, "seq": step, "time": 0.0}
     manifest = Manifest(**place, parent=None, reasons=[], files=files)  # type: ignore[arg-type]
     store.commit(manifest)

@@ -172,7 +172,7 @@ def test_a_call_that_failed_before_the_power_did_costs_nothing_that_was_announce
 # ---------------------------------------------------------------------------------------- saves that are not right
 
 Change = Callable[[list[Any]], list[Any]]
-_SAVED = r"/checkpoints/\.step-\d+\.a1\.tmp"
+_SAVED = r"/checkpoints/\.step-\d+\.a1\.\w+\.tmp"
 
 
 def without_sync(path: str) -> Change:
@@ -196,7 +196,7 @@ def without_sync_of_deletions(log: list[Any]) -> list[Any]:
 def without_temporary_folder(log: list[Any]) -> list[Any]:
     """Write to the place where the checkpoint is to be found."""
     saving = [call for call in log if not (call.name == "rename" and re.search(_SAVED, call.path))]
-    return [call._replace(path=re.sub(r"/\.(step-\d+\.a1)\.tmp", r"/\1", call.path)) for call in saving]
+    return [call._replace(path=re.sub(r"/\.(step-\d+\.a1)\.\w+\.tmp", r"/\1", call.path)) for call in saving]
 
 
 def with_the_manifest_first(log: list[Any]) -> list[Any]:
@@ -267,7 +267,14 @@ def test_the_kernel_sees_no_change_of_the_disk_that_was_not_recorded(nursery: An
 
 
 CHANGING = {"write", "pwrite", "ftruncate", "fsync", "rename", "unlink", "rmdir", "mkdir"}
-_KERNEL_NAMES = {"pwrite64": "pwrite", "openat": "open", "creat": "open", "renameat": "rename", "renameat2": "rename"}
+_KERNEL_NAMES = {
+    "pwrite64": "pwrite",
+    "openat": "open",
+    "creat": "open",
+    "mkdirat": "mkdir",
+    "renameat": "rename",
+    "renameat2": "rename",
+}
 _READING = {
     *("stat", "lstat", "fstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat"),
     *("getcwd", "chdir", "statfs", "fstatfs", "getdents64", "read", "pread64", "lseek", "close", "fcntl", "ioctl"),
@@ -299,8 +306,9 @@ def kernel_calls(folder: Path) -> list[tuple[str, str, str]]:
             paths = re.findall(r'"([^"]*)"', arguments) if not re.match(r"\d+<", arguments) else []
             of_descriptor = re.match(r"\d+<([^>]*)>", arguments)
             first = of_descriptor[1] if of_descriptor is not None else paths[0] if paths else ""
-            if _KERNEL_NAMES.get(name, name) in ("open", "unlink", "rmdir") and of_descriptor is not None:
-                first += "/" + re.findall(r'"([^"]*)"', arguments)[0]
             second = paths[1] if len(paths) > 1 else ""
+            if _KERNEL_NAMES.get(name, name) in ("open", "mkdir", "rename", "unlink", "rmdir") and of_descriptor:
+                within, names = re.findall(r"\d+<([^>]*)>", arguments), re.findall(r'"([^"]*)"', arguments)
+                first, second = [f"{within[at]}/{inside}" for at, inside in enumerate(names)] + [""] * (2 - len(names))
             found.append((float(time), (_KERNEL_NAMES.get(name, name), first, second)))
     return [call for _, call in sorted(found)]

@@ -65,7 +65,7 @@ class Run:
         temporary = self.store.begin(name)
         noise = random.Random(str(name))
         files = {
-            file: FileEntry(*disk.write_parts(temporary / file, [noise.randbytes(nbytes)]))
+            file: FileEntry(*disk.write_parts(temporary, file, [noise.randbytes(nbytes)]))
             for file, nbytes in (("tensors.bin", 3 * PART + 777), ("state.bin", 500))
         }
         place = {"run_id": "run", "attempt": self.attempt, "global_step": step, "epoch": 0, "seq": step, "time": 0.0}

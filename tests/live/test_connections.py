@@ -4,16 +4,19 @@ with a low descriptor limit."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import socket as sockets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import msgspec
 import pytest
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from sinks.connections import ConnectionLimit, address_group
 from sinks.live import server as server_module
@@ -303,6 +306,31 @@ def test_a_client_that_only_pings_is_closed(told: Any, remote: Any) -> None:
                 one.sendall(ping * 1_000)
 
 
+def test_a_client_that_closes_leaves_nothing_unread_in_memory(
+    story: Any, serve: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was sent a large message and has read nothing: its connection ends at once, not after a time to read."""
+    monkeypatch.setattr(server_module, "_CLOSING_S", 100.0)
+    hub = Hub()
+    hub.view.run.run_id = "demo"
+    hub.feed([story.started()])
+    hub.view.run.problems = ["p" * 2**23]
+    server = serve(hub)
+    server._socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 2**15)
+    connections = server._server.server_state.connections
+    with sockets.socket() as one:
+        one.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 2**15)
+        one.settimeout(20)
+        one.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1].strip("/"))))
+        hello = b'{"type":"hello"}'
+        one.sendall(UPGRADE + b"\r\n")
+        assert b" 101 " in one.recv(100)
+        one.sendall(b"\x81" + bytes([0x80 + len(hello)]) + b"\0\0\0\0" + hello)
+        kit.wait_until(lambda: any(part.transport.get_write_buffer_size() > 2**22 for part in connections))
+        one.sendall(b"\x88\x82\0\0\0\0\x03\xe8")
+        kit.wait_until(lambda: not any(part.transport.get_write_buffer_size() for part in connections))
+
+
 def test_requests_that_break_off_log_no_traceback(remote: Any, crowd: Any) -> None:
     """A body in chunks that are none."""
     server = remote(60.0)
@@ -310,6 +338,19 @@ def test_requests_that_break_off_log_no_traceback(remote: Any, crowd: Any) -> No
     for one in crowd(server.port, 20, sent):
         assert is_closed(one)
     assert "Traceback" not in server.log()
+
+
+def test_a_request_with_two_lengths_is_the_last_of_its_connection(remote: Any) -> None:
+    """A proxy that believes the other length would take the second answer for that to another client's request."""
+    server = remote(60.0)
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
+        lengths = b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+        request = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
+        one.sendall(b"POST /api/runs/demo/commands HTTP/1.1\r\nhost: localhost\r\n" + lengths + request + b"\r\n")
+        answers = b""
+        while part := one.recv(2**16):
+            answers += part
+    assert (answers.count(b"HTTP/1.1 "), answers[:12]) == (1, b"HTTP/1.1 400")
 
 
 def test_malformed_requests_are_logged_once_a_minute(remote: Any, crowd: Any) -> None:
@@ -389,3 +430,24 @@ def test_one_address_takes_at_most_half_of_the_connections(
 def test_a_host_header_is_read_strictly(host: str, name: str | None) -> None:
     """What stands before or behind the name is not ignored: a name of a stranger could hide in it."""
     assert hostname_of(host) == name
+
+
+def test_the_parts_of_uvicorn_that_are_used_exist() -> None:
+    """If an upgrade has removed one, this names it."""
+    http, websocket = server_module.H11Protocol, server_module.WebSocketsSansIOProtocol
+    state = server_module.uvicorn.server.ServerState()
+    config = server_module.uvicorn.Config(lambda: None, log_config=None)
+    config.load()
+    loop: Any = object()
+    cycle = RequestResponseCycle(**dict.fromkeys(inspect.signature(RequestResponseCycle).parameters, MagicMock()))
+    server = server_module.uvicorn.Server(config)
+    used: list[tuple[Any, tuple[str, ...]]] = [
+        (http(config, state, {}, loop), server_module.HTTP_ATTRIBUTES),
+        (cycle, server_module.CYCLE_ATTRIBUTES),
+        (websocket(config, state, {}, loop), server_module.WEBSOCKET_ATTRIBUTES),
+        (websocket(config, state, {}, loop).conn, ("handshake_exc",)),
+        (server, server_module.SERVER_ATTRIBUTES),
+        (server.server_state, ("connections",)),
+    ]
+    missing = [f"{type(one).__qualname__}.{name}" for one, names in used for name in names if not hasattr(one, name)]
+    assert missing == []

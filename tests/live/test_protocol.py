@@ -490,7 +490,7 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
         answer = httpx.get(server.url + "api/runs/demo/journal")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
         assert "20 clients read journals" in answer.json()["error"]
-        assert server._app._journals.total_tokens == 2
+        assert server._app._folders.total_tokens == 2
         kit.wait_until(lambda: server._app._followers == 0)  # none of them read
     assert max(parts) <= 2**16
     assert most == 20

@@ -81,7 +81,7 @@ class Rig:
             parent=parent,
             reasons=["steps"],
             metric=Metric("val_loss", metric) if metric is not None else None,
-            files={"tensors.bin": FileEntry(*disk.write_parts(folder / "tensors.bin", [data]))},
+            files={"tensors.bin": FileEntry(*disk.write_parts(folder, "tensors.bin", [data]))},
         )
         self.store.commit(manifest)
         return name

@@ -526,9 +526,9 @@ def test_what_appears_while_the_file_is_written_is_not_replaced(
     """Somebody else had the same idea."""
     real = disk.write_parts
 
-    def write_parts(path: Path, parts: Any) -> tuple[int, str]:
+    def write_parts(*args: Any) -> tuple[int, str]:
         Path("weights.safetensors").write_text("precious")
-        return real(path, parts)
+        return real(*args)
 
     monkeypatch.setattr(disk, "write_parts", write_parts)
     code, _, err = stagecast("export", run, "weights.safetensors")

@@ -15,6 +15,7 @@ import torch
 
 from events.errors import CursorError, RunCancelled, RunFolderHeld
 from events.messages import CommandTaken, Event, RunEnded, RunStarted, TrainEpochEnded, TrainStepEnded
+from trainer import CallbackInterface, inline, observer
 from trainer.errors import ContractError
 
 MANY = 100_000  # epochs: more than any test waits for
@@ -54,6 +55,23 @@ def test_train_raises_exceptions_of_every_kind(kit: Any, error: BaseException) -
     assert outcome.error is error
     status = "failed" if isinstance(error, Exception) else "cancelled"
     assert outcome.of(RunEnded)[0].status == status
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), Boom("mine")], ids=["ctrl-c", "exit", "error"])
+@pytest.mark.parametrize("lane", [inline, observer])
+@pytest.mark.parametrize(
+    "hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
+)
+def test_an_exception_means_the_same_in_every_hook(kit: Any, hook: str, lane: Any, error: BaseException) -> None:
+    """Also while observers are drained, when the loop has published another end already: the last one counts."""
+
+    def fail(self: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
+        raise error
+
+    outcome = kit.train(kit.Net(), callbacks=[type("Fails", (CallbackInterface,), {hook: lane(fail)})()])
+    assert outcome.error is error
+    status = "failed" if isinstance(error, Exception) else "cancelled"
+    assert outcome.of(RunEnded)[-1].status == status
 
 
 def test_a_trainer_trains_again_after_a_failure(kit: Any) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from events.errors import StagecastError
+from events.messages import TrainStepEnded
 from trainer.errors import PrecisionError
 from trainer.loop.precision import Precision
 
@@ -161,3 +165,23 @@ def test_bfloat16_scales_nothing() -> None:
     assert precision.scale(loss) is loss
     assert precision.found_inf(optimizers) is None
     assert _step(precision, loss, optimizers)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "text"),
+    [
+        (torch.float16, "cpu", "parameter linear.weight has the dtype float16"),
+        (torch.complex64, "cpu", "parameter linear.weight has the dtype complex64"),
+        (torch.float32, "meta", "parameter linear.weight is on the meta device"),
+    ],
+    ids=["float16", "complex", "meta"],
+)
+def test_a_parameter_that_cannot_be_trained_is_named_before_the_first_step(
+    kit: Any, dtype: torch.dtype, device: str, text: str
+) -> None:
+    net = kit.Net()
+    net.linear = torch.nn.Linear(4, 1, dtype=dtype, device=device)
+    outcome = kit.train(net, precision="float16")
+    assert isinstance(outcome.error, StagecastError)
+    assert text in str(outcome.error)
+    assert outcome.of(TrainStepEnded) == []

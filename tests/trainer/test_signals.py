@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data._utils import signal_handling
 
 from events.messages import CommandTaken, Event, RunEnded, TrainStepEnded
 from events.protocol import Pause
 from events.run.folder import RunFolder
 from events.sink import Delivery
 from trainer import CallbackInterface, RunInterrupted, RunTerminated, Trainer, inline
+from trainer.loop.control import Control
+from trainer.run.calling_thread import heed_signals
 from trainer.run.loop_thread import LoopThread
 
 MANY = 100_000  # epochs: more than any test waits for
@@ -510,3 +514,188 @@ def test_signals_to_the_whole_group_leave_no_workers_behind(kit: Any, script: An
     assert {"waiting", "asking"} <= set(said)
     assert not [pid for pid in said if pid.isdigit() and Path(f"/proc/{pid}").exists()]
     assert kit.read_journal(tmp_path / "run")[-1].status == "cancelled"
+
+
+GROUP = """
+import json, os, signal, sys, threading, time
+import torch
+from torch.utils.data import DataLoader, Dataset
+from trainer import ModuleInterface, RunTerminated, Trainer, TrainerArguments
+
+class Rows(Dataset):
+    def __init__(self, hangs_at):
+        self.hangs_at = hangs_at
+    def __len__(self):
+        return 160
+    def __getitem__(self, index):
+        if index == self.hangs_at:
+            os.write(said, b"reached\\n")
+            threading.Event().wait(60)  # for as long as the test lasts
+        return torch.full((4,), index / 160)
+
+class Net(ModuleInterface):
+    def __init__(self, place, quiet):
+        super().__init__()
+        self.place, self.quiet, self.kept = place, quiet, None
+        self.linear = torch.nn.Linear(4, 1)
+        with torch.no_grad():
+            self.linear.weight.fill_(0.5)
+            self.linear.bias.zero_()
+    def get_optimizers_schedulers(self, steps, epochs):
+        return [torch.optim.Adam(self.parameters(), lr=0.01)], []
+    def loader(self, place, batch_size, hangs_at):
+        rows = Rows(hangs_at if self.place == place and not self.quiet else None)
+        return DataLoader(rows, batch_size, num_workers=2, prefetch_factor=4, persistent_workers=place == "persistent")
+    def get_train_dataloader(self, sampler, batch_size):
+        if self.place == "generator":
+            return (batch for batch in self.loader("generator", batch_size, 64))
+        self.kept = self.kept or self.loader("persistent" if self.place == "persistent" else "data", batch_size, 64)
+        return self.kept
+    def get_val_dataloaders(self, sampler, batch_size):
+        return self.loader("validation", batch_size, 64)
+    def train_step(self, global_step, batch, device):
+        if not self.quiet and global_step == 5 and self.place in ("step", "accumulated"):
+            os.write(said, b"reached\\n")
+            torch.ones(1).sum()
+            os.read(go, 1)  # the signal has been sent
+            for _ in range(20_000):  # where torch's handler would raise
+                pass
+        if not self.quiet and global_step == 5 and self.place == "own data":
+            next(iter(self.loader("own data", batch.shape[0], 8)))
+        return (self.linear(batch) - 1).pow(2).mean()
+    def val_step(self, global_step, batch, device):
+        return self.linear(batch).mean()
+
+def train(place, quiet, folder, **options):
+    net = Net(place, quiet)
+    limit = 4 if place == "accumulated" else None
+    arguments = TrainerArguments(
+        train_batch_size=8, gpu_batch_size_limit=limit, val_interval_steps=6, epochs=2, device="cpu", seed=1
+    )
+    return net, Trainer(net, arguments, sinks=[], run_dir=folder, run_id="r", **options).train()
+
+def child(place, folder):
+    os.setpgrp()
+    try:
+        train(place, False, folder)
+    except RunTerminated as stop:
+        result = stop.result
+        outcome = [result.status, result.reason, result.global_step, os.path.basename(result.checkpoint or "none")]
+    except Exception as error:
+        outcome = [type(error).__name__, str(error)]
+    os.write(said, (json.dumps(outcome) + "\\n").encode())
+
+def is_dead(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().split()[2] == "Z"
+    except FileNotFoundError:  # its parent has noticed
+        return True
+
+place, how = sys.stdin.readline().split(",")
+how = how.strip()
+torch.set_num_threads(1)
+hears, said = os.pipe()
+go, going = os.pipe()
+pid = os.fork()
+if not pid:
+    try:
+        child(place, "run")
+    finally:
+        os._exit(0)
+os.close(said)
+lines = os.fdopen(hears)
+assert lines.readline() == "reached\\n"
+workers = [int(one) for one in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+if how == "group":
+    os.killpg(pid, signal.SIGTERM)
+elif how == "workers first":
+    for one in workers:
+        os.kill(one, signal.SIGTERM)
+    while not all(is_dead(one) for one in workers):
+        time.sleep(0.001)  # there is nothing to wait for: they are not this process's children
+    os.kill(pid, signal.SIGTERM)
+else:
+    os.kill(workers[0], signal.SIGKILL)
+os.write(going, b"gg")  # for each micro-batch
+outcome = json.loads(next(line for line in lines if line.startswith("[")))
+os.waitpid(pid, 0)
+print(json.dumps(outcome), flush=True)
+if outcome[0] == "stopped":
+    said = 1
+    resumed, _ = train(place, True, "run", resume="auto")
+    whole, _ = train(place, True, "whole")
+    print([bool(torch.equal(a, b)) for a, b in zip(resumed.parameters(), whole.parameters())], flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("how", ["group", "workers first"])
+@pytest.mark.parametrize(
+    ("place", "steps"),
+    [("step", 5), ("data", None), ("persistent", None), ("generator", None), ("accumulated", 5), ("validation", 6)],
+)
+def test_sigterm_that_also_ends_the_workers_stops_the_run_in_order(
+    script: Any, place: str, steps: int | None, how: str
+) -> None:
+    """As systemd and Slurm send it: the run stops at a boundary, with a checkpoint from which it resumes exactly.
+
+    A worker reads up to eight batches ahead, so it may block while the loop is at any of the steps before that one.
+    """
+    program = script(GROUP)
+    program.process.stdin.write(f"{place},{how}\n")
+    program.process.stdin.flush()
+    outcome = json.loads(program.process.stdout.readline() or program.end()[2])
+    at = outcome[2]
+    assert outcome == ["stopped", "SIGTERM", at, f"step-{at}.a1"]
+    assert at == steps if steps is not None else 0 < at <= 8
+    _, out, errors = program.end()
+    assert out.strip() == "[True, True]", errors
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes in /proc")
+def test_sigterm_that_ends_the_workers_of_a_steps_own_data_stops_the_run_without_a_checkpoint(script: Any) -> None:
+    program = script(GROUP)
+    program.process.stdin.write("own data,group\n")
+    program.process.stdin.flush()
+    assert json.loads(program.process.stdout.readline()) == ["stopped", "SIGTERM", 4, "none"]
+    assert "workers died in train_step after global_step 4" in program.end()[2]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes in /proc")
+def test_a_worker_that_is_killed_fails_the_run(script: Any) -> None:
+    """By the kernel, for want of memory, for example: no signal to the run explains it."""
+    program = script(GROUP)
+    program.process.stdin.write("data,kill\n")
+    program.process.stdin.flush()
+    kind, text = json.loads(program.process.stdout.readline())
+    assert kind == "RuntimeError"
+    assert "DataLoader worker" in text
+
+
+def test_a_signal_is_not_lost_when_a_worker_dies_while_it_is_handled() -> None:
+    control = Control()
+    control.reading, control.dead_worker = True, "DataLoader worker (pid 1) is killed by signal: Terminated. "
+    send = control.send
+
+    def send_later(command: Any) -> None:
+        signal.raise_signal(signal.SIGCHLD)
+        send(command)
+
+    control.send = send_later  # type: ignore[method-assign]
+    with heed_signals(control, lambda error: None), pytest.raises(RuntimeError, match="Terminated"):
+        signal.raise_signal(signal.SIGTERM)
+    assert control.ends_run
+
+
+@pytest.mark.parametrize(
+    "host", [signal.SIG_DFL, signal.SIG_IGN, lambda number, frame: None], ids=["default", "ignored", "own"]
+)
+def test_the_handler_for_dead_workers_is_ours_during_the_run_only(kit: Any, host: Any) -> None:
+    before, is_set = signal.signal(signal.SIGCHLD, host), signal_handling._SIGCHLD_handler_set
+    try:
+        kit.train(kit.Net())
+        assert signal.getsignal(signal.SIGCHLD) is host
+        assert signal_handling._SIGCHLD_handler_set is is_set
+    finally:
+        signal.signal(signal.SIGCHLD, before)

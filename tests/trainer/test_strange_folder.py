@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from events.checkpoint import store
+from events.checkpoint.manifest import CheckpointName
 from events.errors import CheckpointError, RunFolderError, SinkMisconfigured
-from events.messages import CheckpointRejected, RunResumed
+from events.messages import CheckpointFailed, CheckpointRejected, CheckpointSaved, RunResumed
 from events.protocol import Stop
 from events.run.inbox import send_command
 from events.sink import RunInfo
 from sinks import CSV, JSONL, Live, Prometheus, TensorBoard
+from sinks.files import tensorboard
 from trainer import Checkpoints
 from trainer.cli.main import main
 from trainer.remote.launch import launch
@@ -266,6 +270,116 @@ def test_a_checkpoint_of_another_run_is_neither_deleted_nor_the_best(kit: Any, t
     assert outcome.result.best_checkpoint == str(theirs.parent / "step-2.a2")
 
 
+# ------------------------------------------------------------------------------- what is exchanged during a checkpoint
+
+
+def exchange(path: Path, target: Path) -> None:
+    """Put a link in the place of a folder."""
+    path.rename(path.with_name(f"{path.name}.away"))
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("what", ["temporary folder", "checkpoints"])
+def test_a_link_that_takes_the_place_of_a_folder_during_a_checkpoint_leads_nowhere(
+    kit: Any, tmp_path: Path, secret: Secret, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That checkpoint fails, and nothing is announced; where the link is gone again, the next one is saved."""
+    folder, begin = tmp_path / "run/checkpoints", store.CheckpointStore.begin
+
+    def exchanged(self: store.CheckpointStore, name: CheckpointName) -> Any:
+        made = begin(self, name)
+        if name.step == 1:
+            (temporary,) = folder.glob(".step-1.*")
+            if what == "checkpoints":
+                shutil.copytree(temporary, secret.folder / temporary.name)
+            exchange(temporary if what == "temporary folder" else folder, secret.folder)
+        elif what == "checkpoints":
+            pytest.fail("a checkpoint was begun behind a link")
+        return made
+
+    monkeypatch.setattr(store.CheckpointStore, "begin", exchanged)
+    settings = Checkpoints(every_steps=1, when_busy="wait", at_end=False, weights=False)
+    outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", run_id="run", epochs=1, checkpoints=settings)
+    for path in secret.folder.glob(".step-1.*"):
+        path.rmdir()  # it was not written to
+    secret.check()
+    assert [event.checkpoint for event in outcome.of(CheckpointFailed)][:1] == ["step-1.a1"]
+    expected = ["step-2.a1"] if what == "temporary folder" else []
+    assert [event.checkpoint for event in outcome.of(CheckpointSaved)] == expected
+
+
+def test_a_link_that_takes_the_place_of_the_checkpoints_during_a_deletion_deletes_nothing(
+    tmp_path: Path, secret: Secret, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is exchanged between the rename and the removal."""
+    folder = tmp_path / "run/checkpoints"
+    (folder / "step-1.a1").mkdir(parents=True)
+    (folder / "step-1.a1" / "file").write_bytes(b"old")
+    checkpoints, rename = store.CheckpointStore(folder), os.replace
+
+    def exchanged(source: Any, target: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        rename(source, target, **options)
+        shutil.copytree(secret.folder, secret.folder / Path(target).name)
+        exchange(folder, secret.folder)
+
+    monkeypatch.setattr(os, "rename", exchanged)
+    monkeypatch.setattr(os, "replace", exchanged)
+    with pytest.raises(OSError, match="symbolic link"):
+        checkpoints.remove(CheckpointName(1, 1))
+    (copy,) = secret.folder.glob(".step-1.*")
+    assert (copy / "keep.json").is_file()
+    shutil.rmtree(copy)
+    secret.check()
+
+
+def test_no_event_file_is_created_through_a_link_that_takes_the_place_of_its_folder(
+    tmp_path: Path, secret: Secret, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is exchanged after the sink has looked for the newest file."""
+    count = itertools.count
+
+    def exchanged(first: int) -> Any:
+        exchange(tmp_path / "run/tensorboard", secret.folder)
+        return count(first)
+
+    monkeypatch.setattr(tensorboard, "itertools", SimpleNamespace(count=exchanged))
+    with pytest.raises(SinkMisconfigured, match="symbolic link"):
+        TensorBoard().open(RunInfo("run", run_dir=str(tmp_path / "run")))
+    secret.check()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "linked folder"])
+def test_a_download_replaces_what_has_the_name_of_its_checkpoint(
+    kit: Any, tmp_path: Path, secret: Secret, kind: str
+) -> None:
+    """It is not followed, nor waited for."""
+    settings = Checkpoints(every_steps=1, when_busy="wait", upload=(tmp_path / "store").as_uri())
+    saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    secret.put(tmp_path / "here/checkpoints/step-2.a1", kind)
+    secret.put(tmp_path / "here/checkpoints/attempt-1.json", "link")
+    outcome = saved(kit, tmp_path / "here", "run", epochs=2, resume=f"{(tmp_path / 'store').as_uri()}/run/step-2.a1")
+    secret.check()
+    assert outcome.of(RunResumed)[0].global_step == 2
+    assert outcome.result.global_step == 4
+    assert not (tmp_path / "here/checkpoints/attempt-1.json").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "resumed"])
+def test_a_download_does_not_follow_a_linked_folder(kit: Any, tmp_path: Path, secret: Secret, name: str) -> None:
+    """Whoever's checkpoint it is; the error names the link."""
+    settings = Checkpoints(every_steps=1, when_busy="wait", upload=(tmp_path / "store").as_uri())
+    saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    secret.put(tmp_path / "here" / name, "linked folder")
+    url = f"{(tmp_path / 'store').as_uri()}/run/step-2.a1"
+    own = name == "checkpoints"
+    outcome = saved(
+        kit, tmp_path / "here", "run" if own else "other", epochs=2, **{"resume" if own else "init_from": url}
+    )
+    secret.check()
+    assert str(tmp_path / "here" / name) in str(outcome.error)
+
+
 # ------------------------------------------------------------------------------------- what is read of a checkpoint
 
 
@@ -348,6 +462,20 @@ def test_weights_that_are_no_regular_file_of_this_machines_size_are_refused(
     assert str(path) in str(outcome.error)
 
 
+def test_weights_are_read_through_a_link_where_the_user_names_it_and_not_below_a_run_folder(
+    kit: Any, tmp_path: Path, secret: Secret
+) -> None:
+    """The link leads to weights of the user that fit."""
+    kit.train(kit.Net(), run_dir=tmp_path / "own", run_id="own", checkpoints=Checkpoints(every_steps=1))
+    weights = tmp_path / "own/weights.safetensors"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/weights.safetensors").symlink_to(weights)
+    assert kit.train(kit.Net(), init_from=tmp_path / "run/weights.safetensors").result.status == "finished"
+    outcome = kit.train(kit.Net(), init_from=tmp_path / "run")
+    assert isinstance(outcome.error, CheckpointError)
+    assert "a symbolic link, which is not opened below a run folder" in str(outcome.error)
+
+
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.csv"])
 def test_a_file_without_an_end_is_not_continued(
     kit: Any, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
@@ -403,8 +531,8 @@ def test_a_sinks_own_path_may_be_a_link_and_must_be_a_regular_file(tmp_path: Pat
 
 
 def test_folders_in_each_other_without_end_are_left_and_named(kit: Any, tmp_path: Path, caplog: Any) -> None:
-    """In a checkpoint that retention removes: each level would take a descriptor and a call."""
-    deep = tmp_path / "checkpoints" / ".step-9.a9.tmp"
+    """Each level would take a descriptor and a call. They have no name that a new checkpoint needs."""
+    deep = tmp_path / "checkpoints" / ".step-1.a1.tmp"
     deep.mkdir(parents=True)
     inner = os.open(deep, os.O_RDONLY)
     for _ in range(200):
@@ -415,5 +543,6 @@ def test_folders_in_each_other_without_end_are_left_and_named(kit: Any, tmp_path
     os.close(inner)
     outcome = kit.train(kit.Net(), run_id="r", run_dir=tmp_path, checkpoints=Checkpoints(every_steps=1))
     assert outcome.error is None
+    assert not outcome.of(CheckpointFailed)
     assert "remove them by hand" in caplog.text
     shutil.rmtree(deep)

@@ -305,9 +305,10 @@ class CheckpointPlan:
         """
         if self._init_from is None:
             return False
-        place = _weights_at(Path(self._init_from))
+        named = Path(self._init_from)
+        place = _weights_at(named)
         if place.is_file():
-            _load_file(module, place)
+            _load_file(module, place, follow=place == named)
             return True
 
         def tell(name: str, error: Exception) -> None:
@@ -491,10 +492,14 @@ def _weights_at(place: Path) -> Path:
     return place
 
 
-def _load_file(module: ModuleInterface, path: Path) -> None:
-    """Have a module take over all tensors of a safetensors file. Raises `CheckpointError`."""
+def _load_file(module: ModuleInterface, path: Path, *, follow: bool) -> None:
+    """Have a module take over all tensors of a safetensors file. Raises `CheckpointError`.
+
+    Args:
+        follow: Whether the file may be a link: the user named it, and not the folder that it is in.
+    """
     try:
-        found = tensors_in(read_weights(path), str(path))
+        found = tensors_in(read_weights(path, follow=follow), str(path))
     except OSError as error:
         raise CheckpointError(f"init_from={masked(str(path))!r} cannot be read: {masked(str(error))}") from error
     except CheckpointDamaged as error:

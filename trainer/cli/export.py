@@ -157,14 +157,15 @@ def _write(out: Path, module: _Module, force: bool) -> int:
     length = -(-(8 + len(text)) // disk.PAGE) * disk.PAGE
     header = (length - 8).to_bytes(8, "little") + text.ljust(length - 8)
     in_place = sorted(zip(layout.offsets, module.tensors.values(), strict=True), key=lambda pair: pair[0])
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        nbytes, _ = disk.write_parts(temporary, [header, *(data for _, (_, data) in in_place)])
-        _check_out(out, force)  # again, for the writing took its time
-        os.replace(temporary, out)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    disk.sync_folder(out.parent)
+    temporary = f".{out.name}.{secrets.token_hex(4)}.tmp"
+    with disk.Folder.open(out.parent) as folder:
+        try:
+            nbytes, _ = disk.write_parts(folder, temporary, [header, *(data for _, (_, data) in in_place)])
+            _check_out(out, force)  # again, for the writing took its time
+            folder.rename(temporary, out.name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.remove(temporary)
+            raise
+        folder.sync()
     return nbytes

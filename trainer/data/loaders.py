@@ -163,11 +163,32 @@ def end_iteration(batches: Any, loader: Any) -> None:
     """
     if type(loader).__iter__ is DataLoader.__iter__:  # any other may hand out one iterator again and again
         _end_workers(batches)
+        if _has_dead_workers(batches):  # they would read no other epoch
+            _shut_down(batches)
+            loader._iterator = None
 
 
 def _end_workers(batches: Any) -> None:
     if isinstance(batches, _MultiProcessingDataLoaderIter) and not batches._persistent_workers:
-        batches._shutdown_workers()  # what its `__del__` calls; does nothing the second time
+        _shut_down(batches)
+
+
+def _has_dead_workers(batches: Any) -> bool:
+    is_open = isinstance(batches, _MultiProcessingDataLoaderIter) and not batches._shutdown
+    return is_open and not all(worker.is_alive() for worker in batches._workers)
+
+
+def _shut_down(batches: _MultiProcessingDataLoaderIter) -> None:
+    if not batches._shutdown:
+        # A worker that was killed while it looked at the event has its lock forever, and `_shutdown_workers` waits for
+        # it without a limit; whoever lives has it for microseconds. Any process may release it.
+        lock: Any = vars(batches._workers_done_event)["_cond"]
+        lock.acquire(timeout=_LOCK_S)
+        lock.release()
+    batches._shutdown_workers()  # what its `__del__` calls; does nothing the second time
+
+
+_LOCK_S = 1.0
 
 
 def release_frames(error: BaseException) -> None:

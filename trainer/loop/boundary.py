@@ -244,24 +244,27 @@ class Boundary:
 
     # -------------------------------------------------------------------------------------------- commands
 
-    def take_commands(self) -> None:
+    def take_commands(self, *, checkpoint: bool = True) -> None:
         """Take what has come in. A stop wins over everything else; a pause is waited out here.
+
+        Args:
+            checkpoint: Whether a checkpoint can be taken here.
 
         Raises:
             StopRequested: a stop was taken.
             BaseException: the run was cancelled, or a fatal observer failed.
         """
         self.attempt.control.raise_if_failed()
-        paused = self._obey(self.attempt.control.take(), False)
+        paused = self._obey(self.attempt.control.take(), False, checkpoint)
         if not paused:
             return
         with self.attempt.ledger.within("paused"), self.attempt.within("paused"):
             while paused:
                 self.attempt.control.wait(1.0)  # WAIT: paused until a command ends it
                 self.attempt.control.raise_if_failed()
-                paused = self._obey(self.attempt.control.take(), paused)
+                paused = self._obey(self.attempt.control.take(), paused, checkpoint)
 
-    def _obey(self, commands: list[AnyCommand], paused: bool) -> bool:
+    def _obey(self, commands: list[AnyCommand], paused: bool, checkpoint: bool) -> bool:
         """Carry out commands in order, then take the checkpoint they ask for; returns whether the run is paused."""
         stop: Stop | None = None
         checkpoint_ids: list[str] = []
@@ -282,8 +285,11 @@ class Boundary:
         reasons = ["command"] if checkpoint_ids else []
         if stop is not None and stop.checkpoint:
             reasons.append("stop")
-        if reasons and (fence := self.checkpoints.on_command(reasons, checkpoint_ids)) is not None:
-            self.wait_for_fence(fence)
+        if reasons and checkpoint:
+            if (fence := self.checkpoints.on_command(reasons, checkpoint_ids)) is not None:
+                self.wait_for_fence(fence)
+        elif checkpoint_ids:
+            self.checkpoints.refuse(checkpoint_ids, "the run stops within a step")
         if stop is not None:
             raise StopRequested(stop.reason)
         return paused

@@ -159,12 +159,16 @@ class Checkpointing:
         if self.settings is None:
             if command_ids:
                 why = "this run takes no checkpoints: it has no folder, or was made with checkpoints=False"
-                self._publish_failure("", why, 1, command_ids)
+                self.refuse(command_ids, why)
         elif command_ids or not self._is_taken:
             return self.take(reasons, command_ids, must=True)
         return None
 
     # ---------------------------------------------------------------------------------------------- what
+
+    def refuse(self, command_ids: list[str], why: str) -> None:
+        """Answer requests for a checkpoint that is not taken."""
+        self._publish_failure("", why, 1, command_ids)
 
     def _take_for(self, reasons: list[str]) -> Fence | None:
         return self.take(reasons) if reasons else None
@@ -198,7 +202,7 @@ class Checkpointing:
             attempt.bus.publish(CheckpointSkipped(*attempt.origin.header(), reasons=reasons, writing=writing))
             if command_ids:
                 why = "the run is to stop without a checkpoint, and those before it are still being written"
-                self._publish_failure("", why, 1, command_ids)
+                self.refuse(command_ids, why)
             return None
         try:
             return self._stage(settings, pool, slab, reasons, command_ids, began)

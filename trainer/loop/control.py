@@ -30,6 +30,10 @@ class Control:
         """What a second signal has to raise."""
         self.interruptible = False
         """Whether the signal handler may raise it where the loop's thread is: in the module's own code."""
+        self.reading = False
+        """Whether the loop waits for data on the main thread, where a signal handler may end the wait."""
+        self.dead_worker: str | None = None
+        """What torch reports about a dataloader's worker that died; kept for the loop's next read of data."""
         self._commands: deque[AnyCommand] = deque()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -52,6 +56,20 @@ class Control:
     def stops_without_checkpoint(self) -> bool:
         """Whether somebody wants the run to stop, and no checkpoint of it. The loop's thread only."""
         return any(isinstance(command, Stop) and not command.checkpoint for command in list(self._commands))
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether a stop, a cancellation or a fatal observer waits for the loop. The loop's thread only."""
+        return self.error is not None or any(isinstance(command, Stop) for command in list(self._commands))
+
+    def end_wait(self) -> None:
+        """In a signal handler: end the loop's wait for data that a dead worker was to read.
+
+        Raises:
+            RuntimeError: what torch reports about the worker.
+        """
+        if self.reading and self.dead_worker is not None:
+            raise RuntimeError(self.dead_worker)
 
     def raise_if_failed(self) -> None:
         """Raise what `fail` was given, if anything was. The loop's thread only."""

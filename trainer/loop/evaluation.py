@@ -25,6 +25,7 @@ from trainer.hooks.capture import Capture, EpochOutputs
 from trainer.hooks.collate import as_tuple
 from trainer.hooks.recorder import Value, weighted_mean
 from trainer.loop.boundary import Boundary
+from trainer.loop.workers import Batches
 from trainer.module_interface import Stage
 
 END = object()
@@ -139,7 +140,7 @@ class Evaluation:
         batch_size = attempt.arguments.evaluation_batch_size
         rows_of = row_counter(loader, batch_size, SequentialSampler, notice, method)
         before = ledger.enter("data")
-        batches = iter(loader)
+        batches = Batches(self._boundary, lambda: iter(loader))
         try:
             while limit is None or tally.batches < limit:
                 attempt.phase = f"the dataloader {key!r} of {method}"
@@ -167,7 +168,7 @@ class Evaluation:
                     attempt.bus.publish(step_ended(*attempt.origin.header(), key, tally.batches))
         finally:
             ledger.enter("data")
-            end_iteration(batches, loader)
+            end_iteration(batches.source, loader)
             del batches  # ends those of a generator, too, also while an exception keeps this frame alive
             ledger.enter(before)
         self._boundary.cross()

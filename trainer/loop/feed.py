@@ -31,6 +31,7 @@ from trainer.data.rng import capture_rng, restore_rng
 from trainer.data.rows import row_counter, weight_of
 from trainer.errors import DataLoaderError, EmptyDataLoader
 from trainer.loop.boundary import Boundary
+from trainer.loop.workers import Batches
 
 END = object()
 """Stands for the end of the data."""
@@ -66,7 +67,8 @@ class Feed:
         self._order: type[ShuffledSampler] | None = None  # what all samplers of the run derive from: it has the epoch
         self._recalled: Any = None  # the dataloader of the epoch before, if this process has not iterated it
         self._first_loader: Iterable[Any] | None = None
-        self._batches: Iterator[Any] = iter(())
+        self._batches: Batches | None = None  # nothing is left to read
+        self._counts_itself = False  # the dataloader keeps its own position, which is ahead of the steps within a group
         self._iteration: tuple[Iterator[Any], Any] | None = None  # over the epoch's data, and the dataloader
         self._read_early: tuple[Any, type[ShuffledSampler], int] | None = None
         """A dataloader for which the module has iterated the sampler itself, that sampler's class, and how often."""
@@ -196,8 +198,11 @@ class Feed:
         attempt.phase = "the training dataloader"
         attempt.ledger.enter("data")
         group: list[MicroBatch] = []
+        batches = self._batches
         while len(group) < self._accumulation:
-            batch = next(self._batches, END)  # WAIT: data
+            if batches is not None:
+                batches.is_ahead = self._counts_itself and bool(group)
+            batch = END if batches is None else next(batches, END)  # WAIT: data
             if batch is END:
                 self._position.used_up = True
                 self.note_generators()
@@ -205,11 +210,13 @@ class Feed:
             rows = self._rows_of(batch, self.taken)
             group.append(MicroBatch(batch, rows, rows if weigh is None else weigh(batch)))
             self.taken += 1
+        if batches is not None:
+            batches.is_ahead = False
         return group or None
 
     def end(self) -> None:
         """End the iteration, and with it the workers of the dataloader."""
-        self._batches = iter(())
+        self._batches = None
         iteration, self._iteration = self._iteration, None
         if iteration is not None:
             with self._attempt.ledger.within("data"):
@@ -226,6 +233,7 @@ class Feed:
         attempt, position = self._attempt, self._position
         self.generators = generators_of(loader)
         self.taken = position.batches
+        self._counts_itself = has_state(loader)
         notice = attempt.notice if self._weigh is None else None  # only `rows` in events depends on the count
         micro_batch = attempt.arguments.micro_batch_size
         self._rows_of = row_counter(loader, micro_batch, ShuffledSampler, notice, "get_train_dataloader")
@@ -245,9 +253,10 @@ class Feed:
             )
         return recalled
 
-    def _iterate(self, loader: Any, seed: int | None) -> None:
-        self._batches = iterate(loader, seed)
-        self._iteration = self._batches, loader  # from here on, every way out ends it
+    def _iterate(self, loader: Any, seed: int | None) -> Batches:
+        self._batches = batches = Batches(self._boundary, lambda: iterate(loader, seed))
+        self._iteration = batches.source, loader  # from here on, every way out ends it
+        return batches
 
     def _find_place(self, loader: Any) -> None:
         position, arguments = self._position, self._attempt.arguments
@@ -280,11 +289,11 @@ class Feed:
                 f" discarded (skipping needs a torch DataLoader with the given sampler and batch size; a loader with"
                 f" state_dict and load_state_dict is asked for its own place)"
             )
-        self._iterate(loader, seed)
+        batches = self._iterate(loader, seed)
         for number in range(position.batches):
             if self._attempt.control.pending:
                 self._boundary.take_commands()
-            if next(self._batches, END) is END:
+            if next(batches, END) is END:
                 raise _too_short(number, position)
 
     # --------------------------------------------------------------------------------------- its order

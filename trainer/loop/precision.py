@@ -54,6 +54,26 @@ class Precision:
         if precision == "float16":
             self.scaler = _make_scaler(device_type)
 
+    def check(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+        """See that the gradients of these parameters can be unscaled.
+
+        Raises:
+            PrecisionError: torch's scaler takes neither float16 nor complex gradients.
+        """
+        if self.scaler is None:
+            return
+        for name, parameter in parameters:
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                raise PrecisionError(
+                    f"the parameter {name} has the dtype float16, whose gradients precision='float16' cannot unscale;"
+                    f" keep parameters in float32, which autocast converts"
+                )
+            if parameter.requires_grad and parameter.is_complex():
+                raise PrecisionError(
+                    f"the parameter {name} has the dtype {str(parameter.dtype).removeprefix('torch.')}, whose gradients"
+                    f" precision='float16' cannot unscale; use precision='bfloat16' or 'float32'"
+                )
+
     def autocast(self) -> torch.autocast:
         """The context to run a forward pass in; the same object each time. Do not nest it in itself.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import importlib
 import inspect
 import os
@@ -22,7 +21,7 @@ import time
 import traceback
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import msgspec
@@ -33,6 +32,7 @@ from events.log import Warned, current_origin
 from events.process import Parent
 from events.protocol import AnyCommand, RunResult, Stop
 from events.safe_files import open_below
+from events.tracebacks import without_controls
 from trainer.errors import ArgumentsError
 
 if TYPE_CHECKING:
@@ -119,12 +119,22 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Logged(msgspec.Struct, frozen=True, tag=True):
-    """A warning of the process, for stderr or the log handlers of the launching process."""
+    """A warning of the process, for the stderr or the log handlers of the process that launched it."""
 
-    warned: Warned
+    level: Literal["warning", "error"]
+    message: str
+    repeats: int
+    """Identical warnings before it that were not shown."""
     run_id: str | None
     """None if it was logged outside of the run."""
     global_step: int
+
+    @classmethod
+    def of(cls, warned: Warned) -> Logged:
+        """Describe what the current thread or task has logged."""
+        origin = current_origin.get()
+        run_id, step = (None, 0) if origin is None else (origin.run_id, origin.global_step)
+        return cls(warned.level, _unicode(warned.message), warned.repeats, run_id, step)
 
 
 FromRun = Ready | Cancelling | Ended | Failed | Logged
@@ -165,12 +175,13 @@ class Launched:
         log.forward.append(self._add_warning)
         self._session: Session | None = None
         self._over = threading.Event()
-        parent.serve(_to_run, self._take, self._look_after_logs)
+        parent.listen(_to_run, self._take)
+        parent.watch(self._end_without_parent, self._look_after_logs)
 
     async def run(self, trainer: Trainer) -> RunResult:
         """Run it to its end. SIGTERM or SIGINT to this process alone stops it; a second one cancels it."""
         from trainer.run.calling_thread import heed_signals
-        from trainer.run.context import RunContext
+        from trainer.trainer import RunContext
 
         context = RunContext(trainer)
         async with context:
@@ -191,44 +202,42 @@ class Launched:
         self._over.set()
         self._send_warnings()
         if isinstance(outcome, BaseException):
-            traceback.print_exception(outcome)  # for the log
+            traceback.print_exception(without_controls(outcome))  # for the log
             self._parent.send(Failed.of(outcome))
         else:
             self._parent.send(Ended(outcome))
 
     def _add_warning(self, warned: Warned) -> None:
-        origin = current_origin.get()
-        run_id, step = (None, 0) if origin is None else (origin.run_id, origin.global_step)
-        warned = warned._replace(message=_unicode(warned.message), exception=None)
-        self._warnings.append(Logged(warned, run_id, step))  # sending may wait, and this may be the loop's thread
+        self._warnings.append(Logged.of(warned))  # sending may wait, and this may be the loop's thread
 
     def _send_warnings(self) -> None:
         with contextlib.suppress(IndexError):
             while True:
                 self._parent.send(self._warnings.popleft())
 
-    # ------------------------------------------------------------------------------------ on the parent's thread
+    # ------------------------------------------------------------------------------------ on the parent's threads
 
     def _take(self, message: Cancel | AnyCommand | None) -> None:
         session = self._session
-        if message is None:
-            self._end_without_parent(session)
-        elif session is None:
-            pass  # the launching process repeats a cancellation once the run is ready, and sends no command before
-        elif isinstance(message, Cancel):
-            session.bus.post(functools.partial(self._cancel, session, message.reason))
-        else:
+        if session is None or message is None:
+            return
+        if not isinstance(message, Cancel):
             session.control.send(message)
+            return
+        reason = message.reason
 
-    def _cancel(self, session: Session, reason: str) -> None:
-        session.cancel(reason)
-        self._parent.send(Cancelling())
+        def cancel() -> None:
+            session.cancel(reason)
+            self._parent.send(Cancelling())
+
+        session.bus.post(cancel)
 
     def _look_after_logs(self) -> None:
         _trim_log()
         self._send_warnings()
 
-    def _end_without_parent(self, session: Session | None) -> None:
+    def _end_without_parent(self) -> None:
+        session = self._session
         if session is not None:
             gone = "the process that launched the run is gone"
             session.control.send(Stop(id="launched", reason=gone))

@@ -12,6 +12,7 @@ import anyio
 import httpx
 
 from events.errors import WireError
+from events.journal.lines import check_size
 from events.journal.segment import MAX_LINE_BYTES
 from events.messages import Event, RunEnded, RunStarted, UnknownEvent
 from events.text import plain_text
@@ -32,10 +33,11 @@ _AFTER_END_S = 2.0
 
 
 class JournalFollower:
-    """Reads the run's events after a cursor. One consumer.
+    """Reads the run's events from a place on, over as many connections as it takes. One consumer.
 
     Args:
-        since: Events with a greater ``seq`` are returned. None: `begin_at` sets the cursor later.
+        server: Of the run.
+        since: Events with a greater ``seq`` are returned. None: `begin_at` says it later.
     """
 
     def __init__(self, server: RunServer, since: int | None) -> None:
@@ -62,7 +64,7 @@ class JournalFollower:
         return self._cursor
 
     def begin_at(self, cursor: int | Exception) -> None:
-        """Set the cursor, or the error that reading raises."""
+        """Say where it begins, or why that cannot be known."""
         if isinstance(cursor, Exception):
             self._problem = cursor
         else:
@@ -70,11 +72,11 @@ class JournalFollower:
         self._begun.set()
 
     async def read(self) -> list[Event]:
-        """Wait for the next events, at least one. A cancelled call loses nothing.
+        """Wait for the next events, at least one. A call that is cancelled loses nothing.
 
         Raises:
             anyio.EndOfStream: There are no more.
-            ConnectError: The server does not send them.
+            ConnectError: The server does not give them.
         """
         await self._begun.wait()
         if self._problem is not None:
@@ -88,12 +90,12 @@ class JournalFollower:
         raise anyio.EndOfStream
 
     async def aclose(self) -> None:
-        """Stop, and disconnect."""
+        """Return no more."""
         self.ended = True
         await self.disconnect()
 
     async def _read_on(self) -> list[Event]:
-        """The next events, perhaps none; connects if necessary."""
+        """What comes next, or nothing; over a new connection, if there is none."""
         try:
             if self._chunks is None:
                 self._response = await self._server.journal(self._cursor)
@@ -108,7 +110,7 @@ class JournalFollower:
         except FAILURES as error:
             await self.disconnect()
             raise Unreachable(described(error)) from None
-        except BaseException:  # a cancellation has broken the connection; the next call makes another
+        except BaseException:  # a cancellation has broken the connection: the next call makes another
             await self.disconnect()
             raise
         try:
@@ -116,7 +118,7 @@ class JournalFollower:
         except (Unreachable, ConnectError):
             await self.disconnect()
             raise
-        # A server that repeatedly accepts, sends a sign of life and disconnects is out of reach.
+        # A server that accepts, sends a sign of life and disconnects, again and again, is out of reach.
         if events or time.monotonic() - self._connected > _SETTLED_S:
             self._patience.reset()
         return events
@@ -154,6 +156,7 @@ class JournalFollower:
 
     def _event(self, line: bytes) -> Event:
         try:
+            check_size(line)
             event = decode_json(line)
         except WireError as error:
             raise self._server.violated(f"sends a line that is not an event ({plain_text(str(error))})") from None
@@ -170,7 +173,7 @@ class JournalFollower:
         return event
 
     async def _see_whether_over(self) -> None:
-        """Find out why the answer has ended: the run is over, or a proxy has cut it off."""
+        """The server has ended its answer: because the run is over, or somebody between has cut it off."""
         if not self._saw_end:
             snapshot = await self._server.snapshot()
             if snapshot.cursor < self._cursor:
@@ -180,7 +183,7 @@ class JournalFollower:
         self._end()
 
     async def _lose(self, error: Unreachable) -> None:
-        """Wait before the next attempt; end if the run is known to have ended."""
+        """Wait before the next attempt, or find that there need be none."""
         known_to_be_over = self._saw_end or self._server.over
         try:
             await self._patience.wait(error, _AFTER_END_S if known_to_be_over else self._server.give_up_s)
@@ -193,7 +196,7 @@ class JournalFollower:
         self.ended = self._server.over = True
 
     async def disconnect(self) -> None:
-        """Close the connection; reading makes another."""
+        """Let go of the connection; reading on makes another."""
         response, chunks = self._response, self._chunks
         self._response = self._chunks = None
         self._line = bytearray()

@@ -16,6 +16,7 @@ import anyio
 
 from events.protocol import Stop
 from trainer.loop.control import Control
+from trainer.loop.workers import hold_deaths
 from trainer.run.session import Session
 
 _HURRIED_END_S = 5.0
@@ -147,6 +148,7 @@ def heed_signals(control: Control, on_second: Callable[[BaseException], None]) -
                 control.on_stop()
             else:
                 control.send(Stop(id=f"signal-{name}", reason=name))
+            control.end_wait()
             return
         on_second(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
 
@@ -154,7 +156,8 @@ def heed_signals(control: Control, on_second: Callable[[BaseException], None]) -
     heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in heeded}
     try:
-        yield
+        with hold_deaths(control, handle.__code__):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -25,6 +25,7 @@ from trainer.hooks.hooks import add_hint
 from trainer.loop.attempt import Attempt
 from trainer.loop.boundary import Boundary, StopRequested
 from trainer.loop.checkpointing import Checkpointing
+from trainer.loop.workers import take_stop_of_dead_workers
 from trainer.run.compilation import compile_steps
 from trainer.run.task import Task
 
@@ -138,7 +139,13 @@ class LoopThread:
                 control.raise_if_interrupted()
                 # For as long as the loop runs: under `Trainer.train` the thread is the host's.
                 with torch.cuda.device(attempt.device) if on_cuda else contextlib.nullcontext():
-                    self._main()
+                    try:
+                        self._main()
+                    except StopRequested:
+                        raise
+                    except Exception as error:  # the module's own code may read data of its own, within a step
+                        take_stop_of_dead_workers(self._boundary, error, checkpoint=False)
+                        raise
             finally:
                 control.interruptible = False
             self.ending = Ending("finished")
@@ -170,6 +177,9 @@ class LoopThread:
         if arguments.seed is not None:
             seed_everything(arguments.seed)
         self._claim()
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                raise ContractError(f"the parameter {name} is on the meta device; give it data with to_empty()")
         module.to(attempt.device)
         if warning := arguments.batch_size_warning():
             logger.warning(warning)
@@ -197,9 +207,8 @@ class LoopThread:
     def _record(self, error: BaseException) -> None:
         """An exception has ended the run."""
         attempt = self._attempt
-        cancelled = isinstance(error, (RunCancelled, KeyboardInterrupt, SystemExit))
-        self.ending = ending = Ending("cancelled" if cancelled else "failed", describe(error), error)
-        if not cancelled:
+        self.ending = ending = Ending(status_after(error), describe(error), error)
+        if ending.status == "failed":
             from_elsewhere = error is attempt.control.error
             ending.phase = attempt.control.phase if from_elsewhere else attempt.phase
             ending.traceback = format_traceback(error)
@@ -264,6 +273,12 @@ class LoopThread:
                 CheckpointFailed(*header, checkpoint="weights.safetensors", error=text, during="stage")
             )
             logger.warning(f"the weights alone are not kept: {text}", published=True)
+
+
+def status_after(error: BaseException) -> Status:
+    """How a run has ended that an exception ended, whichever phase and thread raised it."""
+    cancelled = isinstance(error, (RunCancelled, KeyboardInterrupt, SystemExit))
+    return "cancelled" if cancelled else "failed"
 
 
 def _drop_first_frame(error: BaseException) -> None:

@@ -17,11 +17,10 @@ import msgspec
 
 from events.bounds import LAST_ATTEMPT
 from events.bus.catch_up import WrittenJournal
-from events.bus.observer import Observer
+from events.bus.observer import Observer, SinkTarget
 from events.bus.pump import Pump
 from events.bus.ring import Ring
 from events.bus.supervisor import Supervisor, health_at_end, report_observers
-from events.bus.target import SinkTarget
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, LAST_SEQ, CheckpointStore
 from events.errors import RunCancelled, RunFolderError, TrainingThreadStuck
@@ -57,7 +56,7 @@ from trainer.media import MediaWriter
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.run.cancellation import outliving
 from trainer.run.device import resolve_device
-from trainer.run.loop_thread import STUCK, LoopThread
+from trainer.run.loop_thread import STUCK, LoopThread, status_after
 from trainer.run.system import SystemSampler
 from trainer.run.versions import versions
 
@@ -482,7 +481,11 @@ class Session:
                 trace = format_traceback(failure)
                 phase = self.control.phase or "the end of the run"
                 ended_as = RunEnded(
-                    *self.origin.header(), status="failed", reason=describe(failure), traceback=trace, phase=phase
+                    *self.origin.header(),
+                    status=status_after(failure),
+                    reason=describe(failure),
+                    traceback=trace,
+                    phase=phase,
                 )
                 self.bus.publish(ended_as)
             if observers is stages[0][1] and self._media.used:  # callbacks can log no more, and sinks are to get it
@@ -580,7 +583,7 @@ class Session:
         if self._stuck is not None:
             status, reason, self.error = "cancelled", STUCK, TrainingThreadStuck(self._stuck)
         elif failure is not None:
-            status, reason, self.error = "failed", describe(failure), failure
+            status, reason, self.error = status_after(failure), describe(failure), failure
         best = self._writer.best if self._writer is not None else None
         self.result = RunResult(
             run_id=self._run_id,

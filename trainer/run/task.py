@@ -140,7 +140,12 @@ class Task:
         if total is not None and arguments.reset_optimizers_schedulers:
             total = max(1, total - origin.global_step)  # new schedulers begin here
         numbers = arguments.steps_and_epochs(steps_per_epoch, total)
-        return Optimization(attempt.module.get_optimizers_schedulers(*numbers), attempt)
+        made = Optimization(attempt.module.get_optimizers_schedulers(*numbers), attempt)
+        trained = {
+            id(one) for optimizer in made.optimizers for group in optimizer.param_groups for one in group["params"]
+        }
+        attempt.precision.check(one for one in attempt.module.named_parameters() if id(one[1]) in trained)
+        return made
 
     def _bind_optimizers(self, optimization: Optimization) -> None:
         for callback in self._attempt.hooks.callbacks:

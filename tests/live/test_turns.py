@@ -1,0 +1,208 @@
+"""Reads of many runs at once: few decode at a time, and neither a long read nor a blocked one keeps others waiting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from events.journal.reader import JournalReader
+from sinks.live import hub as hub_module
+from sinks.live import runs as runs_module
+from sinks.live import turns as turns_module
+from sinks.live.runs import RunsOfFolder
+from sinks.live.turns import READING, Turns
+
+SLOW = 9
+
+
+class Threads:
+    """Reads on threads of their own, which the test steps through."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.order: list[str] = []
+        self._turns = turns
+        self._threads: list[threading.Thread] = []
+
+    def start(self, name: str, *waits: threading.Event) -> None:
+        """A read of as many parts as there are events; each part takes until its event is set."""
+
+        def read() -> None:
+            with self._turns.taken():
+                for part, wait in enumerate(waits):
+                    self._turns.pass_on() if part else None
+                    self.order.append(f"{name}{part}")
+                    assert wait.wait(20)
+
+        self._threads.append(threading.Thread(target=read))
+        self._threads[-1].start()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(20)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
+    """Sets the times of a turn."""
+
+    def set_times(turn_s: float, overtime_s: float) -> None:
+        monkeypatch.setattr(turns_module, "TURN_S", turn_s)
+        monkeypatch.setattr(turns_module, "OVERTIME_S", overtime_s)
+
+    return set_times
+
+
+def test_a_new_read_comes_before_the_rest_of_a_long_one(clock: Any, kit: Any) -> None:
+    """Which passes its turn on after each part; it comes later, though it began first."""
+    clock(0.0, 1e6)
+    turns = Turns(1)
+    threads = Threads(turns)
+    first, open_ = threading.Event(), threading.Event()
+    open_.set()
+    threads.start("long", first, open_)
+    kit.wait_until(lambda: threads.order == ["long0"])
+    threads.start("new", open_)
+    threads.start("newer", open_)
+    kit.wait_until(lambda: len(turns._waiting) == 2)
+    first.set()
+    threads.join()
+    assert threads.order == ["long0", "new0", "newer0", "long1"]
+    assert not turns._waiting + list(turns._began)
+
+
+def test_a_turn_that_does_not_end_is_not_counted(clock: Any, kit: Any) -> None:
+    """Its thread waits for a disk that hangs, and others have their turn."""
+    clock(0.0, 0.01)
+    turns = Turns(1)
+    threads = Threads(turns)
+    hangs, open_ = threading.Event(), threading.Event()
+    open_.set()
+    for name in "abc":
+        threads.start(name, hangs)
+    threads.start("sound", open_, open_)
+    kit.wait_until(lambda: "sound1" in threads.order)
+    hangs.set()
+    threads.join()
+    assert not turns._waiting + list(turns._began)
+
+
+def test_a_thread_without_a_turn_passes_none_on() -> None:
+    """As when a command reads a run."""
+    turns = Turns(1)
+    with turns.taken():
+        thread = threading.Thread(target=turns.pass_on)
+        thread.start()
+        thread.join(20)
+        assert len(turns._began) == 1
+    assert not turns._began
+
+
+@pytest.fixture
+def many(told: Any, kit: Any) -> Any:
+    """The runs ``demo`` and nine more, whose journals are long."""
+    told.write(told.story.started(), *told.story.steps(20))
+    for number in range(SLOW):
+        slow = kit.Told(told.path.parent / f"slow{number}", f"slow{number}")
+        slow.write(slow.story.started(), *slow.story.steps(2_000))
+        slow.let_go()
+    return told.path.parent
+
+
+def ask(url: str, name: str) -> Any:
+    answer = httpx.get(f"{url}api/runs/{name}", timeout=30)
+    return answer.status_code, answer.json()["series"]["train_loss"]["count"]
+
+
+def test_reads_that_hang_do_not_keep_a_sound_run_from_its_clients(
+    many: Any, serve: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine folders do not answer when they are read; ``demo`` is read for the first time meanwhile."""
+    hang, hung = threading.Event(), []
+    read_view = hub_module.read_view
+
+    def read(run_dir: Any) -> Any:
+        if run_dir.name != "demo":
+            hung.append(run_dir)
+            assert hang.wait(30)
+        return read_view(run_dir)
+
+    monkeypatch.setattr(hub_module, "read_view", read)
+    server = serve(RunsOfFolder(many))
+    with ThreadPoolExecutor(SLOW) as pool:
+        try:
+            answers = [pool.submit(ask, server.url, f"slow{number}") for number in range(SLOW)]
+            kit.wait_until(lambda: len(hung) == SLOW)
+            assert ask(server.url, "demo") == (200, 20)
+        finally:
+            hang.set()
+        assert [answer.result() for answer in answers] == [(200, 2_000)] * SLOW
+
+
+def test_runs_that_are_asked_for_at_once_take_a_limited_number_of_threads(
+    many: Any, serve: Any, kit: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait without one; those that ask for the same run take none of them."""
+    clock(0.0, 0.0)
+    monkeypatch.setattr(runs_module, "MOST_READERS", 4)
+    hang, lock = threading.Event(), threading.Lock()
+    hung, most = [], []
+    read_view = hub_module.read_view
+
+    def read(run_dir: Any) -> Any:
+        with lock:
+            hung.append(run_dir)
+            most.append(len(hung))
+        assert hang.wait(30)
+        with lock:
+            hung.remove(run_dir)
+        return read_view(run_dir)
+
+    monkeypatch.setattr(hub_module, "read_view", read)
+    server = serve(RunsOfFolder(many))
+    with ThreadPoolExecutor(2 * SLOW) as pool:
+        try:
+            answers = [pool.submit(ask, server.url, f"slow{number % SLOW}") for number in range(2 * SLOW)]
+            kit.wait_until(lambda: len(hung) == 4)
+            kit.wait_until(lambda: server._app._runs._readers.statistics().tasks_waiting == SLOW - 4)
+        finally:
+            hang.set()
+        assert [answer.result() for answer in answers] == [(200, 2_000)] * 2 * SLOW
+    assert max(most) == 4
+
+
+def test_few_runs_are_decoded_at_a_time(many: Any, serve: Any, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are asked for at once; each passes its turn on, so that all of them advance."""
+    clock(0.0, 1e6)
+    lock = threading.Lock()
+    reading: list[str] = []
+    most: list[int] = []
+    turned: list[str] = []
+    decode = JournalReader.read
+
+    def read(self: JournalReader, *arguments: Any) -> Any:
+        name = self._dir.parent.name
+        if threading.get_ident() not in READING._began:  # the look at all runs, which is one
+            return decode(self, *arguments)
+        with lock:
+            reading.append(name)
+            most.append(len(reading))
+            if not turned or turned[-1] != name:
+                turned.append(name)
+        try:
+            return decode(self, *arguments)
+        finally:
+            with lock:
+                reading.remove(name)
+
+    monkeypatch.setattr(JournalReader, "read", read)
+    server = serve(RunsOfFolder(many))
+    with ThreadPoolExecutor(SLOW) as pool:
+        answers = [pool.submit(ask, server.url, f"slow{number}") for number in range(SLOW)]
+        assert [answer.result() for answer in answers] == [(200, 2_000)] * SLOW
+    assert max(most) <= turns_module.MOST_AT_ONCE
+    assert len(turned) > 2 * SLOW
