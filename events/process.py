@@ -223,26 +223,32 @@ class Parent:
                 return None
             self._frames.receive()
 
-    def listen(self, decoder: msgspec.msgpack.Decoder[T], take: Callable[[T | None], None]) -> None:
-        """Call ``take`` on a new thread with each message, and with None at the end of the channel."""
+    def serve(
+        self,
+        decoder: msgspec.msgpack.Decoder[T],
+        take: Callable[[T | None], None],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """On a new thread, call ``take`` with each message, and with None once the parent has died.
 
-        def listen() -> None:
-            while (message := self.receive(decoder)) is not None:
-                take(message)
+        Args:
+            meanwhile: Called at least twice per second until then.
+        """
+
+        def serve() -> None:
+            poll = select.poll()
+            poll.register(self._channel, select.POLLIN)
+            while not self.is_gone:
+                for message in self._frames.decoded(decoder):
+                    take(message)
+                meanwhile()
+                if self._frames.ended:
+                    time.sleep(_ALIVE_S)
+                elif poll.poll(_ALIVE_S * 1_000):
+                    self._frames.receive()
             take(None)
 
-        threading.Thread(target=listen, name="stagecast-parent-messages", daemon=True).start()
-
-    def watch(self, on_gone: Callable[[], None], meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Call ``on_gone`` on a new thread once the parent has died, and ``meanwhile`` twice per second until then."""
-
-        def watch() -> None:
-            while not self.is_gone:
-                meanwhile()
-                time.sleep(_ALIVE_S)
-            on_gone()
-
-        threading.Thread(target=watch, name="stagecast-parent-watch", daemon=True).start()
+        threading.Thread(target=serve, name="stagecast-parent", daemon=True).start()
 
 
 class _Frames:

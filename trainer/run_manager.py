@@ -1,6 +1,6 @@
-"""Runs inside a service: in line for the device, held by one task group, and ended in order with it.
+"""Runs inside a service: queued for the device, held by one task group, and ended cleanly with it.
 
-`trainer.examples.service` is a service made of it.
+`trainer.examples.service` uses it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from events.run.run import Run
 State = Literal["queued", "starting", "running", "finished", "stopped", "failed", "cancelled"]
 OpenRun = Callable[[], AbstractAsyncContextManager[Run]]
 MOST_JOBS = 100
-"""Runs that may be in line or under way, and that are remembered when they are over."""
+"""Maximum number of runs that are queued or under way, and maximum number of runs that are remembered."""
 
 
 class Unavailable(Exception):
@@ -27,7 +27,7 @@ class Unavailable(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """A run that was asked for, from then on until long after its end."""
+    """A run from its request on, also after its end."""
 
     run_id: str
     state: State = "queued"
@@ -36,13 +36,13 @@ class Job:
     run: Run | None = None
     """Once it is under way."""
     stop_wanted: str | None = None
-    """Said before it was under way."""
+    """Why it is to stop as soon as it is under way."""
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     over: anyio.Event = field(default_factory=anyio.Event)
 
 
 class RunManager:
-    """Runs that share a device: a few at a time, the others in line. One that fails is nobody else's business."""
+    """Runs that share a device: a few at a time, the others queued. A failed run does not affect the others."""
 
     def __init__(self, tasks: TaskGroup, at_once: int) -> None:
         self.jobs: dict[str, Job] = {}  # in the order in which they were asked for
@@ -53,8 +53,7 @@ class RunManager:
     @classmethod
     @asynccontextmanager
     async def open(cls, at_once: int, stop_s: float) -> AsyncIterator[RunManager]:
-        """Hold runs until the end of the block. There they are stopped, with a checkpoint; who takes longer than
-        ``stop_s`` is cancelled."""
+        """Hold runs until the end of the block: it stops them with a checkpoint, and cancels them after ``stop_s``."""
         async with anyio.create_task_group() as tasks:
             manager = cls(tasks, at_once)
             yield manager  # an exception here, a cancellation too, cancels the task group, and thereby all runs
@@ -67,13 +66,13 @@ class RunManager:
             tasks.cancel_scope.cancel()
 
     def start(self, run_id: str, open_run: OpenRun) -> Job:
-        """Put a run in line. Raises `Unavailable`."""
+        """Queue a run. Raises `Unavailable`."""
         under_way = [job for job in self.jobs.values() if not job.over.is_set()]
         if self._closing or len(under_way) >= MOST_JOBS:
-            raise Unavailable("the service shuts down" if self._closing else f"{len(under_way)} runs are in line")
+            raise Unavailable("the service shuts down" if self._closing else f"{len(under_way)} runs are queued")
         if any(job.run_id == run_id for job in under_way):
-            raise Unavailable(f"run {run_id} is in line or under way")
-        self.jobs.pop(run_id, None)  # over: it is taken up again, at the end of the line
+            raise Unavailable(f"run {run_id} is queued or under way")
+        self.jobs.pop(run_id, None)  # a resumed run goes to the end of the queue
         over = [job for job in self.jobs.values() if job.over.is_set()]
         for job in over[: max(0, len(self.jobs) + 1 - MOST_JOBS)]:
             del self.jobs[job.run_id]
@@ -82,19 +81,19 @@ class RunManager:
         return job
 
     def stop(self, job: Job, reason: str) -> None:
-        """End a run orderly: at its next step, with a checkpoint."""
+        """Stop a run at its next step, with a checkpoint."""
         if job.run is not None:
             job.run.stop(reason)
         elif job.state == "queued":
             job.reason = reason
             job.scope.cancel()
         else:
-            job.stop_wanted = reason  # its process starts, or its trainer is built: there is no step to end it at yet
+            job.stop_wanted = reason  # its process or its trainer is starting: there is no step to stop at yet
 
     def position(self, job: Job) -> int | None:
-        """The place in line, from 1; None for a run that is in none."""
-        line = [other for other in self.jobs.values() if other.state == "queued"]
-        return line.index(job) + 1 if job in line else None
+        """The position in the queue, from 1; None for a run that is not queued."""
+        queue = [other for other in self.jobs.values() if other.state == "queued"]
+        return queue.index(job) + 1 if job in queue else None
 
     async def _train(self, job: Job, open_run: OpenRun) -> None:
         try:
@@ -107,7 +106,7 @@ class RunManager:
                             job.run.stop(job.stop_wanted)
                     result = await job.run.result()
                     job.state, job.reason = result.status, result.reason
-        except (Exception, SystemExit) as error:  # the run's border: whatever it is, the others go on
+        except (Exception, SystemExit) as error:  # the run's border: the others are not affected
             job.state, job.reason = "failed", f"{type(error).__name__}: {error}"
         finally:
             if job.state in ("queued", "starting", "running"):

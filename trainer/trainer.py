@@ -12,21 +12,15 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import anyio
-import anyio.abc
-import anyio.to_thread
-
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import RunCancelled
 from events.journal.writer import Journal
 from events.log import Warned, collecting, collects, flush_stderr
-from events.messages import Event
-from events.protocol import AnyCommand, EventStream, RunResult
+from events.protocol import RunResult
 from events.run.folder import run_id_of
 from events.run.run import Run
-from events.run.stream import LocalEventStream
 from events.sink import Place
 from events.strict import argument_problems, refusing
 from trainer.arguments import TrainerArguments, trainer_aliases
@@ -38,7 +32,6 @@ from trainer.loop.control import Control
 from trainer.module_interface import ModuleInterface
 from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
 from trainer.run.calling_thread import interruptibly, run_here
-from trainer.run.cancellation import end_with_block
 from trainer.run.checks import (
     check_checkpoints,
     check_deliveries,
@@ -49,6 +42,7 @@ from trainer.run.checks import (
     members,
     plain_config,
 )
+from trainer.run.context import RunContext
 from trainer.run.session import Callback, Session, SinkLike, console, new_run_id, split
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
@@ -388,59 +382,3 @@ class _Place:
         if self.resume != "auto":
             return self.resume is not None
         return self.run_dir is not None and any(CheckpointStore(self.run_dir / CHECKPOINTS_DIR).candidates())
-
-
-class RunContext(AbstractAsyncContextManager[Run]):
-    """The life of a run inside a host's task. Not a generator, which asyncio would close in another task if dropped."""
-
-    session: Session
-    """Once it is entered."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    async def __aenter__(self) -> Run:
-        place = self._trainer._place()
-        if place.is_remote:
-            # A native cancellation leaves the thread behind, which releases the run's folder when it has ended.
-            await anyio.to_thread.run_sync(place.fetch, limiter=anyio.CapacityLimiter(1))
-        self.session = self._trainer._session(
-            "train", Control(), place, self._trainer._sinks_here(()), interactive=False, on_stderr=False
-        )
-        try:
-            self.session.loop.start()  # first, because it may fail; entering the task group cannot
-        except BaseException:
-            self.session.discard()
-            raise
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        self._tasks.start_soon(self.session.serve, name="stagecast run")
-        return Run(_LocalConnection(self.session))
-
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            await end_with_block(self.session, error)
-        finally:
-            await self._tasks.__aexit__(None, None, None)  # empty by now: only a bug of ours can make it raise
-
-
-class _LocalConnection:
-    """The run protocol inside a process: messages are handed over as they are."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    @property
-    def run_id(self) -> str:
-        return self._session.origin.run_id
-
-    def send(self, command: AnyCommand) -> None:
-        self._session.control.send(command)
-
-    def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
-        session = self._session
-        return LocalEventStream(session.pump, since, types)
-
-    async def result(self) -> RunResult:
-        await self._session.finished.wait()
-        return self._session.outcome()

@@ -1,7 +1,7 @@
 """The sink host: a process in which sinks run, so that what they compute never holds the interpreter of the loop.
 
 `sinks.host.process` starts it as an `events.process.Child`. It reads the run's journal (`events.journal.feed`), each
-sink from its own place. It receives `HostConfig`, then `Finish`, and sends `HealthTold`, `Noticed` and `Finished`. A
+sink from its own place. It receives `HostConfig`, then `Finish`, and sends `HostedEvent`, `Noticed` and `Finished`. A
 file of the run's folder keeps how far each sink has come, so that a host that is started again continues from there.
 
 When the process of the run dies, in whatever way, the host delivers what the journal has, and ends.
@@ -42,12 +42,12 @@ from events.sink import Delivery, RunInfo, Sink
 from events.wire import encode_json
 
 PLACES_DIR = "sinks"
-"""Within a run's folder: how far each sink of a host has come."""
+"""Folder in the run's folder with the place of each hosted sink in the journal."""
 _PLACE_BYTES = 4_096
 
 
 class HostedSink(msgspec.Struct, frozen=True):
-    """A sink as it travels to another process."""
+    """A sink in a form that can be sent to another process."""
 
     name: str
     """The observer's."""
@@ -59,30 +59,29 @@ class HostedSink(msgspec.Struct, frozen=True):
     types: list[str] | None
     """...whose names are here."""
     since: int
-    """Where it begins, if it has not been in this run's host before."""
+    """Its place in the journal if this run's host has not had it before."""
 
     @classmethod
     def of(cls, name: str, sink: Sink, delivery: Delivery, since: int) -> HostedSink:
         """Describe a sink.
 
         Raises:
-            SinkMisconfigured: it cannot travel; says why.
+            SinkMisconfigured: The sink cannot be sent.
         """
         kind = type(sink)
         if not isinstance(sink, msgspec.Struct):
             raise SinkMisconfigured(
-                f"{kind.__name__} cannot run in a sink host: it is no msgspec.Struct of plain values"
+                f"{kind.__name__} cannot run in a sink host: it is not a msgspec.Struct of plain values"
             )
         if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
             raise SinkMisconfigured(
-                f"{kind.__qualname__} cannot run in a sink host, which could not import it: define it at the top of a"
-                f" module, not in the script or within a function"
+                f"{kind.__qualname__} cannot run in a sink host, which could not import it; define it at the top level"
+                f" of a module"
             )
         unkept = sorted(one.__name__ for one in delivery.types or () if not one.journalled)
         if unkept:
             raise SinkMisconfigured(
-                f"{kind.__name__} cannot run in a sink host: the journal, which that reads, does not keep"
-                f" {', '.join(unkept)}"
+                f"{kind.__name__} cannot run in a sink host: its journal does not keep {', '.join(unkept)}"
             )
         types = None if delivery.types is None else sorted(one.__name__ for one in delivery.types)
         plain = msgspec.to_builtins(msgspec.structs.replace(delivery, types=None))
@@ -93,7 +92,7 @@ class HostedSink(msgspec.Struct, frozen=True):
         return cls(name, f"{kind.__module__}:{kind.__qualname__}", fields, plain, types, since)
 
     def build(self) -> tuple[Any, Delivery]:
-        """The sink and its delivery. Raises what its import or its constructor raises."""
+        """Build the sink and its delivery. Raises what its import or its constructor raises."""
         module, _, name = self.kind.partition(":")
         kind: Any = importlib.import_module(module)
         for part in name.split("."):
@@ -134,7 +133,7 @@ class Noticed(msgspec.Struct, frozen=True, tag=True):
         return f"Noticed({self.without_secrets!r})"
 
 
-class HealthTold(msgspec.Struct, frozen=True, tag=True):
+class HostedEvent(msgspec.Struct, frozen=True, tag=True):
     """An event about a sink, or a warning that one has logged."""
 
     event: bytes
@@ -147,14 +146,14 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     reports: list[ObserverReport]
 
 
-FromHost = HealthTold | Noticed | Finished
+FromHost = HostedEvent | Noticed | Finished
 from_host: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost)
 _config: msgspec.msgpack.Decoder[HostConfig] = msgspec.msgpack.Decoder(HostConfig)
 _finish: msgspec.msgpack.Decoder[Finish] = msgspec.msgpack.Decoder(Finish)
 
 
 class Place(msgspec.Struct, frozen=True):
-    """How far a sink has come, as it stands in a file of the run's folder."""
+    """The place of a sink in the journal, kept in a file of the run's folder."""
 
     seq: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
     delivered: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
@@ -162,25 +161,25 @@ class Place(msgspec.Struct, frozen=True):
 
     @staticmethod
     def file(name: str) -> str:
-        """Where it stands, below the run's folder."""
+        """The file, below the run's folder."""
         return f"{PLACES_DIR}/{name}.json"
 
     @classmethod
     def read(cls, run_dir: str | os.PathLike[str], name: str) -> Place | None:
-        """The place of a sink; None if it has none, or it cannot be read."""
+        """Read the place of a sink; None if there is none, or it cannot be read."""
         try:
             return msgspec.json.decode(read_below(run_dir, cls.file(name), _PLACE_BYTES), type=cls)
         except (OSError, ValueError, RecursionError):
             return None
 
     def write(self, run_dir: str | os.PathLike[str], name: str) -> None:
-        """Keep it. Where the disk refuses, an older one stands there, and what came since is delivered again."""
+        """Write the file. If the disk refuses, the older one stays, and the events since are delivered again."""
         with contextlib.suppress(OSError):
             replace_below(run_dir, self.file(name), msgspec.json.encode(self), durable=False)
 
 
 class _Unbuilt:
-    """A sink that cannot even be built: opening it says why."""
+    """A sink that cannot be built: opening it raises why."""
 
     def __init__(self, error: Exception | SystemExit) -> None:
         self._error = error
@@ -216,7 +215,7 @@ class FeedObservers:
     def add(
         self, name: str, sink: Sink, delivery: Delivery, place: Place, on_delivered: Callable[[int, int], None]
     ) -> None:
-        """Add a sink that goes on from a place."""
+        """Add a sink that continues from a place."""
         assert self._run.run_dir is not None
         journal_dir = Path(self._run.run_dir) / JOURNAL_DIR
         feed = JournalFeed(name, delivery, journal_dir, place.seq, on_delivered, self._wanted, place.delivered)
@@ -232,17 +231,17 @@ class FeedObservers:
         self.observers.append(observer)
 
     def finish(self) -> None:
-        """Nothing more is written to the journal: each sink is closed when it has what stands there."""
+        """Nothing more is written to the journal: close each sink when it has received all of it."""
         for feed in self._feeds:
             feed.finish()
 
     @property
     def skipped(self) -> list[SkippedLine]:
-        """Lines of the journal that were no events, as the feed says that has come to most of them."""
+        """Lines of the journal that are not events, of the feed that has met most of them."""
         return max((feed.skipped for feed in self._feeds), key=len, default=[])
 
     async def drain(self, until: int | None, timeout_s: float) -> list[ObserverReport]:
-        """Deliver the rest, close, and report; no longer than ``timeout_s``, and a moment to count."""
+        """Deliver the rest, close and report, in ``timeout_s`` and a moment to count."""
         for feed, observer in zip(self._feeds, self.observers, strict=True):
             feed.stop_at(until)
             observer.drain()
@@ -252,7 +251,7 @@ class FeedObservers:
         return await self.counted()
 
     async def counted(self) -> list[ObserverReport]:
-        """What became of the events for each, with those that one did not get."""
+        """Report on each observer, with the number of events that it did not receive."""
         async with anyio.create_task_group() as counting:
             for feed, observer in zip(self._feeds, self.observers, strict=True):
                 if feed.statistics.queued or observer.circuit != "closed" or not observer.is_finished:
@@ -279,7 +278,7 @@ def main() -> None:
 
 async def _serve(config: HostConfig, parent: Parent) -> None:
     def publish(event: Event) -> None:
-        parent.send(HealthTold(encode_json(event)))
+        parent.send(HostedEvent(encode_json(event)))
 
     calls = Poster()
     observers = FeedObservers(config.run, publish, calls.post)
@@ -292,8 +291,7 @@ async def _serve(config: HostConfig, parent: Parent) -> None:
         finish.append(how or Finish(None, time.monotonic() + config.drain_timeout_s))
         calls.post(over.set)
 
-    parent.listen(_finish, end)
-    parent.watch(lambda: end(None))
+    parent.serve(_finish, end)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(calls.run)
         _add_sinks(observers, config)
@@ -313,7 +311,7 @@ def _add_sinks(observers: FeedObservers, config: HostConfig) -> None:
         place = Place.read(run_dir, one.name) or Place(one.since)
         try:
             sink, delivery = one.build()
-        except (Exception, SystemExit) as error:  # a stranger's module: its name must stand beside whatever it raised
+        except (Exception, SystemExit) as error:  # the user's module: the report must name it
             sink, delivery = _Unbuilt(error), Delivery(on_error="disable")
         observers.add(one.name, sink, delivery, place, functools.partial(_keep, run_dir, one.name))
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_started_is_refused(service: Service) -> None:
 
 @pytest.mark.parametrize("launched", [False, True], ids=["in_process", "launched"])
 def test_a_run_that_fails_leaves_the_others_and_the_service_alone(service: Service, launched: bool) -> None:
-    """Whether its step raises, exits, or takes its process along; the one behind it in line is trained."""
+    """Whether its step raises, exits, or takes its process along; the next one in the queue is trained."""
     name = "launched" if launched else "own"
     hows = {"raise": "ValueError: in a step", "exit": "SystemExit: from a step"}
     if launched:
@@ -262,7 +262,7 @@ def test_runs_wait_in_line_and_may_leave_it(service: Service) -> None:
     assert [service.show(name)["position"] for name in ("first", "second", "third", "fourth")] == [None, 1, 2, 3]
     for name in ("first", "second"):
         answer = service.client.post("/runs", json={"recipe": "net", "run_id": name})
-        assert (answer.status_code, answer.json()["detail"]) == (409, f"run {name} is in line or under way")
+        assert (answer.status_code, answer.json()["detail"]) == (409, f"run {name} is queued or under way")
     assert service.client.post("/runs/second/pause").status_code == 409
     service.client.delete("/runs/second")
     service.client.post("/runs/third/stop", params={"reason": "not needed"})
@@ -283,7 +283,7 @@ def test_runs_wait_in_line_and_may_leave_it(service: Service) -> None:
 def test_the_end_of_the_service_stops_what_trains_with_a_checkpoint_that_it_goes_on_from(
     another: Callable[..., Service],
 ) -> None:
-    """SIGTERM while runs train, one starts and one waits in line, and a client watches: all of it ends in order."""
+    """SIGTERM while runs train, one starts and one is queued, and a client watches: all of it ends in order."""
     service = another(at_once=3)
     service.start("own")
     service.start("launched", launched=True)

@@ -1,4 +1,4 @@
-"""Runs in line for a device: which of them are remembered."""
+"""Runs queued for a device: which of them are remembered."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import importlib
 import inspect
 import os
@@ -21,7 +22,7 @@ import time
 import traceback
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
@@ -119,22 +120,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Logged(msgspec.Struct, frozen=True, tag=True):
-    """A warning of the process, for the stderr or the log handlers of the process that launched it."""
+    """A warning of the process, for stderr or the log handlers of the launching process."""
 
-    level: Literal["warning", "error"]
-    message: str
-    repeats: int
-    """Identical warnings before it that were not shown."""
+    warned: Warned
     run_id: str | None
     """None if it was logged outside of the run."""
     global_step: int
-
-    @classmethod
-    def of(cls, warned: Warned) -> Logged:
-        """Describe what the current thread or task has logged."""
-        origin = current_origin.get()
-        run_id, step = (None, 0) if origin is None else (origin.run_id, origin.global_step)
-        return cls(warned.level, _unicode(warned.message), warned.repeats, run_id, step)
 
 
 FromRun = Ready | Cancelling | Ended | Failed | Logged
@@ -175,13 +166,12 @@ class Launched:
         log.forward.append(self._add_warning)
         self._session: Session | None = None
         self._over = threading.Event()
-        parent.listen(_to_run, self._take)
-        parent.watch(self._end_without_parent, self._look_after_logs)
+        parent.serve(_to_run, self._take, self._look_after_logs)
 
     async def run(self, trainer: Trainer) -> RunResult:
         """Run it to its end. SIGTERM or SIGINT to this process alone stops it; a second one cancels it."""
         from trainer.run.calling_thread import heed_signals
-        from trainer.trainer import RunContext
+        from trainer.run.context import RunContext
 
         context = RunContext(trainer)
         async with context:
@@ -208,36 +198,38 @@ class Launched:
             self._parent.send(Ended(outcome))
 
     def _add_warning(self, warned: Warned) -> None:
-        self._warnings.append(Logged.of(warned))  # sending may wait, and this may be the loop's thread
+        origin = current_origin.get()
+        run_id, step = (None, 0) if origin is None else (origin.run_id, origin.global_step)
+        warned = warned._replace(message=_unicode(warned.message), exception=None)
+        self._warnings.append(Logged(warned, run_id, step))  # sending may wait, and this may be the loop's thread
 
     def _send_warnings(self) -> None:
         with contextlib.suppress(IndexError):
             while True:
                 self._parent.send(self._warnings.popleft())
 
-    # ------------------------------------------------------------------------------------ on the parent's threads
+    # ------------------------------------------------------------------------------------ on the parent's thread
 
     def _take(self, message: Cancel | AnyCommand | None) -> None:
         session = self._session
-        if session is None or message is None:
-            return
-        if not isinstance(message, Cancel):
+        if message is None:
+            self._end_without_parent(session)
+        elif session is None:
+            pass  # the launching process repeats a cancellation once the run is ready, and sends no command before
+        elif isinstance(message, Cancel):
+            session.bus.post(functools.partial(self._cancel, session, message.reason))
+        else:
             session.control.send(message)
-            return
-        reason = message.reason
 
-        def cancel() -> None:
-            session.cancel(reason)
-            self._parent.send(Cancelling())
-
-        session.bus.post(cancel)
+    def _cancel(self, session: Session, reason: str) -> None:
+        session.cancel(reason)
+        self._parent.send(Cancelling())
 
     def _look_after_logs(self) -> None:
         _trim_log()
         self._send_warnings()
 
-    def _end_without_parent(self) -> None:
-        session = self._session
+    def _end_without_parent(self, session: Session | None) -> None:
         if session is not None:
             gone = "the process that launched the run is gone"
             session.control.send(Stop(id="launched", reason=gone))

@@ -1,10 +1,9 @@
 """Watching and steering a run over the network, through whatever serves it: `sinks.live`.
 
-Events come from the run's journal, by cursor (`trainer.remote.http`): a connection that breaks is made anew where
-it broke, so nothing is missed and nothing comes twice. Commands are posted one after another, by a task that nobody
-waits for.
+Events come from the run's journal by cursor (`trainer.remote.follower`): a connection that breaks is made again where
+it broke, so that no event is missed or repeated. Commands are posted one after another, by one task.
 
-torch is not imported here: who watches need not have it in memory.
+torch is not imported here: a process that watches need not have it in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
-from types import TracebackType
 
 import anyio
 
@@ -37,7 +35,7 @@ from trainer.remote.result import LOOK_BACK, UNDER_WAY, ResultBuilder, RunSnapsh
 
 _NOT_UNDER_WAY = 409
 _LEAVE_S = 2.0
-"""What a block that is left by an exception may still take to send the commands that it has given."""
+"""Maximum seconds to send the commands of a block that was left by an exception."""
 
 
 def connect(
@@ -50,38 +48,37 @@ def connect(
                 print(event.epoch, event.loss)
             result = await run.result()
 
-    The run is the same as that of `Trainer.run`, but this is a watcher: **leaving the block, in whatever way, only
-    disconnects**, and the run goes on. Await `Run.result` inside of the block to wait for the run.
+    The run is the same as that of `Trainer.run`, but **leaving the block, in whatever way, only disconnects**: the run
+    continues. Await `Run.result` inside of the block to wait for the run.
 
-    A connection that breaks is made anew where it broke. Commands go out in order, in the background, at least once;
-    the end of the block waits for that. One that is not taken is logged, and raises `CommandRefused` or
-    `ConnectionLost` in whoever waits for the run (`Run.result`, `Run.checkpoint`, a stream), or waits for it next; at
-    the latest at the end of the block. One for a run that has just ended is harmless.
+    A connection that breaks is made again where it broke. Commands are sent in order, in the background, at least once;
+    the end of the block waits for that. A command that fails is logged, and raises `CommandRefused` or `ConnectionLost`
+    in whichever of `Run.result`, `Run.checkpoint` and a stream waits then or next, or else at the end of the block. A
+    command to a run that has just ended is harmless.
 
-    `Run.result` is told from the events: it has no ``observers`` and no ``run_dir``, and its ``checkpoint`` is a path
-    on the run's machine (or a mere name, where it is far back in the history).
+    The result is built from the events: it has no ``observers`` and no ``run_dir``, and its ``checkpoint`` is a path on
+    the run's machine, or only a name if it is far back in the history.
 
     The server is not trusted. Its answers are limited in size and time, its texts are escaped in messages, and it
     cannot redirect to another server. A token is sent to the server that it belongs to, and to no other.
 
     Args:
-        url: Of the page: the server's, if it serves one run; else with the run's name, ``.../#run=ID``. The printed
-            link, with its token, is one, too: ``.../#token=...&run=ID``. Or the folder of a run with the sink `Live`,
-            whose ``live.json`` has the link.
-        run_id: The run's name, in place of that.
-        token: The token for this server. None: that of the fragment, else that of the environment variable
+        url: Of the page, with the run's name unless the server has only one run: ``http://.../#run=ID``. The printed
+            link with its token, ``.../#token=...&run=ID``. Or the folder of a run with the sink `Live`.
+        run_id: Replaces the run's name in the address.
+        token: The token for this server. None: that of the address, else that of the environment variable
             ``STAGECAST_TOKEN``, which belongs to the server that ``STAGECAST_URL`` names (scheme, host and port), or
             without it to servers on this machine (``localhost``, 127.0.0.0/8, ``::1``). A warning is logged where a
             token is sent to another machine without https.
-        give_up_s: How long the server may be out of reach until who waits gets `ConnectionLost`. Entering the block
+        give_up_s: Maximum seconds without an answer of the server; then `ConnectionLost` is raised. Entering the block
             tries only once.
 
     Raises:
-        ConnectError: the address is not valid. When the block is entered: nothing answers there, the token is wrong, or
-            there is no such run.
-        ProtocolViolated: inside of the block and when it is entered: no server of runs sends such an answer.
-        ConnectedRunFailed: from `Run.result`: the run failed; `ConnectedRunLost` if its process died.
-        RunCancelled: from `Run.result`: the run was cancelled.
+        ConnectError: The address is not valid; or, when the block is entered, nothing answers there, the token is wrong
+            or the run does not exist.
+        ProtocolViolated: The server sent an answer that no server of runs sends.
+        ConnectedRunFailed: From `Run.result`: the run failed; `ConnectedRunLost` if its process died.
+        RunCancelled: From `Run.result`: the run was cancelled.
     """
     if run_id is not None and not (isinstance(run_id, str) and is_encodable(run_id)):
         raise ConnectError(f"run_id must be the name of a run, not {run_id!r:.80}")
@@ -90,9 +87,9 @@ def connect(
     if token is None:
         token, withheld = token_of_environment(page.url)
     if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
-        raise ConnectError("the token has characters that no header can hold: give printable ASCII")
+        raise ConnectError("the token has characters that no header can hold; give printable ASCII")
     if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
-        raise ConnectError(f"give_up_s={give_up_s!r}: give seconds, 0 to try nothing twice")
+        raise ConnectError(f"give_up_s={give_up_s!r}: give a number of seconds, 0 to disable retries")
     return _ConnectContext(page.url, run_id or page.run_id, token, give_up_s, withheld)
 
 
@@ -116,44 +113,37 @@ class _ConnectContext(AbstractAsyncContextManager[Run]):
         self._tasks.start_soon(connection.work, name="stagecast connection")
         return Run(connection)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         connection = self._connection
         connection.finish()
         try:
-            if error is None:
+            with anyio.move_on_after(None if error is None else _LEAVE_S, shield=error is not None):
                 await connection.sent.wait()
-            else:
-                with anyio.move_on_after(_LEAVE_S, shield=True):
-                    await connection.sent.wait()
         finally:
             self._tasks.cancel_scope.cancel()
             try:
-                await self._tasks.__aexit__(None, None, None)  # not told of the exception: it would come in a group
+                await self._tasks.__aexit__(None, None, None)  # without the exception, which it would wrap in a group
             finally:
                 with anyio.CancelScope(shield=True):
                     await connection.aclose()
-        if error is None and connection.untold is not None:
-            raise connection.untold
+        if error is None and connection.unreported is not None:
+            raise connection.unreported
 
 
 class NetworkConnection:
     """The run protocol over HTTP.
 
-    One task does what has its place in an order: it posts commands, and asks where streams begin that were opened
-    between them.
+    One task posts commands, and asks for the cursor of each stream that begins between them.
 
     Args:
-        server: Of the run.
-        known: The run as it was found.
+        known: The run when the block was entered.
     """
 
     def __init__(self, server: RunServer, known: RunSnapshot) -> None:
-        self.untold: ConnectError | None = None
-        """Why a command did not get through, while nobody has been told."""
+        self.unreported: ConnectError | None = None
+        """Why a command failed, until this has been raised."""
         self.sent = anyio.Event()
-        """Set after `finish`, once all commands have been dealt with."""
+        """Set after `finish`, once every command was sent or has failed."""
         self._server = server
         self._known = known
         server.over = known.run.status not in UNDER_WAY
@@ -191,13 +181,13 @@ class NetworkConnection:
             )
         follower = self._follow(since)
         stream = NetworkEventStream(self, follower, kinds)
-        # For who leaves the stream without closing it; on whatever thread that is noticed.
-        let_go = functools.partial(self._do, functools.partial(self.close, follower))
-        weakref.finalize(stream, let_go).atexit = False
+        # A stream that is dropped is closed too; the garbage collector may run on any thread.
+        close = functools.partial(self._do, functools.partial(self.close, follower))
+        weakref.finalize(stream, close).atexit = False
         return stream
 
     async def result(self) -> RunResult:
-        async with self._folding:  # several tasks may wait: one folds for all
+        async with self._folding:  # of several tasks that wait, one folds for all
             if self._folded is None:
                 self._folded = self._follow(max(0, self._known.cursor - LOOK_BACK))
             follower = self._folded
@@ -209,16 +199,16 @@ class NetworkConnection:
                         raise self._server.violated("sends more names of metrics and checkpoints than a run has")
         return _outcome(self._builder.result, self.run_id)
 
-    # ------------------------------------------------------------------------------------------ who waits for it
+    # ------------------------------------------------------------------------------------------ waiting for the run
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around whatever waits for the run: raises what went wrong with a command, before or meanwhile."""
+        """Interrupt the block, and raise, when a command has failed, before it or meanwhile."""
         if self._failure is self._left:
             raise self._left
-        if self.untold is not None:
-            untold, self.untold = self.untold, None
-            raise untold
+        if self.unreported is not None:
+            unreported, self.unreported = self.unreported, None
+            raise unreported
         scope = anyio.CancelScope()
         self._waits.add(scope)
         try:
@@ -227,10 +217,10 @@ class NetworkConnection:
         finally:
             self._waits.discard(scope)
         if scope.cancelled_caught and self._failure is not None:
-            self.untold = None
+            self.unreported = None
             raise self._failure
 
-    def _tell(self, failure: ConnectError) -> None:
+    def _interrupt(self, failure: ConnectError) -> None:
         self._failure = failure
         for scope in self._waits:
             scope.cancel()
@@ -243,24 +233,24 @@ class NetworkConnection:
         return follower
 
     async def close(self, follower: JournalFollower) -> None:
-        """Follow no more."""
+        """Stop following."""
         self._followers.discard(follower)
         await follower.aclose()
 
     # ------------------------------------------------------------------------------------------------- its task
 
     def _do(self, job: Callable[[], Awaitable[None]]) -> None:
-        """Have the task do something, after what it was given before. Any thread."""
+        """Append a job for the task. Any thread."""
         self._jobs.append(job)
         self._wakeup.set()
 
     async def work(self) -> None:
-        """Do what there is to do, until `finish`."""
+        """Do the jobs in order, until `finish`."""
         while self._jobs or not self._finishing:
             if self._jobs:
                 await self._jobs.popleft()()
             else:
-                self._patience.reset()  # commands that wait together share the time; later ones have their own
+                self._patience.reset()  # only commands that wait together share the time
                 await self._wakeup.wait(None)
         self.sent.set()
 
@@ -270,10 +260,10 @@ class NetworkConnection:
         self._wakeup.set()
 
     async def aclose(self) -> None:
-        """Disconnect; who waits gets `ConnectionLost`."""
-        self._tell(self._left)
+        """Disconnect; raises `ConnectionLost` in the tasks that wait."""
+        self._interrupt(self._left)
         try:
-            while self._waits:  # noqa: ASYNC110  # each of them is cancelled, and about to let its connection go
+            while self._waits:  # noqa: ASYNC110  # each is cancelled, and about to release its connection
                 await anyio.sleep(0.001)
             for follower in list(self._followers):
                 await follower.disconnect()
@@ -301,8 +291,8 @@ class NetworkConnection:
             logger.info(f"{command!r:.80} came after the end of the run")
             return
         logger.warning(f"{command!r:.80} did not get through: {why}")
-        self.untold = why
-        self._tell(why)
+        self.unreported = why
+        self._interrupt(why)
 
     async def _ask_where(self, follower: JournalFollower) -> None:
         server = self._server
@@ -317,8 +307,8 @@ class NetworkConnection:
 class NetworkEventStream(BatchedStream):
     """The `events.protocol.EventStream` of a run that is watched over the network.
 
-    However slow the consumer is, nothing is lost and little is kept in memory: the journal is the queue. Receiving
-    raises `ConnectError` where the server does not give the events, or a command did not get through.
+    A slow consumer loses nothing and costs little memory: the journal is the queue. Receiving raises `ConnectError` if
+    the server does not send the events, or a command has failed.
     """
 
     def __init__(
@@ -331,7 +321,7 @@ class NetworkEventStream(BatchedStream):
 
     @property
     def cursor(self) -> int:
-        """``seq`` of the last event that was returned, or passed over because of its type."""
+        """``seq`` of the last event that was returned, or skipped because of its type."""
         return self._ready[0].seq - 1 if self._ready else self._follower.cursor
 
     async def _next_batch(self) -> list[Event]:
@@ -346,7 +336,7 @@ class NetworkEventStream(BatchedStream):
                 return batch
 
     async def aclose(self) -> None:
-        """Stop receiving; the rest is let go."""
+        """Stop receiving; the rest is dropped."""
         self._ready.clear()
         await self._connection.close(self._follower)
 
@@ -365,7 +355,7 @@ async def _find(server: RunServer) -> RunSnapshot:
 def _outcome(result: RunResult | None, run_id: str) -> RunResult:
     run = f"run {plain_text(run_id, 80)}"
     if result is None:
-        raise ConnectedRunLost(f"{run} is lost: its process has died without an end; resume='auto' resumes it")
+        raise ConnectedRunLost(f"{run} is lost: its process died before the run ended; resume='auto' resumes it")
     if result.status == "failed":
         why = plain_text(result.reason or "", 1_000)
         raise ConnectedRunFailed(f"{run} failed after global_step {result.global_step}: {why}", result)

@@ -33,11 +33,10 @@ _AFTER_END_S = 2.0
 
 
 class JournalFollower:
-    """Reads the run's events from a place on, over as many connections as it takes. One consumer.
+    """Reads the run's events after a cursor. One consumer.
 
     Args:
-        server: Of the run.
-        since: Events with a greater ``seq`` are returned. None: `begin_at` says it later.
+        since: Events with a greater ``seq`` are returned. None: `begin_at` sets the cursor later.
     """
 
     def __init__(self, server: RunServer, since: int | None) -> None:
@@ -64,7 +63,7 @@ class JournalFollower:
         return self._cursor
 
     def begin_at(self, cursor: int | Exception) -> None:
-        """Say where it begins, or why that cannot be known."""
+        """Set the cursor, or the error that reading raises."""
         if isinstance(cursor, Exception):
             self._problem = cursor
         else:
@@ -72,11 +71,11 @@ class JournalFollower:
         self._begun.set()
 
     async def read(self) -> list[Event]:
-        """Wait for the next events, at least one. A call that is cancelled loses nothing.
+        """Wait for the next events, at least one. A cancelled call loses nothing.
 
         Raises:
             anyio.EndOfStream: There are no more.
-            ConnectError: The server does not give them.
+            ConnectError: The server does not send them.
         """
         await self._begun.wait()
         if self._problem is not None:
@@ -90,12 +89,12 @@ class JournalFollower:
         raise anyio.EndOfStream
 
     async def aclose(self) -> None:
-        """Return no more."""
+        """Stop, and disconnect."""
         self.ended = True
         await self.disconnect()
 
     async def _read_on(self) -> list[Event]:
-        """What comes next, or nothing; over a new connection, if there is none."""
+        """The next events, perhaps none; connects if necessary."""
         try:
             if self._chunks is None:
                 self._response = await self._server.journal(self._cursor)
@@ -110,7 +109,7 @@ class JournalFollower:
         except FAILURES as error:
             await self.disconnect()
             raise Unreachable(described(error)) from None
-        except BaseException:  # a cancellation has broken the connection: the next call makes another
+        except BaseException:  # a cancellation has broken the connection; the next call makes another
             await self.disconnect()
             raise
         try:
@@ -118,7 +117,7 @@ class JournalFollower:
         except (Unreachable, ConnectError):
             await self.disconnect()
             raise
-        # A server that accepts, sends a sign of life and disconnects, again and again, is out of reach.
+        # A server that repeatedly accepts, sends a sign of life and disconnects is out of reach.
         if events or time.monotonic() - self._connected > _SETTLED_S:
             self._patience.reset()
         return events
@@ -173,7 +172,7 @@ class JournalFollower:
         return event
 
     async def _see_whether_over(self) -> None:
-        """The server has ended its answer: because the run is over, or somebody between has cut it off."""
+        """Find out why the answer has ended: the run is over, or a proxy has cut it off."""
         if not self._saw_end:
             snapshot = await self._server.snapshot()
             if snapshot.cursor < self._cursor:
@@ -183,7 +182,7 @@ class JournalFollower:
         self._end()
 
     async def _lose(self, error: Unreachable) -> None:
-        """Wait before the next attempt, or find that there need be none."""
+        """Wait before the next attempt; end if the run is known to have ended."""
         known_to_be_over = self._saw_end or self._server.over
         try:
             await self._patience.wait(error, _AFTER_END_S if known_to_be_over else self._server.give_up_s)
@@ -196,7 +195,7 @@ class JournalFollower:
         self.ended = self._server.over = True
 
     async def disconnect(self) -> None:
-        """Let go of the connection; reading on makes another."""
+        """Close the connection; reading makes another."""
         response, chunks = self._response, self._chunks
         self._response = self._chunks = None
         self._line = bytearray()

@@ -3,8 +3,8 @@
 The server is not trusted. Every answer has a maximum size and a deadline, has no content encoding and is decoded
 strictly. Redirects are not followed, cookies are not kept, and the server's texts are escaped in messages.
 
-A failure that a later attempt may not have raises `Unreachable`; an answer that no server of runs sends raises
-`ProtocolViolated`; any other answer that is not a success raises `ConnectError`.
+A failure that a later attempt may not meet raises `Unreachable`, an answer that no server of runs sends
+`ProtocolViolated`, and any other answer that is not a success `ConnectError`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _List(msgspec.Struct):
 
 
 class _Parts(msgspec.Struct):
-    """A snapshot, not decoded."""
+    """An undecoded snapshot."""
 
     cursor: msgspec.Raw
     run: msgspec.Raw
@@ -170,11 +170,11 @@ class RunServer:
         return snapshot
 
     async def command(self, data: bytes) -> None:
-        """Give the server an encoded command."""
+        """Send an encoded command."""
         await self._call("POST", self._of_run("/commands"), data)
 
     async def journal(self, since: int) -> httpx.Response:
-        """Begin to receive the events behind a place, until the run is over. To be closed."""
+        """Open a stream of the events after a cursor, until the end of the run. The caller closes it."""
         address = f"{self.url}{self._of_run('/journal')}?since={since}&follow=1"
         with self._in_time():
             response = await self._client.send(self._request("GET", address), stream=True)
@@ -186,7 +186,7 @@ class RunServer:
         return response
 
     async def aclose(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         await self._client.aclose()
 
     @property
@@ -203,7 +203,7 @@ class RunServer:
 
     @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:
-        """Around a request: raises `Unreachable` when it fails, or takes too long."""
+        """Raise `Unreachable` if the request in the block fails or takes too long."""
         with anyio.move_on_after(_ANSWER_S) as scope:
             try:
                 yield
@@ -235,7 +235,7 @@ class RunServer:
 
     @staticmethod
     async def _body(response: httpx.Response, most: int) -> bytes:
-        """The answer's body as it travels; cut off behind ``most`` bytes, when there are more."""
+        """The undecoded body of an answer, cut once it has more than ``most`` bytes."""
         body = bytearray()
         chunks = response.aiter_raw()
         try:

@@ -247,11 +247,10 @@ class LaunchedRun:
 
 def _log(logged: Logged) -> None:
     """Log a warning of the process here: its own stderr is a file."""
-    text = logged.message
-    if logged.repeats:
-        text += f" [{logged.repeats:,} more like this before]"
+    warned = logged.warned
+    text = warned.message + (f" [{warned.repeats:,} more like this before]" if warned.repeats else "")
     origin = {} if logged.run_id is None else {"run_id": logged.run_id, "global_step": logged.global_step}
-    (logger.error if logged.level == "error" else logger.warning)(text, **origin)
+    (logger.error if warned.level == "error" else logger.warning)(text, **origin)
 
 
 def _absolute(resume: str) -> str:

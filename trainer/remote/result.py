@@ -1,4 +1,4 @@
-"""The result of a run, as it can be told from its events and a summary of what was before them.
+"""The result of a run, built from its events and a summary of those before them.
 
 No I/O and no clock: `trainer.remote.connect` feeds it what comes over the network.
 """
@@ -34,14 +34,14 @@ from events.protocol import RunResult
 from events.text import plain_text
 
 UNDER_WAY = frozenset({"running", "unknown"})
-"""States of a run that more is to come of."""
+"""States of a run that has not ended."""
 LOOK_BACK = 4_096
-"""Events before a summary that are folded in beside it: what a summary does not tell stands among them."""
+"""Number of events before a summary that are folded too, for what the summary lacks."""
 
 MOST_SEQ = 2**53
-"""Greatest number of an event, a step or an epoch: JSON readers hold no greater one exactly."""
+"""Maximum number of an event, a step or an epoch: the largest that every JSON reader holds exactly."""
 _MOST_BYTES = 64 * 2**20
-"""Maximum bytes of the names and paths that a result is built from."""
+"""Maximum bytes of the names and paths of a result."""
 _ENTRY_BYTES = 200
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_SEQ)]
 _Number = float | Literal["nan", "inf", "-inf"]
@@ -52,7 +52,7 @@ _METRIC_TYPES = (MetricsLogged, ValEpochEnded, TestEpochEnded, TrainEpochEnded)
 
 
 class RunSummary(msgspec.Struct):
-    """A run in a few words, as the server tells it. What else it says is left aside."""
+    """The server's summary of a run. Its other fields are ignored."""
 
     run_id: str
     attempt: _Count = 0
@@ -66,7 +66,7 @@ class RunSummary(msgspec.Struct):
 
 
 class CheckpointSummary(msgspec.Struct):
-    """One checkpoint, as the server tells it."""
+    """The server's summary of a checkpoint."""
 
     name: str
     state: str = ""
@@ -74,7 +74,7 @@ class CheckpointSummary(msgspec.Struct):
 
 
 class RunSnapshot(msgspec.Struct):
-    """A run as it stood at one event."""
+    """A run after one event."""
 
     cursor: _Count
     run: RunSummary
@@ -85,8 +85,7 @@ class ResultBuilder:
     """Folds events into a `RunResult`.
 
     Args:
-        snapshot: What is known of the run. The events are to begin at most `LOOK_BACK` before its cursor, or at the
-            run's beginning.
+        snapshot: The events begin at most `LOOK_BACK` before its cursor, or at the beginning of the run.
     """
 
     def __init__(self, snapshot: RunSnapshot) -> None:
@@ -97,13 +96,13 @@ class ResultBuilder:
         self._attempt = run.attempt
         self._ended: RunEnded | None = None
         self._health = Health()
-        self._epochs = run.epoch  # stays, if no epoch has begun or ended among the events: it is under way since long
+        self._epochs = run.epoch  # kept if no epoch begins or ends among the events
         self._ledger = StallLedger()
         self._metrics = {name: float(value) for name, value in run.latest.items() if _is_in_result(name)}
         durable = [one.name for one in snapshot.checkpoints if one.state == "durable"]
         self._checkpoint = durable[-1] if durable else None
         self._monitor, self._mode = run.best, run.best_mode
-        # By name, the folder (or the name, where no event has told it) and the metric.
+        # By name, the folder (or the name, where no event has named it) and the metric.
         self._scored: dict[str, tuple[str, float]] = {}
         for one in snapshot.checkpoints:
             if one.state == "durable" and one.metric is not None:
@@ -115,9 +114,9 @@ class ResultBuilder:
         return self._bytes > _MOST_BYTES
 
     def add(self, events: Sequence[Event]) -> None:
-        """Take the next events."""
+        """Fold the next events."""
         for event in events:
-            if event.attempt >= self._known_attempt:  # what came before may be superseded
+            if event.attempt >= self._known_attempt:  # earlier ones may be superseded
                 self._add(event)
 
     def _add(self, event: Event) -> None:
@@ -141,15 +140,18 @@ class ResultBuilder:
             self._epochs = event.epoch
         elif isinstance(event, LedgerReported) and event.scope == "run":
             self._ledger = event.ledger
-        elif isinstance(event, CheckpointSaved):
+        elif isinstance(event, CheckpointSaved | CheckpointDeleted):
+            self._add_checkpoint(event)
+        elif isinstance(event, RunEnded):
+            self._ended = event
+
+    def _add_checkpoint(self, event: CheckpointSaved | CheckpointDeleted) -> None:
+        if isinstance(event, CheckpointSaved):
             self._checkpoint = event.path
             if event.metric is not None:
                 self._score(event.checkpoint, event.path, event.metric)
-        elif isinstance(event, CheckpointDeleted):
-            if event.where == "local":
-                self._scored.pop(event.checkpoint, None)
-        elif isinstance(event, RunEnded):
-            self._ended = event
+        elif event.where == "local":
+            self._scored.pop(event.checkpoint, None)
 
     def _score(self, name: str, place: str, metric: float) -> None:
         if math.isfinite(metric) and CheckpointName.parse(name) is not None:
@@ -157,7 +159,7 @@ class ResultBuilder:
             self._scored[name] = place, metric
 
     def _forget_after(self, event: RunResumed) -> None:
-        """The run went back: later checkpoints are not of its line any more."""
+        """The run went back: checkpoints of superseded steps no longer belong to it."""
         parent = CheckpointName.parse(event.checkpoint) if event.after_seq != 0 and event.checkpoint else None
         self._scored = {
             name: one

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import anyio
 
 from events.errors import TrainingThreadStuck
-from events.protocol import RunResult
+
+if TYPE_CHECKING:
+    from trainer.remote.launch import LaunchedRun
+    from trainer.run.session import Session
 
 
 async def outliving(function: Callable[[], Awaitable[None]]) -> None:
@@ -36,34 +39,7 @@ async def outliving(function: Callable[[], Awaitable[None]]) -> None:
         await protected()
 
 
-class Waitable(Protocol):
-    """As much of `anyio.Event` as a run has to offer."""
-
-    def is_set(self) -> bool: ...
-
-    async def wait(self) -> None: ...
-
-
-class Endable(Protocol):
-    """A run that a block holds, in this process or in another."""
-
-    error: BaseException | None
-
-    @property
-    def finished(self) -> Waitable: ...
-
-    @property
-    def cancelled(self) -> bool: ...
-
-    def cancel(self, reason: str) -> None:
-        """End the run at its next step boundary."""
-
-    def outcome(self) -> RunResult:
-        """Return the result of the finished run; raises what the run raised."""
-        ...
-
-
-async def end_with_block(run: Endable, error: BaseException | None) -> None:
+async def end_with_block(run: Session | LaunchedRun, error: BaseException | None) -> None:
     """Wait for the end of a run at the end of its block; an exception or a cancellation cancels the run first.
 
     Under asyncio a native ``task.cancel()`` cuts through a shield, and trio raises Ctrl-C in its main task, wherever
