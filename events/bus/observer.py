@@ -11,14 +11,13 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal
 
 import anyio
 import anyio.abc
 
-from events.bus.backlog import Published
-from events.bus.subscription import Statistics
+from events.bus.target import Source, Target
 from events.bus.worker import AsyncJob, Job, Worker
 from events.errors import SinkMisconfigured
 from events.log import logger
@@ -31,118 +30,13 @@ from events.messages import (
 )
 from events.origin import Origin
 from events.protocol import ObserverReport
-from events.sink import Delivery, RunInfo, Sink, SinkWriter
-from events.tracebacks import describe as describe
+from events.tracebacks import describe
 
 OnFatal = Callable[[BaseException], None]
 
 LAST_TRIES_S = 3.0
 """Seconds for which a call that fails is repeated once the run is over, however many retries are left: a disk that is
 full then, or read-only, must not use up the whole drain. Each progress within the call restarts them."""
-
-
-class Source(Protocol):
-    """Where the batches of an observer come from: a `Subscription`, or the journal (`events.journal.feed`)."""
-
-    name: str
-    delivery: Delivery
-    statistics: Statistics
-
-    @property
-    def oldest(self) -> Event | None:
-        """The event that has waited longest; None if none waits."""
-        ...
-
-    async def receive(self) -> list[Published]:
-        """Wait for the next batch, at least one event; counts the batch before it as delivered.
-
-        Raises:
-            anyio.EndOfStream: everything has been received, and no more will come.
-        """
-        ...
-
-    def done(self, count: int | None = None) -> None:
-        """Count the batch in hand as delivered; or its first ``count`` events, and drop the rest."""
-        ...
-
-    def finish(self) -> None:
-        """Take no more events: the observer gets what is queued, then the end of the stream."""
-        ...
-
-    def discard(self) -> None:
-        """Drop all that waits, and end the stream."""
-        ...
-
-
-class Target(Protocol):
-    """What a supervised observer does; `SinkTarget` and the callbacks of `trainer` are the two kinds."""
-
-    payloads: bool
-    """Whether it needs the payloads beside the events."""
-    blocking: bool
-    """Whether `deliver` runs on the observer's thread; if not, it returns an awaitable at once. Known after `open`.
-
-    `open` and `close` always run on the thread. What any of them returns is awaited in the event loop if it can be.
-    """
-
-    def open(self) -> None:
-        """Get ready; on the observer's thread."""
-        ...
-
-    def deliver(self, batch: Sequence[Published], /) -> Any:
-        """Handle a batch, or what is left of it when it is delivered again."""
-        ...
-
-    def close(self) -> Any:
-        """Flush and let go."""
-        ...
-
-    def abandon(self) -> None:
-        """Nobody waits any more for the call that is under way: begin nothing new in it. From the event loop."""
-        ...
-
-    @property
-    def progress(self) -> tuple[str, int | None]:
-        """What it is doing now, in a word, and how many events of the batch in hand are done (None: all or nothing)."""
-        ...
-
-
-class SinkTarget:
-    """A sink as the supervisor sees it."""
-
-    payloads = False
-    blocking = True
-
-    def __init__(self, sink: Sink, run: RunInfo) -> None:
-        self._sink = sink
-        self._run = run
-        self.writer: SinkWriter | None = None
-
-    def open(self) -> None:
-        writer: Any = self._sink.open(self._run)
-        if inspect.iscoroutine(writer):
-            writer.close()
-            raise TypeError(
-                f"{type(self._sink).__name__}.open() is async, but a sink is opened on a thread of its own: make it a"
-                f" plain function that returns the writer, and connect in the writer's first `async def write`"
-            )
-        self.blocking = not inspect.iscoroutinefunction(writer.write)
-        self.writer = writer
-
-    def deliver(self, batch: Sequence[Published], /) -> Any:
-        assert self.writer is not None
-        events: list[Event] = [event for event, _ in batch]
-        return self.writer.write(events)
-
-    def abandon(self) -> None:
-        """Nothing: a write is one thing to its writer."""
-
-    def close(self) -> Any:
-        return self.writer.close() if self.writer is not None else None
-
-    @property
-    def progress(self) -> tuple[str, int | None]:
-        return ("write" if self.writer is not None else "open"), None
 
 
 class _Stopped(Exception):

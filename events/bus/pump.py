@@ -145,10 +145,10 @@ class Pump:
                 if not busy:
                     if self.closing and not ring.has_posted:
                         return
-                    await ring.sleep()
+                    await ring.wait(None)
                     due = 0.0
                     continue
-            await ring.tick(max(0.0, due - time.monotonic()))
+            await ring.wait(max(0.0, due - time.monotonic()))
 
     async def _deliver_next(self) -> bool:
         """Take and deliver once; False when there was nothing to do."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from events.bus.subscription import Subscription
 
 
-class Limits(msgspec.Struct, frozen=True):
+class RingLimits(msgspec.Struct, frozen=True):
     """Maximum events and bytes in a ring."""
 
     capacity: int = 16_384
@@ -30,7 +30,7 @@ class Limits(msgspec.Struct, frozen=True):
     """Events that are not droppable beyond ``capacity`` before the loop waits."""
 
 
-_LIMITS = Limits()
+_LIMITS = RingLimits()
 
 
 class RingCounters(msgspec.Struct):
@@ -81,7 +81,7 @@ class Ring:
     )
     # fmt: on
 
-    def __init__(self, origin: Origin, limits: Limits = _LIMITS) -> None:
+    def __init__(self, origin: Origin, limits: RingLimits = _LIMITS) -> None:
         self.origin = origin
         self.audience = Audience()
         self.counters = RingCounters()
@@ -248,16 +248,12 @@ class Ring:
         while self._posted:
             self._posted.popleft()()
 
-    async def sleep(self) -> None:
-        """Wait until an event is published, a function is posted, or `flush` is called."""
-        self._sleeping = True
-        if self.is_empty and not self._posted and not self._wakeup.urgent:
-            await self._wakeup.wait(None)
+    async def wait(self, timeout_s: float | None) -> None:
+        """Wait for a posted function, a `flush`, or the timeout; None: also for the next event."""
+        self._sleeping = timeout_s is None
+        if not self._sleeping or (self.is_empty and not self._posted and not self._wakeup.urgent):
+            await self._wakeup.wait(timeout_s)
         self._sleeping = False
-
-    async def tick(self, timeout_s: float) -> None:
-        """Wait until a function is posted or `flush` is called, or until the timeout."""
-        await self._wakeup.wait(timeout_s)
 
     def close(self) -> None:
         """Release the loop for good: nothing is delivered any more."""

@@ -10,8 +10,9 @@ from typing import Literal
 import anyio
 import anyio.abc
 
-from events.bus.observer import Observer, OnFatal, Target
+from events.bus.observer import Observer, OnFatal
 from events.bus.pump import Pump
+from events.bus.target import Target
 from events.bus.worker import Worker
 from events.messages import Event, ObserverHealth, ObserversReported
 from events.origin import Origin

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from events.bus.backlog import Published
-from events.bus.observer import describe
 from events.checkpoint.lineage import Attempt, by_age, expendable
 from events.checkpoint.manifest import CheckpointName, Manifest
 from events.checkpoint.objects import Limits
@@ -31,6 +30,7 @@ from events.messages import (
 )
 from events.origin import Header
 from events.sink import Delivery
+from events.tracebacks import describe
 
 UPLOADER_DELIVERY = Delivery(
     types=frozenset({CheckpointSaved}),
@@ -53,7 +53,7 @@ PROGRESS_S = 1.0
 
 
 class CheckpointUploader:
-    """A supervised observer (`events.bus.observer.Target`).
+    """A supervised observer (`events.bus.target.Target`).
 
     All but the constructor and `abandon` runs on its own thread.
 

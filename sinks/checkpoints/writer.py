@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from events.bus.backlog import Published
-from events.bus.observer import describe
 from events.checkpoint import disk
 from events.checkpoint.lineage import expendable, ranked
 from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
@@ -30,6 +29,7 @@ from events.messages import (
 from events.origin import Origin, header_of
 from events.safe_files import replace_below
 from events.sink import Delivery
+from events.tracebacks import describe
 
 WRITER_DELIVERY = Delivery(
     types=frozenset({CheckpointStaged, RunEnded}),
@@ -44,7 +44,7 @@ _PART_TIMEOUT_S = 60.0
 
 
 class CheckpointWriter:
-    """A supervised observer (`events.bus.observer.Target`). All but the constructor runs on its own thread.
+    """A supervised observer (`events.bus.target.Target`). All but the constructor runs on its own thread.
 
     Args:
         store: Where to.

@@ -25,8 +25,9 @@ import msgspec
 
 from events import notice
 from events.bus.cpu_time import CpuTime
-from events.bus.observer import Observer, SinkTarget
+from events.bus.observer import Observer
 from events.bus.supervisor import report_observers
+from events.bus.target import SinkTarget
 from events.bus.wakeup import Post, Poster
 from events.bus.worker import Worker
 from events.errors import SinkMisconfigured

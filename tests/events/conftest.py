@@ -13,7 +13,7 @@ import pytest
 
 from events.bus.backlog import Published
 from events.bus.pump import Pump
-from events.bus.ring import Limits, Ring
+from events.bus.ring import Ring, RingLimits
 from events.bus.subscription import Subscription
 from events.messages import Event, MetricsLogged, RunEnded, TrainStepEnded
 from events.origin import Origin
@@ -44,8 +44,8 @@ class Make:
 
     def pump(self, **options: Any) -> Pump:
         """A pump and its ring."""
-        limits = {name: options.pop(name) for name in Limits.__struct_fields__ if name in options}
-        return Pump(Ring(self.origin, Limits(**limits)), **options)
+        limits = {name: options.pop(name) for name in RingLimits.__struct_fields__ if name in options}
+        return Pump(Ring(self.origin, RingLimits(**limits)), **options)
 
     def delivery(self, **options: Any) -> Delivery:
         """One that is delivered at once."""

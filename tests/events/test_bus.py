@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from events.bus.backlog import Payload
 from events.bus.pump import Pump
-from events.bus.ring import Limits, Ring
+from events.bus.ring import Ring, RingLimits
 from events.bus.subscription import Subscription
 from events.messages import (
     EVENT_TYPES,
@@ -157,7 +157,7 @@ def test_the_oldest_steps_go_and_nothing_else(
     backend: str, capacity: int, first_seq: int, kinds: list[type[Event]]
 ) -> None:
     """Without a pump the ring keeps its last events and, beyond them, all that must not be dropped; the rest counts."""
-    pump = Pump(Ring(Origin("run"), Limits(capacity=capacity)), first_seq=first_seq, history=1_000)
+    pump = Pump(Ring(Origin("run"), RingLimits(capacity=capacity)), first_seq=first_seq, history=1_000)
     for at, kind in enumerate(kinds):
         pump.ring.publish(build(kind, at))
     expected = [at for at, kind in enumerate(kinds) if not kind.droppable or at >= len(kinds) - capacity]
@@ -332,7 +332,7 @@ def test_every_event_is_delivered_or_accounted_for(
     """Several threads, any subscriptions, a pump that runs or is late: order, identity and counts hold everywhere."""
 
     async def main() -> None:
-        pump = Pump(Ring(Origin("run"), Limits(capacity=ring)), first_seq=first_seq, history=10_000)
+        pump = Pump(Ring(Origin("run"), RingLimits(capacity=ring)), first_seq=first_seq, history=10_000)
         received: list[list[Event]] = [[] for _ in receivers]
         subscriptions = [
             pump.subscribe(

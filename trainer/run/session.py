@@ -17,10 +17,11 @@ import msgspec
 
 from events.bounds import LAST_ATTEMPT
 from events.bus.catch_up import WrittenJournal
-from events.bus.observer import Observer, SinkTarget
+from events.bus.observer import Observer
 from events.bus.pump import Pump
 from events.bus.ring import Ring
 from events.bus.supervisor import Supervisor, health_at_end, report_observers
+from events.bus.target import SinkTarget
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, LAST_SEQ, CheckpointStore
 from events.errors import RunCancelled, RunFolderError, TrainingThreadStuck

@@ -13,9 +13,10 @@ import anyio
 import pytest
 
 from events.bus.backlog import Payload, Published
-from events.bus.observer import Observer, SinkTarget
+from events.bus.observer import Observer
 from events.bus.pump import Pump
 from events.bus.supervisor import Supervisor
+from events.bus.target import SinkTarget
 from events.messages import Event, ObserverFailed, ObserverRecovered, ObserverSlow, TrainStepEnded
 from events.protocol import ObserverReport
 from events.sink import RunInfo

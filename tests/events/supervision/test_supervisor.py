@@ -12,14 +12,16 @@ import pytest
 from events.bus.backlog import Payload, Published
 from events.bus.cpu_time import CpuTime
 from events.bus.fence import Fence
-from events.bus.observer import Observer, SinkTarget, describe
+from events.bus.observer import Observer
 from events.bus.subscription import Statistics
 from events.bus.supervisor import Supervisor
+from events.bus.target import SinkTarget
 from events.bus.wakeup import Poster
 from events.bus.worker import Worker
 from events.messages import Event, ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo
+from events.tracebacks import describe
 
 pytestmark = pytest.mark.anyio
 
