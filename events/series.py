@@ -28,7 +28,7 @@ MOST_SERIES = 2_000
 _Value = TypeVar("_Value")
 _Points = Annotated[list[_Value], msgspec.Meta(max_length=MOST_POINTS)]
 """Bounded before it is decoded."""
-_Word = Literal["nan", "inf", "-inf"]
+Word = Literal["nan", "inf", "-inf"]
 
 
 class Series(msgspec.Struct):
@@ -50,7 +50,7 @@ class Series(msgspec.Struct):
     low: _Points[float] = []
     high: _Points[float] = []
     weight: _Points[Count] = []
-    odd: _Points[tuple[Count, _Word]] = []  # a stranger could choose colliding keys of a dict
+    odd: _Points[tuple[Count, Word]] = []  # a stranger could choose colliding keys of a dict
     width: Count = 1
     """Values that a point takes; a power of two."""
     last: float = math.nan
@@ -119,7 +119,7 @@ class Series(msgspec.Struct):
         self.high[-1] = _pick(max, self.high[-1], high)
         self.weight[-1] += weight
 
-    def _mark(self, index: int, word: _Word) -> None:
+    def _mark(self, index: int, word: Word) -> None:
         """Note that the newest point has a value that is not finite."""
         if self.odd and self.odd[-1][0] == index:
             self.odd.pop()
@@ -251,12 +251,12 @@ def plain(series: Series) -> dict[str, Any]:
     return shown
 
 
-def as_json(value: float) -> float | str:
+def as_json(value: float) -> float | Word:
     """A number as JSON has it: one that is not finite is ``nan``, ``inf`` or ``-inf``."""
-    return value if math.isfinite(value) else str(value)
+    return value if math.isfinite(value) else _word(value)
 
 
-def _word(value: float) -> _Word:
+def _word(value: float) -> Word:
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 

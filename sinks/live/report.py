@@ -91,8 +91,8 @@ def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
     room = MOST_MEDIA_BYTES
     run_id = snapshot["run"].run_id
     for one in reversed(snapshot["media"]):
-        path = str(one.get("path"))
-        if one["kind"] != "image" or not path.startswith("media/") or f"{run_id}/{path}" in found:
+        path = str(one.path)
+        if one.kind != "image" or not path.startswith("media/") or f"{run_id}/{path}" in found:
             continue
         try:
             data, _ = read_file(run_dir, path)

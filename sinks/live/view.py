@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from events.bounds import AttemptNumber, Finite, Int64
 from events.health import Health
 from events.journal.lines import decoded_bytes
 from events.messages import (
@@ -44,7 +45,7 @@ from events.messages import (
     WarningLogged,
 )
 from events.metrics import metric_name
-from events.series import SeriesStore, as_json, plain, points_of
+from events.series import SeriesStore, Word, as_json, plain, points_of
 from sinks.console.lines import Chronicle
 from sinks.console.progress import Progress
 from sinks.console.text import Line
@@ -90,8 +91,7 @@ _NAMES = frozenset(
         "command",
     }
 )
-_ROW = {"step", "low", "high", "counts"}
-_LEVELS = {"warn": "warning", "bad": "error"}
+_LEVELS: dict[str, Literal["warning", "error"]] = {"warn": "warning", "bad": "error"}
 _PLACES: frozenset[type[Event]] = frozenset(
     {
         RunStarted,
@@ -110,68 +110,121 @@ _PLACES: frozenset[type[Event]] = frozenset(
 now, or of a number that was read late."""
 
 
+# What a view stores is typed and bounded as it is decoded, for a stranger may have written it.
+_Name = Annotated[str, msgspec.Meta(max_length=3 * MOST_NAME)]  # a metric and its dataloader have one each
+_Text = Annotated[str, msgspec.Meta(max_length=MOST_TEXT)]
+_Value = TypeVar("_Value")
+_Few = Annotated[list[_Value], msgspec.Meta(max_length=MOST_VALUES)]
+_Named = Annotated[dict[str, _Value], msgspec.Meta(max_length=MOST_VALUES)]
+
+
 class Summary(msgspec.Struct, omit_defaults=False):
     """A run in a few words. See the module `sinks.live.app` for how it travels."""
 
-    run_id: str = ""
-    attempt: int = 0
-    status: str = "unknown"
-    reason: str | None = None
-    module: str = ""
-    device: str = ""
-    host: str = ""
-    started: float = 0.0
-    updated: float = 0.0
+    run_id: _Name = ""
+    attempt: AttemptNumber = 0
+    status: Literal["unknown", "running", "finished", "stopped", "cancelled", "failed", "lost", "damaged"] = "unknown"
+    reason: _Text | None = None
+    module: _Name = ""
+    device: _Name = ""
+    host: _Name = ""
+    started: Finite = 0.0
+    updated: Finite = 0.0
     """Unix seconds of the newest event: of a run that died, its last sign of life."""
-    ended: float | None = None
+    ended: Finite | None = None
     """Unix seconds at which the loop ended; None while it runs, and for a run that died."""
-    problems: list[str] = []
+    problems: _Few[_Text] = []
     """The damage, if there is any, and what is unhealthy, as `events.health.Health` finds it."""
-    damage: str | None = None
+    damage: _Text | None = None
     """Why the run's folder cannot be read, or not all of it; None for a sound one. The status is ``damaged`` where that
     leaves it unknown."""
-    best: str | None = None
+    best: _Name | None = None
     """The metric by which the run keeps its best checkpoints..."""
-    best_mode: str = "min"
+    best_mode: Literal["min", "max"] = "min"
     """...and whether its least or its greatest value is the best."""
-    global_step: int = 0
-    epoch: int = 0
-    epochs: int | None = None
-    steps_per_epoch: int | None = None
-    max_steps: int | None = None
+    global_step: Int64 = 0
+    epoch: Int64 = 0
+    epochs: Int64 | None = None
+    steps_per_epoch: Int64 | None = None
+    max_steps: Int64 | None = None
     paused: bool = False
     commands: bool = False
-    latest: dict[str, float | str] = {}
+    latest: _Named[float | Word] = {}
+
+
+class LogEntry(msgspec.Struct, omit_defaults=True):
+    """A line of the log."""
+
+    seq: Int64
+    time: Finite
+    global_step: Int64
+    epoch: Int64
+    level: Literal["info", "warning", "error"]
+    kind: _Name
+    """The type of its event."""
+    text: _Text
+    detail: _Text | None = None
+    """The traceback that belongs to it."""
+
+
+class Media(msgspec.Struct):
+    """An image or a text."""
+
+    name: _Name
+    global_step: Int64
+    time: Finite
+    kind: Literal["image", "text"]
+    path: _Name | None
+    width: Int64 | None = None
+    height: Int64 | None = None
+    text: _Text | None = None
+
+
+class Histogram(msgspec.Struct):
+    """One step of a histogram."""
+
+    step: Int64
+    low: float
+    high: float
+    counts: _Few[float]
+
+
+class Upload(msgspec.Struct):
+    """What has become of a checkpoint in the store."""
+
+    state: Literal["uploading", "uploaded", "failed", "deleted"]
+    done_bytes: Int64 = 0
+    total_bytes: Int64 = 0
 
 
 class Checkpoint(msgspec.Struct):
     """One checkpoint, and what has become of it."""
 
-    name: str
-    global_step: int = 0
-    epoch: int = 0
-    time: float = 0.0
-    nbytes: int = 0
+    name: _Name
+    global_step: Int64 = 0
+    epoch: Int64 = 0
+    time: Finite = 0.0
+    nbytes: Int64 = 0
     durable_s: float | None = None
     blocked_s: float | None = None
     metric: float | None = None
-    reasons: list[str] = []
-    state: str = "staged"
-    upload: dict[str, Any] | None = None
-    error: str | None = None
+    reasons: _Few[_Text] = []
+    state: Literal["staged", "durable", "failed", "deleted"] = "staged"
+    upload: Upload | None = None
+    error: _Text | None = None
 
 
 class Watched(msgspec.Struct):
     """One observer of the run: a sink, a callback, the writers."""
 
-    name: str
-    state: str = "ok"
-    queued: int | None = None
+    name: _Name
+    state: Literal["ok", "failing", "disabled"] = "ok"
+    queued: Int64 | None = None
     lag_s: float | None = None
-    dropped: int = 0
-    conflated: int = 0
-    failures: int = 0
-    error: str | None = None
+    dropped: Int64 = 0
+    conflated: Int64 = 0
+    failures: Int64 = 0
+    error: _Text | None = None
 
 
 class Changes:
@@ -180,11 +233,11 @@ class Changes:
     def __init__(self) -> None:
         self.points: dict[str, tuple[list[int], list[float | str]]] = {}
         self.stages: dict[str, str] = {}
-        self.log: list[dict[str, Any]] = []
+        self.log: list[LogEntry] = []
         self.checkpoints: dict[str, Checkpoint] = {}
         self.observers: dict[str, Watched] = {}
-        self.media: list[dict[str, Any]] = []
-        self.histograms: dict[str, list[dict[str, Any]]] = {}
+        self.media: list[Media] = []
+        self.histograms: dict[str, list[Histogram]] = {}
         self.run: dict[str, Any] = {}
         self.count = 0
         """Events in it."""
@@ -204,28 +257,31 @@ class Changes:
         return {name: value for name, value in found.items() if value}
 
 
+_Rows = Annotated[list[Histogram], msgspec.Meta(max_length=MOST_OF_A_HISTOGRAM)]
+
+
 class RunView(msgspec.Struct, dict=True):
     """The state of one run."""
 
     run: Summary = msgspec.field(default_factory=Summary)
     arguments: dict[str, Any] = {}
     config: dict[str, Any] = {}
-    versions: dict[str, str] = {}
+    versions: _Named[_Text] = {}
     curves: SeriesStore = msgspec.field(default_factory=SeriesStore)
-    stages: dict[str, str] = {}
+    stages: _Named[Literal["val", "test"]] = {}
     """Of the curves that user code logs while it validates or tests: ``val`` or ``test``. Their names are its own."""
-    log: list[dict[str, Any]] = []
-    checkpoints: dict[str, Checkpoint] = {}
-    observers: dict[str, Watched] = {}
-    media: list[dict[str, Any]] = []
-    histograms: dict[str, list[dict[str, Any]]] = {}
+    log: Annotated[list[LogEntry], msgspec.Meta(max_length=MOST_LINES)] = []
+    checkpoints: Annotated[dict[str, Checkpoint], msgspec.Meta(max_length=MOST_CHECKPOINTS)] = {}
+    observers: Annotated[dict[str, Watched], msgspec.Meta(max_length=MOST_OBSERVERS)] = {}
+    media: Annotated[list[Media], msgspec.Meta(max_length=MOST_MEDIA)] = []
+    histograms: Annotated[dict[str, _Rows], msgspec.Meta(max_length=MOST_HISTOGRAMS)] = {}
 
     def __post_init__(self) -> None:
         # Beside the fields: they are no part of what is stored.
         self._progress = Progress()
         self._progress.epochs = self.run.epochs  # of one that was stored
         self._chronicle = Chronicle(self._progress)
-        self._detailed: deque[dict[str, Any]] = deque(entry for entry in self.log if "detail" in entry)
+        self._detailed: deque[LogEntry] = deque(entry for entry in self.log if entry.detail is not None)
         self.is_broken = False
         """Whether reading has ended at the damage, so that what follows is missing."""
         self.health = Health()
@@ -260,17 +316,11 @@ class RunView(msgspec.Struct, dict=True):
     def is_sound(self) -> bool:
         """Whether this one, which was stored, is within all bounds: a stranger may have written it."""
         return (
-            len(self.log) <= MOST_LINES
-            and len(self.checkpoints) <= MOST_CHECKPOINTS
-            and len(self.observers) <= MOST_OBSERVERS
-            and len(self.media) <= MOST_MEDIA
-            and len(self.histograms) <= MOST_HISTOGRAMS
-            and all(len(rows) <= MOST_OF_A_HISTOGRAM for rows in self.histograms.values())
-            and self.stages.keys() <= self.curves.series.keys()
+            self.stages.keys() <= self.curves.series.keys()
             and self.curves.is_sound
-            and all(entry.get("kind") and type(entry.get("seq")) is int for entry in self.log)
-            and all({"name", "kind", "path", "text", "global_step"} <= entry.keys() for entry in self.media)
-            and all(_are_sound(rows) for rows in self.histograms.values())
+            and all(sum(len(row.counts) for row in rows) <= MOST_COUNTS for rows in self.histograms.values())
+            and all(name == one.name for name, one in self.checkpoints.items())
+            and all(name == one.name for name, one in self.observers.items())
         )
 
     def damaged(self, reason: str | None, *, is_broken: bool = False) -> None:
@@ -329,20 +379,20 @@ class RunView(msgspec.Struct, dict=True):
         lines = [line for line in self._chronicle.take(event) if not (detail and _is_of_traceback(line))]
         graves = [line for line in lines if line.kind in _LEVELS]
         for line in lines:
-            entry: dict[str, Any] = {
-                "seq": event.seq,
-                "time": line.time,
-                "global_step": event.global_step,
-                "epoch": event.epoch,
-                "level": _LEVELS.get(line.kind, "info"),
-                "kind": type(event).__name__,
-                "text": line.text[:MOST_LINE],
-            }
+            entry = LogEntry(
+                seq=event.seq,
+                time=line.time,
+                global_step=event.global_step,
+                epoch=event.epoch,
+                level=_LEVELS.get(line.kind, "info"),
+                kind=type(event).__name__,
+                text=line.text[:MOST_LINE],
+            )
             if detail and graves and line is graves[-1]:
-                entry["detail"] = detail
+                entry.detail = detail
                 self._detailed.append(entry)
                 while len(self._detailed) > MOST_DETAILS:
-                    self._detailed.popleft().pop("detail", None)
+                    self._detailed.popleft().detail = None
             self.log.append(entry)
             changes.log.append(entry)
 
@@ -445,17 +495,15 @@ class RunView(msgspec.Struct, dict=True):
             one = self._checkpoint(e.checkpoint, changes)
             one.error = e.error[:MOST_LINE]
             if e.during == "upload":
-                one.upload = {**(one.upload or {"done_bytes": 0, "total_bytes": one.nbytes}), "state": "failed"}
+                one.upload = _upload_of(one, "failed")
             elif e.during in ("stage", "write"):
                 one.state, one.global_step, one.time = "failed", e.global_step, e.time
 
     def _uploading(self, e: CheckpointUploading, changes: Changes) -> None:
-        upload = {"done_bytes": e.done_bytes, "total_bytes": e.total_bytes, "state": "uploading"}
-        self._checkpoint(e.checkpoint, changes).upload = upload
+        self._checkpoint(e.checkpoint, changes).upload = Upload("uploading", e.done_bytes, e.total_bytes)
 
     def _uploaded(self, e: CheckpointUploaded, changes: Changes) -> None:
-        upload = {"done_bytes": e.nbytes, "total_bytes": e.nbytes, "state": "uploaded"}
-        self._checkpoint(e.checkpoint, changes).upload = upload
+        self._checkpoint(e.checkpoint, changes).upload = Upload("uploaded", e.nbytes, e.nbytes)
 
     def _deleted(self, e: CheckpointDeleted, changes: Changes) -> None:
         if e.checkpoint not in self.checkpoints:
@@ -464,7 +512,7 @@ class RunView(msgspec.Struct, dict=True):
         if e.where == "local":
             one.state = "deleted"
         else:
-            one.upload = {**(one.upload or {"done_bytes": 0, "total_bytes": one.nbytes}), "state": "deleted"}
+            one.upload = _upload_of(one, "deleted")
 
     # ------------------------------------------------------------------------------------------ observers
 
@@ -501,19 +549,21 @@ class RunView(msgspec.Struct, dict=True):
         name = metric_name(e.name, e.key)
         if not e.counts or (name not in self.histograms and len(self.histograms) >= MOST_HISTOGRAMS):
             return
-        one = {"step": e.global_step, "low": e.low, "high": e.high, "counts": e.counts}
+        one = Histogram(e.global_step, e.low, e.high, e.counts)
         self.histograms.setdefault(name, []).append(one)
         del self.histograms[name][: -max(1, min(MOST_OF_A_HISTOGRAM, MOST_COUNTS // len(e.counts)))]
         changes.histograms.setdefault(name, []).append(one)
 
     def _image(self, e: ImageLogged, changes: Changes) -> None:
-        self._add_media(e, changes, kind="image", path=e.path, width=e.width, height=e.height, text=None)
+        self._add_media(e, changes, "image", width=e.width, height=e.height)
 
     def _text(self, e: TextLogged, changes: Changes) -> None:
-        self._add_media(e, changes, kind="text", path=e.path, width=None, height=None, text=e.text)
+        self._add_media(e, changes, "text", text=e.text)
 
-    def _add_media(self, e: ImageLogged | TextLogged, changes: Changes, **rest: Any) -> None:
-        one = {"name": metric_name(e.name, e.key), "global_step": e.global_step, "time": e.time, **rest}
+    def _add_media(
+        self, e: ImageLogged | TextLogged, changes: Changes, kind: Literal["image", "text"], **rest: Any
+    ) -> None:
+        one = Media(metric_name(e.name, e.key), e.global_step, e.time, kind, e.path, **rest)
         self.media.append(one)
         del self.media[:-MOST_MEDIA]
         changes.media.append(one)
@@ -531,8 +581,9 @@ def _is_of_traceback(line: Line) -> bool:
     return len(line.fields) == 1 and line.fields[0][0].style == "dim"
 
 
-def _are_sound(rows: list[dict[str, Any]]) -> bool:
-    return sum(len(row["counts"]) for row in rows) <= MOST_COUNTS and all(row.keys() >= _ROW for row in rows)
+def _upload_of(one: Checkpoint, state: Literal["failed", "deleted"]) -> Upload:
+    done = one.upload or Upload(state, 0, one.nbytes)
+    return msgspec.structs.replace(done, state=state)
 
 
 def damage_line(reason: str) -> str:

@@ -23,7 +23,7 @@ from events.wire import decode_json
 from sinks.live.hub import FolderHub
 from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import STORE_NAME, read_view, write_view
-from sinks.live.view import MOST_DETAILS, Changes, RunView, damage_line, trimmed
+from sinks.live.view import MOST_DETAILS, MOST_LINES, Changes, Histogram, RunView, damage_line, trimmed
 
 TOKEN = "a-token-of-this-test"
 SECRET = b"a-secret-of-the-user"
@@ -372,7 +372,40 @@ def test_what_a_view_holds_is_bounded_whatever_one_line_has_in_it(story: Any) ->
     assert len(msgspec.json.encode(view.snapshot())) < 2_000_000
     for _ in range(300):
         view.add(trimmed([story(WarningLogged, level="warning", message="m", exception="e" * 60_000)]))
-    assert sum("detail" in entry for entry in view.log) == MOST_DETAILS
+    assert sum(entry.detail is not None for entry in view.log) == MOST_DETAILS
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "status": lambda view: view["run"].update(status="constructor"),
+    "problems": lambda view: view["run"].update(problems={"length": 1}),
+    "latest": lambda view: view["run"].update(latest={"lr": "<b>"}),
+    "time": lambda view: view["run"].update(updated=float("inf")),
+    "name": lambda view: view["run"].update(module="m" * 10**6),
+    "line": lambda view: view["log"].insert(0, {"seq": 1, "kind": "X", "level": "error"}),
+    "level": lambda view: view["log"][0].update(level="constructor"),
+    "media": lambda view: view["media"].append({"name": "a", "kind": "b", "path": [], "text": {}, "global_step": 1}),
+    "rows": lambda view: view["histograms"].update(h=[{"step": "x", "low": 0, "high": 1, "counts": [1.0]}]),
+    "checkpoint": lambda view: view["checkpoints"].update(x={"name": "x", "upload": {"state": "constructor"}}),
+    "observer": lambda view: view["observers"].update(x={"name": "y"}),
+    "stage": lambda view: view["stages"].update(train_loss="constructor"),
+    "odd": lambda view: view["curves"]["series"]["train_loss"].update(odd=[[0, "<b>"]]),
+    "weights": lambda view: view["curves"]["series"]["train_loss"].update(weight=[2**62] * 10),
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
+def test_a_stored_view_with_values_of_a_wrong_type_is_not_used(
+    told: Any, spoil: Callable[[dict[str, Any]], Any]
+) -> None:
+    """The page shows what is in it: a value that no view can have breaks a page of several runs."""
+    told.write(told.story.started(), *told.story.steps(10))
+    write_view(told.path, read_view(told.path)[0])
+    assert read_view(told.path)[1] == told.story.seq
+    stored = msgspec.msgpack.decode((told.path / STORE_NAME).read_bytes())
+    spoil(stored["view"])
+    (told.path / STORE_NAME).write_bytes(msgspec.msgpack.encode(stored))
+    view, since = read_view(told.path)
+    assert (since, view.run.status, view.curves.series["train_loss"].count) == (0, "running", 10)
 
 
 def test_settings_that_are_large_in_memory_are_not_kept(story: Any) -> None:
@@ -395,9 +428,9 @@ def test_a_stored_view_that_a_stranger_made_is_not_used(told: Any, spoil: str) -
     elif spoil == "points":
         series.odd = [(10**9, "nan")]
     elif spoil == "rows":
-        view.histograms = {"h": [{"counts": [1.0]}]}
+        view.histograms = {"h": [Histogram(1, 0.0, 1.0, [1.0] * 1_000)] * 20}
     elif spoil == "lines":
-        view.log = [{"text": "no kind"}]
+        view.log = [view.log[0]] * (MOST_LINES + 1)
     write_view(told.path, view)
     if spoil in ("device", "link"):
         data = (told.path / STORE_NAME).read_bytes()

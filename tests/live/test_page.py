@@ -443,6 +443,33 @@ def test_what_is_unhealthy_is_said_wherever_the_run_is(serve: Callable[..., Page
     expect(page.locator("#status")).to_have_text(re.compile("✓ +finished$"))
 
 
+def test_a_run_with_wrong_data_breaks_itself_alone(serve: Callable[..., PageServer], visit: Visits) -> None:
+    """Also one that is compared with it: the other run is drawn whole, and a notice names the broken one."""
+    good, bad, worse = a_run("good"), a_run("bad"), a_run("worse", extra=["system/constructor", "val_constructor"])
+    bad.run |= {"status": "constructor", "problems": [{}], "latest": None, "updated": "x"}
+    del bad.log[0]["text"], bad.series["train_loss"]["mean"]
+    worse.run |= {"status": "__proto__", "problems": {"length": 1}}
+    worse.log[0] |= {"text": None, "level": "toString"}
+    for one in worse.observers.values():
+        one["state"] = "constructor"
+    worse.checkpoints["x"] = {"name": "x", "state": "valueOf", "upload": {"state": "constructor"}, "reasons": 5}
+    server = serve(good, bad, worse)
+    page = visit(server.url, "#run=good&run=bad&run=worse")
+    expect(page.locator("#log-lines li")).to_have_count(len(good.log))
+    expect(page.locator("#runs-list li").filter(has_text="good")).to_contain_text("● running")
+    expect(page.locator("#compared li").filter(has_text="good")).to_contain_text("● running")
+    expect(page.locator("#observers")).to_contain_text("wandb")
+    expect(page.locator("#training canvas").first).to_be_visible()
+    server.train(good, 7)
+    expect(page.locator("#tiles dd").first).to_contain_text("607")
+    for name in ("worse", "bad"):
+        page.goto(f"{server.url}#run={name}&run=good")
+        expect(page.locator("#banner-text")).to_have_text(f"A part of {name} cannot be shown")
+    assert page.locator("text=native code").count() == 0
+    assert {problem.partition(":")[0] for problem in visit.problems} <= {"TypeError", "Error"}
+    visit.problems.clear()
+
+
 def test_a_line_of_the_log_has_the_word_of_its_level_once(serve: Callable[..., PageServer], visit: Visits) -> None:
     """Whether its text begins with it or not."""
     run = a_run(steps=0)

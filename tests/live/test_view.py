@@ -33,7 +33,7 @@ from events.series import MOST_SERIES
 from sinks.live.frames import encode
 from sinks.live.runs import HealthReader, summarise
 from sinks.live.stored import STORE_NAME, read_view, write_view
-from sinks.live.view import MOST_CHECKPOINTS, MOST_LINES, MOST_MEDIA, MOST_OF_A_HISTOGRAM, Changes, RunView
+from sinks.live.view import MOST_CHECKPOINTS, MOST_LINES, MOST_MEDIA, MOST_OF_A_HISTOGRAM, Changes, RunView, Upload
 
 
 def shown(view: RunView) -> dict[str, Any]:
@@ -104,14 +104,14 @@ def test_the_life_of_a_checkpoint(story: Any) -> None:
     assert after(story(CheckpointStaged, checkpoint=name, reasons=["steps"], nbytes=10)).state == "staged"
     assert after(story(CheckpointSaved, checkpoint=name, path="p", nbytes=10)).state == "durable"
     going = story(CheckpointUploading, checkpoint=name, url="s3://b", done_bytes=5, total_bytes=10)
-    assert after(going).upload == {"done_bytes": 5, "total_bytes": 10, "state": "uploading"}
-    assert after(story(CheckpointFailed, checkpoint=name, error="E", during="upload")).upload["state"] == "failed"
+    assert after(going).upload == Upload("uploading", 5, 10)
+    assert after(story(CheckpointFailed, checkpoint=name, error="E", during="upload")).upload.state == "failed"
     assert view.checkpoints[name].state == "durable"
-    assert after(story(CheckpointUploaded, checkpoint=name, url="s3://b", nbytes=10)).upload["state"] == "uploaded"
+    assert after(story(CheckpointUploaded, checkpoint=name, url="s3://b", nbytes=10)).upload.state == "uploaded"
     here = after(story(CheckpointDeleted, checkpoint=name))
-    assert (here.state, here.upload["state"]) == ("deleted", "uploaded")
+    assert (here.state, here.upload.state) == ("deleted", "uploaded")
     there = after(story(CheckpointDeleted, checkpoint=name, where="remote"))
-    assert (there.state, there.upload["state"]) == ("deleted", "deleted")
+    assert (there.state, there.upload.state) == ("deleted", "deleted")
     view.add([story(CheckpointFailed, checkpoint="step-2.a1", error="full", during="write")])
     assert (view.checkpoints["step-2.a1"].state, view.checkpoints["step-2.a1"].error) == ("failed", "full")
 
@@ -134,12 +134,12 @@ def test_pausing_media_and_the_end(story: Any) -> None:
     view.add([story.started(device="cuda:0", versions={"torch": "2"}), *story.steps(3)])
     view.add([story(CommandTaken, command="pause", command_id="1"), story(TextLogged, name="t", text="hi")], changes)
     assert changes.run["paused"] is True
-    assert changes.media[0]["text"] == "hi"
+    assert changes.media[0].text == "hi"
     assert view.versions == {"torch": "2"}
     view.add([story.ended("failed")])
     assert (view.run.status, view.run.paused, view.run.global_step) == ("failed", False, 3)
-    assert [line["kind"] for line in view.log] == ["RunStarted", "CommandTaken", "RunEnded"]
-    assert view.log[-1]["level"] == "error"
+    assert [line.kind for line in view.log] == ["RunStarted", "CommandTaken", "RunEnded"]
+    assert view.log[-1].level == "error"
 
 
 def test_what_is_unhealthy_is_in_the_snapshot_and_once_in_a_frame(story: Any) -> None:
@@ -172,8 +172,8 @@ def test_the_traceback_of_a_failed_run_is_with_its_line_in_the_log(story: Any) -
     view.add(
         [story.started(), story(RunEnded, status="failed", reason="E: x", traceback="Trace <b>", phase="val_step")]
     )
-    details = {line["text"]: line.get("detail") for line in view.log}
-    assert [text for text, detail in details.items() if detail == "Trace <b>"] == [view.log[-1]["text"]]
+    details = {line.text: line.detail for line in view.log}
+    assert [text for text, detail in details.items() if detail == "Trace <b>"] == [view.log[-1].text]
     assert view.run.problems == ["the run failed in val_step after step 0: E: x"]
 
 
@@ -183,11 +183,11 @@ def test_a_warning_has_its_line_and_its_traceback(story: Any) -> None:
     warning = story(WarningLogged, level="warning", message="the batch is small", exception="Trace of it")
     failed = story(RunEnded, status="failed", reason="E: x", traceback="File a.py\n  boom()\nE: x")
     view.add([story.started(), story(NonFiniteLoss, loss=math.nan, action="warned"), warning, failed])
-    [line] = [line for line in view.log if line["kind"] == "WarningLogged"]
-    assert (line["level"], line["detail"]) == ("warning", "Trace of it")
-    assert "the batch is small" in line["text"]
-    assert [line["text"] for line in view.log if "detail" in line] == [line["text"], view.log[-1]["text"]]
-    assert not [line for line in view.log if "boom()" in line["text"]]
+    [line] = [line for line in view.log if line.kind == "WarningLogged"]
+    assert (line.level, line.detail) == ("warning", "Trace of it")
+    assert "the batch is small" in line.text
+    assert [one.text for one in view.log if one.detail is not None] == [line.text, view.log[-1].text]
+    assert not [line for line in view.log if "boom()" in line.text]
 
 
 def test_frames_add_up_to_the_snapshot(story: Any) -> None:
@@ -252,7 +252,7 @@ def test_a_stored_view_goes_on_from_where_it_was(told: Any) -> None:
     assert stored == 5_001
     assert again.curves == whole.curves
     assert again.run == whole.run
-    assert [line["text"] for line in again.log][:-1] == [line["text"] for line in whole.log][:-1]
+    assert [line.text for line in again.log][:-1] == [line.text for line in whole.log][:-1]
 
 
 def test_a_stored_view_knows_what_is_unhealthy(told: Any) -> None:

@@ -1,5 +1,6 @@
 /** All charts: which are in sight, and when each is drawn. */
 
+import { contained } from "./dom.js";
 import { forgetColours } from "./theme.js";
 
 /** Charts are drawn at most so often, all that are due in one go: each animation frame costs much by itself... */
@@ -120,7 +121,7 @@ export class Board {
         soonest = 0;
         continue;
       }
-      chart.draw();
+      if (!contained(() => chart.draw())) this.remove(chart);
       drawn += 1;
       this.draws.count += 1;
       this.draws.ms += chart.drawMs;

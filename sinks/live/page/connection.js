@@ -74,6 +74,7 @@ export class Connection {
     this.isMain = isMain;
     this.state = "connecting"; // "open", "waiting" (to try again), "token", "gone" (for good)
     this.problem = null;
+    this.isBroken = false; // whether an error ended the drawing of a part
     this.heardAt = performance.now();
     this.retryAt = 0;
     this.#failures = 0;
@@ -116,6 +117,7 @@ export class Connection {
 
   /** What is to be set outside of the page, if anything: `{text, fix}`. */
   get note() {
+    if (this.isBroken) return { text: `A part of ${this.store.runId} cannot be shown`, fix: "Its data is damaged." };
     if (!this.#polls || this.state !== "open") return null;
     const text = `A proxy holds the stream of events back: the page asks every ${POLL_S} s`;
     return { text, fix: "Turn its buffering off for this address (nginx: proxy_buffering off;)." };

@@ -83,6 +83,17 @@ export function reconcile(parent, known, keys, make) {
   }
 }
 
+/** Draw a part of the page. An error in it is logged and ends there: what one run holds must not stop the others. */
+export function contained(draw) {
+  try {
+    draw();
+    return true;
+  } catch (error) {
+    console.error(error);
+    return false;
+  }
+}
+
 /** Say something to whoever uses a screen reader. */
 export function announce(text) {
   const region = document.getElementById("announcer");

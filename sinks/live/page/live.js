@@ -4,7 +4,7 @@ import { Board } from "./board.js";
 import { swatch } from "./charts.js";
 import { Connection, get, NO_RUN, report, token, TokenWanted } from "./connection.js";
 import { freshCommandId, isNarrow, setUpControls, showCommands, showControls, toast, WORDS } from "./controls.js";
-import { announce, setAttribute, setText } from "./dom.js";
+import { announce, contained, setAttribute, setText } from "./dom.js";
 import { writeFigures } from "./figures.js";
 import { count, duration } from "./format.js";
 import { fillHistograms, fillMedia } from "./media.js";
@@ -247,11 +247,16 @@ class App {
 
   // ----------------------------------------------------------------------------------------- what the server says
 
+  /** Draw or take in a part of one run; a notice says that a part failed. */
+  part(one, draw) {
+    if (!contained(draw)) one.connection.isBroken = true;
+  }
+
   take(one, data) {
     const began = performance.now();
     const { store } = one;
-    if (data.type === "snapshot") store.applySnapshot(data);
-    else if (data.type === "frame") store.applyFrame(data);
+    if (data.type === "snapshot") this.part(one, () => store.applySnapshot(data));
+    else if (data.type === "frame") this.part(one, () => store.applyFrame(data));
     else if (data.type === "sent" || data.type === "refused") this.answered(data);
     const took = performance.now() - began;
     this.messages.count += 1;
@@ -296,25 +301,27 @@ class App {
     const isRearranged = this.isRearranged;
     if (isRearranged) {
       this.isRearranged = false;
-      this.sections.arrange();
+      this.part(focus, () => this.sections.arrange());
       this.board.invalidate();
     }
     const isNew = (one) => ["points", "run"].filter((part) => one.touched.delete(part)).length > 0;
     const fresh = this.shownRuns().filter((one) => isNew(one.store));
     if (fresh.length || isRearranged) {
-      this.sections.fillLedger();
-      this.sections.fillValidation(); // of all runs, whichever has news
+      this.part(focus, () => this.sections.fillLedger());
+      this.part(focus, () => this.sections.fillValidation()); // of all runs, whichever has news
     }
-    const touched = store.touched;
-    fillProblems(this);
+    const parts = {
+      checkpoints: () => this.checkpoints.fill(store),
+      observers: () => fillObservers(store),
+      media: () => fillMedia(store),
+      histograms: () => fillHistograms(store),
+      log: () => this.log.fill(store),
+      arguments: () => fillAbout(store),
+    };
+    contained(() => fillProblems(this));
     showCommands(this, store);
-    if (touched.delete("checkpoints")) this.checkpoints.fill(store);
-    if (touched.delete("observers")) fillObservers(store);
-    if (touched.delete("media")) fillMedia(store);
-    if (touched.delete("histograms")) fillHistograms(store);
-    if (touched.delete("log")) this.log.fill(store);
-    if (touched.delete("arguments")) fillAbout(store);
-    writeFigures(store, this.isStale);
+    for (const [name, fill] of Object.entries(parts)) if (store.touched.delete(name)) this.part(focus, fill);
+    this.part(focus, () => writeFigures(store, this.isStale));
     fillCompared(this, STALE_S);
   }
 

@@ -5,17 +5,17 @@ import { el, reconcile, setText, svg, table } from "./dom.js";
 import { bytes, count, duration, isTime, moment, NONE, number, timeOfDay } from "./format.js";
 
 const FIRST_CHECKPOINTS = 12;
-const GLYPHS = {
-  ok: "●",
-  failing: "▲",
-  disabled: "✕",
-  staged: "◌",
-  durable: "●",
-  failed: "✕",
-  deleted: "○",
-  uploading: "↑",
-  uploaded: "✓",
-};
+const GLYPHS = new Map([
+  ["ok", "●"],
+  ["failing", "▲"],
+  ["disabled", "✕"],
+  ["staged", "◌"],
+  ["durable", "●"],
+  ["failed", "✕"],
+  ["deleted", "○"],
+  ["uploading", "↑"],
+  ["uploaded", "✓"],
+]);
 
 function byId(id) {
   return document.getElementById(id);
@@ -25,7 +25,7 @@ function stateMark(state, text = state) {
   return el(
     "span",
     { class: "state", "data-state": state },
-    el("span", { "aria-hidden": "true", text: GLYPHS[state] ?? "·" }),
+    el("span", { "aria-hidden": "true", text: GLYPHS.get(state) ?? "·" }),
     text,
   );
 }
@@ -263,7 +263,11 @@ function isoTime(time) {
 
 // ----------------------------------------------------------------------------------------------------- the log
 
-const RANK = { info: 0, warning: 1, error: 2 };
+const RANK = new Map([
+  ["info", 0],
+  ["warning", 1],
+  ["error", 2],
+]);
 const MOST_SHOWN = 500;
 
 export class Log {
@@ -285,8 +289,8 @@ export class Log {
     }
     const fresh = store.log.slice(-Math.min(store.log.length, store.lines - this.done)).slice(-MOST_SHOWN);
     if (store.lines > this.done) {
-      const least = RANK[this.level.value];
-      this.lines.append(...fresh.filter((entry) => (RANK[entry.level] ?? 0) >= least).map(lineOf));
+      const least = RANK.get(this.level.value);
+      this.lines.append(...fresh.filter((entry) => (RANK.get(entry.level) ?? 0) >= least).map(lineOf));
     }
     this.done = store.lines;
     while (this.lines.childElementCount > MOST_SHOWN) this.lines.firstElementChild.remove();

@@ -1,6 +1,6 @@
 /** The list of runs, and how a run's state is written. */
 
-import { el, reconcile, setAttribute, setText } from "./dom.js";
+import { contained, el, reconcile, setAttribute, setText } from "./dom.js";
 import { swatch } from "./charts.js";
 import { ago, count, duration, number } from "./format.js";
 import { matcher } from "./match.js";
@@ -10,24 +10,24 @@ function byId(id) {
   return document.getElementById(id);
 }
 
-const STATUS = {
-  running: ["●", "running"],
-  paused: ["‖", "paused"],
-  finished: ["✓", "finished"],
-  stopped: ["■", "stopped"],
-  failed: ["✕", "failed"],
-  cancelled: ["⊘", "cancelled"],
-  lost: ["?", "lost"],
-  damaged: ["⚠", "damaged"],
-  unknown: ["·", "unknown"],
-  connecting: ["·", "connecting"],
-  missing: ["?", "no such run"],
-};
+const UNKNOWN = ["·", "unknown"];
+const STATUS = new Map([
+  ["running", ["●", "running"]],
+  ["paused", ["‖", "paused"]],
+  ["finished", ["✓", "finished"]],
+  ["stopped", ["■", "stopped"]],
+  ["failed", ["✕", "failed"]],
+  ["cancelled", ["⊘", "cancelled"]],
+  ["lost", ["?", "lost"]],
+  ["damaged", ["⚠", "damaged"]],
+  ["connecting", ["·", "connecting"]],
+  ["missing", ["?", "no such run"]],
+]);
 
 /** `{state, glyph, word, isUnhealthy}` of a run: one with problems has neither the glyph nor the word of a healthy one. */
 export function statusOf(run) {
   const state = run.status === "running" && run.paused ? "paused" : run.status;
-  const [glyph, word] = STATUS[state] ?? STATUS.unknown;
+  const [glyph, word] = STATUS.get(state) ?? UNKNOWN;
   const problems = run.problems?.length ?? 0;
   if (!problems || state === "missing") return { state, glyph, word, isUnhealthy: false };
   const others = problems - (run.damage ? 1 : 0);
@@ -73,25 +73,30 @@ export class RunList {
       (runId) => this.#make(runId),
     );
     for (const run of shown) {
-      const item = this.items.get(run.run_id);
-      const isChosen = chosen.includes(run.run_id);
-      item.root.classList.toggle("chosen", isChosen);
-      item.box.checked = isChosen;
-      item.box.disabled = (isChosen && chosen.length === 1) || (!isChosen && chosen.length >= most);
-      setAttribute(item.link, "href", linkOf(run.run_id));
-      setAttribute(item.link, "aria-current", chosen[0] === run.run_id ? "true" : null);
-      const { glyph, word, isUnhealthy } = statusOf(run);
-      setAttribute(item.state, "data-health", isUnhealthy ? "unhealthy" : null);
-      setText(item.state, `${glyph} ${word} · ${count(run.global_step)}`);
-      const loss = run.latest?.val_loss ?? run.latest?.train_loss;
-      setText(item.when, [durationOf(run, now), ago(run.updated, now)].filter(Boolean).join(" · "));
-      const more = [loss === undefined ? null : `loss ${number(loss)}`, ...(run.problems ?? [])].filter(Boolean);
-      setAttribute(item.root, "title", more.length ? more.join("\n") : null);
-      const mark = markOf(run.run_id);
-      if (item.markKey !== (mark?.colour ?? null)) {
-        item.markKey = mark?.colour ?? null;
-        item.mark.replaceChildren(...(mark ? [mark.swatch()] : []));
-      }
+      if (!contained(() => this.#write(run, chosen, linkOf, markOf, most, now)))
+        setText(this.items.get(run.run_id).state, "⚠ cannot be shown");
+    }
+  }
+
+  #write(run, chosen, linkOf, markOf, most, now) {
+    const item = this.items.get(run.run_id);
+    const isChosen = chosen.includes(run.run_id);
+    item.root.classList.toggle("chosen", isChosen);
+    item.box.checked = isChosen;
+    item.box.disabled = (isChosen && chosen.length === 1) || (!isChosen && chosen.length >= most);
+    setAttribute(item.link, "href", linkOf(run.run_id));
+    setAttribute(item.link, "aria-current", chosen[0] === run.run_id ? "true" : null);
+    const { glyph, word, isUnhealthy } = statusOf(run);
+    setAttribute(item.state, "data-health", isUnhealthy ? "unhealthy" : null);
+    setText(item.state, `${glyph} ${word} · ${count(run.global_step)}`);
+    const loss = run.latest?.val_loss ?? run.latest?.train_loss;
+    setText(item.when, [durationOf(run, now), ago(run.updated, now)].filter(Boolean).join(" · "));
+    const more = [loss === undefined ? null : `loss ${number(loss)}`, ...(run.problems ?? [])].filter(Boolean);
+    setAttribute(item.root, "title", more.length ? more.join("\n") : null);
+    const mark = markOf(run.run_id);
+    if (item.markKey !== (mark?.colour ?? null)) {
+      item.markKey = mark?.colour ?? null;
+      item.mark.replaceChildren(...(mark ? [mark.swatch()] : []));
     }
   }
 
@@ -156,26 +161,30 @@ export function fillCompared(app, staleS) {
       state,
     };
   });
-  for (const [key, { store, connection }] of byKey) {
-    const problem =
-      connection.state === "open" && connection.silence_s <= staleS
-        ? ""
-        : ` · ⚠ ${connection.problem ?? "not connected"}`;
-    const { run } = store;
-    const isMissing = app.isMissing(store.runId);
-    const { glyph, word } = statusOf(isMissing ? { status: "missing" } : run);
-    if (!store.isLoaded) {
-      setText(compared.get(key).state, isMissing ? `⚠ there is no such run` : `${glyph} ${word}${problem}`);
-      continue;
-    }
-    const facts = [
-      `${glyph} ${word}`,
-      `step ${count(run.global_step ?? 0)}`,
-      ...["train_loss", "val_loss"]
-        .filter((name) => store.last(name) !== undefined)
-        .map((name) => `${name === "val_loss" ? "validation" : "train"} loss ${number(store.last(name))}`),
-      run.started ? duration(Math.max(0, Math.round(store.runningUntil(problem !== "") - run.started))) : null,
-    ];
-    setText(compared.get(key).state, `${facts.filter(Boolean).join(" · ")}${problem}`);
+  for (const [key, one] of byKey)
+    if (!contained(() => writeCompared(compared.get(key), one, app, staleS)))
+      setText(compared.get(key).state, "⚠ cannot be shown");
+}
+
+function writeCompared(item, { store, connection }, app, staleS) {
+  const problem =
+    connection.state === "open" && connection.silence_s <= staleS
+      ? ""
+      : ` · ⚠ ${connection.problem ?? "not connected"}`;
+  const { run } = store;
+  const isMissing = app.isMissing(store.runId);
+  const { glyph, word } = statusOf(isMissing ? { status: "missing" } : run);
+  if (!store.isLoaded) {
+    setText(item.state, isMissing ? `⚠ there is no such run` : `${glyph} ${word}${problem}`);
+    return;
   }
+  const facts = [
+    `${glyph} ${word}`,
+    `step ${count(run.global_step ?? 0)}`,
+    ...["train_loss", "val_loss"]
+      .filter((name) => store.last(name) !== undefined)
+      .map((name) => `${name === "val_loss" ? "validation" : "train"} loss ${number(store.last(name))}`),
+    run.started ? duration(Math.max(0, Math.round(store.runningUntil(problem !== "") - run.started))) : null,
+  ];
+  setText(item.state, `${facts.filter(Boolean).join(" · ")}${problem}`);
 }

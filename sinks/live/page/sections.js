@@ -11,23 +11,23 @@ const FIRST_METRICS = 48;
 const MORE_METRICS = 96;
 const SEARCH_FROM = 8;
 /** Names under `system/` that belong into one chart. */
-const SYSTEM = {
-  cpu_percent: ["CPU", "machine"],
-  process_cpu_percent: ["CPU", "this run"],
-  memory_used_bytes: ["Memory", "machine"],
-  process_memory_bytes: ["Memory", "this run"],
-  disk_used_percent: ["Disk used", "disk"],
-  disk_read_bytes_per_s: ["Disk", "read"],
-  disk_written_bytes_per_s: ["Disk", "written"],
-  network_received_bytes_per_s: ["Network", "received"],
-  network_sent_bytes_per_s: ["Network", "sent"],
-};
-const GPU = {
-  utilization_percent: "GPU use",
-  memory_used_bytes: "GPU memory",
-  power_w: "GPU power",
-  temperature_c: "GPU temperature",
-};
+const SYSTEM = new Map([
+  ["cpu_percent", ["CPU", "machine"]],
+  ["process_cpu_percent", ["CPU", "this run"]],
+  ["memory_used_bytes", ["Memory", "machine"]],
+  ["process_memory_bytes", ["Memory", "this run"]],
+  ["disk_used_percent", ["Disk used", "disk"]],
+  ["disk_read_bytes_per_s", ["Disk", "read"]],
+  ["disk_written_bytes_per_s", ["Disk", "written"]],
+  ["network_received_bytes_per_s", ["Network", "received"]],
+  ["network_sent_bytes_per_s", ["Network", "sent"]],
+]);
+const GPU = new Map([
+  ["utilization_percent", "GPU use"],
+  ["memory_used_bytes", "GPU memory"],
+  ["power_w", "GPU power"],
+  ["temperature_c", "GPU temperature"],
+]);
 
 /** The ledger's own rows: whatever else a user logs under `ledger/` is a metric of his. */
 const LEDGER = new Set([...LAYERS, "device_idle", "wall"].map((row) => `ledger/${row}_s`));
@@ -327,18 +327,18 @@ function groupSystem(names) {
   const put = (key, name) => groups.set(key, { names: [...(groups.get(key)?.names ?? []), name] });
   for (const name of [...names].sort(byName)) {
     const gpu = /^system\/gpu(\d+)\/(.+)$/.exec(name);
-    if (gpu) put(GPU[gpu[2]] ?? `GPU ${gpu[2]}`, name);
-    else put(SYSTEM[name.slice(7)]?.[0] ?? name.slice(7), name);
+    if (gpu) put(GPU.get(gpu[2]) ?? `GPU ${gpu[2]}`, name);
+    else put(SYSTEM.get(name.slice(7))?.[0] ?? name.slice(7), name);
   }
   return groups;
 }
 
 function systemLabel(name) {
   const gpu = /^system\/gpu(\d+)\//.exec(name);
-  return gpu ? `GPU ${gpu[1]}` : (SYSTEM[name.slice(7)]?.[1] ?? "value");
+  return gpu ? `GPU ${gpu[1]}` : (SYSTEM.get(name.slice(7))?.[1] ?? "value");
 }
 
-const SYSTEM_ORDER = [...Object.values(GPU), "CPU", "Memory", "Disk", "Disk used", "Network"];
+const SYSTEM_ORDER = [...GPU.values(), "CPU", "Memory", "Disk", "Disk used", "Network"];
 function bySystem(a, b) {
   const [left, right] = [SYSTEM_ORDER.indexOf(a), SYSTEM_ORDER.indexOf(b)];
   return (left < 0 ? 99 : left) - (right < 0 ? 99 : right) || byName(a, b);

@@ -198,7 +198,7 @@ export class RunStore {
     if (typeof data.cursor === "number") this.cursor = data.cursor;
     if (typeof data.time === "number") [this.frameTime, this.frameAt] = [data.time, performance.now()];
     if (data.run) {
-      for (const [name, value] of Object.entries(data.run)) if (name in FIELDS) this.run[name] = value;
+      for (const [name, value] of Object.entries(data.run)) if (FIELDS.has(name)) this.run[name] = value;
       this.touched.add("run");
     }
     if (data.points) {
@@ -280,28 +280,26 @@ export class RunStore {
   }
 }
 
-const FIELDS = Object.fromEntries(
-  [
-    "attempt",
-    "status",
-    "reason",
-    "module",
-    "device",
-    "host",
-    "started",
-    "updated",
-    "ended",
-    "problems",
-    "damage",
-    "best",
-    "best_mode",
-    "global_step",
-    "epoch",
-    "epochs",
-    "steps_per_epoch",
-    "max_steps",
-    "paused",
-    "commands",
-    "latest",
-  ].map((name) => [name, true]),
-);
+const FIELDS = new Set([
+  "attempt",
+  "status",
+  "reason",
+  "module",
+  "device",
+  "host",
+  "started",
+  "updated",
+  "ended",
+  "problems",
+  "damage",
+  "best",
+  "best_mode",
+  "global_step",
+  "epoch",
+  "epochs",
+  "steps_per_epoch",
+  "max_steps",
+  "paused",
+  "commands",
+  "latest",
+]);
