@@ -1,4 +1,4 @@
-"""A queue of events that can be made smaller by rule. Pure code: no threads, no waiting, no clock."""
+"""A queue of events that a rule can shrink. Pure code: no threads, no waiting, no clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Payload(msgspec.Struct, gc=False):
-    """What travels beside an event inside the process and is never encoded."""
+    """Data that accompanies an event inside the process and is never encoded."""
 
     outputs: Any = None
     """Outputs for callbacks."""
@@ -32,7 +32,7 @@ Item = tuple[Event, Payload | None, int]
 
 
 def item_of(published: Published) -> Item:
-    """Add the size: about the memory that an event holds, on the generous side."""
+    """Add the size: an estimate of the memory that an event holds, on the high side."""
     event, payload = published
     size = 512 if event.droppable else 4_096
     if type(event) is MetricsLogged:
@@ -64,13 +64,13 @@ class Backlog:
         return queue[0][0] if queue else None
 
     def extend(self, items: Iterable[Item]) -> None:
-        """Append at the young end."""
+        """Append the newest events."""
         for item in items:
             self._items.append(item)
             self.nbytes += item[2]
 
     def take(self, limit: int, limit_bytes: float = math.inf) -> list[Item]:
-        """Remove and return events from the old end, no more than the limits allow, but one if there is one."""
+        """Remove and return the oldest events within the limits, at least one if there is one."""
         taken: list[Item] = []
         nbytes = 0
         for queue in (self._kept, self._items):
@@ -83,7 +83,7 @@ class Backlog:
         return taken
 
     def drop_oldest(self, limit: int, limit_bytes: int, hard_limit: int, hard_limit_bytes: int) -> list[Item]:
-        """Remove droppable events, oldest first, until both limits hold; returns what went.
+        """Remove droppable events, oldest first, until both limits hold; returns the removed ones.
 
         When none is left, the others may take up the hard limits before the oldest of them goes too. The newest event
         stays, however many bytes it holds.

@@ -1,4 +1,4 @@
-"""How much processor time threads have used, read from another thread."""
+"""The CPU time of threads, read from another thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class CpuTime:
-    """The CPU time of some threads, added up: of those that are running, and of those that have ended.
+    """The total CPU time of some threads: of those that run, and of those that have ended.
 
     Any thread. Where the system does not tell one thread another's time (macOS, Windows), a thread counts when it ends.
     """
@@ -21,7 +21,7 @@ class CpuTime:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """What the calling thread uses from here to the end of the block counts."""
+        """Count the CPU time of the calling thread from here to the end of the block."""
         thread = threading.get_ident()
         get_clock = getattr(time, "pthread_getcpuclockid", None)
         began = time.thread_time_ns()
@@ -35,8 +35,8 @@ class CpuTime:
                 self._ended_ns += time.thread_time_ns() - began
 
     def read_ns(self) -> int:
-        """Nanoseconds that have been counted up to now."""
-        with self._lock:  # so that none of them ends meanwhile, and its clock with it
+        """Return the nanoseconds that were counted up to now."""
+        with self._lock:  # so that no thread ends meanwhile, and its clock with it
             return self._ended_ns + sum(
                 time.clock_gettime_ns(clock) - began for clock, began in self._running.values() if clock is not None
             )

@@ -26,18 +26,18 @@ class Fence:
             return sorted(self._waiting)
 
     def release(self, observer: str) -> None:
-        """This observer has returned, failed or been disabled. Any thread; repeated calls are harmless."""
+        """Stop waiting for an observer that has returned, failed or been disabled. Any thread; may be repeated."""
         with self._lock:
             self._waiting.discard(observer)
             if not self._waiting:
                 self._released.set()
 
     def keep(self, observers: set[str]) -> None:
-        """Release everyone but these: nobody else will run."""
+        """Release all observers but these, because no other will run the hook."""
         for observer in self.waiting:
             if observer not in observers:
                 self.release(observer)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait on the loop's thread; True once everyone has released."""
+        """Wait on the loop's thread; True once every observer is released."""
         return self._released.wait(timeout_s)

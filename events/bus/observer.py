@@ -1,9 +1,9 @@
-"""Runs one observer so that it can neither kill a run by accident nor hang its end.
+"""Supervision of one observer, so that it can neither kill a run by accident nor hang its end.
 
-An observer has a task here, and a thread of its own if it blocks. Deliveries are made one at a time; a failure is
-published, and answered as the `Delivery` says. While an observer is failing, its circuit is open: nothing is delivered
-but one attempt after each growing pause, and its queue follows the overflow policy. A call that exceeds its timeout
-counts as failed, but is never made a second time while it may still succeed.
+An observer has a task here, and a thread of its own if it blocks. Deliveries are made one at a time. `ObserverFailed`
+reports a failure, and the error policy of the `Delivery` decides what follows. While an observer fails, its circuit is
+open: the supervisor tries one delivery after each growing pause, and the queue follows the overflow policy. A call that
+exceeds its timeout counts as failed, but is not repeated while it may still succeed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from events.tracebacks import describe
 OnFatal = Callable[[BaseException], None]
 
 LAST_TRIES_S = 3.0
-"""Seconds for which a call that fails is repeated once the run is over, however many retries are left: a disk that is
-full then, or read-only, must not use up the whole drain. Each progress within the call restarts them."""
+"""Maximum seconds for which a failing call is repeated once the run is over, however many retries are left: a disk that
+is full or read-only then must not use up the whole drain. Progress within the call restarts them."""
 
 
 class _Stopped(Exception):
-    """The observer gets nothing more."""
+    """The observer receives no more events."""
 
 
 class Observer:
@@ -48,7 +48,7 @@ class Observer:
 
     Args:
         source: Its events.
-        target: What it does with them.
+        target: Handles them.
         worker: Its thread, named for it. `run` stops it.
         origin: Source of the headers of the events about it.
         publish: Receives these events.
@@ -93,7 +93,7 @@ class Observer:
             await self._close()
             self._finished.set()
         finally:
-            self._worker.stop()  # when cancelled too: an idle thread would wait for its next call for ever
+            self._worker.stop()  # also when cancelled: an idle thread would wait for its next call for ever
 
     async def _deliver(self) -> None:
         while True:
@@ -102,7 +102,7 @@ class Observer:
             except anyio.EndOfStream:
                 return
             await self._persist(None, self.target.deliver, batch)
-            del batch  # or its tensors would stay in memory until the next one comes
+            del batch  # or its tensors would stay in memory until the next batch
 
     async def _persist(self, during: str | None, function: Callable[..., Any], *args: Any) -> None:
         """Make a call until it succeeds or the policy gives up (`_Stopped`)."""
@@ -113,7 +113,7 @@ class Observer:
         while (error := await self._attempt(during, function, *args)) is not None:
             self._raise_if_disabled()
             if failures and self.target.progress[1] != done:
-                self._recover(failures, since)  # it got further: this is another failure, not the same one again
+                self._recover(failures, since)  # it made progress: this is another failure, not the same one again
                 failures, since = 0, time.monotonic()
             done = self.target.progress[1]
             failures += 1
@@ -141,7 +141,7 @@ class Observer:
         self._report(ObserverRecovered, observer=self.name, failures=failures, outage_s=outage_s)
 
     async def _attempt(self, during: str | None, function: Callable[..., Any], *args: Any) -> BaseException | None:
-        """Make a call once; returns what it raised, or that it did not return in time."""
+        """Make a call once; returns the exception that it raised, or `TimeoutError` if it did not return in time."""
         self._during = during
         limit_s = self.source.delivery.timeout_s if during != "close" else None
         call: Job | AsyncJob
@@ -164,7 +164,7 @@ class Observer:
     async def _finishes(self, call: Job | AsyncJob, limit_s: float | None) -> bool:
         """Wait for a call within its timeout; publish `ObserverSlow` once it is slow.
 
-        The time begins anew when some of the batch is done meanwhile: a hundred short hooks are not one long one.
+        The timeout restarts whenever the batch makes progress: a hundred short hooks are not one long one.
         """
         timeout_s = limit_s if limit_s is not None else math.inf
         slow_s = min(self.source.delivery.slow_s, timeout_s)
@@ -184,7 +184,7 @@ class Observer:
                 announced, left_s = True, timeout_s - slow_s
 
     async def _succeeds_late(self) -> bool:
-        """Wait for the call that has exceeded its timeout, if there is one: none is made beside it."""
+        """Wait for the call that has exceeded its timeout, if there is one; no second call is made meanwhile."""
         call = self._late
         if call is None:
             return False
@@ -201,7 +201,7 @@ class Observer:
     async def _back_off(self, pause_s: float) -> None:
         with anyio.move_on_after(pause_s):
             await self._draining.wait()
-            # The run is over: what is left is tried in quick succession.
+            # The run is over: retries follow in quick succession.
             await anyio.sleep(min(pause_s, 0.1))
 
     def _give_up(self, error: BaseException, failures: int) -> None:
@@ -209,14 +209,14 @@ class Observer:
         self.circuit = "disabled"
         self._fail(error, "fatal" if fatal else "disabled", failures)
         if fatal:
-            self._on_fatal(error)  # before the fences fall: the loop must not take another step
+            self._on_fatal(error)  # before fences are released: the loop must not take another step
         self._abandon()
 
     def disable(self, error: str) -> None:
-        """Deliver nothing more to it: it has failed elsewhere, where that was announced.
+        """Deliver nothing more to it, because it has failed elsewhere, where that was published.
 
         Args:
-            error: Type and text of what it raised.
+            error: Type and text of the exception.
         """
         if self.circuit != "disabled":
             self.circuit, self.error = "disabled", error
@@ -233,8 +233,8 @@ class Observer:
         self.source.discard()
 
     async def _close(self) -> None:
-        self._let_go()
-        await self._succeeds_late()  # its methods are called one at a time
+        self._skip_drain()
+        await self._succeeds_late()  # the target is called once at a time
         error = await self._attempt("close", self.target.close)
         if error is not None:
             self._close_failed = True
@@ -242,7 +242,7 @@ class Observer:
 
     @property
     def doing(self) -> str:
-        """The call that is under way, or was the last one."""
+        """The call in progress, or the last one."""
         return self._during or self.target.progress[0]
 
     def _fail(self, error: BaseException, action: Literal["fatal", "disabled", "retrying"], failures: int) -> None:
@@ -261,10 +261,10 @@ class Observer:
         self.source.finish()
         self._drained_since = time.monotonic()
         self._draining.set()
-        self._let_go()
+        self._skip_drain()
 
-    def _let_go(self) -> None:
-        """Have the drain not wait for an observer that was given up because it hangs: nothing is left to wait for."""
+    def _skip_drain(self) -> None:
+        """Let the drain skip an observer that was disabled because it hangs."""
         if self._draining.is_set() and self.circuit == "disabled" and self._late is not None:
             self._finished.set()
 
@@ -283,20 +283,20 @@ class Observer:
         await self._finished.wait()
 
     def health(self) -> ObserverHealth:
-        """How it is doing now."""
+        """Return its state and counts now."""
         statistics, oldest = self.source.statistics, self.source.oldest
         return ObserverHealth(
-            self.name,
-            "ok" if self.circuit == "closed" else "disabled" if self.circuit == "disabled" else "failing",
-            statistics.queued,
-            None if oldest is None else max(0.0, time.time() - oldest.time),
-            statistics.delivered,
-            statistics.dropped,
-            statistics.conflated,
+            observer=self.name,
+            state="ok" if self.circuit == "closed" else "disabled" if self.circuit == "disabled" else "failing",
+            queued=statistics.queued,
+            lag_s=None if oldest is None else max(0.0, time.time() - oldest.time),
+            delivered=statistics.delivered,
+            dropped=statistics.dropped,
+            conflated=statistics.conflated,
         )
 
     def report(self) -> ObserverReport:
-        """What became of its events; then lets go of those that are left."""
+        """Return what became of its events, and discard those that are left."""
         statistics = self.source.statistics
         state: Literal["closed", "disabled", "stuck", "failed"] = "closed"
         if not self._finished.is_set():

@@ -23,7 +23,7 @@ class Statistics(msgspec.Struct):
     delivered: int = 0
     """Events whose delivery has returned."""
     dropped: int = 0
-    """Events that it will never get, by its overflow policy or because it was disabled."""
+    """Events that it will not receive, because of its overflow policy or because it was disabled."""
     conflated: int = 0
     """Events replaced by a newer one of the same key."""
     queued: int = 0
@@ -65,7 +65,7 @@ class Subscription:
         self.name = name
         self.delivery = delivery
         self.payloads = payloads
-        """Whether the receiver gets the payloads; without them tensors are let go at the pump."""
+        """Whether the receiver gets the payloads; otherwise the pump releases their tensors."""
         self.statistics = Statistics()
         self.ended = False
         self._catch_up: CatchUp | None = None
@@ -118,7 +118,7 @@ class Subscription:
         self._close_stream()
 
     def discard(self) -> None:
-        """Drop all that waits and end the stream; the loop is released from fences and from waiting for room."""
+        """Drop all that waits and end the stream; releases the loop from fences and from waiting for room."""
         self.finish()
         self._lose([*self._in_flight, *self._backlog.take(len(self._backlog))], "dropped", queued=True)
         self._in_flight, self._in_flight_bytes = [], 0
@@ -160,7 +160,7 @@ class Subscription:
         return kind.journalled if self.delivery.types is None else kind in self.delivery.types
 
     def _fitting(self, items: list[Item]) -> int:
-        """How many of these, from the first on, still fit into memory."""
+        """Count the events, from the first on, that still fit into memory."""
         room = self.delivery.capacity - len(self._backlog) - len(self._in_flight)
         room_bytes = self.delivery.capacity_bytes - self.queued_bytes
         for index, item in enumerate(items):
@@ -172,7 +172,7 @@ class Subscription:
     def _overflow(self) -> None:
         if self.delivery.overflow == "latest":
             self._lose(self._backlog.conflate(), "conflated", queued=True)
-        # The newest event always finds a place, whatever is being delivered.
+        # The newest event always has room, whatever is being delivered.
         capacity, capacity_bytes = self.delivery.capacity, self.delivery.capacity_bytes
         flying, flying_bytes = len(self._in_flight), self._in_flight_bytes
         limits = max(capacity - flying, 1), max(capacity_bytes - flying_bytes, 0)
@@ -187,7 +187,7 @@ class Subscription:
         self._release(items)
 
     def _release(self, items: list[Item]) -> None:
-        """Nobody will run the hooks of these events."""
+        """Release the fences of events whose hooks will not run."""
         for _, payload, _ in items:
             if payload is not None and payload.fence is not None:
                 payload.fence.release(self.name)
@@ -214,7 +214,7 @@ class Subscription:
         return [(event, payload) for event, payload, _ in self._in_flight]
 
     def done(self, count: int | None = None) -> None:
-        """The batch in hand is delivered; or its first ``count`` events are, and the rest is dropped."""
+        """Count the batch in hand as delivered; or its first ``count`` events, and drop the rest."""
         if not self._in_hand:
             return
         items, self._in_flight, self._in_flight_bytes, self._in_hand = self._in_flight, [], 0, False

@@ -1,4 +1,4 @@
-"""The observers of a run together: named, drained within a deadline, and asked how they are doing."""
+"""The observers of a run together: their names, their drain within a deadline, and reports of their health."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from events.protocol import ObserverReport
 from events.sink import Delivery
 
 _LEAVING_S = 0.5
-"""How long an observer may take to end that nobody waits for any more."""
+"""Maximum seconds for the drain of an observer that the run no longer waits for."""
 _PUMP_S = 1.0
-"""How long the pump may take at least to deliver what was published before a drain."""
+"""Minimum seconds that the pump has to deliver the events that were published before a drain."""
 
 
 def unique_name(name: str, taken: Collection[str]) -> str:
@@ -36,7 +36,7 @@ class Supervisor:
 
     Args:
         pump: Delivers their events.
-        on_fatal: Told when an observer with the policy ``fatal`` has failed, with what it raised.
+        on_fatal: Receives the exception of an observer with the policy ``fatal`` that has failed.
     """
 
     def __init__(self, pump: Pump, on_fatal: OnFatal) -> None:
@@ -46,11 +46,11 @@ class Supervisor:
         self._names = {"bus"}
         self._limit_s = math.inf
         self._draining: anyio.CancelScope | None = None
-        self._drained: list[Observer] = []  # who is, or was last
+        self._drained: list[Observer] = []  # now, or last
         self._left: set[Observer] = set()
 
     def add(self, name: str, target: Target, delivery: Delivery) -> Observer:
-        """Subscribe an observer, whose `Observer.run` is then to be started. A name that is taken gets a number."""
+        """Subscribe an observer; the caller starts its `Observer.run`. A name that is taken gets a number."""
         ring, name = self._pump.ring, self.take_name(name)
         observer = Observer(
             self._pump.subscribe(name, delivery, payloads=target.payloads),
@@ -64,18 +64,18 @@ class Supervisor:
         return observer
 
     def take_name(self, name: str) -> str:
-        """The name, or a numbered one if it is taken; from now on it is."""
+        """Reserve the name, or a numbered one if it is taken."""
         unique = unique_name(name, self._names)
         self._names.add(unique)
         return unique
 
     async def drain(self, observers: Sequence[Observer], timeout_s: float) -> list[ObserverReport]:
-        """Deliver what these observers still have queued, close them, and report; no longer than ``timeout_s``."""
+        """Deliver the events that these observers have queued, close them, and report; in at most ``timeout_s``."""
         if self._left.issuperset(observers):
             timeout_s = min(timeout_s, _LEAVING_S)
         self._drained = list(observers)
         deadline = anyio.current_time() + min(timeout_s, self._limit_s)
-        # The pump's own work, and short, unless a device hangs: what is in the ring belongs in the counts.
+        # This is short, unless a device hangs: events in the ring belong in the counts.
         with anyio.CancelScope(deadline=max(deadline, anyio.current_time() + _PUMP_S)):
             await self._pump.drain()
         self._pump.report_losses()
@@ -88,26 +88,34 @@ class Supervisor:
         return [observer.report() for observer in observers]
 
     def limited(self, timeout_s: float) -> float:
-        """How long a drain of so long may take, since somebody is in a hurry."""
+        """Shorten the timeout of a drain to that of `hurry`."""
         return min(timeout_s, self._limit_s)
 
     def leave(self, observer: Observer) -> None:
-        """Wait no longer than a moment for this one, in the drain that is under way or when its turn comes."""
+        """Wait for this observer only for a moment, in the drain in progress or in its own."""
         self._left.add(observer)
         if self._draining is not None and self._drained == [observer]:
             self._draining.deadline = min(self._draining.deadline, anyio.current_time() + _LEAVING_S)
 
     def hurry(self, timeout_s: float) -> None:
-        """Let the drain that is under way, and each that follows, take no longer than this from now on."""
+        """Limit the drain in progress, and each that follows, to this time from now on."""
         self._limit_s = timeout_s
         if self._draining is not None:
             self._draining.deadline = min(self._draining.deadline, anyio.current_time() + timeout_s)
 
 
 def health_at_end(report: ObserverReport) -> ObserverHealth:
-    """How an observer has ended, as `ObserversReported` carries it: what was left is still queued."""
+    """Convert a report to the health that `ObserversReported` carries; events that are left count as queued."""
     state: Literal["ok", "disabled"] = "ok" if report.state == "closed" else "disabled"
-    return ObserverHealth(report.observer, state, report.left, None, report.delivered, report.dropped, report.conflated)
+    return ObserverHealth(
+        observer=report.observer,
+        state=state,
+        queued=report.left,
+        lag_s=None,
+        delivered=report.delivered,
+        dropped=report.dropped,
+        conflated=report.conflated,
+    )
 
 
 async def report_observers(

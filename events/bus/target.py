@@ -42,18 +42,18 @@ class Source(Protocol):
 
 
 class Target(Protocol):
-    """What a supervised observer does; `SinkTarget` and the callbacks of `trainer` are the two kinds."""
+    """What handles the events of an observer: a `SinkTarget`, or the hooks of a callback."""
 
     payloads: bool
-    """Whether it needs the payloads beside the events."""
+    """Whether it receives the payloads with the events."""
     blocking: bool
     """Whether `deliver` runs on the observer's thread; if not, it returns an awaitable at once. Known after `open`.
 
-    `open` and `close` always run on the thread. What any of them returns is awaited in the event loop if it can be.
+    `open` and `close` always run on the thread. If any of the three returns an awaitable, the event loop awaits it.
     """
 
     def open(self) -> None:
-        """Get ready; on the observer's thread."""
+        """Prepare; on the observer's thread."""
         ...
 
     def deliver(self, batch: Sequence[Published], /) -> Any:
@@ -61,21 +61,21 @@ class Target(Protocol):
         ...
 
     def close(self) -> Any:
-        """Flush and let go."""
+        """Flush and close."""
         ...
 
     def abandon(self) -> None:
-        """Nobody waits any more for the call that is under way: begin nothing new in it. From the event loop."""
+        """Start nothing new in the call in progress: no one waits for it any more. From the event loop."""
         ...
 
     @property
     def progress(self) -> tuple[str, int | None]:
-        """What it is doing now, in a word, and how many events of the batch in hand are done (None: all or nothing)."""
+        """The call in progress, in a word, and how many events of the batch are done (None: all or nothing)."""
         ...
 
 
 class SinkTarget:
-    """A sink as the supervisor sees it."""
+    """A sink as a target."""
 
     payloads = False
     blocking = True
@@ -102,7 +102,7 @@ class SinkTarget:
         return self.writer.write(events)
 
     def abandon(self) -> None:
-        """Nothing: a write is one thing to its writer."""
+        """Do nothing: a write has no parts that could be skipped."""
 
     def close(self) -> Any:
         return self.writer.close() if self.writer is not None else None

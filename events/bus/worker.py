@@ -1,4 +1,4 @@
-"""Calls that can be left behind: on threads and in tasks of our own, awaited without the host's thread limiter."""
+"""Calls that can be abandoned: on threads and in tasks of our own, awaited without the host's thread limiter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Job:
         self.finished = anyio.Event()
         self.value: Any = None
         self.error: BaseException | None = None
-        """What the call raised. Kept as data: a SystemExit of a callback must not end the host's event loop."""
+        """The exception of the call. It is data: a SystemExit of a callback must not end the host's event loop."""
 
     def run(self, post: Post) -> None:
         """Make the call on the current thread and report through ``post``."""
@@ -37,7 +37,7 @@ class Job:
         post(self.finished.set)
 
     def cancel(self) -> None:
-        """Nothing: a thread cannot be interrupted."""
+        """Do nothing: a thread cannot be interrupted."""
 
 
 class AsyncJob:
@@ -65,7 +65,7 @@ class AsyncJob:
             trio.lowlevel.spawn_system_task(self._run, context=contextvars.copy_context())
 
     def cancel(self) -> None:
-        """Ask it to end."""
+        """Cancel its task; does not wait for it."""
         self._scope.cancel()
 
     async def _run(self) -> None:
@@ -99,7 +99,7 @@ class Worker:
         """Queue a call; returns at once. From the event loop only."""
         job = Job(function, args)
         if self._thread is None:
-            from events.log import in_this_run  # structlog takes its time, and not all who import this start a thread
+            from events.log import in_this_run  # not at the top: structlog is slow to import, and threads are optional
 
             thread = threading.Thread(target=in_this_run(self._run), name=self.name, daemon=True)
             try:
@@ -113,7 +113,7 @@ class Worker:
         return job
 
     def stop(self) -> None:
-        """End the thread after the calls that are queued. Does not wait; calls made later are never run."""
+        """End the thread after the calls that are queued. Does not wait; later calls are never run."""
         self._jobs.put(None)
 
     def _run(self) -> None:
