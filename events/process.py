@@ -9,6 +9,7 @@ child compares its parent's process id. POSIX only.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Generic, NamedTuple, TypeVar
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -190,9 +191,15 @@ class Child(Generic[T]):
 
 
 class Parent:
-    """The process that started this one with `Child`, which has added the channel and its process id to ``argv``."""
+    """The process that started this one with `Child`, which has added the channel and its process id to ``argv``.
+
+    From then on, all that this process has printed, and the Python stack of a fatal signal, survive its death.
+    """
 
     def __init__(self) -> None:
+        faulthandler.enable()
+        output: Any = sys.stdout
+        output.reconfigure(line_buffering=True)
         self._channel = socket.socket(fileno=int(sys.argv[1]))
         self._channel.set_inheritable(False)
         self._pid = int(sys.argv[2])

@@ -61,17 +61,17 @@ class Trainer:
             otherwise.
         sinks: Observers of the events. None: the console in `train` and `test`, nothing in `run`. Pair one with a
             `Delivery` to choose how events are delivered to it.
-        sinks_in: Where sinks run whose delivery does not say (``runs_in``). ``"thread"``: each on a thread of this
-            process. ``"process"``: all in one process of their own, which reads the journal: what they compute never
-            holds the loop's interpreter, and should that process die, another goes on where it was. What they print is
-            in the run's folder, in ``sinks/host.log``.
+        sinks_in: Where sinks run whose delivery has no ``runs_in``. ``"thread"``: each on a thread of this process.
+            ``"process"``: all in one process of their own, the sink host, which reads the journal: what they compute
+            never holds the loop's interpreter, and if the host dies, another continues. Their output is in
+            ``sinks/host.log`` in the run's folder.
         journal: Whether and how the run keeps its events on disk; on by default.
-        run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, the run is taken up
-            again. Checkpoints are told apart by this name alone: use it for one run only.
+        run_id: The run's name; None for a new one each time. With the folder of an earlier attempt, this is the next
+            attempt at that run. Only this name identifies the run's checkpoints: use it for one run only.
         run_dir: The run's folder; by default ``runs/RUN_ID`` below the working directory. Without a journal, without
             this and without `Checkpoints`, nothing is written.
-        checkpoints: When checkpoints are taken and how many are kept. True: as `Checkpoints` says by default, where the
-            run has a folder.
+        checkpoints: When checkpoints are taken and how many are kept. True: the defaults of `Checkpoints`, if the run
+            has a folder.
         resume: The checkpoint that the run continues from. ``"auto"``: the newest valid one in the run's folder (or
             where it uploads to, if the folder has none), or a new run if there is none; needs ``run_id`` or
             ``run_dir``. ``"best"``: the one with the best `Checkpoints.best`. A path: of a checkpoint, or of a run's
@@ -85,7 +85,7 @@ class Trainer:
             hyperparameters. What JSON cannot hold becomes text. Passwords and tokens of URLs are masked.
 
     Raises:
-        ArgumentsError: something given here is not what it must be.
+        ArgumentsError: An argument is wrong.
     """
 
     if not TYPE_CHECKING:  # a type checker must see `__init__` and the real attributes
@@ -159,7 +159,7 @@ class Trainer:
 
         Raises:
             RunFolderError: the run's folder cannot be used.
-            RunInterrupted: a SIGINT arrived; the run has ended orderly, and ``result`` holds its result.
+            RunInterrupted: a SIGINT arrived; the run was stopped, and ``result`` holds its result.
             RunTerminated: the same for a SIGTERM.
             BaseException: what a step, or an observer whose policy is fatal, raised; as itself.
         """
@@ -194,7 +194,7 @@ class Trainer:
             result = await run.result()
 
         Leaving the block waits for the run and raises what it raised. An exception in the body, or any cancellation,
-        stops the loop at its next step, waits for it and drains the observers; then it goes on as itself.
+        stops the loop at its next step, waits for it and drains the observers; then it propagates unchanged.
 
         Raises:
             RunFolderError: the run's folder cannot be used.
@@ -214,7 +214,7 @@ class Trainer:
                 lambda: self._session(task, control, place, sinks, interactive=on_main_thread, on_stderr=True), control
             )
         finally:
-            flush_stderr()  # what the run has to say comes before what its caller prints next
+            flush_stderr()  # before the output of the caller
         try:
             result = session.outcome()
         except BaseException:
@@ -311,7 +311,7 @@ def _is_within(resume: str | os.PathLike[str], run_dir: str | os.PathLike[str]) 
     try:
         return "://" not in os.fspath(resume) and Path(resume).resolve().is_relative_to(Path(run_dir).resolve())
     except (OSError, ValueError):
-        return False  # opening it says what is wrong with it
+        return False  # opening it raises the reason
 
 
 def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: str | None) -> None:
@@ -331,10 +331,10 @@ def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: 
 
 
 def check_resume(trainer: Trainer) -> None:
-    """See that there is something at the path that a run would go on from; nothing is read of it, nor fetched.
+    """Check that the path from which a run would resume exists. Nothing is read or fetched.
 
     Raises:
-        CheckpointNotFound: there is not.
+        CheckpointNotFound: The path does not exist.
     """
     place = trainer._place()
     if not place.is_remote:
@@ -343,7 +343,7 @@ def check_resume(trainer: Trainer) -> None:
 
 
 class _Place:
-    """Where an attempt lives, and what it goes on from."""
+    """The folder of an attempt, and the checkpoint from which it resumes."""
 
     def __init__(
         self,

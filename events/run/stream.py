@@ -57,6 +57,21 @@ class BatchedStream(ABC):
         return self._ready.popleft()
 
 
+def journalled_types(types: Iterable[type[Event]] | None) -> frozenset[type[Event]] | None:
+    """The types of a stream that is read from a journal; None for all.
+
+    Raises:
+        CursorError: One of the types is never in the journal.
+    """
+    kinds = None if types is None else frozenset(types)
+    if unkept := sorted(kind.__name__ for kind in kinds or () if not kind.journalled):
+        raise CursorError(
+            f"{', '.join(unkept)} cannot be watched from another process, because the journal does not keep such"
+            f" events; remove them, or watch them in the run's own process"
+        )
+    return kinds
+
+
 class JournalEventStream(BatchedStream):
     """The `events.protocol.EventStream` of a run whose journal another process writes. One consumer.
 
@@ -85,13 +100,7 @@ class JournalEventStream(BatchedStream):
         types: Iterable[type[Event]] | None,
     ) -> None:
         super().__init__()
-        self._types = frozenset(types) if types is not None else None
-        unkept = sorted(one.__name__ for one in self._types or () if not one.journalled)
-        if unkept:
-            raise CursorError(
-                f"{', '.join(unkept)} cannot be watched from another process: the journal, through which the events"
-                f" come, does not keep such events; leave them out, or watch them in the run's own process"
-            )
+        self._types = journalled_types(types)
         self._attempt = attempt
         self._cursor = last_whole_seq(journal_dir) if since is None else since
         self._ended = False

@@ -135,7 +135,7 @@ class SinkHost:
             state="stuck",
             published=place.delivered,
             delivered=place.delivered,
-            error=f"{error}; what is left stands in the journal, and is not counted",
+            error=f"{error}; the events that are left are in the journal and not counted",
         )
 
     # --------------------------------------------------------------------------------------- on its own thread

@@ -497,7 +497,7 @@ async def test_events_that_do_not_travel_are_refused_where_they_are_named(told: 
     """The journal does not have them: a stream of them would wait for ever."""
     told.write(told.story.started())
     async with connect(server.url) as run:
-        with pytest.raises(CursorError, match="BackwardEnded cannot be watched over the network"):
+        with pytest.raises(CursorError, match="BackwardEnded cannot be watched from another process"):
             run.events(types=[BackwardEnded, TrainStepEnded])
         with pytest.raises(CursorError, match="since=-1"):
             run.events(since=-1)

@@ -212,7 +212,6 @@ ADAPTERS = {
     "sinks/live/server.py",
     "sinks/trackers/otlp_export.py",
     "trainer/remote/address.py",
-    "trainer/remote/follower.py",
     "trainer/remote/http.py",
     "trainer/examples/service.py",
 }

@@ -232,6 +232,7 @@ def test_a_sink_that_takes_its_host_with_it_misses_nothing(kit: Any, sinks: Any,
     for path in (out, other):
         assert {line.seq for line in lines(path)} >= kept_for_sinks(kit, tmp_path)
         assert closed(path)
+    assert "about to die\n" in (tmp_path / "run/sinks/host.log").read_text()
 
 
 def test_a_sink_whose_server_is_down_is_told_of_and_recovers(kit: Any, sinks: Any, tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_a_host_that_always_dies_is_given_up(
     report = next(one for one in outcome.result.observers if one.observer == "witness")
     assert report.state == "stuck"
     assert "exit code 3" in str(report.error)
-    assert "stands in the journal" in str(report.error)
+    assert "are in the journal and not counted" in str(report.error)
 
 
 def test_a_sink_that_hangs_holds_the_end_no_longer_than_the_drain(kit: Any, sinks: Any, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ When the launching process dies, in whatever way, the run is stopped with a chec
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
 import importlib
 import inspect
@@ -316,9 +315,6 @@ def main() -> None:
     """Run the program."""
     parent = Parent()
     notice.is_kept = True  # stderr is a file of the run's folder
-    faulthandler.enable()  # writes the stack of a segmentation fault into the log
-    output: Any = sys.stdout
-    output.reconfigure(line_buffering=True)  # so that nothing is lost when the process is killed
     config = parent.receive(_config)
     if config is None:
         return

@@ -19,12 +19,12 @@ from contextlib import AbstractAsyncContextManager
 import anyio
 
 from events.bus.wakeup import Wakeup
-from events.errors import CursorError, RunCancelled
+from events.errors import RunCancelled
 from events.log import logger
 from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
-from events.run.stream import BatchedStream
+from events.run.stream import BatchedStream, journalled_types
 from events.text import plain_text
 from events.wire import encode_command_json
 from trainer.errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
@@ -173,12 +173,7 @@ class NetworkConnection:
             raise self._left
 
     def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
-        kinds = frozenset(types) if types is not None else None
-        if unkept := sorted(kind.__name__ for kind in kinds or () if not kind.journalled):
-            raise CursorError(
-                f"{', '.join(unkept)} cannot be watched over the network: the journal, from which the events come, does"
-                f" not keep such events; leave them out, or watch them in the run's own process"
-            )
+        kinds = journalled_types(types)
         follower = self._follow(since)
         stream = NetworkEventStream(self, follower, kinds)
         # A stream that is dropped is closed too; the garbage collector may run on any thread.

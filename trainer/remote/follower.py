@@ -6,10 +6,8 @@ The server is not trusted: every line is limited in size and time, and must be t
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 
 import anyio
-import httpx
 
 from events.errors import WireError
 from events.journal.lines import check_size
@@ -17,8 +15,8 @@ from events.journal.segment import MAX_LINE_BYTES
 from events.messages import Event, RunEnded, RunStarted, UnknownEvent
 from events.text import plain_text
 from events.wire import decode_json
-from trainer.errors import ConnectError, ConnectionLost
-from trainer.remote.http import FAILURES, Patience, RunServer, Unreachable, close, described, end_chunks
+from trainer.errors import ConnectionLost
+from trainer.remote.http import FAILURES, Answer, Patience, RunServer, Unreachable, described
 from trainer.remote.result import MOST_SEQ, UNDER_WAY
 
 _LINE_S = 60.0
@@ -49,8 +47,7 @@ class JournalFollower:
             self._begun.set()
         self._problem: Exception | None = None
         self._patience = Patience(server)
-        self._response: httpx.Response | None = None
-        self._chunks: AsyncIterator[bytes] | None = None
+        self._answer: Answer | None = None
         self._connected = 0.0  # when, by time.monotonic
         self._line = bytearray()  # the beginning of one
         self._line_since = 0.0
@@ -96,25 +93,19 @@ class JournalFollower:
     async def _read_on(self) -> list[Event]:
         """The next events, perhaps none; connects if necessary."""
         try:
-            if self._chunks is None:
-                self._response = await self._server.journal(self._cursor)
-                self._chunks = self._response.aiter_raw()
+            if self._answer is None:
+                self._answer = await self._server.journal(self._cursor)
                 self._connected = time.monotonic()
-            assert self._chunks is not None
-            chunk = await anext(self._chunks)
-        except StopAsyncIteration:
-            await self.disconnect()
-            await self._see_whether_over()
-            return []
+            chunk = await self._answer.chunk()
+            if not chunk:
+                await self.disconnect()
+                await self._see_whether_over()
+                return []
+            events = self._take(chunk)
         except FAILURES as error:
             await self.disconnect()
             raise Unreachable(described(error)) from None
-        except BaseException:  # a cancellation has broken the connection; the next call makes another
-            await self.disconnect()
-            raise
-        try:
-            events = self._take(chunk)
-        except (Unreachable, ConnectError):
+        except BaseException:  # also a cancellation, which has broken the connection; the next call makes another
             await self.disconnect()
             raise
         # A server that repeatedly accepts, sends a sign of life and disconnects is out of reach.
@@ -196,11 +187,8 @@ class JournalFollower:
 
     async def disconnect(self) -> None:
         """Close the connection; reading makes another."""
-        response, chunks = self._response, self._chunks
-        self._response = self._chunks = None
+        answer, self._answer = self._answer, None
         self._line = bytearray()
         self._eventless_bytes = 0
-        if chunks is not None:
-            await end_chunks(chunks)
-        if response is not None:
-            await close(response)
+        if answer is not None:
+            await answer.aclose()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TypeVar
 from urllib.parse import quote
@@ -76,7 +76,7 @@ class _Parts(msgspec.Struct):
     checkpoints: msgspec.Raw = msgspec.Raw(b"[]")
 
 
-class _No(msgspec.Struct):
+class _Refusal(msgspec.Struct):
     error: str = ""
     reason: str = ""
 
@@ -154,12 +154,12 @@ class RunServer:
             return
         names = ", ".join(f"{plain_text(run.run_id, 80)} ({plain_text(run.status, 20)})" for run in runs[:5])
         names += ", ..." if len(runs) > 5 else ""
-        found = f"serves {len(runs)} runs, {names}: say which one, as in" if runs else "serves no run yet:"
+        found = f"serves {len(runs)} runs, {names}; choose one, as in" if runs else "serves no run yet; name one, as in"
         example = runs[0].run_id[:200] if runs else "NAME"
         raise ConnectError(f"{self.url} {found} connect('{self.url}#run={quote(example)}')")
 
     async def snapshot(self) -> RunSnapshot:
-        """The run as it stands."""
+        """Ask for the state of the run."""
         parts = self._decode(await self._call("GET", self._of_run("")), _Parts)
         summary = b'{"cursor":%b,"run":%b,"checkpoints":%b}' % (parts.cursor, parts.run, parts.checkpoints)
         if len(summary) > _SUMMARY_BYTES:
@@ -173,17 +173,10 @@ class RunServer:
         """Send an encoded command."""
         await self._call("POST", self._of_run("/commands"), data)
 
-    async def journal(self, since: int) -> httpx.Response:
+    async def journal(self, since: int) -> Answer:
         """Open a stream of the events after a cursor, until the end of the run. The caller closes it."""
-        address = f"{self.url}{self._of_run('/journal')}?since={since}&follow=1"
         with self._in_time():
-            response = await self._client.send(self._request("GET", address), stream=True)
-            try:
-                await self._check(response)
-            except BaseException:
-                await close(response)
-                raise
-        return response
+            return await self._open("GET", f"{self._of_run('/journal')}?since={since}&follow=1")
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -214,41 +207,33 @@ class RunServer:
 
     async def _call(self, method: str, path: str, content: bytes | None = None, most: int = _ANSWER_BYTES) -> bytes:
         with self._in_time():
-            response = await self._client.send(self._request(method, self.url + path, content), stream=True)
+            answer = await self._open(method, path, content)
             try:
-                await self._check(response)
-                body = await self._body(response, most)
+                body = await answer.read(most)
             finally:
-                await close(response)
+                await answer.aclose()
         if len(body) > most:
             raise self.violated(f"sends more than {most:,} bytes as an answer to {method} {path:.200}")
         return body
 
-    def _request(self, method: str, address: str, content: bytes | None = None) -> httpx.Request:
+    async def _open(self, method: str, path: str, content: bytes | None = None) -> Answer:
         headers = {"content-type": "application/json"} if content is not None else {}
         try:
-            request = self._client.build_request(method, address, content=content, headers=headers)
+            request = self._client.build_request(method, self.url + path, content=content, headers=headers)
         except httpx.InvalidURL as error:
             raise ConnectError(f"run {self.shown_run} cannot be in an address ({error}); correct its name") from None
         request.stream = _Body(content or b"")
-        return request
-
-    @staticmethod
-    async def _body(response: httpx.Response, most: int) -> bytes:
-        """The undecoded body of an answer, cut once it has more than ``most`` bytes."""
-        body = bytearray()
-        chunks = response.aiter_raw()
+        answer = Answer(await self._client.send(request, stream=True))
         try:
-            while len(body) <= most:
-                body += await anext(chunks)
-        except StopAsyncIteration:
-            pass
-        finally:
-            await end_chunks(chunks)
-        return bytes(body)
+            await self._check(answer)
+        except BaseException:
+            await answer.aclose()
+            raise
+        return answer
 
-    async def _check(self, response: httpx.Response) -> None:
+    async def _check(self, answer: Answer) -> None:
         """Raise unless an answer is a success whose body is sent as it is."""
+        response = answer.response
         status = response.status_code
         encoding = response.headers.get("content-encoding", "identity").strip().lower()
         if response.is_success:
@@ -257,11 +242,9 @@ class RunServer:
             return
         said = ""
         if encoding in ("", "identity"):
-            try:
-                answer = msgspec.json.decode(await self._body(response, _REFUSAL_BYTES), type=_No)
-                said = plain_text(answer.reason or answer.error)
-            except (*_REFUSED, *FAILURES):  # from a proxy, or cut off
-                pass
+            with contextlib.suppress(*_REFUSED, *FAILURES):  # from a proxy, or cut off
+                refusal = msgspec.json.decode(await answer.read(_REFUSAL_BYTES), type=_Refusal)
+                said = plain_text(refusal.reason or refusal.error)
         said = f"{status} {plain_text(response.reason_phrase, 80)}{f' ({said})' if said else ''}"
         if status >= 500 or status in _LATER:
             raise Unreachable(f"the server answers {said}")
@@ -322,21 +305,34 @@ class Patience:
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 
-async def end_chunks(chunks: AsyncIterator[bytes]) -> None:
-    """End the generator of an answer's body.
+class Answer:
+    """A server's answer, whose body is read undecoded."""
 
-    A generator around others that are suspended leaves these to the garbage collector when it is closed, of which trio
-    warns. A cancelled read ends them all.
-    """
-    with anyio.CancelScope(shield=True) as scope, contextlib.suppress(StopAsyncIteration, *FAILURES):
-        scope.cancel()
-        while True:
-            await anext(chunks)
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self._chunks = response.aiter_raw()
 
+    async def chunk(self) -> bytes:
+        """Wait for the next bytes; none at the end."""
+        return await anext(self._chunks, b"")
 
-async def close(response: httpx.Response) -> None:
-    with anyio.CancelScope(shield=True), contextlib.suppress(*FAILURES):
-        await response.aclose()
+    async def read(self, most: int) -> bytes:
+        """Read the body, cut once it has more than ``most`` bytes."""
+        body = bytearray()
+        while len(body) <= most and (chunk := await self.chunk()):
+            body += chunk
+        return bytes(body)
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        # Closing a generator leaves the suspended generators within to the garbage collector, of which trio warns. A
+        # cancelled read ends them all.
+        with anyio.CancelScope(shield=True) as scope, contextlib.suppress(*FAILURES):
+            scope.cancel()
+            while await self.chunk():
+                pass
+        with anyio.CancelScope(shield=True), contextlib.suppress(*FAILURES):
+            await self.response.aclose()
 
 
 def described(error: Exception) -> str:

@@ -161,7 +161,7 @@ class LaunchedRun:
         return self._cancel_reason is not None
 
     def outcome(self) -> RunResult:
-        """Return the result of the run, once that is decided; raises what it raised."""
+        """Return the result of the run, once it is known; raises what the run raised."""
         if self.error is not None:
             raise self.error
         assert self._result is not None
@@ -298,7 +298,7 @@ def _encoded(arguments: Any, problems: list[str]) -> bytes:
 
 
 def _unplain(value: Any, where: str) -> Iterable[str]:
-    """The places of what is no plain value."""
+    """Describe each value that is not plain."""
     if type(value) is dict:
         for key, part in value.items():
             if not isinstance(key, str):
@@ -308,4 +308,4 @@ def _unplain(value: Any, where: str) -> Iterable[str]:
         for number, part in enumerate(value):
             yield from _unplain(part, f"{where}[{number}]")
     elif type(value) not in _PLAIN:
-        yield f"{where} is a {type(value).__name__}: give plain values, and let the factory build what it needs"
+        yield f"{where} is a {type(value).__name__}: give plain values, from which the factory builds what it needs"

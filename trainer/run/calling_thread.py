@@ -1,4 +1,4 @@
-"""A run on the calling thread, as `Trainer.train` does it: the event loop is on another, and signals stop it."""
+"""The run of `Trainer.train`: the loop on the calling thread, the event loop on another, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from trainer.loop.workers import hold_deaths
 from trainer.run.session import Session
 
 _HURRIED_END_S = 5.0
-"""How long it waits, after a second signal, for observers that were told to be quick."""
+"""Maximum seconds to wait for observers after a second signal."""
 _CLOSING_S = 1.0
-"""How long it waits for its event loop to close, once the run is over: an async sink that hangs may keep it open."""
+"""Maximum seconds to wait for the event loop to close after the run: an async sink that hangs may keep it open."""
 _ENDED: Final = "ended"
 _SECOND_SIGNAL: Final = "second signal"
 _News = Session | BaseException | str
@@ -31,7 +31,7 @@ _News = Session | BaseException | str
 def run_here(make: Callable[[], Session], control: Control) -> Session:
     """Run the loop on this thread and the event loop on another, until both have ended.
 
-    The session is made in its event loop: this thread may run one of the host's, of another kind. A signal that
+    The session is made in the event loop, because this thread may already run one of another kind. A signal that
     arrives meanwhile waits in ``control``.
 
     Returns:
@@ -52,7 +52,7 @@ def run_here(make: Callable[[], Session], control: Control) -> Session:
             return
         news.put(session)
         await session.serve()
-        news.put(_ENDED)  # not only when the event loop is closed, which waits for whatever an async sink has left
+        news.put(_ENDED)  # before the event loop closes, which waits for the tasks that an async sink has left
 
     def serve() -> None:
         try:
@@ -66,7 +66,7 @@ def run_here(make: Callable[[], Session], control: Control) -> Session:
         control.interruption = error
         news.put(_SECOND_SIGNAL)
         if control.interruptible:
-            # In the module's own code only: anywhere else an exception out of nowhere would leave the run half ended.
+            # Only in the module's own code: elsewhere it would leave the run half ended.
             raise error
 
     thread = threading.Thread(target=serve, name="stagecast-events", daemon=True)
@@ -79,7 +79,7 @@ def run_here(make: Callable[[], Session], control: Control) -> Session:
         while not isinstance(session, Session):
             if isinstance(session, BaseException):
                 raise session
-            session = news.get()  # it was made in the same moment: its loop ends at once
+            session = news.get()  # it was made at the same moment, and its loop ends at once
         session.loop.run()
         control.on_stop = session.leave_uploads
         _wait_for_observers(session, news, control)
@@ -111,7 +111,7 @@ def _wait_for_observers(session: Session, news: queue.SimpleQueue[_News], contro
 
 
 def interruptibly(function: Callable[[], None]) -> None:
-    """Run it on a thread of its own: a signal ends the waiting, though the call may be deep in a library."""
+    """Run a function on a thread of its own, so that a signal ends the wait for it, even deep in a library."""
     errors: list[BaseException] = []
     done = threading.Event()
 
@@ -131,7 +131,7 @@ def interruptibly(function: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def heed_signals(control: Control, on_second: Callable[[BaseException], None]) -> Iterator[None]:
-    """On the main thread: the first SIGINT or SIGTERM stops the run orderly, the second ends it at once.
+    """On the main thread, let the first SIGINT or SIGTERM stop the run, and the second end it at once.
 
     Args:
         on_second: Called in the handler of the second signal and of each further one, with the exception that Python
