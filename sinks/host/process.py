@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import anyio
 import msgspec
@@ -146,17 +146,18 @@ class SinkHost:
             while True:
                 began = time.monotonic()
                 try:
-                    self._error, is_hopeless = self._live(), False
-                except OSError as error:
+                    problem, is_hopeless = self._live(), False
+                except (OSError, ValueError) as error:
                     is_hopeless = isinstance(error, UnsafeFile)  # another attempt would find the same
-                    self._error = f"the sink host could not be started: {error}{'; remove that' if is_hopeless else ''}"
+                    problem = f"the sink host could not be started: {error}{'; remove that' if is_hopeless else ''}"
                 if self._reports is not None or self._killed:
                     return
+                self._error = problem
                 deaths = 1 if time.monotonic() - began > _HEALTHY_S else deaths + 1
                 if deaths >= _MOST_DEATHS or is_hopeless:
-                    self._publish_death("disabled", deaths)
+                    self._publish_death(problem, "disabled", deaths)
                     return
-                self._publish_death("retrying", deaths)
+                self._publish_death(problem, "retrying", deaths)
                 self._woken.clear()
                 if self._finish is None:
                     self._woken.wait(min(0.1 * 2.0**deaths, 30.0))
@@ -210,14 +211,13 @@ class SinkHost:
         elif isinstance(told, ObserverRecovered):
             logger.info(f"observer {told.observer} recovered after {told.outage_s:.1f} s")
 
-    def _publish_death(self, action: Any, deaths: int) -> None:
-        assert self._error is not None
-        logger.warning(f"{self._error} ({action})", published=True)
+    def _publish_death(self, problem: str, action: Literal["disabled", "retrying"], deaths: int) -> None:
+        logger.warning(f"{problem} ({action})", published=True)
         for sink in self._config.sinks:
             failed = ObserverFailed(
                 *self._bus.origin.header(),
                 observer=sink.name,
-                error=self._error,
+                error=problem,
                 during="host",
                 action=action,
                 failures=deaths,

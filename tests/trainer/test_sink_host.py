@@ -284,6 +284,25 @@ def test_a_sink_that_hangs_holds_the_end_no_longer_than_the_drain(kit: Any, sink
     until(lambda: not is_alive(pids[0]), "the host is still there")
 
 
+def test_a_host_that_cannot_run_is_killed_after_the_drain(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """A sink of it holds the interpreter: the host neither receives the end of the run nor keeps its own deadline."""
+    pid = tmp_path / "out.pid"
+
+    class Waits(kit.Net):
+        def on_end_train(self, global_step: int) -> None:
+            until(pid.exists, "nothing has arrived")
+
+    sink = sinks.Witness(str(tmp_path / "out"), "holds")
+    outcome = run_dir_of(kit, tmp_path, Waits(), sink, drain_timeout_s=0.2)
+    report = next(one for one in outcome.result.observers if one.observer == "witness")
+    assert (report.state, report.error) == (
+        "stuck",
+        "the sink host was still busy at the end of the drain; the events that are left are in the journal and not"
+        " counted",
+    )
+    until(lambda: not is_alive(int(pid.read_text())), "the host is still there")
+
+
 # ------------------------------------------------------------------------------------- when the run dies, or goes on
 
 DYING = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -22,7 +23,8 @@ class Witness(msgspec.Struct, frozen=True):
 
     path: str
     behaviour: str = ""
-    """``noisy``: prints. ``hangs``: never returns from its first write. ``fails``: its first write in a process raises.
+    """``noisy``: prints. ``hangs``: never returns from its first write. ``holds``:
+    nor lets any other thread of its process run. ``fails``: its first write in a process raises.
     ``dies``: ends its process in its third write, unless a file beside says that it did. ``mortal``: ends its process
     whenever it is opened. ``burns``: a thread of it computes all the time. ``warns``: logs a
     warning when it is opened."""
@@ -53,6 +55,9 @@ class WitnessWriter:
             os.system("echo and what its processes print")
         if behaviour == "hangs":
             threading.Event().wait()
+        if behaviour == "holds":
+            Path(f"{self._sink.path}.pid").write_text(str(os.getpid()))
+            ctypes.PyDLL(None).sleep(100)  # type: ignore[attr-defined]  # unlike CDLL, it keeps the interpreter lock
         if behaviour == "fails" and self._writes == 1:
             raise OSError("the server is down")
         self._file.writelines(
