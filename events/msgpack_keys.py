@@ -1,12 +1,16 @@
-"""Looks through msgpack of a stranger before it is decoded: for maps whose keys are arrays, and for its size in memory.
+"""Looks through msgpack of a stranger before it is decoded: for maps that take long to build, and its size in memory.
 
-`msgspec` makes tuples of such keys, and tuples of one hash are easily made: a map of a hundred thousand takes minutes.
-stagecast never writes such a map. An empty list has one byte, and some 60 when it is decoded.
+`msgspec` makes tuples of keys that are arrays, and tuples of one hash are easily made: a map of a hundred thousand
+takes minutes. stagecast never writes such a map. An empty list has one byte, and some 60 when it is decoded.
 """
 
 from __future__ import annotations
 
 import re
+import struct
+from array import array
+
+from events.hash_tables import FEW_KEYS, check_hashes
 
 _MAX_DEPTH = 10_000
 ROOM_BYTES = 512 * 2**20
@@ -51,10 +55,13 @@ for _bytes, _width in ((b"\xcb\xcf\xd3", 9), (b"\xca\xce\xd2", 5), (b"\xcd\xd1",
     _RUNS |= dict.fromkeys(_bytes, (_run, _width))
 _small = re.compile(rb"[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]+")
 _RUNS |= dict.fromkeys([*range(128), 192, 194, 195, *range(224, 256)], (_small, 1))
+_NUMBERS = dict.fromkeys([*range(128), *range(224, 256)], ">b")
+"""The forms of numbers, by their first byte; those of one byte are that byte."""
+_NUMBERS |= {0xCA + index: f">{form}" for index, form in enumerate("fdBHIQbhiq")}
 
 
 def check_keys(data: bytes | memoryview, room_bytes: int = ROOM_BYTES) -> None:
-    """Check that no key of a map is an array, and that the data fits the memory. Takes linear time and little memory.
+    """Check that no map takes long to build, and that the data fits the memory. Takes linear time and little memory.
 
     Data that is cut or malformed may pass: decoding it fails, in no more memory.
 
@@ -62,9 +69,30 @@ def check_keys(data: bytes | memoryview, room_bytes: int = ROOM_BYTES) -> None:
         room_bytes: Maximum bytes of memory that the decoded data may take beyond `GROWTH` times its length.
 
     Raises:
-        ValueError: A key is an array, arrays and maps are more than 10,000 levels deep, one of them is longer than the
-            data, or the decoded data may take more memory.
+        ValueError: A key is an array, the hashes of many keys were chosen to collide, arrays and maps are more than
+            10,000 levels deep, one of them is longer than the data, or the decoded data may take more memory.
     """
+    tables: list[array[int] | None] = [None]  # hashes of the numbers that are keys, of each map that is open
+    _check(data, room_bytes, tables)
+    for table in tables:  # of data that was cut: the decoder builds what there is of its maps
+        _check_table(table)
+
+
+def _check_table(table: array[int] | None) -> None:
+    if table is not None:
+        check_hashes(table)
+
+
+def _hash_of(first: int, data: bytes | memoryview, at: int) -> int | None:
+    """The hash of a number, by its first byte; None if it was cut, or is NaN, which has another one each time."""
+    try:
+        number = struct.unpack_from(_NUMBERS[first], data, at if 0xCA <= first < 0xE0 else at - 1)[0]
+    except struct.error:
+        return None
+    return hash(number) if number == number else None
+
+
+def _check(data: bytes | memoryview, room_bytes: int, tables: list[array[int] | None]) -> None:
     at, size = 0, len(data)
     room = room_bytes + GROWTH * size
     left, in_map = 1, False  # what the container at hand still holds: twice the entries of a map
@@ -74,6 +102,7 @@ def check_keys(data: bytes | memoryview, room_bytes: int = ROOM_BYTES) -> None:
             if not outer:
                 return
             left, in_map = outer.pop()
+            _check_table(tables.pop())
             continue
         if room < 0:
             raise ValueError(f"its {size:,} bytes may take more than {room_bytes + GROWTH * size:,} bytes of memory")
@@ -90,6 +119,10 @@ def check_keys(data: bytes | memoryview, room_bytes: int = ROOM_BYTES) -> None:
             continue
         left -= 1
         at += 1
+        if in_map and left % 2 and (table := tables[-1]) is not None and first in _NUMBERS:
+            hashed = _hash_of(first, data, at)
+            if hashed is not None:
+                table.append(hashed)
         if first in _FIXED:
             length = _FIXED[first]
             at += length
@@ -113,6 +146,7 @@ def check_keys(data: bytes | memoryview, room_bytes: int = ROOM_BYTES) -> None:
             count = int.from_bytes(data[at : at + width], "big") if width else first & 0x0F
             at += width
             left, in_map = count * (1 + is_map), is_map
+            tables.append(array("q") if is_map and count > FEW_KEYS else None)
             if left > size - at:  # the decoder would find out behind the last of those that there are
                 raise ValueError(f"it was cut: a list or map has {left:,} values, and {size - at:,} bytes follow")
             # The decoder sets up a list of this length before it finds the items.

@@ -62,6 +62,7 @@ from msgspec.msgpack import Ext
 
 from events.checkpoint import packing_numpy
 from events.errors import CheckpointDamaged, UnstorableState
+from events.hash_tables import FEW_KEYS, check_hashes
 from events.msgpack_keys import ALWAYS_FITS_BYTES, check_keys
 
 MAX_DEPTH = 200
@@ -376,8 +377,14 @@ def _items(mapping: Any) -> list[Any]:
     return [part for pair in mapping.items() for part in pair]
 
 
+def _check_keys(keys: list[Any], *, of_set: bool = False) -> None:
+    """Refuse keys of a stranger whose table takes quadratic time, before it is built."""
+    if len(keys) > FEW_KEYS and not _SALTED.issuperset(map(type, keys)):
+        check_hashes(list(map(hash, keys)), of_set=of_set)
+
+
 def _spread(keys: Collection[Any]) -> Collection[Any]:
-    """Refuse keys of one hash: a table of them takes quadratic time. Only made-up ones (big integers) have many."""
+    """Refuse own keys of one hash, which could not be read again. Only made-up ones (big integers) have many."""
     if len(keys) > _SAME_HASH and not _SALTED.issuperset(map(type, keys)):
         hashed, count = Counter(map(hash, keys)).most_common(1)[0]
         if count > _SAME_HASH:
@@ -404,7 +411,9 @@ def _check_ints(parts: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _pairs(kind: type) -> Callable[[list[Any]], Any]:
     def make(parts: list[Any]) -> Any:
-        pairs = dict(zip(_spread(parts[::2]), parts[1::2], strict=True))
+        keys = parts[::2]
+        _check_keys(keys)
+        pairs = dict(zip(keys, parts[1::2], strict=True))
         if 2 * len(pairs) != len(parts):
             raise ValueError("it has equal keys")
         return kind(pairs)
@@ -414,7 +423,8 @@ def _pairs(kind: type) -> Callable[[list[Any]], Any]:
 
 def _members(kind: type) -> Callable[[list[Any]], Any]:
     def make(parts: list[Any]) -> Any:
-        members = kind(_spread(parts))
+        _check_keys(parts, of_set=True)
+        members = kind(parts)
         if len(members) != len(parts):
             raise ValueError("it has equal members")
         return members

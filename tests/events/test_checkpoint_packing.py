@@ -556,8 +556,16 @@ def test_keys_that_all_have_one_hash_are_refused(kind: str, code: int) -> None:
     """A table of them takes quadratic time."""
     keys = colliding(kind)
     parts = keys if code < 10 else [part for key in keys for part in (key, 1)]
-    with pytest.raises(CheckpointDamaged, match=r"of its keys have one hash"):
+    with pytest.raises(CheckpointDamaged, match=r"keys takes quadratic time, by their hashes"):
         packing.decode(packed(marked(code, *parts)))
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Counter, set, frozenset])
+def test_a_users_large_tables_return(kind: Any) -> None:
+    """Counts by id, with keys that only map's own form does not hold, too."""
+    for keys in (range(3_000), [index * 2.0**-20 for index in range(3_000)], [(index, 0.5) for index in range(3_000)]):
+        value = kind(dict.fromkeys(keys, 1))
+        assert back(value) == value
 
 
 def test_arrays_as_keys_are_refused_before_a_table_of_them_is_made() -> None:

@@ -1,8 +1,10 @@
-"""Maps whose keys are arrays are found wherever they are, and nothing else is."""
+"""Maps that would take long to build, or much memory, are found wherever they are, and nothing else is."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import random
 import tracemalloc
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.msgpack import Ext
 
+from events.hash_tables import check_hashes
 from events.msgpack_keys import GROWTH, check_keys
 
 atoms = st.one_of(
@@ -128,3 +131,65 @@ def test_what_users_keep_passes() -> None:
         {index: [index, 0.5] for index in range(1_000_000)},
     ):  # fmt: skip
         check_keys(msgspec.msgpack.encode(tree))
+
+
+def chained(count: int) -> list[int]:
+    """Keys of a table of 2,048 places: a third lie one behind the other on the path along which each search ends,
+    and the others come to its beginning on places that are taken."""
+    generator, mask = random.Random(1), 2_047
+    keys, at = [], 1
+    taken: dict[int, int] = {}
+    for index in range(count // 3):
+        taken[at] = index
+        keys.append(at)
+        at = (5 * at + 1) & mask
+    while len(keys) < count:
+        key = generator.randrange(2_048, 2**20)
+        place, rest = key & mask, key
+        while place in taken and rest:
+            rest >>= 5
+            place = (5 * place + rest + 1) & mask
+        if taken.get(place, count) < count // 9:
+            while at in taken:
+                at = (5 * at + 1) & mask
+            taken[at] = len(keys)
+            keys.append(key)
+    return keys
+
+
+@pytest.mark.parametrize("as_kind", [int, float])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_numbers_as_keys_that_were_chosen_to_collide_are_refused(as_kind: Any, cut: int) -> None:
+    """A megabyte of them would take minutes; also behind and in other values, and in data that was cut."""
+    bad = dict.fromkeys(map(as_kind, chained(1_360)), 0)
+    for tree in (bad, [1, {"a": bad}], {1: bad, 2: {}}, [bad] * 2):
+        data = msgspec.msgpack.encode(tree)
+        with pytest.raises(ValueError, match=r"its 1,\d+ keys takes quadratic time"):
+            check_keys(data[: len(data) - cut])
+
+
+def tables() -> dict[str, list[Any]]:
+    """Keys that users have: counts by id, by time, by a float."""
+    count = range(20_000)
+    return {
+        "ids": list(count),
+        "shuffled": random.Random(1).sample(count, len(count)),
+        "random": random.Random(1).sample(range(2**62), len(count)),
+        "negative": [-index for index in count],
+        "nanoseconds": [1_700_000_000_000_000_000 + 1_000_000_000 * index for index in count],
+        "snowflakes": [(1_700_000_000_000 + index) << 22 for index in count],
+        "high bits": [index << 40 for index in count],
+        "tenths": [0.1 * index for index in count],
+        "powers of two": [index * 2.0**-20 for index in count],
+        "many NaNs": [math.nan for _ in count],
+    }
+
+
+@pytest.mark.parametrize("kind", tables())
+def test_the_keys_of_a_users_table_pass(kind: str) -> None:
+    """In a map, and as members of a set."""
+    keys = tables()[kind]
+    body = b"".join(msgspec.msgpack.encode(key) + b"\x00" for key in keys)
+    check_keys(b"\xdf" + len(keys).to_bytes(4, "big") + body)
+    if kind != "many NaNs":
+        check_hashes([hash(key) for key in keys], of_set=True)
