@@ -8,8 +8,8 @@ import stat
 from pathlib import Path
 
 from events.errors import WireError
-from events.journal.reader import JOURNAL_DIR, JournalReader, segment_numbers
-from events.journal.segment import open_segment
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR, open_segment, segment_numbers
 from events.run.folder import ARGUMENTS_NAME, CONFIG_NAME, LOCK_NAME
 from events.safe_files import UnsafeFile, kind_of, list_below, stat_below
 from sinks.format import plain_text

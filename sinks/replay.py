@@ -11,7 +11,10 @@ import anyio
 from events.bus.supervisor import unique_name
 from events.bus.wakeup import Poster
 from events.errors import RunFolderError
-from events.journal.reader import JOURNAL_DIR, SkippedLine, history_filter, journal_tail
+from events.journal.history import history_filter
+from events.journal.reader import SkippedLine
+from events.journal.segment import JOURNAL_DIR
+from events.journal.tail import journal_tail
 from events.messages import Event
 from events.protocol import ObserverReport
 from events.run.folder import is_held

@@ -109,6 +109,27 @@ def events_in(line: bytes) -> int:
     return max(1, line.count(_MARK))
 
 
+def event_of(line: object, checked: bool = False) -> Event | None:
+    """Decode a line; None if it is not an event of a run.
+
+    Args:
+        line: Bytes, or whatever a segment returns for a line that is too long.
+        checked: Whether the lines of its segment have checksums.
+    """
+    try:
+        event, previous = decode_line(line) if isinstance(line, bytes) else (None, None)
+    except WireError:
+        return None
+    if event is None or not event.run_id or event.seq < 1 or (checked and previous is None):
+        return None
+    return event
+
+
+def mended(rest: bytes) -> bytes:
+    """Remove the last byte of an unfinished line if that was a damaged newline, which the checksum proves."""
+    return rest[:-1] if is_checked(rest[:-1]) else rest
+
+
 def is_checked(line: bytes) -> bool:
     """Whether a line has a checksum, and it is right."""
     try:

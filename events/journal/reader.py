@@ -12,85 +12,26 @@ exists and cannot be read raises `OSError`, and so does a journal whose folder i
 
 from __future__ import annotations
 
-import bisect
 import math
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from events.checkpoint.manifest import CheckpointName
 from events.errors import WireError
-from events.journal.lines import decode_line, decoded_bytes, events_in, gap_before, is_checked
-from events.journal.segment import JOURNAL_DIR as JOURNAL_DIR
-from events.journal.segment import MAX_LINE_BYTES, SegmentLines, TooLong, open_segment, read_tail
-from events.journal.segment import segment_name as segment_name
-from events.journal.segment import segment_numbers as segment_numbers
-from events.messages import (
-    BackwardEnded,
-    Event,
-    HistogramLogged,
-    ImageLogged,
-    LedgerReported,
-    MetricsLogged,
-    MonitorMissing,
-    NonFiniteGradient,
-    NonFiniteLoss,
-    RunResumed,
-    StepSkipped,
-    TestEpochEnded,
-    TestEpochStarted,
-    TestStepEnded,
-    TextLogged,
-    TrainEpochEnded,
-    TrainEpochStarted,
-    TrainStepEnded,
-    ValEpochEnded,
-    ValEpochStarted,
-    ValStepEnded,
-)
+from events.journal.lines import decode_line, decoded_bytes, event_of, events_in, gap_before, mended
+from events.journal.segment import MAX_LINE_BYTES, SegmentLines, TooLong, segment_name, segment_numbers
+from events.messages import Event
 from events.safe_files import UnsafeFile
-
-SUPERSEDED_TYPES: tuple[type[Event], ...] = (
-    TrainEpochStarted,
-    TrainStepEnded,
-    BackwardEnded,
-    ValEpochStarted,
-    ValStepEnded,
-    ValEpochEnded,
-    TestEpochStarted,
-    TestStepEnded,
-    TestEpochEnded,
-    TrainEpochEnded,
-    MetricsLogged,
-    HistogramLogged,
-    ImageLogged,
-    TextLogged,
-    MonitorMissing,
-    NonFiniteLoss,
-    NonFiniteGradient,
-    StepSkipped,
-    LedgerReported,
-)
-"""Events that are bound to a step, so that redoing the step replaces them.
-
-What happened to the run, to observers and to commands has happened, whatever is done again.
-"""
 
 _REASON = 200
 """Maximum characters per reason of a skipped line."""
 _SEQ = re.compile(rb'"seq":(\d{1,16}),')
-_TAIL_CHUNK = 2**18
-_TAIL_LINES = 10_000
 READ_BYTES = 16 * 2**20
 """Maximum bytes of memory, as `decoded_bytes` estimates them, that the events of one read take before its last one."""
-_BETWEEN_LINES = 8
-_LEAST_LINE_BYTES = 64
-"""Minimum bytes per line of an event: its header alone has more."""
 
 
 class SkippedLine(msgspec.Struct, frozen=True):
@@ -108,133 +49,6 @@ class SkippedLine(msgspec.Struct, frozen=True):
     first_seq: int | None = None
     """Where events are lost there, the first ``seq`` that is; `JournalReader.read` returns a `JournalGap` for them."""
     last_seq: int | None = None
-
-
-class JournalTail(msgspec.Struct, frozen=True):
-    """Where a journal ends. All zeros and empty for one that holds nothing."""
-
-    run_id: str = ""
-    attempt: int = 0
-    seq: int = 0
-    """No event in the journal lies above it."""
-    segment: int = 0
-    """The number that names the newest segment."""
-
-
-def journal_tail(journal_dir: str | os.PathLike[str], between: Callable[[], None] = lambda: None) -> JournalTail:
-    """Find the last event of a journal, reading from its end. Raises `OSError` if it cannot be read.
-
-    Args:
-        between: Called now and then, because a damaged end takes long.
-    """
-    numbers = segment_numbers(journal_dir)
-    least = numbers[-1] if numbers else 0
-    for number in reversed(numbers):
-        events, damaged, is_all = _last_events(journal_dir, number, between=between)
-        if events:
-            # The highest of several, because a damaged digit may have made the last one small. A newest segment without
-            # one whole event was begun with an event that others may have seen: stay above.
-            attempt, seq = max(event.attempt for event in events), max(event.seq for event in events)
-            return JournalTail(events[-1].run_id, attempt, max(seq + damaged, least), numbers[-1])
-        if not is_all:  # stay above all the lines that it may hold
-            least = max(least, number + _size_of(journal_dir, number) // _LEAST_LINE_BYTES)
-    return JournalTail(seq=least, segment=numbers[-1]) if numbers else JournalTail()
-
-
-def _size_of(journal_dir: str | os.PathLike[str], number: int) -> int:
-    """Bytes of a segment; 0 of one that is gone or is not a regular file."""
-    try:
-        fd = open_segment(journal_dir, number)
-    except (FileNotFoundError, UnsafeFile):
-        return 0
-    try:
-        return min(os.fstat(fd).st_size, _LEAST_LINE_BYTES * 2**40)
-    finally:
-        os.close(fd)
-
-
-def last_events(journal_dir: str | os.PathLike[str]) -> list[Event]:
-    """The newest events of a journal: some hundreds, without reading what is before; fewer where they are large.
-
-    Raises `OSError`.
-    """
-    for number in reversed(segment_numbers(journal_dir)):
-        if events := _last_events(journal_dir, number)[0]:
-            return events
-    return []
-
-
-def last_whole_seq(journal_dir: str | os.PathLike[str]) -> int:
-    """``seq`` of the last event whose line is finished, 0 if there is none. Raises `OSError`."""
-    numbers = segment_numbers(journal_dir)
-    if not numbers:
-        return 0
-    events, _, _ = _last_events(journal_dir, numbers[-1], chunk=2**13, unfinished=False)
-    return events[-1].seq if events else numbers[-1] - 1  # a segment is named by its first event
-
-
-def _last_events(
-    journal_dir: str | os.PathLike[str],
-    number: int,
-    *,
-    chunk: int | None = None,
-    unfinished: bool = True,
-    between: Callable[[], None] = lambda: None,
-) -> tuple[list[Event], int, bool]:
-    """Whole events at the end of a segment; how many lines behind them are damaged; whether all of it was searched.
-
-    Of large events only the newest are returned, up to `READ_BYTES`.
-
-    Args:
-        chunk: Bytes to begin with.
-        unfinished: Whether an event that lacks only its newline counts, as it does for readers of an older segment.
-    """
-    length, is_all = chunk or _TAIL_CHUNK, False
-    while not is_all and length <= 2 * MAX_LINE_BYTES:
-        try:
-            data, is_all = read_tail(journal_dir, number, length)
-        except (FileNotFoundError, UnsafeFile):
-            return [], 0, True
-        *lines, rest = data.rsplit(b"\n", _TAIL_LINES)
-        checked = any(map(is_checked, reversed(lines)))
-        newest: list[Event] = []
-        damaged = spent = 0
-        if unfinished and (event := _event_of(_mended(rest), checked)) is not None:
-            newest, spent = [event], decoded_bytes(rest)
-        for index, line in enumerate(reversed(lines)):
-            if spent >= READ_BYTES:
-                break
-            if index % _BETWEEN_LINES == 0:
-                between()
-            if (event := _event_of(line, checked)) is not None:
-                newest.append(event)
-                spent += decoded_bytes(line)
-            elif line and checked and not newest:
-                damaged += events_in(line)
-        if newest:
-            return newest[::-1], damaged, is_all
-        length *= 4
-    return [], 0, is_all
-
-
-def _event_of(line: bytes | TooLong, checked: bool = False) -> Event | None:
-    """The event of a line, if it is one.
-
-    Args:
-        checked: Whether the lines of its segment have checksums.
-    """
-    try:
-        event, previous = decode_line(line) if isinstance(line, bytes) else (None, None)
-    except WireError:
-        return None
-    if event is None or not event.run_id or event.seq < 1 or (checked and previous is None):
-        return None
-    return event
-
-
-def _mended(rest: bytes) -> bytes:
-    """What stands behind the last newline, without one more byte if this was the newline: the checksum is a proof."""
-    return rest[:-1] if is_checked(rest[:-1]) else rest
 
 
 class JournalReader:
@@ -397,7 +211,7 @@ class JournalReader:
         """Whether a ``seq`` is wrong: one damaged digit would hide all the events that follow."""
         if event.seq == self._cursor + 1 or not self._lines:
             return False
-        following = next((other for line in self._lines[-1:-8:-1] if (other := _event_of(line))), None)
+        following = next((other for line in self._lines[-1:-8:-1] if (other := event_of(line))), None)
         return following is not None and self._cursor < following.seq <= event.seq
 
     def _fill(self) -> bool:
@@ -435,7 +249,7 @@ class JournalReader:
 
     def _begin_rest(self, segment: SegmentLines) -> None:
         """Take what has no newline as a line: it is torn, or whole but for that."""
-        self._lines = [_mended(segment.rest)]
+        self._lines = [mended(segment.rest)]
         self._offset, self._rest, self._finished = segment.start, True, True
 
     def _following(self, numbers: list[int]) -> int | None:
@@ -464,152 +278,3 @@ class JournalReader:
             self._why = reason[:_REASON]
         path = str(self._dir / segment_name(self._segment.number))
         self._skipped.append(SkippedLine(path, self._line + 1, self._offset, length, reason[:_REASON], torn))
-
-
-def read_history(
-    journal_dir: str | os.PathLike[str], since: int = 0, skipped: list[SkippedLine] | None = None
-) -> Iterator[Event]:
-    """The run's history as it counts: without the steps that a later attempt has done again.
-
-    The newest attempt counts; of the one whose checkpoint it went on from, what came before that checkpoint; and so on
-    back to the first. Of `SUPERSEDED_TYPES` everything else is left out. All other events are there. This is the one
-    place that applies `RunResumed`: replay, charts and reports read through it.
-
-    Args:
-        journal_dir: The folder of segments; it may be growing. The iterator ends when it has caught up.
-        since: Events up to this ``seq`` are left out.
-        skipped: Takes the lines that were no events, if given (the newest thousand).
-
-    Raises:
-        OSError: A segment exists but cannot be read.
-    """
-    counts = history_filter(journal_dir)
-    reader = JournalReader(journal_dir, since)
-    while events := reader.read() or reader.finish():
-        yield from filter(counts, events)
-    if skipped is not None:
-        skipped.extend(reader.skipped)
-
-
-def history_filter(
-    journal_dir: str | os.PathLike[str], between: Callable[[], None] = lambda: None
-) -> Callable[[Event], bool]:
-    """Tell which events of a journal, as it stands, belong to the history that `read_history` returns.
-
-    Args:
-        between: Called between two parts of the journal, a mebibyte each, because all of it is read.
-    """
-    # Found first: what supersedes an event may stand at the journal's end.
-    kept_up_to = _kept_up_to(_resumes(Path(journal_dir), between))
-
-    def counts(event: Event) -> bool:
-        if not isinstance(event, SUPERSEDED_TYPES):
-            return True
-        seq, step = kept_up_to(event.attempt)
-        # What a hook logged late belongs to the event that it handled.
-        return (getattr(event, "of_seq", None) or event.seq) <= seq and event.global_step <= step
-
-    return counts
-
-
-def _kept_up_to(resumes: Iterable[RunResumed]) -> Callable[[int], tuple[float, float]]:
-    """By attempt: up to which ``seq``, and which step, its events count."""
-    # Sorted and not by attempt in a dict: a stranger may choose numbers that collide, or that are far apart. Of several
-    # resumes of an attempt the last one counts.
-    resumes = sorted((resume for resume in resumes if resume.attempt), key=_attempt_of)
-    everything = seq, step = math.inf, math.inf
-    current = newest = resumes[-1].attempt if resumes else 0
-    line: list[tuple[int, int, tuple[float, float]]] = []  # first and last attempt of a stretch with the same bounds
-    while current > 0:
-        index = bisect.bisect_right(resumes, current, key=_attempt_of) - 1
-        if index < 0:
-            line.append((1, current, (seq, step)))
-            break
-        resume = resumes[index]
-        line.append((resume.attempt, current, (seq, step)))
-        parent = resume.attempt - 1
-        if resume.after_seq is None:  # all that is known is the step
-            step = min(step, resume.global_step)
-        else:
-            name = CheckpointName.parse(resume.checkpoint or "")
-            seq, step = resume.after_seq, math.inf
-            parent = name.attempt if name is not None and resume.after_seq else 0
-        current = min(parent, resume.attempt - 1)
-    line.reverse()
-
-    def kept(attempt: int) -> tuple[float, float]:
-        stretch = line[max(0, bisect.bisect_right(line, attempt, key=_first_of) - 1)] if line else (0, 0, everything)
-        if stretch[0] <= attempt <= stretch[1]:
-            return stretch[2]
-        # One that has resumed nothing has trained nothing: a test. The first one needs not to have.
-        index = bisect.bisect_left(resumes, attempt, key=_attempt_of)
-        has_resumed = attempt <= newest and resumes[index].attempt == attempt
-        return (0, 0) if has_resumed or (attempt == 1 and newest) else everything
-
-    return kept
-
-
-def _attempt_of(event: Event) -> int:
-    return event.attempt
-
-
-def _first_of(stretch: tuple[int, int, tuple[float, float]]) -> int:
-    return stretch[0]
-
-
-class EventFinder:
-    """Finds a journal's events of some types, in order and each once, while it grows. It decodes no other lines.
-
-    Belongs to one thread.
-    """
-
-    def __init__(self, journal_dir: str | os.PathLike[str], types: Iterable[type[Event]]) -> None:
-        self._dir = Path(journal_dir)
-        self._beginnings = tuple(b'{"type":"%s"' % kind.__name__.encode() for kind in types)
-        self._segment: SegmentLines | None = None
-        self._found_seq = 0
-
-    def find(self, until: float = math.inf, between: Callable[[], None] = lambda: None) -> Iterator[Event]:
-        """Return the events behind those that were found before. Raises `OSError` if a segment cannot be read.
-
-        Args:
-            until: Stop soon after this time (`time.monotonic`); the next call continues.
-            between: Called between two parts of the journal, a mebibyte each.
-        """
-        for number in segment_numbers(self._dir):
-            if self._segment is None or number > self._segment.number:
-                self._segment = SegmentLines(self._dir, number)
-            if number < self._segment.number:
-                continue
-            for line in _lines_of(self._segment, until, between):
-                event = _event_of(line, self._segment.checked) if line.startswith(self._beginnings) else None
-                if event is not None and event.seq > self._found_seq:  # the writer repeats resumes
-                    self._found_seq = event.seq
-                    yield event
-            if until < math.inf and time.monotonic() > until:
-                return
-
-
-def _lines_of(
-    segment: SegmentLines, until: float = math.inf, between: Callable[[], None] = lambda: None
-) -> Iterator[bytes]:
-    """The whole lines that follow in a segment; none of one that is gone, or is not a regular file."""
-    try:
-        while lines := segment.read():
-            yield from (line for line in lines if isinstance(line, bytes))
-            between()
-            if until < math.inf and time.monotonic() > until:
-                return
-    except (FileNotFoundError, UnsafeFile):
-        return  # removed since it was listed: the reader reports it
-
-
-def _resumes(journal_dir: Path, between: Callable[[], None] = lambda: None) -> Iterator[RunResumed]:
-    """The resumes in a journal, decoding only the lines that may be one."""
-    for number in segment_numbers(journal_dir):
-        segment = SegmentLines(journal_dir, number)
-        for line in _lines_of(segment, between=between):
-            if b'"RunResumed"' in line and isinstance(event := _event_of(line, segment.checked), RunResumed):
-                yield event
-        if isinstance(event := _event_of(_mended(segment.rest), segment.checked), RunResumed):
-            yield event

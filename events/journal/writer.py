@@ -42,8 +42,8 @@ from msgspec import Meta
 from events.checkpoint import disk
 from events.errors import RunFolderError, RunFolderMismatch, WireError
 from events.journal.lines import ALWAYS_FITS_BYTES, check_size, encode_lines, gap_before
-from events.journal.reader import JOURNAL_DIR, journal_tail
-from events.journal.segment import MAX_LINE_BYTES, open_segment, segment_name
+from events.journal.segment import JOURNAL_DIR, MAX_LINE_BYTES, open_segment, segment_name
+from events.journal.tail import journal_tail
 from events.log import logger
 from events.messages import EVENT_TYPES, Event, RunEnded, RunResumed
 from events.safe_files import make_folder_below

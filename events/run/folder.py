@@ -27,7 +27,8 @@ import msgspec
 from events.bounds import LAST_ATTEMPT
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import CheckpointError, RunFolderError, RunFolderHeld, RunFolderMismatch
-from events.journal.reader import JOURNAL_DIR, JournalTail, journal_tail
+from events.journal.segment import JOURNAL_DIR
+from events.journal.tail import JournalTail, journal_tail
 from events.safe_files import (
     UnsafeFile,
     make_folder_below,

@@ -15,7 +15,7 @@ from events.bus.pump import Pump
 from events.bus.subscription import Subscription
 from events.errors import CursorError
 from events.journal.follow import Follower
-from events.journal.reader import last_whole_seq
+from events.journal.tail import journal_tail
 from events.messages import Event
 from events.sink import Delivery, Overflow
 
@@ -102,7 +102,7 @@ class JournalEventStream(BatchedStream):
         super().__init__()
         self._types = journalled_types(types)
         self._attempt = attempt
-        self._cursor = last_whole_seq(journal_dir) if since is None else since
+        self._cursor = journal_tail(journal_dir, chunk=2**13).last_seq if since is None else since
         self._ended = False
         self._follower = Follower(journal_dir, self._cursor, over=lambda: self._ended or over(), poll_s=_POLL_S)
 

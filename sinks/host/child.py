@@ -32,7 +32,8 @@ from events.bus.wakeup import Post, Poster
 from events.bus.worker import Worker
 from events.errors import SinkMisconfigured
 from events.journal.feed import JournalFeed
-from events.journal.reader import JOURNAL_DIR, SkippedLine
+from events.journal.reader import SkippedLine
+from events.journal.segment import JOURNAL_DIR
 from events.log import RunLog, current_origin
 from events.messages import EVENT_TYPES, Event
 from events.origin import Origin

@@ -31,7 +31,8 @@ import anyio.to_thread
 import msgspec
 
 from events.errors import ArgumentsError, RunFolderError, WireError
-from events.journal.reader import JOURNAL_DIR, JournalReader
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR
 from events.run.folder import is_held
 from events.wire import decode_command_json, encode_json_lines
 from sinks.damage import unreadable

@@ -22,7 +22,9 @@ import anyio.to_thread
 import msgspec
 from anyio.abc import TaskStatus
 
-from events.journal.reader import JOURNAL_DIR, JournalReader, journal_tail, segment_numbers
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR, segment_numbers
+from events.journal.tail import journal_tail
 from events.messages import Event, RunResumed
 from events.protocol import AnyCommand
 from events.run.folder import is_held

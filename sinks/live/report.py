@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from events.errors import RunFolderError
-from events.journal.reader import JOURNAL_DIR, segment_numbers
+from events.journal.segment import JOURNAL_DIR, segment_numbers
 from events.run.folder import is_held
 from events.safe_files import replace_below
 from sinks.damage import damage_of, reason_of

@@ -15,14 +15,10 @@ import msgspec
 
 from events.errors import ArgumentsError
 from events.health import Health
-from events.journal.reader import (
-    JOURNAL_DIR,
-    EventFinder,
-    JournalReader,
-    last_events,
-    segment_name,
-    segment_numbers,
-)
+from events.journal.history import EventFinder
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR, segment_name, segment_numbers
+from events.journal.tail import journal_tail
 from events.messages import RunEnded
 from events.run.folder import is_held
 from events.safe_files import guard, list_below, stat_below
@@ -280,7 +276,7 @@ def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = Non
         count += len(batch)
         if count >= _HEAD:
             break
-    tail = last_events(journal_dir)
+    tail = journal_tail(journal_dir).events
     view.add(trimmed([event for event in tail if count and event.seq > view.cursor]))
     if tail and tail[-1].attempt > view.run.attempt:  # its beginning is in the middle
         view.run.attempt = tail[-1].attempt

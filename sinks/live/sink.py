@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 
 from events.errors import SinkMisconfigured
-from events.journal.reader import JOURNAL_DIR
+from events.journal.segment import JOURNAL_DIR
 from events.log import logger
 from events.messages import Event
 from events.notice import notify

@@ -12,15 +12,10 @@ from pathlib import Path
 import msgspec
 
 from events.errors import WireError
-from events.journal.reader import (
-    JOURNAL_DIR,
-    EventFinder,
-    JournalReader,
-    history_filter,
-    journal_tail,
-    segment_numbers,
-)
-from events.journal.segment import open_segment
+from events.journal.history import EventFinder, history_filter
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR, open_segment, segment_numbers
+from events.journal.tail import journal_tail
 from events.messages import Event, RunResumed
 from events.msgpack_keys import check_keys
 from events.run.folder import is_held

@@ -18,7 +18,7 @@ from events.bus import catch_up
 from events.bus.backlog import item_of
 from events.bus.catch_up import WrittenJournal
 from events.bus.subscription import Subscription
-from events.journal.reader import JOURNAL_DIR
+from events.journal.segment import JOURNAL_DIR
 from events.journal.writer import Journal
 from events.messages import BackwardEnded, Event, JournalGap, MetricsLogged, TrainEpochEnded, TrainStepEnded
 from events.sink import Delivery, RunInfo

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from events.journal.follow import Follower
-from events.journal.reader import JOURNAL_DIR
+from events.journal.segment import JOURNAL_DIR
 from events.journal.writer import Journal
 from events.messages import JournalGap, TrainStepEnded
 from events.sink import RunInfo

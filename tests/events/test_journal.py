@@ -28,17 +28,11 @@ from events import wire
 from events.bounds import LAST_ATTEMPT
 from events.errors import RunFolderError, WireError
 from events.journal import reader as journal_reader
+from events.journal.history import SUPERSEDED_TYPES, EventFinder, read_history
 from events.journal.lines import CHECKSUM, MAX_DECODED_BYTES, PREVIOUS_SEQ, decoded_bytes, encode_lines
-from events.journal.reader import (
-    SUPERSEDED_TYPES,
-    EventFinder,
-    JournalReader,
-    SkippedLine,
-    journal_tail,
-    last_events,
-    read_history,
-    segment_numbers,
-)
+from events.journal.reader import JournalReader, SkippedLine
+from events.journal.segment import segment_numbers
+from events.journal.tail import journal_tail
 from events.journal.writer import JOURNAL_DELIVERY, Journal, JournalWriter
 from events.messages import (
     EVENT_TYPES,
@@ -731,7 +725,7 @@ def test_what_is_not_a_regular_file_is_damage(tmp_path: Path, kind: str, place: 
     assert [event.seq for event in history] == [1, 2, 3]
     assert [event.seq for event in history if isinstance(event, JournalGap)] == [place + 1]
     assert [event.seq for event in EventFinder(journal, [TrainStepEnded]).find()] == left
-    assert [event.seq for event in last_events(journal)] == [left[-1]]
+    assert [event.seq for event in journal_tail(journal).events] == [left[-1]]
     assert journal_tail(journal).seq == 3  # nothing is numbered below what was there
     write(tmp_path / "run", [step(4, attempt=2)])
     assert [event.seq for event in read_all(reader)] == ([4] if place < 2 else [3, 4])
@@ -896,7 +890,7 @@ def test_a_line_that_would_fill_the_memory_is_damage(tmp_path: Path, kind: str) 
         assert [(type(event).__name__, event.seq) for event in read_all(reader)] == [
             ("TrainStepEnded", 1), ("JournalGap", 2), ("TrainStepEnded", 3),
         ]  # fmt: skip
-        assert [event.seq for event in last_events(tmp_path / "journal")][-1] == 3
+        assert [event.seq for event in journal_tail(tmp_path / "journal").events][-1] == 3
         assert journal_tail(tmp_path / "journal").seq == 3
         assert tracemalloc.get_traced_memory()[1] < 48 * 2**20
     finally:
@@ -935,7 +929,7 @@ def test_large_events_are_read_few_at_a_time(tmp_path: Path) -> None:
     reader = JournalReader(tmp_path / "journal")
     assert [len(reader.read()) for _ in range(4)] == [5, 5, 2, 0]
     assert reader.skipped == []
-    assert 1 <= len(last_events(tmp_path / "journal")) <= 5
+    assert 1 <= len(journal_tail(tmp_path / "journal").events) <= 5
 
 
 def test_other_files_are_no_segments(tmp_path: Path) -> None:
@@ -1133,10 +1127,9 @@ def test_a_tail_sees_every_event_once_however_the_bytes_arrive(count: int, piece
 def test_lines_longer_than_a_read_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the search from the end."""
     monkeypatch.setattr("events.journal.segment._CHUNK", 16)
-    monkeypatch.setattr("events.journal.reader._TAIL_CHUNK", 16)
     write(tmp_path, steps(1, 5))
     assert seqs(tmp_path) == [1, 2, 3, 4, 5]
-    assert journal_tail(tmp_path / "journal").seq == 5
+    assert journal_tail(tmp_path / "journal", chunk=16).seq == 5
 
 
 # ------------------------------------------------------------------------------------------------ the history

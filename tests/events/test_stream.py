@@ -20,7 +20,7 @@ from events import CursorError
 from events.bus.catch_up import WrittenJournal
 from events.bus.pump import Pump
 from events.bus.ring import Ring
-from events.journal.reader import JOURNAL_DIR
+from events.journal.segment import JOURNAL_DIR
 from events.journal.writer import Journal
 from events.messages import BackwardEnded, Event, MetricsLogged, TrainEpochEnded, TrainStepEnded
 from events.origin import Origin

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from events.checkpoint.store import CheckpointStore
-from events.journal.reader import read_history
+from events.journal.history import read_history
 from events.messages import (
     Event,
     MetricsLogged,

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from events.errors import CursorError, RunCancelled, StagecastError
-from events.journal.reader import JOURNAL_DIR, JournalReader
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR
 from events.messages import (
     BackwardEnded,
     CheckpointSaved,

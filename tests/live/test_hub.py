@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from events.errors import ArgumentsError
-from events.journal.reader import segment_numbers
+from events.journal.segment import segment_numbers
 from events.messages import CheckpointSaved
 from sinks.live import hub as hub_module
 from sinks.live.access import Access

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from page_visits import EVIL
 
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
-from events.journal.reader import JOURNAL_DIR, JournalReader
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR
 from events.messages import CommandTaken, Event, RunEnded
 from sinks.live.runs import RunsOfFolder
 

@@ -22,7 +22,8 @@ from websockets.sync.client import connect as connect_websocket
 
 import trainer
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
-from events.journal.reader import JOURNAL_DIR, JournalReader
+from events.journal.reader import JournalReader
+from events.journal.segment import JOURNAL_DIR
 from events.messages import Event, RunEnded, RunResumed, TrainStepEnded
 from trainer.remote.connect import connect
 

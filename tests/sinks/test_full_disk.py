@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sinks
-from events.journal.reader import read_history
+from events.journal.history import read_history
 from events.wire import decode_json
 
 ROOT = Path(sinks.__file__).parent.parent

@@ -27,7 +27,7 @@ from events.errors import (
     CheckpointsFailing,
     UnstorableState,
 )
-from events.journal.reader import read_history
+from events.journal.history import read_history
 from events.messages import (
     CheckpointDeleted,
     CheckpointFailed,

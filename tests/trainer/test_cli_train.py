@@ -16,7 +16,7 @@ import pytest
 
 from events.checkpoint.settings import Checkpoints
 from events.field_docs import field_docs
-from events.journal.reader import read_history
+from events.journal.history import read_history
 from events.journal.writer import Journal
 from events.messages import RunStarted
 from sinks.registry import sink_names, sink_type

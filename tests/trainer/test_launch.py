@@ -22,7 +22,7 @@ import msgspec
 import pytest
 
 from events.errors import CursorError, RunCancelled, UploadError
-from events.journal.reader import segment_name
+from events.journal.segment import segment_name
 from events.messages import (
     BackwardEnded,
     CommandTaken,

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 import torch
 
-from events.journal.reader import read_history
+from events.journal.history import read_history
 from events.messages import (
     Event,
     HistogramLogged,

@@ -14,8 +14,9 @@ import msgspec
 import pytest
 
 from events.errors import RunFolderError
+from events.journal.history import read_history
 from events.journal.lines import decode_line, encode_lines
-from events.journal.reader import journal_tail, read_history
+from events.journal.tail import journal_tail
 from events.messages import Event, ObserverFailed, ObserverRecovered, TrainStepEnded
 from events.run.folder import is_held
 from events.sink import Delivery

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from events.errors import CheckpointDamaged, CheckpointMismatch
-from events.journal.reader import read_history
+from events.journal.history import read_history
 from events.messages import CheckpointStaged
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, RunInterrupted, Trainer, TrainerArguments
 

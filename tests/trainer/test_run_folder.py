@@ -21,7 +21,9 @@ import pytest
 import torch
 
 from events.errors import RunFolderError, RunFolderHeld, RunFolderMismatch
-from events.journal.reader import JournalReader, SkippedLine, journal_tail, read_history
+from events.journal.history import read_history
+from events.journal.reader import JournalReader, SkippedLine
+from events.journal.tail import journal_tail
 from events.messages import (
     Event,
     JournalGap,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from events.journal.reader import last_events
+from events.journal.tail import journal_tail
 from events.messages import Event
 from events.process import exit_in_words
 from events.safe_files import open_below
@@ -84,7 +84,7 @@ def _events(ready: Ready | None) -> list[Event]:
     if ready is None or ready.journal_dir is None:
         return []
     try:
-        return [event for event in last_events(ready.journal_dir) if event.attempt == ready.attempt]
+        return [event for event in journal_tail(ready.journal_dir).events if event.attempt == ready.attempt]
     except OSError:
         return []
 
