@@ -147,6 +147,15 @@ def test_the_readme_is_read_in_five_minutes() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
+def test_the_changelog_has_each_section_and_each_entry_once() -> None:
+    """A merge that keeps both sides of a conflict repeats entries."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("## Unreleased\n")[2]
+    assert re.findall(r"^### (\w+)$", text, flags=re.MULTILINE) == ["Added", "Changed", "Fixed", "Security"]
+    entries = re.findall(r"^- (.{40})", text, flags=re.MULTILINE)
+    assert sorted(set(entries)) == sorted(entries)
+    assert len(text.splitlines()) <= 220  # entries are short, and for users
+
+
 def test_both_commands_name_the_torch_version_in_the_same_call() -> None:
     """Otherwise pip fetches a build with CUDA on a machine without a GPU."""
     installing = [block.text for block in blocks_of(README) if block.language == "bash" and "pip install" in block.text]
