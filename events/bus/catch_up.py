@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _POLL_S = 0.02
 _READ = 64
 """Maximum events per read of the journal: they are in memory beyond the limits of the subscription."""
+_FAR = 100_000
+"""Events from which on it is cheaper to find the next ones by their segment than to read on up to them."""
 _PATIENCE_S = 1.0
 """Seconds until an event that a settled journal does not have is lost: the journal may repeat a write that failed."""
 
@@ -46,8 +48,8 @@ class CatchUp:
         self.count = 0
         """Events that wait in the journal, or on their way there."""
         self._first = self._last = 0  # their `seq`
+        self._journal = journal
         self._follower = Follower(journal.folder, after)
-        self._settled = journal.settled
         self._wants = wants
         self._statistics = statistics
 
@@ -57,6 +59,8 @@ class CatchUp:
         if kept:
             if not self.count:
                 self._first = kept[0][0].seq
+                if self._first - self._follower.cursor > _FAR:
+                    self._follower = Follower(self._journal.folder, self._first - 1)
             self._last = kept[-1][0].seq
             self.count += len(kept)
         return [item for item in items if not item[0].journalled]
@@ -65,7 +69,7 @@ class CatchUp:
         """Wait for the next events; none once the journal does not have them. A cancelled call loses nothing."""
         give_up_at: float | None = None
         while self.count:
-            settled = self._settled()  # asked before reading: an event that is written later must not be missed
+            settled = self._journal.settled()  # asked before reading: an event that is written later must not be missed
             try:
                 events = await self._follower.read(min(limit, _READ))
             except OSError:

@@ -125,7 +125,6 @@ class JournalWriter:
         self._line_seq = written_seq  # of the last line
         self._resumed: RunResumed | None = None  # this attempt's
         self._last_segment = last_segment
-        self._path = folder
         self._size = 0  # of the whole lines in the segment
         self._directory_dirty = False
         self._sync_due = False
@@ -142,6 +141,10 @@ class JournalWriter:
     def written_seq(self) -> int:
         """Up to here, what the journal keeps has reached the operating system. Read it from any thread."""
         return self._written_seq
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / segment_name(self._last_segment) if self._last_segment else self._folder
 
     def write(self, events: Sequence[Event]) -> None:
         """Append a batch; returns when the system has it, and stable storage too if it holds a `RunEnded`.
@@ -310,7 +313,6 @@ class JournalWriter:
         # Higher than any before, even where the one before was left without a whole line: readers go by the
         # names.
         number = max(first_seq, self._last_segment + 1)
-        path = self._folder / segment_name(number)
         if self._fd is not None:
             self.sync()
         try:
@@ -319,7 +321,7 @@ class JournalWriter:
             self._last_segment = number  # a stranger's file: the batch is delivered again and gets the next number
             raise
         self._leave_segment()
-        self._fd, self._path, self._size, self._last_segment = fd, path, 0, number
+        self._fd, self._size, self._last_segment = fd, 0, number
         self._directory_dirty = True
 
     def _leave_segment(self) -> None:

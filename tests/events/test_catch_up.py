@@ -18,6 +18,7 @@ from events.bus import catch_up
 from events.bus.backlog import item_of
 from events.bus.catch_up import WrittenJournal
 from events.bus.subscription import Subscription
+from events.journal import reader as journal_reader
 from events.journal.segment import JOURNAL_DIR
 from events.journal.writer import Journal
 from events.messages import BackwardEnded, Event, JournalGap, MetricsLogged, TrainEpochEnded, TrainStepEnded
@@ -153,6 +154,29 @@ async def test_a_write_that_is_repeated_loses_nothing(run: Run) -> None:
 
         tasks.start_soon(repeat)
         assert await run.rest() == list(range(1, 10))
+
+
+async def test_a_queue_that_is_full_late_does_not_read_the_whole_journal(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins with the segment that has the next event."""
+    monkeypatch.setattr(catch_up, "_FAR", 10)
+    opened: list[int] = []
+    lines = journal_reader.SegmentLines
+    monkeypatch.setattr(
+        journal_reader,
+        "SegmentLines",
+        lambda folder, number, *rest: opened.append(number) or lines(folder, number, *rest),
+    )
+    for at in range(1, 21):
+        run.publish(TrainStepEnded)
+        run.write()
+        run._writer._leave_segment()  # the next event begins a new one
+        assert await run.receive() == [at]
+    run.publish(TrainStepEnded, count=9)
+    run.write()
+    assert await run.rest() == list(range(21, 30))
+    assert opened == [21]
 
 
 @pytest.mark.usefixtures("impatient")
