@@ -92,6 +92,21 @@ def open_below(root: str | os.PathLike[str], name: str, flags: int = os.O_RDONLY
         return fd
 
 
+def open_lock_below(root: str | os.PathLike[str], name: str) -> int:
+    """Open a file to be locked, creating it if it is missing; returns its descriptor.
+
+    Its owner alone may open it afterwards: whoever may read a file may lock it, and could hold up its owner.
+
+    Raises:
+        UnsafeFile, OSError: As `open_below`.
+    """
+    fd = open_below(root, name, os.O_RDWR | os.O_CREAT, 0o600)
+    if hasattr(os, "fchmod") and os.fstat(fd).st_mode & 0o077:
+        with contextlib.suppress(OSError):  # a file system without modes, or the file of a user who shares the folder
+            os.fchmod(fd, 0o600)
+    return fd
+
+
 def read_below(root: str | os.PathLike[str], name: str, limit_bytes: int) -> bytes:
     """Read a whole regular file below a folder.
 

@@ -27,13 +27,14 @@ import msgspec
 from events.bounds import LAST_ATTEMPT
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.errors import CheckpointError, RunFolderError, RunFolderHeld, RunFolderMismatch
-from events.journal.segment import JOURNAL_DIR
+from events.journal.segment import JOURNAL_DIR, segment_name, segment_numbers
 from events.journal.tail import JournalTail, journal_tail
 from events.safe_files import (
     UnsafeFile,
     make_folder_below,
     open_below,
     open_folder_below,
+    open_lock_below,
     read_below,
     replace_below,
     stat_below,
@@ -50,6 +51,9 @@ CONFIG_NAME = "config.json"
 
 # What a second holder meets: EWOULDBLOCK from flock, EACCES or EDEADLOCK from Windows.
 _HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_QUIET_S = 120.0
+"""Seconds without an event after which another user's run counts as over: a run reports its observers more often."""
 _ATTEMPTS = 16
 _LOCK_BYTES = 65_536
 _LOOKED_AT_S = 0.1
@@ -222,18 +226,28 @@ _open_folders: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 def is_held(path: str | os.PathLike[str]) -> bool:
     """Whether a process has the run's folder, so that more may be written to it.
 
-    It takes the lock for a moment: the system answers nobody who only asks. `RunFolder.open` waits for that.
+    It takes the lock for a moment: the system answers nobody who only asks. `RunFolder.open` waits for that. Of another
+    user's run, whose lock cannot be opened, it is known by how lately the journal was written.
     """
     try:
-        fd = open_below(path, LOCK_NAME, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    except OSError:
-        return False
+        fd = open_below(path, LOCK_NAME, os.O_RDWR)  # some network file systems lock only what may be written
+    except OSError as error:
+        return error.errno in _NOT_OURS and _is_written(Path(path))
     try:
         _lock_descriptor(fd)
     except OSError as error:
         return error.errno in _HELD
     finally:
         os.close(fd)
+    return False
+
+
+def _is_written(folder: Path) -> bool:
+    """Whether the newest segment of a journal has grown within `_QUIET_S`."""
+    with contextlib.suppress(OSError):
+        for number in segment_numbers(folder / JOURNAL_DIR)[-1:]:
+            written = stat_below(folder, f"{JOURNAL_DIR}/{segment_name(number)}").st_mtime
+            return time.time() - written < _QUIET_S
     return False
 
 
@@ -289,7 +303,7 @@ def _lock(folder: Path, undo: contextlib.ExitStack) -> int:
     path = folder / LOCK_NAME
     for _ in range(_ATTEMPTS):
         created = not os.path.lexists(path)
-        fd = open_below(folder, LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = open_lock_below(folder, LOCK_NAME)
         try:
             _lock_patiently(fd)
         except OSError as error:

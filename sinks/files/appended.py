@@ -39,6 +39,8 @@ LINE_BYTES = 64 * 2**20
 _MEDIA_BYTES = 2**30
 """Maximum bytes per image or text of the run's folder that a sink reads."""
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
+_RANGE = struct.Struct("hhqqi0q")
+"""``struct flock``: the kind of a lock, where its start is counted from, its start, its length, its process."""
 _CLOCK_S = 1.0
 """So far apart may the times of events be that stand in another order than they happened in."""
 
@@ -120,13 +122,34 @@ class AppendedFile:
         """Two runs in one file would cut each other's rows. The lock goes with the process, however that ends."""
         if sys.platform != "win32":
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(self._file.fileno(), self.path)
             except OSError as error:
                 # Where the file system has no locks, nobody is held up.
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise OSError(
                         error.errno, "another run is writing to this file: wait for it, or give each its own", self.path
                     ) from None
+
+
+def _lock(fd: int, path: str) -> None:
+    """Lock a file that others may read. Raises `OSError`.
+
+    Whoever may read a file can lock it with `flock`. For a write lock on a range one must be able to write, and a read
+    lock, which a reader can take, is known from that of a run: it is reported, and holds up nothing.
+    """
+    if not hasattr(fcntl, "F_OFD_SETLK"):  # macOS: others with a right to read can hold the sink up there
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    whole = _RANGE.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a kernel without such locks
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif _RANGE.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, whole))[0] == fcntl.F_RDLCK:
+            logger.warning(f"{path} has a read lock of another process, so it is written without a lock")
+        else:
+            raise
 
 
 class End(msgspec.Struct, frozen=True):

@@ -39,13 +39,16 @@ from events.messages import EVENT_TYPES, Event
 from events.origin import Origin
 from events.process import Parent
 from events.protocol import ObserverReport
-from events.safe_files import open_below, read_below, replace_below
+from events.safe_files import open_lock_below, read_below, replace_below
 from events.sink import Delivery, RunInfo, Sink
 from events.wire import encode_json
 
 PLACES_DIR = "sinks"
 """Folder in the run's folder with the place of each hosted sink in the journal."""
 _PLACE_BYTES = 4_096
+_WAIT_S = 2.0
+"""Seconds beyond the drain of an earlier sink host for which a new one waits; after them it reports the wait."""
+_LOOK_S = 0.05
 
 
 class HostedSink(msgspec.Struct, frozen=True):
@@ -271,7 +274,7 @@ def main() -> None:
     config = parent.receive(_config)
     if config is None:
         return
-    _wait_for_others(config.run.run_dir or "")
+    _wait_for_others(config, parent)
     anyio.run(_serve, config, parent)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -322,12 +325,29 @@ def _keep(run_dir: str, name: str, seq: int, delivered: int) -> None:
     Place(seq, delivered).write(run_dir, name)
 
 
-def _wait_for_others(run_dir: str) -> None:
-    """Wait until no other host of this run is left: one whose run has died may still be delivering its events."""
+def _wait_for_others(config: HostConfig, parent: Parent) -> None:
+    """Wait until no other host of this run is left: one whose run has died may still be delivering its events.
+
+    Exits where the other host outlasts the time that it has to deliver them.
+    """
     import fcntl  # not at the top: what needs no host is imported on Windows, too
 
-    fd = open_below(run_dir, f"{PLACES_DIR}/host.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    fcntl.flock(fd, fcntl.LOCK_EX)  # held until the process ends
+    name = f"{PLACES_DIR}/host.lock"
+    fd = open_lock_below(config.run.run_dir or "", name)
+    began, is_told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
+            return
+        except BlockingIOError:
+            waited_s = time.monotonic() - began
+        if waited_s > config.drain_timeout_s + _WAIT_S:
+            sys.exit(f"{name} has been held by another process for {waited_s:.0f} s; end that process")
+        if waited_s > _WAIT_S and not is_told:
+            is_told = True
+            told = f"the sink host waits for an earlier one of this run, which holds {name}"
+            parent.send(Noticed(told, told))
+        time.sleep(_LOOK_S)
 
 
 if __name__ == "__main__":

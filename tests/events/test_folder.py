@@ -8,8 +8,10 @@ import math
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -346,3 +348,39 @@ def test_who_only_looks_keeps_nobody_from_taking_the_folder(tmp_path: Path) -> N
         over.set()
         for looker in lookers:
             looker.join()
+
+
+@POSIX
+def test_another_user_cannot_lock_a_folder_that_they_may_read(tmp_path: Path) -> None:
+    """Whoever may open the lock file may lock it, so its owner alone may: also one that is there from before."""
+    (tmp_path / "run.lock").touch(0o644)
+    RunFolder.open(tmp_path, "run").close()
+    RunFolder.open(tmp_path / "new", "run").close()
+    assert [stat.S_IMODE(os.stat(one / "run.lock").st_mode) for one in (tmp_path, tmp_path / "new")] == [0o600, 0o600]
+
+
+@POSIX
+@pytest.mark.skipif(os.name != "nt" and os.geteuid() != 0, reason="needs to become another user")
+def test_another_users_run_is_under_way_while_its_journal_grows() -> None:
+    """Its lock is not for us to open."""
+    code = """
+import os
+import sys
+from pathlib import Path
+from events.run.folder import is_held
+os.setgid(65534)
+os.setuid(65534)
+folder = Path(sys.argv[1])
+try:
+    os.open(folder / "run.lock", os.O_RDONLY)
+except PermissionError:
+    print(is_held(folder))
+"""
+    with tempfile.TemporaryDirectory() as name, RunFolder.open(name, "run") as folder:
+        os.chmod(name, 0o755)
+        write_journal(Path(name), [step(1)])
+        [segment] = folder.journal_dir.iterdir()
+        for age_s, expected in ((0, "True"), (10**4, "False")):
+            os.utime(segment, (time.time() - age_s,) * 2)
+            result = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True)
+            assert (result.stdout.strip(), result.stderr) == (expected, "")

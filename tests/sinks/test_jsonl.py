@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
+import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +180,22 @@ def test_two_runs_at_a_time_cannot_have_one_file(tmp_path: Path) -> None:
         sink.open(RunInfo("other"))
     writer.close()
     sink.open(RunInfo("other")).close()
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="there are no locks that a reader cannot take")
+def test_who_may_only_read_the_file_cannot_hold_it(story: Any, tmp_path: Path, caplog: Any) -> None:
+    """By neither kind of lock; a read lock is reported."""
+    path = tmp_path / "events.jsonl"
+    path.touch()
+    whole = struct.pack("hhqqi0q", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    with open(path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        write_all(path, story.steps(1))
+        assert "read lock" not in caplog.text
+        fcntl.fcntl(other, fcntl.F_OFD_SETLK, whole)
+        write_all(path, story.steps(2))
+    assert caplog.text.count("has a read lock of another process") == 1
+    assert len(read(path)) == 3
 
 
 def test_an_event_that_no_line_can_hold_is_left_out(

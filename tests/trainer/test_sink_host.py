@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +21,9 @@ import pytest
 
 from events.errors import SinkHostFailed
 from events.messages import ObserverFailed, ObserverHealth, ObserverRecovered, ObserversReported, ValStepEnded
-from events.sink import Delivery
+from events.safe_files import open_lock_below
+from events.sink import Delivery, RunInfo
+from sinks.host import child as host_child
 from sinks.host import process as host_process
 from trainer.errors import ArgumentsError
 
@@ -438,3 +443,23 @@ def test_the_run_tells_how_its_observers_are_doing_here_and_there(kit: Any, sink
     assert told["hung"].lag_s > 0
     assert (told["witness"].state, told["journal"].state) == ("ok", "ok")
     assert told["journal"].delivered > 0
+
+
+def test_a_host_that_waits_for_another_too_long_reports_and_ends(tmp_path: Path, monkeypatch: Any) -> None:
+    """Whatever holds the lock, the run is told why its sinks get nothing."""
+    monkeypatch.setattr(host_child, "_WAIT_S", 0.0)
+    monkeypatch.setattr(host_child, "_LOOK_S", 0.0)
+    (tmp_path / host_child.PLACES_DIR).mkdir()
+    told: list[Any] = []
+    config = host_child.HostConfig(RunInfo("run", run_dir=str(tmp_path)), [], 0.05, 1.0)
+    held = open_lock_below(tmp_path, "sinks/host.lock")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    parent: Any = types.SimpleNamespace(send=told.append)
+    with pytest.raises(SystemExit, match=r"sinks/host.lock has been held by another process for .*; end that process"):
+        host_child._wait_for_others(config, parent)
+    assert [message.text for message in told] == [
+        "the sink host waits for an earlier one of this run, which holds sinks/host.lock"
+    ]
+    os.close(held)
+    host_child._wait_for_others(config, parent)
+    assert stat.S_IMODE(os.stat(tmp_path / "sinks/host.lock").st_mode) == 0o600
