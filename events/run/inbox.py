@@ -1,4 +1,4 @@
-"""Commands to a run from other processes: files in its folder, which whoever may write there may leave.
+"""Commands to a run from other processes: files in its folder, of the run's user, the folder's owner or root.
 
 A command is one file of JSON under ``commands/``, put there as a whole by renaming it. The run looks a few times a
 second, takes what it finds in the order in which it was sent, and removes it. Nothing listens anywhere, so there is
@@ -8,6 +8,7 @@ nothing to guard but the folder; it works wherever the run's folder can be seen,
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -27,6 +28,10 @@ COMMANDS_DIR = "commands"
 LOOK_S = 0.25
 """How often a run looks for commands."""
 _COMMAND_BYTES = 2**20
+_AHEAD_NS = 60 * 10**9
+"""Nanoseconds by which the clock of another machine may be ahead."""
+_COARSE_NS = 10**9
+"""Nanoseconds by which times of a file system may be behind the clock."""
 
 
 def send_command(run_dir: str | os.PathLike[str], command: AnyCommand) -> None:
@@ -59,17 +64,19 @@ class Inbox:
     def __init__(self, run_dir: Path, take: Callable[[AnyCommand], None], since_ns: int) -> None:
         self._run_dir = run_dir
         self._take = take
-        self._first_name = _name_of(since_ns)
+        self._since_ns = since_ns
         self._over = threading.Event()
         self._warned: set[str] = set()
         self._thread = threading.Thread(target=in_this_run(self._run), name="stagecast-inbox", daemon=True)
 
     def start(self) -> None:
-        """Begin to look. What an earlier attempt has not taken any more goes."""
-        for name in self._found():
-            if name < self._first_name:
+        """Begin to look. Remove all that was not sent since the run began: to an earlier attempt, or by an archive."""
+        names = _name_of(self._since_ns), _name_of(time.time_ns() + _AHEAD_NS)
+        for entry in self._entries():
+            was_here = entry.stat(follow_symlinks=False).st_ctime_ns < self._since_ns - _COARSE_NS
+            if was_here or not names[0] <= entry.name <= names[1]:
                 with contextlib.suppress(OSError):
-                    unlink_below(self._run_dir, f"{COMMANDS_DIR}/{name}")
+                    unlink_below(self._run_dir, f"{COMMANDS_DIR}/{entry.name}")
         self._thread.start()
 
     def stop(self) -> None:
@@ -78,9 +85,10 @@ class Inbox:
 
     def _run(self) -> None:
         while not self._over.wait(LOOK_S):
-            for name in self._found():
-                path = f"{COMMANDS_DIR}/{name}"
+            for entry in self._entries():
+                path = f"{COMMANDS_DIR}/{entry.name}"
                 try:
+                    self._check_owner(entry)
                     data = read_below(self._run_dir, path, _COMMAND_BYTES)
                 except UnsafeFile as error:
                     self._warn(f"{self._run_dir / path} is not a command: {error}")
@@ -102,15 +110,21 @@ class Inbox:
                     return
                 self._take(command)
 
-    def _found(self) -> list[str]:
+    def _check_owner(self, entry: os.DirEntry[str]) -> None:
+        """Raises `UnsafeFile` for the file of a user who is neither this one, nor the folder's owner, nor root."""
+        owner = entry.stat(follow_symlinks=False).st_uid
+        if hasattr(os, "geteuid") and owner not in (0, os.geteuid(), os.stat(self._run_dir).st_uid):
+            raise UnsafeFile(errno.EPERM, f"it belongs to another user ({owner})")
+
+    def _entries(self) -> list[os.DirEntry[str]]:
         try:
-            names = [entry.name for entry in list_below(self._run_dir, COMMANDS_DIR)]
+            entries = list_below(self._run_dir, COMMANDS_DIR)
         except UnsafeFile as error:
             self._warn(f"commands that are left in the folder are not taken: {error}; remove that")
             return []
         except OSError:  # nobody has left anything yet, or the disk does not answer
             return []
-        return [name for name in names if name.endswith(".json") and not name.startswith(".")]
+        return [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
 
     def _warn(self, problem: str) -> None:
         """Warn once: the thread meets the same a few times a second."""

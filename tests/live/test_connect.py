@@ -39,6 +39,7 @@ from events.messages import (
     TrainStepEnded,
 )
 from events.protocol import RunResult
+from events.run.folder import RunFolder
 from events.wire import encode_json
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server, bind
@@ -740,7 +741,8 @@ def test_a_folder_whose_page_cannot_be_found_is_refused(tmp_path: Path, monkeypa
             connect(str(tmp_path))
     address.unlink()
     address.write_text('{"url": "http://127.0.0.1:1/", "token": "of-somebody"}')
-    connect(tmp_path)
+    with RunFolder.open(tmp_path, "run"):
+        connect(tmp_path)
     monkeypatch.setattr("os.geteuid", lambda: 4_242)
     with pytest.raises(ConnectError, match="belongs to another user"):
         connect(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ import msgspec
 import pytest
 
 from events.messages import MetricsLogged, RunEnded, RunStarted
+from events.run.folder import RunFolder
 from events.wire import encode_json
 from trainer.errors import ConnectedRunFailed, ConnectError, ConnectionLost, ProtocolViolated
 from trainer.remote import follower
@@ -517,6 +519,28 @@ async def test_the_token_of_the_environment_belongs_to_one_origin(
         token, withheld = seen[0][2], seen[0][4]
         assert token == ((TOKEN if "#token" not in kept else "mine") if shown else None)
         assert bool(withheld) == (not shown)
+
+
+async def test_the_token_of_the_environment_is_not_sent_where_a_folder_leads(
+    hostile: Callable[..., Hostile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any program may listen there. Nothing is sent for a folder of a run that is over, as one of an archive is."""
+    server = hostile({"/api/runs": whole_answer({"error": "no"}, status="401 Unauthorized")})
+    monkeypatch.setenv("STAGECAST_TOKEN", TOKEN)
+    (tmp_path / "live.json").write_text(json.dumps({"url": server.url}))
+    with pytest.raises(ConnectError, match="is not the folder of a run that is under way"):
+        connect(tmp_path)
+    assert server.heads == []
+    with RunFolder.open(tmp_path, "run"):
+        with pytest.raises(ConnectError, match="STAGECAST_TOKEN is sent to an address of a run folder only if"):
+            async with connect(tmp_path):
+                raise AssertionError("must not be entered")
+        assert not [one for one in server.heads if TOKEN.encode() in one]
+        monkeypatch.setenv("STAGECAST_URL", server.url)
+        with pytest.raises(ConnectError):
+            async with connect(tmp_path):
+                raise AssertionError("must not be entered")
+    assert [one for one in server.heads if TOKEN.encode() in one]
 
 
 async def test_a_token_that_is_kept_back_is_named_where_the_server_asks_for_one(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from events.errors import RunFolderError
 from events.messages import CommandTaken, TrainStepEnded
 from events.protocol import Pause, Resume, Stop
+from events.run import inbox
 from events.run.folder import is_held
 from events.run.inbox import COMMANDS_DIR, send_command
 
@@ -67,3 +70,41 @@ def test_a_command_left_while_the_run_is_set_up_is_taken(kit: Any, tmp_path: Pat
 
     ready._session = built
     assert ready.train().reason == "early"
+
+
+def test_commands_that_came_with_the_folder_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their names: an archive may hold one of the far future, and one for the hour at which a job resumes."""
+    monkeypatch.setattr(inbox, "_COARSE_NS", 0)
+    folder = tmp_path / COMMANDS_DIR
+    folder.mkdir()
+    for time_ns in (2**62, 10**20, time.time_ns() + 20 * 10**9):
+        (folder / f"{time_ns:020d}-0.json").write_text('{"command":"stop","id":"planted"}')
+    taken: list[Any] = []
+    while time.time_ns() <= max(entry.stat().st_ctime_ns for entry in folder.iterdir()):
+        pass
+    one = inbox.Inbox(tmp_path, taken.append, time.time_ns())
+    one.start()
+    assert os.listdir(folder) == []
+    one.stop()
+    assert taken == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs to give a file away")
+def test_a_command_of_another_user_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """But not one of the user who owns the folder, in which a container may train as root."""
+    taken: list[Any] = []
+    came = threading.Event()
+    one = inbox.Inbox(tmp_path, lambda command: (taken.append(command), came.set()), time.time_ns())
+    os.chown(tmp_path, 4_243, 4_243)
+    one.start()
+    folder = tmp_path / COMMANDS_DIR
+    folder.mkdir()
+    for number, owner in enumerate((4_242, 4_243)):
+        part = tmp_path / "part"
+        part.write_text(f'{{"command":"pause","id":"{owner}"}}')
+        os.chown(part, owner, owner)
+        part.rename(folder / f"{time.time_ns():020d}-{number}.json")
+    assert came.wait(30)
+    one.stop()
+    assert [command.id for command in taken] == ["4243"]
+    assert "it belongs to another user (4242)" in caplog.text

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 import msgspec
 
 from events.masking import masked_url
+from events.run.folder import is_held
 from events.safe_files import open_below
 from events.text import plain_text
 from trainer.errors import ConnectError
@@ -73,15 +74,17 @@ class PageAddress(NamedTuple):
     run_id: str
     """Empty if the link names no run."""
     token: str | None
+    is_of_folder: bool = False
+    """Whether the link was read from a folder, which may be a stranger's."""
 
     @classmethod
     def of(cls, given: Any) -> PageAddress:
         """Split a link; read that of a run whose folder is given from the disk.
 
         Raises:
-            ConnectError: The address is not valid, or the folder has no link that belongs to this user.
+            ConnectError: The address is not valid, or the folder has no link of this user or no run under way.
         """
-        url = _link_of(given)
+        url, is_of_folder = _link_of(given)
         try:
             origin, parts = ServerOrigin.of(url), urlsplit(url)
             # An @ behind the host may end a password with a slash, which belongs to another host than the one in front.
@@ -89,7 +92,7 @@ class PageAddress(NamedTuple):
                 base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
                 named = parse_qs(parts.fragment)
                 if ServerOrigin.of(base) == origin:
-                    return cls(base, named.get("run", [""])[-1], named.get("token", [""])[-1] or None)
+                    return cls(base, named.get("run", [""])[-1], named.get("token", [""])[-1] or None, is_of_folder)
         except (ValueError, TypeError, AttributeError):
             pass
         given = url
@@ -104,14 +107,14 @@ class _Link(msgspec.Struct):
     token: str | None = None
 
 
-def _link_of(given: Any) -> Any:
-    """The link in the folder of a run with the sink `Live`; what is not a folder is returned unchanged."""
+def _link_of(given: Any) -> tuple[Any, bool]:
+    """The link in the folder of a run with the sink `Live`, and True; what is not a folder unchanged, and False."""
     if not isinstance(given, str | os.PathLike) or given == "" or (isinstance(given, str) and "://" in given):
-        return given
+        return given, False
     folder = Path(given)
     try:
         if not folder.is_dir():
-            return os.fspath(given)
+            return os.fspath(given), False
         file = open_below(folder, _LINK_NAME)
     except FileNotFoundError:
         raise ConnectError(
@@ -128,18 +131,29 @@ def _link_of(given: Any) -> Any:
         raise ConnectError(f"{folder / _LINK_NAME} cannot be read ({error}); give the address of the page") from error
     finally:
         os.close(file)
-    return link.url if link.token is None else f"{link.url}#token={quote(link.token, safe='')}"
+    if not is_held(folder):  # an unpacked archive, say: any program may listen at that address now
+        raise ConnectError(f"{folder} is not the folder of a run that is under way; give the address of a page")
+    return (link.url if link.token is None else f"{link.url}#token={quote(link.token, safe='')}"), True
 
 
-def token_of_environment(url: str) -> tuple[str | None, str]:
+def token_of_environment(url: str, *, is_of_folder: bool) -> tuple[str | None, str]:
     """The token for a server from the environment; if it belongs to another, None and the end of an error about that.
+
+    Args:
+        is_of_folder: Whether the address was read from a folder. Then `URL_VARIABLE` must name the server, because any
+            program may listen on a port of this machine.
 
     Raises:
         ConnectError: `URL_VARIABLE` is not an address.
     """
     token, named, origin = os.environ.get(TOKEN_VARIABLE), os.environ.get(URL_VARIABLE), ServerOrigin.of(url)
-    if not token or (not named and origin.is_loopback):
+    if not token or (not named and origin.is_loopback and not is_of_folder):
         return token or None, ""
+    if not named and is_of_folder:
+        return (
+            None,
+            f"; {TOKEN_VARIABLE} is sent to an address of a run folder only if {URL_VARIABLE} names that server",
+        )
     if not named:
         return None, f"; {TOKEN_VARIABLE} is sent to this machine alone, unless {URL_VARIABLE} names the server"
     try:

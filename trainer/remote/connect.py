@@ -68,8 +68,9 @@ def connect(
         run_id: Replaces the run's name in the address.
         token: The token for this server. None: that of the address, else that of the environment variable
             ``STAGECAST_TOKEN``, which belongs to the server that ``STAGECAST_URL`` names (scheme, host and port), or
-            without it to servers on this machine (``localhost``, 127.0.0.0/8, ``::1``). A warning is logged where a
-            token is sent to another machine without https.
+            without it to servers on this machine (``localhost``, 127.0.0.0/8, ``::1``); to the server of a run folder
+            only if ``STAGECAST_URL`` names it. A warning is logged where a token is sent to another machine without
+            https.
         give_up_s: Maximum seconds without an answer of the server; then `ConnectionLost` is raised. Entering the block
             tries only once.
 
@@ -85,7 +86,7 @@ def connect(
     page, withheld = PageAddress.of(url), ""
     token = page.token if token is None else token
     if token is None:
-        token, withheld = token_of_environment(page.url)
+        token, withheld = token_of_environment(page.url, is_of_folder=page.is_of_folder)
     if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
         raise ConnectError("the token has characters that no header can hold; give printable ASCII")
     if not (isinstance(give_up_s, int | float) and give_up_s >= 0):
