@@ -15,10 +15,11 @@ import torch
 from events.errors import CheckpointDamaged, CheckpointMismatch
 from events.messages import CheckpointRejected
 from trainer import Checkpoints
-from trainer.callbacks import EMA
+from trainer.callbacks import EMA, EarlyStopping
 from trainer.data.rng import capture_rng, restore_rng
 from trainer.data.tensors import clone_tensors
 from trainer.hooks.collate import OutputCollector
+from trainer.hooks.readback import DeviceReadback
 from trainer.loop.checkpointing import Checkpointing
 from trainer.loop.optimization import Optimization
 from trainer.loop.saved_state import checked_optimizer, checked_scaler, checked_scheduler, restore_optimizer
@@ -230,8 +231,6 @@ MISTYPED: list[dict[str, Any]] = [
     {"position": {"limits": [1, 2]}},
     {"position": {"generators_at_iter": [1]}},
     {"position": {"rng_at_iter": 5}},
-    {"position": []},
-    {"frozen": 3},
     {"frozen": [[]]},
     {"global_step": -1},
     {"global_step": 2**80},
@@ -239,6 +238,8 @@ MISTYPED: list[dict[str, Any]] = [
     {"rng": 7},
     {"metrics": []},
     {"callbacks": [3]},
+    {"callbacks": [{"key": [], "kind": None, "state": 1}]},
+    {"metrics": {"validation": {}, "epoch": {}, "validated_at": 1, "seen": 3, "followed_loss": (0, 0)}},
     {"optimizers": {"a": 1}},
     {"schedulers": [5]},
 ]
@@ -434,6 +435,41 @@ def test_a_state_dict_with_other_values_than_tensors_is_refused(kit: Any, tmp_pa
     outcome = kit.train(kit.Net(), run_dir=tmp_path, run_id="run", resume="auto")
     assert isinstance(outcome.error, CheckpointMismatch)
     assert "linear.bias is a list there and a tensor here" in str(outcome.error)
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [3, [], {}, {"summary": 3}, {"summary": {"a": "x"}}, {"summary": {1: 1.0}}, {"summary": {}, "_loss_sum": "x"}],
+)
+def test_readings_that_are_not_numbers_are_damage(crafted: Any) -> None:
+    """The event loop's thread would fail with them, in the middle of the run."""
+    readback = DeviceReadback.__new__(DeviceReadback)
+    with pytest.raises(CheckpointDamaged, match="the checkpoint's readings"):
+        readback.restore(crafted)
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        3,
+        {"steps": 2, "nbytes": 1, "columns": 3},
+        {"steps": 2, "nbytes": 1, "columns": [{"stacked": 5}]},
+        {"steps": 2, "nbytes": 1, "columns": [{"stacked": torch.zeros(3)}]},
+        {"steps": 2, "nbytes": 1, "columns": [{"joined": torch.zeros(3), "rows": [1, 9]}]},
+        {"steps": 2, "nbytes": 1, "columns": [{"values": [1], "there": []}]},
+        {"steps": "many", "nbytes": 1, "columns": []},
+    ],
+)
+def test_outputs_that_are_not_of_the_epochs_steps_are_damage(crafted: Any) -> None:
+    with pytest.raises(CheckpointDamaged, match="the checkpoint's outputs"):
+        OutputCollector(10**6, "a hook").restore(crafted)
+
+
+@pytest.mark.parametrize("crafted", [{"best": "x"}, {"waited": None}])
+def test_what_early_stopping_has_counted_is_numbers(crafted: dict[str, Any]) -> None:
+    stopping = EarlyStopping("val_loss", patience=3)
+    with pytest.raises(CheckpointMismatch, match="not a number"):
+        stopping.load_state_dict(stopping.state_dict() | crafted)
 
 
 # ------------------------------------------------------------------------------------- tensors under many names

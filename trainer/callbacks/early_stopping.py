@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from events.errors import CheckpointMismatch
 from events.log import logger
 from trainer.callbacks.checks import Checks, is_finite
 from trainer.module_interface import CallbackInterface
@@ -146,4 +147,7 @@ class EarlyStopping(CallbackInterface):
                 f" {state['mode']!r}), and this one follows {self.monitor!r} (mode {self._mode!r})"
             )
             return
-        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+        best, best_step, waited = state["best"], state["best_step"], state["waited"]
+        if not isinstance(best, float | int | None) or not isinstance(waited, int):
+            raise CheckpointMismatch("the checkpoint's EarlyStopping has a best value or a count that is not a number")
+        self.best, self.best_step, self.waited = best, best_step, waited

@@ -80,6 +80,24 @@ SAVED_FIELDS = tuple(name for name in Position.__struct_fields__ if name not in 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
 
 
+class SavedCallback(msgspec.Struct):
+    """What a checkpoint has of a callback."""
+
+    key: str
+    kind: str | None
+    state: Any
+
+
+class SavedMetrics(msgspec.Struct):
+    """What a checkpoint has of metrics."""
+
+    validation: dict[str, Any]
+    epoch: dict[str, Any]
+    validated_at: Any
+    seen: list[str]
+    followed_loss: tuple[Any, Any]
+
+
 class SavedState(msgspec.Struct):
     """What the state in a checkpoint must have, and of which types. What is in it is checked where it is restored."""
 
@@ -91,5 +109,5 @@ class SavedState(msgspec.Struct):
     frozen: list[str]
     optimizers: list[dict[Any, Any]]
     schedulers: list[dict[Any, Any] | None]
-    metrics: dict[str, Any]
-    callbacks: list[dict[str, Any]] = []
+    metrics: SavedMetrics
+    callbacks: list[SavedCallback]

@@ -29,7 +29,7 @@ from events.log import logger
 from events.masking import masked
 from events.safe_files import UnsafeFile
 from trainer.checkpoint.fetch import KEYWORDS, no_name
-from trainer.checkpoint.position import SAVED_FIELDS, Position, SavedState
+from trainer.checkpoint.position import SAVED_FIELDS, Position, SavedCallback, SavedState
 from trainer.data.rng import RngState
 from trainer.data.tensor_state import put_together, tensors_in
 from trainer.data.tensors import clone_tensors
@@ -51,15 +51,16 @@ class Loaded:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.state: dict[str, Any] = self._read(STATE_NAME, TENSORS_NAME)
-        try:
-            msgspec.convert(self.state, SavedState)
-        except msgspec.ValidationError as error:
-            raise CheckpointDamaged(f"{self.folder / STATE_NAME} is not the state of a run: {error}") from error
         self.parts = {
             name.removesuffix(".msgpack"): self._read(name, name.removesuffix(".msgpack") + ".safetensors")
             for name in self.manifest.files
             if name.endswith(".msgpack") and name != STATE_NAME
         }
+        try:
+            msgspec.convert(self.state, SavedState)
+            msgspec.convert(self._callback_parts, list[SavedCallback])
+        except msgspec.ValidationError as error:
+            raise CheckpointDamaged(f"{self.folder / STATE_NAME} is not the state of a run: {error}") from error
 
     def _read(self, state_name: str, tensors_name: str) -> Any:
         files = self.manifest.files
@@ -70,6 +71,10 @@ class Loaded:
         if tensors_name in files:
             tensors = read_file(self.folder, tensors_name, files[tensors_name])
         return put_together(state, tensors, str(self.folder / tensors_name))
+
+    @property
+    def _callback_parts(self) -> list[dict[str, Any]]:
+        return [part for name, part in self.parts.items() if name.startswith("callback-")]
 
     @property
     def position(self) -> Position:
@@ -159,8 +164,7 @@ class Loaded:
         Raises:
             CheckpointMismatch: several of one class are left, so whose state is whose is unknown.
         """
-        parts = [part for name, part in self.parts.items() if name.startswith("callback-")]
-        saved = {one["key"]: one for one in [*self.state["callbacks"], *parts]}
+        saved = {one["key"]: one for one in [*self.state["callbacks"], *self._callback_parts]}
         found: list[tuple[CallbackHooks, Any]] = []
         left: list[CallbackHooks] = []
         for callback in callbacks:

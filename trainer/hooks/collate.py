@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from events.errors import CheckpointDamaged
 from trainer.data.tensors import clone_tensors, map_tensors
 from trainer.errors import EpochOutputsTooLarge, StepOutputError
 
@@ -211,9 +212,14 @@ class OutputCollector:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `kept` returned, in memory of its own."""
-        self._columns = [_unpacked(column) for column in clone_tensors(state["columns"])]
-        self._steps = int(state["steps"])
-        self._nbytes = int(state["nbytes"])
+        try:
+            columns = [_unpacked(column) for column in clone_tensors(state["columns"])]
+            self._steps, self._nbytes = int(state["steps"]), max(0, int(state["nbytes"]))
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointDamaged(f"the checkpoint's outputs cannot be restored: {error!r:.300}") from error
+        if any(len(column) != self._steps for column in columns):
+            raise CheckpointDamaged("the checkpoint's outputs are not those of its steps; load an older checkpoint")
+        self._columns = columns
 
     def clear(self) -> None:
         """Let everything go."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Real
 from operator import setitem
 from typing import Any
 
@@ -13,6 +14,7 @@ from msgspec.structs import force_setattr
 from events.bus.backlog import Payload, Published
 from events.checkpoint import packing
 from events.checkpoint.snapshot import READER, Part
+from events.errors import CheckpointDamaged
 from events.log import logger
 from events.messages import (
     CheckpointStaged,
@@ -183,10 +185,18 @@ class DeviceReadback:
             part.set(Part(packing.encode(readings)))
 
     def restore(self, readings: dict[str, Any]) -> None:
-        """Go on with what stands in a checkpoint. Before anything is published."""
-        for name in _READINGS:
-            setattr(self, name, readings.get(name, 0))  # a checkpoint of an earlier version lacks the newest
-        self.summary = dict(readings["summary"])
+        """Continue with the readings of a checkpoint, before anything is published. Raises `CheckpointDamaged`."""
+        try:
+            kept = {name: readings.get(name, 0) for name in _READINGS}  # an earlier version lacks the newest
+            summary = dict(readings["summary"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointDamaged(f"the checkpoint's readings cannot be restored: {error!r:.300}") from error
+        numbers = [*kept.values(), *summary.values()]
+        if not all(isinstance(one, Real) for one in numbers) or not all(isinstance(name, str) for name in summary):
+            raise CheckpointDamaged("the checkpoint's readings are not numbers by name; load an older checkpoint")
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self.summary = summary
 
     def _summarise(self, event: Event) -> None:
         if isinstance(event, MetricsLogged):

@@ -145,14 +145,14 @@ def checked_optimizer(optimizer: torch.optim.Optimizer, saved: Any, where: str) 
         numbers = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
         if len(set(numbers)) != len(numbers):
             raise _Unlike("has a parameter twice")
-        groups = []
+        groups, is_torchs = [], _kind_of(optimizer) is not torch.optim.Optimizer
         for index, (own, group) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
             checked = {"params": group["params"]}
             for name in (own.keys() | (group.keys() - _SWITCHES)) - {"params"}:
                 at = f"param_groups.{index}.{name}"
                 if name in _SWITCHES or name not in group:
                     checked[name] = own[name]
-                elif name in own:
+                elif name in own and (is_torchs or isinstance(own[name], Real | tuple | torch.Tensor)):
                     checked[name] = like(own[name], group[name])
                 else:
                     checked[name] = group[name]
@@ -189,18 +189,23 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _kind_of(optimizer: torch.optim.Optimizer) -> type:
+    """The class of torch's that it is, or derives from; `torch.optim.Optimizer` for one of another package."""
+    return next(one for one in type(optimizer).__mro__ if one.__module__.startswith("torch.optim"))
+
+
 def _check_tensors(optimizer: torch.optim.Optimizer, parameters: dict[Any, torch.Tensor], state: Any) -> None:
     """Check the state of each parameter: of torch's optimizers, that it has the shapes that these make.
 
     Of other optimizers, what they have made already shows its shapes; the rest is theirs to check.
     """
-    kind = next(one for one in type(optimizer).__mro__ if one.__module__.startswith("torch.optim"))
+    kind = _kind_of(optimizer)
     elements = sum(one.numel() * (1 + one.is_complex()) for one in parameters.values())
     strange: set[str] = set()
     for number in state.keys() & parameters.keys():  # the rest is kept, and no kernel gets it
         parameter = parameters[number]
         for name, value in state[number].items():
-            made = optimizer.state.get(parameter, {}).get(name)
+            made = getattr(optimizer, "state", {}).get(parameter, {}).get(name)
             try:
                 if type(optimizer) is kind or (kind is not torch.optim.Optimizer and name in _MOMENTS | _COUNTERS):
                     _check_entry(kind, name, value, parameter, elements)
