@@ -68,16 +68,20 @@ class Child(Generic[T]):
     Args:
         output: Receives standard output and standard error.
         decoder: Of the messages that the child sends.
+        first: The first message to the child.
 
     Raises:
         OSError: The child cannot be started.
+        ValueError: The first message cannot be encoded; nothing was started.
     """
 
-    def __init__(self, program: Program, output: IO[bytes], decoder: msgspec.msgpack.Decoder[T]) -> None:
+    def __init__(
+        self, program: Program, output: IO[bytes], decoder: msgspec.msgpack.Decoder[T], first: Outgoing
+    ) -> None:
         self.spares_group = False
         """Whether the processes that the child leaves behind may run on: only if it has ended cleanly."""
         self._decoder = decoder
-        self._queued: deque[bytes] = deque()
+        self._queued = deque([_frame(first)])
         self._sending = threading.Lock()
         self._signalling = threading.Lock()  # held to reap, too: the process id of a reaped child may be reused
         self._deadline: float | None = None

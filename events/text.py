@@ -67,3 +67,12 @@ def as_name(text: str) -> str:
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode()
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text can be sent: it has no lone surrogates, as the names of some files have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

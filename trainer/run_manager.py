@@ -26,7 +26,7 @@ class Unavailable(Exception):
 
 
 @dataclass(eq=False)
-class Job:
+class ManagedRun:
     """A run from its request on, also after its end."""
 
     run_id: str
@@ -45,7 +45,7 @@ class RunManager:
     """Runs that share a device: a few at a time, the others queued. A failed run does not affect the others."""
 
     def __init__(self, tasks: TaskGroup, at_once: int) -> None:
-        self.jobs: dict[str, Job] = {}  # in the order in which they were asked for
+        self.jobs: dict[str, ManagedRun] = {}  # in the order in which they were asked for
         self._tasks = tasks
         self._device = anyio.Semaphore(at_once)
         self._closing = False
@@ -65,7 +65,7 @@ class RunManager:
                     await job.over.wait()
             tasks.cancel_scope.cancel()
 
-    def start(self, run_id: str, open_run: OpenRun) -> Job:
+    def start(self, run_id: str, open_run: OpenRun) -> ManagedRun:
         """Queue a run. Raises `Unavailable`."""
         under_way = [job for job in self.jobs.values() if not job.over.is_set()]
         if self._closing or len(under_way) >= MOST_JOBS:
@@ -76,11 +76,11 @@ class RunManager:
         over = [job for job in self.jobs.values() if job.over.is_set()]
         for job in over[: max(0, len(self.jobs) + 1 - MOST_JOBS)]:
             del self.jobs[job.run_id]
-        job = self.jobs[run_id] = Job(run_id)
+        job = self.jobs[run_id] = ManagedRun(run_id)
         self._tasks.start_soon(self._train, job, open_run, name=f"run {run_id}")
         return job
 
-    def stop(self, job: Job, reason: str) -> None:
+    def stop(self, job: ManagedRun, reason: str) -> None:
         """Stop a run at its next step, with a checkpoint."""
         if job.run is not None:
             job.run.stop(reason)
@@ -90,12 +90,12 @@ class RunManager:
         else:
             job.stop_wanted = reason  # its process or its trainer is starting: there is no step to stop at yet
 
-    def position(self, job: Job) -> int | None:
+    def position(self, job: ManagedRun) -> int | None:
         """The position in the queue, from 1; None for a run that is not queued."""
         queue = [other for other in self.jobs.values() if other.state == "queued"]
         return queue.index(job) + 1 if job in queue else None
 
-    async def _train(self, job: Job, open_run: OpenRun) -> None:
+    async def _train(self, job: ManagedRun, open_run: OpenRun) -> None:
         try:
             with job.scope:
                 async with self._device:

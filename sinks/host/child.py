@@ -92,7 +92,8 @@ class HostedSink(msgspec.Struct, frozen=True):
         plain = msgspec.to_builtins(msgspec.structs.replace(delivery, types=None))
         try:
             fields = msgspec.to_builtins(sink)
-        except (TypeError, ValueError) as error:
+            msgspec.msgpack.encode(fields)
+        except (TypeError, ValueError, OverflowError) as error:
             raise SinkMisconfigured(f"{kind.__name__} cannot run in a sink host: {error}") from error
         return cls(name, f"{kind.__module__}:{kind.__qualname__}", fields, plain, types, since)
 

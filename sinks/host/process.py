@@ -176,8 +176,7 @@ class SinkHost:
             with self._lock:
                 if self._killed:
                     return ""
-                self._child = child = Child(self._program, log, from_host)
-                child.send(self._config)
+                self._child = child = Child(self._program, log, from_host, self._config)
                 if self._finish is not None:
                     child.send(self._finish)
             code = child.run(self._take)

@@ -20,11 +20,16 @@ from events import process
 from events.process import Child, Program, exit_in_words, signal_name
 
 LIMIT_S = 30.0
+TEXTS = msgspec.msgpack.Decoder(str)
 BARE = """import os, sys, time
 def send(text):
     os.write(int(sys.argv[1]), (len(text) + 1).to_bytes(4, 'little') + bytes([160 + len(text)]) + text)
 """
 FORK = "if os.fork() == 0: time.sleep({})\n"
+
+
+def encoded(text: str) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.msgpack.encode(text))
 
 
 def bare(text: str) -> Program:
@@ -37,7 +42,7 @@ class Started:
 
     def __init__(self, program: Program) -> None:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  # until the child has died
-        self.child = Child(program, self._output, msgspec.msgpack.Decoder(str))
+        self.child = Child(program, self._output, TEXTS, encoded("first"))
         assert self.child.pid is not None
         self.pid = self.child.pid
         self.received: list[str] = []
@@ -95,7 +100,7 @@ def test_a_child_has_died_although_a_process_that_it_forked_holds_the_channel_op
     assert ended.child.pid is None
     until((tmp_path / "alive").exists, "the process was killed")
     with tempfile.TemporaryFile() as output, pytest.raises(FileNotFoundError, match="no-such-program"):
-        Child(Program(["no-such-program"], {}), output, msgspec.msgpack.Decoder(str))
+        Child(Program(["no-such-program"], {}), output, TEXTS, encoded("first"))
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
@@ -111,6 +116,7 @@ def test_messages_to_a_child_that_reads_nothing_wait_for_it(tmp_path: Path) -> N
         "send(b'deaf')\nimport socket\n"
         f"while not os.path.exists({str(tmp_path / 'go')!r}) and os.getppid() > 1: time.sleep(0.01)\n"
         "channel = socket.socket(fileno=int(sys.argv[1])).makefile('rb')\n"
+        "channel.read(int.from_bytes(channel.read(4), 'little'))\n"
         "for number in range(20):\n"
         "    frame = channel.read(int.from_bytes(channel.read(4), 'little'))\n"
         "    assert frame.endswith(b'%05d' % number + b'x' * 300_000), frame[:20]\n"
@@ -118,7 +124,7 @@ def test_messages_to_a_child_that_reads_nothing_wait_for_it(tmp_path: Path) -> N
     child = Started(bare(text))
     until(lambda: child.received, "it does not start")
     for number in range(20):
-        child.child.send(msgspec.Raw(msgspec.msgpack.encode(f"{number:05}" + "x" * 300_000)))
+        child.child.send(encoded(f"{number:05}" + "x" * 300_000))
     (tmp_path / "go").touch()
     assert child.wait() == 0, child.printed
     child.child.send(msgspec.Raw(b""))  # too late, and harmless
@@ -166,7 +172,7 @@ def test_an_exception_of_the_receiver_leaves_no_child() -> None:
         raise LookupError(message)
 
     with tempfile.TemporaryFile() as output:
-        child = Child(bare("send(b'ready')\ntime.sleep(100)"), output, msgspec.msgpack.Decoder(str))
+        child = Child(bare("send(b'ready')\ntime.sleep(100)"), output, TEXTS, encoded("first"))
         pid = child.pid
         with pytest.raises(LookupError, match="ready"):
             child.run(refuse)
@@ -177,7 +183,7 @@ def test_an_exception_of_the_receiver_leaves_no_child() -> None:
 def test_the_exit_code_of_a_child_that_somebody_else_has_reaped_is_lost() -> None:
     """As in a host that ignores SIGCHLD, or waits for every child."""
     with tempfile.TemporaryFile() as output:
-        child = Child(bare("time.sleep(100)"), output, msgspec.msgpack.Decoder(str))
+        child = Child(bare("time.sleep(100)"), output, TEXTS, encoded("first"))
         assert child.pid is not None
         child.kill()
         os.waitpid(child.pid, 0)
@@ -202,10 +208,10 @@ PARENT = """
 import os, sys, time
 import msgspec
 from events.process import Child, Program
+one, two = (msgspec.Raw(msgspec.msgpack.encode(text)) for text in ("one", "two"))
 with open("output", "wb") as output:
-    child = Child(Program.of_module("orphan", None, {}, None), output, msgspec.msgpack.Decoder(str))
-for text in ("one", "two"):
-    child.send(msgspec.Raw(msgspec.msgpack.encode(text)))
+    child = Child(Program.of_module("orphan", None, {}, None), output, msgspec.msgpack.Decoder(str), one)
+child.send(two)
 holder = os.fork()
 if holder == 0:
     time.sleep(100)  # holds our end of the channel, and reads nothing

@@ -169,6 +169,9 @@ def test_a_cycle_and_wrong_options_are_refused() -> None:
     options: Any = {"run_id": 5, "run_dir": b"x", "resume": "", "env": {"A": 1}}
     with pytest.raises(ArgumentsError, match="run_id must"):
         launch("a:b", {"a": cycle}, **options)
+    for place, given in (("run_id", "\udc80"), ("run_dir", Path("run-\udcff")), ("resume", "\udcff"), ("resume", b"x")):
+        with pytest.raises(ArgumentsError, match=f"{place} must be a"):
+            launch("a:b", **{place: given})
     for env in ({"A=": "b"}, {"": "b"}, {"A": "b\0"}, {"A\0": "b"}):
         with pytest.raises(ArgumentsError, match="env: no environment has"):
             launch("a:b", env=env)

@@ -112,9 +112,15 @@ def test_what_cannot_travel_is_refused_when_the_trainer_is_built(kit: Any, sinks
 
     witness = sinks.Witness(str(tmp_path / "out"))
     bad = [Plain(), Local(), (witness, Delivery(types=frozenset({ValStepEnded}), runs_in="process"))]
+    bad.append(sinks.Witness("out-\udc80"))
     with pytest.raises(ArgumentsError) as caught:
         kit.make_trainer(kit.Net(), sinks=bad, journal=True, sinks_in="process")
-    for reason in ("not a msgspec.Struct", "could not import it", "does not keep ValStepEnded"):
+    for reason in (
+        "not a msgspec.Struct",
+        "could not import it",
+        "does not keep ValStepEnded",
+        "surrogates not allowed",
+    ):
         assert reason in str(caught.value)
     with pytest.raises(ArgumentsError, match=r"Witness\) runs in the sink host, .* keep the journal"):
         kit.make_trainer(kit.Net(), sinks=[witness], sinks_in="process")

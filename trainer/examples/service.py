@@ -34,7 +34,7 @@ from sinks.live.client import MOST_INBOUND
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import link_to
 from trainer import Trainer, TrainerArguments, launch
-from trainer.run_manager import Job, RunManager, State, Unavailable
+from trainer.run_manager import ManagedRun, RunManager, State, Unavailable
 
 
 @asynccontextmanager
@@ -89,7 +89,7 @@ class Shown(BaseModel):
     reason: str | None
 
     @classmethod
-    def of(cls, job: Job, manager: RunManager) -> Shown:
+    def of(cls, job: ManagedRun, manager: RunManager) -> Shown:
         """As it is now."""
         return cls(run_id=job.run_id, state=job.state, position=manager.position(job), reason=job.reason)
 
@@ -102,13 +102,13 @@ async def _manager(request: Request) -> RunManager:
 Manager = Annotated[RunManager, Depends(_manager)]
 
 
-async def _named(run_id: str, manager: Manager) -> Job:
+async def _named(run_id: str, manager: Manager) -> ManagedRun:
     if run_id not in manager.jobs:
         raise HTTPException(404, f"no run {run_id} was started here")
     return manager.jobs[run_id]
 
 
-Named = Annotated[Job, Depends(_named)]
+Named = Annotated[ManagedRun, Depends(_named)]
 
 
 async def _running(job: Named) -> Run:

@@ -13,7 +13,7 @@ import msgspec
 from events.masking import masked_url
 from events.run.folder import is_held
 from events.safe_files import open_below
-from events.text import plain_text
+from events.text import is_encodable, plain_text
 from trainer.errors import ConnectError
 
 try:
@@ -164,12 +164,3 @@ def token_of_environment(url: str, *, is_of_folder: bool) -> tuple[str | None, s
             f"{URL_VARIABLE}={shown!r} is not an address; give one like http://127.0.0.1:8765/"
         ) from None
     return (token, "") if owner == origin else (None, f"; {TOKEN_VARIABLE} belongs to {owner}, as {URL_VARIABLE} says")
-
-
-def is_encodable(name: str) -> bool:
-    """Whether a text can be part of an address: it has no lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

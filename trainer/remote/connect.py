@@ -25,10 +25,10 @@ from events.messages import Event
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
 from events.run.stream import BatchedStream, journalled_types
-from events.text import plain_text
+from events.text import is_encodable, plain_text
 from events.wire import encode_command_json
 from trainer.errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
-from trainer.remote.address import PageAddress, is_encodable, token_of_environment
+from trainer.remote.address import PageAddress, token_of_environment
 from trainer.remote.follower import JournalFollower
 from trainer.remote.http import Patience, RunServer, Unreachable
 from trainer.remote.result import LOOK_BACK, UNDER_WAY, ResultBuilder, RunSnapshot

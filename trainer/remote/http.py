@@ -76,7 +76,7 @@ class _Parts(msgspec.Struct):
     checkpoints: msgspec.Raw = msgspec.Raw(b"[]")
 
 
-class _Refusal(msgspec.Struct):
+class _RefusedAnswer(msgspec.Struct):
     error: str = ""
     reason: str = ""
 
@@ -243,7 +243,7 @@ class RunServer:
         said = ""
         if encoding in ("", "identity"):
             with contextlib.suppress(*_REFUSED, *FAILURES):  # from a proxy, or cut off
-                refusal = msgspec.json.decode(await answer.read(_REFUSAL_BYTES), type=_Refusal)
+                refusal = msgspec.json.decode(await answer.read(_REFUSAL_BYTES), type=_RefusedAnswer)
                 said = plain_text(refusal.reason or refusal.error)
         said = f"{status} {plain_text(response.reason_phrase, 80)}{f' ({said})' if said else ''}"
         if status >= 500 or status in _LATER:

@@ -25,6 +25,7 @@ from events.process import Child, Program
 from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
 from events.run.stream import JournalEventStream
+from events.text import is_encodable
 from events.wire import encode_command_msgpack
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.errors import ArgumentsError
@@ -198,8 +199,7 @@ class LaunchedRun:
         """Run the process from its start to its death."""
         try:
             with tempfile.TemporaryFile() as log:
-                self.child = child = Child(self._program, log, from_run)
-                child.send(self._config)
+                self.child = child = Child(self._program, log, from_run, self._config)
                 self._ask_to_cancel()
                 code = child.run(self._take)
                 if not self._decided.is_set():
@@ -267,11 +267,12 @@ def _problems_of(factory: Any, run_id: Any, run_dir: Any, resume: Any, env: Any)
         yield f"factory must be 'package.module:function', not {factory!r:.80}"
     elif module == "__main__":
         yield f"{factory!r} is in the script that runs here, which another process cannot import: move it to a module"
-    if run_id is not None and (not isinstance(run_id, str) or not run_id):
+    if run_id is not None and not (isinstance(run_id, str) and run_id and is_encodable(run_id)):
         yield f"run_id must be a name, not {run_id!r:.80}"
     for place, path in (("run_dir", run_dir), ("resume", resume)):
-        if path is not None and not (isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str) and path):
-            yield f"{place} must be a path, not {path!r:.80}"
+        text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+        if path is not None and not (isinstance(text, str) and text and is_encodable(text)):
+            yield f"{place} must be a path in Unicode, not {path!r:.80}"
     if env is not None and not (
         isinstance(env, Mapping) and all(isinstance(part, str) for pair in env.items() for part in pair)
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -56,6 +57,7 @@ class WitnessWriter:
         if behaviour == "hangs":
             threading.Event().wait()
         if behaviour == "holds":
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # one would end the sleep
             Path(f"{self._sink.path}.pid").write_text(str(os.getpid()))
             ctypes.PyDLL(None).sleep(100)  # type: ignore[attr-defined]  # unlike CDLL, it keeps the interpreter lock
         if behaviour == "fails" and self._writes == 1:

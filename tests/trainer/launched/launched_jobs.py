@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -74,6 +75,7 @@ class Net(ModuleInterface):
         ctypes.string_at(0)
 
     def hold_interpreter(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # one would end the sleep
         (Path.cwd() / "held").touch()
         ctypes.PyDLL(None).sleep(100)  # type: ignore[attr-defined]  # unlike CDLL, it keeps the interpreter lock
 
