@@ -87,6 +87,7 @@ class Child(Generic[T]):
         self._deadline: float | None = None
         self._terminated = False
         self._exit_is_lost = False
+        self._reaped = False
         self._channel, channel = socket.socketpair()
         self._channel.setblocking(False)
         with channel:
@@ -108,7 +109,7 @@ class Child(Generic[T]):
     @property
     def pid(self) -> int | None:
         """The process id; None once the child has died and was reaped."""
-        return self._popen.pid if self._popen.returncode is None else None
+        return None if self._reaped else self._popen.pid
 
     def send(self, message: Outgoing) -> None:
         """Send a message; what the channel has no room for is sent later. Signal handlers may call this."""
@@ -151,6 +152,7 @@ class Child(Generic[T]):
                 time.sleep(_LOOK_S)
             with self._signalling:
                 code = self._popen.wait()
+                self._reaped = True
         return None if self._exit_is_lost else code
 
     def _has_died(self) -> bool:
@@ -174,7 +176,7 @@ class Child(Generic[T]):
 
     def _signal(self, number: int) -> None:
         with self._signalling, contextlib.suppress(OSError):
-            if self._popen.returncode is None and not self._exit_is_lost:
+            if not self._reaped and not self._exit_is_lost:
                 os.killpg(self._popen.pid, number)
 
     def _flush(self) -> None:

@@ -133,14 +133,14 @@ async def pid_of(run: Any) -> int:
         (("a:b", "x"), "arguments must map names to values, not 'x'"),
     ],
 )
-def test_what_cannot_be_launched_is_refused_before_anything_starts(given: Any, told: str) -> None:
-    """With its place among the arguments."""
+def test_wrong_arguments_are_refused_before_a_process_starts(given: Any, told: str) -> None:
+    """The error names the place of each."""
     with pytest.raises(ArgumentsError, match=told):
         launch(*given)
 
 
-def test_launch_may_name_the_run_that_the_factory_resumes(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factory need not; but one of the two must."""
+def test_launch_or_the_factory_names_the_run_to_resume(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two is enough; neither is an error."""
     job: Any = types.ModuleType("resuming_job")
     job.build = lambda: kit.Trainer(kit.Net(), resume="auto")
     monkeypatch.setitem(sys.modules, "resuming_job", job)
@@ -152,8 +152,8 @@ def test_launch_may_name_the_run_that_the_factory_resumes(kit: Any, monkeypatch:
         job.build()
 
 
-def test_what_is_no_path_is_resumed_from_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keywords, addresses and names of the run's own checkpoints; a path is seen from here."""
+def test_only_paths_to_resume_from_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keywords, addresses and names of the run's own checkpoints stay as they are."""
     monkeypatch.chdir(tmp_path)
     for resume in ("auto", "best", "s3://bucket/run", "step-5.a1"):
         assert launcher._absolute(resume) == resume
@@ -162,8 +162,8 @@ def test_what_is_no_path_is_resumed_from_as_it_is(tmp_path: Path, monkeypatch: p
     assert launcher._absolute("runs/x") == str(tmp_path / "runs/x")
 
 
-def test_a_cycle_and_wrong_options_are_refused() -> None:
-    """All of them at once."""
+def test_wrong_options_are_refused() -> None:
+    """One error names all of them."""
     cycle: list[Any] = []
     cycle.append(cycle)
     options: Any = {"run_id": 5, "run_dir": b"x", "resume": "", "env": {"A": 1}}
@@ -179,8 +179,8 @@ def test_a_cycle_and_wrong_options_are_refused() -> None:
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_a_process_that_never_comes_to_train_says_why(tmp_path: Path) -> None:
-    """When the block is entered, as the kind of error that it is; nothing is left in the way."""
+async def test_entering_the_block_raises_why_a_run_cannot_start(tmp_path: Path) -> None:
+    """Errors of stagecast keep their type; no process and no descriptor is left."""
     expected: list[tuple[Any, dict[str, Any], type[BaseException], str]] = [
         ("no_such_module:build", {}, LaunchedRunFailed, "ModuleNotFoundError: No module named 'no_such_module'"),
         ("launched_exit:build", {}, LaunchedRunFailed, "SystemExit: not today"),
@@ -242,8 +242,8 @@ def step(seq: int, attempt: int = 1) -> TrainStepEnded:
 
 
 @pytest.mark.anyio
-async def test_a_receive_that_is_cancelled_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
-    """At any moment of it, while the journal grows, torn lines and all."""
+async def test_a_cancelled_receive_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    """At any moment, while the journal grows by torn lines."""
     journal = Journal(tmp_path / "journal")
     stream = journal.stream()
     seen: list[int] = []
@@ -277,8 +277,8 @@ async def test_a_receive_that_is_cancelled_loses_nothing_and_repeats_nothing(tmp
 
 
 @pytest.mark.anyio
-async def test_a_stream_begins_now_ends_with_its_attempt_and_may_be_closed(tmp_path: Path) -> None:
-    """Now is behind the last whole line. A later attempt's events are not this run's."""
+async def test_a_stream_starts_now_ends_with_its_attempt_and_can_be_closed(tmp_path: Path) -> None:
+    """Now is after the last whole line. Events of a later attempt end the stream."""
     journal = Journal(tmp_path / "journal")
     assert journal.stream(None).cursor == 0
     journal.write(step(1), step(2), end=b'{"type":"TrainSt')
@@ -303,7 +303,7 @@ async def test_a_stream_begins_now_ends_with_its_attempt_and_may_be_closed(tmp_p
 
 @pytest.mark.anyio
 async def test_a_launched_run_is_watched_and_steered_like_any_other(kit: Any, tmp_path: Path) -> None:
-    """The same events, cursors, commands and result; two runs at once, and neither knows of the other."""
+    """The same events, cursors, commands and result, with two runs at once."""
     values = {"nan": float("nan"), "data": b"\0\xff", "nested": {"a": [1, None, float("inf"), True, "ü"]}}
     seen: list[Event] = []
 
@@ -359,7 +359,7 @@ async def test_a_launched_run_is_watched_and_steered_like_any_other(kit: Any, tm
 
 
 def test_a_service_that_launches_needs_no_torch(script: Any) -> None:
-    """Nor does it load the trainer."""
+    """It imports no sink either."""
     program = script("import sys\nimport trainer.remote.launch\nprint('torch' in sys.modules, 'sinks' in sys.modules)")
     assert program.end() == (0, "False False\n", "")
 
@@ -367,7 +367,7 @@ def test_a_service_that_launches_needs_no_torch(script: Any) -> None:
 @asyncio_only
 @pytest.mark.anyio
 async def test_a_signal_to_the_process_alone_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Orderly, with a checkpoint. What hangs at the interpreter's end does not hold the block for long."""
+    """With a checkpoint. A thread that hangs at the interpreter's end does not hold the block for long."""
     monkeypatch.setattr(launcher, "EXIT_S", 0.3)
     arguments = {"epochs": FOREVER, "deed": "linger", "at": 2, "step_s": 0.001}
     async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
@@ -423,10 +423,10 @@ def frame(message: Any) -> bytes:
     return len(data).to_bytes(4, "little") + data
 
 
-# -------------------------------------------------------------------------------------------- how it ends badly
+# -------------------------------------------------------------------------------------------- failures and crashes
 
 
-def test_the_librarys_own_errors_come_as_what_they_are() -> None:
+def test_errors_of_stagecast_keep_their_type() -> None:
     """With the traceback as a note; also with text that is not Unicode or cannot be read."""
 
     class Mute(Exception):
@@ -445,8 +445,8 @@ def test_the_librarys_own_errors_come_as_what_they_are() -> None:
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_what_a_step_raises_is_told_here(kit: Any, tmp_path: Path) -> None:
-    """Type, text, causes and notes, at the end of the block and from result(). A SystemExit there is none here."""
+async def test_an_exception_of_a_step_is_raised_as_a_launched_run_failed(kit: Any, tmp_path: Path) -> None:
+    """With type, text, causes and notes, at the end of the block and from result(); a SystemExit does not exit here."""
     errors: dict[str, Any] = {}
 
     async def train(deed: str) -> None:
@@ -477,8 +477,8 @@ async def test_what_a_step_raises_is_told_here(kit: Any, tmp_path: Path) -> None
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_a_crash_is_told_with_all_that_is_known_of_it(kit: Any, tmp_path: Path) -> None:
-    """Its signal or exit code, the journal's end, what was printed, where it was; and the run can be taken up again.
+async def test_a_crash_is_reported_in_full(kit: Any, tmp_path: Path) -> None:
+    """Its signal or exit code, the journal's end, the output and the stack; and the run can be resumed.
 
     No dataloader worker is left, and none keeps this process waiting.
     """
@@ -534,8 +534,8 @@ async def test_a_crash_is_told_with_all_that_is_known_of_it(kit: Any, tmp_path: 
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_a_process_that_prints_without_end_is_not_held_up_nor_its_log_without_bounds(tmp_path: Path) -> None:
-    """80 MB are printed; the end of them is kept, and what is printed later goes behind it."""
+async def test_a_process_that_prints_without_end_never_waits_and_its_log_is_bounded(tmp_path: Path) -> None:
+    """Of 80 MB the end is kept, and later output follows it."""
     arguments = {"deed": "chatter", "at": 1, "epochs": FOREVER, "step_s": 0.005}
     log = tmp_path / "run/log.txt"
 
@@ -556,7 +556,7 @@ async def test_a_process_that_prints_without_end_is_not_held_up_nor_its_log_with
 
 
 async def check_cancelled(kit: Any, folder: Path, pid: int, run: Any) -> None:
-    """It has ended in order, and left nothing."""
+    """It has ended cleanly, and left nothing."""
     ends = [event.status for event in kit.read_journal(folder) if isinstance(event, RunEnded)]
     assert ends == ["cancelled"]
     await until_soon(lambda: group(pid) == [], "a process is left")
@@ -617,7 +617,7 @@ async def test_cancelling_ends_the_process_in_every_phase(kit: Any, tmp_path: Pa
 @asyncio_only
 @pytest.mark.anyio
 async def test_native_cancellations_are_outlasted(kit: Any, tmp_path: Path) -> None:
-    """`task.cancel()` as often as one likes, and `asyncio.timeout`; then each goes on as itself."""
+    """Repeated `task.cancel()` and `asyncio.timeout`; each propagates unchanged when the run has ended."""
     runs: list[Any] = []
 
     async def hold(name: str) -> None:
@@ -651,8 +651,8 @@ async def test_native_cancellations_are_outlasted(kit: Any, tmp_path: Path) -> N
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_a_process_that_cannot_even_hear_is_killed_after_the_grace_period(kit: Any, tmp_path: Path) -> None:
-    """An extension that holds the interpreter lock for good: no thread of its process runs, nor a signal handler."""
+async def test_a_process_that_receives_nothing_is_killed_after_the_grace_period(kit: Any, tmp_path: Path) -> None:
+    """An extension holds the interpreter lock forever: neither a thread of its process runs nor a signal handler."""
     arguments = {"epochs": FOREVER, "deed": "hold_interpreter", "stop_grace_s": 0.5, "workers": 2}
     with pytest.raises(Boom):
         async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run", cwd=tmp_path) as run:
@@ -699,7 +699,7 @@ anyio.run(main)
 
 
 def test_a_run_whose_parent_is_killed_stops_with_a_checkpoint(script: Any, kit: Any, tmp_path: Path) -> None:
-    """Though a worker of the parent holds the pipes open; one that is still being built is ended."""
+    """Although a worker of the parent holds the channels open; a process that still builds its trainer ends at once."""
     program = script(PARENT.format(jobs=str(JOBS), arguments={"epochs": FOREVER, "workers": 2, "step_s": 0.01}))
     assert program.process.stdout is not None
     worker = int(program.process.stdout.readline())

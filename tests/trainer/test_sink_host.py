@@ -1,4 +1,4 @@
-"""Sinks in a process of their own: what reaches them when they, it, or the run misbehaves or dies."""
+"""Sinks in a process of their own: the events that they receive when they, the process, or the run fails."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sinks(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Line(msgspec.Struct, frozen=True):
-    """What a `Witness` has written down."""
+    """A line that a `Witness` has written."""
 
     pid: int
     attempt: int
@@ -59,7 +59,7 @@ def lines(path: Path) -> list[Line]:
 
 
 def kept_for_sinks(kit: Any, tmp_path: Path) -> set[int]:
-    """What every sink must get. What happens to sinks while the run ends stands in the journal only."""
+    """The events for every sink. Those about sinks at the end of the run are in the journal only."""
     events = kit.read_journal(tmp_path / "run")
     return {
         event.seq for event in events if not isinstance(event, ObserverFailed | ObserverRecovered | ObserversReported)
@@ -103,8 +103,10 @@ class Plain:
         raise NotImplementedError
 
 
-def test_what_cannot_travel_is_refused_when_the_trainer_is_built(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """Each with its reason, and nothing is started or written."""
+def test_a_sink_that_cannot_be_sent_to_the_host_is_refused_when_the_trainer_is_built(
+    kit: Any, sinks: Any, tmp_path: Path
+) -> None:
+    """The error names each with its reason; nothing is started or written."""
 
     class Local(msgspec.Struct, frozen=True):
         def open(self, run: Any) -> Any:
@@ -130,7 +132,7 @@ def test_what_cannot_travel_is_refused_when_the_trainer_is_built(kit: Any, sinks
 
 
 def test_a_fatal_sink_that_cannot_be_opened_ends_the_run(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """As it would in the run's own process, with what it raised in the text."""
+    """As in the run's own process; the error has the text of its exception."""
 
     class Waits(kit.Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -153,10 +155,10 @@ def test_a_fatal_sink_that_cannot_be_opened_ends_the_run(kit: Any, sinks: Any, t
         anyio.run(main)
 
 
-def test_a_sink_whose_import_exits_is_left_out_and_named(
+def test_a_sink_whose_import_exits_is_disabled_and_named(
     kit: Any, sinks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host goes on for the others."""
+    """The others are not affected."""
     (tmp_path / "quitter_sinks.py").write_text(
         "import sys, msgspec\n"
         "if sys.argv[0].endswith('host/child.py'):\n"
@@ -180,7 +182,7 @@ def test_a_sink_whose_import_exits_is_left_out_and_named(
 
 
 def test_every_event_of_the_journal_arrives_once_and_in_order(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """From the first to the last, though it prints, and its processes print."""
+    """From the first to the last, although the sink and its processes print."""
     out = tmp_path / "out"
     outcome = run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out), "noisy"), epochs=3)
     kept = [event.seq for event in kit.read_journal(tmp_path / "run")]
@@ -195,8 +197,10 @@ def test_every_event_of_the_journal_arrives_once_and_in_order(kit: Any, sinks: A
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_host_that_is_killed_is_started_again_and_goes_on(kit: Any, sinks: Any, tmp_path: Path, backend: str) -> None:
-    """Nothing is lost; what may come twice is the batch that it was in."""
+def test_a_host_that_is_killed_is_started_again_and_continues(
+    kit: Any, sinks: Any, tmp_path: Path, backend: str
+) -> None:
+    """No event is lost; only the batch of its death may be delivered twice."""
     out = tmp_path / "out"
     killed: list[int] = []
 
@@ -237,7 +241,7 @@ def test_a_host_that_is_killed_is_started_again_and_goes_on(kit: Any, sinks: Any
 
 
 def test_a_sink_that_takes_its_host_with_it_misses_nothing(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """Nor does its neighbour; the end of the run waits for the host that is started again."""
+    """Nor does its neighbour; the end of the run waits for the restarted host."""
     out, other = tmp_path / "out", tmp_path / "other"
     run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out), "dies"), sinks.Witness(str(other)), epochs=4)
     for path in (out, other):
@@ -246,8 +250,8 @@ def test_a_sink_that_takes_its_host_with_it_misses_nothing(kit: Any, sinks: Any,
     assert "about to die\n" in (tmp_path / "run/sinks/host.log").read_text()
 
 
-def test_a_sink_whose_server_is_down_is_told_of_and_recovers(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """The supervisor is the same one; the run hears of it."""
+def test_a_sink_whose_server_is_down_is_reported_and_recovers(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """The run publishes both events."""
     out = tmp_path / "out"
 
     class Waits(kit.Net):
@@ -261,10 +265,10 @@ def test_a_sink_whose_server_is_down_is_told_of_and_recovers(kit: Any, sinks: An
     assert sum(isinstance(event, ObserverRecovered) for event in told) == 1
 
 
-def test_a_host_that_always_dies_is_given_up(
+def test_a_host_that_always_dies_is_disabled(
     kit: Any, sinks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training does not notice; the report says what there is, and where the rest stands."""
+    """The run finishes; the report names the exit code and where the rest of the events is."""
     monkeypatch.setattr(host_process, "_MOST_DEATHS", 2)
     outcome = run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(tmp_path / "out"), "mortal"))
     assert outcome.result.status == "finished"
@@ -275,7 +279,7 @@ def test_a_host_that_always_dies_is_given_up(
 
 
 def test_a_sink_that_hangs_holds_the_end_no_longer_than_the_drain(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """Its neighbour gets everything; what it has not got is counted, and its process is gone."""
+    """Its neighbour receives every event; its missing events are counted, and the host ends."""
     hangs, fine = tmp_path / "hangs", tmp_path / "fine"
     pids: list[int] = []
 
@@ -314,7 +318,7 @@ def test_a_host_that_cannot_run_is_killed_after_the_drain(kit: Any, sinks: Any, 
     until(lambda: not is_alive(int(pid.read_text())), "the host is still there")
 
 
-# ------------------------------------------------------------------------------------- when the run dies, or goes on
+# ------------------------------------------------------------------------------------- when the run dies or continues
 
 DYING = """
 import os, signal, sys, time
@@ -347,11 +351,10 @@ Trainer(Dies(), arguments, sinks=[sink], sinks_in="process", run_dir="run", run_
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_is_killed_is_delivered_to_its_end(
+def test_the_host_of_a_killed_run_delivers_the_whole_journal(
     kit: Any, sinks: Any, script: Any, tmp_path: Path, workers: int
 ) -> None:
-    """The host has what the journal has, closes its sinks and ends, whoever else holds the pipes; the next attempt goes
-    on behind that."""
+    """It closes its sinks and ends, although a forked process holds the channel; the next attempt continues there."""
     out = tmp_path / "out"
     text = DYING.format(hosted=str(HOSTED), tests=str(Path(__file__).parent), out=str(out), workers=workers)
     dying = script(text)
@@ -381,8 +384,8 @@ def parent_of(pid: str) -> int:
         return 0
 
 
-def test_a_sink_that_was_here_meanwhile_gets_nothing_twice(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """Its place in the journal is forgotten while it runs in the run's own process."""
+def test_a_sink_that_left_the_host_for_a_while_receives_nothing_twice(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """Its place in the journal is removed while it runs in the run's own process."""
     out = tmp_path / "out"
     for place in ("process", "thread", "process"):
         run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out)), sinks_in=place)
@@ -392,7 +395,7 @@ def test_a_sink_that_was_here_meanwhile_gets_nothing_twice(kit: Any, sinks: Any,
 
 
 def test_a_place_in_a_journal_that_was_deleted_hides_nothing(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """The next attempt begins to count anew, below where the sink had come to."""
+    """The next attempt counts from 1 again, below the place of the sink."""
     out = tmp_path / "out"
     run_dir_of(kit, tmp_path, kit.Net(), sinks.Witness(str(out)))
     shutil.rmtree(tmp_path / "run/journal")
@@ -401,10 +404,10 @@ def test_a_place_in_a_journal_that_was_deleted_hides_nothing(kit: Any, sinks: An
     assert [line.seq for line in lines(out)] == [event.seq for event in kit.read_journal(tmp_path / "run")]
 
 
-def test_a_strangers_module_in_the_working_directory_is_not_taken_for_ours(
+def test_a_module_in_the_working_directory_does_not_replace_ours(
     kit: Any, sinks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does an odd entry of the path matter."""
+    """An entry of the path that is not a text is ignored."""
     (tmp_path / "sinks.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "odd"])
     out = tmp_path / "out"
@@ -412,8 +415,8 @@ def test_a_strangers_module_in_the_working_directory_is_not_taken_for_ours(
     assert [line.seq for line in lines(out)] == [event.seq for event in kit.read_journal(tmp_path / "run")]
 
 
-def test_the_run_tells_how_its_observers_are_doing_here_and_there(kit: Any, sinks: Any, tmp_path: Path) -> None:
-    """With what waits for one that does not come to its end, and how long."""
+def test_the_run_reports_on_the_health_of_its_observers_in_both_processes(kit: Any, sinks: Any, tmp_path: Path) -> None:
+    """With the number of events that wait for a hung one, and for how long."""
     told: dict[str, ObserverHealth] = {}
 
     class Waits(kit.Net):
