@@ -13,6 +13,8 @@ FEW_KEYS = 1_000
 """Keys that a table may have whatever their hashes are: at most half a million steps."""
 _STEPS_PER_KEY, _STEPS_IN_SET = 32, 256
 """Maximum steps per key, on average: two where hashes are spread, up to 16 and 100 where only high bits differ."""
+SAME_HASH = 100
+"""Maximum keys per hash: they are compared with each other, and long tuples take long to compare."""
 _LINEAR_STEPS = 9  # of CPython's sets, before they jump
 _MASK = 2**64 - 1
 
@@ -24,13 +26,15 @@ def check_hashes(hashes: Sequence[int], *, of_set: bool = False) -> None:
     next one.
 
     Raises:
-        ValueError: It takes far more steps than keys that were not chosen for that.
+        ValueError: More than 100 of them are equal, or it takes far more steps than keys that were not chosen for that.
     """
     count, size = len(hashes), 2_048
+    ordered = sorted(hashes)
+    if any(map(eq, ordered, ordered[SAME_HASH:])):
+        raise ValueError(_said(hashes))
     if count <= FEW_KEYS:
         return
     walk = _steps_in_set if of_set else _steps_in_dict
-    ordered = sorted(hashes)
     differ = not any(map(eq, ordered, ordered[1:]))
     while True:
         part = hashes[: size * 2 // 3]  # a table grows when it is filled to two thirds, a set to three fifths

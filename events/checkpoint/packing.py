@@ -62,7 +62,7 @@ from msgspec.msgpack import Ext
 
 from events.checkpoint import packing_numpy
 from events.errors import CheckpointDamaged, UnstorableState
-from events.hash_tables import FEW_KEYS, check_hashes
+from events.hash_tables import SAME_HASH, check_hashes
 from events.msgpack_keys import ALWAYS_FITS_BYTES, check_keys
 
 MAX_DEPTH = 200
@@ -72,8 +72,6 @@ _PAIRS, _RECORDS, _TENSOR, _REGISTERED = 10, 20, 60, 61  # codes; the first two 
 _BYTES_LIMIT = 2**32 - 1  # msgpack's
 _INT_BITS = 4_096
 """Maximum bits per integer in a type that computes with several: a fraction, a range."""
-_SAME_HASH = 1_000
-"""Maximum keys per hash in a map or set."""
 _SALTED = frozenset({str, bytes, NoneType, bool})  # their hashes differ from process to process, or they are few
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
 _ATOMS = frozenset({NoneType, bool, float})  # each value of these is written as it is
@@ -379,15 +377,15 @@ def _items(mapping: Any) -> list[Any]:
 
 def _check_keys(keys: list[Any], *, of_set: bool = False) -> None:
     """Refuse keys of a stranger whose table takes quadratic time, before it is built."""
-    if len(keys) > FEW_KEYS and not _SALTED.issuperset(map(type, keys)):
+    if len(keys) > SAME_HASH and not _SALTED.issuperset(map(type, keys)):
         check_hashes(list(map(hash, keys)), of_set=of_set)
 
 
 def _spread(keys: Collection[Any]) -> Collection[Any]:
     """Refuse own keys of one hash, which could not be read again. Only made-up ones (big integers) have many."""
-    if len(keys) > _SAME_HASH and not _SALTED.issuperset(map(type, keys)):
+    if len(keys) > SAME_HASH and not _SALTED.issuperset(map(type, keys)):
         hashed, count = Counter(map(hash, keys)).most_common(1)[0]
-        if count > _SAME_HASH:
+        if count > SAME_HASH:
             raise ValueError(f"{count:,} of its keys have one hash, {hashed}; use keys that differ in theirs")
     return keys
 

@@ -568,6 +568,14 @@ def test_a_users_large_tables_return(kind: Any) -> None:
         assert back(value) == value
 
 
+def test_long_tuples_of_one_hash_are_refused() -> None:
+    """Two hundred of them would be compared with each other, value by value."""
+    keys = [marked(1, *[0] * 9, *[-1 - (i >> bit & 1) for bit in range(8)]) for i in range(200)]
+    for code, parts in ((2, keys), (10, [part for key in keys for part in (key, 1)])):
+        with pytest.raises(CheckpointDamaged, match="its 200 keys takes quadratic time"):
+            packing.decode(packed(marked(code, *parts)))
+
+
 def test_arrays_as_keys_are_refused_before_a_table_of_them_is_made() -> None:
     """A megabyte of tuples of one hash would take minutes."""
     keys = [bytes([0xDC, 0, 20]) + bytes(0xFE + (i >> bit & 1) for bit in range(20)) for i in range(40_000)]
