@@ -25,6 +25,8 @@ AttemptNumber = Annotated[int, Meta(ge=0, le=LAST_ATTEMPT)]
 """The number of an attempt; 0 where none is known."""
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """A number that is neither NaN nor infinite."""
+UnixTime = Annotated[float, Meta(ge=0, le=2**33)]
+"""Unix seconds, up to the year 2242: in nanoseconds they are within 64 bits."""
 
 
 def check_plain(value: Any, where: str = "$") -> None:

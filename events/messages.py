@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from events.bounds import AttemptNumber, Count, Finite, Int64
+from events.bounds import AttemptNumber, Count, Int64, UnixTime
 
 StageName = Literal["train", "val", "test"]
 Status = Literal["finished", "stopped", "cancelled", "failed"]
@@ -41,7 +41,7 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="type", o
     run_id: str
     attempt: AttemptNumber
     seq: Count
-    time: Finite
+    time: UnixTime
     rank: Count
     global_step: Count
     epoch: Count

@@ -342,13 +342,13 @@ def _unknown(name: str, tree: dict[Any, Any], data: bytes, encoding: Encoding) -
         return value if isinstance(value, int) and type(value) is not bool and 0 <= value <= most else 0
 
     run_id, time, stage = tree.get("run_id"), tree.get("time"), tree.get("stage")
-    if not isinstance(time, float) or not math.isfinite(time):
-        time = float(time) if isinstance(time, int) and abs(time) < 2**53 else 0.0
+    if not isinstance(time, int | float) or not 0 <= time <= 2**33:
+        time = 0.0
     return UnknownEvent(
         run_id=run_id if isinstance(run_id, str) else "",
         attempt=whole("attempt", LAST_ATTEMPT),
         seq=whole("seq"),
-        time=time,
+        time=float(time),
         rank=whole("rank"),
         global_step=whole("global_step"),
         epoch=whole("epoch"),

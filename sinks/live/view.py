@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from events.bounds import AttemptNumber, Finite, Int64
+from events.bounds import AttemptNumber, Int64, UnixTime
 from events.health import Health
 from events.journal.lines import decoded_bytes
 from events.messages import (
@@ -128,10 +128,10 @@ class Summary(msgspec.Struct, omit_defaults=False):
     module: _Name = ""
     device: _Name = ""
     host: _Name = ""
-    started: Finite = 0.0
-    updated: Finite = 0.0
+    started: UnixTime = 0.0
+    updated: UnixTime = 0.0
     """Unix seconds of the newest event: of a run that died, its last sign of life."""
-    ended: Finite | None = None
+    ended: UnixTime | None = None
     """Unix seconds at which the loop ended; None while it runs, and for a run that died."""
     problems: _Few[_Text] = []
     """The damage, if there is any, and what is unhealthy, as `events.health.Health` finds it."""
@@ -156,7 +156,7 @@ class LogEntry(msgspec.Struct, omit_defaults=True):
     """A line of the log."""
 
     seq: Int64
-    time: Finite
+    time: UnixTime
     global_step: Int64
     epoch: Int64
     level: Literal["info", "warning", "error"]
@@ -172,7 +172,7 @@ class Media(msgspec.Struct):
 
     name: _Name
     global_step: Int64
-    time: Finite
+    time: UnixTime
     kind: Literal["image", "text"]
     path: _Name | None
     width: Int64 | None = None
@@ -203,7 +203,7 @@ class Checkpoint(msgspec.Struct):
     name: _Name
     global_step: Int64 = 0
     epoch: Int64 = 0
-    time: Finite = 0.0
+    time: UnixTime = 0.0
     nbytes: Int64 = 0
     durable_s: float | None = None
     blocked_s: float | None = None

@@ -313,4 +313,4 @@ def _text(text: str) -> str:
 
 
 def _nanos(unix_s: float) -> int:
-    return max(0, round(unix_s * 1e9))
+    return round(min(max(0.0, unix_s), 2.0**33) * 1e9)  # durations may be a stranger's: any number, or NaN

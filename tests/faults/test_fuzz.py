@@ -93,7 +93,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     origin, args = get_origin(kind), get_args(kind)
     if origin is typing.Annotated:
         values, meta = values_of(args[0]), args[1]
-        return values.filter(lambda value: meta.ge <= value <= meta.le) if args[0] is int else values
+        return values.filter(lambda value: meta.ge <= value <= meta.le) if args[0] in (int, float) else values
     if kind is Any or kind is msgspec.Raw:
         return plain
     if kind in (str, bytes):

@@ -327,11 +327,11 @@ def test_the_page_shows_what_is_damaged(damaged: Path, serve: Any, visit: Any) -
     wild = damaged / "fifo as lock" / SEGMENT
     header = '"run_id":"fifo as lock","attempt":1,"rank":0,"epoch":4611686018427387904,"stage":"train"'
     lines = [
-        f'{{"type":"TrainStepEnded",{header},"seq":7,"time":1e300,"global_step":9223372036854775807,"loss":1e308,'
+        f'{{"type":"TrainStepEnded",{header},"seq":7,"time":8e9,"global_step":9223372036854775807,"loss":1e308,'
         '"step_in_epoch":9223372036854775807,"step_s":1e308}',
-        f'{{"type":"MetricsLogged",{header},"seq":8,"time":-1e300,"global_step":-4611686018427387904,'
+        f'{{"type":"MetricsLogged",{header},"seq":8,"time":5e-324,"global_step":4611686018427387904,'
         '"metrics":{"a":1e308,"b":-1e308}}',
-        f'{{"type":"WarningLogged",{header},"seq":9,"time":1e300,"global_step":-5,"level":"warning","message":"wild"}}',
+        f'{{"type":"WarningLogged",{header},"seq":9,"time":8e9,"global_step":5,"level":"warning","message":"wild"}}',
     ]
     with open(wild, "a") as file:
         file.write("\n".join(lines) + "\n")

@@ -540,6 +540,16 @@ def test_a_run_that_was_ended_has_not_failed(receiver: Any, connect: Any, story:
     assert plain(told.named("run")[0].attributes)["stagecast.status"] == status
 
 
+def test_a_span_with_a_made_up_duration_is_sent(receiver: Any, connect: Any, story: Any) -> None:
+    """It begins within the range of a clock; a batch that cannot be encoded would be tried again."""
+    lasted = (math.nan, math.inf, -math.inf, 1e300, -1e300)
+    saved = [story(CheckpointSaved, checkpoint=f"step-{i}.a1", path="/x", durable_s=s) for i, s in enumerate(lasted)]
+    connect(receiver.url).write([story.started(), *saved])
+    spans = [span for span in receiver.story.spans if "checkpoint" in span.name]
+    assert len(spans) == len(lasted)
+    assert all(0 <= span.start_time_unix_nano < 2**63 for span in spans)
+
+
 def test_checkpoints_are_spans_that_may_outlast_the_run(receiver: Any, connect: Any, story: Any) -> None:
     """The last is written while the run ends; one that fails says why; an upload ends when it is whole."""
     events = [story.started()]
