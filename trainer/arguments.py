@@ -26,7 +26,7 @@ class FieldDoc(NamedTuple):
 
     name: str
     type: str
-    """What is allowed, in words."""
+    """The allowed values, in words."""
     default: Any
     doc: str
 
@@ -34,11 +34,11 @@ class FieldDoc(NamedTuple):
 class TrainerArguments(Strict, frozen=True, kw_only=True):
     """How to train: immutable, checked when built, and stored with the run.
 
-    Every field is documented where `describe` finds it. Use `msgspec.structs.replace` to change a field; that
-    checks again.
+    The descriptions of the fields are their documentation; `describe` lists them. `msgspec.structs.replace` returns a
+    changed copy, checked again.
 
     Raises:
-        ArgumentsError: Fields have a wrong type or a value that is not allowed; it names all of them.
+        ArgumentsError: Names every field with a wrong type or value.
     """
 
     argument_aliases: ClassVar[Mapping[str, str]] = ARGUMENTS
@@ -46,8 +46,8 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     epochs: Annotated[
         _Count | None,
         Meta(
-            description="Epochs to train. None: as many as max_steps takes, or one without max_steps. With both, "
-            "the run ends at whichever comes first."
+            description="Epochs to train. None: as many as max_steps needs, or one without max_steps. With both, "
+            "the first limit that is reached ends the run."
         ),
     ] = None
     train_batch_size: Annotated[
@@ -56,28 +56,28 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     gpu_batch_size_limit: Annotated[
         _Count | None,
         Meta(
-            description="Most rows that go through the model at a time on one device. The micro-batch is the "
-            "largest divisor of train_batch_size within it, gradients are accumulated. None: no limit."
+            description="Maximum rows per forward pass on one device. The micro-batch is the largest divisor of "
+            "train_batch_size within it; gradients are accumulated. None: no limit."
         ),
     ] = None
     val_batch_size: Annotated[
         _Count | None,
-        Meta(description="Rows of a validation or test batch. None: as many as a micro-batch has."),
+        Meta(description="Rows of a validation or test batch. None: those of a micro-batch."),
     ] = None
     max_steps: Annotated[
         _Count | None,
         Meta(
-            description="Optimizer steps after which the run ends, and with it the epoch, whatever data is left of it. "
-            "A run that is resumed with more starts with the next epoch. None: no limit."
+            description="Maximum optimizer steps per run; reaching it also ends the epoch. A run that is resumed with "
+            "a higher limit starts with the next epoch. None: no limit."
         ),
     ] = None
     max_train_steps_per_epoch: Annotated[
         _Count | None,
-        Meta(description="Optimizer steps after which a training epoch ends. None: with its data."),
+        Meta(description="Maximum optimizer steps per training epoch. None: an epoch ends with its data."),
     ] = None
     max_val_steps_per_epoch: Annotated[
         _Count | None,
-        Meta(description="Batches of each dataloader that one validation takes. None: all."),
+        Meta(description="Maximum batches per dataloader and validation. None: all."),
     ] = None
     clip_grads: Annotated[bool, Meta(description="Whether to clip the total norm of the gradients.")] = False
     max_grad_norm: Annotated[
@@ -86,18 +86,18 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     ] = 1.0
     seed: Annotated[
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
-        Meta(description="Seeds Python, NumPy and torch, and the shuffling. None: seeds nothing."),
+        Meta(description="Seeds Python, NumPy, torch and the shuffling. None: nothing is seeded."),
     ] = None
     device: Annotated[
         str,
         Meta(
             min_length=1,
-            description="Where to train: 'auto' takes an accelerator if there is one, else the CPU.",
+            description="The device to train on. 'auto' selects an accelerator if there is one, else the CPU.",
         ),
     ] = "auto"
     precision: Annotated[
         PrecisionName,
-        Meta(description="Automatic mixed precision; float32 turns it off, float16 scales the loss."),
+        Meta(description="Automatic mixed precision; float32 disables it, float16 scales the loss."),
     ] = "float32"
     compile: Annotated[bool, Meta(description="Whether to compile the step methods with torch.compile.")] = False
     compile_options: Annotated[
@@ -112,74 +112,73 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         str,
         Meta(
             min_length=1,
-            description="The metric that ReduceLROnPlateau gets: one of each validation, or train_epoch_loss.",
+            description="The metric for ReduceLROnPlateau: one of each validation, or train_epoch_loss.",
         ),
     ] = "val_loss"
-    val_interval_epochs: Annotated[int, Meta(ge=0, description="Validate after every so many epochs; 0 is never.")] = 1
+    val_interval_epochs: Annotated[int, Meta(ge=0, description="Epochs between validations; 0 disables them.")] = 1
     val_interval_steps: Annotated[
         _Count | None,
-        Meta(description="Validate after every so many optimizer steps and at the end, instead of after epochs."),
+        Meta(description="Optimizer steps between validations, with one more at the end. None: validate after epochs."),
     ] = None
     non_finite: Annotated[
         Literal["warn", "skip", "stop"],
         Meta(
-            description="What to do when a loss or a gradient is NaN or infinite: warn and train on it, skip the step "
-            "(which waits for the device once per step), or stop the run. A gradient norm that overflows counts, too. "
-            "With float16, a step whose gradients overflow is always skipped, and counts once the loss scale is 1."
+            description="Action when a loss, a gradient or the gradient norm is NaN or infinite: warn and apply the "
+            "step, skip the step (which waits for the device once per step), or stop the run. With float16, a step "
+            "whose gradients overflow is always skipped, and counts once the loss scale is 1."
         ),
     ] = "warn"
     max_skipped_steps: Annotated[
-        _Count, Meta(description="Maximum skipped steps in a row; reaching it fails the run.")
+        _Count, Meta(description="Maximum consecutive skipped steps; reaching it fails the run.")
     ] = 100
     epoch_outputs_limit_bytes: Annotated[
         _Count,
-        Meta(description="Most host memory for the step outputs that a hook at an epoch's end wants, in bytes."),
+        Meta(description="Maximum bytes of host memory for the step outputs of the hooks at an epoch's end."),
     ] = 4 * 2**30
     reset_optimizers_schedulers: Annotated[
         bool,
         Meta(
-            description="Whether a resumed run takes only the module's state over, and begins with new optimizers and "
+            description="Whether a resumed run restores only the module's state, and starts with new optimizers and "
             "schedulers."
         ),
     ] = False
     resume_data: Annotated[
         Literal["skip", "replay"],
         Meta(
-            description="How a run that is resumed within an epoch gets to its place in the data: by skipping what was "
-            "used without reading it, where the sampler allows that; or by reading and discarding it, which is exact "
-            "for random augmentation in dataloader workers, too, unless they are persistent."
+            description="How a run that resumes within an epoch reaches its position in the data: 'skip' starts the "
+            "sampler there without reading the earlier batches; 'replay' reads and discards them, which is exact for "
+            "random augmentation in dataloader workers, too, unless they are persistent."
         ),
     ] = "skip"
     ledger_interval_s: Annotated[
         float,
         Meta(
             gt=0,
-            description="How often the stall ledger, and how observers are doing, is published, in seconds; "
-            "infinity: the ledger only at the end.",
+            description="Seconds between reports of the stall ledger and of observers' health; infinity: the ledger "
+            "only at the end.",
         ),
     ] = 10.0
     system_interval_s: Annotated[
         Annotated[float, Meta(ge=0.1)] | None,
         Meta(
-            description="How often the use of processors, memory, disk, network and GPUs is sampled, in seconds; "
-            "infinity only at the start and the end. None: never. Needs the extra stagecast[system]."
+            description="Seconds between samples of processor, memory, disk, network and GPU usage; infinity: only at "
+            "the start and the end. None disables them. Needs the extra stagecast[system]."
         ),
     ] = None
     drain_timeout_s: Annotated[
         _Seconds,
         Meta(
-            description="How long callbacks, then sinks, then the journal may each take to finish after the "
-            "loop has ended, in seconds."
+            description="Seconds that callbacks, then sinks, then the journal may each take to finish after the "
+            "loop has ended."
         ),
     ] = 30.0
     stop_grace_s: Annotated[
         _Seconds,
-        Meta(description="How long a cancelled loop may take to reach a step boundary, in seconds."),
+        Meta(description="Seconds that a cancelled loop may take to reach a step boundary."),
     ] = 30.0
 
     def __post_init__(self) -> None:
-        # A Struct's constructor takes anything; only decoding would validate.
-        check_struct(self)
+        check_struct(self)  # a Struct's constructor does not validate; only decoding does
         if self.monitor == "train_loss":
             raise ArgumentsError(
                 "monitor: 'train_loss' is the loss of a single step; set it to 'train_epoch_loss', the epoch's mean"
@@ -190,27 +189,26 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         """Build the arguments from plain values, strictly.
 
         Args:
-            values: By field name. Nothing is coerced but integers where a float is expected.
+            values: By field name. Integers are accepted for floats; nothing else is coerced.
             overrides: ``"name=value"`` each, applied in order over ``values``; the value is read as YAML.
 
         Raises:
-            ArgumentsError: Unknown names (with the nearest known one), wrong types, values that are not
-                allowed.
+            ArgumentsError: Unknown names (with the nearest known one), wrong types or values.
         """
         return decode(cls, values, "the arguments", overrides)
 
     @classmethod
     def from_file(cls, path: str | PathLike[str], overrides: Iterable[str] = ()) -> TrainerArguments:
-        """Build the arguments from a YAML, TOML or JSON file, told by its suffix; otherwise like `from_dict`.
+        """Build the arguments from a file with the suffix .yaml, .yml, .toml or .json; otherwise like `from_dict`.
 
         Raises:
-            ArgumentsError: Also if the file cannot be read or parsed; it names the file.
+            ArgumentsError: Also if the file cannot be read or parsed.
         """
         return decode(cls, load_config(path), str(path), overrides)
 
     @classmethod
     def describe(cls) -> list[FieldDoc]:
-        """All arguments with what is allowed, their defaults and their meaning, for a help text."""
+        """All arguments with their allowed values, defaults and descriptions, for a help text."""
         return [
             FieldDoc(
                 field.name,
@@ -222,7 +220,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `from_dict` takes them; what is none, such as a function given to torch.compile, is text."""
+        """Plain values for `from_dict`; an object, such as a function for torch.compile, becomes its text."""
         values: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
         return values
 
@@ -232,10 +230,10 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         return 1 if self.epochs is None and self.max_steps is None else self.epochs
 
     def total_steps(self, steps_per_epoch: int | None, done: tuple[int, int] = (0, 0)) -> int | None:
-        """Optimizer steps of the whole run; None if nothing limits them.
+        """Optimizer steps of the whole run; None without a limit.
 
         Args:
-            steps_per_epoch: Steps of an epoch that ends with its data; None if that is unknown.
+            steps_per_epoch: Steps of an epoch that ends with its data; None if unknown.
             done: Epochs that were trained under earlier limits, and their steps.
         """
         epochs = self.epoch_limit
@@ -245,7 +243,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         return min((one for one in (of_epochs, self.max_steps) if one is not None), default=None)
 
     def steps_and_epochs(self, steps_per_epoch: int | None, total: int | None) -> tuple[int, int]:
-        """What `ModuleInterface.get_optimizers_schedulers` gets: steps per epoch, and epochs.
+        """Arguments of `ModuleInterface.get_optimizers_schedulers`: steps per epoch, and epochs.
 
         Their product is ``total``, rounded up to whole steps per epoch; 0 steps if it is unknown.
         """
@@ -256,7 +254,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows that go through the model at a time: the largest divisor of the batch within the limit."""
+        """Rows of a forward pass: the largest divisor of the batch within the limit."""
         total = self.train_batch_size
         limit = self.gpu_batch_size_limit or total
         small = [divisor for divisor in range(1, isqrt(total) + 1) if total % divisor == 0]
@@ -273,7 +271,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         return self.val_batch_size or self.micro_batch_size
 
     def batch_size_warning(self) -> str | None:
-        """What to tell the user when the micro-batch is less than half of the limit; else None."""
+        """The warning for a micro-batch below half of the limit; else None."""
         limit = self.gpu_batch_size_limit
         if limit is None or limit >= self.train_batch_size or 2 * self.micro_batch_size >= limit:
             return None
@@ -281,16 +279,15 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         return (
             f"train_batch_size={self.train_batch_size} has no large divisor within "
             f"gpu_batch_size_limit={limit}: each step takes {self.accumulation_steps} micro-batches of "
-            f"{self.micro_batch_size}. "
-            f"train_batch_size={better} would take {better // limit} of {limit}."
+            f"{self.micro_batch_size}; train_batch_size={better} would take {better // limit} of {limit}"
         )
 
 
 def trainer_aliases(place: str) -> dict[str, str]:
-    """What serves instead of a name that a trainer, or the file of a run, does not take.
+    """Replacements for names that neither a trainer nor a run file accepts.
 
     Args:
-        place: How to set an argument, with its name in braces.
+        place: The way to set an argument, with ``{}`` for its name.
     """
     aliases = {field: place.format(field) for field in TrainerArguments.__struct_fields__}
     for name, served in ARGUMENTS.items():

@@ -1,7 +1,7 @@
-"""Configuration files, dotted overrides, and the strict checking of any `msgspec.Struct`.
+"""Configuration files, dotted overrides, and strict checks of any `msgspec.Struct`.
 
-Everything that is wrong is collected into one `ArgumentsError`; each line names the path of the field, its
-value and what is allowed. Nothing is coerced but an integer where a float is expected.
+One `ArgumentsError` reports all problems; each names the path of the field, its value and the allowed values. Integers
+are accepted for floats; nothing else is coerced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHOWN_BITS = 10_000  # Python refuses to write a longer integer as text
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-4`` is a number (YAML 1.1: ``1.0e-4``) and no key may stand twice."""
+    """Safe YAML in which ``1e-4`` is a number (YAML 1.1: ``1.0e-4``) and duplicate keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -41,7 +41,7 @@ class _YamlLoader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                    None, None, f"the key {key.value!r} is duplicated", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -55,11 +55,11 @@ _YamlLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a value as YAML (safe types only). Raises `yaml.YAMLError`; ValueError for what is no date."""
+    """Parse a value as YAML (safe types only). Raises `yaml.YAMLError`; ValueError for an impossible date."""
     return yaml.load(text, Loader=_YamlLoader)
 
 
-# The errors of tomllib, json and text decoding are ValueErrors; what nests too deeply is a RecursionError.
+# tomllib, json and text decoding raise ValueErrors; too deep nesting raises RecursionError.
 UNREADABLE = (ValueError, RecursionError, yaml.YAMLError)
 
 
@@ -72,7 +72,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
+        raise ValueError(f"the key {twice!r} is duplicated")
     return values
 
 
@@ -85,15 +85,14 @@ _PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def load_config(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read a mapping from a YAML, TOML or JSON file, told by its suffix. An empty YAML file is one, too.
+    """Read a mapping from a file with the suffix .yaml, .yml, .toml or .json; an empty YAML file is an empty mapping.
 
     Raises:
-        ArgumentsError: The file cannot be read or parsed, or holds something else than a mapping; it names
-            the file.
+        ArgumentsError: The file cannot be read or parsed, or does not hold a mapping.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in _PARSERS:
-        raise ArgumentsError(f"{path}: the suffix {suffix!r} is none of {', '.join(_PARSERS)}")
+        raise ArgumentsError(f"{path}: the suffix {suffix!r} is not one of {', '.join(_PARSERS)}")
     language, parse = _PARSERS[suffix]
     try:
         config = parse(Path(path).read_text(encoding="utf-8"))
@@ -111,12 +110,12 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
 def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return a copy of ``config`` with ``"name=value"``, ``"group.name=value"``, ``"list.0=value"`` applied, in order.
 
-    Values are read as YAML: ``1e-4`` is a number, ``null`` is None, ``[1, 2]`` a list. Groups and lists that are
-    missing are made, and a list grows by the number that comes next; ``config`` is not changed.
+    Values are read as YAML: ``1e-4`` is a number, ``null`` is None, ``[1, 2]`` a list. Missing groups and lists are
+    created; an index equal to a list's length appends.
 
     Raises:
-        ArgumentsError: An override has no ``=``, an empty name, a value that is no YAML, or leads through a
-            value that is no group, or to a place that a list does not have.
+        ArgumentsError: An override has no ``=``, an empty name, a value that is not YAML, or a path that leads
+            through a plain value or past the end of a list.
     """
     problems: list[str] = []
     result = try_overrides(config, overrides, problems)
@@ -126,7 +125,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 
 def try_overrides(config: Mapping[str, Any], overrides: Iterable[object], problems: list[str]) -> dict[str, Any]:
-    """As `apply_overrides`; an override that cannot be applied goes to ``problems`` and is skipped."""
+    """As `apply_overrides`; an override that cannot be applied is skipped and added to ``problems``."""
     result = dict(config)
     for override in overrides:
         if not isinstance(override, str):
@@ -147,16 +146,16 @@ def try_overrides(config: Mapping[str, Any], overrides: Iterable[object], proble
 
 
 def _replaced(group: Any, names: list[str], depth: int, value: Any) -> Any:
-    """A copy of a group or list, with the value at the end of ``names``. Raises LookupError for what leads nowhere."""
+    """Copy a group or list with the value at the path ``names``. Raises LookupError for an impossible path."""
     if depth == len(names):
         return value
     name, at = names[depth], ".".join(names[:depth])
-    if group is None and name == "0":  # of a list that is missing, as groups may be
+    if group is None and name == "0":  # starts a missing list
         group = []
     if isinstance(group, list):
         place = int(name) if name.isdecimal() else len(group) + 1
         if place > len(group):
-            raise LookupError(f"{at} is a list of {len(group)}: {name!r} is no number from 0 to {len(group)}")
+            raise LookupError(f"{at} is a list of {len(group)}: {name!r} is not an index from 0 to {len(group)}")
         inner = group[place] if place < len(group) else None
         return [*group[:place], _replaced(inner, names, depth + 1, value), *group[place + 1 :]]
     if group is not None and not isinstance(group, Mapping):
@@ -177,11 +176,11 @@ def decode(
     """Build a Struct from plain values and overrides, strictly.
 
     Args:
-        kind: The Struct; fields that are Structs themselves (or None) are decoded alike.
+        kind: The Struct; fields that are Structs (or None) are decoded recursively.
         config: Values by field name.
-        source: Where they come from, for the message.
+        source: The origin of the values, for the message.
         overrides: See `apply_overrides`.
-        known_problems: To be raised together with those that are found here.
+        known_problems: Earlier problems for the same error.
 
     Raises:
         ArgumentsError: Lists every unknown key (with the nearest known one), missing field, and wrong value.
@@ -200,8 +199,8 @@ def decode(
 def check_struct(struct: msgspec.Struct) -> None:
     """Check every field of a Struct against its type and constraints; for `__post_init__`.
 
-    A value whose type is only convertible (an integer for a float) is replaced by the converted one, and
-    containers by copies, so that nobody else holds them.
+    Values of a convertible type (an integer for a float) are converted, and containers are copied, so that the caller
+    cannot change them later.
 
     Raises:
         ArgumentsError: Lists every wrong value.
@@ -222,7 +221,7 @@ def _raise_if(problems: list[str], source: str) -> None:
 def _convert_fields(
     kind: type[msgspec.Struct], values: Mapping[Any, Any], path: str, problems: list[str]
 ) -> dict[str, Any]:
-    """Convert each value to its field's type; what cannot be goes to ``problems``."""
+    """Convert each value to its field's type; add failures to ``problems``."""
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     unknown = [str(key) for key in values if key not in fields]
     problems += unknown_names(unknown, list(fields), getattr(kind, "argument_aliases", {}), path=path)
@@ -243,7 +242,7 @@ def _convert(value: Any, expected: Any, path: str, problems: list[str]) -> Any:
             return None
         try:
             return inner(**parts)
-        except (TypeError, ValueError) as error:  # its own __post_init__: fields that do not go together
+        except (TypeError, ValueError) as error:  # from its __post_init__: fields that contradict each other
             problems.append(f"{path}: {error}")
             return None
     is_long = type(value) is int and not INT_MIN <= value <= INT_MAX
@@ -261,7 +260,7 @@ def _convert(value: Any, expected: Any, path: str, problems: list[str]) -> Any:
 
 
 def _struct_of(kind: Any) -> type[msgspec.Struct] | None:
-    """The Struct that a field is, alone or beside None; None if there is none, or a choice of several."""
+    """The Struct type of a field, optional or not; None for other types and for unions of several Structs."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind
     if get_origin(kind) not in (Annotated, Union, UnionType):
@@ -274,7 +273,7 @@ def _struct_of(kind: Any) -> type[msgspec.Struct] | None:
 
 
 def describe_type(kind: Any) -> str:
-    """Say in words what a field's type and constraints allow: ``an integer >= 1 or None``."""
+    """Describe a field's type and constraints: ``an integer >= 1 or None``."""
     return _words(inspect.type_info(kind))
 
 
@@ -283,8 +282,7 @@ def _words(node: inspect.Type) -> str:
         case inspect.Metadata():
             return _words(node.type)
         case inspect.UnionType():
-            # None last, as it is the exception.
-            parts = sorted(node.types, key=lambda part: isinstance(part, inspect.NoneType))
+            parts = sorted(node.types, key=lambda part: isinstance(part, inspect.NoneType))  # None last
             return " or ".join(_words(part) for part in parts)
         case inspect.IntType():
             return "an integer" + _bounds(node)

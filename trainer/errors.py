@@ -2,35 +2,35 @@
 
 StagecastError                    (events.errors)
 ├── ArgumentsError                (events.errors)
-├── ContractError                 the user's module does not keep the contract
-│   ├── DataLoaderError           no dataloader, or not one, came back; also a TypeError
+├── ContractError                 the user's module breaks the contract
+│   ├── DataLoaderError           a method returned something other than a dataloader; also a TypeError
 │   │   └── EmptyDataLoader       a dataloader yielded no batch
-│   ├── StepOutputError           a step returned no loss tensor, or nothing that can be kept; also a TypeError
-│   ├── BatchWeightError          batch_weight returned something that is not a weight; also a ValueError
+│   ├── StepOutputError           a step returned no loss tensor, or outputs of a wrong type; also a TypeError
+│   ├── BatchWeightError          batch_weight returned an invalid weight; also a ValueError
 │   ├── OptimizerError            get_optimizers_schedulers returned something else; also a TypeError
-│   ├── SignatureError            a hook does not take the outputs of the step; also a TypeError
+│   ├── SignatureError            a hook does not accept the outputs of the step; also a TypeError
 │   └── MetricNotFound            the monitored metric was never logged; also a LookupError
 ├── NonFiniteError                NaN or infinity ended the run; also an ArithmeticError
-│   ├── NonFiniteLossError        it was the loss
-│   └── NonFiniteGradientError    it was a gradient; the loss was finite
+│   ├── NonFiniteLossError        in the loss
+│   └── NonFiniteGradientError    in a gradient of a finite loss
 ├── EpochOutputsTooLarge          outputs kept for the end of an epoch exceed their limit; also a MemoryError
-├── PrecisionError                this torch cannot do the requested precision
-├── LaunchedRunFailed             what a launched run raised in its own process: type, text and traceback
-├── LaunchedRunCrashed            the process of a launched run died before it reported how the run ended
+├── PrecisionError                this torch does not support the requested precision
+├── LaunchedRunFailed             a launched run raised an exception in its own process
+├── LaunchedRunCrashed            the process of a launched run died before it reported the run's end
 └── ConnectError                  a run cannot be watched over the network
-    ├── ProtocolViolated          the server sent an answer that no server of runs sends
-    ├── ConnectionLost            the server has been out of reach for too long, or the block of `connect` was left
-    ├── CommandRefused            the server did not take a command
+    ├── ProtocolViolated          the server's answer does not follow the protocol
+    ├── ConnectionLost            the server was unreachable for too long, or the block of `connect` was left
+    ├── CommandRefused            the server refused a command
     └── ConnectedRunFailed        the run failed where it runs
-        └── ConnectedRunLost      its process died before it reported how the run ended
+        └── ConnectedRunLost      its process died before it reported the run's end
 
 KeyboardInterrupt
-└── RunInterrupted                Ctrl-C (SIGINT) stopped the run of `Trainer.train` or `Trainer.test` orderly
+└── RunInterrupted                SIGINT (Ctrl-C) stopped `Trainer.train` or `Trainer.test` at a step boundary
 SystemExit
-└── RunTerminated                 SIGTERM did
+└── RunTerminated                 SIGTERM stopped `Trainer.train` or `Trainer.test` at a step boundary
 
-Whatever the user's own code raises comes out as itself, never wrapped in one of these; where it was raised in another
-process, it is told of by `LaunchedRunFailed`, because an exception cannot be carried over as itself.
+An exception of the user's own code propagates unchanged. An exception in another process cannot: `LaunchedRunFailed`
+carries its type, text and traceback.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from events.process import signal_name
 from events.protocol import RunResult
 
 REMEDY = "lower the learning rate, set clip_grads, or choose non_finite='skip'"
-"""What helps against NaN, for messages."""
+"""Remedies against NaN, for messages."""
 
 
 class ContractError(StagecastError):
-    """The user's module does not keep the contract: names the method and what it returned."""
+    """The user's module breaks the contract; names the method and its return value."""
 
 
 class DataLoaderError(ContractError, TypeError):
@@ -61,11 +61,11 @@ class EmptyDataLoader(DataLoaderError):
 
 
 class StepOutputError(ContractError, TypeError):
-    """A step did not return what the contract says: a loss tensor first, then any further outputs."""
+    """A step returned something other than a loss tensor, or a tuple that begins with one."""
 
 
 class BatchWeightError(ContractError, ValueError):
-    """`ModuleInterface.batch_weight` returned something that is not a weight, or only zeros for a whole step."""
+    """`ModuleInterface.batch_weight` returned an invalid weight, or only zeros for a whole step."""
 
 
 class OptimizerError(ContractError, TypeError):
@@ -73,15 +73,15 @@ class OptimizerError(ContractError, TypeError):
 
 
 class SignatureError(ContractError, TypeError):
-    """A hook takes another number of outputs than the step returned."""
+    """A hook accepts another number of outputs than the step returned."""
 
 
 class MetricNotFound(ContractError, LookupError):
-    """The metric that a scheduler waits for was neither logged nor computed; names those that were."""
+    """The monitored metric was neither logged nor computed; names the metrics that were."""
 
 
 class NonFiniteError(StagecastError, ArithmeticError):
-    """NaN or infinity ended the run: ``non_finite="stop"``, or too many skipped steps in a row."""
+    """NaN or infinity ended the run: ``non_finite="stop"``, or too many consecutive skipped steps."""
 
 
 class NonFiniteLossError(NonFiniteError):
@@ -93,11 +93,11 @@ class NonFiniteGradientError(NonFiniteError):
 
 
 class EpochOutputsTooLarge(StagecastError, MemoryError):
-    """The outputs kept for the end of an epoch exceed their limit; names the hook and the ways out."""
+    """The outputs kept for the end of an epoch exceed their limit; names the hook and a fix."""
 
 
 class PrecisionError(StagecastError):
-    """The requested precision needs something that this version of torch does not have."""
+    """This version of torch does not support the requested precision."""
 
 
 class LaunchedRunFailed(StagecastError):
@@ -109,11 +109,11 @@ class LaunchedRunFailed(StagecastError):
         """The exception's type: ``ValueError``, ``my_package.errors.Diverged``."""
         self.text = text
         self.traceback = traceback
-        """As Python prints it, with the exceptions that led to it."""
+        """As Python prints it, with the chained exceptions."""
 
 
 class LaunchedRunCrashed(StagecastError):
-    """The process of a launched run died, and the run did not end: a crash, the out-of-memory killer, `os._exit`."""
+    """The process of a launched run died before the run ended: a crash, the out-of-memory killer, `os._exit`."""
 
     def __init__(
         self,
@@ -125,15 +125,15 @@ class LaunchedRunCrashed(StagecastError):
     ) -> None:
         super().__init__(message)
         self.returncode = returncode
-        """The exit code; minus the number of the signal that killed it; None if it was lost."""
+        """The exit code; minus the signal number if a signal killed it; None if unknown."""
         self.last_events = list(last_events)
         """The end of its journal."""
         self.log_tail = log_tail
-        """The end of what it printed."""
+        """The end of its output."""
 
     @property
     def signal(self) -> str | None:
-        """The name of the signal that ended it, such as ``SIGKILL``; None if it ended by itself."""
+        """The name of the signal that killed it, such as ``SIGKILL``; None if it exited."""
         return signal_name(self.returncode)
 
 
@@ -143,19 +143,19 @@ class ConnectError(StagecastError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
-        """Of the server's answer; None if there was none."""
+        """HTTP status of the server's answer; None without an answer."""
 
 
 class ProtocolViolated(ConnectError):
-    """The server sent an answer that no server of runs sends: too large, encoded, of other types or out of order."""
+    """The server's answer does not follow the protocol: too large, compressed, of a wrong type or out of order."""
 
 
 class ConnectionLost(ConnectError):
-    """The server has been out of reach for longer than ``give_up_s``, or the block of `connect` has been left."""
+    """The server was unreachable for longer than ``give_up_s``, or the block of `connect` was left."""
 
 
 class CommandRefused(ConnectError):
-    """The server did not take a command."""
+    """The server refused a command."""
 
 
 class ConnectedRunFailed(ConnectError):
@@ -164,40 +164,40 @@ class ConnectedRunFailed(ConnectError):
     def __init__(self, message: str, result: RunResult | None = None) -> None:
         super().__init__(message)
         self.result = result
-        """How the run ended, as far as it is known."""
+        """The run's result, as far as it is known."""
 
 
 class ConnectedRunLost(ConnectedRunFailed):
-    """The run's process died before it reported how the run ended. A checkpoint may let it resume."""
+    """The run's process died before it reported the run's end. The run may be resumed from a checkpoint."""
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) arrived during `Trainer.train` or `Trainer.test`, and the run has ended orderly.
+    """SIGINT (Ctrl-C) stopped `Trainer.train` or `Trainer.test` at a step boundary.
 
-    Raised after the last checkpoint is durable and the observers are drained, so that what follows the run in a program
-    or in a shell (``train && deploy``, the next run of a sweep) does not start.
+    Raised after the last checkpoint is durable and the observers are drained, so that the next step of a program or
+    shell (``train && deploy``, the next run of a sweep) does not start.
     """
 
     def __init__(self, result: RunResult) -> None:
         super().__init__(result)
         self.result = result
-        """How the run ended; ``status`` is ``finished`` if the signal arrived after the last step."""
+        """The run's result; ``status`` is ``finished`` if the signal arrived after the last step."""
 
     def __str__(self) -> str:
         return _how_stopped(self.result, "SIGINT")
 
 
 class RunTerminated(SystemExit):
-    """SIGTERM arrived during `Trainer.train` or `Trainer.test`, and the run has ended orderly, as for `RunInterrupted`.
+    """SIGTERM stopped `Trainer.train` or `Trainer.test`, as SIGINT does (`RunInterrupted`).
 
-    Not caught, it ends the process with the exit code 143.
+    Uncaught, it ends the process with exit code 143.
     """
 
     def __init__(self, result: RunResult) -> None:
         super().__init__(result)
         self.code = 143  # 128 + SIGTERM, as a shell reports it
         self.result = result
-        """How the run ended; ``status`` is ``finished`` if the signal arrived after the last step."""
+        """The run's result; ``status`` is ``finished`` if the signal arrived after the last step."""
 
     def __str__(self) -> str:
         return _how_stopped(self.result, "SIGTERM")
@@ -209,6 +209,6 @@ def _how_stopped(result: RunResult, name: str) -> str:
 
 
 def add_note(error: BaseException, text: str) -> None:
-    """Say where an exception came from. One of the user's own kind may refuse: then it goes without."""
+    """Add a note to an exception, unless its class (the user's own) refuses notes."""
     with contextlib.suppress(Exception):
         error.add_note(text)

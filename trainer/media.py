@@ -1,7 +1,8 @@
-"""What a module logs beside numbers: histograms, images, figures and text.
+"""Histograms, images, figures and texts that a module logs.
 
-A histogram is computed where its tensor is, and read later like any number. What is large goes to a file of the run's
-folder, encoded and written by a thread of its own; its event follows once the file is whole, and carries the path.
+A histogram is computed on its tensor's device, and read later like any number. Images and long texts are encoded and
+written to files in the run folder by a thread of their own; the event carries the path and is published when the file
+is complete.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from events.safe_files import make_folder_below, replace_below
 from trainer.data.tensor_state import bytes_of
 
 MEDIA_DIR = "media"
-"""Within a run's folder."""
+"""Within the run folder."""
 INLINE_TEXT = 4_096
-"""Characters of a text that its event carries; a longer one goes to a file."""
+"""Maximum characters per text in an event; a longer text is written to a file."""
 _MOST_WAITING = 64
 _MOST_BYTES = 256 * 2**20
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -41,15 +42,15 @@ class Histogram:
 
         self.log("activations", Histogram(hidden))
 
-    It is computed on the tensor's device, at once and without waiting for it: the tensor may be changed afterwards.
+    It is enqueued on the tensor's device without waiting for it: the tensor may be changed afterwards.
 
     Args:
         values: A real tensor of any shape, with at least one element.
-        bins: How many equal bins lie between the smallest and the largest finite element.
+        bins: The number of equal bins between the smallest and the largest finite element.
 
     Raises:
-        TypeError: it is no real tensor.
-        ValueError: it is empty, or there are fewer than two bins.
+        TypeError: ``values`` is not a real tensor.
+        ValueError: ``values`` is empty, or there are fewer than two bins.
     """
 
     def __init__(self, values: torch.Tensor, bins: int = 64) -> None:
@@ -58,7 +59,7 @@ class Histogram:
         if not values.numel():
             raise ValueError(f"Histogram() got an empty tensor of shape {tuple(values.shape)}")
         if type(bins) is not int or bins < 2:
-            raise ValueError(f"Histogram(bins={bins!r:.80}): give a whole number, at least 2")
+            raise ValueError(f"Histogram(bins={bins!r:.80}): bins must be an integer >= 2")
         self.low: torch.Tensor
         self.high: torch.Tensor
         self.counts: torch.Tensor
@@ -74,8 +75,8 @@ class Histogram:
         high = torch.where(finite, x, -math.inf).amax()
         empty = low > high  # nothing is finite
         low, high = torch.where(empty, 0.0, low), torch.where(empty, 0.0, high)
-        # Halves, because the difference of two large numbers may be too large for the type.
-        span = high * 0.5 - low * 0.5  # 0 also where two numbers are as small as the type can tell apart
+        # Halves, because the difference of two large numbers may overflow.
+        span = high * 0.5 - low * 0.5  # may be 0 for two different denormal numbers
         place = (x * 0.5 - low * 0.5) / span * bins
         index = torch.where(finite & (span > 0), place, 0.0).nan_to_num(0.0).clamp_(0, bins - 1).long()
         counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
@@ -92,12 +93,12 @@ class Image:
 
     Args:
         pixels: A tensor ``(H, W)`` or ``(C, H, W)`` with 1, 3 or 4 channels, on any device; a NumPy array ``(H, W)`` or
-            ``(H, W, C)``; or an image of Pillow. Whole numbers are of type uint8, 0 to 255; floating ones 0 to 1, and
-            what is beyond is cut off. It is copied at once: it may be changed afterwards.
+            ``(H, W, C)``; or a Pillow image. uint8 from 0 to 255, or floating-point, clipped to 0 to 1. They are
+            copied at once: the original may be changed afterwards.
 
     Raises:
         ImportError: Pillow is not installed.
-        TypeError, ValueError: it is no such image; says what it is.
+        TypeError, ValueError: The type or shape is not supported.
     """
 
     def __init__(self, pixels: Any) -> None:
@@ -119,7 +120,7 @@ class Image:
             self._copied.record()
 
     def encode(self) -> bytes:
-        """The image as PNG. Waits for the device, where the pixels are on one: not for the loop's thread."""
+        """The image as PNG. Waits for the device of the pixels, so it must not run on the loop's thread."""
         picture = self._picture
         if picture is None:
             assert self._pixels is not None
@@ -134,7 +135,7 @@ class Image:
 
 
 class Drawn:
-    """A figure of matplotlib, drawn as PNG on the calling thread: figures belong to the thread that makes them."""
+    """A matplotlib figure, drawn as PNG on the calling thread: figures belong to the thread that created them."""
 
     def __init__(self, figure: Any) -> None:
         file = io.BytesIO()
@@ -154,11 +155,11 @@ class Text(NamedTuple):
 
 
 Logged = Histogram | Image | Drawn | Text
-"""What `ModuleInterface.log` takes beside numbers, as it is recorded."""
+"""Values of `ModuleInterface.log` other than numbers, as they are recorded."""
 
 
 def as_logged(value: Any) -> Logged | None:
-    """Take over what is no number, on the calling thread; None for what is none of it."""
+    """Convert a histogram, image, figure or text on the calling thread; None for other values."""
     if isinstance(value, Histogram | Image):
         return value
     if isinstance(value, str):
@@ -172,7 +173,7 @@ def _of_array(pixels: Any) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(pixels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"Image() takes a tensor, an array or an image of Pillow, not {pixels!r:.80}") from error
+        raise TypeError(f"Image() takes a tensor, an array or a Pillow image, not {pixels!r:.80}") from error
     return tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
 
 
@@ -180,16 +181,16 @@ def _copied_pixels(pixels: torch.Tensor) -> torch.Tensor:
     shape = tuple(pixels.shape)
     if not (pixels.ndim == 2 or (pixels.ndim == 3 and shape[0] in _MODES)) or not pixels.numel():
         raise ValueError(
-            f"Image() got the shape {shape}: give one image (H, W) or (C, H, W) with 1, 3 or 4 channels; of a batch,"
-            f" one at a time, or a grid"
+            f"Image() got the shape {shape}; pass one image (H, W) or (C, H, W) with 1, 3 or 4 channels, or a grid of"
+            f" the batch"
         )
     if not (pixels.dtype.is_floating_point or pixels.dtype is torch.uint8):
-        raise TypeError(f"Image() got {pixels.dtype}: give uint8 from 0 to 255, or floating numbers from 0 to 1")
+        raise TypeError(f"Image() got {pixels.dtype}; pass uint8 from 0 to 255, or floating-point from 0 to 1")
     return pixels.detach().clone()
 
 
 def _picture_of(pixels: torch.Tensor) -> Any:
-    pixels = pixels.cpu()  # on the media thread; the copy has been waited for
+    pixels = pixels.cpu()  # on the media thread, after the copy is complete
     if pixels.ndim == 2:
         pixels = pixels.unsqueeze(0)
     if pixels.dtype is not torch.uint8:
@@ -209,16 +210,16 @@ class _Item(NamedTuple):
 
 
 class MediaWriter:
-    """Writes the files of what was logged, and publishes its events. At most a bounded number waits.
+    """Writes logged images and texts to files and publishes their events; its queue is bounded in count and bytes.
 
     Args:
-        folder: The run's; None if it has none.
+        folder: The run folder, or None.
         publish: `Ring.publish`.
-        origin: Gives the header of its own events.
+        origin: Builds the headers of `ObserverDropped`.
     """
 
     OBSERVER = "media"
-    """Its name where it drops something."""
+    """The observer of its `ObserverDropped` events."""
 
     def __init__(self, folder: Path | None, publish: Callable[[Event], None], origin: Origin) -> None:
         self._folder = folder
@@ -230,12 +231,12 @@ class MediaWriter:
         self._thread: threading.Thread | None = None
         self._dropped = 0
         self._numbers = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def add(self, name: str, what: Image | Drawn | Text, header: Header, key: str | None, of_seq: int | None) -> None:
-        """Have it written. Any thread; never waits: what is too much is dropped, and counted."""
+        """Enqueue one value. Any thread; never waits: a value beyond the limits is dropped, and counted."""
         if self._folder is None and not isinstance(what, Text):
-            self._tell(f"{name!r} is not kept: an image needs a run that has a folder (run_dir, or the journal)")
+            self._warn_once(f"{name!r} is not stored: an image needs a run folder; set run_dir or enable the journal")
             return
         nbytes = 4 * len(what.text) if isinstance(what, Text) else what.nbytes
         with self._lock:
@@ -251,11 +252,11 @@ class MediaWriter:
 
     @property
     def used(self) -> bool:
-        """Whether anything was to be written."""
+        """Whether any value was added."""
         return self._thread is not None or self._dropped > 0
 
     def close(self, timeout_s: float) -> None:
-        """Write what waits, for at most so long; what is left then is counted as dropped. Waits for the disk."""
+        """Flush the queue within the timeout; unwritten values are counted as dropped. Waits for the disk."""
         thread = self._thread
         if thread is not None:
             self._waiting.put(None)
@@ -263,20 +264,20 @@ class MediaWriter:
             if thread.is_alive():
                 with self._lock:
                     self._dropped += self._count
-        self._tell_of_losses()
+        self._publish_drops()
 
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
             try:
                 self._publish(self._written(item))
-            except Exception as error:  # the thread's border: a strange image, a full disk
-                self._tell(f"{item.name!r} could not be kept: {type(error).__name__}: {error}")
+            except Exception as error:  # the thread's border: a broken image, a full disk
+                self._warn_once(f"{item.name!r} could not be stored: {type(error).__name__}: {error}")
                 with self._lock:
                     self._dropped += 1
             with self._lock:
                 self._count -= 1
                 self._nbytes -= item.nbytes
-            self._tell_of_losses()
+            self._publish_drops()
             del item
 
     def _written(self, item: _Item) -> Event:
@@ -306,12 +307,12 @@ class MediaWriter:
         replace_below(self._folder, path, data, durable=False)
         return path
 
-    def _tell(self, problem: str) -> None:
-        if problem not in self._told and len(self._told) < 100:
-            self._told.add(problem)
+    def _warn_once(self, problem: str) -> None:
+        if problem not in self._warned and len(self._warned) < 100:
+            self._warned.add(problem)
             logger.warning(problem)
 
-    def _tell_of_losses(self) -> None:
+    def _publish_drops(self) -> None:
         with self._lock:
             dropped, self._dropped = self._dropped, 0
         if dropped:
@@ -319,9 +320,9 @@ class MediaWriter:
 
 
 def _folder_name(name: str) -> str:
-    """A folder for a metric's name, which is a stranger's text."""
+    """A folder name for a metric's name, which may be any text."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64]
     if plain == name:
         return plain
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{plain}-{digest}"  # or two names would share one
+    return f"{plain}-{digest}"  # the digest keeps different names apart

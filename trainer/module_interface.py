@@ -1,17 +1,17 @@
-# ruff: noqa: B024, B027 - hooks are deliberately plain no-ops: whoever implements the interface overrides some.
+# ruff: noqa: B024, B027 - hooks are deliberately plain no-ops: an implementation overrides the ones it needs.
 """The contract between a user's module and the trainer.
 
-A user implements `ModuleInterface`: the model, its optimizers, its dataloaders and what happens in a step.
-The trainer owns the loop and calls these methods; nothing here knows the trainer.
+A user implements `ModuleInterface`: the model, its optimizers, its dataloaders and the recipe of a step.
+The trainer owns the loop and calls these methods; this module does not depend on the trainer.
 
-**What a global step means.** ``global_step`` counts finished optimizer steps. `ModuleInterface.train_step`
-gets the step that it works towards (finished + 1, the same for all micro-batches of that step); every hook,
-`val_step` and `test_step` get the number of steps finished. So the first ``train_step`` gets 1, and the hook
-after it gets 1, too. A step that was skipped, because its loss or gradients were not finite, is not counted.
+**Global step.** ``global_step`` counts finished optimizer steps. `ModuleInterface.train_step` receives the step
+that it works towards (finished + 1, the same for all micro-batches of that step); every hook, `val_step` and
+`test_step` receive the number of finished steps. So the first ``train_step`` receives 1, and so does the hook
+after it. A step that is skipped because its loss or gradients were not finite is not counted.
 
-**On which lane and thread a hook runs.** `trainer/README.md` has the same table.
+**Lane and thread of each hook.** `trainer/README.md` has the same table.
 
-| hook | owner | lane | thread | what it gets |
+| hook | owner | lane | thread | receives |
 |---|---|---|---|---|
 | `on_begin_train_epoch` | module, callback | fenced | its own; the loop waits | the epoch; the module at rest |
 | `on_end_backward` | module, callback | inline | the loop's | the live loss and gradients (scaled under float16) |
@@ -26,9 +26,9 @@ after it gets 1, too. A step that was skipped, because its loss or gradients wer
 
 `inline`, `fenced` and `observer` choose another lane for a hook. A hook of the observer lane that reads the module or
 an optimizer sees them some steps later: mark it `inline`. It must not use global random generators either, because it
-would change the loop's numbers. A hook that takes no outputs gets none, and none are kept for it. An exception in a
-hook ends the run with that exception, unless the callback was added with another error policy; a disabled callback runs
-none of its hooks any more, on any lane.
+would change the loop's numbers. Outputs are only kept for hooks that accept them. An exception in a hook ends the run
+with that exception, unless the callback was added with another error policy; no hook of a disabled callback runs, on
+any lane.
 
 Under ``precision="float16"`` the gradients that `on_end_backward` sees are multiplied by the scale of the gradient
 scaler.
@@ -71,16 +71,16 @@ HOOKS: tuple[str, ...] = (
 """The names of all hooks, in the contract's order."""
 
 LANE_ATTRIBUTE = "__stagecast_lane__"
-"""Where a hook's lane mark is kept: an attribute of the function, a `Lane`."""
+"""The attribute of a hook's function that holds its mark, a `Lane`."""
 
 _OF_A_RUN = ("_stagecast_recorder", "_stagecast_manual")
-"""Attributes that a run sets and takes back: plain ones, so that no state dict contains them."""
+"""Attributes that a run sets and removes: plain ones, so that no state dict contains them."""
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 
 class Stage(enum.Enum):
-    """What the module is being run for."""
+    """The stage that a step belongs to."""
 
     TRAIN = "train"
     VAL = "val"
@@ -88,7 +88,7 @@ class Stage(enum.Enum):
 
 
 class Lane(enum.Enum):
-    """Where a hook runs; see the table at the top of this module."""
+    """The place where a hook runs; see the table at the top of this module."""
 
     INLINE = "inline"
     FENCED = "fenced"
@@ -96,7 +96,7 @@ class Lane(enum.Enum):
 
 
 def inline(hook: _Hook) -> _Hook:
-    """Run this hook on the loop's thread, at its exact place, on live state. Its time is the loop's time."""
+    """Run this hook on the loop's thread, at its exact place, on live state. The loop waits for it."""
     return _mark(hook, Lane.INLINE)
 
 
@@ -106,7 +106,7 @@ def fenced(hook: _Hook) -> _Hook:
 
 
 def observer(hook: _Hook) -> _Hook:
-    """Run this hook on the callback's thread while the loop goes on: it sees copies, not the live module."""
+    """Run this hook on the callback's thread while the loop continues; it receives copies."""
     return _mark(hook, Lane.OBSERVER)
 
 
@@ -115,122 +115,117 @@ def _mark(hook: _Hook, lane: Lane) -> _Hook:
         setattr(hook, LANE_ATTRIBUTE, lane)
     except AttributeError:
         raise TypeError(
-            f"@{lane.value} cannot mark {hook!r}: put it on the function, where the hook is defined"
+            f"@{lane.value} cannot mark {hook!r}; put it on the function, where the hook is defined"
         ) from None
     return hook
 
 
 class Recorder(Protocol):
-    """Takes the values of `CallbackInterface.log`; the trainer attaches one for the length of a run."""
+    """Receives the values of `CallbackInterface.log`; the trainer attaches one for the length of a run."""
 
     def log(self, name: str, value: float | torch.Tensor | Logged, /) -> None:
-        """Take one value without waiting for the device; called from any thread.
+        """Record one value without waiting for the device; called from any thread.
 
-        A tensor is the caller's own: one real element on any device, possibly with a graph, and possibly
-        changed in place as soon as this returns. So detach and copy it here.
+        A tensor has one real element on any device, perhaps with a graph. The caller may change it in place as soon
+        as this returns, so detach and copy it here.
         """
         ...
 
 
 class CallbackInterface(ABC):
-    """Hooks that observe a training run. Override those you need; one that nobody overrides costs nothing.
+    """Hooks that observe a training run. Override the ones you need; a hook without an override costs nothing.
 
     Collated outputs are positional, one value per output of the step: tensors ``(B, ...)`` are concatenated
-    along dimension 0 to ``(sum of B, ...)``, scalars ``()`` stack to ``(calls,)``, and what does not fit
-    together (and whatever is no tensor) becomes a list with one entry per call.
+    along dimension 0 to ``(sum of B, ...)``, scalars ``()`` stack to ``(calls,)``, and tensors of other shapes, like
+    all other values, become a list with one entry per call.
 
-    A callback that has ``state_dict()`` and ``load_state_dict(state)`` is part of checkpoints. Its state is found again
-    by its ``state_key``, an attribute that it may have: by default its class and the arguments that it was built with,
-    such as ``EMA(module=Net, decay=0.99)``. ``state_dict`` is called on the thread of its hooks, when it has handled
-    all that came before the checkpoint; it returns plain values and tensors. ``load_state_dict`` is called before the
-    first hook of a resumed run.
+    A callback that has ``state_dict()`` and ``load_state_dict(state)`` is part of checkpoints. Its key there is its
+    attribute ``state_key`` or, by default, its class and constructor arguments, such as
+    ``EMA(module=Net, decay=0.99)``. ``state_dict`` is called on the thread of its hooks, after every hook that precedes
+    the checkpoint; it returns plain values and tensors. ``load_state_dict`` is called before the first hook of a
+    resumed run.
 
-    Two more methods are called where a callback has them, on the loop's thread: ``should_stop(global_step, metrics)``
-    when a validation is over (or an epoch, in a run that does not validate), with the metrics that it has produced; a
-    reason that it returns stops the run as `Run.stop` does, before anything else is trained. If the callback has an
-    attribute ``monitor``, a metric's name, it is called only when that metric is there; otherwise `MonitorMissing` is
-    published, and `MetricNotFound` raised at the first validation. And
-    ``bind_optimizers(optimizers)``, once, before the first step.
+    A callback may have two more methods, which are called on the loop's thread.
+    ``should_stop(global_step, metrics)`` is called after each validation (or epoch, in a run that does not validate)
+    with its metrics; a returned reason stops the run as `Run.stop` does, before the next step. If the callback has an
+    attribute ``monitor``, the name of a metric, it is called only when that metric exists; otherwise `MonitorMissing`
+    is published, and `MetricNotFound` raised at the first validation. ``bind_optimizers(optimizers)`` is called once,
+    before the first step.
 
-    Two more hooks run where a callback or the module has them, inline on the loop's thread:
+    A callback or the module may have two more hooks, which run inline on the loop's thread:
     ``on_begin_val_epoch(global_step, key)`` before each dataloader of a validation, in eval mode, and
     ``on_before_optimizer_step(global_step)`` when the gradients of a step are complete, unscaled (float16) and clipped;
-    it may change them. A step that is skipped does not come to it.
+    it may change them. It does not run for a skipped step.
     """
 
     _stagecast_recorder: Recorder | None = None  # of the run; a plain attribute, so that no state dict contains it
     _stagecast_built_with: str = ""  # the arguments of the constructor, for the default `state_key`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Note what it is built with."""
+        """Record the constructor's arguments."""
         new = super().__new__
         self = new(cls) if new is object.__new__ else new(cls, *args, **kwargs)
-        if (args or kwargs) and not issubclass(cls, ModuleInterface):  # a copy is made without
+        if (args or kwargs) and not issubclass(cls, ModuleInterface):  # copying passes no arguments
             with contextlib.suppress(AttributeError):  # a class with __slots__
                 object.__setattr__(self, "_stagecast_built_with", _shown_arguments(cls, args, kwargs))
         return self
 
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
-        """A training epoch begins; returns before its first forward. Fenced, unless marked inline.
+        """Run before a training epoch; returns before its first forward. Fenced, unless marked inline.
 
         Args:
             global_step: Optimizer steps finished so far; 0 in a new run's first epoch.
-            epoch: The epoch that begins, from 0.
+            epoch: The epoch's number, from 0.
         """
 
     def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
-        """An optimizer step is finished, its schedulers included. Inline for the module itself, else observer lane.
+        """Run after an optimizer step and its schedulers. Inline for the module itself, else observer lane.
 
-        The module's own gets the outputs detached, on their device and not copied: clone what a later step overwrites.
-        To read a number from them waits for the device, unless the hook is marked `observer`.
+        The module's own hook receives the outputs detached, on their device and not copied: clone a tensor that a
+        later step overwrites. Reading a number from them waits for the device, unless the hook is marked `observer`.
 
         Args:
-            global_step: Optimizer steps finished, this one included; from 1.
-            *train_step_collated_outputs: What `train_step` returned, collated over the micro-batches of this
-                step. If it returns ``loss, logits`` this gets ``(micro-batches,)`` losses and ``(rows of the
-                step, C)`` logits.
+            global_step: Optimizer steps finished, including this one; from 1.
+            *train_step_collated_outputs: The outputs of `train_step`, collated over the micro-batches of this step.
+                For ``loss, logits`` they are ``(micro-batches,)`` losses and ``(rows of the step, C)`` logits.
         """
 
     def on_end_train_epoch(self, global_step: int, *train_step_collated_outputs: Any) -> None:
-        """A training epoch is finished, its validation included. Observer lane; fenced for the module itself.
+        """Run after a training epoch and its validation. Observer lane; fenced for the module itself.
 
         Overriding it makes the trainer keep the outputs of the whole epoch in host memory, up to
         ``TrainerArguments.epoch_outputs_limit_bytes``; `EpochOutputsTooLarge` beyond that is this hook's failure.
 
         Args:
             global_step: Optimizer steps finished.
-            *train_step_collated_outputs: What `train_step` returned, collated over all micro-batches of the
-                epoch.
+            *train_step_collated_outputs: The outputs of `train_step`, collated over all micro-batches of the epoch.
         """
 
     def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
-        """The backward pass of one micro-batch is finished. Inline, unless marked: it sees the gradients as they are.
+        """Run after the backward pass of one micro-batch. Inline, unless marked: it sees the live gradients.
 
         They include those of earlier micro-batches of the same step, weighted by rows. Under float16 they are
         multiplied by the scale of the gradient scaler; ``on_before_optimizer_step`` sees them unscaled.
 
         Args:
-            global_step: Optimizer steps finished; the step at work is not.
-            loss_tensor: The loss as `train_step` returned it: not detached, not scaled. Keeping it keeps its
-                graph.
+            global_step: Optimizer steps finished, without the current one.
+            loss_tensor: The loss as `train_step` returned it: not detached, not scaled. Keeping it keeps its graph.
         """
 
     def on_end_val_epoch(self, global_step: int, *val_step_collated_outputs: Any, key: str = "default") -> None:
-        """Validation over one dataloader is finished. Observer lane; fenced for the module itself.
+        """Run after the validation over one dataloader. Observer lane; fenced for the module itself.
 
         Runs once for each dataloader, in their order. Overriding it makes the trainer keep the outputs of
         that dataloader in host memory, up to ``TrainerArguments.epoch_outputs_limit_bytes``.
 
         Args:
             global_step: Optimizer steps finished.
-            *val_step_collated_outputs: What `val_step` returned, collated over all batches of this
-                dataloader.
-            key: The dataloader's key in `get_val_dataloaders`; ``"default"`` where that returned a single
-                one.
+            *val_step_collated_outputs: The outputs of `val_step`, collated over all batches of this dataloader.
+            key: The dataloader's key in `get_val_dataloaders`; ``"default"`` for a single dataloader.
         """
 
     def on_end_train(self, global_step: int) -> None:
-        """Training has ended, or was stopped: the last hook. Observer lane; fenced for the module itself.
+        """Run after training has ended or was stopped: the last hook. Observer lane; fenced for the module itself.
 
         Args:
             global_step: Optimizer steps finished.
@@ -239,23 +234,21 @@ class CallbackInterface(ABC):
     def log(self, name: str, value: float | int | torch.Tensor | Histogram | Image | str | Any) -> None:
         """Record a number under a name, for a `MetricsLogged` event; or a histogram, an image, a figure or a text.
 
-        Outside of a run it does nothing. A callback belongs to the run that it was given to.
-
-        Call it from a step or a hook, on any thread. It waits neither for the device nor for an observer: a
-        tensor is read later, with the value that it has now. Under `torch.compile` it runs outside of the
-        compiled graph.
+        Does nothing outside of a run. Call it from a step or a hook, on any thread. It waits neither for the device
+        nor for an observer: a tensor is read later, with the value that it has now. Under `torch.compile` it runs
+        outside of the compiled graph.
 
         Args:
-            name: Not empty, and not that of a metric of the trainer's own, such as ``train_loss`` or ``lr``. Use one
-                name in training and another one in validation: there is one series for each name.
-            value: A number (NumPy's too) or a real tensor of one element, of any shape, on any device. A
-                `trainer.Histogram` or `trainer.Image`; a figure of matplotlib, which is drawn at once, on the calling
-                thread (so from a hook of the observer lane, rather than from a step); or a text. Images, figures and
-                long texts go to files of the run's folder, on a thread of their own.
+            name: Not empty, and not the name of a built-in metric, such as ``train_loss`` or ``lr``. Each name is one
+                series: use different names in training and validation.
+            value: A number (also NumPy's) or a real tensor of one element, of any shape, on any device. A
+                `trainer.Histogram` or `trainer.Image`; a matplotlib figure, which is drawn at once, on the calling
+                thread (so prefer a hook of the observer lane to a step); or a text. Images, figures and long texts
+                are written to files in the run folder, on a thread of their own.
 
         Raises:
-            TypeError: ``name`` is no string, or ``value`` is no real number.
-            ValueError: ``name`` is empty or the trainer's own, or the tensor does not have exactly one element.
+            TypeError: ``name`` is not a string, or ``value`` is not a real number.
+            ValueError: ``name`` is empty or reserved, or the tensor does not have exactly one element.
         """
         recorder = self._stagecast_recorder
         if recorder is None:
@@ -282,19 +275,18 @@ class CallbackInterface(ABC):
 class ModuleInterface(torch.nn.Module, CallbackInterface):
     """A model together with its optimizers, its data, the recipe of a step, and hooks of its own.
 
-    All methods but the hooks run on the loop's thread (the hooks as the module's docstring says). `forward`
-    is taken: it dispatches on the stage. Put the network's own forward into a submodule, or into a method of
-    another name.
+    All methods but the hooks run on the loop's thread. `forward` is reserved: it dispatches on the stage. Put the
+    network's own forward into a submodule, or into a method of another name.
     """
 
     if not TYPE_CHECKING:  # a type checker must see `__init__` alone
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            """Name what the class lacks, and what serves instead of its methods for other trainers."""
+            """Raise TypeError for missing methods; it names replacements for methods of other trainers."""
             if cls.__abstractmethods__:
                 lacks = f"{cls.__name__} lacks {', '.join(sorted(cls.__abstractmethods__))}"
                 found = unheard_methods(cls, contract_names(ModuleInterface))
-                raise TypeError(f"{lacks}; {in_words(found) or 'write them, as ModuleInterface describes them'}")
+                raise TypeError(f"{lacks}; {in_words(found) or 'define them as ModuleInterface describes'}")
             new = super().__new__
             return new(cls) if new is object.__new__ else new(cls, *args, **kwargs)
 
@@ -311,7 +303,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         closure: Callable[[], torch.Tensor] | None = None,
         retain_graph: bool = False,
     ) -> bool:
-        """Apply a loss to the parameters of one optimizer; call it within `train_step`, as often as it takes::
+        """Apply a loss to the parameters of one optimizer; call it within `train_step`, any number of times::
 
             class Gan(ModuleInterface):
                 manual_optimization = True
@@ -324,26 +316,25 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
                     return loss.detach()
 
         It runs the backward pass (scaled with float16) and its hooks, clips and checks the gradients of the optimizer's
-        parameters as `TrainerArguments` says, steps the optimizer, and clears **all** gradients: what the loss has left
-        in other networks is not applied. Gradients that ``loss.backward()`` has left before are applied, too.
+        parameters by `TrainerArguments`, steps the optimizer, and clears **all** gradients: those of other networks are
+        not applied. Gradients of an earlier ``loss.backward()`` are applied, too.
 
-        With ``manual_optimization`` each call of `train_step` is one ``global_step``, after which schedulers step as
-        usual, whether or not an optimizer has stepped; only where all updates of a call were skipped they stay. A batch
-        is not split into micro-batches. The first output of `train_step` is the loss to be shown, and needs no graph.
-        Stepping an optimizer directly works, too, without what `optimize` does. Gradients that are kept from one
-        `train_step` to the next are not part of checkpoints.
+        With ``manual_optimization`` each call of `train_step` is one ``global_step``. Schedulers step after it, unless
+        every update of the call was skipped. A batch is not split into micro-batches. The first output of `train_step`
+        is the loss for display, and needs no graph. Stepping an optimizer directly works, too, but without clipping
+        and checks. Gradients that are kept from one `train_step` to the next are not part of checkpoints.
 
         Args:
             loss: A real tensor of one element with a graph; None with a closure.
             optimizer: Its index in `get_optimizers_schedulers`, or the optimizer itself.
-            closure: Computes the loss, for optimizers that do so several times per step (not with float16).
+            closure: Computes the loss, for optimizers that evaluate it several times per step (not with float16).
             retain_graph: Keep the graph for a later loss.
 
         Returns:
-            Whether the optimizer has stepped: False where a loss or gradient was not finite and the step was skipped.
+            Whether the optimizer has stepped: False if the step was skipped for a loss or gradient that is not finite.
 
         Raises:
-            ContractError: There is nothing to apply, no such optimizer, or no ``manual_optimization``.
+            ContractError: There is no loss, no such optimizer, or no ``manual_optimization``.
             NonFiniteError: ``non_finite="stop"``, or too many steps in a row were skipped.
         """
         if self._stagecast_manual is None:
@@ -357,10 +348,9 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run, from its first: exact, where it is known.
+        """Optimizer steps of the whole run; None outside of a run, and without a limit for data of unknown length.
 
-        Set from `get_optimizers_schedulers` on until the run ends; None outside of a run, and where data without a
-        length has no limit. A run that stops early takes fewer.
+        Set from `get_optimizers_schedulers` until the run ends. A run that stops early takes fewer.
         """
         return self._total_steps
 
@@ -372,24 +362,24 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
         Args:
             estimated_global_steps_per_epoch: Optimizer steps of an epoch, from the training dataloader's length and the
-                limits; 0 if nothing says. Where ``max_steps`` ends the run within an epoch, it is the average over
-                the epochs, rounded up.
+                limits; 0 if unknown. If ``max_steps`` ends the run within an epoch, it is the average over the epochs,
+                rounded up.
             epochs: Epochs that the run will train, the last of them perhaps in part. The product of both is the
-                length of the run (up to the rounding), so a schedule of that length ends where the run ends;
-                `total_steps` is exact. With ``reset_optimizers_schedulers`` both are of what is left of the run.
+                length of the run (up to the rounding), so a schedule of that length ends with the run; `total_steps`
+                is exact. With ``reset_optimizers_schedulers`` both count the rest of the run.
 
         Returns:
             The optimizers, at least one, and the schedulers, any number. All optimizers step together; all
-            schedulers step after each step, or each epoch, as ``TrainerArguments.scheduler_interval`` says. A
+            schedulers step after each step or each epoch (``TrainerArguments.scheduler_interval``). A
             `trainer.Schedule` around a scheduler gives it an interval or a metric of its own.
 
-            Optimizers with ``eval()`` and ``train()`` (schedule-free ones) are switched to evaluation during a
-            validation, while a checkpoint is taken and when the run is over, and to training otherwise.
+            Optimizers with ``eval()`` and ``train()`` (schedule-free ones) are switched to evaluation for
+            validations, checkpoints and the end of the run, and to training otherwise.
 
-            Where one of them computes the loss itself (its ``step`` needs a closure: L-BFGS, SAM), each is stepped
-            with a closure, in their order. Each evaluation runs the forward and backward passes of the whole step on
-            the same micro-batches, with new random numbers (dropout); the hooks of the backward pass run in each, and
-            the step's loss, outputs and logged values are those of the first. float16 is refused.
+            If the ``step`` of one of them needs a closure (L-BFGS, SAM), each is stepped with a closure, in their
+            order. Each evaluation runs the forward and backward passes of the whole step on the same micro-batches,
+            with new random numbers (dropout); the hooks of the backward pass run in each, and the step's loss, outputs
+            and logged values are those of the first. float16 is refused.
         """
 
     @abstractmethod
@@ -397,9 +387,9 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """Build the dataloader of one training epoch. Called every epoch.
 
         Args:
-            sampler: A `torch.utils.data.Sampler` class, to be instantiated with the data set. It shuffles by
-                the run's seed and the epoch; data with an order of its own may ignore it.
-            batch_size: Rows of a micro-batch: what goes through the model at a time on one device.
+            sampler: A `torch.utils.data.Sampler` class; instantiate it with the data set. It shuffles by the run's
+                seed and the epoch; data with an order of its own may ignore it.
+            batch_size: Rows of a micro-batch on one device.
 
         Returns:
             A `torch.utils.data.DataLoader`, or any other iterable of batches.
@@ -417,13 +407,12 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """Build the dataloader(s) of one validation. Called for every validation.
 
         Args:
-            sampler: A `torch.utils.data.Sampler` class that keeps the order, to be instantiated with the data
-                set.
+            sampler: A `torch.utils.data.Sampler` class that keeps the order; instantiate it with the data set.
             batch_size: Rows of a validation batch on one device.
 
         Returns:
-            One dataloader, whose key is then ``"default"``; or a dictionary of them, by key; or None or an
-            empty dictionary for no validation. The keys reach `on_end_val_epoch`.
+            One dataloader, with the key ``"default"``; a dictionary of them, by key; or None or an empty dictionary
+            for no validation. `on_end_val_epoch` receives the key.
         """
 
     def get_test_dataloaders(
@@ -433,13 +422,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         return None
 
     def forward(self, stage: Stage, global_step: int, batch: Any, device: torch.device | str | int) -> Any:
-        """Run the step of a stage and return what it returns.
-
-        Args:
-            stage: Selects `train_step`, `val_step` or `test_step`.
-            global_step: Handed on; see the module's docstring for what it counts.
-            batch: Handed on: what the dataloader yielded.
-            device: Handed on: where the model is.
+        """Run the step of a stage and return its outputs; the other arguments are those of the step.
 
         Raises:
             AttributeError: ``stage`` is not a `Stage`.
@@ -460,15 +443,13 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """Compute the loss of one micro-batch. Gradients are enabled; the module is in train mode.
 
         Args:
-            global_step: The optimizer step that this micro-batch works towards: finished + 1, so the first
-                gets 1.
-            batch: What the training dataloader yielded, on the host: moving it is yours (`trainer.to_device`
-                helps).
-            device: Where the model is.
+            global_step: The optimizer step that this micro-batch works towards: finished + 1, from 1.
+            batch: A batch of the training dataloader, on the host; move it to the device (`trainer.to_device`).
+            device: The model's device.
 
         Returns:
             The loss: a tensor of one element with a graph, the mean over the micro-batch; or a tuple that
-            begins with it. Further outputs should be tensors; hooks that are overridden get them collated.
+            begins with it. Further outputs should be tensors; overridden hooks receive them collated.
         """
 
     @abstractmethod
@@ -479,13 +460,13 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
         Args:
             global_step: Optimizer steps finished.
-            batch: What the validation dataloader yielded, on the host.
-            device: Where the model is.
+            batch: A batch of the validation dataloader, on the host.
+            device: The model's device.
 
         Returns:
-            A tensor or a tuple of tensors to collect: loss, logits, and so on; or None for nothing. Where the first one
-            is a floating-point number, or a vector ``(rows,)`` of them, its mean over all rows (or by `batch_weight`)
-            becomes the metric ``val_loss``. Batches that return None do not count in it.
+            A tensor or a tuple of tensors to collect: loss, logits, and so on; or None. If the first one is a
+            floating-point number, or a vector ``(rows,)`` of them, its mean over all rows (or by `batch_weight`) is
+            the metric ``val_loss``. Batches that return None do not count in it.
         """
 
     def test_step(
@@ -495,18 +476,18 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         return self.val_step(global_step, batch, device)
 
     def batch_weight(self, batch: Any) -> float:
-        """Return what a batch counts: in an accumulated step, in ``train_epoch_loss``, ``val_loss`` and logged means.
+        """Return a batch's weight in an accumulated step, in ``train_epoch_loss``, ``val_loss`` and logged means.
 
-        Override it where a step's loss is not a mean over rows: return the number of target tokens for a language
-        model. Accumulated steps then equal one large batch. Without it a batch counts its rows. Called for each batch
+        Override it if a step's loss is not a mean over rows: return the number of target tokens for a language
+        model. Accumulated steps then equal one large batch. The default is the number of rows. Called for each batch
         of training, validation and testing, on the loop's thread, before the step.
 
         Args:
-            batch: What the dataloader yielded, on the host unless the dataloader moves it.
+            batch: A batch of the dataloader, on the host unless the dataloader moves it.
 
         Returns:
-            A finite number from 0, or a tensor of one element on the host. A batch of weight 0 counts nothing: its
-            step runs, without a backward; but the weights of an optimizer step must not all be 0.
+            A finite number from 0, or a tensor of one element on the host. With weight 0 the batch's step runs without
+            a backward; the weights of an optimizer step must not all be 0.
 
         Raises:
             BatchWeightError: In a run, if it returns something else.
@@ -514,16 +495,16 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         return float(count_rows(batch, None).rows or 1)
 
     def get_state(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep of the module; by default its state dict, not copied.
+        """Return the module's state for a checkpoint; by default its state dict, not copied.
 
-        Called between two steps, on the loop's thread, for each checkpoint: it should take no time. Tensors (copied by
-        the trainer), plain values and containers of them in any nesting; `events.checkpoint.packing.register` adds
-        other types.
+        Called between two steps, on the loop's thread, for each checkpoint: it should be fast. The state consists of
+        tensors (copied by the trainer), plain values and containers of them in any nesting;
+        `events.checkpoint.packing.register` adds other types.
         """
         return dict(self.state_dict())
 
     def update_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_state` returned.
+        """Restore the state that `get_state` returned.
 
         Raises:
             RuntimeError: By default, if names or shapes are not those of this module.
@@ -531,10 +512,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         self.load_state_dict(state)
 
     def __getstate__(self) -> Any:
-        """Copies and pickles of a module carry no recorder, and no compiled steps.
-
-        A compiled step is bound to this very module; a copy would compute with the weights of the original.
-        """
+        """Copies and pickles of a module carry no recorder, and no compiled steps, which are bound to the original."""
         state = self.__dict__.copy()
         for name in _OF_A_RUN:
             state.pop(name, None)
@@ -545,7 +523,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
 
 class _Refusal:
-    """Stands where other trainers have a method: calling it names what serves instead."""
+    """A method that only other trainers have: calling it raises an error that names the replacement."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -569,7 +547,7 @@ def contract_names(kind: type[CallbackInterface]) -> frozenset[str]:
 
 
 def _shown_arguments(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Arguments by their names; an object that is not a plain value is shown as its class."""
+    """Format arguments by name; an object that is not a plain value appears as its class."""
     try:
         bound = inspect.signature(kind.__init__).bind(None, *args, **kwargs)  # type: ignore[misc]  # of this very class
     except (TypeError, ValueError):  # wrong ones, which the constructor will refuse; or written in C
@@ -583,7 +561,7 @@ _PLAIN = (bool, numbers.Number, str, bytes, enum.Enum, PurePath, torch.dtype, to
 def _shown_argument(value: Any, depth: int = 4) -> str:
     try:
         return _shown(value, depth)
-    except Exception:  # an object whose own attributes or repr fail keeps no callback from being built
+    except Exception:  # attributes or repr of a user's object must not fail the callback's construction
         return type(value).__name__
 
 
@@ -595,7 +573,7 @@ def _shown(value: Any, depth: int) -> str:
     if isinstance(value, type) or hasattr(value, "__qualname__"):
         return str(value.__qualname__)
     shown = "" if isinstance(value, list | tuple | set | frozenset | dict) else type(value).__name__
-    if isinstance(value, set | frozenset):  # of no order that another process would have, too
+    if isinstance(value, set | frozenset):  # sorted, because the order of a set differs between processes
         parts = sorted(_shown_argument(one, depth - 1) for one in itertools.islice(value, 1_000)) if depth else ["..."]
         return f"{{{', '.join(parts[:20])}}}"
     if isinstance(value, list | tuple):
@@ -613,24 +591,24 @@ def _checked_name(name: object) -> str:
     if not isinstance(name, str):
         raise TypeError(f"log() takes a string as the name of a metric, not {name!r}")
     if not name:
-        raise ValueError("log() got an empty name: give the metric a name, such as 'accuracy'")
+        raise ValueError("log() got an empty name; give the metric a name, such as 'accuracy'")
     return str(name)
 
 
 def _bad_tensor(name: str, value: torch.Tensor) -> Exception:
     if value.numel() != 1:
         return ValueError(
-            f"log({name!r}) got a tensor of shape {tuple(value.shape)}: it must have one element; "
+            f"log({name!r}) got a tensor of shape {tuple(value.shape)}, which does not have one element; "
             "reduce it first, for example with .mean()"
         )
     if value.dtype.is_complex:
-        return TypeError(f"log({name!r}) got a tensor of {value.dtype}: log its .abs(), .real or .imag instead")
-    return TypeError(f"log({name!r}) got a tensor with the layout {value.layout}: log it .to_dense()")
+        return TypeError(f"log({name!r}) got a tensor of {value.dtype}; log its .abs(), .real or .imag")
+    return TypeError(f"log({name!r}) got a tensor with the layout {value.layout}; log its .to_dense()")
 
 
 def _as_float(name: str, value: object) -> float:
-    # str has no __float__; complex numbers of NumPy have one, which would drop the imaginary part.
-    # Checking against an abstract class of numbers takes a microsecond, so plain numbers do not get there.
+    # NumPy's complex numbers have a __float__ that drops the imaginary part. Plain numbers skip the check against the
+    # abstract class, which takes a microsecond.
     plain = isinstance(value, (int, float))
     is_complex = not plain and isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
     if is_complex or not (hasattr(value, "__float__") or hasattr(value, "__index__")):

@@ -1,4 +1,4 @@
-"""Names that people bring from other trainers, and what serves instead of them here: one table for all messages."""
+"""Names of other trainers and their replacements here: one table for all messages."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ METHODS: Mapping[str, str] = {
     "fit_end": "on_end_train",
     "eval_end": "on_end_val_epoch",
 }
-"""Methods and hooks of modules and callbacks: ours, or what to do instead."""
+"""Methods and hooks of modules and callbacks: our name, or a sentence."""
 
 ATTRIBUTES: Mapping[str, str] = {
-    "trainer": "every hook gets global_step; give what else it needs to __init__",
-    "device": "every step gets the device as its third argument",
-    "current_epoch": "on_begin_train_epoch gets the epoch",
-    "global_step": "every step and hook gets global_step as its first argument",
+    "trainer": "every hook receives global_step; pass other values to __init__",
+    "device": "every step receives the device as its third argument",
+    "current_epoch": "on_begin_train_epoch receives the epoch",
+    "global_step": "every step and hook receives global_step as its first argument",
     "global_rank": "the rank is that of torch.distributed",
     "local_rank": "the rank is that of torch.distributed",
     "hparams": "keep hyperparameters in __init__, and record them with Trainer(config=...)",
@@ -105,7 +105,7 @@ ATTRIBUTES: Mapping[str, str] = {
     "automatic_optimization": "set manual_optimization",
     "is_global_zero": "the rank is that of torch.distributed",
 }
-"""Attributes of modules and callbacks that their code reads: what serves instead."""
+"""Attributes that the code of modules and callbacks reads."""
 
 CALLS: Mapping[str, str] = {
     "log_dict": "call self.log(name, value) once for each value",
@@ -116,7 +116,7 @@ CALLS: Mapping[str, str] = {
     "toggle_optimizer": "set requires_grad of the parameters",
     "load_from_checkpoint": "build the module and give the Trainer resume",
 }
-"""Methods of modules and callbacks that their code calls: what serves instead."""
+"""Methods that the code of modules and callbacks calls."""
 
 TRAIN_ARGUMENTS: Mapping[str, str] = {
     "resume_from_checkpoint": "give the Trainer resume",
@@ -132,7 +132,7 @@ TRAIN_ARGUMENTS: Mapping[str, str] = {
     "datamodule": "return the data from the methods of the module",
     "callbacks": "give the Trainer callbacks",
 }
-"""Arguments of `Trainer.train` and `Trainer.test`, which take none: what serves instead."""
+"""Arguments of `Trainer.train` and `Trainer.test`, which accept none."""
 
 TRAINER_METHODS: Mapping[str, str] = {
     "fit": "build Trainer(module, arguments) and call train()",
@@ -141,7 +141,7 @@ TRAINER_METHODS: Mapping[str, str] = {
     "predict": "call test(), which returns the outputs of test_step",
     "resume_from_checkpoint": "build Trainer(..., resume=path) and call train()",
     "save_checkpoint": "give the Trainer checkpoints=Checkpoints(...), or await run.checkpoint() inside Trainer.run()",
-    "save_model": "result.run_dir has weights.safetensors when the run has ended",
+    "save_model": "result.run_dir contains weights.safetensors after the run",
     "add_callback": "build Trainer(..., callbacks=[...])",
     "log": "call self.log(name, value) in a module or a callback",
     "log_metrics": "call self.log(name, value) in a module or a callback",
@@ -157,7 +157,7 @@ TRAINER_METHODS: Mapping[str, str] = {
     "is_global_zero": "the rank is that of torch.distributed",
     "hyperparameter_search": "build one Trainer for each trial",
 }
-"""Methods and attributes of a trainer: what serves instead."""
+"""Methods and attributes of a trainer."""
 
 ARGUMENTS: Mapping[str, str] = {
     "non_finite_loss": "non_finite",
@@ -245,7 +245,7 @@ ARGUMENTS: Mapping[str, str] = {
     "fast_dev_run": "max_steps",
     "overfit_batches": "max_train_steps_per_epoch",
 }
-"""Arguments of a run: the field of `TrainerArguments` that serves instead, or what to do."""
+"""Arguments of a run: a field of `TrainerArguments`, or a sentence."""
 
 TRAINER_ARGUMENTS: Mapping[str, str] = {
     "model": "module",
@@ -279,11 +279,11 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "compute_metrics": "compute metrics in on_end_val_epoch and record them with self.log",
     "compute_loss_func": "compute the loss in train_step of the module",
 }
-"""Arguments of `Trainer`: the one that serves instead, or what to do."""
+"""Arguments of `Trainer`: our name, or a sentence."""
 
 
 def hint_for(error: BaseException, owner: type) -> str | None:
-    """What serves instead of a name of another trainer that user code has looked for; None for any other error.
+    """The replacement for a name of another trainer that user code used; None for any other error.
 
     Args:
         owner: The base of modules and callbacks.
@@ -291,8 +291,8 @@ def hint_for(error: BaseException, owner: type) -> str | None:
     if isinstance(error, AttributeError) and isinstance(error.obj, owner):
         served = ATTRIBUTES.get(error.name or "")
         return f"{type(error.obj).__name__} has no {error.name}; {served}" if served is not None else None
-    if type(error) is TypeError:  # no kind of the user's own, whose text may be anything
+    if type(error) is TypeError:  # not a subclass of the user's, which may have any text
         unexpected = re.search(r"\blog\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if unexpected is not None:
-            return f"log(name, value) takes no {unexpected[1]}; leave it out: each step's mean is recorded"
+            return f"log(name, value) has no argument {unexpected[1]}; remove it, because each step's mean is recorded"
     return None

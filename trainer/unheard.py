@@ -1,4 +1,4 @@
-"""Methods that the trainer would never call: those of other trainers' contracts, and misspelt ones of ours."""
+"""Find methods that the trainer never calls: those of other trainers' contracts, and misspelt ones of ours."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from trainer.peers import METHODS
 _LIBRARIES = frozenset(
     ("composer", "fastai", "ignite", "keras", "lightning", "pytorch_lightning", "torch", "trainer", "transformers")
 )
-"""Packages whose classes have methods for callers of their own."""
+"""Packages whose classes have methods for other callers."""
 _LIKENESS = 0.85  # `get_train_dataset` is not a misspelt `get_train_dataloader`
 
 
 def unheard_methods(kind: type, contract: frozenset[str], own: Mapping[str, Any] = {}) -> dict[str, str]:
-    """The public methods that a user's class has for a caller that does not exist.
+    """Find the public methods of a user's class that the trainer never calls.
 
     Args:
         kind: The class.
         contract: The names that the trainer calls.
-        own: Attributes of the object itself.
+        own: Attributes of the instance.
 
     Returns:
-        By name what serves instead: a name of the contract, or a few words. Methods that the class's own code calls are
-        left out, and so are those that resemble nothing.
+        The replacement by name: a name of the contract, or a sentence. Methods that the class's own code calls, and
+        those without a replacement, are skipped.
     """
     classes = [one for one in kind.__mro__ if one.__module__.partition(".")[0] not in _LIBRARIES]
     methods = {name: value for one in classes for name, value in vars(one).items() if _is_method(value)}
@@ -46,14 +46,14 @@ def unheard_methods(kind: type, contract: frozenset[str], own: Mapping[str, Any]
             for one in classes
             for name, value in vars(one).items()
             for used in _names_in(value)
-            if used != name  # `super().training_step()` within it calls nothing else
+            if used != name  # `super().training_step()` does not count as a call
         }
         found = {name: served for name, served in found.items() if name not in called}
     return found
 
 
 def in_words(found: Mapping[str, str]) -> str:
-    """What serves instead of these methods."""
+    """Format the replacements of `unheard_methods` for a message."""
     return ", ".join(
         f"{name} is called {served} here" if " " not in served else f"instead of {name}, {served}"
         for name, served in found.items()

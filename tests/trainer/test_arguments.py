@@ -194,15 +194,15 @@ def test_arguments_survive_json() -> None:
     ("name", "text", "says"),
     [
         ("a.yaml", "epochs: [", "not valid YAML"),
-        ("a.yml", "epochs: 1\nepochs: 2\n", "'epochs' stands there twice"),
+        ("a.yml", "epochs: 1\nepochs: 2\n", "'epochs' is duplicated"),
         ("a.yaml", "- 1\n", "must hold a mapping"),
         ("a.yaml", "1: 2\n", "1: is not known"),
         ("a.yaml", "epochs: !!python/object:os.system 1\n", "not valid YAML"),
-        ("a.json", '{"epochs": 1, "epochs": 2}', "'epochs' stands there twice"),
+        ("a.json", '{"epochs": 1, "epochs": 2}', "'epochs' is duplicated"),
         ("a.json", '{"epochs": 1', "not valid JSON"),
         ("a.toml", "epochs = ", "not valid TOML"),
         ("a.toml", "epoch = 3", "did you mean epochs?"),
-        ("a.ini", "epochs = 1", "'.ini' is none of .yaml, .yml, .toml, .json"),
+        ("a.ini", "epochs = 1", "'.ini' is not one of .yaml, .yml, .toml, .json"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:

@@ -183,9 +183,9 @@ def test_a_call_of_another_trainer_names_what_serves_instead(kit: Any, use: Any,
 @pytest.mark.parametrize(
     ("use", "says"),
     [
-        (lambda self: self.trainer.global_step, "has no trainer; every hook gets"),
-        (lambda self: self.device, "has no device; every step gets the device as its third argument"),
-        (lambda self: self.log("x", 1.0, prog_bar=True), "log(name, value) takes no prog_bar; leave it out"),
+        (lambda self: self.trainer.global_step, "has no trainer; every hook receives"),
+        (lambda self: self.device, "has no device; every step receives the device as its third argument"),
+        (lambda self: self.log("x", 1.0, prog_bar=True), "log(name, value) has no argument prog_bar; remove it"),
     ],
 )
 @pytest.mark.parametrize("where", ["step", "inline", "observer"])

@@ -170,9 +170,9 @@ def test_all_that_is_wrong_comes_at_once(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("sinks.2.path=a", "sinks is a list of 1: '2' is no number from 0 to 1"),
-        ("sinks.path=a", "sinks is a list of 1: 'path' is no number from 0 to 1"),
-        ("sinks.-1=a", "'-1' is no number from 0 to 1"),
+        ("sinks.2.path=a", "sinks is a list of 1: '2' is not an index from 0 to 1"),
+        ("sinks.path=a", "sinks is a list of 1: 'path' is not an index from 0 to 1"),
+        ("sinks.-1=a", "'-1' is not an index from 0 to 1"),
         ("arguments.epochs.a=1", "arguments.epochs is 1, not a group of values"),
         ("--check", "must look like 'name=value'"),
     ],
