@@ -392,7 +392,7 @@ def test_a_module_that_is_not_complete_names_what_its_methods_are_called_here() 
     lacks = "lacks get_optimizers_schedulers, get_train_dataloader, get_val_dataloaders, train_step, val_step"
     with pytest.raises(TypeError, match=f"^Ported {lacks}; train_dataloader is called get_train_dataloader here$"):
         ported()
-    with pytest.raises(TypeError, match=f"^Empty {lacks}; write them"):
+    with pytest.raises(TypeError, match=f"^Empty {lacks}; define them"):
         type("Empty", (ModuleInterface,), {})()
 
 

@@ -83,7 +83,7 @@ def test_a_metric_that_nobody_logs_ends_the_run_and_names_the_others(kit: Any) -
     outcome = trained(kit, [1.0] * 4, EarlyStopping("acuracy"))
     assert isinstance(outcome.error, MetricNotFound)
     assert "EarlyStopping follows 'acuracy'" in str(outcome.error)
-    assert "there are: val_loss" in str(outcome.error)
+    assert "available: val_loss" in str(outcome.error)
     assert outcome.error.__notes__[0] == "raised by EarlyStopping.should_stop at global_step 1"
 
 

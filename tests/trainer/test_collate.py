@@ -21,8 +21,8 @@ from trainer.hooks.collate import TENSOR_BYTES, OutputCollector, as_tuple, colla
 # ----------------------------------------------------------------------------------------------- limits
 
 
-def test_outputs_beyond_the_limit_are_an_error_that_says_what_to_do() -> None:
-    """Bytes, steps, the hook that wants them and the ways out; what was kept before stays."""
+def test_outputs_beyond_the_limit_raise_an_error_with_a_fix() -> None:
+    """The error names bytes, steps, the hook and a fix; outputs kept before stay."""
     collector = OutputCollector(3 * (400 + TENSOR_BYTES), "Classifier.on_end_val_epoch")
     for _ in range(3):
         collector.append((torch.ones(100),))
@@ -30,7 +30,7 @@ def test_outputs_beyond_the_limit_are_an_error_that_says_what_to_do() -> None:
         collector.append((torch.ones(100),))
     for part in (
         "Classifier.on_end_val_epoch",
-        "more than 2,928 bytes",
+        "exceed 2,928 bytes",
         "2,928 after 3 steps",
         "the next one adds 976",
         "epoch_outputs_limit_bytes",
@@ -49,7 +49,7 @@ def test_a_single_step_can_be_too_much() -> None:
 
 
 def test_pythons_share_of_many_small_tensors_counts() -> None:
-    """A limit is about memory: a scalar loss takes far more than its four bytes."""
+    """The limit counts memory: a scalar loss takes far more than its four bytes."""
     collector = OutputCollector(10 * TENSOR_BYTES, "M.on_end_train_epoch")
     for _ in range(9):
         collector.append((torch.ones(()),))
@@ -69,7 +69,7 @@ def test_pythons_share_of_many_small_tensors_counts() -> None:
         ([torch.ones(2), torch.ones(2).long()], "torch.float32 on cpu and torch.int64 on cpu"),
         ([torch.ones(2), torch.ones(2, device="meta")], "cpu and torch.float32 on meta"),
         ([torch.ones(2), torch.ones(2).to_sparse()], "sparse"),
-        (["a", "b"], "a str, which is no tensor"),
+        (["a", "b"], "a str, which is not a tensor"),
         ([torch.ones(2), None], "a NoneType"),
         ([1.5], "a float"),
     ],

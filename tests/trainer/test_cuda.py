@@ -247,11 +247,11 @@ def test_a_capture_copies_on_a_stream_of_its_own_what_was_there(kit: Any) -> Non
     device = torch.device("cuda", torch.cuda.current_device())
     capture = Capture(device, print)
     rows = torch.zeros(1_000, device=device)
-    capture.take((rows,)).wait()  # memory is allocated
+    capture.copy((rows,)).wait()  # memory is allocated
     torch.cuda.synchronize()
     torch.cuda._sleep(CYCLES)
     rows.fill_(1.0)
-    taken = capture.take((rows, [rows.long()], torch.ones(2), "text"))
+    taken = capture.copy((rows, [rows.long()], torch.ones(2), "text"))
     rows.fill_(2.0)
     assert device_is_busy()
     first, (second,), third, text = taken.wait()
@@ -268,7 +268,7 @@ def test_memory_of_captured_outputs_is_not_handed_on_too_early() -> None:
     capture = Capture(device, print)
     taken = []
     for step in range(50):
-        taken.append(capture.take((torch.full((1 << 18,), float(step), device=device),)))
+        taken.append(capture.copy((torch.full((1 << 18,), float(step), device=device),)))
         torch.full((1 << 18,), -1.0, device=device)
     for step, copy in enumerate(taken):
         assert copy.wait()[0].unique().tolist() == [float(step)]

@@ -403,7 +403,7 @@ def test_a_metric_that_nobody_logged_is_an_error_that_names_the_others(kit: Any)
 
     outcome = kit.train(module_with(kit, plateau, val_step=val_step), monitor="acuracy")
     assert isinstance(outcome.error, MetricNotFound)
-    assert "(there are: accuracy, val_loss); set it to 'accuracy'" in str(outcome.error)
+    assert "(available: accuracy, val_loss); set it to 'accuracy'" in str(outcome.error)
     missing = [(event.monitor, event.wanted_by, event.known) for event in outcome.of(MonitorMissing)]
     assert missing == [("acuracy", "ReduceLROnPlateau", ["accuracy", "val_loss"])]
     assert outcome.of(RunEnded)[0].status == "failed"

@@ -360,7 +360,7 @@ def test_the_numbers_of_a_batch_are_collated_in_one_call(kit: Any) -> None:
     capture = Capture(torch.device("cpu"), lambda text: None)
     made = [(torch.tensor(float(i)), torch.full((2, 3), float(i)), torch.tensor(i)) for i in range(6)]
     groups: list[list[Any]] = [[values] for values in made[:4]] + [[made[4], made[5]], [(torch.tensor(1.0), "text")]]
-    payloads = [Payload(capture.of_step([capture.take(values) for values in group], shared=True)) for group in groups]
+    payloads = [Payload(capture.of_step([capture.copy(values) for values in group], shared=True)) for group in groups]
     calls: list[str] = []
 
     class Counting(TorchFunctionMode):
@@ -483,7 +483,7 @@ def test_outputs_are_collated_once_for_all_who_ask() -> None:
     """On several threads at the same time."""
     told: list[str] = []
     capture = host_capture(told)
-    outputs = capture.of_step([capture.take((torch.ones(2), "a")), capture.take((torch.ones(2), "b"))])
+    outputs = capture.of_step([capture.copy((torch.ones(2), "a")), capture.copy((torch.ones(2), "b"))])
     start = threading.Barrier(4)
     results: list[Any] = []
 
@@ -504,7 +504,7 @@ def test_outputs_are_collated_once_for_all_who_ask() -> None:
 def test_the_pieces_of_a_step_are_let_go_once_they_are_put_together() -> None:
     """Or its outputs would be held twice until the next step comes."""
     capture = host_capture([])
-    outputs = capture.of_step([capture.take((torch.ones(8), torch.ones(()))) for _ in range(2)])
+    outputs = capture.of_step([capture.copy((torch.ones(8), torch.ones(()))) for _ in range(2)])
     pieces = [weakref.ref(tensor) for copy in outputs.copies for tensor in copy.values]
     assert outputs.collated()[0].shape == (16,)
     assert [ref() for ref in pieces] == [None] * 4
@@ -514,8 +514,8 @@ def test_the_pieces_of_a_step_are_let_go_once_they_are_put_together() -> None:
 def test_a_capture_shares_no_memory_and_counts_the_bytes_it_copies(shape: tuple[int, ...]) -> None:
     """Of tensors, in containers too, or of a loss alone; what is no tensor is left as it is."""
     rows = torch.ones(shape, requires_grad=True)
-    alone = host_capture([]).take((rows,))
-    several = host_capture([]).take((rows, [rows.double()], "text", 3))
+    alone = host_capture([]).copy((rows,))
+    several = host_capture([]).copy((rows, [rows.double()], "text", 3))
     assert alone.nbytes == rows.numel() * 4
     assert several.nbytes == rows.numel() * (4 + 8)
     for copied in (alone, several):

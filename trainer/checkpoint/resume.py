@@ -172,9 +172,9 @@ class Loaded:
                 found.append((callback, saved.pop(callback.state_key)))
             elif callback.stateful:
                 left.append(callback)
-        unnamed = [one.kind for one in left if not one.names_itself]
+        unnamed = [one.kind for one in left if not one.has_own_key]
         for callback in left:
-            alike = [] if callback.names_itself else [one for one in saved.values() if one["kind"] == callback.kind]
+            alike = [] if callback.has_own_key else [one for one in saved.values() if one["kind"] == callback.kind]
             if len(alike) > 1 or (alike and unnamed.count(callback.kind) > 1):
                 raise CheckpointMismatch(
                     f"{self.folder} has the states of {', '.join(one['key'] for one in alike)}, and which of them is"

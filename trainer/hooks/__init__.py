@@ -1,1 +1,1 @@
-"""The hooks of callbacks and modules: which runs on which lane, and what it gets."""
+"""The hooks of callbacks and modules: their lanes, arguments and outputs."""

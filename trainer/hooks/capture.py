@@ -1,4 +1,4 @@
-"""Takes what a step returned off the loop's thread: detached copies in host memory, collated by whoever needs them."""
+"""Copy a step's outputs to host memory for observers, which collate them on their own threads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from trainer.hooks.collate import Notice, OutputCollector, collate_outputs
 
 
 class Capture:
-    """Copies step outputs to the host. Used on the loop's thread; waits for nothing.
+    """Copies step outputs to the host. Used on the loop's thread; never waits.
 
-    On CUDA the tensors are cloned on the compute stream, where they cannot change any more, and copied to pinned memory
-    on a stream of their own. On the CPU they are cloned too: the user's code may write to them in its next step.
+    On CUDA the tensors are cloned on the compute stream, so that later changes do not show, and copied to pinned memory
+    on a stream of their own. On the CPU they are cloned, too: the user's code may write to them in its next step.
 
     Args:
         device: The run's.
-        notice: Told once why an output could not be concatenated.
+        notice: Called once with the reason if an output could not be concatenated.
     """
 
     def __init__(self, device: torch.device, notice: Notice) -> None:
@@ -36,10 +36,10 @@ class Capture:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def take(self, outputs: tuple[Any, ...]) -> Copy:
-        """Begin to copy; see `Copy.wait` for the end of it."""
+    def copy(self, outputs: tuple[Any, ...]) -> Copy:
+        """Start a copy; `Copy.wait` completes it."""
         if self._stream is None and len(outputs) == 1 and type(outputs[0]) is torch.Tensor and outputs[0].is_cpu:
-            clone = outputs[0].detach().clone()  # by far the most frequent: a loss alone
+            clone = outputs[0].detach().clone()  # the most frequent case: a loss alone
             return Copy((clone,), clone.nbytes)
         nbytes = 0
         on_device: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -50,7 +50,7 @@ class Capture:
             clone = tensor.detach().clone()
             if clone.device.type == "cpu":
                 return clone
-            if self._stream is None:  # an accelerator without streams of CUDA's kind: this waits for it
+            if self._stream is None:  # SYNC: an accelerator without CUDA's streams
                 return clone.to("cpu")
             host = torch.empty(clone.shape, dtype=clone.dtype, device="cpu", pin_memory=True)
             on_device.append((clone, host))
@@ -60,7 +60,7 @@ class Capture:
         return Copy(copied, nbytes, self._to_host(on_device) if on_device else None)
 
     def of_step(self, copies: list[Copy], shared: bool = False) -> StepOutputs:
-        """The outputs of one step, to go beside its event. ``shared``: more than one will have them."""
+        """The outputs of one step, for the payload of its event. ``shared``: several observers receive them."""
         return StepOutputs(copies, self._notice, self._collating, shared)
 
     def _to_host(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
@@ -69,35 +69,35 @@ class Capture:
         with torch.cuda.stream(self._stream):
             for clone, host in pairs:
                 host.copy_(clone, non_blocking=True)
-                clone.record_stream(self._stream)  # its memory is not handed on before the copy has happened
+                clone.record_stream(self._stream)  # its memory is not reused before the copy is complete
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(self._stream)
         return arrived
 
 
-# Thousands of these wait for a slow observer, and never in a cycle: with `gc=False` the collector does not walk them.
+# Thousands of these are queued for a slow observer, never in a cycle: `gc=False` spares the collector the walk.
 class Copy(msgspec.Struct, gc=False):
-    """The outputs of one micro-batch: host tensors that may not be filled yet."""
+    """The outputs of one micro-batch: host tensors whose copy may still be under way."""
 
     values: tuple[Any, ...]
     nbytes: int
     arrived: torch.cuda.Event | None = None
-    """Happens when the last of those that come from a device is there; None if none does."""
+    """Recorded after the copies from a device; None without any."""
 
     def wait(self) -> tuple[Any, ...]:
-        """The values, filled; waits for the copy, so never call it on the loop's thread."""
+        """The values; waits for the copy, so never call it on the loop's thread."""
         if self.arrived is not None:
             self.arrived.synchronize()  # WAIT: for the device, on an observer's thread
         return self.values
 
 
 class StepOutputs(msgspec.Struct, gc=False):
-    """The outputs of one optimizer step's micro-batches, shared by the callbacks that want them."""
+    """The outputs of one optimizer step's micro-batches, shared by the callbacks that read them."""
 
     copies: list[Copy]
     notice: Notice
     lock: threading.Lock
-    """Shared by all steps: two observers seldom collate at once."""
+    """Shared by all steps, because two observers seldom collate at once."""
     shared: bool = False
     result: tuple[Any, ...] | None = None
 
@@ -107,7 +107,7 @@ class StepOutputs(msgspec.Struct, gc=False):
         return sum([copy.nbytes for copy in self.copies])
 
     def of_one_batch(self) -> tuple[torch.Tensor, ...] | None:
-        """The values, if they are tensors of one micro-batch that are here, and nobody has collated them."""
+        """The values, if they are dense host tensors of one micro-batch, not yet collated; else None."""
         copies = self.copies
         if len(copies) != 1 or copies[0].arrived is not None:
             return None
@@ -118,9 +118,9 @@ class StepOutputs(msgspec.Struct, gc=False):
         return values
 
     def collated(self) -> tuple[Any, ...]:
-        """One value per output position; computed once, on the first observer's thread that asks.
+        """One value per output position; computed once, on the thread of the first caller.
 
-        Whoever asks may change what they get: where it is shared, everybody has tensors of their own.
+        A caller may change the tensors: shared outputs are cloned for each.
         """
         with self.lock:
             if self.result is None:
@@ -133,14 +133,14 @@ _SMALL_BYTES = 4_096
 
 
 def collate_steps(batch: Sequence[Published]) -> dict[int, tuple[torch.Tensor, ...]]:
-    """As `StepOutputs.collated` for many steps; by their place in the batch.
+    """Collate the outputs of many steps as `StepOutputs.collated` does; by index in the batch.
 
-    The numbers of all steps are stacked in one call. Each call of torch's releases the interpreter lock, which the loop
-    takes and releases in its own calls: with some calls per step, both threads would wait for each other at each.
+    The numbers of all steps are stacked in one call. Each call of torch releases the interpreter lock, for which this
+    thread competes with the loop: several calls per step would make both wait for each other.
 
     Returns:
-        The outputs of those steps that had one micro-batch and returned tensors. The others take the long way, and so
-        do those of which everybody gets copies that are not small: a batch has no second copy of its memory.
+        The outputs of steps with one micro-batch that returned tensors. Other steps are skipped, and so are large
+        shared outputs, whose clones would double the memory of the batch.
     """
     found: dict[int, tuple[torch.Tensor, ...]] = {}
     copied: set[int] = set()
@@ -169,11 +169,11 @@ def collate_steps(batch: Sequence[Published]) -> dict[int, tuple[torch.Tensor, .
 
 
 class EpochOutputs:
-    """The outputs of an epoch's steps, kept because a hook wants them at its end. Filled on the loop's thread.
+    """The outputs of an epoch's steps for a hook at its end. Filled on the loop's thread.
 
     Args:
-        on_too_large: Told when they outgrow their limit; if it does not raise, they are let go, and so is what comes.
-            None: that is an error.
+        on_too_large: Called when the outputs exceed their limit; unless it raises, these and all later outputs of the
+            epoch are dropped. None: `append` raises.
     """
 
     def __init__(
@@ -190,13 +190,13 @@ class EpochOutputs:
         self._last: Copy | None = None
         self._collated: tuple[Any, ...] | None = None
         self.shared = False
-        """Whether more than one will have them; known when the epoch is over."""
+        """Whether several observers receive them; set at the epoch's end."""
 
     def append(self, copy: Copy) -> None:
-        """Keep one step's outputs. Takes as long for the last step as for the first.
+        """Keep one step's outputs, in constant time.
 
         Raises:
-            EpochOutputsTooLarge: the epoch's outputs have outgrown their limit, and somebody must have them.
+            EpochOutputsTooLarge: The outputs exceed their limit, and there is no ``on_too_large``, or it raised.
         """
         if self._collector is None:
             return
@@ -211,7 +211,7 @@ class EpochOutputs:
             self._last = copy
 
     def part(self) -> Callable[[], Part]:
-        """What is kept by now, for a checkpoint: the returned function may be called much later, on another thread."""
+        """Return a function that builds the current state for a checkpoint, perhaps later and on another thread."""
         collector, last = self._collector, self._last
         kept = collector.kept() if collector is not None else None
 
@@ -223,7 +223,7 @@ class EpochOutputs:
         return make
 
     def restore(self, kept: Any) -> None:
-        """Go on with what stands in a checkpoint."""
+        """Restore the state from a checkpoint."""
         if self._collector is not None and kept is not None:
             self._collector.restore(kept)
 

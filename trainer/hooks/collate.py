@@ -1,4 +1,4 @@
-"""Outputs of steps: kept as detached host tensors, and put together for the hooks that want them."""
+"""Keep outputs of steps as detached host tensors and collate them for hooks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from trainer.data.tensors import clone_tensors, map_tensors
 from trainer.errors import EpochOutputsTooLarge, StepOutputError
 
 Notice = Callable[[str], None]
-"""Takes a sentence about an output that could only be kept as a list."""
+"""Receives a message about an output that could only be kept as a list."""
 
 TENSOR_BYTES = 576
-"""What a small host tensor costs beside its elements (measured: 564): a million losses are not 4 MB."""
+"""Memory of a small host tensor without its elements (measured: 564): a million losses take more than 4 MB."""
 
 
 class _Missing:
-    """Stands where a step returned fewer outputs than others did."""
+    """Placeholder for an output of a step that returned fewer outputs than others did."""
 
 
 _MISSING = _Missing()
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
-    """Bring what a step returned into one form.
+    """Convert a step's return value into a tuple of outputs.
 
-    A tuple, list, generator or other iterable is taken apart; a tensor, an array, a string or a number is one
-    output; None is no output.
+    The items of a tuple, list, generator or other iterable are outputs; a tensor, an array, a string or a number is
+    one output; None means no outputs.
 
     Raises:
         StepOutputError: A mapping: outputs are positional.
@@ -44,21 +44,21 @@ def as_tuple(outputs: Any) -> tuple[Any, ...]:
     if isinstance(outputs, Mapping):
         names = ", ".join(map(str, outputs))
         raise StepOutputError(
-            f"a step returned a {type(outputs).__name__} with {names}: return the loss, or a tuple that begins with it"
+            f"a step returned a {type(outputs).__name__} with {names}; return the loss, or a tuple that begins with it"
         )
-    # An array is iterable, too, but is one value.
+    # An array is one value, although it is iterable.
     if isinstance(outputs, Iterable) and not isinstance(outputs, (str, bytes)) and not hasattr(outputs, "__array__"):
         return tuple(outputs)
     return (outputs,)
 
 
 def detach_copy(outputs: Sequence[Any], *, clone: bool) -> tuple[Any, ...]:
-    """Detach every tensor in the outputs, also in containers; what is no tensor stays as it is.
+    """Detach every tensor in the outputs, also in containers; other values are returned unchanged.
 
     Args:
         outputs: Of one step.
-        clone: Also copy the elements (on the tensor's own device and current stream), so that a later change
-            in place does not show. Without it the result shares memory with the outputs.
+        clone: Also copy the elements (on the tensor's own device and current stream), for protection from later
+            changes in place. Otherwise the result shares memory with the outputs.
     """
 
     def detach(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,9 +68,9 @@ def detach_copy(outputs: Sequence[Any], *, clone: bool) -> tuple[Any, ...]:
 
 
 def nbytes(outputs: Any) -> int:
-    """Bytes that outputs hold: the elements of tensors, and about what Python says of everything else.
+    """Bytes of outputs: the elements of tensors, and approximately the size of other objects.
 
-    Containers are walked; a tensor that stands in them twice counts twice.
+    Containers are walked; a tensor that they hold twice counts twice.
     """
     if isinstance(outputs, torch.Tensor):
         return outputs.numel() * outputs.element_size()
@@ -82,21 +82,20 @@ def nbytes(outputs: Any) -> int:
 
 
 def collate_outputs(batches: Sequence[tuple[Any, ...]], notice: Notice | None = None) -> tuple[Any, ...]:
-    """Put the outputs of several steps together by position, in time and memory linear in their size.
+    """Collate the outputs of several steps by position, in time and memory linear in their size.
 
     - Tensors ``(B, ...)`` with equal dtype, device and trailing shape are concatenated to ``(sum of B,
       ...)``.
     - Scalar tensors ``()`` stack to ``(steps,)``.
-    - Everything else becomes a list with one entry per step: tensors that do not fit together, and values
-      that are no tensors. Where steps returned different numbers of outputs, the missing ones are None in
-      that list.
+    - Other values become a list with one entry per step: tensors of different kinds, and values that are not
+      tensors. Missing outputs of steps that returned fewer are None in that list.
 
     Args:
         batches: The outputs of each step; tensors already detached.
-        notice: Called once for each position that became a list, with a sentence that says why.
+        notice: Called once for each position that became a list, with the reason.
 
     Returns:
-        One value per position; nothing for no steps. The values of a single step are not copied.
+        One value per position; an empty tuple without steps. The values of a single step are not copied.
     """
     width = max(map(len, batches), default=0)
     columns = [[row[position] if position < len(row) else _MISSING for row in batches] for position in range(width)]
@@ -104,7 +103,7 @@ def collate_outputs(batches: Sequence[tuple[Any, ...]], notice: Notice | None = 
 
 
 def _collate_columns(columns: list[list[Any]], notice: Notice | None) -> tuple[Any, ...]:
-    """Collate each column; empties ``columns`` as it goes, so that only one is ever held twice."""
+    """Collate each column and remove it from ``columns``, so that at most one is in memory twice."""
     collated: list[Any] = []
     columns.reverse()
     while columns:
@@ -125,20 +124,20 @@ def _collate_column(values: list[Any], position: int, notice: Notice | None) -> 
 
 
 def _obstacle(values: list[Any]) -> str | None:
-    """Say why these values cannot be concatenated or stacked; None if they can."""
+    """Describe why these values cannot be concatenated or stacked; None if they can."""
     missing = sum(value is _MISSING for value in values)
     if missing:
         return f"{missing} of the steps did not return it"
     for value in values:
         if not isinstance(value, torch.Tensor):
-            return f"it holds a {type(value).__name__}, which is no tensor"
+            return f"it holds a {type(value).__name__}, which is not a tensor"
         if value.layout != torch.strided or value.is_nested:
             return "it holds a sparse or nested tensor"
     first = values[0]
-    # Shape objects are compared, not built anew: this runs once per step of an epoch.
+    # Shape objects are compared, not rebuilt: this runs once per step of an epoch.
     for value in values:
         if value.dtype != first.dtype or value.device != first.device:
-            return f"{first.dtype} on {first.device} and {value.dtype} on {value.device} do not go together"
+            return f"{first.dtype} on {first.device} and {value.dtype} on {value.device} differ"
         if value.dim() != first.dim() or value.shape[1:] != first.shape[1:]:
             return f"shapes {tuple(first.shape)} and {tuple(value.shape)} differ beyond their first dimension"
     return None
@@ -147,17 +146,16 @@ def _obstacle(values: list[Any]) -> str | None:
 class OutputCollector:
     """Keeps the outputs of an epoch for a hook at its end, up to a limit in bytes.
 
-    Appending takes the same time whatever was collected before. Not thread-safe: one thread appends,
-    collates, clears.
+    Appending takes constant time. Not thread-safe: one thread appends, collates, clears.
     """
 
     def __init__(self, limit_bytes: int, owner: str) -> None:
         """Start empty.
 
         Args:
-            limit_bytes: Most that may be kept, Python's overhead per tensor included. `collate` needs, while
-                it works, the memory of its largest position once more.
-            owner: Who wants the outputs, for the message: ``"Classifier.on_end_val_epoch"``.
+            limit_bytes: Maximum bytes per epoch, including Python's overhead per tensor. `collate` temporarily needs
+                the memory of its largest position a second time.
+            owner: The hook, for the message: ``"Classifier.on_end_val_epoch"``.
         """
         self.limit_bytes = limit_bytes
         self.owner = owner
@@ -167,27 +165,26 @@ class OutputCollector:
 
     @property
     def steps(self) -> int:
-        """How many steps' outputs are kept."""
+        """Number of steps whose outputs are kept."""
         return self._steps
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept."""
+        """Bytes of the kept outputs."""
         return self._nbytes
 
     def append(self, outputs: Sequence[Any]) -> None:
-        """Keep the outputs of one step: detached host tensors that nobody changes any more.
+        """Keep the outputs of one step: detached host tensors that do not change any more.
 
         Raises:
-            EpochOutputsTooLarge: They would not fit; they are not kept, what was collected before still is.
+            EpochOutputsTooLarge: They exceed the limit; they are not kept, but earlier outputs are.
         """
         size = nbytes(outputs) + TENSOR_BYTES * len(outputs)
         if self._nbytes + size > self.limit_bytes:
             raise EpochOutputsTooLarge(
-                f"the outputs that {self.owner} gets at the end of the epoch take more than "
-                f"{self.limit_bytes:,} bytes: {self._nbytes:,} after {self._steps:,} steps, and the next one "
-                f"adds {size:,}. Return less from the step (predictions instead of logits, sums instead of "
-                f"rows), do not override {self.owner}, or raise epoch_outputs_limit_bytes."
+                f"the outputs for {self.owner} at the end of the epoch exceed {self.limit_bytes:,} bytes:"
+                f" {self._nbytes:,} after {self._steps:,} steps, and the next one adds {size:,}; return less from the"
+                f" step (predictions instead of logits), or raise epoch_outputs_limit_bytes"
             )
         for _ in range(len(self._columns), len(outputs)):  # at the first step; later only where outputs vary
             self._columns.append([_MISSING] * self._steps)
@@ -197,21 +194,21 @@ class OutputCollector:
         self._nbytes += size
 
     def collate(self, notice: Notice | None = None) -> tuple[Any, ...]:
-        """Put everything together as `collate_outputs` does and start anew; pieces are let go on the way."""
+        """Collate as `collate_outputs` does and clear; the memory of each position is released on the way."""
         columns = self._columns
         self.clear()
         return _collate_columns(columns, notice)
 
     def kept(self) -> Callable[[], dict[str, Any]]:
-        """What is kept by now, as a state; made of it when the returned function is called, on any thread.
+        """Return a function that builds the current state; it may be called later, on any thread.
 
-        Later steps are only ever appended, and collating changes no column, so nothing is copied here.
+        Nothing is copied here, because later steps are only appended, and collating does not change a column.
         """
         columns, steps, size = list(self._columns), self._steps, self._nbytes
         return lambda: {"steps": steps, "nbytes": size, "columns": [_packed(column[:steps]) for column in columns]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `kept` returned, in memory of its own."""
+        """Restore a state that `kept` built, in memory of its own."""
         try:
             columns = [_unpacked(column) for column in clone_tensors(state["columns"])]
             self._steps, self._nbytes = int(state["steps"]), max(0, int(state["nbytes"]))
@@ -222,14 +219,14 @@ class OutputCollector:
         self._columns = columns
 
     def clear(self) -> None:
-        """Let everything go."""
+        """Release all outputs."""
         self._columns = []
         self._steps = 0
         self._nbytes = 0
 
 
 def _packed(values: list[Any]) -> dict[str, Any]:
-    """A column in as few tensors as it can be taken apart from again."""
+    """Encode a column as few tensors, from which `_unpacked` restores it."""
     if not values or _obstacle(values) is not None:
         there = [value is not _MISSING for value in values]
         return {"values": [None if value is _MISSING else value for value in values], "there": there}

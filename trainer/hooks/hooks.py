@@ -1,4 +1,4 @@
-"""Which hook runs for which event, on which lane; and the observer that runs a callback's hooks."""
+"""Map events to hooks and hooks to lanes; run a callback's hooks as an observer."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ EVENT_OF_HOOK: dict[str, type[Event]] = {
     "on_end_val_epoch": ValEpochEnded,
     "on_end_train": RunEnded,
 }
-"""Every hook of the contract and the event it answers."""
+"""Every hook of the contract and its event."""
 
 _HOOK_OF_EVENT = {kind: name for name, kind in EVENT_OF_HOOK.items()}
 
 _WITH_OUTPUTS = frozenset({TrainStepEnded, TrainEpochEnded, BackwardEnded, ValEpochEnded})
-"""The events whose hooks get tensors."""
+"""The events whose hooks receive tensors."""
 
 _COLLATED = frozenset({TrainStepEnded, TrainEpochEnded, ValEpochEnded})
-"""The events whose hooks get any number of outputs."""
+"""The events whose hooks receive any number of outputs."""
 
 _NO_OUTPUTS = "__stagecast_no_outputs__"
 
 
 def without_outputs(hook: _Hook) -> _Hook:
-    """Mark an inline `on_end_train_step` that looks at no outputs: none are kept and collated for it."""
+    """Mark an inline `on_end_train_step` that ignores its outputs: none are kept and collated for it."""
     setattr(hook, _NO_OUTPUTS, True)
     return hook
 
 
 def _without_its_outputs(hook: Hook) -> Hook:
-    """Call a hook that takes no outputs without them."""
+    """Wrap a hook that accepts no outputs."""
 
     @without_outputs
     def call(global_step: int, *outputs: Any, **named: Any) -> None:
@@ -71,7 +71,7 @@ def _without_its_outputs(hook: Hook) -> Hook:
 
 
 def overridden_hooks(callback: CallbackInterface) -> dict[str, Hook]:
-    """The hooks that this callback implements, by name. The contract's own do nothing and are left out."""
+    """The hooks that this callback overrides, by name."""
     found: dict[str, Hook] = {}
     for name in EVENT_OF_HOOK:
         hook = getattr(callback, name)
@@ -81,17 +81,17 @@ def overridden_hooks(callback: CallbackInterface) -> dict[str, Hook]:
 
 
 def hook_of(event: Event) -> str:
-    """The name of the hook that answers an event; where none does, the event's own."""
+    """The name of an event's hook; the event's own name if it has none."""
     return _HOOK_OF_EVENT.get(type(event), type(event).__name__)
 
 
 def lane_of(callback: CallbackInterface, name: str, hook: Hook) -> Lane:
-    """The lane a hook runs on: as it is marked, else as the contract needs it."""
+    """The lane of a hook: its mark, or the contract's default."""
     marked: Lane | None = getattr(hook, LANE_ATTRIBUTE, None)
     if marked is not None:
         return marked
     if name == "on_end_backward":
-        return Lane.INLINE  # it gets the undetached loss, which lives only until the next backward
+        return Lane.INLINE  # it receives the undetached loss, which lives only until the next backward
     if name == "on_begin_train_epoch":
         return Lane.FENCED  # "before model forward"
     if isinstance(callback, ModuleInterface):  # it reads the module that is trained
@@ -100,7 +100,7 @@ def lane_of(callback: CallbackInterface, name: str, hook: Hook) -> Lane:
 
 
 def wants_outputs(hook: Hook) -> bool:
-    """Whether a hook looks at what the step returned."""
+    """Whether a hook reads the outputs of the step."""
     return not getattr(hook, _NO_OUTPUTS, False)
 
 
@@ -113,7 +113,7 @@ class InlineHook(NamedTuple):
 
     @property
     def wants_outputs(self) -> bool:
-        """Whether it looks at what the step returned."""
+        """Whether it reads the outputs of the step."""
         return wants_outputs(self.call)
 
 
@@ -121,34 +121,34 @@ class CallbackHooks:
     """One callback's hooks, sorted by lane.
 
     Raises:
-        ArgumentsError: its delivery names event types, or catches up from the journal, which keeps no outputs.
+        ArgumentsError: Its delivery names event types, or catches up from the journal, which holds no outputs.
     """
 
     def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
         self.kind = self.name = type(callback).__name__
         self.delivery = delivery or CALLBACK_DELIVERY
         self.observer: Observer | None = None
-        """What runs its hooks that are not inline, if it has any."""
+        """Runs its hooks of the other lanes, if it has any."""
         self.disabled = False
-        """True once it has failed and was given up: no hook of it runs any more, on any lane."""
+        """True once it was disabled after a failure: none of its hooks runs, on any lane."""
         self.failed = False
-        """True once a hook of it, or its ``state_dict``, has raised on its own thread."""
+        """True once one of its hooks, or its ``state_dict``, has raised on its own thread."""
         # The module's own state is `ModuleInterface.get_state`.
         kept = (getattr(callback, "state_dict", None), getattr(callback, "load_state_dict", None))
         self.stateful = all(map(callable, kept)) and not isinstance(callback, ModuleInterface)
         """Whether it has ``state_dict`` and ``load_state_dict``, for checkpoints."""
         self.state_key = self._state_key(callback)
-        """What its state is found again by: told apart from all others of the run."""
-        self.names_itself = getattr(callback, "state_key", None) is not None
-        """Whether that is a key of its own, not the one by default."""
+        """The key of its state in checkpoints, unique in the run."""
+        self.has_own_key = getattr(callback, "state_key", None) is not None
+        """Whether the callback defines the key itself."""
         self.should_stop = self._optional(callback, "should_stop")
-        """Asked on the loop's thread when a validation is over, with ``global_step`` and what it has produced:
-        returns a reason to stop the run, or None."""
+        """Called on the loop's thread after a validation, with ``global_step`` and its metrics; returns a reason to
+        stop the run, or None."""
         monitor = getattr(callback, "monitor", None)
         self.monitor = monitor if self.should_stop is not None and isinstance(monitor, str) else None
         """The metric without which ``should_stop`` is not called."""
         self.bind_optimizers = self._optional(callback, "bind_optimizers")
-        """Given the run's optimizers, once, on the loop's thread before the first step."""
+        """Called with the run's optimizers, once, on the loop's thread before the first step."""
         self.callback = callback
         self.before_step = self._inline_hook(callback, "on_before_optimizer_step")
         self.begin_val = self._inline_hook(callback, "on_begin_val_epoch")
@@ -168,26 +168,25 @@ class CallbackHooks:
                     self.fenced.add(kind)
         if self.delivery.types is not None:
             raise ArgumentsError(
-                f"the callback {self.name} comes with Delivery(types=...), but its hooks say what it gets: leave types"
-                f" out, and hooks that it does not want"
+                f"the callback {self.name} has Delivery(types=...), but its hooks select its events; remove types"
             )
         if self.delivery.overflow == "catch_up":
             raise ArgumentsError(
-                f"the callback {self.name} cannot catch up from the journal, which keeps no outputs; give it"
-                f" overflow='block', which is the default and loses nothing, or 'drop_oldest'"
+                f"the callback {self.name} cannot catch up from the journal, which holds no outputs; give it"
+                f" overflow='block' (the default, which drops nothing) or 'drop_oldest'"
             )
 
     def _inline_hook(self, callback: CallbackInterface, name: str) -> InlineHook | None:
-        """A hook beside the contract's, of a callback or of the module, which runs on the loop's thread."""
+        """An optional hook outside of the contract, which runs on the loop's thread."""
         method: Hook | None = getattr(callback, name, None)
         if not callable(method):
             return None
         if getattr(method, LANE_ATTRIBUTE, Lane.INLINE) is not Lane.INLINE:
-            raise ArgumentsError(f"{self.name}.{name} runs only inline: remove its mark")
+            raise ArgumentsError(f"{self.name}.{name} runs only inline; remove its mark")
         return InlineHook(self, name, method)
 
     def _optional(self, callback: CallbackInterface, name: str) -> Hook | None:
-        """A method that callbacks may have beside the contract's; the module's own methods are its own."""
+        """An optional method of callbacks outside of the contract; a module's method of that name is not called."""
         method: Hook | None = getattr(callback, name, None)
         if not callable(method) or isinstance(callback, ModuleInterface):
             return None
@@ -202,39 +201,39 @@ class CallbackHooks:
         return key
 
     def state_dict(self) -> Any:
-        """Its state, as it keeps it."""
-        return self.callback.state_dict()  # type: ignore[attr-defined]  # `stateful` has looked
+        """The callback's ``state_dict()``."""
+        return self.callback.state_dict()  # type: ignore[attr-defined]  # `stateful` has checked it
 
     def saved_state(self) -> dict[str, Any]:
-        """Its state as a checkpoint has it. Raises what its ``state_dict`` raises."""
-        kind = None if self.names_itself else self.kind  # one that has a key of its own is found by nothing else
+        """Its entry in a checkpoint. Exceptions of its ``state_dict`` propagate."""
+        kind = None if self.has_own_key else self.kind  # an own key is the only way to find the state
         return {"key": self.state_key, "kind": kind, "state": self.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
-        """Have it take over what `state_dict` returned. Raises what it raises."""
+        """Restore a state that `state_dict` returned. Exceptions of the callback propagate."""
         self.callback.load_state_dict(state)  # type: ignore[attr-defined]
 
     @property
     def is_essential(self) -> bool:
-        """Whether it must not fail or miss anything: a run without it is not the run that was asked for."""
+        """Whether its failure ends the run."""
         return self.delivery.on_error == "fatal"
 
-    def is_given_up(self) -> bool:
-        """Whether it will handle no event any more.
+    def is_disabled(self) -> bool:
+        """Whether it is disabled, so that a checkpoint does not need its state.
 
         Raises:
-            CheckpointError: It has failed, and the run ends by that: what lacks its state is none to go on from.
+            CheckpointError: It is essential and has failed: a run cannot resume without its state.
         """
         if self.failed and self.is_essential:
-            raise CheckpointError(f"the callback {self.name} has failed before it came to this place in the run")
+            raise CheckpointError(f"the callback {self.name} failed before the checkpoint's step")
         return self.disabled
 
 
 class HookTable:
-    """The hooks of all callbacks, as the loop looks them up.
+    """The hooks of all callbacks, for the loop.
 
     Args:
-        callbacks: In the order in which they are called; the module itself first.
+        callbacks: In calling order, the module itself first.
     """
 
     def __init__(self, callbacks: Iterable[CallbackHooks]) -> None:
@@ -255,28 +254,28 @@ class HookTable:
         return [c for c in self.callbacks if not c.disabled and (kind in c.inline or kind in c.observed)]
 
     def wanting_outputs(self, kind: type[Event]) -> list[CallbackHooks]:
-        """Those of them whose hook looks at outputs."""
+        """Those of `of` whose hook reads outputs."""
         return [c for c in self.of(kind) if wants_outputs(c.observed.get(kind) or c.inline[kind].call)]
 
 
 def check_state_keys(callbacks: Iterable[CallbackHooks]) -> None:
-    """See that the states of all callbacks can be told apart in a checkpoint.
+    """Check that the states of all callbacks have different keys in a checkpoint.
 
     Raises:
-        ArgumentsError: two have the same key.
+        ArgumentsError: Two have the same key.
     """
     seen: set[str] = set()
     for callback in callbacks:
         if callback.stateful and callback.state_key in seen:
             raise ArgumentsError(
-                f"two callbacks with a state have the state_key {callback.state_key!r}, so a checkpoint could mix them"
-                f" up; give each a state_key of its own"
+                f"two callbacks with a state have the state_key {callback.state_key!r}; give each a state_key of its"
+                f" own"
             )
         seen.add(callback.state_key)
 
 
 def _number_names(callbacks: Iterable[CallbackHooks]) -> None:
-    """Tell callbacks of one class apart, those too that have no observer: ``Clip``, ``Clip-2``."""
+    """Number callbacks of one class: ``Clip``, ``Clip-2``."""
     seen: Counter[str] = Counter()
     for callback in callbacks:
         seen[callback.name] += 1
@@ -285,13 +284,13 @@ def _number_names(callbacks: Iterable[CallbackHooks]) -> None:
 
 
 def add_hint(error: BaseException) -> None:
-    """Note what serves instead, if a user's code has looked for a name of another trainer."""
+    """Add a note with the replacement if the user's code used a name of another trainer."""
     if (hint := hint_for(error, CallbackInterface)) is not None:
         add_note(error, f"stagecast: {hint}")
 
 
 def hook_arguments(event: Event, outputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that the contract gives to the hook of an event."""
+    """The arguments of an event's hook, by the contract."""
     if isinstance(event, TrainEpochStarted):
         return (event.global_step, event.epoch), {}
     if isinstance(event, BackwardEnded):  # one loss is not collated
@@ -302,20 +301,20 @@ def hook_arguments(event: Event, outputs: Sequence[Any]) -> tuple[tuple[Any, ...
 
 
 class CallbackTarget:
-    """A callback as the supervisor sees it: runs its observer and fenced hooks, in order, on one thread."""
+    """Runs a callback's observer and fenced hooks, in order, on one thread; the supervisor drives it."""
 
     payloads = True
     blocking = True
 
     def __init__(self, hooks: CallbackHooks, device: torch.device, recorder: MetricRecorder) -> None:
         self.observer = hooks.name
-        """The name it is supervised under."""
+        """Its name in events and messages."""
         self._callback = hooks
         self._hooks = hooks.observed
         self._device = device
         self._recorder = recorder
         self._batch: Sequence[Published] = ()
-        self._outputs: dict[int, tuple[Any, ...]] = {}  # of steps of the batch, by their place in it
+        self._outputs: dict[int, tuple[Any, ...]] = {}  # collated outputs by the index in the batch
         self._done = 0
         self._doing = "open"
 
@@ -329,7 +328,7 @@ class CallbackTarget:
             torch.cuda.set_device(self._device)
 
     def deliver(self, batch: Sequence[Published], /) -> None:
-        """Run the hooks of a batch. After a failure the same batch is taken up at the hook that failed."""
+        """Run the hooks of a batch. A retry of the same batch resumes at the hook that failed."""
         if batch is not self._batch:
             self._batch, self._done = batch, 0
             self._outputs = collate_steps(batch) if len(batch) > 1 else {}
@@ -337,7 +336,7 @@ class CallbackTarget:
             event, payload = batch[self._done]
             self._run(event, payload)
             if payload is not None and payload.fence is not None:
-                payload.fence.release(self.observer)  # one that failed or is disabled is released by its supervisor
+                payload.fence.release(self.observer)  # after a failure the supervisor releases it
             self._done += 1
         self._batch, self._outputs = (), {}
 
@@ -346,10 +345,10 @@ class CallbackTarget:
             self._add_state(payload)
             return
         if isinstance(event, RunEnded) and event.status not in ("finished", "stopped"):
-            return  # the hook means "after training finishes"
+            return  # the hook runs only after training finishes
         self._doing = hook_of(event)
-        waited_for = payload is not None and payload.fence is not None and type(event) in self._callback.fenced
-        self._recorder.handling(event, waited_for=waited_for)
+        fenced = payload is not None and payload.fence is not None and type(event) in self._callback.fenced
+        self._recorder.handling(event, fenced=fenced)
         try:
             outputs = self._outputs.pop(self._done, None)
             if outputs is None:
@@ -371,21 +370,21 @@ class CallbackTarget:
             self._recorder.handling(None)
 
     def _add_state(self, payload: Payload | None) -> None:
-        """A checkpoint is taken at this place in the run, to which the callback has come just now: add its state."""
+        """Contribute the callback's state to a checkpoint, once it has processed every event before the snapshot."""
         part = payload.outputs.part_of(self.observer) if payload is not None else None
         if part is None:
             return
         self._doing = "state_dict"
         try:
             part.set(part_of(self._callback.saved_state()))
-        except BaseException as error:  # answered as a hook's would be
+        except BaseException as error:  # handled like a hook's
             self._callback.failed = True
             add_note(error, f"raised by {self.observer}.state_dict")
             raise
 
     def abandon(self) -> None:
-        """Run no further hook, inline ones included: the rest of the batch in hand was given up."""
+        """Disable all hooks, including inline ones; the rest of the current batch is skipped."""
         self._callback.disabled = True
 
     def close(self) -> None:
-        """Callbacks have nothing to close: `on_end_train` is their end."""
+        """Do nothing: `on_end_train` is a callback's last call."""

@@ -1,4 +1,4 @@
-"""Turns the numbers of many events into host numbers at once, off the loop's thread."""
+"""Read the tensors of many events as host numbers at once, off the loop's thread."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from events.messages import (
 from events.metrics import TRAIN_EPOCH_LOSS
 
 _Place = tuple[Callable[[Any, str, Any], None], Any, str]
-"""Where a number goes: how to put it there, the event or dictionary, and the name."""
+"""The target of a number: a setter, the event or dictionary, and the name."""
 
 _READINGS = ("_consecutive", "_bad_gradients", "_loss_sum", "_loss_weight", "_steps")
 
 _Read = Callable[[], bool]
-"""Puts numbers in their places and returns True, if they have arrived from the device."""
+"""Stores numbers at their targets and returns True, if they have arrived from the device."""
 
 
 def _done() -> bool:
@@ -45,13 +45,13 @@ class DeviceReadback:
     """The bus's `events.Readback`: one stack and one copy per kind of tensor and batch of events.
 
     Runs in the event loop's thread. On CUDA the copy goes to pinned memory on a stream of its own, and the returned
-    function asks a CUDA event whether it has arrived: neither the loop nor the event loop waits for the device.
+    function queries a CUDA event: neither the loop nor the event loop waits for the device.
 
-    It sees every number of the run in order, so it also keeps the last value of each metric and completes the
-    mean loss of an epoch.
+    It reads every number of the run in order, so it also keeps the last value of each metric and computes the mean
+    loss of an epoch.
 
     Args:
-        on_loss: Called for each step whose loss has been read and is not finite; with how many in a row that makes.
+        on_loss: Called for each step whose loss is not finite, with the number of such steps in a row.
         on_gradient: The same for each step with a finite loss and a gradient that is not finite.
     """
 
@@ -61,7 +61,7 @@ class DeviceReadback:
         self.summary: dict[str, float] = {}
         """Last value of each metric, ``train_loss``, ``train_epoch_loss`` and ``val_loss``."""
         self.compute_stream: torch.cuda.Stream | None = None
-        """Where the loop computes, if that is a CUDA device; set on its thread. None: the default stream."""
+        """The loop's CUDA stream; set on its thread. None: the default stream."""
         self._on_loss = on_loss
         self._on_gradient = on_gradient
         self._consecutive = 0
@@ -72,8 +72,8 @@ class DeviceReadback:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def start(self, batch: list[Published], /) -> Callable[[], bool]:
-        # This thread competes with the loop for the interpreter, and nearly all events are steps with one number each:
-        # these take a short way, which only looks whether they go together after all.
+        # This thread competes with the loop for the interpreter lock, and nearly all events are steps with one number:
+        # these are stacked at once, and only grouped if that fails.
         places: list[_Place] = []
         tensors: list[Any] = []
         others: list[tuple[_Place, Any]] = []
@@ -92,14 +92,14 @@ class DeviceReadback:
         if tensors:
             try:
                 reads += self._read(places, tensors)
-            except Exception:  # of several shapes, on several devices, or unreadable: the long way tells
+            except Exception:  # of several shapes, on several devices, or unreadable: the grouped read decides
                 others += zip(places, tensors, strict=True)
         for group in _grouped(others):
             places = [place for place, _ in group]
             try:
                 reads += self._read(places, [tensor for _, tensor in group])
-            except Exception as error:  # the border of the pump, which must go on
-                _lose(places, error)
+            except Exception as error:  # the pump must not stop
+                _drop_numbers(places, error)
         if not reads:
             self._observe(batch)
             return _done
@@ -115,7 +115,7 @@ class DeviceReadback:
         return arrived
 
     def _read(self, places: list[_Place], tensors: list[torch.Tensor]) -> list[_Read]:
-        """Put the numbers of like tensors in their places; what has to come from a device first, is returned."""
+        """Read tensors of one kind; return the reads that wait for a device."""
         if tensors[0].is_cuda:
             return [self._read_from_cuda(places, tensors)]
         _put(places, torch.stack(tensors))
@@ -135,7 +135,7 @@ class DeviceReadback:
             host.copy_(stacked, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(stream)
-        # `tensors` and `stacked` are held until the copy has happened: the allocator must not hand their memory on.
+        # `tensors` and `stacked` are held until the copy is complete: the allocator must not reuse their memory.
         held = [*tensors, stacked]
 
         def read() -> bool:
@@ -143,8 +143,8 @@ class DeviceReadback:
                 if not arrived.query():  # type: ignore[no-untyped-call]
                     return False
                 _put(places, host)
-            except Exception as error:  # of the device: the loop meets it, too, with the user's code in its traceback
-                _lose(places, error)
+            except Exception as error:  # of the device: the loop raises it, too, with the user's code in its traceback
+                _drop_numbers(places, error)
             held.clear()
             return True
 
@@ -178,14 +178,14 @@ class DeviceReadback:
                 self._bad_gradients = 0
 
     def _add_readings(self, payload: Payload) -> None:
-        """A checkpoint is taken at this place: add what has been read up to here."""
+        """Contribute the readings before a checkpoint's snapshot."""
         readings = {name: getattr(self, name) for name in _READINGS} | {"summary": dict(self.summary)}
         part = payload.outputs.part_of(READER)
         if part is not None:
             part.set(Part(packing.encode(readings)))
 
     def restore(self, readings: dict[str, Any]) -> None:
-        """Continue with the readings of a checkpoint, before anything is published. Raises `CheckpointDamaged`."""
+        """Restore the readings from a checkpoint, before the first event. Raises `CheckpointDamaged`."""
         try:
             kept = {name: readings.get(name, 0) for name in _READINGS}  # an earlier version lacks the newest
             summary = dict(readings["summary"])
@@ -215,9 +215,9 @@ class DeviceReadback:
 
 
 def _put(places: list[_Place], stacked: torch.Tensor) -> None:
-    """Numbers, or, where each tensor has several elements, lists of them. In the event loop's thread.
+    """Store numbers, or lists of them for tensors of several elements. In the event loop's thread.
 
-    ``stacked`` is in host memory, its copy from a device done: nothing is waited for.
+    ``stacked`` is in host memory, its copy from a device complete: nothing waits here.
     """
     if stacked.numel() == len(places):
         numbers: list[Any] = [float(number) for number in stacked.flatten().tolist()]
@@ -227,8 +227,8 @@ def _put(places: list[_Place], stacked: torch.Tensor) -> None:
         put(where, name, number)
 
 
-def _lose(places: list[_Place], error: Exception) -> None:
-    """These numbers cannot be read: say so, and go on without them."""
+def _drop_numbers(places: list[_Place], error: Exception) -> None:
+    """Warn about numbers that cannot be read, and store None or NaN."""
     logger.warning(f"{len(places)} numbers could not be read from their tensors: {error}", exc_info=error)
     for put, where, name in places:
         if isinstance(where, HistogramLogged):
@@ -238,20 +238,20 @@ def _lose(places: list[_Place], error: Exception) -> None:
 
 
 def _deferred(event: Event) -> Iterator[tuple[_Place, torch.Tensor]]:
-    """Every number of an event that is still a tensor, with its place."""
+    """Every number of an event that is still a tensor, with its target."""
     for name in event.deferred:
         value = getattr(event, name)
         if isinstance(value, torch.Tensor):
             yield (force_setattr, event, name), value if value.numel() > 1 else value.reshape(())
     if isinstance(event, MetricsLogged):
-        metrics: dict[str, Any] = event.metrics  # declared as numbers, which is what everybody else sees
+        metrics: dict[str, Any] = event.metrics  # declared as numbers, which all later readers receive
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
                 yield (setitem, event.metrics, name), value.reshape(())
 
 
 def _grouped(numbers: list[tuple[_Place, torch.Tensor]]) -> list[list[tuple[_Place, torch.Tensor]]]:
-    """Those together that one stack can hold without changing any of them."""
+    """Group the tensors by device, dtype and shape, so that each group can be stacked."""
     groups: dict[Any, list[tuple[_Place, torch.Tensor]]] = {}
     for place, tensor in numbers:
         groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append((place, tensor))

@@ -1,4 +1,4 @@
-"""Takes what user code logs and makes `MetricsLogged` of it, without asking the device for a number."""
+"""Turn logged values into `MetricsLogged` and other events, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Value = float | torch.Tensor
 
 
 class MetricRecorder:
-    """What `ModuleInterface.log` writes to during a run.
+    """Receives the values of `ModuleInterface.log` during a run.
 
-    On the loop's thread values are gathered and published once per optimizer step, or once per evaluation of a
+    On the loop's thread values are collected and published once per optimizer step, or once per evaluation of a
     dataloader, as the mean weighted by rows. In a hook of the observer or fenced lane, each call publishes at
-    once, with the position in the run of the event that the hook handles.
+    once, with the header of the event that the hook handles.
     """
 
     def __init__(self, bus: Ring, media: MediaWriter) -> None:
         self.weight: float = 1
-        """What the batch in hand counts in means. Set by the loop."""
+        """The weight of the current batch in means. Set by the loop."""
         self.validation: dict[str, Value] = {}
-        """What the validation at hand has produced, or the last one; tensors stay on their device."""
+        """Metrics of the current or last validation; tensors stay on their device."""
         self.epoch: dict[str, Value] = {}
-        """What training has produced in the present epoch."""
+        """Metrics of training in the current epoch."""
         self.judged: dict[str, Value] = self.validation
-        """The one of the two that monitors look at."""
+        """One of the two: the metrics that monitors read."""
         self._validated_at = 0
-        self._seen = {TRAIN_EPOCH_LOSS}  # names that a validation, or an epoch in place of one, has produced
+        self._seen = {TRAIN_EPOCH_LOSS}  # metrics of any validation so far, or of any epoch without validation
         self._gaps: set[tuple[str, str]] = set()  # monitors that lacked their metric last time
         self._loss_sum: torch.Tensor | None = None
         self._loss_weight = 0.0
@@ -46,20 +46,20 @@ class MetricRecorder:
         self._media = media
         self._loop_thread = 0
         self.values: list[tuple[str, Value | Logged, float]] = []
-        """What the loop's thread has logged since the last `take`: name, value, weight."""
+        """Values logged on the loop's thread since the last `flush`: name, value, weight."""
         self._hook = threading.local()
-        self._places: dict[str, tuple[str | None, str]] = {}  # of each name: the stage, and what it holds
-        self._allowed: dict[str, str] = {}  # names that were given before, and those under which they are recorded
+        self._places: dict[str, tuple[str | None, str]] = {}  # the stage and the kind of value of each name
+        self._allowed: dict[str, str] = {}  # recorded names by logged names
 
     def bind(self) -> None:
-        """The calling thread is the loop's."""
+        """Declare the calling thread the loop's."""
         self._loop_thread = threading.get_ident()
 
     def log(self, name: str, value: Value | Logged) -> None:
         """Record one value. Any thread; tensors are copied on their device, so they may be changed afterwards.
 
         Raises:
-            ValueError: the trainer publishes a metric of that name itself.
+            ValueError: The name is reserved for a metric of the trainer.
         """
         name = self._allowed.get(name) or self._allow(name)
         if isinstance(value, torch.Tensor):
@@ -76,17 +76,17 @@ class MetricRecorder:
         else:
             self._publish(MetricsLogged(*header, metrics={}, key=key, of_seq=of_seq), {name: value})
 
-    def handling(self, event: Event | None, *, waited_for: bool = False) -> None:
-        """The calling thread runs a hook for this event, or (None) no longer does.
+    def handling(self, event: Event | None, *, fenced: bool = False) -> None:
+        """Declare that the calling thread runs a hook for this event, or (None) no longer does.
 
         Args:
-            waited_for: The loop waits for the hook, so that what it logs is there when monitors are read. What other
-                hooks log comes at any time, and serves no monitor.
+            fenced: The loop waits for the hook, so monitors can read its metrics. Other hooks log at any time, so
+                monitors ignore theirs.
         """
-        self._hook.event, self._hook.waited_for = event, waited_for
+        self._hook.event, self._hook.fenced = event, fenced
 
-    def take(self, key: str | None = None) -> None:
-        """Publish what the loop's thread has logged since the last call. ``key``: the evaluation dataloader's."""
+    def flush(self, key: str | None = None) -> None:
+        """Publish the values logged on the loop's thread since the last call. ``key``: the evaluation dataloader's."""
         values, self.values = self.values, []
         numbers: list[tuple[str, Value, float]] = []
         for name, value, weight in values:
@@ -98,35 +98,35 @@ class MetricRecorder:
             self._publish(MetricsLogged(*self._bus.origin.header(), metrics={}, key=key), means)
 
     def discard(self) -> None:
-        """Forget what the loop's thread has logged since the last `take`: the step was skipped."""
+        """Drop the values logged on the loop's thread since the last `flush`: the step was skipped."""
         self.values = []
 
     # ------------------------------------------------------------------------------------------- monitors
 
     def begin_validation(self, global_step: int) -> None:
-        """A validation begins: what an earlier one has produced counts no more."""
+        """Start a validation: drop the metrics of the previous one."""
         self._validated_at = global_step
         self.validation.clear()
 
     def begin_epoch(self) -> None:
-        """A training epoch begins."""
+        """Start a training epoch: drop the metrics of the previous one."""
         self.epoch.clear()
         self._loss_sum, self._loss_weight = None, 0.0
 
     def add_loss(self, loss: torch.Tensor, weight: float) -> None:
-        """Add a step's loss to the epoch's mean; called only where a monitor follows it."""
+        """Add a step's loss to the epoch's mean; called only if a monitor reads it."""
         # Apple's GPUs have no float64.
         loss = (loss if loss.device.type == "mps" else loss.double()).reshape(()) * weight
         self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
         self._loss_weight += weight
 
     def end_epoch(self) -> None:
-        """A training epoch is over: its mean loss is known, where a monitor follows it."""
+        """Compute the epoch's mean loss, if a monitor reads it."""
         if self._loss_sum is not None and self._loss_weight:
             self.epoch[TRAIN_EPOCH_LOSS] = self._loss_sum / self._loss_weight
 
     def keep(self, name: str, value: Value, stage: str | None, global_step: int) -> None:
-        """Note a value for monitors."""
+        """Record a value for monitors."""
         if stage == "val":
             if global_step == self._validated_at:
                 self.validation[name] = value
@@ -134,16 +134,16 @@ class MetricRecorder:
             self.epoch[name] = value
 
     def monitored(self, monitor: str, wanted_by: str, *, required: bool) -> Value | None:
-        """The value of a metric that the validation (or epoch) just over has produced; None if it has not.
+        """The value of a metric of the last validation (or epoch); None if it is missing.
 
-        `MonitorMissing` and a warning then name the metrics that exist.
+        `MonitorMissing` and a warning then name the existing metrics.
 
         Args:
-            wanted_by: Who follows it, for messages.
-            required: It is an error that no validation so far has produced it.
+            wanted_by: The callback or scheduler that reads it, for messages.
+            required: Raise if no validation so far has logged it.
 
         Raises:
-            MetricNotFound: as ``required`` says.
+            MetricNotFound: The metric is required and was never logged.
         """
         judged, gap = self.judged, (wanted_by, monitor)
         value = judged.get(monitor)
@@ -155,10 +155,10 @@ class MetricRecorder:
         before, noticed = monitor in self._seen, gap in self._gaps
         self._gaps.add(gap)
         what = "validation" if judged is self.validation else "epoch"
-        there = f"{', '.join(known)}" if known else "none"
-        text = f"{wanted_by} follows {monitor!r}, which is not a metric of this {what} (there are: {there})"
+        there = ", ".join(known) or "none"
+        text = f"{wanted_by} follows {monitor!r}, which is not a metric of this {what} (available: {there})"
         if before:
-            text += "; nothing is judged by it this time"
+            text += "; skipped this time"
         elif near := get_close_matches(monitor, known, 1, 0.5):
             text += f"; set it to {near[0]!r}, or log {monitor!r}"
         else:
@@ -170,11 +170,11 @@ class MetricRecorder:
         return None
 
     def end_judging(self) -> None:
-        """All monitors have looked: a name that was there now was there before, from now on."""
+        """Record the names of the current metrics, after all monitors have read them."""
         self._seen.update(self.judged)
 
     def state_dict(self) -> dict[str, Any]:
-        """What monitors need of it in a checkpoint; tensors are not copied."""
+        """The state of monitors for a checkpoint; tensors are not copied."""
         return {
             "validation": dict(self.validation),
             "epoch": dict(self.epoch),
@@ -184,7 +184,7 @@ class MetricRecorder:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.validation.update(state["validation"])
         self.epoch.update(state["epoch"])
         self._validated_at = state["validated_at"]
@@ -196,7 +196,7 @@ class MetricRecorder:
     def _allow(self, name: str) -> str:
         if (names := reserved(name)) is not None:
             raise ValueError(
-                f"log({name!r}) would mix with a metric of the trainer's own ({names}); use another name, such as"
+                f"log({name!r}): the name is reserved for a metric of the trainer ({names}); use another name, such as"
                 f" {'my_' + name.replace('/', '_')!r}"
             )
         self._allowed[name] = recorded = as_name(name)
@@ -208,30 +208,30 @@ class MetricRecorder:
         return recorded
 
     def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
-        serves = threading.get_ident() == self._loop_thread or getattr(self._hook, "waited_for", False)
+        fenced = threading.get_ident() == self._loop_thread or getattr(self._hook, "fenced", False)
         for name, value in values.items():
             full = metric_name(name, event.key)
             if self._places.get(full) != (event.stage, "a number"):
                 self._place(full, event.stage, "a number")
-            if serves:
+            if fenced:
                 self.keep(full, value, event.stage, event.global_step)
             event.metrics[name] = value  # type: ignore[assignment]  # a tensor is deferred: see `Event.deferred`
         self._bus.publish(event)
 
     def _place(self, name: str, stage: str | None, what: str) -> None:
-        """Warn once of a name under which two quantities would end in one series."""
+        """Warn once about a name that would mix two quantities in one series."""
         first = self._places.setdefault(name, (stage, what))
         if first == (stage, what) or first[1] == "":
             return
         self._places[name] = (stage, "")
         if first[1] != what:
             logger.warning(
-                f"{name!r} is logged as {first[1]} and as {what}; loggers may show one of the two: use two names"
+                f"{name!r} is logged as {first[1]} and as {what}; use two names, because loggers may show only one"
             )
         else:
             here, there = _STAGES.get(first[0], "outside of a stage"), _STAGES.get(stage, "outside of a stage")
             logger.warning(
-                f"{name!r} is logged {here} and {there}, and both end in one series; use two names, such as"
+                f"{name!r} is logged {here} and {there}, which mixes both in one series; use two names, such as"
                 f" 'train_{name}' and 'val_{name}'"
             )
 
@@ -272,7 +272,7 @@ def _means(values: list[tuple[str, Value, float]]) -> dict[str, Value]:
 def weighted_mean(group: list[tuple[Value, float]]) -> Value | None:
     """The mean of numbers and 0-dim tensors; on the tensors' device if there is any, without waiting for it.
 
-    Values of weight 0 are left out, NaN ones too. None if no weight is left.
+    Values of weight 0 are skipped, even NaN. None if all weights are 0.
     """
     group = [(value, weight) for value, weight in group if weight]
     if not group:

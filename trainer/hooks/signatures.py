@@ -1,4 +1,4 @@
-"""Whether a user's method takes the arguments with which the trainer calls it, looked at without calling it."""
+"""Check that a user's method accepts the trainer's arguments, without calling it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _FIXED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 
 def signature_of(method: Any) -> inspect.Signature | None:
-    """The arguments of a bound method; None if nobody can know them, as for some functions written in C.
+    """The signature of a bound method; None if unknown, as for some functions written in C.
 
     Raises:
-        ValueError: The method takes no argument at all, not even ``self``.
+        ValueError: The method accepts no argument, not even ``self``.
     """
     try:
         return inspect.signature(method)
@@ -27,13 +27,13 @@ def signature_of(method: Any) -> inspect.Signature | None:
 
 
 def signature_problem(owner: str, name: str, method: Any, contract: Callable[..., Any]) -> str | None:
-    """Say why a method cannot be called as the contract calls it; None if it can.
+    """Describe why a method cannot be called as in the contract; None if it can.
 
     Args:
         owner: The class, for the message.
         name: The method's name.
-        method: As it is found on the object, bound.
-        contract: The function that declares it, with ``self``.
+        method: The object's attribute, bound.
+        contract: The declaring function, with ``self``.
     """
     expected = inspect.signature(contract)
     should = f"define it as {name}{_shown(expected)}"
@@ -54,7 +54,7 @@ def signature_problem(owner: str, name: str, method: Any, contract: Callable[...
     named = {one.name: None for one in parameters if one.kind is one.KEYWORD_ONLY}
     fixed = [one.name for one in parameters[: len(given)]]
     if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        # How many outputs the step returns is known when it has returned them.
+        # The number of outputs is only known once a step has returned them.
         least = _least_outputs(signature, len(given), named)
         takes_any = any(one.kind is one.VAR_POSITIONAL for one in signature.parameters.values())
         given += [None] * max(least, takes_any)
@@ -67,7 +67,7 @@ def signature_problem(owner: str, name: str, method: Any, contract: Callable[...
 
 
 def takes_outputs(hook: Any) -> bool:
-    """Whether a hook whose first argument is ``global_step`` takes any outputs after it."""
+    """Whether a hook accepts any outputs after its first argument, ``global_step``."""
     try:
         signature = signature_of(hook)
     except ValueError:
@@ -88,7 +88,7 @@ def can_take(signature: inspect.Signature, given: Sequence[Any], named: Mapping[
 
 
 def clear_error(error: Exception, owner: str, name: str, hook: Any, given: Sequence[Any], named: Any) -> Exception:
-    """The error of a hook, or a clear one if the hook did not even begin because it takes another number of outputs."""
+    """Return a SignatureError if the call itself failed on the number of outputs, else the hook's own error."""
     trace = error.__traceback__
     if type(error) is not TypeError or trace is None or trace.tb_next is not None:
         return error  # raised in the hook
@@ -115,7 +115,7 @@ def _least_outputs(signature: inspect.Signature, fixed: int, named: Mapping[str,
 
 
 def _with_self(signature: inspect.Signature) -> str:
-    """The arguments of a bound method as they stand where it is defined."""
+    """The signature of a bound method as in its definition."""
     rest = _shown(signature).removeprefix("(")
     return f"(self, {rest}" if rest != ")" else "(self)"
 

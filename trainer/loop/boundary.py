@@ -102,7 +102,7 @@ class Boundary:
                 args, kwargs = hook_arguments(event, outputs.collated() if outputs is not None else ())
             self.run_inline(inline, *args, **kwargs)
             if self.attempt.recorder.values:  # now, or they would be taken for numbers of the next step
-                self.attempt.recorder.take(getattr(event, "key", None))
+                self.attempt.recorder.flush(getattr(event, "key", None))
 
     def run_inline(self, hooks: list[InlineHook], *args: Any, **kwargs: Any) -> None:
         """Run hooks here and now."""
@@ -136,7 +136,7 @@ class Boundary:
                 outputs = collate_outputs([detach_copy(values, clone=False) for values in live], attempt.notice)
         self.run_inline(hooks, attempt.origin.global_step, *outputs)
         if attempt.recorder.values:
-            attempt.recorder.take()
+            attempt.recorder.flush()
 
     def ask_to_stop(self, *, epoch_loss: bool | None = None) -> None:
         """Metrics are judged: ask the callbacks that may stop the run.

@@ -326,7 +326,7 @@ class Checkpointing:
         for number, callback in enumerate(self._stateful()):
             if callback.observed:
                 part = owners[callback.name] = f"callback-{number}"
-                parts[part] = LatePart(callback.is_given_up, essential=callback.is_essential)
+                parts[part] = LatePart(callback.is_disabled, essential=callback.is_essential)
         return parts, owners
 
     def _stateful(self) -> list[CallbackHooks]:

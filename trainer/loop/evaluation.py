@@ -114,7 +114,7 @@ class Evaluation:
         if tally.batches == 0:
             raise EmptyDataLoader(f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out")
         if recorder.values:
-            recorder.take(key)
+            recorder.flush(key)
         loss: Any = weighted_mean(tally.losses)
         if loss is not None:
             recorder.keep(metric_name(f"{name}_loss", key), loss, name, origin.global_step)
@@ -163,7 +163,7 @@ class Evaluation:
                         f" floating-point number, nor a vector of one for each row"
                     )
                 if outputs is not None and values:
-                    outputs.append(self._capture.take(values))
+                    outputs.append(self._capture.copy(values))
                 if step_ended in attempt.bus.audience.wanted:  # built by position, because there is one per batch
                     attempt.bus.publish(step_ended(*attempt.origin.header(), key, tally.batches))
         finally:

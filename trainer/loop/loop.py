@@ -253,7 +253,7 @@ class TrainingLoop:
         if not self._step.is_manual:
             position.skipped_in_a_row = 0
         if recorder.values:
-            recorder.take()
+            recorder.flush()
         if follows_loss:
             recorder.add_loss(outcome.loss, outcome.weight or 1)
         # By position, because it is built at every step: keywords would take half as long again.
@@ -297,7 +297,7 @@ class TrainingLoop:
             if is_loss:
                 copies = [Copy((loss,), loss.nbytes)]
             else:
-                copies = [self._capture.take(values) for values in live]
+                copies = [self._capture.copy(values) for values in live]
             if outputs is not None:
                 for copy in copies:
                     outputs.append(copy)

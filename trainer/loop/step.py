@@ -253,7 +253,7 @@ class Step:
             receivers = bus.audience.payload_receivers.get(BackwardEnded, ())
             if receivers:
                 fence = boundary.fence(BackwardEnded)
-                copy = self._capture.take((loss,))
+                copy = self._capture.copy((loss,))
                 payload = Payload(self._capture.of_step([copy], len(receivers) > 1), fence, copy.nbytes)
             header = self._attempt.origin.header()
             # By position, because it is built at every micro-batch.
