@@ -56,9 +56,9 @@ def trained(kit: Any, curve: list[float], callback: Any, **options: Any) -> Any:
         ({"monitor": None}, "monitor must be a metric's name, not None"),
         ({"monitor": "train_loss"}, "follow 'train_epoch_loss'"),
         ({"mode": "smallest"}, "mode must be 'min' or 'max', not 'smallest'"),
-        ({"patience": 0}, "patience must be a whole number, at least 1, not 0"),
-        ({"patience": 2.0}, "patience must be a whole number, at least 1, not 2.0"),
-        ({"patience": True}, "patience must be a whole number"),
+        ({"patience": 0}, "patience must be an integer >= 1, not 0"),
+        ({"patience": 2.0}, "patience must be an integer >= 1, not 2.0"),
+        ({"patience": True}, "patience must be an integer"),
         ({"min_delta": -0.1}, "min_delta must be a number from 0, not -0.1"),
         ({"min_delta": math.nan}, "min_delta must be a number from 0, not nan"),
         ({"check_finite": 1}, "check_finite must be True or False, not 1"),
@@ -375,7 +375,7 @@ def test_a_checkpoint_of_another_metric_begins_anew(kit: Any, tmp_path: Path, ca
     trained(kit, [0.5, 4.0, 3.0, 2.0], EarlyStopping(patience=9), max_steps=2, **run)
     other = EarlyStopping("val_loss", "max", patience=9)
     trained(kit, [0.5, 4.0, 3.0, 2.0], other, resume="auto", **run)
-    assert "EarlyStopping begins anew: that of the checkpoint followed 'val_loss' (mode 'min')" in caplog.text
+    assert "EarlyStopping starts without the checkpoint's state, which is of 'val_loss' (mode 'min')" in caplog.text
     assert (other.best, other.best_step, other.waited) == (3.0, 3, 1)
 
 

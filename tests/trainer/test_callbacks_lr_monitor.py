@@ -45,10 +45,10 @@ def rates_of_steps(outcome: Any) -> list[tuple[int, float]]:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"module": torch.nn.Linear(1, 1)}, "module must be the ModuleInterface to be trained, not Linear("),
+        ({"module": torch.nn.Linear(1, 1)}, "module must be the trained ModuleInterface, not Linear("),
         ({"module": CallbackInterface}, "not the class CallbackInterface"),
-        ({"every_n_steps": 0}, "every_n_steps must be a whole number, at least 1, not 0"),
-        ({"every_n_steps": "1"}, "every_n_steps must be a whole number, at least 1, not '1'"),
+        ({"every_n_steps": 0}, "every_n_steps must be an integer >= 1, not 0"),
+        ({"every_n_steps": "1"}, "every_n_steps must be an integer >= 1, not '1'"),
         ({"momentum": "yes"}, "momentum must be True or False, not 'yes'"),
     ],
 )
@@ -63,7 +63,7 @@ def test_another_module_is_refused(kit: Any) -> None:
     """What is logged through it would go nowhere."""
     error = kit.train(kit.Net(), callbacks=[LearningRateMonitor(kit.Net())]).error
     assert isinstance(error, ContractError)
-    assert "LearningRateMonitor was given a Net that this run does not train" in str(error)
+    assert "LearningRateMonitor has a Net that this run does not train" in str(error)
     assert "raised by LearningRateMonitor.bind_optimizers" in error.__notes__
 
 

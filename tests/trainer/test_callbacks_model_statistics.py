@@ -49,12 +49,12 @@ def norm(tensors: Any) -> float:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"module": nn.Linear(1, 1)}, "module must be the ModuleInterface to be trained, not Linear("),
-        ({"every_n_steps": 0}, "every_n_steps must be a whole number, at least 1, not 0"),
-        ({"every_n_steps": 1.5}, "every_n_steps must be a whole number, at least 1, not 1.5"),
-        ({"norms": False}, "norms and histograms are both off: there is nothing to log"),
+        ({"module": nn.Linear(1, 1)}, "module must be the trained ModuleInterface, not Linear("),
+        ({"every_n_steps": 0}, "every_n_steps must be an integer >= 1, not 0"),
+        ({"every_n_steps": 1.5}, "every_n_steps must be an integer >= 1, not 1.5"),
+        ({"norms": False}, "norms and histograms are both False; enable one of them"),
         ({"histograms": 64}, "histograms must be True or False, not 64"),
-        ({"bins": 1}, "bins must be a whole number, at least 2, not 1"),
+        ({"bins": 1}, "bins must be an integer >= 2, not 1"),
         ({"exclude": "*.bias"}, "exclude must be a list of patterns, such as ['*.bias'], not '*.bias'"),
         ({"exclude": [1]}, "exclude must be a list of patterns"),
         ({"exclude": None}, "exclude must be a list of patterns"),
@@ -71,7 +71,7 @@ def test_another_module_is_refused(kit: Any) -> None:
     """Its statistics would go nowhere."""
     error = kit.train(kit.Net(), callbacks=[ModelStatistics(kit.Net(), 2)]).error
     assert isinstance(error, ContractError)
-    assert "ModelStatistics was given a Net that this run does not train" in str(error)
+    assert "ModelStatistics has a Net that this run does not train" in str(error)
 
 
 # ----------------------------------------------------------------------------------------------------------- norms

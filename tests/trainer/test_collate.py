@@ -207,7 +207,7 @@ class TorchCalls(TorchFunctionMode):
 
 def test_a_mapping_is_refused_with_its_keys() -> None:
     """Outputs are positional; the message says what to return."""
-    with pytest.raises(StepOutputError, match="a dict with loss, logits: return the loss, or a tuple"):
+    with pytest.raises(StepOutputError, match="a dict with loss, logits; return the loss, or a tuple"):
         as_tuple({"loss": 1, "logits": 2})
 
 

@@ -373,7 +373,7 @@ def test_the_length_of_a_loader_is_its_own_word_or_none() -> None:
         ({"": []}, "the key ''"),
         ({"a\udc80": []}, r"the key 'a\\udc80', which holds characters that cannot be printed; use"),
         ({"a" * 251: []}, "which has 251 characters, more than 250; use"),
-        ([DataLoader([1]), DataLoader([2])], "a list of dataloaders: return a dict"),
+        ([DataLoader([1]), DataLoader([2])], "a list of dataloaders; return a dict"),
     ],
 )
 def test_what_is_no_dataloader_is_named_with_its_key(value: Any, says: str) -> None:

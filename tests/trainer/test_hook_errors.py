@@ -203,7 +203,7 @@ def test_a_callback_that_would_catch_up_is_refused(kit: Any) -> None:
 
 def test_event_types_are_chosen_by_hooks_and_not_by_the_delivery(kit: Any) -> None:
     """A hook that would never be called is no hook."""
-    with pytest.raises(ArgumentsError, match=r"Diary comes with Delivery\(types=...\), but its hooks say"):
+    with pytest.raises(ArgumentsError, match=r"Diary has Delivery\(types=...\), but its hooks select"):
         CallbackHooks(kit.Diary(), Delivery(types=frozenset({TrainStepEnded})))
 
 

@@ -38,7 +38,7 @@ def on(name: str, act: Callable[..., Any], lane: str | None = None, kind: type =
 def table_of(text: str) -> list[str]:
     """The rows of the table of lanes in a text."""
     lines = text.splitlines()
-    begin = lines.index("| hook | owner | lane | thread | what it gets |") + 2
+    begin = lines.index("| hook | owner | lane | thread | receives |") + 2
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[begin:])
     return [row.strip() for row in rows]
 

@@ -136,7 +136,7 @@ def test_a_last_smaller_batch_is_looked_at_with_its_own_size(kit: Any, caplog: p
 
     kit.train(Net(), val_interval_epochs=0)
     (text,) = [text for text in caplog.messages if "are a guess" in text]
-    assert "its second dimension is the 3 rows" in text
+    assert "its second dimension has the requested 3 rows" in text
 
 
 def time_first(samples: list[Any]) -> Any:

@@ -1,7 +1,6 @@
-"""Callbacks that many runs want: `EarlyStopping`, `EMA`, `LearningRateMonitor` and `ModelStatistics`.
+"""Common callbacks: `EarlyStopping`, `EMA`, `LearningRateMonitor` and `ModelStatistics`.
 
-All of them run on the loop's thread, at exact places, and read no number from the device in a step. What they keep is
-part of checkpoints.
+All of them run on the loop's thread and read no number from the device in a step. Checkpoints contain their state.
 """
 
 from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping

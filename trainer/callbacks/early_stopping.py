@@ -15,7 +15,7 @@ from trainer.module_interface import CallbackInterface
 
 
 class EarlyStopping(CallbackInterface):
-    """Stops the run when a metric has not improved for some validations in a row::
+    """Stops the run when a metric has not improved for ``patience`` validations in a row::
 
         from trainer import Checkpoints, Trainer, TrainerArguments
         from trainer.callbacks import EarlyStopping
@@ -28,30 +28,30 @@ class EarlyStopping(CallbackInterface):
         ).train()
         print(result.status, result.reason)  # stopped accuracy has not improved for 5 evaluations (patience): ...
 
-    The run ends as by `Run.stop`: with a checkpoint, where it takes any, the hooks of its end, and the status
-    ``stopped``. It does so right after the validation, before anything else is trained: at the same step each time. A
-    run that does not validate is judged at the end of each epoch; after the last epoch there is nothing to stop.
+    The run ends as by `Run.stop`: with a checkpoint if it takes any, its last hooks, and the status ``stopped``. It
+    ends right after the validation, so at the same step each time. A run that does not validate is checked at the end
+    of each epoch but the last.
 
-    The metric is looked for where `RunResult.metrics` has it: ``val_loss``, ``val_loss/KEY`` for other dataloaders, and
-    what was logged in the validation, by ``val_step``, by the module's own ``on_end_val_epoch``, or by an inline or
-    fenced hook. A validation that lacks the metric is not judged: `MonitorMissing` and a warning report it. The metric
-    ``train_epoch_loss`` is judged at the end of each epoch. The value is read on the loop's thread: one wait for the
-    device in each validation, in the ledger's ``readback``.
+    The metric has its name in `RunResult.metrics`: ``val_loss``, ``val_loss/KEY`` for other dataloaders, or a name
+    logged in the validation by ``val_step``, the module's own ``on_end_val_epoch``, or an inline or fenced hook. A
+    validation without the metric is skipped; `MonitorMissing` and a warning report it. ``train_epoch_loss`` is checked
+    at the end of each epoch. The value is read on the loop's thread: one wait for the device per validation, in the
+    ledger's ``readback``.
 
-    What it knows is part of checkpoints. A run that it has stopped and that is resumed gets one validation in which to
-    improve. On resuming with another ``monitor`` or ``mode`` it begins anew.
+    Checkpoints contain its state. A resumed run that it had stopped gets one validation in which to improve. Resuming
+    with another ``monitor`` or ``mode`` resets the state.
 
     Args:
         monitor: The metric's name.
         mode: ``"min"``: smaller is better; ``"max"``: larger.
-        patience: So many validations in a row without an improvement end the run.
-        min_delta: By how much more than this a value must be better than the best one to count as an improvement.
-        check_finite: Stop at once when the metric is NaN or infinite. Otherwise that is no improvement.
+        patience: Maximum validations in a row without an improvement; reaching it ends the run.
+        min_delta: Minimum difference from the best value that counts as an improvement, exclusive.
+        check_finite: Stop at once when the metric is NaN or infinite. Otherwise that is not an improvement.
         target: Stop as soon as the metric has reached this value, or is better.
 
     Raises:
-        ArgumentsError: one of them cannot be used.
-        MetricNotFound: in a run, if the first validation does not produce the metric; names those that it produces.
+        ArgumentsError: An argument is invalid.
+        MetricNotFound: In a run, if the first validation does not log the metric; names the metrics that it logs.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class EarlyStopping(CallbackInterface):
         checks.that(isinstance(monitor, str) and bool(monitor), f"monitor must be a metric's name, not {monitor!r:.80}")
         checks.that(
             monitor != "train_loss",
-            "monitor='train_loss' is the loss of a single step: follow 'train_epoch_loss', the epoch's mean",
+            "monitor='train_loss' is the loss of a single step; follow 'train_epoch_loss', the epoch's mean",
         )
         checks.that(mode in ("min", "max"), f"mode must be 'min' or 'max', not {mode!r:.80}")
-        checks.whole("patience", patience)
+        checks.count("patience", patience)
         checks.that(
             is_finite(min_delta) and min_delta >= 0, f"min_delta must be a number from 0, not {min_delta!r:.80}"
         )
@@ -81,11 +81,11 @@ class EarlyStopping(CallbackInterface):
         self.best: float | None = None
         """The best value so far."""
         self.best_step = 0
-        """``global_step`` of the validation in which that was."""
+        """``global_step`` of that validation."""
         self.waited = 0
         """Validations since then."""
         self.monitor = monitor
-        """The metric's name: the loop calls `should_stop` when that metric is there."""
+        """The metric's name: the loop calls `should_stop` only with that metric."""
         self._mode = mode
         self._patience = patience
         self._min_delta = min_delta
@@ -93,14 +93,14 @@ class EarlyStopping(CallbackInterface):
         self._target = target
 
     def should_stop(self, global_step: int, metrics: Mapping[str, float | torch.Tensor]) -> str | None:
-        """A validation is over: returns why the run is to stop, or None. Called by the loop, on its thread.
+        """Return a reason to stop the run, or None. The loop calls it after a validation, on its thread.
 
         Args:
             global_step: Optimizer steps finished.
-            metrics: What that validation has produced; tensors are on their device.
+            metrics: Those of the validation; tensors are on their device.
         """
         name = self.monitor
-        value = float(metrics[name])  # SYNC: once per validation, because the user wants the run to end by it
+        value = float(metrics[name])  # SYNC: once per validation, because the run may end by it
         if self._check_finite and not math.isfinite(value):
             return f"{name} is {value} at step {global_step} (check_finite); {self._best_so_far}"
         if self._is_improved(value):
@@ -130,7 +130,7 @@ class EarlyStopping(CallbackInterface):
         return self._is_better(value, self.best + delta)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The state for a checkpoint."""
         return {
             "monitor": self.monitor,
             "mode": self._mode,
@@ -140,11 +140,11 @@ class EarlyStopping(CallbackInterface):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, if it is of this metric."""
+        """Restore the state that `state_dict` returned, if it has the same metric and mode."""
         if (state["monitor"], state["mode"]) != (self.monitor, self._mode):
             logger.warning(
-                f"EarlyStopping begins anew: that of the checkpoint followed {state['monitor']!r} (mode"
-                f" {state['mode']!r}), and this one follows {self.monitor!r} (mode {self._mode!r})"
+                f"EarlyStopping starts without the checkpoint's state, which is of {state['monitor']!r} (mode"
+                f" {state['mode']!r}), not of {self.monitor!r} (mode {self._mode!r})"
             )
             return
         best, best_step, waited = state["best"], state["best_step"], state["waited"]

@@ -20,7 +20,7 @@ from trainer.module_interface import CallbackInterface, inline
 
 
 class EMA(CallbackInterface):
-    """Averages the weights over the steps: each step moves the average by ``1 - decay`` of the way to the weights::
+    """Keeps an exponential moving average of the weights, ``decay * average + (1 - decay) * weights`` at each step::
 
         from trainer import Trainer, TrainerArguments
         from trainer.callbacks import EMA
@@ -33,27 +33,26 @@ class EMA(CallbackInterface):
             outputs = trainer.test()
         torch.save(ema.weights(), "averaged.pt")
 
-    The average begins as the weights after the first step. It is computed on the loop's thread and on the weights'
-    device, right after each optimizer step; a step that was skipped does not count. The weights are followed in place,
-    so torch.compile changes nothing. It is part of checkpoints, to the last bit.
+    The average starts with the weights after the first step. It is computed on the loop's thread and on the weights'
+    device, right after each optimizer step that is not skipped. The weights are read in place, also under
+    torch.compile. Checkpoints contain the average, bit for bit.
 
-    Only parameters that are trained are averaged, and nothing else of the module is copied. One that is unfrozen later
-    joins with the weights that it has at the beginning of the next epoch. Weights in half precision are averaged in
-    float32: small moves would be lost.
+    Only trained parameters are averaged and copied. A parameter that is unfrozen later joins at the beginning of the
+    next epoch. Weights in half precision are averaged in float32, which would otherwise lose small updates.
 
-    Validation uses the weights as they are trained.
+    Validation uses the trained weights, not the average.
 
     Args:
-        module: The module that is trained, or a part of it.
-        decay: How much of the average stays at each step, from 0 up to but not including 1.
+        module: The trained module, or a part of it.
+        decay: The weight of the average at each step, in [0, 1).
         every_n_steps: Average when ``global_step`` is a multiple of this.
-        buffers: Average floating-point buffers, too (such as a batch norm's running mean), and take the others as they
-            are at the last averaged step. Otherwise `weights` and `applied` have the buffers of the module.
+        buffers: Average floating-point buffers, too (such as a batch norm's running mean), and copy the others at each
+            averaged step. Otherwise `weights` and `applied` have the buffers of the module.
 
     Raises:
-        ArgumentsError: one of them cannot be used.
-        ContractError: in a run, if it trains nothing of this module.
-        CheckpointMismatch: on resuming, if the average is that of another model; names what does not fit.
+        ArgumentsError: An argument is invalid.
+        ContractError: In a run that trains no parameter of this module.
+        CheckpointMismatch: On resuming with the average of another model; names the mismatches.
     """
 
     def __init__(
@@ -64,53 +63,53 @@ class EMA(CallbackInterface):
         checks.that(
             is_finite(decay) and 0 <= decay < 1, f"decay must be a number from 0 to less than 1, not {decay!r:.80}"
         )
-        checks.whole("every_n_steps", every_n_steps)
+        checks.count("every_n_steps", every_n_steps)
         checks.flag("buffers", buffers)
         checks.done()
         self.steps = 0
-        """How many steps have been averaged."""
+        """Number of averaged steps."""
         self._module = module
         self._decay = float(decay)
         self._every_n_steps = every_n_steps
         self._buffers = buffers
         self._average: dict[str, torch.Tensor] = {}
         self._live: dict[str, torch.Tensor] = {}
-        """The module's own tensors that are averaged, by the same names."""
+        """The module's averaged tensors, by the same names."""
         self._groups: list[tuple[bool, list[torch.Tensor], list[torch.Tensor]]] = []
-        """What is moved at once: whether it is of one type, averages, the module's own."""
-        self._taken: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Buffers that are no numbers to average."""
+        """Tensors that are updated in one call: whether both have one type, averages, the module's."""
+        self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Buffers that are copied, not averaged: copies, the module's."""
         self._move = get_ema_multi_avg_fn(self._decay)  # type: ignore[no-untyped-call]  # torch's
         self._is_applied = False
 
     # ------------------------------------------------------------------------------------ on the loop's thread
 
     def bind_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """The run's optimizers, from the loop, before its first step: they must train something of what is averaged."""
+        """Check that the run's optimizers train the module; the loop calls it before the first step."""
         trained = {
             id(tensor) for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]
         }
         own = {id(tensor) for tensor in self._module.parameters() if tensor.requires_grad}
         if own and trained and not own & trained:
             raise ContractError(
-                f"EMA was given a {type(self._module).__name__} of which this run trains no parameter: give it the very"
-                f" module that the Trainer gets, or a part of it"
+                f"EMA has a {type(self._module).__name__} of which this run trains no parameter; give it the module of"
+                f" the Trainer, or a part of it"
             )
 
     @inline
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
-        """See whether the module has got other parameters to train."""
+        """Follow parameters that were unfrozen or replaced since the last epoch."""
         if self._average:
             self._follow()
 
     @inline
     @without_outputs
     def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
-        """The weights have changed: move the average."""
+        """Update the average."""
         if global_step % self._every_n_steps:
             return
         if self._is_applied:
-            raise StagecastError("EMA: the averaged weights are applied to the module, and it is trained meanwhile")
+            raise StagecastError("EMA: a step was trained inside the block of applied(); leave the block first")
         if not self._average:
             self._follow()
         else:
@@ -122,15 +121,15 @@ class EMA(CallbackInterface):
         for alike, averages, live in self._groups:
             if alike:
                 self._move(averages, live, self.steps)
-            else:  # the function above takes one type only
+            else:  # `_move` requires one type
                 torch._foreach_mul_(averages, self._decay)  # pyright: ignore[reportPrivateImportUsage]  # no public one
                 torch._foreach_add_(averages, live, alpha=1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
-        for average, buffer in self._taken:
+        for average, buffer in self._copied:
             average.copy_(buffer)
 
     @torch.no_grad()
     def _follow(self, *, join: bool = True) -> None:
-        """Follow the tensors that the module has now. ``join``: what it trains, and was not averaged yet, begins."""
+        """Follow the module's current tensors. ``join``: also average trained tensors that were not averaged yet."""
         named, before = self._named(), self._average
         self._average, self._live = {}, {}
         for name, tensor in named.items():
@@ -140,11 +139,11 @@ class EMA(CallbackInterface):
             elif wanted:
                 self._average[name], self._live[name] = tensor.detach().to(_wide(tensor.dtype), copy=True), tensor
         groups: dict[Any, tuple[bool, list[torch.Tensor], list[torch.Tensor]]] = {}
-        self._taken = []
+        self._copied = []
         for name, tensor in self._live.items():
             average = self._average[name]
             if not (tensor.is_floating_point() or tensor.is_complex()):
-                self._taken.append((average, tensor))
+                self._copied.append((average, tensor))
                 continue
             alike = average.dtype == tensor.dtype
             _, averages, live = groups.setdefault((tensor.device, tensor.dtype), (alike, [], []))
@@ -160,14 +159,14 @@ class EMA(CallbackInterface):
 
     @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
-        """The module's state dict with the averaged weights, in the types of the module's: a copy, on its device.
+        """The module's state dict with the averaged weights, in the module's types: a copy, on its device.
 
-        Call it on the loop's thread, in a fenced hook, or when nothing trains the module.
+        Call it on the loop's thread, in a fenced hook, or outside of a run.
 
         Raises:
-            StagecastError: no step was averaged so far.
+            StagecastError: No step was averaged.
         """
-        self._must_have_some()
+        self._check_has_steps()
         average = {id(tensor): self._average[name] for name, tensor in self._live.items()}
         return {
             name: average.get(id(tensor), tensor).detach().to(tensor.device, tensor.dtype, copy=True)
@@ -177,26 +176,26 @@ class EMA(CallbackInterface):
         }
 
     def copy_to(self, module: nn.Module) -> None:
-        """Give another module of the same kind the averaged weights. Threads and errors as `weights`.
+        """Load the averaged weights into another module of the same kind. Threads and errors as `weights`.
 
         Raises:
-            RuntimeError: names or shapes are not those of this module.
+            RuntimeError: The other module has other names or shapes.
         """
         module.load_state_dict(self.weights())
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the module has the averaged weights, afterwards its own again, whatever happens.
+        """Give the module the averaged weights within the block, and restore its own afterwards.
 
-        Enter and leave it on the loop's thread, in a fenced hook, or when nothing trains the module. It takes the
-        memory of another copy of the weights.
+        Enter and leave it on the loop's thread, in a fenced hook, or outside of a run. It needs the memory of another
+        copy of the weights.
 
         Raises:
-            StagecastError: no step was averaged so far, or they are applied already.
+            StagecastError: No step was averaged, or the average is applied already.
         """
-        self._must_have_some()
+        self._check_has_steps()
         if self._is_applied:
-            raise StagecastError("EMA.applied() is within another: the module has the averaged weights already")
+            raise StagecastError("EMA.applied() is nested, so the average is applied already; leave the outer block")
         live = list(self._live.values())
         with torch.no_grad():
             own = [tensor.detach().clone() for tensor in live]
@@ -208,20 +207,18 @@ class EMA(CallbackInterface):
             _copy(live, own)
             self._is_applied = False
 
-    def _must_have_some(self) -> None:
+    def _check_has_steps(self) -> None:
         if not self._average:
-            raise StagecastError(
-                "EMA has averaged no step so far: train first, or resume from a checkpoint that has one"
-            )
+            raise StagecastError("EMA has not averaged any step; train first, or resume from a checkpoint with an EMA")
 
     # ---------------------------------------------------------------------------------------------- in checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: the averages themselves, not copied."""
+        """The state for a checkpoint; the averages are not copied."""
         return {"steps": self.steps, "decay": self._decay, "average": dict(self._average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         named, saved = self._named(), state["average"]
         problems = [f"there is no {name} here to average" for name in saved if name not in named]
         problems += [
@@ -241,7 +238,7 @@ class EMA(CallbackInterface):
             )
         self.steps = state["steps"]
         self._average = dict(saved)
-        self._follow(join=False)  # what has been unfrozen since joined at the next epoch then, and does so again
+        self._follow(join=False)  # tensors that were unfrozen since join at the next epoch, as without the interruption
 
 
 @torch.no_grad()
@@ -250,7 +247,7 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
 
 
 def _misfit(average: Any, tensor: torch.Tensor) -> str | None:
-    """Why an average is not one of this tensor; None if it is."""
+    """Describe why an average does not belong to this tensor; None if it does."""
     if not isinstance(average, torch.Tensor):
         return f"is a {type(average).__name__} there, not a tensor"
     if average.shape != tensor.shape:
@@ -261,5 +258,5 @@ def _misfit(average: Any, tensor: torch.Tensor) -> str | None:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type to average in."""
+    """The type of a tensor's average."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype

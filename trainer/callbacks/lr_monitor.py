@@ -25,26 +25,25 @@ class LearningRateMonitor(CallbackInterface):
             callbacks=[LearningRateMonitor(module, every_n_steps=10, momentum=True)],
         ).train()
 
-    The value is the one that the step was taken with, as in `TrainStepEnded.lr`, which has that of the first group
-    alone. Optimizers and groups are counted from 0, in the order of ``get_optimizers_schedulers``; a group that is
-    added later is there from then on. A rate that is a tensor is logged as one, so nothing waits for the device. A step
-    that was skipped logs nothing. There is nothing to keep in checkpoints.
+    The value is the rate of the step, as in `TrainStepEnded.lr`, which only has that of the first group. Optimizers and
+    groups are numbered from 0, in the order of ``get_optimizers_schedulers``; groups may be added later. A tensor is
+    logged as a tensor, so nothing waits for the device. A skipped step logs nothing. It has no state for checkpoints.
 
     Args:
-        module: The module that is trained, through which it logs.
+        module: The trained module, which logs the values.
         every_n_steps: Log when ``global_step`` is a multiple of this.
-        momentum: Log ``momentum/optimizer0/group0``, too, where the group has one: its ``momentum``, or the first of
-            its ``betas``.
+        momentum: Log ``momentum/optimizer0/group0``, too, if the group has one: its ``momentum``, or the first of its
+            ``betas``.
 
     Raises:
-        ArgumentsError: one of them cannot be used.
-        ContractError: in a run, if it does not train this module.
+        ArgumentsError: An argument is invalid.
+        ContractError: In a run that does not train this module.
     """
 
     def __init__(self, module: ModuleInterface, every_n_steps: int = 1, *, momentum: bool = False) -> None:
         checks = Checks("LearningRateMonitor")
         checks.module(module)
-        checks.whole("every_n_steps", every_n_steps)
+        checks.count("every_n_steps", every_n_steps)
         checks.flag("momentum", momentum)
         checks.done()
         self._module = module
@@ -54,19 +53,19 @@ class LearningRateMonitor(CallbackInterface):
         self._used: list[tuple[str, float | torch.Tensor]] = []
 
     def bind_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """The run's optimizers, from the loop, before its first step."""
+        """Receive the run's optimizers; the loop calls it before the first step."""
         must_be_trained(self, self._module)
         self._optimizers = optimizers
 
     def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
-        """Note the rates that the step at work is about to be taken with: schedulers change them right after it."""
+        """Record the rates of the current step, before the schedulers change them."""
         if (global_step + 1) % self._every_n_steps == 0:
             self._used = list(self._read())
 
     @inline
     @without_outputs
     def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
-        """The step was taken: log them."""
+        """Log the recorded rates."""
         if global_step % self._every_n_steps == 0:
             for name, value in self._used:
                 self._module.log(name, value)
@@ -74,13 +73,13 @@ class LearningRateMonitor(CallbackInterface):
     def _read(self) -> Iterator[tuple[str, float | torch.Tensor]]:
         for i, optimizer in enumerate(self._optimizers):
             for j, group in enumerate(optimizer.param_groups):
-                yield f"lr/optimizer{i}/group{j}", _as_it_is(group["lr"])
+                yield f"lr/optimizer{i}/group{j}", _copied(group["lr"])
                 if self._momentum:
                     found = group["momentum"] if "momentum" in group else group.get("betas", (None,))[0]
                     if found is not None:
-                        yield f"momentum/optimizer{i}/group{j}", _as_it_is(found)
+                        yield f"momentum/optimizer{i}/group{j}", _copied(found)
 
 
-def _as_it_is(value: Any) -> float | torch.Tensor:
-    """A copy of what a scheduler may change in place, on its device."""
+def _copied(value: Any) -> float | torch.Tensor:
+    """Copy a value on its device, because a scheduler may change it in place."""
     return value.detach().clone() if isinstance(value, torch.Tensor) else float(value)

@@ -18,7 +18,7 @@ Named = list[tuple[str, torch.Tensor]]
 
 
 class ModelStatistics(CallbackInterface):
-    """Logs how large weights and gradients are, and how they are distributed::
+    """Logs norms and histograms of weights and gradients::
 
         from trainer import Trainer, TrainerArguments
         from trainer.callbacks import ModelStatistics
@@ -33,27 +33,27 @@ class ModelStatistics(CallbackInterface):
 
     Norms (of order 2) are the metrics ``weight_norm/NAME`` and ``grad_norm/NAME`` of each parameter, and
     ``weight_norm_total`` and ``grad_norm_total`` of all of them together. Histograms are ``weights/NAME`` and
-    ``gradients/NAME``. NAME is the one of ``module.named_parameters()``: a shared parameter has its first.
+    ``gradients/NAME``. NAME comes from ``module.named_parameters()``; a shared parameter has its first name.
 
-    Weights are those after the step. Gradients are those that the optimizers got: unscaled, and clipped if
-    ``clip_grads`` is set (`TrainStepEnded.grad_norm` is the norm before that). A parameter that got none has none here;
-    a sparse one is made dense for it. Frozen parameters are left out.
+    Weights are read after the step. Gradients are those of the optimizers: unscaled, and clipped if ``clip_grads`` is
+    set (`TrainStepEnded.grad_norm` is the norm before clipping). Parameters without a gradient, and frozen ones, are
+    skipped; sparse gradients are converted to dense ones.
 
-    All of it is computed where the parameters are, a few kernels for all norms together, and nothing waits for it: the
-    numbers are read later, beside the loop. At other steps the hook does nothing.
+    Everything is computed on the parameters' device, with a few kernels for all norms together, and the loop does not
+    wait: the numbers are read later. At other steps the hook does nothing.
 
     Args:
-        module: The module that is trained.
-        every_n_steps: Look at it when ``global_step`` is a multiple of this.
+        module: The trained module.
+        every_n_steps: Log when ``global_step`` is a multiple of this.
         norms: Whether to log norms.
-        histograms: Whether to log histograms: some ten kernels for each.
-        bins: Of a histogram.
-        exclude: Patterns, as in file names (`fnmatch`), of names that get neither norm nor histogram of their own. They
-            count in the totals: ``["*"]`` leaves those alone.
+        histograms: Whether to log histograms, about ten kernels for each.
+        bins: Bins per histogram.
+        exclude: `fnmatch` patterns of parameters without a norm or histogram of their own. They count in the totals:
+            ``["*"]`` logs only the totals.
 
     Raises:
-        ArgumentsError: one of them cannot be used.
-        ContractError: in a run, if it does not train this module.
+        ArgumentsError: An argument is invalid.
+        ContractError: In a run that does not train this module.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class ModelStatistics(CallbackInterface):
     ) -> None:
         checks = Checks("ModelStatistics")
         checks.module(module)
-        checks.whole("every_n_steps", every_n_steps)
+        checks.count("every_n_steps", every_n_steps)
         checks.flag("norms", norms)
         checks.flag("histograms", histograms)
-        checks.that(bool(norms or histograms), "norms and histograms are both off: there is nothing to log")
-        checks.that(type(bins) is int and bins >= 2, f"bins must be a whole number, at least 2, not {bins!r:.80}")
+        checks.that(bool(norms or histograms), "norms and histograms are both False; enable one of them")
+        checks.that(type(bins) is int and bins >= 2, f"bins must be an integer >= 2, not {bins!r:.80}")
         listed = isinstance(exclude, Sequence) and not isinstance(exclude, str | bytes)
         checks.that(
             listed and all(isinstance(one, str) for one in exclude),
@@ -89,13 +89,13 @@ class ModelStatistics(CallbackInterface):
     @inline
     @without_outputs
     def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
-        """Look at the module, if it is time to."""
+        """Log the statistics, if they are due."""
         if global_step % self._every_n_steps == 0:
             must_be_trained(self, self._module)
-            self._look()
+            self._log_statistics()
 
     @torch.no_grad()
-    def _look(self) -> None:
+    def _log_statistics(self) -> None:
         trained = [(name, one) for name, one in self._module.named_parameters() if one.requires_grad]
         weights: Named = [(name, one.detach()) for name, one in trained if not is_lazy(one) and one.numel()]
         found = ((name, one.grad) for name, one in trained)
@@ -113,7 +113,7 @@ class ModelStatistics(CallbackInterface):
             groups.setdefault((one[1].device, one[1].dtype), []).append(one)
         totals: list[torch.Tensor] = []
         for (_, dtype), group in groups.items():
-            # Half precision would overflow, or lose the small ones.
+            # Half precision would overflow or underflow.
             wide = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else None
             ones = [tensor for _, tensor in group]
             norms = torch._foreach_norm(ones, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]  # no public one
@@ -140,7 +140,7 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _together(norms: list[torch.Tensor]) -> torch.Tensor:
-    """The norm of what these are the norms of, on an accelerator if one of them is: the other way would be a wait."""
+    """Combine norms of several tensors, on an accelerator if one of them is there: moving to the host would wait."""
     if len(norms) == 1:
         return norms[0]
     device = next((norm.device for norm in norms if norm.device.type != "cpu"), norms[0].device)

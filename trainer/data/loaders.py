@@ -1,4 +1,4 @@
-"""Dataloaders: the order of their data, their length, their workers, and skipping in them."""
+"""Dataloaders: samplers, lengths, workers, and skipping on resume."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from trainer.errors import DataLoaderError
 class ShuffledSampler(Sampler[int]):
     """Yields the indices of a data set in an order that (seed, epoch) alone determines.
 
-    `make_train_sampler` makes subclasses of it. It uses a generator of its own, so the order
-    depends on no global state and changes none. Iterating it again gives the same order.
+    `make_train_sampler` creates subclasses. The order comes from a generator of its own: global state neither
+    influences it nor changes. Iterating it again yields the same order.
     """
 
     seed: ClassVar[int] = 0
     epoch: ClassVar[int] = 0
     instances: ClassVar[int] = 0
-    """How many samplers of this very class were made: 1 once the dataloader uses it."""
+    """Number of instances of this class: 1 once the dataloader uses it."""
     skip: ClassVar[int] = 0
-    """How many indices at the beginning are left out, because a run is resumed behind them. The length stays."""
+    """Number of leading indices to skip, because a resumed run has used them. The length does not change."""
     iterations: ClassVar[int] = 0
-    """How often samplers of this very class were iterated, in this process."""
+    """Number of iterations over instances of this class, in this process."""
 
     def __init__(self, data_source: Sized) -> None:
         self.data_source = data_source
@@ -51,13 +51,13 @@ class ShuffledSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         type(self).iterations += 1
-        # Hashed, as seed + epoch would give (0, 1) and (1, 0) the same order.
+        # Hashed, because seed + epoch would give (0, 1) and (1, 0) the same order.
         digest = hashlib.blake2b(f"{self.seed}:{self.epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-        # On the host, whatever the program's default device is: nothing is waited for.
+        # On the host, not the program's default device: a step must not wait for a device.
         order = torch.randperm(len(self.data_source), generator=generator, device="cpu")
-        skip, type(self).skip = self.skip, 0  # once: the module may keep its loader for the epochs that follow
-        yield from order[skip:].tolist()  # of a host tensor: no device is waited for
+        skip, type(self).skip = self.skip, 0  # once, because the module may keep its loader for later epochs
+        yield from order[skip:].tolist()
 
     def __len__(self) -> int:
         return len(self.data_source)
@@ -66,19 +66,15 @@ class ShuffledSampler(Sampler[int]):
 def make_train_sampler(
     seed: int, epoch: int | None, base: type[ShuffledSampler] = ShuffledSampler
 ) -> type[ShuffledSampler]:
-    """Make a sampler class for training data; it counts its instances.
-
-    Args:
-        epoch: None: that of ``base``, also when it changes there.
-    """
+    """Create a sampler class for training data; ``epoch=None`` follows ``base.epoch``."""
     own = {"seed": seed, "instances": 0, "skip": 0, "iterations": 0} | ({} if epoch is None else {"epoch": epoch})
     return type("TrainSampler", (base,), own)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell a dataloader and what it takes its indices and rows from which epoch it is, where they have ``set_epoch``.
+    """Call ``set_epoch`` of a dataloader, its samplers and its data set, where they define it.
 
-    torch's `DistributedSampler` has one, and would give each epoch the same order without it.
+    torch's `DistributedSampler` does, and would otherwise yield the same order in each epoch.
     """
     for part in _parts_of_loader(loader):
         if callable(method := getattr(part, "set_epoch", None)):
@@ -90,7 +86,7 @@ def hides_epoch(loader: Any) -> bool:
     dataset = getattr(loader, "dataset", None)
     if not has_live_workers(loader) or not callable(getattr(dataset, "set_epoch", None)):
         return False
-    return not any(map(_is_shared, getattr(dataset, "__dict__", {}).values()))  # it may share its epoch with them
+    return not any(map(_is_shared, getattr(dataset, "__dict__", {}).values()))  # shared memory does reach them
 
 
 def _is_shared(value: Any) -> bool:
@@ -100,25 +96,25 @@ def _is_shared(value: Any) -> bool:
 
 
 def _parts_of_loader(loader: Any) -> list[Any]:
-    """A dataloader and what it takes its indices and rows from, each once."""
+    """A dataloader, its samplers and its data set, each once."""
     batches = getattr(loader, "batch_sampler", None)
     parts = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
     return list({id(part): part for part in (*parts, getattr(loader, "dataset", None))}.values())
 
 
 def data_rows(loader: Any) -> int | None:
-    """Rows of a dataloader's data set, or else its batches; None if it has no length."""
+    """Rows of a dataloader's data set, or its batches if it has no data set; None without a length."""
     dataset = getattr(loader, "dataset", None)
     if dataset is None:
         return loader_length(loader)
     try:
         return len(dataset)
-    except Exception:  # of no use to the dataloader either, which has a sampler of its own then
+    except Exception:  # a dataloader with a sampler of its own does not need the length
         return None
 
 
 def state_of_order(loader: Any) -> torch.Tensor | None:
-    """The state of the generator that decides the order of a dataloader of torch's; None if that is unknown."""
+    """The state of the generator behind the order of a torch dataloader; None if unknown."""
     for sampler in _parts_of_loader(loader):
         if isinstance(sampler, _DRAWING):
             return torch.get_rng_state() if sampler.generator is None else sampler.generator.get_state()
@@ -129,22 +125,22 @@ _DRAWING = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 
 def has_live_workers(loader: Any) -> bool:
-    """Whether persistent workers that have read an epoch will read the next one."""
+    """Whether a dataloader has persistent workers that are already running."""
     return keeps_workers(loader) and getattr(loader, "_iterator", None) is not None
 
 
 def keeps_workers(loader: Any) -> bool:
-    """Whether a dataloader is of torch's and has persistent workers."""
+    """Whether a torch dataloader uses persistent workers."""
     return isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.persistent_workers
 
 
 def iterate(loader: Any, seed: int | None) -> Iterator[Any]:
-    """Iterate a dataloader; one whose persistent workers this process did not start yet, as if it had.
+    """Iterate a dataloader without drawing a seed for persistent workers that a resumed run has to start again.
 
     torch draws the seed of new workers from the loader's generator, and draws none when workers read another epoch.
 
     Args:
-        seed: That of the new workers, if there would be none in a run that was not interrupted; None: it draws one.
+        seed: The seed of the new workers, if an uninterrupted run would not start any here; None: the loader draws it.
     """
     if seed is None or not keeps_workers(loader) or has_live_workers(loader):
         return iter(loader)
@@ -156,14 +152,14 @@ def iterate(loader: Any, seed: int | None) -> Iterator[Any]:
 
 
 def end_iteration(batches: Any, loader: Any) -> None:
-    """End the workers of an iteration, whoever still refers to it. Persistent workers belong to their dataloader.
+    """Stop the workers of an iteration, even if it is still referenced. Persistent workers keep running.
 
-    The frames of an exception refer to it, for example. Without this, a later garbage collection would end the workers,
-    on any thread, which waits for each of them.
+    The frames of an exception may reference the iteration. A later garbage collection would then stop the workers, on
+    any thread, and wait for each of them.
     """
-    if type(loader).__iter__ is DataLoader.__iter__:  # any other may hand out one iterator again and again
+    if type(loader).__iter__ is DataLoader.__iter__:  # another __iter__ may return the same iterator each time
         _end_workers(batches)
-        if _has_dead_workers(batches):  # they would read no other epoch
+        if _has_dead_workers(batches):  # the next epoch needs new ones
             _shut_down(batches)
             loader._iterator = None
 
@@ -180,27 +176,27 @@ def _has_dead_workers(batches: Any) -> bool:
 
 def _shut_down(batches: _MultiProcessingDataLoaderIter) -> None:
     if not batches._shutdown:
-        # A worker that was killed while it looked at the event has its lock forever, and `_shutdown_workers` waits for
-        # it without a limit; whoever lives has it for microseconds. Any process may release it.
+        # A worker that was killed while it read the event holds its lock forever, and `_shutdown_workers` waits for it
+        # without a limit; a live worker holds it for microseconds. Any process may release it.
         lock: Any = vars(batches._workers_done_event)["_cond"]
         lock.acquire(timeout=_LOCK_S)
         lock.release()
-    batches._shutdown_workers()  # what its `__del__` calls; does nothing the second time
+    batches._shutdown_workers()  # idempotent; `__del__` calls it, too
 
 
 _LOCK_S = 1.0
 
 
 def release_frames(error: BaseException) -> None:
-    """Empty the frames behind an exception of a run that is over, but those of the user's own code.
+    """Clear the frames of an ended run's exception, except those of the user's own code.
 
-    They hold its dataloaders, batches and graphs for as long as somebody keeps the exception. The user's frames stay
-    as they are, for a debugger; only the workers of an iteration that one of their variables holds are ended.
+    They hold dataloaders, batches and graphs for as long as the exception is referenced. The user's frames stay for a
+    debugger; only the dataloader workers that their variables reference are stopped.
     """
     for one in chain_of(error):
         for frame, _ in traceback.walk_tb(one.__traceback__):
             if is_ours(frame.f_code.co_filename) or frame.f_code.co_filename.startswith(_DATA_FOLDER):
-                with contextlib.suppress(RuntimeError):  # it is being executed
+                with contextlib.suppress(RuntimeError):  # the frame is executing
                     frame.clear()
             else:
                 for value in list(frame.f_locals.values()):
@@ -216,18 +212,18 @@ _DATA_FOLDER = os.path.dirname(torch.utils.data.__file__)
 def own_batches(
     loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sampler[int]]
 ) -> Callable[[int], int] | None:
-    """Tell how many indices each batch of a loader is made of, where that is certain.
+    """Compute the number of indices in each batch of a loader, if it is certain.
 
     Returns:
-        A function from a batch's index to its indices (0 beyond the last one), or None: the loader is not torch's,
-        does not use a sampler of ``sampler_cls``, or does its batching otherwise than in ``micro_batch`` rows.
+        A function from a batch's index to its number of indices (0 beyond the last one); None if the loader is not
+        torch's, uses another sampler than ``sampler_cls``, or does not batch by ``micro_batch`` rows.
     """
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, sampler_cls):
         return None
     if type(loader).__iter__ is not DataLoader.__iter__:
         return None
     batches = loader.batch_sampler
-    # A subclass may batch in any way it likes, so the very class.
+    # Not a subclass, which may batch in another way.
     if type(batches) is not BatchSampler or batches.sampler is not loader.sampler:
         return None
     if batches.batch_size != micro_batch or not isinstance(loader.sampler, Sized):
@@ -243,74 +239,69 @@ def own_batches(
 
 
 def loader_length(loader: Iterable[Any]) -> int | None:
-    """Batches that a loader says it will yield; None if it does not know."""
+    """``len()`` of a loader in batches; None if it has no length."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except Exception as error:
-        # It has no __len__, or a loader, dataset or sampler below it has none; not: a None below it has none.
+        # Missing: the loader, or a loader, dataset or sampler in it, has no __len__. A None in it is an error.
         text = str(error)
         of_torch = isinstance(loader, DataLoader | torch.utils.data.Dataset)
         has_none = of_torch or not hasattr(type(loader), "__len__") or ("has no len()" in text and "None" not in text)
         is_missing = has_none and not text.endswith("cannot be interpreted as an integer")
         if isinstance(error, NotImplementedError) or (isinstance(error, TypeError) and is_missing):
             return None
-        # The user's own code: its class must stand beside whatever it raised.
         raise DataLoaderError(
-            f"len() of a {type(loader).__name__} failed ({error}); return the number of batches from 0 up, or leave"
-            f" __len__ out"
+            f"len() of a {type(loader).__name__} failed ({error}); return the number of batches, or remove __len__"
         ) from error
 
 
 def as_val_loaders(value: Any, what: str = "get_val_dataloaders") -> dict[str, Iterable[Any]]:
-    """Bring what a module's method returned into one form: dataloaders by key, in their order.
+    """Convert the return value of a module's method into dataloaders by key, in their order.
 
     Args:
-        value: One loader (gets the key ``"default"``), a mapping of them, or None for none.
+        value: One loader (with the key ``"default"``), a mapping of them, or None for none.
         what: The method that returned it, for the message.
 
     Raises:
-        DataLoaderError: Something in it is no iterable, or a key is not a string; it says what and where.
+        DataLoaderError: A value is not iterable, or a key is not a short, printable string.
     """
     if value is None:
         return {}
     loaders = dict(value) if isinstance(value, Mapping) else {"default": value}
     for key, loader in loaders.items():
         if not isinstance(key, str) or not key:
-            raise DataLoaderError(f"{what}() returned the key {key!r:.80}: keys are strings that are not empty")
+            raise DataLoaderError(f"{what}() returned the key {key!r:.80}; use a string that is not empty")
         if (problem := name_problem(key)) is not None:
             raise DataLoaderError(f"{what}() returned the key {key!r:.80}, which {problem}; use a short, printable one")
         where = f"{what}()[{key!r}]" if isinstance(value, Mapping) else f"{what}()"
         if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-            raise DataLoaderError(f"{where} returned {loader!r}: it must be a dataloader, or any iterable of batches")
+            raise DataLoaderError(f"{where} returned {loader!r}; return a dataloader or another iterable of batches")
         if isinstance(loader, (list, tuple)) and loader and all(isinstance(one, DataLoader) for one in loader):
-            raise DataLoaderError(
-                f"{where} returned a {type(loader).__name__} of dataloaders: return a dict, to name them"
-            )
+            raise DataLoaderError(f"{where} returned a {type(loader).__name__} of dataloaders; return a dict of them")
     return loaders
 
 
 def skip_batches(loader: Any, batches: int, micro_batch: int) -> bool:
-    """Have a dataloader begin behind its first batches without reading them.
+    """Start a dataloader after its first batches without reading them.
 
     Returns:
-        False if it cannot: it is not torch's, or does not take its indices from the one sampler that we own. Then it is
-        as it was.
+        False if impossible: the loader is not torch's, or uses another sampler than the trainer's; it is unchanged.
     """
     if own_batches(loader, micro_batch, ShuffledSampler) is None:
         return False
     sampler_cls = type(loader.sampler)
     if sampler_cls.instances != 1:
-        return False  # others take indices from it, too: they would skip as much
+        return False  # other loaders share the class, and would skip, too
     sampler_cls.skip = batches * micro_batch
     return True
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """The generators of their own that a dataloader of torch's, its samplers and its data draw from."""
+    """The generators of a torch dataloader, its samplers and its data set."""
     found = [getattr(owner, "generator", None) for owner in _parts_of_loader(loader)]
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
 def has_state(loader: Any) -> bool:
-    """Whether a dataloader keeps its own position."""
+    """Whether a dataloader saves and restores its own position."""
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))

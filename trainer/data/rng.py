@@ -1,4 +1,4 @@
-"""The global random generators: Python's, NumPy's, torch's, and that of the run's device; their seed and states."""
+"""Seed, save and restore the global random generators of Python, NumPy, torch and the run's device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ RngState = dict[str, Any]
 
 
 def capture_rng(device: torch.device) -> RngState:
-    """The states as they are now: plain values and host tensors ``(bytes,)`` uint8 of their own. Does not wait."""
+    """Copy the current states: plain values and host tensors ``(bytes,)`` uint8. Does not wait."""
     state: RngState = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    numpy = sys.modules.get("numpy")  # who has not imported it cannot have drawn from it
+    numpy = sys.modules.get("numpy")  # a process without it has not drawn from it
     if numpy is not None:
         state["numpy"] = numpy.random.get_state()
     if device.type == "cuda":
@@ -26,10 +26,10 @@ def capture_rng(device: torch.device) -> RngState:
 
 
 def restore_rng(state: RngState, device: torch.device) -> None:
-    """Set the generators to these states; one that the state does not mention stays as it is.
+    """Restore the generators; one without a state is unchanged.
 
     Raises:
-        CheckpointDamaged: One of them is not the state of such a generator; none was set.
+        CheckpointDamaged: A state is invalid; no generator was changed.
     """
     _check(state, device)
     random.setstate(state["python"])
@@ -37,7 +37,7 @@ def restore_rng(state: RngState, device: torch.device) -> None:
     if "numpy" in state:
         try:
             import numpy as np
-        except ImportError:  # the run goes on where there is none
+        except ImportError:  # resumed in an environment without it
             pass
         else:
             np.random.set_state(state["numpy"])
@@ -49,7 +49,7 @@ def _check(state: RngState, device: torch.device) -> None:
     try:
         _, _, gauss = state["python"]
         if gauss is not None and not (type(gauss) is float and math.isfinite(gauss)):
-            raise ValueError(f"{gauss!r:.80} is not a number that Python's generator keeps")
+            raise ValueError(f"{gauss!r:.80} is not a state of Python's generator")
         random.Random().setstate(state["python"])
         torch.Generator().set_state(state["torch"])
         if "cuda" in state and device.type == "cuda":
@@ -63,13 +63,13 @@ def _check(state: RngState, device: torch.device) -> None:
 
 
 def _check_numpy(name: Any, key: Any, position: Any, has_gauss: Any, gauss: Any) -> None:
-    # NumPy does not check the position, and reads behind its state with a wrong one.
+    # NumPy does not check the position: a wrong one reads out of bounds.
     if name != "MT19937" or not isinstance(position, int) or not 0 <= position <= 624:
-        raise ValueError(f"{name!r:.80} at {position!r:.80} is not a place in the state of NumPy's generator")
+        raise ValueError(f"{name!r:.80} at {position!r:.80} is not a position of NumPy's generator")
     if (str(key.dtype), key.shape) != ("uint32", (624,)):
         raise ValueError(f"the state of NumPy's generator has {key.shape} {key.dtype} numbers, not 624 of uint32")
     if has_gauss not in (0, 1) or not isinstance(gauss, float) or not math.isfinite(gauss):
-        raise ValueError(f"{gauss!r:.80} is not a number that NumPy's generator keeps")
+        raise ValueError(f"{gauss!r:.80} is not a state of NumPy's generator")
 
 
 def seed_everything(seed: int) -> None:
@@ -80,4 +80,4 @@ def seed_everything(seed: int) -> None:
         import numpy as np
     except ImportError:
         return
-    np.random.seed(seed % 2**32)  # NumPy takes 32 bits
+    np.random.seed(seed % 2**32)  # NumPy's seeds have 32 bits

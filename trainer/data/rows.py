@@ -1,4 +1,4 @@
-"""What a batch counts: its rows, and its weight in accumulation and in means. Reads shapes only, never a device."""
+"""Count the rows of a batch, and its weight in accumulation and means. Reads shapes only, never a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.data.tensors import parts_of
 from trainer.errors import BatchWeightError
 
 CountRows = Callable[[Any, int], int | None]
-"""From a batch and its index in the epoch to its rows; None where they cannot be counted."""
+"""Maps a batch and its index in the epoch to its rows; None if they cannot be counted."""
 
 
 def row_counter(
@@ -25,15 +25,15 @@ def row_counter(
     notice: Callable[[str], None] | None,
     where: str,
 ) -> CountRows:
-    """Count the rows of each batch of a loader.
+    """Return a function that counts the rows of each batch of a loader.
 
-    They are known from the indices where torch's own collation makes the batches of the trainer's sampler. Every other
-    batch is counted by looking at it, because a ``collate_fn`` or the data set may drop or merge rows.
+    With torch's own collation and the trainer's sampler, the indices determine them. Other batches are inspected,
+    because a ``collate_fn`` or the data set may drop or merge rows.
 
     Args:
-        batch_size: What the module was asked for.
-        notice: Called with a sentence about a count that may be wrong. None: nobody depends on it.
-        where: The method that returned the loader, for that sentence.
+        batch_size: The batch size that the module received.
+        notice: Called with a warning about a count that may be wrong. None: the count is not used.
+        where: The method that returned the loader, for the warning.
     """
     indices = own_batches(loader, batch_size, sampler_cls)
     if indices is not None and _keeps_rows(loader):
@@ -41,7 +41,7 @@ def row_counter(
         return lambda batch, index: known(index) or None
     if notice is None:
         return lambda batch, index: _rows_of_tensors(batch) or count_rows(batch, None).rows
-    tell = notice
+    warn = notice
     of_torch = isinstance(loader, DataLoader)
     own_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) if of_torch else None
     usual = own_size if isinstance(own_size, int) else None if of_torch else batch_size
@@ -51,7 +51,7 @@ def row_counter(
     def count(batch: Any, index: int) -> int | None:
         nonlocal announced
         expected = usual if indices is None else indices(index) or None
-        if expected is not None and _rows_of_tensors(batch) == expected:  # by far the most batches
+        if expected is not None and _rows_of_tensors(batch) == expected:  # most batches
             return expected
         if indices is None and expected is not None and total is not None:
             expected = min(expected, total - index * expected)  # the last batch may be smaller
@@ -60,7 +60,7 @@ def row_counter(
         if doubt is not None and not announced:
             announced = True
             counted = "1" if rows is None else str(rows)
-            tell(f"rows of {where}() are a guess: a batch counts {counted}, as {doubt}; define batch_weight to choose")
+            warn(f"rows of {where}() are a guess: a batch counts {counted}, as {doubt}; define batch_weight to choose")
         return rows
 
     return count
@@ -71,19 +71,19 @@ def _keeps_rows(loader: Any) -> bool:
     if loader.collate_fn is not default_collate:
         return False
     data = loader.dataset
-    while type(data) is Subset:  # its `__getitems__` hands on that of the data set within
+    while type(data) is Subset:  # its `__getitems__` calls that of the wrapped data set
         data = data.dataset
-    return not hasattr(data, "__getitems__")  # which may return fewer rows than it was asked for
+    return not hasattr(data, "__getitems__")  # which may return fewer rows than indices
 
 
 def _samples_of(loader: Any) -> int | None:
-    """The samples of an epoch, where torch's own `BatchSampler` makes the batches."""
+    """The samples of an epoch, if torch's own `BatchSampler` creates the batches."""
     batches = loader.batch_sampler
     if type(batches) is not BatchSampler or not isinstance(batches.sampler, Sized):
         return None
     try:
         return len(batches.sampler)
-    except (TypeError, NotImplementedError):  # of a data set that has no length
+    except (TypeError, NotImplementedError):  # a data set without a length
         return None
 
 
@@ -106,25 +106,25 @@ def _rows_of_tensors(batch: Any) -> int | None:
 
 
 class Count(NamedTuple):
-    """The rows of a batch, and why they may be others."""
+    """The rows of a batch, and the reason why the count may be wrong."""
 
     rows: int | None
     doubt: str | None
 
 
 def count_rows(batch: Any, expected: int | None, *, exceeds: bool = False) -> Count:
-    """Count the rows of a batch: the first dimension of its first tensor that has any.
+    """Count the rows of a batch: the first dimension of its first tensor that is not a scalar.
 
     Args:
-        expected: The rows that the batch was asked to have.
-        exceeds: Doubt a batch that has more.
+        expected: The requested rows.
+        exceeds: Doubt a batch with more rows.
     """
     if expected is not None and _rows_of_tensors(batch) == expected:
         return Count(expected, None)
     found: list[tuple[int, ...]] = []
     graphs = _shapes(batch, found)
     if graphs is not None:
-        return Count(graphs, "it is a batch of graphs, of which num_graphs says how many")
+        return Count(graphs, "it is a batch of graphs, counted by num_graphs")
     shapes = [shape for shape in found if shape]
     if not shapes:
         what = "all its tensors are scalars" if found else f"a {type(batch).__name__} without a tensor"
@@ -142,22 +142,22 @@ def count_rows(batch: Any, expected: int | None, *, exceeds: bool = False) -> Co
         rows = expected if expected in others else rows
         return Count(rows, f"the first dimensions of its tensors differ ({lengths})")
     if not found[0]:
-        return Count(rows, "it begins with a scalar tensor, and the first one that has rows was taken")
+        return Count(rows, "it begins with a scalar tensor, so a later tensor was counted")
     if rows == expected:
         return Count(rows, None)
     if expected is not None and all(len(shape) > 1 and shape[1] == expected for shape in shapes):
-        return Count(rows, f"its second dimension is the {expected} rows that were asked for (time first?)")
+        return Count(rows, f"its second dimension has the requested {expected} rows (time first?)")
     if exceeds and expected is not None and rows > expected:
         return Count(rows, f"the dataloader makes batches of {expected}")
     if isinstance(batch, (list, tuple)) and len(batch) == expected and len(set(shapes)) == 1 and len(shapes[0]) > 1:
         return Count(rows, f"it is a {type(batch).__name__} of {expected} tensors of one shape, which may be samples")
     if _holds_samples(batch):
-        return Count(rows, "it holds no tensor but in containers, which may be samples")
+        return Count(rows, "it holds tensors only in containers, which may be samples")
     return Count(rows, None)
 
 
 def _holds_samples(batch: Any) -> bool:
-    """Whether a batch looks like a list of samples, or of images: not like inputs and targets."""
+    """Whether a batch looks like a list of samples or images, rather than inputs and targets."""
     if not isinstance(batch, (list, tuple)) or len(batch) < 2:
         return False
     if all(isinstance(part, torch.Tensor) for part in batch):
@@ -166,12 +166,12 @@ def _holds_samples(batch: Any) -> bool:
 
 
 def _shapes(value: Any, found: list[tuple[int, ...]]) -> int | None:
-    """Add the shapes of all tensors and arrays, depth first; returns the graphs, if it comes upon a batch of them."""
+    """Add the shapes of all tensors and arrays, depth first; return the number of graphs of a batch of graphs."""
     if isinstance(value, torch.Tensor):
         found.append(tuple(value.shape) if not value.is_nested else (value.size(0),))
         return None
     if isinstance(value, PackedSequence):
-        found.append((int(value.batch_sizes[0]),))  # always a host tensor; its sequences, not their tokens
+        found.append((int(value.batch_sizes[0]),))  # sequences, not tokens; always a host tensor
         return None
     if isinstance(value, (str, bytes, int, float, type)) or value is None:
         return None
@@ -192,10 +192,10 @@ def _shapes(value: Any, found: list[tuple[int, ...]]) -> int | None:
 
 
 def checked_weight(weight: Any, module: str) -> float:
-    """What `ModuleInterface.batch_weight` returned, as a number; no device is waited for.
+    """Convert the result of `ModuleInterface.batch_weight` into a number; never waits for a device.
 
     Raises:
-        BatchWeightError: it is a tensor on another device than the host, not one number, not finite, or negative.
+        BatchWeightError: It is a tensor on a device, not one number, not finite, or negative.
     """
     where = f"{module}.batch_weight() returned"
     if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":
@@ -203,13 +203,11 @@ def checked_weight(weight: Any, module: str) -> float:
             f"{where} a tensor on {weight.device}; count on the host, where the dataloader's batch is"
         )
     if isinstance(weight, complex) or not hasattr(weight, "__float__"):
-        raise BatchWeightError(f"{where} {weight!r:.80}, which is not a number; return what the batch counts")
+        raise BatchWeightError(f"{where} {weight!r:.80}, which is not a number; return the batch's weight")
     try:
         number = float(weight)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BatchWeightError(
-            f"{where} {weight!r:.80}, which is not one number; return what the batch counts"
-        ) from error
+        raise BatchWeightError(f"{where} {weight!r:.80}, which is not one number; return the batch's weight") from error
     if not math.isfinite(number) or number < 0:
         raise BatchWeightError(f"{where} {number}; return a finite number from 0")
     return number
@@ -225,8 +223,8 @@ def weight_of(module: Any) -> Callable[[Any], float] | None:
 
 
 def no_weight(module: Any, step: int) -> BatchWeightError:
-    """All batches of a step count nothing."""
+    """The error for a step whose batches all have weight 0."""
     return BatchWeightError(
-        f"{type(module).__name__}.batch_weight() returned 0 for all of step {step}; leave such batches out of the"
+        f"{type(module).__name__}.batch_weight() returned 0 for all of step {step}; remove such batches from the"
         f" dataloader"
     )

@@ -1,4 +1,4 @@
-"""State in two halves: tensors, as they stand in a tensor file, and the rest, encoded; and put together again."""
+"""Split state into tensors for a tensor file and an encoded rest, and join them again."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _STORED: dict[torch.dtype, tuple[str, str]] = {
     torch.int64: ("I64", ""),
     torch.float64: ("F64", ""),
     torch.complex64: ("C64", ""),
-    # The format has no name for these: they are stored under another type, and theirs stands beside it.
+    # The format has no name for these: they are stored as another type, with their own name in the metadata.
     torch.complex32: ("F16", "complex32"),
     torch.complex128: ("F64", "complex128"),
     **{
         getattr(torch, name): ("U8", name)
         for name in ("float8_e8m0fnu", "float4_e2m1fn_x2")
-        if hasattr(torch, name)  # newer than the oldest torch that we take
+        if hasattr(torch, name)  # newer than the oldest supported torch
     },
 }
-"""How each type is stored: the format's name, and if the elements stand under another type than theirs, theirs."""
+"""The format's name of each type, and the type's own name if its elements are stored as another type."""
 _DTYPES = {stored: dtype for dtype, stored in _STORED.items()}
 BASE_DTYPES = {name: dtype for dtype, (name, view) in _STORED.items() if not view}
-"""The type of elements that each name of the format stands for."""
+"""The type of each name of the format."""
 
 packing.register(torch.Size, "torch.Size", list, torch.Size)
 packing.register(torch.device, "torch.device", str, torch.device)
@@ -57,18 +57,18 @@ packing.register(
 
 
 class Collected:
-    """A state taken apart: nothing is copied yet.
+    """A state split into tensors and the rest, without copies.
 
     Raises:
-        UnstorableState: something in it cannot be stored; names its path.
+        UnstorableState: A value cannot be stored; names its path.
     """
 
     def __init__(self, tree: Any) -> None:
         self.infos: list[TensorInfo] = []
         self.tensors: list[torch.Tensor] = []
-        """The tensors themselves, in the form in which their elements are stored."""
+        """The tensors, viewed as the stored types."""
         self.aliases: dict[str, str] = {}
-        """Names of tensors that are the very memory of another: stored once."""
+        """Names of tensors that share another's memory and are stored once."""
         self._names: set[str] = set()
         self._seen: dict[Any, str] = {}
         with torch.no_grad():
@@ -79,7 +79,7 @@ class Collected:
             return None
         dtype, view = _stored_as(path, value)
         name = path
-        while name in self._names:  # a dot in a key can make two paths one
+        while name in self._names:  # a dot in a key can make two paths equal
             name += "'"
         self._names.add(name)
         key = None
@@ -98,12 +98,10 @@ class Collected:
 
 
 def part_of(tree: Any) -> Part:
-    """A copy of a state, in memory of its own, as a part of a checkpoint with its own files.
-
-    Waits for the device, where tensors are on one.
+    """Copy a state into a part of a checkpoint with its own files. Waits for the device of its tensors.
 
     Raises:
-        UnstorableState: as `Collected`.
+        UnstorableState: A value cannot be stored; names its path.
     """
     collected = Collected(tree)
     with torch.no_grad():
@@ -113,23 +111,22 @@ def part_of(tree: Any) -> Part:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The elements of a contiguous host tensor, which they keep alive."""
+    """View the elements of a contiguous host tensor; the view keeps the tensor alive. Does not need NumPy."""
     if not tensor.numel():
         return memoryview(b"")
-    # Without NumPy, which torch can be installed without.
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     memory.tensor = tensor  # type: ignore[attr-defined]
     return memoryview(memory).cast("B")
 
 
 def put_together(state: memoryview, tensors: memoryview | None, where: str) -> Any:
-    """The tree that `Collected` took apart; its tensors share the memory of ``tensors``.
+    """Join a state that `Collected` split; its tensors share the memory of ``tensors``.
 
     Args:
         where: The path of the tensor file, for messages.
 
     Raises:
-        CheckpointDamaged: the bytes are not such a state.
+        CheckpointDamaged: The bytes are not such a state.
     """
     found = tensors_in(tensors, where) if tensors is not None else {}
 
@@ -146,13 +143,13 @@ def tensors_in(data: memoryview, where: str) -> dict[str, torch.Tensor]:
     """All tensors of a tensor file, aliases too; they share its memory.
 
     Raises:
-        CheckpointDamaged: it is no tensor file.
+        CheckpointDamaged: The bytes are not a tensor file.
     """
     file = read_layout(data, where)
     try:
         found = {name: _tensor(data, info, offset) for name, (info, offset) in file.tensors.items()}
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointDamaged(f"{where} holds what is no tensor: {error}") from error
+        raise CheckpointDamaged(f"{where} holds an invalid tensor: {error}") from error
     return found | {alias: found[name] for alias, name in file.aliases.items()}
 
 
@@ -167,20 +164,20 @@ def _tensor(data: memoryview, info: TensorInfo, offset: int) -> torch.Tensor:
         return tensor
     dtype = _DTYPES.get((info.dtype, info.view))
     if dtype is None:
-        raise CheckpointDamaged(f"the tensor {info.name!r} is of the type {info.view!r}, which this torch has not got")
+        raise CheckpointDamaged(f"the tensor {info.name!r} has the type {info.view!r}, which this torch does not have")
     return torch.view_as_complex(tensor) if dtype.is_complex else tensor.view(dtype)
 
 
 def _stored_as(path: str, tensor: torch.Tensor) -> tuple[str, str]:
     problem = None
     if is_lazy(tensor):
-        problem = "is not initialised yet: run the module once, or give it its shapes, before training"
+        problem = "is not initialised; run the module once, or give it its shapes, before training"
     elif tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
-        problem = "is sparse, nested or quantized: return it from get_state() in parts, as plain tensors"
+        problem = "is sparse, nested or quantized; return it from get_state() in parts, as plain tensors"
     elif tensor.is_meta:
         problem = "is on the meta device and has no elements"
     elif tensor.dtype not in _STORED:
-        problem = f"has the type {tensor.dtype}, for which tensor files have no name: convert it in get_state()"
+        problem = f"has the type {tensor.dtype}, for which tensor files have no name; convert it in get_state()"
     if problem is not None:
         raise UnstorableState(f"the tensor {path} cannot be stored in a checkpoint: it {problem}")
     return _STORED[tensor.dtype]

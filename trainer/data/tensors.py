@@ -1,7 +1,7 @@
 """Tensors in nested values.
 
 Values may nest in any way. `map_tensors` walks tensors, mappings, lists, tuples, named tuples, and the
-fields of dataclasses, attrs classes and msgspec Structs; whatever else it meets stays as it is.
+fields of dataclasses, attrs classes and msgspec Structs; other objects are returned unchanged.
 """
 
 from __future__ import annotations
@@ -19,18 +19,14 @@ def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool =
     """Return the batch with every tensor in it on ``device``; nothing is changed in place.
 
     Objects with a ``to`` method (a PackedSequence, a tokenizer's BatchEncoding) are moved by it. A container
-    keeps its type where a copy of it can be filled; one in which nothing had to move is returned as it is,
-    not as a copy.
+    keeps its type if a copy of it can be filled; a container without a moved tensor is returned itself, not a copy.
 
     Args:
         batch: Any nesting; see the module's docstring.
-        device: Where to.
+        device: The target device.
         non_blocking: Do not wait for copies from pinned host memory to an accelerator
-            (``DataLoader(pin_memory=True)``); the device orders them before the work that uses them. From
-            memory that is not pinned, the host waits anyway.
-
-    Returns:
-        The batch, of the same structure.
+            (``DataLoader(pin_memory=True)``); the device orders them before the work that uses them. Copies from
+            pageable memory always wait.
     """
 
     def move(value: Any) -> Any:
@@ -38,7 +34,7 @@ def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool =
             return value.to(device, non_blocking=non_blocking)
         try:
             return value.to(device, non_blocking=non_blocking)
-        except TypeError:  # a `to` that takes only the device
+        except TypeError:  # a `to` that only accepts the device
             return value.to(device)
 
     return _map(batch, move, movable=True)
@@ -78,7 +74,7 @@ def _map(value: Any, function: Callable[[Any], Any], movable: bool) -> Any:
 
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
-    """What a container holds, with the key, index or field name of each; None if it is not a container."""
+    """A container's values with their keys, indices or field names; None for other objects."""
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, (list, tuple)):
@@ -101,8 +97,7 @@ def _rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
         return _rebuild_mapping(value, dict(parts))
     if isinstance(value, tuple):
         items = [part for _, part in parts]
-        # A named tuple's constructor takes the fields apart; `_make` is the one way in that all of them
-        # share.
+        # The constructor of a named tuple takes its fields one by one; `_make` takes an iterable.
         make = getattr(type(value), "_make", None)
         return make(items) if make is not None else tuple(items)
     result = copy.copy(value)
@@ -113,7 +108,7 @@ def _rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
             msgspec.structs.force_setattr(result, name, part)
     else:
         for name, part in parts:
-            object.__setattr__(result, name, part)  # past a frozen class, and past setters that would convert
+            object.__setattr__(result, name, part)  # bypasses frozen classes and converting setters
     return result
 
 
@@ -121,11 +116,11 @@ def _rebuild_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(value) is dict:
         return items
     if isinstance(value, MutableMapping):
-        result = copy.copy(value)  # keeps what the class has beside its items, such as a default factory
+        result = copy.copy(value)  # keeps other attributes, such as a default factory
         for key, item in items.items():
             result[key] = item
         return result
     try:
         return type(value)(items)  # type: ignore[call-arg]
-    except TypeError:  # a read-only mapping that is built in another way
+    except TypeError:  # a read-only mapping with another constructor
         return items
