@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from events.bounds import INT_MAX, Count, Int64
+from events.bounds import INT_MAX, AttemptNumber, Count, Int64
 from events.messages import Event, TrainStepEnded
 from events.metrics import metrics_of
 
@@ -151,11 +151,11 @@ _Column = tuple[list[int], list[float], list[float]]
 class SeriesStore(msgspec.Struct):
     """All curves of a run, and up to where of its journal they go."""
 
-    cursor: int = 0
+    cursor: Count = 0
     """``seq`` of the last event that is in them."""
-    attempt: int = 0
+    attempt: AttemptNumber = 0
     series: Annotated[dict[str, Series], msgspec.Meta(max_length=MOST_SERIES)] = {}
-    left_out: int = 0
+    left_out: Count = 0
     """Values under names beyond `MOST_SERIES`."""
 
     @property

@@ -183,6 +183,7 @@ def _stored_view(run_dir: Path) -> RunView:
                 if event.seq > stored.view.cursor:
                     break
                 health.add(event)
+            stored.view.run.problems = stored.view.problems
             return stored.view
     except Exception:  # whatever a stranger has put there, the journal is read instead
         pass

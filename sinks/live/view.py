@@ -135,7 +135,7 @@ class Summary(msgspec.Struct, omit_defaults=False):
     """Unix seconds at which the loop ended; None while it runs, and for a run that died."""
     problems: _Few[_Text] = []
     """The damage, if there is any, and what is unhealthy, as `events.health.Health` finds it."""
-    damage: _Text | None = None
+    damage: _Name | None = None
     """Why the run's folder cannot be read, or not all of it; None for a sound one. The status is ``damaged`` where that
     leaves it unknown."""
     best: _Name | None = None
@@ -317,6 +317,8 @@ class RunView(msgspec.Struct, dict=True):
         """Whether this one, which was stored, is within all bounds: a stranger may have written it."""
         return (
             self.stages.keys() <= self.curves.series.keys()
+            and self.run.latest.keys() <= self.curves.series.keys()
+            and all(_settings(one) is one for one in (self.arguments, self.config, self.versions))
             and self.curves.is_sound
             and all(sum(len(row.counts) for row in rows) <= MOST_COUNTS for rows in self.histograms.values())
             and all(name == one.name for name, one in self.checkpoints.items())

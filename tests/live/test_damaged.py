@@ -378,7 +378,10 @@ def test_what_a_view_holds_is_bounded_whatever_one_line_has_in_it(story: Any) ->
 WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "status": lambda view: view["run"].update(status="constructor"),
     "problems": lambda view: view["run"].update(problems={"length": 1}),
-    "latest": lambda view: view["run"].update(latest={"lr": "<b>"}),
+    "latest": lambda view: view["run"].update(latest={"train_loss": "<b>"}),
+    "latest names": lambda view: view["run"].update(latest={"x" * 10**6: 1.0}),
+    "arguments": lambda view: view["arguments"].update(a="x" * 10**6),
+    "cursor": lambda view: view["curves"].update(cursor=-1),
     "time": lambda view: view["run"].update(updated=float("inf")),
     "name": lambda view: view["run"].update(module="m" * 10**6),
     "line": lambda view: view["log"].insert(0, {"seq": 1, "kind": "X", "level": "error"}),
@@ -415,6 +418,16 @@ def test_settings_that_are_large_in_memory_are_not_kept(story: Any) -> None:
     [event] = trimmed([story.started(arguments=empty, config=config)])
     assert event.arguments.keys() == {"(not shown)"}
     assert event.config == config
+
+
+def test_the_problems_of_a_stored_view_are_those_of_the_journal(told: Any) -> None:
+    """A list of all runs has them, so a stranger's must not be in it."""
+    told.write(told.story.started(), *told.story.steps(10))
+    view, _ = read_view(told.path)
+    view.run.problems = ["x" * 60_000] * 100
+    write_view(told.path, view)
+    again, since = read_view(told.path)
+    assert (again.run.problems, since) == ([], told.story.seq)
 
 
 @pytest.mark.parametrize("spoil", ["columns", "points", "rows", "lines", "device", "link"])
