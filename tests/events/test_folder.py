@@ -380,7 +380,7 @@ except PermissionError:
         os.chmod(name, 0o755)
         write_journal(Path(name), [step(1)])
         [segment] = folder.journal_dir.iterdir()
-        for age_s, expected in ((0, "True"), (10**4, "False")):
+        for age_s, expected in ((0, "True"), (10**4, "False"), (-(10**4), "False")):
             os.utime(segment, (time.time() - age_s,) * 2)
             result = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True)
             assert (result.stdout.strip(), result.stderr) == (expected, "")
