@@ -86,7 +86,6 @@ class JournalReader:
         self._offset = 0  # of the next line in it
         self._line = 0  # lines before that
         self._lines: list[bytes | TooLong] = []  # whole lines from there on that are read but not decoded, last first
-        self._finished = False  # the segment is read, and a newer one exists
         self._rest = False  # what is left of it ends without a newline
         self._damaged = 0  # events that lines skipped since the last event may have been, torn ones apart
         self._why = ""  # the last of them was
@@ -148,7 +147,7 @@ class JournalReader:
         unfinished line is reported in `skipped`. Call it once `read` returns none. Raises `OSError`.
         """
         found = self.read()
-        if not found and self._segment is not None and not self._finished and self._segment.rest:
+        if not found and self._segment is not None and not self._segment.finished and self._segment.rest:
             self._begin_rest(self._segment)
             found = self.read()
         if not found and self._damaged and self._last is not None:
@@ -222,23 +221,18 @@ class JournalReader:
             # end after a newer one was seen is complete. One listing serves for all the segments that it names.
             if self._segment is None or not numbers or numbers[-1] <= self._segment.number:
                 numbers = segment_numbers(self._dir)
-            if self._segment is None or self._finished:
+            if self._segment is None or self._segment.finished:
                 following = self._following(numbers)
                 if following is None:
                     return False
-                self._segment, self._offset, self._line = (
-                    SegmentLines(self._dir, following, self._chunk_bytes),
-                    0,
-                    0,
-                )
-                self._finished = False
+                self._segment, self._offset, self._line = SegmentLines(self._dir, following, self._chunk_bytes), 0, 0
             newer = bool(numbers) and numbers[-1] > self._segment.number
             self._lines = self._read_on(self._segment)
             self._rest = not self._lines
             if not self._lines:
                 if not newer:
                     return False
-                self._finished = True
+                self._segment.finished = True
                 if not self._segment.rest:
                     continue
                 self._begin_rest(self._segment)
@@ -250,7 +244,7 @@ class JournalReader:
     def _begin_rest(self, segment: SegmentLines) -> None:
         """Take what has no newline as a line: it is torn, or whole but for that."""
         self._lines = [mended(segment.rest)]
-        self._offset, self._rest, self._finished = segment.start, True, True
+        self._offset, self._rest, segment.finished = segment.start, True, True
 
     def _following(self, numbers: list[int]) -> int | None:
         """The segment to read next."""
@@ -266,7 +260,7 @@ class JournalReader:
         try:
             return segment.read()
         except (FileNotFoundError, UnsafeFile) as error:
-            self._finished = True
+            segment.finished = True
             self._skip(0, "the segment is gone" if isinstance(error, FileNotFoundError) else str(error.strerror))
             return []
 

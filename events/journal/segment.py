@@ -93,6 +93,8 @@ class SegmentLines:
         """The beginning of a line whose newline `read` did not find."""
         self.checked = False
         """Whether lines of this segment have checksums: then all have."""
+        self.finished = False
+        """Whether everything in it was read, and a newer segment exists: its reader sets it."""
         self._next = 0
         self._in_long_line = False  # `_next` lies within a line that was returned as `TooLong`
 
