@@ -31,10 +31,7 @@ import anyio.to_thread
 import msgspec
 
 from events.errors import ArgumentsError, RunFolderError, WireError
-from events.journal.reader import JournalReader
-from events.journal.segment import JOURNAL_DIR
-from events.run.folder import is_held
-from events.wire import decode_command_json, encode_json_lines
+from events.wire import decode_command_json
 from sinks.damage import unreadable
 from sinks.live.access import Access, Refused, Request
 from sinks.live.asgi import (
@@ -73,6 +70,7 @@ from sinks.live.client import (
 )
 from sinks.live.frames import Message as Sent
 from sinks.live.hub import Hub
+from sinks.live.journal_body import JournalBody
 from sinks.live.runs import Runs, runs_of
 from sinks.live.shutdown import find_servers, unread
 
@@ -95,11 +93,7 @@ MOST_FOLLOWERS = 64
 MOST_IMAGES = 64
 """Maximum responses with an image at a time, because each holds an open file; further ones get 503."""
 _JOURNAL_S = 0.05
-"""How often a journal that is followed is looked at; less often where many follow."""
-_JOURNAL_EVENTS = 64
-"""Events that are decoded at a time."""
-_JOURNAL_BYTES = 2**16
-"""Minimum bytes per part of a journal, its last part excepted."""
+"""Minimum seconds between two reads of a journal that a client follows; more where many follow."""
 
 
 class LiveApp:
@@ -302,58 +296,24 @@ class LiveApp:
         if hub.run_dir is None:
             raise Refused(404, "this run keeps no journal")
         query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-        follow = query.get("follow") == ["1"]
-        run_dir = hub.run_dir
         since = _number(query, "since") if "since" in query else 0
         if since is None:
             raise Refused(400, "since is the seq of an event, a whole number")
         if self._followers >= self._most_followers:
             raise busy(f"{self._followers} clients read journals, the maximum; try again later")
-        reader = JournalReader(run_dir / JOURNAL_DIR, since, chunk_bytes=_JOURNAL_BYTES)
-
-        def read(over: bool) -> bytes:
-            """The next part, which ends with an event; on a thread."""
-            part = b""
-            with contextlib.suppress(OSError):  # nothing is lost: the reader has not moved
-                while len(part) < _JOURNAL_BYTES and (events := reader.read(_JOURNAL_EVENTS)):
-                    part += encode_json_lines(events)
-                if over and not part and not is_held(run_dir):
-                    part = encode_json_lines(reader.finish())
-            return part
-
-        async def is_over() -> bool:
-            """Whether no more is to come. The last checkpoint, for one, comes when the loop has ended already."""
-            if not follow or hub.is_ending:
-                return not follow or reader.cursor >= hub.view.cursor
-            ended = hub.view.run.status not in ("running", "unknown")
-            return ended and not await anyio.to_thread.run_sync(is_held, run_dir, limiter=self._folders)
-
-        async def write_all(client: Client) -> None:
-            quiet_s = 0.0
-            while True:
-                over = await is_over()  # before reading: what is written later must not be missed
-                if part := await anyio.to_thread.run_sync(read, over, limiter=self._folders):
-                    quiet_s = 0.0
-                    while part:
-                        await client.push(part[:_JOURNAL_BYTES])
-                        part = part[_JOURNAL_BYTES:]
-                elif over:
-                    return
-                else:
-                    wait_s = max(_JOURNAL_S, self._followers * _JOURNAL_S / 8)
-                    await anyio.sleep(wait_s)
-                    quiet_s += wait_s
-                    if quiet_s >= 1.0:
-                        quiet_s = 0.0
-                        await hub.refresh()
-                        await client.push(b"\n")
-
+        body = JournalBody(
+            hub,
+            since,
+            follow=query.get("follow") == ["1"],
+            limiter=self._folders,
+            pause_s=lambda: max(_JOURNAL_S, self._followers * _JOURNAL_S / 8),
+        )
         hub.followers += 1
         self._followers += 1  # nothing is awaited since it was compared: others would pass meanwhile
         try:
-            if (problem := await anyio.to_thread.run_sync(unreadable, run_dir, limiter=self._folders)) is not None:
+            if (problem := await anyio.to_thread.run_sync(unreadable, hub.run_dir, limiter=self._folders)) is not None:
                 raise Refused(409, f"the run is damaged: {problem}")
-            await self._stream(scope, receive, send, b"application/x-ndjson", write_all)
+            await self._stream(scope, receive, send, b"application/x-ndjson", body.write_to)
         finally:
             hub.followers -= 1
             self._followers -= 1
