@@ -213,6 +213,16 @@ class _Repeats:
             return held
 
 
+@contextlib.contextmanager
+def logging_for(origin: Origin) -> Iterator[None]:
+    """Let this thread or task, and those that it starts, log for a run."""
+    token = current_origin.set(origin)
+    try:
+        yield
+    finally:
+        current_origin.reset(token)
+
+
 class RunLog:
     """The warnings of one run: published as events, and left to its console where that shows them.
 

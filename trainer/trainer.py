@@ -24,7 +24,7 @@ from events.run.run import Run
 from events.sink import Place
 from events.strict import argument_problems, refusing
 from trainer.arguments import TrainerArguments, trainer_aliases
-from trainer.checkpoint.fetch import KEYWORDS, fetch_for
+from trainer.checkpoint.fetch import KEYWORDS
 from trainer.checkpoint.resume import CheckpointPlan
 from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
 from trainer.loop.attempt import TaskName
@@ -43,7 +43,9 @@ from trainer.run.checks import (
     plain_config,
 )
 from trainer.run.context import RunContext
-from trainer.run.session import Callback, Session, SinkLike, console, new_run_id, split
+from trainer.run.observers import Callback, SinkLike, split
+from trainer.run.place import RunPlace
+from trainer.run.session import Session, console, new_run_id
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
 
@@ -225,7 +227,7 @@ class Trainer:
         return session, result
 
     @collects
-    def _place(self) -> _Place:
+    def _place(self) -> RunPlace:
         run_id = self._run_id or self._known_run_id() or new_run_id()
         checkpoints, run_dir = self._checkpoints, self._run_dir
         has_folder = self._journal is not None or run_dir is not None or isinstance(checkpoints, Checkpoints)
@@ -234,7 +236,7 @@ class Trainer:
         folder = Path(run_dir or Path("runs") / run_id)
         if settings is not None and settings.upload is not None:
             check_upload(settings.upload, run_id, folder)
-        return _Place(
+        return RunPlace(
             run_id,
             folder if has_folder else None,
             settings if has_folder else None,
@@ -273,7 +275,7 @@ class Trainer:
         self,
         task: TaskName,
         control: Control,
-        place: _Place,
+        place: RunPlace,
         sinks: Iterable[SinkLike],
         *,
         interactive: bool,
@@ -288,11 +290,7 @@ class Trainer:
                 callbacks=self._callbacks,
                 sinks=sinks,
                 journal=self._journal,
-                run_id=place.run_id,
-                run_dir=place.run_dir,
-                settings=place.settings,
-                resume=place.resume,
-                init_from=place.init_from,
+                place=place,
                 interactive=interactive,
                 on_stderr=on_stderr,
                 sinks_in=self._sinks_in,
@@ -340,45 +338,3 @@ def check_resume(trainer: Trainer) -> None:
     if not place.is_remote:
         store = CheckpointStore(place.run_dir / CHECKPOINTS_DIR) if place.run_dir is not None else None
         CheckpointPlan(None, store, place.resume, None, place.init_from).check()
-
-
-class _Place:
-    """The folder of an attempt, and the checkpoint from which it resumes."""
-
-    def __init__(
-        self,
-        run_id: str,
-        run_dir: Path | None,
-        settings: Checkpoints | None,
-        resume: str | os.PathLike[str] | None,
-        init_from: str | os.PathLike[str] | None,
-    ) -> None:
-        self.run_id = run_id
-        self.run_dir = run_dir
-        self.settings = settings
-        self.resume = resume
-        self.init_from = init_from
-        self._fetch = fetch_for("resume", resume, settings, run_id, run_dir)
-        self._fetch_weights = fetch_for("init_from", init_from, None, run_id, run_dir)
-        self.warned: list[Warned] = []
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether something has to be fetched first."""
-        return self._fetch is not None or self._fetch_weights is not None
-
-    def fetch(self) -> None:
-        """Fetch it. Waits for the network."""
-        if self._fetch is not None:
-            with collecting(self.warned):
-                self.resume = self._fetch() or self.resume
-        if self._fetch_weights is not None:
-            with collecting(self.warned):
-                self.init_from = None if self._resumes else self._fetch_weights()
-
-    @property
-    def _resumes(self) -> bool:
-        """Whether the run is going to resume, so that it needs no other weights."""
-        if self.resume != "auto":
-            return self.resume is not None
-        return self.run_dir is not None and any(CheckpointStore(self.run_dir / CHECKPOINTS_DIR).candidates())

@@ -208,7 +208,7 @@ def test_a_host_that_is_killed_is_started_again_and_continues(
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             if global_step == 3:
                 until(lambda: len(lines(out)) >= 3, "nothing has arrived")
-                killed.append(box[0]._connection._session._host.pid)
+                killed.append(box[0]._connection._session.observers.host.pid)
                 os.kill(killed[0], signal.SIGKILL)
             return super().train_step(global_step, batch, device)
 

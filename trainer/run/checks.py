@@ -25,7 +25,7 @@ from trainer.checkpoint.fetch import KEYWORDS
 from trainer.errors import ArgumentsError
 from trainer.module_interface import CallbackInterface, ModuleInterface
 from trainer.run.contract_checks import check_contract
-from trainer.run.session import split
+from trainer.run.observers import split
 
 
 def members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:

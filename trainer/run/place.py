@@ -1,0 +1,58 @@
+"""The folder of an attempt, and the checkpoint from which it resumes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from events.checkpoint.settings import Checkpoints
+from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
+from events.log import Warned, collecting
+from trainer.checkpoint.fetch import fetch_for
+
+
+class RunPlace:
+    """The folder of an attempt, and the checkpoint from which it resumes.
+
+    Attributes:
+        settings: When it takes checkpoints; None: never.
+        warned: The warnings of `fetch`.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        run_dir: Path | None,
+        settings: Checkpoints | None,
+        resume: str | os.PathLike[str] | None,
+        init_from: str | os.PathLike[str] | None,
+    ) -> None:
+        self.run_id = run_id
+        self.run_dir = run_dir
+        self.settings = settings
+        self.resume = resume
+        self.init_from = init_from
+        self._fetch = fetch_for("resume", resume, settings, run_id, run_dir)
+        self._fetch_weights = fetch_for("init_from", init_from, None, run_id, run_dir)
+        self.warned: list[Warned] = []
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether something has to be fetched first."""
+        return self._fetch is not None or self._fetch_weights is not None
+
+    def fetch(self) -> None:
+        """Fetch it. Waits for the network."""
+        if self._fetch is not None:
+            with collecting(self.warned):
+                self.resume = self._fetch() or self.resume
+        if self._fetch_weights is not None:
+            with collecting(self.warned):
+                self.init_from = None if self._resumes else self._fetch_weights()
+
+    @property
+    def _resumes(self) -> bool:
+        """Whether the run is going to resume, so that it needs no other weights."""
+        if self.resume != "auto":
+            return self.resume is not None
+        return self.run_dir is not None and any(CheckpointStore(self.run_dir / CHECKPOINTS_DIR).candidates())
