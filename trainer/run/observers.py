@@ -84,8 +84,10 @@ class Observers:
 
     # ------------------------------------------------------------------------------------------- adding
 
-    def add_journal(self, journal: Journal) -> None:
-        """Add the journal. It comes first: a checkpoint waits for it."""
+    def add_journal(self, journal: Journal | None) -> None:
+        """Add the journal, if the run keeps one. It comes first: a checkpoint waits for it."""
+        if journal is None:
+            return
         self._journal = self._supervisor.add("journal", SinkTarget(journal, self._info), journal.delivery)
 
     def add_callbacks(

@@ -83,8 +83,6 @@ class Session:
         self.error: BaseException | None = None
         self.result: RunResult | None = None
         self.finished = anyio.Event()
-        self.control = control
-        self.arguments = arguments
         self._on_stderr = on_stderr
         self._grace = anyio.Event()  # set when the run is cancelled: the loop has `stop_grace_s` from then on
         self._stuck: str | None = None
@@ -99,41 +97,31 @@ class Session:
                 opened.callback(self.folder.close)
             plan = self._make_plan(place)
             number, seq = self._claim(plan)
-            self.origin = Origin(place.run_id, number)
-            logging.enter_context(logging_for(self.origin))  # threads that are started here log for this run
-            readback = self._connect(journal is not None, seq)
-            unused.callback(self.bus.close)
-            log = RunLog(self.origin, self.bus.publish)
+            self.bus = bus = Ring(Origin(place.run_id, number))
+            unused.callback(bus.close)
+            logging.enter_context(logging_for(bus.origin))  # threads that are started here log for this run
+            policy = NonFinitePolicy(bus, control, stops=arguments.non_finite == "stop")
+            readback = DeviceReadback(policy.on_loss, policy.on_gradient)
+            self.pump = self._make_pump(readback, seq, has_journal=journal is not None)
+            log = RunLog(bus.origin, bus.publish)
             opened.callback(log.end)
             unused.callback(log.leave_console, failed=True)
-            folder = str(self.folder.path) if self.folder is not None else None
-            media = MediaWriter(self.folder.path if self.folder is not None else None, self.bus.publish, self.origin)
-            recorder = MetricRecorder(self.bus, media)
-            info = RunInfo(place.run_id, number, 0, folder, interactive)
+            media = MediaWriter(self.folder.path if self.folder is not None else None, bus.publish, bus.origin)
+            recorder = MetricRecorder(bus, media)
+            info = RunInfo(place.run_id, number, 0, self._run_dir, interactive)
             self.observers = Observers(self.pump, info, plan, control, arguments, log, media)
             unused.callback(self.observers.discard)
-            if journal is not None:
-                self.observers.add_journal(journal)
+            self.observers.add_journal(journal)
             # The contract has no hook for a test.
             members = [(module, None), *map(split, callbacks)] if task == "train" else []
-            self._attempt = Attempt(
-                task=task,
-                module=module,
-                arguments=arguments,
-                device=device,
-                precision=precision,
-                control=control,
-                bus=self.bus,
-                hooks=self.observers.add_callbacks(members, device, recorder),
-                recorder=recorder,
-                readback=readback,
-                plan=plan,
-                config=config,
-            )
+            hooks = self.observers.add_callbacks(members, device, recorder)
             self._inbox = Inbox(self.folder.path, control.send, began_ns) if self.folder is not None else None
             self.observers.add_sinks(sinks, sinks_in)
             interval_s = arguments.system_interval_s
-            self._system = SystemSampler(interval_s, self.pump, folder) if interval_s is not None else None
+            self._system = SystemSampler(interval_s, self.pump, self._run_dir) if interval_s is not None else None
+            self._attempt = Attempt(
+                task, module, arguments, device, precision, control, bus, hooks, recorder, readback, plan, config
+            )
             self.loop = LoopThread(self._attempt)
             if task == "train":
                 self.observers.add_checkpoints(module, lambda: self.loop.weights)
@@ -141,6 +129,25 @@ class Session:
             self.loop.task.on_started = log.start
             log.begin(self.observers.has_console)
             self._opened, self._unused = opened.pop_all(), unused.pop_all()
+
+    @property
+    def control(self) -> Control:
+        """The loop's inbox."""
+        return self._attempt.control
+
+    @property
+    def arguments(self) -> TrainerArguments:
+        """How it trains."""
+        return self._attempt.arguments
+
+    @property
+    def origin(self) -> Origin:
+        """Where the run stands."""
+        return self.bus.origin
+
+    @property
+    def _run_dir(self) -> str | None:
+        return str(self.folder.path) if self.folder is not None else None
 
     def discard(self) -> None:
         """Close what the constructor opened, because the session will not run."""
@@ -174,17 +181,12 @@ class Session:
             folder.claim(attempt + 1)  # before anything uses the number: a kill may come before it is in the journal
         return attempt + 1, seq
 
-    def _connect(self, has_journal: bool, seq: int) -> DeviceReadback:
-        """Make the ring and the pump; returns what reads numbers from the device."""
-        self.bus = Ring(self.origin)
-        policy = NonFinitePolicy(self.bus, self.control, stops=self.arguments.non_finite == "stop")
-        readback = DeviceReadback(policy.on_loss, policy.on_gradient)
+    def _make_pump(self, readback: DeviceReadback, seq: int, *, has_journal: bool) -> Pump:
         written = None
         if self.folder is not None and has_journal:
             written = WrittenJournal(self.folder.journal_dir, lambda: self.observers.journal_settled())
         history = 0 if has_journal else _HISTORY
-        self.pump = Pump(self.bus, readback=readback, history=history, first_seq=seq + 1, journal=written)
-        return readback
+        return Pump(self.bus, readback=readback, history=history, first_seq=seq + 1, journal=written)
 
     def _write_settings(self) -> None:
         if self.folder is not None:
@@ -311,7 +313,7 @@ class Session:
             metrics=dict(self._attempt.readback.summary),
             ledger=loop.total,
             observers=reports,
-            run_dir=str(self.folder.path) if self.folder is not None else None,
+            run_dir=self._run_dir,
             # The newest durable one of this attempt, else the one of this run from which it has resumed.
             checkpoint=str(saved) if saved is not None else loop.task.resumed_from,
             best_checkpoint=str(best[0]) if best is not None else None,
