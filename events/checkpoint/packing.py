@@ -109,20 +109,30 @@ def encode(tree: Any, place: Callable[[str, Any], str | None] | None = None, at:
         at: The path of ``tree``; paths continue it with keys and indices: ``optimizers.0.state.5.exp_avg``.
 
     Raises:
-        UnstorableState: A value is of no such type, holds itself, or lies too deep, or the tree would take more memory
-            than `decode` allows; names the path, the type and what to do.
+        UnstorableState: A value is of no such type, holds itself, or lies too deep; names the path, the type and what
+            to do.
     """
     writer = _Writer(place, at)
     packed = writer.pack(tree)
-    data = _packer.encode([writer.entries, packed])
+    return _packer.encode([writer.entries, packed])
+
+
+def check_readable(data: bytes, what: str) -> None:
+    """Check that `decode` will take what `encode` returned. Takes half as long as encoding it: not for the loop.
+
+    Args:
+        what: The state, for the message.
+
+    Raises:
+        UnstorableState: It has so many small values that decoding it would take more memory than `decode` allows.
+    """
     if len(data) > ALWAYS_FITS_BYTES:
         try:
             check_keys(data)
-        except ValueError as error:  # a checkpoint that could not be read again
+        except ValueError as error:
             raise UnstorableState(
-                f"{at or 'the state'} has too many small values: {error}; keep them as a tensor or an array"
+                f"{what} has too many small values: {error}; keep them as a tensor or an array"
             ) from error
-    return data
 
 
 def decode(data: bytes | memoryview, tensor: Callable[[str], Any] | None = None) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from events.bus.backlog import Published
-from events.checkpoint import disk
+from events.checkpoint import disk, packing
 from events.checkpoint.lineage import expendable, ranked
 from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
 from events.checkpoint.settings import Checkpoints
@@ -173,6 +173,7 @@ class CheckpointWriter:
         snapshot.release()  # the loop may need the memory, and the rest may have to wait for callbacks
         missing: list[str] = []
         owners = {part: owner for owner, part in snapshot.owners.items()}
+        packing.check_readable(snapshot.state, STATE_NAME)
         files[STATE_NAME] = FileEntry(*disk.write_parts(folder, STATE_NAME, [snapshot.state]))
         for name, late in snapshot.parts.items():
             part = late.get(_PART_TIMEOUT_S)
@@ -331,6 +332,7 @@ class CheckpointWriter:
 
 
 def _write_part(folder: disk.Folder, name: str, part: Part, files: dict[str, FileEntry]) -> None:
+    packing.check_readable(part.state, f"{name}.msgpack")
     files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder, f"{name}.msgpack", [part.state]))
     if part.tensors:
         files[f"{name}.safetensors"] = FileEntry(*disk.write_parts(folder, f"{name}.safetensors", _tensor_file(part)))

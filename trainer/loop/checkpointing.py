@@ -13,6 +13,7 @@ import torch
 from events.bus.backlog import Payload
 from events.bus.fence import Fence
 from events.checkpoint.manifest import CheckpointName, Metric
+from events.checkpoint.packing import check_readable
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import READER, LatePart, LazyPart, Snapshot
 from events.errors import CheckpointsFailing, UnstorableState
@@ -100,12 +101,12 @@ class Checkpointing:
         for callback in self._stateful():
             if callback.is_essential:  # any other is only disabled when it fails
                 try:
-                    Collected({callback.name: callback.state_dict()})
+                    check_readable(Collected({callback.name: callback.state_dict()}).state, callback.name)
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                     add_note(error, f"raised by {callback.name}.state_dict")
                     self._attempt.fail_hook(callback, "state_dict", error)
         self._pool = SlabPool(self._attempt.device, self._attempt.bus.cpu_time)
-        Collected(self._tree())
+        check_readable(Collected(self._tree()).state, "the state of the run")
         self.due.start(self._attempt.origin.global_step, clock())
 
     def release(self) -> None:
