@@ -18,7 +18,7 @@ from events.checkpoint.manifest import CheckpointName, Manifest, Metric
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
 
 
-class Attempt(msgspec.Struct, frozen=True):
+class AttemptNote(msgspec.Struct, frozen=True):
     """What an attempt started from."""
 
     attempt: Int64
@@ -45,16 +45,16 @@ def is_attempt_name(text: str) -> bool:
     return text.startswith("attempt-") and text.endswith(".json")
 
 
-def encode_attempt(attempt: Attempt) -> bytes:
+def encode_attempt(attempt: AttemptNote) -> bytes:
     """The bytes of such a file: what it says, and a hash of that, as in a manifest."""
     return _sign(msgspec.json.encode(attempt))
 
 
-def decode_attempt(file_name: str, data: bytes) -> Attempt | None:
+def decode_attempt(file_name: str, data: bytes) -> AttemptNote | None:
     """Read such a file; None if it is damaged: the checkpoints' manifests say it too."""
     try:
         body = bytes(msgspec.json.decode(data, type=_SignedAttempt).attempt)
-        attempt = msgspec.json.decode(body, type=Attempt)
+        attempt = msgspec.json.decode(body, type=AttemptNote)
     except (ValueError, RecursionError):
         return None
     known = _sign(body) == data and 1 <= attempt.attempt <= LAST_ATTEMPT
@@ -67,7 +67,7 @@ def _sign(body: bytes) -> bytes:
 
 def line_of(
     names: Iterable[CheckpointName],
-    attempts: Mapping[int, Attempt],
+    attempts: Mapping[int, AttemptNote],
     parent_of: Callable[[CheckpointName], str | None],
 ) -> list[CheckpointName]:
     """The checkpoints that a run as it stands has come from, the newest first.

@@ -17,7 +17,7 @@ import xxhash
 
 from events.checkpoint import disk
 from events.checkpoint.lineage import (
-    Attempt,
+    AttemptNote,
     attempt_name,
     candidates_of,
     decode_attempt,
@@ -121,11 +121,11 @@ class RemoteStore:
         sizes = self._objects.sizes()
         return max([*self._attempts(sizes), *(name.attempt for name in folders_of(sizes))], default=0)
 
-    def attempts(self) -> dict[int, Attempt]:
+    def attempts(self) -> dict[int, AttemptNote]:
         """What each attempt started from, as far as it was noted."""
         return self._attempts(self._objects.sizes())
 
-    def _attempts(self, sizes: Mapping[str, int]) -> dict[int, Attempt]:
+    def _attempts(self, sizes: Mapping[str, int]) -> dict[int, AttemptNote]:
         keys = [key for key, size in sizes.items() if is_attempt_name(key) and size <= NOTE_BYTES]
         reads = (functools.partial(self._objects.get, key, NOTE_BYTES) for key in keys)
         with contextlib.closing(in_order(reads, self._limits.parallel, _THREAD)) as found:
@@ -360,7 +360,7 @@ class RemoteStore:
             self._objects.put(key, data)
         return nbytes
 
-    def note(self, attempts: Iterable[Attempt]) -> None:
+    def note(self, attempts: Iterable[AttemptNote]) -> None:
         """Note what attempts started from, and forget later ones: they are of a run that had this name before."""
         sizes = self._objects.sizes()
         noted = self._attempts(sizes)

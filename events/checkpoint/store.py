@@ -34,7 +34,7 @@ import xxhash
 
 from events.checkpoint import disk
 from events.checkpoint.lineage import (
-    Attempt,
+    AttemptNote,
     attempt_name,
     candidates_of,
     decode_attempt,
@@ -135,7 +135,7 @@ class CheckpointStore:
         """The metric of each checkpoint of the line that has one; see `events.checkpoint.lineage.scores_of`."""
         return scores_of(self.line(), self.manifest, metric, on_unread, run_id)
 
-    def attempts(self) -> dict[int, Attempt]:
+    def attempts(self) -> dict[int, AttemptNote]:
         """What each attempt started from, as far as it was noted."""
         return {note.attempt: note for note in self._notes().values() if note is not None}
 
@@ -157,9 +157,9 @@ class CheckpointStore:
                 )
         return damaged
 
-    def _notes(self) -> dict[str, Attempt | None]:
+    def _notes(self) -> dict[str, AttemptNote | None]:
         """By file; None for what is damaged."""
-        notes: dict[str, Attempt | None] = {}
+        notes: dict[str, AttemptNote | None] = {}
         for entry in self._entries():
             if is_attempt_name(entry):
                 try:
@@ -198,7 +198,7 @@ class CheckpointStore:
 
     # ------------------------------------------------------------------------------------------- writing
 
-    def prepare(self, attempt: Attempt) -> None:
+    def prepare(self, attempt: AttemptNote) -> None:
         """Begin an attempt: make the folder, remove what a killed process has left, and note where the line goes on.
 
         Raises:
@@ -228,7 +228,7 @@ class CheckpointStore:
         else:
             self.folder.mkdir(exist_ok=True)
 
-    def note(self, attempt: Attempt) -> None:
+    def note(self, attempt: AttemptNote) -> None:
         """Note durably what an attempt started from. Raises `OSError` if the disk refused."""
         replace_below(self._root, self._within + attempt_name(attempt.attempt), encode_attempt(attempt))
 

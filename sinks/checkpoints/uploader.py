@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from events.bus.backlog import Published
-from events.checkpoint.lineage import Attempt, by_age, expendable
+from events.checkpoint.lineage import AttemptNote, by_age, expendable
 from events.checkpoint.manifest import CheckpointName, Manifest
 from events.checkpoint.objects import Limits
 from events.checkpoint.remote import RemoteStore
@@ -99,7 +99,7 @@ class CheckpointUploader:
         self._damaged: set[CheckpointName] = set()  # local ones that cannot be uploaded, whatever happens
         self._metrics: dict[CheckpointName, float | None] = {}
         self._failures = {"upload": 0, "delete": 0}  # in a row
-        self._noted: dict[int, Attempt] = {}
+        self._noted: dict[int, AttemptNote] = {}
         self._told_at = 0.0
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from events.checkpoint.lineage import Attempt, decode_attempt, encode_attempt
+from events.checkpoint.lineage import AttemptNote, decode_attempt, encode_attempt
 from events.checkpoint.manifest import FileEntry, Manifest, decode_manifest, encode_manifest
 from events.checkpoint.remote_layout import decode_parts
 from events.checkpoint.tensor_file import TensorInfo, elements_of, read_layout
@@ -98,7 +98,7 @@ def test_a_signed_manifest_has_integers_within_64_bits(fields: dict[str, Any]) -
 
 def test_attempts_and_parts_have_integers_within_64_bits() -> None:
     """As all numbers of a checkpoint."""
-    assert decode_attempt(f"attempt-{BIG}.json", encode_attempt(Attempt(BIG, None))) is None
+    assert decode_attempt(f"attempt-{BIG}.json", encode_attempt(AttemptNote(BIG, None))) is None
     with pytest.raises(CheckpointDamaged, match="was changed: Expected `int`"):
         decode_parts(b'{"part_bytes":%d,"manifest_xxh3_128":""}' % BIG, "file")
 

@@ -22,7 +22,7 @@ import msgspec
 import pytest
 
 from events.checkpoint import disk, parallel
-from events.checkpoint.lineage import Attempt
+from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric, encode_manifest
 from events.checkpoint.objects import Limits, Objects, parse_url, run_url
 from events.checkpoint.parallel import in_order
@@ -208,7 +208,7 @@ def calls_of(remote: RemoteStore, local: Path, manifest: Manifest) -> list[Calla
         remote.reap,
         lambda: remote.manifest(name),
         lambda: remote.remove(name),
-        lambda: remote.note([Attempt(1, None)]),
+        lambda: remote.note([AttemptNote(1, None)]),
         lambda: remote.download(name, local / "into"),
         lambda: put(remote, local, manifest),
         lambda: remote._objects.put("key", b"data"),
@@ -711,11 +711,11 @@ def test_the_line_is_followed_as_on_disk(remote: RemoteStore, local: Path) -> No
     """A run may be continued from the store alone: the same candidates in the same order."""
     store = CheckpointStore(local)
     local.mkdir()
-    store.prepare(Attempt(1, None))
+    store.prepare(AttemptNote(1, None))
     manifests = [make(local, step) for step in (10, 20, 30)]
-    store.prepare(Attempt(2, "step-20.a1"))
+    store.prepare(AttemptNote(2, "step-20.a1"))
     manifests.append(make(local, 25, 2, parent="step-20.a1"))
-    store.prepare(Attempt(3, "step-25.a2"))
+    store.prepare(AttemptNote(3, "step-25.a2"))
     assert remote.names() == remote.line() == list(remote.candidates()) == []
     assert remote.last_attempt == 0
     for manifest in manifests:
@@ -748,8 +748,8 @@ def test_an_outage_is_not_taken_for_the_beginning_of_the_line(
 
 def test_notes_of_an_earlier_run_of_the_name_are_forgotten(remote: RemoteStore, there: Path) -> None:
     """Or the line would be that of a run which is no more."""
-    remote.note([Attempt(number, None) for number in (1, 2, 3)])
-    remote.note([Attempt(1, "step-5.a0")])
+    remote.note([AttemptNote(number, None) for number in (1, 2, 3)])
+    remote.note([AttemptNote(1, "step-5.a0")])
     assert keys(there) == ["attempt-1.json"]
     (there / "attempt-2.json").write_text("{")  # damaged ones say nothing
     assert remote.last_attempt == 1

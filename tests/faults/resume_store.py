@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from events.bus.backlog import Payload
-from events.checkpoint.lineage import Attempt
+from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import Snapshot
@@ -85,7 +85,7 @@ class Process:
             module="Net",
             versions={},
         )
-        self.store.prepare(Attempt(attempt, parent))
+        self.store.prepare(AttemptNote(attempt, parent))
 
     def save(self, name: CheckpointName, metric: float | None) -> None:
         """Write one that holds its own name, and delete what need not be kept after it."""

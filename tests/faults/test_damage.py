@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from events.checkpoint.lineage import Attempt
+from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointDamaged
@@ -158,7 +158,7 @@ def test_a_damaged_note_of_where_somebody_went_back_to_leads_nowhere_else(
 ) -> None:
     """The third attempt went back to an early checkpoint: no bit of its note can flip and make it another one."""
     store = CheckpointStore(run_dir / "checkpoints")
-    store.prepare(Attempt(3, "step-4.a1"))
+    store.prepare(AttemptNote(3, "step-4.a1"))
     assert disk.look(run_dir, reference) == (CheckpointName(4, 1), [])
     path = run_dir / "checkpoints" / "attempt-3.json"
     whole = path.read_bytes()

@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from events.checkpoint import packing
-from events.checkpoint.lineage import Attempt, decode_attempt
+from events.checkpoint.lineage import AttemptNote, decode_attempt
 from events.checkpoint.manifest import Manifest, decode_manifest, encode_manifest
 from events.checkpoint.remote_layout import Parts, decode_parts
 from events.checkpoint.tensor_file import read_layout
@@ -287,7 +287,7 @@ def test_a_manifest_can_be_written_again_or_is_damaged(body: bytes, signed: bool
 
 
 @fuzz
-@given(damaged(objects_of(Attempt).map(as_json)), damaged(objects_of(Parts).map(as_json)))
+@given(damaged(objects_of(AttemptNote).map(as_json)), damaged(objects_of(Parts).map(as_json)))
 def test_an_attempt_and_parts_are_values_or_damaged(attempt: bytes, parts: bytes) -> None:
     """Each with the error, or the None, of its kind."""
     signed = b'{"attempt":%s,"xxh3_128":"%s"}\n' % (attempt, xxhash.xxh3_128_hexdigest(attempt).encode())

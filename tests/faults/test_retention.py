@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from events.checkpoint.lineage import Attempt, by_age, candidates_of, expendable, line_of
+from events.checkpoint.lineage import AttemptNote, by_age, candidates_of, expendable, line_of
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import Upload, verify
@@ -376,6 +376,6 @@ def test_the_line_of_many_attempts_takes_linear_time() -> None:
             return self._age[0]
 
     names: Any = [Counted(number) for number in range(1, 501)]
-    attempts = {number: Attempt(number, f"step-{number - 1}.a{number - 1}") for number in range(2, 501)}
+    attempts = {number: AttemptNote(number, f"step-{number - 1}.a{number - 1}") for number in range(2, 501)}
     assert line_of(names, attempts, lambda name: None) == names[::-1]
     assert looks <= 2 * len(names)

@@ -21,7 +21,7 @@ import msgspec
 import pytest
 
 from events.checkpoint import disk
-from events.checkpoint.lineage import Attempt
+from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest
 from events.checkpoint.objects import Limits, run_url
 from events.checkpoint.remote import RemoteStore
@@ -60,7 +60,7 @@ class Run:
         """A new attempt, with one checkpoint of several parts."""
         names = self.store.names()
         self.attempt += 1
-        self.store.prepare(Attempt(self.attempt, str(names[-1]) if names else None))
+        self.store.prepare(AttemptNote(self.attempt, str(names[-1]) if names else None))
         name = CheckpointName(step, self.attempt)
         temporary = self.store.begin(name)
         noise = random.Random(str(name))
@@ -198,7 +198,7 @@ class Bench:
         self.use(monkeypatch, faulty=False)
         assert run.look()  # the earlier one is removed only when the later one is there
         run.attempt += 1
-        run.store.prepare(Attempt(run.attempt, "step-20.a2"))
+        run.store.prepare(AttemptNote(run.attempt, "step-20.a2"))
         run.uploader(part_bytes=rng.choice((PART, PART, 2 * PART))).open()
         assert str(run.reader.names()[-1]) == "step-20.a2"
         assert run.orphans() == set()

@@ -22,7 +22,7 @@ from events.bus.pump import Pump
 from events.bus.ring import Ring
 from events.bus.supervisor import Supervisor
 from events.checkpoint import disk
-from events.checkpoint.lineage import Attempt
+from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.remote import RemoteStore
@@ -63,7 +63,7 @@ class Rig:
 
     def attempt(self, number: int, parent: str | None = None) -> None:
         self.origin.attempt = number
-        self.store.prepare(Attempt(number, parent))
+        self.store.prepare(AttemptNote(number, parent))
 
     def save(
         self, step: int, metric: float | None = None, parent: str | None = None, nbytes: int = 100_000

@@ -22,7 +22,7 @@ from torch import nn
 
 import events.checkpoint.store
 from events.checkpoint import disk, packing
-from events.checkpoint.lineage import Attempt
+from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName, encode_manifest
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.store import CheckpointStore, Upload, read_manifest
@@ -238,7 +238,7 @@ def test_nothing_resumes_past_a_newer_format(stagecast: Stagecast, run: Path) ->
 
 def test_a_run_that_began_anew_resumes_from_none(stagecast: Stagecast, run: Path) -> None:
     """Its newest attempt has no checkpoint yet, and none that it came from."""
-    CheckpointStore(run / "checkpoints").prepare(Attempt(3, None))
+    CheckpointStore(run / "checkpoints").prepare(AttemptNote(3, None))
     _, out, _ = stagecast("list", run, "--json")
     assert [(row["resumes"], row["in_line"]) for row in json.loads(out)] == [(False, False)] * 7
 

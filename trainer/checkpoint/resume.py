@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from events.checkpoint.lineage import Attempt, ranked
+from events.checkpoint.lineage import AttemptNote, ranked
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import (
@@ -347,7 +347,7 @@ class CheckpointPlan:
                 f"attempt {attempt} does not go on from any checkpoint in {self.store.folder}, which it supersedes"
             )
         try:
-            self.store.prepare(Attempt(attempt, parent, source, secrets.token_hex(8)))
+            self.store.prepare(AttemptNote(attempt, parent, source, secrets.token_hex(8)))
         except UnsafeFile as error:
             raise CheckpointError(
                 f"no checkpoint can be written to {self.store.folder}: {error}; remove that, or give the run another"
