@@ -1,4 +1,4 @@
-"""Bounds of the numbers in data that a stranger may have written: a journal, a manifest, a command, a stored view.
+"""Bounds of numbers and texts that a stranger may have written: in a journal, a manifest, a command, a stored view.
 
 JSON has integers of any length, which neither msgpack nor a browser takes, and whose text Python refuses to write. The
 types here have `msgspec` refuse them while it decodes; `check_plain` does so in values of no given type.
@@ -7,7 +7,7 @@ types here have `msgspec` refuse them while it decodes; `check_plain` does so in
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta
 
@@ -27,6 +27,21 @@ Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """A number that is neither NaN nor infinite."""
 UnixTime = Annotated[float, Meta(ge=0, le=2**33)]
 """Unix seconds, up to the year 2242: in nanoseconds they are within 64 bits."""
+
+MAX_NAME_CHARS = 300
+"""Maximum characters per name that a view of a run keeps; a longer one is not shown."""
+MAX_LINE_CHARS = 4_000
+"""Maximum characters per line, error or path that it keeps."""
+MAX_TEXT_CHARS = 64 * 1_024
+"""Maximum characters per text that it keeps; the rest is cut."""
+MAX_ENTRIES = 2_000
+"""Maximum entries per list or mapping that it keeps."""
+_Value = TypeVar("_Value")
+BoundName = Annotated[str, Meta(max_length=3 * MAX_NAME_CHARS)]
+"""The name of a metric and that of its dataloader."""
+BoundText = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
+BoundList = Annotated[list[_Value], Meta(max_length=MAX_ENTRIES)]
+BoundDict = Annotated[dict[str, _Value], Meta(max_length=MAX_ENTRIES)]
 
 
 def check_plain(value: Any, where: str = "$") -> None:

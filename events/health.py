@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
+
+from events.bounds import MAX_LINE_CHARS, MAX_NAME_CHARS, BoundName, BoundText, Int64
 from events.messages import (
     CheckpointFailed,
     CheckpointRejected,
@@ -32,13 +35,27 @@ from events.messages import (
 )
 from events.text import plain_text
 
-_MOST_OBSERVERS = 64
-_MOST_CHARS = 4_000
-"""Maximum characters per problem: names and errors in it may be a stranger's."""
+_MAX_OBSERVERS = 128
 _MOST_ERRORS = 16
 """Names and texts are strangers', so their number has a bound."""
 _REASONS = {"non_finite_loss": "the loss was not finite", "non_finite_gradient": "a gradient was not finite"}
 _STREAM = "run.events"  # a reader of the run catches up with the events it missed, or gets an error
+
+
+class ObserverState(msgspec.Struct):
+    """One observer of an attempt, a sink, a callback or a writer, as servers send it."""
+
+    name: BoundName
+    state: Literal["ok", "failing", "disabled"] = "ok"
+    queued: Int64 | None = None
+    """Events that waited for it at its last report; None before the first."""
+    lag_s: float | None = None
+    dropped: Int64 = 0
+    conflated: Int64 = 0
+    failures: Int64 = 0
+    """Its failed calls, as far as they are reported: of failures in a row the first and the last is."""
+    error: BoundText | None = None
+    """The last one."""
 
 
 class Health:
@@ -79,7 +96,8 @@ class Health:
         self.failure: str | None = None
         """How the run failed, the first of `problems`; None if it has not."""
         self._ended = False
-        self._observers: dict[str, _Observer] = {}
+        self.observers: dict[str, ObserverState] = {}
+        self._failed: dict[str, ObserverFailed] = {}  # the last failure of each that has not recovered
         self._losses = _Streaks()
         self._gradients = _Streaks()
         self._evaluations: dict[str, tuple[int, int]] = {}  # what was evaluated -> how often not finite, first step
@@ -104,7 +122,7 @@ class Health:
     @property
     def has_failing_observers(self) -> bool:
         """Whether an observer has failed and not recovered."""
-        return any(observer.failed is not None for observer in self._observers.values())
+        return bool(self._failed)
 
     @property
     def problems(self) -> list[str]:
@@ -129,8 +147,9 @@ class Health:
                 f"{wanted_by} did not find the metric {monitor!r:.200} {_times(count)}, first at step"
                 f" {first.global_step:,} (there: {known:.500})"
             )
-        for name, observer in self._observers.items():
-            found += [f"{name} {what}" for what in observer.problems(self._ended)]
+        for name, observer in self.observers.items():
+            if name != _STREAM:
+                found += [f"{name} {what}" for what in self._observer_problems(observer)]
         for failed in self._checkpoints.values():
             found.append(_failed_checkpoint(failed))
         found += [
@@ -139,7 +158,7 @@ class Health:
         if self._lost:
             found.append(f"the journal lacks {_many(self._lost, 'event')}: {self._gap}")
         found += self._errors
-        return [plain_text(one, _MOST_CHARS) for one in found]
+        return [plain_text(one, MAX_LINE_CHARS) for one in found]
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -149,7 +168,7 @@ class Health:
             how = "failed" if e.status == "failed" else f"was {e.status}"
             phase = f" in {e.phase}" if e.phase else ""
             reason = f": {e.reason}" if e.reason else ""
-            self.failure = plain_text(f"the run {how}{phase} after step {e.global_step:,}{reason}", _MOST_CHARS)
+            self.failure = plain_text(f"the run {how}{phase} after step {e.global_step:,}{reason}", MAX_LINE_CHARS)
 
     def _non_finite_loss(self, e: NonFiniteLoss) -> None:
         self._losses.add(e.global_step, e.consecutive)
@@ -178,38 +197,67 @@ class Health:
 
     # ------------------------------------------------------------------------------------ the observers
 
-    def _observer(self, name: str) -> _Observer:
-        known = self._observers.get(name)
+    def _observer(self, name: str) -> ObserverState:
+        known = self.observers.get(name)
         if known is None:
-            known = _Observer()
-            if name != _STREAM and len(self._observers) < _MOST_OBSERVERS:
-                self._observers[name] = known
+            known = ObserverState(name)
+            if len(name) <= MAX_NAME_CHARS:
+                self.observers[name] = known
+            if len(self.observers) > _MAX_OBSERVERS:  # those that failed stay
+                del self.observers[next(other for other in self.observers if other not in self._failed)]
         return known
 
     def _observer_failed(self, e: ObserverFailed) -> None:
-        self._observer(e.observer).failed = e
+        one = self._observer(e.observer)
+        self._count_failures(one, e.failures)
+        one.state = "failing" if e.action == "retrying" else "disabled"
+        one.error = e.error[:MAX_LINE_CHARS]
+        if e.observer in self.observers:
+            self._failed[e.observer] = e
 
     def _observer_recovered(self, e: ObserverRecovered) -> None:
-        self._observer(e.observer).failed = None
+        one = self._observer(e.observer)
+        self._count_failures(one, e.failures)
+        self._failed.pop(e.observer, None)
+        one.state = "ok"
+
+    def _count_failures(self, one: ObserverState, in_a_row: int) -> None:
+        """Of failures in a row, the first and the last is reported, each with how many there were."""
+        before = self._failed.get(one.name)
+        counted = before.failures if before is not None and before.action == "retrying" else 0
+        one.failures += max(0, in_a_row - counted)
 
     def _observer_dropped(self, e: ObserverDropped) -> None:
-        if e.dropped:  # those that were conflated were replaced by newer ones, as that observer wants it
-            self._observer(e.observer).dropped += e.dropped
+        one = self._observer(e.observer)
+        one.dropped, one.conflated = one.dropped + e.dropped, one.conflated + e.conflated
 
     def _observers_reported(self, e: ObserversReported) -> None:
         for health in e.observers:
-            if (
-                health.observer not in self._observers
-                and health.state == "ok"
-                and not (health.queued or health.dropped)
-            ):
-                continue
-            observer = self._observer(health.observer)
-            observer.queued = health.queued
-            observer.dropped = max(observer.dropped, health.dropped)
-            observer.state = health.state
-            if health.state == "ok" and observer.failed is not None and observer.failed.action == "retrying":
-                observer.failed = None  # a sink host that was started again reports no recovery
+            one = self._observer(health.observer)
+            one.state, one.queued, one.lag_s = health.state, health.queued, health.lag_s
+            one.dropped, one.conflated = max(one.dropped, health.dropped), max(one.conflated, health.conflated)
+            failed = self._failed.get(one.name)
+            if health.state == "ok" and failed is not None and failed.action == "retrying":
+                del self._failed[one.name]  # a sink host that was started again reports no recovery
+
+    def _observer_problems(self, one: ObserverState) -> list[str]:
+        """The problems of an observer, without its name."""
+        queued = (one.queued or 0) if self._ended else 0
+        failed = self._failed.get(one.name)
+        if failed is not None:
+            during = f" in {failed.during}" if failed.during else ""
+            times = f" {failed.failures:,} times" if failed.failures > 1 else ""
+            outcome = {"fatal": "ended the run", "disabled": "is disabled", "retrying": "has not recovered"}
+            missed = f" ({_many(one.dropped + queued, 'event')} not delivered)" if one.dropped + queued else ""
+            return [f"failed{times}{during} and {outcome[failed.action]}{missed}: {failed.error}"]
+        found = []
+        if one.state != "ok":
+            found.append("is disabled" if one.state == "disabled" else "is failing")
+        if one.dropped:
+            found.append(f"missed {_many(one.dropped, 'event')}, which its queue had no room for")
+        if queued:
+            found.append(f"did not get the last {_many(queued, 'event')}")
+        return found
 
     # --------------------------------------------------------------------------------------- the disk
 
@@ -232,35 +280,6 @@ class Health:
     def _checkpoint_rejected(self, e: CheckpointRejected) -> None:
         if len(self._rejected) < _MOST_ERRORS:
             self._rejected[e.checkpoint] = e.error
-
-
-class _Observer:
-    """What is known of one observer."""
-
-    def __init__(self) -> None:
-        self.failed: ObserverFailed | None = None
-        """Its last failure, unless it has recovered."""
-        self.dropped = 0
-        self.queued = 0
-        self.state = "ok"
-
-    def problems(self, ended: bool) -> list[str]:
-        """What to say behind its name."""
-        queued = self.queued if ended else 0
-        if self.failed is not None:
-            during = f" in {self.failed.during}" if self.failed.during else ""
-            times = f" {self.failed.failures:,} times" if self.failed.failures > 1 else ""
-            outcome = {"fatal": "ended the run", "disabled": "is disabled", "retrying": "has not recovered"}
-            missed = f" ({_many(self.dropped + queued, 'event')} not delivered)" if self.dropped + queued else ""
-            return [f"failed{times}{during} and {outcome[self.failed.action]}{missed}: {self.failed.error}"]
-        found = []
-        if self.state != "ok":
-            found.append("is disabled" if self.state == "disabled" else "is failing")
-        if self.dropped:
-            found.append(f"missed {_many(self.dropped, 'event')}, which its queue had no room for")
-        if queued:
-            found.append(f"did not get the last {_many(queued, 'event')}")
-        return found
 
 
 class _Streaks:

@@ -60,6 +60,13 @@ def metrics_of(event: Event) -> list[tuple[str, float]]:
     return read(event) if read is not None else []
 
 
+def result_metrics(event: Event) -> list[tuple[str, float]]:
+    """Return the numbers of an event that `events.RunResult.metrics` has: losses, and those that user code logs."""
+    if isinstance(event, TrainStepEnded):
+        return [("train_loss", event.loss)] if event.loss is not None else []
+    return metrics_of(event) if type(event) in _RESULT_TYPES else []
+
+
 def hyperparameters(event: RunStarted) -> dict[str, Any]:
     """What loggers show as hyperparameters: the trainer's arguments and the user's own, nested as they are given.
 
@@ -120,5 +127,6 @@ _READERS: dict[type[Event], Callable[[Any], list[tuple[str, float]]]] = {
     LedgerReported: _of_ledger,
     SystemSampled: _of_system,
 }
+_RESULT_TYPES = frozenset({MetricsLogged, ValEpochEnded, TestEpochEnded, TrainEpochEnded})
 METRIC_TYPES: frozenset[type[Event]] = frozenset(_READERS)
 """The types of events that have numbers."""

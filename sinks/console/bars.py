@@ -1,12 +1,13 @@
-"""The live block of the console: an epoch row, a step row and a validation row, laid out for a width."""
+"""The progress of a run: an epoch row, a step row and a validation row with bars, or one line without."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from sinks.console.progress import Evaluation, Progress
-from sinks.console.text import Span, crop
+from events.run.state import RunState
+from events.run.summary import EvaluationProgress
+from sinks.console.text import Line, Span, crop
 from sinks.format import cells, format_duration, format_number, format_rate, plain_text
 
 
@@ -28,15 +29,15 @@ _BAR = range(6, 41)
 _COMPACT_BELOW = 64
 
 
-def bar_rows(progress: Progress, width: int, *, ascii_only: bool = False) -> list[list[Span]]:
+def bar_rows(state: RunState, width: int, *, ascii_only: bool = False) -> list[list[Span]]:
     """Lay the rows out in at most ``width`` columns; no row contains a line break.
 
     Two rows while training, a third while validating, one while testing. Numbers stand in the same columns
     from one call to the next as long as the totals stay the same.
     """
     compact = width < _COMPACT_BELOW
-    now = progress.evaluation
-    rows = [_epoch_row(progress, compact), _step_row(progress, compact)]
+    now = state.evaluation
+    rows = [_epoch_row(state, compact), _step_row(state, compact)]
     if now is not None:
         rows = [_evaluation_row(now)] if now.stage == "test" else [*rows, _evaluation_row(now)]
     counts = max(len(row.counter) for row in rows)
@@ -45,37 +46,37 @@ def bar_rows(progress: Progress, width: int, *, ascii_only: bool = False) -> lis
     return [_lay_out(row, counts, bar, width, ascii_only) for row in rows]
 
 
-def _epoch_row(progress: Progress, compact: bool) -> _Row:
-    left_s = progress.run_left_s
-    elapsed = f"{format_duration(progress.elapsed_s)} elapsed"
+def _epoch_row(state: RunState, compact: bool) -> _Row:
+    left_s, run = state.run_left_s, state.run
+    elapsed = f"{format_duration(state.pace.elapsed_s)} elapsed"
     if left_s is None:
         tail = [Span(elapsed, "dim")]
     elif compact:
         tail = [Span(f"{format_duration(left_s)} left")]
     else:  # above the step row's own "left"
         tail = [Span(f"{elapsed:<25}", "dim"), Span(f"{format_duration(left_s)} left")]
-    total = progress.total_steps
-    fraction = progress.global_step / total if total else None
-    return _Row("epoch", _count(progress.epoch + 1, progress.epochs), fraction, tail)
+    total = state.total_steps
+    fraction = run.global_step / total if total else None
+    return _Row("epoch", _count(run.epoch + 1, run.epochs), fraction, tail)
 
 
-def _step_row(progress: Progress, compact: bool) -> _Row:
-    steps, loss = progress.steps, progress.loss
+def _step_row(state: RunState, compact: bool) -> _Row:
+    steps, loss = state.steps, state.pace.loss
     tail = []
     if loss is not None:
         tail.append(Span(f"loss {format_number(loss):<6}", "" if math.isfinite(loss) else "bad"))
-    if progress.paused:
+    if state.run.paused:
         tail.append(Span("paused", "warn"))
-    elif progress.rate is not None:
-        rate = format_rate(progress.rate, short=compact)
+    elif state.pace.rate is not None:
+        rate = format_rate(state.pace.rate, short=compact)
         tail.append(Span(rate if compact else f"{rate:<12}"))
-        if progress.epoch_left_s is not None and progress.evaluation is None:
-            tail.append(Span(f"{format_duration(progress.epoch_left_s)} left"))
-    fraction = progress.step_in_epoch / steps if steps else None
-    return _Row("step", _count(progress.step_in_epoch, steps), fraction, tail)
+        if state.epoch_left_s is not None and state.evaluation is None:
+            tail.append(Span(f"{format_duration(state.epoch_left_s)} left"))
+    fraction = state.step_in_epoch / steps if steps else None
+    return _Row("step", _count(state.step_in_epoch, steps), fraction, tail)
 
 
-def _evaluation_row(now: Evaluation) -> _Row:
+def _evaluation_row(now: EvaluationProgress) -> _Row:
     fraction = now.step / now.steps if now.steps else None
     return _Row(now.stage, _count(now.step, now.steps), fraction, [Span(plain_text(now.key, 60), "dim")])
 
@@ -119,3 +120,31 @@ def _bar(fraction: float | None, length: int, ascii_only: bool) -> list[Span]:
     full, rest = ("#", ".") if ascii_only else ("━", "─")
     style = "done" if done == length else "bar"
     return [Span(full * done, style), Span(rest * (length - done), "dim")]
+
+
+def progress_line(state: RunState) -> Line:
+    """The progress as a permanent line, where no bars can be drawn."""
+    run, now = state.run, state.evaluation
+    parts = [f"epoch {run.epoch + 1}" + (f"/{run.epochs}" if run.epochs is not None else "")]
+    if now is not None:
+        of = f"/{now.steps:,}" if now.steps is not None else ""
+        parts.append(f"{now.stage} {plain_text(now.key, 60)} {now.step:,}{of}")
+        return _parts(state.pace.time, parts[1:] if now.stage == "test" else parts)
+    steps = state.steps
+    percent = f" ({100 * state.step_in_epoch // steps} %)" if steps else ""
+    parts.append(f"step {state.step_in_epoch:,}" + (f"/{steps:,}{percent}" if steps is not None else ""))
+    if state.pace.loss is not None:
+        parts.append(f"loss {format_number(state.pace.loss)}")
+    if run.paused:
+        parts.append("paused")
+    elif state.pace.rate is not None:
+        parts.append(format_rate(state.pace.rate))
+    run_left_s = state.run_left_s
+    left_s = run_left_s if run_left_s is not None else state.epoch_left_s
+    if left_s is not None:
+        parts.append(f"{format_duration(left_s)} left" + (" in this epoch" if run_left_s is None else ""))
+    return _parts(state.pace.time, parts)
+
+
+def _parts(time: float, parts: list[str]) -> Line:
+    return Line(time, "note", [(Span(part),) for part in parts])

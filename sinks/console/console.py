@@ -24,60 +24,17 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
-from events.health import Health
-from events.messages import (
-    CheckpointFailed,
-    CheckpointRejected,
-    CheckpointSaved,
-    CheckpointSkipped,
-    CheckpointUploaded,
-    CommandTaken,
-    Event,
-    JournalGap,
-    LedgerReported,
-    LoopHeld,
-    MetricsLogged,
-    NonFiniteGradient,
-    NonFiniteLoss,
-    ObserverDropped,
-    ObserverFailed,
-    ObserverRecovered,
-    ObserverSlow,
-    ObserversReported,
-    RunEnded,
-    RunResumed,
-    RunStarted,
-    TestEpochEnded,
-    TestEpochStarted,
-    TestStepEnded,
-    TrainEpochEnded,
-    TrainEpochStarted,
-    TrainStepEnded,
-    ValEpochEnded,
-    ValEpochStarted,
-    ValStepEnded,
-    WarningLogged,
-    WeightsSaved,
-)
+from events.messages import Event, MetricsLogged, WarningLogged
+from events.run.state import RunState
 from events.sink import Delivery, RunInfo
 from events.strict import Strict
-from sinks.console.bars import bar_rows
-from sinks.console.lines import Chronicle, progress_line
-from sinks.console.progress import Progress
+from sinks.console.bars import bar_rows, progress_line
+from sinks.console.lines import Chronicle
 from sinks.console.text import Line, Span, wrap
 from sinks.format import format_clock, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
-
-_TYPES: frozenset[type[Event]] = frozenset({
-    RunStarted, RunResumed, RunEnded, TrainEpochStarted, TrainStepEnded, TrainEpochEnded,
-    ValEpochStarted, ValStepEnded, ValEpochEnded, TestEpochStarted, TestStepEnded, TestEpochEnded,
-    MetricsLogged, NonFiniteLoss, NonFiniteGradient, ObserverFailed, ObserverRecovered, ObserverDropped, ObserverSlow,
-    LoopHeld, JournalGap, LedgerReported, CommandTaken, WarningLogged, ObserversReported,
-    CheckpointSaved, CheckpointSkipped, CheckpointFailed, CheckpointUploaded, CheckpointRejected, WeightsSaved,
-    *Health().types,
-})  # fmt: skip
 
 _CLEAR_BELOW = "\r\x1b[J"
 _PALETTE = {
@@ -118,7 +75,7 @@ class Console(Strict, frozen=True):
     # for as long as its reader likes, and that is no failure.
     delivery: ClassVar[Delivery] = Delivery(
         runs_in="thread",  # the terminal is this process's
-        types=_TYPES,
+        types=Chronicle(RunState()).types,
         overflow="latest",
         capacity=8_192,
         latency_s=0.25,
@@ -180,8 +137,8 @@ class ConsoleWriter:
         self._file = console.file
         self._every_s = 1 / refresh_per_s
         self._line_every_s = line_every_s
-        self._progress = Progress()
-        self._chronicle = Chronicle(self._progress, run.run_dir)
+        self._state = RunState()
+        self._chronicle = Chronicle(self._state, run.run_dir)
         self._ascii = console.options.ascii_only
         terminal = _can_move_cursor(console) if live is None else live
         self._live = terminal and _claim(self._file)
@@ -244,36 +201,22 @@ class ConsoleWriter:
     # ------------------------------------------------------------------------------------------- events
 
     def _take(self, events: Sequence[Event]) -> list[Line]:
-        lines: list[Line] = []
-        steps: list[TrainStepEnded] = []
         from events.log import is_on_stderr  # structlog takes its time, and who only describes a console need not wait
 
-        for event in events:
-            # Nearly all events end here: thousands a second, on a thread that competes with the loop.
-            if type(event) is TrainStepEnded:
-                steps.append(event)
-                continue
-            if type(event) is MetricsLogged and event.key is None:
-                continue
-            if type(event) is WarningLogged and is_on_stderr(event):
-                continue
-            self._take_steps(steps, lines)
-            self._progress.take(event)
-            lines += self._chronicle.take(event)
-        self._take_steps(steps, lines)
+        # Nearly all events are steps and their metrics: thousands a second, on a thread that competes with the loop.
+        shown = [
+            event
+            for event in events
+            if not (type(event) is MetricsLogged and event.key is None)
+            and not (type(event) is WarningLogged and is_on_stderr(event))
+        ]
         self._moved = self._moved or bool(events)
-        return lines
-
-    def _take_steps(self, steps: list[TrainStepEnded], lines: list[Line]) -> None:
-        if steps:
-            self._progress.take_steps(steps)
-            lines += self._chronicle.trained(steps[-1].time, steps[-1].global_step)
-            steps.clear()
+        return [line for event in self._state.follow(shown) for line in self._chronicle.take(event)]
 
     # --------------------------------------------------------------------------------------- a terminal
 
     def _draw(self, lines: Iterable[Line]) -> None:
-        rows = [] if self._progress.ended else self._rows()
+        rows = [] if self._state.has_ended else self._rows()
         # Only our own bars are cleared away: without them the cursor may stand behind somebody else's text.
         frame = [_CLEAR_BELOW if self._block else "", *(f"{row}\n" for row in self._wrapped(lines))]
         if rows:
@@ -285,7 +228,7 @@ class ConsoleWriter:
 
     def _rows(self) -> list[str]:
         width, height = self._console.size
-        rows = bar_rows(self._progress, width - 1, ascii_only=self._ascii)  # -1: the last column may wrap
+        rows = bar_rows(self._state, width - 1, ascii_only=self._ascii)  # -1: the last column may wrap
         return [self._painted(row) for row in rows[: max(0, height - 2)]]
 
     def _wrapped(self, lines: Iterable[Line]) -> list[str]:
@@ -315,14 +258,14 @@ class ConsoleWriter:
 
     def _progress_line(self) -> list[Line]:
         """One line of progress when it is due by the time of the events, however many came at once."""
-        now = self._progress
+        now = self._state.pace.time
         if self._line_due is None:
-            self._line_due = now.time + self._line_every_s
+            self._line_due = now + self._line_every_s
         # Much earlier than the last line: the clock was set back.
-        if now.ended or self._line_due - 2 * self._line_every_s <= now.time < self._line_due:
+        if self._state.has_ended or self._line_due - 2 * self._line_every_s <= now < self._line_due:
             return []
-        self._line_due = now.time + self._line_every_s
-        return [progress_line(now)]
+        self._line_due = now + self._line_every_s
+        return [progress_line(self._state)]
 
     def _send(self, text: str) -> None:
         """One write and a flush: a frame that is written in pieces flickers. May wait for the terminal."""

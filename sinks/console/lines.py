@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from events.health import Health
 from events.messages import (
     CheckpointFailed,
     CheckpointRejected,
@@ -28,24 +27,17 @@ from events.messages import (
     RunEnded,
     RunResumed,
     RunStarted,
-    StallLedger,
     TestEpochEnded,
     TrainEpochEnded,
+    TrainStepEnded,
     ValEpochEnded,
     WarningLogged,
     WeightsSaved,
 )
 from events.metrics import metric_name
-from sinks.console.progress import Progress
+from events.run.state import RunState
 from sinks.console.text import Field, Kind, Line, Span
-from sinks.format import (
-    format_bytes,
-    format_duration,
-    format_number,
-    format_rate,
-    ledger_shares,
-    plain_text,
-)
+from sinks.format import format_bytes, format_duration, format_number, ledger_shares, plain_text
 
 HELD_S = 1.0
 """A held loop is worth a line from this on."""
@@ -61,13 +53,12 @@ _MOST_REPEATS = 256
 
 
 class Chronicle:
-    """Turns events into lines. Belongs to one writer; `Progress` is told about each event before it is."""
+    """Turns events into lines. Belongs to one writer, which adds each event to the `RunState` first."""
 
-    def __init__(self, progress: Progress, run_dir: str | None = None) -> None:
-        self._progress = progress
+    def __init__(self, state: RunState, run_dir: str | None = None) -> None:
+        self._state = state
         self._run_dir = run_dir
-        self._began: float | None = None
-        self._ledger: StallLedger | None = None
+        self._has_ledger = False  # whether the run's ledger is reported and has no line
         self._results: dict[str, float] = {}  # validation results that no line has shown yet
         self._results_at = 0
         self._results_s = 0.0
@@ -76,7 +67,6 @@ class Chronicle:
         # What a line is about -> the time of the last such line, and how many were held back since.
         self._repeats: dict[tuple[str, object], tuple[float, int]] = {}
         self._forgotten = 0
-        self._health = Health()
         self._problems: set[str] = set()  # those that have their line
         self._ending: Line | None = None  # of a run that failed: to be the last line
         self._healthy_end: tuple[RunEnded, str] | None = None  # shown as such, though a problem may still come
@@ -85,6 +75,7 @@ class Chronicle:
             RunStarted: self._run_started,
             RunResumed: self._run_resumed,
             RunEnded: self._run_ended,
+            TrainStepEnded: self._train_step_ended,
             ValEpochEnded: self._val_epoch_ended,
             TestEpochEnded: self._test_epoch_ended,
             TrainEpochEnded: self._train_epoch_ended,
@@ -108,21 +99,21 @@ class Chronicle:
             WeightsSaved: lambda e: [_line(e, "note", f"weights in {plain_text(e.path)} ({format_bytes(e.nbytes)})")],
         }
 
+    @property
+    def types(self) -> frozenset[type[Event]]:
+        """The types of events that lines and their state come from."""
+        return self._state.types | frozenset(self._handlers)
+
     def take(self, event: Event) -> Iterable[Line]:
-        """The lines that an event is worth, mostly none."""
-        self._health.add(event)
+        """Return the lines for an event, mostly none. Of consecutive steps the last one is enough."""
         handler = self._handlers.get(type(event))
         lines = () if handler is None else handler(event)
         self._buried = self._buried or (self._ending is not None and type(event) is not RunEnded and bool(lines))
         return lines
 
-    def trained(self, time: float, global_step: int) -> Iterable[Line]:
-        """Training went on: validation results from the middle of an epoch get their own line now."""
-        return self._mid_epoch(time) if self._results and global_step > self._results_at else ()
-
     def finish(self) -> list[Line]:
         """What was still held back when the last event had come."""
-        time = self._progress.time
+        time = self._state.pace.time
         lines = [*self._unshown(time), *self._held_back(time), *self._show_ledger(time), *self._new_problems(time)]
         if self._healthy_end is not None and self._problems:  # they came after the line that says that it is finished
             e, text = self._healthy_end
@@ -132,7 +123,7 @@ class Chronicle:
     # ----------------------------------------------------------------------------------------- the run
 
     def _run_started(self, e: RunStarted) -> list[Line]:
-        self._began, self._told = e.time, None
+        self._told = None
         self._results.clear()
         self._problems.clear()
         self._ending, self._buried = None, False
@@ -161,7 +152,8 @@ class Chronicle:
 
     def _run_ended(self, e: RunEnded) -> list[Line]:
         phase = f" in {plain_text(e.phase, 80)}" if e.phase else ""
-        took = "" if self._began is None else f" after {format_duration(e.time - self._began)}"
+        began = self._state.began
+        took = "" if began is None else f" after {format_duration(e.time - began)}"
         text = f"{e.status}{phase} at step {e.global_step:,}{took}"
         if e.reason:
             text += f": {plain_text(e.reason)}"
@@ -179,21 +171,20 @@ class Chronicle:
 
     def _new_problems(self, time: float) -> list[Line]:
         """A line for each problem of the run that has none yet."""
-        new = [one for one in self._health.problems if one not in self._problems and one != self._health.failure]
+        health = self._state.health
+        new = [one for one in health.problems if one not in self._problems and one != health.failure]
         self._problems.update(new)
         return [Line(time, "warn", [(Span(f"problem: {plain_text(one)}", "warn"),)]) for one in new]
 
     def _ledger_reported(self, e: LedgerReported) -> list[Line]:
-        if e.scope != "run":
-            return []
-        self._ledger = e.ledger
-        return self._show_ledger(e.time) if self._progress.ended else []
+        self._has_ledger = self._has_ledger or e.scope == "run"
+        return self._show_ledger(e.time) if self._state.has_ended else []
 
     def _show_ledger(self, time: float) -> list[Line]:
         """The ledger comes last, whichever of it and `RunEnded` was published first."""
-        ledger, self._ledger = self._ledger, None
-        if ledger is None:
+        if not self._has_ledger:
             return []
+        self._has_ledger, ledger = False, self._state.ledger
         shares = [(Span(f"{row} ", "dim"), Span(share)) for row, share in ledger_shares(ledger)]
         return [Line(time, "note", [(Span(f"loop time {format_duration(ledger.wall_s)}"),), *shares])]
 
@@ -235,6 +226,10 @@ class Chronicle:
         return [_line(e, "warn", f"{text}: {plain_text(e.error)}")]
 
     # -------------------------------------------------------------------------------------- the stages
+
+    def _train_step_ended(self, e: TrainStepEnded) -> list[Line]:
+        """Training continues, so validation results from the middle of an epoch get a line of their own."""
+        return self._mid_epoch(e.time) if self._results and e.global_step > self._results_at else []
 
     def _val_epoch_ended(self, e: ValEpochEnded) -> list[Line]:
         self._results_at = e.global_step
@@ -292,7 +287,7 @@ class Chronicle:
         return lines
 
     def _epoch_name(self, epoch: int) -> str:
-        of = self._progress.epochs
+        of = self._state.run.epochs
         return f"epoch {epoch + 1}" if of is None else f"epoch {epoch + 1:>{len(str(of))}}/{of}"
 
     # ---------------------------------------------------------------------------------- what went wrong
@@ -425,30 +420,3 @@ def _metrics(values: dict[str, float]) -> list[Field]:
     if len(values) > _MOST_METRICS:
         fields.append((Span(f"and {len(values) - _MOST_METRICS:,} more", "dim"),))
     return fields
-
-
-def progress_line(now: Progress) -> Line:
-    """Where the run stands, for those who see no bars."""
-    parts = [f"epoch {now.epoch + 1}" + (f"/{now.epochs}" if now.epochs is not None else "")]
-    if now.evaluation is not None:
-        of = f"/{now.evaluation.steps:,}" if now.evaluation.steps is not None else ""
-        key = plain_text(now.evaluation.key, 60)
-        parts.append(f"{now.evaluation.stage} {key} {now.evaluation.step:,}{of}")
-        return _parts(now.time, parts[1:] if now.evaluation.stage == "test" else parts)
-    steps = now.steps
-    percent = f" ({100 * now.step_in_epoch // steps} %)" if steps else ""
-    parts.append(f"step {now.step_in_epoch:,}" + (f"/{steps:,}{percent}" if steps is not None else ""))
-    if now.loss is not None:
-        parts.append(f"loss {format_number(now.loss)}")
-    if now.paused:
-        parts.append("paused")
-    elif now.rate is not None:
-        parts.append(format_rate(now.rate))
-    left_s = now.run_left_s if now.run_left_s is not None else now.epoch_left_s
-    if left_s is not None:
-        parts.append(f"{format_duration(left_s)} left" + (" in this epoch" if now.run_left_s is None else ""))
-    return _parts(now.time, parts)
-
-
-def _parts(time: float, parts: list[str]) -> Line:
-    return Line(time, "note", [(Span(part),) for part in parts])

@@ -39,8 +39,9 @@ from sinks.live.stored import (
     read_view,
     store_view,
 )
+from sinks.live.trim import trimmed
 from sinks.live.turns import READING
-from sinks.live.view import Changes, RunView, trimmed
+from sinks.live.view import Changes, RunView
 
 FRAME_S = 0.1
 """Between two frames, while something happens."""
@@ -144,7 +145,6 @@ class Hub:
             versions=old.versions,
             log=old.log,
             checkpoints=old.checkpoints,
-            observers=old.observers,
         )
         view.health = old.health
         return view

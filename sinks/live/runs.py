@@ -13,6 +13,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from events.bounds import MAX_NAME_CHARS
 from events.errors import ArgumentsError
 from events.health import Health
 from events.journal.history import EventFinder
@@ -21,12 +22,14 @@ from events.journal.segment import JOURNAL_DIR, segment_name, segment_numbers
 from events.journal.tail import journal_tail
 from events.messages import RunEnded
 from events.run.folder import is_held
+from events.run.summary import Summary
 from events.safe_files import guard, list_below, stat_below
 from sinks.damage import damage_in, damage_of, reason_of
 from sinks.format import plain_text
 from sinks.live.hub import FolderHub, Hub
 from sinks.live.stored import batches, head_of
-from sinks.live.view import MOST_NAME, RunView, Summary, damage_line, trimmed
+from sinks.live.trim import trimmed
+from sinks.live.view import RunView, damage_line
 
 _MOST_HUBS = 16
 """Hubs that are kept though nobody watches them."""
@@ -330,7 +333,9 @@ def _with_namesake(run: Summary, other: Path) -> Summary:
 
 def _is_name(run_id: str) -> bool:
     """Whether a ``run_id`` can be a part of an address, and is shown as it is."""
-    return run_id.isprintable() and 0 < len(run_id) <= MOST_NAME and run_id not in (".", "..") and "/" not in run_id
+    return (
+        run_id.isprintable() and 0 < len(run_id) <= MAX_NAME_CHARS and run_id not in (".", "..") and "/" not in run_id
+    )
 
 
 def _run_folders(folder: Path) -> list[Path]:

@@ -21,12 +21,13 @@ from events.msgpack_keys import check_keys
 from events.run.folder import is_held
 from events.safe_files import list_below, read_below, replace_below
 from sinks.damage import damage_in, damage_of, reason_of
+from sinks.live.trim import trimmed
 from sinks.live.turns import READING, TURN_S
-from sinks.live.view import RunView, trimmed
+from sinks.live.view import RunView
 
 STORE_NAME = "view.msgpack"
 """In a run's folder: the view as it was. It may be deleted."""
-_VERSION = 6
+_VERSION = 7
 PAUSE_S = 0.0002
 """Between two batches of a long journal: so others on this interpreter wait 2 ms for it instead of 5, each time."""
 MOST_SKIPPED = 10_000

@@ -38,7 +38,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlags
 
 from events.log import logger
-from sinks.trackers.otlp_spans import Span, trace_id
+from sinks.trackers.otlp_spans import TraceSpan, trace_id
 from sinks.trackers.totals import STEP_BOUNDS_S, Family, Samples, Steps, Totals, label_text
 
 Signal = Literal["traces", "metrics"]
@@ -224,13 +224,13 @@ def resource_of(run_id: str, service_name: str | None) -> Resource:
     return Resource({key: _text(str(value)) for key, value in (attributes | {"stagecast.run_id": run_id}).items()})
 
 
-def spans_of(spans: Iterable[Span], run_id: str, resource: Resource) -> list[ReadableSpan]:
+def spans_of(spans: Iterable[TraceSpan], run_id: str, resource: Resource) -> list[ReadableSpan]:
     """Spans as the exporter takes them."""
     trace = int.from_bytes(trace_id(run_id), "big")
     return [_span(span, trace, resource) for span in spans]
 
 
-def _span(span: Span, trace: int, resource: Resource) -> ReadableSpan:
+def _span(span: TraceSpan, trace: int, resource: Resource) -> ReadableSpan:
     def context(span_id: bytes) -> SpanContext:
         return SpanContext(trace, int.from_bytes(span_id, "big"), False, TraceFlags(TraceFlags.SAMPLED))
 

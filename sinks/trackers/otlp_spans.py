@@ -1,4 +1,7 @@
-"""Spans of a run, told from its events. Pure code: no client, no I/O, no clock.
+"""Spans of a run, built from its events. Pure code: no client, no I/O, no clock.
+
+This is a fold of its own beside `events.run.state.RunState`: a span is open from one event to another, which no state
+of a moment shows, and it shares nothing with that but the number of the attempt.
 
 The identifiers are made from the run's own: delivering an event again, or telling a run again from its journal, gives
 the same spans, which a trace store keeps once.
@@ -61,7 +64,6 @@ _MOST_NOTES = 128
 _HEADER = len(Event.__struct_fields__)
 
 Status = Literal["unset", "ok", "error"]
-Evaluation = tuple[str, str]
 
 
 class Note(msgspec.Struct):
@@ -72,7 +74,7 @@ class Note(msgspec.Struct):
     attributes: dict[str, Any]
 
 
-class Span(msgspec.Struct):
+class TraceSpan(msgspec.Struct):
     """A stretch of a run, in Unix seconds."""
 
     name: str
@@ -115,16 +117,16 @@ class Spans:
         self._attempt = attempt
         self._run_span_id = run_span_id(self._run_id, attempt)
         self._newest: Event | None = None
-        self._run: Span | None = None
+        self._run: TraceSpan | None = None
         self._run_start = 0.0
-        self._epoch: Span | None = None
+        self._epoch: TraceSpan | None = None
         self._epochs_done = -1  # the last epoch that has ended
-        self._evaluations: dict[Evaluation, Span] = {}
-        self._checkpoints: dict[str, Span] = {}
+        self._evaluations: dict[tuple[str, str], TraceSpan] = {}
+        self._checkpoints: dict[str, TraceSpan] = {}
 
-    def take(self, events: Sequence[Event]) -> list[Span]:
+    def take(self, events: Sequence[Event]) -> list[TraceSpan]:
         """Take events in their order; returns the spans that have ended."""
-        ended: list[Span] = []
+        ended: list[TraceSpan] = []
         for event in events:
             # Not only at `RunStarted`: a host that is started for an attempt first has the rest of the one before.
             if event.attempt != self._attempt:
@@ -142,7 +144,7 @@ class Spans:
             case RunStarted():
                 link = run_span_id(self._run_id, self._attempt - 1) if self._attempt > 1 else None
                 self._run_start = event.time
-                self._run = Span("run", self._run_span_id, event.time, link=link, attributes=_fields(event, _PLAN))
+                self._run = TraceSpan("run", self._run_span_id, event.time, link=link, attributes=_fields(event, _PLAN))
             case TrainEpochStarted():
                 self._epoch = self._span("train_epoch", event)
             case TrainStepEnded() if self._epoch is None and event.epoch > self._epochs_done:
@@ -153,8 +155,8 @@ class Spans:
             case CheckpointStaged():
                 self._checkpoints[event.checkpoint] = self._span("checkpoint", event)
 
-    def _end(self, event: Event) -> list[Span]:
-        begun: Span | None = None
+    def _end(self, event: Event) -> list[TraceSpan]:
+        begun: TraceSpan | None = None
         match event:
             case TrainEpochEnded():
                 begun, self._epoch, self._epochs_done = self._epoch, None, event.epoch
@@ -175,7 +177,7 @@ class Spans:
                 return self._end_run(self._run, event)
         return []
 
-    def _end_run(self, run: Span, event: RunEnded) -> list[Span]:
+    def _end_run(self, run: TraceSpan, event: RunEnded) -> list[TraceSpan]:
         """And what was under way in it. Checkpoints are not: they are still being written."""
         status: Status = {"failed": "error", "cancelled": "unset"}.get(event.status, "ok")  # type: ignore[assignment]
         # What was cut off has not failed by itself, nor has it come to its end.
@@ -185,7 +187,7 @@ class Spans:
         ended = [_ended(span, event, inner, event.reason or "") for span in under_way]
         return [*ended, _ended(run, event, status, event.reason or "")]
 
-    def _cut_off(self) -> list[Span]:
+    def _cut_off(self) -> list[TraceSpan]:
         """All that is open, up to the last event of its attempt. Nobody knows how it would have come out."""
         last = self._newest
         run = [] if self._run is None else [self._run]
@@ -193,12 +195,12 @@ class Spans:
         open_spans += [*self._checkpoints.values(), *run]
         return [] if last is None else [_closed(span, last, "unset") for span in open_spans]
 
-    def _span(self, name: str, event: Event, lasted_s: float = 0.0) -> Span:
+    def _span(self, name: str, event: Event, lasted_s: float = 0.0) -> TraceSpan:
         """One that begins with an event, or ``lasted_s`` before it; not before this attempt."""
         start = max(event.time - lasted_s, min(self._run_start, event.time))
         evaluation = name == "validation" and self._epoch is not None
         parent = self._epoch.span_id if evaluation and self._epoch is not None else self._run_span_id
-        return Span(name, _digest(event.run_id, event.attempt, event.seq)[:8], start, parent)
+        return TraceSpan(name, _digest(event.run_id, event.attempt, event.seq)[:8], start, parent)
 
     def _note(self, event: Event) -> None:
         span = self._epoch if self._epoch is not None and event.stage is not None else self._run
@@ -214,7 +216,7 @@ class Spans:
 _PLAN = ("module", "epochs", "steps_per_epoch", "max_steps", "device", "host", "pid")
 
 
-def _ended(span: Span, event: Event, status: Status, message: str = "") -> Span:
+def _ended(span: TraceSpan, event: Event, status: Status, message: str = "") -> TraceSpan:
     """Closed by the event that tells how it came out."""
     _closed(span, event, status, message)
     metrics = {f"stagecast.metric.{name}": value for name, value in metrics_of(event)}
@@ -222,7 +224,7 @@ def _ended(span: Span, event: Event, status: Status, message: str = "") -> Span:
     return span
 
 
-def _closed(span: Span, event: Event, status: Status, message: str = "") -> Span:
+def _closed(span: TraceSpan, event: Event, status: Status, message: str = "") -> TraceSpan:
     span.end = max(event.time, span.start)  # the machine's clock may have been set back
     span.status, span.message = status, message
     place = {"stagecast.run_id": event.run_id, "stagecast.attempt": event.attempt}
@@ -237,7 +239,7 @@ def _fields(event: Event, names: Sequence[str] | None = None) -> dict[str, Any]:
     return {f"stagecast.{name}": value for name, value in fields if value is not None and value != []}
 
 
-def _evaluation(event: Event) -> Evaluation:
+def _evaluation(event: Event) -> tuple[str, str]:
     name = "test" if isinstance(event, TestEpochStarted | TestEpochEnded) else "validation"
     return name, getattr(event, "key", "default")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -33,11 +34,11 @@ from events.messages import (
     RunStarted,
     StallLedger,
     StepSkipped,
-    TrainEpochEnded,
     TrainEpochStarted,
     TrainStepEnded,
 )
 from events.metrics import METRIC_TYPES, metrics_of
+from events.run.state import RunState
 from sinks.files.appended import newer, position_of
 
 
@@ -121,12 +122,11 @@ class Totals:
         self._user = user
         self._last = (0, 0)
         self._warned = False
-        self._begin_attempt(0)
+        self._begin_attempt()
 
-    def _begin_attempt(self, attempt: int) -> None:
-        self._attempt = attempt
+    def _begin_attempt(self) -> None:
+        self._state = RunState()
         self.started = 0.0
-        self._failures: dict[str, int] = {}  # of each observer, in a row, as far as counted
         self._samples: dict[str, Samples] = {family.name: {} for family in FAMILIES}
         self._steps = Steps([0] * (len(STEP_BOUNDS_S) + 1), 0, 0.0)
         for name in ("steps", "rows", "non_finite_losses", "non_finite_gradients", "metric_values_left_out"):
@@ -138,22 +138,25 @@ class Totals:
         """Add a batch; returns those of its events that had not been taken before."""
         with self._lock:
             new = list(newer(events, self._last))
-            for event in new:
-                self._last = position_of(event)
-                if event.attempt != self._attempt:
-                    self._begin_attempt(event.attempt)
-                self.started = self.started or event.time
-                self.time = max(self.time, event.time)
-                self._place(event)
-                self._count(event)
-                if not isinstance(event, LedgerReported):  # its rows are counters here
-                    self._show(event)
+            for attempt, group in itertools.groupby(new, key=lambda event: event.attempt):
+                if attempt != self._last[0]:
+                    self._begin_attempt()
+                events = list(group)
+                self._last = position_of(events[-1])
+                self.started = self.started or events[0].time
+                self.time = max(self.time, *(event.time for event in events))
+                self._state.add(events)
+                for event in events:
+                    self._count(event)
+                    if not isinstance(event, LedgerReported):  # its rows are counters here
+                        self._show(event)
         return new
 
     def read(self) -> tuple[list[tuple[Family, Samples]], Steps]:
         """All families with a number, and the times of steps: one consistent state, the reader's own."""
         with self._lock:
-            families = [(family, dict(self._samples[family.name])) for family in FAMILIES]
+            samples = self._samples | self._of_state()
+            families = [(family, dict(samples.get(family.name, {}))) for family in FAMILIES]
             steps = self._steps._replace(buckets=list(self._steps.buckets))
         return [(family, samples) for family, samples in families if samples], steps
 
@@ -179,28 +182,27 @@ class Totals:
                 )
             self._add("metric_values_left_out", 1)
 
-    def _place(self, event: Event) -> None:
-        """Where the run is. Other events may belong to an earlier step than the one reached since."""
-        match event:
-            case TrainStepEnded() | TrainEpochStarted() | TrainEpochEnded() | RunResumed() | RunStarted() | RunEnded():
-                self._set("global_step", event.global_step)
-                self._set("epoch", event.epoch)
-        match event:
-            case RunStarted():
-                self._enter("running")
-                versions = [event.versions.get(name, "") for name in ("stagecast", "torch")]
-                labels = (str(event.attempt), event.module, event.device, event.host, *versions)
-                self._set("run_info", 1.0, *map(label_text, labels))
-            case RunEnded():
-                self._enter(event.status)
-            case CommandTaken(command="pause"):
-                self._enter("paused")
-            case CommandTaken(command="resume"):
-                self._enter("running")
-
-    def _enter(self, state: str) -> None:
-        for known in _STATES:
-            self._set("run_state", float(known == state), known)
+    def _of_state(self) -> dict[str, Samples]:
+        """The families that show the state of the run, as far as it is known."""
+        run, observers = self._state.run, {label_text(name): one for name, one in self._state.observers.items()}
+        failed = {(name,): one for name, one in observers.items() if one.failures}
+        lossy = {(name,): one for name, one in observers.items() if one.dropped or one.conflated}
+        found: dict[str, Samples] = {
+            "observer_up": {label: float(one.state == "ok") for label, one in failed.items()},
+            "observer_failures": {label: one.failures for label, one in failed.items()},
+            "observer_dropped": {label: one.dropped for label, one in lossy.items()},
+            "observer_conflated": {label: one.conflated for label, one in lossy.items()},
+        }
+        if run.status != "unknown" or run.global_step:
+            found |= {"global_step": {(): run.global_step}, "epoch": {(): run.epoch}}
+        if run.status != "unknown":
+            versions = [self._state.versions.get(name, "") for name in ("stagecast", "torch")]
+            labels = (str(run.attempt), run.module, run.device, run.host, *versions)
+            found["run_info"] = {tuple(map(label_text, labels)): 1.0}
+        state = "paused" if run.paused else run.status
+        if state in _STATES:
+            found["run_state"] = {(known,): float(known == state) for known in _STATES}
+        return found
 
     def _count(self, event: Event) -> None:
         match event:
@@ -218,11 +220,6 @@ class Totals:
                 self._add("non_finite_gradients", 1)
             case LedgerReported():
                 self._count_ledger(event)
-            case ObserverFailed() | ObserverRecovered():
-                self._count_failures(event)
-            case ObserverDropped():
-                self._add("observer_dropped", event.dropped, label_text(event.observer))
-                self._add("observer_conflated", event.conflated, label_text(event.observer))
             case CheckpointSaved():
                 self._add("checkpoints", 1, "saved")
                 self._set("checkpoint_saved_timestamp_seconds", event.time)
@@ -236,14 +233,6 @@ class Totals:
                 self._add("checkpoints", 1, "skipped")
             case CheckpointUploaded():
                 self._add("checkpoints", 1, "uploaded")
-
-    def _count_failures(self, event: ObserverFailed | ObserverRecovered) -> None:
-        """Only the first and the last failure in a row are told of, each with how many there were."""
-        observer = label_text(event.observer)
-        self._add("observer_failures", event.failures - self._failures.get(event.observer, 0), observer)
-        goes_on = isinstance(event, ObserverFailed) and event.action == "retrying"
-        self._failures[event.observer] = event.failures if goes_on else 0
-        self._set("observer_up", float(isinstance(event, ObserverRecovered)), observer)
 
     def _count_ledger(self, event: LedgerReported) -> None:
         # The report of the whole attempt, at its end, includes what came since the last interval.

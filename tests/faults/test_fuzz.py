@@ -32,13 +32,13 @@ from events.checkpoint.manifest import Manifest, decode_manifest, encode_manifes
 from events.checkpoint.remote_layout import Parts, decode_parts
 from events.checkpoint.tensor_file import read_layout
 from events.errors import CheckpointDamaged, CheckpointTooNew, WireError
-from events.health import Health
 from events.journal.history import read_history
 from events.journal.reader import JournalReader
 from events.journal.tail import journal_tail
 from events.messages import EVENT_TYPES, Event
 from events.metrics import metrics_of
 from events.protocol import AnyCommand
+from events.run.state import RunState
 from events.wire import (
     decode_command_json,
     decode_command_msgpack,
@@ -48,8 +48,8 @@ from events.wire import (
     encode_json,
     encode_msgpack,
 )
-from sinks.console.lines import Chronicle, progress_line
-from sinks.console.progress import Progress
+from sinks.console.bars import progress_line
+from sinks.console.lines import Chronicle
 from sinks.files.csv import _encode as table_rows
 from sinks.live.access import Access
 from sinks.live.app import LiveApp
@@ -93,7 +93,9 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     origin, args = get_origin(kind), get_args(kind)
     if origin is typing.Annotated:
         values, meta = values_of(args[0]), args[1]
-        return values.filter(lambda value: meta.ge <= value <= meta.le) if args[0] in (int, float) else values
+        if args[0] is float:
+            return st.floats(meta.ge, meta.le)
+        return values.filter(lambda value: meta.ge <= value <= meta.le) if args[0] is int else values
     if kind is Any or kind is msgspec.Raw:
         return plain
     if kind in (str, bytes):
@@ -237,17 +239,14 @@ def test_any_events_can_be_shown_and_kept(lines: list[bytes]) -> None:
     view.add(events, changes)
     for message in (view.snapshot(), changes.members()):
         msgspec.json.decode(encode_frame(message))
-    progress = Progress()
-    chronicle = Chronicle(progress, "run\x1b[2J")
-    health = Health()
-    for event in events:
-        progress.take(event) if not hasattr(event, "step_in_epoch") else progress.take_steps([event])
-        for line in [*chronicle.take(event), *chronicle.finish(), progress_line(progress)]:
+    state = RunState()
+    chronicle = Chronicle(state, "run\x1b[2J")
+    for event in state.follow(events):
+        for line in [*chronicle.take(event), *chronicle.finish(), progress_line(state)]:
             assert line.text.isprintable()
-        health.add(event)
         metrics_of(event)
     table_rows(events)
-    assert all(isinstance(one, str) for one in health.problems)
+    assert all(isinstance(one, str) for one in state.health.problems)
 
 
 @fuzz

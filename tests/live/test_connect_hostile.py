@@ -369,7 +369,7 @@ async def test_names_without_end_do_not_fill_the_memory(
     hostile: Callable[..., Hostile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a result is built from has a maximum size."""
-    monkeypatch.setattr("trainer.remote.result._MOST_BYTES", 50_000)
+    monkeypatch.setattr("trainer.remote.result._MAX_BYTES", 50_000)
 
     def journal(peer: Peer) -> None:
         peer.stream()

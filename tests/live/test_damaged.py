@@ -23,7 +23,8 @@ from events.wire import decode_json
 from sinks.live.hub import FolderHub
 from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import STORE_NAME, read_view, write_view
-from sinks.live.view import MOST_DETAILS, MOST_LINES, Changes, Histogram, RunView, damage_line, trimmed
+from sinks.live.trim import trimmed
+from sinks.live.view import MAX_DETAILS, MAX_LINES, Changes, HistogramStep, RunView, damage_line
 
 TOKEN = "a-token-of-this-test"
 SECRET = b"a-secret-of-the-user"
@@ -372,7 +373,7 @@ def test_what_a_view_holds_is_bounded_whatever_one_line_has_in_it(story: Any) ->
     assert len(msgspec.json.encode(view.snapshot())) < 2_000_000
     for _ in range(300):
         view.add(trimmed([story(WarningLogged, level="warning", message="m", exception="e" * 60_000)]))
-    assert sum(entry.detail is not None for entry in view.log) == MOST_DETAILS
+    assert sum(entry.detail is not None for entry in view.log) == MAX_DETAILS
 
 
 WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -389,7 +390,6 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "media": lambda view: view["media"].append({"name": "a", "kind": "b", "path": [], "text": {}, "global_step": 1}),
     "rows": lambda view: view["histograms"].update(h=[{"step": "x", "low": 0, "high": 1, "counts": [1.0]}]),
     "checkpoint": lambda view: view["checkpoints"].update(x={"name": "x", "upload": {"state": "constructor"}}),
-    "observer": lambda view: view["observers"].update(x={"name": "y"}),
     "stage": lambda view: view["stages"].update(train_loss="constructor"),
     "odd": lambda view: view["curves"]["series"]["train_loss"].update(odd=[[0, "<b>"]]),
     "weights": lambda view: view["curves"]["series"]["train_loss"].update(weight=[2**62] * 10),
@@ -441,9 +441,9 @@ def test_a_stored_view_that_a_stranger_made_is_not_used(told: Any, spoil: str) -
     elif spoil == "points":
         series.odd = [(10**9, "nan")]
     elif spoil == "rows":
-        view.histograms = {"h": [Histogram(1, 0.0, 1.0, [1.0] * 1_000)] * 20}
+        view.histograms = {"h": [HistogramStep(1, 0.0, 1.0, [1.0] * 1_000)] * 20}
     elif spoil == "lines":
-        view.log = [view.log[0]] * (MOST_LINES + 1)
+        view.log = [view.log[0]] * (MAX_LINES + 1)
     write_view(told.path, view)
     if spoil in ("device", "link"):
         data = (told.path / STORE_NAME).read_bytes()

@@ -29,11 +29,13 @@ from events.messages import (
     UnknownEvent,
     WarningLogged,
 )
+from events.run.state import MAX_CHECKPOINTS
+from events.run.summary import UploadState
 from events.series import MOST_SERIES
 from sinks.live.frames import encode
 from sinks.live.runs import HealthReader, summarise
 from sinks.live.stored import STORE_NAME, read_view, write_view
-from sinks.live.view import MOST_CHECKPOINTS, MOST_LINES, MOST_MEDIA, MOST_OF_A_HISTOGRAM, Changes, RunView, Upload
+from sinks.live.view import MAX_LINES, MAX_MEDIA, MAX_STEPS_OF_A_HISTOGRAM, Changes, RunView
 
 
 def shown(view: RunView) -> dict[str, Any]:
@@ -85,10 +87,10 @@ def test_everything_is_bounded(story: Any) -> None:
         failure = story(ObserverFailed, observer=f"o{index}", error="E", action="disabled")
         saved = story(CheckpointSaved, checkpoint=f"step-{index}.a1", path="p")
         view.add([image, histogram, failure, saved])
-    assert len(view.log) == MOST_LINES
-    assert len(view.media) == MOST_MEDIA
-    assert len(view.histograms["h"]) == MOST_OF_A_HISTOGRAM
-    assert len(view.checkpoints) == MOST_CHECKPOINTS
+    assert len(view.log) == MAX_LINES
+    assert len(view.media) == MAX_MEDIA
+    assert len(view.histograms["h"]) == MAX_STEPS_OF_A_HISTOGRAM
+    assert len(view.checkpoints) == MAX_CHECKPOINTS
     assert view.checkpoints["step-2999.a1"].state == "durable"
 
 
@@ -104,7 +106,7 @@ def test_the_life_of_a_checkpoint(story: Any) -> None:
     assert after(story(CheckpointStaged, checkpoint=name, reasons=["steps"], nbytes=10)).state == "staged"
     assert after(story(CheckpointSaved, checkpoint=name, path="p", nbytes=10)).state == "durable"
     going = story(CheckpointUploading, checkpoint=name, url="s3://b", done_bytes=5, total_bytes=10)
-    assert after(going).upload == Upload("uploading", 5, 10)
+    assert after(going).upload == UploadState("uploading", 5, 10)
     assert after(story(CheckpointFailed, checkpoint=name, error="E", during="upload")).upload.state == "failed"
     assert view.checkpoints[name].state == "durable"
     assert after(story(CheckpointUploaded, checkpoint=name, url="s3://b", nbytes=10)).upload.state == "uploaded"

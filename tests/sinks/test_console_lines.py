@@ -16,7 +16,6 @@ from events.messages import (
     CheckpointSaved,
     CheckpointSkipped,
     CheckpointUploaded,
-    CommandTaken,
     RunEnded,
     RunResumed,
     TrainEpochEnded,
@@ -25,10 +24,10 @@ from events.messages import (
     ValStepEnded,
     WeightsSaved,
 )
+from events.run.state import RunState
 from events.sink import RunInfo, Sink, delivery_of
 from sinks.console.bars import bar_rows
 from sinks.console.console import Console
-from sinks.console.progress import Progress
 
 
 class Tty(io.StringIO):
@@ -170,15 +169,6 @@ def test_checkpoints_are_told_of(stderr: Any, story: Any) -> None:
     assert "step-70.a2 (steps)" not in text
 
 
-def test_a_checkpoint_that_is_asked_for_ends_no_pause() -> None:
-    """Progress stays paused until it is resumed."""
-    progress = Progress()
-    header = ("demo", 1, 1, 1.0, 0, 5, 0, None)
-    for command, paused in (("pause", True), ("checkpoint", True), ("resume", False)):
-        progress.take(CommandTaken(*header, command, "id"))
-        assert progress.paused is paused
-
-
 def test_progress_is_a_line_now_and_then_by_the_time_of_the_events(stderr: Any, story: Any) -> None:
     """One line every ten seconds of training, however the events were batched; a backlog is one line."""
     output = stderr(io.StringIO())
@@ -270,12 +260,11 @@ def test_it_is_a_plain_description(story: Any) -> None:
 @pytest.mark.parametrize("loss", [0.5, 1.234e-7])
 def test_the_time_left_is_shown_at_usual_widths(story: Any, width: int, loss: float) -> None:
     """Of the run at any of them; of the epoch too, where there is room for two columns of text."""
-    progress = Progress()
-    progress.take(story.started(epochs=100, steps_per_epoch=500))
-    progress.take(story(TrainEpochStarted, steps=500))
-    progress.take_steps(story.steps(199))
-    progress.loss = loss
-    epoch, step = ("".join(span.text for span in row) for row in bar_rows(progress, width - 1))
+    state = RunState()
+    plan = story.started(epochs=100, steps_per_epoch=500)
+    state.add([plan, story(TrainEpochStarted, steps=500), *story.steps(199)])
+    state.pace.loss = loss
+    epoch, step = ("".join(span.text for span in row) for row in bar_rows(state, width - 1))
     assert epoch.endswith(" left")
     assert step.endswith(" left") or width == 40
     assert max(len(epoch), len(step)) < width

@@ -21,12 +21,10 @@ from events.messages import (
     Event,
     HistogramLogged,
     MetricsLogged,
-    TestEpochEnded,
     TrainEpochEnded,
     TrainStepEnded,
-    ValEpochEnded,
 )
-from events.metrics import TRAIN_EPOCH_LOSS
+from events.metrics import result_metrics
 
 _Place = tuple[Callable[[Any, str, Any], None], Any, str]
 """The target of a number: a setter, the event or dictionary, and the name."""
@@ -199,19 +197,11 @@ class DeviceReadback:
         self.summary = summary
 
     def _summarise(self, event: Event) -> None:
-        if isinstance(event, MetricsLogged):
-            suffix = "" if event.key in (None, "default") else f"/{event.key}"
-            for name, value in event.metrics.items():
-                self.summary[name + suffix] = value
-        elif isinstance(event, (ValEpochEnded, TestEpochEnded)):
-            if event.loss is not None:
-                suffix = "" if event.key == "default" else f"/{event.key}"
-                self.summary[f"{event.stage}_loss{suffix}"] = event.loss
-        elif isinstance(event, TrainEpochEnded):
+        if isinstance(event, TrainEpochEnded):
             if self._loss_weight and self._steps == event.steps:
-                mean = self.summary[TRAIN_EPOCH_LOSS] = self._loss_sum / self._loss_weight
-                force_setattr(event, "loss", mean)
+                force_setattr(event, "loss", self._loss_sum / self._loss_weight)
             self._loss_sum, self._loss_weight, self._steps = 0.0, 0.0, 0
+        self.summary.update(result_metrics(event))
 
 
 def _put(places: list[_Place], stacked: torch.Tensor) -> None:

@@ -121,7 +121,8 @@ function isOver({ status }) {
 function bestCheckpoint(all, { best, best_mode: mode }) {
   const sign = mode === "max" ? -1 : 1;
   const isThere = (one) =>
-    one.state === "durable" || (one.state === "deleted" && one.upload?.state === "uploaded");
+    !one.superseded &&
+    (one.state === "durable" || (one.state === "deleted" && one.upload?.state === "uploaded"));
   const able = best ? all.filter((one) => isThere(one) && Number.isFinite(one.metric)) : [];
   return able.sort((a, b) => sign * (a.metric - b.metric) || a.global_step - b.global_step)[0];
 }

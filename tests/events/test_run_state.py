@@ -1,0 +1,213 @@
+"""The state of a run, folded from its events alone: whatever was missed, repeated or made up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from events.messages import (
+    CheckpointDeleted,
+    CheckpointFailed,
+    CheckpointSaved,
+    CommandTaken,
+    Event,
+    LedgerReported,
+    MetricsLogged,
+    ObserverFailed,
+    ObserverHealth,
+    ObserverRecovered,
+    ObserversReported,
+    RunEnded,
+    RunResumed,
+    RunStarted,
+    StallLedger,
+    TrainEpochEnded,
+    TrainEpochStarted,
+    TrainStepEnded,
+    ValEpochEnded,
+    ValEpochStarted,
+    ValStepEnded,
+)
+from events.run.state import MAX_CHECKPOINTS, RunState
+
+
+class Tape:
+    """Builds events in their order; ``time`` is that of the next one."""
+
+    def __init__(self) -> None:
+        self.time, self.attempt, self.step, self.epoch, self.seq = 1_000.0, 1, 0, 0, 0
+
+    def __call__(self, kind: type[Event], **fields: Any) -> Any:
+        self.seq += 1
+        place = {"global_step": self.step, "epoch": self.epoch} | {
+            name: fields.pop(name) for name in ("global_step", "epoch") if name in fields
+        }
+        return kind(
+            run_id="r", attempt=self.attempt, seq=self.seq, time=self.time, rank=0, stage=None, **place, **fields
+        )
+
+    def started(self, **fields: Any) -> Any:
+        return self(RunStarted, **({"module": "Net", "epochs": 2, "steps_per_epoch": 10} | fields))
+
+    def steps(self, count: int, step_s: float = 1.0, loss: float = 1.0) -> list[Any]:
+        found = []
+        for _ in range(count):
+            self.time += step_s
+            self.step += 1
+            found.append(self(TrainStepEnded, loss=loss, step_in_epoch=self.step - 10 * self.epoch, step_s=step_s))
+        return found
+
+    def saved(self, step: int, metric: float | None = None) -> Any:
+        name = f"step-{step}.a{self.attempt}"
+        return self(CheckpointSaved, checkpoint=name, path=f"/c/{name}", metric=metric, global_step=step)
+
+
+@pytest.fixture
+def tape() -> Tape:
+    return Tape()
+
+
+@pytest.fixture
+def state() -> RunState:
+    return RunState()
+
+
+def test_time_left_counts_validation_and_not_pauses(tape: Tape, state: RunState) -> None:
+    """The rate is that of training alone; the run's rest is estimated at its mean speed with validation."""
+    state.add([tape.started(), tape(TrainEpochStarted, steps=10), *tape.steps(5)])
+    assert (state.pace.rate, state.epoch_left_s, state.run_left_s) == (1.0, 5.0, 15.0)
+    paused = tape(CommandTaken, command="pause", command_id="1")
+    tape.time += 1_000.0
+    state.add([paused, tape(CommandTaken, command="resume", command_id="2"), *tape.steps(5)])
+    assert (state.pace.rate, state.run_left_s) == (1.0, 10.0)
+    begun = tape(ValEpochStarted, steps=4)
+    tape.time += 9.0
+    state.add([begun, tape(ValEpochEnded), tape(TrainEpochEnded)])
+    assert (state.pace.rate, state.run_left_s) == (1.0, 20.0)
+    tape.epoch = 1
+    state.add([tape(TrainEpochStarted, steps=10), *tape.steps(2)])
+    assert (state.pace.rate, state.epoch_left_s) == (1.0, 8.0)
+
+
+def test_only_a_resume_or_a_stop_ends_a_pause(tape: Tape, state: RunState) -> None:
+    """A checkpoint that is requested meanwhile does not."""
+    for command, paused in (("pause", True), ("checkpoint", True), ("resume", False), ("pause", True), ("stop", False)):
+        state.add([tape(CommandTaken, command=command, command_id="id")])
+        assert state.run.paused is paused
+
+
+def test_the_goal_is_the_nearest_limit_and_unknown_once_exceeded(tape: Tape, state: RunState) -> None:
+    state.add([tape.started(max_steps=14), *tape.steps(10)])
+    assert (state.steps, state.total_steps) == (10, 14)
+    tape.epoch = 1
+    state.add([tape(TrainEpochStarted, steps=10), *tape.steps(4)])
+    assert (state.steps, state.total_steps) == (4, 14)
+    state.add(tape.steps(1))
+    assert state.total_steps is None
+    state.add([tape.started(epochs=1), *tape.steps(6)])
+    assert (state.steps, state.total_steps) == (None, None)
+
+
+def test_a_reader_that_joins_late_knows_the_position_and_nothing_of_the_plan(tape: Tape, state: RunState) -> None:
+    tape.epoch = 3
+    state.add([*tape.steps(3), tape(ValStepEnded, key="big", step=7)])
+    assert (state.run.status, state.run.global_step, state.run.epoch) == ("unknown", 3, 3)
+    assert (state.steps, state.total_steps, state.run_left_s, state.began) == (None, None, None, None)
+    assert state.evaluation is not None
+    assert (state.evaluation.stage, state.evaluation.key, state.evaluation.step) == ("val", "big", 7)
+
+
+def test_an_event_about_an_earlier_step_does_not_move_the_position(tape: Tape, state: RunState) -> None:
+    state.add([tape.started(), *tape.steps(9), tape.saved(4)])
+    assert (state.run.global_step, state.checkpoints["step-4.a1"].global_step) == (9, 4)
+
+
+def test_a_new_attempt_starts_over_and_keeps_the_checkpoints(tape: Tape, state: RunState) -> None:
+    ledger = StallLedger(wall_s=5.0)
+    state.add([tape.started(), *tape.steps(9), tape.saved(4), tape(ValEpochStarted)])
+    state.add([tape(LedgerReported, scope="run", ledger=ledger), tape(RunEnded, status="failed", reason="E")])
+    assert (state.has_ended, state.ledger.wall_s, state.epochs_done) == (True, 5.0, 0)
+    first, tape.attempt, tape.step, tape.time = state.run.started, 2, 4, 2_000.0
+    state.add([tape.started()])
+    assert (state.has_ended, state.run.status, state.run.reason, state.run.started) == (False, "running", None, first)
+    assert (state.ledger.wall_s, state.pace.rate, state.pace.elapsed_s, state.evaluation) == (0.0, None, 0.0, None)
+    assert (state.began, list(state.checkpoints)) == (2_000.0, ["step-4.a1"])
+
+
+def test_checkpoints_after_the_one_resumed_from_are_superseded(tape: Tape, state: RunState) -> None:
+    """They are neither the newest nor the best any more, though they are on the disk."""
+    state.add([tape.started(best="score"), tape.saved(2, 3.0), tape.saved(4, 2.0), tape.saved(6, 1.0)])
+    tape.attempt = 2
+    state.add([tape.started(best="score"), tape(RunResumed, checkpoint="step-4.a1", after_seq=3)])
+    newest, best = state.newest_checkpoint, state.best_checkpoint
+    assert (newest and newest.path, best and best.metric) == ("/c/step-4.a1", 2.0)
+    assert (state.checkpoints["step-6.a1"].state, state.checkpoints["step-6.a1"].superseded) == ("durable", True)
+    state.add([tape(CheckpointDeleted, checkpoint="step-4.a1"), tape.saved(5, 9.0)])
+    newest, best = state.newest_checkpoint, state.best_checkpoint
+    assert (newest and newest.name, best and best.name) == ("step-5.a2", "step-2.a1")
+
+
+def test_the_best_of_very_many_checkpoints_stays(tape: Tape, state: RunState) -> None:
+    """Those that retention deleted make room first."""
+    state.add([tape.started(best="score"), tape.saved(1, 0.5), tape.saved(2, 0.1), tape.saved(3, 0.7)])
+    for step in range(4, MAX_CHECKPOINTS + 10):
+        state.add([tape.saved(step, 1.0)])
+        if step % 2:
+            state.add([tape(CheckpointDeleted, checkpoint=f"step-{step}.a1")])
+    assert list(state.checkpoints)[:3] == ["step-1.a1", "step-2.a1", "step-3.a1"]
+    for step in range(MAX_CHECKPOINTS + 10, 3 * MAX_CHECKPOINTS):
+        state.add([tape.saved(step, 1.0)])
+    assert len(state.checkpoints) == MAX_CHECKPOINTS
+    assert next(iter(state.checkpoints)) == "step-2.a1"
+    assert state.best_checkpoint is state.checkpoints["step-2.a1"]
+
+
+def test_failures_of_an_observer_are_counted_though_few_are_reported(tape: Tape, state: RunState) -> None:
+    """Of failures in a row the first and the last is reported, each with how many there were."""
+
+    def failed(failures: int, action: str) -> Any:
+        return tape(ObserverFailed, observer="csv", error="E", action=action, failures=failures)
+
+    state.add([failed(1, "retrying"), tape(ObserverRecovered, observer="csv", failures=4)])
+    assert (state.observers["csv"].state, state.observers["csv"].failures) == ("ok", 4)
+    state.add([failed(1, "retrying"), failed(9, "disabled")])
+    assert (state.observers["csv"].state, state.observers["csv"].failures) == ("disabled", 13)
+
+
+def test_made_up_names_do_not_fill_the_memory(tape: Tape, state: RunState) -> None:
+    """Too long ones are not kept, and of observers those that failed stay."""
+    state.add([tape(ObserverFailed, observer="bad", error="E" * 10_000_000)])
+    for number in range(500):
+        state.add([tape(ObserversReported, observers=[ObserverHealth(f"o{number}"), ObserverHealth("o" * 10_000)])])
+        state.add([tape(CheckpointFailed, checkpoint="c" * (1_000 + number), error="E")])
+    state.add([tape(CheckpointSaved, checkpoint="x", path="p" * 10_000_000, reasons=["r" * 10_000] * 1_000)])
+    assert len(state.observers) <= 128
+    assert "bad" in state.observers
+    assert list(state.checkpoints) == ["x"]
+    kept = [state.observers["bad"].error or "", state.checkpoints["x"].path, *state.checkpoints["x"].reasons]
+    assert sum(map(len, kept)) < 20_000
+
+
+def test_steps_are_followed_in_rows_that_only_logged_numbers_interrupt(tape: Tape, state: RunState) -> None:
+    """Each other event comes when the state has it; of a row of steps the last one comes."""
+    events = [*tape.steps(2), tape(MetricsLogged, metrics={"a": 1.0}), *tape.steps(3), tape(ValEpochStarted)]
+    seen = [(type(event).__name__, event.global_step, state.run.global_step) for event in state.follow(events)]
+    assert seen == [("MetricsLogged", 2, 0), ("TrainStepEnded", 5, 5), ("ValEpochStarted", 5, 5)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1_000])
+def test_the_state_does_not_depend_on_how_events_are_batched(tape: Tape, size: int) -> None:
+    events = [tape.started(best="score"), tape(TrainEpochStarted, steps=10)]
+    for step in (3, 6, 9):
+        events += [*tape.steps(3, step_s=0.5), tape(MetricsLogged, metrics={"a": 1.0}), tape.saved(step, 1.0 / step)]
+        events += [tape(ValEpochStarted), tape(ValEpochEnded, loss=1.0), tape(ObserverFailed, observer="o", error="E")]
+    batched, whole = RunState(), RunState()
+    whole.add(events)
+    for begin in range(0, len(events), size):
+        batched.add(events[begin : begin + size])
+    assert batched == whole
+    assert batched.observers == whole.observers
+    for question in ("steps", "total_steps", "run_left_s", "epochs_done", "newest_checkpoint", "best_checkpoint"):
+        assert getattr(batched, question) == getattr(whole, question)
+    assert (batched.pace.rate, batched.pace.loss) == (whole.pace.rate, whole.pace.loss)
