@@ -18,7 +18,7 @@ import anyio
 import anyio.abc
 
 from events.bus.target import Source, Target
-from events.bus.worker import AsyncJob, Job, Worker
+from events.bus.worker import AsyncJob, ThreadJob, Worker
 from events.errors import SinkMisconfigured
 from events.log import logger
 from events.messages import (
@@ -76,7 +76,7 @@ class Observer:
         self._publish = publish
         self._on_fatal = on_fatal
         self._during: str | None = None
-        self._late: Job | AsyncJob | None = None  # a call that has exceeded its timeout and has not returned
+        self._late: ThreadJob | AsyncJob | None = None  # a call that has exceeded its timeout and has not returned
         self._draining = anyio.Event()
         self._drained_since = math.inf
         self._finished = anyio.Event()
@@ -144,7 +144,7 @@ class Observer:
         """Make a call once; returns the exception that it raised, or `TimeoutError` if it did not return in time."""
         self._during = during
         limit_s = self.source.delivery.timeout_s if during != "close" else None
-        call: Job | AsyncJob
+        call: ThreadJob | AsyncJob
         if self.target.blocking or during is not None:
             call = self._worker.submit(function, *args)
         else:
@@ -161,7 +161,7 @@ class Observer:
         self._late = call
         return TimeoutError(f"no answer within {limit_s:g} s")
 
-    async def _finishes(self, call: Job | AsyncJob, limit_s: float | None) -> bool:
+    async def _finishes(self, call: ThreadJob | AsyncJob, limit_s: float | None) -> bool:
         """Wait for a call within its timeout; publish `ObserverSlow` once it is slow.
 
         The timeout restarts whenever the batch makes progress: a hundred short hooks are not one long one.

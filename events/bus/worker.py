@@ -15,7 +15,7 @@ from events.bus.cpu_time import CpuTime
 from events.bus.wakeup import Post
 
 
-class Job:
+class ThreadJob:
     """One call on a `Worker`. Await `finished`, then read `error` or `value`."""
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -41,7 +41,7 @@ class Job:
 
 
 class AsyncJob:
-    """One call that returns an awaitable, in a task of its own. Create it in the event loop; then as `Job`.
+    """One call that returns an awaitable, in a task of its own. Create it in the event loop; then as `ThreadJob`.
 
     The task is in no task group, because a group waits for its tasks: one that shields itself from cancellation, as
     every `anyio.to_thread` does, would hold up the end of the run for as long as it likes. What it raises is kept as
@@ -92,12 +92,12 @@ class Worker:
         self.name = name
         self.post = post
         self._cpu_time = cpu_time
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[ThreadJob | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Job:
+    def submit(self, function: Callable[..., Any], *args: Any) -> ThreadJob:
         """Queue a call; returns at once. From the event loop only."""
-        job = Job(function, args)
+        job = ThreadJob(function, args)
         if self._thread is None:
             from events.log import in_this_run  # not at the top: structlog is slow to import, and threads are optional
 
