@@ -91,28 +91,28 @@ def read_history(
 def history_filter(
     journal_dir: str | os.PathLike[str], between: Callable[[], None] = lambda: None
 ) -> Callable[[Event], bool]:
-    """Tell which events of a journal, as it stands, belong to the history that `read_history` returns.
+    """Return whether an event of a journal, as it is now, belongs to the history that `read_history` returns.
 
     Args:
         between: Called between two parts of the journal, a mebibyte each, because all of it is read.
     """
-    # Found first: what supersedes an event may stand at the journal's end.
+    # Read first: the resume that supersedes an event may be at the journal's end.
     kept_up_to = _kept_up_to(_resumes(Path(journal_dir), between))
 
     def counts(event: Event) -> bool:
         if not isinstance(event, SUPERSEDED_TYPES):
             return True
         seq, step = kept_up_to(event.attempt)
-        # What a hook logged late belongs to the event that it handled.
+        # A value that a hook logged late belongs to the event that it handled.
         return (getattr(event, "of_seq", None) or event.seq) <= seq and event.global_step <= step
 
     return counts
 
 
 def _kept_up_to(resumes: Iterable[RunResumed]) -> Callable[[int], tuple[float, float]]:
-    """By attempt: up to which ``seq``, and which step, its events count."""
-    # Sorted and not by attempt in a dict: a stranger may choose numbers that collide, or that are far apart. Of several
-    # resumes of an attempt the last one counts.
+    """Return, for an attempt, the maximum ``seq`` and step of its events that count."""
+    # Sorted, not in a dictionary by attempt: a crafted journal may have numbers that collide, or that are far apart. Of
+    # several resumes of an attempt the last one counts.
     resumes = sorted((resume for resume in resumes if resume.attempt), key=_attempt_of)
     everything = seq, step = math.inf, math.inf
     current = newest = resumes[-1].attempt if resumes else 0

@@ -1,13 +1,12 @@
 """The lines of a journal: events as JSON, each with a checksum. Pure functions.
 
-A line is the JSON object of an event (`events.wire`) with one or two members more at its end::
+A line is the JSON object of an event (`events.wire`) with one or two additional members at its end::
 
     {"type":"TrainStepEnded",...,"loss":0.5,"previous_seq":41,"crc32":"0badcafe"}
 
-``crc32`` is the CRC-32 (zlib's) of the bytes before its comma and a closing brace, that is of the line without this
-member. ``previous_seq`` is the ``seq`` of the line before, and is only there where it is not this line's less one: the
-journal does not keep every event. So a reader tells a lost line from an event that was never kept. Lines of versions
-without checksums have neither.
+``crc32`` is the CRC-32 (zlib's) of the line without this member. ``previous_seq`` is the ``seq`` of the line before. A
+line has it only if the two are not consecutive, because the journal does not keep every event. So a reader can tell a
+lost line from an event that was never kept. Lines of versions without checksums have neither.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def check_size(line: bytes) -> None:
 
 
 def events_in(line: bytes) -> int:
-    """How many events a damaged line may have been: more than one where a newline between them was changed."""
+    """Count the events that a damaged line may have held: several if newlines between them were changed."""
     return max(1, line.count(_MARK))
 
 
@@ -131,7 +130,7 @@ def mended(rest: bytes) -> bytes:
 
 
 def is_checked(line: bytes) -> bool:
-    """Whether a line has a checksum, and it is right."""
+    """Whether a line has a checksum that matches."""
     try:
         return _checked(line) is not None
     except WireError:
@@ -139,7 +138,7 @@ def is_checked(line: bytes) -> bool:
 
 
 def _checked(line: bytes) -> bytes | None:
-    """The line without its checksum, which is right; None if it has none."""
+    """Remove the checksum of a line; None if it has none. Raises `WireError` if it does not match."""
     if line[-_LENGTH:-10] != _MARK:
         return None
     body = line[:-_LENGTH] + b"}"
@@ -149,7 +148,7 @@ def _checked(line: bytes) -> bytes | None:
 
 
 def gap_before(following: Event, own_seq: int, first: int, last: int, lost: int, reason: str) -> JournalGap:
-    """A gap in front of, or in place of, an event whose header it takes."""
+    """Make a gap before, or in place of, an event whose header it takes."""
     return JournalGap(
         run_id=following.run_id,
         attempt=following.attempt,

@@ -1,11 +1,11 @@
 """Reading a journal: from a cursor on, while it grows, whatever happened to its files.
 
-A journal is a folder of segments: JSON lines in files that are named by the first ``seq`` in them. A line
-that ends in a newline never changes; segments are only ever added. What stands behind the last newline of the
-newest segment is still being written, or is what a killed process left. So a reader that waits for the
-newline until a newer segment exists sees every event once and in order.
+A journal is a folder of segments: files of JSON lines that are named by the first ``seq`` in them. A line that ends in
+a newline never changes, and segments are only added. The bytes after the last newline of the newest segment are still
+being written, or a killed process left them. So a reader that waits for the newline until a newer segment exists sees
+every event once and in order.
 
-All of it is synchronous and belongs to one thread. Nothing here raises for the content of a journal: lines that are
+Everything here is synchronous and belongs to one thread. Nothing raises for the content of a journal: lines that are
 not events, lines that are too long, and segments that are not regular files are skipped and reported. A segment that
 exists and cannot be read raises `OSError`, and so does a journal whose folder is a link.
 """
@@ -35,7 +35,7 @@ READ_BYTES = 16 * 2**20
 
 
 class SkippedLine(msgspec.Struct, frozen=True):
-    """Bytes of a journal that are no event of its run."""
+    """Bytes of a journal that are not an event of its run."""
 
     path: str
     line: int
@@ -47,15 +47,15 @@ class SkippedLine(msgspec.Struct, frozen=True):
     torn: bool = False
     """Whether it is the beginning of a line whose writer died; a later attempt continues in a new segment."""
     first_seq: int | None = None
-    """Where events are lost there, the first ``seq`` that is; `JournalReader.read` returns a `JournalGap` for them."""
+    """First ``seq`` of the events that are lost there, if any; `JournalReader.read` returns a `JournalGap` for them."""
     last_seq: int | None = None
 
 
 class JournalReader:
-    """Reads a journal's events in order, each once, and continues where it stopped when there are more.
+    """Reads a journal's events in order, each once.
 
-    It never waits: `read` returns what is there. To follow a journal that is being written, call it again.
-    The journal may not exist yet, be written by another process, grow, be cut or lose segments meanwhile.
+    It never waits: `read` returns the events that are there. Call it again to follow a journal that grows, or let a
+    `Follower` do so. The journal may not exist yet, be written by another process, be cut or lose segments meanwhile.
     """
 
     def __init__(
@@ -66,51 +66,51 @@ class JournalReader:
         max_skipped: int = 1_000,
         chunk_bytes: int | None = None,
     ) -> None:
-        """Start behind the event with ``seq == since``; opens nothing yet.
+        """Start after the event with ``seq == since``; opens nothing yet.
 
         Args:
             journal_dir: The folder of segments.
             since: Events up to this ``seq`` are skipped; 0 for all.
             run_id: Events of any other run are skipped; None if that is not known.
-            max_skipped: How many skipped lines `skipped` keeps, the newest; `skipped_count` counts all.
-            chunk_bytes: Bytes that are read at a time, and kept until they are decoded; a mebibyte by default.
+            max_skipped: Maximum lines in `skipped`, the newest; `skipped_count` counts all.
+            chunk_bytes: Bytes per read, which are kept until they are decoded; a mebibyte by default.
         """
         self._dir = Path(journal_dir)
         self._cursor = since
         self._skipped: deque[SkippedLine] = deque(maxlen=max_skipped)
         self.skipped_count = 0
-        """Lines that were skipped so far."""
+        """Number of lines that were skipped."""
         self._chunk_bytes = chunk_bytes
         self._run_id = run_id
         self._segment: SegmentLines | None = None  # the one being read
         self._offset = 0  # of the next line in it
         self._line = 0  # lines before that
-        self._lines: list[bytes | TooLong] = []  # whole lines from there on that are read but not decoded, last first
-        self._rest = False  # what is left of it ends without a newline
-        self._damaged = 0  # events that lines skipped since the last event may have been, torn ones apart
-        self._why = ""  # the last of them was
-        self._behind_gap: Event | None = None  # is returned next
+        self._lines: list[bytes | TooLong] = []  # whole lines from there on that are not decoded yet, last first
+        self._rest = False  # whether the rest of it ends without a newline
+        self._damaged = 0  # events that the lines skipped since the last event may have held, torn lines apart
+        self._why = ""  # the last of them was skipped
+        self._behind_gap: Event | None = None  # to return next
         self._last: Event | None = None  # that was returned
         self.last_bytes = 0
         """Bytes of memory that the events of the last `read` take, as `decoded_bytes` estimates them."""
 
     @property
     def cursor(self) -> int:
-        """``seq`` of the last event returned: pass it as ``since`` to continue elsewhere."""
+        """``seq`` of the last event returned: pass it as ``since`` to another reader to continue there."""
         return self._cursor
 
     @property
     def skipped(self) -> list[SkippedLine]:
-        """The lines skipped so far, oldest first, at most ``max_skipped``."""
+        """The lines that were skipped, oldest first, at most ``max_skipped``."""
         return list(self._skipped)
 
     def read(self, limit: int = 1_024, until: float = math.inf) -> list[Event]:
         """Return the next events, at most ``limit``; none when no more are written yet.
 
-        Fewer where they are large: none follows those that take `READ_BYTES` of memory together.
+        Fewer if they are large: a read ends with the event that exceeds `READ_BYTES` of memory.
 
         Args:
-            until: Where no event has been found by this time (`time.monotonic`), return none; the next call continues.
+            until: If no event was found by this time (`time.monotonic`), return none; the next call continues.
 
         Raises:
             OSError: A segment exists but cannot be read, or the journal is a link. Nothing is lost; it may be called
@@ -141,10 +141,10 @@ class JournalReader:
         return events
 
     def finish(self) -> list[Event]:
-        """Return what `read` did not because it may be written to: the journal's end, when nobody writes any more.
+        """Return the end of a journal that is not written any more, once `read` returns none. Raises `OSError`.
 
-        That is an event without its newline, or a gap for damaged lines behind the last event. The rest of an
-        unfinished line is reported in `skipped`. Call it once `read` returns none. Raises `OSError`.
+        That is an event without its newline, or a gap for damaged lines after the last event. `skipped` reports the
+        rest of an unfinished line.
         """
         found = self.read()
         if not found and self._segment is not None and not self._segment.finished and self._segment.rest:
@@ -157,7 +157,7 @@ class JournalReader:
         return found
 
     def _decode(self, line: bytes | TooLong) -> Event | None:
-        """The event of the next line, if it is one that has not been returned; or the gap before it."""
+        """Decode the next line: to an event that was not returned yet, or the gap before it; None for others."""
         assert self._segment is not None
         if isinstance(line, TooLong):
             self._skip(line.length, f"it is longer than {MAX_LINE_BYTES:,} bytes")
@@ -168,7 +168,7 @@ class JournalReader:
             event, previous = decode_line(line)
         except WireError as error:
             seq = _SEQ.search(line) if self._last is None else None
-            if seq is None or int(seq[1]) > self._cursor:  # else it was damaged before the events that are asked for
+            if seq is None or int(seq[1]) > self._cursor:  # else the damage precedes the events to return
                 self._skip(len(line), str(error), torn=self._rest, events=events_in(line))
             return None
         if previous is None and self._segment.checked:
@@ -185,7 +185,7 @@ class JournalReader:
             if self._misplaced(event):
                 self._skip(len(line), f"its seq {event.seq} is not below that of the next line")
                 return None
-            # Without checksums a lost line is known only by its remains.
+            # Without checksums only its remains show that a line is lost.
             previous = event.seq - 1 if self._damaged else self._cursor
         if self._cursor < previous < event.seq:
             self._behind_gap = event
@@ -194,7 +194,7 @@ class JournalReader:
         return event
 
     def _gap(self, beside: Event, last: int) -> Event:
-        """Report that the events up to ``last`` are lost."""
+        """Make the gap for the events up to ``last``, which are lost."""
         assert self._segment is not None
         first = self._cursor + 1
         if not self._damaged:
@@ -242,12 +242,12 @@ class JournalReader:
             return True
 
     def _begin_rest(self, segment: SegmentLines) -> None:
-        """Take what has no newline as a line: it is torn, or whole but for that."""
+        """Treat the rest without a newline as a line: it is torn, or lacks only its newline."""
         self._lines = [mended(segment.rest)]
         self._offset, self._rest, segment.finished = segment.start, True, True
 
     def _following(self, numbers: list[int]) -> int | None:
-        """The segment to read next."""
+        """Find the segment to read next."""
         if self._segment is not None:
             return next((number for number in numbers if number > self._segment.number), None)
         # Every event above the cursor is in the last segment named at or below its successor, or in a later
@@ -256,7 +256,7 @@ class JournalReader:
         return start[-1] if start else numbers[0] if numbers else None
 
     def _read_on(self, segment: SegmentLines) -> list[bytes | TooLong]:
-        """Whole lines, if there are any; a segment that is gone, or is not a file, is reported once."""
+        """Read whole lines, if there are any; reports a segment that is gone, or is not a file, once."""
         try:
             return segment.read()
         except (FileNotFoundError, UnsafeFile) as error:

@@ -1,4 +1,4 @@
-"""The segments of a journal as files: which there are, and the lines in one, whoever prepared the folder.
+"""The segments of a journal as files: their names, and the lines in one, whoever prepared the folder.
 
 Segments are opened as `events.safe_files` opens files: the journal's folder and its segments are never links, and only
 regular files are read. A line has a maximum size, so a file without newlines costs neither memory nor more time than
@@ -29,7 +29,7 @@ The writer records a `JournalGap` in place of a larger event; readers skip and r
 """
 
 MAX_SEGMENT = 2**52
-"""Maximum number of a segment. The ``seq`` of what follows then still fits a float of JSON."""
+"""Maximum number of a segment: each ``seq`` after it still fits a float of JSON."""
 
 _SEGMENT = re.compile(r"\d{20}\.jsonl", re.ASCII)
 _CHUNK = 2**20
@@ -55,7 +55,7 @@ def segment_name(number: int) -> str:
 
 
 def segment_numbers(journal_dir: str | os.PathLike[str]) -> list[int]:
-    """The numbers of a journal's segments, ascending; none if the folder does not exist.
+    """List the numbers of a journal's segments, ascending; none if the folder does not exist.
 
     Raises:
         UnsafeFile: The folder is a link.
@@ -155,7 +155,7 @@ def read_tail(journal_dir: str | os.PathLike[str], number: int, length: int) -> 
 
 
 def _data_of(file: BinaryIO, size: int) -> list[tuple[int, int]]:
-    """Where a file has data: begin and end of each range between its holes, the last ones of many."""
+    """List the ranges of data between the holes of a file, the last ones of many."""
     found: deque[tuple[int, int]] = deque(maxlen=_RANGES)
     end = 0
     while end < size and (start := _next_data(file, end, size)) < size:
@@ -193,6 +193,6 @@ def _next_data(file: BinaryIO, offset: int, end: int) -> int:
 
 
 def _place(journal_dir: str | os.PathLike[str]) -> tuple[Path, str]:
-    """The folder that has the journal, and the journal's name in it."""
+    """Split the path of a journal into the folder that contains it and its name there."""
     path = Path(os.path.abspath(journal_dir))
     return path.parent, path.name

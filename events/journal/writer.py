@@ -4,26 +4,24 @@ Segments are created exclusively, and no link is followed. An event that has mor
 whose line readers refuse because it may take more than `MAX_DECODED_BYTES` of memory, is replaced by a `JournalGap`, as
 is one that cannot be encoded.
 
-`events.journal.reader` reads it. What the writer promises, so that a reader needs no lock and no index:
+`events.journal.reader` reads it. The promises of the writer, because of which a reader needs no lock and no index:
 
 - A line that ends in a newline is one whole event and never changes. A segment is never written to once a
   newer one exists, so no half line is ever followed by a whole one in the same file.
-- Events stand in the order of their ``seq``, each once, however often they are delivered. One exception: `RunResumed`
-  is written three times, and again at the beginning of each further segment of its attempt, with the same ``seq``:
+- Events are in the order of their ``seq``, each once, however often they are delivered. One exception: `RunResumed` is
+  written three times, and again at the beginning of each further segment of its attempt, with the same ``seq``:
   without it, the superseded steps of earlier attempts would count again.
-- Each line has a checksum, and names the ``seq`` of the line before it where that is not its own less one
-  (`events.journal.lines`). So a reader tells a changed or lost line from an event that was never kept.
-- What was handed to `JournalWriter.write` has reached the operating system when that returns: it survives the
-  process, by whatever signal it dies. It is on stable storage (survives the machine) at each `RunEnded`, each
-  new segment, `sync` and `close`.
+- Each line has a checksum, and names the ``seq`` of the line before if the two are not consecutive
+  (`events.journal.lines`). So a reader can tell a changed or lost line from an event that was never kept.
+- When `JournalWriter.write` returns, the operating system has the events: they survive the process, whichever signal
+  kills it. They are on stable storage (survive the machine) at each `RunEnded`, each new segment, `sync` and `close`.
 
-**When the disk refuses** (full, failing), `write` raises after cutting the file back to its last whole line.
-The supervisor announces that, pauses, and delivers the batch again, while further events wait in the
-subscription's bounded queue: a short outage loses nothing. In a long one the queue drops events, droppable
-ones first, and counts them exactly (`ObserverDropped`). When the disk takes writes again, holes in the
-``seq`` of what arrives are recorded where they are by a `JournalGap`. Its ``lost`` is an upper bound, because
-the writer cannot tell a lost event from one that the journal does not keep (``journalled = False``). Training
-never waits for any of this.
+**When the disk refuses** (full, failing), `write` raises after it has cut the file back to its last whole line. The
+supervisor publishes `ObserverFailed`, pauses, and delivers the batch again, while further events wait in the bounded
+queue of the subscription: a short outage loses nothing. In a long one the queue drops events, droppable ones first, and
+counts them (`ObserverDropped`). When the disk accepts writes again, a `JournalGap` records the missing ``seq`` in their
+place. Its ``lost`` is an upper bound, because the writer cannot distinguish a lost event from one that the journal does
+not keep (``journalled = False``). Training never waits for any of this.
 """
 
 from __future__ import annotations
@@ -203,7 +201,7 @@ class JournalWriter:
             os.close(fd)
 
     def close(self) -> None:
-        """Bring everything to stable storage and let the file go. May be called twice.
+        """Bring everything to stable storage and close the file. May be called twice.
 
         Raises:
             OSError: The disk refused the last sync; the file is closed all the same.
@@ -232,7 +230,7 @@ class JournalWriter:
                 last = event.seq - 1
             previous = event.seq
             if not self._failing and event.time > self._suspect_until:
-                self._suspect_until = 0.0  # what happened after the trouble found the queue in order
+                self._suspect_until = 0.0  # events that happened after the outage found room in the queue
                 break
         if not lost:
             return fresh
@@ -240,7 +238,7 @@ class JournalWriter:
         return [*fresh[:at], gap, *fresh[at:]]
 
     def _encode(self, kept: list[Event]) -> tuple[bytes, list[Event]]:
-        """The lines of a batch, and the events they are: one that no line can hold is replaced by a gap."""
+        """Encode a batch to lines; returns them and their events. A gap replaces an event that no line can hold."""
         try:
             block = encode_lines(kept, self._line_seq)
             if len(block) <= min(MAX_LINE_BYTES, ALWAYS_FITS_BYTES):
@@ -254,7 +252,7 @@ class JournalWriter:
                     raise WireError(f"its line has {len(line):,} bytes, more than {MAX_LINE_BYTES:,}")
                 check_size(line)
             except WireError as error:
-                # Raising would have it delivered, and refused, for ever.
+                # An exception would have it delivered again, and refused, for ever.
                 reason = f"{type(event).__name__}: {error}"
                 logger.warning("the journal does not keep event %d, %s", event.seq, reason)
                 kept[index] = gap_before(event, event.seq, event.seq, event.seq, 1, reason)
@@ -263,7 +261,7 @@ class JournalWriter:
     # ---------------------------------------------------------------------------------------------- the file
 
     def _append(self, block: bytes, lines: list[Event]) -> None:
-        """Write whole lines. Where the disk refuses half-way, those that are whole count as written."""
+        """Write whole lines. If the disk refuses in the middle, the whole ones count as written."""
         if self._fd is not None and not os.fstat(self._fd).st_nlink:
             self._leave_segment()
             raise FileNotFoundError(errno.ENOENT, "the segment was deleted, with all events in it", str(self._path))
@@ -300,7 +298,7 @@ class JournalWriter:
             self._reason = f"a write took {time.monotonic() - started:.1f} s"
 
     def _cut_back(self) -> None:
-        """Remove a half line, so that nothing is appended to it; if that fails too, begin a new segment."""
+        """Remove a half line, so that nothing is appended to it; if that fails too, start a new segment."""
         assert self._fd is not None
         try:
             os.ftruncate(self._fd, self._size)
@@ -318,7 +316,7 @@ class JournalWriter:
         try:
             fd = open_segment(self._folder, number, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         except FileExistsError:
-            self._last_segment = number  # a stranger's file: the batch is delivered again and gets the next number
+            self._last_segment = number  # not our file: the batch is delivered again and gets the next number
             raise
         self._leave_segment()
         self._fd, self._size, self._last_segment = fd, 0, number
