@@ -1,9 +1,9 @@
 """A child process, and the channel of framed messages between it and the process that starts it.
 
 `Child` is the parent's side, `Parent` the child's. The channel is a socket pair: each message is msgpack behind its
-length, and nothing is unpickled. The end of the channel does not mean that the other side has died, nor the reverse,
-because a process that either has forked may hold it open: the parent asks the system for the child's exit code, the
-child compares its parent's process id. POSIX only.
+length, with lone surrogates escaped; nothing is unpickled. The end of the channel does not mean that the other side has
+died, nor the reverse, because a process that either has forked may hold it open: the parent asks the system for the
+child's exit code, the child compares its parent's process id. POSIX only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 import msgspec
 
 from events.log import logger
+from events.wire import without_surrogates
 
 _LOOK_S = 0.1
 """Maximum seconds until the parent sees that a deadline has passed, or that a child has died whose channel is open."""
@@ -72,7 +73,6 @@ class Child(Generic[T]):
 
     Raises:
         OSError: The child cannot be started.
-        ValueError: The first message cannot be encoded; nothing was started.
     """
 
     def __init__(
@@ -300,7 +300,11 @@ class _Frames:
 
 
 def _frame(message: Outgoing) -> bytes:
-    data = msgspec.msgpack.encode(message)
+    try:
+        data = msgspec.msgpack.encode(message)
+    except UnicodeEncodeError:
+        plain = msgspec.to_builtins(message, builtin_types=(bytes,))
+        data = msgspec.msgpack.encode(without_surrogates(plain))
     return _LENGTH.pack(len(data)) + data
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -99,10 +99,7 @@ class HostedSink(msgspec.Struct, frozen=True):
 
     def build(self) -> tuple[Any, Delivery]:
         """Build the sink and its delivery. Raises what its import or its constructor raises."""
-        module, _, name = self.kind.partition(":")
-        kind: Any = importlib.import_module(module)
-        for part in name.split("."):
-            kind = getattr(kind, part)
+        kind: Any = pkgutil.resolve_name(self.kind)
         known = {one.__name__: one for one in EVENT_TYPES}
         types = None if self.types is None else frozenset(known[one] for one in self.types)
         delivery = msgspec.structs.replace(msgspec.convert(self.delivery, Delivery), types=types)

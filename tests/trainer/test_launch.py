@@ -34,11 +34,13 @@ from events.messages import (
     TrainStepEnded,
 )
 from events.process import Program
+from events.process import _frame as frame
+from events.protocol import RunResult
 from events.run.stream import JournalEventStream
 from events.wire import encode_json_lines
 from trainer.errors import ArgumentsError, LaunchedRunCrashed, LaunchedRunFailed
 from trainer.remote import launch as launcher
-from trainer.remote.child import Cancelling, Failed, LaunchConfig, Ready, build
+from trainer.remote.child import Cancelling, Ended, Failed, LaunchConfig, Ready, build, from_run
 from trainer.remote.launch import LaunchedRun, launch
 from trainer.remote.launch_report import error_of
 
@@ -184,7 +186,7 @@ async def test_entering_the_block_raises_why_a_run_cannot_start(tmp_path: Path) 
     expected: list[tuple[Any, dict[str, Any], type[BaseException], str]] = [
         ("no_such_module:build", {}, LaunchedRunFailed, "ModuleNotFoundError: No module named 'no_such_module'"),
         ("launched_exit:build", {}, LaunchedRunFailed, "SystemExit: not today"),
-        ("launched_light:no", {}, ArgumentsError, "launched_light has no 'no'"),
+        ("launched_light:no", {}, ArgumentsError, "module 'launched_light' has no attribute 'no'"),
         ("launched_light:build_nothing", {}, ArgumentsError, "must return a Trainer, not 5"),
         ("launched_light:build_with", {}, LaunchedRunFailed, "missing 1 required positional argument: 'width'"),
         ("launched_light:build_and_vanish", {}, LaunchedRunCrashed, "exit code 9 before the run began"),
@@ -418,9 +420,9 @@ async def test_a_cancelled_process_that_keeps_no_deadline_is_killed(deaf: str) -
     await until_soon(lambda: group(pid) == [], "a process is left")
 
 
-def frame(message: Any) -> bytes:
-    data = msgspec.msgpack.encode(message)
-    return len(data).to_bytes(4, "little") + data
+def sent(message: Any) -> Any:
+    """A message of the process, as it arrives."""
+    return from_run.decode(frame(message)[4:])
 
 
 # -------------------------------------------------------------------------------------------- failures and crashes
@@ -433,9 +435,11 @@ def test_errors_of_stagecast_keep_their_type() -> None:
         def __str__(self) -> str:
             raise ValueError
 
-    error = error_of(Failed.of(UploadError("no bucket \udc80")))
+    error = error_of(sent(Failed.of(UploadError("no bucket \udc80"))))
     assert (type(error), str(error)) == (UploadError, "no bucket \\udc80")
     assert "in the launched process:" in error.__notes__[0]
+    result = RunResult(run_id="run", attempt=1, status="stopped", reason="\udcff", metrics={"loss": float("nan")})
+    assert sent(Ended(result)).result.reason == "\\udcff"
     error = error_of(Failed.of(Mute()))
     assert isinstance(error, LaunchedRunFailed)
     assert error.text == "its text cannot be read: ValueError"

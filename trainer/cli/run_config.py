@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import os
 import sys
 import traceback
@@ -207,11 +208,11 @@ def _find(path: str, options: dict[str, Any], problems: list[str]) -> _Factory |
     except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         problems.append(f"{where} = {name!r}: cannot import {package}: {_described(error, package)}")
         return None
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            problems.append(f"{where} = {name!r}: {package} ({_file_of(package)}) has no {attribute}")
-            return None
-        found = getattr(found, part)
+    try:
+        found = operator.attrgetter(attribute)(found)
+    except AttributeError:
+        problems.append(f"{where} = {name!r}: {package} ({_file_of(package)}) has no {attribute}")
+        return None
     if not callable(found):
         problems.append(f"{where} = {name!r}: is {found!r:.80}, which cannot be called; name a function or a class")
         return None

@@ -8,7 +8,7 @@ that ends them in order, and the live application, mounted.
 from __future__ import annotations
 
 import argparse
-import importlib
+import pkgutil
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -55,8 +55,7 @@ async def open_run(factory: str, arguments: dict[str, Any], launched: bool) -> A
 
 
 def _build(factory: str, arguments: dict[str, Any]) -> Trainer:
-    module, _, name = factory.partition(":")
-    trainer: Trainer = getattr(importlib.import_module(module), name)(**arguments)
+    trainer: Trainer = pkgutil.resolve_name(factory)(**arguments)
     return trainer
 
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import operator
 import os
 import signal
 import sys
@@ -115,7 +116,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
             text = f"its text cannot be read: {type(broken).__name__}"
         kind = type(error)
         lines = "".join(traceback.format_exception(error))
-        return cls(kind.__module__, kind.__qualname__, _unicode(text), _unicode(lines))
+        return cls(kind.__module__, kind.__qualname__, text, lines)
 
 
 class Logged(msgspec.Struct, frozen=True, tag=True):
@@ -136,11 +137,11 @@ _to_run: msgspec.msgpack.Decoder[Cancel | AnyCommand] = msgspec.msgpack.Decoder(
 def build(config: LaunchConfig) -> Trainer:
     """Call the factory. Raises what it, or its import, raises."""
     module, _, name = config.factory.partition(":")
-    factory: Any = importlib.import_module(module)
-    for part in name.split("."):
-        if not hasattr(factory, part):
-            raise ArgumentsError(f"launch: {config.factory!r}: {getattr(factory, '__name__', factory)} has no {part!r}")
-        factory = getattr(factory, part)
+    imported = importlib.import_module(module)
+    try:
+        factory: Any = operator.attrgetter(name)(imported)
+    except AttributeError as error:
+        raise ArgumentsError(f"launch: {config.factory!r}: {error}; name a function of the module") from None
     from trainer.trainer import Trainer, relocate, relocating
 
     token = relocating.set(True)
@@ -199,7 +200,7 @@ class Launched:
     def _add_warning(self, warned: Warned) -> None:
         origin = current_origin.get()
         run_id, step = (None, 0) if origin is None else (origin.run_id, origin.global_step)
-        warned = warned._replace(message=_unicode(warned.message), exception=None)
+        warned = warned._replace(exception=None)
         self._warnings.append(Logged(warned, run_id, step))  # sending may wait, and this may be the loop's thread
 
     def _send_warnings(self) -> None:
@@ -305,10 +306,6 @@ def _end_group() -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
-
-
-def _unicode(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def main() -> None:
