@@ -1,7 +1,7 @@
-"""What an observer implements, and how events are delivered to it.
+"""The interface of a sink, and the delivery of events to an observer.
 
-A sink is a plain description until it is opened, so that it can be stored, compared and sent to another process. Ten
-lines are a sink::
+A sink is a plain description until it is opened, so that it can be stored, compared and sent to another process. A sink
+in ten lines::
 
     class Lines(msgspec.Struct, frozen=True):
         path: str
@@ -35,33 +35,33 @@ Place = Literal["thread", "process"]
 
 
 class RunInfo(msgspec.Struct, frozen=True):
-    """What a sink is told about the run when it is opened."""
+    """The run for which a sink is opened."""
 
     run_id: str
     attempt: int = 1
     rank: int = 0
     run_dir: str | None = None
-    """The run's folder; None when the run keeps nothing on disk."""
+    """The run's folder; None if the run keeps nothing on disk."""
     interactive: bool = False
-    """Whether the run was started by `Trainer.train` in the main thread: a person is likely to be watching."""
+    """Whether `Trainer.train` started the run in the main thread, so that a person probably watches."""
 
 
 class SinkWriter(Protocol):
-    """An open sink. Its methods are called one at a time, never at once.
+    """An open sink. Its methods are called one at a time.
 
     Plain methods run on a thread of the sink's own and may block; ``async`` methods run in the run's event loop
     (the host's, under `Trainer.run`) and must not.
     """
 
     def write(self, events: Sequence[Event], /) -> Awaitable[None] | None:
-        """Take a batch of events, in order. Raise to have the batch delivered again, as the error policy says.
+        """Write a batch of events, in order. If it raises, the error policy decides whether it is repeated.
 
-        The events are everybody's, and so are dictionaries and lists in them: copy what you want to change.
+        All observers share the events, and the dictionaries and lists in them: change only copies.
         """
         ...
 
     def close(self) -> Awaitable[None] | None:
-        """Flush and let go. Called once, after the last batch, also when the sink was disabled."""
+        """Flush and close. Called once, after the last batch, also if the sink was disabled."""
         ...
 
 
@@ -69,12 +69,12 @@ class SinkWriter(Protocol):
 class Sink(Protocol):
     """The description of a sink. It may carry a class attribute or field ``delivery`` of type `Delivery`.
 
-    It may also have a method ``check()``, which raises `SinkMisconfigured` for what can be seen without opening it: a
-    client that is not installed (`events.sink.require`), an address that is none. The trainer calls it when it is
-    built, on the caller's thread; it waits for nothing.
+    It may also have a method ``check()``, which raises `SinkMisconfigured` for a problem that is visible without
+    opening it: a client that is not installed (`events.sink.require`), or an invalid address. The trainer calls it when
+    it is built, on the caller's thread; it must not wait.
 
-    And a method ``bound()``, which returns the description to use: called when a run starts, on the thread that starts
-    it, for what only that thread knows, such as a tracker's run that it has active.
+    A method ``bound()`` returns the description to use. It is called when a run starts, on the thread that starts it,
+    for state that only this thread has, such as the active run of a tracker.
     """
 
     def open(self, run: RunInfo, /) -> SinkWriter:
@@ -86,44 +86,44 @@ class Sink(Protocol):
 
 
 class Delivery(Strict, frozen=True, kw_only=True):
-    """How events reach one observer: which, how many may wait, what happens beyond that, and what if it fails."""
+    """How events reach one observer: their types, the limits of its queue, and the policies for overflow and errors."""
 
     types: frozenset[type[Event]] | None = None
     """The event types to deliver, exactly (no subclasses). None: all that the journal keeps; the others
-    (`BackwardEnded`, `ValStepEnded`, `TestStepEnded`) are built only for those who name them."""
+    (`BackwardEnded`, `ValStepEnded`, `TestStepEnded`) are only built if an observer names them."""
     overflow: Overflow = "drop_oldest"
-    """What happens when the queue is full.
+    """The policy for a full queue.
 
-    ``latest``: metrics and step events are replaced by the newest of their key. ``drop_oldest``: droppable events go
-    first, oldest first. ``catch_up``: lossless; the sink reads the events that do not fit from the run's journal, which
-    it therefore needs. An event is only lost, and counted, if the journal could not keep it. ``block``: the training
-    loop waits at its next step boundary; charged to the ledger and announced.
+    ``latest``: the newest metric or step event of a key replaces the others. ``drop_oldest``: droppable events are
+    dropped first, oldest first. ``catch_up``: lossless; the sink reads the events that do not fit from the run's
+    journal, which it therefore needs. An event is only lost, and counted, if the journal could not keep it. ``block``:
+    the training loop waits at its next step boundary; the ledger and `LoopHeld` report it.
     """
     capacity: Annotated[int, Meta(ge=1)] = 16_384
-    """Events that may wait, the batch being delivered included."""
+    """Maximum queued events, with the batch that is being delivered."""
     capacity_bytes: Annotated[int, Meta(ge=1)] = 64 * 2**20
-    """Bytes that may wait, tensors included. A stated bound: see `Subscription`. The outputs of an epoch are one event:
-    where they are more than this, they wait alone."""
+    """Maximum queued bytes, with tensors; `Subscription` states the exact bound. The outputs of an epoch are one event:
+    if they exceed this, they wait alone."""
     latency_s: Annotated[float, Meta(gt=0)] = 0.1
-    """How long an event may be kept back to make a batch while many are published. Each batch wakes threads that
-    compete with the loop for the interpreter lock, so less costs more."""
+    """Maximum seconds for which an event waits for others of its batch. Each batch wakes threads that compete with the
+    loop for the interpreter lock, so a lower value costs more."""
     batch: Annotated[int, Meta(ge=1)] = 1_024
-    """Most events in one delivery."""
+    """Maximum events per delivery."""
     on_error: OnError = "retry"
-    """``fatal``: the run stops at its next step and raises the observer's exception. ``disable``: the observer gets
-    nothing more. ``retry``: the batch is delivered again after a growing pause, ``retries`` times, then ``disable``."""
+    """``fatal``: the run stops at its next step and raises the observer's exception. ``disable``: the observer receives
+    no more events. ``retry``: the batch is repeated after a growing pause, ``retries`` times, then ``disable``."""
     retries: Annotated[int, Meta(ge=0)] = 8
     backoff_s: Annotated[float, Meta(gt=0)] = 0.1
-    """First pause; it doubles up to ``max_backoff_s``."""
+    """Seconds of the first pause; it doubles up to ``max_backoff_s``."""
     max_backoff_s: Annotated[float, Meta(gt=0)] = 30.0
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
-    """How long one delivery may take before it counts as failed; None for as long as it likes. Of a callback: one hook,
-    which may have up to twice as long."""
+    """Maximum seconds per delivery, after which it counts as failed; None for no limit. Of a callback: per hook, which
+    may take up to twice as long."""
     slow_s: Annotated[float, Meta(gt=0)] = 10.0
-    """How long one delivery, or hook, may take before `ObserverSlow` says so."""
+    """Seconds per delivery, or hook, after which `ObserverSlow` is published."""
     runs_in: Place | None = None
-    """Of a sink: ``thread``, or ``process`` for the run's sink host, where it competes with nobody for the interpreter
-    and reads the journal, so that it misses nothing: ``overflow`` and ``capacity`` do not apply there. None: the
+    """Of a sink: ``thread``, or ``process`` for the run's sink host, where it does not compete with the loop for the
+    interpreter. There it reads the journal and misses nothing: ``overflow`` and ``capacity`` do not apply. None: the
     trainer's ``sinks_in``."""
 
     def __post_init__(self) -> None:
@@ -148,28 +148,28 @@ def _checked_fields() -> tuple[msgspec.structs.FieldInfo, ...]:
 
 
 SINK_DELIVERY = Delivery(timeout_s=30.0)
-"""What a sink gets that names nothing else."""
+"""The default of sinks."""
 
 CALLBACK_DELIVERY = Delivery(overflow="block", capacity=4_096, capacity_bytes=256 * 2**20, on_error="fatal")
-"""What a callback gets that names nothing else: every hook once, in order."""
+"""The default of callbacks: every hook once, in order."""
 
 
 def require(module: str, extra: str, user: str) -> None:
-    """See that a third-party client is installed, without importing it.
+    """Check that a third-party client is installed, without importing it.
 
     Args:
         module: The client's top-level module.
-        extra: Which of stagecast's extras installs it.
-        user: Who needs it, for the message.
+        extra: The extra of stagecast that installs it.
+        user: The part that needs it, for the message.
 
     Raises:
-        SinkMisconfigured: It is not; says what to install.
+        SinkMisconfigured: It is not installed; the message has the command.
     """
     if importlib.util.find_spec(module) is None:
         raise SinkMisconfigured(f"{user} needs the package {module}: pip install 'stagecast[{extra}]'")
 
 
 def delivery_of(sink: Any) -> Delivery:
-    """The delivery that a sink asks for, or the default of all sinks."""
+    """Return the delivery that a sink declares, or the default of all sinks."""
     delivery = getattr(sink, "delivery", None)
     return delivery if isinstance(delivery, Delivery) else SINK_DELIVERY

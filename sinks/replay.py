@@ -1,4 +1,4 @@
-"""Feeds a run's journal to sinks: after the run, or while it is under way."""
+"""Delivers a run's journal to sinks, after the run or during it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sinks.damage import unreadable
 from sinks.host.child import FeedObservers, Place
 
 _LOOK_S = 0.5
-"""How often it is seen whether the run is still under way."""
+"""Seconds between two checks whether the run is still in progress."""
 
 
 async def replay(
@@ -34,18 +34,17 @@ async def replay(
     on_health: Callable[[Event], None] = lambda event: None,
     skipped: list[SkippedLine] | None = None,
 ) -> list[ObserverReport]:
-    """Deliver a run's history to sinks, each at its own pace, retried as its `Delivery` says; then close them.
+    """Deliver a run's history to sinks, each at its own pace and with the retries of its `Delivery`; then close them.
 
-    A run that is under way, or has only just begun, is followed to its end. Steps that a later attempt has done again
-    are left out.
+    A run in progress is followed to its end. Steps that a later attempt has repeated are skipped.
 
     Args:
-        since: Events up to this ``seq`` are left out.
-        on_health: Told of each failure and recovery of a sink.
-        skipped: Takes the lines that were no events, if given (the newest thousand).
+        since: Events up to this ``seq`` are skipped.
+        on_health: Receives each failure and recovery of a sink, in the event loop.
+        skipped: Receives the lines that are not events, if given (the newest thousand).
 
     Returns:
-        For each sink what became of the events: ``left`` counts those that a sink did not get, which was given up.
+        A report per sink: ``left`` counts the events that a disabled sink did not receive.
 
     Raises:
         RunFolderError: There is no journal in this folder, it cannot be read, or no line of it is an event.
@@ -54,7 +53,7 @@ async def replay(
     if (reason := unreadable(folder)) is not None:
         raise RunFolderError(f"{folder} is damaged: {reason}")
     while not (tail := journal_tail(folder / JOURNAL_DIR)).run_id and is_held(folder):  # noqa: ASYNC110  # as below
-        await anyio.sleep(_LOOK_S)  # it has only just begun
+        await anyio.sleep(_LOOK_S)  # it has just started
     if not tail.seq:
         raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
     if not tail.run_id:
