@@ -109,6 +109,14 @@ class Quiet(CallbackInterface):
         ({"sinks": [Journal()]}, "sinks[0] is a Journal, of which a run has one: give it as journal="),
         ({"sinks": [(Journal(), Delivery())]}, "sinks[0] is a Journal, of which a run has one"),
         (
+            {"callbacks": [(Quiet(), Delivery(types=frozenset({RunEnded})))]},
+            "callbacks[0] (Quiet) has Delivery(types=...), but its hooks select its events; remove types",
+        ),
+        (
+            {"callbacks": [Quiet(), (Quiet(), Delivery(overflow="catch_up"))]},
+            "callbacks[1] (Quiet) cannot catch up from the journal, which holds no outputs; give it overflow='block'",
+        ),
+        (
             {"sinks": [CSV("m.csv")], "journal": False},
             "sinks[0] (CSV) has overflow='catch_up', which reads the journal; keep the journal, or give (CSV(...),"
             " Delivery(overflow='drop_oldest'))",

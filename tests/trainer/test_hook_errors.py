@@ -14,7 +14,6 @@ from events.bus.ring import Ring
 from events.messages import ObserverFailed, ObserverRecovered, TrainStepEnded
 from events.origin import Origin
 from trainer import CallbackInterface, Delivery, fenced, inline, observer
-from trainer.errors import ArgumentsError
 from trainer.hooks.hooks import CallbackHooks, CallbackTarget
 from trainer.hooks.recorder import MetricRecorder
 from trainer.media import MediaWriter
@@ -193,18 +192,6 @@ def test_the_model_stands_still_while_a_fenced_hook_runs(kit: Any, hook: str) ->
     outcome = kit.train(kit.Net(rows=8), callbacks=[first(), second()])
     assert outcome.result.status == "finished"
     assert order == ["fenced", "inline"]
-
-
-def test_a_callback_that_would_catch_up_is_refused(kit: Any) -> None:
-    """The journal keeps events and no tensors: a hook would be called without its outputs."""
-    with pytest.raises(ArgumentsError, match=r"Diary cannot catch up from the journal, .*; give it overflow='block'"):
-        CallbackHooks(kit.Diary(), Delivery(overflow="catch_up"))
-
-
-def test_event_types_are_chosen_by_hooks_and_not_by_the_delivery(kit: Any) -> None:
-    """A hook that would never be called is no hook."""
-    with pytest.raises(ArgumentsError, match=r"Diary has Delivery\(types=...\), but its hooks select"):
-        CallbackHooks(kit.Diary(), Delivery(types=frozenset({TrainStepEnded})))
 
 
 def test_a_failure_in_the_last_hook_reaches_the_sinks(kit: Any) -> None:

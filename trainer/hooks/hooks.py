@@ -121,7 +121,7 @@ class CallbackHooks:
     """One callback's hooks, sorted by lane.
 
     Raises:
-        ArgumentsError: Its delivery names event types, or catches up from the journal, which holds no outputs.
+        ArgumentsError: A hook that runs only inline has another mark, or its ``state_key`` is not a string.
     """
 
     def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
@@ -166,15 +166,6 @@ class CallbackHooks:
                 self.observed[kind] = hook
                 if lane is Lane.FENCED:
                     self.fenced.add(kind)
-        if self.delivery.types is not None:
-            raise ArgumentsError(
-                f"the callback {self.name} has Delivery(types=...), but its hooks select its events; remove types"
-            )
-        if self.delivery.overflow == "catch_up":
-            raise ArgumentsError(
-                f"the callback {self.name} cannot catch up from the journal, which holds no outputs; give it"
-                f" overflow='block' (the default, which drops nothing) or 'drop_oldest'"
-            )
 
     def _inline_hook(self, callback: CallbackInterface, name: str) -> InlineHook | None:
         """An optional hook outside of the contract, which runs on the loop's thread."""

@@ -88,6 +88,7 @@ def check_members(
             problems.append(f"{problem} {shown(callback)}{_hint('callbacks', target)}")
         else:
             sound.append(target)
+            _check_callback_delivery(f"callbacks[{number}] ({type(target).__name__})", delivery, problems)
     if isinstance(module, ModuleInterface):
         check_contract(module, sound, problems)
     for number, sink in enumerate(sinks or ()):
@@ -103,6 +104,16 @@ def check_members(
                 check()
             except SinkMisconfigured as error:
                 problems.append(f"sinks[{number}]: {error}")
+
+
+def _check_callback_delivery(name: str, delivery: Delivery | None, problems: list[str]) -> None:
+    if delivery is not None and delivery.types is not None:
+        problems.append(f"{name} has Delivery(types=...), but its hooks select its events; remove types")
+    if delivery is not None and delivery.overflow == "catch_up":
+        problems.append(
+            f"{name} cannot catch up from the journal, which holds no outputs; give it overflow='block' (the default,"
+            f" which drops nothing) or 'drop_oldest'"
+        )
 
 
 def _hint(name: str, given: Any) -> str:
