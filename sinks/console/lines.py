@@ -34,18 +34,15 @@ from events.messages import (
     WarningLogged,
     WeightsSaved,
 )
-from events.metrics import metric_name
 from events.run.state import RunState
+from sinks.console.results import ResultLines
 from sinks.console.text import Field, Kind, Line, Span
-from sinks.format import format_bytes, format_duration, format_number, ledger_shares, plain_text
+from sinks.format import format_bytes, format_duration, ledger_shares, plain_text
 
 HELD_S = 1.0
 """A held loop is worth a line from this on."""
 REPEAT_S = 10.0
 """Lines of one kind about one observer come at most this often; those between are counted."""
-_MOST_METRICS = 16
-_MOST_RESULTS = 2_000
-"""Results that wait for a line; only `_MOST_METRICS` of them are in it."""
 _MOST_TRACEBACK = 30
 """Lines of a traceback that are shown."""
 _MOST_REPEATS = 256
@@ -59,11 +56,7 @@ class Chronicle:
         self._state = state
         self._run_dir = run_dir
         self._has_ledger = False  # whether the run's ledger is reported and has no line
-        self._results: dict[str, float] = {}  # validation results that no line has shown yet
-        self._results_at = 0
-        self._results_s = 0.0
-        self._tested: dict[str, float] = {}
-        self._told: int | None = None  # the last epoch that has its line
+        self._results = ResultLines(state)
         # What a line is about -> the time of the last such line, and how many were held back since.
         self._repeats: dict[tuple[str, object], tuple[float, int]] = {}
         self._forgotten = 0
@@ -75,11 +68,11 @@ class Chronicle:
             RunStarted: self._run_started,
             RunResumed: self._run_resumed,
             RunEnded: self._run_ended,
-            TrainStepEnded: self._train_step_ended,
-            ValEpochEnded: self._val_epoch_ended,
-            TestEpochEnded: self._test_epoch_ended,
-            TrainEpochEnded: self._train_epoch_ended,
-            MetricsLogged: self._metrics_logged,
+            TrainStepEnded: self._results.train_step_ended,
+            ValEpochEnded: self._results.val_epoch_ended,
+            TestEpochEnded: self._results.test_epoch_ended,
+            TrainEpochEnded: self._results.train_epoch_ended,
+            MetricsLogged: self._results.metrics_logged,
             NonFiniteLoss: self._non_finite_loss,
             NonFiniteGradient: self._non_finite_gradient,
             ObserverFailed: self._observer_failed,
@@ -114,7 +107,12 @@ class Chronicle:
     def finish(self) -> list[Line]:
         """What was still held back when the last event had come."""
         time = self._state.pace.time
-        lines = [*self._unshown(time), *self._held_back(time), *self._show_ledger(time), *self._new_problems(time)]
+        lines = [
+            *self._results.finish(time),
+            *self._held_back(time),
+            *self._show_ledger(time),
+            *self._new_problems(time),
+        ]
         if self._healthy_end is not None and self._problems:  # they came after the line that says that it is finished
             e, text = self._healthy_end
             lines.append(_line(e, "warn", f"{text}, with {_many(len(self._problems), 'problem')}"))
@@ -123,8 +121,7 @@ class Chronicle:
     # ----------------------------------------------------------------------------------------- the run
 
     def _run_started(self, e: RunStarted) -> list[Line]:
-        self._told = None
-        self._results.clear()
+        self._results.start()
         self._problems.clear()
         self._ending, self._buried = None, False
         self._healthy_end = None
@@ -157,7 +154,7 @@ class Chronicle:
         text = f"{e.status}{phase} at step {e.global_step:,}{took}"
         if e.reason:
             text += f": {plain_text(e.reason)}"
-        before = [*self._unshown(e.time), *self._held_back(e.time)]
+        before = [*self._results.finish(e.time), *self._held_back(e.time)]
         ledger, problems = self._show_ledger(e.time), self._new_problems(e.time)
         if e.status == "failed":  # the last line says what failed
             self._ending = _line(e, "bad", text)
@@ -224,71 +221,6 @@ class Chronicle:
     def _checkpoint_rejected(self, e: CheckpointRejected) -> list[Line]:
         text = f"warning: checkpoint {plain_text(e.checkpoint, 80)} is not whole, an older one is tried"
         return [_line(e, "warn", f"{text}: {plain_text(e.error)}")]
-
-    # -------------------------------------------------------------------------------------- the stages
-
-    def _train_step_ended(self, e: TrainStepEnded) -> list[Line]:
-        """Training continues, so validation results from the middle of an epoch get a line of their own."""
-        return self._mid_epoch(e.time) if self._results and e.global_step > self._results_at else []
-
-    def _val_epoch_ended(self, e: ValEpochEnded) -> list[Line]:
-        self._results_at = e.global_step
-        self._results_s += e.duration_s
-        if e.loss is not None:
-            _keep(self._results, {metric_name("val_loss", e.key): e.loss})
-        return []
-
-    def _metrics_logged(self, e: MetricsLogged) -> list[Line]:
-        if e.key is None:
-            return []
-        named = {metric_name(name, e.key): value for name, value in e.metrics.items()}
-        if e.stage == "test":
-            _keep(self._tested, named)
-        elif self._told is not None and e.epoch <= self._told:
-            # From an observer's hook, which came to it after the epoch's line.
-            return [Line(e.time, "epoch", [(Span(self._epoch_name(e.epoch), "head"),), *_metrics(named)])]
-        else:
-            _keep(self._results, named)
-            self._results_at = e.global_step
-        return []
-
-    def _train_epoch_ended(self, e: TrainEpochEnded) -> list[Line]:
-        fields: list[Field] = [(Span(self._epoch_name(e.epoch), "head"),)]
-        if e.loss is not None:
-            fields += _metrics({"train_loss": e.loss})
-        fields += _metrics(self._results)
-        fields.append((Span(format_duration(e.duration_s), "dim"),))
-        self._results.clear()
-        self._results_s = 0.0
-        self._told = e.epoch
-        return [Line(e.time, "epoch", fields)]
-
-    def _test_epoch_ended(self, e: TestEpochEnded) -> list[Line]:
-        fields: list[Field] = [(Span(f"test {plain_text(e.key, 60)}", "head"),)]
-        if e.loss is not None:
-            fields += _metrics({"loss": e.loss})
-        fields += [*_metrics(self._tested), (Span(format_duration(e.duration_s), "dim"),)]
-        self._tested.clear()
-        return [Line(e.time, "epoch", fields)]
-
-    def _mid_epoch(self, time: float) -> list[Line]:
-        fields: list[Field] = [(Span(f"step {self._results_at:,}", "head"),), *_metrics(self._results)]
-        if self._results_s > 0:
-            fields.append((Span(format_duration(self._results_s), "dim"),))
-        self._results.clear()
-        self._results_s = 0.0
-        return [Line(time, "epoch", fields)]
-
-    def _unshown(self, time: float) -> list[Line]:
-        lines = self._mid_epoch(time) if self._results else []
-        if self._tested:
-            lines.append(Line(time, "epoch", [(Span("test", "head"),), *_metrics(self._tested)]))
-            self._tested.clear()
-        return lines
-
-    def _epoch_name(self, epoch: int) -> str:
-        of = self._state.run.epochs
-        return f"epoch {epoch + 1}" if of is None else f"epoch {epoch + 1:>{len(str(of))}}/{of}"
 
     # ---------------------------------------------------------------------------------- what went wrong
 
@@ -399,24 +331,3 @@ def _outcome(e: NonFiniteLoss | NonFiniteGradient) -> str:
 
 def _name(event: ObserverFailed | ObserverRecovered | ObserverDropped | ObserverSlow) -> str:
     return plain_text(event.observer, 80)
-
-
-def _keep(into: dict[str, float], named: dict[str, float]) -> None:
-    into.update(named)
-    while len(into) > _MOST_RESULTS:
-        into.popitem()
-
-
-def _metrics(values: dict[str, float]) -> list[Field]:
-    """Losses first, whatever was logged before them; then in the order of logging."""
-    shown = sorted(values.items(), key=lambda item: not item[0].startswith("val_loss"))[:_MOST_METRICS]
-    fields: list[Field] = [
-        (
-            Span(f"{plain_text(name, 60)} ", "dim"),
-            Span(f"{format_number(value):>6}", "" if math.isfinite(value) else "bad"),
-        )
-        for name, value in shown
-    ]
-    if len(values) > _MOST_METRICS:
-        fields.append((Span(f"and {len(values) - _MOST_METRICS:,} more", "dim"),))
-    return fields

@@ -79,11 +79,11 @@ def test_time_left_counts_validation_and_not_pauses(tape: Tape, state: RunState)
     assert (state.pace.rate, state.epoch_left_s, state.run_left_s) == (1.0, 5.0, 15.0)
     paused = tape(CommandTaken, command="pause", command_id="1")
     tape.time += 1_000.0
-    state.add([paused, tape(CommandTaken, command="resume", command_id="2"), *tape.steps(5)])
-    assert (state.pace.rate, state.run_left_s) == (1.0, 10.0)
+    state.add([paused, tape(CommandTaken, command="resume", command_id="2"), *tape.steps(2)])
+    assert (state.pace.rate, state.run_left_s) == (1.0, 13.0)
     begun = tape(ValEpochStarted, steps=4)
     tape.time += 9.0
-    state.add([begun, tape(ValEpochEnded), tape(TrainEpochEnded)])
+    state.add([begun, tape(ValEpochEnded), *tape.steps(3), tape(TrainEpochEnded)])
     assert (state.pace.rate, state.run_left_s) == (1.0, 20.0)
     tape.epoch = 1
     state.add([tape(TrainEpochStarted, steps=10), *tape.steps(2)])

@@ -26,7 +26,9 @@ from events.messages import (
     ObserverRecovered,
     RunEnded,
     TextLogged,
+    TrainEpochEnded,
     UnknownEvent,
+    ValEpochEnded,
     WarningLogged,
 )
 from events.run.state import MAX_CHECKPOINTS
@@ -59,15 +61,6 @@ def test_numbers_that_json_lacks_travel_by_name(story: Any) -> None:
     assert changes.points["train_loss"] == ([1, 2], ["nan", "-inf"])
     assert shown(view)["run"]["latest"]["train_loss"] == "-inf"
     assert shown(view)["series"]["train_loss"]["mean"] == [None, None]
-
-
-def test_a_checkpoint_saved_late_does_not_turn_the_run_back(story: Any) -> None:
-    """Its event carries its own step, not the one that was reached."""
-    view = RunView()
-    view.add([story.started(), *story.steps(50)])
-    view.add([story(CheckpointSaved, checkpoint="step-20.a1", path="p", global_step=20)])
-    assert view.run.global_step == 50
-    assert view.checkpoints["step-20.a1"].global_step == 20
 
 
 def test_events_of_a_later_version_are_passed_over(story: Any) -> None:
@@ -190,6 +183,17 @@ def test_a_warning_has_its_line_and_its_traceback(story: Any) -> None:
     assert "the batch is small" in line.text
     assert [one.text for one in view.log if one.detail is not None] == [line.text, view.log[-1].text]
     assert not [line for line in view.log if "boom()" in line.text]
+
+
+def test_the_log_has_the_results_of_a_validation_in_the_middle_of_an_epoch(story: Any) -> None:
+    """As the console has; they are not replaced by those at the epoch's end."""
+    view = RunView()
+    middle = [story.started(), *story.steps(5), story(ValEpochEnded, loss=0.5), *story.steps(5)]
+    view.add([*middle, story(ValEpochEnded, loss=0.25), story(TrainEpochEnded, loss=1.0, duration_s=2.0)])
+    assert [line.text for line in view.log[1:]] == [
+        "step 5  val_loss 0.5000",
+        "epoch 1/3  train_loss 1.0000  val_loss 0.2500  2.0 s",
+    ]
 
 
 def test_frames_add_up_to_the_snapshot(story: Any) -> None:
