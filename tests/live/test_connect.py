@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,8 @@ def trainer(tmp_path: Path, module: ModuleInterface | None = None, *, epochs: in
 
 
 def journal(tmp_path: Path) -> list[Event]:
-    return JournalReader(tmp_path / "runs" / "demo" / JOURNAL_DIR).read(MANY)
+    reader = JournalReader(tmp_path / "runs" / "demo" / JOURNAL_DIR)
+    return list(chain.from_iterable(iter(reader.read, [])))
 
 
 async def journalled(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def net(run_id, run_dir, how="", epochs=1_000_000):
 """
 SERVE = """
 import socket, sys
+from itertools import chain
 from pathlib import Path
 import uvicorn
 from trainer.examples.service import create_app
@@ -138,7 +140,8 @@ class Service:
         self.until(lambda: any(e.global_step >= step for e in self.journal(run_id) if isinstance(e, TrainStepEnded)))
 
     def journal(self, run_id: str) -> list[Event]:
-        return JournalReader(self.runs / run_id / JOURNAL_DIR).read(1_000_000)
+        reader = JournalReader(self.runs / run_id / JOURNAL_DIR)
+        return list(chain.from_iterable(iter(reader.read, [])))  # one read returns at most some hundred kilobytes
 
     def end(self) -> None:
         self.client.close()
