@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 
 from events.bus.supervisor import unique_name
-from events.bus.wakeup import Poster
+from events.bus.wakeup import Wakeup
 from events.errors import RunFolderError
 from events.journal.history import history_filter
 from events.journal.reader import SkippedLine
@@ -58,16 +58,17 @@ async def replay(
         raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
     if not tail.run_id:
         raise RunFolderError(f"the journal in {folder / JOURNAL_DIR} is damaged: no line of it is an event")
-    calls = Poster()
     run = RunInfo(tail.run_id, tail.attempt, 0, os.fspath(folder))
-    observers = FeedObservers(run, on_health, calls.post, history_filter(folder / JOURNAL_DIR))
+    counts = history_filter(folder / JOURNAL_DIR)
+    calls = Wakeup()
+    observers = FeedObservers(run, on_health, calls.post, counts)
     names: list[str] = []
     for sink in sinks:
         names.append(unique_name(type(sink).__name__.lower(), names))  # as the run named them
         observers.add(names[-1], sink, delivery_of(sink), Place(since), lambda seq, delivered: None)
     reports: list[ObserverReport] = []
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(calls.run)
+        tasks.start_soon(calls.serve)
         for observer in observers.observers:
             tasks.start_soon(observer.run)
         while is_held(folder):  # noqa: ASYNC110  # the system tells nobody

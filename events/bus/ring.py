@@ -76,7 +76,7 @@ class Ring:
     # microsecond of cache misses.
     # fmt: off
     __slots__ = (
-        "_events", "_gate_at", "_kept", "_limits", "_lock", "_posted", "_prompt", "_room", "_sleeping", "_wakeup",
+        "_events", "_gate_at", "_kept", "_limits", "_lock", "_prompt", "_room", "_sleeping", "_wakeup",
         "alive", "audience", "counters", "cpu_time", "gated", "origin",
     )
     # fmt: on
@@ -97,7 +97,6 @@ class Ring:
         self._kept: deque[Published] = deque()  # older than all of `_events`, and not droppable
         self._lock = threading.Lock()  # between dropping and taking; `publish` never waits for it
         self._prompt: frozenset[type[Event]] = frozenset()
-        self._posted: deque[Callable[[], object]] = deque()
         self._room = threading.Event()
         self._wakeup = Wakeup()
         self._sleeping = False
@@ -135,8 +134,7 @@ class Ring:
 
     def post(self, function: Callable[[], object]) -> None:
         """Run a function in the event loop's thread soon. Never waits. The function must not raise."""
-        self._posted.append(function)
-        self._wakeup.set()
+        self._wakeup.post(function)
 
     @property
     def blocked_by(self) -> list[str]:
@@ -207,7 +205,7 @@ class Ring:
     @property
     def has_posted(self) -> bool:
         """Whether a posted function waits to be run."""
-        return bool(self._posted)
+        return bool(self._wakeup.posted)
 
     def set_audience(self, audience: Audience, prompt: frozenset[type[Event]]) -> None:
         """Tell publishers who receives, and which types are delivered at once instead of at the next tick."""
@@ -245,13 +243,12 @@ class Ring:
 
     def run_posted(self) -> None:
         """Run the functions that were posted."""
-        while self._posted:
-            self._posted.popleft()()
+        self._wakeup.run_posted()
 
     async def wait(self, timeout_s: float | None) -> None:
         """Wait for a posted function, a `flush`, or the timeout; None: also for the next event."""
         self._sleeping = timeout_s is None
-        if not self._sleeping or (self.is_empty and not self._posted and not self._wakeup.urgent):
+        if not self._sleeping or (self.is_empty and not self.has_posted and not self.is_urgent):
             await self._wakeup.wait(timeout_s)
         self._sleeping = False
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import anyio
 
 Post = Callable[[Callable[[], object]], None]
-"""Runs a function in the event loop's thread soon, from any thread, without waiting: `Ring.post`, `Poster.post`."""
+"""Runs a function in the event loop's thread soon, from any thread, without waiting: `Ring.post`, `Wakeup.post`."""
 
 
 class Wakeup:
-    """A socket pair that one task waits on and any thread writes to.
+    """A socket pair that one task waits on and any thread writes to, and the functions that this task is to run.
 
     AnyIO itself has no call that a foreign thread can use without waiting for the loop (`anyio.from_thread` waits,
     ``send_nowait`` of a memory stream is not thread-safe). A non-blocking write to a socket is safe from any thread,
@@ -25,6 +25,8 @@ class Wakeup:
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
         self._set = False
+        self.posted: deque[Callable[[], object]] = deque()
+        """Functions that wait to be run."""
         self.urgent = False
         """Whether the waiting task must act at once. Any thread sets it, before `set`; the task clears it."""
 
@@ -39,6 +41,25 @@ class Wakeup:
             pass  # the socket is full of wake-ups that nobody has read yet
         except OSError:
             pass  # closed: there is nobody left to wake
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Have the waiting task run a function. Any thread; never waits. The function must not raise."""
+        self.posted.append(function)
+        self.set()
+
+    def run_posted(self) -> None:
+        """Run the functions that were posted, in the waiting task."""
+        while self.posted:
+            self.posted.popleft()()
+
+    async def serve(self) -> None:
+        """Run what is posted, until it is cancelled; where no `Pump` does."""
+        try:
+            while True:
+                self.run_posted()
+                await self.wait(None)
+        finally:
+            self.close()
 
     async def wait(self, timeout_s: float | None) -> None:
         """Wait until `set`, or until ``timeout_s`` has passed. One task at a time."""
@@ -57,26 +78,3 @@ class Wakeup:
         """Close both sockets; `set` does nothing from then on."""
         self._receiver.close()
         self._sender.close()
-
-
-class Poster:
-    """Runs the functions that other threads post, where no `Ring` and `Pump` do."""
-
-    def __init__(self) -> None:
-        self._posted: deque[Callable[[], object]] = deque()
-        self._wakeup = Wakeup()
-
-    def post(self, function: Callable[[], object]) -> None:
-        """Run a function in the event loop's thread soon. Any thread; never waits. The function must not raise."""
-        self._posted.append(function)
-        self._wakeup.set()
-
-    async def run(self) -> None:
-        """Run what is posted, until it is cancelled."""
-        try:
-            while True:
-                while self._posted:
-                    self._posted.popleft()()
-                await self._wakeup.wait(None)
-        finally:
-            self._wakeup.close()

@@ -28,7 +28,7 @@ from events.bus.cpu_time import CpuTime
 from events.bus.observer import Observer
 from events.bus.supervisor import report_observers
 from events.bus.target import SinkTarget
-from events.bus.wakeup import Post, Poster
+from events.bus.wakeup import Post, Wakeup
 from events.bus.worker import Worker
 from events.errors import SinkMisconfigured
 from events.journal.feed import JournalFeed
@@ -283,7 +283,7 @@ async def _serve(config: HostConfig, parent: Parent) -> None:
     def publish(event: Event) -> None:
         parent.send(HostedEvent(encode_json(event)))
 
-    calls = Poster()
+    calls = Wakeup()
     observers = FeedObservers(config.run, publish, calls.post)
     current_origin.set(observers.origin)
     RunLog(observers.origin, publish).start()
@@ -296,7 +296,7 @@ async def _serve(config: HostConfig, parent: Parent) -> None:
 
     parent.serve(_finish, end)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(calls.run)
+        tasks.start_soon(calls.serve)
         _add_sinks(observers, config)
         for observer in observers.observers:
             tasks.start_soon(observer.run)

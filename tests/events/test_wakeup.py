@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from events.bus.cpu_time import CpuTime
 from events.bus.fence import Fence
-from events.bus.wakeup import Poster, Wakeup
+from events.bus.wakeup import Wakeup
 from events.bus.worker import AsyncJob, Worker
 
 LIMIT_S = 20.0
@@ -112,11 +112,11 @@ def test_waking_what_is_closed_does_nothing(wakeup: Wakeup) -> None:
 @asynccontextmanager
 async def working() -> AsyncIterator[Worker]:
     """A worker that reports to a real event loop."""
-    poster = Poster()
-    worker = Worker("worker-test", poster.post, CpuTime())
+    wakeup = Wakeup()
+    worker = Worker("worker-test", wakeup.post, CpuTime())
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(poster.run)
+            tasks.start_soon(wakeup.serve)
             yield worker
             worker.stop()
             for thread in threading.enumerate():

@@ -16,7 +16,7 @@ from events.bus.observer import Observer
 from events.bus.subscription import Statistics
 from events.bus.supervisor import Supervisor
 from events.bus.target import SinkTarget
-from events.bus.wakeup import Poster
+from events.bus.wakeup import Wakeup
 from events.bus.worker import Worker
 from events.messages import Event, ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
@@ -97,18 +97,18 @@ class Listed:
 
 async def test_an_observer_needs_no_bus(kit: Any, make: Any) -> None:
     """It takes batches from a source and reports to a function."""
-    sink, told, poster = kit.Scripted(write=[OSError("disk full")]), [], Poster()
+    sink, told, wakeup = kit.Scripted(write=[OSError("disk full")]), [], Wakeup()
     source = Listed([make.step(2), make.step(1)])
     observer = Observer(
         source,
         SinkTarget(sink, RunInfo("run")),
-        worker=Worker("stagecast-sink", poster.post, CpuTime()),
+        worker=Worker("stagecast-sink", wakeup.post, CpuTime()),
         origin=make.origin,
         publish=told.append,
         on_fatal=lambda error: None,
     )
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(poster.run)
+        tasks.start_soon(wakeup.serve)
         await observer.run()
         tasks.cancel_scope.cancel()
     assert sink.got == [1, 2]
