@@ -1,24 +1,24 @@
 """Errors of the bus, the journal, the wire and checkpoints.
 
 StagecastError
-├── ArgumentsError            arguments or a configuration file that cannot be used; also a ValueError
+├── ArgumentsError            invalid arguments or configuration file; also a ValueError
 ├── BusClosed                 publish or subscribe after the bus was closed
 ├── FenceBroken               the loop waited for a hook that can no longer run
 ├── WireError                 bytes that are not an event
-├── CursorError               a cursor that this run's history does not reach
-├── RunFolderError            a run folder that cannot be used
+├── CursorError               a cursor outside of the stored history
+├── RunFolderError            a run folder is missing, unreadable or not writable
 │   ├── RunFolderHeld         another process (or run) holds it
 │   └── RunFolderMismatch     it belongs to another run
 ├── CheckpointError           a checkpoint cannot be written, read or used
-│   ├── UnstorableState       the state holds what no checkpoint can keep; also a TypeError
-│   ├── CheckpointDamaged     its bytes are not those that were written; also a ValueError
+│   ├── UnstorableState       the state holds a value that cannot be stored; also a TypeError
+│   ├── CheckpointDamaged     its bytes differ from the written ones; also a ValueError
 │   ├── CheckpointTooNew      a later version wrote it
-│   ├── CheckpointMismatch    it is that of another model, or run
-│   ├── CheckpointNotFound    there is none where one was asked for; also a LookupError
+│   ├── CheckpointMismatch    it belongs to another model or run
+│   ├── CheckpointNotFound    there is no such checkpoint; also a LookupError
 │   ├── CheckpointsFailing    several in a row could not be made durable
-│   └── UploadError           a remote store cannot be used
+│   └── UploadError           a remote store is unreachable, or refuses access
 ├── SinkMisconfigured         a sink that no retry can open: its client is missing, its address is wrong
-├── SinkHostFailed            a sink in a process of its own has failed, and was to end the run then
+├── SinkHostFailed            a sink with the policy ``fatal`` failed in the sink host
 ├── RunCancelled              the run was cancelled before it finished
 └── TrainingThreadStuck       the loop did not reach a step boundary in time
 """
@@ -27,31 +27,31 @@ from __future__ import annotations
 
 
 class StagecastError(Exception):
-    """Base of every error that stagecast raises on its own account. A user's exception comes out as itself."""
+    """Base of stagecast's own errors. Exceptions of the user's code propagate unchanged."""
 
 
 class ArgumentsError(StagecastError, ValueError):
-    """Arguments that cannot be used: names every wrong one, its value and what is allowed."""
+    """Invalid arguments: names each of them, its value and the allowed values."""
 
 
 class BusClosed(StagecastError):
-    """The bus no longer takes subscriptions."""
+    """The bus was closed and accepts no subscriptions."""
 
 
 class FenceBroken(StagecastError):
-    """A hook that the loop had to wait for cannot run any more."""
+    """A hook that the loop waits for can no longer run."""
 
 
 class WireError(StagecastError, ValueError):
-    """Bytes that are not an event of any version: names where and what."""
+    """Bytes that are not an event of any version; names the place and the problem."""
 
 
 class CursorError(StagecastError, ValueError):
-    """The history from this cursor on is not kept anywhere."""
+    """The history after this cursor is not stored."""
 
 
 class RunFolderError(StagecastError):
-    """A run folder cannot be used."""
+    """A run folder is missing, unreadable or not writable."""
 
 
 class RunFolderHeld(RunFolderError):
@@ -63,11 +63,11 @@ class RunFolderMismatch(RunFolderError):
 
 
 class SinkMisconfigured(StagecastError):
-    """A sink cannot be opened, and trying again will not help; the message says what to do."""
+    """A sink cannot be opened, and a retry cannot help; the message names a fix."""
 
 
 class SinkHostFailed(StagecastError):
-    """A sink that runs in a process of its own, with the policy ``fatal``, has failed."""
+    """A sink with the policy ``fatal`` failed in the sink host."""
 
 
 class CheckpointError(StagecastError):
@@ -75,11 +75,11 @@ class CheckpointError(StagecastError):
 
 
 class UnstorableState(CheckpointError, TypeError):
-    """The state holds a value that no checkpoint can keep: names its path, its type and what to do."""
+    """The state holds a value that cannot be stored; names its path, its type and a fix."""
 
 
 class CheckpointDamaged(CheckpointError, ValueError):
-    """A checkpoint is not whole: a file is missing, cut, or holds other bytes than were written."""
+    """A file of the checkpoint is missing, truncated, or has other bytes than the written ones."""
 
 
 class CheckpointTooNew(CheckpointError):
@@ -87,19 +87,19 @@ class CheckpointTooNew(CheckpointError):
 
 
 class CheckpointMismatch(CheckpointError):
-    """The checkpoint does not fit: it is that of another model or run; names the keys and shapes that differ."""
+    """The checkpoint belongs to another model or run; names the keys and shapes that differ."""
 
 
 class CheckpointNotFound(CheckpointError, LookupError):
-    """There is no checkpoint where one was asked for."""
+    """There is no such checkpoint."""
 
 
 class CheckpointsFailing(CheckpointError):
-    """Several checkpoints in a row could not be made durable, so going on would risk all that is computed."""
+    """Several checkpoints in a row could not be made durable, so further training would be at risk."""
 
 
 class UploadError(CheckpointError):
-    """A remote store of checkpoints cannot be reached or used."""
+    """A remote store of checkpoints is unreachable, or refuses access."""
 
 
 class RunCancelled(StagecastError):

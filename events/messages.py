@@ -1,15 +1,14 @@
 """The events of a run: frozen structs of plain host values, named as past-tense facts.
 
-Every event starts with the same header, so any of them can be placed on a chart, in a journal or on a wire without
-knowing its type. Units stand in the names (``wait_s``, ``queued_bytes``). What callbacks
-need beside it travels in the bus's in-process `events.Payload`: nobody receives an event with a tensor in it.
+Every event starts with the same header, so charts, journals and wires handle any of them without knowing its type.
+Names contain units (``wait_s``, ``queued_bytes``). Tensors for callbacks travel in the bus's in-process
+`events.Payload`: a delivered event never holds a tensor.
 
-Two things are completed by the bus before anybody sees the event: ``seq`` (by the pump, which alone knows the order in
-which threads published), and numbers that were still on the device when it was published (`Event.deferred`). After that
-it is immutable.
+The bus completes an event before delivery: the pump assigns ``seq``, because it alone knows the order in which threads
+published, and reads numbers that were still on the device (`Event.deferred`). Afterwards the event is immutable.
 
-``run_id``, ``attempt`` and ``seq`` together are the identity of an event. Delivery may repeat an event (at least
-once); whoever must not count it twice keys on them.
+``run_id``, ``attempt`` and ``seq`` together are the identity of an event. Delivery is at least once; deduplicate by
+this identity.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="type", o
 
     Attributes:
         run_id: The run's name; with ``attempt`` and ``seq`` the identity of the event.
-        attempt: 1 for a run's first process, one more each time the run is taken up again.
+        attempt: 1 for a run's first process, one more each time the run is resumed or started again.
         seq: Position in the run's history, from 1; it rises over all attempts. 0 until the pump has assigned it.
-        time: Unix seconds at which it happened (not at which it was delivered).
+        time: Unix seconds of the event (not of its delivery).
         rank: Distributed rank that published it; 0 in a single process.
-        global_step: Optimizer steps finished when it happened.
+        global_step: Optimizer steps finished at that time.
         epoch: Training epoch, from 0.
         stage: ``"train"``, ``"val"``, ``"test"``, or None outside of any stage.
     """
@@ -47,20 +46,20 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="type", o
     epoch: Count
     stage: StageName | None
 
-    __test__: ClassVar[bool] = False  # pytest must not take `TestStepEnded` for a test class
+    __test__: ClassVar[bool] = False  # pytest must not collect `TestStepEnded`
     droppable: ClassVar[bool] = False
     """Whether the bus may drop it, oldest first and counted, when the host's event loop stays blocked."""
     journalled: ClassVar[bool] = True
-    """Whether the journal keeps it. What is published only on demand and is too frequent to keep is not."""
+    """Whether the journal stores it. Frequent events that are only published on demand are not stored."""
     deferred: ClassVar[tuple[str, ...]] = ()
-    """Fields that may hold a tensor of one element until the bus's readback has put the number in its place."""
+    """Fields that may hold a tensor of one element until the bus's readback has replaced it by the number."""
 
 
 # ------------------------------------------------------------------------------------------------ the run
 
 
 class RunStarted(Event, frozen=True, gc=False, tag=True):
-    """An attempt at a run began; the first event of each attempt."""
+    """An attempt at a run started; the first event of each attempt."""
 
     module: str
     """Qualified name of the module's class."""
@@ -73,7 +72,7 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
     """The run's `TrainerArguments` as plain values."""
     device: str = "cpu"
     versions: dict[str, str] = {}
-    """Versions of what computed the run: python, torch, stagecast."""
+    """Versions of python, torch and stagecast."""
     host: str = ""
     pid: Int64 = 0
     config: dict[str, Any] = {}
@@ -81,36 +80,36 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
     best: str | None = None
     """The metric by which the best checkpoints are kept (`Checkpoints.best`); None without one."""
     best_mode: Literal["min", "max"] = "min"
-    """Whether the least or the greatest value of ``best`` is the best."""
+    """Whether the smallest or the largest value of ``best`` is the best."""
 
 
 class RunResumed(Event, frozen=True, gc=False, tag=True):
-    """An attempt continues from ``global_step``: later steps of earlier attempts are superseded by it."""
+    """An attempt continues from ``global_step``: it supersedes later steps of earlier attempts."""
 
     checkpoint: str | None = None
-    """Name of the checkpoint whose state it took over; None when it began anew."""
+    """Name of the checkpoint whose state it restored; None if it started from the beginning."""
     after_seq: Int64 | None = None
-    """What earlier attempts published with a greater ``seq`` and is bound to a step is superseded; None: all that has a
-    greater ``global_step``."""
+    """Step-bound events of earlier attempts with a greater ``seq`` are superseded; None: those with a greater
+    ``global_step``."""
 
 
 class RunEnded(Event, frozen=True, gc=False, tag=True):
-    """The loop has ended; nothing is trained after it. Observers may still be draining."""
+    """The loop has ended: no step follows. Observers may still be draining."""
 
     status: Status
     reason: str | None = None
-    """Why it ended before its last step: who stopped it, or the exception's type and text."""
+    """The reason for an end before the last step: that of the stop, or the exception's type and text."""
     traceback: str | None = None
-    """Traceback of the exception that ended the run, with its causes; the middle of a long one is cut out."""
+    """Traceback of the exception that ended the run, with its causes; a long one is cut in the middle."""
     phase: str | None = None
-    """What the loop was doing when it failed: the name of a method or hook, or a few words."""
+    """The phase of the loop that failed: the name of a method or hook, or a few words."""
 
 
 # --------------------------------------------------------------------------------------------- the stages
 
 
 class TrainEpochStarted(Event, frozen=True, gc=False, tag=True):
-    """A training epoch begins; published before its first forward."""
+    """A training epoch has started; published before its first forward."""
 
     steps: Int64 | None = None
     """Optimizer steps expected in this epoch; None when the data has no length."""
@@ -120,13 +119,13 @@ class TrainStepEnded(Event, frozen=True, gc=False, tag=True):
     """An optimizer step is finished."""
 
     loss: float | None = None
-    """Mean loss over the step's rows; NaN and infinities are kept. None if nobody could read it."""
+    """Mean loss over the step's rows; NaN and infinities are kept. None if it could not be read."""
     step_in_epoch: Int64 = 0
-    """Optimizer steps finished in this epoch, this one included."""
+    """Optimizer steps finished in this epoch, including this one."""
     rows: Int64 | None = None
-    """Rows trained in this step, where they could be counted."""
+    """Rows trained in this step; None if they could not be counted."""
     step_s: float = 0.0
-    """Host time since the step before, in seconds, its wait for data included."""
+    """Host time since the previous step, including the wait for data, in seconds."""
     lr: float | None = None
     """Learning rate of the first optimizer's first parameter group in this step."""
     grad_norm: float | None = None
@@ -134,14 +133,14 @@ class TrainStepEnded(Event, frozen=True, gc=False, tag=True):
     non_finite_gradient: float | None = None
     """Positive when a gradient was NaN or infinite; None otherwise, and when `grad_norm` shows it."""
     weight: float | None = None
-    """What the step counts in means, if the module has a ``batch_weight``; None: its rows."""
+    """The step's weight in means, if the module has a ``batch_weight``; None: its rows."""
 
     droppable: ClassVar[bool] = True
     deferred: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm", "non_finite_gradient")
 
 
 class BackwardEnded(Event, frozen=True, gc=False, tag=True):
-    """The backward pass of one micro-batch is finished. Built only while somebody subscribes to it."""
+    """The backward pass of one micro-batch is finished. Built only while an observer subscribes to it."""
 
     loss: float | None = None
     micro_step: Int64 = 0
@@ -153,18 +152,18 @@ class BackwardEnded(Event, frozen=True, gc=False, tag=True):
 
 
 class ValEpochStarted(Event, frozen=True, gc=False, tag=True):
-    """Validation over one dataloader begins."""
+    """Validation over one dataloader has started."""
 
     key: str = "default"
     steps: Int64 | None = None
 
 
 class ValStepEnded(Event, frozen=True, gc=False, tag=True):
-    """One validation batch is done. Built only while somebody subscribes to it."""
+    """One validation batch is done. Built only while an observer subscribes to it."""
 
     key: str = "default"
     step: Int64 = 0
-    """Batches done, this one included."""
+    """Batches done, including this one."""
 
     droppable: ClassVar[bool] = True
     journalled: ClassVar[bool] = False
@@ -178,21 +177,20 @@ class ValEpochEnded(Event, frozen=True, gc=False, tag=True):
     rows: Int64 | None = None
     duration_s: float = 0.0
     loss: float | None = None
-    """Mean of the losses that ``val_step`` returned first, weighted by ``batch_weight``, else by rows; None if it
-    returned none."""
+    """Mean of the first outputs of ``val_step``, weighted by ``batch_weight`` or rows; None if they are not losses."""
 
     deferred: ClassVar[tuple[str, ...]] = ("loss",)
 
 
 class TestEpochStarted(Event, frozen=True, gc=False, tag=True):
-    """Testing over one dataloader begins."""
+    """Testing over one dataloader has started."""
 
     key: str = "default"
     steps: Int64 | None = None
 
 
 class TestStepEnded(Event, frozen=True, gc=False, tag=True):
-    """One test batch is done. Built only while somebody subscribes to it."""
+    """One test batch is done. Built only while an observer subscribes to it."""
 
     key: str = "default"
     step: Int64 = 0
@@ -214,14 +212,14 @@ class TestEpochEnded(Event, frozen=True, gc=False, tag=True):
 
 
 class TrainEpochEnded(Event, frozen=True, gc=False, tag=True):
-    """A training epoch is finished, its validation included."""
+    """A training epoch is finished, including its validation."""
 
     steps: Int64 = 0
     """Optimizer steps finished in this epoch."""
     duration_s: float = 0.0
     loss: float | None = None
-    """Mean of the epoch's step losses, weighted by ``batch_weight``, else by rows: ``train_epoch_loss``. None if steps
-    were dropped, because the event loop was held up."""
+    """Mean of the epoch's step losses, weighted by ``batch_weight`` or rows: ``train_epoch_loss``. None if steps were
+    dropped because the event loop was blocked."""
 
 
 # -------------------------------------------------------------------------------------- metrics and health
@@ -231,11 +229,11 @@ class MetricsLogged(Event, frozen=True, gc=False, tag=True):
     """Numbers that user code logged with `ModuleInterface.log`."""
 
     metrics: dict[str, float]
-    # In the order of logging. A value may be deferred, as `Event.deferred` says of fields.
+    # In the order of logging. Values may be deferred, like fields (`Event.deferred`).
     key: str | None = None
-    """The evaluation dataloader they belong to; None for training."""
+    """Their evaluation dataloader; None for training."""
     of_seq: Int64 | None = None
-    """``seq`` of the event whose hook logged them, which may have run much later; None outside of such hooks."""
+    """``seq`` of the event whose hook logged them, perhaps much later; None outside of such hooks."""
 
     droppable: ClassVar[bool] = True
 
@@ -245,15 +243,15 @@ class HistogramLogged(Event, frozen=True, gc=False, tag=True):
 
     name: str
     low: float = 0.0
-    """The smallest finite element: where the first bin begins."""
+    """The smallest finite element, the start of the first bin."""
     high: float = 0.0
-    """The largest finite element: where the last bin ends. Equal to ``low`` if there is only one value."""
+    """The largest finite element, the end of the last bin. Equal to ``low`` if there is only one value."""
     counts: list[float] = []
     """Finite elements in each bin."""
     non_finite: float = 0.0
     """Elements that are NaN or infinite."""
     key: str | None = None
-    """The evaluation dataloader it belongs to; None for training."""
+    """Its evaluation dataloader; None for training."""
     of_seq: Int64 | None = None
     """As in `MetricsLogged`."""
 
@@ -262,11 +260,11 @@ class HistogramLogged(Event, frozen=True, gc=False, tag=True):
 
 
 class ImageLogged(Event, frozen=True, gc=False, tag=True):
-    """An image, or a drawn figure, is in a file of the run's folder."""
+    """An image, or a drawn figure, was written to a file in the run folder."""
 
     name: str
     path: str
-    """Relative to the run's folder, with slashes."""
+    """Relative to the run folder, with slashes."""
     width: Int64 = 0
     height: Int64 = 0
     nbytes: Int64 = 0
@@ -281,9 +279,9 @@ class TextLogged(Event, frozen=True, gc=False, tag=True):
 
     name: str
     text: str
-    """All of it, or its beginning, if ``path`` is given."""
+    """The whole text, or its beginning if ``path`` is given."""
     path: str | None = None
-    """Where the whole text is, in UTF-8, if it is long; relative to the run's folder, with slashes."""
+    """The file of a long text, in UTF-8; relative to the run folder, with slashes."""
     key: str | None = None
     of_seq: Int64 | None = None
 
@@ -303,7 +301,7 @@ class GpuSample(msgspec.Struct, frozen=True, gc=False):
 
 
 class SystemSampled(Event, frozen=True, gc=False, tag=True):
-    """What the machine and this process used, at one moment or since the sample before. None: cannot be told here."""
+    """Usage of the machine and this process, at one moment or since the previous sample. None: unknown here."""
 
     cpu_percent: float | None = None
     """Of all cores of the machine, 0 to 100."""
@@ -314,7 +312,7 @@ class SystemSampled(Event, frozen=True, gc=False, tag=True):
     process_memory_bytes: Int64 | None = None
     """Resident memory of this process and its children."""
     disk_used_percent: float | None = None
-    """Of the file system that the run's folder is on."""
+    """Of the run folder's file system."""
     disk_read_bytes_per_s: float | None = None
     disk_written_bytes_per_s: float | None = None
     network_received_bytes_per_s: float | None = None
@@ -325,39 +323,38 @@ class SystemSampled(Event, frozen=True, gc=False, tag=True):
 
 
 class NonFiniteLoss(Event, frozen=True, gc=False, tag=True):
-    """A loss was NaN or infinite. ``global_step`` is the step it belongs to."""
+    """A loss was NaN or infinite. ``global_step`` is its step."""
 
     loss: float
     action: Literal["warned", "skipped", "stopped"]
     consecutive: Int64 = 1
-    """How many steps in a row, this one included."""
+    """Number of such steps in a row, including this one."""
     of_seq: Int64 | None = None
-    """``seq`` of the step's event, where the loss was read later."""
+    """``seq`` of the step's event, if the loss was read later."""
 
     droppable: ClassVar[bool] = True
     deferred: ClassVar[tuple[str, ...]] = ("loss",)
 
 
 class MonitorMissing(Event, frozen=True, gc=False, tag=True):
-    """A validation (or an epoch, in a run that does not validate) lacks a metric that is followed: nothing was judged
-    by it."""
+    """A validation (or an epoch, in a run that does not validate) lacks a monitored metric; the monitor skipped it."""
 
     monitor: str
     """The metric's name."""
     wanted_by: str
-    """Who follows it: ``Checkpoints(best=)``, ``ReduceLROnPlateau``, or a callback."""
+    """The monitor: ``Checkpoints(best=)``, ``ReduceLROnPlateau``, or a callback."""
     known: list[str] = []
-    """The metrics that there were."""
+    """The available metrics."""
 
 
 class NonFiniteGradient(Event, frozen=True, gc=False, tag=True):
-    """A gradient was NaN or infinite while the loss was finite. ``global_step`` is the step it belongs to."""
+    """A gradient was NaN or infinite while the loss was finite. ``global_step`` is its step."""
 
     action: Literal["warned", "skipped", "stopped"]
     consecutive: Int64 = 1
-    """How many steps in a row, this one included."""
+    """Number of such steps in a row, including this one."""
     of_seq: Int64 | None = None
-    """``seq`` of the step's event, where the gradients were read later."""
+    """``seq`` of the step's event, if the gradients were read later."""
 
     droppable: ClassVar[bool] = True
 
@@ -369,7 +366,7 @@ class StepSkipped(Event, frozen=True, gc=False, tag=True):
     """
 
     reason: Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
-    """``gradient_overflow``: float16's loss scale was too large; it has been made smaller. Usual at the start."""
+    """``gradient_overflow``: float16's loss scale was too large and was reduced. Usual at the start."""
 
     droppable: ClassVar[bool] = True
 
@@ -377,15 +374,15 @@ class StepSkipped(Event, frozen=True, gc=False, tag=True):
 class WarningLogged(Event, frozen=True, gc=False, tag=True):
     """The trainer, a sink or a callback logged a warning or an error.
 
-    A warning that another event of the run reports already, such as `ObserverFailed`, is not published a second time.
+    A warning that another event reports, such as `ObserverFailed`, is not published a second time.
     """
 
     level: Literal["warning", "error"]
     message: str
     exception: str | None = None
-    """Traceback of the exception that it is about, with its causes; the middle of a long one is cut out."""
+    """Traceback of its exception, with the causes; a long one is cut in the middle."""
     repeats: Int64 = 0
-    """Identical ones since the last such event, which were not published."""
+    """Identical messages since the last such event, which were not published."""
 
 
 # ----------------------------------------------------------------------------------------------- observers
@@ -398,7 +395,7 @@ class ObserverFailed(Event, frozen=True, gc=False, tag=True):
     error: str
     """The exception's type and text."""
     during: str = ""
-    """What it was doing: a hook's name, ``open``, ``write`` or ``close``."""
+    """The failed call: a hook's name, ``open``, ``write`` or ``close``."""
     action: Literal["fatal", "disabled", "retrying"] = "disabled"
     failures: Int64 = 1
     """Failures in a row."""
@@ -413,10 +410,10 @@ class ObserverRecovered(Event, frozen=True, gc=False, tag=True):
 
 
 class ObserverDropped(Event, frozen=True, gc=False, tag=True):
-    """Events did not reach an observer, by its overflow policy. Counts are since the last such event."""
+    """An observer's overflow policy dropped events. Counts are since the last such event."""
 
     observer: str
-    """The observer's name, or ``"bus"`` when the ring itself overflowed and nobody received them."""
+    """The observer's name, or ``"bus"`` when the ring itself overflowed, for all observers."""
     dropped: Int64 = 0
     conflated: Int64 = 0
     """Replaced by a newer event of the same key."""
@@ -431,22 +428,21 @@ class ObserverSlow(Event, frozen=True, gc=False, tag=True):
 
 
 class ObserverHealth(msgspec.Struct, frozen=True, gc=False):
-    """How one observer is doing. Counts are since the attempt began."""
+    """The health of one observer. Counts are since the attempt's start."""
 
     observer: str
     state: Literal["ok", "failing", "disabled"] = "ok"
     queued: Int64 = 0
-    """Events that wait for it, with those in the delivery under way."""
+    """Queued events, including those in the current delivery."""
     lag_s: float | None = None
-    """How long ago the oldest of them happened; None if none waits."""
+    """Age of the oldest queued event, in seconds; None if the queue is empty."""
     delivered: Int64 = 0
     dropped: Int64 = 0
     conflated: Int64 = 0
 
 
 class ObserversReported(Event, frozen=True, gc=False, tag=True):
-    """How the observers are doing: those of the run's process, or those of its sink host. Comes with the ledger's
-    intervals."""
+    """The health of the observers in the run's process, or in its sink host; published with the ledger."""
 
     observers: list[ObserverHealth]
 
@@ -454,17 +450,17 @@ class ObserversReported(Event, frozen=True, gc=False, tag=True):
 
 
 class LoopHeld(Event, frozen=True, gc=False, tag=True):
-    """The training loop is waiting, or has waited, for something that must not be missed."""
+    """The training loop waits, or has waited, for a fence, a full queue or a checkpoint."""
 
     cause: Literal["fence", "backpressure", "checkpoint"]
     observers: list[str]
     wait_s: float
-    """How long so far."""
+    """The wait so far."""
     released: bool = False
 
 
 class JournalGap(Event, frozen=True, gc=False, tag=True):
-    """The journal lacks events, because it could not write or could not keep up. Its own ``seq`` follows the gap."""
+    """The journal lacks events, because it could not write them or was too slow. Its own ``seq`` follows the gap."""
 
     first_seq: Int64
     last_seq: Int64
@@ -476,57 +472,57 @@ class JournalGap(Event, frozen=True, gc=False, tag=True):
 
 
 class CheckpointStaged(Event, frozen=True, gc=False, tag=True):
-    """The state was copied to memory: the loop goes on, and the checkpoint is being written. It is **not** durable."""
+    """The state was copied to memory: training continues while the checkpoint is written. It is **not** durable."""
 
     checkpoint: str
     """Its name, ``step-N.aK``."""
     reasons: list[str]
-    """Why it was taken: ``steps``, ``minutes``, ``epochs``, ``best``, ``command``, ``stop``, ``end``."""
+    """The reasons for it: ``steps``, ``minutes``, ``epochs``, ``best``, ``command``, ``stop``, ``end``."""
     nbytes: Int64 = 0
     blocked_s: float = 0.0
-    """How long the loop was held."""
+    """Time that the loop waited."""
     command_ids: list[str] = []
-    """The commands that asked for it."""
+    """The commands that requested it."""
     metric: float | None = None
-    """The monitored metric of these weights, where there is one."""
+    """The monitored metric of these weights, if there is one."""
     prefault_s: float | None = None
-    """How long it took to set up the memory, beside the loop; only with the first copy to it."""
+    """Time to set up the memory, off the loop's thread; only with the first copy to it."""
 
 
 class CheckpointSkipped(Event, frozen=True, gc=False, tag=True):
-    """One was due and left out, because both copies in memory were still being written."""
+    """A due checkpoint was skipped, because both copies in memory were still being written."""
 
     reasons: list[str]
     writing: list[str]
-    """Names of those that are being written."""
+    """Names of the checkpoints being written."""
 
 
 class CheckpointSaved(Event, frozen=True, gc=False, tag=True):
-    """A checkpoint is whole and durable on the local disk. ``global_step`` is its own, not the one reached since."""
+    """A checkpoint is complete and durable on the local disk. ``global_step`` is that of the checkpoint."""
 
     checkpoint: str
     path: str
     """Its folder."""
     nbytes: Int64 = 0
     durable_s: float = 0.0
-    """From the moment at which its state was taken."""
+    """Time since the snapshot of its state."""
     write_s: float = 0.0
-    """What of that was writing."""
+    """The part of ``durable_s`` that was spent writing."""
     reasons: list[str] = []
     command_ids: list[str] = []
     metric: float | None = None
     missing: list[str] = []
-    """Callbacks whose state is not in it, because they were given up before they came to its place in the run."""
+    """Callbacks without state in it, because they were disabled before its snapshot."""
 
 
 class CheckpointFailed(Event, frozen=True, gc=False, tag=True):
-    """A checkpoint could not be made durable, or not be uploaded. Those before it are untouched."""
+    """A checkpoint could not be made durable or uploaded. Earlier checkpoints are not affected."""
 
     checkpoint: str
     error: str
     during: Literal["stage", "write", "upload", "delete"] = "write"
     consecutive: Int64 = 1
-    """How many in a row, this one included."""
+    """Number of failures in a row, including this one."""
     command_ids: list[str] = []
 
 
@@ -542,7 +538,7 @@ class CheckpointUploading(Event, frozen=True, gc=False, tag=True):
 
 
 class CheckpointUploaded(Event, frozen=True, gc=False, tag=True):
-    """A checkpoint is whole in the remote store."""
+    """A checkpoint is complete in the remote store."""
 
     checkpoint: str
     url: str
@@ -558,14 +554,14 @@ class CheckpointDeleted(Event, frozen=True, gc=False, tag=True):
 
 
 class WeightsSaved(Event, frozen=True, gc=False, tag=True):
-    """The module's weights alone are durable on the local disk, at the end of a run."""
+    """The module's weights are durable in a file of their own, at the end of a run."""
 
     path: str
     nbytes: Int64 = 0
 
 
 class CheckpointRejected(Event, frozen=True, gc=False, tag=True):
-    """A checkpoint was not resumed from, because it is not whole; an older one is tried."""
+    """A checkpoint is damaged and was skipped on resume; an older one is tried."""
 
     checkpoint: str
     error: str
@@ -575,34 +571,33 @@ class CheckpointRejected(Event, frozen=True, gc=False, tag=True):
 
 
 class StallLedger(msgspec.Struct, frozen=True, gc=False):
-    """Where the loop's time went, in seconds. The rows without ``wall_s`` and ``device_idle_s`` add up to
-    ``wall_s``."""
+    """The loop's time by phase, in seconds. All rows except ``device_idle_s`` add up to ``wall_s``."""
 
     wall_s: float = 0.0
     compute_s: float = 0.0
     """Forward, backward, optimizer, scheduler, evaluation steps: the user's model on the loop's thread."""
     contention_s: float = 0.0
-    """Time within these in which the loop's thread did not run, while threads of this run's bus and observers did: at
-    most so much it has waited for the interpreter lock."""
+    """Estimated as the time that the loop's thread was off the CPU while bus and observer threads ran: an upper bound
+    of its wait for the interpreter lock."""
     data_s: float = 0.0
     """Waiting for the next batch."""
     readback_s: float = 0.0
-    """Waiting for a number from the device that the loop needed to go on."""
+    """Waiting for a number from the device that the loop needs."""
     publish_s: float = 0.0
     """Building and publishing events, capturing outputs for callbacks."""
     inline_s: float = 0.0
     """Hooks that run on the loop's thread."""
     fence_s: float = 0.0
-    """Waiting until a fenced hook had returned."""
+    """Waiting for fenced hooks."""
     backpressure_s: float = 0.0
-    """Waiting for room in the queue of an observer that sees everything."""
+    """Waiting for room in the full queue of a ``block`` subscription."""
     checkpoint_s: float = 0.0
     """Copying the state for a checkpoint, and waiting for memory to copy it to."""
     paused_s: float = 0.0
     other_s: float = 0.0
-    """What has no name."""
+    """All other time."""
     device_idle_s: float | None = None
-    """Device time between the end of one step's work and the start of the next; None where there are no CUDA events."""
+    """Device time between the end of one step's work and the start of the next; None without CUDA events."""
     steps: Int64 = 0
 
 
@@ -617,7 +612,7 @@ class LedgerReported(Event, frozen=True, gc=False, tag=True):
 
 
 class CommandTaken(Event, frozen=True, gc=False, tag=True):
-    """The loop took a command at a step boundary."""
+    """The loop received a command at a step boundary."""
 
     command: str
     """``stop``, ``pause``, ``resume`` or ``checkpoint``."""
@@ -626,7 +621,7 @@ class CommandTaken(Event, frozen=True, gc=False, tag=True):
 
 
 class UnknownEvent(Event, frozen=True, gc=False, tag=True):
-    """An event of a type that this version does not know. Header fields it lacks are zero."""
+    """An event of a type that this version does not know. Missing header fields are zero."""
 
     unknown_type: str
     raw: bytes
@@ -677,4 +672,4 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     LedgerReported,
     CommandTaken,
 )
-"""Every type that a run publishes. `UnknownEvent` is not among them: it is only ever decoded."""
+"""Every type that a run publishes. `UnknownEvent` is only decoded."""

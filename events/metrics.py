@@ -37,24 +37,24 @@ _OWN_PREFIXES = ("val_loss/", "test_loss/", "system/", "ledger/")
 
 
 def reserved(name: str) -> str | None:
-    """The names of the trainer's own metrics, if this name is one of them; else None: it is free."""
+    """The names of all built-in metrics if this name is one of them, for a message; else None."""
     if name not in _OWN and not name.startswith(_OWN_PREFIXES):
         return None
     return ", ".join([*_OWN, *(f"{prefix}..." for prefix in _OWN_PREFIXES)])
 
 
 def metric_name(name: str, key: str | None) -> str:
-    """The name of a metric of one evaluation dataloader: the default one's goes without its key."""
+    """The name of a metric of one evaluation dataloader; the key ``"default"`` is omitted."""
     return name if key is None or key == "default" else f"{name}/{key}"
 
 
 def metrics_of(event: Event) -> list[tuple[str, float]]:
-    """The numbers that an event carries, each with its name. They belong to ``event.global_step``.
+    """The numbers in an event, each with its name, at ``event.global_step``; NaN and infinities included.
 
-    ``train_loss``, ``lr``, ``grad_norm``, ``step_s`` of each step; ``train_epoch_loss``, the mean of an epoch's step
-    losses, weighted as the steps are; ``val_loss``, ``test_loss``;
-    what user code logs, under its own names; ``system/...`` and ``ledger/...`` (seconds of the last interval). Those of
-    an evaluation dataloader other than ``"default"`` end in its key: ``val_loss/KEY``. NaN and infinities are there.
+    ``train_loss``, ``lr``, ``grad_norm``, ``step_s`` of each step; ``train_epoch_loss``, the weighted mean of an
+    epoch's step losses; ``val_loss``, ``test_loss``; the names that user code logs; ``system/...`` and ``ledger/...``
+    (seconds of the last interval). Names of an evaluation dataloader other than ``"default"`` end in its key:
+    ``val_loss/KEY``.
     """
     read = _READERS.get(type(event))
     return read(event) if read is not None else []
@@ -68,9 +68,9 @@ def result_metrics(event: Event) -> list[tuple[str, float]]:
 
 
 def hyperparameters(event: RunStarted) -> dict[str, Any]:
-    """What loggers show as hyperparameters: the trainer's arguments and the user's own, nested as they are given.
+    """Hyperparameters for loggers: the trainer's arguments and the user's own, still nested.
 
-    A user's name that the arguments have, too, is shown as ``config/NAME``.
+    A name of the user's that is also an argument becomes ``config/NAME``.
     """
     own = {name if name not in event.arguments else f"config/{name}": value for name, value in event.config.items()}
     return event.arguments | own
@@ -117,7 +117,7 @@ def _of_system(event: SystemSampled) -> list[tuple[str, float]]:
     return [(name, float(value)) for name, value in found if value is not None]
 
 
-# By type, because a journal of a million steps is read through this.
+# By type, because this reads journals of a million steps.
 _READERS: dict[type[Event], Callable[[Any], list[tuple[str, float]]]] = {
     TrainStepEnded: _of_step,
     MetricsLogged: _of_log,
@@ -129,4 +129,4 @@ _READERS: dict[type[Event], Callable[[Any], list[tuple[str, float]]]] = {
 }
 _RESULT_TYPES = frozenset({MetricsLogged, ValEpochEnded, TestEpochEnded, TrainEpochEnded})
 METRIC_TYPES: frozenset[type[Event]] = frozenset(_READERS)
-"""The types of events that have numbers."""
+"""The types of events with numbers."""

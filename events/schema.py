@@ -1,7 +1,7 @@
-"""The JSON Schema of all events, as `events.wire` writes them: for those who read them elsewhere.
+"""The JSON Schema of all events, as `events.wire` writes them, for readers in other languages.
 
-``python -m events.schema`` prints it, with ``--write`` it goes to ``schema.json`` beside this file, which is
-checked in. Descriptions are the docstrings of `events.messages`, so there is one text to maintain.
+``python -m events.schema`` prints it; ``--write`` updates the checked-in ``schema.json`` in this folder. Descriptions
+are the docstrings of `events.messages`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from events.wire import NONFINITE
 SCHEMA_PATH = Path(__file__).with_name("schema.json")
 
 _NONFINITE_SCHEMA = {
-    "description": "Numbers of this event that JSON cannot hold, by JSON pointer (RFC 6901). "
-    "A null stands in their place.",
+    "description": "Numbers of this event that JSON cannot represent, by JSON pointer (RFC 6901). "
+    "The members themselves are null.",
     "type": "object",
     "propertyNames": {"pattern": "^/"},
     "additionalProperties": {"enum": ["nan", "inf", "-inf"]},
 }
 
 _CHECKSUM_SCHEMA = {
-    "description": "Only in a journal, the last member: the CRC-32 (zlib's, in hexadecimal) of the line's bytes "
-    "without this member and its comma. Lines of earlier versions have none.",
+    "description": "Only in a journal, as the last member: the CRC-32 (zlib's, in hexadecimal) of the line's bytes "
+    "without this member and its comma. Missing in lines of early versions.",
     "type": "string",
     "pattern": "^[0-9a-f]{8}$",
 }
 _PREVIOUS_SEQ_SCHEMA = {
-    "description": "Only in a journal, and only where it is not seq - 1: the seq of the line before. "
+    "description": "Only in a journal, and only if it is not seq - 1: the seq of the previous line. "
     "If that line has another seq, lines are lost.",
     "type": "integer",
     "minimum": 0,
@@ -47,7 +47,7 @@ _ADDED: dict[str, dict[str, Any]] = {
     PREVIOUS_SEQ: _PREVIOUS_SEQ_SCHEMA,
     CHECKSUM: _CHECKSUM_SCHEMA,
 }
-"""What an encoded event has beside its fields."""
+"""Members of an encoded event other than its fields."""
 
 
 def json_schema() -> dict[str, Any]:
@@ -69,20 +69,20 @@ def json_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "stagecast event",
-        "description": "One event of a training run, as one version writes it. "
-        "Ignore members that you do not know and expect types that you do not know: newer versions add them.",
+        "description": "One event of a training run. Ignore unknown members, and expect unknown types: "
+        "newer versions add them.",
         "oneOf": [{"$ref": f"#/$defs/{event_type.__name__}"} for event_type in EVENT_TYPES],
         "$defs": {name: _allow_null_numbers(definitions[name]) for name in sorted(definitions)},
     }
 
 
 def schema_text() -> str:
-    """The schema as it stands in ``schema.json``."""
+    """The content of ``schema.json``."""
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def _allow_null_numbers(schema: Any) -> Any:
-    """A null may stand for any floating-point number: see `NONFINITE`."""
+    """Allow null for every floating-point number: see `NONFINITE`."""
     if isinstance(schema, list):
         return [_allow_null_numbers(item) for item in schema]
     if not isinstance(schema, dict):

@@ -80,7 +80,7 @@ class Sink(Protocol):
     def open(self, run: RunInfo, /) -> SinkWriter:
         """Build the writer; runs on the sink's own thread and may block. Import third-party clients here.
 
-        It may be called again after it has raised, except `SinkMisconfigured`, which disables the sink.
+        `SinkMisconfigured` disables the sink; after any other exception it may be called again.
         """
         ...
 
@@ -127,7 +127,7 @@ class Delivery(Strict, frozen=True, kw_only=True):
     trainer's ``sinks_in``."""
 
     def __post_init__(self) -> None:
-        # A Struct's constructor takes anything; only decoding would validate.
+        # A Struct's constructor does not validate; only decoding does.
         if not (self.types is None or (isinstance(self.types, frozenset) and all(map(_is_event_type, self.types)))):
             raise ValueError(f"Delivery(types={self.types!r:.200}): give a frozenset of event types, or None for all")
         for field in _checked_fields():

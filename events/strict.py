@@ -1,4 +1,4 @@
-"""Structs that people build by hand: a wrong argument is an `ArgumentsError` that names the class and the right one."""
+"""Structs whose constructors explain wrong arguments: an `ArgumentsError` names the class and the right argument."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str], likeness: float = 0.7) -> str | None:
-    """What serves instead of an unknown name.
+    """Find the replacement for an unknown name.
 
     Args:
-        name: What came.
-        known: The names that exist.
-        aliases: By other names (those of other trainers): the known one, or what to do in a few words.
-        likeness: How alike a misspelt name must be to one of these, from 0 to 1.
+        name: The unknown name.
+        known: The known names.
+        aliases: Known names, or sentences, by the names of other trainers.
+        likeness: Minimum similarity of a misspelt name, from 0 to 1.
 
     Returns:
-        A known name, the words of an alias, or None if nothing is near.
+        A known name, the sentence of an alias, or None.
     """
     known = list(known)
     aliases = {alias: served for alias, served in aliases.items() if alias not in known}
@@ -42,7 +42,7 @@ def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str], likenes
 def unknown_names(
     names: Sequence[str], known: Sequence[str], aliases: Mapping[str, str] = {}, *, path: str = ""
 ) -> list[str]:
-    """Say of each name that it is not known, and what serves instead; the known names are listed once, at the end."""
+    """Describe each unknown name and its replacement; the known names are listed once, at the end."""
     problems, strange = [], []
     for name in names:
         near = nearest(name, known, aliases)
@@ -61,11 +61,11 @@ def unknown_names(
 def argument_problems(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], aliases: Mapping[str, str]
 ) -> list[str]:
-    """Say what is wrong with the arguments of a call, in the order in which one would mend it.
+    """Describe problems with the arguments of a call, most urgent first.
 
     Args:
-        signature: What can be given, without ``self``.
-        aliases: As `nearest` takes them.
+        signature: The signature, without ``self``.
+        aliases: See `nearest`.
     """
     known = signature.parameters
     positional = [name for name, one in known.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
@@ -74,7 +74,7 @@ def argument_problems(
         problems.append(f"{args[len(positional)]!r:.80} has no name; write name=value")
     by_place = positional[: len(args)]
     problems += [f"{name}: is given twice; give it once" for name in by_place if name in kwargs]
-    if not problems:  # or what is missing is what was misspelt
+    if not problems:  # otherwise the missing name may be the misspelt one
         given = {*by_place, *kwargs}
         missing = [name for name, one in known.items() if one.default is one.empty and name not in given]
         problems += [f"{name}: is missing; give it" for name in missing]
@@ -82,10 +82,10 @@ def argument_problems(
 
 
 def refusing(aliases: Mapping[str, str]) -> Callable[[_Method], _Method]:
-    """Have a method that takes no arguments name those that it gets, and what serves instead.
+    """Make a method without parameters raise `ArgumentsError` for arguments, with their replacements.
 
     Args:
-        aliases: What serves instead of an argument of another library, in a few words.
+        aliases: Sentences by the names of other libraries' arguments.
     """
 
     def decorate(method: Any) -> Any:
@@ -109,7 +109,7 @@ else:
 
 
 class _StrictType(_StructType):
-    """Looks at the arguments of a constructor once it has refused them, so that right ones cost nothing."""
+    """Inspects the arguments of a constructor only after it has refused them, so that right ones cost nothing."""
 
     if not TYPE_CHECKING:  # a type checker must see the constructor of each Struct
 
@@ -124,14 +124,14 @@ class _StrictType(_StructType):
 
 
 class Strict(msgspec.Struct, frozen=True, metaclass=_StrictType):
-    """Base of Structs whose constructor names what is wrong with its arguments.
+    """Base of Structs whose constructor explains wrong arguments.
 
-    Decoding and `msgspec.structs.replace` do not pass through it.
+    Decoding and `msgspec.structs.replace` bypass it.
     """
 
     argument_aliases: ClassVar[Mapping[str, str]] = {}
-    """Names that other libraries have for fields: the field, or what to do in a few words."""
+    """Fields, or sentences, by the names that other libraries use."""
 
     def __repr__(self) -> str:
-        """Show the fields, without the passwords of URLs: a settings object ends in logs."""
+        """Show the fields without passwords in URLs, because settings are logged."""
         return masked(super().__repr__())

@@ -1,4 +1,4 @@
-"""Texts of strangers: as one harmless line for people, and as names that every journal and logger can hold."""
+"""Escape untrusted text for terminals, and convert it to names for journals and loggers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NOT_IN_NAMES = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u20
 
 
 def plain_text(text: str, limit: int = 500) -> str:
-    """Make any text one harmless line: what cannot be printed is escaped, what is too long is cut.
+    """Convert any text to one printable line: unprintable characters are escaped, a long text is cut.
 
-    Control characters, line breaks, text direction marks and lone surrogates come out as ``\\x1b``, ``\\n``
-    and the like, so that a metric's name or an exception's text can neither move the cursor nor break a line.
+    Control characters, line breaks, text direction marks and lone surrogates become ``\\x1b``, ``\\n`` and the like,
+    so that a metric's name or an exception's text can neither move the cursor nor break a line.
     """
     if len(text) > limit:
         text = text[: limit - 3] + "..."
@@ -26,7 +26,7 @@ def plain_text(text: str, limit: int = 500) -> str:
 
 
 def one_line(text: str, limit: int = 10_000) -> str:
-    """Return any text as one harmless line in which each line break, with the spaces around it, is one space."""
+    """Convert any text to one printable line; each line break, with the spaces around it, becomes one space."""
     return plain_text(text if text.isprintable() else " ".join(text.split()), limit)
 
 
@@ -42,7 +42,7 @@ def plain_lines(text: str, limit: int = 10_000) -> str:
 
 
 def name_problem(text: str) -> str | None:
-    """What keeps a text from being a name; None for a good one."""
+    """Describe why a text is not a valid name; None if it is."""
     if not text:
         return "is empty"
     if len(text) > MOST_NAME:
@@ -53,9 +53,9 @@ def name_problem(text: str) -> str | None:
 
 
 def as_name(text: str) -> str:
-    """Make a name of a text: characters that cannot be printed are escaped, a long text ends in a hash of it.
+    """Convert a text to a valid name: unprintable characters are escaped, a long text ends in its hash.
 
-    Different texts give different names, but for chance, and a name that is good gives itself.
+    A valid name is returned unchanged. Different texts become different names, except for hash collisions.
     """
     if name_problem(text) is None:
         return text
@@ -70,7 +70,7 @@ def _escaped(char: str) -> str:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether a text can be sent: it has no lone surrogates, as the names of some files have."""
+    """Whether a text can be encoded as UTF-8: it has no lone surrogates, which occur in file names."""
     try:
         text.encode()
     except UnicodeEncodeError:

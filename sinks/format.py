@@ -1,4 +1,4 @@
-"""Numbers and durations as text for people. Imports only events and what Python has."""
+"""Format numbers and durations for people. Imports only events and the standard library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import unicodedata
 from events.messages import StallLedger
 from events.text import plain_text as plain_text
 
-# Every second of the wall has exactly one of these rows.
+# These rows add up to the wall time.
 _LEDGER_ROWS = (
     ("compute", "compute_s"),
     ("contention", "contention_s"),
@@ -46,7 +46,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """A metric in six characters where that is possible, so that columns of losses stand still."""
+    """A metric in six characters if possible, so that columns of losses do not move."""
     size = abs(value)
     if not math.isfinite(value):
         return str(value)
@@ -57,7 +57,7 @@ def format_number(value: float) -> str:
 
 
 def format_bytes(nbytes: float) -> str:
-    """In powers of a thousand, with up to six characters: ``812 B``, ``1.5 GB``, ``42 MB``."""
+    """Bytes in powers of a thousand, with up to six characters: ``812 B``, ``1.5 GB``, ``42 MB``."""
     unit = "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if nbytes < 999.5:
@@ -67,7 +67,7 @@ def format_bytes(nbytes: float) -> str:
 
 
 def format_rate(steps_per_s: float, *, short: bool = False) -> str:
-    """Steps per second, or seconds per step where a step takes longer than one."""
+    """Steps per second, or seconds per step if a step takes longer than a second."""
     if not math.isfinite(steps_per_s) or steps_per_s <= 0:
         return "?"
     if steps_per_s < 1:
@@ -80,12 +80,12 @@ def format_clock(unix_s: float) -> str:
     """The local time of day of an event."""
     try:
         return time.strftime("%H:%M:%S", time.localtime(unix_s))
-    except (OverflowError, OSError, ValueError):  # a NaN, or a year that the C library does not know
+    except (OverflowError, OSError, ValueError):  # NaN, or a year beyond the C library's range
         return "--:--:--"
 
 
 def cells(text: str) -> int:
-    """How many terminal columns printable text takes."""
+    """The width of printable text, in terminal columns."""
     if text.isascii():
         return len(text)
     return sum(_char_cells(c) for c in text)
@@ -98,11 +98,11 @@ def _char_cells(char: str) -> int:
 
 
 def format_ledger(ledger: StallLedger) -> str:
-    """The stall ledger as a plain table of several lines: row, seconds, percent of the wall."""
+    """The stall ledger as a plain table: row, seconds, percent of the wall time."""
     rows = [(label, getattr(ledger, field)) for label, field in _LEDGER_ROWS]
     rows.append(("wall", ledger.wall_s))
     if ledger.device_idle_s is not None:
-        # In parentheses, because it lies across the rows above and is not part of their sum.
+        # In parentheses, because it overlaps the rows above and is not part of their sum.
         rows.append(("(device idle", ledger.device_idle_s))
     width = max(9, *(len(f"{seconds:.3f}") for _, seconds in rows))
     lines = [f"{'loop time':<14}{'seconds':>{width}}  percent"]
@@ -116,7 +116,7 @@ def format_ledger(ledger: StallLedger) -> str:
 
 
 def ledger_shares(ledger: StallLedger) -> list[tuple[str, str]]:
-    """The rows of the ledger that took at least 0.05 %, as ``(row, percent)``: a summary for one line."""
+    """The rows of the ledger with at least 0.05 %, as ``(row, percent)``: a summary for one line."""
     shares = [
         (label, _percent(seconds, ledger.wall_s))
         for label, field in _LEDGER_ROWS

@@ -1,4 +1,4 @@
-"""A sink that keeps the events in memory: what tests look at, and a notebook after a run."""
+"""A sink that keeps the events in memory, for tests and notebooks."""
 
 from __future__ import annotations
 
@@ -24,26 +24,23 @@ class Memory(Strict, frozen=True, dict=True):
         sink.of(TrainEpochEnded)[-1].loss
         sink.metrics("val_loss")
 
-    Everything may be read from any thread at any time, also while the run writes; what is returned is a
-    snapshot. When `Trainer.train` or ``run.result()`` has returned, every event of the run has arrived. A
-    sink that is attached to several runs keeps them all, in order of arrival; ``run_id`` and ``attempt`` tell
-    them apart.
+    It may be read on any thread at any time; methods return snapshots. When `Trainer.train` or ``run.result()`` has
+    returned, every event of the run has arrived. A sink of several runs keeps the events of all of them, in order of
+    arrival; ``run_id`` and ``attempt`` distinguish them.
 
-    The events stay in the process that opened the sink: an encoded, pickled or copied `Memory` is a new,
-    empty one.
+    The events stay in the process that opened the sink: an encoded, pickled or copied `Memory` is a new, empty one.
     """
 
     capacity: int = 100_000
-    """Events kept; beyond it the oldest are let go and counted in `dropped`."""
+    """Maximum events per sink; beyond it the oldest are dropped and counted in `dropped`."""
 
-    # Never holds the loop: `block` would when the machine is so busy that the queue fills, and a test would measure its
-    # own sink. As many events may wait as are kept, and it needs no journal. Appending cannot hang, so a timeout could
-    # only lose events.
+    # Not `block`, which could hold the loop of a test on a busy machine, and not `catch_up`, which needs a journal.
+    # Appending cannot hang, so a timeout could only lose events.
     delivery: ClassVar[Delivery] = Delivery(capacity=100_000, capacity_bytes=2**28, timeout_s=None, runs_in="thread")
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
-            raise ValueError(f"Memory(capacity={self.capacity}): it must keep at least one event")
+            raise ValueError(f"Memory(capacity={self.capacity}): capacity must be >= 1")
 
     def open(self, run: RunInfo) -> MemoryWriter:
         """Build the writer that appends to this sink."""
@@ -51,12 +48,12 @@ class Memory(Strict, frozen=True, dict=True):
 
     @property
     def events(self) -> list[Event]:
-        """The events kept, in order of arrival."""
+        """The kept events, in order of arrival."""
         return self._store.snapshot()
 
     @property
     def dropped(self) -> int:
-        """How many events were let go because ``capacity`` was reached."""
+        """Number of events dropped beyond ``capacity``."""
         return self._store.dropped
 
     def of(self, event_type: type[E]) -> list[E]:
@@ -64,25 +61,25 @@ class Memory(Strict, frozen=True, dict=True):
         return [event for event in self.events if isinstance(event, event_type)]
 
     def metrics(self, name: str) -> list[tuple[int, float]]:
-        """A metric's values as ``(global_step, value)``, in order; empty if nobody logged it.
+        """A metric's values as ``(global_step, value)``, in order; empty if it was never logged.
 
-        The names are those of `events.metrics.metrics_of`: the logged ones, ``train_loss``, ``val_loss`` and so on;
-        evaluation over a dataloader other than ``"default"`` appends its key: ``accuracy/KEY``.
+        The names are those of `events.metrics.metrics_of`: logged ones, ``train_loss``, ``val_loss`` and so on;
+        a dataloader other than ``"default"`` appends its key: ``accuracy/KEY``.
         """
         return [(e.global_step, value) for e in self.events for known, value in metrics_of(e) if known == name]
 
     def clear(self) -> None:
-        """Forget all events and the count of dropped ones."""
+        """Remove all events, and reset `dropped`."""
         self._store.clear()
 
-    # Beside the fields, in the instance's dictionary: a field would be encoded, compared and sent elsewhere.
+    # In the instance's dictionary, because a field would be encoded, compared and pickled.
     @cached_property
     def _store(self) -> _Store:
         return _Store(self.capacity)
 
 
 class MemoryWriter:
-    """An open `Memory`. Never waits longer than a reader takes for its snapshot."""
+    """An open `Memory`. Only waits while a reader copies its snapshot."""
 
     def __init__(self, store: _Store) -> None:
         self._store = store
@@ -92,7 +89,7 @@ class MemoryWriter:
         self._store.extend(events)
 
     def close(self) -> None:
-        """Nothing to let go: the events stay readable."""
+        """Do nothing: the events stay readable."""
 
 
 class _Store:

@@ -1,7 +1,7 @@
-"""Finds sinks by name: those of this package and those that other installed packages bring.
+"""Find sinks by name, in this package and in other installed packages.
 
-A package brings one by an entry point of the group ``stagecast.sinks``, which names a `events.sink.Sink` that is a
-`msgspec.Struct`, so that it can be built from plain values::
+A package provides a sink through an entry point of the group ``stagecast.sinks``. It names an `events.sink.Sink` that
+is a `msgspec.Struct`, so it can be built from plain values::
 
     [project.entry-points."stagecast.sinks"]
     pigeon = "pigeon_post.stagecast:Pigeon"
@@ -23,7 +23,7 @@ GROUP = "stagecast.sinks"
 
 
 def sink_names() -> list[str]:
-    """The names of all sinks that are installed, sorted."""
+    """The names of all installed sinks, sorted."""
     return sorted(_found())
 
 
@@ -31,22 +31,22 @@ def sink_type(name: str) -> type[Sink]:
     """The class of a sink.
 
     Raises:
-        SinkMisconfigured: There is none of that name, or what its package names is none, or cannot be imported.
+        SinkMisconfigured: There is no sink of that name, or its entry point is invalid or cannot be imported.
     """
     entry = _found().get(name)
     if entry is None:
         raise SinkMisconfigured(f"there is no sink {name!r}; installed are {', '.join(sink_names())}")
     try:
         kind = entry.load()
-    except (Exception, SystemExit) as error:  # a stranger's package: its name must stand beside whatever it raised
+    except (Exception, SystemExit) as error:  # of another package, which the message names
         raise SinkMisconfigured(f"the sink {name!r} ({entry.value}) cannot be imported: {error!r}") from error
     if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct) and callable(getattr(kind, "open", None))):
-        raise SinkMisconfigured(f"the sink {name!r} ({entry.value}) is no msgspec.Struct with a method open(run)")
+        raise SinkMisconfigured(f"the sink {name!r} ({entry.value}) is not a msgspec.Struct with a method open(run)")
     return kind  # type: ignore[return-value]  # a Struct with `open` is one
 
 
 def build_sink(name: str, options: Mapping[str, Any]) -> Sink:
-    """Build a sink from plain values, as they come from a file or a command line.
+    """Build a sink from plain values of a file or a command line.
 
     Raises:
         SinkMisconfigured: There is no such sink, or an option is unknown or of the wrong type: names its path.
@@ -72,5 +72,5 @@ def build_sink(name: str, options: Mapping[str, Any]) -> Sink:
 
 def _found() -> dict[str, EntryPoint]:
     found = entry_points(group=GROUP)
-    # Ours last: a name of ours means the same wherever a file is read.
+    # Ours last, so that other packages cannot replace them.
     return {entry.name: entry for entry in sorted(found, key=lambda entry: entry.module.partition(".")[0] == "sinks")}

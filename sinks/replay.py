@@ -47,7 +47,7 @@ async def replay(
         A report per sink: ``left`` counts the events that a disabled sink did not receive.
 
     Raises:
-        RunFolderError: There is no journal in this folder, it cannot be read, or no line of it is an event.
+        RunFolderError: This folder has no journal, it cannot be read, or no line of it is an event.
     """
     folder = Path(run_dir).absolute()  # noqa: ASYNC240  # asks the system for nothing but the working directory
     if (reason := unreadable(folder)) is not None:
@@ -55,7 +55,7 @@ async def replay(
     while not (tail := journal_tail(folder / JOURNAL_DIR)).run_id and is_held(folder):  # noqa: ASYNC110  # as below
         await anyio.sleep(_LOOK_S)  # it has just started
     if not tail.seq:
-        raise RunFolderError(f"{folder} is no folder of a run that has kept a journal: there is none in {JOURNAL_DIR}/")
+        raise RunFolderError(f"{folder} has no journal in {JOURNAL_DIR}/; name the folder of a run with a journal")
     if not tail.run_id:
         raise RunFolderError(f"the journal in {folder / JOURNAL_DIR} is damaged: no line of it is an event")
     run = RunInfo(tail.run_id, tail.attempt, 0, os.fspath(folder))
@@ -64,14 +64,14 @@ async def replay(
     observers = FeedObservers(run, on_health, calls.post, counts)
     names: list[str] = []
     for sink in sinks:
-        names.append(unique_name(type(sink).__name__.lower(), names))  # as the run named them
+        names.append(unique_name(type(sink).__name__.lower(), names))  # as in the run
         observers.add(names[-1], sink, delivery_of(sink), Place(since), lambda seq, delivered: None)
     reports: list[ObserverReport] = []
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(calls.serve)
         for observer in observers.observers:
             tasks.start_soon(observer.run)
-        while is_held(folder):  # noqa: ASYNC110  # the system tells nobody
+        while is_held(folder):  # noqa: ASYNC110  # the system has no notification of a released lock
             await anyio.sleep(_LOOK_S)
         observers.finish()
         for observer in observers.observers:

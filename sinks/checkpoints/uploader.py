@@ -1,7 +1,7 @@
-"""Uploads checkpoints in the background: the newest first, then those that are kept anyway; never a queue of them.
+"""Upload checkpoints in the background: the newest first, then others that retention keeps.
 
-What is to be uploaded is read from the run's folder, again after each upload. An event only says that something is
-there, so one more, or one less, makes no difference; and what an earlier attempt left goes first.
+There is no queue: after each upload the run folder is read again. An event only wakes the uploader, so repeated or
+dropped events do not matter, and checkpoints of earlier attempts are uploaded, too.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from events.tracebacks import describe
 
 UPLOADER_DELIVERY = Delivery(
     types=frozenset({CheckpointSaved}),
-    # It never holds the loop. Were thousands saved during one upload, the oldest events would go: the newest wakes it.
+    # It never holds the loop. If events are dropped during a long upload, the newest one still wakes it.
     overflow="drop_oldest",
     capacity=4_096,
     on_error="retry",
-    # As long as the run lasts: a network comes back.
+    # As long as the run lasts, because an outage of the network ends.
     retries=2**31 - 1,
     backoff_s=1.0,
     max_backoff_s=60.0,
-    # An upload takes as long as it takes, and says how far it is: `CheckpointUploading`.
+    # An upload may take any time; `CheckpointUploading` reports its progress.
     timeout_s=None,
     slow_s=86_400.0,
 )
-"""How events reach the uploader. It gives up only with the run."""
+"""The uploader's delivery. It retries until the run ends."""
 
 PROGRESS_S = 1.0
 """Seconds between two `CheckpointUploading` of one upload."""
@@ -58,17 +58,17 @@ class CheckpointUploader:
     All but the constructor and `abandon` runs on its own thread.
 
     Args:
-        store: The run's checkpoints. This process is the one that may write to it.
-        url: Where this run's checkpoints go (`events.checkpoint.objects.run_url`).
-        settings: Of these, what is kept, and the size of the parts.
+        store: The run's checkpoints. Only this process writes to it.
+        url: The address of this run's uploads (`events.checkpoint.objects.run_url`).
+        settings: Retention and the size of the parts.
         publish: Publishes an event; from any thread.
-        header: Gives the header of an event that happens now (`events.origin.Origin.header`).
-        retain: Called after each upload: local checkpoints that were kept because of it may go. Must not raise.
-        give_up: Called when nothing will ever be uploaded, so that nothing is kept because of it.
-        limits: How long the store is waited for.
+        header: Builds the header of a new event (`events.origin.Origin.header`).
+        retain: Called after each upload to delete local checkpoints that waited for it. Must not raise.
+        give_up: Called when uploads are disabled, so that no local checkpoint waits for them.
+        limits: Timeouts of the store.
 
     Raises:
-        UploadError: The URL is none of a store, or contains credentials.
+        UploadError: The URL is not that of a store, or contains credentials.
     """
 
     payloads = False
@@ -95,24 +95,25 @@ class CheckpointUploader:
         self._doing: Literal["open", "upload"] = "open"
         self._abandoned = threading.Event()
         self._ready = False
-        self._untidy: CheckpointName | None = None  # since this one, the store may hold what need not be kept
-        self._damaged: set[CheckpointName] = set()  # local ones that cannot be uploaded, whatever happens
+        self._untidy: CheckpointName | None = None  # the last upload since which the store was not tidied
+        self._damaged: set[CheckpointName] = set()  # local ones that can never be uploaded
         self._metrics: dict[CheckpointName, float | None] = {}
         self._failures = {"upload": 0, "delete": 0}  # in a row
         self._noted: dict[int, AttemptNote] = {}
-        self._told_at = 0.0
+        self._reported_at = 0.0
 
     @property
     def progress(self) -> tuple[str, int | None]:
         return self._doing, None
 
     def open(self) -> None:
-        """See that the store can be used, remove what a killed process has left there, and upload what it has not.
+        """Check the store, remove unfinished uploads of a killed process, and upload pending checkpoints.
 
-        Where the store holds checkpoints of another run of this name, that is told, and nothing is uploaded.
+        If the store holds checkpoints of another run of this name, `CheckpointFailed` reports it and uploads are
+        disabled.
 
         Raises:
-            UploadError: The store cannot be reached, or refuses.
+            UploadError: The store is unreachable, or refuses access.
         """
         try:
             self._prepare()
@@ -123,11 +124,11 @@ class CheckpointUploader:
         self._upload_pending()
 
     def deliver(self, batch: Sequence[Published], /) -> None:
-        """Upload what is there to be uploaded. Made again after a failure, it goes on where it was.
+        """Upload pending checkpoints. A retry after a failure resumes the upload.
 
         Raises:
-            UploadError: The store cannot be reached, or refuses.
-            OSError: The disk does.
+            UploadError: The store is unreachable, or refuses access.
+            OSError: The disk fails.
         """
         self._doing = "upload"
         self._upload_pending()
@@ -137,13 +138,13 @@ class CheckpointUploader:
         self._abandoned.set()
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing."""
 
     # ------------------------------------------------------------------------------------------- what is due
 
     def _prepare(self) -> None:
         if self._ready:
-            return  # it was only an upload that failed
+            return  # an upload failed, not the preparation
         self._remote.check()
         attempt = self._header()[1]
         if self._is_anothers([name.attempt for name in self._remote.names() if name.attempt >= attempt]):
@@ -151,14 +152,14 @@ class CheckpointUploader:
         self._note()
         try:
             self._remote.reap(keep=set(self._pending()))
-        except UploadError as error:  # perhaps it may write there, but not delete
-            logger.warning(f"what an earlier upload has left cannot be removed: {error}")
+        except UploadError as error:  # perhaps the credentials may write, but not delete
+            logger.warning(f"unfinished uploads cannot be removed: {error}")
         self._ready = True
 
     def _note(self) -> bool:
-        """Note there what attempts started from; False if another run of this name has done so meanwhile.
+        """Write the origins of new attempts to the store; False if another run of this name has written there.
 
-        This one may have begun to train since the last time: only then there is a note of it.
+        An attempt has an origin only once it has started to train.
         """
         attempts = self._store.attempts()
         if attempts != self._noted:
@@ -169,10 +170,10 @@ class CheckpointUploader:
         return True
 
     def _is_anothers(self, attempts: Sequence[int] = ()) -> bool:
-        """See whether what is there is another run's of this name: then nothing is uploaded, or removed there.
+        """Whether the store holds another run of this name; if so, disable uploads and deletions there.
 
         Args:
-            attempts: Some that are.
+            attempts: Attempts that are known to be of another run.
         """
         own = self._store.attempts()
         strangers = [
@@ -182,23 +183,22 @@ class CheckpointUploader:
         if not strangers:
             return False
         error = UploadError(
-            f"{self._remote.url} holds attempt {max(strangers)} of another run of this name: give this one another"
-            f" run_id, or another place to upload to; to go on with that one, begin with resume='auto' in an empty"
-            f" folder"
+            f"{self._remote.url} holds attempt {max(strangers)} of another run of this name; use another run_id or"
+            f" upload address, or resume that run with resume='auto' in an empty folder"
         )
         name = next(iter(self._pending()), CheckpointName(0, self._header()[1]))
         self._fail(name, error, "upload")
-        logger.error(f"nothing is uploaded any more: {error}", published=True)
-        self._abandoned.set()  # not to be retried: it would hold up the end of the run, and find the same
+        logger.error(f"uploads are disabled: {error}", published=True)
+        self._abandoned.set()  # no retry, which would delay the end of the run
         self._give_up()
         return True
 
     def left(self) -> list[CheckpointName]:
-        """Those that are still to be uploaded. Waits for the disk; any thread."""
+        """The pending checkpoints. Waits for the disk; any thread."""
         return self._pending()
 
     def _pending(self) -> list[CheckpointName]:
-        """Those that are to be uploaded: the newest, and what else is going to be kept."""
+        """The checkpoints to upload: the newest, and others that retention keeps."""
         names, line = self._store.names(), self._store.line()
         going = set(self._expendable(line, names, self._store.manifest))
         return [
@@ -214,7 +214,7 @@ class CheckpointUploader:
     def _expendable(
         self, line: list[CheckpointName], names: list[CheckpointName], read: Callable[[CheckpointName], Manifest]
     ) -> list[CheckpointName]:
-        """What need not be kept, of these."""
+        """The checkpoints among ``names`` that retention deletes."""
         settings = self._settings
         metrics = {name: self._metric(name, read) for name in names if settings.best is not None and settings.keep_best}
         return expendable(
@@ -242,14 +242,14 @@ class CheckpointUploader:
         while not self._abandoned.is_set():
             pending = self._pending()
             if pending and not self._upload(pending[0]):
-                continue  # it is not to be uploaded after all
+                continue  # it was deleted or is damaged
             if self._untidy is not None and not self._abandoned.is_set():
                 self._tidy(self._untidy)
             if not pending:
                 return
 
     def _upload(self, name: CheckpointName) -> bool:
-        """Upload one; whether it is whole in the store now, and was not before."""
+        """Upload a checkpoint; returns whether it was completed."""
         path, began = self._store.path(name), time.monotonic()
         try:
             manifest = self._store.manifest(name)
@@ -259,24 +259,24 @@ class CheckpointUploader:
                 return False
             if not self._note():
                 return False
-            self._tell(self._header_of(name, manifest), name, 0, manifest.nbytes, first=not self._failures["upload"])
+            self._report(self._header_of(name, manifest), name, 0, manifest.nbytes, first=not self._failures["upload"])
             whole = self._remote.upload(
                 path,
                 manifest,
                 self._settings.upload_part_bytes,
-                lambda done, total: self._tell(self._header_of(name, manifest), name, done, total),
+                lambda done, total: self._report(self._header_of(name, manifest), name, done, total),
                 self._abandoned.is_set,
             )
             if whole:
-                with self._store.lock:  # not in a folder that is just being removed
+                with self._store.lock:  # not in a folder that retention deletes
                     self._store.mark_uploaded(name, Upload(self._remote.url_of(name), time.time()))
         except (CheckpointError, OSError) as error:
-            if not path.is_dir():  # retention has deleted it meanwhile; what is in the store of it is reaped
+            if not path.is_dir():  # retention has deleted it meanwhile; its unfinished upload is reaped
                 self._untidy = name
                 return False
             self._fail(name, error, "upload")
             if isinstance(error, CheckpointDamaged | CheckpointTooNew):
-                self._damaged.add(name)  # another attempt at it would find the same
+                self._damaged.add(name)  # a retry cannot help
                 self._untidy = name
                 return False
             raise
@@ -297,10 +297,10 @@ class CheckpointUploader:
         self._retain()
         return True
 
-    def _tell(self, header: Header, name: CheckpointName, done: int, total: int, *, first: bool = False) -> None:
+    def _report(self, header: Header, name: CheckpointName, done: int, total: int, *, first: bool = False) -> None:
         now = time.monotonic()
-        if first or now - self._told_at >= PROGRESS_S:
-            self._told_at = now
+        if first or now - self._reported_at >= PROGRESS_S:
+            self._reported_at = now
             self._publish(
                 CheckpointUploading(
                     *header, checkpoint=str(name), url=self._remote.url_of(name), done_bytes=done, total_bytes=total
@@ -308,13 +308,13 @@ class CheckpointUploader:
             )
 
     def _tidy(self, name: CheckpointName) -> None:
-        """Remove from the store what is not kept, and what is left of uploads that are not going to be finished.
+        """Remove expendable checkpoints and abandoned uploads from the store.
 
-        A failure is told, and no more than that: it may be for want of a permission, and the uploads go on. After the
-        next one it is tried again.
+        `CheckpointFailed` reports a failure, for example a missing permission, and uploads continue; it is retried
+        after the next one.
         """
         try:
-            if self._is_anothers():  # one that has begun meanwhile
+            if self._is_anothers():  # it may have started meanwhile
                 return
             self._remote.reap(keep=set(self._pending()))
             for name in self._expendable(self._remote.line(), self._remote.names(), self._remote.manifest):
@@ -328,7 +328,7 @@ class CheckpointUploader:
             self._failures["delete"] = 0
         self._untidy = None
 
-    # ---------------------------------------------------------------------------------------------- telling
+    # ---------------------------------------------------------------------------------------------- reporting
 
     def _fail(self, name: CheckpointName, error: Exception, during: Literal["upload", "delete"]) -> None:
         count = self._failures[during] = self._failures[during] + 1
@@ -344,6 +344,6 @@ class CheckpointUploader:
             )
 
     def _header_of(self, name: CheckpointName, manifest: Manifest | None = None) -> Header:
-        """The header of an event about a checkpoint: it happens now, but belongs to the checkpoint's step."""
+        """The header of an event about a checkpoint: the current time, and the checkpoint's step."""
         run_id, attempt, seq, now, rank, _, epoch, _ = self._header()
         return (run_id, attempt, seq, now, rank, name.step, manifest.epoch if manifest is not None else epoch, None)

@@ -1,4 +1,4 @@
-"""Writes checkpoints: the subscriber that turns a staged snapshot into a durable folder, and deletes old ones."""
+"""The observer that writes staged snapshots to durable folders, and deletes old checkpoints."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ WRITER_DELIVERY = Delivery(
     slow_s=60.0,
     latency_s=0.01,
 )
-"""How events reach the writer. Its failures are its own business, until it gives up and ends the run."""
+"""The writer's delivery. It handles failures itself, until `CheckpointsFailing` ends the run."""
 _PART_TIMEOUT_S = 60.0
-"""How long the state of a callback is waited for that may be disabled."""
+"""Seconds to wait for the state of a callback that may be disabled; restarted whenever the callback makes progress."""
 
 
 class CheckpointWriter:
     """A supervised observer (`events.bus.target.Target`). All but the constructor runs on its own thread.
 
     Args:
-        store: Where to.
-        origin: Gives the header of events that belong to no other event.
+        store: The run's checkpoints.
+        origin: Builds the headers of events without an event of their own.
         publish: `Ring.publish`.
-        sync_journal: Returns when the events up to this ``seq`` are on stable storage, or cannot be for now: what a
-            resumed run does not do again must stand in the journal.
-        weights: The module's weights once training has ended in order; else None.
+        sync_journal: Returns when the events up to a ``seq`` are on stable storage, or cannot be for now: the journal
+            must contain the steps that a resumed run does not repeat.
+        weights: Returns the module's weights once training has ended cleanly; else None.
         module: Qualified name of the module's class.
         versions: See `events.checkpoint.manifest.Manifest`.
-        url: Where the run's checkpoints are uploaded to; None if they are not.
+        url: The address of the run's uploads; None without uploads.
     """
 
     payloads = True
@@ -75,9 +75,9 @@ class CheckpointWriter:
         url: str | None = None,
     ) -> None:
         self.last_saved: Path | None = None
-        """The newest checkpoint that was made durable."""
+        """The newest durable checkpoint."""
         self.best: tuple[Path, float] | None = None
-        """Once the run has ended: its durable checkpoint with the best metric, and that; None if it has none."""
+        """After the run's end: its durable checkpoint with the best metric, and the metric; None without one."""
         self._store = store
         self._settings = settings
         self._origin = origin
@@ -99,7 +99,7 @@ class CheckpointWriter:
         return "write", self._done
 
     def open(self) -> None:
-        """Nothing: the folder was prepared before the run began."""
+        """Do nothing: the folder was prepared before the run started."""
 
     def deliver(self, batch: Sequence[Published], /) -> None:
         """Write each checkpoint of a batch.
@@ -122,11 +122,11 @@ class CheckpointWriter:
         self._batch = ()
 
     def abandon(self) -> None:
-        """Begin no further one."""
+        """Start no further checkpoint."""
         self._abandoned = True
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing."""
 
     # ------------------------------------------------------------------------------------------- writing
 
@@ -135,13 +135,13 @@ class CheckpointWriter:
         try:
             try:
                 manifest, path = self._write(event, snapshot)
-            except BaseException:  # goes on as itself, without what is there of the files
+            except BaseException:  # delete the unfinished files first
                 snapshot.failed = True
                 self._store.abandon(snapshot.name)
                 raise
             finally:
                 snapshot.release()
-        except Exception as error:  # of the disk, a callback's state_dict, a device: a checkpoint less, not the run
+        except Exception as error:  # of the disk, a callback's state_dict or a device: the run continues
             self._fail(event, error)
             return
         self._failures = 0
@@ -170,7 +170,7 @@ class CheckpointWriter:
         snapshot.wait()
         digest = disk.write_image(folder, TENSORS_NAME, snapshot.image, snapshot.nbytes)
         files = {TENSORS_NAME: FileEntry(snapshot.nbytes, digest)}
-        snapshot.release()  # the loop may need the memory, and the rest may have to wait for callbacks
+        snapshot.release()  # the loop may need the memory, while the rest waits for callbacks
         missing: list[str] = []
         owners = {part: owner for owner, part in snapshot.owners.items()}
         packing.check_readable(snapshot.state, STATE_NAME)
@@ -179,7 +179,7 @@ class CheckpointWriter:
             part = late.get(_PART_TIMEOUT_S)
             if part is None:
                 missing.append(owners.get(name, name))
-                logger.warning(f"checkpoint {snapshot.name} goes without the state of {missing[-1]}", published=True)
+                logger.warning(f"checkpoint {snapshot.name} has no state of {missing[-1]}", published=True)
             else:
                 _write_part(folder, name, part, files)
         manifest = Manifest(
@@ -209,8 +209,8 @@ class CheckpointWriter:
         )
         if self._failures >= self._settings.max_failures:
             raise CheckpointsFailing(
-                f"{self._failures} checkpoints in a row could not be made durable (max_failures); the last one:"
-                f" {describe(error)}. Make room in {self._store.folder}, or give the run another folder"
+                f"{self._failures} checkpoints in a row could not be made durable, the last one with"
+                f" {describe(error)}; make room in {self._store.folder}, or use another run_dir"
             ) from error
 
     def _publish_failure(
@@ -248,11 +248,11 @@ class CheckpointWriter:
     # ----------------------------------------------------------------------------------------- retention
 
     def retain(self) -> None:
-        """Delete the checkpoints that need not be kept any more. Any thread: the uploader calls it too."""
+        """Delete expendable checkpoints. Any thread: the uploader calls it, too."""
         with self._store.lock:
             try:
                 going = self._expendable()
-            except OSError as error:  # the folder cannot be looked at: nothing goes, and what was saved is saved
+            except OSError as error:  # the folder cannot be read: nothing is deleted, and saved checkpoints stay
                 self._publish(
                     CheckpointFailed(*self._origin.header(), checkpoint="", error=describe(error), during="delete")
                 )
@@ -260,7 +260,7 @@ class CheckpointWriter:
                 return
             for name, manifest in going.items():
                 self._delete(name, manifest)
-            if self._ended and going:  # after an upload: what it had kept of them may have been the best
+            if self._ended and going:  # after an upload, which may have kept the best one until now
                 self._find_best()
 
     def _find_best(self) -> None:
@@ -276,13 +276,13 @@ class CheckpointWriter:
         self.best = (store.path(best), scores[best].value) if best is not None else None
 
     def _expendable(self) -> dict[CheckpointName, Manifest | None]:
-        """What is to go, with its manifest if that can be read; what the disk has not let go of before is among it."""
+        """The checkpoints to delete, with their manifests if readable; includes earlier failed deletions."""
         settings, store = self._settings, self._store
         names = store.names()
         metrics: dict[CheckpointName, float] = {}
         manifests: dict[CheckpointName, Manifest] = {}
-        unread: set[CheckpointName] = set()  # is it a good one? whoever cannot be asked now is asked the next time
-        others: set[CheckpointName] = set()  # of another run, copied into the folder: not this run's to delete
+        unread: set[CheckpointName] = set()  # with an unknown metric: kept until their manifest is readable
+        others: set[CheckpointName] = set()  # of another run, copied into the folder: never deleted
         for name in names:
             try:
                 manifest = manifests[name] = store.manifest(name)
@@ -304,20 +304,20 @@ class CheckpointWriter:
             largest_is_best=settings.best_mode == "max",
             uploaded=[name for name in names if self._is_uploaded(name)] if self._url is not None else None,
         )
-        # One that has lost its name already, and not its files, is not among the names any more.
+        # A checkpoint whose name was removed, but not its files, is not among the names any more.
         left = sorted(self._undeleted - {*names})
         return {name: manifests.get(name) for name in [*left, *going] if name not in unread}
 
     def without_uploads(self) -> None:
-        """Nothing will be uploaded any more: delete without regard to that. Any thread."""
+        """Stop waiting for uploads before a deletion, because there will be none. Any thread."""
         self._url = None
 
     def _is_uploaded(self, name: CheckpointName) -> bool:
         upload = self._store.upload_of(name)
-        return upload is not None and upload.url == f"{self._url}/{name}"  # and not to where it was sent before
+        return upload is not None and upload.url == f"{self._url}/{name}"  # not to an earlier address
 
     def _delete(self, name: CheckpointName, manifest: Manifest | None) -> None:
-        """Delete one; what the disk does not let go of is tried again the next time, and told once."""
+        """Delete a checkpoint; a failure is published once, and retried at the next retention."""
         run_id, attempt, seq, now, rank, _, epoch, _ = self._origin.header()
         header = (run_id, attempt, seq, now, rank, name.step, epoch if manifest is None else manifest.epoch, None)
         try:
@@ -339,7 +339,7 @@ def _write_part(folder: disk.Folder, name: str, part: Part, files: dict[str, Fil
 
 
 def _tensor_file(part: Part) -> list[bytes | memoryview]:
-    """A tensor file, in pieces that lie anywhere in memory."""
+    """A tensor file as pieces, without copying them together."""
     layout = lay_out([info for info, _ in part.tensors], part.aliases)
     in_order = sorted(zip(layout.offsets, (data for _, data in part.tensors), strict=True), key=lambda pair: pair[0])
     return [layout.header, *(data for _, data in in_order)]

@@ -1,4 +1,4 @@
-"""A file that a sink appends to: whole batches, each event once, whatever happened to the process before."""
+"""A file that a sink appends to: whole batches, each event once, even after the process was killed."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ if sys.platform != "win32":
     import fcntl
 
 _CHUNK = 1_024
-"""Bytes of a record that are taken at a time for its checksum; its table has a kilobyte for each."""
+"""Bytes per step of a checksum; its table has a kilobyte for each."""
 _TAIL_BYTES = 2**20
-"""How much of a file's end is looked at first: nearly always, what is wanted is there."""
+"""Bytes of a file's end that are read first; they nearly always contain the last event."""
 
 Position = tuple[int, int]
-"""``attempt`` and ``seq`` of an event: where it is in its run's history."""
+"""``attempt`` and ``seq`` of an event."""
 
 Rows = Iterator[tuple[tuple[Position, float] | None, int]]
-"""Of each whole row: its event's position and Unix time (None: no event's of the run), and where it ends, in bytes from
-the start of rows."""
+"""For each whole row: its event's position and Unix time (None: not an event of the run), and the row's end, in bytes
+from the start of rows."""
 LINE_BYTES = 64 * 2**20
-"""Maximum bytes per line, or per row, of a file that is continued: more would not be read into memory."""
+"""Maximum bytes per line or row of a continued file, because lines are read into memory."""
 _MEDIA_BYTES = 2**30
-"""Maximum bytes per image or text of the run's folder that a sink reads."""
+"""Maximum bytes per image or text in the run folder."""
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _RANGE = struct.Struct("hhqqi0q")
-"""``struct flock``: the kind of a lock, where its start is counted from, its start, its length, its process."""
+"""``struct flock``: type, origin of the start, start, length, process."""
 _CLOCK_S = 1.0
-"""So far apart may the times of events be that stand in another order than they happened in."""
+"""Maximum seconds by which events may be out of order."""
 
 
 class AppendedFile:
     """A file that grows by whole blocks, and has one writer at a time. Used by one thread.
 
     Args:
-        path: The file; it and its folders are created where they are missing.
-        run_dir: The run's folder; no link below it is followed.
+        path: The file; missing files and folders are created.
+        run_dir: The run folder; no link below it is followed.
 
     Raises:
         SinkMisconfigured: It is reached through a link below ``run_dir``, or is not a regular file.
-        OSError: It cannot be opened, or another run has it open. Trying again may help.
+        OSError: It cannot be opened, or another run has it open. A retry may help.
     """
 
     def __init__(self, path: str, run_dir: str | None) -> None:
         self.path = path
         make_folders(os.path.dirname(path) or ".", run_dir)
         self._file = open(open_file(path, run_dir, _APPENDING), "a+b", buffering=0)  # noqa: SIM115  # see `close`
-        self._cut_to: int | None = None  # where a block that could not be written whole begins
+        self._cut_to: int | None = None  # start of a block that was only written in part
         try:
             self._lock()
-        except BaseException:  # goes on as itself, without the open file
+        except BaseException:  # close the file first
             self._file.close()
             raise
 
@@ -74,16 +74,16 @@ class AppendedFile:
         return os.fstat(self._file.fileno()).st_size
 
     def reader(self) -> BinaryIO:
-        """Read the file from its beginning, by a descriptor of its own."""
+        """Open the file for reading from its beginning, with a descriptor of its own."""
         file = open(os.dup(self._file.fileno()), "rb")  # noqa: SIM115  # closed by the caller
         file.seek(0)
         return file
 
     def append(self, block: bytes) -> None:
-        """Hand a block to the operating system, all of it or, when this raises, nothing. May wait for the disk.
+        """Write a block to the operating system; if this raises, nothing of it stays. May wait for the disk.
 
         Raises:
-            OSError: The disk is full or fails, or somebody has deleted the file.
+            OSError: The disk is full or fails, or the file was deleted.
         """
         self._mend()
         status = os.fstat(self._file.fileno())
@@ -95,18 +95,18 @@ class AppendedFile:
             while left:
                 left = left[self._file.write(left) or 0 :]
         except OSError:
-            # What is there of the block must not stay: it comes again. If even that fails, then before the next block.
+            # The retry writes the block again, so cut its first part now or, if that fails, before the next block.
             with contextlib.suppress(OSError):
                 self._mend()
             raise
         self._cut_to = None
 
     def cut(self, size: int) -> None:
-        """Let go of what is behind its first ``size`` bytes."""
+        """Truncate the file to its first ``size`` bytes."""
         self._file.truncate(size)
 
     def close(self) -> None:
-        """Have everything on the disk, and let go. Raises `OSError` if the disk refuses; it is closed all the same."""
+        """Flush to the disk and close. Raises `OSError` if the disk fails; the file is closed nevertheless."""
         if self._file.closed:
             return
         with self._file:
@@ -119,25 +119,25 @@ class AppendedFile:
             self._cut_to = None
 
     def _lock(self) -> None:
-        """Two runs in one file would cut each other's rows. The lock goes with the process, however that ends."""
+        """Lock the file, because two runs would cut each other's rows. The lock ends with the process."""
         if sys.platform != "win32":
             try:
                 _lock(self._file.fileno(), self.path)
             except OSError as error:
-                # Where the file system has no locks, nobody is held up.
+                # A file system without locks is used without one.
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise OSError(
-                        error.errno, "another run is writing to this file: wait for it, or give each its own", self.path
+                        error.errno, "another run is writing to this file; wait for it, or give each its own", self.path
                     ) from None
 
 
 def _lock(fd: int, path: str) -> None:
     """Lock a file that others may read. Raises `OSError`.
 
-    Whoever may read a file can lock it with `flock`. For a write lock on a range one must be able to write, and a read
-    lock, which a reader can take, is known from that of a run: it is reported, and holds up nothing.
+    A reader of a file can lock it with `flock`. A write lock on a range requires write access, and a reader's read lock
+    is distinguishable from a run's lock: it is reported, and ignored.
     """
-    if not hasattr(fcntl, "F_OFD_SETLK"):  # macOS: others with a right to read can hold the sink up there
+    if not hasattr(fcntl, "F_OFD_SETLK"):  # macOS: a process with read access can block the sink there
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
     whole = _RANGE.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -153,27 +153,27 @@ def _lock(fd: int, path: str) -> None:
 
 
 class End(msgspec.Struct, frozen=True):
-    """What a file that is to be continued has at its end."""
+    """The end of a continued file."""
 
     size: int
-    """Its bytes without a row that was cut off."""
+    """Its bytes without a torn row."""
     last: Position
     """The run's last event in it; ``(0, 0)`` if there is none."""
     rows: int
-    """How many rows of that event are there, one after the other."""
+    """Number of rows of that event."""
     time: float
-    """Unix seconds at which that event happened."""
+    """Unix seconds of that event."""
 
     def is_of_another(self, first: Event) -> bool:
-        """Whether what begins with an event is another run of the same name, whose events are numbered alike.
+        """Whether the first delivered event belongs to another run of the same name, with the same numbers.
 
-        Delivered again, an event is not later than the last that is there.
+        An event that is delivered again is not later than the last one in the file.
         """
         return position_of(first) <= self.last and first.time > self.time + _CLOCK_S
 
 
 def open_file(path: str, run_dir: str | None, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file, following no link below the run's folder; returns its descriptor.
+    """Open a regular file, following no link below the run folder; returns its descriptor.
 
     Raises:
         SinkMisconfigured: It is reached through a link below ``run_dir``, or is not a regular file.
@@ -184,7 +184,7 @@ def open_file(path: str, run_dir: str | None, flags: int = os.O_RDONLY) -> int:
         with _explained():
             return open_below(run_dir, name, flags)
     more = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    fd = os.open(path, flags | more, 0o666)  # a link that the user names is followed
+    fd = os.open(path, flags | more, 0o666)  # follows a link that the user names
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise SinkMisconfigured(f"{path} is not a regular file; name another path")
@@ -192,7 +192,7 @@ def open_file(path: str, run_dir: str | None, flags: int = os.O_RDONLY) -> int:
 
 
 def make_folders(path: str, run_dir: str | None) -> None:
-    """Make a folder and its parents, following no link below the run's folder. Raises as `open_file` does."""
+    """Create a folder and its parents, following no link below the run folder. Raises as `open_file` does."""
     name = _below(path, run_dir)
     if name is None or run_dir is None:
         os.makedirs(path, exist_ok=True)
@@ -205,7 +205,7 @@ def make_folders(path: str, run_dir: str | None) -> None:
 
 
 def _below(path: str, run_dir: str | None) -> str | None:
-    """A path as it is below the run's folder; None if it is not."""
+    """A path relative to the run folder; None if it is not below it."""
     if run_dir is None:
         return None
     try:
@@ -219,22 +219,22 @@ def _below(path: str, run_dir: str | None) -> str | None:
 def _explained() -> Iterator[None]:
     try:
         yield
-    except UnsafeFile as error:  # trying again finds the same
+    except UnsafeFile as error:  # a retry cannot help
         raise SinkMisconfigured(f"{error}; remove it, or name another path") from error
 
 
 def read_media(run_dir: str | None, event: ImageLogged | TextLogged, user: str) -> bytes | None:
-    """Read the file of an image or a text in the run's folder, following no link.
+    """Read the file of an image or a text in the run folder, following no link.
 
     Returns:
-        None where it cannot be had, with a warning: people tidy up, and it will not come back.
+        None, with a warning, if the file was deleted or is unsafe: a retry cannot help.
 
     Raises:
-        OSError: The disk refuses. Trying again may help.
+        OSError: The disk fails. A retry may help.
     """
     try:
         if run_dir is None or event.path is None:
-            raise FileNotFoundError("this run keeps no folder")
+            raise FileNotFoundError("this run has no folder")
         return read_below(run_dir, event.path, _MEDIA_BYTES)
     except (FileNotFoundError, UnsafeFile, ValueError) as error:  # ValueError: a path that leads out of the folder
         logger.warning(f"{user} cannot show all of {event.name!r:.200} of step {event.global_step}: {error}")
@@ -242,7 +242,7 @@ def read_media(run_dir: str | None, event: ImageLogged | TextLogged, user: str) 
 
 
 def find_end(file: AppendedFile, rows_of: Callable[[Iterable[bytes]], Rows]) -> End:
-    """Find out where to continue a file. Reads its last megabyte, and only if that does not tell, all of it.
+    """Find the position to continue a file from. Reads its last megabyte, and all of it only if necessary.
 
     Args:
         rows_of: Reads whole rows from the lines of the file, or of its end.
@@ -254,7 +254,7 @@ def find_end(file: AppendedFile, rows_of: Callable[[Iterable[bytes]], Rows]) -> 
         start = max(0, found.seek(0, os.SEEK_END) - _TAIL_BYTES)
         if start:
             found.seek(start)
-            found.readline()  # the rest of a row; or of a line within one, which then makes rows that are nobody's
+            found.readline()  # the rest of a row; within a quoted row, the next rows match no run
             start = found.tell()
             end, is_all = _end_of(rows_of(_lines(found, file.path)), start)
             if is_all:
@@ -271,12 +271,12 @@ def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def too_long(path: str) -> SinkMisconfigured:
-    """What to raise where a line, or a row, of a file has more than `LINE_BYTES`."""
+    """The error for a line or row longer than `LINE_BYTES`."""
     return SinkMisconfigured(f"{path} has a line of more than {LINE_BYTES:,} bytes; move it away, or name another path")
 
 
 def _end_of(rows: Rows, start: int) -> tuple[End, bool]:
-    """The end; and whether all rows of the last event were seen, because there was one of another before."""
+    """The end; and whether all rows of the last event were read, because an earlier event precedes them."""
     last: Position | None = None
     size = count = 0
     time = 0.0
@@ -295,56 +295,55 @@ def _end_of(rows: Rows, start: int) -> tuple[End, bool]:
 
 
 def position_of(event: Event) -> Position:
-    """Where an event is in its run's history."""
+    """The position of an event in its run's history."""
     return event.attempt, event.seq
 
 
 def newer(events: Sequence[Event], last: Position) -> Sequence[Event]:
-    """The events behind a position. They come in order, so that the first one nearly always tells."""
+    """The events after a position. Events arrive in order, so the first one nearly always decides."""
     if not events or position_of(events[0]) > last:
         return events
     return [event for event in events if position_of(event) > last]
 
 
 def warn_of_another(user: str, path: str, run_id: str) -> None:
-    """Say that a file, or a folder of event files, now has two runs of one name."""
+    """Warn that a file, or a folder of event files, now has two runs of one name."""
     logger.warning(
-        f"{user} adds a run to {path}, where an earlier one has the name {run_id!r:.200}, too: nothing tells them"
-        f" apart but the time; give each run a name, or a place, of its own"
+        f"{user} adds a run to {path}, which contains an earlier run of the same name, {run_id!r:.200}; give each run"
+        f" its own name or path"
     )
 
 
 def path_in(run: RunInfo, given: str | None, default: str, user: str) -> str:
-    """Where a sink writes: the path that was given, or one in the run's folder.
+    """The absolute path of a sink: the given one, or the default in the run folder.
 
     Raises:
-        SinkMisconfigured: Neither is there.
+        SinkMisconfigured: No path is given, and the run has no folder.
     """
     if given is not None:
         return os.path.abspath(given)
     if run.run_dir is None:
         raise SinkMisconfigured(
-            f"{user} was given no path, and this run keeps no folder to put {default} in: name a path, or keep the"
-            f" run's journal"
+            f"{user} has no path, and this run has no folder for {default}; name a path, or enable the journal"
         )
     return os.path.join(run.run_dir, default)
 
 
 def check_path(given: object, what: str) -> None:
-    """Refuse what is no path, where it is given.
+    """Check an optional path.
 
     Raises:
-        ValueError: It is none; says what to give.
+        ValueError: It is not a path.
     """
     if given is not None and (not isinstance(given, str) or not given or "\0" in given):
-        raise ValueError(f"{what}={given!r:.200}: give a path as a string, or None for one in the run's folder")
+        raise ValueError(f"{what}={given!r:.200}: give a path as a string, or None for one in the run folder")
 
 
 # ------------------------------------------------------------------------------------------- event files
 
 
 def event_records(records: list[bytes]) -> bytes:
-    """Records as they stand in TensorBoard's event files: each between its length and its checksum."""
+    """Frame records for TensorBoard's event files: each between its length and its checksum."""
     import numpy as np
 
     by_length: dict[int, list[int]] = {}
@@ -372,8 +371,8 @@ def _record_head(length: int) -> bytes:
 def _checksums(rows: Any) -> Any:
     """The masked CRC-32C of each row of bytes ``(N, L)``, as ``(N,)`` little-endian integers.
 
-    A checksum is the sum, without carry, of what each byte adds to it by its value and its distance from the end; so
-    all bytes of all rows are looked up at once. Of what came before, only four bytes are left to add to the next four.
+    A checksum is the XOR of one table entry per byte, chosen by its value and its distance from the end, so all bytes
+    of all rows are looked up at once. Only four bytes carry over to the next chunk.
     """
     import numpy as np
 
@@ -395,7 +394,7 @@ def _checksums(rows: Any) -> Any:
 
 @functools.cache
 def _table() -> Any:
-    """What a byte adds to a checksum: at ``256 * (bytes behind it) + value``."""
+    """The contribution of a byte to a checksum, at ``256 * (bytes after it) + value``."""
     import numpy as np
 
     one = np.arange(256, dtype="<u4")

@@ -1,4 +1,4 @@
-"""A sink that keeps the numbers as a table: for pandas, for a spreadsheet, for ``grep``."""
+"""A sink that writes the metrics as a table, for pandas, spreadsheets and ``grep``."""
 
 from __future__ import annotations
 
@@ -34,42 +34,41 @@ COLUMNS = ("run_id", "attempt", "seq", "time", "global_step", "epoch", "stage", 
 
 _HEADER = (",".join(COLUMNS) + "\n").encode()
 
-# Not read by `csv`, which refuses fields of more than 131,072 characters: what it takes is set for the whole process.
+# Not read by `csv`, which refuses fields of more than 131,072 characters; its limit is global to the process.
 _TEXT = rb'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'
 _BEGIN = re.compile(rb'"|[^",\r\n]*,\d+,\d+,')
-"""How a row of any run begins: a line that does not is the rest of a name."""
+"""The start of a row; another line is the rest of a name with a line break."""
 _UNSEEN = "[\0-\x08\x0b\x0c\x0e-\x20\x7f-\xa0\xad\u1680\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]"
-"""Spaces and characters without a shape, which spreadsheets may strip; not a tab or a line break."""
+"""Spaces and invisible characters, which spreadsheets may strip; not a tab or a line break."""
 _FORMULA = re.compile(
     f"^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?={_UNSEEN}*[-=+@\u2212\ufe62\ufe63\ufe66\ufe6b\uff0b\uff0d\uff1d\uff20])"
 )
-"""Where a text begins that a spreadsheet may take for a formula: a cell, also where a semicolon, a tab or a line
-break separates cells. The first four signs have wide and small forms."""
+"""The start of a possible formula in a spreadsheet: at the start of a cell, or after a separating semicolon, tab or
+line break. The first four signs have wide and small forms."""
 _ROW = re.compile(rb'(%b),"?(\d+)"?,"?(\d+)"?,"?([-+.\deE]+)"?,[^,]*,[^,]*,[^,]*,%b,[^,]*\n' % (_TEXT, _TEXT))
-"""All columns; another program may have put each between quotes."""
+"""A row; another program may have quoted each column."""
 
 
 class CSV(Strict, frozen=True):
-    """Appends each number to a table, with the name that it has everywhere (`events.metrics.metrics_of`)::
+    """Appends each metric to a table, under its name in `events.metrics.metrics_of`::
 
         Trainer(module, arguments, sinks=[CSV()]).train()
         table = pandas.read_csv("runs/RUN/metrics.csv")
         table[table.name == "val_loss"].plot(x="global_step", y="value")
 
     Its columns are ``run_id, attempt, seq, time, global_step, epoch, stage, name, value``; ``time`` is in Unix seconds,
-    ``stage`` is empty outside of any. NaN and infinities are ``nan``, ``inf`` and ``-inf``. A name that a spreadsheet
-    would take for a formula (it begins with ``=``, ``+``, ``-`` or ``@``, also behind spaces, or with a tab or a line
-    break) has a ``'`` before it; numbers have none. An attempt that continues
-    the run continues the table. No row is in it twice, and none in part: what a process that was killed has left of one
-    is cut away. Steps that a later attempt has done again are there once for each ``attempt``. One run at a time writes
-    to a file; several, one after the other, may. One that begins anew under the same name is added, with a warning.
+    ``stage`` may be empty. NaN and infinities are ``nan``, ``inf`` and ``-inf``. A name that a spreadsheet may read as
+    a formula (it begins with ``=``, ``+``, ``-`` or ``@``, perhaps after spaces, or with a tab or a line break) is
+    prefixed with ``'``; numbers are not. A resumed run continues the table. Each row is written once and completely: a
+    row that a killed process has torn is removed. Superseded steps stay in the table; ``attempt`` distinguishes them.
+    Several runs may write to one file, one after the other; a second run of the same name is appended with a warning.
     """
 
     path: str | None = None
-    """The file; None: ``metrics.csv`` in the run's folder."""
+    """The file; None: ``metrics.csv`` in the run folder."""
 
-    # Lossless, because a gap would only be noticed when somebody reads the file. A full disk stays full for minutes:
-    # writes are repeated for about seven. Half a second makes thousands of rows one write.
+    # Lossless, because a gap would only be noticed much later. Writes are retried for about seven minutes, because a
+    # full disk stays full for minutes. A latency of half a second makes thousands of rows one write.
     delivery: ClassVar[Delivery] = Delivery(
         types=METRIC_TYPES, overflow="catch_up", latency_s=0.5, batch=8_192, timeout_s=30.0, retries=20
     )
@@ -78,17 +77,17 @@ class CSV(Strict, frozen=True):
         check_path(self.path, "CSV(path")
 
     def open(self, run: RunInfo) -> CSVWriter:
-        """Open the table, and see where to go on in it.
+        """Open the table, and find the position to continue from.
 
         Raises:
-            SinkMisconfigured: There is no path, and the run keeps no folder; or the file is another table.
+            SinkMisconfigured: There is no path, and the run has no folder; or the file is another table.
             OSError: The file cannot be opened, or another run has it open.
         """
         return CSVWriter(AppendedFile(path_in(run, self.path, "metrics.csv", "CSV"), run.run_dir), run.run_id)
 
 
 class CSVWriter:
-    """An open `CSV`. Waits for the disk only."""
+    """An open `CSV`. Only waits for the disk."""
 
     def __init__(self, file: AppendedFile, run_id: str) -> None:
         self._file = file
@@ -98,15 +97,15 @@ class CSVWriter:
             file.cut(end.size)
             if not end.size:
                 file.append(_HEADER)
-        except BaseException:  # goes on as itself, without the open file
+        except BaseException:  # close the file first
             file.close()
             raise
-        self._end: End | None = end  # until it is known whether the run goes on from there
+        self._end: End | None = end  # until the first event shows whether the run continues the file
         self._last = end.last
-        self._begun = end.rows  # so many rows of that event are there, maybe not all, since a process was killed
+        self._begun = end.rows  # rows of that event in the file, of which a killed process may have written a part
 
     def write(self, events: Sequence[Event]) -> None:
-        """Append the rows that are not there yet. Raises `OSError` when the disk refuses; nothing is added then."""
+        """Append the rows that are not in the file yet. Raises `OSError` if the disk fails; nothing is added then."""
         if self._end is not None and events:
             if self._end.is_of_another(events[0]):
                 warn_of_another("CSV", self._file.path, events[0].run_id)
@@ -123,12 +122,12 @@ class CSVWriter:
         self._begun = 0
 
     def close(self) -> None:
-        """Have everything on the disk, and let go of the file."""
+        """Flush to the disk and close the file."""
         self._file.close()
 
 
 def _encode(events: Sequence[Event]) -> list[str]:
-    """The rows of some events. The hot path: about 3 us an event that has four numbers."""
+    """The rows of events. The hot path: about 3 us per event with four metrics."""
     found = [(event, metrics) for event in events if (metrics := metrics_of(event))]
     numbers = [number for event, metrics in found for number in (event.time, *[value for _, value in metrics])]
     texts = iter(_texts(numbers))
@@ -143,7 +142,7 @@ def _encode(events: Sequence[Event]) -> list[str]:
 
 
 def _texts(numbers: list[float]) -> list[str]:
-    """The shortest text that gives each number again. All at once by `msgspec`: seven times as fast as `repr`."""
+    """The shortest exact text of each number. One call of `msgspec` is seven times as fast as `repr`."""
     texts = msgspec.json.encode(numbers).decode()[1:-1].split(",")
     if "null" in texts:  # JSON has no NaN and no infinities
         return [repr(number) if text == "null" else text for number, text in zip(numbers, texts, strict=True)]
@@ -152,10 +151,10 @@ def _texts(numbers: list[float]) -> list[str]:
 
 @functools.lru_cache(maxsize=8_192)
 def _quoted(text: str) -> str:
-    """A field as `csv` writes it. Cached: there are few names, and millions of rows.
+    """Quote a field as `csv` does. Cached, because there are few names and millions of rows.
 
-    A carriage return is quoted, too, which `csv` does in newer Pythons only: readers take a bare one for a row's end.
-    So are a semicolon and a tab, which separate fields for some spreadsheets.
+    A carriage return is quoted, too (only newer Pythons do so): readers end a row at a bare one. So are a semicolon and
+    a tab, which separate fields in some spreadsheets.
     """
     text = _FORMULA.sub("'", text)
     if any(char in text for char in ',;"\t\r\n'):
@@ -166,11 +165,11 @@ def _quoted(text: str) -> str:
 def _rows(lines: Iterable[bytes], run_id: str, path: str) -> Rows:
     whose = _FORMULA.sub("'", run_id).encode("utf-8", "backslashreplace")
     end = begin = 0
-    row: list[bytes] = []  # the lines of a row so far, which goes on while a quote is open
+    row: list[bytes] = []  # the lines of a row, which continues while a quote is open
     is_open = False
     for line in lines:
         if not line.endswith(b"\n"):
-            return  # cut off
+            return  # torn
         end += len(line)
         if row or _BEGIN.match(line):
             row.append(line)
@@ -200,7 +199,7 @@ def _unquoted(field: bytes) -> bytes:
 def _check_header(file: AppendedFile) -> None:
     with file.reader() as reader:
         found = reader.readline(len(_HEADER) + 2)
-    if found.rstrip(b"\r\n") != _HEADER.rstrip() and not _HEADER.startswith(found):  # it may be cut off, too
+    if found.rstrip(b"\r\n") != _HEADER.rstrip() and not _HEADER.startswith(found):  # the header may be torn
         raise SinkMisconfigured(
             f"CSV cannot continue {file.path}, whose first line is {found[:80]!r} and not {_HEADER.decode().rstrip()};"
             f" move the file away, or name another path"

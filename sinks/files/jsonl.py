@@ -1,4 +1,4 @@
-"""A sink that keeps the events as lines of JSON: for ``jq``, for pandas, for whatever reads the run later."""
+"""A sink that writes events as lines of JSON, for ``jq``, pandas and other readers."""
 
 from __future__ import annotations
 
@@ -28,28 +28,27 @@ from sinks.files.appended import (
 _BEGIN = b'{"type":"'
 _TYPES = {event_type.__name__: event_type for event_type in EVENT_TYPES}
 
-# Lossless, because a gap would only be noticed when somebody reads the file. A full disk stays full for minutes: writes
-# are repeated for about seven. Half a second makes thousands of events one write.
+# Lossless, because a gap would only be noticed much later. Writes are retried for about seven minutes, because a full
+# disk stays full for minutes. A latency of half a second makes thousands of events one write.
 _DELIVERY = Delivery(overflow="catch_up", latency_s=0.5, batch=8_192, timeout_s=30.0, retries=20)
 
 
 class JSONL(Strict, frozen=True):
-    """Appends each event to a file, as one line of JSON in the form of `events.wire`::
+    """Appends each event to a file, as one line of JSON in the format of `events.wire`::
 
         Trainer(module, arguments, sinks=[JSONL()]).train()
         $ jq 'select(.type == "ValEpochEnded") | [.global_step, .loss]' runs/RUN/events.jsonl
 
-    An attempt that continues the run continues the file. No event is in it twice, and none in part: what a process that
-    was killed has left of a line is cut away. Steps that a later attempt has done again are there once for each
-    attempt: `RunResumed` tells where that one began. One run at a time writes to a file; several, one after the other,
-    may. One that begins anew under the same name is added, with a warning.
+    A resumed run continues the file. Each event is written once and completely: a line that a killed process has torn
+    is removed. Superseded steps stay in the file; `RunResumed` marks the start of the later attempt. Several runs may
+    write to one file, one after the other; a second run of the same name is appended with a warning.
     """
 
     path: str | None = None
-    """The file; None: ``events.jsonl`` in the run's folder."""
+    """The file; None: ``events.jsonl`` in the run folder."""
     types: list[str] | None = None
-    """Names of the events to keep, for example ``["TrainEpochEnded", "MetricsLogged"]``. None: all that the journal
-    keeps."""
+    """Names of the events to write, for example ``["TrainEpochEnded", "MetricsLogged"]``. None: all types in the
+    journal."""
 
     def __post_init__(self) -> None:
         check_path(self.path, "JSONL(path")
@@ -60,21 +59,21 @@ class JSONL(Strict, frozen=True):
         for name in self.types:
             if name not in _TYPES:
                 near = difflib.get_close_matches(str(name), _TYPES, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else "see events/messages.py for those that there are"
+                hint = f"did you mean {near[0]!r}?" if near else "events/messages.py lists them"
                 raise ValueError(f"JSONL(types=[{name!r:.80}]): there is no such event; {hint}")
 
     @property
     def delivery(self) -> Delivery:
-        """Only the events that are kept."""
+        """The delivery of the selected types."""
         if self.types is None:
             return _DELIVERY
         return msgspec.structs.replace(_DELIVERY, types=frozenset(_TYPES[name] for name in self.types))
 
     def open(self, run: RunInfo) -> JSONLWriter:
-        """Open the file, and see where to go on in it.
+        """Open the file, and find the position to continue from.
 
         Raises:
-            SinkMisconfigured: There is no path, and the run keeps no folder.
+            SinkMisconfigured: There is no path, and the run has no folder.
             OSError: The file cannot be opened, or another run has it open.
         """
         path = path_in(run, self.path, "events.jsonl", "JSONL")
@@ -82,7 +81,7 @@ class JSONL(Strict, frozen=True):
 
 
 class JSONLWriter:
-    """An open `JSONL`. Waits for the disk only."""
+    """An open `JSONL`. Only waits for the disk."""
 
     def __init__(self, file: AppendedFile, run_id: str, types: frozenset[type[Event]] | None) -> None:
         self._file = file
@@ -91,14 +90,14 @@ class JSONLWriter:
             end = find_end(file, lambda lines: _rows(lines, run_id))
             _check_rest(file, end.size)
             file.cut(end.size)
-        except BaseException:  # goes on as itself, without the open file
+        except BaseException:  # close the file first
             file.close()
             raise
-        self._end: End | None = end  # until it is known whether the run goes on from there
+        self._end: End | None = end  # until the first event shows whether the run continues the file
         self._last = end.last
 
     def write(self, events: Sequence[Event]) -> None:
-        """Append those that are not in the file yet. Raises `OSError` when the disk refuses; nothing is added then."""
+        """Append the events that are not in the file yet. Raises `OSError` if the disk fails; nothing is added then."""
         if self._end is not None and events:
             if self._end.is_of_another(events[0]):
                 warn_of_another("JSONL", self._file.path, events[0].run_id)
@@ -113,7 +112,7 @@ class JSONLWriter:
         self._last = position_of(events[-1])
 
     def close(self) -> None:
-        """Have everything on the disk, and let go of the file."""
+        """Flush to the disk and close the file."""
         self._file.close()
 
 
@@ -127,21 +126,21 @@ def _encode(events: Sequence[Event]) -> bytes:
         try:
             lines.append(encode_json(event) + b"\n")
         except WireError as error:
-            # Raising would have it delivered, and refused, until the sink is given up.
-            logger.warning(f"JSONL leaves an event out: {error}")
+            # An exception would make the supervisor retry the batch until the sink is disabled.
+            logger.warning(f"JSONL skips an event: {error}")
     return b"".join(lines)
 
 
 def _check_rest(file: AppendedFile, size: int) -> None:
-    """See that what is to be cut away is the beginning of an event's line, and not somebody's last one."""
+    """Check that the torn rest of the file is the start of an event, not a line of another program."""
     with file.reader() as reader:
         reader.seek(size)
         found = reader.read(80)
-    # A machine that went down may have left zeros.
+    # A crash of the machine may have left zeros.
     if found[: len(_BEGIN)].rstrip(b"\0") != _BEGIN[: len(found.rstrip(b"\0"))]:
         raise SinkMisconfigured(
-            f"JSONL cannot continue {file.path}, whose last line is {found!r}: that is not an event, and has no end;"
-            f" move the file away, or name another path"
+            f"JSONL cannot continue {file.path}, whose last line, {found!r}, is incomplete and not an event; move the"
+            f" file away, or name another path"
         )
 
 
@@ -159,11 +158,11 @@ def _rows(lines: Iterable[bytes], run_id: str) -> Rows:
     end = 0
     for line in lines:
         if not line.endswith(b"\n"):
-            return  # cut off
+            return  # torn
         end += len(line)
         try:
             found = _identity.decode(line)
         except (ValueError, RecursionError):
-            yield None, end  # somebody else's line
+            yield None, end  # a line of another program
         else:
             yield (((found.attempt, found.seq), found.time) if found.run_id == run_id else None), end

@@ -1,8 +1,8 @@
 """A sink that writes TensorBoard's event files.
 
-`tensorboardX` brings the messages and its own `SummaryWriter`, but the file is written here: its way, a queue between
-processes, two threads and a checksum in plain Python, takes the interpreter from the loop for more than 100 us a step.
-Numbers are put together by hand, checksums are computed for a whole batch at once, and a batch is one write.
+`tensorboardX` provides the messages and its `SummaryWriter`, but this module writes the file: tensorboardX's own writer
+(a queue between processes, two threads, a checksum in plain Python) holds the interpreter lock for more than 100 us per
+step. Here scalars are encoded by hand, checksums are computed per batch, and a batch is one write.
 """
 
 from __future__ import annotations
@@ -44,19 +44,18 @@ from sinks.files.event_marks import EVENT_FILE, Mark, go_on_in, mark_record
 
 
 class TensorBoard(Strict, frozen=True):
-    """Writes what TensorBoard shows: numbers, histograms, images, texts, and the arguments as hyperparameters::
+    """Writes numbers, histograms, images, texts, and the arguments as hyperparameters for TensorBoard::
 
         Trainer(module, arguments, sinks=[TensorBoard()]).train()
         $ tensorboard --logdir runs
 
-    Numbers have the names that they have everywhere (`events.metrics.metrics_of`), over ``global_step``, at the time at
-    which they arose; TensorBoard keeps them in single precision. The arguments, nested ones as ``outer/inner``, are in
-    the tab HPARAMS, beside all numbers, for all runs below the folder that TensorBoard is given. An attempt that
-    continues the run writes a new file into the same folder, and has TensorBoard hide the steps that it does again. No
-    event is there twice, also where a replay goes into the run's own folder: it adds what is missing at the end. One
-    run at a time writes to a folder.
+    Numbers have their names in `events.metrics.metrics_of`, their ``global_step`` and the time of their event;
+    TensorBoard stores them in single precision. The arguments, nested ones as ``outer/inner``, appear in the tab
+    HPARAMS with all numbers of all runs below TensorBoard's folder. A resumed run writes a new file to the same folder,
+    and makes TensorBoard hide the superseded steps. Each event is written once: a replay to the run's own folder only
+    adds missing events at the end. Only one run at a time may write to a folder.
 
-    For what is not an event, take tensorboardX's own writer, which writes into the same file::
+    For other data, use tensorboardX's own writer, which writes to the same file::
 
         class WithGraph(TensorBoard, frozen=True):
             def open(self, run):
@@ -66,10 +65,10 @@ class TensorBoard(Strict, frozen=True):
     """
 
     dir: str | None = None
-    """The folder, this run's alone: it is one run in TensorBoard. None: ``tensorboard`` in the run's folder."""
+    """The folder, which is one run in TensorBoard. None: ``tensorboard`` in the run folder."""
 
-    # Lossless, because a curve with gaps looks like one without. TensorBoard polls every few seconds, so a delay of one
-    # second does not show, and makes thousands of events one write.
+    # Lossless, because gaps in a curve are invisible. A latency of one second makes thousands of events one write, and
+    # does not show, because TensorBoard polls every few seconds.
     delivery: ClassVar[Delivery] = Delivery(
         types=METRIC_TYPES | {RunStarted, RunResumed, RunEnded, HistogramLogged, ImageLogged, TextLogged},
         overflow="catch_up",
@@ -83,31 +82,27 @@ class TensorBoard(Strict, frozen=True):
         check_path(self.dir, "TensorBoard(dir")
 
     def check(self) -> None:
-        """See that the client is installed.
-
-        Raises:
-            SinkMisconfigured: It is not.
-        """
+        """Raise `SinkMisconfigured` if the client is not installed."""
         require("tensorboardX", "tensorboard", "the sink TensorBoard")
 
     def open(self, run: RunInfo) -> TensorBoardWriter:
-        """Begin a file.
+        """Start a file.
 
         Raises:
-            SinkMisconfigured: There is no folder: none was named, and the run keeps none; or as `check`.
-            OSError: The folder or the file cannot be made, or the run is being written there already.
+            SinkMisconfigured: No folder is given, and the run has none; or the client is not installed.
+            OSError: The folder or file cannot be created, or another process writes the run there.
         """
         self.check()
         return TensorBoardWriter(path_in(run, self.dir, "tensorboard", "TensorBoard"), run.run_id, run.run_dir)
 
 
 class TensorBoardWriter:
-    """An open `TensorBoard`. Waits for the disk only.
+    """An open `TensorBoard`. Only waits for the disk.
 
     Args:
-        folder: Where the file goes.
+        folder: The folder of event files.
         run_id: The run.
-        run_dir: Where the files of images and texts are.
+        run_dir: The run folder, with the files of images and texts.
     """
 
     def __init__(self, folder: str, run_id: str, run_dir: str | None) -> None:
@@ -117,29 +112,29 @@ class TensorBoardWriter:
         self._client = _import_client()
         make_folders(folder, run_dir)
         self._reached = go_on_in(folder, run_id, run_dir)
-        self._is_continued = self._reached != Mark()  # and nothing has come since
-        # What is written with `summary_writer` may come from any thread.
+        self._is_continued = self._reached != Mark()  # until the first event
+        # `summary_writer` may be used on any thread.
         self._lock = threading.Lock()
         self._file = AppendedFile(_new_file(folder, run_dir), run_dir)
         try:
             self._append([self._client.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()])
-        except BaseException:  # goes on as itself, without the open file
+        except BaseException:  # close the file first
             self._file.close()
             raise
 
     @functools.cached_property
     def summary_writer(self) -> Any:
-        """The `tensorboardX.SummaryWriter` of this file, for what this sink does not do itself.
+        """A `tensorboardX.SummaryWriter` of this file, for data that this sink does not write.
 
-        It writes at once, from any thread, in the order of the calls. Its ``add_scalars`` and ``add_hparams`` begin
-        files of their own in folders below, as they always do. It is closed with the sink.
+        It writes at once, on any thread, in the order of the calls. Its ``add_scalars`` and ``add_hparams`` start files
+        of their own in subfolders, as in tensorboardX. It is closed with the sink.
         """
         return self._client.summary_writer(self._folder, lambda event: self._append([event.SerializeToString()]))
 
     def write(self, events: Sequence[Event]) -> None:
-        """Append what TensorBoard shows of these. Raises `OSError` if the disk refuses; nothing is added then."""
+        """Append the records of events. Raises `OSError` if the disk fails; nothing is added then."""
         if events and self._is_continued:
-            self._look_whose(events[0])
+            self._check_run(events[0])
         events = newer(events, self._reached.position)
         records: list[bytes] = []
         for event in events:
@@ -154,15 +149,15 @@ class TensorBoardWriter:
             self._reached = reached
 
     def close(self) -> None:
-        """Have everything on the disk, and let go of the file."""
+        """Flush to the disk and close the file."""
         try:
             if "summary_writer" in vars(self):
-                self.summary_writer.close()  # the files that it has begun itself
+                self.summary_writer.close()  # files that it has started itself
         finally:
             self._file.close()
 
-    def _look_whose(self, first: Event) -> None:
-        """Start over where the folder has another run of the same name, whose events were numbered alike."""
+    def _check_run(self, first: Event) -> None:
+        """Start from position 0 if the folder has another run of the same name, with the same numbers."""
         self._is_continued = False
         if position_of(first) <= self._reached.position and self._reached.is_before(first.time):
             warn_of_another("TensorBoard", self._folder, self._run_id)
@@ -176,7 +171,7 @@ class TensorBoardWriter:
                 self._reached = reached
 
     def _record_of(self, event: Event) -> bytes | None:
-        """The record of an event; None if TensorBoard gets none, or if no message can hold the event."""
+        """The record of an event; None for other events, or if no message can represent it."""
         if metrics := metrics_of(event):
             return _scalars(event, metrics)
         try:
@@ -185,13 +180,13 @@ class TensorBoardWriter:
                 return None
             message.wall_time = event.time
             record: bytes = message.SerializeToString()
-        except (ValueError, TypeError, OverflowError) as error:  # numbers of a stranger: a retry meets the same
+        except (ValueError, TypeError, OverflowError) as error:  # invalid numbers, so a retry cannot help
             logger.warning(f"TensorBoard skips {type(event).__name__} (seq {event.seq}): {error}")
             return None
         return record
 
     def _message_of(self, event: Event) -> Any:
-        """The message that TensorBoard gets of an event that has no numbers; None if it gets none."""
+        """The message of an event without metrics; None for other events."""
         client = self._client
         match event:
             case HistogramLogged():
@@ -203,10 +198,10 @@ class TensorBoardWriter:
             case RunStarted():
                 value = client.session_start(event)
             case RunEnded(status="finished"):
-                # TensorBoard keeps the first end that it sees; a run that ended otherwise may be taken up again.
+                # TensorBoard keeps the first end that it reads, and a run with another status may be resumed.
                 value = client.session_end(event)
             case RunResumed():
-                # Hides everything in this folder from this step on, whose numbers come again.
+                # Hides all data in this folder from this step on, because it is superseded.
                 return client.Event(step=min(event.global_step + 1, INT_MAX), session_log=client.session_log_start)
             case _:
                 return None
@@ -224,8 +219,8 @@ class TensorBoardWriter:
 def _new_file(folder: str, run_dir: str | None) -> str:
     """Create the next event file of a folder.
 
-    Its name sorts behind all others, whatever the clock says: TensorBoard reads the files of a folder in that order,
-    and never goes back to one when it has begun the next.
+    Its name sorts after all others, independent of the clock: TensorBoard reads the files in that order, and never
+    returns to an earlier one.
     """
     stamps = [int(found[1]) for name in os.listdir(folder) if (found := EVENT_FILE.match(name))]
     for stamp in itertools.count(max([int(time.time()), *[one + 1 for one in stamps]])):
@@ -242,14 +237,14 @@ def _new_file(folder: str, run_dir: str | None) -> str:
 
 
 def _import_client() -> _Client:
-    """Import tensorboardX, and what of it is needed.
+    """Import tensorboardX, without torch where torch is not loaded.
 
-    It imports torch, if it can, only to know its tensors. Where torch is not loaded, as in a sink host, nobody has any;
-    it would take two seconds and 200 MB there.
+    tensorboardX imports torch only to recognise tensors. In a sink host there are none, and the import would take two
+    seconds and 200 MB.
     """
     is_without_torch = "torch" not in sys.modules and "tensorboardX" not in sys.modules
     if is_without_torch:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # how Python marks what is not to be imported
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes its import fail
     try:
         return _Client()
     finally:
@@ -258,7 +253,7 @@ def _import_client() -> _Client:
 
 
 class _Client:
-    """Builds the messages that are rare enough for protocol buffers."""
+    """Builds all messages but scalars, with protocol buffers."""
 
     def __init__(self) -> None:
         self._tensorboardx: Any = importlib.import_module("tensorboardX")
@@ -273,15 +268,14 @@ class _Client:
         self.session_log_start: Any = event.SessionLog(status=event.SessionLog.START)
 
     def histogram(self, event: HistogramLogged) -> Any:
-        """The event's bins; None if no element was finite, which leaves nothing to show."""
+        """The event's bins; None if no element was finite."""
         bins = len(event.counts)
         if not sum(event.counts):
             return None
-        # Divided before they are subtracted: the range may be more than a number can hold.
+        # Divided before the subtraction, which may overflow.
         width = event.high / bins - event.low / bins
         edges = [event.low + width * index for index in range(1, bins)] + [event.high]
-        # The elements are known by their bins only, so each counts as its bin's middle, and is off by half a bin at
-        # most. TensorBoard shows neither sum.
+        # Each element counts as its bin's middle, with an error of at most half a bin. TensorBoard shows neither sum.
         middles = [edge - width / 2 for edge in edges]
         total = sum(count * middle for count, middle in zip(event.counts, middles, strict=True))
         squares = sum(count * middle * middle for count, middle in zip(event.counts, middles, strict=True))
@@ -290,20 +284,20 @@ class _Client:
         return raw.value[0]
 
     def image(self, event: ImageLogged, data: bytes) -> Any:
-        """The encoded image as it is."""
+        """An encoded image."""
         height, width = (size if 0 <= size < 2**31 else 0 for size in (event.height, event.width))
         image = self.Summary.Image(height=height, width=width, encoded_image_string=data)
         return self.Summary.Value(tag=_tag(event), image=image)
 
     def text(self, tag: str, text: str) -> Any:
-        """A text under this very tag, to which tensorboardX would append a suffix."""
+        """A text under exactly this tag, to which tensorboardX would append a suffix."""
         value = self._summaries.text(tag, _unicode(text)).value[0]
         value.tag = tag
         return value
 
     def session_start(self, event: RunStarted) -> Any:
-        """The run's arguments. Without a summary of the experiment, which would be that of one run only, TensorBoard
-        gathers the names of arguments and metrics from all runs."""
+        """The run's arguments. There is no summary of the experiment, so TensorBoard collects the names of arguments
+        and metrics from all runs."""
         info = self._hparams.SessionStartInfo(start_time_secs=event.time)
         for name, value in _flat(hyperparameters(event), ""):
             if isinstance(value, bool):
@@ -315,7 +309,7 @@ class _Client:
         return self._hparams_value("_hparams_/session_start_info", session_start_info=info)
 
     def session_end(self, event: RunEnded) -> Any:
-        """The run has finished."""
+        """The end of a finished run."""
         info = self._hparams.SessionEndInfo(status=self._api.Status.Value("STATUS_SUCCESS"), end_time_secs=event.time)
         return self._hparams_value("_hparams_/session_end_info", session_end_info=info)
 
@@ -325,7 +319,7 @@ class _Client:
         return self.Summary.Value(tag=tag, metadata=self._metadata(plugin_data=plugin))
 
     def summary_writer(self, folder: str, add_event: Any) -> Any:
-        """A `tensorboardX.SummaryWriter` that hands each message to ``add_event``."""
+        """A `tensorboardX.SummaryWriter` that passes each message to ``add_event``."""
         base: Any = self._tensorboardx
 
         class EventWriter:
@@ -340,7 +334,7 @@ class _Client:
             def close(self) -> None: ...
 
         class FileWriter(base.FileWriter):  # type: ignore[misc]  # known at run time only
-            # Without its base's constructor, which would begin a file and threads.
+            # Without the base's constructor, which would start a file and threads.
             def __init__(self) -> None:
                 self.event_writer = EventWriter()
                 self._default_metadata: dict[str, Any] = {}
@@ -348,7 +342,7 @@ class _Client:
         class SummaryWriter(base.SummaryWriter):  # type: ignore[misc]  # as above
             file_writer: Any
 
-            # All its methods ask this one for where to write.
+            # All its methods get their writer from this one.
             def _get_file_writer(self) -> Any:
                 if self.file_writer is None:
                     self.file_writer = FileWriter()
@@ -359,7 +353,7 @@ class _Client:
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
-    """Nested arguments as names and values; those that are None are left out."""
+    """Nested arguments as names and values, without None."""
     if isinstance(value, dict):
         items = [_flat(item, f"{name}/{key}" if name else _unicode(str(key))) for key, item in value.items()]
         return [one for found in items for one in found]
@@ -375,7 +369,7 @@ def _tag(event: HistogramLogged | ImageLogged | TextLogged) -> str:
 
 
 def _unicode(text: str) -> str:
-    """Text without lone surrogates, which no message can hold."""
+    """Escape lone surrogates, which messages cannot represent."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -387,9 +381,9 @@ _pack_float = struct.Struct("<f").pack
 
 
 def _scalars(event: Event, metrics: list[tuple[str, float]]) -> bytes:
-    """One `Event` message with all numbers of an event, byte by byte: three times as fast as building it.
+    """Encode one `Event` message with all metrics of an event, three times as fast as protocol buffers.
 
-    Its fields are ``wall_time`` (1), ``step`` (2) and ``summary`` (5), which has one ``value`` (1) for each number.
+    Its fields are ``wall_time`` (1), ``step`` (2) and ``summary`` (5), which has one ``value`` (1) for each metric.
     """
     try:
         values = b"".join([_value_head(name) + _pack_float(number) for name, number in metrics])
@@ -401,7 +395,7 @@ def _scalars(event: Event, metrics: list[tuple[str, float]]) -> bytes:
 
 @functools.lru_cache(maxsize=8_192)
 def _value_head(name: str) -> bytes:
-    """A ``value`` up to its number: its length, its ``tag`` (1), and the key of ``simple_value`` (2)."""
+    """Encode a ``value`` up to its number: its length, its ``tag`` (1), and the key of ``simple_value`` (2)."""
     tag = name.encode("utf-8", "backslashreplace")
     field = b"\x0a%b%b\x15" % (_varint(len(tag)), tag)
     return b"\x0a%b%b" % (_varint(len(field) + 4), field)

@@ -315,7 +315,7 @@ def test_reports_and_replays_name_the_damage(damaged: Path, tmp_path: Path) -> N
         assert not (tmp_path / f"{name}.html").exists()
     result = run("report", str(damaged / "integer of 400 digits"))
     assert (result.returncode, "is damaged: journal/" in result.stderr) == (1, True)
-    assert "the report has the rest of it" in result.stderr
+    assert "the report contains the rest of it" in result.stderr
     assert (tmp_path / "integer of 400 digits.html").exists()
     for name, word in (("link as journal", "is damaged: "), ("integer of 400 digits", "line 7")):
         result = run("replay", str(damaged / name), "--to", "jsonl", "path=out.jsonl")

@@ -113,10 +113,10 @@ def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
     a_run(tmp_path, "one")
     result = command("one", "--out", "nowhere/one.html", cwd=tmp_path)
     assert result.returncode == 1
-    assert "nowhere is no folder: make it" in result.stderr
+    assert "nowhere is not a folder; create it" in result.stderr
     for options in (["--out", "one"], ["--out", "one", "--force"]):
         result = command("one", *options, cwd=tmp_path)
-        assert (result.returncode, "one is a folder: name a file in it" in result.stderr) == (1, True)
+        assert (result.returncode, "one is a folder; name a file in it" in result.stderr) == (1, True)
     if Path("/proc/self").exists():
         result = command("one", "--out", "/proc/one.html", cwd=tmp_path)
         assert (result.returncode, "/proc/one.html cannot be written" in result.stderr) == (1, True)

@@ -101,7 +101,7 @@ def test_a_run_that_begins_anew_under_its_name_is_added(
     for begin in (0, 5):  # the second time, the end of it comes again
         write_all(path, anew[begin:])
         assert told(path) == rows([*events, *anew])
-    assert caplog.text.count("where an earlier one has the name 'demo', too") == 1
+    assert caplog.text.count("which contains an earlier run of the same name, 'demo'") == 1
 
 
 def test_wherever_a_write_was_cut_off_the_table_is_continued_exactly(story: Any, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_table_that_was_deleted_is_missed(story: Any, tmp_path: Path) -> None:
 
 def test_a_run_without_a_folder_needs_a_path() -> None:
     """There is nowhere to put the default file."""
-    with pytest.raises(SinkMisconfigured, match="CSV was given no path"):
+    with pytest.raises(SinkMisconfigured, match="CSV has no path"):
         CSV().open(RunInfo("demo"))
 
 

@@ -106,7 +106,7 @@ def test_a_run_that_begins_anew_under_its_name_is_added(
     for begin in (0, 5):  # the second time, the end of it comes again
         write_all(path, anew[begin:])
         assert path.read_bytes() == lines([*events, *anew])
-    assert caplog.text.count("where an earlier one has the name 'demo', too") == 1
+    assert caplog.text.count("which contains an earlier run of the same name, 'demo'") == 1
 
 
 def test_wherever_a_write_was_cut_off_the_file_is_continued_exactly(story: Any, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_zeros_that_a_crashed_machine_has_left_are_cut_away(story: Any, tmp_path
 
 
 def test_a_file_of_somebody_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    """Its last line has no end, and would be cut away as if it were ours."""
+    """Its last line is incomplete, and must not be removed like a torn event."""
     path = tmp_path / "notes.txt"
     path.write_text("first\nand last")
     with pytest.raises(SinkMisconfigured, match=r"cannot continue .*notes\.txt"):
@@ -207,12 +207,12 @@ def test_an_event_that_no_line_can_hold_is_left_out(
     bad = story(MetricsLogged, metrics={"a": object()})
     write_all(path, [steps[0], bad, steps[1]])
     assert path.read_bytes() == lines(steps)
-    assert "JSONL leaves an event out" in caplog.text
+    assert "JSONL skips an event" in caplog.text
 
 
 def test_a_run_without_a_folder_needs_a_path() -> None:
     """There is nowhere to put the default file."""
-    with pytest.raises(SinkMisconfigured, match="JSONL was given no path"):
+    with pytest.raises(SinkMisconfigured, match="JSONL has no path"):
         JSONL().open(RunInfo("demo"))
 
 

@@ -114,7 +114,7 @@ def test_without_its_client_it_names_what_to_install(monkeypatch: pytest.MonkeyP
 
 def test_a_run_without_a_folder_needs_one() -> None:
     """There is nowhere to put the files."""
-    with pytest.raises(SinkMisconfigured, match="TensorBoard was given no path"):
+    with pytest.raises(SinkMisconfigured, match="TensorBoard has no path"):
         TensorBoard().open(RunInfo("demo"))
     with pytest.raises(ValueError, match=r"TensorBoard\(dir=3"):
         TensorBoard(dir=3)  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_files_that_are_gone_leave_the_rest_to_be_shown(
         assert board.Tensors("note")[0].tensor_proto.string_val == [b"beginn"]
         assert len(board.Scalars("train_loss")) == 1
     assert caplog.text.count("cannot show all of 'picture'") == 2
-    assert "this run keeps no folder" in caplog.text
+    assert "this run has no folder" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_a_run_that_was_begun_anew_under_its_name_is_shown(
         writer.close()
     files = sorted((tmp_path / "tensorboard").iterdir())
     assert [file.read_bytes().count(b"train_loss") for file in files] == [5, 5]
-    assert caplog.text.count("where an earlier one has the name 'demo', too") == 1
+    assert caplog.text.count("which contains an earlier run of the same name, 'demo'") == 1
 
 
 def test_what_tensorboardx_wrote_stays_when_the_run_goes_on(opened: Any, story: Any, tmp_path: Path) -> None:

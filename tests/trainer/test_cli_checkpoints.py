@@ -143,7 +143,7 @@ def test_the_list_has_the_line_first_and_says_what_each_is(stagecast: Stagecast,
     assert [line[head.index("state") :].split(maxsplit=1) for line in lines] == [
         ["whole", "resumes here"],
         *[["whole", "in line"]] * 3,
-        *[["whole", "left behind"]] * 3,
+        *[["whole", "superseded"]] * 3,
     ]
     manifest = read_manifest(run / "checkpoints" / "step-4.a2")
     fourth = lines[2]
@@ -217,9 +217,9 @@ def test_what_is_damaged_or_too_new_is_listed_with_the_reason(stagecast: Stageca
     assert lines[4] == "    state.msgpack cannot be read: No such file or directory"
     assert lines[5].startswith("step-4.a2 ")
     assert lines[5].endswith(" whole    resumes here")
-    assert " damaged  left behind" in lines[7]
+    assert " damaged  superseded" in lines[7]
     assert "does not match its own hash" in lines[8]
-    assert " newer    left behind" in lines[9]
+    assert " newer    superseded" in lines[9]
     assert "has format 99" in lines[10]
     _, out, _ = stagecast("list", run, "--json")
     rows = {row["name"]: row for row in json.loads(out)}
@@ -268,7 +268,7 @@ def test_what_is_no_such_folder_is_an_error(stagecast: Stagecast, tmp_path: Path
     for path, why in {
         tmp_path / "absent": "does not exist",
         tmp_path / "file": "is not a folder",
-        tmp_path / "other": "is no run's folder, and holds no checkpoints",
+        tmp_path / "other": "is not a run folder, and holds no checkpoints",
         tmp_path / "step-3.a1": "does not exist",
         f"file://{tmp_path}/absent": "does not exist",
     }.items():
@@ -482,8 +482,8 @@ def test_an_export_falls_back_to_the_newest_whole_one(stagecast: Stagecast, run:
     assert code == 0
     assert " of step-4.a2 " in out
     first, second = err.splitlines()
-    assert first.startswith("stagecast checkpoints: step-8.a2 is damaged and passed over: tensors.safetensors holds")
-    assert second.startswith("stagecast checkpoints: step-6.a2 is damaged and passed over: state.msgpack has 10 bytes")
+    assert first.startswith("stagecast checkpoints: step-8.a2 is damaged and skipped: tensors.safetensors holds")
+    assert second.startswith("stagecast checkpoints: step-6.a2 is damaged and skipped: state.msgpack has 10 bytes")
     code, out, err = stagecast("export", run, "b.safetensors", "--name", "step-8.a2")
     assert (code, out, "holds other bytes" in err) == (1, "", True)
     assert stagecast("export", folder / "step-8.a2", "b.safetensors")[0] == 1
@@ -492,8 +492,7 @@ def test_an_export_falls_back_to_the_newest_whole_one(stagecast: Stagecast, run:
     code, out, err = stagecast("export", run, "b.safetensors")
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == (
-        f"stagecast checkpoints: error: {run} has no whole checkpoint that its run would go on from: name one with"
-        f" --name"
+        f"stagecast checkpoints: error: {run} has no valid checkpoint from which its run would resume; use --name"
     )
     assert not Path("b.safetensors").exists()
 
@@ -512,8 +511,7 @@ def test_an_existing_file_is_replaced_only_by_force(stagecast: Stagecast, run: P
     code, said, err = stagecast("export", run, out)
     assert (code, said) == (1, "")
     assert err == (
-        "stagecast checkpoints: error: weights.safetensors is there already: give another name, or --force to replace"
-        " it\n"
+        "stagecast checkpoints: error: weights.safetensors exists; use another name, or --force to replace it\n"
     )
     assert out.read_text() == "precious"
     assert stagecast("export", run, out, "--force")[0] == 0
@@ -532,7 +530,7 @@ def test_what_appears_while_the_file_is_written_is_not_replaced(
 
     monkeypatch.setattr(disk, "write_parts", write_parts)
     code, _, err = stagecast("export", run, "weights.safetensors")
-    assert (code, "is there already" in err) == (1, True)
+    assert (code, "exists; use another name" in err) == (1, True)
     assert Path("weights.safetensors").read_text() == "precious"
     assert sorted(os.listdir()) == ["run", "weights.safetensors"]
 
@@ -560,9 +558,9 @@ def test_a_place_that_cannot_be_written_to_is_named(stagecast: Stagecast, run: P
     """No folder, a folder, and a checkpoint: its own tensor file would be replaced by an export to it."""
     inside = run / "checkpoints" / "step-8.a2"
     for path, why in {
-        "absent/out": "absent, where the file is to be, is no folder",
-        "run": "run is there, and is no plain file",
-        inside / "tensors.safetensors": f"{inside} is a checkpoint, which an export would damage: write elsewhere",
+        "absent/out": "absent is not a folder; create it, or use another name",
+        "run": "run is not a plain file; use another path",
+        inside / "tensors.safetensors": f"{inside} is a checkpoint, which an export would damage; use another folder",
     }.items():
         code, out, err = stagecast("export", run, path, "--force")
         assert (code, out, err) == (1, "", f"stagecast checkpoints: error: {why}\n")
@@ -596,7 +594,9 @@ def test_what_is_no_tensor_is_left_out_and_said(stagecast: Stagecast, tmp_path: 
     module = train(tmp_path / "odd", Odd(**more))
     code, out, err = stagecast("export", "odd", "odd.safetensors")
     assert (code, " 16 tensors of step-8.a1 " in out) == (0, True)
-    assert err == ("stagecast checkpoints: left out, being no tensors: vocabulary, seen, average.decay, pair.2, list\n")
+    assert err == (
+        "stagecast checkpoints: skipped values that are not tensors: vocabulary, seen, average.decay, pair.2, list\n"
+    )
     expected = module.state_dict() | {
         "average.first.weight": torch.ones(2),
         "pair.0": torch.zeros(1),
@@ -649,7 +649,7 @@ def test_types_that_only_the_users_program_knows_are_not_needed(
     with pytest.raises(ValueError, match="registered"):
         packing.decode((tmp_path / "own/checkpoints/step-8.a1/state.msgpack").read_bytes(), lambda name: name)
     code, _, err = stagecast("export", "own", "own.safetensors")
-    assert (code, err) == (0, "stagecast checkpoints: left out, being no tensors: words\n")
+    assert (code, err) == (0, "stagecast checkpoints: skipped values that are not tensors: words\n")
     assert len(load_file("own.safetensors")) == 12
 
 

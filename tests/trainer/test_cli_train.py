@@ -280,12 +280,12 @@ UNBUILDABLE = [
         ["missing a required argument: 'width'; it takes (width: int, *, hold: bool = False)"],
     ),
     ("module: {factory: 'jobs.line:build', widht: 3}", ["got an unexpected keyword argument 'widht'; it takes (width"]),
-    ("module: 'jobs.line:no_module'", ["returned 'a string', which is no ModuleInterface"]),
+    ("module: 'jobs.line:no_module'", ["returned 'a string', which is not a ModuleInterface"]),
     (
         "module: 'nowhere:build'\nsinks: [{path: a}, pigeon, {sink: memory, size: 3}]\ncallbacks: ['jobs.line:No']",
         [
             "there is no module nowhere",
-            "sinks.0: needs sink, the name of one; installed are console",
+            "sinks.0: the name, sink, is missing; installed are console",
             "sinks.1: there is no sink 'pigeon'",
             "sinks.2: the sink 'memory': size: is not known; known are capacity",
             "callbacks.0.callback = 'jobs.line:No': jobs.line (",
@@ -295,7 +295,7 @@ UNBUILDABLE = [
         "module: 'jobs.line:Line'\ncallbacks: [{callback: 'jobs.line:Sample', wher: a}]",
         ["callbacks.0.callback = 'jobs.line:Sample': got an unexpected keyword argument 'wher'; it takes (module, "],
     ),
-    ("module: 'jobs.line:Line'\ncallbacks: ['jobs.line:no_module']", ["'a string', which is no CallbackInterface"]),
+    ("module: 'jobs.line:Line'\ncallbacks: ['jobs.line:no_module']", ["'a string', which is not a CallbackInterface"]),
     ("module: 'jobs.line:Line'\narguments: {device: 'cuda:99'}", ["run.yaml: ", "cuda:99"]),
     ("module: 'jobs.line:Line'\nrun_id: a/b", ["run.yaml: Trainer: run_id must be a name without slashes"]),
 ]
@@ -346,7 +346,7 @@ def test_a_callback_is_given_the_runs_module_and_no_other(folder: Path) -> None:
     text = "module: {factory: 'jobs.line:build', width: 2}\ncallbacks: [{callback: 'jobs.line:Sample', module: 3}]\n"
     done = run(folder, write(folder, text), "--check")
     assert done.returncode == 2
-    assert "it is given the run's own module; leave this option out" in done.stderr
+    assert "the option module is set by the run; remove it" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -412,7 +412,7 @@ def test_a_check_builds_everything_and_trains_nothing(folder: Path) -> None:
     done = run(folder, file, "--check", "arguments.gpu_batch_size_limit=8")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "run.yaml is in order; nothing was trained.",
+        "run.yaml is valid; nothing was trained.",
         "module:     jobs.line.Line, 4 parameters",
         "steps:      32 rows each, in 4 of 8",
         "sinks:      memory",

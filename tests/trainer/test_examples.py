@@ -48,7 +48,7 @@ def test_the_text_is_split_by_file_and_alike_each_time() -> None:
 
 def test_a_folder_without_sources_is_refused(tmp_path: Path) -> None:
     """Too little text is an error that says where it looked."""
-    with pytest.raises(FileNotFoundError, match="too little"):
+    with pytest.raises(FileNotFoundError, match="are too few"):
         text.load_text(tmp_path)
 
 

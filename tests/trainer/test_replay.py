@@ -175,7 +175,7 @@ def test_a_run_that_has_only_begun_is_waited_for(kit: Any, tmp_path: Path, monke
 
 def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
     """With its path."""
-    with pytest.raises(RunFolderError, match="no folder of a run"):
+    with pytest.raises(RunFolderError, match="has no journal in"):
         anyio.run(replay, tmp_path, [Memory()])
 
 

@@ -1,4 +1,4 @@
-"""``stagecast checkpoints list`` and ``verify``: what there is, and whether it is whole, without torch."""
+"""``stagecast checkpoints list`` and ``verify``, without torch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import msgspec
 from events.checkpoint.manifest import CheckpointName, Manifest, Metric
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
 from trainer.cli.sources import Source, chosen, open_source, plain, problem
-from trainer.cli.text import say
+from trainer.cli.text import echo
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint as ``list --json`` shows it. What stands in its manifest is null where that cannot be read."""
+    """A checkpoint in ``list --json``. Values of its manifest are null if that cannot be read."""
 
     name: str
     path: str
     state: Literal["whole", "damaged", "newer"]  # newer: in a format of a later version
     problem: str | None
-    in_line: bool  # the run as it stands has come from it; if not, somebody went back before it
-    resumes: bool  # it is what resume="auto" takes
-    uploaded: str | None  # where to, as far as is known here
+    in_line: bool  # an ancestor of the run's current state; if not, a resume from an earlier one superseded it
+    resumes: bool  # resume="auto" selects it
+    uploaded: str | None  # the address, if known
     step: int
     attempt: int
     epoch: int | None
@@ -40,11 +40,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def show(path: str, *, as_json: bool) -> int:
-    """List checkpoints: those of the line, then the others, each from the newest; returns the exit code.
+    """List checkpoints: those of the lineage, then the superseded ones, newest first; returns the exit code.
 
     Raises:
-        CheckpointError: The path means no such place, or a store cannot be read.
-        OSError: The disk refuses.
+        CheckpointError: The path has no checkpoints, or a store cannot be read.
+        OSError: The disk cannot be read.
     """
     source = open_source(path)
     rows = [row for row in _rows(source) if source.only is None or row.name == str(source.only)]
@@ -53,7 +53,7 @@ def show(path: str, *, as_json: bool) -> int:
     elif rows:
         _print_table(rows)
     else:
-        say(f"no checkpoints in {plain(path)}")
+        echo(f"no checkpoints in {plain(path)}")
     return 0
 
 
@@ -64,7 +64,7 @@ def verify(path: str, names: list[CheckpointName]) -> int:
     source = open_source(path)
     wanted = chosen(source, names)
     if not wanted:
-        say(f"no checkpoints in {plain(path)}")
+        echo(f"no checkpoints in {plain(path)}")
     code = 0
     for name in wanted:
         began = time.perf_counter()
@@ -76,12 +76,12 @@ def verify(path: str, names: list[CheckpointName]) -> int:
                 verdict = f"whole  {format_bytes(manifest.nbytes)} in {format_duration(time.perf_counter() - began)}"
         except CheckpointNotFound:
             verdict = "deleted meanwhile"
-        say(f"{name!s:{max(len(str(one)) for one in wanted)}}  {verdict}")
+        echo(f"{name!s:{max(len(str(one)) for one in wanted)}}  {verdict}")
     return code
 
 
 def _rows(source: Source) -> Iterable[Row]:
-    open_to_resume = bool(source.line)  # an attempt that began anew, and has none yet, would do so again
+    open_to_resume = bool(source.line)  # without a lineage, resuming starts a new run
     fields = ("epoch", "time", "nbytes", "metric", "reasons", "run_id", "module")
     for name in source.names:
         try:
@@ -100,17 +100,17 @@ def _rows(source: Source) -> Iterable[Row]:
             attempt=name.attempt,
             **{field: getattr(manifest, field, None) for field in fields},
         )
-        # Resuming falls back from what is damaged, and from nothing else.
+        # Resuming only falls back from damaged checkpoints.
         open_to_resume = open_to_resume and isinstance(error, CheckpointDamaged)
 
 
 def _inspect(
     source: Source, name: CheckpointName, *, bytewise: bool = False
 ) -> tuple[Manifest | None, CheckpointError | None]:
-    """Read a checkpoint's manifest, and see what is wrong, if anything.
+    """Read a checkpoint's manifest and check its files; returns the problem, if any.
 
     Raises:
-        CheckpointNotFound: It was deleted meanwhile, as a run that goes on does.
+        CheckpointNotFound: It was deleted meanwhile, by a running run.
     """
     manifest = None
     try:
@@ -143,7 +143,7 @@ def _print_table(rows: list[Row]) -> None:
             f"{plain(row.metric.name)}={format_number(row.metric.value)}" if row.metric is not None else "",
             plain(", ".join(row.reasons or [])),
             f"{row.state}, uploaded" if row.uploaded is not None else row.state,
-            "resumes here" if row.resumes else "in line" if row.in_line else "left behind",
+            "resumes here" if row.resumes else "in line" if row.in_line else "superseded",
         ])  # fmt: skip
     columns = []
     for column in zip(*lines, strict=True):
@@ -162,6 +162,6 @@ def _print_table(rows: list[Row]) -> None:
 
 
 def _print_styled(text: str, style: str) -> None:
-    """Print a line, in a terminal with an ANSI style. Not by rich, which is the sinks' alone and may be absent."""
+    """Print a line, in a terminal with an ANSI style. Not with rich, which only sinks import and may be missing."""
     plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     print(text if plain or not style else f"\x1b[{style}m{text}\x1b[m")

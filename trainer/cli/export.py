@@ -18,25 +18,24 @@ from events.checkpoint.tensor_file import TensorInfo, lay_out, read_layout
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.msgpack_keys import check_keys
 from trainer.cli.sources import Source, chosen, note, open_source, plain, problem
-from trainer.cli.text import say
+from trainer.cli.text import echo
 
-# Marks in the state, of the table in `events.checkpoint.packing`: of what holds further values, and of a tensor.
+# Codes of containers and tensors, from the table in `events.checkpoint.packing`.
 _TUPLE, _PAIRS, _ORDERED_PAIRS, _TENSOR = 1, 10, 11, 60
 _MOST_TIMES = 32
-"""Maximum size of an export in sizes of the checkpoint's tensor file. Tied tensors are written under each name, such as
-those of layers that share their weights."""
+"""Maximum size of an export in sizes of the checkpoint's tensor file: tied tensors are written once per name."""
 
 
 def export(path: str, out: Path, name: CheckpointName | None, *, force: bool) -> int:
-    """Write the module's tensors to a safetensors file; returns the exit code. What is left out is told on stderr.
+    """Write the module's tensors to a safetensors file; returns the exit code. Skipped values are listed on stderr.
 
     Args:
-        name: Which; None for the newest whole one of the line.
-        force: Replace the file if it is there.
+        name: None for the newest valid checkpoint of the lineage.
+        force: Replace an existing file.
 
     Raises:
-        CheckpointError: There is no whole checkpoint, or it holds what such a file cannot.
-        OSError: The disk refuses. There is no file then, or still the earlier one.
+        CheckpointError: There is no valid checkpoint, or a safetensors file cannot hold its tensors.
+        OSError: The file cannot be written; an earlier one is unchanged.
     """
     from sinks.format import format_bytes
 
@@ -50,33 +49,33 @@ def export(path: str, out: Path, name: CheckpointName | None, *, force: bool) ->
         except (CheckpointDamaged, CheckpointNotFound) as error:
             if wanted is not None:
                 raise
-            note(f"{one} is damaged and passed over: {problem(source, one, error)}")
+            note(f"{one} is damaged and skipped: {problem(source, one, error)}")
     else:
-        raise CheckpointNotFound(f"{path} has no whole checkpoint that its run would go on from: name one with --name")
-    if module.left_out:
-        note(f"left out, being no tensors: {plain(', '.join(module.left_out))}")
+        raise CheckpointNotFound(f"{path} has no valid checkpoint from which its run would resume; use --name")
+    if module.skipped:
+        note(f"skipped values that are not tensors: {plain(', '.join(module.skipped))}")
     nbytes = _write(out, module, force)
     count = len(module.tensors)
-    say(f"{plain(out)}  {count} tensor{'s' * (count != 1)} of {one}  {format_bytes(nbytes)}")
+    echo(f"{plain(out)}  {count} tensor{'s' * (count != 1)} of {one}  {format_bytes(nbytes)}")
     return 0
 
 
 class _Module:
-    """What a checkpoint holds of the module, read and verified.
+    """The module's tensors in a checkpoint, read and verified.
 
-    Not by `events.checkpoint.packing.decode`: that needs the types in the state of callbacks and of all else, too.
+    Not with `events.checkpoint.packing.decode`, which needs the types of all other state, such as that of callbacks.
 
     Raises:
-        CheckpointDamaged: It is not whole.
-        CheckpointError: There are no tensors, or two of one name.
+        CheckpointDamaged: A file is missing or damaged.
+        CheckpointError: There are no tensors, or two have the same name.
     """
 
     def __init__(self, source: Source, name: CheckpointName) -> None:
         self.where, self.manifest = source.path(name), source.manifest(name)
         source.check(self.manifest)
         self.tensors: dict[str, tuple[TensorInfo, memoryview]] = {}
-        """By their names in the state dict; those that are tied, under each of theirs."""
-        self.left_out: list[str] = []
+        """By names in the state dict; tied tensors under each of their names."""
+        self.skipped: list[str] = []
         try:
             packed = source.read(self.manifest, STATE_NAME)
             check_keys(packed)
@@ -92,7 +91,7 @@ class _Module:
             raise CheckpointError(f"{self.where} holds no tensors of the module")
 
     def _sort(self, path: str, raw: Any) -> bool:
-        """Find the tensors in a value, and what is none; returns whether it holds any."""
+        """Collect the tensors in a value, and the paths of other values; returns whether it holds any tensor."""
         marked = isinstance(raw, list) and bool(raw) and isinstance(raw[0], msgspec.msgpack.Ext)
         code = raw[0].code if marked else 0
         if code == _TENSOR:
@@ -105,53 +104,53 @@ class _Module:
             items = zip(raw[1::2], raw[2::2], strict=True)
         elif code == _TUPLE or (isinstance(raw, list) and not marked):
             items = enumerate(raw[1:] if marked else raw)
-        before = len(self.left_out)
+        before = len(self.skipped)
         found = [self._sort(f"{path}.{key}" if path else str(key), item) for key, item in items]
         if not any(found):
-            self.left_out[before:] = [path]  # as a whole
+            self.skipped[before:] = [path]  # one path for the whole container
         return any(found)
 
     def _add(self, name: str, stored: str) -> None:
         info, offset = self._file.tensors[self._file.aliases.get(stored, stored)]
         if name in self.tensors:
-            raise CheckpointError(f"two tensors of the module in {self.where} would be called {name!r}")
+            raise CheckpointError(f"two tensors of the module in {self.where} have the name {name!r}")
         self.tensors[name] = info, self.data[offset : offset + info.nbytes]
 
 
 def _check_out(out: Path, force: bool) -> None:
-    """See whether the file may be written. Raises `CheckpointError`."""
+    """Check that the file may be written. Raises `CheckpointError`."""
     if out.exists() and not out.is_file():
-        raise CheckpointError(f"{out} is there, and is no plain file")
+        raise CheckpointError(f"{out} is not a plain file; use another path")
     if os.path.lexists(out) and not force:
-        raise CheckpointError(f"{out} is there already: give another name, or --force to replace it")
+        raise CheckpointError(f"{out} exists; use another name, or --force to replace it")
     if not out.parent.is_dir():
-        raise CheckpointError(f"{out.parent}, where the file is to be, is no folder")
+        raise CheckpointError(f"{out.parent} is not a folder; create it, or use another name")
     if all((out.parent / name).is_file() for name in (MANIFEST_NAME, STATE_NAME)):
-        raise CheckpointError(f"{out.parent} is a checkpoint, which an export would damage: write elsewhere")
+        raise CheckpointError(f"{out.parent} is a checkpoint, which an export would damage; use another folder")
 
 
 def _write(out: Path, module: _Module, force: bool) -> int:
-    """Write the file as a whole, or not at all; returns its size."""
+    """Write the file atomically; returns its size."""
     from sinks.format import format_bytes
 
     infos = [TensorInfo(name, info.dtype, info.shape, info.view) for name, (info, _) in module.tensors.items()]
     strange = [f"{one.name} ({one.view})" for one in infos if one.view]
     strange += [f"{one.name} (a reserved name)" for one in infos if one.name == "__metadata__"]
     if strange:
-        raise CheckpointError(f"a safetensors file cannot hold {', '.join(strange)}: convert that in get_state()")
+        raise CheckpointError(f"a safetensors file cannot hold {', '.join(strange)}; convert them in get_state()")
     layout = lay_out(infos, {})
     stored, free = len(module.data), shutil.disk_usage(out.parent).free
     if layout.nbytes > _MOST_TIMES * stored:
         raise CheckpointError(
-            f"{module.where} holds {format_bytes(stored)} under so many names that an export takes"
+            f"{module.where} holds {format_bytes(stored)} under so many names that an export needs"
             f" {format_bytes(layout.nbytes)}; return each tensor once from get_state()"
         )
     if layout.nbytes > free:
         raise CheckpointError(
-            f"the export takes {format_bytes(layout.nbytes)}, and {out.parent} has {format_bytes(free)} free; write"
-            f" elsewhere"
+            f"the export needs {format_bytes(layout.nbytes)}, but {out.parent} has {format_bytes(free)} free; use"
+            f" another disk"
         )
-    # "format" is what loaders of Hugging Face's ask for.
+    # Hugging Face's loaders require "format".
     notes = {"format": "pt", "checkpoint": f"{module.manifest.run_id}/{module.manifest.name}"}
     text = msgspec.json.encode({"__metadata__": notes} | msgspec.json.decode(layout.header[8:]))
     length = -(-(8 + len(text)) // disk.PAGE) * disk.PAGE
@@ -161,7 +160,7 @@ def _write(out: Path, module: _Module, force: bool) -> int:
     with disk.Folder.open(out.parent) as folder:
         try:
             nbytes, _ = disk.write_parts(folder, temporary, [header, *(data for _, (_, data) in in_place)])
-            _check_out(out, force)  # again, for the writing took its time
+            _check_out(out, force)  # again, because the write took time
             folder.rename(temporary, out.name)
         except BaseException:
             with contextlib.suppress(OSError):

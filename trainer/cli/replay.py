@@ -1,4 +1,4 @@
-"""``stagecast replay``: what is said on the terminal."""
+"""``stagecast replay``: its output on the terminal."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from events.journal.reader import SkippedLine
 from events.messages import Event, ObserverFailed, ObserverRecovered
 from events.protocol import ObserverReport
 from events.sink import Sink
-from trainer.cli.text import complain, say
+from trainer.cli.text import echo, echo_error
 from trainer.config import UNREADABLE, parse_yaml
 
 _SHOWN = 5
-"""Damaged lines of a journal that are named one by one."""
+"""Maximum damaged journal lines that are listed one by one."""
 
 
 def replay(run_dir: Path, to: Sequence[Sequence[str]], since: int) -> int:
-    """Feed a run to sinks; returns the exit code.
+    """Send a run to sinks; returns the exit code.
 
     Args:
         to: For each sink its name and its options as ``name=value``.
 
     Raises:
-        RunFolderError: there is no journal.
+        RunFolderError: There is no journal.
     """
     from sinks.replay import replay as feed
 
     try:
         sinks = [_sink(name, options) for name, *options in to]
     except SinkMisconfigured as error:
-        complain(f"stagecast replay: error: {error}")
+        echo_error(f"stagecast replay: error: {error}")
         return 2
 
     skipped: list[SkippedLine] = []
 
     async def run() -> list[ObserverReport]:
-        return await feed(run_dir, sinks, since=since, on_health=_tell, skipped=skipped)
+        return await feed(run_dir, sinks, since=since, on_health=_print_health, skipped=skipped)
 
     reports = anyio.run(run)
-    _tell_of(skipped)
+    _print_skipped(skipped)
     for report in reports:
         left = f", {report.left:,} not" if report.left else ""
         state = f" ({report.state}: {report.error})" if report.state != "closed" else ""
-        say(f"{report.observer}: {report.delivered:,} events delivered{left}{state}")
-    whole = all(line.torn for line in skipped)  # what a crash has torn was never an event
+        echo(f"{report.observer}: {report.delivered:,} events delivered{left}{state}")
+    whole = all(line.torn for line in skipped)  # a line that a crash has torn was never an event
     return 0 if whole and all(report.state == "closed" and not report.left for report in reports) else 1
 
 
@@ -60,7 +60,7 @@ def _sink(name: str, options: Sequence[str]) -> Sink:
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise SinkMisconfigured(f"--to {name} {option}: give the option as NAME=VALUE")
+            raise SinkMisconfigured(f"--to {name} {option}: the option must look like NAME=VALUE")
         values[key] = _parsed(value)
     sink = build_sink(name, values)
     check = getattr(sink, "check", None)
@@ -70,29 +70,29 @@ def _sink(name: str, options: Sequence[str]) -> Sink:
 
 
 def _parsed(text: str) -> Any:
-    """A list or a mapping where it looks like one; what else it is, the option's type says."""
+    """Parse a list or a mapping; other text is converted to the option's type later."""
     if text.startswith(("[", "{")):
         with contextlib.suppress(*UNREADABLE):
             return parse_yaml(text)
     return text
 
 
-def _tell_of(skipped: Sequence[SkippedLine]) -> None:
-    """Print which lines of the journal no sink received: the first few, and how many there are."""
+def _print_skipped(skipped: Sequence[SkippedLine]) -> None:
+    """Print the first skipped lines of the journal, and the number of others."""
     for line in skipped[:_SHOWN]:
         what = "torn when the process of the run died" if line.torn else f"skipped: {line.reason}"
         if line.first_seq is not None and line.last_seq is not None:
             lost = line.last_seq - line.first_seq + 1
             what += f"; {lost:,} event{'s are' if lost > 1 else ' is'} lost"
-        complain(f"{line.path}, line {line.line}: {what}")
+        echo_error(f"{line.path}, line {line.line}: {what}")
     if len(skipped) > _SHOWN:
-        complain(f"... and {len(skipped) - _SHOWN:,} lines more")
+        echo_error(f"... and {len(skipped) - _SHOWN:,} more lines")
 
 
-def _tell(event: Event) -> None:
+def _print_health(event: Event) -> None:
     from sinks.format import format_duration
 
     if isinstance(event, ObserverFailed):
-        complain(f"{event.observer} failed in {event.during} ({event.action}): {event.error}")
+        echo_error(f"{event.observer} failed in {event.during} ({event.action}): {event.error}")
     elif isinstance(event, ObserverRecovered):
-        complain(f"{event.observer} recovered after {format_duration(event.outage_s)}")
+        echo_error(f"{event.observer} recovered after {format_duration(event.outage_s)}")

@@ -1,7 +1,7 @@
-"""The file that describes a whole run, and the trainer that it describes.
+"""Read a run file, and build the trainer that it describes.
 
-A string stands for a mapping that has nothing but the name: ``sinks: [console]`` is ``sinks: [{sink: console}]``. The
-options stand beside the name, so that each of them can be overridden by its path: ``sinks.0.path=metrics.csv``.
+A string is short for a mapping without options: ``sinks: [console]`` is ``sinks: [{sink: console}]``. Options are keys
+of the same mapping as the name, so that each has a path for overrides: ``sinks.0.path=metrics.csv``.
 """
 
 from __future__ import annotations
@@ -31,57 +31,57 @@ if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
 _NAMES = {"module": "factory", "sinks": "sink", "callbacks": "callback"}
-"""The option that names what is to be built, by the key that it is below."""
+"""The option with the name of the factory or sink, by its key in the file."""
 _SWITCHES = ("checkpoints", "journal")
 
 
 class RunConfig(Strict, frozen=True, kw_only=True):
-    """What stands in the file of a run. Everything but ``module`` may be left out."""
+    """The settings of a run file. Only ``module`` is required."""
 
     argument_aliases: ClassVar[Mapping[str, str]] = trainer_aliases("write arguments.{}")
 
     module: dict[str, Any]
-    """What to train. factory: a function, or a class, that returns the module, as "package.module:name"; it may be in
-    the working directory. The other options are its keyword arguments. A string is the factory alone."""
+    """The trained module. factory: a function or class that returns it, as "package.module:name", also in the working
+    directory. The other options are its keyword arguments. A string is a factory without options."""
     arguments: TrainerArguments = msgspec.field(default_factory=TrainerArguments)
-    """How to train: see arguments below."""
+    """Arguments of the training: see arguments below."""
     sinks: list[dict[str, Any]] | None = None
-    """Who is told what happens. sink: the name of an installed one; the other options are its own (see sinks below). A
-    string is a sink as it is by default. None: the console alone; []: nobody."""
+    """Receivers of the events. sink: the name of an installed sink; the other options are its own (see sinks below). A
+    string is a sink without options. None: only the console; []: none."""
     sinks_in: Place = "thread"
-    """Where sinks run: each on a thread beside the loop, or all in one process of their own."""
+    """The place of sinks: a thread each, or one process for all of them."""
     callbacks: list[dict[str, Any]] = msgspec.field(default_factory=list)
-    """Hooks beside the module's. callback: a class, or a function that returns one, as "package.module:name"; the other
-    options are its keyword arguments. One that takes an argument called module is given the module."""
+    """Callbacks. callback: a class, or a function that returns one, as "package.module:name"; the other options are its
+    keyword arguments. A callback with a parameter named module receives the module."""
     checkpoints: Checkpoints | bool = True
-    """When checkpoints are taken: see checkpoints below. true: as they are by default; false: none."""
+    """Settings of checkpoints: see checkpoints below. true: the defaults; false disables them."""
     journal: Journal | bool = True
-    """Whether the run keeps its events on disk: see journal below."""
+    """Whether the run stores its events on disk: see journal below."""
     run_id: str | None = None
-    """The run's name. None: a new one each time."""
+    """The run's name. None: a new name."""
     run_dir: str | None = None
-    """The run's folder. None: runs/RUN_ID below the working directory."""
+    """The run folder. None: runs/RUN_ID below the working directory."""
     resume: str | None = None
-    """The checkpoint to continue from: auto (the newest valid one of this run, or a new run if there is none), best
-    (the one with the best metric), the path of a checkpoint or of a run's folder, or an address in a remote store.
-    None: start a new run."""
+    """The checkpoint to resume from: auto (the newest valid one of this run, or a new run if there is none), best (the
+    one with the best metric), the path of a checkpoint or of a run folder, or an address in a remote store. None: start
+    a new run."""
     init_from: str | None = None
-    """Where a new run takes its weights from: a checkpoint, a run's folder, an address in a remote store, or a
-    safetensors file."""
+    """The source of a new run's weights: a checkpoint, a run folder, an address in a remote store, or a safetensors
+    file."""
 
 
 class Prepared(NamedTuple):
-    """All that a file describes, built and checked: ready to train."""
+    """A run file's settings, and the trainer built from them."""
 
     config: RunConfig
     trainer: Trainer
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
-    """Read the file of a run, strictly; without torch.
+    """Read a run file strictly, without torch.
 
     Raises:
-        ArgumentsError: The file cannot be read; or it names all keys that are unknown and all values that are wrong.
+        ArgumentsError: The file cannot be read, or has unknown keys or wrong values; it names all of them.
     """
     overrides = list(overrides)
     values = _expanded(load_config(path))
@@ -90,13 +90,13 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
         values = _expanded(try_overrides(values, [override], problems))
     for key in _SWITCHES:
         if values.get(key) == {}:
-            values[key] = True  # which is less: it asks for no folder where the run would have none
+            values[key] = True  # unlike settings, True does not require a run folder
     source = f"{path} with {', '.join(overrides)}" if overrides else str(path)
     return decode(RunConfig, values, source, known_problems=problems)
 
 
 def _expanded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With mappings in place of the strings, and of true, so that overrides find what they name."""
+    """Replace strings, and true, by mappings, so that overrides can name their options."""
     result = dict(config)
     for key, name in _NAMES.items():
         value = result.get(key)
@@ -113,14 +113,14 @@ def _expanded(config: Mapping[str, Any]) -> dict[str, Any]:
 def prepare(config: RunConfig, source: str) -> Prepared:
     """Build the sinks, the module, the callbacks and the trainer. Imports torch, and calls the user's factories.
 
-    The random generators are seeded first, if the arguments say so: the module's weights are drawn from them.
+    The random generators are seeded before, if ``arguments.seed`` is set, because they initialise the weights.
 
     Args:
-        source: Where the file is, for messages.
+        source: The file's path, for messages.
 
     Raises:
-        ArgumentsError: Something named there does not exist or cannot be built from its options.
-        BaseException: what a factory raised; as itself.
+        ArgumentsError: A name does not exist, or its options are wrong.
+        BaseException: Exceptions of a factory propagate unchanged.
     """
     try:
         return Prepared(config, _build(config))
@@ -165,10 +165,10 @@ def _build(config: RunConfig) -> Trainer:
 
 
 class _Factory(NamedTuple):
-    """Something of the user's that is to be called."""
+    """A factory of the user's, with its options."""
 
     path: str
-    """Where it stands in the file."""
+    """Its path in the file."""
     name: str
     function: Callable[..., Any]
     options: dict[str, Any]
@@ -181,7 +181,7 @@ def _build_sinks(described: list[dict[str, Any]], problems: list[str]) -> list[S
         name = options.get("sink")
         if not isinstance(name, str):
             problems.append(
-                f"sinks.{number}: needs sink, the name of one; installed are {', '.join(registry.sink_names())}"
+                f"sinks.{number}: the name, sink, is missing; installed are {', '.join(registry.sink_names())}"
             )
             continue
         try:
@@ -192,7 +192,7 @@ def _build_sinks(described: list[dict[str, Any]], problems: list[str]) -> list[S
 
 
 def _find(path: str, options: dict[str, Any], problems: list[str]) -> _Factory | None:
-    """Import what the user's options name; what is wrong goes to ``problems``."""
+    """Import a factory of the user's; add failures to ``problems``."""
     option = _NAMES[path.partition(".")[0]]
     name = options.get(option)
     where = f"{path}.{option}"
@@ -220,33 +220,33 @@ def _find(path: str, options: dict[str, Any], problems: list[str]) -> _Factory |
 
 
 def _called(factory: _Factory | None, offered: dict[str, Any], kind: str) -> Any:
-    """Call it with its options, and with what is offered to those that ask for it by name."""
-    assert factory is not None  # or there was a problem
+    """Call a factory with its options, and with those offered arguments that its signature names."""
+    assert factory is not None  # otherwise there was a problem
     options, where = dict(factory.options), f"{factory.path} = {factory.name!r}"
     try:
         signature = inspect.signature(factory.function)
-    except ValueError:  # it is written in C, and not described
+    except ValueError:  # written in C, without a signature
         signature = inspect.signature(lambda **options: None)
     for name in offered.keys() & signature.parameters.keys():
         if name in options:
-            raise ArgumentsError(f"{where}: it is given the run's own {name}; leave this option out")
+            raise ArgumentsError(f"{where}: the option {name} is set by the run; remove it")
         options[name] = offered[name]
     try:
-        signature.bind_partial(**options)  # first: what is misspelt is also missing
+        signature.bind_partial(**options)  # first, because a misspelt option is also a missing one
         signature.bind(**options)
     except TypeError as error:
         takes = signature.replace(return_annotation=signature.empty)
         raise ArgumentsError(f"{where}: {error}; it takes {takes}") from error
     built = factory.function(**options)
     if not isinstance(built, getattr(importlib.import_module("trainer.module_interface"), kind)):
-        raise ArgumentsError(f"{where}: returned {built!r:.80}, which is no {kind}")
+        raise ArgumentsError(f"{where}: returned {built!r:.80}, which is not a {kind}")
     return built
 
 
 def _described(error: BaseException, package: str) -> str:
-    """An error of the user's code when it is imported, and the place in it."""
+    """Describe an error raised while the user's code was imported, with its place."""
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, SyntaxError):  # says its place itself
+    if isinstance(error, SyntaxError):  # its text contains the place
         return text
     if isinstance(error, ModuleNotFoundError) and f"{package}.".startswith(f"{error.name}."):
         return f"there is no module {error.name}, neither in {os.getcwd()} nor among the installed ones"

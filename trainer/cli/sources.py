@@ -1,4 +1,4 @@
-"""Where checkpoints are that the command is asked about: on disk, or in a remote store; read alike, without torch."""
+"""Checkpoints on disk and in remote stores, read through one interface, without torch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from events.checkpoint.remote_layout import PARTS_NAME, Part, decode_parts, plan
 from events.errors import CheckpointDamaged, CheckpointNotFound
 from events.run.folder import LOCK_NAME
 from events.text import plain_text
-from trainer.cli.text import complain
+from trainer.cli.text import echo_error
 
 _READ_BYTES = 16 * 2**20
 
 
 class LocalSource:
-    """Checkpoints on disk: of a run's folder, of a folder of checkpoints, or one of them, by whatever name.
+    """Checkpoints on disk: of a run folder, of a folder of checkpoints, or a single one, even if renamed.
 
     Raises:
-        CheckpointNotFound: The path means none of them.
+        CheckpointNotFound: The path is none of these.
     """
 
     def __init__(self, path: str) -> None:
@@ -38,7 +38,7 @@ class LocalSource:
         entries = os.listdir(folder)
         self.where = path
         self.only = CheckpointName.parse(folder.name)
-        """The one that the path means, if it means one."""
+        """The checkpoint at the path, if it is a single one."""
         self._renamed: Path | None = None
         if self.only is not None:
             folder = folder.parent
@@ -47,12 +47,12 @@ class LocalSource:
         elif store.CHECKPOINTS_DIR in entries or LOCK_NAME in entries:
             folder /= store.CHECKPOINTS_DIR
         elif entries and not any(CheckpointName.parse(entry) or is_attempt_name(entry) for entry in entries):
-            raise CheckpointNotFound(f"{path} is no run's folder, and holds no checkpoints")
+            raise CheckpointNotFound(f"{path} is not a run folder, and holds no checkpoints")
         self._store = store.CheckpointStore(folder)
         alone = [self.only] if self.only is not None and self._renamed is not None else None
         self.line = alone or self._store.line()
         self.names = alone or by_age(self.line, self._store.names())[::-1]
-        """All that are there: those of the line, then the others, each from the newest."""
+        """All checkpoints: those of the lineage, then the superseded ones, newest first."""
 
     def path(self, name: CheckpointName) -> str:
         return str(self._renamed or self._store.path(name))
@@ -74,16 +74,16 @@ class LocalSource:
         store.verify(Path(self.path(manifest.name)), manifest)
 
     def read(self, manifest: Manifest, file: str) -> memoryview:
-        """Read one to memory, and verify it. Raises `CheckpointDamaged`; `KeyError` if the checkpoint has none such."""
+        """Read a file to memory and verify it. Raises `CheckpointDamaged`, or `KeyError` without such a file."""
         return store.read_file(Path(self.path(manifest.name)), file, manifest.files[file])
 
 
 class RemoteSource:
-    """Checkpoints in a remote store: of a run, or one of them. Its members are those of `LocalSource`.
+    """Checkpoints in a remote store: of a run, or a single one. Its members are those of `LocalSource`.
 
     Raises:
-        CheckpointNotFound: The path means a checkpoint, or a folder, that is not there.
-        UploadError: It is no address of a store, or that cannot be reached. So may all methods.
+        CheckpointNotFound: There is no such checkpoint or folder.
+        UploadError: The address is invalid or the store unreachable; raised by all methods.
     """
 
     def __init__(self, url: str) -> None:
@@ -121,7 +121,7 @@ class RemoteSource:
         return memory
 
     def _read(self, manifest: Manifest, file: str, into: memoryview | None) -> None:
-        """Read a file in pieces, several at a time: the store may be far away."""
+        """Read a file in pieces, several at a time, because the store may be far away."""
         if manifest.name not in self._plans:
             self.check(manifest)
         calls = (
@@ -155,7 +155,7 @@ def open_source(path: str) -> Source:
 
 
 def chosen(source: Source, names: list[CheckpointName]) -> list[CheckpointName]:
-    """The checkpoints of these names, else all that the path means. Raises `CheckpointNotFound`."""
+    """The named checkpoints, or all of the source. Raises `CheckpointNotFound`."""
     there = source.names if source.only is None else [source.only]
     for name in names:
         if name not in there:
@@ -164,7 +164,7 @@ def chosen(source: Source, names: list[CheckpointName]) -> list[CheckpointName]:
 
 
 def problem(source: Source, name: CheckpointName, error: object) -> str:
-    """What is wrong with a checkpoint, without its path."""
+    """An error's text without the checkpoint's path."""
     return plain(str(error).replace(f"{source.path(name)}/", ""))
 
 
@@ -173,4 +173,4 @@ def plain(text: object) -> str:
 
 
 def note(text: str) -> None:
-    complain(f"stagecast checkpoints: {text}")
+    echo_error(f"stagecast checkpoints: {text}")

@@ -1,4 +1,4 @@
-"""How commands print what people read: no name or error of a run can move a terminal's cursor or fake a line."""
+"""Print text of commands so that names and errors of a run cannot move the terminal's cursor or fake a line."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from events.text import plain_text
 _MOST_CHARS = 4_000
 
 
-def say(*lines: str) -> None:
-    """Print lines to stdout: escapes for what cannot be printed, also for line breaks, and cut at 4,000 characters."""
+def echo(*lines: str) -> None:
+    """Print lines to stdout; unprintable characters and line breaks are escaped, lines cut at 4,000 characters."""
     _print(lines, sys.stdout)
 
 
-def complain(*lines: str) -> None:
-    """Print lines to stderr, as `say` does, without the passwords and tokens of URLs."""
+def echo_error(*lines: str) -> None:
+    """Print lines to stderr as `echo` does, without the passwords and tokens of URLs."""
     _print(tuple(map(masked, lines)), sys.stderr)
 
 
 def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an exception as the interpreter does, but as `complain`: for `sys.excepthook`."""
-    complain(*"".join(traceback.format_exception(kind, error, trace)).expandtabs().rstrip("\n").split("\n"))
+    """Print an exception through `echo_error`: for `sys.excepthook`."""
+    echo_error(*"".join(traceback.format_exception(kind, error, trace)).expandtabs().rstrip("\n").split("\n"))
 
 
 def _print(lines: tuple[str, ...], stream: Any) -> None:

@@ -1,4 +1,4 @@
-"""``stagecast train``: a run from one file, and its help, which is put together from the structs, without torch."""
+"""``stagecast train``: a run from one file; its help is generated from the structs, without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from events.journal.writer import Journal
 from events.protocol import RunResult
 from trainer.arguments import TrainerArguments
 from trainer.cli.run_config import Prepared, RunConfig, load_run_config, prepare
-from trainer.cli.text import say, show_exception
+from trainer.cli.text import echo, show_exception
 from trainer.config import describe_type
 from trainer.errors import RunInterrupted, RunTerminated
 
@@ -35,40 +35,40 @@ A file:
   run_id: mnist
   resume: auto
 
-On the command line, what is to be otherwise is named by its path, and what
-stands in a list by its number, from 0; values are YAML:
+Override any setting by its dotted path; list items are indexed from 0, and
+values are YAML:
 
   stagecast train run.yaml arguments.epochs=5 sinks.1.path=b.csv sinks.2=wandb
 
-All that can stand in a file:
+All settings of a file:
 """
 
 # ------------------------------------------------------------------------------------------------- the run
 
 
 def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult | None:
-    """Train what a file describes, or only check it (None).
+    """Train the run of a file, or only check the file (None).
 
     Raises:
-        ArgumentsError: The file, or what it names, cannot be used.
-        CheckpointNotFound: There is nothing to resume from where the file says.
-        BaseException: what `Trainer.train`, or a factory of the user's, raised.
+        ArgumentsError: The file, or a name in it, is invalid.
+        CheckpointNotFound: There is no checkpoint to resume from.
+        BaseException: Exceptions of `Trainer.train` and of the user's factories propagate.
     """
-    # NumPy is no dependency of ours; torch says at each import that it could not find it.
+    # NumPy is not a dependency, and torch warns at each import that it is missing.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     prepared = prepare(load_run_config(path, overrides), path)
     if only_check:
         from trainer.trainer import check_resume
 
         check_resume(prepared.trainer)
-        say(*_summary(path, prepared))
+        echo(*_summary(path, prepared))
         return None
     try:
         result = prepared.trainer.train()
     except (RunInterrupted, RunTerminated) as stop:
         _print_result(stop.result)
         raise
-    except OSError as error:  # of the user's own code, most likely: a sentence would not say where
+    except OSError as error:  # most likely of the user's code, which needs the traceback
         show_exception(type(error), error, error.__traceback__)
         sys.exit(1)
     _print_result(result)
@@ -77,12 +77,12 @@ def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult
 
 def _print_result(result: RunResult) -> None:
     reason = f" ({result.reason})" if result.reason else ""
-    say(f"{result.status} after {result.global_step} steps{reason}")
+    echo(f"{result.status} after {result.global_step} steps{reason}")
     for name, place in (("run folder", result.run_dir), ("checkpoint", result.checkpoint)):
         if place is not None:
-            say(f"{name}: {place}")
+            echo(f"{name}: {place}")
     if result.best_checkpoint is not None:
-        say(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
+        echo(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
 
 
 def _summary(path: str, prepared: Prepared) -> list[str]:
@@ -90,7 +90,7 @@ def _summary(path: str, prepared: Prepared) -> list[str]:
     weights = sum(parameter.numel() for parameter in module.parameters())
     sinks = ["console"] if config.sinks is None else [one["sink"] for one in config.sinks]
     lines = [
-        f"{path} is in order; nothing was trained.",
+        f"{path} is valid; nothing was trained.",
         f"module:     {type(module).__module__}.{type(module).__qualname__}, {weights:,} parameters",
         f"steps:      {config.arguments.train_batch_size} rows each, in {config.arguments.accumulation_steps} of"
         f" {config.arguments.micro_batch_size}",
@@ -111,12 +111,12 @@ class Field(NamedTuple):
     path: str
     type: str
     default: str
-    """Empty if there is none."""
+    """Empty without a default."""
     doc: str
 
 
 def reference() -> str:
-    """Everything that may stand in the file of a run, for the terminal as wide as it is."""
+    """All settings of a run file, wrapped to the terminal's width."""
     width = max(60, min(120, shutil.get_terminal_size().columns))
     parts = [_INTRODUCTION]
     for title, about, fields in _sections():
@@ -135,9 +135,9 @@ def _headline(field: Field) -> str:
 
 def _sections() -> Iterator[tuple[str, str, list[Field]]]:
     yield "keys", "", _fields_of(RunConfig, "")
-    yield "arguments", "How to train.", _fields_of(TrainerArguments, "arguments.")
-    yield "checkpoints", "When they are taken, and how many are kept.", _fields_of(Checkpoints, "checkpoints.")
-    yield "journal", "The run's events, in its folder.", _fields_of(Journal, "journal.")
+    yield "arguments", "Arguments of the training.", _fields_of(TrainerArguments, "arguments.")
+    yield "checkpoints", "Intervals and retention.", _fields_of(Checkpoints, "checkpoints.")
+    yield "journal", "The run's events, in the run folder.", _fields_of(Journal, "journal.")
     registry: Any = importlib.import_module("sinks.registry")
     for name in registry.sink_names():
         try:
@@ -191,7 +191,7 @@ def _default_of(field: msgspec.structs.FieldInfo) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without the marks of docstrings, and with the words of the file's languages."""
+    """Remove docstring markup, and use the words of YAML and JSON."""
     text = " ".join(re.sub("::$", ".", text.strip()).replace("`", "").split())
     return re.sub(r"\b(None|True|False)\b", lambda word: _WORDS[word[0]], text)
 

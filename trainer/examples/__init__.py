@@ -1,4 +1,4 @@
-"""Examples that are also the documentation's code: importable, typed and tested.
+"""Examples for the documentation: importable, typed and tested.
 
-``charlm`` is what ``stagecast demo`` trains; ``python -m trainer.examples.digits`` trains a classifier in some seconds.
+``stagecast demo`` trains ``charlm``; ``python -m trainer.examples.digits`` trains a classifier in a few seconds.
 """

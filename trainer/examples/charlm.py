@@ -16,7 +16,7 @@ from trainer.examples.text import UNKNOWN, VOCABULARY, Blocks, Text, decode, enc
 
 
 class Size(msgspec.Struct, frozen=True, kw_only=True):
-    """How large the model is and how long it trains."""
+    """The size of the model and of its run."""
 
     width: int
     """Features of each character, C."""
@@ -25,7 +25,7 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
     heads: int
     """Attention heads, H; each has D = C / H features."""
     context: int
-    """Characters that the model sees at once, T."""
+    """Characters per block, T."""
     batch: int
     """Blocks of T characters in an optimizer step, B."""
     steps: int
@@ -43,7 +43,7 @@ _VALIDATION_BLOCKS = 256
 
 
 class Layer(nn.Module):
-    """Causal self-attention, then a perceptron at each character; each adds to what it was given."""
+    """Causal self-attention, then a perceptron at each character, both with residual connections."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``(B, T, C)`` to ``(B, T, C)``; a character sees those before it and itself."""
+        """Map ``(B, T, C)`` to ``(B, T, C)``; a character attends to itself and to earlier ones."""
         batch, time, width = x.shape
         joint = self.queries_keys_values(self.attention_norm(x))  # (B, T, 3 C)
         split = joint.view(batch, time, 3, self.heads, width // self.heads)  # (B, T, 3, H, D)
@@ -69,7 +69,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder: from characters to what it expects of each next one."""
+    """A decoder that predicts the next character at each position."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -81,12 +81,12 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, VOCABULARY, bias=False)
         nn.init.normal_(self.positions.weight, std=0.1)
-        nn.init.zeros_(self.head.weight)  # it begins by expecting every character alike
+        nn.init.zeros_(self.head.weight)  # the first prediction is uniform
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens ``(B, T)`` int64 to logits ``(B, T, V)`` of the character after each; T up to ``context``."""
         characters = self.characters(tokens)  # (B, T, C)
-        # A character and the three before it. Attention would learn to look at neighbours, but not within a minute.
+        # A character and the three before it. Attention would learn this, too, but not within a minute.
         before = functional.pad(characters.transpose(1, 2), (3, 0))  # (B, C, 3 + T)
         neighbours = self.neighbours(before).transpose(1, 2)  # (B, C, T) -> (B, T, C)
         positions = self.positions(torch.arange(tokens.shape[1], device=tokens.device))  # (T, C)
@@ -98,8 +98,8 @@ class CharLM(ModuleInterface):
     """The transformer with its data, its optimizer and its steps.
 
     Args:
-        text: What to learn from.
-        size: How large to be.
+        text: The training and validation text.
+        size: The size of the model and of its run.
     """
 
     def __init__(self, text: Text, size: Size) -> None:
@@ -135,7 +135,7 @@ class CharLM(ModuleInterface):
         return DataLoader(blocks, batch_size=batch_size, sampler=sampler(blocks), drop_last=True)
 
     def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> DataLoader[torch.Tensor]:
-        """Blocks from all over the files that training never sees."""
+        """Blocks spread over the validation files."""
         blocks = self._val_blocks
         return DataLoader(blocks, batch_size=batch_size, sampler=sampler(blocks))
 
@@ -144,7 +144,7 @@ class CharLM(ModuleInterface):
         return self._loss(batch, device)
 
     def val_step(self, global_step: int, batch: torch.Tensor, device: torch.device | str | int) -> torch.Tensor:
-        """The same on text that the model has not seen; in bits per character, too (an indent counts as one)."""
+        """The same on the validation text; also logged in bits per character (an indent counts as one)."""
         loss = self._loss(batch, device)
         self.log("val_bpc", loss / math.log(2))
         return loss
@@ -157,11 +157,11 @@ class CharLM(ModuleInterface):
 
     @torch.no_grad()
     def write(self, prompt: str, length: int, *, temperature: float = 0.8, seed: int = 0) -> str:
-        """Continue a prompt by ``length`` characters, drawn from what the model expects.
+        """Continue a prompt by ``length`` characters, sampled from the model.
 
         Args:
-            temperature: Below 1 it prefers what it is surest of.
-            seed: Of a generator of its own: a hook must not disturb the global ones.
+            temperature: Below 1 it prefers likely characters.
+            seed: Of its own generator, because a hook must not use the global ones.
         """
         device = next(self.parameters()).device
         generator = torch.Generator().manual_seed(seed)
@@ -170,7 +170,7 @@ class CharLM(ModuleInterface):
         self.eval()
         for _ in range(length):
             seen = tokens[-self.size.context :].unsqueeze(0).to(device)  # (1, T)
-            # SYNC: each character is drawn on the host, for whoever asks for the text; no step does
+            # SYNC: each character is drawn on the host; no step calls this
             logits = self.net(seen)[0, -1].float().cpu() / temperature  # (V,)
             logits[UNKNOWN] = -math.inf
             drawn = torch.multinomial(logits.softmax(0), 1, generator=generator)  # (1,)
@@ -180,15 +180,14 @@ class CharLM(ModuleInterface):
 
 
 def size_for(device: torch.device) -> Size:
-    """The size that trains about a minute there."""
+    """The size for about a minute of training on a device."""
     return SMALL if device.type in ("cpu", "mps") else LARGE
 
 
 def arguments_for(size: Size, device: torch.device, *, steps: int | None = None, seed: int = 0) -> TrainerArguments:
     """The arguments of a run of ``steps`` optimizer steps (None: the size's own), split into the size's epochs.
 
-    A whole pass over the text would take minutes, so an epoch is cut short: it ends, and validates, after its share of
-    the steps.
+    A pass over the whole text would take minutes, so an epoch ends, and validates, after its share of the steps.
     """
     steps = size.steps if steps is None else steps
     epochs = min(size.epochs, steps)

@@ -1,6 +1,6 @@
 """Classify scikit-learn's handwritten digits: ``python -m trainer.examples.digits``.
 
-Its metrics are computed in `Digits.on_end_val_epoch`, from the outputs of a whole validation.
+`Digits.on_end_val_epoch` computes its metrics from the outputs of a whole validation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer import ModuleInterface, Trainer, TrainerArguments, to_device
 Images = tuple[torch.Tensor, torch.Tensor]
 
 ARGUMENTS = TrainerArguments(epochs=10, train_batch_size=64, val_batch_size=256, seed=0)
-"""Enough for 97 % and more, in some seconds on a CPU."""
+"""Reaches at least 97 % in a few seconds on a CPU."""
 
 
 class Digits(ModuleInterface):
@@ -54,7 +54,7 @@ class Digits(ModuleInterface):
         return DataLoader(self.train_set, batch_size=batch_size, sampler=sampler(self.train_set))
 
     def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> DataLoader[Any]:
-        """The images that training never sees."""
+        """The validation images."""
         return DataLoader(self.val_set, batch_size=batch_size, sampler=sampler(self.val_set))
 
     def train_step(self, global_step: int, batch: Images, device: torch.device | str | int) -> torch.Tensor:
@@ -65,16 +65,16 @@ class Digits(ModuleInterface):
     def val_step(
         self, global_step: int, batch: Images, device: torch.device | str | int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, logits and labels: `on_end_val_epoch` gets each of them collated over the whole validation."""
+        """Loss, logits and labels: `on_end_val_epoch` receives each of them collated over the whole validation."""
         images, labels = to_device(batch, device)
         logits = self.net(images)
         return functional.cross_entropy(logits, labels), logits, labels
 
     def on_end_val_epoch(self, global_step: int, *val_step_collated_outputs: Any, key: str = "default") -> None:
-        """Log the accuracy over all images, and that of the digit it knows worst."""
+        """Log the accuracy over all images, and that of the worst digit."""
         _, logits, labels = val_step_collated_outputs  # (batches,), (N, 10), (N,), on the host
         confusion = torch.zeros(10, 10).index_put_((labels, logits.argmax(1)), torch.ones(()), accumulate=True)
-        correct = confusion.diagonal()  # (10,); row: the digit, column: what it was taken for
+        correct = confusion.diagonal()  # (10,); row: the digit, column: the prediction
         self.log("accuracy", correct.sum() / confusion.sum())
         self.log("accuracy_worst_digit", (correct / confusion.sum(1)).min())
 
@@ -83,13 +83,13 @@ def load_images() -> tuple[TensorDataset, TensorDataset]:
     """The training and the validation images; every fifth one is for validation.
 
     Raises:
-        ModuleNotFoundError: scikit-learn, with which the images come, is not installed.
+        ModuleNotFoundError: scikit-learn, which contains the images, is not installed.
     """
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the digits come with scikit-learn, which is not installed: pip install 'stagecast[examples]' (in a"
+            "the digits are part of scikit-learn, which is not installed; pip install 'stagecast[examples]' (in a"
             " checkout: pip install -e '.[examples]')",
             name=error.name,
         ) from error

@@ -1,8 +1,8 @@
-"""A service that trains: starts runs, in this process or in ones of their own, and lists, shows and steers them.
+"""A training service: starts runs, in this process or in their own, and lists, stops, pauses and checkpoints them.
 
 ``python -m trainer.examples.service`` serves it at http://127.0.0.1:8000/docs, and the page of all runs at ``/live/``.
-Embedding takes three things: a task group that outlives requests and holds the runs (`trainer.run_manager`), a lifespan
-that ends them in order, and the live application, mounted.
+Embedding needs three parts: a task group that outlives requests and holds the runs (`trainer.run_manager`), a lifespan
+that stops them cleanly, and the mounted live application.
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ from trainer.run_manager import ManagedRun, RunManager, State, Unavailable
 async def open_run(factory: str, arguments: dict[str, Any], launched: bool) -> AsyncIterator[Run]:
     """Build a trainer and open its run: in a process of its own, or in a thread of this one.
 
-    The first one to choose where runs are large: what a step computes in Python slows nothing here down, and a crash
-    there is no crash here.
+    Launch large runs: the Python code of their steps does not slow down the service, and their crash does not end it.
     """
     if launched:
         async with launch(factory, arguments) as run:
             yield run
     else:
-        # It imports, and reads data: on a thread of its own, because the host's may all be busy.
+        # On a thread of its own, because it imports and reads data, and the host's threads may all be busy.
         trainer = await anyio.to_thread.run_sync(_build, factory, arguments, limiter=anyio.CapacityLimiter(1))
         async with trainer.run() as run:
             yield run
@@ -60,27 +59,27 @@ def _build(factory: str, arguments: dict[str, Any]) -> Trainer:
 
 
 def digits(run_id: str, run_dir: str, epochs: int = 10) -> Trainer:
-    """A recipe. ``resume="auto"``: a run that is started again goes on from its newest checkpoint."""
+    """A recipe. With ``resume="auto"`` a run that is started again resumes from its newest checkpoint."""
     from trainer.examples.digits import Digits
 
     return Trainer(Digits(), TrainerArguments(epochs=epochs, seed=0), run_id=run_id, run_dir=run_dir, resume="auto")
 
 
 RECIPES = {"digits": "trainer.examples.service:digits"}
-"""What may be run. A client names one of these; it must not name any function that there is."""
+"""The recipes that clients may start; they must not name arbitrary functions."""
 
 
 class Order(BaseModel):
-    """A run that a client asks for."""
+    """A client's request for a run."""
 
     recipe: str
-    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # it becomes the name of a folder
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # also the name of its folder
     arguments: dict[str, Any] = {}
     launched: bool = False
 
 
 class Shown(BaseModel):
-    """A run as clients see it."""
+    """A run in answers to clients."""
 
     run_id: str
     state: State
@@ -89,7 +88,7 @@ class Shown(BaseModel):
 
     @classmethod
     def of(cls, job: ManagedRun, manager: RunManager) -> Shown:
-        """As it is now."""
+        """The current state of a job."""
         return cls(run_id=job.run_id, state=job.state, position=manager.position(job), reason=job.reason)
 
 
@@ -130,11 +129,11 @@ def create_app(
     """Build the service.
 
     Args:
-        folder: Where the runs' folders are.
+        folder: The folder of the run folders.
         recipes: Factories of trainers by name: ``package.module:function`` with ``run_id``, ``run_dir`` and arguments.
-        at_once: How many runs the device has room for.
-        stop_s: How long runs may take to end in order when the service does.
-        token: What clients have to show. None: whoever reaches the service on this machine may start and stop runs.
+        at_once: Maximum running runs per device.
+        stop_s: Seconds that runs may take to stop cleanly when the service shuts down.
+        token: The token that clients need. None: every client on this machine may start and stop runs.
     """
     folder = folder.absolute()
     access = Access(token, commands=True, hosts=None if token is not None else ("127.0.0.1", "localhost"))
@@ -152,7 +151,7 @@ def create_app(
     @routes.post("", status_code=201)
     async def start(order: Order, manager: Manager) -> Shown:
         if order.recipe not in recipes:
-            raise HTTPException(404, f"there is no recipe {order.recipe}, but {', '.join(recipes)}")
+            raise HTTPException(404, f"there is no recipe {order.recipe}; use one of {', '.join(recipes)}")
         place = {"run_id": order.run_id, "run_dir": str(folder / order.run_id)}
         opened = partial(open_run, recipes[order.recipe], {**order.arguments, **place}, order.launched)
         with _conflict_if(Unavailable):
@@ -194,9 +193,9 @@ def create_app(
 
 
 class Guard:
-    """Lets nobody to the runs whom the live application would not let in, before anything of a request is read.
+    """Applies the live application's access checks to ``/runs``, before a request's body is read.
 
-    A dependency of FastAPI would come too late: the body is read and decoded first, of whatever size.
+    A dependency of FastAPI would run too late, after the body of any size was read and decoded.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -212,9 +211,9 @@ class Guard:
                 await self._access.ask(AccessRequest(scope["method"], path_of(scope), scope))
                 asked = Headers(scope=scope)
                 if "transfer-encoding" in asked:
-                    raise Refused(411, "say how long the request is")
+                    raise Refused(411, "the request has no Content-Length; send one instead of chunks")
                 if int(asked.get("content-length", 0)) > MOST_INBOUND:
-                    raise Refused(413, f"a request has at most {MOST_INBOUND} bytes")
+                    raise Refused(413, f"the request exceeds {MOST_INBOUND} bytes; send fewer")
             except Refused as refused:
                 headers = {name.decode(): value.decode() for name, value in refused.headers}
                 answer = JSONResponse({"detail": refused.reason}, refused.status, headers)
@@ -232,11 +231,13 @@ def _conflict_if(kind: type[Exception]) -> Iterator[None]:
 
 
 def main() -> None:
-    """Serve on this machine. SIGTERM and Ctrl-C stop the runs, with checkpoints; started again, they go on."""
+    """Serve on this machine. SIGTERM and Ctrl-C stop the runs with checkpoints, from which they can resume."""
     parser = argparse.ArgumentParser(prog="python -m trainer.examples.service", description=main.__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="of the runs (default: runs)")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="of run folders (default: runs)")
     parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
-    parser.add_argument("--no-token", action="store_true", help="let every user of this machine start and stop runs")
+    parser.add_argument(
+        "--no-token", action="store_true", help="allow every user of this machine to start and stop runs"
+    )
     options = parser.parse_args()
     token = choose_token(False if options.no_token else None, "127.0.0.1")
     app = create_app(options.folder, token=token)

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source of Python's own standard library, as small integers."""
+"""A text that every machine has: the source of Python's standard library, as tokens."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import msgspec
 import torch
 from torch.utils.data import Dataset
 
-# Four spaces are one character here, the tab: a model of a minute's training loses count in a deep indentation.
+# Four spaces are one character, the tab: after a minute of training, a model cannot count deep indentation yet.
 _INDENT = "    "
 _CHARACTERS = "\n\t" + "".join(map(chr, range(32, 127)))  # and printable ASCII
 UNKNOWN = 0
-"""The token of every byte that is none of the characters."""
+"""The token of every other byte."""
 VOCABULARY = 1 + len(_CHARACTERS)
-"""How many tokens there are: 98."""
+"""Number of tokens: 98."""
 
 _TOKENS = bytes(1 + _CHARACTERS.index(chr(byte)) if chr(byte) in _CHARACTERS else UNKNOWN for byte in range(256))
 _SKIPPED_FOLDERS = frozenset({
     "__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test",
-    "encodings", "pydoc_data",  # tables, hardly any language
+    "encodings", "pydoc_data",  # mostly tables
 })  # fmt: skip
 _VALIDATION_PERCENT = 10
 _LARGEST_FILE = 512 * 2**10
@@ -41,13 +41,13 @@ class Text(msgspec.Struct, frozen=True):
 
 
 def encode(text: bytes) -> torch.Tensor:
-    """Turn source text, in whatever encoding, into tokens ``(N,)`` uint8."""
+    """Encode source text, in any encoding, as tokens ``(N,)`` uint8."""
     plain = text.replace(b"\r\n", b"\n").expandtabs().replace(_INDENT.encode(), b"\t")
     return torch.frombuffer(bytearray(plain.translate(_TOKENS)), dtype=torch.uint8) if plain else _no_tokens()
 
 
 def decode(tokens: torch.Tensor) -> str:
-    """Turn tokens ``(N,)`` back into text; unknown ones are shown as ``?``."""
+    """Decode tokens ``(N,)`` as text; unknown ones become ``?``."""
     text = "".join("?" if token == UNKNOWN else _CHARACTERS[token - 1] for token in tokens.tolist())
     return text.replace("\t", _INDENT)
 
@@ -55,16 +55,16 @@ def decode(tokens: torch.Tensor) -> str:
 def load_text(root: str | os.PathLike[str] | None = None, *, limit_bytes: int = 4 * 2**20) -> Text:
     """Read the ``*.py`` files below a folder and split them by file.
 
-    Which files are read, in which order, and which of them are for validation (about a tenth) depends on their names
-    relative to the folder alone, so it is the same in each process and on each machine with the same Python. Files that
-    cannot be read are left out.
+    The selection of files, their order and the split (about a tenth is for validation) depend only on their names
+    relative to the folder, so they are the same in each process and on each machine with the same Python. Unreadable
+    files are skipped.
 
     Args:
         root: The folder; None for Python's standard library.
-        limit_bytes: Where to stop reading, so that loading takes a second.
+        limit_bytes: Maximum bytes per corpus, so that loading takes about a second.
 
     Raises:
-        FileNotFoundError: there is too little text below the folder to train on anything.
+        FileNotFoundError: There is too little text below the folder.
     """
     folder = Path(sysconfig.get_path("stdlib") if root is None else root)
     parts: dict[bool, list[bytes]] = {False: [], True: []}
@@ -73,10 +73,10 @@ def load_text(root: str | os.PathLike[str] | None = None, *, limit_bytes: int = 
         if size >= limit_bytes:
             break
         try:
-            if path.stat().st_size > _LARGEST_FILE:  # more likely a generated table than a program
+            if path.stat().st_size > _LARGEST_FILE:  # probably a generated table
                 continue
             content = path.read_bytes()
-        except OSError:  # unreadable, or gone meanwhile
+        except OSError:  # unreadable or deleted
             continue
         parts[digest[-1] * 100 < _VALIDATION_PERCENT * 256].append(content)
         size += len(content)
@@ -88,15 +88,14 @@ def load_text(root: str | os.PathLike[str] | None = None, *, limit_bytes: int = 
     )
     if min(len(text.train), len(text.val)) < 10_000:
         raise FileNotFoundError(
-            f"found {size:,} bytes of Python source in {text.files} files below {folder}: that is too little to train"
-            f" and validate on (at least 10,000 characters for each). A Python without its sources, such as an embedded"
-            f" one, cannot run this example."
+            f"{size:,} bytes of Python source in {text.files} files below {folder} are too few (minimum: 10,000"
+            f" characters each for training and validation); use a Python with the sources of its standard library"
         )
     return text
 
 
 def _sources(folder: Path) -> Iterator[tuple[bytes, Path]]:
-    """Every source file with a digest of its relative name, which decides its order and its side of the split."""
+    """Every source file with a digest of its relative name, which determines its order and its side of the split."""
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         for name in names:
@@ -114,7 +113,7 @@ class Blocks(Dataset[torch.Tensor]):
     """A text cut into blocks of ``length`` inputs and as many targets: each item is ``(length + 1,)`` uint8.
 
     Args:
-        most: Most blocks; fewer are spread evenly over the whole text.
+        most: Maximum blocks, spread evenly over the whole text; None for all.
     """
 
     def __init__(self, tokens: torch.Tensor, length: int, *, most: int | None = None) -> None:
