@@ -1,8 +1,7 @@
 """Limits the connections of a server in this process, so that clients never exhaust its file descriptors.
 
-A training process needs descriptors for checkpoints, the journal and dataloader workers. Clients of a server beside it
-share a quarter of the descriptor limit, and never occupy the upper quarter of the descriptor numbers, whoever uses the
-rest.
+A training process needs descriptors for checkpoints, the journal and dataloader workers. The clients of its server
+share a quarter of the descriptor limit, and never occupy the upper quarter of the descriptor numbers.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from typing import Any
 from events.log import logger
 
 MOST_CONNECTIONS = 1_200
-"""Maximum connections per server, however many descriptors there are."""
+"""Maximum connections per server."""
 REQUEST_S = 10.0
 """Seconds that a client may take to send a complete request, counted from the accept or the last response."""
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""Errors of an accept that come again at once if it is repeated at once."""
+"""Errors of an accept that an immediate retry repeats."""
 _WARNING_S = 60.0
 _UNLIMITED = 2**20
 
@@ -40,29 +39,29 @@ class ConnectionLimit:
         self.most = max(2, min(most, limit // 4))
         """Maximum connections at a time."""
         self.most_per_address = (self.most + 1) // 2
-        """Maximum connections of one remote address. Loopback has no limit of its own: a proxy on this machine brings
-        the clients of all other machines."""
+        """Maximum connections per remote address. Loopback has no limit of its own: a proxy on this machine connects
+        for all clients."""
         self._first_reserved = limit - limit // 4
         self._open: dict[socket.socket, str | None] = {}
 
     @property
     def count(self) -> int:
-        """Connections that are open, and those that were closed a moment ago."""
+        """Open connections, and those closed since the last prune."""
         return len(self._open)
 
     def is_full(self) -> bool:
-        """Whether no further connection is kept."""
+        """Whether a further connection must be refused."""
         if self.count >= self.most:
             self._prune()
         return self.count >= self.most
 
     def is_full_for(self, address: str | None) -> bool:
-        """Whether no further connection of an address is kept, as `address_group` returns it."""
+        """Whether a further connection of an `address_group` must be refused."""
         self._prune()
         return address is not None and list(self._open.values()).count(address) >= self.most_per_address
 
     def reserves(self, connection: socket.socket) -> bool:
-        """Whether a connection has one of the descriptors that are kept for the rest of the process.
+        """Whether a connection has one of the descriptors reserved for the rest of the process.
 
         The system assigns the lowest free number, so a high one means that nearly all descriptors are in use.
         """
@@ -77,10 +76,10 @@ class ConnectionLimit:
 
 
 class RatedWarning:
-    """Logs one warning per minute, with the number of those that it held back. Any thread.
+    """Logs one warning per minute, with the number of those that it suppressed. Any thread.
 
     Args:
-        text: Without the number.
+        text: The warning, without that number.
     """
 
     def __init__(self, text: str) -> None:
@@ -101,19 +100,19 @@ class RatedWarning:
 
 
 class ClientFaults(logging.Filter):
-    """Passes one log record per minute and message: clients must not fill a log."""
+    """Passes one log record per minute and message, so that clients cannot fill a log."""
 
     def __init__(self) -> None:
         super().__init__()
         self._next: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is logged. Errors of our own always are; answers to broken requests never are."""
+        """Whether a record is logged: errors of our own always, errors about malformed requests never."""
         text = str(record.msg)
-        if text.startswith("ASGI callable returned without completing"):  # as when a client did not read
+        if text.startswith("ASGI callable returned without completing"):  # because a client did not read
             return False
         error = record.exc_info[1] if record.exc_info else None
-        if type(error).__module__.partition(".")[0] == "h11":  # an answer to a request that breaks off in its body
+        if type(error).__module__.partition(".")[0] == "h11":  # a request without the end of its body
             return False
         if record.levelno < logging.WARNING or text.startswith("Exception in ASGI"):
             return True
@@ -125,7 +124,7 @@ class ClientFaults(logging.Filter):
 
 
 def address_group(address: Any) -> str | None:
-    """Reduce a client's socket address to the one that is counted: IPv6 by its /64 network; None for loopback."""
+    """Return the key by which a client's address is counted: IPv6 by its /64 network; None for loopback."""
     try:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
     except (ValueError, IndexError, TypeError):

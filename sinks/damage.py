@@ -1,4 +1,4 @@
-"""What is wrong with a run's folder, in words: it may be damaged, or a stranger may have prepared it."""
+"""Describes the damage of a run folder, which may also be hostile."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sinks.format import plain_text
 _MOST_REASON = 300
 _PARTS = {JOURNAL_DIR: True, "media": True, LOCK_NAME: False, ARGUMENTS_NAME: False, CONFIG_NAME: False}
 _PARTS |= {"live.json": False, "view.msgpack": False}
-"""What a run's folder may hold for who watches it; True for folders."""
+"""The parts of a run folder that clients see; True for folders."""
 
 
 def damage_of(run_dir: Path) -> str | None:
-    """Name the first part of a run's folder that is a link, a special file, or a folder instead of a file.
+    """Name the first part of a run folder that is a link, a special file, or a folder instead of a file.
 
     Waits for the disk, and opens nothing. Raises `OSError` if the folder cannot be read.
     """
@@ -36,7 +36,7 @@ def damage_of(run_dir: Path) -> str | None:
 
 
 def unreadable(run_dir: Path) -> str | None:
-    """Why a run's journal cannot be read; None where it can be, or does not exist. Waits for the disk."""
+    """Return why a journal cannot be read; None if it can, or does not exist. Waits for the disk."""
     journal_dir = run_dir / JOURNAL_DIR
     try:
         list_below(run_dir, JOURNAL_DIR)
@@ -53,9 +53,9 @@ def unreadable(run_dir: Path) -> str | None:
 
 
 def damage_in(reader: JournalReader) -> str | None:
-    """Name the first line that a reader has skipped, and count them and the lost events; None for a whole journal.
+    """Name the first line that a reader has skipped, with counts of lines and lost events; None for a whole journal.
 
-    A line that a killed process has left unfinished is not damage.
+    The unfinished line of a killed process is not damage.
     """
     bad = [line for line in reader.skipped if not line.torn]
     if not bad:
@@ -70,7 +70,7 @@ def damage_in(reader: JournalReader) -> str | None:
 
 
 def reason_of(error: Exception, run_dir: Path) -> str:
-    """Why a run could not be read, in one line, with paths as they are below its folder. Waits for the disk."""
+    """Return one line about a failed read, with paths relative to the run folder. Waits for the disk."""
     with contextlib.suppress(OSError):
         if (reason := damage_of(run_dir)) is not None:
             return reason

@@ -1,4 +1,4 @@
-"""Who may see runs over the network, and who may command them."""
+"""Access to runs over the network: tokens, hosts, origins, and a check of the host application."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from events.errors import SinkMisconfigured
 from events.log import logger
 
 TOKEN_VARIABLE = "STAGECAST_TOKEN"
-"""Environment variable with the token of pages that are served and of servers that are connected to."""
+"""Environment variable with the token, for servers and clients."""
 Headers = list[tuple[bytes, bytes]]
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._~-]+))(?::[0-9]{0,5})?")
 _MOST_CHECKS = 8
@@ -31,7 +31,7 @@ _MOST_CHECKS = 8
 
 
 class Refused(Exception):
-    """A request that is refused; a check of `Access` may raise it, too.
+    """A refused request; a check of `Access` may raise it too.
 
     Attributes:
         status: For HTTP, 401 or 403 for instance.
@@ -50,23 +50,23 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """A request, as a check of the host's own sees it. A command by WebSocket looks like one that is posted."""
+    """A request, for the check of a host application. A command by WebSocket looks like a posted one."""
 
     method: str
-    """``GET``, ``HEAD``, ``POST`` or any other; ``WEBSOCKET`` for the beginning of one."""
+    """``GET``, ``HEAD``, ``POST`` or any other; ``WEBSOCKET`` for a handshake."""
     path: str
-    """Below where the application is mounted, decoded, without slashes at its ends: ``api/runs/line/events``."""
+    """Below the mount point, decoded, without slashes at its ends: ``api/runs/line/events``."""
     scope: Mapping[str, Any] = field(repr=False)
-    """The ASGI scope, with what the host's middleware has put there: ``request.scope["user"]``."""
+    """The ASGI scope, with the entries of the host's middleware: ``request.scope["user"]``."""
 
     @property
     def run_id(self) -> str | None:
-        """The run that it is about; None for the page and the list of runs."""
+        """The requested run; None for the page and the list of runs."""
         return self.path.split("/")[2] if self.path.startswith("api/runs/") else None
 
     @property
     def command(self) -> bool:
-        """Whether it would pause or stop the run, or take a checkpoint."""
+        """Whether the request is a command: pause, stop, take a checkpoint."""
         return self.run_id is not None and self.path.split("/")[3:] == ["commands"]
 
     @cached_property
@@ -80,7 +80,7 @@ class Request:
 
     @cached_property
     def cookies(self) -> Mapping[str, str]:
-        """By name; empty if the header cannot be read."""
+        """By name; empty if the header is malformed."""
         try:
             return {name: one.value for name, one in SimpleCookie(self.headers.get("cookie", "")).items()}
         except CookieError:
@@ -88,12 +88,12 @@ class Request:
 
     @cached_property
     def query(self) -> Mapping[str, str]:
-        """Of the address; the last value of each name."""
+        """Parameters of the address; the last value of each name."""
         return dict(parse_qsl(self.scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
 
     @property
     def client(self) -> str | None:
-        """Address of the client, or of the proxy before the server; None if the server does not know it."""
+        """Address of the client, or of the proxy; None if the server does not know it."""
         client = self.scope.get("client")
         return str(client[0]) if client else None
 
@@ -105,20 +105,20 @@ class Access:
     """Checks requests.
 
     Args:
-        token: Who does not show it sees nothing but the empty page. None: whoever reaches the server may look.
-        commands: Whether those who may see runs may also command them.
-        origins: Sites whose pages may talk to this server, beside its own (``https://example.org``). Their names are
-            among the hosts.
-        hosts: Names under which the server is asked for; None: any. Where there is no token, name them: a page of a
-            stranger could else make a name of his own lead here (DNS rebinding).
-        check: The host's own, for pages, runs, streams, WebSockets and commands alike, beside the token: gets a
-            `Request` and returns whether it is allowed. It may be ``async``; one that is not runs on a thread, at most
-            8 at a time. Any value but True refuses with 403. So does an exception, which is logged; `Refused`, and
-            exceptions with a ``status_code`` of 401 or 403, such as FastAPI's and Starlette's, refuse with theirs.
-            It is asked when a connection is opened, and for each command; a stream stays open until it ends.
+        token: Required of every client; without it a client receives the empty page only. None: every client that
+            reaches the server may see the runs.
+        commands: Whether clients may also command the runs.
+        origins: Further sites whose pages may use this server (``https://example.org``). Their names are also hosts.
+        hosts: Allowed names in the Host header; None: any. Without a token, name them: a foreign page could otherwise
+            point a name of its own at this server (DNS rebinding).
+        check: The host application's check of pages, runs, streams, WebSockets and commands, in addition to the token.
+            Receives a `Request`; True allows it, any other value refuses it with 403, and so does an exception, which
+            is logged. `Refused`, and exceptions with a ``status_code`` of 401 or 403, such as FastAPI's and
+            Starlette's, refuse with their own status. It may be ``async``; a synchronous check runs on a thread, at
+            most 8 at a time. It runs when a connection is opened, and for each command.
 
     Raises:
-        SinkMisconfigured: The token is one that could be guessed, or that no header can carry.
+        SinkMisconfigured: The token is too short, or has characters that a header cannot carry.
     """
 
     def __init__(
@@ -135,13 +135,13 @@ class Access:
         self.commands = commands
         self._origins = {origin.rstrip("/").lower() for origin in origins}
         named = {name for origin in self._origins if (name := hostname_of(_place(origin) or "")) is not None}
-        # A name that is not a host name stays as it is: no request ever has it.
+        # A name that is not a host name stays: it matches no request.
         self._hosts = None if hosts is None else {hostname_of(host) or host.lower() for host in hosts} | named
         self._check = check
-        self._threads = anyio.CapacityLimiter(_MOST_CHECKS)  # our own: a slow check must not take those of the host
+        self._threads = anyio.CapacityLimiter(_MOST_CHECKS)  # our own: a slow check must not occupy the host's threads
 
     def allows(self, token: str | None) -> bool:
-        """Whether this is the token, if there is one. Takes as long for every wrong one of its length."""
+        """Whether this is the token, if one is required; in constant time."""
         shown = (token or "").encode("utf-8", "surrogatepass")
         return self._token is None or hmac.compare_digest(shown, self._token)
 
@@ -149,18 +149,18 @@ class Access:
         return f"Access(token={'...' if self._token else None}, commands={self.commands})"
 
     def check_token(self, scope: MutableMapping[str, Any]) -> None:
-        """See that a request carries the token. Raises `Refused`."""
+        """Raise `Refused` for a request without the token."""
         scheme, _, token = _header(scope, b"authorization").partition(" ")
         if not self.allows(token.strip() if scheme.lower() == "bearer" else None):
             raise Refused(401, "this server wants its token", headers=[(b"www-authenticate", b"Bearer")])
 
     def check_request(self, scope: MutableMapping[str, Any]) -> None:
-        """See that a request comes from a page of this server, of an allowed one, or from none. Raises `Refused`."""
+        """Raise `Refused` for a foreign host name, or a page of a foreign site."""
         self.check_host(scope)
         self.check_origin(scope)
 
     def check_host(self, scope: MutableMapping[str, Any]) -> None:
-        """See that this server is asked for under a name that it has. Raises `Refused`."""
+        """Raise `Refused` if the Host header is not an allowed name."""
         if self._hosts is None:
             return
         given = [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == b"host"]
@@ -172,19 +172,19 @@ class Access:
             )
 
     def check_origin(self, scope: MutableMapping[str, Any]) -> None:
-        """See that no page of another site asks. Raises `Refused`."""
+        """Raise `Refused` for a request from a page of a foreign site."""
         host, origin = _header(scope, b"host").lower(), _header(scope, b"origin").rstrip("/").lower()
         if origin and not self._is_own(origin, host, scope):
             raise Refused(
                 403,
-                f"a page of {origin:.100} asks, and this server is {host:.100}; behind a proxy pass the Host header on"
-                " (nginx: proxy_set_header Host $http_host;), or allow the site with origins=",
+                f"pages of {origin:.100} may not use this server, {host:.100}; allow the site with origins=, or pass"
+                " the Host header on in the proxy (nginx: proxy_set_header Host $http_host;)",
             )
 
     def _is_own(self, origin: str, host: str, scope: MutableMapping[str, Any]) -> bool:
         if origin in self._origins:
             return True
-        # A page of another site can set neither: browsers keep the first to themselves, and ask before the second.
+        # A page of a foreign site can set neither: browsers set the first, and need our permission for the second.
         if _header(scope, b"sec-fetch-site").strip().lower() == "same-origin":
             return True
         hosts = [host, *_header(scope, b"x-forwarded-host").lower().split(",")]
@@ -192,7 +192,7 @@ class Access:
         return place is not None and _portless(place, scheme) in {_portless(one.strip(), scheme) for one in hosts}
 
     async def ask(self, request: Request) -> None:
-        """Ask the host's check, if there is one. Raises `Refused`."""
+        """Run the host's check, if there is one. Raises `Refused`."""
         if self._check is None:
             return
         try:
@@ -201,7 +201,7 @@ class Access:
             raise
         except Exception as error:
             status = getattr(error, "status_code", None)
-            if status in (401, 403):  # a framework's own way to refuse
+            if status in (401, 403):  # the framework's own refusal
                 more = dict(getattr(error, "headers", None) or {}).items()
                 headers = [(str(name).lower().encode(), str(value).encode()) for name, value in more]
                 raise Refused(status, str(getattr(error, "detail", "") or error), headers=headers) from None
@@ -217,7 +217,7 @@ class Access:
         if inspect.iscoroutinefunction(check) or inspect.iscoroutinefunction(getattr(check, "__call__", None)):  # noqa: B004
             answer: object = check(request)
         else:
-            # In a list: trio refuses a coroutine that comes from a thread, and it is awaited here.
+            # In a list: trio rejects a coroutine that a thread returns; it is awaited here.
             (answer,) = await anyio.to_thread.run_sync(lambda: [check(request)], limiter=self._threads)
         return await answer if inspect.isawaitable(answer) else answer
 
@@ -233,15 +233,15 @@ def is_loopback(host: str) -> bool:
 
 
 def choose_token(given: str | bool | None, host: str) -> str | None:
-    """Return the token that a page demands; None if it demands none.
+    """Return the token that a page requires; None for a page without one.
 
     Args:
         given: The token; False for none. None: that of the environment variable ``STAGECAST_TOKEN``, or else a new
-            random one, because other users of this machine can reach the page, too.
-        host: Where the page is served. Beyond this machine no token is generated: people there have to know it.
+            random one, because other users of this machine can reach the page too.
+        host: The page's address. No token is generated for other machines, whose users could not know it.
 
     Raises:
-        SinkMisconfigured: Others can reach the page, and there is no token; or the token is too short, or has
+        SinkMisconfigured: Other machines can reach the page without a token; or the token is too short, or has
             characters that a header cannot carry.
     """
     if given is True:
@@ -254,43 +254,39 @@ def choose_token(given: str | bool | None, host: str) -> str | None:
 
 
 def check_token_text(token: str | None) -> None:
-    """See that a token, if there is one, protects. Raises `SinkMisconfigured`, which does not show it."""
+    """Raise `SinkMisconfigured`, without the token, for one that is too short or that a header cannot carry."""
     if token is not None and len(token) < 8:
-        raise SinkMisconfigured("the token is too short: give at least 8 characters that nobody guesses")
+        raise SinkMisconfigured("the token is too short; give at least 8 random characters")
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise SinkMisconfigured("the token has characters that no header carries: give letters, digits and signs")
 
 
 def check_host(host: str, token: str | None) -> None:
-    """See that what others can reach has a token.
-
-    Raises:
-        SinkMisconfigured: It has none, or a bad one.
-    """
+    """Raise `SinkMisconfigured` for an address that other machines can reach, without a valid token."""
     check_token_text(token)
     if token is None and not is_loopback(host):
         raise SinkMisconfigured(
-            f"at {host} other machines can reach the server: give a token that they have to show (token=, or the"
-            f" environment variable STAGECAST_TOKEN), or serve at 127.0.0.1"
+            f"{host} can be reached from other machines; require a token (token=, or the environment variable"
+            f" STAGECAST_TOKEN), or serve at 127.0.0.1"
         )
 
 
 def _place(origin: str) -> str | None:
     try:
         return urlsplit(origin).netloc or None
-    except ValueError:  # a bracket too many
+    except ValueError:  # unbalanced brackets
         return None
 
 
 def _portless(place: str, scheme: str) -> str:
-    """Without the port that the scheme has anyway."""
+    """Remove the default port of the scheme."""
     return place.removesuffix({"http": ":80", "https": ":443"}.get(scheme, ":"))
 
 
 def hostname_of(host: str) -> str | None:
-    """Return the name or address in a ``Host`` header, in lower case and without its port; None if it has neither.
+    """Return the name or address in a ``Host`` header, in lower case and without its port; None for any other text.
 
-    Strict, because the name decides who is answered: in brackets only an IPv6 address, and nothing but a port behind.
+    Strict, because access depends on it: brackets hold an IPv6 address only, with nothing but a port behind them.
     """
     with contextlib.suppress(ValueError):
         return str(ipaddress.IPv6Address(host))

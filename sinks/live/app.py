@@ -1,18 +1,18 @@
 """The ASGI application: the page, the runs, and their events by WebSocket and Server-Sent Events.
 
-It is made of anyio alone, runs under any ASGI server, on asyncio and trio, and may be mounted anywhere in a Starlette,
-FastAPI or Litestar application: all its addresses are relative. It needs no lifespan: whoever watches keeps it going,
-and it closes its connections itself when the server shuts down (`sinks.live.shutdown`).
+It needs anyio only, runs under any ASGI server, on asyncio and trio, and may be mounted at any path of a Starlette,
+FastAPI or Litestar application: all its addresses are relative. It needs no lifespan: the tasks of its clients do its
+work, and it closes its connections itself when the server shuts down (`sinks.live.shutdown`).
 
 ========================================  ================================================================
 ``GET /``                                 the page
-``GET /api/runs``                         all runs in a few words
-``GET /api/runs/RUN_ID``                  one run as it stands: a snapshot
+``GET /api/runs``                         the list of runs
+``GET /api/runs/RUN_ID``                  a snapshot of one run
 ``GET /api/runs/RUN_ID/events``           the snapshot, then frames, as Server-Sent Events
 ``WS /api/runs/RUN_ID/ws``                the same, and commands; the first message is the client's ``hello``
-``GET /api/runs/RUN_ID/journal``          the events themselves, as JSON lines, from ``?since=SEQ`` on
+``GET /api/runs/RUN_ID/journal``          the events behind ``?since=SEQ``, as JSON lines
 ``POST /api/runs/RUN_ID/commands``        a command
-``GET /api/runs/RUN_ID/media/PATH``       an image of the run's folder
+``GET /api/runs/RUN_ID/media/PATH``       an image in the run folder
 ========================================  ================================================================
 """
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -43,6 +43,7 @@ from sinks.live.asgi import (
     allow,
     asked_path,
     busy,
+    check_framing,
     header_of,
     path_of,
     send_data,
@@ -52,6 +53,7 @@ from sinks.live.asgi import (
     send_json,
     send_redirect,
     send_refusal,
+    serve_lifespan,
     start,
     whole_number,
     without_body,
@@ -61,33 +63,25 @@ from sinks.live.client import (
     MOST_INBOUND,
     NO_RUN,
     NO_TOKEN,
-    RESTART,
-    TOO_SLOW,
     Client,
     CommandSent,
     Hello,
     SnapshotWanted,
 )
+from sinks.live.clients import Clients
+from sinks.live.frame_stream import as_event, as_text, send_frames
 from sinks.live.frames import Message as Sent
 from sinks.live.hub import Hub
 from sinks.live.journal_body import JournalBody
 from sinks.live.runs import Runs, runs_of
-from sinks.live.shutdown import find_servers, unread
 
 _PAGE = Path(__file__).with_name("page")
 HELLO_S = 10.0
-"""So long who has connected may wait with his hello."""
-MOST_STRANGERS = 100
-"""So many may be about to say it; then the oldest is let go."""
+"""Seconds that a client may take to send `Hello`."""
 _CLOSE_S = 5.0
-_END_S = 0.5
-_LOOK_S = 0.1
-"""How often it is looked whether the server shuts down."""
-_UNREAD_S = 0.3
-"""Seconds that a client may take to read the rest of what it was sent when the server shuts down."""
 _RETRY = b"retry: 1000\n"
-"""An `EventSource` reconnects after this many milliseconds. A line of the first event: some clients take one alone for
-an event."""
+"""Milliseconds after which an `EventSource` reconnects. Part of the first event: some clients take a line on its own
+for an event."""
 MOST_FOLLOWERS = 64
 """Maximum responses with a journal at a time, because each holds a part of it in memory; further ones get 503."""
 MOST_IMAGES = 64
@@ -97,15 +91,15 @@ _JOURNAL_S = 0.05
 
 
 class LiveApp:
-    """Serves runs to watchers.
+    """Serves runs to clients.
 
     Args:
-        runs: Which runs there are: `sinks.live.runs.RunsOfFolder`, or the path of its folder.
-        access: Who may see them, and command them.
-        most_clients: Connections that stay open at a time; others are asked to come again.
+        runs: The runs: `sinks.live.runs.RunsOfFolder`, or the path of its folder.
+        access: Decides which clients may see runs, and command them.
+        most_clients: Maximum streams and WebSockets at a time; further ones get 503.
 
     Raises:
-        ArgumentsError: One of them is something else.
+        ArgumentsError: An argument has the wrong type.
     """
 
     def __init__(self, runs: Runs | str | os.PathLike[str], access: Access, most_clients: int = 1_000) -> None:
@@ -113,26 +107,20 @@ class LiveApp:
             raise ArgumentsError(f"access must be Access(...), not {access!r:.80}")
         self._runs = runs_of(runs)
         self._access = access
-        self._most_clients = most_clients
-        self._clients: set[Client] = set()
-        self._most_strangers = min(MOST_STRANGERS, max(1, most_clients // 10))
-        self._strangers: dict[Client, None] = {}
-        """Those whose hello is awaited, the oldest first: they take no place from who has shown the token."""
+        self._clients = Clients(most_clients)
         self._most_followers = min(MOST_FOLLOWERS, max(1, most_clients // 4))
         self._followers = 0
         self._most_images = min(MOST_IMAGES, max(1, most_clients // 4))
         self._images = 0
         self._unread = Unread()
         self._folders: anyio.CapacityLimiter
-        """Of threads that read below run folders for clients. Shared, and few: journals are decoded and encoded, which
-        would take the interpreter from the event loop."""
+        """Limits the threads that read run folders for clients: decoding journals delays the event loop."""
         self._disk: anyio.CapacityLimiter | None = None
-        """Our own, for the page: a disk that hangs must not take the threads of a host."""
-        self._looking = anyio.Lock()
+        """Our own, for the page: a disk that hangs must not occupy the threads of a host."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """An ASGI application."""
-        if self._disk is None:  # here, because a limiter belongs to the kind of event loop in which it is made
+        if self._disk is None:  # here, because a limiter belongs to the event loop's back end
             self._disk, self._folders = anyio.CapacityLimiter(4), anyio.CapacityLimiter(2)
         match scope["type"]:
             case "http":
@@ -140,39 +128,15 @@ class LiveApp:
             case "websocket":
                 await self._websocket(scope, receive, send)
             case "lifespan":
-                await _lifespan(receive, send)
+                await serve_lifespan(receive, send)
 
     async def end(self) -> None:
-        """Close all connections that stay open; waits until they are closed, half a second at most.
+        """Close all open connections; waits until they are closed, half a second at most.
 
-        uvicorn, hypercorn and gunicorn need no call of it: the application sees for itself that they shut down. A host
-        with another server calls it when its shutdown begins.
+        Not needed under uvicorn, hypercorn and gunicorn, whose shutdown the application detects itself. A host with
+        another server calls it when its shutdown begins.
         """
-        self._close_all()
-        with anyio.move_on_after(_END_S):
-            while self._clients or self._strangers:  # noqa: ASYNC110  # each of them ends a task of its server
-                await anyio.sleep(0.01)
-
-    def _close_all(self) -> None:
-        for client in [*self._clients, *self._strangers]:
-            client.leave(Refused(503, "the server shuts down", code=RESTART))
-
-    async def _close_with_server(self) -> None:
-        """Close all connections once the server shuts down. Each of them runs this, and one looks for all."""
-        if len(self._clients) + len(self._strangers) == 1:  # what was waited on may have been another event loop's
-            self._looking = anyio.Lock()
-        async with self._looking:
-            servers = find_servers()
-            while not any(server.is_ending() for server in servers):  # noqa: ASYNC110  # no server has an event for it
-                await anyio.sleep(_LOOK_S)
-            headers = [client.headers for client in [*self._clients, *self._strangers]]
-            self._close_all()
-            with anyio.CancelScope(shield=True):
-                with anyio.move_on_after(_UNREAD_S):
-                    while unread(servers, headers):  # noqa: ASYNC110  # no event tells that a client has read
-                        await anyio.sleep(0.02)
-                for transport in unread(servers, headers):
-                    transport.abort()
+        await self._clients.end()
 
     # ---------------------------------------------------------------------------------------------- HTTP
 
@@ -181,15 +145,15 @@ class LiveApp:
         if scope["method"] == "HEAD":
             send = without_body(send)
         try:
-            _check_framing(scope)
+            check_framing(scope)
             is_api = path == "api/runs" or path.startswith("api/runs/")
             is_page = path == "" or path.startswith("page/")
             self._access.check_host(scope)
-            # A browser sends an Origin for the page's modules, too, and a proxy may have altered the Host beside it.
+            # A browser sends an Origin for the page's modules too, and a proxy may have changed the Host.
             if not is_page:
                 self._access.check_origin(scope)
-            if "//" in path:  # a check that looks at the path must see the one that is served
-                raise Refused(404, "there is nothing at this address; an address has no empty parts")
+            if "//" in path:  # the host's check must see the path that is served
+                raise Refused(404, "the address has an empty part; remove the double slash")
             if is_api:
                 self._access.check_token(scope)
             await self._access.ask(Request(scope["method"], path, scope))
@@ -254,9 +218,9 @@ class LiveApp:
         return hub
 
     async def _post_command(self, hub: Hub, scope: Message, receive: Receive, send: Send) -> None:
-        # A form of another site can send anything but this: the browser would ask us first, and hear no.
+        # A form of another site cannot send this type: the browser would need our permission first.
         if header_of(scope, b"content-type").partition(b";")[0].strip() != b"application/json":
-            raise Refused(415, "a command is application/json")
+            raise Refused(415, "a command has the content type application/json")
         body = b""
         while True:
             message = await receive()
@@ -271,7 +235,7 @@ class LiveApp:
         await send_json(send, answer, 202 if answer["type"] == "sent" else 409 if self._access.commands else 403)
 
     async def _command(self, hub: Hub, data: bytes, request: Request | None = None) -> dict[str, Any]:
-        """Leave a command for the run; returns the answer. The host's check is asked about ``request`` before."""
+        """Send a command to the run, if the host's check allows ``request``; return the answer."""
         try:
             command = decode_command_json(data)
         except WireError as error:
@@ -292,13 +256,13 @@ class LiveApp:
         return {"type": "sent", "id": command.id}
 
     async def _journal(self, hub: Hub, scope: Message, receive: Receive, send: Send) -> None:
-        """The events behind a cursor; with ``follow=1`` until the run is over, with an empty line now and then."""
+        """Send the events behind a cursor; with ``follow=1`` until the run has ended."""
         if hub.run_dir is None:
             raise Refused(404, "this run keeps no journal")
         query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
         since = _number(query, "since") if "since" in query else 0
         if since is None:
-            raise Refused(400, "since is the seq of an event, a whole number")
+            raise Refused(400, "since is not the seq of an event; give a whole number")
         if self._followers >= self._most_followers:
             raise busy(f"{self._followers} clients read journals, the maximum; try again later")
         body = JournalBody(
@@ -309,7 +273,7 @@ class LiveApp:
             pause_s=lambda: max(_JOURNAL_S, self._followers * _JOURNAL_S / 8),
         )
         hub.followers += 1
-        self._followers += 1  # nothing is awaited since it was compared: others would pass meanwhile
+        self._followers += 1  # without an await since the comparison, so that no other request passes in between
         try:
             if (problem := await anyio.to_thread.run_sync(unreadable, hub.run_dir, limiter=self._folders)) is not None:
                 raise Refused(409, f"the run is damaged: {problem}")
@@ -329,10 +293,10 @@ class LiveApp:
             begin = [_RETRY]
 
             def shape(message: Sent | int) -> Message:
-                event = _as_event(message)
+                event = as_event(message)
                 return {**event, "body": begin.pop() + event["body"]} if begin else event
 
-            await self._watch(hub, hello, client, shape)
+            await send_frames(hub, hello, client, shape)
 
         await self._stream(scope, receive, send, b"text/event-stream", write_all)
 
@@ -344,17 +308,17 @@ class LiveApp:
         kind: bytes,
         write_all: Callable[[Client], Awaitable[None]],
     ) -> None:
-        """A response that goes on until it is written, or the client has left."""
+        """Send a response of unknown length, until it is complete or the client disconnects."""
         if scope["method"] != "GET":
-            raise Refused(405, "this address takes GET", headers=[(b"allow", b"GET")])
+            raise Refused(405, "only GET is allowed at this address", headers=[(b"allow", b"GET")])
         client = Client(receive, send, scope["headers"], self._unread)
-        with self._counted(client):
+        with self._clients.counted(client):
             await send(start(200, kind, [(b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]))
             async with anyio.create_task_group() as tasks:
                 client.scope = tasks.cancel_scope
-                tasks.start_soon(client.wait_for_leave)
-                tasks.start_soon(client.let_go_if_stuck)
-                tasks.start_soon(self._close_with_server)
+                tasks.start_soon(client.wait_for_disconnect)
+                tasks.start_soon(client.disconnect_if_stuck)
+                tasks.start_soon(self._clients.close_with_server)
                 await write_all(client)
                 tasks.cancel_scope.cancel()
             with anyio.move_on_after(1.0), contextlib.suppress(OSError, RuntimeError):
@@ -378,7 +342,7 @@ class LiveApp:
             client = Client(receive, send, scope["headers"], self._unread)
             hello = await self._hello(client)
             if hello is not None:
-                with self._counted(client):
+                with self._clients.counted(client):
                     commands = Request("POST", f"api/runs/{parts[2]}/commands", scope)
                     await self._serve(parts[2], client, hello, commands)
         except Refused as refused:
@@ -386,124 +350,47 @@ class LiveApp:
                 if not is_accepted and "websocket.http.response" in (scope.get("extensions") or {}):
                     await send_denial(send, refused)
                 else:
-                    reason = refused.reason.encode()[:120].decode(errors="ignore")  # no more goes into the frame
+                    reason = refused.reason.encode()[:120].decode(errors="ignore")  # a close frame holds 123 bytes
                     await send({"type": "websocket.close", "code": refused.code, "reason": reason})
 
     async def _hello(self, client: Client) -> Hello | None:
-        """Who it is; None if it has left. Raises `Refused` if it does not say, or has no token."""
+        """Receive a client's `Hello`; None if it has disconnected. Raises `Refused` without a hello, or its token."""
         hello = None
-        self._strangers[client] = None
-        if len(self._strangers) > self._most_strangers:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]  # here, so that the next one does not make the same one leave
-            oldest.leave(Refused(503, "others have come to say who they are", code=TOO_SLOW))
-        try:
-            with anyio.move_on_after(HELLO_S) as client.scope:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._close_with_server)
-                    hello = await client.take()
-                    tasks.cancel_scope.cancel()
-        finally:
-            self._strangers.pop(client, None)
+        with self._clients.expected(client), anyio.move_on_after(HELLO_S) as client.scope:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._clients.close_with_server)
+                hello = await client.receive()
+                tasks.cancel_scope.cancel()
         if hello is None:
             if client.has_left:
                 return None
-            raise client.problem or Refused(408, "no hello came")
+            raise client.problem or Refused(408, f"no hello arrived within {HELLO_S:g} s")
         if not isinstance(hello, Hello) or not self._access.allows(hello.token):
-            raise Refused(401, "the first message is a hello, with the token", code=NO_TOKEN)
+            raise Refused(401, "the first message is not a hello with the token", code=NO_TOKEN)
         return hello
 
     async def _serve(self, run_id: str, client: Client, hello: Hello, commands: Request) -> None:
-        """Raises `Refused` with the code that the connection is to be closed with."""
+        """Send frames and receive messages. Raises `Refused` with the code for closing the connection."""
         hub = await self._hub(run_id)
 
         async def listen() -> None:
-            while (message := await client.take()) is not None:
+            while (message := await client.receive()) is not None:
                 if isinstance(message, SnapshotWanted):
-                    client.is_lost = True
+                    client.needs_snapshot = True
                 elif isinstance(message, CommandSent):
                     answer = await self._command(hub, bytes(message.command), commands)
                     await client.send({"type": "websocket.send", "text": msgspec.json.encode(answer).decode()})
-            client.leave()
+            client.disconnect()
 
         async with anyio.create_task_group() as tasks:
             client.scope = tasks.cancel_scope
             tasks.start_soon(listen)
-            tasks.start_soon(client.let_go_if_stuck)
-            tasks.start_soon(self._close_with_server)
-            await self._watch(hub, hello, client, _as_text)
-            client.leave(Refused(503, "the run is over, and its server ends", code=ENDING))
+            tasks.start_soon(client.disconnect_if_stuck)
+            tasks.start_soon(self._clients.close_with_server)
+            await send_frames(hub, hello, client, as_text)
+            client.disconnect(Refused(503, "the run is over, and its server stops", code=ENDING))
         if client.problem is not None:
             raise client.problem
-
-    # ---------------------------------------------------------------------------------------------- both
-
-    async def _watch(self, hub: Hub, hello: Hello, client: Client, shape: Callable[[Sent | int], Message]) -> None:
-        """Send a snapshot where one is needed, then each frame as it comes; until the client leaves, or all is over.
-
-        Args:
-            shape: Makes what is sent of a message; or, if frames were missed, of how many.
-        """
-        await hub.refresh()
-        async with anyio.create_task_group() as driving:
-            await driving.start(hub.drive)
-            number = hub.resume(hello.attempt, hello.since) if hello.since else None
-            generation = hub.generation
-            while True:
-                if number is None or generation != hub.generation or client.takes_snapshot():
-                    snapshot = await hub.snapshot()
-                    number, generation = snapshot.number + 1, snapshot.generation
-                    await client.send(shape(snapshot))
-                while hub.newest < number and generation == hub.generation and not hub.is_over:
-                    await hub.news.wait()
-                if generation != hub.generation:
-                    continue
-                if number > hub.newest:
-                    break
-                frame = hub.frame(number)
-                if frame is None:
-                    await client.send(shape(hub.oldest - number))
-                    number = None
-                    continue
-                await client.send(shape(frame))
-                number += 1
-            driving.cancel_scope.cancel()
-
-    @contextlib.contextmanager
-    def _counted(self, client: Client) -> Iterator[None]:
-        if len(self._clients) >= self._most_clients:
-            raise Refused(503, f"{len(self._clients)} connections are open: come again later", code=TOO_SLOW)
-        self._clients.add(client)
-        try:
-            yield
-        finally:
-            self._clients.discard(client)
-            client.forget()
-
-
-def _check_framing(scope: Message) -> None:
-    """Refuse a request whose end a proxy may see elsewhere: what follows could be answered as another's request."""
-    names = {key.lower() for key, _ in scope["headers"]}
-    if {b"transfer-encoding", b"content-length"} <= names:
-        raise Refused(400, "a request has one length: Content-Length or chunks", headers=[(b"connection", b"close")])
-
-
-def _as_text(message: Sent | int) -> Message:
-    text = message.text if isinstance(message, Sent) else f'{{"type":"gap","lost":{message}}}'
-    return {"type": "websocket.send", "text": text}
-
-
-def _as_event(message: Sent | int) -> Message:
-    data = message.event if isinstance(message, Sent) else b'event: gap\ndata: {"type":"gap","lost":%d}\n\n' % message
-    return {"type": "http.response.body", "body": data, "more_body": True}
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
 
 
 def _number(query: dict[str, list[str]], name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""What every answer of the application is made of: its address, its headers, files, JSON."""
+"""Requests and responses of the application: addresses, headers, files, JSON."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Send = Callable[[Message], Awaitable[None]]
 MOST_FILE = 64 * 2**20
 """Maximum bytes of an image file."""
 PART_BYTES = 2**16
-"""Maximum bytes of an answer that are handed to the server at a time: it holds them until the client reads."""
+"""Maximum bytes of a response that the server receives at a time: it holds them until the client reads."""
 STALL_S = 30.0
-"""Maximum seconds per part of an answer; the timeout restarts with each part that the client takes."""
+"""Maximum seconds per part of a response."""
 LEAST_BYTES_PER_S = 2**14
-"""Minimum bytes per second that a client must read of a whole answer, beside `STALL_S`."""
+"""Minimum bytes per second at which a client must read a whole response."""
 MOST_UNREAD_BYTES = 2**27
-"""Maximum bytes of answers per application that are in memory for clients that have not read them."""
+"""Maximum bytes of unread responses in memory per application."""
 MOST_PIXELS = 2**27
 """Maximum pixels per image: a small file may expand to more than a browser's memory."""
 _RETRY_AFTER: Headers = [(b"retry-after", b"5")]
@@ -55,13 +55,13 @@ _KINDS = {
 
 
 class AnswerAborted(Exception):
-    """An answer cannot be completed: its client does not read, or its file was cut. Its connection is closed."""
+    """A response cannot be completed: its client does not read, or its file was truncated. The server closes it."""
 
 
 class Unread:
-    """Bounds the bytes of answers that are in memory until clients have read them. Belongs to the event loop.
+    """Bounds the bytes of responses in memory until clients have read them. Belongs to the event loop.
 
-    Answers of up to `PART_BYTES` are not counted: the server's own buffer per connection is as large.
+    Responses of up to `PART_BYTES` are not counted: the server's own buffer per connection is as large.
     """
 
     def __init__(self, most_bytes: int = MOST_UNREAD_BYTES) -> None:
@@ -69,10 +69,10 @@ class Unread:
         self._bytes = 0
 
     def add(self, count: int) -> int:
-        """Count the bytes of an answer; returns the count for `remove`. One answer is always allowed.
+        """Count the bytes of a response; return the count for `remove`. One response is always allowed.
 
         Raises:
-            Refused: There are too many.
+            Refused: Too many bytes are unread.
         """
         count = count if count > PART_BYTES else 0
         if count and self._bytes and self._bytes + count > self._most_bytes:
@@ -86,7 +86,7 @@ class Unread:
 
     @contextlib.contextmanager
     def holding(self, count: int) -> Iterator[None]:
-        """Count the bytes of an answer while it is sent. Raises `Refused`."""
+        """Count the bytes of a response while it is sent. Raises `Refused`."""
         count = self.add(count)
         try:
             yield
@@ -95,43 +95,67 @@ class Unread:
 
 
 def busy(reason: str) -> Refused:
-    """The refusal of a request that may be repeated after some seconds."""
+    """Return the refusal of a request that the client may retry after some seconds."""
     return Refused(503, reason, code=1013, headers=_RETRY_AFTER)
 
 
 def path_of(scope: Message) -> str:
-    """Below where the application is mounted, without slashes around it."""
+    """Return the path below the mount point, without slashes around it."""
     path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    if root and (path + "/").startswith(root + "/"):  # as servers do since ASGI 3; older ones leave it out
+    if root and (path + "/").startswith(root + "/"):  # as servers do since ASGI 3; older ones exclude the root path
         path = path[len(root) :]
     return path.strip("/")
 
 
 def asked_path(scope: Message) -> bytes:
-    """As it was asked for, percent-encoded. Frameworks that mount may add a slash to ``path``, or take one away."""
+    """Return the path of the request line, percent-encoded: frameworks may add a slash to ``path``, or remove one."""
     raw: bytes = scope.get("raw_path") or quote(str(scope["path"])).encode()
     return raw.partition(b"?")[0]
 
 
 def header_of(scope: Message, name: bytes) -> bytes:
-    """A header's value; empty if it is not there."""
+    """Return a header's value; empty without the header."""
     value: bytes = next((value for key, value in scope["headers"] if key.lower() == name), b"")
     return value
 
 
 def whole_number(text: str) -> int | None:
-    """What a stranger gives for a whole number; None if it is none, or longer than any of ours."""
+    """Parse an untrusted whole number; None if it is not one, or has 20 digits or more."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 def allow(scope: Message, method: str) -> None:
-    """Raise `Refused` for any other method; where reading is allowed, so is asking for the headers alone."""
+    """Raise `Refused` for any other method; ``GET`` allows ``HEAD``."""
     if scope["method"] not in (method, "HEAD" if method == "GET" else method):
-        raise Refused(405, f"this address takes {method}", headers=[(b"allow", method.encode())])
+        raise Refused(
+            405,
+            f"{scope['method']} is not allowed at this address; use {method}",
+            headers=[(b"allow", method.encode())],
+        )
+
+
+def check_framing(scope: Message) -> None:
+    """Raise `Refused` for a request with two lengths: a proxy that uses the other one would mix up its clients."""
+    names = {key.lower() for key, _ in scope["headers"]}
+    if {b"transfer-encoding", b"content-length"} <= names:
+        raise Refused(
+            400,
+            "the request has two lengths; send either Content-Length or chunks",
+            headers=[(b"connection", b"close")],
+        )
+
+
+async def serve_lifespan(receive: Receive, send: Send) -> None:
+    """Complete the startup and the shutdown of a server, which change nothing here."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
 
 
 def without_body(send: Send) -> Send:
-    """For ``HEAD``: the same headers, and nothing else."""
+    """Return a ``send`` for ``HEAD``: the headers without the body."""
 
     async def sending(message: Message) -> None:
         await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
@@ -140,7 +164,7 @@ def without_body(send: Send) -> Send:
 
 
 def start(status: int, kind: bytes, headers: Headers) -> Message:
-    """The beginning of an answer."""
+    """Return the first message of a response."""
     content = [] if not kind else [(b"content-type", kind)]
     return {"type": "http.response.start", "status": status, "headers": [*content, *_HEADERS, *headers]}
 
@@ -153,13 +177,13 @@ async def send_data(
     status: int = 200,
     unread: Unread | None = None,
 ) -> None:
-    """Send a whole answer, which no cache keeps unless the headers allow it.
+    """Send a whole response, which no cache stores unless ``headers`` allow it.
 
     Args:
-        unread: Counts the answer while it is in memory; None for one whose size no run folder decides.
+        unread: Counts the response while it is in memory; None if its size does not depend on a run.
 
     Raises:
-        Refused: Clients have not read too many other answers.
+        Refused: Too many bytes of other responses are unread.
         AnswerAborted: The client does not read.
     """
 
@@ -173,13 +197,13 @@ async def send_data(
 
 
 async def _send_parts(send: Send, size: int, read: Callable[[int, int], Awaitable[bytes]]) -> None:
-    """Send a body of which one part is in memory at a time.
+    """Send a body, one part in memory at a time.
 
     Args:
         read: Returns the bytes of a range.
 
     Raises:
-        AnswerAborted: The client takes no part for `STALL_S`, or reads too slowly; or the body is shorter.
+        AnswerAborted: The client reads too slowly, or the body is shorter than ``size``.
     """
     deadline = anyio.current_time() + STALL_S + size / LEAST_BYTES_PER_S
     begin = 0
@@ -187,7 +211,7 @@ async def _send_parts(send: Send, size: int, read: Callable[[int, int], Awaitabl
         end = min(size, begin + PART_BYTES)
         part = await read(begin, end)
         if len(part) != end - begin:
-            raise AnswerAborted("the file was cut while it was sent")
+            raise AnswerAborted("the file was truncated while it was sent")
         with anyio.move_on_after(min(STALL_S, deadline - anyio.current_time())) as taking:
             await send({"type": "http.response.body", "body": part, "more_body": end < size})
         if taking.cancelled_caught:
@@ -200,13 +224,13 @@ async def _send_parts(send: Send, size: int, read: Callable[[int, int], Awaitabl
 async def send_json(
     send: Send, value: Any, status: int = 200, headers: Headers | None = None, unread: Unread | None = None
 ) -> None:
-    """Send an answer in JSON; as `send_data`."""
+    """Send a response in JSON; see `send_data`."""
     more = [(b"cache-control", b"no-store"), *(headers or [])]
     await send_data(send, msgspec.json.encode(value), b"application/json", more, status, unread)
 
 
 async def send_refusal(scope: Message, send: Send, refused: Refused) -> None:
-    """In JSON for programs and the page's own requests; in a line of text for who reads it in a browser."""
+    """Send the reason: as JSON to programs and the page, as a line of text to a browser's window."""
     if b"text/html" in header_of(scope, b"accept"):
         headers = [(b"cache-control", b"no-store"), *refused.headers]
         text = f"stagecast: {refused.reason}\n".encode("utf-8", "replace")
@@ -216,7 +240,7 @@ async def send_refusal(scope: Message, send: Send, refused: Refused) -> None:
 
 
 async def send_denial(send: Send, refused: Refused) -> None:
-    """Instead of a WebSocket, where the server can send an answer of ours; others would send 403."""
+    """Refuse a WebSocket with a response of our own; the server must have the extension for that."""
 
     async def sending(message: Message) -> None:
         await send({**message, "type": f"websocket.{message['type']}"})
@@ -225,14 +249,14 @@ async def send_denial(send: Send, refused: Refused) -> None:
 
 
 async def send_redirect(scope: Message, send: Send) -> None:
-    """To the address with a slash at its end, from which the page's relative ones are right."""
+    """Redirect to the address with a slash at its end, on which the page's relative addresses depend."""
     name = quote(asked_path(scope).rpartition(b"/")[2] or b".", safe="%").encode()
     await send(start(307, b"", [(b"location", b"./" + name + b"/")]))  # the dot: no name leads to another host
     await send({"type": "http.response.body", "body": b""})
 
 
 async def send_file(scope: Message, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter | None) -> None:
-    """Send a file of the page, by the ending of its name. Waits for the disk, on a thread. Raises `Refused`."""
+    """Send a file of the page, with the type of its suffix. Waits for the disk, on a thread. Raises `Refused`."""
     allow(scope, "GET")
     try:
         data, stamp = await anyio.to_thread.run_sync(read_file, folder, name, limiter=limiter)
@@ -246,11 +270,11 @@ async def send_file(scope: Message, send: Send, folder: Path, name: str, limiter
 async def send_image(
     scope: Message, receive: Receive, send: Send, folder: Path, name: str, limiter: anyio.CapacityLimiter
 ) -> None:
-    """Send an image below a run's folder, from its open file, as the client reads. Waits for the disk, on a thread.
+    """Send an image of a run folder, from its open file, as the client reads. Waits for the disk, on a thread.
 
     Raises:
-        Refused: There is no such file, a link leads to it, or its content is not that of an image, whatever its name.
-        AnswerAborted: The client does not read, or the file was cut meanwhile.
+        Refused: The file does not exist, is behind a link, or does not contain an image.
+        AnswerAborted: The client does not read, or the file was truncated.
     """
     allow(scope, "GET")
     try:
@@ -281,7 +305,7 @@ async def send_image(
 
 
 async def _cancel_at_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
-    """Servers ignore what is sent to a client that has left, so that the rest would be read for no one."""
+    """Stop reading the file once the client disconnects: servers ignore further parts."""
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
@@ -303,7 +327,7 @@ def _open_image(folder: Path, name: str) -> tuple[BinaryIO, int, str, bytes]:
 
 
 def image_kind(data: bytes) -> str | None:
-    """The media type of an image that is shown, by its content; None for anything else."""
+    """Return the media type of an image by its content; None if the page does not show it."""
     if not data.startswith(_PNG) or len(data) < 24:
         return None
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
@@ -311,7 +335,7 @@ def image_kind(data: bytes) -> str | None:
 
 
 async def _is_unchanged(scope: Message, send: Send, stamp: bytes) -> bool:
-    """Whether the client has the file already; then this answers."""
+    """Whether the client has the file already; sends the response in that case."""
     if header_of(scope, b"if-none-match") != stamp:
         return False
     await send(start(304, b"", _stamped(stamp)))
@@ -328,11 +352,11 @@ def _stamp_of(state: os.stat_result) -> bytes:
 
 
 def read_file(folder: Path, name: str) -> tuple[bytes, bytes]:
-    """Read a regular file below a folder, following no link; returns it and its ETag.
+    """Read a regular file below a folder, without following links; return its content and its ETag.
 
     Raises:
         OSError: It is missing, is a link or a special file, or has more than `MOST_FILE` bytes.
-        ValueError: The name is not a path below a folder.
+        ValueError: ``name`` is not a path below a folder.
     """
     with open(open_below(folder, name), "rb") as file:
         state = os.fstat(file.fileno())

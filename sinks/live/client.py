@@ -1,4 +1,4 @@
-"""One connection that stays open: what it may say, how it is sent to, and when it is let go."""
+"""One stream or WebSocket: the messages that its client may send, and sending with a timeout."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sinks.live.access import Refused
 from sinks.live.asgi import PART_BYTES, Message, Receive, Send, Unread
 
 MOST_INBOUND = 64 * 1024
-"""Bytes of a message or a body from a client."""
+"""Maximum bytes per message or body from a client."""
 SEND_S = 20.0
-"""Maximum seconds per message, or per part of a long one that is sent in parts; then the client is disconnected."""
+"""Maximum seconds per message, or per part of a long body; then the client is disconnected."""
 SNAPSHOT_S = 1.0
-"""A client gets a snapshot that it asks for so often at most."""
+"""Minimum seconds between two snapshots that a client requests."""
 TOO_SLOW, ENDING, RESTART, NO_TOKEN, NO_RUN, NOT_ALLOWED = 1013, 1001, 1012, 4401, 4404, 1008
-"""With these codes a WebSocket is closed."""
+"""Close codes of a WebSocket."""
 
 
 class Hello(msgspec.Struct, tag_field="type", tag="hello"):
-    """A watcher's first message."""
+    """A client's first message."""
 
     token: str | None = None
     since: Int64 | None = None
@@ -37,7 +37,7 @@ class Hello(msgspec.Struct, tag_field="type", tag="hello"):
 
 
 class SnapshotWanted(msgspec.Struct, tag_field="type", tag="snapshot"):
-    """A watcher has lost its place."""
+    """A client requests a snapshot, after an error of its own."""
 
 
 class CommandSent(msgspec.Struct, tag_field="type", tag="command"):
@@ -46,7 +46,7 @@ class CommandSent(msgspec.Struct, tag_field="type", tag="command"):
     command: msgspec.Raw
 
 
-Said = Hello | SnapshotWanted | CommandSent
+Inbound = Hello | SnapshotWanted | CommandSent
 
 
 class Client:
@@ -54,64 +54,64 @@ class Client:
 
     def __init__(self, receive: Receive, send: Send, headers: Any, unread: Unread) -> None:
         self.headers = headers
-        """Of its request: the very object in the scope."""
+        """Of its request: the object itself in the scope."""
         self._receive = receive
         self._send = send
         self._unread = unread
-        self._held = 0  # bytes of the last message: the server may hold them until it takes the next
+        self._held = 0  # bytes of the last message: the server may buffer them until the next one
         self._sending_since: float | None = None
         self._sent: anyio.Event | None = None
         self._snapshot_at = -math.inf
         self.scope: anyio.CancelScope | None = None
-        """Around all that is done for it."""
+        """Around all of the client's tasks."""
         self.problem: Refused | None = None
-        """Why it is let go."""
+        """The reason to disconnect it, if that is not its own."""
         self.has_left = False
-        self.is_lost = False
-        """Whether it has asked for a snapshot."""
+        self.needs_snapshot = False
+        """Whether it has requested a snapshot."""
 
-    def leave(self, problem: Refused | None = None) -> None:
-        """End all that is done for it."""
+    def disconnect(self, problem: Refused | None = None) -> None:
+        """Cancel its tasks."""
         self.problem = self.problem or problem
         if self.scope is not None:
             self.scope.cancel()
 
     def takes_snapshot(self) -> bool:
-        """Whether it gets the snapshot now that it has asked for."""
-        if not self.is_lost or (now := time.monotonic()) - self._snapshot_at < SNAPSHOT_S:
+        """Whether a requested snapshot is due, at most one per `SNAPSHOT_S`; this clears the request."""
+        if not self.needs_snapshot or (now := time.monotonic()) - self._snapshot_at < SNAPSHOT_S:
             return False
-        self.is_lost, self._snapshot_at = False, now
+        self.needs_snapshot, self._snapshot_at = False, now
         return True
 
-    async def let_go_if_stuck(self) -> None:
-        """End all if it does not take what is sent to it. A timer around each send would cost more than the send."""
+    async def disconnect_if_stuck(self) -> None:
+        """Disconnect it if a send times out. A timer around each send would cost more than the send."""
         while True:
-            await anyio.sleep(SEND_S / 2)  # not too often: there are many of these tasks
+            await anyio.sleep(SEND_S / 2)  # rarely, because each client has such a task
             if self._sending_since is not None and time.monotonic() - self._sending_since > SEND_S:
-                self.leave(Refused(503, "too slow", code=TOO_SLOW))
+                self.disconnect(Refused(503, "too slow", code=TOO_SLOW))
 
     async def send(self, message: Message) -> None:
-        """Send a message. It is `let_go_if_stuck` that ends the waiting for a client that does not take it."""
-        while self._sending_since is not None:  # another task is sending: rarely, so there is no lock
+        """Send a message; waits until the server has buffered it. `disconnect_if_stuck` ends the wait."""
+        while self._sending_since is not None:  # another task is sending, which is rare: so there is no lock
             self._sent = self._sent or anyio.Event()
             await self._sent.wait()
-        self._sending_since = time.monotonic()  # others wait from here on
+        self._sending_since = time.monotonic()
         try:
             size = self._unread.add(len(message.get("body") or message.get("text") or b""))
             self._held += size
             for part in _parts(message):
                 self._sending_since = time.monotonic()
                 await self._send(part)
-            # The server has sent all before this message; of a body it holds a part, but of a WebSocket's message all.
+            # The server has sent all earlier messages; it holds one part of a body, but all of a WebSocket message.
             left = size if message["type"] == "websocket.send" else 0
             self._unread.remove(self._held - left)
             self._held = left
         except Refused as refused:
-            self.leave(refused)
+            self.disconnect(refused)
             await anyio.sleep_forever()
-        except (OSError, RuntimeError):  # it has left, says the server, each in its own way
+        except (OSError, RuntimeError):  # it has disconnected: servers raise different types
             self.has_left = True
-            self.leave()
+            self.disconnect()
             await anyio.sleep_forever()
         finally:
             self._sending_since = None
@@ -120,7 +120,7 @@ class Client:
                 self._sent = None
 
     def forget(self) -> None:
-        """Stop counting what it has not read; its connection is closed."""
+        """Stop counting its unread bytes; its connection is closed."""
         self._unread.remove(self._held)
         self._held = 0
 
@@ -128,33 +128,33 @@ class Client:
         """Send a part of a body."""
         await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def wait_for_leave(self) -> None:
-        """Until the client has closed the connection of its request."""
+    async def wait_for_disconnect(self) -> None:
+        """Wait until the client closes the connection, and cancel its tasks."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.has_left = True
-        self.leave()
+        self.disconnect()
 
-    async def take(self) -> Said | None:
-        """The next message; None when it has left, or has said what is none: then there is a problem."""
+    async def receive(self) -> Inbound | None:
+        """Receive the next message; None if it has disconnected, or after an invalid message, which sets `problem`."""
         message = await self._receive()
         if message["type"] != "websocket.receive":
             self.has_left = True
             return None
         data = message.get("text") or message.get("bytes") or b""
         if len(data) > MOST_INBOUND:
-            self.leave(Refused(413, f"a message has at most {MOST_INBOUND} bytes", code=NOT_ALLOWED))
+            self.disconnect(Refused(413, f"a message has at most {MOST_INBOUND} bytes", code=NOT_ALLOWED))
             return None
         try:
-            said: Said = msgspec.json.decode(data, type=Said)
-        except (ValueError, RecursionError) as error:  # half a character; a thousand brackets
-            self.leave(Refused(400, f"this is no message: {error}", code=NOT_ALLOWED))
+            inbound: Inbound = msgspec.json.decode(data, type=Inbound)
+        except (ValueError, RecursionError) as error:  # invalid UTF-8; a thousand brackets
+            self.disconnect(Refused(400, f"the message is not valid: {error}", code=NOT_ALLOWED))
             return None
-        return said
+        return inbound
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """A body in parts of `PART_BYTES`; a message of a WebSocket as it is."""
+    """Split a body into parts of `PART_BYTES`; a WebSocket message stays whole."""
     body: bytes = message.get("body", b"")
     for begin in range(0, len(body) or 1, PART_BYTES):
         yield {**message, "body": body[begin : begin + PART_BYTES]} if len(body) > PART_BYTES else message

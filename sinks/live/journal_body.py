@@ -44,10 +44,10 @@ class JournalBody:
         self._pause_s = pause_s
 
     async def write_to(self, client: Client) -> None:
-        """Send the events, each part once the client has taken the one before."""
+        """Send the events, each part after the client has read the previous one."""
         quiet_s = 0.0
         while True:
-            over = await self._is_over()  # before reading: an event that is written later must not be missed
+            over = await self._is_over()  # before the read, so that it includes the last event
             if part := await anyio.to_thread.run_sync(self._read, over, limiter=self._limiter):
                 quiet_s = 0.0
                 for start in range(0, len(part), _BYTES):
@@ -64,7 +64,7 @@ class JournalBody:
                     await client.push(b"\n")
 
     async def _is_over(self) -> bool:
-        """Whether no more events will come. Some, such as that of the last checkpoint, come after the loop's end."""
+        """Whether the journal is complete. The last checkpoint's event, for example, follows the end of the loop."""
         hub = self._hub
         if not self._follow or hub.is_ending:
             return not self._follow or self._reader.cursor >= hub.view.cursor
@@ -72,7 +72,7 @@ class JournalBody:
         return ended and not await anyio.to_thread.run_sync(is_held, self._run_dir, limiter=self._limiter)
 
     def _read(self, over: bool) -> bytes:
-        """The next part, which ends with an event. On a thread."""
+        """Read the next part, which ends with an event. On a thread."""
         part = b""
         with contextlib.suppress(OSError):  # nothing is lost: the reader has not moved
             while len(part) < _BYTES and (events := self._reader.read(_EVENTS)):

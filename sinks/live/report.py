@@ -1,4 +1,4 @@
-"""One HTML file with a run's charts, to keep or to send to somebody: the page, with the run in it and no server."""
+"""One HTML file with the page and its runs, which needs no server."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sinks.live.stored import read_view
 
 _PAGE = Path(__file__).with_name("page")
 MOST_MEDIA_BYTES = 32 * 2**20
-"""Of images in a report; the older ones are left out beyond it."""
-# The file asks nobody for anything: what a stranger's run has brought into it cannot either.
+"""Maximum bytes of images per report; the oldest images are skipped beyond it."""
+# The file makes no requests, and neither can the content of an untrusted run.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data: blob:;"
     " connect-src data:; base-uri 'none'; form-action 'none'"
@@ -36,17 +36,15 @@ def write_report(
     out: str | os.PathLike[str],
     on_damage: Callable[[Path, str], None] = lambda run_dir, reason: None,
 ) -> int:
-    """Write a report of one or more runs, which may be laid over each other; returns its size in bytes.
+    """Write a report of one or more runs, which the page can overlay; return its size in bytes.
 
-    The file is there as a whole or not at all.
-
-    A folder that is named twice is in it once.
+    The file is written atomically. A folder that is given twice appears once.
 
     Args:
-        on_damage: Called for each folder that could be read only in part, with the reason. The report names it, too.
+        on_damage: Called with the reason for each folder that was read in part. The report names the damage too.
 
     Raises:
-        RunFolderError: A folder is not that of a run, nothing of it can be read, or two are of one ``run_id``.
+        RunFolderError: A folder is not a run folder, is unreadable, or two have the same ``run_id``.
         OSError: The file cannot be written.
     """
     runs: list[dict[str, Any]] = []
@@ -58,10 +56,10 @@ def write_report(
             on_damage(run_dir, snapshot["run"].damage)
         run_id = snapshot["run"].run_id
         if run_id in folders:
-            # The page tells runs apart by their names alone, and would show one of the two.
+            # The page identifies runs by name, and would show one of the two.
             raise RunFolderError(
-                f"{folders[run_id]} and {run_dir} are both of the run {run_id!r}, and a report can hold one of a name:"
-                " leave one out, or write a report of each"
+                f"{folders[run_id]} and {run_dir} are both of the run {run_id!r}; leave one out, or write a"
+                " report of each"
             )
         folders[run_id] = run_dir
         runs.append(snapshot)
@@ -74,7 +72,7 @@ def write_report(
 def _snapshot(run_dir: Path) -> dict[str, Any]:
     try:
         if damage_of(run_dir) is None and not segment_numbers(run_dir / JOURNAL_DIR):
-            raise RunFolderError(f"{run_dir} is not a folder of a run that has kept a journal")
+            raise RunFolderError(f"{run_dir} is not a folder of a run with a journal")
     except OSError as error:
         raise RunFolderError(f"{run_dir} is damaged: {reason_of(error, run_dir)}") from error
     view, _ = read_view(run_dir)
@@ -86,7 +84,7 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
 
 
 def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
-    """The images, the newest first, by the address under which the page asks for them."""
+    """Return the images, the newest first, by their address on the page."""
     found: dict[str, str] = {}
     room = MOST_MEDIA_BYTES
     run_id = snapshot["run"].run_id
@@ -96,7 +94,7 @@ def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
             continue
         try:
             data, _ = read_file(run_dir, path)
-        except (OSError, ValueError):  # somebody has cleared the folder, or it is not a file of the run
+        except (OSError, ValueError):  # deleted, or not a file of the run
             continue
         if (kind := image_kind(data)) is None:
             continue
@@ -108,7 +106,7 @@ def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
 
 
 def _document(data: bytes) -> str:
-    """The page with everything in it."""
+    """Return the page with its modules, styles and data inline."""
     page = (_PAGE / "index.html").read_text("utf-8")
     modules = {path.name: path.read_text("utf-8") for path in _PAGE.glob("*.js") if "iife" not in path.name}
     imports = {
@@ -131,7 +129,7 @@ def _document(data: bytes) -> str:
 
 
 def _with_names(module: str) -> str:
-    """A module whose imports are names of the import map: one that comes from a data address knows no neighbours."""
+    """Replace relative imports by names of the import map: a data address has no relative addresses."""
     return re.sub(r'(from\s+|import\s+)"\./([\w.]+)"', r'\1"stagecast/\2"', module)
 
 
@@ -140,7 +138,7 @@ def _script(text: str) -> str:
 
 
 def _inert(json: str) -> str:
-    """JSON that ends no script element and opens no comment, whatever text is in it."""
+    """Escape JSON so that it neither ends a script element nor opens a comment."""
     return json.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

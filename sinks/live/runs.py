@@ -1,4 +1,4 @@
-"""Which runs there are to watch: one, or those of a folder."""
+"""The runs that a server shows: one, or those of a folder."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from events.run.summary import Summary
 from events.safe_files import guard, list_below, stat_below
 from sinks.damage import damage_in, damage_of, reason_of
 from sinks.format import plain_text
-from sinks.live.hub import FolderHub, Hub
+from sinks.live.folder_hub import FolderHub
+from sinks.live.hub import Hub
 from sinks.live.stored import batches, head_of
 from sinks.live.trim import trimmed
 from sinks.live.view import RunView, damage_line
 
 _MOST_HUBS = 16
-"""Hubs that are kept though nobody watches them."""
+"""Maximum hubs without clients that are kept."""
 MOST_READERS = 32
-"""Maximum threads that read runs for watchers, however many runs they ask for at once."""
+"""Maximum threads that read runs for clients."""
 _HEAD = 64
 _PER_RUN_S = 0.2
-"""Maximum seconds per run that a look at all runs takes; later looks read what a long journal holds beyond that."""
+"""Maximum seconds per run and look; later looks read the rest of a long journal."""
 _FIRST_LOOK_S = 5.0
-"""Seconds after which a look leaves the runs that are not known yet to a later one."""
+"""Maximum seconds per look at runs that are not known yet; a later look reads the others."""
 _LOOK_S = 0.3
-"""Seconds after which a look leaves the runs that are known as they are."""
+"""Maximum seconds per look at runs that are known."""
 MOST_RUNS = 1_000
 
 
@@ -49,37 +50,37 @@ class Runs(Protocol):
     """Finds runs by their names."""
 
     async def summaries(self, commands: bool) -> list[dict[str, Any]]:
-        """All of them in a few words, the newest first."""
+        """Return an entry for each run, the newest first."""
         ...
 
     async def hub(self, run_id: str) -> Hub | None:
-        """What watchers of a run share; None if there is no such run."""
+        """Return the hub of a run; None without such a run."""
         ...
 
 
 class OneRun:
-    """The run that a sink belongs to."""
+    """The run of a sink."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
 
     async def summaries(self, commands: bool) -> list[dict[str, Any]]:
-        """Of this run alone."""
+        """Return the entry of this run."""
         self._hub.allows_commands = commands
         return [self._hub.summary()]
 
     async def hub(self, run_id: str) -> Hub | None:
-        """The run's, if that is its name."""
+        """Return its hub, if that is its name."""
         return self._hub if run_id == self._hub.view.run.run_id else None
 
 
 class _Run(msgspec.Struct):
-    """What is known of one folder."""
+    """One folder, as of the last look."""
 
     stamp: tuple[int, ...] | None
     held: bool
     reason: str | None
-    """What is wrong with its parts, beside the journal's content."""
+    """The damage outside the journal's content."""
     summary: Summary
     health: HealthReader
     looked_at: float
@@ -87,15 +88,15 @@ class _Run(msgspec.Struct):
 
 
 class RunsOfFolder:
-    """The runs in a folder, each in one of its own; or the run whose folder it is.
+    """The runs in the folders of a folder; or the one run whose run folder it is.
 
-    They are looked for anew each time, so that runs which begin later are found. A run is listed under its ``run_id``;
-    of several folders with one ``run_id`` (copies, say) that has it whose own name it is, else the one that runs, or
-    that has the newest event. The others are listed under the ``run_id`` and the name of their folder. A run that
-    cannot be read, or whose ``run_id`` is not a printable name, is listed under the name of its folder.
+    Each request looks at the folder again, so that new runs are found. A run is listed under its ``run_id``. Of several
+    folders with one ``run_id`` (copies, for example) the folder of that name keeps it, otherwise the running one, or
+    the one with the newest event; the others are listed under the ``run_id`` and their folder's name. A run that cannot
+    be read, or whose ``run_id`` is not a printable name, is listed under its folder's name.
 
-    A link in the folder is not followed: whoever may write there could show any folder of the user. It is listed as
-    damaged, unless it leads to another entry of the same folder.
+    Links in the folder are not followed: a user with write access to it could otherwise expose any folder. A link is
+    listed as damaged, unless it points to another entry of the same folder.
 
     Raises:
         ArgumentsError: ``folder`` is not a path.
@@ -108,14 +109,14 @@ class RunsOfFolder:
         guard(self._folder)
         self._hubs: OrderedDict[Path, FolderHub] = OrderedDict()
         self._known: dict[Path, _Run] = {}
-        self._paths: dict[str, tuple[Path, str]] = {}  # by the name in the list, as of the last look; and the run_id
-        self._is_behind = False  # the last look has left runs that are not known yet
+        self._paths: dict[str, tuple[Path, str]] = {}  # by the name in the list; the folder and its run_id
+        self._is_behind = False  # the last look has skipped runs that are not known yet
         self._limiter: anyio.CapacityLimiter | None = None
         self._readers: anyio.CapacityLimiter | None = None
-        self._found: tuple[float, list[Summary]] = -math.inf, []  # by the last look, and when that began
+        self._found: tuple[float, list[Summary]] = -math.inf, []  # start and result of the last look
 
     async def summaries(self, commands: bool) -> list[dict[str, Any]]:
-        """Of all runs, at most the newest thousand. Waits for the disk, on a thread."""
+        """Return the entries of at most the newest thousand runs. Waits for the disk, on a thread."""
         found = await self._look_again()
         shown = []
         for run in sorted(found, key=lambda run: run.started, reverse=True):
@@ -123,7 +124,7 @@ class RunsOfFolder:
         return shown
 
     async def hub(self, run_id: str) -> Hub | None:
-        """Of a run by its name in the list. Waits for the disk, on a thread."""
+        """Return a run's hub by its name in the list. Waits for the disk, on a thread."""
         there = self._hub_of(run_id)
         if there is None:
             await self._look_again()
@@ -135,11 +136,11 @@ class RunsOfFolder:
             self._readers = self._readers or anyio.CapacityLimiter(MOST_READERS)
             there = self._hubs[path] = FolderHub(path, None if own == run_id else run_id, self._readers)
             self._hubs.move_to_end(path)
-            self._let_go()
+            self._drop_hubs()
         return there
 
     def _hub_of(self, run_id: str) -> FolderHub | None:
-        """The hub that there is; None if there is none yet, or another run has the folder or the name now."""
+        """Return the existing hub; None if there is none, or another run has the folder or the name now."""
         path, own = self._paths.get(run_id, (None, ""))
         hub = self._hubs.get(path) if path is not None else None
         name = None if own == run_id else run_id
@@ -148,13 +149,13 @@ class RunsOfFolder:
         self._hubs.move_to_end(path)
         return hub
 
-    def _let_go(self) -> None:
+    def _drop_hubs(self) -> None:
         for path in list(self._hubs)[: max(0, len(self._hubs) - _MOST_HUBS)]:
             if not self._hubs[path].is_watched:
                 del self._hubs[path]
 
     async def _look_again(self) -> list[Summary]:
-        """Look for the runs; those who ask while one looks share the next look, however many they are."""
+        """Look for the runs; requests during a look share the next one."""
         asked = time.monotonic()
 
         def look() -> list[Summary]:
@@ -177,7 +178,7 @@ class RunsOfFolder:
         found = _run_folders(self._folder)
         known = {path: self._known[path] for path in found if path in self._known}
         self._is_behind = False
-        # Those that were looked at longest ago first, so that runs which take long do not keep others from their turn.
+        # The oldest look first, so that slow runs do not starve the others.
         for path in sorted(found, key=lambda path: known[path].looked_at if path in known else -math.inf):
             if time.monotonic() - began > (_LOOK_S if path in known else _FIRST_LOOK_S):
                 self._is_behind = self._is_behind or path not in known
@@ -190,14 +191,14 @@ class RunsOfFolder:
         return summaries
 
     def _with_view(self, path: Path, summary: Summary) -> Summary:
-        """A summary with the damage that only who has read the whole journal knows."""
+        """Return a summary with the damage that its hub found in the whole journal."""
         hub = self._hubs.get(path)
         summary = msgspec.structs.replace(summary)
         _add_damage(summary, hub.view.run.damage if hub is not None else None)
         return summary
 
     def _look_at(self, path: Path) -> _Run | None:
-        """One run, as it is now; None if it has not begun, or has been removed. Never raises for what is in it."""
+        """Look at one run; None if it has not started, or was removed. Never raises for the content of its folder."""
         known = self._known.get(path)
         health = known.health if known is not None else HealthReader(path)
         stamp: tuple[int, ...] | None = None
@@ -214,9 +215,9 @@ class RunsOfFolder:
                 if health.is_behind:
                     damage = [damage_line(summary.damage)] if summary.damage is not None else []
                     summary.problems = [*damage, *health.problems(until)]
-        except FileNotFoundError:  # it has been removed since
+        except FileNotFoundError:  # removed
             return None
-        except Exception as error:  # whatever a stranger has put there, it concerns this run alone
+        except Exception as error:  # of a damaged or hostile folder: other runs are unaffected
             reason, summary = reason_of(error, path), Summary()
         _add_damage(summary, reason)
         if not summary.run_id and not summary.damage:
@@ -225,22 +226,22 @@ class RunsOfFolder:
 
 
 class HealthReader:
-    """Reads what is unhealthy about a run from all of its journal, which may grow. Belongs to one thread."""
+    """Reads the problems of a run from its whole journal, which may grow. Belongs to one thread."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._head: bytes | None = None
         self.is_behind = False
-        """Whether the last call has not come to the end of the journal."""
+        """Whether the last call has not reached the end of the journal."""
 
     def problems(self, until: float = math.inf) -> list[str]:
-        """Read on, and return what is unhealthy. Raises `OSError`.
+        """Read new events, and return the problems. Raises `OSError`.
 
         Args:
             until: Stop soon after this time (`time.monotonic`); then `is_behind` is True, and the next call continues.
         """
         head = head_of(self._run_dir)
-        if head != self._head:  # the first time, or another run has the folder now
+        if head != self._head:  # the first read, or another run has the folder now
             self._head, self._health = head, Health()
             self._finder = EventFinder(self._run_dir / JOURNAL_DIR, self._health.types)
         for event in self._finder.find(until):
@@ -250,10 +251,10 @@ class HealthReader:
 
 
 def runs_of(given: Runs | str | os.PathLike[str]) -> Runs:
-    """Runs as they are, or those of a folder that is given by its path.
+    """Return the runs of a folder if ``given`` is its path, otherwise ``given``.
 
     Raises:
-        ArgumentsError: It is neither.
+        ArgumentsError: ``given`` is neither a path nor `Runs`.
     """
     if isinstance(given, str | os.PathLike):
         return RunsOfFolder(given)
@@ -263,11 +264,11 @@ def runs_of(given: Runs | str | os.PathLike[str]) -> Runs:
 
 
 def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = None, until: float = math.inf) -> Summary:
-    """A run in a few words, from the beginning and the end of its journal. Raises `OSError`.
+    """Return the entry of a run in the list, from the start and the end of its journal. Raises `OSError`.
 
     Args:
         health: Has read the run's journal before; None reads all of it.
-        until: Stop reading soon after this time (`time.monotonic`), with what is known then.
+        until: Stop reading soon after this time (`time.monotonic`), with a partial result.
     """
     run_dir = Path(run_dir)
     journal_dir = run_dir / JOURNAL_DIR
@@ -275,13 +276,13 @@ def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = Non
     view = RunView()
     count = 0
     for batch in batches(reader, until, _HEAD):
-        view.add(batch)  # at once, for a few events may be as large as all that a view keeps
+        view.add(batch)  # at once, because a few events may be as large as a whole view
         count += len(batch)
         if count >= _HEAD:
             break
     tail = journal_tail(journal_dir).events
     view.add(trimmed([event for event in tail if count and event.seq > view.cursor]))
-    if tail and tail[-1].attempt > view.run.attempt:  # its beginning is in the middle
+    if tail and tail[-1].attempt > view.run.attempt:  # it starts in the middle of the journal
         view.run.attempt = tail[-1].attempt
         end = next((event for event in tail if type(event) is RunEnded), None)
         view.run.status, view.run.ended = ("running", None) if end is None else (end.status, end.time)
@@ -302,7 +303,7 @@ def _add_damage(run: Summary, reason: str | None) -> None:
 
 
 def _named(found: dict[Path, Summary]) -> tuple[dict[str, tuple[Path, str]], list[Summary]]:
-    """Give each run a name of its own: by that the folder and the ``run_id``, and the summaries with these names."""
+    """Give each run a unique name; return folder and ``run_id`` by name, and the summaries with these names."""
     rank = {path: (path.name != run.run_id, run.status != "running", -run.updated) for path, run in found.items()}
     paths: dict[str, tuple[Path, str]] = {}
     summaries: dict[Path, Summary] = {}
@@ -326,20 +327,20 @@ def _named(found: dict[Path, Summary]) -> tuple[dict[str, tuple[Path, str]], lis
 
 
 def _with_namesake(run: Summary, other: Path) -> Summary:
-    """Name another folder with the same ``run_id``: one of the two may pretend to be the other."""
+    """Add a problem that names the other folder: one of the two may impersonate the other."""
     problem = f"the folder {plain_text(other.name, 100)!r} has a run of the same run_id"
     return run if len(run.problems) > 20 else msgspec.structs.replace(run, problems=[*run.problems, problem])
 
 
 def _is_name(run_id: str) -> bool:
-    """Whether a ``run_id`` can be a part of an address, and is shown as it is."""
+    """Whether a ``run_id`` can be part of an address and is printable."""
     return (
         run_id.isprintable() and 0 < len(run_id) <= MAX_NAME_CHARS and run_id not in (".", "..") and "/" not in run_id
     )
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """The newest folders that have a journal, or something in its place; and links, which `guard` refuses."""
+    """Return the newest folders with a journal, readable or not, and links, which `guard` refuses."""
     if _has_journal(folder):
         return [folder]
     try:
@@ -353,7 +354,7 @@ def _run_folders(folder: Path) -> list[Path]:
             is_folder = entry.is_dir(follow_symlinks=False)
             if (is_folder and _has_journal(path)) or (entry.is_symlink() and _leads_out(path)):
                 found.append((entry.stat(follow_symlinks=False).st_mtime, path))
-        except OSError:  # removed meanwhile
+        except OSError:  # removed
             continue
     return [path for _, path in sorted(found, key=lambda one: one[0], reverse=True)[:MOST_RUNS]]
 
@@ -367,12 +368,12 @@ def _has_journal(path: Path) -> bool:
 
 
 def _leads_out(link: Path) -> bool:
-    """Whether a link leads anywhere else than to an entry beside it, which is listed by itself."""
+    """Whether a link points anywhere but to another entry of its folder, which is listed itself."""
     return os.path.dirname(os.path.abspath(link.parent / os.readlink(link))) != str(link.parent)
 
 
 def _stamp(run_dir: Path) -> tuple[int, ...]:
-    """Changes when the journal grows, and when its newest segment or its folder is altered."""
+    """Return a value that changes with the journal's newest segment and its folder."""
     numbers = segment_numbers(run_dir / JOURNAL_DIR)
     folder = stat_below(run_dir, JOURNAL_DIR)
     if not numbers:

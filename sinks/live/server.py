@@ -1,7 +1,4 @@
-"""Serves the application by uvicorn: on a thread of its own beside a run, or as the command ``stagecast watch``.
-
-It imports uvicorn: import it when something is to be served.
-"""
+"""Serves the application with uvicorn, on a thread beside a run or for ``stagecast watch``. Imports uvicorn."""
 
 from __future__ import annotations
 
@@ -33,28 +30,25 @@ from sinks.live.runs import Runs
 _START_S = 10.0
 _STOP_S = 5.0
 _PAUSE_S = 0.5
-"""Seconds without an accept after one has failed for want of descriptors; less than asyncio's second."""
+"""Seconds without an accept after one failed without a free descriptor; less than asyncio's second."""
 _CLOSING_S = 10.0
-"""How long a connection may take to close: one whose client reads nothing would never do so."""
+"""Maximum seconds per close: a connection whose client does not read would never close."""
 
 _MOST_BUFFERED = 2 * PART_BYTES
-"""Maximum bytes per connection that may be unread when it closes, or when its client pings."""
+"""Maximum unread bytes per connection when it closes, or when its client pings."""
 
 
 class Listener(socket.socket):
-    """A listening socket that accepts no more connections than a `ConnectionLimit` allows.
-
-    asyncio accepts by it, on the thread of the event loop.
-    """
+    """A listening socket that accepts connections up to a `ConnectionLimit`. asyncio calls it on the event loop."""
 
     def __init__(self, family: int) -> None:
         super().__init__(family, socket.SOCK_STREAM)
         self.limit = ConnectionLimit()
         self.make_room: Callable[[str | None], bool] = lambda address: False
-        """Has an open connection closed in the next round of the event loop, of this address or, for None, of any;
-        False if each of them is being answered."""
+        """Closes an idle connection of an address, or of any for None, in the next cycle of the event loop; False if
+        all connections are busy."""
         self.count_made: Callable[[], int] = lambda: 0
-        """Counts the connections whose protocol exists, which happens in the next round of the event loop."""
+        """Counts the connections whose protocol exists, one cycle of the event loop after their accept."""
         self._refused = RatedWarning("the page's server closed a new connection; raise the descriptor limit: ulimit -n")
         self._paused_until = -1.0
 
@@ -62,8 +56,8 @@ class Listener(socket.socket):
         """Accept a connection.
 
         Raises:
-            BlockingIOError: There is none, or it has to wait until another is closed.
-            ConnectionAbortedError: It was closed, because there are too many.
+            BlockingIOError: None is pending, or one must wait until another one has closed.
+            ConnectionAbortedError: The connection was closed, because too many are open.
             OSError: As `socket.socket.accept` raises it; asyncio pauses for a second after EMFILE.
         """
         if time.monotonic() < self._paused_until:
@@ -74,7 +68,7 @@ class Listener(socket.socket):
         try:
             connection, address = super().accept()
         except OSError as error:
-            if error.errno in EXHAUSTED:  # asyncio schedules a retry for each such error, and would cause many
+            if error.errno in EXHAUSTED:  # asyncio schedules one more retry for each such error
                 self._paused_until = time.monotonic() + _PAUSE_S
             raise
         group = address_group(address)
@@ -87,10 +81,10 @@ class Listener(socket.socket):
 
 
 def bind(host: str, port: int) -> Listener:
-    """Return a socket that listens.
+    """Return a listening socket.
 
     Raises:
-        SinkMisconfigured: The port is taken, or the address is none of this machine.
+        SinkMisconfigured: The port is in use, or the address does not belong to this machine.
     """
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -99,11 +93,11 @@ def bind(host: str, port: int) -> Listener:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(1_024)
-    except (OSError, OverflowError) as error:  # OverflowError: no port at all
+    except (OSError, OverflowError) as error:  # OverflowError: the port is out of range
         listening.close()
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise SinkMisconfigured(
-            f"nothing can be served at {host}:{port}: {reason}; choose another port, or 0 for a free one"
+            f"{host}:{port} cannot be served: {reason}; choose another port, or 0 for a free one"
         ) from error
     _listening.add(listening)
     return listening
@@ -113,7 +107,7 @@ _listening: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    # A forked dataloader worker would hold the port when the run has long let go of it.
+    # A forked dataloader worker would keep the port open after the run has closed it.
     for listening in list(_listening):
         listening.close()
 
@@ -123,21 +117,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def link_to(url: str, token: str | None) -> str:
-    """What opens the page with one click: this machine's name where the server is at all its addresses, the token."""
+    """Return the page's link: with this machine's name for a wildcard address, and with the token."""
     for everywhere in ("//0.0.0.0:", "//[::]:"):
         url = url.replace(everywhere, f"//{socket.gethostname()}:")
     return url if token is None else f"{url}#token={quote(token, safe='')}"
 
 
 class Server:
-    """A server at an address of its own.
+    """A server with its own address.
 
     Args:
         listening: From `bind`.
-        host: What the socket was bound to.
+        host: The host given to `bind`.
 
     Raises:
-        SinkMisconfigured: Others can reach it, and there is no token.
+        SinkMisconfigured: Other machines can reach it without a token.
     """
 
     def __init__(
@@ -153,29 +147,29 @@ class Server:
         check_host(host, token)
         hosts = ("localhost", "127.0.0.1", "::1", host.strip("[]")) if is_loopback(host) else None
         access = Access(token, commands=commands, origins=origins, hosts=hosts)
-        # The others are for short requests: those without a stream can be closed for one another.
+        # The rest of the connections is for short requests.
         app = self._app = LiveApp(runs, access, most_clients=max(1, listening.limit.most * 5 // 6))
         self._socket = listening
         name = f"[{host.strip('[]')}]" if ":" in host else host
         self.url = f"http://{name}:{listening.getsockname()[1]}/"
-        """Where the page is."""
+        """Address of the page."""
         self.link = link_to(self.url, token)
-        """The same for who started it, with the token in the fragment, which a browser sends to no server."""
+        """The address with the token in its fragment, which browsers do not send."""
         own = logging.getLogger("uvicorn.error")
         if own.level == logging.NOTSET:
-            own.setLevel(logging.WARNING)  # a program that logs all there is would log what clients say, tokens too
+            own.setLevel(logging.WARNING)  # at INFO it would log clients' requests, with their tokens
         config = uvicorn.Config(
             app,
             http=_Http,
-            loop="asyncio",  # others do not accept by `Listener`
+            loop="asyncio",  # uvloop does not call `Listener.accept`
             log_config=None,
-            access_log=False,  # an address may hold what is private
+            access_log=False,  # addresses may be private
             lifespan="off",
             ws=_WebSocket,
             ws_max_size=MOST_INBOUND,
             ws_ping_interval=20.0,
             ws_ping_timeout=20.0,
-            ws_per_message_deflate=False,  # costs more than it saves, for each client anew
+            ws_per_message_deflate=False,  # it would compress each frame per client
             timeout_graceful_shutdown=1,
             server_header=False,
         )
@@ -185,15 +179,15 @@ class Server:
         self._thread = threading.Thread(target=in_this_run(self._serve), name="stagecast-live", daemon=True)
 
     def run(self) -> None:
-        """Serve until a signal comes. On the main thread."""
-        with contextlib.suppress(KeyboardInterrupt):  # the signal, once more, when all is closed
+        """Serve until a signal arrives. On the main thread."""
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after its shutdown
             self._serve()
 
     def start(self) -> None:
-        """Serve on a thread of its own. Waits until it does, a moment.
+        """Serve on a thread; waits until the server accepts connections.
 
         Raises:
-            RuntimeError: It does not.
+            RuntimeError: It does not start.
         """
         self._thread.start()
         deadline = time.monotonic() + _START_S
@@ -205,7 +199,7 @@ class Server:
         logger.info(f"the run can be watched at {self.url}")
 
     def stop(self) -> None:
-        """End it, and let go of the port. Waits for a moment."""
+        """Stop the server, and close the port; waits for at most `_STOP_S`."""
         self._server.should_exit = True
         self._thread.join(_STOP_S)
         self._socket.close()
@@ -225,9 +219,8 @@ def _make_log() -> logging.Logger:
     return log
 
 
-# uvicorn has no public means to see whether a connection waits for its client, nor to refuse its pings. What is used of
-# its protocols beyond asyncio's own interface is all in `_Http`, `_WebSocket` and `_Uvicorn`, and a test names the one
-# of these attributes that an upgrade has removed.
+# uvicorn has no public way to find idle connections, nor to refuse pings. `_Http`, `_WebSocket` and `_Uvicorn` hold all
+# uses of its protocols beyond asyncio's interface; a test names the attribute that an upgrade has removed.
 HTTP_ATTRIBUTES = ("app", "client", "cycle", "logger", "on_response_complete", "scope", "transport")
 CYCLE_ATTRIBUTES = ("more_body", "response_complete")
 WEBSOCKET_ATTRIBUTES = (
@@ -238,10 +231,10 @@ SERVER_ATTRIBUTES = ("on_tick", "run", "server_state", "should_exit", "started",
 
 
 class _Http(H11Protocol):
-    """One connection until it becomes a WebSocket."""
+    """One HTTP connection."""
 
     waiting_since = 0.0
-    """When it was accepted, or its last response was complete."""
+    """Time of the accept, or of the last complete response."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -259,10 +252,10 @@ class _Http(H11Protocol):
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """One connection that has become a WebSocket."""
+    """One WebSocket."""
 
     waiting_since = 0.0
-    """When it was made."""
+    """Time of the upgrade."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -270,21 +263,21 @@ class _WebSocket(WebSocketsSansIOProtocol):
         self.waiting_since = time.monotonic()
 
     def data_received(self, data: bytes) -> None:
-        """Abort a handshake that was refused without an answer, such as one of too many headers."""
+        """Abort a handshake that was refused without a response, for example with too many headers."""
         super().data_received(data)
         # `handshake_exc` is public, of `websockets.server.ServerProtocol`.
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
             self.transport.abort()
 
     def handle_ping(self) -> None:
-        """Answer a ping; a client that does not read its answers is closed, or they would fill memory."""
+        """Answer a ping; abort a client that does not read, or its pongs would fill the memory."""
         if self.transport.get_write_buffer_size() > _MOST_BUFFERED:
             self.transport.abort()
             return
         super().handle_ping()
 
     def handle_close(self, event: Any) -> None:
-        """Close; a client that has not read what it was sent does not want it, and it would stay in memory."""
+        """Close; abort a client with many unread bytes, which would stay in memory."""
         if not self.close_sent and self.transport.get_write_buffer_size() > _MOST_BUFFERED:
             self.transport.abort()
         super().handle_close(event)
@@ -296,7 +289,7 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """Aborts connections whose clients do not send or take what they should."""
+    """Aborts connections whose clients neither send nor read in time."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -305,7 +298,7 @@ class _Uvicorn(uvicorn.Server):
         self._exhausted = RatedWarning("the page's server cannot accept a connection: ")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept."""
+        """Start to accept connections."""
         asyncio.get_running_loop().set_exception_handler(self._on_error)
         await super().startup(sockets)
 
@@ -317,14 +310,14 @@ class _Uvicorn(uvicorn.Server):
             loop.default_exception_handler(context)
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
+        """Abort stuck connections. uvicorn calls it ten times a second."""
         now = time.monotonic()
         for connection in list(self.server_state.connections) if counter % 10 == 0 else ():
             transport = connection.transport
             if transport.is_closing():
                 closing_s = now - self._closing.setdefault(connection, now)
                 if closing_s > _CLOSING_S or transport.get_write_buffer_size() > _MOST_BUFFERED:
-                    transport.abort()  # its data would stay in memory for as long as the client does not read
+                    transport.abort()  # its data would stay in memory
             elif (
                 isinstance(connection, _Http | _WebSocket)
                 and connection.is_waiting
@@ -334,12 +327,12 @@ class _Uvicorn(uvicorn.Server):
         return await super().on_tick(counter)
 
     def make_room(self, address: str | None) -> bool:
-        """Abort the connection that has waited longest for a request, or for its client to read the rest or to close.
+        """Abort the connection that has been idle or closing for longest; False without such a connection.
 
-        One at a time: the next only when this one is closed, so that there is at most one too many.
+        One at a time: the next one after this one has closed.
 
         Args:
-            address: Of whom; None for anyone's.
+            address: Of the client; None for any.
         """
         if self._evicted in self.server_state.connections:
             return address is None

@@ -1,9 +1,9 @@
-"""Finds out whether the server that runs the application shuts down.
+"""Detects that the server of the application shuts down.
 
-A server waits for open responses before it sends ``lifespan.shutdown``, a mounted application gets no lifespan at all,
-and ASGI has no message for the beginning of a shutdown. So an application whose streams stay open looks at its server,
-which it finds among the tasks of its event loop. No signal handler is installed and nothing of the server is replaced:
-it works on a thread, in workers, and embedded in a host's own loop.
+A server waits for open responses before it sends ``lifespan.shutdown``, a mounted application receives no lifespan, and
+ASGI has no message for the start of a shutdown. So an application with open streams looks at its server, which it finds
+among the tasks of its event loop. It installs no signal handler and replaces no part of the server, so that it works on
+a thread, in workers, and in a host's own loop.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import anyio
 
 
 class Server(NamedTuple):
-    """A server that runs in this event loop."""
+    """A server in this event loop."""
 
     is_ending: Callable[[], bool]
-    """Whether its shutdown has begun."""
+    """Whether its shutdown has started."""
     connections: Callable[[], Collection[Any]] = tuple
-    """Its connections, where it would wait for them without a limit."""
+    """Its connections, if it waits for them without a timeout."""
 
 
 def _uvicorn(local: Mapping[str, Any]) -> Server:
     server = local["self"]
     return Server(
-        # With ``limit_max_requests`` it ends without having been asked to: then its sockets are closed.
+        # With ``limit_max_requests`` it stops by itself: its sockets are closed then.
         lambda: server.should_exit or any(not one.is_serving() for one in getattr(server, "servers", ())),
         lambda: list(server.server_state.connections),
     )
@@ -42,7 +42,7 @@ def _gunicorn(local: Mapping[str, Any]) -> Server:
     return Server(lambda: not worker.alive)
 
 
-# The coroutine that each server runs in until its end, by module and name.
+# The coroutine that each server runs until its end, by module and name.
 _SERVERS: dict[tuple[str, str], Callable[[Mapping[str, Any]], Server]] = {
     ("uvicorn.server", "Server._serve"): _uvicorn,
     ("hypercorn.asyncio.run", "worker_serve"): _hypercorn,
@@ -52,7 +52,7 @@ _SERVERS: dict[tuple[str, str], Callable[[Mapping[str, Any]], Server]] = {
 
 
 def find_servers() -> list[Server]:
-    """Look for servers in this event loop. One that is not known is not found."""
+    """Return the known servers in this event loop."""
     found: list[Server] = []
     for task in anyio.get_running_tasks():
         coroutine: Any = task.coro
@@ -68,10 +68,10 @@ def find_servers() -> list[Server]:
 
 
 def unread(servers: list[Server], headers: list[Any]) -> list[Any]:
-    """The transports with data that their clients have not read: a server that closes them waits until they do.
+    """Return the transports with unread data: a server that closes them waits until the clients have read it.
 
     Args:
-        headers: Of the requests whose connections are looked at, as they stand in the scopes.
+        headers: The header objects in the scopes of the requests to look at.
     """
     ours = {id(one) for one in headers}
     found = []

@@ -1,4 +1,4 @@
-"""The sink `Live`: a run that can be watched in a browser while it trains."""
+"""The sink `Live`: a page that shows a run in a browser while it trains."""
 
 from __future__ import annotations
 
@@ -27,55 +27,55 @@ if TYPE_CHECKING:
     from sinks.live.server import Server
 
 ADDRESS_NAME = "live.json"
-"""In the run's folder, while it is served: ``{"url": ...}``, with ``"token"`` if that was generated. Only its owner may
-read it."""
+"""File in the run folder while the page is served: ``{"url": ...}``, and ``"token"`` if that was generated. Readable by
+its owner only."""
 _END_S = 2.0
-"""How long those who watch may take to hear of the end."""
+"""Maximum seconds that the end of the run waits for clients."""
 
 
 class Live(Strict, frozen=True):
-    """Serves a page that shows the run as it happens, and the same as WebSocket and Server-Sent Events.
+    """Serves a page that shows the run live, with WebSocket and Server-Sent Events for other clients.
 
-    ``stagecast watch`` does it for any run, from outside; this is for one that brings its page along. It runs in the
-    sink host, which reads the journal: clients take neither the interpreter nor the memory of the process that trains.
-    ``(Live(), Delivery(runs_in="thread"))`` serves from that process, also without a journal.
+    ``stagecast watch`` serves any run from outside; this sink makes a run serve its own page. It runs in the sink host,
+    which reads the journal: clients use neither the interpreter nor the memory of the training process.
+    ``(Live(), Delivery(runs_in="thread"))`` serves from the training process, also without a journal.
 
-    Its link is printed on stderr, with the token in the fragment (``#token=...``). The address is in the log, and in
-    ``live.json`` in the run's folder, from which ``connect(run_dir)`` reads it. The page ends with the run.
+    The link is printed on stderr, with the token in the fragment (``#token=...``). The address is logged, and written
+    to ``live.json`` in the run folder, from which ``connect(run_dir)`` reads it. The server stops with the run.
     """
 
     host: str = "127.0.0.1"
-    """Any other than this machine's own demands a token."""
+    """An address that other machines can reach requires a token."""
     port: int = 0
-    """0 takes a free one."""
+    """0 for a free port."""
     commands: bool = False
-    """Whether watchers may stop, pause, and have checkpoints taken."""
+    """Whether clients may stop and pause the run, and request checkpoints."""
     token: str | bool | None = None
-    """The token that watchers have to show. None: that of the environment variable ``STAGECAST_TOKEN``, else a new
+    """The token that clients must send. None: that of the environment variable ``STAGECAST_TOKEN``, otherwise a new
     random one, which is in the printed link and in ``live.json``. False: none, so that every user of this machine may
-    watch, and command the run with ``commands``."""
+    see the run, and command it with ``commands``."""
     origins: tuple[str, ...] = ()
-    """Sites whose pages may talk to it, beside its own: ``https://example.org``."""
+    """Further sites whose pages may use the server: ``https://example.org``."""
 
-    # Lossless, because the page shows the whole history; late events only show late.
+    # Lossless, because the page shows the whole history.
     delivery: ClassVar[Delivery] = Delivery(overflow="catch_up", latency_s=0.1, runs_in="process")
 
     def __repr__(self) -> str:
         return f"Live(host={self.host!r}, port={self.port!r}, commands={self.commands!r})"  # the token is a secret
 
     def __rich_repr__(self) -> Any:
-        yield from (("host", self.host), ("port", self.port), ("commands", self.commands))  # so do tracebacks show it
+        yield from (("host", self.host), ("port", self.port), ("commands", self.commands))  # for rich tracebacks
 
     def check(self) -> None:
-        """See that the server is installed, and the address guarded. Raises `SinkMisconfigured`."""
+        """Raise `SinkMisconfigured` without the server's packages, for an invalid port, or without a required token."""
         require("uvicorn", "live", "the sink Live")
         require("websockets", "live", "the sink Live")
         if not (isinstance(self.port, int) and 0 <= self.port <= 65_535):
-            raise SinkMisconfigured(f"Live(port={self.port!r:.80}) is no port: give 1 to 65535, or 0 for a free one")
+            raise SinkMisconfigured(f"Live(port={self.port!r:.80}) is not a port; give 1 to 65535, or 0 for a free one")
         choose_token(self.token, self.host)
 
     def open(self, run: RunInfo) -> LiveWriter:
-        """Begin to serve. Waits for the journal of earlier attempts. Raises `SinkMisconfigured`: the port is taken."""
+        """Start to serve; waits for the journal of earlier attempts. Raises `SinkMisconfigured` if the port is used."""
         from sinks.live.server import Server, bind  # needs uvicorn
 
         self.check()
@@ -90,7 +90,7 @@ class Live(Strict, frozen=True):
             hub.view.run.run_id = run.run_id
             options: dict[str, Any] = {"token": token, "commands": self.commands, "origins": self.origins}
             return LiveWriter(hub, Server(OneRun(hub), listening, self.host, **options), token if is_new else None)
-        except BaseException:  # goes on as itself, without the port
+        except BaseException:  # propagates unchanged
             listening.close()
             raise
 
@@ -99,10 +99,10 @@ class LiveWriter:
     """An open `Live`."""
 
     def __init__(self, hub: Hub, server: Server, new_token: str | None = None) -> None:
-        """Start the server, print its link, and write its address.
+        """Start the server, print its link, and write `ADDRESS_NAME`.
 
         Args:
-            new_token: The server's token, if it is known to no one yet.
+            new_token: The server's token, if it was generated.
         """
         self._hub = hub
         self._server = server
@@ -113,23 +113,23 @@ class LiveWriter:
             without_token += f"; its token is in {self._address}"
         notify(f"the run can be watched at {server.link}", without_token)
         if hub.run_dir is not None:
-            told = {"url": server.url} | ({"token": new_token} if new_token is not None else {})
+            address = {"url": server.url} | ({"token": new_token} if new_token is not None else {})
             try:
-                replace_below(hub.run_dir, ADDRESS_NAME, msgspec.json.encode(told) + b"\n", mode=0o600)
+                replace_below(hub.run_dir, ADDRESS_NAME, msgspec.json.encode(address) + b"\n", mode=0o600)
             except OSError as error:
                 logger.warning(f"the page's address cannot be written to {self._address}: {error}")
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """Address of the page."""
         return self._server.url
 
     def write(self, events: Sequence[Event]) -> None:
-        """Show a batch; what came already is left out."""
+        """Add a batch to the page; events that it has already are skipped."""
         self._hub.feed(events)
 
     def close(self) -> None:
-        """End the server, once those who watch have seen the end."""
+        """Stop the server, once the clients have received the end of the run."""
         self._hub.end(_END_S)
         self._server.stop()
         if self._address is not None:

@@ -1,4 +1,4 @@
-"""The view of a run from its journal, and the file in the run's folder that spares reading a long one again."""
+"""The view of a run from its journal, and the file that caches the view of a long one."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from sinks.live.turns import READING, TURN_S
 from sinks.live.view import RunView
 
 STORE_NAME = "view.msgpack"
-"""In a run's folder: the view as it was. It may be deleted."""
+"""File in the run folder with the cached view. It may be deleted."""
 _VERSION = 7
 PAUSE_S = 0.0002
-"""Between two batches of a long journal: so others on this interpreter wait 2 ms for it instead of 5, each time."""
+"""Seconds of sleep between two batches, so that other threads wait 2 ms for the interpreter instead of 5."""
 MOST_SKIPPED = 10_000
-"""Maximum lines of a journal that are not events; behind them it is not read."""
+"""Maximum lines per journal that are not events; the rest of the journal is not read."""
 _SLICE_S = TURN_S
 _AT_ONCE = 8
 _BATCH_BYTES = 32 * 2**20
-"""Maximum bytes of memory, estimated, that the events of one batch take before its last read."""
+"""Maximum estimated bytes of memory per batch, its last read excepted."""
 _HEAD = 1_024
 _TRIES = 3
 _MOST_BYTES = 32 * 2**20
-"""Maximum bytes of the stored view; a larger one is not written and not read."""
+"""Maximum bytes of a stored view, for writing and reading."""
 _ROOM_BYTES = 64 * 2**20
-"""Maximum bytes of memory that a stored view may take beyond a small multiple of its length; likewise."""
+"""Maximum bytes of memory per stored view beyond a small multiple of its length."""
 
 
 class _Stored(msgspec.Struct):
     version: int
     head: bytes
-    """Of the journal that it was made of."""
+    """Of its journal."""
     view: RunView
 
 
 def read_view(run_dir: str | os.PathLike[str]) -> tuple[RunView, int]:
-    """The view of a run's history, and how much of it was stored: up to which ``seq``, 0 for nothing.
+    """Return the view of a run, and the ``seq`` up to which it was stored, or 0.
 
-    Never raises for what is in the folder: the view has what could be read, and its ``damage`` names the rest.
+    Never raises for the content of the folder: the view holds the readable part, and its ``damage`` names the rest.
     """
     run_dir = Path(run_dir)
     stored = _stored_view(run_dir)
@@ -64,22 +64,22 @@ def read_view(run_dir: str | os.PathLike[str]) -> tuple[RunView, int]:
     for _ in range(_TRIES):
         if (view := _continued(run_dir, RunView())) is not None:
             return view, 0
-        # The run was resumed meanwhile.
-    return _continued(run_dir, RunView(), known=math.inf) or RunView(), 0  # a journal whose end denies its middle
+        # The run was resumed during the read.
+    return _continued(run_dir, RunView(), known=math.inf) or RunView(), 0  # its end contradicts its middle
 
 
 def _continued(run_dir: Path, view: RunView, known: float | None = None) -> RunView | None:
-    """A view with what the journal has behind it; None if some of it turned out to be superseded.
+    """Add the events behind a view to it; None if a resume during the read superseded some of them.
 
     Args:
-        known: Up to which ``seq`` resumes are in the filter of superseded events; None for what the journal's end says.
+        known: ``seq`` up to which the filter of superseded events knows resumes; None for the journal's end.
     """
     journal_dir = run_dir / JOURNAL_DIR
     try:
         list_below(run_dir, JOURNAL_DIR)
         seq, counts = _filter_of(journal_dir) if not view.cursor else (0, None)
         known = seq if known is None else known
-        held = is_held(run_dir)  # before reading: what is written later must not be missed
+        held = is_held(run_dir)  # before the read, so that it includes the last event
         reader = JournalReader(journal_dir, view.cursor)
         for events in batches(reader, is_over=not held):
             if any(type(event) is RunResumed and event.seq > known for event in events):
@@ -89,8 +89,8 @@ def _continued(run_dir: Path, view: RunView, known: float | None = None) -> RunV
         view.curves.cursor = max(view.cursor, reader.cursor)  # the last ones may be superseded
         view.damaged(damage_of(run_dir) or damage_in(reader))
     except FileNotFoundError:
-        pass  # the journal does not exist yet, or not any more
-    except Exception as error:  # whatever a stranger has put there, it concerns this run alone
+        pass  # the journal does not exist yet, or was removed
+    except Exception as error:  # of a damaged or hostile folder: other runs are unaffected
         view.damaged(reason_of(error, run_dir), is_broken=True)
     return view
 
@@ -98,15 +98,15 @@ def _continued(run_dir: Path, view: RunView, known: float | None = None) -> RunV
 def batches(
     reader: JournalReader, until: float = math.inf, most: int = 512, *, is_over: bool = False
 ) -> Iterator[Sequence[Event]]:
-    """Read on in a journal, by so many events at a time, each `trimmed`: a few lines of it may fill the memory.
+    """Read new events of a journal in batches, each event `trimmed`, because a few lines may fill the memory.
 
     Args:
         until: Stop soon after this time (`time.monotonic`).
-        is_over: Nobody writes to the journal any more, so its end counts as it is.
+        is_over: The run has ended, so that an unfinished last line is damage.
 
     Raises:
         OSError: A segment cannot be read.
-        WireError: More lines than `MOST_SKIPPED` are not events.
+        WireError: More than `MOST_SKIPPED` lines are not events.
     """
     while True:
         READING.pass_on()
@@ -121,7 +121,7 @@ def batches(
         if batch:
             yield batch
         if reader.skipped_count > MOST_SKIPPED:
-            raise WireError(f"{damage_in(reader)}; the journal has too many such lines to be read")
+            raise WireError(f"{damage_in(reader)}; the journal has more than {MOST_SKIPPED:,} such lines")
         now = time.monotonic()
         if now > until:
             return
@@ -132,20 +132,20 @@ def batches(
 
 
 def _filter_of(journal_dir: Path) -> tuple[int, Callable[[Event], bool] | None]:
-    """Up to where the journal is known, and what of that counts; None: all of it."""
+    """Return the journal's last ``seq``, and a filter of the events up to it; None if none is superseded."""
     tail = journal_tail(journal_dir, READING.pass_on)
-    # The filter looks through the whole journal, for what a first attempt cannot have.
+    # The filter reads the whole journal; a first attempt needs none.
     return tail.seq, history_filter(journal_dir, READING.pass_on) if tail.attempt > 1 else None
 
 
 def write_view(run_dir: Path, view: RunView) -> None:
-    """Store a view beside the journal, for the next time; a failure is ignored, for the journal has everything."""
+    """Store a view beside the journal. Failures are ignored: the journal holds everything."""
     if (data := encode_view(run_dir, view)) is not None:
         store_view(run_dir, data)
 
 
 def encode_view(run_dir: Path, view: RunView) -> bytes | None:
-    """A view as it is stored; None for one that cannot be, or should not because its journal could not be read."""
+    """Encode a view for `store_view`; None if that is not possible, or its journal could not be read."""
     try:
         data = msgspec.msgpack.encode(_Stored(_VERSION, head_of(run_dir), view))
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
@@ -155,14 +155,14 @@ def encode_view(run_dir: Path, view: RunView) -> bytes | None:
 
 def store_view(run_dir: Path, data: bytes) -> None:
     """Write what `encode_view` returned. Waits for the disk."""
-    # Another server may watch the run, the folder may refuse, or the view is one that would not be read.
+    # The folder may be read-only; `ValueError` is a view that would not be read.
     with contextlib.suppress(OSError, ValueError):
         check_keys(data, _ROOM_BYTES)
         replace_below(run_dir, STORE_NAME, data)
 
 
 def head_of(run_dir: Path) -> bytes:
-    """Tells a journal from any other, also of the same name: the beginning of its first event. Raises `OSError`."""
+    """Return the start of a journal's first event, which identifies it. Raises `OSError`."""
     try:
         number = segment_numbers(run_dir / JOURNAL_DIR)[0]
         with open(open_segment(run_dir / JOURNAL_DIR, number), "rb", buffering=0) as file:
@@ -172,20 +172,20 @@ def head_of(run_dir: Path) -> bytes:
 
 
 def _stored_view(run_dir: Path) -> RunView:
-    """What is stored, if it is of this journal, of a version that we read, and whole; else an empty view."""
+    """Return the stored view if it is valid, current and of this journal; otherwise an empty view."""
     try:
         data = read_below(run_dir, STORE_NAME, _MOST_BYTES)
         check_keys(data, _ROOM_BYTES)
         stored = msgspec.msgpack.decode(data, type=_Stored)
         fits = stored.version == _VERSION and stored.head == head_of(run_dir) and stored.view.is_sound
         if fits and stored.view.cursor <= journal_tail(run_dir / JOURNAL_DIR, READING.pass_on).seq:
-            health = stored.view.health  # it is not stored: few lines of the journal bear on it
+            health = stored.view.health  # rebuilt, because few events of the journal affect it
             for event in EventFinder(run_dir / JOURNAL_DIR, health.types).find(between=READING.pass_on):
                 if event.seq > stored.view.cursor:
                     break
                 health.add(event)
             stored.view.run.problems = stored.view.problems
             return stored.view
-    except Exception:  # whatever a stranger has put there, the journal is read instead
+    except Exception:  # damaged or hostile: the journal is read instead
         pass
     return RunView()

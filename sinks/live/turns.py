@@ -1,4 +1,4 @@
-"""Turns at reading runs: few threads read at a time, each for a short time, so that a long read delays no short one."""
+"""Turns of threads that read runs: few at a time, each for a short time, so that long reads do not delay short ones."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import time
 from collections.abc import Iterator
 
 MOST_AT_ONCE = 1
-"""Maximum turns at a time: threads that decode journals take the interpreter from the event loop."""
+"""Maximum turns at a time: threads that decode journals delay the event loop."""
 TURN_S = 0.02
 """Seconds of a turn after which `Turns.pass_on` ends it."""
 OVERTIME_S = 0.05
-"""Seconds after which a turn is not counted any more: its thread waits for a disk, say, and must not hold up others."""
+"""Seconds after which a turn is not counted: its thread probably waits for a disk, and must not delay others."""
 _LATER_S = 0.25
-"""Seconds per turn by which a read comes later than one that has had none..."""
+"""Seconds per past turn by which a read is placed behind new reads..."""
 _MOST_LATER_S = 5.0
-"""...and their maximum, after which a long read is not overtaken any more."""
+"""...and their maximum, so that a long read is not starved."""
 
 
 class Turns:
-    """Shares few turns among any number of threads. Any thread."""
+    """Limits the threads that work at a time. Any thread."""
 
     def __init__(self, most_at_once: int = MOST_AT_ONCE) -> None:
         self._most_at_once = most_at_once
         self._changed = threading.Condition()
-        self._began: dict[int, float] = {}  # turns that are taken, by thread
-        self._had: dict[int, int] = {}  # turns that the read of a thread has had
+        self._began: dict[int, float] = {}  # current turns, by thread
+        self._had: dict[int, int] = {}  # past turns of the read on a thread
         self._waiting: list[tuple[float, int]] = []  # the next one first
         self._numbers = itertools.count()
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Take a turn; waits for it. The read with the fewest turns comes first."""
+        """Wait for a turn, and hold it. The read with the fewest past turns is first."""
         thread = threading.get_ident()
         self._had[thread] = 0
         try:
@@ -47,10 +47,7 @@ class Turns:
             del self._had[thread]
 
     def pass_on(self) -> None:
-        """Let others have their turn, and wait for the next one, if this thread's has lasted `TURN_S`.
-
-        On a thread without a turn it does nothing.
-        """
+        """End this thread's turn if it has lasted `TURN_S`, and wait for the next. Does nothing without a turn."""
         thread = threading.get_ident()
         began = self._began.get(thread)
         if began is not None and (now := time.monotonic()) - began >= TURN_S:
@@ -76,11 +73,11 @@ class Turns:
             self._changed.notify_all()
 
     def _wait_s(self) -> float:
-        """Seconds until a turn is free, at most; 0 if one is."""
+        """Return the maximum seconds until a turn is free; 0 if one is."""
         now = time.monotonic()
         left = sorted(began + OVERTIME_S - now for began in self._began.values() if began + OVERTIME_S > now)
         return left[-self._most_at_once] if len(left) >= self._most_at_once else 0.0
 
 
 READING = Turns()
-"""Of all threads of this process that read runs for watchers."""
+"""Of all threads of this process that read runs for clients."""

@@ -38,7 +38,8 @@ import uvicorn
 from report import header, percentile
 
 from events.messages import Event, MetricsLogged, RunStarted
-from sinks.live.hub import FRAME_S, KEPT_BYTES, Hub
+from sinks.live.frames import KEPT_BYTES
+from sinks.live.hub import FRAME_S, Hub
 from sinks.live.runs import OneRun
 from sinks.live.server import Server, bind
 

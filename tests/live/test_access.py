@@ -43,11 +43,11 @@ def test_what_others_can_reach_demands_a_token(host: str) -> None:
         Server(RunsOfFolder(Path()), listening, host)
 
 
-def test_a_port_that_cannot_be_had_is_said_with_a_way_out() -> None:
-    """Taken, or none at all."""
+def test_a_port_that_cannot_be_served_raises_with_a_fix() -> None:
+    """In use, or out of range."""
     with bind("127.0.0.1", 0) as listening:
         for port in (listening.getsockname()[1], 99_999):
-            with pytest.raises(SinkMisconfigured, match=f":{port}: .*; choose another port"):
+            with pytest.raises(SinkMisconfigured, match=f":{port} cannot be served: .*; choose another port"):
                 bind("127.0.0.1", port)
 
 
@@ -132,20 +132,20 @@ def test_a_socket_that_begins_with_something_else_is_closed(server: Any, kit: An
             socket.recv(timeout=10)
 
 
-def test_who_says_nothing_is_let_go(server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection without a hello does not keep its place."""
+def test_a_client_without_a_hello_is_disconnected(server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `HELLO_S`."""
     monkeypatch.setattr(app_module, "HELLO_S", 0.05)
     with kit.watch(server.url) as socket, pytest.raises(ConnectionClosed):
         socket.recv(timeout=10)
 
 
-def test_those_without_the_token_take_no_place_from_those_who_have_it(
+def test_clients_without_a_hello_do_not_count_against_those_with_the_token(
     server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many come and say nothing: the first of them is let go."""
-    app = server._app
-    monkeypatch.setattr(app, "_most_strangers", 2)
-    monkeypatch.setattr(app, "_most_clients", 1)
+    """Beyond the maximum, the oldest is disconnected."""
+    clients = server._app._clients
+    monkeypatch.setattr(clients, "most_expected", 2)
+    monkeypatch.setattr(clients, "most", 1)
     with kit.watch(server.url) as first, kit.watch(server.url), kit.watch(server.url):
         with pytest.raises(ConnectionClosed) as closed:
             first.recv(timeout=10)

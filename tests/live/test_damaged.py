@@ -20,7 +20,7 @@ from events.messages import HistogramLogged, JournalGap, MetricsLogged, RunEnded
 from events.safe_files import UnsafeFile, open_below, stat_below
 from events.series import MOST_SERIES
 from events.wire import decode_json
-from sinks.live.hub import FolderHub
+from sinks.live.folder_hub import FolderHub
 from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import STORE_NAME, read_view, write_view
 from sinks.live.trim import trimmed
@@ -499,8 +499,8 @@ def test_a_folder_that_vanishes_while_it_is_read_is_no_error(told: Any) -> None:
     """Whoever watches keeps what there was."""
     told.write(told.story.started(), *told.story.steps(10))
     hub = FolderHub(told.path)
-    hub._read_on()
+    hub._read_if_due()
     shutil.rmtree(told.path)
     hub._looked_at = -1e9
-    hub._read_on()
+    hub._read_if_due()
     assert (hub.view.curves.series["train_loss"].count, hub.view.run.damage) == (10, None)

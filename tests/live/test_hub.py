@@ -17,10 +17,13 @@ import pytest
 from events.errors import ArgumentsError
 from events.journal.segment import segment_numbers
 from events.messages import CheckpointSaved
+from sinks.live import folder_hub as folder_hub_module
+from sinks.live import frames as frames_module
 from sinks.live import hub as hub_module
 from sinks.live.access import Access
 from sinks.live.app import LiveApp
-from sinks.live.hub import FolderHub, Hub
+from sinks.live.folder_hub import FolderHub
+from sinks.live.hub import Hub
 from sinks.live.runs import RunsOfFolder, summarise
 from sinks.live.stored import STORE_NAME, read_view
 
@@ -38,18 +41,18 @@ async def driven(hub: Hub) -> AsyncIterator[None]:
 
 async def follow(hub: Hub, watcher: Any, until: int, number: int | None = None) -> int | None:
     """What the application does for one who watches, up to a place of the run's history."""
-    generation = hub.generation
+    generation = hub.frames.generation
     with anyio.fail_after(20):
         while watcher.cursor is None or watcher.cursor < until:
-            if number is None or generation != hub.generation:
+            if number is None or generation != hub.frames.generation:
                 snapshot = await hub.snapshot()
                 number, generation = snapshot.number + 1, snapshot.generation
                 watcher.take(snapshot.data)
                 continue
-            while hub.newest < number and generation == hub.generation:
-                await hub.news.wait()
-            if generation == hub.generation:
-                frame = hub.frame(number)
+            while hub.frames.newest < number and generation == hub.frames.generation:
+                await hub.frames.news.wait()
+            if generation == hub.frames.generation:
+                frame = hub.frames.get(number)
                 number = None if frame is None else number + 1
                 if frame is not None:
                     watcher.take(frame.data)
@@ -152,7 +155,7 @@ async def test_a_thousand_resumes_lose_and_double_nothing(
 
 async def test_who_falls_behind_finds_his_frame_gone(story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept has a bound in bytes, whoever still waits for it."""
-    monkeypatch.setattr(hub_module, "KEPT_BYTES", 20_000)
+    monkeypatch.setattr(frames_module, "KEPT_BYTES", 20_000)
     monkeypatch.setattr(hub_module, "FRAME_S", 0.001)
     hub = Hub()
     hub.feed([story.started()])
@@ -160,11 +163,11 @@ async def test_who_falls_behind_finds_his_frame_gone(story: Any, monkeypatch: py
         snapshot = await hub.snapshot()
         assert hub.resume(1, snapshot.cursor) is not None
         with anyio.fail_after(20):
-            while hub.frame(snapshot.number + 1) is not None or hub.newest <= snapshot.number + 1:
+            while hub.frames.get(snapshot.number + 1) is not None or hub.frames.newest <= snapshot.number + 1:
                 hub.feed([story.metrics(**{f"m{index}": 1.0 for index in range(100)})])
-                await hub.news.wait()
-        assert sum(len(frame.data) for frame in hub.frames) <= 20_000
-        assert hub.oldest > snapshot.number + 1
+                await hub.frames.news.wait()
+        assert hub.frames.nbytes <= 20_000
+        assert hub.frames.oldest > snapshot.number + 1
         assert hub.resume(1, snapshot.cursor) is None
 
 
@@ -217,9 +220,9 @@ async def test_without_a_watcher_nothing_is_kept_to_be_sent(story: Any, kit: Any
         await follow(hub, watcher, 0)
         hub.feed(story.steps(100))
         await follow(hub, watcher, story.seq)
-    newest = hub.newest
+    newest = hub.frames.newest
     hub.feed(story.steps(1_000))
-    assert (len(hub.frames), hub._changes, hub._snapshot, hub.newest) == (0, None, None, newest)
+    assert (hub.frames.nbytes, hub._changes, hub._snapshot, hub.frames.newest) == (0, None, None, newest)
     late = kit.Watcher()
     async with driven(hub):
         assert hub.resume(watcher.attempt, watcher.cursor) is None
@@ -256,10 +259,10 @@ async def test_a_quiet_run_costs_next_to_nothing(told: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(hub, "refresh", refresh)
     async with driven(hub):
-        await hub.news.wait()  # a first frame
-        news = hub.news
+        await hub.frames.news.wait()  # a first frame
+        news = hub.frames.news
         await enough.wait()
-        assert hub.news is news
+        assert hub.frames.news is news
 
 
 async def test_many_that_come_at_once_share_one_snapshot(story: Any) -> None:
@@ -344,7 +347,8 @@ async def test_a_journal_that_cannot_be_read_is_asked_again(
         def refuse(run_dir: Path) -> Any:
             raise PermissionError(13, "not now")
 
-        monkeypatch.setattr(hub_module, "read_view", refuse)
+        for module in (hub_module, folder_hub_module):
+            monkeypatch.setattr(module, "read_view", refuse)
         told.write(*tell.resumed(5, 6), *tell.steps(10))
         await hub.refresh()
         await hub.refresh()
@@ -355,11 +359,11 @@ async def test_a_journal_that_cannot_be_read_is_asked_again(
 
 async def test_a_long_journal_is_stored_after_it_was_read(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, and again at the end of the run; two servers at a time do not harm each other's."""
-    monkeypatch.setattr(hub_module, "_STORE_EVENTS", 100)
+    monkeypatch.setattr(folder_hub_module, "_STORE_EVENTS", 100)
     tell = told.story
     told.write(tell.started(), *tell.steps(200))
     hubs = [FolderHub(told.path) for _ in range(4)]
-    threads = [threading.Thread(target=hub._read_on) for hub in hubs]
+    threads = [threading.Thread(target=hub._read_if_due) for hub in hubs]
     for thread in threads:
         thread.start()
     for thread in threads:

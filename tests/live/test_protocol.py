@@ -25,6 +25,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from events.messages import CheckpointSaved
 from sinks.live import app as app_module
 from sinks.live import client as client_module
+from sinks.live import frames as frames_module
 from sinks.live import hub as hub_module
 from sinks.live import server as server_module
 from sinks.live.access import Access
@@ -315,7 +316,7 @@ def stuck(kit: Any, server: Any) -> Iterator[Any]:
 def big(story: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Hub, Any, Callable[[], list[Any]]]:
     """A hub with frames so large that the buffers of a connection are soon full."""
     monkeypatch.setattr(hub_module, "FRAME_S", 0.02)
-    monkeypatch.setattr(hub_module, "KEPT_BYTES", 2**20)
+    monkeypatch.setattr(frames_module, "KEPT_BYTES", 2**20)
     monkeypatch.setattr(hub_module, "MOST_IN_A_FRAME", 10**9)
     hub = Hub()
     hub.view.run.run_id = "demo"
@@ -339,13 +340,13 @@ def test_a_slow_client_gets_a_gap_and_a_snapshot_and_holds_up_nobody(big: Any, s
         quick.send(fast.hello())
         kit.read_until(quick, fast, lambda: "snapshot" in fast.kinds)
         slow.take(late.recv(timeout=10))
-        missed = hub.newest
+        missed = hub.frames.newest
         feeder = kit.Feeder(hub, story, make, 0.02)
         deadline = time.monotonic() + kit.WAIT_S
         kept: list[float] = []
-        while hub.oldest < missed + 20 and time.monotonic() < deadline:
+        while hub.frames.oldest < missed + 20 and time.monotonic() < deadline:
             fast.take(quick.recv(timeout=10))
-            kept.append(sum(len(frame.data) for frame in hub.frames))
+            kept.append(hub.frames.nbytes)
         hub.feed([story(CheckpointSaved, checkpoint="step-1.a1", path="p")])
         feeder.stop()
         kit.read_until(quick, fast, lambda: fast.cursor == story.seq)
@@ -384,7 +385,7 @@ def test_more_connections_than_are_allowed(sturdy: Any, kit: Any) -> None:
     """They are asked to come again, by both protocols; and may, when another has left."""
     _, server = sturdy
     app = server._app
-    before, app._most_clients = app._most_clients, 2
+    before, app._clients.most = app._clients.most, 2
     try:
         with kit.watch(server.url) as first, kit.watch(server.url) as second:
             first.send(kit.Watcher().hello())
@@ -401,7 +402,7 @@ def test_more_connections_than_are_allowed(sturdy: Any, kit: Any) -> None:
             socket.send(kit.Watcher().hello())
             assert '"snapshot"' in socket.recv(timeout=10)
     finally:
-        app._most_clients = before
+        app._clients.most = before
 
 
 def test_a_server_that_is_started_again(told: Any, serve: Any, kit: Any) -> None:

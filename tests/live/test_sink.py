@@ -116,9 +116,9 @@ def test_a_port_that_is_taken_disables_the_sink_and_not_the_run(tmp_path: Path) 
     [
         ({"host": "0.0.0.0"}, "token"),
         ({"host": "0.0.0.0", "token": "1234567"}, "at least 8"),
-        ({"port": 70_000}, "no port"),
-        ({"port": -1}, "no port"),
-        ({"port": "http"}, "no port"),
+        ({"port": 70_000}, "not a port"),
+        ({"port": -1}, "not a port"),
+        ({"port": "http"}, "not a port"),
     ],
 )
 def test_what_is_wrong_with_it_is_said_before_the_run(fields: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_without_a_token_one_is_generated(
     assert tokens[0] != tokens[1]
     with pytest.raises(SinkMisconfigured, match="token=True is not a token"):
         Live(token=True).check()
-    with pytest.raises(SinkMisconfigured, match="give a token"):
+    with pytest.raises(SinkMisconfigured, match="require a token"):
         Live(host="0.0.0.0", token=False).check()
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from events.journal.reader import JournalReader
-from sinks.live import hub as hub_module
+from sinks.live import folder_hub as folder_hub_module
 from sinks.live import runs as runs_module
 from sinks.live import turns as turns_module
 from sinks.live.runs import RunsOfFolder
@@ -123,7 +123,7 @@ def test_reads_that_hang_do_not_keep_a_sound_run_from_its_clients(
 ) -> None:
     """Nine folders do not answer when they are read; ``demo`` is read for the first time meanwhile."""
     hang, hung = threading.Event(), []
-    read_view = hub_module.read_view
+    read_view = folder_hub_module.read_view
 
     def read(run_dir: Any) -> Any:
         if run_dir.name != "demo":
@@ -131,7 +131,7 @@ def test_reads_that_hang_do_not_keep_a_sound_run_from_its_clients(
             assert hang.wait(30)
         return read_view(run_dir)
 
-    monkeypatch.setattr(hub_module, "read_view", read)
+    monkeypatch.setattr(folder_hub_module, "read_view", read)
     server = serve(RunsOfFolder(many))
     with ThreadPoolExecutor(SLOW) as pool:
         try:
@@ -151,7 +151,7 @@ def test_runs_that_are_asked_for_at_once_take_a_limited_number_of_threads(
     monkeypatch.setattr(runs_module, "MOST_READERS", 4)
     hang, lock = threading.Event(), threading.Lock()
     hung, most = [], []
-    read_view = hub_module.read_view
+    read_view = folder_hub_module.read_view
 
     def read(run_dir: Any) -> Any:
         with lock:
@@ -162,7 +162,7 @@ def test_runs_that_are_asked_for_at_once_take_a_limited_number_of_threads(
             hung.remove(run_dir)
         return read_view(run_dir)
 
-    monkeypatch.setattr(hub_module, "read_view", read)
+    monkeypatch.setattr(folder_hub_module, "read_view", read)
     server = serve(RunsOfFolder(many))
     with ThreadPoolExecutor(2 * SLOW) as pool:
         try:
