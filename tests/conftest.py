@@ -1,7 +1,8 @@
-"""What every test has: the two event loops, and one thread for torch."""
+"""Fixtures of every test: its event loop, one thread for torch, and programs that start in milliseconds."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -13,14 +14,44 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+import subprocess
+import zlib
+
 import pytest
 from hypothesis import settings
+from support import nursery
 
 # The suite tries few inputs each time; `-m fuzz --hypothesis-profile=fuzz` tries many.
 settings.register_profile("fuzz", max_examples=5_000, deadline=None)
 
+FULL = os.environ.get("STAGECAST_FULL") == "1"
+BACKENDS = ["asyncio", "trio"]
 
-@pytest.fixture(params=["asyncio", "trio"])
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of event-loop semantics, or with ``STAGECAST_FULL=1`` all of them, under both event loops."""
+    names = metafunc.fixturenames
+    given = [mark for mark in metafunc.definition.iter_markers("parametrize") if "anyio_backend" in mark.args[0]]
+    both = FULL or metafunc.definition.get_closest_marker("both_event_loops")
+    if "anyio_backend" in names and both and not given:
+        metafunc.parametrize("anyio_backend", BACKENDS)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of garbage collections, of which each would take a fifth of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
 def anyio_backend(request: pytest.FixtureRequest) -> str:
-    """Run each test that is marked ``anyio`` under asyncio and under trio."""
-    return str(request.param)
+    """The event loop of a test that is marked ``anyio``, chosen by its name."""
+    return BACKENDS[zlib.crc32(request.node.nodeid.encode()) % 2]
+
+
+@pytest.fixture
+def warm_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the Python programs of a test from one process, unless the test is marked ``cold_start``."""
+    if not FULL and request.node.get_closest_marker("cold_start") is None:
+        nursery.start()
+        monkeypatch.setattr(subprocess, "Popen", nursery.Popen)

@@ -28,7 +28,7 @@ from events.messages import (
 )
 from events.sink import Delivery
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 
 LIMIT_S = 20.0
 """No test waits that long: it fails instead."""

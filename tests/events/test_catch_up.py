@@ -24,7 +24,7 @@ from events.journal.writer import Journal
 from events.messages import BackwardEnded, Event, JournalGap, MetricsLogged, TrainEpochEnded, TrainStepEnded
 from events.sink import Delivery, RunInfo
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 
 FIELDS: dict[type[Event], tuple[Any, ...]] = {MetricsLogged: ({"accuracy": 0.5},)}
 

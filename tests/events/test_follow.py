@@ -14,7 +14,7 @@ from events.journal.writer import Journal
 from events.messages import JournalGap, TrainStepEnded
 from events.sink import RunInfo
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 
 
 class Written:

@@ -28,7 +28,7 @@ from events.run.stream import LocalEventStream
 from events.safe_files import UnsafeFile
 from events.sink import RunInfo
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 
 FIELDS: dict[type[Event], tuple[Any, ...]] = {MetricsLogged: ({"accuracy": 0.5},)}
 

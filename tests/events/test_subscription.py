@@ -22,6 +22,8 @@ from events.sink import Delivery, Overflow
 T = TypeVar("T")
 HUGE = 2**40
 
+pytestmark = pytest.mark.both_event_loops
+
 
 def item(kind: type[Any], at: int, *fields: Any, payload: Payload | None = None) -> Item:
     return item_of((kind("run", 1, at, 0.0, 0, at, 0, None, *fields), payload))

@@ -23,6 +23,8 @@ from events.bus.worker import AsyncJob, Worker
 LIMIT_S = 20.0
 """No test waits that long: it fails instead."""
 
+pytestmark = pytest.mark.both_event_loops
+
 
 @pytest.fixture
 def wakeup() -> Any:

@@ -251,6 +251,11 @@ def visit(browser: Any) -> Iterator[Any]:
     visits.close()
 
 
+@pytest.fixture(autouse=True)
+def _warm_starts(warm_starts: None) -> None:
+    """Programs of these tests are forked."""
+
+
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start Python in a process of its own, which is ended with the test."""

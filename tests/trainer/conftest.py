@@ -327,7 +327,7 @@ def script(tmp_path: Path) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_starts: None) -> None:
     """A run that writes into the working directory writes into the test's."""
     monkeypatch.chdir(tmp_path)
 

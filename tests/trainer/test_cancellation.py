@@ -23,7 +23,7 @@ from events.messages import RunEnded, TrainStepEnded
 from events.run.folder import RunFolder
 from trainer import CallbackInterface, Delivery, fenced
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 

@@ -23,7 +23,7 @@ from events.protocol import ObserverReport
 from events.sink import Delivery, RunInfo
 from events.tracebacks import describe
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 
 
 def failures(house: Any) -> list[tuple[str, str, int]]:

@@ -10,7 +10,7 @@ import pytest
 from events.messages import ObserverFailed, ObserverSlow
 from events.protocol import ObserverReport
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 
 DEADLINE_S = 0.2
 """Enough to deliver and close what does not hang."""

@@ -12,7 +12,7 @@ import pytest
 from events.messages import ObserverFailed, ObserverRecovered, ObserverSlow
 from events.protocol import ObserverReport
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 
 
 # ------------------------------------------------------------------------------------------------- hanging
