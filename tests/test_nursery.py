@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -35,12 +36,15 @@ def outcome(popen: Any, folder: Path, words: list[str], **options: Any) -> Any:
     environment = {**os.environ, "A": "1", "PYTHONPATH": "relative:/absolute", "PYTHONIOENCODING": "ascii"}
     pipe = subprocess.PIPE
     command = [sys.executable, *words, "x"]
-    with popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options) as one:
+    with (
+        contextlib.chdir(folder),
+        popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options) as one,
+    ):
         out, err = one.communicate("given", timeout=50)
     return one.returncode, out, err.splitlines()[-1:]
 
 
-@pytest.mark.parametrize(("name", "form"), zip(PROGRAMS, itertools.cycle(["-c", "-m", "script", "-P"])))
+@pytest.mark.parametrize(("name", "form"), list(zip(PROGRAMS, itertools.cycle(["-c", "-m", "script", "-P"]))))
 def test_a_forked_program_does_what_a_started_one_does(tmp_path: Path, name: str, form: str) -> None:
     """Exit code, output and the last line of its errors."""
     (tmp_path / "program.py").write_text(PROGRAMS[name])

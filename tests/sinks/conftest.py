@@ -18,42 +18,11 @@ import pytest
 from rich.console import Console as RichConsole
 
 import sinks
-from events.messages import Event, RunStarted, StageName, TrainStepEnded
 from events.sink import RunInfo
 from sinks.console.console import ConsoleWriter
+from sinks.testing import Story
 
 ROOT = Path(sinks.__file__).parent.parent
-
-
-class Story:
-    """Builds events with a consistent header; its attributes are those of the next event."""
-
-    def __init__(self) -> None:
-        self.time = 1_700_000_000.0
-        self.attempt = 1
-        self.seq = 0
-        self.global_step = 0
-        self.epoch = 0
-        self.step_in_epoch = 0
-        self.stage: StageName | None = "train"
-
-    def __call__(self, event_type: type[Event], **fields: Any) -> Any:
-        self.seq += 1
-        place = (self.time, 0, self.global_step, self.epoch, self.stage)
-        return event_type("demo", self.attempt, self.seq, *place, **fields)
-
-    def started(self, **fields: Any) -> Any:
-        plan = {"module": "my_package.Net", "epochs": 3, "steps_per_epoch": 100} | fields
-        return self(RunStarted, **plan)
-
-    def steps(self, count: int, *, loss: float | None = 2.0, step_s: float = 0.1) -> list[Any]:
-        told = []
-        for _ in range(count):
-            self.time += step_s
-            self.global_step += 1
-            self.step_in_epoch += 1
-            told.append(self(TrainStepEnded, loss=loss, step_in_epoch=self.step_in_epoch, step_s=step_s))
-        return told
 
 
 class Screen:

@@ -80,17 +80,6 @@ def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(story: Any, tmp_path
     assert told(path) == rows([*first, *second])
 
 
-def test_a_batch_that_comes_again_is_not_written_again(story: Any, tmp_path: Path) -> None:
-    """Delivery repeats what it has not heard of: all of it, or with news behind it."""
-    path = tmp_path / "metrics.csv"
-    writer = CSV(path=str(path)).open(RunInfo("demo"))
-    steps = story.steps(30)
-    for batch in (steps[:10], steps[:10], steps[5:20], [], steps):
-        writer.write(batch)
-    writer.close()
-    assert told(path) == rows(steps)
-
-
 def test_a_run_that_begins_anew_under_its_name_is_added(
     story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,12 +210,6 @@ def test_a_table_that_was_deleted_is_missed(story: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="deleted"):
         writer.write(story.steps(1))
     writer.close()
-
-
-def test_a_run_without_a_folder_needs_a_path() -> None:
-    """There is nowhere to put the default file."""
-    with pytest.raises(SinkMisconfigured, match="CSV has no path"):
-        CSV().open(RunInfo("demo"))
 
 
 @pytest.mark.parametrize("path", ["", 3, Path("x.csv"), "a\0b"])

@@ -85,17 +85,6 @@ def test_closing_after_a_failure_lets_the_file_go(story: Any, tmp_path: Path, fu
     assert path.read_bytes() == lines(steps)
 
 
-def test_a_batch_that_comes_again_is_not_written_again(story: Any, tmp_path: Path) -> None:
-    """Delivery repeats what it has not heard of: all of it, or with news behind it."""
-    path = tmp_path / "events.jsonl"
-    writer = JSONL(path=str(path)).open(RunInfo("demo"))
-    steps = story.steps(30)
-    for batch in (steps[:10], steps[:10], steps[5:20], [], steps):
-        writer.write(batch)
-    writer.close()
-    assert path.read_bytes() == lines(steps)
-
-
 def test_a_run_that_begins_anew_under_its_name_is_added(
     story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,12 +197,6 @@ def test_an_event_that_no_line_can_hold_is_left_out(
     write_all(path, [steps[0], bad, steps[1]])
     assert path.read_bytes() == lines(steps)
     assert "JSONL skips an event" in caplog.text
-
-
-def test_a_run_without_a_folder_needs_a_path() -> None:
-    """There is nowhere to put the default file."""
-    with pytest.raises(SinkMisconfigured, match="JSONL has no path"):
-        JSONL().open(RunInfo("demo"))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from events.messages import (
 from events.metrics import metrics_of
 from events.sink import Delivery, RunInfo
 from sinks import Memory, MLflow
+from sinks.testing import check_sink
 from sinks.trackers.mlflow import RUN_ID_TAG, mlflow_name
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
 
@@ -315,13 +316,6 @@ def test_an_address_that_is_none_is_refused_before_the_run(address: str) -> None
     assert "hid" not in str(caught.value)
 
 
-def test_without_the_client_the_sink_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the run."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SinkMisconfigured, match=r"needs the package mlflow: pip install 'stagecast\[mlflow\]'"):
-        MLflow().check()
-
-
 # ------------------------------------------------------------------------------------------- what is logged
 
 
@@ -336,16 +330,14 @@ def test_nan_stays_and_infinities_become_the_largest_numbers(connect: Any, story
     ]
 
 
-def test_a_batch_that_comes_again_is_there_once(connect: Any, story: Any, look: Any) -> None:
-    """Also when the process that delivered it first has died since, and its place with it."""
-    batch = [story.started(arguments={"lr": 1}), *story.steps(4)]
-    writer = connect()
-    writer.write(batch[:3])
-    writer.write(batch)
-    connect().write(batch)
-    found = look()
-    assert [step for step, _ in found.points("train_loss")] == [1, 2, 3, 4]
-    assert found.times("train_loss") == [1_700_000_000_000 + 100 * step for step in range(1, 5)]
+def test_it_keeps_the_rules_of_sinks(server: Any, name: str, look: Any, tmp_path: Path) -> None:
+    """Repeated events are there once, at their own time."""
+
+    def written() -> object:
+        return [repr(look().points(metric)) for metric in ("train_loss", "a")]
+
+    check_sink(MLflow(server.url, experiment=name), written=written, run_dir=tmp_path)
+    assert look().times("train_loss")[-3:] == [1_700_000_000_000 + 100 * step for step in range(6, 9)]
 
 
 def test_more_than_a_request_holds_is_sent_in_several(proxy: Any, connect: Any, story: Any, look: Any) -> None:

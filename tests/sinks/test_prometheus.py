@@ -197,13 +197,6 @@ def test_addresses_are_accepted(host: str) -> None:
     Prometheus(host=host).check()
 
 
-def test_without_the_client_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client is an extra."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SinkMisconfigured, match=r"pip install 'stagecast\[prometheus\]'"):
-        Prometheus().check()
-
-
 def test_a_name_that_nobody_knows_is_an_error_to_be_tried_again(serve: Any) -> None:
     """A name service may be down for a moment."""
     with pytest.raises(OSError, match=r"cannot listen on no-such-host\.invalid"):

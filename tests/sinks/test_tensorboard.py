@@ -27,7 +27,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX.crc32c import _crc32c as plain_crc32c
 
-from events.errors import SinkMisconfigured
 from events.messages import (
     HistogramLogged,
     ImageLogged,
@@ -105,17 +104,8 @@ def single(value: float) -> float:
 # ------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_without_its_client_it_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the run."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SinkMisconfigured, match=r"pip install 'stagecast\[tensorboard\]'"):
-        TensorBoard().check()
-
-
-def test_a_run_without_a_folder_needs_one() -> None:
-    """There is nowhere to put the files."""
-    with pytest.raises(SinkMisconfigured, match="TensorBoard has no path"):
-        TensorBoard().open(RunInfo("demo"))
+def test_a_folder_that_is_no_path_is_refused() -> None:
+    """Where it is given."""
     with pytest.raises(ValueError, match=r"TensorBoard\(dir=3"):
         TensorBoard(dir=3)  # type: ignore[arg-type]
 

@@ -33,6 +33,7 @@ from events.messages import (
 from events.metrics import metrics_of
 from events.sink import Delivery, RunInfo
 from sinks import Memory, WandB
+from sinks.testing import check_sink
 from sinks.trackers.wandb import wandb_run_id
 from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
 
@@ -268,14 +269,12 @@ def test_a_setting_that_makes_no_sense_is_refused_before_the_run(options: Any, m
         WandB(**options).check()
 
 
-def test_without_the_client_the_sink_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the run."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SinkMisconfigured, match=r"needs the package wandb: pip install 'stagecast\[wandb\]'"):
-        WandB().check()
-
-
 # ------------------------------------------------------------------------------------------- what is written
+
+
+def test_it_keeps_the_rules_of_sinks(tmp_path: Path) -> None:
+    """With events of every type."""
+    check_sink(WandB(mode="offline"), run_dir=tmp_path)
 
 
 def test_a_number_that_comes_late_keeps_its_step(connect: Any, story: Any, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ _FDS = 200
 class _Order(NamedTuple):
     argv: list[str]
     safe_path: bool
-    cwd: str | None
+    cwd: str
     env: dict[str, str]
     numbers: list[int]
     new_session: bool
@@ -57,7 +57,14 @@ def _order(command: Any, env: Mapping[str, str] | None, cwd: Any, numbers: list[
     for name in env:
         if name.startswith(_AT_START) and name not in _ANY_TIME and env[name] != _ENVIRONMENT.get(name):
             return None
-    return _Order(words, safe or bool(env.get("PYTHONSAFEPATH")), cwd and os.fsdecode(cwd), env, numbers, new_session)
+    return _Order(
+        words,
+        safe or bool(env.get("PYTHONSAFEPATH")),
+        os.path.abspath(os.fsdecode(cwd or "")),
+        env,
+        numbers,
+        new_session,
+    )
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
@@ -152,8 +159,7 @@ def _become(order: _Order, fds: list[int]) -> None:
     for fd, number in zip(kept, order.numbers, strict=True):
         os.dup2(fd, number)
     os.closerange(_FDS, _FDS + 2 * len(kept) + 64)
-    if order.cwd is not None:
-        os.chdir(order.cwd)
+    os.chdir(order.cwd)
     os.environ.clear()
     os.environ.update(order.env)
     unbuffered = bool(order.env.get("PYTHONUNBUFFERED"))
