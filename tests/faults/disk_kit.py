@@ -366,15 +366,15 @@ class Calls:
             return real
         return lambda *args, **named: self._make(name, real, *args, **named)
 
-    def _saved(self, *fields: Any) -> CheckpointSaved:
-        event = CheckpointSaved(*fields)
+    def _saved(self, *fields: Any, **named: Any) -> CheckpointSaved:
+        event = CheckpointSaved(*fields, **named)
         self.log.append(Call("announce", event.checkpoint))
         self._announced += 1
         self._on_saved(event.checkpoint)
         return event
 
-    def _failed(self, *fields: Any) -> CheckpointFailed:
-        event = CheckpointFailed(*fields)
+    def _failed(self, *fields: Any, **named: Any) -> CheckpointFailed:
+        event = CheckpointFailed(*fields, **named)
         self.on_failed(event.checkpoint)
         return event
 

@@ -19,12 +19,25 @@ from events.checkpoint.store import CheckpointStore
 from events.messages import CheckpointDeleted, CheckpointFailed, CheckpointSaved, CheckpointStaged, Event
 from events.origin import Origin
 from sinks.checkpoints.writer import CheckpointWriter
-from trainer.checkpoint.resume import _STATE, Loaded, load_from
+from trainer.checkpoint.resume import Loaded, load_from
 from trainer.checkpoint.slab import Slab
 from trainer.checkpoint.staging import Stager
 from trainer.data.tensor_state import Collected
 
 METRIC = "val_loss"
+EMPTY: dict[str, Any] = {
+    "global_step": 0,
+    "epoch": 0,
+    "position": {},
+    "rng": {},
+    "module": None,
+    "frozen": [],
+    "optimizers": [],
+    "schedulers": [],
+    "metrics": {"validation": {}, "epoch": {}, "validated_at": None, "seen": [], "followed_loss": (0.0, 0)},
+    "callbacks": [],
+}
+"""The state of a run, with nothing in it."""
 URL = "file:///somewhere/r"
 
 
@@ -90,7 +103,7 @@ class Process:
     def save(self, name: CheckpointName, metric: float | None) -> None:
         """Write one that holds its own name, and delete what need not be kept after it."""
         own = {"name": str(name), "x": torch.tensor([name.step, name.attempt, name.revision])}
-        collected = Collected({**dict.fromkeys(_STATE), **own})
+        collected = Collected({**EMPTY, **own})
         staged = self._stager.copy(collected, self._slab, ())
         snapshot = Snapshot(
             name,

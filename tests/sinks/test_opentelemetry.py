@@ -761,7 +761,8 @@ def test_a_collector_that_is_never_there_costs_a_run_only_its_drain(tmp_path: Pa
     """The training does not notice; the failure is an event, and the end waits no longer than it may."""
     memory = Memory()
     sink = OpenTelemetry(endpoint=f"http://127.0.0.1:{otlp.free_port()}")
-    result = train(sink, memory, callbacks=[Waiting(memory, ObserverFailed)], drain_timeout_s=0.5)
+    waiting = [Waiting(memory, ObserverFailed)]
+    result = train(sink, memory, callbacks=waiting, drain_timeout_s=0.5, run_dir=str(tmp_path / "run"))
     assert result.status == "finished"
     failed = memory.of(ObserverFailed)[0]
     assert (failed.observer, failed.during, failed.action) == ("opentelemetry", "write", "retrying")
@@ -798,7 +799,7 @@ def test_what_a_killed_collector_missed_is_delivered_when_it_is_back(tmp_path: P
     try:
         sink = OpenTelemetry(endpoint=collector.first.url)
         often = msgspec.structs.replace(OpenTelemetry.delivery, latency_s=0.05)
-        train((sink, often), memory, callbacks=[collector], epochs=3)
+        train((sink, often), memory, callbacks=[collector], epochs=3, run_dir=str(tmp_path / "run"))
         told = collector.story
     finally:
         collector.now.kill()
