@@ -36,9 +36,8 @@ from events.messages import (
 from events.text import plain_text
 
 _MAX_OBSERVERS = 128
-_MOST_ERRORS = 16
+_MAX_ERRORS = 16
 """Names and texts are strangers', so their number has a bound."""
-_REASONS = {"non_finite_loss": "the loss was not finite", "non_finite_gradient": "a gradient was not finite"}
 _STREAM = "run.events"  # a reader of the run catches up with the events it missed, or gets an error
 
 
@@ -98,15 +97,11 @@ class Health:
         self._ended = False
         self.observers: dict[str, ObserverState] = {}
         self._failed: dict[str, ObserverFailed] = {}  # the last failure of each that has not recovered
-        self._losses = _Streaks()
-        self._gradients = _Streaks()
-        self._evaluations: dict[str, tuple[int, int]] = {}  # what was evaluated -> how often not finite, first step
-        self._skipped: dict[str, tuple[int, int]] = {}  # reason -> how often, after which step first
-        self._missing: dict[tuple[str, str], tuple[int, MonitorMissing]] = {}  # how often, and the first
+        self._tallies: dict[str, dict[str, _Tally]] = {kind: {} for kind in _COUNTED}
         self._errors: dict[str, None] = {}
         self._lost = 0
         self._gap = ""
-        self._checkpoints: dict[str, CheckpointFailed] = {}  # what failed last and has not succeeded since
+        self._checkpoints: dict[str, str] = {}  # the last failure of each kind, until one succeeds
         self._rejected: dict[str, str] = {}
 
     def add(self, event: Event) -> None:
@@ -128,33 +123,12 @@ class Health:
     def problems(self) -> list[str]:
         """One sentence for each problem, the gravest first; empty for a healthy run."""
         found: list[str] = [self.failure] if self.failure is not None else []
-        if self._losses.count:
-            found.append(
-                f"the loss was NaN or infinite in {self._losses.times('step')}, first at step {self._losses.first:,}"
-            )
-        if self._gradients.count:
-            found.append(
-                f"a gradient was NaN or infinite in {self._gradients.times('step')}, first at step"
-                f" {self._gradients.first:,}"
-            )
-        for what, (count, step) in self._evaluations.items():
-            found.append(f"the {what} was NaN or infinite {_times(count)}, first at step {step:,}")
-        for reason, (count, step) in self._skipped.items():
-            found.append(f"{_many(count, 'step')} skipped ({_REASONS.get(reason, reason)}), first after step {step:,}")
-        for (monitor, wanted_by), (count, first) in self._missing.items():
-            known = ", ".join(first.known) or "none"
-            found.append(
-                f"{wanted_by} did not find the metric {monitor!r:.200} {_times(count)}, first at step"
-                f" {first.global_step:,} (there: {known:.500})"
-            )
+        for kind, tallies in self._tallies.items():
+            found += [one.sentence(kind, what) for what, one in tallies.items()]
         for name, observer in self.observers.items():
             if name != _STREAM:
                 found += [f"{name} {what}" for what in self._observer_problems(observer)]
-        for failed in self._checkpoints.values():
-            found.append(_failed_checkpoint(failed))
-        found += [
-            f"checkpoint {name} is not valid and was not resumed from: {why}" for name, why in self._rejected.items()
-        ]
+        found += [*self._checkpoints.values(), *self._rejected.values()]
         if self._lost:
             found.append(f"the journal lacks {_many(self._lost, 'event')}: {self._gap}")
         found += self._errors
@@ -170,30 +144,35 @@ class Health:
             reason = f": {e.reason}" if e.reason else ""
             self.failure = plain_text(f"the run {how}{phase} after step {e.global_step:,}{reason}", MAX_LINE_CHARS)
 
+    def _count(self, kind: str, e: Event, what: str = "", in_a_row: int = 1, note: str = "") -> None:
+        tallies = self._tallies[kind]
+        if what not in tallies and len(tallies) < _MAX_ERRORS:
+            tallies[what] = _Tally(e.global_step, note)
+        if what in tallies:
+            tallies[what].add(in_a_row)
+
     def _non_finite_loss(self, e: NonFiniteLoss) -> None:
-        self._losses.add(e.global_step, e.consecutive)
+        self._count("loss", e, in_a_row=e.consecutive)
 
     def _non_finite_gradient(self, e: NonFiniteGradient) -> None:
-        self._gradients.add(e.global_step, e.consecutive)
+        self._count("gradient", e, in_a_row=e.consecutive)
 
     def _evaluated(self, e: ValEpochEnded | TestEpochEnded) -> None:
         if e.loss is not None and not math.isfinite(e.loss):
             what = "validation loss" if isinstance(e, ValEpochEnded) else "test loss"
-            what = what if e.key == "default" else f"{what} of {e.key}"
-            _count(self._evaluations, what, e.global_step)
+            self._count("evaluation", e, what if e.key == "default" else f"{what} of {e.key:.{MAX_NAME_CHARS}}")
 
     def _monitor_missing(self, e: MonitorMissing) -> None:
-        count, first = self._missing.get((e.monitor, e.wanted_by), (0, e))
-        if count or len(self._missing) < _MOST_ERRORS:
-            self._missing[e.monitor, e.wanted_by] = count + 1, first
+        what = f"{e.wanted_by:.{MAX_NAME_CHARS}} did not find the metric {e.monitor!r:.200}"
+        self._count("monitor", e, what, note=", ".join(e.known)[:500] or "none")
 
     def _step_skipped(self, e: StepSkipped) -> None:
         if e.reason != "gradient_overflow":  # usual with float16: its loss scale is found that way
-            _count(self._skipped, e.reason, e.global_step)
+            self._count("skipped", e, "the loss" if e.reason == "non_finite_loss" else "a gradient")
 
     def _logged(self, e: WarningLogged) -> None:
-        if e.level == "error" and len(self._errors) < _MOST_ERRORS:
-            self._errors[e.message] = None
+        if e.level == "error" and len(self._errors) < _MAX_ERRORS:
+            self._errors[e.message[:MAX_LINE_CHARS]] = None
 
     # ------------------------------------------------------------------------------------ the observers
 
@@ -213,7 +192,7 @@ class Health:
         one.state = "failing" if e.action == "retrying" else "disabled"
         one.error = e.error[:MAX_LINE_CHARS]
         if e.observer in self.observers:
-            self._failed[e.observer] = e
+            self._failed[e.observer] = msgspec.structs.replace(e, error=one.error)
 
     def _observer_recovered(self, e: ObserverRecovered) -> None:
         one = self._observer(e.observer)
@@ -263,12 +242,17 @@ class Health:
 
     def _journal_gap(self, e: JournalGap) -> None:
         self._lost += e.lost
-        self._gap = e.reason
+        self._gap = e.reason[:MAX_LINE_CHARS]
 
     def _checkpoint_failed(self, e: CheckpointFailed) -> None:
-        kind = e.during if e.checkpoint.startswith("step-") or not e.checkpoint else e.checkpoint
-        if kind in self._checkpoints or len(self._checkpoints) < _MOST_ERRORS:
-            self._checkpoints[kind] = e
+        name = e.checkpoint[:MAX_NAME_CHARS]
+        is_step = name.startswith("step-")
+        kind = e.during if is_step or not name else name
+        if kind in self._checkpoints or len(self._checkpoints) < _MAX_ERRORS:
+            did = {"stage": "taken", "write": "written", "upload": "uploaded", "delete": "deleted"}[e.during]
+            what = f"checkpoint {name}" if is_step else name or "a checkpoint"
+            row = f", {e.consecutive:,} in a row" if e.consecutive > 1 else ""
+            self._checkpoints[kind] = f"{what} could not be {did}{row}: {e.error[:MAX_LINE_CHARS]}"
 
     def _checkpoint_saved(self, e: CheckpointSaved) -> None:
         self._checkpoints.pop("stage", None)
@@ -278,50 +262,48 @@ class Health:
         self._checkpoints.pop("upload", None)
 
     def _checkpoint_rejected(self, e: CheckpointRejected) -> None:
-        if len(self._rejected) < _MOST_ERRORS:
-            self._rejected[e.checkpoint] = e.error
+        name = e.checkpoint[:MAX_NAME_CHARS]
+        if len(self._rejected) < _MAX_ERRORS:
+            why = e.error[:MAX_LINE_CHARS]
+            self._rejected[name] = f"checkpoint {name} is not valid and was not resumed from: {why}"
 
 
-class _Streaks:
-    """Steps in a row, of which only the 1st, 2nd, 4th, 8th... may be reported."""
-
-    def __init__(self) -> None:
-        self.first = 0
-        self._before = 0  # in the streaks before this one
-        self._streak = 0
-
-    @property
-    def count(self) -> int:
-        return self._before + self._streak
-
-    def add(self, step: int, consecutive: int) -> None:
-        if not self.count:
-            self.first = step
-        if consecutive <= self._streak:
-            self._before += self._streak
-        self._streak = consecutive
-
-    def times(self, noun: str) -> str:
-        """How often, in words."""
-        return _many(self.count, noun) if self.count == 1 else f"at least {_many(self.count, noun)}"
+_COUNTED = {
+    "loss": "the loss was NaN or infinite in {steps}, first at step {first:,}",
+    "gradient": "a gradient was NaN or infinite in {steps}, first at step {first:,}",
+    "evaluation": "the {what} was NaN or infinite {times}, first at step {first:,}",
+    "skipped": "{skipped} skipped ({what} was not finite), first after step {first:,}",
+    "monitor": "{what} {times}, first at step {first:,} (there: {note})",
+}
+"""The sentences of problems that are counted, the gravest first."""
 
 
-def _failed_checkpoint(e: CheckpointFailed) -> str:
-    did = {"stage": "taken", "write": "written", "upload": "uploaded", "delete": "deleted"}[e.during]
-    what = f"checkpoint {e.checkpoint}" if e.checkpoint.startswith("step-") else e.checkpoint or "a checkpoint"
-    row = f", {e.consecutive:,} in a row" if e.consecutive > 1 else ""
-    return f"{what} could not be {did}{row}: {e.error}"
+class _Tally(msgspec.Struct):
+    """How often something happened. Of steps in a row only the 1st, 2nd, 4th, 8th... may be reported."""
 
+    first: int
+    """The step of the first time."""
+    note: str = ""
+    count: int = 0
+    in_a_row: int = 0
 
-def _count(counts: dict[str, tuple[int, int]], what: str, step: int) -> None:
-    count, first = counts.get(what, (0, step))
-    if count or len(counts) < _MOST_ERRORS:
-        counts[what] = (count + 1, first)
+    def add(self, in_a_row: int) -> None:
+        """Count one more report, of so many in a row."""
+        self.count += in_a_row - self.in_a_row if in_a_row > self.in_a_row else in_a_row
+        self.in_a_row = in_a_row
+
+    def sentence(self, kind: str, what: str) -> str:
+        """The problem in words."""
+        skipped = _many(self.count, "step")
+        return _COUNTED[kind].format(
+            what=what,
+            note=self.note,
+            first=self.first,
+            skipped=skipped,
+            steps=skipped if self.count == 1 else f"at least {skipped}",
+            times="once" if self.count == 1 else f"{self.count:,} times",
+        )
 
 
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count:,} times"

@@ -80,33 +80,25 @@ class HistogramStep(msgspec.Struct):
     counts: BoundList[float]
 
 
-class Changes:
+class Changes(msgspec.Struct):
     """The members of a frame: everything that some events have changed."""
 
-    def __init__(self) -> None:
-        self.points: dict[str, tuple[list[int], list[float | str]]] = {}
-        self.stages: dict[str, str] = {}
-        self.log: list[LogEntry] = []
-        self.checkpoints: dict[str, CheckpointState] = {}
-        self.observers: dict[str, ObserverState] = {}
-        self.media: list[MediaEntry] = []
-        self.histograms: dict[str, list[HistogramStep]] = {}
-        self.run: dict[str, Any] = {}
-        self.count = 0
-        """Events in it."""
+    run: dict[str, Any] = {}
+    points: dict[str, tuple[list[int], list[float | str]]] = {}
+    stages: dict[str, str] = {}
+    log: list[LogEntry] = []
+    checkpoints: dict[str, CheckpointState] = {}
+    observers: dict[str, ObserverState] = {}
+    media: list[MediaEntry] = []
+    histograms: dict[str, list[HistogramStep]] = {}
+    count: int = 0
+    """Events in it."""
 
     def members(self) -> dict[str, Any]:
         """Those that are not empty, as they travel."""
-        found = {
-            "run": self.run,
-            "points": self.points,
-            "stages": self.stages,
-            "log": self.log,
-            "checkpoints": list(self.checkpoints.values()),
-            "observers": list(self.observers.values()),
-            "media": self.media,
-            "histograms": self.histograms,
-        }
+        found = msgspec.structs.asdict(self)
+        del found["count"]
+        found |= {name: list(found[name].values()) for name in ("checkpoints", "observers")}
         return {name: value for name, value in found.items() if value}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -169,3 +170,22 @@ def test_strangers_names_do_not_fill_the_memory() -> None:
         health.add(at(1, WarningLogged, "error", f"{number}"))
         health.add(at(1, ValEpochEnded, f"{number}", 1, 1, 0.0, math.nan))
     assert len(health.problems) < 200
+
+
+def test_long_texts_of_strangers_do_not_fill_the_memory() -> None:
+    """Each is kept as far as its sentence shows it."""
+    health = Health()
+    tracemalloc.start()
+    try:
+        for number in range(16):
+            long = chr(97 + number) * 1_000_000
+            health.add(at(1, ObserverFailed, f"o{number}", long))
+            health.add(at(1, CheckpointFailed, f"weights-{long}", long))
+            health.add(at(1, CheckpointRejected, f"step-{long}.a1", long))
+            health.add(at(1, WarningLogged, "error", long))
+            health.add(at(1, ValEpochEnded, long, 1, 1, 0.0, math.nan))
+            health.add(at(1, MonitorMissing, long, long, [long]))
+        assert tracemalloc.get_traced_memory()[0] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    assert len(health.problems) == 96
