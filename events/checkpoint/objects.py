@@ -1,20 +1,20 @@
-"""Objects in a remote store, by obstore: whole ones are put, read, listed and deleted. No secret leaves this module.
+"""Objects in a remote store, with obstore. No secret leaves this module.
 
 Credentials and endpoints come from the environment, as obstore reads it:
 
 ======= ==============================================================================================================
-s3://   ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``; without keys those of
-        the machine or the container. For other servers than Amazon's: ``AWS_ENDPOINT`` (or ``AWS_ENDPOINT_URL``).
+s3://   ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``; without keys, those of
+        the machine or the container. For servers other than Amazon's: ``AWS_ENDPOINT`` (or ``AWS_ENDPOINT_URL``).
 gs://   ``GOOGLE_APPLICATION_CREDENTIALS``, ``GOOGLE_SERVICE_ACCOUNT`` (paths of files), or those of the machine.
 az://   ``AZURE_STORAGE_ACCOUNT_NAME`` with ``AZURE_STORAGE_ACCOUNT_KEY``, ``AZURE_STORAGE_SAS_TOKEN`` or
         ``AZURE_STORAGE_CLIENT_ID``, ``..._CLIENT_SECRET``, ``..._TENANT_ID``; ``AZURE_STORAGE_ENDPOINT``.
 ======= ==============================================================================================================
 
-and for all of them, with ``AWS_``, ``GOOGLE_`` or ``AZURE_`` before it, the options of the connection in
-`_CLIENT_OPTIONS` (``AWS_ALLOW_HTTP=true``). Nothing else is read: no ``~/.aws``.
+and for each of them the connection options in `_CLIENT_OPTIONS`, with the prefix ``AWS_``, ``GOOGLE_`` or ``AZURE_``
+(``AWS_ALLOW_HTTP=true``). Files such as ``~/.aws`` are not read.
 
-Only obstore's plain calls are used. They wait, without the interpreter lock, on threads of our own: its asynchronous
-ones need asyncio.
+Only obstore's synchronous calls are used, on threads of our own, because its asynchronous ones need asyncio. They
+release the interpreter lock.
 """
 
 from __future__ import annotations
@@ -61,30 +61,30 @@ _CLIENT_OPTIONS = (
     "timeout",
 )
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._-]{0,254}", re.ASCII)
-# What a process that was killed has left of a file it was putting (`events.safe_files.replace_below`).
+# A temporary file of a killed process (`events.safe_files.replace_below`).
 _STAGED = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.ASCII | re.DOTALL)
 _OURS = re.compile(r"step-[0-9]|attempt-[0-9]", re.ASCII)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a remote store is waited for. What cannot be reached is an `UploadError` after ``connect_s``, or after
-    ``retry_s`` and one more request."""
+    """Timeouts of a remote store. An unreachable store raises `UploadError` after ``connect_s``, or after ``retry_s``
+    and one more request."""
 
     connect_s: float = 5.0
     request_s: float = 30.0
-    """How long one request may take, and in addition..."""
+    """Maximum seconds per request, plus..."""
     slowest_bytes_per_s: float = 64 * 2**10
-    """...its bytes at this speed: a connection that is even slower takes smaller parts."""
+    """...the time of its bytes at this speed; a slower connection needs smaller parts."""
     retries: int = 3
-    """How often a request is made again at once, if it failed for a reason that may pass..."""
+    """Maximum immediate retries per request, after a transient failure..."""
     retry_s: float = 20.0
-    """...but none is begun later than this."""
+    """...and seconds after which none is started."""
     parallel: int = 4
-    """Requests at a time: so many parts may be in memory."""
+    """Maximum requests at a time, and parts in memory."""
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where objects are."""
+    """A parsed URL of a store."""
 
     url: str
     scheme: str
@@ -95,39 +95,39 @@ class Address(msgspec.Struct, frozen=True):
 
 
 def run_url(base: str, run_id: str) -> str:
-    """Where the checkpoints of a run are, below what `Checkpoints.upload` names."""
+    """Return the URL of a run's checkpoints, below that of `Checkpoints.upload`."""
     return f"{base.rstrip('/')}/{urllib.parse.quote(run_id, safe='')}"
 
 
 def parse_url(url: str) -> Address:
-    """Take a URL apart.
+    """Parse a URL of a store.
 
     Raises:
-        UploadError: It is no URL of a store, or holds what may be a secret: then no part of it is in the message.
+        UploadError: The URL is not of a store, or may hold a secret; the message contains no part of it.
     """
     scheme, separator, rest = url.partition("://")
     known = "give s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///folder"
     if not separator or scheme not in SCHEMES:
-        shown = f"{scheme}://" if separator and re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "this"
-        raise UploadError(f"checkpoints cannot be uploaded to {shown}: {known}")
+        shown = f"{scheme}://" if separator and re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "this text"
+        raise UploadError(f"{shown} is not a URL for checkpoints; {known}")
     bucket, _, path = rest.partition("/")
     if "?" in rest or "#" in rest:
         raise UploadError(
-            f"the {scheme}:// URL for checkpoints has a query or a fragment, which may be a signature: credentials come"
-            f" from the environment; {known}"
+            f"the {scheme}:// URL for checkpoints has a query or a fragment, which may be a signature; set credentials"
+            f" in the environment, and {known}"
         )
     if "@" in bucket or ":" in bucket:
         raise UploadError(
-            f"the {scheme}:// URL for checkpoints contains a user, a password or a port: credentials and endpoints come"
-            f" from the environment; {known}"
+            f"the {scheme}:// URL for checkpoints contains a user, a password or a port; set credentials and endpoints"
+            f" in the environment, and {known}"
         )
     if (bucket not in ("", "localhost") or not path) if scheme == "file" else not _BUCKET.fullmatch(bucket):
-        raise UploadError(f"the {scheme}:// URL for checkpoints names no {_container(scheme)}: {known}")
+        raise UploadError(f"the {scheme}:// URL for checkpoints has no {_container(scheme)}; {known}")
     if scheme == "file":
         return Address(url.rstrip("/"), scheme, "", urllib.request.url2pathname(f"/{path}"))
     prefix = urllib.parse.unquote(path).strip("/")
     if any(segment in ("", ".", "..") or not segment.isprintable() for segment in prefix.split("/") if prefix):
-        raise UploadError(f"the {scheme}:// URL for checkpoints has a path with empty or special segments: {known}")
+        raise UploadError(f"the {scheme}:// URL for checkpoints has a path with empty or special segments; {known}")
     return Address(url.rstrip("/"), scheme, bucket, prefix)
 
 
@@ -136,10 +136,10 @@ def _container(scheme: str) -> str:
 
 
 class Objects:
-    """The objects below one URL. Any thread; everything waits for the store.
+    """The objects below one URL. Any thread; every method waits for the store.
 
-    Every method may raise `UploadError`: the store cannot be reached, or refuses. It says what to do, and contains
-    nothing that the store, or the environment, may want to keep.
+    Every method may raise `UploadError`: the store cannot be reached, or refuses. Its message contains no secret of the
+    store or the environment.
     """
 
     def __init__(self, url: str, limits: Limits) -> None:
@@ -151,29 +151,29 @@ class Objects:
 
     @property
     def folder(self) -> Path | None:
-        """Where the objects are files."""
+        """The folder whose files are the objects; None for a remote store."""
         return Path(self.address.prefix) if self.address.scheme == "file" else None
 
     def check(self) -> None:
-        """See whether the store can be reached and listed."""
+        """Check that the store can be reached and listed."""
         if self.folder is not None:
             self._call("use", "", functools.partial(self.folder.mkdir, parents=True, exist_ok=True))
         self._call("list", "", lambda: next(iter(_obstore().list(self._client(0), chunk_size=1)), None))
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        """Write an object as a whole; on stable storage, where it is a file, when this returns."""
+        """Write an object atomically; a file is durable when this returns."""
         if self.folder is not None:
             self._call("write", key, lambda: self._write(key, data))
             return
-        # One plain request. A multipart upload would be left behind, invisible and paid for, by a process that is
-        # killed, and obstore can neither list nor abort those.
+        # One plain request: a killed process would leave a multipart upload behind, invisible and paid for, which
+        # obstore can neither list nor abort.
         self._call("write", key, lambda: _obstore().put(self._client(len(data)), key, data, use_multipart=False))
 
     def get(self, key: str, limit_bytes: int) -> bytes | None:
-        """Read an object; None if there is none.
+        """Read an object; None if it does not exist.
 
         Raises:
-            CheckpointDamaged: It has more than ``limit_bytes``; or it is a file, and not a regular one.
+            CheckpointDamaged: The object has more than ``limit_bytes``, or is not a regular file.
         """
 
         def read() -> bytes | int:
@@ -189,7 +189,7 @@ class Objects:
         return data
 
     def get_range(self, key: str, begin: int, nbytes: int) -> bytes | None:
-        """Read some bytes of an object, at least one; None if there is none. Raises as `get` does."""
+        """Read at least one byte of an object; None if it does not exist. Raises as `get` does."""
 
         def read() -> bytes:
             if self.folder is None:
@@ -211,7 +211,7 @@ class Objects:
             raise CheckpointDamaged(f"{self.url}/{key} cannot be read: {error.strerror}") from error
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """The bytes of all objects, or of those below a prefix that ends with a slash, by their keys."""
+        """Return the bytes of all objects, or of those below a prefix that ends with a slash, by key."""
 
         def listed() -> dict[str, int]:
             pages = _obstore().list(self._client(0), below.rstrip("/") or None, chunk_size=1000)
@@ -224,7 +224,7 @@ class Objects:
         return self._call("list", below, listed) or {}
 
     def _files(self, below: str) -> dict[str, int]:
-        """The same where the objects are files: those that are ours, in no folder that is a link."""
+        """Return the sizes of our files, without following links."""
         assert self.folder is not None
         found: dict[str, int] = {}
         for entry in list_below(self.folder, below or "."):
@@ -233,7 +233,7 @@ class Objects:
                 if not _STAGED.fullmatch(entry.name):
                     found[key] = status.st_size
             elif stat.S_ISDIR(status.st_mode) and not below and _OURS.match(key):
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                with contextlib.suppress(FileNotFoundError):  # removed
                     found |= self._files(key)
         return found
 
@@ -241,11 +241,11 @@ class Objects:
         assert self.folder is not None
         unlink_below(self.folder, key)
         if above := os.path.dirname(key):
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # not empty
                 os.rmdir(self.folder / above)
 
     def _write(self, key: str, data: bytes | memoryview) -> None:
-        """Write an object that is a file, through no link; it is durable, and so are the folders that it lies in."""
+        """Write a file and its folders durably, without following links."""
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         if above := os.path.dirname(key):
@@ -255,27 +255,27 @@ class Objects:
             disk.sync_folder(folder)
 
     def delete(self, key: str) -> None:
-        """Delete an object; one that is not there is no error."""
+        """Delete an object; a missing one is not an error."""
         if self.folder is not None:
             self._call("delete", key, lambda: self._unlink(key), may_lack=True)
         else:
             self._call("delete", key, lambda: _obstore().delete(self._client(0), key), may_lack=True)
 
     def clear_staged(self) -> None:
-        """Remove the traces of killed processes that no listing shows. Only while nobody is writing."""
+        """Remove temporary files of killed processes. Not during a write."""
         if self.folder is not None:
             self._call("clean", "", self._clear_staged)
 
     def _clear_staged(self) -> None:
         assert self.folder is not None
-        for entry in list_below(self.folder, "."):  # only where ours are: somebody else's may lie beside them
+        for entry in list_below(self.folder, "."):  # other files may be beside ours
             if not entry.is_dir(follow_symlinks=False):
                 self._unlink_staged(entry.name)
             elif _OURS.match(entry.name):
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                with contextlib.suppress(FileNotFoundError):  # removed
                     for inside in list_below(self.folder, entry.name):
                         self._unlink_staged(f"{entry.name}/{inside.name}")
-                with contextlib.suppress(OSError):  # it is not empty
+                with contextlib.suppress(OSError):  # not empty
                     os.rmdir(self.folder / entry.name)
 
     def _unlink_staged(self, key: str) -> None:
@@ -289,7 +289,7 @@ class Objects:
     def _call(
         self, action: str, key: str, function: Callable[[], T], *, may_lack: bool = False, unsafe: bool = False
     ) -> T | None:
-        """Make a call; None if it met no object, where that may be. `UnsafeFile` is raised as it is if ``unsafe``."""
+        """Make a call; None without the object, if ``may_lack``. Raises `UnsafeFile` unchanged if ``unsafe``."""
         try:
             return function()
         except (OSError, ValueError, RuntimeError, _obstore().exceptions.BaseError) as error:
@@ -298,11 +298,11 @@ class Objects:
             if unsafe and isinstance(error, UnsafeFile):
                 raise
             problem = explain(error, action, f"{self.url}/{key}".rstrip("/"), self.address.scheme)
-        # Not in the handler: obstore's error would come along as its context, with all that it quotes.
+        # Outside the handler: obstore's error would become its context, with the secrets that it quotes.
         raise problem
 
     def _client(self, nbytes: int) -> Any:
-        """A client whose requests may take as long as so many bytes need."""
+        """Return a client whose timeout suits requests of ``nbytes``."""
         size = 0 if nbytes <= 2**20 else 1 << (nbytes - 1).bit_length()
         with self._lock:
             if size not in self._clients:
@@ -314,7 +314,7 @@ class Objects:
         if address.scheme == "file":
             return stores.LocalStore(Path(address.prefix))
         kind = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}[address.scheme]
-        # With options of ours, obstore no longer takes any from the environment.
+        # With options of ours, obstore reads none from the environment.
         variables = {option: _PREFIXES[address.scheme] + option.upper() for option in _CLIENT_OPTIONS}
         options = {
             "connect_timeout": datetime.timedelta(seconds=limits.connect_s),

@@ -1,7 +1,4 @@
-"""The checkpoints of one run in a remote store: uploaded part by part, visible only once whole, downloaded, removed.
-
-How they lie there: `events.checkpoint.remote_layout`.
-"""
+"""The checkpoints of one run in a remote store. Their layout is in `events.checkpoint.remote_layout`."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from pathlib import Path
 import xxhash
 
 from events.checkpoint import disk
+from events.checkpoint.files import check_file, check_size, open_file, verify
 from events.checkpoint.lineage import (
     AttemptNote,
     attempt_name,
@@ -46,29 +44,29 @@ from events.checkpoint.remote_layout import (
     plan_of,
     visible,
 )
-from events.checkpoint.store import NOTE_BYTES, CheckpointStore, Upload, check_file, check_size, open_file, verify
+from events.checkpoint.store import NOTE_BYTES, CheckpointStore, Upload
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, UploadError
 
 _THREAD = "stagecast-upload"
 _MOST_PARTS = 10**6
 """Maximum objects per checkpoint."""
 LOST = 1_000
-"""Objects that may be lost of a checkpoint for the first of them to be named."""
+"""Maximum missing objects per checkpoint for an error that names the first one."""
 _READ_BYTES = 16 * 2**20
-"""How much of an object is read at once."""
+"""Maximum bytes per read."""
 
 
 class RemoteStore:
-    """The checkpoints of one run below a URL. Any thread; everything waits for the store, as `Limits` says.
+    """The checkpoints of one run below a URL. Any thread; every method waits for the store, within its `Limits`.
 
-    One process at a time may write: the one that holds the run's folder. Others may read meanwhile. Every method may
-    raise `UploadError`: the store cannot be reached or refuses, with what to do about it.
+    Only the process that holds the run folder may write. Every method may raise `UploadError`: the store cannot be
+    reached, or refuses.
 
     Args:
-        url: Where the run's checkpoints are (`events.checkpoint.objects.run_url`).
+        url: Of the run's checkpoints (`events.checkpoint.objects.run_url`).
 
     Raises:
-        UploadError: It is no such URL, or contains credentials.
+        UploadError: The URL is invalid, or contains credentials.
     """
 
     def __init__(self, url: str, limits: Limits | None = None) -> None:
@@ -77,25 +75,25 @@ class RemoteStore:
         self.url = self._objects.url
 
     def check(self) -> None:
-        """See whether the store can be reached and listed."""
+        """Check that the store can be reached and listed."""
         self._objects.check()
 
     def url_of(self, name: CheckpointName) -> str:
-        """Where a checkpoint is, or would be."""
+        """Return the URL of a checkpoint, which need not exist."""
         return f"{self.url}/{name}"
 
     # ------------------------------------------------------------------------------------------- reading
 
     def names(self) -> list[CheckpointName]:
-        """All checkpoints that are whole, in the order in which they came about."""
+        """Return the complete checkpoints, the oldest first."""
         return visible(folders_of(self._objects.sizes()))
 
     def manifest(self, name: CheckpointName) -> Manifest:
         """Read a checkpoint's manifest.
 
         Raises:
-            CheckpointNotFound: There is no such checkpoint.
-            CheckpointDamaged: The manifest is not as it was written.
+            CheckpointNotFound: The checkpoint does not exist.
+            CheckpointDamaged: The manifest was changed.
             CheckpointTooNew: A later version wrote it.
         """
         data = self._objects.get(f"{name}/{MANIFEST_NAME}", MANIFEST_BYTES)
@@ -107,22 +105,22 @@ class RemoteStore:
         return manifest
 
     def line(self) -> list[CheckpointName]:
-        """The checkpoints that the run as it stands has come from, the newest first."""
+        """Return the line of the newest attempt, the newest checkpoint first; see `events.checkpoint.lineage`."""
         sizes = self._objects.sizes()
         return line_of(visible(folders_of(sizes)), self._attempts(sizes), lambda name: self.manifest(name).parent)
 
     def candidates(self) -> Iterator[CheckpointName]:
-        """What to try to resume from, best first; as `CheckpointStore.candidates`."""
+        """Yield the checkpoints to try to resume from; see `CheckpointStore.candidates`."""
         return candidates_of(self.line(), self.names())
 
     @property
     def last_attempt(self) -> int:
-        """The newest attempt of which there is a trace; 0 for none."""
+        """Number of the newest attempt; 0 for none."""
         sizes = self._objects.sizes()
         return max([*self._attempts(sizes), *(name.attempt for name in folders_of(sizes))], default=0)
 
     def attempts(self) -> dict[int, AttemptNote]:
-        """What each attempt started from, as far as it was noted."""
+        """Return the readable notes of attempts."""
         return self._attempts(self._objects.sizes())
 
     def _attempts(self, sizes: Mapping[str, int]) -> dict[int, AttemptNote]:
@@ -133,19 +131,16 @@ class RemoteStore:
         return {attempt.attempt: attempt for attempt in decoded if attempt is not None}
 
     def download(self, name: CheckpointName, into: Path) -> Path:
-        """Copy a checkpoint to a local folder of checkpoints; one that is there already, and whole, stays as it is.
+        """Copy a checkpoint to a local folder of checkpoints, unless a valid copy exists there; return its folder.
 
-        Every file is compared with the manifest while it is written. The checkpoint has its name only once it is whole
-        and durable, so that whatever is killed leaves nothing that could be taken for one.
-
-        Returns:
-            Its folder.
+        Every file is compared with the manifest while it is written. The copy is committed as any checkpoint is, so
+        that a killed process leaves no partial one.
 
         Raises:
-            CheckpointNotFound: There is no such checkpoint, or it was removed meanwhile.
+            CheckpointNotFound: The checkpoint does not exist, or was removed during the download.
             CheckpointDamaged: Objects are missing, or hold other bytes than were written.
             CheckpointTooNew: A later version wrote it.
-            OSError: The disk refused.
+            OSError: The disk failed.
         """
         store = CheckpointStore(into)
         if os.path.lexists(store.path(name)):
@@ -168,17 +163,17 @@ class RemoteStore:
                     found = disk.write_parts(folder, file, data)
                 check_file(folder.path / file, entry.nbytes, entry.xxh3_128, *found)
             path = store.commit(manifest)
-        except BaseException:  # goes on as itself, without what is there of the copy
+        except BaseException:  # propagates unchanged, without the partial copy
             store.abandon(name)
             raise
         store.mark_uploaded(name, Upload(self.url_of(name), time.time()))
         return path
 
     def download_attempts(self, into: Path) -> None:
-        """Copy the notes of what attempts started from, so that the next one gets a number of its own.
+        """Copy the notes of attempts, so that the next attempt gets a new number.
 
         Raises:
-            OSError: The disk refused.
+            OSError: The disk failed.
         """
         into.parent.mkdir(parents=True, exist_ok=True)
         store = CheckpointStore(into)
@@ -187,10 +182,10 @@ class RemoteStore:
             store.note(attempt)
 
     def _whole(self, manifest: Manifest, part_bytes: int) -> dict[str, list[Part]]:
-        """What a checkpoint consists of, if all of that is there, in the right sizes: before the disk is filled.
+        """Return the parts of a checkpoint's files, if all of them exist in the right sizes.
 
         Raises:
-            CheckpointDamaged, CheckpointNotFound: It is not.
+            CheckpointDamaged, CheckpointNotFound: Otherwise.
         """
         name = manifest.name
         sizes = self._objects.sizes(f"{name}/")
@@ -212,7 +207,7 @@ class RemoteStore:
         return decode_parts(data, f"{self.url_of(name)}/{PARTS_NAME}")
 
     def _read(self, name: CheckpointName, parts: list[Part]) -> Generator[bytes]:
-        """The bytes of a file, in pieces."""
+        """Yield the bytes of a file, in pieces."""
 
         def pieces() -> Iterator[tuple[Part, int, int]]:
             for part in parts:
@@ -230,8 +225,8 @@ class RemoteStore:
                 yield data
 
     def _lost(self, name: CheckpointName, key: str) -> CheckpointNotFound | CheckpointDamaged:
-        """What to raise where an object is missing of a checkpoint that was visible just now."""
-        if self._objects.get(f"{name}/{MANIFEST_NAME}", MANIFEST_BYTES) is None:  # it goes first
+        """Return the error for a missing object of a checkpoint that was complete a moment ago."""
+        if self._objects.get(f"{name}/{MANIFEST_NAME}", MANIFEST_BYTES) is None:  # it is removed first
             return CheckpointNotFound(f"the checkpoint {self.url_of(name)} was removed while it was read")
         return CheckpointDamaged(f"{self.url_of(name)}/{key} is missing")
 
@@ -245,22 +240,19 @@ class RemoteStore:
         progress: Callable[[int, int], None],
         cancelled: Callable[[], bool],
     ) -> bool:
-        """Upload a checkpoint, or what is missing of it.
+        """Upload the missing parts of a checkpoint; return whether it is complete, which it is unless cancelled.
 
-        Every file is read, and compared with the manifest, before the checkpoint becomes visible. When this returns or
-        raises, nothing of it is under way any more.
+        Every file is read, and compared with the manifest, before the checkpoint becomes visible. No request is pending
+        when this returns or raises.
 
         Args:
-            folder: Where its files are.
-            progress: Called on this thread with the bytes that are there, and the bytes of all.
-            cancelled: Asked before each part.
-
-        Returns:
-            Whether it is whole in the store; False if it was cancelled.
+            folder: Of its files.
+            progress: Called on this thread with the uploaded and the total bytes.
+            cancelled: Called before each part.
 
         Raises:
-            CheckpointDamaged: A local file is not as it was written.
-            UploadError: Also if the store holds another checkpoint of this name.
+            CheckpointDamaged: A local file was changed.
+            UploadError: The store cannot be reached, refuses, or holds another checkpoint of this name.
             OSError: A file cannot be read.
         """
         name = manifest.name
@@ -269,7 +261,7 @@ class RemoteStore:
         plan = plan_of(manifest, part_bytes, _MOST_PARTS)
         keys = [part.key for parts in plan.values() for part in parts]
         if len({*keys, PARTS_NAME, MANIFEST_NAME}) != len(keys) + 2:
-            raise UploadError(f"{folder} has files whose parts would be called as other files are: {', '.join(plan)}")
+            raise UploadError(f"{folder} has files whose parts would have the names of other files: {', '.join(plan)}")
         for file, entry in manifest.files.items():
             check_size(folder, file, entry)
         there = self._begin(name, manifest, part_bytes)
@@ -281,14 +273,16 @@ class RemoteStore:
                 progress(done, manifest.nbytes)
         if cancelled():
             return False
-        # Whoever believes that this process is dead may have deleted parts since.
+        # Another process that believes this one dead may have deleted parts.
         if missing := self._missing(name, plan):
-            raise UploadError(f"{self.url_of(name)}/{missing[0]} is gone, though it was put: does another run use it?")
+            raise UploadError(
+                f"{self.url_of(name)}/{missing[0]} was deleted during the upload; give the run another run_id"
+            )
         self._objects.put(f"{name}/{MANIFEST_NAME}", encode_manifest(manifest))
         return True
 
     def _is_there(self, name: CheckpointName, manifest: Manifest) -> bool:
-        """Whether a checkpoint is whole in the store already. If it is there but is not whole, it disappears."""
+        """Whether the store holds the complete checkpoint; an incomplete one becomes invisible."""
         try:
             found = self.manifest(name)
             if found == manifest:
@@ -302,20 +296,20 @@ class RemoteStore:
             found = None
         if found != manifest:
             raise UploadError(
-                f"{self.url_of(name)} is another checkpoint than the local one of that name: give the run another"
-                f" run_id, or another place to upload to"
+                f"{self.url_of(name)} is another checkpoint than the local one of that name; give the run another"
+                f" run_id or upload URL"
             )
         self._objects.delete(f"{name}/{MANIFEST_NAME}")
         return False
 
     def _missing(self, name: CheckpointName, plan: dict[str, list[Part]]) -> list[str]:
-        """The parts that are not there, or have another size."""
+        """Return the keys of parts that are missing, or have another size."""
         sizes = self._objects.sizes(f"{name}/")
         parts = [part for parts in plan.values() for part in parts]
         return [part.key for part in parts if sizes.get(f"{name}/{part.key}") != part.nbytes]
 
     def _begin(self, name: CheckpointName, manifest: Manifest, part_bytes: int) -> dict[str, int]:
-        """Note what is going to be uploaded; returns what is there of it already."""
+        """Write `PARTS_NAME`; return the sizes of the objects that exist already."""
         parts = parts_for(manifest, part_bytes)
         there = self._objects.sizes(f"{name}/")
         if f"{name}/{PARTS_NAME}" in there:
@@ -334,7 +328,7 @@ class RemoteStore:
         there: dict[str, int],
         cancelled: Callable[[], bool],
     ) -> Iterator[Callable[[], int]]:
-        """The calls that put the parts which are not there; each returns how many bytes then are."""
+        """Yield calls that upload the missing parts; each returns the bytes of its part."""
         for file, entry in manifest.files.items():
             digest = xxhash.xxh3_128()
             with open_file(folder, file) as source:
@@ -342,7 +336,7 @@ class RemoteStore:
                     if cancelled():
                         return
                     key = f"{manifest.name}/{part.key}"
-                    # Nothing here keeps the part's bytes while it is being put.
+                    # No local variable keeps the part's bytes during the upload.
                     yield self._put_call(key, source, part.nbytes, digest, there.get(key) == part.nbytes)
                 found = os.fstat(source.fileno()).st_size
             check_file(folder / file, entry.nbytes, entry.xxh3_128, found, digest.hexdigest())
@@ -350,7 +344,7 @@ class RemoteStore:
     def _put_call(
         self, key: str, source: io.FileIO, nbytes: int, digest: xxhash.xxh3_128, is_there: bool
     ) -> Callable[[], int]:
-        # Bytes of its own, not memory that is used again: a request that was given up may still be on its way.
+        # New bytes, not reused memory: a request that timed out may still be pending.
         data = _read_exactly(source, nbytes)
         digest.update(data)
         return functools.partial(self._put, key, None if is_there else data, nbytes)
@@ -361,7 +355,7 @@ class RemoteStore:
         return nbytes
 
     def note(self, attempts: Iterable[AttemptNote]) -> None:
-        """Note what attempts started from, and forget later ones: they are of a run that had this name before."""
+        """Write the notes of attempts, and delete those of later ones, which an earlier run of this name has left."""
         sizes = self._objects.sizes()
         noted = self._attempts(sizes)
         last = 0
@@ -372,18 +366,15 @@ class RemoteStore:
         self._delete(attempt_name(number) for number in noted if number > last)
 
     def remove(self, name: CheckpointName) -> None:
-        """Remove a checkpoint: first its manifest, so that no reader sees half of it."""
+        """Remove a checkpoint: first its manifest, so that no reader sees a partial one."""
         self._objects.delete(f"{name}/{MANIFEST_NAME}")
         self._delete(self._objects.sizes(f"{name}/"))
 
     def reap(self, keep: Set[CheckpointName] = frozenset()) -> list[CheckpointName]:
-        """Remove what killed uploads, and killed removals, have left. Only while nothing is being uploaded.
+        """Remove the objects of killed uploads and removals; return their checkpoints. Not during an upload.
 
         Args:
-            keep: Those that are still going to be uploaded.
-
-        Returns:
-            Of which checkpoints there was something.
+            keep: Checkpoints that will be uploaded.
         """
         folders = folders_of(self._objects.sizes())
         whole = visible(folders)
@@ -394,14 +385,14 @@ class RemoteStore:
         return orphans
 
     def _delete(self, keys: Iterable[str]) -> None:
-        # One request each: not every server, nor any of Google's, takes a list.
+        # One request each: many servers, such as Google's, have no request for a list.
         deletes = (functools.partial(self._objects.delete, key) for key in list(keys))
         for _ in in_order(deletes, self._limits.parallel, _THREAD):
             pass
 
 
 def _read_exactly(source: io.FileIO, nbytes: int) -> bytes:
-    """So many bytes of a file, or fewer if it ends."""
+    """Read ``nbytes`` of a file, or fewer at its end."""
     data = source.read(nbytes) or b""
     while len(data) < nbytes and (more := source.read(nbytes - len(data))):
         data += more

@@ -1,26 +1,26 @@
-"""How the checkpoints of one run lie in a remote store.
+"""The layout of the checkpoints of one run in a remote store.
 
 ::
 
     s3://bucket/prefix/RUN_ID/
-        attempt-2.json                                as in the run's folder of checkpoints
+        attempt-2.json                                as in the local folder of checkpoints
         step-500.a1/
-            parts.json                                written first: the size of the parts, and the manifest's hash
+            parts.json                                written first: size of the parts, hash of the manifest
             tensors.safetensors.00000-of-00003        a file larger than a part: parts, all but the last of one size
             tensors.safetensors.00001-of-00003
             tensors.safetensors.00002-of-00003
             state.msgpack                             any other file: one object
             manifest.json                             written last, byte for byte the local one
 
-**Visible** is a checkpoint whose ``manifest.json`` is there: it comes last and goes first. Every object is put as a
-whole, by one request: a multipart upload would be left behind, invisible and paid for, by a process that is killed.
+A checkpoint with ``manifest.json`` is **visible**: the manifest is written last and removed first. Every object is
+written by one request: a killed process would leave a multipart upload behind, invisible and paid for.
 
-**By hand**: parts sort as they follow each other, so ``cat tensors.safetensors.*-of-* > tensors.safetensors`` makes a
-file of them, and the folder is then a checkpoint like any other.
+**By hand**: parts sort in their order, so that ``cat tensors.safetensors.*-of-* > tensors.safetensors`` joins them; the
+folder is then a normal checkpoint.
 
-**Resuming**: an object that is there with the right size is not uploaded again if ``parts.json`` says that it belongs
-to the same manifest, in which the hashes of all files stand. What is there of any other is deleted first. So a run that
-begins anew under the name of an earlier one is never mixed with what that one had uploaded.
+**Resuming**: an existing object of the right size is not uploaded again if ``parts.json`` holds the hash of the same
+manifest, which lists the hashes of all files. Objects of any other manifest are deleted first, so that a new run never
+mixes with an earlier one of its name.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ PARTS_NAME = "parts.json"
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """``parts.json``: how files were divided, and which checkpoint's they are."""
+    """``parts.json``: the division of files, and the checkpoint that they belong to."""
 
     part_bytes: Int64
     manifest_xxh3_128: str
 
 
 class Part(NamedTuple):
-    """An object that holds a file, or some of it."""
+    """An object with a file, or a part of it."""
 
     key: str
     """Its name within the checkpoint."""
@@ -54,12 +54,12 @@ class Part(NamedTuple):
 
 
 def parts_for(manifest: Manifest, part_bytes: int) -> Parts:
-    """The ``parts.json`` of a checkpoint."""
+    """Return the ``parts.json`` of a checkpoint."""
     return Parts(part_bytes, xxhash.xxh3_128_hexdigest(encode_manifest(manifest)))
 
 
 def encode_parts(parts: Parts) -> bytes:
-    """The bytes of ``parts.json``."""
+    """Return the bytes of ``parts.json``."""
     return msgspec.json.encode(parts) + b"\n"
 
 
@@ -75,14 +75,13 @@ def decode_parts(data: bytes, where: str) -> Parts:
 
 
 def plan_of(manifest: Manifest, part_bytes: int, most: int) -> dict[str, list[Part]]:
-    """The objects that each file of a checkpoint consists of.
+    """Return the objects of each file of a checkpoint.
 
     Args:
-        most: Maximum objects. A stranger may have written the manifest and ``parts.json``: a list of all parts that
-            they claim would fill the memory.
+        most: Maximum objects, because an untrusted manifest and ``parts.json`` may claim more than fit the memory.
 
     Raises:
-        CheckpointDamaged: It consists of more.
+        CheckpointDamaged: There would be more.
     """
     count = sum(max(1, -(-entry.nbytes // part_bytes)) for entry in manifest.files.values())
     if count > most:
@@ -91,17 +90,17 @@ def plan_of(manifest: Manifest, part_bytes: int, most: int) -> dict[str, list[Pa
 
 
 def parts_of(file: str, nbytes: int, part_bytes: int) -> list[Part]:
-    """The objects that a file consists of, in order."""
+    """Return the objects of a file, in order."""
     if nbytes <= part_bytes:
         return [Part(file, nbytes)]
     count = -(-nbytes // part_bytes)
-    width = max(5, len(str(count)))  # or they would not sort as they follow each other
+    width = max(5, len(str(count)))  # so that names sort in the order of the parts
     sizes = [part_bytes] * (count - 1) + [nbytes - part_bytes * (count - 1)]
     return [Part(f"{file}.{index:0{width}}-of-{count:0{width}}", size) for index, size in enumerate(sizes)]
 
 
 def folders_of(keys: Iterable[str]) -> dict[CheckpointName, set[str]]:
-    """What there is of each checkpoint, whole or not."""
+    """Return the files of each checkpoint, complete or not."""
     folders: dict[CheckpointName, set[str]] = {}
     for key in keys:
         folder, separator, file = key.partition("/")
@@ -112,8 +111,8 @@ def folders_of(keys: Iterable[str]) -> dict[CheckpointName, set[str]]:
 
 
 def visible(folders: dict[CheckpointName, set[str]]) -> list[CheckpointName]:
-    """Those that are whole, in the order in which they came about.
+    """Return the complete checkpoints, the oldest first.
 
-    A manifest alone is none: a request that was late may have written it after the checkpoint was removed.
+    A manifest alone is not one: a late request may have written it after the checkpoint was removed.
     """
     return sorted(name for name, files in folders.items() if {MANIFEST_NAME, PARTS_NAME} <= files)

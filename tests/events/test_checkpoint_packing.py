@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from msgspec.msgpack import Ext
 
-from events.checkpoint import packing
+from events.checkpoint import packing, packing_types
 from events.errors import CheckpointDamaged, UnstorableState
 from events.msgpack_keys import check_keys
 
@@ -123,8 +123,8 @@ def form(value: Any) -> Any:
 @pytest.fixture(autouse=True)
 def taught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test begins with one taught type, and leaves none behind."""
-    monkeypatch.setattr(packing, "_taught", {})
-    monkeypatch.setattr(packing, "_taught_names", {})
+    monkeypatch.setattr(packing_types, "registered", {})
+    monkeypatch.setattr(packing_types, "registered_names", {})
     packing.register(Vocabulary, "tests.Vocabulary", lambda vocabulary: vocabulary.words, Vocabulary)
 
 
@@ -247,7 +247,7 @@ trees = st.recursive(leaves, containers, max_leaves=12)
         (defaultdict(list), r"collections\.defaultdict that cannot.*not exactly a dict"),
         (Text("a"), r"Text that cannot.*not exactly a str"),
         (type("Old", (datetime,), {})(2020, 1, 1), "Old that cannot.*not exactly a datetime.datetime"),
-        (object(), "object that cannot.*no plain value"),
+        (object(), "object that cannot.*not a plain value"),
         (print, "builtin_function_or_method that cannot"),
         (int, "type that cannot"),
         (memoryview(b"a"), "memoryview that cannot"),
@@ -364,7 +364,7 @@ def test_a_zone_from_a_file_is_refused() -> None:
     file = next(folder / "UTC" for folder in map(Path, zoneinfo.TZPATH) if (folder / "UTC").exists())
     with file.open("rb") as opened:
         zone = ZoneInfo.from_file(opened)
-    with pytest.raises(UnstorableState, match=r"ZoneInfo that cannot.*None names no time zone"):
+    with pytest.raises(UnstorableState, match=r"ZoneInfo that cannot.*None is not a time zone"):
         packing.encode(datetime(2020, 1, 1, tzinfo=zone))
 
 
@@ -469,16 +469,16 @@ def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
         (packed(marked(3, [])), "unhashable"),
         (packed(marked(4)), "code 4"),
         (packed(marked(4, 1, 2, 1)), "more items than its maxlen"),
-        (packed(marked(22, 10**12)), "no bytes"),
+        (packed(marked(22, 10**12)), "not bytes"),
         (packed(marked(24, "many")), "code 24"),
         (packed(marked(25, 1, 0)), "Fraction"),
-        (packed(marked(25, "1e999999999")), "no int"),
+        (packed(marked(25, "1e999999999")), "not int"),
         (packed(marked(26, 1, 2, 0)), "zero"),
         (packed(marked(28, b"short")), "16"),
-        (packed(marked(40, b"\x07\xe4\x63\x63")), "no int"),
+        (packed(marked(40, b"\x07\xe4\x63\x63")), "not int"),
         (packed(marked(41, 25, 0, 0, 0, None, 0)), "hour"),
         (packed(marked(43, 10**12, 0, 0)), "code 43"),
-        (packed(marked(45, "../../etc/passwd")), "names no time zone"),
+        (packed(marked(45, "../../etc/passwd")), "is not a time zone"),
         (packed(marked(45, "Mars/Olympus")), "provide that"),
         (packed(marked(45, "Europe")), "code 45"),
         (packed(marked(50, "|O", marked(1, 1), bytes(8))), "'|O' is no dtype"),
@@ -489,7 +489,7 @@ def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
         (packed(marked(50, ["<f4", marked(26, 0, 10**18, 1)], marked(1, 0), b"")), "are not whole numbers in a list"),
         (packed(marked(51, "S", 10**12)), "code 51"),
         (packed(marked(51, "U", 5)), "code 51"),
-        (packed(marked(60, "weight")), "the tensor 'weight', and there is none.*provide"),
+        (packed(marked(60, "weight")), "the tensor 'weight', which does not exist.*provide"),
         (packed(marked(61, "unheard.Of", 1)), "'unheard.Of'.*not imported.*provide"),
         (packed(marked(61, [], 1)), "code 61"),
         (packed(marked(25, marked(20, b"\x01" * 1_000), 3)), "7,993 bits, more than 4,096"),
@@ -659,7 +659,7 @@ def test_a_tensor_that_is_missing_is_told_with_the_path() -> None:
             packing.decode(data, fail(error))
     with pytest.raises(RuntimeError, match="out of memory"):
         packing.decode(data, fail(RuntimeError("out of memory")))
-    with pytest.raises(CheckpointDamaged, match="the tensor 5, and there is none"):
+    with pytest.raises(CheckpointDamaged, match="the tensor 5, which does not exist"):
         packing.decode(packed(marked(60, 5)), Tensor)
 
 
@@ -801,7 +801,7 @@ def test_place_is_asked_about_unknown_values_only() -> None:
     assert asked == ["6.(1,)"]
 
 
-def test_a_taught_type_returns_with_its_tensors() -> None:
+def test_a_registered_type_returns_with_its_tensors() -> None:
     """`to_plain` may give tensors and other taught types; their paths go on as if it were not there."""
     placed: list[str] = []
     tree = {"v": Vocabulary({"inner": Vocabulary([Tensor("w")])})}
@@ -814,7 +814,7 @@ def test_a_taught_type_returns_with_its_tensors() -> None:
     assert placed == ["v.inner.0"]
 
 
-def test_a_subclass_is_stored_once_it_is_taught() -> None:
+def test_a_subclass_is_stored_once_it_is_registered() -> None:
     """Enums, named tuples, defaultdicts: by exact type, so a subclass of a taught type is not."""
     packing.register(Phase, "tests.Phase", lambda phase: phase.value, Phase)
     packing.register(Point, "tests.Point", tuple, Point._make)
@@ -832,9 +832,9 @@ def test_registering_again_replaces_and_a_taken_name_is_refused() -> None:
     packing.register(Vocabulary, "tests.Words", lambda value: value.words, lambda plain: ("second", plain))
     assert packing.decode(old) == ("new", 1)
     assert packing.decode(packing.encode(Vocabulary(1))) == ("second", 1)
-    with pytest.raises(ValueError, match=r"'tests\.Words' is that of .*Vocabulary; choose another one for .*Point"):
+    with pytest.raises(ValueError, match=r"'tests\.Words' belongs to .*Vocabulary; choose another one for .*Point"):
         packing.register(Point, "tests.Words", tuple, Point._make)
-    with pytest.raises(ValueError, match="dict is stored without being registered"):
+    with pytest.raises(ValueError, match="dict is stored without registration"):
         packing.register(dict, "tests.dict", list, dict)
 
 

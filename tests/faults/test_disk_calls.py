@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from events.checkpoint import store
+from events.checkpoint import files
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointError
@@ -115,7 +115,7 @@ def test_a_best_checkpoint_that_cannot_be_read_for_the_moment_is_not_deleted(
     """That its metric is not known now does not make it a worse one."""
     run_dir = tmp_path / "run"
     manifest = run_dir / "checkpoints" / "step-2.a1" / "manifest.json"
-    read, refused = store.read_below, []
+    read, refused = files.read_below, []
 
     def read_below(root: Path, name: str, limit_bytes: int) -> bytes:
         path = root / name
@@ -128,7 +128,7 @@ def test_a_best_checkpoint_that_cannot_be_read_for_the_moment_is_not_deleted(
         def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
             return [self.batch]
 
-    monkeypatch.setattr(store, "read_below", read_below)
+    monkeypatch.setattr(files, "read_below", read_below)
     disk.make_trainer(run_dir, module=Validated(), val_interval_steps=2, best="val_loss").train()
     assert refused
     assert [str(name) for name in CheckpointStore(run_dir / "checkpoints").names()] == ["step-2.a1", "step-6.a1"]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from events.checkpoint import disk
-from events.checkpoint.store import CheckpointStore, verify
+from events.checkpoint.files import verify
+from events.checkpoint.store import CheckpointStore
 from trainer import Checkpoints
 
 INJECTIONS = {

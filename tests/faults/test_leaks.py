@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from events.checkpoint import disk
+from events.checkpoint.files import verify
 from events.checkpoint.manifest import STATE_NAME
-from events.checkpoint.store import CheckpointStore, verify
+from events.checkpoint.store import CheckpointStore
 from events.messages import CheckpointDeleted, CheckpointFailed, CheckpointSaved, CheckpointStaged, Event
 from events.sink import Delivery, RunInfo
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments, inline

@@ -21,10 +21,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from events.checkpoint.files import verify
 from events.checkpoint.lineage import AttemptNote, by_age, candidates_of, expendable, line_of
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import Upload, verify
+from events.checkpoint.store import Upload
 from events.errors import CheckpointDamaged
 
 INJECTIONS = {"test_no_schedule_loses_the_newest_checkpoint_or_its_line": (1, 60)}

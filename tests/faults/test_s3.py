@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from events.checkpoint import disk
+from events.checkpoint.files import verify
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest
 from events.checkpoint.objects import Limits, run_url
 from events.checkpoint.remote import RemoteStore
-from events.checkpoint.store import CheckpointStore, verify
+from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointNotFound, UploadError
 
 PART = 10_000

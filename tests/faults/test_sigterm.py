@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from events.checkpoint.store import CheckpointStore, verify
+from events.checkpoint.files import verify
+from events.checkpoint.store import CheckpointStore
 from events.journal.reader import JournalReader
 from events.messages import CheckpointDeleted, CheckpointSaved, CheckpointUploaded, Event, RunEnded
 

@@ -21,13 +21,14 @@ import msgspec
 import pytest
 
 from events.checkpoint import disk
+from events.checkpoint.files import verify
 from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest
 from events.checkpoint.objects import Limits, run_url
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.remote_layout import PARTS_NAME, folders_of, parts_of, visible
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CheckpointStore, verify
+from events.checkpoint.store import CheckpointStore
 from events.errors import UploadError
 from events.messages import CheckpointUploaded, Event
 from events.origin import Origin

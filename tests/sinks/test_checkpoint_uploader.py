@@ -22,12 +22,13 @@ from events.bus.pump import Pump
 from events.bus.ring import Ring
 from events.bus.supervisor import Supervisor
 from events.checkpoint import disk
+from events.checkpoint.files import verify
 from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import CheckpointStore, verify
+from events.checkpoint.store import CheckpointStore
 from events.errors import UploadError
 from events.messages import (
     CheckpointDeleted,

@@ -20,12 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-import events.checkpoint.store
-from events.checkpoint import disk, packing
+import events.checkpoint.files
+from events.checkpoint import disk, packing, packing_types
+from events.checkpoint.files import read_manifest
 from events.checkpoint.lineage import AttemptNote
 from events.checkpoint.manifest import CheckpointName, encode_manifest
 from events.checkpoint.remote import RemoteStore
-from events.checkpoint.store import CheckpointStore, Upload, read_manifest
+from events.checkpoint.store import CheckpointStore, Upload
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
 from trainer.cli.main import main
 
@@ -352,14 +353,14 @@ def test_what_is_deleted_meanwhile_is_not_damaged(
 ) -> None:
     """A run that goes on deletes old ones."""
     store = CheckpointStore(run / "checkpoints")
-    real_open = events.checkpoint.store.open_below
+    real_open = events.checkpoint.files.open_below
 
     def open_below(root: Path, name: str) -> int:
         if "step-6.a2" in name:
             store.remove(CheckpointName(6, 2))
         return real_open(root, name)
 
-    monkeypatch.setattr(events.checkpoint.store, "open_below", open_below)
+    monkeypatch.setattr(events.checkpoint.files, "open_below", open_below)
     code, out, err = stagecast("verify", run)
     assert (code, err) == (0, "")
     assert out.splitlines()[1] == "step-6.a2  deleted meanwhile"
@@ -640,8 +641,8 @@ def test_types_that_only_the_users_program_knows_are_not_needed(
     stagecast: Stagecast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither those in the state of callbacks nor the module's own."""
-    monkeypatch.setattr(packing, "_taught", dict(packing._taught))
-    monkeypatch.setattr(packing, "_taught_names", dict(packing._taught_names))
+    monkeypatch.setattr(packing_types, "registered", dict(packing_types.registered))
+    monkeypatch.setattr(packing_types, "registered_names", dict(packing_types.registered_names))
     packing.register(Vocabulary, "tests.Vocabulary", lambda one: {"words": ["a"]}, lambda plain: Vocabulary())
     train(tmp_path / "own", Odd(words=Vocabulary()), callbacks=[Reader()])
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from events.checkpoint import store
+from events.checkpoint import files, store
 from events.checkpoint.manifest import CheckpointName
 from events.errors import CheckpointError, RunFolderError, SinkMisconfigured
 from events.messages import CheckpointFailed, CheckpointRejected, CheckpointSaved, RunResumed
@@ -453,7 +453,7 @@ def test_weights_that_are_no_regular_file_of_this_machines_size_are_refused(
     kit: Any, tmp_path: Path, secret: Secret, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the start, and without reading them."""
-    monkeypatch.setattr(store, "_MEMORY_BYTES", 2**34)
+    monkeypatch.setattr(files, "_MEMORY_BYTES", 2**34)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"")
     spoil(secret, path, kind)

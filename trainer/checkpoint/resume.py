@@ -13,17 +13,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from events.checkpoint.files import read_file, read_manifest, read_weights
 from events.checkpoint.lineage import AttemptNote, ranked
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import (
-    CHECKPOINTS_DIR,
-    WEIGHTS_NAME,
-    CheckpointStore,
-    read_file,
-    read_manifest,
-    read_weights,
-)
+from events.checkpoint.store import CHECKPOINTS_DIR, WEIGHTS_NAME, CheckpointStore
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from events.log import logger
 from events.masking import masked

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from events.checkpoint import store
+from events.checkpoint import files, store
 from events.checkpoint.lineage import by_age, is_attempt_name
 from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest
 from events.checkpoint.objects import Limits, Objects
@@ -43,7 +43,7 @@ class LocalSource:
         if self.only is not None:
             folder = folder.parent
         elif MANIFEST_NAME in entries:
-            self._renamed, self.only = folder, store.read_manifest(folder).name
+            self._renamed, self.only = folder, files.read_manifest(folder).name
         elif store.CHECKPOINTS_DIR in entries or LOCK_NAME in entries:
             folder /= store.CHECKPOINTS_DIR
         elif entries and not any(CheckpointName.parse(entry) or is_attempt_name(entry) for entry in entries):
@@ -62,20 +62,20 @@ class LocalSource:
         return upload.url if upload is not None else None
 
     def manifest(self, name: CheckpointName) -> Manifest:
-        return store.read_manifest(Path(self.path(name)))
+        return files.read_manifest(Path(self.path(name)))
 
     def check(self, manifest: Manifest) -> None:
         """Compare the sizes of a checkpoint's files with its manifest. Raises `CheckpointDamaged`."""
         for file, entry in manifest.files.items():
-            store.check_size(Path(self.path(manifest.name)), file, entry)
+            files.check_size(Path(self.path(manifest.name)), file, entry)
 
     def verify(self, manifest: Manifest) -> None:
         """Read all of its files. Raises `CheckpointDamaged`."""
-        store.verify(Path(self.path(manifest.name)), manifest)
+        files.verify(Path(self.path(manifest.name)), manifest)
 
     def read(self, manifest: Manifest, file: str) -> memoryview:
         """Read a file to memory and verify it. Raises `CheckpointDamaged`, or `KeyError` without such a file."""
-        return store.read_file(Path(self.path(manifest.name)), file, manifest.files[file])
+        return files.read_file(Path(self.path(manifest.name)), file, manifest.files[file])
 
 
 class RemoteSource:
@@ -116,7 +116,7 @@ class RemoteSource:
             self._read(manifest, file, None)
 
     def read(self, manifest: Manifest, file: str) -> memoryview:
-        memory = store.memory_for(f"{self.path(manifest.name)}/{file}", manifest.files[file].nbytes)
+        memory = files.memory_for(f"{self.path(manifest.name)}/{file}", manifest.files[file].nbytes)
         self._read(manifest, file, memory)
         return memory
 
