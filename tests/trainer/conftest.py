@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,16 +191,25 @@ def wait_until_failed(run: Run) -> None:
 
 def trainer_threads(*, loops: bool = False) -> list[str]:
     """Names of the threads of runs that are alive; ``loops``: only those that train."""
-    prefix = "stagecast-loop-" if loops else "stagecast-"
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(prefix)]
+    return [thread.name for thread in _threads("stagecast-loop-" if loops else "stagecast-")]
+
+
+def _threads(prefix: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(prefix)]
 
 
 def join_threads() -> None:
     """Wait until no thread of a run is left: they end on their own, shortly after their run."""
+    gc.collect()  # here: a thread on which the garbage of earlier tests were collected would be waited for, too
     deadline = time.monotonic() + WAIT_S
-    while left := trainer_threads():  # asked again and again: one that ends may have started another just now
-        assert time.monotonic() < deadline, left
-        threading.Event().wait(0.001)
+    while left := _threads("stagecast-"):  # asked again and again: one that ends may have started another just now
+        left[0].join(deadline - time.monotonic())
+        assert time.monotonic() < deadline, "\n".join(f"{one.name} is alive:\n{_stack(one)}" for one in left)
+
+
+def _stack(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "".join(traceback.format_stack(frame)) if frame is not None else "it has ended meanwhile"
 
 
 def read_journal(run_dir: str | os.PathLike[str]) -> list[Event]:
