@@ -51,8 +51,9 @@ def _cut(event: Event) -> Event:
     for name in event.__struct_fields__:
         value = getattr(event, name)
         if isinstance(value, str):
-            # One character more, so that an identity that was cut is not taken for a whole one.
-            fields[name] = value[: MAX_NAME_CHARS + 1 if name in _NAMES else MAX_TEXT_CHARS]
+            # One character more, so that an identity that was cut is not taken for a whole one; paths are not cut.
+            limit = MAX_NAME_CHARS + 1 if name in _NAMES else MAX_TEXT_CHARS
+            fields[name] = value[:limit] if name != "path" or len(value) <= limit else ""
         elif name in _SETTINGS and isinstance(value, dict):
             fields[name] = shown_settings(value)
         elif isinstance(value, dict):

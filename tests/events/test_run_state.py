@@ -90,6 +90,15 @@ def test_time_left_counts_validation_and_not_pauses(tape: Tape, state: RunState)
     assert (state.pace.rate, state.epoch_left_s) == (1.0, 8.0)
 
 
+def test_missed_steps_and_a_clock_that_was_set_back_change_no_rate(tape: Tape, state: RunState) -> None:
+    """Step events are conflated: one in fifty tells the same as all of them. Negative durations do not exist."""
+    state.add([tape.started(), *tape.steps(100, step_s=0.5)[9::45]])
+    assert (state.pace.rate, state.run.global_step, state.step_in_epoch) == (2.0, 100, 100)
+    tape.time -= 3_600.0
+    state.add(tape.steps(1))
+    assert (state.pace.rate, state.pace.elapsed_s) == (2.0, 50.0)
+
+
 def test_only_a_resume_or_a_stop_ends_a_pause(tape: Tape, state: RunState) -> None:
     """A checkpoint that is requested meanwhile does not."""
     for command, paused in (("pause", True), ("checkpoint", True), ("resume", False), ("pause", True), ("stop", False)):

@@ -39,6 +39,7 @@ from events.messages import EVENT_TYPES, Event
 from events.metrics import metrics_of
 from events.protocol import AnyCommand
 from events.run.state import RunState
+from events.run.summary import Summary
 from events.wire import (
     decode_command_json,
     decode_command_msgpack,
@@ -59,7 +60,7 @@ from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import read_view, write_view
 from sinks.live.view import Changes, RunView
 from trainer.data.tensor_state import tensors_in
-from trainer.remote.result import ResultBuilder, RunSnapshot, RunSummary
+from trainer.remote.result import ResultBuilder, RunSnapshot
 
 pytestmark = pytest.mark.fuzz
 
@@ -369,7 +370,7 @@ def test_what_a_server_answers_gives_a_result_or_is_refused(summary: bytes, line
     try:
         snapshot = msgspec.json.decode(summary, type=RunSnapshot)
     except (ValueError, RecursionError):  # `trainer.remote.http` makes its own error of these
-        snapshot = RunSnapshot(0, RunSummary("r"))
+        snapshot = RunSnapshot(0, Summary("r"))
     builder = ResultBuilder(snapshot)
     builder.add(decoded(lines))
     assert builder.result is None or builder.result.run_id == snapshot.run.run_id

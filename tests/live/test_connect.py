@@ -41,6 +41,7 @@ from events.messages import (
 )
 from events.protocol import RunResult
 from events.run.folder import RunFolder
+from events.run.summary import Summary
 from events.wire import encode_json
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server, bind
@@ -54,7 +55,7 @@ from trainer.errors import (
     ConnectionLost,
 )
 from trainer.remote.connect import connect
-from trainer.remote.result import ResultBuilder, RunSnapshot, RunSummary
+from trainer.remote.result import ResultBuilder, RunSnapshot
 
 pytestmark = pytest.mark.anyio
 TOKEN = "none-of-your-business"
@@ -752,8 +753,8 @@ def test_a_folder_whose_page_cannot_be_found_is_refused(tmp_path: Path, monkeypa
 
 def test_a_result_is_told_from_a_summary_and_the_end_of_the_history() -> None:
     """What is far back comes from the summary, what is near from the events, and a new attempt begins anew."""
-    latest: dict[str, float | str] = {"train_loss": 2.0, "rare": "nan", "lr": 0.1, "system/cpu_percent": 3.0}
-    known = RunSnapshot(cursor=90, run=RunSummary("demo", attempt=2, status="running", epoch=7, latest=latest))
+    latest: dict[str, Any] = {"train_loss": 2.0, "rare": "nan", "lr": 0.1, "system/cpu_percent": 3.0}
+    known = RunSnapshot(cursor=90, run=Summary("demo", attempt=2, status="running", epoch=7, latest=latest))
     builder = ResultBuilder(known)
 
     def event(kind: type[Event], attempt: int, epoch: int, **fields: Any) -> Any:

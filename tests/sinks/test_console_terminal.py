@@ -160,13 +160,6 @@ def test_an_epoch_of_unknown_length_has_a_count_and_a_rate(terminal: Any, story:
     assert "left" not in bars["step"] + bars["epoch"]
 
 
-def test_more_steps_than_estimated_are_not_more_than_everything(terminal: Any, story: Any) -> None:
-    """An estimate that was too low makes the length unknown, not 130 %."""
-    bars = terminal().write(story.started(epochs=1, steps_per_epoch=10), *story.steps(13)).bars
-    assert bars["step"].split()[:2] == ["step", "13"]
-    assert "%" not in bars["step"] + bars["epoch"]
-
-
 def test_an_early_end_by_max_steps_is_the_goal(terminal: Any, story: Any) -> None:
     """The bars fill up at ``max_steps``, wherever that is in an epoch."""
     one = terminal()
@@ -202,24 +195,6 @@ def test_a_new_attempt_starts_over(terminal: Any, story: Any) -> None:
     assert screen.bars["step"].split()[:2] == ["step", "60/100"]
     assert "2.0 steps/s" in screen.bars["step"]
     assert "5.0 s elapsed" in screen.bars["epoch"]
-
-
-def test_a_clock_that_was_set_back_changes_neither_rate_nor_order(terminal: Any, story: Any) -> None:
-    """Negative durations do not exist."""
-    one = terminal()
-    one.write(story.started(), *story.steps(20))
-    story.time -= 3600
-    bars = one.write(*story.steps(1)).bars
-    assert "10.0 steps/s" in bars["step"]
-    assert "2.0 s elapsed" in bars["epoch"]
-
-
-def test_missed_step_events_do_not_matter(terminal: Any, story: Any) -> None:
-    """Step events are conflated: one in fifty tells the same rate and place as all of them."""
-    kept = story.steps(100, step_s=0.02)[9::45]
-    bars = terminal().write(story.started(), *kept).bars
-    assert bars["step"].split()[:2] == ["step", "100/100"]
-    assert "50.0 steps/s" in bars["step"]
 
 
 def test_the_rate_comes_from_the_events_and_not_from_the_clock(terminal: Any, story: Any) -> None:

@@ -267,7 +267,8 @@ def test_best_in_place_of_a_checkpoint_is_explained(kit: Any, tmp_path: Path) ->
 def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:
     """From the events alone: deleted ones, and those that the run went back before, do not count."""
     from events.messages import CheckpointDeleted, CheckpointSaved, RunEnded, RunStarted
-    from trainer.remote.result import CheckpointSummary, ResultBuilder, RunSnapshot, RunSummary
+    from events.run.summary import CheckpointState, Summary
+    from trainer.remote.result import ResultBuilder, RunSnapshot
 
     def header(attempt: int, step: int) -> dict[str, Any]:
         common = {"run_id": "r", "seq": 1, "time": 0.0, "rank": 0, "epoch": 0, "stage": None}
@@ -278,7 +279,10 @@ def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:
         assert parsed is not None
         return CheckpointSaved(**header(parsed.attempt, parsed.step), checkpoint=name, path=f"/c/{name}", metric=metric)
 
-    known = [CheckpointSummary("step-1.a1", "durable", 5.0), CheckpointSummary("step-2.a1", "deleted", 0.1)]
+    known = [
+        CheckpointState("step-1.a1", state="durable", metric=5.0, path="/c/step-1.a1"),
+        CheckpointState("step-2.a1", state="deleted", metric=0.1),
+    ]
     story = [
         saved("step-3.a1", 2.0),
         saved("step-4.a1", 1.0),
@@ -290,7 +294,11 @@ def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:
         CheckpointDeleted(**header(2, 6), checkpoint="step-6.a2"),
         RunEnded(**header(2, 6), status="finished"),
     ]
-    builder = ResultBuilder(RunSnapshot(0, RunSummary("r", 1), known))
+    builder = ResultBuilder(RunSnapshot(0, Summary("r", 1), known))
     builder.add(story)
     assert builder.result is not None
     assert (builder.result.best_checkpoint, builder.result.best_metric) == ("/c/step-4.a2", 2.0)
+    builder = ResultBuilder(RunSnapshot(0, Summary("r", 1, best="score"), known))
+    builder.add([RunEnded(**header(1, 9), status="finished")])
+    assert builder.result is not None
+    assert (builder.result.best_checkpoint, builder.result.checkpoint) == ("/c/step-1.a1", "/c/step-1.a1")

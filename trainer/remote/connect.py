@@ -57,7 +57,7 @@ def connect(
     command to a run that has just ended is harmless.
 
     The result is built from the events: it has no ``observers`` and no ``run_dir``, and its ``checkpoint`` is a path on
-    the run's machine, or only a name if it is far back in the history.
+    the run's machine.
 
     The server is not trusted. Its answers are limited in size and time, its texts are escaped in messages, and it
     cannot redirect to another server. A token is sent to the server that it belongs to, and to no other.

@@ -6,11 +6,10 @@ No I/O and no clock: `trainer.remote.connect` feeds it what comes over the netwo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+from typing import Annotated, cast
 
 import msgspec
 
-from events.bounds import MAX_NAME_CHARS
 from events.messages import Event, Status
 from events.metrics import result_metrics
 from events.protocol import RunResult
@@ -29,42 +28,17 @@ _MAX_BYTES = 64 * 2**20
 """Maximum bytes of the names of a result's metrics."""
 _ENTRY_BYTES = 200
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_SEQ)]
-_Number = float | Literal["nan", "inf", "-inf"]
 
 _NO_RESULT = ("system/", "ledger/")
 _OF_STEPS = frozenset({"lr", "grad_norm", "step_s", "rows_per_s"})
 
 
-class RunSummary(msgspec.Struct):
-    """The server's summary of a run. Its other fields are ignored."""
-
-    run_id: str
-    attempt: _Count = 0
-    status: str = "unknown"
-    reason: str | None = None
-    global_step: _Count = 0
-    epoch: _Count = 0
-    latest: dict[str, _Number] = {}
-    best: str | None = None
-    best_mode: str = "min"
-
-
-class CheckpointSummary(msgspec.Struct):
-    """The server's summary of a checkpoint."""
-
-    name: str
-    state: str = ""
-    metric: _Number | None = None
-    path: str = ""
-    superseded: bool = False
-
-
 class RunSnapshot(msgspec.Struct):
-    """A run after one event."""
+    """A run after one event, as its server sends it. Other members of the message are ignored."""
 
     cursor: _Count
-    run: RunSummary
-    checkpoints: list[CheckpointSummary] = []
+    run: Summary
+    checkpoints: list[CheckpointState] = []
 
 
 class ResultBuilder:
@@ -80,11 +54,8 @@ class ResultBuilder:
         self._bytes = 0
         self._run_id = run.run_id
         self._known_attempt = run.attempt
-        # Its status is not known: the events have to contain the end.
-        known = Summary(run.run_id, run.attempt, epoch=run.epoch, best=run.best)
-        known.best_mode = "max" if run.best_mode == "max" else "min"
-        durable = [one for one in snapshot.checkpoints if one.state == "durable"]
-        self._state = RunState(known, checkpoints={one.name: _state_of(one) for one in durable[-MAX_CHECKPOINTS:]})
+        known = msgspec.structs.replace(run, status="unknown", ended=None)  # the events contain the end
+        self._state = RunState(known, checkpoints={one.name: one for one in snapshot.checkpoints[-MAX_CHECKPOINTS:]})
         self._metrics = {name: float(value) for name, value in run.latest.items() if _is_in_result(name)}
 
     @property
@@ -123,12 +94,6 @@ class ResultBuilder:
             best_checkpoint=best.folder if best is not None else None,
             best_metric=best.metric if best is not None else None,
         )
-
-
-def _state_of(one: CheckpointSummary) -> CheckpointState:
-    path = one.path if len(one.path) <= MAX_NAME_CHARS else ""  # it may have been cut
-    metric = None if one.metric is None else float(one.metric)
-    return CheckpointState(one.name, state="durable", metric=metric, path=path, superseded=one.superseded)
 
 
 def _is_in_result(name: str) -> bool:
