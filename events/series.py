@@ -1,4 +1,4 @@
-"""Curves of a run in bounded memory: what charts, late joiners and reports show.
+"""Curves of a run in bounded memory, for charts, late clients and reports.
 
 A series keeps the mean, the smallest and the largest value of so many steps each. When it has too many of these points,
 pairs become one, so that however long a run is, its curve fits a screen, and no spike is lost in it.
@@ -18,11 +18,11 @@ from events.messages import Event, TrainStepEnded
 from events.metrics import metrics_of
 
 MOST_POINTS = 2_000
-"""Points of a series; between half of that and all of it, once it is long."""
+"""Maximum points per series; a long one has at least half of them."""
 MOST_POINTS_IN_ALL = 250_000
-"""Points of all series of a run: where there are many, each has fewer."""
+"""Maximum points per run: with many series, each has fewer."""
 MOST_SERIES = 2_000
-"""Names are strangers' text, so even their number has a bound."""
+"""Maximum series per run; names are untrusted."""
 
 
 _Value = TypeVar("_Value")
@@ -52,18 +52,18 @@ class Series(msgspec.Struct):
     weight: _Points[Count] = []
     odd: _Points[tuple[Count, Word]] = []  # a stranger could choose colliding keys of a dict
     width: Count = 1
-    """Values that a point takes; a power of two."""
+    """Values per point; a power of two."""
     last: float = math.nan
     """The last value, finite or not."""
 
     @property
     def count(self) -> int:
-        """Values in all."""
+        """Total number of values."""
         return sum(self.weight)
 
     @property
     def is_sound(self) -> bool:
-        """Whether its columns fit each other: one that was stored may have been altered."""
+        """Whether its columns are consistent; a stored series may have been altered."""
         length = len(self.step)
         columns: tuple[Sequence[object], ...] = (self.time, self.mean, self.low, self.high, self.weight)
         return (
@@ -90,7 +90,7 @@ class Series(msgspec.Struct):
             begin = end
 
     def _put(self, step: int, time: float, values: list[float], *, new: bool) -> None:
-        """Into one point: the last one, or a new one."""
+        """Add a value to the last point, or to a new one."""
         weight, total = len(values), sum(values)
         if math.isfinite(total):
             mean = total / weight
@@ -120,13 +120,13 @@ class Series(msgspec.Struct):
         self.weight[-1] += weight
 
     def _mark(self, index: int, word: Word) -> None:
-        """Note that the newest point has a value that is not finite."""
+        """Record a non-finite value in the newest point."""
         if self.odd and self.odd[-1][0] == index:
             self.odd.pop()
         self.odd.append((index, word))
 
     def _halve(self) -> None:
-        """Two points become one."""
+        """Merge pairs of points."""
         merged = Series(width=self.width * 2, last=self.last)
         for left in range(0, len(self.step), 2):
             right = min(left + 1, len(self.step) - 1)
@@ -149,10 +149,10 @@ _Column = tuple[list[int], list[float], list[float]]
 
 
 class SeriesStore(msgspec.Struct):
-    """All curves of a run, and up to where of its journal they go."""
+    """All curves of a run, and their position in its journal."""
 
     cursor: Count = 0
-    """``seq`` of the last event that is in them."""
+    """``seq`` of the last event in them."""
     attempt: AttemptNumber = 0
     series: Annotated[dict[str, Series], msgspec.Meta(max_length=MOST_SERIES)] = {}
     left_out: Count = 0
@@ -160,11 +160,11 @@ class SeriesStore(msgspec.Struct):
 
     @property
     def is_sound(self) -> bool:
-        """Whether it is within its bounds: one that was stored may have been altered."""
+        """Whether it is within its bounds; stored curves may have been altered."""
         return all(series.is_sound for series in self.series.values())
 
     def add(self, events: Iterable[Event]) -> None:
-        """Take the numbers of events, in their order."""
+        """Add the numbers of events, in order."""
         columns: dict[str, _Column] = {}
         steps: list[TrainStepEnded] = []
         for event in events:
@@ -222,7 +222,7 @@ def _add_steps(steps: list[TrainStepEnded], columns: dict[str, _Column]) -> None
 
 
 def points_of(event: Event) -> list[tuple[str, float]]:
-    """What charts show of an event: its metrics, and of a step how many rows it trained in a second."""
+    """The numbers of an event for charts: its metrics, and the rows per second of a step."""
     found = metrics_of(event)
     if isinstance(event, TrainStepEnded) and event.rows is not None and event.step_s > 0:
         found.append(("rows_per_s", event.rows / event.step_s))
@@ -230,7 +230,7 @@ def points_of(event: Event) -> list[tuple[str, float]]:
 
 
 def plain(series: Series) -> dict[str, Any]:
-    """A series as JSON has it: no NaN, no infinities."""
+    """Encode a series for JSON, without NaN and infinities."""
 
     def column(values: list[float]) -> Sequence[float | None]:
         # A point is without a finite value only if it has one that is not.
@@ -252,7 +252,7 @@ def plain(series: Series) -> dict[str, Any]:
 
 
 def as_json(value: float) -> float | Word:
-    """A number as JSON has it: one that is not finite is ``nan``, ``inf`` or ``-inf``."""
+    """Encode a number for JSON: non-finite ones are ``nan``, ``inf`` or ``-inf``."""
     return value if math.isfinite(value) else _word(value)
 
 
@@ -264,7 +264,7 @@ def _mean(first: float, first_weight: int, second: float, second_weight: int) ->
     """Of two points. Values that were not finite count among the weights: it is no worse for that."""
     if math.isnan(first) or math.isnan(second):
         return second if math.isnan(first) else first
-    # Half of the difference, twice: all of it may be larger than any number.
+    # Half of the difference, twice, because the difference may overflow.
     part = (second / 2 - first / 2) * (second_weight / (first_weight + second_weight))
     return first + part + part
 

@@ -49,50 +49,47 @@ class MLflow(Strict, frozen=True):
 
         Trainer(module, arguments, sinks=[MLflow("http://mlflow.example:5000", experiment="digits")]).train()
 
-    Numbers have the names that they have everywhere (`events.metrics.metrics_of`), over ``global_step``, at the time at
-    which they arose. Arguments are parameters, nested ones as ``outer/inner``, and whole in ``arguments.json``. Images
-    are in ``images/NAME/STEP.png``, texts in ``texts/NAME/STEP.txt``. A run that was stopped is ``FINISHED``, one that
-    was cancelled ``KILLED``; the tag ``stagecast.status`` tells which. MLflow shows no histograms: there are none.
+    Numbers have their names in `events.metrics.metrics_of`, their ``global_step`` and the time of their event.
+    Arguments are parameters, nested ones as ``outer/inner``, and complete in ``arguments.json``. Images are in
+    ``images/NAME/STEP.png``, texts in ``texts/NAME/STEP.txt``. A stopped run is ``FINISHED``, a cancelled one
+    ``KILLED``; the tag ``stagecast.status`` has the exact status. Histograms are skipped, because MLflow has none.
 
-    All attempts at a run are one MLflow run, found by the tag ``stagecast.run_id``. Steps that a later attempt does
-    again are there twice. MLflow never changes a parameter: an argument that a later attempt changes keeps its first
-    value there, and has the new one in ``arguments.json``.
+    All attempts at a run are one MLflow run, found by the tag ``stagecast.run_id``; it also contains superseded steps.
+    MLflow never changes a parameter: an argument that a later attempt changes keeps its first value there, and has the
+    new one in ``arguments.json``.
 
-    A run that the caller has, or the environment names, is joined instead of a second one: ``mlflow_run_id``, the run
-    that ``mlflow.start_run()`` has made active on the thread that starts the training, or ``MLFLOW_RUN_ID``. Whoever
-    began it ends it.
+    An existing MLflow run is joined instead: ``mlflow_run_id``, the run that ``mlflow.start_run()`` has made active on
+    the thread that starts the training, or ``MLFLOW_RUN_ID``. Its creator ends it.
 
-    What MLflow does not take is changed: of names, each character that is no letter, digit, space or one of ``_-./``
-    becomes ``_``, and a name that was changed, or is longer than 250 characters, ends in ``-`` and eight digits of its
-    hash, so that no two become one; values of parameters are cut at 6,000 characters. NaN stays; a database holds the
+    Invalid names and values are changed: each character of a name other than letters, digits, spaces and ``_-./``
+    becomes ``_``, and a changed name, or one longer than 250 characters, ends in ``-`` and eight digits of its hash, so
+    that names stay distinct; values of parameters are cut at 6,000 characters. NaN is kept; a database stores the
     largest number for an infinity.
 
-    Delivered again, a point is not doubled in a database, which knows it by its name, step, time and value.
+    A database ignores a point that is delivered again, with the same name, step, time and value.
 
-    MLflow's client would wait for a quarter of an hour, and takes its settings from the environment only. Opening this
-    sink sets for all of its process, where they are not set, ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` (to 0),
+    MLflow's client waits up to a quarter of an hour by default, and is only configured by the environment. Opening this
+    sink sets, for the whole process and unless they are set, ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` (to 0),
     ``MLFLOW_HTTP_REQUEST_TIMEOUT`` and ``MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT`` (to ``timeout_s``), and
-    ``MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT``. If other code of yours uses MLflow, run the sink in a sink host
-    (``sinks_in="process"``), whose environment is its own.
+    ``MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT``. If your own code uses MLflow, too, run the sink in a sink host
+    (``sinks_in="process"``), which has its own environment.
     """
 
     tracking_uri: str | None = None
-    """Where to log. None: ``MLFLOW_TRACKING_URI`` says, or MLflow's default."""
+    """Address of the server. None: ``MLFLOW_TRACKING_URI``, or MLflow's default."""
     experiment: str | None = None
-    """Name of the experiment, which is created if there is none. None: ``MLFLOW_EXPERIMENT_NAME`` says, or
-    ``Default``."""
+    """Name of the experiment, created if it does not exist. None: ``MLFLOW_EXPERIMENT_NAME``, or ``Default``."""
     run_name: str | None = None
     """The run's name in MLflow. None: its ``run_id``."""
     tags: dict[str, str] = msgspec.field(default_factory=dict)
     mlflow_run_id: str | None = None
-    """The MLflow run to log to. None: the one that is active or that the environment names, else one for this
-    ``run_id``."""
+    """The MLflow run to log to. None: the active one or that of the environment, or one for this ``run_id``."""
     timeout_s: int = 5
-    """How long the server may take to accept a connection, and again to answer, in whole seconds. A request is made
-    once; when to try again is the supervisor's to say."""
+    """Whole seconds that the server may take to accept a connection, and again to answer. Only the sink's delivery
+    policy retries a request."""
 
-    # Lossless: a server that is restarted must find nothing missing. It is tried for half a day. A request for each
-    # batch, so that fewer, larger ones are the cheaper way.
+    # Lossless, with retries for half a day, because a restarted server must not miss data. Each batch is a request, so
+    # few large batches are cheaper.
     delivery: ClassVar[Delivery] = Delivery(
         types=METRIC_TYPES | {RunStarted, RunEnded, ImageLogged, TextLogged},
         overflow="catch_up",
@@ -104,14 +101,10 @@ class MLflow(Strict, frozen=True):
 
     def __post_init__(self) -> None:
         if not isinstance(self.timeout_s, int) or self.timeout_s < 1:
-            raise ValueError(f"MLflow(timeout_s={self.timeout_s!r:.80}): give whole seconds, at least one")
+            raise ValueError(f"MLflow(timeout_s={self.timeout_s!r:.80}): timeout_s must be an integer >= 1")
 
     def check(self) -> None:
-        """See that the client is installed, and that the address is one.
-
-        Raises:
-            SinkMisconfigured: It is not; or as said.
-        """
+        """Raise `SinkMisconfigured` if the client is not installed or a setting is invalid."""
         require("mlflow", "mlflow", "the sink MLflow")
         _check_address(self.tracking_uri)
         for name, value in self.tags.items():
@@ -119,13 +112,13 @@ class MLflow(Strict, frozen=True):
                 raise SinkMisconfigured(f"MLflow(tags=...): {name!r:.80}={value!r:.80} must be a text with a name")
 
     def bound(self) -> MLflow:
-        """The same sink for the MLflow run that is active on this thread, which no other thread can see."""
-        mlflow = sys.modules.get("mlflow")  # who has an active run has imported it
+        """The same sink for the MLflow run that is active on this thread; active runs are thread-local."""
+        mlflow = sys.modules.get("mlflow")  # imported if a run is active
         active = mlflow.active_run() if mlflow is not None and self.mlflow_run_id is None else None
         return self if active is None else msgspec.structs.replace(self, mlflow_run_id=active.info.run_id)
 
     def open(self, run: RunInfo) -> MLflowWriter:
-        """Join the MLflow run that is named, find that of earlier attempts, or create one.
+        """Join the named MLflow run, find that of earlier attempts, or create one.
 
         Raises:
             SinkMisconfigured: As `check`; or the experiment was deleted, or the server has no run of that name.
@@ -151,13 +144,13 @@ class MLflow(Strict, frozen=True):
 
 
 class MLflowWriter:
-    """An open `MLflow`. Keeps nothing back: when `write` returns, the server has taken it all.
+    """An open `MLflow`. When `write` returns, the server has accepted all events.
 
     Args:
         client: A ``mlflow.MlflowClient``.
-        mlflow_run_id: The run that is written to.
-        run_dir: Where the files of images and texts are.
-        parameters: Those it has.
+        mlflow_run_id: The MLflow run.
+        run_dir: The run folder, with the files of images and texts.
+        parameters: Existing parameters of the MLflow run.
         owned: Whether this sink ends it.
     """
 
@@ -173,10 +166,10 @@ class MLflowWriter:
         self._last = (0, 0)
 
     def write(self, events: Sequence[Event]) -> None:
-        """Log what MLflow shows of these, in their order; what it has taken is not sent again.
+        """Log events in order; a retry does not send accepted events again.
 
         Raises:
-            Exception: What MLflow's client raises when the server does not answer in time, or refuses.
+            Exception: MLflow's client raises it when the server does not answer in time, or refuses.
         """
         waiting: list[Any] = []
         nbytes = 0
@@ -191,15 +184,14 @@ class MLflowWriter:
                 waiting += metrics
                 nbytes += size
             else:
-                self._take(event)
+                self._log_other(event)
                 self._last = position_of(event)
             previous = event
         if waiting:
             self._log(waiting, previous)
 
     def close(self) -> None:
-        """Nothing to let go. Without the run's end, which a sink that was given up has not seen, MLflow goes on saying
-        that it runs."""
+        """Do nothing. MLflow shows the run of a disabled sink as running, because the sink did not receive its end."""
 
     def _metrics_of(self, event: Event) -> list[Any]:
         milliseconds = max(0, round(event.time * 1_000))
@@ -209,13 +201,13 @@ class MLflowWriter:
         ]
 
     def _log(self, metrics: list[Any], last: Event | None) -> None:
-        """Send metrics, up to those of ``last``. More than a request holds are one event's, and are split."""
+        """Send metrics, up to those of ``last``; those of one event may need several requests."""
         assert last is not None
         for chunk in _chunks(metrics):
             self._client.log_batch(self.mlflow_run_id, metrics=chunk)
         self._last = position_of(last)
 
-    def _take(self, event: Event) -> None:
+    def _log_other(self, event: Event) -> None:
         match event:
             case RunStarted():
                 self._log_arguments(event)
@@ -264,16 +256,16 @@ class MLflowWriter:
         self._client.log_batch(self.mlflow_run_id, tags=[self._entities.RunTag(*one) for one in tags.items()])
         if not self._owned:
             return
-        # Not `log_batch`'s kind of request: this is what gives the run its end, and it may be made again.
+        # Not `log_batch`: only this sets the run's end, and it may be repeated.
         self._client.set_terminated(self.mlflow_run_id, _STATUS[event.status], round(event.time * 1_000))
 
 
 @lru_cache(maxsize=8_192)
 def mlflow_name(name: str) -> str:
-    """A name as MLflow takes it: itself, if it does, or what it becomes by the rules that `MLflow` states."""
+    """Convert a name by the rules of `MLflow`; a valid name is returned unchanged."""
     clean = _FOREIGN.sub("_", name)
     if (clean and posixpath.normpath(clean) != clean) or clean in ("", ".") or clean.startswith(("..", "/")):
-        # It reads names as paths, and refuses those that are not in their simplest form.
+        # MLflow reads names as paths, and refuses paths that are not normalised.
         clean = "/".join(part.replace("..", "_") for part in clean.split("/") if part not in ("", ".", "..")) or "_"
     if clean == name and len(name) <= _KEY_CHARS:
         return name
@@ -286,7 +278,7 @@ def _folder(kind: str, event: ImageLogged | TextLogged) -> str:
 
 
 def _chunks(metrics: list[Any]) -> Iterator[list[Any]]:
-    """As few lists as fit into requests, in order."""
+    """Split metrics into as few requests as possible, in order."""
     chunk: list[Any] = []
     nbytes = 0
     for metric in metrics:
@@ -316,7 +308,7 @@ def _module(name: str) -> Any:
 
 
 def _set_environment(timeout_s: int) -> None:
-    """What the client can be told in no other way; what the user has set stays."""
+    """Configure the client, which only reads the environment; the user's values are kept."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_s))
     os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", str(timeout_s))
@@ -327,7 +319,7 @@ def _joined_run(client: Any, mlflow_run_id: str) -> Any:
     """The run with this id.
 
     Raises:
-        SinkMisconfigured: There is none.
+        SinkMisconfigured: There is no such run.
     """
     exceptions: Any = importlib.import_module("mlflow.exceptions")
     try:
@@ -335,7 +327,7 @@ def _joined_run(client: Any, mlflow_run_id: str) -> Any:
     except exceptions.MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise SinkMisconfigured(
-                f"MLflow has no run {mlflow_run_id!r:.80}; correct mlflow_run_id or MLFLOW_RUN_ID, or leave it out"
+                f"MLflow has no run {mlflow_run_id!r:.80}; correct or remove mlflow_run_id or MLFLOW_RUN_ID"
             ) from None
         raise
 
@@ -349,10 +341,10 @@ def _experiment_id(client: Any, name: str) -> str:
         except _module("mlflow.exceptions").MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another run was quicker
+            found = client.get_experiment_by_name(name)  # another run has created it meanwhile
     if found is None or found.lifecycle_stage != "active":
         raise SinkMisconfigured(
-            f"the MLflow experiment {name!r:.200} was deleted: restore it, or give another name as experiment="
+            f"the MLflow experiment {name!r:.200} was deleted; restore it, or set experiment to another name"
         )
     return str(found.experiment_id)
 
@@ -360,7 +352,7 @@ def _experiment_id(client: Any, name: str) -> str:
 def _find_run(client: Any, experiment_id: str, run_id: str) -> Any:
     """The MLflow run of earlier attempts; None if there is none."""
     quote = '"' if "'" in run_id else "'"
-    # A filter cannot say a text that has both kinds of quotes. A pattern can: any character for each of the one kind.
+    # A filter cannot express a text with both kinds of quotes. A pattern can, with a wildcard for one of them.
     operator = "LIKE" if quote in run_id else "="
     wanted = f"tags.`{RUN_ID_TAG}` {operator} {quote}{run_id.replace(quote, '_')}{quote}"
     page = None
@@ -369,7 +361,7 @@ def _find_run(client: Any, experiment_id: str, run_id: str) -> Any:
             [experiment_id], filter_string=wanted, order_by=["attributes.start_time ASC"], page_token=page
         )
         for run in found:
-            if run.data.tags.get(RUN_ID_TAG) == run_id:  # a pattern fits others, too
+            if run.data.tags.get(RUN_ID_TAG) == run_id:  # the pattern may match others, too
                 return run
         page = found.token
         if not page:
@@ -377,11 +369,7 @@ def _find_run(client: Any, experiment_id: str, run_id: str) -> Any:
 
 
 def _check_address(address: str | None) -> None:
-    """See that an address is one; a path is.
-
-    Raises:
-        SinkMisconfigured: It is none.
-    """
+    """Raise `SinkMisconfigured` for an invalid address; a path is valid."""
     if address is None:
         return
     try:
@@ -392,6 +380,6 @@ def _check_address(address: str | None) -> None:
     except ValueError:
         pass  # the port is no number, or the host no IPv6 address
     raise SinkMisconfigured(
-        f"MLflow(tracking_uri={masked_url(address)!r:.200}) is no address: give http://HOST:PORT, or what MLflow takes"
-        f" otherwise"
+        f"MLflow(tracking_uri={masked_url(address)!r:.200}) is not an address; give http://HOST:PORT, or another URI"
+        f" that MLflow supports"
     )

@@ -60,24 +60,24 @@ class OpenTelemetry(Strict, frozen=True):
     """
 
     endpoint: str | None = None
-    """Where the collector is: ``http://HOST:4318``, without ``/v1/traces``. None: the environment says, or this
+    """The collector's address: ``http://HOST:4318``, without ``/v1/traces``. None: that of the environment, or this
     machine."""
     service_name: str | None = None
-    """The resource's ``service.name``. None: the environment says, or ``stagecast``."""
+    """The resource's ``service.name``. None: that of the environment, or ``stagecast``."""
     timeout_s: float | None = None
-    """Seconds that the collector may take to accept a connection, and again to answer. None: as the environment says,
-    or 10 s."""
+    """Seconds that the collector may take to accept a connection, and again to answer. None: the value of the
+    environment, or 10 s."""
     max_names: int = 1_000
-    """Most distinct names of metrics. Others are left out, with a warning."""
+    """Maximum distinct metric names. Further names are skipped with a warning."""
 
-    # Lossless, or sums would be wrong and spans without an end. A collector may be restarted or away for a while: it is
-    # tried for a day. Once a second is often enough.
+    # Lossless, because sums would be wrong and spans would lack an end. Requests are retried for a day, because a
+    # collector may be restarted.
     delivery: ClassVar[Delivery] = Delivery(
         types=TOTALS_TYPES | SPAN_TYPES, overflow="catch_up", latency_s=1.0, retries=2_880, timeout_s=30.0
     )
 
     def check(self) -> None:
-        """See that the packages are installed, and that the settings here and in the environment make sense.
+        """Check that the packages are installed, and that the settings here and in the environment are valid.
 
         Raises:
             SinkMisconfigured: They do not. Says which, and never the value of a header.
@@ -89,7 +89,7 @@ class OpenTelemetry(Strict, frozen=True):
         ):
             raise SinkMisconfigured(f"OpenTelemetry(timeout_s={self.timeout_s!r:.80}): give seconds greater than zero")
         if not (isinstance(self.max_names, int) and self.max_names >= 1):
-            raise SinkMisconfigured(f"OpenTelemetry(max_names={self.max_names!r:.80}): it must send at least one name")
+            raise SinkMisconfigured(f"OpenTelemetry(max_names={self.max_names!r:.80}): max_names must be >= 1")
         for signal in _signals():
             _check_environment(signal)
             _address(self.endpoint, signal)
@@ -107,16 +107,14 @@ class OpenTelemetry(Strict, frozen=True):
         for signal in _signals():
             exporters[signal] = Exporter(signal, *_address(self.endpoint, signal), self.timeout_s)
         if not exporters:
-            logger.warning(
-                "OpenTelemetry sends nothing: OTEL_SDK_DISABLED, or both OTEL_..._EXPORTER=none, turn it off"
-            )
+            logger.warning("OpenTelemetry is disabled by OTEL_SDK_DISABLED, or by both OTEL_..._EXPORTER=none")
         return OpenTelemetryWriter(
             exporters, Totals(self.max_names, "OpenTelemetry"), Spans(run.run_id), run.run_id, self.service_name
         )
 
 
 class OpenTelemetryWriter:
-    """An open `OpenTelemetry`. When `write` returns, the collector has taken everything."""
+    """An open `OpenTelemetry`. When `write` returns, the collector has accepted everything."""
 
     def __init__(
         self,
@@ -133,18 +131,18 @@ class OpenTelemetryWriter:
         self._spans = spans
         self._run_id = run_id
         self._resource = resource_of(run_id, service_name)
-        self._started = 0.0  # of the attempt whose sums were queued last
+        self._started = 0.0  # start of the attempt whose sums were queued last
 
     def write(self, events: Sequence[Event]) -> None:
-        """Send what a batch changes. A batch that is delivered again changes nothing; what was not taken is sent again.
+        """Send the changes of a batch. A repeated batch has no changes; refused data is sent again.
 
         Raises:
             ConnectionError: The collector could not be reached, or has not taken all of it.
             SinkMisconfigured: It refuses everything for good.
         """
-        from sinks.trackers.otlp_export import Refused, metrics_of, spans_of
+        from sinks.trackers.otlp_export import SignalRefused, metrics_of, spans_of
 
-        # A replay's batch may hold several attempts. Each restarts the sums, so the last of the one before are sent.
+        # A replay's batch may hold several attempts. Each restarts the sums, so the previous ones are sent first.
         for _, of_attempt in itertools.groupby(events, lambda event: event.attempt):
             ended = self._spans.take(self._totals.take(list(of_attempt)))
             if ended and (traces := self._exporters.get("traces")):
@@ -158,7 +156,7 @@ class OpenTelemetryWriter:
                 exporter.send()
             except ConnectionError as error:
                 failures.append(str(error))
-            except Refused as error:
+            except SignalRefused as error:
                 self._exporters.pop(signal).close()
                 if not self._exporters:
                     raise SinkMisconfigured(str(error)) from None
@@ -167,13 +165,13 @@ class OpenTelemetryWriter:
             raise ConnectionError("; ".join(failures))
 
     def close(self) -> None:
-        """Close the connections. Only what the collector refused until now is left unsent."""
+        """Close the connections. Only data that the collector refused is unsent."""
         for exporter in self._exporters.values():
             exporter.close()
 
 
 def _signals() -> list[Signal]:
-    """The kinds of requests that the environment does not turn off."""
+    """The kinds of requests that the environment does not disable."""
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return []
     kinds: tuple[Signal, ...] = ("traces", "metrics")
@@ -181,7 +179,7 @@ def _signals() -> list[Signal]:
 
 
 def _check_environment(signal: Signal) -> None:
-    """Refuse settings that the exporters would only log, with the secrets in them."""
+    """Refuse settings that the exporters would only log, including secrets."""
     compression = _setting(signal, "COMPRESSION").lower()
     if compression not in ("", "none", "gzip", "deflate"):
         raise SinkMisconfigured(f"{_ENV}_COMPRESSION={compression[:80]}: give gzip, deflate or none")
@@ -204,21 +202,21 @@ def _check_environment(signal: Signal) -> None:
 
 
 def _address(endpoint: str | None, signal: Signal) -> tuple[str, str]:
-    """Where requests go: to be used, and to be shown, without what might be secret in it."""
+    """The address of requests: the full one, and one without secrets for messages."""
     if endpoint is not None:
         source, url = "OpenTelemetry(endpoint=...)", f"{endpoint.rstrip('/')}/v1/{signal}"
         if {"@", "?", "#"} & set(endpoint):
             raise SinkMisconfigured(
-                f"{source} holds a user, a password or a query, and may be written down with the run: give the address"
-                f" alone, and secrets as headers in {_ENV}_HEADERS"
+                f"{source} holds a user, a password or a query, but is stored with the run; give only the address, and"
+                f" set secrets as headers in {_ENV}_HEADERS"
             )
         if endpoint.rstrip("/").endswith(("/v1/traces", "/v1/metrics")):
-            raise SinkMisconfigured(f"{source} ends in /v1/..., which is added for each kind of request: leave it out")
+            raise SinkMisconfigured(f"{source} ends in /v1/..., which is added for each kind of request; remove it")
     else:
         protocol = _setting(signal, "PROTOCOL")
         if protocol not in ("", "http/protobuf"):
             raise SinkMisconfigured(
-                f"{_ENV}_PROTOCOL={protocol[:80]}, but this sink speaks http/protobuf: give its address as endpoint="
+                f"{_ENV}_PROTOCOL={protocol[:80]}, but this sink uses http/protobuf; set its address with endpoint="
             )
         source = f"{_ENV}_{signal.upper()}_ENDPOINT"
         url = os.environ.get(source, "")
@@ -227,13 +225,13 @@ def _address(endpoint: str | None, signal: Signal) -> tuple[str, str]:
             url = f"{(os.environ.get(source) or 'http://localhost:4318').rstrip('/')}/v1/{signal}"
     try:
         parts = urlsplit(url)
-        # An @ behind the host may end a password with a slash.
+        # An @ after the host may end a password with a slash.
         is_clear = "@" not in parts.path and not re.search(r"\s", url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_clear:
             return url, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     except ValueError:
-        pass  # the port is no number, or the host no IPv6 address
-    raise SinkMisconfigured(f"{source} is no address of a collector: give http://HOST:PORT or https://HOST:PORT")
+        pass  # the port is not a number, or the host not an IPv6 address
+    raise SinkMisconfigured(f"{source} is not the address of a collector; give http://HOST:PORT or https://HOST:PORT")
 
 
 def _setting(signal: Signal, name: str) -> str:

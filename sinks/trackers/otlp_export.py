@@ -1,4 +1,4 @@
-"""Sends spans and numbers by the official OTLP exporters. Needs the extra ``stagecast[opentelemetry]``.
+"""Send spans and metrics with the official OTLP exporters. Needs the extra ``stagecast[opentelemetry]``.
 
 The exporters log how an attempt came out and return no more than success or failure; they also retry, and so would hold
 a sink's thread. The session that they are given here makes each request once and remembers the outcome: pauses and
@@ -48,12 +48,12 @@ _ANSWER_BYTES = 65_536
 _SCOPE = InstrumentationScope("stagecast")
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
 _OF_THIS_BATCH = (400, 413)
-"""Answers that refuse what was sent, not whoever sends it."""
+"""Answers that refuse the data, not the sender."""
 _local = threading.local()
 
 
-class Refused(Exception):
-    """The collector takes no request of this kind, now or later."""
+class SignalRefused(Exception):
+    """The collector accepts no requests of this kind, now or later."""
 
 
 class Exporter:
@@ -75,7 +75,7 @@ class Exporter:
         self._warned = False
 
     def put(self, batch: Any, *, replaces: bool = False) -> None:
-        """Queue what is to be sent: a list of `ReadableSpan`, or `MetricsData`.
+        """Queue data: a list of `ReadableSpan`, or `MetricsData`.
 
         Args:
             replaces: It is newer than what was queued last, which need not be sent any more.
@@ -85,12 +85,12 @@ class Exporter:
         self._waiting.append(batch)
 
     def send(self) -> None:
-        """Send all that is queued. Waits for the network.
+        """Send all queued data. Waits for the network.
 
         Raises:
             ConnectionError: The collector could not be reached, or cannot take it now; it stays queued. No text here
                 holds a header, or what the collector wrote.
-            Refused: It takes none of this kind.
+            SignalRefused: It accepts no data of this kind.
         """
         while self._waiting:
             self._session.failure, self._session.status = None, None
@@ -98,7 +98,7 @@ class Exporter:
             try:
                 result = self._exporter.export(self._waiting[0])
             except _Failed:
-                result = None  # older exporters let it through
+                result = None  # older exporters propagate it
             finally:
                 _local.exporting = False
             if result not in (SpanExportResult.SUCCESS, MetricExportResult.SUCCESS):
@@ -108,17 +108,17 @@ class Exporter:
             self._waiting.pop(0)
 
     def _fail(self, status: int | None, reason: str) -> None:
-        """Raise, unless only the batch at hand was refused."""
-        text = f"the collector at {self._shown} has not taken {self._signal}: {reason}"
+        """Raise, unless only the current batch was refused."""
+        text = f"the collector at {self._shown} has not accepted {self._signal}: {reason}"
         if status in _OF_THIS_BATCH or (status is None and self._session.failure is None):
             self._warn(f"{text}; that batch is dropped")
         elif status is None or status in _TEMPORARY:
             raise ConnectionError(text)
         else:
-            raise Refused(text)
+            raise SignalRefused(text)
 
     def _warn_of_rejected(self, answer: bytes) -> None:
-        """It may take a request and refuse parts of it; the protocol says not to send them again."""
+        """Warn about refused parts of an accepted request, which the protocol forbids to send again."""
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # comes without types
         from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
@@ -139,7 +139,7 @@ class Exporter:
             logger.warning(text)
 
     def close(self) -> None:
-        """Close the connections that are kept open."""
+        """Close the open connections."""
         self._exporter.shutdown()
 
 
@@ -147,11 +147,11 @@ class Exporter:
 
 
 class _Failed(Exception):
-    """A request was not answered with success. No kind that the exporters retry."""
+    """A request failed. Not an exception that the exporters retry."""
 
 
 class _Session(requests.Session):
-    """Makes each request once, without following redirects, and remembers how it came out."""
+    """Makes each request once, without following redirects, and records its failure."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class _Session(requests.Session):
     def request(self, method: str, url: str, *args: Any, **options: Any) -> requests.Response:  # type: ignore[override]
         self.status, self.failure, self.answer = None, None, b""
         if any(name.lower() == "authorization" for name in options.get("headers") or self.headers):
-            # Or the client would replace it by what ~/.netrc, or the address, holds.
+            # Otherwise the client would replace it by credentials of ~/.netrc or of the address.
             options["auth"] = _unchanged
         try:
             with super().request(method, url, *args, **options | {"stream": True, "allow_redirects": False}) as answer:
@@ -174,7 +174,7 @@ class _Session(requests.Session):
             if 200 <= answer.status_code < 300:
                 return answer
             self.failure = f"the answer was {_phrase(answer.status_code)}"
-        # Outside of the handler, so that the client's error, with the address in it, is not chained to it.
+        # Outside of the handler, so that the client's error, which contains the address, is not chained.
         raise _Failed(self.failure)
 
 
@@ -190,7 +190,7 @@ def _phrase(status: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a request failed: what the system said, without what the client adds, which is the address and more."""
+    """The reason of a failed request: the system's error, without the client's text, which contains the address."""
     while True:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
@@ -203,7 +203,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _Quiet(logging.Filter):
-    """Drops what the exporters log of our requests: the sink raises, or warns, and its supervisor reports it."""
+    """Drops the exporters' log records about our requests: the sink and its supervisor report failures."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not getattr(_local, "exporting", False)
@@ -217,7 +217,7 @@ for _exporter in (OTLPSpanExporter, OTLPMetricExporter):
 
 
 def resource_of(run_id: str, service_name: str | None) -> Resource:
-    """Who sends: the run, and what the environment says about the service."""
+    """The resource: the run, and the environment's attributes of the service."""
     attributes: dict[str, Any] = {"service.name": "stagecast", "service.instance.id": run_id}
     attributes |= OTELResourceDetector().detect().attributes
     attributes |= {"service.name": service_name} if service_name else {}
@@ -225,7 +225,7 @@ def resource_of(run_id: str, service_name: str | None) -> Resource:
 
 
 def spans_of(spans: Iterable[TraceSpan], run_id: str, resource: Resource) -> list[ReadableSpan]:
-    """Spans as the exporter takes them."""
+    """Convert spans for the exporter."""
     trace = int.from_bytes(trace_id(run_id), "big")
     return [_span(span, trace, resource) for span in spans]
 
@@ -253,7 +253,7 @@ def _span(span: TraceSpan, trace: int, resource: Resource) -> ReadableSpan:
 
 
 def metrics_of(totals: Totals, resource: Resource) -> MetricsData:
-    """All numbers, at the time of the newest event."""
+    """Convert all metrics, with the time of the newest event."""
     families, steps = totals.read()
     times = _nanos(totals.started), _nanos(totals.time)
     metrics = [*(_metric(family, samples, *times) for family, samples in families), _histogram(steps, *times)]
@@ -313,4 +313,4 @@ def _text(text: str) -> str:
 
 
 def _nanos(unix_s: float) -> int:
-    return round(min(max(0.0, unix_s), 2.0**33) * 1e9)  # durations may be a stranger's: any number, or NaN
+    return round(min(max(0.0, unix_s), 2.0**33) * 1e9)  # untrusted times may be any number, or NaN

@@ -66,9 +66,9 @@ class Prometheus(Strict, frozen=True):
     """The address to listen on: by default, only this machine can read it. ``0.0.0.0``: every machine that can reach
     this one; no one is asked for a password."""
     port: int = 9464
-    """0 takes a free one, which the log and the discovery file name."""
+    """0 selects a free one, which the log and the discovery file name."""
     max_names: int = 1_000
-    """Most distinct names of metrics; each is a series that Prometheus keeps. Others are left out, with a warning."""
+    """Maximum distinct metric names; each is a series in Prometheus. Further names are skipped with a warning."""
 
     hosts: tuple[str, ...] = ()
     """Names under which the page may be asked for, beside IP addresses, ``localhost``, ``host`` and this machine's
@@ -92,22 +92,22 @@ class Prometheus(Strict, frozen=True):
         require("prometheus_client", "prometheus", "the sink Prometheus")
         if not _is_host(self.host):
             raise SinkMisconfigured(
-                f"Prometheus(host={self.host!r:.200}) is no host name or IP address; the port is given as port="
+                f"Prometheus(host={self.host!r:.200}) is not a host name or IP address; set the port with port="
             )
         if not (isinstance(self.port, int) and 0 <= self.port <= 65_535):
             raise SinkMisconfigured(
-                f"Prometheus(port={self.port!r:.80}) is no port: give 1 to 65535, or 0 for a free one"
+                f"Prometheus(port={self.port!r:.80}) is not a port; give 1 to 65535, or 0 for a free one"
             )
         for name in self.hosts if isinstance(self.hosts, tuple | list) else (self.hosts,):
             if not isinstance(name, str) or hostname_of(name) is None:
                 raise SinkMisconfigured(f"Prometheus(hosts=[{name!r:.200}]) is not a host name; give it without a port")
         if not (isinstance(self.max_names, int) and self.max_names >= 1):
-            raise SinkMisconfigured(f"Prometheus(max_names={self.max_names!r:.80}): it must show at least one name")
+            raise SinkMisconfigured(f"Prometheus(max_names={self.max_names!r:.80}): max_names must be >= 1")
         if not (isinstance(self.linger_s, int | float) and 0 <= self.linger_s < math.inf):
             raise SinkMisconfigured(f"Prometheus(linger_s={self.linger_s!r:.80}): give seconds, 0 or more")
 
     def open(self, run: RunInfo) -> PrometheusWriter:
-        """Begin to serve. Looking up a host name may wait.
+        """Start the server. Looking up a host name may wait.
 
         Raises:
             SinkMisconfigured: As `check`.
@@ -118,7 +118,7 @@ class Prometheus(Strict, frozen=True):
         from prometheus_client import CollectorRegistry, make_wsgi_app
 
         totals = Totals(self.max_names, "Prometheus")
-        # One of its own: the global one belongs to the program around us, and two runs would collide in it.
+        # Its own registry, because the global one belongs to the program, and two runs would collide in it.
         registry = CollectorRegistry(auto_describe=True)
         registry.register(_Collector(totals, label_text(run.run_id)))
         try:
@@ -126,24 +126,24 @@ class Prometheus(Strict, frozen=True):
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"Prometheus cannot listen on {_address(self.host, self.port)} ({error.strerror}): free the port, give"
-                f" another with port=, or port=0 for a free one",
+                f"Prometheus cannot listen on {_address(self.host, self.port)} ({error.strerror}); free the port, or"
+                f" set port=0 for a free one",
             ) from error
         server.set_app(make_wsgi_app(registry))
         return PrometheusWriter(server, totals, None if run.run_dir is None else _file_of(run.run_dir), self.linger_s)
 
 
 class PrometheusWriter:
-    """A page that is being served. Adds up on the sink's thread; answers on threads of its own."""
+    """An open `Prometheus`. Counts on the sink's thread, and answers on threads of its own."""
 
     def __init__(self, server: _Server, totals: Totals, file: Path | None, linger_s: float) -> None:
         self._linger_s = linger_s
         self.url = f"http://{_address(server.host, server.server_port)}/metrics"
-        """Where the page is."""
+        """The page's address."""
         self._server = server
         self._totals = totals
         self._file = file
-        # It looks for its end so often, and takes the interpreter lock from the loop each time.
+        # Each poll for the server's end takes the interpreter lock from the loop.
         self._thread = threading.Thread(
             target=in_this_run(server.serve_forever), args=(0.25,), name="stagecast-prometheus-http", daemon=True
         )
@@ -152,7 +152,7 @@ class PrometheusWriter:
         self._announce()
 
     def write(self, events: Sequence[Event]) -> None:
-        """Add a batch up. Waits for nothing but a scrape that copies the numbers."""
+        """Count a batch. Only waits for a scrape that copies the numbers."""
         self._totals.take(events)
 
     def close(self) -> None:
@@ -161,7 +161,7 @@ class PrometheusWriter:
         if self._server.scraped.is_set():
             self._server.scraped_last.wait(self._linger_s)
         if self._file is not None:
-            with contextlib.suppress(OSError):  # it may never have been written, or the folder be gone
+            with contextlib.suppress(OSError):  # it may not have been written, or the folder was deleted
                 self._file.unlink()
         self._server.shutdown()
         self._thread.join()
@@ -170,19 +170,19 @@ class PrometheusWriter:
     def _announce(self) -> None:
         if self._file is None:
             return
-        # Whoever listens on all addresses is found by the machine's name.
+        # A server on all addresses is reached by the machine's name.
         host = self._server.host if self._server.host not in ("0.0.0.0", "::") else socket.gethostname()
-        # Without the run's name among the labels: they would push aside the page's own.
+        # Without the run's name, because these labels would override those of the page.
         groups = [{"targets": [_address(host, self._server.server_port)], "labels": {"job": "stagecast"}}]
         try:
             text = json.dumps(groups, indent=2) + "\n"
             replace_below(self._file.parent, self._file.name, text.encode(), durable=False)
         except OSError as error:
-            logger.warning(f"Prometheus cannot write its address to {self._file} ({error.strerror}): it is {self.url}")
+            logger.warning(f"Prometheus cannot write its address, {self.url}, to {self._file} ({error.strerror})")
 
 
 class _Collector:
-    """The totals as the client's families.
+    """Converts the totals to the client's families.
 
     Not its counters and gauges: in a program that sets ``PROMETHEUS_MULTIPROC_DIR`` these write files that the
     program's own page would show, and they could not be read all at one moment.
@@ -218,10 +218,10 @@ class _Handler(WSGIRequestHandler):
     timeout = REQUEST_S
 
     def handle(self) -> None:
-        """Answer one request, and note it if it was the last scrape."""
+        """Answer one request, and record the last scrape."""
         server: Any = self.server
         self._errors = io.StringIO()
-        is_last = server.closing.is_set()  # before the numbers are read: they are the final ones
+        is_last = server.closing.is_set()  # before the numbers are read, so that they are the final ones
         self._is_scrape = False
         super().handle()
         if errors := self._errors.getvalue().strip():
@@ -230,7 +230,7 @@ class _Handler(WSGIRequestHandler):
             server.scraped_last.set()
 
     def parse_request(self) -> bool:
-        """Read the request; answers with an error, and returns False, if it is not one for this page."""
+        """Read the request; returns False, after an error response, if it is not for this page."""
         if not super().parse_request():
             return False
         server: Any = self.server
@@ -240,15 +240,15 @@ class _Handler(WSGIRequestHandler):
             self.send_error(421, "allow this host name with Prometheus(hosts=[...])")
             return False
         self._is_scrape = True
-        server.scraped.set()  # before the answer, at which the client may end the run
+        server.scraped.set()  # before the answer, after which the client may end the run
         return True
 
     def get_stderr(self) -> io.StringIO:
-        """Takes the traceback of an answer that failed, which would go to the program's stderr each time."""
+        """Discard the traceback of a failed answer, which would go to stderr each time."""
         return self._errors
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: it would write to the program's stderr at each scrape."""
+        """Do nothing: the base class writes to stderr at each scrape."""
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
@@ -264,14 +264,14 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self._names = {hostname_of(name) for name in (*hosts, host, "localhost", socket.gethostname())} - {None}
         self._limit = ConnectionLimit(_MOST_CONNECTIONS)
         self._deadlines: dict[Any, float] = {}
-        """When each open connection is shut down; those whose request is complete come last."""
+        """The deadline of each open connection; those with a complete request come last."""
         self._lock = threading.Lock()  # around the deadlines
         self._refused = RatedWarning("Prometheus closed a connection: too many clients, or too few descriptors")
         self.failed = RatedWarning("an answer to Prometheus failed: ")
         super().__init__((host, port), _Handler)
 
     def has_name(self, host: str) -> bool:
-        """Whether the page may be asked for under what a ``Host`` header says."""
+        """Whether a ``Host`` header is allowed."""
         name = hostname_of(host)
         if name is None or name in self._names:
             return name is not None
@@ -282,7 +282,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         return True
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; pauses where the process has no descriptor for it, which otherwise would spin."""
+        """Accept a connection; pauses when the process has no descriptors, instead of spinning."""
         try:
             return super().get_request()
         except OSError as error:
@@ -292,7 +292,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether a connection is kept: one too many takes the place of the oldest that has not sent its request."""
+        """Whether to keep a connection: beyond the limit, the oldest without a complete request is closed."""
         group = address_group(client_address)
         is_kept = not self._limit.reserves(request)
         if is_kept and (self._limit.is_full() or self._limit.is_full_for(group)):
@@ -306,13 +306,13 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         return True
 
     def extend(self, request: Any) -> None:
-        """Give a client whose request is complete as much time again for reading the answer."""
+        """Restart the timeout of a client with a complete request, for reading the answer."""
         with self._lock:
             if request in self._deadlines:
                 self._deadlines[request] = time.monotonic() + 2 * REQUEST_S
 
     def service_actions(self) -> None:
-        """Shut down connections whose time is over; a few times a second."""
+        """Shut down connections after their deadline; called a few times a second."""
         now = time.monotonic()
         with self._lock:
             late = [request for request, deadline in self._deadlines.items() if deadline < now]
@@ -326,7 +326,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def server_bind(self) -> None:
-        """Without asking the name service for the machine's full name, as the standard library does: it may hang."""
+        """Bind without a name service lookup of the machine's full name, which may hang."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.host, self.server_address[1]
         self.setup_environ()
@@ -344,7 +344,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         return True
 
     def _shut_down(self, request: Any) -> None:
-        """Have the thread of a connection end; it closes it."""
+        """Shut down a connection, which its thread then closes."""
         with self._lock:
             self._deadlines.pop(request, None)
         with contextlib.suppress(OSError):

@@ -31,62 +31,57 @@ _EXIT_CODES = {"finished": 0, "stopped": 0, "cancelled": 255, "failed": 1}
 """W&B shows 0 as finished, 255 as killed, and 1 as failed."""
 _OWN_NAMES = frozenset({"global_step", "_step", "_timestamp", "_runtime", "_wandb"})
 _BINS = 512
-"""Most that W&B takes."""
+"""Maximum bins per histogram in W&B."""
 _lock = threading.Lock()  # the client has one background process, and `sys.exit`, for all of this process
 
 
 class WandB(Strict, frozen=True):
-    """Logs to Weights & Biases: numbers, histograms, images, texts, the arguments as config, and how the run ended::
+    """Logs to Weights & Biases: numbers, histograms, images, texts, the arguments as config, and the run's status::
 
         Trainer(module, arguments, sinks=[WandB(project="digits")]).train()
 
-    Numbers have the names that they have everywhere (`events.metrics.metrics_of`; one that W&B uses itself, such as
-    ``_step``, becomes ``logged/_step``), at the time at which they arose. Their axis is ``global_step``, which is
-    logged with them: W&B's own step only counts rows, so that a number that comes late is not refused. Texts are
-    ``wandb.Html``. In the summary are the last values, ``stagecast/status`` and ``stagecast/reason``. W&B shows a run
-    that was stopped as finished, one that was cancelled as killed.
+    Numbers have their names in `events.metrics.metrics_of` (a name of W&B's own, such as ``_step``, becomes
+    ``logged/_step``) and the time of their event. Their axis is the logged ``global_step``: W&B's own step only counts
+    rows, so it does not refuse late numbers. Texts are ``wandb.Html``. The summary contains the last values,
+    ``stagecast/status`` and ``stagecast/reason``. W&B shows a stopped run as finished, a cancelled one as killed.
 
-    All attempts at a run are one W&B run; steps that a later attempt does again are there twice.
+    All attempts at a run are one W&B run, which also contains superseded steps.
 
-    A run that the caller has, or the environment names, is joined instead of a second one: ``wandb.run`` where
-    ``wandb.init()`` was called in this process (the caller ends it), ``id``, or ``WANDB_RUN_ID``, which the agent of a
-    sweep sets, too (with ``WANDB_RESUME`` as it is set).
+    An existing W&B run is joined instead: ``wandb.run`` if ``wandb.init()`` was called in this process (the caller
+    ends it), ``id``, or ``WANDB_RUN_ID``, which the agent of a sweep sets, too (with ``WANDB_RESUME``).
 
-    Online, W&B's own process takes what is written, keeps it in a file and uploads it in the background; a server that
-    goes away then is waited for until ``finish_timeout_s`` after the run's end, and ``wandb sync`` uploads the rest
-    from ``dir``. A server that is not there at the start is tried again for half an hour. Offline, all is left to
-    ``wandb sync``.
+    Online, W&B's own process writes the data to a file and uploads it in the background. If the server is unreachable,
+    it retries until ``finish_timeout_s`` after the run's end; ``wandb sync`` uploads the rest from ``dir``. At the
+    start of the run, the sink retries for half an hour. Offline, only ``wandb sync`` uploads.
 
-    Nothing is captured from the console, and ``sys.exit`` and ``sys.excepthook`` stay as they were. W&B's reports about
-    itself are off where ``WANDB_ERROR_REPORTING`` does not say otherwise: they hold up the end of a process when the
-    server hangs.
+    The console is not captured, and ``sys.exit`` and ``sys.excepthook`` are unchanged. W&B's error reporting is
+    disabled unless ``WANDB_ERROR_REPORTING`` is set, because it delays the end of a process when the server hangs.
     """
 
     project: str | None = None
-    """None: ``WANDB_PROJECT`` says, or W&B's default."""
+    """None: ``WANDB_PROJECT``, or W&B's default."""
     entity: str | None = None
-    """User or team. None: ``WANDB_ENTITY`` says, or the user's default."""
+    """User or team. None: ``WANDB_ENTITY``, or the user's default."""
     name: str | None = None
     """The run's name. None: its ``run_id``."""
     id: str | None = None
-    """The W&B run to log to. None: the one that is active or that the environment names, else one for this ``run_id``.
-    """
+    """The W&B run to log to. None: the active one or that of the environment, or one for this ``run_id``."""
     mode: Mode | None = None
-    """None: ``WANDB_MODE`` says, or ``online``. ``disabled``: nothing is logged."""
+    """None: ``WANDB_MODE``, or ``online``. ``disabled``: nothing is logged."""
     dir: str | None = None
-    """W&B's files go into the folder ``wandb`` in this one. None: in the run's folder, or the working directory."""
+    """The parent of W&B's folder ``wandb``. None: the run folder, or the working directory."""
     tags: list[str] = msgspec.field(default_factory=list)
     group: str | None = None
     job_type: str | None = None
     notes: str | None = None
     base_url: str | None = None
-    """Address of a server of your own. None: ``WANDB_BASE_URL`` says, or W&B's."""
+    """Address of a self-hosted server. None: ``WANDB_BASE_URL``, or W&B's."""
     init_timeout_s: float = 10.0
-    """How long the server may take to begin the run."""
+    """Seconds that the server may take to start the run."""
     finish_timeout_s: float = 10.0
-    """How long what is not uploaded yet is waited for when the run has ended."""
+    """Seconds to wait for pending uploads after the run's end."""
 
-    # Lossless, because a curve with gaps looks like one without. A row costs half a millisecond of Python.
+    # Lossless, because gaps in a curve are invisible. A row costs half a millisecond of Python.
     delivery: ClassVar[Delivery] = Delivery(
         types=METRIC_TYPES | {RunStarted, RunEnded, HistogramLogged, ImageLogged, TextLogged},
         overflow="catch_up",
@@ -99,11 +94,7 @@ class WandB(Strict, frozen=True):
         check_path(self.dir, "WandB(dir")
 
     def check(self) -> None:
-        """See that the client is installed, and that the settings make sense.
-
-        Raises:
-            SinkMisconfigured: They do not; says which.
-        """
+        """Raise `SinkMisconfigured` if the client is not installed or a setting is invalid."""
         if self.mode not in (None, "online", "offline", "disabled"):
             raise SinkMisconfigured(f"WandB(mode={self.mode!r:.80}): give 'online', 'offline' or 'disabled'")
         for name in ("init_timeout_s", "finish_timeout_s"):
@@ -111,17 +102,17 @@ class WandB(Strict, frozen=True):
                 raise SinkMisconfigured(f"WandB({name}={getattr(self, name)!r:.80}): give seconds greater than zero")
         if self.base_url is not None and not _is_address(self.base_url):
             raise SinkMisconfigured(
-                f"WandB(base_url={masked_url(self.base_url)!r:.200}) is no address of a server: give http://HOST:PORT"
-                f" or https://HOST"
+                f"WandB(base_url={masked_url(self.base_url)!r:.200}) is not the address of a server; give"
+                f" http://HOST:PORT or https://HOST"
             )
         require("wandb", "wandb", "the sink WandB")
 
     def open(self, run: RunInfo) -> WandBWriter:
-        """Begin the W&B run, or take up that of earlier attempts.
+        """Start the W&B run, or resume that of earlier attempts.
 
         Raises:
-            SinkMisconfigured: As `check`; or nobody is logged in.
-            Exception: What W&B's client raises when the server does not answer in time. Trying again may help.
+            SinkMisconfigured: A setting is invalid, or there are no credentials.
+            Exception: W&B's client raises it when the server does not answer in time. A retry may help.
         """
         self.check()
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -148,8 +139,8 @@ class WandB(Strict, frozen=True):
         mode = self.mode or base.mode
         url = self.base_url or base.base_url
         if mode == "online" and sys.stdin is not None and sys.stdin.isatty() and not _has_credentials(url):
-            # W&B would ask for a key at the terminal, on a thread beside the run.
-            raise SinkMisconfigured(f"nobody is logged in at {url}: run `wandb login`, or set WANDB_API_KEY")
+            # W&B would prompt for a key at the terminal, on a thread of its own.
+            raise SinkMisconfigured(f"there are no credentials for {url}; run `wandb login`, or set WANDB_API_KEY")
         root = os.path.abspath(self.dir or run.run_dir or ".")
         make_folders(root, run.run_dir)
         if os.path.lexists(own := os.path.join(root, "wandb")):  # the client's own folder: not a link
@@ -170,13 +161,13 @@ class WandB(Strict, frozen=True):
             "init_timeout": self.init_timeout_s,
             "finish_timeout": self.finish_timeout_s,
             "finish_timeout_raises": True,
-            "reinit": "create_new",  # other code's run, and `wandb.run`, are left alone
+            "reinit": "create_new",  # does not affect other code's run, or `wandb.run`
             "console": "off",
             "silent": True,
             "disable_git": True,
             "disable_code": True,
             "save_code": False,
-            # The run's own samples say more, and of the right process.
+            # `SystemSampled` has more values, of the right process.
             "x_disable_stats": True,
             "x_disable_meta": True,
             "x_save_requirements": False,
@@ -189,9 +180,9 @@ class WandBWriter:
     """An open `WandB`. Its writes wait for W&B's process on this machine, never for the server.
 
     Args:
-        wandb_run: A ``wandb.Run``, for what this sink does not do itself.
-        run_dir: Where the files of images and texts are.
-        owned: Whether this sink began it, and ends it.
+        wandb_run: A ``wandb.Run``; it may be used for other data.
+        run_dir: The run folder, with the files of images and texts.
+        owned: Whether this sink has started it, and ends it.
     """
 
     def __init__(self, wandb_run: Any, run_dir: str | None, *, owned: bool) -> None:
@@ -200,13 +191,13 @@ class WandBWriter:
         self._owned = owned
         self._defined: set[str] = set()
         self._last = (0, 0)
-        self._exit_code = 1  # who has not seen the end was given up
+        self._exit_code = 1  # a disabled sink does not receive the run's end
 
     def write(self, events: Sequence[Event]) -> None:
-        """Log what W&B shows of these: one row for what belongs to one step.
+        """Log events, one row per step.
 
         Raises:
-            Exception: What W&B's client raises when its process has died.
+            Exception: W&B's client raises it when its process has died.
         """
         for row, last in _rows(newer(events, self._last), self._values_of):
             if row:
@@ -216,10 +207,10 @@ class WandBWriter:
             self._last = position_of(last)
 
     def close(self) -> None:
-        """End the W&B run, and wait for what is not uploaded yet, but no longer than ``finish_timeout_s``.
+        """End the W&B run, and wait for pending uploads, up to ``finish_timeout_s``.
 
         Raises:
-            TimeoutError: Some of it is not uploaded; `wandb sync` does it later.
+            TimeoutError: Uploads are pending; `wandb sync` completes them later.
         """
         if not self._owned:
             return
@@ -228,13 +219,13 @@ class WandBWriter:
             _end_process(_client())
 
     def _define(self, row: dict[str, Any]) -> None:
-        """Draw these over ``global_step``: each by its name, because the caller's own metrics have another axis."""
+        """Set the axis of each metric to ``global_step``, because the caller's own metrics have another axis."""
         for name in row.keys() - self._defined:
             self.wandb_run.define_metric(name, step_metric=None if name == "global_step" else "global_step")
             self._defined.add(name)
 
     def _values_of(self, event: Event) -> dict[str, Any]:
-        """What an event adds to its step's row."""
+        """The values of an event in its step's row."""
         match event:
             case HistogramLogged():
                 value = _histogram(event)
@@ -273,13 +264,13 @@ def _client() -> Any:
 
 
 def _end_process(wandb: Any) -> None:
-    """End W&B's own process, if nobody else's run is in it: only then are its files known to be whole."""
+    """End W&B's own process if no other run uses it: only then its files are complete."""
     if getattr(wandb.setup(), "most_recent_active_run", None) is None and wandb.run is None:
         wandb.teardown()
 
 
 def wandb_run_id(run_id: str) -> str:
-    """A W&B run's id: the run's name if W&B takes it, else what is left of it and eight digits of its hash."""
+    """A W&B run's id: the run's name if W&B accepts it, else its valid characters and eight digits of its hash."""
     clean = re.sub(r"[^A-Za-z0-9._-]", "_", run_id)
     if clean == run_id and len(run_id) <= 64:
         return run_id
@@ -287,7 +278,7 @@ def wandb_run_id(run_id: str) -> str:
 
 
 def _rows(events: Sequence[Event], values_of: Any) -> Iterator[tuple[dict[str, Any], Event]]:
-    """Rows to be logged, each with its last event. A row is what comes in a row for one step, each name once."""
+    """Rows to log, each with its last event. A row merges consecutive events of one step, with each name once."""
     row: dict[str, Any] = {}
     last: Event | None = None
     for event in events:
@@ -304,21 +295,21 @@ def _rows(events: Sequence[Event], values_of: Any) -> Iterator[tuple[dict[str, A
 
 
 def _shown(name: str) -> str:
-    # Reserved, or shown nowhere.
+    # Reserved, or not shown.
     name = name.encode("utf-8", "backslashreplace").decode()
     return f"logged/{name}" if name in _OWN_NAMES or not name else name
 
 
 def _histogram(event: HistogramLogged) -> Any:
-    """The event's bins; None if no element was finite, which leaves nothing to show."""
+    """The event's bins; None if no element was finite."""
     if not sum(event.counts):
         return None
     together = -(-len(event.counts) // _BINS)
     counts = [sum(event.counts[at : at + together]) for at in range(0, len(event.counts), together)]
     low, high = event.low, event.high
     if low == high:
-        low, high = low - 0.5, high + 0.5  # a bin without a width is not drawn
-    # Divided before they are subtracted: the range may be more than a number can hold.
+        low, high = low - 0.5, high + 0.5  # a bin of width 0 is not drawn
+    # Divided before the subtraction, which may overflow.
     width = high / len(event.counts) - low / len(event.counts)
     edges = [low + width * at for at in range(0, len(event.counts), together)] + [high]
     return _client().Histogram(np_histogram=(counts, edges))
@@ -326,7 +317,7 @@ def _histogram(event: HistogramLogged) -> Any:
 
 @contextlib.contextmanager
 def _hooks_kept() -> Iterator[None]:
-    """The client puts itself in their place, for the exit code that a run has when nobody ends it; this sink does."""
+    """Restore both hooks, which the client replaces to record an exit code; this sink ends the run itself."""
     kept = sys.exit, sys.excepthook
     try:
         yield
@@ -343,7 +334,7 @@ def _is_address(url: str) -> bool:
 
 
 def _has_credentials(url: str) -> bool:
-    """Whether W&B finds a key without asking."""
+    """Whether W&B finds a key without a prompt."""
     import netrc
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -113,7 +113,7 @@ def test_a_run_that_does_not_exist_is_said_so(
     visit.may_lose_server = True
     server = serve(a_run(), websockets=websockets)
     page = visit(server.url, "#run=nobody", loaded=False)
-    expect(page.locator("#waiting")).to_contain_text("there is no such run on this server; it has demo")
+    expect(page.locator("#waiting")).to_contain_text("this server has no such run; it has demo")
     expect(page.locator("#status")).to_contain_text("no such run")
     expect(page.get_by_role("link", name="demo")).to_be_visible()
     late = a_run("nobody")
@@ -138,7 +138,7 @@ def test_one_missing_run_does_not_hide_the_others(serve: Callable[..., PageServe
     """The first of those that there are has its tables shown."""
     page = visit(serve(a_run("a"), a_run("b")).url, "#run=nobody&run=a&run=b")
     expect(page.locator("#run-name")).to_have_text("a")
-    expect(page.locator("#compared li").first).to_contain_text("there is no such run")
+    expect(page.locator("#compared li").first).to_contain_text("no such run")
     expect(page.locator("#training .legend").first).to_contain_text("b · train")
 
 
@@ -228,7 +228,7 @@ def test_what_a_logarithmic_scale_hides_is_counted(serve: Callable[..., PageServ
         run.point({}, "train_loss", value)
     page = visit(serve(run).url, "#log=1")
     chart = page.locator("#training .chart").first
-    told = "Not on a logarithmic scale, being 0 or less: train 2 of 5 values."
+    told = "Not shown on a logarithmic scale (0 or less): train 2 of 5 values."
     expect(chart.locator(".missing")).to_have_text(told)
     expect(chart.get_by_role("img")).to_have_attribute("aria-label", re.compile(re.escape(told)))
     button = chart.get_by_role("button", name="Show Loss as table")
@@ -764,7 +764,7 @@ def test_many_metrics_can_be_searched(serve: Callable[..., PageServer], visit: V
         ("^layer[12]/(norm|loss)$", 4, ""),
         ("layer.*s$", 3, ""),
         ("val(1)", 1, ""),  # as plain text: that is a name
-        ("(norm", 0, "“(norm” is not a regular expression (Unterminated group): it is searched as plain text."),
+        ("(norm", 0, "“(norm” is not a regular expression (Unterminated group); searching for plain text."),
         ("(norm", 0, "No match for “(norm” among 9 metrics."),
         ("nothing", 0, "No match for “nothing” among 9 metrics."),
         ("[", 0, "is not a regular expression"),

@@ -203,6 +203,6 @@ def test_a_run_whose_folder_is_removed_is_said_to_be_gone(told: Any, kit: Any, s
     expect(page.locator("#banner")).to_contain_text("it has other")
     expect(page.locator("#status")).to_contain_text("no such run")
     page.reload()
-    expect(page.locator("#waiting-text")).to_have_text("there is no such run on this server; it has other")
+    expect(page.locator("#waiting-text")).to_have_text("this server has no such run; it has other")
     expect(page.locator("#status")).to_contain_text("no such run")
     other.let_go()

@@ -302,7 +302,7 @@ def test_an_experiment_that_was_deleted_is_told_and_not_tried_again(server: Any,
     connect()
     client = MlflowClient(server.url)
     client.delete_experiment(client.get_experiment_by_name(name).experiment_id)
-    with pytest.raises(SinkMisconfigured, match="was deleted: restore it, or give another name"):
+    with pytest.raises(SinkMisconfigured, match="was deleted; restore it, or set experiment to another name"):
         connect()
 
 
@@ -311,7 +311,7 @@ def test_an_experiment_that_was_deleted_is_told_and_not_tried_again(server: Any,
 )
 def test_an_address_that_is_none_is_refused_before_the_run(address: str) -> None:
     """With what was given, but its password."""
-    with pytest.raises(SinkMisconfigured, match="is no address") as caught:
+    with pytest.raises(SinkMisconfigured, match="is not an address") as caught:
         MLflow(address).check()
     assert "hid" not in str(caught.value)
 
@@ -514,7 +514,7 @@ def test_a_run_that_somebody_else_began_is_joined_and_left_to_them(
 
 def test_a_run_to_join_that_does_not_exist_is_named(server: Any) -> None:
     """Trying again does not help."""
-    with pytest.raises(SinkMisconfigured, match="MLflow has no run 'abc'; correct mlflow_run_id"):
+    with pytest.raises(SinkMisconfigured, match="MLflow has no run 'abc'; correct or remove mlflow_run_id"):
         MLflow(server.url, mlflow_run_id="abc").open(RunInfo("demo"))
 
 

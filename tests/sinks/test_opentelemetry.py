@@ -114,7 +114,7 @@ def test_what_a_collector_missed_while_it_was_down_arrives_when_it_is_up(connect
     batch = an_epoch(story)
     for _ in range(3):
         with pytest.raises(
-            ConnectionError, match=rf"127\.0\.0\.1:{port}/v1/traces has not taken traces: Connection re"
+            ConnectionError, match=rf"127\.0\.0\.1:{port}/v1/traces has not accepted traces: Connection re"
         ):
             writer.write(batch)
     receiver = otlp.Receiver(port)
@@ -132,7 +132,7 @@ def test_a_temporary_refusal_is_a_failure_at_once(receiver: Any, connect: Any, s
     receiver.answer_headers = {"Retry-After": "3600"}
     receiver.answers = {otlp.TRACES: SECRET.encode()}
     writer = connect(receiver.url)
-    with pytest.raises(ConnectionError, match=rf"has not taken traces: the answer was {status} \w+") as raised:
+    with pytest.raises(ConnectionError, match=rf"has not accepted traces: the answer was {status} \w+") as raised:
         writer.write(an_epoch(story))
     assert SECRET not in str(raised.value)
     assert [path for path, _, _ in receiver.received] == [otlp.TRACES, otlp.METRICS]
@@ -150,14 +150,14 @@ def test_a_signal_that_is_refused_for_good_is_named_once_and_sent_no_more(
     story.attempt = 2
     writer.write(an_epoch(story))
     assert [path for path, _, _ in receiver.received] == [otlp.TRACES, otlp.METRICS, otlp.METRICS]
-    assert caplog.text.count(f"has not taken traces: the answer was {status}") == 1
+    assert caplog.text.count(f"has not accepted traces: the answer was {status}") == 1
     assert caplog.text.count("no more traces are sent in this run") == 1
 
 
 def test_a_collector_that_refuses_both_for_good_disables_the_sink(receiver: Any, connect: Any, story: Any) -> None:
     """By the one error that the supervisor does not retry."""
     receiver.statuses = {otlp.TRACES: 404, otlp.METRICS: 404}
-    with pytest.raises(SinkMisconfigured, match="has not taken metrics: the answer was 404"):
+    with pytest.raises(SinkMisconfigured, match="has not accepted metrics: the answer was 404"):
         connect(receiver.url).write(an_epoch(story))
 
 
@@ -198,7 +198,7 @@ def test_the_environment_turns_signals_off(
         monkeypatch.setenv(name, value)
     connect(receiver.url).write(an_epoch(story))
     assert [path for path, _, _ in receiver.received] == sent
-    assert ("OpenTelemetry sends nothing" in caplog.text) is (not sent)
+    assert ("OpenTelemetry is disabled" in caplog.text) is (not sent)
 
 
 def test_a_collector_that_hangs_is_left_in_time(receiver: Any, connect: Any, story: Any) -> None:
@@ -211,7 +211,7 @@ def test_a_collector_that_hangs_is_left_in_time(receiver: Any, connect: Any, sto
 
 def test_a_name_that_nobody_knows_is_a_failure_to_be_tried_again(connect: Any, story: Any) -> None:
     """A name service may be down for a moment."""
-    with pytest.raises(ConnectionError, match=r"no-such-host\.invalid:4318/v1/metrics has not taken metrics"):
+    with pytest.raises(ConnectionError, match=r"no-such-host\.invalid:4318/v1/metrics has not accepted metrics"):
         connect("http://no-such-host.invalid:4318").write(story.steps(1))
 
 
@@ -220,7 +220,7 @@ def test_an_answer_that_was_lost_makes_no_second_span(receiver: Any, connect: An
     writer = connect(receiver.url)
     batch = an_epoch(story)
     receiver.silent = True
-    with pytest.raises(ConnectionError, match="has not taken traces"):
+    with pytest.raises(ConnectionError, match="has not accepted traces"):
         writer.write(batch)
     receiver.silent = False
     writer.write(batch)
@@ -251,7 +251,7 @@ def test_spans_that_were_taken_are_not_sent_again_when_metrics_fail(receiver: An
     receiver.statuses = {otlp.METRICS: 500}
     writer = connect(receiver.url)
     batch = an_epoch(story)
-    with pytest.raises(ConnectionError, match="has not taken metrics"):
+    with pytest.raises(ConnectionError, match="has not accepted metrics"):
         writer.write(batch)
     receiver.statuses = {}
     writer.write(batch)
@@ -336,15 +336,15 @@ def test_a_header_that_is_none_is_refused_without_being_shown(headers: str, monk
 @pytest.mark.parametrize(
     ("endpoint", "says"),
     [
-        ("localhost:4318", "no address of a collector"),
+        ("localhost:4318", "not the address of a collector"),
         ("grpc://localhost:4317", "give http://HOST:PORT"),
-        ("http://", "no address"),
-        ("http://host:port", "no address"),
-        ("http://[::1", "no address"),
-        ("http://a b:4318", "no address"),
+        ("http://", "not the address"),
+        ("http://host:port", "not the address"),
+        ("http://[::1", "not the address"),
+        ("http://a b:4318", "not the address"),
         (f"http://u:{SECRET}@host:4318", "secrets as headers"),
         (f"http://host:4318?token={SECRET}", "secrets as headers"),
-        ("http://host:4318/v1/traces", "leave it out"),
+        ("http://host:4318/v1/traces", "remove it"),
     ],
 )
 def test_what_is_no_address_is_refused_before_the_run(endpoint: str, says: str) -> None:
@@ -455,7 +455,7 @@ def test_sums_of_attempts_in_one_batch_are_those_of_each_attempt(receiver: Any, 
     second = [story.started(), *story.steps(2), story(LedgerReported, ledger=StallLedger(data_s=0.5), scope="interval")]
     writer = connect(receiver.url, attempt=2)
     receiver.statuses = {otlp.METRICS: 500}
-    with pytest.raises(ConnectionError, match="has not taken metrics"):
+    with pytest.raises(ConnectionError, match="has not accepted metrics"):
         writer.write([*first, *second])
     receiver.statuses = {}
     receiver.received.clear()

@@ -175,13 +175,13 @@ def test_a_port_that_becomes_free_is_taken(serve: Any) -> None:
     ("options", "says"),
     [
         ({"host": "http://localhost"}, "host='http://localhost'"),
-        ({"host": "localhost:9464"}, "the port is given as port="),
-        ({"host": ""}, "no host name"),
-        ({"host": "a b"}, "no host name"),
-        ({"host": "fe80::zz"}, "no host name"),
+        ({"host": "localhost:9464"}, "set the port with port="),
+        ({"host": ""}, "not a host name"),
+        ({"host": "a b"}, "not a host name"),
+        ({"host": "fe80::zz"}, "not a host name"),
         ({"port": 65_536}, "port=65536"),
         ({"port": -1}, "0 for a free one"),
-        ({"max_names": 0}, "at least one name"),
+        ({"max_names": 0}, "max_names must be >= 1"),
     ],
 )
 def test_what_is_no_address_is_refused_before_the_run(options: dict[str, Any], says: str) -> None:
@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(
     """The page is served, and the log says where."""
     writer = serve(run_dir=tmp_path / "missing" / "run")
     assert Page(writer.url)("steps_total") == 0
-    assert f"it is {writer.url}" in caplog.text
+    assert f"its address, {writer.url}" in caplog.text
     writer.close()
 
 

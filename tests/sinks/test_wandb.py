@@ -258,9 +258,9 @@ def test_when_its_process_dies_a_write_fails_at_once(connect: Any, story: Any, t
         ({"mode": "onlin"}, r"WandB\(mode='onlin'\): give 'online'"),
         ({"init_timeout_s": 0}, r"WandB\(init_timeout_s=0\)"),
         ({"finish_timeout_s": math.nan}, r"WandB\(finish_timeout_s=nan\)"),
-        ({"base_url": "wandb.example"}, r"base_url='wandb.example'\) is no address"),
-        ({"base_url": "http://host:port"}, r"base_url='http://host:port'\) is no address"),
-        ({"base_url": "http://me:hid/den@host"}, r"base_url='http://\.\.\.@host'\) is no address"),
+        ({"base_url": "wandb.example"}, r"base_url='wandb.example'\) is not the address"),
+        ({"base_url": "http://host:port"}, r"base_url='http://host:port'\) is not the address"),
+        ({"base_url": "http://me:hid/den@host"}, r"base_url='http://\.\.\.@host'\) is not the address"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_before_the_run(options: Any, message: str) -> None:

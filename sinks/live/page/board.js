@@ -1,13 +1,13 @@
-/** All charts: which are in sight, and when each is drawn. */
+/** All charts: their visibility, and the schedule of drawing. */
 
 import { contained } from "./dom.js";
 import { forgetColours } from "./theme.js";
 
-/** Charts are drawn at most so often, all that are due in one go: each animation frame costs much by itself... */
+/** Minimum time between drawings; all due charts are drawn together, because each animation frame is expensive... */
 const BETWEEN_MS = 200;
-/** ...and take no larger share of the time than this... */
+/** ...maximum share of time spent drawing... */
 const SHARE = 0.25;
-/** ...and no more scripts in one animation frame than this. */
+/** ...and maximum script time per animation frame. */
 const BUDGET_MS = 12;
 
 export class Board {
@@ -78,7 +78,7 @@ export class Board {
     this.wake();
   }
 
-  /** Everything is to be drawn anew: a setting has changed. */
+  /** Redraw everything after a change of settings. */
   invalidate({ rebuild = false } = {}) {
     if (rebuild) forgetColours();
     for (const chart of this.charts) {
@@ -94,7 +94,7 @@ export class Board {
     this.view.zoomed?.();
   }
 
-  /** Some points may have come. */
+  /** Schedule charts with new points. */
   wake() {
     if (this.#asked || document.hidden) return;
     this.#asked = true;

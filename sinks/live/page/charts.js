@@ -199,7 +199,7 @@ export class Chart {
       .filter(([, values]) => values > 0)
       .map(([label, values, all]) => `${label} ${count(values)} of ${count(all)} values`);
     this.missing.hidden = !told.length;
-    setText(this.missing, told.length ? `Not on a logarithmic scale, being 0 or less: ${told.join(", ")}.` : "");
+    setText(this.missing, told.length ? `Not shown on a logarithmic scale (0 or less): ${told.join(", ")}.` : "");
   }
 
   /** What the scale follows in the part of the charts that is shown: `[low, high]`, or null for all values. */

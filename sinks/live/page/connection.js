@@ -2,9 +2,9 @@
 
 const FIRST_WAIT_S = 0.5;
 const LONGEST_WAIT_S = 15;
-/** A connection that is silent for so long is given up: the server says something every two seconds. */
+/** Maximum silence per connection before it is closed; the server sends something every two seconds. */
 const SILENT_S = 10;
-/** How often a run is asked for whose events do not stream. */
+/** Seconds between polls of a run whose events do not stream. */
 const POLL_S = 4;
 const TOKEN = "stagecast-token";
 
@@ -18,7 +18,7 @@ export const token = {
 const embedded = document.getElementById("report");
 export const report = embedded ? JSON.parse(embedded.textContent) : null;
 
-/** A token in the fragment (`#token=...`) is kept for this tab, and leaves the address before anything is asked for. */
+/** A token in the fragment (`#token=...`) is kept for this tab, and removed from the address before any request. */
 function takeToken() {
   const told = new URLSearchParams(location.hash.slice(1));
   const given = told.get("token");
@@ -31,11 +31,11 @@ function takeToken() {
 takeToken();
 window.addEventListener("hashchange", () => takeToken() && location.reload());
 
-/** What was refused for want of the token. */
+/** A request was refused because the token is missing or wrong. */
 export class TokenWanted extends Error {}
 
-/** What the server says of a run that it does not have. */
-export const NO_RUN = "there is no such run on this server";
+/** The server's answer for an unknown run. */
+export const NO_RUN = "this server has no such run";
 
 /** Fetch an address relative to the page. Throws `TokenWanted`, or an `Error` that says what went wrong. */
 export async function get(address, options = {}) {
@@ -43,7 +43,7 @@ export async function get(address, options = {}) {
   const shown = token.get();
   const headers = { ...(options.headers ?? {}), ...(shown ? { Authorization: `Bearer ${shown}` } : {}) };
   const response = await fetch(address, { cache: "no-store", ...options, headers });
-  // A proxy, or a check of the host's own, may want something else than the token.
+  // A proxy, or the host's own check, may require other credentials than the token.
   if (response.status === 401 && /^bearer/i.test(response.headers.get("WWW-Authenticate") ?? ""))
     throw new TokenWanted();
   if (response.status === 404 && !options.any) throw new Error(NO_RUN);
@@ -51,7 +51,7 @@ export async function get(address, options = {}) {
   return response;
 }
 
-/** The JSON of an answer; where it is none of ours, `{reason}` tells what came in its place. */
+/** The JSON of an answer; `{reason}` for an answer that is not ours. */
 async function answerOf(response) {
   const answer = await response.json().catch(() => ({}));
   if (answer.type) return answer;
@@ -63,9 +63,9 @@ export function addressOf(runId, rest = "") {
 }
 
 /**
- * Keeps one run's events coming.
+ * Receives one run's events, and reconnects.
  *
- * `on` has `message(data)`, `state()`, `token()`. `store` says where to go on from.
+ * `on` has `message(data)`, `state()`, `token()`. `store` has the position to resume from.
  */
 export class Connection {
   constructor(store, on, { isMain }) {
@@ -115,12 +115,12 @@ export class Connection {
     return report ? 0 : (performance.now() - this.heardAt) / 1000;
   }
 
-  /** What is to be set outside of the page, if anything: `{text, fix}`. */
+  /** A problem to fix outside of the page, if any: `{text, fix}`. */
   get note() {
     if (this.isBroken) return { text: `A part of ${this.store.runId} cannot be shown`, fix: "Its data is damaged." };
     if (!this.#polls || this.state !== "open") return null;
-    const text = `A proxy holds the stream of events back: the page asks every ${POLL_S} s`;
-    return { text, fix: "Turn its buffering off for this address (nginx: proxy_buffering off;)." };
+    const text = `A proxy buffers the stream of events, so the page polls every ${POLL_S} s`;
+    return { text, fix: "Disable its buffering for this address (nginx: proxy_buffering off;)." };
   }
 
   /** Try again now. */
@@ -131,13 +131,13 @@ export class Connection {
     this.#open();
   }
 
-  /** Called once a second: gives up what has fallen silent. */
+  /** Called once a second: closes a silent connection. */
   tick() {
     const opening_s = this.state === "connecting" && this.#usesEvents ? (performance.now() - this.#openedAt) / 1000 : 0;
     if (opening_s <= SILENT_S && !(this.state === "open" && this.silence_s > SILENT_S)) return;
     this.#silences += 1;
     if (this.#usesEvents && this.isMain && (opening_s || this.#silences > 1)) this.#polls = true;
-    this.#lost("the server has fallen silent");
+    this.#lost("the server stopped sending");
   }
 
   /** Send a command. Resolves to the server's answer; throws if it could not be sent. */
@@ -205,16 +205,16 @@ export class Connection {
     else if (code === 4404) this.#end(NO_RUN);
     else if (code === 1008 && this.#wasOpen) this.#end(reason || "the server does not allow this page");
     else {
-      // A proxy that does not let WebSockets through shows itself by one that never opens.
+      // A WebSocket that never opens is probably blocked by a proxy.
       if (!this.#wasOpen && this.#failures > 0) this.#usesEvents = true;
       if (code === 1013) this.#failures = Math.max(this.#failures, 2);
-      this.#lost(code === 1013 ? reason || "the server has too much to do" : "the connection was closed");
+      this.#lost(code === 1013 ? reason || "the server is overloaded" : "the connection was closed");
     }
   }
 
   #wantToken() {
     this.#drop();
-    this.#set("token", "the server wants its token");
+    this.#set("token", "the server requires its token");
     this.on.token();
   }
 
@@ -239,12 +239,12 @@ export class Connection {
     try {
       data = JSON.parse(text);
     } catch {
-      this.#lost("the server sent what is no message");
+      this.#lost("the server sent an invalid message");
       return;
     }
     this.#failures = 0;
     if (data.type === "gap") {
-      // A snapshot follows; one that does not is asked for.
+      // A snapshot follows; otherwise it is requested.
       this.#gapTimer = setTimeout(() => this.#ask({ type: "snapshot" }), 1000);
     } else if (data.type === "snapshot") {
       clearTimeout(this.#gapTimer);
@@ -259,7 +259,7 @@ export class Connection {
 
   // ------------------------------------------------------------------------------------------ without WebSocket
 
-  /** By `fetch`, since an `EventSource` cannot show a token. A browser has few of these, so other runs are asked for. */
+  /** With `fetch`, since an `EventSource` cannot send a token. Browsers limit connections, so other runs are polled. */
   async #openEvents() {
     const abort = (this.#abort = new AbortController());
     try {

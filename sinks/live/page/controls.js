@@ -1,4 +1,4 @@
-/** What the reader can press and turn: settings, commands, the token, the colours. */
+/** Controls: settings, commands, the token, the colours. */
 
 import { token } from "./connection.js";
 import { announce, setAttribute, setText } from "./dom.js";
@@ -11,7 +11,7 @@ function byId(id) {
 export const WORDS = { pause: "Pause", resume: "Resume", checkpoint: "Checkpoint", stop: "Stop" };
 export const isNarrow = window.matchMedia("(max-width: 1000px)");
 
-/** `crypto.randomUUID` is not there on a page that came without TLS from another machine. */
+/** `crypto.randomUUID` is missing on a page that was loaded without TLS from another machine. */
 export function freshCommandId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
@@ -113,7 +113,7 @@ function setUpToken(app) {
   });
 }
 
-const THEMES = { auto: ["◐", "as the system has them"], light: ["☀", "light"], dark: ["☾", "dark"] };
+const THEMES = { auto: ["◐", "system setting"], light: ["☀", "light"], dark: ["☾", "dark"] };
 function setUpTheme(app) {
   const KEY = "stagecast-theme";
   const order = Object.keys(THEMES);

@@ -1,4 +1,4 @@
-/** Building the page. Whatever comes from the network goes in as text, never as markup. */
+/** Build the page. Data from the network is inserted as text, never as markup. */
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -23,7 +23,7 @@ function fill(node, properties, children) {
   return node;
 }
 
-/** Set text, unless it is there already: the browser then has nothing to do. */
+/** Set text if it has changed, to save the browser's work. */
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -83,7 +83,7 @@ export function reconcile(parent, known, keys, make) {
   }
 }
 
-/** Draw a part of the page. An error in it is logged and ends there: what one run holds must not stop the others. */
+/** Draw a part of the page. Its errors are logged and contained: one run's data must not stop the others. */
 export function contained(draw) {
   try {
     draw();
@@ -94,7 +94,7 @@ export function contained(draw) {
   }
 }
 
-/** Say something to whoever uses a screen reader. */
+/** Announce a text to screen readers. */
 export function announce(text) {
   const region = document.getElementById("announcer");
   region.textContent = "";

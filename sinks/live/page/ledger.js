@@ -1,4 +1,4 @@
-/** The stall ledger: the loop's wall time, by what it was spent on. */
+/** The stall ledger: the loop's wall time by phase. */
 
 import { table } from "./dom.js";
 import { duration, percent } from "./format.js";
@@ -8,7 +8,7 @@ const LEDGER_NAMES = {
   inline: "inline hooks",
   fence: "fences",
 };
-/** The layers of the stack, from its top: what is drawn later lies over it. */
+/** The layers of the stack, from its top: later ones are drawn over it. */
 export function ledgerCurves(store) {
   const wall = store?.get("ledger/wall_s");
   if (!wall) return [];
@@ -67,11 +67,11 @@ export function ledgerTable(store) {
   const heads = [
     { head: "Row" },
     { head: "Last interval", number: true },
-    { head: "In all", number: true },
+    { head: "Total", number: true },
     { head: "Time", number: true },
   ];
-  const idle = store.get("ledger/device_idle_s") ? "; *device idle lies across the other rows" : "";
-  return table(`The loop's wall time, by what it was spent on${idle}`, heads, rows);
+  const idle = store.get("ledger/device_idle_s") ? "; *device idle overlaps the other rows" : "";
+  return table(`The loop's wall time by phase${idle}`, heads, rows);
 }
 
 /** Shares of wall time, point by point; where the two do not have the same points, by step. */

@@ -14,17 +14,17 @@ import { Sections } from "./sections.js";
 import { RunStore } from "./store.js";
 import { colours, DASHES } from "./theme.js";
 
-/** Without a word for so long, what is shown may be wrong. */
+/** Maximum seconds of silence before the page marks its data as old. */
 const STALE_S = 5;
 const MOST_COMPARED = DASHES.length;
 const LIST_MS = 5000;
 const FIRST_LIST_MS = 1500;
 /** Number of lists in a row that must lack a run before it counts as removed. */
 const MISSING_LOOKS = 2;
-/** The server lists at most so many: what is not in a list that long may be there all the same. */
+/** Maximum runs in the server's list: a run that a full list lacks may exist. */
 const MOST_LISTED = 1000;
 const MOST_NAMED = 12;
-/** Tables and figures are written at most so often. */
+/** Minimum time between updates of tables and figures. */
 const WRITE_MS = 250;
 const NAME = "stagecast";
 
@@ -102,7 +102,7 @@ class App {
 
   // --------------------------------------------------------------------------------------------------- the runs
 
-  /** Ask which runs there are, again and again. */
+  /** Poll the list of runs. */
   async look() {
     clearTimeout(this.listTimer);
     let isKnown = false;
@@ -114,14 +114,14 @@ class App {
       isKnown = true;
     } catch (error) {
       if (error instanceof TokenWanted) this.askToken();
-      else if (!this.open.size) this.wait("The server does not answer", `${error.message}. The page goes on trying.`);
+      else if (!this.open.size) this.wait("The server does not answer", `${error.message}. The page keeps retrying.`);
     }
     if (isKnown) {
       if (!this.chosen.length && this.runs.length) {
         this.chosen = [(this.runs.find((run) => run.status === "running") ?? this.runs[0]).run_id];
         history.replaceState(null, "", this.fragment());
       }
-      if (!this.chosen.length) this.wait("No runs yet", "They appear here as soon as one begins.");
+      if (!this.chosen.length) this.wait("No runs yet", "They appear here as soon as one starts.");
       this.lookForChosen();
       this.follow();
     }
@@ -131,7 +131,7 @@ class App {
     this.listTimer = setTimeout(() => this.look(), wait);
   }
 
-  /** See which of the chosen runs the list lacks, and connect to those that it has again. */
+  /** Find the chosen runs that the list lacks, and connect to those that are listed again. */
   lookForChosen() {
     for (const runId of this.chosen) {
       const isListed = this.runs.some((run) => run.run_id === runId) || this.runs.length >= MOST_LISTED;
@@ -141,14 +141,14 @@ class App {
     }
   }
 
-  /** Whether a chosen run is not there: it never was, or its folder was removed meanwhile. */
+  /** Whether a chosen run is missing: it never existed, or its folder was removed. */
   isMissing(runId) {
     const one = this.open.get(runId);
     const isRefused = one?.connection.state === "gone" && (report || one.connection.problem === NO_RUN);
     return isRefused || (this.lacking.get(runId) ?? 0) >= MISSING_LOOKS;
   }
 
-  /** Which runs there are, in words. */
+  /** The listed runs, in words. */
   runsInWords() {
     const names = this.runs.map((run) => run.run_id);
     if (!names.length) return "it has no runs";
@@ -161,7 +161,7 @@ class App {
     return this.clock ? this.clock.time + (performance.now() - this.clock.at) / 1000 : Date.now() / 1000;
   }
 
-  /** Open what was chosen, close what was not. */
+  /** Open the chosen runs, close the others. */
   follow() {
     for (const [runId, one] of this.open) {
       if (this.chosen.includes(runId)) continue;
@@ -193,7 +193,7 @@ class App {
     this.write();
   }
 
-  /** The run whose tables are shown: the first of the chosen ones that there is. */
+  /** The run whose tables are shown: the first chosen one that exists. */
   focus() {
     const isThere = (runId) => this.open.get(runId)?.store.isLoaded || !this.isMissing(runId);
     return this.open.get(this.chosen.find(isThere) ?? this.chosen[0]);
@@ -267,7 +267,7 @@ class App {
     this.board.wake();
   }
 
-  /** Write what has changed; soon, if it has just been done. */
+  /** Update the changed parts; delayed after a recent update. */
   write() {
     if (this.writeTimer !== null) return;
     const wait = Math.max(0, this.writtenAt + WRITE_MS - performance.now());
@@ -291,7 +291,7 @@ class App {
       else if (connection.state !== "token")
         this.wait(
           "Connecting…",
-          connection.problem ? `${connection.problem}. The page goes on trying.` : `Waiting for ${store.runId}.`,
+          connection.problem ? `${connection.problem}. The page keeps retrying.` : `Waiting for ${store.runId}.`,
         );
       return;
     }
@@ -332,7 +332,7 @@ class App {
     setText(byId("waiting-text"), text);
   }
 
-  /** The state, in the header, the title, the banner, and said aloud when it changes. */
+  /** The state in the header, the title and the banner; announced when it changes. */
   writeState(store, connection) {
     const { run } = store;
     const isMissing = this.isMissing(store.runId);
@@ -380,7 +380,7 @@ class App {
       connection.state === "gone"
         ? "The server has closed this run"
         : connection.state === "token"
-          ? "The server wants its token"
+          ? "The server requires its token"
           : "The connection is lost";
     setText(
       byId("banner-text"),
@@ -389,8 +389,8 @@ class App {
     const left = Math.ceil((connection.retryAt - performance.now()) / 1000);
     const next =
       {
-        waiting: left > 0 ? `; trying again in ${left} s` : "; trying again",
-        connecting: "; trying again",
+        waiting: left > 0 ? `; retry in ${left} s` : "; retrying",
+        connecting: "; retrying",
         open: "; still waiting",
       }[connection.state] ?? "";
     const problem = connection.problem ? ` (${connection.problem})` : "";
@@ -421,18 +421,18 @@ class App {
       this.answered({
         type: "refused",
         id,
-        reason: error instanceof TokenWanted ? "the server wants its token" : error.message,
+        reason: error instanceof TokenWanted ? "the server requires its token" : error.message,
       });
     }
     if (commands)
-      setTimeout(() => this.pending.has(id) && this.answered({ type: "refused", id, reason: "no answer came" }), 10000);
+      setTimeout(() => this.pending.has(id) && this.answered({ type: "refused", id, reason: "no answer arrived" }), 10000);
   }
 
   answered({ type, id, reason }) {
     const kind = this.pending.get(id);
     if (!kind) return;
     this.pending.delete(id);
-    toast(type === "sent" ? `${WORDS[kind]}: asked for, taken at the next step` : `${WORDS[kind]}: refused, ${reason}`);
+    toast(type === "sent" ? `${WORDS[kind]}: sent, takes effect at the next step` : `${WORDS[kind]}: refused, ${reason}`);
     const focus = this.focus();
     if (focus) showCommands(this, focus.store);
   }
@@ -441,7 +441,7 @@ class App {
     const dialog = byId("token-dialog");
     if (dialog.open) return;
     if (token.get())
-      setText(byId("token-text"), "That was not the token. It was printed where the server was started.");
+      setText(byId("token-text"), "Wrong token. The server printed its token when it started.");
     dialog.showModal();
   }
 
@@ -452,5 +452,5 @@ class App {
   }
 }
 
-/** For whoever measures the page. */
+/** For benchmarks of the page. */
 window.stagecast = new App();

@@ -10,7 +10,7 @@ export function matcher(text) {
     expression = new RegExp(wanted, "i");
   } catch (error) {
     const reason = error.message.slice(error.message.lastIndexOf(": ") + 1).trim();
-    problem = `“${wanted}” is not a regular expression (${reason}): it is searched as plain text.`;
+    problem = `“${wanted}” is not a regular expression (${reason}); searching for plain text.`;
   }
   // A name that contains the text as it stands is always found: “val(1)” finds itself.
   const matches = (name) => name.toLowerCase().includes(plain) || (expression?.test(name) ?? false);

@@ -88,7 +88,7 @@ async function showMedia(body, item, step, store) {
   });
   body.replaceChildren(image);
   image.addEventListener("error", () =>
-    image.replaceWith(el("p", { class: "empty", text: "This image is not there (any more)" })),
+    image.replaceWith(el("p", { class: "empty", text: "This image does not exist (any more)" })),
   );
   if (report || !token.get()) {
     image.src = report ? (report.media[`${store.runId}/${item.path}`] ?? "data:,") : address;

@@ -100,10 +100,10 @@ async function copyText(text, shown) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // Without TLS from another machine there is no clipboard: the old way copies what is marked.
+    // A page without TLS from another machine has no clipboard API: the old one copies the selection.
     getSelection().selectAllChildren(shown);
     if (!document.execCommand("copy")) {
-      toast("The browser does not allow copying; the text is marked");
+      toast("The browser does not allow copying; the text is selected");
       return;
     }
   }
@@ -117,7 +117,7 @@ function isOver({ status }) {
   return status === "lost" || status === "damaged";
 }
 
-/** The best checkpoint that a run has left, by its own metric and mode; undefined if it keeps none by a metric. */
+/** The best existing checkpoint of a run, by its own metric and mode; undefined without such a metric. */
 function bestCheckpoint(all, { best, best_mode: mode }) {
   const sign = mode === "max" ? -1 : 1;
   const isThere = (one) =>
@@ -174,20 +174,20 @@ export class Checkpoints {
       (one.reasons ?? []).join(", "),
       el("time", { datetime: isoTime(one.time), title: moment(one.time), text: timeOfDay(one.time) }),
     ]);
-    byId("checkpoints").replaceChildren(table("Checkpoints, the newest first (★ best that there is)", heads, rows, { hideCaption: true }));
+    byId("checkpoints").replaceChildren(table("Checkpoints, newest first (★ best existing one)", heads, rows, { hideCaption: true }));
     const more = byId("checkpoints-more");
     more.hidden = all.length <= FIRST_CHECKPOINTS;
     setText(more, this.showsAll ? "Show fewer" : `Show all ${count(all.length)}`);
   }
 }
 
-/** What has become of it on the run's own disk, in words. */
+/** The state of a checkpoint on the run's own disk, in words. */
 function wordOf(one, isLost) {
   if (one.state === "staged" && isLost) return "never durable";
   return one.state === "deleted" && one.upload ? "deleted here" : one.state;
 }
 
-/** What has become of it in the store, in words; null if it was never on its way there. */
+/** The state of a checkpoint in the store, in words; null if its upload never started. */
 function uploadWordOf(one, isLost) {
   const isDeleted = one.state === "deleted";
   switch (one.upload?.state) {
@@ -231,7 +231,7 @@ function uploadOf(one, isLost) {
   );
 }
 
-/** Where along the run checkpoints were taken; their shape says what has become of them. */
+/** A timeline of checkpoints; their shape shows their state. */
 function timeline(all, end, isLost) {
   const width = Math.max(200, byId("checkpoints-line").clientWidth);
   const x = (step) => 14 + ((width - 28) * step) / Math.max(1, end);

@@ -127,7 +127,7 @@ function durationOf({ status, started, ended, updated }, now) {
 }
 
 const compared = new Map();
-/** Above the charts, when there are several runs: whose line is whose. */
+/** The legend of several runs, above the charts. */
 export function fillCompared(app, staleS) {
   const root = byId("compared");
   root.hidden = !app.isComparing();
@@ -175,7 +175,7 @@ function writeCompared(item, { store, connection }, app, staleS) {
   const isMissing = app.isMissing(store.runId);
   const { glyph, word } = statusOf(isMissing ? { status: "missing" } : run);
   if (!store.isLoaded) {
-    setText(item.state, isMissing ? `⚠ there is no such run` : `${glyph} ${word}${problem}`);
+    setText(item.state, isMissing ? `⚠ no such run` : `${glyph} ${word}${problem}`);
     return;
   }
   const facts = [

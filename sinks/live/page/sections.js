@@ -1,4 +1,4 @@
-/** Which charts there are: made from the names of the series that the chosen runs have. */
+/** The charts, from the names of the series in the chosen runs. */
 
 import { Chart } from "./charts.js";
 import { el, reconcile, setAttribute, setText, table } from "./dom.js";
@@ -10,7 +10,7 @@ import { colours, DASHES, LAYERS } from "./theme.js";
 const FIRST_METRICS = 48;
 const MORE_METRICS = 96;
 const SEARCH_FROM = 8;
-/** Names under `system/` that belong into one chart. */
+/** Names under `system/` that share a chart. */
 const SYSTEM = new Map([
   ["cpu_percent", ["CPU", "machine"]],
   ["process_cpu_percent", ["CPU", "this run"]],
@@ -29,7 +29,7 @@ const GPU = new Map([
   ["temperature_c", "GPU temperature"],
 ]);
 
-/** The ledger's own rows: whatever else a user logs under `ledger/` is a metric of his. */
+/** The ledger's own rows: other names under `ledger/` are the user's metrics. */
 const LEDGER = new Set([...LAYERS, "device_idle", "wall"].map((row) => `ledger/${row}_s`));
 
 /** The kind of a name: "train", "validation", "system", "ledger" or "user". */
@@ -79,7 +79,7 @@ export class Sections {
       height: 250,
       takesSmoothing: false,
       range: [0, 1],
-      note: "Of each interval, how much of the loop's wall time went where",
+      note: "The loop's wall time by phase, per interval",
     });
     this.parts.ledger.append(this.ledger.root);
     app.board.add(this.ledger);
@@ -284,7 +284,7 @@ export class Sections {
   }
 }
 
-/** Whether a run's lowest value of a metric is its best: by its own choice, else by the name; null if nobody can say. */
+/** Whether a metric's lowest value is its best: by the run's setting, else by its name; null if unknown. */
 function isLowBest(name, run) {
   return name === run.best ? run.best_mode !== "max" : lowerIsBetter(name);
 }

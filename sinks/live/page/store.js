@@ -1,4 +1,4 @@
-/** What the page knows of a run: from a snapshot and the frames behind it. Bounded in memory; nothing here touches the page. */
+/** The page's state of a run: from a snapshot and the later frames. Bounded in memory; does not touch the page. */
 
 /** Points of a series; when it has more, pairs become one. */
 export const MOST_POINTS = 4000;
@@ -252,7 +252,7 @@ export class RunStore {
     this.touched.add(part);
   }
 
-  /** Seconds that a step has taken of late, on the clock; null if nobody can say. */
+  /** Wall time of recent steps, in seconds; null if unknown. */
   secondsPerStep() {
     const series = this.series.get("step_s") ?? this.series.get("train_loss");
     if (!series || series.length < 3) return null;
@@ -271,7 +271,7 @@ export class RunStore {
     return Math.max(updated ?? 0, this.frameTime + passed);
   }
 
-  /** Steps that the run is to make in all; null if nobody knows. */
+  /** Total steps of the run; null if unknown. */
   totalSteps() {
     const { epochs, steps_per_epoch: steps, max_steps: most } = this.run;
     const planned = epochs && steps ? epochs * steps : null;
