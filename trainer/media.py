@@ -148,13 +148,13 @@ class Drawn:
         return self._png
 
 
-class Text(NamedTuple):
+class LoggedText(NamedTuple):
     """A text."""
 
     text: str
 
 
-Logged = Histogram | Image | Drawn | Text
+Logged = Histogram | Image | Drawn | LoggedText
 """Values of `ModuleInterface.log` other than numbers, as they are recorded."""
 
 
@@ -163,7 +163,7 @@ def as_logged(value: Any) -> Logged | None:
     if isinstance(value, Histogram | Image):
         return value
     if isinstance(value, str):
-        return Text(value)
+        return LoggedText(value)
     if callable(getattr(value, "savefig", None)):
         return Drawn(value)
     return None
@@ -202,7 +202,7 @@ def _picture_of(pixels: torch.Tensor) -> Any:
 
 class _Item(NamedTuple):
     name: str
-    what: Image | Drawn | Text
+    what: Image | Drawn | LoggedText
     header: Header
     key: str | None
     of_seq: int | None
@@ -233,12 +233,14 @@ class MediaWriter:
         self._numbers = 0
         self._warned: set[str] = set()
 
-    def add(self, name: str, what: Image | Drawn | Text, header: Header, key: str | None, of_seq: int | None) -> None:
+    def add(
+        self, name: str, what: Image | Drawn | LoggedText, header: Header, key: str | None, of_seq: int | None
+    ) -> None:
         """Enqueue one value. Any thread; never waits: a value beyond the limits is dropped, and counted."""
-        if self._folder is None and not isinstance(what, Text):
+        if self._folder is None and not isinstance(what, LoggedText):
             self._warn_once(f"{name!r} is not stored: an image needs a run folder; set run_dir or enable the journal")
             return
-        nbytes = 4 * len(what.text) if isinstance(what, Text) else what.nbytes
+        nbytes = 4 * len(what.text) if isinstance(what, LoggedText) else what.nbytes
         with self._lock:
             if self._count >= _MOST_WAITING or (self._count and self._nbytes + nbytes > _MOST_BYTES):
                 self._dropped += 1
@@ -282,7 +284,7 @@ class MediaWriter:
 
     def _written(self, item: _Item) -> Event:
         header, name, what = item.header, item.name, item.what
-        if isinstance(what, Text):
+        if isinstance(what, LoggedText):
             path = self._write(name, header, what.text.encode("utf-8", "surrogatepass"), "txt")
             return TextLogged(
                 *header, name=name, text=what.text[:INLINE_TEXT], path=path, key=item.key, of_seq=item.of_seq

@@ -35,7 +35,7 @@ from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.parallel import in_order
 from events.checkpoint.remote_layout import (
     PARTS_NAME,
-    Part,
+    FilePart,
     Parts,
     decode_parts,
     encode_parts,
@@ -181,7 +181,7 @@ class RemoteStore:
         for attempt in self.attempts().values():
             store.note(attempt)
 
-    def _whole(self, manifest: Manifest, part_bytes: int) -> dict[str, list[Part]]:
+    def _whole(self, manifest: Manifest, part_bytes: int) -> dict[str, list[FilePart]]:
         """Return the parts of a checkpoint's files, if all of them exist in the right sizes.
 
         Raises:
@@ -206,10 +206,10 @@ class RemoteStore:
             raise self._lost(name, PARTS_NAME)
         return decode_parts(data, f"{self.url_of(name)}/{PARTS_NAME}")
 
-    def _read(self, name: CheckpointName, parts: list[Part]) -> Generator[bytes]:
+    def _read(self, name: CheckpointName, parts: list[FilePart]) -> Generator[bytes]:
         """Yield the bytes of a file, in pieces."""
 
-        def pieces() -> Iterator[tuple[Part, int, int]]:
+        def pieces() -> Iterator[tuple[FilePart, int, int]]:
             for part in parts:
                 for begin in range(0, part.nbytes, _READ_BYTES):
                     yield part, begin, min(_READ_BYTES, part.nbytes - begin)
@@ -302,7 +302,7 @@ class RemoteStore:
         self._objects.delete(f"{name}/{MANIFEST_NAME}")
         return False
 
-    def _missing(self, name: CheckpointName, plan: dict[str, list[Part]]) -> list[str]:
+    def _missing(self, name: CheckpointName, plan: dict[str, list[FilePart]]) -> list[str]:
         """Return the keys of parts that are missing, or have another size."""
         sizes = self._objects.sizes(f"{name}/")
         parts = [part for parts in plan.values() for part in parts]
@@ -324,7 +324,7 @@ class RemoteStore:
         self,
         folder: Path,
         manifest: Manifest,
-        plan: dict[str, list[Part]],
+        plan: dict[str, list[FilePart]],
         there: dict[str, int],
         cancelled: Callable[[], bool],
     ) -> Iterator[Callable[[], int]]:

@@ -45,7 +45,7 @@ class Parts(msgspec.Struct, frozen=True):
     manifest_xxh3_128: str
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """An object with a file, or a part of it."""
 
     key: str
@@ -74,7 +74,7 @@ def decode_parts(data: bytes, where: str) -> Parts:
     return parts
 
 
-def plan_of(manifest: Manifest, part_bytes: int, most: int) -> dict[str, list[Part]]:
+def plan_of(manifest: Manifest, part_bytes: int, most: int) -> dict[str, list[FilePart]]:
     """Return the objects of each file of a checkpoint.
 
     Args:
@@ -89,14 +89,14 @@ def plan_of(manifest: Manifest, part_bytes: int, most: int) -> dict[str, list[Pa
     return {file: parts_of(file, entry.nbytes, part_bytes) for file, entry in manifest.files.items()}
 
 
-def parts_of(file: str, nbytes: int, part_bytes: int) -> list[Part]:
+def parts_of(file: str, nbytes: int, part_bytes: int) -> list[FilePart]:
     """Return the objects of a file, in order."""
     if nbytes <= part_bytes:
-        return [Part(file, nbytes)]
+        return [FilePart(file, nbytes)]
     count = -(-nbytes // part_bytes)
     width = max(5, len(str(count)))  # so that names sort in the order of the parts
     sizes = [part_bytes] * (count - 1) + [nbytes - part_bytes * (count - 1)]
-    return [Part(f"{file}.{index:0{width}}-of-{count:0{width}}", size) for index, size in enumerate(sizes)]
+    return [FilePart(f"{file}.{index:0{width}}-of-{count:0{width}}", size) for index, size in enumerate(sizes)]
 
 
 def folders_of(keys: Iterable[str]) -> dict[CheckpointName, set[str]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import anyio
 
 
-class Server(NamedTuple):
+class RunningServer(NamedTuple):
     """A server in this event loop."""
 
     is_ending: Callable[[], bool]
@@ -23,27 +23,27 @@ class Server(NamedTuple):
     """Its connections, if it waits for them without a timeout."""
 
 
-def _uvicorn(local: Mapping[str, Any]) -> Server:
+def _uvicorn(local: Mapping[str, Any]) -> RunningServer:
     server = local["self"]
-    return Server(
+    return RunningServer(
         # With ``limit_max_requests`` it stops by itself: its sockets are closed then.
         lambda: server.should_exit or any(not one.is_serving() for one in getattr(server, "servers", ())),
         lambda: list(server.server_state.connections),
     )
 
 
-def _hypercorn(local: Mapping[str, Any]) -> Server:
+def _hypercorn(local: Mapping[str, Any]) -> RunningServer:
     context = local["context"]
-    return Server(lambda: bool(context.terminated.is_set()))
+    return RunningServer(lambda: bool(context.terminated.is_set()))
 
 
-def _gunicorn(local: Mapping[str, Any]) -> Server:
+def _gunicorn(local: Mapping[str, Any]) -> RunningServer:
     worker = local["self"]
-    return Server(lambda: not worker.alive)
+    return RunningServer(lambda: not worker.alive)
 
 
 # The coroutine that each server runs until its end, by module and name.
-_SERVERS: dict[tuple[str, str], Callable[[Mapping[str, Any]], Server]] = {
+_SERVERS: dict[tuple[str, str], Callable[[Mapping[str, Any]], RunningServer]] = {
     ("uvicorn.server", "Server._serve"): _uvicorn,
     ("hypercorn.asyncio.run", "worker_serve"): _hypercorn,
     ("hypercorn.trio.run", "worker_serve"): _hypercorn,
@@ -51,9 +51,9 @@ _SERVERS: dict[tuple[str, str], Callable[[Mapping[str, Any]], Server]] = {
 }
 
 
-def find_servers() -> list[Server]:
+def find_servers() -> list[RunningServer]:
     """Return the known servers in this event loop."""
-    found: list[Server] = []
+    found: list[RunningServer] = []
     for task in anyio.get_running_tasks():
         coroutine: Any = task.coro
         while coroutine is not None:
@@ -67,7 +67,7 @@ def find_servers() -> list[Server]:
     return found
 
 
-def unread(servers: list[Server], headers: list[Any]) -> list[Any]:
+def unread(servers: list[RunningServer], headers: list[Any]) -> list[Any]:
     """Return the transports with unread data: a server that closes them waits until the clients have read it.
 
     Args:

@@ -27,7 +27,7 @@ from events.messages import (
 )
 from events.origin import Origin
 from trainer import CallbackInterface, Histogram, Image, fenced, inline, observer
-from trainer.media import INLINE_TEXT, Drawn, MediaWriter, Text
+from trainer.media import INLINE_TEXT, Drawn, LoggedText, MediaWriter
 
 
 def logging_net(kit: Any, log: Any, **options: Any) -> Any:
@@ -272,7 +272,7 @@ def test_more_than_can_be_written_is_dropped_and_counted(tmp_path: Path, caplog:
     for _ in range(100):
         writer.add("slow", Slow(go), origin.header(), None, None)
     go.set()
-    writer.add("text", Text("x"), origin.header(), None, None)
+    writer.add("text", LoggedText("x"), origin.header(), None, None)
     writer.close(20.0)
     dropped = sum(event.dropped for event in published if isinstance(event, ObserverDropped))
     written = sum(isinstance(event, TextLogged) for event in published)

@@ -15,7 +15,7 @@ from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.parallel import in_order
 from events.checkpoint.remote import LOST, RemoteStore
-from events.checkpoint.remote_layout import PARTS_NAME, Part, decode_parts, plan_of
+from events.checkpoint.remote_layout import PARTS_NAME, FilePart, decode_parts, plan_of
 from events.errors import CheckpointDamaged, CheckpointNotFound
 from events.run.folder import LOCK_NAME
 from events.text import plain_text
@@ -92,7 +92,7 @@ class RemoteSource:
         self.where = base if self.only is not None else url.rstrip("/")
         self._store = RemoteStore(self.where)
         self._objects = Objects(self.where, Limits())
-        self._plans: dict[CheckpointName, dict[str, list[Part]]] = {}
+        self._plans: dict[CheckpointName, dict[str, list[FilePart]]] = {}
         self.line = self._store.line()
         self.names = by_age(self.line, self._store.names())[::-1]
         self.path = self.uploaded = self._store.url_of

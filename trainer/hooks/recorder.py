@@ -15,7 +15,7 @@ from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
 from events.origin import Header, header_of
 from events.text import MOST_NAME, as_name, name_problem
 from trainer.errors import MetricNotFound
-from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, MediaWriter, Text
+from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, LoggedText, MediaWriter
 
 Value = float | torch.Tensor
 
@@ -71,7 +71,7 @@ class MetricRecorder:
         header = self._bus.origin.header() if event is None else header_of(event)
         key = getattr(event, "key", None)
         of_seq = event.seq if event is not None else None
-        if isinstance(value, Histogram | Image | Drawn | Text):
+        if isinstance(value, Histogram | Image | Drawn | LoggedText):
             self._publish_other(name, value, header, key, of_seq)
         else:
             self._publish(MetricsLogged(*header, metrics={}, key=key, of_seq=of_seq), {name: value})
@@ -90,7 +90,7 @@ class MetricRecorder:
         values, self.values = self.values, []
         numbers: list[tuple[str, Value, float]] = []
         for name, value, weight in values:
-            if isinstance(value, Histogram | Image | Drawn | Text):
+            if isinstance(value, Histogram | Image | Drawn | LoggedText):
                 self._publish_other(name, value, self._bus.origin.header(), key, None)
             else:
                 numbers.append((name, value, weight))
@@ -247,14 +247,14 @@ class MetricRecorder:
                     *header, name=name, low=low, high=high, counts=counts, non_finite=non_finite, key=key, of_seq=of_seq
                 )
             )
-        elif isinstance(value, Text) and len(value.text) <= INLINE_TEXT:
+        elif isinstance(value, LoggedText) and len(value.text) <= INLINE_TEXT:
             self._bus.publish(TextLogged(*header, name=name, text=value.text, path=None, key=key, of_seq=of_seq))
         else:
             self._media.add(name, value, header, key, of_seq)
 
 
 _STAGES: dict[str | None, str] = {"train": "in training", "val": "in validation", "test": "in testing"}
-_KINDS: dict[type, str] = {Histogram: "a histogram", Image: "an image", Drawn: "an image", Text: "a text"}
+_KINDS: dict[type, str] = {Histogram: "a histogram", Image: "an image", Drawn: "an image", LoggedText: "a text"}
 
 
 def _means(values: list[tuple[str, Value, float]]) -> dict[str, Value]:
