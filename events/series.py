@@ -76,7 +76,7 @@ class Series(msgspec.Struct):
         )
 
     def extend(self, steps: list[int], times: list[float], values: list[float], most: int = MOST_POINTS) -> None:
-        """Take values in their order, and keep at most so many points. Steps come in order, by and large."""
+        """Add values in order, with a maximum of points. Steps are nearly always in order."""
         begin, count = 0, len(values)
         if count:
             self.last = values[-1]
@@ -261,7 +261,7 @@ def _word(value: float) -> Word:
 
 
 def _mean(first: float, first_weight: int, second: float, second_weight: int) -> float:
-    """Of two points. Values that were not finite count among the weights: it is no worse for that."""
+    """The mean of two points. Non-finite values count in the weights, which is accurate enough."""
     if math.isnan(first) or math.isnan(second):
         return second if math.isnan(first) else first
     # Half of the difference, twice, because the difference may overflow.

@@ -378,7 +378,7 @@ def _check_address(address: str | None) -> None:
         if address and (not is_server or (parts.hostname and parts.port != 0 and not re.search(r"\s", address))):
             return
     except ValueError:
-        pass  # the port is no number, or the host no IPv6 address
+        pass  # the port is not a number, or the host not an IPv6 address
     raise SinkMisconfigured(
         f"MLflow(tracking_uri={masked_url(address)!r:.200}) is not an address; give http://HOST:PORT, or another URI"
         f" that MLflow supports"

@@ -1,7 +1,7 @@
 """Metrics and traces of a run, sent to an OpenTelemetry collector by OTLP over HTTP.
 
-The official exporters send; the SDK's providers do not serve: their spans have random identifiers, so that a batch that
-is delivered again would be there twice, and their metrics the time of collection. No global provider is read or set.
+It uses the official exporters, but not the SDK's providers: their spans have random identifiers, which would duplicate
+a repeated batch, and their metrics the time of collection. Global providers are neither read nor set.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")
 class OpenTelemetry(Strict, frozen=True):
     """Sends a run's metrics and spans to a collector.
 
-    **Metrics.** ``stagecast.metric`` is one gauge, with the metric's name as the attribute ``name``: names are free
-    text, those of instruments are not, and so no name is changed and no two become one. Of each batch the newest
-    values are sent, at the time of its newest event. Beside it are sums (``stagecast.steps``, ``stagecast.rows``,
-    ``stagecast.checkpoints``, ``stagecast.ledger_seconds``, ...) and a histogram of step times. Those of each
-    attempt begin at zero, with a start time of their own.
+    **Metrics.** ``stagecast.metric`` is one gauge, with the metric's name as the attribute ``name``: unlike the names
+    of instruments it is free text, so names are unchanged and distinct. The newest values of each batch are sent, with
+    the time of its newest event. There are sums (``stagecast.steps``, ``stagecast.rows``, ``stagecast.checkpoints``,
+    ``stagecast.ledger_seconds``, ...) and a histogram of step times, which start at zero in each attempt, with a start
+    time of their own.
 
-    **Spans.** ``run`` holds ``train_epoch``, ``test``, ``checkpoint`` and ``checkpoint_upload``; an epoch holds its
-    ``validation``. They begin and end when the events say, have ``stagecast.run_id``, ``stagecast.attempt``,
-    ``stagecast.global_step`` and the numbers of their last event as attributes, and tell failures, stalls and losses
-    that are no number as span events. All attempts at a run are one trace, made from its ``run_id``; each links to the
-    one before. A span is sent when it has ended: of a process that is killed, the run's own is missing, until a replay
-    tells the attempt after it.
+    **Spans.** ``run`` contains ``train_epoch``, ``test``, ``checkpoint`` and ``checkpoint_upload``; an epoch contains
+    its ``validation``. They have the times of their events, the attributes ``stagecast.run_id``,
+    ``stagecast.attempt``, ``stagecast.global_step`` and the numbers of their last event, and span events for failures,
+    stalls and non-finite losses. All attempts at a run are one trace, derived from its ``run_id``; each links to the
+    previous one. A span is sent at its end: the span ``run`` of a killed process is missing, until a replay reaches the
+    next attempt.
 
-    The two fail apart. A collector that refuses one of them for good (404, 401, ...) gets no more of that one, and a
-    warning names it; what fails for now is retried by the sink's delivery policy.
+    Metrics and spans fail independently. If the collector refuses one of them permanently (404, 401, ...), it is
+    disabled with a warning; the sink's delivery policy retries temporary failures.
 
     The environment is read as OpenTelemetry defines it: ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``_HEADERS``, ``_TIMEOUT``,
     ``_COMPRESSION``, ``_CERTIFICATE``, ``_CLIENT_CERTIFICATE`` and ``_CLIENT_KEY``, each also for ``TRACES`` or
     ``METRICS`` alone; ``OTEL_TRACES_EXPORTER=none`` and ``OTEL_METRICS_EXPORTER=none``; ``OTEL_SDK_DISABLED``;
-    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME``. Secrets belong there, in the headers: no message, log or
-    event shows them.
+    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME``. Set secrets there, as headers: they appear in no message,
+    log or event.
     """
 
     endpoint: str | None = None

@@ -1,6 +1,6 @@
-"""A page for Prometheus to scrape while a run is under way.
+"""A page for Prometheus to scrape during a run.
 
-Scraping sees the present and has no steps: for curves over steps use a sink that is written to.
+A scrape reads current values without steps; for curves over steps use a sink that receives events.
 """
 
 from __future__ import annotations
@@ -37,47 +37,44 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _MOST_CONNECTIONS = 16
 """Maximum connections at a time, each with a thread."""
 _PAUSE_S = 0.5
-"""Seconds without an accept after one has failed for want of descriptors."""
+"""Seconds without an accept after one has failed because of missing descriptors."""
 
 
 class Prometheus(Strict, frozen=True):
-    """Serves a run's numbers at ``http://HOST:PORT/metrics``, from its start to its end.
+    """Serves a run's metrics at ``http://HOST:PORT/metrics``, from its start to its end.
 
-    Every series is labelled with the run's ``run_id``. All metrics are one family, under the names that they have
-    everywhere: ``stagecast_metric{name="val_loss"}``. Beside it are, among others, ``stagecast_steps_total``,
-    ``stagecast_step_seconds`` (a histogram), ``stagecast_run_state{state="running"}``,
-    ``stagecast_checkpoints_total{outcome="saved"}``, ``stagecast_observer_failures_total{observer="..."}`` and
-    ``stagecast_ledger_seconds_total{row="data"}``: where the loop's time goes.
+    Every series has the label ``run_id``. All metrics are one family, with their names in `events.metrics.metrics_of`:
+    ``stagecast_metric{name="val_loss"}``. Other families are ``stagecast_steps_total``, ``stagecast_step_seconds`` (a
+    histogram), ``stagecast_run_state{state="running"}``, ``stagecast_checkpoints_total{outcome="saved"}``,
+    ``stagecast_observer_failures_total{observer="..."}``, ``stagecast_ledger_seconds_total{row="data"}`` (the stall
+    ledger), and more.
 
-    A run that keeps a folder writes its address into ``prometheus-RUN.json`` beside that folder, in the format that
-    Prometheus reads for discovery, and removes it at the end: a ``file_sd_configs`` with
-    ``files: [runs/prometheus-*.json]`` finds all runs (Prometheus allows a wildcard in the last part of a path only).
-    Two runs at a time on one machine need two ports.
+    A run with a folder writes its address to ``prometheus-RUN.json`` next to that folder, for Prometheus's discovery,
+    and removes it at the end: a ``file_sd_configs`` with ``files: [runs/prometheus-*.json]`` finds all runs (Prometheus
+    only allows a wildcard in the last part of a path). Concurrent runs on one machine need different ports.
 
-    It runs in the sink host, so that scrapes take nothing from the process that trains. Its counters restart at zero if
-    the host has died. ``(Prometheus(), Delivery(runs_in="thread"))`` serves from the process that trains and needs no
-    journal.
+    It runs in the sink host, so that scrapes do not slow down training. Its counters restart at zero if the host dies.
+    ``(Prometheus(), Delivery(runs_in="thread"))`` serves from the training process and does not need a journal.
 
-    If the page has been scraped during the run, the end of the run waits up to ``linger_s`` for one more scrape, which
-    sees the final state.
+    If the page was scraped during the run, the end of the run waits up to ``linger_s`` for a scrape of its final state.
     """
 
     host: str = "127.0.0.1"
     """The address to listen on: by default, only this machine can read it. ``0.0.0.0``: every machine that can reach
-    this one; no one is asked for a password."""
+    this one, without a password."""
     port: int = 9464
     """0 selects a free one, which the log and the discovery file name."""
     max_names: int = 1_000
     """Maximum distinct metric names; each is a series in Prometheus. Further names are skipped with a warning."""
 
     hosts: tuple[str, ...] = ()
-    """Names under which the page may be asked for, beside IP addresses, ``localhost``, ``host`` and this machine's
-    name. A request for any other name is refused, because a stranger's web page could make that name lead here."""
+    """Allowed names in the ``Host`` header, besides IP addresses, ``localhost``, ``host`` and this machine's name.
+    Others are refused, because a foreign web page could make them resolve to this machine (DNS rebinding)."""
 
     linger_s: float = 15.0
     """Seconds that the end of a run waits for a scrape of its final state. ``drain_timeout_s`` bounds it, too."""
 
-    # Lossless: a step that `latest` or `drop_oldest` takes away would be missing in the counters for ever. Scrapes are
+    # Lossless, because a step that `latest` or `drop_oldest` drops would be missing in the counters. Scrapes are
     # seconds apart, so a delay of one second does not show, and wakes this thread rarely.
     delivery: ClassVar[Delivery] = Delivery(
         types=TOTALS_TYPES, overflow="catch_up", latency_s=1.0, timeout_s=30.0, runs_in="process"

@@ -330,7 +330,7 @@ def _is_address(url: str) -> bool:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        return False  # the port is no number, or the host no IPv6 address
+        return False  # the port is not a number, or the host not an IPv6 address
 
 
 def _has_credentials(url: str) -> bool:

@@ -52,7 +52,7 @@ def test_a_silent_server_makes_the_page_stale(serve: Callable[..., PageServer], 
     expect(page.locator("#banner")).to_be_hidden()
     server.is_silent = True
     expect(page.locator("#banner")).to_be_visible(timeout=9_000)
-    expect(page.locator("#banner")).to_contain_text("what you see is old")
+    expect(page.locator("#banner")).to_contain_text("this data is old")
     expect(page.locator("body")).to_have_class(re.compile("stale"))
     expect(page.locator("#pause")).to_be_disabled()
     expect(page).to_have_title(re.compile("^⚠"))
@@ -129,7 +129,7 @@ def test_a_run_that_is_removed_while_it_is_watched_is_said_so(serve: Callable[..
     server.call(lambda: server.runs.pop("gone"))
     page.evaluate("stagecast.look().then(() => stagecast.look())")
     expect(page.locator("#status")).to_contain_text("no such run")
-    expect(page.locator("#banner")).to_contain_text("There is no run gone any more: what you see is old")
+    expect(page.locator("#banner")).to_contain_text("The run gone does not exist any more: this data is old")
     expect(page.locator("#banner")).to_contain_text("it has here")
     expect(page.locator("#tiles")).to_be_visible()
 

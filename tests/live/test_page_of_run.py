@@ -199,7 +199,7 @@ def test_a_run_whose_folder_is_removed_is_said_to_be_gone(told: Any, kit: Any, s
     expect(page.locator("#status")).to_contain_text("running")
     told.let_go()
     shutil.rmtree(told.path)
-    expect(page.locator("#banner")).to_contain_text("There is no run demo any more", timeout=20_000)
+    expect(page.locator("#banner")).to_contain_text("The run demo does not exist any more", timeout=20_000)
     expect(page.locator("#banner")).to_contain_text("it has other")
     expect(page.locator("#status")).to_contain_text("no such run")
     page.reload()

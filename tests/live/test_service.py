@@ -279,7 +279,7 @@ def test_runs_wait_in_line_and_may_leave_it(service: Service) -> None:
     assert service.until_state("first", "cancelled")[0] == "cancelled"
     service.until_state("fourth", "running")
     service.client.post("/runs/fourth/stop")
-    assert service.until_state("fourth", "stopped") == ("stopped", "a client asked for it")
+    assert service.until_state("fourth", "stopped") == ("stopped", "requested by a client")
     shown = [(one["run_id"], one["state"]) for one in service.client.get("/runs").json()][-4:]
     assert shown == [("first", "cancelled"), ("second", "cancelled"), ("third", "cancelled"), ("fourth", "stopped")]
 

@@ -220,7 +220,7 @@ class EMA(CallbackInterface):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         named, saved = self._named(), state["average"]
-        problems = [f"there is no {name} here to average" for name in saved if name not in named]
+        problems = [f"{name} does not exist here" for name in saved if name not in named]
         problems += [
             f"{name} {problem}"
             for name, tensor in named.items()

@@ -166,7 +166,7 @@ def create_app(
         return Shown.of(job, manager)
 
     @routes.post("/{run_id}/stop", status_code=202)
-    async def stop(job: Named, manager: Manager, reason: str = "a client asked for it") -> Shown:
+    async def stop(job: Named, manager: Manager, reason: str = "requested by a client") -> Shown:
         manager.stop(job, reason)
         return Shown.of(job, manager)
 

@@ -77,7 +77,7 @@ class Capture:
 
 # Thousands of these are queued for a slow observer, never in a cycle: `gc=False` spares the collector the walk.
 class Copy(msgspec.Struct, gc=False):
-    """The outputs of one micro-batch: host tensors whose copy may still be under way."""
+    """The outputs of one micro-batch: host tensors whose copy may still be in progress."""
 
     values: tuple[Any, ...]
     nbytes: int

@@ -192,7 +192,7 @@ export class Chart {
     setAttribute(this.plot, "aria-label", this.#summary(curves));
   }
 
-  /** A curve that a logarithmic scale hides, or has holes in, is not left out without a word. */
+  /** Report the curves that a logarithmic scale hides, completely or in part. */
   #tellMissing(curves) {
     const told = curves
       .map(({ label, series }) => [label, valuesOffLog(series), series.count])
@@ -224,7 +224,7 @@ export class Chart {
     return isNarrowed || !isWhole ? scope : null;
   }
 
-  /** Values that are not finite, or beyond the scale, are not left out without a word. */
+  /** Report the values that are not finite, or beyond the scale. */
   #note(curves) {
     const told = [];
     curves.forEach(({ label, series, show = number }, i) => {
@@ -325,7 +325,7 @@ export class Chart {
     return {
       splits: (u, axis, min, max) => logSplits(min, max, most),
       filter: (u, splits) => splits,
-      incrs: (u, axis, min, max) => [Math.max(5, max - min)], // of no use here, but without one there is no axis
+      incrs: (u, axis, min, max) => [Math.max(5, max - min)], // unused, but required for an axis
     };
   }
 
@@ -475,7 +475,7 @@ export class Chart {
   }
 
   #fillTable(curves, now) {
-    // Not under somebody's eyes more often than can be read, and not while it is being scrolled through.
+    // Not more often than it can be read, and not while it is scrolled.
     if (this.tableAt && (now - this.tableAt < TABLE_MS || this.holder.scrollTop > 0)) return;
     this.tableAt = now;
     const groups = curves.map(({ series, values }) => ({

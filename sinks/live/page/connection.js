@@ -14,7 +14,7 @@ export const token = {
   clear: () => sessionStorage.removeItem(TOKEN),
 };
 
-/** In a report there is no server: the runs are in the page itself, as `{runs: [snapshot], media: {address: data}}`. */
+/** A report has no server: the page contains the runs as `{runs: [snapshot], media: {address: data}}`. */
 const embedded = document.getElementById("report");
 export const report = embedded ? JSON.parse(embedded.textContent) : null;
 

@@ -75,7 +75,7 @@ export function align(groups) {
     let x = Infinity;
     for (let g = 0; g < groups.length; g++) {
       const from = groups[g].x;
-      while (heads[g] < from.length && from[heads[g]] < before) heads[g] += 1; // not in order: left out
+      while (heads[g] < from.length && from[heads[g]] < before) heads[g] += 1; // not in order: skipped
       if (heads[g] < from.length && from[heads[g]] < x) x = from[heads[g]];
     }
     if (x === Infinity) break;
@@ -104,7 +104,7 @@ function areEqual(a, b) {
   return true;
 }
 
-/** What the curves' numbers are divided by to be drawn: from one end to the other of all numbers is farther than any. */
+/** The divisor of the curves' numbers for drawing: the difference of two numbers may overflow. */
 export function shrinkageOf(largest) {
   return largest > Number.MAX_VALUE / 4 ? 4 : 1;
 }
@@ -202,7 +202,7 @@ export function clamped(part, [low, high]) {
   return { ...part, y: column(part.y), low: column(part.low), high: column(part.high) };
 }
 
-/** Where the smallest and the largest value to be shown are, with some air around. */
+/** The range of the shown values, with a margin. */
 export function linearRange(min, max) {
   if (min === null || max === null || !Number.isFinite(min) || !Number.isFinite(max)) return [0, 1];
   if (min === max) {

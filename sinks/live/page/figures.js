@@ -71,10 +71,10 @@ export function writeFigures(store, isStale) {
   if (run.reason && !isRunning) setText(byId("place"), run.reason);
 }
 
-/** The epoch under way, or the last one, from 1, as the log counts them: events count from 0. */
+/** The current or last epoch, from 1, as in the log; events count from 0. */
 function epochOf({ epoch, epochs }) {
   const now = (epoch ?? 0) + 1;
-  return epochs ? Math.min(now, epochs) : now; // one taken up again with nothing left to do stands behind its last
+  return epochs ? Math.min(now, epochs) : now; // a run that was resumed after its last epoch is beyond it
 }
 
 function lowest(series) {

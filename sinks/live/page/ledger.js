@@ -49,7 +49,7 @@ export function ledgerCurves(store) {
   return curves.reverse();
 }
 
-/** The table beside the stack: the last interval, and the whole run. */
+/** The ledger's table: the last interval, and the whole run. */
 export function ledgerTable(store) {
   const wall = store?.get("ledger/wall_s");
   if (!wall?.length) return null;

@@ -231,7 +231,7 @@ class App {
       const curve = { colour: colours().run[one.slot], dash: DASHES[one.slot] };
       return { colour: `${curve.colour}${one.slot}`, swatch: () => swatch(curve) };
     };
-    // Those that are watched are known better than the list that was asked for a while ago.
+    // The stores of connected runs are newer than the list.
     const runs = this.runs.map((run) => {
       const store = this.open.get(run.run_id)?.store;
       return store?.isLoaded
@@ -370,7 +370,7 @@ class App {
     }
     if (!isStale) return;
     if (this.isMissing(runId)) {
-      setText(byId("banner-text"), `There is no run ${runId} any more: what you see is old`);
+      setText(byId("banner-text"), `The run ${runId} does not exist any more: this data is old`);
       setText(byId("banner-detail"), `Its folder was removed or renamed on the server; ${this.runsInWords()}.`);
       byId("retry").hidden = true;
       return;
@@ -384,7 +384,7 @@ class App {
           : "The connection is lost";
     setText(
       byId("banner-text"),
-      isOver ? `${text}; the run is over, so nothing is missing` : `${text}: what you see is old`,
+      isOver ? `${text}; the run is over, so nothing is missing` : `${text}: this data is old`,
     );
     const left = Math.ceil((connection.retryAt - performance.now()) / 1000);
     const next =
@@ -394,7 +394,7 @@ class App {
         open: "; still waiting",
       }[connection.state] ?? "";
     const problem = connection.problem ? ` (${connection.problem})` : "";
-    setText(byId("banner-detail"), `Last heard ${duration(Math.round(connection.silence_s))} ago${problem}${next}.`);
+    setText(byId("banner-detail"), `Last message ${duration(Math.round(connection.silence_s))} ago${problem}${next}.`);
     byId("retry").hidden = connection.state === "gone";
     setText(byId("retry"), connection.state === "token" ? "Enter the token" : "Reconnect now");
   }

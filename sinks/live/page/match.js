@@ -12,7 +12,7 @@ export function matcher(text) {
     const reason = error.message.slice(error.message.lastIndexOf(": ") + 1).trim();
     problem = `“${wanted}” is not a regular expression (${reason}); searching for plain text.`;
   }
-  // A name that contains the text as it stands is always found: “val(1)” finds itself.
+  // A name that contains the text itself always matches: “val(1)” finds itself.
   const matches = (name) => name.toLowerCase().includes(plain) || (expression?.test(name) ?? false);
   return { matches, problem };
 }

@@ -160,7 +160,7 @@ export class Checkpoints {
       { head: "When" },
     ];
     const best = bestCheckpoint(all, store.run);
-    const isLost = isOver(store.run); // nobody writes or uploads any more
+    const isLost = isOver(store.run); // no process writes or uploads any more
     const rows = shown.map((one) => [
       one.name,
       count(one.global_step),

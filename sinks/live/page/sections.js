@@ -223,7 +223,7 @@ export class Sections {
 
   // ---------------------------------------------------------------------------------------------- validation
 
-  /** The table beside the stack. */
+  /** The ledger's table. */
   fillLedger() {
     const made = ledgerTable(this.app.focus()?.store);
     if (made) this.parts["ledger-table"].replaceChildren(made);
@@ -276,7 +276,7 @@ export class Sections {
     ];
     const caption = isComparing ? "Last and best values (★ best of its run)" : "Last and best values (★ best)";
     const key = JSON.stringify([caption, rows]);
-    if (key === this.validationKey) return; // what somebody reads or has marked stays as it is
+    if (key === this.validationKey) return; // keeps the reader's selection and position
     this.validationKey = key;
     const cellOf = (text) => (text.includes("★") ? el("span", { class: "best", text }) : text);
     const cells = rows.map((row) => row.map((text, index) => (index ? cellOf(text) : text)));

@@ -13,7 +13,7 @@ const MOST_HISTOGRAMS = 200;
 const MOST_OF_A_HISTOGRAM = 50;
 const COLUMNS = ["step", "time", "mean", "low", "high", "weight"];
 
-/** One curve, column by column: of so many steps each the mean, the lowest and the highest value. */
+/** One curve, column by column: the mean, the lowest and the highest value of equally many steps per point. */
 export class Series {
   constructor(name, most = MOST_POINTS) {
     this.name = name;
@@ -137,7 +137,7 @@ function pick(choose, a, b) {
   return choose(a, b);
 }
 
-/** All that is shown of one run. `touched` names what has changed since somebody looked: "run", "log", "names"... */
+/** The shown state of one run. `touched` names the parts that changed since the last drawing: "run", "log", "names"... */
 export class RunStore {
   constructor(runId) {
     this.runId = runId;
@@ -156,7 +156,7 @@ export class RunStore {
     this.series = new Map();
     this.stages = new Map(); // name -> "val" or "test": what user code logs while it validates or tests
     this.log = [];
-    this.lines = 0; // entries that ever were in the log, for whoever shows it piece by piece
+    this.lines = 0; // total entries of the log, for incremental drawing
     this.checkpoints = new Map();
     this.observers = new Map();
     this.media = [];
@@ -219,7 +219,7 @@ export class RunStore {
 
   #take(data) {
     for (const [name, stage] of Object.entries(data.stages ?? {})) {
-      if (!this.series.has(name)) continue; // there are no more of them than curves
+      if (!this.series.has(name)) continue; // bounded by the number of curves
       this.stages.set(name, stage);
       this.touched.add("names");
     }
