@@ -172,37 +172,6 @@ async def test_a_journal_that_cannot_be_read_is_an_error_that_passes(tmp_path: P
         assert seqs(await stream.receive()) == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("since", "expected"), [(None, [6]), (0, [1, 2, 3, 4, 5, 6]), (3, [4, 5, 6]), (9, [])])
-@pytest.mark.parametrize("journal", [True, False])
-async def test_a_stream_begins_after_its_cursor(
-    tmp_path: Path, journal: bool, since: int | None, expected: list[int]
-) -> None:
-    """None: with what comes; 0: with the first event; a cursor of the future: not before it."""
-    async with Story(tmp_path if journal else None, history=100).told() as story:
-        await story.publish(TrainStepEnded, count=5)
-        await story.write()
-        stream = story.open(since)
-        assert stream.cursor == (5 if since is None else since)
-        await story.publish(TrainStepEnded)
-        await story.end()
-        assert await rest(stream) == expected
-
-
-@pytest.mark.parametrize("journal", [True, False])
-async def test_a_stream_opened_after_the_end_has_the_whole_history(tmp_path: Path, journal: bool) -> None:
-    """And ends there, each time it is asked."""
-    story = Story(tmp_path if journal else None, history=100)
-    async with story.told():
-        await story.publish(TrainStepEnded, count=3)
-    for since, expected in ((0, [1, 2, 3]), (2, [3]), (3, []), (None, [])):
-        stream = story.open(since)
-        assert await rest(stream) == expected
-        for _ in range(2):
-            with pytest.raises(anyio.EndOfStream):
-                await stream.receive()
-        assert stream.cursor == 3
-
-
 async def test_without_a_journal_only_recent_history_is_reached() -> None:
     """The error names what is kept, and what to do."""
     async with Story(None, history=4).told() as story:
@@ -266,37 +235,6 @@ async def test_types_that_are_not_kept_come_from_the_opening_on(tmp_path: Path) 
 
 
 # ----------------------------------------------------------------------------------- cursors and cancelling
-
-
-async def test_a_cursor_is_that_of_the_last_event_returned(tmp_path: Path) -> None:
-    """In the middle of a batch too, and after closing: a stream that resumes there repeats and skips nothing."""
-    async with Story(tmp_path).told() as story:
-        first = story.open()
-        await story.publish(TrainStepEnded, count=5)
-        await story.write()
-        async for event in first:
-            assert first.cursor == event.seq
-            if event.seq == 3:
-                break
-        await first.aclose()
-        assert first.cursor == 3
-        with pytest.raises(anyio.EndOfStream):
-            await first.receive()
-        assert seqs(await story.open(first.cursor).receive()) == [4, 5]
-
-
-async def test_the_rest_of_a_batch_comes_by_either_way(tmp_path: Path) -> None:
-    """Whoever has iterated may receive, and the other way round."""
-    async with Story(tmp_path).told() as story:
-        stream = story.open()
-        await story.publish(TrainStepEnded, count=3)
-        assert (await anext(stream)).seq == 1
-        assert seqs(await stream.receive()) == [2, 3]
-        assert stream.cursor == 3
-        await story.publish(TrainStepEnded)
-        await story.end()
-        assert [event.seq async for event in stream] == [4]
-        assert [event.seq async for event in stream] == []
 
 
 @pytest.mark.parametrize("behind", [True, False])

@@ -435,25 +435,6 @@ async def test_a_server_that_stays_away_is_given_up_and_may_be_asked_again(told:
         assert stream.cursor == 2
 
 
-async def test_a_cancelled_wait_loses_nothing(told: Any, server: Server) -> None:
-    """However often: the next call goes on."""
-    tell = told.story
-    told.write(tell.started())
-    got: list[Event] = []
-    async with connect(server.url) as run:
-        stream = run.events(since=0)
-        for number in range(10):
-            with anyio.move_on_after(0.003 * number):
-                while True:
-                    got += await stream.receive()
-            told.write(*tell.steps(20))
-        told.write(tell.ended())
-        told.let_go()
-        with anyio.fail_after(20):
-            got += [event async for event in stream]
-    assert [event.seq for event in got] == list(range(1, tell.seq + 1))
-
-
 async def test_from_now_on_means_from_where_the_stream_was_opened(told: Any, server: Server) -> None:
     """What came before is not in it; what comes between the opening and the first look is."""
     tell = told.story

@@ -237,41 +237,6 @@ def step(seq: int, attempt: int = 1) -> TrainStepEnded:
 
 
 @pytest.mark.anyio
-async def test_a_cancelled_receive_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    """At any moment, while the journal grows by torn lines."""
-    journal = Journal(tmp_path / "journal")
-    stream = journal.stream()
-    seen: list[int] = []
-    written = 0
-
-    async def write() -> None:
-        nonlocal written
-        while written < 3_000:
-            events = [step(written + number) for number in range(1, 31)]
-            data = encode_json_lines(events)
-            for part in (data[:1_000], data[1_000:]):
-                with journal.path.open("ab") as file:
-                    file.write(part)
-                await anyio.sleep(0.001)
-            written += 30
-        journal.over = True
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(write)
-        cancelled = 0
-        try:
-            while True:
-                with anyio.move_on_after(0.0005 * (cancelled % 7)) as scope:
-                    seen += [event.seq for event in await stream.receive()]
-                cancelled += scope.cancelled_caught
-        except anyio.EndOfStream:
-            pass
-    assert seen == list(range(1, 3_001))
-    assert stream.cursor == 3_000
-    assert cancelled > 10
-
-
-@pytest.mark.anyio
 async def test_a_stream_starts_now_ends_with_its_attempt_and_can_be_closed(tmp_path: Path) -> None:
     """Now is after the last whole line. Events of a later attempt end the stream."""
     journal = Journal(tmp_path / "journal")

@@ -314,10 +314,13 @@ class NetworkEventStream(BatchedStream):
         self._connection = connection
         self._follower = follower
         self._types = types
+        self._closed_at: int | None = None
 
     @property
     def cursor(self) -> int:
         """``seq`` of the last event that was returned, or skipped because of its type."""
+        if self._closed_at is not None:
+            return self._closed_at
         return self._ready[0].seq - 1 if self._ready else self._follower.cursor
 
     async def _next_batch(self) -> list[Event]:
@@ -332,7 +335,8 @@ class NetworkEventStream(BatchedStream):
                 return batch
 
     async def aclose(self) -> None:
-        """Stop receiving; the rest is dropped."""
+        """Stop receiving and drop the rest; `cursor` keeps its value."""
+        self._closed_at = self.cursor
         self._ready.clear()
         await self._connection.close(self._follower)
 

@@ -53,6 +53,7 @@ class JournalFollower:
         self._line_since = 0.0
         self._eventless_bytes = 0
         self._saw_end = False
+        self._reading: anyio.CancelScope | None = None
 
     @property
     def cursor(self) -> int:
@@ -74,21 +75,28 @@ class JournalFollower:
             anyio.EndOfStream: There are no more.
             ConnectError: The server does not send them.
         """
-        await self._begun.wait()
-        if self._problem is not None:
-            raise self._problem
-        while not self.ended:
+        with anyio.CancelScope() as self._reading:
             try:
-                if events := await self._read_on():
-                    return events
-            except Unreachable as error:
-                await self._lose(error)
+                await self._begun.wait()
+                if self._problem is not None:
+                    raise self._problem
+                while not self.ended:
+                    try:
+                        if events := await self._read_on():
+                            return events
+                    except Unreachable as error:
+                        await self._lose(error)
+            finally:
+                self._reading = None
         raise anyio.EndOfStream
 
     async def aclose(self) -> None:
-        """Stop, and disconnect."""
+        """Stop, and disconnect; a `read` that waits in another task raises `anyio.EndOfStream`."""
         self.ended = True
-        await self.disconnect()
+        if self._reading is not None:
+            self._reading.cancel()  # its task disconnects
+        else:
+            await self.disconnect()
 
     async def _read_on(self) -> list[Event]:
         """The next events, perhaps none; connects if necessary."""
