@@ -97,7 +97,7 @@ class Health:
         self._ended = False
         self.observers: dict[str, ObserverState] = {}
         self._failed: dict[str, ObserverFailed] = {}  # the last failure of each that has not recovered
-        self._tallies: dict[str, dict[str, _Tally]] = {kind: {} for kind in _COUNTED}
+        self._counted: dict[str, dict[str, _Occurrences]] = {kind: {} for kind in _SENTENCES}
         self._errors: dict[str, None] = {}
         self._lost = 0
         self._gap = ""
@@ -123,8 +123,8 @@ class Health:
     def problems(self) -> list[str]:
         """One sentence for each problem, the gravest first; empty for a healthy run."""
         found: list[str] = [self.failure] if self.failure is not None else []
-        for kind, tallies in self._tallies.items():
-            found += [one.sentence(kind, what) for what, one in tallies.items()]
+        for kind, counted in self._counted.items():
+            found += [one.sentence(kind, what) for what, one in counted.items()]
         for name, observer in self.observers.items():
             if name != _STREAM:
                 found += [f"{name} {what}" for what in self._observer_problems(observer)]
@@ -145,11 +145,11 @@ class Health:
             self.failure = plain_text(f"the run {how}{phase} after step {e.global_step:,}{reason}", MAX_LINE_CHARS)
 
     def _count(self, kind: str, e: Event, what: str = "", in_a_row: int = 1, note: str = "") -> None:
-        tallies = self._tallies[kind]
-        if what not in tallies and len(tallies) < _MAX_ERRORS:
-            tallies[what] = _Tally(e.global_step, note)
-        if what in tallies:
-            tallies[what].add(in_a_row)
+        counted = self._counted[kind]
+        if what not in counted and len(counted) < _MAX_ERRORS:
+            counted[what] = _Occurrences(e.global_step, note)
+        if what in counted:
+            counted[what].add(in_a_row)
 
     def _non_finite_loss(self, e: NonFiniteLoss) -> None:
         self._count("loss", e, in_a_row=e.consecutive)
@@ -268,7 +268,7 @@ class Health:
             self._rejected[name] = f"checkpoint {name} is not valid and was not resumed from: {why}"
 
 
-_COUNTED = {
+_SENTENCES = {
     "loss": "the loss was NaN or infinite in {steps}, first at step {first:,}",
     "gradient": "a gradient was NaN or infinite in {steps}, first at step {first:,}",
     "evaluation": "the {what} was NaN or infinite {times}, first at step {first:,}",
@@ -278,7 +278,7 @@ _COUNTED = {
 """The sentences of problems that are counted, the gravest first."""
 
 
-class _Tally(msgspec.Struct):
+class _Occurrences(msgspec.Struct):
     """How often something happened. Of steps in a row only the 1st, 2nd, 4th, 8th... may be reported."""
 
     first: int
@@ -295,7 +295,7 @@ class _Tally(msgspec.Struct):
     def sentence(self, kind: str, what: str) -> str:
         """The problem in words."""
         skipped = _many(self.count, "step")
-        return _COUNTED[kind].format(
+        return _SENTENCES[kind].format(
             what=what,
             note=self.note,
             first=self.first,

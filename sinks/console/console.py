@@ -142,8 +142,8 @@ class ConsoleWriter:
         self._ascii = console.options.ascii_only
         terminal = _can_move_cursor(console) if live is None else live
         self._live = terminal and _claim(self._file)
-        self._run_id = plain_text(run.run_id, 80)
-        self._beside_bars = terminal and not self._live
+        # Beside the bars of another console, each line names its run.
+        self._line_start = f"{plain_text(run.run_id, 80)}  " if terminal and not self._live else ""
         self._paint = _paints(console) if self._live else {}
         self._drawn_at = -self._every_s
         self._line_due: float | None = None
@@ -249,12 +249,12 @@ class ConsoleWriter:
 
     def _print(self, lines: Iterable[Line]) -> None:
         signs = _ASCII_SIGNS if self._ascii else _SIGNS
-        start = f"{self._run_id}  " if self._beside_bars else ""
+        start = self._line_start
         text = "".join(f"{format_clock(line.time)} {signs[line.kind]} {start}{line.text}\n" for line in lines)
         if text:
             # Beside another console's bars the cursor rests on their empty line: what is below it is redrawn
             # soon.
-            self._send(_CLEAR_BELOW + text if self._beside_bars else text)
+            self._send(_CLEAR_BELOW + text if start else text)
 
     def _progress_line(self) -> list[Line]:
         """One line of progress when it is due by the time of the events, however many came at once."""
