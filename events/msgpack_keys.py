@@ -1,7 +1,7 @@
-"""Looks through msgpack of a stranger before it is decoded: for maps that take long to build, and its size in memory.
+"""Checks untrusted msgpack before it is decoded: for maps that take long to build, and for its size in memory.
 
-`msgspec` makes tuples of keys that are arrays, and tuples of one hash are easily made: a map of a hundred thousand
-takes minutes. stagecast never writes such a map. An empty list has one byte, and some 60 when it is decoded.
+`msgspec` decodes array keys to tuples, and tuples of one hash are easily constructed: a map of a hundred thousand takes
+minutes. stagecast never writes such a map. An empty list has one byte, and about 60 once decoded.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from events.hash_tables import FEW_KEYS, check_hashes
 
 _MAX_DEPTH = 10_000
 ROOM_BYTES = 512 * 2**20
-"""Maximum bytes of memory that decoded data may take beyond `GROWTH` times its length: some three million small tuples,
-or twenty million integers."""
+"""Maximum bytes of memory per decoded data beyond `GROWTH` times its length: some three million small tuples, or
+twenty million integers."""
 GROWTH = 4
 """Bytes of memory per byte of texts and of 64-bit numbers."""
 ALWAYS_FITS_BYTES = ROOM_BYTES // 160
-"""Data of this length takes no more than that, whatever is in it."""
+"""Maximum bytes of data that fit `ROOM_BYTES` with any content."""
 _SLOT, _NUMBER, _TEXT, _EXTENSION, _ARRAY, _MAP, _TABLE, _ENTRY = 8, 32, 72, 96, 96, 64, 160, 96
-"""Bytes of memory: in a list, of a number beyond those that Python keeps, of a text, and so on."""
+"""Bytes of memory per list item, number outside of Python's cache, text, and so on."""
 _KEPT = bytes([*range(128), 0xC0, 0xC2, 0xC3])
 """First bytes of values that take no memory of their own."""
 _MOST_RUN = 2**20
@@ -61,9 +61,9 @@ _NUMBERS |= {0xCA + index: f">{form}" for index, form in enumerate("fdBHIQbhiq")
 
 
 def check_keys(data: bytes | memoryview, room_bytes: int = ROOM_BYTES) -> None:
-    """Check that no map takes long to build, and that the data fits the memory. Takes linear time and little memory.
+    """Check that no map takes long to build, and that the data fits the memory; in linear time and little memory.
 
-    Data that is cut or malformed may pass: decoding it fails, in no more memory.
+    Truncated or malformed data may pass: decoding it fails within the same memory.
 
     Args:
         room_bytes: Maximum bytes of memory that the decoded data may take beyond `GROWTH` times its length.
@@ -74,7 +74,7 @@ def check_keys(data: bytes | memoryview, room_bytes: int = ROOM_BYTES) -> None:
     """
     tables: list[array[int] | None] = [None]  # hashes of the numbers that are keys, of each map that is open
     _check(data, room_bytes, tables)
-    for table in tables:  # of data that was cut: the decoder builds what there is of its maps
+    for table in tables:  # of truncated data: the decoder builds the partial maps
         _check_table(table)
 
 
@@ -84,7 +84,7 @@ def _check_table(table: array[int] | None) -> None:
 
 
 def _hash_of(first: int, data: bytes | memoryview, at: int) -> int | None:
-    """The hash of a number, by its first byte; None if it was cut, or is NaN, which has another one each time."""
+    """Return the hash of a number, by its first byte; None if it is truncated, or NaN, which has no fixed hash."""
     try:
         number = struct.unpack_from(_NUMBERS[first], data, at if 0xCA <= first < 0xE0 else at - 1)[0]
     except struct.error:
@@ -95,7 +95,7 @@ def _hash_of(first: int, data: bytes | memoryview, at: int) -> int | None:
 def _check(data: bytes | memoryview, room_bytes: int, tables: list[array[int] | None]) -> None:
     at, size = 0, len(data)
     room = room_bytes + GROWTH * size
-    left, in_map = 1, False  # what the container at hand still holds: twice the entries of a map
+    left, in_map = 1, False  # remaining items of the current container: twice the entries of a map
     outer: list[tuple[int, bool]] = []
     while at < size:
         if not left:
@@ -104,8 +104,7 @@ def _check(data: bytes | memoryview, room_bytes: int, tables: list[array[int] | 
             left, in_map = outer.pop()
             _check_table(tables.pop())
             continue
-        if room < 0:
-            raise ValueError(f"its {size:,} bytes may take more than {room_bytes + GROWTH * size:,} bytes of memory")
+        _check_room(room, room_bytes, size)
         first = data[at]
         if not in_map and left > 1 and first in _RUNS:
             run, width = _RUNS[first]
@@ -147,9 +146,13 @@ def _check(data: bytes | memoryview, room_bytes: int, tables: list[array[int] | 
             at += width
             left, in_map = count * (1 + is_map), is_map
             tables.append(array("q") if is_map and count > FEW_KEYS else None)
-            if left > size - at:  # the decoder would find out behind the last of those that there are
+            if left > size - at:  # the decoder would only fail at the end of the data
                 raise ValueError(f"it was cut: a list or map has {left:,} values, and {size - at:,} bytes follow")
-            # The decoder sets up a list of this length before it finds the items.
+            # The decoder allocates a list of this length before it reads the items.
             room -= _MAP + (_TABLE if count else 0) + _ENTRY * max(0, count - 5) if is_map else _ARRAY + _SLOT * count
+    _check_room(room, room_bytes, size)
+
+
+def _check_room(room: int, room_bytes: int, size: int) -> None:
     if room < 0:
         raise ValueError(f"its {size:,} bytes may take more than {room_bytes + GROWTH * size:,} bytes of memory")

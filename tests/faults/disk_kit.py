@@ -26,7 +26,8 @@ from events.messages import CheckpointFailed, CheckpointSaved, Event
 from events.sink import RunInfo
 from sinks.checkpoints import writer as checkpoint_writer
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
-from trainer.checkpoint.resume import Loaded, load_from
+from trainer.checkpoint.loaded import Loaded
+from trainer.checkpoint.resume import load_from
 from trainer.data.tensor_state import bytes_of
 
 WAIT_S = 20.0

@@ -19,7 +19,8 @@ from events.checkpoint.store import CheckpointStore
 from events.messages import CheckpointDeleted, CheckpointFailed, CheckpointSaved, CheckpointStaged, Event
 from events.origin import Origin
 from sinks.checkpoints.writer import CheckpointWriter
-from trainer.checkpoint.resume import Loaded, load_from
+from trainer.checkpoint.loaded import Loaded
+from trainer.checkpoint.resume import load_from
 from trainer.checkpoint.slab import Slab
 from trainer.checkpoint.staging import Stager
 from trainer.data.tensor_state import Collected

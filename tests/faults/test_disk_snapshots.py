@@ -18,7 +18,7 @@ import torch
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
 from events.messages import CheckpointSaved, CheckpointSkipped, CheckpointStaged
-from trainer.checkpoint.resume import Loaded
+from trainer.checkpoint.loaded import Loaded
 
 
 class Pace:

@@ -21,7 +21,7 @@ import pytest
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointError
-from trainer.checkpoint.resume import Loaded
+from trainer.checkpoint.loaded import Loaded
 
 NEVER = 10**9
 RESUME_EVERY = 40

@@ -44,7 +44,7 @@ from events.messages import (
 from events.protocol import Stop
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Checkpoints, inline
-from trainer.checkpoint.resume import Loaded
+from trainer.checkpoint.loaded import Loaded
 from trainer.errors import ArgumentsError
 
 OFF = {"every_minutes": None, "at_end": False}

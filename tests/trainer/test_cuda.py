@@ -27,7 +27,7 @@ from events.messages import (
     ValEpochEnded,
 )
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, inline, to_device
-from trainer.checkpoint.resume import Loaded
+from trainer.checkpoint.loaded import Loaded
 from trainer.checkpoint.slab import Slab
 from trainer.checkpoint.staging import Stager
 from trainer.data.tensor_state import Collected, tensors_in

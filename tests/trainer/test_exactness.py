@@ -473,7 +473,7 @@ def test_callbacks_of_one_class_keep_their_own_state_in_any_order(
     alone = Count("tens", by=10)
     train(Net(), tmp_path / "c", callbacks=[alone], epochs=2, resume=checkpoint)
     assert alone.total == 60
-    assert "has state for callbacks that are not there: Count(what='ones')" in caplog.text
+    assert "has state for callbacks that the run does not have: Count(what='ones')" in caplog.text
     changed = [Count("hundreds", by=100), Count(what="ones")]
     train(Net(), tmp_path / "d", callbacks=changed, epochs=2, resume=checkpoint)
     assert [one.total for one in changed] == [330, 6]
@@ -491,7 +491,7 @@ def test_a_callback_with_a_key_of_its_own_takes_no_other_state(
     train(Net(), tmp_path / "b", callbacks=[new], epochs=2, resume=tmp_path / "a/checkpoints/step-3.a1")
     assert new.total == 3
     assert "has no state for the callback new" in caplog.text
-    assert "has state for callbacks that are not there: old" in caplog.text
+    assert "has state for callbacks that the run does not have: old" in caplog.text
 
 
 def test_arguments_of_any_kind_tell_callbacks_apart(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_a_state_of_its_own_that_the_module_does_not_take_over_is_told(tmp_path:
             return dict(self.state_dict()) | {"extra": 1}
 
     train(Half(), tmp_path / "a")
-    with pytest.raises(CheckpointMismatch, match=r"it has extra, .*update_state\(state\) must be"):
+    with pytest.raises(CheckpointMismatch, match=r"it has extra, .*override update_state\(state\) too"):
         train(Half(), tmp_path / "b", resume=tmp_path / "a/checkpoints/step-3.a1")
 
 

@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and which metrics are among the best. No clock, no thread, no I/O."""
+"""When a checkpoint is due, and which metrics are among the best. Without clock, thread or I/O."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class DuePolicy:
     """Decides when checkpoints are due, by their settings.
 
     Attributes:
-        step: `after_step` has something to decide once ``global_step`` has reached this...
-        ns: ...or the clock this.
+        step: ``global_step`` from which `after_step` must be called...
+        ns: ...or the time of the clock from which it must.
 
     Args:
-        settings: None: no checkpoint is ever due.
+        settings: None disables checkpoints.
     """
 
     def __init__(self, settings: Checkpoints | None) -> None:
@@ -29,19 +29,19 @@ class DuePolicy:
         self._postponed: list[str] = []
 
     def start(self, global_step: int, now_ns: int) -> None:
-        """Training begins. The step after the first one always has something to decide."""
+        """Start training."""
         if self._settings is not None:
             self.step = global_step + 1
             self.taken(now_ns)
 
     def taken(self, now_ns: int) -> None:
-        """A checkpoint was taken or skipped: the minutes begin again."""
+        """Restart the minutes after a checkpoint was taken or skipped."""
         self._is_best = False
         minutes = self._settings.every_minutes if self._settings is not None else None
         self.ns = NEVER if minutes is None else now_ns + int(min(minutes, 1e6) * 60e9)
 
     def found_best(self, global_step: int) -> None:
-        """The metric of this step is among the best."""
+        """Note that the metric of this step is among the best."""
         self._is_best = True
         self.step = min(self.step, global_step)
 
@@ -49,8 +49,8 @@ class DuePolicy:
         """Return why a checkpoint is due after a step.
 
         Args:
-            last: The step is the last of its epoch: `after_epoch` returns these reasons, because the checkpoint at the
-                end of the epoch holds all that this one would.
+            last: The step is the last of its epoch: `after_epoch` returns the reasons instead, so that one checkpoint
+                serves both.
         """
         if self._settings is None:
             return []
@@ -85,25 +85,25 @@ class BestScores:
     """The best metrics of a run's checkpoints, by step.
 
     Args:
-        saved: Those of checkpoints that an earlier attempt has written.
+        saved: Metrics of the checkpoints of earlier attempts.
     """
 
     def __init__(self, settings: Checkpoints, saved: dict[int, float]) -> None:
         self._sign = 1 if settings.best_mode == "max" else -1
         self._keep = settings.keep_best
         self._scores: dict[int, tuple[float, Snapshot | None]] = {step: (one, None) for step, one in saved.items()}
-        """With the snapshots that may still fail to be written."""
+        """With the snapshots whose write may still fail."""
 
     def add(self, global_step: int, score: float, snapshot: Snapshot) -> None:
-        """Note the metric of a checkpoint that was taken."""
+        """Add the metric of a new checkpoint."""
         self._scores[global_step] = score, snapshot
 
     def enters(self, global_step: int, score: float) -> bool:
-        """Whether a metric is better than the last of the best ones, or these are not complete."""
+        """Whether a metric is among the best `Checkpoints.keep_best`."""
         if not math.isfinite(score):
             return False
         sign = self._sign
-        # A checkpoint that failed need not be beaten. One of this step holds the same weights.
+        # A failed checkpoint does not count, nor one of this step, which holds the same weights.
         ranked = sorted(
             (
                 (sign * other, step, snapshot)
@@ -118,7 +118,7 @@ class BestScores:
         own = self._scores.get(global_step)
         if own is not None and not (own[1] is not None and own[1].failed):
             enters = enters and sign * score > sign * own[0]
-        # Those behind the best may come back while one of these can still fail.
+        # Those behind the best return if one of the best fails to be written.
         durable = [one for one in ranked if one[2] is None or one[2].durable][: self._keep]
         kept = [*durable, *(one for one in ranked if one[2] is not None and not one[2].durable)]
         self._scores = {step: (sign * other, snapshot) for other, step, snapshot in kept}

@@ -1,4 +1,4 @@
-"""Brings the checkpoint that a run is to be resumed from out of a remote store, before the run begins."""
+"""Downloads the checkpoint that a run resumes from, before the run starts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from events.log import logger
 from events.run.folder import RunFolder
 
 KEYWORDS = ("auto", "best")
-"""What ``resume`` may be beside a path or an address."""
+"""Values of ``resume`` that are neither a path nor an address."""
 _WORDS = frozenset({*KEYWORDS, "last", "latest", "newest"})
 
 Fetch = Callable[[], Path | None]
 
 
 def no_name(path: str) -> str | None:
-    """The word at the end of a path or address that was meant for a checkpoint, and is not the name of one."""
+    """Return the last word of a path or address if it is a likely mistake for a checkpoint name."""
     word = path.rstrip("/").rpartition("/")[2]
     return word if word in _WORDS else None
 
@@ -36,17 +36,16 @@ def fetch_for(
     run_id: str,
     run_dir: Path | None,
 ) -> Fetch | None:
-    """What has to be fetched from the network before a run can start; None for nothing.
+    """Return a function that downloads the checkpoint that a run needs; None if it needs none.
 
     Args:
         argument: The trainer's argument, for messages: ``resume`` or ``init_from``.
         resume: Its value.
-        settings: None: the run takes no checkpoints.
-        run_dir: The run's folder; None if it has none.
+        settings: None disables checkpoints.
+        run_dir: None without a run folder.
 
     Returns:
-        A function that waits for the network, and returns the local path that the address came to: None, if ``resume``
-        is to be followed as it is.
+        A function that waits for the network. It returns the local path of an address; None for a keyword.
     """
     if isinstance(resume, str) and "://" in resume:
         address = resume
@@ -58,17 +57,17 @@ def fetch_for(
 
 
 def _fetch_address(argument: str, address: str, run_id: str, run_dir: Path | None) -> Path:
-    """Fetch a checkpoint by its address, or the newest one of a run by that of the run.
+    """Download a checkpoint by its address, or the newest one by the address of its run.
 
     Raises:
-        CheckpointNotFound: there is none.
-        CheckpointDamaged: none of those that there are is whole.
-        UploadError: the store cannot be reached.
+        CheckpointNotFound: The address has no checkpoint.
+        CheckpointDamaged: All checkpoints at the address are damaged.
+        UploadError: The store cannot be reached.
     """
     objects: Any = importlib.import_module("events.checkpoint.objects")
-    objects.parse_url(address)  # or what may be a secret would stand in a message
+    objects.parse_url(address)  # raises without quoting the address, which may hold a secret
     if run_dir is None:
-        raise CheckpointNotFound(f"{argument}={address!r} has to be kept somewhere; give the run a folder (run_dir)")
+        raise CheckpointNotFound(f"{argument}={address!r} needs a run folder for the download; give run_dir")
     base, _, last = address.rstrip("/").rpartition("/")
     name = CheckpointName.parse(last)
     remote = _remote(base if name is not None else address)
@@ -78,15 +77,15 @@ def _fetch_address(argument: str, address: str, run_id: str, run_dir: Path | Non
         why = f"{word!r} is not a checkpoint name (expected e.g. step-500.a1)" if word else "there is no checkpoint"
         raise CheckpointNotFound(f"{argument}={address!r}: {why}")
     with RunFolder.open(run_dir, run_id):
-        # Weights are copied, whoever's they are: the history does not continue from them.
+        # Weights of any run may be copied: the history does not continue from them.
         return _download(remote, names, run_dir, None if argument == "init_from" else run_id)
 
 
 def _fetch_own(upload: str, run_id: str, run_dir: Path, best: Checkpoints | None) -> None:
-    """On a machine that has nothing of the run, fetch the newest checkpoint that it has uploaded, if there is one.
+    """Download the newest uploaded checkpoint of this run, if it has no local one.
 
     Args:
-        best: Fetch the one with the best metric by these settings instead.
+        best: Download the one with the best metric by these settings instead.
     """
     folder = run_dir / CHECKPOINTS_DIR
     if CheckpointStore(folder).last_attempt:
@@ -104,7 +103,7 @@ def _fetch_own(upload: str, run_id: str, run_dir: Path, best: Checkpoints | None
 
 
 def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: str | None) -> Path:
-    """Copy the first of these that is whole: to this run's checkpoints if it is one of them, else beside them."""
+    """Copy the first valid checkpoint to this run's checkpoints, or to `RESUMED_DIR` if it is of another run."""
     problems: list[str] = []
     for name in names:
         try:
@@ -112,21 +111,19 @@ def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: s
             folder = run_dir / (CHECKPOINTS_DIR if own else RESUMED_DIR)
             path: Path = remote.download(name, folder)
             if own:
-                # Last: without a checkpoint they would say that this run has begun anew. With them, this attempt gets a
-                # number of its own.
+                # Last: without a checkpoint the notes would describe a new run. They give this attempt a new number.
                 remote.download_attempts(folder)
         except (CheckpointDamaged, CheckpointNotFound) as error:
             problems.append(str(error))
             logger.warning(f"{error}; another checkpoint is tried")
         except OSError as error:
             raise CheckpointError(
-                f"{remote.url_of(name)} cannot be brought to {run_dir}: {error}; make room, or give the run"
-                f" another folder"
+                f"{remote.url_of(name)} cannot be copied to {run_dir}: {error}; make room, or set another run_dir"
             ) from error
         else:
             logger.info(f"{remote.url_of(name)} was copied to {path}")
             return path
-    raise CheckpointDamaged(f"none of the checkpoints at {remote.url} is whole. The newest: {problems[0]}")
+    raise CheckpointDamaged(f"all checkpoints at {remote.url} are damaged; the newest: {problems[0]}")
 
 
 def _remote(url: str) -> Any:

@@ -1,4 +1,4 @@
-"""Where the loop stands, in all that a resumed run must know to go on there."""
+"""The position of the loop, from which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -14,74 +14,73 @@ Phase = Literal["begin", "train", "validate", "end"]
 
 
 class Position(msgspec.Struct):
-    """Kept up to date by the loop's thread; copied into each checkpoint.
+    """Updated by the loop's thread; copied into each checkpoint.
 
-    ``global_step`` and ``epoch`` are those of the run's `events.origin.Origin`.
+    ``global_step`` and ``epoch`` are in the run's `events.origin.Origin`.
     """
 
     phase: Phase = "begin"
-    """``begin``: the epoch has not begun. ``train``: between two of its steps. ``validate``: in a validation between
-    two steps. ``end``: all its steps are done; its validation, if it has one, is not."""
+    """``begin``: before the epoch. ``train``: between two of its steps. ``validate``: in a validation between
+    two steps. ``end``: after its last step and before its validation."""
     batches: int = 0
-    """Micro-batches of this epoch that went into its steps so far."""
+    """Micro-batches of this epoch in finished steps."""
     used_up: bool = False
-    """Whether the epoch's data has ended: a dataloader that was asked again would begin anew."""
+    """Whether the epoch's data has ended: another iteration of the dataloader would start a new pass."""
     first_step: int = 0
-    """``global_step`` when the epoch began."""
+    """``global_step`` at the start of the epoch."""
     elapsed_s: float = 0.0
-    """How long the epoch had been under way when this attempt began with it."""
+    """Seconds of this epoch in earlier attempts."""
     validated_at: int = 0
     """``global_step`` of the last validation."""
     judges_epoch: bool = False
-    """Whether a validation that was due in this epoch had no data, so that monitors look at the epoch's own metrics."""
+    """Whether a due validation of this epoch had no data, so that monitors use the epoch's training metrics."""
     validated_keys: list[str] = []
-    """Dataloaders that the validation under way is done with."""
+    """Finished dataloaders of the current validation."""
     skipped_in_a_row: int = 0
     first_skipped: int = 0
-    """The step that the first of them was to be."""
+    """The step that the first skipped one would have been."""
     sampler_seed: int = 0
     steps_per_epoch: int = 0
-    """Optimizer steps of an epoch that ends with its data; 0 if that is unknown."""
+    """Optimizer steps per epoch that ends with its data; 0 if unknown."""
     limits: tuple[int, int, int | None] | None = None
     """Rows of a micro-batch, micro-batches of a step, and maximum steps per epoch, by which it was computed."""
     planned_steps: int = 0
-    """Optimizer steps of the epochs before this one by that number; those that were done where ``max_steps`` ended
-    one."""
+    """Optimizer steps of the earlier epochs by that number; the finished ones where ``max_steps`` ended an epoch."""
     data_rows: int | None = None
-    """Length of the data set of this epoch, or of its dataloader; None if it has none."""
+    """Length of this epoch's data set, or of its dataloader; None without a length."""
     loader_state: Any = None
-    """What the dataloader's own ``state_dict`` returned, if it has one."""
+    """Result of the dataloader's ``state_dict``; None without one."""
     began: float = 0.0
-    """``time.monotonic`` when this attempt began with the epoch; means nothing to another process."""
+    """``time.monotonic`` at which this attempt started the epoch; valid in this process only."""
     batching: tuple[int, int] | None = None
     """Rows of a micro-batch, and micro-batches of a step, in this epoch."""
     generators_at_iter: list[torch.Tensor] | None = None
-    """The states of the dataloader's own generators (`generators_of` in `trainer.data.loaders`) before it was iterated;
-    once its data has ended, those after that."""
+    """States of the dataloader's generators (`generators_of` in `trainer.data.loaders`) before its iteration, or after
+    the end of its data."""
     keeps_workers: bool = False
-    """Whether persistent workers of an earlier epoch read this one."""
+    """Whether persistent workers of an earlier epoch load this one."""
     rng_at_val_loaders: RngState | None = None
-    """The random generators before the dataloaders of the validation under way were made."""
+    """The random generators before the current validation's dataloaders were created."""
     rng_at_loader: RngState | None = None
-    """The random generators before the epoch's dataloader was made..."""
+    """The random generators before the epoch's dataloader was created..."""
     rng_at_iter: RngState | None = None
-    """...before it was iterated..."""
+    """...before its iteration..."""
     rng_at_validation: RngState | None = None
-    """...and before the dataloader that is being validated."""
+    """...and before the current dataloader of a validation."""
 
     def seed_of_workers(self, epoch: int) -> int | None:
-        """The seed of persistent workers that this process starts again for an epoch; None if it starts none again."""
+        """Return the seed with which persistent workers are restarted for an epoch; None if there are none."""
         return (self.sampler_seed + epoch) % 2**63 if self.keeps_workers else None
 
 
 SAVED_FIELDS = tuple(name for name in Position.__struct_fields__ if name not in ("began", "rng_at_validation"))
-"""What of it stands in a checkpoint."""
+"""The fields that a checkpoint holds."""
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
 
 
 class SavedCallback(msgspec.Struct):
-    """What a checkpoint has of a callback."""
+    """State of a callback in a checkpoint."""
 
     key: str
     kind: str | None
@@ -89,7 +88,7 @@ class SavedCallback(msgspec.Struct):
 
 
 class SavedMetrics(msgspec.Struct):
-    """What a checkpoint has of metrics."""
+    """State of metrics in a checkpoint."""
 
     validation: dict[str, Any]
     epoch: dict[str, Any]
@@ -99,7 +98,7 @@ class SavedMetrics(msgspec.Struct):
 
 
 class SavedState(msgspec.Struct):
-    """What the state in a checkpoint must have, and of which types. What is in it is checked where it is restored."""
+    """Required fields and types of a checkpoint's state. Restoring checks their content."""
 
     global_step: _Count
     epoch: _Count

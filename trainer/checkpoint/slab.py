@@ -1,4 +1,4 @@
-"""Host memory that a checkpoint's state is copied to: mapped once, faulted in beforehand, used again and again."""
+"""Host memory for copies of the state: mapped once, faulted in beforehand, and reused."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ import torch
 from events.bus.cpu_time import CpuTime
 from events.log import in_this_run, logger
 
-_CHUNK = 64 * 2**20  # what is faulted in at a time: in between, whoever waits for memory management gets his turn
+_CHUNK = 64 * 2**20  # bytes per fault-in, so that other threads' memory management does not wait
 _ALIGNMENT = 2 * 2**20  # a huge page
 
 
 class Slab:
-    """A block of page-aligned memory, pinned for a CUDA device, that forked children do not have.
+    """A block of page-aligned memory, pinned for a CUDA device and not inherited by forked children.
 
-    A dataloader's worker that is forked would share its pages, and the next copy to them would fault on each one to
-    make it ours again (14 times slower, measured). So they are kept out of children. Pages are huge where the system
-    has them, which also makes faulting them in many times faster.
+    A forked dataloader worker would share its pages, and the next copy would fault on each one (14 times slower,
+    measured). Pages are huge where the system supports that, which makes faulting them in many times faster.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,29 +34,29 @@ class Slab:
         self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._unpin: Callable[[], object] | None = None
         self.prefault_s: float | None = None
-        """How long it took to set it up before it was used; None once that has been told."""
+        """Seconds of its preparation; None once an event has reported them."""
 
     @property
     def nbytes(self) -> int:
-        """How much it holds."""
+        """Its size."""
         return self._bytes.numel()
 
     @property
     def bytes(self) -> torch.Tensor:
-        """All of it: uint8 ``(nbytes,)``."""
+        """Its memory: uint8 ``(nbytes,)``."""
         return self._bytes
 
     @property
     def view(self) -> memoryview:
-        """All of it, for writing it to a file."""
+        """Its memory, for writing to a file."""
         assert self._memory is not None
         return memoryview(self._memory)
 
     def reserve(self, nbytes: int) -> float:
-        """Make it hold at least so much; what it held is lost if it has to grow. Returns the seconds that took.
+        """Grow to at least ``nbytes``, which loses the content; return the seconds of that.
 
         Raises:
-            MemoryError: The system has not so much memory to give.
+            MemoryError: The system has not enough memory.
         """
         if nbytes <= self.nbytes:
             return 0.0
@@ -73,29 +72,28 @@ class Slab:
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         address = self._bytes.data_ptr()
         for begin in range(0, length, _CHUNK):
-            # Without the interpreter lock, and not by torch: a thread that is in its code when the interpreter goes
-            # aborts the process.
+            # Releases the interpreter lock. Not with torch: a thread in its code at the exit aborts the process.
             ctypes.memset(address + begin, 0, min(_CHUNK, length - begin))
         if self._device.type == "cuda":
             self._pin()
         return time.perf_counter() - began
 
     def close(self) -> None:
-        """Give the memory back, once nothing looks at it any more."""
+        """Release the memory, which is unmapped with its last view."""
         self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         unpin, self._unpin = self._unpin, None
         if unpin is not None:
             unpin()
-        self._memory = None  # unmapped when the last view is gone
+        self._memory = None
 
     def _pin(self) -> None:
-        """Have the device copy to it directly, and beside what the loop computes."""
+        """Pin the memory, so that the device copies to it asynchronously."""
         address = self._bytes.data_ptr()
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
             status = runtime.cudaHostRegister(address, self.nbytes, 0)
         if int(status) != 0:
-            logger.warning(f"memory for checkpoints could not be pinned (CUDA error {int(status)}): saves will be slow")
+            logger.warning(f"memory for checkpoints cannot be pinned (CUDA error {int(status)}); saves will be slow")
             return
         finalizer = weakref.finalize(self, runtime.cudaHostUnregister, address)
         finalizer.atexit = False

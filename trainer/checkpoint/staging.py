@@ -1,4 +1,4 @@
-"""Copies a run's state to host memory between two steps, without waiting for more than the copy itself."""
+"""Copies a run's state to host memory between two steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from trainer.data.tensor_state import BASE_DTYPES, Collected
 
 
 class Staged:
-    """A copy that is under way, or done.
+    """A copy, pending or complete.
 
     Attributes:
-        image: The tensor file, filled up to a page's end.
+        image: The tensor file, padded to a page's end.
         nbytes: Of the file.
     """
 
@@ -26,17 +26,17 @@ class Staged:
         self._arrived = arrived
 
     def wait(self) -> None:
-        """Return when it is done. Waits for the device: not for the loop's thread."""
+        """Wait until the copy is complete. Waits for the device: not for the loop's thread."""
         if self._arrived is not None:
             self._arrived.synchronize()
 
 
 class Stager:
-    """Makes the copies of one run. Used on the loop's thread.
+    """Copies the state of one run. Belongs to the loop's thread.
 
-    On the CPU a copy is done when `copy` returns. On CUDA it goes on beside the next forward and backward, on a stream
-    of its own, and `gate` has the device wait for it before what it reads is changed. Only what nothing but the
-    optimizers changes is read so late; the rest is cloned at once, on the compute stream.
+    On the CPU `copy` returns when the copy is complete. On CUDA the copy runs on its own stream, beside the next
+    forward and backward; `gate` makes the device wait for it before its sources change. Only tensors that nothing but
+    the optimizers changes are read so late; all others are cloned at once, on the compute stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,12 +48,12 @@ class Stager:
         self._layout = Layout(b"", [], 0)
         self._views: dict[int, tuple[Layout, list[torch.Tensor]]] = {}  # by slab
         self.pending: torch.cuda.Event | None = None
-        """The copy that the optimizers must not overtake; None where there is none."""
+        """The copy for which the optimizers must wait; None without one."""
 
     def lay_out(self, collected: Collected) -> int:
-        """Decide where everything is to stand; returns how much memory that takes."""
+        """Lay out the tensor file; return the bytes of memory that it needs."""
         key = collected.infos, collected.aliases
-        if key != self._key:  # mostly it is as it was
+        if key != self._key:  # it rarely changes
             self._key, self._layout = key, lay_out(*key)
         return -(-self._layout.nbytes // PAGE) * PAGE
 
@@ -61,10 +61,10 @@ class Stager:
         """Copy a state to a slab.
 
         Args:
-            late: Where (``data_ptr``) those tensors on the device are that only the optimizers change.
+            late: Addresses (``data_ptr``) of the tensors on the device that only the optimizers change.
 
         Raises:
-            MemoryError: the slab could not grow.
+            MemoryError: The slab cannot grow.
         """
         nbytes = self.lay_out(collected)
         views = self._views_of(slab, nbytes)
@@ -73,13 +73,13 @@ class Stager:
         return Staged(slab.view[:nbytes], self._layout.nbytes, arrived)
 
     def gate(self) -> None:
-        """What the device does from now on may change everything: it waits for the copy first. The host does not."""
+        """Make the device wait for the copy before its next work, which may change the sources; the host does not."""
         if self.pending is not None:
             torch.cuda.current_stream(self._device).wait_event(self.pending)
             self.pending = None
 
     def release(self) -> None:
-        """Let go of the slabs."""
+        """Drop the views of slabs."""
         self._views.clear()
 
     def _views_of(self, slab: Slab, nbytes: int) -> list[torch.Tensor]:
@@ -87,7 +87,7 @@ class Stager:
         if layout is self._layout:
             return views
         views.clear()
-        self._views.pop(id(slab), None)  # or they would keep memory that the slab is to let go of
+        self._views.pop(id(slab), None)  # they would keep the slab's old memory
         slab.reserve(nbytes)
         assert self._key is not None
         infos, _ = self._key
@@ -107,7 +107,7 @@ class Stager:
         self, views: list[torch.Tensor], tensors: Iterable[torch.Tensor], late: Container[int]
     ) -> torch.cuda.Event | None:
         if self._stream is None:
-            # On one thread: two are slower. It has been there since torch 2.0.
+            # On one thread: two are slower. Exists since torch 2.0.
             torch._foreach_copy_(views, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
             return None
         self.gate()
@@ -122,10 +122,10 @@ class Stager:
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             for view, source in zip(views, sources, strict=True):
-                # Pinned, so the host does not wait; from host memory it is done at once.
+                # The host memory is pinned, so the host does not wait; a copy from the host is synchronous.
                 view.copy_(source, non_blocking=source.device.type == "cuda")
             for clone in clones:
-                clone.record_stream(self._stream)  # its memory is not handed on before the copy has happened
+                clone.record_stream(self._stream)  # so that its memory is not reused before the copy
             arrived.record(self._stream)
         self.pending = arrived
         return arrived

@@ -18,8 +18,8 @@ from events.bus.backlog import Payload
 from events.bus.fence import Fence
 from events.log import logger
 from events.messages import TrainEpochEnded, TrainEpochStarted, TrainStepEnded
+from trainer.checkpoint.loaded import Loaded
 from trainer.checkpoint.position import Position
-from trainer.checkpoint.resume import Loaded
 from trainer.data.rng import RngState, restore_rng
 from trainer.errors import EmptyDataLoader
 from trainer.hooks.capture import Capture, Copy, EpochOutputs

@@ -12,8 +12,9 @@ import torch
 from events.log import logger
 from events.messages import CheckpointRejected, RunResumed, RunStarted
 from events.tracebacks import describe
+from trainer.checkpoint.fit import takes_state_by_default
+from trainer.checkpoint.loaded import Loaded
 from trainer.checkpoint.position import Position
-from trainer.checkpoint.resume import Loaded, takes_state_by_default
 from trainer.data.loaders import as_val_loaders, has_state
 from trainer.data.rng import RngState, capture_rng, restore_rng
 from trainer.data.tensors import clone_tensors

@@ -1,0 +1,181 @@
+"""A checkpoint in memory: read, verified, and restored into the module and the callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from events.checkpoint.files import read_file, read_manifest
+from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, Manifest
+from events.errors import CheckpointDamaged, CheckpointMismatch
+from events.log import logger
+from trainer.checkpoint.fit import check_fits, first_of, own_loading_prefixes, takes_state_by_default
+from trainer.checkpoint.position import SAVED_FIELDS, Position, SavedCallback, SavedState
+from trainer.data.rng import RngState
+from trainer.data.tensor_state import put_together
+from trainer.data.tensors import clone_tensors
+from trainer.hooks.hooks import CallbackHooks
+from trainer.module_interface import ModuleInterface
+
+
+class Loaded:
+    """A checkpoint, read and verified, with its tensors on the host. Waits for the disk.
+
+    Raises:
+        CheckpointDamaged: The checkpoint is incomplete or changed.
+        CheckpointTooNew: A later version wrote it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.state: dict[str, Any] = self._read(STATE_NAME, TENSORS_NAME)
+        self.parts = {
+            name.removesuffix(".msgpack"): self._read(name, name.removesuffix(".msgpack") + ".safetensors")
+            for name in self.manifest.files
+            if name.endswith(".msgpack") and name != STATE_NAME
+        }
+        try:
+            msgspec.convert(self.state, SavedState)
+            msgspec.convert(self._callback_parts, list[SavedCallback])
+        except msgspec.ValidationError as error:
+            raise CheckpointDamaged(f"{self.folder / STATE_NAME} is not the state of a run: {error}") from error
+
+    def _read(self, state_name: str, tensors_name: str) -> Any:
+        files = self.manifest.files
+        if state_name not in files:
+            raise CheckpointDamaged(f"{self.folder / MANIFEST_NAME} does not list {state_name}")
+        state = read_file(self.folder, state_name, files[state_name])
+        tensors = None
+        if tensors_name in files:
+            tensors = read_file(self.folder, tensors_name, files[tensors_name])
+        return put_together(state, tensors, str(self.folder / tensors_name))
+
+    @property
+    def _callback_parts(self) -> list[dict[str, Any]]:
+        return [part for name, part in self.parts.items() if name.startswith("callback-")]
+
+    @property
+    def position(self) -> Position:
+        """Position of the loop."""
+        saved = self._kept("position")
+        return Position(**{name: saved[name] for name in SAVED_FIELDS if name in saved})
+
+    @property
+    def rng(self) -> RngState:
+        """States of the random generators."""
+        rng: RngState = self._kept("rng")
+        return rng
+
+    @property
+    def global_step(self) -> int:
+        """Number of finished steps."""
+        return int(self.state["global_step"])
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, or the next one between two."""
+        return int(self.state["epoch"])
+
+    def _kept(self, name: str) -> Any:
+        """Return a copy of an entry of the state: an original tensor would keep the whole file in memory."""
+        return clone_tensors(self.state[name])
+
+    def forget(self) -> None:
+        """Release all state that has been restored; keep the entries that the loop reads later."""
+        self.state = {name: self._kept(name) for name in ("global_step", "epoch", "position", "rng")}
+        self.parts = {name: part for name, part in self.parts.items() if name == "outputs"}
+
+    def restore_module(self, module: ModuleInterface) -> None:
+        """Restore the module's state.
+
+        Raises:
+            CheckpointMismatch: The state is of another model; names keys and shapes. The module is unchanged, unless a
+                submodule with its own loading refused.
+        """
+        state, by_default = self.state["module"], takes_state_by_default(module)
+        own = own_loading_prefixes(module) if by_default else ()
+        if by_default:
+            check_fits(module, state, str(self.folder), own)
+        if own or not by_default:
+            state = clone_tensors(state)  # the module may keep them, and with them the memory of the whole file
+        try:
+            module.update_state(state)
+        except RuntimeError as error:
+            if not own:
+                raise
+            raise CheckpointMismatch(
+                f"the checkpoint {self.folder} does not fit {type(module).__name__}, part of which may have taken it"
+                f" over: {error}"
+            ) from error
+
+    def restore_frozen(self, module: ModuleInterface) -> None:
+        """Restore ``requires_grad`` of the module's parameters."""
+        frozen, again = set(self.state["frozen"]), []
+        for name, parameter in module.named_parameters():
+            if parameter.is_floating_point() or parameter.is_complex():  # other types have no gradient
+                if parameter.requires_grad and name in frozen:
+                    again.append(name)
+                parameter.requires_grad_(name not in frozen)
+        if again:
+            logger.warning(
+                f"requires_grad of {', '.join(first_of(again))} is False again, as in the checkpoint {self.folder}; set"
+                f" it in get_optimizers_schedulers() or on_begin_train_epoch() to train them"
+            )
+
+    @property
+    def optimization(self) -> dict[str, Any]:
+        """The state of optimizers and schedulers."""
+        # Copies: torch would keep the tensors, and with them the memory of the whole file.
+        return {name: self._kept(name) for name in ("optimizers", "schedulers", "kinds")}
+
+    def restore_callbacks(
+        self, callbacks: Iterable[CallbackHooks], on_failed_hook: Callable[[CallbackHooks, str, Exception], None]
+    ) -> None:
+        """Restore the states of callbacks, by their ``state_key``.
+
+        A callback without its own key whose arguments have changed takes the only remaining state of its class, with a
+        warning.
+
+        Args:
+            on_failed_hook: Handles an exception of ``load_state_dict`` by the callback's policy.
+
+        Raises:
+            CheckpointMismatch: Several states of one class remain, so that their owners are unknown.
+        """
+        saved = {one["key"]: one for one in [*self.state["callbacks"], *self._callback_parts]}
+        found: list[tuple[CallbackHooks, Any]] = []
+        left: list[CallbackHooks] = []
+        for callback in callbacks:
+            if callback.stateful and callback.state_key in saved:
+                found.append((callback, saved.pop(callback.state_key)))
+            elif callback.stateful:
+                left.append(callback)
+        unnamed = [one.kind for one in left if not one.has_own_key]
+        for callback in left:
+            alike = [] if callback.has_own_key else [one for one in saved.values() if one["kind"] == callback.kind]
+            if len(alike) > 1 or (alike and unnamed.count(callback.kind) > 1):
+                raise CheckpointMismatch(
+                    f"{self.folder} has the states of {', '.join(one['key'] for one in alike)}, none of which is"
+                    f" certainly that of {callback.state_key}; give it the state_key that it had"
+                )
+            if alike:
+                logger.warning(
+                    f"{callback.state_key} takes over the state of {alike[0]['key']}, the only other callback of its"
+                    f" class in the checkpoint {self.folder}; give it a state_key if it is another one"
+                )
+                found.append((callback, saved.pop(alike[0]["key"])))
+            else:
+                logger.warning(f"the checkpoint {self.folder} has no state for the callback {callback.state_key}")
+        for callback, one in found:
+            try:
+                callback.load_state_dict(clone_tensors(one["state"]))
+            except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
+                on_failed_hook(callback, "load_state_dict", error)
+        if saved:
+            logger.warning(
+                f"the checkpoint {self.folder} has state for callbacks that the run does not have: {', '.join(saved)}"
+            )
