@@ -275,6 +275,7 @@ def test_a_stored_view_knows_what_is_unhealthy(told: Any) -> None:
         "the loss was NaN or infinite in at least 2 steps, first at step 0",
         "csv failed and is disabled: E",
     ]
+    assert (view.observers["csv"].state, view.observers["csv"].failures) == ("disabled", 1)
 
 
 def test_a_stored_view_knows_what_was_logged_while_validating(told: Any) -> None:
