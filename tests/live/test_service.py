@@ -284,7 +284,6 @@ def test_runs_wait_in_line_and_may_leave_it(service: Service) -> None:
     assert shown == [("first", "cancelled"), ("second", "cancelled"), ("third", "cancelled"), ("fourth", "stopped")]
 
 
-@pytest.mark.cold_start
 def test_the_end_of_the_service_stops_what_trains_with_a_checkpoint_that_it_goes_on_from(
     another: Callable[..., Service],
 ) -> None:

@@ -708,6 +708,7 @@ def test_wrong_arguments_end_with_2(capsys: pytest.CaptureFixture[str], argument
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.cold_start
 def test_nothing_but_training_waits_for_torch(script: Any, run: Path, upload: str) -> None:
     """Lists and exports come at once; obstore is imported for an address only."""
     code, out, err = script(

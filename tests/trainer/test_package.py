@@ -16,6 +16,8 @@ import trainer
 
 ROOT = Path(trainer.__file__).parent.parent
 
+pytestmark = pytest.mark.cold_start  # imports are what is tested
+
 
 @pytest.mark.parametrize("form", ["file", "package"])
 @pytest.mark.parametrize("name", ["events", "sinks", "trainer"])

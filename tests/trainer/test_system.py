@@ -61,6 +61,7 @@ def test_without_psutil_the_trainer_names_what_to_install(kit: Any, monkeypatch:
         kit.make_trainer(kit.Net(), system_interval_s=1)
 
 
+@pytest.mark.cold_start
 def test_where_it_is_off_nothing_is_imported_and_no_thread_started(script: Any) -> None:
     """The default costs nothing."""
     program = script(

@@ -1,1 +1,0 @@
-"""What the tests share: imported as ``support``, because pytest has ``tests`` on its path."""
