@@ -105,6 +105,7 @@ class Child(Generic[T]):
             except BaseException:
                 self._channel.close()
                 raise
+        self._flush()  # now: this process may be killed before it calls `run`
 
     @property
     def pid(self) -> int | None:
@@ -228,13 +229,16 @@ class Parent:
                         frame = frame[self._channel.send(frame, socket.MSG_DONTWAIT) :]
 
     def receive(self, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
-        """Wait for the next message; None at the end of the channel. One thread at a time."""
+        """Wait for the next message; None at the end of the channel or of the parent. One thread at a time."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
         while True:
             for message in self._frames.decoded(decoder):
                 return message
-            if self._frames.ended:
+            if self._frames.ended or self.is_gone:
                 return None
-            self._frames.receive()
+            if poll.poll(_ALIVE_S * 1_000):
+                self._frames.receive()
 
     def serve(
         self,
