@@ -90,7 +90,6 @@ class CheckpointWriter:
         self._failures = 0
         self._undeleted: set[CheckpointName] = set()
         self._ended = False
-        self._batch: Sequence[Published] = ()
         self._done = 0
         self._abandoned = False
 
@@ -107,7 +106,7 @@ class CheckpointWriter:
         Raises:
             CheckpointsFailing: Too many in a row could not be made durable.
         """
-        self._batch, self._done = batch, 0
+        self._done = 0
         for event, payload in batch:
             if self._abandoned:
                 return
@@ -119,7 +118,6 @@ class CheckpointWriter:
                 with self._store.lock:
                     self._find_best()
             self._done += 1
-        self._batch = ()
 
     def abandon(self) -> None:
         """Start no further checkpoint."""

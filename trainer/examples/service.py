@@ -118,6 +118,47 @@ async def _running(job: Named) -> Run:
 Running = Annotated[Run, Depends(_running)]
 
 
+routes = APIRouter(prefix="/runs")
+
+
+@routes.get("")
+async def list_all(manager: Manager) -> list[Shown]:
+    return [Shown.of(job, manager) for job in manager.jobs.values()]
+
+
+@routes.get("/{run_id}")
+async def show(job: Named, manager: Manager) -> Shown:
+    return Shown.of(job, manager)
+
+
+@routes.post("/{run_id}/stop", status_code=202)
+async def stop(job: Named, manager: Manager, reason: str = "requested by a client") -> Shown:
+    manager.stop(job, reason)
+    return Shown.of(job, manager)
+
+
+@routes.post("/{run_id}/pause", status_code=202)
+async def pause(run: Running) -> None:
+    run.pause()
+
+
+@routes.post("/{run_id}/resume", status_code=202)
+async def resume(run: Running) -> None:
+    run.resume()
+
+
+@routes.post("/{run_id}/checkpoint")
+async def checkpoint(run: Running) -> str:
+    with _conflict_if(CheckpointError):
+        return await run.checkpoint()  # until it is durable
+
+
+@routes.delete("/{run_id}", status_code=202)
+async def cancel(job: Named, manager: Manager) -> Shown:
+    job.scope.cancel()
+    return Shown.of(job, manager)
+
+
 def create_app(
     folder: Path,
     recipes: Mapping[str, str] = RECIPES,
@@ -146,9 +187,8 @@ def create_app(
     app = FastAPI(title="stagecast", lifespan=lifespan)
     app.mount("/live", LiveApp(RunsOfFolder(folder), access))  # the page, Server-Sent Events, WebSocket, `connect`
     app.add_middleware(Guard, access=access)
-    routes = APIRouter(prefix="/runs")
 
-    @routes.post("", status_code=201)
+    @app.post("/runs", status_code=201)
     async def start(order: Order, manager: Manager) -> Shown:
         if order.recipe not in recipes:
             raise HTTPException(404, f"there is no recipe {order.recipe}; use one of {', '.join(recipes)}")
@@ -156,37 +196,6 @@ def create_app(
         opened = partial(open_run, recipes[order.recipe], {**order.arguments, **place}, order.launched)
         with _conflict_if(Unavailable):
             return Shown.of(manager.start(order.run_id, opened), manager)
-
-    @routes.get("")
-    async def list_all(manager: Manager) -> list[Shown]:
-        return [Shown.of(job, manager) for job in manager.jobs.values()]
-
-    @routes.get("/{run_id}")
-    async def show(job: Named, manager: Manager) -> Shown:
-        return Shown.of(job, manager)
-
-    @routes.post("/{run_id}/stop", status_code=202)
-    async def stop(job: Named, manager: Manager, reason: str = "requested by a client") -> Shown:
-        manager.stop(job, reason)
-        return Shown.of(job, manager)
-
-    @routes.post("/{run_id}/pause", status_code=202)
-    async def pause(run: Running) -> None:
-        run.pause()
-
-    @routes.post("/{run_id}/resume", status_code=202)
-    async def resume(run: Running) -> None:
-        run.resume()
-
-    @routes.post("/{run_id}/checkpoint")
-    async def checkpoint(run: Running) -> str:
-        with _conflict_if(CheckpointError):
-            return await run.checkpoint()  # until it is durable
-
-    @routes.delete("/{run_id}", status_code=202)
-    async def cancel(job: Named, manager: Manager) -> Shown:
-        job.scope.cancel()
-        return Shown.of(job, manager)
 
     app.include_router(routes)
     return app

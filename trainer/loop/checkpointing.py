@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and how it is taken. All on the loop's thread; nothing here writes to a disk."""
+"""Takes the checkpoints of a run, on the loop's thread. Nothing here writes to a disk."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Checkpointing:
     A method that takes one returns a fence if callbacks have hooks on both lanes and a state: the caller waits for it.
 
     Attributes:
-        position: Where the loop stands.
-        outputs: The outputs of the present epoch, if a hook wants them at its end.
-        loader: The dataloader of the present epoch, or of the one before; None if it has no position to resume at.
+        position: Position of the loop.
+        outputs: Outputs of the current epoch, if a hook receives them at its end.
+        loader: Dataloader of the current epoch, or of the one before; None without a position to resume from.
         due: When the next checkpoint is due.
         stager: Copies the state.
 
@@ -66,8 +66,8 @@ class Checkpointing:
         self._pool: SlabPool | None = None
         self._prepared = False
         self._parent: str | None = None
-        self._metric: tuple[int, float] | None = None  # the step it belongs to, and what it was
-        self._snapshots: list[Snapshot] = []  # those whose memory is not back yet, and the last one
+        self._metric: tuple[int, float] | None = None  # of the last validation, with its step
+        self._snapshots: list[Snapshot] = []  # unreleased ones, and the last one
         self._last_place: tuple[Any, ...] = ()
         self._failures = 0
 
@@ -77,11 +77,11 @@ class Checkpointing:
         return self.settings is not None
 
     def resume(self, position: Position, parent: str | None, scores: dict[int, float]) -> None:
-        """Begin where a checkpoint was taken.
+        """Continue from a checkpoint.
 
         Args:
-            parent: Its name, if it is one of this run.
-            scores: The metric of each checkpoint up to it that still exists, by step.
+            parent: Its name, if it is of this run.
+            scores: Metrics of the existing checkpoints up to it, by step.
         """
         self.position, self._parent = position, parent
         if self.settings is not None:
@@ -90,10 +90,10 @@ class Checkpointing:
             self._last_place = self._place
 
     def start(self, optimization: Optimization) -> None:
-        """The state is complete: see that all of it can be stored, before anything is computed.
+        """Check, before the first step, that all of the state can be stored.
 
         Raises:
-            UnstorableState: A value in it cannot be; names its path.
+            UnstorableState: A value cannot be stored; names its path.
         """
         self._optimization = optimization
         if self.settings is None:
@@ -110,7 +110,7 @@ class Checkpointing:
         self.due.start(self._attempt.origin.global_step, clock())
 
     def release(self) -> None:
-        """The run is over: release the memory, though a user may keep the run."""
+        """Release the memory at the end of the run: a user may keep the run object."""
         self._pool = self._optimization = self.outputs = None
         self._snapshots.clear()
         self.stager.release()
@@ -118,7 +118,7 @@ class Checkpointing:
     # --------------------------------------------------------------------------------------------- when
 
     def after_step(self, *, last: bool) -> Fence | None:
-        """A step is finished, its validation too if it had one. ``last``: so is the epoch; see `after_epoch`."""
+        """Take a due checkpoint after a step and its validation. ``last``: `after_epoch` is called next."""
         if self.settings is None:
             return None
         if not self._prepared and self._pool is not None:
@@ -128,9 +128,9 @@ class Checkpointing:
         return self._take_for(self.due.after_step(self._attempt.origin.global_step, clock(), last=last))
 
     def after_validation(self) -> None:
-        """A validation, or an epoch in its place, is finished: is its metric among the best `Checkpoints.keep_best`?
+        """Note whether the metric of a validation, or of an epoch without one, is among the best.
 
-        The checkpoint is taken by `after_step` or `after_epoch`, whichever is called next, which is at once.
+        `after_step` or `after_epoch`, the next call, takes the checkpoint.
         """
         settings, attempt = self.settings, self._attempt
         if settings is None or settings.best is None or self._best is None:
@@ -139,24 +139,24 @@ class Checkpointing:
         if value is None:
             return
         with attempt.ledger.within("readback"):
-            number = float(value)  # SYNC: once per validation, because the user wants the best one kept
+            number = float(value)  # SYNC: once per validation, because the user keeps the best checkpoint
         step = attempt.origin.global_step
         self._metric = step, number
         if self._best.enters(step, number):
             self.due.found_best(step)
 
     def after_epoch(self, epoch: int) -> Fence | None:
-        """An epoch is finished, its validation and schedulers too."""
+        """Take a due checkpoint after an epoch, its validation and its schedulers."""
         return self._take_for(self.due.after_epoch(epoch, clock()))
 
     def at_end(self) -> Fence | None:
-        """Training is finished."""
+        """Take the checkpoint at the end of training."""
         if self.settings is None or not self.settings.at_end or self._is_taken:
             return None
         return self.take(["end"], must=True)
 
     def on_command(self, reasons: list[str], command_ids: list[str]) -> Fence | None:
-        """A command asks for a checkpoint, or stops the run."""
+        """Take the checkpoint that a command requests."""
         if self.settings is None:
             if command_ids:
                 why = "this run takes no checkpoints: it has no folder, or was made with checkpoints=False"
@@ -168,21 +168,21 @@ class Checkpointing:
     # ---------------------------------------------------------------------------------------------- what
 
     def refuse(self, command_ids: list[str], why: str) -> None:
-        """Answer requests for a checkpoint that is not taken."""
+        """Answer requests with `CheckpointFailed`."""
         self._publish_failure("", why, 1, command_ids)
 
     def _take_for(self, reasons: list[str]) -> Fence | None:
         return self.take(reasons) if reasons else None
 
     def take(self, reasons: list[str], command_ids: Iterable[str] = (), *, must: bool = False) -> Fence | None:
-        """Take one now.
+        """Take a checkpoint now.
 
         Args:
-            must: Wait for memory, whatever the policy: it was asked for.
+            must: Wait for memory, whatever the policy, because it was requested.
 
         Raises:
-            CheckpointsFailing: Too many in a row have failed.
-            BaseException: The run was cancelled meanwhile.
+            CheckpointsFailing: Too many consecutive checkpoints have failed.
+            BaseException: The run was cancelled during the wait.
         """
         settings, pool = self.settings, self._pool
         if settings is None or pool is None:
@@ -230,7 +230,7 @@ class Checkpointing:
             collected = Collected(self._tree())
             staged = self.stager.copy(collected, slab, self._late_tensors(optimization))
         parts, owners = self._parts()
-        attempt.control.raise_if_failed()  # a callback that has failed just now, and ends the run, is not among them
+        attempt.control.raise_if_failed()  # the parts lack a fatal callback that has just failed
         name = self._next_name()
         metric = self._metric[1] if self._metric is not None and self._metric[0] == name.step else None
         score = None
@@ -253,10 +253,9 @@ class Checkpointing:
         if score is not None and self._best is not None:
             self._best.add(name.step, score.value, snapshot)
         nbytes, blocked_s = staged.nbytes + len(collected.state), (clock() - began) / 1e9
-        header = attempt.origin.header()
         prefault_s, slab.prefault_s = slab.prefault_s, None
         event = CheckpointStaged(
-            *header,
+            *attempt.origin.header(),
             checkpoint=str(name),
             reasons=reasons,
             nbytes=nbytes,
@@ -265,17 +264,17 @@ class Checkpointing:
             metric=metric,
             prefault_s=prefault_s,
         )
-        # A callback's inline hooks, and `should_stop`, would change the state that it is asked for on another thread.
-        torn = [
-            one.name
-            for one in self._stateful()
-            if one.observed and (one.inline or one.should_stop) and one.is_essential
-        ]
-        fence = Fence(torn) if torn else None
+        fence = self._fence()
         attempt.bus.publish(event, Payload(snapshot, fence))
         if not {"stop", "end"} & set(reasons):
-            pool.prepare(slab.nbytes)  # the other one, now that it is going to be used
+            pool.prepare(slab.nbytes)  # the other slab, which is needed from now on
         return fence
+
+    def _fence(self) -> Fence | None:
+        """Return a fence for callbacks whose inline hooks could change the state that another thread reads."""
+        both = [one for one in self._stateful() if one.observed and (one.inline or one.should_stop)]
+        torn = [one.name for one in both if one.is_essential]
+        return Fence(torn) if torn else None
 
     def _next_name(self) -> CheckpointName:
         origin, last = self._attempt.origin, self._last
@@ -283,7 +282,7 @@ class Checkpointing:
         return CheckpointName(origin.global_step, origin.attempt, revision)
 
     def _tree(self) -> dict[str, Any]:
-        """All that must be as it is at this moment."""
+        """Return the state that must be captured between two steps."""
         attempt, optimization, position = self._attempt, self._optimization, self.position
         assert optimization is not None
         where = {name: getattr(position, name) for name in SAVED_FIELDS}
@@ -295,7 +294,7 @@ class Checkpointing:
             "global_step": attempt.origin.global_step,
             "epoch": attempt.origin.epoch,
             "position": where,
-            # A validation that is under way is repeated, from the dataloader on that it is in.
+            # A current validation is repeated from its current dataloader.
             "rng": position.rng_at_validation or capture_rng(attempt.device),
             "module": attempt.module.get_state(),
             "frozen": [name for name, one in attempt.module.named_parameters() if not one.requires_grad],
@@ -306,7 +305,7 @@ class Checkpointing:
         }
 
     def _inline_states(self) -> list[dict[str, Any]]:
-        """The state of callbacks all of whose hooks run on this thread."""
+        """Return the states of callbacks all of whose hooks run on this thread."""
         states: list[dict[str, Any]] = []
         for callback in self._stateful():
             if not callback.observed:
@@ -318,7 +317,7 @@ class Checkpointing:
         return states
 
     def _parts(self) -> tuple[dict[str, LatePart | LazyPart], dict[str, str]]:
-        """The parts that others add, each on its own thread; and who adds which."""
+        """Return the parts that other threads contribute, and their files by contributor."""
         bus = self._attempt.bus
         parts: dict[str, LatePart | LazyPart] = {"readings": LatePart(lambda: not bus.alive)}
         owners = {READER: "readings"}
@@ -334,7 +333,7 @@ class Checkpointing:
         return [callback for callback in self._attempt.hooks.callbacks if callback.stateful and not callback.disabled]
 
     def _late_tensors(self, optimization: Optimization) -> set[int]:
-        """Addresses on the device of the tensors that only the optimizers change."""
+        """Return the device addresses of tensors that only the optimizers change."""
         if self._attempt.device.type != "cuda":
             return set()
         found = {parameter.data_ptr() for parameter in self._attempt.module.parameters()}
@@ -355,7 +354,7 @@ class Checkpointing:
 
     @property
     def _is_taken(self) -> bool:
-        """Whether the last one is of this very place, and has not failed so far; the one resumed from counts."""
+        """Whether the last checkpoint, or the one resumed from, is of this position and has not failed."""
         return self._last_place == self._place and not (self._last is not None and self._last.failed)
 
     # ----------------------------------------------------------------------------------------- the rest
@@ -365,7 +364,7 @@ class Checkpointing:
         begin, announced = time.monotonic(), False
         while slab is None and wait and not control.stops_without_checkpoint:
             control.raise_if_failed()
-            slab = pool.take(0.1)  # WAIT: both copies are being written, and this one must be taken
+            slab = pool.take(0.1)  # WAIT: both slabs are being written
             if not announced and time.monotonic() - begin > _ANNOUNCE_WAIT_S:
                 announced = True
                 self._announce(begin, released=False)
@@ -374,7 +373,7 @@ class Checkpointing:
         return slab
 
     def _announce(self, begin: float, *, released: bool) -> None:
-        """Publish that the loop waits for the disk, or that the wait is over."""
+        """Publish the start or the end of a wait for the disk."""
         wait_s, header = time.monotonic() - begin, self._attempt.origin.header()
         self._attempt.bus.publish(
             LoopHeld(*header, cause="checkpoint", observers=["checkpoints"], wait_s=wait_s, released=released)

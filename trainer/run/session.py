@@ -54,15 +54,15 @@ class Session:
     The constructor checks and opens what can fail before anything runs. Then `loop` runs on one thread and
     `serve` in an event loop on another; `serve` returns when the loop has ended and the observers are drained.
 
-    Attributes:
-        error: The exception that the caller gets, once `serve` has returned.
-        result: The result, once `serve` has returned.
-        finished: Set when `serve` returns.
-
     Raises:
-        RunFolderError: The run's folder is held by another process, belongs to another run or cannot be written.
+        RunFolderError: The run folder is held by another process, belongs to another run or cannot be written.
         ArgumentsError: The device does not exist.
     """
+
+    error: BaseException | None = None
+    """The exception for the caller, once `serve` has returned."""
+    result: RunResult | None = None
+    """The result, once `serve` has returned."""
 
     def __init__(
         self,
@@ -80,11 +80,9 @@ class Session:
         sinks_in: Place,
         config: dict[str, Any],
     ) -> None:
-        self.error: BaseException | None = None
-        self.result: RunResult | None = None
-        self.finished = anyio.Event()
+        self.finished = anyio.Event()  # set when `serve` returns
         self._on_stderr = on_stderr
-        self._grace = anyio.Event()  # set when the run is cancelled: the loop has `stop_grace_s` from then on
+        self._grace = anyio.Event()  # set when the run is cancelled, which starts `stop_grace_s`
         self._stuck: str | None = None
         self._failed_in_drain: BaseException | None = None
         began_ns = time.time_ns()
@@ -97,15 +95,13 @@ class Session:
                 opened.callback(self.folder.close)
             plan = self._make_plan(place)
             number, seq = self._claim(plan)
-            self.bus = bus = Ring(Origin(place.run_id, number))
+            bus = Ring(Origin(place.run_id, number))
             unused.callback(bus.close)
             logging.enter_context(logging_for(bus.origin))  # threads that are started here log for this run
             policy = NonFinitePolicy(bus, control, stops=arguments.non_finite == "stop")
             readback = DeviceReadback(policy.on_loss, policy.on_gradient)
-            self.pump = self._make_pump(readback, seq, has_journal=journal is not None)
-            log = RunLog(bus.origin, bus.publish)
-            opened.callback(log.end)
-            unused.callback(log.leave_console, failed=True)
+            self.pump = self._make_pump(bus, readback, seq, has_journal=journal is not None)
+            log = self._open_log(opened, unused)
             media = MediaWriter(self.folder.path if self.folder is not None else None, bus.publish, bus.origin)
             recorder = MetricRecorder(bus, media)
             info = RunInfo(place.run_id, number, 0, self._run_dir, interactive)
@@ -117,8 +113,7 @@ class Session:
             hooks = self.observers.add_callbacks(members, device, recorder)
             self._inbox = Inbox(self.folder.path, control.send, began_ns) if self.folder is not None else None
             self.observers.add_sinks(sinks, sinks_in)
-            interval_s = arguments.system_interval_s
-            self._system = SystemSampler(interval_s, self.pump, self._run_dir) if interval_s is not None else None
+            self._system = self._make_sampler(arguments.system_interval_s)
             self._attempt = Attempt(
                 task, module, arguments, device, precision, control, bus, hooks, recorder, readback, plan, config
             )
@@ -131,18 +126,23 @@ class Session:
             self._opened, self._unused = opened.pop_all(), unused.pop_all()
 
     @property
+    def bus(self) -> Ring:
+        """The loop's side of the bus."""
+        return self.pump.ring
+
+    @property
     def control(self) -> Control:
         """The loop's inbox."""
         return self._attempt.control
 
     @property
     def arguments(self) -> TrainerArguments:
-        """How it trains."""
+        """The arguments of the run."""
         return self._attempt.arguments
 
     @property
     def origin(self) -> Origin:
-        """Where the run stands."""
+        """Run, attempt and step."""
         return self.bus.origin
 
     @property
@@ -169,24 +169,33 @@ class Session:
     def _claim(self, plan: CheckpointPlan) -> tuple[int, int]:
         """Claim the number of this attempt; returns it, and the last ``seq`` of the run."""
         folder, store = self.folder, plan.store
-        # Above everything that the journal or a checkpoint knows: either may have been lost.
+        # Above the numbers of the journal and of all checkpoints: either may have been lost.
         attempt = max(folder.last_attempt if folder is not None else 0, store.last_attempt if store is not None else 0)
         seq = max(folder.last_seq if folder is not None else 0, store.last_seq if store is not None else 0)
-        if attempt >= LAST_ATTEMPT or seq >= LAST_SEQ:  # made up: events and checkpoints after it could not be read
+        if attempt >= LAST_ATTEMPT or seq >= LAST_SEQ:  # a damaged or hostile number, after which none is valid
             raise RunFolderError(
                 f"the run folder {folder.path if folder is not None else None} has attempt {attempt:,} and event"
                 f" {seq:,}, after which nothing can be numbered; choose another folder"
             )
         if folder is not None:
-            folder.claim(attempt + 1)  # before anything uses the number: a kill may come before it is in the journal
+            folder.claim(attempt + 1)  # first, because a kill may precede the number's first event in the journal
         return attempt + 1, seq
 
-    def _make_pump(self, readback: DeviceReadback, seq: int, *, has_journal: bool) -> Pump:
+    def _make_pump(self, bus: Ring, readback: DeviceReadback, seq: int, *, has_journal: bool) -> Pump:
         written = None
         if self.folder is not None and has_journal:
             written = WrittenJournal(self.folder.journal_dir, lambda: self.observers.journal_settled())
         history = 0 if has_journal else _HISTORY
-        return Pump(self.bus, readback=readback, history=history, first_seq=seq + 1, journal=written)
+        return Pump(bus, readback=readback, history=history, first_seq=seq + 1, journal=written)
+
+    def _open_log(self, opened: contextlib.ExitStack, unused: contextlib.ExitStack) -> RunLog:
+        log = RunLog(self.origin, self.bus.publish)
+        opened.callback(log.end)
+        unused.callback(log.leave_console, failed=True)
+        return log
+
+    def _make_sampler(self, interval_s: float | None) -> SystemSampler | None:
+        return SystemSampler(interval_s, self.pump, self._run_dir) if interval_s is not None else None
 
     def _write_settings(self) -> None:
         if self.folder is not None:
@@ -208,7 +217,7 @@ class Session:
         return self._grace.is_set()
 
     def hurry(self) -> None:
-        """Leave the observers no more than a moment. Any thread."""
+        """Shorten the drain of the observers. Any thread."""
         self.bus.post(self.observers.hurry)
 
     def leave_uploads(self) -> None:
@@ -217,7 +226,7 @@ class Session:
 
     @property
     def journal_dir(self) -> Path | None:
-        """The folder of the journal; None if the run keeps none."""
+        """The folder of the journal; None without a journal."""
         return self.folder.journal_dir if self.folder is not None and self.observers.keeps_journal else None
 
     # -------------------------------------------------------------------------------- in the event loop
@@ -261,7 +270,7 @@ class Session:
                 self.finished.set()
 
     async def _wait_for_loop(self) -> None:
-        """Wait for the loop's end; once the run is cancelled, no longer than the grace period."""
+        """Wait for the loop's end, or for the grace period after a cancellation."""
         async with anyio.create_task_group() as watch:
 
             async def expire() -> None:
@@ -276,7 +285,7 @@ class Session:
             watch.cancel_scope.cancel()
 
     def _publish_failure(self) -> None:
-        """Publish once that a fatal observer has failed in its drain, when the loop can no longer raise it."""
+        """Publish the failure of a fatal observer in its drain, once; the loop can no longer raise it."""
         failure = self.control.error
         is_over = self.loop.ending.error is None and self._stuck is None
         if failure is None or isinstance(failure, RunCancelled) or not is_over or self._failed_in_drain is not None:
@@ -314,7 +323,7 @@ class Session:
             ledger=loop.total,
             observers=reports,
             run_dir=self._run_dir,
-            # The newest durable one of this attempt, else the one of this run from which it has resumed.
+            # The newest durable one of this attempt, otherwise the one that it resumed from.
             checkpoint=str(saved) if saved is not None else loop.task.resumed_from,
             best_checkpoint=str(best[0]) if best is not None else None,
             best_metric=best[1] if best is not None else None,
@@ -322,27 +331,27 @@ class Session:
         )
 
     def outcome(self) -> RunResult:
-        """Return the result, once the session has finished; raises what ended the run."""
+        """Return the result of the finished session, or raise the exception that ended the run."""
         error = self.error
         if error is not None:
             try:
                 raise error
             finally:
-                del self, error  # or this frame and the exception would keep each other
+                del self, error  # breaks the cycle of this frame and the exception
         assert self.result is not None
         return self.result
 
     def forget_error(self) -> None:
-        """Release the exception that ended the run: its frames refer to all that the user's code held."""
+        """Release the exception that ended the run, whose frames refer to the user's objects."""
         self.error = self.loop.ending.error = self.control.error = self._failed_in_drain = None
 
 
 def new_run_id() -> str:
-    """A name that sorts by time and is not taken: ``20260131-235959-a1b2c3``."""
+    """Return a unique name that sorts by time: ``20260131-235959-a1b2c3``."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def console() -> Sink:
-    """The default sink of `Trainer.train`, imported only when it is wanted."""
+    """Return the default sink of `Trainer.train`, imported on first use."""
     sink: Sink = importlib.import_module("sinks").Console()
     return sink
