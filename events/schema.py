@@ -81,7 +81,7 @@ def schema_text() -> str:
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-def _allow_null_numbers(schema: Any) -> Any:
+def _allow_null_numbers(schema: object) -> Any:
     """Allow null for every floating-point number: see `NONFINITE`."""
     if isinstance(schema, list):
         return [_allow_null_numbers(item) for item in schema]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Awaitable, Sequence
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import msgspec
 from msgspec import Meta
@@ -169,7 +169,7 @@ def require(module: str, extra: str, user: str) -> None:
         raise SinkMisconfigured(f"{user} needs the package {module}: pip install 'stagecast[{extra}]'")
 
 
-def delivery_of(sink: Any) -> Delivery:
+def delivery_of(sink: object) -> Delivery:
     """Return the delivery that a sink declares, or the default of all sinks."""
     delivery = getattr(sink, "delivery", None)
     return delivery if isinstance(delivery, Delivery) else SINK_DELIVERY

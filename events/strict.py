@@ -59,7 +59,7 @@ def unknown_names(
 
 
 def argument_problems(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], aliases: Mapping[str, str]
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, object], aliases: Mapping[str, str]
 ) -> list[str]:
     """Describe problems with the arguments of a call, most urgent first.
 

@@ -45,7 +45,7 @@ def sink_type(name: str) -> type[Sink]:
     return kind  # type: ignore[return-value]  # a Struct with `open` is one
 
 
-def build_sink(name: str, options: Mapping[str, Any]) -> Sink:
+def build_sink(name: str, options: Mapping[str, object]) -> Sink:
     """Build a sink from plain values of a file or a command line.
 
     Raises:

@@ -185,7 +185,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], overrides: Iterable[str] = ()) -> TrainerArguments:
+    def from_dict(cls, values: Mapping[str, object], overrides: Iterable[str] = ()) -> TrainerArguments:
         """Build the arguments from plain values, strictly.
 
         Args:
@@ -295,7 +295,7 @@ def trainer_aliases(place: str) -> dict[str, str]:
     return aliases | dict(TRAINER_ARGUMENTS)
 
 
-def _description(kind: Any) -> str:
+def _description(kind: object) -> str:
     """The text of a field's `Meta`."""
     texts = [meta.description for meta in getattr(kind, "__metadata__", ()) if isinstance(meta, Meta)]
     return next((text for text in texts if text), "")

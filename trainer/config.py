@@ -107,7 +107,7 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(config: Mapping[str, object], overrides: Iterable[str]) -> dict[str, Any]:
     """Return a copy of ``config`` with ``"name=value"``, ``"group.name=value"``, ``"list.0=value"`` applied, in order.
 
     Values are read as YAML: ``1e-4`` is a number, ``null`` is None, ``[1, 2]`` a list. Missing groups and lists are
@@ -124,7 +124,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict
     return result
 
 
-def try_overrides(config: Mapping[str, Any], overrides: Iterable[object], problems: list[str]) -> dict[str, Any]:
+def try_overrides(config: Mapping[str, object], overrides: Iterable[object], problems: list[str]) -> dict[str, Any]:
     """As `apply_overrides`; an override that cannot be applied is skipped and added to ``problems``."""
     result = dict(config)
     for override in overrides:
@@ -145,7 +145,7 @@ def try_overrides(config: Mapping[str, Any], overrides: Iterable[object], proble
     return result
 
 
-def _replaced(group: Any, names: list[str], depth: int, value: Any) -> Any:
+def _replaced(group: object, names: list[str], depth: int, value: object) -> Any:
     """Copy a group or list with the value at the path ``names``. Raises LookupError for an impossible path."""
     if depth == len(names):
         return value
@@ -168,7 +168,7 @@ def _replaced(group: Any, names: list[str], depth: int, value: Any) -> Any:
 
 def decode(
     kind: type[_Struct],
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     source: str,
     overrides: Iterable[str] = (),
     known_problems: Iterable[str] = (),
@@ -219,7 +219,7 @@ def _raise_if(problems: list[str], source: str) -> None:
 
 
 def _convert_fields(
-    kind: type[msgspec.Struct], values: Mapping[Any, Any], path: str, problems: list[str]
+    kind: type[msgspec.Struct], values: Mapping[Any, object], path: str, problems: list[str]
 ) -> dict[str, Any]:
     """Convert each value to its field's type; add failures to ``problems``."""
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
@@ -259,7 +259,7 @@ def _convert(value: Any, expected: Any, path: str, problems: list[str]) -> Any:
     return None
 
 
-def _struct_of(kind: Any) -> type[msgspec.Struct] | None:
+def _struct_of(kind: object) -> type[msgspec.Struct] | None:
     """The Struct type of a field, optional or not; None for other types and for unions of several Structs."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind
@@ -272,7 +272,7 @@ def _struct_of(kind: Any) -> type[msgspec.Struct] | None:
 # ------------------------------------------------------------------------------------------------- words
 
 
-def describe_type(kind: Any) -> str:
+def describe_type(kind: object) -> str:
     """Describe a field's type and constraints: ``an integer >= 1 or None``."""
     return _words(inspect.type_info(kind))
 

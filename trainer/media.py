@@ -158,7 +158,7 @@ Logged = Histogram | Image | Drawn | LoggedText
 """Values of `ModuleInterface.log` other than numbers, as they are recorded."""
 
 
-def as_logged(value: Any) -> Logged | None:
+def as_logged(value: object) -> Logged | None:
     """Convert a histogram, image, figure or text on the calling thread; None for other values."""
     if isinstance(value, Histogram | Image):
         return value
@@ -169,7 +169,7 @@ def as_logged(value: Any) -> Logged | None:
     return None
 
 
-def _of_array(pixels: Any) -> torch.Tensor:
+def _of_array(pixels: object) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(pixels)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -18,7 +17,7 @@ _LIBRARIES = frozenset(
 _LIKENESS = 0.85  # `get_train_dataset` is not a misspelt `get_train_dataloader`
 
 
-def unheard_methods(kind: type, contract: frozenset[str], own: Mapping[str, Any] = {}) -> dict[str, str]:
+def unheard_methods(kind: type, contract: frozenset[str], own: Mapping[str, object] = {}) -> dict[str, str]:
     """Find the public methods of a user's class that the trainer never calls.
 
     Args:
@@ -60,11 +59,11 @@ def in_words(found: Mapping[str, str]) -> str:
     )
 
 
-def _is_method(value: Any) -> bool:
+def _is_method(value: object) -> bool:
     return isinstance(value, types.FunctionType | staticmethod | classmethod)
 
 
-def _names_in(value: Any) -> Iterator[str]:
+def _names_in(value: object) -> Iterator[str]:
     """The names that a function, method or property uses."""
     if isinstance(value, property):
         for part in (value.fget, value.fset):

@@ -352,7 +352,7 @@ class _Client:
         return SummaryWriter(folder)
 
 
-def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
+def _flat(value: object, name: str) -> list[tuple[str, Any]]:
     """Nested arguments as names and values, without None."""
     if isinstance(value, dict):
         items = [_flat(item, f"{name}/{key}" if name else _unicode(str(key))) for key, item in value.items()]

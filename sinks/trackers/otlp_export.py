@@ -74,7 +74,7 @@ class Exporter:
         self._waiting: list[Any] = []
         self._warned = False
 
-    def put(self, batch: Any, *, replaces: bool = False) -> None:
+    def put(self, batch: object, *, replaces: bool = False) -> None:
         """Queue data: a list of `ReadableSpan`, or `MetricsData`.
 
         Args:
@@ -292,7 +292,7 @@ def _histogram(steps: Steps, started: int, now: int) -> Metric:
     return Metric("stagecast.step_seconds", "Time from step to step, the wait for data included.", "s", data)
 
 
-def _attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _attributes(attributes: Mapping[str, object]) -> dict[str, Any]:
     return {label_text(key): _value(value) for key, value in attributes.items()}
 
 

@@ -302,7 +302,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             self._deadlines[request] = time.monotonic() + REQUEST_S
         return True
 
-    def extend(self, request: Any) -> None:
+    def extend(self, request: object) -> None:
         """Restart the timeout of a client with a complete request, for reading the answer."""
         with self._lock:
             if request in self._deadlines:
@@ -328,7 +328,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = self.host, self.server_address[1]
         self.setup_environ()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:
         """A client that left early is not an error."""
         logger.debug(f"a scrape by {client_address} failed", exc_info=True)
 

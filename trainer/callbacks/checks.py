@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from trainer.errors import ArgumentsError, ContractError
 from trainer.module_interface import ModuleInterface
@@ -25,15 +24,15 @@ class Checks:
         if not holds:
             self._problems.append(problem)
 
-    def count(self, name: str, value: Any) -> None:
+    def count(self, name: str, value: object) -> None:
         """Check for an integer >= 1."""
         self.that(type(value) is int and value >= 1, f"{name} must be an integer >= 1, not {value!r:.80}")
 
-    def flag(self, name: str, value: Any) -> None:
+    def flag(self, name: str, value: object) -> None:
         """Check for True or False."""
         self.that(isinstance(value, bool), f"{name} must be True or False, not {value!r:.80}")
 
-    def module(self, value: Any) -> None:
+    def module(self, value: object) -> None:
         """Check for an instance of `ModuleInterface`."""
         shown = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.80}"
         self.that(isinstance(value, ModuleInterface), f"module must be the trained ModuleInterface, not {shown}")
@@ -44,12 +43,12 @@ class Checks:
             raise ArgumentsError(f"{self._callback}: {'; '.join(self._problems)}")
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> bool:
     """Whether a value is a plain finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def must_be_trained(callback: Any, module: ModuleInterface) -> None:
+def must_be_trained(callback: object, module: ModuleInterface) -> None:
     """Raise `ContractError` if the run does not train this module: values that it logs would be lost."""
     if module._stagecast_recorder is None:
         raise ContractError(

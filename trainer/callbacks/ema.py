@@ -246,7 +246,7 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  # no public one
 
 
-def _misfit(average: Any, tensor: torch.Tensor) -> str | None:
+def _misfit(average: object, tensor: torch.Tensor) -> str | None:
     """Describe why an average does not belong to this tensor; None if it does."""
     if not isinstance(average, torch.Tensor):
         return f"is a {type(average).__name__} there, not a tensor"

@@ -95,7 +95,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     return decode(RunConfig, values, source, known_problems=problems)
 
 
-def _expanded(config: Mapping[str, Any]) -> dict[str, Any]:
+def _expanded(config: Mapping[str, object]) -> dict[str, Any]:
     """Replace strings, and true, by mappings, so that overrides can name their options."""
     result = dict(config)
     for key, name in _NAMES.items():

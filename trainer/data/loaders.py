@@ -71,7 +71,7 @@ def make_train_sampler(
     return type("TrainSampler", (base,), own)
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
+def set_epoch(loader: object, epoch: int) -> None:
     """Call ``set_epoch`` of a dataloader, its samplers and its data set, where they define it.
 
     torch's `DistributedSampler` does, and would otherwise yield the same order in each epoch.
@@ -81,7 +81,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
             method(epoch)
 
 
-def hides_epoch(loader: Any) -> bool:
+def hides_epoch(loader: object) -> bool:
     """Whether persistent workers have a copy of the data set that `set_epoch` does not reach."""
     dataset = getattr(loader, "dataset", None)
     if not has_live_workers(loader) or not callable(getattr(dataset, "set_epoch", None)):
@@ -89,13 +89,13 @@ def hides_epoch(loader: Any) -> bool:
     return not any(map(_is_shared, getattr(dataset, "__dict__", {}).values()))  # shared memory does reach them
 
 
-def _is_shared(value: Any) -> bool:
+def _is_shared(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         return bool(value.is_shared())  # type: ignore[no-untyped-call]  # torch's
     return isinstance(value, SynchronizedBase)
 
 
-def _parts_of_loader(loader: Any) -> list[Any]:
+def _parts_of_loader(loader: object) -> list[Any]:
     """A dataloader, its samplers and its data set, each once."""
     batches = getattr(loader, "batch_sampler", None)
     parts = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
@@ -113,7 +113,7 @@ def data_rows(loader: Any) -> int | None:
         return None
 
 
-def state_of_order(loader: Any) -> torch.Tensor | None:
+def state_of_order(loader: object) -> torch.Tensor | None:
     """The state of the generator behind the order of a torch dataloader; None if unknown."""
     for sampler in _parts_of_loader(loader):
         if isinstance(sampler, _DRAWING):
@@ -124,12 +124,12 @@ def state_of_order(loader: Any) -> torch.Tensor | None:
 _DRAWING = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 
-def has_live_workers(loader: Any) -> bool:
+def has_live_workers(loader: object) -> bool:
     """Whether a dataloader has persistent workers that are already running."""
     return keeps_workers(loader) and getattr(loader, "_iterator", None) is not None
 
 
-def keeps_workers(loader: Any) -> bool:
+def keeps_workers(loader: object) -> bool:
     """Whether a torch dataloader uses persistent workers."""
     return isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.persistent_workers
 
@@ -210,7 +210,7 @@ _DATA_FOLDER = os.path.dirname(torch.utils.data.__file__)
 
 
 def own_batches(
-    loader: Iterable[Any], micro_batch: int, sampler_cls: type[Sampler[int]]
+    loader: Iterable[object], micro_batch: int, sampler_cls: type[Sampler[int]]
 ) -> Callable[[int], int] | None:
     """Compute the number of indices in each batch of a loader, if it is certain.
 
@@ -238,7 +238,7 @@ def own_batches(
     return indices
 
 
-def loader_length(loader: Iterable[Any]) -> int | None:
+def loader_length(loader: Iterable[object]) -> int | None:
     """``len()`` of a loader in batches; None if it has no length."""
     try:
         return len(loader)  # type: ignore[arg-type]
@@ -296,12 +296,12 @@ def skip_batches(loader: Any, batches: int, micro_batch: int) -> bool:
     return True
 
 
-def generators_of(loader: Any) -> list[torch.Generator]:
+def generators_of(loader: object) -> list[torch.Generator]:
     """The generators of a torch dataloader, its samplers and its data set."""
     found = [getattr(owner, "generator", None) for owner in _parts_of_loader(loader)]
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
-def has_state(loader: Any) -> bool:
+def has_state(loader: object) -> bool:
     """Whether a dataloader saves and restores its own position."""
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))

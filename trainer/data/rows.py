@@ -19,7 +19,7 @@ CountRows = Callable[[Any, int], int | None]
 
 
 def row_counter(
-    loader: Iterable[Any],
+    loader: Iterable[object],
     batch_size: int,
     sampler_cls: type[Sampler[int]],
     notice: Callable[[str], None] | None,
@@ -48,7 +48,7 @@ def row_counter(
     total = _samples_of(loader) if of_torch else None
     announced = False
 
-    def count(batch: Any, index: int) -> int | None:
+    def count(batch: object, index: int) -> int | None:
         nonlocal announced
         expected = usual if indices is None else indices(index) or None
         if expected is not None and _rows_of_tensors(batch) == expected:  # most batches
@@ -112,7 +112,7 @@ class Count(NamedTuple):
     doubt: str | None
 
 
-def count_rows(batch: Any, expected: int | None, *, exceeds: bool = False) -> Count:
+def count_rows(batch: object, expected: int | None, *, exceeds: bool = False) -> Count:
     """Count the rows of a batch: the first dimension of its first tensor that is not a scalar.
 
     Args:
@@ -156,7 +156,7 @@ def count_rows(batch: Any, expected: int | None, *, exceeds: bool = False) -> Co
     return Count(rows, None)
 
 
-def _holds_samples(batch: Any) -> bool:
+def _holds_samples(batch: object) -> bool:
     """Whether a batch looks like a list of samples or images, rather than inputs and targets."""
     if not isinstance(batch, (list, tuple)) or len(batch) < 2:
         return False
@@ -165,7 +165,7 @@ def _holds_samples(batch: Any) -> bool:
     return all(isinstance(part, (list, tuple, Mapping)) for part in batch)
 
 
-def _shapes(value: Any, found: list[tuple[int, ...]]) -> int | None:
+def _shapes(value: object, found: list[tuple[int, ...]]) -> int | None:
     """Add the shapes of all tensors and arrays, depth first; return the number of graphs of a batch of graphs."""
     if isinstance(value, torch.Tensor):
         found.append(tuple(value.shape) if not value.is_nested else (value.size(0),))
@@ -213,7 +213,7 @@ def checked_weight(weight: Any, module: str) -> float:
     return number
 
 
-def weight_of(module: Any) -> Callable[[Any], float] | None:
+def weight_of(module: object) -> Callable[[Any], float] | None:
     """The module's own `ModuleInterface.batch_weight`, checked at each call; None if it has none."""
     method = getattr(module, "batch_weight", None)
     if method is None or getattr(getattr(method, "__func__", method), "__module__", None) == "trainer.module_interface":
@@ -222,7 +222,7 @@ def weight_of(module: Any) -> Callable[[Any], float] | None:
     return lambda batch: checked_weight(method(batch), name)
 
 
-def no_weight(module: Any, step: int) -> BatchWeightError:
+def no_weight(module: object, step: int) -> BatchWeightError:
     """The error for a step whose batches all have weight 0."""
     return BatchWeightError(
         f"{type(module).__name__}.batch_weight() returned 0 for all of step {step}; remove such batches from the"

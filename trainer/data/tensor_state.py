@@ -63,7 +63,7 @@ class Collected:
         UnstorableState: A value cannot be stored; names its path.
     """
 
-    def __init__(self, tree: Any) -> None:
+    def __init__(self, tree: object) -> None:
         self.infos: list[TensorInfo] = []
         self.tensors: list[torch.Tensor] = []
         """The tensors, viewed as the stored types."""
@@ -74,7 +74,7 @@ class Collected:
         with torch.no_grad():
             self.state = packing.encode(tree, self._place)
 
-    def _place(self, path: str, value: Any) -> str | None:
+    def _place(self, path: str, value: object) -> str | None:
         if not isinstance(value, torch.Tensor):
             return None
         dtype, view = _stored_as(path, value)
@@ -97,7 +97,7 @@ class Collected:
         return name
 
 
-def part_of(tree: Any) -> Part:
+def part_of(tree: object) -> Part:
     """Copy a state into a part of a checkpoint with its own files. Waits for the device of its tensors.
 
     Raises:

@@ -40,12 +40,12 @@ def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool =
     return _map(batch, move, movable=True)
 
 
-def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+def map_tensors(function: Callable[[torch.Tensor], object], value: object) -> Any:
     """Return ``value`` with ``function`` applied to each tensor; only containers it changes are rebuilt."""
     return _map(value, function, movable=False)
 
 
-def clone_tensors(value: Any) -> Any:
+def clone_tensors(value: object) -> Any:
     """Return ``value`` with each tensor cloned once: a tensor that occurs twice is one tensor in the result, too."""
     clones: dict[int, torch.Tensor] = {}
 
@@ -57,7 +57,7 @@ def clone_tensors(value: Any) -> Any:
     return map_tensors(clone, value)
 
 
-def _map(value: Any, function: Callable[[Any], Any], movable: bool) -> Any:
+def _map(value: object, function: Callable[[Any], object], movable: bool) -> Any:
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, (str, bytes, int, float, type)) or value is None:
@@ -73,7 +73,7 @@ def _map(value: Any, function: Callable[[Any], Any], movable: bool) -> Any:
     return _rebuild(value, [(key, after) for key, _, after in mapped])
 
 
-def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
+def parts_of(value: object) -> list[tuple[Any, Any]] | None:
     """A container's values with their keys, indices or field names; None for other objects."""
     if isinstance(value, Mapping):
         return list(value.items())
@@ -83,7 +83,7 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
     return None if names is None else [(name, getattr(value, name)) for name in names if hasattr(value, name)]
 
 
-def _field_names(value: Any) -> list[str] | None:
+def _field_names(value: object) -> list[str] | None:
     if isinstance(value, msgspec.Struct):
         return list(value.__struct_fields__)
     if dataclasses.is_dataclass(value):
@@ -112,7 +112,7 @@ def _rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
     return result
 
 
-def _rebuild_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+def _rebuild_mapping(value: Mapping[Any, object], items: dict[Any, Any]) -> Any:
     if type(value) is dict:
         return items
     if isinstance(value, MutableMapping):

@@ -26,7 +26,7 @@ class _Missing:
 _MISSING = _Missing()
 
 
-def as_tuple(outputs: Any) -> tuple[Any, ...]:
+def as_tuple(outputs: object) -> tuple[Any, ...]:
     """Convert a step's return value into a tuple of outputs.
 
     The items of a tuple, list, generator or other iterable are outputs; a tensor, an array, a string or a number is
@@ -52,7 +52,7 @@ def as_tuple(outputs: Any) -> tuple[Any, ...]:
     return (outputs,)
 
 
-def detach_copy(outputs: Sequence[Any], *, clone: bool) -> tuple[Any, ...]:
+def detach_copy(outputs: Sequence[object], *, clone: bool) -> tuple[Any, ...]:
     """Detach every tensor in the outputs, also in containers; other values are returned unchanged.
 
     Args:
@@ -67,7 +67,7 @@ def detach_copy(outputs: Sequence[Any], *, clone: bool) -> tuple[Any, ...]:
     return tuple(map_tensors(detach, output) for output in outputs)
 
 
-def nbytes(outputs: Any) -> int:
+def nbytes(outputs: object) -> int:
     """Bytes of outputs: the elements of tensors, and approximately the size of other objects.
 
     Containers are walked; a tensor that they hold twice counts twice.
@@ -173,7 +173,7 @@ class OutputCollector:
         """Bytes of the kept outputs."""
         return self._nbytes
 
-    def append(self, outputs: Sequence[Any]) -> None:
+    def append(self, outputs: Sequence[object]) -> None:
         """Keep the outputs of one step: detached host tensors that do not change any more.
 
         Raises:

@@ -26,7 +26,7 @@ def signature_of(method: Any) -> inspect.Signature | None:
         return None
 
 
-def signature_problem(owner: str, name: str, method: Any, contract: Callable[..., Any]) -> str | None:
+def signature_problem(owner: str, name: str, method: object, contract: Callable[..., object]) -> str | None:
     """Describe why a method cannot be called as in the contract; None if it can.
 
     Args:
@@ -66,7 +66,7 @@ def signature_problem(owner: str, name: str, method: Any, contract: Callable[...
     return f"{owner}.{name}{_with_self(signature)} cannot take the trainer's arguments; {should}"
 
 
-def takes_outputs(hook: Any) -> bool:
+def takes_outputs(hook: object) -> bool:
     """Whether a hook accepts any outputs after its first argument, ``global_step``."""
     try:
         signature = signature_of(hook)
@@ -78,7 +78,7 @@ def takes_outputs(hook: Any) -> bool:
     return inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in _FIXED for kind in kinds) > 1
 
 
-def can_take(signature: inspect.Signature, given: Sequence[Any], named: Mapping[str, Any]) -> bool:
+def can_take(signature: inspect.Signature, given: Sequence[object], named: Mapping[str, object]) -> bool:
     """Whether these arguments can be bound."""
     try:
         signature.bind(*given, **named)
@@ -105,7 +105,7 @@ def clear_error(error: Exception, owner: str, name: str, hook: Any, given: Seque
     )
 
 
-def _least_outputs(signature: inspect.Signature, fixed: int, named: Mapping[str, Any]) -> int:
+def _least_outputs(signature: inspect.Signature, fixed: int, named: Mapping[str, object]) -> int:
     required = [
         one
         for one in signature.parameters.values()
