@@ -53,7 +53,7 @@ def test_wrong_events_are_refused() -> None:
     assert refused({name: value for name, value in good.items() if name != "run_id"})
 
 
-def test_a_null_step_count_is_no_number() -> None:
+def test_a_null_step_count_is_not_a_number() -> None:
     """Only floating-point numbers may be null for what JSON cannot hold; integers are always there."""
     good = json.loads(wire.encode_json(MetricsLogged(**HEADER, metrics={"a": math.inf})))
     VALIDATOR.validate(good)

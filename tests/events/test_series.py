@@ -49,7 +49,7 @@ def test_a_series_without_a_finite_value_is_null_in_json() -> None:
 
 
 @pytest.mark.parametrize("last", [7.5, math.nan, -math.inf])
-def test_the_last_value_is_told_apart_from_its_point(last: float) -> None:
+def test_the_last_value_is_distinct_from_its_point(last: float) -> None:
     """A point of many values has their mean, and the name of what was odd in it; the last value is beside them."""
     shown = plain(fill([math.nan if index % 2 else 1.0 for index in range(3 * MOST_POINTS)] + [1.0, last]))
     assert shown["last"] == (last if math.isfinite(last) else str(last))
@@ -112,7 +112,7 @@ def test_each_point_is_what_its_values_say(values: list[float], most: int, piece
     assert begin == len(values)
 
 
-def test_it_goes_on_from_what_was_stored() -> None:
+def test_it_resumes_from_stored_curves() -> None:
     """Encoded and decoded, it takes further events as if nothing had happened."""
     generator = random.Random(0)
     events = [logged(seq, loss=generator.random()) for seq in range(1, 5_001)]

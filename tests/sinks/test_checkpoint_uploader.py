@@ -262,7 +262,7 @@ def test_what_the_run_went_back_before_goes_first(rig: Rig) -> None:
     assert rig.names == ["step-10.a1", "step-15.a2"]
 
 
-def test_a_store_that_may_not_be_deleted_from_is_told_and_used(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_without_delete_permission_is_reported_and_used(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many credentials may write, not delete: uploads go on, the end of the run is not held up."""
     monkeypatch.setattr(Objects, "delete", lambda self, key: refuse())
     uploader = rig.uploader(keep_last=1)
@@ -297,7 +297,7 @@ def test_orphans_that_cannot_be_removed_do_not_keep_it_from_opening(rig: Rig, mo
 # ---------------------------------------------------------------------------------------------------- failures
 
 
-def test_a_failed_upload_is_told_raised_and_taken_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_upload_is_published_raised_and_resumed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor delivers the same batch again, however often; the history of a long outage stays short."""
     uploader = rig.uploader()
     uploader.open()
@@ -322,7 +322,7 @@ def test_a_failed_upload_is_told_raised_and_taken_up(rig: Rig, monkeypatch: pyte
     assert rig.of(CheckpointFailed)[-1].consecutive == 1
 
 
-def test_one_that_is_damaged_here_is_told_and_left_out(rig: Rig) -> None:
+def test_a_damaged_checkpoint_is_reported_and_skipped(rig: Rig) -> None:
     """Trying again would find the same; the others are uploaded, and nothing of it stays in the store."""
     rig.save(10)
     bad = rig.save(20)
@@ -338,7 +338,9 @@ def test_one_that_is_damaged_here_is_told_and_left_out(rig: Rig) -> None:
     assert not (rig.there / "step-20.a1").exists()
 
 
-def test_one_that_is_deleted_while_it_is_uploaded_is_no_failure(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_is_deleted_during_its_upload_is_not_a_failure(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Retention decides on another thread; what was uploaded of it is removed."""
     rig.save(10)
     name = rig.save(20, nbytes=10 * PART)
@@ -402,7 +404,7 @@ def test_opening_again_after_a_failed_upload_does_not_take_its_own_for_anothers(
 # ------------------------------------------------------------------------------------------ progress and the end
 
 
-def test_progress_is_told_at_once_and_then_now_and_then(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_published_at_once_and_then_at_intervals(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand parts are not a thousand events; each belongs to the checkpoint's step, not to the loop's."""
     monkeypatch.setattr(checkpoint_uploader, "PROGRESS_S", 1e9)
     uploader = rig.uploader()

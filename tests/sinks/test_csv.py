@@ -80,7 +80,7 @@ def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(story: Any, tmp_path
     assert told(path) == rows([*first, *second])
 
 
-def test_a_run_that_begins_anew_under_its_name_is_added(
+def test_a_second_run_of_the_same_name_is_appended(
     story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its events are numbered like those of the one before, but are later; said once."""
@@ -213,7 +213,7 @@ def test_a_table_that_was_deleted_is_missed(story: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["", 3, Path("x.csv"), "a\0b"])
-def test_what_is_no_path_is_refused_where_it_is_given(path: Any) -> None:
+def test_an_invalid_path_is_refused_by_the_constructor(path: Any) -> None:
     """With what it was."""
     with pytest.raises(ValueError, match="CSV\\(path="):
         CSV(path=path)
@@ -276,7 +276,7 @@ def test_no_text_is_a_formula_and_every_number_is_a_number(story: Any, tmp_path:
         assert [cell for cell in cells if cell.strip().startswith(("=", "+", "@", "\t", "\r", "\n", "\uff1d"))] == []
 
 
-def test_a_name_that_is_no_unicode_is_written_as_its_escapes(story: Any, tmp_path: Path) -> None:
+def test_lone_surrogates_in_a_name_are_escaped(story: Any, tmp_path: Path) -> None:
     """Losing a character is better than losing the rows of a batch."""
     path = tmp_path / "metrics.csv"
     write_all(path, [story(MetricsLogged, metrics={"a\udc80": 1.0, "b": 2.0})])
@@ -293,7 +293,7 @@ def test_events_without_numbers_have_no_rows(story: Any, tmp_path: Path) -> None
     assert RunStarted not in METRIC_TYPES
 
 
-def test_an_attempt_that_goes_on_continues_the_table(story: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_table(story: Any, tmp_path: Path) -> None:
     """Also where its events are numbered from before the last one written, because the journal had lost some."""
     path = tmp_path / "metrics.csv"
     first = story.steps(10)

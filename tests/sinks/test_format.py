@@ -71,7 +71,7 @@ def test_a_rate_is_readable_for_fast_and_slow_steps(rate: float, text: str) -> N
 
 
 @pytest.mark.parametrize("unix_s", [math.nan, math.inf, 1e30])
-def test_an_impossible_time_is_no_error(unix_s: float) -> None:
+def test_an_impossible_time_is_not_an_error(unix_s: float) -> None:
     """A clock that is broken must not break the display of what it timed."""
     assert format_clock(unix_s) == "--:--:--"
 
@@ -118,7 +118,7 @@ def test_the_ledger_has_every_row_of_the_struct() -> None:
     assert len(ledger_shares(ledger)) == len(names)
 
 
-def test_an_empty_ledger_is_no_error() -> None:
+def test_an_empty_ledger_is_not_an_error() -> None:
     """A run that was cancelled before its first step has one."""
     assert "-" in format_ledger(StallLedger())
     assert ledger_shares(StallLedger()) == []

@@ -85,7 +85,7 @@ def test_closing_after_a_failure_lets_the_file_go(story: Any, tmp_path: Path, fu
     assert path.read_bytes() == lines(steps)
 
 
-def test_a_run_that_begins_anew_under_its_name_is_added(
+def test_a_second_run_of_the_same_name_is_appended(
     story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its events are numbered like those of the one before, but are later; said once."""
@@ -113,7 +113,7 @@ def test_wherever_a_write_was_cut_off_the_file_is_continued_exactly(story: Any, 
         assert path.read_bytes() == whole, whole[:size]
 
 
-def test_a_process_that_was_killed_has_left_whole_lines_and_the_next_goes_on(story: Any, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_whole_lines_and_the_next_continues(story: Any, tmp_path: Path) -> None:
     """What it had written is there: it was handed to the operating system with each batch."""
     path = tmp_path / "events.jsonl"
     script = f"""
@@ -152,7 +152,7 @@ def test_zeros_that_a_crashed_machine_has_left_are_cut_away(story: Any, tmp_path
         assert path.read_bytes() == lines(steps)
 
 
-def test_a_file_of_somebody_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_foreign_file_is_refused_and_unchanged(tmp_path: Path) -> None:
     """Its last line is incomplete, and must not be removed like a torn event."""
     path = tmp_path / "notes.txt"
     path.write_text("first\nand last")
@@ -187,7 +187,7 @@ def test_who_may_only_read_the_file_cannot_hold_it(story: Any, tmp_path: Path, c
     assert len(read(path)) == 3
 
 
-def test_an_event_that_no_line_can_hold_is_left_out(
+def test_an_event_that_cannot_be_encoded_is_skipped(
     story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And said so: it would fail again for ever, and take the others with it."""
@@ -246,7 +246,7 @@ def test_every_kind_of_event_comes_back_as_it_was(story: Any, tmp_path: Path) ->
     assert json.loads(path.read_bytes().splitlines()[2])["what"] == [1, 2]
 
 
-def test_an_attempt_that_goes_on_continues_the_file(story: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_file(story: Any, tmp_path: Path) -> None:
     """Also where its events are numbered from before the last one written, because the journal had lost some."""
     path = tmp_path / "events.jsonl"
     first = story.steps(10)

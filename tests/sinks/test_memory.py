@@ -127,7 +127,7 @@ def test_it_is_a_plain_description(story: Any) -> None:
     assert len(sink.events) == 3
 
 
-def test_it_loses_nothing_and_holds_nobody() -> None:
+def test_it_drops_nothing_and_never_holds_the_loop() -> None:
     """A test's sink must see everything, without making the run wait for it."""
     delivery = delivery_of(Memory())
     assert delivery.overflow == "drop_oldest"

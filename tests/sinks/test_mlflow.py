@@ -295,7 +295,7 @@ def test_a_run_trains_to_its_end_when_there_is_no_server() -> None:
     assert next(one for one in result.observers if one.observer == "mlflow").state == "disabled"
 
 
-def test_an_experiment_that_was_deleted_is_told_and_not_tried_again(server: Any, connect: Any, name: str) -> None:
+def test_a_deleted_experiment_is_reported_and_not_retried(server: Any, connect: Any, name: str) -> None:
     """MLflow keeps its name, so no other can be created under it."""
     from mlflow import MlflowClient
 
@@ -481,7 +481,7 @@ def test_a_second_attempt_continues_the_same_mlflow_run(connect: Any, story: Any
 
 
 @pytest.mark.parametrize("how", ["environment", "active", "given"])
-def test_a_run_that_somebody_else_began_is_joined_and_left_to_them(
+def test_a_run_of_the_caller_is_joined_and_not_ended(
     server: Any, story: Any, name: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No second run is made; parameters and numbers are added, and its status is not ours to set."""

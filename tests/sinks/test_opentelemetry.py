@@ -209,7 +209,7 @@ def test_a_collector_that_hangs_is_left_in_time(receiver: Any, connect: Any, sto
         writer.write(an_epoch(story))
 
 
-def test_a_name_that_nobody_knows_is_a_failure_to_be_tried_again(connect: Any, story: Any) -> None:
+def test_an_unknown_host_name_is_retried(connect: Any, story: Any) -> None:
     """A name service may be down for a moment."""
     with pytest.raises(ConnectionError, match=r"no-such-host\.invalid:4318/v1/metrics has not accepted metrics"):
         connect("http://no-such-host.invalid:4318").write(story.steps(1))
@@ -229,7 +229,7 @@ def test_an_answer_that_was_lost_makes_no_second_span(receiver: Any, connect: An
     assert len({span.span_id for span in receiver.story.spans}) == 3
 
 
-def test_a_run_that_is_told_again_gives_the_same_spans(receiver: Any, connect: Any, story: Any) -> None:
+def test_a_run_that_is_delivered_again_gives_the_same_spans(receiver: Any, connect: Any, story: Any) -> None:
     """By another process, from the journal: identifiers are made from the events' own."""
     batch = an_epoch(story)
     connect(receiver.url).write(batch)
@@ -347,7 +347,7 @@ def test_a_header_that_is_none_is_refused_without_being_shown(headers: str, monk
         ("http://host:4318/v1/traces", "remove it"),
     ],
 )
-def test_what_is_no_address_is_refused_before_the_run(endpoint: str, says: str) -> None:
+def test_an_invalid_address_is_refused_before_the_run(endpoint: str, says: str) -> None:
     """The trainer asks when it is built; a password is not repeated."""
     with pytest.raises(SinkMisconfigured, match=says) as raised:
         OpenTelemetry(endpoint=endpoint).check()
@@ -472,7 +472,7 @@ def test_sums_of_attempts_in_one_batch_are_those_of_each_attempt(receiver: Any, 
     assert [plain(info.attributes)["attempt"] for info in infos] == ["2"]
 
 
-def test_names_beyond_the_limit_are_left_out_with_a_warning(
+def test_names_beyond_the_limit_are_skipped_with_a_warning(
     receiver: Any, connect: Any, story: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in Prometheus."""
@@ -571,7 +571,7 @@ def test_checkpoints_are_spans_that_may_outlast_the_run(receiver: Any, connect: 
     assert {span.parent_span_id for span in (failed, saved, upload)} == {told.named("run")[0].span_id}
 
 
-def test_a_resumed_run_goes_on_in_the_same_trace_and_links_to_the_attempt_before(
+def test_a_resumed_run_continues_the_trace_and_links_to_the_previous_attempt(
     receiver: Any, connect: Any, story: Any
 ) -> None:
     """In the middle of an epoch, which began in another process: its span begins here, and holds its validation."""
@@ -619,7 +619,7 @@ def test_attempts_that_come_one_after_the_other_each_have_their_spans(receiver: 
     assert validation.parent_span_id == told.named("train_epoch")[0].span_id
 
 
-def test_the_rest_of_an_attempt_stands_in_that_attempt(receiver: Any, connect: Any, story: Any) -> None:
+def test_late_events_of_an_attempt_belong_to_that_attempt(receiver: Any, connect: Any, story: Any) -> None:
     """A host of the next one delivers it; the beginning was told by the host before."""
     rest = [*story.steps(1), story(CheckpointUploaded, checkpoint="step-1.a1", url="s3://b/x")]
     story.attempt = 2
@@ -694,7 +694,7 @@ def train(sink: Any, memory: Memory, *, callbacks: Any = (), checkpoints: Any = 
     return Trainer(Line(), arguments, sinks=[memory, sink], **where).train()
 
 
-def test_a_run_is_told_whole_to_its_collector(receiver: Any, tmp_path: Path) -> None:
+def test_a_run_reaches_its_collector_completely(receiver: Any, tmp_path: Path) -> None:
     """Spans, checkpoints and numbers of the real trainer, and a second attempt; no global provider is touched."""
     from opentelemetry import metrics, trace
 
@@ -723,7 +723,7 @@ def test_a_run_is_told_whole_to_its_collector(receiver: Any, tmp_path: Path) -> 
     assert (trace.get_tracer_provider(), metrics.get_meter_provider()) == globals_before
 
 
-def test_a_replay_of_several_attempts_tells_the_spans_that_they_told(receiver: Any, tmp_path: Path) -> None:
+def test_a_replay_of_several_attempts_sends_the_same_spans(receiver: Any, tmp_path: Path) -> None:
     """Each once, in its own run: a trace store keeps one of the two."""
     own = {"run_id": "twice", "run_dir": str(tmp_path / "run"), "checkpoints": Checkpoints(every_epochs=1)}
     for epochs in (2, 3):

@@ -150,7 +150,7 @@ class WaitsForFailure(Line):
 # ------------------------------------------------------------------------------------------------ addresses
 
 
-def test_a_taken_port_disables_the_sink_and_the_run_goes_on() -> None:
+def test_a_port_in_use_disables_the_sink_and_the_run_continues() -> None:
     """The page is lost, not the training; the message says which port and what to do."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
@@ -184,7 +184,7 @@ def test_a_port_that_becomes_free_is_taken(serve: Any) -> None:
         ({"max_names": 0}, "max_names must be >= 1"),
     ],
 )
-def test_what_is_no_address_is_refused_before_the_run(options: dict[str, Any], says: str) -> None:
+def test_an_invalid_address_is_refused_before_the_run(options: dict[str, Any], says: str) -> None:
     """The trainer asks when it is built, so that nobody finds out after an hour."""
     with pytest.raises(SinkMisconfigured) as raised:
         Prometheus(**options).check()
@@ -197,7 +197,7 @@ def test_addresses_are_accepted(host: str) -> None:
     Prometheus(host=host).check()
 
 
-def test_a_name_that_nobody_knows_is_an_error_to_be_tried_again(serve: Any) -> None:
+def test_an_unknown_host_name_is_retried(serve: Any) -> None:
     """A name service may be down for a moment."""
     with pytest.raises(OSError, match=r"cannot listen on no-such-host\.invalid"):
         serve(host="no-such-host.invalid")
@@ -383,7 +383,7 @@ def test_a_batch_that_is_delivered_again_counts_once(serve: Any, story: Any) -> 
     assert (page("steps_total"), page("step_seconds_count"), page("global_step")) == (4, 4, 4)
 
 
-def test_names_beyond_the_limit_are_left_out_with_one_warning(
+def test_names_beyond_the_limit_are_skipped_with_one_warning(
     serve: Any, story: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A name with the step in it must not fill Prometheus; the known ones go on."""
@@ -433,7 +433,7 @@ def test_late_news_of_an_earlier_step_does_not_move_the_run_back(serve: Any, sto
     assert page("checkpoint_saved_timestamp_seconds") == story.time
 
 
-def test_failures_are_counted_though_only_the_first_and_last_are_told(serve: Any, story: Any) -> None:
+def test_failures_are_counted_though_only_the_first_and_last_are_published(serve: Any, story: Any) -> None:
     """Three failures and a recovery, nine and given up, one more in closing."""
     writer = serve()
     fail = {"observer": "Nice", "error": "OSError: no"}

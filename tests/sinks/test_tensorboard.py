@@ -104,7 +104,7 @@ def single(value: float) -> float:
 # ------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_folder_that_is_no_path_is_refused() -> None:
+def test_an_invalid_folder_is_refused() -> None:
     """Where it is given."""
     with pytest.raises(ValueError, match=r"TensorBoard\(dir=3"):
         TensorBoard(dir=3)  # type: ignore[arg-type]
@@ -315,7 +315,7 @@ def test_texts_are_shown_whole(opened: Any, story: Any, tmp_path: Path) -> None:
     assert board.SummaryMetadata("short").plugin_data.plugin_name == "text"
 
 
-def test_what_is_no_event_goes_through_tensorboardx_into_the_same_file(opened: Any, story: Any, tmp_path: Path) -> None:
+def test_other_data_goes_through_tensorboardx_into_the_same_file(opened: Any, story: Any, tmp_path: Path) -> None:
     """In the order of the calls; and its own threads and files are not begun."""
     writer = opened(WithMore())
     writer.write(story.steps(1))
@@ -416,7 +416,7 @@ def test_what_others_have_in_the_folder_is_left_as_it_is(opened: Any, story: Any
     assert added.read_bytes().count(b"train_loss") == 2
 
 
-def test_a_run_that_was_begun_anew_under_its_name_is_shown(
+def test_a_second_run_of_the_same_name_is_shown(
     opened: Any, story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its events are numbered as those that are there, and are others; and it is said."""
@@ -431,7 +431,7 @@ def test_a_run_that_was_begun_anew_under_its_name_is_shown(
     assert caplog.text.count("which contains an earlier run of the same name, 'demo'") == 1
 
 
-def test_what_tensorboardx_wrote_stays_when_the_run_goes_on(opened: Any, story: Any, tmp_path: Path) -> None:
+def test_data_of_tensorboardx_stays_when_the_run_is_resumed(opened: Any, story: Any, tmp_path: Path) -> None:
     """It has no place in the run's history, and does not come again."""
     writer = opened()
     writer.write(story.steps(1))

@@ -229,7 +229,7 @@ def test_a_run_trains_to_its_end_and_ends_when_there_is_no_server(
     assert {one.during for one in memory.of(ObserverFailed)} <= {"open"}
 
 
-def test_without_a_key_the_sink_says_so_and_asks_nobody(tmp_path: Path) -> None:
+def test_without_a_key_the_sink_raises_instead_of_prompting(tmp_path: Path) -> None:
     """No prompt at a terminal, no upload that fails later."""
     with pytest.raises(SinkMisconfigured, match="API key"):
         WandB(mode="online").open(RunInfo("demo", run_dir=str(tmp_path)))

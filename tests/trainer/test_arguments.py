@@ -155,7 +155,7 @@ def test_the_error_is_a_value_error() -> None:
 
 
 @pytest.mark.parametrize("values", [[], "epochs", None, 3])
-def test_what_is_no_mapping_is_refused(values: Any) -> None:
+def test_a_value_other_than_a_mapping_is_refused(values: Any) -> None:
     """The message says what came instead."""
     with pytest.raises(ArgumentsError, match="must be a mapping"):
         TrainerArguments.from_dict(values)
@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: st
     assert says in str(caught.value)
 
 
-def test_a_file_that_is_not_there_or_is_no_text_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
     """Also what the system says about it."""
     with pytest.raises(ArgumentsError, match=r"none\.yaml: cannot be read: No such file"):
         TrainerArguments.from_file(tmp_path / "none.yaml")

@@ -319,7 +319,7 @@ def test_a_method_of_the_module_that_cannot_be_called_is_named_when_the_trainer_
 
 
 @pytest.mark.parametrize("name", ["should_stop", "bind_optimizers", "state_dict", "load_state_dict"])
-def test_what_a_callback_may_have_beside_its_hooks_is_checked_too(kit: Any, name: str) -> None:
+def test_optional_methods_of_a_callback_are_checked_too(kit: Any, name: str) -> None:
     """By the arguments with which it is called."""
     with pytest.raises(
         ArgumentsError, match=rf"Own.{name}\(self, a, b, c\) cannot take the trainer's arguments; define"

@@ -78,7 +78,7 @@ def test_all_wrong_arguments_are_named_at_once() -> None:
         EarlyStopping(mode="up", patience=-1)  # type: ignore[arg-type]
 
 
-def test_a_metric_that_nobody_logs_ends_the_run_and_names_the_others(kit: Any) -> None:
+def test_a_metric_that_is_never_logged_ends_the_run_and_names_the_others(kit: Any) -> None:
     """A misspelt name would be a run that never stops."""
     outcome = trained(kit, [1.0] * 4, EarlyStopping("acuracy"))
     assert isinstance(outcome.error, MetricNotFound)
@@ -96,7 +96,7 @@ def test_a_failure_may_only_disable_it(kit: Any) -> None:
 
 
 @pytest.mark.parametrize("answer", [True, False, 1.0])
-def test_an_answer_that_is_no_reason_is_an_error(kit: Any, answer: Any) -> None:
+def test_an_answer_that_is_not_a_reason_is_an_error(kit: Any, answer: Any) -> None:
     """A callback of the user's that returns whether to stop would stop with False, too."""
 
     class Own(CallbackInterface):
@@ -369,7 +369,7 @@ def test_it_stops_at_the_best_one(kit: Any, tmp_path: Path) -> None:
     assert Path(outcome.result.checkpoint).name == "step-3.a1"
 
 
-def test_a_checkpoint_of_another_metric_begins_anew(kit: Any, tmp_path: Path, caplog: Any) -> None:
+def test_a_checkpoint_of_another_metric_resets_the_state(kit: Any, tmp_path: Path, caplog: Any) -> None:
     """Its best value is no measure for this one."""
     run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": Checkpoints(every_minutes=None)}
     trained(kit, [0.5, 4.0, 3.0, 2.0], EarlyStopping(patience=9), max_steps=2, **run)

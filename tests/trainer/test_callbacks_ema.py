@@ -249,7 +249,7 @@ def test_half_precision_is_averaged_in_float32(kit: Any) -> None:
     assert ema.weights()["weight"].dtype is torch.bfloat16
 
 
-def test_steps_that_are_left_out_do_not_count(kit: Any) -> None:
+def test_skipped_steps_do_not_count(kit: Any) -> None:
     """Neither those that were skipped nor those between."""
 
     class Spikes(kit.Net):

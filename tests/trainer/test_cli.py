@@ -36,7 +36,7 @@ def test_the_demo_trains_and_shows_what_it_did(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_whoever_reads_only_the_first_line_gets_no_traceback(tmp_path: Path) -> None:
+def test_a_reader_of_only_the_first_line_gets_no_traceback(tmp_path: Path) -> None:
     """As `stagecast demo | head -1` does; the training has ended by then, and its folder is whole."""
     command = [sys.executable, "-m", "trainer.cli.main", "demo", "--steps", "1", "--device", "cpu", "--run-dir", "run"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -91,7 +91,7 @@ def test_commands_print_names_and_errors_of_strangers_as_their_escapes(
     assert lines.count("stagecast: fine") == 1  # of the exception, which is shown as it is written
 
 
-def test_what_is_no_number_of_steps_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_number_of_steps_is_refused(tmp_path: Path) -> None:
     """Bad options end with status 2 and a sentence."""
     done = _run("demo", "--steps", "0", cwd=tmp_path)
     assert done.returncode == 2

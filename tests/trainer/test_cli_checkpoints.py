@@ -164,7 +164,7 @@ def test_a_run_is_found_by_its_folder_or_that_of_its_checkpoints(stagecast: Stag
     assert (code, len(json.loads(out))) == (0, 7)
 
 
-def test_json_has_what_a_script_wants(stagecast: Stagecast, run: Path, upload: str) -> None:
+def test_json_has_all_fields_for_scripts(stagecast: Stagecast, run: Path, upload: str) -> None:
     """One array of flat objects, in the same order."""
     code, out, _ = stagecast("list", run, "--json")
     rows = json.loads(out)
@@ -244,14 +244,14 @@ def test_a_run_that_began_anew_resumes_from_none(stagecast: Stagecast, run: Path
     assert [(row["resumes"], row["in_line"]) for row in json.loads(out)] == [(False, False)] * 7
 
 
-def test_without_a_metric_there_is_no_column_for_it(stagecast: Stagecast, tmp_path: Path) -> None:
+def test_the_list_has_a_metric_column_only_with_a_metric(stagecast: Stagecast, tmp_path: Path) -> None:
     """A column is worth its place when something stands in it."""
     train(tmp_path / "plain", checkpoints=Checkpoints())
     _, out, _ = stagecast("list", tmp_path / "plain")
     assert out.splitlines()[0].split() == ["checkpoint", "step", "age", "size", "taken", "for", "state", "line"]
 
 
-def test_a_folder_without_checkpoints_says_so(stagecast: Stagecast, tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_reported(stagecast: Stagecast, tmp_path: Path) -> None:
     """An empty one, and that of a run which took none."""
     (tmp_path / "empty").mkdir()
     train(tmp_path / "bare", checkpoints=False)
@@ -261,7 +261,7 @@ def test_a_folder_without_checkpoints_says_so(stagecast: Stagecast, tmp_path: Pa
         assert stagecast("verify", path) == (0, f"no checkpoints in {path}\n", "")
 
 
-def test_what_is_no_such_folder_is_an_error(stagecast: Stagecast, tmp_path: Path) -> None:
+def test_a_missing_or_unrelated_folder_is_an_error(stagecast: Stagecast, tmp_path: Path) -> None:
     """One sentence, and exit code 1."""
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
@@ -582,7 +582,7 @@ class Odd(Tied):
         self.load_state_dict({key: state[key] for key in self.state_dict()})
 
 
-def test_what_is_no_tensor_is_left_out_and_said(stagecast: Stagecast, tmp_path: Path) -> None:
+def test_values_other_than_tensors_are_skipped_and_reported(stagecast: Stagecast, tmp_path: Path) -> None:
     """Containers are looked into; one without any tensor is left out as a whole."""
     more = {
         "vocabulary": {"a": 1, "b": [2, 3]},
@@ -751,7 +751,7 @@ def _in_terminal(*arguments: str, **environment: str) -> str:
     return text.decode()
 
 
-def test_a_terminal_shows_colours_unless_told_not_to(run: Path) -> None:
+def test_a_terminal_shows_colours_unless_they_are_disabled(run: Path) -> None:
     """The words are the same: colours only help."""
     (run / "checkpoints" / "step-6.a2" / "manifest.json").unlink()
     coloured = _in_terminal("list", str(run), TERM="xterm").splitlines()
@@ -784,7 +784,7 @@ def test_names_in_any_script_are_shown_as_far_as_the_output_can(tmp_path: Path, 
     assert b"\\xe4\\n does not exist" in done.stderr
 
 
-def test_whoever_reads_no_further_gets_no_traceback(run: Path) -> None:
+def test_a_closed_pipe_causes_no_traceback(run: Path) -> None:
     """As `stagecast checkpoints list ... | head -0` does."""
     command = [sys.executable, "-m", "trainer.cli.main", "checkpoints", "list", str(run)]
     pipe = subprocess.PIPE

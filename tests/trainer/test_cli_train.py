@@ -254,7 +254,7 @@ FACTORIES = [
 ]
 
 
-def test_factories_that_cannot_be_found_are_each_told_in_one_sentence(script: Any, folder: Path) -> None:
+def test_each_missing_factory_is_reported_in_one_sentence(script: Any, folder: Path) -> None:
     """A module that is not there, one that is wrong itself (and where), a name that is not there, or is no function."""
     write(folder, json.dumps(FACTORIES), "factories.json")
     code, out, err = script(
@@ -381,7 +381,7 @@ def test_a_file_trains_its_module_with_all_that_it_names(folder: Path) -> None:
     assert started[0].module == "jobs.line.Line"
 
 
-def test_a_sink_that_has_not_got_everything_is_told_of_at_the_end(folder: Path) -> None:
+def test_a_sink_that_missed_events_is_reported_at_the_end(folder: Path) -> None:
     """Without the console, too: training is not touched, and so the exit code is that of success."""
     (folder / "taken").mkdir()
     text = (
@@ -425,7 +425,7 @@ def test_a_check_builds_everything_and_trains_nothing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_run_in_order_and_is_its_exit_code(folder: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_stops_the_run_cleanly_and_sets_the_exit_code(folder: Path, number: signal.Signals, code: int) -> None:
     """With a checkpoint, as `stagecast demo` does."""
     file = write(
         folder,

@@ -162,7 +162,7 @@ def test_any_outputs_collate_position_by_position(batches: list[tuple[Any, ...]]
     assert [type(value) for value in again] == [type(value) for value in collated]
 
 
-def test_pieces_are_let_go_while_collating() -> None:
+def test_pieces_are_released_while_collating() -> None:
     """Only one position is ever held twice: the pieces of the first are gone while the second is at work."""
     collector = OutputCollector(2**20, "test")
     pieces = [torch.ones(4), torch.ones(4)]

@@ -111,7 +111,7 @@ def test_tensors_in_any_container_move_and_the_original_stays(batch: Any, tensor
     assert {tensor.device.type for tensor in tensors(batch)} == {"cpu"}
 
 
-def test_mappings_keep_what_they_have_beside_their_items() -> None:
+def test_mappings_keep_their_attributes() -> None:
     """A default factory and the order survive."""
     batch = collections.defaultdict(list, {"b": _meta(), "a": _meta()})
     moved = to_device(batch, "meta")
@@ -376,7 +376,7 @@ def test_the_length_of_a_loader_is_its_own_word_or_none() -> None:
         ([DataLoader([1]), DataLoader([2])], "a list of dataloaders; return a dict"),
     ],
 )
-def test_what_is_no_dataloader_is_named_with_its_key(value: Any, says: str) -> None:
+def test_an_invalid_dataloader_is_named_with_its_key(value: Any, says: str) -> None:
     """The message says which method returned what."""
     with pytest.raises(DataLoaderError, match=says):
         as_val_loaders(value)

@@ -14,7 +14,7 @@ from trainer.examples.charlm import CharLM, Size, arguments_for
 
 
 @pytest.mark.timeout(120)
-def test_the_digits_are_told_apart(tmp_path: Path) -> None:
+def test_the_digits_are_classified(tmp_path: Path) -> None:
     """Validation accuracy, computed in on_end_val_epoch from the whole epoch's outputs, is at least 97 %."""
     torch.manual_seed(0)
     result = Trainer(digits.Digits(), digits.ARGUMENTS, sinks=[], run_dir=tmp_path / "run").train()

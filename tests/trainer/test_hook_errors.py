@@ -58,7 +58,7 @@ def test_what_a_hook_raises_ends_the_run_as_itself_with_the_hook_and_the_step_no
 
 
 @pytest.mark.parametrize("lane", list(MARKS))
-def test_a_callback_that_is_to_be_disabled_fails_once_and_the_run_goes_on(kit: Any, lane: str) -> None:
+def test_a_callback_with_the_policy_disable_fails_once_and_the_run_continues(kit: Any, lane: str) -> None:
     """Its hook is not called again on any lane; a fence does not hold the loop for it; others are not touched."""
     calls = []
 
@@ -81,7 +81,7 @@ def test_a_callback_that_is_to_be_disabled_fails_once_and_the_run_goes_on(kit: A
 
 
 @pytest.mark.parametrize("lane", ["observer", "fenced"])
-def test_a_retried_callback_goes_on_at_the_hook_that_failed(kit: Any, lane: str) -> None:
+def test_a_retried_callback_resumes_at_the_hook_that_failed(kit: Any, lane: str) -> None:
     """Hooks before it in the same batch are not repeated, and none after it is left out."""
     calls: list[int] = []
     loop_is_ahead = threading.Event()
@@ -184,7 +184,7 @@ def test_callbacks_of_one_class_have_names_of_their_own(kit: Any) -> None:
 @pytest.mark.parametrize(
     "hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
 )
-def test_the_model_stands_still_while_a_fenced_hook_runs(kit: Any, hook: str) -> None:
+def test_the_model_does_not_change_while_a_fenced_hook_runs(kit: Any, hook: str) -> None:
     """So an inline hook of the same event, whoever has it, runs only when the fenced ones have returned."""
     order: list[str] = []
     first = on(hook, lambda *_, **key: order.append("inline"), "inline")

@@ -77,7 +77,7 @@ def test_the_lane_is_the_marked_one_or_what_the_contract_needs(name: str, mark: 
     assert {*hooks.inline, *hooks.observed} == {event}
 
 
-def test_a_fenced_hook_returns_before_the_loop_goes_on(kit: Any) -> None:
+def test_a_fenced_hook_returns_before_the_loop_continues(kit: Any) -> None:
     """The beginning of an epoch before its first forward, of callback and module; the module's other epoch hooks
     before what comes next; a marked one too. Each of them would see the next forward if it were not waited for."""
     forward = threading.Event()
@@ -442,7 +442,7 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_hooks_that_nobody_overrides_cost_nothing(kit: Any) -> None:
+def test_hooks_without_an_override_cost_nothing(kit: Any) -> None:
     """No output is copied, no BackwardEnded published, no observer's thread started."""
     threads: set[str] = set()
 

@@ -87,7 +87,7 @@ def test_what_names_a_metric_or_a_run_must_be_printable(kit: Any, name: str) -> 
         ("acc", torch.zeros((), dtype=torch.complex64), TypeError, "complex64"),
     ],
 )
-def test_what_is_no_metric_ends_the_run_where_it_was_logged(
+def test_an_invalid_metric_ends_the_run_where_it_was_logged(
     kit: Any, name: Any, value: Any, error: type[Exception], says: str
 ) -> None:
     """The user's line is in the traceback, and nothing of the step is published."""
@@ -432,9 +432,7 @@ async def test_many_threads_lose_nothing(kit: Any) -> None:
         assert [value for _, value in memory.metrics(f"thread {n}")] == [1_000 * n + i for i in range(100)]
 
 
-def test_a_number_that_cannot_be_read_is_nan_and_costs_nobody_else_theirs(
-    kit: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unreadable_number_is_nan_and_does_not_affect_others(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A tensor that holds none, or a device that failed: it is said, and the run and its other numbers go on."""
     caplog.set_level(logging.WARNING, "stagecast")
 

@@ -124,7 +124,7 @@ def test_a_callback_that_has_failed_already_is_not_blamed_again(kit: Any) -> Non
     assert [one.during for one in outcome.of(ObserverFailed)] == ["on_end_train_step"]
 
 
-def test_a_callback_that_must_not_fail_ends_the_run_whoever_else_wants_the_outputs(kit: Any) -> None:
+def test_an_essential_callback_ends_the_run_even_if_others_read_the_outputs(kit: Any) -> None:
     """They are collected once for all."""
     members = [(Keeps(), Delivery(on_error="disable")), Keeps()]
     outcome = kit.train(kit.Net(rows=800), callbacks=members, epoch_outputs_limit_bytes=20_000)
@@ -133,7 +133,7 @@ def test_a_callback_that_must_not_fail_ends_the_run_whoever_else_wants_the_outpu
     assert [(one.observer, one.action) for one in outcome.of(ObserverFailed)] == [("Keeps-2", "fatal")]
 
 
-def test_outputs_of_each_epoch_begin_anew(kit: Any) -> None:
+def test_each_epoch_starts_with_empty_outputs(kit: Any) -> None:
     """The limit is one epoch's, and what was collected in the first is not in the second."""
     keeps = Keeps()
     outcome = kit.train(kit.Net(), callbacks=[keeps], epochs=5, epoch_outputs_limit_bytes=3_000)
@@ -252,7 +252,7 @@ def test_tensors_in_containers_are_copied_too(kit: Any) -> None:
 # --------------------------------------------------------------------------------------- only where wanted
 
 
-def test_outputs_are_copied_only_for_the_stage_that_somebody_wants(kit: Any) -> None:
+def test_outputs_are_only_copied_for_stages_with_a_reader(kit: Any) -> None:
     """A hook after validation does not make the training steps keep theirs, nor the other way round."""
 
     class OnlyVal(CallbackInterface):
@@ -399,7 +399,7 @@ def test_a_module_may_change_its_loss_when_the_step_is_over(kit: Any) -> None:
     assert [event.loss for event in outcome.of(TrainStepEnded)] == pytest.approx(losses)
 
 
-def test_outputs_are_let_go_when_their_hook_has_returned(kit: Any) -> None:
+def test_outputs_are_released_when_their_hook_has_returned(kit: Any) -> None:
     """A run of any length holds those of a few steps only."""
     alive: list[int] = []
     refs: list[weakref.ref[Any]] = []
@@ -462,7 +462,7 @@ def test_an_epoch_waits_for_its_copies_although_the_last_step_has_none() -> None
     assert outputs.collated()[0].tolist() == [3.0, 3.0, 1.0, 1.0]
 
 
-def test_outputs_that_are_too_much_are_let_go_at_once() -> None:
+def test_outputs_beyond_the_limit_are_released_at_once() -> None:
     """Unless that is an error: then whoever catches it has what was kept before."""
     told: list[Exception] = []
     patient = EpochOutputs(3_000, "test", print, told.append)
@@ -501,7 +501,7 @@ def test_outputs_are_collated_once_for_all_who_ask() -> None:
     assert len(told) == 1
 
 
-def test_the_pieces_of_a_step_are_let_go_once_they_are_put_together() -> None:
+def test_the_pieces_of_a_step_are_released_once_they_are_collated() -> None:
     """Or its outputs would be held twice until the next step comes."""
     capture = host_capture([])
     outputs = capture.of_step([capture.copy((torch.ones(8), torch.ones(()))) for _ in range(2)])

@@ -57,7 +57,7 @@ class Flaky(msgspec.Struct, frozen=True, dict=True):
 
 
 @pytest.mark.parametrize("arguments", [["nothing", "--to", "memory"], ["run", "--to", "pigeon"]])
-def test_what_cannot_be_replayed_is_told_in_one_sentence(kit: Any, arguments: list[str]) -> None:
+def test_a_failed_replay_is_reported_in_one_sentence(kit: Any, arguments: list[str]) -> None:
     """And nothing is created."""
     result = command(kit, *arguments)
     assert result.returncode in (1, 2)
@@ -179,7 +179,7 @@ def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
         anyio.run(replay, tmp_path, [Memory()])
 
 
-def test_lines_of_the_journal_that_are_damaged_are_told(kit: Any, tmp_path: Path) -> None:
+def test_damaged_lines_of_the_journal_are_reported(kit: Any, tmp_path: Path) -> None:
     """And the exit code is 1, and a gap is delivered; a line that a crash has torn was never an event."""
     kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
     (segment,) = (tmp_path / "run/journal").glob("*.jsonl")
