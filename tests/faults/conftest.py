@@ -75,10 +75,9 @@ def disk() -> Any:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Any]:
-    """A process that forks runs which may be killed; see `disk_child`."""
-    with load("disk_nursery").nursery() as ready:
-        yield ready
+def nursery() -> Any:
+    """Runs that may be killed; see `disk_nursery.run_child`."""
+    return load("disk_nursery").run_child
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,14 @@
-"""A process that has imported everything, and forks runs that can be killed.
-
-Each line of its input is a job, as JSON: the name of a function below, its arguments, and when to kill it. It answers
-with one line: what the child reported, and how it ended. Every child has ended by then.
-"""
+"""A program that does a job, the name of a function below, and reports in lines of JSON; see `disk_nursery`."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +22,6 @@ import torch  # noqa: E402
 from events.errors import CheckpointsFailing  # noqa: E402
 from events.messages import CheckpointDeleted, CheckpointFailed, CheckpointSaved  # noqa: E402
 
-STUCK_S = 40.0
-"""A child that has not done in this time what it is to be killed after is killed, and the test fails."""
 _MS_PRIVATE, _MS_REC, _MS_REMOUNT, _MS_RDONLY, _CLONE_NEWNS, _CLONE_NEWUSER = 1 << 18, 1 << 14, 32, 1, 0x20000, 1 << 28
 _PR_SET_PDEATHSIG, _PR_SET_PTRACER = 1, 0x59616D61
 
@@ -201,68 +192,23 @@ def _remount(folder: Path, flags: int) -> None:
         raise OSError(ctypes.get_errno(), "cannot remount")
 
 
-# ------------------------------------------------------------------------------------------------------ the nursery
+# ------------------------------------------------------------------------------------------------------ the program
 
 
-def serve(job: dict[str, Any]) -> dict[str, Any]:
-    """Fork a child, kill it when it is time, and wait for its end."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reading)
-        _live(job, writing)
-    os.close(writing)
-    said, killed = _listen(pid, reading, job.get("kill_after"), job.get("kill_s", 0.0))
-    os.close(reading)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {"said": [json.loads(line) for line in said], "status": status, "killed": killed}
-
-
-def _live(job: dict[str, Any], writing: int) -> None:
-    def report(*words: Any) -> None:
-        os.write(writing, json.dumps(words).encode() + b"\n")
-
-    code = 1
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        globals()[job["job"]](report, **job["arguments"])
-        code = 0
-    except BaseException:
-        report("error", traceback.format_exc()[-4000:])
-    finally:
-        os._exit(code)
-
-
-def _listen(pid: int, reading: int, kill_after: int | None, kill_s: float) -> tuple[list[bytes], bool]:
-    """Read what a child says until its end; kill it ``kill_s`` after it has announced so many checkpoints."""
-    buffer = b""
-    deadline = time.monotonic() + (kill_s if kill_after == 0 else STUCK_S)
-    timed = kill_after == 0
-    killed = False
-    while True:
-        left_s = deadline - time.monotonic()
-        ready = select.select([reading], [], [], max(0.0, left_s))[0] if not killed else [reading]
-        if not ready:
-            os.kill(pid, signal.SIGKILL)
-            killed = True
-            continue
-        data = os.read(reading, 2**16)
-        if not data:
-            return buffer.splitlines(), killed and timed
-        buffer += data
-        if kill_after and not timed and buffer.count(b'["saved"') >= kill_after:
-            timed, deadline = True, time.monotonic() + kill_s
+def report(*words: Any) -> None:
+    os.write(1, json.dumps(words).encode() + b"\n")
 
 
 def main() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    for lazily in ("anyio._backends._asyncio", "numpy.random", "torch._dynamo"):  # what a run imports on its way
-        importlib.import_module(lazily)
-    torch.optim.SGD([torch.zeros(1)]).step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(serve(json.loads(line))), flush=True)
+    try:
+        globals()[sys.argv[1]](report, **json.loads(sys.argv[2]))
+    except BaseException:
+        report("error", traceback.format_exc()[-4000:])
+        os._exit(1)
+    os._exit(0)
 
 
 if __name__ == "__main__":

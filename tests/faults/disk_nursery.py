@@ -1,60 +1,58 @@
-"""Starts `disk_child` and gives it jobs."""
+"""Starts `disk_child`, and kills it when it is time."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
+from support.nursery import Popen
 
-class Nursery:
-    """The other end of `disk_child`. One job at a time."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def __call__(
-        self, job: str, *, kill_after: int | None = None, kill_s: float = 0.0, **arguments: Any
-    ) -> tuple[dict[str, list[Any]], int, bool]:
-        """Have a child do a job, and wait for its end.
-
-        Args:
-            kill_after: Kill it so much later than it has announced so many checkpoints; 0: than it was born.
-
-        Returns:
-            What it reported, by its first word; its exit code; whether it was killed before its end.
-        """
-        order = {"job": job, "arguments": arguments, "kill_after": kill_after, "kill_s": kill_s}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order, default=os.fspath) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        said: dict[str, list[Any]] = {}
-        for word, *rest in answer["said"]:
-            said.setdefault(word, []).append(rest[0] if len(rest) == 1 else rest)
-        assert "error" not in said, said["error"][0]
-        return said, answer["status"], answer["killed"]
+STUCK_S = 40.0
+"""A child that has not done in this time what it is to be killed after is killed, and the test fails."""
 
 
-@contextlib.contextmanager
-def nursery() -> Iterator[Nursery]:
-    """One that is ready; its processes have ended afterwards."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("disk_child.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield Nursery(process)
-    finally:
-        process.kill()  # its child, if there is one, dies with it
-        process.communicate()
+def run_child(
+    job: str, *, kill_after: int | None = None, kill_s: float = 0.0, **arguments: Any
+) -> tuple[dict[str, list[Any]], int, bool]:
+    """Have a child do a job, and wait for its end.
+
+    Args:
+        kill_after: Kill it ``kill_s`` after it has announced so many checkpoints; 0: after its start.
+
+    Returns:
+        What it reported, by its first word; its exit code; whether it was killed before its end.
+    """
+    program = Path(__file__).with_name("disk_child.py")
+    command = [sys.executable, str(program), job, json.dumps(arguments, default=os.fspath)]
+    with Popen(command, stdout=subprocess.PIPE) as process:
+        reports, killed = _listen(process, kill_after, kill_s)
+    said: dict[str, list[Any]] = {}
+    for word, *rest in map(json.loads, reports):
+        said.setdefault(word, []).append(rest[0] if len(rest) == 1 else rest)
+    assert "error" not in said, said["error"][0]
+    return said, process.returncode, killed
+
+
+def _listen(process: subprocess.Popen[bytes], kill_after: int | None, kill_s: float) -> tuple[list[bytes], bool]:
+    assert process.stdout is not None
+    buffer = b""
+    deadline = time.monotonic() + (kill_s if kill_after == 0 else STUCK_S)
+    timed = kill_after == 0
+    killed = False
+    while True:
+        left_s = deadline - time.monotonic()
+        if not killed and not select.select([process.stdout], [], [], max(0.0, left_s))[0]:
+            process.kill()
+            killed = True
+        data = os.read(process.stdout.fileno(), 2**16)
+        if not data:
+            return buffer.splitlines(), killed and timed
+        buffer += data
+        if kill_after and not timed and buffer.count(b'["saved"') >= kill_after:
+            timed, deadline = True, time.monotonic() + kill_s

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.nursery import ROOT, Popen
 
 from events.checkpoint import disk
 from events.checkpoint.files import verify
@@ -39,6 +39,7 @@ INJECTIONS = {
     "test_azure_never_shows_a_torn_checkpoint_and_keeps_no_orphan": (0, 200),
 }
 KINDS = ("500", "stall", "reset", "cancel", "kill")
+UPLOADER = Path(__file__).with_name("upload_child.py")
 PART = 2**16
 SETTINGS: dict[str, Any] = {"keep_last": 1, "upload_part_bytes": PART}
 
@@ -99,13 +100,12 @@ class Run:
 
 
 class Bench:
-    """A server, the proxy before it, and a process that forks uploaders."""
+    """A server, and the proxy before it."""
 
-    def __init__(self, server: Any, proxies: Any, child: subprocess.Popen[str]) -> None:
+    def __init__(self, server: Any, proxies: Any) -> None:
         self.server = server
         self.fault = proxies.Fault
         self.proxy = proxies.FaultyProxy(server.port)
-        self._child = child
         self._clean: int | None = None
 
     def use(self, monkeypatch: pytest.MonkeyPatch, *, faulty: bool) -> None:
@@ -134,9 +134,7 @@ class Bench:
         return self._clean
 
     def upload_in_child(self, run: Run, limits: Limits, faults: list[Any]) -> int:
-        """Fork an uploader, which the first fault that fires kills; returns how it ended."""
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
+        """Start an uploader, which the first fault that fires kills; returns how it ended."""
         known, pids = threading.Event(), [0]
 
         def kill() -> None:
@@ -150,13 +148,12 @@ class Bench:
             "attempt": run.attempt,
             "settings": SETTINGS,
             "limits": msgspec.to_builtins(limits),
-            "environment": self.server.environment(self.proxy.port),
         }
-        self._child.stdin.write(json.dumps(job) + "\n")
-        self._child.stdin.flush()
-        pids[0] = int(self._child.stdout.readline())
-        known.set()
-        return int(self._child.stdout.readline())
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)} | self.server.environment(self.proxy.port)
+        with Popen([sys.executable, str(UPLOADER), json.dumps(job)], env=environment) as process:
+            pids[0] = process.pid
+            known.set()
+        return int(process.returncode)
 
     def inject(self, injection: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rng = random.Random(injection)
@@ -219,29 +216,20 @@ class Bench:
         self.proxy.close()
 
 
-@pytest.fixture(scope="module")
-def child() -> Iterator[subprocess.Popen[str]]:
-    script = Path(__file__).with_name("upload_child.py")
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        process.kill()
-
-
-def bench_of(server: Any, helpers: Any, child: subprocess.Popen[str]) -> Iterator[Bench]:
-    bench = Bench(server, helpers("faulty_proxy"), child)
+def bench_of(server: Any, helpers: Any) -> Iterator[Bench]:
+    bench = Bench(server, helpers("faulty_proxy"))
     yield bench
     bench.close()
 
 
 @pytest.fixture(scope="module")
-def s3_bench(s3: Any, helpers: Any, child: subprocess.Popen[str]) -> Iterator[Bench]:
-    yield from bench_of(s3, helpers, child)
+def s3_bench(s3: Any, helpers: Any) -> Iterator[Bench]:
+    yield from bench_of(s3, helpers)
 
 
 @pytest.fixture(scope="module")
-def azure_bench(azure: Any, helpers: Any, child: subprocess.Popen[str]) -> Iterator[Bench]:
-    yield from bench_of(azure, helpers, child)
+def azure_bench(azure: Any, helpers: Any) -> Iterator[Bench]:
+    yield from bench_of(azure, helpers)
 
 
 def test_s3_never_shows_a_torn_checkpoint_and_keeps_no_orphan(

@@ -31,6 +31,12 @@ _ENVIRONMENT = {**os.environ, "PYTHONPATH": ""}
 _AT_START = ("PYTHON", "LC_", "LANG", "LD_", "OMP_", "MKL_", "MALLOC_")
 _ANY_TIME = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONSAFEPATH", "PYTHONIOENCODING"}
 _SUBREAPER = 36  # of prctl(2): orphans of this process's children become its own
+_PRELOADED = """
+    anyio._backends._asyncio anyio._backends._trio numpy.random obstore.store torch._dynamo torch.utils.data
+    sinks.checkpoints.uploader sinks.checkpoints.writer
+    trainer.trainer trainer.cli.main trainer.cli.train trainer.remote.child
+"""
+"""What programs would import on their way."""
 _FDS = 200
 """Where a program's file descriptors are kept until its own numbers are free."""
 
@@ -199,10 +205,7 @@ def _run() -> None:
 
 if __name__ == "__main__":
     this = sys.modules["__main__"]  # keeps it while another is ``__main__``
-    for preloaded in (
-        *("anyio._backends._asyncio", "anyio._backends._trio", "numpy.random", "torch._dynamo", "torch.utils.data"),
-        *("trainer.trainer", "trainer.cli.main", "trainer.cli.train", "trainer.remote.child"),
-    ):
+    for preloaded in _PRELOADED.split():
         importlib.import_module(preloaded)
     gc.freeze()
     _next_program(socket.socket(fileno=int(sys.argv[1])))
