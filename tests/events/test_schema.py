@@ -37,12 +37,12 @@ def refused(tree: dict[str, Any]) -> bool:
 
 
 def test_the_checked_in_schema_is_the_one_that_is_generated() -> None:
-    """Whoever changes an event runs `python -m events.schema --write`."""
+    """A changed event requires `python -m events.schema --write`."""
     assert SCHEMA_PATH.read_text(encoding="utf-8") == schema_text()
 
 
 def test_wrong_events_are_refused() -> None:
-    """A missing header, a wrong type, a word that is no number: the schema would otherwise say nothing."""
+    """A missing header, a wrong type, a word instead of a number: otherwise the schema would accept anything."""
     good = json.loads(wire.encode_json(TrainStepEnded(**HEADER, loss=math.nan)))
     VALIDATOR.validate(good)
     assert refused({**good, "seq": "7"})
@@ -67,7 +67,7 @@ def test_members_of_later_versions_are_accepted() -> None:
 
 @pytest.mark.parametrize("line", LINES, ids=[wire.decode_json(line).__class__.__name__ for line in LINES])
 def test_every_event_type_fits_the_schema(line: bytes) -> None:
-    """Both with every field set, NaNs among them, and with defaults left out."""
+    """With every field set, including NaNs, and without defaults."""
     VALIDATOR.validate(json.loads(line))
     event = wire.decode_json(line)
     required = [field.name for field in msgspec.structs.fields(event) if field.required]
@@ -95,7 +95,7 @@ def test_the_schema_is_itself_valid_and_names_every_type_and_field() -> None:
 
 
 def test_the_module_prints_the_schema_and_refuses_other_arguments() -> None:
-    """The command that the drift test asks for works."""
+    """The command that the drift test names works."""
     root = SCHEMA_PATH.parents[1]
     printed = subprocess.run([sys.executable, "-m", "events.schema"], cwd=root, capture_output=True, check=True)
     assert printed.stdout.decode() == schema_text()

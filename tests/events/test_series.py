@@ -56,7 +56,7 @@ def test_the_last_value_is_distinct_from_its_point(last: float) -> None:
 
 
 def test_numbers_near_the_largest_do_not_become_infinite() -> None:
-    """Their sum is no float any more; their mean is."""
+    """Their sum overflows a float; their mean does not."""
     series = fill([1.7e308] * (3 * MOST_POINTS))
     assert all(mean == pytest.approx(1.7e308) for mean in series.mean)
     opposed = fill([1.7e308, -1.7e308] * (2 * MOST_POINTS))

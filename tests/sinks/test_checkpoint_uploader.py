@@ -176,7 +176,7 @@ def test_largest_may_be_best_and_other_metrics_do_not_count(rig: Rig) -> None:
 def test_what_an_earlier_process_had_not_uploaded_is_uploaded_on_opening(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not only with the next one, which may be hours away. It goes on where it was; orphans of others are removed."""
+    """Not only with the next one, which may be hours away. It resumes, and orphans of others are removed."""
     rig.save(10)
     first = rig.uploader()
     after_parts(monkeypatch, 1, first.abandon)
@@ -443,7 +443,7 @@ def test_abandoned_it_stops_at_the_next_part(rig: Rig, monkeypatch: pytest.Monke
 
 
 def test_it_is_delivered_what_it_needs_and_gives_up_with_the_run_only() -> None:
-    """It holds nobody, and an outage may last for days."""
+    """It never holds the loop, and an outage may last for days."""
     assert UPLOADER_DELIVERY.types == {CheckpointSaved}
     assert UPLOADER_DELIVERY.overflow != "block"
     assert UPLOADER_DELIVERY.on_error == "retry"
@@ -464,7 +464,7 @@ def test_credentials_in_the_address_are_refused_at_once(rig: Rig) -> None:
 
 
 class Quoting(http.server.BaseHTTPRequestHandler):
-    """Refuses as S3 does, quoting who asked."""
+    """Refuses as S3 does, quoting the client."""
 
     def do_GET(self) -> None:
         body = f"<Error><Code>SignatureDoesNotMatch</Code><Key>{self.headers['Authorization']} {SECRETS}</Key></Error>"
@@ -482,7 +482,7 @@ class Quoting(http.server.BaseHTTPRequestHandler):
 async def test_no_secret_reaches_an_event_or_a_log(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answered: bool
 ) -> None:
-    """Neither when the store refuses and quotes them, nor when nobody answers."""
+    """Neither when the store refuses and quotes them, nor when it does not answer."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     rig.save(10)
@@ -522,7 +522,7 @@ async def test_no_secret_reaches_an_event_or_a_log(
 async def test_under_a_supervisor_an_outage_passes_and_the_end_waits_for_the_last(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop publishes that one was saved, and goes on; everything else happens on the uploader's thread."""
+    """The loop publishes that one was saved, and continues; the rest happens on the uploader's thread."""
     outage, refused = threading.Event(), threading.Event()
     real = Objects.put
 

@@ -83,7 +83,7 @@ def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(story: Any, tmp_path
 def test_a_second_run_of_the_same_name_is_appended(
     story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its events are numbered like those of the one before, but are later; said once."""
+    """Its events have the same numbers but later times; there is one warning."""
     path, events = tmp_path / "metrics.csv", story.steps(20)
     anew = [msgspec.structs.replace(event, time=event.time + 60) for event in events]
     write_all(path, events)
@@ -152,7 +152,7 @@ def test_one_event_may_have_more_rows_than_are_looked_at_first(name: str, story:
 
 @pytest.mark.parametrize("name", ["n" * 200_000, ',"' * 100_000, "a" + "\n" * 200_000, "demo,9,9," * 20_000])
 def test_a_name_of_any_length_is_read_again(name: str, story: Any, tmp_path: Path) -> None:
-    """`csv` refuses it, unless it is told not to for the whole process; that is the reader's to do."""
+    """`csv` refuses it unless its process-wide limit is raised, which is up to the reader."""
     path = tmp_path / "metrics.csv"
     events = [*story.steps(1), *[story(MetricsLogged, metrics={name: float(i), "b": 1.0}) for i in range(5)]]
     write_all(path, events[:-1])
@@ -184,7 +184,7 @@ def test_a_table_that_another_program_has_saved_is_continued(story: Any, tmp_pat
 
 @pytest.mark.parametrize("content", ["a;b\n1;2\n", "step,loss\n1,0.5\n", "no line"])
 def test_another_table_is_refused_and_left_as_it_is(content: str, tmp_path: Path) -> None:
-    """Whoever names the wrong file keeps it."""
+    """A wrong path must not cost the file's content."""
     path = tmp_path / "mine.csv"
     path.write_text(content)
     with pytest.raises(SinkMisconfigured, match=r"cannot continue .*mine\.csv"):
@@ -193,7 +193,7 @@ def test_another_table_is_refused_and_left_as_it_is(content: str, tmp_path: Path
 
 
 def test_two_runs_at_a_time_cannot_have_one_file(story: Any, tmp_path: Path) -> None:
-    """The second may be waiting for the first to end, so it is told so as an error that is tried again."""
+    """The second may only have to wait for the first, so the error is retried."""
     sink = CSV(path=str(tmp_path / "metrics.csv"))
     writer = sink.open(RunInfo("demo"))
     with pytest.raises(OSError, match="another run is writing to this file"):
@@ -284,7 +284,7 @@ def test_lone_surrogates_in_a_name_are_escaped(story: Any, tmp_path: Path) -> No
 
 
 def test_events_without_numbers_have_no_rows(story: Any, tmp_path: Path) -> None:
-    """Nor do those of types that do not exist yet; and it does not ask for them."""
+    """Nor do those of unknown types; and it does not subscribe to them."""
     path = tmp_path / "metrics.csv"
     unknown = story(UnknownEvent, unknown_type="Later", raw=b"{}")
     write_all(path, [story.started(), unknown, story(TextLogged, name="a", text="b"), story(ValEpochEnded)])
@@ -306,7 +306,7 @@ def test_a_resumed_run_continues_the_table(story: Any, tmp_path: Path) -> None:
 
 
 def test_runs_one_after_the_other_may_share_a_table(story: Any, tmp_path: Path) -> None:
-    """Each goes on where it was, also when the rows of another are behind its own."""
+    """Each continues its rows, even if another run's rows follow them."""
     path = tmp_path / "metrics.csv"
     steps = story.steps(6)
     other = [type(step)(*("other", *[getattr(step, name) for name in step.__struct_fields__[1:]])) for step in steps]

@@ -57,7 +57,7 @@ def test_a_duration_never_carries_into_a_unit_it_does_not_show(seconds: float, t
     ],
 )
 def test_a_number_keeps_its_width(value: float, text: str) -> None:
-    """Five digits, wherever the point is, so that losses stand in columns."""
+    """Five digits, wherever the point is, so that losses align in columns."""
     assert format_number(value) == text
 
 

@@ -88,7 +88,7 @@ def test_closing_after_a_failure_lets_the_file_go(story: Any, tmp_path: Path, fu
 def test_a_second_run_of_the_same_name_is_appended(
     story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its events are numbered like those of the one before, but are later; said once."""
+    """Its events have the same numbers but later times; there is one warning."""
     path, events = tmp_path / "events.jsonl", story.steps(20)
     anew = [msgspec.structs.replace(event, time=event.time + 60) for event in events]
     write_all(path, events)
@@ -162,7 +162,7 @@ def test_a_foreign_file_is_refused_and_unchanged(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_a_time_cannot_have_one_file(tmp_path: Path) -> None:
-    """The second may be waiting for the first to end, so it is told so as an error that is tried again."""
+    """The second may only have to wait for the first, so the error is retried."""
     sink = JSONL(path=str(tmp_path / "events.jsonl"))
     writer = sink.open(RunInfo("demo"))
     with pytest.raises(OSError, match="another run is writing to this file"):
@@ -190,7 +190,7 @@ def test_who_may_only_read_the_file_cannot_hold_it(story: Any, tmp_path: Path, c
 def test_an_event_that_cannot_be_encoded_is_skipped(
     story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And said so: it would fail again for ever, and take the others with it."""
+    """With a warning: otherwise it would fail forever, together with the others of its batch."""
     path = tmp_path / "events.jsonl"
     steps = story.steps(2)
     bad = story(MetricsLogged, metrics={"a": object()})
@@ -219,7 +219,7 @@ def test_a_wrong_description_is_refused_where_it_is_given(fields: dict[str, Any]
 
 
 def test_only_the_chosen_types_are_kept(story: Any, tmp_path: Path) -> None:
-    """Nor are others asked for; and what is left out is not taken for missing later."""
+    """Others are not subscribed to, and skipped events do not count as missing later."""
     sink = JSONL(path=str(tmp_path / "events.jsonl"), types=["TrainEpochEnded"])
     assert delivery_of(sink).types == {TrainEpochEnded}
     assert msgspec.json.decode(msgspec.json.encode(sink), type=JSONL) == sink

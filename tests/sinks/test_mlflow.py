@@ -282,7 +282,7 @@ def test_what_a_server_missed_that_was_killed_during_a_run_arrives_when_it_is_ba
 
 
 def test_a_run_trains_to_its_end_when_there_is_no_server() -> None:
-    """The sink is given up, with what happened; the run is not."""
+    """The sink is disabled with the reason; the run continues."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     memory = Memory()
@@ -412,7 +412,7 @@ def test_arguments_are_parameters_and_a_file(connect: Any, story: Any, look: Any
 
 
 def test_images_and_texts_are_files_by_name_and_step(connect: Any, story: Any, look: Any, tmp_path: Path) -> None:
-    """What is not there any more is left out, with the rest intact; a histogram is nothing to MLflow."""
+    """Deleted files are skipped, with the rest intact; histograms are skipped."""
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.png").write_bytes(b"a picture")
     (tmp_path / "media" / "long.txt").write_bytes("lang über".encode())

@@ -142,7 +142,7 @@ def test_a_temporary_refusal_is_a_failure_at_once(receiver: Any, connect: Any, s
 def test_a_signal_that_is_refused_for_good_is_named_once_and_sent_no_more(
     receiver: Any, connect: Any, story: Any, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The other one goes on; a redirect is not followed, or headers would go elsewhere."""
+    """The other one continues; a redirect is not followed, because it would receive the headers."""
     receiver.statuses = {otlp.TRACES: status}
     receiver.answer_headers = {"Location": f"{receiver.url}/elsewhere"}
     writer = connect(receiver.url)
@@ -193,7 +193,7 @@ def test_the_environment_turns_signals_off(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Both at once with a warning: somebody asked for this sink."""
+    """Disabling both causes a warning, because the sink was requested."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     connect(receiver.url).write(an_epoch(story))
@@ -262,7 +262,7 @@ def test_spans_that_were_taken_are_not_sent_again_when_metrics_fail(receiver: An
 def test_what_a_collector_refuses_in_part_is_said_once(
     receiver: Any, connect: Any, story: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It must not be sent again, says the protocol; but somebody should know."""
+    """The protocol forbids a retry, so there is a warning."""
     from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
     answer = ExportMetricsServiceResponse()
@@ -449,7 +449,7 @@ def test_sums_are_cumulative_and_count_each_event_once(receiver: Any, connect: A
 
 
 def test_sums_of_attempts_in_one_batch_are_those_of_each_attempt(receiver: Any, connect: Any, story: Any) -> None:
-    """Each with its start time, as its own process sent them; the last of the first one is not left out."""
+    """Each with its start time, as its own process sent them, including the last of the first one."""
     first = [story.started(), *story.steps(3), story(LedgerReported, ledger=StallLedger(data_s=2.0), scope="run")]
     story.attempt, story.time = 2, story.time + 100
     second = [story.started(), *story.steps(2), story(LedgerReported, ledger=StallLedger(data_s=0.5), scope="interval")]
@@ -530,7 +530,7 @@ def test_a_run_that_fails_ends_all_that_was_under_way(receiver: Any, connect: An
 
 @pytest.mark.parametrize(("status", "code"), [("finished", OK), ("stopped", OK), ("cancelled", UNSET)])
 def test_a_run_that_was_ended_has_not_failed(receiver: Any, connect: Any, story: Any, status: str, code: int) -> None:
-    """Being cancelled is no error, nor a success."""
+    """Cancellation is neither an error nor a success."""
     connect(receiver.url).write([story.started(), story(TrainEpochStarted), story(RunEnded, status=status)])
     told = receiver.story
     assert told.named("run")[0].status.code == code

@@ -185,7 +185,7 @@ def test_a_port_that_becomes_free_is_taken(serve: Any) -> None:
     ],
 )
 def test_an_invalid_address_is_refused_before_the_run(options: dict[str, Any], says: str) -> None:
-    """The trainer asks when it is built, so that nobody finds out after an hour."""
+    """The trainer's constructor checks it, so that it does not fail after an hour."""
     with pytest.raises(SinkMisconfigured) as raised:
         Prometheus(**options).check()
     assert says in str(raised.value)
@@ -204,7 +204,7 @@ def test_an_unknown_host_name_is_retried(serve: Any) -> None:
 
 
 def test_the_folder_tells_the_address_in_the_format_of_discovery(serve: Any, tmp_path: Path) -> None:
-    """With port 0 nobody could find it otherwise; it goes when the page goes."""
+    """With port 0 it is the only way to find the page; it is removed with the page."""
     writer = serve(run_dir=tmp_path / "run")
     (file,) = tmp_path.glob("prometheus-*.json")  # as Prometheus may be told: a wildcard in the last part alone
     groups = json.loads(file.read_text())
@@ -252,7 +252,7 @@ def test_the_final_state_of_a_run_that_is_scraped_is_scraped(serve: Any, story: 
 
 
 def test_a_client_that_hangs_keeps_neither_others_nor_the_end_waiting(serve: Any, story: Any) -> None:
-    """A stranger's connection must not hold up a run's end."""
+    """A foreign connection must not delay a run's end."""
     writer = serve()
     host, port = writer.url.removeprefix("http://").removesuffix("/metrics").split(":")
     with socket.create_connection((host, int(port))) as client:
@@ -264,7 +264,7 @@ def test_a_client_that_hangs_keeps_neither_others_nor_the_end_waiting(serve: Any
 
 
 def test_clients_that_send_nothing_take_neither_descriptors_nor_threads(serve: Any, story: Any) -> None:
-    """However many: each takes the place of another, and a scrape is answered beside them."""
+    """Each replaces another one, and a scrape is still answered."""
     writer = serve()
     writer.write([story.started(), *story.steps(1)])
     port = writer._server.server_port
@@ -365,7 +365,7 @@ def test_names_that_are_no_utf8_or_endless_do_not_break_the_page(serve: Any, sto
 
 
 def test_numbers_that_are_none_are_shown_as_they_are(serve: Any, story: Any) -> None:
-    """A loss of NaN is what somebody wants an alert for."""
+    """A loss of NaN may raise an alert."""
     writer = serve()
     writer.write([story(MetricsLogged, metrics={"a": math.nan, "b": math.inf, "c": -math.inf})])
     page = Page(writer.url)
@@ -399,7 +399,7 @@ def test_names_beyond_the_limit_are_skipped_with_one_warning(
 
 
 def test_a_resumed_run_shows_its_place_and_counts_what_this_process_did(serve: Any, story: Any) -> None:
-    """Counters of a new process begin at zero, which Prometheus knows how to add up; the step goes on."""
+    """Counters of a new process start at zero, which Prometheus handles; the step continues."""
     story.attempt, story.seq, story.global_step, story.epoch = 2, 500, 40, 3
     writer = serve()
     writer.write([story.started(), story(RunResumed, checkpoint="step-40.a1", after_seq=400), *story.steps(2)])
@@ -434,7 +434,7 @@ def test_late_news_of_an_earlier_step_does_not_move_the_run_back(serve: Any, sto
 
 
 def test_failures_are_counted_though_only_the_first_and_last_are_published(serve: Any, story: Any) -> None:
-    """Three failures and a recovery, nine and given up, one more in closing."""
+    """Three failures and a recovery, nine until it is disabled, one more in closing."""
     writer = serve()
     fail = {"observer": "Nice", "error": "OSError: no"}
     writer.write([story(ObserverFailed, **fail, action="retrying", failures=1)])
@@ -458,7 +458,7 @@ def test_what_was_dropped_is_counted_by_observer(serve: Any, story: Any) -> None
 
 
 def test_checkpoints_are_counted_by_their_outcome(serve: Any, story: Any) -> None:
-    """An upload that fails is no lost checkpoint; all outcomes are there from the start, for rates and alerts."""
+    """A failed upload is not a lost checkpoint; all outcomes exist from the start, for rates and alerts."""
     writer = serve()
     writer.write(
         [
@@ -577,7 +577,7 @@ def test_it_is_plain_values(tmp_path: Path) -> None:
 
 
 class Scrape(CallbackInterface):
-    """At the end of each epoch: holds the loop until the page shows the step that it has come to."""
+    """At the end of each epoch: holds the loop until the page shows its step."""
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir.parent / f"prometheus-{run_dir.name}.json"

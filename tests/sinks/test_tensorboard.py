@@ -50,7 +50,7 @@ from trainer import Histogram, Image, Trainer, TrainerArguments
 
 
 class WithMore(TensorBoard, frozen=True):
-    """Adds what is no event, as the documentation says."""
+    """Adds other data than events, as documented."""
 
     def open(self, run: RunInfo) -> TensorBoardWriter:
         writer = super().open(run)
@@ -133,7 +133,7 @@ def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(
 def test_files_that_are_gone_leave_the_rest_to_be_shown(
     opened: Any, story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An image is left out, a long text is shown as far as it is known; and it is said."""
+    """An image is skipped, a long text is shown in part, with a warning."""
     events = [
         story(ImageLogged, name="picture", path="media/gone.png"),
         story(TextLogged, name="note", text="beginn", path="media/gone.txt"),
@@ -344,7 +344,7 @@ def test_what_tensorboardx_has_begun_itself_ends_with_the_sink(opened: Any, tmp_
 
 
 def test_steps_that_are_done_again_are_hidden(opened: Any, story: Any, tmp_path: Path) -> None:
-    """Those after the step that the run goes on from; what is there up to it stays."""
+    """Steps after the resumed one; earlier data stays."""
     first = opened()
     first.write(story.steps(10, loss=1.0))
     first.close()
@@ -400,7 +400,7 @@ def test_a_large_file_is_continued_as_exactly(opened: Any, story: Any, tmp_path:
 
 
 def test_what_others_have_in_the_folder_is_left_as_it_is(opened: Any, story: Any, tmp_path: Path) -> None:
-    """Another run's files, and those of other programs; each run goes on where it was."""
+    """Another run's files, and those of other programs; each run continues its own."""
     steps = story.steps(4)
     other = [msgspec.structs.replace(step, run_id="other") for step in steps]
     sink = TensorBoard(dir=str(tmp_path / "board"))
@@ -419,7 +419,7 @@ def test_what_others_have_in_the_folder_is_left_as_it_is(opened: Any, story: Any
 def test_a_second_run_of_the_same_name_is_shown(
     opened: Any, story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its events are numbered as those that are there, and are others; and it is said."""
+    """Its events have the same numbers as other events in the folder; there is a warning."""
     for _ in range(2):
         story.seq, story.global_step, story.time = 0, 0, story.time + 1
         writer = opened()
@@ -442,7 +442,7 @@ def test_data_of_tensorboardx_stays_when_the_run_is_resumed(opened: Any, story: 
 
 
 def test_an_event_that_no_message_can_hold_is_skipped(opened: Any, story: Any, tmp_path: Path, caplog: Any) -> None:
-    """With a warning, and once: numbers in a journal may be a stranger's."""
+    """With one warning: numbers in a journal are untrusted."""
     writer = opened()
     huge = msgspec.structs.replace(story(HistogramLogged, name="h", low=0.0, high=1.0, counts=[1.0]), global_step=2**63)
     last = msgspec.structs.replace(story(RunResumed), global_step=2**63 - 1)
@@ -456,7 +456,7 @@ def test_an_event_that_no_message_can_hold_is_skipped(opened: Any, story: Any, t
 
 
 def test_a_folder_that_the_run_is_writing_to_is_waited_for(opened: Any, story: Any) -> None:
-    """A replay beside the run would tell everything twice."""
+    """A concurrent replay would write everything twice."""
     writer = opened()
     writer.write(story.steps(1))
     with pytest.raises(OSError, match="another run is writing to this file"):
@@ -497,7 +497,7 @@ def test_a_new_file_comes_behind_those_that_are_there(opened: Any, tmp_path: Pat
 
 
 def test_it_loads_no_torch_where_there_is_none(run_python: Any, tmp_path: Path) -> None:
-    """In a sink host it would take seconds and hundreds of megabytes; and whoever wants it can still have it."""
+    """In a sink host it would take seconds and hundreds of megabytes; user code may still import it."""
     result = run_python(f"""
 import sys
 from events.messages import TrainStepEnded

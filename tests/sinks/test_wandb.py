@@ -79,7 +79,7 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 
 class Log:
-    """What stands in the transaction logs below a folder, in order: what ``wandb sync`` would upload."""
+    """The content of the transaction logs below a folder, in order, as ``wandb sync`` uploads it."""
 
     def __init__(self, folder: Path) -> None:
         from wandb.proto.wandb_internal_pb2 import Record
@@ -215,7 +215,7 @@ def test_a_server_that_does_not_answer_is_an_error_in_time_and_so_is_it_the_next
 def test_a_run_trains_to_its_end_and_ends_when_there_is_no_server(
     bad_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sink is given up, with what happened; the run is not."""
+    """The sink is disabled with the reason; the run continues."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     memory = Memory()
     sink = WandB(project="p", mode="online", base_url=bad_url, init_timeout_s=0.5)
@@ -345,7 +345,7 @@ def test_the_time_is_that_at_which_a_number_arose(connect: Any, story: Any, tmp_
 
 
 def test_histograms_images_and_texts_are_shown_as_wandb_shows_them(connect: Any, story: Any, tmp_path: Path) -> None:
-    """More bins than W&B takes are put together; what is not there is left out, with the rest intact."""
+    """More bins than W&B's maximum are merged; deleted files are skipped, with the rest intact."""
     from PIL import Image
 
     (tmp_path / "media").mkdir()
@@ -442,7 +442,7 @@ def test_an_active_run_of_the_caller_is_joined_and_left_open(story: Any, tmp_pat
 
 
 def test_a_second_attempt_continues_the_same_wandb_run(connect: Any, story: Any, tmp_path: Path) -> None:
-    """Its id comes from the run's name, and W&B is told to take it up."""
+    """Its id comes from the run's name, and W&B resumes it."""
     for attempt in (1, 2):
         story.attempt = attempt
         writer = connect("a run/é", attempt=attempt, project="p", tags=["x"], group="g")

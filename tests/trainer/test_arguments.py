@@ -63,7 +63,7 @@ def test_a_value_that_is_not_allowed_is_named_with_what_is(name: str, value: Any
 
 
 def test_all_problems_come_in_one_error() -> None:
-    """Nobody has to fix arguments one at a time."""
+    """Arguments need not be fixed one at a time."""
     with pytest.raises(ArgumentsError) as caught:
         TrainerArguments.from_dict({"epochs": 0, "seeed": 1, "device": 3, "zzzz": 1})
     text = str(caught.value)
@@ -138,7 +138,7 @@ def test_arguments_of_a_subclass_are_built_pickled_and_replaced_as_others_are() 
 
 
 def test_names_that_nothing_is_near_are_listed_once_with_the_known_ones() -> None:
-    """Beside the wrong values and the overrides that cannot be applied."""
+    """In addition to wrong values and failed overrides."""
     with pytest.raises(ArgumentsError) as caught:
         TrainerArguments.from_dict({"zzzz": 1, "yyyy": 2, "device": 3}, ["epochs", "seed=[", "xxxx=1"])
     text = str(caught.value)
@@ -206,7 +206,7 @@ def test_arguments_survive_json() -> None:
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:
-    """The path and the reason stand in the error."""
+    """The error contains the path and the reason."""
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ArgumentsError) as caught:
@@ -417,6 +417,6 @@ def test_types_are_said_in_words(kind: Any, words: str) -> None:
 
 
 def test_load_config_is_not_tied_to_the_arguments(tmp_path: Path) -> None:
-    """Any nested mapping is read as it stands."""
+    """Any nested mapping is read unchanged."""
     (tmp_path / "a.yaml").write_text("base: &base {rate: 1e-3}\nsame: {<<: *base, name: x}\n")
     assert load_config(tmp_path / "a.yaml") == {"base": {"rate": 0.001}, "same": {"rate": 0.001, "name": "x"}}

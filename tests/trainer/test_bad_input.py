@@ -411,7 +411,7 @@ shared: Any = None
 
 
 class Holder(CallbackInterface):
-    """Holds what it is given, and looks at it beside the loop."""
+    """Keeps its arguments, and reads them off the loop's thread."""
 
     def __init__(self, held: Any = None) -> None:
         self.held = held
@@ -437,7 +437,7 @@ TABLE: dict[str, Any] = {}
 
 
 class Slotted(CallbackInterface):
-    """Holds what it is given in a slot, beside one that is not set."""
+    """Keeps its arguments in a slot; another slot is not set."""
 
     __slots__ = ("held", "other")
 
@@ -500,7 +500,7 @@ def test_other_callbacks_are_not_warned_of(kit: Any, caplog: Any) -> None:
 
 
 def test_everything_that_is_wrong_is_named_at_once(kit: Any) -> None:
-    """Nobody has to try five times."""
+    """It does not take five attempts."""
     wrong: Any = {"callbacks": [3], "sinks": [4], "run_id": "a/b", "journal": 5}
     with pytest.raises(ArgumentsError) as caught:
         Trainer(kit.Net, {}, **wrong)
@@ -684,7 +684,7 @@ def same(caught: BaseException | None, error: BaseException) -> bool:
 
 @pytest.mark.parametrize("make", KINDS, ids=name_of)
 def test_any_exception_comes_out_of_train_as_itself(kit: Any, make: Callable[[], BaseException]) -> None:
-    """Whatever its kind: the observers are told of the end first, and nothing is left running."""
+    """Of any kind: the observers receive the end first, and no thread is left."""
     error = make()
     outcome = kit.train(failing(kit, error), journal=True, run_id="r")
     assert same(outcome.error, error)

@@ -345,7 +345,7 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(
 
 
 def test_the_checkpoint_of_the_stop_knows_of_the_validation(kit: Any, tmp_path: Path) -> None:
-    """A run that goes on from it does not validate the same step again, and gets one more validation to improve in."""
+    """A resumed run does not validate the same step again, and gets one more validation in which to improve."""
     run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": ONLY_ON_DEMAND}
     curve = [2.0, 2.5, 2.5, 2.5, 2.5, 1.0, 1.5, 1.5, 1.5, 1.5]
     outcome = trained(kit, curve, EarlyStopping(patience=2), **run)
@@ -370,7 +370,7 @@ def test_it_stops_at_the_best_one(kit: Any, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_metric_resets_the_state(kit: Any, tmp_path: Path, caplog: Any) -> None:
-    """Its best value is no measure for this one."""
+    """Its best value does not apply to this one."""
     run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": Checkpoints(every_minutes=None)}
     trained(kit, [0.5, 4.0, 3.0, 2.0], EarlyStopping(patience=9), max_steps=2, **run)
     other = EarlyStopping("val_loss", "max", patience=9)

@@ -1,4 +1,4 @@
-"""`EMA`: what it averages, what it gives, and that it goes on exactly where it was."""
+"""`EMA`: its averages, its results, and an exact resume."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_nothing_but_weights_is_copied(kit: Any) -> None:
 
 
 def test_frozen_parameters_are_not_averaged(kit: Any) -> None:
-    """They would be the same; a shared one is averaged once, and stands under both its names."""
+    """A shared parameter is averaged once, and appears under both its names."""
     net = rich_net(kit)
     ema = EMA(net, 0.5)
     kit.train(net, callbacks=[ema])
@@ -234,7 +234,7 @@ def test_a_parameter_that_is_unfrozen_joins_at_the_next_epoch(kit: Any) -> None:
 
 
 def test_half_precision_is_averaged_in_float32(kit: Any) -> None:
-    """In bfloat16 a thousandth of a small difference is nothing, and the average would stand still."""
+    """In bfloat16 a thousandth of a small difference is lost, so the average would not move."""
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     part = nn.Module()
     part.weight = weight
@@ -317,7 +317,7 @@ def test_applied_is_for_a_block(kit: Any) -> None:
 
 
 def test_what_weights_returns_is_a_copy(kit: Any) -> None:
-    """It stays as it is while training goes on."""
+    """It does not change while training continues."""
     net = rich_net(kit)
     ema = EMA(net, 0.5)
     trainer = kit.make_trainer(net, callbacks=[ema])
@@ -433,7 +433,7 @@ def test_a_resumed_average_is_that_of_an_uninterrupted_run(
 
 
 def test_an_average_can_begin_in_a_run_that_is_resumed(kit: Any, tmp_path: Path, crashing: Any, caplog: Any) -> None:
-    """Its checkpoint has none: it begins with the next step, within the epoch, and the log says so."""
+    """Its checkpoint has none: it starts with the next step, within the epoch, with a warning."""
     run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": EACH_STEP}
     kit.train(crashing(3), **run)
     net = crashing(None)

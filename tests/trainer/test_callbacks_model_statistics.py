@@ -214,7 +214,7 @@ def test_what_is_excluded_counts_in_the_totals(kit: Any, exclude: Any, left: lis
 
 
 def test_histograms_count_every_element(kit: Any) -> None:
-    """With their range, in as many bins as were asked for; without norms, if those are not wanted."""
+    """With their range and number of bins, and without norms if those are disabled."""
     net = kit.Net()
     copies = Copies(net)
     statistics = ModelStatistics(net, 2, norms=False, histograms=True, bins=5)

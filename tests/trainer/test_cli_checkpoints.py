@@ -135,7 +135,7 @@ def same(found: dict[str, torch.Tensor], state: dict[str, Any]) -> bool:
 
 
 def test_the_list_has_the_line_first_and_says_what_each_is(stagecast: Stagecast, run: Path) -> None:
-    """Newest first; then those that somebody went back before. Columns are aligned."""
+    """Newest first, then superseded ones. Columns are aligned."""
     code, out, err = stagecast("list", run)
     head, *lines = out.splitlines()
     assert (code, err) == (0, "")
@@ -158,7 +158,7 @@ def test_the_list_has_the_line_first_and_says_what_each_is(stagecast: Stagecast,
 
 @pytest.mark.parametrize("path", ["run", "run/", "run/checkpoints"])
 def test_a_run_is_found_by_its_folder_or_that_of_its_checkpoints(stagecast: Stagecast, run: Path, path: str) -> None:
-    """Relative to where one is; also a copy that somebody has made of no more than the checkpoints."""
+    """Relative to the working directory; also a copy of only the checkpoints."""
     (run / "run.lock").unlink()
     code, out, _ = stagecast("list", path, "--json")
     assert (code, len(json.loads(out))) == (0, 7)
@@ -196,7 +196,7 @@ def test_json_has_all_fields_for_scripts(stagecast: Stagecast, run: Path, upload
 
 
 def test_the_list_says_what_was_uploaded_and_where_to(stagecast: Stagecast, run: Path, upload: str) -> None:
-    """The address stands once, below."""
+    """The address appears once, below."""
     _, out, _ = stagecast("list", run)
     lines = out.splitlines()
     assert [", uploaded" in line for line in lines[1:-1]] == [True, False, False, True, False, False, False]
@@ -245,7 +245,7 @@ def test_a_run_that_began_anew_resumes_from_none(stagecast: Stagecast, run: Path
 
 
 def test_the_list_has_a_metric_column_only_with_a_metric(stagecast: Stagecast, tmp_path: Path) -> None:
-    """A column is worth its place when something stands in it."""
+    """An empty column is not shown."""
     train(tmp_path / "plain", checkpoints=Checkpoints())
     _, out, _ = stagecast("list", tmp_path / "plain")
     assert out.splitlines()[0].split() == ["checkpoint", "step", "age", "size", "taken", "for", "state", "line"]
@@ -280,7 +280,7 @@ def test_a_missing_or_unrelated_folder_is_an_error(stagecast: Stagecast, tmp_pat
 
 
 def test_an_address_that_is_none_is_an_error(stagecast: Stagecast) -> None:
-    """In the words of whoever knows addresses, without what may be a secret."""
+    """With the error of the address's parser, without possible secrets."""
     code, out, err = stagecast("list", "s3://key:secret@bucket/run")
     assert (code, out) == (1, "")
     assert err.startswith("stagecast checkpoints: error: the s3:// URL for checkpoints contains a user")
@@ -293,7 +293,7 @@ def test_an_address_that_is_none_is_an_error(stagecast: Stagecast) -> None:
 
 
 def test_verify_reads_every_byte(stagecast: Stagecast, run: Path) -> None:
-    """A changed byte leaves the sizes as they are: the list cannot see it, this does, and goes on with the next."""
+    """A changed byte does not change the sizes: the list misses it, this finds it and continues with the next."""
     code, out, _ = stagecast("verify", run)
     assert code == 0
     lines = out.splitlines()
@@ -331,7 +331,7 @@ def test_a_newer_format_cannot_be_verified(stagecast: Stagecast, run: Path) -> N
 
 
 def test_one_checkpoint_is_a_path_too_even_under_another_name(stagecast: Stagecast, run: Path, tmp_path: Path) -> None:
-    """That of the run, or a copy of it that somebody has put elsewhere."""
+    """In the run folder, or copied elsewhere."""
     path = run / "checkpoints" / "step-3.a1"
     copy = shutil.copytree(path, tmp_path / "the-best")
     for one in (path, copy):
@@ -351,7 +351,7 @@ def test_one_checkpoint_is_a_path_too_even_under_another_name(stagecast: Stageca
 def test_what_is_deleted_meanwhile_is_not_damaged(
     stagecast: Stagecast, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that goes on deletes old ones."""
+    """A running run deletes old ones."""
     store = CheckpointStore(run / "checkpoints")
     real_open = events.checkpoint.files.open_below
 
@@ -462,7 +462,7 @@ def test_an_export_is_loaded_as_a_state_dict(
 
 
 def test_an_export_takes_the_one_that_is_named(stagecast: Stagecast, run: Path) -> None:
-    """Also one that somebody went back before."""
+    """Also a superseded one."""
     first, third = CheckpointName(8, 1), CheckpointName(3, 1)
     for name in (first, third):
         code, out, _ = stagecast("export", run, f"{name}.safetensors", "--name", name)
@@ -475,7 +475,7 @@ def test_an_export_takes_the_one_that_is_named(stagecast: Stagecast, run: Path) 
 
 
 def test_an_export_falls_back_to_the_newest_whole_one(stagecast: Stagecast, run: Path) -> None:
-    """And says why; but not from the one that was named, nor to what somebody went back before."""
+    """With the reason; but not from a named one, nor to a superseded one."""
     folder = run / "checkpoints"
     change_byte(folder / "step-8.a2" / "tensors.safetensors")
     os.truncate(folder / "step-6.a2" / "state.msgpack", 10)
@@ -522,7 +522,7 @@ def test_an_existing_file_is_replaced_only_by_force(stagecast: Stagecast, run: P
 def test_what_appears_while_the_file_is_written_is_not_replaced(
     stagecast: Stagecast, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else had the same idea."""
+    """Another process has created the file meanwhile."""
     real = disk.write_parts
 
     def write_parts(*args: Any) -> tuple[int, str]:
@@ -583,7 +583,7 @@ class Odd(Tied):
 
 
 def test_values_other_than_tensors_are_skipped_and_reported(stagecast: Stagecast, tmp_path: Path) -> None:
-    """Containers are looked into; one without any tensor is left out as a whole."""
+    """Containers are searched; one without any tensor is skipped as a whole."""
     more = {
         "vocabulary": {"a": 1, "b": [2, 3]},
         "seen": 5,
@@ -608,7 +608,7 @@ def test_values_other_than_tensors_are_skipped_and_reported(stagecast: Stagecast
 
 
 def test_what_safetensors_cannot_name_is_an_error_that_says_which(stagecast: Stagecast, tmp_path: Path) -> None:
-    """All of them at once, and there is no file."""
+    """All of them at once, and no file is written."""
     half = torch.ones(2, 2, dtype=torch.float16).view(torch.complex32)
     train(tmp_path / "odd", Odd(turns=torch.ones(2, dtype=torch.complex128), half=half))
     code, out, err = stagecast("export", "odd", "odd.safetensors")
@@ -767,7 +767,7 @@ def test_a_terminal_shows_colours_unless_they_are_disabled(run: Path) -> None:
 
 
 def test_names_in_any_script_are_shown_as_far_as_the_output_can(tmp_path: Path, run: Path) -> None:
-    """An encoding that lacks them is no reason to fail."""
+    """An encoding that lacks them is not an error."""
     folder = run.rename(tmp_path / "läufe\x1b[31m\n\udcff")  # the last one is no Unicode, but the byte 0xff
     command = [sys.executable, "-m", "trainer.cli.main", "checkpoints"]
     environment = _environment(PYTHONIOENCODING="ascii")

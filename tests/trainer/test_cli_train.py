@@ -1,4 +1,4 @@
-"""``stagecast train``: a run from one file, what is said about a file that will not do, and the help."""
+"""``stagecast train``: a run from one file, errors of the file, and the help."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_an_override_that_leads_nowhere_says_where_it_ends(override: str, says: 
     ],
 )
 def test_the_three_languages_say_the_same(folder: Path, name: str, text: str) -> None:
-    """A string stands for a mapping with the name alone, and overrides find their way into it."""
+    """A string is short for a mapping with only the name, so overrides can set its options."""
     overrides = [
         "module.width=7",
         "arguments.epochs=2",
@@ -231,7 +231,7 @@ def test_lists_that_the_file_has_not_are_begun_on_the_command_line(folder: Path)
 
 
 def test_true_is_what_the_trainer_takes_it_for(folder: Path) -> None:
-    """Checkpoints by default ask for no folder where the run has none; those with settings do."""
+    """Default checkpoints do not require a run folder; those with settings do."""
     config = load_run_config(folder / write(folder, "module: 'a:b'\ncheckpoints: true\njournal: false\n"))
     assert (config.checkpoints, config.journal) == (True, False)
     config = load_run_config(folder / "run.yaml", ["journal=true", "journal.segment_bytes=10", "checkpoints=false"])
@@ -255,7 +255,7 @@ FACTORIES = [
 
 
 def test_each_missing_factory_is_reported_in_one_sentence(script: Any, folder: Path) -> None:
-    """A module that is not there, one that is wrong itself (and where), a name that is not there, or is no function."""
+    """A missing module, a broken one (with the place), a missing name, or one that is not a function."""
     write(folder, json.dumps(FACTORIES), "factories.json")
     code, out, err = script(
         "import json, sys\n"
@@ -353,7 +353,7 @@ def test_a_callback_is_given_the_runs_module_and_no_other(folder: Path) -> None:
 
 
 def test_a_file_trains_its_module_with_all_that_it_names(folder: Path) -> None:
-    """Arguments, overrides, a callback that gets the module, checkpoints; then the same again goes on from there."""
+    """Arguments, overrides, a callback with the module, checkpoints; a second run resumes from there."""
     text = """
         module: {factory: "jobs.line:build", width: 2}
         arguments: {epochs: 2, train_batch_size: 8, seed: 3, device: cpu}
@@ -487,7 +487,7 @@ def test_the_help_fits_the_terminal(folder: Path, columns: int) -> None:
 
 
 def test_a_sink_that_cannot_be_imported_does_not_hide_the_others(folder: Path) -> None:
-    """A stranger's package may be broken: its name stands in the help, with what it raised. Nor does it take a name."""
+    """A broken package: the help names it with its exception. It cannot replace a name of ours."""
     info = folder / "pigeon-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pigeon\nVersion: 1.0\n")

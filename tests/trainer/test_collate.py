@@ -87,7 +87,7 @@ def test_what_does_not_fit_together_is_a_list_with_one_notice(values: list[Any],
 
 
 def test_steps_with_fewer_outputs_leave_gaps() -> None:
-    """The position becomes a list in which None stands for the steps that did not return it, in order."""
+    """The position becomes a list, in order, with None for the steps that did not return it."""
     one, two = torch.ones(2), torch.zeros(2)
     for collate in (collate_outputs, _through_collector):
         notices: list[str] = []
@@ -129,7 +129,7 @@ _dtypes = st.sampled_from([torch.float32, torch.int64, torch.bool])
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=8), _trailing, _dtypes)
 def test_rows_come_out_in_order_and_none_is_lost(rows: list[int], trailing: list[int], dtype: torch.dtype) -> None:
-    """Concatenated along the first dimension, whatever sizes; the scalar beside it stacks to one per step."""
+    """Concatenated along the first dimension, of any size; a scalar output stacks to one per step."""
     total = torch.arange(sum(rows) * max(1, int(np.prod(trailing))) * 2)[: sum(rows) * int(np.prod(trailing))]
     expected = total.reshape(sum(rows), *trailing).to(dtype)
     pieces = expected.split(rows)
@@ -228,7 +228,7 @@ def test_outputs_come_in_one_form() -> None:
 
 
 def test_a_clone_does_not_show_later_changes_and_holds_no_graph() -> None:
-    """Also in containers; what is no tensor is the same object."""
+    """Also in containers; other values are the same objects."""
     weight = torch.ones(2, requires_grad=True)
     logits = weight * 2
     marker = object()
@@ -242,7 +242,7 @@ def test_a_clone_does_not_show_later_changes_and_holds_no_graph() -> None:
 
 
 def test_without_a_clone_memory_is_shared() -> None:
-    """Where nobody writes, a detached view is enough."""
+    """A detached view is enough for tensors that do not change."""
     logits = torch.ones(2, requires_grad=True) * 2
     (shared,) = detach_copy((logits,), clone=False)
     assert shared.data_ptr() == logits.data_ptr()

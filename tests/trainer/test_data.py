@@ -305,7 +305,7 @@ def test_rows_are_unknown_where_batching_is_not_ours() -> None:
 
 
 def test_the_order_is_drawn_on_the_host_whatever_the_default_device_is() -> None:
-    """A program that computes on a device by default gets the same order, and nobody waits for that device."""
+    """A program with a default device gets the same order, and the loop does not wait for that device."""
     sampler = make_train_sampler(1, 2)
     order = list(sampler(range(20)))
     with torch.device("meta"):
@@ -405,7 +405,7 @@ def test_a_device_that_cannot_be_used_is_named_with_those_that_can(device: str) 
 
 
 def test_auto_takes_an_accelerator_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the CPU; an explicit choice stands."""
+    """Else the CPU; an explicit choice is kept."""
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
     expected = "cpu"

@@ -82,7 +82,7 @@ def test_a_callback_with_the_policy_disable_fails_once_and_the_run_continues(kit
 
 @pytest.mark.parametrize("lane", ["observer", "fenced"])
 def test_a_retried_callback_resumes_at_the_hook_that_failed(kit: Any, lane: str) -> None:
-    """Hooks before it in the same batch are not repeated, and none after it is left out."""
+    """Hooks before it in the same batch are not repeated, and none after it is skipped."""
     calls: list[int] = []
     loop_is_ahead = threading.Event()
 
@@ -122,7 +122,7 @@ def test_an_inline_hook_cannot_be_retried(kit: Any) -> None:
 
 
 def test_a_callback_that_failed_on_the_loops_thread_runs_no_hook_on_another(kit: Any) -> None:
-    """What waits for it is let go, a fence does not hold the loop for it, and the report says what it was."""
+    """Its queue is released, a fence does not wait for it, and the report has the error."""
     ran: list[str] = []
 
     class Several(CallbackInterface):
@@ -185,7 +185,7 @@ def test_callbacks_of_one_class_have_names_of_their_own(kit: Any) -> None:
     "hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
 )
 def test_the_model_does_not_change_while_a_fenced_hook_runs(kit: Any, hook: str) -> None:
-    """So an inline hook of the same event, whoever has it, runs only when the fenced ones have returned."""
+    """So an inline hook of the same event, of any callback, only runs when the fenced ones have returned."""
     order: list[str] = []
     first = on(hook, lambda *_, **key: order.append("inline"), "inline")
     second = on(hook, lambda *_, **key: order.append("fenced"), "fenced")
@@ -203,7 +203,7 @@ def test_a_failure_in_the_last_hook_reaches_the_sinks(kit: Any) -> None:
 
 
 def test_a_fenced_backward_hook_holds_the_loop(kit: Any) -> None:
-    """The loop goes on to the optimizer only when it has returned."""
+    """The loop only continues with the optimizer when it has returned."""
     seen: list[tuple[int, bool]] = []
 
     class Net(kit.Net):

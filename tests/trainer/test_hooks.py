@@ -472,7 +472,7 @@ def test_hooks_without_an_override_cost_nothing(kit: Any) -> None:
 
 
 def test_hooks_are_found_wherever_they_are_defined(kit: Any) -> None:
-    """In a base class, in a mixin that is no callback, and as an attribute of the object."""
+    """In a base class, in a mixin that is not a callback, and as an attribute of the object."""
     found: list[str] = []
 
     class Base(CallbackInterface):

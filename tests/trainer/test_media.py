@@ -1,4 +1,4 @@
-"""What a module logs beside numbers: histograms, images, figures and texts, and the files that they go to."""
+"""Histograms, images, figures and texts that a module logs, and their files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_invalid_value_is_refused_by_its_constructor(make: Any, error: type[E
 
 
 def test_an_image_without_pillow_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, and not when the file is to be written."""
+    """At once, and not when the file is written."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'stagecast\[media\]'"):
         Image(torch.zeros(4, 4))
@@ -182,7 +182,7 @@ def test_media_travel_by_reference(kit: Any, tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_folder_warns_about_images(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Training goes on; a long text arrives cut."""
+    """Training continues; a long text arrives cut."""
     with caplog.at_level(logging.WARNING, "stagecast"):
         outcome = kit.train(
             logging_net(kit, lambda net, *_: (net.log("a", Image(torch.zeros(2, 2))), net.log("b", "x" * 9_999)))

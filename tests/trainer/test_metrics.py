@@ -282,7 +282,7 @@ def test_a_test_logs_under_its_stage(kit: Any) -> None:
 
 
 def test_the_result_has_the_last_value_of_each_metric(kit: Any) -> None:
-    """Beside the losses; what was logged only once stays."""
+    """In addition to the losses; values that were logged once stay."""
 
     def log(net: Any, global_step: int, batch: Any) -> None:
         net.log("step", torch.tensor(global_step))
@@ -433,7 +433,7 @@ async def test_many_threads_lose_nothing(kit: Any) -> None:
 
 
 def test_an_unreadable_number_is_nan_and_does_not_affect_others(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A tensor that holds none, or a device that failed: it is said, and the run and its other numbers go on."""
+    """An unreadable tensor, or a failed device: there is a warning, and the run continues with its other numbers."""
     caplog.set_level(logging.WARNING, "stagecast")
 
     class Net(kit.Net):

@@ -73,7 +73,7 @@ def test_what_training_logs_does_not_serve_a_run_that_validates(kit: Any) -> Non
 def test_best_names_what_there_is_when_it_does_not_find_its_metric(
     kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After the first validation, though it is no error; several dataloaders have a loss each."""
+    """After the first validation, with a warning; several dataloaders have a loss each."""
 
     class Net(kit.Net):
         def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:

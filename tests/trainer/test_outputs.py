@@ -1,4 +1,4 @@
-"""Outputs of steps: kept only where somebody wants them, as copies, put together as the contract says."""
+"""Outputs of steps: only kept for hooks that read them, as copies, collated by the contract."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_epoch_that_outgrows_its_limit_ends_with_the_hook_and_the_ways_out_na
 
 @pytest.mark.parametrize("hook", ["on_end_train_epoch", "on_end_val_epoch"])
 def test_callbacks_that_may_fail_are_disabled_when_what_they_want_is_too_much(kit: Any, hook: str) -> None:
-    """The run goes on, and those who do not want outputs of an epoch keep their hooks."""
+    """The run continues, and callbacks without outputs of an epoch keep their hooks."""
     seen: list[Any] = []
     wants = type("Wants", (CallbackInterface,), {hook: lambda self, *outputs, **key: seen.append(outputs)})
     marked = type("Marked", (CallbackInterface,), {hook: inline(lambda self, *outputs, **key: seen.append(outputs))})
@@ -147,7 +147,7 @@ def test_each_epoch_starts_with_empty_outputs(kit: Any) -> None:
 def test_outputs_that_do_not_fit_together_become_a_list_with_exactly_one_notice(
     kit: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ragged tensors and values that are no tensors, once for each position however many steps there are."""
+    """Ragged tensors and other values, once for each position, for any number of steps."""
     caplog.set_level(logging.WARNING, "stagecast")
     sizes: list[int] = []
 
@@ -169,7 +169,7 @@ def test_outputs_that_do_not_fit_together_become_a_list_with_exactly_one_notice(
 
 
 def test_outputs_that_are_ragged_in_many_ways_give_one_notice_too(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Sequences of ever other lengths must not fill the log, nor the memory of what was said."""
+    """Sequences of ever different lengths must fill neither the log nor the memory of earlier warnings."""
     caplog.set_level(logging.WARNING, "stagecast")
     net = returning(kit, lambda net, *_: (torch.zeros(2, next(net.lengths)),), rows=64)
     net.lengths = iter(range(100))
@@ -229,7 +229,7 @@ def test_a_skipped_step_leaves_no_outputs(kit: Any) -> None:
 
 
 def test_tensors_in_containers_are_copied_too(kit: Any) -> None:
-    """Of any nesting; the containers keep their types, and what is no tensor is the same object."""
+    """Of any nesting; the containers keep their types, and other values are the same objects."""
     label = object()
 
     def outputs(net: Any, global_step: int, batch: Any) -> tuple[Any, ...]:
@@ -449,7 +449,7 @@ def host_capture(told: list[str]) -> Capture:
 
 
 def test_copies_that_are_under_way_are_waited_for() -> None:
-    """By whoever reads them: a step's for all its micro-batches."""
+    """The reader waits: for all micro-batches of a step."""
     (values,) = host_capture([]).of_step([late(1.0), late(2.0)]).collated()
     assert values.tolist() == [1.0, 1.0, 2.0, 2.0]
 
@@ -463,7 +463,7 @@ def test_an_epoch_waits_for_its_copies_although_the_last_step_has_none() -> None
 
 
 def test_outputs_beyond_the_limit_are_released_at_once() -> None:
-    """Unless that is an error: then whoever catches it has what was kept before."""
+    """Unless that is an error: then earlier outputs are kept for its handler."""
     told: list[Exception] = []
     patient = EpochOutputs(3_000, "test", print, told.append)
     strict = EpochOutputs(3_000, "test", print)
@@ -512,7 +512,7 @@ def test_the_pieces_of_a_step_are_released_once_they_are_collated() -> None:
 
 @pytest.mark.parametrize("shape", [(), (8,)])
 def test_a_capture_shares_no_memory_and_counts_the_bytes_it_copies(shape: tuple[int, ...]) -> None:
-    """Of tensors, in containers too, or of a loss alone; what is no tensor is left as it is."""
+    """Of tensors, in containers too, or of a loss alone; other values are unchanged."""
     rows = torch.ones(shape, requires_grad=True)
     alone = host_capture([]).copy((rows,))
     several = host_capture([]).copy((rows, [rows.double()], "text", 3))

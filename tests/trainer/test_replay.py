@@ -1,4 +1,4 @@
-"""``stagecast replay``: the events of a run, fed to sinks afterwards, or while it is under way."""
+"""``stagecast replay``: the events of a run, sent to sinks after or during the run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def command(kit: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 class Flaky(msgspec.Struct, frozen=True, dict=True):
-    """Its server is down for so many writes."""
+    """Its server is down for a number of writes."""
 
     failures: int
     delivery: Delivery = Delivery(retries=3, backoff_s=0.001, batch=4)
@@ -75,7 +75,7 @@ def test_a_failed_replay_is_reported_in_one_sentence(kit: Any, arguments: list[s
     ],
 )
 def test_a_wrong_option_is_named(kit: Any, options: list[str], says: str) -> None:
-    """With those that there are, or the type that is wanted."""
+    """With the known options, or the required type."""
     result = command(kit, "run", "--to", *options)
     assert result.returncode == 2
     assert says in result.stderr
@@ -106,7 +106,7 @@ def test_a_run_is_fed_as_the_history_that_counts(kit: Any, tmp_path: Path) -> No
 
 
 def test_a_server_that_comes_back_gets_everything_once(kit: Any, tmp_path: Path) -> None:
-    """And one that stays away is given up, with a count of what it has not got."""
+    """A sink that does not recover is disabled, with a count of the missed events."""
     kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
     history = list(read_history(tmp_path / "run/journal"))
     told: list[Event] = []

@@ -29,7 +29,7 @@ ONES = torch.ones
     ],
 )
 def test_a_batch_whose_tensors_agree_is_counted_without_a_word(batch: Any, expected: int, rows: int) -> None:
-    """As many rows as were asked for, or fewer."""
+    """As many rows as requested, or fewer."""
     assert count_rows(batch, expected, exceeds=True) == (rows, None)
 
 
@@ -124,7 +124,7 @@ def test_a_guess_is_announced_once(kit: Any, caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_last_smaller_batch_is_looked_at_with_its_own_size(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Time first, and the only batch is smaller than was asked for."""
+    """Time first, and the only batch is smaller than requested."""
 
     class Net(kit.Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -231,7 +231,7 @@ def test_what_is_not_a_weight_is_refused(kit: Any, weight: Any, says: str, limit
 
 
 def test_an_own_weight_needs_no_count_of_rows(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever says what a batch counts is asked nothing more; the method of the contract counts rows."""
+    """A module with a batch_weight is not asked for rows; the default method counts rows."""
 
     class Net(kit.Net):
         def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
