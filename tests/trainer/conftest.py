@@ -334,7 +334,14 @@ def script(tmp_path: Path) -> Any:
     yield start
     for one in started:
         one.process.kill()
-        one.process.communicate()
+        one.process.wait()
+        for pipe in (
+            one.process.stdin,
+            one.process.stdout,
+            one.process.stderr,
+        ):  # a forked child may hold the other end
+            with contextlib.suppress(OSError):
+                pipe.close()
 
 
 @pytest.fixture(autouse=True)
