@@ -1,9 +1,9 @@
-"""Files that are on stable storage when the call returns, written without holding the interpreter lock.
+"""Durable files, written without holding the interpreter lock.
 
-They are written to an opened folder (`Folder`), so a link that takes its place meanwhile leads nowhere.
-Large ones are written with direct I/O where the file system takes it: from page-aligned memory to the disk, past the
-page cache, which would copy every byte once more and be flushed at a time of its own choosing. Every call that changes
-the disk is one of ``os``, by that name: what a test replaces there, it replaces here.
+They are written to an opened folder (`Folder`), so that a link cannot redirect a write. Large files use direct I/O, if
+the file system supports it: from page-aligned memory to the disk, without the page cache, which would copy every byte
+once more and be flushed at an arbitrary time. Every change of the disk calls a function of ``os`` by its name, so that
+tests can replace it there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAGE = 4096
 """Alignment of direct I/O: in memory, in the file, and of the length."""
 _CHUNK = 32 * 2**20
 _DIRECT = getattr(os, "O_DIRECT", 0)
-# What a file system says that does not take direct I/O, at opening or at the first write.
+# Errors of a file system without direct I/O, from the open or the first write.
 _NO_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _ENTER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FOLDER = _ENTER | getattr(os, "O_NOFOLLOW", 0)
@@ -35,10 +35,10 @@ _BY_DESCRIPTOR = {os.open, os.stat, os.unlink, os.rmdir} <= os.supports_dir_fd a
 
 
 class Folder:
-    """An opened folder: files that are written to it are in it, whatever takes the place of its name meanwhile.
+    """An opened folder, which stays the same even if its path is replaced.
 
     Args:
-        path: Its path, for messages, and for systems without ``dir_fd`` (Windows).
+        path: For messages, and for systems without ``dir_fd`` (Windows).
         fd: Its descriptor, which `close` closes; None on such a system.
     """
 
@@ -48,11 +48,11 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path) -> Folder:
-        """Open a folder that the user names, which may be reached through links."""
+        """Open the user's folder, through links if there are any."""
         return cls(path, os.open(path, _ENTER) if _BY_DESCRIPTOR else None)
 
     def make(self, name: str) -> Folder:
-        """Make a new folder in it and open that. Raises `FileExistsError` and other `OSError`."""
+        """Create and open a folder in it. Raises `FileExistsError` and other `OSError`."""
         os.mkdir(self._at(name), dir_fd=self.fd)
         return Folder(self.path / name, os.open(name, _FOLDER, dir_fd=self.fd) if self.fd is not None else None)
 
@@ -65,17 +65,17 @@ class Folder:
         return os.stat(self._at(name), dir_fd=self.fd, follow_symlinks=False)
 
     def has(self, other: Folder, name: str) -> bool:
-        """Whether another opened folder is the one of that name in it, and not one that was exchanged for it."""
+        """Whether another opened folder still has that name in it."""
         return other.fd is None or os.path.samestat(os.fstat(other.fd), self.stat(name))
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a file or folder in it, replacing a file that is there."""
+        """Rename a file or folder in it, replacing an existing file."""
         os.replace(self._at(old), self._at(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with all that is in it, following no link; a missing one is not an error.
+        """Remove a file, or a folder with its content, without following links; a missing one is not an error.
 
-        A folder is entered by its descriptor, so a link that takes its place meanwhile is not followed either.
+        Folders are entered by descriptor, so that a link that replaces one is not followed either.
         """
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISDIR(self.stat(name).st_mode):
@@ -112,17 +112,14 @@ class Folder:
 
 
 def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> str:
-    """Write a new file from page-aligned memory, and hash it meanwhile on a thread of its own.
+    """Write a new file from page-aligned memory; return its hash (`events.checkpoint.manifest.FileEntry`).
 
     Args:
-        image: Bytes of the file, filled up to a multiple of `PAGE`; begins at a page.
-        nbytes: How many of them are the file.
-
-    Returns:
-        The hash of the file's bytes (`events.checkpoint.manifest.FileEntry`).
+        image: Bytes of the file, aligned to a page and padded to a multiple of `PAGE`.
+        nbytes: Bytes of the file without the padding.
 
     Raises:
-        OSError: The disk refused.
+        OSError: The disk failed.
     """
     hasher = _Hasher(image[:nbytes])
     try:
@@ -140,10 +137,10 @@ def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> st
 
 
 def write_parts(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a new file that consists of these parts, each asked for in its turn; returns its size and its hash.
+    """Write a new file from its parts, each requested in turn; return its size and its hash.
 
     Raises:
-        OSError: The disk refused.
+        OSError: The disk failed.
     """
     digest = xxhash.xxh3_128()
     nbytes = 0
@@ -173,17 +170,17 @@ def sync_folder(path: Path) -> None:
 
 
 _MOST_DEPTH = 64
-"""Maximum levels of folders that are removed: each has a descriptor and a call of its own."""
+"""Maximum levels of folders to remove: each takes a descriptor and a recursive call."""
 
 
 def _remove_folder(name: str, within: int, depth: int = 0) -> None:
     if depth > _MOST_DEPTH:
-        raise OSError(errno.ELOOP, f"more than {_MOST_DEPTH} folders are in each other; remove them by hand", name)
+        raise OSError(errno.ELOOP, f"folders are more than {_MOST_DEPTH} levels deep; remove them by hand", name)
     fd = os.open(name, _FOLDER, dir_fd=within)
     try:
         for inside in os.listdir(fd):
             found = os.stat(inside, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISDIR(found.st_mode):  # a file browser's, a notebook's
+            if stat.S_ISDIR(found.st_mode):  # of a file browser, of a notebook
                 _remove_folder(inside, fd, depth + 1)
             else:
                 os.unlink(inside, dir_fd=fd)
@@ -193,7 +190,7 @@ def _remove_folder(name: str, within: int, depth: int = 0) -> None:
 
 
 class _Hasher:
-    """Hashes memory on a thread of its own, which needs a tenth of the time that the disk does."""
+    """Hashes memory on a thread, in a tenth of the time of the disk."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
@@ -230,7 +227,7 @@ def _open_for_image(folder: Folder, name: str) -> tuple[int, bool]:
         except OSError as error:
             if error.errno not in _NO_DIRECT:
                 raise
-        folder.remove(name)  # some create it before they refuse
+        folder.remove(name)  # some file systems create the file and then fail
     return folder.create(name), False
 
 
@@ -245,7 +242,7 @@ def _write_at(fd: int, image: memoryview, direct: bool) -> None:
                 raise
             _leave_direct(fd)
             direct = False
-        if direct and done % PAGE:  # a disk that is getting full wrote part of it: the rest is no longer aligned
+        if direct and done % PAGE:  # an almost full disk wrote a part: the rest is not aligned
             _leave_direct(fd)
             direct = False
 

@@ -1,8 +1,7 @@
-"""Which checkpoint came from which, and which of them may go: decided on names alone, no file is touched.
+"""The ancestry of checkpoints, and the choice of those to delete. Works on names, without files.
 
-**Line**: each attempt continues from one checkpoint (or from none), and so do its own. The newest checkpoint is that of
-the newest attempt, else the one that this attempt started from, and so on: not the one with the most steps, if somebody
-went back before it.
+**Line**: the checkpoints of the newest attempt, then those that it started from up to its parent, and so on. So the
+newest checkpoint of the line is not the one with the most steps if the user resumed from an older one.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 
 
 class AttemptNote(msgspec.Struct, frozen=True):
-    """What an attempt started from."""
+    """The start of an attempt."""
 
     attempt: Int64
     parent: str | None
-    """A checkpoint's name; None for an attempt that began anew, or elsewhere."""
+    """Name of a checkpoint; None for a new run, or a start from another run's checkpoint."""
     source: str | None = None
-    """The path of the checkpoint of another run that it began with."""
+    """Path of another run's checkpoint that it started from."""
     id: str = ""
-    """Drawn at random: tells it from the same attempt at another run of that name."""
+    """Random: distinguishes it from the same attempt of another run with that name."""
 
 
 class _SignedAttempt(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,22 +35,22 @@ class _SignedAttempt(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def attempt_name(attempt: int) -> str:
-    """Name of the file that says what an attempt started from."""
+    """Return the file name of an attempt's note."""
     return f"attempt-{attempt}.json"
 
 
 def is_attempt_name(text: str) -> bool:
-    """Whether a file of this name may be one of those."""
+    """Whether a file name may be that of a note."""
     return text.startswith("attempt-") and text.endswith(".json")
 
 
 def encode_attempt(attempt: AttemptNote) -> bytes:
-    """The bytes of such a file: what it says, and a hash of that, as in a manifest."""
+    """Return the bytes of a note, with a hash as in a manifest."""
     return _sign(msgspec.json.encode(attempt))
 
 
 def decode_attempt(file_name: str, data: bytes) -> AttemptNote | None:
-    """Read such a file; None if it is damaged: the checkpoints' manifests say it too."""
+    """Read a note; None if it is damaged: manifests hold the parent too."""
     try:
         body = bytes(msgspec.json.decode(data, type=_SignedAttempt).attempt)
         attempt = msgspec.json.decode(body, type=AttemptNote)
@@ -70,11 +69,11 @@ def line_of(
     attempts: Mapping[int, AttemptNote],
     parent_of: Callable[[CheckpointName], str | None],
 ) -> list[CheckpointName]:
-    """The checkpoints that a run as it stands has come from, the newest first.
+    """Return the line of the newest attempt, the newest checkpoint first.
 
     Args:
-        names: All that there are, in the order in which they came about.
-        attempts: What each attempt started from, as far as it was noted.
+        names: All checkpoints, the oldest first.
+        attempts: The readable notes of attempts.
         parent_of: Reads the parent from a checkpoint's manifest, or raises as `CheckpointStore.manifest` does.
     """
     of_attempt: dict[int, list[CheckpointName]] = {}
@@ -88,13 +87,13 @@ def line_of(
         line += reversed(own)
         parent = attempts[current].parent if current in attempts else _first_parent(own, parent_of)
         upto = CheckpointName.parse(parent) if parent is not None else None
-        # Only ever back, whatever damaged files say.
+        # Only back, even if damaged files name a later attempt.
         current = upto.attempt if upto is not None and upto.attempt < current else 0
     return line
 
 
 def _first_parent(own: list[CheckpointName], parent_of: Callable[[CheckpointName], str | None]) -> str | None:
-    """What an attempt of which we have only checkpoints started from, as its oldest one that can be read says."""
+    """Return the parent of an attempt without a note, from its oldest readable manifest."""
     for name in own:
         with contextlib.suppress(CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, OSError):
             return parent_of(name)
@@ -102,7 +101,7 @@ def _first_parent(own: list[CheckpointName], parent_of: Callable[[CheckpointName
 
 
 def candidates_of(line: list[CheckpointName], names: Iterable[CheckpointName]) -> Iterator[CheckpointName]:
-    """What to try to resume from, best first; see `CheckpointStore.candidates`."""
+    """Yield the checkpoints to try to resume from; see `CheckpointStore.candidates`."""
     yield from line
     if line:
         known = set(line)
@@ -110,7 +109,7 @@ def candidates_of(line: list[CheckpointName], names: Iterable[CheckpointName]) -
 
 
 def by_age(line: Iterable[CheckpointName], names: Iterable[CheckpointName]) -> list[CheckpointName]:
-    """All checkpoints, the first to go first: those that the run did not come from, then its line, from the oldest."""
+    """Return all checkpoints in the order of deletion: those outside the line, then the line from the oldest."""
     line = list(line)
     known = set(line)
     return [*(name for name in sorted(names) if name not in known), *reversed(line)]
@@ -123,21 +122,21 @@ def scores_of(
     on_unread: Callable[[str, Exception], None] = lambda name, error: None,
     run_id: str | None = None,
 ) -> dict[CheckpointName, Metric]:
-    """The metric of each checkpoint of a line that has one, in its order.
+    """Return the metrics of a line's checkpoints, in its order.
 
     Args:
         line: The newest first.
         read: Reads a manifest, or raises as `CheckpointStore.manifest` does.
-        metric: Only those of this metric; None: of the one that the newest of them has.
-        on_unread: Called with the name of each whose manifest cannot be read, and why.
-        run_id: Only those of this run; None: of any.
+        metric: Name of the metric; None for that of the newest checkpoint with one.
+        on_unread: Called with name and error of each unreadable manifest.
+        run_id: Only checkpoints of this run; None for any.
     """
     scores: dict[CheckpointName, Metric] = {}
     for name in line:
         try:
             manifest = read(name)
         except CheckpointNotFound:
-            continue  # deleted meanwhile
+            continue  # deleted
         except CheckpointError as error:
             on_unread(str(name), error)
             continue
@@ -149,11 +148,11 @@ def scores_of(
 
 
 def ranked(scores: Mapping[CheckpointName, Metric], mode: str | None = None) -> list[CheckpointName]:
-    """Checkpoints by their metric, the best first.
+    """Return checkpoints by metric, the best first.
 
     Args:
         scores: See `scores_of`.
-        mode: ``"min"`` or ``"max"``; None: as the newest of them was taken.
+        mode: ``"min"`` or ``"max"``; None for that of the newest checkpoint.
     """
     mode = mode or next((score.mode for score in scores.values()), "min")
     return best_first(scores, {name: score.value for name, score in scores.items()}, mode == "max")
@@ -162,7 +161,7 @@ def ranked(scores: Mapping[CheckpointName, Metric], mode: str | None = None) -> 
 def best_first(
     names: Iterable[CheckpointName], metrics: Mapping[CheckpointName, float], largest_is_best: bool
 ) -> list[CheckpointName]:
-    """Checkpoints by their metric, the best first; of equal ones the newer first."""
+    """Return checkpoints by metric, the best first; of equal ones, the newer first."""
     sign = 1 if largest_is_best else -1
     return sorted(names, key=lambda name: (sign * metrics[name], name), reverse=True)
 
@@ -177,25 +176,23 @@ def expendable(
     largest_is_best: bool,
     uploaded: Iterable[CheckpointName] | None,
 ) -> list[CheckpointName]:
-    """Decide which checkpoints may go, the oldest first.
-
-    Those that the run did not come from go first: somebody went back before them.
+    """Return the checkpoints to delete, in the order of `by_age`.
 
     Args:
-        line: What the run has come from, the newest first (`CheckpointStore.line`).
-        names: All that there are.
-        metrics: The monitored metric, of those that have a finite one.
-        keep_last: How many of the newest stay, at least one; None: all stay.
-        keep_best: How many of the line with the best metric stay, too; of two equal ones the newer. Several at one step
-            count once: the newest stays.
-        uploaded: Those that are in the remote store; None if uploads are off. One goes only when a newer one is there.
+        line: The newest first (`CheckpointStore.line`).
+        names: All checkpoints.
+        metrics: The monitored metric, where it is finite.
+        keep_last: Number of the newest checkpoints to keep, at least one; None keeps all.
+        keep_best: Number of the line's best checkpoints to keep; of equal ones, the newer. Several at one step count
+            once, and the newest is kept.
+        uploaded: Uploaded checkpoints; None without uploads. A checkpoint is kept until a newer one is uploaded.
     """
     if keep_last is None:
         return []
     line = list(line)
     ordered = by_age(line, names)
     kept = set(ordered[-max(1, keep_last) :])
-    # The newest of each step: several at one step of the line hold the same weights, and count once.
+    # The newest of each step: several at one step hold the same weights, and count once.
     scored = {name.step: name for name in reversed(line) if name in metrics}
     kept.update(best_first(scored.values(), metrics, largest_is_best)[:keep_best])
     if uploaded is not None:

@@ -1,11 +1,10 @@
-"""What makes a folder a checkpoint: its name, and the manifest that is written last.
+"""The name of a checkpoint, and its manifest, which is written last.
 
-A manifest lists every file of its checkpoint with size and hash, and carries a hash of itself. So whatever was cut,
-lost or changed shows, in the manifest too::
+A manifest lists every file of its checkpoint with size and hash, and holds a hash of itself, which reveal any damage::
 
     {"manifest":{"format":1,...,"files":{"tensors.safetensors":{"nbytes":4096,"xxh3_128":"..."}}},"xxh3_128":"..."}
 
-The bytes are exactly those that `encode_manifest` makes: any other spelling of the same values is damage.
+Any bytes but those of `encode_manifest` are damage, even with equal values.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from events.journal.lines import MAX_DECODED_BYTES, decoded_bytes
 from events.wire import without_surrogates
 
 FORMAT = 1
-"""Format of the manifest and of all files that it lists. A reader refuses greater ones."""
+"""Format of the manifest and of all files that it lists. Readers refuse greater ones."""
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES = 16 * 2**20
 """Maximum bytes per manifest."""
@@ -34,10 +33,10 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 
 
 class CheckpointName(msgspec.Struct, frozen=True):
-    """``step-N.aK``: taken after step N in attempt K, so that a step that is done again never collides.
+    """``step-N.aK``: taken after step N in attempt K, so that repeated steps never collide.
 
     The second one at the same step of an attempt (after the step, and after the epoch that ended with it) is
-    ``step-N.aK.2``. Names order as checkpoints came about.
+    ``step-N.aK.2``. Names sort by age.
     """
 
     step: int
@@ -46,14 +45,14 @@ class CheckpointName(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> CheckpointName | None:
-        """The name that a text is; None if it is none."""
+        """Parse a name; None for any other text."""
         match = _NAME.fullmatch(text)
         return cls(int(match[1]), int(match[2]), int(match[3] or 1)) if match else None
 
     def __str__(self) -> str:
         return f"step-{self.step}.a{self.attempt}" + (f".{self.revision}" if self.revision > 1 else "")
 
-    # Both, because a Struct has methods for all comparisons already: `functools.total_ordering` would add none.
+    # Both, because a Struct defines all comparisons: `functools.total_ordering` would add none.
     def __lt__(self, other: CheckpointName) -> bool:
         return self._age < other._age
 
@@ -83,7 +82,7 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint is and what it consists of."""
+    """Description and files of a checkpoint."""
 
     format: Int64 = FORMAT
     run_id: str
@@ -92,30 +91,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     revision: Int64 = 1
     epoch: Int64
     seq: Int64
-    """``seq`` of the run's last event before the state was taken. What earlier attempts published after it is
-    superseded when a run resumes from here."""
+    """``seq`` of the run's last event before the state was captured. A run that resumes from it supersedes later
+    events."""
     time: Finite
-    """Unix seconds at which the state was taken."""
+    """Unix seconds at which the state was captured."""
     parent: str | None
-    """Name of the checkpoint that its attempt was resumed from; None for one that began anew, or elsewhere."""
+    """Name of the checkpoint that its attempt resumed from; None for a new run, or a start from another run."""
     reasons: list[str]
-    """Why it was taken: ``steps``, ``minutes``, ``epochs``, ``best``, ``command``, ``stop``, ``end``."""
+    """Reasons for it: ``steps``, ``minutes``, ``epochs``, ``best``, ``command``, ``stop``, ``end``."""
     metric: Metric | None = None
     module: str = ""
     """Qualified name of the module's class."""
     versions: dict[str, str] = {}
     missing: list[str] = []
-    """Callbacks whose state is not in it, because they were given up before they came to its place in the run."""
+    """Callbacks without state in it, because they were disabled before they had processed its events."""
     files: dict[str, FileEntry]
 
     @property
     def name(self) -> CheckpointName:
-        """The name of the folder that this manifest belongs in."""
+        """Name of the checkpoint's folder."""
         return CheckpointName(self.global_step, self.attempt, self.revision)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files that it lists."""
+        """Total bytes of its files."""
         return sum(entry.nbytes for entry in self.files.values())
 
 
@@ -129,7 +128,7 @@ class _Version(msgspec.Struct):
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of ``manifest.json``."""
+    """Return the bytes of ``manifest.json``."""
     try:
         return _sign(msgspec.json.encode(manifest))
     except UnicodeEncodeError:  # names are the user's: of the class, a callback, a metric
@@ -147,8 +146,8 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         where: Its path or address, for the message.
 
     Raises:
-        CheckpointDamaged: The bytes are not those that were written, it lists a file outside of its folder, or it may
-            take more than `MAX_DECODED_BYTES` of memory.
+        CheckpointDamaged: The bytes were changed, list a file outside of the folder, or may take more than
+            `MAX_DECODED_BYTES` of memory.
         CheckpointTooNew: A later version wrote it.
     """
     if (size := decoded_bytes(data)) > MAX_DECODED_BYTES:
@@ -159,22 +158,22 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         signed = msgspec.json.decode(data, type=_Signed)
         body = bytes(signed.manifest)
     except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{where} is no manifest ({error}): it was cut or changed") from error
+        raise CheckpointDamaged(f"{where} is not a manifest: {error}; load another checkpoint") from error
     if _sign(body) != data:
-        raise CheckpointDamaged(f"{where} does not match its own hash: it was cut or changed")
+        raise CheckpointDamaged(f"{where} does not match its own hash; load another checkpoint")
     try:
         version = msgspec.json.decode(body, type=_Version).format
     except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{where} is no manifest: {error}") from error
+        raise CheckpointDamaged(f"{where} is not a manifest: {error}") from error
     if version > FORMAT:
         raise CheckpointTooNew(
-            f"{where} has format {version}, of which this version of stagecast knows none beyond {FORMAT}: use the"
-            f" version that wrote it, or a later one"
+            f"{where} has format {version}, but this version of stagecast reads formats up to {FORMAT}; use the version"
+            f" that wrote it, or a later one"
         )
     try:
         manifest = msgspec.json.decode(body, type=Manifest)
     except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{where} is no manifest of format {FORMAT}: {error}") from error
+        raise CheckpointDamaged(f"{where} is not a manifest of format {FORMAT}: {error}") from error
     for name in manifest.files:
         if not is_file_name(name) or name == MANIFEST_NAME:
             raise CheckpointDamaged(
@@ -185,5 +184,5 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
 
 
 def is_file_name(name: Any) -> bool:
-    """Whether this is the name of a file within a checkpoint's folder, and of nothing outside of it."""
+    """Whether this is the name of a file in a checkpoint's folder, and not a path out of it."""
     return isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""How `packing` writes NumPy's arrays and scalars: a description of their dtype, and their bytes."""
+"""How `packing` writes NumPy's arrays and scalars: their dtype and their bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from events.checkpoint.tensor_file import elements_of
 
-_DIMENSIONS = 64  # NumPy has no more
+_DIMENSIONS = 64  # NumPy's maximum
 ARRAY, SCALAR = 50, 51
 """The codes of their marks."""
 _ELEMENTS = re.compile(r"[<>|][biufcmMSUV]\d{1,10}(\[([1-9]\d{0,9})?[A-Za-z]{1,7}\])?")  # no objects, no unit of 0 days
@@ -18,14 +18,14 @@ _EMPTY_ITEMS = 2**16
 
 
 def parts_of(value: Any) -> tuple[int, Any] | None:
-    """The parts of an array or a scalar; None for anything else of NumPy's."""
+    """Return the parts of an array or a scalar; None for any other object of NumPy."""
     import numpy as np  # loaded already: it defined the type
 
     if type(value) is np.ndarray:
         return ARRAY, (_describe(value.dtype), value.shape, value.tobytes())
     if not isinstance(value, np.generic):
         return None
-    if isinstance(value, np.str_):  # NumPy drops the NULs at its end wherever it can, and those of bytes_
+    if isinstance(value, np.str_):  # NumPy drops trailing NULs, also of bytes_
         return SCALAR, ("U", str.__str__(value))
     if isinstance(value, np.bytes_):
         return SCALAR, ("S", bytes(value))
@@ -69,12 +69,12 @@ def _dtype(description: Any) -> Any:
         elements_of(shape, _ITEM_BYTES // max(1, base.itemsize))
         return np.dtype((base, shape))
     if _ELEMENTS.fullmatch(description) is None:
-        raise ValueError(f"{description!r} is no dtype")
+        raise ValueError(f"{description!r} is not a dtype")
     return np.dtype(description)
 
 
 def _whole(numbers: Any) -> list[int]:
-    """Check that these are numbers within an element, in a list: a range would be looped over, and may be endless."""
+    """Check that this is a list of sizes within an element: a range, for example, could be endless."""
     if type(numbers) is not list or not {int}.issuperset(map(type, numbers)):
         raise TypeError(f"{numbers!r:.80} are not whole numbers in a list")
     if not all(0 <= number <= _ITEM_BYTES for number in numbers):
@@ -83,23 +83,23 @@ def _whole(numbers: Any) -> list[int]:
 
 
 def array(description: Any, shape: tuple[int, ...], data: bytes) -> Any:
-    """Make it of its parts, or raise what `packing` takes for damage."""
+    """Create an array from its parts. Raises an error that `packing` treats as damage."""
     import numpy as np
 
     dtype = _dtype(description)
     if type(shape) is not tuple or not {int}.issuperset(map(type, shape)):
-        raise TypeError(f"{shape!r} are no dimensions")
+        raise TypeError(f"{shape!r} is not a tuple of dimensions")
     if len(shape) > _DIMENSIONS or not all(0 <= size < 2**63 for size in shape):
         raise ValueError(f"{len(shape)} dimensions, of up to {max(shape).bit_length()} bits, are not a shape")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"no array of {dtype} and shape {shape} has {len(data)} bytes")
     if not dtype.itemsize and math.prod(shape) > _EMPTY_ITEMS:
         raise ValueError(f"an array has more than {_EMPTY_ITEMS:,} elements of 0 bytes")
-    return np.ndarray(shape, dtype, buffer=bytearray(data))  # NumPy's copy() would leave the padding to chance
+    return np.ndarray(shape, dtype, buffer=bytearray(data))  # NumPy's copy() does not copy the padding
 
 
 def scalar(description: Any, content: Any) -> Any:
-    """Make it of its parts, or raise what `packing` takes for damage."""
+    """Create a scalar from its parts. Raises as `array` does."""
     import numpy as np
 
     if description == "S" and type(content) is bytes:

@@ -1,4 +1,4 @@
-"""Calls on a few daemon threads of our own, with their results in order: a bounded number of them is under way."""
+"""Calls on a few daemon threads, with results in order and a bounded number of pending calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Call(Generic[T]):
             self._values.append(self._function())
         except BaseException as error:  # a thread's border: raised by `result`
             self._error = error
-        self._function = None  # it holds the bytes that it has written
+        self._function = None  # it holds the bytes of the call
         self._finished.set()
 
     def result(self) -> T:
@@ -35,15 +35,14 @@ class _Call(Generic[T]):
 
 
 def in_order(calls: Iterable[Callable[[], T]], threads: int, name: str) -> Generator[T]:
-    """Make calls on threads, and yield what they return, in the order of the calls.
+    """Run calls on threads, and yield their results in order.
 
-    No more than ``threads`` calls are taken from ``calls`` before the first of them has been yielded, so no more are
-    under way, or keep memory. When a call raises, so does this, and takes no further ones. Whichever way it ends, none
-    is under way any more: close it (`contextlib.closing`) where the loop over it may raise.
+    At most ``threads`` calls are pending, or hold memory. The first exception propagates and starts no further call. No
+    call is pending once the generator ends: close it (`contextlib.closing`) where the loop over it may raise.
 
     Args:
         calls: Iterated on the caller's thread.
-        name: Of the threads.
+        name: Name of the threads.
     """
     jobs: queue.SimpleQueue[_Call[T] | None] = queue.SimpleQueue()
     waiting: deque[_Call[T]] = deque()
@@ -74,7 +73,7 @@ def _start(workers: list[threading.Thread], jobs: queue.SimpleQueue[_Call[T] | N
     thread = threading.Thread(target=_work, args=(jobs,), name=name, daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # the system has no more threads: those there are do it, or the caller's own
+    except RuntimeError:  # the system has no more threads: the others, or the caller's, do the work
         return
     workers.append(thread)
 
@@ -82,4 +81,4 @@ def _start(workers: list[threading.Thread], jobs: queue.SimpleQueue[_Call[T] | N
 def _work(jobs: queue.SimpleQueue[_Call[T] | None]) -> None:
     while (call := jobs.get()) is not None:
         call.run()
-        del call  # or what it returned would stay in memory until the next one
+        del call  # releases its result before the next call

@@ -1,8 +1,8 @@
-"""What went wrong with a remote store, in words that contain no secret.
+"""Explains errors of a remote store, without secrets.
 
-An error of obstore quotes the request and the server's answer: addresses with signatures, key ids, what was signed. So
-nothing of it is repeated. Known causes are recognised and named in our own words; of an unknown one only its first
-line remains, without addresses, without values from the environment, and without anything that looks like a key.
+Errors of obstore quote the request and the server's response: addresses with signatures, key ids, signed texts. So our
+own text replaces known causes; an unknown error keeps its first line, without addresses, values of the environment, and
+texts that look like a key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ERRNO = re.compile(r"\bcode: ([0-9]{1,3}),\s+kind:", re.ASCII)
 _CHECK_NETWORK = "is the network up, and {endpoint} right, if it is set?"
 _CHECK_CREDENTIALS = "check the credentials in the environment ({credentials}), and what they are allowed to do there"
 _KNOWN: tuple[tuple[str, str, str], ...] = (
-    # What an error's text contains, what that means, and what to do; the first that fits.
+    # Pattern of an error's text, cause, and fix; the first match counts.
     (r"BadScheme", "its endpoint is not encrypted", "use https, or allow that with {allow_http}=true"),
     (
         r"redirect without LOCATION|PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint",
@@ -42,7 +42,7 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     (r"MissingAccount|Account must be specified", "no account is named", "set AZURE_STORAGE_ACCOUNT_NAME"),
     (
         r"169\.254\.|metadata\.google|token request|TokenRequest|Missing(?:AccessKey|SecretAccessKey|Credential)",
-        "no credentials could be had",
+        "no credentials were found",
         "set {credentials}",
     ),
     (r"status code: 40[13]|PermissionDenied|Unauthenticated", "access was denied", _CHECK_CREDENTIALS),
@@ -66,16 +66,16 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
 
 
 def lacks_container(error: BaseException) -> bool:
-    """Whether what is missing is the whole bucket, or container."""
+    """Whether the bucket or container is missing."""
     return _NO_CONTAINER.search(str(error)) is not None
 
 
 def explain(error: BaseException, action: str, url: str, scheme: str) -> UploadError:
-    """An error to raise in place of one of obstore, or of the system.
+    """Return the error to raise in place of one of obstore or the system.
 
     Args:
-        action: What was tried, as in "cannot write".
-        url: Of the object, as it may be shown.
+        action: The failed verb, as in "cannot write".
+        url: Of the object, without secrets.
     """
     cause, advice = _cause(error, scheme)
     words = {
@@ -107,7 +107,7 @@ def _cause(error: BaseException, scheme: str) -> tuple[str, str]:
 
 
 def _answer(text: str) -> str:
-    """Status and code of a server's answer, for those who know them."""
+    """Return status and code of a server's response."""
     status, code = _STATUS.search(text), _CODE.search(text)
     if status is None:
         return ""
@@ -119,7 +119,7 @@ def _answer(text: str) -> str:
 
 
 def _scrubbed(error: BaseException) -> str:
-    """The first line of an error that nobody has foreseen."""
+    """Return the first line of an unknown error, without secrets."""
     text = next(iter(str(error).splitlines()), "")
     for name, value in os.environ.items():
         if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) and len(value) >= 4:

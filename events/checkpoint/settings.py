@@ -1,4 +1,4 @@
-"""When checkpoints are taken, how many are kept, and where they are uploaded to."""
+"""The settings of checkpoints: when to take, keep and upload them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ _Count = Annotated[int, Meta(ge=1)]
 
 
 class Checkpoints(Strict, frozen=True, kw_only=True):
-    """The checkpoints of a run. They are always taken on `Run.checkpoint`, and on a stop that asks for one.
+    """The checkpoints of a run, in addition to those of `Run.checkpoint` and of a stop with a checkpoint.
 
-    The loop copies its state to memory and goes on; the rest happens in the background. Two copies at most are in
-    memory at a time.
+    The loop waits only for the copy of its state to memory. At most two copies are in memory at a time.
 
     Raises:
-        ValueError: A field has a wrong type, or a value that is not allowed.
+        ValueError: A field has a wrong type or value.
     """
 
     argument_aliases: ClassVar[Mapping[str, str]] = {
@@ -47,41 +46,40 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
     }
 
     every_steps: _Count | None = None
-    """After every so many optimizer steps."""
+    """Optimizer steps from one checkpoint to the next."""
     every_minutes: Annotated[float, Meta(gt=0)] | None = 10.0
-    """When so many minutes have passed since the last one, at the next step."""
+    """Minutes from one checkpoint to the next, at the end of a step."""
     every_epochs: _Count | None = None
-    """After every so many epochs."""
+    """Epochs from one checkpoint to the next."""
     best: Annotated[str, Meta(min_length=1)] | None = None
-    """A metric, as it is called in the result's ``metrics`` (``val_loss``): a checkpoint is taken after each validation
-    in which it is among the best ``keep_best`` so far."""
+    """Name of a metric in the result's ``metrics`` (``val_loss``): a checkpoint is taken after each validation in which
+    it is among the best ``keep_best``."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the least or the greatest value of ``best`` is the best."""
     at_end: bool = True
-    """When training has finished."""
+    """Whether to take a checkpoint when training has finished."""
     keep_last: _Count | None = 2
-    """How many of the newest are kept; None keeps all..."""
+    """Number of newest checkpoints to keep; None keeps all..."""
     keep_best: Annotated[int, Meta(ge=0)] = 1
-    """...and how many of those with the best ``best``. All others are deleted once a newer one is durable (and
-    uploaded). 0: none is taken or kept for its metric, which is only recorded."""
+    """...and number of those with the best ``best``. All others are deleted once a newer one is durable (and uploaded).
+    0 only records the metric."""
     when_busy: Literal["skip", "wait"] = "skip"
-    """When one is due while both copies in memory are still being written: leave it out (`CheckpointSkipped`), or have
-    the loop wait. One that somebody asked for always waits."""
+    """A checkpoint that is due while both copies in memory are being written is skipped (`CheckpointSkipped`), or the
+    loop waits. A requested checkpoint always waits."""
     max_failures: _Count = 3
-    """The run ends with `CheckpointsFailing` when so many in a row could not be made durable."""
+    """Consecutive failures after which the run ends with `CheckpointsFailing`."""
     weights: bool = True
-    """Whether the module's weights alone are written when the run ends, to ``weights.safetensors`` in its folder."""
+    """Whether to write the module's weights to ``weights.safetensors`` in the run folder at the end."""
     upload: Annotated[str, Meta(min_length=1)] | None = None
-    """Where to upload to: ``s3://bucket/prefix``, ``gs://``, ``az://`` or ``file://``; the run's name is added.
+    """Upload URL, to which the run's name is added: ``s3://bucket/prefix``, ``gs://``, ``az://`` or ``file://``.
     Credentials come from the environment. Needs the extra ``stagecast[upload]``."""
     upload_part_bytes: Annotated[int, Meta(ge=2**16, le=2**31)] = 64 * 2**20
-    """Larger files are uploaded as several objects of so many bytes, so that an interrupted upload goes on where it
-    was."""
+    """Maximum bytes per uploaded object; an interrupted upload resumes at its first missing object."""
     end_timeout_s: Annotated[float, Meta(ge=0)] = 600.0
-    """How long the last write, and then the last upload, may each take after the loop has ended."""
+    """Maximum seconds for the last write, and then for the last upload, after the end of the loop."""
 
     def __post_init__(self) -> None:
-        # A Struct's constructor takes anything; only decoding would validate.
+        # A Struct's constructor does not validate; only decoding does.
         for field in msgspec.structs.fields(type(self)):
             value = getattr(self, field.name)
             try:

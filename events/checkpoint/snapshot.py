@@ -1,4 +1,4 @@
-"""What the loop hands to the writer of checkpoints: a copy of the state, and who gives it back."""
+"""A snapshot of the state, which the loop passes to the writer of checkpoints."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.tensor_file import TensorInfo
 
 READER = "*"
-"""The owner of what has been read of the run's numbers: no observer's name."""
-_POLL_S = 0.1  # how often somebody who may never answer is asked whether they still will
+"""Contributor of the numbers that were read back: not an observer's name."""
+_POLL_S = 0.1  # seconds between two checks whether the contributor was disabled
 
 
 class Part(msgspec.Struct, frozen=True):
     """A piece of a checkpoint with files of its own: ``NAME.msgpack``, and ``NAME.safetensors`` if it has tensors."""
 
     state: bytes
-    """What is no tensor (`events.checkpoint.packing`)."""
+    """Everything but tensors (`events.checkpoint.packing`)."""
     tensors: list[tuple[TensorInfo, memoryview]] = []
-    """Each with its elements, in memory that nobody changes any more."""
+    """Each with its elements, in memory that no longer changes."""
     aliases: dict[str, str] = {}
     """Further names of these tensors."""
 
     def without_aliases(self) -> Part:
-        """The same with each tensor under all of its names, for readers that know of no aliases."""
+        """Return a part with each tensor under all of its names, for readers without aliases."""
         known = {info.name: (info, data) for info, data in self.tensors}
         more = []
         for alias, name in self.aliases.items():
@@ -36,34 +36,34 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class LatePart:
-    """A part that somebody else adds, on their own thread, when they have come to this place in the run.
+    """A part that an observer contributes on its thread, once it has processed every event before the snapshot.
 
     Args:
-        is_given_up: Whether they never will; asked on the waiting thread.
-        essential: Whether they are to be waited for as long as they may come.
+        is_disabled: Whether the observer will never contribute; called on the waiting thread.
+        essential: Whether to wait without a timeout.
     """
 
-    def __init__(self, is_given_up: Callable[[], bool] = lambda: False, *, essential: bool = True) -> None:
-        self._is_given_up = is_given_up
+    def __init__(self, is_disabled: Callable[[], bool] = lambda: False, *, essential: bool = True) -> None:
+        self._is_disabled = is_disabled
         self._essential = essential
         self._there = threading.Event()
         self._part: Part | None = None
 
     def set(self, part: Part) -> None:
-        """Add it. Any thread; never waits."""
+        """Contribute the part. Any thread; never waits."""
         self._part = part
         self._there.set()
 
     def get(self, timeout_s: float) -> Part | None:
-        """Wait for it; None if nobody will add it any more.
+        """Wait for the part; None if its observer was disabled, or after the timeout.
 
         Args:
-            timeout_s: How long, if it is not essential; None is returned after that, too.
+            timeout_s: Maximum seconds, unless the part is essential.
         """
         waited_s = 0.0
         while not self._there.wait(_POLL_S):
             waited_s += _POLL_S
-            if self._is_given_up():
+            if self._is_disabled():
                 return None
             if not self._essential and waited_s > timeout_s:
                 return None
@@ -71,13 +71,13 @@ class LatePart:
 
 
 class LazyPart:
-    """A part that is made when it is written, on the writer's thread, of what nobody changes any more."""
+    """A part that is created on the writer's thread, from objects that no longer change."""
 
     def __init__(self, make: Callable[[], Part]) -> None:
         self._make = make
 
     def get(self, timeout_s: float) -> Part:
-        """Make it. Raises what making it raises."""
+        """Create the part; exceptions of that propagate."""
         return self._make()
 
 
@@ -85,13 +85,13 @@ class Snapshot:
     """The state of a run between two steps, in memory.
 
     Args:
-        image: The tensor file as it is to be written, from page-aligned memory, filled up to a page's end.
-        nbytes: How many bytes of it are the file.
+        image: The tensor file in page-aligned memory, padded to a page's end.
+        nbytes: Bytes of the file without the padding.
         state: The rest of the state.
-        parts: What others add, by the name of their files.
-        owners: Which of them an observer is to add, by the observer's name.
-        wait: Returns when the copies from the device have arrived; on the writer's thread.
-        release: Gives the memory back.
+        parts: Contributed parts, by the name of their files.
+        owners: Names of the parts, by contributing observer.
+        wait: Waits for the copies from the device; on the writer's thread.
+        release: Releases the memory.
     """
 
     def __init__(
@@ -117,31 +117,31 @@ class Snapshot:
         self.owners = owners
         self.wait = wait
         self.failed = False
-        """Set by the writer when it will not be durable."""
+        """Set by the writer if the write failed."""
         self.durable = False
-        """Set by the writer when it is."""
+        """Set by the writer once the checkpoint is durable."""
         self._image: memoryview | None = image
         self._release = release
         self._lock = threading.Lock()
 
     @property
     def image(self) -> memoryview:
-        """See the class. Not to be had after `release`."""
+        """See the class. Not available after `release`."""
         assert self._image is not None
         return self._image
 
     def part_of(self, owner: str) -> LatePart | None:
-        """The part that somebody is to add; None if nothing is expected of them."""
+        """Return the part that an observer must contribute; None without one."""
         part = self.parts.get(self.owners.get(owner, ""))
         return part if isinstance(part, LatePart) else None
 
     @property
     def released(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was released."""
         return self._image is None
 
     def release(self) -> None:
-        """Give the memory back. Any thread; may be called twice."""
+        """Release the memory. Any thread; may be called twice."""
         with self._lock:
             image, self._image = self._image, None
         if image is not None:

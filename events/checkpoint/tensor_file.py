@@ -1,12 +1,11 @@
-"""The layout of a tensor file: a safetensors file, so that any reader of those opens it.
+"""The layout of a tensor file, which is a safetensors file for any reader.
 
 Eight bytes with the length of the header, little-endian; the header, JSON; the elements
-(https://github.com/huggingface/safetensors, "Format"). Ours is padded with spaces so that the elements begin at a page,
-and they stand without gaps, those of the largest items first, so that each tensor is aligned to its item.
+(https://github.com/huggingface/safetensors, "Format"). Our header is padded with spaces so that the elements start at a
+page; they follow without gaps, the largest items first, so that each tensor is aligned to its item.
 
-What the format has no name for stands in its ``__metadata__`` under ``stagecast``, as JSON: ``aliases`` (tensors that
-are the same memory are stored once: the other names lead to that one) and ``views`` (elements stored under another
-type, with the name of their own: complex128 as pairs of float64).
+``stagecast`` in the ``__metadata__`` holds, as JSON, ``aliases`` (tensors that share memory are stored once, under one
+name) and ``views`` (the real types of elements that are stored as another type: complex128 as pairs of float64).
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ ITEM_BYTES: dict[str, int] = {
     "F64": 8,
     "C64": 8,
 }
-"""The types of elements that a tensor file holds, by their names in the format, with the bytes of one."""
+"""Bytes per element, by the type's name in the format."""
 
-_HEADER_LIMIT = 100_000_000  # readers of safetensors refuse longer ones
+_HEADER_LIMIT = 100_000_000  # readers of safetensors refuse longer headers
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
@@ -54,7 +53,7 @@ class TensorInfo(msgspec.Struct, frozen=True):
     """One of `ITEM_BYTES`."""
     shape: tuple[int, ...]
     view: str = ""
-    """The type that its elements really are, where that is not ``dtype``; its last dimension then belongs to it."""
+    """Real type of the elements, if not ``dtype``; its last dimension is then part of the element."""
 
     @property
     def nbytes(self) -> int:
@@ -63,11 +62,11 @@ class TensorInfo(msgspec.Struct, frozen=True):
 
 
 def elements_of(shape: Sequence[int], most: int | None = None) -> int:
-    """Count the elements of a shape. Linear in its dimensions, whatever they are: a product of many large ones is not.
+    """Count the elements of a shape, in linear time even for many large dimensions.
 
     Args:
         shape: Dimensions, none of them negative.
-        most: Raise once there are more; None counts them all.
+        most: Maximum elements; None for any.
 
     Raises:
         ValueError: There are more than ``most``.
@@ -83,21 +82,21 @@ def elements_of(shape: Sequence[int], most: int | None = None) -> int:
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """Where everything stands in a tensor file."""
+    """The offsets in a tensor file."""
 
     header: bytes
-    """All that comes before the first element; a multiple of a page."""
+    """All bytes before the first element; a multiple of a page."""
     offsets: list[int]
-    """Of each tensor, in bytes from the file's beginning, in the order in which they were given."""
+    """Of each given tensor, in bytes from the start of the file."""
     nbytes: int
     """Of the whole file."""
 
 
 class TensorFile(msgspec.Struct, frozen=True):
-    """What stands in a tensor file's header."""
+    """The content of a tensor file's header."""
 
     tensors: dict[str, tuple[TensorInfo, int]]
-    """Each with its offset in bytes from the file's beginning."""
+    """Each with its offset in bytes from the start of the file."""
     aliases: dict[str, str]
 
 
@@ -148,18 +147,18 @@ def read_layout(data: memoryview, where: str) -> TensorFile:
         where: Its path, for the message.
 
     Raises:
-        CheckpointDamaged: It is no such file, or the header does not go with the file's length.
+        CheckpointDamaged: The data is not such a file, or the header contradicts its length.
     """
     try:
         return _read_layout(data)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-        raise CheckpointDamaged(f"{where} is no safetensors file: {error}") from error
+        raise CheckpointDamaged(f"{where} is not a safetensors file: {error}") from error
 
 
 def _read_layout(data: memoryview) -> TensorFile:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, _HEADER_LIMIT):
-        raise ValueError("it is shorter than its header says")
+        raise ValueError("it is shorter than its header requires")
     header = msgspec.json.decode(bytes(data[8 : 8 + length]), type=dict[str, msgspec.Raw])
     metadata = msgspec.json.decode(header.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
     notes = msgspec.json.decode(metadata.get("stagecast", "{}"), type=_Notes)
@@ -182,15 +181,15 @@ def _read_layout(data: memoryview) -> TensorFile:
     _check_overlaps(tensors)
     for alias, name in notes.aliases.items():
         if name not in tensors or alias in tensors:
-            raise ValueError(f"the name {alias!r:.200} leads to no tensor")
+            raise ValueError(f"the alias {alias!r:.200} has no tensor, or is the name of one")
     return TensorFile(tensors, notes.aliases)
 
 
 def _check_overlaps(tensors: dict[str, tuple[TensorInfo, int]]) -> None:
-    """See that each byte belongs to one tensor: copies of tensors that share theirs would fill the memory.
+    """Check that tensors do not overlap: copies of overlapping ones could fill the memory.
 
     Raises:
-        ValueError: One belongs to two.
+        ValueError: Two tensors overlap.
     """
     places = sorted((offset, offset + info.nbytes, name) for name, (info, offset) in tensors.items() if info.nbytes)
     for (_, end, first), (begin, _, second) in itertools.pairwise(places):

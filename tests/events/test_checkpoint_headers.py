@@ -32,7 +32,7 @@ def entry(shape: list[int], end: int = 4) -> dict[str, Any]:
 )
 def test_a_shape_that_does_not_fit_is_refused_at_once_and_in_a_few_words(shape: list[int]) -> None:
     """The product of many large dimensions takes quadratic time, and minutes for a header of a few megabytes."""
-    with pytest.raises(CheckpointDamaged, match="is no safetensors file: ") as caught:
+    with pytest.raises(CheckpointDamaged, match="is not a safetensors file: ") as caught:
         read_layout(header_of(weight=entry(shape)), "file")
     assert len(str(caught.value)) < 500
 
@@ -92,7 +92,7 @@ MANIFEST = Manifest(
 def test_a_signed_manifest_has_integers_within_64_bits(fields: dict[str, Any]) -> None:
     """Whoever may write to a folder can sign what he likes."""
     assert decode_manifest(encode_manifest(MANIFEST), "file") == MANIFEST
-    with pytest.raises(CheckpointDamaged, match=r"file is no manifest.*Expected `int`"):
+    with pytest.raises(CheckpointDamaged, match=r"file is not a manifest.*Expected `int`"):
         decode_manifest(encode_manifest(msgspec.structs.replace(MANIFEST, **fields)), "file")
 
 

@@ -89,7 +89,7 @@ class Attempt:
         if fatal:
             self.control.fail(error, hook)
             raise error
-        # Not retried, whatever the policy: its place in the step is gone.
+        # Never retried, because its place in the step has passed.
         callback.disabled = True
         if (observer := callback.observer) is not None:
             self.bus.post(lambda: observer.disable(text))

@@ -108,7 +108,7 @@ class Boundary:
         """Run hooks here and now."""
         attempt = self.attempt
         row, phase = attempt.ledger.enter("inline"), attempt.phase
-        self.checkpoints.stager.gate()  # they may change what is being copied
+        self.checkpoints.stager.gate()  # they may change the sources of a copy
         for hook in hooks:
             if not hook.owner.disabled:
                 attempt.phase = hook.name
@@ -200,7 +200,7 @@ class Boundary:
         """Wait until every fenced hook of an event has returned."""
         attempt = self.attempt
         began, announced = clock(), False
-        self.checkpoints.stager.gate()  # the hooks may change what is being copied
+        self.checkpoints.stager.gate()  # the hooks may change the sources of a copy
         with attempt.ledger.within("fence"):
             attempt.bus.flush()
             while not fence.wait(0.05):  # WAIT: fenced hooks; the period bounds how late a cancellation is seen
@@ -230,7 +230,7 @@ class Boundary:
             self._announce("backpressure", [], began)
 
     def _announce(self, cause: Literal["fence", "backpressure"], observers: list[str], begin: int) -> None:
-        """Say that the loop is waiting for these observers; for none: that it goes on."""
+        """Publish that the loop waits for observers; without any, that it continues."""
         wait_s = (clock() - begin) / 1e9
         self.attempt.bus.publish(
             LoopHeld(
@@ -245,14 +245,14 @@ class Boundary:
     # -------------------------------------------------------------------------------------------- commands
 
     def take_commands(self, *, checkpoint: bool = True) -> None:
-        """Take what has come in. A stop wins over everything else; a pause is waited out here.
+        """Execute the pending commands; waits during a pause. A stop overrides all other commands.
 
         Args:
             checkpoint: Whether a checkpoint can be taken here.
 
         Raises:
-            StopRequested: a stop was taken.
-            BaseException: the run was cancelled, or a fatal observer failed.
+            StopRequested: A stop was pending.
+            BaseException: The run was cancelled, or a fatal observer failed.
         """
         self.attempt.control.raise_if_failed()
         paused = self._obey(self.attempt.control.take(), False, checkpoint)
@@ -265,7 +265,7 @@ class Boundary:
                 paused = self._obey(self.attempt.control.take(), paused, checkpoint)
 
     def _obey(self, commands: list[AnyCommand], paused: bool, checkpoint: bool) -> bool:
-        """Carry out commands in order, then take the checkpoint they ask for; returns whether the run is paused."""
+        """Execute commands in order, then take a requested checkpoint; return whether the run is paused."""
         stop: Stop | None = None
         checkpoint_ids: list[str] = []
         for command in commands:

@@ -1,4 +1,4 @@
-"""Where commands, cancellation and fatal observers reach the loop."""
+"""The inbox of the loop: commands, cancellation, and failures of fatal observers."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from events.protocol import AnyCommand, Stop
 
 
 class Control:
-    """The loop's inbox. Everything but `take` and `wait` may be called from any thread, and from a signal handler.
+    """The loop's inbox. All methods but `take` and `wait` may be called on any thread, and in a signal handler.
 
-    No lock is involved: a signal handler runs on the thread it interrupts, and would wait for itself.
+    It has no lock: a signal handler runs on the interrupted thread, and would wait for itself.
     """
 
     def __init__(self) -> None:
         self.pending = False
-        """Whether the loop has anything to look at; the one thing it reads at every step."""
+        """Whether the inbox has content; the only field that the loop reads at every step."""
         self.error: BaseException | None = None
-        """What the loop must raise at its next step boundary: a cancellation, or what a fatal observer raised."""
+        """The exception for the next step boundary: a cancellation, or that of a fatal observer."""
         self.phase: str | None = None
-        """The hook or call that raised `error`; None where nobody was in one."""
+        """The hook or call that raised `error`; None outside of one."""
         self.on_stop: Callable[[], object] | None = None
-        """Called by a signal instead of sending a stop, once there is no loop any more that would take it."""
+        """Called by a signal instead of sending a stop, once the loop has ended."""
         self.stopped_by: str | None = None
-        """The first signal that arrived, such as ``SIGINT``; only `Trainer.train` and `Trainer.test` handle any."""
+        """The first received signal, such as ``SIGINT``; only `Trainer.train` and `Trainer.test` handle signals."""
         self.interruption: BaseException | None = None
-        """What a second signal has to raise."""
+        """The exception of a second signal."""
         self.interruptible = False
-        """Whether the signal handler may raise it where the loop's thread is: in the module's own code."""
+        """Whether the signal handler may raise it at once: the loop's thread runs the module's code."""
         self.reading = False
-        """Whether the loop waits for data on the main thread, where a signal handler may end the wait."""
+        """Whether the loop waits for data on the main thread, so that a signal handler may end the wait."""
         self.dead_worker: str | None = None
-        """What torch reports about a dataloader's worker that died; kept for the loop's next read of data."""
+        """Torch's message about a dead dataloader worker, for the loop's next read of data."""
         self._commands: deque[AnyCommand] = deque()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -43,7 +43,7 @@ class Control:
         self._notify()
 
     def fail(self, error: BaseException, phase: str | None = None) -> None:
-        """Have the loop raise ``error`` at its next step boundary. The first one stays.
+        """Make the loop raise ``error`` at its next step boundary. The first error counts.
 
         Args:
             phase: The hook or call that raised it.
@@ -54,43 +54,43 @@ class Control:
 
     @property
     def stops_without_checkpoint(self) -> bool:
-        """Whether somebody wants the run to stop, and no checkpoint of it. The loop's thread only."""
+        """Whether a stop without a checkpoint is pending. The loop's thread only."""
         return any(isinstance(command, Stop) and not command.checkpoint for command in list(self._commands))
 
     @property
     def ends_run(self) -> bool:
-        """Whether a stop, a cancellation or a fatal observer waits for the loop. The loop's thread only."""
+        """Whether a stop, a cancellation or a fatal failure is pending. The loop's thread only."""
         return self.error is not None or any(isinstance(command, Stop) for command in list(self._commands))
 
     def end_wait(self) -> None:
-        """In a signal handler: end the loop's wait for data that a dead worker was to read.
+        """In a signal handler: end the loop's wait for data of a dead worker.
 
         Raises:
-            RuntimeError: what torch reports about the worker.
+            RuntimeError: Torch's message about the worker.
         """
         if self.reading and self.dead_worker is not None:
             raise RuntimeError(self.dead_worker)
 
     def raise_if_failed(self) -> None:
-        """Raise what `fail` was given, if anything was. The loop's thread only."""
+        """Raise the exception given to `fail`, if there is one. The loop's thread only."""
         if self.error is not None:
             raise self.error
 
     def raise_if_interrupted(self) -> None:
-        """Raise what a second signal has to raise, if one arrived. The loop's thread only."""
+        """Raise the exception of a second signal, if there was one. The loop's thread only."""
         if self.interruption is not None:
             raise self.interruption
 
     def take(self) -> list[AnyCommand]:
-        """All pending commands, in order of arrival. The loop's thread only."""
-        self.pending = False  # before the queue is emptied: what comes in between is seen next time
+        """Return and remove all pending commands, in order of arrival. The loop's thread only."""
+        self.pending = False  # first, so that a command during the loop below sets it again
         taken: list[AnyCommand] = []
         while self._commands:
             taken.append(self._commands.popleft())
         return taken
 
     def wait(self, timeout_s: float) -> None:
-        """Wait on the loop's thread until something is sent, or ``timeout_s`` has passed."""
+        """Wait on the loop's thread for the next entry, for at most ``timeout_s``."""
         try:
             self._wake.get(timeout=timeout_s)
         except queue.Empty:

@@ -61,7 +61,7 @@ class Evaluation:
         Args:
             limit: Most batches of each dataloader.
             keep: Return the outputs, collated, per key; else they are kept only for hooks that want them.
-            under_way: The first dataloader was begun by an earlier attempt, which has told so.
+            under_way: An earlier attempt started the first dataloader, and has published that.
             on_loader: Called before each dataloader, with its key.
             on_done: Called after it, its hooks included.
 
@@ -89,7 +89,7 @@ class Evaluation:
             raise
         finally:
             for module, training in modes:
-                module.training = training  # `train()` would also turn on what the user keeps in eval mode
+                module.training = training  # `train()` would also change submodules that the user keeps in eval mode
             origin.stage = before
         return kept
 
@@ -182,7 +182,7 @@ class Evaluation:
         return self._attempt.module(stage, step, batch, self._attempt.device)
 
     def _outputs(self, stage: Stage, key: str, keep: bool) -> EpochOutputs | None:
-        """Where the outputs of this dataloader are kept; None if nobody wants them."""
+        """Return the store for this dataloader's outputs; None if no hook receives them."""
         limit_bytes = self._attempt.arguments.epoch_outputs_limit_bytes
         if stage is Stage.VAL:
             return self._boundary.epoch_outputs(

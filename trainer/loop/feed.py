@@ -64,7 +64,7 @@ class Feed:
         self._accumulation = self._attempt.arguments.accumulation_steps
         self._weigh = weight_of(self._attempt.module)
         self._rows_of: Callable[[Any, int], int | None] = lambda batch, number: None
-        self._order: type[ShuffledSampler] | None = None  # what all samplers of the run derive from: it has the epoch
+        self._order: type[ShuffledSampler] | None = None  # base of all samplers of the run, with the epoch
         self._recalled: Any = None  # the dataloader of the epoch before, if this process has not iterated it
         self._first_loader: Iterable[Any] | None = None
         self._batches: Batches | None = None  # nothing is left to read
@@ -116,7 +116,7 @@ class Feed:
         return steps if limit is None else min(steps, limit)
 
     def close(self) -> None:
-        """End what is open, and release the data: an exception may keep this object."""
+        """Close open iterators, and release the data: an exception may keep this object."""
         self.end()
         self._recalled = self._read_early = self._first_loader = None
 

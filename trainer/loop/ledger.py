@@ -69,7 +69,7 @@ class Ledger:
         self.start()
 
     def start(self) -> None:
-        """Begin to measure, in the row ``other``; what was measured before is forgotten."""
+        """Start to measure, in the row ``other``, from zero."""
         self.row: Row = "other"
         self.steps = 0
         self._spent: dict[str, int] = {**dict.fromkeys(_ROWS, 0), "contention": 0}
@@ -162,7 +162,7 @@ class DeviceIdle:
         self._last_end = self._record()
 
     def forget(self) -> None:
-        """What comes now is no step, and no idleness either."""
+        """Exclude the time from now on from steps and idle time."""
         if self._last_end is not None:
             self._free.append(self._last_end)
             self._last_end = None

@@ -94,7 +94,7 @@ class TrainingLoop:
             self._wait_for(self._checkpoints.at_end())
 
     def close(self) -> None:
-        """End what is open, and release the data: an exception may keep this loop."""
+        """Close open phases, and release the data: an exception may keep this loop."""
         self._feed.close()
         self._step.close()
 
@@ -213,7 +213,7 @@ class TrainingLoop:
             self._wait_for(checkpoints.after_epoch(epoch))
 
     def _step_limit(self) -> int:
-        """The ``global_step`` at which the epoch that begins now must end, whatever data is left."""
+        """Return the maximum ``global_step`` of the starting epoch."""
         arguments = self._attempt.arguments
         limits = [arguments.max_steps] if arguments.max_steps is not None else []
         if arguments.max_train_steps_per_epoch is not None:
@@ -288,11 +288,11 @@ class TrainingLoop:
             self._boundary.run_inline_step(self._step_hooks, live)
 
     def _payload(self, outcome: StepOutcome, outputs: EpochOutputs | None) -> Payload:
-        """What goes beside a step's event: outputs for those who want them, and the fence."""
+        """Return the payload of a step's event: outputs, if an observer receives them, and the fence."""
         payload, live, loss = Payload(), outcome.outputs, outcome.loss
         receivers = self._attempt.bus.audience.payload_receivers.get(TrainStepEnded, ())
         if live is not None and (receivers or outputs is not None):
-            # The event's loss is a copy of the first output already, which nobody changes.
+            # The event's loss is a copy of the first output, which never changes.
             is_loss = outcome.is_output and type(loss) is torch.Tensor and len(live[0]) == 1 and loss.is_cpu
             if is_loss:
                 copies = [Copy((loss,), loss.nbytes)]

@@ -1,4 +1,4 @@
-"""What can be known of optimizers without stepping them: what a module returned, and closures."""
+"""Checks of optimizers without a step: the module's return value, and closures."""
 
 from __future__ import annotations
 

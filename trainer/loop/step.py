@@ -37,7 +37,7 @@ class StepOutcome(msgspec.Struct, gc=False):
     """A scalar ``()``, detached, that nothing changes any more."""
     rows: int | None
     outputs: list[Outputs] | None
-    """What `train_step` returned for each micro-batch, with its graph; None if nothing is to be kept."""
+    """Results of `train_step` per micro-batch, with their graphs; None if they are not kept."""
     lr: Any
     grad_norm: torch.Tensor | None = None
     bad_gradient: torch.Tensor | None = None
@@ -125,7 +125,7 @@ class Step:
         loss, rows, outputs = self._micro_steps(group, keep)
         self._attempt.phase = "the optimizer step"
         lr = self._optimization.learning_rate
-        self._gate()  # the device waits for a copy of what the optimizers will change
+        self._gate()  # the device waits for a copy of the tensors that the optimizers change
         try:
             grad_norm, bad_gradient, skipped = self._optimization.step(loss)
         except ClosureWanted:

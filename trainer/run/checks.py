@@ -1,4 +1,4 @@
-"""What a `Trainer` is given, looked through before anything is opened: each problem says what, where and what to do."""
+"""Checks the arguments of a `Trainer` before anything is opened. Each problem names the argument and a fix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainer.run.observers import split
 
 
 def members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
-    """The callbacks or sinks that are given; a single one in place of several is a problem."""
+    """Return the given callbacks or sinks; a single object instead of a list is a problem."""
     if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)):
         return tuple(given)
     problems.append(f"{name} must be a list, not {shown(given)}; {_instead(name, given)}")
@@ -37,7 +37,7 @@ def members(name: str, given: Any, problems: list[str]) -> tuple[Any, ...]:
 
 
 def _instead(name: str, given: Any) -> str:
-    """How to write what was meant by a callback or sink, or by a list of them."""
+    """Return the likely correct argument for callbacks or sinks."""
     if isinstance(given, str):
         found = _by_name(name, given)
         home = "sinks" if name == "sinks" else "trainer.callbacks"
@@ -57,7 +57,7 @@ _OPTIONS = {"EMA": "module", "LearningRateMonitor": "module", "ModelStatistics":
 
 
 def _by_name(name: str, text: str) -> str | None:
-    """The class of ours that a text means, as other trainers take names: ``"tensorboard"``."""
+    """Return our class for a name that other trainers accept: ``"tensorboard"``."""
     package: Any = importlib.import_module("sinks" if name == "sinks" else "trainer.callbacks")
     plain = text.lower().replace("_", "").replace("-", "").replace(" ", "")
     plain = {"tb": "tensorboard", "wb": "wandb", "otel": "opentelemetry"}.get(plain, plain)
@@ -67,7 +67,7 @@ def _by_name(name: str, text: str) -> str | None:
 def check_members(
     module: Any, arguments: Any, callbacks: tuple[Any, ...], sinks: tuple[Any, ...] | None, problems: list[str]
 ) -> None:
-    """See that each is what it must be, and that what it needs is installed."""
+    """Check types, and the packages that they need."""
     if not isinstance(module, ModuleInterface):
         hint = f"; write {module.__name__}()" if isinstance(module, type) else ""
         problems.append(f"module must be an instance of a ModuleInterface, not {shown(module)}{hint}")
@@ -117,7 +117,7 @@ def _check_callback_delivery(name: str, delivery: Delivery | None, problems: lis
 
 
 def _hint(name: str, given: Any) -> str:
-    """How to write a member that is none, where that can be guessed."""
+    """Return the likely correct member of a list."""
     if isinstance(given, CallbackInterface):
         return "; give it as callbacks=[...]"
     if name == "callbacks" and callable(getattr(given, "open", None)) and not isinstance(given, type):
@@ -128,7 +128,7 @@ def _hint(name: str, given: Any) -> str:
 
 
 def check_deliveries(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any, problems: list[str]) -> None:
-    """Check that sinks can run where they are to, and that those which read the journal have one."""
+    """Check that sinks can run in their place, and that those which read the journal have one."""
     if sinks_in not in ("thread", "process"):
         problems.append(f"sinks_in must be 'thread' or 'process', not {shown(sinks_in)}")
     for number, sink in enumerate(sinks or ()):
@@ -164,10 +164,10 @@ def check_deliveries(sinks: tuple[Any, ...] | None, sinks_in: Any, journal: Any,
 
 
 def check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -> None:
-    """See that the run's name and folder can be such."""
+    """Check the run's name and folder."""
     if not isinstance(journal, Journal | None):
         problems.append(f"journal must be True, False or a Journal, not {shown(journal)}")
-    # The name is that of a folder below runs/, and must not lead out of it.
+    # The name becomes a folder in runs/, and must not point out of it.
     if run_id is not None and (
         not isinstance(run_id, str) or run_id in ("", ".", "..") or {"/", os.sep, "\0"} & set(run_id)
     ):
@@ -179,7 +179,7 @@ def check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -
 
 
 def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
-    """The user's hyperparameters as values that JSON can hold; what it cannot hold becomes text.
+    """Return the user's hyperparameters as JSON values; all others become text.
 
     Args:
         config: A mapping, a dataclass, an attrs class, a Struct, or any object with attributes, such as the namespace
@@ -229,7 +229,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def check_checkpoints(checkpoints: Any, resume: Any, init_from: Any, problems: list[str]) -> None:
-    """See that the checkpoints, and where the run starts from, are described."""
+    """Check the arguments of checkpoints, and of the start of the run."""
     if not isinstance(checkpoints, bool | Checkpoints):
         problems.append(f"checkpoints must be True, False or Checkpoints(...), not {shown(checkpoints)}")
     elif isinstance(checkpoints, Checkpoints) and checkpoints.upload is not None:
@@ -244,22 +244,22 @@ def check_checkpoints(checkpoints: Any, resume: Any, init_from: Any, problems: l
 
 
 def check_named(run_id: Any, run_dir: Any, resume: Any, problems: list[str]) -> None:
-    """See that a run that looks for its own checkpoints names itself."""
+    """Check that a run that looks for its own checkpoints has a name."""
     if resume in KEYWORDS and run_id is None and run_dir is None:
         problems.append(f"resume={resume!r} needs to know the run; give run_id or run_dir")
 
 
 def check_upload(upload: str, run_id: str, run_dir: Path) -> None:
-    """See that what is uploaded does not lie where the run itself does."""
+    """Check that the upload folder is not the run folder."""
     address = parse_url(run_url(upload, run_id))
     there, here = Path(address.prefix).resolve(), run_dir.resolve()
     if address.scheme == "file" and (there.is_relative_to(here) or here.is_relative_to(there)):
         raise ArgumentsError(
-            f"Checkpoints(upload={upload!r}) would upload to {there}, and the run's own folder is {here}: choose"
+            f"Checkpoints(upload={upload!r}) would upload to {there}, which overlaps the run folder {here}; choose"
             f" another place"
         )
 
 
 def shown(value: Any) -> str:
-    """As a message shows it."""
+    """Return a value's text for a message."""
     return f"{masked(repr(value)):.80}" if not isinstance(value, type) else f"the class {value.__name__}"

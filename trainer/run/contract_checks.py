@@ -1,4 +1,4 @@
-"""Looks at a module and its callbacks before a run: what cannot be called, and what would read state of other steps."""
+"""Checks a module and its callbacks before a run: uncallable methods, and hooks that read state of other steps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, Mo
 from trainer.unheard import in_words, unheard_methods
 
 _MOST_LOOKED_AT = 500
-"""Objects of a callback that are looked at: a warning is not worth more."""
+"""Maximum objects per callback to inspect for a warning."""
 _DEPTH = 4
 
 
 class _OfCallbacks:
-    """Methods that a callback may have beside its hooks, as the trainer calls them."""
+    """Methods of a callback other than hooks, with the trainer's signatures."""
 
     def should_stop(self, global_step: int, metrics: Any) -> Any: ...
     def bind_optimizers(self, optimizers: Any) -> Any: ...
@@ -36,22 +36,22 @@ class _OfCallbacks:
 
 
 _OPTIONAL_HOOKS = frozenset({"on_begin_val_epoch", "on_before_optimizer_step"})
-"""Those of them that a module may have, too."""
+"""Those that a module may have too."""
 
 
 def check_contract(module: ModuleInterface, callbacks: list[CallbackInterface], problems: list[str]) -> None:
-    """See that every method can be called as the trainer calls it; warn of what it would never call.
+    """Check that the trainer can call every method; warn of methods that it never calls.
 
     Args:
         problems: Gets a sentence for each method that cannot be called.
     """
     _check_forward(module, problems)
     _check_methods(module, contract_names(ModuleInterface) | _OPTIONAL_HOOKS, problems)
-    warnings: dict[str, None] = {}  # one of each, in order: several callbacks may be of one class
+    warnings: dict[str, None] = {}  # unique, in order: several callbacks may have one class
     optional = frozenset(name for name in vars(_OfCallbacks) if not name.startswith("_"))
     for callback in callbacks:
         names = contract_names(CallbackInterface)
-        if isinstance(callback, ModuleInterface):  # another one than the module that is trained
+        if isinstance(callback, ModuleInterface):  # a module that is not the trained one
             _check_methods(callback, names, problems)
         else:
             _check_methods(callback, names | optional, problems)
@@ -67,7 +67,7 @@ def _check_forward(module: ModuleInterface, problems: list[str]) -> None:
         names = list(inspect.signature(forward).parameters)
     except (TypeError, ValueError):
         return
-    if "stage" not in names[:2]:  # one that takes the stage may hand it on
+    if "stage" not in names[:2]:  # a forward with stage may pass it on
         problems.append(
             f"{kind.__name__}.forward replaces the method that calls train_step and val_step; rename it, or put the"
             f" network into a submodule"
@@ -103,9 +103,9 @@ def _live_state(callback: CallbackInterface, module: ModuleInterface) -> Iterato
         for name, hook in overridden_hooks(callback).items()
         if getattr(hook, LANE_ATTRIBUTE, None) is None and lane_of(callback, name, hook) is Lane.OBSERVER
     }
-    beside.pop("on_end_train", None)  # nothing is trained any more
+    beside.pop("on_end_train", None)  # training is over
     held = None
-    with contextlib.suppress(Exception):  # of an odd object's own code: a guess must not keep a run from starting
+    with contextlib.suppress(Exception):  # of an unusual object: a guess must not prevent a run
         held = live_state(callback, list(beside.values()), module) if beside else None
     if held is not None:
         marks = " and ".join(f"{name} with {'@inline' if name.endswith('_step') else '@fenced'}" for name in beside)
@@ -116,7 +116,7 @@ def _live_state(callback: CallbackInterface, module: ModuleInterface) -> Iterato
 
 
 def live_state(callback: CallbackInterface, hooks: list[Any], module: ModuleInterface) -> str | None:
-    """Say which part of what a run trains a callback holds: in attributes, containers, closures and bound methods.
+    """Describe a trained object that a callback holds in attributes, containers, closures or bound methods.
 
     Weights are looked for by identity: a copy of the module is not the module.
     """
@@ -151,7 +151,7 @@ def live_state(callback: CallbackInterface, hooks: list[Any], module: ModuleInte
 
 
 def _globals_of(function: Any) -> list[Any]:
-    """What a hook may read of the global variables."""
+    """Return the global variables that a hook may read."""
     code = getattr(function, "__code__", None)
     found = [function.__globals__.get(name) for name in code.co_names] if code is not None else []
     kinds = torch.nn.Module, torch.Tensor, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler
@@ -160,7 +160,7 @@ def _globals_of(function: Any) -> list[Any]:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """What an object holds."""
+    """Yield the objects that an object refers to."""
     if isinstance(value, torch.Tensor | str | bytes | int | float | type | types.ModuleType):
         return
     if isinstance(value, dict):
@@ -178,7 +178,7 @@ def _inside(value: Any) -> Iterator[Any]:
         for cell in value.__closure__ or ():
             try:
                 yield cell.cell_contents
-            except ValueError:  # not filled yet
+            except ValueError:  # an empty cell
                 continue
         yield from value.__defaults__ or ()
         yield from (value.__kwdefaults__ or {}).values()
@@ -187,7 +187,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """An object's own attributes, those in slots included; no property is called."""
+    """Return an object's attributes, with those in slots; calls no property."""
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         yield from list(attributes.items())

@@ -1,4 +1,4 @@
-"""The thread that trains: what it does around its task, from seeding to the event of the end."""
+"""The thread that trains: its work around the task, from seeding to the last event."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from trainer.run.task import Task
 
 STUCK = "the training thread is stuck"
 _AT_EXIT_S = 2.0
-"""How long the end of the process waits for each loop that is still running."""
+"""Maximum seconds that the exit of the process waits per running loop."""
 _running: weakref.WeakSet[LoopThread] = weakref.WeakSet()
 _seeded_runs: list[str] = []
 _seed_lock = threading.Lock()
-_claim_lock = threading.Lock()  # held while a run looks whether a module is free, and takes it
+_claim_lock = threading.Lock()  # held while a run claims its module
 
 
 @dataclasses.dataclass
 class Ending:
-    """How the loop has ended."""
+    """The end of the loop."""
 
     status: Status = "failed"
     reason: str | None = None
     error: BaseException | None = None
-    """What ended it, if it was an exception."""
+    """The exception that ended it, if any."""
     traceback: str | None = None
     phase: str | None = None
 
 
 class LoopThread:
-    """Trains or tests one module. `run` is called on the thread that is to do it; `start` gives it one of its own.
+    """Trains or tests one module, on the calling thread (`run`) or on a new one (`start`).
 
     Attributes:
-        ending: How it has ended.
-        task: What it does.
+        ending: Its end.
+        task: Its work.
         weights: The module's weights when training has ended cleanly, if they are wanted; set before `RunEnded`.
         total: The ledger of the whole run, once it is over.
         ended: Set in the event loop when nothing more will be published.
@@ -75,33 +75,33 @@ class LoopThread:
         self._boundary = Boundary(attempt, self._checkpoints)
         self.task = Task(self._boundary)
         self._thread: threading.Thread | None = None
-        self._ending_lock = threading.Lock()  # whoever takes it publishes the end: the loop, or who gives it up
-        self._is_given_up = False
+        self._ending_lock = threading.Lock()  # its holder publishes the end: the loop, or `abandon`
+        self._is_abandoned = False
 
     # ----------------------------------------------------------------------------------- from other threads
 
     def start(self) -> None:
-        """Run in a thread of its own. Should the process end meanwhile, the loop ends first."""
+        """Run in a thread, which ends before the process exits."""
         _running.add(self)
         name = f"stagecast-loop-{self._attempt.origin.run_id}"
         self._thread = threading.Thread(target=self.run, name=name, daemon=True)
         self._thread.start()
 
     def end(self, timeout_s: float) -> None:
-        """The process ends: stop at the next step, whoever still listens."""
+        """Cancel the run because the process exits; waits for at most ``timeout_s``."""
         self._attempt.control.fail(RunCancelled(f"run {self._attempt.origin.run_id} was cancelled: the process ended"))
         self._attempt.bus.release()
         if self._thread is not None:
             self._thread.join(timeout_s)
 
     def join(self) -> None:
-        """Wait for the thread's end, after `ended`: its last act was to say so, which is microseconds ago."""
+        """Wait for the thread's end, microseconds after `ended`."""
         if self._thread is not None:
             self._thread.join()
 
-    def give_up(self) -> str:
-        """It does not end in time: the end is published in its place. Returns where it hangs."""
-        self._is_given_up = True
+    def abandon(self) -> str:
+        """Publish the end of the run in place of a loop that hangs; return a description with its stack."""
+        self._is_abandoned = True
         grace_s = self._attempt.arguments.stop_grace_s
         text = f"the training thread reached no step boundary within {grace_s:g} s (stop_grace_s) of being cancelled"
         frame = sys._current_frames().get(self._thread.ident or 0) if self._thread else None
@@ -113,7 +113,7 @@ class LoopThread:
         return text
 
     def release(self) -> None:
-        """Give back the module and the callbacks, whose last hooks have run, and the memory of checkpoints."""
+        """Release the module, the callbacks and the memory of checkpoints, after the last hooks."""
         self._checkpoints.release()
         self.weights = None
         vars(self._attempt.module).pop("_total_steps", None)
@@ -124,7 +124,7 @@ class LoopThread:
     # ----------------------------------------------------------------------------------- on the loop's thread
 
     def run(self) -> None:
-        """Train or test. Never raises: what ended the run is in `ending`."""
+        """Train or test. Never raises: `ending` holds the exception."""
         attempt, control = self._attempt, self._attempt.control
         token = current_origin.set(attempt.origin)
         seeded = attempt.arguments.seed is not None
@@ -133,17 +133,17 @@ class LoopThread:
                 _note_seeded(attempt.origin.run_id)
             on_cuda = attempt.device.type == "cuda"
             try:
-                # Python runs signal handlers only at calls and jumps: none runs between the end of this part, however
-                # it ends, and the assignment in `finally`.
+                # Python runs signal handlers only at calls and jumps, so that none runs between the end of this block
+                # and the assignment in `finally`.
                 control.interruptible = True
                 control.raise_if_interrupted()
-                # For as long as the loop runs: under `Trainer.train` the thread is the host's.
+                # Restored at the end: under `Trainer.train` the thread is the host's.
                 with torch.cuda.device(attempt.device) if on_cuda else contextlib.nullcontext():
                     try:
                         self._main()
                     except StopRequested:
                         raise
-                    except Exception as error:  # the module's own code may read data of its own, within a step
+                    except Exception as error:  # the module's code may read from its own dataloader within a step
                         take_stop_of_dead_workers(self._boundary, error, checkpoint=False)
                         raise
             finally:
@@ -151,28 +151,28 @@ class LoopThread:
             self.ending = Ending("finished")
         except StopRequested as stop:
             self.ending = Ending("stopped", stop.reason)
-        except BaseException as error:  # the loop's border: told to all observers, then raised by the run's door
-            _drop_first_frame(error)  # this one, or the frame and its exception would keep each other
+        except BaseException as error:  # the loop's border: published, then raised by `Trainer.train` or `Run`
+            _drop_first_frame(error)  # breaks the cycle of this frame and the exception
             self._record(error)
         finally:
             try:
                 self._finish()
                 current_origin.reset(token)
-            finally:  # whatever a signal has cut short
+            finally:  # even if a signal interrupts the above
                 if seeded:
                     _forget_seeded(attempt.origin.run_id)
                 _running.discard(self)
                 if self.ending.error is not None:
                     release_frames(self.ending.error)
-                if self._is_given_up:
-                    self.release()  # no one has waited for this thread
+                if self._is_abandoned:
+                    self.release()  # no one waits for this thread
                 attempt.bus.post(self.ended.set)
 
     def _main(self) -> None:
         attempt, arguments, module = self._attempt, self._attempt.arguments, self._attempt.module
         if attempt.device.type == "cuda":
             attempt.readback.compute_stream = torch.cuda.current_stream(attempt.device)
-        torch.get_num_threads()  # torch gives a new thread the host's setting only when it is asked for
+        torch.get_num_threads()  # torch applies the host's setting to a new thread at this call
         attempt.recorder.bind()
         if arguments.seed is not None:
             seed_everything(arguments.seed)
@@ -194,18 +194,18 @@ class LoopThread:
                 restore()
 
     def _claim(self) -> None:
-        """Let the module and the callbacks log to this run."""
+        """Make the module and the callbacks log to this run."""
         with _claim_lock:
             for one in self._logging:
                 if one._stagecast_recorder is not None:
                     kind, does = ("module", "trained") if one is self._attempt.module else ("callback", "used")
                     name = type(one).__name__
                     raise ContractError(f"this {name} is being {does} by another run; give each run its own {kind}")
-            for one in self._logging:  # not a submodule, not in the state dict
+            for one in self._logging:  # neither a submodule nor in the state dict
                 object.__setattr__(one, "_stagecast_recorder", self._attempt.recorder)
 
     def _record(self, error: BaseException) -> None:
-        """An exception has ended the run."""
+        """Note the exception that ended the run."""
         attempt = self._attempt
         self.ending = ending = Ending(status_after(error), describe(error), error)
         if ending.status == "failed":
@@ -219,7 +219,7 @@ class LoopThread:
             logger.error(f"the run failed after global_step {step}: {ending.reason}", published=True)
 
     def _finish(self) -> None:
-        """Publish the ledger and the end; for a run that was not cut short, with the hooks of `RunEnded`."""
+        """Publish the ledger and the end; unless the run failed or was cancelled, run the hooks of `RunEnded`."""
         attempt, control = self._attempt, self._attempt.control
         attempt.origin.stage = None
         if not self._ending_lock.acquire(blocking=False):
@@ -227,7 +227,7 @@ class LoopThread:
         if control.interruption is not None and self._is_clean:
             self._record(control.interruption)  # a second signal arrived since the last step
         try:
-            if not self.task.started:  # it failed before it knew how long an epoch is
+            if not self.task.started:  # it failed before the length of an epoch was known
                 self.task.publish_started(None)
             settings = self._checkpoints.settings
             if settings is not None and settings.weights and self._is_clean:
@@ -246,9 +246,9 @@ class LoopThread:
                     control.interruptible = False
             else:
                 self._publish_end(self.ending)
-        except BaseException as error:  # a hook at the very end failed, or the run was cancelled during it
+        except BaseException as error:  # of a last hook, or a cancellation during it
             self._record(error)
-            self._publish_end(self.ending)  # whatever was published before: the last `RunEnded` counts
+            self._publish_end(self.ending)  # the last `RunEnded` counts
 
     @property
     def _is_clean(self) -> bool:
@@ -265,18 +265,18 @@ class LoopThread:
 
     def _keep_weights(self) -> None:
         try:
-            # Tied ones under each of their names: that is what `load_state_dict` looks for.
+            # Tied weights under each of their names, as `load_state_dict` requires.
             self.weights = part_of(dict(self._attempt.module.state_dict())).without_aliases()
-        except Exception as error:  # the loop's border: a run that has finished is not lost for want of this file
+        except Exception as error:  # the loop's border: a finished run does not fail without this file
             text, header = describe(error), self._attempt.origin.header()
             self._attempt.bus.publish(
                 CheckpointFailed(*header, checkpoint="weights.safetensors", error=text, during="stage")
             )
-            logger.warning(f"the weights alone are not kept: {text}", published=True)
+            logger.warning(f"the weights cannot be saved: {text}", published=True)
 
 
 def status_after(error: BaseException) -> Status:
-    """How a run has ended that an exception ended, whichever phase and thread raised it."""
+    """Return the status of a run that an exception ended."""
     cancelled = isinstance(error, (RunCancelled, KeyboardInterrupt, SystemExit))
     return "cancelled" if cancelled else "failed"
 
@@ -288,7 +288,7 @@ def _drop_first_frame(error: BaseException) -> None:
 
 @atexit.register
 def _end_all() -> None:
-    """End the loops of runs that nobody has left: a thread that is in torch when the interpreter goes aborts it."""
+    """End the loops of all runs: a thread in torch at interpreter exit aborts the process."""
     for loop in list(_running):
         loop.end(_AT_EXIT_S)
 
@@ -305,5 +305,5 @@ def _note_seeded(run_id: str) -> None:
 
 
 def _forget_seeded(run_id: str) -> None:
-    with _seed_lock, contextlib.suppress(ValueError):  # a signal came before it was noted
+    with _seed_lock, contextlib.suppress(ValueError):  # a signal arrived before it was added
         _seeded_runs.remove(run_id)

@@ -276,7 +276,7 @@ class Session:
             async def expire() -> None:
                 await self._grace.wait()
                 await anyio.sleep(self.arguments.stop_grace_s)
-                self._stuck = self.loop.give_up()
+                self._stuck = self.loop.abandon()
                 watch.cancel_scope.cancel()
 
             watch.start_soon(outliving, expire)

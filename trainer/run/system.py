@@ -1,4 +1,4 @@
-"""Samples what the machine, this process and its GPUs use, beside the loop, and publishes it."""
+"""Samples the use of the machine, of this process and of its GPUs."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from events.messages import GpuSample, RunStarted, SystemSampled
 from events.sink import Delivery
 
 _FIRST_S = 1.0
-"""The first sample comes no later than this after the start: who looks at a run wants to see something."""
+"""Maximum seconds from the start to the first sample, so that a page shows values soon."""
 _SHORTEST_S = 0.05
-"""Shares and rates of a shorter time say nothing: processors count in hundredths of a second."""
+"""Minimum seconds per share or rate: processor times have a resolution of a hundredth of a second."""
 _LAST_S = 1.0
-"""How long the end of a run waits for its last sample."""
+"""Maximum seconds that the end of a run waits for its last sample."""
 _LOOPBACK = ("lo", "lo0", "Loopback Pseudo-Interface 1")
 
 T = TypeVar("T")
 
 
 class SystemSampler:
-    """Publishes `SystemSampled` from a thread of its own: soon after `RunStarted`, then regularly, and at the end.
+    """Publishes `SystemSampled` from its own thread: soon after `RunStarted`, then regularly, and at the end.
 
-    All methods are called in the run's event loop. A counter that cannot be read is None, and is told once in the log.
-    One that hangs, as the disk usage of a dead network file system does, ends the samples but holds up nothing.
+    All methods are called in the run's event loop. A counter that cannot be read is None, with one warning. A counter
+    that hangs, such as the disk usage of a dead network file system, ends the samples, but nothing waits for it.
 
     Args:
         interval_s: Seconds from one sample to the next.
-        pump: Tells when the run starts; its ring takes the samples.
-        folder: The run's path; None if it has none.
+        pump: Delivers `RunStarted`; its ring receives the samples.
+        folder: The run folder; None without one.
     """
 
     def __init__(self, interval_s: float, pump: Pump, folder: str | None) -> None:
         self._interval_s = interval_s
         self._pump = pump
         self._bus = pump.ring
-        # Here and not on the thread: what another thread is importing while a dataloader forks its workers, these can
-        # never import.
+        # Here and not on the thread: workers that a dataloader forks during an import on another thread can never
+        # import that module.
         self._machine = _Machine(importlib.import_module("psutil"), folder)
         self._nvml = _import_nvml()
         self._subscription = pump.subscribe("system", Delivery(types=frozenset({RunStarted})))
         self._began = anyio.Event()
         self._ended = anyio.Event()
         self._ending = threading.Event()
-        self._given_up = False
+        self._abandoned = False
         self._thread: threading.Thread | None = None
 
     async def run(self) -> None:
-        """Start the thread once the run has started, whose event is to be the first one."""
+        """Start the thread once the run has started, because `RunStarted` is the first event."""
         try:
             await self._subscription.receive()
             thread = threading.Thread(target=self._run, name="stagecast-system", daemon=True)
@@ -73,21 +73,21 @@ class SystemSampler:
             self._began.set()
 
     async def stop(self) -> None:
-        """Have it take a last sample, and wait for that, but not for long."""
+        """Take a last sample; waits for at most `_LAST_S`."""
         with anyio.move_on_after(_LAST_S):
             await self._pump.drain()
-            if self._subscription.statistics.published:  # it may be about to start in a run that is over already
+            if self._subscription.statistics.published:  # the run is over, but the thread may not have started yet
                 await self._began.wait()
             self._ending.set()
             if self._thread is not None:
                 await self._ended.wait()
         if self._thread is not None and not self._ended.is_set():
-            logger.warning(f"the last sample of the system is left out: reading {self._machine.reading} takes too long")
+            logger.warning(f"the last sample of the system is skipped: reading {self._machine.reading} takes too long")
         self.abandon()
 
     def abandon(self) -> None:
-        """Publish nothing more, and end when what is being read has been read."""
-        self._given_up = True
+        """Publish no further sample, and end after the current read."""
+        self._abandoned = True
         self._ending.set()
 
     # ---------------------------------------------------------------------------------- on the sampler's thread
@@ -97,21 +97,21 @@ class SystemSampler:
         with self._bus.cpu_time.counting():
             try:
                 self._sample()
-            except Exception as error:  # the thread's border: a run does not end for want of statistics
+            except Exception as error:  # the thread's border: a run continues without statistics
                 logger.warning(f"the system is not sampled any more: {type(error).__name__}: {error}")
         self._bus.post(self._ended.set)
 
     def _sample(self) -> None:
         origin, machine = self._bus.origin, self._machine
-        gpus = machine.told("the GPUs", lambda: _Gpus(self._nvml)) or _Gpus(None)
+        gpus = machine.try_read("the GPUs", lambda: _Gpus(self._nvml)) or _Gpus(None)
         with contextlib.closing(gpus):
-            machine.read()  # what the first rates are counted from
+            machine.read()  # the baseline of the first rates
             wait_s = min(self._interval_s, _FIRST_S)
             while True:
                 last = self._ending.wait(min(wait_s, threading.TIMEOUT_MAX))
-                values = machine.read() if not self._given_up else {}
-                event = SystemSampled(*origin.header(), **values, gpus=machine.told("the GPUs", gpus.read) or [])
-                if self._given_up:  # meanwhile, perhaps
+                values = machine.read() if not self._abandoned else {}
+                event = SystemSampled(*origin.header(), **values, gpus=machine.try_read("the GPUs", gpus.read) or [])
+                if self._abandoned:
                     return
                 self._bus.publish(event)
                 if last:
@@ -120,26 +120,26 @@ class SystemSampler:
 
 
 class _Machine:
-    """The counters of the machine and of this process. Their rates are those since the reading before."""
+    """The counters of the machine and of this process; rates are since the previous read."""
 
     def __init__(self, psutil: ModuleType, folder: str | None) -> None:
         self.reading = "nothing"
-        """What is being read at present."""
+        """Name of the counter that is being read."""
         self._psutil: Any = psutil
         self._folder = folder
         self._process = self._psutil.Process()
         self._cores = self._psutil.cpu_count() or 1
-        self._before: dict[str, tuple[float, float]] = {}  # each counter's last value, and when that was
-        self._told: set[str] = set()
+        self._before: dict[str, tuple[float, float]] = {}  # each counter's last value, with its time
+        self._warned: set[str] = set()
 
     def read(self) -> dict[str, Any]:
-        """The fields of a `SystemSampled`, but for the GPUs."""
-        busy = self._rate("cpu", self.told("the processors' times", self._busy_s))
-        used_s, resident = self.told("this process's children", self._tree) or (None, None)
+        """Return the fields of `SystemSampled` except the GPUs."""
+        busy = self._rate("cpu", self.try_read("the processors' times", self._busy_s))
+        used_s, resident = self.try_read("this process's children", self._tree) or (None, None)
         used = self._rate("process", used_s)
-        memory = self.told("the memory", self._psutil.virtual_memory)
-        disk = self.told("the disks' counters", lambda: self._psutil.disk_io_counters(nowrap=False))
-        received, sent = self.told("the network's counters", self._network) or (None, None)
+        memory = self.try_read("the memory", self._psutil.virtual_memory)
+        disk = self.try_read("the disks' counters", lambda: self._psutil.disk_io_counters(nowrap=False))
+        received, sent = self.try_read("the network's counters", self._network) or (None, None)
         return {
             "cpu_percent": None if busy is None else min(100.0, 100.0 * busy / self._cores),
             "process_cpu_percent": None if used is None else 100.0 * used,
@@ -150,18 +150,18 @@ class _Machine:
             "disk_written_bytes_per_s": self._rate("written", disk and disk.write_bytes),
             "network_received_bytes_per_s": self._rate("received", received),
             "network_sent_bytes_per_s": self._rate("sent", sent),
-            "disk_used_percent": self.told("the disk usage of the run's folder", self._disk_used),
+            "disk_used_percent": self.try_read("the disk usage of the run's folder", self._disk_used),
         }
 
-    def told(self, what: str, read: Callable[[], T]) -> T | None:
-        """What a function returns; None if it cannot, which the log is told the first time."""
+    def try_read(self, what: str, read: Callable[[], T]) -> T | None:
+        """Call a function; None if it fails, with a warning the first time."""
         self.reading = what
         try:
             return read()
-        except Exception as error:  # whatever a strange machine forbids or lacks: the others are worth having
-            if what not in self._told:
-                self._told.add(what)
-                logger.warning(f"{what} cannot be read, and are left out: {type(error).__name__}: {error}")
+        except Exception as error:  # of one counter: the others are still useful
+            if what not in self._warned:
+                self._warned.add(what)
+                logger.warning(f"{what} cannot be read, and are skipped: {type(error).__name__}: {error}")
             return None
 
     def _rate(self, name: str, value: float | None) -> float | None:
@@ -170,7 +170,7 @@ class _Machine:
         if value is None or 0.0 < now - began < _SHORTEST_S:
             return None
         self._before[name] = now, value
-        # Less than before: a device has gone, or a counter has begun anew.
+        # A decrease: a device was removed, or a counter was reset.
         return (value - before) / (now - began) if now > began and value >= before else None
 
     def _busy_s(self) -> float:
@@ -180,20 +180,20 @@ class _Machine:
         return float(sum(times)) - idle - guests
 
     def _tree(self) -> tuple[float, int]:
-        """Processor seconds and resident bytes of this process and its children; of children that ended, the former."""
+        """Return processor seconds and resident bytes of this process and its children; seconds of ended ones too."""
         used_s, resident = 0.0, 0
         for process in [self._process, *self._children()]:
-            with contextlib.suppress(self._psutil.NoSuchProcess, self._psutil.AccessDenied):  # it has ended meanwhile
+            with contextlib.suppress(self._psutil.NoSuchProcess, self._psutil.AccessDenied):  # it has ended
                 times = process.cpu_times()
                 used_s += times.user + times.system + times.children_user + times.children_system
                 resident += process.memory_info().rss
         return used_s, resident
 
     def _children(self) -> list[Any]:
-        """All processes below this one.
+        """Return all descendants of this process.
 
-        psutil reads about every process of the machine to find them, and beside a loop that is busy in Python each read
-        waits for the interpreter lock. Linux keeps lists of its own.
+        psutil reads every process of the machine to find them, and during a busy training loop each read waits for the
+        interpreter lock. Linux has lists of children.
         """
         if not os.path.exists(f"/proc/{self._process.pid}/task/{self._process.pid}/children"):
             return list(self._process.children(recursive=True))
@@ -215,9 +215,9 @@ class _Machine:
 
 
 def _forked_by(pid: int) -> list[int]:
-    """The children of all threads of a process, on Linux."""
+    """Return the children of all threads of a process, on Linux."""
     children = []
-    with contextlib.suppress(OSError):  # it has ended meanwhile
+    with contextlib.suppress(OSError):  # it has ended
         for thread in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
                 children += [int(child) for child in file.read().split()]
@@ -232,7 +232,7 @@ def _import_nvml() -> Any:
 
 
 class _Gpus:
-    """The NVIDIA GPUs that the run can see, numbered as torch numbers them. Without a driver, none."""
+    """The NVIDIA GPUs that are visible to the run, in torch's numbering; none without a driver."""
 
     def __init__(self, nvml: Any) -> None:
         self._nvml: Any = nvml
@@ -248,17 +248,17 @@ class _Gpus:
             logger.debug(f"no GPUs are sampled: {error}")
 
     def read(self) -> list[GpuSample]:
-        """One sample of each."""
+        """Return a sample per GPU."""
         if self._nvml is None:
             return []
-        # Only torch knows for sure which is which; to ask it before it has begun would set CUDA up in this process.
+        # Only torch knows the numbering; an earlier query would initialize CUDA in this process.
         if not self._by_torch and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
             self._by_torch = True
             self._handles = self._from_torch() or self._handles
         return [self._sample(index, handle) for index, handle in enumerate(self._handles)]
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Close the driver."""
         if self._nvml is not None:
             self._ask("nvmlShutdown")
 
@@ -277,7 +277,7 @@ class _Gpus:
         )
 
     def _ask(self, function: str, *arguments: Any) -> Any:
-        """What the driver answers; None for what this GPU, or a part of one, does not tell."""
+        """Query the driver; None for a value that this GPU, or a MIG part of one, does not have."""
         try:
             return getattr(self._nvml, function)(*arguments)
         except self._nvml.NVMLError:
@@ -290,12 +290,12 @@ class _Gpus:
             handle = self._ask("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}")
             handle = handle or self._ask("nvmlDeviceGetHandleByUUID", f"MIG-{uuid}")
             if handle is None:
-                return []  # a numbering with gaps would show one GPU under the name of another
+                return []  # with a gap in the numbering, one GPU would have the name of another
             handles.append(handle)
         return handles
 
     def _from_environment(self) -> list[Any]:
-        """Those of ``CUDA_VISIBLE_DEVICES``, as CUDA reads it: up to the first that does not exist."""
+        """Return the GPUs of ``CUDA_VISIBLE_DEVICES`` up to the first missing one, as CUDA does."""
         nvml = self._nvml
         everyone = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -314,7 +314,7 @@ class _Gpus:
             return everyone[int(entry)] if int(entry) < len(everyone) else None
         if entry.startswith("MIG-"):
             return self._ask("nvmlDeviceGetHandleByUUID", entry)
-        # The beginning of an identifier will do, if only one has it.
+        # A unique prefix of an identifier is enough.
         named = [one for one in everyone if entry and _text(self._ask("nvmlDeviceGetUUID", one)).startswith(entry)]
         return named[0] if len(named) == 1 else None
 

@@ -161,7 +161,7 @@ class Task:
     # -------------------------------------------------------------------------------------------- resuming
 
     def _load(self) -> Loaded | None:
-        """Read the checkpoint to go on from, if there is one, and note what this attempt starts from."""
+        """Read the checkpoint to resume from, if there is one, and write the note of this attempt."""
         self._attempt.phase = "reading the checkpoint"
         plan, origin = self._attempt.plan, self._attempt.origin
         loaded = self._loaded = plan.load(self._reject)
@@ -176,13 +176,13 @@ class Task:
         self._rejected.append((name, describe(error)))
 
     def _restore_again(self, loaded: Loaded) -> None:
-        """The run had asked for this dataloader already: what a module counts in that method, it has counted."""
+        """Restore the state after the dataloader was created: the module may count its calls of that method."""
         if not takes_state_by_default(self._attempt.module):
             self._attempt.phase = "restoring the checkpoint"
             loaded.restore_module(self._attempt.module)
 
     def _restore(self, loaded: Loaded, optimization: Optimization) -> None:
-        """Restore all of a checkpoint but the module, which has its state, and the place in the data."""
+        """Restore all of a checkpoint but the module and the position in the data."""
         attempt, scaler = self._attempt, self._attempt.precision.scaler
         attempt.phase = "restoring the checkpoint"
         if not attempt.arguments.reset_optimizers_schedulers:
@@ -196,7 +196,7 @@ class Task:
         loaded.forget()
 
     def test(self) -> None:
-        """Test, from the checkpoint or the weights if there are some."""
+        """Test, with the weights of a checkpoint or a file if there is one."""
         attempt, plan, module = self._attempt, self._attempt.plan, self._attempt.module
         attempt.phase = "reading the checkpoint"
         loaded = self._loaded = plan.load(self._reject)

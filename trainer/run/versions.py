@@ -1,4 +1,4 @@
-"""The versions of what computes a run."""
+"""The versions of the packages that compute a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a run."""
+    """Return the versions of Python, torch and the packages that compute a run."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "stagecast": _own_version()}
 
 
