@@ -11,12 +11,10 @@ To silence them, give the logger ``stagecast`` a handler or a higher level.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import logging
 import os
-import queue
 import sys
 import threading
 import time
@@ -30,24 +28,17 @@ import structlog
 from events.masking import masked
 from events.messages import Event, WarningLogged
 from events.origin import Header, Origin
+from events.stderr import Repeats, stderr
+from events.stderr import flush_stderr as flush_stderr
 from events.text import one_line, plain_lines
 from events.tracebacks import describe, format_traceback, without_controls
 
 current_origin: ContextVar[Origin | None] = ContextVar("stagecast_origin", default=None)
 """The run that the current thread or task works for."""
 
-_REPEAT_S = 10.0
-"""An identical warning is shown again after this long, with the number of those between."""
-_MOST_TEXTS = 256
-"""Different warnings that are remembered, to be counted when they come again..."""
-_MOST_IN_REPEAT = 100
-"""...and most of them that are shown within that time: a flood is counted, not shown."""
 _MOST_HELD = 256
-_MOST_QUEUED = 1_000
 _MOST_CHARS = 10_000
 """Maximum characters per line on stderr, and per text that a handler of the host gets."""
-_FLUSH_S = 1.0
-_IDLE_S = 0.25
 _RESERVED = {*vars(logging.makeLogRecord({})), "message", "asctime"} - {"exc_info", "stack_info"}
 
 P = ParamSpec("P")
@@ -87,130 +78,7 @@ class Warned(NamedTuple):
 # ------------------------------------------------------------------------------------------------- stderr
 
 
-class _Stderr:
-    """Writes lines to stderr on a thread of its own, because a terminal that is held must not hold a run.
-
-    The thread starts with a line, and ends when there are no more. Never raises, whatever ``sys.stderr`` is.
-    """
-
-    def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # a signal's handler may log while its own thread holds it
-        self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
-
-    def put(self, text: str) -> None:
-        """Write soon; any thread, waits for nothing. In a forked child, which has no such thread: write now."""
-        if self._pid != os.getpid():
-            self.write(text)
-            return
-        with self._lock:
-            if self._lines.qsize() < _MOST_QUEUED:
-                self._lines.put(text)
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="stagecast-stderr", daemon=True)
-                with contextlib.suppress(RuntimeError):  # the interpreter ends, or the system has no more threads
-                    thread.start()
-                    self._thread = thread
-
-    def flush(self, timeout_s: float) -> None:
-        """Wait until what was put before is written, no longer than this."""
-        if self._pid != os.getpid():
-            return
-        with self._lock:
-            if self._thread is None:
-                while self._write_next(0.0):  # no thread could be started for them
-                    pass
-                return
-            written = threading.Event()
-            self._lines.put(written)
-        written.wait(timeout_s)
-
-    def _run(self) -> None:
-        while True:
-            if not self._write_next(_IDLE_S):
-                with self._lock:
-                    if self._lines.empty():
-                        self._thread = None
-                        return
-
-    def _write_next(self, timeout_s: float) -> bool:
-        """Write what was put first; False if there is nothing."""
-        try:
-            one = self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            return False
-        if isinstance(one, threading.Event):
-            one.set()
-        else:
-            self.write(one)
-        return True
-
-    @staticmethod
-    def write(text: str) -> None:
-        """Write now; may wait for the terminal."""
-        stream: Any = sys.stderr
-        # A stranger's stream may be closed, None, without `flush`, or of an encoding that lacks some characters.
-        for one in (text, text.encode("ascii", "backslashreplace").decode()):
-            with contextlib.suppress(Exception):
-                stream.write(one)
-                break
-        with contextlib.suppress(Exception):
-            stream.flush()
-
-
-_stderr = _Stderr()
-atexit.register(lambda: _stderr.flush(_FLUSH_S))
-
-
-def flush_stderr(timeout_s: float = _FLUSH_S) -> None:
-    """Wait a moment until what was logged before is on stderr. Not in an event loop: it may wait for a terminal."""
-    _stderr.flush(timeout_s)
-
-
 # ------------------------------------------------------------------------------------- the warnings of a run
-
-
-class _Repeats:
-    """Counts identical warnings, and those beyond what anybody could read. Any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal's handler may log while its own thread holds it
-        self._texts: dict[str, tuple[float, int]] = {}
-        self._window = 0.0
-        self._shown = 0
-        self._flood = 0
-
-    def take(self, message: str) -> int | None:
-        """How many identical ones were held back before this one; None to hold it back, too."""
-        now = time.monotonic()
-        with self._lock:
-            since, held = self._texts.get(message, (-_REPEAT_S, 0))
-            if now - since < _REPEAT_S:
-                self._texts[message] = since, held + 1
-                return None
-            if now - self._window >= _REPEAT_S:
-                self._window, self._shown = now, 0
-            if self._shown >= _MOST_IN_REPEAT:
-                self._flood += 1
-                return None
-            self._shown += 1
-            self._texts.pop(message, None)  # to the end: the first is the one shown longest ago
-            self._texts[message] = now, 0
-            if len(self._texts) > _MOST_TEXTS:
-                _, lost = self._texts.pop(next(iter(self._texts)))
-                self._flood += lost
-            return held
-
-    def rest(self) -> list[tuple[str, int]]:
-        """What was held back since it was last shown, with the counts; a text of its own for the flood."""
-        with self._lock:
-            held = [(message, count) for message, (_, count) in self._texts.items() if count]
-            if self._flood:
-                held.append((f"{self._flood:,} more warnings came too fast to be shown", 0))
-            self._texts.clear()
-            self._flood = 0
-            return held
 
 
 @contextlib.contextmanager
@@ -239,7 +107,7 @@ class RunLog:
         self._before: list[Warned] | None = list(_collected.get() or ())
         self._lock = threading.RLock()  # a signal's handler may log while its own thread holds it
         self._pid = os.getpid()
-        self.repeats = _Repeats()
+        self.repeats = Repeats()
         _runs[origin] = self
 
     @property
@@ -288,7 +156,7 @@ class RunLog:
         self._console = _no_console
         if failed and not has_handlers():
             for warned in self._held:
-                _stderr.put(warned.line)
+                stderr.put(warned.line)
             self._held.clear()
 
     def publish_rest(self) -> None:
@@ -314,7 +182,7 @@ def _no_console() -> bool:
 
 
 _runs: dict[Origin, RunLog] = {}
-_repeats = _Repeats()  # of what is logged outside of any run
+_repeats = Repeats()  # of what is logged outside of any run
 _on_stderr: deque[tuple[float, str]] = deque(maxlen=_MOST_HELD)
 _collected: ContextVar[list[Warned] | None] = ContextVar("stagecast_collected", default=None)
 forward: list[Callable[[Warned], None]] = []
@@ -373,7 +241,7 @@ def show_problems(problems: Sequence[str], *, on_stderr: bool) -> None:
     for problem in problems:
         warned = Warned("warning", problem, None, 0, time.time(), where)
         if (on_stderr and not _is_handled_on_stderr()) or (not handled and _takes("warning")):
-            _stderr.put(warned.line)
+            stderr.put(warned.line)
 
 
 # ------------------------------------------------------------------------------------------ the processors
@@ -431,9 +299,9 @@ def _show(warned: Warned, run: RunLog | None, *, publish: bool) -> None:
         take(warned)
     if not shown and _takes(warned.level) and not has_handlers():
         if run is not None:
-            _stderr.put(warned.line)  # this may be the thread that trains, or the host's event loop
+            stderr.put(warned.line)  # this may be the thread that trains, or the host's event loop
         else:
-            _stderr.write(warned.line)
+            stderr.write(warned.line)
 
 
 def _exception_of(exc_info: Any) -> BaseException | None:

@@ -293,7 +293,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         group = address_group(client_address)
         is_kept = not self._limit.reserves(request)
         if is_kept and (self._limit.is_full() or self._limit.is_full_for(group)):
-            is_kept = self._limit.count < self._limit.most + 2 and self._shut_down_oldest()
+            is_kept = self._shut_down_oldest() and self._has_room()
         if not is_kept:
             self._refused()
             return False
@@ -331,6 +331,15 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that left early is not an error."""
         logger.debug(f"a scrape by {client_address} failed", exc_info=True)
+
+    def _has_room(self) -> bool:
+        """Whether the threads of connections that were shut down have closed them; waits a moment for that."""
+        deadline = time.monotonic() + _PAUSE_S
+        while self._limit.is_full() and self._limit.count >= self._limit.most + 2:  # `is_full` counts anew
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_PAUSE_S / 50)
+        return True
 
     def _shut_down_oldest(self) -> bool:
         with self._lock:

@@ -125,7 +125,8 @@ class CallbackHooks:
     """
 
     def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
-        self.kind = self.name = type(callback).__name__
+        self.callback = callback
+        self.name = self.kind
         self.delivery = delivery or CALLBACK_DELIVERY
         self.observer: Observer | None = None
         """Runs its hooks of the other lanes, if it has any."""
@@ -139,8 +140,6 @@ class CallbackHooks:
         """Whether it has ``state_dict`` and ``load_state_dict``, for checkpoints."""
         self.state_key = self._state_key(callback)
         """The key of its state in checkpoints, unique in the run."""
-        self.has_own_key = getattr(callback, "state_key", None) is not None
-        """Whether the callback defines the key itself."""
         self.should_stop = self._optional(callback, "should_stop")
         """Called on the loop's thread after a validation, with ``global_step`` and its metrics; returns a reason to
         stop the run, or None."""
@@ -149,7 +148,6 @@ class CallbackHooks:
         """The metric without which ``should_stop`` is not called."""
         self.bind_optimizers = self._optional(callback, "bind_optimizers")
         """Called with the run's optimizers, once, on the loop's thread before the first step."""
-        self.callback = callback
         self.before_step = self._inline_hook(callback, "on_before_optimizer_step")
         self.begin_val = self._inline_hook(callback, "on_begin_val_epoch")
         self.inline: dict[type[Event], InlineHook] = {}
@@ -166,6 +164,16 @@ class CallbackHooks:
                 self.observed[kind] = hook
                 if lane is Lane.FENCED:
                     self.fenced.add(kind)
+
+    @property
+    def kind(self) -> str:
+        """The name of the callback's class."""
+        return type(self.callback).__name__
+
+    @property
+    def has_own_key(self) -> bool:
+        """Whether the callback defines the key of its state itself."""
+        return getattr(self.callback, "state_key", None) is not None
 
     def _inline_hook(self, callback: CallbackInterface, name: str) -> InlineHook | None:
         """An optional hook outside of the contract, which runs on the loop's thread."""
