@@ -125,10 +125,10 @@ if hasattr(os, "register_at_fork"):
 
 
 class SlabPool:
-    """The slabs of a run: two at most. One is handed out, written from, and comes back; never used before that.
+    """The slabs of a run, at most two. A slab is taken, written to the disk, and returned before its next use.
 
     Args:
-        device: The run's.
+        device: Of the run.
     """
 
     SLABS = 2
@@ -142,7 +142,7 @@ class SlabPool:
         self._preparing = False
 
     def prepare(self, nbytes: int) -> None:
-        """Set up one more slab beside the loop, if there may be one. Does not wait."""
+        """Prepare a further slab on a thread, unless there are `SLABS`. Does not wait."""
         with self._changed:
             if self._preparing or self._made >= self.SLABS:
                 return

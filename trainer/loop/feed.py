@@ -148,7 +148,7 @@ class Feed:
     # ------------------------------------------------------------------------------------------- an epoch
 
     def begin(self, loader: Iterable[Any], *, resumed: bool) -> None:
-        """Begin to read an epoch.
+        """Start to read an epoch.
 
         Args:
             resumed: The run is resumed before this epoch.
@@ -174,7 +174,7 @@ class Feed:
         """Read on in an epoch, behind the batches that its finished steps have used.
 
         Args:
-            rng: The random generators of the checkpoint, which one that is taken meanwhile must hold.
+            rng: The random generators of the checkpoint, which a checkpoint during the skipping must hold too.
 
         Raises:
             DataLoaderError: The data ends before that place.

@@ -17,10 +17,10 @@ class GradientCheck:
 
     def __init__(self) -> None:
         self._one = torch.ones(())
-        self._free: list[torch.Tensor] = []  # zeros () on one device, made many at a time to launch one kernel less
+        self._free: list[torch.Tensor] = []  # zeros () on one device, allocated in batches to save a kernel per step
 
     def find(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
-        """Look at the gradients of a step.
+        """Check the gradients of a step.
 
         Returns:
             A float32 scalar ``()`` on a device of the gradients, positive if any element is not finite. None if there
@@ -48,7 +48,7 @@ class GradientCheck:
 def _look_at_each(gradients: list[torch.Tensor]) -> torch.Tensor:
     each = [(~torch.isfinite(_dense(one)).all()).float() for one in gradients]
     devices = [one.device for one in each]
-    # Not to the CPU where another is: a copy from a device that nobody waits for is not there yet.
+    # Not to the CPU if another device is present: an asynchronous copy to the CPU is not complete yet.
     device = next((one for one in devices if one.type != "cpu"), devices[0])
     return torch.stack([one.to(device, non_blocking=True) for one in each]).sum()
 

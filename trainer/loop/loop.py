@@ -1,4 +1,4 @@
-"""The training loop: synchronous, on one thread, publishing what it does and waiting only where it says so.
+"""The training loop: synchronous, on one thread; it publishes events, and waits only where ``WAIT`` marks it.
 
 Read it from `TrainingLoop.run` down. Places where the loop may wait carry a comment that begins with ``WAIT``,
 host-device synchronisation points one that begins with ``SYNC``.

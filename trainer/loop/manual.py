@@ -1,4 +1,4 @@
-"""Manual optimization: the module decides in `train_step` which loss is applied to which optimizer."""
+"""Manual optimization: the module calls `ModuleInterface.optimize` in `train_step`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.module_interface import Stage
 
 
 class ManualSteps:
-    """Runs `train_step` of a module with ``manual_optimization``, and what it asks of `ModuleInterface.optimize`.
+    """Runs `train_step` of a module with ``manual_optimization``, and its calls of `ModuleInterface.optimize`.
 
     On the loop's thread.
 
@@ -57,7 +57,7 @@ class ManualSteps:
         self._found: torch.Tensor | None = None
 
     def step(self, batch: Any) -> tuple[tuple[Any, ...], torch.Tensor | None, torch.Tensor | None]:
-        """Call `train_step`; returns its outputs, the last gradient norm, and a check of all gradients."""
+        """Call `train_step`; return its outputs, the last gradient norm, and a check of all gradients."""
         self._backwards, self._grad_norm, self._found = 0, None, None
         self._updates, self.only_skipped = 0, False
         step = self._attempt.origin.global_step + 1
@@ -88,7 +88,7 @@ class ManualSteps:
         if (loss is None) == (closure is None):
             raise ContractError("optimize() takes a loss or a closure that computes it; give it one of them")
         attempt, optimization = self._attempt, self._optimization
-        # The backward pass and the update are computed in the types that they have.
+        # The backward pass and the update run outside of autocast.
         with torch.autocast(self._attempt.device.type, enabled=False):
             if closure is not None:
                 loss = self._with_closure(chosen, closure)
@@ -102,7 +102,7 @@ class ManualSteps:
                 if skipped is None:  # else `on_skip` reports it
                     self._note(grad_norm, found)
         if self._attempt.precision.enabled:
-            torch.clear_autocast_cache()  # it holds copies of the weights as they were
+            torch.clear_autocast_cache()  # it holds copies of the old weights
         attempt.phase = "train_step"
         self._updates += skipped is None
         self.only_skipped = not self._updates

@@ -33,17 +33,17 @@ from trainer.loop.schedule import Schedules
 Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
 
 
-class ClosureWanted(Exception):  # not an error: the step is to be taken again, with `step_with_closure`
+class ClosureWanted(Exception):  # not an error: the caller repeats the step with `step_with_closure`
     """An optimizer that was stepped without a closure needs one."""
 
 
-class _Refused(Exception):  # not an error: the way out of an optimizer that computes the loss
+class _Refused(Exception):  # not an error: ends an optimizer's closure
     """A loss or a gradient is not finite."""
 
 
 @dataclasses.dataclass
 class ClosureStep:
-    """What a step with closures has come to; norm and check are those of the first evaluation."""
+    """Result of a step with closures; norm and check are those of the first evaluation."""
 
     evaluations: int = 0
     grad_norm: torch.Tensor | None = None
@@ -97,9 +97,9 @@ class Optimization:
 
     @property
     def learning_rate(self) -> Any:
-        """Of the first parameter group of the first optimizer: a float, or a tensor if the optimizer keeps one."""
+        """Learning rate of the first parameter group: a float, or a tensor if the optimizer keeps one."""
         lr = self.optimizers[0].param_groups[0]["lr"]
-        # Cloned: a scheduler changes it in place before the number is read.
+        # Cloned: a scheduler changes it in place before the value is read.
         return lr if type(lr) is float else lr.detach().clone() if isinstance(lr, torch.Tensor) else float(lr)
 
     def find_strays(self) -> None:
@@ -150,7 +150,7 @@ class Optimization:
             self.train()
 
     def close(self, gate: Callable[[], None]) -> None:
-        """The run is over: clear the gradients, and leave the weights as they are evaluated."""
+        """Clear the gradients at the end of the run, and leave the weights in evaluation mode."""
         self.zero_grad()
         if self._switched:
             gate()
@@ -206,7 +206,7 @@ class Optimization:
         evaluate: Callable[[], torch.Tensor],
         optimizers: list[torch.optim.Optimizer] | None = None,
     ) -> ClosureStep:
-        """Let each optimizer, in their order, compute the loss and its gradients as often as it wants.
+        """Step each optimizer in turn with a closure that computes the loss and its gradients.
 
         As in ``for optimizer in optimizers: optimizer.step(closure)``, with an evaluation before a step whose closure
         is optional and which is not torch's: it may begin with the gradients that are there. Each evaluation clears all
@@ -246,7 +246,7 @@ class Optimization:
                 if not begins_with_closure(optimizer):
                     closure()
                 if takes_closure(optimizer):
-                    optimizer.step(closure)  # type: ignore[arg-type]  # a tensor serves as well as a float
+                    optimizer.step(closure)  # type: ignore[arg-type]  # a tensor works as a float does
                 else:
                     optimizer.step()
                 if not done.evaluations:
@@ -270,9 +270,9 @@ class Optimization:
             restore_optimizer(optimizer, state)
 
     def _want_closure(self, number: int) -> Exception:
-        """An optimizer that may be stepped without a closure refuses that: from now on it gets one."""
+        """Give an optimizer that refused a step without a closure one from now on."""
         kind = type(self.optimizers[number]).__name__
-        if number:  # those before it have stepped
+        if number:  # earlier optimizers have stepped
             return OptimizerError(
                 f"{kind}.step() needs a closure: return it as the first optimizer of get_optimizers_schedulers()"
             )
@@ -283,7 +283,7 @@ class Optimization:
     def _prepare(
         self, loss: torch.Tensor, optimizers: list[torch.optim.Optimizer]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Skip | None]:
-        """Unscale and clip the gradients, and decide whether they are to be applied."""
+        """Unscale and clip the gradients, and decide whether to apply them."""
         grad_norm: torch.Tensor | None = None
         found: torch.Tensor | None = None
         scaled = self._precision.scaler is not None
@@ -305,7 +305,7 @@ class Optimization:
         return grad_norm, found, None
 
     def _read(self, loss: torch.Tensor, grad_norm: torch.Tensor | None, found: torch.Tensor | None) -> Skip | None:
-        """One decision for all optimizers whether the step is skipped."""
+        """Return whether all optimizers skip the step."""
         check = grad_norm if found is None else found
         scaler = self._precision.scaler
         scale = None if scaler is None else scaler._get_scale_async()
@@ -317,13 +317,13 @@ class Optimization:
             else:
                 each = [one.to(loss.device) for one in (check, scale) if one is not None]
                 both = torch.stack((loss.reshape(()), *each))
-                numbers = both.tolist()  # SYNC: the loop has to know whether to skip the step (float16, skip, stop)
+                numbers = both.tolist()  # SYNC: the loop must decide whether to skip the step (float16, skip, stop)
         bad = numbers[1] > 0 if found is not None else not math.isfinite(numbers[1])
         if not math.isfinite(numbers[0]) and (bad or self._arguments.non_finite != "warn"):
             return "non_finite_loss"
         if not bad:
             return None
-        # A scale of 1 or less multiplies nothing up, so the gradient itself is not finite in float16.
+        # A scale of 1 or less causes no overflow, so the gradient itself is not finite in float16.
         is_scaled = len(numbers) > 2 and numbers[2] > 1
         return "gradient_overflow" if is_scaled else "non_finite_gradient"
 
@@ -345,7 +345,7 @@ class Optimization:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of optimizers and schedulers, as they keep it, not copied."""
+        """Return the states of optimizers and schedulers, not copied."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": self.schedules.state(),
@@ -353,7 +353,7 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any], where: str) -> None:
-        """Take over what `state_dict` returned.
+        """Restore the result of `state_dict`.
 
         Args:
             where: Of what checkpoint, for messages.
@@ -373,7 +373,7 @@ class Optimization:
         ]
         for optimizer, checked in zip(self.optimizers, optimizers, strict=True):
             restore_optimizer(optimizer, checked)
-            # It has stepped, in an earlier process. Torch would warn of a scheduler that steps before its optimizer.
+            # It has stepped in an earlier process; otherwise torch would warn that its scheduler steps first.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         self.schedules.load_state(schedulers, where)
 

@@ -13,11 +13,11 @@ _DTYPES: dict[PrecisionName, torch.dtype] = {"bfloat16": torch.bfloat16, "float1
 
 
 class Precision:
-    """What the loop needs to train in a precision. Belongs to one loop: not to be shared between threads.
+    """Autocast, and the scaled loss of float16. Belongs to one loop, on one thread.
 
     With float32 `enabled` is False and the loop skips it all. float16 has few exponents, so its small gradients would
     vanish: the loss is scaled up before the backward pass, and the gradients down again before the optimizers see them.
-    A scale that was too large shows as infinities in the gradients; then that step is left out, for **all** optimizers,
+    A scale that was too large shows as infinities in the gradients; then that step is skipped, for **all** optimizers,
     and the scale becomes smaller. The order in a step::
 
         with precision.autocast(): loss = train_step(...)
@@ -37,13 +37,13 @@ class Precision:
             device_type: ``device.type`` of the run's device.
 
         Raises:
-            PrecisionError: This torch or device has no such autocast, or no scaler that we know how to read.
+            PrecisionError: This torch or device lacks the autocast, or its scaler is unknown.
         """
         self.precision = precision
         self.enabled = precision != "float32"
-        """Whether there is anything to do; if False, call none of the methods in the loop."""
+        """Whether the precision is not ``float32``; if False, the loop calls no other method."""
         self.scaler: torch.amp.GradScaler | None = None
-        """float16's scaler; its state belongs in a checkpoint. None in any other precision."""
+        """The scaler of float16, whose state belongs in a checkpoint; None in any other precision."""
         self._autocast: torch.autocast | None = None
         if not self.enabled:
             return
@@ -55,7 +55,7 @@ class Precision:
             self.scaler = _make_scaler(device_type)
 
     def check(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-        """See that the gradients of these parameters can be unscaled.
+        """Check that the gradients of parameters can be unscaled.
 
         Raises:
             PrecisionError: torch's scaler takes neither float16 nor complex gradients.
@@ -75,7 +75,7 @@ class Precision:
                 )
 
     def autocast(self) -> torch.autocast:
-        """The context to run a forward pass in; the same object each time. Do not nest it in itself.
+        """Return the context of a forward pass: always the same object, which cannot be nested in itself.
 
         Raises:
             PrecisionError: float32 has none.
@@ -85,11 +85,11 @@ class Precision:
         return self._autocast
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to call ``backward()`` on: scaled with float16, else the same tensor. Does not wait."""
+        """Return the loss for ``backward()``: scaled with float16, otherwise unchanged. Does not wait."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def unscale_(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Take the scale out of the gradients of all optimizers, in place, once a step. Does not wait.
+        """Unscale the gradients of all optimizers in place, once per step. Does not wait.
 
         After `scale` and all backward passes of the step; before gradients are clipped or looked at.
         """
@@ -115,7 +115,7 @@ class Precision:
         if scale is None:
             raise PrecisionError("found_inf() was called before any loss was scaled")
         found = [one for optimizer in optimizers for one in self.scaler._found_inf_per_device(optimizer).values()]
-        if not found:  # no parameter of any optimizer got a gradient, so nothing overflowed
+        if not found:  # no optimizer has a gradient, so none overflowed
             return torch.zeros((), dtype=torch.float32, device=scale.device)
         total: torch.Tensor = found[0].to(scale.device, non_blocking=True)
         for one in found[1:]:
@@ -123,7 +123,7 @@ class Precision:
         return total
 
     def update(self) -> None:
-        """End the step: the scale shrinks after a step that was left out, and grows after many that were not.
+        """End the step: the scale shrinks after a skipped step, and grows after many others.
 
         Call it once a step after `unscale_`, whether or not the optimizers stepped. Does not wait.
         """
@@ -133,8 +133,7 @@ class Precision:
         if any(state["found_inf_per_device"] for state in states):
             self.scaler.update()
         else:
-            # No gradient at all: `update` would refuse. Keep the scale; only the optimizers' stages are
-            # reset.
+            # Without any gradient `update` would raise: keep the scale, and reset the optimizers' stages only.
             self.scaler.update(self.scaler._get_scale_async())
 
 

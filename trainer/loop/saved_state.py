@@ -17,9 +17,9 @@ from events.errors import CheckpointMismatch
 from events.log import logger
 
 INSTEAD = "; TrainerArguments(reset_optimizers_schedulers=True) begins with new ones"
-"""What to do instead, for messages."""
+"""The fix, for messages."""
 _SWITCHES = frozenset({"fused", "foreach", "capturable", "differentiable"})
-"""Settings of how an optimizer computes, not of what: a checkpoint does not change them."""
+"""Settings of an optimizer's implementation, which a checkpoint does not change."""
 _COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
 """State of torch's optimizers that has one element."""
 _MOMENTS = frozenset(
@@ -30,8 +30,8 @@ _MOMENTS = frozenset(
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
-class _Unlike(Exception):  # not an error by itself: the caller knows of what checkpoint, and what to do
-    """A value is not of the kind that the live one has."""
+class _Unlike(Exception):  # not an error: the caller adds the checkpoint and the fix
+    """A saved value differs in kind from the live one."""
 
 
 def like(own: Any, saved: Any) -> Any:
@@ -109,7 +109,7 @@ def checked_scheduler(scheduler: Any, saved: Any, where: str) -> Any:
     """
     load = getattr(type(scheduler), "load_state_dict", None)
     if saved is None or not getattr(load, "__module__", "").startswith("torch."):
-        return saved  # it sees to that itself
+        return saved  # it checks that itself
     own = scheduler.state_dict()
     name = "state"
     try:
@@ -165,7 +165,7 @@ def checked_optimizer(optimizer: torch.optim.Optimizer, saved: Any, where: str) 
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checked: dict[str, Any]) -> None:
-    """Have an optimizer take over a state of its own, or what `checked_optimizer` returned, with the types in it.
+    """Load an optimizer's own state, or the result of `checked_optimizer`, with its types.
 
     Torch brings a state to its parameter's type: float32 moments of a bfloat16 weight are meant. And lay out in memory
     as the parameter is what belongs to its elements, such as one that is ``channels_last``.
@@ -175,10 +175,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checked: dict[str, Any])
     for parameter, number in zip(_parameters(optimizer), numbers, strict=True):
         for name, value in checked["state"].get(number, {}).items():
             own = optimizer.state[parameter].get(name)
-            # Torch gives a step the type that its kernels read.
+            # Torch gives ``step`` the type that its kernels read.
             if name == "step" or not (isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor)):
                 continue
-            # Fused kernels walk through both as they lie in memory, and a file does not know how they lay.
+            # Fused kernels read both in memory order, which a file does not hold.
             if own.shape == parameter.shape and own.stride() != parameter.stride():
                 optimizer.state[parameter][name] = own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             if own.dtype != value.dtype:
@@ -190,19 +190,19 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _kind_of(optimizer: torch.optim.Optimizer) -> type:
-    """The class of torch's that it is, or derives from; `torch.optim.Optimizer` for one of another package."""
+    """Return torch's class of an optimizer; `torch.optim.Optimizer` for one of another package."""
     return next(one for one in type(optimizer).__mro__ if one.__module__.startswith("torch.optim"))
 
 
 def _check_tensors(optimizer: torch.optim.Optimizer, parameters: dict[Any, torch.Tensor], state: Any) -> None:
-    """Check the state of each parameter: of torch's optimizers, that it has the shapes that these make.
+    """Check the state of each parameter: for torch's optimizers, that it has their shapes.
 
-    Of other optimizers, what they have made already shows its shapes; the rest is theirs to check.
+    For other optimizers, existing state shows its shapes; they check the rest themselves.
     """
     kind = _kind_of(optimizer)
     elements = sum(one.numel() * (1 + one.is_complex()) for one in parameters.values())
     strange: set[str] = set()
-    for number in state.keys() & parameters.keys():  # the rest is kept, and no kernel gets it
+    for number in state.keys() & parameters.keys():  # the rest is kept, and reaches no kernel
         parameter = parameters[number]
         for name, value in state[number].items():
             made = getattr(optimizer, "state", {}).get(parameter, {}).get(name)

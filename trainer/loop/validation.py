@@ -1,4 +1,4 @@
-"""Validations during training: when they are due, and who follows their metrics."""
+"""Validations during training: due dates, and the users of their metrics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Validation:
 
     @property
     def is_due(self) -> bool:
-        """Whether the step that has ended is one to validate after."""
+        """Whether a validation is due after the last step."""
         step = self._attempt.origin.global_step
         # A step that was skipped right after a validation does not validate again.
         return self._interval is not None and step % self._interval == 0 and step != self._position.validated_at
@@ -53,13 +53,13 @@ class Validation:
         self._run(interrupted)
         self._position.phase = "train"
         if self._boundary.stop_wanted and interrupted is None:
-            self._boundary.take_commands()  # at this very step
+            self._boundary.take_commands()  # before the next step
 
     def after_epoch(self, epoch: int, interrupted: RngState | None = None) -> None:
         """Validate at the end of an epoch, if that is due."""
         attempt, every = self._attempt, self._attempt.arguments.val_interval_epochs
         last = epoch + 1 == attempt.arguments.epoch_limit or attempt.is_at_max_steps
-        if self._interval is not None:  # the end is validated too, whatever the interval
+        if self._interval is not None:  # the end is validated with any interval
             is_due = last and self._position.validated_at != attempt.origin.global_step
         else:
             is_due = bool(every) and (last or (epoch + 1) % every == 0)
@@ -67,7 +67,7 @@ class Validation:
             self._run(interrupted)
 
     def judge_epoch(self) -> None:
-        """Hand on the metrics of the epoch itself: to those that follow ``train_epoch_loss``, or had no validation."""
+        """Pass the epoch's metrics to the users of ``train_epoch_loss``, and to those without a validation."""
         never = self._interval is None and not self._attempt.arguments.val_interval_epochs
         in_its_place = never or self._position.judges_epoch
         self._judge(self._attempt.recorder.epoch, epoch_loss=None if in_its_place else True)
@@ -75,7 +75,7 @@ class Validation:
 
     @property
     def follows_epoch_loss(self) -> bool:
-        """Whether the loop itself needs the epoch's mean loss: else it is computed where losses are read."""
+        """Whether the loop needs the epoch's mean loss, which is otherwise computed where losses are read."""
         callbacks = self._attempt.hooks.callbacks
         return (
             self._optimization.schedules.follows_epoch_loss
@@ -134,7 +134,7 @@ class Validation:
             return as_val_loaders(attempt.module.get_val_dataloaders(sampler, batch_size))
 
     def _judge(self, metrics: dict[str, Value], *, epoch_loss: bool | None) -> None:
-        """Hand these metrics to all that follow one: schedulers, the best checkpoint, callbacks.
+        """Pass metrics to their users: schedulers, the best checkpoint, callbacks.
 
         Args:
             epoch_loss: Only to those that follow ``train_epoch_loss``; False: only to the others. None: to all.

@@ -1,4 +1,4 @@
-"""The death of a dataloader's workers: which deaths a stop explains, and where the loop hears of one.
+"""The death of dataloader workers: deaths that a stop explains, and their report to the loop.
 
 A signal to a whole process group, as systemd, Slurm and ``kill -TERM -- -PGID`` send it, ends the workers with the
 run. torch would raise its error from a SIGCHLD handler wherever the main thread is, in an optimizer's step for example.
@@ -29,9 +29,9 @@ _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:exited unex
 _KILLED = re.compile(r"is killed by signal: ([^.]+)\.")
 _BY_A_STOP = {signal.strsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 _SIGNAL_WAIT_S = 1.0
-"""How long a dead worker waits for the signal or command that explains its death: workers may get a signal first."""
+"""Seconds to wait for the signal or command that explains a death: workers may receive a signal first."""
 _DEATH_WAIT_S = 0.2
-"""How long an error of a broken connection waits for the death of the worker behind it."""
+"""Seconds to wait for a worker's death after an error of a broken connection."""
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def hold_deaths(control: Control, within: CodeType) -> Iterator[None]:
         within: The code of a signal handler that this one may interrupt; that one calls `Control.end_wait` itself.
     """
     before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    if before is None or before is signal.SIG_IGN:  # one that Python does not know, or children that nobody waits for
+    if before is None or before is signal.SIG_IGN:  # a handler that Python does not know, or no handler
         yield
         return
 
@@ -56,7 +56,7 @@ def hold_deaths(control: Control, within: CodeType) -> Iterator[None]:
                 control.dead_worker = control.dead_worker or str(error)
         if callable(before):
             before(number, frame)
-        if not _is_within(frame, within):  # an exception from here would cut it short, and the signal would be lost
+        if not _is_within(frame, within):  # an exception here would interrupt it, and the signal would be lost
             control.end_wait()
 
     # torch sets its handler with the first workers of a process, and would set it before this one.
@@ -77,7 +77,7 @@ def _is_within(frame: FrameType | None, code: CodeType) -> bool:
 
 
 class Batches:
-    """Iterates over a dataloader on the loop's thread; takes the stop of which its workers have died.
+    """Iterates over a dataloader on the loop's thread; handles the stop that killed its workers.
 
     Args:
         open_: Begins to iterate over the dataloader.
@@ -103,7 +103,7 @@ class Batches:
     def _read(self, function: Callable[[], _T]) -> _T:
         control = self._boundary.attempt.control
         try:
-            if control.dead_worker is not None:  # torch might wait for the rest of what a dead worker began to send
+            if control.dead_worker is not None:  # torch might wait for the rest of a dead worker's message
                 raise RuntimeError(control.dead_worker)
             control.reading = self._on_main
             return function()
@@ -120,7 +120,7 @@ class Batches:
 
 
 def take_stop_of_dead_workers(boundary: Boundary, error: Exception, *, checkpoint: bool) -> str | None:
-    """Take the stop or cancellation that explains the death of a worker.
+    """Handle the stop or cancellation that explains the death of a worker.
 
     Returns:
         What torch reports about the death, if neither came; None if the error is another one.
@@ -152,11 +152,11 @@ def take_stop_of_dead_workers(boundary: Boundary, error: Exception, *, checkpoin
 
 
 def _death(control: Control, error: Exception) -> str | None:
-    """What torch reports about the dead worker behind an error; None if there is none."""
+    """Return torch's message about the dead worker behind an error; None without one."""
     for one in chain_of(error):
         if type(one) is RuntimeError and _DEATH.search(str(one)):
             return control.dead_worker or str(one)
-    if isinstance(error, ConnectionError | EOFError | FileNotFoundError):  # a tensor's memory that the worker had
+    if isinstance(error, ConnectionError | EOFError | FileNotFoundError):  # shared memory of the worker
         deadline = time.monotonic() + _DEATH_WAIT_S
         while control.dead_worker is None and time.monotonic() < deadline:
             time.sleep(0.01)

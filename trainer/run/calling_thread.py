@@ -31,8 +31,8 @@ _News = Session | BaseException | str
 def run_here(make: Callable[[], Session], control: Control) -> Session:
     """Run the loop on this thread and the event loop on another, until both have ended.
 
-    The session is made in the event loop, because this thread may already run one of another kind. A signal that
-    arrives meanwhile waits in ``control``.
+    The session is made in the event loop, because this thread may already run one of another kind. A signal
+    that arrives before it is made waits in ``control``.
 
     Returns:
         The session, which has ended. `Control.stopped_by` is the first signal that arrived.

@@ -13,7 +13,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     An accelerator is returned with its index, so that it compares equal to the device of a tensor on it.
 
     Raises:
-        ArgumentsError: There is no such device, or this torch cannot use it.
+        ArgumentsError: The device does not exist, or this torch cannot use it.
     """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -42,7 +42,7 @@ _JOURNAL_WAIT_S = 5.0
 """Maximum seconds that a checkpoint waits for the journal to hold the events before it."""
 _SETTLE_S = 0.01
 _LOOK_S = 0.1
-"""Seconds between two looks, meanwhile, at whether the journal can write at all."""
+"""Seconds between two checks, during that wait, whether the journal can write."""
 HURRIED_DRAIN_S = 0.5
 """Maximum seconds per drain after a second signal."""
 
@@ -297,7 +297,7 @@ class Observers:
         return reports
 
     def end(self) -> None:
-        """The run is over, whatever has failed: no one waits for the journal any more."""
+        """End all waits for the journal, after any failure."""
         self._is_over = True
 
     def problems(self, reports: list[ObserverReport], *, on_stderr: bool) -> list[str]:
