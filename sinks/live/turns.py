@@ -56,7 +56,7 @@ class Turns:
             self._begin(now + min(_LATER_S * self._had[thread], _MOST_LATER_S))
 
     def _begin(self, rank: float) -> None:
-        mine = rank, next(self._numbers)
+        mine, wait_s = (rank, next(self._numbers)), 0.0
         with self._changed:
             bisect.insort(self._waiting, mine)
             try:

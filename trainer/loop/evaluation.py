@@ -213,14 +213,16 @@ class _Tally:
         """
         self.batches += 1
         self.rows = None if rows is None or self.rows is None else self.rows + rows
-        first: Any = values[0] if values else None
-        loss = _loss(first, rows, weight) if first is not None else None
-        if loss is not None and self._has_losses:
-            self.losses.append((loss, len(first) if counts_rows and _is_vector(first) else weight))
-        elif first is not None and loss is None:
+        if not values or values[0] is None:
+            return True
+        first = values[0]
+        loss = _loss(first, rows, weight)
+        if loss is None:
             self._has_losses = False
             self.losses.clear()
-        return loss is not None or first is None
+        elif self._has_losses:
+            self.losses.append((loss, len(first) if counts_rows and _is_vector(first) else weight))
+        return loss is not None
 
 
 def _loss(first: Any, rows: int | None, weight: float) -> Value | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -61,7 +61,7 @@ def like(own: Any, saved: Any) -> Any:
         samples = [*own, *[own[-1] if own else None] * (len(saved) - len(own))]
         items = [like(sample, item) for sample, item in zip(samples, saved, strict=False)]
         return tuple(items) if isinstance(own, tuple) else items
-    if isinstance(own, Mapping) and type(own) is type(saved):
+    if isinstance(own, Mapping) and isinstance(saved, Mapping) and type(own) is type(saved):
         checked = {key: like(own.get(key), item) for key, item in saved.items()}
         return type(own)(checked)  # type: ignore[call-arg]
     if type(own) is not type(saved):
@@ -84,7 +84,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -237,6 +237,7 @@ class Session:
 
     async def _serve(self) -> None:
         with logging_for(self.origin), anyio.CancelScope(shield=True):
+            reports: list[ObserverReport] = []
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(outliving, self.pump.run, name="stagecast bus")
