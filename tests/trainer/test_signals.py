@@ -561,7 +561,7 @@ class Net(ModuleInterface):
             for _ in range(20_000):  # where torch's handler would raise
                 pass
         if not self.quiet and global_step == 5 and self.place == "own data":
-            next(iter(self.loader("own data", batch.shape[0], 8)))
+            next(iter(self.loader("own data", batch.shape[0], 0)))
         return (self.linear(batch) - 1).pow(2).mean()
     def val_step(self, global_step, batch, device):
         return self.linear(batch).mean()
