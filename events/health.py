@@ -288,7 +288,7 @@ class _Occurrences(msgspec.Struct):
     in_a_row: int = 0
 
     def add(self, in_a_row: int) -> None:
-        """Count one more report, of so many in a row."""
+        """Count a report, which is one of ``in_a_row``."""
         self.count += in_a_row - self.in_a_row if in_a_row > self.in_a_row else in_a_row
         self.in_a_row = in_a_row
 

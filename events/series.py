@@ -1,7 +1,7 @@
 """Curves of a run in bounded memory, for charts, late clients and reports.
 
-A series keeps the mean, the smallest and the largest value of so many steps each. When it has too many of these points,
-pairs become one, so that however long a run is, its curve fits a screen, and no spike is lost in it.
+Each point of a series has the mean, the smallest and the largest value of several steps. A series with too many points
+merges them in pairs, so that the curve of a run of any length fits a screen, and no spike is lost.
 """
 
 from __future__ import annotations

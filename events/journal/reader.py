@@ -214,7 +214,7 @@ class JournalReader:
         return following is not None and self._cursor < following.seq <= event.seq
 
     def _fill(self) -> bool:
-        """Read whole lines into ``_lines``; False when there are none for now."""
+        """Read whole lines into ``_lines``; False if there are none at present."""
         numbers: list[int] = []
         while True:
             # List first: the writer has left a segment before it creates the next, so one that is read to its

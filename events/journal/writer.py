@@ -55,7 +55,7 @@ JOURNAL_DELIVERY = Delivery(
     capacity_bytes=64 * 2**20,
     latency_s=0.2,
     on_error="retry",
-    # As long as the run lasts: a disk that was full has room again when somebody makes some.
+    # As long as the run lasts: a full disk has room again once files are deleted.
     retries=2**31 - 1,
     backoff_s=0.1,
     max_backoff_s=5.0,

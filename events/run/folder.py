@@ -328,7 +328,7 @@ def _lock(folder: Path, undo: contextlib.ExitStack) -> int:
 
 
 def _lock_patiently(fd: int) -> None:
-    """Lock it, though somebody may be looking at this moment whether it is held (`is_held`)."""
+    """Lock it; `is_held` in another process may hold it for a moment."""
     deadline = time.monotonic() + _LOOKED_AT_S
     while True:
         try:

@@ -50,8 +50,8 @@ class CheckpointWriter:
         store: The run's checkpoints.
         origin: Builds the headers of events without an event of their own.
         publish: `Ring.publish`.
-        sync_journal: Returns when the events up to a ``seq`` are on stable storage, or cannot be for now: the journal
-            must contain the steps that a resumed run does not repeat.
+        sync_journal: Returns when the events up to a ``seq`` are on stable storage, or cannot be: the journal must
+            contain the steps that a resumed run does not repeat.
         weights: Returns the module's weights once training has ended cleanly; else None.
         module: Qualified name of the module's class.
         versions: See `events.checkpoint.manifest.Manifest`.

@@ -217,7 +217,7 @@ class ConsoleWriter:
 
     def _draw(self, lines: Iterable[Line]) -> None:
         rows = [] if self._state.has_ended else self._rows()
-        # Only our own bars are cleared away: without them the cursor may stand behind somebody else's text.
+        # Only our own bars are cleared away: without them the cursor may be behind the program's own text.
         frame = [_CLEAR_BELOW if self._block else "", *(f"{row}\n" for row in self._wrapped(lines))]
         if rows:
             frame += ["\n", "\n".join(rows), f"\x1b[{len(rows)}A\r"]
