@@ -256,8 +256,8 @@ class Task:
         origin = self._attempt.origin
         if loaded is not None:
             in_line = self._attempt.plan.name_of(loaded) is not None
-            # The repeated steps of earlier attempts are superseded: all of them, if this run resumes from the checkpoint
-            # of another one.
+            # The repeated steps of earlier attempts are superseded: all of them, if this run resumes from a checkpoint
+            # that belongs to another one.
             after_seq = loaded.manifest.seq if in_line else 0
             self._attempt.bus.publish(
                 RunResumed(*origin.header(), checkpoint=str(loaded.manifest.name), after_seq=after_seq)
