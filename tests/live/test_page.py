@@ -634,7 +634,7 @@ def test_server_sent_events_where_websockets_do_not_get_through(
     server.train(run, 3)
     expect(page.locator("#tiles dd").first).to_contain_text("603")
     page.click("#checkpoint")
-    expect(page.locator("#toast")).to_contain_text("asked for")
+    expect(page.locator("#toast")).to_contain_text("takes effect at the next step")
     assert [command["command"] for command in run.commands] == ["checkpoint"]
 
 

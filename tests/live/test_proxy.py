@@ -90,7 +90,7 @@ def test_the_page_works_behind_nginx(
     told.write(*told.story.steps(3))
     expect(page.locator("#tiles dd").first).to_contain_text("11", timeout=3_000)
     page.click("#pause")
-    expect(page.locator("#toast")).to_contain_text("asked for")
+    expect(page.locator("#toast")).to_contain_text("takes effect at the next step")
     if locations is NGINX:
         with kit.watch(url, origin=url.removesuffix("/live/")) as watched:
             watched.send(kit.Watcher().hello())

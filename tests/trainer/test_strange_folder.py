@@ -203,13 +203,13 @@ def test_a_made_up_number_of_an_attempt_leaves_no_checkpoint_that_cannot_be_foun
 def test_a_command_that_is_not_a_file_is_refused_once(
     kit: Any, tmp_path: Path, secret: Secret, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where it can be removed it is; the commands after it are taken."""
+    """Where it can be removed it is; the commands after it, whose names have a later time, are taken."""
     run_dir = tmp_path / "run"
 
     class Waits(kit.Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             if global_step == 1:
-                secret.put(run_dir / "commands" / "99999999999999999998.json", kind)
+                secret.put(run_dir / "commands" / "00000000000000000001.json", kind)
                 send_command(run_dir, Stop(id="1", reason="enough"))
             return super().train_step(global_step, batch, device)
 
@@ -217,7 +217,7 @@ def test_a_command_that_is_not_a_file_is_refused_once(
         outcome = kit.train(Waits(), run_dir=run_dir, journal=True, epochs=10**6)
     secret.check()
     assert outcome.result.reason == "enough"
-    assert caplog.text.count("commands/99999999999999999998.json is not a command") == 1
+    assert caplog.text.count("commands/00000000000000000001.json is not a command") == 1
 
 
 # ----------------------------------------------------------------------------------- checkpoints of another run
