@@ -61,6 +61,13 @@ class Program(NamedTuple):
         return cls([sys.executable, "-P", "-m", module], {**os.environ, "PYTHONPATH": path, **env}, cwd)
 
 
+_STARTING = threading.RLock()
+"""Held while a child starts, and by any fork: `subprocess.Popen` waits until no process holds its pipe, and a
+dataloader's worker that another thread forks meanwhile would hold it for its life."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_STARTING.acquire, after_in_parent=_STARTING.release, after_in_child=_STARTING.release)
+
+
 class Child(Generic[T]):
     """A child process in a session of its own, from its start to its death.
 
@@ -92,16 +99,17 @@ class Child(Generic[T]):
         self._channel.setblocking(False)
         with channel:
             try:
-                self._popen = subprocess.Popen(
-                    [*program.command, str(channel.fileno()), str(os.getpid())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=program.env,
-                    cwd=program.cwd,
-                    pass_fds=(channel.fileno(),),
-                    start_new_session=True,  # Ctrl-C in a terminal is for the parent; and the child leads a group
-                )
+                with _STARTING:
+                    self._popen = subprocess.Popen(
+                        [*program.command, str(channel.fileno()), str(os.getpid())],
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        env=program.env,
+                        cwd=program.cwd,
+                        pass_fds=(channel.fileno(),),
+                        start_new_session=True,  # Ctrl-C in a terminal is for the parent; and the child leads a group
+                    )
             except BaseException:
                 self._channel.close()
                 raise

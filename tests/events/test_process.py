@@ -104,6 +104,41 @@ def test_a_child_has_died_although_a_process_that_it_forked_holds_the_channel_op
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def test_a_process_that_is_forked_meanwhile_does_not_hold_up_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataloader's worker, for example, which inherits all pipes that are open at that moment."""
+    fork_exec = subprocess._fork_exec  # type: ignore[attr-defined]
+    workers: list[int] = []
+
+    def fork() -> None:
+        if (pid := os.fork()) == 0:
+            try:
+                time.sleep(LIMIT_S)
+            finally:
+                os._exit(0)
+        workers.append(pid)
+
+    forking = threading.Thread(target=fork)
+
+    def meanwhile(*args: Any) -> int:
+        forking.start()
+        forking.join(0.5)  # in vain, if forks wait for the start
+        pid: int = fork_exec(*args)
+        return pid
+
+    monkeypatch.setattr(subprocess, "_fork_exec", meanwhile)
+    started: list[Started] = []
+    starting = threading.Thread(target=lambda: started.append(Started(bare("send(b'ready')"))), daemon=True)
+    starting.start()
+    starting.join(LIMIT_S / 3)
+    waits = starting.is_alive()
+    forking.join()
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert not waits, "the start waited for the process that was forked"
+    assert started[0].wait() == 0
+
+
 def test_a_child_that_closes_the_channel_is_waited_for() -> None:
     """The end of the channel is not its death."""
     child = Started(bare("os.close(int(sys.argv[1])); time.sleep(0.3); os._exit(5)"))
