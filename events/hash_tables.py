@@ -1,7 +1,7 @@
 """Bounds the time in which a dict or a set of a stranger's keys is built.
 
-Python's hashes of numbers are no secret. Keys can be chosen so that the search for a free place runs along all places
-that are taken: a megabyte of them takes minutes, and as long again whenever the table is copied.
+Python's hashes of numbers can be predicted. An attacker can choose keys for which the search for a free place visits
+all occupied places: a megabyte of them takes minutes, and as long again whenever the table is copied.
 """
 
 from __future__ import annotations

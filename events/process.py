@@ -110,7 +110,7 @@ class Child(Generic[T]):
                         pass_fds=(channel.fileno(),),
                         start_new_session=True,  # Ctrl-C in a terminal is for the parent; and the child leads a group
                     )
-            except BaseException:
+            except BaseException:  # propagates unchanged, without the channel
                 self._channel.close()
                 raise
         self._flush()  # now: this process may be killed before it calls `run`

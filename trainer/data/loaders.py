@@ -54,7 +54,7 @@ class ShuffledSampler(Sampler[int]):
         # Hashed, because seed + epoch would give (0, 1) and (1, 0) the same order.
         digest = hashlib.blake2b(f"{self.seed}:{self.epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-        # On the host, not the program's default device: a step must not wait for a device.
+        # On the host, not the program's default device: `tolist` and the step must not wait for a device.
         order = torch.randperm(len(self.data_source), generator=generator, device="cpu")
         skip, type(self).skip = self.skip, 0  # once, because the module may keep its loader for later epochs
         yield from order[skip:].tolist()
