@@ -99,13 +99,15 @@ def address(kit: Any, folder: Path) -> str:
     return url
 
 
-def test_a_port_that_is_taken_disables_the_sink_and_not_the_run(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_disables_the_sink_and_not_the_run(kit: Any) -> None:
     """The run says why, and goes on to its end."""
     module, memory = Held(), Memory()
-    module.go_on.set()
     with sockets.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        Started(module, [(Live(port=port), HERE), memory], journal=False).join()
+        run = Started(module, [(Live(port=port), HERE), memory], journal=False)
+        kit.wait_until(lambda: memory.of(ObserverFailed))
+        module.go_on.set()
+        run.join()
     failed = [event for event in memory.of(ObserverFailed) if event.action == "disabled"]
     assert f"127.0.0.1:{port}" in failed[0].error
     assert memory.of(RunEnded)[0].status == "finished"

@@ -469,3 +469,17 @@ def test_a_real_gpu_is_sampled(kit: Any) -> None:
     gpu = samples[-1].gpus[0]
     assert gpu.name == torch.cuda.get_device_name(0)
     assert 0 < gpu.memory_used_bytes <= gpu.memory_total_bytes
+
+
+def test_a_machine_that_does_nothing_has_a_rate_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not an unknown one: the sum of its times is rounded each time that one of them grows."""
+    idle_s = iter([29328.48, 29329.37, 29330.11, 29331.93])
+    times = psutil.cpu_times()
+    zeros = dict.fromkeys(times._fields, 0.0)
+    monkeypatch.setattr(
+        psutil, "cpu_times", lambda: type(times)(**zeros | {"user": 34606.94, "nice": 2061.15, "idle": next(idle_s)})
+    )
+    clock = iter(range(1_000))
+    monkeypatch.setattr(system_module.time, "monotonic", lambda: float(next(clock)))
+    machine = system_module._Machine(psutil, None)
+    assert [machine.read()["cpu_percent"] for _ in range(4)] == [None, 0.0, 0.0, 0.0]

@@ -177,7 +177,8 @@ class _Machine:
         times = self._psutil.cpu_times()
         idle: float = times.idle + getattr(times, "iowait", 0.0)
         guests: float = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # in `user` and `nice` already
-        return float(sum(times)) - idle - guests
+        # Hundredths, as the system counts: the rest is rounding, and would turn a second without work into a decrease.
+        return round(float(sum(times)) - idle - guests, 2)
 
     def _tree(self) -> tuple[float, int]:
         """Return processor seconds and resident bytes of this process and its children; seconds of ended ones too."""
@@ -187,7 +188,7 @@ class _Machine:
                 times = process.cpu_times()
                 used_s += times.user + times.system + times.children_user + times.children_system
                 resident += process.memory_info().rss
-        return used_s, resident
+        return round(used_s, 2), resident
 
     def _children(self) -> list[Any]:
         """Return all descendants of this process.
