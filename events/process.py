@@ -26,7 +26,7 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 import msgspec
 
 from events.log import logger
-from events.wire import without_surrogates
+from events.wire import encode_escaped
 
 _LOOK_S = 0.1
 """Maximum seconds until the parent sees that a deadline has passed, or that a child has died whose channel is open."""
@@ -37,7 +37,6 @@ _ALIVE_S = 0.5
 _LENGTH = struct.Struct("<I")
 
 T = TypeVar("T")
-Outgoing = msgspec.Struct | msgspec.Raw
 
 
 class Program(NamedTuple):
@@ -83,7 +82,7 @@ class Child(Generic[T]):
     """
 
     def __init__(
-        self, program: Program, output: IO[bytes], decoder: msgspec.msgpack.Decoder[T], first: Outgoing
+        self, program: Program, output: IO[bytes], decoder: msgspec.msgpack.Decoder[T], first: msgspec.Struct
     ) -> None:
         self.spares_group = False
         """Whether the processes that the child leaves behind may run on: only if it has ended cleanly."""
@@ -120,7 +119,7 @@ class Child(Generic[T]):
         """The process id; None once the child has died and was reaped."""
         return None if self._reaped else self._popen.pid
 
-    def send(self, message: Outgoing) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         """Send a message; what the channel has no room for is sent later. Signal handlers may call this."""
         self._queued.append(_frame(message))
         self._flush()
@@ -226,7 +225,7 @@ class Parent:
         """Whether the parent has died, in whatever way."""
         return os.getppid() != self._pid
 
-    def send(self, message: Outgoing) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         """Send a message; wait until the parent reads it or is gone. Any thread."""
         frame, poll = _frame(message), select.poll()
         poll.register(self._channel, select.POLLOUT)
@@ -311,12 +310,8 @@ class _Frames:
                 yield message
 
 
-def _frame(message: Outgoing) -> bytes:
-    try:
-        data = msgspec.msgpack.encode(message)
-    except UnicodeEncodeError:
-        plain = msgspec.to_builtins(message, builtin_types=(bytes,))
-        data = msgspec.msgpack.encode(without_surrogates(plain))
+def _frame(message: msgspec.Struct) -> bytes:
+    data = encode_escaped(message, msgspec.msgpack.encode)
     return _LENGTH.pack(len(data)) + data
 
 

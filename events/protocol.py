@@ -111,15 +111,19 @@ class EventStream(Protocol):
         ...
 
 
-class Connection(Protocol):
-    """What carries the protocol: the loop of this process, a child process, a network."""
+class Commands(Protocol):
+    """Where a run takes commands: its loop in this process, or its folder (`events.run.inbox.commands_of`)."""
+
+    def send(self, command: AnyCommand, /) -> None:
+        """Hand over a command. Any thread; may wait for a disk, but not for the run."""
+        ...
+
+
+class Connection(Commands, Protocol):
+    """What carries the protocol: the loop of this process, a child process, a network. Its `send` never waits."""
 
     @property
     def run_id(self) -> str: ...
-
-    def send(self, command: AnyCommand) -> None:
-        """Hand over a command without waiting; safe from any thread."""
-        ...
 
     def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
         """Open a stream of the run's events."""

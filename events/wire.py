@@ -44,7 +44,7 @@ NONFINITE = "nonfinite"
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _NONFINITE_KEY = f'"{NONFINITE}"'.encode()
 _KNOWN = frozenset(event_type.__name__ for event_type in EVENT_TYPES)
-_AnyEvent: Any = functools.reduce(operator.or_, EVENT_TYPES)
+_AnyEvent: type[Event] = functools.reduce(operator.or_, EVENT_TYPES)  # their union, for `msgspec`
 
 # What msgspec raises for content that it refuses. Its own errors and UnicodeError are ValueErrors.
 _REFUSED = (ValueError, TypeError, OverflowError, RecursionError)
@@ -54,7 +54,6 @@ _msgpack = msgspec.msgpack.Encoder()
 _from_json: msgspec.json.Decoder[Event] = msgspec.json.Decoder(_AnyEvent)
 _from_msgpack: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(_AnyEvent)
 _command_from_json: msgspec.json.Decoder[AnyCommand] = msgspec.json.Decoder(AnyCommand)
-_command_from_msgpack: msgspec.msgpack.Decoder[AnyCommand] = msgspec.msgpack.Decoder(AnyCommand)
 
 
 # ------------------------------------------------------------------------------------------------- events
@@ -119,10 +118,7 @@ def encode_msgpack(event: Event) -> bytes:
     if type(event) is UnknownEvent:
         return _raw_as(event, "msgpack")
     try:
-        try:
-            return _msgpack.encode(event)
-        except UnicodeEncodeError:
-            return _msgpack.encode(without_surrogates(msgspec.to_builtins(event, str_keys=True)))
+        return encode_escaped(event, _msgpack.encode)
     except _REFUSED as error:
         raise _unencodable(event, error) from error
 
@@ -142,38 +138,20 @@ def decode_msgpack(data: bytes) -> Event:
 # ----------------------------------------------------------------------------------------------- commands
 
 
-def encode_command_json(command: AnyCommand) -> bytes:
-    """Encode a command as one JSON object on one line. Raises `WireError` for text that is not Unicode."""
-    return _encode_command(command, _json.encode)
-
-
-def decode_command_json(data: bytes) -> AnyCommand:
-    """Decode a command. Unknown fields are ignored; an unknown command raises `WireError`."""
-    return _decode_command(data, _command_from_json.decode)
-
-
-def encode_command_msgpack(command: AnyCommand) -> bytes:
-    """Encode a command as one msgpack map. Raises `WireError` for text that is not Unicode."""
-    return _encode_command(command, _msgpack.encode)
-
-
-def decode_command_msgpack(data: bytes) -> AnyCommand:
-    """Decode a command. Unknown fields are ignored; an unknown command raises `WireError`."""
-    return _decode_command(data, _command_from_msgpack.decode)
-
-
-def _encode_command(command: AnyCommand, encode: Callable[[Any], bytes]) -> bytes:
+def encode_command(command: AnyCommand) -> bytes:
+    """Encode a command as one JSON object on one line. Raises `WireError` for a field that is not of its type."""
     try:
-        return encode(command)
+        return encode_escaped(command, _json.encode)
     except _REFUSED as error:
         raise WireError(
-            f"the command {type(command).__name__} cannot be encoded: {error}; give it plain Unicode text"
+            f"the command {type(command).__name__} cannot be encoded: {error}; give it plain text"
         ) from error
 
 
-def _decode_command(data: bytes, decode: Callable[[bytes], AnyCommand]) -> AnyCommand:
+def decode_command(data: bytes) -> AnyCommand:
+    """Decode a command. Unknown fields are ignored; an unknown command raises `WireError`."""
     try:
-        return decode(data)
+        return _command_from_json.decode(data)
     except _REFUSED as error:
         raise WireError(
             f"not a command: {error}, in {_excerpt(data)}; send an object whose member 'command' is "
@@ -192,15 +170,12 @@ def _encode_json_carefully(event: Event) -> bytes:
         _find_nonfinite(tree, "", found)
         if found:
             tree[NONFINITE] = found
-        try:
-            return _json.encode(tree)
-        except UnicodeEncodeError:
-            return _json.encode(without_surrogates(tree))
+        return encode_escaped(tree, _json.encode)
     except _REFUSED as error:
         raise _unencodable(event, error) from error
 
 
-def _find_nonfinite(value: Any, pointer: str, found: dict[str, str]) -> None:
+def _find_nonfinite(value: object, pointer: str, found: dict[str, str]) -> None:
     if isinstance(value, float):
         if not math.isfinite(value):
             found[pointer] = "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
@@ -213,7 +188,15 @@ def _find_nonfinite(value: Any, pointer: str, found: dict[str, str]) -> None:
             _find_nonfinite(item, f"{pointer}/{index}", found)
 
 
-def without_surrogates(value: Any) -> Any:
+def encode_escaped(value: object, encode: Callable[[object], bytes]) -> bytes:
+    """Encode a Struct or plain values, lone surrogates as their escapes. Raises what ``encode`` raises otherwise."""
+    try:
+        return encode(value)
+    except UnicodeEncodeError:
+        return encode(without_surrogates(msgspec.to_builtins(value, builtin_types=(bytes,), str_keys=True)))
+
+
+def without_surrogates(value: object) -> object:
     """Copy plain values with lone surrogates as their escapes, which every encoding can hold."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()

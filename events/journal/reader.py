@@ -62,7 +62,6 @@ class JournalReader:
         self,
         journal_dir: str | os.PathLike[str],
         since: int = 0,
-        run_id: str | None = None,
         max_skipped: int = 1_000,
         chunk_bytes: int | None = None,
     ) -> None:
@@ -71,7 +70,6 @@ class JournalReader:
         Args:
             journal_dir: The folder of segments.
             since: Events up to this ``seq`` are skipped; 0 for all.
-            run_id: Events of any other run are skipped; None if that is not known.
             max_skipped: Maximum lines in `skipped`, the newest; `skipped_count` counts all.
             chunk_bytes: Bytes per read, which are kept until they are decoded; a mebibyte by default.
         """
@@ -81,7 +79,6 @@ class JournalReader:
         self.skipped_count = 0
         """Number of lines that were skipped."""
         self._chunk_bytes = chunk_bytes
-        self._run_id = run_id
         self._segment: SegmentLines | None = None  # the one being read
         self._offset = 0  # of the next line in it
         self._line = 0  # lines before that
@@ -174,9 +171,8 @@ class JournalReader:
         if previous is None and self._segment.checked:
             self._skip(len(line), "it has no checksum, and other lines of its segment have", torn=self._rest)
             return None
-        if event.seq < 1 or not event.run_id or event.run_id != (self._run_id or event.run_id):
-            whose = f"run_id {event.run_id!r}, seq {event.seq}"
-            self._skip(len(line), f"an event with {whose} is none of run {self._run_id or 'any'!r}")
+        if event.seq < 1 or not event.run_id:
+            self._skip(len(line), f"an event with run_id {event.run_id!r}, seq {event.seq} is not of any run")
             return None
         if event.seq <= self._cursor:
             self._damaged = 0

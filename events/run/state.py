@@ -93,6 +93,12 @@ class RunState(msgspec.Struct, dict=True):
         self.types: frozenset[type[Event]] = self.health.types | {TrainStepEnded, *self._handlers}
         """The types of events that change it."""
 
+    def _join(self, event: Event) -> None:
+        """Start with the first known event of an attempt; its `RunStarted` may have been missed."""
+        self._begin_attempt(event.epoch)
+        run = self.run
+        run.attempt, run.status, run.reason, run.ended, run.paused = event.attempt, "running", None, None, False
+
     def _begin_attempt(self, epochs_done: int) -> None:
         self.pace = Pace()
         self.ledger = StallLedger()
@@ -171,6 +177,11 @@ class RunState(msgspec.Struct, dict=True):
         """Add events, and yield each once the state has it; of steps in a row only the last."""
         steps: list[TrainStepEnded] = []  # added at once: most events are these, and they cost the most
         for event in events:
+            if event.attempt > self.run.attempt:
+                if steps:
+                    yield self._add_steps(steps)
+                    steps.clear()
+                self._join(event)
             if type(event) is TrainStepEnded:
                 steps.append(event)
                 continue

@@ -28,7 +28,7 @@ class Summary(msgspec.Struct, omit_defaults=False):
     problems: BoundList[BoundText] = []
     """The damage, if there is any, and what is unhealthy, as `events.health.Health` finds it."""
     damage: BoundName | None = None
-    """Why the run's folder cannot be read, or not all of it; None for a sound one. The status is ``damaged`` where that
+    """Why the run folder cannot be read, or not completely; None for a valid one. The status is ``damaged`` if that
     leaves it unknown."""
     best: BoundName | None = None
     """The metric by which the run keeps its best checkpoints..."""
@@ -42,6 +42,21 @@ class Summary(msgspec.Struct, omit_defaults=False):
     paused: bool = False
     commands: bool = False
     latest: BoundDict[float | Word] = {}
+
+    def settle(self, *, is_held: bool) -> None:
+        """Set the status of a run without `RunEnded`: whether it is running, lost or damaged.
+
+        Args:
+            is_held: Whether a process holds the run folder (`events.run.folder.is_held`).
+        """
+        if self.status in ("finished", "stopped", "cancelled", "failed"):
+            return
+        if is_held and self.attempt:
+            self.status = "running"
+        elif self.damage is not None:
+            self.status = "damaged"
+        elif self.attempt:
+            self.status = "lost"
 
 
 class UploadState(msgspec.Struct):

@@ -31,7 +31,7 @@ import anyio.to_thread
 import msgspec
 
 from events.errors import ArgumentsError, RunFolderError, WireError
-from events.wire import decode_command_json
+from events.wire import decode_command
 from sinks.damage import unreadable
 from sinks.live.access import Access, Refused, Request
 from sinks.live.asgi import (
@@ -237,7 +237,7 @@ class LiveApp:
     async def _command(self, hub: Hub, data: bytes, request: Request | None = None) -> dict[str, Any]:
         """Send a command to the run, if the host's check allows ``request``; return the answer."""
         try:
-            command = decode_command_json(data)
+            command = decode_command(data)
         except WireError as error:
             return {"type": "refused", "id": None, "reason": str(error)}
         if not self._access.commands:

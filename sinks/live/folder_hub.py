@@ -147,13 +147,10 @@ class FolderHub(Hub):
         """Set the status of a run that ended without `RunEnded`, or that runs again."""
         with self._lock:
             run = self.view.run
-            status = "running" if held and run.attempt and run.status in ("lost", "damaged") else run.status
-            if not held and status == "running":
-                status = "damaged" if run.damage else "lost"
-            if status != run.status:
-                run.status = status
-                if self._changes is not None:
-                    self._changes.run["status"] = status
+            before = run.status
+            run.settle(is_held=held)
+            if run.status != before and self._changes is not None:
+                self._changes.run["status"] = run.status
 
     def _shown(self) -> dict[str, Any]:
         shown = super()._shown()

@@ -23,7 +23,7 @@ from events.journal.segment import JOURNAL_DIR
 from events.journal.tail import journal_tail
 from events.messages import Event, RunResumed
 from events.protocol import AnyCommand
-from events.run.inbox import send_command
+from events.run.inbox import commands_of
 from sinks.live.frames import Message, RecentFrames, encode
 from sinks.live.stored import read_view
 from sinks.live.trim import trimmed
@@ -172,8 +172,9 @@ class Hub:
 
     async def command(self, command: AnyCommand) -> None:
         """Send a command to the run; waits for the disk. Raises `RunFolderError` if the run is not running."""
-        assert self.run_dir is not None
-        await anyio.to_thread.run_sync(send_command, self.run_dir, command, limiter=self._commands)
+        run_dir = self.run_dir
+        assert run_dir is not None
+        await anyio.to_thread.run_sync(lambda: commands_of(run_dir).send(command), limiter=self._commands)
 
     # ------------------------------------------------------------------------------------------ the frames
 

@@ -78,8 +78,7 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
     view, _ = read_view(run_dir)
     if not view.run.run_id:
         raise RunFolderError(f"{run_dir} is damaged: {view.run.damage or 'no line of its journal is an event'}")
-    if view.run.status == "running" and not is_held(run_dir):
-        view.run.status = "damaged" if view.run.damage else "lost"
+    view.run.settle(is_held=is_held(run_dir))
     return view.snapshot()
 
 

@@ -20,7 +20,6 @@ from events.journal.history import EventFinder
 from events.journal.reader import JournalReader
 from events.journal.segment import JOURNAL_DIR, segment_name, segment_numbers
 from events.journal.tail import journal_tail
-from events.messages import RunEnded
 from events.run.folder import is_held
 from events.run.summary import Summary
 from events.safe_files import guard, list_below, stat_below
@@ -282,12 +281,7 @@ def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = Non
             break
     tail = journal_tail(journal_dir).events
     view.add(trimmed([event for event in tail if count and event.seq > view.cursor]))
-    if tail and tail[-1].attempt > view.run.attempt:  # it starts in the middle of the journal
-        view.run.attempt = tail[-1].attempt
-        end = next((event for event in tail if type(event) is RunEnded), None)
-        view.run.status, view.run.ended = ("running", None) if end is None else (end.status, end.time)
-    if view.run.status in ("running", "unknown") and not is_held(run_dir):
-        view.run.status = "lost"
+    view.run.settle(is_held=is_held(run_dir))
     view.run.problems = (health or HealthReader(run_dir)).problems(until)
     _add_damage(view.run, damage_in(reader))
     return view.run
@@ -298,8 +292,7 @@ def _add_damage(run: Summary, reason: str | None) -> None:
         return
     run.damage = reason
     run.problems = [damage_line(reason), *run.problems]
-    if run.status in ("unknown", "lost"):
-        run.status = "damaged"
+    run.settle(is_held=run.status == "running")
 
 
 def _named(found: dict[Path, Summary]) -> tuple[dict[str, tuple[Path, str]], list[Summary]]:

@@ -152,8 +152,7 @@ class RunView(RunState, dict=True):
         self.is_broken = self.is_broken or is_broken
         self.run.damage = reason
         self.run.problems = self.problems
-        if self.run.status in ("unknown", "lost"):
-            self.run.status = "damaged"
+        self.run.settle(is_held=self.run.status == "running")
 
     @property
     def problems(self) -> list[str]:

@@ -463,8 +463,8 @@ def test_a_journal_cut_anywhere_returns_every_whole_line(tmp_path: Path) -> None
 garbage = st.one_of(
     st.binary(max_size=60),
     st.sampled_from([b"\0" * 5000, b"{}", b"null", b"[" * 3000, b'{"type":"RunEnded"}', b'{"type":"Later"}']),
-    st.just(wire.encode_json(RunResumed("another", 9, 2**40, 0.0, 0, 0, 0, None))),
-    st.just(b'{"type":"Later","run_id":"another","seq":999999}'),
+    st.just(wire.encode_json(RunResumed("", 9, 2**40, 0.0, 0, 0, 0, None))),
+    st.just(b'{"type":"Later","run_id":"run","seq":0}'),
 ).map(lambda data: data.replace(b"\n", b" "))
 
 
@@ -481,7 +481,7 @@ def test_garbage_between_lines_is_skipped_and_reported(insertions: list[tuple[in
         folder.mkdir()
         path = folder / "00000000000000000001.jsonl"
         path.write_bytes(b"".join(line + b"\n" for line, _ in marked))
-        reader = JournalReader(folder, run_id="run")
+        reader = JournalReader(folder)
         assert [event.seq for event in read_all(reader, limit)] == list(range(1, 11))
         wrong = [(number, line) for number, (line, good) in enumerate(marked, start=1) if not good and line]
         assert [(skip.line, skip.length) for skip in reader.skipped] == [(n, len(line)) for n, line in wrong]

@@ -30,6 +30,7 @@ from events.messages import (
     ValStepEnded,
 )
 from events.run.state import MAX_CHECKPOINTS, RunState
+from events.run.summary import Summary
 
 
 class Tape:
@@ -121,7 +122,7 @@ def test_the_goal_is_the_nearest_limit_and_unknown_once_exceeded(tape: Tape, sta
 def test_a_reader_that_joins_late_knows_the_position_and_nothing_of_the_plan(tape: Tape, state: RunState) -> None:
     tape.epoch = 3
     state.add([*tape.steps(3), tape(ValStepEnded, key="big", step=7)])
-    assert (state.run.status, state.run.global_step, state.run.epoch) == ("unknown", 3, 3)
+    assert (state.run.status, state.run.global_step, state.run.epoch) == ("running", 3, 3)
     assert (state.steps, state.total_steps, state.run_left_s, state.began) == (None, None, None, None)
     assert state.evaluation is not None
     assert (state.evaluation.stage, state.evaluation.key, state.evaluation.step) == ("val", "big", 7)
@@ -142,6 +143,42 @@ def test_a_new_attempt_starts_over_and_keeps_the_checkpoints(tape: Tape, state: 
     assert (state.has_ended, state.run.status, state.run.reason, state.run.started) == (False, "running", None, first)
     assert (state.ledger.wall_s, state.pace.rate, state.pace.elapsed_s, state.evaluation) == (0.0, None, 0.0, None)
     assert (state.began, list(state.checkpoints)) == (2_000.0, ["step-4.a1"])
+
+
+@pytest.mark.parametrize("first", ["step", "other"])
+def test_an_attempt_whose_start_was_missed_is_running(tape: Tape, state: RunState, first: str) -> None:
+    """As of its first event that is there, of whatever type; the end of an earlier attempt does not count."""
+    state.add([tape.started(), *tape.steps(9), tape(RunEnded, status="failed", reason="E")])
+    tape.attempt, tape.time = 2, 2_000.0
+    state.add(tape.steps(1) if first == "step" else [tape(MetricsLogged, metrics={"a": 1.0})])
+    assert (state.run.attempt, state.run.status, state.run.reason, state.has_ended) == (2, "running", None, False)
+    assert (state.run.module, state.pace.rate, state.began) == ("Net", None, None)
+    state.add([tape(RunEnded, status="finished")])
+    assert (state.run.status, state.has_ended) == ("finished", True)
+
+
+@pytest.mark.parametrize(
+    ("status", "attempt", "damage", "held", "not_held"),
+    [
+        ("finished", 1, "torn", "finished", "finished"),
+        ("failed", 1, None, "failed", "failed"),
+        ("running", 1, None, "running", "lost"),
+        ("running", 1, "torn", "running", "damaged"),
+        ("unknown", 1, None, "running", "lost"),
+        ("lost", 1, None, "running", "lost"),
+        ("damaged", 1, "torn", "running", "damaged"),
+        ("damaged", 1, None, "running", "lost"),
+        ("unknown", 0, None, "unknown", "unknown"),
+        ("unknown", 0, "torn", "damaged", "damaged"),
+    ],
+)
+def test_a_run_that_has_not_ended_is_running_while_its_folder_is_held_otherwise_lost_or_damaged(
+    status: Any, attempt: int, damage: str | None, held: str, not_held: str
+) -> None:
+    for is_held, expected in ((True, held), (False, not_held)):
+        run = Summary(status=status, attempt=attempt, damage=damage)
+        run.settle(is_held=is_held)
+        assert run.status == expected
 
 
 def test_checkpoints_after_the_one_resumed_from_are_superseded(tape: Tape, state: RunState) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from events.checkpoint.manifest import CheckpointName
 from events.errors import CheckpointError, RunFolderError, SinkMisconfigured
 from events.messages import CheckpointFailed, CheckpointRejected, CheckpointSaved, RunResumed
 from events.protocol import Stop
-from events.run.inbox import send_command
+from events.run.inbox import FolderCommands
 from events.sink import RunInfo
 from sinks import CSV, JSONL, Live, Prometheus, TensorBoard
 from sinks.files import tensorboard
@@ -207,10 +208,14 @@ def test_a_command_that_is_not_a_file_is_refused_once(
     run_dir = tmp_path / "run"
 
     class Waits(kit.Net):
+        planted = False
+
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if global_step == 1:
+            # The inbox removes what was there before it started.
+            if not self.planted and any(thread.name == "stagecast-inbox" for thread in threading.enumerate()):
+                self.planted = True
                 secret.put(run_dir / "commands" / "00000000000000000001.json", kind)
-                send_command(run_dir, Stop(id="1", reason="enough"))
+                FolderCommands(run_dir).send(Stop(id="1", reason="enough"))
             return super().train_step(global_step, batch, device)
 
     with caplog.at_level(logging.WARNING):

@@ -26,7 +26,7 @@ from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
 from events.run.stream import BatchedStream, journalled_types
 from events.text import is_encodable, plain_text
-from events.wire import encode_command_json
+from events.wire import encode_command
 from trainer.errors import CommandRefused, ConnectedRunFailed, ConnectedRunLost, ConnectError, ConnectionLost
 from trainer.remote.address import PageAddress, token_of_environment
 from trainer.remote.follower import JournalFollower
@@ -167,7 +167,7 @@ class NetworkConnection:
         return self._server.run_id
 
     def send(self, command: AnyCommand) -> None:
-        data = encode_command_json(command)
+        data = encode_command(command)
         if not self._finishing:
             self._do(functools.partial(self._post, command, data))
         elif not self._server.over:

@@ -26,7 +26,6 @@ from events.protocol import AnyCommand, EventStream, RunResult
 from events.run.run import Run
 from events.run.stream import JournalEventStream
 from events.text import is_encodable
-from events.wire import encode_command_msgpack
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.errors import ArgumentsError
 from trainer.remote.child import EXIT_S, Cancel, Cancelling, Ended, FromRun, LaunchConfig, Logged, Ready, from_run
@@ -177,7 +176,7 @@ class LaunchedRun:
 
     def send(self, command: AnyCommand) -> None:
         assert self.child is not None
-        self.child.send(msgspec.Raw(encode_command_msgpack(command)))
+        self.child.send(command)
 
     def events(self, since: int | None, types: Iterable[type[Event]] | None) -> EventStream:
         ready = self.ready

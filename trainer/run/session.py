@@ -111,7 +111,7 @@ class Session:
             # The contract has no hook for a test.
             members = [(module, None), *map(split, callbacks)] if task == "train" else []
             hooks = self.observers.add_callbacks(members, device, recorder)
-            self._inbox = Inbox(self.folder.path, control.send, began_ns) if self.folder is not None else None
+            self._inbox = Inbox(self.folder.path, control, began_ns) if self.folder is not None else None
             self.observers.add_sinks(sinks, sinks_in)
             self._system = self._make_sampler(arguments.system_interval_s)
             self._attempt = Attempt(
