@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import isqrt
 from os import PathLike
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
 from events.strict import Strict
-from trainer.config import check_struct, decode, describe_type, load_config
+from trainer.config import check_struct, decode, load_config
 from trainer.errors import ArgumentsError
 from trainer.peers import ARGUMENTS, TRAINER_ARGUMENTS
 
@@ -21,21 +21,10 @@ _Count = Annotated[int, Meta(ge=1)]
 _Seconds = Annotated[float, Meta(ge=0)]
 
 
-class FieldDoc(NamedTuple):
-    """One argument, for a help text."""
-
-    name: str
-    type: str
-    """The allowed values, in words."""
-    default: Any
-    doc: str
-
-
 class TrainerArguments(Strict, frozen=True, kw_only=True):
     """How to train: immutable, checked when built, and stored with the run.
 
-    The descriptions of the fields are their documentation; `describe` lists them. `msgspec.structs.replace` returns a
-    changed copy, checked again.
+    `msgspec.structs.replace` returns a changed copy, checked again.
 
     Raises:
         ArgumentsError: Names every field with a wrong type or value.
@@ -43,139 +32,68 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
 
     argument_aliases: ClassVar[Mapping[str, str]] = ARGUMENTS
 
-    epochs: Annotated[
-        _Count | None,
-        Meta(
-            description="Epochs to train. None: as many as max_steps needs, or one without max_steps. With both, "
-            "the first limit that is reached ends the run."
-        ),
-    ] = None
-    train_batch_size: Annotated[
-        _Count, Meta(description="Rows of one optimizer step, over all its micro-batches and all devices.")
-    ] = 32
-    gpu_batch_size_limit: Annotated[
-        _Count | None,
-        Meta(
-            description="Maximum rows per forward pass on one device. The micro-batch is the largest divisor of "
-            "train_batch_size within it; gradients are accumulated. None: no limit."
-        ),
-    ] = None
-    val_batch_size: Annotated[
-        _Count | None,
-        Meta(description="Rows of a validation or test batch. None: those of a micro-batch."),
-    ] = None
-    max_steps: Annotated[
-        _Count | None,
-        Meta(
-            description="Maximum optimizer steps per run; reaching it also ends the epoch. A run that is resumed with "
-            "a higher limit starts with the next epoch. None: no limit."
-        ),
-    ] = None
-    max_train_steps_per_epoch: Annotated[
-        _Count | None,
-        Meta(description="Maximum optimizer steps per training epoch. None: an epoch ends with its data."),
-    ] = None
-    max_val_steps_per_epoch: Annotated[
-        _Count | None,
-        Meta(description="Maximum batches per dataloader and validation. None: all."),
-    ] = None
-    clip_grads: Annotated[bool, Meta(description="Whether to clip the total norm of the gradients.")] = False
-    max_grad_norm: Annotated[
-        float,
-        Meta(gt=0, description="The norm that clip_grads clips to; infinity only measures the norm."),
-    ] = 1.0
-    seed: Annotated[
-        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
-        Meta(description="Seeds Python, NumPy, torch and the shuffling. None: nothing is seeded."),
-    ] = None
-    device: Annotated[
-        str,
-        Meta(
-            min_length=1,
-            description="The device to train on. 'auto' selects an accelerator if there is one, else the CPU.",
-        ),
-    ] = "auto"
-    precision: Annotated[
-        PrecisionName,
-        Meta(description="Automatic mixed precision; float32 disables it, float16 scales the loss."),
-    ] = "float32"
-    compile: Annotated[bool, Meta(description="Whether to compile the step methods with torch.compile.")] = False
-    compile_options: Annotated[
-        dict[str, Any],
-        Meta(description="Keyword arguments of torch.compile, for example {mode: max-autotune}."),
-    ] = msgspec.field(default_factory=dict)
-    scheduler_interval: Annotated[
-        Literal["step", "epoch"],
-        Meta(description="Whether schedulers step after each optimizer step or each epoch."),
-    ] = "step"
-    monitor: Annotated[
-        str,
-        Meta(
-            min_length=1,
-            description="The metric for ReduceLROnPlateau: one of each validation, or train_epoch_loss.",
-        ),
-    ] = "val_loss"
-    val_interval_epochs: Annotated[int, Meta(ge=0, description="Epochs between validations; 0 disables them.")] = 1
-    val_interval_steps: Annotated[
-        _Count | None,
-        Meta(description="Optimizer steps between validations, with one more at the end. None: validate after epochs."),
-    ] = None
-    non_finite: Annotated[
-        Literal["warn", "skip", "stop"],
-        Meta(
-            description="Action when a loss, a gradient or the gradient norm is NaN or infinite: warn and apply the "
-            "step, skip the step (which waits for the device once per step), or stop the run. With float16, a step "
-            "whose gradients overflow is always skipped, and counts once the loss scale is 1."
-        ),
-    ] = "warn"
-    max_skipped_steps: Annotated[
-        _Count, Meta(description="Maximum consecutive skipped steps; reaching it fails the run.")
-    ] = 100
-    epoch_outputs_limit_bytes: Annotated[
-        _Count,
-        Meta(description="Maximum bytes of host memory for the step outputs of the hooks at an epoch's end."),
-    ] = 4 * 2**30
-    reset_optimizers_schedulers: Annotated[
-        bool,
-        Meta(
-            description="Whether a resumed run restores only the module's state, and starts with new optimizers and "
-            "schedulers."
-        ),
-    ] = False
-    resume_data: Annotated[
-        Literal["skip", "replay"],
-        Meta(
-            description="How a run that resumes within an epoch reaches its position in the data: 'skip' starts the "
-            "sampler there without reading the earlier batches; 'replay' reads and discards them, which is exact for "
-            "random augmentation in dataloader workers, too, unless they are persistent."
-        ),
-    ] = "skip"
-    ledger_interval_s: Annotated[
-        float,
-        Meta(
-            gt=0,
-            description="Seconds between reports of the stall ledger and of observers' health; infinity: the ledger "
-            "only at the end.",
-        ),
-    ] = 10.0
-    system_interval_s: Annotated[
-        Annotated[float, Meta(ge=0.1)] | None,
-        Meta(
-            description="Seconds between samples of processor, memory, disk, network and GPU usage; infinity: only at "
-            "the start and the end. None disables them. Needs the extra stagecast[system]."
-        ),
-    ] = None
-    drain_timeout_s: Annotated[
-        _Seconds,
-        Meta(
-            description="Seconds that callbacks, then sinks, then the journal may each take to finish after the "
-            "loop has ended."
-        ),
-    ] = 30.0
-    stop_grace_s: Annotated[
-        _Seconds,
-        Meta(description="Seconds that a cancelled loop may take to reach a step boundary."),
-    ] = 30.0
+    epochs: _Count | None = None
+    """Epochs to train. None: as many as max_steps needs, or one without max_steps. With both, the first limit that is
+    reached ends the run."""
+    train_batch_size: _Count = 32
+    """Rows of one optimizer step, over all its micro-batches and all devices."""
+    gpu_batch_size_limit: _Count | None = None
+    """Maximum rows per forward pass on one device. The micro-batch is the largest divisor of train_batch_size within
+    it; gradients are accumulated. None: no limit."""
+    val_batch_size: _Count | None = None
+    """Rows of a validation or test batch. None: those of a micro-batch."""
+    max_steps: _Count | None = None
+    """Maximum optimizer steps per run; reaching it also ends the epoch. A run that is resumed with a higher limit
+    starts with the next epoch. None: no limit."""
+    max_train_steps_per_epoch: _Count | None = None
+    """Maximum optimizer steps per training epoch. None: an epoch ends with its data."""
+    max_val_steps_per_epoch: _Count | None = None
+    """Maximum batches per dataloader and validation. None: all."""
+    clip_grads: bool = False
+    """Whether to clip the total norm of the gradients."""
+    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+    """The norm that clip_grads clips to; infinity only measures the norm."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    """Seeds Python, NumPy, torch and the shuffling. None: nothing is seeded."""
+    device: Annotated[str, Meta(min_length=1)] = "auto"
+    """The device to train on. 'auto' selects an accelerator if there is one, else the CPU."""
+    precision: PrecisionName = "float32"
+    """Automatic mixed precision; float32 disables it, float16 scales the loss."""
+    compile: bool = False
+    """Whether to compile the step methods with torch.compile."""
+    compile_options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Keyword arguments of torch.compile, for example {mode: max-autotune}."""
+    scheduler_interval: Literal["step", "epoch"] = "step"
+    """Whether schedulers step after each optimizer step or each epoch."""
+    monitor: Annotated[str, Meta(min_length=1)] = "val_loss"
+    """The metric for ReduceLROnPlateau: one of each validation, or train_epoch_loss."""
+    val_interval_epochs: Annotated[int, Meta(ge=0)] = 1
+    """Epochs between validations; 0 disables them."""
+    val_interval_steps: _Count | None = None
+    """Optimizer steps between validations, with one more at the end. None: validate after epochs."""
+    non_finite: Literal["warn", "skip", "stop"] = "warn"
+    """Action when a loss, a gradient or the gradient norm is NaN or infinite: warn and apply the step, skip the step
+    (which waits for the device once per step), or stop the run. With float16, a step whose gradients overflow is always
+    skipped, and counts once the loss scale is 1."""
+    max_skipped_steps: _Count = 100
+    """Maximum consecutive skipped steps; reaching it fails the run."""
+    epoch_outputs_limit_bytes: _Count = 4 * 2**30
+    """Maximum bytes of host memory for the step outputs of the hooks at an epoch's end."""
+    reset_optimizers_schedulers: bool = False
+    """Whether a resumed run restores only the module's state, and starts with new optimizers and schedulers."""
+    resume_data: Literal["skip", "replay"] = "skip"
+    """How a run that resumes within an epoch reaches its position in the data: 'skip' starts the sampler there without
+    reading the earlier batches; 'replay' reads and discards them, which is exact for random augmentation in dataloader
+    workers, too, unless they are persistent."""
+    ledger_interval_s: Annotated[float, Meta(gt=0)] = 10.0
+    """Seconds between reports of the stall ledger and of observers' health; infinity: the ledger only at the end."""
+    system_interval_s: Annotated[float, Meta(ge=0.1)] | None = None
+    """Seconds between samples of processor, memory, disk, network and GPU usage; infinity: only at the start and the
+    end. None disables them. Needs the extra stagecast[system]."""
+    drain_timeout_s: _Seconds = 30.0
+    """Seconds that callbacks, then sinks, then the journal may each take to finish after the loop has ended."""
+    stop_grace_s: _Seconds = 30.0
+    """Seconds that a cancelled loop may take to reach a step boundary."""
 
     def __post_init__(self) -> None:
         check_struct(self)  # a Struct's constructor does not validate; only decoding does
@@ -205,19 +123,6 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
             ArgumentsError: Also if the file cannot be read or parsed.
         """
         return decode(cls, load_config(path), str(path), overrides)
-
-    @classmethod
-    def describe(cls) -> list[FieldDoc]:
-        """All arguments with their allowed values, defaults and descriptions, for a help text."""
-        return [
-            FieldDoc(
-                field.name,
-                describe_type(field.type),
-                {} if field.default is msgspec.NODEFAULT else field.default,
-                _description(field.type),
-            )
-            for field in msgspec.structs.fields(cls)
-        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `from_dict`; an object, such as a function for torch.compile, becomes its text."""
@@ -293,9 +198,3 @@ def trainer_aliases(place: str) -> dict[str, str]:
     for name, served in ARGUMENTS.items():
         aliases[name] = place.format(served) if " " not in served else served
     return aliases | dict(TRAINER_ARGUMENTS)
-
-
-def _description(kind: object) -> str:
-    """The text of a field's `Meta`."""
-    texts = [meta.description for meta in getattr(kind, "__metadata__", ()) if isinstance(meta, Meta)]
-    return next((text for text in texts if text), "")

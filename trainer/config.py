@@ -6,6 +6,7 @@ are accepted for floats; nothing else is coerced.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import reprlib
@@ -34,14 +35,14 @@ _SHOWN_BITS = 10_000  # Python refuses to write a longer integer as text
 class _YamlLoader(yaml.SafeLoader):
     """Safe YAML in which ``1e-4`` is a number (YAML 1.1: ``1.0e-4``) and duplicate keys are errors."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is duplicated", key.start_mark
+                    problem=f"the key {key.value!r} is duplicated", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -54,7 +55,7 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> object:
     """Parse a value as YAML (safe types only). Raises `yaml.YAMLError`; ValueError for an impossible date."""
     return yaml.load(text, Loader=_YamlLoader)
 
@@ -63,28 +64,24 @@ def parse_yaml(text: str) -> Any:
 UNREADABLE = (ValueError, RecursionError, yaml.YAMLError)
 
 
-def _parse_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is duplicated")
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the key {name!r} is duplicated")
+        values[name] = value
     return values
 
 
-_PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+_PARSERS: dict[str, tuple[str, Callable[[str], object]]] = {
     ".yaml": ("YAML", parse_yaml),
     ".yml": ("YAML", parse_yaml),
     ".toml": ("TOML", tomllib.loads),
-    ".json": ("JSON", _parse_json),
+    ".json": ("JSON", functools.partial(json.loads, object_pairs_hook=_unique)),
 }
 
 
-def load_config(path: str | PathLike[str]) -> dict[str, Any]:
+def load_config(path: str | PathLike[str]) -> dict[str, object]:
     """Read a mapping from a file with the suffix .yaml, .yml, .toml or .json; an empty YAML file is an empty mapping.
 
     Raises:
@@ -107,25 +104,18 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def apply_overrides(config: Mapping[str, object], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(
+    config: Mapping[str, object], overrides: Iterable[object], problems: list[str]
+) -> dict[str, object]:
     """Return a copy of ``config`` with ``"name=value"``, ``"group.name=value"``, ``"list.0=value"`` applied, in order.
 
     Values are read as YAML: ``1e-4`` is a number, ``null`` is None, ``[1, 2]`` a list. Missing groups and lists are
     created; an index equal to a list's length appends.
 
-    Raises:
-        ArgumentsError: An override has no ``=``, an empty name, a value that is not YAML, or a path that leads
-            through a plain value or past the end of a list.
+    Args:
+        problems: Receives a description of each override that is skipped: it has no ``=``, an empty name, a value that
+            is not YAML, or a path that leads through a plain value or past the end of a list.
     """
-    problems: list[str] = []
-    result = try_overrides(config, overrides, problems)
-    if problems:
-        raise ArgumentsError("; ".join(problems))
-    return result
-
-
-def try_overrides(config: Mapping[str, object], overrides: Iterable[object], problems: list[str]) -> dict[str, Any]:
-    """As `apply_overrides`; an override that cannot be applied is skipped and added to ``problems``."""
     result = dict(config)
     for override in overrides:
         if not isinstance(override, str):
@@ -145,8 +135,13 @@ def try_overrides(config: Mapping[str, object], overrides: Iterable[object], pro
     return result
 
 
-def _replaced(group: object, names: list[str], depth: int, value: object) -> Any:
-    """Copy a group or list with the value at the path ``names``. Raises LookupError for an impossible path."""
+def _replaced(group: Mapping[str, object], names: list[str], depth: int, value: object) -> dict[str, object]:
+    """Copy a group with the value at the path ``names``. Raises LookupError for an impossible path."""
+    name = names[depth]
+    return {**group, name: _replaced_in(group.get(name), names, depth + 1, value)}
+
+
+def _replaced_in(group: object, names: list[str], depth: int, value: object) -> object:
     if depth == len(names):
         return value
     name, at = names[depth], ".".join(names[:depth])
@@ -157,10 +152,10 @@ def _replaced(group: object, names: list[str], depth: int, value: object) -> Any
         if place > len(group):
             raise LookupError(f"{at} is a list of {len(group)}: {name!r} is not an index from 0 to {len(group)}")
         inner = group[place] if place < len(group) else None
-        return [*group[:place], _replaced(inner, names, depth + 1, value), *group[place + 1 :]]
+        return [*group[:place], _replaced_in(inner, names, depth + 1, value), *group[place + 1 :]]
     if group is not None and not isinstance(group, Mapping):
         raise LookupError(f"{at} is {reprlib.repr(group)}, not a group of values")
-    return {**(group or {}), name: _replaced((group or {}).get(name), names, depth + 1, value)}
+    return _replaced(group or {}, names, depth, value)
 
 
 # ----------------------------------------------------------------------------------------------- checking
@@ -189,7 +184,7 @@ def decode(
         raise ArgumentsError(f"{source}: must be a mapping of names to values, not {reprlib.repr(config)}")
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     problems = list(known_problems)
-    values = _convert_fields(kind, try_overrides(config, overrides, problems), "", problems)
+    values = _convert_fields(kind, apply_overrides(config, overrides, problems), "", problems)
     if overrides:
         source += f" with {', '.join(map(str, overrides))}"
     _raise_if(problems, source)
@@ -219,7 +214,7 @@ def _raise_if(problems: list[str], source: str) -> None:
 
 
 def _convert_fields(
-    kind: type[msgspec.Struct], values: Mapping[Any, object], path: str, problems: list[str]
+    kind: type[msgspec.Struct], values: Mapping[str, object], path: str, problems: list[str]
 ) -> dict[str, Any]:
     """Convert each value to its field's type; add failures to ``problems``."""
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
@@ -233,7 +228,7 @@ def _convert_fields(
     return converted
 
 
-def _convert(value: Any, expected: Any, path: str, problems: list[str]) -> Any:
+def _convert(value: object, expected: object, path: str, problems: list[str]) -> Any:
     inner = _struct_of(expected)
     if inner is not None and isinstance(value, Mapping):
         before = len(problems)
@@ -245,17 +240,17 @@ def _convert(value: Any, expected: Any, path: str, problems: list[str]) -> Any:
         except (TypeError, ValueError) as error:  # from its __post_init__: fields that contradict each other
             problems.append(f"{path}: {error}")
             return None
-    is_long = type(value) is int and not INT_MIN <= value <= INT_MAX
+    bits = value.bit_length() if type(value) is int and not INT_MIN <= value <= INT_MAX else 0
     try:
         converted = msgspec.convert(value, expected)
-        if not is_long:
+        if not bits:
             return converted
     except msgspec.ValidationError as error:
-        if not is_long or value.bit_length() < _SHOWN_BITS:
+        if bits < _SHOWN_BITS:
             inside = f" ({error})" if " - at " in str(error) else ""
             problems.append(f"{path} = {reprlib.repr(value)}: must be {describe_type(expected)}{inside}")
             return None
-    problems.append(f"{path}: an integer has {value.bit_length():,} bits; give one within 64 bits")
+    problems.append(f"{path}: an integer has {bits:,} bits; give one within 64 bits")
     return None
 
 

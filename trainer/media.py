@@ -8,7 +8,6 @@ is complete.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import io
 import math
@@ -18,7 +17,7 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 
@@ -27,6 +26,9 @@ from events.messages import Event, ImageLogged, ObserverDropped, TextLogged
 from events.origin import Header, Origin
 from events.safe_files import make_folder_below, replace_below
 from trainer.data.tensor_state import bytes_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 MEDIA_DIR = "media"
 """Within the run folder."""
@@ -101,32 +103,28 @@ class Image:
         TypeError, ValueError: The type or shape is not supported.
     """
 
-    def __init__(self, pixels: Any) -> None:
+    def __init__(self, pixels: object) -> None:
         if importlib.util.find_spec("PIL") is None:
             raise ImportError("trainer.Image needs Pillow: pip install 'stagecast[media]'")
-        self._pixels: torch.Tensor | None = None
-        self._picture: Any = None
         self._copied: torch.cuda.Event | None = None
-        if callable(getattr(pixels, "save", None)) and hasattr(pixels, "mode"):
-            self._picture = pixels.copy()
+        self._content: torch.Tensor | Picture
+        if _is_picture(pixels):
+            self._content = pixels.copy()
             self.nbytes = pixels.width * pixels.height * 4
             return
-        if not isinstance(pixels, torch.Tensor):
-            pixels = _of_array(pixels)
-        self._pixels = _copied_pixels(pixels)
-        self.nbytes = self._pixels.nbytes
-        if self._pixels.is_cuda:
+        self._content = _copied_pixels(pixels if isinstance(pixels, torch.Tensor) else _of_array(pixels))
+        self.nbytes = self._content.nbytes
+        if self._content.is_cuda:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     def encode(self) -> bytes:
         """The image as PNG. Waits for the device of the pixels, so it must not run on the loop's thread."""
-        picture = self._picture
-        if picture is None:
-            assert self._pixels is not None
+        picture = self._content
+        if isinstance(picture, torch.Tensor):
             if self._copied is not None:
                 self._copied.synchronize()  # WAIT: for the device, on the media thread
-            picture = _picture_of(self._pixels)
+            picture = _picture_of(picture)
         elif picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
             picture = picture.convert("RGB")
         file = io.BytesIO()
@@ -137,9 +135,9 @@ class Image:
 class Drawn:
     """A matplotlib figure, drawn as PNG on the calling thread: figures belong to the thread that created them."""
 
-    def __init__(self, figure: Any) -> None:
+    def __init__(self, savefig: Callable[..., object]) -> None:
         file = io.BytesIO()
-        figure.savefig(file, format="png")
+        savefig(file, format="png")
         self._png = file.getvalue()
         self.nbytes = len(self._png)
 
@@ -164,9 +162,12 @@ def as_logged(value: object) -> Logged | None:
         return value
     if isinstance(value, str):
         return LoggedText(value)
-    if callable(getattr(value, "savefig", None)):
-        return Drawn(value)
-    return None
+    savefig = getattr(value, "savefig", None)
+    return Drawn(savefig) if callable(savefig) else None
+
+
+def _is_picture(value: object) -> TypeGuard[Picture]:
+    return callable(getattr(value, "save", None)) and hasattr(value, "mode")
 
 
 def _of_array(pixels: object) -> torch.Tensor:
@@ -189,7 +190,9 @@ def _copied_pixels(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.detach().clone()
 
 
-def _picture_of(pixels: torch.Tensor) -> Any:
+def _picture_of(pixels: torch.Tensor) -> Picture:
+    from PIL.Image import frombytes
+
     pixels = pixels.cpu()  # on the media thread, after the copy is complete
     if pixels.ndim == 2:
         pixels = pixels.unsqueeze(0)
@@ -197,7 +200,7 @@ def _picture_of(pixels: torch.Tensor) -> Any:
         pixels = pixels.float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
     channels, height, width = pixels.shape
     data = bytes(bytes_of(pixels.permute(1, 2, 0).contiguous()))
-    return importlib.import_module("PIL.Image").frombytes(_MODES[channels], (width, height), data)
+    return frombytes(_MODES[channels], (width, height), data)
 
 
 class _Item(NamedTuple):

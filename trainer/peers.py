@@ -5,90 +5,56 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-METHODS: Mapping[str, str] = {
-    # Lightning
-    "training_step": "train_step",
-    "validation_step": "val_step",
-    "predict_step": "test_step",
-    "configure_optimizers": "get_optimizers_schedulers",
-    "train_dataloader": "get_train_dataloader",
-    "val_dataloader": "get_val_dataloaders",
-    "test_dataloader": "get_test_dataloaders",
-    "predict_dataloader": "get_test_dataloaders",
-    "on_fit_start": "on_begin_train_epoch",
-    "on_fit_end": "on_end_train",
-    "on_train_start": "on_begin_train_epoch",
-    "on_train_end": "on_end_train",
-    "on_train_epoch_start": "on_begin_train_epoch",
-    "on_train_epoch_end": "on_end_train_epoch",
-    "training_epoch_end": "on_end_train_epoch",
-    "training_step_end": "on_end_train_step",
-    "on_train_batch_start": "on_end_train_step",
-    "on_train_batch_end": "on_end_train_step",
-    "on_validation_start": "on_begin_val_epoch",
-    "on_validation_epoch_start": "on_begin_val_epoch",
-    "on_validation_epoch_end": "on_end_val_epoch",
-    "on_validation_end": "on_end_val_epoch",
-    "on_validation_batch_end": "on_end_val_epoch",
-    "on_val_epoch_end": "on_end_val_epoch",
-    "validation_epoch_end": "on_end_val_epoch",
-    "validation_step_end": "on_end_val_epoch",
-    "on_test_end": "Trainer.test() returns the outputs",
-    "on_test_epoch_end": "Trainer.test() returns the outputs",
-    "test_epoch_end": "Trainer.test() returns the outputs",
-    "on_before_backward": "on_end_backward",
-    "on_after_backward": "on_end_backward",
-    "on_before_zero_grad": "on_end_train_step",
-    "on_save_checkpoint": "get_state of a module and state_dict of a callback",
-    "on_load_checkpoint": "update_state of a module and load_state_dict of a callback",
-    "on_exception": "catch the exception of Trainer.train()",
-    "configure_gradient_clipping": "set clip_grads and max_grad_norm in TrainerArguments",
-    "lr_scheduler_step": "return the schedulers from get_optimizers_schedulers",
-    "optimizer_zero_grad": "the trainer clears the gradients",
-    "configure_callbacks": "give the Trainer callbacks=[...]",
-    # Hugging Face
-    "compute_loss": "train_step",
-    "prediction_step": "val_step",
-    "create_optimizer": "get_optimizers_schedulers",
-    "create_scheduler": "get_optimizers_schedulers",
-    "create_optimizer_and_scheduler": "get_optimizers_schedulers",
-    "get_eval_dataloader": "get_val_dataloaders",
-    "on_train_begin": "on_begin_train_epoch",
-    "on_epoch_begin": "on_begin_train_epoch",
-    "on_epoch_end": "on_end_train_epoch",
-    "on_step_begin": "on_end_train_step",
-    "on_step_end": "on_end_train_step",
-    "on_substep_end": "on_end_backward",
-    "on_pre_optimizer_step": "on_before_optimizer_step",
-    "on_optimizer_step": "on_before_optimizer_step",
-    "on_evaluate": "on_end_val_epoch",
-    "on_log": "give the Trainer a sink",
-    "on_save": "give the Trainer a sink",
-    # Keras, ignite, fastai, Composer
-    "on_epoch_start": "on_begin_train_epoch",
-    "on_batch_begin": "on_end_train_step",
-    "on_batch_start": "on_end_train_step",
-    "on_batch_end": "on_end_train_step",
-    "on_train_batch_begin": "on_end_train_step",
-    "on_test_begin": "on_begin_val_epoch",
-    "on_iteration_completed": "on_end_train_step",
-    "on_epoch_started": "on_begin_train_epoch",
-    "on_epoch_completed": "on_end_train_epoch",
-    "before_fit": "on_begin_train_epoch",
-    "after_fit": "on_end_train",
-    "before_epoch": "on_begin_train_epoch",
-    "after_epoch": "on_end_train_epoch",
-    "before_batch": "on_end_train_step",
-    "after_batch": "on_end_train_step",
-    "after_step": "on_end_train_step",
-    "after_backward": "on_end_backward",
-    "after_validate": "on_end_val_epoch",
-    "batch_end": "on_end_train_step",
-    "epoch_end": "on_end_train_epoch",
-    "fit_end": "on_end_train",
-    "eval_end": "on_end_val_epoch",
-}
-"""Methods and hooks of modules and callbacks: our name, or a sentence."""
+
+def _inverted(names: Mapping[str, str]) -> Mapping[str, str]:
+    """The replacement by name, from the names by their replacement."""
+    return {name: ours for ours, theirs in names.items() for name in theirs.split()}
+
+
+METHODS: Mapping[str, str] = _inverted(
+    {
+        "train_step": "training_step compute_loss",
+        "val_step": "validation_step prediction_step",
+        "test_step": "predict_step",
+        "get_optimizers_schedulers": (
+            "configure_optimizers create_optimizer create_scheduler create_optimizer_and_scheduler"
+        ),
+        "get_train_dataloader": "train_dataloader",
+        "get_val_dataloaders": "val_dataloader get_eval_dataloader",
+        "get_test_dataloaders": "test_dataloader predict_dataloader",
+        "on_begin_train_epoch": (
+            "on_fit_start on_train_start on_train_epoch_start on_train_begin on_epoch_begin on_epoch_start "
+            "on_epoch_started before_fit before_epoch"
+        ),
+        "on_end_train": "on_fit_end on_train_end after_fit fit_end",
+        "on_end_train_epoch": (
+            "on_train_epoch_end training_epoch_end on_epoch_end on_epoch_completed after_epoch epoch_end"
+        ),
+        "on_end_train_step": (
+            "training_step_end on_train_batch_start on_train_batch_end on_before_zero_grad on_step_begin on_step_end "
+            "on_batch_begin on_batch_start on_batch_end on_train_batch_begin on_iteration_completed before_batch "
+            "after_batch after_step batch_end"
+        ),
+        "on_begin_val_epoch": "on_validation_start on_validation_epoch_start on_test_begin",
+        "on_end_val_epoch": (
+            "on_validation_epoch_end on_validation_end on_validation_batch_end on_val_epoch_end validation_epoch_end "
+            "validation_step_end on_evaluate after_validate eval_end"
+        ),
+        "Trainer.test() returns the outputs": "on_test_end on_test_epoch_end test_epoch_end",
+        "on_end_backward": "on_before_backward on_after_backward on_substep_end after_backward",
+        "get_state of a module and state_dict of a callback": "on_save_checkpoint",
+        "update_state of a module and load_state_dict of a callback": "on_load_checkpoint",
+        "catch the exception of Trainer.train()": "on_exception",
+        "set clip_grads and max_grad_norm in TrainerArguments": "configure_gradient_clipping",
+        "return the schedulers from get_optimizers_schedulers": "lr_scheduler_step",
+        "the trainer clears the gradients": "optimizer_zero_grad",
+        "give the Trainer callbacks=[...]": "configure_callbacks",
+        "on_before_optimizer_step": "on_pre_optimizer_step on_optimizer_step",
+        "give the Trainer a sink": "on_log on_save",
+    }
+)
+"""Methods and hooks of modules and callbacks of Lightning, Hugging Face, Keras, ignite, fastai and Composer.
+Each value is our name, or a sentence."""
 
 ATTRIBUTES: Mapping[str, str] = {
     "trainer": "every hook receives global_step; pass other values to __init__",
@@ -118,20 +84,18 @@ CALLS: Mapping[str, str] = {
 }
 """Methods that the code of modules and callbacks calls."""
 
-TRAIN_ARGUMENTS: Mapping[str, str] = {
-    "resume_from_checkpoint": "give the Trainer resume",
-    "ckpt_path": "give the Trainer resume",
-    "resume": "give the Trainer resume",
-    "model": "give the Trainer the module",
-    "module": "give the Trainer the module",
-    "epochs": "set epochs in TrainerArguments",
-    "max_epochs": "set epochs in TrainerArguments",
-    "train_dataloaders": "return the data from get_train_dataloader of the module",
-    "val_dataloaders": "return the data from get_val_dataloaders of the module",
-    "dataloaders": "return the data from get_test_dataloaders of the module",
-    "datamodule": "return the data from the methods of the module",
-    "callbacks": "give the Trainer callbacks",
-}
+TRAIN_ARGUMENTS: Mapping[str, str] = _inverted(
+    {
+        "give the Trainer resume": "resume_from_checkpoint ckpt_path resume",
+        "give the Trainer the module": "model module",
+        "set epochs in TrainerArguments": "epochs max_epochs",
+        "return the data from get_train_dataloader of the module": "train_dataloaders",
+        "return the data from get_val_dataloaders of the module": "val_dataloaders",
+        "return the data from get_test_dataloaders of the module": "dataloaders",
+        "return the data from the methods of the module": "datamodule",
+        "give the Trainer callbacks": "callbacks",
+    }
+)
 """Arguments of `Trainer.train` and `Trainer.test`, which accept none."""
 
 TRAINER_METHODS: Mapping[str, str] = {
@@ -159,126 +123,70 @@ TRAINER_METHODS: Mapping[str, str] = {
 }
 """Methods and attributes of a trainer."""
 
-ARGUMENTS: Mapping[str, str] = {
-    "non_finite_loss": "non_finite",
-    "max_epochs": "epochs",
-    "num_epochs": "epochs",
-    "n_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "nb_epochs": "epochs",
-    "total_steps": "max_steps",
-    "num_steps": "max_steps",
-    "num_training_steps": "max_steps",
-    "lr": "set it in get_optimizers_schedulers",
-    "learning_rate": "set it in get_optimizers_schedulers",
-    "weight_decay": "set it in get_optimizers_schedulers",
-    "momentum": "set it in get_optimizers_schedulers",
-    "optim": "set it in get_optimizers_schedulers",
-    "optimizer": "set it in get_optimizers_schedulers",
-    "scheduler": "set it in get_optimizers_schedulers",
-    "lr_scheduler": "set it in get_optimizers_schedulers",
-    "lr_scheduler_type": "set it in get_optimizers_schedulers",
-    "warmup_steps": "set it in get_optimizers_schedulers",
-    "warmup_ratio": "set it in get_optimizers_schedulers",
-    "batch_size": "train_batch_size",
-    "per_device_train_batch_size": "train_batch_size",
-    "per_gpu_train_batch_size": "train_batch_size",
-    "global_batch_size": "train_batch_size",
-    "eval_batch_size": "val_batch_size",
-    "per_device_eval_batch_size": "val_batch_size",
-    "micro_batch_size": "gpu_batch_size_limit",
-    "gradient_accumulation_steps": "gpu_batch_size_limit",
-    "accumulate_grad_batches": "gpu_batch_size_limit",
-    "gradient_clip_val": "use max_grad_norm with clip_grads=True",
-    "gradient_clip": "use max_grad_norm with clip_grads=True",
-    "grad_clip": "use max_grad_norm with clip_grads=True",
-    "clip_grad_norm": "use max_grad_norm with clip_grads=True",
-    "max_norm": "use max_grad_norm with clip_grads=True",
-    "gradient_clip_algorithm": "use clip_grads, which clips the norm",
-    "accelerator": "device",
-    "devices": "device",
-    "gpus": "device",
-    "use_cpu": "device",
-    "no_cuda": "device",
-    "use_cuda": "device",
-    "fp16": "use precision='float16'",
-    "bf16": "use precision='bfloat16'",
-    "amp": "precision",
-    "mixed_precision": "precision",
-    "dtype": "precision",
-    "torch_compile": "compile",
-    "limit_train_batches": "max_train_steps_per_epoch",
-    "steps_per_epoch": "max_train_steps_per_epoch",
-    "limit_val_batches": "max_val_steps_per_epoch",
-    "validation_steps": "max_val_steps_per_epoch",
-    "check_val_every_n_epoch": "val_interval_epochs",
-    "validation_freq": "val_interval_epochs",
-    "val_check_interval": "val_interval_steps",
-    "eval_steps": "val_interval_steps",
-    "eval_interval": "val_interval_steps",
-    "eval_strategy": "use val_interval_epochs or val_interval_steps",
-    "evaluation_strategy": "use val_interval_epochs or val_interval_steps",
-    "metric_for_best_model": "give the Trainer checkpoints=Checkpoints(best=...)",
-    "logging_steps": "every step is published; give a sink its own interval",
-    "log_every_n_steps": "every step is published; give a sink its own interval",
-    "logging_dir": "give the Trainer run_dir",
-    "log_dir": "give the Trainer run_dir",
-    "output_dir": "give the Trainer run_dir",
-    "default_root_dir": "give the Trainer run_dir",
-    "run_name": "give the Trainer run_id",
-    "report_to": "give the Trainer sinks=[...]",
-    "save_steps": "give the Trainer checkpoints=Checkpoints(every_steps=...)",
-    "save_strategy": "give the Trainer checkpoints=Checkpoints(...)",
-    "save_total_limit": "give the Trainer checkpoints=Checkpoints(keep_last=...)",
-    "load_best_model_at_end": "give the Trainer checkpoints=Checkpoints(best=...)",
-    "resume_from_checkpoint": "give the Trainer resume",
-    "deterministic": "use seed, and call torch.use_deterministic_algorithms(True) yourself",
-    "benchmark": "set torch.backends.cudnn.benchmark yourself",
-    "random_seed": "seed",
-    "data_seed": "seed",
-    "dataloader_num_workers": "set it in get_train_dataloader",
-    "num_workers": "set it in get_train_dataloader",
-    "detect_anomaly": "call torch.autograd.set_detect_anomaly(True) yourself",
-    "strategy": "one process trains on one device",
-    "enable_progress_bar": "give the Trainer sinks=[...] without the console",
-    "disable_tqdm": "give the Trainer sinks=[...] without the console",
-    "fast_dev_run": "max_steps",
-    "overfit_batches": "max_train_steps_per_epoch",
-}
+ARGUMENTS: Mapping[str, str] = _inverted(
+    {
+        "non_finite": "non_finite_loss",
+        "epochs": "max_epochs num_epochs n_epochs num_train_epochs nb_epochs",
+        "max_steps": "total_steps num_steps num_training_steps fast_dev_run",
+        "set it in get_optimizers_schedulers": (
+            "lr learning_rate weight_decay momentum optim optimizer scheduler lr_scheduler lr_scheduler_type "
+            "warmup_steps warmup_ratio"
+        ),
+        "train_batch_size": "batch_size per_device_train_batch_size per_gpu_train_batch_size global_batch_size",
+        "val_batch_size": "eval_batch_size per_device_eval_batch_size",
+        "gpu_batch_size_limit": "micro_batch_size gradient_accumulation_steps accumulate_grad_batches",
+        "use max_grad_norm with clip_grads=True": "gradient_clip_val gradient_clip grad_clip clip_grad_norm max_norm",
+        "use clip_grads, which clips the norm": "gradient_clip_algorithm",
+        "device": "accelerator devices gpus use_cpu no_cuda use_cuda",
+        "use precision='float16'": "fp16",
+        "use precision='bfloat16'": "bf16",
+        "precision": "amp mixed_precision dtype",
+        "compile": "torch_compile",
+        "max_train_steps_per_epoch": "limit_train_batches steps_per_epoch overfit_batches",
+        "max_val_steps_per_epoch": "limit_val_batches validation_steps",
+        "val_interval_epochs": "check_val_every_n_epoch validation_freq",
+        "val_interval_steps": "val_check_interval eval_steps eval_interval",
+        "use val_interval_epochs or val_interval_steps": "eval_strategy evaluation_strategy",
+        "give the Trainer checkpoints=Checkpoints(best=...)": "metric_for_best_model load_best_model_at_end",
+        "every step is published; give a sink its own interval": "logging_steps log_every_n_steps",
+        "give the Trainer run_dir": "logging_dir log_dir output_dir default_root_dir",
+        "give the Trainer run_id": "run_name",
+        "give the Trainer sinks=[...]": "report_to",
+        "give the Trainer checkpoints=Checkpoints(every_steps=...)": "save_steps",
+        "give the Trainer checkpoints=Checkpoints(...)": "save_strategy",
+        "give the Trainer checkpoints=Checkpoints(keep_last=...)": "save_total_limit",
+        "give the Trainer resume": "resume_from_checkpoint",
+        "use seed, and call torch.use_deterministic_algorithms(True) yourself": "deterministic",
+        "set torch.backends.cudnn.benchmark yourself": "benchmark",
+        "seed": "random_seed data_seed",
+        "set it in get_train_dataloader": "dataloader_num_workers num_workers",
+        "call torch.autograd.set_detect_anomaly(True) yourself": "detect_anomaly",
+        "one process trains on one device": "strategy",
+        "give the Trainer sinks=[...] without the console": "enable_progress_bar disable_tqdm",
+    }
+)
 """Arguments of a run: a field of `TrainerArguments`, or a sentence."""
 
-TRAINER_ARGUMENTS: Mapping[str, str] = {
-    "model": "module",
-    "args": "arguments",
-    "training_args": "arguments",
-    "logger": "sinks",
-    "loggers": "sinks",
-    "log": "sinks",
-    "callback": "callbacks",
-    "sink": "sinks",
-    "checkpoint": "checkpoints",
-    "enable_checkpointing": "checkpoints",
-    "checkpoint_callback": "checkpoints",
-    "resume_from_checkpoint": "resume",
-    "ckpt_path": "resume",
-    "default_root_dir": "run_dir",
-    "output_dir": "run_dir",
-    "save_dir": "run_dir",
-    "run_name": "run_id",
-    "name": "run_id",
-    "hparams": "config",
-    "train_dataset": "return the data from get_train_dataloader of the module",
-    "train_dataloader": "return the data from get_train_dataloader of the module",
-    "train_dataloaders": "return the data from get_train_dataloader of the module",
-    "data_collator": "give the DataLoader collate_fn in get_train_dataloader of the module",
-    "eval_dataset": "return the data from get_val_dataloaders of the module",
-    "val_dataloaders": "return the data from get_val_dataloaders of the module",
-    "datamodule": "return the data from get_train_dataloader and get_val_dataloaders of the module",
-    "optimizers": "return the optimizers from get_optimizers_schedulers of the module",
-    "optimizer": "return the optimizers from get_optimizers_schedulers of the module",
-    "compute_metrics": "compute metrics in on_end_val_epoch and record them with self.log",
-    "compute_loss_func": "compute the loss in train_step of the module",
-}
+TRAINER_ARGUMENTS: Mapping[str, str] = _inverted(
+    {
+        "module": "model",
+        "arguments": "args training_args",
+        "sinks": "logger loggers log sink",
+        "callbacks": "callback",
+        "checkpoints": "checkpoint enable_checkpointing checkpoint_callback",
+        "resume": "resume_from_checkpoint ckpt_path",
+        "run_dir": "default_root_dir output_dir save_dir",
+        "run_id": "run_name name",
+        "config": "hparams",
+        "return the data from get_train_dataloader of the module": "train_dataset train_dataloader train_dataloaders",
+        "give the DataLoader collate_fn in get_train_dataloader of the module": "data_collator",
+        "return the data from get_val_dataloaders of the module": "eval_dataset val_dataloaders",
+        "return the data from get_train_dataloader and get_val_dataloaders of the module": "datamodule",
+        "return the optimizers from get_optimizers_schedulers of the module": "optimizers optimizer",
+        "compute metrics in on_end_val_epoch and record them with self.log": "compute_metrics",
+        "compute the loss in train_step of the module": "compute_loss_func",
+    }
+)
 """Arguments of `Trainer`: our name, or a sentence."""
 
 

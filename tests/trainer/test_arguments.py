@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from events.field_docs import field_docs
 from events.journal.writer import Journal
 from sinks import CSV
 from trainer import Checkpoints, Delivery
@@ -258,10 +259,10 @@ def test_an_empty_yaml_file_is_all_defaults(tmp_path: Path) -> None:
 )
 def test_an_override_that_cannot_be_applied_is_quoted(override: Any, says: str) -> None:
     """The message repeats it."""
-    with pytest.raises(ArgumentsError) as caught:
-        apply_overrides({"epochs": 1}, [override])
-    assert repr(override) in str(caught.value)
-    assert says in str(caught.value)
+    problems: list[str] = []
+    assert apply_overrides({"epochs": 1}, [override], problems) == {"epochs": 1}
+    assert repr(override) in problems[0]
+    assert says in problems[0]
 
 
 def test_a_wrong_override_is_checked_like_a_value_of_the_file(tmp_path: Path) -> None:
@@ -292,7 +293,7 @@ def test_a_wrong_override_is_checked_like_a_value_of_the_file(tmp_path: Path) ->
 )
 def test_override_values_are_read_as_yaml(text: str, value: Any) -> None:
     """Numbers with an exponent need no decimal point."""
-    result = apply_overrides({}, [f"name={text}"])["name"]
+    result = apply_overrides({}, [f"name={text}"], [])["name"]
     assert result == value
     assert type(result) is type(value)
 
@@ -300,7 +301,7 @@ def test_override_values_are_read_as_yaml(text: str, value: Any) -> None:
 def test_dotted_overrides_reach_into_groups_and_change_nothing_else() -> None:
     """Groups are made where they are missing, the later override wins, and the original stays as it was."""
     config = {"compile_options": {"dynamic": False}, "epochs": 1}
-    result = apply_overrides(config, ["compile_options.mode=default", "new.deep.name=1", "epochs=2", "epochs=3"])
+    result = apply_overrides(config, ["compile_options.mode=default", "new.deep.name=1", "epochs=2", "epochs=3"], [])
     assert result == {
         "compile_options": {"dynamic": False, "mode": "default"},
         "new": {"deep": {"name": 1}},
@@ -390,14 +391,9 @@ def test_validation_batches_default_to_the_micro_batch() -> None:
 
 
 def test_every_argument_is_described() -> None:
-    """A help text has name, what is allowed, default and meaning of each, in the order of the fields."""
-    described = TrainerArguments.describe()
-    assert [field.name for field in described] == list(TrainerArguments.__struct_fields__)
-    assert all(field.doc.endswith(".") for field in described)
-    by_name = {field.name: field for field in described}
-    assert by_name["epochs"][1:3] == ("an integer >= 1 or None", None)
-    assert by_name["compile_options"].default == {}
-    assert by_name["max_steps"].type == "an integer >= 1 or None"
+    """The help texts show the docstring of each field."""
+    documented = field_docs(TrainerArguments)
+    assert all(documented[name].endswith(".") for name in TrainerArguments.__struct_fields__)
 
 
 @pytest.mark.parametrize(

@@ -179,9 +179,9 @@ def test_all_that_is_wrong_comes_at_once(folder: Path) -> None:
 )
 def test_an_override_that_leads_nowhere_says_where_it_ends(override: str, says: str) -> None:
     """Lists are counted from 0, and grow by the next number only."""
-    with pytest.raises(ArgumentsError) as caught:
-        apply_overrides({"sinks": [{"sink": "csv"}], "arguments": {"epochs": 1}}, [override])
-    assert says in str(caught.value)
+    problems: list[str] = []
+    apply_overrides({"sinks": [{"sink": "csv"}], "arguments": {"epochs": 1}}, [override], problems)
+    assert says in problems[0]
 
 
 # ------------------------------------------------------------------------------------------------ the format
@@ -462,7 +462,12 @@ def test_the_help_lists_every_argument_with_type_default_and_meaning(folder: Pat
     assert done.returncode == 0
     assert not re.search(r"\| +(torch|numpy|trainer\.trainer)$", done.stderr, re.M)
     text = " ".join(done.stdout.split())
-    kinds: list[tuple[str, Any]] = [("", RunConfig), ("checkpoints.", Checkpoints), ("journal.", Journal)]
+    kinds: list[tuple[str, Any]] = [
+        ("", RunConfig),
+        ("arguments.", TrainerArguments),
+        ("checkpoints.", Checkpoints),
+        ("journal.", Journal),
+    ]
     for name in sink_names():
         assert f"sink {name}:" in text
     kinds += [("sinks.N.", sink_type(name)) for name in ("console", "memory")]
@@ -471,9 +476,6 @@ def test_the_help_lists_every_argument_with_type_default_and_meaning(folder: Pat
             assert f" {prefix}{field.name}: " in text
             doc = field_docs(kind).get(field.name, "").partition("`")[0]
             assert doc.replace("None", "null").replace("True", "true").replace("False", "false").strip() in text
-    for documented in TrainerArguments.describe():
-        assert f" arguments.{documented.name}: " in text
-        assert documented.doc.replace("None", "null") in text
     assert "arguments.max_grad_norm: a number > 0 (default: 1.0) The norm" in text
     assert "arguments.seed: an integer >= 0 and <= 9223372036854775807 or null (default: null) Seeds" in text
     assert "checkpoints.best_mode: one of 'max', 'min' (default: min)" in text

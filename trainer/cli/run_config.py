@@ -24,7 +24,7 @@ from events.packages import check_packages
 from events.sink import Place, Sink
 from events.strict import Strict
 from trainer.arguments import TrainerArguments, trainer_aliases
-from trainer.config import decode, load_config, try_overrides
+from trainer.config import apply_overrides, decode, load_config
 from trainer.errors import ArgumentsError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     values = _expanded(load_config(path))
     problems: list[str] = []
     for override in overrides:
-        values = _expanded(try_overrides(values, [override], problems))
+        values = _expanded(apply_overrides(values, [override], problems))
     for key in _SWITCHES:
         if values.get(key) == {}:
             values[key] = True  # unlike settings, True does not require a run folder

@@ -151,8 +151,6 @@ def _sections() -> Iterator[tuple[str, str, list[Field]]]:
 
 def _fields_of(kind: type[msgspec.Struct], prefix: str) -> list[Field]:
     documented = field_docs(kind)
-    if kind is TrainerArguments:
-        documented = {field.name: field.doc for field in TrainerArguments.describe()}
     return [
         Field(
             prefix + field.encode_name,

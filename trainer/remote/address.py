@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 
 import msgspec
@@ -39,7 +39,7 @@ class ServerOrigin(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> ServerOrigin:
-        """Raises `ValueError` or `TypeError` for an address that no request can be sent to."""
+        """Raises `ValueError` for an address that no request can be sent to."""
         try:
             address = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -78,7 +78,7 @@ class PageAddress(NamedTuple):
     """Whether the link was read from a folder, which may be a stranger's."""
 
     @classmethod
-    def of(cls, given: Any) -> PageAddress:
+    def of(cls, given: object) -> PageAddress:
         """Split a link; read that of a run whose folder is given from the disk.
 
         Raises:
@@ -86,6 +86,8 @@ class PageAddress(NamedTuple):
         """
         url, is_of_folder = _link_of(given)
         try:
+            if not isinstance(url, str):
+                raise ValueError("not a text")
             origin, parts = ServerOrigin.of(url), urlsplit(url)
             # An @ behind the host may end a password with a slash, which belongs to another host than the one in front.
             if "@" not in parts.path + parts.query and is_encodable(url):
@@ -93,10 +95,9 @@ class PageAddress(NamedTuple):
                 named = parse_qs(parts.fragment)
                 if ServerOrigin.of(base) == origin:
                     return cls(base, named.get("run", [""])[-1], named.get("token", [""])[-1] or None, is_of_folder)
-        except (ValueError, TypeError, AttributeError):
+        except ValueError:
             pass
-        given = url
-        shown = plain_text(masked_url(given), 200) if isinstance(given, str) else given
+        shown = plain_text(masked_url(url), 200) if isinstance(url, str) else url
         raise ConnectError(
             f"{shown!r:.240} is not the address of a page; give one like http://127.0.0.1:8765/#run=NAME"
         )
@@ -107,7 +108,7 @@ class _Link(msgspec.Struct):
     token: str | None = None
 
 
-def _link_of(given: Any) -> tuple[Any, bool]:
+def _link_of(given: object) -> tuple[object, bool]:
     """The link in the folder of a run with the sink `Live`, and True; what is not a folder unchanged, and False."""
     if not isinstance(given, str | os.PathLike) or given == "" or (isinstance(given, str) and "://" in given):
         return given, False
@@ -150,15 +151,13 @@ def token_of_environment(url: str, *, is_of_folder: bool) -> tuple[str | None, s
     if not token or (not named and origin.is_loopback and not is_of_folder):
         return token or None, ""
     if not named and is_of_folder:
-        return (
-            None,
-            f"; {TOKEN_VARIABLE} is sent to an address of a run folder only if {URL_VARIABLE} names that server",
-        )
+        where = "an address of a run folder"
+        return None, f"; {TOKEN_VARIABLE} is sent to {where} only if {URL_VARIABLE} names that server"
     if not named:
         return None, f"; {TOKEN_VARIABLE} is sent to this machine alone, unless {URL_VARIABLE} names the server"
     try:
         owner = ServerOrigin.of(named)
-    except (ValueError, TypeError):
+    except ValueError:
         shown = plain_text(masked_url(named), 200)
         raise ConnectError(
             f"{URL_VARIABLE}={shown!r} is not an address; give one like http://127.0.0.1:8765/"

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import IO, Any
+from typing import IO
 
 import anyio
 import msgspec
@@ -39,7 +39,7 @@ _POLL_S = 0.02
 
 def launch(
     factory: str,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, object] | None = None,
     *,
     run_id: str | None = None,
     run_dir: str | os.PathLike[str] | None = None,
@@ -258,7 +258,7 @@ def _absolute(resume: str) -> str:
     return resume if resume in KEYWORDS or "://" in resume or name else os.path.abspath(resume)
 
 
-def _problems_of(factory: Any, run_id: Any, run_dir: Any, resume: Any, env: Any) -> Iterable[str]:
+def _problems_of(factory: object, run_id: object, run_dir: object, resume: object, env: object) -> Iterable[str]:
     if sys.platform == "win32":
         yield "runs can be launched on POSIX systems only; Trainer.run works everywhere"
     module, colon, name = factory.partition(":") if isinstance(factory, str) else ("", "", "")
@@ -282,7 +282,7 @@ def _problems_of(factory: Any, run_id: Any, run_dir: Any, resume: Any, env: Any)
                 yield f"env: no environment has {name!r:.80}={value!r:.80}: no '=' in a name, and no NUL"
 
 
-def _encoded(arguments: Any, problems: list[str]) -> bytes:
+def _encoded(arguments: object, problems: list[str]) -> bytes:
     """The arguments as msgpack, which brings them over as what they are (but tuples as lists)."""
     if not isinstance(arguments, Mapping):
         problems.append(f"arguments must map names to values, not {arguments!r:.80}")
@@ -297,14 +297,14 @@ def _encoded(arguments: Any, problems: list[str]) -> bytes:
         return b""
 
 
-def _unplain(value: Any, where: str) -> Iterable[str]:
+def _unplain(value: object, where: str) -> Iterable[str]:
     """Describe each value that is not plain."""
     if type(value) is dict:
         for key, part in value.items():
             if not isinstance(key, str):
                 yield f"{where} has the key {key!r:.80}: keys must be texts"
             yield from _unplain(part, f"{where}[{key!r:.80}]")
-    elif type(value) in (list, tuple):
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
         for number, part in enumerate(value):
             yield from _unplain(part, f"{where}[{number}]")
     elif type(value) not in _PLAIN:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import IO
 
 from events.journal.tail import journal_tail
 from events.messages import Event
@@ -38,7 +38,7 @@ def error_of(failed: Failed) -> BaseException:
     return error
 
 
-def crash(factory: str, ready: Ready | None, returncode: int | None, early_log: Any) -> LaunchedRunCrashed:
+def crash(factory: str, ready: Ready | None, returncode: int | None, early_log: IO[bytes]) -> LaunchedRunCrashed:
     """Make the exception for a process that died. Waits for the disk.
 
     Args:
@@ -89,7 +89,7 @@ def _events(ready: Ready | None) -> list[Event]:
         return []
 
 
-def _log_tail(ready: Ready | None, early_log: Any) -> str:
+def _log_tail(ready: Ready | None, early_log: IO[bytes]) -> str:
     """The end of this attempt's output."""
     try:
         if ready is None or ready.run_dir is None:
