@@ -50,7 +50,7 @@ def _checkpoint_root_of(folder: Path) -> tuple[Path, str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of the checkpoint in a folder of any name; see `CheckpointStore.manifest`."""
+    """Read the manifest of the checkpoint in a folder of any name; see `Lineage.manifest`."""
     path = folder / MANIFEST_NAME
     root, within = _checkpoint_root_of(folder)
     try:

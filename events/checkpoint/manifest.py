@@ -10,7 +10,7 @@ Any bytes but those of `encode_manifest` are damage, even with equal values.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import xxhash
@@ -118,25 +118,31 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(entry.nbytes for entry in self.files.values())
 
 
-class _Signed(msgspec.Struct, forbid_unknown_fields=True):
-    manifest: msgspec.Raw
-    xxh3_128: str
-
-
 class _Version(msgspec.Struct):
     format: Int64
+
+
+def sign(kind: str, value: msgspec.Struct | bytes) -> bytes:
+    """Return the bytes of a file that holds a value, or its JSON, and the hash of it."""
+    body = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    signed = {kind: msgspec.Raw(body), "xxh3_128": xxhash.xxh3_128_hexdigest(body)}
+    return msgspec.json.encode(signed) + b"\n"
+
+
+def signed_in(kind: str, data: bytes) -> bytes:
+    """Return the JSON that `sign` wrote. Raises `ValueError` or `RecursionError` for any other bytes."""
+    body = bytes(msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get(kind, b""))
+    if sign(kind, body) != data:
+        raise ValueError("it does not match its own hash")
+    return body
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of ``manifest.json``."""
     try:
-        return _sign(msgspec.json.encode(manifest))
+        return sign("manifest", manifest)
     except UnicodeEncodeError:  # names are the user's: of the class, a callback, a metric
-        return _sign(msgspec.json.encode(without_surrogates(msgspec.to_builtins(manifest))))
-
-
-def _sign(body: bytes) -> bytes:
-    return msgspec.json.encode(_Signed(msgspec.Raw(body), xxhash.xxh3_128_hexdigest(body))) + b"\n"
+        return sign("manifest", msgspec.json.encode(without_surrogates(msgspec.to_builtins(manifest))))
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:
@@ -155,34 +161,19 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
             f"{where} may take {size:,} bytes of memory, more than {MAX_DECODED_BYTES:,}; load another checkpoint"
         )
     try:
-        signed = msgspec.json.decode(data, type=_Signed)
-        body = bytes(signed.manifest)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{where} is not a manifest: {error}; load another checkpoint") from error
-    if _sign(body) != data:
-        raise CheckpointDamaged(f"{where} does not match its own hash; load another checkpoint")
-    try:
-        version = msgspec.json.decode(body, type=_Version).format
-    except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{where} is not a manifest: {error}") from error
-    if version > FORMAT:
-        raise CheckpointTooNew(
-            f"{where} has format {version}, but this version of stagecast reads formats up to {FORMAT}; use the version"
-            f" that wrote it, or a later one"
-        )
-    try:
+        body = signed_in("manifest", data)
+        if (version := msgspec.json.decode(body, type=_Version).format) > FORMAT:
+            raise CheckpointTooNew(
+                f"{where} has format {version}, but this version of stagecast reads formats up to {FORMAT}; use the"
+                f" version that wrote it, or a later one"
+            )
         manifest = msgspec.json.decode(body, type=Manifest)
     except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{where} is not a manifest of format {FORMAT}: {error}") from error
+        raise CheckpointDamaged(f"{where} is not a manifest: {error}; load another checkpoint") from error
     for name in manifest.files:
-        if not is_file_name(name) or name == MANIFEST_NAME:
+        if _FILE_NAME.fullmatch(name) is None or name == MANIFEST_NAME:
             raise CheckpointDamaged(
                 f"{where} lists the file {name!r:.200}, which cannot be one of a checkpoint: it points outside of its"
                 f" folder, or at itself"
             )
     return manifest
-
-
-def is_file_name(name: Any) -> bool:
-    """Whether this is the name of a file in a checkpoint's folder, and not a path out of it."""
-    return isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None

@@ -20,8 +20,6 @@ release the interpreter lock.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import functools
 import os
 import re
 import stat
@@ -29,8 +27,9 @@ import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -46,6 +45,9 @@ from events.safe_files import (
     replace_below,
     unlink_below,
 )
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 T = TypeVar("T")
 
@@ -145,29 +147,19 @@ class Objects:
     def __init__(self, url: str, limits: Limits) -> None:
         self.address = parse_url(url)
         self.url = self.address.url
-        self._limits = limits
-        self._clients: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def folder(self) -> Path | None:
+        is_file = self.address.scheme == "file"
+        self.folder = Path(self.address.prefix) if is_file else None
         """The folder whose files are the objects; None for a remote store."""
-        return Path(self.address.prefix) if self.address.scheme == "file" else None
+        self._backend = _Files(Path(self.address.prefix)) if is_file else _Bucket(self.address, limits)
 
     def check(self) -> None:
         """Check that the store can be reached and listed."""
-        if self.folder is not None:
-            self._call("use", "", functools.partial(self.folder.mkdir, parents=True, exist_ok=True))
-        self._call("list", "", lambda: next(iter(_obstore().list(self._client(0), chunk_size=1)), None))
+        self._call("use", "", self._backend.make)
+        self._call("list", "", self._backend.probe)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object atomically; a file is durable when this returns."""
-        if self.folder is not None:
-            self._call("write", key, lambda: self._write(key, data))
-            return
-        # One plain request: a killed process would leave a multipart upload behind, invisible and paid for, which
-        # obstore can neither list nor abort.
-        self._call("write", key, lambda: _obstore().put(self._client(len(data)), key, data, use_multipart=False))
+        self._call("write", key, lambda: self._backend.put(key, data))
 
     def get(self, key: str, limit_bytes: int) -> bytes | None:
         """Read an object; None if it does not exist.
@@ -175,133 +167,169 @@ class Objects:
         Raises:
             CheckpointDamaged: The object has more than ``limit_bytes``, or is not a regular file.
         """
-
-        def read() -> bytes | int:
-            if self.folder is not None:
-                return read_below(self.folder, key, limit_bytes)
-            found = _obstore().get(self._client(0), key)
-            size: int = found.meta["size"]
-            return size if size > limit_bytes else bytes(found.bytes())
-
-        data = self._read(key, read)
+        data = self._call("read", key, lambda: self._backend.get(key, limit_bytes), may_lack=True)
         if isinstance(data, int):
             raise CheckpointDamaged(f"{self.url}/{key} has {data:,} bytes, more than {limit_bytes:,}")
         return data
 
     def get_range(self, key: str, begin: int, nbytes: int) -> bytes | None:
         """Read at least one byte of an object; None if it does not exist. Raises as `get` does."""
-
-        def read() -> bytes:
-            if self.folder is None:
-                return bytes(_obstore().get_range(self._client(nbytes), key, start=begin, length=nbytes))
-            with open(open_below(self.folder, key), "rb") as file:
-                file.seek(begin)
-                return file.read(nbytes)
-
-        return self._read(key, read)
-
-    def _read(self, key: str, read: Callable[[], T]) -> T | None:
-        if self.folder is None:
-            return self._call("read", key, read, may_lack=True)
-        try:
-            if not self.folder.is_dir():
-                return None
-            return self._call("read", key, read, may_lack=True, unsafe=True)
-        except UnsafeFile as error:
-            raise CheckpointDamaged(f"{self.url}/{key} cannot be read: {error.strerror}") from error
+        return self._call("read", key, lambda: self._backend.get_range(key, begin, nbytes), may_lack=True)
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Return the bytes of all objects, or of those below a prefix that ends with a slash, by key."""
+        return self._call("list", below, lambda: self._backend.sizes(below.rstrip("/")), may_lack=True) or {}
 
-        def listed() -> dict[str, int]:
-            pages = _obstore().list(self._client(0), below.rstrip("/") or None, chunk_size=1000)
-            return {one["path"]: one["size"] for page in pages for one in page}
+    def delete(self, key: str) -> None:
+        """Delete an object; a missing one is not an error."""
+        self._call("delete", key, lambda: self._backend.delete(key), may_lack=True)
 
-        if self.folder is not None:
-            if not self.folder.is_dir():
-                return {}
-            return self._call("list", below, functools.partial(self._files, below.rstrip("/")), may_lack=True) or {}
-        return self._call("list", below, listed) or {}
+    def clear_staged(self) -> None:
+        """Remove temporary files of killed processes. Not during a write."""
+        self._call("clean", "", self._backend.clear_staged)
 
-    def _files(self, below: str) -> dict[str, int]:
-        """Return the sizes of our files, without following links."""
-        assert self.folder is not None
+    def _call(self, action: str, key: str, function: Callable[[], T], *, may_lack: bool = False) -> T | None:
+        """Make a call; None without the object, if ``may_lack``."""
+        problem: CheckpointDamaged | UploadError
+        try:
+            return function()
+        except self._backend.errors() as error:
+            if may_lack and isinstance(error, FileNotFoundError) and not lacks_container(error):
+                return None
+            where = f"{self.url}/{key}".rstrip("/")
+            if action == "read" and isinstance(error, UnsafeFile):
+                problem = CheckpointDamaged(f"{where} cannot be read: {error.strerror}")
+            else:
+                problem = explain(error, action, where, self.address.scheme)
+        # Outside the handler: obstore's error would become its context, with the secrets that it quotes.
+        raise problem
+
+
+class _Files:
+    """Objects that are the files of a folder. No link below it is followed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def errors(self) -> tuple[type[BaseException], ...]:
+        return OSError, ValueError
+
+    def make(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def probe(self) -> None:
+        list_below(self._folder, ".")
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        self.make()
+        if above := os.path.dirname(key):
+            make_folder_below(self._folder, above)
+        replace_below(self._folder, key, [data])
+        for folder in (self._folder, self._folder.parent):
+            disk.sync_folder(folder)
+
+    def get(self, key: str, limit_bytes: int) -> bytes:
+        return read_below(self._folder, key, limit_bytes)
+
+    def get_range(self, key: str, begin: int, nbytes: int) -> bytes:
+        with open(open_below(self._folder, key), "rb") as file:
+            file.seek(begin)
+            return file.read(nbytes)
+
+    def sizes(self, below: str) -> dict[str, int]:
+        """Return the sizes of our files; other files may be beside them."""
         found: dict[str, int] = {}
-        for entry in list_below(self.folder, below or "."):
+        for entry in list_below(self._folder, below or "."):
             key, status = f"{below}/{entry.name}" if below else entry.name, entry.stat(follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
                 if not _STAGED.fullmatch(entry.name):
                     found[key] = status.st_size
             elif stat.S_ISDIR(status.st_mode) and not below and _OURS.match(key):
                 with contextlib.suppress(FileNotFoundError):  # removed
-                    found |= self._files(key)
+                    found |= self.sizes(key)
         return found
 
-    def _unlink(self, key: str) -> None:
-        assert self.folder is not None
-        unlink_below(self.folder, key)
-        if above := os.path.dirname(key):
-            with contextlib.suppress(OSError):  # not empty
-                os.rmdir(self.folder / above)
-
-    def _write(self, key: str, data: bytes | memoryview) -> None:
-        """Write a file and its folders durably, without following links."""
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if above := os.path.dirname(key):
-            make_folder_below(self.folder, above)
-        replace_below(self.folder, key, [data])
-        for folder in (self.folder, self.folder.parent):
-            disk.sync_folder(folder)
-
     def delete(self, key: str) -> None:
-        """Delete an object; a missing one is not an error."""
-        if self.folder is not None:
-            self._call("delete", key, lambda: self._unlink(key), may_lack=True)
-        else:
-            self._call("delete", key, lambda: _obstore().delete(self._client(0), key), may_lack=True)
+        unlink_below(self._folder, key)
+        self._remove_empty(os.path.dirname(key))
 
     def clear_staged(self) -> None:
-        """Remove temporary files of killed processes. Not during a write."""
-        if self.folder is not None:
-            self._call("clean", "", self._clear_staged)
-
-    def _clear_staged(self) -> None:
-        assert self.folder is not None
-        for entry in list_below(self.folder, "."):  # other files may be beside ours
+        for entry in list_below(self._folder, "."):
             if not entry.is_dir(follow_symlinks=False):
-                self._unlink_staged(entry.name)
+                if _STAGED.fullmatch(entry.name) and _OURS.match(entry.name[1:]):
+                    unlink_below(self._folder, entry.name)
             elif _OURS.match(entry.name):
                 with contextlib.suppress(FileNotFoundError):  # removed
-                    for inside in list_below(self.folder, entry.name):
-                        self._unlink_staged(f"{entry.name}/{inside.name}")
-                with contextlib.suppress(OSError):  # not empty
-                    os.rmdir(self.folder / entry.name)
+                    for inside in list_below(self._folder, entry.name):
+                        if _STAGED.fullmatch(inside.name):
+                            unlink_below(self._folder, f"{entry.name}/{inside.name}")
+                self._remove_empty(entry.name)
 
-    def _unlink_staged(self, key: str) -> None:
-        assert self.folder is not None
-        name = os.path.basename(key)
-        if _STAGED.fullmatch(name) and ("/" in key or _OURS.match(name[1:])):
-            unlink_below(self.folder, key)
+    def _remove_empty(self, name: str) -> None:
+        if name:
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(self._folder / name)
 
-    # -------------------------------------------------------------------------------------------- obstore
 
-    def _call(
-        self, action: str, key: str, function: Callable[[], T], *, may_lack: bool = False, unsafe: bool = False
-    ) -> T | None:
-        """Make a call; None without the object, if ``may_lack``. Raises `UnsafeFile` unchanged if ``unsafe``."""
+class _Bucket:
+    """Objects in a bucket or container, through obstore."""
+
+    def __init__(self, address: Address, limits: Limits) -> None:
+        self._address = address
+        self._limits = limits
+        self._clients: dict[int, ObjectStore] = {}
+        self._lock = threading.Lock()
+
+    def errors(self) -> tuple[type[BaseException], ...]:
         try:
-            return function()
-        except (OSError, ValueError, RuntimeError, _obstore().exceptions.BaseError) as error:
-            if may_lack and isinstance(error, FileNotFoundError) and not lacks_container(error):
-                return None
-            if unsafe and isinstance(error, UnsafeFile):
-                raise
-            problem = explain(error, action, f"{self.url}/{key}".rstrip("/"), self.address.scheme)
-        # Outside the handler: obstore's error would become its context, with the secrets that it quotes.
-        raise problem
+            from obstore.exceptions import BaseError
+        except ImportError as error:
+            raise UploadError("uploading checkpoints needs obstore: pip install 'stagecast[upload]'") from error
+        return OSError, ValueError, RuntimeError, BaseError
 
-    def _client(self, nbytes: int) -> Any:
+    def make(self) -> None:
+        """Do nothing: buckets are created by their owner."""
+
+    def probe(self) -> None:
+        import obstore
+
+        next(iter(obstore.list(self._client(), chunk_size=1)), None)
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        import obstore
+
+        # One plain request: a killed process would leave a multipart upload behind, invisible and paid for, which
+        # obstore can neither list nor abort.
+        obstore.put(self._client(len(data)), key, data, use_multipart=False)
+
+    def get(self, key: str, limit_bytes: int) -> bytes | int:
+        """Read an object; only its size if that is above the limit."""
+        import obstore
+
+        found = obstore.get(self._client(), key)
+        size = found.meta["size"]
+        return size if size > limit_bytes else bytes(found.bytes())
+
+    def get_range(self, key: str, begin: int, nbytes: int) -> bytes:
+        import obstore
+
+        return bytes(obstore.get_range(self._client(nbytes), key, start=begin, length=nbytes))
+
+    def sizes(self, below: str) -> dict[str, int]:
+        import obstore
+
+        pages = obstore.list(self._client(), below or None, chunk_size=1000)
+        return {one["path"]: one["size"] for page in pages for one in page}
+
+    def delete(self, key: str) -> None:
+        import obstore
+
+        obstore.delete(self._client(), key)
+
+    def clear_staged(self) -> None:
+        """Do nothing: an object is written by one request."""
+
+    def _client(self, nbytes: int = 0) -> ObjectStore:
         """Return a client whose timeout suits requests of ``nbytes``."""
         size = 0 if nbytes <= 2**20 else 1 << (nbytes - 1).bit_length()
         with self._lock:
@@ -309,29 +337,18 @@ class Objects:
                 self._clients[size] = self._connect(size)
             return self._clients[size]
 
-    def _connect(self, nbytes: int) -> Any:
-        stores, address, limits = _obstore().store, self.address, self._limits
-        if address.scheme == "file":
-            return stores.LocalStore(Path(address.prefix))
-        kind = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}[address.scheme]
+    def _connect(self, nbytes: int) -> ObjectStore:
+        from obstore.store import AzureStore, GCSStore, S3Store
+
+        address, limits = self._address, self._limits
+        kinds: dict[str, Callable[..., ObjectStore]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
         # With options of ours, obstore reads none from the environment.
         variables = {option: _PREFIXES[address.scheme] + option.upper() for option in _CLIENT_OPTIONS}
         options = {
-            "connect_timeout": datetime.timedelta(seconds=limits.connect_s),
-            "timeout": datetime.timedelta(seconds=limits.request_s + nbytes / limits.slowest_bytes_per_s),
+            "connect_timeout": timedelta(seconds=limits.connect_s),
+            "timeout": timedelta(seconds=limits.request_s + nbytes / limits.slowest_bytes_per_s),
         } | {option: os.environ[name] for option, name in variables.items() if name in os.environ}
-        retries = {
-            "max_retries": limits.retries,
-            "retry_timeout": datetime.timedelta(seconds=limits.retry_s),
-        }
-        return kind(address.bucket, prefix=address.prefix or None, client_options=options, retry_config=retries)
-
-
-def _obstore() -> Any:
-    try:
-        import obstore
-        import obstore.exceptions
-        import obstore.store
-    except ImportError as error:
-        raise UploadError("uploading checkpoints needs obstore: pip install 'stagecast[upload]'") from error
-    return obstore
+        retries = {"max_retries": limits.retries, "retry_timeout": timedelta(seconds=limits.retry_s)}
+        return kinds[address.scheme](
+            address.bucket, prefix=address.prefix or None, client_options=options, retry_config=retries
+        )

@@ -44,8 +44,8 @@ Any thread. A value that occurs twice in the tree is written twice.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, cast
 
 import msgspec
 from msgspec.msgpack import Ext
@@ -55,6 +55,7 @@ from events.checkpoint.packing_types import ATOMS, FORMS, KNOWN, MAKERS, NATIVE,
 from events.checkpoint.packing_types import register as register
 from events.errors import CheckpointDamaged, UnstorableState
 from events.msgpack_keys import ALWAYS_FITS_BYTES, check_keys
+from events.text import is_encodable
 
 MAX_DEPTH = 200
 """Maximum levels of containers per tree."""
@@ -62,17 +63,14 @@ MAX_DEPTH = 200
 _PAIRS, _RECORDS, _TENSOR = 10, 20, 60  # codes; the first two start a group
 _BYTES_LIMIT = 2**32 - 1  # msgpack's
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
-_HERE: Any = object()  # the label of a part that shares the path of the whole
-
-_packer = msgspec.msgpack.Encoder()
-_unpacker = msgspec.msgpack.Decoder()
+_HERE = object()  # the label of a part that shares the path of the whole
 
 # Errors of damaged content, and of a machine without a needed module or file.
 _UNREADABLE = (ValueError, TypeError, ArithmeticError, OSError, RecursionError)
 _LACKING = (LookupError, ImportError)
 
 
-def encode(tree: Any, place: Callable[[str, Any], str | None] | None = None, at: str = "") -> bytes:
+def encode(tree: object, place: Callable[[str, object], str | None] | None = None, at: str = "") -> bytes:
     """Encode a tree of plain values.
 
     Args:
@@ -86,7 +84,7 @@ def encode(tree: Any, place: Callable[[str, Any], str | None] | None = None, at:
     """
     writer = _Writer(place, at)
     packed = writer.pack(tree)
-    return _packer.encode([writer.entries, packed])
+    return msgspec.msgpack.encode([writer.entries, packed])
 
 
 def check_readable(data: bytes, what: str) -> None:
@@ -107,7 +105,7 @@ def check_readable(data: bytes, what: str) -> None:
             ) from error
 
 
-def decode(data: bytes | memoryview, tensor: Callable[[str], Any] | None = None) -> Any:
+def decode(data: bytes | memoryview, tensor: Callable[[str], object] | None = None) -> Any:
     """Decode the result of `encode`, to the same values of the same types.
 
     No name in the data is imported or called, except registered ones. Memory is a small multiple of the data's length.
@@ -124,7 +122,7 @@ def decode(data: bytes | memoryview, tensor: Callable[[str], Any] | None = None)
     reader = _Reader(tensor)
     try:
         check_keys(data)
-        raw = _unpacker.decode(data)
+        raw = msgspec.msgpack.decode(data)
     except _UNREADABLE as error:
         raise reader.damaged(str(error)) from error
     if type(raw) is not list or len(raw) != 2 or type(raw[0]) is not int:
@@ -135,30 +133,32 @@ def decode(data: bytes | memoryview, tensor: Callable[[str], Any] | None = None)
     return tree
 
 
+def _is_native(value: object) -> bool:
+    """Whether msgpack holds the value as it is."""
+    if type(value) is str:
+        return len(value) < 2**30 and (value.isascii() or is_encodable(value))
+    if type(value) is int:
+        return _INT_MIN <= value <= _INT_MAX
+    if type(value) is bytes:
+        return len(value) <= _BYTES_LIMIT
+    return type(value) in ATOMS
+
+
 class _Writer:
     """Turns a tree into values that msgspec can write. One Python frame per level, because trees may be deep."""
 
-    def __init__(self, place: Callable[[str, Any], str | None] | None, at: str) -> None:
+    def __init__(self, place: Callable[[str, object], str | None] | None, at: str) -> None:
         self.place = place
-        self.labels: list[Any] = [at] if at else []  # the path to the current value
+        self.labels: list[object] = [at] if at else []  # the path to the current value
         self.open: dict[int, int] = {}  # ids of the values around it, with the lengths of their paths
         self.entries = 0
 
-    def pack(self, value: Any) -> Any:
-        kind = type(value)
-        if kind in ATOMS:
+    def pack(self, value: object) -> object:
+        if _is_native(value):
             return value
-        if kind is str:
-            if len(value) < 2**30 and (value.isascii() or _is_unicode(value)):
-                return value
-        elif kind is int:
-            if _INT_MIN <= value <= _INT_MAX:
-                return value
-        elif kind is bytes and len(value) <= _BYTES_LIMIT:
-            return value
-        packed: Any
+        packed: dict[object, object] | list[object]
         self.enter(value)
-        if kind is dict and NATIVE.issuperset(map(type, value)) and all(self.pack(key) is key for key in value):
+        if type(value) is dict and all(map(_is_native, value)):
             packed = {}
             for key, item in value.items():
                 self.labels[-1] = key
@@ -167,18 +167,17 @@ class _Writer:
         else:
             code, parts = self.parts(value)
             packed = [Ext(code, b"")] if code else []
-            kinds = set(map(type, parts))
-            if kinds <= ATOMS or (kinds == {int} and min(parts) >= _INT_MIN and max(parts) <= _INT_MAX):
+            if _all_native(parts):
                 packed += parts  # the fast path of long sequences of numbers
             else:
                 for index, part in enumerate(parts):
-                    self.labels[-1] = _label(code, index, parts)
+                    self.labels[-1] = _label(code, index, cast("Sequence[object]", parts))
                     packed.append(self.pack(part))
         self.labels.pop()
         del self.open[id(value)]
         return packed
 
-    def enter(self, value: Any) -> None:
+    def enter(self, value: object) -> None:
         if id(value) in self.open:
             whole = _path(self.labels[: self.open[id(value)]]) or "the whole state"
             raise self.refused(value, f"it is {whole} again, which contains it; remove one of them")
@@ -187,7 +186,7 @@ class _Writer:
         self.open[id(value)] = len(self.labels)
         self.labels.append(_HERE)
 
-    def parts(self, value: Any) -> tuple[int, Any]:
+    def parts(self, value: object) -> tuple[int, Collection[object]]:
         kind = type(value)
         form = FORMS.get(kind) or packing_types.registered.get(kind)
         try:
@@ -202,7 +201,7 @@ class _Writer:
             raise self.refused(value, _reason(kind))
         return _TENSOR, (name,)
 
-    def refused(self, value: Any, why: str) -> UnstorableState:
+    def refused(self, value: object, why: str) -> UnstorableState:
         where = _short(_path(self.labels)) or "the state"
         return UnstorableState(f"{where} is a {name_of(type(value))} that cannot be stored: {why}")
 
@@ -210,23 +209,21 @@ class _Writer:
 class _Reader:
     """Turns the values that msgspec has read into the tree; lists and maps in place."""
 
-    def __init__(self, tensor: Callable[[str], Any] | None) -> None:
+    def __init__(self, tensor: Callable[[str], object] | None) -> None:
         self.tensor = tensor
-        self.labels: list[Any] = []
+        self.labels: list[object] = []
         self.entries = 0
 
-    def unpack(self, raw: Any) -> Any:
-        kind = type(raw)
-        if kind in NATIVE:
+    def unpack(self, raw: object) -> object:
+        if type(raw) in NATIVE:
             return raw
-        if kind is Ext and raw.code not in MAKERS and raw.code != _TENSOR:
+        if type(raw) is Ext and raw.code not in MAKERS and raw.code != _TENSOR:
             raise self.unknown(raw.code)
-        if kind is not list and kind is not dict:
-            raise self.damaged(f"msgpack's {kind.__name__} is never written here")
         if len(self.labels) >= MAX_DEPTH:
             raise self.damaged(f"it is more than {MAX_DEPTH} levels deep")
         self.labels.append(_HERE)
-        if kind is dict:
+        made: object = raw
+        if type(raw) is dict:
             if not NATIVE.issuperset(map(type, raw)):
                 raise self.damaged("it is a map with keys that are never written in a map")
             self.entries += len(raw)
@@ -235,17 +232,20 @@ class _Reader:
                     self.labels[-1] = key
                     raw[key] = self.unpack(item)
             self.labels.pop()
-            return raw
-        marked = bool(raw) and type(raw[0]) is Ext and not raw[0].data
-        code, parts = (raw[0].code, raw[1:]) if marked else (0, raw)
-        for index, part in enumerate(parts):
-            if type(part) not in NATIVE:
-                self.labels[-1] = _label(code, index, parts)
-                parts[index] = self.unpack(part)
-        self.labels.pop()
-        return self.make(code, parts) if marked else parts
+        elif type(raw) is list:
+            marked = bool(raw) and type(raw[0]) is Ext and not raw[0].data
+            code, parts = (raw[0].code, raw[1:]) if marked else (0, raw)
+            for index, part in enumerate(parts):
+                if type(part) not in NATIVE:
+                    self.labels[-1] = _label(code, index, parts)
+                    parts[index] = self.unpack(part)
+            self.labels.pop()
+            made = self.make(code, parts) if marked else parts
+        else:
+            raise self.damaged(f"msgpack's {type(raw).__name__} is never written here")
+        return made
 
-    def make(self, code: int, parts: list[Any]) -> Any:
+    def make(self, code: int, parts: list[object]) -> object:
         make = self.placed if code == _TENSOR else MAKERS.get(code)
         if make is None:
             raise self.unknown(code)
@@ -256,7 +256,7 @@ class _Reader:
         except _LACKING as error:
             raise self.damaged(f"{error} (code {code})", "provide that, or load an older checkpoint") from error
 
-    def placed(self, name: Any) -> Any:
+    def placed(self, name: object) -> object:
         if self.tensor is None or type(name) is not str:
             raise LookupError(f"it is the tensor {name!r}, which does not exist")
         return self.tensor(name)
@@ -269,21 +269,30 @@ class _Reader:
         return CheckpointDamaged(f"{where} cannot be restored: {_short(why)}; {remedy}")
 
 
+def _all_native(parts: Collection[object]) -> bool:
+    """Whether the parts are numbers of one kind that are written as they are; fast, and False for all others."""
+    kinds = set(map(type, parts))
+    if kinds == {int}:
+        numbers = cast("Collection[int]", parts)
+        return min(numbers) >= _INT_MIN and max(numbers) <= _INT_MAX
+    return kinds <= ATOMS
+
+
 # ------------------------------------------------------------------------------------------------ paths and text
 
 
-def _label(code: int, index: int, parts: Any) -> Any:
+def _label(code: int, index: int, parts: Sequence[object]) -> object:
     """Return a part's label in the path: its index in a sequence, its key in pairs, none in a record."""
     if code < _PAIRS:
         return index
     return parts[index - 1] if code < _RECORDS and index % 2 else _HERE
 
 
-def _path(labels: list[Any]) -> str:
+def _path(labels: list[object]) -> str:
     return ".".join([_text(label) for label in labels if label is not _HERE])
 
 
-def _text(label: Any) -> str:
+def _text(label: object) -> str:
     try:
         return label if type(label) is str else repr(label)
     except ValueError:  # Python refuses to print thousands of digits
@@ -304,11 +313,3 @@ def _reason(kind: type) -> str:
     else:
         instead = "not a plain value; store plain values"
     return f"it is {instead} instead, or add this type with `register`"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

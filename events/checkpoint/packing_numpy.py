@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 from events.checkpoint.tensor_file import elements_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _DIMENSIONS = 64  # NumPy's maximum
 ARRAY, SCALAR = 50, 51
@@ -15,37 +19,35 @@ _ELEMENTS = re.compile(r"[<>|][biufcmMSUV]\d{1,10}(\[([1-9]\d{0,9})?[A-Za-z]{1,7
 _ITEM_BYTES = 2**31 - 1  # NumPy computes with C's ints, and wraps around without an error
 _EMPTY_ITEMS = 2**16
 """Maximum elements of 0 bytes per array."""
+_FIELDS = ("names", "formats", "offsets", "itemsize")
 
 
-def parts_of(value: Any) -> tuple[int, Any] | None:
+def parts_of(value: object) -> tuple[int, tuple[object, ...]] | None:
     """Return the parts of an array or a scalar; None for any other object of NumPy."""
     import numpy as np  # loaded already: it defined the type
 
     if type(value) is np.ndarray:
         return ARRAY, (_describe(value.dtype), value.shape, value.tobytes())
-    if not isinstance(value, np.generic):
-        return None
     if isinstance(value, np.str_):  # NumPy drops trailing NULs, also of bytes_
         return SCALAR, ("U", str.__str__(value))
     if isinstance(value, np.bytes_):
         return SCALAR, ("S", bytes(value))
-    return SCALAR, (_describe(value.dtype), value.tobytes())
+    if isinstance(value, np.generic):
+        return SCALAR, (_describe(value.dtype), value.tobytes())
+    return None
 
 
-def _describe(dtype: Any) -> Any:
+def _describe(dtype: np.dtype) -> object:
     import numpy as np
 
-    description: Any = dtype.str
+    description: object = dtype.str
     if dtype.subdtype is not None:
         description = [_describe(dtype.base), list(dtype.shape)]
     if dtype.names is not None:
-        fields = [dtype.fields[name] for name in dtype.names]
-        description = {
-            "names": list(dtype.names),
-            "formats": [_describe(field[0]) for field in fields],
-            "offsets": [field[1] for field in fields],
-            "itemsize": dtype.itemsize,
-        }
+        by_name = cast("Mapping[str, tuple[np.dtype, int]]", dtype.fields)
+        fields = [by_name[name] for name in dtype.names]
+        formats, offsets = [_describe(field[0]) for field in fields], [field[1] for field in fields]
+        description = dict(zip(_FIELDS, (list(dtype.names), formats, offsets, dtype.itemsize), strict=True))
     if dtype.hasobject or dtype.type is np.record or _dtype(description) != dtype:
         raise ValueError(
             f"no checkpoint keeps elements of {dtype!r}; convert them to numbers, bytes or fixed-width text"
@@ -53,11 +55,11 @@ def _describe(dtype: Any) -> Any:
     return description
 
 
-def _dtype(description: Any) -> Any:
+def _dtype(description: object) -> np.dtype:
     import numpy as np
 
     if type(description) is dict:
-        names, formats, offsets, itemsize = (description[key] for key in ("names", "formats", "offsets", "itemsize"))
+        names, formats, offsets, itemsize = (description[key] for key in _FIELDS)
         formats = [_dtype(field) for field in formats]
         for field, offset in zip(formats, _whole(offsets), strict=True):
             if offset + field.itemsize > itemsize:
@@ -68,12 +70,12 @@ def _dtype(description: Any) -> Any:
         base, shape = _dtype(description[0]), tuple(_whole(description[1]))
         elements_of(shape, _ITEM_BYTES // max(1, base.itemsize))
         return np.dtype((base, shape))
-    if _ELEMENTS.fullmatch(description) is None:
+    if type(description) is not str or _ELEMENTS.fullmatch(description) is None:
         raise ValueError(f"{description!r} is not a dtype")
     return np.dtype(description)
 
 
-def _whole(numbers: Any) -> list[int]:
+def _whole(numbers: object) -> list[int]:
     """Check that this is a list of sizes within an element: a range, for example, could be endless."""
     if type(numbers) is not list or not {int}.issuperset(map(type, numbers)):
         raise TypeError(f"{numbers!r:.80} are not whole numbers in a list")
@@ -82,13 +84,15 @@ def _whole(numbers: Any) -> list[int]:
     return numbers
 
 
-def array(description: Any, shape: tuple[int, ...], data: bytes) -> Any:
+def array(description: object, shape: object, data: object) -> np.ndarray:
     """Create an array from its parts. Raises an error that `packing` treats as damage."""
     import numpy as np
 
     dtype = _dtype(description)
     if type(shape) is not tuple or not {int}.issuperset(map(type, shape)):
         raise TypeError(f"{shape!r} is not a tuple of dimensions")
+    if type(data) is not bytes:
+        raise TypeError(f"{data!r:.80} is not the bytes of elements")
     if len(shape) > _DIMENSIONS or not all(0 <= size < 2**63 for size in shape):
         raise ValueError(f"{len(shape)} dimensions, of up to {max(shape).bit_length()} bits, are not a shape")
     if math.prod(shape) * dtype.itemsize != len(data):
@@ -98,7 +102,7 @@ def array(description: Any, shape: tuple[int, ...], data: bytes) -> Any:
     return np.ndarray(shape, dtype, buffer=bytearray(data))  # NumPy's copy() does not copy the padding
 
 
-def scalar(description: Any, content: Any) -> Any:
+def scalar(description: object, content: object) -> object:
     """Create a scalar from its parts. Raises as `array` does."""
     import numpy as np
 

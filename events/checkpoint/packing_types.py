@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from operator import attrgetter
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from events.checkpoint import packing_numpy
 from events.hash_tables import SAME_HASH, check_hashes
+
+T = TypeVar("T")
 
 REGISTERED = 61
 """The code of registered types."""
@@ -34,15 +36,15 @@ class Form(NamedTuple):
     """How the values of a type are written."""
 
     code: int  # 0: no mark
-    split: Callable[[Any], Collection[Any]]  # returns the parts; raises ValueError for a value without any
-    make: Callable[..., Any]  # receives the list of parts; from code 20 on, each part as an argument
+    split: Callable[[Any], Collection[object]]  # returns the parts; raises ValueError for a value without any
+    make: Callable[..., object]  # receives the list of parts; from code 20 on, each part as an argument
 
 
 registered: dict[type, Form] = {}
-registered_names: dict[str, tuple[type, Callable[[Any], Any]]] = {}
+registered_names: dict[str, tuple[type, Callable[[Any], object]]] = {}
 
 
-def register(kind: type, name: str, to_plain: Callable[[Any], Any], from_plain: Callable[[Any], Any]) -> None:
+def register(kind: type[T], name: str, to_plain: Callable[[T], object], from_plain: Callable[[Any], object]) -> None:
     """Register a type that is not in the table of `events.checkpoint.packing`, best in the module that defines it.
 
     Args:
@@ -62,7 +64,7 @@ def register(kind: type, name: str, to_plain: Callable[[Any], Any], from_plain: 
     if name_of(other) != name_of(kind):
         raise ValueError(f"the name {name!r} belongs to {name_of(other)}; choose another one for {name_of(kind)}")
 
-    def split(value: Any) -> tuple[str, Any]:
+    def split(value: T) -> tuple[str, object]:
         try:
             return name, to_plain(value)
         except Exception as error:  # the user's code: the writer adds the path
@@ -77,18 +79,7 @@ def name_of(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _items(mapping: Any) -> list[Any]:
-    _spread(list(mapping))
-    return [part for pair in mapping.items() for part in pair]
-
-
-def _check_keys(keys: list[Any], *, of_set: bool = False) -> None:
-    """Refuse untrusted keys whose table would take quadratic time, before it is built."""
-    if len(keys) > SAME_HASH and not _SALTED.issuperset(map(type, keys)):
-        check_hashes(list(map(hash, keys)), of_set=of_set)
-
-
-def _spread(keys: Collection[Any]) -> Collection[Any]:
+def _spread(keys: Collection[T]) -> Collection[T]:
     """Refuse keys that share a hash, which could not be read again. Only constructed ones (big integers) do."""
     if len(keys) > SAME_HASH and not _SALTED.issuperset(map(type, keys)):
         hashed, count = Counter(map(hash, keys)).most_common(1)[0]
@@ -97,25 +88,19 @@ def _spread(keys: Collection[Any]) -> Collection[Any]:
     return keys
 
 
-def _short_ints(kind: Any) -> Callable[..., Any]:
-    """Bound the length of a type's integers, whose arithmetic takes quadratic time."""
-
-    def make(*parts: Any) -> Any:
-        _check_ints(parts)
-        return kind(*parts)
-
-    return make
+def _items(mapping: Mapping[object, object]) -> list[object]:
+    _spread(mapping)
+    return [part for pair in mapping.items() for part in pair]
 
 
-def _check_ints(parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    longest = max((part.bit_length() for part in parts if type(part) is int), default=0)
-    if longest > _INT_BITS:
-        raise ValueError(f"it has an integer of {longest:,} bits, more than {_INT_BITS:,}; store it as an int or text")
-    return parts
+def _check_keys(keys: list[object], *, of_set: bool = False) -> None:
+    """Refuse untrusted keys whose table would take quadratic time, before it is built."""
+    if len(keys) > SAME_HASH and not _SALTED.issuperset(map(type, keys)):
+        check_hashes(list(map(hash, keys)), of_set=of_set)
 
 
-def _pairs(kind: type) -> Callable[[list[Any]], Any]:
-    def make(parts: list[Any]) -> Any:
+def _pairs(kind: Callable[[dict[object, object]], object]) -> Callable[[list[object]], object]:
+    def make(parts: list[object]) -> object:
         keys = parts[::2]
         _check_keys(keys)
         pairs = dict(zip(keys, parts[1::2], strict=True))
@@ -126,8 +111,8 @@ def _pairs(kind: type) -> Callable[[list[Any]], Any]:
     return make
 
 
-def _members(kind: type) -> Callable[[list[Any]], Any]:
-    def make(parts: list[Any]) -> Any:
+def _members(kind: Callable[[Iterable[object]], Collection[object]]) -> Callable[[list[object]], object]:
+    def make(parts: list[object]) -> object:
         _check_keys(parts, of_set=True)
         members = kind(parts)
         if len(members) != len(parts):
@@ -137,17 +122,17 @@ def _members(kind: type) -> Callable[[list[Any]], Any]:
     return make
 
 
-def _deque(parts: list[Any]) -> deque[Any]:
+def _deque(parts: list[Any]) -> deque[object]:
     *items, maxlen = parts
     if maxlen is not None and maxlen < len(items):
         raise ValueError("it has more items than its maxlen")
     return deque(items, maxlen)
 
 
-def _exactly(kind: type, make: Callable[..., Any]) -> Callable[..., Any]:
+def _exactly(kind: type, make: Callable[..., object]) -> Callable[..., object]:
     """Refuse other types: a constructor might compute the digits of "1e999999999", or 10**9 zero bytes."""
 
-    def checked(*parts: Any) -> Any:
+    def checked(*parts: object) -> object:
         if not {kind}.issuperset(map(type, parts)):
             raise TypeError(f"it has parts that are not {kind.__name__}")
         return make(*parts)
@@ -155,14 +140,22 @@ def _exactly(kind: type, make: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _zone_key(key: Any) -> str:
+def _short_ints(parts: tuple[T, ...]) -> tuple[T, ...]:
+    """Bound the length of integers whose arithmetic takes quadratic time."""
+    longest = max((part.bit_length() for part in parts if isinstance(part, int)), default=0)
+    if longest > _INT_BITS:
+        raise ValueError(f"it has an integer of {longest:,} bits, more than {_INT_BITS:,}; store it as an int or text")
+    return parts
+
+
+def _zone_key(key: object) -> str:
     if type(key) is not str or _ZONE.fullmatch(key) is None:
         raise ValueError(f"{key!r} is not a time zone of the IANA database")
     return key
 
 
-def _make_registered(name: str, plain: Any) -> Any:
-    if name not in registered_names:
+def _make_registered(name: object, plain: object) -> object:
+    if type(name) is not str or name not in registered_names:
         raise LookupError(f"no type is registered as {name!r}: the module that registers it is not imported")
     try:
         return registered_names[name][1](plain)
@@ -198,10 +191,10 @@ FORMS: dict[type, Form] = {
     Decimal: Form(24, lambda value: (str(value),), _exactly(str, Decimal)),
     Fraction: Form(
         25,
-        lambda value: _check_ints((value.numerator, value.denominator)),
-        _exactly(int, _short_ints(Fraction)),
+        lambda value: _short_ints((value.numerator, value.denominator)),
+        _exactly(int, lambda *parts: Fraction(*_short_ints(parts))),
     ),
-    range: Form(26, lambda value: _check_ints(_range(value)), _short_ints(range)),
+    range: Form(26, lambda value: _short_ints(_range(value)), lambda *parts: range(*_short_ints(parts))),
     slice: Form(27, _range, slice),
     UUID: Form(28, lambda value: (value.bytes,), _exactly(bytes, lambda data: UUID(bytes=data))),
     PosixPath: Form(29, lambda path: (path.as_posix(),), _exactly(str, Path)),
@@ -216,7 +209,7 @@ FORMS: dict[type, Form] = {
     ZoneInfo: Form(45, lambda value: (_zone_key(value.key),), lambda key: ZoneInfo(_zone_key(key))),
 }
 KNOWN = NATIVE | FORMS.keys()
-MAKERS: dict[int, Callable[..., Any]] = {
+MAKERS: dict[int, Callable[..., object]] = {
     **{form.code: form.make for form in FORMS.values() if form.code},
     packing_numpy.ARRAY: packing_numpy.array,
     packing_numpy.SCALAR: packing_numpy.scalar,

@@ -27,7 +27,6 @@ _NO_CONTAINER = re.compile(
 )
 _STATUS = re.compile(r"status code: ([1-5][0-9]{2})\b", re.ASCII)
 _CODE = re.compile(r"<Code>([A-Za-z]{3,50})</Code>", re.ASCII)
-_ERRNO = re.compile(r"\bcode: ([0-9]{1,3}),\s+kind:", re.ASCII)
 
 _CHECK_NETWORK = "is the network up, and {endpoint} right, if it is set?"
 _CHECK_CREDENTIALS = "check the credentials in the environment ({credentials}), and what they are allowed to do there"
@@ -92,11 +91,8 @@ def _cause(error: BaseException, scheme: str) -> tuple[str, str]:
         return str(error.strerror), f"remove {error.filename}"
     if scheme == "file":
         number = error.errno if isinstance(error, OSError) else None
-        if number is None and (match := _ERRNO.search(text)) is not None:
-            number = int(match[1])
-        if number is not None:
-            return os.strerror(number).lower(), "is the folder there, is it yours, and has it room?"
-        return _scrubbed(error), "is the folder there, is it yours, and has it room?"
+        cause = os.strerror(number).lower() if number is not None else _scrubbed(error)
+        return cause, "is the folder there, is it yours, and has it room?"
     if lacks_container(error):
         kind = "container" if scheme == "az" else "bucket"
         return f"the {kind} does not exist", "create it, or name another one"

@@ -7,7 +7,7 @@ import functools
 import io
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Set
 from pathlib import Path
 
 import xxhash
@@ -16,12 +16,11 @@ from events.checkpoint import disk
 from events.checkpoint.files import check_file, check_size, open_file, verify
 from events.checkpoint.lineage import (
     AttemptNote,
+    Lineage,
     attempt_name,
-    candidates_of,
     decode_attempt,
     encode_attempt,
     is_attempt_name,
-    line_of,
 )
 from events.checkpoint.manifest import (
     MANIFEST_BYTES,
@@ -50,13 +49,13 @@ from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNe
 _THREAD = "stagecast-upload"
 _MOST_PARTS = 10**6
 """Maximum objects per checkpoint."""
-LOST = 1_000
+_LOST = 1_000
 """Maximum missing objects per checkpoint for an error that names the first one."""
 _READ_BYTES = 16 * 2**20
 """Maximum bytes per read."""
 
 
-class RemoteStore:
+class RemoteStore(Lineage):
     """The checkpoints of one run below a URL. Any thread; every method waits for the store, within its `Limits`.
 
     Only the process that holds the run folder may write. Every method may raise `UploadError`: the store cannot be
@@ -73,6 +72,8 @@ class RemoteStore:
         self._limits = limits if limits is not None else Limits()
         self._objects = Objects(url, self._limits)
         self.url = self._objects.url
+        self.folder = self._objects.folder
+        """The folder of a ``file://`` URL; None for any other."""
 
     def check(self) -> None:
         """Check that the store can be reached and listed."""
@@ -85,17 +86,9 @@ class RemoteStore:
     # ------------------------------------------------------------------------------------------- reading
 
     def names(self) -> list[CheckpointName]:
-        """Return the complete checkpoints, the oldest first."""
         return visible(folders_of(self._objects.sizes()))
 
     def manifest(self, name: CheckpointName) -> Manifest:
-        """Read a checkpoint's manifest.
-
-        Raises:
-            CheckpointNotFound: The checkpoint does not exist.
-            CheckpointDamaged: The manifest was changed.
-            CheckpointTooNew: A later version wrote it.
-        """
         data = self._objects.get(f"{name}/{MANIFEST_NAME}", MANIFEST_BYTES)
         if data is None:
             raise CheckpointNotFound(f"there is no checkpoint {self.url_of(name)}")
@@ -104,27 +97,8 @@ class RemoteStore:
             raise CheckpointDamaged(f"{self.url_of(name)}/{MANIFEST_NAME} is that of {manifest.name}")
         return manifest
 
-    def line(self) -> list[CheckpointName]:
-        """Return the line of the newest attempt, the newest checkpoint first; see `events.checkpoint.lineage`."""
-        sizes = self._objects.sizes()
-        return line_of(visible(folders_of(sizes)), self._attempts(sizes), lambda name: self.manifest(name).parent)
-
-    def candidates(self) -> Iterator[CheckpointName]:
-        """Yield the checkpoints to try to resume from; see `CheckpointStore.candidates`."""
-        return candidates_of(self.line(), self.names())
-
-    @property
-    def last_attempt(self) -> int:
-        """Number of the newest attempt; 0 for none."""
-        sizes = self._objects.sizes()
-        return max([*self._attempts(sizes), *(name.attempt for name in folders_of(sizes))], default=0)
-
     def attempts(self) -> dict[int, AttemptNote]:
-        """Return the readable notes of attempts."""
-        return self._attempts(self._objects.sizes())
-
-    def _attempts(self, sizes: Mapping[str, int]) -> dict[int, AttemptNote]:
-        keys = [key for key, size in sizes.items() if is_attempt_name(key) and size <= NOTE_BYTES]
+        keys = [key for key, size in self._objects.sizes().items() if is_attempt_name(key) and size <= NOTE_BYTES]
         reads = (functools.partial(self._objects.get, key, NOTE_BYTES) for key in keys)
         with contextlib.closing(in_order(reads, self._limits.parallel, _THREAD)) as found:
             decoded = [decode_attempt(key, data) for key, data in zip(keys, found, strict=True) if data is not None]
@@ -149,17 +123,13 @@ class RemoteStore:
                 return store.path(name)
             store.remove(name)
         manifest = self.manifest(name)
-        noted = self._parts(name)
-        if noted != parts_for(manifest, noted.part_bytes):
-            raise CheckpointDamaged(f"{self.url_of(name)}/{PARTS_NAME} is that of another checkpoint")
+        plan = self.plan(manifest)
         into.parent.mkdir(parents=True, exist_ok=True)
         store.make()
-        plan = self._whole(manifest, noted.part_bytes)
         folder = store.begin(name)
         try:
             for file, entry in manifest.files.items():
-                parts = plan[file]
-                with contextlib.closing(self._read(name, parts)) as data:
+                with contextlib.closing(self.read(name, plan[file])) as data:
                     found = disk.write_parts(folder, file, data)
                 check_file(folder.path / file, entry.nbytes, entry.xxh3_128, *found)
             path = store.commit(manifest)
@@ -169,27 +139,18 @@ class RemoteStore:
         store.mark_uploaded(name, Upload(self.url_of(name), time.time()))
         return path
 
-    def download_attempts(self, into: Path) -> None:
-        """Copy the notes of attempts, so that the next attempt gets a new number.
-
-        Raises:
-            OSError: The disk failed.
-        """
-        into.parent.mkdir(parents=True, exist_ok=True)
-        store = CheckpointStore(into)
-        store.make()
-        for attempt in self.attempts().values():
-            store.note(attempt)
-
-    def _whole(self, manifest: Manifest, part_bytes: int) -> dict[str, list[FilePart]]:
-        """Return the parts of a checkpoint's files, if all of them exist in the right sizes.
+    def plan(self, manifest: Manifest) -> dict[str, list[FilePart]]:
+        """Return the objects of a checkpoint's files, if all of them exist in the right sizes.
 
         Raises:
             CheckpointDamaged, CheckpointNotFound: Otherwise.
         """
         name = manifest.name
+        noted = self._parts(name)
+        if noted != parts_for(manifest, noted.part_bytes):
+            raise CheckpointDamaged(f"{self.url_of(name)}/{PARTS_NAME} is that of another checkpoint")
         sizes = self._objects.sizes(f"{name}/")
-        plan = plan_of(manifest, part_bytes, len(sizes) + LOST)
+        plan = plan_of(manifest, noted.part_bytes, len(sizes) + _LOST)
         for parts in plan.values():
             for part in parts:
                 found = sizes.get(f"{name}/{part.key}")
@@ -206,8 +167,15 @@ class RemoteStore:
             raise self._lost(name, PARTS_NAME)
         return decode_parts(data, f"{self.url_of(name)}/{PARTS_NAME}")
 
-    def _read(self, name: CheckpointName, parts: list[FilePart]) -> Generator[bytes]:
-        """Yield the bytes of a file, in pieces."""
+    def read(self, name: CheckpointName, parts: list[FilePart]) -> Generator[bytes]:
+        """Yield the bytes of a file, in pieces. Close it (`contextlib.closing`) where the loop over it may raise.
+
+        Args:
+            parts: From `plan`.
+
+        Raises:
+            CheckpointDamaged, CheckpointNotFound: An object is missing, or has another size.
+        """
 
         def pieces() -> Iterator[tuple[FilePart, int, int]]:
             for part in parts:
@@ -274,10 +242,12 @@ class RemoteStore:
         if cancelled():
             return False
         # Another process that believes this one dead may have deleted parts.
-        if missing := self._missing(name, plan):
-            raise UploadError(
-                f"{self.url_of(name)}/{missing[0]} was deleted during the upload; give the run another run_id"
-            )
+        sizes = self._objects.sizes(f"{name}/")
+        for part in (part for parts in plan.values() for part in parts):
+            if sizes.get(f"{name}/{part.key}") != part.nbytes:
+                raise UploadError(
+                    f"{self.url_of(name)}/{part.key} was deleted during the upload; give the run another run_id"
+                )
         self._objects.put(f"{name}/{MANIFEST_NAME}", encode_manifest(manifest))
         return True
 
@@ -286,7 +256,7 @@ class RemoteStore:
         try:
             found = self.manifest(name)
             if found == manifest:
-                self._whole(manifest, self._parts(name).part_bytes)
+                self.plan(manifest)
                 return True
         except CheckpointNotFound:
             return False
@@ -301,12 +271,6 @@ class RemoteStore:
             )
         self._objects.delete(f"{name}/{MANIFEST_NAME}")
         return False
-
-    def _missing(self, name: CheckpointName, plan: dict[str, list[FilePart]]) -> list[str]:
-        """Return the keys of parts that are missing, or have another size."""
-        sizes = self._objects.sizes(f"{name}/")
-        parts = [part for parts in plan.values() for part in parts]
-        return [part.key for part in parts if sizes.get(f"{name}/{part.key}") != part.nbytes]
 
     def _begin(self, name: CheckpointName, manifest: Manifest, part_bytes: int) -> dict[str, int]:
         """Write `PARTS_NAME`; return the sizes of the objects that exist already."""
@@ -331,33 +295,27 @@ class RemoteStore:
         """Yield calls that upload the missing parts; each returns the bytes of its part."""
         for file, entry in manifest.files.items():
             digest = xxhash.xxh3_128()
-            with open_file(folder, file) as source:
+            with io.BufferedReader(open_file(folder, file)) as source:
                 for part in plan[file]:
                     if cancelled():
                         return
                     key = f"{manifest.name}/{part.key}"
-                    # No local variable keeps the part's bytes during the upload.
-                    yield self._put_call(key, source, part.nbytes, digest, there.get(key) == part.nbytes)
+                    # New bytes, not reused memory: a request that timed out may still be pending. No local variable
+                    # keeps them during the upload.
+                    yield functools.partial(
+                        self._put, key, _hashed(source.read(part.nbytes), digest), there.get(key) == part.nbytes
+                    )
                 found = os.fstat(source.fileno()).st_size
             check_file(folder / file, entry.nbytes, entry.xxh3_128, found, digest.hexdigest())
 
-    def _put_call(
-        self, key: str, source: io.FileIO, nbytes: int, digest: xxhash.xxh3_128, is_there: bool
-    ) -> Callable[[], int]:
-        # New bytes, not reused memory: a request that timed out may still be pending.
-        data = _read_exactly(source, nbytes)
-        digest.update(data)
-        return functools.partial(self._put, key, None if is_there else data, nbytes)
-
-    def _put(self, key: str, data: bytes | None, nbytes: int) -> int:
-        if data is not None:
+    def _put(self, key: str, data: bytes, is_there: bool) -> int:
+        if not is_there:
             self._objects.put(key, data)
-        return nbytes
+        return len(data)
 
     def note(self, attempts: Iterable[AttemptNote]) -> None:
         """Write the notes of attempts, and delete those of later ones, which an earlier run of this name has left."""
-        sizes = self._objects.sizes()
-        noted = self._attempts(sizes)
+        noted = self.attempts()
         last = 0
         for attempt in attempts:
             last = max(last, attempt.attempt)
@@ -391,9 +349,6 @@ class RemoteStore:
             pass
 
 
-def _read_exactly(source: io.FileIO, nbytes: int) -> bytes:
-    """Read ``nbytes`` of a file, or fewer at its end."""
-    data = source.read(nbytes) or b""
-    while len(data) < nbytes and (more := source.read(nbytes - len(data))):
-        data += more
+def _hashed(data: bytes, digest: xxhash.xxh3_128) -> bytes:
+    digest.update(data)
     return data

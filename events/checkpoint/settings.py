@@ -72,7 +72,7 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
     """Whether to write the module's weights to ``weights.safetensors`` in the run folder at the end."""
     upload: Annotated[str, Meta(min_length=1)] | None = None
     """Upload URL, to which the run's name is added: ``s3://bucket/prefix``, ``gs://``, ``az://`` or ``file://``.
-    Credentials come from the environment. Needs the extra ``stagecast[upload]``."""
+    Credentials come from the environment. All but ``file://`` need the extra ``stagecast[upload]``."""
     upload_part_bytes: Annotated[int, Meta(ge=2**16, le=2**31)] = 64 * 2**20
     """Maximum bytes per uploaded object; an interrupted upload resumes at its first missing object."""
     end_timeout_s: Annotated[float, Meta(ge=0)] = 600.0

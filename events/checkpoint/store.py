@@ -24,7 +24,7 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -35,15 +35,13 @@ from events.checkpoint.files import RESUMED_DIR as RESUMED_DIR
 from events.checkpoint.files import read_manifest, root_of
 from events.checkpoint.lineage import (
     AttemptNote,
+    Lineage,
     attempt_name,
-    candidates_of,
     decode_attempt,
     encode_attempt,
     is_attempt_name,
-    line_of,
-    scores_of,
 )
-from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest, Metric, encode_manifest
+from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest, encode_manifest
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew
 from events.safe_files import make_folder_below, open_folder_below, read_below, replace_below
 
@@ -64,7 +62,7 @@ class Upload(msgspec.Struct, frozen=True):
     """Unix seconds of its completion."""
 
 
-class CheckpointStore:
+class CheckpointStore(Lineage):
     """The checkpoints in one folder. Any thread; every method waits for the disk.
 
     Only the process that holds the run folder may write. Reading needs no lock.
@@ -84,7 +82,6 @@ class CheckpointStore:
     # ------------------------------------------------------------------------------------------- reading
 
     def names(self) -> list[CheckpointName]:
-        """Return all committed checkpoints, the oldest first. Reads names only."""
         return sorted(name for entry in self._entries() if (name := CheckpointName.parse(entry)) is not None)
 
     def _entries(self) -> list[str]:
@@ -99,30 +96,9 @@ class CheckpointStore:
         return self.folder / str(name)
 
     def manifest(self, name: CheckpointName) -> Manifest:
-        """Read a checkpoint's manifest.
-
-        Raises:
-            CheckpointNotFound: The checkpoint does not exist.
-            CheckpointDamaged: The manifest is missing or changed.
-            CheckpointTooNew: A later version wrote it.
-        """
         return read_manifest(self.path(name))
 
-    def line(self) -> list[CheckpointName]:
-        """Return the line of the newest attempt, the newest checkpoint first; see `events.checkpoint.lineage`."""
-        return line_of(self.names(), self.attempts(), lambda name: self.manifest(name).parent)
-
-    def scores(
-        self,
-        metric: str | None = None,
-        on_unread: Callable[[str, Exception], None] = lambda name, error: None,
-        run_id: str | None = None,
-    ) -> dict[CheckpointName, Metric]:
-        """Return the metrics of the line's checkpoints; see `events.checkpoint.lineage.scores_of`."""
-        return scores_of(self.line(), self.manifest, metric, on_unread, run_id)
-
     def attempts(self) -> dict[int, AttemptNote]:
-        """Return the readable notes of attempts."""
         return {note.attempt: note for note in self._notes().values() if note is not None}
 
     def damaged_notes(self) -> dict[str, CheckpointDamaged]:
@@ -172,13 +148,6 @@ class CheckpointStore:
         """Checkpoint of another run that the newest attempt started from, if its line has no checkpoint yet."""
         attempts = self.attempts()
         return attempts[max(attempts)].source if attempts and not self.line() else None
-
-    def candidates(self) -> Iterator[CheckpointName]:
-        """Yield the checkpoints to try to resume from: the line, then all others in case the line is damaged.
-
-        None if the newest attempt started a new run and has no checkpoint yet.
-        """
-        return candidates_of(self.line(), self.names())
 
     # ------------------------------------------------------------------------------------------- writing
 

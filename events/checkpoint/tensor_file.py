@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -120,7 +120,7 @@ def lay_out(tensors: Sequence[TensorInfo], aliases: dict[str, str]) -> Layout:
     """
     order = sorted(range(len(tensors)), key=lambda i: -ITEM_BYTES[tensors[i].dtype])  # stable: equal ones stay in order
     begins = [0] * len(tensors)
-    header: dict[str, Any] = {}
+    header: dict[str, object] = {}
     notes = _Notes(aliases, {one.name: one.view for one in tensors if one.view})
     if notes.aliases or notes.views:
         header["__metadata__"] = {"stagecast": msgspec.json.encode(notes).decode()}

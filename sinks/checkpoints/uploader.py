@@ -217,15 +217,8 @@ class CheckpointUploader:
         """The checkpoints among ``names`` that retention deletes."""
         settings = self._settings
         metrics = {name: self._metric(name, read) for name in names if settings.best is not None and settings.keep_best}
-        return expendable(
-            line,
-            names,
-            {name: metric for name, metric in metrics.items() if metric is not None},
-            keep_last=settings.keep_last,
-            keep_best=settings.keep_best,
-            largest_is_best=settings.best_mode == "max",
-            uploaded=None,
-        )
+        known = {name: metric for name, metric in metrics.items() if metric is not None}
+        return expendable(settings, line, names, known, None)
 
     def _metric(self, name: CheckpointName, read: Callable[[CheckpointName], Manifest]) -> float | None:
         if name not in self._metrics:

@@ -294,13 +294,11 @@ class CheckpointWriter:
                 if manifest.metric is not None and manifest.metric.name == settings.best:  # and is finite
                     metrics[name] = manifest.metric.value
         going = expendable(
+            settings,
             [name for name in store.line() if name not in others],
             [name for name in names if name not in others],
             metrics,
-            keep_last=settings.keep_last,
-            keep_best=settings.keep_best,
-            largest_is_best=settings.best_mode == "max",
-            uploaded=[name for name in names if self._is_uploaded(name)] if self._url is not None else None,
+            {name for name in names if self._is_uploaded(name)} if self._url is not None else None,
         )
         # A checkpoint whose name was removed, but not its files, is not among the names any more.
         left = sorted(self._undeleted - {*names})

@@ -1,13 +1,13 @@
-"""Checkpoints in a remote store: visible only when whole, never mixed, and no secret in any message.
+"""Checkpoints in a remote store: visible only when complete, never mixed, and no secret in any message.
 
-Here against ``file://`` and against servers that answer nothing, or nonsense; against real ones in `tests/faults`.
+Only this store's own promises: `tests/faults/test_stores.py` has the contract of all stores.
 """
 
 from __future__ import annotations
 
 import http.server
+import itertools
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,25 +16,24 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
+from support.checkpoints import PART, make, put
 
-from events.checkpoint import disk, parallel
-from events.checkpoint.files import read_manifest, verify
+from events.checkpoint import parallel
+from events.checkpoint.files import verify
 from events.checkpoint.lineage import AttemptNote
-from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric, encode_manifest
+from events.checkpoint.manifest import CheckpointName, Manifest, encode_manifest
 from events.checkpoint.objects import Limits, Objects, parse_url, run_url
 from events.checkpoint.parallel import in_order
+from events.checkpoint.problems import explain
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.remote_layout import PARTS_NAME, encode_parts, parts_for, parts_of
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew, UploadError
 from trainer.cli.sources import RemoteSource
 
-ROOT = Path(__file__).parents[2]
-PART = 1_000
 IMPATIENT = Limits(connect_s=2.0, request_s=2.0, retries=0)
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIASECRETSECRET0001",
@@ -42,47 +41,26 @@ SECRETS = {
     "AWS_SESSION_TOKEN": "FwoGZXIvYXdzESESSIONSECRETabcdef0123456789",
     "AWS_REGION": "eu-central-1",
 }
-
-
-def make(folder: Path, step: int, attempt: int = 1, *, parent: str | None = None, **files: int) -> Manifest:
-    """A checkpoint of random bytes; files are given by their sizes."""
-    store = CheckpointStore(folder)
-    name = CheckpointName(step, attempt)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = store.begin(name)
-    noise = random.Random(f"{name} {files}")
-    entries = {}
-    for stem, nbytes in (files or {"tensors": 5_500, "state": 300}).items():
-        entries[f"{stem}.bin"] = FileEntry(*disk.write_parts(temporary, f"{stem}.bin", [noise.randbytes(nbytes)]))
-    manifest = Manifest(
-        run_id="run",
-        attempt=attempt,
-        global_step=step,
-        epoch=0,
-        seq=step,
-        time=float(step),
-        parent=parent,
-        reasons=["steps"],
-        metric=Metric("val_loss", 1.0),
-        files=entries,
-    )
-    store.commit(manifest)
-    return manifest
-
-
-def put(remote: RemoteStore, folder: Path, manifest: Manifest, **options: Any) -> bool:
-    call = {"part_bytes": PART, "progress": lambda done, total: None, "cancelled": lambda: False} | options
-    return remote.upload(folder / str(manifest.name), manifest, **call)
+posix_only = pytest.mark.skipif(os.name == "nt", reason="links, FIFOs and SIGKILL are POSIX")
 
 
 def keys(folder: Path) -> list[str]:
-    """All files below a folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def cancel_after(parts: int) -> Callable[[], bool]:
+    count = itertools.count()
+    return lambda: next(count) >= parts
 
 
 @pytest.fixture
 def local(tmp_path: Path) -> Path:
     return tmp_path / "local"
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Path:
+    return tmp_path / "into" / "checkpoints"
 
 
 @pytest.fixture
@@ -94,6 +72,19 @@ def there(tmp_path: Path) -> Path:
 @pytest.fixture
 def remote(there: Path) -> RemoteStore:
     return RemoteStore(there.as_uri())
+
+
+@pytest.fixture
+def manifest(local: Path) -> Manifest:
+    """That of a local checkpoint of six parts and a file."""
+    return make(local, 5)
+
+
+@pytest.fixture
+def uploaded(remote: RemoteStore, local: Path, manifest: Manifest, there: Path) -> Path:
+    """The folder of its objects."""
+    put(remote, local, manifest)
+    return there / "step-5.a1"
 
 
 @pytest.fixture
@@ -137,35 +128,35 @@ def puts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("s3://bucket/SECRET%0A", "empty or special segments"),
     ],
 )
-def test_an_address_that_is_none_is_refused_and_not_repeated(url: str, why: str) -> None:
+def test_an_invalid_address_is_refused_and_not_repeated(url: str, why: str) -> None:
     """It may hold a password, and messages are logged, published and sent."""
-    with pytest.raises(UploadError, match=why) as caught:
+    with pytest.raises(UploadError, match=f"{why}.*give s3://bucket/prefix") as caught:
         RemoteStore(url)
-    told = "".join(traceback.format_exception(caught.value))
-    assert "give s3://bucket/prefix" in told
     assert "SECRET" not in str(caught.value)
 
 
-def test_the_name_of_a_run_stays_one_segment() -> None:
-    """Whatever it is called: no run lies within another."""
+def test_the_name_of_a_run_is_one_segment_of_its_address() -> None:
     address = parse_url(run_url("s3://bucket/my%20prefix/", "a/b #1?%"))
     assert (address.scheme, address.bucket) == ("s3", "bucket")
     assert run_url("s3://bucket", "a/b").endswith("/a%2Fb")
     assert parse_url(run_url("s3://bucket/p", "20260131-235959-a1b2c3")).prefix == "p/20260131-235959-a1b2c3"
 
 
-def test_without_obstore_it_says_what_to_install(remote: RemoteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extra is optional."""
+def test_a_bucket_without_obstore_names_the_extra_and_a_folder_needs_none(
+    remote: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.setitem(sys.modules, "obstore.exceptions", None)
     with pytest.raises(UploadError, match=r"pip install 'stagecast\[upload\]'"):
-        remote.check()
+        RemoteStore("s3://bucket/run").check()
+    remote.check()
 
 
 # ---------------------------------------------------------------------------------------- secrets and outages
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """Answers as S3 does to a wrong signature, which it quotes; or whatever it is told to."""
+    """Answers every request with the same status and body."""
 
     answer: tuple[int, str] = (0, "")
     protocol_version = "HTTP/1.1"
@@ -181,13 +172,13 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 
     do_PUT = do_DELETE = do_POST = do_HEAD = do_GET  # noqa: N815
 
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
 
 
 @pytest.fixture
 def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Refusing]]:
-    """A server that refuses, as the endpoint of S3 with `SECRETS` in the environment."""
+    """The endpoint of S3, with `SECRETS` in the environment."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
@@ -200,31 +191,37 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Refusing]]:
         thread.join()
 
 
-def calls_of(remote: RemoteStore, local: Path, manifest: Manifest) -> list[Callable[[], object]]:
-    name = CheckpointName(1, 1)
-    return [
+def errors_of(remote: RemoteStore, local: Path, manifest: Manifest) -> list[UploadError | CheckpointDamaged]:
+    """Return what each method raises."""
+    calls: list[Callable[[], object]] = [
         remote.check,
         remote.names,
         remote.line,
         remote.reap,
-        lambda: remote.manifest(name),
-        lambda: remote.remove(name),
+        lambda: remote.manifest(manifest.name),
+        lambda: remote.remove(manifest.name),
         lambda: remote.note([AttemptNote(1, None)]),
-        lambda: remote.download(name, local / "into"),
+        lambda: remote.download(manifest.name, local / "into"),
         lambda: put(remote, local, manifest),
         lambda: remote._objects.put("key", b"data"),
         lambda: remote._objects.delete("key"),
     ]
+    errors = []
+    for call in calls:
+        try:
+            call()
+        except (UploadError, CheckpointDamaged) as error:
+            errors.append(error)
+    return errors
 
 
-def all_texts(error: BaseException) -> list[str]:
-    """What a logger could make of an error: its traceback, and the errors that hang on it unseen."""
+def text_of(error: BaseException) -> str:
+    """All that a logger could make of an error: its traceback, and its contexts."""
     texts = ["".join(traceback.format_exception(error))]
-    context = error.__context__
-    while context is not None:
-        texts.append(repr(context))
-        context = context.__context__
-    return texts
+    while error.__context__ is not None:
+        error = error.__context__
+        texts.append(repr(error))
+    return "".join(texts)
 
 
 SIGNATURE = (
@@ -235,150 +232,106 @@ SIGNATURE = (
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "cause"),
     [
-        (403, SIGNATURE, r"access was denied \(403 Forbidden, SignatureDoesNotMatch\); check the credentials"),
-        (401, SIGNATURE, r"access was denied \(401 Unauthorized"),
-        (500, SIGNATURE, r"the store failed \(500 Internal Server Error"),
-        (400, SIGNATURE, r"the store refused \(400 Bad Request"),
+        (403, SIGNATURE, "access was denied (403 Forbidden, SignatureDoesNotMatch); check the credentials"),
+        (401, SIGNATURE, "access was denied (401 Unauthorized"),
+        (500, SIGNATURE, "the store failed (500 Internal Server Error"),
+        (400, SIGNATURE, "the store refused (400 Bad Request"),
         (404, "<Error><Code>NoSuchBucket</Code><Key>{AWS_ACCESS_KEY_ID}</Key></Error>", "the bucket does not exist"),
         (200, "{AWS_SECRET_ACCESS_KEY} {AWS_SESSION_TOKEN}", None),
     ],
 )
-def test_no_secret_is_shown_when_the_store_refuses(
-    refusing: type[Refusing], local: Path, status: int, body: str, told: str | None
+def test_a_server_that_quotes_secrets_in_its_refusal_is_not_quoted(
+    refusing: type[Refusing], local: Path, manifest: Manifest, status: int, body: str, cause: str | None
 ) -> None:
-    """Servers quote what was signed, and with what: not in our messages, their causes or their contexts."""
-    manifest = make(local, 1)
     refusing.answer = (status, body.format(**SECRETS))
     remote = RemoteStore("s3://bucket/prefix/run", IMPATIENT)
-    errors: list[Exception] = []
-    for call in calls_of(remote, local, manifest):
-        try:
-            call()
-        except (UploadError, CheckpointDamaged) as error:
-            errors.append(error)
-    texts = [text for error in errors for text in all_texts(error)]
+    errors = errors_of(remote, local, manifest)
     assert len(errors) > 3
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        assert not [text for text in texts if SECRETS[name] in text]
-    if told is not None:
+    texts = "".join(map(text_of, errors))
+    assert not [name for name, value in SECRETS.items() if name != "AWS_REGION" and value in texts]
+    if cause is not None:
         assert all(isinstance(error, UploadError) and remote.url in str(error) for error in errors)
-        with pytest.raises(UploadError, match=told):
-            remote.check()
+        assert cause in str(errors[0])
 
 
-def test_a_store_that_nobody_listens_at_is_told_in_time_and_without_secrets(
-    refusing: type[Refusing], local: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused connections and unknown names are errors after a bounded time, with what to look at."""
-    manifest = make(local, 1)
-    for endpoint, told in [
-        ("http://127.0.0.1:1", "the connection was refused; is the network up, and AWS_ENDPOINT right"),
-        ("http://nobody.invalid", "its address is not known; is the network up"),
-    ]:
-        monkeypatch.setenv("AWS_ENDPOINT", endpoint)
-        remote = RemoteStore("s3://bucket/prefix/run", IMPATIENT)
-        for call in calls_of(remote, local, manifest):
-            with pytest.raises(UploadError, match=told) as caught:
-                call()
-            assert not [value for value in SECRETS.values() if value in repr(caught.value)]
-    monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.delenv("AWS_ALLOW_HTTP")
-    with pytest.raises(UploadError, match="not encrypted; use https, or allow that with AWS_ALLOW_HTTP=true"):
-        RemoteStore("s3://bucket/prefix/run", IMPATIENT).check()
+LOCAL = "http://127.0.0.1:1"  # nothing listens there
+AZURE = {
+    "AZURE_STORAGE_ACCOUNT_NAME": "account",
+    "AZURE_STORAGE_ENDPOINT": LOCAL,
+    "AZURE_ALLOW_HTTP": "true",
+}
+SAS = "sv=2022-11-02&sp=rwdl&sig=c2VjcmV0LXNlY3JldC1zZWNyZXQ%3D"
+GOOGLE = {"GOOGLE_BASE_URL": LOCAL, "GOOGLE_BEARER_TOKEN": "c2VjcmV0LXNlY3JldC1zZWNyZXQ", "GOOGLE_ALLOW_HTTP": "true"}
 
 
 @pytest.mark.parametrize(
-    ("url", "environment", "told"),
+    ("url", "environment", "cause"),
     [
+        ("s3://b/run", {"AWS_ENDPOINT": LOCAL}, "refused; is the network up, and AWS_ENDPOINT right"),
+        ("s3://b/run", {"AWS_ENDPOINT": "http://nobody.invalid"}, "its address is not known; is the network up"),
+        ("s3://b/run", {"AWS_ENDPOINT": LOCAL, "AWS_ALLOW_HTTP": "false"}, "encrypted; .* AWS_ALLOW_HTTP=true"),
         (
-            "az://container/run",
-            {
-                "AZURE_STORAGE_ACCOUNT_NAME": "account",
-                "AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0LXNlY3JldC1zZWNyZXQ=",
-                "AZURE_STORAGE_ENDPOINT": "http://127.0.0.1:1",
-                "AZURE_ALLOW_HTTP": "true",
-            },
+            "az://c/run",
+            AZURE | {"AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0LXNlY3JldA=="},
             "and AZURE_STORAGE_ENDPOINT right",
         ),
-        (
-            "az://container/run",
-            {
-                "AZURE_STORAGE_ACCOUNT_NAME": "account",
-                "AZURE_STORAGE_SAS_TOKEN": "sv=2022-11-02&sp=rwdl&sig=c2VjcmV0LXNlY3JldC1zZWNyZXQ%3D",
-                "AZURE_STORAGE_ENDPOINT": "http://127.0.0.1:1",
-                "AZURE_ALLOW_HTTP": "true",
-            },
-            "and AZURE_STORAGE_ENDPOINT right",
-        ),
-        ("az://container/run", {}, "no account is named; set AZURE_STORAGE_ACCOUNT_NAME"),
-        (
-            "gs://bucket/run",
-            {
-                "GOOGLE_BASE_URL": "http://127.0.0.1:1",
-                "GOOGLE_BEARER_TOKEN": "c2VjcmV0LXNlY3JldC1zZWNyZXQ",
-                "GOOGLE_ALLOW_HTTP": "true",
-            },
-            "and GOOGLE_BASE_URL right",
-        ),
+        ("az://c/run", AZURE | {"AZURE_STORAGE_SAS_TOKEN": SAS}, "and AZURE_STORAGE_ENDPOINT right"),
+        ("az://c/run", {}, "no account is named; set AZURE_STORAGE_ACCOUNT_NAME"),
+        ("gs://b/run", GOOGLE, "and GOOGLE_BASE_URL right"),
     ],
 )
-def test_other_stores_name_their_own_variables(
-    url: str, environment: dict[str, str], told: str, local: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unreachable_store_raises_in_time_and_names_the_variables_to_check(
+    url: str,
+    environment: dict[str, str],
+    cause: str,
+    local: Path,
+    manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What to look at is what obstore reads for that store; signatures in addresses are not shown."""
-    for name, value in environment.items():
+    for name, value in (SECRETS | {"AWS_ALLOW_HTTP": "true"} | environment).items():
         monkeypatch.setenv(name, value)
-    manifest = make(local, 1)
-    remote = RemoteStore(url, IMPATIENT)
-    for call in calls_of(remote, local, manifest)[:3]:
-        with pytest.raises(UploadError, match=told) as caught:
-            call()
-        assert "c2VjcmV0" not in "".join(all_texts(caught.value))
-        assert url in str(caught.value)
+    errors = errors_of(RemoteStore(url, IMPATIENT), local, manifest)
+    assert len(errors) == 11
+    for error in errors:
+        with pytest.raises(UploadError, match=f"{url}.*{cause}"):
+            raise error
+        text = text_of(error)
+        assert not [secret for secret in ("c2VjcmV0", *SECRETS.values()) if secret in text]
 
 
-def test_an_unknown_error_shows_nothing_that_looks_like_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what nobody has foreseen, the first line remains, without addresses, keys and what the environment holds."""
-    from events.checkpoint.problems import explain
-
+def test_an_unknown_error_shows_its_first_line_without_anything_that_looks_like_a_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "hunter2!")
     text = "odd hunter2! at https://user:pw@host/x?sig=abc with AbCdEf0123456789+/AbCdEf==\n\nDebug source: hunter3"
-    told = str(explain(ValueError(text), "write", "az://c/x", "az"))
-    assert told == "cannot write az://c/x: ValueError: odd ... at ... with ...; check the URL, and the environment"
+    shown = str(explain(ValueError(text), "write", "az://c/x", "az"))
+    assert shown == "cannot write az://c/x: ValueError: odd ... at ... with ...; check the URL, and the environment"
 
 
 # -------------------------------------------------------------------------------------------------- uploading
 
 
-def test_a_checkpoint_comes_back_as_it_was(remote: RemoteStore, there: Path, local: Path, tmp_path: Path) -> None:
-    """Every file byte for byte, in parts that `cat` puts together, with the very same manifest."""
+def test_the_parts_of_a_file_join_with_cat_to_the_original(
+    remote: RemoteStore, there: Path, local: Path, into: Path
+) -> None:
     manifest = make(local, 5, tensors=5_500, state=300, empty=0, exact=2_000, single=PART)
     seen: list[tuple[int, int]] = []
     assert put(remote, local, manifest, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (manifest.nbytes, manifest.nbytes)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert remote.names() == [manifest.name]
-    assert remote.manifest(manifest.name) == manifest
+    assert seen == sorted(seen)
     parts = sorted((there / "step-5.a1").glob("tensors.bin.*-of-*"))
     assert [part.stat().st_size for part in parts] == [PART] * 5 + [500]
-    original = local / "step-5.a1"
-    assert b"".join(part.read_bytes() for part in parts) == (original / "tensors.bin").read_bytes()
-    assert (there / "step-5.a1/manifest.json").read_bytes() == (original / "manifest.json").read_bytes()
-
-    path = remote.download(manifest.name, tmp_path / "new" / "checkpoints")
-    verify(path, read_manifest(path))
-    assert keys(path) == sorted([*keys(original), "uploaded"])
-    assert all((path / key).read_bytes() == (original / key).read_bytes() for key in keys(original))
-    upload = CheckpointStore(path.parent).upload_of(manifest.name)
+    assert b"".join(part.read_bytes() for part in parts) == (local / "step-5.a1/tensors.bin").read_bytes()
+    path = remote.download(manifest.name, into)
+    assert keys(path) == sorted([*keys(local / "step-5.a1"), "uploaded"])
+    upload = CheckpointStore(into).upload_of(manifest.name)
     assert upload is not None
     assert upload.url == f"{remote.url}/step-5.a1"
-    assert remote.download(manifest.name, path.parent) == path  # it stays as it is
 
 
-def test_parts_sort_as_they_follow_each_other() -> None:
-    """Also when there are more of them than five digits can count."""
+def test_parts_sort_in_their_order() -> None:
     parts = parts_of("file", 100_001, 1)
     assert sorted(part.key for part in parts) == [part.key for part in parts]
     assert parts[-1].key == "file.100000-of-100001"
@@ -387,58 +340,45 @@ def test_parts_sort_as_they_follow_each_other() -> None:
     assert parts_of("file", 11, 10) == [("file.00000-of-00002", 10), ("file.00001-of-00002", 1)]
 
 
-def test_an_upload_goes_on_where_it_was(remote: RemoteStore, local: Path, puts: list[str]) -> None:
-    """What is there already is not sent again; the manifest comes last, whatever came before it."""
-    manifest = make(local, 5)
-    asked = iter([False] * 3 + [True] * 9)
-    assert not put(remote, local, manifest, cancelled=lambda: next(asked))
+def test_an_upload_resumes_at_its_first_missing_object(
+    remote: RemoteStore, there: Path, local: Path, into: Path, manifest: Manifest, puts: list[str]
+) -> None:
+    assert not put(remote, local, manifest, cancelled=cancel_after(3))
     assert remote.names() == []
-    first = [key for key in puts if key != f"step-5.a1/{PARTS_NAME}"]
+    first = puts[1:]  # after parts.json
     assert len(first) == 3
     puts.clear()
+    (there / first[0]).write_bytes(b"half")  # a store may keep half of an object
     seen: list[int] = []
     assert put(remote, local, manifest, progress=lambda done, total: seen.append(done))
-    assert seen[-1] == manifest.nbytes  # what was there counts as done
+    assert seen[-1] == manifest.nbytes  # existing objects count
     assert puts[-1] == "step-5.a1/manifest.json"
-    assert not set(puts) & set(first)
-    assert len(puts) == 6 + 1 - 3 + 1
+    assert set(puts) & set(first) == {first[0]}
+    assert len(puts) == 6 + 1 - 3 + 1 + 1
     puts.clear()
-    assert put(remote, local, manifest)  # all is there: nothing is sent
-    assert puts == []
-
-
-def test_an_object_of_the_wrong_size_is_put_again(remote: RemoteStore, there: Path, local: Path) -> None:
-    """A store that is no real one may keep half of an object."""
-    manifest = make(local, 5)
-    asked = iter([False] * 3 + [True] * 9)
-    put(remote, local, manifest, cancelled=lambda: next(asked))
-    next((there / "step-5.a1").glob("tensors.bin.*")).write_bytes(b"half")
     assert put(remote, local, manifest)
-    verify(remote.download(manifest.name, local / "into"), manifest)
+    assert puts == []
+    verify(remote.download(manifest.name, into), manifest)
 
 
 @pytest.mark.parametrize("part_bytes", [PART, 700])
-def test_what_another_run_of_the_name_has_left_is_never_mixed_in(
-    remote: RemoteStore, local: Path, tmp_path: Path, part_bytes: int
+def test_an_upload_never_mixes_with_one_of_an_earlier_run_of_its_name(
+    remote: RemoteStore, local: Path, tmp_path: Path, manifest: Manifest, part_bytes: int
 ) -> None:
-    """A run folder that was deleted and begun anew makes checkpoints of the same names and sizes."""
-    old, new = make(local, 5), make(tmp_path / "anew", 5, tensors=5_500, state=301)
-    asked = iter([False] * 4 + [True] * 9)
-    assert not put(remote, local, old, cancelled=lambda: next(asked))
-    assert put(remote, tmp_path / "anew", new, part_bytes=part_bytes)
-    path = remote.download(new.name, tmp_path / "into")
-    verify(path, new)
+    """A new run in a deleted folder makes checkpoints of the same names and sizes."""
+    new = make(tmp_path / "new", 5, tensors=5_500, state=301)
+    assert not put(remote, local, manifest, cancelled=cancel_after(4))
+    assert put(remote, tmp_path / "new", new, part_bytes=part_bytes)
     sizes = remote._objects.sizes("step-5.a1/")
     expected = [part.key for file, entry in new.files.items() for part in parts_of(file, entry.nbytes, part_bytes)]
     assert set(sizes) == {f"step-5.a1/{key}" for key in [*expected, PARTS_NAME, "manifest.json"]}
     with pytest.raises(UploadError, match=r"step-5.a1 is another checkpoint than the local one"):
-        put(remote, local, old)
+        put(remote, local, manifest)
     verify(remote.download(new.name, tmp_path / "again"), new)
 
 
-def test_a_local_file_that_was_changed_never_becomes_visible(remote: RemoteStore, local: Path) -> None:
-    """Older checkpoints are deleted on the strength of an upload: it must be one that can be loaded."""
-    manifest = make(local, 5)
+def test_a_changed_local_file_never_becomes_visible(remote: RemoteStore, local: Path, manifest: Manifest) -> None:
+    """Retention deletes older checkpoints because of an upload."""
     path = local / "step-5.a1/tensors.bin"
     for data in (path.read_bytes()[:-1], path.read_bytes() + b"x", b"x" + path.read_bytes()[1:]):
         path.write_bytes(data)
@@ -447,12 +387,9 @@ def test_a_local_file_that_was_changed_never_becomes_visible(remote: RemoteStore
         assert remote.names() == []
 
 
-def test_parts_that_vanished_meanwhile_keep_it_invisible(
-    remote: RemoteStore, there: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_object_that_another_process_deletes_during_the_upload_keeps_the_checkpoint_invisible(
+    remote: RemoteStore, there: Path, local: Path, manifest: Manifest
 ) -> None:
-    """A process that takes this one for dead may have removed them."""
-    manifest = make(local, 5)
-
     def progress(done: int, total: int) -> None:
         if done == total:
             (there / "step-5.a1/state.bin").unlink()
@@ -462,23 +399,16 @@ def test_parts_that_vanished_meanwhile_keep_it_invisible(
     assert remote.names() == []
 
 
-def test_files_that_are_called_like_parts_are_refused(remote: RemoteStore, local: Path) -> None:
-    """Two files would be one object."""
+def test_files_with_the_names_of_parts_are_refused(remote: RemoteStore, local: Path) -> None:
     manifest = make(local, 5, **{"a": 1_500, "a.bin.00000-of-00002": 5})
-    renamed = dict(manifest.files)
-    renamed["a.bin.00000-of-00002"] = renamed.pop("a.bin.00000-of-00002.bin")
+    renamed = {name.replace("02.bin", "02"): entry for name, entry in manifest.files.items()}
     with pytest.raises(UploadError, match="have the names of other files"):
-        put(
-            remote,
-            local,
-            Manifest(**{f: getattr(manifest, f) for f in manifest.__struct_fields__} | {"files": renamed}),
-        )
+        put(remote, local, msgspec.structs.replace(manifest, files=renamed))
 
 
-def test_few_parts_are_in_memory_and_several_under_way(
+def test_as_many_parts_as_limits_parallel_are_uploaded_at_a_time(
     there: Path, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as `Limits.parallel` says, at the same time and at most."""
     manifest = make(local, 5, tensors=20 * PART)
     lock, met = threading.Lock(), threading.Barrier(3)
     begun, flying, most = 0, 0, 0
@@ -504,49 +434,9 @@ def test_few_parts_are_in_memory_and_several_under_way(
 # ------------------------------------------------------------------------------------------ readers and removal
 
 
-def test_a_reader_beside_uploads_and_removals_never_sees_half_a_checkpoint(
-    remote: RemoteStore, local: Path, tmp_path: Path
+def test_a_failed_removal_leaves_nothing_visible_and_is_reaped(
+    remote: RemoteStore, there: Path, uploaded: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it lists can be loaded whole, or has been removed meanwhile, which it is told as such."""
-    manifests = [make(local, step) for step in (1, 2, 3)]
-    stop, errors, loaded = threading.Event(), [], []
-
-    def read() -> None:
-        reader = RemoteStore(remote.url)
-        count = 0
-        while not stop.is_set():
-            for name in reader.names():
-                count += 1
-                try:
-                    verify(reader.download(name, tmp_path / f"read{count}"), manifests[name.step - 1])
-                    loaded.append(name)
-                except CheckpointNotFound:
-                    pass
-                except BaseException as error:
-                    errors.append(error)
-                    return
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    rounds = 0
-    while (len(loaded) < 20 or rounds < 10) and not errors:
-        rounds += 1
-        for manifest in manifests:
-            assert put(remote, local, manifest)
-        for manifest in manifests:
-            remote.remove(manifest.name)
-    stop.set()
-    thread.join()
-    assert not errors, errors
-    assert remote._objects.sizes() == {}
-
-
-def test_a_removal_that_is_cut_short_leaves_nothing_visible(
-    remote: RemoteStore, there: Path, local: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The manifest goes first; what is left is reaped, unless it is going to be uploaded."""
-    manifest = make(local, 5)
-    put(remote, local, manifest)
     real, left = Objects.delete, iter(range(2))
 
     def failing(self: Objects, key: str) -> None:
@@ -559,93 +449,58 @@ def test_a_removal_that_is_cut_short_leaves_nothing_visible(
         with pytest.raises(UploadError, match="cut"):
             remote.remove(manifest.name)
     assert remote.names() == []
-    assert len(keys(there)) > 3
-    assert remote.reap(keep={manifest.name}) == []
+    assert remote.reap(keep={manifest.name}) == []  # it will be uploaded
     assert len(keys(there)) > 3
     assert remote.reap() == [manifest.name]
-    assert keys(there) == []
+    uploaded.mkdir()
+    (uploaded / "manifest.json").write_bytes(encode_manifest(manifest))  # a late request
+    assert remote.names() == []
+    assert remote.reap() == [manifest.name]
     assert list(there.iterdir()) == []
 
 
-def test_a_lone_manifest_is_no_checkpoint(remote: RemoteStore, there: Path, local: Path) -> None:
-    """A request that hung in the network may write it after everything was removed."""
-    manifest = make(local, 5)
-    put(remote, local, manifest)
-    remote.remove(manifest.name)
-    (there / "step-5.a1").mkdir()
-    (there / "step-5.a1/manifest.json").write_bytes(encode_manifest(manifest))
-    assert remote.names() == []
-    assert remote.reap() == [manifest.name]
-    assert keys(there) == []
-
-
-@pytest.mark.parametrize("lost", ["parts.json", "tensors.bin.00002-of-00006", "manifest.json"])
-def test_one_that_is_visible_but_not_whole_is_made_whole_by_its_upload(
-    remote: RemoteStore, there: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+@pytest.mark.parametrize("lost", ["parts.json", "tensors.bin.00002-of-00006", "manifest.json", "other parts.json"])
+def test_a_visible_incomplete_checkpoint_becomes_invisible_and_is_uploaded_again(
+    remote: RemoteStore, uploaded: Path, local: Path, into: Path, manifest: Manifest, lost: str
 ) -> None:
-    """A manifest alone proves nothing to the uploader, on whose word older checkpoints are deleted."""
-    manifest = make(local, 5)
-    put(remote, local, manifest)
-    path = there / "step-5.a1" / lost
     if lost == "manifest.json":
-        path.write_bytes(b"{}")  # nobody can read it
+        (uploaded / lost).write_bytes(b"{}")
+    elif lost == "other parts.json":
+        other = msgspec.structs.replace(manifest, seq=7)
+        (uploaded / "parts.json").write_bytes(encode_parts(parts_for(other, PART)))
     else:
-        path.unlink()
-    asked: list[list[CheckpointName]] = []
-
-    def cancelled() -> bool:
-        asked.append(remote.names())
-        return False
-
-    assert put(remote, local, manifest, cancelled=cancelled)
-    assert not any(asked)  # no reader meets it meanwhile
-    verify(remote.download(manifest.name, tmp_path / "into"), manifest)
-
-
-def test_what_a_download_finds_damaged_is_never_put_in_place(
-    remote: RemoteStore, there: Path, local: Path, tmp_path: Path
-) -> None:
-    """Cut, changed, missing: named, and nothing is left that could be taken for a checkpoint."""
-    manifest = make(local, 5)
-    put(remote, local, manifest)
-    part = there / "step-5.a1/tensors.bin.00002-of-00006"
-    good = part.read_bytes()
-    into = tmp_path / "into"
-    for data, why in [(good[:-1], "999 bytes instead of 1,000"), (b"x" + good[1:], "holds other bytes")]:
-        part.write_bytes(data)
-        with pytest.raises(CheckpointDamaged, match=why):
-            remote.download(manifest.name, into)
-        assert list(into.iterdir()) == []
-    part.unlink()
-    with pytest.raises(CheckpointDamaged, match=r"00002-of-00006 is missing"):
-        remote.download(manifest.name, into)
-    for bad in (b'{"part_bytes":0,"manifest_xxh3_128":""}', b"{"):
-        (there / "step-5.a1/parts.json").write_bytes(bad)
-        with pytest.raises(CheckpointDamaged, match=r"parts\.json was changed"):
-            remote.download(manifest.name, into)
-    (there / "step-5.a1/manifest.json").write_bytes(b"{}")
-    with pytest.raises(CheckpointDamaged, match=r"manifest\.json"):
-        remote.download(manifest.name, into)
-    with pytest.raises(CheckpointNotFound, match=r"there is no checkpoint file://.*step-6\.a1"):
-        remote.download(CheckpointName(6, 1), into)
-    assert put(remote, local, manifest)  # nobody can read it: it is replaced
+        (uploaded / lost).unlink()
+    seen: list[CheckpointName] = []
+    assert put(remote, local, manifest, cancelled=lambda: bool(seen.extend(remote.names())))
+    assert seen == []
     verify(remote.download(manifest.name, into), manifest)
 
 
-def test_a_manifest_of_another_name_is_damage(remote: RemoteStore, there: Path, local: Path) -> None:
-    """Somebody has copied or renamed it."""
-    put(remote, local, make(local, 5))
-    (there / "step-5.a1").rename(there / "step-6.a1")
-    with pytest.raises(CheckpointDamaged, match=r"is that of step-5\.a1"):
-        remote.manifest(CheckpointName(6, 1))
-
-
-def test_one_of_a_later_version_is_not_overwritten(
-    remote: RemoteStore, local: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_download_is_named_and_not_committed(
+    remote: RemoteStore, uploaded: Path, local: Path, into: Path, manifest: Manifest
 ) -> None:
-    """It is whole, though we cannot read it."""
-    manifest = make(local, 5)
-    put(remote, local, manifest)
+    part = uploaded / "tensors.bin.00002-of-00006"
+    good = part.read_bytes()
+    for file, data, problem in [
+        (part.name, good[:-1], "999 bytes instead of 1,000"),
+        (part.name, b"x" + good[1:], "holds other bytes"),
+        (part.name, None, "00002-of-00006 is missing"),
+        ("parts.json", b'{"part_bytes":0,"manifest_xxh3_128":""}', r"parts\.json was changed"),
+        ("parts.json", b"{", r"parts\.json was changed"),
+        ("parts.json", b'{"part_bytes":1000,"manifest_xxh3_128":""}', "is that of another checkpoint"),
+        ("manifest.json", b"{}", r"manifest\.json"),
+    ]:
+        (uploaded / file).unlink() if data is None else (uploaded / file).write_bytes(data)
+        with pytest.raises(CheckpointDamaged, match=problem):
+            remote.download(manifest.name, into)
+        assert keys(into) == []
+    with pytest.raises(CheckpointNotFound, match=r"there is no checkpoint file://.*step-6\.a1"):
+        remote.download(CheckpointName(6, 1), into)
+
+
+def test_a_checkpoint_of_a_later_version_is_not_overwritten(
+    remote: RemoteStore, uploaded: Path, local: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("events.checkpoint.manifest.FORMAT", 0)
     with pytest.raises(CheckpointTooNew):
         remote.manifest(manifest.name)
@@ -653,9 +508,8 @@ def test_one_of_a_later_version_is_not_overwritten(
         put(remote, local, manifest)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
-def test_what_a_killed_process_has_staged_is_reaped(remote: RemoteStore, there: Path, local: Path) -> None:
-    """A file is written beside the object and renamed; of that, no listing shows anything."""
+@posix_only
+def test_temporary_files_of_a_killed_process_are_not_listed_and_reaped(remote: RemoteStore, there: Path) -> None:
     code = f"""
 import os, signal
 from events.safe_files import replace_below
@@ -665,37 +519,45 @@ def chunks():
 replace_below({str(there)!r}, "step-5.a1/tensors.bin", chunks())
 """
     (there / "step-5.a1").mkdir(parents=True)
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50, check=False)
+    root = Path(__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=50, check=False)
     assert killed.returncode == -signal.SIGKILL
     (key,) = keys(there)
     assert key.startswith("step-5.a1/.tensors.bin.")
     assert key.endswith(".tmp")
+    (there / ".attempt-1.json.0123456789abcdef.tmp").write_bytes(b"")
+    (there / ".mine.0123456789abcdef.tmp").write_bytes(b"")  # another file of the user
     assert remote._objects.sizes() == {}
     remote.reap()
-    assert list(there.iterdir()) == []
+    assert keys(there) == [".mine.0123456789abcdef.tmp"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links are POSIX")
+@posix_only
 @pytest.mark.parametrize("what", ["folder", "object"])
-def test_an_object_is_not_written_through_a_link_that_appears_during_an_upload(
-    remote: RemoteStore, there: Path, local: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+def test_an_object_is_not_written_through_a_link_that_appears_during_the_upload(
+    remote: RemoteStore,
+    there: Path,
+    local: Path,
+    tmp_path: Path,
+    manifest: Manifest,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another user of the folder puts it there after the first part; what it leads to stays as it is."""
     private = tmp_path / "private"
     private.mkdir()
     (private / "file").write_bytes(b"private")
-    write, manifest = Objects._call, make(local, 5)
+    real = Objects.put
 
-    def write_after_link(self: Objects, action: str, key: str, function: Any, **options: Any) -> Any:
-        if action == "write" and key.endswith("manifest.json"):
+    def put_after_link(self: Objects, key: str, data: bytes) -> None:
+        if key.endswith("manifest.json"):
             if what == "folder":
                 (there / "step-5.a1").rename(there / "away")
                 (there / "step-5.a1").symlink_to(private)
             else:
                 (there / key).symlink_to(private / "file")
-        return write(self, action, key, function, **options)
+        real(self, key, data)
 
-    monkeypatch.setattr(Objects, "_call", write_after_link)
+    monkeypatch.setattr(Objects, "put", put_after_link)
     if what == "folder":
         with pytest.raises(UploadError, match="symbolic link"):
             put(remote, local, manifest)
@@ -705,37 +567,9 @@ def test_an_object_is_not_written_through_a_link_that_appears_during_an_upload(
     assert [(path.name, path.read_bytes()) for path in private.iterdir()] == [("file", b"private")]
 
 
-# --------------------------------------------------------------------------------------------------- the line
-
-
-def test_the_line_is_followed_as_on_disk(remote: RemoteStore, local: Path) -> None:
-    """A run may be continued from the store alone: the same candidates in the same order."""
-    store = CheckpointStore(local)
-    local.mkdir()
-    store.prepare(AttemptNote(1, None))
-    manifests = [make(local, step) for step in (10, 20, 30)]
-    store.prepare(AttemptNote(2, "step-20.a1"))
-    manifests.append(make(local, 25, 2, parent="step-20.a1"))
-    store.prepare(AttemptNote(3, "step-25.a2"))
-    assert remote.names() == remote.line() == list(remote.candidates()) == []
-    assert remote.last_attempt == 0
-    for manifest in manifests:
-        put(remote, local, manifest)
-    without_notes = [str(name) for name in remote.line()]
-    assert without_notes == ["step-25.a2", "step-20.a1", "step-10.a1"]  # the manifests say it too
-    assert remote.last_attempt == 2
-    remote.note(store.attempts().values())
-    assert remote.last_attempt == 3
-    assert remote.names() == store.names()
-    assert remote.line() == store.line()
-    assert list(remote.candidates()) == list(store.candidates())
-    assert [str(name) for name in remote.candidates()][-1] == "step-30.a1"
-
-
 def test_an_outage_is_not_taken_for_the_beginning_of_the_line(
     remote: RemoteStore, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A manifest that cannot be read for now must not make the run begin elsewhere."""
     put(remote, local, make(local, 10))
     put(remote, local, make(local, 25, 2, parent="step-10.a1"))
 
@@ -747,34 +581,30 @@ def test_an_outage_is_not_taken_for_the_beginning_of_the_line(
         remote.line()
 
 
-def test_notes_of_an_earlier_run_of_the_name_are_forgotten(remote: RemoteStore, there: Path) -> None:
-    """Or the line would be that of a run which is no more."""
+def test_later_notes_of_an_earlier_run_of_the_name_are_deleted(remote: RemoteStore, there: Path) -> None:
     remote.note([AttemptNote(number, None) for number in (1, 2, 3)])
     remote.note([AttemptNote(1, "step-5.a0")])
     assert keys(there) == ["attempt-1.json"]
-    (there / "attempt-2.json").write_text("{")  # damaged ones say nothing
-    assert remote.last_attempt == 1
 
 
-def test_a_reader_leaves_nothing_behind(remote: RemoteStore, there: Path, tmp_path: Path) -> None:
-    """Asking a store that does not exist makes none; only `check`, before an upload, does."""
-    assert remote.names() == []
+def test_only_check_creates_the_folder_and_a_file_in_its_place_is_an_error(
+    remote: RemoteStore, there: Path, tmp_path: Path, into: Path
+) -> None:
     with pytest.raises(CheckpointNotFound):
-        remote.download(CheckpointName(1, 1), tmp_path / "into")
+        remote.download(CheckpointName(1, 1), into)
     assert not there.exists()
     remote.check()
     assert there.is_dir()
-    file = tmp_path / "file"
-    file.write_text("")
+    (tmp_path / "file").write_text("")
     with pytest.raises(UploadError, match=r"cannot use file://.*(exists|not a directory)"):
-        RemoteStore(file.as_uri()).check()
+        RemoteStore((tmp_path / "file").as_uri()).check()
 
 
 # ------------------------------------------------------------------------------------------------ calls in order
 
 
-def test_a_call_that_fails_ends_the_others_in_order() -> None:
-    """No further one begins, and none is under way when the error arrives."""
+def test_a_failing_call_ends_the_others_in_order() -> None:
+    """No further call starts, and none is pending when the error arrives."""
     begun: list[int] = []
     finished: list[int] = []
     go = threading.Event()
@@ -797,16 +627,13 @@ def test_a_call_that_fails_ends_the_others_in_order() -> None:
     assert sorted(finished) == sorted(set(begun) - {1})
 
 
-def test_a_loop_that_ends_early_leaves_no_thread_behind() -> None:
-    """Closing waits for what is under way."""
+def test_closing_the_results_early_leaves_no_thread() -> None:
     with closing(in_order((lambda: 1 for _ in range(100)), 3, "left-behind")) as results:
         next(results)
     assert not [thread for thread in threading.enumerate() if thread.name == "left-behind"]
 
 
-def test_without_threads_calls_are_made_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that has no more threads still uploads."""
-
+def test_without_threads_the_caller_makes_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_more(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -814,49 +641,40 @@ def test_without_threads_calls_are_made_by_the_caller(monkeypatch: pytest.Monkey
     assert list(in_order((lambda number=number: number for number in range(5)), 3, "test")) == list(range(5))
 
 
-# ---------------------------------------------------------------------------------------- what somebody else wrote
-
-
-def rewrite(place: Path, manifest: Manifest, part_bytes: int) -> None:
-    """Put a manifest, and parts that go with it, in place of a checkpoint's own."""
-    folder = place / str(manifest.name)
-    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
-    (folder / "parts.json").write_bytes(encode_parts(parts_for(manifest, part_bytes)))
+# ------------------------------------------------------------------------------------------- a stranger's objects
 
 
 @pytest.mark.parametrize("part_bytes", [1, 2**20, 2**62])
-def test_a_manifest_that_claims_more_than_is_there_is_damaged_at_once(tmp_path: Path, part_bytes: int) -> None:
-    """Neither its parts are listed nor its bytes asked for: they would fill the memory and the disk."""
-    manifest = make(tmp_path / "local", 5)
-    remote = RemoteStore((tmp_path / "store").as_uri())
-    put(remote, tmp_path / "local", manifest)
-    huge = {name: msgspec.structs.replace(entry, nbytes=2**61) for name, entry in manifest.files.items()}
-    rewrite(tmp_path / "store", msgspec.structs.replace(manifest, files=huge), part_bytes)
+def test_a_manifest_that_claims_more_than_exists_is_damage_before_memory_or_disk_is_taken(
+    remote: RemoteStore, uploaded: Path, local: Path, into: Path, manifest: Manifest, part_bytes: int
+) -> None:
+    files = {name: msgspec.structs.replace(entry, nbytes=2**61) for name, entry in manifest.files.items()}
+    huge = msgspec.structs.replace(manifest, files=files)
+    with pytest.raises(CheckpointDamaged, match="would consist of"):
+        put(RemoteStore(f"{remote.url}/other"), local, huge)
+    (uploaded / "manifest.json").write_bytes(encode_manifest(huge))
+    (uploaded / "parts.json").write_bytes(encode_parts(parts_for(huge, part_bytes)))
     with pytest.raises(CheckpointDamaged):
-        remote.download(manifest.name, tmp_path / "into")
-    assert not any((tmp_path / "into").iterdir())
-    source = RemoteSource((tmp_path / "store").as_uri())
-    for read in (source.check, source.verify):
+        remote.download(manifest.name, into)
+    assert keys(into) == []
+    source = RemoteSource(remote.url)
+    for read in (source.check, source.verify, lambda one: source.read(one, next(iter(files)))):
         with pytest.raises(CheckpointDamaged):
             read(source.manifest(manifest.name))
-    with pytest.raises(CheckpointDamaged):
-        source.read(source.manifest(manifest.name), next(iter(huge)))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links and FIFOs are POSIX")
+@posix_only
 @pytest.mark.parametrize("kind", ["link", "FIFO", "folder", "sparse"])
 @pytest.mark.parametrize("file", ["manifest.json", "parts.json", "state.bin"])
-def test_an_object_that_is_not_a_small_regular_file_is_damage(tmp_path: Path, file: str, kind: str) -> None:
-    """It is neither waited for, nor followed, nor read into memory; the checkpoint beside it is downloaded."""
-    older, manifest = make(tmp_path / "local", 5), make(tmp_path / "local", 6)
-    remote = RemoteStore((tmp_path / "store").as_uri())
-    put(remote, tmp_path / "local", older)
-    put(remote, tmp_path / "local", manifest)
-    path = tmp_path / "store" / str(manifest.name) / file
-    secret = tmp_path / "secret"
-    path.rename(secret)
+def test_an_object_that_is_not_a_small_regular_file_is_damage(
+    remote: RemoteStore, uploaded: Path, local: Path, into: Path, manifest: Manifest, file: str, kind: str
+) -> None:
+    """The reader neither waits for it, nor follows it, nor reads it into memory; the checkpoint beside it is whole."""
+    older, path = make(local, 4), uploaded / file
+    put(remote, local, older)
+    path.rename(local / "secret")
     if kind == "link":
-        path.symlink_to(secret)
+        path.symlink_to(local / "secret")
     elif kind == "FIFO":
         os.mkfifo(path)
     elif kind == "folder":
@@ -865,32 +683,22 @@ def test_an_object_that_is_not_a_small_regular_file_is_damage(tmp_path: Path, fi
         with open(path, "wb") as sparse:
             sparse.truncate(40 * 2**30)
     with pytest.raises((CheckpointDamaged, CheckpointNotFound)):
-        remote.download(manifest.name, tmp_path / "into")
-    verify(remote.download(older.name, tmp_path / "into"), older)
+        remote.download(manifest.name, into)
+    verify(remote.download(older.name, into), older)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links are POSIX")
-def test_a_folder_of_objects_that_is_a_link_is_neither_written_nor_emptied(tmp_path: Path) -> None:
-    """The error names it."""
-    manifest = make(tmp_path / "local", 5)
+@posix_only
+def test_a_folder_of_objects_that_is_a_link_is_neither_written_nor_emptied(
+    remote: RemoteStore, there: Path, local: Path, tmp_path: Path, manifest: Manifest
+) -> None:
     private = tmp_path / "private"
     private.mkdir()
     (private / "manifest.json").write_bytes(b"mine")
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / str(manifest.name)).symlink_to(private)
-    remote = RemoteStore((tmp_path / "store").as_uri())
-    for act in (lambda: put(remote, tmp_path / "local", manifest), lambda: remote.remove(manifest.name)):
+    there.mkdir()
+    (there / str(manifest.name)).symlink_to(private)
+    for act in (lambda: put(remote, local, manifest), lambda: remote.remove(manifest.name)):
         with pytest.raises((UploadError, CheckpointDamaged), match="symbolic link"):
             act()
     remote.reap()
     assert remote.names() == []
     assert {path.name: path.read_bytes() for path in private.iterdir()} == {"manifest.json": b"mine"}
-
-
-def test_a_local_checkpoint_that_claims_more_than_it_has_is_not_planned(tmp_path: Path) -> None:
-    """Its parts would fill the memory."""
-    manifest = make(tmp_path / "local", 5)
-    huge = {name: msgspec.structs.replace(entry, nbytes=2**61) for name, entry in manifest.files.items()}
-    remote = RemoteStore((tmp_path / "store").as_uri())
-    with pytest.raises(CheckpointDamaged, match="would consist of"):
-        put(remote, tmp_path / "local", msgspec.structs.replace(manifest, files=huge))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import hypothesis
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from events.checkpoint.files import verify
-from events.checkpoint.lineage import AttemptNote, by_age, candidates_of, expendable, line_of
+from events.checkpoint.lineage import AttemptNote, by_age, expendable, line_of
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import Upload
@@ -267,103 +267,64 @@ NAMES = st.builds(CheckpointName, st.integers(0, 30), st.integers(1, 4), st.inte
 
 @st.composite
 def stores(draw: st.DrawFn) -> dict[str, Any]:
-    """Names, a line through some of them, metrics, uploads, settings."""
+    """The arguments of `expendable`."""
     names = sorted(draw(st.sets(NAMES, max_size=10)))
-    line = sorted(draw(st.sets(st.sampled_from(names))) if names else [], reverse=True)
+    some = st.sampled_from(names) if names else st.nothing()
     numbers = st.sampled_from([0.0, 0.1, 0.2, 1e300, -1.0])  # many ties; NaN is never recorded
-    metrics = draw(st.dictionaries(st.sampled_from(names), numbers)) if names else {}
-    uploaded = draw(st.one_of(st.none(), st.sets(st.sampled_from(names)))) if names else None
     return {
-        "line": line,
+        "settings": Checkpoints(
+            keep_last=draw(st.none() | st.integers(1, 4)),
+            keep_best=draw(st.integers(0, 12)),
+            best_mode=draw(st.sampled_from(["min", "max"])),
+        ),
+        "line": sorted(draw(st.sets(some)), reverse=True),
         "names": names,
-        "metrics": metrics,
-        "keep_last": draw(st.one_of(st.none(), st.integers(1, 4))),
-        "keep_best": draw(st.integers(0, 12)),
-        "largest_is_best": draw(st.booleans()),
-        "uploaded": uploaded,
+        "metrics": draw(st.dictionaries(some, numbers)),
+        "uploaded": draw(st.none() | st.sets(some)),
     }
-
-
-FOUR = [CheckpointName(step, 1) for step in (1, 2, 3, 4)]
 
 
 @EXAMPLES
 @given(stores())
-@example(
-    {
-        "line": FOUR[::-1],
-        "names": FOUR,
-        "metrics": {name: 0.1 * name.step for name in FOUR[:3]},
-        "keep_last": 1,
-        "keep_best": 4,
-        "largest_is_best": False,
-        "uploaded": None,
-    }
-)
-def test_what_may_go_is_never_the_newest_nor_the_best(store: dict[str, Any]) -> None:
-    """Of any store, any line through it and any settings."""
+def test_retention_deletes_by_age_and_keeps_the_newest_the_best_and_those_not_uploaded(store: dict[str, Any]) -> None:
     going = expendable(**store)
-    line, names = store["line"], store["names"]
-    assert len(set(going)) == len(going)
-    assert set(going) <= set(names)
+    settings, line, names, metrics, uploaded = store.values()
+    ordered = by_age(line, names)
+    assert going == [name for name in ordered if name in going]
     left = [name for name in names if name not in going]
     assert left or not names
-    assert not set(line[: store["keep_last"]]) & set(going)
-    sign = -1 if store["largest_is_best"] else 1
-    scored = {name.step: name for name in reversed(line) if name in store["metrics"]}  # the newest of each step
-    best = sorted(scored.values(), key=lambda name: (sign * store["metrics"][name], line.index(name)))
-    assert not set(best[: store["keep_best"]]) & set(going)  # the line has the newer of two equal ones first
-    if store["uploaded"] is None and store["keep_last"] is not None:
-        assert len(left) <= store["keep_last"] + store["keep_best"]
-
-
-@EXAMPLES
-@given(stores())
-def test_what_may_go_goes_by_age_and_at_once(store: dict[str, Any]) -> None:
-    """First what the run did not come from, then the oldest; and when it has gone, nothing more may."""
-    going = expendable(**store)
-    assert going == [name for name in by_age(store["line"], store["names"]) if name in going]
-    off_line = [name not in store["line"] for name in going]
-    assert off_line == sorted(off_line, reverse=True)
-    names = [name for name in store["names"] if name not in going]
-    line = [name for name in store["line"] if name not in going]
-    uploaded = store["uploaded"] & set(names) if store["uploaded"] is not None else None
-    assert expendable(**{**store, "names": names, "line": line, "uploaded": uploaded}) == []
-
-
-@EXAMPLES
-@given(stores())
-def test_nothing_goes_before_a_newer_one_is_uploaded(store: dict[str, Any]) -> None:
-    """Where uploads are on, the newest uploaded one stays, and everything after it."""
-    going = expendable(**store)
-    uploaded = store["uploaded"]
-    if uploaded is None:
+    if settings.keep_last is None:
+        assert not going
         return
-    ordered = by_age(store["line"], store["names"])
-    there = [index for index, name in enumerate(ordered) if name in uploaded]
-    assert not set(going) & set(ordered[max(there) :] if there else ordered)
-    assert set(going) <= set(expendable(**{**store, "uploaded": None}))
+    assert not set(line[: settings.keep_last]) & set(going)
+    sign = -1 if settings.best_mode == "max" else 1
+    scored = {name.step: name for name in reversed(line) if name in metrics}  # the newest of each step
+    best = sorted(scored.values(), key=lambda name: (sign * metrics[name], line.index(name)))
+    assert not set(best[: settings.keep_best]) & set(going)  # the line has the newer of two equal ones first
+    if uploaded is None:
+        assert len(left) <= settings.keep_last + settings.keep_best
+    else:
+        there = [index for index, name in enumerate(ordered) if name in uploaded]
+        assert not set(going) & set(ordered[max(there, default=0) :])
+        assert set(going) <= set(expendable(**store | {"uploaded": None}))
+    line, names = [name for name in line if name not in going], [name for name in names if name not in going]
+    assert expendable(settings, line, names, metrics, uploaded) == []  # once it is deleted, no further one may be
 
 
 @EXAMPLES
 @given(stores(), st.data())
-def test_candidates_are_the_line_and_then_all_else(store: dict[str, Any], data: st.DataObject) -> None:
-    """The line of any parents, however wrong, ends; what is not on it comes last, the newest first."""
+def test_the_line_of_any_parents_ends(store: dict[str, Any], data: st.DataObject) -> None:
     names = store["names"]
     parents = {n: data.draw(st.one_of(st.none(), NAMES.map(str), st.just("none"))) for n in range(1, 5)}
-    attempts: dict[int, Any] = {}
-    line = line_of(names, attempts, lambda name: parents[name.attempt])
+    line = line_of(names, {}, lambda name: parents[name.attempt])
     assert len(set(line)) == len(line)
     assert set(line) <= set(names)
     assert [name.attempt for name in line] == sorted((name.attempt for name in line), reverse=True)
-    candidates = list(candidates_of(line, names))
-    assert candidates[: len(line)] == line
-    assert candidates[len(line) :] == sorted(set(names) - set(line), reverse=True)
-    assert bool(candidates) == bool(names)
+    assert bool(line) == bool(names)
 
 
 def test_the_line_of_many_attempts_takes_linear_time() -> None:
-    """A folder of a stranger may have thousands: each checkpoint is looked at once, not once per attempt."""
+    """A stranger's folder may have thousands."""
     looks = 0
 
     class Counted:

@@ -379,7 +379,7 @@ def test_uploaded_checkpoints_are_listed_and_verified_where_they_are(
     stagecast: Stagecast, upload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is downloaded to the disk; parts are read piece by piece."""
-    monkeypatch.setattr("trainer.cli.sources._READ_BYTES", 1_000)
+    monkeypatch.setattr("events.checkpoint.remote._READ_BYTES", 1_000)
     monkeypatch.setattr(disk, "write_parts", None)
     _, out, _ = stagecast("list", upload, "--json")
     rows = json.loads(out)
@@ -418,7 +418,7 @@ def test_lost_and_cut_objects_are_damage(stagecast: Stagecast, upload: str, tmp_
     assert code == 0
     assert lines[2].startswith(f"    {last.name} has 10 bytes instead of ")
     assert lines[4].startswith("    state.msgpack")
-    assert " has 0 bytes instead of " in lines[4]
+    assert "state.msgpack.00000-of-00003 is missing" in lines[4]
     assert stagecast("verify", upload)[0] == 1
 
 

@@ -170,7 +170,7 @@ def test_a_fetch_that_was_interrupted_is_made_again(kit: Any, tmp_path: Path, mo
         yield b""
 
     with monkeypatch.context() as patch:
-        patch.setattr(RemoteStore, "_read", broken)
+        patch.setattr(RemoteStore, "read", broken)
         assert isinstance(kit.train(kit.Net(rows=64), epochs=2, resume="auto", **new).error, UploadError)
     outcome = kit.train(kit.Net(rows=64), epochs=2, resume="auto", **new)
     assert outcome.of(RunResumed)[0].checkpoint == "step-8.a1"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from events.checkpoint.lineage import ranked, scores_of
+from events.checkpoint.lineage import ranked
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CHECKPOINTS_DIR, RESUMED_DIR, CheckpointStore
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.log import logger
 from events.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from events.checkpoint.remote import RemoteStore
 
 KEYWORDS = ("auto", "best")
 """Values of ``resume`` that are neither a path nor an address."""
@@ -64,14 +66,16 @@ def _fetch_address(argument: str, address: str, run_id: str, run_dir: Path | Non
         CheckpointDamaged: All checkpoints at the address are damaged.
         UploadError: The store cannot be reached.
     """
-    objects: Any = importlib.import_module("events.checkpoint.objects")
-    objects.parse_url(address)  # raises without quoting the address, which may hold a secret
+    from events.checkpoint.objects import parse_url
+    from events.checkpoint.remote import RemoteStore
+
+    parse_url(address)  # raises without quoting the address, which may hold a secret
     if run_dir is None:
         raise CheckpointNotFound(f"{argument}={address!r} needs a run folder for the download; give run_dir")
     base, _, last = address.rstrip("/").rpartition("/")
     name = CheckpointName.parse(last)
-    remote = _remote(base if name is not None else address)
-    names = [name] if name is not None else list(remote.candidates())
+    remote = RemoteStore(base if name is not None else address)
+    names = [name] if name is not None else remote.candidates()
     if not names:
         word = no_name(address)
         why = f"{word!r} is not a checkpoint name (expected e.g. step-500.a1)" if word else "there is no checkpoint"
@@ -90,29 +94,32 @@ def _fetch_own(upload: str, run_id: str, run_dir: Path, best: Checkpoints | None
     folder = run_dir / CHECKPOINTS_DIR
     if CheckpointStore(folder).last_attempt:
         return
-    objects: Any = importlib.import_module("events.checkpoint.objects")
-    remote = _remote(objects.run_url(upload, run_id))
+    from events.checkpoint.objects import run_url
+    from events.checkpoint.remote import RemoteStore
+
+    remote = RemoteStore(run_url(upload, run_id))
     if best is None:
-        names = list(remote.candidates())
+        names = remote.candidates()
     else:
-        scores = scores_of(remote.line(), remote.manifest, best.best, lambda name, error: logger.warning(str(error)))
+        scores = remote.scores(best.best, lambda name, error: logger.warning(str(error)))
         names = ranked(scores, best.best_mode if best.best is not None else None)
     if names:
         with RunFolder.open(run_dir, run_id):
             _download(remote, names, run_dir, run_id)
 
 
-def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: str | None) -> Path:
+def _download(remote: RemoteStore, names: list[CheckpointName], run_dir: Path, run_id: str | None) -> Path:
     """Copy the first valid checkpoint to this run's checkpoints, or to `RESUMED_DIR` if it is of another run."""
     problems: list[str] = []
     for name in names:
         try:
             own = remote.manifest(name).run_id == run_id
             folder = run_dir / (CHECKPOINTS_DIR if own else RESUMED_DIR)
-            path: Path = remote.download(name, folder)
+            path = remote.download(name, folder)
             if own:
                 # Last: without a checkpoint the notes would describe a new run. They give this attempt a new number.
-                remote.download_attempts(folder)
+                for note in remote.attempts().values():
+                    CheckpointStore(folder).note(note)
         except (CheckpointDamaged, CheckpointNotFound) as error:
             problems.append(str(error))
             logger.warning(f"{error}; another checkpoint is tried")
@@ -124,8 +131,3 @@ def _download(remote: Any, names: list[CheckpointName], run_dir: Path, run_id: s
             logger.info(f"{remote.url_of(name)} was copied to {path}")
             return path
     raise CheckpointDamaged(f"all checkpoints at {remote.url} are damaged; the newest: {problems[0]}")
-
-
-def _remote(url: str) -> Any:
-    module: Any = importlib.import_module("events.checkpoint.remote")
-    return module.RemoteStore(url)

@@ -218,7 +218,7 @@ def check_owner(store: CheckpointStore, name: CheckpointName, run_id: str | None
 
     Raises:
         CheckpointMismatch: It belongs to another run, for example because it was copied into the folder.
-        CheckpointError: As `CheckpointStore.manifest`.
+        CheckpointError: As `Lineage.manifest`.
     """
     if run_id is not None and (owner := store.manifest(name).run_id) != run_id:
         raise CheckpointMismatch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from pathlib import Path
 
@@ -12,16 +11,12 @@ import xxhash
 from events.checkpoint import files, store
 from events.checkpoint.lineage import by_age, is_attempt_name
 from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest
-from events.checkpoint.objects import Limits, Objects
-from events.checkpoint.parallel import in_order
-from events.checkpoint.remote import LOST, RemoteStore
-from events.checkpoint.remote_layout import PARTS_NAME, FilePart, decode_parts, plan_of
+from events.checkpoint.remote import RemoteStore
+from events.checkpoint.remote_layout import FilePart
 from events.errors import CheckpointDamaged, CheckpointNotFound
 from events.run.folder import LOCK_NAME
 from events.text import plain_text
 from trainer.cli.text import echo_error
-
-_READ_BYTES = 16 * 2**20
 
 
 class LocalSource:
@@ -91,25 +86,17 @@ class RemoteSource:
         self.only = CheckpointName.parse(last)
         self.where = base if self.only is not None else url.rstrip("/")
         self._store = RemoteStore(self.where)
-        self._objects = Objects(self.where, Limits())
         self._plans: dict[CheckpointName, dict[str, list[FilePart]]] = {}
         self.line = self._store.line()
         self.names = by_age(self.line, self._store.names())[::-1]
         self.path = self.uploaded = self._store.url_of
         self.manifest = self._store.manifest
-        folder = self._objects.folder
+        folder = self._store.folder
         if self.only not in (None, *self.names) or (folder is not None and not folder.is_dir()):
             raise CheckpointNotFound(f"{url} does not exist")
 
     def check(self, manifest: Manifest) -> None:
-        there = self._objects.sizes(f"{manifest.name}/")
-        noted = decode_parts(self._get(manifest.name, PARTS_NAME), f"{self.path(manifest.name)}/{PARTS_NAME}")
-        plan = self._plans[manifest.name] = plan_of(manifest, noted.part_bytes, len(there) + LOST)
-        for parts in plan.values():
-            for part in parts:
-                if (found := there.get(f"{manifest.name}/{part.key}", 0)) != part.nbytes:
-                    where = f"{self.path(manifest.name)}/{part.key}"
-                    raise CheckpointDamaged(f"{where} has {found:,} bytes instead of {part.nbytes:,}")
+        self._plans[manifest.name] = self._store.plan(manifest)
 
     def verify(self, manifest: Manifest) -> None:
         for file in manifest.files:
@@ -124,13 +111,8 @@ class RemoteSource:
         """Read a file in pieces, several at a time, because the store may be far away."""
         if manifest.name not in self._plans:
             self.check(manifest)
-        calls = (
-            functools.partial(self._get, manifest.name, part.key, begin, min(_READ_BYTES, part.nbytes - begin))
-            for part in self._plans[manifest.name][file]
-            for begin in range(0, part.nbytes, _READ_BYTES)
-        )
         digest, done = xxhash.xxh3_128(), 0
-        with contextlib.closing(in_order(calls, Limits().parallel, "stagecast-read")) as pieces:
+        with contextlib.closing(self._store.read(manifest.name, self._plans[manifest.name][file])) as pieces:
             for piece in pieces:
                 digest.update(piece)
                 if into is not None:
@@ -138,13 +120,6 @@ class RemoteSource:
                 done += len(piece)
         if digest.hexdigest() != manifest.files[file].xxh3_128:
             raise CheckpointDamaged(f"{self.path(manifest.name)}/{file} holds other bytes than were written")
-
-    def _get(self, name: CheckpointName, key: str, *where: int) -> bytes:
-        path = f"{name}/{key}"
-        data = self._objects.get_range(path, *where) if where else self._objects.get(path, store.NOTE_BYTES)
-        if data is None:
-            raise CheckpointDamaged(f"{self.path(name)}/{key} is missing")
-        return data
 
 
 Source = LocalSource | RemoteSource
