@@ -24,6 +24,7 @@ from trainer.loop.optimizers import (
     begins_with_closure,
     has_stock_zero_grad,
     refuse_scaler,
+    take_step,
     takes_closure,
     wants_closure,
 )
@@ -78,6 +79,7 @@ class Optimization:
         self._precision = attempt.precision
         self._strays: list[torch.nn.Parameter] = []
         self._held = 0
+        self._guards = 0
         self._has_new_parameters = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = [
             register_module_parameter_registration_hook(self._note_registration),
@@ -122,6 +124,7 @@ class Optimization:
     def guard(self, check: Callable[[torch.optim.Optimizer, Any, Any], None]) -> None:
         """Call ``check(optimizer, args, kwargs)`` before any step of an optimizer, by any caller."""
         self._handles += [optimizer.register_step_pre_hook(check) for optimizer in self.optimizers]
+        self._guards += 1
 
     def train(self) -> None:
         """Switch the optimizers that have ``eval()`` and ``train()`` to training."""
@@ -177,7 +180,7 @@ class Optimization:
                 self.before_step()
             for number, optimizer in enumerate(self.optimizers):
                 try:
-                    optimizer.step()
+                    take_step(optimizer, self._guards)
                 except Exception as error:
                     if "closure" not in str(error):
                         raise
