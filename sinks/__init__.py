@@ -6,7 +6,7 @@ A sink's third-party client is imported when the sink is opened, so ``import sin
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __stagecast__ = True
 """Tells the other packages that this one, under its generic name, is ours."""
@@ -65,7 +65,7 @@ _HOMES = {
 
 
 # Lazy, because a submodule imported at the top would meet a shadowing `events` before the check above.
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'sinks' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

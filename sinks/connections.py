@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Sequence
 
 from events.log import logger
 
@@ -123,11 +123,13 @@ class ClientFaults(logging.Filter):
         return True
 
 
-def address_group(address: Any) -> str | None:
+def address_group(address: object) -> str | None:
     """Return the key by which a client's address is counted: IPv6 by its /64 network; None for loopback."""
     try:
-        ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
-    except (ValueError, IndexError, TypeError):
+        ip = ipaddress.ip_address(str(address[0]).partition("%")[0]) if isinstance(address, Sequence) else None
+    except (ValueError, IndexError):
+        ip = None
+    if ip is None:
         return "unknown"
     ip = getattr(ip, "ipv4_mapped", None) or ip
     if ip.is_loopback:

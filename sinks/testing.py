@@ -21,7 +21,7 @@ import math
 import os
 import threading
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -114,12 +114,12 @@ def opened(
     with asyncio.Runner() as runner:
         writer = described.open(RunInfo(run_id, attempt=attempt, run_dir=folder))
 
-        def finish(result: Any) -> None:
-            async def wait() -> None:
-                await result
+        async def wait(result: Awaitable[object]) -> None:
+            await result
 
+        def finish(result: object) -> None:
             if inspect.isawaitable(result):
-                runner.run(wait())
+                runner.run(wait(result))
 
         try:
             yield lambda events: finish(writer.write(events))
@@ -175,7 +175,7 @@ def check_sink(
     assert not left, f"{sink!r} leaves threads: {left}"
 
 
-def _check_description(sink: Any) -> None:
+def _check_description(sink: object) -> None:
     check = getattr(sink, "check", None)
     if check is not None:
         check()

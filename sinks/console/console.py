@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import IO, TYPE_CHECKING, ClassVar
 
 from events.messages import Event, MetricsLogged, WarningLogged
 from events.run.state import RunState
@@ -97,8 +97,7 @@ class Console(Strict, frozen=True):
         # None (pythonw), closed, or not a stream at all: nothing can be shown, and that is not a failure.
         stream = sys.stderr
         gone = getattr(stream, "closed", False) or not callable(getattr(stream, "write", None))
-        file: Any = _Nowhere() if gone else None
-        console = RichConsole(stderr=True, file=file, force_terminal=self.force_terminal)
+        console = RichConsole(stderr=True, file=_Nowhere() if gone else None, force_terminal=self.force_terminal)
         return ConsoleWriter(
             run,
             console,
@@ -108,7 +107,7 @@ class Console(Strict, frozen=True):
         )
 
 
-class _Nowhere(io.TextIOBase):
+class _Nowhere(io.StringIO):
     """Takes text and keeps none."""
 
     def write(self, text: str, /) -> int:

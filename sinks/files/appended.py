@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import stat
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 
@@ -23,8 +22,6 @@ from events.sink import RunInfo
 if sys.platform != "win32":
     import fcntl
 
-_CHUNK = 1_024
-"""Bytes per step of a checksum; its table has a kilobyte for each."""
 _TAIL_BYTES = 2**20
 """Bytes of a file's end that are read first; they nearly always contain the last event."""
 
@@ -241,6 +238,12 @@ def read_media(run_dir: str | None, event: ImageLogged | TextLogged, user: str) 
         return None
 
 
+def read_text(run_dir: str | None, event: TextLogged, user: str) -> bytes:
+    """Read a whole text in UTF-8: that of its file or, with a warning if the file is missing, that of the event."""
+    data = None if event.path is None else read_media(run_dir, event, user)
+    return event.text.encode("utf-8", "backslashreplace") if data is None else data
+
+
 def find_end(file: AppendedFile, rows_of: Callable[[Iterable[bytes]], Rows]) -> End:
     """Find the position to continue a file from. Reads its last megabyte, and all of it only if necessary.
 
@@ -337,71 +340,3 @@ def check_path(given: object, what: str) -> None:
     """
     if given is not None and (not isinstance(given, str) or not given or "\0" in given):
         raise ValueError(f"{what}={given!r:.200}: give a path as a string, or None for one in the run folder")
-
-
-# ------------------------------------------------------------------------------------------- event files
-
-
-def event_records(records: list[bytes]) -> bytes:
-    """Frame records for TensorBoard's event files: each between its length and its checksum."""
-    import numpy as np
-
-    by_length: dict[int, list[int]] = {}
-    for index, record in enumerate(records):
-        by_length.setdefault(len(record), []).append(index)
-    framed = [b""] * len(records)
-    for length, indices in by_length.items():
-        rows = np.frombuffer(b"".join([records[index] for index in indices]), np.uint8).reshape(-1, length)
-        checksums = _checksums(rows).tobytes()
-        head = _record_head(length)
-        for at, index in enumerate(indices):
-            framed[index] = b"%b%b%b" % (head, records[index], checksums[4 * at : 4 * at + 4])
-    return b"".join(framed)
-
-
-@functools.lru_cache(maxsize=8_192)
-def _record_head(length: int) -> bytes:
-    import numpy as np
-
-    encoded = struct.pack("<Q", length)
-    checksum: bytes = _checksums(np.frombuffer(encoded, np.uint8).reshape(1, -1)).tobytes()
-    return encoded + checksum
-
-
-def _checksums(rows: Any) -> Any:
-    """The masked CRC-32C of each row of bytes ``(N, L)``, as ``(N,)`` little-endian integers.
-
-    A checksum is the XOR of one table entry per byte, chosen by its value and its distance from the end, so all bytes
-    of all rows are looked up at once. Only four bytes carry over to the next chunk.
-    """
-    import numpy as np
-
-    table = _table()
-    found = np.empty(len(rows), "<u4")
-    some = max(1, 2**20 // max(1, min(_CHUNK, rows.shape[1])))  # rows at a time, to bound the memory
-    for first in range(0, len(rows), some):
-        part = rows[first : first + some]
-        state = np.full(len(part), 0xFFFFFFFF, "<u4")
-        for begin in range(0, part.shape[1], _CHUNK):
-            chunk = part[:, begin : begin + _CHUNK].astype(np.intp)
-            width = chunk.shape[1]
-            chunk[:, :4] ^= state.view(np.uint8).reshape(-1, 4)[:, :width]
-            chunk += np.arange((width - 1) * 256, -1, -256)
-            state = (state >> 8 * width if width < 4 else 0) ^ np.bitwise_xor.reduce(table.take(chunk), axis=1)
-        found[first : first + some] = ~state
-    return ((found >> 15 | found << 17) + np.uint32(0xA282EAD8)).astype("<u4")
-
-
-@functools.cache
-def _table() -> Any:
-    """The contribution of a byte to a checksum, at ``256 * (bytes after it) + value``."""
-    import numpy as np
-
-    one = np.arange(256, dtype="<u4")
-    for _ in range(8):
-        one = np.where(one & 1, one >> 1 ^ 0x82F63B78, one >> 1).astype("<u4")
-    table = np.empty((_CHUNK, 256), "<u4")
-    table[0] = one
-    for distance in range(1, _CHUNK):
-        table[distance] = one[table[distance - 1] & 0xFF] ^ table[distance - 1] >> 8
-    return table.reshape(-1)

@@ -2,7 +2,7 @@
 
 `tensorboardX` provides the messages and its `SummaryWriter`, but this module writes the file: tensorboardX's own writer
 (a queue between processes, two threads, a checksum in plain Python) holds the interpreter lock for more than 100 us per
-step. Here scalars are encoded by hand, checksums are computed per batch, and a batch is one write.
+step. Here scalars are encoded by hand, a library in C computes the checksums, and a batch is one write.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import math
 import os
 import socket
-import struct
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import msgspec
 
@@ -31,16 +30,19 @@ from events.strict import Strict
 from sinks.files.appended import (
     AppendedFile,
     check_path,
-    event_records,
     make_folders,
     newer,
     open_file,
     path_in,
     position_of,
     read_media,
+    read_text,
     warn_of_another,
 )
-from sinks.files.event_marks import EVENT_FILE, Mark, go_on_in, mark_record
+from sinks.files.event_files import EVENT_FILE, Mark, continue_in, encode_scalars, event_records, mark_record
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
 
 class TensorBoard(Strict, frozen=True):
@@ -83,7 +85,8 @@ class TensorBoard(Strict, frozen=True):
 
     def check(self) -> None:
         """Raise `SinkMisconfigured` if the client is not installed."""
-        require("tensorboardX", "tensorboard", "the sink TensorBoard")
+        for module in ("tensorboardX", "google_crc32c"):
+            require(module, "tensorboard", "the sink TensorBoard")
 
     def open(self, run: RunInfo) -> TensorBoardWriter:
         """Start a file.
@@ -109,39 +112,37 @@ class TensorBoardWriter:
         self._folder = folder
         self._run_id = run_id
         self._run_dir = run_dir
-        self._client = _import_client()
+        self._messages = _import_client()
         make_folders(folder, run_dir)
-        self._reached = go_on_in(folder, run_id, run_dir)
+        self._reached = continue_in(folder, run_id, run_dir)
         self._is_continued = self._reached != Mark()  # until the first event
         # `summary_writer` may be used on any thread.
         self._lock = threading.Lock()
         self._file = AppendedFile(_new_file(folder, run_dir), run_dir)
         try:
-            self._append([self._client.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()])
+            start = self._messages.event(wall_time=time.time(), file_version="brain.Event:2")
+            self._append([start.SerializeToString()])
         except BaseException:  # close the file first
             self._file.close()
             raise
 
     @functools.cached_property
-    def summary_writer(self) -> Any:
+    def summary_writer(self) -> SummaryWriter:
         """A `tensorboardX.SummaryWriter` of this file, for data that this sink does not write.
 
         It writes at once, on any thread, in the order of the calls. Its ``add_scalars`` and ``add_hparams`` start files
         of their own in subfolders, as in tensorboardX. It is closed with the sink.
         """
-        return self._client.summary_writer(self._folder, lambda event: self._append([event.SerializeToString()]))
+        return _summary_writer(self._folder, lambda message: self._append([message.SerializeToString()]))
 
     def write(self, events: Sequence[Event]) -> None:
         """Append the records of events. Raises `OSError` if the disk fails; nothing is added then."""
         if events and self._is_continued:
             self._check_run(events[0])
         events = newer(events, self._reached.position)
-        records: list[bytes] = []
-        for event in events:
-            if (record := self._record_of(event)) is not None:
-                records.append(record)
         if not events:
             return
+        records = [record for event in events if (record := self._record_of(event)) is not None]
         reached = self._reached.reached(position_of(events[-1]), max(event.time for event in events))
         if records:
             self._append(records, reached)
@@ -173,47 +174,39 @@ class TensorBoardWriter:
     def _record_of(self, event: Event) -> bytes | None:
         """The record of an event; None for other events, or if no message can represent it."""
         if metrics := metrics_of(event):
-            return _scalars(event, metrics)
+            return encode_scalars(event, metrics)
         try:
             message = self._message_of(event)
             if message is None:
                 return None
             message.wall_time = event.time
-            record: bytes = message.SerializeToString()
+            return message.SerializeToString()
         except (ValueError, TypeError, OverflowError) as error:  # invalid numbers, so a retry cannot help
             logger.warning(f"TensorBoard skips {type(event).__name__} (seq {event.seq}): {error}")
             return None
-        return record
 
-    def _message_of(self, event: Event) -> Any:
+    def _message_of(self, event: Event) -> _Message | None:
         """The message of an event without metrics; None for other events."""
-        client = self._client
+        messages = self._messages
         match event:
             case HistogramLogged():
-                value = client.histogram(event)
+                value = messages.histogram(event) if sum(event.counts) else None
             case ImageLogged():
-                value = self._image(event)
+                data = read_media(self._run_dir, event, "TensorBoard")
+                value = None if data is None else messages.image(event, data)
             case TextLogged():
-                value = client.text(_tag(event), self._text(event))
+                value = messages.text(_tag(event), read_text(self._run_dir, event, "TensorBoard"))
             case RunStarted():
-                value = client.session_start(event)
+                value = messages.session_start(event)
             case RunEnded(status="finished"):
                 # TensorBoard keeps the first end that it reads, and a run with another status may be resumed.
-                value = client.session_end(event)
+                value = messages.session_end(event)
             case RunResumed():
                 # Hides all data in this folder from this step on, because it is superseded.
-                return client.Event(step=min(event.global_step + 1, INT_MAX), session_log=client.session_log_start)
+                return messages.event(step=min(event.global_step + 1, INT_MAX), session_log=messages.session_log_start)
             case _:
                 return None
-        return None if value is None else client.Event(step=event.global_step, summary=client.Summary(value=[value]))
-
-    def _image(self, event: ImageLogged) -> Any:
-        data = read_media(self._run_dir, event, "TensorBoard")
-        return None if data is None else self._client.image(event, data)
-
-    def _text(self, event: TextLogged) -> str:
-        data = None if event.path is None else read_media(self._run_dir, event, "TensorBoard")
-        return event.text if data is None else data.decode("utf-8", "replace")
+        return None if value is None else messages.event(step=event.global_step, summary={"value": [value]})
 
 
 def _new_file(folder: str, run_dir: str | None) -> str:
@@ -233,10 +226,15 @@ def _new_file(folder: str, run_dir: str | None) -> str:
     raise AssertionError("unreachable: there is always a next number")
 
 
-# ----------------------------------------------------------------------------------------------- the messages
+class _Message(Protocol):
+    """An ``Event`` of TensorBoard's protocol buffers."""
+
+    wall_time: float
+
+    def SerializeToString(self) -> bytes: ...  # noqa: N802  # the name of the protocol buffers' method
 
 
-def _import_client() -> _Client:
+def _import_client() -> _Messages:
     """Import tensorboardX, without torch where torch is not loaded.
 
     tensorboardX imports torch only to recognise tensors. In a sink host there are none, and the import would take two
@@ -246,32 +244,31 @@ def _import_client() -> _Client:
     if is_without_torch:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes its import fail
     try:
-        return _Client()
+        return _Messages()
     finally:
         if is_without_torch:
             sys.modules.pop("torch", None)
 
 
-class _Client:
+class _Messages:
     """Builds all messages but scalars, with protocol buffers."""
 
     def __init__(self) -> None:
-        self._tensorboardx: Any = importlib.import_module("tensorboardX")
-        event = importlib.import_module("tensorboardX.proto.event_pb2")
-        summary = importlib.import_module("tensorboardX.proto.summary_pb2")
-        self._hparams: Any = importlib.import_module("tensorboardX.proto.plugin_hparams_pb2")
-        self._api: Any = importlib.import_module("tensorboardX.proto.api_pb2")
-        self._summaries: Any = importlib.import_module("tensorboardX.summary")
-        self.Event: Any = event.Event
-        self.Summary: Any = summary.Summary
-        self._metadata: Any = summary.SummaryMetadata
-        self.session_log_start: Any = event.SessionLog(status=event.SessionLog.START)
+        self._event = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._summary = importlib.import_module("tensorboardX.proto.summary_pb2")
+        self._hparams = importlib.import_module("tensorboardX.proto.plugin_hparams_pb2")
+        self._api = importlib.import_module("tensorboardX.proto.api_pb2")
+        self._summaries = importlib.import_module("tensorboardX.summary")
+        self.session_log_start: object = self._event.SessionLog(status=self._event.SessionLog.START)
 
-    def histogram(self, event: HistogramLogged) -> Any:
-        """The event's bins; None if no element was finite."""
-        bins = len(event.counts)
-        if not sum(event.counts):
-            return None
+    def event(self, **fields: object) -> _Message:
+        """An ``Event``, which is one record."""
+        message: _Message = self._event.Event(**fields)
+        return message
+
+    def histogram(self, event: HistogramLogged) -> object:
+        """The event's bins, at least one of which has an element."""
+        bins, num = len(event.counts), sum(event.counts)
         # Divided before the subtraction, which may overflow.
         width = event.high / bins - event.low / bins
         edges = [event.low + width * index for index in range(1, bins)] + [event.high]
@@ -279,80 +276,65 @@ class _Client:
         middles = [edge - width / 2 for edge in edges]
         total = sum(count * middle for count, middle in zip(event.counts, middles, strict=True))
         squares = sum(count * middle * middle for count, middle in zip(event.counts, middles, strict=True))
-        tag, num = _tag(event), sum(event.counts)
-        raw = self._summaries.histogram_raw(tag, event.low, event.high, num, total, squares, edges, event.counts)
-        return raw.value[0]
+        moments = (num, total, squares)
+        return self._summaries.histogram_raw(_tag(event), event.low, event.high, *moments, edges, event.counts).value[0]
 
-    def image(self, event: ImageLogged, data: bytes) -> Any:
+    def image(self, event: ImageLogged, data: bytes) -> object:
         """An encoded image."""
         height, width = (size if 0 <= size < 2**31 else 0 for size in (event.height, event.width))
-        image = self.Summary.Image(height=height, width=width, encoded_image_string=data)
-        return self.Summary.Value(tag=_tag(event), image=image)
+        image = self._summary.Summary.Image(height=height, width=width, encoded_image_string=data)
+        return self._summary.Summary.Value(tag=_tag(event), image=image)
 
-    def text(self, tag: str, text: str) -> Any:
+    def text(self, tag: str, text: bytes) -> object:
         """A text under exactly this tag, to which tensorboardX would append a suffix."""
-        value = self._summaries.text(tag, _unicode(text)).value[0]
+        value = self._summaries.text(tag, text.decode("utf-8", "replace")).value[0]
         value.tag = tag
         return value
 
-    def session_start(self, event: RunStarted) -> Any:
+    def session_start(self, event: RunStarted) -> object:
         """The run's arguments. There is no summary of the experiment, so TensorBoard collects the names of arguments
         and metrics from all runs."""
         info = self._hparams.SessionStartInfo(start_time_secs=event.time)
         for name, value in _flat(hyperparameters(event), ""):
-            if isinstance(value, bool):
-                info.hparams[name].bool_value = value
-            elif isinstance(value, int | float):
-                info.hparams[name].number_value = value
-            else:
-                info.hparams[name].string_value = value
+            kind = "bool" if isinstance(value, bool) else "string" if isinstance(value, str) else "number"
+            setattr(info.hparams[name], f"{kind}_value", value)
         return self._hparams_value("_hparams_/session_start_info", session_start_info=info)
 
-    def session_end(self, event: RunEnded) -> Any:
+    def session_end(self, event: RunEnded) -> object:
         """The end of a finished run."""
         info = self._hparams.SessionEndInfo(status=self._api.Status.Value("STATUS_SUCCESS"), end_time_secs=event.time)
         return self._hparams_value("_hparams_/session_end_info", session_end_info=info)
 
-    def _hparams_value(self, tag: str, **info: Any) -> Any:
+    def _hparams_value(self, tag: str, **info: object) -> object:
         content = self._hparams.HParamsPluginData(version=0, **info).SerializeToString()
-        plugin = self._metadata.PluginData(plugin_name="hparams", content=content)
-        return self.Summary.Value(tag=tag, metadata=self._metadata(plugin_data=plugin))
-
-    def summary_writer(self, folder: str, add_event: Any) -> Any:
-        """A `tensorboardX.SummaryWriter` that passes each message to ``add_event``."""
-        base: Any = self._tensorboardx
-
-        class EventWriter:
-            def add_event(self, event: Any) -> None:
-                add_event(event)
-
-            def get_logdir(self) -> str:
-                return folder
-
-            def flush(self) -> None: ...
-
-            def close(self) -> None: ...
-
-        class FileWriter(base.FileWriter):  # type: ignore[misc]  # known at run time only
-            # Without the base's constructor, which would start a file and threads.
-            def __init__(self) -> None:
-                self.event_writer = EventWriter()
-                self._default_metadata: dict[str, Any] = {}
-
-        class SummaryWriter(base.SummaryWriter):  # type: ignore[misc]  # as above
-            file_writer: Any
-
-            # All its methods get their writer from this one.
-            def _get_file_writer(self) -> Any:
-                if self.file_writer is None:
-                    self.file_writer = FileWriter()
-                    self.all_writers = {folder: self.file_writer}
-                return self.file_writer
-
-        return SummaryWriter(folder)
+        metadata = self._summary.SummaryMetadata
+        plugin = metadata.PluginData(plugin_name="hparams", content=content)
+        return self._summary.Summary.Value(tag=tag, metadata=metadata(plugin_data=plugin))
 
 
-def _flat(value: object, name: str) -> list[tuple[str, Any]]:
+def _summary_writer(folder: str, add_event: Callable[[_Message], None]) -> SummaryWriter:
+    """A `tensorboardX.SummaryWriter` that passes each message to ``add_event``."""
+    client = importlib.import_module("tensorboardX")
+
+    class Writer(client.SummaryWriter):  # type: ignore[misc, name-defined]  # known at run time only
+        file_writer: object
+
+        # All its methods get their writer from this one.
+        def _get_file_writer(self) -> object:
+            if self.file_writer is None:
+                # Without its constructor, which would start a file and threads.
+                self.file_writer = file = client.FileWriter.__new__(client.FileWriter)
+                file.event_writer = SimpleNamespace(
+                    add_event=add_event, get_logdir=lambda: folder, flush=lambda: None, close=lambda: None
+                )
+                file._default_metadata = {}
+                self.all_writers = {folder: file}
+            return self.file_writer
+
+    return Writer(folder)
+
+
+def _flat(value: object, name: str) -> list[tuple[str, bool | float | str]]:
     """Nested arguments as names and values, without None."""
     if isinstance(value, dict):
         items = [_flat(item, f"{name}/{key}" if name else _unicode(str(key))) for key, item in value.items()]
@@ -371,47 +353,3 @@ def _tag(event: HistogramLogged | ImageLogged | TextLogged) -> str:
 def _unicode(text: str) -> str:
     """Escape lone surrogates, which messages cannot represent."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-# --------------------------------------------------------------------------------------------- the fast path
-
-
-_pack_double = struct.Struct("<d").pack
-_pack_float = struct.Struct("<f").pack
-
-
-def _scalars(event: Event, metrics: list[tuple[str, float]]) -> bytes:
-    """Encode one `Event` message with all metrics of an event, three times as fast as protocol buffers.
-
-    Its fields are ``wall_time`` (1), ``step`` (2) and ``summary`` (5), which has one ``value`` (1) for each metric.
-    """
-    try:
-        values = b"".join([_value_head(name) + _pack_float(number) for name, number in metrics])
-    except OverflowError:  # too large for single precision
-        values = b"".join([_value_head(name) + _as_float(number) for name, number in metrics])
-    time_and_step = b"\x09%b\x10%b" % (_pack_double(event.time), _varint(event.global_step))
-    return b"%b\x2a%b%b" % (time_and_step, _varint(len(values)), values)
-
-
-@functools.lru_cache(maxsize=8_192)
-def _value_head(name: str) -> bytes:
-    """Encode a ``value`` up to its number: its length, its ``tag`` (1), and the key of ``simple_value`` (2)."""
-    tag = name.encode("utf-8", "backslashreplace")
-    field = b"\x0a%b%b\x15" % (_varint(len(tag)), tag)
-    return b"\x0a%b%b" % (_varint(len(field) + 4), field)
-
-
-def _as_float(number: float) -> bytes:
-    try:
-        return _pack_float(number)
-    except OverflowError:
-        return _pack_float(math.copysign(math.inf, number))
-
-
-def _varint(number: int) -> bytes:
-    encoded = bytearray()
-    while number > 0x7F:
-        encoded.append(number & 0x7F | 0x80)
-        number >>= 7
-    encoded.append(number)
-    return bytes(encoded)

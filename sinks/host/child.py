@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 import anyio
 import msgspec
@@ -58,8 +58,8 @@ class HostedSink(msgspec.Struct, frozen=True):
     """The observer's."""
     kind: str
     """``module:Class``."""
-    fields: dict[str, Any]
-    delivery: dict[str, Any]
+    fields: dict[str, object]
+    delivery: dict[str, object]
     """`events.sink.Delivery` without ``types``..."""
     types: list[str] | None
     """...whose names are here."""
@@ -97,9 +97,9 @@ class HostedSink(msgspec.Struct, frozen=True):
             raise SinkMisconfigured(f"{kind.__name__} cannot run in a sink host: {error}") from error
         return cls(name, f"{kind.__module__}:{kind.__qualname__}", fields, plain, types, since)
 
-    def build(self) -> tuple[Any, Delivery]:
+    def build(self) -> tuple[Sink, Delivery]:
         """Build the sink and its delivery. Raises what its import or its constructor raises."""
-        kind: Any = pkgutil.resolve_name(self.kind)
+        kind: type[Sink] = pkgutil.resolve_name(self.kind)
         known = {one.__name__: one for one in EVENT_TYPES}
         types = None if self.types is None else frozenset(known[one] for one in self.types)
         delivery = msgspec.structs.replace(msgspec.convert(self.delivery, Delivery), types=types)
@@ -187,7 +187,7 @@ class _Unbuilt:
     def __init__(self, error: Exception | SystemExit) -> None:
         self._error = error
 
-    def open(self, run: RunInfo) -> Any:
+    def open(self, run: RunInfo) -> NoReturn:
         raise SinkMisconfigured(f"it cannot be built in the sink host: {self._error!r}") from self._error
 
 

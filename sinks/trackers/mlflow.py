@@ -1,9 +1,8 @@
-"""A sink that tells an MLflow tracking server about a run."""
+"""A sink that logs a run to an MLflow tracking server."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import posixpath
@@ -12,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -23,18 +22,22 @@ from events.messages import Event, ImageLogged, RunEnded, RunStarted, TextLogged
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.files.appended import newer, position_of, read_media
+from sinks.files.appended import Position, newer, position_of, read_media, read_text
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
 
 RUN_ID_TAG = "stagecast.run_id"
-"""The tag by which an attempt finds the MLflow run of those before it."""
+"""The tag by which an attempt finds the MLflow run of earlier attempts."""
 STATUS_TAG = "stagecast.status"
-"""The tag that says how the run ended: as `RunEnded.status`, which knows more than MLflow's."""
+"""The tag with `RunEnded.status`, which has more values than MLflow's."""
 REASON_TAG = "stagecast.reason"
 
 _METRICS = 1_000
-"""Most metrics that a server takes in one request..."""
+"""Maximum metrics per request of a server."""
 _REQUEST_BYTES = 900_000
-"""...and most bytes, with a margin: it takes 1,000,000."""
+"""Maximum bytes per request; a server accepts 1,000,000."""
 _PARAMETERS = 100
 _KEY_CHARS = 250
 _VALUE_CHARS = 6_000
@@ -122,16 +125,17 @@ class MLflow(Strict, frozen=True):
 
         Raises:
             SinkMisconfigured: As `check`; or the experiment was deleted, or the server has no run of that name.
-            Exception: What MLflow's client raises when the server is not there. Trying again may help.
+            Exception: MLflow's client raises it when the server does not answer. A retry may help.
         """
         self.check()
         _set_environment(self.timeout_s)
-        client = _module("mlflow").MlflowClient(tracking_uri=self.tracking_uri)
-        joined = self.mlflow_run_id or os.environ.get("MLFLOW_RUN_ID")
-        if joined:
-            found = _joined_run(client, joined)
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=self.tracking_uri)
+        if joined := self.mlflow_run_id or os.environ.get("MLFLOW_RUN_ID"):
+            run_of_caller = _joined_run(client, joined)
             client.set_tag(joined, RUN_ID_TAG, run.run_id)
-            return MLflowWriter(client, joined, run.run_dir, dict(found.data.params), owned=False)
+            return MLflowWriter(client, run_of_caller, run.run_dir, owned=False)
         experiment = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
         experiment_id = _experiment_id(client, experiment)
         found = _find_run(client, experiment_id, run.run_id)
@@ -140,29 +144,24 @@ class MLflow(Strict, frozen=True):
             found = client.create_run(experiment_id, tags=tags, run_name=self.run_name or run.run_id)
         elif found.info.status != "RUNNING":
             client.update_run(found.info.run_id, status="RUNNING")
-        return MLflowWriter(client, found.info.run_id, run.run_dir, dict(found.data.params), owned=True)
+        return MLflowWriter(client, found, run.run_dir, owned=True)
 
 
 class MLflowWriter:
     """An open `MLflow`. When `write` returns, the server has accepted all events.
 
     Args:
-        client: A ``mlflow.MlflowClient``.
-        mlflow_run_id: The MLflow run.
+        run: The MLflow run, with its existing parameters.
         run_dir: The run folder, with the files of images and texts.
-        parameters: Existing parameters of the MLflow run.
-        owned: Whether this sink ends it.
+        owned: Whether this sink ends the MLflow run.
     """
 
-    def __init__(
-        self, client: Any, mlflow_run_id: str, run_dir: str | None, parameters: dict[str, str], *, owned: bool
-    ) -> None:
+    def __init__(self, client: MlflowClient, run: Run, run_dir: str | None, *, owned: bool) -> None:
         self._owned = owned
-        self.mlflow_run_id = mlflow_run_id
+        self.mlflow_run_id: str = run.info.run_id
         self._client = client
-        self._entities = _module("mlflow.entities")
         self._run_dir = run_dir
-        self._parameters = parameters
+        self._parameters = dict(run.data.params)
         self._last = (0, 0)
 
     def write(self, events: Sequence[Event]) -> None:
@@ -171,14 +170,14 @@ class MLflowWriter:
         Raises:
             Exception: MLflow's client raises it when the server does not answer in time, or refuses.
         """
-        waiting: list[Any] = []
-        nbytes = 0
-        previous: Event | None = None
+        waiting: list[Metric] = []
+        nbytes, reached = 0, self._last
         for event in newer(events, self._last):
-            metrics = self._metrics_of(event)
-            size = sum(6 * len(metric.key) + 120 for metric in metrics)
-            if waiting and (not metrics or len(waiting) + len(metrics) > _METRICS or nbytes + size > _REQUEST_BYTES):
-                self._log(waiting, previous)
+            metrics = _metrics_of(event)
+            size = sum(map(_nbytes, metrics))
+            # Whole events, if possible: those of a failed request are sent again.
+            if waiting and (not metrics or nbytes + size > _REQUEST_BYTES):
+                self._log(waiting, reached)
                 waiting, nbytes = [], 0
             if metrics:
                 waiting += metrics
@@ -186,26 +185,18 @@ class MLflowWriter:
             else:
                 self._log_other(event)
                 self._last = position_of(event)
-            previous = event
+            reached = position_of(event)
         if waiting:
-            self._log(waiting, previous)
+            self._log(waiting, reached)
 
     def close(self) -> None:
         """Do nothing. MLflow shows the run of a disabled sink as running, because the sink did not receive its end."""
 
-    def _metrics_of(self, event: Event) -> list[Any]:
-        milliseconds = max(0, round(event.time * 1_000))
-        return [
-            self._entities.Metric(mlflow_name(name), float(value), milliseconds, event.global_step)
-            for name, value in metrics_of(event)
-        ]
-
-    def _log(self, metrics: list[Any], last: Event | None) -> None:
-        """Send metrics, up to those of ``last``; those of one event may need several requests."""
-        assert last is not None
+    def _log(self, metrics: list[Metric], reached: Position) -> None:
+        """Send all metrics up to a position; those of one event may need several requests."""
         for chunk in _chunks(metrics):
             self._client.log_batch(self.mlflow_run_id, metrics=chunk)
-        self._last = position_of(last)
+        self._last = reached
 
     def _log_other(self, event: Event) -> None:
         match event:
@@ -221,12 +212,14 @@ class MLflowWriter:
                 pass
 
     def _log_arguments(self, event: RunStarted) -> None:
+        from mlflow.entities import Param
+
         described = {"module": event.module, "device": event.device} | hyperparameters(event)
         wanted = {mlflow_name(name): text[:_VALUE_CHARS] for name, text in _flat(described, "")}
         new = [(name, text) for name, text in wanted.items() if name not in self._parameters]
         for start in range(0, len(new), _PARAMETERS):
             some = new[start : start + _PARAMETERS]
-            self._client.log_batch(self.mlflow_run_id, params=[self._entities.Param(*one) for one in some])
+            self._client.log_batch(self.mlflow_run_id, params=[Param(*one) for one in some])
             self._parameters.update(some)
         self._upload("", "arguments.json", msgspec.json.format(msgspec.json.encode(event.arguments), indent=2))
         if event.config:
@@ -238,9 +231,7 @@ class MLflowWriter:
             self._upload(_folder("images", event), f"{event.global_step:08d}{suffix}", data)
 
     def _log_text(self, event: TextLogged) -> None:
-        data = read_media(self._run_dir, event, "MLflow") if event.path is not None else None
-        if data is None:
-            data = event.text.encode("utf-8", "backslashreplace")
+        data = read_text(self._run_dir, event, "MLflow")
         self._upload(_folder("texts", event), f"{event.global_step:08d}.txt", data)
 
     def _upload(self, folder: str, name: str, data: bytes) -> None:
@@ -252,8 +243,10 @@ class MLflowWriter:
             self._client.log_artifact(self.mlflow_run_id, path, folder or None)
 
     def _end(self, event: RunEnded) -> None:
+        from mlflow.entities import RunTag
+
         tags = {STATUS_TAG: event.status} | ({REASON_TAG: event.reason[:_TAG_CHARS]} if event.reason else {})
-        self._client.log_batch(self.mlflow_run_id, tags=[self._entities.RunTag(*one) for one in tags.items()])
+        self._client.log_batch(self.mlflow_run_id, tags=[RunTag(*one) for one in tags.items()])
         if not self._owned:
             return
         # Not `log_batch`: only this sets the run's end, and it may be repeated.
@@ -277,13 +270,22 @@ def _folder(kind: str, event: ImageLogged | TextLogged) -> str:
     return f"{kind}/{mlflow_name(metric_name(event.name, event.key))}"
 
 
-def _chunks(metrics: list[Any]) -> Iterator[list[Any]]:
+def _metrics_of(event: Event) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    milliseconds = max(0, round(event.time * 1_000))
+    return [
+        Metric(mlflow_name(name), float(value), milliseconds, event.global_step) for name, value in metrics_of(event)
+    ]
+
+
+def _chunks(metrics: list[Metric]) -> Iterator[list[Metric]]:
     """Split metrics into as few requests as possible, in order."""
-    chunk: list[Any] = []
+    chunk: list[Metric] = []
     nbytes = 0
     for metric in metrics:
-        size = 6 * len(metric.key) + 120
-        if chunk and (len(chunk) == _METRICS or nbytes + size > _REQUEST_BYTES):
+        size = _nbytes(metric)
+        if chunk and nbytes + size > _REQUEST_BYTES:
             yield chunk
             chunk, nbytes = [], 0
         chunk.append(metric)
@@ -292,7 +294,12 @@ def _chunks(metrics: list[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _flat(value: Any, name: str) -> list[tuple[str, str]]:
+def _nbytes(metric: Metric) -> int:
+    """Upper bound of the bytes of a metric in a request, which also bounds the metrics per request."""
+    return max(6 * len(metric.key) + 120, _REQUEST_BYTES // _METRICS)
+
+
+def _flat(value: object, name: str) -> list[tuple[str, str]]:
     """Nested arguments as names and texts."""
     if isinstance(value, Mapping) and value:
         return [one for key, item in value.items() for one in _flat(item, f"{name}/{key}" if name else str(key))]
@@ -303,10 +310,6 @@ def _flat(value: Any, name: str) -> list[tuple[str, str]]:
     return [(name, str(value))]
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(name)  # by name: to some tools, `import mlflow` is this very file
-
-
 def _set_environment(timeout_s: int) -> None:
     """Configure the client, which only reads the environment; the user's values are kept."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -315,16 +318,17 @@ def _set_environment(timeout_s: int) -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
-def _joined_run(client: Any, mlflow_run_id: str) -> Any:
+def _joined_run(client: MlflowClient, mlflow_run_id: str) -> Run:
     """The run with this id.
 
     Raises:
         SinkMisconfigured: There is no such run.
     """
-    exceptions: Any = importlib.import_module("mlflow.exceptions")
+    from mlflow.exceptions import MlflowException
+
     try:
         return client.get_run(mlflow_run_id)
-    except exceptions.MlflowException as error:
+    except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise SinkMisconfigured(
                 f"MLflow has no run {mlflow_run_id!r:.80}; correct or remove mlflow_run_id or MLFLOW_RUN_ID"
@@ -332,13 +336,15 @@ def _joined_run(client: Any, mlflow_run_id: str) -> Any:
         raise
 
 
-def _experiment_id(client: Any, name: str) -> str:
+def _experiment_id(client: MlflowClient, name: str) -> str:
     """The experiment's id; it is created if there is none."""
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
             return str(client.create_experiment(name))
-        except _module("mlflow.exceptions").MlflowException as error:
+        except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)  # another run has created it meanwhile
@@ -349,7 +355,7 @@ def _experiment_id(client: Any, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _find_run(client: Any, experiment_id: str, run_id: str) -> Any:
+def _find_run(client: MlflowClient, experiment_id: str, run_id: str) -> Run | None:
     """The MLflow run of earlier attempts; None if there is none."""
     quote = '"' if "'" in run_id else "'"
     # A filter cannot express a text with both kinds of quotes. A pattern can, with a wildcard for one of them.
@@ -363,8 +369,7 @@ def _find_run(client: Any, experiment_id: str, run_id: str) -> Any:
         for run in found:
             if run.data.tags.get(RUN_ID_TAG) == run_id:  # the pattern may match others, too
                 return run
-        page = found.token
-        if not page:
+        if not (page := found.token):
             return None
 
 

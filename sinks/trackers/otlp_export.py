@@ -36,6 +36,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.util import BoundedList
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlags
+from opentelemetry.util.types import AttributeValue
 
 from events.log import logger
 from sinks.trackers.otlp_spans import TraceSpan, trace_id
@@ -69,8 +70,8 @@ class Exporter:
         self._signal = signal
         self._shown = shown
         self._session = _Session()
-        options: dict[str, Any] = {"endpoint": url, "timeout": timeout_s, "session": self._session}
-        self._exporter = OTLPSpanExporter(**options) if signal == "traces" else OTLPMetricExporter(**options)
+        exporter = OTLPSpanExporter if signal == "traces" else OTLPMetricExporter
+        self._exporter = exporter(endpoint=url, timeout=timeout_s, session=self._session)
         self._waiting: list[Any] = []
         self._warned = False
 
@@ -125,10 +126,10 @@ class Exporter:
 
         kind = ExportTraceServiceResponse if self._signal == "traces" else ExportMetricsServiceResponse
         try:
-            partial: Any = kind.FromString(answer).partial_success
+            partial = kind.FromString(answer).partial_success
         except DecodeError:  # some answer with JSON, or a word
             return
-        count = partial.rejected_spans if self._signal == "traces" else partial.rejected_data_points
+        count = getattr(partial, "rejected_spans" if self._signal == "traces" else "rejected_data_points")
         if count:
             why = f"{partial.error_message:.200}"
             self._warn(f"the collector at {self._shown} refuses some {self._signal} ({count} now): {why}")
@@ -218,7 +219,7 @@ for _exporter in (OTLPSpanExporter, OTLPMetricExporter):
 
 def resource_of(run_id: str, service_name: str | None) -> Resource:
     """The resource: the run, and the environment's attributes of the service."""
-    attributes: dict[str, Any] = {"service.name": "stagecast", "service.instance.id": run_id}
+    attributes: dict[str, object] = {"service.name": "stagecast", "service.instance.id": run_id}
     attributes |= OTELResourceDetector().detect().attributes
     attributes |= {"service.name": service_name} if service_name else {}
     return Resource({key: _text(str(value)) for key, value in (attributes | {"stagecast.run_id": run_id}).items()})
@@ -292,18 +293,18 @@ def _histogram(steps: Steps, started: int, now: int) -> Metric:
     return Metric("stagecast.step_seconds", "Time from step to step, the wait for data included.", "s", data)
 
 
-def _attributes(attributes: Mapping[str, object]) -> dict[str, Any]:
+def _attributes(attributes: Mapping[str, object]) -> dict[str, AttributeValue]:
     return {label_text(key): _value(value) for key, value in attributes.items()}
 
 
-def _value(value: object) -> Any:
+def _value(value: object) -> AttributeValue:
     match value:
         case bool() | float():
             return value
         case int() if -(2**63) <= value < 2**63:
             return value
         case list() | tuple():
-            return [_value(item) for item in value]
+            return [_text(str(item)) for item in value]
         case _:
             return _text(str(value))
 

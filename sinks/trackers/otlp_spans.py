@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -71,7 +71,7 @@ class Note(msgspec.Struct):
 
     name: str
     time: float
-    attributes: dict[str, Any]
+    attributes: dict[str, object]
 
 
 class TraceSpan(msgspec.Struct):
@@ -86,7 +86,7 @@ class TraceSpan(msgspec.Struct):
     end: float = 0.0
     status: Status = "unset"
     message: str = ""
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, object] = {}
     notes: list[Note] = []
     notes_left_out: int = 0
 
@@ -233,7 +233,7 @@ def _closed(span: TraceSpan, event: Event, status: Status, message: str = "") ->
     return span
 
 
-def _fields(event: Event, names: Sequence[str] | None = None) -> dict[str, Any]:
+def _fields(event: Event, names: Sequence[str] | None = None) -> dict[str, object]:
     """What an event tells beside its header."""
     fields = ((name, getattr(event, name)) for name in names or type(event).__struct_fields__[_HEADER:])
     return {f"stagecast.{name}": value for name, value in fields if value is not None and value != []}

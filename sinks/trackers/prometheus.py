@@ -216,7 +216,8 @@ class _Handler(WSGIRequestHandler):
 
     def handle(self) -> None:
         """Answer one request, and record the last scrape."""
-        server: Any = self.server
+        server = self.server
+        assert isinstance(server, _Server)
         self._errors = io.StringIO()
         is_last = server.closing.is_set()  # before the numbers are read, so that they are the final ones
         self._is_scrape = False
@@ -230,7 +231,8 @@ class _Handler(WSGIRequestHandler):
         """Read the request; returns False, after an error response, if it is not for this page."""
         if not super().parse_request():
             return False
-        server: Any = self.server
+        server = self.server
+        assert isinstance(server, _Server)
         server.extend(self.request)
         given = self.headers.get_all("host") or []
         if len(given) != 1 or not server.has_name(given[0]):
@@ -244,7 +246,7 @@ class _Handler(WSGIRequestHandler):
         """Discard the traceback of a failed answer, which would go to stderr each time."""
         return self._errors
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Do nothing: the base class writes to stderr at each scrape."""
 
 
@@ -260,7 +262,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._names = {hostname_of(name) for name in (*hosts, host, "localhost", socket.gethostname())} - {None}
         self._limit = ConnectionLimit(_MOST_CONNECTIONS)
-        self._deadlines: dict[Any, float] = {}
+        self._deadlines: dict[socket.socket, float] = {}
         """The deadline of each open connection; those with a complete request come last."""
         self._lock = threading.Lock()  # around the deadlines
         self._refused = RatedWarning("Prometheus closed a connection: too many clients, or too few descriptors")
@@ -278,7 +280,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             return False
         return True
 
-    def get_request(self) -> tuple[Any, Any]:
+    def get_request(self) -> tuple[socket.socket, object]:
         """Accept a connection; pauses when the process has no descriptors, instead of spinning."""
         try:
             return super().get_request()
@@ -302,7 +304,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             self._deadlines[request] = time.monotonic() + REQUEST_S
         return True
 
-    def extend(self, request: object) -> None:
+    def extend(self, request: socket.socket) -> None:
         """Restart the timeout of a client with a complete request, for reading the answer."""
         with self._lock:
             if request in self._deadlines:
@@ -349,7 +351,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self._shut_down(min(waiting, key=waiting.__getitem__))
         return True
 
-    def _shut_down(self, request: Any) -> None:
+    def _shut_down(self, request: socket.socket) -> None:
         """Shut down a connection, which its thread then closes."""
         with self._lock:
             self._deadlines.pop(request, None)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import html
-import importlib
 import io
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -23,7 +22,12 @@ from events.messages import Event, HistogramLogged, ImageLogged, RunEnded, RunSt
 from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_of
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.files.appended import check_path, make_folders, newer, position_of, read_media
+from sinks.files.appended import check_path, make_folders, newer, position_of, read_media, read_text
+
+if TYPE_CHECKING:
+    from wandb import Histogram, Html, Image, Run, Settings
+
+_Row = dict[str, object]
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -116,26 +120,30 @@ class WandB(Strict, frozen=True):
         """
         self.check()
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        wandb = _client()
-        if self.id is None and getattr(wandb, "run", None) is not None:
+        import wandb
+        from wandb.errors import UsageError
+
+        if self.id is None and wandb.run is not None:
             return WandBWriter(wandb.run, run.run_dir, owned=False)
-        settings = self._settings(run, wandb)
+        settings = self._settings(run)
         with _lock, _hooks_kept():
             try:
                 wandb_run = wandb.init(settings=settings)
-            except wandb.errors.UsageError as error:
-                raise SinkMisconfigured(f"W&B cannot begin a run: {error}") from error
+            except UsageError as error:
+                raise SinkMisconfigured(f"W&B cannot start a run: {error}") from error
             except Exception:
-                # Its process would say of every other attempt that this run is in use.
-                _end_process(wandb)
+                # Otherwise its process refuses every other attempt, because this run is in use.
+                _end_process()
                 raise
             wandb_run.define_metric("global_step", hidden=True)
             wandb_run.define_metric("*", step_metric="global_step")
         return WandBWriter(wandb_run, run.run_dir, owned=True)
 
-    def _settings(self, run: RunInfo, wandb: Any) -> Any:
-        base = wandb.Settings()
-        base.update_from_env_vars(os.environ)
+    def _settings(self, run: RunInfo) -> Settings:
+        from wandb import Settings
+
+        base = Settings()
+        base.update_from_env_vars(dict(os.environ))
         mode = self.mode or base.mode
         url = self.base_url or base.base_url
         if mode == "online" and sys.stdin is not None and sys.stdin.isatty() and not _has_credentials(url):
@@ -145,7 +153,7 @@ class WandB(Strict, frozen=True):
         make_folders(root, run.run_dir)
         if os.path.lexists(own := os.path.join(root, "wandb")):  # the client's own folder: not a link
             make_folders(own, run.run_dir)
-        given = {
+        given: dict[str, object] = {
             "mode": mode,
             "project": self.project,
             "entity": self.entity,
@@ -172,8 +180,8 @@ class WandB(Strict, frozen=True):
             "x_disable_meta": True,
             "x_save_requirements": False,
         }
-        known = wandb.Settings.model_fields
-        return wandb.Settings(**{key: value for key, value in given.items() if value is not None and key in known})
+        known = Settings.model_fields
+        return Settings.model_validate({key: one for key, one in given.items() if one is not None and key in known})
 
 
 class WandBWriter:
@@ -185,7 +193,7 @@ class WandBWriter:
         owned: Whether this sink has started it, and ends it.
     """
 
-    def __init__(self, wandb_run: Any, run_dir: str | None, *, owned: bool) -> None:
+    def __init__(self, wandb_run: Run, run_dir: str | None, *, owned: bool) -> None:
         self.wandb_run = wandb_run
         self._run_dir = run_dir
         self._owned = owned
@@ -216,16 +224,17 @@ class WandBWriter:
             return
         self.wandb_run.finish(exit_code=self._exit_code)
         with _lock:
-            _end_process(_client())
+            _end_process()
 
-    def _define(self, row: dict[str, Any]) -> None:
+    def _define(self, row: _Row) -> None:
         """Set the axis of each metric to ``global_step``, because the caller's own metrics have another axis."""
         for name in row.keys() - self._defined:
             self.wandb_run.define_metric(name, step_metric=None if name == "global_step" else "global_step")
             self._defined.add(name)
 
-    def _values_of(self, event: Event) -> dict[str, Any]:
+    def _values_of(self, event: Event) -> _Row:
         """The values of an event in its step's row."""
+        value: Histogram | Html | Image | None
         match event:
             case HistogramLogged():
                 value = _histogram(event)
@@ -235,7 +244,8 @@ class WandBWriter:
                 value = self._text(event)
             case RunStarted():
                 described = {"module": event.module, "device": event.device, "versions": event.versions}
-                self.wandb_run.config.update(described | hyperparameters(event), allow_val_change=True)
+                described |= hyperparameters(event)
+                self.wandb_run.config.update(described, allow_val_change=True)  # type: ignore[no-untyped-call]
                 return {}
             case RunEnded():
                 self._exit_code = _EXIT_CODES[event.status]
@@ -246,25 +256,24 @@ class WandBWriter:
                 return {_shown(name): value for name, value in metrics_of(event)}
         return {} if value is None else {_shown(metric_name(event.name, event.key)): value}
 
-    def _image(self, event: ImageLogged) -> Any:
+    def _image(self, event: ImageLogged) -> Image | None:
+        from PIL import Image as PilImage
+        from wandb import Image
+
         data = read_media(self._run_dir, event, "W&B")
-        if data is None:
-            return None
-        return _client().Image(importlib.import_module("PIL.Image").open(io.BytesIO(data), formats=("PNG",)))
+        return None if data is None else Image(PilImage.open(io.BytesIO(data), formats=("PNG",)))
 
-    def _text(self, event: TextLogged) -> Any:
-        data = read_media(self._run_dir, event, "W&B") if event.path is not None else None
-        text = event.text if data is None else data.decode("utf-8", "replace")
-        text = text.encode("utf-8", "backslashreplace").decode()
-        return _client().Html(f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>', inject=False)
+    def _text(self, event: TextLogged) -> Html:
+        from wandb import Html
+
+        text = read_text(self._run_dir, event, "W&B").decode("utf-8", "replace")
+        return Html(f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>', inject=False)
 
 
-def _client() -> Any:
-    return importlib.import_module("wandb")  # by name: to some tools, `import wandb` is this very file
-
-
-def _end_process(wandb: Any) -> None:
+def _end_process() -> None:
     """End W&B's own process if no other run uses it: only then its files are complete."""
+    import wandb
+
     if getattr(wandb.setup(), "most_recent_active_run", None) is None and wandb.run is None:
         wandb.teardown()
 
@@ -277,9 +286,9 @@ def wandb_run_id(run_id: str) -> str:
     return f"{clean[:55]}-{hashlib.sha256(run_id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def _rows(events: Sequence[Event], values_of: Any) -> Iterator[tuple[dict[str, Any], Event]]:
+def _rows(events: Sequence[Event], values_of: Callable[[Event], _Row]) -> Iterator[tuple[_Row, Event]]:
     """Rows to log, each with its last event. A row merges consecutive events of one step, with each name once."""
-    row: dict[str, Any] = {}
+    row: _Row = {}
     last: Event | None = None
     for event in events:
         values = values_of(event)
@@ -295,13 +304,15 @@ def _rows(events: Sequence[Event], values_of: Any) -> Iterator[tuple[dict[str, A
 
 
 def _shown(name: str) -> str:
-    # Reserved, or not shown.
     name = name.encode("utf-8", "backslashreplace").decode()
+    # Reserved names, and one that is not shown.
     return f"logged/{name}" if name in _OWN_NAMES or not name else name
 
 
-def _histogram(event: HistogramLogged) -> Any:
+def _histogram(event: HistogramLogged) -> Histogram | None:
     """The event's bins; None if no element was finite."""
+    from wandb import Histogram
+
     if not sum(event.counts):
         return None
     together = -(-len(event.counts) // _BINS)
@@ -312,7 +323,7 @@ def _histogram(event: HistogramLogged) -> Any:
     # Divided before the subtraction, which may overflow.
     width = high / len(event.counts) - low / len(event.counts)
     edges = [low + width * at for at in range(0, len(event.counts), together)] + [high]
-    return _client().Histogram(np_histogram=(counts, edges))
+    return Histogram(np_histogram=(counts, edges))  # type: ignore[arg-type]  # it accepts lists, too
 
 
 @contextlib.contextmanager

@@ -62,6 +62,7 @@ def test_every_sink_is_checked() -> None:
     ("sink", "module", "extra"),
     [
         (TensorBoard(), "tensorboardX", "tensorboard"),
+        (TensorBoard(), "google_crc32c", "tensorboard"),
         (WandB(), "wandb", "wandb"),
         (MLflow(), "mlflow", "mlflow"),
         (Prometheus(), "prometheus_client", "prometheus"),

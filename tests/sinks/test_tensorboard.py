@@ -43,7 +43,7 @@ from events.messages import (
 from events.metrics import metrics_of
 from events.sink import RunInfo
 from sinks import Memory, TensorBoard
-from sinks.files.appended import event_records
+from sinks.files.event_files import event_records
 from sinks.files.tensorboard import TensorBoardWriter
 from sinks.replay import replay
 from trainer import Histogram, Image, Trainer, TrainerArguments
@@ -362,7 +362,7 @@ def test_wherever_a_write_was_cut_off_the_rest_is_added(
     opened: Any, story: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """A process can die after any byte: what it has left of a batch is cut away, and comes again."""
-    monkeypatch.setattr("sinks.files.event_marks._CHUNK", chunk)
+    monkeypatch.setattr("sinks.files.event_files._CHUNK", chunk)
     batches = [story.steps(2), story.steps(3), [story(MetricsLogged, metrics={"a": 1.0})]]
     writer = opened()
     for batch in batches[:2]:

@@ -230,6 +230,7 @@ ADAPTERS = {
                 "rich",
                 "numpy",
                 "tensorboardX",
+                "google_crc32c",
                 "wandb",
                 "mlflow",
                 "prometheus_client",

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from events.messages import RunEnded, RunStarted, SystemSampled
+from events.origin import Origin
 from trainer.errors import ArgumentsError
 from trainer.run import system as system_module
 
@@ -482,4 +483,4 @@ def test_a_machine_that_does_nothing_has_a_rate_of_zero(monkeypatch: pytest.Monk
     clock = iter(range(1_000))
     monkeypatch.setattr(system_module.time, "monotonic", lambda: float(next(clock)))
     machine = system_module._Machine(psutil, None)
-    assert [machine.read()["cpu_percent"] for _ in range(4)] == [None, 0.0, 0.0, 0.0]
+    assert [machine.read(Origin("run")).cpu_percent for _ in range(4)] == [None, 0.0, 0.0, 0.0]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import threading
 import time
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import torch
@@ -17,7 +18,11 @@ import torch
 from events.bus.pump import Pump
 from events.log import current_origin, logger
 from events.messages import GpuSample, RunStarted, SystemSampled
+from events.origin import Origin
 from events.sink import Delivery
+
+if TYPE_CHECKING:
+    from psutil import Process  # type: ignore[import-untyped]
 
 _FIRST_S = 1.0
 """Maximum seconds from the start to the first sample, so that a page shows values soon."""
@@ -105,13 +110,12 @@ class SystemSampler:
         origin, machine = self._bus.origin, self._machine
         gpus = machine.try_read("the GPUs", lambda: _Gpus(self._nvml)) or _Gpus(None)
         with contextlib.closing(gpus):
-            machine.read()  # the baseline of the first rates
+            machine.read(origin)  # the baseline of the first rates
             wait_s = min(self._interval_s, _FIRST_S)
             while True:
                 last = self._ending.wait(min(wait_s, threading.TIMEOUT_MAX))
-                values = machine.read() if not self._abandoned else {}
-                event = SystemSampled(*origin.header(), **values, gpus=machine.try_read("the GPUs", gpus.read) or [])
-                if self._abandoned:
+                event = None if self._abandoned else machine.read(origin, machine.try_read("the GPUs", gpus.read))
+                if event is None or self._abandoned:
                     return
                 self._bus.publish(event)
                 if last:
@@ -125,33 +129,35 @@ class _Machine:
     def __init__(self, psutil: ModuleType, folder: str | None) -> None:
         self.reading = "nothing"
         """Name of the counter that is being read."""
-        self._psutil: Any = psutil
+        self._psutil = psutil
         self._folder = folder
         self._process = self._psutil.Process()
         self._cores = self._psutil.cpu_count() or 1
         self._before: dict[str, tuple[float, float]] = {}  # each counter's last value, with its time
         self._warned: set[str] = set()
 
-    def read(self) -> dict[str, Any]:
-        """Return the fields of `SystemSampled` except the GPUs."""
+    def read(self, origin: Origin, gpus: list[GpuSample] | None = None) -> SystemSampled:
+        """Return a sample of this moment."""
         busy = self._rate("cpu", self.try_read("the processors' times", self._busy_s))
         used_s, resident = self.try_read("this process's children", self._tree) or (None, None)
         used = self._rate("process", used_s)
         memory = self.try_read("the memory", self._psutil.virtual_memory)
         disk = self.try_read("the disks' counters", lambda: self._psutil.disk_io_counters(nowrap=False))
         received, sent = self.try_read("the network's counters", self._network) or (None, None)
-        return {
-            "cpu_percent": None if busy is None else min(100.0, 100.0 * busy / self._cores),
-            "process_cpu_percent": None if used is None else 100.0 * used,
-            "memory_used_bytes": None if memory is None else memory.total - memory.available,
-            "memory_total_bytes": None if memory is None else memory.total,
-            "process_memory_bytes": resident,
-            "disk_read_bytes_per_s": self._rate("read", disk and disk.read_bytes),
-            "disk_written_bytes_per_s": self._rate("written", disk and disk.write_bytes),
-            "network_received_bytes_per_s": self._rate("received", received),
-            "network_sent_bytes_per_s": self._rate("sent", sent),
-            "disk_used_percent": self.try_read("the disk usage of the run's folder", self._disk_used),
-        }
+        return SystemSampled(
+            *origin.header(),
+            cpu_percent=None if busy is None else min(100.0, 100.0 * busy / self._cores),
+            process_cpu_percent=None if used is None else 100.0 * used,
+            memory_used_bytes=None if memory is None else memory.total - memory.available,
+            memory_total_bytes=None if memory is None else memory.total,
+            process_memory_bytes=resident,
+            disk_read_bytes_per_s=self._rate("read", disk and disk.read_bytes),
+            disk_written_bytes_per_s=self._rate("written", disk and disk.write_bytes),
+            network_received_bytes_per_s=self._rate("received", received),
+            network_sent_bytes_per_s=self._rate("sent", sent),
+            disk_used_percent=self.try_read("the disk usage of the run's folder", self._disk_used),
+            gpus=gpus or [],
+        )
 
     def try_read(self, what: str, read: Callable[[], T]) -> T | None:
         """Call a function; None if it fails, with a warning the first time."""
@@ -190,7 +196,7 @@ class _Machine:
                 resident += process.memory_info().rss
         return round(used_s, 2), resident
 
-    def _children(self) -> list[Any]:
+    def _children(self) -> list[Process]:
         """Return all descendants of this process.
 
         psutil reads every process of the machine to find them, and during a busy training loop each read waits for the
@@ -225,7 +231,7 @@ def _forked_by(pid: int) -> list[int]:
     return children
 
 
-def _import_nvml() -> Any:
+def _import_nvml() -> ModuleType | None:
     try:
         return importlib.import_module("pynvml")
     except ImportError:
@@ -235,15 +241,15 @@ def _import_nvml() -> Any:
 class _Gpus:
     """The NVIDIA GPUs that are visible to the run, in torch's numbering; none without a driver."""
 
-    def __init__(self, nvml: Any) -> None:
-        self._nvml: Any = nvml
-        self._handles: list[Any] = []
+    def __init__(self, nvml: ModuleType | None) -> None:
+        self._nvml = nvml
+        self._handles: list[object] = []
         self._by_torch = False
         if nvml is None:
             return
         try:
             nvml.nvmlInit()
-            self._handles = self._from_environment()
+            self._handles = self._from_environment(nvml)
         except nvml.NVMLError as error:
             self._nvml = None
             logger.debug(f"no GPUs are sampled: {error}")
@@ -256,17 +262,17 @@ class _Gpus:
         if not self._by_torch and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
             self._by_torch = True
             self._handles = self._from_torch() or self._handles
-        return [self._sample(index, handle) for index, handle in enumerate(self._handles)]
+        return [self._sample(self._nvml, index, handle) for index, handle in enumerate(self._handles)]
 
     def close(self) -> None:
         """Close the driver."""
         if self._nvml is not None:
             self._ask("nvmlShutdown")
 
-    def _sample(self, index: int, handle: Any) -> GpuSample:
+    def _sample(self, nvml: ModuleType, index: int, handle: object) -> GpuSample:
         name, rates = self._ask("nvmlDeviceGetName", handle), self._ask("nvmlDeviceGetUtilizationRates", handle)
         memory, milliwatts = self._ask("nvmlDeviceGetMemoryInfo", handle), self._ask("nvmlDeviceGetPowerUsage", handle)
-        celsius = self._ask("nvmlDeviceGetTemperature", handle, self._nvml.NVML_TEMPERATURE_GPU)
+        celsius = self._ask("nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU)
         return GpuSample(
             index,
             _text(name) if name is not None else "",
@@ -277,15 +283,16 @@ class _Gpus:
             None if celsius is None else float(celsius),
         )
 
-    def _ask(self, function: str, *arguments: Any) -> Any:
+    def _ask(self, function: str, *arguments: object) -> Any:
         """Query the driver; None for a value that this GPU, or a MIG part of one, does not have."""
+        assert self._nvml is not None
         try:
             return getattr(self._nvml, function)(*arguments)
         except self._nvml.NVMLError:
             return None
 
-    def _from_torch(self) -> list[Any]:
-        handles = []
+    def _from_torch(self) -> list[object]:
+        handles: list[object] = []
         for number in range(torch.cuda.device_count()):
             uuid = getattr(torch.cuda.get_device_properties(number), "uuid", None)
             handle = self._ask("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}")
@@ -295,22 +302,16 @@ class _Gpus:
             handles.append(handle)
         return handles
 
-    def _from_environment(self) -> list[Any]:
+    def _from_environment(self, nvml: ModuleType) -> list[object]:
         """Return the GPUs of ``CUDA_VISIBLE_DEVICES`` up to the first missing one, as CUDA does."""
-        nvml = self._nvml
         everyone = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is None:
             return everyone
-        handles = []
-        for entry in visible.split(","):
-            handle = self._find(entry.strip(), everyone)
-            if handle is None:
-                break
-            handles.append(handle)
-        return handles
+        found = (self._find(entry.strip(), everyone) for entry in visible.split(","))
+        return list(itertools.takewhile(lambda handle: handle is not None, found))
 
-    def _find(self, entry: str, everyone: list[Any]) -> Any:
+    def _find(self, entry: str, everyone: list[object]) -> object:
         if entry.isdecimal():
             return everyone[int(entry)] if int(entry) < len(everyone) else None
         if entry.startswith("MIG-"):
@@ -320,5 +321,5 @@ class _Gpus:
         return named[0] if len(named) == 1 else None
 
 
-def _text(answer: Any) -> str:
+def _text(answer: object) -> str:
     return answer.decode() if isinstance(answer, bytes) else str(answer)  # bytes: older versions of the client

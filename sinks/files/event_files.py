@@ -1,25 +1,86 @@
-"""Marks in TensorBoard's event files: the position in a run's history up to which they contain events.
+"""TensorBoard's event files, encoded without protocol buffers: records, scalars, and marks.
 
-An event file has times and steps, but no positions. So a record with the position follows each batch: a log message,
-which TensorBoard ignores. All marks have the same length, so the last one is found from the end of a file, although
-records can only be read from its beginning.
+A mark is the position in a run's history up to which a file has events, because these have times and steps, but no
+positions. It follows each batch as a log message, which TensorBoard ignores. All marks have the same length, so the
+last one is found from the end of a file, although records can only be read from its beginning.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import re
+import struct
+from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
-from sinks.files.appended import AppendedFile, Position, event_records, open_file
+from events.messages import Event
+from sinks.files.appended import AppendedFile, Position, open_file
 
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{1,12})\.", re.ASCII)
 """The start of an event file's name; its number is the time of its creation."""
 
 _CHUNK = 2**20
 _TEXT = re.compile(rb"stagecast [0-9a-f]{16} (\d{10}) (\d{20}) (\d{15})")
+
+
+def event_records(records: Iterable[bytes]) -> bytes:
+    """Frame records: each between its length and its checksum."""
+    return b"".join([part for one in records for part in (_record_head(len(one)), one, _checksum(one))])
+
+
+@functools.lru_cache(maxsize=8_192)
+def _record_head(length: int) -> bytes:
+    encoded = struct.pack("<Q", length)
+    return encoded + _checksum(encoded)
+
+
+def _checksum(data: bytes) -> bytes:
+    """The masked CRC-32C."""
+    from google_crc32c import value  # a client, imported when the sink is opened
+
+    crc = value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+_pack_double = struct.Struct("<d").pack
+_pack_float = struct.Struct("<f").pack
+
+
+def encode_scalars(event: Event, metrics: list[tuple[str, float]]) -> bytes:
+    """Encode one `Event` message with all metrics of an event, three times as fast as protocol buffers.
+
+    Its fields are ``wall_time`` (1), ``step`` (2) and ``summary`` (5), which has one ``value`` (1) for each metric.
+    """
+    values = b"".join([_value_head(name) + _as_float(number) for name, number in metrics])
+    time_and_step = b"\x09%b\x10%b" % (_pack_double(event.time), _varint(event.global_step))
+    return b"%b\x2a%b%b" % (time_and_step, _varint(len(values)), values)
+
+
+@functools.lru_cache(maxsize=8_192)
+def _value_head(name: str) -> bytes:
+    """Encode a ``value`` up to its number: its length, its ``tag`` (1), and the key of ``simple_value`` (2)."""
+    tag = name.encode("utf-8", "backslashreplace")
+    field = b"\x0a%b%b\x15" % (_varint(len(tag)), tag)
+    return b"\x0a%b%b" % (_varint(len(field) + 4), field)
+
+
+def _as_float(number: float) -> bytes:
+    try:
+        return _pack_float(number)
+    except OverflowError:  # too large for single precision
+        return _pack_float(math.copysign(math.inf, number))
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
 
 
 class Mark(NamedTuple):
@@ -47,7 +108,7 @@ def mark_record(run_id: str, mark: Mark) -> bytes:
     return event_records([b"\x32%c%b" % (len(message), message)])
 
 
-def go_on_in(folder: str, run_id: str, run_dir: str | None) -> Mark:
+def continue_in(folder: str, run_id: str, run_dir: str | None) -> Mark:
     """Find the last mark of a run in a folder, and prepare its file to be continued.
 
     A partial batch after the mark is cut away, because it is delivered again. Nearly always reads only the end of the
