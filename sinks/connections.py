@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import re
 import socket
 import sys
 import threading
@@ -24,6 +25,7 @@ REQUEST_S = 10.0
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """Errors of an accept that an immediate retry repeats."""
 _WARNING_S = 60.0
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._~-]+))(?::[0-9]{0,5})?")
 _UNLIMITED = 2**20
 
 
@@ -135,6 +137,20 @@ def address_group(address: object) -> str | None:
     if ip.is_loopback:
         return None
     return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
+
+
+def hostname_of(host: str) -> str | None:
+    """Return the name or address in a ``Host`` header, in lower case and without its port; None for any other text.
+
+    Strict, because access depends on it: brackets hold an IPv6 address only, with nothing but a port behind them.
+    """
+    found = _HOST.fullmatch(host)
+    if found is not None and found["name"] is not None:
+        return found["name"].lower()
+    try:
+        return str(ipaddress.IPv6Address(found["address"] if found is not None else host))
+    except ValueError:
+        return None
 
 
 def _descriptor_limit() -> int:

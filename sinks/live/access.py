@@ -2,62 +2,60 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import inspect
-import ipaddress
-import os
-import re
-import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from http.cookies import CookieError, SimpleCookie
-from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
 
-from events.errors import SinkMisconfigured
 from events.log import logger
+from sinks.connections import hostname_of
+from sinks.live.token import check_token_text
 
-TOKEN_VARIABLE = "STAGECAST_TOKEN"
-"""Environment variable with the token, for servers and clients."""
-Headers = list[tuple[bytes, bytes]]
-_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._~-]+))(?::[0-9]{0,5})?")
 _MOST_CHECKS = 8
 """Maximum synchronous checks at a time, each on a thread."""
 
 
-class Refused(Exception):
+class Refused(HTTPException):
     """A refused request; a check of `Access` may raise it too.
 
     Attributes:
-        status: For HTTP, 401 or 403 for instance.
-        reason: Shown to the client.
-        code: For WebSocket.
-        headers: Of the response.
+        code: The close code of a WebSocket.
     """
 
-    def __init__(self, status: int, reason: str, *, code: int = 1008, headers: Headers | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
+    def __init__(
+        self, status_code: int, detail: str, *, code: int = 1008, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status_code, detail, headers)
         self.code = code
-        self.headers = headers or []
 
 
-@dataclass(frozen=True)
-class Request:
-    """A request, for the check of a host application. A command by WebSocket looks like a posted one."""
+class Request(HTTPConnection):
+    """A request, for the check of a host application. A command by WebSocket looks like a posted one.
 
-    method: str
-    """``GET``, ``HEAD``, ``POST`` or any other; ``WEBSOCKET`` for a handshake."""
-    path: str
-    """Below the mount point, decoded, without slashes at its ends: ``api/runs/line/events``."""
-    scope: Mapping[str, Any] = field(repr=False)
-    """The ASGI scope, with the entries of the host's middleware: ``request.scope["user"]``."""
+    It has ``headers``, ``cookies``, ``query_params``, ``client`` and ``user`` as Starlette's and FastAPI's requests do,
+    and ``scope`` with the entries of the host's middleware.
+
+    Attributes:
+        method: ``GET``, ``HEAD``, ``POST`` or any other; ``WEBSOCKET`` for a handshake.
+        path: Below the mount point, decoded, without slashes at its ends: ``api/runs/line/events``.
+    """
+
+    def __init__(self, scope: Scope, method: str | None = None, path: str | None = None) -> None:
+        super().__init__(scope)
+        self.method: str = method or scope.get("method", "WEBSOCKET")
+        self.path = path if path is not None else _path_of(scope)
+
+    @property
+    def headers(self) -> Headers:
+        """In the order of the request; ``getlist`` returns all values of a name."""
+        return Headers(raw=self.scope["headers"])  # `Headers(scope=...)` would replace the list in the scope
 
     @property
     def run_id(self) -> str | None:
@@ -69,33 +67,16 @@ class Request:
         """Whether the request is a command: pause, stop, take a checkpoint."""
         return self.run_id is not None and self.path.split("/")[3:] == ["commands"]
 
-    @cached_property
-    def headers(self) -> Mapping[str, str]:
-        """Names in lower case; a header that comes several times is joined by commas."""
-        joined: dict[str, str] = {}
-        for key, value in self.scope["headers"]:
-            name, text = key.decode("latin-1").lower(), value.decode("latin-1")
-            joined[name] = f"{joined[name]}, {text}" if name in joined else text
-        return joined
+    def as_command(self) -> Request:
+        """Return the request that posts a command to the same run."""
+        return Request(self.scope, "POST", f"api/runs/{self.run_id}/commands")
 
-    @cached_property
-    def cookies(self) -> Mapping[str, str]:
-        """By name; empty if the header is malformed."""
-        try:
-            return {name: one.value for name, one in SimpleCookie(self.headers.get("cookie", "")).items()}
-        except CookieError:
-            return {}
 
-    @cached_property
-    def query(self) -> Mapping[str, str]:
-        """Parameters of the address; the last value of each name."""
-        return dict(parse_qsl(self.scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
-
-    @property
-    def client(self) -> str | None:
-        """Address of the client, or of the proxy; None if the server does not know it."""
-        client = self.scope.get("client")
-        return str(client[0]) if client else None
+def _path_of(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    if root and (path + "/").startswith(root + "/"):  # as servers do since ASGI 3; older ones exclude the root path
+        path = path[len(root) :]
+    return path.strip("/")
 
 
 Check = Callable[[Request], "bool | Awaitable[bool]"]
@@ -140,30 +121,25 @@ class Access:
         self._check = check
         self._threads = anyio.CapacityLimiter(_MOST_CHECKS)  # our own: a slow check must not occupy the host's threads
 
+    def __repr__(self) -> str:
+        return f"Access(token={'...' if self._token else None}, commands={self.commands})"
+
     def allows(self, token: str | None) -> bool:
         """Whether this is the token, if one is required; in constant time."""
         shown = (token or "").encode("utf-8", "surrogatepass")
         return self._token is None or hmac.compare_digest(shown, self._token)
 
-    def __repr__(self) -> str:
-        return f"Access(token={'...' if self._token else None}, commands={self.commands})"
-
-    def check_token(self, scope: MutableMapping[str, Any]) -> None:
+    def check_token(self, request: Request) -> None:
         """Raise `Refused` for a request without the token."""
-        scheme, _, token = _header(scope, b"authorization").partition(" ")
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if not self.allows(token.strip() if scheme.lower() == "bearer" else None):
-            raise Refused(401, "this server wants its token", headers=[(b"www-authenticate", b"Bearer")])
+            raise Refused(401, "this server wants its token", headers={"www-authenticate": "Bearer"})
 
-    def check_request(self, scope: MutableMapping[str, Any]) -> None:
-        """Raise `Refused` for a foreign host name, or a page of a foreign site."""
-        self.check_host(scope)
-        self.check_origin(scope)
-
-    def check_host(self, scope: MutableMapping[str, Any]) -> None:
+    def check_host(self, request: Request) -> None:
         """Raise `Refused` if the Host header is not an allowed name."""
         if self._hosts is None:
             return
-        given = [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == b"host"]
+        given = request.headers.getlist("host")
         if len(given) != 1 or hostname_of(given[0]) not in self._hosts:
             raise Refused(
                 421,
@@ -171,23 +147,24 @@ class Access:
                 " origins= of Live, or --origin of stagecast watch",
             )
 
-    def check_origin(self, scope: MutableMapping[str, Any]) -> None:
+    def check_origin(self, request: Request) -> None:
         """Raise `Refused` for a request from a page of a foreign site."""
-        host, origin = _header(scope, b"host").lower(), _header(scope, b"origin").rstrip("/").lower()
-        if origin and not self._is_own(origin, host, scope):
+        host = request.headers.get("host", "").lower()
+        origin = request.headers.get("origin", "").rstrip("/").lower()
+        if origin and not self._is_own(origin, host, request.headers):
             raise Refused(
                 403,
                 f"pages of {origin:.100} may not use this server, {host:.100}; allow the site with origins=, or pass"
                 " the Host header on in the proxy (nginx: proxy_set_header Host $http_host;)",
             )
 
-    def _is_own(self, origin: str, host: str, scope: MutableMapping[str, Any]) -> bool:
+    def _is_own(self, origin: str, host: str, headers: Headers) -> bool:
         if origin in self._origins:
             return True
         # A page of a foreign site can set neither: browsers set the first, and need our permission for the second.
-        if _header(scope, b"sec-fetch-site").strip().lower() == "same-origin":
+        if headers.get("sec-fetch-site", "").strip().lower() == "same-origin":
             return True
-        hosts = [host, *_header(scope, b"x-forwarded-host").lower().split(",")]
+        hosts = [host, *headers.get("x-forwarded-host", "").lower().split(",")]
         place, scheme = _place(origin), origin.partition(":")[0]
         return place is not None and _portless(place, scheme) in {_portless(one.strip(), scheme) for one in hosts}
 
@@ -202,9 +179,8 @@ class Access:
         except Exception as error:
             status = getattr(error, "status_code", None)
             if status in (401, 403):  # the framework's own refusal
-                more = dict(getattr(error, "headers", None) or {}).items()
-                headers = [(str(name).lower().encode(), str(value).encode()) for name, value in more]
-                raise Refused(status, str(getattr(error, "detail", "") or error), headers=headers) from None
+                detail, headers = getattr(error, "detail", "") or error, getattr(error, "headers", None)
+                raise Refused(status, str(detail), headers=headers) from None
             logger.error(f"the check of Access failed, so the request was refused: {error!r}", exc_info=error)
             raise Refused(403, "the host's check failed; its log has the reason") from None
         if allowed is not True:
@@ -222,55 +198,6 @@ class Access:
         return await answer if inspect.isawaitable(answer) else answer
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def choose_token(given: str | bool | None, host: str) -> str | None:
-    """Return the token that a page requires; None for a page without one.
-
-    Args:
-        given: The token; False for none. None: that of the environment variable ``STAGECAST_TOKEN``, or else a new
-            random one, because other users of this machine can reach the page too.
-        host: The page's address. No token is generated for other machines, whose users could not know it.
-
-    Raises:
-        SinkMisconfigured: Other machines can reach the page without a token; or the token is too short, or has
-            characters that a header cannot carry.
-    """
-    if given is True:
-        raise SinkMisconfigured("token=True is not a token; give a text, None for a new one, or False for none")
-    token = given if isinstance(given, str) else None
-    if given is None:
-        token = os.environ.get(TOKEN_VARIABLE) or (secrets.token_urlsafe(24) if is_loopback(host) else None)
-    check_host(host, token)
-    return token
-
-
-def check_token_text(token: str | None) -> None:
-    """Raise `SinkMisconfigured`, without the token, for one that is too short or that a header cannot carry."""
-    if token is not None and len(token) < 8:
-        raise SinkMisconfigured("the token is too short; give at least 8 random characters")
-    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-        raise SinkMisconfigured("the token has characters that no header carries: give letters, digits and signs")
-
-
-def check_host(host: str, token: str | None) -> None:
-    """Raise `SinkMisconfigured` for an address that other machines can reach, without a valid token."""
-    check_token_text(token)
-    if token is None and not is_loopback(host):
-        raise SinkMisconfigured(
-            f"{host} can be reached from other machines; require a token (token=, or the environment variable"
-            f" STAGECAST_TOKEN), or serve at 127.0.0.1"
-        )
-
-
 def _place(origin: str) -> str | None:
     try:
         return urlsplit(origin).netloc or None
@@ -281,27 +208,3 @@ def _place(origin: str) -> str | None:
 def _portless(place: str, scheme: str) -> str:
     """Remove the default port of the scheme."""
     return place.removesuffix({"http": ":80", "https": ":443"}.get(scheme, ":"))
-
-
-def hostname_of(host: str) -> str | None:
-    """Return the name or address in a ``Host`` header, in lower case and without its port; None for any other text.
-
-    Strict, because access depends on it: brackets hold an IPv6 address only, with nothing but a port behind them.
-    """
-    with contextlib.suppress(ValueError):
-        return str(ipaddress.IPv6Address(host))
-    found = _HOST.fullmatch(host)
-    if found is None:
-        return None
-    inside, name = found["address"], found["name"]
-    if inside is None:
-        return name.lower()
-    try:
-        return str(ipaddress.IPv6Address(inside))
-    except ValueError:
-        return None
-
-
-def _header(scope: MutableMapping[str, Any], name: bytes) -> str:
-    value: bytes = next((value for key, value in scope["headers"] if key.lower() == name), b"")
-    return value.decode("latin-1")

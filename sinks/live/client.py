@@ -9,10 +9,12 @@ from typing import Any
 
 import anyio
 import msgspec
+from starlette.types import Message, Receive, Send
+from starlette.websockets import WebSocketDisconnect
 
 from events.bounds import Int64
 from sinks.live.access import Refused
-from sinks.live.asgi import PART_BYTES, Message, Receive, Send, Unread
+from sinks.live.bounds import PART_BYTES, Unread
 
 MOST_INBOUND = 64 * 1024
 """Maximum bytes per message or body from a client."""
@@ -109,7 +111,7 @@ class Client:
         except Refused as refused:
             self.disconnect(refused)
             await anyio.sleep_forever()
-        except (OSError, RuntimeError):  # it has disconnected: servers raise different types
+        except (OSError, RuntimeError, WebSocketDisconnect):  # it has disconnected: servers raise different types
             self.has_left = True
             self.disconnect()
             await anyio.sleep_forever()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 
 import anyio
 
 from sinks.live.access import Refused
-from sinks.live.client import RESTART, TOO_SLOW, Client
+from sinks.live.client import RESTART, TOO_SLOW, Client, Inbound
 from sinks.live.shutdown import find_servers, unread
 
+HELLO_S = 10.0
+"""Seconds that a client may take to send `Hello`."""
 _MOST_EXPECTED = 100
 """Maximum connections without a hello; the oldest is closed beyond it."""
 _END_S = 0.5
@@ -18,6 +20,8 @@ _LOOK_S = 0.1
 """Seconds between two looks at the server's state."""
 _UNREAD_S = 0.3
 """Seconds that a client may take to read the rest of its data when the server shuts down."""
+
+Task = Callable[[], Coroutine[object, object, None]]
 
 
 class Clients:
@@ -49,18 +53,38 @@ class Clients:
             self._open.discard(client)
             client.forget()
 
-    @contextlib.contextmanager
-    def expected(self, client: Client) -> Iterator[None]:
-        """Count a client while its hello is awaited; beyond the maximum the oldest such client is disconnected."""
+    async def hello(self, client: Client) -> Inbound | None:
+        """Receive a client's first message; None if it has disconnected. Raises `Refused` if none arrives in time.
+
+        Of too many clients that have sent nothing yet, the oldest is disconnected.
+        """
         self._expected[client] = None
         if len(self._expected) > self.most_expected:
             oldest = next(iter(self._expected))
             del self._expected[oldest]  # here, so that the next client disconnects another one
             oldest.disconnect(Refused(503, "too many clients have sent no hello; try again later", code=TOO_SLOW))
+        message = None
         try:
-            yield
+            with anyio.move_on_after(HELLO_S) as client.scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self.close_with_server)
+                    message = await client.receive()
+                    tasks.cancel_scope.cancel()
         finally:
             self._expected.pop(client, None)
+        if message is None and not client.has_left:
+            raise client.problem or Refused(408, f"no hello arrived within {HELLO_S:g} s")
+        return message
+
+    async def serve(self, client: Client, listen: Task, write: Task) -> None:
+        """Run both tasks of a client until ``write`` has returned, the client is disconnected, or the server stops."""
+        async with anyio.create_task_group() as tasks:
+            client.scope = tasks.cancel_scope
+            tasks.start_soon(listen)
+            tasks.start_soon(client.disconnect_if_stuck)
+            tasks.start_soon(self.close_with_server)
+            await write()
+            tasks.cancel_scope.cancel()
 
     async def end(self) -> None:
         """Disconnect all; waits until they are closed, half a second at most."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import anyio
+from starlette.types import Message
 
-from sinks.live.asgi import Message
 from sinks.live.client import Client, Hello
 from sinks.live.frames import Message as Sent
 from sinks.live.hub import Hub

@@ -38,8 +38,9 @@ class Message(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def event(self) -> bytes:
-        """As a server-sent event."""
-        return b"id: %d-%d\nevent: %s\ndata: %s\n\n" % (self.attempt, self.cursor, self.kind.encode(), self.data)
+        """As a server-sent event, with the milliseconds after which an ``EventSource`` reconnects."""
+        head = b"retry: 1000\nid: %d-%d\nevent: %s\n" % (self.attempt, self.cursor, self.kind.encode())
+        return head + b"data: %s\n\n" % self.data
 
 
 class RecentFrames:

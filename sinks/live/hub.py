@@ -7,10 +7,11 @@ depend on the number of clients, nor on their speed: each connection holds one m
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,15 @@ class Hub:
     def may_take_commands(self) -> bool:
         """Whether the run may be running: no client may have caused its journal to be read yet."""
         return self.run_dir is not None and self.view.run.status in ("running", "unknown", "lost")
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Count a response with the run's journal while it is sent."""
+        self.followers += 1
+        try:
+            yield
+        finally:
+            self.followers -= 1
 
     async def command(self, command: AnyCommand) -> None:
         """Send a command to the run; waits for the disk. Raises `RunFolderError` if the run is not running."""

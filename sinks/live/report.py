@@ -17,8 +17,8 @@ from events.journal.segment import JOURNAL_DIR, segment_numbers
 from events.run.folder import is_held
 from events.safe_files import replace_below
 from sinks.damage import damage_of, reason_of
-from sinks.live.asgi import image_kind, read_file
 from sinks.live.frames import encode
+from sinks.live.images import open_image
 from sinks.live.stored import read_view
 
 _PAGE = Path(__file__).with_name("page")
@@ -92,15 +92,14 @@ def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
         if one.kind != "image" or not path.startswith("media/") or f"{run_id}/{path}" in found:
             continue
         try:
-            data, _ = read_file(run_dir, path)
-        except (OSError, ValueError):  # deleted, or not a file of the run
+            image = open_image(run_dir, path)
+        except (OSError, ValueError):  # deleted, or not an image of the run
             continue
-        if (kind := image_kind(data)) is None:
-            continue
-        room -= len(data)
-        if room < 0:
-            break
-        found[f"{run_id}/{path}"] = f"data:{kind};base64,{_base64(data)}"
+        with image.file:
+            room -= image.size
+            if room < 0:
+                break
+            found[f"{run_id}/{path}"] = f"data:image/png;base64,{_base64(image.file.read(image.size))}"
     return found
 
 

@@ -21,11 +21,12 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from events.errors import SinkMisconfigured
 from events.log import PlainRecords, in_this_run, logger
 from sinks.connections import EXHAUSTED, REQUEST_S, ClientFaults, ConnectionLimit, RatedWarning, address_group
-from sinks.live.access import Access, check_host, is_loopback
+from sinks.live.access import Access
 from sinks.live.app import LiveApp
-from sinks.live.asgi import PART_BYTES
+from sinks.live.bounds import PART_BYTES
 from sinks.live.client import MOST_INBOUND
 from sinks.live.runs import Runs
+from sinks.live.token import check_host, is_loopback
 
 _START_S = 10.0
 _STOP_S = 5.0

@@ -18,10 +18,10 @@ from events.notice import notify
 from events.safe_files import replace_below
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.live.access import TOKEN_VARIABLE, choose_token
 from sinks.live.hub import Hub
 from sinks.live.runs import OneRun
 from sinks.live.stored import read_view
+from sinks.live.token import TOKEN_VARIABLE, choose_token
 
 if TYPE_CHECKING:
     from sinks.live.server import Server
@@ -68,8 +68,8 @@ class Live(Strict, frozen=True):
 
     def check(self) -> None:
         """Raise `SinkMisconfigured` without the server's packages, for an invalid port, or without a required token."""
-        require("uvicorn", "live", "the sink Live")
-        require("websockets", "live", "the sink Live")
+        for module in ("starlette", "uvicorn", "websockets"):
+            require(module, "live", "the sink Live")
         if not (isinstance(self.port, int) and 0 <= self.port <= 65_535):
             raise SinkMisconfigured(f"Live(port={self.port!r:.80}) is not a port; give 1 to 65535, or 0 for a free one")
         choose_token(self.token, self.host)

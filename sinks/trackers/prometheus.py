@@ -26,8 +26,7 @@ from events.messages import Event
 from events.safe_files import replace_below
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
-from sinks.connections import EXHAUSTED, REQUEST_S, ConnectionLimit, RatedWarning, address_group
-from sinks.live.access import hostname_of
+from sinks.connections import EXHAUSTED, REQUEST_S, ConnectionLimit, RatedWarning, address_group, hostname_of
 from sinks.trackers.totals import STEP_BOUNDS_S, TOTALS_TYPES, Totals, label_text
 
 if TYPE_CHECKING:

@@ -22,12 +22,13 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from events.errors import SinkMisconfigured
 from sinks import Live
-from sinks.live import app as app_module
-from sinks.live.access import Access, Refused, Request, check_host, is_loopback
+from sinks.live import clients as clients_module
+from sinks.live.access import Access, Refused, Request
 from sinks.live.app import LiveApp
 from sinks.live.client import Hello
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server, bind
+from sinks.live.token import check_host, is_loopback
 
 TOKEN = "correct-horse-battery"
 SECRET = "this-must-not-be-seen"
@@ -134,7 +135,7 @@ def test_a_socket_that_begins_with_something_else_is_closed(server: Any, kit: An
 
 def test_a_client_without_a_hello_is_disconnected(server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After `HELLO_S`."""
-    monkeypatch.setattr(app_module, "HELLO_S", 0.05)
+    monkeypatch.setattr(clients_module, "HELLO_S", 0.05)
     with kit.watch(server.url) as socket, pytest.raises(ConnectionClosed):
         socket.recv(timeout=10)
 
@@ -314,6 +315,15 @@ def test_a_check_of_the_host_guards_every_address(told: Any, check: Any) -> None
         assert ask(app, "HEAD", path, passed).status_code in (200, 405), path
 
 
+def test_a_check_sees_a_command_however_its_address_is_written(told: Any) -> None:
+    told.write(told.story.started())
+    app = LiveApp(RunsOfFolder(told.path), Access(commands=True, check=lambda request: not request.command))
+    for path in ("demo/commands", "demo/commands/", "demo/commands%0A", "demo/commands%0a/", "demo//commands"):
+        command = b'{"command":"pause","id":"1"}'
+        answer = ask(app, "POST", f"/api/runs/{path}", {"content-type": "application/json"}, command)
+        assert answer.status_code in (403, 404), path
+
+
 @pytest.mark.parametrize("user", ["ada", "eve"])
 def test_a_check_of_the_host_guards_websockets_and_each_command_on_them(
     told: Any, kit: Any, serve: Any, user: str, monkeypatch: pytest.MonkeyPatch
@@ -323,7 +333,9 @@ def test_a_check_of_the_host_guards_websockets_and_each_command_on_them(
 
     def check(request: Request) -> bool:
         asked.append(request)
-        return request.headers.get("x-user") == "ada" or (request.query.get("see") == "1" and not request.command)
+        return request.headers.get("x-user") == "ada" or (
+            request.query_params.get("see") == "1" and not request.command
+        )
 
     told.write(told.story.started())
     server = serve(RunsOfFolder(told.path), commands=True)
@@ -340,7 +352,8 @@ def test_a_check_of_the_host_guards_websockets_and_each_command_on_them(
             pass
     assert (answer["type"], answer["id"]) == ("sent" if user == "ada" else "refused", "p")
     assert (asked[-1].method, asked[-1].path, asked[-1].run_id) == ("POST", "api/runs/demo/commands", "demo")
-    assert asked[-1].client == "127.0.0.1"
+    assert asked[-1].client is not None
+    assert asked[-1].client.host == "127.0.0.1"
     assert asked[1].method == "WEBSOCKET"
     assert not asked[1].command
     posted = httpx.post(

@@ -18,9 +18,8 @@ import msgspec
 import pytest
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
-from sinks.connections import ConnectionLimit, address_group
+from sinks.connections import ConnectionLimit, address_group, hostname_of
 from sinks.live import server as server_module
-from sinks.live.access import hostname_of
 from sinks.live.hub import Hub
 
 LIMIT = 128

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from events.messages import CheckpointSaved
-from sinks.live import app as app_module
+from sinks.live import answers as answers_module
 from sinks.live import client as client_module
 from sinks.live import frames as frames_module
 from sinks.live import hub as hub_module
@@ -365,7 +365,7 @@ def test_a_client_that_takes_nothing_for_long_is_told_to_come_later(
 ) -> None:
     """It is closed with 1013 when it reads again; if it never does, its connection is dropped all the same."""
     monkeypatch.setattr(client_module, "SEND_S", 0.3)
-    monkeypatch.setattr(app_module, "_CLOSE_S", 2.0)
+    monkeypatch.setattr(answers_module, "_CLOSE_S", 2.0)
     monkeypatch.setattr(server_module, "_CLOSING_S", 0.1)
     hub, server, make = big
     with stuck(kit, server) as late, stuck(kit, server):
@@ -465,7 +465,7 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
     tell = told.story
     told.write(tell.started(), *(tell.metrics(**{f"m{i}": 1.0 for i in range(200)}) for _ in range(1_000)))
     server = serve(RunsOfFolder(told.path))
-    server._app._most_followers = 20
+    server._app._followers.most = 20
     server._socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 2**15)
     address = ("127.0.0.1", int(server.url.split(":")[2].strip("/")))
     parts: list[int] = []
@@ -475,7 +475,7 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
 
     async def noted(self: Any, data: bytes) -> None:
         nonlocal most
-        most = max(most, server._app._followers)
+        most = max(most, server._app._followers.count)
         parts.append(len(data))
         await push(self, data)
 
@@ -486,13 +486,13 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
             one.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 2**16)
             one.connect(address)
             one.sendall(b"GET /api/runs/demo/journal HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        kit.wait_until(lambda: server._app._followers == 20)
+        kit.wait_until(lambda: server._app._followers.count == 20)
         assert len(looks) <= 3
         answer = httpx.get(server.url + "api/runs/demo/journal")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
         assert "20 clients read journals" in answer.json()["error"]
         assert server._app._folders.total_tokens == 2
-        kit.wait_until(lambda: server._app._followers == 0)  # none of them read
+        kit.wait_until(lambda: server._app._followers.count == 0)  # none of them read
     assert max(parts) <= 2**16
     assert most == 20
     lines = httpx.get(server.url + "api/runs/demo/journal").content.splitlines()

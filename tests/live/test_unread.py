@@ -12,10 +12,11 @@ import msgspec
 import pytest
 import trio.testing
 
-from sinks.live import asgi as asgi_module
+from sinks.live import answers as answers_module
 from sinks.live.access import Access, Refused
+from sinks.live.answers import STALL_S, Answer, AnswerAborted
 from sinks.live.app import LiveApp
-from sinks.live.asgi import PART_BYTES, STALL_S, AnswerAborted, Unread, send_data
+from sinks.live.bounds import PART_BYTES, Unread
 from sinks.live.hub import Hub
 from sinks.live.runs import OneRun, RunsOfFolder
 
@@ -100,7 +101,7 @@ async def reading(app: LiveApp, *readers: Reader) -> AsyncIterator[None]:
 async def test_images_that_are_not_read_hold_a_part_each(folder: Path) -> None:
     """One more than allowed is asked to come later; one that reads gets all, and those that leave make room."""
     app = LiveApp(RunsOfFolder(folder.parent), Access())
-    app._most_images = 8
+    app._images.most = 8
     path = "api/runs/demo/media/a.png"
     readers = [Reader(path) for _ in range(8)]
     async with reading(app, *readers):
@@ -117,7 +118,7 @@ async def test_images_that_are_not_read_hold_a_part_each(folder: Path) -> None:
         readers[1].has_left.set()
         await readers[1].is_over.wait()
         assert len(readers[1].body) == PART_BYTES
-    assert app._images == 0
+    assert app._images.count == 0
 
 
 @pytest.mark.anyio
@@ -194,7 +195,8 @@ def test_the_timeout_of_an_answer_restarts_with_each_part(part_s: float, is_sent
 
     async def answer() -> None:
         with contextlib.nullcontext() if is_sent else pytest.raises(AnswerAborted):
-            await send_data(send, b"x" * (10 * PART_BYTES), b"text/plain")
+            large = Answer(b"x" * (10 * PART_BYTES))
+            await large({"type": "http", "method": "GET"}, anyio.sleep_forever, send)
 
     trio.run(answer, clock=trio.testing.MockClock(autojump_threshold=0))
 
@@ -213,7 +215,7 @@ def test_one_answer_is_always_allowed() -> None:
 @pytest.mark.anyio
 async def test_an_answer_that_is_not_read_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The application returns without completing it, at which every server closes the connection."""
-    monkeypatch.setattr(asgi_module, "STALL_S", 0.05)
+    monkeypatch.setattr(answers_module, "STALL_S", 0.05)
     app = LiveApp(RunsOfFolder(folder.parent), Access())
     reader = Reader("api/runs/demo/media/a.png")
     async with reading(app, reader):

@@ -61,6 +61,7 @@ def test_every_sink_is_checked() -> None:
 @pytest.mark.parametrize(
     ("sink", "module", "extra"),
     [
+        (Live(), "starlette", "live"),
         (TensorBoard(), "tensorboardX", "tensorboard"),
         (TensorBoard(), "google_crc32c", "tensorboard"),
         (WandB(), "wandb", "wandb"),

@@ -8,14 +8,17 @@ import sinks
 
 
 def test_importing_sinks_loads_no_client(run_python: Any) -> None:
-    """Rich is imported when a console is opened, torch never."""
+    """Rich is imported when a console is opened, starlette when a page is served, torch never."""
     script = (
         "import sys, sinks\n"
         "sinks.Console(), sinks.Memory()\n"
-        "print(sorted({'rich', 'torch', 'trainer', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'rich', 'torch', 'trainer', 'numpy'} & set(sys.modules)))\n"
+        "import sinks.live.report\n"
+        "sinks.Live(), sinks.Prometheus()\n"
+        "print(sorted({'torch', 'trainer', 'starlette', 'uvicorn'} & set(sys.modules)))\n"
     )
     result = run_python(script)
-    assert result.stdout.strip() == "[]", result.stderr
+    assert result.stdout.split() == ["[]", "[]"], result.stderr
 
 
 def test_the_public_surface_is_what_it_says() -> None:

@@ -211,7 +211,7 @@ def test_imports_go_in_one_direction(package: str, never: set[str]) -> None:
 
 
 ADAPTERS = {
-    "sinks/live/server.py",
+    *(f"sinks/live/{name}.py" for name in ("access", "answers", "app", "client", "frame_stream", "server")),
     "sinks/trackers/otlp_export.py",
     "trainer/remote/address.py",
     "trainer/remote/http.py",
@@ -236,6 +236,7 @@ ADAPTERS = {
                 "prometheus_client",
                 "opentelemetry",
                 "requests",
+                "starlette",
                 "uvicorn",
             },
         ),

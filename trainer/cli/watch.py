@@ -23,11 +23,11 @@ def watch(folder: Path, host: str, port: int, *, commands: bool, origins: list[s
     if not folder.is_dir():
         raise RunFolderError(f"{folder} is not a folder; name a run folder, or a folder of run folders")
     try:
-        for client in ("uvicorn", "websockets"):
+        for client in ("starlette", "uvicorn", "websockets"):
             require(client, "live", "stagecast watch")
         live: Any = importlib.import_module("sinks.live.server")
-        access: Any = importlib.import_module("sinks.live.access")
-        token = access.choose_token(None if has_token else False, host)
+        tokens: Any = importlib.import_module("sinks.live.token")
+        token = tokens.choose_token(None if has_token else False, host)
         listening = live.bind(host, port)
     except SinkMisconfigured as error:
         echo_error(f"stagecast watch: error: {error}")

@@ -20,19 +20,18 @@ import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from events.errors import CheckpointError
 from events.run.run import Run
-from sinks.live.access import Access, Refused, choose_token
+from sinks.live.access import Access, Refused
 from sinks.live.access import Request as AccessRequest
 from sinks.live.app import LiveApp
-from sinks.live.asgi import path_of
 from sinks.live.client import MOST_INBOUND
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import link_to
+from sinks.live.token import choose_token
 from trainer import Trainer, TrainerArguments, launch
 from trainer.run_manager import ManagedRun, RunManager, State, Unavailable
 
@@ -213,19 +212,18 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application around another."""
-        if scope["type"] == "http" and path_of(scope).partition("/")[0] == "runs":
+        if scope["type"] == "http" and (request := AccessRequest(scope)).path.partition("/")[0] == "runs":
             try:
-                self._access.check_request(scope)
-                self._access.check_token(scope)
-                await self._access.ask(AccessRequest(scope["method"], path_of(scope), scope))
-                asked = Headers(scope=scope)
-                if "transfer-encoding" in asked:
+                self._access.check_host(request)
+                self._access.check_origin(request)
+                self._access.check_token(request)
+                await self._access.ask(request)
+                if "transfer-encoding" in request.headers:
                     raise Refused(411, "the request has no Content-Length; send one instead of chunks")
-                if int(asked.get("content-length", 0)) > MOST_INBOUND:
+                if int(request.headers.get("content-length", 0)) > MOST_INBOUND:
                     raise Refused(413, f"the request exceeds {MOST_INBOUND} bytes; send fewer")
             except Refused as refused:
-                headers = {name.decode(): value.decode() for name, value in refused.headers}
-                answer = JSONResponse({"detail": refused.reason}, refused.status, headers)
+                answer = JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers)
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -1,0 +1,194 @@
+"""Responses of the application: their headers, and how they are sent to clients that may not read them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import msgspec
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from sinks.live.access import Refused
+from sinks.live.bounds import PART_BYTES, Unread
+from sinks.live.client import NOT_ALLOWED
+from sinks.live.images import open_image
+
+STALL_S = 30.0
+"""Maximum seconds per part of a response."""
+LEAST_BYTES_PER_S = 2**14
+"""Minimum bytes per second at which a client must read a whole response."""
+_CLOSE_S = 5.0
+_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+"""Of every response, unless it sets them itself."""
+
+
+class AnswerAborted(Exception):
+    """A response cannot be completed: its client does not read, or its file was truncated. The server closes it."""
+
+
+class Answer(Response):
+    """A response from memory, sent part by part as its client reads. Sending raises `Refused` and `AnswerAborted`.
+
+    Args:
+        unread: Counts the response while it is in memory; None if its size does not depend on a run.
+    """
+
+    def __init__(
+        self,
+        content: object = None,
+        status_code: int = 200,
+        headers: Mapping[str, str] | None = None,
+        media_type: str | None = None,
+        *,
+        unread: Unread | None = None,
+    ) -> None:
+        super().__init__(content, status_code, {**HEADERS, **(headers or {})}, media_type)
+        self._unread = unread
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        if scope["type"] == "websocket":  # a handshake is refused
+            await super().__call__(scope, receive, send)
+            return
+        body = b"" if scope["method"] == "HEAD" else bytes(self.body)
+
+        async def read(begin: int, end: int) -> bytes:
+            return body[begin:end]
+
+        with self._unread.holding(len(body)) if self._unread is not None else contextlib.nullcontext():
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send_parts(send, len(body), read)
+
+
+class JsonAnswer(Answer):
+    """An `Answer` in JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """Encode it."""
+        return msgspec.json.encode(content)
+
+
+async def send_parts(send: Send, size: int, read: Callable[[int, int], Awaitable[bytes]]) -> None:
+    """Send a body, one part in memory at a time.
+
+    Args:
+        read: Returns the bytes of a range.
+
+    Raises:
+        AnswerAborted: The client reads too slowly, or the body is shorter than ``size``.
+    """
+    deadline = anyio.current_time() + STALL_S + size / LEAST_BYTES_PER_S
+    begin = 0
+    while True:
+        end = min(size, begin + PART_BYTES)
+        part = await read(begin, end)
+        if len(part) != end - begin:
+            raise AnswerAborted("the file was truncated while it was sent")
+        with anyio.move_on_after(min(STALL_S, deadline - anyio.current_time())) as taking:
+            await send({"type": "http.response.body", "body": part, "more_body": end < size})
+        if taking.cancelled_caught:
+            raise AnswerAborted(f"the client has read {begin:,} of {size:,} bytes, too slowly")
+        begin = end
+        if begin == size:
+            return
+
+
+async def send_image(
+    folder: Path, name: str, limiter: anyio.CapacityLimiter, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Send an image of a run folder, from its open file, as the client reads. Waits for the disk, on a thread.
+
+    Raises:
+        Refused: There is no such image; see `open_image`.
+        AnswerAborted: The client does not read, or the file was truncated.
+    """
+    try:
+        image = await anyio.to_thread.run_sync(open_image, folder, name, limiter=limiter)
+    except (OSError, ValueError):
+        raise Refused(404, "there is nothing at this address") from None
+
+    async def read(begin: int, end: int) -> bytes:
+        return await anyio.to_thread.run_sync(image.file.read, end - begin, limiter=limiter)
+
+    async def cancel_at_disconnect() -> None:  # servers ignore further parts
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        tasks.cancel_scope.cancel()
+
+    with image.file:
+        if Headers(scope=scope).get("if-none-match") == image.etag:
+            await unchanged(image.etag)(scope, receive, send)
+            return
+        start = Answer(headers={**kept(image.etag), "content-length": str(image.size)}, media_type="image/png")
+        if scope["method"] == "HEAD":
+            await start(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": start.raw_headers})
+        aborted: AnswerAborted | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cancel_at_disconnect)
+            try:
+                await send_parts(send, image.size, read)
+            except AnswerAborted as error:  # here, because a task group raises groups
+                aborted = error
+            tasks.cancel_scope.cancel()
+        if aborted is not None:
+            raise aborted
+
+
+def kept(etag: str) -> dict[str, str]:
+    """Return the headers of a response that a browser may keep, and asks for again with its ``etag``."""
+    return {"etag": etag, "cache-control": "no-cache"}
+
+
+def unchanged(etag: str) -> Answer:
+    """Return the answer to a client that has kept the response with this ``etag``."""
+    return Answer(status_code=304, headers=kept(etag))
+
+
+@functools.cache
+def read_page() -> dict[str, Answer]:
+    """Return the answers with the files of the page, by name: so no request for them waits for a disk."""
+    answers: dict[str, Answer] = {}
+    for file in Path(__file__).with_name("page").iterdir():
+        data = file.read_bytes()
+        etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+        answers[file.name] = Answer(data, headers=kept(etag), media_type=_MEDIA_TYPES.get(file.suffix, "text/plain"))
+    return answers
+
+
+async def refuse(connection: Request | WebSocket, refused: Exception) -> Response | None:
+    """Answer a request that was refused; close a WebSocket that was accepted, or whose server cannot answer it."""
+    assert isinstance(refused, HTTPException)
+    if isinstance(connection, Request) or (
+        connection.application_state == WebSocketState.CONNECTING
+        and "websocket.http.response" in (connection.scope.get("extensions") or {})
+    ):
+        if "text/html" in connection.headers.get("accept", ""):  # a browser's window
+            text = f"stagecast: {refused.detail}\n".encode("utf-8", "replace")
+            return Answer(text, refused.status_code, refused.headers, "text/plain")
+        return JsonAnswer({"error": refused.detail}, refused.status_code, refused.headers)
+    code, reason = getattr(refused, "code", NOT_ALLOWED), refused.detail.encode()[:120].decode(errors="ignore")
+    with anyio.move_on_after(_CLOSE_S), contextlib.suppress(OSError, RuntimeError, WebSocketDisconnect):
+        await connection.close(code, reason)  # it may have left; a close frame holds 123 bytes
+    return None
