@@ -77,7 +77,7 @@ def take_step(optimizer: torch.optim.Optimizer, own_hooks: int) -> None:
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
-        or torch.autograd._profiler_enabled()  # type: ignore[no-untyped-call, attr-defined]
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     ):
         optimizer.step()
         return
