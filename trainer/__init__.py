@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from events.checkpoint.settings import Checkpoints as Checkpoints
     from events.sink import Delivery as Delivery
     from trainer.arguments import TrainerArguments as TrainerArguments
+    from trainer.callback_interface import CallbackInterface as CallbackInterface
+    from trainer.callback_interface import fenced as fenced
+    from trainer.callback_interface import inline as inline
+    from trainer.callback_interface import observer as observer
     from trainer.data.tensors import to_device as to_device
     from trainer.errors import RunInterrupted as RunInterrupted
     from trainer.errors import RunTerminated as RunTerminated
     from trainer.loop.schedule import Schedule as Schedule
     from trainer.media import Histogram as Histogram
     from trainer.media import Image as Image
-    from trainer.module_interface import CallbackInterface as CallbackInterface
     from trainer.module_interface import ModuleInterface as ModuleInterface
     from trainer.module_interface import Stage as Stage
-    from trainer.module_interface import fenced as fenced
-    from trainer.module_interface import inline as inline
-    from trainer.module_interface import observer as observer
     from trainer.remote.connect import connect as connect
     from trainer.remote.launch import launch as launch
     from trainer.trainer import Trainer as Trainer
@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CallbackInterface": "trainer.callback_interface",
     "Checkpoints": "events.checkpoint.settings",
     "Delivery": "events.sink",
     "Histogram": "trainer.media",
@@ -71,7 +72,10 @@ _HOMES = {
     "Trainer": "trainer.trainer",
     "TrainerArguments": "trainer.arguments",
     "connect": "trainer.remote.connect",
+    "fenced": "trainer.callback_interface",
+    "inline": "trainer.callback_interface",
     "launch": "trainer.remote.launch",
+    "observer": "trainer.callback_interface",
     "to_device": "trainer.data.tensors",
 }
 

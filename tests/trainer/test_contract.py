@@ -17,17 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.module_interface import (
-    HOOKS,
-    LANE_ATTRIBUTE,
-    CallbackInterface,
-    Lane,
-    ModuleInterface,
-    Stage,
-    fenced,
-    inline,
-    observer,
-)
+from trainer.callback_interface import HOOKS, LANE_ATTRIBUTE, CallbackInterface, Lane, fenced, inline, observer
+from trainer.module_interface import ModuleInterface, Stage
 from trainer.run.compilation import make_log_opaque
 
 # The contract as a table: class, method, parameters (a default after "="), abstract.

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from events.messages import BackwardEnded, MetricsLogged
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Delivery, ModuleInterface, fenced, inline, module_interface, observer
+from trainer.callback_interface import HOOKS, LANE_ATTRIBUTE
 from trainer.errors import SignatureError
 from trainer.hooks.hooks import EVENT_OF_HOOK, CallbackHooks
-from trainer.module_interface import HOOKS, LANE_ATTRIBUTE
 
 MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
 

@@ -10,8 +10,8 @@ import torch
 
 from events.errors import CheckpointMismatch
 from events.log import logger
+from trainer.callback_interface import CallbackInterface
 from trainer.callbacks.checks import Checks, is_finite
-from trainer.module_interface import CallbackInterface
 
 
 class EarlyStopping(CallbackInterface):

@@ -13,10 +13,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from events.errors import CheckpointMismatch, StagecastError
 from events.log import logger
+from trainer.callback_interface import CallbackInterface, inline
 from trainer.callbacks.checks import Checks, is_finite
 from trainer.errors import ContractError
 from trainer.hooks.hooks import without_outputs
-from trainer.module_interface import CallbackInterface, inline
 
 
 class EMA(CallbackInterface):

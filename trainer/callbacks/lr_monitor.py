@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from trainer.callback_interface import CallbackInterface, inline
 from trainer.callbacks.checks import Checks, must_be_trained
 from trainer.hooks.hooks import without_outputs
-from trainer.module_interface import CallbackInterface, ModuleInterface, inline
+from trainer.module_interface import ModuleInterface
 
 
 class LearningRateMonitor(CallbackInterface):

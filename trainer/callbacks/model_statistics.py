@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from trainer.callback_interface import CallbackInterface, inline
 from trainer.callbacks.checks import Checks, must_be_trained
 from trainer.hooks.hooks import without_outputs
 from trainer.media import Histogram
-from trainer.module_interface import CallbackInterface, ModuleInterface, inline
+from trainer.module_interface import ModuleInterface
 
 Named = list[tuple[str, torch.Tensor]]
 

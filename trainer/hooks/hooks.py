@@ -22,12 +22,13 @@ from events.messages import (
     ValEpochEnded,
 )
 from events.sink import CALLBACK_DELIVERY, Delivery
+from trainer.callback_interface import LANE_ATTRIBUTE, CallbackInterface, Lane
 from trainer.data.tensor_state import part_of
 from trainer.errors import ArgumentsError, add_note
 from trainer.hooks.capture import collate_steps
 from trainer.hooks.recorder import MetricRecorder
 from trainer.hooks.signatures import clear_error, takes_outputs
-from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface
+from trainer.module_interface import ModuleInterface
 from trainer.peers import hint_for
 
 Hook = Callable[..., Any]

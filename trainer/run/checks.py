@@ -21,9 +21,10 @@ from events.sink import Delivery, delivery_of, require
 from events.text import name_problem
 from events.wire import without_surrogates
 from trainer.arguments import TrainerArguments
+from trainer.callback_interface import CallbackInterface
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.errors import ArgumentsError
-from trainer.module_interface import CallbackInterface, ModuleInterface
+from trainer.module_interface import ModuleInterface
 from trainer.run.contract_checks import check_contract
 from trainer.run.observers import split
 

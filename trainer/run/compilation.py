@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from trainer.module_interface import CallbackInterface, ModuleInterface
+from trainer.callback_interface import CallbackInterface
+from trainer.module_interface import ModuleInterface
 
 _STEPS = ("train_step", "val_step", "test_step")
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from events.log import logger
+from trainer.callback_interface import LANE_ATTRIBUTE, CallbackInterface, Lane
 from trainer.hooks.hooks import lane_of, overridden_hooks
 from trainer.hooks.signatures import signature_problem
-from trainer.module_interface import LANE_ATTRIBUTE, CallbackInterface, Lane, ModuleInterface, contract_names
+from trainer.module_interface import ModuleInterface, contract_names
 from trainer.unheard import in_words, unheard_methods
 
 _MOST_LOOKED_AT = 500

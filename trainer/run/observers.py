@@ -25,13 +25,14 @@ from events.safe_files import unlink_below
 from events.sink import Delivery, Place, RunInfo, Sink, delivery_of
 from events.tracebacks import describe
 from trainer.arguments import TrainerArguments
+from trainer.callback_interface import CallbackInterface
 from trainer.checkpoint.resume import CheckpointPlan
 from trainer.errors import add_note
 from trainer.hooks.hooks import CallbackHooks, CallbackTarget, HookTable, check_state_keys
 from trainer.hooks.recorder import MetricRecorder
 from trainer.loop.control import Control
 from trainer.media import MediaWriter
-from trainer.module_interface import CallbackInterface, ModuleInterface
+from trainer.module_interface import ModuleInterface
 from trainer.run.cancellation import outliving
 from trainer.run.versions import versions
 
