@@ -1,10 +1,11 @@
-"""The packing of a checkpoint's state: what goes in comes out, of the same types, or is refused by its path."""
+"""The packing of a checkpoint's state: a value returns with its type, or is refused by its path."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import enum
+import itertools
 import math
 import random
 import subprocess
@@ -50,7 +51,7 @@ class Tensor:
 
 
 class Vocabulary:
-    """A type that is taught."""
+    """A registered type."""
 
     def __init__(self, words: Any) -> None:
         self.words = words
@@ -77,17 +78,16 @@ class Tokyo(tzinfo):
 
 
 def place(path: str, value: Any) -> str | None:
-    """What the snapshot does: a tensor is recorded and named."""
+    """Return the name of a tensor."""
     return value.name if isinstance(value, Tensor) else None
 
 
 def back(tree: Any) -> Any:
-    """There and back."""
     return packing.decode(packing.encode(tree, place), Tensor)
 
 
 def form(value: Any) -> Any:
-    """A value with all that tells it from others: its type, that of its parts, their order, the bits of a float."""
+    """Return what distinguishes a value: its type, those of its parts, their order, the bits of a float."""
     kind = type(value)
     if kind is dict or kind is OrderedDict or kind is Counter:
         return kind, [(form(key), form(item)) for key, item in value.items()]
@@ -106,7 +106,7 @@ def form(value: Any) -> Any:
     if kind is datetime or kind is time:
         return kind, value.replace(tzinfo=None), value.fold, type(value.tzinfo), repr(value.tzinfo)
     if kind is np.ndarray:
-        # By field: what stands in the padding between them belongs to no value.
+        # By field: the padding between them belongs to no value.
         content = [form(value[name]) for name in value.dtype.names] if value.dtype.names else value.tobytes()
         return kind, value.dtype, value.dtype.str, value.shape, content
     if isinstance(value, np.generic):
@@ -121,14 +121,14 @@ def form(value: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def taught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test begins with one taught type, and leaves none behind."""
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start each test with one registered type."""
     monkeypatch.setattr(packing_types, "registered", {})
     monkeypatch.setattr(packing_types, "registered_names", {})
     packing.register(Vocabulary, "tests.Vocabulary", lambda vocabulary: vocabulary.words, Vocabulary)
 
 
-# ------------------------------------------------------------------------------------------- any value at all
+# ------------------------------------------------------------------------------------------- any value
 
 text = st.text(st.characters(codec=None)) | st.just("\ud800") | st.just("a\udc80\udc80")
 paths = st.builds(
@@ -161,9 +161,9 @@ structures = st.recursive(
 
 
 def filled(dtype: np.dtype[Any], shape: tuple[int, ...], seed: int, order: int) -> np.ndarray[Any, Any]:
-    """An array of any bits, C-contiguous, Fortran-ordered or strided."""
+    """Return an array of random bits, C-contiguous, Fortran-ordered or strided."""
     whole = np.zeros(shape, dtype)
-    if "U" not in str(dtype):  # random bits are no characters
+    if "U" not in str(dtype):  # random bits are not characters
         whole = np.frombuffer(random.Random(seed).randbytes(whole.nbytes), dtype).reshape(shape).copy()
     if "b1" in str(dtype.descr) or "?" in str(dtype.descr):
         whole = np.zeros(shape, dtype)
@@ -257,29 +257,40 @@ trees = st.recursive(leaves, containers, max_leaves=12)
     ],
 )
 def test_a_value_of_another_type_is_refused_by_path_and_type(value: Any, said: str) -> None:
-    """The message names the place and the type, says what is wrong with it, and that types can be taught."""
     with pytest.raises(UnstorableState, match=rf"^callbacks\.2\.best is a .*{said}.*`register`$"):
         packing.encode({2: {"best": value}}, at="callbacks")
 
 
+def zone_from_a_file() -> ZoneInfo:
+    file = next(folder / "UTC" for folder in map(Path, zoneinfo.TZPATH) if (folder / "UTC").exists())
+    with file.open("rb") as opened:
+        return ZoneInfo.from_file(opened)
+
+
+NO_ELEMENTS = r"numpy\.ndarray that .* keeps elements of .*convert them"
+
+
 @pytest.mark.parametrize(
-    "value",
+    ("value", "said"),
     [
-        np.array([object()]),
-        np.array(["a"], dtype=np.dtypes.StringDType()),
-        np.rec.array([(1,)], dtype=[("a", "i4")]).view(np.ndarray),
-        np.zeros(2, {"names": ["a", "b"], "formats": ["i4", "O"]}),
-        np.zeros(2, [(("a title", "a"), "i4")]),
+        (np.array([object()]), NO_ELEMENTS),
+        (np.array(["a"], dtype=np.dtypes.StringDType()), NO_ELEMENTS),
+        (np.rec.array([(1,)], dtype=[("a", "i4")]).view(np.ndarray), NO_ELEMENTS),
+        (np.zeros(2, {"names": ["a", "b"], "formats": ["i4", "O"]}), NO_ELEMENTS),
+        (np.zeros(2, [(("a title", "a"), "i4")]), NO_ELEMENTS),
+        (zone_from_a_file(), "ZoneInfo that cannot.*None is not a time zone"),
+        ({2**61 * i - i: 1 for i in range(2**70, 2**70 + 1_001)}, "dict that cannot be stored: 1,001 of its keys"),
+        (Fraction(2**5000, 3), "Fraction that cannot be stored: .* 5,001 bits"),
+        (range(2**5000), "range that cannot be stored: .* 5,001 bits"),
     ],
 )
-def test_arrays_whose_elements_no_bytes_can_hold_are_refused(value: Any) -> None:
-    """Objects, strings of any width and records would not come back as they were."""
-    with pytest.raises(UnstorableState, match=r"^a is a numpy\.ndarray that .* keeps elements of .*convert them"):
+def test_a_value_that_could_not_be_read_again_is_refused(value: Any, said: str) -> None:
+    with pytest.raises(UnstorableState, match=f"^a is a .*{said}"):
         packing.encode({"a": value})
 
 
 def test_a_refused_value_is_named_wherever_it_is() -> None:
-    """Paths go by index through sequences, by key through dicts of any keys, and straight through taught types."""
+    """Paths have indices of sequences and keys of dicts; nothing of registered types."""
     for tree, path in (
         ([0, ({"a.b": object()},)], r"1\.0\.a\.b"),
         ({(1, "x"): [object()]}, r"\(1, 'x'\)\.0"),
@@ -294,8 +305,8 @@ def test_a_refused_value_is_named_wherever_it_is() -> None:
             packing.encode(tree)
 
 
-def test_a_value_that_holds_itself_is_refused_by_its_path() -> None:
-    """At its first return, before anything is placed twice, whatever it goes through."""
+def test_a_value_that_contains_itself_is_refused_by_its_path() -> None:
+    """Before anything is placed twice. A value that occurs twice side by side is written twice."""
     placed: list[str] = []
     loop: dict[str, Any] = {"weight": Tensor("weight")}
     loop["again"] = deque([1, Vocabulary((loop,))])
@@ -306,10 +317,6 @@ def test_a_value_that_holds_itself_is_refused_by_its_path() -> None:
     items.append(items)
     with pytest.raises(UnstorableState, match=r"^0 is a list that cannot.*: it is the whole state again"):
         packing.encode(items)
-
-
-def test_a_value_that_stands_twice_side_by_side_is_no_loop() -> None:
-    """It is written twice."""
     shared = [1, (2,)]
     assert back([shared, {"a": shared}, ((), ())]) == [shared, {"a": shared}, ((), ())]
 
@@ -334,7 +341,6 @@ WRAPS: list[Callable[[Any], Any]] = [
 
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_nesting_beyond_the_limit_is_refused_and_within_it_returns(wrap: Callable[[Any], Any]) -> None:
-    """The limit is the same in both directions, so what was written can be read."""
     deepest = nested(packing.MAX_DEPTH, wrap)
     assert form(back(deepest)) == form(deepest)
     with pytest.raises(UnstorableState, match="more than 200 levels deep"):
@@ -344,7 +350,6 @@ def test_nesting_beyond_the_limit_is_refused_and_within_it_returns(wrap: Callabl
 
 
 def test_bytes_that_msgpack_cannot_hold_are_refused_by_their_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 GiB in one value, an array's elements included."""
     monkeypatch.setattr(packing, "_BYTES_LIMIT", 100)
     for value in (bytes(101), bytearray(101), np.zeros(101, np.int8)):
         with pytest.raises(UnstorableState, match=r"^replay is a bytes .*4 GiB.*tensor"):
@@ -352,27 +357,26 @@ def test_bytes_that_msgpack_cannot_hold_are_refused_by_their_path(monkeypatch: p
     assert back(bytes(100)) == bytes(100)
 
 
-def test_a_failing_to_plain_is_told_with_the_path() -> None:
-    """The exception of the user's function is the cause."""
+def test_errors_of_the_users_functions_have_the_path_and_the_cause() -> None:
     packing.register(Point, "tests.Point", lambda point: point.z, Point._make)
     with pytest.raises(UnstorableState, match=r"^a\.0 is a .*Point.*to_plain raised AttributeError.*'z'"):
         packing.encode({"a": [Point(1, 2)]})
 
+    def fail(plain: Any) -> Any:
+        raise RuntimeError("no such word")
 
-def test_a_zone_from_a_file_is_refused() -> None:
-    """Without a key nobody could find it again."""
-    file = next(folder / "UTC" for folder in map(Path, zoneinfo.TZPATH) if (folder / "UTC").exists())
-    with file.open("rb") as opened:
-        zone = ZoneInfo.from_file(opened)
-    with pytest.raises(UnstorableState, match=r"ZoneInfo that cannot.*None is not a time zone"):
-        packing.encode(datetime(2020, 1, 1, tzinfo=zone))
+    data = packing.encode({"model": [Vocabulary(1)]})
+    packing.register(Vocabulary, "tests.Vocabulary", str, fail)
+    with pytest.raises(CheckpointDamaged, match=r"^model\.0 cannot.*'tests\.Vocabulary' raised RuntimeError") as caught:
+        packing.decode(data)
+    assert isinstance(caught.value.__cause__.__cause__, RuntimeError)  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------------------------- what cannot be read
 
 
 def packed(tree: Any, entries: int = 0) -> bytes:
-    """A file of any content, as a writer might leave it that is not ours."""
+    """Return a file of any content."""
     return msgspec.msgpack.encode([entries, tree])
 
 
@@ -387,19 +391,17 @@ def check_decoder(data: bytes) -> None:
 
 
 @pytest.mark.fuzz
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_raise_nothing_but_damaged(data: bytes) -> None:
-    """Whatever stands in the file, the caller has one error to handle."""
     check_decoder(data)
     check_decoder(b"\x92\x00" + data)
 
 
 @pytest.mark.fuzz
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None)
 @given(trees, st.data())
 def test_cut_and_flipped_states_raise_nothing_but_damaged(tree: Any, data: st.DataObject) -> None:
-    """Bytes that were a state once, then lost their end or some bits, give a value or `CheckpointDamaged`."""
     encoded = packing.encode(tree, place)
     with pytest.raises(CheckpointDamaged):
         packing.decode(encoded[: data.draw(st.integers(0, len(encoded) - 1))])
@@ -435,13 +437,17 @@ raw_trees = st.recursive(
 @settings(deadline=None)
 @given(raw_trees)
 def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
-    """Every maker gets parts that it never gave: too few, too many, of other types."""
 
     def entries(tree: Any) -> int:
         items = tree if isinstance(tree, list) else tree.values() if isinstance(tree, dict) else ()
         return (len(tree) if isinstance(tree, dict) else 0) + sum(map(entries, items))
 
     check_decoder(packed(tree, entries(tree)))
+
+
+LONG_KEYS = [marked(1, *[0] * 9, *[-1 - (i >> bit & 1) for bit in range(8)]) for i in range(200)]
+"""Tuples of one hash: each would be compared with all others, value by value."""
+ARRAY_KEYS = [bytes([0xDC, 0, 20]) + bytes(0xFE + (i >> bit & 1) for bit in range(20)) for i in range(40_000)]
 
 
 @pytest.mark.parametrize(
@@ -499,10 +505,20 @@ def test_marks_before_any_parts_raise_nothing_but_damaged(tree: Any) -> None:
         (packed(marked(50, "<M8[0D]", marked(1, 1), bytes(8))), "not a dtype"),
         (packed(marked(50, "|V0", marked(1, 2**62), b"")), "more than 65,536 elements of 0 bytes"),
         (packed(marked(50, "<f4", marked(1, marked(20, b"\x01" * 1_000)), bytes(4))), "of up to 7993 bits"),
+        (packed(marked(50, "<f4", marked(1, 1), 4)), "not the bytes of elements"),
+        (packed(marked(2, *LONG_KEYS)), "its 200 keys takes quadratic time"),
+        (packed(marked(10, *[part for key in LONG_KEYS for part in (key, 1)])), "its 200 keys takes quadratic time"),
+        (
+            b"\x92\x00\xdf" + (40_000).to_bytes(4, "big") + b"\xc0".join(ARRAY_KEYS) + b"\xc0",
+            "a map has an array as a key",
+        ),
+        (packed({"a": [Ext(99, b"later")]}, 1), r"^a\.0 cannot be restored: a newer version .* 99.*update stagecast"),
+        (packed({"a": [marked(99, 1)]}, 1), r"^a\.0 cannot be restored: a newer version .* 99.*update stagecast"),
+        (packed({"a": [Ext(-7, b"")]}, 1), r"^a cannot be restored: a newer version .* -7.*update stagecast"),
     ],
+    ids=map(str, itertools.count()),  # the bytes are long
 )
 def test_content_that_is_never_written_is_refused(data: bytes, said: str) -> None:
-    """The message says where, what, and what to do."""
     with pytest.raises(CheckpointDamaged, match=said):
         packing.decode(data)
 
@@ -531,7 +547,7 @@ def fields(formats: list[Any], offsets: list[Any], itemsize: Any = 8) -> dict[st
     ],
 )
 def test_elements_that_reach_outside_of_their_bytes_are_refused(dtype: Any, said: str) -> None:
-    """NumPy computes sizes in C's ints, takes such a type, and reads and writes beside the array."""
+    """NumPy accepts such a type, and reads and writes beside the array."""
     entries = str(dtype).count("names") * 4
     for code, shape in ((50, [marked(1, 1)]), (51, [])):
         with pytest.raises(CheckpointDamaged, match=said):
@@ -539,7 +555,7 @@ def test_elements_that_reach_outside_of_their_bytes_are_refused(dtype: Any, said
 
 
 def colliding(kind: str) -> list[Any]:
-    """Parts of 1,001 different keys of one hash."""
+    """Return parts of 1,001 different keys of one hash."""
     modulus = 2**61 - 1  # Python hashes numbers modulo this
     if kind == "big integers":
         return [marked(20, (1 + i * modulus).to_bytes(16, "little")) for i in range(1_001)]
@@ -553,7 +569,6 @@ def colliding(kind: str) -> list[Any]:
 @pytest.mark.parametrize("kind", ["big integers", "fractions", "UUIDs", "tuples"])
 @pytest.mark.parametrize("code", [2, 3, 10, 12])
 def test_keys_that_all_have_one_hash_are_refused(kind: str, code: int) -> None:
-    """A table of them takes quadratic time."""
     keys = colliding(kind)
     parts = keys if code < 10 else [part for key in keys for part in (key, 1)]
     with pytest.raises(CheckpointDamaged, match=r"keys takes quadratic time, by their hashes"):
@@ -562,54 +577,19 @@ def test_keys_that_all_have_one_hash_are_refused(kind: str, code: int) -> None:
 
 @pytest.mark.parametrize("kind", [dict, OrderedDict, Counter, set, frozenset])
 def test_a_users_large_tables_return(kind: Any) -> None:
-    """Counts by id, with keys that only map's own form does not hold, too."""
     for keys in (range(3_000), [index * 2.0**-20 for index in range(3_000)], [(index, 0.5) for index in range(3_000)]):
         value = kind(dict.fromkeys(keys, 1))
         assert back(value) == value
 
 
-def test_long_tuples_of_one_hash_are_refused() -> None:
-    """Two hundred of them would be compared with each other, value by value."""
-    keys = [marked(1, *[0] * 9, *[-1 - (i >> bit & 1) for bit in range(8)]) for i in range(200)]
-    for code, parts in ((2, keys), (10, [part for key in keys for part in (key, 1)])):
-        with pytest.raises(CheckpointDamaged, match="its 200 keys takes quadratic time"):
-            packing.decode(packed(marked(code, *parts)))
-
-
-def test_arrays_as_keys_are_refused_before_a_table_of_them_is_made() -> None:
-    """A megabyte of tuples of one hash would take minutes."""
-    keys = [bytes([0xDC, 0, 20]) + bytes(0xFE + (i >> bit & 1) for bit in range(20)) for i in range(40_000)]
-    data = b"\x92\x00\xdf" + len(keys).to_bytes(4, "big") + b"".join(key + b"\xc0" for key in keys)
-    with pytest.raises(CheckpointDamaged, match="a map has an array as a key"):
-        packing.decode(data)
-
-
-def test_a_state_that_could_not_be_read_again_is_not_written() -> None:
-    """Keys of one hash, and fractions and ranges of long integers."""
-    for value in ({2**61 * i - i: 1 for i in range(2**70, 2**70 + 1_001)}, Fraction(2**5000, 3), range(2**5000)):
-        with pytest.raises(UnstorableState, match=r"^a is a [\w.]+ that cannot be stored: "):
-            packing.encode(value, at="a")
-
-
-@pytest.mark.parametrize("tree", [{"a": [Ext(99, b"later")]}, {"a": [marked(99, 1)]}, {"a": [Ext(-7, b"")]}])
-def test_an_unknown_code_is_said_to_be_of_a_newer_version(tree: Any) -> None:
-    """With or without a payload; the remedy is another one."""
-    with pytest.raises(
-        CheckpointDamaged, match=r"^a(\.0)? cannot be restored: a newer version .* code .*update stagecast"
-    ):
-        packing.decode(packed(tree, 1))
-
-
 @pytest.mark.parametrize("begin", [b"\x91", b"\x81\x01", b"\x92\xc7\x00\x01"])
 def test_endless_nesting_in_the_file_is_refused(begin: bytes) -> None:
-    """Neither msgspec's recursion nor ours is exhausted."""
     for depth in (201, 400, 100_000):
         with pytest.raises(CheckpointDamaged, match=r"deep|depth"):
             packing.decode(b"\x92\x00" + begin * depth + b"\x01")
 
 
 def test_memory_follows_the_input_not_what_it_claims() -> None:
-    """Headers, shapes and counts that promise gigabytes reserve nothing."""
     tracemalloc.start()
     try:
         for data in (
@@ -631,21 +611,8 @@ def test_memory_follows_the_input_not_what_it_claims() -> None:
         tracemalloc.stop()
 
 
-def test_a_failing_from_plain_is_told_with_the_path() -> None:
-    """Whatever it raises is the cause of `CheckpointDamaged`."""
-
-    def fail(plain: Any) -> Any:
-        raise RuntimeError("no such word")
-
-    data = packing.encode({"model": [Vocabulary(1)]})
-    packing.register(Vocabulary, "tests.Vocabulary", str, fail)
-    with pytest.raises(CheckpointDamaged, match=r"^model\.0 cannot.*'tests\.Vocabulary' raised RuntimeError") as caught:
-        packing.decode(data)
-    assert isinstance(caught.value.__cause__.__cause__, RuntimeError)  # type: ignore[union-attr]
-
-
-def test_a_tensor_that_is_missing_is_told_with_the_path() -> None:
-    """The lookup's error becomes `CheckpointDamaged`; one that tells nothing of the checkpoint stays itself."""
+def test_a_missing_tensor_is_named_by_its_path() -> None:
+    """Errors of the lookup that are not about the checkpoint propagate unchanged."""
     data = packing.encode({"model": [Tensor("w")]}, place)
 
     def fail(error: Exception) -> Callable[[str], Any]:
@@ -664,7 +631,6 @@ def test_a_tensor_that_is_missing_is_told_with_the_path() -> None:
 
 
 def test_an_array_without_numpy_names_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not installed, the message says what is missing."""
     data = packing.encode({"a": np.zeros(2)})
     monkeypatch.setitem(sys.modules, "numpy", None)
     with pytest.raises(CheckpointDamaged, match=r"^a cannot be restored: .*numpy.*provide that"):
@@ -674,17 +640,15 @@ def test_an_array_without_numpy_names_numpy(monkeypatch: pytest.MonkeyPatch) -> 
 # -------------------------------------------------------------------------------------------- round trips
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(trees)
 def test_every_value_returns_with_its_type(tree: Any) -> None:
-    """Value, type, order and the bits of floats, at any depth, in any container."""
     assert form(back(tree)) == form(tree)
 
 
 @settings(deadline=None)
 @given(arrays | scalars)
 def test_every_array_returns_with_its_dtype(value: Any) -> None:
-    """Of any shape, order of bytes and layout in memory; an array is writable and aligned."""
     returned = back(value)
     assert form(returned) == form(value)
     if type(returned) is np.ndarray:
@@ -693,15 +657,13 @@ def test_every_array_returns_with_its_dtype(value: Any) -> None:
 
 
 def test_keys_keep_their_types() -> None:
-    """1, True and 1.0 are equal keys to Python and different ones to whoever wrote them."""
     for key in (1, True, 1.0, "1", b"1", None, (1, True), np.int64(1), 2**70, "\ud800", frozenset([1]), Path("1")):
         (returned,) = back({key: "a"})
         assert form(returned) == form(key)
     assert list(back({"b": 1, 2: 1, "a": 1, (): 1, 0: 1})) == ["b", 2, "a", (), 0]
 
 
-def test_subtle_values_keep_their_bits_and_types() -> None:
-    """Each of these was lost by some encoding."""
+def test_values_that_other_encodings_lose_return() -> None:
     nan = float("nan")
     for value in (
         -0.0,
@@ -737,7 +699,6 @@ def test_subtle_values_keep_their_bits_and_types() -> None:
 
 
 def test_the_state_of_every_generator_returns() -> None:
-    """Python's, NumPy's old one and each of its bit generators: they go on with the same numbers."""
     python = random.Random(1)
     state = back(python.getstate())
     expected = python.random()
@@ -757,8 +718,7 @@ def test_the_state_of_every_generator_returns() -> None:
         assert new.random() == expected
 
 
-def test_paths_come_back_as_those_of_this_system() -> None:
-    """A checkpoint from Windows is read elsewhere; pure paths stay of their kind."""
+def test_paths_return_as_those_of_this_system() -> None:
     assert back(Path("a/b")) == Path("a/b")
     assert type(back(Path("a"))) is type(Path("a"))
     data = packing.encode(Path("a/b"))
@@ -766,11 +726,10 @@ def test_paths_come_back_as_those_of_this_system() -> None:
     assert form(back(PureWindowsPath("C:\\a"))) == form(PureWindowsPath("C:\\a"))
 
 
-# -------------------------------------------------------------------------------- tensors and taught types
+# ---------------------------------------------------------------------------- tensors and registered types
 
 
 def test_a_tensor_is_placed_by_its_path_and_fetched_by_its_name() -> None:
-    """The optimizer's state, as torch gives it; keys with dots are taken as they are."""
     state = {
         "state": {5: {"step": 1, "exp_avg": Tensor("a")}},
         "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1]}],
@@ -789,33 +748,20 @@ def test_a_tensor_is_placed_by_its_path_and_fetched_by_its_name() -> None:
     assert placed[""] == Tensor("c")
 
 
-def test_place_is_asked_about_unknown_values_only() -> None:
-    """Neither about plain values nor arrays nor taught types, nor twice about one."""
-    asked: list[str] = []
-
-    def ask(path: str, value: Any) -> str:
-        asked.append(path)
-        return path
-
-    packing.encode([1, "a", np.zeros(1), np.float32(1), Vocabulary(None), Path(), {(1,): Tensor("")}], ask)
-    assert asked == ["6.(1,)"]
-
-
-def test_a_registered_type_returns_with_its_tensors() -> None:
-    """`to_plain` may give tensors and other taught types; their paths go on as if it were not there."""
+def test_only_tensors_are_placed_also_those_of_registered_types() -> None:
     placed: list[str] = []
-    tree = {"v": Vocabulary({"inner": Vocabulary([Tensor("w")])})}
 
     def record(path: str, value: Any) -> str:
         placed.append(path)
         return value.name  # type: ignore[no-any-return]
 
+    packing.encode([1, "a", np.zeros(1), np.float32(1), Vocabulary(None), Path(), {(1,): Tensor("")}], record)
+    tree = {"v": Vocabulary({"inner": Vocabulary([Tensor("w")])})}
     assert form(packing.decode(packing.encode(tree, record), Tensor)) == form(tree)
-    assert placed == ["v.inner.0"]
+    assert placed == ["6.(1,)", "v.inner.0"]
 
 
 def test_a_subclass_is_stored_once_it_is_registered() -> None:
-    """Enums, named tuples, defaultdicts: by exact type, so a subclass of a taught type is not."""
     packing.register(Phase, "tests.Phase", lambda phase: phase.value, Phase)
     packing.register(Point, "tests.Point", tuple, Point._make)
     assert back([Phase.WARMUP]) == [Phase.WARMUP]
@@ -825,7 +771,6 @@ def test_a_subclass_is_stored_once_it_is_registered() -> None:
 
 
 def test_registering_again_replaces_and_a_taken_name_is_refused() -> None:
-    """The same type may come again, also under a second name; another type may not have its name."""
     old = packing.encode(Vocabulary(1))
     packing.register(Vocabulary, "tests.Vocabulary", lambda value: value.words, lambda plain: ("new", plain))
     assert packing.decode(old) == ("new", 1)
@@ -839,7 +784,6 @@ def test_registering_again_replaces_and_a_taken_name_is_refused() -> None:
 
 
 def test_a_class_that_was_defined_again_is_the_same_type() -> None:
-    """A notebook's cell that defines and registers a class can be run twice."""
     for _ in range(2):
         again = type("Again", (), {})
         packing.register(again, "tests.Again", lambda value: None, lambda plain, kind=again: kind())
@@ -873,8 +817,8 @@ GOLDEN = (
 )
 
 
-def test_what_this_version_wrote_is_read_forever() -> None:
-    """These bytes never change: extend the tree and the bytes by a second pair when a code is added."""
+def test_the_format_never_changes() -> None:
+    """For a new code add a second tree with its bytes; never change these."""
     data = base64.b64decode(GOLDEN)
     assert form(packing.decode(data, Tensor)) == form(golden_tree())
     assert packing.encode(golden_tree(), place) == data
@@ -882,14 +826,12 @@ def test_what_this_version_wrote_is_read_forever() -> None:
 
 
 def test_plain_state_is_plain_msgpack() -> None:
-    """Lists, and dicts whose keys are plain, are what any reader of msgpack shows."""
     tree = {"epoch": 3, "metrics": {"loss": [0.5, None]}, 7: {True: b"x"}}
     assert msgspec.msgpack.decode(packing.encode(tree)) == [5, tree]
     assert msgspec.msgpack.decode(packing.encode([2**64 - 1, -(2**63), "a"])) == [0, [2**64 - 1, -(2**63), "a"]]
 
 
 def test_packing_loads_neither_torch_nor_numpy() -> None:
-    """The reader of a checkpoint on a machine without them stays small."""
     code = (
         "import sys; from events.checkpoint import packing; packing.decode(packing.encode([1, (2,)])); "
         "assert not {'torch', 'numpy'} & set(sys.modules)"
@@ -897,8 +839,7 @@ def test_packing_loads_neither_torch_nor_numpy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_state_that_could_not_be_read_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the thread that writes it, with what to do; one that is as long and has fewer values is stored."""
+def test_a_state_of_too_many_small_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("events.checkpoint.packing.ALWAYS_FITS_BYTES", 0)
     monkeypatch.setattr("events.checkpoint.packing.check_keys", lambda data: check_keys(data, 2**20))
     with pytest.raises(UnstorableState, match=r"callbacks\.seen has too many small values: .* keep them as a tensor"):

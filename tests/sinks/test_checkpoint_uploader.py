@@ -1,4 +1,4 @@
-"""The uploader: the newest first, nothing for nothing, and whatever fails is taken up where it was.
+"""The uploader: the newest checkpoint first, and a failed upload resumes.
 
 Here against ``file://``; against real servers, with all kinds of faults, in `tests/faults`.
 """
@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import http.server
 import logging
-import random
 import shutil
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from support.checkpoints import make
 
 from events.bus.pump import Pump
 from events.bus.ring import Ring
 from events.bus.supervisor import Supervisor
-from events.checkpoint import disk
 from events.checkpoint.files import verify
 from events.checkpoint.lineage import AttemptNote
-from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric
+from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.objects import Limits, Objects
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.settings import Checkpoints
@@ -66,34 +64,22 @@ class Rig:
         self.origin.attempt = number
         self.store.prepare(AttemptNote(number, parent))
 
-    def save(
-        self, step: int, metric: float | None = None, parent: str | None = None, nbytes: int = 100_000
-    ) -> CheckpointName:
-        name = CheckpointName(step, self.origin.attempt)
-        folder = self.store.begin(name)
-        data = random.Random(str(name)).randbytes(nbytes)
-        manifest = Manifest(
-            run_id="run",
-            attempt=name.attempt,
-            global_step=step,
-            epoch=step // 10,
-            seq=step,
-            time=float(step),
-            parent=parent,
-            reasons=["steps"],
-            metric=Metric("val_loss", metric) if metric is not None else None,
-            files={"tensors.bin": FileEntry(*disk.write_parts(folder, "tensors.bin", [data]))},
+    def save(self, step: int, metric: float | None = None, parent: str | None = None, nbytes: int = 100_000) -> str:
+        manifest = make(self.store.folder, step, self.origin.attempt, parent=parent, metric=metric, tensors=nbytes)
+        return str(manifest.name)
+
+    def uploader(
+        self, url: str = "", publish: Any = None, limits: Limits | None = None, **settings: Any
+    ) -> CheckpointUploader:
+        return CheckpointUploader(
+            self.store,
+            url or self.remote.url,
+            Checkpoints(**{"upload_part_bytes": PART} | settings),
+            publish or self.events.append,
+            self.origin.header,
+            lambda: self.retained.append(self.uploaded),
+            limits,
         )
-        self.store.commit(manifest)
-        return name
-
-    def uploader(self, **settings: Any) -> CheckpointUploader:
-        plan = Checkpoints(**{"upload_part_bytes": PART, "upload": self.there.parent.as_uri()} | settings)
-
-        def retain() -> None:
-            self.retained.append(self.uploaded)
-
-        return CheckpointUploader(self.store, self.remote.url, plan, self.events.append, self.origin.header, retain)
 
     def of(self, kind: type[Event]) -> list[Any]:
         return [event for event in self.events if type(event) is kind]
@@ -114,7 +100,7 @@ def rig(tmp_path: Path) -> Rig:
 
 
 def after_parts(monkeypatch: pytest.MonkeyPatch, count: int, act: Callable[[], object]) -> None:
-    """Do something once, right before the object after so many parts is put."""
+    """Call a function once, right before the object after ``count`` parts is put."""
     real, lock, left = Objects.put, threading.Lock(), [count, 1]
 
     def put(self: Objects, key: str, data: bytes) -> None:
@@ -129,15 +115,14 @@ def after_parts(monkeypatch: pytest.MonkeyPatch, count: int, act: Callable[[], o
     monkeypatch.setattr(Objects, "put", put)
 
 
-def refuse() -> None:
+def refuse(*_: object) -> None:
     raise UploadError("the line is cut")
 
 
 # ------------------------------------------------------------------------------------------------- what is due
 
 
-def test_the_newest_goes_first_then_what_is_kept_anyway(rig: Rig) -> None:
-    """A slow uplink is never behind by more than what would be kept: the others are not uploaded at all."""
+def test_the_newest_is_uploaded_first_then_others_that_retention_keeps(rig: Rig) -> None:
     uploader = rig.uploader(best="val_loss", keep_last=2, keep_best=1)
     uploader.open()
     assert rig.names == []
@@ -151,88 +136,73 @@ def test_the_newest_goes_first_then_what_is_kept_anyway(rig: Rig) -> None:
     assert len(rig.uploaded) == 3
 
 
-def test_one_that_is_saved_during_an_upload_is_next(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before older ones that were due already."""
+def test_a_checkpoint_that_is_saved_during_an_upload_is_next(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     uploader = rig.uploader(keep_last=2)
     uploader.open()
     rig.save(10)
     rig.save(20)
     after_parts(monkeypatch, 1, lambda: rig.save(30))
     uploader.deliver([])
-    assert rig.uploaded == ["step-20.a1", "step-30.a1"]  # step 10 is not kept any more: it is left out
+    assert rig.uploaded == ["step-20.a1", "step-30.a1"]  # step 10 is not kept
 
 
-def test_largest_may_be_best_and_other_metrics_do_not_count(rig: Rig) -> None:
-    """As the settings say, which may have changed since."""
+def test_the_best_are_those_by_the_present_settings(rig: Rig) -> None:
     for step, metric in [(10, 0.9), (20, 0.1), (30, 0.5)]:
         rig.save(step, metric)
     rig.uploader(best="val_loss", best_mode="max", keep_last=1).open()
     assert rig.uploaded == ["step-30.a1", "step-10.a1"]
     rig.events.clear()
-    rig.uploader(best="accuracy", keep_last=1).deliver([])  # of which there is none
+    rig.uploader(best="accuracy", keep_last=1).deliver([])
     assert rig.uploaded == []
 
 
-def test_what_an_earlier_process_had_not_uploaded_is_uploaded_on_opening(
+def test_opening_resumes_uploads_of_an_earlier_process_and_removes_orphans(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not only with the next one, which may be hours away. It resumes, and orphans of others are removed."""
     rig.save(10)
     first = rig.uploader()
     after_parts(monkeypatch, 1, first.abandon)
     first.open()
     assert rig.names == []
-    shutil.copytree(rig.there / "step-10.a1", rig.there / "step-5.a1")  # of one that is not here any more
+    shutil.copytree(rig.there / "step-10.a1", rig.there / "step-5.a1")  # of a checkpoint that does not exist here
     rig.attempt(2, "step-10.a1")
     put: list[str] = []
     real = Objects.put
     monkeypatch.setattr(Objects, "put", lambda self, key, data: (put.append(key), real(self, key, data))[1])
     rig.uploader().open()
     assert rig.uploaded == rig.names == ["step-10.a1"]
-    assert put == ["attempt-2.json", "step-10.a1/manifest.json"] or len(put) == 3  # a second part was under way
-    assert not (rig.there / "step-5.a1").exists()
-    upload = rig.store.upload_of(CheckpointName(10, 1))
-    assert upload is not None
-    assert upload.url == f"{rig.remote.url}/step-10.a1"
+    assert put == ["attempt-2.json", "step-10.a1/manifest.json"] or len(put) == 3  # a second part was pending
+    assert sorted(path.name for path in rig.there.iterdir()) == ["attempt-1.json", "attempt-2.json", "step-10.a1"]
 
 
-def test_orphans_are_removed_on_opening_though_nothing_is_due(rig: Rig) -> None:
-    """They cost money, and the next upload may never come."""
-    (rig.there / "step-5.a1").mkdir(parents=True)
-    (rig.there / "step-5.a1" / "tensors.bin").write_bytes(b"left")
-    rig.uploader().open()
-    assert sorted(path.name for path in rig.there.iterdir()) == ["attempt-1.json"]
-
-
-def test_another_place_gets_them_all_again(rig: Rig, tmp_path: Path) -> None:
-    """What is marked as uploaded is so there, not elsewhere."""
+def test_another_address_gets_all_checkpoints_again(rig: Rig, tmp_path: Path) -> None:
     rig.save(10)
     rig.uploader().open()
     other = RemoteStore((tmp_path / "elsewhere").as_uri())
     rig.attempt(2, "step-10.a1")
-    uploader = CheckpointUploader(
-        rig.store, other.url, Checkpoints(), rig.events.append, rig.origin.header, lambda: None
-    )
-    uploader.open()
+    rig.uploader(other.url).open()
     assert other.names() == rig.remote.names()
 
 
-def test_a_kill_between_manifest_and_mark_uploads_nothing_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is there; only the mark is missing, and is made."""
-    name = rig.save(10)
+def test_after_a_kill_between_manifest_and_mark_only_the_mark_is_written(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = CheckpointName.parse(rig.save(10))
+    assert name is not None
     rig.uploader().open()
     (rig.store.path(name) / "uploaded").unlink()
     rig.attempt(2, "step-10.a1")
     monkeypatch.setattr(Objects, "put", lambda self, key, data: refuse() if "step" in key else None)
     rig.uploader().open()
-    assert rig.store.upload_of(name) is not None
+    upload = rig.store.upload_of(name)
+    assert upload is not None
+    assert upload.url == f"{rig.remote.url}/step-10.a1"
 
 
 # -------------------------------------------------------------------------------------------------- retention
 
 
-def test_what_is_not_kept_is_removed_from_the_store_too(rig: Rig) -> None:
-    """After a newer one is there; the best stay, and events say what went."""
+def test_expendable_checkpoints_are_removed_from_the_store_after_a_newer_upload(rig: Rig) -> None:
     uploader = rig.uploader(best="val_loss", keep_last=2, keep_best=1)
     uploader.open()
     for step, metric in [(10, 0.9), (20, 0.1), (30, 0.8), (40, 0.7), (50, 0.6)]:
@@ -247,8 +217,7 @@ def test_what_is_not_kept_is_removed_from_the_store_too(rig: Rig) -> None:
     assert sorted(path.name for path in rig.there.iterdir()) == ["attempt-1.json", *rig.names]
 
 
-def test_what_the_run_went_back_before_goes_first(rig: Rig) -> None:
-    """The store follows the same line as the folder."""
+def test_superseded_checkpoints_are_removed_first(rig: Rig) -> None:
     for step in (10, 20, 30):
         rig.save(step)
     rig.uploader(keep_last=3).open()
@@ -256,15 +225,14 @@ def test_what_the_run_went_back_before_goes_first(rig: Rig) -> None:
     rig.attempt(2, "step-10.a1")
     uploader = rig.uploader(keep_last=2)
     uploader.open()
-    assert len(rig.names) == 3  # nothing goes before something newer is there
+    assert len(rig.names) == 3  # until a newer one is uploaded
     rig.save(15, parent="step-10.a1")
     uploader.deliver([])
     assert rig.names == ["step-10.a1", "step-15.a2"]
 
 
 def test_a_store_without_delete_permission_is_reported_and_used(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many credentials may write, not delete: uploads go on, the end of the run is not held up."""
-    monkeypatch.setattr(Objects, "delete", lambda self, key: refuse())
+    monkeypatch.setattr(Objects, "delete", refuse)
     uploader = rig.uploader(keep_last=1)
     for step in (10, 20, 30, 40, 50):
         rig.save(step)
@@ -279,13 +247,14 @@ def test_a_store_without_delete_permission_is_reported_and_used(rig: Rig, monkey
     assert failed[0].error == "UploadError: the line is cut"
 
 
-def test_orphans_that_cannot_be_removed_do_not_keep_it_from_opening(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are tried again later."""
+def test_orphans_that_cannot_be_removed_are_tried_again_after_the_next_upload(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rig.save(10)
     (rig.there / "step-5.a1").mkdir(parents=True)
     (rig.there / "step-5.a1" / "tensors.bin").write_bytes(b"left")
     with monkeypatch.context() as patch:
-        patch.setattr(Objects, "delete", lambda self, key: refuse())
+        patch.setattr(Objects, "delete", refuse)
         uploader = rig.uploader()
         uploader.open()
     assert rig.uploaded == ["step-10.a1"]
@@ -298,12 +267,12 @@ def test_orphans_that_cannot_be_removed_do_not_keep_it_from_opening(rig: Rig, mo
 
 
 def test_a_failed_upload_is_published_raised_and_resumed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The supervisor delivers the same batch again, however often; the history of a long outage stays short."""
+    """A long outage publishes few events."""
     uploader = rig.uploader()
     uploader.open()
     rig.save(10)
     with monkeypatch.context() as patch:
-        patch.setattr(Objects, "put", lambda self, key, data: refuse())
+        patch.setattr(Objects, "put", refuse)
         for _ in range(20):
             with pytest.raises(UploadError, match="the line is cut"):
                 uploader.deliver([])
@@ -316,17 +285,15 @@ def test_a_failed_upload_is_published_raised_and_resumed(rig: Rig, monkeypatch: 
     assert rig.uploaded == ["step-10.a1"]
     rig.save(20)
     with monkeypatch.context() as patch:
-        patch.setattr(Objects, "put", lambda self, key, data: refuse())
+        patch.setattr(Objects, "put", refuse)
         with pytest.raises(UploadError):
             uploader.deliver([])
     assert rig.of(CheckpointFailed)[-1].consecutive == 1
 
 
 def test_a_damaged_checkpoint_is_reported_and_skipped(rig: Rig) -> None:
-    """Trying again would find the same; the others are uploaded, and nothing of it stays in the store."""
     rig.save(10)
-    bad = rig.save(20)
-    path = rig.store.path(bad) / "tensors.bin"
+    path = rig.store.folder / rig.save(20) / "tensors.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     uploader = rig.uploader()
     uploader.open()
@@ -341,10 +308,9 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(rig: Rig) -> None:
 def test_a_checkpoint_that_is_deleted_during_its_upload_is_not_a_failure(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Retention decides on another thread; what was uploaded of it is removed."""
     rig.save(10)
-    name = rig.save(20, nbytes=10 * PART)
-    after_parts(monkeypatch, 1, lambda: rig.store.remove(name))
+    rig.save(20, nbytes=10 * PART)
+    after_parts(monkeypatch, 1, lambda: rig.store.remove(CheckpointName(20, 1)))
     uploader = rig.uploader()
     uploader.open()
     # On POSIX an open file stays readable after its removal; then only the mark finds no folder.
@@ -353,8 +319,7 @@ def test_a_checkpoint_that_is_deleted_during_its_upload_is_not_a_failure(
     assert set(rig.names) - {"step-20.a1"} == {"step-10.a1"}
 
 
-def test_a_disk_that_refuses_the_mark_is_a_failure_that_passes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is uploaded again for it, and it is announced once."""
+def test_a_mark_that_cannot_be_written_is_retried_without_an_upload(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.save(10)
     uploader = rig.uploader()
     with monkeypatch.context() as patch:
@@ -366,20 +331,20 @@ def test_a_disk_that_refuses_the_mark_is_a_failure_that_passes(rig: Rig, monkeyp
         with pytest.raises(OSError, match="No space left"):
             uploader.open()
     assert rig.uploaded == []
-    monkeypatch.setattr(Objects, "put", lambda self, key, data: refuse())
+    monkeypatch.setattr(Objects, "put", refuse)
     uploader.open()
     assert rig.uploaded == ["step-10.a1"]
 
 
 def test_another_run_of_this_name_is_not_overwritten(rig: Rig, tmp_path: Path) -> None:
-    """Somebody deleted the run's folder and began again: what is in the store may be all that is left of it."""
+    """The run folder was deleted, so the store may hold the only copy."""
     rig.save(10)
     rig.uploader().open()
     shutil.rmtree(rig.store.folder)
     rig.attempt(1)
     rig.save(20)
     uploader = rig.uploader()
-    uploader.open()  # not a failure to be retried: it would hold up the end of the run
+    uploader.open()  # a retry would delay the end of the run
     (failed,) = rig.of(CheckpointFailed)
     assert "there holds attempt 1 of another run of this name" in failed.error
     uploader.deliver([])
@@ -389,7 +354,6 @@ def test_another_run_of_this_name_is_not_overwritten(rig: Rig, tmp_path: Path) -
 def test_opening_again_after_a_failed_upload_does_not_take_its_own_for_anothers(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The supervisor calls `open` until it succeeds, and it uploads."""
     rig.save(10)
     rig.save(20)
     uploader = rig.uploader()
@@ -405,7 +369,7 @@ def test_opening_again_after_a_failed_upload_does_not_take_its_own_for_anothers(
 
 
 def test_progress_is_published_at_once_and_then_at_intervals(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand parts are not a thousand events; each belongs to the checkpoint's step, not to the loop's."""
+    """With the position of the checkpoint, not of the loop."""
     monkeypatch.setattr(checkpoint_uploader, "PROGRESS_S", 1e9)
     uploader = rig.uploader()
     uploader.open()
@@ -427,8 +391,7 @@ def test_progress_is_published_at_once_and_then_at_intervals(rig: Rig, monkeypat
         assert event.time > 1e9
 
 
-def test_abandoned_it_stops_at_the_next_part(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And begins nothing more: no other one, no removal, no event."""
+def test_an_abandoned_upload_stops_at_the_next_part(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.save(10)
     rig.save(20, nbytes=50 * PART)
     uploader = rig.uploader()
@@ -439,11 +402,10 @@ def test_abandoned_it_stops_at_the_next_part(rig: Rig, monkeypatch: pytest.Monke
     assert 5 <= len(parts) <= 5 + 2 * Limits().parallel
     uploader.deliver([])
     assert rig.uploaded == []
-    assert uploader.close() is None
+    uploader.close()
 
 
-def test_it_is_delivered_what_it_needs_and_gives_up_with_the_run_only() -> None:
-    """It never holds the loop, and an outage may last for days."""
+def test_the_uploader_never_blocks_the_loop_and_retries_until_the_run_ends() -> None:
     assert UPLOADER_DELIVERY.types == {CheckpointSaved}
     assert UPLOADER_DELIVERY.overflow != "block"
     assert UPLOADER_DELIVERY.on_error == "retry"
@@ -451,20 +413,11 @@ def test_it_is_delivered_what_it_needs_and_gives_up_with_the_run_only() -> None:
     assert UPLOADER_DELIVERY.timeout_s is None
 
 
-def test_credentials_in_the_address_are_refused_at_once(rig: Rig) -> None:
-    """Before the run begins, and without repeating them."""
-    with pytest.raises(UploadError, match="a user, a password") as caught:
-        CheckpointUploader(
-            rig.store, "s3://key:SECRET@bucket", Checkpoints(), rig.events.append, rig.origin.header, lambda: None
-        )
-    assert "SECRET" not in "".join(traceback.format_exception_only(caught.value))
-
-
 # -------------------------------------------------------------------------------------------------- supervised
 
 
 class Quoting(http.server.BaseHTTPRequestHandler):
-    """Refuses as S3 does, quoting the client."""
+    """Refuses as S3 does, and quotes the client."""
 
     def do_GET(self) -> None:
         body = f"<Error><Code>SignatureDoesNotMatch</Code><Key>{self.headers['Authorization']} {SECRETS}</Key></Error>"
@@ -474,7 +427,7 @@ class Quoting(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Print nothing."""
 
 
 @pytest.mark.anyio
@@ -482,15 +435,12 @@ class Quoting(http.server.BaseHTTPRequestHandler):
 async def test_no_secret_reaches_an_event_or_a_log(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answered: bool
 ) -> None:
-    """Neither when the store refuses and quotes them, nor when it does not answer."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     rig.save(10)
     pump = Pump(Ring(rig.origin))
     limits = Limits(connect_s=1.0, request_s=5.0, retries=0)
-    uploader = CheckpointUploader(
-        rig.store, "s3://bucket/run", Checkpoints(), pump.ring.publish, rig.origin.header, lambda: None, limits
-    )
+    uploader = rig.uploader("s3://bucket/run", pump.ring.publish, limits)
     supervisor = Supervisor(pump, lambda error: None)
     listener = pump.subscribe("listener", Delivery(latency_s=1e-6))
     with http.server.HTTPServer(("127.0.0.1", 0), Quoting) as server, caplog.at_level(logging.DEBUG):
@@ -522,7 +472,6 @@ async def test_no_secret_reaches_an_event_or_a_log(
 async def test_under_a_supervisor_an_outage_passes_and_the_end_waits_for_the_last(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop publishes that one was saved, and continues; the rest happens on the uploader's thread."""
     outage, refused = threading.Event(), threading.Event()
     real = Objects.put
 
@@ -535,15 +484,13 @@ async def test_under_a_supervisor_an_outage_passes_and_the_end_waits_for_the_las
     monkeypatch.setattr(Objects, "put", put)
     pump = Pump(Ring(rig.origin))
     rig.events = told = []  # type: ignore[assignment]
-    uploader = CheckpointUploader(
-        rig.store, rig.remote.url, Checkpoints(), pump.ring.publish, rig.origin.header, lambda: None
-    )
+    uploader = rig.uploader(publish=pump.ring.publish)
     supervisor = Supervisor(pump, lambda error: None)
     listener = pump.subscribe("listener", Delivery(latency_s=1e-6, capacity=100))
 
     def saved(step: int) -> None:
         name = rig.save(step)
-        pump.ring.publish(CheckpointSaved(*rig.origin.header(), str(name), str(rig.store.path(name))))
+        pump.ring.publish(CheckpointSaved(*rig.origin.header(), name, str(rig.store.folder / name)))
 
     async def until(kind: type[Event]) -> Any:
         while True:
@@ -562,7 +509,7 @@ async def test_under_a_supervisor_an_outage_passes_and_the_end_waits_for_the_las
             outage.set()
             saved(20)
             failed = await until(ObserverFailed)
-            assert failed.during in ("upload", "open")  # where it may still have been busy with the first one
+            assert failed.during in ("upload", "open")
             assert failed.action == "retrying"
             assert failed.error == "UploadError: the line is cut"
             outage.clear()
