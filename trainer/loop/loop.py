@@ -292,8 +292,8 @@ class TrainingLoop:
         payload, live, loss = Payload(), outcome.outputs, outcome.loss
         receivers = self._attempt.bus.audience.payload_receivers.get(TrainStepEnded, ())
         if live is not None and (receivers or outputs is not None):
-            # The event's loss is a copy of the first output, which never changes.
-            is_loss = outcome.is_output and type(loss) is torch.Tensor and len(live[0]) == 1 and loss.is_cpu
+            # Where the loss is the only output, the event's is a copy of it that never changes.
+            is_loss = len(live) == len(live[0]) == 1 and loss.is_cpu and _alike(loss, live[0][0])
             if is_loss:
                 copies = [Copy((loss,), loss.nbytes)]
             else:
@@ -308,3 +308,7 @@ class TrainingLoop:
         if self._fenced_steps:
             payload.fence = self._boundary.fence(TrainStepEnded)
         return payload
+
+
+def _alike(loss: torch.Tensor, output: Any) -> bool:
+    return type(loss) is type(output) is torch.Tensor and loss.shape == output.shape and loss.dtype == output.dtype

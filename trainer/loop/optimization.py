@@ -75,7 +75,6 @@ class Optimization:
         if self.wants_closure:
             refuse_scaler(self.optimizers, attempt.precision)
         self._attempt = attempt
-        self._arguments = attempt.arguments
         self._precision = attempt.precision
         self._strays: list[torch.nn.Parameter] = []
         self._held = 0
@@ -227,7 +226,7 @@ class Optimization:
         optimizers = self.optimizers if optimizers is None else optimizers
         refuse_scaler(optimizers, self._precision)
         done = ClosureStep()
-        before = self._copy() if self._arguments.non_finite != "warn" else None
+        before = self._copy() if self._attempt.arguments.non_finite != "warn" else None
 
         def closure() -> torch.Tensor:
             self.zero_grad()
@@ -293,15 +292,15 @@ class Optimization:
         if scaled:
             self._precision.unscale_(optimizers)
             found = self._precision.found_inf(optimizers)
-        if self._arguments.clip_grads:
+        if self._attempt.arguments.clip_grads:
             parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-            grad_norm = clip_(parameters, self._arguments.max_grad_norm)
+            grad_norm = clip_(parameters, self._attempt.arguments.max_grad_norm)
         elif not scaled:
             found = self._gradient_check.find(
                 [p.grad for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
             )
         # On the CPU there is no device to wait for, so "stop" can stop before the weights are harmed.
-        policy = self._arguments.non_finite
+        policy = self._attempt.arguments.non_finite
         # A float16 scaler decides on the host whether the optimizers step, and so does the policy that skips.
         if scaled or policy == "skip" or (policy == "stop" and loss.is_cpu):
             return grad_norm, None, self._read(loss, grad_norm, found)
@@ -322,7 +321,7 @@ class Optimization:
                 both = torch.stack((loss.reshape(()), *each))
                 numbers = both.tolist()  # SYNC: the loop must decide whether to skip the step (float16, skip, stop)
         bad = numbers[1] > 0 if found is not None else not math.isfinite(numbers[1])
-        if not math.isfinite(numbers[0]) and (bad or self._arguments.non_finite != "warn"):
+        if not math.isfinite(numbers[0]) and (bad or self._attempt.arguments.non_finite != "warn"):
             return "non_finite_loss"
         if not bad:
             return None

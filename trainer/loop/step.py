@@ -43,8 +43,6 @@ class StepOutcome(msgspec.Struct, gc=False):
     bad_gradient: torch.Tensor | None = None
     """Positive if a gradient is not finite; None if the norm shows it, or the host has read it."""
     skipped: Skip | None = None
-    is_output: bool = False
-    """Whether the loss is a copy of the first output of the only micro-batch."""
     weight: float | None = None
     """What the step counts in means."""
 
@@ -132,7 +130,7 @@ class Step:
             self._attempt.recorder.discard()
             self._take = self._with_closure
             return self._with_closure(group, keep)
-        return StepOutcome(loss, rows, outputs, lr, grad_norm, bad_gradient, skipped, len(group) == 1)
+        return StepOutcome(loss, rows, outputs, lr, grad_norm, bad_gradient, skipped)
 
     def _with_closure(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
         """One step of optimizers that compute the loss themselves, as often as they want, on the same micro-batches.
