@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from events.journal.reader import JournalReader
-from events.messages import Event
+from events.messages import Event, MetricsLogged
 from events.protocol import RunResult
 from sinks import Memory
-from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments
+from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments, fenced, inline, observer
 
 EventT = TypeVar("EventT", bound=Event)
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -95,27 +95,51 @@ class Net(ModuleInterface):
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
         if self.act is not None:
             self.act(global_step)
-        if self.own_train_step is not None:
-            return self.own_train_step(self, global_step, batch)
-        loss, predicted = self.forward_loss(batch)
-        if self.scales is not None:
-            self.calls += 1
-            loss = loss * self.scales.get(self.calls, 1.0)
-        return loss, predicted
+        own = self.own_train_step
+        outputs = self.forward_loss(batch) if own is None else own(self, global_step, batch)
+        if self.scales is None:
+            return outputs
+        self.calls += 1
+        loss, *rest = outputs
+        return loss * self.scales.get(self.calls, 1.0), *rest
 
     def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
         return self.forward_loss(batch) if self.own_val_step is None else self.own_val_step(self, global_step, batch)
 
 
+class Boom(Exception):
+    """An error of the user's."""
+
+
+def failing(error: BaseException, at: int = 2) -> Net:
+    """Return a module that raises the error in the step of this number."""
+
+    def act(step: int) -> None:
+        if step == at:
+            raise error
+
+    return Net(act=act)
+
+
+def logging_net(log: Callable[[Any, int, Batch], object], **options: Any) -> Net:
+    """Return a module that calls ``log(module, global_step, batch)`` in each train step."""
+
+    def step(net: Net, global_step: int, batch: Batch) -> Any:
+        log(net, global_step, batch)
+        return net.forward_loss(batch)
+
+    return Net(train_step=step, **options)
+
+
 class Scored(Net):
-    """Logs a ``score`` of each validation: the next of those given."""
+    """Takes one step per epoch; the validation after the n-th step logs the n-th ``score``, unless that is None."""
 
     def __init__(self, *scores: float | None, **options: Any) -> None:
-        super().__init__(**options)
-        self.scores = iter(scores)
+        super().__init__(rows=8, **options)
+        self.scores = scores
 
     def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
-        if (score := next(self.scores)) is not None:
+        if (score := self.scores[global_step - 1]) is not None:
             self.log("score", score)
 
 
@@ -160,6 +184,18 @@ class InlineDiary(Diary):
         self._write("on_end_backward", global_step, loss_tensor.detach().clone())
 
 
+LANES = {"inline": inline, "fenced": fenced, "observer": observer}
+
+
+def hooked(name: str, act: Callable[..., object], lane: str | None = None, kind: type = CallbackInterface) -> Any:
+    """Return a class ``Probe`` with one hook, ``act(callback, global_step, *outputs)``, marked with a lane or not."""
+
+    def hook(self: object, *args: object, **kwargs: object) -> object:
+        return act(self, *args, **kwargs)
+
+    return type("Probe", (kind,), {name: hook if lane is None else LANES[lane](hook)})
+
+
 class Outcome:
     """How a run ended, and what it published."""
 
@@ -178,6 +214,14 @@ class Outcome:
 
     def of(self, kind: type[EventT]) -> list[EventT]:
         return [event for event in self.events if type(event) is kind]
+
+    def logged(self) -> dict[str, list[tuple[int, float]]]:
+        """Return each metric's values with their steps."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for event in self.of(MetricsLogged):
+            for name, value in event.metrics.items():
+                found.setdefault(name, []).append((event.global_step, value))
+        return found
 
     def names(self, *without: type[Event]) -> list[str]:
         return [type(event).__name__ for event in self.events if type(event) not in without]

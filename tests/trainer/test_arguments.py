@@ -51,7 +51,6 @@ from trainer.errors import ArgumentsError
     ],
 )
 def test_a_value_that_is_not_allowed_is_named_with_what_is(name: str, value: Any, allowed: str) -> None:
-    """Built directly, from a dict or by replacing a field: the same check, the same message."""
     for build in (
         lambda: TrainerArguments(**{name: value}),
         lambda: TrainerArguments.from_dict({name: value}),
@@ -64,8 +63,7 @@ def test_a_value_that_is_not_allowed_is_named_with_what_is(name: str, value: Any
 
 
 def test_all_problems_come_in_one_error() -> None:
-    """Arguments need not be fixed one at a time."""
-    with pytest.raises(ArgumentsError) as caught:
+    with pytest.raises(ValueError, match=r"^the arguments: ") as caught:
         TrainerArguments.from_dict({"epochs": 0, "seeed": 1, "device": 3, "zzzz": 1})
     text = str(caught.value)
     assert "epochs = 0" in text
@@ -113,7 +111,6 @@ class Own(TrainerArguments, frozen=True, kw_only=True):
     ],
 )
 def test_a_constructor_names_its_class_and_what_serves_instead(build: Callable[[], Any], says: str) -> None:
-    """Once, for misspelt names and for those of other trainers, in arguments and in what else people build."""
     with pytest.raises(ArgumentsError) as caught:
         build()
     assert str(caught.value).startswith(says)
@@ -131,7 +128,6 @@ def test_every_alias_is_another_name_for_something_that_exists() -> None:
 
 
 def test_arguments_of_a_subclass_are_built_pickled_and_replaced_as_others_are() -> None:
-    """The user's own field is one like ours, though its name is an alias."""
     own = Own(lr=1, epochs=2)
     assert pickle.loads(pickle.dumps(own)) == own == Own.from_dict({"lr": 1, "epochs": 2})
     assert msgspec.structs.replace(own, lr=2.0).lr == 2.0
@@ -139,7 +135,6 @@ def test_arguments_of_a_subclass_are_built_pickled_and_replaced_as_others_are() 
 
 
 def test_names_that_nothing_is_near_are_listed_once_with_the_known_ones() -> None:
-    """In addition to wrong values and failed overrides."""
     with pytest.raises(ArgumentsError) as caught:
         TrainerArguments.from_dict({"zzzz": 1, "yyyy": 2, "device": 3}, ["epochs", "seed=[", "xxxx=1"])
     text = str(caught.value)
@@ -149,28 +144,19 @@ def test_names_that_nothing_is_near_are_listed_once_with_the_known_ones() -> Non
         assert problem in text
 
 
-def test_the_error_is_a_value_error() -> None:
-    """Callers that do not know the package can catch it."""
-    with pytest.raises(ValueError, match="epochs"):
-        TrainerArguments(epochs=0)
-
-
 @pytest.mark.parametrize("values", [[], "epochs", None, 3])
 def test_a_value_other_than_a_mapping_is_refused(values: Any) -> None:
-    """The message says what came instead."""
     with pytest.raises(ArgumentsError, match="must be a mapping"):
         TrainerArguments.from_dict(values)
 
 
 def test_integers_serve_as_floats_and_nothing_else_is_coerced() -> None:
-    """`max_grad_norm: 1` is a float afterwards."""
     arguments = TrainerArguments(max_grad_norm=2, drain_timeout_s=0)
     assert isinstance(arguments.max_grad_norm, float)
     assert isinstance(arguments.drain_timeout_s, float)
 
 
 def test_arguments_are_frozen_and_hold_no_one_elses_mapping() -> None:
-    """A change of the dict that was passed does not reach them."""
     options = {"mode": "default"}
     arguments = TrainerArguments(compile_options=options)
     options["mode"] = "other"
@@ -181,7 +167,6 @@ def test_arguments_are_frozen_and_hold_no_one_elses_mapping() -> None:
 
 
 def test_arguments_survive_json() -> None:
-    """What is stored with a run reads back equal, and is checked on the way."""
     arguments = TrainerArguments(epochs=3, seed=7, compile_options={"dynamic": True})
     assert msgspec.json.decode(msgspec.json.encode(arguments), type=TrainerArguments) == arguments
     with pytest.raises(msgspec.ValidationError, match="epochs"):
@@ -207,7 +192,6 @@ def test_arguments_survive_json() -> None:
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:
-    """The error contains the path and the reason."""
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ArgumentsError) as caught:
@@ -217,7 +201,6 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: st
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
-    """Also what the system says about it."""
     with pytest.raises(ArgumentsError, match=r"none\.yaml: cannot be read: No such file"):
         TrainerArguments.from_file(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
@@ -226,19 +209,14 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
 
 
 def test_all_three_languages_say_the_same(tmp_path: Path) -> None:
-    """YAML, TOML and JSON give equal arguments; YAML's 1e-4 is a number."""
     (tmp_path / "a.yaml").write_text("max_grad_norm: 1e-4\nseed: 3\ncompile_options: {dynamic: true}\n")
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert TrainerArguments.from_file(tmp_path / "empty.yaml") == TrainerArguments()
     (tmp_path / "a.toml").write_text("max_grad_norm = 1e-4\nseed = 3\ncompile_options = {dynamic = true}\n")
     values = {"max_grad_norm": 1e-4, "seed": 3, "compile_options": {"dynamic": True}}
     (tmp_path / "a.json").write_text(json.dumps(values))
     loaded = [TrainerArguments.from_file(tmp_path / f"a.{suffix}") for suffix in ("yaml", "toml", "json")]
     assert loaded == [TrainerArguments(**values)] * 3
-
-
-def test_an_empty_yaml_file_is_all_defaults(tmp_path: Path) -> None:
-    """A file with nothing but comments is a configuration, too."""
-    (tmp_path / "a.yaml").write_text("# nothing yet\n")
-    assert TrainerArguments.from_file(tmp_path / "a.yaml") == TrainerArguments()
 
 
 # --------------------------------------------------------------------------------------------- overrides
@@ -258,7 +236,6 @@ def test_an_empty_yaml_file_is_all_defaults(tmp_path: Path) -> None:
     ],
 )
 def test_an_override_that_cannot_be_applied_is_quoted(override: Any, says: str) -> None:
-    """The message repeats it."""
     problems: list[str] = []
     assert apply_overrides({"epochs": 1}, [override], problems) == {"epochs": 1}
     assert repr(override) in problems[0]
@@ -266,7 +243,6 @@ def test_an_override_that_cannot_be_applied_is_quoted(override: Any, says: str) 
 
 
 def test_a_wrong_override_is_checked_like_a_value_of_the_file(tmp_path: Path) -> None:
-    """The error names the file and the override that it came with."""
     (tmp_path / "a.yaml").write_text("epochs: 2\n")
     with pytest.raises(ArgumentsError, match=r"a\.yaml with epochs=none, sed=1: .*did you mean seed.*epochs = 'none'"):
         TrainerArguments.from_file(tmp_path / "a.yaml", ["epochs=none", "sed=1"])
@@ -299,7 +275,6 @@ def test_override_values_are_read_as_yaml(text: str, value: Any) -> None:
 
 
 def test_dotted_overrides_reach_into_groups_and_change_nothing_else() -> None:
-    """Groups are made where they are missing, the later override wins, and the original stays as it was."""
     config = {"compile_options": {"dynamic": False}, "epochs": 1}
     result = apply_overrides(config, ["compile_options.mode=default", "new.deep.name=1", "epochs=2", "epochs=3"], [])
     assert result == {
@@ -340,15 +315,10 @@ class Outer(msgspec.Struct, frozen=True):
     ],
 )
 def test_nested_configurations_name_the_path(config: dict[str, Any], says: str) -> None:
-    """The same checks serve any Struct, at any depth."""
     with pytest.raises(ArgumentsError) as caught:
         decode(Outer, config, "here")
     assert str(caught.value).startswith("here: ")
     assert says in str(caught.value)
-
-
-def test_nested_configurations_are_decoded_with_overrides() -> None:
-    """A Struct within a Struct, from plain values and dotted overrides."""
     assert decode(Outer, {"inner": None}, "here", ["inner.rate=1e-3"]) == Outer(Inner(0.001))
     assert decode(Outer, {"inner": Inner(1.0)}, "here") == Outer(Inner(1.0))
 
@@ -359,7 +329,6 @@ def test_nested_configurations_are_decoded_with_overrides() -> None:
 @given(st.integers(1, 5_000), st.one_of(st.none(), st.integers(1, 6_000)))
 @example(14, 4)  # a micro-batch of exactly half of the limit
 def test_the_micro_batch_is_the_largest_divisor_within_the_limit(total: int, limit: int | None) -> None:
-    """It divides the batch, keeps the limit, and no larger one does."""
     arguments = TrainerArguments(train_batch_size=total, gpu_batch_size_limit=limit)
     bound = total if limit is None else limit
     assert arguments.micro_batch_size == max(d for d in range(1, total + 1) if total % d == 0 and d <= bound)
@@ -369,20 +338,13 @@ def test_the_micro_batch_is_the_largest_divisor_within_the_limit(total: int, lim
 
 
 def test_the_warning_about_small_micro_batches_names_the_numbers_and_a_better_one() -> None:
-    """A prime batch size leaves micro-batches of one row."""
     warning = TrainerArguments(train_batch_size=97, gpu_batch_size_limit=32).batch_size_warning()
     assert warning is not None
-    for part in (
-        "train_batch_size=97",
-        "gpu_batch_size_limit=32",
-        "97 micro-batches of 1",
-        "train_batch_size=96",
-    ):
+    for part in ("train_batch_size=97", "gpu_batch_size_limit=32", "97 micro-batches of 1", "train_batch_size=96"):
         assert part in warning
 
 
 def test_validation_batches_default_to_the_micro_batch() -> None:
-    """What fits on the device in training fits in validation."""
     assert TrainerArguments(train_batch_size=64, gpu_batch_size_limit=16).evaluation_batch_size == 16
     assert TrainerArguments(train_batch_size=64, val_batch_size=128).evaluation_batch_size == 128
 
@@ -408,11 +370,9 @@ def test_every_argument_is_described() -> None:
     ],
 )
 def test_types_are_said_in_words(kind: Any, words: str) -> None:
-    """For messages and help texts."""
     assert describe_type(kind) == words
 
 
 def test_load_config_is_not_tied_to_the_arguments(tmp_path: Path) -> None:
-    """Any nested mapping is read unchanged."""
     (tmp_path / "a.yaml").write_text("base: &base {rate: 1e-3}\nsame: {<<: *base, name: x}\n")
     assert load_config(tmp_path / "a.yaml") == {"base": {"rate": 0.001}, "same": {"rate": 0.001, "name": "x"}}

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.threads import join_threads, trainer_threads
+from support.training import LANES, Diary, Net, failing, make_trainer, read_journal, train
 
 from events.journal.writer import Journal
 from events.messages import BackwardEnded, Event, RunEnded, RunStarted
@@ -136,12 +138,11 @@ class Quiet(CallbackInterface):
         ({"run_dir": b"run"}, "run_dir must be the path of a folder, not b'run'"),
     ],
 )
-def test_what_a_trainer_cannot_use_is_named_when_it_is_built(kit: Any, given: dict[str, Any], says: Any) -> None:
-    """By its argument and place, with what came and what it must be; nothing is written."""
+def test_what_a_trainer_cannot_use_is_named_when_it_is_built(given: dict[str, Any], says: Any) -> None:
     with pytest.raises(
         ArgumentsError, match=f"^Trainer: {says.pattern if isinstance(says, re.Pattern) else re.escape(says)}"
     ):
-        Trainer(**({"module": kit.Net()} | given))
+        Trainer(**({"module": Net()} | given))
     assert os.listdir() == []
 
 
@@ -159,12 +160,11 @@ def test_what_a_trainer_cannot_use_is_named_when_it_is_built(kit: Any, given: di
         ((TrainerArguments(), [Quiet]), {}, "Trainer: [<class '"),
     ],
 )
-def test_an_argument_that_a_trainer_does_not_take_is_named(kit: Any, arguments: Any, options: Any, says: str) -> None:
-    """With what serves instead, also for the names of other trainers."""
+def test_an_argument_that_a_trainer_does_not_take_is_named(arguments: Any, options: Any, says: str) -> None:
     with pytest.raises(ArgumentsError, match=f"^{re.escape(says)}"):
-        Trainer(kit.Net(), *arguments, **options)
+        Trainer(Net(), *arguments, **options)
     with pytest.raises(ArgumentsError, match=r"^Trainer: model: is not known; did you mean module\?$"):
-        Trainer(model=kit.Net())
+        Trainer(model=Net())
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,8 @@ def test_an_argument_that_a_trainer_does_not_take_is_named(kit: Any, arguments: 
         (lambda t: t.nothing, AttributeError, "'Trainer' object has no attribute 'nothing'"),
     ],
 )
-def test_a_call_of_another_trainer_names_what_serves_instead(kit: Any, use: Any, error: Any, says: str) -> None:
-    """On the trainer, the module and callbacks; copies of a trainer work."""
-    trainer = kit.make_trainer(kit.Net())
+def test_a_call_of_another_trainer_names_what_serves_instead(use: Any, error: Any, says: str) -> None:
+    trainer = make_trainer(Net())
     with pytest.raises(error, match=re.escape(says)):
         use(copy.copy(trainer))
     assert not hasattr(trainer, "fit")
@@ -197,14 +196,7 @@ def test_a_call_of_another_trainer_names_what_serves_instead(kit: Any, use: Any,
     ],
 )
 @pytest.mark.parametrize("where", ["step", "inline", "observer"])
-def test_what_other_trainers_give_to_modules_is_named_in_a_note(kit: Any, use: Any, says: str, where: str) -> None:
-    """The user's error stays as it is, in a step and in hooks of each lane."""
-
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if where == "step":
-                use(self)
-            return self.forward_loss(batch)
+def test_what_other_trainers_give_to_modules_is_named_in_a_note(use: Any, says: str, where: str) -> None:
 
     class Hook(CallbackInterface):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
@@ -213,7 +205,8 @@ def test_what_other_trainers_give_to_modules_is_named_in_a_note(kit: Any, use: A
         if where == "inline":
             inline(on_end_train_step)
 
-    outcome = kit.train(Net(), callbacks=[] if where == "step" else [Hook()])
+    net = Net(act=lambda step: use(net) if where == "step" else None)
+    outcome = train(net, callbacks=[] if where == "step" else [Hook()])
     assert type(outcome.error) in (AttributeError, TypeError)
     notes = [note for note in outcome.error.__notes__ if says in note]
     assert len(notes) == 1
@@ -222,11 +215,11 @@ def test_what_other_trainers_give_to_modules_is_named_in_a_note(kit: Any, use: A
 # ------------------------------------------------------------------------------------------------- what never fits
 
 
-def built(kit: Any, target: str, **methods: Any) -> Any:
+def built(target: str, **methods: Any) -> Any:
     """A trainer of a module, or with a callback, that has these methods."""
     if target == "module":
-        return kit.make_trainer(type("Own", (kit.Net,), methods)())
-    return kit.make_trainer(kit.Net(), callbacks=[type("Own", (CallbackInterface,), methods)()])
+        return make_trainer(type("Own", (Net,), methods)())
+    return make_trainer(Net(), callbacks=[type("Own", (CallbackInterface,), methods)()])
 
 
 async def waits(self: Any, global_step: int) -> None:
@@ -276,11 +269,10 @@ def yields(self: Any, global_step: int) -> Any:
     ],
 )
 def test_a_hook_with_a_wrong_signature_is_named_when_the_trainer_is_built(
-    kit: Any, target: str, name: str, method: Any, says: str
+    target: str, name: str, method: Any, says: str
 ) -> None:
-    """With the right one, before anything is trained."""
     with pytest.raises(ArgumentsError, match=re.escape(says)):
-        built(kit, target, **{name: method})
+        built(target, **{name: method})
 
 
 @pytest.mark.parametrize(
@@ -310,25 +302,22 @@ def test_a_hook_with_a_wrong_signature_is_named_when_the_trainer_is_built(
     ],
 )
 def test_a_method_of_the_module_that_cannot_be_called_is_named_when_the_trainer_is_built(
-    kit: Any, name: str, method: Any, says: str
+    name: str, method: Any, says: str
 ) -> None:
-    """All of them at once."""
     with pytest.raises(ArgumentsError, match=re.escape(says)) as caught:
-        built(kit, "module", **{name: method, "on_end_train": lambda self: 0})
+        built("module", **{name: method, "on_end_train": lambda self: 0})
     assert "Own.on_end_train(self) cannot take" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["should_stop", "bind_optimizers", "state_dict", "load_state_dict"])
-def test_optional_methods_of_a_callback_are_checked_too(kit: Any, name: str) -> None:
-    """By the arguments with which it is called."""
+def test_optional_methods_of_a_callback_are_checked_too(name: str) -> None:
     with pytest.raises(
         ArgumentsError, match=rf"Own.{name}\(self, a, b, c\) cannot take the trainer's arguments; define"
     ):
-        built(kit, "callback", **{name: lambda self, a, b, c: 0})
+        built("callback", **{name: lambda self, a, b, c: 0})
 
 
-def test_methods_of_any_form_are_accepted(kit: Any) -> None:
-    """Any arguments, a partial, a mock, static methods, functions of C, and a forward that takes the stage."""
+def test_methods_of_any_form_are_accepted() -> None:
     methods = {
         "on_begin_train_epoch": lambda self, *args, **kwargs: None,
         "on_end_train_step": unittest.mock.Mock(return_value=None),
@@ -336,19 +325,19 @@ def test_methods_of_any_form_are_accepted(kit: Any) -> None:
         "on_end_val_epoch": classmethod(lambda cls, step, loss, predicted=None, **key: None),
         "on_end_train": staticmethod(math.sqrt),
     }
-    assert built(kit, "callback", **methods).train().status == "finished"
-    assert built(kit, "callback", on_end_train=staticmethod(min)) is not None
+    assert built("callback", **methods).train().status == "finished"
+    assert built("callback", on_end_train=staticmethod(min)) is not None
 
-    class Own(kit.Net):
+    class Own(Net):
         @torch.autocast("cpu", enabled=False)  # a wrapper of any arguments
         def forward(self, stage: Any, *rest: Any) -> Any:
             return super().forward(stage, *rest)
 
-    assert kit.train(Own()).result.status == "finished"
-    replaced = kit.Net()
+    assert train(Own()).result.status == "finished"
+    replaced = Net()
     replaced.forward = lambda x: x
     with pytest.raises(ArgumentsError, match=r"Net\.forward replaces the method that calls train_step"):
-        kit.make_trainer(replaced)
+        make_trainer(replaced)
 
 
 @pytest.mark.parametrize(
@@ -366,18 +355,15 @@ def test_methods_of_any_form_are_accepted(kit: Any) -> None:
         ("callback", "on_train_epohc_end", "on_train_epohc_end is called on_end_train_epoch here"),
     ],
 )
-def test_a_method_that_is_never_called_is_warned_of_once(
-    kit: Any, caplog: Any, target: str, name: str, served: str
-) -> None:
-    """Hooks and methods of other trainers, and misspelt ones, with the name that they have here."""
-    built(kit, target, **{name: lambda self, *args: None})
+def test_a_method_that_is_never_called_is_warned_of_once(caplog: Any, target: str, name: str, served: str) -> None:
+    built(target, **{name: lambda self, *args: None})
     assert [record.message for record in caplog.records] == [f"Own has methods that the trainer never calls: {served}"]
 
 
-def test_helpers_of_the_users_are_not_warned_of(kit: Any, caplog: Any) -> None:
+def test_helpers_of_the_users_are_not_warned_of(caplog: Any) -> None:
     """What the class calls itself, what is private, what a library brings, and what resembles nothing."""
 
-    class Own(kit.Net):
+    class Own(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             return self.training_step(batch)
 
@@ -390,12 +376,11 @@ def test_helpers_of_the_users_are_not_warned_of(kit: Any, caplog: Any) -> None:
 
     library = type("Library", (), {"on_train_epoch_end": lambda self: None, "__module__": "lightning.pytorch"})
     callback = type("Mixed", (library, CallbackInterface), {"export": lambda self: None})()
-    assert kit.train(Own(), callbacks=[callback, callback]).result.status == "finished"
+    assert train(Own(), callbacks=[callback, callback]).result.status == "finished"
     assert caplog.records == []
 
 
 def test_a_module_that_is_not_complete_names_what_its_methods_are_called_here() -> None:
-    """Ported from another trainer, or simply not written yet."""
     ported = type("Ported", (ModuleInterface,), {"training_step": print, "train_dataloader": lambda self: None})
     lacks = "lacks get_optimizers_schedulers, get_train_dataloader, get_val_dataloaders, train_step, val_step"
     with pytest.raises(TypeError, match=f"^Ported {lacks}; train_dataloader is called get_train_dataloader here$"):
@@ -469,49 +454,45 @@ HELD: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("held", HELD)
 def test_a_callback_that_holds_what_is_trained_is_warned_of_once(
-    kit: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch, held: str
+    caplog: Any, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
-    """Where its step hook is not marked: the warning names the mark."""
-    net = kit.Net()
+    net = Net()
     monkeypatch.setitem(globals(), "shared", net)
     monkeypatch.setitem(TABLE, "shared", net)
     make = HELD[held]
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     callbacks = [make(net, optimizer), make(net, optimizer)]
-    kit.make_trainer(net, callbacks=callbacks)
+    make_trainer(net, callbacks=callbacks)
     (record,) = caplog.records if "closure" not in held else caplog.records[:1]
     assert f" holds {held.partition(' (')[0]}" in record.message
     assert "mark on_end_train_step with @inline, or with @observer to silence this" in record.message
 
 
-def test_other_callbacks_are_not_warned_of(kit: Any, caplog: Any) -> None:
-    """Marked ones, those that hold a copy or another module, those that only look at the end, and the shipped ones."""
-    net = kit.Net()
+def test_other_callbacks_are_not_warned_of(caplog: Any) -> None:
+    net = Net()
     marked = type("Marked", (Holder,), {"on_end_train_step": observer(lambda self, step, *outputs: None)})
     ending = type("Ending", (CallbackInterface,), {"on_end_train": lambda self, step: None})()
     ending.net = net
     cyclic: list[Any] = []
     cyclic.append(cyclic)
     odd = type("Odd", (), {"__dict__": property(lambda self: 1 / 0)})()
-    callbacks = [marked(net), Holder(copy.deepcopy(net)), Holder(kit.Net()), Holder(cyclic), Holder(odd), ending]
+    callbacks = [marked(net), Holder(copy.deepcopy(net)), Holder(Net()), Holder(cyclic), Holder(odd), ending]
     shipped = [EarlyStopping("val_loss"), EMA(net), LearningRateMonitor(net), ModelStatistics(net)]
-    kit.make_trainer(net, callbacks=[*callbacks, *shipped])
+    make_trainer(net, callbacks=[*callbacks, *shipped])
     assert caplog.records == []
 
 
-def test_everything_that_is_wrong_is_named_at_once(kit: Any) -> None:
-    """It does not take five attempts."""
+def test_everything_that_is_wrong_is_named_at_once() -> None:
     wrong: Any = {"callbacks": [3], "sinks": [4], "run_id": "a/b", "journal": 5}
     with pytest.raises(ArgumentsError) as caught:
-        Trainer(kit.Net, {}, **wrong)
+        Trainer(Net, {}, **wrong)
     for name in ("module", "arguments", "callbacks[0]", "sinks[0]", "run_id", "journal"):
         assert f"{name} must be" in str(caught.value)
 
 
-def test_what_looks_unusual_is_accepted(kit: Any) -> None:
-    """Any iterables, a named tuple as a sink, and odd names of runs."""
+def test_what_looks_unusual_is_accepted() -> None:
     callbacks = iter([Quiet(), (Quiet(), Delivery())])
-    outcome = kit.train(kit.Net(), callbacks=callbacks, sinks=[Lines("a", "b")], run_id="läuft ..  gut", journal=True)
+    outcome = train(Net(), callbacks=callbacks, sinks=[Lines("a", "b")], run_id="läuft ..  gut", journal=True)
     assert outcome.result.status == "finished"
     assert os.listdir("runs") == ["läuft ..  gut"]
     assert [report.observer for report in outcome.result.observers if report.observer == "lines"]
@@ -519,9 +500,8 @@ def test_what_looks_unusual_is_accepted(kit: Any) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("device", ["quantum", "cuda:99", "cpu:x"])
-async def test_a_device_that_does_not_exist_is_refused_before_anything_is_written(kit: Any, device: str) -> None:
-    """By all doors, with those that exist."""
-    trainer = kit.make_trainer(kit.Net(), device=device, journal=True)
+async def test_a_device_that_does_not_exist_is_refused_before_anything_is_written(device: str) -> None:
+    trainer = make_trainer(Net(), device=device, journal=True)
     expected = pytest.raises(ArgumentsError, match=f"device = '{device}': cannot be used: .* Available here: 'auto'")
     with expected:
         trainer.train()
@@ -531,41 +511,32 @@ async def test_a_device_that_does_not_exist_is_refused_before_anything_is_writte
         async with trainer.run():
             raise AssertionError("must not be entered")
     assert os.listdir() == []
-    kit.join_threads()
+    join_threads()
 
 
 # ------------------------------------------------------------------------------------------ what a module returns
-
-
-def train_step_that_returns(kit: Any, make: Callable[[torch.Tensor], Any]) -> Any:
-    class Odd(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, _ = self.forward_loss(batch)
-            return make(loss)
-
-    return Odd()
 
 
 @pytest.mark.parametrize("rows_at_once", [8, 4], ids=["whole", "accumulated"])
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda loss: None, r"Odd.train_step\(\) returned nothing: return the loss tensor, or a tuple that begins"),
-        (lambda loss: (), r"Odd.train_step\(\) returned nothing"),
+        (lambda loss: None, r"Net.train_step\(\) returned nothing: return the loss tensor, or a tuple that begins"),
+        (lambda loss: (), r"Net.train_step\(\) returned nothing"),
         (lambda loss: {"loss": loss}, "returned a dict with loss; return the loss, or a tuple that begins with it"),
-        (lambda loss: loss.item(), r"Odd.train_step\(\) returned a float \(.*\) as its first value: that must be the"),
-        (lambda loss: ("loss", loss), r"Odd.train_step\(\) returned a str \('loss'\) as its first value"),
+        (lambda loss: loss.item(), r"Net.train_step\(\) returned a float \(.*\) as its first value: that must be the"),
+        (lambda loss: ("loss", loss), r"Net.train_step\(\) returned a str \('loss'\) as its first value"),
         (lambda loss: loss.expand(3), r"a loss of shape \(3,\): it must be one number; reduce it with .mean\(\)"),
         (lambda loss: loss.expand(0), r"a loss of shape \(0,\): it must be one number"),
-        (lambda loss: loss.detach(), r"Odd.train_step\(\) returned a loss that needs no gradient: it does not depend"),
-        (lambda loss: torch.tensor(3), r"Odd.train_step\(\) returned a loss that needs no gradient"),
+        (lambda loss: loss.detach(), r"Net.train_step\(\) returned a loss that needs no gradient: it does not depend"),
+        (lambda loss: torch.tensor(3), r"Net.train_step\(\) returned a loss that needs no gradient"),
     ],
 )
 def test_a_train_step_without_a_loss_says_what_to_return(
-    kit: Any, make: Callable[[torch.Tensor], Any], says: str, rows_at_once: int
+    make: Callable[[torch.Tensor], Any], says: str, rows_at_once: int
 ) -> None:
-    """What came, from which method of which class; also where a step has several micro-batches."""
-    outcome = kit.train(train_step_that_returns(kit, make), gpu_batch_size_limit=rows_at_once)
+    net = Net(train_step=lambda net, step, batch: make(net.forward_loss(batch)[0]))
+    outcome = train(net, gpu_batch_size_limit=rows_at_once)
     assert isinstance(outcome.error, StepOutputError)
     assert isinstance(outcome.error, TypeError)
     assert re.search(says, str(outcome.error)), outcome.error
@@ -574,33 +545,21 @@ def test_a_train_step_without_a_loss_says_what_to_return(
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_a_val_step_that_returns_a_dict_says_what_to_return(kit: Any, stage: str) -> None:
-    """Its keys are named, and the step is in the note."""
+def test_a_val_step_that_returns_a_dict_says_what_to_return(stage: str) -> None:
+    def val_step(net: Net, step: int, batch: Any) -> Any:
+        return dict(zip(("loss", "logits"), net.forward_loss(batch), strict=True))
 
-    class Odd(kit.Net):
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, logits = self.forward_loss(batch)
-            return {"loss": loss, "logits": logits}
-
-        def get_test_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return self.batches(batch_size)
-
-    trainer = kit.make_trainer(Odd())
+    trainer = make_trainer(Net(val_step=val_step, test_data=Net.batches))
     with pytest.raises(StepOutputError, match="a dict with loss, logits; return the loss, or a tuple") as caught:
         trainer.train() if stage == "val" else trainer.test()
     assert caught.value.__notes__ == [f"stagecast: in {stage}_step after global_step {2 if stage == 'val' else 0}"]
 
 
 @pytest.mark.parametrize("returned", [[], None])
-def test_wrong_optimizers_end_the_run_before_its_first_step(kit: Any, returned: Any) -> None:
-    """Observers hear of the run and of its end; no epoch begins."""
+def test_wrong_optimizers_end_the_run_before_its_first_step(returned: Any) -> None:
 
-    class Odd(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            return returned
-
-    diary = kit.Diary()
-    outcome = kit.train(Odd(), callbacks=[diary])
+    diary = Diary()
+    outcome = train(Net(optimizers=lambda net: returned), callbacks=[diary])
     assert isinstance(outcome.error, OptimizerError)
     assert outcome.error.__notes__ == ["stagecast: in get_optimizers_schedulers after global_step 0"]
     assert type(outcome.events[0]) is RunStarted
@@ -608,15 +567,10 @@ def test_wrong_optimizers_end_the_run_before_its_first_step(kit: Any, returned: 
     assert diary.lines == []
 
 
-def test_an_empty_test_loader_says_which(kit: Any) -> None:
-    """The method, the key, and what to do."""
-
-    class Odd(kit.Net):
-        def get_test_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return {"near": self.batches(batch_size), "far": []}
+def test_an_empty_test_loader_says_which() -> None:
 
     with pytest.raises(EmptyDataLoader, match=r"get_test_dataloaders\(\) gave no batch for the key 'far': give it"):
-        kit.make_trainer(Odd()).test()
+        make_trainer(Net(test_data=lambda net, size: {"near": net.batches(size), "far": []})).test()
 
 
 # ------------------------------------------------------------------------------------------ what user code raises
@@ -667,42 +621,31 @@ def name_of(make: Any) -> str:
     return type(make()).__name__
 
 
-def failing(kit: Any, error: BaseException) -> Any:
-    class Failing(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if global_step == 2:
-                raise error
-            return self.forward_loss(batch)
-
-    return Failing()
-
-
 def same(caught: BaseException | None, error: BaseException) -> bool:
     """Whether it is the user's own, with nothing around or behind it."""
     return caught is error and error.__cause__ is None and error.__context__ is None
 
 
 @pytest.mark.parametrize("make", KINDS, ids=name_of)
-def test_any_exception_comes_out_of_train_as_itself(kit: Any, make: Callable[[], BaseException]) -> None:
-    """Of any kind: the observers receive the end first, and no thread is left."""
+def test_any_exception_comes_out_of_train_as_itself(make: Callable[[], BaseException]) -> None:
     error = make()
-    outcome = kit.train(failing(kit, error), journal=True, run_id="r")
+    outcome = train(failing(error), journal=True, run_id="r")
     assert same(outcome.error, error)
-    ended = kit.read_journal("runs/r")[-1]
+    ended = read_journal("runs/r")[-1]
     cancelled = isinstance(error, (KeyboardInterrupt, SystemExit))
     assert (type(ended), ended.status) == (RunEnded, "cancelled" if cancelled else "failed")
     assert ended.reason.startswith(type(error).__name__)
-    kit.join_threads()
+    join_threads()
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("make", KINDS, ids=name_of)
-async def test_any_exception_comes_out_of_run_as_itself(kit: Any, make: Callable[[], BaseException]) -> None:
+async def test_any_exception_comes_out_of_run_as_itself(make: Callable[[], BaseException]) -> None:
     """At the end of the block; only StopIteration cannot leave a coroutine, Python makes a RuntimeError of it."""
     error = make()
     caught: BaseException | None = None
     try:
-        async with kit.make_trainer(failing(kit, error)).run():
+        async with make_trainer(failing(error)).run():
             pass
     except BaseException as raised:
         caught = raised
@@ -710,30 +653,25 @@ async def test_any_exception_comes_out_of_run_as_itself(kit: Any, make: Callable
         assert type(caught) is RuntimeError
         caught = caught.__cause__
     assert same(caught, error)
-    assert kit.trainer_threads(loops=True) == []
+    assert trainer_threads(loops=True) == []
 
 
 @pytest.mark.parametrize("make", KINDS, ids=name_of)
 @pytest.mark.parametrize("lane", ["inline", "observer"])
-def test_any_exception_of_a_hook_comes_out_as_itself(kit: Any, lane: str, make: Callable[[], BaseException]) -> None:
-    """On the loop's thread or on the callback's own."""
+def test_any_exception_of_a_hook_comes_out_as_itself(lane: str, make: Callable[[], BaseException]) -> None:
     error = make()
 
-    class Observing(CallbackInterface):
+    class Own(CallbackInterface):
+        @LANES[lane]
         def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
             raise error
 
-    class Inline(CallbackInterface):
-        @inline
-        def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
-            raise error
-
-    outcome = kit.train(kit.Net(), callbacks=[Inline() if lane == "inline" else Observing()])
+    outcome = train(Net(), callbacks=[Own()])
     assert same(outcome.error, error)
     # The loop may have ended before an observer's hook failed: what is published then corrects the end.
     ends = [event.status for event in outcome.of(RunEnded)]
     assert ends in (["failed"], ["cancelled"], ["finished", "failed"], ["finished", "cancelled"])
-    kit.join_threads()
+    join_threads()
 
 
 @pytest.mark.parametrize(
@@ -749,37 +687,22 @@ def test_any_exception_of_a_hook_comes_out_as_itself(kit: Any, lane: str, make: 
     ],
 )
 def test_a_delivery_that_cannot_be_is_refused_where_it_is_made(options: Any, says: str) -> None:
-    """It would otherwise train on silently, or hang."""
     with pytest.raises(ValueError, match=says):
         Delivery(**options)
 
 
 @pytest.mark.parametrize("where", ["train_step", "val_step"])
-def test_a_failed_run_leaves_no_dataloader_workers(kit: Any, where: str) -> None:
-    """Though its exception, which the caller holds, keeps the frames of the loop alive."""
+def test_a_failed_run_leaves_no_dataloader_workers(where: str) -> None:
+    def fail(net: Net, step: int, batch: Any) -> Any:
+        raise ValueError("boom")
 
-    class Net(kit.Net):
-        def loader(self) -> Any:
-            dataset = torch.utils.data.TensorDataset(self.x, self.y)
-            return torch.utils.data.DataLoader(dataset, batch_size=8, num_workers=2)
-
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            return self.loader()
-
-        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return self.loader()
-
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if where == "train_step":
-                raise ValueError("boom")
-            return self.forward_loss(batch)
-
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            raise ValueError("boom")
+    def loader(net: Net, batch_size: int) -> Any:
+        dataset = torch.utils.data.TensorDataset(net.x, net.y)
+        return torch.utils.data.DataLoader(dataset, batch_size=8, num_workers=2)
 
     gc.disable()
     try:
-        outcome = kit.train(Net())
+        outcome = train(Net(train_data=loader, val_data=loader, **{where: fail}))
         assert isinstance(outcome.error, ValueError)
         assert multiprocessing.active_children() == []
     finally:

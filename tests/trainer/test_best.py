@@ -7,12 +7,15 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support import training
+from support.training import Outcome, Scored
 
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.remote import RemoteStore
@@ -28,19 +31,10 @@ VALUES = st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf])
 OFF: dict[str, Any] = {"every_minutes": None, "weights": False}
 
 
-def scored(kit: Any, scores: list[float]) -> Any:
-    """A module of one step per epoch, whose validation logs the next of these as ``score``."""
-
-    class Scored(kit.Net):
-        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
-            self.log("score", scores[global_step - 1])
-
-    return Scored(rows=8)
-
-
-def train(kit: Any, folder: Path, scores: list[float], **options: Any) -> Any:
+def train(folder: Path, scores: list[float], act: Callable[[int], object] | None = None, **options: Any) -> Outcome:
+    """Train one step per epoch; each validation logs the next ``score``."""
     options = {"epochs": len(scores), "run_id": "r", "run_dir": folder} | options
-    return kit.train(scored(kit, scores), **options)
+    return training.train(Scored(*scores, act=act), **options)
 
 
 class Trouble:
@@ -48,12 +42,8 @@ class Trouble:
 
     def __init__(self, patch: pytest.MonkeyPatch, failing: set[int], skipped: set[int]) -> None:
         written = threading.Semaphore(0)
-        take, wait, save, commit = (
-            Checkpointing.take,
-            Checkpointing._wait_for_slab,
-            CheckpointWriter._save,
-            CheckpointStore.commit,
-        )
+        take, wait = Checkpointing.take, Checkpointing._wait_for_slab
+        save, commit = CheckpointWriter._save, CheckpointStore.commit
 
         def taken(self: Any, *args: Any, **more: Any) -> Any:
             before = self._last
@@ -129,9 +119,7 @@ def expected(plan: dict[str, Any]) -> tuple[list[tuple[int, float]], set[int]]:
 @example(plan([0.4, 0.3, 0.2, 0.1], keep_best=4, best_mode="max"))  # fewer than k, and a bad one is the newest
 @example(plan([0.1, 0.4, 0.3, 0.2], keep_best=2))  # one that is no record enters
 @example(plan([0.2, 0.4, 0.2, 0.3, 0.1], keep_best=2, ends=[2, 5], uploads=True))
-def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_best_k_stay(
-    kit: Any, plan: dict[str, Any]
-) -> None:
+def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_best_k_stay(plan: dict[str, Any]) -> None:
     """With ties, NaN, failures, skips, restarts and uploads; and the result names the best of those that stay."""
     folder = Path(tempfile.mkdtemp())
     names = ("keep_best", "keep_last", "best_mode", "at_end")
@@ -143,7 +131,7 @@ def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_bes
         with pytest.MonkeyPatch.context() as patch:
             Trouble(patch, plan["failing"], plan["skipped"])
             for end in plan["ends"]:
-                outcome = train(kit, folder / "run", plan["scores"][:end], checkpoints=checkpoints, resume="auto")
+                outcome = train(folder / "run", plan["scores"][:end], checkpoints=checkpoints, resume="auto")
                 result = outcome.result
         taken, stay = expected(plan)
         assert {name.step for name in CheckpointStore(folder / "run" / "checkpoints").names()} == stay
@@ -164,7 +152,7 @@ def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_bes
 
 
 def test_a_score_behind_a_pending_checkpoint_counts_again_when_that_fails(
-    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second is written while the third is judged, and fails then: the first is the best one still."""
     judged, written = threading.Event(), threading.Semaphore(0)
@@ -183,26 +171,19 @@ def test_a_score_behind_a_pending_checkpoint_counts_again_when_that_fails(
     monkeypatch.setattr(CheckpointStore, "commit", committed)
     monkeypatch.setattr(CheckpointWriter, "_save", saved)
 
-    class Net(type(scored(kit, [0.5, 0.3, 0.4, 0.6]))):  # type: ignore[misc]
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if global_step == 2:
-                assert written.acquire(timeout=20)
-            if global_step == 4:
-                judged.set()
-                assert written.acquire(timeout=20)
-            return super().train_step(global_step, batch, device)
+    def act(step: int) -> None:
+        if step == 4:
+            judged.set()
+        if step in (2, 4):
+            assert written.acquire(timeout=20)
 
     checkpoints = Checkpoints(best="score", keep_best=1, at_end=False, **OFF)
-    kit.train(Net(rows=8), epochs=4, run_id="r", run_dir=tmp_path, checkpoints=checkpoints)
+    train(tmp_path, [0.5, 0.3, 0.4, 0.6], act, checkpoints=checkpoints)
     assert [str(name) for name in CheckpointStore(tmp_path / "checkpoints").names()] == ["step-1.a1"]
 
 
-def test_a_second_checkpoint_of_one_step_takes_no_place_among_the_best(kit: Any, tmp_path: Path) -> None:
+def test_a_second_checkpoint_of_one_step_takes_no_place_among_the_best(tmp_path: Path) -> None:
     """Both hold the same weights: the best two of the run are those of two steps."""
-
-    class Asking(kit.Net):
-        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
-            self.log("score", float(global_step))
 
     folder = tmp_path / "checkpoints"
     store = CheckpointStore(folder)
@@ -216,34 +197,32 @@ def test_a_second_checkpoint_of_one_step_takes_no_place_among_the_best(kit: Any,
             return take(self, ["command"]) if self._attempt.origin.global_step == 1 else fence
 
         patch.setattr(Checkpointing, "take", twice)
-        kit.train(Asking(rows=8), epochs=3, run_id="r", run_dir=tmp_path, checkpoints=checkpoints)
+        train(tmp_path, [1.0, 2.0, 3.0], checkpoints=checkpoints)
     assert [str(name) for name in store.names()] == ["step-1.a1.2", "step-2.a1"]
 
 
-def test_resume_best_names_what_there_is_where_there_is_no_best_one(kit: Any, tmp_path: Path) -> None:
-    """A run without a metric, one with another metric, and an empty folder."""
+def test_resume_best_names_what_there_is_where_there_is_no_best_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound, match=r"resume='best'.* \(it has: none\); give the path"):
-        _ = train(kit, tmp_path / "empty", [1.0], checkpoints=True, resume="best").result
-    train(kit, tmp_path / "plain", [1.0], checkpoints=Checkpoints(**OFF))
+        _ = train(tmp_path / "empty", [1.0], checkpoints=True, resume="best").result
+    train(tmp_path / "plain", [1.0], checkpoints=Checkpoints(**OFF))
     with pytest.raises(CheckpointNotFound, match=r"'best'.* with a metric \(it has: step-1\.a1\); give the path"):
-        _ = train(kit, tmp_path / "plain", [1.0], checkpoints=True, resume="best").result
-    train(kit, tmp_path / "other", [1.5], checkpoints=Checkpoints(best="score", **OFF))
+        _ = train(tmp_path / "plain", [1.0], checkpoints=True, resume="best").result
+    train(tmp_path / "other", [1.5], checkpoints=Checkpoints(best="score", **OFF))
     with pytest.raises(CheckpointNotFound, match=r"with the metric 'acc' \(it has: step-1\.a1 \(score 1\.5\)\)"):
-        _ = train(kit, tmp_path / "other", [1.0], checkpoints=Checkpoints(best="acc", **OFF), resume="best").result
+        _ = train(tmp_path / "other", [1.0], checkpoints=Checkpoints(best="acc", **OFF), resume="best").result
 
 
 @pytest.mark.parametrize("what", ["tensors.safetensors", "manifest.json"])
 def test_resume_best_falls_back_to_the_next_best_and_says_so(
-    kit: Any, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the best one is damaged: a warning and `CheckpointRejected` name it."""
     checkpoints = Checkpoints(best="score", keep_last=None, keep_best=9, **OFF)
-    train(kit, tmp_path, [2.0, 1.0, 3.0], checkpoints=checkpoints)
+    train(tmp_path, [2.0, 1.0, 3.0], checkpoints=checkpoints)
     path = tmp_path / "checkpoints" / "step-2.a1" / what
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    again = train(kit, tmp_path, [2.0, 1.0, 3.0], checkpoints=checkpoints, resume="best")
+    again = train(tmp_path, [2.0, 1.0, 3.0], checkpoints=checkpoints, resume="best")
     assert [event.checkpoint for event in again.of(RunResumed)] == ["step-1.a1"]
     assert "step-2.a1" in [event.checkpoint for event in again.of(CheckpointRejected)]
     assert [
@@ -251,20 +230,19 @@ def test_resume_best_falls_back_to_the_next_best_and_says_so(
     ]
 
 
-def test_best_in_place_of_a_checkpoint_is_explained(kit: Any, tmp_path: Path) -> None:
-    """A word at the end of a path is not the name of a checkpoint, as those are that exist."""
-    train(kit, tmp_path / "run", [1.0], checkpoints=Checkpoints(**OFF))
+def test_best_in_place_of_a_checkpoint_is_explained(tmp_path: Path) -> None:
+    train(tmp_path / "run", [1.0], checkpoints=Checkpoints(**OFF))
     for argument, path in (("resume", tmp_path / "run" / "checkpoints" / "best"), ("init_from", Path("latest"))):
-        outcome = train(kit, tmp_path / "new", [1.0], **{argument: path})
+        outcome = train(tmp_path / "new", [1.0], **{argument: path})
         assert isinstance(outcome.error, CheckpointNotFound)
         assert f"'{path.name}' is not a checkpoint name (expected e.g. step-500.a1)" in str(outcome.error)
         assert ("step-1.a1" in str(outcome.error)) == (argument == "resume")
-        outcome = train(kit, tmp_path / "new", [1.0], **{argument: "s3:/key:secret@bucket/step-1.a1"})
+        outcome = train(tmp_path / "new", [1.0], **{argument: "s3:/key:secret@bucket/step-1.a1"})
         assert isinstance(outcome.error, CheckpointNotFound)
         assert f"{argument}='s3:/...@bucket/step-1.a1'" in str(outcome.error)
 
 
-def test_a_result_over_the_network_names_the_best_one(kit: Any) -> None:
+def test_a_result_over_the_network_names_the_best_one() -> None:
     """From the events alone: deleted ones, and those that the run went back before, do not count."""
     from events.messages import CheckpointDeleted, CheckpointSaved, RunEnded, RunStarted
     from events.run.summary import CheckpointState, Summary

@@ -7,6 +7,7 @@ free.
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,9 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+from support.scripts import Start
+from support.threads import WAIT_S, join_threads, trainer_threads
+from support.training import Boom, Net, make_trainer, read_journal
 
 from events.errors import RunCancelled, TrainingThreadStuck
 from events.messages import RunEnded, TrainStepEnded
@@ -27,45 +31,36 @@ pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 
-class Boom(Exception):
-    """Somebody else's."""
-
-
 class Case:
     """One run to cancel, in a folder of its own; counts its steps."""
 
-    def __init__(self, kit: Any, folder: Path, *, callbacks: Any = (), **options: Any) -> None:
-        case = self
-        self.kit, self.folder = kit, folder
-        self.steps = 0
+    def __init__(self, folder: Path, *, callbacks: Any = (), **options: Any) -> None:
+        self.folder, self.steps = folder, 0
         self.stepping = threading.Event()
         self.hold: threading.Event | None = None
         self.run: Any = None
-
-        class Net(kit.Net):
-            def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-                case.steps += 1
-                if case.steps > 2 or case.hold is not None:
-                    case.stepping.set()
-                if case.hold is not None:
-                    case.hold.wait(kit.WAIT_S)
-                return self.forward_loss(batch)
-
         options = {"epochs": 1_000_000, "journal": True, "run_id": "case", "run_dir": folder} | options
-        self.trainer = kit.make_trainer(Net(), callbacks=callbacks, **options)
+        self.trainer = make_trainer(Net(act=self.step), callbacks=callbacks, **options)
+
+    def step(self, global_step: int) -> None:
+        self.steps += 1
+        if self.steps > 2 or self.hold is not None:
+            self.stepping.set()
+        if self.hold is not None:
+            self.hold.wait(WAIT_S)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Any]:
         """Inside, the run is a few steps under way."""
         async with self.trainer.run() as self.run:
-            await anyio.to_thread.run_sync(self.stepping.wait, self.kit.WAIT_S)
+            await anyio.to_thread.run_sync(self.stepping.wait, WAIT_S)
             yield self.run
 
     async def check(self, status: str = "cancelled") -> None:
         """It is over, and orderly so."""
-        assert self.kit.trainer_threads(loops=True) == []
+        assert trainer_threads(loops=True) == []
         steps = self.steps
-        journal = self.kit.read_journal(self.folder)
+        journal = read_journal(self.folder)
         assert [event.status for event in journal if isinstance(event, RunEnded)] == [status]
         assert [event.seq for event in journal] == list(range(1, len(journal) + 1))
         RunFolder.open(self.folder, "case").close()
@@ -76,16 +71,15 @@ class Case:
 
 
 @pytest.fixture
-def case(kit: Any, tmp_path: Path) -> Any:
-    return Case(kit, tmp_path / "run")
+def case(tmp_path: Path) -> Any:
+    return Case(tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------- scopes of anyio and trio
 
 
-async def test_move_on_after_ends_the_run_at_its_next_step(kit: Any, case: Any) -> None:
-    """The scope that was cancelled is the one that catches it."""
-    with anyio.move_on_after(kit.WAIT_S) as scope:
+async def test_move_on_after_ends_the_run_at_its_next_step(case: Any) -> None:
+    with anyio.move_on_after(WAIT_S) as scope:
         async with case.running():
             scope.deadline = anyio.current_time()
             await anyio.sleep_forever()
@@ -93,10 +87,9 @@ async def test_move_on_after_ends_the_run_at_its_next_step(kit: Any, case: Any) 
     await case.check()
 
 
-async def test_fail_after_raises_its_timeout(kit: Any, case: Any) -> None:
-    """TimeoutError, as from any other code."""
+async def test_fail_after_raises_its_timeout(case: Any) -> None:
     with pytest.raises(TimeoutError):
-        with anyio.fail_after(kit.WAIT_S) as scope:
+        with anyio.fail_after(WAIT_S) as scope:
             async with case.running() as run:
                 scope.deadline = anyio.current_time()
                 await run.result()
@@ -104,7 +97,6 @@ async def test_fail_after_raises_its_timeout(kit: Any, case: Any) -> None:
 
 
 async def test_cancelled_while_leaving_the_block(case: Any) -> None:
-    """The wait at the end of the block is where most programs are."""
     async with anyio.create_task_group() as tasks:
 
         async def hold() -> None:
@@ -123,7 +115,6 @@ async def test_cancelled_while_leaving_the_block(case: Any) -> None:
 
 @asyncio_only
 async def test_cancelled_while_leaving_the_block_because_of_an_error(case: Any) -> None:
-    """Natively, which is said once: it is not lost, but comes out with the error as its context."""
     case.hold = threading.Event()
     leaving = anyio.Event()
 
@@ -148,18 +139,16 @@ async def test_cancelled_while_leaving_the_block_because_of_an_error(case: Any) 
 
 
 async def test_cancelled_while_waiting_for_the_result_elsewhere(case: Any) -> None:
-    """That task alone is cancelled: the run goes on."""
     async with case.running() as run:
         with anyio.move_on_after(0) as scope:
             await run.result()
         assert scope.cancelled_caught
-        assert case.kit.trainer_threads(loops=True) != []
+        assert trainer_threads(loops=True) != []
         run.stop()
     await case.check("stopped")
 
 
 async def test_a_scope_that_was_cancelled_before_the_block_was_entered(case: Any) -> None:
-    """The run starts and ends at once, within the block's end at the latest."""
     case.stepping.set()
     with anyio.CancelScope() as scope:
         scope.cancel()
@@ -170,8 +159,6 @@ async def test_a_scope_that_was_cancelled_before_the_block_was_entered(case: Any
 
 
 async def test_a_task_group_whose_other_task_fails(case: Any) -> None:
-    """The group raises that failure alone: the run adds nothing to it."""
-
     async def fail() -> None:
         await started.wait()
         raise Boom
@@ -188,7 +175,6 @@ async def test_a_task_group_whose_other_task_fails(case: Any) -> None:
 
 
 async def test_scopes_inside_and_around_the_block_do_not_mix(case: Any) -> None:
-    """Inner scopes may be cancelled without the run noticing."""
     async with case.running() as run:
         for _ in range(3):
             with anyio.move_on_after(0):
@@ -238,7 +224,6 @@ async def test_task_cancel_however_often(case: Any, where: str, times: int) -> N
 
 @asyncio_only
 async def test_asyncio_timeout(case: Any) -> None:
-    """Raises TimeoutError where the block was."""
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(None) as timeout:
             async with case.running():
@@ -250,14 +235,12 @@ async def test_asyncio_timeout(case: Any) -> None:
 
 @asyncio_only
 async def test_asyncio_wait_for(case: Any) -> None:
-    """wait_for cancels the task inside it, and waits for it."""
-
     async def hold() -> None:
         async with case.running():
             await asyncio.sleep(60)
 
     task = asyncio.create_task(hold())
-    await asyncio.to_thread(case.stepping.wait, case.kit.WAIT_S)
+    await asyncio.to_thread(case.stepping.wait, WAIT_S)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(task, 0)
     await case.check()
@@ -265,8 +248,6 @@ async def test_asyncio_wait_for(case: Any) -> None:
 
 @asyncio_only
 async def test_an_asyncio_task_group_whose_other_task_fails(case: Any) -> None:
-    """The group raises that failure alone."""
-
     async def fail() -> None:
         await started.wait()
         raise Boom
@@ -279,28 +260,6 @@ async def test_an_asyncio_task_group_whose_other_task_fails(case: Any) -> None:
                 started.set()
                 await asyncio.sleep(60)
     assert [type(error) for error in caught.value.exceptions] == [Boom]
-    await case.check()
-
-
-@asyncio_only
-async def test_a_cancelled_task_that_had_an_exception_raises_the_cancellation(case: Any) -> None:
-    """Cancelled while an exception of the body waits for the loop: asyncio must see the task as cancelled or failed."""
-
-    async def hold() -> None:
-        async with case.running():
-            inside.set()
-            raise Boom
-
-    inside = asyncio.Event()
-    case.hold = threading.Event()
-    task = asyncio.create_task(hold())
-    await inside.wait()
-    await anyio.wait_all_tasks_blocked()
-    task.cancel()
-    await anyio.wait_all_tasks_blocked()
-    case.hold.set()
-    with pytest.raises((Boom, asyncio.CancelledError)):
-        await task
     await case.check()
 
 
@@ -320,22 +279,21 @@ async def test_all_tasks_cancelled_as_a_closing_event_loop_does(case: Any) -> No
     ours = asyncio.all_tasks() - before
     for one in ours:
         one.cancel()
-    await asyncio.wait(ours, timeout=case.kit.WAIT_S)
+    await asyncio.wait(ours, timeout=WAIT_S)
     assert task.cancelled()
     assert all(one.done() for one in ours)
     await case.check()
 
 
 @asyncio_only
-async def test_a_background_task_when_the_program_ends(script: Any) -> None:
-    """The main coroutine returns while a run is under way: asyncio.run waits for its loop, and the journal is whole."""
+async def test_a_background_task_when_the_program_ends(script: Start) -> None:
     program = script(BACKGROUND)
     code, out, err = await anyio.to_thread.run_sync(program.end)
     assert (code, out.split(), err) == (0, ["cancelled", "0"], "")
 
 
 @asyncio_only
-async def test_a_process_that_ends_with_a_run_in_it_has_its_own_exit_code(script: Any) -> None:
+async def test_a_process_that_ends_with_a_run_in_it_has_its_own_exit_code(script: Start) -> None:
     """The block was never left; a loop that is in torch when the interpreter goes would abort it."""
     held = (
         BACKGROUND[: BACKGROUND.index("async def hold")]
@@ -343,7 +301,7 @@ async def test_a_process_that_ends_with_a_run_in_it_has_its_own_exit_code(script
 import sys
 async def main():
     await trainer.run().__aenter__()
-    await asyncio.to_thread(net.stepping.wait)
+    await asyncio.to_thread(stepping.wait)
     sys.exit(7)
 asyncio.run(main())
 """
@@ -354,30 +312,11 @@ asyncio.run(main())
 
 
 BACKGROUND = """
-import asyncio, threading, torch
-from trainer import *
-from events.journal.reader import JournalReader
-from pathlib import Path
+import asyncio, threading
+from support.training import Net, make_trainer, read_journal
 
-class Net(ModuleInterface):
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(2, 1)
-        self.stepping = threading.Event()
-    def get_optimizers_schedulers(self, steps, epochs):
-        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
-    def get_train_dataloader(self, sampler, batch_size):
-        return [torch.ones(2, 2)] * 4
-    def get_val_dataloaders(self, sampler, batch_size):
-        return None
-    def train_step(self, global_step, batch, device):
-        self.stepping.set()
-        return self.linear(batch).mean()
-    def val_step(self, *args):
-        pass
-
-net = Net()
-trainer = Trainer(net, TrainerArguments(epochs=10**6, train_batch_size=2, device="cpu"), run_dir="run")
+stepping = threading.Event()
+trainer = make_trainer(Net(act=lambda step: stepping.set()), epochs=10**6, journal=True, run_dir="run")
 
 async def hold():
     async with trainer.run():
@@ -386,30 +325,24 @@ async def hold():
 async def main():
     global task
     task = asyncio.create_task(hold())
-    await asyncio.to_thread(net.stepping.wait)
+    await asyncio.to_thread(stepping.wait)
 
 asyncio.run(main())
-events = []
-reader = JournalReader(Path("run/journal"))
-while batch := reader.read():
-    events += batch
-print(events[-1].status)
+print(read_journal("run")[-1].status)
 print(sum(thread.name.startswith("stagecast-loop") for thread in threading.enumerate()))
 """
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_ctrl_c_in_a_program_with_an_event_loop(script: Any, backend: str) -> None:
+async def test_ctrl_c_in_a_program_with_an_event_loop(script: Start, backend: str) -> None:
     """The run is the host's, so is the signal: it becomes the host's cancellation, then KeyboardInterrupt."""
-    import signal
-
     interrupted = (
         BACKGROUND[: BACKGROUND.index("async def main")]
         + f"""
 import anyio
 async def report():
-    await anyio.to_thread.run_sync(net.stepping.wait)
+    await anyio.to_thread.run_sync(stepping.wait)
     print("training")
 async def main():
     async with anyio.create_task_group() as tasks:
@@ -423,7 +356,7 @@ except BaseException as error:
         error = error.exceptions[0]
     print(type(error).__name__)
 """
-        + BACKGROUND[BACKGROUND.index("events = []") :]
+        + BACKGROUND[BACKGROUND.index("print(read_journal") :]
     )
     program = script(interrupted)
     await anyio.to_thread.run_sync(program.wait_for, "training")
@@ -435,7 +368,7 @@ except BaseException as error:
 # -------------------------------------------------------------------------------------- what holds up the end
 
 
-async def test_cancelled_while_a_fenced_hook_holds_the_loop(kit: Any, tmp_path: Path) -> None:
+async def test_cancelled_while_a_fenced_hook_holds_the_loop(tmp_path: Path) -> None:
     """The loop waits for the hook at a boundary: it hears of the cancellation there, though the hook goes on."""
     held, free = threading.Event(), threading.Event()
 
@@ -443,12 +376,12 @@ async def test_cancelled_while_a_fenced_hook_holds_the_loop(kit: Any, tmp_path: 
         @fenced
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             held.set()
-            free.wait(kit.WAIT_S)
+            free.wait(WAIT_S)
 
-    case = Case(kit, tmp_path / "run", callbacks=[Slow()], drain_timeout_s=0.5)
+    case = Case(tmp_path / "run", callbacks=[Slow()], drain_timeout_s=0.5)
     with anyio.CancelScope() as scope:
         async with case.trainer.run() as case.run:
-            await anyio.to_thread.run_sync(held.wait, kit.WAIT_S)
+            await anyio.to_thread.run_sync(held.wait, WAIT_S)
             scope.cancel()
             await anyio.sleep_forever()
     assert not free.is_set()
@@ -456,20 +389,20 @@ async def test_cancelled_while_a_fenced_hook_holds_the_loop(kit: Any, tmp_path: 
     await case.check()
 
 
-async def test_cancelled_while_an_observer_holds_the_loop(kit: Any, tmp_path: Path) -> None:
+async def test_cancelled_while_an_observer_holds_the_loop(tmp_path: Path) -> None:
     """The queue of a callback that sees everything is full: the loop waits for room, and hears of the cancellation."""
     held, free = threading.Event(), threading.Event()
 
     class Slow(CallbackInterface):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             held.set()
-            free.wait(kit.WAIT_S)
+            free.wait(WAIT_S)
 
     delivery = Delivery(overflow="block", capacity=4, on_error="fatal", latency_s=0.001)
-    case = Case(kit, tmp_path / "run", callbacks=[(Slow(), delivery)], drain_timeout_s=0.5)
+    case = Case(tmp_path / "run", callbacks=[(Slow(), delivery)], drain_timeout_s=0.5)
     with anyio.CancelScope() as scope:
         async with case.trainer.run() as case.run:
-            await anyio.to_thread.run_sync(held.wait, kit.WAIT_S)
+            await anyio.to_thread.run_sync(held.wait, WAIT_S)
             while not case.run._connection._session.bus.gated:
                 await anyio.lowlevel.checkpoint()  # nothing tells: a wait is announced after five seconds only
             scope.cancel()
@@ -478,9 +411,8 @@ async def test_cancelled_while_an_observer_holds_the_loop(kit: Any, tmp_path: Pa
     await case.check()
 
 
-async def test_a_step_that_hangs_is_named_with_its_stack(kit: Any, tmp_path: Path) -> None:
-    """After stop_grace_s the block raises TrainingThreadStuck; the journal is closed, the folder is free."""
-    case = Case(kit, tmp_path / "run", stop_grace_s=0.05)
+async def test_a_step_that_hangs_is_named_with_its_stack(tmp_path: Path) -> None:
+    case = Case(tmp_path / "run", stop_grace_s=0.05)
     case.hold = threading.Event()
     with pytest.raises(TrainingThreadStuck) as caught:
         async with case.running():
@@ -488,33 +420,33 @@ async def test_a_step_that_hangs_is_named_with_its_stack(kit: Any, tmp_path: Pat
     message = str(caught.value)
     assert "within 0.05 s (stop_grace_s)" in message
     assert "it is in train_step" in message
-    assert "case.hold.wait(kit.WAIT_S)" in message
+    assert "self.hold.wait(WAIT_S)" in message
     assert isinstance(caught.value.__cause__, Boom)
-    journal = kit.read_journal(tmp_path / "run")
+    journal = read_journal(tmp_path / "run")
     assert (type(journal[-1]), journal[-1].status) == (RunEnded, "cancelled")
     RunFolder.open(tmp_path / "run", "case").close()
     with pytest.raises(TrainingThreadStuck):
         await case.run.result()
     case.hold.set()
-    kit.join_threads()
+    join_threads()
     assert case.steps == 1, "when the step returns after all, no other follows"
 
 
-async def test_cancelling_while_observers_drain_does_not_undo_the_run(kit: Any, tmp_path: Path) -> None:
+async def test_cancelling_while_observers_drain_does_not_undo_the_run(tmp_path: Path) -> None:
     """The loop had finished, so the result is there; the cancellation goes on all the same."""
     ended, free = threading.Event(), threading.Event()
 
     class Last(CallbackInterface):
         def on_end_train(self, global_step: int) -> None:
             ended.set()
-            free.wait(kit.WAIT_S)
+            free.wait(WAIT_S)
 
-    trainer = kit.make_trainer(kit.Net(), callbacks=[Last()])
+    trainer = make_trainer(Net(), callbacks=[Last()])
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as tasks:
 
             async def cancel() -> None:
-                await anyio.to_thread.run_sync(ended.wait, kit.WAIT_S)
+                await anyio.to_thread.run_sync(ended.wait, WAIT_S)
                 scope.cancel()
                 with anyio.CancelScope(shield=True):
                     await anyio.wait_all_tasks_blocked()
@@ -528,7 +460,6 @@ async def test_cancelling_while_observers_drain_does_not_undo_the_run(kit: Any, 
 
 
 async def test_steps_stop_at_once(case: Any) -> None:
-    """A cancellation is taken at the step that is under way: none follows it."""
     with anyio.CancelScope() as scope:
         async with case.running():
             case.hold = threading.Event()
@@ -542,16 +473,14 @@ async def test_steps_stop_at_once(case: Any) -> None:
     await case.check()
 
 
-async def test_ctrl_c_while_the_block_waits_for_the_end(script: Any, anyio_backend: str) -> None:
+async def test_ctrl_c_while_the_block_waits_for_the_end(script: Start, anyio_backend: str) -> None:
     """trio raises it where its main task waits, which is within our wait: it is absorbed until the run has ended."""
-    import signal
-
     program = script(
         BACKGROUND[: BACKGROUND.index("async def hold")]
         + f"""
 import anyio
 def tell():
-    net.stepping.wait()
+    stepping.wait()
     print("training")
 threading.Thread(target=tell).start()
 async def main():
@@ -562,7 +491,7 @@ try:
 except BaseException as error:
     print(type(error).__name__)
 """
-        + BACKGROUND[BACKGROUND.index("events = []") :]
+        + BACKGROUND[BACKGROUND.index("print(read_journal") :]
     )
     await anyio.to_thread.run_sync(program.wait_for, "training")
     program.signal(signal.SIGINT)

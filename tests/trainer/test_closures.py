@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import Net, logging_net, train
 from torch.optim.lr_scheduler import StepLR
 
-from events.messages import MetricsLogged, NonFiniteGradient, NonFiniteLoss, StepSkipped, TrainStepEnded
+from events.messages import NonFiniteGradient, NonFiniteLoss, StepSkipped, TrainStepEnded
 from trainer.errors import NonFiniteLossError, OptimizerError
 
 
@@ -57,21 +58,16 @@ def lbfgs(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(parameters, lr=0.5, max_iter=4, history_size=3)
 
 
-def net_with(kit: Any, make: Any, rows: int = 16) -> Any:
-    class Net(kit.Net):
-        evaluations = 0
+def net_with(make: Any, rows: int = 16) -> Any:
+    def optimizers(net: Net) -> Any:
+        made = make(net)
+        return made, [StepLR(made[0], 1, 0.5)]
 
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            optimizers = make(self)
-            return optimizers, [StepLR(optimizers[0], 1, 0.5)]
+    def log(net: Net, step: int, batch: Any) -> None:
+        net.calls += 1
+        net.log("evaluations", net.calls)
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.evaluations += 1
-            loss, predicted = self.forward_loss(batch)
-            self.log("evaluations", self.evaluations)
-            return loss, predicted
-
-    return Net(rows=rows)
+    return logging_net(log, rows=rows, optimizers=optimizers)
 
 
 def by_hand(net: Any, make: Any, epochs: int, clip: float | None = None) -> list[float]:
@@ -112,32 +108,29 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_closure_optimizers_train_as_in_a_loop_by_hand(kit: Any, name: str, clip: float | None) -> None:
-    """Losses and weights are equal; each step logs once, from its first evaluation."""
-    net, bare = net_with(kit, MAKERS[name]), kit.Net()
+def test_closure_optimizers_train_as_in_a_loop_by_hand(name: str, clip: float | None) -> None:
+    net, bare = net_with(MAKERS[name]), Net()
     options = {} if clip is None else {"clip_grads": True, "max_grad_norm": clip}
-    outcome = kit.train(net, epochs=2, val_interval_epochs=0, **options)
+    outcome = train(net, epochs=2, val_interval_epochs=0, **options)
     assert [e.loss for e in outcome.of(TrainStepEnded)] == by_hand(bare, MAKERS[name], 2, clip)
     assert all(map(torch.equal, net.parameters(), bare.parameters()))
-    logged = [value for e in outcome.of(MetricsLogged) for value in e.metrics.values()]
-    assert len(logged) == 4
-    assert net.evaluations > 4
+    assert len(outcome.logged()["evaluations"]) == 4
+    assert net.calls > 4
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "sam"])
-def test_a_closure_covers_all_micro_batches_of_its_step(kit: Any, name: str) -> None:
-    """Accumulated steps equal those of one big batch."""
-    split, whole = net_with(kit, MAKERS[name]), net_with(kit, MAKERS[name])
-    kit.train(split, gpu_batch_size_limit=2, val_interval_epochs=0)
-    kit.train(whole, val_interval_epochs=0)
+def test_a_closure_covers_all_micro_batches_of_its_step(name: str) -> None:
+    split, whole = net_with(MAKERS[name]), net_with(MAKERS[name])
+    train(split, gpu_batch_size_limit=2, val_interval_epochs=0)
+    train(whole, val_interval_epochs=0)
     for one, other in zip(split.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad_evaluation", [1, 2])
-def test_a_step_that_is_skipped_changes_nothing(kit: Any, bad_evaluation: int) -> None:
+def test_a_step_that_is_skipped_changes_nothing(bad_evaluation: int) -> None:
     """Also where the loss becomes NaN at a place that the optimizer has only tried."""
-    net = net_with(kit, MAKERS["sam"], rows=24)
+    net = net_with(MAKERS["sam"], rows=24)
     forward_loss, seen = net.forward_loss, []
 
     def diverges(batch: Any) -> Any:
@@ -146,7 +139,7 @@ def test_a_step_that_is_skipped_changes_nothing(kit: Any, bad_evaluation: int) -
         return (loss * math.nan if len(seen) == 2 + bad_evaluation else loss), predicted
 
     net.forward_loss = diverges
-    outcome = kit.train(net, non_finite="skip", val_interval_epochs=0)
+    outcome = train(net, non_finite="skip", val_interval_epochs=0)
     assert [(e.reason, e.global_step) for e in outcome.of(StepSkipped)] == [("non_finite_loss", 1)]
     assert outcome.result.global_step == 2
     before, after = seen[2], seen[2 + bad_evaluation]
@@ -154,9 +147,8 @@ def test_a_step_that_is_skipped_changes_nothing(kit: Any, bad_evaluation: int) -
     assert outcome.of(NonFiniteGradient) == []
 
 
-def test_stop_ends_a_closure_step(kit: Any) -> None:
-    """With the error of any other step."""
-    net = net_with(kit, MAKERS["lbfgs"])
+def test_stop_ends_a_closure_step() -> None:
+    net = net_with(MAKERS["lbfgs"])
     forward_loss, evaluations = net.forward_loss, []
 
     def diverges(batch: Any) -> Any:
@@ -165,52 +157,47 @@ def test_stop_ends_a_closure_step(kit: Any) -> None:
         return loss * (math.inf if len(evaluations) > 3 else 1.0), predicted
 
     net.forward_loss = diverges
-    outcome = kit.train(net, non_finite="stop", val_interval_epochs=0)
+    outcome = train(net, non_finite="stop", val_interval_epochs=0)
     assert isinstance(outcome.error, NonFiniteLossError)
     assert [e.action for e in outcome.of(NonFiniteLoss)] == ["stopped"]
     assert all(bool(p.isfinite().all()) for p in net.parameters())
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "asserting"])
-def test_float16_refuses_closures_with_the_reason(kit: Any, name: str) -> None:
+def test_float16_refuses_closures_with_the_reason(name: str) -> None:
     """One decision per step about the loss scale does not fit several evaluations."""
-    outcome = kit.train(net_with(kit, MAKERS[name]), precision="float16", epochs=9)
+    outcome = train(net_with(MAKERS[name]), precision="float16", epochs=9)
     assert isinstance(outcome.error, OptimizerError)
     assert "computes the loss several times per step" in str(outcome.error)
 
 
-def test_a_closure_that_is_never_called_is_an_error(kit: Any) -> None:
-    """Nothing would be trained."""
-
+def test_a_closure_that_is_never_called_is_an_error() -> None:
     class Lazy(Sam):
         def step(self, closure: Any) -> Any:  # type: ignore[override]
             return None
 
-    outcome = kit.train(net_with(kit, lambda net: [Lazy(net.parameters())]))
+    outcome = train(net_with(lambda net: [Lazy(net.parameters())]))
     assert isinstance(outcome.error, OptimizerError)
     assert "did not call the closure" in str(outcome.error)
 
 
-def test_an_own_error_about_a_closure_is_not_swallowed(kit: Any) -> None:
-    """An optimizer that fails with the closure, too, fails with its own error."""
-
+def test_an_own_error_about_a_closure_is_not_swallowed() -> None:
     class Broken(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             raise RuntimeError("the closure is broken")
 
-    outcome = kit.train(net_with(kit, lambda net: [Broken(net.parameters(), lr=0.1)]))
+    outcome = train(net_with(lambda net: [Broken(net.parameters(), lr=0.1)]))
     assert isinstance(outcome.error, RuntimeError)
     assert "the closure is broken" in str(outcome.error)
 
 
-def test_lbfgs_resumes_exactly(kit: Any, tmp_path: Any) -> None:
-    """Its history of directions is in the checkpoint."""
+def test_lbfgs_resumes_exactly(tmp_path: Any) -> None:
     from trainer import Checkpoints
 
     settings = Checkpoints(every_steps=1, keep_last=9, when_busy="wait")
-    whole = net_with(kit, MAKERS["lbfgs"], rows=48)
-    kit.train(whole, run_dir=tmp_path / "run", checkpoints=settings, val_interval_epochs=0)
-    rest = net_with(kit, MAKERS["lbfgs"], rows=48)
-    again = kit.train(rest, resume=tmp_path / "run" / "checkpoints" / "step-3.a1", val_interval_epochs=0)
+    whole = net_with(MAKERS["lbfgs"], rows=48)
+    train(whole, run_dir=tmp_path / "run", checkpoints=settings, val_interval_epochs=0)
+    rest = net_with(MAKERS["lbfgs"], rows=48)
+    again = train(rest, resume=tmp_path / "run" / "checkpoints" / "step-3.a1", val_interval_epochs=0)
     assert len(again.of(TrainStepEnded)) == 3
     assert all(map(torch.equal, whole.parameters(), rest.parameters()))

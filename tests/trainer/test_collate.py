@@ -22,7 +22,6 @@ from trainer.hooks.collate import TENSOR_BYTES, OutputCollector, as_tuple, colla
 
 
 def test_outputs_beyond_the_limit_raise_an_error_with_a_fix() -> None:
-    """The error names bytes, steps, the hook and a fix; outputs kept before stay."""
     collector = OutputCollector(3 * (400 + TENSOR_BYTES), "Classifier.on_end_val_epoch")
     for _ in range(3):
         collector.append((torch.ones(100),))
@@ -41,7 +40,6 @@ def test_outputs_beyond_the_limit_raise_an_error_with_a_fix() -> None:
 
 
 def test_a_single_step_can_be_too_much() -> None:
-    """Nothing of it is kept."""
     collector = OutputCollector(1000, "M.on_end_train_epoch")
     with pytest.raises(MemoryError):
         collector.append((torch.ones(1000),))
@@ -75,7 +73,6 @@ def test_pythons_share_of_many_small_tensors_counts() -> None:
     ],
 )
 def test_what_does_not_fit_together_is_a_list_with_one_notice(values: list[Any], says: str) -> None:
-    """One entry per step, the values themselves, and a sentence with position and reason."""
     notices: list[str] = []
     loss, collated = collate_outputs([(torch.ones(()), value) for value in values], notices.append)
     assert loss.shape == (len(values),)
@@ -87,7 +84,6 @@ def test_what_does_not_fit_together_is_a_list_with_one_notice(values: list[Any],
 
 
 def test_steps_with_fewer_outputs_leave_gaps() -> None:
-    """The position becomes a list, in order, with None for the steps that did not return it."""
     one, two = torch.ones(2), torch.zeros(2)
     for collate in (collate_outputs, _through_collector):
         notices: list[str] = []
@@ -98,14 +94,12 @@ def test_steps_with_fewer_outputs_leave_gaps() -> None:
 
 
 def test_nothing_collates_to_nothing() -> None:
-    """No steps, or steps without outputs."""
     assert collate_outputs([]) == ()
     assert collate_outputs([(), ()]) == ()
     assert OutputCollector(10, "x").collate() == ()
 
 
 def test_a_single_step_is_not_copied() -> None:
-    """The common case of one micro-batch per step costs nothing; its scalar still has one dimension."""
     logits, loss = torch.ones(2, 3), torch.ones(())
     collated_loss, collated_logits = collate_outputs([(loss, logits)])
     assert collated_logits is logits
@@ -129,7 +123,6 @@ _dtypes = st.sampled_from([torch.float32, torch.int64, torch.bool])
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=8), _trailing, _dtypes)
 def test_rows_come_out_in_order_and_none_is_lost(rows: list[int], trailing: list[int], dtype: torch.dtype) -> None:
-    """Concatenated along the first dimension, of any size; a scalar output stacks to one per step."""
     total = torch.arange(sum(rows) * max(1, int(np.prod(trailing))) * 2)[: sum(rows) * int(np.prod(trailing))]
     expected = total.reshape(sum(rows), *trailing).to(dtype)
     pieces = expected.split(rows)
@@ -151,7 +144,6 @@ def test_rows_come_out_in_order_and_none_is_lost(rows: list[int], trailing: list
     )
 )
 def test_any_outputs_collate_position_by_position(batches: list[tuple[Any, ...]]) -> None:
-    """Whatever the steps return: one value per position, a tensor or a list with an entry per step."""
     notices: list[str] = []
     collated = collate_outputs(batches, notices.append)
     assert len(collated) == max(map(len, batches), default=0)
@@ -206,13 +198,11 @@ class TorchCalls(TorchFunctionMode):
 
 
 def test_a_mapping_is_refused_with_its_keys() -> None:
-    """Outputs are positional; the message says what to return."""
     with pytest.raises(StepOutputError, match="a dict with loss, logits; return the loss, or a tuple"):
         as_tuple({"loss": 1, "logits": 2})
 
 
 def test_outputs_come_in_one_form() -> None:
-    """A tensor of many rows, an array or a string is one output; sequences and generators are several."""
     tensor, array = torch.ones(3), np.ones(3)
     assert as_tuple(tensor) == (tensor,)
     assert as_tuple(array)[0] is array
@@ -228,7 +218,6 @@ def test_outputs_come_in_one_form() -> None:
 
 
 def test_a_clone_does_not_show_later_changes_and_holds_no_graph() -> None:
-    """Also in containers; other values are the same objects."""
     weight = torch.ones(2, requires_grad=True)
     logits = weight * 2
     marker = object()
@@ -242,7 +231,6 @@ def test_a_clone_does_not_show_later_changes_and_holds_no_graph() -> None:
 
 
 def test_without_a_clone_memory_is_shared() -> None:
-    """A detached view is enough for tensors that do not change."""
     logits = torch.ones(2, requires_grad=True) * 2
     (shared,) = detach_copy((logits,), clone=False)
     assert shared.data_ptr() == logits.data_ptr()
@@ -250,7 +238,6 @@ def test_without_a_clone_memory_is_shared() -> None:
 
 
 def test_bytes_are_those_of_the_elements() -> None:
-    """Summed over containers; a view counts what it shows."""
     assert nbytes(torch.ones(2, 3)) == 24
     assert nbytes((torch.ones(2), [torch.ones(1).double()], {"x": torch.ones(3).bool()})) == 8 + 8 + 3
     assert nbytes(torch.ones(100)[:2]) == 8

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import Diary, Net, failing, hooked, train
 
 from events.messages import MetricsLogged, TrainStepEnded, ValEpochEnded
 from trainer import CallbackInterface, ModuleInterface, inline
@@ -38,52 +39,37 @@ def compiled_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def logging_net(kit: Any, **options: Any) -> Any:
-    """A module that logs a tensor and numbers, one with a new value each time, in the middle of its steps."""
+class Logs(Net):
+    """Logs a tensor and numbers, one with a new value each time, in the middle of its steps."""
 
-    class Logs(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            x, y = batch
-            predicted = self.linear(x)
-            self.log("mean", predicted.mean())
-            self.log("step", global_step)
-            return torch.nn.functional.mse_loss(predicted, y), predicted
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        x, y = batch
+        predicted = self.linear(x)
+        self.log("mean", predicted.mean())
+        self.log("step", global_step)
+        return torch.nn.functional.mse_loss(predicted, y), predicted
 
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, predicted = self.forward_loss(batch)
-            self.log("val mean", predicted.mean())
-            return loss, predicted
-
-    return Logs(**options)
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        loss, predicted = self.forward_loss(batch)
+        self.log("val mean", predicted.mean())
+        return loss, predicted
 
 
 # ------------------------------------------------------------------------------------------------- bad input
 
 
-def test_an_unknown_backend_ends_the_run_with_torchs_own_error(kit: Any) -> None:
-    """It names the backend, and the module is left as it was."""
-    net = kit.Net()
-    outcome = kit.train(net, compile=True, compile_options={"backend": "nonsense"})
+def test_an_unknown_backend_ends_the_run_with_torchs_own_error() -> None:
+    net = Net()
+    outcome = train(net, compile=True, compile_options={"backend": "nonsense"})
     assert outcome.error is not None
     assert "nonsense" in str(outcome.error)
     assert not [name for name in STEPS if name in vars(net)]
 
 
-def test_an_exception_in_a_compiled_step_is_the_users_and_leaves_the_module_as_it_was(kit: Any) -> None:
-    """The methods are the class's again."""
+def test_an_exception_in_a_compiled_step_is_the_users_and_leaves_the_module_as_it_was() -> None:
 
-    class Breaks(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.fail(global_step)
-            return super().train_step(global_step, batch, device)
-
-        @torch._dynamo.disable
-        def fail(self, global_step: int) -> None:
-            if global_step == 2:
-                raise KeyError("mine")
-
-    net = Breaks()
-    outcome = kit.train(net, compile=True, compile_options={"backend": "eager"})
+    net = failing(KeyError("mine"))
+    outcome = train(net, compile=True, compile_options={"backend": "eager"})
     assert isinstance(outcome.error, KeyError)
     assert not [name for name in STEPS if name in vars(net)]
 
@@ -92,8 +78,7 @@ def test_an_exception_in_a_compiled_step_is_the_users_and_leaves_the_module_as_i
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_hundred_steps_that_log_are_those_of_the_plain_run_and_compile_a_few_times(kit: Any, backend: str) -> None:
-    """With a smaller last batch in each epoch, validation and metrics; nothing is compiled after the second epoch."""
+def test_a_hundred_steps_that_log_are_those_of_the_plain_run_and_compile_a_few_times(backend: str) -> None:
     graphs: list[int] = []
 
     class Counts(CallbackInterface):
@@ -101,10 +86,10 @@ def test_a_hundred_steps_that_log_are_those_of_the_plain_run_and_compile_a_few_t
         def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
             graphs.append(compiled_graphs())
 
-    plain, net = logging_net(kit, rows=36), logging_net(kit, rows=36)
-    expected = kit.train(plain, epochs=20)
+    plain, net = Logs(rows=36), Logs(rows=36)
+    expected = train(plain, epochs=20)
     options = {"backend": backend}
-    outcome = kit.train(net, epochs=20, compile=True, compile_options=options, callbacks=[Counts()])
+    outcome = train(net, epochs=20, compile=True, compile_options=options, callbacks=[Counts()])
 
     assert outcome.result.global_step == 100
     assert {event.rows for event in outcome.of(TrainStepEnded)} == {8, 4}
@@ -121,30 +106,26 @@ def test_a_hundred_steps_that_log_are_those_of_the_plain_run_and_compile_a_few_t
 
 
 @pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler")
-def test_the_default_backend_trains_to_the_same_losses(kit: Any) -> None:
-    """With the code that it generates, which a C compiler translates."""
+def test_the_default_backend_trains_to_the_same_losses() -> None:
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        loss, _ = net.forward_loss(batch)
+        net.log("loss", loss)
+        return loss
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, _ = self.forward_loss(batch)
-            self.log("loss", loss)
-            return loss
-
-    expected = kit.train(Net(), epochs=5, val_interval_epochs=0).of(TrainStepEnded)
-    outcome = kit.train(Net(), epochs=5, val_interval_epochs=0, compile=True)
+    expected = train(Net(train_step=step), epochs=5, val_interval_epochs=0).of(TrainStepEnded)
+    outcome = train(Net(train_step=step), epochs=5, val_interval_epochs=0, compile=True)
     steps, metrics = outcome.of(TrainStepEnded), outcome.of(MetricsLogged)
     assert [event.loss for event in steps] == pytest.approx([event.loss for event in expected], rel=1e-4)
     assert [event.metrics["loss"] for event in metrics] == [event.loss for event in steps]
     assert 0 < compiled_graphs() <= 2
 
 
-def test_micro_batches_and_outputs_go_through_compiled_steps(kit: Any) -> None:
-    """Hooks get the same outputs; a loss that a compiled step returned is not overwritten by the next one."""
-    plain, net = kit.Net(rows=32), kit.Net(rows=32)
-    diaries = kit.Diary(), kit.Diary()
-    kit.train(plain, callbacks=[diaries[0]], gpu_batch_size_limit=4)
+def test_micro_batches_and_outputs_go_through_compiled_steps() -> None:
+    plain, net = Net(rows=32), Net(rows=32)
+    diaries = Diary(), Diary()
+    train(plain, callbacks=[diaries[0]], gpu_batch_size_limit=4)
     options = {"compile": True, "compile_options": {"backend": "aot_eager"}}
-    kit.train(net, callbacks=[diaries[1]], gpu_batch_size_limit=4, **options)
+    train(net, callbacks=[diaries[1]], gpu_batch_size_limit=4, **options)
     one, other = (diary.of("on_end_train_step") for diary in diaries)
     assert len(one) == len(other) == 4
     for (_, expected), (_, outputs) in zip(one, other, strict=True):
@@ -156,42 +137,38 @@ def test_micro_batches_and_outputs_go_through_compiled_steps(kit: Any) -> None:
 # --------------------------------------------------------------------------------------------- in place
 
 
-def test_names_in_the_state_dict_stay_and_the_methods_come_back(kit: Any) -> None:
+def test_names_in_the_state_dict_stay_and_the_methods_come_back() -> None:
     """No _orig_mod in front of names, during the run as after it; an attribute of the user's own is put back."""
     names: list[set[str]] = []
     compiled: list[set[str]] = []
-    before = set(kit.Net().state_dict())
+    before = set(Net().state_dict())
 
-    class Net(kit.Net):
+    class Own(Net):
         @inline
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             names.append(set(self.state_dict()))
             compiled.append({name for name in STEPS if name in vars(self)})
 
-    net = Net()
+    net = Own()
     mine = net.val_step
     net.val_step = mine  # type: ignore[method-assign]
-    outcome = kit.train(net, compile=True, compile_options={"backend": "eager"})
+    outcome = train(net, compile=True, compile_options={"backend": "eager"})
     assert outcome.result.status == "finished"
     assert names == [before, before]
     assert compiled == [{*STEPS}, {*STEPS}]
     assert set(net.state_dict()) == before
     assert [name for name in STEPS if name in vars(net)] == ["val_step"]
     assert net.val_step is mine
-    assert kit.train(net).result.status == "finished", "the module can be trained again, without compiling"
+    assert train(net).result.status == "finished", "the module can be trained again, without compiling"
 
 
-def test_a_copy_of_the_module_computes_with_its_own_weights(kit: Any) -> None:
-    """Taken during a compiled run, for an average of weights or an export: it is a plain module."""
+def test_a_copy_of_the_module_computes_with_its_own_weights() -> None:
     copies: list[Any] = []
 
-    class Net(kit.Net):
-        @inline
-        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
-            copies.append(copy.deepcopy(self))
+    kind = hooked("on_end_train_step", lambda net, *_: copies.append(copy.deepcopy(net)), "inline", Net)
 
-    net = Net()
-    kit.train(net, compile=True, compile_options={"backend": "eager"})
+    net = kind()
+    train(net, compile=True, compile_options={"backend": "eager"})
     batch = net.batches(8)[0]
     for one in copies:
         assert not [name for name in STEPS if name in vars(one)]
@@ -214,10 +191,9 @@ class Pickled(CallbackInterface):
         self.sizes.append(len(pickle.dumps({name: value for name, value in state.items() if name != "_modules"})))
 
 
-def test_the_modules_state_can_be_pickled_during_a_compiled_run(kit: Any) -> None:
-    """Compiled functions could not be; they are no part of it."""
-    net = kit.Net()
+def test_the_modules_state_can_be_pickled_during_a_compiled_run() -> None:
+    net = Net()
     pickled = Pickled(net)
-    outcome = kit.train(net, callbacks=[pickled], compile=True, compile_options={"backend": "eager"})
+    outcome = train(net, callbacks=[pickled], compile=True, compile_options={"backend": "eager"})
     assert outcome.result.status == "finished"
     assert len(pickled.sizes) == 2

@@ -104,7 +104,6 @@ class Recording:
 def test_each_method_has_the_contracts_parameters_defaults_and_abstractness(
     owner: type, name: str, parameters: list[str], abstract: bool
 ) -> None:
-    """Names, order, defaults and abstractness are law."""
     method = vars(owner)[name]
     assert _parameters(method) == parameters
     assert getattr(method, "__isabstractmethod__", False) is abstract
@@ -141,13 +140,11 @@ def _with_self(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="the contract's document is not beside this checkout")
 def test_the_table_of_this_test_is_what_the_document_says() -> None:
-    """The embedded table cannot drift from the user's document."""
     table = [(owner.__name__, name, parameters, abstract) for owner, name, parameters, abstract in CONTRACT]
     assert _document_signatures() == table
 
 
 def test_the_classes_and_the_hooks_are_those_of_the_contract() -> None:
-    """Bases, stages and the list of hooks match."""
     assert [(stage.name, stage.value) for stage in Stage] == [
         ("TRAIN", "train"),
         ("VAL", "val"),
@@ -160,7 +157,6 @@ def test_the_classes_and_the_hooks_are_those_of_the_contract() -> None:
 
 @pytest.mark.parametrize("missing", ABSTRACT)
 def test_a_module_that_lacks_an_abstract_method_cannot_be_built(missing: str) -> None:
-    """Python's own error names what is missing."""
     methods = {name: vars(Minimal)[name] for name in ABSTRACT if name != missing}
     incomplete = type("Incomplete", (ModuleInterface,), methods)
     with pytest.raises(TypeError, match=rf"Incomplete.*{missing}"):
@@ -172,7 +168,6 @@ def test_a_module_that_lacks_an_abstract_method_cannot_be_built(missing: str) ->
 
 @pytest.mark.parametrize("stage", ["train", None, 0, "predict"])
 def test_forward_refuses_what_is_no_stage(stage: object) -> None:
-    """The error names the value, the class and the stages there are; a stage's value is no stage."""
     with pytest.raises(AttributeError) as caught:
         Minimal()(stage, 1, "batch", "cpu")
     for part in ("Minimal", repr(stage), "Stage.TRAIN", "Stage.VAL", "Stage.TEST"):
@@ -180,7 +175,6 @@ def test_forward_refuses_what_is_no_stage(stage: object) -> None:
 
 
 def test_forward_dispatches_on_the_stage() -> None:
-    """Each stage reaches its step, with the arguments unchanged; testing falls back to validation."""
     module = Minimal()
     assert module(Stage.TRAIN, 3, "batch", "cpu") == ("train", 3, "batch", "cpu")
     assert module(Stage.VAL, 3, "batch", "cpu") == ("val", 3, "batch", "cpu")
@@ -188,7 +182,6 @@ def test_forward_dispatches_on_the_stage() -> None:
 
 
 def test_hooks_are_no_ops_and_test_dataloaders_default_to_none() -> None:
-    """A callback may implement nothing, and a module need not test."""
     callback = CallbackInterface()
     module = Minimal()
     for target in (callback, module):
@@ -202,7 +195,6 @@ def test_hooks_are_no_ops_and_test_dataloaders_default_to_none() -> None:
 
 
 def test_state_defaults_to_the_state_dict() -> None:
-    """What one module returns, another of its kind takes over; a foreign state is an error."""
     one, other = Minimal(), Minimal()
     assert set(one.get_state()) == {"linear.weight", "linear.bias"}
     other.update_state(one.get_state())
@@ -233,7 +225,6 @@ def test_state_defaults_to_the_state_dict() -> None:
     ],
 )
 def test_log_refuses_what_is_no_number(name: Any, value: Any, error: Any, says: str) -> None:
-    """The error names the metric and the value, and nothing is recorded."""
     module = Minimal()
     module._stagecast_recorder = recorder = Recording()
     with pytest.raises(error, match=says):
@@ -242,7 +233,6 @@ def test_log_refuses_what_is_no_number(name: Any, value: Any, error: Any, says: 
 
 
 def test_log_outside_of_a_run_does_nothing() -> None:
-    """A step can be tried out without a trainer."""
     assert Minimal().log("loss", 1.0) is None
 
 
@@ -260,7 +250,6 @@ def test_log_outside_of_a_run_does_nothing() -> None:
     ],
 )
 def test_log_hands_plain_numbers_on_as_floats(value: Any, number: float) -> None:
-    """Whatever kind of number the user has, the recorder gets a float."""
     module = Minimal()
     module._stagecast_recorder = recorder = Recording()
     module.log("metric", value)
@@ -270,7 +259,6 @@ def test_log_hands_plain_numbers_on_as_floats(value: Any, number: float) -> None
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_log_hands_tensors_on_unread(shape: tuple[int, ...]) -> None:
-    """A tensor of one element is passed as it is: even one without data, which could not be read."""
     module = Minimal()
     module._stagecast_recorder = recorder = Recording()
     value = torch.empty(shape, device="meta", requires_grad=True)
@@ -279,7 +267,6 @@ def test_log_hands_tensors_on_unread(shape: tuple[int, ...]) -> None:
 
 
 def test_the_recorder_is_neither_state_nor_copied_nor_pickled() -> None:
-    """Copies of a module belong to no run: averaging, exporting and checkpointing see only the model."""
     module = Minimal()
     before = set(module.state_dict())
     module._stagecast_recorder = recorder = Recording()
@@ -340,8 +327,6 @@ def test_log_stays_out_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("mark", "lane"), [(inline, Lane.INLINE), (fenced, Lane.FENCED), (observer, Lane.OBSERVER)])
 def test_a_mark_says_where_a_hook_runs_and_leaves_it_as_it_is(mark: Callable[..., Any], lane: Lane) -> None:
-    """The mark is an attribute of the very same function, found through the class and the instance."""
-
     def on_end_train(self: Any, global_step: int) -> None: ...
 
     assert mark(on_end_train) is on_end_train
@@ -350,6 +335,5 @@ def test_a_mark_says_where_a_hook_runs_and_leaves_it_as_it_is(mark: Callable[...
 
 
 def test_a_mark_on_a_bound_method_says_where_to_put_it() -> None:
-    """A bound method has no place for it."""
     with pytest.raises(TypeError, match=r"@fenced.*where the hook is defined"):
         fenced(CallbackInterface().on_end_train)

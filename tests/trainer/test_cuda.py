@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from support import training
+from support.training import make_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +28,7 @@ from events.messages import (
     TrainStepEnded,
     ValEpochEnded,
 )
+from sinks import Memory
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, inline, to_device
 from trainer.checkpoint.loaded import Loaded
 from trainer.checkpoint.slab import Slab
@@ -101,8 +104,8 @@ def sync_is_an_error() -> Iterator[Callable[[], None]]:
     torch.cuda.set_sync_debug_mode(before)
 
 
-def train(kit: Any, net: Any, **options: Any) -> Any:
-    return kit.train(net, **({"device": "cuda", "seed": 0, "train_batch_size": 16} | options))
+def train(net: Any, **options: Any) -> Any:
+    return training.train(net, **({"device": "cuda", "seed": 0, "train_batch_size": 16} | options))
 
 
 def device_is_busy() -> bool:
@@ -113,7 +116,7 @@ def device_is_busy() -> bool:
 # -------------------------------------------------------------------------------------------- nothing waits
 
 
-def test_a_synchronisation_in_a_step_is_noticed(kit: Any, sync_is_an_error: Callable[[], None]) -> None:
+def test_a_synchronisation_in_a_step_is_noticed(sync_is_an_error: Callable[[], None]) -> None:
     """The instrument of the tests below works: a step that reads its loss ends the run."""
 
     class Reads(Net):
@@ -123,7 +126,7 @@ def test_a_synchronisation_in_a_step_is_noticed(kit: Any, sync_is_an_error: Call
             loss.item()
             return loss, logits
 
-    assert isinstance(train(kit, Reads()).error, RuntimeError)
+    assert isinstance(train(Reads()).error, RuntimeError)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +140,7 @@ def test_a_synchronisation_in_a_step_is_noticed(kit: Any, sync_is_an_error: Call
     ],
     ids=["plain", "accumulating", "clipping", "bfloat16", "stop"],
 )
-def test_the_loop_synchronises_nowhere(kit: Any, sync_is_an_error: Callable[[], None], options: dict[str, Any]) -> None:
-    """With metrics from steps and hooks, callbacks that get outputs, and validation: from the first step to the end."""
-
+def test_the_loop_synchronises_nowhere(sync_is_an_error: Callable[[], None], options: dict[str, Any]) -> None:
     class Logs(Net):
         def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
             built = super().get_optimizers_schedulers(steps, epochs)
@@ -167,7 +168,7 @@ def test_the_loop_synchronises_nowhere(kit: Any, sync_is_an_error: Callable[[], 
             self.log("inline", outputs[1].mean())
 
     keeps = Keeps()
-    outcome = train(kit, Logs(), callbacks=[keeps], epochs=3, **options)
+    outcome = train(Logs(), callbacks=[keeps], epochs=3, **options)
     assert outcome.result.global_step == 12
     assert len(keeps.steps) == 12
     assert all(math.isfinite(event.loss) for event in outcome.of(TrainStepEnded))
@@ -176,7 +177,7 @@ def test_the_loop_synchronises_nowhere(kit: Any, sync_is_an_error: Callable[[], 
     }
 
 
-def test_a_step_ends_while_the_device_is_still_at_work_on_it(kit: Any) -> None:
+def test_a_step_ends_while_the_device_is_still_at_work_on_it() -> None:
     """Its loss is published, its outputs are captured, its metrics logged: the host is ahead of the device."""
     busy: list[bool] = []
 
@@ -193,7 +194,7 @@ def test_a_step_ends_while_the_device_is_still_at_work_on_it(kit: Any) -> None:
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             busy.append(device_is_busy())
 
-    outcome = train(kit, Slow(), callbacks=[Ahead(), Keeps()], val_interval_epochs=0)
+    outcome = train(Slow(), callbacks=[Ahead(), Keeps()], val_interval_epochs=0)
     assert outcome.result.global_step == 4
     assert busy[-1]
 
@@ -201,7 +202,7 @@ def test_a_step_ends_while_the_device_is_still_at_work_on_it(kit: Any) -> None:
 # --------------------------------------------------------------------------------------- numbers and outputs
 
 
-def test_numbers_that_are_late_arrive_as_they_were(kit: Any) -> None:
+def test_numbers_that_are_late_arrive_as_they_were() -> None:
     """Each step's own, through pinned memory, although the device is behind and the user writes over the tensors."""
 
     class Late(Net):
@@ -215,7 +216,7 @@ def test_numbers_that_are_late_arrive_as_they_were(kit: Any) -> None:
             self.log("integer", counter.long())
             return loss * 0 + counter
 
-    outcome = train(kit, Late(), epochs=4, val_interval_epochs=0)
+    outcome = train(Late(), epochs=4, val_interval_epochs=0)
     steps = list(range(1, 17))
     assert [event.loss for event in outcome.of(TrainStepEnded)] == steps
     logged = [event.metrics for event in outcome.of(MetricsLogged)]
@@ -224,7 +225,7 @@ def test_numbers_that_are_late_arrive_as_they_were(kit: Any) -> None:
     assert [event.loss for event in outcome.of(TrainEpochEnded)] == [2.5, 6.5, 10.5, 14.5]
 
 
-def test_numbers_are_right_when_the_loop_computes_on_a_stream_of_its_own(kit: Any) -> None:
+def test_numbers_are_right_when_the_loop_computes_on_a_stream_of_its_own() -> None:
     """The host program may have chosen one for its thread; reading waits for that one."""
 
     class Late(Net):
@@ -237,12 +238,12 @@ def test_numbers_are_right_when_the_loop_computes_on_a_stream_of_its_own(kit: An
     own = torch.cuda.Stream()
     keeps = Keeps()
     with torch.cuda.stream(own):
-        outcome = train(kit, Late(), callbacks=[keeps], val_interval_epochs=0)
+        outcome = train(Late(), callbacks=[keeps], val_interval_epochs=0)
     assert [event.loss for event in outcome.of(TrainStepEnded)] == [1.0, 2.0, 3.0, 4.0]
     assert [outputs[1].unique().tolist() for outputs in keeps.steps] == [[1.0], [2.0], [3.0], [4.0]]
 
 
-def test_a_capture_copies_on_a_stream_of_its_own_what_was_there(kit: Any) -> None:
+def test_a_capture_copies_on_a_stream_of_its_own_what_was_there() -> None:
     """To pinned memory, without waiting; what the compute stream writes to the same memory later does not show."""
     device = torch.device("cuda", torch.cuda.current_device())
     capture = Capture(device, print)
@@ -277,7 +278,7 @@ def test_memory_of_captured_outputs_is_not_handed_on_too_early() -> None:
 # ------------------------------------------------------------------------------------------ threads and time
 
 
-def test_the_runs_device_is_current_on_every_thread(kit: Any) -> None:
+def test_the_runs_device_is_current_on_every_thread() -> None:
     """The last one there is, where there are several: on the loop's thread and on those of callbacks."""
     index = torch.cuda.device_count() - 1
     before = torch.cuda.current_device()
@@ -290,7 +291,7 @@ def test_the_runs_device_is_current_on_every_thread(kit: Any) -> None:
             return super().train_step(global_step, batch, device)
 
     try:
-        outcome = train(kit, Looks(), callbacks=[keeps], device=f"cuda:{index}")
+        outcome = train(Looks(), callbacks=[keeps], device=f"cuda:{index}")
     finally:
         torch.cuda.set_device(before)
     assert outcome.result.status == "finished"
@@ -299,8 +300,7 @@ def test_the_runs_device_is_current_on_every_thread(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_the_ledger_says_how_long_the_device_idled(kit: Any) -> None:
-    """While the loop waits for data the device has nothing to do; it is known without waiting for the device."""
+async def test_the_ledger_says_how_long_the_device_idled() -> None:
     data_s = 0.02
 
     class Starved(Net):
@@ -311,9 +311,9 @@ async def test_the_ledger_says_how_long_the_device_idled(kit: Any) -> None:
                 yield batch
             torch.cuda.synchronize()
 
-    memory = kit.Memory()
+    memory = Memory()
     options = {"device": "cuda", "train_batch_size": 8, "val_interval_epochs": 0, "ledger_interval_s": 1e-9}
-    trainer = kit.make_trainer(Starved(), sinks=[memory], **options)
+    trainer = make_trainer(Starved(), sinks=[memory], **options)
     async with trainer.run() as run:
         pass
     ledger = (await run.result()).ledger
@@ -329,7 +329,7 @@ async def test_the_ledger_says_how_long_the_device_idled(kit: Any) -> None:
 # ------------------------------------------------------------------------------------------------ end to end
 
 
-def test_float16_trains_with_a_scaler(kit: Any) -> None:
+def test_float16_trains_with_a_scaler() -> None:
     """Losses fall; a step whose gradients overflow is left out, and the one read a step is on the readback row."""
     scales: list[torch.Tensor] = []
 
@@ -343,7 +343,7 @@ def test_float16_trains_with_a_scaler(kit: Any) -> None:
         def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
             assert loss_tensor is scales[-1]
 
-    outcome = train(kit, Half(), precision="float16", epochs=10, clip_grads=True)
+    outcome = train(Half(), precision="float16", epochs=10, clip_grads=True)
     ledger = outcome.result.ledger
     skipped = outcome.of(StepSkipped)
     assert ledger.steps == 40 == outcome.result.global_step + len(skipped)
@@ -354,31 +354,27 @@ def test_float16_trains_with_a_scaler(kit: Any) -> None:
     assert ledger.readback_s > 0
 
 
-def test_an_overflowing_step_is_left_out_on_the_device(kit: Any) -> None:
-    """Infinite gradients: no weight changes, global_step stays, and the run goes on."""
-
+def test_an_overflowing_step_is_left_out_on_the_device() -> None:
     class Overflows(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             self.calls = getattr(self, "calls", 0) + 1
             loss, logits = super().train_step(global_step, batch, device)
             return loss * (1e38 if self.calls == 3 else 1.0), logits
 
-    outcome = train(kit, Overflows(), precision="float16", epochs=3)
+    outcome = train(Overflows(), precision="float16", epochs=3)
     assert outcome.result.ledger.steps == 12
     assert len(outcome.of(StepSkipped)) >= 1
     assert outcome.result.global_step == 12 - len(outcome.of(StepSkipped))
 
 
-def test_a_loss_that_is_not_finite_is_skipped_on_the_device(kit: Any) -> None:
-    """One read a step, on the readback row."""
-
+def test_a_loss_that_is_not_finite_is_skipped_on_the_device() -> None:
     class Diverges(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             self.calls = getattr(self, "calls", 0) + 1
             loss, logits = super().train_step(global_step, batch, device)
             return loss * (math.nan if self.calls == 2 else 1.0), logits
 
-    outcome = train(kit, Diverges(), non_finite="skip")
+    outcome = train(Diverges(), non_finite="skip")
     assert outcome.result.global_step == 3
     assert [math.isnan(event.loss) for event in outcome.of(NonFiniteLoss)] == [True]
     assert outcome.result.ledger.readback_s > 0
@@ -386,7 +382,6 @@ def test_a_loss_that_is_not_finite_is_skipped_on_the_device(kit: Any) -> None:
 
 @pytest.mark.parametrize("pinned", [True, False])
 def test_batches_are_moved_to_the_device_as_they_were(pinned: bool) -> None:
-    """From pinned memory without waiting for the device, from other memory with the same values."""
     source = torch.arange(1 << 16, dtype=torch.float32)
     batch = {"x": source.pin_memory() if pinned else source, "label": "text"}
     to_device(batch, "cuda")  # memory is allocated
@@ -401,13 +396,12 @@ def test_batches_are_moved_to_the_device_as_they_were(pinned: bool) -> None:
     assert batch["x"].device.type == "cpu"
 
 
-def test_two_epochs_with_validation_from_end_to_end(kit: Any) -> None:
-    """The same steps as on the CPU, with outputs in host memory, and a result of plain numbers."""
+def test_two_epochs_with_validation_from_end_to_end() -> None:
     keeps, host = Keeps(), Keeps()
     net, reference = Net(), HostNet()
     reference.load_state_dict(net.state_dict())
-    outcome = train(kit, net, callbacks=[keeps], epochs=2)
-    expected = kit.train(reference, callbacks=[host], epochs=2, train_batch_size=16, seed=0, device="cpu")
+    outcome = train(net, callbacks=[keeps], epochs=2)
+    expected = train(reference, callbacks=[host], epochs=2, train_batch_size=16, seed=0, device="cpu")
     assert outcome.result.status == "finished"
     assert outcome.result.global_step == 8
     for kind in (TrainStepEnded, ValEpochEnded, TrainEpochEnded):
@@ -469,7 +463,7 @@ def test_a_copy_is_of_the_moment_though_the_device_and_the_optimizers_go_on() ->
     assert weight.unique().tolist() == [9.0]
 
 
-def test_the_host_does_not_wait_for_a_snapshot(kit: Any, tmp_path: Any, sync_is_an_error: Callable[[], None]) -> None:
+def test_the_host_does_not_wait_for_a_snapshot(tmp_path: Any, sync_is_an_error: Callable[[], None]) -> None:
     """Neither at the snapshot nor at the gate; each checkpoint holds the weights of its step."""
     weights: dict[int, torch.Tensor] = {}
 
@@ -481,7 +475,7 @@ def test_the_host_does_not_wait_for_a_snapshot(kit: Any, tmp_path: Any, sync_is_
 
     net = Net()
     checkpoints = Checkpoints(every_steps=1, every_minutes=None, at_end=False, keep_last=99, when_busy="wait")
-    outcome = kit.train(
+    outcome = train(
         net, callbacks=[Watching()], device="cuda", checkpoints=checkpoints, run_dir=tmp_path / "run", epochs=2
     )
     assert outcome.error is None
@@ -492,9 +486,7 @@ def test_the_host_does_not_wait_for_a_snapshot(kit: Any, tmp_path: Any, sync_is_
         assert torch.equal(state["layers.0.weight"], weights[name.step].cpu())
 
 
-def test_a_resumed_run_goes_on_from_the_devices_state(kit: Any, tmp_path: Any) -> None:
-    """With the device's random generator: dropout draws what it would have drawn."""
-
+def test_a_resumed_run_goes_on_from_the_devices_state(tmp_path: Any) -> None:
     class Dropping(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -510,6 +502,6 @@ def test_a_resumed_run_goes_on_from_the_devices_state(kit: Any, tmp_path: Any) -
     run = {"device": "cuda", "seed": 3, "epochs": 2, "run_id": "r", "run_dir": tmp_path / "run"}
     checkpoints = Checkpoints(every_steps=5, every_minutes=None, keep_last=99, when_busy="wait")
     whole, rest = Dropping(), Dropping()
-    kit.train(whole, checkpoints=checkpoints, **run)
-    kit.train(rest, checkpoints=checkpoints, resume=tmp_path / "run/checkpoints/step-5.a1", **run)
+    train(whole, checkpoints=checkpoints, **run)
+    train(rest, checkpoints=checkpoints, resume=tmp_path / "run/checkpoints/step-5.a1", **run)
     assert rest.losses == pytest.approx(whole.losses[5:], rel=1e-4)

@@ -104,7 +104,6 @@ def _meta() -> torch.Tensor:
     ids=lambda value: type(value).__name__ if not callable(value) else "",
 )
 def test_tensors_in_any_container_move_and_the_original_stays(batch: Any, tensors: Any) -> None:
-    """Every tensor is on the new device, the container has its type, and the batch itself is untouched."""
     moved = to_device(batch, "meta")
     assert type(moved) is type(batch)
     assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
@@ -112,7 +111,6 @@ def test_tensors_in_any_container_move_and_the_original_stays(batch: Any, tensor
 
 
 def test_mappings_keep_their_attributes() -> None:
-    """A default factory and the order survive."""
     batch = collections.defaultdict(list, {"b": _meta(), "a": _meta()})
     moved = to_device(batch, "meta")
     assert moved["new"] == []
@@ -121,7 +119,6 @@ def test_mappings_keep_their_attributes() -> None:
 
 
 def test_what_moves_itself_is_asked_to() -> None:
-    """Also if its `to` knows no non_blocking; an error of its own comes out."""
     encoding = Encoding(x=1)
     assert to_device([encoding], "meta")[0].moved_to == "meta"
 
@@ -134,7 +131,6 @@ def test_what_moves_itself_is_asked_to() -> None:
 
 
 def test_a_batch_with_nothing_to_move_is_returned_as_it_is() -> None:
-    """No copies on the CPU, nor of what holds no tensor."""
     batch = {"x": [torch.ones(2), (1, "a")], "y": torch.Size([2]), "z": {1, 2}, "f": Frozen(torch.ones(1))}
     assert to_device(batch, "cpu") is batch
     assert to_device(Frozen, "meta") is Frozen
@@ -179,7 +175,6 @@ def _shape(value: Any) -> Any:
 
 @given(_batches)
 def test_moving_keeps_the_structure_and_reaches_every_tensor(batch: Any) -> None:
-    """Whatever the nesting: the same structure, and every tensor moved; a mapped copy holds equal values."""
     moved = to_device(batch, "meta")
     assert _shape(moved) == _shape(batch)
     devices: list[str] = []
@@ -211,7 +206,6 @@ def test_moving_keeps_the_structure_and_reaches_every_tensor(batch: Any) -> None
     ],
 )
 def test_rows_are_the_first_dimension_of_the_first_tensor_that_has_one(batch: Any, rows: int | None) -> None:
-    """Depth first; scalars are passed over; sequences are counted, not tokens; nothing is read."""
     assert count_rows(batch, None).rows == rows
 
 
@@ -227,7 +221,6 @@ def test_packed_sequences_are_what_the_test_above_means() -> None:
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 1000), st.integers(0, 50))
 def test_the_order_is_a_permutation_that_seed_and_epoch_determine(seed: int, epoch: int, size: int) -> None:
-    """The same again in another class and on a second pass, whatever the global generator is at."""
     data = range(size)
     sampler = make_train_sampler(seed, epoch)(data)
     first = list(sampler)
@@ -248,7 +241,6 @@ def test_shuffling_leaves_the_global_generator_alone() -> None:
 
 
 def test_neighbouring_seeds_and_epochs_have_orders_of_their_own() -> None:
-    """(0, 1) and (1, 0) are not the same."""
     orders = {tuple(make_train_sampler(seed, epoch)(range(50))) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
@@ -269,7 +261,6 @@ def test_each_epochs_class_counts_its_own_instances() -> None:
 
 @given(st.integers(0, 40), st.integers(1, 9), st.booleans())
 def test_the_rows_of_each_batch_are_known_without_reading_it(size: int, micro_batch: int, drop_last: bool) -> None:
-    """They are what the loader then yields, the smaller last batch included."""
     data = TensorDataset(torch.arange(size))
     sampler = make_train_sampler(0, 0)
     loader = DataLoader(data, batch_size=micro_batch, sampler=sampler(data), drop_last=drop_last)
@@ -289,7 +280,6 @@ class OwnBatches(BatchSampler):
 
 
 def test_rows_are_unknown_where_batching_is_not_ours() -> None:
-    """Another sampler, batch sampler, batch size, or no torch loader at all."""
     data = TensorDataset(torch.arange(10))
     kind = make_train_sampler(0, 0)
     assert own_batches([1, 2], 2, kind) is None
@@ -313,8 +303,6 @@ def test_the_order_is_drawn_on_the_host_whatever_the_default_device_is() -> None
 
 
 def test_rows_are_unknown_where_a_loader_iterates_otherwise() -> None:
-    """A subclass may cut, join or repeat what the sampler says."""
-
     class Twice(DataLoader[Any]):
         def __iter__(self) -> Any:
             for batch in super().__iter__():
@@ -345,7 +333,6 @@ class Unsized(Dataset[int]):
 
 
 def test_the_length_of_a_loader_is_its_own_word_or_none() -> None:
-    """Streams and generators have none."""
     assert loader_length(DataLoader(TensorDataset(torch.arange(7)), batch_size=2)) == 4
     assert loader_length([1, 2, 3]) == 3
     assert loader_length(DataLoader(Stream(), batch_size=2)) is None
@@ -377,13 +364,11 @@ def test_the_length_of_a_loader_is_its_own_word_or_none() -> None:
     ],
 )
 def test_an_invalid_dataloader_is_named_with_its_key(value: Any, says: str) -> None:
-    """The message says which method returned what."""
     with pytest.raises(DataLoaderError, match=says):
         as_val_loaders(value)
 
 
 def test_dataloaders_come_in_one_form() -> None:
-    """A single one is "default"; a mapping keeps its order; None and nothing are none."""
     loader = DataLoader([1, 2])
     assert as_val_loaders(loader) == {"default": loader}
     assert list(as_val_loaders({"b": [1], "a": iter([2])})) == ["b", "a"]
@@ -397,7 +382,6 @@ def test_dataloaders_come_in_one_form() -> None:
 
 @pytest.mark.parametrize("device", ["nonsense", "", "cpu:x", "cuda:99"])
 def test_a_device_that_cannot_be_used_is_named_with_those_that_can(device: str) -> None:
-    """A typing error and an absent accelerator alike."""
     with pytest.raises(ArgumentsError) as caught:
         resolve_device(device)
     assert f"device = {device!r}: cannot be used: " in str(caught.value)
@@ -405,7 +389,6 @@ def test_a_device_that_cannot_be_used_is_named_with_those_that_can(device: str) 
 
 
 def test_auto_takes_an_accelerator_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the CPU; an explicit choice is kept."""
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
     expected = "cpu"
@@ -417,7 +400,6 @@ def test_auto_takes_an_accelerator_if_there_is_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_seed_repeats_every_generator() -> None:
-    """Python's, NumPy's and torch's; a seed beyond NumPy's 32 bits works, too."""
     saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         for seed in (0, 2**63 - 1):
@@ -433,7 +415,6 @@ def test_a_seed_repeats_every_generator() -> None:
 
 
 def test_seeding_works_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch does not need it, and neither do we."""
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:

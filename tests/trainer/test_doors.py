@@ -12,6 +12,8 @@ import anyio
 import anyio.to_thread
 import pytest
 import torch
+from support.threads import WAIT_S, join_threads, trainer_threads
+from support.training import Boom, Diary, Net, failing, make_trainer, read_journal, train
 
 from events.errors import CursorError, RunCancelled, RunFolderHeld
 from events.messages import CommandTaken, Event, RunEnded, RunStarted, TrainEpochEnded, TrainStepEnded
@@ -21,40 +23,16 @@ from trainer.errors import ContractError
 MANY = 100_000  # epochs: more than any test waits for
 
 
-class Boom(Exception):
-    """The user's own."""
-
-
-def failing(kit: Any, error: BaseException, at: int = 2) -> Any:
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if global_step == at:
-                raise error
-            return self.forward_loss(batch)
-
-    return Net()
-
-
 # ------------------------------------------------------------------------------------------------------- train()
 
 
-def test_train_raises_the_users_own_exception(kit: Any) -> None:
-    """As it is: the same object, without a cause, with a note that says where it was."""
+def test_train_raises_the_users_own_exception() -> None:
     error = Boom("mine")
     with pytest.raises(Boom) as caught:
-        kit.make_trainer(failing(kit, error)).train()
+        make_trainer(failing(error)).train()
     assert caught.value is error
     assert error.__cause__ is None
     assert error.__notes__ == ["stagecast: in train_step after global_step 1"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), StopIteration("next() of nothing")])
-def test_train_raises_exceptions_of_every_kind(kit: Any, error: BaseException) -> None:
-    """Also those that other code treats specially; the run has ended properly by then."""
-    outcome = kit.train(failing(kit, error))
-    assert outcome.error is error
-    status = "failed" if isinstance(error, Exception) else "cancelled"
-    assert outcome.of(RunEnded)[0].status == status
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), Boom("mine")], ids=["ctrl-c", "exit", "error"])
@@ -62,33 +40,32 @@ def test_train_raises_exceptions_of_every_kind(kit: Any, error: BaseException) -
 @pytest.mark.parametrize(
     "hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
 )
-def test_an_exception_means_the_same_in_every_hook(kit: Any, hook: str, lane: Any, error: BaseException) -> None:
+def test_an_exception_means_the_same_in_every_hook(hook: str, lane: Any, error: BaseException) -> None:
     """Also while observers are drained, when the loop has published another end already: the last one counts."""
 
     def fail(self: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
         raise error
 
-    outcome = kit.train(kit.Net(), callbacks=[type("Fails", (CallbackInterface,), {hook: lane(fail)})()])
+    outcome = train(Net(), callbacks=[type("Fails", (CallbackInterface,), {hook: lane(fail)})()])
     assert outcome.error is error
     status = "failed" if isinstance(error, Exception) else "cancelled"
     assert outcome.of(RunEnded)[-1].status == status
 
 
-def test_a_trainer_trains_again_after_a_failure(kit: Any) -> None:
-    """Nothing of the failed run is left: not in the module, not in the process."""
-    net = failing(kit, Boom(), at=3)
-    trainer = kit.make_trainer(net, epochs=2)
+def test_a_trainer_trains_again_after_a_failure() -> None:
+    net = failing(Boom(), at=3)
+    trainer = make_trainer(net, epochs=2)
     with pytest.raises(Boom):
         trainer.train()
     assert "_stagecast_recorder" not in vars(net)
     assert net.training
     with pytest.raises(Boom):
         trainer.train()
-    kit.join_threads()
+    join_threads()
 
 
 @pytest.mark.parametrize("hangs", ["in a thread", "in the event loop"])
-def test_an_async_sink_that_hangs_does_not_hold_the_end(kit: Any, hangs: str) -> None:
+def test_an_async_sink_that_hangs_does_not_hold_the_end(hangs: str) -> None:
     """Not even the closing of the event loop, which waits for its executor and for tasks that refuse to end."""
     released = threading.Event()
 
@@ -106,78 +83,69 @@ def test_an_async_sink_that_hangs_does_not_hold_the_end(kit: Any, hangs: str) ->
         def open(self, run: Any) -> Any:
             return Writer()
 
-    result = kit.make_trainer(kit.Net(), sinks=[Hangs()], drain_timeout_s=0.05).train()
+    result = make_trainer(Net(), sinks=[Hangs()], drain_timeout_s=0.05).train()
     assert not released.is_set()
     assert (result.status, result.observers[-1].state) == ("finished", "stuck")
     released.set()
-    kit.join_threads()
+    join_threads()
 
 
-def test_train_twice_is_two_runs(kit: Any) -> None:
-    """Each has a name and a count of steps of its own; the module is trained on."""
-    net = kit.Net()
-    trainer = kit.make_trainer(net)
+def test_train_twice_is_two_runs() -> None:
+    net = Net()
+    trainer = make_trainer(net)
     first, second = trainer.train(), trainer.train()
     assert first.run_id != second.run_id
     assert first.global_step == second.global_step == 2
     assert second.metrics["train_loss"] < first.metrics["train_loss"]
 
 
-def test_train_runs_the_loop_on_the_calling_thread(kit: Any) -> None:
-    """So a debugger, a profiler or a thread-local of the caller works."""
+def test_train_runs_the_loop_on_the_calling_thread() -> None:
     threads = set()
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            threads.add(threading.get_ident())
-            return self.forward_loss(batch)
+    def net() -> Net:
+        return Net(act=lambda step: threads.add(threading.get_ident()))
 
     def elsewhere() -> None:
-        kit.train(Net())
+        train(net())
         seen.append((threads.copy(), threading.get_ident()))
 
     seen: list[Any] = []
-    kit.train(Net())
+    train(net())
     assert threads == {threading.get_ident()}
     threads.clear()
     thread = threading.Thread(target=elsewhere)
     thread.start()
-    thread.join(kit.WAIT_S)
+    thread.join(WAIT_S)
     assert seen[0][0] == {seen[0][1]}
 
 
 @pytest.mark.anyio
-async def test_train_works_inside_a_running_event_loop(kit: Any) -> None:
-    """It blocks that loop, asyncio's or trio's, and needs nothing of it: hooks and events come all the same."""
-    diary = kit.Diary()
-    outcome = kit.train(kit.Net(), callbacks=[diary], epochs=2)
+async def test_train_works_inside_a_running_event_loop() -> None:
+    diary = Diary()
+    outcome = train(Net(), callbacks=[diary], epochs=2)
     assert outcome.result.status == "finished"
     assert diary.names[-1] == "on_end_train"
     await anyio.lowlevel.checkpoint()
 
 
 @pytest.mark.anyio
-async def test_train_works_in_a_worker_thread_of_an_event_loop(kit: Any) -> None:
-    """The host goes on meanwhile."""
-    outcome = await anyio.to_thread.run_sync(kit.train, kit.Net())
+async def test_train_works_in_a_worker_thread_of_an_event_loop() -> None:
+    outcome = await anyio.to_thread.run_sync(train, Net())
     assert outcome.result.status == "finished"
 
 
-def test_runs_in_two_threads_do_not_know_of_each_other(kit: Any) -> None:
-    """Each gets its own events, in order; they are under way at the same time."""
-    together = threading.Barrier(2, timeout=kit.WAIT_S)
+def test_runs_in_two_threads_do_not_know_of_each_other() -> None:
+    together = threading.Barrier(2, timeout=WAIT_S)
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            together.wait()
-            return self.forward_loss(batch)
+    def run() -> None:
+        outcomes.append(train(Net(act=lambda step: together.wait()), epochs=3))
 
     outcomes: list[Any] = []
-    threads = [threading.Thread(target=lambda: outcomes.append(kit.train(Net(), epochs=3))) for _ in range(2)]
+    threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(kit.WAIT_S)
+        thread.join(WAIT_S)
     assert len(outcomes) == 2
     for outcome in outcomes:
         assert {e.run_id for e in outcome.events} == {outcome.result.run_id}
@@ -186,15 +154,14 @@ def test_runs_in_two_threads_do_not_know_of_each_other(kit: Any) -> None:
     assert outcomes[0].result.run_id != outcomes[1].result.run_id
 
 
-def test_nothing_is_left_behind_by_fifty_runs(kit: Any) -> None:
-    """No thread and no file descriptor, whether runs finish or fail."""
-    kit.train(kit.Net())
-    kit.join_threads()
+def test_nothing_is_left_behind_by_fifty_runs() -> None:
+    train(Net())
+    join_threads()
     before = len(os.listdir("/proc/self/fd"))
     for number in range(50):
-        net = failing(kit, Boom()) if number % 5 == 4 else kit.Net(rows=8)
-        kit.train(net, callbacks=[kit.Diary()], journal=number % 10 == 0)
-    kit.join_threads()
+        net = failing(Boom()) if number % 5 == 4 else Net(rows=8)
+        train(net, callbacks=[Diary()], journal=number % 10 == 0)
+    join_threads()
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
@@ -202,20 +169,18 @@ def test_nothing_is_left_behind_by_fifty_runs(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_the_end_of_the_block_waits_for_the_end_of_the_run(kit: Any) -> None:
-    """Afterwards result() has it, as often as it is asked for."""
-    async with kit.make_trainer(kit.Net(), epochs=3).run() as run:
+async def test_the_end_of_the_block_waits_for_the_end_of_the_run() -> None:
+    async with make_trainer(Net(), epochs=3).run() as run:
         pass
     result = await run.result()
     assert (result.status, result.global_step, result.epochs) == ("finished", 6, 3)
     assert await run.result() is result
-    assert kit.trainer_threads(loops=True) == []
+    assert trainer_threads(loops=True) == []
 
 
 @pytest.mark.anyio
-async def test_result_inside_the_block_waits(kit: Any) -> None:
-    """Several tasks may wait for it."""
-    async with kit.make_trainer(kit.Net()).run() as run, anyio.create_task_group() as tasks:
+async def test_result_inside_the_block_waits() -> None:
+    async with make_trainer(Net()).run() as run, anyio.create_task_group() as tasks:
         results = []
 
         async def wait() -> None:
@@ -228,26 +193,21 @@ async def test_result_inside_the_block_waits(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_the_loop_has_a_thread_of_its_own(kit: Any) -> None:
-    """Named after the run; the host's event loop stays free."""
+async def test_the_loop_has_a_thread_of_its_own() -> None:
     threads: set[str] = set()
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            threads.add(threading.current_thread().name)
-            return self.forward_loss(batch)
+    net = Net(act=lambda step: threads.add(threading.current_thread().name))
 
-    async with kit.make_trainer(Net()).run() as run:
+    async with make_trainer(net).run() as run:
         pass
     assert threads == {f"stagecast-loop-{run.run_id}"}
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("where", ["end of the block", "inside", "afterwards"])
-async def test_the_users_exception_comes_out_as_itself(kit: Any, where: str) -> None:
-    """At the end of the block, and from result(); also with task groups around: never in a group."""
+async def test_the_users_exception_comes_out_as_itself(where: str) -> None:
     error = Boom("mine")
-    trainer = kit.make_trainer(failing(kit, error))
+    trainer = make_trainer(failing(error))
     async with anyio.create_task_group():
         with pytest.raises(Boom) as caught:
             async with trainer.run() as run, anyio.create_task_group():
@@ -260,30 +220,28 @@ async def test_the_users_exception_comes_out_as_itself(kit: Any, where: str) -> 
             with pytest.raises(Boom) as caught:
                 await run.result()
     assert caught.value is error
-    assert kit.trainer_threads(loops=True) == []
+    assert trainer_threads(loops=True) == []
 
 
 @pytest.mark.anyio
-async def test_an_exception_in_the_block_cancels_the_run_and_goes_on(kit: Any) -> None:
-    """The loop has stopped by then; the journal ends with RunEnded; result() says that it was cancelled."""
+async def test_an_exception_in_the_block_cancels_the_run_and_goes_on() -> None:
     error = Boom("the host's")
     with pytest.raises(Boom) as caught:
-        async with kit.make_trainer(kit.Net(), epochs=MANY, journal=True).run() as run:
+        async with make_trainer(Net(), epochs=MANY, journal=True).run() as run:
             async for event in run.events(types=[TrainStepEnded]):
                 if event.global_step > 3:
                     raise error
     assert caught.value is error
-    assert kit.trainer_threads(loops=True) == []
+    assert trainer_threads(loops=True) == []
     with pytest.raises(RunCancelled, match="an exception left the block"):
         await run.result()
-    journal = kit.read_journal(f"runs/{run.run_id}")
+    journal = read_journal(f"runs/{run.run_id}")
     assert journal[-1].status == "cancelled"
 
 
 @pytest.mark.anyio
-async def test_events_from_the_start_are_all_there_in_order(kit: Any) -> None:
-    """With a journal, also when somebody asks late; the stream ends after the last one."""
-    async with kit.make_trainer(kit.Net(), epochs=2, journal=True).run() as run:
+async def test_events_from_the_start_are_all_there_in_order() -> None:
+    async with make_trainer(Net(), epochs=2, journal=True).run() as run:
         await run.result()
         late = [event async for event in run.events(since=0)]
     after = [event async for event in run.events(since=0)]
@@ -294,9 +252,8 @@ async def test_events_from_the_start_are_all_there_in_order(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_no_cursor_and_no_type_is_refused_at_once(kit: Any) -> None:
-    """Where the stream is opened, not where it is read; the run does not mind."""
-    async with kit.make_trainer(kit.Net()).run() as run:
+async def test_what_is_no_cursor_and_no_type_is_refused_at_once() -> None:
+    async with make_trainer(Net()).run() as run:
         for since in (-1, 1.5, "0", True):
             with pytest.raises(CursorError, match=f"since={since!r}: give the seq of an event"):
                 run.events(since=since)
@@ -309,9 +266,8 @@ async def test_what_is_no_cursor_and_no_type_is_refused_at_once(kit: Any) -> Non
 
 
 @pytest.mark.anyio
-async def test_events_of_some_types_without_a_journal(kit: Any) -> None:
-    """Only those, live; the cursor follows."""
-    async with kit.make_trainer(kit.Net(), epochs=2).run() as run:
+async def test_events_of_some_types_without_a_journal() -> None:
+    async with make_trainer(Net(), epochs=2).run() as run:
         stream = run.events(since=0, types=[TrainEpochEnded])
         epochs = [event async for event in stream]
     assert [e.epoch for e in epochs] == [0, 1]
@@ -319,10 +275,9 @@ async def test_events_of_some_types_without_a_journal(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_stop_is_orderly(kit: Any) -> None:
-    """The step is finished, the hooks of the end run, the status says stopped and why."""
-    diary = kit.Diary()
-    async with kit.make_trainer(kit.Net(), epochs=MANY, callbacks=[diary]).run() as run:
+async def test_stop_is_orderly() -> None:
+    diary = Diary()
+    async with make_trainer(Net(), epochs=MANY, callbacks=[diary]).run() as run:
         async for event in run.events(types=[TrainStepEnded]):
             if event.global_step >= 3:
                 run.stop("enough")
@@ -333,10 +288,10 @@ async def test_stop_is_orderly(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_commands_may_come_from_other_threads(kit: Any) -> None:
+async def test_commands_may_come_from_other_threads() -> None:
     """Pause holds the loop at a boundary, resume lets it go on, stop ends it; each is published when taken."""
     taken: list[str] = []
-    async with kit.make_trainer(kit.Net(), epochs=MANY, journal=True).run() as run:
+    async with make_trainer(Net(), epochs=MANY, journal=True).run() as run:
         stream = run.events(since=0, types=[CommandTaken])
 
         async def send(command: Any) -> CommandTaken:
@@ -357,17 +312,14 @@ async def test_commands_may_come_from_other_threads(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_stop_wins_over_what_comes_with_it(kit: Any) -> None:
+async def test_a_stop_wins_over_what_comes_with_it() -> None:
     """Pause, stop and resume at the same boundary: all are taken, and the run is stopped."""
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if global_step == 1:
-                assert sent.wait(kit.WAIT_S)
-            return self.forward_loss(batch)
+    def act(step: int) -> None:
+        assert step > 1 or sent.wait(WAIT_S)
 
     sent = threading.Event()
-    async with kit.make_trainer(Net(), epochs=MANY).run() as run:
+    async with make_trainer(Net(act=act), epochs=MANY).run() as run:
         run.pause()
         run.stop("first")
         run.stop("second")
@@ -381,9 +333,9 @@ async def test_a_stop_wins_over_what_comes_with_it(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_command_after_the_end_is_harmless(kit: Any) -> None:
+async def test_a_command_after_the_end_is_harmless() -> None:
     """Whoever operates the run cannot know that it has just ended."""
-    async with kit.make_trainer(kit.Net()).run() as run:
+    async with make_trainer(Net()).run() as run:
         await run.result()
         run.stop()
         run.pause()
@@ -392,17 +344,10 @@ async def test_a_command_after_the_end_is_harmless(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_two_runs_side_by_side_in_one_event_loop(kit: Any) -> None:
-    """Under way at the same time, each with its own module, events and result."""
-    together = threading.Barrier(2, timeout=kit.WAIT_S)
+async def test_two_runs_side_by_side_in_one_event_loop() -> None:
+    together = threading.Barrier(2, timeout=WAIT_S)
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            together.wait()
-            return self.forward_loss(batch)
-
-    first = kit.make_trainer(Net(), epochs=2).run()
-    second = kit.make_trainer(Net(), epochs=2).run()
+    first, second = (make_trainer(Net(act=lambda step: together.wait()), epochs=2).run() for _ in range(2))
     async with first as one, second as two:
         events: list[Event] = [event async for event in one.events(since=0)]
     assert {event.run_id for event in events} == {one.run_id}
@@ -410,13 +355,13 @@ async def test_two_runs_side_by_side_in_one_event_loop(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_one_module_cannot_be_in_two_runs(kit: Any) -> None:
+async def test_one_module_cannot_be_in_two_runs() -> None:
     """The second fails with an error that says so; the first goes on unharmed."""
-    net = kit.Net()
-    async with kit.make_trainer(net, epochs=MANY).run() as first:
+    net = Net()
+    async with make_trainer(net, epochs=MANY).run() as first:
         await anext(first.events(types=[TrainStepEnded]))
         with pytest.raises(ContractError, match="is being trained by another run"):
-            async with kit.make_trainer(net).run():
+            async with make_trainer(net).run():
                 pass
         stream = first.events()
         async for event in stream:
@@ -428,22 +373,21 @@ async def test_one_module_cannot_be_in_two_runs(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_folder_in_use_is_refused_before_anything_starts(kit: Any) -> None:
-    """The second run names the holder; entering the block raises, and nothing is left running."""
-    async with kit.make_trainer(kit.Net(), epochs=MANY, journal=True, run_id="mine").run() as run:
+async def test_a_folder_in_use_is_refused_before_anything_starts() -> None:
+    async with make_trainer(Net(), epochs=MANY, journal=True, run_id="mine").run() as run:
         with pytest.raises(RunFolderHeld, match="'mine'"):
-            async with kit.make_trainer(kit.Net(), journal=True, run_id="mine").run():
+            async with make_trainer(Net(), journal=True, run_id="mine").run():
                 raise AssertionError("must not be entered")
-        assert len(kit.trainer_threads(loops=True)) == 1
+        assert len(trainer_threads(loops=True)) == 1
         run.stop()
 
 
 @pytest.mark.anyio
-async def test_leaving_an_async_generator_that_holds_a_run_ends_the_run(kit: Any) -> None:
+async def test_leaving_an_async_generator_that_holds_a_run_ends_the_run() -> None:
     """GeneratorExit is an exception in the block like any other: the loop stops, then the generator closes."""
 
     async def steps() -> Any:
-        async with kit.make_trainer(kit.Net(), epochs=MANY).run() as run:
+        async with make_trainer(Net(), epochs=MANY).run() as run:
             async for event in run.events(types=[TrainStepEnded]):
                 yield event.global_step
 
@@ -452,35 +396,32 @@ async def test_leaving_an_async_generator_that_holds_a_run_ends_the_run(kit: Any
         if step > 2:
             break
     await generator.aclose()
-    assert kit.trainer_threads(loops=True) == []
+    assert trainer_threads(loops=True) == []
 
 
 @pytest.mark.anyio
-async def test_a_run_does_not_change_the_hosts_settings(kit: Any) -> None:
-    """Gradient mode, default dtype and threads are as before on the host's thread."""
+async def test_a_run_does_not_change_the_hosts_settings() -> None:
     before = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
-    async with kit.make_trainer(kit.Net()).run():
+    async with make_trainer(Net()).run():
         pass
     assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()) == before
 
 
 @pytest.mark.anyio
-async def test_a_module_is_claimed_before_anything_slow_is_done_with_it(kit: Any) -> None:
-    """Two runs that begin at the same moment: one of them gets it, the other an error."""
-
+async def test_a_module_is_claimed_before_anything_slow_is_done_with_it() -> None:
     refused = threading.Event()
 
-    class Net(kit.Net):
+    class Own(Net):
         def to(self, *args: Any, **kwargs: Any) -> Any:
-            assert refused.wait(kit.WAIT_S)  # the first one goes on when the second has failed
+            assert refused.wait(WAIT_S)  # the first one goes on when the second has failed
             return super().to(*args, **kwargs)
 
-    net = Net()
+    net = Own()
     outcomes: list[str] = []
 
     async def one() -> None:
         try:
-            async with kit.make_trainer(net).run() as run:
+            async with make_trainer(net).run() as run:
                 pass
             outcomes.append((await run.result()).status)
         except ContractError as error:
@@ -490,9 +431,8 @@ async def test_a_module_is_claimed_before_anything_slow_is_done_with_it(kit: Any
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(one)
         tasks.start_soon(one)
-    assert outcomes == ["this Net is being trained by another run", "finished"]
+    assert outcomes == ["this Own is being trained by another run", "finished"]
 
 
-def test_the_ledger_may_be_published_only_at_the_end(kit: Any) -> None:
-    """An infinite interval is allowed, as the argument says."""
-    assert kit.train(kit.Net(), ledger_interval_s=float("inf")).result.status == "finished"
+def test_the_ledger_may_be_published_only_at_the_end() -> None:
+    assert train(Net(), ledger_interval_s=float("inf")).result.status == "finished"

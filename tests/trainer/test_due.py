@@ -28,7 +28,6 @@ def policy(start: int = 0, **settings: Any) -> DuePolicy:
 
 
 def test_without_settings_no_checkpoint_is_ever_due() -> None:
-    """The loop compares two numbers per step, and never calls it."""
     one = DuePolicy(None)
     one.start(3, 0)
     assert (one.step, one.ns) == (NEVER, NEVER)
@@ -37,7 +36,6 @@ def test_without_settings_no_checkpoint_is_ever_due() -> None:
 
 @given(every=st.integers(1, 7), start=st.integers(0, 20), skipped=st.sets(st.integers(1, 40)))
 def test_every_n_steps_means_multiples_of_n(every: int, start: int, skipped: set[int]) -> None:
-    """Wherever the run was resumed, and whichever steps were not looked at because nothing was due."""
     one = policy(start, every_steps=every)
     due = [step for step in range(start + 1, start + 41) if step >= one.step and one.after_step(step, 0, last=False)]
     assert due == [step for step in range(start + 1, start + 41) if step % every == 0]
@@ -64,7 +62,6 @@ def test_the_last_step_of_an_epoch_leaves_its_reasons_to_the_epoch() -> None:
 
 
 def test_the_best_one_is_due_at_once() -> None:
-    """At the step of its validation, and not a second time."""
     one = policy(every_steps=100)
     one.after_step(1, 0, last=False)
     one.found_best(5)
@@ -77,7 +74,6 @@ def test_the_best_one_is_due_at_once() -> None:
 @pytest.mark.parametrize("mode", ["min", "max"])
 @given(scores=st.lists(st.floats(-9, 9), max_size=12), keep=st.integers(0, 4))
 def test_a_metric_enters_the_best_k_as_in_a_sorted_list(mode: str, scores: list[float], keep: int) -> None:
-    """If every checkpoint becomes durable at once; an equal one does not replace an older one."""
     sign = 1 if mode == "max" else -1
     best = BestScores(Checkpoints(best="m", best_mode=mode, keep_best=keep), {})  # type: ignore[arg-type]
     kept: list[float] = []
@@ -90,7 +86,6 @@ def test_a_metric_enters_the_best_k_as_in_a_sorted_list(mode: str, scores: list[
 
 
 def test_a_failed_checkpoint_need_not_be_beaten() -> None:
-    """And one behind it is among the best again."""
     best = BestScores(Checkpoints(best="m", keep_best=1), {1: 0.5})
     lost = Snapshot()
     assert best.enters(2, 0.1)

@@ -104,7 +104,6 @@ class Endless(Net):
 def test_schedulers_get_the_length_of_the_run(
     kind: Any, limits: dict[str, int], told: tuple[int, int, int], steps: int, epochs: int
 ) -> None:
-    """By every limit, for a stream too; steps times epochs is the run's length, rounded up within an epoch."""
     net = kind()
     result = train(net, **limits)
     assert net.told == told
@@ -113,8 +112,6 @@ def test_schedulers_get_the_length_of_the_run(
 
 
 def test_a_schedule_of_that_length_ends_where_the_run_ends() -> None:
-    """OneCycleLR refuses a step beyond its length, and one of length 0."""
-
     class OneCycle(Endless):
         def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
@@ -140,7 +137,6 @@ def test_a_schedule_of_that_length_ends_where_the_run_ends() -> None:
 def test_a_resumed_run_with_other_limits_has_the_length_of_those(
     tmp_path: Path, first: dict[str, Any], then: dict[str, Any], told: tuple[int, int, int], steps: int
 ) -> None:
-    """With the steps that were taken under the earlier ones."""
     train(Net(), tmp_path / "a", **first)
     (checkpoint,) = (tmp_path / "a/checkpoints").glob("step-*.a1")
     net = Net()
@@ -164,7 +160,6 @@ class BadLength:
 
 @pytest.mark.parametrize("length", [RuntimeError("no"), TypeError("None has no len()"), -1, 2.0, None, 2**70])
 def test_a_length_that_cannot_be_had_names_its_class(length: Any) -> None:
-    """The user's own code fails there, or returns what is not a count."""
     net = Net()
     net.get_train_dataloader = lambda *given: BadLength(length)  # type: ignore[method-assign]
     with pytest.raises(DataLoaderError, match=r"len\(\) of a BadLength failed \("):
@@ -172,8 +167,6 @@ def test_a_length_that_cannot_be_had_names_its_class(length: Any) -> None:
 
 
 def test_a_length_of_data_that_nothing_needs_may_be_missing() -> None:
-    """The dataloader has a sampler of its own, and never asks the data set."""
-
     class Unsized(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
             raise RuntimeError("unknown")
@@ -368,7 +361,6 @@ def test_an_order_that_comes_again_is_named(kind: Any, text: str | None, caplog:
 
 
 def test_data_that_changed_its_length_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With both lengths, since the resumed run is another one then."""
     train(Net(), tmp_path / "a", epochs=1)
     checkpoint = tmp_path / "a/checkpoints/step-3.a1"
     train(Net(), tmp_path / "b", epochs=2, resume=checkpoint)
@@ -378,8 +370,6 @@ def test_data_that_changed_its_length_is_named(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_data_whose_length_depends_on_the_epoch_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The length of one epoch says nothing about that of another."""
-
     class Growing(Net):
         def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
             data = TensorDataset(*(one[: 4 * (sampler.epoch + 1)] for one in self.data.tensors))
@@ -484,7 +474,6 @@ def test_callbacks_of_one_class_keep_their_own_state_in_any_order(
 def test_a_callback_with_a_key_of_its_own_takes_no_other_state(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Both the one that is new and the one that is gone are named."""
     old, new = Count("x"), Count("x")
     old.state_key, new.state_key = "old", "new"  # type: ignore[attr-defined]
     train(Net(), tmp_path / "a", callbacks=[old], epochs=1)
@@ -495,7 +484,6 @@ def test_a_callback_with_a_key_of_its_own_takes_no_other_state(
 
 
 def test_arguments_of_any_kind_tell_callbacks_apart(tmp_path: Path) -> None:
-    """The same in every process, whatever the order of a set."""
     kinds: list[Any] = [{"a": 1}, {"a": 2}, torch.float16, torch.float32, [1, 2], [1, 3], len, repr, {"x", "y", "z"}]
     train(Net(), tmp_path, callbacks=[Count(one) for one in kinds], epochs=1)
     assert Count({"z", "x", "y"})._stagecast_built_with == "what={'x', 'y', 'z'}"  # type: ignore[arg-type]
@@ -526,7 +514,6 @@ def test_states_that_cannot_be_told_apart_are_an_error(tmp_path: Path) -> None:
 
 
 def test_an_average_with_another_decay_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is continued, but it is not the run that was interrupted."""
     net = Net()
     train(net, tmp_path / "a", callbacks=[EMA(net, decay=0.9)], epochs=1)
     again = Net()
@@ -551,7 +538,6 @@ class Unfreezing(Net):
 
 
 def test_what_trains_is_restored(tmp_path: Path) -> None:
-    """``requires_grad`` as it was, so a resumed run computes what the other one did."""
     whole, again = Unfreezing(), Unfreezing()
     train(whole, tmp_path / "whole", epochs=3)
     train(again, tmp_path / "again", epochs=3, resume=tmp_path / "whole/checkpoints/step-6.a1")
@@ -560,7 +546,6 @@ def test_what_trains_is_restored(tmp_path: Path) -> None:
 
 
 def test_a_parameter_that_is_frozen_again_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The module was built to train it, and the checkpoint says otherwise."""
     train(Unfreezing(), tmp_path / "a", epochs=1)
     again = Unfreezing()
     again.body.requires_grad_(True)
@@ -569,7 +554,6 @@ def test_a_parameter_that_is_frozen_again_is_named(tmp_path: Path, caplog: pytes
 
 
 def test_seeded_runs_side_by_side_are_told_apart_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """They share the global generators; one after the other they do not."""
     train(Net(), epochs=1)
     train(Net(), epochs=1)
     assert "share the random generators" not in caplog.text

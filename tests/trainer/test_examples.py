@@ -15,7 +15,6 @@ from trainer.examples.charlm import CharLM, Size, arguments_for
 
 @pytest.mark.timeout(120)
 def test_the_digits_are_classified(tmp_path: Path) -> None:
-    """Validation accuracy, computed in on_end_val_epoch from the whole epoch's outputs, is at least 97 %."""
     torch.manual_seed(0)
     result = Trainer(digits.Digits(), digits.ARGUMENTS, sinks=[], run_dir=tmp_path / "run").train()
     assert result.metrics["accuracy"] >= 0.97
@@ -24,7 +23,6 @@ def test_the_digits_are_classified(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_the_language_model_learns_from_the_standard_library(tmp_path: Path) -> None:
-    """Training and validation loss fall, and the module then writes text of its alphabet."""
     size = Size(width=32, depth=1, heads=2, context=32, batch=16, steps=60, epochs=3, max_lr=1e-2)
     torch.manual_seed(0)
     module = CharLM(text.load_text(limit_bytes=2**20), size)
@@ -39,7 +37,6 @@ def test_the_language_model_learns_from_the_standard_library(tmp_path: Path) -> 
 
 
 def test_the_text_is_split_by_file_and_alike_each_time() -> None:
-    """Loading twice gives the same tokens, and about a tenth of them is for validation."""
     first, second = text.load_text(limit_bytes=2**20), text.load_text(limit_bytes=2**20)
     assert torch.equal(first.train, second.train)
     assert torch.equal(first.val, second.val)
@@ -47,12 +44,10 @@ def test_the_text_is_split_by_file_and_alike_each_time() -> None:
 
 
 def test_a_folder_without_sources_is_refused(tmp_path: Path) -> None:
-    """Too little text is an error that says where it looked."""
     with pytest.raises(FileNotFoundError, match="are too few"):
         text.load_text(tmp_path)
 
 
 def test_characters_survive_the_way_to_tokens_and_back() -> None:
-    """Printable ASCII is kept; anything else becomes a question mark."""
     assert text.decode(text.encode(b"def f():\n    return 1")) == "def f():\n    return 1"
     assert text.decode(text.encode("é".encode())) == "??"

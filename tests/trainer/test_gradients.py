@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.training import Net, hooked, train
 from torch import nn
 
 from events.messages import NonFiniteGradient, NonFiniteLoss, StepSkipped, TrainStepEnded
-from trainer import inline
 from trainer.errors import ArgumentsError, NonFiniteGradientError, NonFiniteLossError, OptimizerError, StepOutputError
 from trainer.loop.gradients import GradientCheck, clip_
 
@@ -30,18 +31,17 @@ class BadGradient(torch.autograd.Function):
         return torch.full_like(gradients[0], ctx.value), None
 
 
-def bad_gradient_at(kit: Any, *calls: int, value: float = math.nan, rows: int = 48) -> Any:
+def bad_gradient_at(*calls: int, value: float = math.nan, rows: int = 48) -> Any:
     """A module whose loss stays finite, and whose gradients do not in these calls of `train_step`, from 1."""
 
-    class Net(kit.Net):
-        calls = 0
+    seen: list[int] = []
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.calls += 1
-            loss, predicted = self.forward_loss(batch)
-            return (BadGradient.apply(loss, value) if self.calls in calls else loss), predicted
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        seen.append(global_step)
+        loss, predicted = net.forward_loss(batch)
+        return (BadGradient.apply(loss, value) if len(seen) in calls else loss), predicted
 
-    return Net(rows=rows)
+    return Net(rows=rows, train_step=step)
 
 
 def weights_of(net: Any) -> list[Any]:
@@ -56,10 +56,9 @@ def are_finite(net: Any) -> bool:
 
 
 @pytest.mark.parametrize("options", POLICIES)
-def test_a_gradient_that_is_not_finite_is_skipped_alone(kit: Any, options: dict[str, Any]) -> None:
-    """Only that step: the others do as if it had not been."""
-    net = bad_gradient_at(kit, 2, value=math.inf, rows=48)
-    outcome = kit.train(net, non_finite="skip", val_interval_epochs=0, **options)
+def test_a_gradient_that_is_not_finite_is_skipped_alone(options: dict[str, Any]) -> None:
+    net = bad_gradient_at(2, value=math.inf, rows=48)
+    outcome = train(net, non_finite="skip", val_interval_epochs=0, **options)
     assert outcome.result.global_step == 5
     assert are_finite(net)
     assert [(e.reason, e.global_step) for e in outcome.of(StepSkipped)] in (
@@ -69,18 +68,18 @@ def test_a_gradient_that_is_not_finite_is_skipped_alone(kit: Any, options: dict[
     assert [(e.action, e.consecutive) for e in outcome.of(NonFiniteGradient)] == [("skipped", 1)]
     assert outcome.of(NonFiniteLoss) == []
     if not options:
-        plain = kit.Net(rows=48)
+        plain = Net(rows=48)
         batches = plain.batches(8)
         plain.get_train_dataloader = lambda sampler, size: batches[:1] + batches[2:]
-        kit.train(plain, val_interval_epochs=0)
+        train(plain, val_interval_epochs=0)
         assert all(map(torch.equal, weights_of(net), weights_of(plain)))
 
 
 @pytest.mark.parametrize("options", POLICIES)
-def test_stop_ends_the_run_before_the_weights_are_harmed(kit: Any, options: dict[str, Any]) -> None:
+def test_stop_ends_the_run_before_the_weights_are_harmed(options: dict[str, Any]) -> None:
     """On the CPU no device has to be waited for; the error names the step and the gradient."""
-    net = bad_gradient_at(kit, 5, value=math.nan)
-    outcome = kit.train(net, non_finite="stop", val_interval_epochs=0, **options)
+    net = bad_gradient_at(5, value=math.nan)
+    outcome = train(net, non_finite="stop", val_interval_epochs=0, **options)
     step = 3 if "gpu_batch_size_limit" in options else 5
     assert isinstance(outcome.error, NonFiniteGradientError)
     assert f"a gradient of step {step} is NaN or infinite" in str(outcome.error)
@@ -90,9 +89,8 @@ def test_stop_ends_the_run_before_the_weights_are_harmed(kit: Any, options: dict
 
 
 @pytest.mark.parametrize("options", POLICIES)
-def test_warn_trains_on_and_names_the_first_step(kit: Any, options: dict[str, Any]) -> None:
-    """The weights are NaN from then on, and so are the losses: those are told of by their own event."""
-    outcome = kit.train(bad_gradient_at(kit, 5), val_interval_epochs=0, **options)
+def test_warn_trains_on_and_names_the_first_step(options: dict[str, Any]) -> None:
+    outcome = train(bad_gradient_at(5), val_interval_epochs=0, **options)
     step = 3 if "gpu_batch_size_limit" in options else 5
     assert [(e.global_step, e.action) for e in outcome.of(NonFiniteGradient)] == [(step, "warned")]
     assert [e.global_step for e in outcome.of(NonFiniteLoss)][:1] == [step + 1]
@@ -107,20 +105,17 @@ def test_warn_trains_on_and_names_the_first_step(kit: Any, options: dict[str, An
     [(math.nan, {}, NonFiniteLossError), (1.0, {"precision": "float16"}, NonFiniteGradientError)],
     ids=["loss", "float16"],
 )
-def test_a_run_does_not_skip_for_ever(kit: Any, value: float, options: Any, kind: type[Exception]) -> None:
-    """The error names the step that could not be taken; a step that is taken starts the count anew."""
+def test_a_run_does_not_skip_for_ever(value: float, options: Any, kind: type[Exception]) -> None:
+    seen: list[int] = []
 
-    class Net(kit.Net):
-        calls = 0
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        seen.append(global_step)
+        loss = net.forward_loss(batch)[0] * 1e-3  # or float16 would overflow by itself
+        if len(seen) in (1, 2, 3, 5):
+            return loss
+        return loss * value if value != 1.0 else BadGradient.apply(loss, math.inf)
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.calls += 1
-            loss = self.forward_loss(batch)[0] * 1e-3  # or float16 would overflow by itself
-            if self.calls in (1, 2, 3, 5):
-                return loss
-            return loss * value if value != 1.0 else BadGradient.apply(loss, math.inf)
-
-    outcome = kit.train(Net(rows=80), non_finite="skip", epochs=9, max_skipped_steps=4, **options)
+    outcome = train(Net(rows=80, train_step=step), non_finite="skip", epochs=9, max_skipped_steps=4, **options)
     assert isinstance(outcome.error, kind)
     assert "4 steps in a row were skipped (max_skipped_steps), the first at step 5" in str(outcome.error)
     assert len(outcome.of(StepSkipped)) == 5
@@ -128,10 +123,10 @@ def test_a_run_does_not_skip_for_ever(kit: Any, value: float, options: Any, kind
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop", "warn"])
-def test_a_nan_gradient_that_no_loss_scale_mends_is_reported_in_float16(kit: Any, policy: str) -> None:
+def test_a_nan_gradient_that_no_loss_scale_mends_is_reported_in_float16(policy: str) -> None:
     """The scale is halved first, to 1; then the gradient is the cause, which ``stop`` ends at."""
-    net = bad_gradient_at(kit, *range(3, 100), rows=8 * 40)
-    outcome = kit.train(net, precision="float16", non_finite=policy, max_skipped_steps=25)
+    net = bad_gradient_at(*range(3, 100), rows=8 * 40)
+    outcome = train(net, precision="float16", non_finite=policy, max_skipped_steps=25)
     assert isinstance(outcome.error, NonFiniteGradientError)
     overflows = [e for e in outcome.of(StepSkipped) if e.reason == "gradient_overflow"]
     assert len(overflows) == 16  # 2**16 is the first scale
@@ -141,26 +136,24 @@ def test_a_nan_gradient_that_no_loss_scale_mends_is_reported_in_float16(kit: Any
     assert are_finite(net)
 
 
-def test_a_nan_loss_in_float16_is_named_as_such(kit: Any) -> None:
+def test_a_nan_loss_in_float16_is_named_as_such() -> None:
     """The scaler skips it whatever the policy, and would not say that the loss was the cause."""
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss = self.forward_loss(batch)[0] * 1e-3  # or float16 would overflow by itself
-            return loss * math.nan if global_step == 2 else loss
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        loss = net.forward_loss(batch)[0] * 1e-3  # or float16 would overflow by itself
+        return loss * math.nan if global_step == 2 else loss
 
-    outcome = kit.train(Net(rows=16), precision="float16", epochs=2, max_skipped_steps=2)
+    outcome = train(Net(train_step=step), precision="float16", epochs=2, max_skipped_steps=2)
     assert isinstance(outcome.error, NonFiniteLossError)
     assert {e.reason for e in outcome.of(StepSkipped)} == {"non_finite_loss"}
-    outcome = kit.train(Net(rows=16), precision="float16", non_finite="stop")
+    outcome = train(Net(train_step=step), precision="float16", non_finite="stop")
     assert isinstance(outcome.error, NonFiniteLossError)
     assert "the loss of step 2" in str(outcome.error)
 
 
-def test_the_old_name_of_the_policy_is_told_the_new_one(kit: Any) -> None:
-    """``non_finite_loss`` covered losses only."""
+def test_the_old_name_of_the_policy_is_told_the_new_one() -> None:
     with pytest.raises(ArgumentsError, match=r"non_finite_loss.*non_finite"):
-        kit.train(kit.Net(), non_finite_loss="skip")
+        train(Net(), non_finite_loss="skip")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
@@ -193,7 +186,6 @@ def test_every_kind_of_gradient_is_looked_at_and_none_is_changed(make: Any, bad:
 
 
 def test_no_gradient_is_finite() -> None:
-    """Where no parameter got one."""
     assert GradientCheck().find([]) is None
 
 
@@ -201,25 +193,21 @@ def test_no_gradient_is_finite() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"gpu_batch_size_limit": 4}, {"precision": "float16"}])
-def test_sparse_gradients_are_clipped_as_dense_ones(kit: Any, options: dict[str, Any]) -> None:
-    """An embedding beside a dense layer, rows that occur twice in a batch included."""
-
-    class Net(kit.Net):
+def test_sparse_gradients_are_clipped_as_dense_ones(options: dict[str, Any]) -> None:
+    class Embedding(Net):
         def __init__(self, sparse: bool) -> None:
-            super().__init__(rows=16)
+            super().__init__(lr=0.5)
             torch.manual_seed(0)
             self.table = nn.Embedding(5, 4, sparse=sparse)
 
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            return [torch.optim.SGD(self.parameters(), lr=0.5)], []
-
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        def forward_loss(self, batch: Any) -> Any:
             index = torch.arange(len(batch[0])) % 3
-            return nn.functional.mse_loss(self.linear(self.table(index)), batch[1])
+            predicted = self.linear(self.table(index))
+            return nn.functional.mse_loss(predicted, batch[1]), predicted
 
-    sparse, dense = Net(True), Net(False)
+    sparse, dense = Embedding(True), Embedding(False)
     norms = [
-        [e.grad_norm for e in kit.train(net, clip_grads=True, max_grad_norm=0.1, **options).of(TrainStepEnded)]
+        [e.grad_norm for e in train(net, clip_grads=True, max_grad_norm=0.1, **options).of(TrainStepEnded)]
         for net in (sparse, dense)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -244,7 +232,6 @@ def test_the_norm_alone_is_measured_with_an_infinite_limit() -> None:
 
 @pytest.mark.parametrize("max_norm", [1.0, math.inf])
 def test_clipping_takes_what_parameters_there_are(max_norm: float) -> None:
-    """None of them, some without a gradient, zeros, sparse ones without a row, several types, complex numbers."""
     assert clip_([], max_norm).item() == 0
     assert clip_([parameter_with(None)], max_norm).item() == 0
     zero = parameter_with(torch.zeros(3))
@@ -266,11 +253,11 @@ def test_clipping_takes_what_parameters_there_are(max_norm: float) -> None:
 # ----------------------------------------------------------------------------------------- held by no optimizer
 
 
-def test_gradients_that_no_optimizer_holds_yet_do_not_add_up(kit: Any) -> None:
+def test_gradients_that_no_optimizer_holds_yet_do_not_add_up() -> None:
     """Unfrozen between epochs, within one, or by a hook within one; given to the optimizer later."""
     seen: list[tuple[int, float | None]] = []
 
-    class Net(kit.Net):
+    class Own(Net):
         def __init__(self) -> None:
             super().__init__(rows=24)
             self.body = nn.Linear(4, 4)
@@ -299,17 +286,17 @@ def test_gradients_that_no_optimizer_holds_yet_do_not_add_up(kit: Any) -> None:
             if epoch == 2:
                 self.optimizer.add_param_group({"params": list(self.body.parameters()), "lr": 0.0})
 
-    kit.train(Net(), epochs=3)
+    train(Own(), epochs=3)
     weight, bias = seen[-1]
     assert seen == [(None, None)] * 2 + [(None, bias)] + [(weight, bias)] * 6
 
 
 @pytest.mark.parametrize("how", ["created", "attached", "group removed"])
-def test_gradients_of_a_parameter_that_loses_or_lacks_its_optimizer_do_not_add_up(kit: Any, how: str) -> None:
+def test_gradients_of_a_parameter_that_loses_or_lacks_its_optimizer_do_not_add_up(how: str) -> None:
     """Within an epoch: made in train_step, attached with a module that was made before, or taken from the optimizer."""
     seen: list[float] = []
 
-    class Net(kit.Net):
+    class Own(Net):
         def __init__(self) -> None:
             super().__init__(rows=48)
             self.spare = [nn.Linear(4, 4, bias=False)]  # hidden in a list
@@ -341,7 +328,7 @@ def test_gradients_of_a_parameter_that_loses_or_lacks_its_optimizer_do_not_add_u
             if hasattr(self, "body"):
                 seen.append(float(self.body.weight.grad.norm()))
 
-    kit.train(Net())
+    train(Own())
     assert len(seen) >= 4
     assert seen == pytest.approx([seen[0]] * len(seen))
 
@@ -349,41 +336,38 @@ def test_gradients_of_a_parameter_that_loses_or_lacks_its_optimizer_do_not_add_u
 # ------------------------------------------------------------------------------------------------ clear errors
 
 
-def step_net(kit: Any, step: Any) -> Any:
-    class Net(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            return [self.optimizer], []
-
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return step(self, self.forward_loss(batch)[0])
-
-    return Net()
+def optimizers(net: Net) -> Any:
+    net.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    return [net.optimizer], []
 
 
-def test_a_complex_loss_is_named(kit: Any) -> None:
+def step_net(step: Callable[[Net, torch.Tensor], torch.Tensor]) -> Net:
+    return Net(optimizers=optimizers, train_step=lambda net, _, batch: step(net, net.forward_loss(batch)[0]))
+
+
+def test_a_complex_loss_is_named() -> None:
     """Torch would say that gradients can be created only for real scalars."""
-    outcome = kit.train(step_net(kit, lambda net, loss: loss * (1 + 1j)))
+    outcome = train(step_net(lambda net, loss: loss * (1 + 1j)))
     assert isinstance(outcome.error, StepOutputError)
     assert "returned a complex loss (torch.complex64)" in str(outcome.error)
 
 
 @pytest.mark.parametrize("retain", [False, True])
 @pytest.mark.parametrize("detach", [False, True])
-def test_a_backward_within_train_step_is_named(kit: Any, detach: bool, retain: bool) -> None:
+def test_a_backward_within_train_step_is_named(detach: bool, retain: bool) -> None:
     """Torch would say that it goes through the graph a second time, or apply its gradients twice without a word."""
 
     def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
         loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
         return loss.detach() if detach else loss
 
-    outcome = kit.train(step_net(kit, step))
+    outcome = train(step_net(step))
     assert isinstance(outcome.error, StepOutputError)
     assert "seems to have called backward() itself" in str(outcome.error)
     assert "manual_optimization" in str(outcome.error)
 
 
-def test_a_step_within_train_step_is_refused(kit: Any) -> None:
+def test_a_step_within_train_step_is_refused() -> None:
     """The trainer would step once more; an optimizer is free again when the run is over."""
 
     def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
@@ -391,27 +375,18 @@ def test_a_step_within_train_step_is_refused(kit: Any) -> None:
         net.optimizer.step()
         return loss
 
-    net = step_net(kit, step)
-    outcome = kit.train(net)
+    net = step_net(step)
+    outcome = train(net)
     assert isinstance(outcome.error, OptimizerError)
     assert "SGD.step() itself" in str(outcome.error)
     assert "manual_optimization" in str(outcome.error)
     net.optimizer.step()
 
 
-def test_a_hook_may_step_an_optimizer(kit: Any) -> None:
-    """Only `train_step` may not: a hook does so on purpose."""
+def test_a_hook_may_step_an_optimizer() -> None:
+    steps = hooked("on_end_train_step", lambda net, *_: net.optimizer.step(), "inline", Net)
 
-    class Net(kit.Net):
-        @inline
-        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
-            self.optimizer.step()
-
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            return [self.optimizer], []
-
-    assert kit.train(Net()).result.global_step == 2
+    assert train(steps(optimizers=optimizers)).result.global_step == 2
 
 
 @pytest.mark.parametrize(
@@ -423,13 +398,8 @@ def test_a_hook_may_step_an_optimizer(kit: Any) -> None:
         (lambda o: ([o], torch.optim.lr_scheduler.StepLR(o, 1)), "instead of a list: write [scheduler]"),
     ],
 )
-def test_what_other_trainers_return_is_told_how_it_is_written_here(kit: Any, make: Any, said: str) -> None:
-    """One optimizer, a dictionary, one scheduler."""
+def test_what_other_trainers_return_is_told_how_it_is_written_here(make: Any, said: str) -> None:
 
-    class Net(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            return make(torch.optim.SGD(self.parameters(), lr=0.1))
-
-    outcome = kit.train(Net())
+    outcome = train(Net(optimizers=lambda net: make(torch.optim.SGD(net.parameters(), lr=0.1))))
     assert isinstance(outcome.error, OptimizerError)
     assert said in str(outcome.error)

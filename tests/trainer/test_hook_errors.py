@@ -3,52 +3,35 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.threads import WAIT_S
+from support.training import LANES, Boom, Diary, Net, hooked, read_journal, train
 
 from events.bus.pump import Pump
 from events.bus.ring import Ring
 from events.messages import ObserverFailed, ObserverRecovered, TrainStepEnded
 from events.origin import Origin
-from trainer import CallbackInterface, Delivery, fenced, inline, observer
+from trainer import CallbackInterface, Delivery, inline
 from trainer.hooks.hooks import CallbackHooks, CallbackTarget
 from trainer.hooks.recorder import MetricRecorder
 from trainer.media import MediaWriter
-
-MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
-
-
-class Boom(Exception):
-    """What the user's hook raises."""
-
-
-def on(name: str, act: Callable[..., Any], lane: str | None = None) -> Any:
-    """A class of callbacks with one hook, ``act(callback, global_step, *outputs)``, marked or not."""
-
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return act(self, *args, **kwargs)
-
-    if lane is not None:
-        MARKS[lane](hook)
-    return type("Probe", (CallbackInterface,), {name: hook})
 
 
 def policy(on_error: str, **options: Any) -> Delivery:
     return Delivery(overflow="block", on_error=on_error, backoff_s=0.001, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("lane", list(MARKS))
-def test_what_a_hook_raises_ends_the_run_as_itself_with_the_hook_and_the_step_noted(kit: Any, lane: str) -> None:
-    """By default on every lane: the user's own exception, unwrapped, and an event that names the hook."""
+@pytest.mark.parametrize("lane", LANES)
+def test_what_a_hook_raises_ends_the_run_as_itself_with_the_hook_and_the_step_noted(lane: str) -> None:
     boom = Boom("in a hook")
 
     def fail(self: Any, global_step: int, *outputs: Any) -> None:
         raise boom
 
-    outcome = kit.train(kit.Net(), callbacks=[on("on_end_train_step", fail, lane)()], epochs=100_000)
+    outcome = train(Net(), callbacks=[hooked("on_end_train_step", fail, lane)()], epochs=100_000)
     assert outcome.error is boom
     assert boom.__cause__ is None
     assert "raised by Probe.on_end_train_step at global_step 1" in boom.__notes__
@@ -57,8 +40,8 @@ def test_what_a_hook_raises_ends_the_run_as_itself_with_the_hook_and_the_step_no
     assert failed.error == "Boom: in a hook"
 
 
-@pytest.mark.parametrize("lane", list(MARKS))
-def test_a_callback_with_the_policy_disable_fails_once_and_the_run_continues(kit: Any, lane: str) -> None:
+@pytest.mark.parametrize("lane", LANES)
+def test_a_callback_with_the_policy_disable_fails_once_and_the_run_continues(lane: str) -> None:
     """Its hook is not called again on any lane; a fence does not hold the loop for it; others are not touched."""
     calls = []
 
@@ -66,12 +49,12 @@ def test_a_callback_with_the_policy_disable_fails_once_and_the_run_continues(kit
         calls.append(global_step)
         raise Boom
 
-    class Probe(on("on_end_train_step", fail, lane)):  # type: ignore[misc]
+    class Probe(hooked("on_end_train_step", fail, lane)):  # type: ignore[misc]
         def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
             """Fenced: all hooks of the epoch before have run when the second one begins."""
 
-    diary = kit.Diary()
-    outcome = kit.train(kit.Net(rows=64), callbacks=[(Probe(), policy("disable")), diary], epochs=2)
+    diary = Diary()
+    outcome = train(Net(rows=64), callbacks=[(Probe(), policy("disable")), diary], epochs=2)
     assert outcome.result.status == "finished"
     assert calls == [1]
     assert [step for step, _ in diary.of("on_end_train_step")] == list(range(1, 17))
@@ -81,34 +64,31 @@ def test_a_callback_with_the_policy_disable_fails_once_and_the_run_continues(kit
 
 
 @pytest.mark.parametrize("lane", ["observer", "fenced"])
-def test_a_retried_callback_resumes_at_the_hook_that_failed(kit: Any, lane: str) -> None:
-    """Hooks before it in the same batch are not repeated, and none after it is skipped."""
+def test_a_retried_callback_resumes_at_the_hook_that_failed(lane: str) -> None:
     calls: list[int] = []
     loop_is_ahead = threading.Event()
 
     def fail_twice(self: Any, global_step: int, *outputs: Any) -> None:
         if lane == "observer":
-            assert loop_is_ahead.wait(kit.WAIT_S)  # so that the steps after the first are one batch
+            assert loop_is_ahead.wait(WAIT_S)  # so that the steps after the first are one batch
         calls.append(global_step)
         if global_step == 4 and calls.count(4) < 3:
             raise Boom
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if global_step == 8:
-                loop_is_ahead.set()
-            return super().train_step(global_step, batch, device)
+    def act(step: int) -> None:
+        if step == 8:
+            loop_is_ahead.set()
 
-    member = (on("on_end_train_step", fail_twice, lane)(), policy("retry"))
-    outcome = kit.train(Net(rows=64), callbacks=[member], journal=True)
+    member = (hooked("on_end_train_step", fail_twice, lane)(), policy("retry"))
+    outcome = train(Net(rows=64, act=act), callbacks=[member], journal=True)
     assert outcome.result.status == "finished"
     assert calls == [1, 2, 3, 4, 4, 4, 5, 6, 7, 8]
-    events = kit.read_journal(outcome.result.run_dir)  # it is drained last, so it has what happened in the drain
+    events = read_journal(outcome.result.run_dir)  # it is drained last, so it has what happened in the drain
     assert [e.action for e in events if isinstance(e, ObserverFailed)] == ["retrying"]
     assert [e.failures for e in events if isinstance(e, ObserverRecovered)] == [2]
 
 
-def test_an_inline_hook_cannot_be_retried(kit: Any) -> None:
+def test_an_inline_hook_cannot_be_retried() -> None:
     """Its place in the step is gone, so it is disabled."""
     calls = []
 
@@ -116,12 +96,12 @@ def test_an_inline_hook_cannot_be_retried(kit: Any) -> None:
         calls.append(global_step)
         raise Boom
 
-    outcome = kit.train(kit.Net(), callbacks=[(on("on_end_backward", fail)(), policy("retry"))])
+    outcome = train(Net(), callbacks=[(hooked("on_end_backward", fail)(), policy("retry"))])
     assert calls == [0]
     assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_end_backward", "disabled")]
 
 
-def test_a_callback_that_failed_on_the_loops_thread_runs_no_hook_on_another(kit: Any) -> None:
+def test_a_callback_that_failed_on_the_loops_thread_runs_no_hook_on_another() -> None:
     """Its queue is released, a fence does not wait for it, and the report has the error."""
     ran: list[str] = []
 
@@ -139,7 +119,7 @@ def test_a_callback_that_failed_on_the_loops_thread_runs_no_hook_on_another(kit:
         def on_end_train(self, global_step: int) -> None:
             ran.append("end")
 
-    outcome = kit.train(kit.Net(), callbacks=[(Several(), policy("disable"))], epochs=3)
+    outcome = train(Net(), callbacks=[(Several(), policy("disable"))], epochs=3)
     assert outcome.result.status == "finished"
     assert ran == ["epoch 0", "backward 0"]
     assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_end_train_step", "disabled")]
@@ -147,7 +127,7 @@ def test_a_callback_that_failed_on_the_loops_thread_runs_no_hook_on_another(kit:
     assert (report.state, report.error, report.left) == ("disabled", "Boom: inline", 0)
 
 
-def test_a_callback_that_failed_off_the_loops_thread_runs_no_inline_hook(kit: Any) -> None:
+def test_a_callback_that_failed_off_the_loops_thread_runs_no_inline_hook() -> None:
     """It may count on what the failed hook should have done."""
     ran: list[int] = []
 
@@ -158,20 +138,19 @@ def test_a_callback_that_failed_off_the_loops_thread_runs_no_inline_hook(kit: An
         def on_end_backward(self, global_step: int, loss: Any) -> None:  # inline
             ran.append(global_step)
 
-    outcome = kit.train(kit.Net(), callbacks=[(Both(), policy("disable"))], epochs=3)
+    outcome = train(Net(), callbacks=[(Both(), policy("disable"))], epochs=3)
     assert outcome.result.status == "finished"
     assert ran == []
     assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_begin_train_epoch", "disabled")]
 
 
-def test_callbacks_of_one_class_have_names_of_their_own(kit: Any) -> None:
-    """On every lane, so that a report says which of them it was."""
-    off_the_loop = on("on_end_train", lambda *_: 1 / 0)
-    on_the_loop = on("on_end_backward", lambda *_: 1 / 0)
+def test_callbacks_of_one_class_have_names_of_their_own() -> None:
+    off_the_loop = hooked("on_end_train", lambda *_: 1 / 0)
+    on_the_loop = hooked("on_end_backward", lambda *_: 1 / 0)
     off_the_loop.__name__, on_the_loop.__name__ = "Off", "On"
     members = [(kind(), policy("disable")) for kind in (off_the_loop, on_the_loop) * 2]
-    outcome = kit.train(kit.Net(), callbacks=members, journal=True)
-    events = kit.read_journal(outcome.result.run_dir)
+    outcome = train(Net(), callbacks=members, journal=True)
+    events = read_journal(outcome.result.run_dir)
     assert {(e.observer, e.during) for e in events if isinstance(e, ObserverFailed)} == {
         ("Off", "on_end_train"),
         ("Off-2", "on_end_train"),
@@ -184,34 +163,31 @@ def test_callbacks_of_one_class_have_names_of_their_own(kit: Any) -> None:
 @pytest.mark.parametrize(
     "hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
 )
-def test_the_model_does_not_change_while_a_fenced_hook_runs(kit: Any, hook: str) -> None:
+def test_the_model_does_not_change_while_a_fenced_hook_runs(hook: str) -> None:
     """So an inline hook of the same event, of any callback, only runs when the fenced ones have returned."""
     order: list[str] = []
-    first = on(hook, lambda *_, **key: order.append("inline"), "inline")
-    second = on(hook, lambda *_, **key: order.append("fenced"), "fenced")
-    outcome = kit.train(kit.Net(rows=8), callbacks=[first(), second()])
+    first = hooked(hook, lambda *_, **key: order.append("inline"), "inline")
+    second = hooked(hook, lambda *_, **key: order.append("fenced"), "fenced")
+    outcome = train(Net(rows=8), callbacks=[first(), second()])
     assert outcome.result.status == "finished"
     assert order == ["fenced", "inline"]
 
 
-def test_a_failure_in_the_last_hook_reaches_the_sinks(kit: Any) -> None:
+def test_a_failure_in_the_last_hook_reaches_the_sinks() -> None:
     """Callbacks are drained before sinks, so these hear how the callbacks ended."""
-    callback = on("on_end_train", lambda *_: 1 / 0)()
-    outcome = kit.train(kit.Net(), callbacks=[(callback, policy("disable"))])
+    callback = hooked("on_end_train", lambda *_: 1 / 0)()
+    outcome = train(Net(), callbacks=[(callback, policy("disable"))])
     assert outcome.result.status == "finished"
     assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_end_train", "disabled")]
 
 
-def test_a_fenced_backward_hook_holds_the_loop(kit: Any) -> None:
-    """The loop only continues with the optimizer when it has returned."""
+def test_a_fenced_backward_hook_holds_the_loop() -> None:
     seen: list[tuple[int, bool]] = []
 
-    class Net(kit.Net):
-        @fenced
-        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
-            seen.append((global_step, self.linear.weight.grad is not None))
+    def look(net: Net, global_step: int, loss: torch.Tensor) -> None:
+        seen.append((global_step, net.linear.weight.grad is not None))
 
-    result = kit.train(Net()).result
+    result = train(hooked("on_end_backward", look, "fenced", Net)()).result
     assert seen == [(0, True), (1, True)]
     assert result.ledger.fence_s > 0
 
@@ -225,7 +201,7 @@ def test_a_callback_that_was_left_behind_runs_no_further_hook() -> None:
         target.abandon()
 
     pump = Pump(Ring(Origin("run", 1)))
-    hooks = CallbackHooks(on("on_end_train_step", act)(), None)
+    hooks = CallbackHooks(hooked("on_end_train_step", act)(), None)
     recorder = MetricRecorder(pump, MediaWriter(None, pump.ring.publish, pump.ring.origin))
     target = CallbackTarget(hooks, torch.device("cpu"), recorder)
     steps = [(TrainStepEnded("run", 1, step, 0.0, 0, step, 0, "train", 0.5, 1, 8, 0.1, 0.1), None) for step in (1, 2)]

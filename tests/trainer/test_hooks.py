@@ -12,27 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
+from support.scripts import ROOT
+from support.threads import WAIT_S, trainer_threads
+from support.training import LANES, Diary, Net, hooked, make_trainer, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from events.messages import BackwardEnded, MetricsLogged
 from events.sink import CALLBACK_DELIVERY
-from trainer import CallbackInterface, Delivery, ModuleInterface, fenced, inline, module_interface, observer
+from sinks import Memory
+from trainer import CallbackInterface, Delivery, ModuleInterface, inline, module_interface, observer
 from trainer.callback_interface import HOOKS, LANE_ATTRIBUTE
 from trainer.errors import SignatureError
 from trainer.hooks.hooks import EVENT_OF_HOOK, CallbackHooks
-
-MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
-
-
-def on(name: str, act: Callable[..., Any], lane: str | None = None, kind: type = CallbackInterface) -> Any:
-    """A class of callbacks with one hook, ``act(callback, global_step, *outputs)``, marked or not."""
-
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return act(self, *args, **kwargs)
-
-    if lane is not None:
-        MARKS[lane](hook)
-    return type("Probe", (kind,), {name: hook})
 
 
 def table_of(text: str) -> list[str]:
@@ -44,7 +36,7 @@ def table_of(text: str) -> list[str]:
 
 
 TABLE = table_of(inspect.getdoc(module_interface) or "")
-LANES = {
+TABLED = {
     (hook.strip("`"), owner): lane
     for hook, owners, lane in (row.strip("| ").split(" | ")[:3] for row in TABLE)
     for owner in owners.split(", ")
@@ -55,21 +47,19 @@ LANES = {
 # ----------------------------------------------------------------------------------------------- which lane
 
 
-def test_one_table_of_lanes_is_in_the_contract_and_in_the_guide(kit: Any) -> None:
-    """Every hook of a module and of a callback has one row."""
-    assert table_of((kit.ROOT / "trainer" / "README.md").read_text()) == TABLE
-    assert sorted(LANES) == sorted((name, owner) for name in HOOKS for owner in ("module", "callback"))
+def test_one_table_of_lanes_is_in_the_contract_and_in_the_guide() -> None:
+    assert table_of((ROOT / "trainer" / "README.md").read_text()) == TABLE
+    assert sorted(TABLED) == sorted((name, owner) for name in HOOKS for owner in ("module", "callback"))
 
 
 @pytest.mark.parametrize("name", HOOKS)
-@pytest.mark.parametrize("mark", [None, *MARKS])
+@pytest.mark.parametrize("mark", [None, *LANES])
 @pytest.mark.parametrize("owner", [CallbackInterface, ModuleInterface])
 def test_the_lane_is_the_marked_one_or_what_the_contract_needs(name: str, mark: str | None, owner: type) -> None:
-    """Unmarked, each has the lane of the contract's table."""
-    kind = on(name, lambda *_: None, mark, owner)
+    kind = hooked(name, lambda *_: None, mark, owner)
     kind.__abstractmethods__ = frozenset()
     hooks = CallbackHooks(kind(), None)
-    default = LANES[name, "module" if owner is ModuleInterface else "callback"]
+    default = TABLED[name, "module" if owner is ModuleInterface else "callback"]
     event = EVENT_OF_HOOK[name]
     lane = "inline" if event in hooks.inline else "fenced" if event in hooks.fenced else "observer"
     assert lane == (mark or default)
@@ -77,7 +67,7 @@ def test_the_lane_is_the_marked_one_or_what_the_contract_needs(name: str, mark: 
     assert {*hooks.inline, *hooks.observed} == {event}
 
 
-def test_a_fenced_hook_returns_before_the_loop_continues(kit: Any) -> None:
+def test_a_fenced_hook_returns_before_the_loop_continues() -> None:
     """The beginning of an epoch before its first forward, of callback and module; the module's other epoch hooks
     before what comes next; a marked one too. Each of them would see the next forward if it were not waited for."""
     forward = threading.Event()
@@ -92,7 +82,7 @@ def test_a_fenced_hook_returns_before_the_loop_continues(kit: Any) -> None:
 
         return hook
 
-    class Net(kit.Net):
+    class Own(Net):
         on_begin_train_epoch = hold("module begin")
         on_end_val_epoch = hold("module val")
         on_end_train_epoch = hold("module epoch")
@@ -103,8 +93,8 @@ def test_a_fenced_hook_returns_before_the_loop_continues(kit: Any) -> None:
             order.append("forward")
             return super().forward_loss(batch)
 
-    probes = [on("on_begin_train_epoch", hold("begin"))(), on("on_end_train_step", hold("step"), "fenced")()]
-    outcome = kit.train(Net(rows=8), callbacks=probes, epochs=2)
+    probes = [hooked("on_begin_train_epoch", hold("begin"))(), hooked("on_end_train_step", hold("step"), "fenced")()]
+    outcome = train(Own(rows=8), callbacks=probes, epochs=2)
     assert outcome.result.status == "finished"
     epoch = ["forward", "step", "forward", "module val", "module epoch"]
     begins = ["begin", "module begin"]
@@ -113,49 +103,48 @@ def test_a_fenced_hook_returns_before_the_loop_continues(kit: Any) -> None:
     assert order[14:] == ["module end"]
 
 
-def test_an_observer_mark_lets_the_loop_go_on(kit: Any) -> None:
+def test_an_observer_mark_lets_the_loop_go_on() -> None:
     """Hooks that would be fenced see the loop's next step while they run."""
     waited: list[str] = []
     steps = [threading.Event() for _ in range(4)]
 
-    class Net(kit.Net):
+    class Own(Net):
         @observer
         def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
-            assert steps[global_step].wait(kit.WAIT_S)
+            assert steps[global_step].wait(WAIT_S)
             waited.append("begin")
 
         @observer
         def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
-            assert global_step == 4 or steps[global_step].wait(kit.WAIT_S)
+            assert global_step == 4 or steps[global_step].wait(WAIT_S)
             waited.append("val")
 
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             steps[global_step - 1].set()
             return super().train_step(global_step, batch, device)
 
-    assert kit.train(Net(), epochs=2).result.status == "finished"
+    assert train(Own(), epochs=2).result.status == "finished"
     assert waited == ["begin", "val"] * 2
 
 
 # ----------------------------------------------------------------------------------------- the observer lane
 
 
-def test_observers_run_in_order_each_on_a_thread_of_its_own(kit: Any) -> None:
-    """One that waits for the end of another holds up neither it nor the loop."""
+def test_observers_run_in_order_each_on_a_thread_of_its_own() -> None:
     other_is_done = threading.Event()
 
-    class Patient(kit.Diary):
+    class Patient(Diary):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
-            assert other_is_done.wait(kit.WAIT_S)
+            assert other_is_done.wait(WAIT_S)
             super().on_end_train_step(global_step, *outputs)
 
-    class Quick(kit.Diary):
+    class Quick(Diary):
         def on_end_train(self, global_step: int) -> None:
             super().on_end_train(global_step)
             other_is_done.set()
 
     one, other = Patient(), Quick()
-    kit.train(kit.Net(rows=64), callbacks=[one, other])
+    train(Net(rows=64), callbacks=[one, other])
     assert (one.threads, other.threads) == ({"stagecast-Patient"}, {"stagecast-Quick"})
     steps = ["on_end_train_step"] * 8
     ends = ["on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
@@ -163,27 +152,26 @@ def test_observers_run_in_order_each_on_a_thread_of_its_own(kit: Any) -> None:
     assert [step for step, _ in one.of("on_end_train_step")] == list(range(1, 9))
 
 
-def test_observers_get_copies_that_the_next_step_does_not_change(kit: Any) -> None:
+def test_observers_get_copies_that_the_next_step_does_not_change() -> None:
     """Detached, and as they were when the step returned them, though the user writes to the same memory again."""
     returned: list[torch.Tensor] = []
     overwritten = threading.Event()
     seen: list[tuple[Any, ...]] = []
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, predicted = self.forward_loss(batch)
-            buffer = self.buffer = getattr(self, "buffer", torch.zeros_like(predicted))
-            buffer.copy_(predicted.detach())
-            returned.append(buffer.clone())
-            if global_step == 4:
-                overwritten.set()
-            return loss, buffer, predicted
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        loss, predicted = net.forward_loss(batch)
+        buffer = net.buffer = getattr(net, "buffer", torch.zeros_like(predicted))
+        buffer.copy_(predicted.detach())
+        returned.append(buffer.clone())
+        if global_step == 4:
+            overwritten.set()
+        return loss, buffer, predicted
 
     def keep(self: Any, global_step: int, *outputs: Any) -> None:
-        assert overwritten.wait(kit.WAIT_S)
+        assert overwritten.wait(WAIT_S)
         seen.append(outputs)
 
-    kit.train(Net(rows=32), callbacks=[on("on_end_train_step", keep)()])
+    train(Net(rows=32, train_step=step), callbacks=[hooked("on_end_train_step", keep)()])
     assert len(seen) == 4
     for (loss, buffer, predicted), expected in zip(seen, returned, strict=True):
         assert [tensor.requires_grad for tensor in (loss, buffer, predicted)] == [False] * 3
@@ -193,18 +181,17 @@ def test_observers_get_copies_that_the_next_step_does_not_change(kit: Any) -> No
 
 
 @pytest.mark.anyio
-async def test_a_callback_slower_than_the_loop_gets_every_hook_once(kit: Any) -> None:
-    """Whatever the limit of its queue, in order, under both event loops."""
+async def test_a_callback_slower_than_the_loop_gets_every_hook_once() -> None:
     steps = []
 
     def crawl(self: Any, global_step: int, *outputs: Any) -> None:
         threading.Event().wait(0.001)
         steps.append((global_step, outputs[0].item()))
 
-    delivery = kit.replace(CALLBACK_DELIVERY, capacity=2)
-    memory = kit.Memory()
-    member = (on("on_end_train_step", crawl)(), delivery)
-    trainer = kit.make_trainer(kit.Net(rows=400), callbacks=[member], sinks=[memory], val_interval_epochs=0)
+    delivery = replace(CALLBACK_DELIVERY, capacity=2)
+    memory = Memory()
+    member = (hooked("on_end_train_step", crawl)(), delivery)
+    trainer = make_trainer(Net(rows=400), callbacks=[member], sinks=[memory], val_interval_epochs=0)
     async with trainer.run() as run:
         pass
     result = await run.result()
@@ -214,22 +201,21 @@ async def test_a_callback_slower_than_the_loop_gets_every_hook_once(kit: Any) ->
     assert (report.delivered, report.dropped) == (50, 0)
 
 
-def test_a_callback_with_a_delivery_of_its_own_may_miss_steps_but_never_holds_the_loop(kit: Any) -> None:
-    """Paired with drop_oldest: it sleeps through the run, which does not wait; what it missed is counted."""
+def test_a_callback_with_a_delivery_of_its_own_may_miss_steps_but_never_holds_the_loop() -> None:
     loop_has_ended = threading.Event()
     steps = []
 
-    class Net(kit.Net):
+    class Ends(Net):
         @inline
         def on_end_train(self, global_step: int) -> None:
             loop_has_ended.set()
 
     def hang(self: Any, global_step: int, *outputs: Any) -> None:
-        assert loop_has_ended.wait(kit.WAIT_S)
+        assert loop_has_ended.wait(WAIT_S)
         steps.append(global_step)
 
-    member = (on("on_end_train_step", hang)(), Delivery(overflow="drop_oldest", capacity=2))
-    outcome = kit.train(Net(rows=400), callbacks=[member])
+    member = (hooked("on_end_train_step", hang)(), Delivery(overflow="drop_oldest", capacity=2))
+    outcome = train(Ends(rows=400), callbacks=[member])
     report = next(report for report in outcome.result.observers if report.observer == "Probe")
     assert report.published == 50 == report.delivered + report.dropped
     assert report.dropped >= 46
@@ -240,34 +226,31 @@ def test_a_callback_with_a_delivery_of_its_own_may_miss_steps_but_never_holds_th
 # ------------------------------------------------------------------------------------------- the inline lane
 
 
-def test_on_end_backward_gets_the_live_loss_and_the_gradients(kit: Any) -> None:
-    """On the loop's thread, after each micro-batch: the very tensor, neither detached nor scaled by its weight."""
+def test_on_end_backward_gets_the_live_loss_and_the_gradients() -> None:
     returned: list[torch.Tensor] = []
     seen: list[tuple[int, Any, Any]] = []
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            returned.append(self.forward_loss(batch)[0])
-            return returned[-1]
+    def step(net: Net, global_step: int, batch: Any) -> torch.Tensor:
+        returned.append(net.forward_loss(batch)[0])
+        return returned[-1]
 
     def look(self: Any, global_step: int, loss: Any) -> None:
         assert threading.current_thread() is threading.main_thread()
         seen.append((global_step, loss, net.linear.weight.grad.clone()))
 
-    net = Net()
-    kit.train(net, callbacks=[on("on_end_backward", look)()], gpu_batch_size_limit=4, val_interval_epochs=0)
+    net = Net(train_step=step)
+    train(net, callbacks=[hooked("on_end_backward", look)()], gpu_batch_size_limit=4, val_interval_epochs=0)
     assert [step for step, _, _ in seen] == [0, 0, 1, 1]
     for loss, (_, got, _) in zip(returned, seen, strict=True):
         assert got is loss
         assert got.requires_grad
-    bare = kit.Net()
+    bare = Net()
     for batch, (_, _, gradient) in zip(bare.batches(4)[:2], seen, strict=False):
         (bare.forward_loss(batch)[0] / 2).backward()  # gradients of earlier micro-batches are in them
         assert torch.equal(bare.linear.weight.grad, gradient)
 
 
-def test_an_observer_of_the_backward_gets_a_copy_of_the_loss(kit: Any) -> None:
-    """Marked so, it is off the loop's thread; one event for each micro-batch, the loss a number without a graph."""
+def test_an_observer_of_the_backward_gets_a_copy_of_the_loss() -> None:
     seen: list[tuple[int, float]] = []
 
     def look(self: Any, global_step: int, loss: torch.Tensor) -> None:
@@ -276,18 +259,18 @@ def test_an_observer_of_the_backward_gets_a_copy_of_the_loss(kit: Any) -> None:
         assert not loss.requires_grad
         seen.append((global_step, loss.item()))
 
-    kit.train(kit.Net(), callbacks=[on("on_end_backward", look, "observer")()], gpu_batch_size_limit=4)
+    train(Net(), callbacks=[hooked("on_end_backward", look, "observer")()], gpu_batch_size_limit=4)
     assert [step for step, _ in seen] == [0, 0, 1, 1]
-    bare = kit.Net()
+    bare = Net()
     assert seen[0][1] == bare.forward_loss(bare.batches(4)[0])[0].item()
 
 
-def test_an_inline_hook_after_the_step_sees_its_gradients_and_the_new_weights(kit: Any) -> None:
+def test_an_inline_hook_after_the_step_sees_its_gradients_and_the_new_weights() -> None:
     """And the outputs without a copy; the gradients are gone when the next step begins."""
     before: list[torch.Tensor] = []
     pointers: list[int] = []
 
-    class Net(kit.Net):
+    class Own(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             assert self.linear.weight.grad is None
             before.append(self.linear.weight.detach().clone())
@@ -304,14 +287,13 @@ def test_an_inline_hook_after_the_step_sees_its_gradients_and_the_new_weights(ki
             assert [tensor.requires_grad for tensor in outputs] == [False] * 2
             assert threading.current_thread() is threading.main_thread()
 
-    assert kit.train(Net(rows=32)).result.global_step == 4
+    assert train(Own(rows=32)).result.global_step == 4
 
 
-def test_the_modules_own_step_hook_reads_the_state_of_its_step(kit: Any) -> None:
-    """Unmarked: its scheduler's rate is that of the step, its outputs are detached, and its log is the step's."""
+def test_the_modules_own_step_hook_reads_the_state_of_its_step() -> None:
     seen: list[Any] = []
 
-    class Net(kit.Net):
+    class Own(Net):
         def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
             self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, float)
@@ -322,7 +304,7 @@ def test_the_modules_own_step_hook_reads_the_state_of_its_step(kit: Any) -> None
             self.log("rate", rate)
             seen.append((rate, [one.requires_grad for one in outputs], threading.current_thread().name))
 
-    outcome = kit.train(Net(rows=800), val_interval_epochs=0)
+    outcome = train(Own(rows=800), val_interval_epochs=0)
     assert outcome.result.global_step == 100
     expected = [step * 1e-3 for step in range(1, 101)]
     assert [rate for rate, *_ in seen] == pytest.approx(expected)
@@ -331,59 +313,54 @@ def test_the_modules_own_step_hook_reads_the_state_of_its_step(kit: Any) -> None
     assert logged == [(step, pytest.approx(rate)) for step, rate in enumerate(expected, start=1)]
 
 
-@pytest.mark.parametrize("lane", MARKS)
-def test_a_hook_that_takes_no_outputs_gets_none_and_none_are_kept_for_it(kit: Any, lane: str) -> None:
-    """On every lane, in a run whose outputs would be more than the limit."""
+@pytest.mark.parametrize("lane", LANES)
+def test_a_hook_that_takes_no_outputs_gets_none_and_none_are_kept_for_it(lane: str) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    class Net(kit.Net):
-        @MARKS[lane]
+    class Own(Net):
+        @LANES[lane]
         def on_end_train_step(self, global_step: int) -> None:
             seen.append(("step", global_step))
 
-        @MARKS[lane]
+        @LANES[lane]
         def on_end_train_epoch(self, global_step: int) -> None:
             seen.append(("epoch", global_step))
 
-        @MARKS[lane]
+        @LANES[lane]
         def on_end_val_epoch(self, global_step: int, key: str) -> None:
             seen.append(("val", global_step, key))
 
-    assert kit.train(Net(), epoch_outputs_limit_bytes=1).result.status == "finished"
+    assert train(Own(), epoch_outputs_limit_bytes=1).result.status == "finished"
     assert seen == [("step", 1), ("step", 2), ("val", 2, "default"), ("epoch", 2)]
 
 
-@pytest.mark.parametrize("lane", MARKS)
-def test_a_hook_that_takes_another_number_of_outputs_is_named_with_the_fix(kit: Any, lane: str) -> None:
-    """Its own TypeErrors stay what they are."""
-
+@pytest.mark.parametrize("lane", LANES)
+def test_a_hook_that_takes_another_number_of_outputs_is_named_with_the_fix(lane: str) -> None:
     def two(self: Any, global_step: int, loss: Any) -> None: ...
 
     def raising(self: Any, global_step: int, *outputs: Any) -> None:
         raise TypeError("mine")
 
     for hook in (two, raising):
-        MARKS[lane](hook)
-    outcome = kit.train(type("Net", (kit.Net,), {"on_end_train_step": two})())
+        LANES[lane](hook)
+    outcome = train(type("Net", (Net,), {"on_end_train_step": two})())
     assert isinstance(outcome.error, SignatureError)
     assert isinstance(outcome.error, TypeError)
     assert str(outcome.error) == (
         "Net.on_end_train_step(self, global_step, loss) cannot take the 2 outputs of the step; let it take *outputs"
     )
-    outcome = kit.train(type("Net", (kit.Net,), {"on_end_train_step": raising})())
+    outcome = train(type("Net", (Net,), {"on_end_train_step": raising})())
     assert (type(outcome.error), str(outcome.error)) == (TypeError, "mine")
 
 
-@pytest.mark.parametrize("lane", MARKS)
-def test_a_callback_logs_as_a_module_does(kit: Any, lane: str) -> None:
-    """With the position of its hook, from any lane; outside of a run nothing happens."""
-
+@pytest.mark.parametrize("lane", LANES)
+def test_a_callback_logs_as_a_module_does(lane: str) -> None:
     def hook(self: Any, global_step: int, *outputs: Any) -> None:
         self.log("mine", float(global_step))
 
-    callback = on("on_end_train_step", hook, lane)()
+    callback = hooked("on_end_train_step", hook, lane)()
     callback.log("before", 1.0)
-    outcome = kit.train(kit.Net(), callbacks=[callback])
+    outcome = train(Net(), callbacks=[callback])
     callback.log("after", 1.0)
     assert [(event.global_step, event.metrics) for event in outcome.of(MetricsLogged)] == [
         (1, {"mine": 1.0}),
@@ -391,25 +368,21 @@ def test_a_callback_logs_as_a_module_does(kit: Any, lane: str) -> None:
     ]
     assert copy.deepcopy(callback).__dict__ == callback.__dict__ == {}
     with pytest.raises(ValueError, match="empty name"):
-        kit.train(kit.Net(), callbacks=[on("on_end_train", lambda self, step: self.log("", 1.0))()]).result  # noqa: B018
+        train(Net(), callbacks=[hooked("on_end_train", lambda self, step: self.log("", 1.0))()]).result  # noqa: B018
 
 
-def test_a_callback_of_another_run_is_refused(kit: Any) -> None:
-    """It belongs to one run at a time; the other run keeps it."""
-    shared, outcomes = kit.Diary(), []
+def test_a_callback_of_another_run_is_refused() -> None:
+    shared, outcomes = Diary(), []
 
-    class Nested(kit.Net):
-        @inline
-        def on_end_train(self, global_step: int) -> None:
-            outcomes.append(kit.train(kit.Net(), callbacks=[shared]))
+    def nested(net: Net, step: int) -> None:
+        outcomes.append(train(Net(), callbacks=[shared]))
 
-    assert kit.train(Nested(), callbacks=[shared]).result.status == "finished"
+    assert train(hooked("on_end_train", nested, "inline", Net)(), callbacks=[shared]).result.status == "finished"
     assert str(outcomes[0].error) == "this Diary is being used by another run; give each run its own callback"
-    assert kit.train(kit.Net(), callbacks=[shared]).result.status == "finished"
+    assert train(Net(), callbacks=[shared]).result.status == "finished"
 
 
-def test_inline_hooks_run_in_order_the_modules_first(kit: Any) -> None:
-    """Then the callbacks as they were given."""
+def test_inline_hooks_run_in_order_the_modules_first() -> None:
     order: list[tuple[str, str]] = []
 
     def diary(label: str, kind: type) -> Any:
@@ -418,7 +391,7 @@ def test_inline_hooks_run_in_order_the_modules_first(kit: Any) -> None:
 
         return type(label, (kind,), {name: hook(name) for name in HOOKS})()
 
-    kit.train(diary("module", kit.Net), callbacks=[diary("a", CallbackInterface), diary("b", CallbackInterface)])
+    train(diary("module", Net), callbacks=[diary("a", CallbackInterface), diary("b", CallbackInterface)])
     names = [name for name, _ in order[::3]]
     assert [label for _, label in order] == ["module", "a", "b"] * len(names)
     step = ["on_end_backward", "on_end_train_step"]
@@ -442,37 +415,31 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_hooks_without_an_override_cost_nothing(kit: Any) -> None:
+def test_hooks_without_an_override_cost_nothing() -> None:
     """No output is copied, no BackwardEnded published, no observer's thread started."""
     threads: set[str] = set()
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            threads.update(kit.trainer_threads())
-            return super().train_step(global_step, batch, device)
-
     def published(*callbacks: Any) -> tuple[Any, int]:
         with Copies() as copies:
-            outcome = kit.train(Net(), callbacks=callbacks, epochs=2)
+            outcome = train(Net(act=lambda step: threads.update(trainer_threads())), callbacks=callbacks, epochs=2)
         assert outcome.result.status == "finished"
         return outcome, copies.count
 
-    outcome, copies = published(type("Nothing", (CallbackInterface,), {})(), on("on_end_train", print, "inline")())
+    outcome, copies = published(type("Nothing", (CallbackInterface,), {})(), hooked("on_end_train", print, "inline")())
     assert copies == 0
     # Warnings of an earlier test may still be on their way to stderr.
     assert threads <= {"stagecast-events", "stagecast-memory", "stagecast-stderr"}
     assert [e.seq for e in outcome.events] == list(range(1, len(outcome.events) + 1)), "something else was published"
 
-    _, copies = published(kit.Diary())
+    _, copies = published(Diary())
     assert copies > 0, "the test would not notice"
-    outcome, _ = published(on("on_end_backward", lambda *_: None, "observer")())
+    outcome, _ = published(hooked("on_end_backward", lambda *_: None, "observer")())
     missing = outcome.events[-1].seq - len(outcome.events)
     assert missing == 4, "one BackwardEnded for each step"
     assert BackwardEnded not in map(type, outcome.events)
 
 
-def test_hooks_are_found_wherever_they_are_defined(kit: Any) -> None:
-    """In a base class, in a mixin that is not a callback, and as an attribute of the object."""
+def test_hooks_are_found_wherever_they_are_defined() -> None:
     found: list[str] = []
 
     class Base(CallbackInterface):
@@ -495,13 +462,13 @@ def test_hooks_are_found_wherever_they_are_defined(kit: Any) -> None:
     partial = CallbackInterface()
     partial.on_end_train = functools.partial(lambda said, step: found.append(said), "partial")  # type: ignore
     for callback in (type("Derived", (Base,), {})(), Mixed(), Calling(), attribute, partial):
-        kit.train(kit.Net(), callbacks=[callback])
+        train(Net(), callbacks=[callback])
     assert found == ["base", "mixin", "base", "calling", "attribute", "partial"]
 
 
 def test_a_mark_is_inherited_with_its_hook_but_not_by_what_overrides_it() -> None:
     """The mark belongs to the function."""
-    base = on("on_end_train", lambda *_: None, "inline")
+    base = hooked("on_end_train", lambda *_: None, "inline")
     derived = type("Derived", (base,), {})
     overriding = type("Overriding", (base,), {"on_end_train": lambda self, step: None})
     assert hasattr(base.on_end_train, LANE_ATTRIBUTE)

@@ -9,6 +9,8 @@ from typing import Any
 
 import anyio
 import pytest
+from support.threads import WAIT_S
+from support.training import Net, make_trainer, train
 
 from events.errors import RunFolderError
 from events.messages import CommandTaken, TrainStepEnded
@@ -19,9 +21,8 @@ from events.run.inbox import COMMANDS_DIR, FolderCommands, commands_of
 from trainer.loop.control import Control
 
 
-def test_a_command_to_a_run_that_is_over_is_refused(kit: Any, tmp_path: Path) -> None:
-    """Rather than left for one that comes later."""
-    kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
+def test_a_command_to_a_run_that_is_over_is_refused(tmp_path: Path) -> None:
+    train(Net(), run_dir=tmp_path / "run", journal=True)
     assert not is_held(tmp_path / "run")
     with pytest.raises(RunFolderError, match="no run is under way"):
         FolderCommands(tmp_path / "run").send(Stop(id="1"))
@@ -29,7 +30,7 @@ def test_a_command_to_a_run_that_is_over_is_refused(kit: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_commands_are_taken_in_order_and_once(kit: Any, tmp_path: Path, backend: str) -> None:
+def test_commands_are_taken_in_order_and_once(tmp_path: Path, backend: str) -> None:
     """Files that are not commands are reported and skipped; commands for an earlier attempt are not taken."""
     folder = tmp_path / "run" / COMMANDS_DIR
     folder.mkdir(parents=True)
@@ -37,8 +38,8 @@ def test_commands_are_taken_in_order_and_once(kit: Any, tmp_path: Path, backend:
     taken: list[CommandTaken] = []
 
     async def main() -> None:
-        ready = kit.make_trainer(kit.Net(), run_dir=tmp_path / "run", run_id="run", epochs=10**6)
-        with anyio.fail_after(kit.WAIT_S):
+        ready = make_trainer(Net(), run_dir=tmp_path / "run", run_id="run", epochs=10**6)
+        with anyio.fail_after(WAIT_S):
             async with ready.run() as run:
                 async for _ in run.events(types=[TrainStepEnded]):
                     break
@@ -75,10 +76,10 @@ def test_a_run_in_this_process_takes_a_command_without_a_file_but_a_forked_proce
         assert isinstance(commands_of(run_dir), FolderCommands)
 
 
-def test_a_command_left_while_the_run_is_set_up_is_taken(kit: Any, tmp_path: Path) -> None:
+def test_a_command_left_while_the_run_is_set_up_is_taken(tmp_path: Path) -> None:
     """The folder is held from then on, so the sender was told that it is under way."""
 
-    ready = kit.make_trainer(kit.Net(), run_dir=tmp_path / "run", run_id="run", epochs=10**6)
+    ready = make_trainer(Net(), run_dir=tmp_path / "run", run_id="run", epochs=10**6)
     build = ready._session
 
     def built(*args: Any, **options: Any) -> Any:

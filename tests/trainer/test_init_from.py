@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.training import Net, make_trainer, train
 from torch import nn
 
 from events.checkpoint.store import CheckpointStore
@@ -19,28 +20,23 @@ from trainer import Checkpoints
 OFF: dict[str, Any] = {"every_minutes": None}
 
 
-def trained(kit: Any, folder: Path, **options: Any) -> Any:
+def trained(folder: Path, **options: Any) -> Any:
     options = {"epochs": 1, "run_id": folder.name, "run_dir": folder, "checkpoints": Checkpoints(**OFF)} | options
-    return kit.train(kit.Net(), **options)
+    return train(Net(), **options)
 
 
-def weights_of(kit: Any, **options: Any) -> dict[str, torch.Tensor]:
+def weights_of(**options: Any) -> dict[str, torch.Tensor]:
     """Those that a test begins, and ends, with."""
 
-    class Tested(kit.Net):
-        def get_test_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return self.batches(batch_size)
-
-    net = Tested()
-    kit.make_trainer(net, **options).test()
+    net = Net(test_data=Net.batches)
+    make_trainer(net, **options).test()
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
 
 
 @pytest.mark.parametrize("what", ["file", "run without checkpoints", "tensors of a checkpoint", "checkpoints"])
-def test_weights_are_found_in_all_that_a_run_leaves(kit: Any, tmp_path: Path, what: str) -> None:
-    """Its file of weights, its folder when the checkpoints are gone, and the folders and files within."""
+def test_weights_are_found_in_all_that_a_run_leaves(tmp_path: Path, what: str) -> None:
     old = tmp_path / "old"
-    trained(kit, old)
+    trained(old)
     place = {
         "file": old / "weights.safetensors",
         "run without checkpoints": old,
@@ -50,13 +46,13 @@ def test_weights_are_found_in_all_that_a_run_leaves(kit: Any, tmp_path: Path, wh
     if what == "run without checkpoints":
         shutil.rmtree(old / "checkpoints")
     expected = load_file(old / "weights.safetensors")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(kit, init_from=place).items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(init_from=place).items())
 
 
-def test_tied_weights_that_another_writer_stored_once_fit(kit: Any, tmp_path: Path) -> None:
+def test_tied_weights_that_another_writer_stored_once_fit(tmp_path: Path) -> None:
     """Under whichever of their names; a name that is missing for any other reason is named."""
 
-    class Tied(kit.Net):
+    class Tied(Net):
         def __init__(self) -> None:
             super().__init__()
             self.again = nn.Linear(4, 1, bias=False)
@@ -67,53 +63,51 @@ def test_tied_weights_that_another_writer_stored_once_fit(kit: Any, tmp_path: Pa
         save_file({name: weight, "linear.bias": bias}, tmp_path / "tied.safetensors")
         net = Tied()
         net.lr = 0.0
-        assert kit.train(net, init_from=tmp_path / "tied.safetensors").error is None
+        assert train(net, init_from=tmp_path / "tied.safetensors").error is None
         assert torch.equal(net.again.weight, weight)
         assert net.again.weight is net.linear.weight
     save_file({"linear.weight": weight}, tmp_path / "torn.safetensors")
-    assert "it lacks linear.bias" in str(kit.train(Tied(), init_from=tmp_path / "torn.safetensors").error)
+    assert "it lacks linear.bias" in str(train(Tied(), init_from=tmp_path / "torn.safetensors").error)
 
 
-def test_a_pickle_is_refused_with_the_way_to_write_weights(kit: Any, tmp_path: Path) -> None:
-    """No step is taken."""
-    torch.save(kit.Net().state_dict(), tmp_path / "model.pt")
-    outcome = kit.train(kit.Net(), init_from=tmp_path / "model.pt")
+def test_a_pickle_is_refused_with_the_way_to_write_weights(tmp_path: Path) -> None:
+    torch.save(Net().state_dict(), tmp_path / "model.pt")
+    outcome = train(Net(), init_from=tmp_path / "model.pt")
     assert isinstance(outcome.error, CheckpointDamaged)
     assert "model.pt" in str(outcome.error)
     assert "write the weights with safetensors.torch.save_file" in str(outcome.error)
     assert "TrainStepEnded" not in outcome.names()
 
 
-def test_a_restart_needs_the_weights_no_more(kit: Any, tmp_path: Path) -> None:
-    """Neither a path that is gone since, nor an address: the run resumes from its own checkpoint."""
+def test_a_restart_needs_the_weights_no_more(tmp_path: Path) -> None:
     remote = f"file://{tmp_path}/there"
-    trained(kit, tmp_path / "old", checkpoints=Checkpoints(upload=remote, **OFF))
+    trained(tmp_path / "old", checkpoints=Checkpoints(upload=remote, **OFF))
     for name, source in (("by path", str(tmp_path / "old")), ("by address", f"{remote}/old")):
-        begun = trained(kit, tmp_path / name, init_from=source, resume="auto")
+        begun = trained(tmp_path / name, init_from=source, resume="auto")
         assert begun.error is None
         assert not begun.of(RunResumed)
     shutil.rmtree(tmp_path / "old")
     shutil.rmtree(tmp_path / "there")
     for name, source in (("by path", str(tmp_path / "old")), ("by address", f"{remote}/old")):
-        again = trained(kit, tmp_path / name, init_from=source, resume="auto", epochs=2)
+        again = trained(tmp_path / name, init_from=source, resume="auto", epochs=2)
         assert [event.checkpoint for event in again.of(RunResumed)] == ["step-2.a1"]
 
 
-def test_the_uploads_of_the_same_run_give_weights_and_no_history(kit: Any, tmp_path: Path) -> None:
+def test_the_uploads_of_the_same_run_give_weights_and_no_history(tmp_path: Path) -> None:
     """They are copied beside the run's checkpoints, not among them."""
     remote = f"file://{tmp_path}/there"
-    trained(kit, tmp_path / "a" / "same", checkpoints=Checkpoints(upload=remote, **OFF))
-    begun = trained(kit, tmp_path / "b" / "same", init_from=f"{remote}/same")
+    trained(tmp_path / "a" / "same", checkpoints=Checkpoints(upload=remote, **OFF))
+    begun = trained(tmp_path / "b" / "same", init_from=f"{remote}/same")
     assert (begun.result.attempt, begun.result.global_step) == (1, 2)
     assert [str(name) for name in CheckpointStore(tmp_path / "b/same/checkpoints").names()] == ["step-2.a1"]
 
 
 def test_weights_beside_a_checkpoint_that_was_asked_for_are_told_to_be_ignored(
-    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only ``resume="auto"`` may find nothing, so that they are wanted."""
-    trained(kit, tmp_path / "old")
-    again = trained(kit, tmp_path / "new", resume=tmp_path / "old", init_from=tmp_path / "old", epochs=2)
+    trained(tmp_path / "old")
+    again = trained(tmp_path / "new", resume=tmp_path / "old", init_from=tmp_path / "old", epochs=2)
     assert again.result.global_step == 4
     assert [text for text in caplog.messages if text.startswith("init_from=") and "is ignored" in text]
 
@@ -121,45 +115,41 @@ def test_weights_beside_a_checkpoint_that_was_asked_for_are_told_to_be_ignored(
 # ----------------------------------------------------------------------------------------- the run of a folder
 
 
-def test_a_folder_without_journal_and_checkpoints_knows_its_run(kit: Any, tmp_path: Path) -> None:
+def test_a_folder_without_journal_and_checkpoints_knows_its_run(tmp_path: Path) -> None:
     """By its last holder; so a job that was killed before its first checkpoint keeps its id."""
     own: dict[str, Any] = {"run_dir": tmp_path / "run", "resume": "auto", "checkpoints": False}
-    assert kit.train(kit.Net(), **own).result.run_id == kit.train(kit.Net(), **own).result.run_id
+    assert train(Net(), **own).result.run_id == train(Net(), **own).result.run_id
 
 
-def test_a_folder_whose_id_cannot_be_read_begins_a_new_run(kit: Any, tmp_path: Path) -> None:
-    """Where there is nothing else of one."""
+def test_a_folder_whose_id_cannot_be_read_begins_a_new_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").write_bytes(b"\xff{")
     (tmp_path / "run" / "journal").write_bytes(b"no folder")
-    assert "cannot be used" in str(kit.train(kit.Net(), run_dir=tmp_path / "run", resume="auto").error)
+    assert "cannot be used" in str(train(Net(), run_dir=tmp_path / "run", resume="auto").error)
     (tmp_path / "run" / "journal").unlink()
-    assert kit.train(kit.Net(), run_dir=tmp_path / "run", resume="auto").result.attempt == 1
+    assert train(Net(), run_dir=tmp_path / "run", resume="auto").result.attempt == 1
 
 
 @pytest.mark.parametrize("resume", ["best", "step-2.a1", "run", "run/checkpoints/step-2.a1"])
-def test_whatever_is_resumed_within_a_folder_is_its_run(kit: Any, tmp_path: Path, resume: str) -> None:
-    """Not only with ``"auto"``."""
+def test_whatever_is_resumed_within_a_folder_is_its_run(tmp_path: Path, resume: str) -> None:
     run = tmp_path / "run"
-    trained(kit, run, journal=True, checkpoints=Checkpoints(best="val_loss", **OFF))
-    again = kit.train(kit.Net(), epochs=2, run_dir=run, resume=resume, checkpoints=Checkpoints(**OFF))
+    trained(run, journal=True, checkpoints=Checkpoints(best="val_loss", **OFF))
+    again = train(Net(), epochs=2, run_dir=run, resume=resume, checkpoints=Checkpoints(**OFF))
     assert (again.result.run_id, again.of(RunResumed)[0].checkpoint) == ("run", "step-2.a1")
 
 
-def test_the_checkpoint_of_another_run_does_not_make_a_folder_ones_own(kit: Any, tmp_path: Path) -> None:
-    """A new run in the folder of another is refused, with the id that would continue that one."""
-    trained(kit, tmp_path / "run", journal=True)
-    trained(kit, tmp_path / "old")
+def test_the_checkpoint_of_another_run_does_not_make_a_folder_ones_own(tmp_path: Path) -> None:
+    trained(tmp_path / "run", journal=True)
+    trained(tmp_path / "old")
     for given in ({"resume": tmp_path / "old"}, {"resume": "auto", "run_id": "other"}, {"init_from": tmp_path / "old"}):
-        outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True, **given)
+        outcome = train(Net(), run_dir=tmp_path / "run", journal=True, **given)
         assert isinstance(outcome.error, RunFolderMismatch)
         assert "run_id='run' to continue that run" in str(outcome.error)
 
 
-def test_a_run_that_is_named_is_found_without_journal_and_checkpoints(kit: Any, tmp_path: Path) -> None:
-    """In its folder below the working directory, which the test runs in."""
-    trained(kit, tmp_path / "runs" / "named", checkpoints=Checkpoints(best="val_loss", **OFF))
+def test_a_run_that_is_named_is_found_without_journal_and_checkpoints(tmp_path: Path) -> None:
+    trained(tmp_path / "runs" / "named", checkpoints=Checkpoints(best="val_loss", **OFF))
     expected = load_file(tmp_path / "runs/named/weights.safetensors")
     for resume in ("auto", "best"):
-        found = weights_of(kit, run_id="named", resume=resume)
+        found = weights_of(run_id="named", resume=resume)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

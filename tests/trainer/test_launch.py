@@ -20,6 +20,8 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from msgspec.structs import replace
+from support.training import Net, read_journal
 
 from events.errors import CursorError, RunCancelled, UploadError
 from events.journal.segment import segment_name
@@ -38,6 +40,7 @@ from events.process import _frame as frame
 from events.protocol import RunResult
 from events.run.stream import JournalEventStream
 from events.wire import encode_json_lines
+from trainer import Trainer
 from trainer.errors import ArgumentsError, LaunchedRunCrashed, LaunchedRunFailed
 from trainer.remote import launch as launcher
 from trainer.remote.child import Cancelling, Ended, Failed, LaunchConfig, Ready, build, from_run
@@ -129,18 +132,16 @@ async def pid_of(run: Any) -> int:
     ],
 )
 def test_wrong_arguments_are_refused_before_a_process_starts(given: Any, told: str) -> None:
-    """The error names the place of each."""
     with pytest.raises(ArgumentsError, match=told):
         launch(*given)
 
 
-def test_launch_or_the_factory_names_the_run_to_resume(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the two is enough; neither is an error."""
+def test_launch_or_the_factory_names_the_run_to_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     job: Any = types.ModuleType("resuming_job")
-    job.build = lambda: kit.Trainer(kit.Net(), resume="auto")
+    job.build = lambda: Trainer(Net(), resume="auto")
     monkeypatch.setitem(sys.modules, "resuming_job", job)
     config = LaunchConfig("resuming_job:build", msgspec.msgpack.encode({}))
-    assert build(kit.replace(config, run_id="named"))._run_id == "named"
+    assert build(replace(config, run_id="named"))._run_id == "named"
     with pytest.raises(ArgumentsError, match="launch: resume='auto' needs to know the run; give run_id or run_dir"):
         build(config)
     with pytest.raises(ArgumentsError, match="Trainer: resume='auto'"):
@@ -148,7 +149,6 @@ def test_launch_or_the_factory_names_the_run_to_resume(kit: Any, monkeypatch: py
 
 
 def test_only_paths_to_resume_from_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keywords, addresses and names of the run's own checkpoints stay as they are."""
     monkeypatch.chdir(tmp_path)
     for resume in ("auto", "best", "s3://bucket/run", "step-5.a1"):
         assert launcher._absolute(resume) == resume
@@ -158,7 +158,6 @@ def test_only_paths_to_resume_from_are_made_absolute(tmp_path: Path, monkeypatch
 
 
 def test_wrong_options_are_refused() -> None:
-    """One error names all of them."""
     cycle: list[Any] = []
     cycle.append(cycle)
     options: Any = {"run_id": 5, "run_dir": b"x", "resume": "", "env": {"A": 1}}
@@ -175,7 +174,6 @@ def test_wrong_options_are_refused() -> None:
 @asyncio_only
 @pytest.mark.anyio
 async def test_entering_the_block_raises_why_a_run_cannot_start(tmp_path: Path) -> None:
-    """Errors of stagecast keep their type; no process and no descriptor is left."""
     expected: list[tuple[Any, dict[str, Any], type[BaseException], str]] = [
         ("no_such_module:build", {}, LaunchedRunFailed, "ModuleNotFoundError: No module named 'no_such_module'"),
         ("launched_exit:build", {}, LaunchedRunFailed, "SystemExit: not today"),
@@ -262,8 +260,7 @@ async def test_a_stream_starts_now_ends_with_its_attempt_and_can_be_closed(tmp_p
 
 
 @pytest.mark.anyio
-async def test_a_launched_run_is_watched_and_steered_like_any_other(kit: Any, tmp_path: Path) -> None:
-    """The same events, cursors, commands and result, with two runs at once."""
+async def test_a_launched_run_is_watched_and_steered_like_any_other(tmp_path: Path) -> None:
     values = {"nan": float("nan"), "data": b"\0\xff", "nested": {"a": [1, None, float("inf"), True, "ü"]}}
     seen: list[Event] = []
 
@@ -309,7 +306,7 @@ async def test_a_launched_run_is_watched_and_steered_like_any_other(kit: Any, tm
             late = [event async for event in run.events(since=0, types=[RunStarted, RunEnded])]
     assert await run.result() is result
     assert (result.status, result.reason, result.attempt) == ("stopped", "enough", 1)
-    journal = kit.read_journal(tmp_path / "run")
+    journal = read_journal(tmp_path / "run")
     assert seen == journal
     assert [event.seq for event in seen] == list(range(1, len(seen) + 1))
     assert [type(event) for event in late] == [RunStarted, RunEnded]
@@ -342,7 +339,6 @@ async def test_a_signal_to_the_process_alone_stops_the_run(tmp_path: Path, monke
 @asyncio_only
 @pytest.mark.anyio
 async def test_a_second_signal_to_the_process_alone_cancels_the_run(tmp_path: Path) -> None:
-    """Within one step: the run ends at its next boundary without a checkpoint."""
     arguments = {"epochs": FOREVER, "deed": "", "step_s": 1.0}
     with pytest.raises(RunCancelled, match="a second signal arrived"):
         async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
@@ -388,8 +384,6 @@ def sent(message: Any) -> Any:
 
 
 def test_errors_of_stagecast_keep_their_type() -> None:
-    """With the traceback as a note; also with text that is not Unicode or cannot be read."""
-
     class Mute(Exception):
         def __str__(self) -> str:
             raise ValueError
@@ -408,8 +402,7 @@ def test_errors_of_stagecast_keep_their_type() -> None:
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_an_exception_of_a_step_is_raised_as_a_launched_run_failed(kit: Any, tmp_path: Path) -> None:
-    """With type, text, causes and notes, at the end of the block and from result(); a SystemExit does not exit here."""
+async def test_an_exception_of_a_step_is_raised_as_a_launched_run_failed(tmp_path: Path) -> None:
     errors: dict[str, Any] = {}
 
     async def train(deed: str) -> None:
@@ -435,12 +428,12 @@ async def test_an_exception_of_a_step_is_raised_as_a_launched_run_failed(kit: An
     assert "about to fail" in log
     assert "Diverged: it was höher" in log
     assert (errors["leave"].type_name, errors["leave"].text) == ("SystemExit", "3")
-    assert kit.read_journal(tmp_path / "fail")[-1].status == "failed"
+    assert read_journal(tmp_path / "fail")[-1].status == "failed"
 
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_a_crash_is_reported_in_full(kit: Any, tmp_path: Path) -> None:
+async def test_a_crash_is_reported_in_full(tmp_path: Path) -> None:
     """Its signal or exit code, the journal's end, the output and the stack; and the run can be resumed.
 
     No dataloader worker is left, and none keeps this process waiting.
@@ -466,7 +459,7 @@ async def test_a_crash_is_reported_in_full(kit: Any, tmp_path: Path) -> None:
                     events.append(event)
                 await run.result()
         crashes[deed] = caught.value
-        assert events == kit.read_journal(tmp_path / deed)
+        assert events == read_journal(tmp_path / deed)
         await until_soon(lambda: group(pid) == [], "a process is left")
 
     async with anyio.create_task_group() as tasks:
@@ -498,7 +491,6 @@ async def test_a_crash_is_reported_in_full(kit: Any, tmp_path: Path) -> None:
 @asyncio_only
 @pytest.mark.anyio
 async def test_a_process_that_prints_without_end_never_waits_and_its_log_is_bounded(tmp_path: Path) -> None:
-    """Of 80 MB the end is kept, and later output follows it."""
     arguments = {"deed": "chatter", "at": 1, "epochs": FOREVER, "step_s": 0.005}
     log = tmp_path / "run/log.txt"
 
@@ -518,9 +510,9 @@ async def test_a_process_that_prints_without_end_never_waits_and_its_log_is_boun
 # -------------------------------------------------------------------------------------------------- cancellation
 
 
-async def check_cancelled(kit: Any, folder: Path, pid: int, run: Any) -> None:
+async def check_cancelled(folder: Path, pid: int, run: Any) -> None:
     """It has ended cleanly, and left nothing."""
-    ends = [event.status for event in kit.read_journal(folder) if isinstance(event, RunEnded)]
+    ends = [event.status for event in read_journal(folder) if isinstance(event, RunEnded)]
     assert ends == ["cancelled"]
     await until_soon(lambda: group(pid) == [], "a process is left")
     with pytest.raises(RunCancelled, match="was cancelled"):
@@ -528,16 +520,14 @@ async def check_cancelled(kit: Any, folder: Path, pid: int, run: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_cancelling_ends_the_process_in_every_phase(kit: Any, tmp_path: Path) -> None:
-    """While it starts, by an exception in the body, by a scope around the block, and while the end is waited for."""
-
+async def test_cancelling_ends_the_process_in_every_phase(tmp_path: Path) -> None:
     async def by_exception() -> None:
         arguments = {"epochs": FOREVER, "workers": 2}
         with pytest.raises(Boom):
             async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "exception") as run:
                 pid = await pid_of(run)
                 raise Boom
-        await check_cancelled(kit, tmp_path / "exception", pid, run)
+        await check_cancelled(tmp_path / "exception", pid, run)
 
     async def by_scope() -> None:
         with anyio.CancelScope() as scope:
@@ -547,7 +537,7 @@ async def test_cancelling_ends_the_process_in_every_phase(kit: Any, tmp_path: Pa
                 scope.cancel()
                 await anyio.sleep_forever()
         assert scope.cancelled_caught
-        await check_cancelled(kit, tmp_path / "scope", pid, run)
+        await check_cancelled(tmp_path / "scope", pid, run)
 
     async def at_the_end() -> None:
         with anyio.move_on_after(LIMIT_S) as scope:
@@ -555,7 +545,7 @@ async def test_cancelling_ends_the_process_in_every_phase(kit: Any, tmp_path: Pa
                 pid = await pid_of(run)
                 scope.deadline = anyio.current_time() + 0.05
         assert scope.cancelled_caught
-        await check_cancelled(kit, tmp_path / "end", pid, run)
+        await check_cancelled(tmp_path / "end", pid, run)
 
     async def while_it_starts() -> None:
         with anyio.CancelScope() as scope:
@@ -579,8 +569,7 @@ async def test_cancelling_ends_the_process_in_every_phase(kit: Any, tmp_path: Pa
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_native_cancellations_are_outlasted(kit: Any, tmp_path: Path) -> None:
-    """Repeated `task.cancel()` and `asyncio.timeout`; each propagates unchanged when the run has ended."""
+async def test_native_cancellations_are_outlasted(tmp_path: Path) -> None:
     runs: list[Any] = []
 
     async def hold(name: str) -> None:
@@ -609,12 +598,12 @@ async def test_native_cancellations_are_outlasted(kit: Any, tmp_path: Path) -> N
         await timing_out
     await until_soon(lambda: processes(os.getpid()) == [], "a process is left")
     for name, pid, run in runs:
-        await check_cancelled(kit, tmp_path / name, pid, run)
+        await check_cancelled(tmp_path / name, pid, run)
 
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_a_process_that_receives_nothing_is_killed_after_the_grace_period(kit: Any, tmp_path: Path) -> None:
+async def test_a_process_that_receives_nothing_is_killed_after_the_grace_period(tmp_path: Path) -> None:
     """An extension holds the interpreter lock forever: neither a thread of its process runs nor a signal handler."""
     arguments = {"epochs": FOREVER, "deed": "hold_interpreter", "stop_grace_s": 0.5, "workers": 2}
     with pytest.raises(Boom):
@@ -661,7 +650,7 @@ anyio.run(main)
 """
 
 
-def test_a_run_whose_parent_is_killed_stops_with_a_checkpoint(script: Any, kit: Any, tmp_path: Path) -> None:
+def test_a_run_whose_parent_is_killed_stops_with_a_checkpoint(script: Any, tmp_path: Path) -> None:
     """Although a worker of the parent holds the channels open; a process that still builds its trainer ends at once."""
     program = script(PARENT.format(jobs=str(JOBS), arguments={"epochs": FOREVER, "workers": 2, "step_s": 0.01}))
     assert program.process.stdout is not None
@@ -674,7 +663,7 @@ def test_a_run_whose_parent_is_killed_stops_with_a_checkpoint(script: Any, kit: 
         until(lambda: not any(group(pid) for pid in leaders), "a process is left")
     finally:
         os.kill(worker, signal.SIGKILL)
-    journal = kit.read_journal(tmp_path / "run")
+    journal = read_journal(tmp_path / "run")
     ended = next(event for event in journal if isinstance(event, RunEnded))
     assert (ended.status, ended.reason) == ("stopped", "the process that launched the run is gone")
     assert (tmp_path / f"run/checkpoints/step-{ended.global_step}.a1/manifest.json").exists()

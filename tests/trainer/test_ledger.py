@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
+from support.threads import WAIT_S, wait_until_in
+from support.training import InlineDiary, Net, make_trainer, train
 from torch.overrides import TorchFunctionMode
 
 from events.messages import CommandTaken, LedgerReported, StallLedger
@@ -18,7 +21,7 @@ from trainer import CallbackInterface, fenced, inline
 from trainer.loop.ledger import Ledger
 
 ROWS = ("compute", "contention", "data", "readback", "publish", "inline", "fence", "backpressure", "paused", "other")
-WAIT_S = 0.01
+PAUSE_S = 0.01
 
 
 class Clock:
@@ -29,7 +32,7 @@ class Clock:
 
     def wait(self, *_: Any, **__: Any) -> None:
         begin = time.perf_counter()
-        threading.Event().wait(WAIT_S)
+        threading.Event().wait(PAUSE_S)
         self.waited_s += time.perf_counter() - begin
 
 
@@ -50,11 +53,10 @@ def check(ledger: StallLedger, row: str, waited_s: float) -> None:
 # ------------------------------------------------------------------------------------------------- each row
 
 
-def test_waiting_for_data_is_on_the_data_row(kit: Any) -> None:
-    """Of training and of validation, for a batch and for the end; making the dataloaders too."""
+def test_waiting_for_data_is_on_the_data_row() -> None:
     clock = Clock()
 
-    class Net(kit.Net):
+    class Own(Net):
         def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
             if hasattr(self, "told"):  # that of the first epoch is made before the ledger begins
                 clock.wait()
@@ -70,13 +72,12 @@ def test_waiting_for_data_is_on_the_data_row(kit: Any) -> None:
                 yield batch
             clock.wait()
 
-    outcome = kit.train(Net(rows=16), epochs=2, gpu_batch_size_limit=4)
+    outcome = train(Own(rows=16), epochs=2, gpu_batch_size_limit=4)
     check(outcome.result.ledger, "data", clock.waited_s)
     assert outcome.result.ledger.steps == 4
 
 
-def test_closing_a_dataloader_is_on_the_data_row(kit: Any) -> None:
-    """Its workers are ended when the loop leaves it before its end, which takes them a while."""
+def test_closing_a_dataloader_is_on_the_data_row() -> None:
     clock = Clock()
 
     class Loader:
@@ -89,58 +90,50 @@ def test_closing_a_dataloader_is_on_the_data_row(kit: Any) -> None:
             finally:
                 clock.wait()
 
-    class Net(kit.Net):
+    class Own(Net):
         def batches(self, batch_size: int) -> Any:
             return Loader(super().batches(batch_size))
 
     options = {"max_train_steps_per_epoch": 1, "max_val_steps_per_epoch": 1}
-    ledger = kit.train(Net(), epochs=2, **options).result.ledger
+    ledger = train(Own(), epochs=2, **options).result.ledger
     check(ledger, "data", clock.waited_s)
-    assert clock.waited_s >= 4 * WAIT_S
+    assert clock.waited_s >= 4 * PAUSE_S
 
 
-def test_what_came_before_the_loop_is_not_in_the_ledger(kit: Any) -> None:
+def test_what_came_before_the_loop_is_not_in_the_ledger() -> None:
     """The first dataloader is made before the ledger begins; wall_s does not hold that, so no row may."""
     clock = Clock()
 
-    class Net(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            clock.wait()
-            return self.batches(batch_size)
+    def train_data(net: Net, batch_size: int) -> Any:
+        clock.wait()
+        return net.batches(batch_size)
 
-    ledger = kit.train(Net()).result.ledger
+    ledger = train(Net(train_data=train_data)).result.ledger
     assert min(rows_of(ledger).values()) >= 0
 
 
 @pytest.mark.parametrize("place", ["train_step", "val_step", "backward", "optimizer", "scheduler"])
-def test_the_users_computation_is_on_the_compute_row(kit: Any, place: str) -> None:
-    """Forward, backward, optimizers and schedulers of a step; forward of validation."""
+def test_the_users_computation_is_on_the_compute_row(place: str) -> None:
     clock = Clock()
 
-    class Net(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            (optimizer,), _ = super().get_optimizers_schedulers(steps, epochs)
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
-            if place == "optimizer":
-                optimizer.register_step_pre_hook(clock.wait)
-            if place == "scheduler":
-                scheduler.step = clock.wait  # type: ignore[method-assign]
-            return [optimizer], [scheduler]
+    def optimizers(net: Net) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+        if place == "optimizer":
+            optimizer.register_step_pre_hook(clock.wait)
+        if place == "scheduler":
+            scheduler.step = clock.wait  # type: ignore[method-assign]
+        return [optimizer], [scheduler]
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, _ = self.forward_loss(batch)
-            if place == "train_step":
-                clock.wait()
-            if place == "backward":
-                loss.register_hook(clock.wait)
-            return loss
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        loss, _ = net.forward_loss(batch)
+        if place == "backward" and net.training:
+            loss.register_hook(clock.wait)
+        elif place == ("train_step" if net.training else "val_step"):
+            clock.wait()
+        return loss
 
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if place == "val_step":
-                clock.wait()
-            return super().val_step(global_step, batch, device)
-
-    outcome = kit.train(Net())
+    outcome = train(Net(optimizers=optimizers, train_step=step, val_step=step))
     check(outcome.result.ledger, "compute", clock.waited_s)
 
 
@@ -154,28 +147,27 @@ INLINE = [
 
 
 @pytest.mark.parametrize(("hook", "options"), INLINE, ids=[name for name, _ in INLINE])
-def test_inline_hooks_are_on_their_row_wherever_they_run(kit: Any, hook: str, options: dict[str, Any]) -> None:
-    """In the middle of a step it is not on the compute row, too."""
+def test_inline_hooks_are_on_their_row_wherever_they_run(hook: str, options: dict[str, Any]) -> None:
     clock = Clock()
     probe = type("Probe", (CallbackInterface,), {hook: inline(lambda self, *args, **key: clock.wait())})
-    outcome = kit.train(kit.Net(), callbacks=[probe()], **options)
+    outcome = train(Net(), callbacks=[probe()], **options)
     check(outcome.result.ledger, "inline", clock.waited_s)
     computed_s = outcome.result.ledger.compute_s
     assert computed_s <= outcome.result.ledger.wall_s - clock.waited_s
 
 
 @pytest.mark.parametrize("hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_train_epoch"])
-def test_waiting_for_fenced_hooks_is_on_the_fence_row(kit: Any, hook: str) -> None:
+def test_waiting_for_fenced_hooks_is_on_the_fence_row(hook: str) -> None:
     """From the moment at which the loop waits until the hook has returned."""
     clock = Clock()
     loop = threading.current_thread()
 
     def hold(self: Any, *args: Any) -> None:
-        kit.wait_until_in(loop, "wait_for_fence")
+        wait_until_in(loop, "wait_for_fence")
         clock.wait()
 
     probe = type("Probe", (CallbackInterface,), {hook: fenced(hold)})
-    outcome = kit.train(kit.Net(), callbacks=[probe()])
+    outcome = train(Net(), callbacks=[probe()])
     check(outcome.result.ledger, "fence", clock.waited_s)
 
 
@@ -195,64 +187,56 @@ class SlowDevice(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("options", [{"non_finite": "skip"}, {"precision": "float16"}], ids=["skip", "float16"])
-def test_numbers_that_the_loop_has_to_read_are_on_the_readback_row(kit: Any, options: dict[str, Any]) -> None:
+def test_numbers_that_the_loop_has_to_read_are_on_the_readback_row(options: dict[str, Any]) -> None:
     """One a step, for the policy that skips and for float16's scaler; and it is not on the compute row, too."""
     with SlowDevice() as device:
-        outcome = kit.train(kit.Net(rows=24), val_interval_epochs=0, seed=0, **options)
+        outcome = train(Net(rows=24), val_interval_epochs=0, seed=0, **options)
     ledger = outcome.result.ledger
     assert device.reads == 3
     check(ledger, "readback", device.clock.waited_s)
     assert ledger.compute_s <= ledger.wall_s - device.clock.waited_s
 
 
-def test_a_scheduler_that_follows_a_metric_reads_it_on_the_readback_row(kit: Any) -> None:
-    """Once per validation."""
-
-    class Net(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            (optimizer,), _ = super().get_optimizers_schedulers(steps, epochs)
-            return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)]
+def test_a_scheduler_that_follows_a_metric_reads_it_on_the_readback_row() -> None:
+    def optimizers(net: Net) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)]
 
     with SlowDevice() as device:
-        outcome = kit.train(Net(), epochs=2, seed=0)
+        outcome = train(Net(optimizers=optimizers), epochs=2, seed=0)
     assert device.reads == 2
     check(outcome.result.ledger, "readback", device.clock.waited_s)
 
 
 @pytest.mark.anyio
-async def test_waiting_for_an_observer_that_sees_everything_is_on_the_backpressure_row(kit: Any) -> None:
+async def test_waiting_for_an_observer_that_sees_everything_is_on_the_backpressure_row() -> None:
     """From the moment at which the loop waits for room in its queue."""
     clock = Clock()
     loops: list[threading.Thread] = []
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loops.append(threading.current_thread())
-            return super().train_step(global_step, batch, device)
-
     class Slow(CallbackInterface):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             if not clock.waited_s:
-                kit.wait_until_in(loops[0], "_wait_for_room")
+                wait_until_in(loops[0], "_wait_for_room")
                 clock.wait()
 
-    delivery = kit.replace(CALLBACK_DELIVERY, capacity=2, latency_s=0.001)
-    net = Net()
-    trainer = kit.make_trainer(net, callbacks=[(Slow(), delivery)], epochs=200, val_interval_epochs=0)
+    delivery = replace(CALLBACK_DELIVERY, capacity=2, latency_s=0.001)
+    net = Net(act=lambda step: loops.append(threading.current_thread()))
+    trainer = make_trainer(net, callbacks=[(Slow(), delivery)], epochs=200, val_interval_epochs=0)
     async with trainer.run() as run:
         pass
     check((await run.result()).ledger, "backpressure", clock.waited_s)
 
 
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no thread can tell another one's time here")
-def test_an_observer_that_keeps_the_interpreter_is_on_the_contention_row(kit: Any) -> None:
+def test_an_observer_that_keeps_the_interpreter_is_on_the_contention_row() -> None:
     """It never gives it up of itself, so that the loop waits for each of its turns."""
     computing, over = threading.Event(), threading.Event()
 
-    class Net(kit.Net):
+    class Own(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             if global_step == 2:
-                assert computing.wait(kit.WAIT_S)
+                assert computing.wait(WAIT_S)
             values = super().train_step(global_step, batch, device)
             threading.Event().wait(1e-6)  # gives the interpreter up, as a kernel does
             if global_step == 10:
@@ -265,8 +249,8 @@ def test_an_observer_that_keeps_the_interpreter_is_on_the_contention_row(kit: An
             while not over.is_set():
                 pass
 
-    delivery = kit.replace(CALLBACK_DELIVERY, latency_s=0.001)
-    ledger = kit.train(Net(rows=80), callbacks=[(Greedy(), delivery)], val_interval_epochs=0).result.ledger
+    delivery = replace(CALLBACK_DELIVERY, latency_s=0.001)
+    ledger = train(Own(rows=80), callbacks=[(Greedy(), delivery)], val_interval_epochs=0).result.ledger
     assert ledger.steps == 10
     # Eight turns of 5 ms, on a machine that is idle: what other processes take of them is no contention.
     assert ledger.contention_s > 2 * sys.getswitchinterval()
@@ -274,17 +258,16 @@ def test_an_observer_that_keeps_the_interpreter_is_on_the_contention_row(kit: An
 
 
 @pytest.mark.anyio
-async def test_a_pause_is_on_its_row(kit: Any) -> None:
-    """From the moment at which the loop waits until it is told to go on."""
+async def test_a_pause_is_on_its_row() -> None:
     clock = Clock()
-    trainer = kit.make_trainer(kit.Net(), epochs=1_000_000, val_interval_epochs=0)
+    trainer = make_trainer(Net(), epochs=1_000_000, val_interval_epochs=0)
     async with trainer.run() as run:
         run.pause()
         async for event in run.events(since=0):
             if isinstance(event, CommandTaken):
                 break
         (loop,) = [thread for thread in threading.enumerate() if thread.name.startswith("stagecast-loop-")]
-        kit.wait_until_in(loop, "wait")
+        wait_until_in(loop, "wait")
         clock.wait()
         run.stop()
     check((await run.result()).ledger, "paused", clock.waited_s)
@@ -326,10 +309,10 @@ def test_contention_is_what_the_loop_stood_and_others_ran(
 # ---------------------------------------------------------------------------------------------- the reports
 
 
-def everything_at_once(kit: Any) -> tuple[Any, dict[str, Any]]:
+def everything_at_once() -> tuple[Any, dict[str, Any]]:
     """A run with something on nearly every row."""
 
-    class Net(kit.Net):
+    class Own(Net):
         def on_end_backward(self, global_step: int, loss: Any) -> None: ...
 
         def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None: ...
@@ -339,13 +322,12 @@ def everything_at_once(kit: Any) -> tuple[Any, dict[str, Any]]:
             return pair
 
     options = {"epochs": 5, "gpu_batch_size_limit": 4, "non_finite": "skip", "clip_grads": True}
-    return Net(rows=40), options | {"callbacks": [kit.InlineDiary()]}
+    return Own(rows=40), options | {"callbacks": [InlineDiary()]}
 
 
-def test_the_runs_ledger_is_published_and_returned(kit: Any) -> None:
-    """Once, before the end; on the CPU there is no device that could idle."""
-    net, options = everything_at_once(kit)
-    outcome = kit.train(net, **options)
+def test_the_runs_ledger_is_published_and_returned() -> None:
+    net, options = everything_at_once()
+    outcome = train(net, **options)
     (report,) = outcome.of(LedgerReported)
     assert report.scope == "run"
     assert report.ledger == outcome.result.ledger
@@ -356,10 +338,9 @@ def test_the_runs_ledger_is_published_and_returned(kit: Any) -> None:
     assert min(rows.values()) >= 0
 
 
-def test_the_reports_of_intervals_add_up_to_the_runs(kit: Any) -> None:
-    """Row by row: each interval begins where the one before ended, and only what came after the last is missing."""
-    net, options = everything_at_once(kit)
-    outcome = kit.train(net, ledger_interval_s=1e-9, **options)
+def test_the_reports_of_intervals_add_up_to_the_runs() -> None:
+    net, options = everything_at_once()
+    outcome = train(net, ledger_interval_s=1e-9, **options)
     *intervals, run = [report.ledger for report in outcome.of(LedgerReported)]
     assert {report.scope for report in outcome.of(LedgerReported)[:-1]} == {"interval"}
     assert len(intervals) >= 25

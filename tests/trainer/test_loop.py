@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.training import Diary, InlineDiary, Net, train
 from torch.utils.data import DataLoader, TensorDataset
 
 from events.messages import (
@@ -39,42 +41,27 @@ def bare_losses(net: Any, batches: list[Any], epochs: int, lr: float = 0.05) -> 
 # ------------------------------------------------------------------------------------- data that is not there
 
 
-def test_an_empty_train_loader_says_so(kit: Any) -> None:
-    """No batch is an error that names the method and the epoch, not an epoch without steps."""
+def test_an_empty_train_loader_says_so() -> None:
 
-    class Empty(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            return []
-
-    outcome = kit.train(Empty())
+    outcome = train(Net(train_data=lambda net, batch_size: []))
     assert isinstance(outcome.error, EmptyDataLoader)
     assert "get_train_dataloader() gave no batch in epoch 0" in str(outcome.error)
     assert outcome.of(TrainEpochEnded) == []
 
 
-def test_a_loader_that_runs_dry_in_a_later_epoch_says_in_which(kit: Any) -> None:
-    """The same generator returned twice is used up: the error names epoch 1."""
+def test_a_loader_that_runs_dry_in_a_later_epoch_says_in_which() -> None:
+    stream = iter(Net().batches(8))
 
-    class OneShot(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            self.stream = getattr(self, "stream", None) or iter(self.batches(batch_size))
-            return self.stream
-
-    outcome = kit.train(OneShot(), epochs=2)
+    outcome = train(Net(train_data=lambda net, batch_size: stream), epochs=2)
     assert isinstance(outcome.error, EmptyDataLoader)
     assert "in epoch 1: an iterator or generator is used up after one epoch: return a new one" in str(outcome.error)
     assert len(outcome.of(TrainEpochEnded)) == 1
 
 
 @pytest.mark.parametrize("returned", [None, 3, "text", {"a": []}])
-def test_what_is_no_train_loader_is_refused(kit: Any, returned: Any) -> None:
-    """One dataloader or iterable is what the contract wants; anything else is named."""
+def test_what_is_no_train_loader_is_refused(returned: Any) -> None:
 
-    class Wrong(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            return returned
-
-    outcome = kit.train(Wrong())
+    outcome = train(Net(train_data=lambda net, batch_size: returned))
     assert isinstance(outcome.error, TypeError)
     assert "get_train_dataloader()" in str(outcome.error)
     assert repr(returned) in str(outcome.error)
@@ -83,11 +70,11 @@ def test_what_is_no_train_loader_is_refused(kit: Any, returned: Any) -> None:
 # ---------------------------------------------------------------------------------------------- global steps
 
 
-def test_every_method_and_hook_gets_the_global_step_that_the_contract_says(kit: Any) -> None:
+def test_every_method_and_hook_gets_the_global_step_that_the_contract_says() -> None:
     """train_step gets the step it works towards; on_end_backward, val_step and the hooks what is finished."""
     seen: list[tuple[str, int]] = []
 
-    class Net(kit.Net):
+    class Own(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             seen.append(("train_step", global_step))
             return super().train_step(global_step, batch, device)
@@ -99,8 +86,8 @@ def test_every_method_and_hook_gets_the_global_step_that_the_contract_says(kit: 
         def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
             seen.append(("on_end_backward", global_step))
 
-    diary = kit.InlineDiary()
-    outcome = kit.train(Net(rows=16), callbacks=[diary], epochs=2, gpu_batch_size_limit=4)
+    diary = InlineDiary()
+    outcome = train(Own(rows=16), callbacks=[diary], epochs=2, gpu_batch_size_limit=4)
 
     step = [("train_step", 0), ("on_end_backward", -1)] * 2
     expected = []
@@ -125,40 +112,36 @@ def test_every_method_and_hook_gets_the_global_step_that_the_contract_says(kit: 
     assert outcome.result.epochs == 2
 
 
-def test_the_optimizers_are_asked_for_once_with_the_steps_to_expect(kit: Any) -> None:
-    """The estimate counts optimizer steps, the smaller last group and the limit of an epoch included."""
-    net = kit.Net(rows=20)
-    outcome = kit.train(net, epochs=3)
+def test_the_optimizers_are_asked_for_once_with_the_steps_to_expect() -> None:
+    net = Net(rows=20)
+    outcome = train(net, epochs=3)
     assert net.told == (3, 3)
     assert [e.steps for e in outcome.of(TrainEpochStarted)] == [3, 3, 3]
-    limited = kit.Net(rows=20)
-    kit.train(limited, max_train_steps_per_epoch=2)
+    limited = Net(rows=20)
+    train(limited, max_train_steps_per_epoch=2)
     assert limited.told == (2, 1)
-    accumulated = kit.Net(rows=20)
-    kit.train(accumulated, gpu_batch_size_limit=2)
+    accumulated = Net(rows=20)
+    train(accumulated, gpu_batch_size_limit=2)
     assert accumulated.told == (3, 1)
 
 
-def test_the_loader_of_the_estimate_is_used_for_the_first_epoch(kit: Any) -> None:
-    """get_train_dataloader is called once per epoch, not once more for the length."""
+def test_the_loader_of_the_estimate_is_used_for_the_first_epoch() -> None:
     calls = []
 
-    class Net(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            calls.append(batch_size)
-            return self.batches(batch_size)
+    def train_data(net: Net, batch_size: int) -> Any:
+        calls.append(batch_size)
+        return net.batches(batch_size)
 
-    kit.train(Net(), epochs=3, gpu_batch_size_limit=4)
+    train(Net(train_data=train_data), epochs=3, gpu_batch_size_limit=4)
     assert calls == [4, 4, 4]
 
 
 # ----------------------------------------------------------------------------------------------------- numbers
 
 
-def test_losses_and_weights_are_those_of_a_loop_written_by_hand(kit: Any) -> None:
-    """Bit for bit on the CPU in float32, so nothing is added to what the user computes."""
-    net, bare = kit.Net(), kit.Net()
-    outcome = kit.train(net, epochs=3)
+def test_losses_and_weights_are_those_of_a_loop_written_by_hand() -> None:
+    net, bare = Net(), Net()
+    outcome = train(net, epochs=3)
     expected = bare_losses(bare, bare.batches(8), 3)
     assert [e.loss for e in outcome.of(TrainStepEnded)] == expected
     assert torch.equal(net.linear.weight, bare.linear.weight)
@@ -166,13 +149,13 @@ def test_losses_and_weights_are_those_of_a_loop_written_by_hand(kit: Any) -> Non
 
 
 @pytest.mark.parametrize("rows", [16, 20, 13])
-def test_accumulated_steps_equal_those_of_the_whole_batch(kit: Any, rows: int) -> None:
+def test_accumulated_steps_equal_those_of_the_whole_batch(rows: int) -> None:
     """Micro-batches are weighted by rows, also where the last one, or the last group, is smaller."""
     torch.set_default_dtype(torch.float64)
     try:
-        whole, parts = kit.Net(rows), kit.Net(rows)
-        expected = kit.train(whole, epochs=2)
-        outcome = kit.train(parts, epochs=2, gpu_batch_size_limit=2)
+        whole, parts = Net(rows), Net(rows)
+        expected = train(whole, epochs=2)
+        outcome = train(parts, epochs=2, gpu_batch_size_limit=2)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.allclose(whole.linear.weight, parts.linear.weight, rtol=1e-12, atol=1e-12)
@@ -181,23 +164,18 @@ def test_accumulated_steps_equal_those_of_the_whole_batch(kit: Any, rows: int) -
     assert [e.loss for e in outcome.of(TrainStepEnded)] == pytest.approx([loss for loss, _ in pairs], rel=1e-12)
 
 
-def test_micro_batches_whose_rows_nobody_can_count_weigh_the_same(kit: Any) -> None:
-    """A batch that holds no tensor with rows: each micro-batch is an equal part, and the event has no rows."""
+def test_micro_batches_whose_rows_nobody_can_count_weigh_the_same() -> None:
+    net = Net(
+        train_data=lambda net, batch_size: [1.0, 3.0, 5.0],
+        train_step=lambda net, step, batch: net.linear.bias.sum() * 0 + batch,
+    )
 
-    class Blind(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            return [1.0, 3.0, 5.0]
-
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return self.linear.bias.sum() * 0 + batch
-
-    outcome = kit.train(Blind(), train_batch_size=2, gpu_batch_size_limit=1, val_interval_epochs=0)
+    outcome = train(net, train_batch_size=2, gpu_batch_size_limit=1, val_interval_epochs=0)
     assert [(e.loss, e.rows) for e in outcome.of(TrainStepEnded)] == [(2.0, None), (5.0, None)]
 
 
-def test_the_loss_of_an_epoch_is_the_mean_over_its_rows(kit: Any) -> None:
-    """Steps of 8, 8 and 4 rows count 8, 8 and 4 times; each epoch starts anew."""
-    outcome = kit.train(kit.Net(rows=20), epochs=2)
+def test_the_loss_of_an_epoch_is_the_mean_over_its_rows() -> None:
+    outcome = train(Net(rows=20), epochs=2)
     steps = outcome.of(TrainStepEnded)
     for epoch, ended in enumerate(outcome.of(TrainEpochEnded)):
         mine = [e for e in steps if e.epoch == epoch]
@@ -206,30 +184,28 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows(kit: Any) -> None:
         assert ended.steps == 3
 
 
-def test_the_same_seed_gives_the_same_losses(kit: Any) -> None:
-    """Weights, dropout and shuffling follow the seed; another seed gives others."""
+def test_the_same_seed_gives_the_same_losses() -> None:
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        x, y = batch
+        return torch.nn.functional.mse_loss(net.linear(torch.nn.functional.dropout(x, 0.3)), y)
 
-    class Random(kit.Net):
+    class Random(Net):
         def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
             data = TensorDataset(self.x, self.y)
             return DataLoader(data, batch_size=batch_size, sampler=sampler(data))
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            x, y = batch
-            return torch.nn.functional.mse_loss(self.linear(torch.nn.functional.dropout(x, 0.3)), y)
-
     def losses(seed: int) -> list[float]:
-        return [e.loss for e in kit.train(Random(), seed=seed, epochs=2).of(TrainStepEnded)]
+        return [e.loss for e in train(Random(train_step=step), seed=seed, epochs=2).of(TrainStepEnded)]
 
     assert losses(3) == losses(3)
     assert losses(3) != losses(4)
 
 
-def test_without_a_seed_the_host_program_decides(kit: Any) -> None:
+def test_without_a_seed_the_host_program_decides() -> None:
     """Nothing is seeded, but shuffling is drawn from torch's generator: seeding that repeats a run."""
     orders: list[list[float]] = []
 
-    class Shuffled(kit.Net):
+    class Shuffled(Net):
         def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
             data = TensorDataset(torch.arange(16.0)[:, None])
             return DataLoader(data, batch_size=batch_size, sampler=sampler(data))
@@ -241,36 +217,26 @@ def test_without_a_seed_the_host_program_decides(kit: Any) -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         orders.append([])
-        kit.train(Shuffled(), val_interval_epochs=0, epochs=2)
+        train(Shuffled(), val_interval_epochs=0, epochs=2)
     assert orders[0] == orders[1] != orders[2]
     assert orders[0][:16] != orders[0][16:], "each epoch has an order of its own"
 
 
-def test_any_iterable_is_a_dataloader(kit: Any) -> None:
-    """A generator without a length trains, and the optimizers are told that the length is not known."""
+def test_any_iterable_is_a_dataloader() -> None:
 
-    class Stream(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Iterator[Any]:
-            yield from self.batches(batch_size)
-
-    net = Stream(rows=20)
-    outcome = kit.train(net, epochs=2)
+    net = Net(rows=20, train_data=lambda net, size: iter(net.batches(size)))
+    outcome = train(net, epochs=2)
     assert net.told == (0, 2)
     assert outcome.result.global_step == 6
     assert [e.steps for e in outcome.of(TrainEpochStarted)] == [None, None]
     assert outcome.of(RunStarted)[0].steps_per_epoch is None
 
 
-def test_an_endless_stream_ends_at_the_limit_of_an_epoch(kit: Any) -> None:
+def test_an_endless_stream_ends_at_the_limit_of_an_epoch() -> None:
     """Data without an end needs max_train_steps_per_epoch, which then also is the estimate."""
 
-    class Endless(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Iterator[Any]:
-            while True:
-                yield self.batches(batch_size)[0]
-
-    net = Endless()
-    outcome = kit.train(net, epochs=2, max_train_steps_per_epoch=5)
+    net = Net(train_data=lambda net, size: itertools.cycle(net.batches(size)))
+    outcome = train(net, epochs=2, max_train_steps_per_epoch=5)
     assert net.told == (5, 2)
     assert [e.steps for e in outcome.of(TrainEpochEnded)] == [5, 5]
 
@@ -278,10 +244,9 @@ def test_an_endless_stream_ends_at_the_limit_of_an_epoch(kit: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ limits
 
 
-def test_max_steps_ends_the_run_within_an_epoch_which_is_still_validated(kit: Any) -> None:
-    """The epoch that is cut short by the limit ends properly: validation, its end, the end of training."""
-    diary = kit.Diary()
-    outcome = kit.train(kit.Net(rows=32), callbacks=[diary], epochs=9, max_steps=6)
+def test_max_steps_ends_the_run_within_an_epoch_which_is_still_validated() -> None:
+    diary = Diary()
+    outcome = train(Net(rows=32), callbacks=[diary], epochs=9, max_steps=6)
     assert outcome.result.status == "finished"
     assert outcome.result.global_step == 6
     assert [e.steps for e in outcome.of(TrainEpochEnded)] == [4, 2]
@@ -289,32 +254,30 @@ def test_max_steps_ends_the_run_within_an_epoch_which_is_still_validated(kit: An
     assert outcome.of(RunEnded)[0].global_step == 6
 
 
-def test_max_steps_at_the_end_of_an_epoch_starts_no_other(kit: Any) -> None:
-    """An epoch of no steps would be an error."""
-    outcome = kit.train(kit.Net(rows=32), epochs=9, max_steps=8)
+def test_max_steps_at_the_end_of_an_epoch_starts_no_other() -> None:
+    outcome = train(Net(rows=32), epochs=9, max_steps=8)
     assert outcome.result.epochs == 2
     assert len(outcome.of(TrainEpochStarted)) == 2
 
 
-def test_a_limit_leaves_the_batch_after_it_unread(kit: Any) -> None:
+def test_a_limit_leaves_the_batch_after_it_unread() -> None:
     """Nothing is taken from the data that is not trained on: a stream may be shared, or slow."""
     read = []
 
-    class Counting(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Iterator[Any]:
-            for number, batch in enumerate(self.batches(batch_size)):
-                read.append(number)
-                yield batch
+    def train_data(net: Net, batch_size: int) -> Iterator[Any]:
+        for number, batch in enumerate(net.batches(batch_size)):
+            read.append(number)
+            yield batch
 
-    kit.train(Counting(rows=64), max_train_steps_per_epoch=3, val_interval_epochs=0)
+    train(Net(rows=64, train_data=train_data), max_train_steps_per_epoch=3, val_interval_epochs=0)
     assert read == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------- non-finite losses
 
 
-def nan_at(kit: Any, *steps: int, value: float = math.nan) -> Any:
-    class Diverges(kit.Net):
+def nan_at(*steps: int, value: float = math.nan) -> Any:
+    class Diverges(Net):
         calls = 0
 
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -326,9 +289,8 @@ def nan_at(kit: Any, *steps: int, value: float = math.nan) -> Any:
     return Diverges(rows=48)
 
 
-def test_a_nan_loss_is_reported_and_survives_the_way_to_the_event(kit: Any) -> None:
-    """With "warn", training goes on; the event says nan, and NonFiniteLoss names the step."""
-    outcome = kit.train(nan_at(kit, 3), val_interval_epochs=0)
+def test_a_nan_loss_is_reported_and_survives_the_way_to_the_event() -> None:
+    outcome = train(nan_at(3), val_interval_epochs=0)
     losses = [e.loss for e in outcome.of(TrainStepEnded)]
     assert outcome.result.global_step == 6
     assert [math.isnan(loss) for loss in losses] == [False, False, True, True, True, True]
@@ -341,10 +303,9 @@ def test_a_nan_loss_is_reported_and_survives_the_way_to_the_event(kit: Any) -> N
     assert all(math.isnan(e.loss) for e in reports)
 
 
-def test_skip_leaves_the_step_out_and_counts_nothing(kit: Any) -> None:
-    """Neither weights, nor global_step, nor what the step logged: the others go on as if it had not been."""
-    net, bare = nan_at(kit, 2, 3, value=math.inf), kit.Net(rows=48)
-    outcome = kit.train(net, non_finite="skip", val_interval_epochs=0)
+def test_skip_leaves_the_step_out_and_counts_nothing() -> None:
+    net, bare = nan_at(2, 3, value=math.inf), Net(rows=48)
+    outcome = train(net, non_finite="skip", val_interval_epochs=0)
     batches = bare.batches(8)
     expected = bare_losses(bare, batches[:1] + batches[3:], 1)
     assert [e.loss for e in outcome.of(TrainStepEnded)] == expected
@@ -359,9 +320,8 @@ def test_skip_leaves_the_step_out_and_counts_nothing(kit: Any) -> None:
     assert outcome.result.global_step == 4
 
 
-def test_stop_ends_the_run_with_an_error_that_names_the_step(kit: Any) -> None:
-    """On the CPU that is before the step is applied."""
-    outcome = kit.train(nan_at(kit, 2), non_finite="stop", epochs=100_000, val_interval_epochs=0)
+def test_stop_ends_the_run_with_an_error_that_names_the_step() -> None:
+    outcome = train(nan_at(2), non_finite="stop", epochs=100_000, val_interval_epochs=0)
     assert isinstance(outcome.error, NonFiniteLossError)
     assert "the loss of step 2 is NaN or infinite" in str(outcome.error)
     assert outcome.of(RunEnded)[0].status == "failed"

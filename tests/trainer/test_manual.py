@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import Net, train
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -19,44 +20,40 @@ from trainer.errors import ArgumentsError, ContractError, NonFiniteError, Optimi
 SGD = torch.optim.SGD
 
 
-def gan_class(kit: Any) -> Any:
-    class Gan(kit.Net):
-        manual_optimization = True
-        every = 3
+class Gan(Net):
+    manual_optimization = True
+    every = 3
 
-        def __init__(self, rows: int = 48) -> None:
-            super().__init__(rows=rows)
-            torch.manual_seed(1)
-            self.generator, self.critic = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    def __init__(self, rows: int = 48) -> None:
+        super().__init__(rows=rows)
+        torch.manual_seed(1)
+        self.generator, self.critic = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
 
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            self.optimizers = [
-                torch.optim.Adam(self.critic.parameters(), lr=0.01),
-                SGD(self.generator.parameters(), lr=0.1, momentum=0.9),
-            ]
-            return self.optimizers, [StepLR(self.optimizers[0], 2, 0.5)]
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        self.optimizers = [
+            torch.optim.Adam(self.critic.parameters(), lr=0.01),
+            SGD(self.generator.parameters(), lr=0.1, momentum=0.9),
+        ]
+        return self.optimizers, [StepLR(self.optimizers[0], 2, 0.5)]
 
-        def critic_loss(self, x: torch.Tensor) -> torch.Tensor:
-            return (
-                self.critic(self.generator(x.flip(0))) - self.critic(x)
-            ).float().mean() * 1e-3  # or float16 overflows
+    def critic_loss(self, x: torch.Tensor) -> torch.Tensor:
+        difference = self.critic(self.generator(x.flip(0))) - self.critic(x)
+        return difference.float().mean() * 1e-3  # or float16 overflows
 
-        def generator_loss(self, x: torch.Tensor) -> torch.Tensor:
-            return -self.critic(self.generator(x.flip(0))).float().mean() * 1e-3
+    def generator_loss(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.critic(self.generator(x.flip(0))).float().mean() * 1e-3
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            x, _ = batch
-            loss = self.critic_loss(x)
-            assert self.optimize(loss)
-            self.log("critic", loss)
-            if global_step % self.every == 0:
-                assert self.optimize(self.generator_loss(x), self.optimizers[1])
-            return loss.detach()
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        x, _ = batch
+        loss = self.critic_loss(x)
+        assert self.optimize(loss)
+        self.log("critic", loss)
+        if global_step % self.every == 0:
+            assert self.optimize(self.generator_loss(x), self.optimizers[1])
+        return loss.detach()
 
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return self.critic_loss(batch[0])
-
-    return Gan
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return self.critic_loss(batch[0])
 
 
 def by_hand(net: Any, epochs: int, clip: float | None = None, scaler: Any = None) -> list[float]:
@@ -99,11 +96,10 @@ def by_hand(net: Any, epochs: int, clip: float | None = None, scaler: Any = None
     [{}, {"clip_grads": True, "max_grad_norm": 0.05}, {"precision": "float16"}, {"non_finite": "skip"}],
     ids=["plain", "clip", "float16", "skip"],
 )
-def test_an_alternating_gan_equals_the_loop_by_hand(kit: Any, options: dict[str, Any]) -> None:
-    """Each loss reaches its own network only; losses, weights, rates and metrics are those of the loop."""
-    net = gan_class(kit)()
+def test_an_alternating_gan_equals_the_loop_by_hand(options: dict[str, Any]) -> None:
+    net = Gan()
     bare = copy.deepcopy(net)
-    outcome = kit.train(net, epochs=2, **options)
+    outcome = train(net, epochs=2, **options)
     scaler = torch.amp.GradScaler("cpu") if options.get("precision") == "float16" else None
     expected = by_hand(bare, 2, options.get("max_grad_norm"), scaler)
     assert [e.loss for e in outcome.of(TrainStepEnded)] == expected
@@ -116,18 +112,16 @@ def test_an_alternating_gan_equals_the_loop_by_hand(kit: Any, options: dict[str,
     assert norms == ["clip_grads" in options] * 12
 
 
-def test_a_manual_run_resumes_exactly(kit: Any, tmp_path: Any) -> None:
-    """Within an epoch, with both optimizers and the scheduler."""
+def test_a_manual_run_resumes_exactly(tmp_path: Any) -> None:
     settings = Checkpoints(every_steps=1, keep_last=None, when_busy="wait")
-    whole, rest = gan_class(kit)(), gan_class(kit)()
-    kit.train(whole, epochs=2, run_dir=tmp_path / "run", checkpoints=settings)
-    again = kit.train(rest, epochs=2, resume=tmp_path / "run" / "checkpoints" / "step-4.a1")
+    whole, rest = Gan(), Gan()
+    train(whole, epochs=2, run_dir=tmp_path / "run", checkpoints=settings)
+    again = train(rest, epochs=2, resume=tmp_path / "run" / "checkpoints" / "step-4.a1")
     assert len(again.of(TrainStepEnded)) == 8
     assert all(map(torch.equal, whole.parameters(), rest.parameters()))
 
 
-def test_every_backward_pass_is_told_to_hooks(kit: Any) -> None:
-    """In order with the hook before an optimizer's step."""
+def test_every_backward_pass_is_told_to_hooks() -> None:
     seen: list[Any] = []
 
     class Watching(CallbackInterface):
@@ -137,16 +131,16 @@ def test_every_backward_pass_is_told_to_hooks(kit: Any) -> None:
         def on_before_optimizer_step(self, global_step: int) -> None:
             seen.append(("step", global_step))
 
-    outcome = kit.train(gan_class(kit)(rows=24), callbacks=[Watching()])
+    outcome = train(Gan(rows=24), callbacks=[Watching()])
     pair = lambda step: [("backward", step), ("step", step)]  # noqa: E731
     assert seen == pair(0) + pair(1) + pair(2) * 2
     assert outcome.result.ledger.steps == 3
 
 
-def test_what_a_direct_step_does_is_left_to_the_module(kit: Any) -> None:
+def test_what_a_direct_step_does_is_left_to_the_module() -> None:
     """A loop by hand within `train_step` works as it is, gradients over several steps included."""
 
-    class Own(kit.Net):
+    class Own(Net):
         manual_optimization = True
 
         def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
@@ -161,18 +155,16 @@ def test_what_a_direct_step_does_is_left_to_the_module(kit: Any) -> None:
                 self.optimizer.zero_grad()
             return loss.detach(), predicted
 
-    own, accumulated = Own(rows=32), kit.Net(rows=32)
-    assert kit.train(own).result.global_step == 4
-    kit.train(accumulated, train_batch_size=16, gpu_batch_size_limit=8)
+    own, accumulated = Own(rows=32), Net(rows=32)
+    assert train(own).result.global_step == 4
+    train(accumulated, train_batch_size=16, gpu_batch_size_limit=8)
     for one, other in zip(own.parameters(), accumulated.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_an_update_that_is_not_finite_is_skipped_alone(kit: Any, clip: bool) -> None:
-    """The other optimizer steps, the step counts, and `optimize` says what it did."""
-
-    class Diverging(gan_class(kit)):  # type: ignore[misc]
+def test_an_update_that_is_not_finite_is_skipped_alone(clip: bool) -> None:
+    class Diverging(Gan):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             x, _ = batch
             done.append(self.optimize(self.critic_loss(x) * (math.nan if global_step == 2 else 1.0)))
@@ -181,7 +173,7 @@ def test_an_update_that_is_not_finite_is_skipped_alone(kit: Any, clip: bool) -> 
 
     done: list[bool] = []
     net = Diverging(rows=32)
-    outcome = kit.train(net, non_finite="skip", clip_grads=clip)
+    outcome = train(net, non_finite="skip", clip_grads=clip)
     assert done == [True, True, False, True] + [True] * 4
     assert outcome.result.global_step == 4
     assert [e.reason for e in outcome.of(StepSkipped)] == ["non_finite_loss"]
@@ -189,42 +181,38 @@ def test_an_update_that_is_not_finite_is_skipped_alone(kit: Any, clip: bool) -> 
     assert all(bool(p.isfinite().all()) for p in net.parameters())
 
 
-def test_schedulers_stay_where_every_update_was_skipped(kit: Any) -> None:
+def test_schedulers_stay_where_every_update_was_skipped() -> None:
     """As float16 does at the start; torch would warn of a scheduler that steps before its optimizer."""
 
-    class Diverging(gan_class(kit)):  # type: ignore[misc]
+    class Diverging(Gan):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             loss = self.critic_loss(batch[0])
             self.optimize(loss * math.nan if global_step in (1, 3) else loss)
             return loss.detach()
 
-    outcome = kit.train(Diverging(rows=48), non_finite="skip", val_interval_epochs=0)
+    outcome = train(Diverging(rows=48), non_finite="skip", val_interval_epochs=0)
     assert [e.lr for e in outcome.of(TrainStepEnded)] == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.005, 0.005])
 
 
-def test_warn_stop_and_the_limit_hold_for_updates(kit: Any) -> None:
-    """As for steps of the trainer's own."""
-
-    class Diverging(gan_class(kit)):  # type: ignore[misc]
+def test_warn_stop_and_the_limit_hold_for_updates() -> None:
+    class Diverging(Gan):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             loss = self.critic_loss(batch[0])
             self.optimize(loss * math.inf if global_step > 2 else loss)
             return loss.detach()
 
-    outcome = kit.train(Diverging(), val_interval_epochs=0)
+    outcome = train(Diverging(), val_interval_epochs=0)
     assert [e.global_step for e in outcome.of(NonFiniteGradient)][:1] == [3]  # the loss that is shown is finite
-    outcome = kit.train(Diverging(), non_finite="stop")
+    outcome = train(Diverging(), non_finite="stop")
     assert isinstance(outcome.error, NonFiniteError)
     assert "step 3" in str(outcome.error)
-    outcome = kit.train(Diverging(), non_finite="skip", max_skipped_steps=3)
+    outcome = train(Diverging(), non_finite="skip", max_skipped_steps=3)
     assert isinstance(outcome.error, NonFiniteError)
     assert "3 steps in a row were skipped (max_skipped_steps), the first at step 3" in str(outcome.error)
 
 
-def test_a_closure_and_an_update_share_a_step(kit: Any) -> None:
-    """L-BFGS for one network, SGD for the other."""
-
-    class Mixed(kit.Net):
+def test_a_closure_and_an_update_share_a_step() -> None:
+    class Mixed(Net):
         manual_optimization = True
 
         def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
@@ -238,7 +226,7 @@ def test_a_closure_and_an_update_share_a_step(kit: Any) -> None:
 
     net = Mixed(rows=32)
     bare = copy.deepcopy(net)
-    kit.train(net)
+    train(net)
     first, second = bare.get_optimizers_schedulers(0, 0)[0]
     for batch in bare.batches(8):
 
@@ -253,17 +241,14 @@ def test_a_closure_and_an_update_share_a_step(kit: Any) -> None:
         bare.forward_loss(batch)[0].backward()
         second.step()
     assert all(map(torch.equal, net.parameters(), bare.parameters()))
-    assert isinstance(kit.train(Mixed(), precision="float16").error, OptimizerError)
+    assert isinstance(train(Mixed(), precision="float16").error, OptimizerError)
 
 
-def manual_net(kit: Any, step: Any, manual: bool = True) -> Any:
-    class Net(kit.Net):
-        manual_optimization = manual
+def manual_net(step: Any, manual: bool = True) -> Any:
+    net = Net(train_step=lambda net, _, batch: step(net, net.forward_loss(batch)[0]))
+    net.manual_optimization = manual
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return step(self, self.forward_loss(batch)[0])
-
-    return Net()
+    return net
 
 
 @pytest.mark.parametrize(
@@ -278,33 +263,32 @@ def manual_net(kit: Any, step: Any, manual: bool = True) -> Any:
         (lambda net, loss: net.optimize(loss, closure=lambda: loss), "a loss or a closure"),
     ],
 )
-def test_what_optimize_cannot_apply_is_named(kit: Any, step: Any, said: str) -> None:
-    """With what came, and what it takes."""
-    outcome = kit.train(manual_net(kit, step))
+def test_what_optimize_cannot_apply_is_named(step: Any, said: str) -> None:
+    outcome = train(manual_net(step))
     assert isinstance(outcome.error, ContractError)
     assert said in str(outcome.error)
 
 
-def test_optimize_needs_manual_optimization_and_a_step(kit: Any) -> None:
+def test_optimize_needs_manual_optimization_and_a_step() -> None:
     """Without the flag the trainer would apply the loss once more; outside of a run there is no optimizer."""
-    outcome = kit.train(manual_net(kit, lambda net, loss: net.optimize(loss), manual=False))
+    outcome = train(manual_net(lambda net, loss: net.optimize(loss), manual=False))
     assert isinstance(outcome.error, ContractError)
     assert "manual_optimization = True" in str(outcome.error)
-    net = manual_net(kit, lambda net, loss: loss.detach())
-    kit.train(net)
+    net = manual_net(lambda net, loss: loss.detach())
+    train(net)
     with pytest.raises(ContractError, match="within train_step of a run"):
         net.optimize(torch.zeros((), requires_grad=True))
 
 
-def test_manual_optimization_takes_whole_batches(kit: Any) -> None:
+def test_manual_optimization_takes_whole_batches() -> None:
     """Each call of `train_step` is a step, so a step cannot have micro-batches."""
-    outcome = kit.train(gan_class(kit)(), gpu_batch_size_limit=2)
+    outcome = train(Gan(), gpu_batch_size_limit=2)
     assert isinstance(outcome.error, ArgumentsError)
     assert "gpu_batch_size_limit=2" in str(outcome.error)
 
 
 @pytest.mark.parametrize("options", [{"precision": "float16"}, {"non_finite": "skip"}])
-def test_a_skipped_update_is_reported_once(kit: Any, options: dict[str, Any]) -> None:
+def test_a_skipped_update_is_reported_once(options: dict[str, Any]) -> None:
     """With clipping, its norm is not that of the step: the step would count as one more bad gradient."""
 
     def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
@@ -312,7 +296,7 @@ def test_a_skipped_update_is_reported_once(kit: Any, options: dict[str, Any]) ->
         net.optimize(loss * (math.nan if net.calls == 2 else 1e-3))
         return loss.detach()
 
-    outcome = kit.train(manual_net(kit, step), clip_grads=True, epochs=4, **options)
+    outcome = train(manual_net(step), clip_grads=True, epochs=4, **options)
     assert outcome.error is None
     assert [e.reason for e in outcome.of(StepSkipped)] == ["non_finite_loss"]
     assert len(outcome.of(NonFiniteLossEvent)) == 1

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support.training import LANES, Net, hooked, logging_net, train
 
 from events.journal.history import read_history
 from events.messages import (
@@ -26,20 +27,8 @@ from events.messages import (
     TextLogged,
 )
 from events.origin import Origin
-from trainer import CallbackInterface, Histogram, Image, fenced, inline, observer
+from trainer import CallbackInterface, Histogram, Image
 from trainer.media import INLINE_TEXT, Drawn, LoggedText, MediaWriter
-
-
-def logging_net(kit: Any, log: Any, **options: Any) -> Any:
-    """A module that calls ``log(self, global_step, batch)`` in each of its training steps."""
-
-    class Logs(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            log(self, global_step, batch)
-            return super().train_step(global_step, batch, device)
-
-    return Logs(**options)
-
 
 # ------------------------------------------------------------------------------------------------ bad input
 
@@ -58,14 +47,12 @@ def logging_net(kit: Any, log: Any, **options: Any) -> Any:
     ],
 )
 def test_an_invalid_value_is_refused_by_its_constructor(make: Any, error: type[Exception], says: str) -> None:
-    """With its shape or type, and what is taken instead."""
     with pytest.raises(error) as caught:
         make()
     assert says in str(caught.value)
 
 
 def test_an_image_without_pillow_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, and not when the file is written."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'stagecast\[media\]'"):
         Image(torch.zeros(4, 4))
@@ -87,7 +74,6 @@ def numbers_of(histogram: Histogram) -> tuple[float, float, list[float], float]:
     "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool]
 )
 def test_a_histogram_counts_as_numpy_does(dtype: torch.dtype) -> None:
-    """Equal bins between the extremes, the last one closed."""
     values = (torch.rand(1_000, generator=torch.Generator().manual_seed(0)) * 64).round().to(dtype)
     low, high, counts, non_finite = numbers_of(Histogram(values, bins=8))
     expected, edges = np.histogram(values.double().numpy(), bins=8)
@@ -107,15 +93,13 @@ def test_a_histogram_of_the_worst_counts_each_element_once() -> None:
         assert sum(numbers_of(Histogram(smallest, bins=2))[2]) == 2
 
 
-def test_a_histogram_keeps_what_the_tensor_was(kit: Any) -> None:
-    """It may be changed right after, and the event has host numbers like any other."""
-
+def test_a_histogram_keeps_what_the_tensor_was() -> None:
     def log(net: Any, step: int, batch: Any) -> None:
         tensor = torch.tensor([float(step), float(step) + 1])
         net.log("values", Histogram(tensor, bins=2))
         tensor.zero_()
 
-    outcome = kit.train(logging_net(kit, log))
+    outcome = train(logging_net(log))
     found = outcome.of(HistogramLogged)
     assert [event.global_step for event in found] == [*range(1, len(found) + 1)]
     assert [(e.low, e.high, e.counts) for e in found[:2]] == [(1.0, 2.0, [1.0, 1.0]), (2.0, 3.0, [1.0, 1.0])]
@@ -138,7 +122,6 @@ def test_a_histogram_keeps_what_the_tensor_was(kit: Any) -> None:
     ],
 )
 def test_an_image_comes_back_from_its_file(pixels: Any, mode: str) -> None:
-    """Floating numbers from 0 to 1 become bytes, cut off beyond."""
     png = PIL.Image.open(io.BytesIO(Image(pixels).encode()))
     assert png.mode == mode
     if isinstance(pixels, torch.Tensor):
@@ -147,7 +130,7 @@ def test_an_image_comes_back_from_its_file(pixels: Any, mode: str) -> None:
         assert torch.equal(torch.from_numpy(np.array(png)), expected)
 
 
-def test_media_travel_by_reference(kit: Any, tmp_path: Path) -> None:
+def test_media_travel_by_reference(tmp_path: Path) -> None:
     """The event comes when the file is whole, with the step at which it was logged, and the journal has it."""
     figure = matplotlib.figure.Figure()
     figure.subplots().plot([1, 2])
@@ -162,7 +145,7 @@ def test_media_travel_by_reference(kit: Any, tmp_path: Path) -> None:
             net.log("long", long)
 
     run_dir = tmp_path / "run"
-    outcome = kit.train(logging_net(kit, log), run_dir=run_dir, journal=True)
+    outcome = train(logging_net(log), run_dir=run_dir, journal=True)
     assert outcome.result.status == "finished"
     images = {event.name: event for event in outcome.of(ImageLogged)}
     assert set(images) == {"pixels", "../etc/ü", "figure"}
@@ -181,42 +164,37 @@ def test_media_travel_by_reference(kit: Any, tmp_path: Path) -> None:
     assert {event.name for event in kept} == {*images, *texts}
 
 
-def test_a_run_without_a_folder_warns_about_images(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Training continues; a long text arrives cut."""
+def test_a_run_without_a_folder_warns_about_images(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "stagecast"):
-        outcome = kit.train(
-            logging_net(kit, lambda net, *_: (net.log("a", Image(torch.zeros(2, 2))), net.log("b", "x" * 9_999)))
+        outcome = train(
+            logging_net(lambda net, *_: (net.log("a", Image(torch.zeros(2, 2))), net.log("b", "x" * 9_999)))
         )
     assert outcome.result.status == "finished"
     assert caplog.text.count("needs a run folder") == 1
     assert {(len(event.text), event.path) for event in outcome.of(TextLogged)} == {(INLINE_TEXT, None)}
 
 
-def test_what_is_logged_in_a_late_hook_arrives_before_the_sinks_are_closed(kit: Any, tmp_path: Path) -> None:
+def test_what_is_logged_in_a_late_hook_arrives_before_the_sinks_are_closed(tmp_path: Path) -> None:
     """The thread that writes is drained between callbacks and sinks."""
 
-    class Late(kit.Net):
-        def on_end_train(self, global_step: int) -> None:
-            self.log("last", Image(torch.zeros(256, 256)))
+    late = hooked("on_end_train", lambda net, step: net.log("last", Image(torch.zeros(256, 256))), kind=Net)
 
-    outcome = kit.train(Late(), run_dir=tmp_path / "run")
+    outcome = train(late(), run_dir=tmp_path / "run")
     assert [event.name for event in outcome.of(ImageLogged)] == ["last"]
 
 
-@pytest.mark.parametrize("mark", [inline, fenced, observer])
-def test_each_lane_logs_with_the_step_of_its_event(kit: Any, tmp_path: Path, mark: Any) -> None:
-    """Numbers, histograms, images and texts of a callback's hook, however the loop has moved on meanwhile."""
-
+@pytest.mark.parametrize("lane", LANES)
+def test_each_lane_logs_with_the_step_of_its_event(tmp_path: Path, lane: str) -> None:
     class Logs(CallbackInterface):
-        @mark
+        @LANES[lane]
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             net.log("number", float(global_step))
             net.log("values", Histogram(torch.tensor([0.0, float(global_step)]), bins=2))
             net.log("pixels", Image(torch.zeros(2, 2)))
             net.log("words", str(global_step))
 
-    net = kit.Net(rows=32)
-    outcome = kit.train(net, callbacks=[Logs()], run_dir=tmp_path / "run", val_interval_epochs=0)
+    net = Net(rows=32)
+    outcome = train(net, callbacks=[Logs()], run_dir=tmp_path / "run", val_interval_epochs=0)
     assert outcome.result.global_step == 4
     numbers = [(event.global_step, event.metrics["number"]) for event in outcome.of(MetricsLogged)]
     assert numbers == [(step, float(step)) for step in (1, 2, 3, 4)]
@@ -227,22 +205,17 @@ def test_each_lane_logs_with_the_step_of_its_event(kit: Any, tmp_path: Path, mar
     assert all((tmp_path / "run" / event.path).is_file() for event in images)
 
 
-def test_what_a_skipped_step_has_logged_is_forgotten(kit: Any, tmp_path: Path) -> None:
-    """As its numbers are: no event, no file, and nothing of it with the next step."""
+def test_what_a_skipped_step_has_logged_is_forgotten(tmp_path: Path) -> None:
+    calls: list[float] = []
 
-    class Net(kit.Net):
-        calls = 0
-
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.calls += 1
-            self.log("number", float(self.calls))
-            self.log("values", Histogram(torch.full((2,), float(self.calls)), bins=2))
-            self.log("pixels", Image(torch.full((2, 2), self.calls / 4)))
-            loss, *rest = super().train_step(global_step, batch, device)
-            return loss * math.nan if self.calls == 2 else loss, *rest
+    def log(net: Net, step: int, batch: Any) -> None:
+        calls.append(len(calls) + 1.0)
+        net.log("number", calls[-1])
+        net.log("values", Histogram(torch.full((2,), calls[-1]), bins=2))
+        net.log("pixels", Image(torch.full((2, 2), calls[-1] / 4)))
 
     options = {"non_finite": "skip", "val_interval_epochs": 0}
-    outcome = kit.train(Net(rows=32), run_dir=tmp_path / "run", **options)
+    outcome = train(logging_net(log, rows=32, scales={2: math.nan}), run_dir=tmp_path / "run", **options)
     assert [event.reason for event in outcome.of(StepSkipped)] == ["non_finite_loss"]
     kept = [(1, 1.0), (2, 3.0), (3, 4.0)]
     assert [(event.global_step, event.metrics["number"]) for event in outcome.of(MetricsLogged)] == kept
@@ -282,7 +255,6 @@ def test_more_than_can_be_written_is_dropped_and_counted(tmp_path: Path, caplog:
 
 
 def test_an_encoder_that_hangs_does_not_hold_the_end(tmp_path: Path) -> None:
-    """What it leaves is counted."""
     published: list[Event] = []
     origin = Origin("run")
     writer = MediaWriter(tmp_path, published.append, origin)

@@ -11,26 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.threads import WAIT_S
+from support.training import LANES, Net, hooked, logging_net, make_trainer, train
 
 from events.checkpoint.settings import Checkpoints
 from events.messages import MetricsLogged, RunEnded, TrainEpochEnded, TrainStepEnded
-from trainer import CallbackInterface, fenced, inline, observer
+from sinks import Memory
+from trainer import CallbackInterface
 from trainer.errors import ArgumentsError
 from trainer.hooks.readback import DeviceReadback
 from trainer.hooks.recorder import weighted_mean
-
-MARKS = {"inline": inline, "fenced": fenced, "observer": observer}
-
-
-def logging_net(kit: Any, log: Any, **options: Any) -> Any:
-    """A module that calls ``log(self, global_step, batch)`` in each of its training steps."""
-
-    class Logs(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            log(self, global_step, batch)
-            return super().train_step(global_step, batch, device)
-
-    return Logs(**options)
 
 
 def logged(outcome: Any) -> list[dict[str, float]]:
@@ -38,8 +28,7 @@ def logged(outcome: Any) -> list[dict[str, float]]:
     return [event.metrics for event in outcome.of(MetricsLogged)]
 
 
-def test_a_name_that_cannot_be_printed_is_recorded_as_its_escapes(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """In events, in monitors and in checkpoints; one warning names each."""
+def test_a_name_that_cannot_be_printed_is_recorded_as_its_escapes(caplog: pytest.LogCaptureFixture) -> None:
     recorded = {
         "a\udc80b": "a\\udc80b",
         "a\0\nb": "a\\x00\\nb",
@@ -49,15 +38,13 @@ def test_a_name_that_cannot_be_printed_is_recorded_as_its_escapes(kit: Any, capl
         "good \u00e4": "good \u00e4",
     }
 
-    class Net(kit.Net):
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            for name in recorded:
-                self.log(name, 1.0)
-            self.log("score", 1.0)
-            return super().val_step(global_step, batch, device)
+    def val_step(net: Net, step: int, batch: Any) -> Any:
+        for name in (*recorded, "score"):
+            net.log(name, 1.0)
+        return net.forward_loss(batch)
 
     checkpoints = Checkpoints(best="score", every_epochs=1)
-    outcome = kit.train(Net(), checkpoints=checkpoints, journal=True, run_dir="run", epochs=1)
+    outcome = train(Net(val_step=val_step), checkpoints=checkpoints, journal=True, run_dir="run", epochs=1)
     assert logged(outcome) == [dict.fromkeys([*recorded.values(), "score"], 1.0)]
     assert outcome.result.checkpoint is not None
     assert {*recorded.values()} <= {*outcome.result.metrics}
@@ -66,12 +53,11 @@ def test_a_name_that_cannot_be_printed_is_recorded_as_its_escapes(kit: Any, capl
 
 
 @pytest.mark.parametrize("name", ["a\udc80b", "a\nb", "n" * 251])
-def test_what_names_a_metric_or_a_run_must_be_printable(kit: Any, name: str) -> None:
-    """A monitor of such a name finds no metric; a folder of such a name cannot be made everywhere."""
+def test_what_names_a_metric_or_a_run_must_be_printable(name: str) -> None:
     with pytest.raises(ValueError, match=r"^Checkpoints\(best=.*\): the name has|holds"):
         Checkpoints(best=name)
     with pytest.raises(ArgumentsError, match=r"run_id=.* (has 251|holds) characters"):
-        kit.make_trainer(kit.Net(), run_id=name)
+        make_trainer(Net(), run_id=name)
 
 
 # -------------------------------------------------------------------------------------- what is not published
@@ -88,50 +74,43 @@ def test_what_names_a_metric_or_a_run_must_be_printable(kit: Any, name: str) -> 
     ],
 )
 def test_an_invalid_metric_ends_the_run_where_it_was_logged(
-    kit: Any, name: Any, value: Any, error: type[Exception], says: str
+    name: Any, value: Any, error: type[Exception], says: str
 ) -> None:
-    """The user's line is in the traceback, and nothing of the step is published."""
-    outcome = kit.train(logging_net(kit, lambda net, *_: (net.log("fine", 1.0), net.log(name, value))))
+    outcome = train(logging_net(lambda net, *_: (net.log("fine", 1.0), net.log(name, value))))
     assert type(outcome.error) is error
     assert says in str(outcome.error)
     assert outcome.of(MetricsLogged) == []
 
 
-def test_what_a_skipped_step_logged_is_forgotten(kit: Any) -> None:
-    """Numbers and tensors, of the step and of the hook after its backward; the next step is not mixed with it."""
+def test_what_a_skipped_step_logged_is_forgotten() -> None:
     calls: list[int] = []
 
-    class Diverges(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            calls.append(len(calls) + 1)
-            self.log("call", calls[-1])
-            self.log("tensor", torch.tensor(float(calls[-1])))
-            loss, _ = self.forward_loss(batch)
-            return loss * math.nan if calls[-1] == 2 else loss
+    def log(net: Net, step: int, batch: Any) -> None:
+        calls.append(len(calls) + 1)
+        net.log("call", calls[-1])
+        net.log("tensor", torch.tensor(float(calls[-1])))
 
-        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
-            self.log("backward", calls[-1])
+    after = hooked("on_end_backward", lambda self, step, loss: self.log("backward", calls[-1]))
+    net = logging_net(log, rows=32, scales={2: math.nan})
 
-    outcome = kit.train(Diverges(rows=32), non_finite="skip", val_interval_epochs=0)
+    outcome = train(net, callbacks=[after()], non_finite="skip", val_interval_epochs=0)
     assert logged(outcome) == [{"call": n, "tensor": n, "backward": n} for n in (1, 3, 4)]
     assert [event.global_step for event in outcome.of(MetricsLogged)] == [1, 2, 3]
 
 
-def test_logging_after_the_run_does_nothing(kit: Any) -> None:
-    """The module belongs to no run any more, whether that ended well or not."""
-    net = kit.Net()
-    kit.train(net)
+def test_logging_after_the_run_does_nothing() -> None:
+    net = Net()
+    train(net)
     net.log("late", 1.0)
-    failing = logging_net(kit, lambda *_: 1 / 0)
-    assert isinstance(kit.train(failing).error, ZeroDivisionError)
+    failing = logging_net(lambda *_: 1 / 0)
+    assert isinstance(train(failing).error, ZeroDivisionError)
     failing.log("late", 1.0)
 
 
 # ----------------------------------------------------------------------------------------------- the values
 
 
-def test_every_kind_of_number_becomes_a_float_in_the_order_of_logging(kit: Any) -> None:
-    """Python's, NumPy's, tensors of any real type with one element; not finite ones too."""
+def test_every_kind_of_number_becomes_a_float_in_the_order_of_logging() -> None:
     weight = torch.ones((), requires_grad=True)
     values: dict[str, Any] = {
         "float": 0.5,
@@ -151,8 +130,8 @@ def test_every_kind_of_number_becomes_a_float_in_the_order_of_logging(kit: Any) 
         "inf": math.inf,
         "-inf": torch.tensor(-math.inf),
     }
-    net = logging_net(kit, lambda net, *_: [net.log(name, value) for name, value in values.items()], rows=8)
-    outcome = kit.train(net, val_interval_epochs=0)
+    net = logging_net(lambda net, *_: [net.log(name, value) for name, value in values.items()], rows=8)
+    outcome = train(net, val_interval_epochs=0)
     (metrics,) = logged(outcome)
     assert list(metrics) == list(values)
     assert all(type(value) is float for value in metrics.values())
@@ -162,9 +141,7 @@ def test_every_kind_of_number_becomes_a_float_in_the_order_of_logging(kit: Any) 
     assert math.isnan(outcome.result.metrics["nan tensor"])
 
 
-def test_a_tensor_is_logged_as_it_was_and_not_as_it_became(kit: Any) -> None:
-    """It may be changed in place as soon as log has returned."""
-
+def test_a_tensor_is_logged_as_it_was_and_not_as_it_became() -> None:
     def log(net: Any, global_step: int, batch: Any) -> None:
         counter = net.counter = getattr(net, "counter", torch.zeros(1))
         counter += 1
@@ -172,12 +149,10 @@ def test_a_tensor_is_logged_as_it_was_and_not_as_it_became(kit: Any) -> None:
         counter.add_(100).sub_(100)
         counter[0] = global_step
 
-    assert logged(kit.train(logging_net(kit, log, rows=32), val_interval_epochs=0)) == [
-        {"counter": n} for n in (1, 2, 3, 4)
-    ]
+    assert logged(train(logging_net(log, rows=32), val_interval_epochs=0)) == [{"counter": n} for n in (1, 2, 3, 4)]
 
 
-def test_a_logged_tensor_does_not_keep_its_graph(kit: Any) -> None:
+def test_a_logged_tensor_does_not_keep_its_graph() -> None:
     """Or the activations of every logged step would stay in memory: what autograd saved is gone by the next step."""
     saved: list[weakref.ref[Any]] = []
 
@@ -191,7 +166,7 @@ def test_a_logged_tensor_does_not_keep_its_graph(kit: Any) -> None:
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda one: one.tensor):
             net.log("norm", (net.linear.weight**2).sum())
 
-    assert len(logged(kit.train(logging_net(kit, log, rows=32), val_interval_epochs=0))) == 4
+    assert len(logged(train(logging_net(log, rows=32), val_interval_epochs=0))) == 4
     assert len(saved) >= 4
 
 
@@ -214,7 +189,7 @@ def test_the_mean_is_weighted_whatever_its_numbers_are(group: list[Any], mean: f
 # ------------------------------------------------------------------------------------------ steps and loaders
 
 
-def test_micro_batches_are_averaged_by_rows(kit: Any) -> None:
+def test_micro_batches_are_averaged_by_rows() -> None:
     """One event a step, with the mean over its rows, of numbers as of tensors, or of both in turn."""
 
     def log(net: Any, global_step: int, batch: Any) -> None:
@@ -224,8 +199,8 @@ def test_micro_batches_are_averaged_by_rows(kit: Any) -> None:
         net.mixed = not getattr(net, "mixed", False)
         net.log("mixed", mean if net.mixed else mean.item())
 
-    net = logging_net(kit, log, rows=13)
-    outcome = kit.train(net, gpu_batch_size_limit=4, val_interval_epochs=0)
+    net = logging_net(log, rows=13)
+    outcome = train(net, gpu_batch_size_limit=4, val_interval_epochs=0)
     events = outcome.of(MetricsLogged)
     expected = [net.x[:8].mean().item(), net.x[8:].mean().item()]
     for name in ("tensor", "number", "mixed"):
@@ -236,20 +211,17 @@ def test_micro_batches_are_averaged_by_rows(kit: Any) -> None:
     ]
 
 
-def test_validation_is_averaged_by_rows_under_its_key(kit: Any) -> None:
-    """One event for each dataloader; the result names those of other keys with their key."""
+def test_validation_is_averaged_by_rows_under_its_key() -> None:
+    def val_step(net: Net, step: int, batch: Any) -> Any:
+        net.log("mean", batch[0].mean())
+        net.log("rows", len(batch[0]))
+        return net.forward_loss(batch)
 
-    class Net(kit.Net):
-        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return {"default": self.batches(batch_size), "b": self.batches(batch_size)[2:]}
+    def val_data(net: Net, batch_size: int) -> Any:
+        return {"default": net.batches(batch_size), "b": net.batches(batch_size)[2:]}
 
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.log("mean", batch[0].mean())
-            self.log("rows", len(batch[0]))
-            return super().val_step(global_step, batch, device)
-
-    net = Net(rows=20)
-    outcome = kit.train(net, epochs=2)
+    net = Net(rows=20, val_step=val_step, val_data=val_data)
+    outcome = train(net, epochs=2)
     events = outcome.of(MetricsLogged)
     assert [(e.global_step, e.epoch, e.stage, e.key) for e in events] == [
         (3, 0, "val", "default"),
@@ -265,31 +237,26 @@ def test_validation_is_averaged_by_rows_under_its_key(kit: Any) -> None:
     assert metrics["mean/b"] == events[3].metrics["mean"]
 
 
-def test_a_test_logs_under_its_stage(kit: Any) -> None:
-    """As validation does."""
+def test_a_test_logs_under_its_stage() -> None:
+    net = Net(
+        rows=12,
+        test_data=lambda net, size: {"t": net.batches(size)},
+        val_step=lambda net, step, batch: net.log("rows", len(batch[0])),
+    )
 
-    class Net(kit.Net):
-        def get_test_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return {"t": self.batches(batch_size)}
-
-        def test_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.log("rows", len(batch[0]))
-
-    memory = kit.Memory()
-    kit.make_trainer(Net(rows=12), sinks=[memory]).test()
+    memory = Memory()
+    make_trainer(net, sinks=[memory]).test()
     (event,) = memory.of(MetricsLogged)
     assert (event.stage, event.key, event.metrics) == ("test", "t", {"rows": (64 + 16) / 12})
 
 
-def test_the_result_has_the_last_value_of_each_metric(kit: Any) -> None:
-    """In addition to the losses; values that were logged once stay."""
-
+def test_the_result_has_the_last_value_of_each_metric() -> None:
     def log(net: Any, global_step: int, batch: Any) -> None:
         net.log("step", torch.tensor(global_step))
         if global_step == 1:
             net.log("once", 7)
 
-    outcome = kit.train(logging_net(kit, log), epochs=2)
+    outcome = train(logging_net(log), epochs=2)
     metrics = outcome.result.metrics
     assert set(metrics) == {"step", "once", "train_loss", "train_epoch_loss", "val_loss"}
     assert (metrics["step"], metrics["once"]) == (4.0, 7.0)
@@ -307,21 +274,20 @@ def logging_callback(net: Any, lane: str, owner: type = CallbackInterface) -> An
             target.log(name, global_step)
             target.log(f"{name} tensor", torch.tensor(global_step))
 
-        return MARKS[lane](run)
+        return LANES[lane](run)
 
     hooks = ("on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch")
     return type("Logging", (owner,), {name: hook(name) for name in hooks})
 
 
-@pytest.mark.parametrize("lane", list(MARKS))
+@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("who", ["callback", "module"])
-def test_hooks_of_every_lane_log_at_the_place_of_their_event(kit: Any, lane: str, who: str) -> None:
-    """Step, epoch, stage and key are the event's, wherever the loop is by the time the hook runs."""
+def test_hooks_of_every_lane_log_at_the_place_of_their_event(lane: str, who: str) -> None:
     if who == "module":
-        outcome = kit.train(logging_callback(None, lane, kit.Net)(), epochs=2)
+        outcome = train(logging_callback(None, lane, Net)(), epochs=2)
     else:
-        net = kit.Net()
-        outcome = kit.train(net, callbacks=[logging_callback(net, lane)()], epochs=2)
+        net = Net()
+        outcome = train(net, callbacks=[logging_callback(net, lane)()], epochs=2)
         assert outcome.error is None
     places: dict[str, list[Any]] = {}
     for event in outcome.of(MetricsLogged):
@@ -344,55 +310,47 @@ def test_hooks_of_every_lane_log_at_the_place_of_their_event(kit: Any, lane: str
     assert last == {name: 2.0 if "begin" in name else 4.0 for name in names}
 
 
-def test_an_observer_that_lags_logs_at_the_step_that_it_handles(kit: Any) -> None:
-    """Not at the one at which the loop is by then."""
+def test_an_observer_that_lags_logs_at_the_step_that_it_handles() -> None:
     third = threading.Event()
     handled = threading.Event()
 
     class Late(CallbackInterface):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
-            assert third.wait(kit.WAIT_S)
+            assert third.wait(WAIT_S)
             net.log("late", global_step)
             handled.set()
 
     def log(net: Any, global_step: int, batch: Any) -> None:
         if global_step == 4:
             third.set()
-            assert handled.wait(kit.WAIT_S)
+            assert handled.wait(WAIT_S)
 
-    net = logging_net(kit, log, rows=32)
-    outcome = kit.train(net, callbacks=[Late()], val_interval_epochs=0)
+    net = logging_net(log, rows=32)
+    outcome = train(net, callbacks=[Late()], val_interval_epochs=0)
     first = outcome.of(MetricsLogged)[0]
     assert (first.global_step, first.epoch, first.stage, first.metrics) == (1, 0, "train", {"late": 1.0})
 
 
-@pytest.mark.parametrize("lane", list(MARKS))
-def test_the_last_hook_logs_too(kit: Any, lane: str) -> None:
-    """A final accuracy, computed in on_end_train."""
+@pytest.mark.parametrize("lane", LANES)
+def test_the_last_hook_logs_too(lane: str) -> None:
+    final = hooked("on_end_train", lambda self, step: self.log("final", step), lane, Net)
 
-    class Net(kit.Net):
-        @MARKS[lane]
-        def on_end_train(self, global_step: int) -> None:
-            self.log("final", global_step)
-
-    assert kit.train(Net()).result.metrics.get("final") == 2.0
+    assert train(final()).result.metrics.get("final") == 2.0
 
 
 # ---------------------------------------------------------------------------------------------- other threads
 
 
 @pytest.mark.anyio
-async def test_any_thread_may_log(kit: Any) -> None:
-    """Each call from a thread of the user's own is an event at once, at the place where the run is."""
-
+async def test_any_thread_may_log() -> None:
     def log(net: Any, global_step: int, batch: Any) -> None:
         net.log("step", global_step)
         thread = threading.Thread(target=lambda: net.log("thread", torch.tensor(float(global_step))))
         thread.start()
         thread.join()
 
-    memory = kit.Memory()
-    trainer = kit.make_trainer(logging_net(kit, log), sinks=[memory], val_interval_epochs=0)
+    memory = Memory()
+    trainer = make_trainer(logging_net(log), sinks=[memory], val_interval_epochs=0)
     async with trainer.run() as run:
         pass
     events = memory.of(MetricsLogged)
@@ -407,13 +365,12 @@ async def test_any_thread_may_log(kit: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_many_threads_lose_nothing(kit: Any) -> None:
-    """Every call of every thread is published once, with its own value."""
+async def test_many_threads_lose_nothing() -> None:
     start = threading.Barrier(4)
 
     def log(net: Any, global_step: int, batch: Any) -> None:
         def many(thread: int) -> None:
-            start.wait(kit.WAIT_S)
+            start.wait(WAIT_S)
             for number in range(100):
                 value = 1_000 * thread + number
                 net.log(f"thread {thread}", value if number % 2 else torch.tensor(value))
@@ -424,25 +381,23 @@ async def test_many_threads_lose_nothing(kit: Any) -> None:
         for thread in threads:
             thread.join()
 
-    memory = kit.Memory()
-    trainer = kit.make_trainer(logging_net(kit, log, rows=8), sinks=[memory], val_interval_epochs=0)
+    memory = Memory()
+    trainer = make_trainer(logging_net(log, rows=8), sinks=[memory], val_interval_epochs=0)
     async with trainer.run():
         pass
     for n in range(4):
         assert [value for _, value in memory.metrics(f"thread {n}")] == [1_000 * n + i for i in range(100)]
 
 
-def test_an_unreadable_number_is_nan_and_does_not_affect_others(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_number_is_nan_and_does_not_affect_others(caplog: pytest.LogCaptureFixture) -> None:
     """An unreadable tensor, or a failed device: there is a warning, and the run continues with its other numbers."""
     caplog.set_level(logging.WARNING, "stagecast")
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.log("unreadable", torch.empty((), device="meta"))
-            self.log("readable", torch.tensor(float(global_step)))
-            return self.forward_loss(batch)
+    def log(net: Net, step: int, batch: Any) -> None:
+        net.log("unreadable", torch.empty((), device="meta"))
+        net.log("readable", torch.tensor(float(step)))
 
-    outcome = kit.train(Net())
+    outcome = train(logging_net(log))
     assert outcome.result.status == "finished"
     logged = [event.metrics for event in outcome.of(MetricsLogged) if event.key is None]
     assert [metrics["readable"] for metrics in logged] == [1.0, 2.0]
@@ -483,16 +438,15 @@ def test_an_epoch_has_no_loss_if_steps_of_it_were_dropped() -> None:
 
 
 @pytest.mark.parametrize("name", ["train_loss", "val_loss", "val_loss/a", "lr", "grad_norm", "step_s", "ledger/data_s"])
-def test_a_name_of_the_trainers_own_is_refused_at_the_first_log(kit: Any, name: str) -> None:
-    """With the names that are taken."""
-    outcome = kit.train(logging_net(kit, lambda net, *_: net.log(name, 1.0)))
+def test_a_name_of_the_trainers_own_is_refused_at_the_first_log(name: str) -> None:
+    outcome = train(logging_net(lambda net, *_: net.log(name, 1.0)))
     assert isinstance(outcome.error, ValueError)
     assert repr(name) in str(outcome.error)
     assert "train_epoch_loss, val_loss" in str(outcome.error)
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "key", "warns"),
+    ("logged", "val", "key", "warns"),
     [
         (("acc", 1.0), ("acc", 2.0), "default", "in training and in validation"),
         (("acc/a", 1.0), ("acc", 2.0), "a", "in training and in validation"),
@@ -501,23 +455,19 @@ def test_a_name_of_the_trainers_own_is_refused_at_the_first_log(kit: Any, name: 
     ],
 )
 def test_one_name_for_two_quantities_is_named_once(
-    kit: Any, caplog: pytest.LogCaptureFixture, train: Any, val: Any, key: str, warns: str | None
+    caplog: pytest.LogCaptureFixture, logged: Any, val: Any, key: str, warns: str | None
 ) -> None:
     """They would end in one series; a dataloader's key may make the difference, or undo it."""
 
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.log(*train)
-            return super().train_step(global_step, batch, device)
+    def val_step(net: Net, step: int, batch: Any) -> Any:
+        net.log(*val)
+        return net.forward_loss(batch)
 
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.log(*val)
-            return super().val_step(global_step, batch, device)
+    net = logging_net(
+        lambda net, *_: net.log(*logged), val_step=val_step, val_data=lambda net, size: {key: net.batches(size)}
+    )
 
-        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return {key: self.batches(batch_size)}
-
-    kit.train(Net(), epochs=2)
+    train(net, epochs=2)
     found = [text for text in caplog.messages if "is logged" in text]
     assert len(found) == (warns is not None)
     assert warns is None or warns in found[0]

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.threads import WAIT_S
+from support.training import Net, Scored, hooked, train
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from events.messages import CheckpointStaged, MonitorMissing, TrainEpochEnded
@@ -18,36 +20,22 @@ from trainer.errors import ArgumentsError, MetricNotFound
 BEST = {"every_minutes": None, "at_end": False, "weights": False}
 
 
-def scored(kit: Any, scores: list[float | None], **methods: Any) -> Any:
-    """A module that logs one of these scores in each validation, None for none; one validation per epoch."""
-
-    class Net(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            optimizers, _ = super().get_optimizers_schedulers(steps, epochs)
-            self.plateau = ReduceLROnPlateau(optimizers[0], patience=99)
-            return optimizers, [self.plateau]
-
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return None
-
-        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
-            if (score := left.pop(0)) is not None:
-                self.log("score", score)
-
-    left = list(scores)
-    net = Net(rows=8)
-    for name, method in methods.items():
-        setattr(Net, name, method)
-    return net
+def with_plateau(net: Net) -> Any:
+    """Build an optimizer and a scheduler that follows a metric."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    net.plateau = ReduceLROnPlateau(optimizer, patience=99)
+    return [optimizer], [net.plateau]
 
 
-def test_a_validation_without_the_metric_judges_nothing(
-    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def scored(*scores: float | None, **options: Any) -> Net:
+    return Scored(*scores, optimizers=with_plateau, val_step=lambda *_: None, **options)
+
+
+def test_a_validation_without_the_metric_judges_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Patience, scheduler and best stay as they were; an event names each miss, one warning each gap."""
-    net, stopping = scored(kit, [3.0, None, None, 2.0, None]), EarlyStopping("score", patience=1)
+    net, stopping = scored(3.0, None, None, 2.0, None), EarlyStopping("score", patience=1)
     checkpoints = Checkpoints(best="score", **BEST)
-    outcome = kit.train(
+    outcome = train(
         net, callbacks=[stopping], epochs=5, monitor="score", run_dir=tmp_path / "run", checkpoints=checkpoints
     )
     assert outcome.result.status == "finished"
@@ -59,36 +47,29 @@ def test_a_validation_without_the_metric_judges_nothing(
     assert len([text for text in caplog.messages if "EarlyStopping follows 'score'" in text]) == 2
 
 
-def test_what_training_logs_does_not_serve_a_run_that_validates(kit: Any) -> None:
-    """Nor does an older value of the same name."""
+def test_what_training_logs_does_not_serve_a_run_that_validates() -> None:
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        net.log("score", 1.0)
+        return net.forward_loss(batch)
 
-    def train_step(self: Any, global_step: int, batch: Any, device: Any) -> Any:
-        self.log("score", 1.0)
-        return self.forward_loss(batch)
-
-    outcome = kit.train(scored(kit, [None], train_step=train_step), monitor="score")
+    outcome = train(scored(None, train_step=step), monitor="score")
     assert isinstance(outcome.error, MetricNotFound)
 
 
 def test_best_names_what_there_is_when_it_does_not_find_its_metric(
-    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After the first validation, with a warning; several dataloaders have a loss each."""
-
-    class Net(kit.Net):
-        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return {"a": self.batches(batch_size), "b": self.batches(batch_size)}
+    net = Net(val_data=lambda net, size: dict.fromkeys("ab", net.batches(size)))
 
     checkpoints = Checkpoints(best="val_loss", **BEST)
-    outcome = kit.train(Net(), epochs=2, run_dir=tmp_path / "run", checkpoints=checkpoints)
+    outcome = train(net, epochs=2, run_dir=tmp_path / "run", checkpoints=checkpoints)
     assert [event.known for event in outcome.of(MonitorMissing)] == [["val_loss/a", "val_loss/b"]] * 2
     (text,) = [text for text in caplog.messages if "follows 'val_loss'" in text]
     assert "set it to 'val_loss/" in text
 
 
 @pytest.mark.parametrize("validates", [True, False])
-def test_the_epochs_mean_loss_can_be_followed_by_all(kit: Any, tmp_path: Path, validates: bool) -> None:
-    """With validations and without; the mean is that of the event."""
+def test_the_epochs_mean_loss_can_be_followed_by_all(tmp_path: Path, validates: bool) -> None:
     seen: list[float] = []
 
     class Stopping(EarlyStopping):
@@ -96,14 +77,8 @@ def test_the_epochs_mean_loss_can_be_followed_by_all(kit: Any, tmp_path: Path, v
             seen.append(float(metrics["train_epoch_loss"]))
             return super().should_stop(global_step, metrics)
 
-    class Net(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            optimizers, _ = super().get_optimizers_schedulers(steps, epochs)
-            self.plateau = ReduceLROnPlateau(optimizers[0])
-            return optimizers, [self.plateau]
-
-    net = Net(rows=20)
-    outcome = kit.train(
+    net = Net(rows=20, optimizers=with_plateau)
+    outcome = train(
         net,
         callbacks=[Stopping("train_epoch_loss")],
         epochs=2,
@@ -120,17 +95,14 @@ def test_the_epochs_mean_loss_can_be_followed_by_all(kit: Any, tmp_path: Path, v
 
 
 @pytest.mark.parametrize(("mark", "serves"), [(fenced, True), (observer, False)])
-def test_only_a_hook_that_the_loop_waits_for_serves_a_monitor(kit: Any, mark: Any, serves: bool) -> None:
+def test_only_a_hook_that_the_loop_waits_for_serves_a_monitor(mark: Any, serves: bool) -> None:
     """What another one logs may come too late next time, so it never serves, though it came in time."""
     logged = threading.Event()
 
-    class Net(kit.Net):
-        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return {"default": self.batches(batch_size), "b": self.batches(batch_size)}
+    def waits(net: Net, step: int, *outputs: Any, key: str) -> None:
+        assert key == "default" or logged.wait(WAIT_S)
 
-        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
-            if key == "b":
-                assert logged.wait(kit.WAIT_S)
+    net = hooked("on_end_val_epoch", waits, kind=Net)
 
     class Scores(CallbackInterface):
         @mark  # type: ignore[untyped-decorator]
@@ -139,12 +111,14 @@ def test_only_a_hook_that_the_loop_waits_for_serves_a_monitor(kit: Any, mark: An
                 self.log("score", 1.0)
                 logged.set()
 
-    outcome = kit.train(Net(), callbacks=[Scores(), EarlyStopping("score")])
+    outcome = train(
+        net(val_data=lambda net, size: dict.fromkeys(("default", "b"), net.batches(size))),
+        callbacks=[Scores(), EarlyStopping("score")],
+    )
     assert isinstance(outcome.error, MetricNotFound) is not serves
 
 
 def test_the_loss_of_a_step_is_not_a_monitor() -> None:
-    """It says little; each place names the epoch's mean."""
     from trainer import Schedule, TrainerArguments
 
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
