@@ -1,12 +1,12 @@
-"""What a machine that stops may leave of a recorded sequence of calls: a small model of a file system.
+"""The states in which a crash may leave the disk after a sequence of calls: a small model of a file system.
 
-It promises what POSIX does, and no more. The bytes of a file are durable once the file was synced, and a folder's
-entries once the folder was synced, whatever was synced beneath it. Of what was not synced, each part may be there or
-not, independently of all others: an entry that was made, renamed or removed, a write or a cut of a file. A write may
-also be torn: only its first half, only its second, or only the length that it gave to the file. One thing is atomic, as
-on every file system with a journal: a rename within a folder.
+The model guarantees what POSIX does. The bytes of a file are durable once the file was synced, and a folder's entries
+once the folder was synced, whatever was synced below it. Each unsynced change may have happened or not, independently
+of all others: an entry that was made, renamed or removed, a write or a truncation. A write may also be torn: only its
+first half, only its second, or only the length that it gave to the file. A rename within a folder is atomic, as on
+every file system with a journal.
 
-The states are numbered: all of them can be counted, and any of them made.
+The states are numbered: all of them can be counted, and each of them made.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
+from faults.disk_kit import Call
+
 Tree = dict[str, Any]
 """A folder: by name the bytes of a file, or another folder."""
 Write = tuple[int, bytes | None]
-"""Where, and what; None for the cut of a file to that length."""
+"""The offset and the bytes; None truncates the file to that length."""
 
 
 class _File:
@@ -52,7 +54,6 @@ class _File:
 class _Folder:
     def __init__(self) -> None:
         self.entries: dict[str, _File | _Folder] = {}
-        """As they are now."""
         self._durable: dict[str, _File | _Folder] = {}
         self._pending: list[dict[str, _File | _Folder | None]] = []
 
@@ -75,10 +76,10 @@ class _Folder:
                     tree[name] = entries[name].pick(chosen)
                 return tree
             number -= total
-        raise IndexError("there is no state of that number")
+        raise IndexError(f"{number} is not the number of a state")
 
     def _outcomes(self) -> Iterator[tuple[dict[str, _File | _Folder], dict[str, int], int]]:
-        """Each set of entries that there may be, and in how many states what they lead to can be."""
+        """Each possible set of entries, the number of states of each entry, and their product."""
         counts: dict[int, int] = {}
         for chosen in range(2 ** len(self._pending)):
             entries = dict(self._durable)
@@ -94,11 +95,11 @@ class _Folder:
 
 
 class Machine:
-    """A file system below one folder. Calls elsewhere are none of its business.
+    """A file system below one folder; it ignores calls elsewhere.
 
     Args:
-        root: The folder; durable and empty but for
-        unsynced: folders in it, which somebody has made and not synced.
+        root: The folder, durable and empty except for
+        unsynced: folders in it that were made and not synced.
     """
 
     def __init__(self, root: Path, unsynced: Iterable[str] = ()) -> None:
@@ -107,8 +108,7 @@ class Machine:
         for name in unsynced:
             self._root.change({name: _Folder()})
 
-    def play(self, call: Any) -> None:
-        """Have a call happen (`disk_kit.Call`)."""
+    def play(self, call: Call) -> None:
         if not PurePath(call.path).is_relative_to(self._path):
             return
         if call.path == str(self._path):
@@ -135,15 +135,14 @@ class Machine:
             folder.change({name: None})
 
     def count(self) -> int:
-        """How many states the machine may be found in, if it stops now."""
         return self._root.count()
 
     def now(self) -> Tree:
-        """The state that everybody sees while the machine runs."""
+        """The state that processes see while the machine runs."""
         return self._root.pick(self.count() - 1)
 
     def states(self, limit: int, chance: random.Random) -> Iterator[Tree]:
-        """All of them; if there are more than the limit, so many at random, with the emptiest and the fullest."""
+        """All states; if there are more than the limit, random ones, with the emptiest and the fullest."""
         total = self.count()
         numbers: Iterable[int] = range(total)
         if total > limit:
@@ -162,7 +161,6 @@ class Machine:
 
 
 def make(tree: Tree, folder: Path) -> None:
-    """Make a state, in a new folder."""
     folder.mkdir()
     for name, content in tree.items():
         if isinstance(content, dict):
@@ -172,10 +170,8 @@ def make(tree: Tree, folder: Path) -> None:
 
 
 def fingerprint(tree: Tree) -> int:
-    """Equal for equal states."""
-    return hash(
-        frozenset((name, fingerprint(entry) if isinstance(entry, dict) else entry) for name, entry in tree.items())
-    )
+    entries = ((name, fingerprint(entry) if isinstance(entry, dict) else entry) for name, entry in tree.items())
+    return hash(frozenset(entries))
 
 
 def _change(entries: dict[str, _File | _Folder], names: dict[str, _File | _Folder | None]) -> None:
@@ -187,7 +183,7 @@ def _change(entries: dict[str, _File | _Folder], names: dict[str, _File | _Folde
 
 
 def _outcomes(write: Write) -> list[list[Write]]:
-    """What may have become of a write: each time, what of it has happened. All of it comes last."""
+    """The parts of a write that may have happened, in each case; all of it comes last."""
     at, data = write
     if data is None:
         return [[], [write]]

@@ -1,6 +1,6 @@
 """A run whose whole state is a function of the step, and the border between it and the disk, where faults are put.
 
-`Calls` stands in for ``os`` in the modules that write checkpoints: all their changes of the disk go through it.
+`Calls` replaces ``os`` in the modules that write checkpoints: all their changes of the disk pass through it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
+from support.threads import WAIT_S
 from torch import nn
 
 from events import safe_files
@@ -30,18 +31,11 @@ from trainer.checkpoint.loaded import Loaded
 from trainer.checkpoint.resume import load_from
 from trainer.data.tensor_state import bytes_of
 
-WAIT_S = 20.0
-"""How long anything that ought to happen may take on a busy machine before the test gives up."""
-
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
 class Counting(ModuleInterface):
-    """Parameters, momentum, buffers and the statistics of a batch norm: all change with every step, in place.
-
-    Args:
-        epoch_steps: Steps of an epoch.
-    """
+    """Parameters, momentum, buffers and batch norm statistics: every step changes all of them, in place."""
 
     def __init__(self, epoch_steps: int = 6) -> None:
         super().__init__()
@@ -69,12 +63,14 @@ class Counting(ModuleInterface):
         return self.weight.sum() + self.bias.sum() + (spread * batch).sum()
 
     def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        """The loss of a validation, if somebody gives a dataloader for one, grows from each to the next."""
-        return torch.tensor(float(global_step))
+        return torch.tensor(float(global_step))  # each validation is worse than the one before
+
+    def digest(self) -> str:
+        return digest([self.state_dict(), self.optimizer.state_dict()])
 
 
 class Tally(CallbackInterface):
-    """A callback with a state of its own, on a thread of its own: how many steps it has seen."""
+    """A callback with a state, on its own thread: the number of steps that it has seen."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -89,74 +85,69 @@ class Tally(CallbackInterface):
         self.steps = state["steps"]
 
 
-def digest(tree: Any) -> str:
-    """A hash of all values in a tree of containers and tensors."""
-    hasher = xxhash.xxh3_128()
-    _feed(hasher, tree)
-    return hasher.hexdigest()
-
-
-def _feed(hasher: Any, tree: Any) -> None:
-    if isinstance(tree, dict):
-        for key in sorted(tree, key=str):
-            hasher.update(f"{key!r}:".encode())
-            _feed(hasher, tree[key])
+def digest(tree: object) -> str:
+    """Hash all values in a tree of containers and tensors."""
+    if isinstance(tree, torch.Tensor):
+        tree = tree.dtype, tree.shape, xxhash.xxh3_128_hexdigest(bytes_of(tree.detach().contiguous()))
+    elif isinstance(tree, dict):
+        tree = [(key, digest(tree[key])) for key in sorted(tree, key=str)]
     elif isinstance(tree, list | tuple):
-        hasher.update(f"{len(tree)}[".encode())
-        for item in tree:
-            _feed(hasher, item)
-    elif isinstance(tree, torch.Tensor):
-        hasher.update(f"{tree.dtype}{tuple(tree.shape)}".encode())
-        hasher.update(bytes_of(tree.detach().contiguous()))
-    else:
-        hasher.update(repr(tree).encode())
-
-
-def digest_of(module: Counting) -> str:
-    """Of all that training changes."""
-    return digest([dict(module.state_dict()), module.optimizer.state_dict()])
+        tree = [digest(item) for item in tree]
+    return xxhash.xxh3_128_hexdigest(repr(tree).encode())
 
 
 class Reference:
-    """What a loop written by hand, without a trainer, makes of the state after each step."""
+    """The state after each step, by a loop without a trainer."""
 
     def __init__(self) -> None:
         self._module = Counting()
         self._optimizer = self._module.get_optimizers_schedulers(0, 0)[0][0]
-        self._digests = [digest_of(self._module)]
+        self._digests = [self._module.digest()]
 
     def __getitem__(self, step: int) -> str:
         while len(self._digests) <= step:
             self._optimizer.zero_grad()
             self._module.train_step(0, self._module.batch, None).backward()
             self._optimizer.step()
-            self._digests.append(digest_of(self._module))
+            self._digests.append(self._module.digest())
         return self._digests[step]
 
 
+reference = Reference()
+
+
 class Sight(NamedTuple):
-    """What a reader of a run's checkpoints finds."""
+    """What a reader finds among a run's checkpoints."""
 
     name: CheckpointName | None
-    """Of the one to resume from, which is whole and holds what it should; None if there is none."""
+    """The one to resume from, which is complete and holds the state of its step."""
     rejected: list[str]
-    """What was tried before it, and is damaged."""
+    """Damaged ones that the reader tried before it."""
 
 
-def look(run_dir: Path, reference: Reference) -> Sight:
-    """Read what a resumed run would go on from, as it would, and compare it with what it must be.
+def look(run_dir: Path) -> Sight:
+    """Read what a resumed run would start from, and compare it with the reference.
 
     Raises:
-        AssertionError: it is not that.
+        AssertionError: it holds another state.
         CheckpointError: there are checkpoints, and none can be read.
     """
     rejected: list[str] = []
     loaded = load_from(CheckpointStore(run_dir / "checkpoints"), lambda name, error: rejected.append(name))
-    return Sight(check(loaded, reference) if loaded is not None else None, rejected)
+    return Sight(check(loaded) if loaded is not None else None, rejected)
 
 
-def check(loaded: Loaded, reference: Reference) -> CheckpointName:
-    """See that a checkpoint's content is that of its step; returns its name."""
+def look_since(run_dir: Path, announced: str) -> CheckpointName:
+    """Assert that a reader rejects nothing and finds the announced checkpoint or a newer one; return its name."""
+    sight = look(run_dir)
+    assert not sight.rejected
+    assert sight.name is not None
+    assert not sight.name < CheckpointName.parse(announced)
+    return sight.name
+
+
+def check(loaded: Loaded) -> CheckpointName:
+    """Assert that a checkpoint holds the state of its step; return its name."""
     name = loaded.manifest.name
     assert loaded.state["global_step"] == name.step
     found = digest([loaded.state["module"], loaded.state["optimizers"][0]])
@@ -164,6 +155,10 @@ def check(loaded: Loaded, reference: Reference) -> CheckpointName:
     states = [part["state"] for part in loaded.parts.values() if isinstance(part, dict) and "state" in part]
     assert all(state == {"steps": name.step} for state in states), f"{name} holds a callback's state of another step"
     return name
+
+
+def names_in(run_dir: Path) -> list[str]:
+    return [str(name) for name in CheckpointStore(run_dir / "checkpoints").names()]
 
 
 def make_trainer(
@@ -176,10 +171,10 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     sinks: Sequence[Any] = (),
     journal: bool = False,
-    resume: Any = None,
+    resume: str | None = None,
     **settings: Any,
 ) -> Trainer:
-    """One that takes a checkpoint after every second step, and leaves none out; settings of `Checkpoints` as given."""
+    """Build a trainer that takes a checkpoint after every second step; ``settings`` are those of `Checkpoints`."""
     own = {"every_steps": 2, "keep_last": 1, "when_busy": "wait", "at_end": False, "weights": False}
     return Trainer(
         module if module is not None else Counting(),
@@ -202,7 +197,7 @@ def make_trainer(
 
 
 class Arrivals:
-    """A sink that keeps the events in the order in which they arrive, and lets a thread wait for one."""
+    """A sink that keeps the events in the order of their arrival, and lets a thread wait for one."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -222,7 +217,6 @@ class Arrivals:
         return [event for event in list(self.events) if isinstance(event, kinds)]
 
     def wait_for(self, kind: type[Event], count: int = 1) -> None:
-        """Wait until so many events of a kind have arrived."""
         with self._arrived:
             assert self._arrived.wait_for(lambda: len(self.of(kind)) >= count, WAIT_S), f"no {kind.__name__} arrived"
 
@@ -230,15 +224,16 @@ class Arrivals:
 # ------------------------------------------------------------------------------------------------------- the border
 
 NAMES = ("open", "write", "pwrite", "ftruncate", "fsync", "rename", "unlink", "rmdir", "mkdir", "close", "listdir")
-"""The calls of ``os`` that the writing modules make; ``replace`` is noted as a ``rename``."""
+"""The calls of ``os`` that the writing modules make; ``replace`` counts as a ``rename``."""
 READING = {"stat", "fstat", "lseek", "fspath", "strerror", "getpid", "cpu_count", "PathLike", "DirEntry", "scandir"}
-"""What they may use besides. Anything else has to be thought about here first."""
+"""Other calls that they may make. Each new one must be added to one of the two lists."""
 FAILING: dict[int, frozenset[str]] = {
-    # Which calls a disk refuses for each reason. A full one still removes; a read-only one still reads.
+    # The calls that a disk refuses for each reason. A full disk still removes; a read-only disk still reads.
     errno.EIO: frozenset(NAMES),
     errno.ENOSPC: frozenset({"create", "write", "pwrite", "fsync", "rename", "mkdir"}),
     errno.EROFS: frozenset({"create", "write", "pwrite", "ftruncate", "rename", "unlink", "rmdir", "mkdir"}),
 }
+NEVER = 10**9
 
 
 class Call(NamedTuple):
@@ -246,32 +241,31 @@ class Call(NamedTuple):
 
     name: str
     path: str
-    """The first path, or the one that the descriptor was opened with. Of an announcement, the checkpoint's name."""
+    """The first path, or the path that the descriptor was opened with. For ``announce``, the checkpoint's name."""
     to: str = ""
     flags: int = 0
     at: int = 0
-    """Where bytes are written; the length that a file is cut to."""
+    """The offset of written bytes; the new length of a truncated file."""
     data: bytes = b""
 
     @property
     def creates(self) -> bool:
-        """Whether it opens a new file."""
         return self.name == "open" and bool(self.flags & os.O_CREAT)
 
 
-def refused(code: int, call: Call) -> bool:
+def is_refused(code: int, call: Call) -> bool:
     """Whether a disk refuses a call for this reason."""
     return call.name in FAILING[code] or (call.creates and "create" in FAILING[code])
 
 
 class Fault:
-    """What goes wrong at the border: at one call, and where it is ``lasting`` at those after it, until it is healed.
+    """An error at one call at the border or, where it is ``lasting``, at all calls from there until it is healed.
 
     Args:
         at: Number of the call, from 0.
-        code: The error number; None: the process is killed.
-        afterwards: The call is made all the same, and then fails. (Writes always do half of their work.)
-        from_event: Count from the moment at which so many checkpoints have been announced.
+        code: The error number; None kills the process.
+        afterwards: The call is made, and then fails. (Failing writes always do half of their work.)
+        from_event: The count of calls starts once this number of checkpoints is announced.
     """
 
     def __init__(
@@ -290,7 +284,7 @@ class Fault:
     def strikes(self, call: Call, number: int) -> bool:
         if self.healed or number < self.at or (not self.lasting and self.struck):
             return False
-        if self.lasting and not refused(self.code or 0, call):
+        if self.lasting and not is_refused(self.code or 0, call):
             return False
         self.struck.append(call)
         return True
@@ -304,11 +298,11 @@ class Fault:
 
 
 class Calls:
-    """In place of ``os``, while it is entered: notes the calls that succeed, and lets a `Fault` happen.
+    """Replaces ``os`` while it is entered: records the calls that succeed, and lets a `Fault` happen.
 
     Args:
-        syncs: Whether fsync is really called. Where no machine is going to crash, that only takes time.
-        takes: How many of the bytes of a write the disk takes, given how many there are.
+        syncs: Whether fsync is made. It only takes time where no machine crashes.
+        takes: The number of bytes of a write that the disk takes, given the number of bytes there are.
         before: Called before each call, on its thread.
         on_saved: Called on the writer's thread before a checkpoint is announced.
         on_failed: Called on the writer's thread before a failure is published.
@@ -325,9 +319,9 @@ class Calls:
         on_failed: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.log: list[Call] = []
-        """What was done, in order; ``announce`` for each checkpoint that was announced."""
+        """Calls in order, with an ``announce`` for each announced checkpoint."""
         self.made: list[Call] = []
-        """All calls since the fault began to count, whether they succeeded or not."""
+        """All calls since the fault started to count, with those that failed."""
         self._fault = fault
         self._syncs = syncs
         self._takes = takes
@@ -389,7 +383,7 @@ class Calls:
             if fault is not None and self._announced >= fault.from_event:
                 self.made.append(call)
                 if fault.strikes(call, len(self.made) - 1):
-                    self._half_way(fault, call, real, *args, **named)
+                    self._make_in_part(fault, call, real, *args, **named)
                     fault.strike(call)
             if name == "fsync" and not self._syncs:
                 result = None
@@ -398,22 +392,22 @@ class Calls:
                 result = real(args[0], args[1][:count], *args[2:]) if count else 0
             else:
                 result = real(*args, **named)
-            self._note(call, result, args)
+            self._record(call, result, args)
         return result
 
-    def _half_way(self, fault: Fault, call: Call, real: Any, *args: Any, **named: Any) -> None:
-        """What a call that fails does all the same."""
+    def _make_in_part(self, fault: Fault, call: Call, real: Any, *args: Any, **named: Any) -> None:
+        """Do the work that a failing call does before it fails."""
         if call.name in ("write", "pwrite"):
             fd, data, *at = args
             half = len(data) // 2 // disk.PAGE * disk.PAGE or len(data) // 2
-            with contextlib.suppress(OSError):  # direct I/O takes whole pages
+            with contextlib.suppress(OSError):  # direct I/O takes complete pages
                 done = real(fd, data[:half], *at)
-                self._note(call._replace(data=bytes(data[:done])), done, (fd, data[:done], *at))
+                self._record(call._replace(data=bytes(data[:done])), done, (fd, data[:done], *at))
         elif call.name == "close":
             real(*args)
         elif fault.afterwards and fault.code is not None and call.name != "fsync":
             result = real(*args, **named)
-            self._note(call, result, args)
+            self._record(call, result, args)
             if call.name == "open":
                 os.close(result)
                 self._paths.pop(result)
@@ -425,31 +419,29 @@ class Calls:
         if name == "ftruncate":
             return Call(name, self._paths[args[0]], at=args[1])
         if isinstance(args[0], int):
-            return Call(name, self.path_of(args[0]))
+            return Call(name, self._path_of(args[0]))
         path = self._absolute(args[0], within)
         if name == "open":
             return Call(name, path, flags=args[1])
-        if name == "rename":
-            return Call(name, path, to=self._absolute(args[1], within))
-        return Call(name, path)
+        return Call(name, path, to=self._absolute(args[1], within) if name == "rename" else "")
 
     def _absolute(self, path: Any, within: int | None) -> str:
-        return os.path.abspath(path if within is None else f"{self.path_of(within)}/{path}")
+        return os.path.abspath(path if within is None else f"{self._path_of(within)}/{path}")
 
-    def path_of(self, fd: int) -> str:
+    def _path_of(self, fd: int) -> str:
         """The path that a descriptor was opened with, here or in another module."""
         return self._paths[fd] if fd in self._paths else os.readlink(f"/proc/self/fd/{fd}")
 
     def concerns(self, name: str, *args: Any, **named: Any) -> bool:
-        """Whether a call of a module that writes other files too is one of the writing of checkpoints or weights."""
+        """Whether a call of a module that also writes other files belongs to checkpoints or weights."""
         if name == "listdir" or (name == "open" and not args[1] & os.O_CREAT):
             return False
         if isinstance(args[0], int):
-            return args[0] in self._paths or (name == "fsync" and self.path_of(args[0]).endswith("/checkpoints"))
+            return args[0] in self._paths or (name == "fsync" and self._path_of(args[0]).endswith("/checkpoints"))
         path = self._absolute(args[0], named.get("dir_fd", named.get("src_dir_fd")))
         return "/checkpoints" in path or "weights.safetensors" in path
 
-    def _note(self, call: Call, result: Any, args: Sequence[Any]) -> None:
+    def _record(self, call: Call, result: Any, args: Sequence[Any]) -> None:
         if call.name == "open":
             self._paths[result], self._positions[result] = call.path, 0
         elif call.name == "write":
@@ -460,7 +452,7 @@ class Calls:
 
 
 class _OfCheckpoints:
-    """In place of ``os`` in a module that writes other files too: `Calls` gets the calls that concern checkpoints."""
+    """Replaces ``os`` in a module that also writes other files: `Calls` gets the calls that concern checkpoints."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -469,17 +461,23 @@ class _OfCheckpoints:
         real = getattr(os, name)
         if name not in NAMES and name != "replace":
             return real
-        noted = getattr(self._calls, name)
-        concerns = self._calls.concerns
-        return lambda *args, **named: (noted if concerns(name, *args, **named) else real)(*args, **named)
+        recorded, concerns = getattr(self._calls, name), self._calls.concerns
+        return lambda *args, **named: (recorded if concerns(name, *args, **named) else real)(*args, **named)
 
 
 _BORDER = (disk, store, checkpoint_writer)
 
 
+def calls_of(run_dir: Path, from_event: int = 0, **options: Any) -> list[Call]:
+    """The calls that a run makes without a fault, from the announcement of this number of checkpoints on."""
+    with Calls(Fault(NEVER, None, from_event=from_event)) as calls:
+        make_trainer(run_dir, **options).train()
+    return calls.made
+
+
 @contextlib.contextmanager
 def no_descriptor_leaks() -> Iterator[None]:
-    """No more files are open at the end than at the beginning."""
+    """Assert that the block leaves no file open."""
     before = _descriptors()
     yield
     assert _descriptors() == before

@@ -1,12 +1,13 @@
-"""Runs that use everything that a resume must restore, ways to interrupt them, and what has to be equal afterwards."""
+"""Runs that use everything that a resume must restore, places to interrupt them, and the comparison afterwards."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,12 @@ SEED = 3
 
 
 class Crash(Exception):
-    """What the process would have died of."""
+    """Ends an attempt as the death of its process would."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run, by what it uses."""
+    """The features that a run uses."""
 
     workers: int = 0
     data: str = "map"  # map, kept, iterable, stateful, stream, list
@@ -100,9 +101,9 @@ class Case:
 
 @dataclass(frozen=True)
 class At:
-    """A place in a run, and what happens there."""
+    """A place in a run, and the interruption there."""
 
-    step: int  # the step that is being worked on; for a validation, the last one that is finished
+    step: int  # the current one; for a validation, the last finished one
     place: str = "train"  # train, val, data (where a row is read, in this process), set-up
     key: str = "a"  # of the validation
     batch: int = 0  # of the validation, or within the step
@@ -113,7 +114,7 @@ class At:
 
 
 class Rows(Dataset[Any]):
-    """Rows that are read with noise from every generator, if wanted; ``reached`` is called where one is read here."""
+    """Rows, with noise from every generator if wanted; ``reached`` is called where one is read in this process."""
 
     def __init__(self, augment: bool, reached: Callable[[], None] | None = None, rows: int = ROWS) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -138,7 +139,7 @@ class Rows(Dataset[Any]):
 
 
 class RowStream(IterableDataset[Any]):
-    """The same rows without a sampler; each worker has its share."""
+    """The same rows without a sampler, shared among the workers."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -153,22 +154,22 @@ class RowStream(IterableDataset[Any]):
 
 
 class StatefulLoader:
-    """A loader that knows its own place; its order comes from a generator of its own, and is another each time."""
+    """A loader that knows its place; its order comes from its own generator, and differs each time."""
 
     def __init__(self, rows: Rows, batch_size: int) -> None:
         self.rows, self.batch_size = rows, batch_size
         self.generator = torch.Generator().manual_seed(100)
         self.order: list[int] = []
         self.place = 0
-        self.goes_on = False
+        self.resumed = False
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        if not self.goes_on:
+        if not self.resumed:
             self.order, self.place = torch.randperm(len(self.rows), generator=self.generator).tolist(), 0
-        self.goes_on = False
+        self.resumed = False
         while self.place < len(self.order):
             chosen = self.order[self.place : self.place + self.batch_size]
             self.place += len(chosen)
@@ -182,39 +183,37 @@ class StatefulLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order, self.place = list(state["order"]), state["place"]
         self.generator.set_state(state["generator"])
-        self.goes_on = bool(self.order)
+        self.resumed = bool(self.order)
 
 
 # ----------------------------------------------------------------------------------------------------- the module
 
 
 class Float32Moments(torch.optim.Optimizer):
-    """Momentum that is kept in float32, whatever the weights are."""
+    """Momentum in float32, whatever the dtype of the weights."""
 
     def __init__(self, params: Any, lr: float = 0.01) -> None:
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                moment = state.setdefault("moment", torch.zeros_like(parameter, dtype=torch.float32))
+        [group] = self.param_groups
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                moment = self.state[parameter].setdefault("moment", torch.zeros_like(parameter, dtype=torch.float32))
                 moment.mul_(0.9).add_(parameter.grad.float())
                 parameter.sub_((group["lr"] * moment).to(parameter.dtype))
 
 
 class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
-    """One that keeps what it was told."""
+    """Keeps the values that it was given."""
 
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer, factor=0.5, patience=0)
-        self.told: list[float] = []
+        self.given: list[float] = []
 
     def step(self, metrics: Any, epoch: Any = None) -> None:
-        self.told.append(float(metrics))
+        self.given.append(float(metrics))
         super().step(metrics)
 
 
@@ -246,14 +245,9 @@ class Net(ModuleInterface):
         self.kept: Any = None
 
     def _reach(self, place: str, step: int, batch: int, key: str = "a") -> None:
-        at = self.at
-        if (
-            at is not None
-            and (place, step, batch) == (at.place, at.step, at.batch)
-            and (place != "val" or key == at.key)
-        ):
-            self.at = None
-            self.act(at.what)
+        if self.at is not None and At(step, place, key, batch, self.at.what) == self.at:
+            what, self.at = self.at.what, None
+            self.act(what)
 
     def _read(self) -> None:
         self._reach("data", self.working_on + 1, self.reads)
@@ -261,7 +255,7 @@ class Net(ModuleInterface):
 
     def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
         case = self.case
-        self.told = steps, epochs
+        self.length = steps, epochs
         torch.rand(()), random.random()  # as a module that initialises something here
         if case.optimizers == "two":
             self.optimizers = [
@@ -345,7 +339,7 @@ class Net(ModuleInterface):
 
 
 class Stateful(CallbackInterface):
-    """The state of a callback in these tests: a list, and a tensor."""
+    """The state of a callback: a list, and a tensor."""
 
     def __init__(self) -> None:
         self.lines: list[Any] = []
@@ -362,7 +356,7 @@ class Stateful(CallbackInterface):
 
 
 class Observed(Stateful):
-    """On its own thread; gets outputs of steps and of epochs."""
+    """On its own thread, with outputs of steps and of epochs."""
 
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
         self.write("begin", global_step, epoch)
@@ -401,7 +395,7 @@ class Inlined(Stateful):
 
 
 class Mixed(Stateful):
-    """One hook on the loop's thread, as the contract has it, and others on its own."""
+    """One hook on the loop's thread, by the contract, and others on its own."""
 
     def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
         self.average = self.average + loss_tensor.detach().float()
@@ -414,7 +408,7 @@ class Mixed(Stateful):
 
 
 class Watched(Trainer):
-    """A trainer that lets the test reach its run."""
+    """A trainer whose session the test can reach."""
 
     session: Any = None
 
@@ -425,13 +419,10 @@ class Watched(Trainer):
 
 @dataclass
 class Attempt:
-    """One attempt at a run, and how it ended."""
-
     net: Net
     callbacks: list[Stateful]
     trainer: Watched
     result: RunResult | None = None
-    error: BaseException | None = None
 
     @property
     def checkpoint(self) -> str:
@@ -451,7 +442,7 @@ def prepare(
     callbacks: Any = (),
     **arguments: Any,
 ) -> Attempt:
-    """An attempt that is ready to be run."""
+    """Build an attempt."""
     net = Net(case, at)
     own: list[Stateful] = [Inlined(net), Mixed()]
     if case.observed:
@@ -481,22 +472,20 @@ def prepare(
 
 
 def attempt(case: Case, folder: Path | str, **options: Any) -> Attempt:
-    """Run an attempt to its end."""
+    """Build an attempt, and run it to its end."""
     one = prepare(case, folder, **options)
     if case.seed is None:
-        torch.manual_seed(SEED)  # by the host, before its trainer is told of no seed
+        torch.manual_seed(SEED)  # as the host does that gives its trainer no seed
         random.seed(SEED)
         np.random.seed(SEED)
-    try:
+    with contextlib.suppress(Crash):
         one.result = one.trainer.train()
-    except Crash as error:
-        one.error = error
     return one
 
 
 @dataclass
 class Trace:
-    """All that has to be equal."""
+    """The outcome of a run, of which all has to be equal."""
 
     losses: list[tuple[int, float]]
     weights: dict[str, torch.Tensor]
@@ -506,13 +495,12 @@ class Trace:
     metrics: dict[str, float]
     global_step: int
     epochs: int
-    told: tuple[int, int]
+    length: tuple[int, int]
     history: list[Any]
     late: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def trace(one: Attempt, folder: Path | str) -> Trace:
-    """What a finished run has come to."""
     assert one.result is not None
     assert one.result.status == "finished"
     history, late = history_of(folder)
@@ -525,7 +513,7 @@ def trace(one: Attempt, folder: Path | str) -> Trace:
         metrics=dict(one.result.metrics),
         global_step=one.result.global_step,
         epochs=one.result.epochs,
-        told=one.net.told,
+        length=one.net.length,
         history=history,
         late=late,
     )
@@ -533,7 +521,7 @@ def trace(one: Attempt, folder: Path | str) -> Trace:
 
 @functools.cache
 def straight(case: Case) -> Trace:
-    """The run that was never interrupted. It takes no checkpoints, either."""
+    """Train without an interruption, and without checkpoints."""
     case = replace(case, resume_data="skip")
     with tempfile.TemporaryDirectory() as folder:
         return trace(attempt(case, folder, checkpoints=False), folder)
@@ -552,7 +540,7 @@ _TIMES = ("run_id", "attempt", "seq", "time", "step_s", "duration_s", "of_seq")
 
 
 def history_of(folder: Path | str) -> tuple[list[Any], dict[str, list[Any]]]:
-    """What a run's journal says that happened, without times: in order; and what was told later, by what it is."""
+    """The events of a run's journal, without times, in order; and by name the metrics that were logged later."""
     in_order: list[Any] = []
     late: dict[str, list[Any]] = {}
     for event in read_history(Path(folder) / "journal"):
@@ -567,7 +555,7 @@ def history_of(folder: Path | str) -> tuple[list[Any], dict[str, list[Any]]]:
 
 
 def plain(event: Event) -> tuple[Any, ...]:
-    """An event without what another attempt would have otherwise."""
+    """The fields of an event that do not depend on the attempt."""
     fields = {name: getattr(event, name) for name in event.__struct_fields__ if name not in _TIMES}
     return type(event).__name__, *fields.items()
 
@@ -577,10 +565,8 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
     if isinstance(expected, torch.Tensor):
         if not isinstance(found, torch.Tensor) or found.dtype != expected.dtype or found.shape != expected.shape:
             return [f"{path}: {found!r:.60} for {expected!r:.60}"]
-        same = torch.equal(
-            found.contiguous().view(-1).view(torch.uint8), expected.contiguous().view(-1).view(torch.uint8)
-        )
-        return [] if same else [f"{path}: other values"]
+        bits, others = (one.contiguous().view(-1).view(torch.uint8) for one in (found, expected))
+        return [] if torch.equal(bits, others) else [f"{path}: other values"]
     if isinstance(expected, dict) and isinstance(found, dict):
         keys = [f"{path}: keys {list(found)} for {list(expected)}"] if found.keys() != expected.keys() else []
         return keys + [
@@ -596,33 +582,21 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
 
 
 def assert_continues(last: Attempt, folder: Path | str, expected: Trace) -> None:
-    """The last attempt of an interrupted run has come to what the run came to that was never interrupted."""
+    """Assert that the last attempt of an interrupted run has the outcome of the uninterrupted run."""
     found, expected = trace(last, folder), replace(expected, metrics=dict(expected.metrics))
     tail = expected.losses[len(expected.losses) - len(found.losses) :]
     problems = differences(found.losses, tail, "losses")
     if not found.losses or found.losses[0][0] > found.global_step:
-        # No step was finished. What a hook logged after the checkpoint was taken, and nobody has logged since, is in
-        # the history, but not in the result.
+        # No step was finished: what a hook logged after the checkpoint is in the history, but not in the result.
         found.metrics.pop("late", None)
         expected.metrics.pop("late", None)
-    for name in (
-        "weights",
-        "optimizers",
-        "schedulers",
-        "callbacks",
-        "metrics",
-        "global_step",
-        "epochs",
-        "told",
-        "late",
-        "history",
-    ):
+    for name in (one.name for one in fields(Trace) if one.name != "losses"):
         problems += differences(getattr(found, name), getattr(expected, name), name)
     assert not problems, "\n".join(problems[:20])
 
 
 def random_story(number: int) -> tuple[Case, list[At], int]:
-    """A case, where it is interrupted, and every how many steps it takes a checkpoint; 0, 2 and 4 workers in turn."""
+    """A case, its interruptions, and the number of steps between checkpoints; 0, 2 and 4 workers in turn."""
     chance = random.Random(number)
     workers = (0, 2, 4)[number % 3]
     data = chance.choice(
@@ -643,7 +617,7 @@ def random_story(number: int) -> tuple[Case, list[At], int]:
         # float16's scaler takes no bfloat16 weights.
         optimizers=chance.choice(["adam", "two"] if precision == "float16" else ["adam", "two", "moments"]),
         val_steps=chance.choice([None, None, 4]),
-        # A loader that is left in the middle of an epoch, and kept, is at a place that it cannot tell.
+        # A kept loader that is left in the middle of an epoch cannot report its place.
         max_steps_per_epoch=None if data == "stateful" else chance.choice([None, None, 4]),
         clip=chance.random() < 0.4,
         observed=chance.random() < 0.7,
@@ -662,22 +636,22 @@ def random_story(number: int) -> tuple[Case, list[At], int]:
         else:
             last = step % case.steps_per_epoch == 0  # which has a single micro-batch
             batch = chance.randrange(case.accumulation) if place == "train" and not last else 0
-            # Where rows are read by workers, or beforehand, nobody comes by that place in this process.
+            # Where workers read the rows, or they are read in advance, this process does not reach that place.
             reads = workers == 0 and data != "list" and place == "data"
             places.append(At(step, place, "a", batch, what) if reads or place == "train" else At(step, what=what))
     return case, places, chance.choice([1, 3, 5])
 
 
 def run_story(case: Case, places: list[At], every_steps: int, folder: Path) -> Attempt:
-    """Have a run interrupted at each of these places, and taken up again; returns its last attempt, to its end."""
+    """Interrupt a run at each of these places, and resume it; return its last attempt, which finishes."""
     checkpoints = Checkpoints(every_steps=every_steps, when_busy="wait", best="val_loss/a")
     resume = None
     for at in [*places, None]:
         newest = next(reversed(CheckpointStore(folder / "checkpoints").names()), None)
         one = attempt(case, folder, at=at, resume=resume, checkpoints=checkpoints)
-        # To begin anew would be exact, too.
+        # A new run would be exact, too.
         assert not one.net.losses or one.net.losses[0][0] == (newest.step if newest is not None else 0) + 1
-        # Later attempts may begin behind theirs, and where steps are skipped nobody knows how many there are.
+        # Later attempts may start after the place, and skipped steps change the number of steps.
         assert at is None or one.net.at != at or resume or case.precision == "float16", f"it did not come to {at}"
         resume = "auto"
     return one

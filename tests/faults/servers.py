@@ -1,4 +1,4 @@
-"""Real servers of objects, each in a process of its own, on a port that the system chose."""
+"""Real servers of objects, each in its own process, at a free port."""
 
 from __future__ import annotations
 
@@ -33,15 +33,13 @@ _ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K
 
 
 class Server:
-    """A server and how to reach it."""
-
     def __init__(self, scheme: str, port: int) -> None:
         self.scheme = scheme
         self.port = port
         self.url = f"{scheme}://{BUCKET}"
 
     def environment(self, port: int | None = None) -> dict[str, str]:
-        """What obstore needs to know, to reach it directly or by a proxy's port."""
+        """The environment with which obstore reaches it, directly or through a proxy's port."""
         endpoint = f"http://127.0.0.1:{port if port is not None else self.port}"
         if self.scheme == "s3":
             return {
@@ -59,13 +57,13 @@ class Server:
         }
 
     def multipart_uploads(self) -> list[str]:
-        """Keys of uploads that were begun in parts, and neither completed nor aborted."""
+        """Keys of uploads in parts that were neither completed nor aborted."""
         assert self.scheme == "s3"
         return [one["Key"] for one in self.boto.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
 
     @functools.cached_property
     def boto(self) -> Any:
-        """Another client, to look with."""
+        """Another client."""
         import boto3
 
         return boto3.client(
@@ -88,10 +86,9 @@ def moto(folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def azurite(folder: Path) -> Iterator[Server]:
-    """Azure's blob storage, by azurite, with a container. Skips where there is no npm."""
+    """Azure's blob storage, by azurite, with a container. Skips the test without npm."""
     if shutil.which("npm") is None or shutil.which("node") is None:
-        pytest.skip("azurite needs node and npm, which are not here")
-    # Not in the repository, and not downloaded again each time.
+        pytest.skip("azurite needs node and npm; install them")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stagecast-tests" / "azurite"
     program = cache / "node_modules" / ".bin" / "azurite-blob"
     if not program.exists():
@@ -108,7 +105,7 @@ def azurite(folder: Path) -> Iterator[Server]:
 
 
 def _create_container(server: Server) -> None:
-    """obstore creates no containers; a request that is signed by hand does."""
+    """By a request that is signed here, because obstore cannot create one."""
     import base64
     import email.utils
     import hashlib
@@ -130,7 +127,7 @@ def _create_container(server: Server) -> None:
 
 @contextmanager
 def _listening(command: list[str], folder: Path) -> Iterator[int]:
-    """Run a server until the block ends; gives the port that it says, and is seen, to listen at."""
+    """Run a server until the block ends; give the port that it prints, and at which it really listens."""
     log = folder / "stderr"
     with (
         open(log, "wb") as stderr,
@@ -145,7 +142,7 @@ def _listening(command: list[str], folder: Path) -> Iterator[int]:
                     break
             assert port is not None, f"{command[0]} did not start: {log.read_text()[-2000:]}"
             ports = {one.laddr.port for one in psutil.Process(process.pid).net_connections() if one.status == "LISTEN"}
-            assert port in ports, f"somebody else listens on {port}"
+            assert port in ports, f"another process listens on {port}"
             yield port
         finally:
             process.kill()

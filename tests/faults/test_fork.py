@@ -1,4 +1,4 @@
-"""A fork while a checkpoint is written harms neither side: the child ends as it would have, the checkpoint is whole."""
+"""A fork while a checkpoint is written harms neither side: the child ends normally, the checkpoint is complete."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import resume_runs as runs
+from faults.child import run_job
+from faults.injections import injected
+from support.threads import WAIT_S
 
 from events.checkpoint import disk
 from events.checkpoint.files import verify
 from events.checkpoint.store import CheckpointStore
 from trainer import Checkpoints
 
-INJECTIONS = {
-    "test_a_fork_during_a_save_harms_neither_side": (0, 8),
-    "test_workers_that_are_forked_during_saves_work": (1, 4),
-}
 FORKS = [
     ("sys.exit", "asyncio"),
     ("hook", "train"),
@@ -28,7 +28,6 @@ FORKS = [
     ("process", "train"),
     ("process", "trio"),
 ]
-WAIT_S = 20.0
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc"),
@@ -37,51 +36,48 @@ pytestmark = [
 ]
 
 
-def whole(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints that there are; each is whole."""
+def verified_steps(run_dir: Path) -> list[int]:
     store = CheckpointStore(run_dir / "checkpoints")
     for name in store.names():
         verify(store.path(name), store.manifest(name))
     return [name.step for name in store.names()]
 
 
-def test_a_fork_during_a_save_harms_neither_side(runs: Any, child: Any, tmp_path: Path, injection: int) -> None:
-    """From the main thread or from a hook, with an end of the interpreter or without: the child exits with 0.
+@injected("how, door", FORKS, 0)
+def test_a_fork_during_a_save_harms_neither_side(how: str, door: str, tmp_path: Path) -> None:
+    """From the main thread or from a hook, with the interpreter's finalisation or without: the child exits with 0.
 
-    The run goes on, its first checkpoint is whole, and a run that is resumed from it is exact.
+    The run continues, its first checkpoint is complete, and a run that is resumed from it is exact.
     """
-    how, door = FORKS[injection]
-    said, status, errors = child("fork", run_dir=tmp_path / "run", how=how, door=door)
-    assert status == 0, errors
-    assert errors == ""
-    assert said == {"ended": [0], "result": [["finished", 18]]}
-    assert whole(tmp_path / "run") == [3, 6, 9, 12, 15, 18]
+    reports, status, errors = run_job("fork", run_dir=tmp_path / "run", how=how, door=door)
+    assert (status, errors) == (0, "")
+    assert reports == {"ended": [0], "result": [["finished", 18]]}
+    assert verified_steps(tmp_path / "run") == [3, 6, 9, 12, 15, 18]
     last = runs.attempt(runs.Case(), tmp_path / "run", resume="step-3.a1")
     runs.assert_continues(last, tmp_path / "run", runs.straight(runs.Case()))
 
 
-def test_memory_of_a_child_where_the_slab_was_stays_its_own(child: Any) -> None:
-    """Forked children have no slab, so nothing of theirs is unmapped when they let it go; the parent's is as it was."""
-    said, status, errors = child("slab")
+def test_memory_of_a_child_where_the_slab_was_stays_its_own() -> None:
+    """A forked child has no slab, so closing it unmaps nothing; the parent's slab is unchanged."""
+    reports, status, errors = run_job("slab")
     assert status == 0, errors
-    assert said == {"ended": [0], "kept": [True]}
+    assert reports == {"ended": [0], "kept": [True]}
 
 
 @pytest.mark.timeout(120)
+@injected("workers, data", [(2, "map"), (2, "iterable"), (2, "kept"), (4, "map")], 1)
 def test_workers_that_are_forked_during_saves_work(
-    runs: Any, tmp_path: Path, injection: int, monkeypatch: pytest.MonkeyPatch
+    workers: int, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of an epoch are forked while a checkpoint is written: data, run and checkpoints are as they must be."""
-    workers, data = ((2, "map"), (2, "iterable"), (2, "kept"), (4, "map"))[injection]
+    """The workers of an epoch are forked while a checkpoint is written: data, run and checkpoints are exact."""
     case = runs.Case(workers=workers, data=data, augment=True, resume_data="replay")
-    saving = threading.Semaphore(0)
-    begun = threading.Semaphore(0)
+    saving, begun = threading.Semaphore(0), threading.Semaphore(0)
     writes = disk.write_image
     left = iter("12")
 
     def write(*args: Any) -> Any:
         saving.release()
-        if next(left, None):  # after the last one no epoch begins
+        if next(left, None):  # after the last checkpoint no epoch begins
             assert begun.acquire(timeout=WAIT_S)
         return writes(*args)
 
@@ -91,16 +87,16 @@ def test_workers_that_are_forked_during_saves_work(
 
     def get_train_dataloader(*args: Any) -> Any:
         loader = type(one.net).get_train_dataloader(one.net, *args)
-        if one.net.working_on:  # the checkpoint of the epoch before is taken: it is being written from now on
+        if one.net.working_on:  # the checkpoint of the epoch before is staged: the writer writes it from now on
             assert saving.acquire(timeout=WAIT_S)
         return loader
 
     def step(global_step: int, batch: Any, device: Any) -> Any:
-        if global_step in (7, 13):  # the workers have been forked, and have given data
+        if global_step in (7, 13):  # the workers are forked, and have sent data
             begun.release()
         return train_step(global_step, batch, device)
 
     one.net.get_train_dataloader, one.net.train_step = get_train_dataloader, step
     one.result = one.trainer.train()
-    assert whole(tmp_path) == [6, 12, 18]
+    assert verified_steps(tmp_path) == [6, 12, 18]
     runs.assert_continues(one, tmp_path, runs.straight(case))

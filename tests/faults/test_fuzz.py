@@ -1,11 +1,12 @@
-"""Files and messages that a stranger may have written: each gives a value, or the error of its kind.
+"""Files and messages of a stranger: each gives a value, or the error of its kind.
 
-Also for longer, as CONTRIBUTING.md says: then each test tries thousands of inputs.
+With ``--hypothesis-profile=fuzz`` each test tries thousands of inputs; see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import tempfile
@@ -85,29 +86,32 @@ plain = nested(st.one_of(st.none(), st.booleans(), integers, reals, texts))
 big = st.sampled_from([2**63, 2**64, -(2**63) - 1, -(10**30), 10**400, 10**4_000])
 odd = st.sampled_from([math.nan, math.inf, -math.inf, "\ud800", "\udc80x"])
 strange = st.one_of(big, odd, nested(st.one_of(st.none(), st.booleans(), integers, texts, big, odd)))
-"""What few fields can have, and some that none can."""
+"""Values that few fields accept, or none."""
 
 
+ATOMS: dict[Any, st.SearchStrategy[Any]] = {
+    Any: plain,
+    msgspec.Raw: plain,
+    str: texts,
+    bytes: texts,
+    int: integers,
+    float: reals,
+    bool: st.booleans(),
+    type(None): st.none(),
+}
+
+
+@functools.cache  # building a strategy costs more than drawing from it
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
-    """Values for a field of a type, as JSON has them."""
+    """JSON values for a field of a type."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is typing.Annotated:
         values, meta = values_of(args[0]), args[1]
         if args[0] is float:
             return st.floats(meta.ge, meta.le)
         return values.filter(lambda value: meta.ge <= value <= meta.le) if args[0] is int else values
-    if kind is Any or kind is msgspec.Raw:
-        return plain
-    if kind in (str, bytes):
-        return texts
-    if kind is int:
-        return integers
-    if kind is float:
-        return reals
-    if kind is bool:
-        return st.booleans()
-    if kind is type(None):
-        return st.none()
+    if kind in ATOMS:
+        return ATOMS[kind]
     if origin is typing.Literal:
         return st.sampled_from(args)
     if origin in (typing.Union, types.UnionType):
@@ -121,7 +125,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def objects_of(draw: st.DrawFn, struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """Such a Struct, or nearly: a field is missing, of another type, beyond its bounds, or of no such name."""
+    """A Struct, or nearly: with a field that is missing, unknown, of another type, or beyond its bounds."""
     fields = msgspec.structs.fields(struct)
     given_ones = [one for one in fields if one.required or draw(st.booleans())]
     tree = {one.encode_name: draw(values_of(one.type)) for one in given_ones}
@@ -134,19 +138,17 @@ def objects_of(draw: st.DrawFn, struct: type[msgspec.Struct]) -> dict[str, Any]:
             del tree[draw(st.sampled_from(sorted(tree)))]
         case "added":
             tree[draw(texts)] = draw(strange)
-        case "right" if draw(st.booleans()):  # NaN and infinities, as journals have them
+        case "right" if draw(st.booleans()):  # NaN and infinities in a journal
             tree["nonfinite"] = {f"/{name}": "nan" for name, value in tree.items() if value is None}
     return tree
 
 
 def as_json(value: Any) -> bytes:
-    """As JSON, with the ``NaN``, the integers and the halves of characters that it may not have."""
+    """Encode, with ``NaN``, large integers and lone surrogates, which JSON does not allow."""
     return json.dumps(value).encode()
 
 
 def as_msgpack(value: Any) -> bytes:
-    """As msgpack, without what that cannot hold."""
-
     def fit(one: Any) -> Any:
         if isinstance(one, str):
             return one.encode("utf-8", "replace").decode()
@@ -161,7 +163,7 @@ def as_msgpack(value: Any) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
-    """Bytes as they are, or cut, or with some of them replaced."""
+    """Bytes unchanged, cut, doubled, or with some of them replaced."""
     data = draw(whole)
     match draw(st.sampled_from(["whole", "whole", "whole", "cut", "replaced", "doubled"])):
         case "cut":
@@ -175,7 +177,7 @@ def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 def bounded(call: Callable[[], T], most_bytes: int = 32 * 2**20) -> T:
-    """Call it, and see that it needs no more memory than this at a time; its time is bounded by that of a test."""
+    """Make a call that may not need more memory at a time; a test's timeout bounds its time."""
     tracemalloc.start()
     try:
         return call()
@@ -201,8 +203,7 @@ def decoded(lines: list[bytes]) -> list[Event]:
 
 @fuzz
 @given(damaged(event_lines))
-def test_a_line_is_an_event_that_can_be_written_in_every_form_or_a_wire_error(line: bytes) -> None:
-    """JSON, msgpack, and both again."""
+def test_a_line_is_an_event_that_returns_from_json_and_msgpack_or_a_wire_error(line: bytes) -> None:
     event = decode_json(b'{"type":"X"}')
     with contextlib.suppress(WireError):
         event = bounded(lambda: decode_json(line))
@@ -215,7 +216,6 @@ def test_a_line_is_an_event_that_can_be_written_in_every_form_or_a_wire_error(li
 @fuzz
 @given(damaged(event_objects.map(as_msgpack)))
 def test_msgpack_is_an_event_or_a_wire_error(data: bytes) -> None:
-    """What a transport hands over."""
     with contextlib.suppress(WireError):
         encode_json(decode_msgpack(data))
 
@@ -229,9 +229,8 @@ def test_a_command_can_be_written_again_or_is_a_wire_error(data: bytes) -> None:
 
 @fuzz
 @given(st.lists(event_lines, min_size=1, max_size=8))
-def test_any_events_can_be_shown_and_kept(lines: list[bytes]) -> None:
-    """The page's view and its frames, the console's lines, a table, a run's health: none of them fails, and none of
-    them passes on what a terminal would obey."""
+def test_any_events_can_be_shown(lines: list[bytes]) -> None:
+    """The page's frames, the console, a table and a run's health do not fail, and write no control characters."""
     events = decoded(lines)
     view, changes = RunView(), Changes()
     view.add(events, changes)
@@ -250,7 +249,7 @@ def test_any_events_can_be_shown_and_kept(lines: list[bytes]) -> None:
 @fuzz
 @given(st.lists(damaged(event_lines), max_size=8), st.data())
 def test_any_journal_can_be_read_and_its_view_stored(lines: list[bytes], data: st.DataObject) -> None:
-    """Damaged lines are skipped and named; a stored view that was damaged, too, is not trusted."""
+    """Damaged lines are skipped and named; a damaged stored view is not used."""
     with tempfile.TemporaryDirectory() as place:
         run = Path(place)
         (run / "journal").mkdir()
@@ -274,7 +273,6 @@ def test_any_journal_can_be_read_and_its_view_stored(lines: list[bytes], data: s
 @fuzz
 @given(damaged(objects_of(Manifest).map(as_json)), st.booleans())
 def test_a_manifest_can_be_written_again_or_is_damaged(body: bytes, signed: bool) -> None:
-    """Also one that whoever wrote it has signed."""
     data = b'{"manifest":%s,"xxh3_128":"%s"}\n' % (body, xxhash.xxh3_128_hexdigest(body).encode()) if signed else body
     with contextlib.suppress(CheckpointDamaged, CheckpointTooNew):
         manifest = bounded(lambda: decode_manifest(data, "file"))
@@ -286,7 +284,6 @@ def test_a_manifest_can_be_written_again_or_is_damaged(body: bytes, signed: bool
 @fuzz
 @given(damaged(objects_of(AttemptNote).map(as_json)), damaged(objects_of(Parts).map(as_json)))
 def test_an_attempt_and_parts_are_values_or_damaged(attempt: bytes, parts: bytes) -> None:
-    """Each with the error, or the None, of its kind."""
     signed = b'{"attempt":%s,"xxh3_128":"%s"}\n' % (attempt, xxhash.xxh3_128_hexdigest(attempt).encode())
     for data in (attempt, signed):
         found = decode_attempt("attempt-1.json", data)
@@ -318,7 +315,7 @@ tensor_headers = st.builds(
 @fuzz
 @given(damaged(tensor_headers), st.integers(-8, 8))
 def test_a_tensor_file_has_tensors_or_is_damaged(header: bytes, off: int) -> None:
-    """Whatever its header says of shapes and places, nothing outside of the file is read."""
+    """Whatever shapes and offsets its header has, nothing outside the file is read."""
     data = memoryview(max(0, len(header) + off).to_bytes(8, "little") + header + bytes(range(16)))
     with contextlib.suppress(CheckpointDamaged):
         for info, offset in bounded(lambda: read_layout(data, "file")).tensors.values():
@@ -350,7 +347,6 @@ packed_trees = st.recursive(
 def test_a_packed_state_is_a_value_that_can_be_packed_again_or_is_damaged(
     tree: Any, entries: int, data: st.DataObject
 ) -> None:
-    """Whatever stands behind a mark, and whatever was cut."""
     packed = msgspec.msgpack.encode([entries, tree])
     found: Any = None
     with contextlib.suppress(CheckpointDamaged):
@@ -362,11 +358,10 @@ def test_a_packed_state_is_a_value_that_can_be_packed_again_or_is_damaged(
 
 @fuzz
 @given(damaged(objects_of(RunSnapshot).map(as_json)), st.lists(event_lines, max_size=6))
-def test_what_a_server_answers_gives_a_result_or_is_refused(summary: bytes, lines: list[bytes]) -> None:
-    """A summary and events of a server that `connect` talks to."""
+def test_the_answers_of_a_server_give_a_result_or_are_refused(summary: bytes, lines: list[bytes]) -> None:
     try:
         snapshot = msgspec.json.decode(summary, type=RunSnapshot)
-    except (ValueError, RecursionError):  # `trainer.remote.http` makes its own error of these
+    except (ValueError, RecursionError):  # `trainer.remote.http` converts these
         snapshot = RunSnapshot(0, Summary("r"))
     builder = ResultBuilder(snapshot)
     builder.add(decoded(lines))
@@ -377,7 +372,7 @@ def test_what_a_server_answers_gives_a_result_or_is_refused(summary: bytes, line
 
 API = json.loads((Path(__file__).parents[1] / "live" / "openapi.json").read_text())
 REFUSED = {"400", "401", "403", "404", "405", "421"}
-"""What any address may answer."""
+"""Answers that any address may give."""
 ways = st.sampled_from([(path, method) for path, methods in API["paths"].items() for method in methods])
 digits = st.sampled_from(["0", "-1", "7", str(2**63), "9" * 400, "9" * 5_000, "1e3", "\u0663"])
 parameters = st.dictionaries(
@@ -409,7 +404,7 @@ hellos = st.one_of(
 
 @pytest.fixture(scope="module")
 def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs: one that is fine, and one of lines that are nearly events."""
+    """Two runs: one sound, and one whose lines are nearly events."""
     folder = tmp_path_factory.mktemp("runs")
     header = {"run_id": "r", "attempt": 1, "time": 1.5, "rank": 0, "global_step": 0, "epoch": 0, "stage": None}
     lines = [
@@ -425,7 +420,7 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Asked:
-    """The client's side of one connection: hands over messages, then leaves; keeps what it is sent."""
+    """The client's side of one connection: sends messages, then leaves; keeps the answers."""
 
     def __init__(self, *messages: dict[str, Any], leaves: str) -> None:
         self._messages = [*messages]
@@ -481,7 +476,7 @@ def test_the_live_api_answers_any_request_as_its_schema_says(
     given_headers: dict[str, str],
     body: bytes,
 ) -> None:
-    """No request has an answer that is not listed; JSON has the shape that is listed with it."""
+    """Each answer is listed, and its JSON has the listed shape."""
     path, known = way
     client = Asked({"type": "http.request", "body": body, "more_body": False}, leaves="http.disconnect")
     scope = scope_of(path.format(run_id=run_id, path=inside), query, usual | given_headers)
@@ -489,7 +484,7 @@ def test_the_live_api_answers_any_request_as_its_schema_says(
     status, *parts = client.sent
     responses = API["paths"][path][known]["responses"]
     others = {code for methods in API["paths"].values() for one in methods.values() for code in one["responses"]}
-    # Another path than the one that is meant: a run's name with a slash.
+    # A run's name with a slash leads to another address.
     listed = set(responses) if "/" not in run_id + inside and run_id and inside else others
     assert str(status["status"]) in listed | REFUSED
     content = responses.get(str(status["status"]), {}).get("content", {}).get("application/json")
@@ -500,10 +495,9 @@ def test_the_live_api_answers_any_request_as_its_schema_says(
 
 @fuzz
 @given(st.one_of(st.sampled_from(["fine", "bad"]), texts), st.lists(hellos, max_size=4), st.booleans(), headers)
-def test_a_websocket_takes_any_messages_and_is_closed_with_a_code(
+def test_a_websocket_accepts_any_messages_and_is_closed_with_a_code(
     runs_folder: Path, run_id: str, messages: list[bytes], as_text: bool, given_headers: dict[str, str]
 ) -> None:
-    """A hello, commands, garbage, in any order."""
     frames = [
         {"type": "websocket.receive", **({"text": one.decode("latin-1")} if as_text else {"bytes": one})}
         for one in messages

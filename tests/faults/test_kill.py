@@ -1,7 +1,7 @@
-"""``kill -9`` at any instant of a run that trains and saves: what was announced is there, whole, and is resumed from.
+"""``kill -9`` at any instant of a run that trains and saves: each announced checkpoint is intact and resumed from.
 
-The runs are forked from a process that has imported everything. Each reports a checkpoint at the moment at which it is
-announced; what a checkpoint must hold is a function of its step, computed by a loop without a trainer.
+Each run reports a checkpoint when it is announced; the content of a checkpoint must be a function of its step, computed
+by a loop without a trainer.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.child import Outcome, run_job
+from faults.disk_kit import Tally, calls_of, leftovers, look, reference
+from faults.injections import injected
 
 from events.checkpoint.manifest import CheckpointName
 
-INJECTIONS = {
-    "test_a_run_killed_at_any_time_is_resumed_from_what_it_last_announced_or_later": (1, 125),
-    "test_a_run_killed_at_any_call_to_the_disk_leaves_what_was_announced": (1, 20),  # in parts
-}
-KILLS = 8
-PARTS = 20
+KILLS, PARTS = 8, 30
 CHAINS: tuple[dict[str, Any], ...] = (
     {"every_steps": 1, "when_busy": "skip", "keep_last": 1},
     {"every_steps": 3, "when_busy": "skip", "keep_last": 2, "journal": True},
@@ -32,46 +30,39 @@ CHAINS: tuple[dict[str, Any], ...] = (
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="fork and SIGKILL are POSIX")
 
 
-@pytest.fixture(scope="module")
-def reference(disk: Any) -> Any:
-    return disk.Reference()
-
-
 class Line:
-    """A run that is killed again and again: what it must go on from each time."""
+    """A run that is killed again and again."""
 
-    def __init__(self, run_dir: Path, disk: Any, reference: Any) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.newest: CheckpointName | None = None
-        """What is to be resumed from."""
+        """The checkpoint that the next attempt must resume from."""
         self.saved = 0
-        self._disk = disk
-        self._reference = reference
 
-    def after(self, said: dict[str, list[Any]]) -> None:
-        """Compare what a killed attempt has said and left with what it began with."""
-        began = self.newest.step if self.newest is not None else 0
-        assert said.get("begins", []) in ([], [[began, self._reference[began]]])
-        announced = [CheckpointName.parse(text) for text in said.get("saved", [])]
+    def attempt(self, **options: Any) -> Outcome:
+        """Run one attempt; compare its reports, and what it leaves, with the checkpoint that it had to start from."""
+        outcome = run_job("train", run_dir=self.run_dir, **options)
+        start = self.newest.step if self.newest is not None else 0
+        assert outcome.reports.get("starts", []) in ([], [[start, reference[start]]])
+        announced = [CheckpointName.parse(text) for text in outcome.reports.get("saved", [])]
         self.saved += len(announced)
-        sight = self._disk.look(self.run_dir, self._reference)
+        sight = look(self.run_dir)
         assert not sight.rejected
         must = announced[-1] if announced else self.newest
         assert must is None or (sight.name is not None and not sight.name < must), (sight, must)
         self.newest = sight.name
+        return outcome
 
 
-def test_a_run_killed_at_any_time_is_resumed_from_what_it_last_announced_or_later(
-    injection: int, disk: Any, nursery: Any, reference: Any, tmp_path: Path
+@injected("injection", range(125), 1)
+def test_a_run_killed_at_any_time_resumes_from_its_last_announced_checkpoint_or_a_newer_one(
+    injection: int, tmp_path: Path
 ) -> None:
-    """A run is killed eight times at random, and goes on each time with the newest announced state or a newer one."""
-    chance = random.Random(injection)
-    line = Line(tmp_path / "run", disk, reference)
+    """A run is killed eight times at random instants."""
+    chance, line = random.Random(injection), Line(tmp_path / "run")
     for _ in range(KILLS):
         after = chance.choice((0, 0, 1, 2, 5))
-        said, status, killed = nursery(
-            "train",
-            run_dir=line.run_dir,
+        _, status, errors = line.attempt(
             resume="auto",
             epochs=1_000_000,
             kill_after=after,
@@ -79,30 +70,23 @@ def test_a_run_killed_at_any_time_is_resumed_from_what_it_last_announced_or_late
             kill_s=chance.uniform(0.0, 0.06 if after == 0 else 0.03),
             **CHAINS[injection % len(CHAINS)],
         )
-        assert killed
-        assert status == -9
-        line.after(said)
+        assert status == -9, errors
     assert line.saved
 
 
-def test_a_run_killed_at_any_call_to_the_disk_leaves_what_was_announced(
-    injection: int, disk: Any, nursery: Any, reference: Any, tmp_path: Path
-) -> None:
-    """It dies at any call of the first three saves and two deletions, half of a write done; the next run goes on."""
-    with disk.Calls(disk.Fault(10**9, None)) as calls:
-        disk.make_trainer(tmp_path / "whole", callbacks=[disk.Tally()]).train()
-    assert len(calls.made) > 100
-    # The most delicate ones come first: they are the quick selection.
-    numbers = sorted(range(len(calls.made)), key=lambda number: calls.made[number].name != "rename")
+@injected("injection", range(PARTS), 1)
+def test_a_run_killed_at_any_call_to_the_disk_leaves_what_it_announced(injection: int, tmp_path: Path) -> None:
+    """It dies at any call of the first three saves and two deletions, half of a write done; the next attempt ends."""
+    made = calls_of(tmp_path / "whole", callbacks=[Tally()])
+    assert len(made) > 100
+    # The quick selection are renames, the most delicate calls.
+    numbers = sorted(range(len(made)), key=lambda number: made[number].name != "rename")
     each = -(-len(numbers) // PARTS)
     for number in numbers[injection * each : (injection + 1) * each]:
-        line = Line(tmp_path / str(number), disk, reference)
-        said, status, _ = nursery("train", run_dir=line.run_dir, kill_at=number)
-        assert status == -9, f"it did not come to call {number}"
-        line.after(said)
-        said, status, _ = nursery("train", run_dir=line.run_dir, resume="auto")
-        assert status == 0
-        line.after(said)
+        line = Line(tmp_path / str(number))
+        assert line.attempt(kill_at=number).status == -9, f"it did not come to call {number}"
+        _, status, errors = line.attempt(resume="auto")
+        assert status == 0, errors
         assert line.newest is not None
         assert line.newest.step == 6
-        assert not disk.leftovers(line.run_dir)
+        assert not leftovers(line.run_dir)

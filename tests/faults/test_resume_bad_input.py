@@ -1,13 +1,14 @@
-"""What cannot be resumed from, or stored, is refused before anything is computed, in words that help."""
+"""Unusable checkpoints and states that cannot be stored are refused before the first step, with the cause and a fix."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import msgspec
 import pytest
 import torch
 import xxhash
+from faults.resume_runs import At, Case, Crash, Net, Trainer, assert_continues, attempt, differences, prepare, straight
 from torch import nn
 
 from events.checkpoint.manifest import MANIFEST_NAME
@@ -38,31 +40,25 @@ from trainer.errors import ArgumentsError, DataLoaderError
 
 
 @pytest.fixture(scope="module")
-def old(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was stopped after step 8, with checkpoints at 5 and 8."""
     folder = tmp_path_factory.mktemp("old")
-    runs.attempt(runs.Case(), folder, at=runs.At(8), checkpoints=Checkpoints(every_steps=5))
+    attempt(Case(), folder, at=At(8), checkpoints=Checkpoints(every_steps=5))
     return folder
 
 
 @pytest.fixture
 def run_dir(old: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    shutil.copytree(old, tmp_path / "run")
-    return tmp_path / "run"
+    return Path(shutil.copytree(old, tmp_path / "run"))
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Everything that is in a folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def copied(module: ModuleInterface) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-# ------------------------------------------------------------------------------------------------ another model
 
 
 def widen(net: Any) -> None:
@@ -82,87 +78,81 @@ def rename(net: Any) -> None:
     ],
     ids=["shapes", "keys"],
 )
-def test_the_checkpoint_of_another_model_is_refused_by_names_and_shapes(
-    runs: Any, run_dir: Path, change: Callable[[Any], None], words: list[str]
+def test_the_checkpoint_of_another_model_is_refused_with_names_and_shapes(
+    run_dir: Path, change: Callable[[Any], None], words: list[str]
 ) -> None:
-    """The module is as it was, and so are the checkpoints: nothing was begun."""
-    one = runs.prepare(runs.Case(), run_dir, resume="auto")
+    """Module and checkpoints stay unchanged."""
+    one = prepare(Case(), run_dir, resume="auto")
     change(one.net)
     before, stored = copied(one.net), fingerprint(run_dir / "checkpoints")
     with pytest.raises(CheckpointMismatch) as caught:
         one.trainer.train()
     for part in [*words, "step-8.a1", "Net", "Nothing was changed"]:
         assert part in str(caught.value)
-    assert runs.differences(copied(one.net), before) == []
+    assert differences(copied(one.net), before) == []
     assert fingerprint(run_dir / "checkpoints") == stored
     assert one.net.losses == []
 
 
-@pytest.mark.parametrize("kind", ["optimizers", "schedulers", "groups"])
-def test_other_optimizers_are_refused_with_the_way_out(runs: Any, run_dir: Path, kind: str) -> None:
-    """It names how many there are on either side, and the argument that begins with new ones; which then works."""
-    case = runs.Case(optimizers="two", scheduler="none") if kind == "optimizers" else runs.Case(scheduler="none")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("optimizers", "has 1 optimizers, this module has 2"),
+        ("schedulers", "has 1 schedulers, this module has 0"),
+        ("groups", "optimizer 0 has groups of [6] parameters there, and of [2] here"),
+    ],
+)
+def test_other_optimizers_are_refused_with_a_working_fix(run_dir: Path, kind: str, words: str) -> None:
+    """The error has both counts, and names the argument that starts with new optimizers."""
+    case = Case(optimizers="two", scheduler="none") if kind == "optimizers" else Case(scheduler="none")
 
-    def prepare(**arguments: Any) -> Any:
-        one = runs.prepare(case, run_dir, resume="step-8.a1", **arguments)
+    def build(**arguments: Any) -> Any:
+        one = prepare(case, run_dir, resume="step-8.a1", **arguments)
         if kind == "groups":
             adam = torch.optim.Adam(one.net.first.parameters())
             scheduler = torch.optim.lr_scheduler.StepLR(adam, 1)
             one.net.get_optimizers_schedulers = lambda steps, epochs: ([adam], [scheduler])
         return one
 
-    words = {
-        "optimizers": "has 1 optimizers, this module has 2",
-        "schedulers": "has 1 schedulers, this module has 0",
-        "groups": "optimizer 0 has groups of [6] parameters there, and of [2] here",
-    }
     with pytest.raises(CheckpointMismatch, match=r"reset_optimizers_schedulers=True") as caught:
-        prepare().trainer.train()
-    assert words[kind] in str(caught.value)
-    assert prepare(reset_optimizers_schedulers=True).trainer.train().status == "finished"
-
-
-# -------------------------------------------------------------------------------------------- what is not there
+        build().trainer.train()
+    assert words in str(caught.value)
+    assert build(reset_optimizers_schedulers=True).trainer.train().status == "finished"
 
 
 @pytest.mark.parametrize("resume", ["step-99.a1", "nowhere", "checkpoints", "/nonexistent/run", "step-1.a1/"])
-def test_a_path_that_leads_to_no_checkpoint_is_named(runs: Any, tmp_path: Path, resume: str) -> None:
-    """A name, a path, an empty folder: the message repeats it, and no step is taken."""
+def test_a_path_without_a_checkpoint_is_named(tmp_path: Path, resume: str) -> None:
+    """A name, a path, an empty folder: no step is taken."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    one = runs.prepare(runs.Case(), tmp_path / "run", resume=resume)
+    one = prepare(Case(), tmp_path / "run", resume=resume)
     with pytest.raises(CheckpointNotFound, match=re.escape(resume.rstrip("/").rpartition("/")[2])):
         one.trainer.train()
     assert one.net.losses == []
 
 
 @pytest.mark.parametrize("resume", ["auto", "best"])
-def test_a_run_that_looks_for_its_own_checkpoints_must_be_named(runs: Any, resume: str) -> None:
-    """When the trainer is made."""
+def test_a_run_that_resumes_from_its_own_checkpoints_must_be_named(resume: str) -> None:
     with pytest.raises(ArgumentsError, match=rf"resume='{resume}' needs to know the run; give run_id or run_dir"):
-        runs.Trainer(runs.Net(runs.Case()), runs.Case().arguments(), journal=False, sinks=[], resume=resume)
+        Trainer(Net(Case()), Case().arguments(), journal=False, sinks=[], resume=resume)
 
 
 @pytest.mark.parametrize("resume", [3, "", b"step-8.a1", Ellipsis])
-def test_what_is_no_path_is_refused_at_once(runs: Any, tmp_path: Path, resume: Any) -> None:
-    """When the trainer is made, with all that it may be."""
+def test_a_value_that_is_not_a_path_is_refused_when_the_trainer_is_built(tmp_path: Path, resume: Any) -> None:
     with pytest.raises(ArgumentsError, match=r"resume must be 'auto', 'best', a path, an address or None, not"):
-        runs.prepare(runs.Case(), tmp_path, resume=resume)
+        prepare(Case(), tmp_path, resume=resume)
 
 
-def test_data_that_has_become_shorter_is_refused(runs: Any, run_dir: Path) -> None:
-    """The place of the checkpoint is not in it: whether it is skipped or read."""
+def test_data_that_ends_before_the_checkpoints_batch_is_refused(run_dir: Path) -> None:
+    """Whether the batches before it are skipped or read."""
     for how in ("skip", "replay"):
-        one = runs.prepare(runs.Case(), run_dir, resume="step-8.a1", resume_data=how)
+        one = prepare(Case(), run_dir, resume="step-8.a1", resume_data=how)
         one.net.rows.x = one.net.rows.x[:8]
         with pytest.raises(DataLoaderError, match="gives 1 batches, but the checkpoint was taken after 2 of them"):
             one.trainer.train()
 
 
-# -------------------------------------------------------------------------------------------------- the manifest
-
-
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest, and sign it again: its own hash is right."""
+    """Change a manifest, with a valid hash."""
     manifest = msgspec.json.decode(path.read_bytes())["manifest"]
     change(manifest)
     body = msgspec.json.encode(manifest)
@@ -171,8 +161,8 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize("resume", ["auto", "step-8.a1"])
-def test_a_checkpoint_of_a_later_version_is_not_passed_over(runs: Any, run_dir: Path, resume: str) -> None:
-    """An older one is there and could be read, but going back to it in silence would lose what the later one did."""
+def test_a_checkpoint_of_a_later_version_is_not_skipped(run_dir: Path, resume: str) -> None:
+    """Resuming from the older one without a word would lose the work of the later one; on request it works."""
     path = run_dir / "checkpoints" / "step-8.a1" / MANIFEST_NAME
 
     def later(manifest: dict[str, Any]) -> None:
@@ -180,53 +170,34 @@ def test_a_checkpoint_of_a_later_version_is_not_passed_over(runs: Any, run_dir: 
         manifest["files"] = ["in", "another", "form"]
 
     rewrite(path, later)
-    one = runs.prepare(runs.Case(), run_dir, resume=resume)
+    one = prepare(Case(), run_dir, resume=resume)
     with pytest.raises(CheckpointTooNew, match=rf"{path}.*has format 2.*reads formats up to 1.*a later one"):
         one.trainer.train()
     assert one.net.losses == []
-    assert (
-        runs.attempt(runs.Case(), run_dir, resume="step-5.a1").result.status == "finished"
-    )  # who asks for it, gets it
+    last = attempt(Case(), run_dir, resume="step-5.a1")
+    assert last.result is not None
+    assert last.result.status == "finished"
 
 
-opened: list[str] | None = None
+OUTSIDE = ["/etc/hostname", "a/../../secret", "..", "", ".", "x\0", MANIFEST_NAME, "..\\secret", "../../secret"]
+opened: list[str] = []
 
 
-def _audit(event: str, arguments: Any) -> None:
-    if event == "open" and opened is not None:
-        opened.append(str(arguments[0]))
+@functools.cache
+def watch_open() -> None:
+    """From now on keep the paths of all files that are opened; an audit hook cannot be removed."""
+    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
 
 
-@pytest.fixture
-def watched() -> Iterator[list[str]]:
-    """Paths of all files that are opened from now on."""
-    global opened
-    if not hasattr(sys, "_stagecast_watches_open"):
-        sys.addaudithook(_audit)
-        sys._stagecast_watches_open = True  # type: ignore[attr-defined]  # a hook cannot be removed again
-    opened = []
-    yield opened
-    opened = None
-
-
-def test_a_manifest_that_points_outside_its_folder_is_damaged(runs: Any, run_dir: Path, watched: list[str]) -> None:
-    """Its hash is right, and so is that of the file it points at: nothing outside is opened, an older one is taken."""
+def test_a_manifest_that_names_a_file_outside_its_folder_is_damaged(run_dir: Path) -> None:
+    """The hashes are valid: nothing outside is opened, and an older checkpoint is used."""
     folder = run_dir / "checkpoints" / "step-8.a1"
-    shutil.copy(folder / "state.msgpack", run_dir / "secret")
-    shutil.copy(folder / "state.msgpack", folder.parent / "secret")
+    for place in (run_dir, folder.parent):
+        shutil.copy(folder / "state.msgpack", place / "secret")
     whole = (folder / MANIFEST_NAME).read_bytes()
-    watched.clear()
-    for outside in (
-        "/etc/hostname",
-        "a/../../secret",
-        "..",
-        "",
-        ".",
-        "x\0",
-        MANIFEST_NAME,
-        "..\\secret",
-        "../../secret",
-    ):
+    watch_open()
+    opened.clear()
+    for outside in OUTSIDE:
 
         def point(manifest: dict[str, Any], outside: str = outside) -> None:
             manifest["files"][outside] = manifest["files"].pop("state.msgpack")
@@ -235,34 +206,30 @@ def test_a_manifest_that_points_outside_its_folder_is_damaged(runs: Any, run_dir
         rewrite(folder / MANIFEST_NAME, point)
         with pytest.raises(CheckpointDamaged, match=r"lists the file .*, which cannot be one of a checkpoint"):
             find(folder, None, lambda name, error: None)
-    one = runs.attempt(runs.Case(), run_dir, resume="auto")
+    one = attempt(Case(), run_dir, resume="auto")
     assert one.net.losses[0][0] == 6
-    assert str(folder / MANIFEST_NAME) in watched
-    assert not [path for path in watched if path.endswith(("secret", "hostname"))]
-    runs.assert_continues(one, run_dir, runs.straight(runs.Case()))
+    assert str(folder / MANIFEST_NAME) in opened
+    assert not [path for path in opened if path.endswith(("secret", "hostname"))]
+    assert_continues(one, run_dir, straight(Case()))
 
 
-# --------------------------------------------------------------------------------------------------- the folder
-
-
-def test_a_folder_that_cannot_be_made_is_named_before_anything_is_computed(runs: Any, tmp_path: Path) -> None:
-    """A file is in its place (as the superuser, one may write everywhere)."""
+def test_a_folder_that_cannot_be_made_is_named_before_the_first_step(tmp_path: Path) -> None:
+    """A file has its name (permissions do not stop the superuser)."""
     (tmp_path / "checkpoints").write_text("a file")
-    one = runs.prepare(runs.Case(), tmp_path)
+    one = prepare(Case(), tmp_path)
     with pytest.raises(CheckpointError, match=rf"no checkpoint can be written to {tmp_path}/checkpoints.*run_dir"):
         one.trainer.train()
     assert one.net.losses == []
     assert (tmp_path / "checkpoints").read_text() == "a file"
-    assert runs.attempt(runs.Case(), tmp_path, checkpoints=False).result.status == "finished"
+    assert prepare(Case(), tmp_path, checkpoints=False).trainer.train().status == "finished"
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunFolderError, match=f"{tmp_path}/run"):
-        runs.prepare(runs.Case(), tmp_path / "run").trainer.train()
+        prepare(Case(), tmp_path / "run").trainer.train()
 
 
-def test_a_folder_that_goes_away_ends_the_run_after_some_failures(runs: Any, tmp_path: Path) -> None:
-    """Each is told; then the run ends rather than risk all that is computed, and names the folder."""
+def test_a_folder_that_vanishes_ends_the_run_after_three_failures(tmp_path: Path) -> None:
     sink = Memory()
-    one = runs.prepare(runs.Case(), tmp_path, sinks=[sink], checkpoints=Checkpoints(every_steps=1, when_busy="wait"))
+    one = prepare(Case(), tmp_path, sinks=[sink], checkpoints=Checkpoints(every_steps=1, when_busy="wait"))
 
     class Vandal(CallbackInterface):
         @inline
@@ -276,11 +243,8 @@ def test_a_folder_that_goes_away_ends_the_run_after_some_failures(runs: Any, tmp
     assert [event.consecutive for event in sink.of(CheckpointFailed) if event.during == "write"] == [1, 2, 3]
 
 
-# ---------------------------------------------------------------------------------------- what cannot be stored
-
-
 class Unstorable:
-    """Something that only its own process can hold."""
+    """A type that is not stored."""
 
 
 @pytest.mark.parametrize(
@@ -295,11 +259,10 @@ class Unstorable:
     ],
     ids=["lock", "nested", "function", "sparse", "meta", "lazy"],
 )
-def test_state_that_cannot_be_stored_is_named_by_its_path_at_the_start(
-    runs: Any, tmp_path: Path, state: dict[str, Any], path: str
+def test_a_state_that_cannot_be_stored_is_named_by_its_path_before_the_first_step(
+    tmp_path: Path, state: dict[str, Any], path: str
 ) -> None:
-    """Before the first step, not when an hour of training is to be saved; a run without checkpoints may have it."""
-    one = runs.prepare(runs.Case(), tmp_path)
+    one = prepare(Case(), tmp_path)
     one.net.get_state = lambda: state
     with pytest.raises(UnstorableState, match=path):
         one.trainer.train()
@@ -307,7 +270,7 @@ def test_state_that_cannot_be_stored_is_named_by_its_path_at_the_start(
 
 
 class Keeper(CallbackInterface):
-    """A callback with a state; which lane it is on says the subclass."""
+    """A callback with a state; the subclasses are on two lanes."""
 
     def __init__(self, state: Any) -> None:
         self.state = state
@@ -331,11 +294,10 @@ class Within(Keeper):
 
 
 @pytest.mark.parametrize("lane", [Beside, Within])
-def test_the_state_of_a_callback_that_cannot_be_stored_is_named_at_the_start(
-    runs: Any, tmp_path: Path, lane: type[Keeper]
+def test_the_state_of_a_callback_that_cannot_be_stored_is_named_before_the_first_step(
+    tmp_path: Path, lane: type[Keeper]
 ) -> None:
-    """By the callback and the path within its state."""
-    one = runs.prepare(runs.Case(), tmp_path, callbacks=[lane(lambda steps: {"where": {"it": Unstorable()}})])
+    one = prepare(Case(), tmp_path, callbacks=[lane(lambda steps: {"where": {"it": Unstorable()}})])
     with pytest.raises(UnstorableState, match=rf"{lane.__name__}\.where\.it\b.*Unstorable"):
         one.trainer.train()
     assert one.net.losses == []
@@ -344,66 +306,63 @@ def test_the_state_of_a_callback_that_cannot_be_stored_is_named_at_the_start(
 @pytest.mark.parametrize(("lane", "how"), [(Beside, "cannot be stored"), (Beside, "raises"), (Within, "raises")])
 @pytest.mark.parametrize("policy", ["fatal", "disable"])
 def test_the_state_of_a_callback_that_fails_later_is_a_failure_of_the_callback(
-    runs: Any, tmp_path: Path, lane: type[Keeper], how: str, policy: Any
+    tmp_path: Path, lane: type[Keeper], how: str, policy: Any
 ) -> None:
-    """As of a hook: by its policy it ends the run, as itself, or it is disabled, and all else goes on."""
+    """By its policy the exception ends the run, unchanged, or the callback is disabled, and the run continues."""
 
     def state(steps: int) -> Any:
         if steps >= 6:
-            if how == "raises":
-                return 1 / 0
-            return {"it": Unstorable()}
+            return 1 / 0 if how == "raises" else {"it": Unstorable()}
         return {"steps": steps}
 
     sink = Memory()
     saves = Checkpoints(every_steps=3, keep_last=9, when_busy="wait", at_end=False)
     callback = (lane(state), Delivery(on_error=policy, overflow="block"))
-    one = runs.prepare(runs.Case(), tmp_path, callbacks=[callback], checkpoints=saves, sinks=[sink])
+    one = prepare(Case(), tmp_path, callbacks=[callback], checkpoints=saves, sinks=[sink])
     store = CheckpointStore(tmp_path / "checkpoints")
     if policy == "fatal":
         with pytest.raises(ZeroDivisionError if how == "raises" else UnstorableState):
             one.trainer.train()
-        # What lacks something that must not be missed is none to go on from.
+        # A checkpoint without a part that must not be lost is not written.
         assert [name.step for name in store.names()] == [3]
     else:
         assert one.trainer.train().status == "finished"
         assert [name.step for name in store.names()] == [3, 6, 9, 12, 15, 18]
         assert {event.observer: event.during for event in sink.of(ObserverFailed)} == {lane.__name__: "state_dict"}
-        last = runs.attempt(runs.Case(), tmp_path, resume="auto")
-        assert last.result.global_step == 18
+        assert prepare(Case(), tmp_path, resume="auto").trainer.train().global_step == 18
 
 
-def test_a_callback_that_fails_leaves_no_checkpoint_without_its_state(runs: Any, tmp_path: Path) -> None:
-    """Its hook has raised, and the loop hears of it some checkpoints later: a resumed run goes on from one before."""
-    case = runs.Case()
-    one = runs.prepare(case, tmp_path, checkpoints=Checkpoints(every_steps=1, keep_last=9, when_busy="wait"))
+def test_a_callback_that_fails_leaves_no_checkpoint_without_its_state(tmp_path: Path) -> None:
+    """Its hook has raised, and the loop notices some checkpoints later: a resumed run starts from one before."""
+    case = Case()
+    one = prepare(case, tmp_path, checkpoints=Checkpoints(every_steps=1, keep_last=9, when_busy="wait"))
     (observed,) = (callback for callback in one.callbacks if type(callback).__name__ == "Observed")
     hook = observed.on_end_train_step
 
     def fail(global_step: int, *outputs: Any) -> None:
         if global_step == 8:
-            raise runs.Crash
+            raise Crash
         hook(global_step, *outputs)
 
     observed.on_end_train_step = fail
-    with pytest.raises(runs.Crash):
+    with pytest.raises(Crash):
         one.trainer.train()
-    last = runs.attempt(case, tmp_path, resume="auto")
+    last = attempt(case, tmp_path, resume="auto")
     assert last.net.losses[0][0] == 8
-    runs.assert_continues(last, tmp_path, runs.straight(case))
+    assert_continues(last, tmp_path, straight(case))
 
 
-def test_a_mistyped_path_leaves_a_run_that_is_over_as_it_is(runs: Any, tmp_path: Path) -> None:
-    """No attempt begins only to say so: the run stays finished, and nothing in its folder changes."""
+def test_a_mistyped_path_does_not_change_a_finished_run(tmp_path: Path) -> None:
+    """No attempt starts: the run stays finished, and nothing in its folder changes."""
     folder = tmp_path / "run"
-    assert runs.prepare(runs.Case(), folder).trainer.train().status == "finished"
+    assert prepare(Case(), folder).trainer.train().status == "finished"
 
     def contents() -> dict[Path, bytes]:
-        """But for the lock, which says who had it last."""
+        """Of all files except the lock, which names its last holder."""
         return {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file() and path.suffix != ".lock"}
 
     before = contents()
     for resume in ("nowhere/x", "step-99.a1"):
         with pytest.raises(CheckpointNotFound):
-            runs.prepare(runs.Case(), folder, resume=resume).trainer.train()
+            prepare(Case(), folder, resume=resume).trainer.train()
         assert contents() == before

@@ -1,27 +1,22 @@
-"""SIGTERM to a real process, at any place: it saves, leaves nothing behind, and is gone on from exactly.
-
-The processes are forked from one that has imported everything, and end as any program does.
-"""
+"""SIGTERM to a real process, at any place: it saves, leaves nothing behind, and is resumed exactly."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import resume_runs as runs
+from faults.child import Outcome, run_job
+from faults.injections import injected
 
 from events.checkpoint.files import verify
 from events.checkpoint.store import CheckpointStore
 from events.journal.reader import JournalReader
 from events.messages import CheckpointDeleted, CheckpointSaved, CheckpointUploaded, Event, RunEnded
 
-INJECTIONS = {
-    "test_a_first_sigterm_saves_and_a_resumed_run_goes_on_exactly": (1, 10),
-    "test_after_a_second_sigterm_what_was_announced_is_whole": (0, 9),
-}
-# Where the signal comes, with how many workers, and at which step the run stops (None: it depends on the disk).
+# The place of the signal, the number of workers, and the step at which the run stops (None: it depends on the disk).
 ONCE: list[tuple[str, int, int | None]] = [
     ("save", 2, None),
     ("train", 0, 7),
@@ -57,8 +52,26 @@ def uses(workers: int) -> dict[str, Any]:
     return {"workers": workers, "augment": True, "resume_data": "replay", "scheduler": "plateau"}
 
 
-def journal(run_dir: Path) -> list[Event]:
-    reader = JournalReader(run_dir / "journal")
+def terminate(folder: Path, places: list[str], workers: int) -> Outcome:
+    """Train with SIGTERM at these places; in the folder ``run``, with uploads to the folder ``remote``."""
+    (folder / "remote").mkdir()
+    url = f"file://{folder}/remote" if "upload" in places[-1] else None
+    step = 6 if "val" in places else 7
+    outcome = run_job("sigterm", run_dir=folder / "run", case=uses(workers), places=places, step=step, url=url)
+    assert outcome.status == 143, outcome.errors
+    assert outcome.reports["at"] == places
+    return outcome
+
+
+def resume(folder: Path, workers: int) -> runs.Attempt:
+    case = runs.Case(**uses(workers))
+    last = runs.attempt(case, folder / "run", resume="auto")
+    runs.assert_continues(last, folder / "run", runs.straight(case))
+    return last
+
+
+def journal(folder: Path) -> list[Event]:
+    reader = JournalReader(folder / "run" / "journal")
     events: list[Event] = []
     while batch := reader.read():
         events += batch
@@ -66,68 +79,48 @@ def journal(run_dir: Path) -> list[Event]:
     return events
 
 
-def announced(run_dir: Path) -> list[str]:
-    """Names of the checkpoints that the journal says are there; each of them is whole."""
-    events = journal(run_dir)
-    gone = {event.checkpoint for event in events if isinstance(event, CheckpointDeleted)}
+def announced(folder: Path) -> list[str]:
+    """Names of the checkpoints that exist by the journal; each of them is complete."""
+    events = journal(folder)
+    deleted = {event.checkpoint for event in events if isinstance(event, CheckpointDeleted)}
     names = [event.checkpoint for event in events if isinstance(event, CheckpointSaved)]
-    store = CheckpointStore(run_dir / "checkpoints")
+    store = CheckpointStore(folder / "run" / "checkpoints")
     for name in store.names():
         verify(store.path(name), store.manifest(name))
-    there = [name for name in names if name not in gone]
-    assert set(there) <= {str(name) for name in store.names()}
-    return there
+    left = [name for name in names if name not in deleted]
+    assert set(left) <= {str(name) for name in store.names()}
+    return left
 
 
-def test_a_first_sigterm_saves_and_a_resumed_run_goes_on_exactly(
-    runs: Any, child: Any, tmp_path: Path, injection: int
+@injected("place, workers, stops_at", ONCE, 1)
+def test_a_first_sigterm_saves_and_a_resumed_run_is_exact(
+    place: str, workers: int, stops_at: int | None, tmp_path: Path
 ) -> None:
-    """In a step, a validation, the first batch, a save or an upload: exit code 143, durable, no workers."""
-    place, workers, stops_at = ONCE[injection]
-    run_dir = tmp_path / "run"
-    url = f"file://{tmp_path}/remote" if place == "upload" else None
-    if url is not None:
-        os.mkdir(tmp_path / "remote")
-    step = 6 if place == "val" else 7
-    said, status, errors = child("sigterm", run_dir=run_dir, case=uses(workers), places=[place], step=step, url=url)
-    assert status == 143, errors
-    assert errors == ""
-    assert said["at"] == [place]
-    ((ended, reason, global_step, name),) = said["result"]
-    assert (ended, reason) == ("stopped", "SIGTERM")
+    """In a step, a validation, the first batch, a save or an upload: exit code 143, a durable checkpoint."""
+    outcome = terminate(tmp_path, [place], workers)
+    assert outcome.errors == ""
+    [[status, reason, global_step, name]] = outcome.reports["result"]
+    assert (status, reason) == ("stopped", "SIGTERM")
     assert stops_at is None or global_step == stops_at
-    assert announced(run_dir)[-1] == name
+    assert announced(tmp_path)[-1] == name
     assert name.startswith(f"step-{global_step}.a1")
-    if url is not None:
-        assert name in [event.checkpoint for event in journal(run_dir) if isinstance(event, CheckpointUploaded)]
+    if place == "upload":
+        assert name in [event.checkpoint for event in journal(tmp_path) if isinstance(event, CheckpointUploaded)]
         assert (tmp_path / "remote" / "r" / name / "manifest.json").is_file()
-    case = runs.Case(**uses(workers))
-    last = runs.attempt(case, run_dir, resume="auto")
-    runs.assert_continues(last, run_dir, runs.straight(case))
+    resume(tmp_path, workers)
 
 
-def test_after_a_second_sigterm_what_was_announced_is_whole(
-    runs: Any, child: Any, tmp_path: Path, injection: int
+@injected("places, workers", TWICE, 0)
+def test_after_a_second_sigterm_announced_checkpoints_are_complete(
+    places: list[str], workers: int, tmp_path: Path
 ) -> None:
-    """Right after the first, or while the last save or upload goes on: exit code 143, at once, and nothing torn."""
-    places, workers = TWICE[injection]
-    run_dir = tmp_path / "run"
-    url = f"file://{tmp_path}/remote" if "last upload" in places else None
-    if url is not None:
-        os.mkdir(tmp_path / "remote")
-    step = 6 if "val" in places else 7
-    said, status, errors = child("sigterm", run_dir=run_dir, case=uses(workers), places=places, step=step, url=url)
-    assert status == 143, errors
-    assert said["at"] == places
-    assert "result" not in said
-    names = announced(run_dir)
-    ended = next(event for event in journal(run_dir) if isinstance(event, RunEnded))
-    if places[1].startswith("last"):  # the stop was taken: it is only the drain that was cut short
-        assert ended.status == "stopped"
-    else:
-        assert ended.status == "cancelled"
-    case = runs.Case(**uses(workers))
-    last = runs.attempt(case, run_dir, resume="auto")
-    begin = last.net.losses[0][0] - 1 if last.net.losses else case.steps
-    assert begin >= (int(names[-1].partition(".")[0].removeprefix("step-")) if names else 0)
-    runs.assert_continues(last, run_dir, runs.straight(case))
+    """Right after the first, or during the last save or upload: exit code 143, at once, and nothing torn."""
+    outcome = terminate(tmp_path, places, workers)
+    assert "result" not in outcome.reports
+    names = announced(tmp_path)
+    ended = next(event for event in journal(tmp_path) if isinstance(event, RunEnded))
+    # Where the stop was taken, only the drain was cut short.
+    assert ended.status == ("stopped" if places[1].startswith("last") else "cancelled")
+    last = resume(tmp_path, workers)
+    start = last.net.losses[0][0] - 1 if last.net.losses else last.net.case.steps
+    assert start >= (int(names[-1].partition(".")[0].removeprefix("step-")) if names else 0)

@@ -1,16 +1,14 @@
-"""Uploads under faults: no checkpoint that is visible is ever torn, and in the end nothing is left over.
+"""Uploads under faults: no visible checkpoint is ever torn, and in the end nothing is left over.
 
-Each injection takes one upload, with the removal of the checkpoint before it, through a proxy in front of a real
-server, and lets one or two things go wrong at random places. Then a reader looks, and then a new process takes it up.
+Each injection sends one upload, with the removal of the checkpoint before it, through a proxy in front of a real
+server, with one or two faults at random places. Then a reader looks, and then a new process continues.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.nursery import ROOT, Popen
+from faults.child import started
+from faults.injections import injected
+from faults.servers import Server
+from support.faulty_proxy import Fault, FaultyProxy
 
 from events.checkpoint import disk
 from events.checkpoint.files import verify
@@ -34,12 +35,7 @@ from events.messages import CheckpointUploaded, Event
 from events.origin import Origin
 from sinks.checkpoints.uploader import CheckpointUploader
 
-INJECTIONS = {
-    "test_s3_never_shows_a_torn_checkpoint_and_keeps_no_orphan": (10, 200),
-    "test_azure_never_shows_a_torn_checkpoint_and_keeps_no_orphan": (0, 200),
-}
 KINDS = ("500", "stall", "reset", "cancel", "kill")
-UPLOADER = Path(__file__).with_name("upload_child.py")
 PART = 2**16
 SETTINGS: dict[str, Any] = {"keep_last": 1, "upload_part_bytes": PART}
 
@@ -47,7 +43,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="fork and SIGKILL are PO
 
 
 class Run:
-    """One run: its folder, and its place in the store."""
+    """The folder of a run, and its place in the store."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self.store = CheckpointStore(folder / "checkpoints")
@@ -55,11 +51,11 @@ class Run:
         self.folder = folder
         self.events: list[Event] = []
         self.attempt = 0
-        self.reader = RemoteStore(url)  # connects when it is first used: never through the proxy
+        self.reader = RemoteStore(url)  # connects on first use: never through the proxy
         self._looks = 0
 
     def begin(self, step: int) -> CheckpointName:
-        """A new attempt, with one checkpoint of several parts."""
+        """Start a new attempt, with one checkpoint of several parts."""
         names = self.store.names()
         self.attempt += 1
         self.store.prepare(AttemptNote(self.attempt, str(names[-1]) if names else None))
@@ -80,7 +76,7 @@ class Run:
         return CheckpointUploader(self.store, self.url, settings, self.events.append, header, lambda: None, limits)
 
     def look(self) -> list[CheckpointName]:
-        """As a reader elsewhere: whatever is visible is whole."""
+        """Verify everything that a reader elsewhere sees."""
         names = self.reader.names()
         for name in names:
             self._looks += 1
@@ -88,7 +84,7 @@ class Run:
         return names
 
     def orphans(self) -> set[str]:
-        """Objects that belong to nothing that is visible."""
+        """Objects that do not belong to a visible checkpoint."""
         sizes = self.reader._objects.sizes()
         keys = {key for key in sizes if not key.startswith("attempt-")}
         for name in visible(folders_of(sizes)):
@@ -100,67 +96,58 @@ class Run:
 
 
 class Bench:
-    """A server, and the proxy before it."""
+    """A server, and the proxy in front of it."""
 
-    def __init__(self, server: Any, proxies: Any) -> None:
+    def __init__(self, server: Server, proxy: FaultyProxy) -> None:
         self.server = server
-        self.fault = proxies.Fault
-        self.proxy = proxies.FaultyProxy(server.port)
-        self._clean: int | None = None
+        self.proxy = proxy
+        self._requests = 0
 
     def use(self, monkeypatch: pytest.MonkeyPatch, *, faulty: bool) -> None:
-        """What connects from now on goes through the proxy, or does not."""
+        """New connections go through the proxy, or not."""
         for name, value in self.server.environment(self.proxy.port if faulty else None).items():
             monkeypatch.setenv(name, value)
 
     def run(self, folder: Path, name: str) -> Run:
         return Run(folder, run_url(f"{self.server.url}/faults", name))
 
-    def requests_of_a_clean_upload(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> int:
-        """How many there are to choose from."""
-        if self._clean is None:
+    def requests_of_an_upload(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> int:
+        """The number of requests without a fault."""
+        if not self._requests:
             run = self.run(folder / "clean", f"clean {folder.name}")
             run.folder.mkdir()
-            self.use(monkeypatch, faulty=False)
-            run.begin(10)
-            run.uploader().open()
-            self.proxy.arm()
-            self.use(monkeypatch, faulty=True)
-            run.begin(20)
-            run.uploader().open()
-            self._clean = len(self.proxy.requests)
+            for step, faulty in ((10, False), (20, True)):
+                self.use(monkeypatch, faulty=faulty)
+                self.proxy.arm()
+                run.begin(step)
+                run.uploader().open()
+            self._requests = len(self.proxy.requests)
             self.use(monkeypatch, faulty=False)
             assert [str(name) for name in run.look()] == ["step-20.a2"]
-        return self._clean
+        return self._requests
 
-    def upload_in_child(self, run: Run, limits: Limits, faults: list[Any]) -> int:
-        """Start an uploader, which the first fault that fires kills; returns how it ended."""
+    def upload_in_child(self, run: Run, limits: Limits, fault: Fault) -> int:
+        """Upload in a process that the fault kills; return how it ended."""
         known, pids = threading.Event(), [0]
 
         def kill() -> None:
             known.wait(30)
             os.kill(pids[0], signal.SIGKILL)
 
-        self.proxy.arm(*(fault._replace(act=kill) for fault in faults))
-        job = {
-            "folder": str(run.store.folder),
-            "url": run.url,
-            "attempt": run.attempt,
-            "settings": SETTINGS,
-            "limits": msgspec.to_builtins(limits),
-        }
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)} | self.server.environment(self.proxy.port)
-        with Popen([sys.executable, str(UPLOADER), json.dumps(job)], env=environment) as process:
+        self.proxy.arm(fault._replace(act=kill))
+        job = {"folder": run.store.folder, "url": run.url, "attempt": run.attempt, "settings": SETTINGS}
+        environment = self.server.environment(self.proxy.port)
+        with started("upload", environment, limits=msgspec.to_builtins(limits), **job) as process:
             pids[0] = process.pid
             known.set()
-        return int(process.returncode)
+            return process.wait()
 
     def inject(self, injection: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rng = random.Random(injection)
         kind = KINDS[injection % len(KINDS)]
-        count = self.requests_of_a_clean_upload(monkeypatch, folder)
+        count = self.requests_of_an_upload(monkeypatch, folder)
         faults = [
-            self.fault(rng.randrange(count), rng.random() < 0.5, rng.random(), kind)
+            Fault(rng.randrange(count), rng.random() < 0.5, rng.random(), kind)  # type: ignore[arg-type]
             for _ in range(1 if kind == "kill" else rng.choice((1, 1, 2)))
         ]
         limits = Limits(
@@ -179,7 +166,7 @@ class Bench:
 
         self.use(monkeypatch, faulty=True)
         if kind == "kill":
-            assert self.upload_in_child(run, limits, faults) == -signal.SIGKILL
+            assert self.upload_in_child(run, limits, faults[0]) == -signal.SIGKILL
         else:
             uploader = run.uploader(limits)
             act = uploader.abandon if kind == "cancel" else kind
@@ -194,7 +181,7 @@ class Bench:
         assert self.proxy.fired
 
         self.use(monkeypatch, faulty=False)
-        assert run.look()  # the earlier one is removed only when the later one is there
+        assert run.look()  # the earlier one is only removed after the upload of the later one
         run.attempt += 1
         run.store.prepare(AttemptNote(run.attempt, "step-20.a2"))
         run.uploader(part_bytes=rng.choice((PART, PART, 2 * PART))).open()
@@ -210,37 +197,24 @@ class Bench:
         uploaded = [event.checkpoint for event in run.events if isinstance(event, CheckpointUploaded)]
         assert len(uploaded) == len(set(uploaded))
         assert uploaded[-1] == str(newest)
-        run.reader.remove(newest)  # or the server's memory would fill up
-
-    def close(self) -> None:
-        self.proxy.close()
-
-
-def bench_of(server: Any, helpers: Any) -> Iterator[Bench]:
-    bench = Bench(server, helpers("faulty_proxy"))
-    yield bench
-    bench.close()
+        run.reader.remove(newest)  # it would fill the server's memory
 
 
 @pytest.fixture(scope="module")
-def s3_bench(s3: Any, helpers: Any) -> Iterator[Bench]:
-    yield from bench_of(s3, helpers)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    server = request.getfixturevalue(request.param)
+    with FaultyProxy(server.port) as proxy:
+        yield Bench(server, proxy)
 
 
-@pytest.fixture(scope="module")
-def azure_bench(azure: Any, helpers: Any) -> Iterator[Bench]:
-    yield from bench_of(azure, helpers)
-
-
-def test_s3_never_shows_a_torn_checkpoint_and_keeps_no_orphan(
-    s3_bench: Bench, injection: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@injected(
+    "bench, injection",
+    [(server, number) for server in ("s3", "azure") for number in range(200)],
+    10,
+    indirect=["bench"],
+)
+def test_no_torn_checkpoint_is_ever_visible_and_no_orphan_stays(
+    bench: Bench, injection: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error, a hang, a cut connection, a cancellation, a killed process, anywhere in an upload."""
-    s3_bench.inject(injection, tmp_path, monkeypatch)
-
-
-def test_azure_never_shows_a_torn_checkpoint_and_keeps_no_orphan(
-    azure_bench: Bench, injection: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same in front of the other protocol."""
-    azure_bench.inject(injection, tmp_path, monkeypatch)
+    """After an error, a hang, a reset connection, a cancellation, a killed process, anywhere in an upload."""
+    bench.inject(injection, tmp_path, monkeypatch)

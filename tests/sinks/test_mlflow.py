@@ -50,7 +50,7 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-faulty = _load(ROOT / "faults" / "faulty_proxy.py")
+faulty = _load(ROOT / "support" / "faulty_proxy.py")
 servers = _load(ROOT / "sinks" / "mlflow_server.py")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 import time
@@ -23,17 +24,19 @@ def wait_until(condition: Callable[[], object], failure: str = "it has not happe
         threading.Event().wait(0.001)
 
 
+def stack_of(thread_id: int | None) -> set[str]:
+    """The names of the functions, and of their files, that a thread executes."""
+    frame = sys._current_frames().get(thread_id or 0)
+    names: set[str] = set()
+    while frame is not None:
+        names |= {frame.f_code.co_name, os.path.basename(frame.f_code.co_filename)}
+        frame = frame.f_back
+    return names
+
+
 def wait_until_in(thread: threading.Thread, place: str) -> None:
     """Wait until a thread executes a function of this name."""
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        frame = sys._current_frames().get(thread.ident or 0)
-        while frame is not None and frame.f_code.co_name != place:
-            frame = frame.f_back
-        if frame is not None:
-            return
-        assert time.monotonic() < deadline, f"{thread.name} has not entered {place}"
-        threading.Event().wait(0.001)
+    wait_until(lambda: place in stack_of(thread.ident), f"{thread.name} has not entered {place}")
 
 
 def wait_until_failed(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""A proxy between a client and an HTTP server that does one thing wrong, at a place that was chosen before."""
+"""A proxy between a client and an HTTP server that injects faults at chosen places."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 Act = Literal["500", "stall", "reset"] | Callable[[], None]
 _END = b"\r\n\r\n"
 
 
 class Fault(NamedTuple):
-    """What to do, and when."""
-
     request: int
-    """In which request, from 0, in the order in which they arrive."""
+    """Number of the request, from 0, in the order of arrival."""
     answered: bool
-    """While it is answered: the server has done what was asked. If not, while it is sent: it never gets to know."""
+    """The fault happens in the answer, when the server has done its work; or in the request, which never reaches it."""
     fraction: float
-    """How much of that has passed."""
+    """The part of the answer, or of the request, that passes before the fault."""
     act: Act
-    """``500``: the answer. ``stall``: nothing more is heard. ``reset``: the connection is gone. A function: it is
-    called, and the request goes on."""
+    """``500``: the answer. ``stall``: nothing more is sent. ``reset``: the connection is reset. A function: it is
+    called, and the request continues."""
 
 
 class _Gone(Exception):
@@ -32,7 +30,7 @@ class _Gone(Exception):
 
 
 class FaultyProxy:
-    """Forwards requests to a server. Each has a connection of its own, and a thread."""
+    """Forwards requests to a server, each on its own connection and thread."""
 
     def __init__(self, port: int) -> None:
         self.requests: list[str] = []
@@ -47,22 +45,28 @@ class FaultyProxy:
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def arm(self, *faults: Fault) -> None:
-        """Count requests from 0 again, and do this."""
+        """Count requests from 0 again, with these faults."""
         with self._lock:
             self.requests.clear()
             self.fired.clear()
             self._faults = list(faults)
 
     def settle(self) -> None:
-        """Wait until nothing is on its way any more."""
+        """Wait for the end of all requests."""
         while threads := [thread for thread in self._threads if thread.is_alive()]:
             for thread in threads:
                 thread.join()
         self._threads.clear()
 
     def close(self) -> None:
-        """Take no more connections, and wait for those there are."""
+        """Accept no more connections, and wait for the end of the others."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -100,7 +104,7 @@ class FaultyProxy:
             return len(self.requests) - 1
 
     def _body(self, client: socket.socket, head: bytes, fault: Fault | None) -> bytes:
-        """Read a request's body. It is forwarded as a whole or not at all: so much a real store guarantees."""
+        """Read a request's body, which is forwarded completely or not at all, as a real store guarantees."""
         nbytes = _length(head)
         extra = head[head.index(_END) + len(_END) :]
         body = bytearray(extra)
@@ -119,7 +123,7 @@ class FaultyProxy:
             client.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         elif fault.act == "stall":
             while client.recv(65_536):
-                pass  # until the client has had enough
+                pass  # until the client closes
         elif fault.act == "reset":
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         else:
