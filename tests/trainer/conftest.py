@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.command import stagecast as stagecast
 from support.reads import watching_reads
 from support.scripts import ROOT, Script, Start
 from support.threads import WAIT_S, join_threads, trainer_threads, wait_until_failed, wait_until_in

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from events.checkpoint.tensor_file import TensorInfo, lay_out, read_layout
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.msgpack_keys import check_keys
 from trainer.cli.sources import Source, chosen, note, open_source, plain, problem
-from trainer.cli.text import echo
+from trainer.cli.text import check_out, echo
 
 # Codes of containers and tensors, from the table in `events.checkpoint.packing`.
 _TUPLE, _PAIRS, _ORDERED_PAIRS, _TENSOR = 1, 10, 11, 60
@@ -26,7 +25,7 @@ _MOST_TIMES = 32
 """Maximum size of an export in sizes of the checkpoint's tensor file: tied tensors are written once per name."""
 
 
-def export(path: str, out: Path, name: CheckpointName | None, *, force: bool) -> int:
+def export(path: str, out: str, name: CheckpointName | None, *, force: bool) -> int:
     """Write the module's tensors to a safetensors file; returns the exit code. Skipped values are listed on stderr.
 
     Args:
@@ -40,7 +39,8 @@ def export(path: str, out: Path, name: CheckpointName | None, *, force: bool) ->
     from sinks.format import format_bytes
 
     source = open_source(path)
-    _check_out(out, force)
+    file = Path(out)
+    _check(file, force)
     wanted = name or source.only
     for one in chosen(source, [wanted]) if wanted is not None else source.line:
         try:
@@ -54,7 +54,7 @@ def export(path: str, out: Path, name: CheckpointName | None, *, force: bool) ->
         raise CheckpointNotFound(f"{path} has no valid checkpoint from which its run would resume; use --name")
     if module.skipped:
         note(f"skipped values that are not tensors: {plain(', '.join(module.skipped))}")
-    nbytes = _write(out, module, force)
+    nbytes = _write(file, module, force)
     count = len(module.tensors)
     echo(f"{plain(out)}  {count} tensor{'s' * (count != 1)} of {one}  {format_bytes(nbytes)}")
     return 0
@@ -117,14 +117,8 @@ class _Module:
         self.tensors[name] = info, self.data[offset : offset + info.nbytes]
 
 
-def _check_out(out: Path, force: bool) -> None:
-    """Check that the file may be written. Raises `CheckpointError`."""
-    if out.exists() and not out.is_file():
-        raise CheckpointError(f"{out} is not a plain file; use another path")
-    if os.path.lexists(out) and not force:
-        raise CheckpointError(f"{out} exists; use another name, or --force to replace it")
-    if not out.parent.is_dir():
-        raise CheckpointError(f"{out.parent} is not a folder; create it, or use another name")
+def _check(out: Path, force: bool) -> None:
+    check_out(out, force=force)
     if all((out.parent / name).is_file() for name in (MANIFEST_NAME, STATE_NAME)):
         raise CheckpointError(f"{out.parent} is a checkpoint, which an export would damage; use another folder")
 
@@ -160,7 +154,7 @@ def _write(out: Path, module: _Module, force: bool) -> int:
     with disk.Folder.open(out.parent) as folder:
         try:
             nbytes, _ = disk.write_parts(folder, temporary, [header, *(data for _, (_, data) in in_place)])
-            _check_out(out, force)  # again, because the write took time
+            _check(out, force)  # again, because the write took time
             folder.rename(temporary, out.name)
         except BaseException:
             with contextlib.suppress(OSError):

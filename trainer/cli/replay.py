@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import anyio
 
 from events.errors import SinkMisconfigured
 from events.journal.reader import SkippedLine
 from events.messages import Event, ObserverFailed, ObserverRecovered
-from events.protocol import ObserverReport
 from events.sink import Sink
 from trainer.cli.text import echo, echo_error
 from trainer.config import UNREADABLE, parse_yaml
@@ -21,7 +19,7 @@ _SHOWN = 5
 """Maximum damaged journal lines that are listed one by one."""
 
 
-def replay(run_dir: Path, to: Sequence[Sequence[str]], since: int) -> int:
+def replay(run_dir: str, to: Sequence[Sequence[str]], since: int) -> int:
     """Send a run to sinks; returns the exit code.
 
     Args:
@@ -29,21 +27,13 @@ def replay(run_dir: Path, to: Sequence[Sequence[str]], since: int) -> int:
 
     Raises:
         RunFolderError: There is no journal.
+        SinkMisconfigured: There is no such sink, or an option is wrong.
     """
     from sinks.replay import replay as feed
 
-    try:
-        sinks = [_sink(name, options) for name, *options in to]
-    except SinkMisconfigured as error:
-        echo_error(f"stagecast replay: error: {error}")
-        return 2
-
+    sinks = [_sink(name, options) for name, *options in to]
     skipped: list[SkippedLine] = []
-
-    async def run() -> list[ObserverReport]:
-        return await feed(run_dir, sinks, since=since, on_health=_print_health, skipped=skipped)
-
-    reports = anyio.run(run)
+    reports = anyio.run(partial(feed, run_dir, sinks, since=since, on_health=_print_health, skipped=skipped))
     _print_skipped(skipped)
     for report in reports:
         left = f", {report.left:,} not" if report.left else ""
@@ -56,7 +46,7 @@ def replay(run_dir: Path, to: Sequence[Sequence[str]], since: int) -> int:
 def _sink(name: str, options: Sequence[str]) -> Sink:
     from sinks.registry import build_sink
 
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
@@ -69,7 +59,7 @@ def _sink(name: str, options: Sequence[str]) -> Sink:
     return sink
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> object:
     """Parse a list or a mapping; other text is converted to the option's type later."""
     if text.startswith(("[", "{")):
         with contextlib.suppress(*UNREADABLE):

@@ -1,11 +1,16 @@
-"""Print text of commands so that names and errors of a run cannot move the terminal's cursor or fake a line."""
+"""Print text of commands so that names and errors of a run cannot move the terminal's cursor or fake a line.
+
+And the check of the files that commands write.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TextIO
 
 from events.masking import masked
 from events.text import plain_text
@@ -28,5 +33,21 @@ def show_exception(kind: type[BaseException], error: BaseException, trace: Trace
     echo_error(*"".join(traceback.format_exception(kind, error, trace)).expandtabs().rstrip("\n").split("\n"))
 
 
-def _print(lines: tuple[str, ...], stream: Any) -> None:
+def _print(lines: tuple[str, ...], stream: TextIO) -> None:
     print(*(plain_text(line, _MOST_CHARS) for line in lines), sep="\n", file=stream, flush=True)
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Check that a command may write a file.
+
+    Raises:
+        OSError: It exists and ``force`` is not set, is not a plain file, or has no folder.
+    """
+    if out.is_dir():
+        raise OSError(f"{out} is a folder; name a file in it")
+    if out.exists() and not out.is_file():
+        raise OSError(f"{out} is not a plain file; use another path")
+    if os.path.lexists(out) and not force:
+        raise OSError(f"{out} exists; use another name, or --force to replace it")
+    if not out.parent.is_dir():
+        raise OSError(f"{out.parent} is not a folder; create it, or use another name")

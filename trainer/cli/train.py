@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shutil
-import sys
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import msgspec
 
@@ -46,23 +42,21 @@ All settings of a file:
 # ------------------------------------------------------------------------------------------------- the run
 
 
-def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult | None:
-    """Train the run of a file, or only check the file (None).
+def train(file: str, overrides: Sequence[str], *, check: bool) -> int:
+    """Train the run of a file, or only check the file; returns the exit code.
 
     Raises:
         ArgumentsError: The file, or a name in it, is invalid.
         CheckpointNotFound: There is no checkpoint to resume from.
         BaseException: Exceptions of `Trainer.train` and of the user's factories propagate.
     """
-    # NumPy is not a dependency, and torch warns at each import that it is missing.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    prepared = prepare(load_run_config(path, overrides), path)
-    if only_check:
+    prepared = prepare(load_run_config(file, overrides), file)
+    if check:
         from trainer.trainer import check_resume
 
         check_resume(prepared.trainer)
-        echo(*_summary(path, prepared))
-        return None
+        _print_summary(file, prepared)
+        return 0
     try:
         result = prepared.trainer.train()
     except (RunInterrupted, RunTerminated) as stop:
@@ -70,9 +64,9 @@ def train(path: str, overrides: Sequence[str], *, only_check: bool) -> RunResult
         raise
     except OSError as error:  # most likely of the user's code, which needs the traceback
         show_exception(type(error), error, error.__traceback__)
-        sys.exit(1)
+        return 1
     _print_result(result)
-    return result
+    return 0
 
 
 def _print_result(result: RunResult) -> None:
@@ -85,85 +79,75 @@ def _print_result(result: RunResult) -> None:
         echo(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
 
 
-def _summary(path: str, prepared: Prepared) -> list[str]:
+def _print_summary(file: str, prepared: Prepared) -> None:
     module, config = prepared.trainer.module, prepared.config
     weights = sum(parameter.numel() for parameter in module.parameters())
     sinks = ["console"] if config.sinks is None else [one["sink"] for one in config.sinks]
-    lines = [
-        f"{path} is valid; nothing was trained.",
+    echo(
+        f"{file} is valid; nothing was trained.",
         f"module:     {type(module).__module__}.{type(module).__qualname__}, {weights:,} parameters",
         f"steps:      {config.arguments.train_batch_size} rows each, in {config.arguments.accumulation_steps} of"
         f" {config.arguments.micro_batch_size}",
         f"sinks:      {', '.join(sinks) or 'none'}",
         f"callbacks:  {', '.join(one['callback'] for one in config.callbacks) or 'none'}",
-    ]
+    )
     if warning := config.arguments.batch_size_warning():
-        lines.append(f"warning:    {warning}")
-    return lines
+        echo(f"warning:    {warning}")
 
 
 # ------------------------------------------------------------------------------------------------ the help
 
 
-class Field(NamedTuple):
-    """One key of the file."""
-
-    path: str
-    type: str
-    default: str
-    """Empty without a default."""
-    doc: str
-
-
 def reference() -> str:
     """All settings of a run file, wrapped to the terminal's width."""
     width = max(60, min(120, shutil.get_terminal_size().columns))
-    parts = [_INTRODUCTION]
-    for title, about, fields in _sections():
-        parts += [f"{title}:", *_wrapped(about, width, "  ")]
-        for field in fields:
-            parts += _wrapped(_headline(field), width, "  ", "      ")
-            parts += _wrapped(field.doc, width, "      ")
-        parts.append("")
-    return "\n".join(parts)
+
+    def wrapped(text: str, indent: int, further: int) -> list[str]:
+        return textwrap.wrap(
+            text, width, initial_indent=" " * indent, subsequent_indent=" " * further, break_on_hyphens=False
+        )
+
+    lines = [_INTRODUCTION]
+    for title, about, prefix, kind in _sections():
+        lines += [f"{title}:", *wrapped(about, 2, 2)]
+        for headline, doc in _fields(kind, prefix):
+            lines += [*wrapped(headline, 2, 6), *wrapped(doc, 6, 6)]
+        lines.append("")
+    return "\n".join(lines)
 
 
-def _headline(field: Field) -> str:
-    default = f" (default: {field.default})".replace("default: ", f"default:{_NO_BREAK}") if field.default else ""
-    return f"{field.path}: {field.type}{default}"
+def _sections() -> Iterator[tuple[str, str, str, type]]:
+    """The title of each group of keys, its description, the path before its keys, and the Struct with them."""
+    from sinks.registry import sink_names, sink_type
 
-
-def _sections() -> Iterator[tuple[str, str, list[Field]]]:
-    yield "keys", "", _fields_of(RunConfig, "")
-    yield "arguments", "Arguments of the training.", _fields_of(TrainerArguments, "arguments.")
-    yield "checkpoints", "Intervals and retention.", _fields_of(Checkpoints, "checkpoints.")
-    yield "journal", "The run's events, in the run folder.", _fields_of(Journal, "journal.")
-    registry: Any = importlib.import_module("sinks.registry")
-    for name in registry.sink_names():
+    yield "keys", "", "", RunConfig
+    yield "arguments", "Arguments of the training.", "arguments.", TrainerArguments
+    yield "checkpoints", "Intervals and retention.", "checkpoints.", Checkpoints
+    yield "journal", "The run's events, in the run folder.", "journal.", Journal
+    for name in sink_names():
         try:
-            kind = registry.sink_type(name)
+            kind = sink_type(name)
         except SinkMisconfigured as error:
-            yield f"sink {name}", str(error), []
+            yield f"sink {name}", str(error), "", object
             continue
         about = (kind.__doc__ or "").strip().partition("\n\n")[0]
-        yield f"sink {name}", _plain(about), _fields_of(kind, "sinks.N.")
+        yield f"sink {name}", _plain(about), "sinks.N.", kind
 
 
-def _fields_of(kind: type[msgspec.Struct], prefix: str) -> list[Field]:
-    documented = field_docs(kind)
-    return [
-        Field(
-            prefix + field.encode_name,
-            _plain(_KEY_TYPES.get(prefix + field.name) or describe_type(field.type)),
-            _default_of(field),
-            _plain(documented.get(field.name, "")),
+def _fields(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
+    """The path, type and default of each key, and its description."""
+    if not issubclass(kind, msgspec.Struct):
+        return
+    docs = field_docs(kind)
+    for field in msgspec.structs.fields(kind):
+        path = prefix + field.encode_name
+        default = "" if field.required else f" (default: {_default_of(field)})"
+        yield (
+            f"{path}: {_plain(_KEY_TYPES.get(path) or describe_type(field.type))}{default}",
+            _plain(docs.get(field.name, "")),
         )
-        for field in msgspec.structs.fields(kind)
-    ]
 
 
-_NO_BREAK = "\N{NO-BREAK SPACE}"
-_WORDS = {"None": "null", "True": "true", "False": "false"}
 _KEY_TYPES = {
     "module": "a string, or a mapping with factory and its options",
     "arguments": "a mapping",
@@ -175,12 +159,7 @@ _KEY_TYPES = {
 
 
 def _default_of(field: msgspec.structs.FieldInfo) -> str:
-    if field.required:
-        return ""
-    if field.default is not msgspec.NODEFAULT:
-        value = field.default
-    else:
-        value = field.default_factory()
+    value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
     if isinstance(value, msgspec.Struct):
         return "as below"
     if isinstance(value, float) or (isinstance(value, str) and value):
@@ -191,10 +170,4 @@ def _default_of(field: msgspec.structs.FieldInfo) -> str:
 def _plain(text: str) -> str:
     """Remove docstring markup, and use the words of YAML and JSON."""
     text = " ".join(re.sub("::$", ".", text.strip()).replace("`", "").split())
-    return re.sub(r"\b(None|True|False)\b", lambda word: _WORDS[word[0]], text)
-
-
-def _wrapped(text: str, width: int, indent: str, more: str | None = None) -> list[str]:
-    more = indent if more is None else more
-    lines = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=more, break_on_hyphens=False)
-    return [line.replace(_NO_BREAK, " ") for line in lines]
+    return re.sub(r"\b(None|True|False)\b", lambda word: {"None": "null"}.get(word[0], word[0].lower()), text)
