@@ -1,167 +1,124 @@
-"""The backlog: what goes when it must be made smaller, and what never does."""
+"""The backlog beside its model, a list."""
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from events.bus.backlog import Backlog, Item, Payload, item_of
-from events.messages import MetricsLogged, NonFiniteLoss, RunEnded, TrainStepEnded
+from events.messages import Event, MetricsLogged, NonFiniteLoss, RunEnded, TrainStepEnded
 
-UNLIMITED = 2**62
-
-
-def item(kind: type[Any], at: int, *fields: Any, nbytes: int = 0, **named: Any) -> Item:
-    event = kind("run", 1, at, 0.0, 0, at, 0, None, *fields, **named)
-    return item_of((event, Payload(nbytes=nbytes) if nbytes else None))
-
-
-def step(at: int, nbytes: int = 0) -> Item:
-    return item(TrainStepEnded, at, nbytes=nbytes)
-
-
-def ended(at: int) -> Item:
-    return item(RunEnded, at, "finished")
-
-
-def logged(at: int, key: str | None = None, **metrics: float) -> Item:
-    return item(MetricsLogged, at, metrics, key)
-
-
-def filled(*items: Item) -> Backlog:
-    backlog = Backlog()
-    backlog.extend(items)
-    return backlog
-
-
-def seqs(items: list[Item]) -> list[int]:
-    return [event.seq for event, _, _ in items]
-
-
-def rest(backlog: Backlog) -> list[Item]:
-    return backlog.take(UNLIMITED)
-
-
-def test_the_oldest_droppable_events_go_first_and_the_others_stay_in_place() -> None:
-    """Dropping passes over what must not be dropped and leaves the order as it was."""
-    backlog = filled(step(1), ended(2), step(3), step(4), step(5))
-    assert seqs(backlog.drop_oldest(3, UNLIMITED, 6, UNLIMITED)) == [1, 3]
-    assert seqs(rest(backlog)) == [2, 4, 5]
-
-
-def test_events_that_must_not_be_dropped_go_only_beyond_the_hard_limit() -> None:
-    """The reserve ends somewhere, because memory is bounded whatever is published."""
-    backlog = filled(*(ended(at) for at in range(1, 8)), step(8))
-    assert seqs(backlog.drop_oldest(3, UNLIMITED, 6, UNLIMITED)) == [8, 1]
-    assert seqs(rest(backlog)) == [2, 3, 4, 5, 6, 7]
-
-
-def test_dropping_counts_bytes_as_well_as_events() -> None:
-    """One event with a large payload is as much a reason to drop as many small ones."""
-    backlog = filled(step(1, nbytes=10_000), step(2), step(3))
-    assert seqs(backlog.drop_oldest(UNLIMITED, 5_000, UNLIMITED, 10_000)) == [1]
-    assert backlog.nbytes == sum(size for _, _, size in rest(backlog))
-
-
-def test_a_batch_ends_where_the_bytes_do_but_is_never_empty() -> None:
-    """An event that is larger than any batch may be is still delivered, alone."""
-    backlog = filled(step(1, nbytes=10_000), step(2, nbytes=100), step(3, nbytes=100), step(4, nbytes=10_000))
-    assert [seqs(backlog.take(10, 5_000)) for _ in range(4)] == [[1], [2, 3], [4], []]
-
-
-def test_a_batch_passes_from_the_events_set_aside_to_the_others_in_order() -> None:
-    """What was set aside by dropping is older than everything else, whatever limits a batch has."""
-    backlog = filled(ended(1), step(2), ended(3), step(4), step(5))
-    backlog.drop_oldest(4, UNLIMITED, 8, UNLIMITED)
-    assert [seqs(backlog.take(2, 8_192)) for _ in range(3)] == [[1, 3], [4, 5], []]
-
-
-def test_conflating_keeps_the_newest_of_each_type_and_key() -> None:
-    """Two validation sets do not hide each other's metrics, and other types have nothing to do with them."""
-    backlog = filled(
-        logged(1, "a", x=1.0),
-        logged(2, "b", x=2.0),
-        step(3),
-        logged(4, "a", x=4.0),
-        item(NonFiniteLoss, 5, 1.0, "warned"),
-        step(6),
-    )
-    assert sorted(seqs(backlog.conflate())) == [1, 3]
-    assert seqs(rest(backlog)) == [2, 4, 5, 6]
-
-
-def test_conflating_does_not_change_events_that_others_share() -> None:
-    """The merged metrics are in an event of their own."""
-    old, new = logged(1, x=1.0, y=1.0), logged(2, x=2.0)
-    backlog = filled(old, new)
-    backlog.conflate()
-    ((merged, _, _),) = rest(backlog)
-    assert isinstance(merged, MetricsLogged)
-    assert merged.metrics == {"x": 2.0, "y": 1.0}
-    assert merged.seq == 2
-    assert new[0].metrics == {"x": 2.0}  # type: ignore[attr-defined]
-    assert old[0].metrics == {"x": 1.0, "y": 1.0}  # type: ignore[attr-defined]
-
-
-ITEMS = st.lists(
-    st.one_of(
-        st.just("step"),
-        st.just("ended"),
-        st.tuples(
-            st.sampled_from([None, "a"]),
-            st.dictionaries(st.sampled_from("xyz"), st.integers(0, 9).map(float), min_size=1),
-        ),
-    ),
-    max_size=40,
+LIMITS = st.integers(1, 12)
+BYTES = st.sampled_from([0, 500, 1_024, 5_000, 20_000, 2**62])
+KINDS = st.sampled_from(
+    ["step", "large step", "loss", "ended", "large ended", "x", "y", "xy of a", "yz of a", "x of b"]
 )
 
 
-def build(plan: list[Any]) -> list[Item]:
-    items = []
-    for at, what in enumerate(plan, 1):
-        if isinstance(what, tuple):
-            items.append(logged(at, what[0], **what[1]))
-        else:
-            items.append(step(at) if what == "step" else ended(at))
-    return items
+def item(kind: str, at: int) -> Item:
+    """Build ``step``, ``loss``, ``ended`` or metrics; ``xy of a`` are the metrics x and y of the dataloader a."""
+    header: Any = ("run", 1, at, 0.0, 0, at, 0, None)
+    names, _, key = kind.partition(" of ")
+    events: dict[str, Event] = {
+        "step": TrainStepEnded(*header),
+        "loss": NonFiniteLoss(*header, 1.0, "warned"),
+        "ended": RunEnded(*header, "finished"),
+    }
+    event = events.get(kind.removeprefix("large ")) or MetricsLogged(
+        *header, dict.fromkeys(names, float(at)), key or None
+    )
+    return item_of((event, Payload(nbytes=10_000) if "large" in kind else None))
 
 
-def last_values(items: list[Item]) -> dict[tuple[str | None, str], float]:
-    values = {}
-    for event, _, _ in items:
-        if isinstance(event, MetricsLogged):
-            for name, value in event.metrics.items():
-                values[event.key, name] = value
-    return values
+def size_of(items: list[Item]) -> int:
+    return sum(size for _, _, size in items)
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(ITEMS, st.sampled_from(["conflate", "drop", "take"]), st.integers(1, 12)), max_size=6))
-def test_whatever_is_done_order_bytes_and_last_values_hold(plan: list[tuple[list[Any], str, int]]) -> None:
-    """Nothing is doubled, lost or reordered; every name keeps its last value; the bytes are those of the rest."""
-    backlog = Backlog()
-    items = build([what for part, _, _ in plan for what in part])
-    at = 0
-    out: list[Item] = []
-    gone: list[Item] = []
-    for part, action, limit in plan:
-        backlog.extend(items[at : at + len(part)])
-        at += len(part)
-        if action == "conflate":
-            gone += backlog.conflate()
-        elif action == "drop":
-            gone += backlog.drop_oldest(limit, UNLIMITED, 2 * limit, UNLIMITED)
-            assert len(backlog) <= 2 * limit
-        else:
-            out += backlog.take(limit)
-    conflated_only = all(action != "drop" for _, action, _ in plan)
-    left = rest(backlog)
-    assert backlog.nbytes == 0
-    out += left
-    assert seqs(out) == sorted(seqs(out))
-    assert sorted(seqs(out) + seqs(gone)) == [event.seq for event, _, _ in items]
-    if conflated_only:
-        assert last_values(out) == last_values(items)
-        assert all(event.droppable for event, _, _ in gone)
+class BacklogMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backlog = Backlog()
+        self.model: list[Item] = []
+        self.published: list[tuple[Item, dict[str, float]]] = []
+
+    @rule(kinds=st.lists(KINDS, min_size=1, max_size=12))
+    def extend(self, kinds: list[str]) -> None:
+        items = [item(kind, len(self.published) + at) for at, kind in enumerate(kinds, 1)]
+        self.published += [(one, dict(getattr(one[0], "metrics", {}))) for one in items]
+        self.backlog.extend(iter(items))
+        self.model += items
+
+    @rule(limit=LIMITS, limit_bytes=BYTES)
+    def take(self, limit: int, limit_bytes: int) -> None:
+        count = 0
+        while count < min(limit, len(self.model)) and (not count or size_of(self.model[: count + 1]) <= limit_bytes):
+            count += 1
+        assert self.backlog.take(limit, limit_bytes) == self.model[:count]
+        del self.model[:count]
+
+    @rule(limit=LIMITS, limit_bytes=BYTES, reserve=LIMITS, reserve_bytes=BYTES)
+    def drop_oldest(self, limit: int, limit_bytes: int, reserve: int, reserve_bytes: int) -> None:
+        """The oldest that may be dropped go first, the others only beyond the hard limit."""
+        rest, dropped = self.model, []
+
+        def exceeds(most: int, most_bytes: int) -> bool:
+            return len(rest) > most or (size_of(rest) > most_bytes and len(rest) > 1)
+
+        for one in list(rest):
+            if one[0].droppable and exceeds(limit, limit_bytes):
+                dropped.append(one)
+                rest.remove(one)
+        while exceeds(limit + reserve, limit_bytes + reserve_bytes):
+            dropped.append(rest.pop(0))
+        hard = limit + reserve, limit_bytes + reserve_bytes
+        assert self.backlog.drop_oldest(limit, limit_bytes, *hard) == dropped
+
+    @rule()
+    def conflate(self) -> None:
+        """Of each type and key the newest stays, and each metric keeps its last value."""
+        newest: dict[Any, Item] = {}
+        metrics: dict[Any, dict[str, float]] = {}
+        for one in self.model:
+            key = (type(one[0]), getattr(one[0], "key", None)) if one[0].droppable else one[0].seq
+            newest[key] = one
+            metrics[key] = metrics.get(key, {}) | getattr(one[0], "metrics", {})
+        gone = [one for one in self.model if one not in newest.values()]
+        assert sorted(self.backlog.conflate(), key=lambda one: one[0].seq) == gone
+        self.model = sorted(newest.values(), key=lambda one: one[0].seq)
+        for key, one in newest.items():
+            if isinstance(one[0], MetricsLogged) and one[0].metrics != metrics[key]:
+                merged = MetricsLogged("run", 1, one[0].seq, 0.0, 0, one[0].seq, 0, None, metrics[key], one[0].key)
+                self.model[self.model.index(one)] = item_of((merged, one[1]))
+
+    @invariant()
+    def agrees(self) -> None:
+        assert (len(self.backlog), self.backlog.nbytes) == (len(self.model), size_of(self.model))
+        assert self.backlog.oldest == (self.model[0][0] if self.model else None)
+
+    def teardown(self) -> None:
+        assert self.backlog.take(2**62) == self.model
+        assert self.backlog.nbytes == 0
+        for (event, _, _), metrics in self.published:  # other subscriptions share them
+            assert getattr(event, "metrics", {}) == metrics
+
+
+TestBacklog = BacklogMachine.TestCase
+TestBacklog.settings = settings(deadline=None, max_examples=150, stateful_step_count=20)
+
+
+@pytest.mark.parametrize("kind", ["step", "loss", "ended", "metrics"])
+def test_the_size_of_an_event_is_at_least_the_memory_that_it_takes(kind: str) -> None:
+    for names in (1, 3, 100):
+        logged = "".join(chr(0x4E00 + number) for number in range(names))
+        tracemalloc.start()
+        items = [item(logged if kind == "metrics" else kind, at) for at in range(200)]
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert taken <= size_of(items)
+    large = item("large " + kind.replace("metrics", "step"), 1)
+    assert large[2] - item(kind.replace("metrics", "step"), 1)[2] == 10_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -15,7 +16,7 @@ import tempfile
 import time
 import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from events import wire
 from events.bounds import LAST_ATTEMPT
@@ -156,47 +158,146 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadDisk]:
         yield BadDisk(patch)
 
 
+# ------------------------------------------------------------------------------------------------- any schedule
+
+
+class JournalMachine(RuleBasedStateMachine):
+    """A journal beside its model, a list: what was written is read back once and in order, whatever happened."""
+
+    @initialize(segment_bytes=st.integers(1, 1_500))
+    def open(self, segment_bytes: int) -> None:
+        self.stack = contextlib.ExitStack()
+        self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.disk = BadDisk(self.stack.enter_context(pytest.MonkeyPatch.context()))
+        self.segment_bytes, self.attempt, self.repeated = segment_bytes, 1, 0
+        self.writer = open_journal(self.folder, segment_bytes=segment_bytes)
+        self.model: list[tuple[str, int]] = []  # type and ``seq`` of each line
+        self.seq = 0
+        self.follower = JournalReader(self.folder / "journal")
+        self.followed: list[Event] = []
+        self.torn: list[tuple[str, int]] = []
+        self.unfinished = False  # the last line lacks its newline
+        self.left: dict[Path, bytes] = {}  # the segments of earlier writers
+
+    def events(self, kinds: Iterable[str], time: float = 2.0**32) -> list[Event]:
+        """Build the next events: ``kept``, ``unkept`` by the journal, or ``lost``, which does not reach it."""
+        found: list[Event] = []
+        for kind in kinds:
+            self.seq += 1
+            header: Any = ("run", self.attempt, self.seq, time, 0, self.seq, 0, "train")
+            if kind != "lost":
+                found.append(TrainStepEnded(*header) if kind == "kept" else BackwardEnded(*header))
+            if kind == "kept":
+                self.model.append(("TrainStepEnded", self.seq))
+                self.unfinished = False
+        return found
+
+    @rule(kinds=st.lists(st.sampled_from(["kept", "kept", "unkept", "lost"]), max_size=6), again=st.integers(0, 3))
+    def write(self, kinds: list[str], again: int) -> None:
+        """Holes are not gaps while the disk keeps up, and events that are delivered again are not written again."""
+        events = self.events(["kept", *kinds, "kept"])
+        self.writer.write(events)
+        self.writer.write(events[-again:] if again else [])
+        self.repeated += min(again, len(events))
+        assert (self.writer.written_seq, self.writer.repeated) == (self.seq, self.repeated)
+
+    @rule(
+        count=st.integers(1, 6),
+        rooms=st.lists(st.integers(0, 900), min_size=1, max_size=3),
+        refuses_truncate=st.booleans(),
+        lost=st.lists(st.sampled_from(["kept", "lost"]), max_size=8),
+    )
+    def write_to_a_full_disk(self, count: int, rooms: list[int], refuses_truncate: bool, lost: list[str]) -> None:
+        """A batch is delivered until it is written; events that were dropped meanwhile are one gap."""
+        events = self.events(["kept"] * count)
+        failed = False
+        for room in rooms:
+            self.disk.room, self.disk.refuse_truncate = room, refuses_truncate
+            before = self.writer.written_seq
+            try:
+                self.writer.write(events)
+            except OSError as error:
+                failed = str(error.filename).startswith(str(self.folder))  # it names the segment
+                assert failed
+                assert before <= self.writer.written_seq < self.seq
+            self.repeated += sum(event.seq <= before for event in events)
+            self.follow(1)
+        self.disk.room, self.disk.refuse_truncate = None, False
+        self.repeated += sum(event.seq <= self.writer.written_seq for event in events)
+        self.writer.write(events)
+        if failed and "kept" in lost:
+            first = self.seq + 1
+            queued = self.events([*lost, "kept"], time=0.0)
+            holes = [seq for seq in range(first, self.seq) if ("TrainStepEnded", seq) not in self.model]
+            if holes:
+                own = next(event.seq for event in queued if event.seq > holes[0]) - 1
+                self.model.append(("JournalGap", own))
+                self.model.sort(key=lambda line: line[1])
+            self.writer.write(queued)
+            if holes:
+                gap = next(event for event in read_all(JournalReader(self.folder / "journal", own - 1)))
+                assert isinstance(gap, JournalGap)
+                assert (gap.first_seq, gap.last_seq, gap.lost) == (holes[0], holes[-1], len(holes))
+
+    @rule(short=st.booleans())
+    def write_in_short_pieces(self, short: bool) -> None:
+        """A system call may take fewer bytes than it was given."""
+        self.disk.short = short
+
+    @rule(limit=st.integers(1, 5))
+    def follow(self, limit: int) -> None:
+        while batch := self.follower.read(limit):
+            assert len(batch) <= limit
+            self.followed += batch
+
+    @rule(data=st.data())
+    def crash(self, data: st.DataObject) -> None:
+        """A killed writer leaves a part of its next line; an event that lacks only its newline counts."""
+        if self.writer._fd is not None:
+            part = encode_lines(self.events(["kept"]), self.seq - 1)[:-1]
+            cut = data.draw(st.integers(0, len(part)) | st.just(len(part)))
+            self.disk._write(self.writer._fd, part[:cut])
+            self.unfinished = cut == len(part)
+            if cut < len(part):
+                self.model.pop()
+                self.torn += [(str(segments(self.folder)[-1]), cut)] if cut else []
+            os.close(self.writer._fd)
+        self.seq = journal_tail(self.folder / "journal").seq
+        assert self.seq == max((seq for _, seq in self.model), default=0)
+        self.attempt += 1
+        self.repeated = 0
+        self.writer = open_journal(self.folder, segment_bytes=self.segment_bytes)
+        self.left = {path: path.read_bytes() for path in segments(self.folder)}
+
+    @rule(since=st.integers(0, 60))
+    def check(self, since: int) -> None:
+        """A line without its newline is finished by the next segment."""
+        found = read_all(JournalReader(self.folder / "journal", since))
+        model = self.model[:-1] if self.unfinished else self.model
+        assert [(type(event).__name__, event.seq) for event in found] == [line for line in model if line[1] > since]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "stack"):
+            return
+        with self.stack:
+            self.write([], 0)
+            self.writer.close()
+            for since in (0, self.seq // 2, self.seq):
+                self.check(since)
+            self.follow(5)
+            assert [(type(event).__name__, event.seq) for event in self.followed] == self.model
+            assert all(skip.torn for skip in self.follower.skipped)
+            assert {(skip.path, skip.length) for skip in self.follower.skipped}.issuperset(self.torn)
+            assert journal_tail(self.folder / "journal").seq == self.seq
+            for path, data in self.left.items():
+                assert path.read_bytes() == data
+
+
+TestJournal = JournalMachine.TestCase
+TestJournal.settings = settings(deadline=None, max_examples=50, stateful_step_count=12)
+
+
 # ----------------------------------------------------------------------------------------- the disk refuses
-
-
-def test_a_full_disk_loses_nothing_that_is_delivered_again(tmp_path: Path, disk: BadDisk) -> None:
-    """Whole lines stay, the half one goes, and what is delivered again is written once."""
-    writer = open_journal(tmp_path)
-    writer.write(steps(1, 10))
-    whole = len(wire.encode_json_lines(steps(11, 14)))
-    disk.room = whole + 30
-    with pytest.raises(OSError, match=r"No space left on device: .*00000000000000000001\.jsonl") as caught:
-        writer.write(steps(11, 20))
-    assert caught.value.errno == errno.ENOSPC
-    assert 11 <= writer.written_seq <= 14
-    assert segments(tmp_path)[0].read_bytes().endswith(b"}\n")
-    disk.room = 0
-    for _ in range(5):
-        with pytest.raises(OSError, match="No space"):
-            writer.write(steps(11, 20))
-    disk.room = None
-    writer.write(steps(11, 20))
-    writer.write(steps(21, 30))
-    assert seqs(tmp_path) == list(range(1, 31))
-    assert gaps(tmp_path) == []
-    assert len(segments(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("room", range(0, 700, 23))
-def test_a_half_line_is_never_followed_by_a_whole_one(tmp_path: Path, disk: BadDisk, room: int) -> None:
-    """Wherever the write was cut, and though the half line could not be removed: a new segment begins."""
-    writer = open_journal(tmp_path)
-    disk.room, disk.refuse_truncate = room, True
-    with pytest.raises(OSError, match="No space"):
-        writer.write(steps(1, 5))
-    disk.room, disk.refuse_truncate = None, False
-    writer.write(steps(1, 5))
-    writer.write(steps(6, 7))
-    writer.close()
-    assert seqs(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
-    for since in range(8):
-        assert seqs(tmp_path, since) == list(range(since + 1, 8))
-    assert journal_tail(tmp_path / "journal").seq == 7
 
 
 def test_events_that_were_dropped_meanwhile_are_recorded_as_a_gap(tmp_path: Path, disk: BadDisk) -> None:
@@ -217,45 +318,6 @@ def test_events_that_were_dropped_meanwhile_are_recorded_as_a_gap(tmp_path: Path
     assert isinstance(gap, JournalGap)
     assert "No space left on device" in gap.reason
     assert (gap.run_id, gap.attempt, gap.global_step, gap.stage) == ("run", 1, 50, "train")
-
-
-def test_several_holes_of_one_batch_are_one_gap(tmp_path: Path, disk: BadDisk) -> None:
-    """Where droppable events went and others stayed, one line says how many are missing in all."""
-    writer = open_journal(tmp_path)
-    disk.room = 0
-    with pytest.raises(OSError, match="No space"):
-        writer.write(steps(1, 3))
-    disk.room = None
-    writer.write([step(1), step(5), step(6), step(9)])
-    assert gaps(tmp_path) == [(4, 2, 8, 5)]
-    assert seqs(tmp_path) == [1, 4, 5, 6, 9]
-
-
-def test_a_gap_that_cannot_be_written_either_is_written_later(tmp_path: Path, disk: BadDisk) -> None:
-    """The disk takes half of the first line after the outage and is full again."""
-    writer = open_journal(tmp_path)
-    for room in (0, 40, 0):
-        disk.room = room
-        with pytest.raises(OSError, match="No space"):
-            writer.write(steps(8, 9))
-    disk.room = None
-    writer.write(steps(8, 9))
-    assert seqs(tmp_path) == [7, 8, 9]
-    assert gaps(tmp_path) == [(7, 1, 7, 7)]
-
-
-def test_holes_are_no_gaps_while_the_disk_keeps_up(tmp_path: Path, disk: BadDisk) -> None:
-    """What is not journalled leaves holes too; they are suspicious after an outage only, and not for long."""
-    writer = open_journal(tmp_path)
-    writer.write([step(1), step(5)])
-    disk.room = 0
-    with pytest.raises(OSError, match="No space"):
-        writer.write([step(6)])
-    disk.room = None
-    writer.write([step(6)])
-    later = time.time() + 60
-    writer.write([msgspec.structs.replace(step(seq), time=later) for seq in (7, 9, 12)])
-    assert gaps(tmp_path) == []
 
 
 def test_a_damaged_digit_at_the_end_does_not_hide_what_a_new_attempt_writes(tmp_path: Path) -> None:
@@ -311,45 +373,6 @@ def test_an_event_that_cannot_be_encoded_becomes_a_gap(tmp_path: Path) -> None:
     writer.write([step(1), bad, step(3)])
     assert seqs(tmp_path) == [1, 2, 3]
     assert gaps(tmp_path) == [(2, 2, 2, 1)]
-
-
-def test_short_writes_are_continued(tmp_path: Path, disk: BadDisk) -> None:
-    """A system call may take fewer bytes than it was given."""
-    disk.short = True
-    write(tmp_path, steps(1, 20))
-    assert seqs(tmp_path) == list(range(1, 21))
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.tuples(st.integers(1, 6), st.none() | st.integers(0, 900), st.booleans()), max_size=12),
-    st.integers(1, 1500),
-)
-def test_whatever_the_disk_refuses_every_event_is_there_once(
-    batches: list[tuple[int, int | None, bool]], segment_bytes: int
-) -> None:
-    """Any sequence of refusals, half-lines that stay, and rolls, each batch delivered until it is taken."""
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        folder, disk = Path(name), BadDisk(patch)
-        writer = open_journal(folder, segment_bytes=segment_bytes)
-        tail = JournalReader(folder / "journal")
-        seen: list[Event] = []
-        at = 1
-        for count, room, refuse_truncate in batches:
-            disk.room, disk.refuse_truncate = room, refuse_truncate
-            events = steps(at, at + count - 1)
-            for _ in range(3):
-                try:
-                    writer.write(events)
-                except OSError:
-                    seen += read_all(tail)
-                    disk.room = None
-            at += count
-            assert writer.written_seq == at - 1
-            seen += read_all(tail)
-        writer.close()
-        assert [event.seq for event in seen] == list(range(1, at))
-        assert seqs(folder) == list(range(1, at))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file size limits are POSIX")
@@ -424,38 +447,6 @@ while True:
     write(tmp_path, [step(last + 1, attempt=2)])
     assert seqs(tmp_path)[-1] == last + 1
     assert read_all(reader)[-1].attempt == 2
-
-
-def test_a_journal_cut_anywhere_returns_every_whole_line(tmp_path: Path) -> None:
-    """At every byte of its last three lines: what is whole is returned, what is torn is told once final."""
-    write(tmp_path, steps(1, 6))
-    path = segments(tmp_path)[0]
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for cut in range(len(b"".join(lines[:3])), len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        complete = whole[:cut].count(b"\n")
-        reader = JournalReader(tmp_path / "journal")
-        assert [event.seq for event in read_all(reader)] == list(range(1, complete + 1))
-        assert reader.skipped == []  # it might still be completed
-        last = journal_tail(tmp_path / "journal").seq
-        assert last in (complete, complete + 1)
-
-        write(tmp_path, [step(last + 1, attempt=2)])
-        after = [event.seq for event in read_all(reader)]
-        assert after == list(range(complete + 1, last + 2))
-        torn = whole[:cut].rpartition(b"\n")[2]
-        if torn and last == complete:
-            [skip] = reader.skipped
-            assert (skip.path, skip.line, skip.offset, skip.length) == (
-                str(path),
-                complete + 1,
-                cut - len(torn),
-                len(torn),
-            )
-        else:
-            assert reader.skipped == []
-        segments(tmp_path)[-1].unlink()
 
 
 # ---------------------------------------------------------------------------------------- garbage in the file
@@ -976,33 +967,6 @@ def test_the_journal_is_a_sink_that_never_gives_up() -> None:
     assert msgspec.json.decode(msgspec.json.encode(journal), type=Journal) == journal
 
 
-def test_repeats_and_events_that_are_not_journalled_are_left_out(tmp_path: Path) -> None:
-    """Delivery is at least once; the journal holds each event once."""
-    writer = open_journal(tmp_path)
-    writer.write(steps(1, 3))
-    writer.write(steps(2, 5))
-    writer.write([BackwardEnded("run", 1, 6, 0.0, 0, 1, 0, "train")])
-    assert (writer.written_seq, writer.repeated) == (6, 2)
-    assert seqs(tmp_path) == [1, 2, 3, 4, 5]
-    again = open_journal(tmp_path)
-    again.write(steps(4, 7))
-    assert seqs(tmp_path) == list(range(1, 8))
-
-
-def test_segments_roll_and_are_named_by_their_first_event(tmp_path: Path) -> None:
-    """So that a reader jumps to its cursor."""
-    writer = open_journal(tmp_path, segment_bytes=1_000)
-    for seq in range(1, 31, 3):
-        writer.write(steps(seq, seq + 2))
-    writer.close()
-    names = [path.name for path in segments(tmp_path)]
-    assert len(names) > 3
-    for path in segments(tmp_path):
-        assert wire.decode_json(path.read_bytes().splitlines()[0]).seq == int(path.stem)
-    for since in range(32):
-        assert seqs(tmp_path, since) == list(range(since + 1, 31))
-
-
 def test_a_reader_near_the_end_does_not_open_what_lies_before(tmp_path: Path) -> None:
     """Earlier segments are not read: here they could not even be."""
     writer = open_journal(tmp_path, segment_bytes=1)
@@ -1014,15 +978,6 @@ def test_a_reader_near_the_end_does_not_open_what_lies_before(tmp_path: Path) ->
     reader = JournalReader(tmp_path / "journal", since=3)
     assert [event.seq for event in read_all(reader)] == [4, 5]
     assert reader.skipped == []
-
-
-def test_a_new_attempt_never_appends_to_an_old_segment(tmp_path: Path) -> None:
-    """What a killed process left stays as it is."""
-    write(tmp_path, steps(1, 2))
-    before = segments(tmp_path)[0].read_bytes()
-    write(tmp_path, [step(3, attempt=2)])
-    assert segments(tmp_path)[0].read_bytes() == before
-    assert [path.stem for path in segments(tmp_path)] == [f"{1:020d}", f"{3:020d}"]
 
 
 def test_it_is_durable_at_the_end_of_the_run_at_a_roll_and_on_demand(tmp_path: Path, disk: BadDisk) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar, get_args
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from events.bus.backlog import Item, Payload, Published, item_of
 from events.bus.fence import Fence
 from events.bus.subscription import Subscription
-from events.messages import MetricsLogged, RunEnded, TrainStepEnded
+from events.messages import Event, MetricsLogged, RunEnded, TrainStepEnded
 from events.sink import Delivery, Overflow
 
 T = TypeVar("T")
@@ -31,10 +32,6 @@ def item(kind: type[Any], at: int, *fields: Any, payload: Payload | None = None)
 
 def step(at: int, payload: Payload | None = None) -> Item:
     return item(TrainStepEnded, at, payload=payload)
-
-
-def ended(at: int, payload: Payload | None = None) -> Item:
-    return item(RunEnded, at, "finished", payload=payload)
 
 
 def steps(first: int, last: int) -> list[Item]:
@@ -54,12 +51,6 @@ def now(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def seqs(batch: list[Published]) -> list[int]:
     return [event.seq for event, _ in batch]
-
-
-def add_up(subscription: Subscription) -> bool:
-    counts = subscription.statistics
-    parts = (counts.delivered, counts.dropped, counts.conflated, counts.queued)
-    return counts.published == sum(parts) and min(parts) >= 0
 
 
 # ------------------------------------------------------------------------------------- a receiver that waits
@@ -238,205 +229,142 @@ async def test_a_delivered_batch_is_not_kept_alive() -> None:
         subscription.finish()
 
 
-# -------------------------------------------------------------------------------------- limits and policies
-
-
-def test_an_ended_subscription_counts_what_it_is_offered_as_dropped() -> None:
-    """Nothing disappears uncounted, not even what comes too late."""
-    subscription = Subscription("s", Delivery())
-    subscription.finish()
-    subscription.offer(steps(1, 3))
-    assert (subscription.statistics.published, subscription.statistics.dropped) == (3, 3)
-
-
-@pytest.mark.parametrize("overflow", ["drop_oldest", "latest"])
-def test_the_newest_event_finds_room_while_a_batch_is_delivered(overflow: Overflow) -> None:
-    """A slow delivery of a full queue must not turn dropping the oldest into dropping the newest."""
-    for capacity in (1, 2, 5):
-        subscription = Subscription("s", Delivery(capacity=capacity, overflow=overflow))
-        subscription.offer(steps(1, 10))
-        first = seqs(now(subscription.receive()))
-        subscription.offer(steps(11, 20))
-        last = seqs(now(subscription.receive()))
-        while not subscription.is_empty:
-            last = seqs(now(subscription.receive()))
-        assert first[-1] <= 10
-        assert last[-1] == 20
-
-
-def test_what_must_not_be_dropped_has_room_while_a_batch_fills_the_queue() -> None:
-    """A batch in delivery counts, but does not use up the reserve."""
-    subscription = Subscription("s", Delivery(capacity=4))
-    subscription.offer(steps(1, 4))
-    now(subscription.receive())
-    subscription.offer([*steps(5, 20), *(ended(at) for at in range(21, 27))])
-    assert subscription.statistics.dropped == 18  # the steps: two of the first batch are in delivery
-    received = seqs(now(subscription.receive()))
-    while not subscription.is_empty:
-        received += seqs(now(subscription.receive()))
-    assert received == [21, 22, 23, 24, 25, 26]
-
-
-@pytest.mark.parametrize("overflow", ["drop_oldest", "latest"])
-@pytest.mark.parametrize("build", [step, ended])
-def test_an_event_larger_than_the_queue_waits_alone(overflow: Overflow, build: Any) -> None:
-    """Such as an epoch's outputs: it is delivered unless another one comes; then nobody waits for its hook."""
-    subscription = Subscription("s", Delivery(overflow=overflow, capacity_bytes=1_000), payloads=True)
-    fences = [Fence(["s"]) for _ in range(3)]
-    for at, fence in enumerate(fences, 1):
-        subscription.offer([build(at, Payload(fence=fence, nbytes=10_000))])
-        assert subscription.queued_bytes < 15_000
-    assert subscription.statistics.dropped + subscription.statistics.conflated == 2
-    assert [fence.waiting for fence in fences] == [[], [], ["s"]]
-    assert seqs(now(subscription.receive())) == [3]
-
-
-def test_block_keeps_everything_and_asks_for_credit() -> None:
-    """The loop is told once there is too much, and again when there is room."""
-    told: list[bool] = []
-    delivery = Delivery(overflow="block", capacity=4, batch=2)
-    subscription = Subscription("s", delivery, on_credit=lambda subscription, full: told.append(full))
-    subscription.offer(steps(1, 6))
-    assert told == [True]
-    received = []
-    while not subscription.is_empty:
-        received += seqs(now(subscription.receive()))
-    subscription.done()
-    assert received == [1, 2, 3, 4, 5, 6]
-    assert told == [True, False, False, False]  # after the first two are done, four wait: that is allowed
-    assert subscription.statistics.dropped == 0
-
-
-def test_a_discarded_subscription_gives_its_credit_back_for_good() -> None:
-    """An observer that was given up does not hold the loop when its last call returns after all."""
-    told: list[bool] = []
-    delivery = Delivery(overflow="block", capacity=1)
-    subscription = Subscription("s", delivery, on_credit=lambda subscription, full: told.append(full))
-    subscription.offer(steps(1, 5))
-    now(subscription.receive())
-    subscription.discard()
-    subscription.done()
-    assert told == [True, False]
-    assert add_up(subscription)
-
-
-@pytest.mark.parametrize("how", ["dropped", "conflated", "late", "discarded", "in delivery", "partly done"])
-def test_a_fence_falls_when_its_event_is_lost(how: str) -> None:
-    """The loop never waits for a hook that will not run, whichever way its event went."""
-    overflow: Overflow = "latest" if how == "conflated" else "drop_oldest"
-    subscription = Subscription("s", Delivery(overflow=overflow, capacity=2), payloads=True)
-    fence = Fence(["s", "other"])
-    if how == "late":
-        subscription.finish()
-    subscription.offer([step(1, Payload(fence=fence))])
-    if how in ("dropped", "conflated"):
-        subscription.offer(steps(2, 3))
-    elif how != "late":
-        if how != "discarded":
-            now(subscription.receive())
-        if how == "partly done":
-            subscription.done(0)
-        else:
-            subscription.discard()
-    assert fence.waiting == ["other"]
-    assert add_up(subscription)
-
-
-def test_a_fence_stands_while_its_event_waits_or_is_delivered() -> None:
-    """Being taken from the queue is not having run."""
-    subscription = Subscription("s", Delivery(), payloads=True)
-    fence = Fence(["s"])
-    subscription.offer([ended(1, Payload(fence=fence))])
-    now(subscription.receive())
-    subscription.done()  # the hook has returned; releasing is the target's business
-    assert fence.waiting == ["s"]
-
-
 # ------------------------------------------------------------------------------------------- any schedule
 
-KINDS = st.sampled_from(["step", "step", "ended", "metrics x", "metrics y"])
-OPERATION = st.one_of(
-    st.tuples(st.just("offer"), st.lists(KINDS, min_size=1, max_size=12)),
-    st.tuples(st.sampled_from(["receive", "receive", "done", "finish", "discard"]), st.integers(0, 6)),
-)
+
+class SubscriptionMachine(RuleBasedStateMachine):
+    """A queue with any policy and limits: each event is delivered once and in order, or lost for a stated reason."""
+
+    @initialize(
+        overflow=st.sampled_from([policy for policy in get_args(Overflow) if policy != "catch_up"]),
+        capacity=st.integers(1, 8),
+        capacity_bytes=st.sampled_from([1_500, 20_000, HUGE]),
+        batch=st.integers(1, 5),
+    )
+    def subscribe(self, overflow: Overflow, capacity: int, capacity_bytes: int, batch: int) -> None:
+        self.delivery = Delivery(overflow=overflow, capacity=capacity, capacity_bytes=capacity_bytes, batch=batch)
+        self.is_full = False
+        self.subscription = Subscription("s", self.delivery, payloads=True, on_credit=self.take_credit)
+        self.offered: list[Item] = []
+        self.received: list[Published] = []
+        self.hand: list[int] = []
+        self.refused: set[int] = set()  # handed over, and then dropped
+        self.ended = False
+
+    def take_credit(self, subscription: Subscription, full: bool) -> None:
+        self.is_full = full
+
+    @rule(kinds=st.lists(st.sampled_from(["step", "step", "large", "ended", "x", "y"]), min_size=1, max_size=12))
+    def offer(self, kinds: list[str]) -> None:
+        items = []
+        for at, kind in enumerate(kinds, len(self.offered) + 1):
+            payload = Payload(fence=Fence(["s", "other"]), nbytes=10_000 if kind == "large" else 100)
+            if kind in ("x", "y"):
+                items.append(item(MetricsLogged, at, {kind: float(at)}, payload=payload))
+            elif kind == "ended":
+                items.append(item(RunEnded, at, "finished", payload=payload))
+            else:
+                items.append(step(at, payload))
+        self.offered += items
+        self.refused |= {event.seq for event, _, _ in items} if self.ended else set()
+        self.subscription.offer(items)
+
+    @rule()
+    def receive(self) -> None:
+        if not self.subscription.is_empty:
+            self.done(None)
+            got = now(self.subscription.receive())
+            assert 0 < len(got) <= self.delivery.batch
+            self.received += got
+            self.hand = seqs(got)
+        elif self.ended:
+            self.hand = []
+            with pytest.raises(anyio.EndOfStream):
+                now(self.subscription.receive())
+
+    @rule(count=st.none() | st.integers(0, 5))
+    def done(self, count: int | None) -> None:
+        self.subscription.done(count)
+        self.refused |= set(self.hand if count == 0 else self.hand[count:] if count else [])
+        self.hand = []
+
+    @rule()
+    def finish(self) -> None:
+        self.subscription.finish()
+        self.ended = True
+
+    @precondition(lambda self: len(self.offered) > 20)
+    @rule()
+    def discard(self) -> None:
+        self.subscription.discard()
+        self.refused |= set(self.hand)
+        self.hand = []
+        self.ended = True
+
+    @invariant()
+    def counts_and_limits_hold(self) -> None:
+        counts, delivery = self.subscription.statistics, self.delivery
+        parts = (counts.delivered, counts.dropped, counts.conflated, counts.queued)
+        assert counts.published == sum(parts) == len(self.offered)
+        assert min(parts) >= 0
+        assert counts.conflated == 0 or delivery.overflow == "latest"
+        full = counts.queued > delivery.capacity or self.subscription.queued_bytes > delivery.capacity_bytes
+        if delivery.overflow == "block":
+            assert self.ended or self.is_full == full
+            return
+        largest = max((size for _, _, size in self.offered), default=0)
+        assert counts.queued <= max(2 * delivery.capacity, 2)
+        # One event may exceed the bytes by itself: that in delivery, and the newest.
+        limit = delivery.capacity_bytes
+        assert self.subscription.queued_bytes <= max(2 * limit, limit + largest, 2 * largest)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "subscription"):
+            return
+        undisturbed = not self.ended
+        while not self.subscription.is_empty:
+            self.receive()
+        self.done(None)
+        self.discard()
+        self.subscription.done()
+        self.counts_and_limits_hold()
+        assert not self.is_full
+        assert self.subscription.statistics.queued == self.subscription.queued_bytes == 0
+        order = seqs(self.received)
+        assert order == sorted(set(order))
+        delivered = set(order) - self.refused
+        assert self.subscription.statistics.delivered == len(delivered)
+        for event, payload, _ in self.offered:  # the loop never waits for a hook that will not run
+            assert payload is not None
+            assert payload.fence is not None
+            assert payload.fence.waiting == (["other", "s"] if event.seq in delivered else ["other"])
+        if undisturbed and self.offered:
+            self.check_policy(set(order))
+
+    def check_policy(self, got: set[int]) -> None:
+        delivery, kept = self.delivery, [event.seq for event, _, _ in self.offered if not event.droppable]
+        if delivery.overflow == "block":
+            assert len(got) == len(self.offered)
+        elif not kept:
+            assert self.offered[-1][0].seq in got  # the newest has room, whatever is being delivered
+        elif len(kept) <= delivery.capacity and delivery.capacity_bytes == HUGE:
+            assert got.issuperset(kept)
+        if (
+            delivery.overflow == "latest"
+            and delivery.capacity >= 8
+            and delivery.capacity_bytes == HUGE
+            and len(kept) < 4
+        ):
+            assert last_values(event for event, _ in self.received) == last_values(one[0] for one in self.offered)
 
 
-def build(kind: str, at: int, fence: Fence) -> Item:
-    payload = Payload(fence=fence, nbytes=100)
-    if kind == "step":
-        return step(at, payload)
-    if kind == "ended":
-        return ended(at, payload)
-    return item(MetricsLogged, at, {kind[-1]: float(at)}, payload=payload)
-
-
-@settings(deadline=None, max_examples=300)
-@given(
-    overflow=st.sampled_from([policy for policy in get_args(Overflow) if policy != "catch_up"]),
-    capacity=st.integers(1, 8),
-    capacity_bytes=st.sampled_from([2_000, 20_000, HUGE]),
-    batch=st.integers(1, 5),
-    schedule=st.lists(OPERATION, max_size=25),
-)
-def test_events_are_conserved_whatever_happens(
-    overflow: Overflow, capacity: int, capacity_bytes: int, batch: int, schedule: list[tuple[str, Any]]
-) -> None:
-    """Counts add up, order holds, bounds hold and bytes and fences come back, after every step of any schedule."""
-    delivery = Delivery(overflow=overflow, capacity=capacity, capacity_bytes=capacity_bytes, batch=batch)
-    subscription = Subscription("s", delivery, payloads=True)
-    offered: list[Item] = []
+def last_values(events: Iterable[Event]) -> dict[str, float]:
     values: dict[str, float] = {}
-    received: list[Published] = []
-    for action, argument in schedule:
-        if action == "offer":
-            items = [build(kind, len(offered) + n + 1, Fence(["s"])) for n, kind in enumerate(argument)]
-            before = [event.metrics.copy() for event, _, _ in items if isinstance(event, MetricsLogged)]
-            offered += items
-            subscription.offer(items)
-            assert before == [event.metrics for event, _, _ in items if isinstance(event, MetricsLogged)]
-        elif action == "receive" and not subscription.is_empty:
-            received += (handed := now(subscription.receive()))
-            assert 0 < len(handed) <= batch
-        elif action == "done":
-            subscription.done(argument or None)
-        elif action == "finish":
-            subscription.finish()
-        elif action == "discard":
-            subscription.discard()
-        assert add_up(subscription)
-        statistics = subscription.statistics
-        if overflow == "block":
-            assert statistics.conflated == 0
-        else:
-            assert statistics.queued <= max(2 * capacity, 2)
-            largest = max((size for _, _, size in offered), default=0)
-            # One event may exceed the limit by itself: that in delivery, and the newest.
-            assert subscription.queued_bytes <= max(2 * capacity_bytes, capacity_bytes + largest, 2 * largest)
-    while not subscription.is_empty:
-        received += now(subscription.receive())
-    subscription.done()
-    subscription.discard()
-    subscription.discard()  # twice is as good as once
-    assert add_up(subscription)
-    assert subscription.statistics.queued == subscription.queued_bytes == 0
-    order = seqs(received)
-    assert order == sorted(set(order))
-    got = set(order)
-    for event, payload, _ in offered:
-        assert payload is not None
-        assert payload.fence is not None
-        if event.seq not in got:
-            assert payload.fence.waiting == []
-    disturbed = any(action in ("finish", "discard") for action, _ in schedule)
-    if overflow == "block" and not disturbed:
-        assert len(got) == len(offered)
-    if overflow == "latest" and not disturbed and capacity >= 8 and capacity_bytes == HUGE:
-        for event, _, _ in offered:
-            if isinstance(event, MetricsLogged):
-                values |= event.metrics
-        seen: dict[str, float] = {}
-        for event, _ in received:
-            if isinstance(event, MetricsLogged):
-                seen |= event.metrics
-        if sum(event.droppable is False for event, _, _ in offered) < 4:
-            assert seen == values
+    for event in events:
+        if isinstance(event, MetricsLogged):
+            values |= event.metrics
+    return values
+
+
+TestSubscription = SubscriptionMachine.TestCase
+TestSubscription.settings = settings(deadline=None, max_examples=200, stateful_step_count=30)

@@ -30,6 +30,7 @@ def policy(start: int = 0, **settings: Any) -> DuePolicy:
 def test_without_settings_no_checkpoint_is_ever_due() -> None:
     one = DuePolicy(None)
     one.start(3, 0)
+    one.taken(0)
     assert (one.step, one.ns) == (NEVER, NEVER)
     assert one.after_step(4, 10**18, last=False) == one.after_epoch(0, 10**18) == []
 
@@ -51,6 +52,18 @@ def test_minutes_count_from_the_checkpoint_before() -> None:
     assert one.after_epoch(0, 5 * MINUTE) == ["minutes"]
 
 
+def test_more_minutes_than_a_clock_counts_are_never() -> None:
+    assert policy(every_minutes=1e300).after_epoch(0, 10**16) == []
+
+
+@given(every=st.integers(1, 5), minutes=st.none() | st.just(1))
+def test_every_n_epochs_counts_from_the_first_and_comes_before_minutes(every: int, minutes: int | None) -> None:
+    one = policy(every_epochs=every, every_minutes=minutes)
+    otherwise = [] if minutes is None else ["minutes"]
+    for epoch in range(12):
+        assert one.after_epoch(epoch, MINUTE) == (["epochs"] if (epoch + 1) % every == 0 else otherwise)
+
+
 def test_the_last_step_of_an_epoch_leaves_its_reasons_to_the_epoch() -> None:
     """One checkpoint instead of two; the reasons of both, each once."""
     one = policy(every_steps=2, every_epochs=1)
@@ -69,6 +82,8 @@ def test_the_best_one_is_due_at_once() -> None:
     assert one.after_step(5, 0, last=False) == ["best"]
     one.taken(0)
     assert one.after_step(6, 0, last=False) == []
+    one.found_best(7)
+    assert one.after_epoch(0, 0) == ["best"]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -91,7 +106,21 @@ def test_a_failed_checkpoint_need_not_be_beaten() -> None:
     assert best.enters(2, 0.1)
     best.add(2, 0.1, lost)  # type: ignore[arg-type]
     assert not best.enters(3, 0.2)
+    assert not best.enters(4, 0.2)
     lost.failed = True
     assert best.enters(4, 0.2)
     assert not best.enters(5, 0.7)
     assert not best.enters(6, float("nan"))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_step_that_is_done_again_enters_only_with_a_better_metric(sign: int) -> None:
+    """Unless its checkpoint failed."""
+    mode: Any = "max" if sign == 1 else "min"
+    for own, score, enters in ((3, 4, True), (0.3, 0.5, True), (4, 3, False), (0.5, 0.3, False), (2, 2, False)):
+        best = BestScores(Checkpoints(best="m", best_mode=mode, keep_best=2), {})
+        best.add(7, sign * own, Snapshot(durable=True))  # type: ignore[arg-type]
+        for _ in range(2):
+            assert best.enters(7, sign * score) is enters
+        best.add(7, sign * own, Snapshot(failed=True))  # type: ignore[arg-type]
+        assert best.enters(7, sign * score)
