@@ -26,7 +26,7 @@ export class Board {
     matchMedia("print").addEventListener("change", ({ matches }) => (matches ? this.print() : this.printed()));
   }
 
-  /** On paper all is in sight, as wide as the paper, and in colours for it. */
+  /** For printing, draw all charts, at the width of the paper and in its colours. */
   print() {
     if (document.documentElement.classList.contains("printing")) return;
     document.documentElement.classList.add("printing");
@@ -49,7 +49,7 @@ export class Board {
   #sight;
   #size;
   #asked = false;
-  #cost_ms = 10; // of a pass, with its painting, which no script sees
+  #cost_ms = 10; // of a pass, with its painting, which scripts cannot measure
   #passAt = 0;
   #timer = null;
 
@@ -73,7 +73,7 @@ export class Board {
       if (!this.charts.has(chart)) continue;
       chart.isSeen = isIntersecting;
       if (chart.isSeen) chart.touch();
-      else chart.rest(); // canvases out of sight hold memory
+      else chart.rest(); // a canvas out of sight would hold memory
     }
     this.wake();
   }
@@ -137,7 +137,7 @@ export class Board {
     }
   }
 
-  /** What is painted by software takes long: the next animation frame comes late then. */
+  /** Measure a pass by its next animation frame, which is late where painting is slow (without a GPU). */
   #measure(began) {
     requestAnimationFrame(() => {
       const cost = Math.min(250, Math.max(1, performance.now() - began - 8));

@@ -24,17 +24,16 @@ const TABLE_MS = 2000;
 const MOST_ROWS = 200;
 /** Steps of an axis of bytes. */
 const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
-/** Beyond this uPlot knows no steps of an axis... */
+/** From this value on uPlot has no steps for an axis... */
 const HUGE = 1e30;
-/** ...so these are its steps, and those above them. */
+/** ...so it gets these. */
 const HUGE_STEPS = Array.from({ length: 340 }, (_, at) => [1, 2, 2.5, 5].map((one) => Number(`${one}e${at - 32}`))).flat();
 
 /**
  * One figure.
  *
- * `curves()` gives what it shows: `{label, series, started, show, colour, dash, width, fill, values, last}`; `values` and
- * `last`, if given, are what legend and table show in place of the series' own (a stack's layers are not where their tops
- * are).
+ * `curves()` returns its curves: `{label, series, started, show, colour, dash, width, fill, values, last}`. The legend and
+ * the table show `values` and `last`, if given, instead of the series' own: the layers of a stack are drawn at their sums.
  */
 export class Chart {
   constructor({
@@ -102,7 +101,7 @@ export class Chart {
   rest() {
     this.u?.destroy();
     this.u = null;
-    this.empty.hidden = true; // it is not known, until it is drawn again
+    this.empty.hidden = true; // unknown until the next drawing
   }
 
   destroy() {
@@ -128,7 +127,7 @@ export class Chart {
     if (this.holder.hidden) {
       this.#plot(curves);
     } else {
-      this.#tellMissing([]); // a table has them all
+      this.#tellMissing([]); // the table lists them all
       this.#note([]);
       this.#fillTable(curves, began);
     }
@@ -165,7 +164,7 @@ export class Chart {
       return;
     }
     this.empty.hidden = true;
-    // What is behind comes first: the spread of merged points, or the curve that was smoothed away.
+    // The background is drawn first: the spread of merged points, or the curve before smoothing.
     const withBehind = curves.length <= 3;
     const layout = parts.map((part) => (withBehind ? (part.low ? "b" : part.raw ? "r" : "-") : "-")).join("");
     const groups = parts.map((part, i) => {
@@ -202,7 +201,7 @@ export class Chart {
     setText(this.missing, told.length ? `Not shown on a logarithmic scale (0 or less): ${told.join(", ")}.` : "");
   }
 
-  /** What the scale follows in the part of the charts that is shown: `[low, high]`, or null for all values. */
+  /** The range that the scale of the shown part follows: `[low, high]`, or null for all values. */
   #scope(curves, parts) {
     const { zoom } = this.board.view;
     let isNarrowed = false;
@@ -308,7 +307,7 @@ export class Chart {
         y: false,
         drag: { x: true, y: false, setScale: false },
         sync: { key: "stagecast" },
-        points: { size: (u, index) => (this.at.includes(index) ? 6 : 0) }, // not of what is behind
+        points: { size: (u, index) => (this.at.includes(index) ? 6 : 0) }, // not for the background
         bind: { dblclick: () => () => this.board.zoom(null) },
       },
       hooks: {
@@ -319,7 +318,7 @@ export class Chart {
     };
   }
 
-  /** uPlot itself draws a line for each digit of each power, and leaves labels away that it finds no room for. */
+  /** By itself, uPlot draws a line for each digit of each power, and skips labels without space. */
   #logAxis() {
     const most = Math.max(2, Math.floor((this.height - 30) / 26));
     return {
@@ -331,7 +330,7 @@ export class Chart {
 
   #tick(tick, value) {
     const told = value * this.shrinkage;
-    return Number.isFinite(told) ? tick(told) : ""; // above the largest number there is still some air
+    return Number.isFinite(told) ? tick(told) : ""; // the margin may lie above the largest number
   }
 
   #select(u) {
@@ -475,7 +474,7 @@ export class Chart {
   }
 
   #fillTable(curves, now) {
-    // Not more often than it can be read, and not while it is scrolled.
+    // At a readable rate, and not while the reader scrolls.
     if (this.tableAt && (now - this.tableAt < TABLE_MS || this.holder.scrollTop > 0)) return;
     this.tableAt = now;
     const groups = curves.map(({ series, values }) => ({

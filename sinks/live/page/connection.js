@@ -1,4 +1,4 @@
-/** The way to the server: WebSocket, Server-Sent Events where that does not get through, and the token. */
+/** The connection to the server: WebSocket, or Server-Sent Events where a proxy blocks it; and the token. */
 
 const FIRST_WAIT_S = 0.5;
 const LONGEST_WAIT_S = 15;
@@ -37,7 +37,7 @@ export class TokenWanted extends Error {}
 /** The server's answer for an unknown run. */
 export const NO_RUN = "this server has no such run";
 
-/** Fetch an address relative to the page. Throws `TokenWanted`, or an `Error` that says what went wrong. */
+/** Fetch an address relative to the page. Throws `TokenWanted`, or an `Error` with the reason. */
 export async function get(address, options = {}) {
   if (report) return new Response(JSON.stringify({ runs: report.runs.map((one) => one.run) }));
   const shown = token.get();
@@ -51,7 +51,7 @@ export async function get(address, options = {}) {
   return response;
 }
 
-/** The JSON of an answer; `{reason}` for an answer that is not ours. */
+/** Parse the JSON of an answer; returns `{reason}` for one of another program, such as a proxy. */
 async function answerOf(response) {
   const answer = await response.json().catch(() => ({}));
   if (answer.type) return answer;
@@ -72,7 +72,7 @@ export class Connection {
     this.store = store;
     this.on = on;
     this.isMain = isMain;
-    this.state = "connecting"; // "open", "waiting" (to try again), "token", "gone" (for good)
+    this.state = "connecting"; // "open", "waiting" (for the next try), "token", "gone" (closed for good)
     this.problem = null;
     this.isBroken = false; // whether an error ended the drawing of a part
     this.heardAt = performance.now();
@@ -110,7 +110,7 @@ export class Connection {
     this.#drop();
   }
 
-  /** Seconds since the server was last heard. */
+  /** Seconds since the server's last message. */
   get silence_s() {
     return report ? 0 : (performance.now() - this.heardAt) / 1000;
   }
@@ -123,7 +123,7 @@ export class Connection {
     return { text, fix: "Disable its buffering for this address (nginx: proxy_buffering off;)." };
   }
 
-  /** Try again now. */
+  /** Reconnect now. */
   retry() {
     if (report || this.#stopped || this.state === "open" || this.state === "connecting") return;
     this.#failures = 0;
@@ -289,7 +289,7 @@ export class Connection {
       if (error instanceof TokenWanted) this.#wantToken();
       else if (error.message === NO_RUN) this.#end(NO_RUN);
       else {
-        if (this.#failures > 2) this.#usesEvents = this.#polls = false; // the other way, once more
+        if (this.#failures > 2) this.#usesEvents = this.#polls = false; // retry the WebSocket
         this.#lost(error.message);
       }
     }

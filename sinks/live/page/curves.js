@@ -1,4 +1,4 @@
-/** From series to what is drawn: smoothing, the scale of x, and bringing several curves onto one x. Pure. */
+/** Turns series into columns to draw: smoothing, scales, and several curves over one x. Pure functions. */
 
 /** The part of a curve that can be drawn: `{x, y, low, high}`, of equal length. */
 export function pointsOf(series, { x, started, log }) {
@@ -29,14 +29,14 @@ function drawable(column, length, log) {
   return part;
 }
 
-/** How many values of a series a logarithmic scale has no place for: those in points of 0 or less. */
+/** The number of values that a logarithmic scale cannot show: those in points of 0 or less. */
 export function valuesOffLog(series) {
   let values = 0;
   for (let i = 0; i < series.length; i++) if (series.mean[i] <= 0) values += series.weight[i];
   return values;
 }
 
-/** The part of a curve, smoothed; what it was stays behind it, unless its spread is there. */
+/** Smooth the part of a curve; its background becomes the original, unless it has a spread. */
 export function smoothPart(part, by) {
   return by > 0 ? { ...part, y: smoothed(part.y, by), raw: part.low ? null : part.y } : part;
 }
@@ -60,8 +60,8 @@ export function smoothed(values, by) {
 }
 
 /**
- * Bring groups of columns, each with an x of its own, onto one x. Where a group has no point there, its columns have
- * `undefined`, over which lines go on; `null` is a gap. Returns `[x, ...columns]`.
+ * Align groups of columns, each with its own x, to one x. Where a group has no point, its columns have `undefined`, which
+ * lines cross; `null` is a gap. Returns `[x, ...columns]`.
  */
 export function align(groups) {
   const isSame = groups.every((group) => group.x === groups[0].x || areEqual(group.x, groups[0].x));
@@ -116,16 +116,16 @@ export function shrunk(part, by) {
   return { ...part, y: column(part.y), raw: column(part.raw), low: column(part.low), high: column(part.high) };
 }
 
-/** Factor over the usual values beyond which a value lies off the scale... */
+/** Factor over the usual values from which a value lies off the scale... */
 const FAR = 1000;
-/** ...and where nothing tells what is usual, one that is so large. */
+/** ...and the value that does, where no others show what is usual. */
 const ABSURD = 1e15;
 
 /**
  * The values that a scale follows: `[low, high]`; null for all of them.
  *
- * A run that diverges passes through all powers of ten before it is NaN, and a single spike may be as large: a scale up to
- * there would flatten all that is worth seeing. `oddAt`: the index of the last value that was not finite, or -1.
+ * A run that diverges passes through all powers of ten before it is NaN, and a single spike may be as large: a scale that
+ * includes them would flatten the rest of the curve. `oddAt`: the index of the last value that was not finite, or -1.
  */
 export function scopeOf(values, oddAt = -1) {
   const finite = [];
@@ -142,7 +142,7 @@ export function scopeOf(values, oddAt = -1) {
   return low === least && high === most ? null : [low, high];
 }
 
-/** Where values begin to grow and never come back: until they are not finite, or absurdly large. Else their number. */
+/** The index from which values grow until they are not finite, or absurdly large; otherwise their number. */
 function divergesAt(finite, places, oddAt) {
   const first = Math.max(1, Math.abs(finite[0]));
   let end = finite.length;
@@ -157,7 +157,7 @@ function divergesAt(finite, places, oddAt) {
   return end;
 }
 
-/** The range of the first values without single ones that are far from all others. */
+/** The range of the first values, without outliers. */
 function usualOf(finite, end) {
   if (end < 4) return rangeOf(finite, end, -Infinity, Infinity);
   const [first, middle, third] = quartilesOf(finite, end, (value) => value);
@@ -193,7 +193,7 @@ export function commonScope(scopes) {
   return [Math.min(...kept.map(([low]) => low)), Math.max(...kept.map(([, high]) => high))];
 }
 
-/** The part of a curve, what lies beyond the scale being just out of sight: canvases do not take lines to 1e300. */
+/** Clamp the part of a curve just outside the scale: a canvas cannot draw a line to 1e300. */
 export function clamped(part, [low, high]) {
   const [bottom, top] = linearRange(low, high);
   const [least, most] = [bottom - (top - bottom), top + (top - bottom)];
@@ -213,7 +213,7 @@ export function linearRange(min, max) {
   return [min >= 0 ? Math.max(0, min - air) : min - air, max + air];
 }
 
-/** The same for a scale of powers of ten, whose labels begin at its lower end: that is a round number. */
+/** The same for a logarithmic scale, whose lower end is a round number, because its labels start there. */
 export function logRange(min, max) {
   if (!(min > 0) || !(max > 0)) return [0.1, 1];
   const [low, high] = [10 ** Math.floor(Math.log10(min)), 10 ** Math.floor(Math.log10(max))];
@@ -224,7 +224,7 @@ export function logRange(min, max) {
 
 const MULTIPLES = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 5], [1]];
 
-/** Round numbers from `min` to `max` for the labels of a scale of powers of ten: as many as there is room for. */
+/** Round numbers from `min` to `max` for the labels of a logarithmic scale: as many as fit. */
 export function logSplits(min, max, most) {
   const [first, last] = [Math.floor(Math.log10(min)), Math.floor(Math.log10(max))];
   let splits = [];

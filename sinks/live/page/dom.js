@@ -63,7 +63,7 @@ export function tableRow(columns, row) {
   return el("tr", {}, ...cells);
 }
 
-/** Bring the children of `parent` in line with `keys`, in their order; those that stay are kept as they are. */
+/** Update the children of `parent` to `keys`, in their order; the elements of old keys are kept. */
 export function reconcile(parent, known, keys, make) {
   const wanted = new Set(keys);
   for (const [key, item] of known) {

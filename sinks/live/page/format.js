@@ -1,4 +1,4 @@
-/** How numbers, sizes and times are written. Pure: nothing here touches the page. */
+/** Formats numbers, sizes and times. Pure functions. */
 
 const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 const clock = new Intl.DateTimeFormat(undefined, {
@@ -17,7 +17,7 @@ export function count(value) {
   return Math.abs(value) < 1e15 ? whole.format(value) : number(value);
 }
 
-/** A measured number to four digits, without zeros that say nothing: `0.5321`, `12,340`, `3e-4`. */
+/** A measured number to four digits, without trailing zeros: `0.5321`, `12,340`, `3e-4`. */
 export function number(value, digits = 4) {
   if (typeof value === "string") return value === "nan" ? "NaN" : value.replace("inf", "∞");
   if (value === null || value === undefined) return NONE;
@@ -37,7 +37,7 @@ export function bytes(value) {
   return scaled(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]);
 }
 
-/** Things in a second: `1,240 rows/s`. */
+/** A rate: `1,240 rows/s`. */
 export function rate(value, unit) {
   return isNumber(value) ? `${number(value)} ${unit}/s` : NONE;
 }
@@ -83,7 +83,7 @@ export function percent(share) {
   return `${Math.abs(share) < 1e6 ? (share * 100).toFixed(1) : number(share * 100)} %`;
 }
 
-/** How the numbers of a series are written, from its name: `{show, tick, isBinary}`; `tick` for an axis. */
+/** The format of a series' numbers, by its name: `{show, tick, isBinary}`; `tick` for an axis. */
 export function unitOf(name) {
   const last = name.slice(name.lastIndexOf("/") + 1);
   if (name === "rows_per_s") return { show: (value) => rate(value, "rows"), tick: number };
@@ -96,7 +96,7 @@ export function unitOf(name) {
   return { show: number };
 }
 
-/** Whether lower is better: true, false, or null where the name does not say. */
+/** Whether lower is better: true, false, or null if the name does not determine it. */
 export function lowerIsBetter(name) {
   const words = name.toLowerCase().split(/[^a-z0-9]+/);
   if (words.some((word) => LOW.has(word))) return true;
@@ -144,7 +144,7 @@ function bytesPerS(value) {
   return isNumber(value) ? `${bytes(value)}/s` : NONE;
 }
 
-/** The time of day, with the day where it is another one; for a line that has little room. */
+/** The time of day, with the day if it is not today; for short lines. */
 export function since(time, now) {
   if (!isTime(time)) return "";
   const options =
@@ -156,7 +156,7 @@ function isNumber(value) {
   return typeof value === "number" && Number.isFinite(value);
 }
 
-/** Whether it is a time, in Unix seconds, that a `Date` can hold: others, which a stranger may write, throw. */
+/** Whether a `Date` can hold a time in Unix seconds; formatting any other one, of an untrusted run, throws. */
 export function isTime(time) {
   return isNumber(time) && time > 0 && time < 8.64e12;
 }

@@ -8,7 +8,7 @@ const LEDGER_NAMES = {
   inline: "inline hooks",
   fence: "fences",
 };
-/** The layers of the stack, from its top: later ones are drawn over it. */
+/** The layers of the stack, from its top: later ones are drawn over earlier ones. */
 export function ledgerCurves(store) {
   const wall = store?.get("ledger/wall_s");
   if (!wall) return [];
@@ -74,7 +74,7 @@ export function ledgerTable(store) {
   return table(`The loop's wall time by phase${idle}`, heads, rows);
 }
 
-/** Shares of wall time, point by point; where the two do not have the same points, by step. */
+/** Shares of wall time, point by point; by step if the points of the two differ. */
 function sharesOf(series, wall) {
   const values = new Float64Array(wall.length);
   const isAligned = series.length === wall.length;

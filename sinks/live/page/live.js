@@ -1,4 +1,4 @@
-/** The page that shows runs: which runs are shown, how, and what the reader does with them. */
+/** The page: it chooses the shown runs, updates their parts, and handles the reader's actions. */
 
 import { Board } from "./board.js";
 import { swatch } from "./charts.js";
@@ -148,7 +148,7 @@ class App {
     return isRefused || (this.lacking.get(runId) ?? 0) >= MISSING_LOOKS;
   }
 
-  /** The listed runs, in words. */
+  /** A sentence about the listed runs. */
   runsInWords() {
     const names = this.runs.map((run) => run.run_id);
     if (!names.length) return "it has no runs";
@@ -245,9 +245,9 @@ class App {
     for (const { connection } of this.open.values()) connection.retry();
   }
 
-  // ----------------------------------------------------------------------------------------- what the server says
+  // ------------------------------------------------------------------------------------ messages from the server
 
-  /** Draw or take in a part of one run; a notice says that a part failed. */
+  /** Read or draw a part of one run; a notice reports a failure. */
   part(one, draw) {
     if (!contained(draw)) one.connection.isBroken = true;
   }
@@ -281,7 +281,7 @@ class App {
   writeNow() {
     const focus = this.focus();
     if (!focus) return;
-    if (focus !== this.lastFocus) this.follow(); // the one before is not there
+    if (focus !== this.lastFocus) this.follow(); // the previous run is missing
     const { store, connection } = focus;
     this.writeState(store, connection);
     if (!store.isLoaded) {
@@ -297,7 +297,7 @@ class App {
     }
     byId("waiting").hidden = true;
     byId("content").hidden = false;
-    if (document.hidden) return; // what is not seen is written when it is
+    if (document.hidden) return; // a hidden page is updated when it is shown
     const isRearranged = this.isRearranged;
     if (isRearranged) {
       this.isRearranged = false;

@@ -1,6 +1,6 @@
-/** How names are searched: as a regular expression, and as plain text. Pure. */
+/** Searches names, by a regular expression and as plain text. Pure functions. */
 
-/** `{matches(name), problem}`: `problem` says why the text is not a regular expression; it then serves as plain text. */
+/** Returns `{matches(name), problem}`: `problem` is why the text is not a regular expression; it then is plain text. */
 export function matcher(text) {
   const wanted = text.trim();
   const plain = wanted.toLowerCase();

@@ -8,7 +8,6 @@ function byId(id) {
   return document.getElementById(id);
 }
 
-/** One card for each name; a slider goes through the steps. */
 class Pages {
   constructor(title, show) {
     this.show = show;
@@ -95,7 +94,7 @@ async function showMedia(body, item, step, store) {
     return;
   }
   try {
-    // An <img> shows no token: the image is fetched, and put in as data.
+    // The request of an <img> cannot carry the token: the image is fetched, and inserted as data.
     const blob = await (await get(address)).blob();
     const reader = new FileReader();
     reader.onload = () => (image.src = reader.result);

@@ -1,4 +1,4 @@
-/** Tables: observers, checkpoints, the log, what the run was started with. */
+/** Tables: observers, problems, checkpoints, the log, arguments and versions. */
 
 import { toast } from "./controls.js";
 import { el, reconcile, setText, svg, table } from "./dom.js";
@@ -58,7 +58,7 @@ export function fillObservers(store) {
   byId("observers").replaceChildren(made);
 }
 
-// --------------------------------------------------------------------------------------------- what is wrong
+// ---------------------------------------------------------------------------------------------------- problems
 
 const unhealthy = new Map();
 /** The problems of all runs that are shown, and the traceback of those that failed. */
@@ -100,7 +100,7 @@ async function copyText(text, shown) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // A page without TLS from another machine has no clipboard API: the old one copies the selection.
+    // A page without TLS from another machine has no clipboard API: the older call copies the selection.
     getSelection().selectAllChildren(shown);
     if (!document.execCommand("copy")) {
       toast("The browser does not allow copying; the text is selected");
@@ -279,7 +279,7 @@ export class Log {
     this.level.addEventListener("change", () => this.fill(this.store, true));
   }
 
-  /** Adds what is new; all of it when another run is shown. */
+  /** Add the new lines; all lines if another run is shown now. */
   fill(store, isNew = this.store !== store || this.generation !== store.generation) {
     const isAtEnd = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < 30;
     if (isNew) {
@@ -302,7 +302,7 @@ export class Log {
 
 function lineOf({ time, global_step: step, level, text, detail }) {
   const mark = level === "error" ? "error: " : level === "warning" ? "warning: " : null;
-  const rest = mark && text.startsWith(mark) ? text.slice(mark.length) : text; // many lines have the word already
+  const rest = mark && text.startsWith(mark) ? text.slice(mark.length) : text; // many lines start with the word
   return el(
     "li",
     { "data-level": level },

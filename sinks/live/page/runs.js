@@ -1,4 +1,4 @@
-/** The list of runs, and how a run's state is written. */
+/** The list of runs, and the words for a run's state. */
 
 import { contained, el, reconcile, setAttribute, setText } from "./dom.js";
 import { swatch } from "./charts.js";
@@ -31,7 +31,7 @@ export function statusOf(run) {
   const problems = run.problems?.length ?? 0;
   if (!problems || state === "missing") return { state, glyph, word, isUnhealthy: false };
   const others = problems - (run.damage ? 1 : 0);
-  const isSaid = !others || (state === "failed" && others === 1); // the failure itself
+  const isSaid = !others || (state === "failed" && others === 1); // the only problem is the failure itself
   const words = [
     word,
     run.damage && state !== "damaged" ? "damaged" : null,

@@ -85,7 +85,7 @@ export class Sections {
     app.board.add(this.ledger);
   }
 
-  /** Names have come, or other runs were chosen. */
+  /** Update the charts for new names, or other runs. */
   arrange() {
     const kinds = { train: new Set(), validation: new Set(), system: new Set(), ledger: new Set(), user: new Set() };
     for (const { store } of this.app.shownRuns()) {

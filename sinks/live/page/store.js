@@ -48,7 +48,7 @@ export class Series {
     while (series.width * length < series.count) series.width *= 2;
     series.weight.fill(series.width, 0, length);
     if (length) series.weight[length - 1] = Math.max(1, series.count - series.width * (length - 1));
-    series.last = data.last ?? null; // a point of many values cannot tell it
+    series.last = data.last ?? null; // a merged point lacks it
     while (series.length > series.most) series.#halve();
     return series;
   }
@@ -57,7 +57,7 @@ export class Series {
     return this.length ? this.step[this.length - 1] : null;
   }
 
-  /** Take one value: a number, or "nan", "inf", "-inf". */
+  /** Add one value: a number, or "nan", "inf", "-inf". */
   add(step, time, value) {
     const finite = typeof value === "number" && Number.isFinite(value);
     let at = this.length - 1;

@@ -2,7 +2,7 @@
 
 import { el } from "./dom.js";
 
-/** Beside its colour each run, and each curve of a chart, has a pattern of its own. */
+/** Each run, and each curve of a chart, also has its own pattern. */
 export const DASHES = [[], [7, 3], [2, 3], [10, 3, 2, 3], [14, 4], [5, 2, 1, 2]];
 
 /** Rows of the stall ledger, from the bottom of the stack to its top. */
@@ -47,7 +47,7 @@ export function colours() {
   return theme;
 }
 
-/** `rgb(1, 2, 3)`, as browsers give colours, in the form that takes an opacity behind it: `#010203`. */
+/** Convert `rgb(1, 2, 3)`, as browsers return colours, to `#010203`, to which an opacity can be appended. */
 function hex(colour) {
   const parts = colour.match(/\d+(\.\d+)?/g).slice(0, 3);
   return `#${parts.map((part) => Math.round(Number(part)).toString(16).padStart(2, "0")).join("")}`;
