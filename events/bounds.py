@@ -7,7 +7,7 @@ types here have `msgspec` refuse them while it decodes; `check_plain` does so in
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import Meta
 
@@ -25,6 +25,8 @@ AttemptNumber = Annotated[int, Meta(ge=0, le=LAST_ATTEMPT)]
 """The number of an attempt; 0 where none is known."""
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """A number that is neither NaN nor infinite."""
+NonFinite = Literal["nan", "inf", "-inf"]
+"""A number that is not, for JSON."""
 UnixTime = Annotated[float, Meta(ge=0, le=2**33)]
 """Unix seconds, up to the year 2242: in nanoseconds they are within 64 bits."""
 

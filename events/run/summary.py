@@ -6,8 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from events.bounds import AttemptNumber, BoundDict, BoundList, BoundName, BoundText, Int64, UnixTime
-from events.series import Word
+from events.bounds import AttemptNumber, BoundDict, BoundList, BoundName, BoundText, Int64, NonFinite, UnixTime
 
 
 class Summary(msgspec.Struct, omit_defaults=False):
@@ -41,7 +40,7 @@ class Summary(msgspec.Struct, omit_defaults=False):
     max_steps: Int64 | None = None
     paused: bool = False
     commands: bool = False
-    latest: BoundDict[float | Word] = {}
+    latest: BoundDict[float | NonFinite] = {}
 
     def settle(self, *, is_held: bool) -> None:
         """Set the status of a run without `RunEnded`: whether it is running, lost or damaged.

@@ -304,7 +304,7 @@ class LiveApp:
                         client.needs_snapshot = True
                     elif isinstance(message, CommandSent):
                         answer = await self._command(hub, bytes(message.command), request.as_command())
-                        await client.send({"type": "websocket.send", "text": msgspec.json.encode(answer).decode()})
+                        await client.send(msgspec.json.encode(answer).decode())
                 client.disconnect()
 
             async def write() -> None:

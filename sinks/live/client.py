@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import anyio
 import msgspec
@@ -54,7 +53,7 @@ Inbound = Hello | SnapshotWanted | CommandSent
 class Client:
     """A connection. Belongs to the event loop."""
 
-    def __init__(self, receive: Receive, send: Send, headers: Any, unread: Unread) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: object, unread: Unread) -> None:
         self.headers = headers
         """Of its request: the object itself in the scope."""
         self._receive = receive
@@ -92,20 +91,23 @@ class Client:
             if self._sending_since is not None and time.monotonic() - self._sending_since > SEND_S:
                 self.disconnect(Refused(503, "too slow", code=TOO_SLOW))
 
-    async def send(self, message: Message) -> None:
-        """Send a message; waits until the server has buffered it. `disconnect_if_stuck` ends the wait."""
+    async def send(self, data: str | bytes) -> None:
+        """Send a text by WebSocket, or a part of a response; waits until the server has buffered it.
+
+        `disconnect_if_stuck` ends the wait.
+        """
         while self._sending_since is not None:  # another task is sending, which is rare: so there is no lock
             self._sent = self._sent or anyio.Event()
             await self._sent.wait()
         self._sending_since = time.monotonic()
         try:
-            size = self._unread.add(len(message.get("body") or message.get("text") or b""))
+            size = self._unread.add(len(data))
             self._held += size
-            for part in _parts(message):
+            for part in _messages(data):
                 self._sending_since = time.monotonic()
                 await self._send(part)
             # The server has sent all earlier messages; it holds one part of a body, but all of a WebSocket message.
-            left = size if message["type"] == "websocket.send" else 0
+            left = size if isinstance(data, str) else 0
             self._unread.remove(self._held - left)
             self._held = left
         except Refused as refused:
@@ -125,10 +127,6 @@ class Client:
         """Stop counting its unread bytes; its connection is closed."""
         self._unread.remove(self._held)
         self._held = 0
-
-    async def push(self, data: bytes) -> None:
-        """Send a part of a body."""
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def wait_for_disconnect(self) -> None:
         """Wait until the client closes the connection, and cancel its tasks."""
@@ -155,8 +153,10 @@ class Client:
         return inbound
 
 
-def _parts(message: Message) -> Iterator[Message]:
-    """Split a body into parts of `PART_BYTES`; a WebSocket message stays whole."""
-    body: bytes = message.get("body", b"")
-    for begin in range(0, len(body) or 1, PART_BYTES):
-        yield {**message, "body": body[begin : begin + PART_BYTES]} if len(body) > PART_BYTES else message
+def _messages(data: str | bytes) -> Iterator[Message]:
+    """Split a part of a response into parts of `PART_BYTES`; a text stays whole."""
+    if isinstance(data, str):
+        yield {"type": "websocket.send", "text": data}
+        return
+    for begin in range(0, len(data), PART_BYTES):
+        yield {"type": "http.response.body", "body": data[begin : begin + PART_BYTES], "more_body": True}

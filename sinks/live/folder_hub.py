@@ -6,7 +6,6 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -152,6 +151,6 @@ class FolderHub(Hub):
             if run.status != before and self._changes is not None:
                 self._changes.run["status"] = run.status
 
-    def _shown(self) -> dict[str, Any]:
+    def _shown(self) -> dict[str, object]:
         shown = super()._shown()
-        return shown if self.name is None else shown | {"run": msgspec.structs.replace(shown["run"], run_id=self.name)}
+        return shown if self.name is None else shown | {"run": msgspec.structs.replace(self.view.run, run_id=self.name)}

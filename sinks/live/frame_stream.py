@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import anyio
-from starlette.types import Message
 
 from sinks.live.client import Client, Hello
 from sinks.live.frames import Message as Sent
 from sinks.live.hub import Hub
 
 
-async def send_frames(hub: Hub, hello: Hello, client: Client, shape: Callable[[Sent | int], Message]) -> None:
+async def send_frames(hub: Hub, hello: Hello, client: Client, shape: Callable[[Sent | int], str | bytes]) -> None:
     """Send a snapshot where one is needed, and each frame when it is created, until the run is over.
 
     Args:
-        shape: Makes an ASGI message of a snapshot or a frame; or, if frames were missed, of their number.
+        shape: Encodes a snapshot or a frame for the client; or, if frames were missed, their number.
     """
     frames = hub.frames
     await hub.refresh()
@@ -45,13 +44,11 @@ async def send_frames(hub: Hub, hello: Hello, client: Client, shape: Callable[[S
         driving.cancel_scope.cancel()
 
 
-def as_text(message: Sent | int) -> Message:
-    """Return a WebSocket message."""
-    text = message.text if isinstance(message, Sent) else f'{{"type":"gap","lost":{message}}}'
-    return {"type": "websocket.send", "text": text}
+def as_text(message: Sent | int) -> str:
+    """Return a message by WebSocket."""
+    return message.text if isinstance(message, Sent) else f'{{"type":"gap","lost":{message}}}'
 
 
-def as_event(message: Sent | int) -> Message:
-    """Return a part of a response with Server-Sent Events."""
-    data = message.event if isinstance(message, Sent) else b'event: gap\ndata: {"type":"gap","lost":%d}\n\n' % message
-    return {"type": "http.response.body", "body": data, "more_body": True}
+def as_event(message: Sent | int) -> bytes:
+    """Return a server-sent event; one for a gap has no id, from which a client would resume behind it."""
+    return message.event if isinstance(message, Sent) else b'event: gap\ndata: {"type":"gap","lost":%d}\n\n' % message

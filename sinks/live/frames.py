@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from functools import cached_property
-from typing import Any
 
 import anyio
 import msgspec
@@ -97,7 +96,7 @@ class RecentFrames:
             news.set()
 
 
-def encode(message: dict[str, Any]) -> bytes:
+def encode(message: dict[str, object]) -> bytes:
     """Encode a message as JSON, whatever values it holds."""
     try:
         return _encoder.encode(message)
@@ -105,7 +104,7 @@ def encode(message: dict[str, Any]) -> bytes:
         return _encoder.encode(_plain(message, 0))
 
 
-def _plain(value: Any, depth: int) -> Any:
+def _plain(value: object, depth: int) -> object:
     """Replace the values that JSON cannot hold."""
     if depth > 50:
         return "..."

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -25,6 +24,7 @@ from events.journal.tail import journal_tail
 from events.messages import Event, RunResumed
 from events.protocol import AnyCommand
 from events.run.inbox import commands_of
+from events.run.summary import Summary
 from sinks.live.frames import Message, RecentFrames, encode
 from sinks.live.stored import read_view
 from sinks.live.trim import trimmed
@@ -146,10 +146,10 @@ class Hub:
         while (self.is_watched or time.monotonic() < self.asked_at + _RETURN_S) and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """Return the run's entry in the list of runs."""
         with self._lock:
-            return msgspec.structs.asdict(self.view.run) | {"commands": self.takes_commands}
+            return msgspec.structs.replace(self.view.run, commands=self.takes_commands)
 
     @property
     def is_watched(self) -> bool:
@@ -201,7 +201,7 @@ class Hub:
                     return made
                 wait_s = self._last_frame_at + FRAME_S / 2 - time.monotonic()
                 if self._changes is None or wait_s <= 0 or not self._has_news():
-                    self._flush()
+                    self._make_frame()
                     data = encode(self._shown())
                     made = self._message("snapshot", data, after=0)
                     self._snapshot = made if self._changes is not None else None
@@ -224,7 +224,7 @@ class Hub:
                     began = time.monotonic()
                     await self.refresh()
                     with self._lock:
-                        self._flush()
+                        self._make_frame()
                     self.frames.wake()
                     await anyio.sleep(max(0.0, began + FRAME_S - time.monotonic()))
         finally:
@@ -245,7 +245,7 @@ class Hub:
 
     # ------------------------------------------------------------------------------------- under the lock
 
-    def _shown(self) -> dict[str, Any]:
+    def _shown(self) -> dict[str, object]:
         """Return the members of a snapshot."""
         return self.view.snapshot()
 
@@ -264,7 +264,7 @@ class Hub:
             self.view.run.commands = self._changes.run["commands"] = commands
         return self.view.cursor != self._sent_cursor or bool(self._changes.members())
 
-    def _flush(self) -> None:
+    def _make_frame(self) -> None:
         """Create a frame of the changes; an empty one after `ALIVE_S`."""
         self._settle()
         if self._changes is None:

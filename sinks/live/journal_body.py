@@ -51,7 +51,7 @@ class JournalBody:
             if part := await anyio.to_thread.run_sync(self._read, over, limiter=self._limiter):
                 quiet_s = 0.0
                 for start in range(0, len(part), _BYTES):
-                    await client.push(part[start : start + _BYTES])
+                    await client.send(part[start : start + _BYTES])
             elif over:
                 return
             else:
@@ -61,7 +61,7 @@ class JournalBody:
                 if quiet_s >= _QUIET_S:
                     quiet_s = 0.0
                     await self._hub.refresh()
-                    await client.push(b"\n")
+                    await client.send(b"\n")
 
     async def _is_over(self) -> bool:
         """Whether the journal is complete. The last checkpoint's event, for example, follows the end of the loop."""

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -20,6 +19,7 @@ from sinks.damage import damage_of, reason_of
 from sinks.live.frames import encode
 from sinks.live.images import open_image
 from sinks.live.stored import read_view
+from sinks.live.view import RunView
 
 _PAGE = Path(__file__).with_name("page")
 MOST_MEDIA_BYTES = 32 * 2**20
@@ -47,14 +47,14 @@ def write_report(
         RunFolderError: A folder is not a run folder, is unreadable, or two have the same ``run_id``.
         OSError: The file cannot be written.
     """
-    runs: list[dict[str, Any]] = []
+    runs: list[dict[str, object]] = []
     media: dict[str, str] = {}
     folders: dict[str, Path] = {}
     for run_dir in {path.resolve(): path for path in map(Path, run_dirs)}.values():
-        snapshot = _snapshot(run_dir)
-        if snapshot["run"].damage is not None:
-            on_damage(run_dir, snapshot["run"].damage)
-        run_id = snapshot["run"].run_id
+        view = _view(run_dir)
+        if view.run.damage is not None:
+            on_damage(run_dir, view.run.damage)
+        run_id = view.run.run_id
         if run_id in folders:
             # The page identifies runs by name, and would show one of the two.
             raise RunFolderError(
@@ -62,14 +62,14 @@ def write_report(
                 " report of each"
             )
         folders[run_id] = run_dir
-        runs.append(snapshot)
-        media.update(_media(run_dir, snapshot))
+        runs.append(view.snapshot())
+        media.update(_media(run_dir, view))
     data = encode({"runs": runs, "media": media})
     path = Path(out)
     return replace_below(path.parent, path.name, _document(data).encode("utf-8", "surrogatepass"))
 
 
-def _snapshot(run_dir: Path) -> dict[str, Any]:
+def _view(run_dir: Path) -> RunView:
     try:
         if damage_of(run_dir) is None and not segment_numbers(run_dir / JOURNAL_DIR):
             raise RunFolderError(f"{run_dir} is not a folder of a run with a journal")
@@ -79,15 +79,15 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
     if not view.run.run_id:
         raise RunFolderError(f"{run_dir} is damaged: {view.run.damage or 'no line of its journal is an event'}")
     view.run.settle(is_held=is_held(run_dir))
-    return view.snapshot()
+    return view
 
 
-def _media(run_dir: Path, snapshot: dict[str, Any]) -> dict[str, str]:
+def _media(run_dir: Path, view: RunView) -> dict[str, str]:
     """Return the images, the newest first, by their address on the page."""
     found: dict[str, str] = {}
     room = MOST_MEDIA_BYTES
-    run_id = snapshot["run"].run_id
-    for one in reversed(snapshot["media"]):
+    run_id = view.run.run_id
+    for one in reversed(view.media):
         path = str(one.path)
         if one.kind != "image" or not path.startswith("media/") or f"{run_id}/{path}" in found:
             continue

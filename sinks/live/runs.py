@@ -7,7 +7,7 @@ import os
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio
 import anyio.to_thread
@@ -48,7 +48,7 @@ MOST_RUNS = 1_000
 class Runs(Protocol):
     """Finds runs by their names."""
 
-    async def summaries(self, commands: bool) -> list[dict[str, Any]]:
+    async def summaries(self, commands: bool) -> list[Summary]:
         """Return an entry for each run, the newest first."""
         ...
 
@@ -63,7 +63,7 @@ class OneRun:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
 
-    async def summaries(self, commands: bool) -> list[dict[str, Any]]:
+    async def summaries(self, commands: bool) -> list[Summary]:
         """Return the entry of this run."""
         self._hub.allows_commands = commands
         return [self._hub.summary()]
@@ -110,17 +110,14 @@ class RunsOfFolder:
         self._known: dict[Path, _Run] = {}
         self._paths: dict[str, tuple[Path, str]] = {}  # by the name in the list; the folder and its run_id
         self._is_behind = False  # the last look has skipped runs that are not known yet
-        self._limiter: anyio.CapacityLimiter | None = None
-        self._readers: anyio.CapacityLimiter | None = None
+        self._limiter = anyio.CapacityLimiter(1)
+        self._readers = anyio.CapacityLimiter(MOST_READERS)
         self._found: tuple[float, list[Summary]] = -math.inf, []  # start and result of the last look
 
-    async def summaries(self, commands: bool) -> list[dict[str, Any]]:
+    async def summaries(self, commands: bool) -> list[Summary]:
         """Return the entries of at most the newest thousand runs. Waits for the disk, on a thread."""
-        found = await self._look_again()
-        shown = []
-        for run in sorted(found, key=lambda run: run.started, reverse=True):
-            shown.append(msgspec.structs.asdict(run) | {"commands": commands and run.status == "running"})
-        return shown
+        found = sorted(await self._look_again(), key=lambda run: run.started, reverse=True)
+        return [msgspec.structs.replace(run, commands=commands and run.status == "running") for run in found]
 
     async def hub(self, run_id: str) -> Hub | None:
         """Return a run's hub by its name in the list. Waits for the disk, on a thread."""
@@ -132,7 +129,6 @@ class RunsOfFolder:
             there = self._hub_of(run_id)
         if there is None and (known := self._paths.get(run_id)) is not None:
             path, own = known
-            self._readers = self._readers or anyio.CapacityLimiter(MOST_READERS)
             there = self._hubs[path] = FolderHub(path, None if own == run_id else run_id, self._readers)
             self._hubs.move_to_end(path)
             self._drop_hubs()
@@ -164,13 +160,7 @@ class RunsOfFolder:
                 self._found = began, found = began, self._look()
             return found
 
-        found: list[Summary] = await self._in_thread(look)
-        return found
-
-    async def _in_thread(self, function: Any) -> Any:
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(1)
-        return await anyio.to_thread.run_sync(function, limiter=self._limiter)
+        return await anyio.to_thread.run_sync(look, limiter=self._limiter)
 
     def _look(self) -> list[Summary]:
         began = time.monotonic()

@@ -8,10 +8,13 @@ a thread, in workers, and in a host's own loop.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import anyio
+
+_Locals = Mapping[str, Any]  # of a coroutine of a server, whose package need not be installed
 
 
 class RunningServer(NamedTuple):
@@ -19,11 +22,11 @@ class RunningServer(NamedTuple):
 
     is_ending: Callable[[], bool]
     """Whether its shutdown has started."""
-    connections: Callable[[], Collection[Any]] = tuple
+    connections: Callable[[], Collection[object]] = tuple
     """Its connections, if it waits for them without a timeout."""
 
 
-def _uvicorn(local: Mapping[str, Any]) -> RunningServer:
+def _uvicorn(local: _Locals) -> RunningServer:
     server = local["self"]
     return RunningServer(
         # With ``limit_max_requests`` it stops by itself: its sockets are closed then.
@@ -32,18 +35,18 @@ def _uvicorn(local: Mapping[str, Any]) -> RunningServer:
     )
 
 
-def _hypercorn(local: Mapping[str, Any]) -> RunningServer:
+def _hypercorn(local: _Locals) -> RunningServer:
     context = local["context"]
     return RunningServer(lambda: bool(context.terminated.is_set()))
 
 
-def _gunicorn(local: Mapping[str, Any]) -> RunningServer:
+def _gunicorn(local: _Locals) -> RunningServer:
     worker = local["self"]
     return RunningServer(lambda: not worker.alive)
 
 
 # The coroutine that each server runs until its end, by module and name.
-_SERVERS: dict[tuple[str, str], Callable[[Mapping[str, Any]], RunningServer]] = {
+_SERVERS: dict[tuple[str, str], Callable[[_Locals], RunningServer]] = {
     ("uvicorn.server", "Server._serve"): _uvicorn,
     ("hypercorn.asyncio.run", "worker_serve"): _hypercorn,
     ("hypercorn.trio.run", "worker_serve"): _hypercorn,
@@ -55,7 +58,7 @@ def find_servers() -> list[RunningServer]:
     """Return the known servers in this event loop."""
     found: list[RunningServer] = []
     for task in anyio.get_running_tasks():
-        coroutine: Any = task.coro
+        coroutine: object = task.coro
         while coroutine is not None:
             frame = getattr(coroutine, "cr_frame", None)
             if frame is not None:
@@ -67,14 +70,14 @@ def find_servers() -> list[RunningServer]:
     return found
 
 
-def unread(servers: list[RunningServer], headers: list[Any]) -> list[Any]:
+def unread(servers: list[RunningServer], headers: list[object]) -> list[asyncio.WriteTransport]:
     """Return the transports with unread data: a server that closes them waits until the clients have read it.
 
     Args:
         headers: The header objects in the scopes of the requests to look at.
     """
     ours = {id(one) for one in headers}
-    found = []
+    found: list[asyncio.WriteTransport] = []
     for server in servers:
         for connection in server.connections():
             scope = getattr(connection, "scope", None) or {}

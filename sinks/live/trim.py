@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -47,7 +46,7 @@ def _is_large(event: Event) -> bool:
 
 
 def _cut(event: Event) -> Event:
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     for name in event.__struct_fields__:
         value = getattr(event, name)
         if isinstance(value, str):
@@ -66,7 +65,7 @@ def _cut(event: Event) -> Event:
     return msgspec.structs.replace(event, **fields)
 
 
-def shown_settings(value: dict[str, Any]) -> dict[str, Any]:
+def shown_settings(value: Mapping[str, object]) -> Mapping[str, object]:
     """Return arguments, a configuration or versions; in place of those that are too large, the reason."""
     try:
         data = msgspec.json.encode(value, enc_hook=str)

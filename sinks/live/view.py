@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -27,9 +27,9 @@ from events.messages import (
 from events.metrics import metric_name
 from events.run.state import RunState
 from events.run.summary import CheckpointState
-from events.series import SeriesStore, as_json, plain, points_of
 from sinks.console.lines import Chronicle
 from sinks.console.text import Line
+from sinks.live.series import SeriesStore, as_json, plain, points_of
 from sinks.live.trim import shown_settings
 
 MAX_LINES = 1_000
@@ -83,7 +83,7 @@ class HistogramStep(msgspec.Struct):
 class Changes(msgspec.Struct):
     """The members of a frame: everything that some events have changed."""
 
-    run: dict[str, Any] = {}
+    run: dict[str, object] = {}
     points: dict[str, tuple[list[int], list[float | str]]] = {}
     stages: dict[str, str] = {}
     log: list[LogEntry] = []
@@ -94,7 +94,7 @@ class Changes(msgspec.Struct):
     count: int = 0
     """Events in it."""
 
-    def members(self) -> dict[str, Any]:
+    def members(self) -> dict[str, object]:
         """Those that are not empty, as they travel."""
         found = msgspec.structs.asdict(self)
         del found["count"]
@@ -186,7 +186,7 @@ class RunView(RunState, dict=True):
         del after["latest"]  # whoever follows has it from the points
         changed.run.update({name: value for name, value in after.items() if value != before[name]})
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, object]:
         """Return the message from which a watcher starts."""
         return {
             "type": "snapshot",

@@ -389,7 +389,7 @@ async def test_runs_are_found_by_name_and_never_by_path(told: Any, kit: Any, tmp
     (tmp_path / "runs" / "dangling").symlink_to("nowhere")
     runs = RunsOfFolder(tmp_path / "runs")
     found = await runs.summaries(commands=True)
-    assert [(run["run_id"], run["status"], run["commands"]) for run in found] == [
+    assert [(run.run_id, run.status, run.commands) for run in found] == [
         ("other", "lost", False),
         ("demo", "running", True),
     ]
@@ -401,7 +401,7 @@ async def test_runs_are_found_by_name_and_never_by_path(told: Any, kit: Any, tmp
     await there.refresh()
     assert await runs.hub("demo") is there
     shutil.rmtree(tmp_path / "runs" / "elsewhere")
-    assert [run["run_id"] for run in await runs.summaries(commands=True)] == ["demo"]
+    assert [run.run_id for run in await runs.summaries(commands=True)] == ["demo"]
 
 
 async def test_the_runs_of_a_folder_are_found_by_its_path_as_text(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,9 +409,9 @@ async def test_the_runs_of_a_folder_are_found_by_its_path_as_text(told: Any, mon
     told.write(told.story.started())
     monkeypatch.chdir(told.path.parent)
     (summary,) = await RunsOfFolder(told.path.name).summaries(commands=False)
-    hub = await RunsOfFolder(str(told.path.parent)).hub(summary["run_id"])
+    hub = await RunsOfFolder(str(told.path.parent)).hub(summary.run_id)
     assert hub is not None
-    assert summarise(told.path.name).run_id == read_view(told.path.name)[0].run.run_id == summary["run_id"]
+    assert summarise(told.path.name).run_id == read_view(told.path.name)[0].run.run_id == summary.run_id
     assert segment_numbers(f"{told.path.name}/journal") == [1]
     assert isinstance(LiveApp(told.path.name, Access())._runs, RunsOfFolder)
     for wrong in (3, None, RunsOfFolder):
@@ -451,10 +451,10 @@ async def test_of_runs_with_one_name_the_one_that_goes_on_is_shown(tmp_path: Pat
     runs = RunsOfFolder(tmp_path)
     for steps, status in ((2, "running"), (4, "lost")):
         for _ in range(2):
-            listed = {one["run_id"]: one for one in await runs.summaries(commands=False)}
-            assert all("has a run of the same run_id" in one["problems"][-1] for one in listed.values())
+            listed = {one.run_id: one for one in await runs.summaries(commands=False)}
+            assert all("has a run of the same run_id" in one.problems[-1] for one in listed.values())
             one = listed.pop("demo")
-            assert (one["status"], one["global_step"]) == (status, steps)
+            assert (one.status, one.global_step) == (status, steps)
             assert sorted(listed) == (["demo (b)", "demo (c)"] if status == "running" else ["demo (c)"])
             other = await runs.hub("demo (c)")
             assert other is not None

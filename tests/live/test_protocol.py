@@ -469,7 +469,7 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
     server._socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 2**15)
     address = ("127.0.0.1", int(server.url.split(":")[2].strip("/")))
     parts: list[int] = []
-    push = client_module.Client.push
+    send = client_module.Client.send
 
     most = 0
 
@@ -477,9 +477,9 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
         nonlocal most
         most = max(most, server._app._followers.count)
         parts.append(len(data))
-        await push(self, data)
+        await send(self, data)
 
-    monkeypatch.setattr(client_module.Client, "push", noted)
+    monkeypatch.setattr(client_module.Client, "send", noted)
     with contextlib.ExitStack() as open_:
         for _ in range(30):
             one = open_.enter_context(sockets.socket())

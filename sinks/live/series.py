@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, TypeVar
 
 import msgspec
 
-from events.bounds import INT_MAX, AttemptNumber, Count, Int64
+from events.bounds import INT_MAX, AttemptNumber, Count, Int64, NonFinite
 from events.messages import Event, TrainStepEnded
 from events.metrics import metrics_of
 
@@ -28,7 +28,6 @@ MOST_SERIES = 2_000
 _Value = TypeVar("_Value")
 _Points = Annotated[list[_Value], msgspec.Meta(max_length=MOST_POINTS)]
 """Bounded before it is decoded."""
-Word = Literal["nan", "inf", "-inf"]
 
 
 class Series(msgspec.Struct):
@@ -50,7 +49,7 @@ class Series(msgspec.Struct):
     low: _Points[float] = []
     high: _Points[float] = []
     weight: _Points[Count] = []
-    odd: _Points[tuple[Count, Word]] = []  # a stranger could choose colliding keys of a dict
+    odd: _Points[tuple[Count, NonFinite]] = []  # a stranger could choose colliding keys of a dict
     width: Count = 1
     """Values per point; a power of two."""
     last: float = math.nan
@@ -119,7 +118,7 @@ class Series(msgspec.Struct):
         self.high[-1] = _pick(max, self.high[-1], high)
         self.weight[-1] += weight
 
-    def _mark(self, index: int, word: Word) -> None:
+    def _mark(self, index: int, word: NonFinite) -> None:
         """Record a non-finite value in the newest point."""
         if self.odd and self.odd[-1][0] == index:
             self.odd.pop()
@@ -174,9 +173,7 @@ class SeriesStore(msgspec.Struct):
                 steps.append(event)
                 continue
             for name, value in points_of(event):
-                column = columns.get(name)
-                if column is None:
-                    column = columns[name] = ([], [], [])
+                column = columns.setdefault(name, ([], [], []))
                 column[0].append(event.global_step)
                 column[1].append(event.time)
                 column[2].append(value)
@@ -195,7 +192,7 @@ class SeriesStore(msgspec.Struct):
 
 
 def _add_steps(steps: list[TrainStepEnded], columns: dict[str, _Column]) -> None:
-    """Add what `points_of` says of each step, but column by column: most of a long journal is steps alike."""
+    """Add the points of steps, which `points_of` has too, column by column: most events of a long journal are steps."""
     numbers, times = [step.global_step for step in steps], [step.time for step in steps]
     named: dict[str, list[float | None]] = {
         "step_s": [step.step_s for step in steps],
@@ -215,28 +212,28 @@ def _add_steps(steps: list[TrainStepEnded], columns: dict[str, _Column]) -> None
             column = [numbers[index] for index in some], [times[index] for index in some], there
         else:
             continue
-        logged = columns.get(name)  # the user has a metric of this name: both are there
-        if logged is not None:
+        logged = columns.get(name)
+        if logged is not None:  # the user has a metric of this name: the curve has both
             column = logged[0] + column[0], logged[1] + column[1], logged[2] + column[2]
         columns[name] = column
 
 
 def points_of(event: Event) -> list[tuple[str, float]]:
-    """The numbers of an event for charts: its metrics, and the rows per second of a step."""
+    """Return the numbers of an event for charts: its metrics, and the rows per second of a step."""
     found = metrics_of(event)
     if isinstance(event, TrainStepEnded) and event.rows is not None and event.step_s > 0:
         found.append(("rows_per_s", event.rows / event.step_s))
     return found
 
 
-def plain(series: Series) -> dict[str, Any]:
+def plain(series: Series) -> dict[str, object]:
     """Encode a series for JSON, without NaN and infinities."""
 
     def column(values: list[float]) -> Sequence[float | None]:
         # A point is without a finite value only if it has one that is not.
         return values if not series.odd else [value if math.isfinite(value) else None for value in values]
 
-    shown: dict[str, Any] = {
+    shown: dict[str, object] = {
         "step": series.step,
         "mean": column(series.mean),
         "min": column(series.low),
@@ -251,17 +248,17 @@ def plain(series: Series) -> dict[str, Any]:
     return shown
 
 
-def as_json(value: float) -> float | Word:
+def as_json(value: float) -> float | NonFinite:
     """Encode a number for JSON: non-finite ones are ``nan``, ``inf`` or ``-inf``."""
     return value if math.isfinite(value) else _word(value)
 
 
-def _word(value: float) -> Word:
+def _word(value: float) -> NonFinite:
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
 def _mean(first: float, first_weight: int, second: float, second_weight: int) -> float:
-    """The mean of two points. Non-finite values count in the weights, which is accurate enough."""
+    """Return the mean of two points. Non-finite values count in the weights, which is accurate enough."""
     if math.isnan(first) or math.isnan(second):
         return second if math.isnan(first) else first
     # Half of the difference, twice, because the difference may overflow.
@@ -269,8 +266,7 @@ def _mean(first: float, first_weight: int, second: float, second_weight: int) ->
     return first + part + part
 
 
-def _pick(choose: Any, first: float, second: float) -> float:
+def _pick(choose: Callable[[float, float], float], first: float, second: float) -> float:
     if math.isnan(first) or math.isnan(second):
         return second if math.isnan(first) else first
-    chosen: float = choose(first, second)
-    return chosen
+    return choose(first, second)

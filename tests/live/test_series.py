@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from events.messages import MetricsLogged, TrainStepEnded
-from events.series import MOST_POINTS, MOST_POINTS_IN_ALL, MOST_SERIES, Series, SeriesStore, plain, points_of
+from sinks.live.series import MOST_POINTS, MOST_POINTS_IN_ALL, MOST_SERIES, Series, SeriesStore, plain, points_of
 
 
 def logged(seq: int, **metrics: float) -> Any:
