@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import trainer.hooks.collate
 from trainer.errors import EpochOutputsTooLarge, StepOutputError
-from trainer.hooks.collate import TENSOR_BYTES, OutputCollector, as_tuple, collate_outputs, detach_copy, nbytes
+from trainer.hooks.collate import TENSOR_BYTES, OutputCollector, as_tuple, collate_outputs, detached, nbytes
 
 # ----------------------------------------------------------------------------------------------- limits
 
@@ -217,24 +217,14 @@ def test_outputs_come_in_one_form() -> None:
 # --------------------------------------------------------------------------------------- copies and sizes
 
 
-def test_a_clone_does_not_show_later_changes_and_holds_no_graph() -> None:
-    weight = torch.ones(2, requires_grad=True)
-    logits = weight * 2
-    marker = object()
-    first, (second,), third, text = detach_copy((logits, [logits], {"x": logits}, marker), clone=True)
-    with torch.no_grad():
-        logits.zero_()
-    for copied in (first, second, third["x"]):
-        assert torch.equal(copied, torch.full((2,), 2.0))
-        assert not copied.requires_grad
-    assert text is marker
-
-
-def test_without_a_clone_memory_is_shared() -> None:
+def test_detached_outputs_share_memory_and_hold_no_graph() -> None:
     logits = torch.ones(2, requires_grad=True) * 2
-    (shared,) = detach_copy((logits,), clone=False)
-    assert shared.data_ptr() == logits.data_ptr()
-    assert not shared.requires_grad
+    marker = object()
+    first, (second,), third, text = detached((logits, [logits], {"x": logits}, marker))
+    for one in (first, second, third["x"]):
+        assert one.data_ptr() == logits.data_ptr()
+        assert not one.requires_grad
+    assert text is marker
 
 
 def test_bytes_are_those_of_the_elements() -> None:

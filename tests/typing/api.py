@@ -4,10 +4,12 @@
 
 from typing import Any, assert_type
 
+import torch
+
 from events.protocol import EventStream, RunResult
 from events.run.run import Run
 from sinks import CSV
-from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments, to_device
 
 
 class Own(TrainerArguments, frozen=True, kw_only=True):
@@ -29,6 +31,10 @@ def train(module: ModuleInterface) -> None:
     trainer.fit(module)  # pyright: ignore[reportAttributeAccessIssue]
     Trainer(module, max_epochs=2)  # pyright: ignore[reportCallIssue]
     module.log_dict({})  # pyright: ignore[reportCallIssue]
+
+
+def move(images: torch.Tensor, labels: list[torch.Tensor]) -> None:
+    assert_type(to_device((images, {"labels": labels}), "cpu"), tuple[torch.Tensor, dict[str, list[torch.Tensor]]])
 
 
 async def watch(module: ModuleInterface) -> None:

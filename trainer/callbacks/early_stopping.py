@@ -129,7 +129,7 @@ class EarlyStopping(CallbackInterface):
         delta = -self._min_delta if self._mode == "min" else self._min_delta
         return self._is_better(value, self.best + delta)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The state for a checkpoint."""
         return {
             "monitor": self.monitor,

@@ -104,7 +104,7 @@ class EMA(CallbackInterface):
 
     @inline
     @without_outputs
-    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
+    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: object) -> None:
         """Update the average."""
         if global_step % self._every_n_steps:
             return
@@ -138,7 +138,7 @@ class EMA(CallbackInterface):
                 self._average[name], self._live[name] = before[name].to(tensor.device), tensor
             elif wanted:
                 self._average[name], self._live[name] = tensor.detach().to(_wide(tensor.dtype), copy=True), tensor
-        groups: dict[Any, tuple[bool, list[torch.Tensor], list[torch.Tensor]]] = {}
+        groups: dict[object, tuple[bool, list[torch.Tensor], list[torch.Tensor]]] = {}
         self._copied = []
         for name, tensor in self._live.items():
             average = self._average[name]
@@ -213,7 +213,7 @@ class EMA(CallbackInterface):
 
     # ---------------------------------------------------------------------------------------------- in checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The state for a checkpoint; the averages are not copied."""
         return {"steps": self.steps, "decay": self._decay, "average": dict(self._average)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -65,7 +64,7 @@ class LearningRateMonitor(CallbackInterface):
 
     @inline
     @without_outputs
-    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
+    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: object) -> None:
         """Log the recorded rates."""
         if global_step % self._every_n_steps == 0:
             for name, value in self._used:
@@ -81,6 +80,6 @@ class LearningRateMonitor(CallbackInterface):
                         yield f"momentum/optimizer{i}/group{j}", _copied(found)
 
 
-def _copied(value: Any) -> float | torch.Tensor:
+def _copied(value: float | torch.Tensor) -> float | torch.Tensor:
     """Copy a value on its device, because a scheduler may change it in place."""
     return value.detach().clone() if isinstance(value, torch.Tensor) else float(value)

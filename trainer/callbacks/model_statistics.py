@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -89,7 +88,7 @@ class ModelStatistics(CallbackInterface):
 
     @inline
     @without_outputs
-    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
+    def on_end_train_step(self, global_step: int, *train_step_collated_outputs: object) -> None:
         """Log the statistics, if they are due."""
         if global_step % self._every_n_steps == 0:
             must_be_trained(self, self._module)

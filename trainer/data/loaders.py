@@ -95,14 +95,14 @@ def _is_shared(value: object) -> bool:
     return isinstance(value, SynchronizedBase)
 
 
-def _parts_of_loader(loader: object) -> list[Any]:
+def _parts_of_loader(loader: object) -> list[object]:
     """A dataloader, its samplers and its data set, each once."""
     batches = getattr(loader, "batch_sampler", None)
     parts = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
     return list({id(part): part for part in (*parts, getattr(loader, "dataset", None))}.values())
 
 
-def data_rows(loader: Any) -> int | None:
+def data_rows(loader: Iterable[object]) -> int | None:
     """Rows of a dataloader's data set, or its batches if it has no data set; None without a length."""
     dataset = getattr(loader, "dataset", None)
     if dataset is None:
@@ -151,27 +151,25 @@ def iterate(loader: Any, seed: int | None) -> Iterator[Any]:
         loader.generator = own
 
 
-def end_iteration(batches: Any, loader: Any) -> None:
+def end_iteration(batches: object, loader: object) -> None:
     """Stop the workers of an iteration, even if it is still referenced. Persistent workers keep running.
 
     The frames of an exception may reference the iteration. A later garbage collection would then stop the workers, on
     any thread, and wait for each of them.
     """
-    if type(loader).__iter__ is DataLoader.__iter__:  # another __iter__ may return the same iterator each time
+    # Another __iter__ may return the same iterator each time.
+    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
         _end_workers(batches)
-        if _has_dead_workers(batches):  # the next epoch needs new ones
+        if not isinstance(batches, _MultiProcessingDataLoaderIter) or batches._shutdown:
+            return
+        if not all(worker.is_alive() for worker in batches._workers):  # the next epoch needs new ones
             _shut_down(batches)
             loader._iterator = None
 
 
-def _end_workers(batches: Any) -> None:
+def _end_workers(batches: object) -> None:
     if isinstance(batches, _MultiProcessingDataLoaderIter) and not batches._persistent_workers:
         _shut_down(batches)
-
-
-def _has_dead_workers(batches: Any) -> bool:
-    is_open = isinstance(batches, _MultiProcessingDataLoaderIter) and not batches._shutdown
-    return is_open and not all(worker.is_alive() for worker in batches._workers)
 
 
 def _shut_down(batches: _MultiProcessingDataLoaderIter) -> None:
@@ -255,7 +253,7 @@ def loader_length(loader: Iterable[object]) -> int | None:
         ) from error
 
 
-def as_val_loaders(value: Any, what: str = "get_val_dataloaders") -> dict[str, Iterable[Any]]:
+def as_val_loaders(value: object, what: str = "get_val_dataloaders") -> dict[str, Iterable[Any]]:
     """Convert the return value of a module's method into dataloaders by key, in their order.
 
     Args:
@@ -267,7 +265,7 @@ def as_val_loaders(value: Any, what: str = "get_val_dataloaders") -> dict[str, I
     """
     if value is None:
         return {}
-    loaders = dict(value) if isinstance(value, Mapping) else {"default": value}
+    loaders: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"default": value}
     for key, loader in loaders.items():
         if not isinstance(key, str) or not key:
             raise DataLoaderError(f"{what}() returned the key {key!r:.80}; use a string that is not empty")

@@ -62,7 +62,7 @@ def _check(state: RngState, device: torch.device) -> None:
         ) from error
 
 
-def _check_numpy(name: Any, key: Any, position: Any, has_gauss: Any, gauss: Any) -> None:
+def _check_numpy(name: object, key: Any, position: object, has_gauss: object, gauss: object) -> None:
     # NumPy does not check the position: a wrong one reads out of bounds.
     if name != "MT19937" or not isinstance(position, int) or not 0 <= position <= 624:
         raise ValueError(f"{name!r:.80} at {position!r:.80} is not a position of NumPy's generator")

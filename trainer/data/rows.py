@@ -14,7 +14,7 @@ from trainer.data.loaders import own_batches
 from trainer.data.tensors import parts_of
 from trainer.errors import BatchWeightError
 
-CountRows = Callable[[Any, int], int | None]
+CountRows = Callable[[object, int], int | None]
 """Maps a batch and its index in the epoch to its rows; None if they cannot be counted."""
 
 
@@ -213,7 +213,7 @@ def checked_weight(weight: Any, module: str) -> float:
     return number
 
 
-def weight_of(module: object) -> Callable[[Any], float] | None:
+def weight_of(module: object) -> Callable[[object], float] | None:
     """The module's own `ModuleInterface.batch_weight`, checked at each call; None if it has none."""
     method = getattr(module, "batch_weight", None)
     if method is None or getattr(getattr(method, "__func__", method), "__module__", None) == "trainer.module_interface":

@@ -70,7 +70,7 @@ class Collected:
         self.aliases: dict[str, str] = {}
         """Names of tensors that share another's memory and are stored once."""
         self._names: set[str] = set()
-        self._seen: dict[Any, str] = {}
+        self._seen: dict[object, str] = {}
         with torch.no_grad():
             self.state = packing.encode(tree, self._place)
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 
+_T = TypeVar("_T")
 
-def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool = True) -> Any:
+
+def to_device(batch: _T, device: torch.device | str | int, non_blocking: bool = True) -> _T:
     """Return the batch with every tensor in it on ``device``; nothing is changed in place.
 
     Objects with a ``to`` method (a PackedSequence, a tokenizer's BatchEncoding) are moved by it. A container
@@ -37,7 +39,8 @@ def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool =
         except TypeError:  # a `to` that only accepts the device
             return value.to(device)
 
-    return _map(batch, move, movable=True)
+    moved: _T = _map(batch, move, movable=True)
+    return moved
 
 
 def map_tensors(function: Callable[[torch.Tensor], object], value: object) -> Any:
@@ -45,7 +48,7 @@ def map_tensors(function: Callable[[torch.Tensor], object], value: object) -> An
     return _map(value, function, movable=False)
 
 
-def clone_tensors(value: object) -> Any:
+def clone_tensors(value: _T) -> _T:
     """Return ``value`` with each tensor cloned once: a tensor that occurs twice is one tensor in the result, too."""
     clones: dict[int, torch.Tensor] = {}
 
@@ -54,7 +57,8 @@ def clone_tensors(value: object) -> Any:
             clones[id(tensor)] = tensor.clone()
         return clones[id(tensor)]
 
-    return map_tensors(clone, value)
+    cloned: _T = map_tensors(clone, value)
+    return cloned
 
 
 def _map(value: object, function: Callable[[Any], object], movable: bool) -> Any:
@@ -73,7 +77,7 @@ def _map(value: object, function: Callable[[Any], object], movable: bool) -> Any
     return _rebuild(value, [(key, after) for key, _, after in mapped])
 
 
-def parts_of(value: object) -> list[tuple[Any, Any]] | None:
+def parts_of(value: object) -> list[tuple[Any, object]] | None:
     """A container's values with their keys, indices or field names; None for other objects."""
     if isinstance(value, Mapping):
         return list(value.items())
@@ -92,7 +96,7 @@ def _field_names(value: object) -> list[str] | None:
     return None if attributes is None else [attribute.name for attribute in attributes]
 
 
-def _rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
+def _rebuild(value: object, parts: list[tuple[Any, object]]) -> object:
     if isinstance(value, Mapping):
         return _rebuild_mapping(value, dict(parts))
     if isinstance(value, tuple):
@@ -101,9 +105,9 @@ def _rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
         make = getattr(type(value), "_make", None)
         return make(items) if make is not None else tuple(items)
     result = copy.copy(value)
-    if isinstance(value, list):
+    if isinstance(result, list):
         result[:] = [part for _, part in parts]
-    elif isinstance(value, msgspec.Struct):
+    elif isinstance(result, msgspec.Struct):
         for name, part in parts:
             msgspec.structs.force_setattr(result, name, part)
     else:
@@ -112,7 +116,7 @@ def _rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
     return result
 
 
-def _rebuild_mapping(value: Mapping[Any, object], items: dict[Any, Any]) -> Any:
+def _rebuild_mapping(value: Mapping[object, object], items: dict[object, object]) -> object:
     if type(value) is dict:
         return items
     if isinstance(value, MutableMapping):

@@ -111,7 +111,7 @@ class CharLM(ModuleInterface):
 
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int, epochs: int
-    ) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
         """AdamW that decays only the matrices, and one cycle of the learning rate over the whole run."""
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         others = [p for p in self.parameters() if p.dim() < 2]

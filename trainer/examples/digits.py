@@ -43,17 +43,17 @@ class Digits(ModuleInterface):
 
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int, epochs: int
-    ) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
         """AdamW, whose learning rate falls to zero along half a cosine."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         steps = max(1, estimated_global_steps_per_epoch * epochs)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)]
 
-    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> DataLoader[Any]:
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Images ``(B, 1, 8, 8)`` float32 and labels ``(B,)`` int64, in the run's order."""
         return DataLoader(self.train_set, batch_size=batch_size, sampler=sampler(self.train_set))
 
-    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> DataLoader[Any]:
+    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
         """The validation images."""
         return DataLoader(self.val_set, batch_size=batch_size, sampler=sampler(self.val_set))
 

@@ -43,7 +43,8 @@ class Text(msgspec.Struct, frozen=True):
 def encode(text: bytes) -> torch.Tensor:
     """Encode source text, in any encoding, as tokens ``(N,)`` uint8."""
     plain = text.replace(b"\r\n", b"\n").expandtabs().replace(_INDENT.encode(), b"\t")
-    return torch.frombuffer(bytearray(plain.translate(_TOKENS)), dtype=torch.uint8) if plain else _no_tokens()
+    tokens = bytearray(plain.translate(_TOKENS))
+    return torch.frombuffer(tokens, dtype=torch.uint8) if tokens else torch.empty(0, dtype=torch.uint8)
 
 
 def decode(tokens: torch.Tensor) -> str:
@@ -103,10 +104,6 @@ def _sources(folder: Path) -> Iterator[tuple[bytes, Path]]:
                 path = Path(where, name)
                 key = path.relative_to(folder).as_posix().encode(errors="surrogateescape")
                 yield hashlib.blake2b(key, digest_size=8).digest(), path
-
-
-def _no_tokens() -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8)
 
 
 class Blocks(Dataset[torch.Tensor]):

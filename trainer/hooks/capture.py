@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from events.checkpoint.snapshot import Part
 from trainer.data.tensor_state import part_of
 from trainer.data.tensors import map_tensors
 from trainer.errors import EpochOutputsTooLarge
-from trainer.hooks.collate import Notice, OutputCollector, collate_outputs
+from trainer.hooks.collate import Notice, OutputCollector, Outputs, collate_outputs
 
 
 class Capture:
@@ -36,7 +36,7 @@ class Capture:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def copy(self, outputs: tuple[Any, ...]) -> Copy:
+    def copy(self, outputs: Outputs) -> Copy:
         """Start a copy; `Copy.wait` completes it."""
         if self._stream is None and len(outputs) == 1 and type(outputs[0]) is torch.Tensor and outputs[0].is_cpu:
             clone = outputs[0].detach().clone()  # the most frequent case: a loss alone
@@ -84,7 +84,7 @@ class Copy(msgspec.Struct, gc=False):
     arrived: torch.cuda.Event | None = None
     """Recorded after the copies from a device; None without any."""
 
-    def wait(self) -> tuple[Any, ...]:
+    def wait(self) -> Outputs:
         """The values; waits for the copy, so never call it on the loop's thread."""
         if self.arrived is not None:
             self.arrived.synchronize()  # WAIT: for the device, on an observer's thread
@@ -99,7 +99,7 @@ class StepOutputs(msgspec.Struct, gc=False):
     lock: threading.Lock
     """Shared by all steps, because two observers seldom collate at once."""
     shared: bool = False
-    result: tuple[Any, ...] | None = None
+    result: Outputs | None = None
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +117,7 @@ class StepOutputs(msgspec.Struct, gc=False):
                 return None
         return values
 
-    def collated(self) -> tuple[Any, ...]:
+    def collated(self) -> Outputs:
         """One value per output position; computed once, on the thread of the first caller.
 
         A caller may change the tensors: shared outputs are cloned for each.
@@ -188,7 +188,7 @@ class EpochOutputs:
         self._on_too_large = on_too_large
         self._lock = threading.Lock()
         self._last: Copy | None = None
-        self._collated: tuple[Any, ...] | None = None
+        self._collated: Outputs | None = None
         self.shared = False
         """Whether several observers receive them; set at the epoch's end."""
 
@@ -222,7 +222,7 @@ class EpochOutputs:
 
         return make
 
-    def restore(self, kept: Any) -> None:
+    def restore(self, kept: Mapping[str, object] | None) -> None:
         """Restore the state from a checkpoint."""
         if self._collector is not None and kept is not None:
             self._collector.restore(kept)
@@ -232,7 +232,7 @@ class EpochOutputs:
         """Bytes kept so far."""
         return self._collector.nbytes if self._collector is not None else 0
 
-    def collated(self) -> tuple[Any, ...]:
+    def collated(self) -> Outputs:
         """As `StepOutputs.collated`."""
         with self._lock:
             if self._collated is None:
@@ -243,5 +243,5 @@ class EpochOutputs:
         return _clones(self._collated) if self.shared else self._collated
 
 
-def _clones(outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _clones(outputs: Outputs) -> Outputs:
     return tuple([map_tensors(torch.clone, output) for output in outputs])

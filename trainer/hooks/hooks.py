@@ -31,7 +31,7 @@ from trainer.hooks.signatures import clear_error, takes_outputs
 from trainer.module_interface import ModuleInterface
 from trainer.peers import hint_for
 
-Hook = Callable[..., Any]
+Hook = Callable[..., object]
 _Hook = TypeVar("_Hook", bound=Hook)
 
 EVENT_OF_HOOK: dict[str, type[Event]] = {
@@ -65,7 +65,7 @@ def _without_its_outputs(hook: Hook) -> Hook:
     """Wrap a hook that accepts no outputs."""
 
     @without_outputs
-    def call(global_step: int, *outputs: Any, **named: Any) -> None:
+    def call(global_step: int, *outputs: object, **named: object) -> None:
         hook(global_step, **named)
 
     return call
@@ -200,16 +200,16 @@ class CallbackHooks:
             raise ArgumentsError(f"{self.kind}.state_key is {key!r:.80}; give it a string that is not empty")
         return key
 
-    def state_dict(self) -> Any:
+    def state_dict(self) -> object:
         """The callback's ``state_dict()``."""
         return self.callback.state_dict()  # type: ignore[attr-defined]  # `stateful` has checked it
 
-    def saved_state(self) -> dict[str, Any]:
+    def saved_state(self) -> dict[str, object]:
         """Its entry in a checkpoint. Exceptions of its ``state_dict`` propagate."""
         kind = None if self.has_own_key else self.kind  # an own key is the only way to find the state
         return {"key": self.state_key, "kind": kind, "state": self.state_dict()}
 
-    def load_state_dict(self, state: Any) -> None:
+    def load_state_dict(self, state: object) -> None:
         """Restore a state that `state_dict` returned. Exceptions of the callback propagate."""
         self.callback.load_state_dict(state)  # type: ignore[attr-defined]
 
@@ -289,7 +289,7 @@ def add_hint(error: BaseException) -> None:
         add_note(error, f"stagecast: {hint}")
 
 
-def hook_arguments(event: Event, outputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def hook_arguments(event: Event, outputs: Sequence[Any]) -> tuple[tuple[object, ...], dict[str, object]]:
     """The arguments of an event's hook, by the contract."""
     if isinstance(event, TrainEpochStarted):
         return (event.global_step, event.epoch), {}
@@ -314,7 +314,7 @@ class CallbackTarget:
         self._device = device
         self._recorder = recorder
         self._batch: Sequence[Published] = ()
-        self._outputs: dict[int, tuple[Any, ...]] = {}  # collated outputs by the index in the batch
+        self._outputs: dict[int, tuple[torch.Tensor, ...]] = {}  # collated outputs by the index in the batch
         self._done = 0
         self._doing = "open"
 
@@ -351,9 +351,9 @@ class CallbackTarget:
         self._recorder.handling(event, fenced=fenced)
         try:
             outputs = self._outputs.pop(self._done, None)
-            if outputs is None:
-                outputs = payload.outputs.collated() if payload is not None and payload.outputs is not None else ()
-            args, kwargs = hook_arguments(event, outputs)
+            if outputs is None and payload is not None and payload.outputs is not None:
+                outputs = payload.outputs.collated()
+            args, kwargs = hook_arguments(event, outputs or ())
             hook = self._hooks[type(event)]
             try:
                 hook(*args, **kwargs)

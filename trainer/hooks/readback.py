@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from operator import setitem
 from typing import Any
@@ -26,7 +26,7 @@ from events.messages import (
 )
 from events.metrics import result_metrics
 
-_Place = tuple[Callable[[Any, str, Any], None], Any, str]
+_Place = tuple[Callable[[Any, str, Any], None], object, str]
 """The target of a number: a setter, the event or dictionary, and the name."""
 
 _READINGS = ("_consecutive", "_bad_gradients", "_loss_sum", "_loss_weight", "_steps")
@@ -74,7 +74,7 @@ class DeviceReadback:
         # these are stacked at once, and only grouped if that fails.
         places: list[_Place] = []
         tensors: list[Any] = []
-        others: list[tuple[_Place, Any]] = []
+        others: list[tuple[_Place, torch.Tensor]] = []
         for event, _ in batch:
             if type(event) is not TrainStepEnded:
                 others += _deferred(event)
@@ -182,7 +182,7 @@ class DeviceReadback:
         if part is not None:
             part.set(Part(packing.encode(readings)))
 
-    def restore(self, readings: dict[str, Any]) -> None:
+    def restore(self, readings: Mapping[str, Any]) -> None:
         """Restore the readings from a checkpoint, before the first event. Raises `CheckpointDamaged`."""
         try:
             kept = {name: readings.get(name, 0) for name in _READINGS}  # an earlier version lacks the newest
@@ -210,7 +210,7 @@ def _put(places: list[_Place], stacked: torch.Tensor) -> None:
     ``stacked`` is in host memory, its copy from a device complete: nothing waits here.
     """
     if stacked.numel() == len(places):
-        numbers: list[Any] = [float(number) for number in stacked.flatten().tolist()]
+        numbers: list[object] = [float(number) for number in stacked.flatten().tolist()]
     else:
         numbers = stacked.tolist()
     for (put, where, name), number in zip(places, numbers, strict=True):
@@ -242,7 +242,7 @@ def _deferred(event: Event) -> Iterator[tuple[_Place, torch.Tensor]]:
 
 def _grouped(numbers: list[tuple[_Place, torch.Tensor]]) -> list[list[tuple[_Place, torch.Tensor]]]:
     """Group the tensors by device, dtype and shape, so that each group can be stacked."""
-    groups: dict[Any, list[tuple[_Place, torch.Tensor]]] = {}
+    groups: dict[object, list[tuple[_Place, torch.Tensor]]] = {}
     for place, tensor in numbers:
         groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append((place, tensor))
     return list(groups.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -173,7 +174,7 @@ class MetricRecorder:
         """Record the names of the current metrics, after all monitors have read them."""
         self._seen.update(self.judged)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The state of monitors for a checkpoint; tensors are not copied."""
         return {
             "validation": dict(self.validation),
@@ -183,7 +184,7 @@ class MetricRecorder:
             "followed_loss": (self._loss_sum, self._loss_weight),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         self.validation.update(state["validation"])
         self.epoch.update(state["epoch"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MethodType
-from typing import Any
 
 from trainer.errors import SignatureError
 
 _FIXED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def signature_of(method: Any) -> inspect.Signature | None:
+def signature_of(method: Callable[..., object]) -> inspect.Signature | None:
     """The signature of a bound method; None if unknown, as for some functions written in C.
 
     Raises:
@@ -66,7 +65,7 @@ def signature_problem(owner: str, name: str, method: object, contract: Callable[
     return f"{owner}.{name}{_with_self(signature)} cannot take the trainer's arguments; {should}"
 
 
-def takes_outputs(hook: object) -> bool:
+def takes_outputs(hook: Callable[..., object]) -> bool:
     """Whether a hook accepts any outputs after its first argument, ``global_step``."""
     try:
         signature = signature_of(hook)
@@ -87,7 +86,14 @@ def can_take(signature: inspect.Signature, given: Sequence[object], named: Mappi
     return True
 
 
-def clear_error(error: Exception, owner: str, name: str, hook: Any, given: Sequence[Any], named: Any) -> Exception:
+def clear_error(
+    error: Exception,
+    owner: str,
+    name: str,
+    hook: Callable[..., object],
+    given: Sequence[object],
+    named: Mapping[str, object],
+) -> Exception:
     """Return a SignatureError if the call itself failed on the number of outputs, else the hook's own error."""
     trace = error.__traceback__
     if type(error) is not TypeError or trace is None or trace.tb_next is not None:

@@ -18,7 +18,7 @@ from events.metrics import TRAIN_EPOCH_LOSS
 from events.protocol import AnyCommand, Checkpoint, Pause, Resume, Stop
 from trainer.errors import EpochOutputsTooLarge, add_note
 from trainer.hooks.capture import EpochOutputs
-from trainer.hooks.collate import collate_outputs, detach_copy
+from trainer.hooks.collate import collate_outputs, detached
 from trainer.hooks.hooks import InlineHook, add_hint, hook_arguments, hook_of
 from trainer.hooks.signatures import clear_error
 from trainer.loop.attempt import Attempt
@@ -133,7 +133,7 @@ class Boundary:
         outputs: tuple[Any, ...] = ()
         if live is not None:
             with attempt.ledger.within("publish"):
-                outputs = collate_outputs([detach_copy(values, clone=False) for values in live], attempt.notice)
+                outputs = collate_outputs([detached(values) for values in live], attempt.notice)
         self.run_inline(hooks, attempt.origin.global_step, *outputs)
         if attempt.recorder.values:
             attempt.recorder.flush()
