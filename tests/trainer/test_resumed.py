@@ -1,4 +1,4 @@
-"""Going on from a checkpoint with what is not usual: it is exact, or it is said that it is not."""
+"""Resuming with unusual modules and data: it is exact, or a warning or an error says why not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ EACH_STEP = Checkpoints(every_steps=1, every_minutes=None, keep_last=99, when_bu
 
 
 class Net(ModuleInterface):
-    """Five steps an epoch; ``seen`` tells the batches apart."""
+    """Five steps per epoch; ``seen`` identifies the batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Net(ModuleInterface):
         self.seen: list[float] = []
 
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
-        self.told = estimated_global_steps_per_epoch
+        self.estimated = estimated_global_steps_per_epoch
         return [torch.optim.Adam(self.parameters(), lr=0.05)], []
 
     def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
@@ -55,100 +56,70 @@ class Net(ModuleInterface):
 
 
 def train(net: Net, folder: Path, **options: Any) -> Any:
-    """Three epochs, unless it is said otherwise."""
     own = {name: options.pop(name) for name in ("checkpoints", "resume", "callbacks", "run_id") if name in options}
     arguments = TrainerArguments(**{"epochs": 3, "train_batch_size": 4, "seed": 0, "device": "cpu"} | options)
     own = {"checkpoints": EACH_STEP, "run_id": "r"} | own
     return Trainer(net, arguments, run_dir=folder, sinks=[], **own).train()
 
 
-def check_exact(make: Callable[[], Net], folder: Path, steps: tuple[int, ...] = (3, 5, 7), **options: Any) -> None:
-    """From each of these steps on, all is as in the run that was never interrupted."""
-    whole = make()
-    train(whole, folder / "whole")
-    for step in steps:
-        again = make()
-        train(again, folder / f"from-{step}", resume=folder / f"whole/checkpoints/step-{step}.a1", **options)
-        assert again.seen == whole.seen[step:], step
-        assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values())), step
+class Conv(Net):
+    """Has a fused optimizer, whose kernel walks through weights and state as they lie in memory."""
+
+    def __init__(self, kind: Any, **options: float) -> None:
+        super().__init__()
+        self.kind, self.options = kind, options
+        self.net = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.data = TensorDataset(torch.randn(20, 3, 8, 8), torch.randn(20, 8))
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
+        return [self.kind(self.parameters(), lr=0.01, fused=True, **self.options)], []
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]).mean((2, 3)), batch[1])
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_the_state_of_a_fused_optimizer_lies_in_memory_as_its_weights_do(kind: Any, tmp_path: Path) -> None:
-    """Its kernel walks through both as they lie, whatever their strides are."""
+class OwnGenerator(Net):
+    """Its dataloader draws when an epoch starts: before the state that a checkpoint within the epoch has of it."""
 
-    class Conv(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.data = TensorDataset(torch.randn(20, 3, 8, 8), torch.randn(20, 8))
+    def __init__(self, *, shuffle: bool) -> None:
+        super().__init__()
+        self.shuffle = shuffle
+        self.generator = torch.Generator().manual_seed(7)
 
-        def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
-            more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
-            return [kind(self.parameters(), lr=0.01, fused=True, **more)], []
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        order = {"shuffle": True} if self.shuffle else {"sampler": sampler(self.data)}
+        return DataLoader(self.data, batch_size, generator=self.generator, **order)
 
-        def loss(self, batch: Any) -> torch.Tensor:
-            return nn.functional.mse_loss(self.net(batch[0]).mean((2, 3)), batch[1])
+    def get_state(self) -> Any:
+        return {"net": dict(self.state_dict()), "generator": self.generator.get_state()}
 
-    check_exact(Conv, tmp_path)
-
-
-def test_a_run_that_takes_no_checkpoints_itself_goes_on_exactly(tmp_path: Path) -> None:
-    """Each epoch that follows has an order of its own."""
-    check_exact(Net, tmp_path, checkpoints=False)
+    def update_state(self, state: Any) -> None:
+        self.load_state_dict(state["net"])
+        self.generator.set_state(state["generator"])
 
 
-@pytest.mark.parametrize("resume_data", ["skip", "replay"])
-@pytest.mark.parametrize("samples", [False, True], ids=["shuffle", "given sampler"])
-def test_a_dataloader_with_a_generator_of_its_own_goes_on_exactly(
-    resume_data: str, samples: bool, tmp_path: Path
-) -> None:
-    """It draws from it when an epoch begins: before the state that a checkpoint within the epoch has of it."""
+class Counting(Net):
+    """Counts in a method that is called once per epoch, and once more by a run that resumes within one."""
 
-    class Own(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.generator = torch.Generator().manual_seed(7)
+    calls = 0
 
-        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-            order = {"sampler": sampler(self.data)} if samples else {"shuffle": True}
-            return DataLoader(self.data, batch_size, generator=self.generator, **order)
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        self.calls += 1
+        return super().get_train_dataloader(sampler, batch_size)
 
-        def get_state(self) -> Any:
-            return {"net": dict(self.state_dict()), "generator": self.generator.get_state()}
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return super().train_step(global_step, (batch[0] + 0.1 * self.calls, batch[1]), device)
 
-        def update_state(self, state: Any) -> None:
-            self.load_state_dict(state["net"])
-            self.generator.set_state(state["generator"])
+    def get_state(self) -> Any:
+        return {"net": dict(self.state_dict()), "calls": self.calls}
 
-    check_exact(Own, tmp_path, resume_data=resume_data)
-
-
-def test_what_the_module_counts_where_it_makes_its_dataloader_is_counted_once(tmp_path: Path) -> None:
-    """The method is called once an epoch, and once more by who goes on within one."""
-
-    class Counting(Net):
-        calls = 0
-
-        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-            self.calls += 1
-            return super().get_train_dataloader(sampler, batch_size)
-
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return super().train_step(global_step, (batch[0] + 0.1 * self.calls, batch[1]), device)
-
-        def get_state(self) -> Any:
-            return {"net": dict(self.state_dict()), "calls": self.calls}
-
-        def update_state(self, state: Any) -> None:
-            self.load_state_dict(state["net"])
-            self.calls = state["calls"]
-
-    check_exact(Counting, tmp_path)
+    def update_state(self, state: Any) -> None:
+        self.load_state_dict(state["net"])
+        self.calls = state["calls"]
 
 
 class Grows(nn.Module):
-    """Its state has another size at each step, and it can load any."""
+    """Has state of another size at each step, and loads any."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,9 +140,37 @@ class Growing(Net):
         return super().train_step(global_step, batch, device)
 
 
-def test_a_submodule_that_loads_in_its_own_way_may_take_another_size(tmp_path: Path) -> None:
-    """The others must fit, and what it refuses is a clear error."""
-    check_exact(Growing, tmp_path)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        *[(partial(Conv, kind), {}) for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)],
+        (partial(Conv, torch.optim.SGD, momentum=0.9), {}),
+        (Net, {"checkpoints": False}),
+        *[
+            (partial(OwnGenerator, shuffle=shuffle), {"resume_data": data})
+            for shuffle in (True, False)
+            for data in ("skip", "replay")
+        ],
+        (Counting, {}),
+        (Growing, {}),
+    ],
+)
+def test_a_resumed_run_has_the_batches_and_weights_of_one_that_was_not_interrupted(
+    make: Callable[[], Net], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """From steps within the first epoch, at its end, and within the second."""
+    whole = make()
+    train(whole, tmp_path / "whole")
+    for step in (3, 5, 7):
+        again = make()
+        train(again, tmp_path / f"from-{step}", resume=tmp_path / f"whole/checkpoints/step-{step}.a1", **options)
+        assert again.seen == whole.seen[step:], step
+        assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values())), step
+
+
+def test_state_that_does_not_fit_the_module_is_refused(tmp_path: Path) -> None:
+    """Submodules that load in their own way may take another size; get_state() needs its update_state()."""
+    train(Growing(), tmp_path / "whole", epochs=1)
 
     class Other(Growing):
         def __init__(self) -> None:
@@ -197,21 +196,17 @@ def test_a_submodule_that_loads_in_its_own_way_may_take_another_size(tmp_path: P
     with pytest.raises(CheckpointMismatch, match=r"it has grows\.steps, which the module lacks\. Nothing was changed"):
         train(Net(), tmp_path / "d", resume=resume)
 
-
-def test_a_state_of_its_own_that_the_module_does_not_take_over_is_told(tmp_path: Path) -> None:
-    """With the method that is missing."""
-
     class Half(Net):
         def get_state(self) -> Any:
             return dict(self.state_dict()) | {"extra": 1}
 
-    train(Half(), tmp_path / "a")
+    train(Half(), tmp_path / "a", epochs=1)
     with pytest.raises(CheckpointMismatch, match=r"it has extra, .*override update_state\(state\) too"):
         train(Half(), tmp_path / "b", resume=tmp_path / "a/checkpoints/step-3.a1")
 
 
 class Counts(CallbackInterface):
-    """Counts on the loop's thread, and has a slow hook on its own."""
+    """Counts on the loop's thread, and has a slow hook on its own thread."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -230,8 +225,7 @@ class Counts(CallbackInterface):
         self.count = self.restored = state["count"]
 
 
-def test_what_should_stop_has_counted_is_that_of_the_checkpoints_step(tmp_path: Path) -> None:
-    """Though the state is asked for on the callback's own thread, which may come to it later."""
+def test_a_callbacks_state_is_that_of_the_checkpoints_step_though_its_thread_lags(tmp_path: Path) -> None:
     settings = Checkpoints(every_epochs=1, keep_last=9, when_busy="wait")
     first = Counts()
     train(Net(), tmp_path / "a", checkpoints=settings, callbacks=[first])
@@ -242,10 +236,8 @@ def test_what_should_stop_has_counted_is_that_of_the_checkpoints_step(tmp_path: 
 
 
 @pytest.mark.parametrize("settings", [{"val_interval_steps": 3}, {}], ids=["due", "under way"])
-def test_the_best_one_is_taken_of_the_step_whose_validation_was_interrupted(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """Before it, or between the dataloader that has the metric and the next."""
+def test_a_best_checkpoint_is_taken_after_an_interrupted_validation(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Interrupted before it, or between the dataloader that has the metric and the next."""
     stop_at = 3 if settings else 5
 
     class Stopped(Net):
@@ -280,7 +272,6 @@ def test_the_best_one_is_taken_of_the_step_whose_validation_was_interrupted(
 
 
 def test_a_checkpoint_that_was_moved_and_linked_back_is_not_followed(tmp_path: Path) -> None:
-    """The error names the link; the checkpoint can be named where it is."""
     first = train(Net(), tmp_path / "run", epochs=2, checkpoints=True)
     moved = tmp_path / "elsewhere"
     shutil.move(first.checkpoint, moved)
@@ -291,55 +282,51 @@ def test_a_checkpoint_that_was_moved_and_linked_back_is_not_followed(tmp_path: P
     assert (moved / "manifest.json").is_file()
 
 
-def test_new_schedulers_are_told_how_long_an_epoch_is_now(tmp_path: Path) -> None:
-    """Not how long it was with the batch size of the checkpoint."""
-    train(Net(), tmp_path / "a")
+def test_new_schedulers_receive_the_present_length_of_an_epoch(tmp_path: Path) -> None:
+    train(Net(), tmp_path / "a", epochs=1)
     net = Net()
     options = {"train_batch_size": 10, "reset_optimizers_schedulers": True}
     train(net, tmp_path / "b", resume=tmp_path / "a/checkpoints/step-5.a1", **options)
-    assert net.told == 2
+    assert net.estimated == 2
 
 
-def test_a_scheduler_without_a_state_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It begins anew, which no other message would say."""
-
-    class Warm:
-        def step(self) -> None:
-            pass
-
-    class Scheduled(Net):
-        def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
-            return super().get_optimizers_schedulers(estimated_global_steps_per_epoch, epochs)[0], [Warm()]
-
-    train(Scheduled(), tmp_path / "a")
-    train(Scheduled(), tmp_path / "b", resume=tmp_path / "a/checkpoints/step-5.a1")
-    assert "has no state of the scheduler Warm, which starts over" in caplog.text
+class Warm:
+    def step(self) -> None:
+        pass
 
 
-def test_a_stream_that_begins_anew_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The module keeps it over the epochs; another process has none to keep."""
-
-    class Streams(Net):
-        stream: Iterator[Any] | None = None
-
-        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-            self.stream = self.stream or iter(lambda: [torch.ones(4, 4), torch.ones(4, 1)], None)
-            return self.stream
-
-    train(Streams(), tmp_path / "a", max_train_steps_per_epoch=5)
-    assert "starts from its beginning" not in caplog.text
-    options = {"max_train_steps_per_epoch": 5, "resume": tmp_path / "a/checkpoints/step-5.a1"}
-    train(Streams(), tmp_path / "b", **options)
-    assert "returned an iterator, which starts from its beginning in each process" in caplog.text
+class Scheduled(Net):
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int, epochs: int) -> Any:
+        return super().get_optimizers_schedulers(estimated_global_steps_per_epoch, epochs)[0], [Warm()]
 
 
-def test_who_wants_an_epochs_outputs_only_now_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They were not collected before."""
+class Streams(Net):
+    stream: Iterator[Any] | None = None
 
-    class Wants(CallbackInterface):
-        def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
-            pass
+    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
+        self.stream = self.stream or iter(lambda: [torch.ones(4, 4), torch.ones(4, 1)], None)
+        return self.stream
 
-    train(Net(), tmp_path / "a")
-    train(Net(), tmp_path / "b", callbacks=[Wants()], resume=tmp_path / "a/checkpoints/step-3.a1")
-    assert "this checkpoint holds no outputs for the current epoch" in caplog.text
+
+class WantsOutputs(CallbackInterface):
+    def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make", "step", "callbacks", "warning"),
+    [
+        (Scheduled, 5, (), "has no state of the scheduler Warm, which starts over"),
+        (Streams, 5, (), "returned an iterator, which starts from its beginning in each process"),
+        (Net, 3, (WantsOutputs(),), "this checkpoint holds no outputs for the current epoch"),
+    ],
+)
+def test_state_that_starts_over_is_a_warning(
+    make: type[Net], step: int, callbacks: Any, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"max_train_steps_per_epoch": 5, "epochs": 2}
+    train(make(), tmp_path / "a", **options)
+    assert warning not in caplog.text
+    resume = tmp_path / f"a/checkpoints/step-{step}.a1"
+    train(make(), tmp_path / "b", callbacks=callbacks, resume=resume, **options)
+    assert warning in caplog.text
