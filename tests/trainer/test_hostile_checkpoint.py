@@ -1,4 +1,4 @@
-"""Checkpoints that a stranger crafted: they are refused before they harm the process, its memory or its disk."""
+"""Crafted checkpoints are refused before they harm the process, its memory or its disk."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.run_folder import RunFolder
+from support.training import Net
 
 from events.errors import CheckpointDamaged, CheckpointMismatch
 from events.messages import CheckpointRejected
-from trainer import Checkpoints
 from trainer.callbacks import EMA, EarlyStopping
 from trainer.data.rng import capture_rng, restore_rng
 from trainer.data.tensors import clone_tensors
@@ -58,10 +59,8 @@ def changed(state: Any, index: int, value: Any) -> Any:
         ("torch", slice(0), torch.zeros(5_056)),
     ],
 )
-def test_a_state_that_is_not_of_such_a_generator_is_refused_and_none_is_set(
-    generator: str, index: Any, value: Any
-) -> None:
-    """NumPy's reads behind its state with a wrong position; the others would be set before it fails."""
+def test_an_invalid_state_of_one_generator_changes_none(generator: str, index: Any, value: Any) -> None:
+    """NumPy's reads beyond its state with a wrong position."""
     good = capture_rng(CPU)
     bad = good | {generator: value if generator == "torch" else changed(good[generator], index, value)}
     drawn = random.random(), np.random.rand(), torch.rand(1)
@@ -100,7 +99,6 @@ KINDS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
 
 
 def make(kind: Any, **options: Any) -> torch.optim.Optimizer:
-    """An optimizer of two parameters, one of them a number where it takes one."""
     torch.manual_seed(0)
     shapes = [(6, 8), (6, 8)] if kind.__name__ == "Muon" else [(6, 8), (5,), ()]
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -122,8 +120,7 @@ def step(optimizer: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_a_state_of_its_own_is_restored_exactly(kind: Any, options: dict[str, Any]) -> None:
-    """Of every optimizer of torch's: the next step is that of the original."""
+def test_an_optimizer_of_torch_with_restored_state_takes_the_same_step(kind: Any, options: dict[str, Any]) -> None:
     first, second = make(kind, **copy.deepcopy(options)), make(kind, **copy.deepcopy(options))
     step(first)
     weights, state = step(first), copy.deepcopy(first.state_dict())
@@ -137,7 +134,7 @@ def test_a_state_of_its_own_is_restored_exactly(kind: Any, options: dict[str, An
 @pytest.mark.parametrize("craft", ["small", "number", "integers", "complex", "list"])
 @pytest.mark.parametrize(("kind", "options"), [one for one in KINDS if one != (SGD, {})])
 def test_state_that_does_not_fit_its_parameter_is_refused(kind: Any, options: dict[str, Any], craft: str) -> None:
-    """A fused kernel would write beside moments that are smaller than the parameter, whatever their name."""
+    """A fused kernel would write beyond moments that are smaller than the parameter."""
     first, second = make(kind, **copy.deepcopy(options)), make(kind, **copy.deepcopy(options))
     step(first)
     made = {
@@ -152,7 +149,7 @@ def test_state_that_does_not_fit_its_parameter_is_refused(kind: Any, options: di
     assert names
     for name in names:
         if kind is LBFGS and craft == "number":
-            continue  # a number, as others in its state, which no kernel takes for more
+            continue  # as others in its state, and no kernel reads it
         crafted = copy.deepcopy(state)
         crafted["state"][0][name] = made(crafted["state"][0][name])
         with pytest.raises(
@@ -161,17 +158,7 @@ def test_state_that_does_not_fit_its_parameter_is_refused(kind: Any, options: di
             checked_optimizer(second, crafted, "c")
 
 
-@pytest.mark.parametrize("name", ["step"])
-def test_a_counter_that_is_not_a_number_is_refused(name: str) -> None:
-    first = make(ADAM)
-    step(first)
-    state = first.state_dict()
-    state["state"][0][name] = torch.zeros(2)
-    with pytest.raises(CheckpointMismatch, match="not that of a number"):
-        checked_optimizer(make(ADAM), state, "c")
-
-
-def test_a_subclass_may_have_state_of_its_own_beside_that_of_torch() -> None:
+def test_counters_are_numbers_and_a_subclass_may_have_state_of_its_own() -> None:
     class Mine(ADAM):
         pass
 
@@ -180,50 +167,41 @@ def test_a_subclass_may_have_state_of_its_own_beside_that_of_torch() -> None:
     state = first.state_dict()
     state["state"][0]["seen"] = torch.zeros(17)
     checked_optimizer(make(Mine), state, "c")
-    state["state"][0]["exp_avg"] = torch.zeros(17)
-    with pytest.raises(CheckpointMismatch, match="exp_avg"):
-        checked_optimizer(make(Mine), state, "c")
+    for name, problem in (("exp_avg", "exp_avg"), ("step", "not that of a number")):
+        crafted = copy.deepcopy(state)
+        crafted["state"][0][name] = torch.zeros(17)
+        with pytest.raises(CheckpointMismatch, match=problem):
+            checked_optimizer(make(Mine), crafted, "c")
 
 
-def craft_next(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
-    """Have checkpoints hold another state of optimizers and schedulers than they should."""
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_run_resumes_with_its_own_switches_and_refuses_state_that_does_not_fit_before_any_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
     whole = Optimization.state_dict
 
     def crafted(self: Optimization) -> dict[str, Any]:
         state = copy.deepcopy(whole(self))
-        change(state)
-        return state
-
-    monkeypatch.setattr(Optimization, "state_dict", crafted)
-
-
-@pytest.mark.parametrize("fits", [True, False])
-def test_a_run_resumes_with_its_own_switches_and_not_with_state_that_does_not_fit(
-    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
-) -> None:
-    """Before any step: torch itself fails later, or does not notice."""
-
-    class Adam(kit.Net):  # type: ignore[name-defined,misc]
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            self.adam = torch.optim.Adam(self.parameters(), lr=0.01)
-            return [self.adam], []
-
-    def change(state: dict[str, Any]) -> None:
         state["optimizers"][0]["param_groups"][0]["foreach"] = False
         if not fits and state["optimizers"][0]["state"]:
             state["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(())
+        return state
 
+    def adam(net: Net) -> Any:
+        return [made.append(ADAM(net.parameters(), lr=0.01)) or made[-1]], []  # type: ignore[func-returns-value]
+
+    made: list[torch.optim.Optimizer] = []
+    folder = RunFolder(tmp_path)
     with monkeypatch.context() as patch:
-        craft_next(patch, change)
-        kit.train(Adam(), run_dir=tmp_path, run_id="run", checkpoints=Checkpoints(every_steps=1))
-    again = Adam()
-    outcome = kit.train(again, run_dir=tmp_path, run_id="run", resume="auto", checkpoints=False, epochs=2)
+        patch.setattr(Optimization, "state_dict", crafted)
+        folder.train(Net(optimizers=adam), every_steps=1)
+    outcome = folder.train(Net(optimizers=adam), resume="auto", checkpoints=False, epochs=2)
     if fits:
         assert outcome.result.status == "finished"
     else:
         assert isinstance(outcome.error, CheckpointMismatch)
         assert "'exp_avg' of parameter 0" in str(outcome.error)
-    assert again.adam.param_groups[0]["foreach"] is None
+    assert made[-1].param_groups[0]["foreach"] is None
 
 
 MISTYPED: list[dict[str, Any]] = [
@@ -246,20 +224,19 @@ MISTYPED: list[dict[str, Any]] = [
 
 
 def test_states_of_other_types_are_damage_and_an_older_checkpoint_is_resumed(
-    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No raw error ends the run."""
     tree = Checkpointing._tree
 
     def crafted(self: Checkpointing) -> Any:
         state = tree(self)
         return state | MISTYPED[state["global_step"] - 2] if state["global_step"] > 1 else state
 
+    folder = RunFolder(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Checkpointing, "_tree", crafted)
-        each = Checkpoints(every_steps=1, keep_last=99, when_busy="wait")
-        kit.train(kit.Net(), run_dir=tmp_path, run_id="run", checkpoints=each, train_batch_size=1, epochs=1)
-    outcome = kit.train(kit.Net(), run_dir=tmp_path, run_id="run", resume="auto", checkpoints=False, train_batch_size=1)
+        folder.train(every_steps=1, keep_last=99, train_batch_size=1)
+    outcome = folder.train(resume="auto", checkpoints=False, train_batch_size=1)
     assert outcome.result.status == "finished"
     rejected = outcome.of(CheckpointRejected)
     assert len(rejected) == len(MISTYPED)
@@ -267,7 +244,7 @@ def test_states_of_other_types_are_damage_and_an_older_checkpoint_is_resumed(
 
 
 class Foreign(torch.optim.Optimizer):
-    """Of another package, with state of shapes of its own: one made at once, one at the first step."""
+    """Has state of unusual shapes, created at once and at the first step."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -280,7 +257,7 @@ class Foreign(torch.optim.Optimizer):
 
 
 def test_state_of_shapes_that_nothing_explains_is_restored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """What an optimizer has made already shows its shape, and that is checked."""
+    """State that exists already is checked against its shape."""
     first = make(Foreign)
     first.step()
     state = first.state_dict()
@@ -296,7 +273,7 @@ def group(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def test_how_an_optimizer_computes_is_not_taken_from_a_checkpoint() -> None:
-    """The values with which it computes are."""
+    """Hyperparameters are."""
     first, second = make(ADAM, fused=True, lr=0.5), make(ADAM, lr=0.1)
     step(first)
     state = first.state_dict()
@@ -338,8 +315,7 @@ def test_how_an_optimizer_computes_is_not_taken_from_a_checkpoint() -> None:
         lambda state: state.pop("state"),
     ],
 )
-def test_what_is_not_the_state_of_such_an_optimizer_is_refused(craft: Callable[[Any], None]) -> None:
-    """Hyperparameters keep the kinds that they have."""
+def test_an_invalid_state_of_an_optimizer_is_refused(craft: Callable[[Any], None]) -> None:
     state = make(ADAM).state_dict()
     craft(state)
     with pytest.raises(CheckpointMismatch, match=r"c.*reset_optimizers_schedulers"):
@@ -347,7 +323,6 @@ def test_what_is_not_the_state_of_such_an_optimizer_is_refused(craft: Callable[[
 
 
 def test_a_learning_rate_stays_a_number_or_a_tensor() -> None:
-    """Of whichever the module has chosen now."""
     number, tensor = make(ADAM, lr=0.5), make(ADAM, lr=torch.tensor(0.25))
     for own, other, value in ((number, tensor, 0.25), (tensor, number, 0.5)):
         rate = checked_optimizer(own, other.state_dict(), "c")["param_groups"][0]["lr"]
@@ -372,7 +347,7 @@ SCHEDULERS: list[Callable[[Any], Any]] = [
 
 @pytest.mark.parametrize("build", SCHEDULERS)
 def test_the_state_of_a_scheduler_returns_and_nothing_else_does(build: Callable[[Any], Any]) -> None:
-    """Torch's would set any attribute, among them the optimizer and methods."""
+    """Torch would set any attribute, among them the optimizer and methods."""
 
     def stepped(scheduler: Any, times: int) -> Any:
         for _ in range(times):
@@ -416,7 +391,6 @@ def test_the_state_of_the_loss_scale_is_numbers(crafted: Any) -> None:
     ],
 )
 def test_an_average_of_another_type_is_refused(crafted: dict[str, Any]) -> None:
-    """It would fail in the middle of the run, or make the weights complex."""
     ema = EMA(torch.nn.Linear(3, 2))
     good = {"steps": 3, "decay": 0.999, "average": {"weight": torch.zeros(2, 3)}}
     ema.load_state_dict(good)
@@ -424,15 +398,11 @@ def test_an_average_of_another_type_is_refused(crafted: dict[str, Any]) -> None:
         ema.load_state_dict(good | crafted)
 
 
-def test_a_state_dict_with_other_values_than_tensors_is_refused(kit: Any, tmp_path: Path) -> None:
-    """By the name of the parameter, before anything is changed."""
-
-    class Lists(kit.Net):  # type: ignore[name-defined,misc]
-        def get_state(self) -> Any:
-            return dict(self.state_dict()) | {"linear.bias": [0.0]}
-
-    kit.train(Lists(), run_dir=tmp_path, run_id="run", checkpoints=Checkpoints(every_steps=1))
-    outcome = kit.train(kit.Net(), run_dir=tmp_path, run_id="run", resume="auto")
+def test_a_state_dict_with_other_values_than_tensors_is_refused_by_their_names(tmp_path: Path) -> None:
+    folder, net = RunFolder(tmp_path), Net()
+    net.get_state = lambda: dict(net.state_dict()) | {"linear.bias": [0.0]}  # type: ignore[method-assign]
+    folder.train(net, every_steps=1)
+    outcome = folder.train(resume="auto")
     assert isinstance(outcome.error, CheckpointMismatch)
     assert "linear.bias is a list there and a tensor here" in str(outcome.error)
 
@@ -442,7 +412,6 @@ def test_a_state_dict_with_other_values_than_tensors_is_refused(kit: Any, tmp_pa
     [3, [], {}, {"summary": 3}, {"summary": {"a": "x"}}, {"summary": {1: 1.0}}, {"summary": {}, "_loss_sum": "x"}],
 )
 def test_readings_that_are_not_numbers_are_damage(crafted: Any) -> None:
-    """The event loop's thread would fail with them, in the middle of the run."""
     readback = DeviceReadback.__new__(DeviceReadback)
     with pytest.raises(CheckpointDamaged, match="the checkpoint's readings"):
         readback.restore(crafted)
@@ -476,7 +445,6 @@ def test_what_early_stopping_has_counted_is_numbers(crafted: dict[str, Any]) -> 
 
 
 def test_a_tensor_that_occurs_often_is_copied_once() -> None:
-    """Hundreds of references to one tensor would fill the memory."""
     tensor = torch.zeros(4)
     copy = clone_tensors({"a": [tensor] * 300, "b": {"c": tensor}, "d": torch.ones(1)})
     assert copy["b"]["c"] is not tensor
@@ -484,7 +452,6 @@ def test_a_tensor_that_occurs_often_is_copied_once() -> None:
 
 
 def test_outputs_that_share_a_tensor_are_restored_in_the_memory_of_one() -> None:
-    """Columns of an epoch's outputs, each joined, stacked or apart."""
     rows = torch.zeros(6, 2)
     columns: list[dict[str, Any]] = [{"joined": rows, "rows": [3, 3]}, {"values": [rows, rows], "there": [True] * 2}]
     collector = OutputCollector(10**6, "a hook")

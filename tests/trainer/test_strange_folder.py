@@ -1,4 +1,4 @@
-"""A run in a folder that a stranger has prepared: nothing of the user's outside of it is read, changed or removed."""
+"""A run in a folder that a stranger has prepared: nothing outside of it is read, changed or removed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.training import Net, Outcome, train
 
 from events.checkpoint import files, store
 from events.checkpoint.manifest import CheckpointName
@@ -39,7 +40,7 @@ FOLDERS = ("media", "tensorboard", "commands", "sinks")
 
 
 class Secret:
-    """A file and a folder of the user, which no run may touch."""
+    """A file and a folder of the user."""
 
     def __init__(self, folder: Path) -> None:
         self.file, self.folder, self.new = folder / "secret", folder / "private", folder / "new"
@@ -50,7 +51,7 @@ class Secret:
         self.sockets: list[socket.socket] = []
 
     def put(self, path: Path, kind: str) -> None:
-        """Put at a path what leads to them, or cannot be opened as a file."""
+        """Put a link to them at a path, or something that cannot be opened as a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             shutil.rmtree(path)
@@ -75,7 +76,6 @@ class Secret:
             path.symlink_to(target)
 
     def check(self) -> None:
-        """See that they are as they were."""
         assert self.file.read_bytes() == b"secret\n"
         assert sorted(path.name for path in self.folder.rglob("*")) == ["keep.json", "step-1.a1"]
         assert (self.folder / "keep.json").read_bytes() == b"{}"
@@ -90,33 +90,29 @@ def secret(tmp_path: Path) -> Iterator[Secret]:
         one.close()
 
 
-def train(kit: Any, run_dir: Path, **options: Any) -> Any:
-    """Train with all that writes to a run's folder."""
-
-    class Talks(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            self.log("note", "x" * 10_000)
-            return super().train_step(global_step, batch, device)
-
+def train_all(run_dir: Path, **options: Any) -> Outcome:
+    """Train with every part that writes to a run folder."""
+    net = Net()
+    net.act = lambda step: net.log("note", "x" * 10_000)
     own = {
         "sinks": [JSONL(), CSV(), TensorBoard(), Live(port=0)],
         "config": {"lr": 1},
         "checkpoints": Checkpoints(every_steps=1),
         "resume": "auto",
     }
-    return kit.train(Talks(), run_dir=run_dir, run_id="run", journal=True, **(own | options))
+    return train(net, run_dir=run_dir, run_id="run", journal=True, **(own | options))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_file_of_a_run_is_written_through_what_a_stranger_put_there(
-    kit: Any, tmp_path: Path, secret: Secret, kind: str, caplog: pytest.LogCaptureFixture
+def test_no_file_of_a_run_is_written_through_a_planted_one(
+    tmp_path: Path, secret: Secret, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The run trains all the same; a sink that cannot be opened for it names the path."""
+    """The run trains; a sink that cannot be opened names the path."""
     run_dir = tmp_path / "run"
     for name in FILES:
         secret.put(run_dir / name, kind)
     with caplog.at_level(logging.WARNING):
-        outcome = train(kit, run_dir)
+        outcome = train_all(run_dir)
     secret.check()
     if kind == "folder":  # which no file replaces
         assert isinstance(outcome.error, RunFolderError)
@@ -130,27 +126,21 @@ def test_no_file_of_a_run_is_written_through_what_a_stranger_put_there(
 
 
 def test_no_folder_of_a_run_is_written_through_a_link(
-    kit: Any, tmp_path: Path, secret: Secret, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, secret: Secret, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pictures, sinks and commands do without theirs, with a warning that names it."""
     run_dir = tmp_path / "run"
     for name in FOLDERS:
         secret.put(run_dir / name, "linked folder")
     with caplog.at_level(logging.WARNING):
-        assert train(kit, run_dir).result.status == "finished"
+        assert train_all(run_dir).result.status == "finished"
     secret.check()
     for name in ("media", "tensorboard"):
         assert str(run_dir / name) in caplog.text
 
 
-def test_a_sink_host_is_not_started_again_and_again_where_its_folder_leads_elsewhere(
-    kit: Any, tmp_path: Path, secret: Secret
-) -> None:
-    """Its sinks are disabled, and the reason names the path."""
+def test_a_sink_host_whose_folder_is_a_link_is_disabled_and_not_restarted(tmp_path: Path, secret: Secret) -> None:
     secret.put(tmp_path / "run" / "sinks", "linked folder")
-    outcome = kit.train(
-        kit.Net(), run_dir=tmp_path / "run", run_id="run", journal=True, sinks=[JSONL()], sinks_in="process"
-    )
+    outcome = train(Net(), run_dir=tmp_path / "run", run_id="run", journal=True, sinks=[JSONL()], sinks_in="process")
     secret.check()
     assert outcome.result.status == "finished"
     (problem,) = [line for line in outcome.result.problems if "sink host" in line]
@@ -159,10 +149,9 @@ def test_a_sink_host_is_not_started_again_and_again_where_its_folder_leads_elsew
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_launched_run_prints_to_no_file_that_its_log_leads_to(
+async def test_a_launched_run_whose_log_is_a_link_is_an_error(
     tmp_path: Path, secret: Secret, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends, and its error names the log."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "launched"))
     secret.put(tmp_path / "run" / "log.txt", "link")
     with pytest.raises(RunFolderError, match=r"run/log\.txt cannot be written: .*a symbolic link.*; remove it"):
@@ -173,13 +162,12 @@ async def test_a_launched_run_prints_to_no_file_that_its_log_leads_to(
 
 @pytest.mark.parametrize("name", ["run.lock", "journal", "checkpoints"])
 @pytest.mark.parametrize("kind", ["link", "linked folder", "dangling link", "FIFO"])
-def test_a_run_whose_lock_journal_or_checkpoints_lead_elsewhere_does_not_begin(
-    kit: Any, tmp_path: Path, secret: Secret, name: str, kind: str
+def test_a_run_whose_lock_journal_or_checkpoints_are_links_does_not_start(
+    tmp_path: Path, secret: Secret, name: str, kind: str
 ) -> None:
-    """The error names the path, and says to remove it."""
     run_dir = tmp_path / "run"
     secret.put(run_dir / name, kind)
-    outcome = train(kit, run_dir, sinks=[])
+    outcome = train_all(run_dir, sinks=[])
     secret.check()
     assert type(outcome.error).__module__ == "events.errors"
     assert str(run_dir / name) in str(outcome.error)
@@ -187,12 +175,10 @@ def test_a_run_whose_lock_journal_or_checkpoints_lead_elsewhere_does_not_begin(
 
 
 @pytest.mark.parametrize("attempt", [10**9 - 1, 10**18 - 1])
-def test_a_made_up_number_of_an_attempt_leaves_no_checkpoint_that_cannot_be_found(
-    kit: Any, tmp_path: Path, attempt: int
-) -> None:
-    """After the last number there is none: the run does not begin. A greater one is no checkpoint's name."""
+def test_an_invented_attempt_number_makes_no_later_checkpoint_unfindable(tmp_path: Path, attempt: int) -> None:
+    """After the last valid number the run does not start; a greater one is not the name of a checkpoint."""
     (tmp_path / "run/checkpoints" / f"step-1.a{attempt}").mkdir(parents=True)
-    outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", run_id="run", checkpoints=Checkpoints(every_steps=1))
+    outcome = train(Net(), run_dir=tmp_path / "run", run_id="run", checkpoints=Checkpoints(every_steps=1))
     if attempt < 10**9:
         assert isinstance(outcome.error, RunFolderError)
         assert "has attempt 999,999,999" in str(outcome.error)
@@ -202,12 +188,12 @@ def test_a_made_up_number_of_an_attempt_leaves_no_checkpoint_that_cannot_be_foun
 
 @pytest.mark.parametrize("kind", ["link", "FIFO", "folder", "hard link"])
 def test_a_command_that_is_not_a_file_is_refused_once(
-    kit: Any, tmp_path: Path, secret: Secret, kind: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, secret: Secret, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where it can be removed it is; the commands after it, whose names have a later time, are taken."""
+    """Later commands are taken."""
     run_dir = tmp_path / "run"
 
-    class Waits(kit.Net):
+    class Waits(Net):
         planted = False
 
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -219,7 +205,7 @@ def test_a_command_that_is_not_a_file_is_refused_once(
             return super().train_step(global_step, batch, device)
 
     with caplog.at_level(logging.WARNING):
-        outcome = kit.train(Waits(), run_dir=run_dir, journal=True, epochs=10**6)
+        outcome = train(Waits(), run_dir=run_dir, journal=True, epochs=10**6)
     secret.check()
     assert outcome.result.reason == "enough"
     assert caplog.text.count("commands/00000000000000000001.json is not a command") == 1
@@ -228,22 +214,22 @@ def test_a_command_that_is_not_a_file_is_refused_once(
 # ----------------------------------------------------------------------------------- checkpoints of another run
 
 
-def saved(kit: Any, run_dir: Path, run_id: str, **options: Any) -> Any:
-    """Train two steps an epoch, with a checkpoint after each, and nothing else that names the run."""
+def saved(run_dir: Path, run_id: str, **options: Any) -> Outcome:
+    """Train two steps per epoch, with a checkpoint after each, and nothing else that names the run."""
     settings = Checkpoints(every_steps=1, when_busy="wait", keep_last=None, at_end=False, best="val_loss")
-    return kit.train(kit.Net(), run_dir=run_dir, run_id=run_id, journal=False, **({"checkpoints": settings} | options))
+    return train(Net(), run_dir=run_dir, run_id=run_id, journal=False, **({"checkpoints": settings} | options))
 
 
 @pytest.mark.parametrize("resume", ["auto", "best"])
 def test_a_checkpoint_of_another_run_is_rejected_and_the_runs_own_is_resumed(
-    kit: Any, tmp_path: Path, resume: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, resume: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is newer, better and valid, but of another run: an event and a warning name both runs."""
-    saved(kit, tmp_path / "theirs", "theirs", epochs=4)
-    saved(kit, tmp_path / "run", "run", epochs=1)
+    """An event and a warning name both runs."""
+    saved(tmp_path / "theirs", "theirs", epochs=4)
+    saved(tmp_path / "run", "run", epochs=1)
     shutil.copytree(tmp_path / "theirs/checkpoints/step-8.a1", tmp_path / "run/checkpoints/step-8.a1")
     with caplog.at_level(logging.WARNING):
-        outcome = saved(kit, tmp_path / "run", "run", epochs=2, resume=resume)
+        outcome = saved(tmp_path / "run", "run", epochs=2, resume=resume)
     assert outcome.of(RunResumed)[0].global_step == 2
     rejected = {event.checkpoint: event.error for event in outcome.of(CheckpointRejected)}
     assert "belongs to run 'theirs', not to 'run'" in rejected["step-8.a1"]
@@ -251,25 +237,23 @@ def test_a_checkpoint_of_another_run_is_rejected_and_the_runs_own_is_resumed(
     assert outcome.result.global_step == 4
 
 
-def test_a_folder_that_has_only_another_runs_checkpoints_starts_a_new_run(kit: Any, tmp_path: Path) -> None:
-    """Named by its path, theirs is resumed all the same."""
-    saved(kit, tmp_path / "theirs", "theirs", epochs=1)
+def test_a_folder_that_has_only_another_runs_checkpoints_starts_a_new_run(tmp_path: Path) -> None:
+    saved(tmp_path / "theirs", "theirs", epochs=1)
     shutil.copytree(tmp_path / "theirs/checkpoints", tmp_path / "run/checkpoints")
-    outcome = saved(kit, tmp_path / "run", "run", epochs=1, resume="auto")
+    outcome = saved(tmp_path / "run", "run", epochs=1, resume="auto")
     assert outcome.result.global_step == 2
     assert [(event.global_step, event.checkpoint) for event in outcome.of(RunResumed)] == [(0, None)]
     assert len(outcome.of(CheckpointRejected)) == 2
-    named = saved(kit, tmp_path / "run", "run", epochs=2, resume=tmp_path / "theirs/checkpoints/step-2.a1")
+    named = saved(tmp_path / "run", "run", epochs=2, resume=tmp_path / "theirs/checkpoints/step-2.a1")
     assert named.of(RunResumed)[0].global_step == 2
 
 
-def test_a_checkpoint_of_another_run_is_neither_deleted_nor_the_best(kit: Any, tmp_path: Path) -> None:
-    """It is not this run's to delete, whatever this run keeps of its own."""
-    saved(kit, tmp_path / "theirs", "theirs", epochs=4)
+def test_a_checkpoint_of_another_run_is_neither_deleted_nor_the_best(tmp_path: Path) -> None:
+    saved(tmp_path / "theirs", "theirs", epochs=4)
     theirs = tmp_path / "run/checkpoints/step-8.a1"
     shutil.copytree(tmp_path / "theirs/checkpoints/step-8.a1", theirs)
     keeps_one = Checkpoints(every_steps=1, when_busy="wait", keep_last=1, keep_best=0, at_end=False, best="val_loss")
-    outcome = saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=keeps_one)
+    outcome = saved(tmp_path / "run", "run", epochs=1, checkpoints=keeps_one)
     assert theirs.is_dir()
     assert sorted(path.name for path in theirs.parent.glob("step-*")) == ["step-2.a2", "step-8.a1"]
     assert outcome.result.best_checkpoint == str(theirs.parent / "step-2.a2")
@@ -285,10 +269,10 @@ def exchange(path: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["temporary folder", "checkpoints"])
-def test_a_link_that_takes_the_place_of_a_folder_during_a_checkpoint_leads_nowhere(
-    kit: Any, tmp_path: Path, secret: Secret, what: str, monkeypatch: pytest.MonkeyPatch
+def test_a_link_that_replaces_a_folder_during_a_checkpoint_is_not_followed(
+    tmp_path: Path, secret: Secret, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That checkpoint fails, and nothing is announced; where the link is gone again, the next one is saved."""
+    """That checkpoint fails; once the link is gone, the next one is saved."""
     folder, begin = tmp_path / "run/checkpoints", store.CheckpointStore.begin
 
     def exchanged(self: store.CheckpointStore, name: CheckpointName) -> Any:
@@ -304,7 +288,7 @@ def test_a_link_that_takes_the_place_of_a_folder_during_a_checkpoint_leads_nowhe
 
     monkeypatch.setattr(store.CheckpointStore, "begin", exchanged)
     settings = Checkpoints(every_steps=1, when_busy="wait", at_end=False, weights=False)
-    outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", run_id="run", epochs=1, checkpoints=settings)
+    outcome = train(Net(), run_dir=tmp_path / "run", run_id="run", epochs=1, checkpoints=settings)
     for path in secret.folder.glob(".step-1.*"):
         path.rmdir()  # it was not written to
     secret.check()
@@ -313,10 +297,9 @@ def test_a_link_that_takes_the_place_of_a_folder_during_a_checkpoint_leads_nowhe
     assert [event.checkpoint for event in outcome.of(CheckpointSaved)] == expected
 
 
-def test_a_link_that_takes_the_place_of_the_checkpoints_during_a_deletion_deletes_nothing(
+def test_a_link_that_replaces_the_checkpoints_during_a_deletion_is_not_followed(
     tmp_path: Path, secret: Secret, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is exchanged between the rename and the removal."""
     folder = tmp_path / "run/checkpoints"
     (folder / "step-1.a1").mkdir(parents=True)
     (folder / "step-1.a1" / "file").write_bytes(b"old")
@@ -338,10 +321,9 @@ def test_a_link_that_takes_the_place_of_the_checkpoints_during_a_deletion_delete
     secret.check()
 
 
-def test_no_event_file_is_created_through_a_link_that_takes_the_place_of_its_folder(
+def test_an_event_file_is_not_created_through_a_link_that_replaces_its_folder(
     tmp_path: Path, secret: Secret, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is exchanged after the sink has looked for the newest file."""
     count = itertools.count
 
     def exchanged(first: int) -> Any:
@@ -355,15 +337,12 @@ def test_no_event_file_is_created_through_a_link_that_takes_the_place_of_its_fol
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "linked folder"])
-def test_a_download_replaces_what_has_the_name_of_its_checkpoint(
-    kit: Any, tmp_path: Path, secret: Secret, kind: str
-) -> None:
-    """It is not followed, nor waited for."""
+def test_a_download_replaces_what_has_the_name_of_its_checkpoint(tmp_path: Path, secret: Secret, kind: str) -> None:
     settings = Checkpoints(every_steps=1, when_busy="wait", upload=(tmp_path / "store").as_uri())
-    saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    saved(tmp_path / "run", "run", epochs=1, checkpoints=settings)
     secret.put(tmp_path / "here/checkpoints/step-2.a1", kind)
     secret.put(tmp_path / "here/checkpoints/attempt-1.json", "link")
-    outcome = saved(kit, tmp_path / "here", "run", epochs=2, resume=f"{(tmp_path / 'store').as_uri()}/run/step-2.a1")
+    outcome = saved(tmp_path / "here", "run", epochs=2, resume=f"{(tmp_path / 'store').as_uri()}/run/step-2.a1")
     secret.check()
     assert outcome.of(RunResumed)[0].global_step == 2
     assert outcome.result.global_step == 4
@@ -371,16 +350,13 @@ def test_a_download_replaces_what_has_the_name_of_its_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "resumed"])
-def test_a_download_does_not_follow_a_linked_folder(kit: Any, tmp_path: Path, secret: Secret, name: str) -> None:
-    """Whoever's checkpoint it is; the error names the link."""
+def test_a_download_does_not_follow_a_linked_folder(tmp_path: Path, secret: Secret, name: str) -> None:
     settings = Checkpoints(every_steps=1, when_busy="wait", upload=(tmp_path / "store").as_uri())
-    saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    saved(tmp_path / "run", "run", epochs=1, checkpoints=settings)
     secret.put(tmp_path / "here" / name, "linked folder")
     url = f"{(tmp_path / 'store').as_uri()}/run/step-2.a1"
     own = name == "checkpoints"
-    outcome = saved(
-        kit, tmp_path / "here", "run" if own else "other", epochs=2, **{"resume" if own else "init_from": url}
-    )
+    outcome = saved(tmp_path / "here", "run" if own else "other", epochs=2, **{"resume" if own else "init_from": url})
     secret.check()
     assert str(tmp_path / "here" / name) in str(outcome.error)
 
@@ -408,11 +384,11 @@ SPOILED = ("FIFO", "folder", "sparse", "linked original", "device", "socket")
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_whatever_stands_for_a_file_of_a_checkpoint_is_damage_and_an_older_one_is_resumed(
-    kit: Any, tmp_path: Path, secret: Secret, kind: str, capsys: pytest.CaptureFixture[str]
+def test_a_file_of_a_checkpoint_that_is_not_a_small_regular_one_is_damage_and_an_older_one_is_resumed(
+    tmp_path: Path, secret: Secret, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither resuming nor the command waits for it, follows it, or reads it into memory; both name it."""
-    saved(kit, tmp_path / "run", "run", epochs=2)
+    """Resuming and the command neither wait for it, nor follow it, nor read it into memory; both name it."""
+    saved(tmp_path / "run", "run", epochs=2)
     folder = tmp_path / "run/checkpoints"
     for number, file in enumerate(("manifest.json", "state.msgpack", "tensors.safetensors")):
         spoil(secret, folder / f"step-{4 - number}.a1" / file, kind)
@@ -426,7 +402,7 @@ def test_whatever_stands_for_a_file_of_a_checkpoint_is_damage_and_an_older_one_i
     assert main(["checkpoints", "verify", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().out.count("damaged") == 3
     assert main(["checkpoints", "export", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 0
-    outcome = saved(kit, tmp_path / "run", "run", epochs=2, resume="auto")
+    outcome = saved(tmp_path / "run", "run", epochs=2, resume="auto")
     assert outcome.of(RunResumed)[0].global_step == 1
     assert {event.checkpoint for event in outcome.of(CheckpointRejected)} == {
         *("step-4.a1", "step-3.a1", "step-2.a1", "attempt-1.json")
@@ -436,16 +412,15 @@ def test_whatever_stands_for_a_file_of_a_checkpoint_is_damage_and_an_older_one_i
 
 
 @pytest.mark.parametrize("kind", ["link", "FIFO", "linked folder", "folder", "hard link"])
-def test_what_a_killed_process_seems_to_have_left_is_removed_without_following_it(
-    kit: Any, tmp_path: Path, secret: Secret, kind: str
+def test_planted_temporary_folders_and_checkpoints_are_removed_without_following_links(
+    tmp_path: Path, secret: Secret, kind: str
 ) -> None:
-    """Temporary folders and notes, what is in them, and checkpoints that retention deletes."""
     folder = tmp_path / "run/checkpoints"
     for name in (".step-1.a1.tmp", ".step-9.a9.tmp", ".attempt-1.json.tmp", ".step-2.a1.tmp/inside", "step-1.a9"):
         secret.put(folder / name, kind)
     secret.put(tmp_path / "run/.weights.safetensors.tmp", kind)
     settings = Checkpoints(every_steps=1, when_busy="wait", keep_last=1)
-    outcome = saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+    outcome = saved(tmp_path / "run", "run", epochs=1, checkpoints=settings)
     assert outcome.result.status == "finished"
     assert (tmp_path / "run/weights.safetensors").is_file()
     assert not list(folder.glob(".*"))
@@ -454,57 +429,52 @@ def test_what_a_killed_process_seems_to_have_left_is_removed_without_following_i
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "sparse", "device"])
-def test_weights_that_are_no_regular_file_of_this_machines_size_are_refused(
-    kit: Any, tmp_path: Path, secret: Secret, kind: str, monkeypatch: pytest.MonkeyPatch
+def test_weights_that_are_not_a_regular_file_that_fits_the_memory_are_refused_unread(
+    tmp_path: Path, secret: Secret, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the start, and without reading them."""
     monkeypatch.setattr(files, "_MEMORY_BYTES", 2**34)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"")
     spoil(secret, path, kind)
-    outcome = kit.train(kit.Net(), init_from=path)
+    outcome = train(Net(), init_from=path)
     assert isinstance(outcome.error, CheckpointError)
     assert str(path) in str(outcome.error)
 
 
-def test_weights_are_read_through_a_link_where_the_user_names_it_and_not_below_a_run_folder(
-    kit: Any, tmp_path: Path, secret: Secret
-) -> None:
-    """The link leads to weights of the user that fit."""
-    kit.train(kit.Net(), run_dir=tmp_path / "own", run_id="own", checkpoints=Checkpoints(every_steps=1))
+def test_weights_are_read_through_a_link_only_if_the_user_names_it(tmp_path: Path, secret: Secret) -> None:
+    train(Net(), run_dir=tmp_path / "own", run_id="own", checkpoints=Checkpoints(every_steps=1))
     weights = tmp_path / "own/weights.safetensors"
     (tmp_path / "run").mkdir()
     (tmp_path / "run/weights.safetensors").symlink_to(weights)
-    assert kit.train(kit.Net(), init_from=tmp_path / "run/weights.safetensors").result.status == "finished"
-    outcome = kit.train(kit.Net(), init_from=tmp_path / "run")
+    assert train(Net(), init_from=tmp_path / "run/weights.safetensors").result.status == "finished"
+    outcome = train(Net(), init_from=tmp_path / "run")
     assert isinstance(outcome.error, CheckpointError)
     assert "a symbolic link, which is not opened below a run folder" in str(outcome.error)
 
 
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.csv"])
-def test_a_file_without_an_end_is_not_continued(
-    kit: Any, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+def test_a_file_with_an_endless_line_is_not_continued(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It would be read into memory as one line."""
+    """It would be read into memory."""
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / name, "wb") as file:
         file.write(b"run_id,attempt,seq,time,global_step,epoch,stage,name,value\n" if name == "metrics.csv" else b"")
         file.truncate(40 * 2**30)
     with caplog.at_level(logging.WARNING):
-        outcome = kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True, sinks=[JSONL(), CSV()])
+        outcome = train(Net(), run_dir=tmp_path / "run", journal=True, sinks=[JSONL(), CSV()])
     assert outcome.result.status == "finished"
     assert f"{name} has a line of more than" in caplog.text
 
 
 def test_a_checkpoint_of_another_run_is_not_uploaded_as_this_runs(
-    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning names it; the run's own are uploaded."""
-    saved(kit, tmp_path / "theirs", "theirs", epochs=4)
+    saved(tmp_path / "theirs", "theirs", epochs=4)
     shutil.copytree(tmp_path / "theirs/checkpoints/step-8.a1", tmp_path / "run/checkpoints/step-8.a1")
     settings = Checkpoints(every_steps=2, when_busy="wait", upload=(tmp_path / "store").as_uri())
     with caplog.at_level(logging.WARNING):
-        outcome = saved(kit, tmp_path / "run", "run", epochs=1, checkpoints=settings)
+        outcome = saved(tmp_path / "run", "run", epochs=1, checkpoints=settings)
     assert outcome.result.status == "finished"
     there = {path.name for path in (tmp_path / "store/run").iterdir()}
     assert "step-8.a1" not in there
@@ -514,7 +484,7 @@ def test_a_checkpoint_of_another_run_is_not_uploaded_as_this_runs(
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "FIFO"])
 def test_the_address_for_prometheus_is_written_to_a_file_of_its_own(tmp_path: Path, secret: Secret, kind: str) -> None:
-    """It lies beside the run's folder, where others may write."""
+    """It is beside the run folder, where others may write."""
     path = tmp_path / "prometheus-run.json"
     for name in ("prometheus-run.json", "prometheus-run.part"):
         secret.put(tmp_path / name, kind)
@@ -525,8 +495,8 @@ def test_the_address_for_prometheus_is_written_to_a_file_of_its_own(tmp_path: Pa
 
 
 @pytest.mark.parametrize("sink", [CSV, JSONL])
-def test_a_sinks_own_path_may_be_a_link_and_must_be_a_regular_file(tmp_path: Path, sink: Any) -> None:
-    """The user chose it; nothing waits for a FIFO."""
+def test_the_path_argument_of_a_sink_may_be_a_link_and_must_be_a_regular_file(tmp_path: Path, sink: Any) -> None:
+    """Nothing waits for a FIFO."""
     (tmp_path / "link").symlink_to(tmp_path / "target")
     sink(path=str(tmp_path / "link")).open(RunInfo("run", run_dir=str(tmp_path / "run"))).close()
     assert (tmp_path / "target").is_file()
@@ -535,8 +505,8 @@ def test_a_sinks_own_path_may_be_a_link_and_must_be_a_regular_file(tmp_path: Pat
         sink(path=str(tmp_path / "fifo")).open(RunInfo("run", run_dir=None))
 
 
-def test_folders_in_each_other_without_end_are_left_and_named(kit: Any, tmp_path: Path, caplog: Any) -> None:
-    """Each level would take a descriptor and a call. They have no name that a new checkpoint needs."""
+def test_folders_nested_without_end_are_left_with_a_warning(tmp_path: Path, caplog: Any) -> None:
+    """Each level would take a descriptor and a recursive call."""
     deep = tmp_path / "checkpoints" / ".step-1.a1.tmp"
     deep.mkdir(parents=True)
     inner = os.open(deep, os.O_RDONLY)
@@ -546,7 +516,7 @@ def test_folders_in_each_other_without_end_are_left_and_named(kit: Any, tmp_path
         os.close(inner)
         inner = below
     os.close(inner)
-    outcome = kit.train(kit.Net(), run_id="r", run_dir=tmp_path, checkpoints=Checkpoints(every_steps=1))
+    outcome = train(Net(), run_id="r", run_dir=tmp_path, checkpoints=Checkpoints(every_steps=1))
     assert outcome.error is None
     assert not outcome.of(CheckpointFailed)
     assert "remove them by hand" in caplog.text
