@@ -50,3 +50,8 @@ class Origin:
             self.epoch,
             self.stage,
         )
+
+    def header_at(self, global_step: int, epoch: int | None = None) -> Header:
+        """The header of an event that happens now and belongs to another step, by default of this epoch."""
+        epoch = self.epoch if epoch is None else epoch
+        return (self.run_id, self.attempt, 0, time.time(), self.rank, global_step, epoch, None)

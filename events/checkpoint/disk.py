@@ -12,12 +12,12 @@ import contextlib
 import errno
 import os
 import stat
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
 
+from events.checkpoint.parallel import beside
 from events.safe_files import some, sync_descriptor, write_all
 
 PAGE = 4096
@@ -121,7 +121,7 @@ def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> st
     Raises:
         OSError: The disk failed.
     """
-    hasher = _Hasher(image[:nbytes])
+    hashed = beside(lambda: _hash(image[:nbytes]), "stagecast-checkpoint-hash")  # takes a tenth of the time of the disk
     try:
         fd, direct = _open_for_image(folder, name)
         try:
@@ -132,8 +132,12 @@ def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> st
         finally:
             os.close(fd)
     finally:
-        digest = hasher.result()
+        digest = hashed.result()
     return digest
+
+
+def _hash(data: memoryview) -> str:
+    return xxhash.xxh3_128(data).hexdigest()  # releases the interpreter lock
 
 
 def write_parts(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
@@ -187,37 +191,6 @@ def _remove_folder(name: str, within: int, depth: int = 0) -> None:
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=within)
-
-
-class _Hasher:
-    """Hashes memory on a thread, in a tenth of the time of the disk."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self._digest = ""
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = threading.Thread(
-            target=self._run, name="stagecast-checkpoint-hash", daemon=True
-        )
-        try:
-            self._thread.start()
-        except RuntimeError:  # the system has no more threads
-            self._thread = None
-            self._run()
-
-    def _run(self) -> None:
-        try:
-            self._digest = xxhash.xxh3_128(self._data).hexdigest()
-        except BaseException as error:  # a thread's border: raised by `result`
-            self._error = error
-
-    def result(self) -> str:
-        if self._thread is not None:
-            self._thread.join()
-        self._data = memoryview(b"")
-        if self._error is not None:
-            raise self._error
-        return self._digest
 
 
 def _open_for_image(folder: Folder, name: str) -> tuple[int, bool]:

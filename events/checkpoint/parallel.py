@@ -1,4 +1,4 @@
-"""Calls on a few daemon threads, with results in order and a bounded number of pending calls."""
+"""Calls on daemon threads, or on the caller's where the system has no more threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class _Call(Generic[T]):
+class Call(Generic[T]):
+    """A call on another thread."""
+
     def __init__(self, function: Callable[[], T]) -> None:
         self._function: Callable[[], T] | None = function
         self._finished = threading.Event()
@@ -19,6 +21,7 @@ class _Call(Generic[T]):
         self._error: BaseException | None = None
 
     def run(self) -> None:
+        """Make the call."""
         assert self._function is not None
         try:
             self._values.append(self._function())
@@ -28,10 +31,19 @@ class _Call(Generic[T]):
         self._finished.set()
 
     def result(self) -> T:
+        """Wait for the call; return its value, once, or raise its exception."""
         self._finished.wait()
         if self._error is not None:
             raise self._error
         return self._values.pop()
+
+
+def beside(function: Callable[[], T], name: str) -> Call[T]:
+    """Start a call on a thread of this name."""
+    call = Call(function)
+    if _start(call.run, name) is None:
+        call.run()
+    return call
 
 
 def in_order(calls: Iterable[Callable[[], T]], threads: int, name: str) -> Generator[T]:
@@ -44,16 +56,22 @@ def in_order(calls: Iterable[Callable[[], T]], threads: int, name: str) -> Gener
         calls: Iterated on the caller's thread.
         name: Name of the threads.
     """
-    jobs: queue.SimpleQueue[_Call[T] | None] = queue.SimpleQueue()
-    waiting: deque[_Call[T]] = deque()
+    jobs: queue.SimpleQueue[Call[T] | None] = queue.SimpleQueue()
+    waiting: deque[Call[T]] = deque()
     workers: list[threading.Thread] = []
+
+    def work() -> None:
+        while (call := jobs.get()) is not None:
+            call.run()
+            del call  # releases its result before the next call
+
     try:
         for function in calls:
-            call = _Call(function)
+            call = Call(function)
             del function
             waiting.append(call)
-            if len(workers) < threads:
-                _start(workers, jobs, name)
+            if len(workers) < threads and (thread := _start(work, name)) is not None:
+                workers.append(thread)
             if workers:
                 jobs.put(call)
             else:
@@ -69,16 +87,10 @@ def in_order(calls: Iterable[Callable[[], T]], threads: int, name: str) -> Gener
             worker.join()
 
 
-def _start(workers: list[threading.Thread], jobs: queue.SimpleQueue[_Call[T] | None], name: str) -> None:
-    thread = threading.Thread(target=_work, args=(jobs,), name=name, daemon=True)
+def _start(target: Callable[[], None], name: str) -> threading.Thread | None:
+    thread = threading.Thread(target=target, name=name, daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # the system has no more threads: the others, or the caller's, do the work
-        return
-    workers.append(thread)
-
-
-def _work(jobs: queue.SimpleQueue[_Call[T] | None]) -> None:
-    while (call := jobs.get()) is not None:
-        call.run()
-        del call  # releases its result before the next call
+    except RuntimeError:  # the system has no more threads
+        return None
+    return thread

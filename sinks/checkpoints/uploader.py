@@ -6,14 +6,15 @@ dropped events do not matter, and checkpoints of earlier attempts are uploaded, 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from events.bus.backlog import Published
-from events.checkpoint.lineage import AttemptNote, by_age, expendable
-from events.checkpoint.manifest import CheckpointName, Manifest
+from events.checkpoint.lineage import AttemptNote, Lineage, by_age, expendable
+from events.checkpoint.manifest import CheckpointName, Metric
 from events.checkpoint.objects import Limits
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.settings import Checkpoints
@@ -28,7 +29,7 @@ from events.messages import (
     CheckpointUploading,
     Event,
 )
-from events.origin import Header
+from events.origin import Origin
 from events.sink import Delivery
 from events.tracebacks import describe
 
@@ -62,7 +63,7 @@ class CheckpointUploader:
         url: The address of this run's uploads (`events.checkpoint.objects.run_url`).
         settings: Retention and the size of the parts.
         publish: Publishes an event; from any thread.
-        header: Builds the header of a new event (`events.origin.Origin.header`).
+        origin: Builds the headers of new events.
         retain: Called after each upload to delete local checkpoints that waited for it. Must not raise.
         give_up: Called when uploads are disabled, so that no local checkpoint waits for them.
         limits: Timeouts of the store.
@@ -80,7 +81,7 @@ class CheckpointUploader:
         url: str,
         settings: Checkpoints,
         publish: Callable[[Event], None],
-        header: Callable[[], Header],
+        origin: Origin,
         retain: Callable[[], None],
         limits: Limits | None = None,
         give_up: Callable[[], None] = lambda: None,
@@ -89,7 +90,7 @@ class CheckpointUploader:
         self._remote = RemoteStore(url, limits)
         self._settings = settings
         self._publish = publish
-        self._header = header
+        self._origin = origin
         self._retain = retain
         self._give_up = give_up
         self._doing: Literal["open", "upload"] = "open"
@@ -97,7 +98,7 @@ class CheckpointUploader:
         self._ready = False
         self._untidy: CheckpointName | None = None  # the last upload since which the store was not tidied
         self._damaged: set[CheckpointName] = set()  # local ones that can never be uploaded
-        self._metrics: dict[CheckpointName, float | None] = {}
+        self._metrics: dict[CheckpointName, Metric | None] = {}
         self._failures = {"upload": 0, "delete": 0}  # in a row
         self._noted: dict[int, AttemptNote] = {}
         self._reported_at = 0.0
@@ -118,7 +119,7 @@ class CheckpointUploader:
         try:
             self._prepare()
         except UploadError as error:
-            for name in self._pending()[:1]:
+            for name in self.left()[:1]:
                 self._fail(name, error, "upload")
             raise
         self._upload_pending()
@@ -146,12 +147,12 @@ class CheckpointUploader:
         if self._ready:
             return  # an upload failed, not the preparation
         self._remote.check()
-        attempt = self._header()[1]
-        if self._is_anothers([name.attempt for name in self._remote.names() if name.attempt >= attempt]):
+        later = [name.attempt for name in self._remote.names() if name.attempt >= self._origin.attempt]
+        if self._is_anothers(later):
             return
         self._note()
         try:
-            self._remote.reap(keep=set(self._pending()))
+            self._remote.reap(keep=set(self.left()))
         except UploadError as error:  # perhaps the credentials may write, but not delete
             logger.warning(f"unfinished uploads cannot be removed: {error}")
         self._ready = True
@@ -186,7 +187,7 @@ class CheckpointUploader:
             f"{self._remote.url} holds attempt {max(strangers)} of another run of this name; use another run_id or"
             f" upload address, or resume that run with resume='auto' in an empty folder"
         )
-        name = next(iter(self._pending()), CheckpointName(0, self._header()[1]))
+        name = next(iter(self.left()), CheckpointName(0, self._origin.attempt))
         self._fail(name, error, "upload")
         logger.error(f"uploads are disabled: {error}", published=True)
         self._abandoned.set()  # no retry, which would delay the end of the run
@@ -194,16 +195,11 @@ class CheckpointUploader:
         return True
 
     def left(self) -> list[CheckpointName]:
-        """The pending checkpoints. Waits for the disk; any thread."""
-        return self._pending()
-
-    def _pending(self) -> list[CheckpointName]:
-        """The checkpoints to upload: the newest, and others that retention keeps."""
-        names, line = self._store.names(), self._store.line()
-        going = set(self._expendable(line, names, self._store.manifest))
+        """The checkpoints to upload: the newest, and others that retention keeps. Waits for the disk; any thread."""
+        going = set(self._expendable(self._store))
         return [
             name
-            for name in reversed(by_age(line, names))
+            for name in reversed(by_age(self._store.line(), self._store.names()))
             if name not in going and name not in self._damaged and not self._is_uploaded(name)
         ]
 
@@ -211,29 +207,24 @@ class CheckpointUploader:
         upload = self._store.upload_of(name)
         return upload is not None and upload.url == self._remote.url_of(name)
 
-    def _expendable(
-        self, line: list[CheckpointName], names: list[CheckpointName], read: Callable[[CheckpointName], Manifest]
-    ) -> list[CheckpointName]:
-        """The checkpoints among ``names`` that retention deletes."""
-        settings = self._settings
-        metrics = {name: self._metric(name, read) for name in names if settings.best is not None and settings.keep_best}
-        known = {name: metric for name, metric in metrics.items() if metric is not None}
-        return expendable(settings, line, names, known, None)
-
-    def _metric(self, name: CheckpointName, read: Callable[[CheckpointName], Manifest]) -> float | None:
-        if name not in self._metrics:
-            try:
-                metric = read(name).metric
-            except (CheckpointNotFound, CheckpointDamaged, CheckpointTooNew):
-                return None
-            self._metrics[name] = metric.value if metric is not None and metric.name == self._settings.best else None
-        return self._metrics[name]
+    def _expendable(self, store: Lineage) -> list[CheckpointName]:
+        """The checkpoints of a store that retention deletes."""
+        names, settings = store.names(), self._settings
+        if settings.best is not None and settings.keep_best:
+            for name in names:
+                if name not in self._metrics:
+                    with contextlib.suppress(CheckpointNotFound, CheckpointDamaged, CheckpointTooNew):
+                        self._metrics[name] = store.manifest(name).metric
+        scores = {
+            name: score.value for name in names if (score := self._metrics.get(name)) and score.name == settings.best
+        }
+        return expendable(settings, store.line(), names, scores, None)
 
     # --------------------------------------------------------------------------------------------- uploading
 
     def _upload_pending(self) -> None:
         while not self._abandoned.is_set():
-            pending = self._pending()
+            pending = self.left()
             if pending and not self._upload(pending[0]):
                 continue  # it was deleted or is damaged
             if self._untidy is not None and not self._abandoned.is_set():
@@ -246,18 +237,19 @@ class CheckpointUploader:
         path, began = self._store.path(name), time.monotonic()
         try:
             manifest = self._store.manifest(name)
-            if manifest.run_id != self._header()[0]:
+            if manifest.run_id != self._origin.run_id:
                 logger.warning(f"{path} is not uploaded; it belongs to run {manifest.run_id!r:.200}")
                 self._damaged.add(name)
                 return False
             if not self._note():
                 return False
-            self._report(self._header_of(name, manifest), name, 0, manifest.nbytes, first=not self._failures["upload"])
+            epoch = manifest.epoch
+            self._report(name, epoch, 0, manifest.nbytes, first=not self._failures["upload"])
             whole = self._remote.upload(
                 path,
                 manifest,
                 self._settings.upload_part_bytes,
-                lambda done, total: self._report(self._header_of(name, manifest), name, done, total),
+                lambda done, total: self._report(name, epoch, done, total),
                 self._abandoned.is_set,
             )
             if whole:
@@ -277,26 +269,29 @@ class CheckpointUploader:
             return False
         self._failures["upload"] = 0
         self._untidy = name
-        url, duration_s = self._remote.url_of(name), time.monotonic() - began
         self._publish(
             CheckpointUploaded(
-                *self._header_of(name, manifest),
+                *self._origin.header_at(name.step, epoch),
                 checkpoint=str(name),
-                url=url,
+                url=self._remote.url_of(name),
                 nbytes=manifest.nbytes,
-                duration_s=duration_s,
+                duration_s=time.monotonic() - began,
             )
         )
         self._retain()
         return True
 
-    def _report(self, header: Header, name: CheckpointName, done: int, total: int, *, first: bool = False) -> None:
+    def _report(self, name: CheckpointName, epoch: int, done: int, total: int, *, first: bool = False) -> None:
         now = time.monotonic()
         if first or now - self._reported_at >= PROGRESS_S:
             self._reported_at = now
             self._publish(
                 CheckpointUploading(
-                    *header, checkpoint=str(name), url=self._remote.url_of(name), done_bytes=done, total_bytes=total
+                    *self._origin.header_at(name.step, epoch),
+                    checkpoint=str(name),
+                    url=self._remote.url_of(name),
+                    done_bytes=done,
+                    total_bytes=total,
                 )
             )
 
@@ -309,12 +304,13 @@ class CheckpointUploader:
         try:
             if self._is_anothers():  # it may have started meanwhile
                 return
-            self._remote.reap(keep=set(self._pending()))
-            for name in self._expendable(self._remote.line(), self._remote.names(), self._remote.manifest):
+            self._remote.reap(keep=set(self.left()))
+            for name in self._expendable(self._remote):
                 if self._abandoned.is_set():
                     return
                 self._remote.remove(name)
-                self._publish(CheckpointDeleted(*self._header_of(name), checkpoint=str(name), where="remote"))
+                header = self._origin.header_at(name.step)
+                self._publish(CheckpointDeleted(*header, checkpoint=str(name), where="remote"))
         except UploadError as error:
             self._fail(name, error, "delete")
         else:
@@ -328,15 +324,10 @@ class CheckpointUploader:
         if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th...: an outage may be long
             self._publish(
                 CheckpointFailed(
-                    *self._header_of(name),
+                    *self._origin.header_at(name.step),
                     checkpoint=str(name),
                     error=describe(error),
                     during=during,
                     consecutive=count,
                 )
             )
-
-    def _header_of(self, name: CheckpointName, manifest: Manifest | None = None) -> Header:
-        """The header of an event about a checkpoint: the current time, and the checkpoint's step."""
-        run_id, attempt, seq, now, rank, _, epoch, _ = self._header()
-        return (run_id, attempt, seq, now, rank, name.step, manifest.epoch if manifest is not None else epoch, None)

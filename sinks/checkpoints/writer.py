@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from events.bus.backlog import Published
 from events.checkpoint import disk, packing
@@ -201,7 +200,15 @@ class CheckpointWriter:
 
     def _fail(self, event: CheckpointStaged, error: Exception) -> None:
         self._failures += 1
-        self._publish_failure(event, event.checkpoint, error, "write", self._failures)
+        self._publish(
+            CheckpointFailed(
+                *header_of(event),
+                checkpoint=event.checkpoint,
+                error=describe(error),
+                consecutive=self._failures,
+                command_ids=event.command_ids,
+            )
+        )
         logger.warning(
             f"checkpoint {event.checkpoint} could not be written: {describe(error)}", exc_info=error, published=True
         )
@@ -210,25 +217,6 @@ class CheckpointWriter:
                 f"{self._failures} checkpoints in a row could not be made durable, the last one with"
                 f" {describe(error)}; make room in {self._store.folder}, or use another run_dir"
             ) from error
-
-    def _publish_failure(
-        self,
-        event: CheckpointStaged,
-        checkpoint: str,
-        error: Exception,
-        during: Literal["write", "delete"],
-        consecutive: int,
-    ) -> None:
-        ids = event.command_ids if during == "write" else []
-        failed = CheckpointFailed(
-            *header_of(event),
-            checkpoint=checkpoint,
-            error=describe(error),
-            during=during,
-            consecutive=consecutive,
-            command_ids=ids,
-        )
-        self._publish(failed)
 
     def _write_weights(self, event: RunEnded) -> None:
         part = self._weights()
@@ -314,8 +302,7 @@ class CheckpointWriter:
 
     def _delete(self, name: CheckpointName, manifest: Manifest | None) -> None:
         """Delete a checkpoint; a failure is published once, and retried at the next retention."""
-        run_id, attempt, seq, now, rank, _, epoch, _ = self._origin.header()
-        header = (run_id, attempt, seq, now, rank, name.step, epoch if manifest is None else manifest.epoch, None)
+        header = self._origin.header_at(name.step, manifest.epoch if manifest is not None else None)
         try:
             self._store.remove(name)
         except OSError as error:

@@ -435,9 +435,9 @@ def upload(folder: str, url: str, attempt: int, settings: dict[str, Any], limits
     from events.origin import Origin
     from sinks.checkpoints.uploader import CheckpointUploader
 
-    store, header = CheckpointStore(folder), Origin("run", attempt).header
+    store, origin = CheckpointStore(folder), Origin("run", attempt)
     CheckpointUploader(
-        store, url, Checkpoints(**settings), lambda event: None, header, lambda: None, Limits(**limits)
+        store, url, Checkpoints(**settings), lambda event: None, origin, lambda: None, Limits(**limits)
     ).open()
 
 

@@ -1,9 +1,10 @@
-"""A real S3 server: errors name the cause and a fix, and readers beside a writer see complete checkpoints only."""
+"""A real S3 server: errors name the cause and a fix, and a passing fault is not noticed.
+
+`tests/faults/test_stores.py` has the contract of all stores.
+"""
 
 from __future__ import annotations
 
-import random
-import threading
 import time
 import traceback
 import urllib.request
@@ -12,29 +13,16 @@ from pathlib import Path
 
 import pytest
 from faults.servers import Server
+from support.checkpoints import make, put
 from support.faulty_proxy import Fault, FaultyProxy
 
-from events.checkpoint import disk
 from events.checkpoint.files import verify
-from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest
+from events.checkpoint.manifest import Manifest
 from events.checkpoint.objects import Limits, run_url
 from events.checkpoint.remote import RemoteStore
-from events.checkpoint.store import CheckpointStore
-from events.errors import CheckpointNotFound, UploadError
+from events.errors import UploadError
 
-PART = 10_000
 IMPATIENT = Limits(connect_s=2.0, request_s=2.0, retries=0)
-
-
-def make(folder: Path, step: int) -> Manifest:
-    folder.mkdir(exist_ok=True)
-    store = CheckpointStore(folder)
-    data = random.Random(step).randbytes(3 * PART + 1)
-    files = {"tensors.bin": FileEntry(*disk.write_parts(store.begin(CheckpointName(step, 1)), "tensors.bin", [data]))}
-    place = {"run_id": "run", "attempt": 1, "global_step": step, "epoch": 0, "seq": step, "time": 0.0}
-    manifest = Manifest(**place, parent=None, reasons=[], files=files)  # type: ignore[arg-type]
-    store.commit(manifest)
-    return manifest
 
 
 @pytest.fixture
@@ -45,12 +33,7 @@ def local(tmp_path: Path) -> Path:
 @pytest.fixture
 def manifest(local: Path) -> Manifest:
     """That of a checkpoint in the local folder."""
-    return make(local, 5)
-
-
-def put(remote: RemoteStore, local: Path, manifest: Manifest) -> bool:
-    folder = local / str(manifest.name)
-    return remote.upload(folder, manifest, part_bytes=PART, progress=lambda done, total: None, cancelled=lambda: False)
+    return make(local, 5, tensors=3_001)
 
 
 @pytest.fixture
@@ -61,15 +44,11 @@ def store(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote
     return RemoteStore(run_url(f"{s3.url}/a prefix", f"{tmp_path.name} #1"), IMPATIENT)
 
 
-def test_a_checkpoint_returns_from_s3_unchanged(
+def test_a_checkpoint_consists_of_objects_of_plain_requests(
     s3: Server, store: RemoteStore, local: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
-    """By plain requests only: no upload in parts, which a killed process could leave behind."""
-    store.check()
-    assert store.names() == []
+    """A killed process could leave an upload in parts behind."""
     assert put(store, local, manifest)
-    assert store.names() == store.line() == [manifest.name]
-    verify(store.download(manifest.name, tmp_path / "into"), manifest)
     keys = [one["Key"] for one in s3.boto.list_objects_v2(Bucket="checkpoints", Prefix="a prefix/")["Contents"]]
     mine = [key.split("/", 2) for key in keys if f"/{tmp_path.name} #1/" in key]
     assert [rest for _, _, rest in mine] == [
@@ -78,8 +57,6 @@ def test_a_checkpoint_returns_from_s3_unchanged(
         *(f"step-5.a1/tensors.bin.{part:05}-of-00004" for part in range(4)),
     ]
     assert s3.multipart_uploads() == []
-    store.remove(manifest.name)
-    assert store._objects.sizes() == {}
 
 
 def test_an_object_is_put_by_one_request_however_large(store: RemoteStore, proxy: FaultyProxy) -> None:
@@ -154,39 +131,3 @@ def test_a_passing_fault_is_retried(
         assert put(patient, local, manifest)
         verify(patient.download(manifest.name, tmp_path / act), manifest)
         assert len(proxy.fired) == 4
-
-
-def test_readers_beside_a_writer_see_complete_checkpoints_only(store: RemoteStore, local: Path, tmp_path: Path) -> None:
-    """A listed checkpoint can be loaded, or `CheckpointNotFound` is raised because it was removed meanwhile."""
-    manifests = [make(local, step) for step in (1, 2)]
-    stop = threading.Event()
-    errors: list[BaseException] = []
-    loaded: list[CheckpointName] = []
-
-    def read(number: int) -> None:
-        reader, count = RemoteStore(store.url), 0
-        while not stop.is_set() and not errors:
-            for name in reader.names():
-                count += 1
-                try:
-                    verify(reader.download(name, tmp_path / f"{number}-{count}"), manifests[name.step - 1])
-                    loaded.append(name)
-                except CheckpointNotFound:
-                    pass
-                except BaseException as error:
-                    errors.append(error)
-
-    threads = [threading.Thread(target=read, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    patient, rounds = RemoteStore(store.url), 0
-    while (rounds < 5 or len(loaded) < 5) and not errors:
-        rounds += 1
-        assert all(put(patient, local, manifest) for manifest in manifests)
-        for manifest in manifests:
-            patient.remove(manifest.name)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
-    assert patient._objects.sizes() == {}

@@ -19,12 +19,12 @@ import pytest
 from faults.child import started
 from faults.injections import injected
 from faults.servers import Server
+from support.checkpoints import make
 from support.faulty_proxy import Fault, FaultyProxy
 
-from events.checkpoint import disk
 from events.checkpoint.files import verify
 from events.checkpoint.lineage import AttemptNote
-from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest
+from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.objects import Limits, run_url
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.remote_layout import PARTS_NAME, folders_of, parts_of, visible
@@ -58,22 +58,16 @@ class Run:
         """Start a new attempt, with one checkpoint of several parts."""
         names = self.store.names()
         self.attempt += 1
-        self.store.prepare(AttemptNote(self.attempt, str(names[-1]) if names else None))
-        name = CheckpointName(step, self.attempt)
-        temporary = self.store.begin(name)
-        noise = random.Random(str(name))
-        files = {
-            file: FileEntry(*disk.write_parts(temporary, file, [noise.randbytes(nbytes)]))
-            for file, nbytes in (("tensors.bin", 3 * PART + 777), ("state.bin", 500))
-        }
-        place = {"run_id": "run", "attempt": self.attempt, "global_step": step, "epoch": 0, "seq": step, "time": 0.0}
-        self.store.commit(Manifest(**place, parent=str(names[-1]) if names else None, reasons=[], files=files))
-        return name
+        parent = str(names[-1]) if names else None
+        self.store.prepare(AttemptNote(self.attempt, parent))
+        return make(
+            self.store.folder, step, self.attempt, parent=parent, metric=None, tensors=3 * PART + 777, state=500
+        ).name
 
     def uploader(self, limits: Limits | None = None, part_bytes: int = PART) -> CheckpointUploader:
         settings = Checkpoints(**SETTINGS | {"upload_part_bytes": part_bytes})
-        header = Origin("run", self.attempt).header
-        return CheckpointUploader(self.store, self.url, settings, self.events.append, header, lambda: None, limits)
+        origin = Origin("run", self.attempt)
+        return CheckpointUploader(self.store, self.url, settings, self.events.append, origin, lambda: None, limits)
 
     def look(self) -> list[CheckpointName]:
         """Verify everything that a reader elsewhere sees."""

@@ -76,7 +76,7 @@ class Rig:
             url or self.remote.url,
             Checkpoints(**{"upload_part_bytes": PART} | settings),
             publish or self.events.append,
-            self.origin.header,
+            self.origin,
             lambda: self.retained.append(self.uploaded),
             limits,
         )

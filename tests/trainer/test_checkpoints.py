@@ -98,12 +98,12 @@ def test_a_due_checkpoint_is_taken_once_per_place(run: RunFolder, settings: Any,
 
 @pytest.mark.parametrize(
     ("mode", "keep_best", "interval", "expected"),
-    [("min", 1, None, [2, 6]), ("max", 2, 2, [2, 4]), ("max", 3, None, [2, 4, 6, 8]), ("min", 0, None, [])],
+    [("min", 1, None, [1, 3]), ("max", 2, 1, [1, 2]), ("max", 3, None, [1, 2, 3, 4]), ("min", 0, None, [])],
 )
 def test_a_checkpoint_is_taken_after_a_validation_that_is_among_the_best(
     run: RunFolder, mode: str, keep_best: int, interval: int | None, expected: list[int]
 ) -> None:
-    values = {2: 0.5, 4: 0.7, 6: 0.3, 8: 0.4}
+    values = {1: 0.5, 2: 0.7, 3: 0.3, 4: 0.4}
     net = Scored(*values.values())
     options = {"best": "score", "best_mode": mode, "keep_best": keep_best, "keep_last": None}
     outcome = run.train(net, epochs=4, val_interval_steps=interval, **options)
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_taken_after_a_validation_that_is_among_the_best(
     assert {step: (metric.name, metric.value) for step, metric in metrics.items() if metric} == {
         step: ("score", values[step]) for step in expected
     }
-    best = {"min": 6, "max": 4}[mode] if expected else None
+    best = {"min": 3, "max": 2}[mode] if expected else None
     folder = best and str(run.folder(f"step-{best}.a1"))
     assert (outcome.result.best_checkpoint, outcome.result.best_metric) == (folder, best and values[best])
 
@@ -357,20 +357,20 @@ def test_the_loop_waits_for_memory_and_charges_the_ledger_where_that_is_the_poli
 def test_a_checkpoint_is_deleted_once_a_newer_one_is_durable(run: RunFolder) -> None:
     net = Scored(3.0, 1.0, 2.0, 4.0, 5.0)
     outcome = run.train(net, epochs=5, every_epochs=1, best="score", keep_last=1, keep_best=1)
-    assert run.names == ["step-4.a1", "step-10.a1"]
-    assert [event.checkpoint for event in outcome.of(CheckpointDeleted)] == ["step-2.a1", "step-6.a1", "step-8.a1"]
+    assert run.names == ["step-2.a1", "step-5.a1"]
+    assert [event.checkpoint for event in outcome.of(CheckpointDeleted)] == ["step-1.a1", "step-3.a1", "step-4.a1"]
     order = [event.checkpoint for event in outcome.events if isinstance(event, CheckpointSaved | CheckpointDeleted)]
-    assert order.index("step-4.a1") < order.index("step-2.a1", 1)
+    assert order.index("step-2.a1") < order.index("step-1.a1", 1)
 
 
 def test_resume_best_takes_the_next_best_of_the_runs_own_metric_where_the_best_is_damaged(run: RunFolder) -> None:
     """Also in `Trainer.test`, whose settings name no metric."""
     options: dict[str, Any] = {"best": "score", "best_mode": "max", "keep_best": 9, "keep_last": 9}
     run.train(Scored(1.0, 3.0, 2.0), epochs=3, **options)
-    (run.folder("step-4.a1") / "state.msgpack").write_bytes(b"")
+    (run.folder("step-2.a1") / "state.msgpack").write_bytes(b"")
     net = Net(test_data=lambda net, batch_size: net.batches(batch_size))
     run.trainer(net, resume="best").test()
-    third = Loaded(run.folder("step-6.a1")).state["module"]
+    third = Loaded(run.folder("step-3.a1")).state["module"]
     assert all(torch.equal(third[name], tensor) for name, tensor in net.state_dict().items())
 
 
@@ -601,7 +601,7 @@ def test_the_metric_of_a_checkpoint_is_that_of_its_own_validation(run: RunFolder
     net = Scored(9.0, None, None, None)
     run.train(net, epochs=4, every_epochs=1, best="score", best_mode="max", keep_last=1)
     metrics = {str(name): run.store.manifest(name).metric is not None for name in run.store.names()}
-    assert metrics == {"step-2.a1": True, "step-8.a1": False}
+    assert metrics == {"step-1.a1": True, "step-4.a1": False}
 
 
 def test_other_optimizers_are_refused_unless_they_are_reset(run: RunFolder) -> None:

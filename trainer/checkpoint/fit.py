@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +43,7 @@ def load_weights(module: ModuleInterface, path: Path, *, follow: bool) -> None:
         raise CheckpointMismatch(f"{path} does not fit {type(module).__name__}: {error}") from error
 
 
-def _memory_of(value: Any) -> Any:
+def _memory_of(value: object) -> object:
     """Return a value that all names of one tensor share."""
     if not isinstance(value, torch.Tensor) or is_lazy(value) or not value.numel():
         return object()
@@ -68,7 +67,7 @@ def own_loading_prefixes(module: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." if name else "" for name, one in module.named_modules() if is_own(one))
 
 
-def check_fits(module: ModuleInterface, saved: Any, where: str, exempt: tuple[str, ...]) -> None:
+def check_fits(module: ModuleInterface, saved: object, where: str, exempt: tuple[str, ...]) -> None:
     """Raise `CheckpointMismatch` if a state dict does not fit, before any of it is loaded.
 
     Args:
@@ -92,7 +91,7 @@ def check_fits(module: ModuleInterface, saved: Any, where: str, exempt: tuple[st
         )
 
 
-def _misshapen(own: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
+def _misshapen(own: Mapping[str, object], saved: Mapping[str, object]) -> Iterator[str]:
     for key, tensor in own.items():
         there = saved.get(key)
         if not isinstance(tensor, torch.Tensor) or is_lazy(tensor) or key not in saved:

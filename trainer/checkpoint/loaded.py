@@ -127,7 +127,7 @@ class Loaded:
             )
 
     @property
-    def optimization(self) -> dict[str, Any]:
+    def optimization(self) -> dict[str, object]:
         """The state of optimizers and schedulers."""
         # Copies: torch would keep the tensors, and with them the memory of the whole file.
         return {name: self._kept(name) for name in ("optimizers", "schedulers", "kinds")}
@@ -147,7 +147,7 @@ class Loaded:
             CheckpointMismatch: Several states of one class remain, so that their owners are unknown.
         """
         saved = {one["key"]: one for one in [*self.state["callbacks"], *self._callback_parts]}
-        found: list[tuple[CallbackHooks, Any]] = []
+        found: list[tuple[CallbackHooks, dict[str, object]]] = []
         left: list[CallbackHooks] = []
         for callback in callbacks:
             if callback.stateful and callback.state_key in saved:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import torch
@@ -48,7 +48,7 @@ class Position(msgspec.Struct):
     """Optimizer steps of the earlier epochs by that number; the finished ones where ``max_steps`` ended an epoch."""
     data_rows: int | None = None
     """Length of this epoch's data set, or of its dataloader; None without a length."""
-    loader_state: Any = None
+    loader_state: object = None
     """Result of the dataloader's ``state_dict``; None without one."""
     began: float = 0.0
     """``time.monotonic`` at which this attempt started the epoch; valid in this process only."""
@@ -84,17 +84,17 @@ class SavedCallback(msgspec.Struct):
 
     key: str
     kind: str | None
-    state: Any
+    state: object
 
 
 class SavedMetrics(msgspec.Struct):
     """State of metrics in a checkpoint."""
 
-    validation: dict[str, Any]
-    epoch: dict[str, Any]
-    validated_at: Any
+    validation: dict[str, object]
+    epoch: dict[str, object]
+    validated_at: object
     seen: list[str]
-    followed_loss: tuple[Any, Any]
+    followed_loss: tuple[object, object]
 
 
 class SavedState(msgspec.Struct):
@@ -103,10 +103,10 @@ class SavedState(msgspec.Struct):
     global_step: _Count
     epoch: _Count
     position: Position
-    rng: dict[str, Any]
-    module: Any
+    rng: dict[str, object]
+    module: object
     frozen: list[str]
-    optimizers: list[dict[Any, Any]]
-    schedulers: list[dict[Any, Any] | None]
+    optimizers: list[dict[object, object]]
+    schedulers: list[dict[object, object] | None]
     metrics: SavedMetrics
     callbacks: list[SavedCallback]

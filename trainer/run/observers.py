@@ -162,7 +162,7 @@ class Observers:
                 plan.url,
                 plan.settings,
                 ring.publish,
-                ring.origin.header,
+                ring.origin,
                 writer.retain,
                 give_up=writer.without_uploads,
             )
