@@ -1,7 +1,7 @@
-"""The loop's thread reads no number from a tensor: on a device each would wait until all its work is done.
+"""The loop's thread reads no number from a tensor: on a device each read would wait for all enqueued work.
 
-What would make it wait is looked for by name, on the CPU, in the loop's thread alone: calls from Python that turn a
-tensor into something of the host, and the operators underneath, whoever calls them.
+Reads are detected by name, on the CPU, on the loop's thread alone: calls from Python that turn a tensor into a host
+value, and the operators underneath, from any caller.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.reads import watching_reads
+from support.training import Diary, Net, Outcome, train
 
 from events.messages import Event, MetricsLogged, TrainStepEnded, ValEpochEnded
 from events.sink import Delivery
@@ -19,7 +21,7 @@ from trainer import Histogram, inline
 
 
 class Watching:
-    """A console-like sink: looks at every number of every event, as soon as it can."""
+    """A sink that formats every number of every event, as soon as it can."""
 
     delivery = Delivery(latency_s=0.001)
 
@@ -35,63 +37,58 @@ class Watching:
     def close(self) -> None: ...
 
 
-def reads_of(kit: Any, net: Any, **options: Any) -> tuple[list[str], Any]:
-    """What a run reads on the loop's thread, which is this one; from Python, then underneath."""
+def reads_of(net: Net, **options: Any) -> tuple[list[str], Outcome]:
+    """Return the reads of a run on the loop's thread, which is this one: from Python, then of operators."""
     found: list[str] = []
-    with kit.watching_reads(found):
-        outcome = kit.train(net, **({"seed": 0, "epochs": 2} | options))
+    with watching_reads(found):
+        outcome = train(net, **({"seed": 0, "epochs": 2} | options))
     assert outcome.result.status == "finished"
     return found, outcome
 
 
-def busy_net(kit: Any, **options: Any) -> Any:
+class Busy(Net):
     """Logs numbers and tensors wherever it can, and validates two dataloaders."""
 
-    class Busy(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
+    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
 
-        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            return {"default": self.batches(batch_size), "b": self.batches(batch_size)}
+    def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+        return {"default": self.batches(batch_size), "b": self.batches(batch_size)}
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, predicted = self.forward_loss(batch)
-            self.log("tensor", predicted.mean())
-            self.log("histogram", Histogram(predicted))
-            self.log("number", 1.0)
-            return loss, predicted
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        loss, predicted = self.forward_loss(batch)
+        self.log("tensor", predicted.mean())
+        self.log("histogram", Histogram(predicted))
+        self.log("number", 1.0)
+        return loss, predicted
 
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, predicted = self.forward_loss(batch)
-            self.log("val tensor", predicted.mean())
-            return loss, predicted
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        loss, predicted = self.forward_loss(batch)
+        self.log("val tensor", predicted.mean())
+        return loss, predicted
 
-        def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
-            self.log("backward", loss_tensor)
+    def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
+        self.log("backward", loss_tensor)
 
-        @inline
-        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
-            self.log("inline", outputs[0].mean())
-
-    return Busy(**options)
+    @inline
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        self.log("inline", outputs[0].mean())
 
 
 # ---------------------------------------------------------------------------------------------------- the test
 
 
 @pytest.mark.parametrize("expression", ["item()", "tolist()", "cpu()", "__float__()", "numpy()", "__format__('')"])
-def test_the_instruments_of_this_file_see_what_they_look_for(kit: Any, expression: str) -> None:
-    """A step that reads its loss is noticed, whichever way it does."""
+def test_a_step_that_reads_its_loss_is_noticed(expression: str) -> None:
+    """The other tests rely on it."""
 
-    class Reads(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, predicted = self.forward_loss(batch)
-            eval(f"loss.detach().{expression}")
-            return loss, predicted
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        loss, predicted = net.forward_loss(batch)
+        eval(f"loss.detach().{expression}")
+        return loss, predicted
 
-    found, _ = reads_of(kit, Reads())
-    assert found
+    assert reads_of(Net(train_step=step))[0]
 
 
 @pytest.mark.parametrize(
@@ -106,11 +103,10 @@ def test_the_instruments_of_this_file_see_what_they_look_for(kit: Any, expressio
     ],
     ids=["plain", "accumulating", "clipping", "norm", "bfloat16", "journal"],
 )
-def test_the_loop_reads_nothing(kit: Any, options: dict[str, Any]) -> None:
+def test_the_loop_reads_nothing(options: dict[str, Any]) -> None:
     """With metrics from everywhere, a sink that looks at every number, callbacks with outputs, and validation."""
     watching = Watching()
-    net = busy_net(kit, rows=28)
-    found, outcome = reads_of(kit, net, sinks=[watching], callbacks=[kit.Diary()], **options)
+    found, outcome = reads_of(Busy(rows=28), sinks=[watching], callbacks=[Diary()], **options)
     assert found == []
     steps = outcome.of(TrainStepEnded)
     assert len(steps) == 8
@@ -124,41 +120,37 @@ def test_the_loop_reads_nothing(kit: Any, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("micro_batch", [8, 2])
 @pytest.mark.parametrize("policy", ["skip", "stop"])
-def test_skipping_reads_once_a_step(kit: Any, micro_batch: int, policy: str) -> None:
+def test_skipping_reads_once_a_step(micro_batch: int, policy: str) -> None:
     """Loss and gradients in one read for all micro-batches; on the CPU "stop" reads, too, which waits for no device."""
     options = {"non_finite": policy, "gpu_batch_size_limit": micro_batch, "clip_grads": policy == "skip"}
-    found, outcome = reads_of(kit, busy_net(kit, rows=32), callbacks=[kit.Diary()], **options)
+    found, outcome = reads_of(Busy(rows=32), callbacks=[Diary()], **options)
     assert outcome.result.global_step == 8
     assert found == ["Tensor.tolist"] * 8
 
 
-def test_float16_reads_one_number_a_step(kit: Any) -> None:
-    """Whether its gradients have overflowed, over all optimizers; and the loss, in the same read."""
+def test_float16_reads_one_number_per_step() -> None:
+    """Whether its gradients have overflowed, over all optimizers, in the same read as the loss."""
 
-    class Two(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            return [torch.optim.SGD([one], lr=0.01) for one in self.parameters()], []
+    def two(net: Net) -> Any:
+        return [torch.optim.SGD([one], lr=0.01) for one in net.parameters()], []
 
-    found, outcome = reads_of(kit, Two(rows=32), precision="float16", val_interval_epochs=0)
+    found, outcome = reads_of(Net(rows=32, optimizers=two), precision="float16", val_interval_epochs=0)
     assert outcome.result.ledger.steps == 8
-    # Torch's own unscaling takes no number; a skipped step reads as much as any other.
+    # Torch's own unscaling reads no number; a skipped step reads as much as any other.
     assert found == ["Tensor.tolist"] * 8
 
 
-def test_a_scheduler_that_follows_a_metric_reads_one_number_a_validation(kit: Any) -> None:
-    """It needs the number."""
+def test_a_scheduler_with_a_metric_reads_one_number_per_validation() -> None:
+    def follows(net: Net) -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)]
 
-    class Follows(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
-            return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)]
-
-    found, _ = reads_of(kit, Follows(rows=32), epochs=3)
+    found, _ = reads_of(Net(rows=32, optimizers=follows), epochs=3)
     assert found.count("Tensor.__float__") == 3
     assert found.count("aten._local_scalar_dense") == 3
 
 
-def test_numbers_are_read_on_the_event_loops_thread(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_read_on_the_event_loops_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many at once: far fewer reads than there are numbers."""
     threads: list[str] = []
     tolist = torch.Tensor.tolist
@@ -168,7 +160,7 @@ def test_numbers_are_read_on_the_event_loops_thread(kit: Any, monkeypatch: pytes
         return tolist(self)
 
     monkeypatch.setattr(torch.Tensor, "tolist", seen)
-    outcome = kit.train(busy_net(kit, rows=800), val_interval_epochs=0)
+    outcome = train(Busy(rows=800), val_interval_epochs=0)
     numbers = 4 * len(outcome.of(TrainStepEnded))
     assert numbers == 400
     assert set(threads) == {"stagecast-events"}

@@ -1,4 +1,4 @@
-"""The packages: their public names, what they import, and what they refuse to be shadowed by."""
+"""The packages: their public names, their imports, and the files that may not shadow them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.scripts import ROOT, Start
 
 import trainer
-
-ROOT = Path(trainer.__file__).parent.parent
 
 pytestmark = pytest.mark.cold_start  # imports are what is tested
 
 
+OURS = [
+    "events",
+    "events.journal.reader",
+    "sinks",
+    "sinks.files.csv",
+    "trainer",
+    "trainer.cli.main",
+    "trainer.callbacks",
+]
+
+
 @pytest.mark.parametrize("form", ["file", "package"])
 @pytest.mark.parametrize("name", ["events", "sinks", "trainer"])
-def test_somebody_elses_file_or_package_is_refused_by_name(script: Any, tmp_path: Path, name: str, form: str) -> None:
-    """The names are generic: whichever of ours is imported first names the file beside the script that shadows one."""
+def test_a_file_or_package_that_shadows_ours_is_refused_by_name(
+    script: Start, tmp_path: Path, name: str, form: str
+) -> None:
+    """The names are generic: whichever of ours is imported first names the shadowing file beside the script."""
     stranger = tmp_path / (f"{name}.py" if form == "file" else f"{name}/__init__.py")
     stranger.parent.mkdir(exist_ok=True)
     stranger.write_text("")
-    ours = [
-        "events",
-        "events.journal.reader",
-        "sinks",
-        "sinks.files.csv",
-        "trainer",
-        "trainer.cli.main",
-        "trainer.callbacks",
-    ]
     code, _, err = script(
-        f"for name in {[one for one in ours if not f'{one}.'.startswith(f'{name}.')]}:\n"
+        f"for name in {[one for one in OURS if not f'{one}.'.startswith(f'{name}.')]}:\n"
         "    try:\n"
         "        __import__(name)\n"
         "    except ImportError as error:\n"
@@ -48,8 +50,8 @@ def test_somebody_elses_file_or_package_is_refused_by_name(script: Any, tmp_path
     assert (code, err) == (0, "")
 
 
-def test_a_strangers_package_that_is_imported_first_is_refused_too(script: Any, tmp_path: Path) -> None:
-    """Also one that is no file; a folder without ``__init__.py``, and a copy of ours elsewhere, shadow nothing."""
+def test_a_shadowing_package_that_is_imported_first_is_refused_too(script: Start, tmp_path: Path) -> None:
+    """Also one without a file; a folder without ``__init__.py``, and a copy of ours elsewhere, shadow nothing."""
     (tmp_path / "trainer").mkdir()
     copy = tmp_path / "copy" / "sinks"
     copy.mkdir(parents=True)
@@ -70,8 +72,8 @@ def test_a_strangers_package_that_is_imported_first_is_refused_too(script: Any, 
 
 
 @pytest.mark.parametrize("name", ["events", "sinks"])
-def test_commands_name_what_shadows_a_package(kit: Any, tmp_path: Path, name: str) -> None:
-    """With ``python -m``, which looks into the working directory first; `stagecast train` looks there later."""
+def test_commands_name_the_file_that_shadows_a_package(tmp_path: Path, name: str) -> None:
+    """``python -m`` searches the working directory first; `stagecast train` searches it later."""
     stranger = tmp_path / f"{name}.py"
     stranger.write_text("")
     (tmp_path / "run.yaml").write_text("module: jobs:make\n")
@@ -82,16 +84,15 @@ def test_commands_name_what_shadows_a_package(kit: Any, tmp_path: Path, name: st
 
     says = f"stagecast needs its own package '{name}', but {stranger} shadows it: rename that file or folder"
     assert f"ImportError: {says}" in run("-m", "trainer.cli.main", "--help")
-    program = "import sys; from trainer.cli.main import main; sys.exit(main(['train', 'run.yaml']))"
-    text = run("-P", "-c", program)
     if name == "sinks":  # `events` is imported by then
+        text = run("-P", "-c", "import sys; from trainer.cli.main import main; sys.exit(main(['train', 'run.yaml']))")
         assert text.startswith("stagecast train: error: run.yaml: ")
         assert says in text
         assert "Traceback" not in text
 
 
-def test_importing_the_trainer_loads_no_observers_and_no_extras(script: Any) -> None:
-    """Sinks and what the examples need are imported when they are used; rich can be absent."""
+def test_importing_the_trainer_loads_no_observers_and_no_extras(script: Start) -> None:
+    """Sinks and the needs of the examples are imported when they are used; rich can be absent."""
     program = script(
         "import sys\n"
         "sys.modules['rich'] = None\n"  # makes its import fail: structlog would load it where it is installed
@@ -102,35 +103,27 @@ def test_importing_the_trainer_loads_no_observers_and_no_extras(script: Any) -> 
     assert program.end() == (0, "[]\n", "")
 
 
-def test_the_command_line_explains_itself_without_torch(script: Any) -> None:
-    """Help and wrong arguments come at once."""
-    program = script(
-        "import sys\n"
+def test_events_and_the_help_of_commands_need_no_torch(script: Start) -> None:
+    """Host data and its transport work where no torch is installed; help appears immediately."""
+    paths = [path.relative_to(ROOT) for path in (ROOT / "events").rglob("*.py") if path.stem != "__init__"]
+    modules = [".".join(path.with_suffix("").parts) for path in paths]
+    code, out, err = script(
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        "print(sorted({'torch', 'trainer', 'sinks', 'numpy'} & set(sys.modules)))\n"
         "from trainer.cli.main import main\n"
         "try:\n"
         "    main(['demo', '--help'])\n"
         "except SystemExit as ended:\n"
         "    print(ended.code, 'torch' in sys.modules)\n"
-    )
-    code, out, err = program.end()
-    assert (code, out.splitlines()[-1], err) == (0, "0 False", "")
+    ).end()
+    lines = out.splitlines()
+    assert (code, lines[0], lines[-1], err) == (0, "[]", "0 False", "")
 
 
-def test_importing_events_does_not_load_torch(script: Any) -> None:
-    """Host data and its transport: usable where no torch is installed."""
-    paths = [path.relative_to(ROOT) for path in (ROOT / "events").rglob("*.py") if path.stem != "__init__"]
-    modules = [".".join(path.with_suffix("").parts) for path in paths]
-    program = script(
-        f"import importlib, sys\n"
-        f"for name in {modules!r}:\n"
-        f"    importlib.import_module(name)\n"
-        f"print(sorted({{'torch', 'trainer', 'sinks', 'numpy'}} & set(sys.modules)))"
-    )
-    assert program.end() == (0, "[]\n", "")
-
-
-def test_the_public_names_are_those_we_chose() -> None:
-    """Names are added on purpose, and imported when they are first asked for; a wrong one is told the right ones."""
+def test_the_public_names_are_chosen_and_imported_on_first_use() -> None:
+    """A wrong name raises an error with the right ones."""
     assert trainer.__all__ == [
         "CallbackInterface",
         "Checkpoints",
@@ -185,8 +178,19 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 FILES = sorted(path for package in ("events", "trainer", "sinks") for path in (ROOT / package).rglob("*.py"))
 
 
-def test_all_files_are_looked_at() -> None:
-    """Guards the tests below."""
+def wrong_imports(package: str, names: str, *, at_import: bool) -> dict[str, list[str]]:
+    """Return the files of a package that import one of these names, or do so when they are imported themselves."""
+    found = {}
+    for path in FILES:
+        if path.is_relative_to(ROOT / package):
+            wrong = {name for name, now in imports(path) if now or not at_import} & set(names.split())
+            if wrong:
+                found[str(path.relative_to(ROOT))] = sorted(wrong)
+    return found
+
+
+def test_the_imports_of_files_are_found() -> None:
+    """The tests below rely on it."""
     assert len(FILES) > 50
     assert ("events", True) in set(imports(ROOT / "trainer/__init__.py"))
     assert ("sinks", False) in set(imports(ROOT / "trainer/run/session.py"))
@@ -194,20 +198,11 @@ def test_all_files_are_looked_at() -> None:
 
 @pytest.mark.parametrize(
     ("package", "never"),
-    [
-        ("events", {"trainer", "sinks", "torch", "rich", "yaml"}),
-        ("sinks", {"trainer", "torch", "yaml"}),
-        ("trainer", {"rich"}),
-    ],
+    [("events", "trainer sinks torch rich yaml"), ("sinks", "trainer torch yaml"), ("trainer", "rich")],
 )
-def test_imports_go_in_one_direction(package: str, never: set[str]) -> None:
-    """Not even lazily."""
-    found = {
-        str(path.relative_to(ROOT)): sorted(wrong)
-        for path in FILES
-        if path.is_relative_to(ROOT / package) and (wrong := {name for name, _ in imports(path)} & never)
-    }
-    assert found == {}
+def test_imports_point_in_one_direction(package: str, never: str) -> None:
+    """Also lazy ones."""
+    assert wrong_imports(package, never, at_import=False) == {}
 
 
 ADAPTERS = {
@@ -217,42 +212,24 @@ ADAPTERS = {
     "trainer/remote/http.py",
     "trainer/examples/service.py",
 }
-"""Modules around a client, which are imported when that is wanted."""
+"""Modules around a client, which are imported when it is needed."""
 
 
 @pytest.mark.parametrize(
     ("package", "late"),
     [
-        ("trainer", {"sinks", "sklearn", "numpy", "trio", "httpx", "psutil", "PIL", "matplotlib"}),
+        ("trainer", "sinks sklearn numpy trio httpx psutil PIL matplotlib"),
         (
             "sinks",
-            {
-                "rich",
-                "numpy",
-                "tensorboardX",
-                "google_crc32c",
-                "wandb",
-                "mlflow",
-                "prometheus_client",
-                "opentelemetry",
-                "requests",
-                "starlette",
-                "uvicorn",
-            },
+            "rich numpy tensorboardX google_crc32c wandb mlflow prometheus_client opentelemetry requests starlette "
+            "uvicorn",
         ),
-        ("events", {"trio", "numpy", "obstore"}),
+        ("events", "trio numpy obstore"),
     ],
 )
-def test_some_imports_wait_until_they_are_needed(package: str, late: set[str]) -> None:
-    """Sinks are built by name; clients and extras are imported by whoever uses them."""
-    found = {
-        str(path.relative_to(ROOT)): sorted(wrong)
-        for path in FILES
-        if path.is_relative_to(ROOT / package)
-        and str(path.relative_to(ROOT)) not in ADAPTERS
-        and (wrong := {name for name, at_import in imports(path) if at_import} & late)
-    }
-    assert found == {}
+def test_some_imports_wait_until_they_are_needed(package: str, late: str) -> None:
+    """Sinks are built by name; clients and extras are imported by the code that uses them."""
+    assert wrong_imports(package, late, at_import=True).keys() <= ADAPTERS
 
 
 def test_no_test_folder_is_a_package() -> None:

@@ -1,7 +1,8 @@
-"""``stagecast replay``: the events of a run, sent to sinks after or during the run."""
+"""``stagecast replay`` sends the events of a run to sinks, after or during the run."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from support.scripts import ROOT
+from support.threads import WAIT_S
+from support.training import Net, make_trainer, train
 
 from events.errors import RunFolderError
 from events.journal.history import read_history
@@ -23,15 +27,20 @@ from events.sink import Delivery
 from sinks import Memory
 from sinks.replay import replay
 
-HOSTED = Path(__file__).parent / "hosted"
+
+@pytest.fixture
+def history() -> list[Event]:
+    """The events of a finished run in ``run``."""
+    train(Net(), run_dir="run", journal=True)
+    return list(read_history("run/journal"))
 
 
-def command(kit: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "trainer.cli.main", "replay", *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(kit.ROOT), str(HOSTED)])},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
 
@@ -56,87 +65,61 @@ class Flaky(msgspec.Struct, frozen=True, dict=True):
         pass
 
 
-@pytest.mark.parametrize("arguments", [["nothing", "--to", "memory"], ["run", "--to", "pigeon"]])
-def test_a_failed_replay_is_reported_in_one_sentence(kit: Any, arguments: list[str]) -> None:
-    """And nothing is created."""
-    result = command(kit, *arguments)
-    assert result.returncode in (1, 2)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothing", "--to", "memory"], ""),
+        (["run", "--to", "pigeon"], ""),
+        (["run", "--to", "memory", "capacity"], "NAME=VALUE"),
+        (["run", "--to", "memory", "size=3"], "size: is not known; known are capacity"),
+        (["run", "--to", "memory", "capacity=many"], "capacity = 'many': Expected `int`"),
+    ],
+)
+def test_a_failed_replay_is_reported_in_one_sentence(arguments: list[str], says: str) -> None:
+    result = command(*arguments)
+    assert result.returncode == (1 if arguments[0] == "nothing" else 2)
     assert result.stderr.startswith("stagecast replay: error: ")
+    assert says in result.stderr
     assert result.stderr.count("\n") == 1
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["memory", "capacity"], "NAME=VALUE"),
-        (["memory", "size=3"], "size: is not known; known are capacity"),
-        (["memory", "capacity=many"], "capacity = 'many': Expected `int`"),
-    ],
-)
-def test_a_wrong_option_is_named(kit: Any, options: list[str], says: str) -> None:
-    """With the known options, or the required type."""
-    result = command(kit, "run", "--to", *options)
-    assert result.returncode == 2
-    assert says in result.stderr
-
-
-def test_a_run_is_fed_as_the_history_that_counts(kit: Any, tmp_path: Path) -> None:
-    """Steps that a later attempt has done again are there once; everybody gets all of it."""
+def test_every_sink_receives_the_history_without_superseded_steps() -> None:
     for epochs in (2, 3):
-        options = {"run_dir": tmp_path / "run", "run_id": "run", "journal": True, "epochs": epochs}
-        assert kit.train(kit.Net(), **options).result.status == "finished"
-    sinks: list[Any] = [Memory(), Memory(), Flaky(0)]
-    reports = anyio.run(replay, tmp_path / "run", [sinks[0], sinks[2], sinks[1]])
-    history = list(read_history(tmp_path / "run/journal"))
-    assert sinks[0].events == sinks[1].events == history
+        assert train(Net(), run_dir="run", run_id="run", journal=True, epochs=epochs).result.status == "finished"
+    sinks: list[Any] = [Memory(), Flaky(0), Memory()]
+    reports = anyio.run(replay, "run", sinks)
+    history = list(read_history("run/journal"))
+    assert sinks[0].events == sinks[2].events == history
     assert {event.attempt for event in sinks[0].of(TrainStepEnded)} == {2}
-    assert [(report.observer, report.state, report.left) for report in reports] == [
-        ("memory", "closed", 0),
-        ("flaky", "closed", 0),
-        ("memory-2", "closed", 0),  # as in a run
-    ]
+    expected = [("memory", "closed", 0), ("flaky", "closed", 0), ("memory-2", "closed", 0)]  # names as in a run
+    assert [(report.observer, report.state, report.left) for report in reports] == expected
     later = Memory()
-
-    async def from_the_middle() -> None:
-        await replay(tmp_path / "run", [later], since=history[10].seq)
-
-    anyio.run(from_the_middle, backend="trio")
+    anyio.run(functools.partial(replay, "run", [later], since=history[10].seq), backend="trio")
     assert later.events == history[11:]
 
 
-def test_a_server_that_comes_back_gets_everything_once(kit: Any, tmp_path: Path) -> None:
+def test_a_server_that_recovers_receives_everything_once(history: list[Event]) -> None:
     """A sink that does not recover is disabled, with a count of the missed events."""
-    kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
-    history = list(read_history(tmp_path / "run/journal"))
-    told: list[Event] = []
+    health: list[Event] = []
     back, away = Flaky(2), Flaky(100)
-
-    async def feed() -> Any:
-        return await replay(tmp_path / "run", [back, away], on_health=told.append)
-
-    reports = anyio.run(feed)
+    reports = anyio.run(functools.partial(replay, "run", [back, away], on_health=health.append))
     assert back.__dict__["got"] == history
-    assert [(report.state, report.delivered, report.left) for report in reports] == [
-        ("closed", len(history), 0),
-        ("disabled", 0, len(history)),
-    ]
-    assert sum(isinstance(event, ObserverRecovered) for event in told) == 1
-    assert [event.action for event in told if isinstance(event, ObserverFailed)].count("disabled") == 1
+    expected = [("closed", len(history), 0), ("disabled", 0, len(history))]
+    assert [(report.state, report.delivered, report.left) for report in reports] == expected
+    assert sum(isinstance(event, ObserverRecovered) for event in health) == 1
+    assert [event.action for event in health if isinstance(event, ObserverFailed)].count("disabled") == 1
 
 
-def test_a_run_under_way_is_followed_to_its_end(kit: Any, tmp_path: Path) -> None:
-    """From its beginning, however late one comes."""
+def test_a_run_under_way_is_followed_to_its_end(tmp_path: Path) -> None:
+    """From its first event, also for a late replay."""
     seen = Memory()
-
-    class Paced(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            threading.Event().wait(0.002)  # or a busy machine would have thousands of steps to catch up with
-            return super().train_step(global_step, batch, device)
+    # Without the pause, a busy machine would have thousands of steps to catch up with.
+    net = Net(act=lambda step: threading.Event().wait(0.002))
 
     async def main() -> None:
-        ready = kit.make_trainer(Paced(), journal=True, run_dir=tmp_path / "run", run_id="run", epochs=10**6)
-        with anyio.fail_after(kit.WAIT_S):
+        ready = make_trainer(net, journal=True, run_dir=tmp_path / "run", run_id="run", epochs=10**6)
+        with anyio.fail_after(WAIT_S):
             async with ready.run() as run, anyio.create_task_group() as tasks:
                 async for _ in run.events(since=0, types=[TrainStepEnded]):
                     break
@@ -148,23 +131,22 @@ def test_a_run_under_way_is_followed_to_its_end(kit: Any, tmp_path: Path) -> Non
                 await run.result()
 
     anyio.run(main)
-    kept = list(read_history(tmp_path / "run/journal"))
-    assert seen.events == kept
+    assert seen.events == list(read_history(tmp_path / "run/journal"))
 
 
-def test_a_run_that_has_only_begun_is_waited_for(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has its folder, and not an event yet."""
+def test_a_run_that_has_a_folder_but_no_event_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen, asked = Memory(), threading.Event()
     monkeypatch.setattr("sinks.replay.is_held", lambda folder: (asked.set(), is_held(folder))[1])
 
-    class Late(kit.Net):
-        def get_train_dataloader(self, *given: Any) -> Any:
-            assert asked.wait(kit.WAIT_S)
-            return super().get_train_dataloader(*given)
+    def late(net: Net, size: int) -> Any:
+        assert asked.wait(WAIT_S)
+        return net.batches(size)
 
     async def main() -> None:
-        ready = kit.make_trainer(Late(), journal=True, run_dir=tmp_path / "run", run_id="run")
-        with anyio.fail_after(kit.WAIT_S):
+        ready = make_trainer(Net(train_data=late), journal=True, run_dir=tmp_path / "run", run_id="run")
+        with anyio.fail_after(WAIT_S):
             async with ready.run(), anyio.create_task_group() as tasks:
                 assert journal_tail(tmp_path / "run/journal").seq == 0
                 tasks.start_soon(replay, tmp_path / "run", [seen])
@@ -174,25 +156,23 @@ def test_a_run_that_has_only_begun_is_waited_for(kit: Any, tmp_path: Path, monke
 
 
 def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
-    """With its path."""
     with pytest.raises(RunFolderError, match="has no journal in"):
         anyio.run(replay, tmp_path, [Memory()])
 
 
-def test_damaged_lines_of_the_journal_are_reported(kit: Any, tmp_path: Path) -> None:
-    """And the exit code is 1, and a gap is delivered; a line that a crash has torn was never an event."""
-    kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
+@pytest.mark.usefixtures("history")
+def test_damaged_lines_of_the_journal_are_reported_with_exit_code_1(tmp_path: Path) -> None:
+    """And a gap is delivered; a line that a crash has torn was never an event."""
     (segment,) = (tmp_path / "run/journal").glob("*.jsonl")
     whole = segment.read_bytes().split(b"\n")
     out = f"path={tmp_path / 'out.jsonl'}"
 
     segment.write_bytes(b"\n".join([*whole[:2], b"#" * 20, b"#", *whole[4:]]))
-    result = command(kit, "run", "--to", "jsonl", out, "--to", "memory")
+    result = command("run", "--to", "jsonl", out, "--to", "memory")
     assert result.returncode == 1
     assert result.stdout.startswith(f"jsonl: {len(whole) - 2} events delivered\n")
-    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == [
-        f"{segment}, line {number}" for number in (3, 4)
-    ]
+    places = [line.partition(":")[0] for line in result.stderr.splitlines()]
+    assert places == [f"{segment}, line {number}" for number in (3, 4)]
     assert result.stderr.count("2 events are lost") == 1
 
     seq = len(whole)
@@ -200,31 +180,21 @@ def test_damaged_lines_of_the_journal_are_reported(kit: Any, tmp_path: Path) -> 
     last = encode_lines([msgspec.structs.replace(event, seq=seq)], seq - 1).rstrip()
     segment.write_bytes(b"\n".join(whole) + last[:20])
     (segment.parent / f"{seq:020d}.jsonl").write_bytes(last + b"\n")
-    result = command(kit, "run", "--to", "memory")
+    result = command("run", "--to", "memory")
     assert (result.returncode, result.stdout) == (0, f"memory: {seq} events delivered\n")
     assert f"line {seq}: torn when" in result.stderr
 
     segment.write_bytes(b"#\n" * 20)
     (segment.parent / f"{seq:020d}.jsonl").unlink()
-    result = command(kit, "run", "--to", "memory")
+    result = command("run", "--to", "memory")
     assert (result.returncode, "is damaged: no line of it is an event" in result.stderr) == (1, True)
     assert "Traceback" not in result.stderr
 
 
-def test_an_option_may_be_a_list_or_a_mapping(kit: Any, tmp_path: Path) -> None:
-    """Written as in YAML; what only begins like one is a text."""
-    kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
-    result = command(kit, "run", "--to", "jsonl", "path=[out.jsonl", "types=[RunStarted, RunEnded]")
-    assert (result.returncode, result.stdout) == (0, "jsonl: 2 events delivered\n"), result.stderr
-    assert len((tmp_path / "[out.jsonl").read_text().splitlines()) == 2
-
-
-def test_the_command_says_what_was_delivered(kit: Any, tmp_path: Path) -> None:
-    """To a sink with options, and with the exit code of success."""
-    kit.train(kit.Net(), run_dir=tmp_path / "run", journal=True)
-    out = tmp_path / "out.jsonl"
-    result = command(kit, "run", "--to", "jsonl", f"path={out}", "--to", "memory")
-    assert result.returncode == 0, result.stderr
-    count = len(list(read_history(tmp_path / "run/journal")))
-    assert result.stdout == f"jsonl: {count} events delivered\nmemory: {count} events delivered\n"
-    assert len(out.read_text().splitlines()) == count
+def test_the_command_reports_the_deliveries_and_reads_options_as_yaml(history: list[Event]) -> None:
+    """A list or a mapping; an invalid one is a text."""
+    options = ["path=[out.jsonl", "types=[RunStarted, RunEnded]"]
+    result = command("run", "--to", "jsonl", *options, "--to", "memory")
+    said = f"jsonl: 2 events delivered\nmemory: {len(history)} events delivered\n"
+    assert (result.returncode, result.stdout) == (0, said), result.stderr
+    assert len(Path("[out.jsonl").read_text().splitlines()) == 2

@@ -1,4 +1,4 @@
-"""What a batch counts: rows that are counted or announced as a guess, and the module's own `batch_weight`."""
+"""The weight of a batch: its rows, counted or reported as a guess, or the module's own `batch_weight`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import Net, train
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
@@ -28,7 +29,7 @@ ONES = torch.ones
         (((ONES(4, 2), ONES(4, 3)), ONES(4)), 4, 4),
     ],
 )
-def test_a_batch_whose_tensors_agree_is_counted_without_a_word(batch: Any, expected: int, rows: int) -> None:
+def test_a_batch_whose_tensors_agree_is_counted_without_a_doubt(batch: Any, expected: int, rows: int) -> None:
     """As many rows as requested, or fewer."""
     assert count_rows(batch, expected, exceeds=True) == (rows, None)
 
@@ -76,10 +77,14 @@ def without_gaps(rows: list[Any]) -> Any:
     return default_collate([row for row in rows if row is not None])
 
 
-def test_rows_that_collate_fn_drops_count_nowhere(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither in an accumulated step nor in val_loss and logged means; and nothing is announced."""
+def guesses(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for text in caplog.messages if "are a guess" in text]
 
-    class Net(kit.Net):
+
+def test_rows_that_collate_fn_drops_are_not_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither in an accumulated step nor in val_loss and logged means; and nothing is reported."""
+
+    class Dropping(Net):
         def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
             data = Gaps(self)
             return DataLoader(data, batch_size=batch_size, sampler=sampler(data), collate_fn=without_gaps)
@@ -91,51 +96,54 @@ def test_rows_that_collate_fn_drops_count_nowhere(kit: Any, caplog: pytest.LogCa
             self.log("error", (predicted - batch[1]).abs().mean())
             return loss
 
-    net, whole = Net(), kit.Net()
-    outcome = kit.train(net, train_batch_size=12, gpu_batch_size_limit=4, seed=1)
+    net, whole = Dropping(), Net()
+    outcome = train(net, train_batch_size=12, gpu_batch_size_limit=4, seed=1)
     kept = [at for at in range(12) if at not in (0, 1, 2, 9)]
     whole.x, whole.y = whole.x[kept], whole.y[kept]
-    kit.train(whole, train_batch_size=8, val_interval_epochs=0)
-    for name, value in net.state_dict().items():
-        torch.testing.assert_close(value, whole.state_dict()[name])
+    train(whole, train_batch_size=8, val_interval_epochs=0)
+    torch.testing.assert_close(net.state_dict(), whole.state_dict())
     loss, predicted = net.forward_loss((net.x[kept], net.y[kept]))
     metrics = outcome.result.metrics
     assert metrics["val_loss"] == pytest.approx(loss.item())
     assert metrics["error"] == pytest.approx((predicted - net.y[kept]).abs().mean().item())
     assert [event.rows for event in [*outcome.of(TrainStepEnded), *outcome.of(ValEpochEnded)]] == [8, 8]
-    assert "are a guess" not in caplog.text
+    assert guesses(caplog) == []
 
 
-def test_a_guess_is_announced_once(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """It names the method, the count, the reason and the way to choose."""
+class Named(Net):
+    """Its batches begin with a scalar, so that their rows are a guess."""
 
-    class Net(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            return [{"scale": torch.ones(()), "x": x, "y": y} for x, y in self.batches(batch_size)]
+    def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+        return [{"scale": torch.ones(()), "x": x, "y": y} for x, y in self.batches(batch_size)]
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return self.forward_loss((batch["x"], batch["y"]))
-
-    kit.train(Net(), epochs=3, val_interval_epochs=0)
-    (text,) = [text for text in caplog.messages if "are a guess" in text]
-    assert "get_train_dataloader()" in text
-    assert "counts 8" in text
-    assert "batch_weight" in text
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        return self.forward_loss((batch["x"], batch["y"]))
 
 
-def test_a_last_smaller_batch_is_looked_at_with_its_own_size(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+class Weighed(Named):
+    def batch_weight(self, batch: Any) -> float:
+        return super().batch_weight(batch)
+
+
+def test_a_guess_is_reported_once_unless_the_module_has_a_weight(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning has the method, the count, the reason and the fix; the default method counts rows."""
+    assert [step.weight for step in train(Weighed(), val_interval_epochs=0).of(TrainStepEnded)] == [8.0, 8.0]
+    assert guesses(caplog) == []
+    train(Named(), epochs=3, val_interval_epochs=0)
+    (text,) = guesses(caplog)
+    for part in ("get_train_dataloader()", "counts 8", "batch_weight"):
+        assert part in text
+
+
+def test_the_guess_for_a_smaller_last_batch_uses_its_own_size(caplog: pytest.LogCaptureFixture) -> None:
     """Time first, and the only batch is smaller than requested."""
-
-    class Net(kit.Net):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return self.forward_loss([part.transpose(0, 1) for part in batch])
-
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            sequences = TensorDataset(torch.zeros(3, 5, 4), torch.zeros(3, 5, 1))
-            return DataLoader(sequences, batch_size=8, collate_fn=time_first)
-
-    kit.train(Net(), val_interval_epochs=0)
-    (text,) = [text for text in caplog.messages if "are a guess" in text]
+    sequences = TensorDataset(torch.zeros(3, 5, 4), torch.zeros(3, 5, 1))
+    net = Net(
+        train_data=lambda net, size: DataLoader(sequences, batch_size=8, collate_fn=time_first),
+        train_step=lambda net, step, batch: net.forward_loss([part.transpose(0, 1) for part in batch]),  # type: ignore[arg-type]
+    )
+    train(net, val_interval_epochs=0)
+    (text,) = guesses(caplog)
     assert "its second dimension has the requested 3 rows" in text
 
 
@@ -143,7 +151,7 @@ def time_first(samples: list[Any]) -> Any:
     return [part.transpose(0, 1) for part in default_collate(samples)]
 
 
-class Tokens:
+class Tokens(Net):
     """A language model's part: most rows have few targets, and two micro-batches have none."""
 
     lengths = (6, 6, 1, 1, 5, 2, 1, 6, 0, 0)
@@ -151,6 +159,7 @@ class Tokens:
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
+        torch.manual_seed(0)
         self.linear = torch.nn.Linear(4, 5)
         self.x = torch.randn(10, 6, 4, generator=generator)
         self.y = torch.randint(0, 5, (10, 6), generator=generator)
@@ -161,28 +170,22 @@ class Tokens:
         x, y = batch
         return cross_entropy(self.linear(x).flatten(0, 1), y.flatten(), ignore_index=-100), x
 
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        loss, _ = self.forward_loss(batch)
+        self.log("bits", loss / math.log(2))
+        return loss
+
     def batch_weight(self, batch: Any) -> Any:
         return (batch[1] != -100).sum()
 
 
-def test_accumulation_by_tokens_equals_one_large_batch(kit: Any) -> None:
-    """Also where a micro-batch has none, whose loss is NaN; val_loss and train_epoch_loss are means over tokens."""
-
-    class Net(Tokens, kit.Net):
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            loss, _ = self.forward_loss(batch)
-            self.log("bits", loss / math.log(2))
-            return loss
-
-    torch.manual_seed(0)
-    small = Net()
-    torch.manual_seed(0)
-    large = Net()
+def test_accumulation_by_tokens_equals_one_large_batch() -> None:
+    """Also if a micro-batch has none, whose loss is NaN; val_loss and train_epoch_loss are means over tokens."""
+    small, large = Tokens(), Tokens()
     before = large.forward_loss((large.x, large.y))[0].item()
-    outcome = kit.train(small, train_batch_size=10, gpu_batch_size_limit=2)
-    kit.train(large, train_batch_size=10)
-    for name, value in small.state_dict().items():
-        torch.testing.assert_close(value, large.state_dict()[name])
+    outcome = train(small, train_batch_size=10, gpu_batch_size_limit=2)
+    train(large, train_batch_size=10)
+    torch.testing.assert_close(small.state_dict(), large.state_dict())
     (step,), (epoch,) = outcome.of(TrainStepEnded), outcome.of(TrainEpochEnded)
     assert (step.rows, step.weight) == (10, 28.0)
     assert step.loss == pytest.approx(before)
@@ -192,14 +195,12 @@ def test_accumulation_by_tokens_equals_one_large_batch(kit: Any) -> None:
     assert outcome.result.metrics["bits"] == pytest.approx(after / math.log(2))
 
 
-def test_steps_of_different_weight_count_by_it_in_the_epochs_mean(kit: Any) -> None:
-    """As they count by rows otherwise."""
-
-    class Net(kit.Net):
+def test_the_epochs_mean_is_over_the_weights_of_its_steps() -> None:
+    class Uneven(Net):
         def batch_weight(self, batch: Any) -> float:
             return 1.0 if torch.equal(batch[0], self.x[:8]) else 3.0
 
-    outcome = kit.train(Net(), val_interval_epochs=0)
+    outcome = train(Uneven(), val_interval_epochs=0)
     first, second = [event.loss for event in outcome.of(TrainStepEnded)]
     assert outcome.of(TrainEpochEnded)[0].loss == pytest.approx((first + 3 * second) / 4)
 
@@ -218,31 +219,8 @@ def test_steps_of_different_weight_count_by_it_in_the_epochs_mean(kit: Any) -> N
     ],
 )
 @pytest.mark.parametrize("limit", [None, 4])
-def test_what_is_not_a_weight_is_refused(kit: Any, weight: Any, says: str, limit: int | None) -> None:
-    """With and without accumulation."""
-
-    class Net(kit.Net):
-        def batch_weight(self, batch: Any) -> Any:
-            return weight
-
-    outcome = kit.train(Net(), gpu_batch_size_limit=limit)
+def test_a_wrong_weight_is_refused_with_and_without_accumulation(weight: Any, says: str, limit: int | None) -> None:
+    net = type("Wrong", (Net,), {"batch_weight": lambda self, batch: weight})()
+    outcome = train(net, gpu_batch_size_limit=limit)
     assert isinstance(outcome.error, BatchWeightError)
     assert says in str(outcome.error)
-
-
-def test_an_own_weight_needs_no_count_of_rows(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A module with a batch_weight is not asked for rows; the default method counts rows."""
-
-    class Net(kit.Net):
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            return [{"scale": torch.ones(()), "x": self.x, "y": self.y}]
-
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return self.forward_loss((batch["x"], batch["y"]))
-
-        def batch_weight(self, batch: Any) -> float:
-            return super().batch_weight(batch)
-
-    (step,) = kit.train(Net(), val_interval_epochs=0).of(TrainStepEnded)
-    assert step.weight == 16.0
-    assert "are a guess" not in caplog.text

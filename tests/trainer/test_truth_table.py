@@ -1,17 +1,18 @@
-"""How a run can end, and what is told to whom: the table at the top says it all.
+"""How a run can end, with the hooks and events of each way.
 
 The module trains two epochs of two steps and validates two batches. In each row one thing happens at one place, in the
-second step (or second batch, or wherever the place comes first). The row says how the run ends, which hooks a
-callback gets and which events are published, in order:
+second step (or second batch, or wherever the place comes first). The row has the status of the run, the hooks that a
+callback receives and the events, in order:
 
 - **finished** and **stopped** runs end with ``on_end_train``, the others do not.
 - An epoch that was cut short by a stop, a cancellation or an error has neither ``on_end_train_epoch`` nor a
   ``TrainEpochEnded``; nor has a validation that was cut short its ``on_end_val_epoch`` and ``ValEpochEnded``.
-- ``RunStarted`` is always first. ``RunEnded`` always comes; only what an observer does with it follows.
+- ``RunStarted`` is always first. ``RunEnded`` always comes; only an observer's failure at it follows.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ import anyio
 import anyio.to_thread
 import pytest
 import torch
+from support.threads import WAIT_S, trainer_threads, wait_until_failed
+from support.training import Diary, Net, make_trainer
 
 from events.errors import RunCancelled
 from events.messages import Event, MetricsLogged, ObserversReported, TrainStepEnded, WarningLogged
@@ -115,112 +118,81 @@ class Boom(Exception):
     """What the user's code raises."""
 
 
-def module_that_acts(kit: Any, place: str, act: Callable[[], None], *, at: int) -> Any:
-    """A module that calls ``act`` when it comes to a place for the ``at``-th time."""
-    visits: dict[str, int] = {}
+HOOKED = [*SHORT_HOOKS, "on_end_backward"]
+
+
+def module_that_acts(place: str, act: Callable[[], None], *, at: int) -> Net:
+    """A module that calls ``act`` when the run reaches a place for the ``at``-th time."""
+    visits = itertools.count(1)
 
     def reach(here: str) -> None:
-        visits[here] = visits.get(here, 0) + 1
-        if here == place and visits[here] == at:
+        if here == place and next(visits) == at:
             act()
 
-    class Acting(kit.Net):
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            reach("get_optimizers_schedulers")
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
-            optimizer.register_step_pre_hook(lambda *_: reach("optimizer"))
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
-            take = scheduler.step
-            scheduler.step = lambda *_: (reach("scheduler"), take())  # type: ignore[method-assign]
-            return [optimizer], [scheduler]
+    def hook(name: str) -> Any:
+        def call(*_: Any, **__: Any) -> None:
+            reach(name)
 
-        def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-            reach("get_train_dataloader")
+        return inline(call) if name == "on_end_train_step" else call
 
-            def stream() -> Any:
-                for batch in self.batches(batch_size):
-                    reach("waiting for data")
-                    yield batch
+    def optimizers(net: Net) -> Any:
+        reach("get_optimizers_schedulers")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        optimizer.register_step_pre_hook(lambda *_: reach("optimizer"))
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+        take = scheduler.step
+        scheduler.step = lambda *_: (reach("scheduler"), take())  # type: ignore[method-assign,assignment]
+        return [optimizer], [scheduler]
 
-            return stream()
+    def train_data(net: Net, size: int) -> Any:
+        reach("get_train_dataloader")
+        return (reach("waiting for data") or batch for batch in net.batches(size))
 
-        def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-            reach("get_val_dataloaders")
-            return self.batches(batch_size)
+    def train_step(net: Net, global_step: int, batch: Any) -> Any:
+        reach("train_step")
+        loss, _ = net.forward_loss(batch)
+        loss.register_hook(lambda gradient: reach("backward"))
+        return loss
 
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            reach("train_step")
-            loss, _ = self.forward_loss(batch)
-            loss.register_hook(lambda gradient: reach("backward"))
-            return loss
-
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            reach("val_step")
-            return self.forward_loss(batch)
-
-        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
-            reach("on_begin_train_epoch")
-
-        def on_end_backward(self, global_step: int, loss_tensor: Any) -> None:
-            reach("on_end_backward")
-
-        @inline
-        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
-            reach("on_end_train_step")
-
-        def on_end_val_epoch(self, global_step: int, *outputs: Any, key: str = "default") -> None:
-            reach("on_end_val_epoch")
-
-        def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
-            reach("on_end_train_epoch")
-
-        def on_end_train(self, global_step: int) -> None:
-            reach("on_end_train")
-
-    return Acting()
+    made: Net = type("Acting", (Net,), {name: hook(name) for name in HOOKED})(
+        optimizers=optimizers,
+        train_data=train_data,
+        train_step=train_step,
+        val_data=lambda net, size: reach("get_val_dataloaders") or net.batches(size),
+        val_step=lambda net, step, batch: reach("val_step") or net.forward_loss(batch),
+    )
+    return made
 
 
 IN_THE_SECOND_STEP = {
-    "train_step",
-    "backward",
-    "optimizer",
-    "scheduler",
-    "on_end_backward",
-    "on_end_train_step",
-    "waiting for data",
+    *("train_step", "backward", "optimizer", "scheduler", "on_end_backward", "on_end_train_step", "waiting for data")
 }
 
 
-class FailingCallback(CallbackInterface):
-    """Fails at the first step, while the loop is in the second."""
-
-    def __init__(self, error: Exception, loop_is_further: threading.Event) -> None:
-        self.error = error
-        self.loop_is_further = loop_is_further
-
-    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
-        assert self.loop_is_further.wait(20)
-        raise self.error
-
-
 class FailingSink:
-    """Fails at the first step it hears of, while the loop is in the second."""
+    """Fails at the first step that it receives, while the loop is in the second."""
 
     delivery = Delivery(on_error="fatal", latency_s=0.001)
 
-    def __init__(self, error: Exception, loop_is_further: threading.Event) -> None:
-        self.error = error
-        self.loop_is_further = loop_is_further
+    def __init__(self, fail: Callable[[], None]) -> None:
+        self.fail = fail
 
     def open(self, run: Any) -> FailingSink:
         return self
 
     def write(self, events: Sequence[Event]) -> None:
         if any(isinstance(event, TrainStepEnded) for event in events):
-            assert self.loop_is_further.wait(20)
-            raise self.error
+            self.fail()
 
     def close(self) -> None: ...
+
+
+class FailingCallback(CallbackInterface):
+    def __init__(self, fail: Callable[[], None]) -> None:
+        self.fail = fail
+
+    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+        self.fail()
 
 
 def spelled(events: Sequence[Event]) -> str:
@@ -240,32 +212,32 @@ def spelled(events: Sequence[Event]) -> str:
 class Scene:
     """One row, performed."""
 
-    def __init__(self, kit: Any, row: Row) -> None:
-        self.kit, self.row = kit, row
-        self.reached = threading.Event()
-        self.entered = threading.Event()
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.reached, self.entered = threading.Event(), threading.Event()
         self.boom = Boom(row.place)
         self.run: Any = None
 
     def act(self) -> None:
-        """On whichever thread the place is."""
-        assert self.entered.wait(self.kit.WAIT_S)
-        if self.row.what == "error":
+        """Do what the row names, on the thread of its place."""
+        assert self.entered.wait(WAIT_S)
+        if self.row.place in ("a callback", "a sink"):
+            self.reached.set()
+            wait_until_failed(self.run)
+        elif self.row.what == "error":
             raise self.boom
-        if self.row.what == "stop":
+        elif self.row.what == "stop":
             self.run.stop()
         elif self.row.what in ("pause", "cancel while paused"):
             self.run.pause()
-            self.reached.set()
         elif self.row.what == "cancel":
             self.reached.set()
-            self.kit.wait_until_failed(self.run)
+            wait_until_failed(self.run)
 
-    def let_the_observer_fail(self) -> None:
-        """In the second step."""
-        assert self.entered.wait(self.kit.WAIT_S)
-        self.reached.set()
-        self.kit.wait_until_failed(self.run)
+    def fail(self) -> None:
+        """Fail in an observer, once the loop is in the second step."""
+        assert self.reached.wait(WAIT_S)
+        raise self.boom
 
     async def body(self) -> None:
         """What the host does meanwhile."""
@@ -278,23 +250,18 @@ class Scene:
         if self.row.what == "pause":
             self.run.stop()
         if self.row.what == "cancel":
-            await anyio.to_thread.run_sync(self.reached.wait, self.kit.WAIT_S)
+            await anyio.to_thread.run_sync(self.reached.wait, WAIT_S)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.what or 'nothing'} at {row.place}".replace(" ", "_"))
-async def test_hooks_and_events_are_those_of_the_table(kit: Any, row: Row) -> None:
-    """One row, on the loop's own thread and on both event loops."""
-    scene = Scene(kit, row)
-    observer_fails = row.place in ("a callback", "a sink")
-    callbacks: list[Any] = [diary := kit.Diary()]
-    sinks: list[Any] = [memory := Memory()]
-    if observer_fails:
-        callbacks += [FailingCallback(scene.boom, scene.reached)] if row.place == "a callback" else []
-        sinks += [FailingSink(scene.boom, scene.reached)] if row.place == "a sink" else []
-        module = module_that_acts(kit, "train_step", scene.let_the_observer_fail, at=2)
-    else:
-        module = module_that_acts(kit, row.place, scene.act, at=2 if row.place in IN_THE_SECOND_STEP else 1)
-    trainer = kit.make_trainer(module, epochs=2, callbacks=callbacks, sinks=sinks)
+async def test_hooks_and_events_are_those_of_the_table(row: Row) -> None:
+    scene, diary, memory = Scene(row), Diary(), Memory()
+    observes = row.place in ("a callback", "a sink")
+    at = 2 if observes or row.place in IN_THE_SECOND_STEP else 1
+    module = module_that_acts("train_step" if observes else row.place, scene.act, at=at)
+    callbacks: list[Any] = [diary, *([FailingCallback(scene.fail)] if row.place == "a callback" else [])]
+    sinks: list[Any] = [memory, *([FailingSink(scene.fail)] if row.place == "a sink" else [])]
+    trainer = make_trainer(module, epochs=2, callbacks=callbacks, sinks=sinks)
 
     error: BaseException | None = None
     with anyio.CancelScope() as scope:
@@ -312,7 +279,7 @@ async def test_hooks_and_events_are_those_of_the_table(kit: Any, row: Row) -> No
     assert " ".join(SHORT_HOOKS[name] for name in diary.names) == row.hooks
     ended = next(event for event in memory.events if spelled([event]) == "run-")
     assert ended.status == row.status  # type: ignore[attr-defined]
-    assert kit.trainer_threads(loops=True) == []
+    assert trainer_threads(loops=True) == []
     if row.what == "error":
         assert error is scene.boom
         assert error.__cause__ is None
