@@ -41,16 +41,6 @@ from events.errors import ArgumentsError, RunFolderError, WireError
 from events.wire import decode_command
 from sinks.damage import unreadable
 from sinks.live.access import Access, Refused, Request
-from sinks.live.answers import (
-    HEADERS,
-    Answer,
-    AnswerAborted,
-    JsonAnswer,
-    read_page,
-    refuse,
-    send_image,
-    unchanged,
-)
 from sinks.live.bounds import Limit, Unread
 from sinks.live.client import (
     ENDING,
@@ -66,6 +56,16 @@ from sinks.live.clients import Clients
 from sinks.live.frame_stream import as_event, as_text, send_frames
 from sinks.live.hub import Hub
 from sinks.live.journal_body import JournalBody
+from sinks.live.responses import (
+    HEADERS,
+    BoundedResponse,
+    JsonResponse,
+    ResponseAborted,
+    read_page,
+    refuse,
+    send_image,
+    unchanged,
+)
 from sinks.live.runs import Runs, runs_of
 
 MOST_FOLLOWERS = 64
@@ -126,7 +126,7 @@ class LiveApp:
         if scope["type"] == "lifespan":
             await self._router(scope, receive, send)
             return
-        with contextlib.suppress(AnswerAborted, ClientDisconnect):  # the server closes an incomplete response
+        with contextlib.suppress(ResponseAborted, ClientDisconnect):  # the server closes an incomplete response
             await self._app(scope, receive, send)
 
     async def end(self) -> None:
@@ -157,7 +157,7 @@ class LiveApp:
         if path == "" and not is_socket and not (asked := _asked_path(scope)).endswith(b"/"):
             # The page's relative addresses depend on the slash. The dot: no name leads to another host.
             name = quote(asked.rpartition(b"/")[2] or b".", safe="%")
-            await Answer(status_code=307, headers={"location": f"./{name}/"})(scope, receive, send)
+            await BoundedResponse(status_code=307, headers={"location": f"./{name}/"})(scope, receive, send)
             return
         inner = {**scope, "app": self, "root_path": "", "path": f"/{path}", _REQUEST: request}
         await self._router(inner, receive, send)
@@ -172,12 +172,12 @@ class LiveApp:
         return unchanged(etag) if request.headers.get("if-none-match") == etag else answer
 
     async def _list_runs(self, request: HttpRequest) -> Response:
-        return JsonAnswer({"runs": await self._runs.summaries(self._access.commands)}, unread=self._unread)
+        return JsonResponse({"runs": await self._runs.summaries(self._access.commands)}, unread=self._unread)
 
     async def _snapshot(self, request: HttpRequest) -> Response:
         hub = await self._hub(request)
         await hub.refresh()
-        return Answer((await hub.snapshot()).data, media_type="application/json", unread=self._unread)
+        return BoundedResponse((await hub.snapshot()).data, media_type="application/json", unread=self._unread)
 
     async def _image(self, request: HttpRequest) -> ASGIApp:
         hub = await self._hub(request)
@@ -202,7 +202,7 @@ class LiveApp:
             if len(body) > MOST_INBOUND:
                 raise Refused(413, f"a command has at most {MOST_INBOUND} bytes")
         answer = await self._command(hub, body)
-        return JsonAnswer(answer, 202 if answer["type"] == "sent" else 409 if self._access.commands else 403)
+        return JsonResponse(answer, 202 if answer["type"] == "sent" else 409 if self._access.commands else 403)
 
     async def _command(self, hub: Hub, data: bytes, request: Request | None = None) -> dict[str, str | None]:
         """Send a command to the run, if the host's check allows ``request``; return the answer."""

@@ -13,29 +13,21 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from events.bounds import MAX_NAME_CHARS
 from events.errors import ArgumentsError
-from events.health import Health
-from events.journal.history import EventFinder
-from events.journal.reader import JournalReader
 from events.journal.segment import JOURNAL_DIR, segment_name, segment_numbers
-from events.journal.tail import journal_tail
 from events.run.folder import is_held
 from events.run.summary import Summary
 from events.safe_files import guard, list_below, stat_below
-from sinks.damage import damage_in, damage_of, reason_of
-from sinks.format import plain_text
+from sinks.damage import damage_of, reason_of
 from sinks.live.folder_hub import FolderHub
 from sinks.live.hub import Hub
-from sinks.live.stored import batches, head_of
-from sinks.live.trim import trimmed
-from sinks.live.view import RunView, damage_line
+from sinks.live.summaries import HealthReader, add_damage, named, summarise
+from sinks.live.view import damage_line
 
 _MOST_HUBS = 16
 """Maximum hubs without clients that are kept."""
 MOST_READERS = 32
 """Maximum threads that read runs for clients."""
-_HEAD = 64
 _PER_RUN_S = 0.2
 """Maximum seconds per run and look; later looks read the rest of a long journal."""
 _FIRST_LOOK_S = 5.0
@@ -176,14 +168,14 @@ class RunsOfFolder:
             else:
                 known.pop(path, None)
         self._known = known
-        self._paths, summaries = _named({path: self._with_view(path, run.summary) for path, run in known.items()})
+        self._paths, summaries = named({path: self._with_view(path, run.summary) for path, run in known.items()})
         return summaries
 
     def _with_view(self, path: Path, summary: Summary) -> Summary:
         """Return a summary with the damage that its hub found in the whole journal."""
         hub = self._hubs.get(path)
         summary = msgspec.structs.replace(summary)
-        _add_damage(summary, hub.view.run.damage if hub is not None else None)
+        add_damage(summary, hub.view.run.damage if hub is not None else None)
         return summary
 
     def _look_at(self, path: Path) -> _Run | None:
@@ -208,35 +200,10 @@ class RunsOfFolder:
             return None
         except Exception as error:  # of a damaged or hostile folder: other runs are unaffected
             reason, summary = reason_of(error, path), Summary()
-        _add_damage(summary, reason)
+        add_damage(summary, reason)
         if not summary.run_id and not summary.damage:
             return None
         return _Run(stamp, held, reason, summary, health, time.monotonic())
-
-
-class HealthReader:
-    """Reads the problems of a run from its whole journal, which may grow. Belongs to one thread."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._head: bytes | None = None
-        self.is_behind = False
-        """Whether the last call has not reached the end of the journal."""
-
-    def problems(self, until: float = math.inf) -> list[str]:
-        """Read new events, and return the problems. Raises `OSError`.
-
-        Args:
-            until: Stop soon after this time (`time.monotonic`); then `is_behind` is True, and the next call continues.
-        """
-        head = head_of(self._run_dir)
-        if head != self._head:  # the first read, or another run has the folder now
-            self._head, self._health = head, Health()
-            self._finder = EventFinder(self._run_dir / JOURNAL_DIR, self._health.types)
-        for event in self._finder.find(until):
-            self._health.add(trimmed([event])[0])
-        self.is_behind = time.monotonic() > until
-        return self._health.problems
 
 
 def runs_of(given: Runs | str | os.PathLike[str]) -> Runs:
@@ -250,76 +217,6 @@ def runs_of(given: Runs | str | os.PathLike[str]) -> Runs:
     if isinstance(given, type) or not all(callable(getattr(given, name, None)) for name in ("summaries", "hub")):
         raise ArgumentsError(f"runs must be a folder or RunsOfFolder(folder), not {given!r:.80}")
     return given
-
-
-def summarise(run_dir: str | os.PathLike[str], health: HealthReader | None = None, until: float = math.inf) -> Summary:
-    """Return the entry of a run in the list, from the start and the end of its journal. Raises `OSError`.
-
-    Args:
-        health: Has read the run's journal before; None reads all of it.
-        until: Stop reading soon after this time (`time.monotonic`), with a partial result.
-    """
-    run_dir = Path(run_dir)
-    journal_dir = run_dir / JOURNAL_DIR
-    reader = JournalReader(journal_dir)
-    view = RunView()
-    count = 0
-    for batch in batches(reader, until, _HEAD):
-        view.add(batch)  # at once, because a few events may be as large as a whole view
-        count += len(batch)
-        if count >= _HEAD:
-            break
-    tail = journal_tail(journal_dir).events
-    view.add(trimmed([event for event in tail if count and event.seq > view.cursor]))
-    view.run.settle(is_held=is_held(run_dir))
-    view.run.problems = (health or HealthReader(run_dir)).problems(until)
-    _add_damage(view.run, damage_in(reader))
-    return view.run
-
-
-def _add_damage(run: Summary, reason: str | None) -> None:
-    if reason is None or run.damage is not None:
-        return
-    run.damage = reason
-    run.problems = [damage_line(reason), *run.problems]
-    run.settle(is_held=run.status == "running")
-
-
-def _named(found: dict[Path, Summary]) -> tuple[dict[str, tuple[Path, str]], list[Summary]]:
-    """Give each run a unique name; return folder and ``run_id`` by name, and the summaries with these names."""
-    rank = {path: (path.name != run.run_id, run.status != "running", -run.updated) for path, run in found.items()}
-    paths: dict[str, tuple[Path, str]] = {}
-    summaries: dict[Path, Summary] = {}
-    for path, run in sorted(found.items(), key=lambda one: (not _is_name(one[1].run_id), *rank[one[0]])):
-        own, folder = run.run_id, plain_text(path.name, 100) or "run"
-        name, reason = own, None
-        if not _is_name(own):
-            name, reason = folder, f"its run_id {plain_text(own, 60)!r} is not a printable name" if own else None
-        elif own in paths:
-            name, first = f"{own} ({folder})", paths[own][0]
-            run = _with_namesake(run, first)
-            summaries[first] = _with_namesake(summaries[first], path)
-        number = 2
-        while name in paths:
-            name, number = f"{name} ({number})", number + 1
-        paths[name] = path, own
-        run = msgspec.structs.replace(run, run_id=name)
-        _add_damage(run, reason)
-        summaries[path] = run
-    return paths, list(summaries.values())
-
-
-def _with_namesake(run: Summary, other: Path) -> Summary:
-    """Add a problem that names the other folder: one of the two may impersonate the other."""
-    problem = f"the folder {plain_text(other.name, 100)!r} has a run of the same run_id"
-    return run if len(run.problems) > 20 else msgspec.structs.replace(run, problems=[*run.problems, problem])
-
-
-def _is_name(run_id: str) -> bool:
-    """Whether a ``run_id`` can be part of an address and is printable."""
-    return (
-        run_id.isprintable() and 0 < len(run_id) <= MAX_NAME_CHARS and run_id not in (".", "..") and "/" not in run_id
-    )
 
 
 def _run_folders(folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -11,20 +10,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
 from urllib.parse import quote
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from events.errors import SinkMisconfigured
-from events.log import PlainRecords, in_this_run, logger
-from sinks.connections import EXHAUSTED, REQUEST_S, ClientFaults, ConnectionLimit, RatedWarning, address_group
+from events.log import in_this_run, logger
+from sinks.connections import EXHAUSTED, ConnectionLimit, RatedWarning, address_group
 from sinks.live.access import Access
 from sinks.live.app import LiveApp
-from sinks.live.bounds import PART_BYTES
 from sinks.live.client import MOST_INBOUND
+from sinks.live.protocols import HttpConnection, StrictServer, WebSocketConnection
 from sinks.live.runs import Runs
 from sinks.live.token import check_host, is_loopback
 
@@ -32,11 +28,6 @@ _START_S = 10.0
 _STOP_S = 5.0
 _PAUSE_S = 0.5
 """Seconds without an accept after one failed without a free descriptor; less than asyncio's second."""
-_CLOSING_S = 10.0
-"""Maximum seconds per close: a connection whose client does not read would never close."""
-
-_MOST_BUFFERED = 2 * PART_BYTES
-"""Maximum unread bytes per connection when it closes, or when its client pings."""
 
 
 class Listener(socket.socket):
@@ -53,7 +44,7 @@ class Listener(socket.socket):
         self._refused = RatedWarning("the page's server closed a new connection; raise the descriptor limit: ulimit -n")
         self._paused_until = -1.0
 
-    def accept(self) -> tuple[socket.socket, Any]:
+    def accept(self) -> tuple[socket.socket, object]:
         """Accept a connection.
 
         Raises:
@@ -161,12 +152,12 @@ class Server:
             own.setLevel(logging.WARNING)  # at INFO it would log clients' requests, with their tokens
         config = uvicorn.Config(
             app,
-            http=_Http,
+            http=HttpConnection,
             loop="asyncio",  # uvloop does not call `Listener.accept`
             log_config=None,
             access_log=False,  # addresses may be private
             lifespan="off",
-            ws=_WebSocket,
+            ws=WebSocketConnection,
             ws_max_size=MOST_INBOUND,
             ws_ping_interval=20.0,
             ws_ping_timeout=20.0,
@@ -174,7 +165,7 @@ class Server:
             timeout_graceful_shutdown=1,
             server_header=False,
         )
-        self._server = _Uvicorn(config)
+        self._server = StrictServer(config)
         listening.make_room = self._server.make_room
         listening.count_made = lambda: len(self._server.server_state.connections)
         self._thread = threading.Thread(target=in_this_run(self._serve), name="stagecast-live", daemon=True)
@@ -210,145 +201,3 @@ class Server:
             self._server.run(sockets=[self._socket])
         except Exception as error:
             logger.error(f"the server at {self.url} has failed: {error!r}")
-
-
-def _make_log() -> logging.Logger:
-    log = logging.getLogger("uvicorn.error.stagecast")  # handlers and level are the host's
-    if not log.filters:
-        log.addFilter(ClientFaults())
-        log.addFilter(PlainRecords())
-    return log
-
-
-# uvicorn has no public way to find idle connections, nor to refuse pings. `_Http`, `_WebSocket` and `_Uvicorn` hold all
-# uses of its protocols beyond asyncio's interface; a test names the attribute that an upgrade has removed.
-HTTP_ATTRIBUTES = ("app", "client", "cycle", "logger", "on_response_complete", "scope", "transport")
-CYCLE_ATTRIBUTES = ("more_body", "response_complete")
-WEBSOCKET_ATTRIBUTES = (
-    *("app", "client", "close_sent", "conn", "handle_close", "handle_ping", "handshake_complete"),
-    *("handshake_initiated", "logger", "transport"),
-)
-SERVER_ATTRIBUTES = ("on_tick", "run", "server_state", "should_exit", "started", "startup")
-
-
-class _Http(H11Protocol):
-    """One HTTP connection."""
-
-    waiting_since = 0.0
-    """Time of the accept, or of the last complete response."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.logger = _make_log()
-        self.waiting_since = time.monotonic()
-
-    def on_response_complete(self) -> None:
-        self.waiting_since = time.monotonic()
-        super().on_response_complete()
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the client has not sent a complete request, with its body, since the last response."""
-        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
-
-
-class _WebSocket(WebSocketsSansIOProtocol):
-    """One WebSocket."""
-
-    waiting_since = 0.0
-    """Time of the upgrade."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.logger = _make_log()
-        self.waiting_since = time.monotonic()
-
-    def data_received(self, data: bytes) -> None:
-        """Abort a handshake that was refused without a response, for example with too many headers."""
-        super().data_received(data)
-        # `handshake_exc` is public, of `websockets.server.ServerProtocol`.
-        if self.conn.handshake_exc is not None and not self.handshake_initiated:
-            self.transport.abort()
-
-    def handle_ping(self) -> None:
-        """Answer a ping; abort a client that does not read, or its pongs would fill the memory."""
-        if self.transport.get_write_buffer_size() > _MOST_BUFFERED:
-            self.transport.abort()
-            return
-        super().handle_ping()
-
-    def handle_close(self, event: Any) -> None:
-        """Close; abort a client with many unread bytes, which would stay in memory."""
-        if not self.close_sent and self.transport.get_write_buffer_size() > _MOST_BUFFERED:
-            self.transport.abort()
-        super().handle_close(event)
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the handshake is not complete."""
-        return not self.handshake_complete
-
-
-class _Uvicorn(uvicorn.Server):
-    """Aborts connections whose clients neither send nor read in time."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._closing: weakref.WeakKeyDictionary[object, float] = weakref.WeakKeyDictionary()
-        self._evicted: Any = None
-        self._exhausted = RatedWarning("the page's server cannot accept a connection: ")
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to accept connections."""
-        asyncio.get_running_loop().set_exception_handler(self._on_error)
-        await super().startup(sockets)
-
-    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        if isinstance(error, OSError) and error.errno in EXHAUSTED and "socket" in context:
-            self._exhausted(str(error))
-        else:
-            loop.default_exception_handler(context)
-
-    async def on_tick(self, counter: int) -> bool:
-        """Abort stuck connections. uvicorn calls it ten times a second."""
-        now = time.monotonic()
-        for connection in list(self.server_state.connections) if counter % 10 == 0 else ():
-            transport = connection.transport
-            if transport.is_closing():
-                closing_s = now - self._closing.setdefault(connection, now)
-                if closing_s > _CLOSING_S or transport.get_write_buffer_size() > _MOST_BUFFERED:
-                    transport.abort()  # its data would stay in memory
-            elif (
-                isinstance(connection, _Http | _WebSocket)
-                and connection.is_waiting
-                and now - connection.waiting_since > REQUEST_S
-            ):
-                transport.abort()
-        return await super().on_tick(counter)
-
-    def make_room(self, address: str | None) -> bool:
-        """Abort the connection that has been idle or closing for longest; False without such a connection.
-
-        One at a time: the next one after this one has closed.
-
-        Args:
-            address: Of the client; None for any.
-        """
-        if self._evicted in self.server_state.connections:
-            return address is None
-        since: dict[Any, float] = {}
-        connection: Any
-        for connection in self.server_state.connections:
-            if address is not None and address_group(connection.client) != address:
-                continue
-            if isinstance(connection, _Http | _WebSocket) and connection.is_waiting:
-                since[connection] = connection.waiting_since
-            elif connection.transport.is_closing() or getattr(connection, "close_sent", False):
-                since[connection] = self._closing.setdefault(connection, time.monotonic())
-        if not since:
-            return False
-        oldest = min(since, key=since.__getitem__)
-        self._evicted = oldest
-        oldest.transport.abort()
-        return True

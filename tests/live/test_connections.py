@@ -19,6 +19,7 @@ import pytest
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from sinks.connections import ConnectionLimit, address_group, hostname_of
+from sinks.live import protocols as protocols_module
 from sinks.live import server as server_module
 from sinks.live.hub import Hub
 
@@ -309,7 +310,7 @@ def test_a_client_that_closes_leaves_nothing_unread_in_memory(
     story: Any, serve: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was sent a large message and has read nothing: its connection ends at once, not after a time to read."""
-    monkeypatch.setattr(server_module, "_CLOSING_S", 100.0)
+    monkeypatch.setattr(protocols_module, "_CLOSING_S", 100.0)
     hub = Hub()
     hub.view.run.run_id = "demo"
     hub.feed([story.started()])
@@ -392,7 +393,8 @@ def test_one_address_takes_at_most_half_of_the_connections(
     with contextlib.ExitStack() as streams:
 
         def answers(group: str) -> bool:
-            monkeypatch.setattr(server_module, "address_group", lambda address: group)
+            for module in (server_module, protocols_module):
+                monkeypatch.setattr(module, "address_group", lambda address: group)
             one = streams.enter_context(sockets.create_connection(address, timeout=20))
             try:
                 one.sendall(request)
@@ -433,19 +435,19 @@ def test_a_host_header_is_read_strictly(host: str, name: str | None) -> None:
 
 def test_the_parts_of_uvicorn_that_are_used_exist() -> None:
     """If an upgrade has removed one, this names it."""
-    http, websocket = server_module.H11Protocol, server_module.WebSocketsSansIOProtocol
-    state = server_module.uvicorn.server.ServerState()
-    config = server_module.uvicorn.Config(lambda: None, log_config=None)
+    http, websocket = protocols_module.H11Protocol, protocols_module.WebSocketsSansIOProtocol
+    state = protocols_module.uvicorn.server.ServerState()
+    config = protocols_module.uvicorn.Config(lambda: None, log_config=None)
     config.load()
     loop: Any = object()
     cycle = RequestResponseCycle(**dict.fromkeys(inspect.signature(RequestResponseCycle).parameters, MagicMock()))
-    server = server_module.uvicorn.Server(config)
+    server = protocols_module.uvicorn.Server(config)
     used: list[tuple[Any, tuple[str, ...]]] = [
-        (http(config, state, {}, loop), server_module.HTTP_ATTRIBUTES),
-        (cycle, server_module.CYCLE_ATTRIBUTES),
-        (websocket(config, state, {}, loop), server_module.WEBSOCKET_ATTRIBUTES),
+        (http(config, state, {}, loop), protocols_module.HTTP_ATTRIBUTES),
+        (cycle, protocols_module.CYCLE_ATTRIBUTES),
+        (websocket(config, state, {}, loop), protocols_module.WEBSOCKET_ATTRIBUTES),
         (websocket(config, state, {}, loop).conn, ("handshake_exc",)),
-        (server, server_module.SERVER_ATTRIBUTES),
+        (server, protocols_module.SERVER_ATTRIBUTES),
         (server.server_state, ("connections",)),
     ]
     missing = [f"{type(one).__qualname__}.{name}" for one, names in used for name in names if not hasattr(one, name)]

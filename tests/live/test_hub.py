@@ -24,8 +24,9 @@ from sinks.live.access import Access
 from sinks.live.app import LiveApp
 from sinks.live.folder_hub import FolderHub
 from sinks.live.hub import Hub
-from sinks.live.runs import RunsOfFolder, summarise
+from sinks.live.runs import RunsOfFolder
 from sinks.live.stored import STORE_NAME, read_view
+from sinks.live.summaries import summarise
 
 pytestmark = pytest.mark.anyio
 

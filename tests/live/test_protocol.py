@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from events.messages import CheckpointSaved
-from sinks.live import answers as answers_module
 from sinks.live import client as client_module
 from sinks.live import frames as frames_module
 from sinks.live import hub as hub_module
+from sinks.live import protocols as protocols_module
+from sinks.live import responses as responses_module
 from sinks.live import server as server_module
 from sinks.live.access import Access
 from sinks.live.app import LiveApp
@@ -365,8 +366,8 @@ def test_a_client_that_takes_nothing_for_long_is_told_to_come_later(
 ) -> None:
     """It is closed with 1013 when it reads again; if it never does, its connection is dropped all the same."""
     monkeypatch.setattr(client_module, "SEND_S", 0.3)
-    monkeypatch.setattr(answers_module, "_CLOSE_S", 2.0)
-    monkeypatch.setattr(server_module, "_CLOSING_S", 0.1)
+    monkeypatch.setattr(responses_module, "_CLOSE_S", 2.0)
+    monkeypatch.setattr(protocols_module, "_CLOSING_S", 0.1)
     hub, server, make = big
     with stuck(kit, server) as late, stuck(kit, server):
         kit.wait_until(lambda: hub._watchers == 2)
@@ -461,7 +462,7 @@ def test_journals_go_out_in_small_parts_to_a_limited_number_of_clients(
     look = RunsOfFolder._look
     monkeypatch.setattr(RunsOfFolder, "_look", lambda self: looks.append(1) or look(self))
     monkeypatch.setattr(client_module, "SEND_S", 2.0)
-    monkeypatch.setattr(server_module, "_CLOSING_S", 0.1)
+    monkeypatch.setattr(protocols_module, "_CLOSING_S", 0.1)
     tell = told.story
     told.write(tell.started(), *(tell.metrics(**{f"m{i}": 1.0 for i in range(200)}) for _ in range(1_000)))
     server = serve(RunsOfFolder(told.path))

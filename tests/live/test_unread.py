@@ -12,12 +12,12 @@ import msgspec
 import pytest
 import trio.testing
 
-from sinks.live import answers as answers_module
+from sinks.live import responses as responses_module
 from sinks.live.access import Access, Refused
-from sinks.live.answers import STALL_S, Answer, AnswerAborted
 from sinks.live.app import LiveApp
 from sinks.live.bounds import PART_BYTES, Unread
 from sinks.live.hub import Hub
+from sinks.live.responses import STALL_S, BoundedResponse, ResponseAborted
 from sinks.live.runs import OneRun, RunsOfFolder
 
 IMAGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x06\0\0\0"
@@ -194,8 +194,8 @@ def test_the_timeout_of_an_answer_restarts_with_each_part(part_s: float, is_sent
             await anyio.sleep(part_s)
 
     async def answer() -> None:
-        with contextlib.nullcontext() if is_sent else pytest.raises(AnswerAborted):
-            large = Answer(b"x" * (10 * PART_BYTES))
+        with contextlib.nullcontext() if is_sent else pytest.raises(ResponseAborted):
+            large = BoundedResponse(b"x" * (10 * PART_BYTES))
             await large({"type": "http", "method": "GET"}, anyio.sleep_forever, send)
 
     trio.run(answer, clock=trio.testing.MockClock(autojump_threshold=0))
@@ -215,7 +215,7 @@ def test_one_answer_is_always_allowed() -> None:
 @pytest.mark.anyio
 async def test_an_answer_that_is_not_read_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The application returns without completing it, at which every server closes the connection."""
-    monkeypatch.setattr(answers_module, "STALL_S", 0.05)
+    monkeypatch.setattr(responses_module, "STALL_S", 0.05)
     app = LiveApp(RunsOfFolder(folder.parent), Access())
     reader = Reader("api/runs/demo/media/a.png")
     async with reading(app, reader):

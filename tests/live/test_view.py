@@ -34,9 +34,9 @@ from events.messages import (
 from events.run.state import MAX_CHECKPOINTS
 from events.run.summary import UploadState
 from sinks.live.frames import encode
-from sinks.live.runs import HealthReader, summarise
 from sinks.live.series import MOST_SERIES
 from sinks.live.stored import STORE_NAME, read_view, write_view
+from sinks.live.summaries import HealthReader, summarise
 from sinks.live.view import MAX_LINES, MAX_MEDIA, MAX_STEPS_OF_A_HISTOGRAM, Changes, RunView
 
 

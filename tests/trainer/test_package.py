@@ -206,7 +206,7 @@ def test_imports_point_in_one_direction(package: str, never: str) -> None:
 
 
 ADAPTERS = {
-    *(f"sinks/live/{name}.py" for name in ("access", "answers", "app", "client", "frame_stream", "server")),
+    *(f"sinks/live/{name}.py" for name in ("access", "responses", "app", "client", "protocols", "server")),
     "sinks/trackers/otlp_export.py",
     "trainer/remote/address.py",
     "trainer/remote/http.py",

@@ -28,6 +28,7 @@ STALL_S = 30.0
 LEAST_BYTES_PER_S = 2**14
 """Minimum bytes per second at which a client must read a whole response."""
 _CLOSE_S = 5.0
+"""Maximum seconds for closing a refused WebSocket."""
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -40,12 +41,12 @@ HEADERS = {
 """Of every response, unless it sets them itself."""
 
 
-class AnswerAborted(Exception):
+class ResponseAborted(Exception):
     """A response cannot be completed: its client does not read, or its file was truncated. The server closes it."""
 
 
-class Answer(Response):
-    """A response from memory, sent part by part as its client reads. Sending raises `Refused` and `AnswerAborted`.
+class BoundedResponse(Response):
+    """A response from memory, sent part by part as its client reads. Sending raises `Refused` and `ResponseAborted`.
 
     Args:
         unread: Counts the response while it is in memory; None if its size does not depend on a run.
@@ -78,8 +79,8 @@ class Answer(Response):
             await send_parts(send, len(body), read)
 
 
-class JsonAnswer(Answer):
-    """An `Answer` in JSON."""
+class JsonResponse(BoundedResponse):
+    """An `BoundedResponse` in JSON."""
 
     media_type = "application/json"
 
@@ -95,7 +96,7 @@ async def send_parts(send: Send, size: int, read: Callable[[int, int], Awaitable
         read: Returns the bytes of a range.
 
     Raises:
-        AnswerAborted: The client reads too slowly, or the body is shorter than ``size``.
+        ResponseAborted: The client reads too slowly, or the body is shorter than ``size``.
     """
     deadline = anyio.current_time() + STALL_S + size / LEAST_BYTES_PER_S
     begin = 0
@@ -103,11 +104,11 @@ async def send_parts(send: Send, size: int, read: Callable[[int, int], Awaitable
         end = min(size, begin + PART_BYTES)
         part = await read(begin, end)
         if len(part) != end - begin:
-            raise AnswerAborted("the file was truncated while it was sent")
+            raise ResponseAborted("the file was truncated while it was sent")
         with anyio.move_on_after(min(STALL_S, deadline - anyio.current_time())) as taking:
             await send({"type": "http.response.body", "body": part, "more_body": end < size})
         if taking.cancelled_caught:
-            raise AnswerAborted(f"the client has read {begin:,} of {size:,} bytes, too slowly")
+            raise ResponseAborted(f"the client has read {begin:,} of {size:,} bytes, too slowly")
         begin = end
         if begin == size:
             return
@@ -120,7 +121,7 @@ async def send_image(
 
     Raises:
         Refused: There is no such image; see `open_image`.
-        AnswerAborted: The client does not read, or the file was truncated.
+        ResponseAborted: The client does not read, or the file was truncated.
     """
     try:
         image = await anyio.to_thread.run_sync(open_image, folder, name, limiter=limiter)
@@ -139,17 +140,17 @@ async def send_image(
         if Headers(scope=scope).get("if-none-match") == image.etag:
             await unchanged(image.etag)(scope, receive, send)
             return
-        start = Answer(headers={**kept(image.etag), "content-length": str(image.size)}, media_type="image/png")
+        start = BoundedResponse(headers={**kept(image.etag), "content-length": str(image.size)}, media_type="image/png")
         if scope["method"] == "HEAD":
             await start(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": start.raw_headers})
-        aborted: AnswerAborted | None = None
+        aborted: ResponseAborted | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(cancel_at_disconnect)
             try:
                 await send_parts(send, image.size, read)
-            except AnswerAborted as error:  # here, because a task group raises groups
+            except ResponseAborted as error:  # here, because a task group raises groups
                 aborted = error
             tasks.cancel_scope.cancel()
         if aborted is not None:
@@ -161,24 +162,24 @@ def kept(etag: str) -> dict[str, str]:
     return {"etag": etag, "cache-control": "no-cache"}
 
 
-def unchanged(etag: str) -> Answer:
+def unchanged(etag: str) -> BoundedResponse:
     """Return the answer to a client that has kept the response with this ``etag``."""
-    return Answer(status_code=304, headers=kept(etag))
+    return BoundedResponse(status_code=304, headers=kept(etag))
 
 
 @functools.cache
-def read_page() -> dict[str, Answer]:
-    """Return the answers with the files of the page, by name: so no request for them waits for a disk."""
-    answers: dict[str, Answer] = {}
+def read_page() -> dict[str, BoundedResponse]:
+    """Return the responses with the files of the page, by name: so no request for them waits for a disk."""
+    responses: dict[str, BoundedResponse] = {}
     for file in Path(__file__).with_name("page").iterdir():
-        data = file.read_bytes()
-        etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-        answers[file.name] = Answer(data, headers=kept(etag), media_type=_MEDIA_TYPES.get(file.suffix, "text/plain"))
-    return answers
+        data, media_type = file.read_bytes(), _MEDIA_TYPES.get(file.suffix, "text/plain")
+        headers = kept(f'"{hashlib.sha256(data).hexdigest()[:32]}"')
+        responses[file.name] = BoundedResponse(data, headers=headers, media_type=media_type)
+    return responses
 
 
 async def refuse(connection: Request | WebSocket, refused: Exception) -> Response | None:
-    """Answer a request that was refused; close a WebSocket that was accepted, or whose server cannot answer it."""
+    """Return the reason of a refusal; close a WebSocket that was accepted, or whose server cannot send a reason."""
     assert isinstance(refused, HTTPException)
     if isinstance(connection, Request) or (
         connection.application_state == WebSocketState.CONNECTING
@@ -186,8 +187,8 @@ async def refuse(connection: Request | WebSocket, refused: Exception) -> Respons
     ):
         if "text/html" in connection.headers.get("accept", ""):  # a browser's window
             text = f"stagecast: {refused.detail}\n".encode("utf-8", "replace")
-            return Answer(text, refused.status_code, refused.headers, "text/plain")
-        return JsonAnswer({"error": refused.detail}, refused.status_code, refused.headers)
+            return BoundedResponse(text, refused.status_code, refused.headers, "text/plain")
+        return JsonResponse({"error": refused.detail}, refused.status_code, refused.headers)
     code, reason = getattr(refused, "code", NOT_ALLOWED), refused.detail.encode()[:120].decode(errors="ignore")
     with anyio.move_on_after(_CLOSE_S), contextlib.suppress(OSError, RuntimeError, WebSocketDisconnect):
         await connection.close(code, reason)  # it may have left; a close frame holds 123 bytes
