@@ -80,7 +80,7 @@ class BoundedResponse(Response):
 
 
 class JsonResponse(BoundedResponse):
-    """An `BoundedResponse` in JSON."""
+    """A `BoundedResponse` in JSON."""
 
     media_type = "application/json"
 
