@@ -167,7 +167,8 @@ class Health:
         self._count("monitor", e, what, note=", ".join(e.known)[:500] or "none")
 
     def _step_skipped(self, e: StepSkipped) -> None:
-        if e.reason != "gradient_overflow":  # usual with float16: its loss scale is found that way
+        # The loss scale of float16 is found by overflows, and a module that returns no loss has chosen to.
+        if e.reason not in ("gradient_overflow", "no_loss"):
             self._count("skipped", e, "the loss" if e.reason == "non_finite_loss" else "a gradient")
 
     def _logged(self, e: WarningLogged) -> None:

@@ -365,8 +365,9 @@ class StepSkipped(Event, frozen=True, gc=False, tag=True):
     With manual optimization one optimizer skipped one update, and ``global_step`` advances.
     """
 
-    reason: Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
-    """``gradient_overflow``: float16's loss scale was too large and was reduced. Usual at the start."""
+    reason: Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient", "no_loss"]
+    """``gradient_overflow``: float16's loss scale was too large and was reduced. Usual at the start. ``no_loss``:
+    `train_step` returned None for every batch of the step."""
 
     droppable: ClassVar[bool] = True
 

@@ -230,7 +230,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     @abstractmethod
     def train_step(
         self, global_step: int, batch: Any, device: torch.device | str | int
-    ) -> torch.Tensor | tuple[Any, ...]:
+    ) -> torch.Tensor | tuple[Any, ...] | None:
         """Compute the loss of one micro-batch. Gradients are enabled; the module is in train mode.
 
         Args:
@@ -240,7 +240,9 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
         Returns:
             The loss: a tensor of one element with a graph, the mean over the micro-batch; or a tuple that
-            begins with it. Further outputs should be tensors; overridden hooks receive them collated.
+            begins with it. Further outputs should be tensors; overridden hooks receive them collated. Or None to leave
+            the micro-batch out of its step, with what it logged where the whole step has no loss. A step without any
+            loss is skipped and published as `StepSkipped`.
         """
 
     @abstractmethod

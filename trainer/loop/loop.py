@@ -248,14 +248,15 @@ class TrainingLoop:
             self._position,
             self._attempt.recorder,
         )
-        now = attempt.ledger.since
+        now, loss = attempt.ledger.since, outcome.loss
+        assert loss is not None
         origin.global_step = step = origin.global_step + 1
         if not self._step.is_manual:
             position.skipped_in_a_row = 0
         if recorder.values:
             recorder.flush()
         if follows_loss:
-            recorder.add_loss(outcome.loss, outcome.weight or 1)
+            recorder.add_loss(loss, outcome.weight or 1)
         # By position, because it is built at every step: keywords would take half as long again.
         event = TrainStepEnded(
             origin.run_id,
@@ -266,7 +267,7 @@ class TrainingLoop:
             step,
             origin.epoch,
             "train",
-            outcome.loss,  # type: ignore[arg-type]  # deferred: read in a batch with others, off this thread
+            loss,  # type: ignore[arg-type]  # deferred: read in a batch with others, off this thread
             step - position.first_step,
             outcome.rows,
             (now - self._step_ended_ns) / 1e9,
@@ -293,8 +294,9 @@ class TrainingLoop:
         receivers = self._attempt.bus.audience.payload_receivers.get(TrainStepEnded, ())
         if live is not None and (receivers or outputs is not None):
             # Where the loss is the only output, the event's is a copy of it that never changes.
-            is_loss = len(live) == len(live[0]) == 1 and loss.is_cpu and _alike(loss, live[0][0])
-            if is_loss:
+            only = live[0][0] if len(live) == len(live[0]) == 1 else None
+            if is_loss := loss is not None and loss.is_cpu and _alike(loss, only):
+                assert loss is not None
                 copies = [Copy((loss,), loss.nbytes)]
             else:
                 copies = [self._capture.copy(values) for values in live]

@@ -49,6 +49,8 @@ class ManualSteps:
         self._on_skip = on_skip
         self._in_step = False
         self._skipped: Skip | None = None
+        self.loss: torch.Tensor | None = None
+        """The loss of the last update in the last call of `train_step`, detached; None without updates."""
         self.only_skipped = False
         """Whether the last call of `train_step` had updates, and all were skipped: schedulers stay, too."""
         self._updates = 0
@@ -58,7 +60,7 @@ class ManualSteps:
 
     def step(self, batch: Any) -> tuple[tuple[Any, ...], torch.Tensor | None, torch.Tensor | None]:
         """Call `train_step`; return its outputs, the last gradient norm, and a check of all gradients."""
-        self._backwards, self._grad_norm, self._found = 0, None, None
+        self._backwards, self._grad_norm, self._found, self.loss = 0, None, None, None
         self._updates, self.only_skipped = 0, False
         step = self._attempt.origin.global_step + 1
         self._attempt.phase = "train_step"
@@ -104,6 +106,7 @@ class ManualSteps:
         if self._attempt.precision.enabled:
             torch.clear_autocast_cache()  # it holds copies of the old weights
         attempt.phase = "train_step"
+        self.loss = loss
         self._updates += skipped is None
         self.only_skipped = not self._updates
         if skipped is None:

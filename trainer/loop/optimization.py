@@ -31,7 +31,7 @@ from trainer.loop.optimizers import (
 from trainer.loop.saved_state import INSTEAD, checked_optimizer, checked_scheduler, restore_optimizer
 from trainer.loop.schedule import Schedules
 
-Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient"]
+Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient", "no_loss"]
 
 
 class ClosureWanted(Exception):  # not an error: the caller repeats the step with `step_with_closure`
@@ -328,6 +328,14 @@ class Optimization:
         # A scale of 1 or less causes no overflow, so the gradient itself is not finite in float16.
         is_scaled = len(numbers) > 2 and numbers[2] > 1
         return "gradient_overflow" if is_scaled else "non_finite_gradient"
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients in place."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
 
     def zero_grad(self) -> None:
         """Clear the gradients."""

@@ -30,11 +30,19 @@ Outputs = tuple[Any, ...]
 _Count = TypeVar("_Count", int, float)
 
 
+_Computed = tuple[torch.Tensor, int | None, list[Outputs] | None]
+"""The loss of a step, detached; its rows; the results of `train_step` that are kept."""
+
+
+class _NoLoss(Exception):  # not an error: ends an optimizer's closure
+    """`train_step` returned None for every batch of the step."""
+
+
 class StepOutcome(msgspec.Struct, gc=False):
     """What a step has computed."""
 
-    loss: torch.Tensor
-    """A scalar ``()``, detached, that nothing changes any more."""
+    loss: torch.Tensor | None
+    """A scalar ``()``, detached, that nothing changes any more; None if there is none."""
     rows: int | None
     outputs: list[Outputs] | None
     """Results of `train_step` per micro-batch, with their graphs; None if they are not kept."""
@@ -85,6 +93,7 @@ class Step:
         """Take one step.
 
         Args:
+            group: Its micro-batches. Those for which `train_step` returned None are removed.
             keep: Whether the outputs of `train_step` are wanted.
 
         Raises:
@@ -95,11 +104,10 @@ class Step:
         ledger.enter("compute")
         if ledger.idle is not None:
             ledger.idle.begin()
-        weight = group[0].weight if len(group) == 1 else _sum([one.weight for one in group])
-        if self._weigh is not None and not weight:
+        if self._weigh is not None and not _weight(group):
             raise no_weight(self._module, attempt.origin.global_step + 1)
         outcome = self._take(group, keep)
-        outcome.weight = weight
+        outcome.weight = _weight(group)
         if self._clears:
             self._optimization.zero_grad()
         if ledger.idle is not None:
@@ -120,9 +128,12 @@ class Step:
     # --------------------------------------------------------------------------------- the ways to take one
 
     def _automatic(self, group: list[MicroBatch], keep: bool) -> StepOutcome:
-        loss, rows, outputs = self._micro_steps(group, keep)
-        self._attempt.phase = "the optimizer step"
+        computed = self._micro_steps(group, keep)
         lr = self._optimization.learning_rate
+        if computed is None:
+            return StepOutcome(None, None, None, lr, skipped="no_loss")
+        loss, rows, outputs = computed
+        self._attempt.phase = "the optimizer step"
         self._gate()  # the device waits for a copy of the tensors that the optimizers change
         try:
             grad_norm, bad_gradient, skipped = self._optimization.step(loss)
@@ -139,11 +150,20 @@ class Step:
         random numbers (dropout) and updates running statistics (batch norm), as in a loop written by hand.
         """
         attempt, recorder, lr = self._attempt, self._attempt.recorder, self._optimization.learning_rate
-        first: list[tuple[torch.Tensor, int | None, list[Outputs] | None]] = []
+        first: list[_Computed] = []
 
         def evaluate() -> torch.Tensor:
             logged, recorder.values = recorder.values, []
+            count = len(group)
             result = self._micro_steps(group, keep and not first)
+            if first and len(group) < count:
+                raise StepOutputError(
+                    f"{type(self._module).__name__}.train_step() returned None for a batch for which it had returned a"
+                    f" loss in the same step; {type(self._optimization.optimizers[0]).__name__} computes the loss"
+                    f" several times, so decide by the batch alone"
+                )
+            if result is None:
+                raise _NoLoss
             if first:
                 recorder.values = logged
             else:
@@ -152,7 +172,10 @@ class Step:
             return result[0]
 
         self._gate()
-        done = self._optimization.step_with_closure(evaluate)
+        try:
+            done = self._optimization.step_with_closure(evaluate)
+        except _NoLoss:
+            return StepOutcome(None, None, None, lr, skipped="no_loss")
         if done.skipped is None:
             self._optimization.schedules.after_step()
         return StepOutcome(*first[0], lr, done.grad_norm, done.found, done.skipped)
@@ -164,7 +187,9 @@ class Step:
         lr = self._optimization.learning_rate
         self._attempt.recorder.weight = 1 if weight is None else weight
         values, grad_norm, bad_gradient = self._manual.step(batch)
-        loss = values[0] if values else None
+        loss = values[0] if values else self._manual.loss
+        if loss is None and not values:
+            return StepOutcome(None, None, None, lr, skipped="no_loss")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise _bad_loss(self._module, loss, values)
         loss = loss.detach().reshape(()).clone()
@@ -175,29 +200,46 @@ class Step:
 
     # --------------------------------------------------------------------------------------- micro-batches
 
-    def _micro_steps(
-        self, group: list[MicroBatch], keep: bool
-    ) -> tuple[torch.Tensor, int | None, list[Outputs] | None]:
-        """The micro-batches of one step by their weights: the step's loss, its rows, the outputs to keep."""
-        if len(group) == 1:
-            loss, values = self._micro_step(group[0], None, 0)
-            return loss, group[0].rows, [values] if keep else None
-        parts = _parts([one.weight for one in group])
-        shares: list[torch.Tensor] = []
-        outputs: list[Outputs] = []
-        for i, (one, part) in enumerate(zip(group, parts, strict=True)):
-            share, values = self._micro_step(one, part, i)
-            shares.append(share.reshape(()))
-            if keep:
-                outputs.append(values)
-        return torch.stack(shares).sum(), _sum([one.rows for one in group]), outputs if keep else None
+    def _micro_steps(self, group: list[MicroBatch], keep: bool) -> _Computed | None:
+        """The micro-batches of one step by their weights; those without a loss are removed from ``group``.
 
-    def _micro_step(self, one: MicroBatch, part: float | None, number: int) -> tuple[torch.Tensor, Outputs]:
-        """Forward and backward of one micro-batch; returns its share of the step's loss, detached, and its outputs.
+        Returns:
+            The step's loss, its rows and the outputs to keep; None if no micro-batch has a loss.
+        """
+        if len(group) == 1:
+            computed = self._micro_step(group[0], None, 0)
+            if computed is None:
+                group.clear()
+                return None
+            return computed[0], group[0].rows, [computed[1]] if keep else None
+        parts = _parts([one.weight for one in group])
+        counted: list[tuple[MicroBatch, float, torch.Tensor, Outputs]] = []
+        for i, (one, part) in enumerate(zip(group, parts, strict=True)):
+            if (computed := self._micro_step(one, part, i)) is not None:
+                counted.append((one, part, *computed))
+        if not counted:
+            group.clear()
+            return None
+        shares = [share.reshape(()) for _, _, share, _ in counted]
+        if len(counted) < len(group):  # the others are the whole step
+            group[:] = [one for one, _, _, _ in counted]
+            total = sum(part for _, part, _, _ in counted)
+            if not total:
+                raise no_weight(self._module, self._attempt.origin.global_step + 1)
+            self._optimization.scale_gradients(1 / total)
+            shares = [share / total for share in shares]
+        outputs = [values for _, _, _, values in counted] if keep else None
+        return torch.stack(shares).sum(), _sum([one.rows for one in group]), outputs
+
+    def _micro_step(self, one: MicroBatch, part: float | None, number: int) -> tuple[torch.Tensor, Outputs] | None:
+        """Forward and backward of one micro-batch.
 
         Args:
             part: Its part of the step; None for all of it. One of 0 has no backward: a mean over nothing is NaN.
             number: Of the micro-batch in the step, from 0.
+
+        Returns:
+            Its share of the step's loss, detached, and its outputs; None if `train_step` returned None.
         """
         attempt, precision = self._attempt, self._attempt.precision
         step = attempt.origin.global_step + 1
@@ -211,6 +253,9 @@ class Step:
         # The graph of the step before is released here, as in a loop written by hand. Between backward and optimizer it
         # would slow down the optimizer: by 5 us, measured with a tiny model.
         self._returned = returned
+        if returned is None:
+            self._leave_out(number)
+            return None
         values = (returned,) if isinstance(returned, torch.Tensor) else as_tuple(returned)
         loss = values[0] if values else None
         if not isinstance(loss, torch.Tensor):
@@ -237,6 +282,15 @@ class Step:
         share = share.detach()  # or the event would keep the graph alive
         # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
         return share.clone() if part is None else share, values
+
+    def _leave_out(self, number: int) -> None:
+        """`train_step` returned None for a micro-batch."""
+        if number == 0 and any(parameter.grad is not None for parameter in self._module.parameters()):
+            raise _own_backward(self._module)
+        self._attempt.notice(
+            f"{type(self._module).__name__}.train_step() returned None for a batch; such batches are left out of their"
+            f" step, and a step without any other is skipped"
+        )
 
     def _after_backward(self, loss: torch.Tensor, number: int) -> None:
         if self._backward_hooks:
@@ -276,18 +330,19 @@ class Step:
                 f" and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
             )
 
-    def skip(self, reason: Skip, loss: torch.Tensor) -> None:
+    def skip(self, reason: Skip, loss: torch.Tensor | None) -> None:
         """Report a skipped step.
 
         Raises:
             NonFiniteError: The policy is to stop, or too many steps in a row were skipped.
+            StepOutputError: Too many steps in a row had no loss.
         """
         bus, origin, arguments = self._attempt.bus, self._attempt.origin, self._attempt.arguments
         position, step = self._checkpoints.position, origin.global_step + 1
         count = position.skipped_in_a_row = position.skipped_in_a_row + 1
         if count == 1:
             position.first_skipped = step
-        stops = arguments.non_finite == "stop" and reason != "gradient_overflow"
+        stops = arguments.non_finite == "stop" and reason in ("non_finite_loss", "non_finite_gradient")
         action: Literal["skipped", "stopped"] = "stopped" if stops else "skipped"
         if reason == "non_finite_loss":
             event = NonFiniteLoss(*origin.header(), loss=loss, action=action, consecutive=count)  # type: ignore[arg-type]  # deferred
@@ -298,12 +353,17 @@ class Step:
         if stops:
             raise kind(f"{_CAUSES[reason]} of step {step} is NaN or infinite and non_finite='stop'; {REMEDY}")
         bus.publish(StepSkipped(*origin.header(), reason=reason))
-        if count >= arguments.max_skipped_steps:
-            raise kind(
-                f"{count} steps in a row were skipped (max_skipped_steps), the first at step"
-                f" {position.first_skipped}: {_CAUSES[reason]} is NaN or infinite; lower the learning rate, or"
-                f" look at the data of that step"
+        if count < arguments.max_skipped_steps:
+            return
+        if reason == "no_loss":
+            raise StepOutputError(
+                f"{count} steps in a row were skipped (max_skipped_steps), the first at step {position.first_skipped},"
+                f" and train_step() returned None for each batch of the last one; return a loss for some"
             )
+        raise kind(
+            f"{count} steps in a row were skipped (max_skipped_steps), the first at step {position.first_skipped}:"
+            f" {_CAUSES[reason]} is NaN or infinite; lower the learning rate, or look at the data of that step"
+        )
 
 
 _CAUSES: dict[Skip, str] = {
@@ -319,10 +379,14 @@ def _parts(weights: list[float | None]) -> list[float]:
     return [(weight or 0) / total for weight in weights] if total else [1 / len(weights)] * len(weights)
 
 
+def _weight(group: list[MicroBatch]) -> float | None:
+    return group[0].weight if len(group) == 1 else _sum([one.weight for one in group])
+
+
 def _sum(counts: Sequence[_Count | None]) -> _Count | None:
     """None if one of them is not known."""
     known = [count for count in counts if count is not None]
-    return sum(known[1:], known[0]) if len(known) == len(counts) else None
+    return sum(known[1:], known[0]) if known and len(known) == len(counts) else None
 
 
 def _bad_loss(module: ModuleInterface, loss: Any, values: Outputs) -> StepOutputError:
