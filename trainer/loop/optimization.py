@@ -15,7 +15,6 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from events.errors import CheckpointMismatch
 from trainer.errors import OptimizerError
 from trainer.loop.attempt import Attempt
 from trainer.loop.gradients import GradientCheck, clip_
@@ -28,7 +27,7 @@ from trainer.loop.optimizers import (
     takes_closure,
     wants_closure,
 )
-from trainer.loop.saved_state import INSTEAD, checked_optimizer, checked_scheduler, restore_optimizer
+from trainer.loop.saved_state import check_kinds, checked_optimizer, checked_scheduler, kinds_of, restore_optimizer
 from trainer.loop.schedule import Schedules
 
 Skip = Literal["non_finite_loss", "gradient_overflow", "non_finite_gradient", "no_loss"]
@@ -359,7 +358,7 @@ class Optimization:
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": self.schedules.state(),
-            "kinds": self._kinds,
+            "kinds": kinds_of(self.optimizers, self.schedules.schedulers),
         }
 
     def load_state_dict(self, state: dict[str, Any], where: str) -> None:
@@ -371,11 +370,11 @@ class Optimization:
         Raises:
             CheckpointMismatch: it is that of other optimizers or schedulers; none of them was changed.
         """
-        optimizers, schedulers = state["optimizers"], state["schedulers"]
-        self._check(optimizers, schedulers, state.get("kinds"), where)
+        schedulers = state["schedulers"]
+        check_kinds(self.optimizers, self.schedules.schedulers, state, where)
         optimizers = [
             checked_optimizer(optimizer, saved, f"{where}: optimizer {number}")
-            for number, (optimizer, saved) in enumerate(zip(self.optimizers, optimizers, strict=True))
+            for number, (optimizer, saved) in enumerate(zip(self.optimizers, state["optimizers"], strict=True))
         ]
         schedulers = [
             checked_scheduler(scheduler, saved, where)
@@ -386,20 +385,3 @@ class Optimization:
             # It has stepped in an earlier process; otherwise torch would warn that its scheduler steps first.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         self.schedules.load_state(schedulers, where)
-
-    @property
-    def _kinds(self) -> list[list[str]]:
-        return [[type(one).__name__ for one in group] for group in (self.optimizers, self.schedules.schedulers)]
-
-    def _check(self, optimizers: list[Any], schedulers: list[Any], kinds: Any, where: str) -> None:
-        for what, own, saved in (
-            ("optimizers", self.optimizers, optimizers),
-            ("schedulers", self.schedules.schedulers, schedulers),
-        ):
-            if len(own) != len(saved):
-                raise CheckpointMismatch(f"{where} has {len(saved)} {what}, this module has {len(own)}{INSTEAD}")
-        if kinds is not None and kinds != self._kinds:
-            there, here = (
-                " and ".join(", ".join(part) or "no scheduler" for part in each) for each in (kinds, self._kinds)
-            )
-            raise CheckpointMismatch(f"{where} has the state of {there}, and this module has {here}{INSTEAD}")

@@ -101,6 +101,28 @@ def checked_scaler(scaler: torch.amp.GradScaler, saved: Any, where: str) -> dict
         raise CheckpointMismatch(f"{where}: the state of the loss scale {error}{INSTEAD}") from None
 
 
+def kinds_of(optimizers: list[torch.optim.Optimizer], schedulers: list[Any]) -> list[list[str]]:
+    """The classes of optimizers and of schedulers."""
+    return [[type(one).__name__ for one in group] for group in (optimizers, schedulers)]
+
+
+def check_kinds(
+    optimizers: list[torch.optim.Optimizer], schedulers: list[Any], saved: dict[str, Any], where: str
+) -> None:
+    """Check that a saved state has the number and kinds of these optimizers and schedulers.
+
+    Raises:
+        CheckpointMismatch: It has others.
+    """
+    for what, own in (("optimizers", optimizers), ("schedulers", schedulers)):
+        if len(own) != len(saved[what]):
+            raise CheckpointMismatch(f"{where} has {len(saved[what])} {what}, this module has {len(own)}{INSTEAD}")
+    there, here = saved.get("kinds"), kinds_of(optimizers, schedulers)
+    if there is not None and there != here:
+        was, now = (" and ".join(", ".join(part) or "no scheduler" for part in each) for each in (there, here))
+        raise CheckpointMismatch(f"{where} has the state of {was}, and this module has {now}{INSTEAD}")
+
+
 def checked_scheduler(scheduler: Any, saved: Any, where: str) -> Any:
     """Return the state of a scheduler if it is one.
 

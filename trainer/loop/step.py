@@ -22,9 +22,10 @@ from trainer.hooks.capture import Capture
 from trainer.hooks.collate import as_tuple
 from trainer.loop.boundary import Boundary
 from trainer.loop.feed import MicroBatch
+from trainer.loop.loss_checks import bad_loss, own_backward
 from trainer.loop.manual import ManualSteps
 from trainer.loop.optimization import ClosureWanted, Optimization, Skip
-from trainer.module_interface import ModuleInterface, Stage
+from trainer.module_interface import Stage
 
 Outputs = tuple[Any, ...]
 _Count = TypeVar("_Count", int, float)
@@ -191,7 +192,7 @@ class Step:
         if loss is None and not values:
             return StepOutcome(None, None, None, lr, skipped="no_loss")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise _bad_loss(self._module, loss, values)
+            raise bad_loss(self._module, loss, values)
         loss = loss.detach().reshape(()).clone()
         self._attempt.phase = "the schedulers"
         if not self._manual.only_skipped:
@@ -259,11 +260,11 @@ class Step:
         values = (returned,) if isinstance(returned, torch.Tensor) else as_tuple(returned)
         loss = values[0] if values else None
         if not isinstance(loss, torch.Tensor):
-            raise _bad_loss(self._module, loss, values)
+            raise bad_loss(self._module, loss, values)
         if not self._is_checked:  # once: it looks at every parameter
             self._is_checked = True
             if number == 0 and any(parameter.grad is not None for parameter in self._module.parameters()):
-                raise _own_backward(self._module)
+                raise own_backward(self._module)
         if part == 0:
             return torch.zeros_like(loss.detach()), values
         share = loss if part is None else loss * part
@@ -273,9 +274,9 @@ class Step:
         except RuntimeError as error:
             # Checked only now: it costs a step without an error nothing.
             if loss.numel() != 1 or loss.is_complex() or not loss.requires_grad:
-                raise _bad_loss(self._module, loss, values) from None
+                raise bad_loss(self._module, loss, values) from None
             if "backward through the graph a second time" in str(error):
-                raise _own_backward(self._module) from error
+                raise own_backward(self._module) from error
             raise
         if self._backward_hooks or BackwardEnded in attempt.bus.audience.wanted:
             self._after_backward(loss, number)
@@ -286,7 +287,7 @@ class Step:
     def _leave_out(self, number: int) -> None:
         """`train_step` returned None for a micro-batch."""
         if number == 0 and any(parameter.grad is not None for parameter in self._module.parameters()):
-            raise _own_backward(self._module)
+            raise own_backward(self._module)
         self._attempt.notice(
             f"{type(self._module).__name__}.train_step() returned None for a batch; such batches are left out of their"
             f" step, and a step without any other is skipped"
@@ -387,34 +388,3 @@ def _sum(counts: Sequence[_Count | None]) -> _Count | None:
     """None if one of them is not known."""
     known = [count for count in counts if count is not None]
     return sum(known[1:], known[0]) if known and len(known) == len(counts) else None
-
-
-def _bad_loss(module: ModuleInterface, loss: Any, values: Outputs) -> StepOutputError:
-    where = f"{type(module).__name__}.train_step()"
-    if not values:
-        return StepOutputError(f"{where} returned nothing: return the loss tensor, or a tuple that begins with it")
-    if not isinstance(loss, torch.Tensor):
-        return StepOutputError(
-            f"{where} returned a {type(loss).__name__} ({loss!r:.80}) as its first value: that must be the loss tensor"
-        )
-    if loss.numel() != 1:
-        return StepOutputError(
-            f"{where} returned a loss of shape {tuple(loss.shape)}: it must be one number; reduce it with .mean()"
-        )
-    if loss.is_complex():
-        return StepOutputError(
-            f"{where} returned a complex loss ({loss.dtype}): a loss must be real; return its .abs() or .real"
-        )
-    if any(parameter.grad is not None for parameter in module.parameters()) and loss.is_leaf:
-        return _own_backward(module)
-    return StepOutputError(
-        f"{where} returned a loss that needs no gradient: it does not depend on a parameter that is trained, or was"
-        f" detached, or was computed under torch.no_grad()"
-    )
-
-
-def _own_backward(module: ModuleInterface) -> StepOutputError:
-    return StepOutputError(
-        f"{type(module).__name__}.train_step() seems to have called backward() itself: return the loss and leave"
-        f" backward() and the optimizers to the trainer, or set manual_optimization = True and call self.optimize(loss)"
-    )
