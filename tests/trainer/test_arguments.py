@@ -88,10 +88,7 @@ class Own(TrainerArguments, frozen=True, kw_only=True):
             "TrainerArguments: max_epoch: is not known; did you mean epochs?; batch_size_train: is not known; did you"
             " mean train_batch_size?",
         ),
-        (
-            lambda: TrainerArguments(lr=3),
-            "TrainerArguments: lr: is not known; set it in get_optimizers_schedulers",
-        ),
+        (lambda: TrainerArguments(lr=3), "TrainerArguments: lr: is not known; set it in get_optimizers_schedulers"),
         (lambda: TrainerArguments(3), "TrainerArguments: 3 has no name; write name=value"),
         (
             lambda: TrainerArguments(epochs=10**400),
@@ -308,10 +305,7 @@ class Outer(msgspec.Struct, frozen=True):
         ({"inner": {"rate": 0}}, "inner.rate = 0: must be a number > 0"),
         ({"inner": 3}, "inner = 3: must be a mapping of the fields of Inner or None"),
         ({"inner": {"rate": 1, "name": "forbidden"}}, "inner: name and rate do not go together"),
-        (
-            {"table": {"a": "b"}},
-            "table = {'a': 'b'}: must be a mapping with string keys (Expected `int`, got `str`",
-        ),
+        ({"table": {"a": "b"}}, "table = {'a': 'b'}: must be a mapping with string keys (Expected `int`, got `str`"),
     ],
 )
 def test_nested_configurations_name_the_path(config: dict[str, Any], says: str) -> None:

@@ -151,11 +151,7 @@ def test_what_a_trainer_cannot_use_is_named_when_it_is_built(given: dict[str, An
     [
         ((), {"max_epochs": 3}, "Trainer: max_epochs: is not known; set epochs in TrainerArguments"),
         ((), {"epochs": 3}, "Trainer: epochs: is not known; set epochs in TrainerArguments"),
-        (
-            (),
-            {"logger": 1, "sink": 2},
-            "Trainer: logger: is not known; did you mean sinks?; sink: is not known; ",
-        ),
+        ((), {"logger": 1, "sink": 2}, "Trainer: logger: is not known; did you mean sinks?; sink: is not known; "),
         ((), {"train_dataset": 1}, "Trainer: train_dataset: is not known; return the data from get_train_dataloader"),
         ((TrainerArguments(), [Quiet]), {}, "Trainer: [<class '"),
     ],
@@ -236,32 +232,16 @@ def yields(self: Any, global_step: int) -> Any:
     ("name", "method", "says"),
     [
         ("on_begin_train_epoch", lambda self, epoch: 0, "define it as on_begin_train_epoch(self, global_step, epoch)"),
-        (
-            "on_end_train_epoch",
-            lambda self: 0,
-            "Own.on_end_train_epoch(self) cannot take the trainer's arguments",
-        ),
+        ("on_end_train_epoch", lambda self: 0, "Own.on_end_train_epoch(self) cannot take the trainer's arguments"),
         ("on_end_backward", lambda self, loss: 0, "define it as on_end_backward(self, global_step, loss_tensor)"),
         (
             "on_end_val_epoch",
             lambda self, step, *outputs: 0,
             'define it as on_end_val_epoch(self, global_step, *val_step_collated_outputs, key="default")',
         ),
-        (
-            "on_end_train",
-            lambda: 0,
-            "Own.on_end_train() takes no argument, not even self; define it as on_end_train(",
-        ),
-        (
-            "on_end_val_epoch",
-            lambda self, step, key, *outputs: 0,
-            "Own.on_end_val_epoch(self, step, key, *outputs)",
-        ),
-        (
-            "on_begin_train_epoch",
-            lambda self, epoch, global_step: 0,
-            "takes its arguments in another order; define",
-        ),
+        ("on_end_train", lambda: 0, "Own.on_end_train() takes no argument, not even self; define it as on_end_train("),
+        ("on_end_val_epoch", lambda self, step, key, *outputs: 0, "Own.on_end_val_epoch(self, step, key, *outputs)"),
+        ("on_begin_train_epoch", lambda self, epoch, global_step: 0, "takes its arguments in another order; define"),
         ("on_end_train", waits, "Own.on_end_train is async, but the trainer calls it on a thread; make it a plain"),
         ("on_end_train", yields, "Own.on_end_train is a generator, whose body would never run; make it a function"),
         ("on_end_train", 3, "Own.on_end_train is 3, not a method; define it as on_end_train(self, global_step)"),
@@ -291,11 +271,7 @@ def test_a_hook_with_a_wrong_signature_is_named_when_the_trainer_is_built(
             lambda self, batch_size: 0,
             "define it as get_val_dataloaders(self, sampler, batch_size)",
         ),
-        (
-            "train_step",
-            lambda self, batch, global_step, device: 0,
-            "takes its arguments in another order; define",
-        ),
+        ("train_step", lambda self, batch, global_step, device: 0, "takes its arguments in another order; define"),
         ("get_state", lambda self, path: 0, "define it as get_state(self)"),
         ("update_state", lambda self: 0, "define it as update_state(self, state)"),
         ("forward", lambda self, x: x, "Own.forward replaces the method that calls train_step and val_step; rename it"),

@@ -163,7 +163,7 @@ def test_frozen_parameters_are_not_averaged() -> None:
     ema = EMA(net, 0.5)
     train(net, callbacks=[ema])
     assert set(ema.state_dict()["average"]) == {
-        *("linear.weight", "linear.bias", "norm.weight", "norm.bias", "first.weight", "second.bias", "scale"),
+        *("linear.weight", "linear.bias", "norm.weight", "norm.bias", "first.weight", "second.bias", "scale")
     }
     weights = ema.weights()
     assert weights.keys() == net.state_dict().keys()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fractions
 import html
 import inspect
 import pickle
@@ -19,7 +18,6 @@ from torch import nn
 
 from trainer.callback_interface import HOOKS, LANE_ATTRIBUTE, CallbackInterface, Lane, fenced, inline, observer
 from trainer.module_interface import ModuleInterface, Stage
-from trainer.run.compilation import make_log_opaque
 
 # The contract as a table: class, method, parameters (a default after "="), abstract.
 CONTRACT = [
@@ -27,19 +25,9 @@ CONTRACT = [
     (CallbackInterface, "on_end_train_step", ["global_step", "*train_step_collated_outputs"], False),
     (CallbackInterface, "on_end_train_epoch", ["global_step", "*train_step_collated_outputs"], False),
     (CallbackInterface, "on_end_backward", ["global_step", "loss_tensor"], False),
-    (
-        CallbackInterface,
-        "on_end_val_epoch",
-        ["global_step", "*val_step_collated_outputs", 'key="default"'],
-        False,
-    ),
+    (CallbackInterface, "on_end_val_epoch", ["global_step", "*val_step_collated_outputs", 'key="default"'], False),
     (CallbackInterface, "on_end_train", ["global_step"], False),
-    (
-        ModuleInterface,
-        "get_optimizers_schedulers",
-        ["estimated_global_steps_per_epoch", "epochs"],
-        True,
-    ),
+    (ModuleInterface, "get_optimizers_schedulers", ["estimated_global_steps_per_epoch", "epochs"], True),
     (ModuleInterface, "get_train_dataloader", ["sampler", "batch_size"], True),
     (ModuleInterface, "get_val_dataloaders", ["sampler", "batch_size"], True),
     (ModuleInterface, "get_test_dataloaders", ["sampler", "batch_size"], False),
@@ -51,7 +39,6 @@ CONTRACT = [
     (ModuleInterface, "update_state", ["state"], False),
 ]
 DOCUMENT = Path(__file__).resolve().parents[2].parent / "shared" / "module_interface.md"
-ABSTRACT = [name for _, name, _, abstract in CONTRACT if abstract]
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
@@ -145,22 +132,10 @@ def test_the_table_of_this_test_is_what_the_document_says() -> None:
 
 
 def test_the_classes_and_the_hooks_are_those_of_the_contract() -> None:
-    assert [(stage.name, stage.value) for stage in Stage] == [
-        ("TRAIN", "train"),
-        ("VAL", "val"),
-        ("TEST", "test"),
-    ]
+    assert [(stage.name, stage.value) for stage in Stage] == [("TRAIN", "train"), ("VAL", "val"), ("TEST", "test")]
     assert issubclass(ModuleInterface, nn.Module)
     assert issubclass(ModuleInterface, CallbackInterface)
     assert list(HOOKS) == [name for owner, name, *_ in CONTRACT if owner is CallbackInterface]
-
-
-@pytest.mark.parametrize("missing", ABSTRACT)
-def test_a_module_that_lacks_an_abstract_method_cannot_be_built(missing: str) -> None:
-    methods = {name: vars(Minimal)[name] for name in ABSTRACT if name != missing}
-    incomplete = type("Incomplete", (ModuleInterface,), methods)
-    with pytest.raises(TypeError, match=rf"Incomplete.*{missing}"):
-        incomplete()
 
 
 # --------------------------------------------------------------------------------------------- defaults
@@ -232,40 +207,6 @@ def test_log_refuses_what_is_no_number(name: Any, value: Any, error: Any, says: 
     assert recorder.logged == []
 
 
-def test_log_outside_of_a_run_does_nothing() -> None:
-    assert Minimal().log("loss", 1.0) is None
-
-
-@pytest.mark.parametrize(
-    ("value", "number"),
-    [
-        (0.5, 0.5),
-        (2, 2.0),
-        (True, 1.0),
-        (np.float32(0.5), 0.5),
-        (np.float64(0.25), 0.25),
-        (np.int64(3), 3.0),
-        (np.array(0.5), 0.5),
-        (fractions.Fraction(1, 4), 0.25),
-    ],
-)
-def test_log_hands_plain_numbers_on_as_floats(value: Any, number: float) -> None:
-    module = Minimal()
-    module._stagecast_recorder = recorder = Recording()
-    module.log("metric", value)
-    assert recorder.logged == [("metric", number)]
-    assert isinstance(recorder.logged[0][1], float)
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_log_hands_tensors_on_unread(shape: tuple[int, ...]) -> None:
-    module = Minimal()
-    module._stagecast_recorder = recorder = Recording()
-    value = torch.empty(shape, device="meta", requires_grad=True)
-    module.log("metric", value)
-    assert recorder.logged[0][1] is value
-
-
 def test_the_recorder_is_neither_state_nor_copied_nor_pickled() -> None:
     module = Minimal()
     before = set(module.state_dict())
@@ -275,51 +216,6 @@ def test_the_recorder_is_neither_state_nor_copied_nor_pickled() -> None:
     assert copy.copy(module)._stagecast_recorder is None
     assert pickle.loads(pickle.dumps(module))._stagecast_recorder is None
     assert module._stagecast_recorder is recorder
-
-
-class Logging(Minimal):
-    """Logs a tensor and a number, with a name of its own in each step, in the middle of a step."""
-
-    def train_step(self, global_step, batch, device):
-        hidden = self.linear(batch)
-        self.log("mean", hidden.mean())
-        self.log("step", 1.5)
-        return (hidden**2).mean()
-
-
-# Dynamo itself looks at .grad where a graph breaks, and hides the warning in a way
-# that pytest's filter undoes.
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_log_stays_out_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred compiled steps that log compute what eager ones do, log each value, and compile once."""
-    monkeypatch.setattr(CallbackInterface, "log", CallbackInterface.log)  # the mark is for good: put it back
-    compiled = 0
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        nonlocal compiled
-        compiled += 1
-        return graph.forward
-
-    torch._dynamo.reset()
-    module = Logging()
-    module._stagecast_recorder = recorder = Recording()
-    make_log_opaque(module)
-    make_log_opaque(module)
-    assert list(inspect.signature(ModuleInterface.log).parameters) == ["self", "name", "value"]
-    step = torch.compile(module.train_step, backend=backend)
-    batch = torch.randn(3, 2)
-    counts = []
-    for global_step in range(1, 101):
-        loss = step(global_step, batch, "cpu")
-        loss.backward()
-        counts.append(compiled)
-    eager = module.linear(batch)
-    assert torch.allclose(loss, (eager**2).mean())
-    assert len(recorder.logged) == 200
-    assert torch.allclose(recorder.logged[-2][1], eager.mean())
-    assert recorder.logged[-1] == ("step", 1.5)
-    assert counts[-1] == counts[2]  # nothing is compiled again
-    assert compiled <= 4
 
 
 # ------------------------------------------------------------------------------------------------ lanes

@@ -117,12 +117,6 @@ def test_the_optimizers_are_asked_for_once_with_the_steps_to_expect() -> None:
     outcome = train(net, epochs=3)
     assert net.told == (3, 3)
     assert [e.steps for e in outcome.of(TrainEpochStarted)] == [3, 3, 3]
-    limited = Net(rows=20)
-    train(limited, max_train_steps_per_epoch=2)
-    assert limited.told == (2, 1)
-    accumulated = Net(rows=20)
-    train(accumulated, gpu_batch_size_limit=2)
-    assert accumulated.told == (3, 1)
 
 
 def test_the_loader_of_the_estimate_is_used_for_the_first_epoch() -> None:

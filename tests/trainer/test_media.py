@@ -17,15 +17,7 @@ import torch
 from support.training import LANES, Net, hooked, logging_net, train
 
 from events.journal.history import read_history
-from events.messages import (
-    Event,
-    HistogramLogged,
-    ImageLogged,
-    MetricsLogged,
-    ObserverDropped,
-    StepSkipped,
-    TextLogged,
-)
+from events.messages import Event, HistogramLogged, ImageLogged, MetricsLogged, ObserverDropped, StepSkipped, TextLogged
 from events.origin import Origin
 from trainer import CallbackInterface, Histogram, Image
 from trainer.media import INLINE_TEXT, Drawn, LoggedText, MediaWriter
@@ -62,12 +54,7 @@ def test_an_image_without_pillow_names_what_to_install(monkeypatch: pytest.Monke
 
 
 def numbers_of(histogram: Histogram) -> tuple[float, float, list[float], float]:
-    return (
-        histogram.low.item(),
-        histogram.high.item(),
-        histogram.counts.tolist(),
-        histogram.non_finite.item(),
-    )
+    return (histogram.low.item(), histogram.high.item(), histogram.counts.tolist(), histogram.non_finite.item())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fractions
 import logging
 import math
 import threading
@@ -98,8 +99,9 @@ def test_what_a_skipped_step_logged_is_forgotten() -> None:
     assert [event.global_step for event in outcome.of(MetricsLogged)] == [1, 2, 3]
 
 
-def test_logging_after_the_run_does_nothing() -> None:
+def test_logging_outside_of_a_run_does_nothing() -> None:
     net = Net()
+    net.log("early", 1.0)
     train(net)
     net.log("late", 1.0)
     failing = logging_net(lambda *_: 1 / 0)
@@ -120,6 +122,8 @@ def test_every_kind_of_number_becomes_a_float_in_the_order_of_logging() -> None:
         "one": torch.full((1, 1), 3.0),
         "numpy": np.float32(0.5),
         "array": np.array(4),
+        "numpy int": np.int64(3),
+        "fraction": fractions.Fraction(1, 4),
         "graph": weight * 5,
         "int64": torch.tensor(2**40),
         "double": torch.tensor(1 / 3, dtype=torch.float64),
