@@ -50,7 +50,7 @@ from trainer.errors import ArgumentsError
         ("drain_timeout_s", -0.5, "a number >= 0"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_named_with_what_is(name: str, value: Any, allowed: str) -> None:
+def test_an_invalid_value_is_named_with_the_valid_ones(name: str, value: Any, allowed: str) -> None:
     for build in (
         lambda: TrainerArguments(**{name: value}),
         lambda: TrainerArguments.from_dict({name: value}),
@@ -107,7 +107,7 @@ class Own(TrainerArguments, frozen=True, kw_only=True):
         (lambda: CSV("a.csv", path="b.csv"), "CSV: path: is given twice; give it once"),
     ],
 )
-def test_a_constructor_names_its_class_and_what_serves_instead(build: Callable[[], Any], says: str) -> None:
+def test_a_constructor_names_its_class_and_the_replacement(build: Callable[[], Any], says: str) -> None:
     with pytest.raises(ArgumentsError) as caught:
         build()
     assert str(caught.value).startswith(says)
@@ -131,7 +131,7 @@ def test_arguments_of_a_subclass_are_built_pickled_and_replaced_as_others_are() 
     assert msgspec.json.decode(msgspec.json.encode(own), type=Own) == own
 
 
-def test_names_that_nothing_is_near_are_listed_once_with_the_known_ones() -> None:
+def test_names_without_a_similar_one_are_listed_once_with_the_known_ones() -> None:
     with pytest.raises(ArgumentsError) as caught:
         TrainerArguments.from_dict({"zzzz": 1, "yyyy": 2, "device": 3}, ["epochs", "seed=[", "xxxx=1"])
     text = str(caught.value)
@@ -153,7 +153,7 @@ def test_integers_serve_as_floats_and_nothing_else_is_coerced() -> None:
     assert isinstance(arguments.drain_timeout_s, float)
 
 
-def test_arguments_are_frozen_and_hold_no_one_elses_mapping() -> None:
+def test_arguments_are_frozen_and_copy_mappings() -> None:
     options = {"mode": "default"}
     arguments = TrainerArguments(compile_options=options)
     options["mode"] = "other"
@@ -205,7 +205,7 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
         TrainerArguments.from_file(tmp_path / "binary.yaml")
 
 
-def test_all_three_languages_say_the_same(tmp_path: Path) -> None:
+def test_yaml_toml_and_json_give_equal_arguments(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("max_grad_norm: 1e-4\nseed: 3\ncompile_options: {dynamic: true}\n")
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     assert TrainerArguments.from_file(tmp_path / "empty.yaml") == TrainerArguments()
@@ -363,7 +363,7 @@ def test_every_argument_is_described() -> None:
         (Annotated[float, msgspec.Meta(gt=0, lt=1)], "a number > 0 and < 1"),
     ],
 )
-def test_types_are_said_in_words(kind: Any, words: str) -> None:
+def test_types_are_described_in_words(kind: Any, words: str) -> None:
     assert describe_type(kind) == words
 
 

@@ -138,7 +138,7 @@ class Quiet(CallbackInterface):
         ({"run_dir": b"run"}, "run_dir must be the path of a folder, not b'run'"),
     ],
 )
-def test_what_a_trainer_cannot_use_is_named_when_it_is_built(given: dict[str, Any], says: Any) -> None:
+def test_an_invalid_argument_is_named_when_the_trainer_is_built(given: dict[str, Any], says: Any) -> None:
     with pytest.raises(
         ArgumentsError, match=f"^Trainer: {says.pattern if isinstance(says, re.Pattern) else re.escape(says)}"
     ):
@@ -156,7 +156,7 @@ def test_what_a_trainer_cannot_use_is_named_when_it_is_built(given: dict[str, An
         ((TrainerArguments(), [Quiet]), {}, "Trainer: [<class '"),
     ],
 )
-def test_an_argument_that_a_trainer_does_not_take_is_named(arguments: Any, options: Any, says: str) -> None:
+def test_an_unknown_argument_is_named_with_the_replacement(arguments: Any, options: Any, says: str) -> None:
     with pytest.raises(ArgumentsError, match=f"^{re.escape(says)}"):
         Trainer(Net(), *arguments, **options)
     with pytest.raises(ArgumentsError, match=r"^Trainer: model: is not known; did you mean module\?$"):
@@ -176,7 +176,7 @@ def test_an_argument_that_a_trainer_does_not_take_is_named(arguments: Any, optio
         (lambda t: t.nothing, AttributeError, "'Trainer' object has no attribute 'nothing'"),
     ],
 )
-def test_a_call_of_another_trainer_names_what_serves_instead(use: Any, error: Any, says: str) -> None:
+def test_a_method_of_another_trainer_is_named_with_the_replacement(use: Any, error: Any, says: str) -> None:
     trainer = make_trainer(Net())
     with pytest.raises(error, match=re.escape(says)):
         use(copy.copy(trainer))
@@ -192,7 +192,7 @@ def test_a_call_of_another_trainer_names_what_serves_instead(use: Any, error: An
     ],
 )
 @pytest.mark.parametrize("where", ["step", "inline", "observer"])
-def test_what_other_trainers_give_to_modules_is_named_in_a_note(use: Any, says: str, where: str) -> None:
+def test_an_attribute_of_another_trainers_module_is_named_in_a_note(use: Any, says: str, where: str) -> None:
 
     class Hook(CallbackInterface):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
@@ -331,13 +331,13 @@ def test_methods_of_any_form_are_accepted() -> None:
         ("callback", "on_train_epohc_end", "on_train_epohc_end is called on_end_train_epoch here"),
     ],
 )
-def test_a_method_that_is_never_called_is_warned_of_once(caplog: Any, target: str, name: str, served: str) -> None:
+def test_a_method_that_is_never_called_gets_one_warning(caplog: Any, target: str, name: str, served: str) -> None:
     built(target, **{name: lambda self, *args: None})
     assert [record.message for record in caplog.records] == [f"Own has methods that the trainer never calls: {served}"]
 
 
-def test_helpers_of_the_users_are_not_warned_of(caplog: Any) -> None:
-    """What the class calls itself, what is private, what a library brings, and what resembles nothing."""
+def test_helper_methods_get_no_warning(caplog: Any) -> None:
+    """Methods that the class calls itself, private ones, those of a library, and names that resemble no hook."""
 
     class Own(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -356,7 +356,7 @@ def test_helpers_of_the_users_are_not_warned_of(caplog: Any) -> None:
     assert caplog.records == []
 
 
-def test_a_module_that_is_not_complete_names_what_its_methods_are_called_here() -> None:
+def test_an_incomplete_module_names_the_missing_methods_and_their_names_here() -> None:
     ported = type("Ported", (ModuleInterface,), {"training_step": print, "train_dataloader": lambda self: None})
     lacks = "lacks get_optimizers_schedulers, get_train_dataloader, get_val_dataloaders, train_step, val_step"
     with pytest.raises(TypeError, match=f"^Ported {lacks}; train_dataloader is called get_train_dataloader here$"):
@@ -429,7 +429,7 @@ HELD: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("held", HELD)
-def test_a_callback_that_holds_what_is_trained_is_warned_of_once(
+def test_a_callback_that_holds_the_module_or_an_optimizer_gets_one_warning(
     caplog: Any, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
     net = Net()
@@ -444,7 +444,7 @@ def test_a_callback_that_holds_what_is_trained_is_warned_of_once(
     assert "mark on_end_train_step with @inline, or with @observer to silence this" in record.message
 
 
-def test_other_callbacks_are_not_warned_of(caplog: Any) -> None:
+def test_other_callbacks_get_no_warning(caplog: Any) -> None:
     net = Net()
     marked = type("Marked", (Holder,), {"on_end_train_step": observer(lambda self, step, *outputs: None)})
     ending = type("Ending", (CallbackInterface,), {"on_end_train": lambda self, step: None})()
@@ -458,7 +458,7 @@ def test_other_callbacks_are_not_warned_of(caplog: Any) -> None:
     assert caplog.records == []
 
 
-def test_everything_that_is_wrong_is_named_at_once() -> None:
+def test_all_invalid_arguments_are_named_at_once() -> None:
     wrong: Any = {"callbacks": [3], "sinks": [4], "run_id": "a/b", "journal": 5}
     with pytest.raises(ArgumentsError) as caught:
         Trainer(Net, {}, **wrong)
@@ -466,7 +466,7 @@ def test_everything_that_is_wrong_is_named_at_once() -> None:
         assert f"{name} must be" in str(caught.value)
 
 
-def test_what_looks_unusual_is_accepted() -> None:
+def test_unusual_arguments_are_accepted() -> None:
     callbacks = iter([Quiet(), (Quiet(), Delivery())])
     outcome = train(Net(), callbacks=callbacks, sinks=[Lines("a", "b")], run_id="läuft ..  gut", journal=True)
     assert outcome.result.status == "finished"
@@ -508,7 +508,7 @@ async def test_a_device_that_does_not_exist_is_refused_before_anything_is_writte
         (lambda loss: torch.tensor(3), r"Net.train_step\(\) returned a loss that needs no gradient"),
     ],
 )
-def test_a_train_step_without_a_loss_says_what_to_return(
+def test_the_error_of_a_train_step_without_a_loss_names_the_right_value(
     make: Callable[[torch.Tensor], Any], says: str, rows_at_once: int
 ) -> None:
     net = Net(train_step=lambda net, step, batch: make(net.forward_loss(batch)[0]))
@@ -521,7 +521,7 @@ def test_a_train_step_without_a_loss_says_what_to_return(
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_a_val_step_that_returns_a_dict_says_what_to_return(stage: str) -> None:
+def test_the_error_of_a_val_step_that_returns_a_dict_names_the_right_value(stage: str) -> None:
     def val_step(net: Net, step: int, batch: Any) -> Any:
         return dict(zip(("loss", "logits"), net.forward_loss(batch), strict=True))
 
@@ -543,7 +543,7 @@ def test_wrong_optimizers_end_the_run_before_its_first_step(returned: Any) -> No
     assert diary.lines == []
 
 
-def test_an_empty_test_loader_says_which() -> None:
+def test_an_empty_test_loader_is_named_with_its_key() -> None:
 
     with pytest.raises(EmptyDataLoader, match=r"get_test_dataloaders\(\) gave no batch for the key 'far': give it"):
         make_trainer(Net(test_data=lambda net, size: {"near": net.batches(size), "far": []})).test()
@@ -603,7 +603,7 @@ def same(caught: BaseException | None, error: BaseException) -> bool:
 
 
 @pytest.mark.parametrize("make", KINDS, ids=name_of)
-def test_any_exception_comes_out_of_train_as_itself(make: Callable[[], BaseException]) -> None:
+def test_train_raises_any_exception_unchanged(make: Callable[[], BaseException]) -> None:
     error = make()
     outcome = train(failing(error), journal=True, run_id="r")
     assert same(outcome.error, error)
@@ -616,8 +616,8 @@ def test_any_exception_comes_out_of_train_as_itself(make: Callable[[], BaseExcep
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("make", KINDS, ids=name_of)
-async def test_any_exception_comes_out_of_run_as_itself(make: Callable[[], BaseException]) -> None:
-    """At the end of the block; only StopIteration cannot leave a coroutine, Python makes a RuntimeError of it."""
+async def test_run_raises_any_exception_unchanged(make: Callable[[], BaseException]) -> None:
+    """Only StopIteration cannot leave a coroutine: Python turns it into a RuntimeError."""
     error = make()
     caught: BaseException | None = None
     try:
@@ -634,7 +634,7 @@ async def test_any_exception_comes_out_of_run_as_itself(make: Callable[[], BaseE
 
 @pytest.mark.parametrize("make", KINDS, ids=name_of)
 @pytest.mark.parametrize("lane", ["inline", "observer"])
-def test_any_exception_of_a_hook_comes_out_as_itself(lane: str, make: Callable[[], BaseException]) -> None:
+def test_any_exception_of_a_hook_propagates_unchanged(lane: str, make: Callable[[], BaseException]) -> None:
     error = make()
 
     class Own(CallbackInterface):
@@ -662,7 +662,7 @@ def test_any_exception_of_a_hook_comes_out_as_itself(lane: str, make: Callable[[
         ({"types": frozenset({"RunEnded"})}, "frozenset of event types"),
     ],
 )
-def test_a_delivery_that_cannot_be_is_refused_where_it_is_made(options: Any, says: str) -> None:
+def test_an_invalid_delivery_is_refused_by_its_constructor(options: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Delivery(**options)
 

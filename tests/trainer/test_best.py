@@ -120,7 +120,7 @@ def expected(plan: dict[str, Any]) -> tuple[list[tuple[int, float]], set[int]]:
 @example(plan([0.1, 0.4, 0.3, 0.2], keep_best=2))  # one that is no record enters
 @example(plan([0.2, 0.4, 0.2, 0.3, 0.1], keep_best=2, ends=[2, 5], uploads=True))
 def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_best_k_stay(plan: dict[str, Any]) -> None:
-    """With ties, NaN, failures, skips, restarts and uploads; and the result names the best of those that stay."""
+    """With ties, NaN, failures, skips, restarts and uploads; the result names the best checkpoint that stays."""
     folder = Path(tempfile.mkdtemp())
     names = ("keep_best", "keep_last", "best_mode", "at_end")
     upload = (folder / "there").as_uri() if plan["uploads"] else None
@@ -154,7 +154,7 @@ def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_bes
 def test_a_score_behind_a_pending_checkpoint_counts_again_when_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second is written while the third is judged, and fails then: the first is the best one still."""
+    """The second checkpoint fails after the third was judged, so the first is still the best."""
     judged, written = threading.Event(), threading.Semaphore(0)
     commit, save = CheckpointStore.commit, CheckpointWriter._save
 
@@ -183,7 +183,7 @@ def test_a_score_behind_a_pending_checkpoint_counts_again_when_that_fails(
 
 
 def test_a_second_checkpoint_of_one_step_takes_no_place_among_the_best(tmp_path: Path) -> None:
-    """Both hold the same weights: the best two of the run are those of two steps."""
+    """Both have the same weights: the best two are of two steps."""
 
     folder = tmp_path / "checkpoints"
     store = CheckpointStore(folder)
@@ -201,7 +201,7 @@ def test_a_second_checkpoint_of_one_step_takes_no_place_among_the_best(tmp_path:
     assert [str(name) for name in store.names()] == ["step-1.a1.2", "step-2.a1"]
 
 
-def test_resume_best_names_what_there_is_where_there_is_no_best_one(tmp_path: Path) -> None:
+def test_resume_best_names_the_checkpoints_if_none_has_the_metric(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound, match=r"resume='best'.* \(it has: none\); give the path"):
         _ = train(tmp_path / "empty", [1.0], checkpoints=True, resume="best").result
     train(tmp_path / "plain", [1.0], checkpoints=Checkpoints(**OFF))
@@ -213,7 +213,7 @@ def test_resume_best_names_what_there_is_where_there_is_no_best_one(tmp_path: Pa
 
 
 @pytest.mark.parametrize("what", ["tensors.safetensors", "manifest.json"])
-def test_resume_best_falls_back_to_the_next_best_and_says_so(
+def test_resume_best_falls_back_to_the_next_best_with_a_warning(
     tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(best="score", keep_last=None, keep_best=9, **OFF)
@@ -243,7 +243,7 @@ def test_best_in_place_of_a_checkpoint_is_explained(tmp_path: Path) -> None:
 
 
 def test_a_result_over_the_network_names_the_best_one() -> None:
-    """From the events alone: deleted ones, and those that the run went back before, do not count."""
+    """Deleted and superseded checkpoints do not count."""
     from events.messages import CheckpointDeleted, CheckpointSaved, RunEnded, RunStarted
     from events.run.summary import CheckpointState, Summary
     from trainer.remote.result import ResultBuilder, RunSnapshot

@@ -75,7 +75,7 @@ def test_a_method_that_is_async_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_a_metric_that_is_not_finite_may_pass_for_no_improvement(mode: Any) -> None:
+def test_without_check_finite_a_metric_that_is_not_finite_is_no_improvement(mode: Any) -> None:
     curve = [math.nan, math.inf, -math.inf, 2.0, math.nan, -math.inf, math.inf, 5.0]
     callback = EarlyStopping(mode=mode, patience=4, check_finite=False, target=0.0 if mode == "min" else 9.0)
     result = trained(curve, callback).result
@@ -139,7 +139,7 @@ def test_the_reason_is_in_the_result_the_events_and_the_command(
     assert taken == [("stop", "callback-EarlyStopping", reason)]
 
 
-def test_a_stop_between_two_epochs_begins_no_other() -> None:
+def test_a_stop_between_two_epochs_starts_no_other_epoch() -> None:
     asked: list[int] = []
 
     def train_data(net: Net, batch_size: int) -> Any:
@@ -169,7 +169,7 @@ def test_other_dataloaders_have_their_key_in_the_name() -> None:
 
 
 def test_it_is_asked_once_for_all_dataloaders() -> None:
-    """A validation counts once, however many there are; and the outputs of none are kept for it."""
+    """A validation counts once for all its dataloaders, and none of their outputs are kept."""
     net = scripted([5.0, 5.0, 5.0, 5.0], b=[1.0] * 4, c=[1.0] * 4)
     callback = EarlyStopping(patience=9)
     train(net, callbacks=[callback], val_interval_steps=1, epochs=2, epoch_outputs_limit_bytes=1)
@@ -177,7 +177,7 @@ def test_it_is_asked_once_for_all_dataloaders() -> None:
 
 
 @pytest.mark.parametrize("where", ["val_step", "module", "fenced"])
-def test_what_was_logged_by_the_end_of_the_validation_can_be_followed(where: str) -> None:
+def test_a_metric_logged_before_the_end_of_the_validation_can_be_followed(where: str) -> None:
     class Own(Net):
         def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
             if where == "val_step":
@@ -210,7 +210,7 @@ def test_any_callback_can_stop_a_run() -> None:
     assert (result.status, result.global_step, result.reason) == ("stopped", 3, "enough: ['val_loss']")
 
 
-def test_a_modules_method_of_that_name_is_its_own() -> None:
+def test_a_modules_should_stop_is_not_called() -> None:
     class Own(Net):
         def should_stop(self) -> bool:
             raise AssertionError
@@ -258,7 +258,7 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(
     assert second.state_dict() == whole.state_dict()
 
 
-def test_the_checkpoint_of_the_stop_knows_of_the_validation(tmp_path: Path) -> None:
+def test_the_checkpoint_of_the_stop_contains_the_validation(tmp_path: Path) -> None:
     """A resumed run does not validate the same step again, and gets one more validation in which to improve."""
     run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": ONLY_ON_DEMAND}
     curve = [2.0, 2.5, 2.5, 2.5, 2.5, 1.0, 1.5, 1.5, 1.5, 1.5]

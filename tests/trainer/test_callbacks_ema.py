@@ -76,7 +76,7 @@ def test_there_is_no_average_before_the_first_step(use: Any) -> None:
 
 
 def test_averaged_weights_are_not_trained() -> None:
-    """A hook that leaves them in the module would have the run go on from them."""
+    """Otherwise a hook that stays in the block would train the averaged weights."""
     net = Net()
     ema = EMA(net)
     block = ema.applied()
@@ -94,7 +94,7 @@ def test_averaged_weights_are_not_trained() -> None:
 
 
 def test_applying_them_twice_is_refused() -> None:
-    """The inner block would take the averages for the module's own; the outer one still gives those back."""
+    """The inner block would restore the averages as the module's own weights."""
     net = Net()
     ema = EMA(net)
     train(net, callbacks=[ema])
@@ -133,7 +133,7 @@ def test_the_average_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 @pytest.mark.parametrize("options", [{}, {"gpu_batch_size_limit": 2}, {"clip_grads": True}])
 def test_it_is_torchs_average_to_the_last_bit(decay: float, options: dict[str, Any]) -> None:
-    """Of `AveragedModel`, which copies the module and reads a number in each step."""
+    """`AveragedModel` is the reference."""
     net = Net(rows=64)
     ema, reference = EMA(net, decay), Reference(net, decay)
     result = train(net, callbacks=[ema, reference], epochs=2, **options).result
@@ -143,7 +143,7 @@ def test_it_is_torchs_average_to_the_last_bit(decay: float, options: dict[str, A
 
 
 def test_nothing_but_weights_is_copied() -> None:
-    """A module may hold its data set, which may be large, and may not be copied at all."""
+    """A module may hold a large data set that cannot be copied."""
 
     class Data(list[Any]):
         def __deepcopy__(self, memo: Any) -> Any:
@@ -246,7 +246,7 @@ def test_a_part_of_a_module_may_be_averaged() -> None:
 # ------------------------------------------------------------------------------------------------ what it gives
 
 
-def test_applied_is_for_a_block() -> None:
+def test_applied_restores_the_weights_after_the_block() -> None:
     net = Net(test_data=Net.batches)
     ema = EMA(net, 0.5)
     trainer = make_trainer(net, callbacks=[ema], epochs=2)
@@ -266,7 +266,7 @@ def test_applied_is_for_a_block() -> None:
     assert torch.equal(plain, trainer.test()["default"][0])
 
 
-def test_what_weights_returns_is_a_copy() -> None:
+def test_weights_returns_a_copy() -> None:
     net = Rich()
     ema = EMA(net, 0.5)
     trainer = make_trainer(net, callbacks=[ema])
@@ -348,8 +348,8 @@ def test_a_resumed_average_is_that_of_an_uninterrupted_run(tmp_path: Path, at: i
     assert same(resumed.weights(), whole.weights())
 
 
-def test_an_average_can_begin_in_a_run_that_is_resumed(tmp_path: Path, caplog: Any) -> None:
-    """Its checkpoint has none: it starts with the next step, within the epoch, with a warning."""
+def test_an_average_can_start_in_a_resumed_run(tmp_path: Path, caplog: Any) -> None:
+    """It starts with the next step, within the epoch, with a warning."""
     run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": EACH_STEP}
     train(crashing(3), **run)
     net = crashing(None)

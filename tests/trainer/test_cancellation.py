@@ -193,7 +193,7 @@ async def test_scopes_inside_and_around_the_block_do_not_mix(case: Any) -> None:
 @pytest.mark.parametrize("where", ["in the body", "while leaving", "in result()", "in events()"])
 @pytest.mark.parametrize("times", [1, 2, 3])
 async def test_task_cancel_however_often(case: Any, where: str, times: int) -> None:
-    """A native cancellation cuts through shields and may come again: the task ends cancelled, the loop ended."""
+    """A native cancellation cuts through shields and may be repeated."""
 
     async def hold() -> None:
         async with case.running() as run:
@@ -264,8 +264,8 @@ async def test_an_asyncio_task_group_whose_other_task_fails(case: Any) -> None:
 
 
 @asyncio_only
-async def test_all_tasks_cancelled_as_a_closing_event_loop_does(case: Any) -> None:
-    """asyncio.run cancels every task that is left, ours too: the loop stops and the journal is closed all the same."""
+async def test_cancelling_all_tasks_ends_the_run(case: Any) -> None:
+    """As asyncio.run does, the run's own tasks included; the journal is closed."""
 
     async def hold() -> None:
         async with case.running():
@@ -286,7 +286,7 @@ async def test_all_tasks_cancelled_as_a_closing_event_loop_does(case: Any) -> No
 
 
 @asyncio_only
-async def test_a_background_task_when_the_program_ends(script: Start) -> None:
+async def test_asyncio_run_ends_a_run_in_a_background_task(script: Start) -> None:
     program = script(BACKGROUND)
     code, out, err = await anyio.to_thread.run_sync(program.end)
     assert (code, out.split(), err) == (0, ["cancelled", "0"], "")
@@ -294,7 +294,7 @@ async def test_a_background_task_when_the_program_ends(script: Start) -> None:
 
 @asyncio_only
 async def test_a_process_that_ends_with_a_run_in_it_has_its_own_exit_code(script: Start) -> None:
-    """The block was never left; a loop that is in torch when the interpreter goes would abort it."""
+    """A loop that is inside torch when the interpreter ends would abort the process."""
     held = (
         BACKGROUND[: BACKGROUND.index("async def hold")]
         + """
@@ -336,7 +336,7 @@ print(sum(thread.name.startswith("stagecast-loop") for thread in threading.enume
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_ctrl_c_in_a_program_with_an_event_loop(script: Start, backend: str) -> None:
-    """The run is the host's, so is the signal: it becomes the host's cancellation, then KeyboardInterrupt."""
+    """The event loop turns the signal into a cancellation, then into KeyboardInterrupt."""
     interrupted = (
         BACKGROUND[: BACKGROUND.index("async def main")]
         + f"""
@@ -369,7 +369,7 @@ except BaseException as error:
 
 
 async def test_cancelled_while_a_fenced_hook_holds_the_loop(tmp_path: Path) -> None:
-    """The loop waits for the hook at a boundary: it hears of the cancellation there, though the hook goes on."""
+    """The loop stops waiting for the hook, which still runs."""
     held, free = threading.Event(), threading.Event()
 
     class Slow(CallbackInterface):
@@ -390,7 +390,7 @@ async def test_cancelled_while_a_fenced_hook_holds_the_loop(tmp_path: Path) -> N
 
 
 async def test_cancelled_while_an_observer_holds_the_loop(tmp_path: Path) -> None:
-    """The queue of a callback that sees everything is full: the loop waits for room, and hears of the cancellation."""
+    """The loop stops waiting for room in the queue."""
     held, free = threading.Event(), threading.Event()
 
     class Slow(CallbackInterface):
@@ -432,8 +432,8 @@ async def test_a_step_that_hangs_is_named_with_its_stack(tmp_path: Path) -> None
     assert case.steps == 1, "when the step returns after all, no other follows"
 
 
-async def test_cancelling_while_observers_drain_does_not_undo_the_run(tmp_path: Path) -> None:
-    """The loop had finished, so the result is there; the cancellation goes on all the same."""
+async def test_cancelling_while_observers_drain_keeps_the_result(tmp_path: Path) -> None:
+    """The loop has finished; the cancellation propagates all the same."""
     ended, free = threading.Event(), threading.Event()
 
     class Last(CallbackInterface):
@@ -474,7 +474,7 @@ async def test_steps_stop_at_once(case: Any) -> None:
 
 
 async def test_ctrl_c_while_the_block_waits_for_the_end(script: Start, anyio_backend: str) -> None:
-    """trio raises it where its main task waits, which is within our wait: it is absorbed until the run has ended."""
+    """trio raises it inside the wait for the loop, which absorbs it until the run has ended."""
     program = script(
         BACKGROUND[: BACKGROUND.index("async def hold")]
         + f"""

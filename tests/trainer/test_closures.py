@@ -129,7 +129,7 @@ def test_a_closure_covers_all_micro_batches_of_its_step(name: str) -> None:
 
 @pytest.mark.parametrize("bad_evaluation", [1, 2])
 def test_a_step_that_is_skipped_changes_nothing(bad_evaluation: int) -> None:
-    """Also where the loss becomes NaN at a place that the optimizer has only tried."""
+    """Also if the loss is NaN at a point that the optimizer has only tried."""
     net = net_with(MAKERS["sam"], rows=24)
     forward_loss, seen = net.forward_loss, []
 
@@ -181,7 +181,7 @@ def test_a_closure_that_is_never_called_is_an_error() -> None:
     assert "did not call the closure" in str(outcome.error)
 
 
-def test_an_own_error_about_a_closure_is_not_swallowed() -> None:
+def test_an_optimizers_own_error_about_a_closure_propagates() -> None:
     class Broken(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             raise RuntimeError("the closure is broken")

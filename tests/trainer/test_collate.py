@@ -72,7 +72,7 @@ def test_pythons_share_of_many_small_tensors_counts() -> None:
         ([1.5], "a float"),
     ],
 )
-def test_what_does_not_fit_together_is_a_list_with_one_notice(values: list[Any], says: str) -> None:
+def test_outputs_that_cannot_be_concatenated_are_a_list_with_one_notice(values: list[Any], says: str) -> None:
     notices: list[str] = []
     loss, collated = collate_outputs([(torch.ones(()), value) for value in values], notices.append)
     assert loss.shape == (len(values),)
@@ -93,7 +93,7 @@ def test_steps_with_fewer_outputs_leave_gaps() -> None:
         assert notices == ["output 1 of the step is kept as a list: 2 of the steps did not return it"]
 
 
-def test_nothing_collates_to_nothing() -> None:
+def test_no_outputs_collate_to_an_empty_tuple() -> None:
     assert collate_outputs([]) == ()
     assert collate_outputs([(), ()]) == ()
     assert OutputCollector(10, "x").collate() == ()
@@ -155,7 +155,7 @@ def test_any_outputs_collate_position_by_position(batches: list[tuple[Any, ...]]
 
 
 def test_pieces_are_released_while_collating() -> None:
-    """Only one position is ever held twice: the pieces of the first are gone while the second is at work."""
+    """The pieces of one position are released before the next position is collated."""
     collector = OutputCollector(2**20, "test")
     pieces = [torch.ones(4), torch.ones(4)]
     alive = [weakref.ref(piece) for piece in pieces]
@@ -169,7 +169,7 @@ def test_pieces_are_released_while_collating() -> None:
 
 
 def test_appending_costs_the_same_whatever_was_collected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Appending looks at the new outputs alone: it counts their bytes once and copies nothing."""
+    """Appending counts the bytes of the new outputs and copies nothing."""
     counted = []
     monkeypatch.setattr(trainer.hooks.collate, "nbytes", lambda outputs: counted.append(outputs) or nbytes(outputs))
     steps = [(torch.ones(2), torch.ones(())) for _ in range(50)]

@@ -67,7 +67,7 @@ def test_an_unknown_backend_ends_the_run_with_torchs_own_error() -> None:
     assert not [name for name in STEPS if name in vars(net)]
 
 
-def test_an_exception_in_a_compiled_step_is_the_users_and_leaves_the_module_as_it_was() -> None:
+def test_an_exception_in_a_compiled_step_propagates_and_restores_the_module() -> None:
 
     net = failing(KeyError("mine"))
     outcome = train(net, compile=True, compile_options={"backend": "eager"})
@@ -140,7 +140,7 @@ def test_micro_batches_and_outputs_go_through_compiled_steps() -> None:
 
 
 def test_names_in_the_state_dict_stay_and_the_methods_come_back() -> None:
-    """No _orig_mod in front of names, during the run as after it; an attribute of the user's own is put back."""
+    """Without the prefix _orig_mod; the user's own attribute is restored."""
     names: list[set[str]] = []
     compiled: list[set[str]] = []
     before = set(Net().state_dict())

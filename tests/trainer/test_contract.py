@@ -126,7 +126,7 @@ def _with_self(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="the contract's document is not beside this checkout")
-def test_the_table_of_this_test_is_what_the_document_says() -> None:
+def test_the_contracts_document_agrees_with_the_table() -> None:
     table = [(owner.__name__, name, parameters, abstract) for owner, name, parameters, abstract in CONTRACT]
     assert _document_signatures() == table
 
@@ -142,7 +142,7 @@ def test_the_classes_and_the_hooks_are_those_of_the_contract() -> None:
 
 
 @pytest.mark.parametrize("stage", ["train", None, 0, "predict"])
-def test_forward_refuses_what_is_no_stage(stage: object) -> None:
+def test_forward_refuses_an_invalid_stage(stage: object) -> None:
     with pytest.raises(AttributeError) as caught:
         Minimal()(stage, 1, "batch", "cpu")
     for part in ("Minimal", repr(stage), "Stage.TRAIN", "Stage.VAL", "Stage.TEST"):
@@ -199,7 +199,7 @@ def test_state_defaults_to_the_state_dict() -> None:
         ("loss", torch.zeros((), dtype=torch.complex64), TypeError, "complex64"),
     ],
 )
-def test_log_refuses_what_is_no_number(name: Any, value: Any, error: Any, says: str) -> None:
+def test_log_refuses_an_invalid_value(name: Any, value: Any, error: Any, says: str) -> None:
     module = Minimal()
     module._stagecast_recorder = recorder = Recording()
     with pytest.raises(error, match=says):
@@ -222,7 +222,7 @@ def test_the_recorder_is_neither_state_nor_copied_nor_pickled() -> None:
 
 
 @pytest.mark.parametrize(("mark", "lane"), [(inline, Lane.INLINE), (fenced, Lane.FENCED), (observer, Lane.OBSERVER)])
-def test_a_mark_says_where_a_hook_runs_and_leaves_it_as_it_is(mark: Callable[..., Any], lane: Lane) -> None:
+def test_a_mark_sets_the_lane_and_returns_the_function(mark: Callable[..., Any], lane: Lane) -> None:
     def on_end_train(self: Any, global_step: int) -> None: ...
 
     assert mark(on_end_train) is on_end_train
@@ -230,6 +230,6 @@ def test_a_mark_says_where_a_hook_runs_and_leaves_it_as_it_is(mark: Callable[...
     assert getattr(callback.on_end_train, LANE_ATTRIBUTE) is lane
 
 
-def test_a_mark_on_a_bound_method_says_where_to_put_it() -> None:
+def test_a_mark_on_a_bound_method_names_the_right_place() -> None:
     with pytest.raises(TypeError, match=r"@fenced.*where the hook is defined"):
         fenced(CallbackInterface().on_end_train)

@@ -117,7 +117,7 @@ def device_is_busy() -> bool:
 
 
 def test_a_synchronisation_in_a_step_is_noticed(sync_is_an_error: Callable[[], None]) -> None:
-    """The instrument of the tests below works: a step that reads its loss ends the run."""
+    """Checks the fixture that the tests below rely on."""
 
     class Reads(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -178,7 +178,7 @@ def test_the_loop_synchronises_nowhere(sync_is_an_error: Callable[[], None], opt
 
 
 def test_a_step_ends_while_the_device_is_still_at_work_on_it() -> None:
-    """Its loss is published, its outputs are captured, its metrics logged: the host is ahead of the device."""
+    """Its loss is published, its outputs captured, its metrics logged before the device has computed them."""
     busy: list[bool] = []
 
     class Slow(Net):
@@ -203,7 +203,7 @@ def test_a_step_ends_while_the_device_is_still_at_work_on_it() -> None:
 
 
 def test_numbers_that_are_late_arrive_as_they_were() -> None:
-    """Each step's own, through pinned memory, although the device is behind and the user writes over the tensors."""
+    """Although the device is behind and the step overwrites the tensors."""
 
     class Late(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -226,7 +226,7 @@ def test_numbers_that_are_late_arrive_as_they_were() -> None:
 
 
 def test_numbers_are_right_when_the_loop_computes_on_a_stream_of_its_own() -> None:
-    """The host program may have chosen one for its thread; reading waits for that one."""
+    """The readback waits for the loop thread's current stream."""
 
     class Late(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -244,7 +244,7 @@ def test_numbers_are_right_when_the_loop_computes_on_a_stream_of_its_own() -> No
 
 
 def test_a_capture_copies_on_a_stream_of_its_own_what_was_there() -> None:
-    """To pinned memory, without waiting; what the compute stream writes to the same memory later does not show."""
+    """Into pinned memory, without waiting; later writes of the compute stream do not show."""
     device = torch.device("cuda", torch.cuda.current_device())
     capture = Capture(device, print)
     rows = torch.zeros(1_000, device=device)
@@ -263,8 +263,8 @@ def test_a_capture_copies_on_a_stream_of_its_own_what_was_there() -> None:
     assert taken.nbytes == 1_000 * (4 + 8) + 2 * 4
 
 
-def test_memory_of_captured_outputs_is_not_handed_on_too_early() -> None:
-    """Allocating and writing anew right after a capture does not change what is still being copied."""
+def test_memory_of_captured_outputs_is_not_reused_too_early() -> None:
+    """Allocations right after a capture do not change the tensors that are still being copied."""
     device = torch.device("cuda", torch.cuda.current_device())
     capture = Capture(device, print)
     taken = []
@@ -279,7 +279,7 @@ def test_memory_of_captured_outputs_is_not_handed_on_too_early() -> None:
 
 
 def test_the_runs_device_is_current_on_every_thread() -> None:
-    """The last one there is, where there are several: on the loop's thread and on those of callbacks."""
+    """On the loop's thread and on those of callbacks; the last device of several."""
     index = torch.cuda.device_count() - 1
     before = torch.cuda.current_device()
     keeps = Keeps()
@@ -300,7 +300,7 @@ def test_the_runs_device_is_current_on_every_thread() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_ledger_says_how_long_the_device_idled() -> None:
+async def test_the_ledger_has_the_devices_idle_time() -> None:
     data_s = 0.02
 
     class Starved(Net):
@@ -330,7 +330,7 @@ async def test_the_ledger_says_how_long_the_device_idled() -> None:
 
 
 def test_float16_trains_with_a_scaler() -> None:
-    """Losses fall; a step whose gradients overflow is left out, and the one read a step is on the readback row."""
+    """A step whose gradients overflow is skipped; the one read per step is on the readback row."""
     scales: list[torch.Tensor] = []
 
     class Half(Net):
@@ -354,7 +354,7 @@ def test_float16_trains_with_a_scaler() -> None:
     assert ledger.readback_s > 0
 
 
-def test_an_overflowing_step_is_left_out_on_the_device() -> None:
+def test_an_overflowing_step_is_skipped_on_the_device() -> None:
     class Overflows(Net):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
             self.calls = getattr(self, "calls", 0) + 1
@@ -435,15 +435,15 @@ def staged_on(device: torch.device) -> tuple[Stager, Slab]:
 
 
 def test_the_memory_for_a_checkpoint_is_pinned() -> None:
-    """Or the copy would wait for the device, and go through memory of the driver's."""
+    """Otherwise the copy would wait for the device."""
     _, slab = staged_on(torch.device("cuda:0"))
     slab.reserve(2**20)
     assert slab.bytes[: 2**20].is_pinned()
     slab.close()
 
 
-def test_a_copy_is_of_the_moment_though_the_device_and_the_optimizers_go_on() -> None:
-    """Late ones are copied beside what follows, and the gate keeps that from changing them first; others at once."""
+def test_a_snapshot_is_consistent_while_the_device_and_the_optimizers_continue() -> None:
+    """Late tensors are copied beside the next step, until the gate; others at once."""
     device = torch.device("cuda:0")
     stager, slab = staged_on(device)
     weight, buffer = torch.ones(2**22, device=device), torch.ones(2**10, device=device)
@@ -464,7 +464,7 @@ def test_a_copy_is_of_the_moment_though_the_device_and_the_optimizers_go_on() ->
 
 
 def test_the_host_does_not_wait_for_a_snapshot(tmp_path: Any, sync_is_an_error: Callable[[], None]) -> None:
-    """Neither at the snapshot nor at the gate; each checkpoint holds the weights of its step."""
+    """Neither at the snapshot nor at the gate; each checkpoint has the weights of its step."""
     weights: dict[int, torch.Tensor] = {}
 
     class Watching(CallbackInterface):
@@ -486,7 +486,7 @@ def test_the_host_does_not_wait_for_a_snapshot(tmp_path: Any, sync_is_an_error: 
         assert torch.equal(state["layers.0.weight"], weights[name.step].cpu())
 
 
-def test_a_resumed_run_goes_on_from_the_devices_state(tmp_path: Any) -> None:
+def test_a_resumed_run_continues_from_the_devices_state(tmp_path: Any) -> None:
     class Dropping(Net):
         def __init__(self) -> None:
             super().__init__()

@@ -118,7 +118,7 @@ def test_mappings_keep_their_attributes() -> None:
     assert "new" not in batch
 
 
-def test_what_moves_itself_is_asked_to() -> None:
+def test_an_object_with_a_to_method_moves_itself() -> None:
     encoding = Encoding(x=1)
     assert to_device([encoding], "meta")[0].moved_to == "meta"
 
@@ -130,7 +130,7 @@ def test_what_moves_itself_is_asked_to() -> None:
         to_device({"x": Broken()}, "meta")
 
 
-def test_a_batch_with_nothing_to_move_is_returned_as_it_is() -> None:
+def test_a_batch_without_tensors_to_move_is_returned_unchanged() -> None:
     batch = {"x": [torch.ones(2), (1, "a")], "y": torch.Size([2]), "z": {1, 2}, "f": Frozen(torch.ones(1))}
     assert to_device(batch, "cpu") is batch
     assert to_device(Frozen, "meta") is Frozen
@@ -222,7 +222,6 @@ def test_the_order_is_a_permutation_that_seed_and_epoch_determine(seed: int, epo
 
 
 def test_shuffling_leaves_the_global_generator_alone() -> None:
-    """The model's random numbers do not depend on the data's order."""
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -236,7 +235,7 @@ def test_neighbouring_seeds_and_epochs_have_orders_of_their_own() -> None:
 
 
 def test_each_epochs_class_counts_its_own_instances() -> None:
-    """The loop can tell whether the module used the class it was given."""
+    """The loop reads from it whether the module used the sampler class."""
     one, other = make_train_sampler(1, 0), make_train_sampler(1, 1)
     assert issubclass(one, ShuffledSampler)
     assert (one.instances, other.instances) == (0, 0)
@@ -285,7 +284,7 @@ def test_rows_are_unknown_where_batching_is_not_ours() -> None:
 
 
 def test_the_order_is_drawn_on_the_host_whatever_the_default_device_is() -> None:
-    """A program with a default device gets the same order, and the loop does not wait for that device."""
+    """The order is the same, and the loop does not wait for the device."""
     sampler = make_train_sampler(1, 2)
     order = list(sampler(range(20)))
     with torch.device("meta"):
@@ -322,7 +321,7 @@ class Unsized(Dataset[int]):
         raise NotImplementedError
 
 
-def test_the_length_of_a_loader_is_its_own_word_or_none() -> None:
+def test_the_length_of_a_loader_is_its_len_or_none() -> None:
     assert loader_length(DataLoader(TensorDataset(torch.arange(7)), batch_size=2)) == 4
     assert loader_length([1, 2, 3]) == 3
     assert loader_length(DataLoader(Stream(), batch_size=2)) is None

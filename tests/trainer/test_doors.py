@@ -26,7 +26,7 @@ MANY = 100_000  # epochs: more than any test waits for
 # ------------------------------------------------------------------------------------------------------- train()
 
 
-def test_train_raises_the_users_own_exception() -> None:
+def test_train_raises_the_users_own_exception_with_a_note() -> None:
     error = Boom("mine")
     with pytest.raises(Boom) as caught:
         make_trainer(failing(error)).train()
@@ -41,7 +41,7 @@ def test_train_raises_the_users_own_exception() -> None:
     "hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
 )
 def test_an_exception_means_the_same_in_every_hook(hook: str, lane: Any, error: BaseException) -> None:
-    """Also while observers are drained, when the loop has published another end already: the last one counts."""
+    """Also during the final drain: the last RunEnded counts."""
 
     def fail(self: Any, global_step: int, *args: Any, **kwargs: Any) -> None:
         raise error
@@ -66,7 +66,7 @@ def test_a_trainer_trains_again_after_a_failure() -> None:
 
 @pytest.mark.parametrize("hangs", ["in a thread", "in the event loop"])
 def test_an_async_sink_that_hangs_does_not_hold_the_end(hangs: str) -> None:
-    """Not even the closing of the event loop, which waits for its executor and for tasks that refuse to end."""
+    """Closing the event loop waits neither for its executor nor for tasks that ignore their cancellation."""
     released = threading.Event()
 
     class Writer:
@@ -134,7 +134,7 @@ async def test_train_works_in_a_worker_thread_of_an_event_loop() -> None:
     assert outcome.result.status == "finished"
 
 
-def test_runs_in_two_threads_do_not_know_of_each_other() -> None:
+def test_runs_in_two_threads_are_independent() -> None:
     together = threading.Barrier(2, timeout=WAIT_S)
 
     def run() -> None:
@@ -205,7 +205,7 @@ async def test_the_loop_has_a_thread_of_its_own() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("where", ["end of the block", "inside", "afterwards"])
-async def test_the_users_exception_comes_out_as_itself(where: str) -> None:
+async def test_the_users_exception_propagates_unchanged(where: str) -> None:
     error = Boom("mine")
     trainer = make_trainer(failing(error))
     async with anyio.create_task_group():
@@ -224,7 +224,7 @@ async def test_the_users_exception_comes_out_as_itself(where: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_an_exception_in_the_block_cancels_the_run_and_goes_on() -> None:
+async def test_an_exception_in_the_block_cancels_the_run_and_propagates() -> None:
     error = Boom("the host's")
     with pytest.raises(Boom) as caught:
         async with make_trainer(Net(), epochs=MANY, journal=True).run() as run:
@@ -252,7 +252,7 @@ async def test_events_from_the_start_are_all_there_in_order() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_no_cursor_and_no_type_is_refused_at_once() -> None:
+async def test_an_invalid_cursor_or_type_is_refused_at_once() -> None:
     async with make_trainer(Net()).run() as run:
         for since in (-1, 1.5, "0", True):
             with pytest.raises(CursorError, match=f"since={since!r}: give the seq of an event"):
@@ -289,7 +289,7 @@ async def test_stop_is_orderly() -> None:
 
 @pytest.mark.anyio
 async def test_commands_may_come_from_other_threads() -> None:
-    """Pause holds the loop at a boundary, resume lets it go on, stop ends it; each is published when taken."""
+    """Each command is published when it is taken."""
     taken: list[str] = []
     async with make_trainer(Net(), epochs=MANY, journal=True).run() as run:
         stream = run.events(since=0, types=[CommandTaken])
@@ -312,9 +312,7 @@ async def test_commands_may_come_from_other_threads() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_stop_wins_over_what_comes_with_it() -> None:
-    """Pause, stop and resume at the same boundary: all are taken, and the run is stopped."""
-
+async def test_a_stop_wins_over_other_commands_at_the_same_boundary() -> None:
     def act(step: int) -> None:
         assert step > 1 or sent.wait(WAIT_S)
 
@@ -334,7 +332,7 @@ async def test_a_stop_wins_over_what_comes_with_it() -> None:
 
 @pytest.mark.anyio
 async def test_a_command_after_the_end_is_harmless() -> None:
-    """Whoever operates the run cannot know that it has just ended."""
+    """The sender cannot know that the run has just ended."""
     async with make_trainer(Net()).run() as run:
         await run.result()
         run.stop()
@@ -356,7 +354,7 @@ async def test_two_runs_side_by_side_in_one_event_loop() -> None:
 
 @pytest.mark.anyio
 async def test_one_module_cannot_be_in_two_runs() -> None:
-    """The second fails with an error that says so; the first goes on unharmed."""
+    """The second run fails; the first continues."""
     net = Net()
     async with make_trainer(net, epochs=MANY).run() as first:
         await anext(first.events(types=[TrainStepEnded]))
@@ -384,7 +382,7 @@ async def test_a_folder_in_use_is_refused_before_anything_starts() -> None:
 
 @pytest.mark.anyio
 async def test_leaving_an_async_generator_that_holds_a_run_ends_the_run() -> None:
-    """GeneratorExit is an exception in the block like any other: the loop stops, then the generator closes."""
+    """GeneratorExit is an exception in the block like any other."""
 
     async def steps() -> Any:
         async with make_trainer(Net(), epochs=MANY).run() as run:

@@ -43,7 +43,7 @@ def test_every_n_steps_means_multiples_of_n(every: int, start: int, skipped: set
 
 
 def test_minutes_count_from_the_checkpoint_before() -> None:
-    """Whatever it was taken for, and also if it was skipped."""
+    """For whatever reason it was taken or skipped."""
     one = policy(every_minutes=2)
     assert one.after_step(1, 2 * MINUTE - 1, last=False) == []
     assert one.after_step(2, 2 * MINUTE, last=False) == ["minutes"]
@@ -65,7 +65,7 @@ def test_every_n_epochs_counts_from_the_first_and_comes_before_minutes(every: in
 
 
 def test_the_last_step_of_an_epoch_leaves_its_reasons_to_the_epoch() -> None:
-    """One checkpoint instead of two; the reasons of both, each once."""
+    """One checkpoint instead of two, with the reasons of both."""
     one = policy(every_steps=2, every_epochs=1)
     one.found_best(2)
     assert one.after_step(2, 0, last=True) == []

@@ -172,7 +172,7 @@ class BadLength:
 
 
 @pytest.mark.parametrize("length", [RuntimeError("no"), TypeError("None has no len()"), -1, 2.0, None, 2**70])
-def test_a_length_that_cannot_be_had_names_its_class(length: Any) -> None:
+def test_an_invalid_length_is_named_with_its_class(length: Any) -> None:
     with pytest.raises(DataLoaderError, match=r"len\(\) of a BadLength failed \("):
         train(Net(loader=lambda *given: BadLength(length)))
 
@@ -237,7 +237,7 @@ def test_a_kept_loader_gets_a_new_order_each_epoch(loader: str, keeps: bool, tmp
 
 @pytest.mark.parametrize("loader", ["sampler and workers", "shuffle and workers", "generator"])
 def test_a_kept_loader_has_its_order_after_an_interrupted_validation(loader: str, tmp_path: Path) -> None:
-    """The epoch's data has ended then, so the resumed run does not iterate the dataloader in that epoch."""
+    """The epoch's data has ended, so the resumed run does not iterate the dataloader in that epoch."""
 
     class Validated(Net):
         interrupts = False
@@ -304,10 +304,10 @@ def with_shared_epoch(net: Net, sampler: type[Any], batch_size: int) -> Any:
         (KEPT["generator"], False, None),
     ],
 )
-def test_an_order_that_comes_again_is_named(
+def test_a_repeated_order_is_named_in_a_warning(
     loader: Loader, keeps: bool, text: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once, where the trainer can know; a data set that shares its epoch with its workers is left alone."""
+    """A data set that shares its epoch with its workers gets no warning."""
     train(Net(loader=loader, keeps=keeps), epochs=3)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == (text is not None)
@@ -369,8 +369,8 @@ class SharedGenerator(Noisy):
 
 
 @pytest.mark.parametrize(("kind", "loader"), [(Noisy, "sampler"), (SharedGenerator, "generator")])
-def test_validation_changes_nothing_that_is_trained(kind: type[Net], loader: str) -> None:
-    """Neither that it happens, nor how often: its random numbers are its own, those of loaders and hooks too."""
+def test_validation_does_not_change_training(kind: type[Net], loader: str) -> None:
+    """It has its own random numbers, also in dataloaders and hooks, at any interval."""
     weights = []
     for options in ({"val_interval_epochs": 0}, {"val_interval_epochs": 1}, {"val_interval_steps": 2}):
         net = kind(loader=KEPT[loader])
@@ -400,7 +400,7 @@ class Count(CallbackInterface):
 def test_callbacks_of_one_class_keep_their_own_state_in_any_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By what they were built with; one whose arguments changed takes the only state of its class that is left."""
+    """By their constructor arguments; one with changed arguments takes the only state of its class that is left."""
     train(Net(), tmp_path / "a", callbacks=[Count("ones"), Count("tens", by=10)], epochs=1)
     checkpoint = tmp_path / "a/checkpoints/step-3.a1"
     swapped = [Count("tens", by=10), Count("ones")]
@@ -442,7 +442,7 @@ def test_arguments_of_any_kind_tell_callbacks_apart(tmp_path: Path) -> None:
 
 
 def test_states_that_cannot_be_told_apart_are_an_error(tmp_path: Path) -> None:
-    """When they would be saved, and when they would be restored; a state_key of one's own tells them apart."""
+    """On saving and on restoring; a state_key distinguishes them."""
     with pytest.raises(ArgumentsError, match="give each a state_key of its own"):
         train(Net(), tmp_path / "a", callbacks=[Count("x"), Count("x")], epochs=1)
     train(Net(), callbacks=[Count("x"), Count("x")], epochs=1)  # nothing is saved
@@ -483,7 +483,7 @@ class Unfreezing(Net):
         return super().train_step(global_step, (self.body(batch[0]), batch[1]), device)
 
 
-def test_what_trains_is_restored(tmp_path: Path) -> None:
+def test_requires_grad_is_restored(tmp_path: Path) -> None:
     whole, again = Unfreezing(), Unfreezing()
     train(whole, tmp_path / "whole", epochs=3)
     train(again, tmp_path / "again", epochs=3, resume=tmp_path / "whole/checkpoints/step-6.a1")

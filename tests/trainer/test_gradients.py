@@ -77,7 +77,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_alone(options: dict[str, Any])
 
 @pytest.mark.parametrize("options", POLICIES)
 def test_stop_ends_the_run_before_the_weights_are_harmed(options: dict[str, Any]) -> None:
-    """On the CPU no device has to be waited for; the error names the step and the gradient."""
     net = bad_gradient_at(5, value=math.nan)
     outcome = train(net, non_finite="stop", val_interval_epochs=0, **options)
     step = 3 if "gpu_batch_size_limit" in options else 5
@@ -105,7 +104,7 @@ def test_warn_trains_on_and_names_the_first_step(options: dict[str, Any]) -> Non
     [(math.nan, {}, NonFiniteLossError), (1.0, {"precision": "float16"}, NonFiniteGradientError)],
     ids=["loss", "float16"],
 )
-def test_a_run_does_not_skip_for_ever(value: float, options: Any, kind: type[Exception]) -> None:
+def test_the_number_of_skipped_steps_is_limited(value: float, options: Any, kind: type[Exception]) -> None:
     seen: list[int] = []
 
     def step(net: Net, global_step: int, batch: Any) -> Any:
@@ -124,7 +123,7 @@ def test_a_run_does_not_skip_for_ever(value: float, options: Any, kind: type[Exc
 
 @pytest.mark.parametrize("policy", ["skip", "stop", "warn"])
 def test_a_nan_gradient_that_no_loss_scale_mends_is_reported_in_float16(policy: str) -> None:
-    """The scale is halved first, to 1; then the gradient is the cause, which ``stop`` ends at."""
+    """The scale is halved down to 1 first; then the gradient is the cause, at which ``stop`` ends the run."""
     net = bad_gradient_at(*range(3, 100), rows=8 * 40)
     outcome = train(net, precision="float16", non_finite=policy, max_skipped_steps=25)
     assert isinstance(outcome.error, NonFiniteGradientError)
@@ -137,7 +136,7 @@ def test_a_nan_gradient_that_no_loss_scale_mends_is_reported_in_float16(policy: 
 
 
 def test_a_nan_loss_in_float16_is_named_as_such() -> None:
-    """The scaler skips it whatever the policy, and would not say that the loss was the cause."""
+    """The scaler skips the step with any policy, but does not name the loss as the cause."""
 
     def step(net: Net, global_step: int, batch: Any) -> Any:
         loss = net.forward_loss(batch)[0] * 1e-3  # or float16 would overflow by itself
@@ -151,7 +150,7 @@ def test_a_nan_loss_in_float16_is_named_as_such() -> None:
     assert "the loss of step 2" in str(outcome.error)
 
 
-def test_the_old_name_of_the_policy_is_told_the_new_one() -> None:
+def test_the_old_name_of_the_policy_is_refused_with_the_new_one() -> None:
     with pytest.raises(ArgumentsError, match=r"non_finite_loss.*non_finite"):
         train(Net(), non_finite_loss="skip")
 
@@ -185,7 +184,7 @@ def test_every_kind_of_gradient_is_looked_at_and_none_is_changed(make: Any, bad:
         assert finite.item() == 0
 
 
-def test_no_gradient_is_finite() -> None:
+def test_an_empty_list_of_gradients_is_not_checked() -> None:
     assert GradientCheck().find([]) is None
 
 
@@ -223,7 +222,7 @@ def parameter_with(gradient: torch.Tensor | None, like: torch.Tensor | None = No
 
 
 def test_the_norm_alone_is_measured_with_an_infinite_limit() -> None:
-    """Nothing is multiplied: infinity divided by an infinite norm would be NaN."""
+    """Gradients are not scaled: infinity divided by an infinite norm would be NaN."""
     one = parameter_with(torch.tensor([3.0, math.inf]))
     assert clip_([one], math.inf).item() == math.inf
     assert one.grad is not None
@@ -231,7 +230,7 @@ def test_the_norm_alone_is_measured_with_an_infinite_limit() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [1.0, math.inf])
-def test_clipping_takes_what_parameters_there_are(max_norm: float) -> None:
+def test_clipping_accepts_parameters_of_every_kind(max_norm: float) -> None:
     assert clip_([], max_norm).item() == 0
     assert clip_([parameter_with(None)], max_norm).item() == 0
     zero = parameter_with(torch.zeros(3))
@@ -254,7 +253,7 @@ def test_clipping_takes_what_parameters_there_are(max_norm: float) -> None:
 
 
 def test_gradients_that_no_optimizer_holds_yet_do_not_add_up() -> None:
-    """Unfrozen between epochs, within one, or by a hook within one; given to the optimizer later."""
+    """Parameters that are unfrozen between epochs, within one, or by a hook, and added to the optimizer later."""
     seen: list[tuple[int, float | None]] = []
 
     class Own(Net):
@@ -293,7 +292,7 @@ def test_gradients_that_no_optimizer_holds_yet_do_not_add_up() -> None:
 
 @pytest.mark.parametrize("how", ["created", "attached", "group removed"])
 def test_gradients_of_a_parameter_that_loses_or_lacks_its_optimizer_do_not_add_up(how: str) -> None:
-    """Within an epoch: made in train_step, attached with a module that was made before, or taken from the optimizer."""
+    """Parameters that are created or attached in train_step, or whose group is removed, within an epoch."""
     seen: list[float] = []
 
     class Own(Net):
@@ -346,7 +345,7 @@ def step_net(step: Callable[[Net, torch.Tensor], torch.Tensor]) -> Net:
 
 
 def test_a_complex_loss_is_named() -> None:
-    """Torch would say that gradients can be created only for real scalars."""
+    """Torch's own error would be that gradients can be created only for real scalars."""
     outcome = train(step_net(lambda net, loss: loss * (1 + 1j)))
     assert isinstance(outcome.error, StepOutputError)
     assert "returned a complex loss (torch.complex64)" in str(outcome.error)
@@ -355,7 +354,7 @@ def test_a_complex_loss_is_named() -> None:
 @pytest.mark.parametrize("retain", [False, True])
 @pytest.mark.parametrize("detach", [False, True])
 def test_a_backward_within_train_step_is_named(detach: bool, retain: bool) -> None:
-    """Torch would say that it goes through the graph a second time, or apply its gradients twice without a word."""
+    """Torch's own error would be about a second pass through the graph, or the gradients would be applied twice."""
 
     def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
         loss.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
@@ -368,7 +367,7 @@ def test_a_backward_within_train_step_is_named(detach: bool, retain: bool) -> No
 
 
 def test_a_step_within_train_step_is_refused() -> None:
-    """The trainer would step once more; an optimizer is free again when the run is over."""
+    """The trainer would step a second time. The optimizer is usable again after the run."""
 
     def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
         loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
@@ -398,7 +397,7 @@ def test_a_hook_may_step_an_optimizer() -> None:
         (lambda o: ([o], torch.optim.lr_scheduler.StepLR(o, 1)), "instead of a list: write [scheduler]"),
     ],
 )
-def test_what_other_trainers_return_is_told_how_it_is_written_here(make: Any, said: str) -> None:
+def test_a_return_value_for_another_trainer_is_refused_with_the_right_form(make: Any, said: str) -> None:
 
     outcome = train(Net(optimizers=lambda net: make(torch.optim.SGD(net.parameters(), lr=0.1))))
     assert isinstance(outcome.error, OptimizerError)

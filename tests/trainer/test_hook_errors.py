@@ -25,7 +25,7 @@ def policy(on_error: str, **options: Any) -> Delivery:
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_what_a_hook_raises_ends_the_run_as_itself_with_the_hook_and_the_step_noted(lane: str) -> None:
+def test_an_exception_of_a_hook_ends_the_run_with_the_hook_and_the_step_in_a_note(lane: str) -> None:
     boom = Boom("in a hook")
 
     def fail(self: Any, global_step: int, *outputs: Any) -> None:
@@ -42,7 +42,7 @@ def test_what_a_hook_raises_ends_the_run_as_itself_with_the_hook_and_the_step_no
 
 @pytest.mark.parametrize("lane", LANES)
 def test_a_callback_with_the_policy_disable_fails_once_and_the_run_continues(lane: str) -> None:
-    """Its hook is not called again on any lane; a fence does not hold the loop for it; others are not touched."""
+    """Its hook is not called again on any lane, a fence does not wait for it, and other callbacks are not affected."""
     calls = []
 
     def fail(self: Any, global_step: int, *outputs: Any) -> None:
@@ -89,7 +89,7 @@ def test_a_retried_callback_resumes_at_the_hook_that_failed(lane: str) -> None:
 
 
 def test_an_inline_hook_cannot_be_retried() -> None:
-    """Its place in the step is gone, so it is disabled."""
+    """The step continues, so the callback is disabled."""
     calls = []
 
     def fail(self: Any, global_step: int, loss: Any) -> None:
@@ -128,7 +128,7 @@ def test_a_callback_that_failed_on_the_loops_thread_runs_no_hook_on_another() ->
 
 
 def test_a_callback_that_failed_off_the_loops_thread_runs_no_inline_hook() -> None:
-    """It may count on what the failed hook should have done."""
+    """It may depend on the failed hook."""
     ran: list[int] = []
 
     class Both(CallbackInterface):
@@ -144,7 +144,7 @@ def test_a_callback_that_failed_off_the_loops_thread_runs_no_inline_hook() -> No
     assert [(e.during, e.action) for e in outcome.of(ObserverFailed)] == [("on_begin_train_epoch", "disabled")]
 
 
-def test_callbacks_of_one_class_have_names_of_their_own() -> None:
+def test_callbacks_of_one_class_have_different_names() -> None:
     off_the_loop = hooked("on_end_train", lambda *_: 1 / 0)
     on_the_loop = hooked("on_end_backward", lambda *_: 1 / 0)
     off_the_loop.__name__, on_the_loop.__name__ = "Off", "On"
@@ -164,7 +164,7 @@ def test_callbacks_of_one_class_have_names_of_their_own() -> None:
     "hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
 )
 def test_the_model_does_not_change_while_a_fenced_hook_runs(hook: str) -> None:
-    """So an inline hook of the same event, of any callback, only runs when the fenced ones have returned."""
+    """An inline hook of the same event, of any callback, runs after the fenced ones have returned."""
     order: list[str] = []
     first = hooked(hook, lambda *_, **key: order.append("inline"), "inline")
     second = hooked(hook, lambda *_, **key: order.append("fenced"), "fenced")
@@ -174,7 +174,7 @@ def test_the_model_does_not_change_while_a_fenced_hook_runs(hook: str) -> None:
 
 
 def test_a_failure_in_the_last_hook_reaches_the_sinks() -> None:
-    """Callbacks are drained before sinks, so these hear how the callbacks ended."""
+    """Callbacks are drained before sinks."""
     callback = hooked("on_end_train", lambda *_: 1 / 0)()
     outcome = train(Net(), callbacks=[(callback, policy("disable"))])
     assert outcome.result.status == "finished"
@@ -192,8 +192,8 @@ def test_a_fenced_backward_hook_holds_the_loop() -> None:
     assert result.ledger.fence_s > 0
 
 
-def test_a_callback_that_was_left_behind_runs_no_further_hook() -> None:
-    """Neither those of the batch in hand, which are reported as never run, nor those of a later one."""
+def test_an_abandoned_callback_runs_no_further_hook() -> None:
+    """Neither hooks of the current batch, which are reported as not run, nor those of a later one."""
     ran: list[int] = []
 
     def act(self: Any, global_step: int, *outputs: Any) -> None:

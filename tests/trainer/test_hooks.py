@@ -55,7 +55,7 @@ def test_one_table_of_lanes_is_in_the_contract_and_in_the_guide() -> None:
 @pytest.mark.parametrize("name", HOOKS)
 @pytest.mark.parametrize("mark", [None, *LANES])
 @pytest.mark.parametrize("owner", [CallbackInterface, ModuleInterface])
-def test_the_lane_is_the_marked_one_or_what_the_contract_needs(name: str, mark: str | None, owner: type) -> None:
+def test_the_lane_is_the_marked_one_or_the_contracts_default(name: str, mark: str | None, owner: type) -> None:
     kind = hooked(name, lambda *_: None, mark, owner)
     kind.__abstractmethods__ = frozenset()
     hooks = CallbackHooks(kind(), None)
@@ -68,8 +68,7 @@ def test_the_lane_is_the_marked_one_or_what_the_contract_needs(name: str, mark: 
 
 
 def test_a_fenced_hook_returns_before_the_loop_continues() -> None:
-    """The beginning of an epoch before its first forward, of callback and module; the module's other epoch hooks
-    before what comes next; a marked one too. Each of them would see the next forward if it were not waited for."""
+    """A hook that the loop does not wait for would see the next forward pass."""
     forward = threading.Event()
     order: list[str] = []
 
@@ -103,7 +102,7 @@ def test_a_fenced_hook_returns_before_the_loop_continues() -> None:
     assert order[14:] == ["module end"]
 
 
-def test_an_observer_mark_lets_the_loop_go_on() -> None:
+def test_the_loop_does_not_wait_for_a_hook_with_an_observer_mark() -> None:
     """Hooks that would be fenced see the loop's next step while they run."""
     waited: list[str] = []
     steps = [threading.Event() for _ in range(4)]
@@ -153,7 +152,7 @@ def test_observers_run_in_order_each_on_a_thread_of_its_own() -> None:
 
 
 def test_observers_get_copies_that_the_next_step_does_not_change() -> None:
-    """Detached, and as they were when the step returned them, though the user writes to the same memory again."""
+    """Detached, although the step overwrites the same memory."""
     returned: list[torch.Tensor] = []
     overwritten = threading.Event()
     seen: list[tuple[Any, ...]] = []
@@ -266,7 +265,7 @@ def test_an_observer_of_the_backward_gets_a_copy_of_the_loss() -> None:
 
 
 def test_an_inline_hook_after_the_step_sees_its_gradients_and_the_new_weights() -> None:
-    """And the outputs without a copy; the gradients are gone when the next step begins."""
+    """It receives the outputs without a copy; the gradients are cleared before the next step."""
     before: list[torch.Tensor] = []
     pointers: list[int] = []
 
@@ -335,7 +334,7 @@ def test_a_hook_that_takes_no_outputs_gets_none_and_none_are_kept_for_it(lane: s
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a_hook_that_takes_another_number_of_outputs_is_named_with_the_fix(lane: str) -> None:
+def test_a_hook_with_another_number_of_outputs_is_named_with_the_fix(lane: str) -> None:
     def two(self: Any, global_step: int, loss: Any) -> None: ...
 
     def raising(self: Any, global_step: int, *outputs: Any) -> None:
@@ -467,7 +466,6 @@ def test_hooks_are_found_wherever_they_are_defined() -> None:
 
 
 def test_a_mark_is_inherited_with_its_hook_but_not_by_what_overrides_it() -> None:
-    """The mark belongs to the function."""
     base = hooked("on_end_train", lambda *_: None, "inline")
     derived = type("Derived", (base,), {})
     overriding = type("Overriding", (base,), {"on_end_train": lambda self, step: None})

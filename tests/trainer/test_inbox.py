@@ -77,7 +77,7 @@ def test_a_run_in_this_process_takes_a_command_without_a_file_but_a_forked_proce
 
 
 def test_a_command_left_while_the_run_is_set_up_is_taken(tmp_path: Path) -> None:
-    """The folder is held from then on, so the sender was told that it is under way."""
+    """The run holds its folder from then on, so the command is accepted."""
 
     ready = make_trainer(Net(), run_dir=tmp_path / "run", run_id="run", epochs=10**6)
     build = ready._session
@@ -92,7 +92,7 @@ def test_a_command_left_while_the_run_is_set_up_is_taken(tmp_path: Path) -> None
 
 
 def test_commands_that_came_with_the_folder_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever their names: an archive may hold one of the far future, and one for the hour at which a job resumes."""
+    """Whatever their names, which an archived folder may have chosen."""
     monkeypatch.setattr(inbox, "_COARSE_NS", 0)
     folder = tmp_path / COMMANDS_DIR
     folder.mkdir()
@@ -110,7 +110,7 @@ def test_commands_that_came_with_the_folder_are_removed(tmp_path: Path, monkeypa
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs to give a file away")
 def test_a_command_of_another_user_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """But not one of the user who owns the folder, in which a container may train as root."""
+    """The user who owns the folder is accepted, in a container that trains as root."""
     control = Control()
     one = inbox.Inbox(tmp_path, control, time.time_ns())
     os.chown(tmp_path, 4_243, 4_243)

@@ -34,7 +34,7 @@ def weights_of(**options: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("what", ["file", "run without checkpoints", "tensors of a checkpoint", "checkpoints"])
-def test_weights_are_found_in_all_that_a_run_leaves(tmp_path: Path, what: str) -> None:
+def test_init_from_finds_weights_in_every_folder_of_a_run(tmp_path: Path, what: str) -> None:
     old = tmp_path / "old"
     trained(old)
     place = {
@@ -49,8 +49,8 @@ def test_weights_are_found_in_all_that_a_run_leaves(tmp_path: Path, what: str) -
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(init_from=place).items())
 
 
-def test_tied_weights_that_another_writer_stored_once_fit(tmp_path: Path) -> None:
-    """Under whichever of their names; a name that is missing for any other reason is named."""
+def test_tied_weights_may_be_stored_under_one_name(tmp_path: Path) -> None:
+    """Under any of their names; any other missing name is an error."""
 
     class Tied(Net):
         def __init__(self) -> None:
@@ -70,7 +70,7 @@ def test_tied_weights_that_another_writer_stored_once_fit(tmp_path: Path) -> Non
     assert "it lacks linear.bias" in str(train(Tied(), init_from=tmp_path / "torn.safetensors").error)
 
 
-def test_a_pickle_is_refused_with_the_way_to_write_weights(tmp_path: Path) -> None:
+def test_a_pickle_is_refused_with_the_right_format(tmp_path: Path) -> None:
     torch.save(Net().state_dict(), tmp_path / "model.pt")
     outcome = train(Net(), init_from=tmp_path / "model.pt")
     assert isinstance(outcome.error, CheckpointDamaged)
@@ -79,7 +79,7 @@ def test_a_pickle_is_refused_with_the_way_to_write_weights(tmp_path: Path) -> No
     assert "TrainStepEnded" not in outcome.names()
 
 
-def test_a_restart_needs_the_weights_no_more(tmp_path: Path) -> None:
+def test_a_restart_does_not_need_the_weights_again(tmp_path: Path) -> None:
     remote = f"file://{tmp_path}/there"
     trained(tmp_path / "old", checkpoints=Checkpoints(upload=remote, **OFF))
     for name, source in (("by path", str(tmp_path / "old")), ("by address", f"{remote}/old")):
@@ -94,7 +94,7 @@ def test_a_restart_needs_the_weights_no_more(tmp_path: Path) -> None:
 
 
 def test_the_uploads_of_the_same_run_give_weights_and_no_history(tmp_path: Path) -> None:
-    """They are copied beside the run's checkpoints, not among them."""
+    """They are not copied into the run's checkpoints."""
     remote = f"file://{tmp_path}/there"
     trained(tmp_path / "a" / "same", checkpoints=Checkpoints(upload=remote, **OFF))
     begun = trained(tmp_path / "b" / "same", init_from=f"{remote}/same")
@@ -102,10 +102,9 @@ def test_the_uploads_of_the_same_run_give_weights_and_no_history(tmp_path: Path)
     assert [str(name) for name in CheckpointStore(tmp_path / "b/same/checkpoints").names()] == ["step-2.a1"]
 
 
-def test_weights_beside_a_checkpoint_that_was_asked_for_are_told_to_be_ignored(
+def test_init_from_with_a_named_checkpoint_is_ignored_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only ``resume="auto"`` may find nothing, so that they are wanted."""
     trained(tmp_path / "old")
     again = trained(tmp_path / "new", resume=tmp_path / "old", init_from=tmp_path / "old", epochs=2)
     assert again.result.global_step == 4
@@ -116,12 +115,12 @@ def test_weights_beside_a_checkpoint_that_was_asked_for_are_told_to_be_ignored(
 
 
 def test_a_folder_without_journal_and_checkpoints_knows_its_run(tmp_path: Path) -> None:
-    """By its last holder; so a job that was killed before its first checkpoint keeps its id."""
+    """From its lock file, so a job that was killed before its first checkpoint keeps its id."""
     own: dict[str, Any] = {"run_dir": tmp_path / "run", "resume": "auto", "checkpoints": False}
     assert train(Net(), **own).result.run_id == train(Net(), **own).result.run_id
 
 
-def test_a_folder_whose_id_cannot_be_read_begins_a_new_run(tmp_path: Path) -> None:
+def test_a_folder_with_an_unreadable_id_starts_a_new_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").write_bytes(b"\xff{")
     (tmp_path / "run" / "journal").write_bytes(b"no folder")
@@ -131,14 +130,14 @@ def test_a_folder_whose_id_cannot_be_read_begins_a_new_run(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("resume", ["best", "step-2.a1", "run", "run/checkpoints/step-2.a1"])
-def test_whatever_is_resumed_within_a_folder_is_its_run(tmp_path: Path, resume: str) -> None:
+def test_resuming_a_checkpoint_of_the_folder_continues_its_run(tmp_path: Path, resume: str) -> None:
     run = tmp_path / "run"
     trained(run, journal=True, checkpoints=Checkpoints(best="val_loss", **OFF))
     again = train(Net(), epochs=2, run_dir=run, resume=resume, checkpoints=Checkpoints(**OFF))
     assert (again.result.run_id, again.of(RunResumed)[0].checkpoint) == ("run", "step-2.a1")
 
 
-def test_the_checkpoint_of_another_run_does_not_make_a_folder_ones_own(tmp_path: Path) -> None:
+def test_a_new_run_in_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "run", journal=True)
     trained(tmp_path / "old")
     for given in ({"resume": tmp_path / "old"}, {"resume": "auto", "run_id": "other"}, {"init_from": tmp_path / "old"}):

@@ -131,7 +131,7 @@ async def pid_of(run: Any) -> int:
         (("a:b", "x"), "arguments must map names to values, not 'x'"),
     ],
 )
-def test_wrong_arguments_are_refused_before_a_process_starts(given: Any, told: str) -> None:
+def test_invalid_arguments_are_refused_before_a_process_starts(given: Any, told: str) -> None:
     with pytest.raises(ArgumentsError, match=told):
         launch(*given)
 
@@ -157,7 +157,7 @@ def test_only_paths_to_resume_from_are_made_absolute(tmp_path: Path, monkeypatch
     assert launcher._absolute("runs/x") == str(tmp_path / "runs/x")
 
 
-def test_wrong_options_are_refused() -> None:
+def test_invalid_options_are_refused() -> None:
     cycle: list[Any] = []
     cycle.append(cycle)
     options: Any = {"run_id": 5, "run_dir": b"x", "resume": "", "env": {"A": 1}}
@@ -260,7 +260,7 @@ async def test_a_stream_starts_now_ends_with_its_attempt_and_can_be_closed(tmp_p
 
 
 @pytest.mark.anyio
-async def test_a_launched_run_is_watched_and_steered_like_any_other(tmp_path: Path) -> None:
+async def test_a_launched_run_has_the_events_and_commands_of_any_run(tmp_path: Path) -> None:
     values = {"nan": float("nan"), "data": b"\0\xff", "nested": {"a": [1, None, float("inf"), True, "ü"]}}
     seen: list[Event] = []
 
@@ -325,7 +325,7 @@ def test_a_service_that_launches_needs_no_torch(script: Any) -> None:
 @asyncio_only
 @pytest.mark.anyio
 async def test_a_signal_to_the_process_alone_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a checkpoint. A thread that hangs at the interpreter's end does not hold the block for long."""
+    """With a checkpoint. A thread that hangs at the end of the interpreter delays the end of the block only briefly."""
     monkeypatch.setattr(launcher, "EXIT_S", 0.3)
     arguments = {"epochs": FOREVER, "deed": "linger", "at": 2, "step_s": 0.001}
     async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run") as run:
@@ -352,7 +352,7 @@ async def test_a_second_signal_to_the_process_alone_cancels_the_run(tmp_path: Pa
 @pytest.mark.anyio
 @pytest.mark.parametrize("deaf", ["to the request", "to its own deadlines"])
 async def test_a_cancelled_process_that_keeps_no_deadline_is_killed(deaf: str) -> None:
-    """Whether it has acknowledged the request or not, and with the processes that it has started."""
+    """With its child processes, whether or not it has acknowledged the request."""
     frames = [frame(Ready("run", 1, None, None, 0, grace_s=0.2, cancel_s=0.2)), frame(Cancelling())]
     text = (
         "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -434,9 +434,9 @@ async def test_an_exception_of_a_step_is_raised_as_a_launched_run_failed(tmp_pat
 @asyncio_only
 @pytest.mark.anyio
 async def test_a_crash_is_reported_in_full(tmp_path: Path) -> None:
-    """Its signal or exit code, the journal's end, the output and the stack; and the run can be resumed.
+    """Its signal or exit code, the end of the journal, the output and the stack; the run can be resumed.
 
-    No dataloader worker is left, and none keeps this process waiting.
+    No dataloader worker is left, and none delays this process.
     """
     crashes: dict[str, Any] = {}
 
@@ -569,7 +569,7 @@ async def test_cancelling_ends_the_process_in_every_phase(tmp_path: Path) -> Non
 
 @asyncio_only
 @pytest.mark.anyio
-async def test_native_cancellations_are_outlasted(tmp_path: Path) -> None:
+async def test_native_cancellations_wait_for_the_end_of_the_process(tmp_path: Path) -> None:
     runs: list[Any] = []
 
     async def hold(name: str) -> None:
@@ -604,7 +604,7 @@ async def test_native_cancellations_are_outlasted(tmp_path: Path) -> None:
 @asyncio_only
 @pytest.mark.anyio
 async def test_a_process_that_receives_nothing_is_killed_after_the_grace_period(tmp_path: Path) -> None:
-    """An extension holds the interpreter lock forever: neither a thread of its process runs nor a signal handler."""
+    """An extension holds the interpreter lock, so neither threads nor signal handlers run."""
     arguments = {"epochs": FOREVER, "deed": "hold_interpreter", "stop_grace_s": 0.5, "workers": 2}
     with pytest.raises(Boom):
         async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run", cwd=tmp_path) as run:
@@ -651,7 +651,7 @@ anyio.run(main)
 
 
 def test_a_run_whose_parent_is_killed_stops_with_a_checkpoint(script: Any, tmp_path: Path) -> None:
-    """Although a worker of the parent holds the channels open; a process that still builds its trainer ends at once."""
+    """Although a worker of the parent holds the pipes open. A process that still builds its trainer exits at once."""
     program = script(PARENT.format(jobs=str(JOBS), arguments={"epochs": FOREVER, "workers": 2, "step_s": 0.01}))
     assert program.process.stdout is not None
     worker = int(program.process.stdout.readline())

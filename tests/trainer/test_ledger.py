@@ -100,8 +100,8 @@ def test_closing_a_dataloader_is_on_the_data_row() -> None:
     assert clock.waited_s >= 4 * PAUSE_S
 
 
-def test_what_came_before_the_loop_is_not_in_the_ledger() -> None:
-    """The first dataloader is made before the ledger begins; wall_s does not hold that, so no row may."""
+def test_time_before_the_loop_is_not_in_the_ledger() -> None:
+    """The first dataloader is built before the ledger starts."""
     clock = Clock()
 
     def train_data(net: Net, batch_size: int) -> Any:
@@ -158,7 +158,6 @@ def test_inline_hooks_are_on_their_row_wherever_they_run(hook: str, options: dic
 
 @pytest.mark.parametrize("hook", ["on_begin_train_epoch", "on_end_train_step", "on_end_train_epoch"])
 def test_waiting_for_fenced_hooks_is_on_the_fence_row(hook: str) -> None:
-    """From the moment at which the loop waits until the hook has returned."""
     clock = Clock()
     loop = threading.current_thread()
 
@@ -187,8 +186,8 @@ class SlowDevice(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("options", [{"non_finite": "skip"}, {"precision": "float16"}], ids=["skip", "float16"])
-def test_numbers_that_the_loop_has_to_read_are_on_the_readback_row(options: dict[str, Any]) -> None:
-    """One a step, for the policy that skips and for float16's scaler; and it is not on the compute row, too."""
+def test_numbers_that_the_loop_reads_are_on_the_readback_row(options: dict[str, Any]) -> None:
+    """One read per step, for the policy ``skip`` and for the scaler of float16; not on the compute row, too."""
     with SlowDevice() as device:
         outcome = train(Net(rows=24), val_interval_epochs=0, seed=0, **options)
     ledger = outcome.result.ledger
@@ -210,7 +209,6 @@ def test_a_scheduler_that_follows_a_metric_reads_it_on_the_readback_row() -> Non
 
 @pytest.mark.anyio
 async def test_waiting_for_an_observer_that_sees_everything_is_on_the_backpressure_row() -> None:
-    """From the moment at which the loop waits for room in its queue."""
     clock = Clock()
     loops: list[threading.Thread] = []
 
@@ -230,7 +228,7 @@ async def test_waiting_for_an_observer_that_sees_everything_is_on_the_backpressu
 
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no thread can tell another one's time here")
 def test_an_observer_that_keeps_the_interpreter_is_on_the_contention_row() -> None:
-    """It never gives it up of itself, so that the loop waits for each of its turns."""
+    """It never releases the interpreter lock itself, so the loop waits for a switch interval each time."""
     computing, over = threading.Event(), threading.Event()
 
     class Own(Net):
@@ -277,10 +275,10 @@ async def test_a_pause_is_on_its_row() -> None:
     ("stood", "others", "aside", "contention"),
     [(70, 1_000, 0, 70), (70, 30, 0, 30), (70, 0, 0, 0), (70, 1_000, 40, 30), (70, 1_000, 90, 0), (-5, 1_000, 0, 0)],
 )
-def test_contention_is_what_the_loop_stood_and_others_ran(
+def test_contention_is_the_time_off_the_cpu_while_other_threads_ran(
     monkeypatch: pytest.MonkeyPatch, stood: int, others: int, aside: int, contention: int
 ) -> None:
-    """The lesser of the two, within the model's part; what has another row already is not counted again."""
+    """The lesser of the two, within the compute row; time of another row is not counted again."""
     now, ran, other = 0, 0, 500
     monkeypatch.setattr("trainer.loop.ledger.clock", lambda: now)
     monkeypatch.setattr("trainer.loop.ledger.cpu_clock", lambda: ran)
@@ -352,8 +350,8 @@ def test_the_reports_of_intervals_add_up_to_the_runs() -> None:
         assert added <= getattr(run, f"{row}_s") + 1e-6
 
 
-def test_an_interval_holds_what_was_added_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the total everything, exactly; each nanosecond is on the row that was entered last."""
+def test_an_interval_has_the_time_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each nanosecond is on the row that was entered last, and the total has all of them."""
     now = 0
     monkeypatch.setattr("trainer.loop.ledger.clock", lambda: now)
     ledger = Ledger(torch.device("cpu"), lambda: 0)

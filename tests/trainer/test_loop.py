@@ -41,7 +41,7 @@ def bare_losses(net: Any, batches: list[Any], epochs: int, lr: float = 0.05) -> 
 # ------------------------------------------------------------------------------------- data that is not there
 
 
-def test_an_empty_train_loader_says_so() -> None:
+def test_an_empty_train_loader_is_an_error() -> None:
 
     outcome = train(Net(train_data=lambda net, batch_size: []))
     assert isinstance(outcome.error, EmptyDataLoader)
@@ -49,7 +49,7 @@ def test_an_empty_train_loader_says_so() -> None:
     assert outcome.of(TrainEpochEnded) == []
 
 
-def test_a_loader_that_runs_dry_in_a_later_epoch_says_in_which() -> None:
+def test_a_loader_that_is_used_up_names_the_epoch() -> None:
     stream = iter(Net().batches(8))
 
     outcome = train(Net(train_data=lambda net, batch_size: stream), epochs=2)
@@ -59,7 +59,7 @@ def test_a_loader_that_runs_dry_in_a_later_epoch_says_in_which() -> None:
 
 
 @pytest.mark.parametrize("returned", [None, 3, "text", {"a": []}])
-def test_what_is_no_train_loader_is_refused(returned: Any) -> None:
+def test_an_invalid_train_loader_is_refused(returned: Any) -> None:
 
     outcome = train(Net(train_data=lambda net, batch_size: returned))
     assert isinstance(outcome.error, TypeError)
@@ -71,7 +71,7 @@ def test_what_is_no_train_loader_is_refused(returned: Any) -> None:
 
 
 def test_every_method_and_hook_gets_the_global_step_that_the_contract_says() -> None:
-    """train_step gets the step it works towards; on_end_backward, val_step and the hooks what is finished."""
+    """train_step gets the number of the current step; val_step and the hooks get that of the finished ones."""
     seen: list[tuple[str, int]] = []
 
     class Own(Net):
@@ -144,7 +144,7 @@ def test_losses_and_weights_are_those_of_a_loop_written_by_hand() -> None:
 
 @pytest.mark.parametrize("rows", [16, 20, 13])
 def test_accumulated_steps_equal_those_of_the_whole_batch(rows: int) -> None:
-    """Micro-batches are weighted by rows, also where the last one, or the last group, is smaller."""
+    """Micro-batches are weighted by rows, also a smaller last one, or in a smaller last group."""
     torch.set_default_dtype(torch.float64)
     try:
         whole, parts = Net(rows), Net(rows)
@@ -196,7 +196,7 @@ def test_the_same_seed_gives_the_same_losses() -> None:
 
 
 def test_without_a_seed_the_host_program_decides() -> None:
-    """Nothing is seeded, but shuffling is drawn from torch's generator: seeding that repeats a run."""
+    """Shuffling draws from torch's generator, so seeding that repeats a run."""
     orders: list[list[float]] = []
 
     class Shuffled(Net):
@@ -227,7 +227,7 @@ def test_any_iterable_is_a_dataloader() -> None:
 
 
 def test_an_endless_stream_ends_at_the_limit_of_an_epoch() -> None:
-    """Data without an end needs max_train_steps_per_epoch, which then also is the estimate."""
+    """max_train_steps_per_epoch is then the estimate, too."""
 
     net = Net(train_data=lambda net, size: itertools.cycle(net.batches(size)))
     outcome = train(net, epochs=2, max_train_steps_per_epoch=5)
@@ -255,7 +255,7 @@ def test_max_steps_at_the_end_of_an_epoch_starts_no_other() -> None:
 
 
 def test_a_limit_leaves_the_batch_after_it_unread() -> None:
-    """Nothing is taken from the data that is not trained on: a stream may be shared, or slow."""
+    """A stream may be shared, or slow."""
     read = []
 
     def train_data(net: Net, batch_size: int) -> Iterator[Any]:
@@ -283,7 +283,7 @@ def nan_at(*steps: int, value: float = math.nan) -> Any:
     return Diverges(rows=48)
 
 
-def test_a_nan_loss_is_reported_and_survives_the_way_to_the_event() -> None:
+def test_a_nan_loss_is_reported_and_stays_in_the_event() -> None:
     outcome = train(nan_at(3), val_interval_epochs=0)
     losses = [e.loss for e in outcome.of(TrainStepEnded)]
     assert outcome.result.global_step == 6
@@ -297,7 +297,7 @@ def test_a_nan_loss_is_reported_and_survives_the_way_to_the_event() -> None:
     assert all(math.isnan(e.loss) for e in reports)
 
 
-def test_skip_leaves_the_step_out_and_counts_nothing() -> None:
+def test_skip_drops_the_step_and_does_not_count_it() -> None:
     net, bare = nan_at(2, 3, value=math.inf), Net(rows=48)
     outcome = train(net, non_finite="skip", val_interval_epochs=0)
     batches = bare.batches(8)

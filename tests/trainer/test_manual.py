@@ -121,7 +121,7 @@ def test_a_manual_run_resumes_exactly(tmp_path: Any) -> None:
     assert all(map(torch.equal, whole.parameters(), rest.parameters()))
 
 
-def test_every_backward_pass_is_told_to_hooks() -> None:
+def test_every_backward_pass_calls_the_hooks() -> None:
     seen: list[Any] = []
 
     class Watching(CallbackInterface):
@@ -137,8 +137,8 @@ def test_every_backward_pass_is_told_to_hooks() -> None:
     assert outcome.result.ledger.steps == 3
 
 
-def test_what_a_direct_step_does_is_left_to_the_module() -> None:
-    """A loop by hand within `train_step` works as it is, gradients over several steps included."""
+def test_a_module_may_step_its_optimizer_itself() -> None:
+    """Also with gradients over several steps."""
 
     class Own(Net):
         manual_optimization = True
@@ -182,7 +182,7 @@ def test_an_update_that_is_not_finite_is_skipped_alone(clip: bool) -> None:
 
 
 def test_schedulers_stay_where_every_update_was_skipped() -> None:
-    """As float16 does at the start; torch would warn of a scheduler that steps before its optimizer."""
+    """As in the first steps of float16; torch would warn about a scheduler that steps before its optimizer."""
 
     class Diverging(Gan):
         def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
@@ -263,14 +263,14 @@ def manual_net(step: Any, manual: bool = True) -> Any:
         (lambda net, loss: net.optimize(loss, closure=lambda: loss), "a loss or a closure"),
     ],
 )
-def test_what_optimize_cannot_apply_is_named(step: Any, said: str) -> None:
+def test_an_invalid_argument_of_optimize_is_named(step: Any, said: str) -> None:
     outcome = train(manual_net(step))
     assert isinstance(outcome.error, ContractError)
     assert said in str(outcome.error)
 
 
 def test_optimize_needs_manual_optimization_and_a_step() -> None:
-    """Without the flag the trainer would apply the loss once more; outside of a run there is no optimizer."""
+    """Without the flag the trainer would apply the loss again; outside of a run there is no optimizer."""
     outcome = train(manual_net(lambda net, loss: net.optimize(loss), manual=False))
     assert isinstance(outcome.error, ContractError)
     assert "manual_optimization = True" in str(outcome.error)
@@ -281,7 +281,7 @@ def test_optimize_needs_manual_optimization_and_a_step() -> None:
 
 
 def test_manual_optimization_takes_whole_batches() -> None:
-    """Each call of `train_step` is a step, so a step cannot have micro-batches."""
+    """Each call of `train_step` is a step."""
     outcome = train(Gan(), gpu_batch_size_limit=2)
     assert isinstance(outcome.error, ArgumentsError)
     assert "gpu_batch_size_limit=2" in str(outcome.error)
@@ -289,7 +289,7 @@ def test_manual_optimization_takes_whole_batches() -> None:
 
 @pytest.mark.parametrize("options", [{"precision": "float16"}, {"non_finite": "skip"}])
 def test_a_skipped_update_is_reported_once(options: dict[str, Any]) -> None:
-    """With clipping, its norm is not that of the step: the step would count as one more bad gradient."""
+    """Its gradient norm is not the step's, which would count as another bad gradient."""
 
     def step(net: Any, loss: torch.Tensor) -> torch.Tensor:
         net.calls = getattr(net, "calls", 0) + 1

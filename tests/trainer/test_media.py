@@ -68,8 +68,8 @@ def test_a_histogram_counts_as_numpy_does(dtype: torch.dtype) -> None:
     assert counts == expected.tolist()
 
 
-def test_a_histogram_of_the_worst_counts_each_element_once() -> None:
-    """NaN and infinities aside, though the range is more than the type can hold."""
+def test_a_histogram_of_extreme_values_counts_each_element_once() -> None:
+    """Except NaN and infinities, although the range overflows the type."""
     worst = torch.tensor([math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 0.0])
     low, high, counts, non_finite = numbers_of(Histogram(worst, bins=4))
     assert (low, high) == (pytest.approx(-3.4e38), pytest.approx(3.4e38))
@@ -80,7 +80,7 @@ def test_a_histogram_of_the_worst_counts_each_element_once() -> None:
         assert sum(numbers_of(Histogram(smallest, bins=2))[2]) == 2
 
 
-def test_a_histogram_keeps_what_the_tensor_was() -> None:
+def test_a_histogram_has_the_values_at_the_time_of_logging() -> None:
     def log(net: Any, step: int, batch: Any) -> None:
         tensor = torch.tensor([float(step), float(step) + 1])
         net.log("values", Histogram(tensor, bins=2))
@@ -118,7 +118,7 @@ def test_an_image_comes_back_from_its_file(pixels: Any, mode: str) -> None:
 
 
 def test_media_travel_by_reference(tmp_path: Path) -> None:
-    """The event comes when the file is whole, with the step at which it was logged, and the journal has it."""
+    """The event is published once the file is complete, with the step of the call, and is in the journal."""
     figure = matplotlib.figure.Figure()
     figure.subplots().plot([1, 2])
     long = "ä" * (INLINE_TEXT + 1)
@@ -161,8 +161,8 @@ def test_a_run_without_a_folder_warns_about_images(caplog: pytest.LogCaptureFixt
     assert {(len(event.text), event.path) for event in outcome.of(TextLogged)} == {(INLINE_TEXT, None)}
 
 
-def test_what_is_logged_in_a_late_hook_arrives_before_the_sinks_are_closed(tmp_path: Path) -> None:
-    """The thread that writes is drained between callbacks and sinks."""
+def test_media_of_the_last_hook_arrive_before_the_sinks_are_closed(tmp_path: Path) -> None:
+    """The writing thread is drained between callbacks and sinks."""
 
     late = hooked("on_end_train", lambda net, step: net.log("last", Image(torch.zeros(256, 256))), kind=Net)
 
@@ -192,7 +192,7 @@ def test_each_lane_logs_with_the_step_of_its_event(tmp_path: Path, lane: str) ->
     assert all((tmp_path / "run" / event.path).is_file() for event in images)
 
 
-def test_what_a_skipped_step_has_logged_is_forgotten(tmp_path: Path) -> None:
+def test_media_of_a_skipped_step_are_dropped(tmp_path: Path) -> None:
     calls: list[float] = []
 
     def log(net: Net, step: int, batch: Any) -> None:
@@ -224,7 +224,7 @@ class Slow(Drawn):
 
 
 def test_more_than_can_be_written_is_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Memory is bounded, and a file that fails is counted too."""
+    """Memory is bounded; a file that fails is counted, too."""
     published: list[Event] = []
     origin = Origin("run")
     writer = MediaWriter(tmp_path, published.append, origin)

@@ -54,7 +54,7 @@ def test_a_name_that_cannot_be_printed_is_recorded_as_its_escapes(caplog: pytest
 
 
 @pytest.mark.parametrize("name", ["a\udc80b", "a\nb", "n" * 251])
-def test_what_names_a_metric_or_a_run_must_be_printable(name: str) -> None:
+def test_names_of_monitors_and_runs_must_be_printable(name: str) -> None:
     with pytest.raises(ValueError, match=r"^Checkpoints\(best=.*\): the name has|holds"):
         Checkpoints(best=name)
     with pytest.raises(ArgumentsError, match=r"run_id=.* (has 251|holds) characters"):
@@ -83,7 +83,7 @@ def test_an_invalid_metric_ends_the_run_where_it_was_logged(
     assert outcome.of(MetricsLogged) == []
 
 
-def test_what_a_skipped_step_logged_is_forgotten() -> None:
+def test_metrics_of_a_skipped_step_are_dropped() -> None:
     calls: list[int] = []
 
     def log(net: Net, step: int, batch: Any) -> None:
@@ -145,7 +145,7 @@ def test_every_kind_of_number_becomes_a_float_in_the_order_of_logging() -> None:
     assert math.isnan(outcome.result.metrics["nan tensor"])
 
 
-def test_a_tensor_is_logged_as_it_was_and_not_as_it_became() -> None:
+def test_a_tensor_has_its_value_at_the_time_of_logging() -> None:
     def log(net: Any, global_step: int, batch: Any) -> None:
         counter = net.counter = getattr(net, "counter", torch.zeros(1))
         counter += 1
@@ -157,7 +157,7 @@ def test_a_tensor_is_logged_as_it_was_and_not_as_it_became() -> None:
 
 
 def test_a_logged_tensor_does_not_keep_its_graph() -> None:
-    """Or the activations of every logged step would stay in memory: what autograd saved is gone by the next step."""
+    """Otherwise the activations of each logged step would stay in memory."""
     saved: list[weakref.ref[Any]] = []
 
     class Saved:
@@ -186,7 +186,7 @@ def test_a_logged_tensor_does_not_keep_its_graph() -> None:
     ],
 )
 def test_the_mean_is_weighted_whatever_its_numbers_are(group: list[Any], mean: float) -> None:
-    """Floats, tensors of one type, of several, and both together; integers are not divided as integers."""
+    """Integers are not divided as integers."""
     assert float(weighted_mean(group)) == mean
 
 
@@ -194,8 +194,6 @@ def test_the_mean_is_weighted_whatever_its_numbers_are(group: list[Any], mean: f
 
 
 def test_micro_batches_are_averaged_by_rows() -> None:
-    """One event a step, with the mean over its rows, of numbers as of tensors, or of both in turn."""
-
     def log(net: Any, global_step: int, batch: Any) -> None:
         mean = batch[0].mean()
         net.log("tensor", mean)
@@ -394,7 +392,7 @@ async def test_many_threads_lose_nothing() -> None:
 
 
 def test_an_unreadable_number_is_nan_and_does_not_affect_others(caplog: pytest.LogCaptureFixture) -> None:
-    """An unreadable tensor, or a failed device: there is a warning, and the run continues with its other numbers."""
+    """A warning names the error, and the run continues."""
     caplog.set_level(logging.WARNING, "stagecast")
 
     def log(net: Net, step: int, batch: Any) -> None:
@@ -411,7 +409,7 @@ def test_an_unreadable_number_is_nan_and_does_not_affect_others(caplog: pytest.L
 
 
 def test_a_loss_that_cannot_be_read_does_not_hide_those_before_it() -> None:
-    """Of one batch of events: the summary has the last loss that could be read, and the epoch's mean is over these."""
+    """The summary has the last loss that could be read, and the epoch's mean is over those."""
     readback = DeviceReadback(lambda event, consecutive: None, lambda event, consecutive: None)
     losses = [torch.tensor(2.0), torch.tensor(4.0), torch.empty((), device="meta")]
     steps = [TrainStepEnded("run", 1, 0, 0.0, 0, at, 0, "train", loss, lr=0.1) for at, loss in enumerate(losses)]
@@ -423,7 +421,7 @@ def test_a_loss_that_cannot_be_read_does_not_hide_those_before_it() -> None:
 
 
 def test_an_epoch_has_no_loss_if_steps_of_it_were_dropped() -> None:
-    """The mean of what was left is not that of the epoch; the next one has its own again."""
+    """The mean of the others is not that of the epoch."""
     readback = DeviceReadback(lambda event, consecutive: None, lambda event, consecutive: None)
 
     def epoch(*losses: float) -> TrainEpochEnded:
@@ -442,7 +440,7 @@ def test_an_epoch_has_no_loss_if_steps_of_it_were_dropped() -> None:
 
 
 @pytest.mark.parametrize("name", ["train_loss", "val_loss", "val_loss/a", "lr", "grad_norm", "step_s", "ledger/data_s"])
-def test_a_name_of_the_trainers_own_is_refused_at_the_first_log(name: str) -> None:
+def test_a_reserved_name_is_refused_at_the_first_log(name: str) -> None:
     outcome = train(logging_net(lambda net, *_: net.log(name, 1.0)))
     assert isinstance(outcome.error, ValueError)
     assert repr(name) in str(outcome.error)
@@ -458,10 +456,10 @@ def test_a_name_of_the_trainers_own_is_refused_at_the_first_log(name: str) -> No
         (("acc", 1.0), ("acc", "text"), "default", "as a number and as a text"),
     ],
 )
-def test_one_name_for_two_quantities_is_named_once(
+def test_one_name_for_two_quantities_gets_one_warning(
     caplog: pytest.LogCaptureFixture, logged: Any, val: Any, key: str, warns: str | None
 ) -> None:
-    """They would end in one series; a dataloader's key may make the difference, or undo it."""
+    """They would be one series; a dataloader's key is part of the name."""
 
     def val_step(net: Net, step: int, batch: Any) -> Any:
         net.log(*val)

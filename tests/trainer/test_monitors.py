@@ -31,8 +31,8 @@ def scored(*scores: float | None, **options: Any) -> Net:
     return Scored(*scores, optimizers=with_plateau, val_step=lambda *_: None, **options)
 
 
-def test_a_validation_without_the_metric_judges_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Patience, scheduler and best stay as they were; an event names each miss, one warning each gap."""
+def test_a_validation_without_the_metric_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Patience, scheduler and best are unchanged; an event reports each miss, a warning the first of several."""
     net, stopping = scored(3.0, None, None, 2.0, None), EarlyStopping("score", patience=1)
     checkpoints = Checkpoints(best="score", **BEST)
     outcome = train(
@@ -47,7 +47,7 @@ def test_a_validation_without_the_metric_judges_nothing(tmp_path: Path, caplog: 
     assert len([text for text in caplog.messages if "EarlyStopping follows 'score'" in text]) == 2
 
 
-def test_what_training_logs_does_not_serve_a_run_that_validates() -> None:
+def test_a_monitor_ignores_training_metrics_in_a_run_that_validates() -> None:
     def step(net: Net, global_step: int, batch: Any) -> Any:
         net.log("score", 1.0)
         return net.forward_loss(batch)
@@ -56,9 +56,7 @@ def test_what_training_logs_does_not_serve_a_run_that_validates() -> None:
     assert isinstance(outcome.error, MetricNotFound)
 
 
-def test_best_names_what_there_is_when_it_does_not_find_its_metric(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_best_names_the_metrics_if_its_own_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     net = Net(val_data=lambda net, size: dict.fromkeys("ab", net.batches(size)))
 
     checkpoints = Checkpoints(best="val_loss", **BEST)
@@ -96,7 +94,7 @@ def test_the_epochs_mean_loss_can_be_followed_by_all(tmp_path: Path, validates: 
 
 @pytest.mark.parametrize(("mark", "serves"), [(fenced, True), (observer, False)])
 def test_only_a_hook_that_the_loop_waits_for_serves_a_monitor(mark: Any, serves: bool) -> None:
-    """What another one logs may come too late next time, so it never serves, though it came in time."""
+    """A metric of another hook may come too late next time, so it never serves."""
     logged = threading.Event()
 
     def waits(net: Net, step: int, *outputs: Any, key: str) -> None:
