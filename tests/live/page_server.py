@@ -1,5 +1,6 @@
-"""A made-up server for the page: it plays runs by the protocol of `sinks.live`, so that the page can be seen and tested
-without training anything. By hand: ``python tests/live/page_server.py --port 8123 --runs 3``.
+"""A made-up server for the page: it plays runs by the protocol of `sinks.live`, without training anything.
+
+By hand: ``python tests/live/page_server.py --port 8123 --runs 3``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _LEDGER = {
 
 
 class FakeRun:
-    """One run, made up step by step. Belongs to the loop of its server once that has begun."""
+    """One run, made up step by step. Only its server's event loop may use it once that has started."""
 
     def __init__(self, run_id: str, *, seed: int = 0, commands: bool = True, extra: list[str] | None = None) -> None:
         self.random = random.Random(seed)
@@ -87,7 +88,7 @@ class FakeRun:
         }
 
     def point(self, points: dict[str, Any], name: str, value: float | str) -> None:
-        """Add a value to a series, and to what a frame will tell."""
+        """Add a value to a series, and to the points of a frame."""
         step = self.run["global_step"]
         series = self.series.setdefault(
             name, {"step": [], "mean": [], "min": [], "max": [], "time": [], "count": 0, "last": None, "nonfinite": {}}
@@ -110,7 +111,7 @@ class FakeRun:
         values.append(value)
 
     def advance(self, steps: int, *, step_s: float = 0.12) -> dict[str, Any]:
-        """Train some steps; the frame that tells of them."""
+        """Train some steps; return their frame."""
         points: dict[str, Any] = {}
         noise = self.random.gauss
         plan = self.run["steps_per_epoch"]
@@ -134,7 +135,7 @@ class FakeRun:
             if step % 250 == 0:
                 self._validate(points, base)
             if step % 500 == 0:
-                self._checkpoint(frame)
+                self.save(frame)
             if step % plan == 0:
                 text = f"epoch {self.run['epoch']} of 20 · train loss {base:.4f} · val loss {base * 1.05:.4f}"
                 frame["log"].append(self.line("TrainEpochEnded", text))
@@ -146,7 +147,6 @@ class FakeRun:
         return frame
 
     def line(self, kind: str, text: str, level: str = "info") -> dict[str, Any]:
-        """A line of the log."""
         entry = {"seq": self.cursor, "time": self.clock, "global_step": self.run["global_step"]}
         entry |= {"epoch": self.run["epoch"], "level": level, "kind": kind, "text": text}
         self.log.append(entry)
@@ -188,7 +188,8 @@ class FakeRun:
             self.point(points, f"val_loss{key}", base * factor * (1 + self.random.gauss(0, 0.02)))
             self.point(points, f"val_accuracy{key}", 1 - base * factor / 3.2)
 
-    def _checkpoint(self, frame: dict[str, Any]) -> None:
+    def save(self, frame: dict[str, Any]) -> None:
+        """Take a checkpoint."""
         step = self.run["global_step"]
         name = f"step-{step:08d}"
         for older in list(self.checkpoints.values())[:-3]:
@@ -213,7 +214,7 @@ class FakeRun:
         frame["log"].append(self.line("CheckpointSaved", f"checkpoint {name} is durable (1.3 GiB in 2.3 s)"))
 
     def furnish(self) -> None:
-        """Things that a run has beside its curves: observers, images, texts, histograms, a checkpoint that failed."""
+        """Add observers, images, texts, histograms, and a failed checkpoint."""
         step = self.run["global_step"]
         for name, state, queued, lag, dropped, error in (
             ("console", "ok", 0, 0.004, 0, None),
@@ -259,7 +260,6 @@ class FakeRun:
         self.line("CheckpointFailed", f"checkpoint {step + 1}: No space left on device", "error")
 
     def snapshot(self) -> dict[str, Any]:
-        """All of it."""
         return {
             "type": "snapshot",
             "cursor": self.cursor,
@@ -276,19 +276,18 @@ class FakeRun:
         }
 
     def tell(self, frame: dict[str, Any]) -> None:
-        """Send a frame to whoever watches."""
+        """Send a frame to all watchers."""
         message = {"type": "frame", "cursor": self.cursor, "time": time.time()}
-        message |= {name: value for name, value in frame.items() if value}
-        text = json.dumps(message)
+        self.send(json.dumps(message | {name: value for name, value in frame.items() if value}))
+
+    def send(self, message: str | int) -> None:
+        """Send a text to all watchers, or close their connections with a code."""
         for watcher in self.watchers:
-            watcher.put_nowait(text)
+            watcher.put_nowait(message)
 
 
 class PageServer:
-    """Serves the page and some runs on a thread of its own, at a port of its own.
-
-    `call` runs a function on that thread: everything about a run is changed there.
-    """
+    """Serves the page and some runs on its own thread; `call` changes a run there."""
 
     def __init__(
         self, runs: list[FakeRun], *, token: str | None = None, port: int = 0, websockets: bool = True
@@ -350,11 +349,10 @@ class PageServer:
         return asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(10)
 
     def train(self, run: FakeRun, steps: int) -> None:
-        """Let a run train some steps, and tell its watchers."""
         self.call(lambda: run.tell(run.advance(steps)))
 
     def play(self, run: FakeRun, *, frames_per_s: float, steps: int) -> None:
-        """Let a run train on and on."""
+        """Let a run train until the server ends."""
         assert self._loop is not None
 
         async def go() -> None:
@@ -366,10 +364,9 @@ class PageServer:
         self._playing = asyncio.run_coroutine_threadsafe(go(), self._loop)
 
     def close_all(self, code: int) -> None:
-        """Close the connections of all watchers. On the server's thread."""
+        """Close the connections of all watchers, on the server's thread."""
         for run in self.runs.values():
-            for watcher in run.watchers:
-                watcher.put_nowait(code)
+            run.send(code)
 
     async def _alive(self) -> None:
         while True:
@@ -378,15 +375,13 @@ class PageServer:
                 for run in self.runs.values():
                     run.tell({})
 
-    # ------------------------------------------------------------------------------------------------- HTTP
-
     def _note(self, request: Request) -> None:
         self.requests.append(str(request.url))
 
     def _refused(self, request: Request) -> Response | None:
         self._note(request)
         if self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}":
-            return JSONResponse({"error": "this server wants its token"}, 401, {"www-authenticate": "Bearer"})
+            return JSONResponse({"error": "this server requires its token"}, 401, {"www-authenticate": "Bearer"})
         if request.path_params.get("run_id", next(iter(self.runs), None)) not in self.runs and self.runs:
             return JSONResponse({"error": "there is no such run"}, 404)
         return None
@@ -442,8 +437,6 @@ class PageServer:
 
         return StreamingResponse(stream(), media_type="text/event-stream")
 
-    # -------------------------------------------------------------------------------------------- WebSocket
-
     @contextlib.contextmanager
     def _watch(self, run: FakeRun) -> Any:
         watcher: asyncio.Queue[Any] = asyncio.Queue()
@@ -461,11 +454,9 @@ class PageServer:
         await socket.accept()
         try:
             hello = await socket.receive_json()
-            if self.token is not None and hello["token"] != self.token:
-                await socket.close(4401)
-                return
-            if run is None:
-                await socket.close(4404)
+            wrong = self.token is not None and hello["token"] != self.token
+            if wrong or run is None:
+                await socket.close(4401 if wrong else 4404)
                 return
             run.hellos.append(hello)
             with self._watch(run) as watcher:
@@ -493,7 +484,7 @@ class PageServer:
 
 
 def _png(width: int, height: int) -> bytes:
-    """A picture with something to see."""
+    """A colour gradient."""
     rows = b"".join(
         b"\0" + b"".join(bytes((x * 255 // width, y * 255 // height, 140)) for x in range(width)) for y in range(height)
     )

@@ -1,30 +1,27 @@
-"""Visits of the page in a real browser: Debian's chromium, driven by Playwright.
-
-Nothing is downloaded: the browser is the one on the PATH, axe-core comes inside a package from PyPI.
-"""
+"""Visits of the page in a real browser: the chromium on the PATH, driven by Playwright; axe-core comes from PyPI."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 EVIL = "<script>alert(1)</script>"
 _LOAD_FAILED = re.compile(r"Failed to load resource|WebSocket connection to .* failed")
 
 
 class Visits:
-    """Pages, and what went wrong in them: a test fails for an error in the console, or a request that leaves."""
+    """Opens pages; the block ends with an error for each error in a console, and each request to another host."""
 
     def __init__(self, browser: Browser) -> None:
         self._browser = browser
         self.problems: list[str] = []
         self.requests: list[str] = []
         self.may_lose_server = False
-        self._contexts: list[Any] = []
+        self._contexts: list[BrowserContext] = []
         self._hosts: set[str] = set()
 
     def __call__(self, url: str, fragment: str = "", *, loaded: bool = True, **options: Any) -> Page:
@@ -49,13 +46,14 @@ class Visits:
         if kind in ("error", "warning") and not lost:
             self.problems.append(text)
 
-    def close(self) -> None:
-        """End them all."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         for context in self._contexts:
             context.close()
         assert self.problems == []
-        local = [url for url in self.requests if not url.startswith("data:")]
-        assert [url for url in local if _host(url) not in self._hosts] == []
+        assert {_host(url) for url in self.requests if not url.startswith("data:")} <= self._hosts
 
 
 def _host(url: str) -> str:
@@ -63,10 +61,10 @@ def _host(url: str) -> str:
 
 
 def axe(page: Page) -> list[str]:
-    """Serious violations, each in a line."""
+    """Serious violations of accessibility rules, each in a line."""
     package = pytest.importorskip("axe_playwright_python")
     script = Path(package.__file__).with_name("axe.min.js").read_text()
-    session = page.context.new_cdp_session(page)  # the page's own policy lets no foreign script in
+    session = page.context.new_cdp_session(page)  # the page's policy allows no foreign script
     session.send("Runtime.evaluate", {"expression": script})
     session.detach()
     found = page.evaluate("() => axe.run(document, {resultTypes: ['violations'], elementRef: false})")

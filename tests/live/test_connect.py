@@ -12,19 +12,18 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Iterator
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
 import pytest
-import torch
-from torch import nn
+from live.kit import Told
+from support.threads import wait_until
+from support.training import Net, make_trainer, read_journal
 
 from events.errors import CursorError, RunCancelled, StagecastError
-from events.journal.reader import JournalReader
-from events.journal.segment import JOURNAL_DIR
 from events.messages import (
     BackwardEnded,
     CheckpointSaved,
@@ -46,7 +45,7 @@ from events.wire import encode_json
 from sinks.live.runs import RunsOfFolder
 from sinks.live.server import Server, bind
 from sinks.live.sink import Live
-from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from trainer import Checkpoints, Trainer
 from trainer.errors import (
     CommandRefused,
     ConnectedRunFailed,
@@ -63,55 +62,33 @@ MANY = 1_000_000
 
 
 class Boom(Exception):
-    """What a user's code raises."""
+    """An error of a user's code."""
 
 
-class Net(ModuleInterface):
-    """A line through a few points; a step takes some milliseconds, so that there is time to intervene."""
-
-    def __init__(self, pause_s: float = 0.002) -> None:
-        super().__init__()
-        self.linear = nn.Linear(1, 1)
-        self.x = torch.linspace(-1, 1, 16).unsqueeze(1)
-        self.pause_s = pause_s
-
-    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.1)], []
-
-    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-        return [self.x[:8], self.x[8:]]
-
-    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
-        return [self.x]
+class Slow(Net):
+    """A step takes some milliseconds, so that there is time to intervene."""
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        time.sleep(self.pause_s)
-        self.log("weight", self.linear.weight.detach().clone())
-        return (self.linear(batch) - 3 * batch).square().mean()
-
-    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        return (self.linear(batch) - 3 * batch).square().mean()
-
-
-class Failing(Net):
-    """Raises in a step."""
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        if global_step == 3:
-            raise Boom("in a step")
+        time.sleep(0.002)
+        self.log("bias", self.linear.bias.detach().clone())
         return super().train_step(global_step, batch, device)
 
 
+def fail(global_step: int) -> None:
+    if global_step == 3:
+        raise Boom("in a step")
+
+
 class Proxy:
-    """A wire that can be cut, anywhere, by one who counts the bytes; and be dead for a while."""
+    """A connection to a server that can be cut after any number of bytes, and be dead for a while."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.lengths: Iterator[int] | None = None
-        """After how many bytes to the client each connection is cut; None: never."""
+        """Bytes to the client after which each connection is cut; None: never."""
         self.dead = False
         self.refused = threading.Event()
-        """Set when somebody has called while it was dead."""
+        """Set when a client has called while it was dead."""
         self.connections = 0
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -175,7 +152,7 @@ def _no_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """Serves the runs of a folder, and takes commands for them."""
+    """A server of the runs of a folder, with commands."""
     (tmp_path / "runs").mkdir(exist_ok=True)
     one = _serve(tmp_path / "runs")
     yield one
@@ -183,9 +160,13 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def _serve(folder: Path, port: int = 0, **options: Any) -> Server:
-    server = Server(RunsOfFolder(folder), bind("127.0.0.1", port), "127.0.0.1", **({"commands": True} | options))
-    server.start()
-    return server
+    def start() -> Server:
+        server = Server(RunsOfFolder(folder), bind("127.0.0.1", port), "127.0.0.1", **({"commands": True} | options))
+        server.start()
+        return server
+
+    with ThreadPoolExecutor(1) as thread:  # not in the event loop of a test: the server has its own
+        return thread.submit(start).result()
 
 
 @pytest.fixture
@@ -199,51 +180,39 @@ def port_of(server: Server) -> int:
     return int(server.url.rstrip("/").rpartition(":")[2])
 
 
-def trainer(tmp_path: Path, module: ModuleInterface | None = None, *, epochs: int = MANY, **options: Any) -> Trainer:
-    """One whose run is ``demo``, in a folder of the server."""
-    return Trainer(
-        module if module is not None else Net(),
-        TrainerArguments(epochs=epochs, train_batch_size=8, device="cpu"),
-        **({"run_id": "demo", "run_dir": tmp_path / "runs" / "demo", "checkpoints": False} | options),
-    )
+def trainer(tmp_path: Path, module: Net | None = None, **options: Any) -> Trainer:
+    """A trainer whose run is ``demo``, in a folder of the server."""
+    own = {"run_id": "demo", "run_dir": tmp_path / "runs" / "demo", "journal": True, "epochs": MANY}
+    return make_trainer(module if module is not None else Slow(), **(own | options))
 
 
 def journal(tmp_path: Path) -> list[Event]:
-    reader = JournalReader(tmp_path / "runs" / "demo" / JOURNAL_DIR)
-    return list(chain.from_iterable(iter(reader.read, [])))
+    return read_journal(tmp_path / "runs" / "demo")
 
 
 async def journalled(tmp_path: Path) -> None:
-    """Until something stands in the journal: before that, no server knows the run."""
+    """Wait for an event in the journal: before it, no server knows the run."""
     with anyio.fail_after(20):
-        while not journal(tmp_path):  # noqa: ASYNC110  # a file tells nobody
+        while not journal(tmp_path):  # noqa: ASYNC110  # a file reports nothing
             await anyio.sleep(0.01)
 
 
-def _wait_for(path: Path) -> None:
-    """Wait until a run has written the address of its page."""
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+async def enter(connection: Any) -> None:
+    async with connection:
+        pytest.fail("the block was entered")
 
 
 async def soon(what: Awaitable[Any]) -> Any:
-    """What must not take long."""
     with anyio.fail_after(20):
         return await what
 
 
-# ------------------------------------------------------------------------------------------------- finding the run
-
-
-async def test_where_nothing_answers_the_error_names_the_address_at_once() -> None:
-    """Entering the block tries once: it is more often the address that is wrong than the server that is late."""
+async def test_an_address_without_an_answer_is_an_error_at_once() -> None:
+    """Without a retry: a wrong address is more likely than a late server."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(ConnectError, match=f"no run is served at http://127.0.0.1:{port}/: ConnectError"):
-        async with connect(f"http://127.0.0.1:{port}"):
-            raise AssertionError("must not be entered")
+        await enter(connect(f"http://127.0.0.1:{port}"))
 
 
 @pytest.mark.parametrize(
@@ -271,8 +240,8 @@ async def test_where_nothing_answers_the_error_names_the_address_at_once() -> No
         5,
     ],
 )
-async def test_what_is_no_address_is_refused_before_anything_is_sent(url: Any) -> None:
-    """By `connect` itself, which repeats no password."""
+async def test_an_invalid_address_is_refused_before_anything_is_sent(url: Any) -> None:
+    """The error does not repeat a password."""
     with pytest.raises(ConnectError, match="is not the address of a page") as caught:
         connect(url)
     assert not re.search("hid|den", str(caught.value))
@@ -282,23 +251,20 @@ async def test_what_is_no_address_is_refused_before_anything_is_sent(url: Any) -
     "option",
     [{"run_id": 5}, {"run_id": "\ud800"}, {"token": 5}, {"give_up_s": "long"}, {"give_up_s": -1}, {"token": "ü"}],
 )
-async def test_what_else_cannot_be_is_refused_by_its_name(option: dict[str, Any]) -> None:
-    """By `connect` itself."""
+async def test_an_invalid_option_is_refused_by_its_name(option: dict[str, Any]) -> None:
     with pytest.raises(ConnectError, match=next(iter(option))):
         connect("http://127.0.0.1:1", **option)
 
 
-async def test_a_password_in_the_address_is_not_told() -> None:
-    """It is for whoever stands before the server."""
+async def test_a_password_in_the_address_is_not_shown() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(ConnectError, match=f"http://127.0.0.1:{port}/") as caught:
-        async with connect(f"http://me:hidden@127.0.0.1:{port}"):
-            raise AssertionError("must not be entered")
+        await enter(connect(f"http://me:hidden@127.0.0.1:{port}"))
     assert "hidden" not in str(caught.value)
 
 
-async def test_another_web_server_is_told_from_one_of_runs() -> None:
+async def test_another_web_server_is_refused() -> None:
     """Whether it answers with a page or with a refusal."""
 
     class Page(http.server.BaseHTTPRequestHandler):
@@ -315,25 +281,20 @@ async def test_another_web_server_is_told_from_one_of_runs() -> None:
         threading.Thread(target=other.serve_forever).start()
         url = f"http://127.0.0.1:{other.server_port}/"
         with pytest.raises(ConnectError, match="is not a server of runs"):
-            async with connect(url):
-                raise AssertionError("must not be entered")
+            await enter(connect(url))
         with pytest.raises(ConnectError, match=r"run x at .*: the server answers 404 Not Found; see that the address"):
-            async with connect(url, run_id="x"):
-                raise AssertionError("must not be entered")
+            await enter(connect(url, run_id="x"))
         other.shutdown()
 
 
-async def test_the_token_is_wanted_shown_and_never_told(
-    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As an argument, or from the environment; one that no header carries is refused at once."""
-    told.write(told.story.started())
+async def test_the_token_is_sent_and_never_shown(told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an argument, or from the environment; one that fits no header is refused at once."""
+    told.start()
     server = _serve(tmp_path / "runs", token=TOKEN)
     try:
         for wrong in (None, "wrong-" + TOKEN):
             with pytest.raises(ConnectError, match=r"401 Unauthorized .*give connect its token") as caught:
-                async with connect(server.url, token=wrong):
-                    raise AssertionError("must not be entered")
+                await enter(connect(server.url, token=wrong))
             assert caught.value.status == 401
             assert TOKEN not in str(caught.value)
         with pytest.raises(ConnectError, match="the token has characters"):
@@ -347,18 +308,16 @@ async def test_the_token_is_wanted_shown_and_never_told(
         server.stop()
 
 
-async def test_of_several_runs_one_must_be_named(tmp_path: Path, server: Server, kit: Any) -> None:
+async def test_of_several_runs_one_must_be_named(tmp_path: Path, server: Server) -> None:
     """In the address, as the page has it, or as an argument; the error shows how."""
     with pytest.raises(ConnectError, match="serves no run yet"):
-        async with connect(server.url):
-            raise AssertionError("must not be entered")
+        await enter(connect(server.url))
     names = ["demo", "größer & schöner"]
-    runs = [kit.Told(tmp_path / "runs" / str(number), name) for number, name in enumerate(names)]
+    runs = [Told(tmp_path / "runs" / str(number), name) for number, name in enumerate(names)]
     for one in runs:
         one.write(one.story.started())
     with pytest.raises(ConnectError, match=r"serves 2 runs, .*demo \(running\).*connect\('http://.*#run="):
-        async with connect(server.url):
-            raise AssertionError("must not be entered")
+        await enter(connect(server.url))
     for given in (
         {"url": f"{server.url}#run=gr%C3%B6%C3%9Fer+%26+sch%C3%B6ner"},
         {"url": server.url, "run_id": names[1]},
@@ -366,19 +325,15 @@ async def test_of_several_runs_one_must_be_named(tmp_path: Path, server: Server,
         async with connect(**given) as run:
             assert run.run_id == names[1]
     with pytest.raises(ConnectError, match=r"404 Not Found \(there is no such run\)"):
-        async with connect(server.url, run_id="other"):
-            raise AssertionError("must not be entered")
+        await enter(connect(server.url, run_id="other"))
     for one in runs:
         one.let_go()
 
 
-# ------------------------------------------------------------------------------------------------------ the events
-
-
 async def test_a_connection_that_is_cut_anywhere_misses_nothing_and_repeats_nothing(
-    told: Any, proxy: Proxy, anyio_backend: str
+    told: Told, proxy: Proxy, anyio_backend: str
 ) -> None:
-    """Hundreds of events, over dozens of connections, each cut after a number of bytes drawn by lot."""
+    """Hundreds of events, over dozens of connections, each cut after a random number of bytes."""
     draw = random.Random(len(anyio_backend))
     tell = told.story
     told.write(tell.started(), *tell.steps(600), tell.metrics(strange=float("nan")), tell.ended())
@@ -393,11 +348,11 @@ async def test_a_connection_that_is_cut_anywhere_misses_nothing_and_repeats_noth
     assert [type(event) for event in some] == [MetricsLogged, RunEnded]
 
 
-async def test_a_server_that_ends_and_comes_back_is_found_again(told: Any, tmp_path: Path) -> None:
-    """It ends its answer in order, in the middle of the run: that is not taken for the end of the run."""
+async def test_a_server_that_restarts_is_found_again(told: Told, tmp_path: Path) -> None:
+    """It ends its answer cleanly in the middle of the run: that is not the end of the run."""
     tell = told.story
     server = _serve(tmp_path / "runs")
-    told.write(tell.started())
+    told.start()
     async with connect(server.url) as run:
         stream = run.events(since=0)
         assert type(await soon(anext(stream))) is RunStarted
@@ -417,10 +372,10 @@ async def test_a_server_that_ends_and_comes_back_is_found_again(told: Any, tmp_p
     server.stop()
 
 
-async def test_a_server_that_stays_away_is_given_up_and_may_be_asked_again(told: Any, proxy: Proxy) -> None:
-    """Whoever waits gets a typed error, after the time that was given; later calls go on where it was."""
+async def test_a_server_that_stays_away_times_out_and_may_be_used_again(told: Told, proxy: Proxy) -> None:
+    """Waiting calls raise `ConnectionLost` after the given time; later calls continue."""
     tell = told.story
-    told.write(tell.started())
+    told.start()
     async with connect(proxy.url, give_up_s=0.3) as run:
         stream = run.events(since=0)
         assert type(await soon(anext(stream))) is RunStarted
@@ -435,10 +390,10 @@ async def test_a_server_that_stays_away_is_given_up_and_may_be_asked_again(told:
         assert stream.cursor == 2
 
 
-async def test_from_now_on_means_from_where_the_stream_was_opened(told: Any, server: Server) -> None:
-    """What came before is not in it; what comes between the opening and the first look is."""
+async def test_a_stream_starts_where_it_was_opened(told: Told, server: Server) -> None:
+    """Earlier events are not in it; those between its opening and its first read are."""
     tell = told.story
-    told.write(tell.started(), *tell.steps(5))
+    told.start(5)
     async with connect(server.url) as run:
         told.write(*tell.steps(5))
         stream = run.events()
@@ -449,10 +404,9 @@ async def test_from_now_on_means_from_where_the_stream_was_opened(told: Any, ser
         assert (await soon(anext(stream))).global_step == 11
 
 
-async def test_streams_that_are_left_open_are_let_go(told: Any, server: Server) -> None:
-    """In the middle, when nothing refers to them; and at the end of the block, where who waits is told."""
-    tell = told.story
-    told.write(tell.started(), *tell.steps(3))
+async def test_open_streams_are_released(told: Told, server: Server) -> None:
+    """In the middle, when nothing refers to them; and at the end of the block, with an error for waiting tasks."""
+    told.start(3)
     async with anyio.create_task_group() as tasks:
 
         async def wait(stream: Any) -> None:
@@ -479,9 +433,9 @@ async def test_streams_that_are_left_open_are_let_go(told: Any, server: Server) 
         run.stop()
 
 
-async def test_events_that_do_not_travel_are_refused_where_they_are_named(told: Any, server: Server) -> None:
-    """The journal does not have them: a stream of them would wait for ever."""
-    told.write(told.story.started())
+async def test_events_that_are_not_in_the_journal_are_refused(told: Told, server: Server) -> None:
+    """A stream of them would wait for ever."""
+    told.start()
     async with connect(server.url) as run:
         with pytest.raises(CursorError, match="BackwardEnded cannot be watched from another process"):
             run.events(types=[BackwardEnded, TrainStepEnded])
@@ -489,8 +443,8 @@ async def test_events_that_do_not_travel_are_refused_where_they_are_named(told: 
             run.events(since=-1)
 
 
-async def test_the_last_checkpoint_comes_though_the_loop_has_ended(told: Any, server: Server) -> None:
-    """It is durable only after `RunEnded`: the stream goes on until the run lets its folder go."""
+async def test_the_last_checkpoint_arrives_after_the_end_of_the_loop(told: Told, server: Server) -> None:
+    """It is durable only after `RunEnded`: the stream continues until the run releases its folder."""
     tell = told.story
     told.write(tell.started(), tell.step(), tell.ended("stopped"))
     got: list[type[Event]] = []
@@ -510,11 +464,8 @@ async def test_the_last_checkpoint_comes_though_the_loop_has_ended(told: Any, se
     assert result.checkpoint == "/there/step-1.a1"
 
 
-# ---------------------------------------------------------------------------------------------------- the commands
-
-
-async def test_a_run_is_steered_over_the_network(tmp_path: Path, server: Server) -> None:
-    """A real one: commands are taken in order, a checkpoint is waited for, and the result is that of its own door."""
+async def test_a_run_is_commanded_over_the_network(tmp_path: Path, server: Server) -> None:
+    """Commands are executed in order, a checkpoint is awaited, and the result is that of the run itself."""
     async with trainer(tmp_path, checkpoints=Checkpoints()).run() as here:
         await anext(here.events(since=0, types=[TrainEpochEnded]))
         await journalled(tmp_path)
@@ -541,12 +492,12 @@ def _assert_like(result: RunResult, own: RunResult) -> None:
 
 
 @pytest.mark.parametrize("waits", ["result", "checkpoint", "stream", "nobody"])
-async def test_a_command_that_is_refused_raises_in_who_waits(
-    told: Any, tmp_path: Path, waits: str, caplog: pytest.LogCaptureFixture
+async def test_a_refused_command_raises_in_the_waiting_call(
+    told: Told, tmp_path: Path, waits: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once, and it is logged; the run can be watched on. Where nobody waits, the end of the block tells."""
+    """Once, with a log entry; the run can still be watched. Without a waiting call, the end of the block raises."""
     tell = told.story
-    told.write(tell.started())
+    told.start()
     server = _serve(tmp_path / "runs", commands=False)
     caplog.set_level(logging.WARNING)
     with pytest.raises(CommandRefused, match=r"'(stop|checkpoint)' was not taken: .*403 .*takes no commands") as caught:
@@ -573,7 +524,7 @@ async def test_a_command_that_is_refused_raises_in_who_waits(
 
 
 async def test_commands_wait_for_a_server_that_is_away_and_keep_their_order(tmp_path: Path, proxy: Proxy) -> None:
-    """The end of the block waits until they have arrived."""
+    """The end of the block waits for their arrival."""
     async with trainer(tmp_path).run() as here:
         await anext(here.events(since=0, types=[TrainStepEnded]))
         await journalled(tmp_path)
@@ -594,18 +545,17 @@ async def test_commands_wait_for_a_server_that_is_away_and_keep_their_order(tmp_
     assert reasons == ["1", "2", "3", "4"]
 
 
-async def test_a_command_that_cannot_be_delivered_raises_at_the_end_of_the_block(told: Any, proxy: Proxy) -> None:
-    """After the time that was given: a stop that was lost must not look like one that was sent."""
-    told.write(told.story.started())
+async def test_a_command_that_cannot_be_delivered_raises_at_the_end_of_the_block(told: Told, proxy: Proxy) -> None:
+    """After the given time: a lost stop must not look like a sent one."""
+    told.start()
     with pytest.raises(ConnectionLost, match=r"out of reach for 0\.2 s"):
         async with connect(proxy.url, give_up_s=0.2) as run:
             proxy.cut(stay_dead=True)
             run.stop()
 
 
-async def test_a_command_for_a_run_that_is_over_is_harmless(told: Any, server: Server) -> None:
-    """Whoever operates the run cannot know that it has just ended."""
-    told.write(told.story.started())
+async def test_a_command_for_a_run_that_is_over_is_harmless(told: Told, server: Server) -> None:
+    told.start()
     async with connect(server.url) as run:
         told.write(told.story.ended())
         told.let_go()
@@ -617,11 +567,8 @@ async def test_a_command_for_a_run_that_is_over_is_harmless(told: Any, server: S
         run.pause()
 
 
-# ------------------------------------------------------------------------------------------------ leaving the block
-
-
-async def test_leaving_the_block_in_any_way_leaves_the_run_alone(tmp_path: Path, server: Server) -> None:
-    """In order, by an exception, which comes out as itself, or cancelled; what was commanded before that is sent."""
+async def test_leaving_the_block_in_any_way_does_not_disturb_the_run(tmp_path: Path, server: Server) -> None:
+    """Cleanly, by an exception, which propagates unchanged, or cancelled; earlier commands are sent."""
     error = Boom("mine")
     async with trainer(tmp_path).run() as here:
         steps = here.events(since=0, types=[TrainStepEnded])
@@ -650,13 +597,10 @@ async def test_leaving_the_block_in_any_way_leaves_the_run_alone(tmp_path: Path,
     assert (await here.result()).reason == "on the way out"
 
 
-# ------------------------------------------------------------------------------------------------------- the result
-
-
 async def test_a_run_that_fails_or_is_cancelled_raises_a_typed_error(tmp_path: Path, server: Server) -> None:
-    """The exception itself stays where the run is; its type, text and the run's last step are there."""
+    """With the type, the text and the run's last step of the exception."""
     with pytest.raises(Boom):
-        async with trainer(tmp_path, Failing()).run():
+        async with trainer(tmp_path, Slow(act=fail)).run():
             pass
     async with connect(server.url) as run:
         with pytest.raises(ConnectedRunFailed, match="run demo failed after global_step 2: Boom: in a step") as caught:
@@ -673,8 +617,8 @@ async def test_a_run_that_fails_or_is_cancelled_raises_a_typed_error(tmp_path: P
             await soon(run.result())
 
 
-async def test_a_run_whose_process_dies_is_lost(told: Any, server: Server) -> None:
-    """No end was ever written, and nobody holds its folder: streams end, the result says so."""
+async def test_a_run_whose_process_dies_is_lost(told: Told, server: Server) -> None:
+    """The journal has no end, and no process holds the folder."""
     told.write(told.story.started(), told.story.step())
     async with connect(server.url) as run:
         stream = run.events(since=0)
@@ -686,14 +630,13 @@ async def test_a_run_whose_process_dies_is_lost(told: Any, server: Server) -> No
         assert issubclass(ConnectedRunLost, StagecastError)
 
 
-async def test_the_page_that_goes_away_with_its_run_has_told_all(tmp_path: Path) -> None:
-    """The sink `Live` ends with the run: streams end cleanly, and the result is there. The run's folder has the link,
-    with the token that was generated."""
+async def test_a_page_that_ends_with_its_run_has_sent_everything(tmp_path: Path) -> None:
+    """The sink `Live` ends with the run; the run's folder has the link, with the generated token."""
     live = Live(commands=True)
     async with trainer(tmp_path, sinks=[live], checkpoints=Checkpoints()).run() as here:
         await anext(here.events(since=0, types=[TrainStepEnded]))
         folder = tmp_path / "runs" / "demo"
-        await anyio.to_thread.run_sync(_wait_for, folder / "live.json")
+        await anyio.to_thread.run_sync(wait_until, (folder / "live.json").exists)
         async with connect(folder) as run:
             stream = run.events(since=0)
             run.stop("seen enough")
@@ -710,7 +653,7 @@ async def test_the_page_that_goes_away_with_its_run_has_told_all(tmp_path: Path)
 
 
 def test_a_folder_whose_page_cannot_be_found_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an address, with one that is no file or is damaged, and with one that another user has written there."""
+    """Without an address, with one that is not a file, is damaged, or belongs to another user."""
     with pytest.raises(ConnectError, match=r"has no live\.json, .*; add the sink Live"):
         connect(tmp_path)
     address = tmp_path / "live.json"
@@ -732,8 +675,8 @@ def test_a_folder_whose_page_cannot_be_found_is_refused(tmp_path: Path, monkeypa
         connect(tmp_path)
 
 
-def test_a_result_is_told_from_a_summary_and_the_end_of_the_history() -> None:
-    """What is far back comes from the summary, what is near from the events, and a new attempt begins anew."""
+def test_a_result_comes_from_a_summary_and_the_last_events() -> None:
+    """Older values come from the summary, newer ones from the events; a new attempt starts again."""
     latest: dict[str, Any] = {"train_loss": 2.0, "rare": "nan", "lr": 0.1, "system/cpu_percent": 3.0}
     known = RunSnapshot(cursor=90, run=Summary("demo", attempt=2, status="running", epoch=7, latest=latest))
     builder = ResultBuilder(known)

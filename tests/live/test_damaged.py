@@ -1,4 +1,4 @@
-"""Run folders that a stranger has prepared, or that are damaged: no other run is disturbed, and no file is shown."""
+"""Run folders that a stranger has prepared, or that are damaged: no other run is disturbed, no other file is shown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from live.kit import IMAGE, Serve, Start, Story, Told
+from support.threads import wait_until
 
 from events.journal.lines import encode_lines
 from events.messages import HistogramLogged, JournalGap, MetricsLogged, RunEnded, RunResumed, TextLogged, WarningLogged
@@ -28,18 +30,16 @@ from sinks.live.view import MAX_DETAILS, MAX_LINES, Changes, HistogramStep, RunV
 
 TOKEN = "a-token-of-this-test"
 SECRET = b"a-secret-of-the-user"
-IMAGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x06\0\0\0"
 SEGMENT = "journal/00000000000000000001.jsonl"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no special files")
 
 
 @pytest.fixture
-def folder(told: Any) -> Path:
-    """The folder of the runs: ``demo`` runs, and beside the folder are secrets and a private run of the user."""
-    tell = told.story
-    told.write(tell.started(), *tell.steps(20))
-    path: Path = told.path.parent
+def folder(told: Told) -> Path:
+    """The folder of the run ``demo``; beside it are secrets and a private run of the user."""
+    told.start(20)
+    path = told.path.parent
     (path.parent / "secret.png").write_bytes(SECRET)
     (path.parent / "private" / "media").mkdir(parents=True)
     (path.parent / "private" / "media" / "a.png").write_bytes(IMAGE + SECRET)
@@ -48,41 +48,33 @@ def folder(told: Any) -> Path:
     return path
 
 
-def a_run(folder: Path, kit: Any, name: str, *, run_id: str | None = None) -> Path:
-    """A run that is over, with some steps."""
-    told = kit.Told(folder / name, run_id or name)
-    told.write(told.story.started(), *told.story.steps(5))
+def a_run(folder: Path, name: str, *, run_id: str | None = None) -> Path:
+    told = Told(folder / name, run_id or name, steps=5)
     told.let_go()
-    path: Path = told.path
-    return path
+    return told.path
 
 
-def links_as_media(run: Path) -> None:
-    (run / "media").symlink_to(run.parent.parent / "private" / "media")
+PRIVATE: dict[str, Callable[[Path, Path], object]] = {
+    # What a run has as its images, given its folder and the folder of the user's private files.
+    "folder of images": lambda run, private: (run / "media").symlink_to(private / "media"),
+    "image": lambda run, private: in_media(run, "a.png").symlink_to(private / "media" / "a.png"),
+    "folder in images": lambda run, private: in_media(run, "sub").symlink_to(private / "media"),
+    "secret named as an image": lambda run, private: os.link(private.parent / "secret.png", in_media(run, "a.png")),
+}
 
 
-def linked_image(run: Path) -> None:
+def in_media(run: Path, name: str) -> Path:
     (run / "media").mkdir()
-    (run / "media" / "a.png").symlink_to(run.parent.parent / "private" / "media" / "a.png")
+    return run / "media" / name
 
 
-def linked_folder_of_images(run: Path) -> None:
-    (run / "media").mkdir()
-    (run / "media" / "sub").symlink_to(run.parent.parent / "private" / "media")
-
-
-def secret_named_as_an_image(run: Path) -> None:
-    (run / "media").mkdir()
-    os.link(run.parent.parent / "secret.png", run / "media" / "a.png")
-
-
-@pytest.mark.parametrize("prepare", [links_as_media, linked_image, linked_folder_of_images, secret_named_as_an_image])
+@pytest.mark.parametrize("prepare", PRIVATE.values(), ids=PRIVATE)
 def test_no_file_outside_a_run_is_shown_as_its_image(
-    folder: Path, kit: Any, serve: Any, prepare: Callable[[Path], None]
+    folder: Path, serve: Serve, prepare: Callable[[Path, Path], object]
 ) -> None:
-    """Whichever part of the path is a link; a file that does not hold an image is not shown by its name alone."""
-    run = a_run(folder, kit, "evil")
-    prepare(run)
+    """Whichever part of the path is a link; nor is a file without an image, whatever its name."""
+    run = a_run(folder, "evil")
+    prepare(run, folder.parent / "private")
     server = serve(RunsOfFolder(folder))
     for name in ("a.png", "sub/a.png", "media/a.png", "media/sub/a.png"):
         answer = httpx.get(f"{server.url}api/runs/evil/media/{name}")
@@ -94,8 +86,8 @@ def test_no_file_outside_a_run_is_shown_as_its_image(
     assert (answer.content, answer.headers["content-type"]) == (IMAGE, "image/png")
 
 
-def test_a_run_folder_that_is_a_link_is_named_and_not_followed(folder: Path, serve: Any) -> None:
-    """Also if an entry is exchanged for one later. A link to a neighbour is not listed."""
+def test_a_run_folder_that_is_a_link_is_named_and_not_followed(folder: Path, serve: Serve) -> None:
+    """Also if an entry is replaced later. A link to a neighbour is not listed."""
     (folder / "mine").symlink_to(folder.parent / "private")
     (folder / "latest").symlink_to("demo")
     server = serve(RunsOfFolder(folder))
@@ -114,9 +106,9 @@ def test_a_run_folder_that_is_a_link_is_named_and_not_followed(folder: Path, ser
 
 
 @pytest.mark.parametrize("place", ["middle", "end"])
-def test_a_changed_line_of_a_journal_is_named_once(folder: Path, kit: Any, serve: Any, place: str) -> None:
-    """With the count and the place: on the page, with a stored view too, and in the journal that clients read."""
-    run = a_run(folder, kit, "changed")
+def test_a_changed_line_of_a_journal_is_named_once(folder: Path, serve: Serve, place: str) -> None:
+    """With count and place: on the page, with a stored view too, and in the journal that clients read."""
+    run = a_run(folder, "changed")
     whole = encode_lines([decode_json(line) for line in (run / SEGMENT).read_bytes().splitlines()], 0)
     lines = whole.splitlines(keepends=True)
     number = 3 if place == "middle" else len(lines)
@@ -137,9 +129,9 @@ def test_a_changed_line_of_a_journal_is_named_once(folder: Path, kit: Any, serve
     assert gap.reason.startswith(f"seq {number}, at line {number} of ")
 
 
-def test_a_run_cannot_take_the_place_of_another(folder: Path, kit: Any, serve: Any) -> None:
-    """One that has another's ``run_id``, and is newer, gets a name of its own, and both name the other."""
-    evil = kit.Told(folder / "evil", "demo")
+def test_a_run_cannot_take_the_place_of_another(folder: Path, serve: Serve) -> None:
+    """A newer run with another's ``run_id`` gets its own name, and both name the other."""
+    evil = Told(folder / "evil", "demo")
     evil.story.time += 1e6
     evil.write(evil.story.started(), *evil.story.steps(3))
     server = serve(RunsOfFolder(folder), commands=True)
@@ -154,9 +146,9 @@ def test_a_run_cannot_take_the_place_of_another(folder: Path, kit: Any, serve: A
 
 
 @pytest.mark.parametrize("run_id", ["a/b", "..", "x\x1b[31m", "new\nline", "\u202eevil", "x" * 2_000])
-def test_a_run_whose_id_is_not_a_name_is_listed_by_its_folder(folder: Path, kit: Any, serve: Any, run_id: str) -> None:
-    """So that it has an address, and nothing that is shown of it deceives."""
-    a_run(folder, kit, "odd\x1b[0m\nname", run_id=run_id)
+def test_a_run_whose_id_is_not_a_name_is_listed_by_its_folder(folder: Path, serve: Serve, run_id: str) -> None:
+    """It has an address, and its text does not deceive."""
+    a_run(folder, "odd\x1b[0m\nname", run_id=run_id)
     server = serve(RunsOfFolder(folder))
     listed = {run["run_id"]: run for run in httpx.get(f"{server.url}api/runs").json()["runs"]}
     name = "odd\\x1b[0m\\nname"
@@ -166,7 +158,7 @@ def test_a_run_whose_id_is_not_a_name_is_listed_by_its_folder(folder: Path, kit:
 
 
 def bad_line(**fields: Any) -> Callable[[Path], None]:
-    """An event with these fields, as JSON, behind those that are there."""
+    """Append an event with these fields, as JSON."""
 
     def write(run: Path) -> None:
         event = {"type": "TrainStepEnded", "run_id": run.name, "attempt": 1, "seq": 7, "time": 1.7e9, "rank": 0}
@@ -186,7 +178,7 @@ def append(data: bytes) -> Callable[[Path], None]:
 
 
 def special(name: str, kind: str) -> Callable[[Path], None]:
-    """Something else in the place of a part of the folder."""
+    """Replace a part of the folder."""
 
     def write(run: Path) -> None:
         path = run / name
@@ -242,17 +234,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.fixture
-def damaged(folder: Path, kit: Any) -> Iterator[Path]:
-    """Beside ``demo``, a run for each kind of damage."""
+def damaged(folder: Path) -> Iterator[Path]:
+    """A run for each kind of damage beside ``demo``."""
     for name, (damage, _) in DAMAGES.items():
-        damage(a_run(folder, kit, name))
+        damage(a_run(folder, name))
     yield folder
     for path in folder.glob(f"*/{SEGMENT}"):
         path.chmod(0o600) if path.is_file() else None
 
 
-def test_a_damaged_run_disturbs_no_other(damaged: Path, process: Any, kit: Any) -> None:
-    """Each is listed with its reason, by a server of its own process, and no request stays without an answer."""
+def test_a_damaged_run_disturbs_no_other(damaged: Path, process: Start) -> None:
+    """Each is listed with its reason, and every request is answered."""
     served = process("-m", "trainer.cli.main", "watch", str(damaged), "--port", "0", STAGECAST_TOKEN=TOKEN)
     url = next(part for part in served.stdout.readline().split() if part.startswith("http")).partition("#")[0]
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {TOKEN}"}) as client:
@@ -260,7 +252,7 @@ def test_a_damaged_run_disturbs_no_other(damaged: Path, process: Any, kit: Any) 
         def get(path: str) -> httpx.Response:
             return client.get(path, timeout=60)
 
-        kit.wait_until(lambda: len(get("api/runs").json()["runs"]) == len(DAMAGES) + 1)
+        wait_until(lambda: len(get("api/runs").json()["runs"]) == len(DAMAGES) + 1)
         listed = {run["run_id"]: run for run in get("api/runs").json()["runs"]}
         assert (listed.pop("demo")["status"], listed.keys()) == ("running", DAMAGES.keys())
         for name, (_, reason) in DAMAGES.items():
@@ -275,9 +267,9 @@ def test_a_damaged_run_disturbs_no_other(damaged: Path, process: Any, kit: Any) 
         assert get("api/runs/link as journal/journal").status_code == 409
 
 
-def test_a_damaged_run_that_was_mended_is_sound_again(folder: Path, kit: Any, serve: Any) -> None:
+def test_a_repaired_run_is_sound_again(folder: Path, serve: Serve) -> None:
     """In the list and in its view, without a restart of the server."""
-    run = a_run(folder, kit, "mended")
+    run = a_run(folder, "mended")
     (run / "journal").rename(run / "away")
     (run / "journal").symlink_to("away")
     url = f"{serve(RunsOfFolder(folder)).url}api/runs"
@@ -287,19 +279,19 @@ def test_a_damaged_run_that_was_mended_is_sound_again(folder: Path, kit: Any, se
         listed = next(one for one in httpx.get(url).json()["runs"] if one["run_id"] == "mended")
         return [shown["status"], listed["status"], shown["damage"] or listed["damage"]]
 
-    kit.wait_until(lambda: state()[:2] == ["damaged", "damaged"])
+    wait_until(lambda: state()[:2] == ["damaged", "damaged"])
     (run / "journal").unlink()
     (run / "away").rename(run / "journal")
-    kit.wait_until(lambda: state() == ["lost", "lost", None])
+    wait_until(lambda: state() == ["lost", "lost", None])
     (run / "run.lock").unlink()
     os.mkfifo(run / "run.lock")
-    kit.wait_until(lambda: state()[:2] == ["damaged", "damaged"])
+    wait_until(lambda: state()[:2] == ["damaged", "damaged"])
     (run / "run.lock").unlink()
-    kit.wait_until(lambda: state() == ["lost", "lost", None])
+    wait_until(lambda: state() == ["lost", "lost", None])
 
 
 def test_reports_and_replays_name_the_damage(damaged: Path, tmp_path: Path) -> None:
-    """A run of which nothing can be read is refused; of another the rest is there, and the exit code is 1."""
+    """An unreadable run is refused; of another the rest is there, and the exit code is 1."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -322,8 +314,8 @@ def test_reports_and_replays_name_the_damage(damaged: Path, tmp_path: Path) -> N
         assert (result.returncode, word in result.stderr, "Traceback" in result.stderr) == (1, True, False)
 
 
-def test_the_page_shows_what_is_damaged(damaged: Path, serve: Any, visit: Any) -> None:
-    """In the list, in the state of the run, and with its reason; wild values draw nothing wrong and end no script."""
+def test_the_page_shows_the_damage(damaged: Path, serve: Serve, visit: Any) -> None:
+    """In the list, in the run's status, and with its reason; wild values draw nothing wrong and end no script."""
     expect = pytest.importorskip("playwright.sync_api").expect
     wild = damaged / "fifo as lock" / SEGMENT
     header = '"run_id":"fifo as lock","attempt":1,"rank":0,"epoch":4611686018427387904,"stage":"train"'
@@ -344,17 +336,14 @@ def test_the_page_shows_what_is_damaged(damaged: Path, serve: Any, visit: Any) -
     expect(page.locator("#content")).not_to_contain_text("e+")  # no number is written by its digits
     for axis in ("time", "step"):
         page.select_option("#x", axis)
-    if os.environ.get("STAGECAST_SCREENSHOT"):
-        page.wait_for_timeout(1500)
-        page.screenshot(path=os.environ["STAGECAST_SCREENSHOT"], full_page=True)
     page.goto(page.url.partition("#")[0] + "#run=link%20as%20journal")
     expect(page.locator("#problems")).to_contain_text("journal is a symbolic link instead of a folder")
     page.goto(page.url.partition("#")[0] + "#run=demo")
     expect(page.locator("#status")).to_have_attribute("data-status", "running")
 
 
-def test_what_a_view_holds_is_bounded_whatever_one_line_has_in_it(story: Any) -> None:
-    """Names, texts, bins and settings beyond the limits are cut before a view takes them; others are as they were."""
+def test_a_view_is_bounded_whatever_one_line_holds(story: Story) -> None:
+    """Names, texts, bins and settings beyond the limits are cut first; others stay unchanged."""
     small = [story.started(), *story.steps(3), story.metrics(a=1.0)]
     assert trimmed(small) == small
     view = RunView()
@@ -398,10 +387,10 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
 def test_a_stored_view_with_values_of_a_wrong_type_is_not_used(
-    told: Any, spoil: Callable[[dict[str, Any]], Any]
+    told: Told, spoil: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """The page shows what is in it: a value that no view can have breaks a page of several runs."""
-    told.write(told.story.started(), *told.story.steps(10))
+    """The page shows them: a value that no view can have breaks a page of several runs."""
+    told.start(10)
     write_view(told.path, read_view(told.path)[0])
     assert read_view(told.path)[1] == told.story.seq
     stored = msgspec.msgpack.decode((told.path / STORE_NAME).read_bytes())
@@ -411,8 +400,8 @@ def test_a_stored_view_with_values_of_a_wrong_type_is_not_used(
     assert (since, view.run.status, view.curves.series["train_loss"].count) == (0, "running", 10)
 
 
-def test_settings_that_are_large_in_memory_are_not_kept(story: Any) -> None:
-    """Though they are few bytes; a configuration of that size is."""
+def test_settings_that_are_large_in_memory_are_not_kept(story: Story) -> None:
+    """Although they are few bytes; a configuration of that size is kept."""
     empty = {"a": [[]] * 60_000}
     config = {f"layer{index}.width": index + 0.5 for index in range(8_000)}
     [event] = trimmed([story.started(arguments=empty, config=config)])
@@ -420,9 +409,9 @@ def test_settings_that_are_large_in_memory_are_not_kept(story: Any) -> None:
     assert event.config == config
 
 
-def test_the_problems_of_a_stored_view_are_those_of_the_journal(told: Any) -> None:
-    """A list of all runs has them, so a stranger's must not be in it."""
-    told.write(told.story.started(), *told.story.steps(10))
+def test_the_problems_of_a_stored_view_are_those_of_the_journal(told: Told) -> None:
+    """A list of all runs shows them, so a stranger's text must not be there."""
+    told.start(10)
     view, _ = read_view(told.path)
     view.run.problems = ["x" * 60_000] * 100
     write_view(told.path, view)
@@ -431,9 +420,9 @@ def test_the_problems_of_a_stored_view_are_those_of_the_journal(told: Any) -> No
 
 
 @pytest.mark.parametrize("spoil", ["columns", "points", "rows", "lines", "device", "link"])
-def test_a_stored_view_that_a_stranger_made_is_not_used(told: Any, spoil: str) -> None:
-    """One whose parts do not fit each other, or that is not a file: the journal is read instead, and has everything."""
-    told.write(told.story.started(), *told.story.steps(10))
+def test_a_stored_view_that_a_stranger_made_is_not_used(told: Told, spoil: str) -> None:
+    """Its parts do not fit each other, or it is not a file: the journal is read instead, and has everything."""
+    told.start(10)
     view, _ = read_view(told.path)
     series = view.curves.series["train_loss"]
     if spoil == "columns":
@@ -459,7 +448,7 @@ def test_a_stored_view_that_a_stranger_made_is_not_used(told: Any, spoil: str) -
 
 
 def test_nothing_in_a_stored_view_is_keyed_by_integers() -> None:
-    """Their hashes are known, so that a stranger could choose ones that collide, before anything is checked."""
+    """A stranger could choose integers whose known hashes collide, before anything is checked."""
     keyed: list[str] = []
     seen: set[str] = set()
 
@@ -481,10 +470,10 @@ def test_nothing_in_a_stored_view_is_keyed_by_integers() -> None:
     assert keyed == []
 
 
-def test_a_resume_that_the_end_of_the_journal_denies_is_read_once(told: Any) -> None:
-    """Its ``seq`` is above that of all lines at the end, so it seems to be new each time."""
+def test_a_resume_that_contradicts_the_end_of_the_journal_is_read_once(told: Told) -> None:
+    """Its ``seq`` is above all at the end, so it seems new each time."""
     tell = told.story
-    told.write(tell.started(), *tell.steps(3))
+    told.start(3)
     tell.seq = 10**9
     told.write(tell(RunResumed, checkpoint="step-2.a1", after_seq=3))
     segment = told.path / SEGMENT
@@ -495,9 +484,9 @@ def test_a_resume_that_the_end_of_the_journal_denies_is_read_once(told: Any) -> 
     assert (view.run.run_id, view.cursor) == ("demo", 10**9 + 1)
 
 
-def test_a_folder_that_vanishes_while_it_is_read_is_no_error(told: Any) -> None:
-    """Whoever watches keeps what there was."""
-    told.write(told.story.started(), *told.story.steps(10))
+def test_a_folder_that_vanishes_while_it_is_read_is_not_an_error(told: Told) -> None:
+    """Clients keep the last state."""
+    told.start(10)
     hub = FolderHub(told.path)
     hub._read_if_due()
     shutil.rmtree(told.path)

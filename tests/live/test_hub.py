@@ -1,4 +1,4 @@
-"""One view for many: frames that continue each other, or a new snapshot."""
+"""One view for many clients: consecutive frames, or a new snapshot."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from live.kit import Story, Told, Watcher
 
 from events.errors import ArgumentsError
 from events.journal.segment import segment_numbers
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def driven(hub: Hub) -> AsyncIterator[None]:
-    """Somebody watches."""
+    """Run the hub, as for a client."""
     async with anyio.create_task_group() as tasks:
         await tasks.start(hub.drive)
         yield
@@ -41,7 +42,7 @@ async def driven(hub: Hub) -> AsyncIterator[None]:
 
 
 async def follow(hub: Hub, watcher: Any, until: int, number: int | None = None) -> int | None:
-    """What the application does for one who watches, up to a place of the run's history."""
+    """Hand a watcher its messages up to an event, as the application does."""
     generation = hub.frames.generation
     with anyio.fail_after(20):
         while watcher.cursor is None or watcher.cursor < until:
@@ -60,10 +61,10 @@ async def follow(hub: Hub, watcher: Any, until: int, number: int | None = None) 
     return number
 
 
-async def test_an_attempt_that_goes_back_brings_a_snapshot_without_what_it_does_again(told: Any, kit: Any) -> None:
-    """Whether the journal is there in time or never; fed by a sink's thread."""
+async def test_an_attempt_that_resumes_earlier_brings_a_snapshot_without_superseded_steps(told: Told) -> None:
+    """By a sink's thread."""
     tell = told.story
-    hub, watcher = Hub(told.path), kit.Watcher()
+    hub, watcher = Hub(told.path), Watcher()
     first = [tell.started(), *tell.steps(20), tell(CheckpointSaved, checkpoint="step-15.a1", path="p", global_step=15)]
     again = [*tell.resumed(15, tell.seq - 6), *tell.steps(3)]
     async with driven(hub):
@@ -74,37 +75,35 @@ async def test_an_attempt_that_goes_back_brings_a_snapshot_without_what_it_does_
         told.write(*again)
         await anyio.to_thread.run_sync(hub.feed, again)
         await follow(hub, watcher, tell.seq)
-    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 19))
+    assert watcher.steps() == list(range(1, 19))
     assert (watcher.attempt, watcher.run["attempt"], watcher.run["status"]) == (2, 2, "running")
     assert list(watcher.checkpoints) == ["step-15.a1"]
 
 
-async def test_what_was_saved_is_not_forgotten_where_there_is_no_journal(story: Any, kit: Any) -> None:
-    """Without one the curves begin anew; checkpoints and lines stay."""
-    hub, watcher = Hub(), kit.Watcher()
+async def test_without_a_journal_checkpoints_and_lines_survive_a_resume(story: Story) -> None:
+    """The curves start again."""
+    hub, watcher = Hub(), Watcher()
     async with driven(hub):
         hub.feed([story.started(), *story.steps(5), story(CheckpointSaved, checkpoint="step-5.a1", path="p")])
         hub.feed([*story.resumed(5, story.seq), *story.steps(2)])
         await follow(hub, watcher, story.seq)
     assert list(watcher.checkpoints) == ["step-5.a1"]
-    assert [step for step, _ in watcher.points["train_loss"]] == [6, 7]
+    assert watcher.steps() == [6, 7]
 
 
-async def test_both_attempts_in_one_batch(told: Any, kit: Any) -> None:
-    """A hub that has seen nothing yet gets the end of one attempt and the beginning of the next at once."""
+async def test_one_batch_may_have_the_end_of_an_attempt_and_the_start_of_the_next(told: Told) -> None:
     tell = told.story
-    hub, watcher = FolderHub(told.path), kit.Watcher()
+    hub, watcher = FolderHub(told.path), Watcher()
     await hub.refresh()
     told.write(tell.started(), *tell.steps(10), *tell.resumed(5, tell.seq - 5), *tell.steps(10))
     async with driven(hub):
         await hub.refresh()
         await follow(hub, watcher, tell.seq)
-    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 16))
+    assert watcher.steps() == list(range(1, 16))
 
 
-async def test_events_that_come_again_are_not_shown_again(story: Any, kit: Any) -> None:
-    """Delivery is at least once."""
-    hub, watcher = Hub(), kit.Watcher()
+async def test_events_that_are_delivered_again_are_not_shown_again(story: Story) -> None:
+    hub, watcher = Hub(), Watcher()
     events = [story.started(), *story.steps(10)]
     async with driven(hub):
         for begin in (0, 3, 0, 6):
@@ -113,10 +112,8 @@ async def test_events_that_come_again_are_not_shown_again(story: Any, kit: Any) 
     assert len(watcher.points["train_loss"]) == 10
 
 
-async def test_a_thousand_resumes_lose_and_double_nothing(
-    story: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Watchers that leave and come back at random, with their places, have in the end each point once, in order."""
+async def test_a_thousand_resumes_lose_and_repeat_nothing(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watchers that leave and return at random have each point once, in order."""
     monkeypatch.setattr(hub_module, "FRAME_S", 0.002)
     generator = random.Random(0)
     hub, fed, over = Hub(), [], anyio.Event()
@@ -144,7 +141,7 @@ async def test_a_thousand_resumes_lose_and_double_nothing(
             await anyio.sleep(0.001)
         over.set()
 
-    watchers = [kit.Watcher() for _ in range(20)]
+    watchers = [Watcher() for _ in range(20)]
     async with driven(hub), anyio.create_task_group() as tasks:  # one stays all along
         for watcher in watchers:
             tasks.start_soon(come_and_go, watcher)
@@ -154,8 +151,8 @@ async def test_a_thousand_resumes_lose_and_double_nothing(
     assert resumed > 500
 
 
-async def test_who_falls_behind_finds_his_frame_gone(story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept has a bound in bytes, whoever still waits for it."""
+async def test_a_slow_watcher_finds_its_frame_dropped(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kept frames are bounded in bytes."""
     monkeypatch.setattr(frames_module, "KEPT_BYTES", 20_000)
     monkeypatch.setattr(hub_module, "FRAME_S", 0.001)
     hub = Hub()
@@ -173,11 +170,11 @@ async def test_who_falls_behind_finds_his_frame_gone(story: Any, monkeypatch: py
 
 
 async def test_a_flood_brings_a_snapshot_instead_of_a_giant_frame(
-    story: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+    story: Story, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More events than a frame should have, between two of them."""
+    """More events between two frames than a frame may have."""
     monkeypatch.setattr(hub_module, "MOST_IN_A_FRAME", 5_000)
-    hub, watcher = Hub(), kit.Watcher()
+    hub, watcher = Hub(), Watcher()
     async with driven(hub):
         number = await follow(hub, watcher, 0)
         hub.feed([story.started(), *story.steps(20_000)])
@@ -186,9 +183,9 @@ async def test_a_flood_brings_a_snapshot_instead_of_a_giant_frame(
     assert watcher.points["train_loss"][-1][0] == 20_000
 
 
-async def test_when_the_one_that_makes_frames_leaves_another_goes_on(story: Any, kit: Any) -> None:
-    """Each of three leaves in turn; the last still gets what comes."""
-    hub, watcher = Hub(), kit.Watcher()
+async def test_another_watcher_makes_frames_when_the_one_that_made_them_leaves(story: Story) -> None:
+    """Each of three leaves in turn; the last receives all."""
+    hub, watcher = Hub(), Watcher()
     async with anyio.create_task_group() as all_tasks:
         async with anyio.create_task_group() as leaders:
             scopes: list[anyio.CancelScope] = []
@@ -209,14 +206,14 @@ async def test_when_the_one_that_makes_frames_leaves_another_goes_on(story: Any,
         hub.feed([story.step()])
         await follow(hub, watcher, story.seq, number)
         all_tasks.cancel_scope.cancel()
-    assert [step for step, _ in watcher.points["train_loss"]] == [1, 2, 3, 4]
+    assert watcher.steps() == [1, 2, 3, 4]
     assert watcher.kinds.count("snapshot") == 1
     assert not hub.is_watched
 
 
-async def test_without_a_watcher_nothing_is_kept_to_be_sent(story: Any, kit: Any) -> None:
-    """After the last has left: no frames, no changes, no snapshot; one that comes later gets all."""
-    hub, watcher = Hub(), kit.Watcher()
+async def test_without_a_watcher_no_messages_are_kept(story: Story) -> None:
+    """After the last has left; a later one receives everything."""
+    hub, watcher = Hub(), Watcher()
     async with driven(hub):
         await follow(hub, watcher, 0)
         hub.feed(story.steps(100))
@@ -224,16 +221,16 @@ async def test_without_a_watcher_nothing_is_kept_to_be_sent(story: Any, kit: Any
     newest = hub.frames.newest
     hub.feed(story.steps(1_000))
     assert (hub.frames.nbytes, hub._changes, hub._snapshot, hub.frames.newest) == (0, None, None, newest)
-    late = kit.Watcher()
+    late = Watcher()
     async with driven(hub):
         assert hub.resume(watcher.attempt, watcher.cursor) is None
         await follow(hub, late, story.seq)
     assert len(late.points["train_loss"]) == 1_100
 
 
-async def test_who_was_away_while_nothing_happened_goes_on_without_a_snapshot(story: Any, kit: Any) -> None:
-    """Also as the only watcher there is."""
-    hub, watcher = Hub(), kit.Watcher()
+async def test_a_watcher_that_missed_nothing_resumes_without_a_snapshot(story: Story) -> None:
+    """Even as the only one."""
+    hub, watcher = Hub(), Watcher()
     hub.feed([story.started(), *story.steps(10)])
     async with driven(hub):
         await follow(hub, watcher, story.seq)
@@ -246,10 +243,10 @@ async def test_who_was_away_while_nothing_happened_goes_on_without_a_snapshot(st
     assert len(watcher.points["train_loss"]) == 11
 
 
-async def test_a_quiet_run_costs_next_to_nothing(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal is looked at again and again, and nobody is woken, but for a sign of life."""
+async def test_a_quiet_run_wakes_no_one(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except for a sign of life, although the journal is read again and again."""
     monkeypatch.setattr(hub_module, "FRAME_S", 0.01)
-    told.write(told.story.started())
+    told.start()
     hub, looked, enough = FolderHub(told.path), 0, anyio.Event()
 
     async def refresh() -> None:
@@ -266,8 +263,8 @@ async def test_a_quiet_run_costs_next_to_nothing(told: Any, monkeypatch: pytest.
         assert hub.frames.news is news
 
 
-async def test_many_that_come_at_once_share_one_snapshot(story: Any) -> None:
-    """While something happens all the time."""
+async def test_simultaneous_watchers_share_a_snapshot(story: Story) -> None:
+    """Even while events arrive."""
     hub = Hub()
     hub.feed([story.started(), *story.steps(10)])
     found = []
@@ -282,11 +279,11 @@ async def test_many_that_come_at_once_share_one_snapshot(story: Any) -> None:
     assert len({id(snapshot.data) for snapshot in found}) <= 3
 
 
-async def test_a_run_whose_process_has_died_is_lost_and_may_come_back(told: Any, kit: Any) -> None:
-    """Nobody holds the folder, and no end is in the journal; later the next attempt begins."""
+async def test_a_run_whose_process_has_died_is_lost_and_may_resume(told: Told) -> None:
+    """No process holds the folder, and the journal has no end; later the next attempt starts."""
     tell = told.story
-    told.write(tell.started(), *tell.steps(3))
-    hub, watcher = FolderHub(told.path), kit.Watcher()
+    told.start(3)
+    hub, watcher = FolderHub(told.path), Watcher()
     await hub.refresh()
     assert hub.view.run.status == "running"
     told.let_go()
@@ -300,10 +297,10 @@ async def test_a_run_whose_process_has_died_is_lost_and_may_come_back(told: Any,
     assert watcher.run["status"] == "running"
 
 
-async def test_a_run_that_ended_in_order_is_never_lost(told: Any) -> None:
-    """Even when it ends just when it is looked at."""
+async def test_a_run_that_ended_is_never_lost(told: Told) -> None:
+    """Not even if it ends at that moment."""
     tell = told.story
-    told.write(tell.started())
+    told.start()
     hub = FolderHub(told.path)
     await hub.refresh()
     told.write(tell.ended())
@@ -313,17 +310,17 @@ async def test_a_run_that_ended_in_order_is_never_lost(told: Any) -> None:
     assert hub.view.run.status == "finished"
 
 
-async def test_another_journal_in_the_same_folder_is_another_run(told: Any, kit: Any) -> None:
-    """Of the same name: the folder was deleted, and the run begun again."""
+async def test_another_journal_in_the_same_folder_is_another_run(told: Told) -> None:
+    """Of the same name: the folder was deleted, and the run started again."""
     tell = told.story
-    told.write(tell.started(), *tell.steps(50))
-    hub, watcher = FolderHub(told.path), kit.Watcher()
+    told.start(50)
+    hub, watcher = FolderHub(told.path), Watcher()
     async with driven(hub):
         await hub.refresh()
         await follow(hub, watcher, tell.seq)
         shutil.rmtree(told.path / "journal")
         (told.path / "journal").mkdir()
-        again = kit.Story()
+        again = Story()
         again.time += 1_000_000
         told.write(again.started(), *again.steps(7))
         hub._looked_at = -1e9
@@ -334,13 +331,11 @@ async def test_another_journal_in_the_same_folder_is_another_run(told: Any, kit:
                 await anyio.sleep(0.01)
 
 
-async def test_a_journal_that_cannot_be_read_is_asked_again(
-    told: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when that happens while the run is taken up again: nothing is missing then."""
+async def test_a_journal_that_cannot_be_read_is_read_again(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the run resumes: nothing is missing then."""
     tell = told.story
-    told.write(tell.started(), *tell.steps(10))
-    hub, watcher = FolderHub(told.path), kit.Watcher()
+    told.start(10)
+    hub, watcher = FolderHub(told.path), Watcher()
     async with driven(hub):
         await hub.refresh()
         await follow(hub, watcher, tell.seq)
@@ -355,14 +350,14 @@ async def test_a_journal_that_cannot_be_read_is_asked_again(
         await hub.refresh()
         monkeypatch.undo()
         await follow(hub, watcher, tell.seq)
-    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 16))
+    assert watcher.steps() == list(range(1, 16))
 
 
-async def test_a_long_journal_is_stored_after_it_was_read(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, and again at the end of the run; two servers at a time do not harm each other's."""
+async def test_the_view_of_a_long_journal_is_stored(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and again at the end of the run; several servers do not disturb each other."""
     monkeypatch.setattr(folder_hub_module, "_STORE_EVENTS", 100)
     tell = told.story
-    told.write(tell.started(), *tell.steps(200))
+    told.start(200)
     hubs = [FolderHub(told.path) for _ in range(4)]
     threads = [threading.Thread(target=hub._read_if_due) for hub in hubs]
     for thread in threads:
@@ -379,10 +374,10 @@ async def test_a_long_journal_is_stored_after_it_was_read(told: Any, monkeypatch
     assert sorted(path.name for path in told.path.iterdir()) == ["journal", "run.lock", STORE_NAME]
 
 
-async def test_runs_are_found_by_name_and_never_by_path(told: Any, kit: Any, tmp_path: Path) -> None:
-    """The newest first; folders that are none, or vanish, do no harm."""
-    told.write(told.story.started())
-    other = kit.Told(tmp_path / "runs" / "elsewhere", "other")
+async def test_runs_are_found_by_name_and_never_by_path(told: Told, tmp_path: Path) -> None:
+    """The newest first; folders without a run, or that vanish, are ignored."""
+    told.start()
+    other = Told(tmp_path / "runs" / "elsewhere", "other")
     other.story.time += 1_000
     other.write(other.story.started(), *other.story.steps(5))
     other.let_go()
@@ -405,9 +400,9 @@ async def test_runs_are_found_by_name_and_never_by_path(told: Any, kit: Any, tmp
     assert [run.run_id for run in await runs.summaries(commands=True)] == ["demo"]
 
 
-async def test_the_runs_of_a_folder_are_found_by_its_path_as_text(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative or not, by all that reads a run's folder; what is no path is refused by name."""
-    told.write(told.story.started())
+async def test_the_runs_of_a_folder_are_found_by_its_path_as_text(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative or not; other values are refused by name."""
+    told.start()
     monkeypatch.chdir(told.path.parent)
     (summary,) = await RunsOfFolder(told.path.name).summaries(commands=False)
     hub = await RunsOfFolder(str(told.path.parent)).hub(summary.run_id)
@@ -424,9 +419,8 @@ async def test_the_runs_of_a_folder_are_found_by_its_path_as_text(told: Any, mon
         LiveApp("runs", "token")  # type: ignore[arg-type]
 
 
-async def test_a_folder_that_another_run_has_taken(told: Any, tmp_path: Path) -> None:
-    """Who asks for the new one does not get what is known of the old."""
-    told.write(told.story.started(), *told.story.steps(5))
+async def test_a_folder_with_another_run_shows_that_one(told: Told, tmp_path: Path) -> None:
+    told.start(5)
     runs = RunsOfFolder(told.path)
     old = await runs.hub("demo")
     assert old is not None
@@ -434,20 +428,20 @@ async def test_a_folder_that_another_run_has_taken(told: Any, tmp_path: Path) ->
     shutil.rmtree(told.path / "journal")
     (told.path / "journal").mkdir()
     told.story.__init__("new")
-    told.write(told.story.started())
+    told.start()
     new = await runs.hub("new")
     assert new is not None
     await new.refresh()
     assert (new.view.run.run_id, new.view.cursor) == ("new", 1)
 
 
-async def test_of_runs_with_one_name_the_one_that_goes_on_is_shown(tmp_path: Path, kit: Any) -> None:
-    """Copies of a run's folder: each has a name of its own, and the newest has the ``run_id``; all name another."""
+async def test_of_runs_with_one_name_the_newest_has_the_name(tmp_path: Path) -> None:
+    """Copies of a run's folder: each other one has its own name, and all name another."""
     for name, steps in (("b", 4), ("c", 3)):
-        told = kit.Told(tmp_path / name)
+        told = Told(tmp_path / name)
         told.write(told.story.started(), *told.story.steps(steps))
         told.let_go()
-    running = kit.Told(tmp_path / "a")
+    running = Told(tmp_path / "a")
     running.write(running.story.started(), *running.story.steps(2))
     runs = RunsOfFolder(tmp_path)
     for steps, status in ((2, "running"), (4, "lost")):

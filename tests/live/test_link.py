@@ -1,4 +1,4 @@
-"""The link to a page, with its token in the fragment: who prints it, and what a browser makes of it."""
+"""The link to a page, with its token in the fragment: who prints it, and how a browser uses it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
+from live.kit import Serve, Start, Told
 
 from events import notice
 from sinks.live.runs import RunsOfFolder
@@ -22,18 +23,18 @@ from trainer.remote.connect import connect
 TOKEN = "corr&ct+horse%20#battery="
 
 
-def test_a_link_survives_every_sign_of_a_token_and_names_this_machine() -> None:
-    """An address that stands for all of a machine's own leads nowhere from another one."""
+def test_a_link_escapes_its_token_and_names_this_machine() -> None:
+    """The address of all interfaces would lead nowhere from another machine."""
     assert link_to("http://127.0.0.1:1/", None) == "http://127.0.0.1:1/"
     assert link_to("http://127.0.0.1:1/", "a&b+c%#=") == "http://127.0.0.1:1/#token=a%26b%2Bc%25%23%3D"
     for everywhere in ("0.0.0.0", "[::]"):
         assert link_to(f"http://{everywhere}:1/", "t") == f"http://{socket.gethostname()}:1/#token=t"
 
 
-def test_a_line_for_a_person_has_no_secret_where_it_is_kept(
+def test_a_notice_has_no_secret_where_it_is_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launched run's stderr is a file of its folder. A stream that is closed is no error."""
+    """A launched run's stderr is a file in its folder. A closed stream is not an error."""
     notice.notify("with a secret", "without")
     monkeypatch.setattr(notice, "is_kept", True)
     notice.notify("with a secret", "without")
@@ -42,11 +43,10 @@ def test_a_line_for_a_person_has_no_secret_where_it_is_kept(
     notice.notify("with a secret", "without")
 
 
-def test_the_printed_link_opens_the_page(told: Any, serve: Any, visit: Any) -> None:
-    """The token leaves the address bar at once, is in no request's address, and lasts as long as the tab; another link
-    in the same tab replaces it."""
+def test_the_printed_link_opens_the_page(told: Told, serve: Serve, visit: Any) -> None:
+    """The token leaves the address bar at once, is in no request's address, and lasts as long as the tab."""
     expect = importlib.import_module("playwright.sync_api").expect
-    told.write(told.story.started(), *told.story.steps(3))
+    told.start(3)
     server = serve(RunsOfFolder(told.path), token=TOKEN)
     page = visit(server.link + "&log=1")
     assert page.url == server.url + "#log=1&run=demo" or page.url == server.url + "#run=demo&log=1"
@@ -62,9 +62,9 @@ def test_the_printed_link_opens_the_page(told: Any, serve: Any, visit: Any) -> N
     assert not [url for url in visit.requests if "token" in url or "battery" in url or "another" in url]
 
 
-def test_the_printed_link_is_one_for_connect(told: Any, serve: Any) -> None:
+def test_connect_accepts_the_printed_link(told: Told, serve: Serve) -> None:
     """With the run beside the token, or without; the token is in no message."""
-    told.write(told.story.started(), *told.story.steps(3))
+    told.start(3)
     server = serve(RunsOfFolder(told.path), token=TOKEN)
 
     async def name(url: str) -> str:
@@ -79,9 +79,8 @@ def test_the_printed_link_is_one_for_connect(told: Any, serve: Any) -> None:
         assert "s3cret" not in str(caught.value)
 
 
-def test_watch_prints_the_link(told: Any, process: Any) -> None:
-    """With the port that the system chose, and the token."""
-    told.write(told.story.started())
+def test_watch_prints_the_link(told: Told, process: Start) -> None:
+    told.start()
     one = process("-m", "trainer.cli.main", "watch", str(Path(told.path).parent), "--port", "0", STAGECAST_TOKEN=TOKEN)
     line = one.stdout.readline()
     assert re.search(r"http://127\.0\.0\.1:[1-9]\d*/#token=corr%26ct%2Bhorse%2520%23battery%3D$", line.strip())

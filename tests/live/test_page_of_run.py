@@ -7,18 +7,16 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from live.kit import Serve, Start, Told
+from support.threads import WAIT_S, wait_until
 
 pytest.importorskip("playwright.sync_api")
+from live.page_visits import EVIL
 from playwright.sync_api import Page, expect
-
-sys.path.insert(0, str(Path(__file__).parent))
-from page_visits import EVIL
 
 from events.checkpoint.store import CHECKPOINTS_DIR, CheckpointStore
 from events.journal.reader import JournalReader
@@ -29,27 +27,10 @@ from sinks.live.runs import RunsOfFolder
 TRAIN = f"""
 import os, sys, time
 import torch
-from torch import nn
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from support.training import Net, make_trainer
 
 
-class Net(ModuleInterface):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(1, 1)
-
-    def get_optimizers_schedulers(self, steps, epochs):
-        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
-
-    def get_train_dataloader(self, sampler, batch_size):
-        return [torch.ones(2, 1)] * 40
-
-    def get_val_dataloaders(self, sampler, batch_size):
-        return [torch.ones(2, 1)] * 2
-
-    def val_step(self, global_step, batch, device):
-        return self.linear(batch).square().mean()
-
+class Logging(Net):
     def on_end_val_epoch(self, global_step, *outputs, key="default"):
         self.log("worst", 4.0)
 
@@ -57,18 +38,18 @@ class Net(ModuleInterface):
         time.sleep(0.005)
         self.log({EVIL!r}, float(global_step))
         self.log("gauge", torch.tensor(2.0) * global_step)
-        return self.linear(batch).square().mean()
+        return super().train_step(global_step, batch, device)
 
 
-arguments = TrainerArguments(epochs=1_000_000, train_batch_size=2, device="cpu")
-Trainer(Net(), arguments, run_id=os.path.basename(sys.argv[1]), run_dir=sys.argv[1]).train()
+options = {{"run_id": os.path.basename(sys.argv[1]), "run_dir": sys.argv[1]}}
+make_trainer(Logging(rows=320, lr=0.01), epochs=1_000_000, journal=True, checkpoints=True, **options).train()
 """
 
 
 class Run:
-    """A run that trains until somebody stops it, and a server that can be ended and started again at its address."""
+    """A run that trains until it is stopped, and a server that can restart at its address."""
 
-    def __init__(self, folder: Path, process: Callable[..., Any]) -> None:
+    def __init__(self, folder: Path, process: Start) -> None:
         self.path = folder / "runs" / "demo"
         self._process = process
         (folder / "train_demo.py").write_text(TRAIN)
@@ -79,39 +60,36 @@ class Run:
         self._watching: subprocess.Popen[str] | None = None
 
     def watch(self, *options: str) -> None:
-        """Start the server. Waits until it is there."""
         arguments = ["-m", "trainer.cli.main", "watch", str(self.path.parent), "--no-token", "--port", str(self._port)]
         self._watching = self._process(*arguments, *options)
         assert self._watching.stdout is not None
         assert self.url in self._watching.stdout.readline()
 
     def end_watching(self, how: int) -> None:
-        """End the server, and see that it has."""
         assert self._watching is not None
         self._watching.send_signal(how)
         self._watching.communicate(timeout=20)
 
     def events(self) -> list[Event]:
-        """What the journal has."""
         return JournalReader(self.path / JOURNAL_DIR).read()
 
 
 @pytest.fixture
-def run(tmp_path: Path, process: Callable[..., Any], kit: Any) -> Run:
+def run(tmp_path: Path, process: Start) -> Run:
     started = Run(tmp_path, process)
-    kit.wait_until(lambda: list((started.path / JOURNAL_DIR).glob("*.jsonl")))
+    wait_until(lambda: list((started.path / JOURNAL_DIR).glob("*.jsonl")))
     return started
 
 
 def step_of(page: Page) -> int:
-    """How far the page says that the run is."""
+    """The step that the page shows."""
     shown = re.match(r"[\d,]+", page.locator("#tiles dd").first.text_content() or "")
     assert shown is not None
     return int(shown.group().replace(",", ""))
 
 
-def is_whole(page: Page, series: str, behind: int) -> bool:
-    """Whether the page has each value of a series up to its last step, which is behind a step: once, and in order."""
+def is_complete(page: Page, series: str, behind: int) -> bool:
+    """Whether the page has each value of a series once and in order, up to a step behind this one."""
     found: list[Any] = page.evaluate(
         "name => { const one = stagecast.focus().store.get(name), steps = Array.from(one.step.slice(0, one.length));"
         " const counted = one.weight.slice(0, one.length).reduce((sum, weight) => sum + weight, 0);"
@@ -123,8 +101,8 @@ def is_whole(page: Page, series: str, behind: int) -> bool:
     return bool(in_order) and counted == count == last and last > behind
 
 
-def test_charts_fill_while_a_run_trains_and_survive_the_server(run: Run, visit: Any, kit: Any) -> None:
-    """The server dies without a word: the page says that what it shows is old. It comes back: nothing is missing."""
+def test_charts_fill_while_a_run_trains_and_survive_the_server(run: Run, visit: Any) -> None:
+    """The server is killed: the page marks its data as old. It restarts: nothing is missing."""
     visit.may_lose_server = True
     run.watch()
     page = visit(run.url)
@@ -136,20 +114,20 @@ def test_charts_fill_while_a_run_trains_and_survive_the_server(run: Run, visit: 
     expect(page.locator("#validation-table")).to_contain_text("worst")  # logged while validating, whatever its name
     expect(page.locator("#validation h3").get_by_text("worst", exact=True)).to_be_visible()
     first = step_of(page)
-    kit.wait_until(lambda: step_of(page) > first + 20)
+    wait_until(lambda: step_of(page) > first + 20)
 
     run.end_watching(signal.SIGKILL)
     expect(page.locator("#banner")).to_be_visible()
     lost_at = step_of(page)
     run.watch()
     expect(page.locator("#banner")).to_be_hidden(timeout=20_000)
-    kit.wait_until(lambda: step_of(page) > lost_at + 20)
+    wait_until(lambda: step_of(page) > lost_at + 20)
     for series in ("train_loss", "gauge", EVIL):
-        assert is_whole(page, series, lost_at), f"{series} has a gap, or something twice"
+        assert is_complete(page, series, lost_at), f"{series} has a gap or a repetition"
 
 
-def test_commands_of_the_page_reach_the_run(run: Run, visit: Any, kit: Any) -> None:
-    """Pause, resume, a checkpoint, and a stop with its reason: what the page shows, and what the run has done."""
+def test_commands_of_the_page_reach_the_run(run: Run, visit: Any) -> None:
+    """Pause, resume, a checkpoint, and a stop with its reason: on the page, and in the run."""
     run.watch("--commands")
     page = visit(run.url, color_scheme="dark")
     page.click("#pause")
@@ -157,7 +135,7 @@ def test_commands_of_the_page_reach_the_run(run: Run, visit: Any, kit: Any) -> N
     page.get_by_role("button", name="Resume").click()
     expect(page.locator("#status")).to_contain_text("running")
     paused_at = step_of(page)
-    kit.wait_until(lambda: step_of(page) > paused_at)
+    wait_until(lambda: step_of(page) > paused_at)
     page.click("#checkpoint")
     expect(page.locator("#checkpoints")).to_contain_text(re.compile(r"step-\d+"))
     page.click("#stop")
@@ -165,7 +143,7 @@ def test_commands_of_the_page_reach_the_run(run: Run, visit: Any, kit: Any) -> N
     page.get_by_role("button", name="Stop the run").click()
     expect(page.locator("#status")).to_contain_text("stopped", timeout=20_000)
     expect(page.locator("#commands")).to_be_hidden()
-    output, _ = run.training.communicate(timeout=kit.WAIT_S)
+    output, _ = run.training.communicate(timeout=WAIT_S)
     assert run.training.returncode == 0, output
     events = run.events()
     taken = [event.command for event in events if isinstance(event, CommandTaken)]
@@ -175,8 +153,8 @@ def test_commands_of_the_page_reach_the_run(run: Run, visit: Any, kit: Any) -> N
     assert len(store.names()) == 2, "the one that was asked for, and that of the stop"
 
 
-def test_the_list_has_runs_that_begin_later(run: Run, visit: Any, process: Callable[..., Any], kit: Any) -> None:
-    """A folder's runs are listed, one that begins while the page is open too, and can be laid over each other."""
+def test_the_list_has_runs_that_begin_later(run: Run, visit: Any, process: Start) -> None:
+    """They can be compared."""
     run.watch()
     page = visit(run.url)
     other = run.path.parent / "second"
@@ -188,12 +166,11 @@ def test_the_list_has_runs_that_begin_later(run: Run, visit: Any, process: Calla
         expect(page.locator("#training .legend").first).to_contain_text(store)
 
 
-def test_a_run_whose_folder_is_removed_is_said_to_be_gone(told: Any, kit: Any, serve: Any, visit: Any) -> None:
-    """While it is watched, and after a reload; the page names the runs that are left."""
+def test_a_run_whose_folder_is_removed_is_reported(told: Told, serve: Serve, visit: Any) -> None:
+    """While it is watched, and after a reload; the page names the other runs."""
     visit.may_lose_server = True
-    tell = told.story
-    told.write(tell.started(), *tell.steps(5))
-    other = kit.Told(told.path.parent / "other", "other")
+    told.start(5)
+    other = Told(told.path.parent / "other", "other")
     other.write(other.story.started(), *other.story.steps(2))
     page = visit(serve(RunsOfFolder(told.path.parent)).url, "#run=demo")
     expect(page.locator("#status")).to_contain_text("running")

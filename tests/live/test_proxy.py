@@ -1,24 +1,23 @@
-"""The page behind a real nginx: with the guide's configuration, with next to none, and with one that buffers."""
+"""The page behind a real nginx: with the guide's configuration, with a minimal one, and with one that buffers."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from live.kit import Serve, Told, Watcher, watch
+from support.threads import wait_until
 
 pytest.importorskip("playwright.sync_api")
+from live.page_visits import Visits
 from playwright.sync_api import expect
-
-sys.path.insert(0, str(Path(__file__).parent))
-from page_visits import Visits
 
 from sinks.live.runs import RunsOfFolder
 
@@ -37,9 +36,15 @@ http {{
 BARE = "location /live/ { proxy_pass http://127.0.0.1:8765/; }"
 
 
+def is_up(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url).status_code > 0
+    return False
+
+
 @pytest.fixture
 def proxy(nginx: str, tmp_path: Path) -> Iterator[Callable[[str, str], str]]:
-    """Start nginx before a server; returns its address."""
+    """Start nginx in front of a server; return the page's address, once it answers."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(locations: str, url: str) -> str:
@@ -51,7 +56,9 @@ def proxy(nginx: str, tmp_path: Path) -> Iterator[Callable[[str, str], str]]:
         user = "user root;" if tmp_path.owner() == "root" else ""
         (folder / "nginx.conf").write_text(CONFIG.format(folder=folder, port=port, locations=here, user=user))
         started.append(subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE))
-        return f"http://127.0.0.1:{port}/live/"
+        address = f"http://127.0.0.1:{port}/live/"
+        wait_until(lambda: is_up(address))
+        return address
 
     yield start
     for one in started:
@@ -60,30 +67,17 @@ def proxy(nginx: str, tmp_path: Path) -> Iterator[Callable[[str, str], str]]:
 
 
 @pytest.fixture
-def served(told: Any, serve: Any) -> Any:
-    """A server that takes commands, with a run under way."""
-    told.write(told.story.started(), *told.story.steps(5))
+def served(told: Told, serve: Serve) -> Any:
+    """A server that takes commands, with a run that trains."""
+    told.start(5)
     return serve(RunsOfFolder(told.path), commands=True)
 
 
-def until_up(kit: Any, url: str) -> None:
-    def is_up() -> bool:
-        try:
-            return httpx.get(url).status_code > 0
-        except httpx.TransportError:
-            return False
-
-    kit.wait_until(is_up)
-
-
 @pytest.mark.parametrize("locations", [NGINX, BARE], ids=["readme", "bare"])
-def test_the_page_works_behind_nginx(
-    locations: str, served: Any, told: Any, kit: Any, proxy: Any, visit: Visits
-) -> None:
-    """Below a path; without the Host header and without WebSocket, too: frames come, and commands go."""
+def test_the_page_works_behind_nginx(locations: str, served: Any, told: Told, proxy: Any, visit: Visits) -> None:
+    """Below a path; without the Host header and without WebSocket, too: frames come, and commands are sent."""
     visit.may_lose_server = locations is BARE  # a WebSocket that does not get through
     url = proxy(locations, served.url)
-    until_up(kit, url)
     page = visit(url)
     told.write(*told.story.steps(3))
     expect(page.locator("#tiles dd").first).to_contain_text("8")
@@ -92,17 +86,16 @@ def test_the_page_works_behind_nginx(
     page.click("#pause")
     expect(page.locator("#toast")).to_contain_text("takes effect at the next step")
     if locations is NGINX:
-        with kit.watch(url, origin=url.removesuffix("/live/")) as watched:
-            watched.send(kit.Watcher().hello())
+        with watch(url, origin=url.removesuffix("/live/")) as watched:
+            watched.send(Watcher().hello())
             assert '"snapshot"' in watched.recv(timeout=10)
 
 
-def test_a_proxy_that_buffers_the_stream_is_named(served: Any, told: Any, kit: Any, proxy: Any, visit: Visits) -> None:
-    """The page asks now and then in place of it, and says which setting ends that."""
+def test_a_proxy_that_buffers_the_stream_is_named(served: Any, told: Told, proxy: Any, visit: Visits) -> None:
+    """The page polls instead, and names the setting."""
     visit.may_lose_server = True
     ignoring = "proxy_ignore_headers X-Accel-Buffering; proxy_buffers 8 1m; proxy_buffer_size 1m;"
     url = proxy(BARE.replace("{", "{ " + ignoring), served.url)
-    until_up(kit, url)
     page = visit(url, loaded=False)
     expect(page.locator("#banner")).to_contain_text("proxy_buffering off;", timeout=30_000)
     told.write(*told.story.steps(3))
@@ -110,12 +103,10 @@ def test_a_proxy_that_buffers_the_stream_is_named(served: Any, told: Any, kit: A
 
 
 def test_a_command_that_the_proxy_makes_look_foreign_names_the_setting(
-    served: Any, kit: Any, proxy: Any, browser: Any
+    served: Any, proxy: Any, browser: Any, chromium: str
 ) -> None:
-    """A plain name and no Host header: the browser sends nothing that shows whose page it is."""
+    """Without the Host header and without TLS: the browser sends nothing that shows whose page it is."""
     url = proxy(BARE, served.url).replace("127.0.0.1", "runs.example")
-    until_up(kit, url.replace("runs.example", "127.0.0.1"))
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     mapped = browser.browser_type.launch(
         executable_path=chromium, args=["--host-resolver-rules=MAP runs.example 127.0.0.1"]
     )
@@ -127,22 +118,20 @@ def test_a_command_that_the_proxy_makes_look_foreign_names_the_setting(
     mapped.close()
 
 
-def test_a_name_that_the_proxy_passes_on_is_explained(served: Any, kit: Any, proxy: Any) -> None:
-    """Instead of the page, its reader gets the name that was asked for, and where to allow it."""
+def test_a_name_that_the_proxy_passes_on_is_explained(served: Any, proxy: Any) -> None:
+    """Instead of the page, a reader gets the requested name, and the option that allows it."""
     url = proxy(NGINX, served.url)
-    until_up(kit, url)
     answer = httpx.get(url, headers={"host": "runs.example", "accept": "text/html"})
     assert (answer.status_code, "'runs.example'" in answer.text) == (421, True)
     assert "--origin" in answer.text
 
 
-def test_a_page_whose_files_do_not_come_says_what_its_address_lacks(
-    served: Any, kit: Any, proxy: Any, visit: Visits
+def test_a_page_whose_files_are_missing_names_the_slash_that_its_address_lacks(
+    served: Any, proxy: Any, visit: Visits
 ) -> None:
-    """A location without its slash: the page is there, and all its relative addresses lead nowhere."""
+    """A location without its slash: all relative addresses lead nowhere."""
     visit.may_lose_server = True
     url = proxy("location /live { proxy_pass http://127.0.0.1:8765/; }", served.url)
-    until_up(kit, url)
     page = visit(url.removesuffix("/"), loaded=False)
     expect(page.locator(".unstyled")).to_be_visible()
     visit.problems.clear()  # the browser reports that the files are no scripts

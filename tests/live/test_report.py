@@ -1,4 +1,4 @@
-"""``stagecast report``: one file that shows runs without a server, and asks nobody for anything."""
+"""``stagecast report``: one file that shows runs without a server, and sends no request."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from live.kit import Told
+from support.nursery import ROOT
 
 from events.journal.writer import Journal
 from events.messages import (
@@ -27,24 +30,26 @@ from events.messages import (
 from events.sink import RunInfo
 from sinks.live.report import write_report
 
-ROOT = Path(__file__).parent.parent.parent
 EVIL = "</script><script>document.title='owned'</script><!--"
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000 1f15c4890000000d49444154789c6360f8cf500f0003860180"
     "5a344b6f0000000049454e44ae426082".replace(" ", "")
 )
+Report = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def a_run(folder: Path, run_id: str, steps: int = 20) -> Path:
-    """A run's folder, with a journal in which strangers' text is as bad as it can be."""
+    """A run's folder, with hostile text in its journal."""
     run_dir = folder / run_id
     header = [(run_id, 1, seq, 1e9 + seq, 0, max(0, seq - 1), 0, "train") for seq in range(1, steps + 10)]
-    events: list[Event] = [RunStarted(*header[0], EVIL, 3, device="cpu")]
-    events += [TrainStepEnded(*header[i], 1.0 / i, i, 8, 0.01, 0.1, None) for i in range(1, steps + 1)]
-    events.append(MetricsLogged(*header[steps + 1], {EVIL: 1.0, "nan": float("nan")}))
-    events.append(ImageLogged(*header[steps + 2], "picture", "media/picture/a.png", 1, 1, len(PIXEL)))
-    events.append(ImageLogged(*header[steps + 3], "elsewhere", "../secret.png", 1, 1, 3))
-    events.append(RunEnded(*header[steps + 4], "finished", EVIL))
+    events: list[Event] = [
+        RunStarted(*header[0], EVIL, 3, device="cpu"),
+        *(TrainStepEnded(*header[i], 1.0 / i, i, 8, 0.01, 0.1, None) for i in range(1, steps + 1)),
+        MetricsLogged(*header[steps + 1], {EVIL: 1.0, "nan": float("nan")}),
+        ImageLogged(*header[steps + 2], "picture", "media/picture/a.png", 1, 1, len(PIXEL)),
+        ImageLogged(*header[steps + 3], "elsewhere", "../secret.png", 1, 1, 3),
+        RunEnded(*header[steps + 4], "finished", EVIL),
+    ]
     writer = Journal().open(RunInfo(run_id, run_dir=str(run_dir)))
     writer.write(events)
     writer.close()
@@ -54,76 +59,64 @@ def a_run(folder: Path, run_id: str, steps: int = 20) -> Path:
     return run_dir
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "trainer.cli.main", "report", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    """Run the command in the test's folder."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trainer.cli.main", "report", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    return run
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    """In one sentence, and no file is left."""
-    result = command(".", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "is not a folder of a run" in result.stderr
-    assert os.listdir(tmp_path) == []
-
-
-def test_two_folders_of_one_run_are_refused(tmp_path: Path) -> None:
-    """A page that shows one of them would hide the other; a folder that is named twice is no second run."""
+def test_folders_that_make_no_report_are_refused(report: Report, tmp_path: Path) -> None:
+    """Without a run, with two copies of one run, or without one readable event; no file is left."""
     a_run(tmp_path, "one")
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
-    result = command("one", "copy", "--out", "out.html", cwd=tmp_path)
-    assert (result.returncode, (tmp_path / "out.html").exists()) == (1, False)
-    assert "one and copy are both of the run 'one'" in result.stderr
-    assert "leave one out, or write a report of each" in result.stderr
-    assert command("one", "./one", "--out", "out.html", cwd=tmp_path).returncode == 0
-
-
-def test_a_journal_without_one_event_is_refused(tmp_path: Path) -> None:
-    """Rather than an empty page written."""
     (tmp_path / "broken/journal").mkdir(parents=True)
     (tmp_path / "broken/journal/00000000000000000001.jsonl").write_bytes(b"#" * 20 + b"\n")
-    result = command("broken", cwd=tmp_path)
-    assert (
-        result.returncode,
-        "damaged: journal/00000000000000000001.jsonl, line 1: not an event" in result.stderr,
-    ) == (1, True)
-    assert not (tmp_path / "broken.html").exists()
+    before = sorted(os.listdir(tmp_path))
+    for arguments, *messages in (
+        ((".",), "is not a folder of a run"),
+        (
+            ("one", "copy", "--out", "out.html"),
+            "one and copy are both of the run 'one'",
+            "leave one out, or write a report of each",
+        ),
+        (("broken",), "damaged: journal/00000000000000000001.jsonl, line 1: not an event"),
+    ):
+        result = report(*arguments)
+        assert (result.returncode, [text for text in messages if text not in result.stderr]) == (1, []), result.stderr
+    assert sorted(os.listdir(tmp_path)) == before
+    assert report("one", "./one", "--out", "out.html").returncode == 0  # named twice is not a second run
 
 
-def test_a_report_that_is_there_is_kept_unless_forced(tmp_path: Path) -> None:
-    """Whoever has sent it to somebody may still want it."""
+def test_an_existing_report_is_replaced_only_by_force(report: Report, tmp_path: Path) -> None:
     a_run(tmp_path, "one")
-    assert command("one", cwd=tmp_path).returncode == 0
+    assert report("one").returncode == 0
     first = (tmp_path / "one.html").read_bytes()
-    again = command("one", cwd=tmp_path)
+    again = report("one")
     assert (again.returncode, "--force" in again.stderr) == (1, True)
     assert (tmp_path / "one.html").read_bytes() == first
-    assert command("one", "--force", cwd=tmp_path).returncode == 0
+    assert report("one", "--force").returncode == 0
 
 
-def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    """As the user gave it."""
+def test_a_file_that_cannot_be_written_is_named(report: Report, tmp_path: Path) -> None:
     a_run(tmp_path, "one")
-    result = command("one", "--out", "nowhere/one.html", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "nowhere is not a folder; create it" in result.stderr
-    for options in (["--out", "one"], ["--out", "one", "--force"]):
-        result = command("one", *options, cwd=tmp_path)
-        assert (result.returncode, "one is a folder; name a file in it" in result.stderr) == (1, True)
-    if Path("/proc/self").exists():
-        result = command("one", "--out", "/proc/one.html", cwd=tmp_path)
-        assert (result.returncode, "/proc/one.html cannot be written" in result.stderr) == (1, True)
+    for options, message in (
+        (("nowhere/one.html",), "nowhere is not a folder; create it"),
+        (("one",), "one is a folder; name a file in it"),
+        (("one", "--force"), "one is a folder; name a file in it"),
+        (("/proc/one.html",), "/proc/one.html cannot be written"),
+    ):
+        result = report("one", "--out", *options)
+        assert (result.returncode, message in result.stderr) == (1, True), result.stderr
 
 
-def test_strangers_text_ends_no_script_and_nothing_comes_from_outside_the_run(tmp_path: Path) -> None:
-    """The file holds the run and the page, and no address but the ones inside it."""
+def test_foreign_text_ends_no_script_and_files_outside_the_run_stay_outside(tmp_path: Path) -> None:
+    """The file has the run and the page, and only addresses within itself."""
     run_dir = a_run(tmp_path, "one")
     (run_dir / "media/picture/a.png").rename(tmp_path / "a.png")
     for link, target in (("picture/a.png", "../../../a.png"), ("picture", "../../away")):
@@ -136,12 +129,12 @@ def test_strangers_text_ends_no_script_and_nothing_comes_from_outside_the_run(tm
     text = (tmp_path / "out.html").read_text("utf-8")
     assert "document.title='owned'" in text
     assert "</script><script>document.title" not in text
-    assert "c2VjcmV0" not in text  # the image that lies outside of the run's folder
+    assert "c2VjcmV0" not in text  # the image outside the run's folder
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)
 
 
-def test_the_last_value_is_shown_however_many_were_merged(told: Any, visit: Any, tmp_path: Path) -> None:
-    """Tiles, legends, the table and what is read aloud have it, not the mean of the last point or a NaN beside it."""
+def test_the_last_value_is_shown_however_many_were_merged(told: Told, visit: Any, tmp_path: Path) -> None:
+    """In tiles, legends, tables and aloud, not the mean of the last point or a NaN beside it."""
     expect = pytest.importorskip("playwright.sync_api").expect
     tell = told.story
     told.write(tell.started(), *(event for _ in range(4_998) for event in (tell.step(), tell.metrics(val_worst=1.0))))
@@ -157,25 +150,11 @@ def test_the_last_value_is_shown_however_many_were_merged(told: Any, visit: Any,
     expect(page.locator("#validation-table td").nth(1)).to_have_text("3.25")
 
 
-def test_a_link_to_a_run_that_is_not_in_the_report_is_said_so(tmp_path: Path, visit: Any) -> None:
-    """The page names the runs that are there, and is not broken by it."""
-    expect = pytest.importorskip("playwright.sync_api").expect
-    out = tmp_path / "out.html"
-    write_report([a_run(tmp_path, "one"), a_run(tmp_path, "two")], out)
-    page = visit(out.as_uri(), "#run=nosuch", loaded=False)
-    expect(page.locator("#waiting-title")).to_have_text("nosuch")
-    expect(page.locator("#waiting-text")).to_have_text("there is no such run in this report; it holds one, two")
-    page.evaluate("window.dispatchEvent(new Event('online'))")  # there is nobody to ask again
-    assert not [url for url in visit.requests if url.startswith("ws")]
-    page.get_by_role("link", name="one").click()
-    expect(page.locator("#content")).to_be_visible()
-
-
 @pytest.mark.parametrize("status", ["finished", "failed", "lost", "running"])
-def test_a_report_says_how_long_the_run_ran_and_what_is_wrong(
-    status: Any, told: Any, visit: Any, tmp_path: Path
+def test_a_report_shows_the_length_and_the_problems_of_the_run(
+    status: Any, told: Told, visit: Any, tmp_path: Path
 ) -> None:
-    """However long ago it was written: until its end, or its last sign of life; and a failed run's traceback."""
+    """However old it is: until the run's end, or its last sign of life; with a failed run's traceback."""
     expect = pytest.importorskip("playwright.sync_api").expect
     tell = told.story
     told.write(tell.started(), *tell.steps(3), tell(NonFiniteLoss, loss=math.nan, action="warned"))
@@ -203,8 +182,8 @@ def test_a_report_says_how_long_the_run_ran_and_what_is_wrong(
     assert "owned" not in page.title()
 
 
-def test_the_report_shows_the_runs_in_a_browser(tmp_path: Path, visit: Any) -> None:
-    """Both of them, laid over each other, with the image; no error, no request."""
+def test_the_report_shows_its_runs_in_a_browser(tmp_path: Path, visit: Any) -> None:
+    """Together, with the image; a link to another run names those in the report; no error, no request."""
     expect = pytest.importorskip("playwright.sync_api").expect
     out = tmp_path / "out.html"
     write_report([a_run(tmp_path, "one"), a_run(tmp_path, "two")], out)
@@ -214,4 +193,10 @@ def test_the_report_shows_the_runs_in_a_browser(tmp_path: Path, visit: Any) -> N
     expect(page.locator('#media img[alt^="picture"]')).to_have_js_property("naturalWidth", 1)
     assert page.title().endswith("stagecast")
     assert "owned" not in page.title()
+    page = visit(out.as_uri(), "#run=nosuch", loaded=False)
+    expect(page.locator("#waiting-title")).to_have_text("nosuch")
+    expect(page.locator("#waiting-text")).to_have_text("there is no such run in this report; it holds one, two")
+    page.evaluate("window.dispatchEvent(new Event('online'))")  # a report has no server to ask
+    page.get_by_role("link", name="one").click()
+    expect(page.locator("#content")).to_be_visible()
     assert {url.partition(":")[0] for url in visit.requests} <= {"file", "data", "blob"}

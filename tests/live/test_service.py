@@ -1,4 +1,4 @@
-"""The example service, as a process of its own: runs are started, shown, steered, and ended in order with it."""
+"""The example service, in its own process: runs are started, shown, commanded, and end with it."""
 
 from __future__ import annotations
 
@@ -32,27 +32,11 @@ ROOT = Path(trainer.__file__).parent.parent
 WAIT_S = 25.0
 JOBS = """
 import os, sys, time
-import torch
-from torch import nn
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from support.training import Net, make_trainer
 
 
-class Net(ModuleInterface):
-    def __init__(self, how):
-        super().__init__()
-        self.linear, self.how = nn.Linear(1, 1), how
-
-    def get_optimizers_schedulers(self, steps, epochs):
-        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
-
-    def get_train_dataloader(self, sampler, batch_size):
-        return [torch.ones(2, 1)] * 4
-
-    def get_val_dataloaders(self, sampler, batch_size):
-        return [torch.ones(2, 1)]
-
-    def val_step(self, global_step, batch, device):
-        return self.linear(batch).square().mean()
+class Job(Net):
+    how = ""
 
     def train_step(self, global_step, batch, device):
         time.sleep(0.005)
@@ -62,12 +46,14 @@ class Net(ModuleInterface):
             sys.exit("from a step")
         if global_step == 3 and self.how == "die":
             os._exit(7)
-        return self.linear(batch).square().mean()
+        return super().train_step(global_step, batch, device)
 
 
 def net(run_id, run_dir, how="", epochs=1_000_000):
-    arguments = TrainerArguments(epochs=epochs, train_batch_size=2, device="cpu")
-    return Trainer(Net(how), arguments, run_id=run_id, run_dir=run_dir, resume="auto")
+    job = Job(rows=32, lr=0.01)
+    job.how = how
+    options = {"run_id": run_id, "run_dir": run_dir, "resume": "auto", "journal": True, "checkpoints": True}
+    return make_trainer(job, epochs=epochs, **options)
 """
 SERVE = """
 import socket, sys
@@ -84,7 +70,7 @@ uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening]
 
 
 class Service:
-    """A process of the service, and a client of it that shows the token."""
+    """A process of the service, and a client with the token."""
 
     def __init__(self, folder: Path, at_once: int = 1) -> None:
         self.runs = folder / "runs"
@@ -92,7 +78,7 @@ class Service:
         (folder / "my_jobs.py").write_text(JOBS)
         (folder / "serve.py").write_text(SERVE)
         command = [sys.executable, "serve.py", str(self.runs), self.token, str(at_once)]
-        environment = {"PYTHONPATH": f"{ROOT}:{folder}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+        environment = {"PYTHONPATH": f"{ROOT}:{folder}:{ROOT}/tests", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -126,7 +112,7 @@ class Service:
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + WAIT_S
         while not condition():
-            assert time.monotonic() < deadline, "it has not come about"
+            assert time.monotonic() < deadline, "the condition did not become true"
             time.sleep(0.02)
 
     def until_state(self, run_id: str, *states: str) -> tuple[str, str | None]:
@@ -141,7 +127,7 @@ class Service:
 
     def journal(self, run_id: str) -> list[Event]:
         reader = JournalReader(self.runs / run_id / JOURNAL_DIR)
-        return list(chain.from_iterable(iter(reader.read, [])))  # one read returns at most some hundred kilobytes
+        return list(chain.from_iterable(iter(reader.read, [])))  # a read is bounded
 
     def end(self) -> None:
         self.client.close()
@@ -151,7 +137,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One that has room for a single run."""
+    """A service with room for a single run."""
     one = Service(tmp_path_factory.mktemp("service"))
     yield one
     one.end()
@@ -159,7 +145,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def another(tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Starts a service in a folder of the test."""
+    """Start a service in the test's folder."""
     started: list[Service] = []
 
     def start(at_once: int = 1) -> Service:
@@ -171,16 +157,16 @@ def another(tmp_path: Path) -> Iterator[Callable[..., Service]]:
         one.end()
 
 
-def test_who_does_not_show_the_token_gets_nothing(service: Service) -> None:
-    """Neither runs nor their streams; nor does a page of another site that a user with the token has open."""
+def test_requests_without_the_token_are_refused(service: Service) -> None:
+    """For runs and their streams; so is a page of another site whose user has the token."""
     for address in ("/runs", "/runs/x", "/live/api/runs"):
         assert httpx.get(service.url + address).status_code == 401
     assert httpx.post(service.url + "/runs/x/stop").status_code == 401
     assert service.client.post("/runs/x/stop", headers={"origin": "https://elsewhere.org"}).status_code == 403
 
 
-def test_who_does_not_show_the_token_is_refused_before_what_he_sends_is_read(service: Service) -> None:
-    """Nor is more read of anybody than a request can have, or what does not say how long it is."""
+def test_requests_are_refused_before_their_body_is_read(service: Service) -> None:
+    """Without the token; beyond the maximum length; without a length."""
     place = httpx.URL(service.url)
     token = str(service.client.headers["authorization"]).encode()
     for status, header in (
@@ -194,8 +180,8 @@ def test_who_does_not_show_the_token_is_refused_before_what_he_sends_is_read(ser
             assert connection.recv(12) == b"HTTP/1.1 %d" % status  # of a body that never comes
 
 
-def test_what_cannot_be_started_is_refused(service: Service) -> None:
-    """A recipe that there is none, a name that leads out of the folder, a run that was never started."""
+def test_a_run_that_cannot_be_started_is_refused(service: Service) -> None:
+    """An unknown recipe, a name that leads out of the folder; a command for a run that was never started."""
     for recipe, run_id, status in (
         ("os:system", "x", 404),
         ("net", "../x", 422),
@@ -210,8 +196,8 @@ def test_what_cannot_be_started_is_refused(service: Service) -> None:
 
 
 @pytest.mark.parametrize("launched", [False, True], ids=["in_process", "launched"])
-def test_a_run_that_fails_leaves_the_others_and_the_service_alone(service: Service, launched: bool) -> None:
-    """Whether its step raises, exits, or takes its process along; the next one in the queue is trained."""
+def test_a_run_that_fails_does_not_disturb_other_runs_or_the_service(service: Service, launched: bool) -> None:
+    """Whether its step raises, exits, or ends its process; the next run in the queue is trained."""
     name = "launched" if launched else "own"
     hows = {"raise": "ValueError: in a step", "exit": "SystemExit: from a step"}
     if launched:
@@ -229,7 +215,7 @@ def test_a_run_that_fails_leaves_the_others_and_the_service_alone(service: Servi
 
 
 def test_a_run_is_watched_and_commanded_by_all_doors(service: Service) -> None:
-    """Server-Sent Events, WebSocket and `connect`; clients that leave in the middle do not matter to it."""
+    """Server-Sent Events, WebSocket and `connect`; clients may leave at any time."""
     service.start("watched")
     service.until_step("watched", 3)
     events = "/live/api/runs/watched/events"
@@ -258,8 +244,8 @@ def test_a_run_is_watched_and_commanded_by_all_doors(service: Service) -> None:
     assert service.client.post("/runs/watched/pause").status_code == 409
 
 
-def test_runs_wait_in_line_and_may_leave_it(service: Service) -> None:
-    """The device has room for one; each sees its place; nobody gets in twice under one name."""
+def test_runs_wait_in_a_queue_and_may_leave_it(service: Service) -> None:
+    """The device has room for one; each has its position; a name is used once."""
     places = [service.start(name)["position"] for name in ("first", "second", "third", "fourth")]
     service.until_state("first", "running")
     assert places[1:] == [2, 3, 4] or places[1:] == [1, 2, 3]
@@ -284,10 +270,10 @@ def test_runs_wait_in_line_and_may_leave_it(service: Service) -> None:
     assert shown == [("first", "cancelled"), ("second", "cancelled"), ("third", "cancelled"), ("fourth", "stopped")]
 
 
-def test_the_end_of_the_service_stops_what_trains_with_a_checkpoint_that_it_goes_on_from(
+def test_the_end_of_the_service_stops_its_runs_with_a_checkpoint_to_resume_from(
     another: Callable[..., Service],
 ) -> None:
-    """SIGTERM while runs train, one starts and one is queued, and a client watches: all of it ends in order."""
+    """SIGTERM while runs train, one starts and one is queued, and a client watches."""
     service = another(at_once=3)
     service.start("own")
     service.start("launched", launched=True)

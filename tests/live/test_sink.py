@@ -1,87 +1,55 @@
-"""The sink `Live` with the real trainer: beside the loop, in the sink host, without a folder, when it cannot serve."""
+"""The sink `Live` with a trainer: beside the loop, in the sink host, without a folder, when it cannot serve."""
 
 from __future__ import annotations
 
+import signal
 import socket as sockets
-import subprocess
 import threading
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
-import torch
-from torch import nn
+from live.kit import Start, Story, Told, Watcher, read_until, watch
+from support.threads import wait_until
+from support.training import Net, make_trainer
 from websockets.exceptions import ConnectionClosed
 
 from events.errors import SinkMisconfigured
 from events.messages import ObserverFailed, RunEnded
+from events.protocol import RunResult
 from events.sink import Delivery, RunInfo
 from sinks import Live, Memory
 from sinks.host.child import HostedSink
 from sinks.live.sink import ADDRESS_NAME, LiveWriter
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from trainer import Trainer, TrainerArguments
 
 TOKEN = "correct-horse-battery"
 HERE = Delivery(runs_in="thread")
 
 
-class Held(ModuleInterface):
-    """Trains a few steps, and waits in one of them until the test has come to watch."""
+class Held(Net):
+    """Trains eight steps, and waits in one of them for the test."""
 
-    def __init__(self, wait_at: int = 3) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2, 1)
-        self.wait_at = wait_at
+    def __init__(self) -> None:
+        super().__init__(rows=64)
         self.reached, self.go_on = threading.Event(), threading.Event()
+        self.act = self._wait
 
-    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
-
-    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-        return [(torch.ones(4, 2), torch.ones(4, 1))] * 8
-
-    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
-        return None
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        if global_step == self.wait_at:
+    def _wait(self, global_step: int) -> None:
+        if global_step == 3:
             self.reached.set()
             assert self.go_on.wait(40)
-        x, y = batch
-        return nn.functional.mse_loss(self.linear(x), y)
-
-    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        return None
 
 
-class Started:
-    """A run on a thread of its own."""
-
-    def __init__(self, module: Held, sinks: list[Any], **options: Any) -> None:
-        arguments = TrainerArguments(train_batch_size=4, device="cpu", epochs=1)
-        trainer = Trainer(module, arguments, sinks=sinks, checkpoints=False, **options)
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(trainer,))
-        self._thread.start()
-
-    def _run(self, trainer: Trainer) -> None:
-        try:
-            trainer.train()
-        except BaseException as error:
-            self.error = error
-
-    def join(self) -> None:
-        self._thread.join(40)
-        assert not self._thread.is_alive()
-        if self.error is not None:
-            raise self.error
+def started(module: Held, sinks: list[Any], **options: Any) -> Future[RunResult]:
+    """Train on a thread."""
+    return ThreadPoolExecutor(1).submit(make_trainer(module, sinks=sinks, epochs=1, **options).train)
 
 
 def is_free(port: int) -> bool:
-    """Whether somebody else can have a port, at once."""
     with sockets.socket() as one:
         one.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
         try:
@@ -91,23 +59,22 @@ def is_free(port: int) -> bool:
         return True
 
 
-def address(kit: Any, folder: Path) -> str:
-    """Where a run says that it is served."""
+def address(folder: Path) -> str:
+    """The address in a run's folder."""
     file = folder / ADDRESS_NAME
-    kit.wait_until(lambda: file.exists() and file.read_bytes().endswith(b"\n"))
+    wait_until(lambda: file.exists() and file.read_bytes().endswith(b"\n"))
     url: str = msgspec.json.decode(file.read_bytes())["url"]
     return url
 
 
-def test_a_port_that_is_taken_disables_the_sink_and_not_the_run(kit: Any) -> None:
-    """The run says why, and goes on to its end."""
+def test_a_port_in_use_disables_the_sink_and_not_the_run() -> None:
     module, memory = Held(), Memory()
     with sockets.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        run = Started(module, [(Live(port=port), HERE), memory], journal=False)
-        kit.wait_until(lambda: memory.of(ObserverFailed))
+        run = started(module, [(Live(port=port), HERE), memory], journal=False)
+        wait_until(lambda: memory.of(ObserverFailed))
         module.go_on.set()
-        run.join()
+        run.result(40)
     failed = [event for event in memory.of(ObserverFailed) if event.action == "disabled"]
     assert f"127.0.0.1:{port}" in failed[0].error
     assert memory.of(RunEnded)[0].status == "finished"
@@ -123,8 +90,9 @@ def test_a_port_that_is_taken_disables_the_sink_and_not_the_run(kit: Any) -> Non
         ({"port": "http"}, "not a port"),
     ],
 )
-def test_what_is_wrong_with_it_is_said_before_the_run(fields: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the trainer is built."""
+def test_wrong_settings_are_refused_when_the_trainer_is_built(
+    fields: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("STAGECAST_TOKEN", raising=False)
     with pytest.raises(SinkMisconfigured, match=said):
         Live(**fields).check()
@@ -132,14 +100,14 @@ def test_what_is_wrong_with_it_is_said_before_the_run(fields: Any, said: str, mo
         Trainer(Held(), TrainerArguments(device="cpu"), sinks=[Live(**fields)], journal=False, checkpoints=False)
 
 
-def test_an_address_that_is_none_of_this_machine() -> None:
-    """It is found when it is opened, and nothing is left behind."""
+def test_an_address_of_another_machine_is_refused() -> None:
+    """When the sink opens."""
     with pytest.raises(SinkMisconfigured, match=r"192\.0\.2\.1"):
         Live(host="192.0.2.1", token=TOKEN).open(RunInfo("demo"))
 
 
-def test_the_token_comes_from_the_environment(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that it stands in no script; an empty variable opens nothing."""
+def test_the_token_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable opens nothing."""
     monkeypatch.setenv("STAGECAST_TOKEN", TOKEN)
     writer = Live(host="0.0.0.0").open(RunInfo("demo"))
     url = writer.url.replace("0.0.0.0", "127.0.0.1")
@@ -155,7 +123,7 @@ def test_the_token_comes_from_the_environment(kit: Any, monkeypatch: pytest.Monk
 def test_without_a_token_one_is_generated(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is in the printed link, and in a file that only its owner may read; where stderr is kept, only in that."""
+    """It is in the printed link, and in a file that only its owner may read; where stderr is kept, only there."""
     monkeypatch.delenv("STAGECAST_TOKEN", raising=False)
     run = RunInfo("demo", run_dir=str(tmp_path) if where == "folder" else None)
     tokens = []
@@ -183,9 +151,9 @@ def test_without_a_token_one_is_generated(
         Live(host="0.0.0.0", token=False).check()
 
 
-def test_watch_generates_a_token_unless_it_is_told_not_to(told: Any, process: Callable[..., Any]) -> None:
+def test_watch_generates_a_token_unless_it_is_disabled(told: Told, process: Start) -> None:
     """Other users of this machine can reach the page, too."""
-    told.write(told.story.started())
+    told.start()
     for options, status in (([], 401), (["--no-token"], 200)):
         one = process(
             "-m", "trainer.cli.main", "watch", str(told.path.parent), "--port", "0", *options, STAGECAST_TOKEN=""
@@ -199,8 +167,7 @@ def test_watch_generates_a_token_unless_it_is_told_not_to(told: Any, process: Ca
         assert ("Every user of this machine may watch" in one.stdout.readline()) is bool(options)
 
 
-def test_it_travels_to_another_process_and_is_the_same() -> None:
-    """A description is plain values."""
+def test_its_description_returns_unchanged_from_another_process() -> None:
     live = Live(port=1, commands=True, token=TOKEN, origins=("https://a.example",))
     built, _ = HostedSink.of("live", live, Live.delivery, 0).build()
     assert built == live
@@ -208,23 +175,22 @@ def test_it_travels_to_another_process_and_is_the_same() -> None:
 
 @pytest.mark.parametrize("options", [[HERE], []], ids=["thread", "host"])
 def test_a_run_is_watched_to_its_end(
-    options: list[Delivery], kit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[Delivery], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Beside the loop and in the sink host: the link on stderr, all steps, a command, the last state before the close,
-    the port free, no secret in the folder."""
-    module, folder, watcher = Held(), tmp_path / "runs" / "demo", kit.Watcher()
+    """With the link on stderr, all steps, a command, the last state, a free port, no secret in the folder."""
+    module, folder, watcher = Held(), tmp_path / "runs" / "demo", Watcher()
     live = Live(commands=True, token=TOKEN)
-    run = Started(module, [(live, *options) if options else live], run_id="demo", run_dir=folder)
+    run = started(module, [(live, *options) if options else live], run_id="demo", run_dir=folder, journal=True)
     try:
         assert module.reached.wait(30)
-        url = address(kit, folder)
-        with kit.watch(url) as socket:
+        url = address(folder)
+        with watch(url) as socket:
             socket.send(watcher.hello(token=TOKEN))
-            kit.read_until(socket, watcher, lambda: len(watcher.points.get("train_loss", ())) >= 2)
+            read_until(socket, watcher, lambda: len(watcher.points.get("train_loss", ())) >= 2)
             assert watcher.run["commands"] is True
             command = {"command": "checkpoint", "id": "c"}
             socket.send(msgspec.json.encode({"type": "command", "command": command}).decode())
-            kit.read_until(socket, watcher, lambda: "sent" in watcher.kinds)
+            read_until(socket, watcher, lambda: "sent" in watcher.kinds)
             texts = [p.read_bytes() for p in folder.rglob("*") if p.is_file()]
             assert not any(TOKEN.encode() in text for text in texts)
             module.go_on.set()
@@ -233,24 +199,24 @@ def test_a_run_is_watched_to_its_end(
                     watcher.take(socket.recv(timeout=30))
     finally:
         module.go_on.set()
-        run.join()
+        run.result(40)
     assert f"stagecast: the run can be watched at {url}#token={TOKEN}\n" in capsys.readouterr().err
     assert watcher.run["status"] == "finished"
-    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 9))
+    assert watcher.steps() == list(range(1, 9))
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 1001
     assert is_free(int(url.rsplit(":", 1)[1].strip("/")))
     assert not (folder / ADDRESS_NAME).exists()
 
 
-def test_a_run_without_a_folder(kit: Any) -> None:
-    """It is shown from what it is told alone, takes no commands, and has no journal to give."""
+def test_a_run_without_a_folder_is_shown() -> None:
+    """From its events alone: it takes no commands, and has no journal."""
     writer = Live(commands=True, token=False).open(RunInfo("demo"))
-    story, watcher = kit.Story(), kit.Watcher()
+    story, watcher = Story(), Watcher()
     writer.write([story.started(), *story.steps(3)])
-    with kit.watch(writer.url) as socket:
+    with watch(writer.url) as socket:
         socket.send(watcher.hello())
-        kit.read_until(socket, watcher, lambda: watcher.cursor == 4)
+        read_until(socket, watcher, lambda: watcher.cursor == 4)
         assert watcher.run["commands"] is False
         sent = httpx.post(writer.url + "api/runs/demo/commands", json={"command": "stop", "id": "1"})
         assert (sent.status_code, sent.json()["type"]) == (409, "refused")
@@ -264,12 +230,11 @@ def test_a_run_without_a_folder(kit: Any) -> None:
     assert (watcher.run["status"], len(watcher.points["train_loss"])) == ("finished", 5)
 
 
-def test_it_ends_though_a_watcher_reads_nothing(kit: Any, story: Any) -> None:
-    """The end of a run waits a moment for those who watch, and no longer."""
+def test_a_watcher_that_reads_nothing_does_not_delay_the_end_for_long(story: Story) -> None:
     writer: LiveWriter = Live(token=False).open(RunInfo("demo"))
     with sockets.create_connection(("127.0.0.1", int(writer.url.rsplit(":", 1)[1].strip("/")))) as silent:
         silent.sendall(b"GET /api/runs/demo/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        kit.wait_until(lambda: writer._hub.is_watched)
+        wait_until(lambda: writer._hub.is_watched)
         for _ in range(40):
             writer.write([story.metrics(**{f"m{i}-{story.seq}": 1.0 for i in range(2_000)})])
         done = threading.Thread(target=writer.close)
@@ -279,38 +244,34 @@ def test_it_ends_though_a_watcher_reads_nothing(kit: Any, story: Any) -> None:
     assert is_free(int(writer.url.rsplit(":", 1)[1].strip("/")))
 
 
-def test_an_attempt_that_resumes_shows_what_was_before(told: Any, kit: Any) -> None:
-    """A second process: its watchers see the first one's curves, without what is done again."""
-    tell, watcher = told.story, kit.Watcher()
-    told.write(tell.started(), *tell.steps(20))
+def test_an_attempt_that_resumes_shows_the_curves_before_it(told: Told) -> None:
+    """Without superseded steps."""
+    tell, watcher = told.story, Watcher()
+    told.start(20)
     writer = Live(token=False).open(RunInfo("demo", attempt=2, run_dir=str(told.path)))
-    with kit.watch(writer.url) as socket:
+    with watch(writer.url) as socket:
         socket.send(watcher.hello())
-        kit.read_until(socket, watcher, lambda: len(watcher.points.get("train_loss", ())) == 20)
+        read_until(socket, watcher, lambda: len(watcher.points.get("train_loss", ())) == 20)
         events = [*tell.resumed(10, 11), *tell.steps(5)]
         told.write(*events)
         writer.write(events)
         writer.write(events)  # delivered again
-        kit.read_until(socket, watcher, lambda: watcher.cursor == tell.seq)
+        read_until(socket, watcher, lambda: watcher.cursor == tell.seq)
     writer.close()
-    assert [step for step, _ in watcher.points["train_loss"]] == list(range(1, 16))
+    assert watcher.steps() == list(range(1, 16))
     assert watcher.attempt == 2
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-def test_the_command_ends_with_a_signal(
-    number: str, told: Any, kit: Any, process: Callable[..., subprocess.Popen[str]]
-) -> None:
-    """In order: watchers by both protocols are told, and nothing but its own lines is printed."""
-    import signal
-
-    told.write(told.story.started())
+def test_watch_ends_with_a_signal(number: str, told: Told, process: Start) -> None:
+    """Clients by both protocols are informed, and nothing but its own lines is printed."""
+    told.start()
     one = process("-m", "trainer.cli.main", "watch", str(told.path.parent), "--port", "0", "--no-token")
     assert one.stdout is not None
     line = one.stdout.readline()
     url = "http" + line.partition("http")[2].strip()
-    with kit.watch(url) as socket, httpx.stream("GET", url + "api/runs/demo/events", timeout=10) as events:
-        socket.send(kit.Watcher().hello())
+    with watch(url) as socket, httpx.stream("GET", url + "api/runs/demo/events", timeout=10) as events:
+        socket.send(Watcher().hello())
         socket.recv(timeout=10)
         parts = events.iter_bytes()
         assert b"snapshot" in next(parts)

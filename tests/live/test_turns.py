@@ -1,14 +1,17 @@
-"""Reads of many runs at once: few decode at a time, and neither a long read nor a blocked one keeps others waiting."""
+"""Reads of many runs at once: few decode at a time, and neither a long read nor a blocked one delays others."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from live.kit import Serve, Told
+from support.threads import wait_until
 
 from events.journal.reader import JournalReader
 from sinks.live import folder_hub as folder_hub_module
@@ -17,11 +20,13 @@ from sinks.live import turns as turns_module
 from sinks.live.runs import RunsOfFolder
 from sinks.live.turns import READING, Turns
 
+Clock = Callable[[float, float], None]
+"""Sets the times of a turn: the fixture ``clock``."""
 SLOW = 9
 
 
 class Threads:
-    """Reads on threads of their own, which the test steps through."""
+    """Reads on threads, which the test steps through."""
 
     def __init__(self, turns: Turns) -> None:
         self.order: list[str] = []
@@ -29,7 +34,7 @@ class Threads:
         self._threads: list[threading.Thread] = []
 
     def start(self, name: str, *waits: threading.Event) -> None:
-        """A read of as many parts as there are events; each part takes until its event is set."""
+        """Start a read with one part per event; each part lasts until its event is set."""
 
         def read() -> None:
             with self._turns.taken():
@@ -47,9 +52,7 @@ class Threads:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
-    """Sets the times of a turn."""
-
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     def set_times(turn_s: float, overtime_s: float) -> None:
         monkeypatch.setattr(turns_module, "TURN_S", turn_s)
         monkeypatch.setattr(turns_module, "OVERTIME_S", overtime_s)
@@ -57,26 +60,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
     return set_times
 
 
-def test_a_new_read_comes_before_the_rest_of_a_long_one(clock: Any, kit: Any) -> None:
-    """Which passes its turn on after each part; it comes later, though it began first."""
+def test_new_reads_come_before_the_rest_of_a_long_one(clock: Clock) -> None:
+    """The long one passes its turn on after each part."""
     clock(0.0, 1e6)
     turns = Turns(1)
     threads = Threads(turns)
     first, open_ = threading.Event(), threading.Event()
     open_.set()
     threads.start("long", first, open_)
-    kit.wait_until(lambda: threads.order == ["long0"])
+    wait_until(lambda: threads.order == ["long0"])
     threads.start("new", open_)
     threads.start("newer", open_)
-    kit.wait_until(lambda: len(turns._waiting) == 2)
+    wait_until(lambda: len(turns._waiting) == 2)
     first.set()
     threads.join()
     assert threads.order == ["long0", "new0", "newer0", "long1"]
     assert not turns._waiting + list(turns._began)
 
 
-def test_a_turn_that_does_not_end_is_not_counted(clock: Any, kit: Any) -> None:
-    """Its thread waits for a disk that hangs, and others have their turn."""
+def test_a_turn_that_does_not_end_is_not_counted(clock: Clock) -> None:
+    """Its thread waits for a disk that hangs; others have their turn."""
     clock(0.0, 0.01)
     turns = Turns(1)
     threads = Threads(turns)
@@ -85,14 +88,14 @@ def test_a_turn_that_does_not_end_is_not_counted(clock: Any, kit: Any) -> None:
     for name in "abc":
         threads.start(name, hangs)
     threads.start("sound", open_, open_)
-    kit.wait_until(lambda: "sound1" in threads.order)
+    wait_until(lambda: "sound1" in threads.order)
     hangs.set()
     threads.join()
     assert not turns._waiting + list(turns._began)
 
 
 def test_a_thread_without_a_turn_passes_none_on() -> None:
-    """As when a command reads a run."""
+    """Such as a command that reads a run."""
     turns = Turns(1)
     with turns.taken():
         thread = threading.Thread(target=turns.pass_on)
@@ -103,13 +106,11 @@ def test_a_thread_without_a_turn_passes_none_on() -> None:
 
 
 @pytest.fixture
-def many(told: Any, kit: Any) -> Any:
-    """The runs ``demo`` and nine more, whose journals are long."""
-    told.write(told.story.started(), *told.story.steps(20))
+def many(told: Told) -> Path:
+    """The folder of ``demo`` and nine runs with long journals."""
+    told.start(20)
     for number in range(SLOW):
-        slow = kit.Told(told.path.parent / f"slow{number}", f"slow{number}")
-        slow.write(slow.story.started(), *slow.story.steps(2_000))
-        slow.let_go()
+        Told(told.path.parent / f"slow{number}", f"slow{number}", steps=2_000).let_go()
     return told.path.parent
 
 
@@ -118,10 +119,10 @@ def ask(url: str, name: str) -> Any:
     return answer.status_code, answer.json()["series"]["train_loss"]["count"]
 
 
-def test_reads_that_hang_do_not_keep_a_sound_run_from_its_clients(
-    many: Any, serve: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+def test_reads_that_hang_do_not_delay_those_of_a_sound_run(
+    many: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine folders do not answer when they are read; ``demo`` is read for the first time meanwhile."""
+    """Nine folders do not answer; ``demo`` is read for the first time meanwhile."""
     hang, hung = threading.Event(), []
     read_view = folder_hub_module.read_view
 
@@ -136,17 +137,17 @@ def test_reads_that_hang_do_not_keep_a_sound_run_from_its_clients(
     with ThreadPoolExecutor(SLOW) as pool:
         try:
             answers = [pool.submit(ask, server.url, f"slow{number}") for number in range(SLOW)]
-            kit.wait_until(lambda: len(hung) == SLOW)
+            wait_until(lambda: len(hung) == SLOW)
             assert ask(server.url, "demo") == (200, 20)
         finally:
             hang.set()
         assert [answer.result() for answer in answers] == [(200, 2_000)] * SLOW
 
 
-def test_runs_that_are_asked_for_at_once_take_a_limited_number_of_threads(
-    many: Any, serve: Any, kit: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+def test_simultaneous_requests_take_a_limited_number_of_threads(
+    many: Path, serve: Serve, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others wait without one; those that ask for the same run take none of them."""
+    """The others wait without a thread; requests for the same run share one."""
     clock(0.0, 0.0)
     monkeypatch.setattr(runs_module, "MOST_READERS", 4)
     hang, lock = threading.Event(), threading.Lock()
@@ -167,16 +168,18 @@ def test_runs_that_are_asked_for_at_once_take_a_limited_number_of_threads(
     with ThreadPoolExecutor(2 * SLOW) as pool:
         try:
             answers = [pool.submit(ask, server.url, f"slow{number % SLOW}") for number in range(2 * SLOW)]
-            kit.wait_until(lambda: len(hung) == 4)
-            kit.wait_until(lambda: server._app._runs._readers.statistics().tasks_waiting == SLOW - 4)
+            wait_until(lambda: len(hung) == 4)
+            wait_until(lambda: server._app._runs._readers.statistics().tasks_waiting == SLOW - 4)
         finally:
             hang.set()
         assert [answer.result() for answer in answers] == [(200, 2_000)] * 2 * SLOW
     assert max(most) == 4
 
 
-def test_few_runs_are_decoded_at_a_time(many: Any, serve: Any, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many are asked for at once; each passes its turn on, so that all of them advance."""
+def test_few_runs_are_decoded_at_a_time(
+    many: Path, serve: Serve, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each passes its turn on, so that all of them advance."""
     clock(0.0, 1e6)
     lock = threading.Lock()
     reading: list[str] = []

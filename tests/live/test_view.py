@@ -1,4 +1,4 @@
-"""What watchers see of a run, built from its events alone."""
+"""The view of a run, built from its events alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from live.kit import Story, Told
 
 from events.messages import (
     CheckpointDeleted,
@@ -40,41 +41,41 @@ from sinks.live.summaries import HealthReader, summarise
 from sinks.live.view import MAX_LINES, MAX_MEDIA, MAX_STEPS_OF_A_HISTOGRAM, Changes, RunView
 
 
+def view_of(*events: Any, changes: Changes | None = None) -> RunView:
+    view = RunView()
+    view.add(list(events), changes)
+    return view
+
+
 def shown(view: RunView) -> dict[str, Any]:
-    """As it travels, without the times."""
     found: dict[str, Any] = msgspec.json.decode(encode(view.snapshot()))
     return found
 
 
-def test_what_cannot_be_encoded_does_not_end_the_server(story: Any) -> None:
-    """Half a character in a name, objects among the arguments: something is shown all the same."""
-    view = RunView()
-    view.add([story.started(arguments={"a\ud800": object, "deep": {1: {2}}}), story.metrics(**{"x\ud800": 1.0})])
+def test_values_that_cannot_be_encoded_do_not_end_the_server(story: Story) -> None:
+    """Lone surrogates in a name, objects among the arguments."""
+    view = view_of(story.started(arguments={"a\ud800": object, "deep": {1: {2}}}), story.metrics(**{"x\ud800": 1.0}))
     series = shown(view)["series"]
     assert [one["mean"] for one in series.values()] == [[1.0]]
 
 
-def test_numbers_that_json_lacks_travel_by_name(story: Any) -> None:
-    """The newest values, and points of a frame."""
-    view, changes = RunView(), Changes()
-    view.add([story.started(), story.step(math.nan), story.step(-math.inf)], changes)
+def test_numbers_that_are_not_finite_are_sent_by_name(story: Story) -> None:
+    changes = Changes()
+    view = view_of(story.started(), story.step(math.nan), story.step(-math.inf), changes=changes)
     assert changes.points["train_loss"] == ([1, 2], ["nan", "-inf"])
     assert shown(view)["run"]["latest"]["train_loss"] == "-inf"
     assert shown(view)["series"]["train_loss"]["mean"] == [None, None]
 
 
-def test_events_of_a_later_version_are_passed_over(story: Any) -> None:
-    """They move the cursor, and nothing else."""
-    view = RunView()
-    view.add([story.started(), story(UnknownEvent, unknown_type="Later", raw=b"{}")])
+def test_events_of_a_later_version_move_only_the_cursor(story: Story) -> None:
+    view = view_of(story.started(), story(UnknownEvent, unknown_type="Later", raw=b"{}"))
     assert view.cursor == 2
 
 
-def test_everything_is_bounded(story: Any) -> None:
-    """A run that logs and fails for ever."""
-    view = RunView()
-    view.add([story.started()])
-    for index in range(3_000):
+def test_everything_is_bounded(story: Story) -> None:
+    """Of a run that logs and fails for ever."""
+    view = view_of(story.started())
+    for index in range(1_200):
         image = story(ImageLogged, name="i", path=f"media/{index}.png")
         histogram = story(HistogramLogged, name="h", counts=[1.0])
         failure = story(ObserverFailed, observer=f"o{index}", error="E", action="disabled")
@@ -84,10 +85,10 @@ def test_everything_is_bounded(story: Any) -> None:
     assert len(view.media) == MAX_MEDIA
     assert len(view.histograms["h"]) == MAX_STEPS_OF_A_HISTOGRAM
     assert len(view.checkpoints) == MAX_CHECKPOINTS
-    assert view.checkpoints["step-2999.a1"].state == "durable"
+    assert view.checkpoints["step-1199.a1"].state == "durable"
 
 
-def test_the_life_of_a_checkpoint(story: Any) -> None:
+def test_the_states_of_a_checkpoint(story: Story) -> None:
     """Staged, durable, uploading, uploaded, deleted here; or failed."""
     view, name = RunView(), "step-1.a1"
 
@@ -111,10 +112,8 @@ def test_the_life_of_a_checkpoint(story: Any) -> None:
     assert (view.checkpoints["step-2.a1"].state, view.checkpoints["step-2.a1"].error) == ("failed", "full")
 
 
-def test_the_state_of_observers(story: Any) -> None:
-    """Failing, recovered, dropping, disabled."""
-    view = RunView()
-    view.add([story(ObserverFailed, observer="s", error="E", action="retrying")])
+def test_the_states_of_an_observer(story: Story) -> None:
+    view = view_of(story(ObserverFailed, observer="s", error="E", action="retrying"))
     assert view.observers["s"].state == "failing"
     view.add([story(ObserverRecovered, observer="s"), story(ObserverDropped, observer="s", dropped=3, conflated=2)])
     one = view.observers["s"]
@@ -123,8 +122,7 @@ def test_the_state_of_observers(story: Any) -> None:
     assert (view.observers["s"].state, view.observers["s"].error) == ("disabled", "E2")
 
 
-def test_pausing_media_and_the_end(story: Any) -> None:
-    """What else there is to see."""
+def test_a_pause_media_and_the_end_are_shown(story: Story) -> None:
     view, changes = RunView(), Changes()
     view.add([story.started(device="cuda:0", versions={"torch": "2"}), *story.steps(3)])
     view.add([story(CommandTaken, command="pause", command_id="1"), story(TextLogged, name="t", text="hi")], changes)
@@ -137,10 +135,11 @@ def test_pausing_media_and_the_end(story: Any) -> None:
     assert view.log[-1].level == "error"
 
 
-def test_what_is_unhealthy_is_in_the_snapshot_and_once_in_a_frame(story: Any) -> None:
-    """By the one rule of `Health`; a frame without news of it does not repeat it."""
-    view, changes = RunView(), Changes()
-    view.add([story.started(), *story.steps(3), story(NonFiniteLoss, loss=math.nan, action="warned")], changes)
+def test_problems_are_in_the_snapshot_and_once_in_a_frame(story: Story) -> None:
+    changes = Changes()
+    view = view_of(
+        story.started(), *story.steps(3), story(NonFiniteLoss, loss=math.nan, action="warned"), changes=changes
+    )
     assert changes.run["problems"] == ["the loss was NaN or infinite in 1 step, first at step 3"]
     quiet = Changes()
     view.add(story.steps(3), quiet)
@@ -149,10 +148,9 @@ def test_what_is_unhealthy_is_in_the_snapshot_and_once_in_a_frame(story: Any) ->
     assert shown(view)["run"]["problems"] == view.health.problems == changes.run["problems"]
 
 
-def test_the_end_of_a_run_stays_where_it_was(story: Any) -> None:
-    """An event that comes after it, such as an upload's, does not move it; another attempt has not ended."""
-    view = RunView()
-    view.add([story.started(best="score", best_mode="max"), *story.steps(3), story.ended()])
+def test_later_events_do_not_move_the_end_of_a_run(story: Story) -> None:
+    """Such as an upload; another attempt has not ended."""
+    view = view_of(story.started(best="score", best_mode="max"), *story.steps(3), story.ended())
     ended = story.time
     view.add([story(CheckpointUploaded, checkpoint="step-3.a1", url="s3://b")])
     assert (view.run.ended, view.run.updated > ended) == (ended, True)
@@ -161,19 +159,17 @@ def test_the_end_of_a_run_stays_where_it_was(story: Any) -> None:
     assert (view.run.status, view.run.ended) == ("running", None)
 
 
-def test_the_traceback_of_a_failed_run_is_with_its_line_in_the_log(story: Any) -> None:
-    """With that line alone, as text."""
-    view = RunView()
-    view.add(
-        [story.started(), story(RunEnded, status="failed", reason="E: x", traceback="Trace <b>", phase="val_step")]
+def test_the_traceback_of_a_failed_run_is_with_its_line_in_the_log(story: Story) -> None:
+    view = view_of(
+        story.started(), story(RunEnded, status="failed", reason="E: x", traceback="Trace <b>", phase="val_step")
     )
     details = {line.text: line.detail for line in view.log}
     assert [text for text, detail in details.items() if detail == "Trace <b>"] == [view.log[-1].text]
     assert view.run.problems == ["the run failed in val_step after step 0: E: x"]
 
 
-def test_a_warning_has_its_line_and_its_traceback(story: Any) -> None:
-    """A failed run's traceback is not in rows of its own beside that."""
+def test_a_warning_has_its_line_and_its_traceback(story: Story) -> None:
+    """A failed run's traceback has no further lines."""
     view = RunView()
     warning = story(WarningLogged, level="warning", message="the batch is small", exception="Trace of it")
     failed = story(RunEnded, status="failed", reason="E: x", traceback="File a.py\n  boom()\nE: x")
@@ -185,8 +181,8 @@ def test_a_warning_has_its_line_and_its_traceback(story: Any) -> None:
     assert not [line for line in view.log if "boom()" in line.text]
 
 
-def test_the_log_has_the_results_of_a_validation_in_the_middle_of_an_epoch(story: Any) -> None:
-    """As the console has; they are not replaced by those at the epoch's end."""
+def test_the_log_has_the_results_of_a_validation_in_the_middle_of_an_epoch(story: Story) -> None:
+    """Those at the epoch's end do not replace them."""
     view = RunView()
     middle = [story.started(), *story.steps(5), story(ValEpochEnded, loss=0.5), *story.steps(5)]
     view.add([*middle, story(ValEpochEnded, loss=0.25), story(TrainEpochEnded, loss=1.0, duration_s=2.0)])
@@ -196,8 +192,8 @@ def test_the_log_has_the_results_of_a_validation_in_the_middle_of_an_epoch(story
     ]
 
 
-def test_frames_add_up_to_the_snapshot(story: Any) -> None:
-    """However the events are cut into batches, the changes tell what the view has."""
+def test_frames_add_up_to_the_snapshot(story: Story) -> None:
+    """However the events are divided into batches."""
     view = RunView()
     points: list[Any] = []
     run: dict[str, Any] = {}
@@ -213,8 +209,8 @@ def test_frames_add_up_to_the_snapshot(story: Any) -> None:
     assert {name: now[name] for name in run} == run
 
 
-def test_what_is_logged_while_validating_is_told_apart(story: Any) -> None:
-    """Whatever its name: in the snapshot, and once in a frame; that of training is not."""
+def test_metrics_of_a_validation_have_their_stage(story: Story) -> None:
+    """In the snapshot, and once in a frame."""
     view, changes = RunView(), Changes()
     worst = story(MetricsLogged, stage="val", metrics={"worst": 1.0}, key="default")
     hard = story(MetricsLogged, stage="val", metrics={"worst": 2.0}, key="hard set")
@@ -227,18 +223,17 @@ def test_what_is_logged_while_validating_is_told_apart(story: Any) -> None:
     assert "stages" not in again.members()
 
 
-def test_stages_are_bounded_as_curves_are(story: Any) -> None:
-    """A name that is another one at each validation fills no memory."""
-    view = RunView()
-    for index in range(MOST_SERIES + 50):
-        view.add([story(MetricsLogged, stage="val", metrics={f"m{index}": 1.0}, key="default")])
+def test_stages_are_bounded_as_curves_are(story: Story) -> None:
+    """With another name at each validation."""
+    names = [f"m{index}" for index in range(MOST_SERIES + 50)]
+    view = view_of(*(story(MetricsLogged, stage="val", metrics={name: 1.0}, key="default") for name in names))
     assert view.stages.keys() == view.curves.series.keys()
 
 
-def test_superseded_steps_are_not_read(told: Any) -> None:
+def test_superseded_steps_are_not_read(told: Told) -> None:
     """The view of a journal with three attempts has each step once."""
     tell = told.story
-    told.write(tell.started(), *tell.steps(30))
+    told.start(30)
     told.write(*tell.resumed(20, tell.seq - 10), *tell.steps(30))
     told.write(*tell.resumed(40, tell.seq - 10), *tell.steps(5))
     view, stored = read_view(told.path)
@@ -246,10 +241,10 @@ def test_superseded_steps_are_not_read(told: Any) -> None:
     assert (view.run.attempt, view.cursor) == (3, tell.seq)
 
 
-def test_a_stored_view_goes_on_from_where_it_was(told: Any) -> None:
-    """It is the same as one from the whole journal; epochs are still known in the lines."""
+def test_a_stored_view_continues_with_the_events_after_it(told: Told) -> None:
+    """It equals a view of the complete journal."""
     tell = told.story
-    told.write(tell.started(), *tell.steps(5_000))
+    told.start(5_000)
     write_view(told.path, read_view(told.path)[0])
     told.write(*tell.steps(5_000), tell.ended())
     again, stored = read_view(told.path)
@@ -261,8 +256,8 @@ def test_a_stored_view_goes_on_from_where_it_was(told: Any) -> None:
     assert [line.text for line in again.log][:-1] == [line.text for line in whole.log][:-1]
 
 
-def test_a_stored_view_knows_what_is_unhealthy(told: Any) -> None:
-    """Counts go on from where they were, though what was counted is not read again."""
+def test_a_stored_view_keeps_its_problems(told: Told) -> None:
+    """Counts continue, although the journal is not read again."""
     tell = told.story
     started = tell.started()
     failed = tell(ObserverFailed, observer="csv", error="E", action="disabled")
@@ -278,8 +273,7 @@ def test_a_stored_view_knows_what_is_unhealthy(told: Any) -> None:
     assert (view.observers["csv"].state, view.observers["csv"].failures) == ("disabled", 1)
 
 
-def test_a_stored_view_knows_what_was_logged_while_validating(told: Any) -> None:
-    """Also of names that are not logged again."""
+def test_a_stored_view_keeps_the_stages_of_metrics(told: Told) -> None:
     tell = told.story
     told.write(tell.started(), tell(MetricsLogged, stage="val", metrics={"worst": 1.0}, key="default"))
     write_view(told.path, read_view(told.path)[0])
@@ -288,50 +282,49 @@ def test_a_stored_view_knows_what_was_logged_while_validating(told: Any) -> None
     assert (view.stages, stored) == ({"worst": "val"}, 2)
 
 
-def _another_run(told: Any) -> None:
+def _another_run(told: Told) -> None:
     for file in (told.path / "journal").iterdir():
         file.unlink()
     tell = told.story
     tell.seq, tell.time, tell.global_step = 0, 1_800_000_000.0, 0
-    told.write(tell.started(), *tell.steps(300))
+    told.start(300)
 
 
-def _resumed(told: Any) -> None:
+def _resumed(told: Told) -> None:
     told.write(*told.story.resumed(10, 11))
 
 
-def _cut(told: Any) -> None:
+def _cut(told: Told) -> None:
     file = next((told.path / "journal").iterdir())
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:50]))
 
 
-def _newer(told: Any) -> None:
+def _newer(told: Told) -> None:
     path = told.path / STORE_NAME
     stored = msgspec.msgpack.decode(path.read_bytes())
     path.write_bytes(msgspec.msgpack.encode(stored | {"version": 99, "view": "what is this"}))
 
 
-def _older(told: Any) -> None:
+def _older(told: Told) -> None:
     path = told.path / STORE_NAME
     stored = msgspec.msgpack.decode(path.read_bytes())
     del stored["view"]["stages"]
     path.write_bytes(msgspec.msgpack.encode(stored | {"version": 2}))
 
 
-def _torn(told: Any) -> None:
+def _torn(told: Told) -> None:
     path = told.path / STORE_NAME
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def _nested(told: Any) -> None:
+def _nested(told: Told) -> None:
     (told.path / STORE_NAME).write_bytes(b"\x91" * 100_000)
 
 
 @pytest.mark.parametrize("change", [_another_run, _resumed, _cut, _newer, _older, _torn, _nested])
-def test_a_stored_view_that_does_not_fit_is_not_used(told: Any, change: Any) -> None:
+def test_a_stored_view_that_does_not_fit_is_not_used(told: Told, change: Any) -> None:
     """Of another run of the same name, with superseded steps, beyond the journal, of another version, torn."""
-    tell = told.story
-    told.write(tell.started(), *tell.steps(100))
+    told.start(100)
     write_view(told.path, read_view(told.path)[0])
     change(told)
     view, stored = read_view(told.path)
@@ -340,16 +333,15 @@ def test_a_stored_view_that_does_not_fit_is_not_used(told: Any, change: Any) -> 
     assert view.curves == read_view(told.path)[0].curves
 
 
-def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path: Path) -> None:
-    """Storing is a help, never a failure; and leaves nothing half-written."""
+def test_a_folder_that_cannot_be_written_to_is_not_changed(tmp_path: Path) -> None:
     write_view(tmp_path / "gone", RunView())
     (tmp_path / STORE_NAME).mkdir()
     write_view(tmp_path, RunView())
     assert [path.name for path in tmp_path.iterdir()] == [STORE_NAME]
 
 
-def test_the_list_knows_of_problems_in_the_middle_of_a_long_journal(told: Any) -> None:
-    """Of a run in a few words only the beginning and the end are decoded; what comes later is added."""
+def test_the_list_shows_problems_in_the_middle_of_a_long_journal(told: Told) -> None:
+    """For a summary only the beginning and the end are decoded; later problems are added."""
     tell = told.story
     told.write(tell.started(), *tell.steps(3_000), tell(NonFiniteLoss, loss=math.nan, action="warned"))
     told.write(*tell.steps(3_000))
