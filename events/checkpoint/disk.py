@@ -17,6 +17,7 @@ from pathlib import Path
 
 import xxhash
 
+from events.checkpoint.manifest import FileEntry
 from events.checkpoint.parallel import beside
 from events.safe_files import some, sync_descriptor, write_all
 
@@ -111,8 +112,8 @@ class Folder:
         return name if self.fd is not None else str(self.path / name)
 
 
-def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> str:
-    """Write a new file from page-aligned memory; return its hash (`events.checkpoint.manifest.FileEntry`).
+def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> FileEntry:
+    """Write a new file from page-aligned memory.
 
     Args:
         image: Bytes of the file, aligned to a page and padded to a multiple of `PAGE`.
@@ -132,16 +133,16 @@ def write_image(folder: Folder, name: str, image: memoryview, nbytes: int) -> st
         finally:
             os.close(fd)
     finally:
-        digest = hashed.result()
-    return digest
+        digest = hashed()
+    return FileEntry(nbytes, digest)
 
 
 def _hash(data: memoryview) -> str:
     return xxhash.xxh3_128(data).hexdigest()  # releases the interpreter lock
 
 
-def write_parts(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a new file from its parts, each requested in turn; return its size and its hash.
+def write_parts(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a new file from its parts, each requested in turn.
 
     Raises:
         OSError: The disk failed.
@@ -159,7 +160,7 @@ def write_parts(folder: Folder, name: str, parts: Iterable[bytes | memoryview]) 
         os.fsync(fd)
     finally:
         os.close(fd)
-    return nbytes, digest.hexdigest()
+    return FileEntry(nbytes, digest.hexdigest())
 
 
 def sync_folder(path: Path) -> None:

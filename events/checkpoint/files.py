@@ -7,7 +7,7 @@ import io
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -82,7 +82,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
             while nbytes <= entry.nbytes and (chunk := file.read(_CHUNK)):  # a file that grows is damaged
                 digest.update(chunk)
                 nbytes += len(chunk)
-        check_file(folder / name, entry.nbytes, entry.xxh3_128, nbytes, digest.hexdigest())
+        check_file(folder / name, entry, FileEntry(nbytes, digest.hexdigest()))
 
 
 def check_size(folder: Path, name: str, entry: FileEntry) -> None:
@@ -101,13 +101,10 @@ def read_file(folder: Path, name: str, entry: FileEntry) -> memoryview:
     with _opened(folder, name, entry) as file:
         memory = memory_for(path, entry.nbytes)
         digest = xxhash.xxh3_128()
-        done = 0
-        while done < entry.nbytes and (count := file.readinto(memory[done : done + _CHUNK])):
-            digest.update(memory[done : done + count])
-            done += count
+        done = _fill(memory, file, digest.update)
         if done == entry.nbytes and file.read(1):
             done = os.fstat(file.fileno()).st_size
-    check_file(path, entry.nbytes, entry.xxh3_128, done, digest.hexdigest())
+    check_file(path, entry, FileEntry(done, digest.hexdigest()))
     return memory
 
 
@@ -130,12 +127,18 @@ def read_weights(path: Path, *, follow: bool) -> memoryview:
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointDamaged(f"{path} is not a regular file")
         memory = memory_for(path, found.st_size)
-        done = 0
-        while done < len(memory) and (count := file.readinto(memory[done : done + _CHUNK])):
-            done += count
-    if done < len(memory):
-        raise CheckpointDamaged(f"{path} was truncated while it was read")
+        if _fill(memory, file) < len(memory):
+            raise CheckpointDamaged(f"{path} was truncated while it was read")
     return memory
+
+
+def _fill(memory: memoryview, file: io.FileIO, on_chunk: Callable[[memoryview], object] = lambda chunk: None) -> int:
+    """Read a file into memory until either ends; return the bytes."""
+    done = 0
+    while done < len(memory) and (count := file.readinto(memory[done : done + _CHUNK])):
+        on_chunk(memory[done : done + count])
+        done += count
+    return done
 
 
 def memory_for(path: Path | str, nbytes: int) -> memoryview:
@@ -158,7 +161,7 @@ def _opened(folder: Path, name: str, entry: FileEntry) -> Iterator[io.FileIO]:
     try:
         with open_file(folder, name) as file:
             size = os.fstat(file.fileno()).st_size
-            check_file(path, entry.nbytes, "", size, "")  # before any memory is allocated
+            check_file(path, entry, FileEntry(size, entry.xxh3_128))  # before any memory is allocated
             yield file
     except OSError as error:
         raise CheckpointDamaged(f"{path} cannot be read: {error.strerror or error}") from error
@@ -174,9 +177,11 @@ def _memory_bytes() -> int:
 _MEMORY_BYTES = _memory_bytes()
 
 
-def check_file(path: Path, nbytes: int, digest: str, found_nbytes: int, found_digest: str) -> None:
-    """Compare a file's size and hash with its manifest. Raises `CheckpointDamaged`."""
-    if found_nbytes != nbytes:
-        raise CheckpointDamaged(f"{path} has {found_nbytes:,} bytes instead of {nbytes:,}; load another checkpoint")
-    if found_digest != digest:
+def check_file(path: Path, entry: FileEntry, found: FileEntry) -> None:
+    """Compare a file with its manifest. Raises `CheckpointDamaged`."""
+    if found.nbytes != entry.nbytes:
+        raise CheckpointDamaged(
+            f"{path} has {found.nbytes:,} bytes instead of {entry.nbytes:,}; load another checkpoint"
+        )
+    if found != entry:
         raise CheckpointDamaged(f"{path} holds other bytes than were written; load another checkpoint")

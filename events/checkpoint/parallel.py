@@ -11,9 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Call(Generic[T]):
-    """A call on another thread."""
-
+class _Call(Generic[T]):
     def __init__(self, function: Callable[[], T]) -> None:
         self._function: Callable[[], T] | None = function
         self._finished = threading.Event()
@@ -21,7 +19,6 @@ class Call(Generic[T]):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Make the call."""
         assert self._function is not None
         try:
             self._values.append(self._function())
@@ -31,19 +28,25 @@ class Call(Generic[T]):
         self._finished.set()
 
     def result(self) -> T:
-        """Wait for the call; return its value, once, or raise its exception."""
         self._finished.wait()
         if self._error is not None:
             raise self._error
         return self._values.pop()
 
 
-def beside(function: Callable[[], T], name: str) -> Call[T]:
-    """Start a call on a thread of this name."""
-    call = Call(function)
-    if _start(call.run, name) is None:
+def beside(function: Callable[[], T], name: str) -> Callable[[], T]:
+    """Start a call on a thread of this name; return a function that waits for its end and returns its value."""
+    call = _Call(function)
+    thread = _start(call.run, name)
+    if thread is None:
         call.run()
-    return call
+
+    def result() -> T:
+        if thread is not None:
+            thread.join()
+        return call.result()
+
+    return result
 
 
 def in_order(calls: Iterable[Callable[[], T]], threads: int, name: str) -> Generator[T]:
@@ -56,8 +59,8 @@ def in_order(calls: Iterable[Callable[[], T]], threads: int, name: str) -> Gener
         calls: Iterated on the caller's thread.
         name: Name of the threads.
     """
-    jobs: queue.SimpleQueue[Call[T] | None] = queue.SimpleQueue()
-    waiting: deque[Call[T]] = deque()
+    jobs: queue.SimpleQueue[_Call[T] | None] = queue.SimpleQueue()
+    waiting: deque[_Call[T]] = deque()
     workers: list[threading.Thread] = []
 
     def work() -> None:
@@ -67,7 +70,7 @@ def in_order(calls: Iterable[Callable[[], T]], threads: int, name: str) -> Gener
 
     try:
         for function in calls:
-            call = Call(function)
+            call = _Call(function)
             del function
             waiting.append(call)
             if len(workers) < threads and (thread := _start(work, name)) is not None:

@@ -14,13 +14,24 @@ import re
 from events.errors import UploadError
 from events.safe_files import UnsafeFile
 
-_CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
+_VARIABLES = {
+    "s3": {
+        "credentials": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+        "endpoint": "AWS_ENDPOINT",
+        "allow_http": "AWS_ALLOW_HTTP",
+    },
+    "gs": {
+        "credentials": "GOOGLE_APPLICATION_CREDENTIALS",
+        "endpoint": "GOOGLE_BASE_URL",
+        "allow_http": "GOOGLE_ALLOW_HTTP",
+    },
+    "az": {
+        "credentials": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
+        "endpoint": "AZURE_STORAGE_ENDPOINT",
+        "allow_http": "AZURE_ALLOW_HTTP",
+    },
+    "file": {},
 }
-_ENDPOINT = {"s3": "AWS_ENDPOINT", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
-_ALLOW_HTTP = {"s3": "AWS_ALLOW_HTTP", "gs": "GOOGLE_ALLOW_HTTP", "az": "AZURE_ALLOW_HTTP"}
 
 _NO_CONTAINER = re.compile(
     r"NoSuchBucket|ContainerNotFound|specified (?:bucket|container) does not exist", re.ASCII | re.IGNORECASE
@@ -77,12 +88,7 @@ def explain(error: BaseException, action: str, url: str, scheme: str) -> UploadE
         url: Of the object, without secrets.
     """
     cause, advice = _cause(error, scheme)
-    words = {
-        "credentials": _CREDENTIALS.get(scheme, ""),
-        "endpoint": _ENDPOINT.get(scheme, ""),
-        "allow_http": _ALLOW_HTTP.get(scheme, ""),
-    }
-    return UploadError(f"cannot {action} {url}: {cause}; {advice.format(**words)}")
+    return UploadError(f"cannot {action} {url}: {cause}; {advice}")
 
 
 def _cause(error: BaseException, scheme: str) -> tuple[str, str]:
@@ -98,7 +104,7 @@ def _cause(error: BaseException, scheme: str) -> tuple[str, str]:
         return f"the {kind} does not exist", "create it, or name another one"
     for pattern, cause, advice in _KNOWN:
         if re.search(pattern, text):
-            return cause + _answer(text), advice
+            return cause + _answer(text), advice.format(**_VARIABLES[scheme])
     return _scrubbed(error), "check the URL, and the environment"
 
 

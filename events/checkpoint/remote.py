@@ -26,6 +26,7 @@ from events.checkpoint.manifest import (
     MANIFEST_BYTES,
     MANIFEST_NAME,
     CheckpointName,
+    FileEntry,
     Manifest,
     decode_manifest,
     encode_manifest,
@@ -130,8 +131,7 @@ class RemoteStore(Lineage):
         try:
             for file, entry in manifest.files.items():
                 with contextlib.closing(self.read(name, plan[file])) as data:
-                    found = disk.write_parts(folder, file, data)
-                check_file(folder.path / file, entry.nbytes, entry.xxh3_128, *found)
+                    check_file(folder.path / file, entry, disk.write_parts(folder, file, data))
             path = store.commit(manifest)
         except BaseException:  # propagates unchanged, without the partial copy
             store.abandon(name)
@@ -306,7 +306,7 @@ class RemoteStore(Lineage):
                         self._put, key, _hashed(source.read(part.nbytes), digest), there.get(key) == part.nbytes
                     )
                 found = os.fstat(source.fileno()).st_size
-            check_file(folder / file, entry.nbytes, entry.xxh3_128, found, digest.hexdigest())
+            check_file(folder / file, entry, FileEntry(found, digest.hexdigest()))
 
     def _put(self, key: str, data: bytes, is_there: bool) -> int:
         if not is_there:

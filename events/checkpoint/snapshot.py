@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 
@@ -81,68 +82,44 @@ class LazyPart:
         return self._make()
 
 
+@dataclasses.dataclass(eq=False)
 class Snapshot:
-    """The state of a run between two steps, in memory.
+    """The state of a run between two steps, in memory."""
 
-    Args:
-        image: The tensor file in page-aligned memory, padded to a page's end.
-        nbytes: Bytes of the file without the padding.
-        state: The rest of the state.
-        parts: Contributed parts, by the name of their files.
-        owners: Names of the parts, by contributing observer.
-        wait: Waits for the copies from the device; on the writer's thread.
-        release: Releases the memory.
-    """
-
-    def __init__(
-        self,
-        name: CheckpointName,
-        *,
-        parent: str | None,
-        metric: Metric | None,
-        image: memoryview,
-        nbytes: int,
-        state: bytes,
-        parts: Mapping[str, LatePart | LazyPart],
-        owners: Mapping[str, str],
-        wait: Callable[[], None],
-        release: Callable[[], None],
-    ) -> None:
-        self.name = name
-        self.parent = parent
-        self.metric = metric
-        self.nbytes = nbytes
-        self.state = state
-        self.parts = parts
-        self.owners = owners
-        self.wait = wait
-        self.failed = False
-        """Set by the writer if the write failed."""
-        self.durable = False
-        """Set by the writer once the checkpoint is durable."""
-        self._image: memoryview | None = image
-        self._release = release
-        self._lock = threading.Lock()
-
-    @property
-    def image(self) -> memoryview:
-        """See the class. Not available after `release`."""
-        assert self._image is not None
-        return self._image
+    name: CheckpointName
+    _: dataclasses.KW_ONLY
+    parent: str | None
+    metric: Metric | None
+    image: memoryview
+    """The tensor file in page-aligned memory, padded to a page's end. Empty after `release`."""
+    nbytes: int
+    """Bytes of the file without the padding."""
+    state: bytes
+    """The rest of the state."""
+    parts: Mapping[str, LatePart | LazyPart]
+    """Contributed parts, by the name of their files."""
+    owners: Mapping[str, str]
+    """Names of the parts, by contributing observer."""
+    wait: Callable[[], None]
+    """Waits for the copies from the device; on the writer's thread."""
+    give_back: Callable[[], None]
+    """Releases the memory; called once, by `release`."""
+    failed: bool = False
+    """Set by the writer if the write failed."""
+    durable: bool = False
+    """Set by the writer once the checkpoint is durable."""
+    released: bool = False
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def part_of(self, owner: str) -> LatePart | None:
         """Return the part that an observer must contribute; None without one."""
         part = self.parts.get(self.owners.get(owner, ""))
         return part if isinstance(part, LatePart) else None
 
-    @property
-    def released(self) -> bool:
-        """Whether the memory was released."""
-        return self._image is None
-
     def release(self) -> None:
         """Release the memory. Any thread; may be called twice."""
         with self._lock:
-            image, self._image = self._image, None
-        if image is not None:
-            self._release()
+            before, self.released = self.released, True
+        if not before:
+            self.image = memoryview(b"")
+            self.give_back()

@@ -165,13 +165,12 @@ class CheckpointWriter:
     def _write(self, event: CheckpointStaged, snapshot: Snapshot) -> tuple[Manifest, Path]:
         folder = self._store.begin(snapshot.name)
         snapshot.wait()
-        digest = disk.write_image(folder, TENSORS_NAME, snapshot.image, snapshot.nbytes)
-        files = {TENSORS_NAME: FileEntry(snapshot.nbytes, digest)}
+        files = {TENSORS_NAME: disk.write_image(folder, TENSORS_NAME, snapshot.image, snapshot.nbytes)}
         snapshot.release()  # the loop may need the memory, while the rest waits for callbacks
         missing: list[str] = []
         owners = {part: owner for owner, part in snapshot.owners.items()}
         packing.check_readable(snapshot.state, STATE_NAME)
-        files[STATE_NAME] = FileEntry(*disk.write_parts(folder, STATE_NAME, [snapshot.state]))
+        files[STATE_NAME] = disk.write_parts(folder, STATE_NAME, [snapshot.state])
         for name, late in snapshot.parts.items():
             part = late.get(_PART_TIMEOUT_S)
             if part is None:
@@ -316,9 +315,9 @@ class CheckpointWriter:
 
 def _write_part(folder: disk.Folder, name: str, part: Part, files: dict[str, FileEntry]) -> None:
     packing.check_readable(part.state, f"{name}.msgpack")
-    files[f"{name}.msgpack"] = FileEntry(*disk.write_parts(folder, f"{name}.msgpack", [part.state]))
+    files[f"{name}.msgpack"] = disk.write_parts(folder, f"{name}.msgpack", [part.state])
     if part.tensors:
-        files[f"{name}.safetensors"] = FileEntry(*disk.write_parts(folder, f"{name}.safetensors", _tensor_file(part)))
+        files[f"{name}.safetensors"] = disk.write_parts(folder, f"{name}.safetensors", _tensor_file(part))
 
 
 def _tensor_file(part: Part) -> list[bytes | memoryview]:

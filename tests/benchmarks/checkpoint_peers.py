@@ -372,7 +372,7 @@ class Ours(Peer):
             parts={},
             owners={},
             wait=staged.wait,
-            release=functools.partial(self._pool.give_back, slab),
+            give_back=functools.partial(self._pool.give_back, slab),
         )
         self._snapshots = [one for one in self._snapshots if not one.released] + [snapshot]
         self._origin.global_step = step

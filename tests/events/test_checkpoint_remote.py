@@ -66,7 +66,7 @@ def into(tmp_path: Path) -> Path:
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
     """The folder behind the remote store."""
-    return tmp_path / "a #store%20"
+    return tmp_path / "a #{store}%20"
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ class Process:
             parts={},
             owners={},
             wait=staged.wait,
-            release=lambda: None,
+            give_back=lambda: None,
         )
         self._origin.global_step = name.step
         event = CheckpointStaged(*self._origin.header(), str(name), ["steps"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from events.checkpoint import disk
-from events.checkpoint.manifest import CheckpointName, FileEntry, Manifest, Metric
+from events.checkpoint.manifest import CheckpointName, Manifest, Metric
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.store import CheckpointStore
 
@@ -25,7 +25,7 @@ def make(
     noise = random.Random(f"{name} {files}")
     entries = {}
     for stem, nbytes in (files or {"tensors": 5_500, "state": 300}).items():
-        entries[f"{stem}.bin"] = FileEntry(*disk.write_parts(temporary, f"{stem}.bin", [noise.randbytes(nbytes)]))
+        entries[f"{stem}.bin"] = disk.write_parts(temporary, f"{stem}.bin", [noise.randbytes(nbytes)])
     manifest = Manifest(
         run_id="run",
         attempt=attempt,

@@ -240,23 +240,16 @@ def find(
         CheckpointError: The checkpoint does not exist, or cannot be read.
     """
     try:
-        return _find(path, store, on_rejected, argument)
+        folder = _folder_of(path, store)
+        if (folder / MANIFEST_NAME).is_file() or CheckpointName.parse(folder.name) is not None:
+            return Loaded(folder)
+        for stored in (folder / CHECKPOINTS_DIR, folder):
+            if (loaded := load_from(CheckpointStore(stored), on_rejected)) is not None:
+                return loaded
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointNotFound(f"{argument}={os.fspath(path)!r:.200} cannot be read: {error}") from error
-
-
-def _find(
-    path: str | os.PathLike[str], store: CheckpointStore | None, on_rejected: OnRejected, argument: str
-) -> Loaded:
-    folder = _folder_of(path, store)
-    if (folder / MANIFEST_NAME).is_file() or CheckpointName.parse(folder.name) is not None:
-        return Loaded(folder)
-    for stored in (folder / CHECKPOINTS_DIR, folder):
-        loaded = load_from(CheckpointStore(stored), on_rejected)
-        if loaded is not None:
-            return loaded
     raise _not_found(path, argument)
 
 

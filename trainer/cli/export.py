@@ -153,7 +153,7 @@ def _write(out: Path, module: _Module, force: bool) -> int:
     temporary = f".{out.name}.{secrets.token_hex(4)}.tmp"
     with disk.Folder.open(out.parent) as folder:
         try:
-            nbytes, _ = disk.write_parts(folder, temporary, [header, *(data for _, (_, data) in in_place)])
+            nbytes = disk.write_parts(folder, temporary, [header, *(data for _, (_, data) in in_place)]).nbytes
             _check(out, force)  # again, because the write took time
             folder.rename(temporary, out.name)
         except BaseException:

@@ -246,7 +246,7 @@ class Checkpointing:
             parts=parts,
             owners=owners,
             wait=staged.wait,
-            release=lambda: pool.give_back(slab),
+            give_back=lambda: pool.give_back(slab),
         )
         self._snapshots = [one for one in self._snapshots if not one.released] + [snapshot]
         self._last_place, self._failures = self._place, 0
