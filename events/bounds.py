@@ -7,7 +7,7 @@ types here have `msgspec` refuse them while it decodes; `check_plain` does so in
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta
 
@@ -46,7 +46,7 @@ BoundList = Annotated[list[_Value], Meta(max_length=MAX_ENTRIES)]
 BoundDict = Annotated[dict[str, _Value], Meta(max_length=MAX_ENTRIES)]
 
 
-def check_plain(value: Any, where: str = "$") -> None:
+def check_plain(value: object, where: str = "$") -> None:
     """Check that values of JSON can be encoded again, in any form.
 
     Args:
@@ -58,7 +58,7 @@ def check_plain(value: Any, where: str = "$") -> None:
     """
     level = [value]
     for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
+        inner: list[object] = []
         for one in level:
             if isinstance(one, dict):
                 inner += one.values()

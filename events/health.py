@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -67,7 +67,7 @@ class Health:
     def __init__(self) -> None:
         self._attempt = 0
         self._forget()
-        self._handlers: dict[type[Event], Callable[[Any], None]] = {
+        self._handlers: dict[type[Event], Callable[..., None]] = {
             NonFiniteLoss: self._non_finite_loss,
             NonFiniteGradient: self._non_finite_gradient,
             StepSkipped: self._step_skipped,

@@ -21,9 +21,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import structlog
+from structlog.typing import EventDict
 
 from events.masking import masked
 from events.messages import Event, WarningLogged
@@ -73,9 +74,6 @@ class Warned(NamedTuple):
         """It, in one line."""
         more = f" [{self.repeats:,} more like this before]" if self.repeats else ""
         return f"stagecast: {self.level}: {one_line(self.message, _MOST_CHARS)}{more}{self.where}\n"
-
-
-# ------------------------------------------------------------------------------------------------- stderr
 
 
 # ------------------------------------------------------------------------------------- the warnings of a run
@@ -215,13 +213,13 @@ def is_on_stderr(event: WarningLogged) -> bool:
     return (event.time, event.message) in _on_stderr
 
 
-def in_this_run(function: Callable[..., Any]) -> Callable[..., Any]:
+def in_this_run(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a thread's target: it logs for the run that the calling thread works for."""
     origin = current_origin.get()
 
-    def run(*args: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         current_origin.set(origin)
-        return function(*args)
+        return function(*args, **kwargs)
 
     return run
 
@@ -247,7 +245,7 @@ def show_problems(problems: Sequence[str], *, on_stderr: bool) -> None:
 # ------------------------------------------------------------------------------------------ the processors
 
 
-def _add_origin(_: Any, __: str, event_dict: Any) -> Any:
+def _add_origin(_: object, __: str, event_dict: EventDict) -> EventDict:
     origin = current_origin.get()
     if origin is not None:
         event_dict.setdefault("run_id", origin.run_id)
@@ -256,7 +254,7 @@ def _add_origin(_: Any, __: str, event_dict: Any) -> Any:
     return event_dict
 
 
-def _report(_: Any, method: str, event_dict: Any) -> Any:
+def _report(_: object, method: str, event_dict: EventDict) -> EventDict:
     """Show warnings to people, and publish those of a run. Before the host's level is asked: events are not the host's.
 
     A caller passes ``published=True`` where an event of another type reports the same.
@@ -304,7 +302,7 @@ def _show(warned: Warned, run: RunLog | None, *, publish: bool) -> None:
             stderr.write(warned.line)
 
 
-def _exception_of(exc_info: Any) -> BaseException | None:
+def _exception_of(exc_info: object) -> BaseException | None:
     if exc_info is True:
         return sys.exc_info()[1]
     if isinstance(exc_info, tuple):
@@ -316,7 +314,7 @@ def _where(origin: Origin) -> str:
     return _in_words(origin.run_id, origin.global_step, origin.rank)
 
 
-def _in_words(run_id: Any, step: Any, rank: Any) -> str:
+def _in_words(run_id: object, step: object, rank: object) -> str:
     if run_id is None:
         return ""
     return f" (run {run_id}, step {step}" + (f", rank {rank})" if rank else ")")
@@ -344,7 +342,7 @@ def _handlers() -> Iterator[logging.Handler]:
         current = current.parent if current.propagate else None
 
 
-def _rename_reserved(_: Any, __: str, event_dict: Any) -> Any:
+def _rename_reserved(_: object, __: str, event_dict: EventDict) -> EventDict:
     """A host may have bound ``name``: the standard library refuses extra fields that a record has itself."""
     return {f"{key}_" if key in _RESERVED else key: value for key, value in event_dict.items()}
 

@@ -118,7 +118,7 @@ def _of_system(event: SystemSampled) -> list[tuple[str, float]]:
 
 
 # By type, because this reads journals of a million steps.
-_READERS: dict[type[Event], Callable[[Any], list[tuple[str, float]]]] = {
+_READERS: dict[type[Event], Callable[..., list[tuple[str, float]]]] = {
     TrainStepEnded: _of_step,
     MetricsLogged: _of_log,
     ValEpochEnded: _of_validation,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 is_kept = False
 """Whether stderr of this process is a file of the run's folder, where no secret belongs."""
@@ -21,7 +20,6 @@ def notify(text: str, without_secrets: str) -> None:
     if forward is not None:
         forward(text, without_secrets)
         return
-    stream: Any = sys.stderr
     with contextlib.suppress(Exception):  # a stranger's stream may be closed, None, or without flush
-        stream.write(f"stagecast: {without_secrets if is_kept else text}\n")
-        stream.flush()
+        sys.stderr.write(f"stagecast: {without_secrets if is_kept else text}\n")
+        sys.stderr.flush()

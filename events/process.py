@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import os
 import select
 import signal
@@ -21,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any, Generic, NamedTuple, TypeVar
+from typing import IO, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -212,8 +213,8 @@ class Parent:
 
     def __init__(self) -> None:
         faulthandler.enable()
-        output: Any = sys.stdout
-        output.reconfigure(line_buffering=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
         self._channel = socket.socket(fileno=int(sys.argv[1]))
         self._channel.set_inheritable(False)
         self._pid = int(sys.argv[2])

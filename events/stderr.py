@@ -9,7 +9,6 @@ import queue
 import sys
 import threading
 import time
-from typing import Any
 
 _REPEAT_S = 10.0
 """An identical warning is shown again after this long, with the number of those between."""
@@ -84,7 +83,7 @@ class Stderr:
     @staticmethod
     def write(text: str) -> None:
         """Write now; may wait for the terminal."""
-        stream: Any = sys.stderr
+        stream = sys.stderr
         # A stranger's stream may be closed, None, without `flush`, or of an encoding that lacks some characters.
         for one in (text, text.encode("ascii", "backslashreplace").decode()):
             with contextlib.suppress(Exception):

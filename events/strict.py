@@ -13,7 +13,7 @@ import msgspec
 from events.errors import ArgumentsError
 from events.masking import masked
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound=Callable[..., object])
 
 
 def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str], likeness: float = 0.7) -> str | None:
@@ -59,7 +59,7 @@ def unknown_names(
 
 
 def argument_problems(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, object], aliases: Mapping[str, str]
+    signature: inspect.Signature, args: tuple[object, ...], kwargs: Mapping[str, object], aliases: Mapping[str, str]
 ) -> list[str]:
     """Describe problems with the arguments of a call, most urgent first.
 
@@ -90,7 +90,7 @@ def refusing(aliases: Mapping[str, str]) -> Callable[[_Method], _Method]:
 
     def decorate(method: Any) -> Any:
         @functools.wraps(method)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self: object, *args: object, **kwargs: object) -> object:
             if args or kwargs:
                 where = f"{type(self).__name__}.{method.__name__}() takes no arguments"
                 named = [f"instead of {name}, {aliases[name]}" for name in kwargs if name in aliases]
@@ -113,7 +113,7 @@ class _StrictType(_StructType):
 
     if not TYPE_CHECKING:  # a type checker must see the constructor of each Struct
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def __call__(self, *args: object, **kwargs: object) -> object:
             try:
                 return super().__call__(*args, **kwargs)
             except TypeError:

@@ -6,7 +6,6 @@ import os
 import traceback
 from collections.abc import Iterable
 from types import FrameType
-from typing import Any
 
 from events.masking import masked
 from events.text import plain_lines
@@ -139,7 +138,7 @@ def _copy(error: BaseException | None, copies: dict[int, BaseException | None], 
         return copies[id(error)]
     copies[id(error)] = None
     kind, (text, *notes) = type(error), map(_clean, _texts_of(error))
-    named: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    named: dict[str, object] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     within = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     copied = [found for one in within if (found := _copy(one, copies, depth + 1)) is not None]
     copy: BaseException

@@ -27,7 +27,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import msgspec
 
@@ -276,7 +276,7 @@ def _checked(event: Event) -> Event:
     return event
 
 
-def _read_tree(data: bytes, encoding: Encoding) -> dict[Any, Any]:
+def _read_tree(data: bytes, encoding: Encoding) -> dict[str, object]:
     """The plain values of an encoded object, non-finite numbers restored. Raises one of ``_REFUSED``."""
     tree = msgspec.json.decode(data) if encoding == "json" else msgspec.msgpack.decode(data)
     if not isinstance(tree, dict):
@@ -286,7 +286,7 @@ def _read_tree(data: bytes, encoding: Encoding) -> dict[Any, Any]:
     return tree
 
 
-def _restore_nonfinite(tree: dict[str, Any]) -> None:
+def _restore_nonfinite(tree: dict[str, object]) -> None:
     found = tree.pop(NONFINITE)
     if not isinstance(found, dict):
         raise ValueError(f"expected an object, got {type(found).__name__} - at `$.{NONFINITE}`")
@@ -297,34 +297,35 @@ def _restore_nonfinite(tree: dict[str, Any]) -> None:
         _set_if_null(tree, pointer, _NUMBERS[word])
 
 
-def _set_if_null(tree: Any, pointer: str, number: float) -> None:
+def _set_if_null(tree: object, pointer: str, number: float) -> None:
     """Put a number where the pointer leads, if a null is there; elsewhere there is nothing to restore."""
     if pointer.count("/") > MAX_DEPTH + 2:  # deeper than any event
         return
     *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]] or [""]
     for part in parents:
-        tree = tree[_index(tree, part)] if _holds(tree, part) else None
-    if _holds(tree, last) and tree[_index(tree, last)] is None:
-        tree[_index(tree, last)] = number
+        tree = _member(tree, part)
+    if _member(tree, last, missing=number) is None:
+        if isinstance(tree, list):
+            tree[int(last)] = number
+        elif isinstance(tree, dict):
+            tree[last] = number
 
 
-def _holds(tree: Any, part: str) -> bool:
+def _member(tree: object, part: str, missing: object = None) -> object:
     if isinstance(tree, list):
         # Bounded before it is read: Python refuses to convert thousands of digits.
-        return part.isascii() and part.isdecimal() and len(part) < 19 and int(part) < len(tree)
-    return isinstance(tree, dict) and part in tree
+        is_index = part.isascii() and part.isdecimal() and len(part) < 19 and int(part) < len(tree)
+        return tree[int(part)] if is_index else missing
+    return tree.get(part, missing) if isinstance(tree, dict) else missing
 
 
-def _index(tree: Any, part: str) -> Any:
-    return int(part) if isinstance(tree, list) else part
-
-
-def _unknown(name: str, tree: dict[Any, Any], data: bytes, encoding: Encoding) -> UnknownEvent:
+def _unknown(name: str, tree: dict[str, object], data: bytes, encoding: Encoding) -> UnknownEvent:
     def whole(key: str, most: int = INT_MAX) -> int:
         value = tree.get(key)
         return value if isinstance(value, int) and type(value) is not bool and 0 <= value <= most else 0
 
-    run_id, time, stage = tree.get("run_id"), tree.get("time"), tree.get("stage")
+    run_id, time = tree.get("run_id"), tree.get("time")
+    stages: tuple[StageName, ...] = get_args(StageName)
     if not isinstance(time, int | float) or not 0 <= time <= 2**33:
         time = 0.0
     return UnknownEvent(
@@ -335,7 +336,7 @@ def _unknown(name: str, tree: dict[Any, Any], data: bytes, encoding: Encoding) -
         rank=whole("rank"),
         global_step=whole("global_step"),
         epoch=whole("epoch"),
-        stage=stage if stage in get_args(StageName) else None,
+        stage=next((stage for stage in stages if stage == tree.get("stage")), None),
         unknown_type=name,
         raw=bytes(data),
         encoding=encoding,

@@ -12,7 +12,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import anyio
 import anyio.abc
@@ -104,7 +104,7 @@ class Observer:
             await self._persist(None, self.target.deliver, batch)
             del batch  # or its tensors would stay in memory until the next batch
 
-    async def _persist(self, during: str | None, function: Callable[..., Any], *args: Any) -> None:
+    async def _persist(self, during: str | None, function: Callable[..., object], *args: object) -> None:
         """Make a call until it succeeds or the policy gives up (`_Stopped`)."""
         delivery = self.source.delivery
         failures = 0
@@ -140,7 +140,9 @@ class Observer:
         outage_s = time.monotonic() - since
         self._report(ObserverRecovered, observer=self.name, failures=failures, outage_s=outage_s)
 
-    async def _attempt(self, during: str | None, function: Callable[..., Any], *args: Any) -> BaseException | None:
+    async def _attempt(
+        self, during: str | None, function: Callable[..., object], *args: object
+    ) -> BaseException | None:
         """Make a call once; returns the exception that it raised, or `TimeoutError` if it did not return in time."""
         self._during = during
         limit_s = self.source.delivery.timeout_s if during != "close" else None
@@ -253,7 +255,7 @@ class Observer:
             f"observer {self.name} failed in {self.doing} ({action}): {self.error}", exc_info=error, published=True
         )
 
-    def _report(self, kind: type[Event], **fields: Any) -> None:
+    def _report(self, kind: Callable[..., Event], **fields: object) -> None:
         self._publish(kind(*self._origin.header(), **fields))
 
     def drain(self) -> None:
@@ -322,5 +324,5 @@ class Observer:
         return report
 
 
-def _same(awaitable: Any) -> Any:
+def _same(awaitable: object) -> object:
     return awaitable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from events.bus.backlog import Published
 from events.bus.subscription import Statistics
@@ -56,11 +56,11 @@ class Target(Protocol):
         """Prepare; on the observer's thread."""
         ...
 
-    def deliver(self, batch: Sequence[Published], /) -> Any:
+    def deliver(self, batch: Sequence[Published], /) -> object:
         """Handle a batch, or what is left of it when it is delivered again."""
         ...
 
-    def close(self) -> Any:
+    def close(self) -> object:
         """Flush and close."""
         ...
 
@@ -86,9 +86,10 @@ class SinkTarget:
         self.writer: SinkWriter | None = None
 
     def open(self) -> None:
-        writer: Any = self._sink.open(self._run)
-        if inspect.iscoroutine(writer):
-            writer.close()
+        writer = self._sink.open(self._run)
+        opened: object = writer
+        if inspect.iscoroutine(opened):
+            opened.close()
             raise TypeError(
                 f"{type(self._sink).__name__}.open() is async, but a sink is opened on a thread of its own: make it a"
                 f" plain function that returns the writer, and connect in the writer's first `async def write`"
@@ -96,7 +97,7 @@ class SinkTarget:
         self.blocking = not inspect.iscoroutinefunction(writer.write)
         self.writer = writer
 
-    def deliver(self, batch: Sequence[Published], /) -> Any:
+    def deliver(self, batch: Sequence[Published], /) -> object:
         assert self.writer is not None
         events: list[Event] = [event for event, _ in batch]
         return self.writer.write(events)
@@ -104,7 +105,7 @@ class SinkTarget:
     def abandon(self) -> None:
         """Do nothing: a write has no parts that could be skipped."""
 
-    def close(self) -> Any:
+    def close(self) -> object:
         return self.writer.close() if self.writer is not None else None
 
     @property

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import queue
 import threading
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 
 import anyio
 
@@ -18,11 +18,11 @@ from events.bus.wakeup import Post
 class ThreadJob:
     """One call on a `Worker`. Await `finished`, then read `error` or `value`."""
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def __init__(self, function: Callable[..., object], args: tuple[object, ...]) -> None:
         self._function = function
         self._args = args
         self.finished = anyio.Event()
-        self.value: Any = None
+        self.value: object = None
         self.error: BaseException | None = None
         """The exception of the call. It is data: a SystemExit of a callback must not end the host's event loop."""
 
@@ -41,19 +41,19 @@ class ThreadJob:
 
 
 class AsyncJob:
-    """One call that returns an awaitable, in a task of its own. Create it in the event loop; then as `ThreadJob`.
+    """One call that may return an awaitable, in a task of its own. Create it in the event loop; then as `ThreadJob`.
 
     The task is in no task group, because a group waits for its tasks: one that shields itself from cancellation, as
     every `anyio.to_thread` does, would hold up the end of the run for as long as it likes. What it raises is kept as
     data too, a cancellation included that nobody has asked for.
     """
 
-    def __init__(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+    def __init__(self, function: Callable[..., object], *args: object) -> None:
         self._function = function
         self._args = args
         self._scope = anyio.CancelScope()
         self.finished = anyio.Event()
-        self.value: Any = None
+        self.value: object = None
         self.error: BaseException | None = None
         if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
             task = asyncio.get_running_loop().create_task(self._run())
@@ -71,7 +71,8 @@ class AsyncJob:
     async def _run(self) -> None:
         with self._scope:
             try:
-                self.value = await self._function(*self._args)
+                value = self._function(*self._args)
+                self.value = await value if inspect.isawaitable(value) else value
             except BaseException as error:  # the border of a task that belongs to an observer: reported, not handled
                 self.error = error
         del self._function, self._args
@@ -95,7 +96,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[ThreadJob | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> ThreadJob:
+    def submit(self, function: Callable[..., object], *args: object) -> ThreadJob:
         """Queue a call; returns at once. From the event loop only."""
         job = ThreadJob(function, args)
         if self._thread is None:

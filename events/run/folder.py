@@ -19,8 +19,9 @@ import socket
 import sys
 import time
 import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -188,7 +189,7 @@ class RunFolder:
         here."""
         return self._tail.seq
 
-    def write_json(self, name: str, values: dict[str, Any]) -> None:
+    def write_json(self, name: str, values: Mapping[str, object]) -> None:
         """Write ``arguments.json`` or ``config.json``, replacing that of an earlier attempt at once and as a whole.
 
         The file is for people: a value that JSON does not have is written as text, NaN as null, and an infinity as
@@ -293,7 +294,7 @@ def _make_folders(folder: Path, undo: contextlib.ExitStack) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
-def _remove(how: Any, path: Path) -> None:
+def _remove(how: Callable[[Path], object], path: Path) -> None:
     with contextlib.suppress(OSError):
         how(path)
 
@@ -381,7 +382,7 @@ def _sign(fd: int, run_id: str, attempt: int) -> None:
     os.write(fd, text)
 
 
-def _with_infinities(value: Any) -> Any:
+def _with_infinities(value: object) -> object:
     """JSON has no infinity, but numbers too large to be anything else."""
     if isinstance(value, dict):
         return {key: _with_infinities(part) for key, part in value.items()}

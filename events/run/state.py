@@ -69,7 +69,7 @@ class RunState(msgspec.Struct, dict=True):
     def __post_init__(self) -> None:
         self.health = Health()
         self._begin_attempt(self.run.epoch)
-        self._handlers: dict[type[Event], Callable[[Any], None]] = {
+        self._handlers: dict[type[Event], Callable[..., None]] = {
             RunStarted: self._run_started,
             RunResumed: self._run_resumed,
             RunEnded: self._run_ended,

@@ -14,7 +14,7 @@ from events.bus.backlog import Backlog, Item, Payload, item_of
 from events.messages import Event, MetricsLogged, NonFiniteLoss, RunEnded, TrainStepEnded
 
 LIMITS = st.integers(1, 12)
-BYTES = st.sampled_from([0, 500, 1_024, 5_000, 20_000, 2**62])
+BYTES = st.sampled_from([0, 512, 1_024, 4_096, 4_608, 8_192, 20_000, 2**62])  # also sums of sizes
 KINDS = st.sampled_from(
     ["step", "large step", "loss", "ended", "large ended", "x", "y", "xy of a", "yz of a", "x of b"]
 )

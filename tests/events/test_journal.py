@@ -177,6 +177,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.followed: list[Event] = []
         self.torn: list[tuple[str, int]] = []
         self.unfinished = False  # the last line lacks its newline
+        self.suspicious = False  # the disk has failed, and no later event was written since
         self.left: dict[Path, bytes] = {}  # the segments of earlier writers
 
     def events(self, kinds: Iterable[str], time: float = 2.0**32) -> list[Event]:
@@ -195,7 +196,8 @@ class JournalMachine(RuleBasedStateMachine):
     @rule(kinds=st.lists(st.sampled_from(["kept", "kept", "unkept", "lost"]), max_size=6), again=st.integers(0, 3))
     def write(self, kinds: list[str], again: int) -> None:
         """Holes are not gaps while the disk keeps up, and events that are delivered again are not written again."""
-        events = self.events(["kept", *kinds, "kept"])
+        events = self.events([*["kept"] * self.suspicious, *kinds, "kept"])
+        self.suspicious = False
         self.writer.write(events)
         self.writer.write(events[-again:] if again else [])
         self.repeated += min(again, len(events))
@@ -219,6 +221,7 @@ class JournalMachine(RuleBasedStateMachine):
             except OSError as error:
                 failed = str(error.filename).startswith(str(self.folder))  # it names the segment
                 assert failed
+                self.suspicious = True
                 assert before <= self.writer.written_seq < self.seq
             self.repeated += sum(event.seq <= before for event in events)
             self.follow(1)
@@ -265,7 +268,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.seq = journal_tail(self.folder / "journal").seq
         assert self.seq == max((seq for _, seq in self.model), default=0)
         self.attempt += 1
-        self.repeated = 0
+        self.repeated, self.suspicious = 0, False
         self.writer = open_journal(self.folder, segment_bytes=self.segment_bytes)
         self.left = {path: path.read_bytes() for path in segments(self.folder)}
 

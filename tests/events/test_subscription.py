@@ -240,8 +240,10 @@ class SubscriptionMachine(RuleBasedStateMachine):
         capacity=st.integers(1, 8),
         capacity_bytes=st.sampled_from([1_500, 20_000, HUGE]),
         batch=st.integers(1, 5),
+        kinds=st.sampled_from([["step"], ["step", "large"], ["x", "y"], ["step", "step", "large", "ended", "x", "y"]]),
     )
-    def subscribe(self, overflow: Overflow, capacity: int, capacity_bytes: int, batch: int) -> None:
+    def subscribe(self, overflow: Overflow, capacity: int, capacity_bytes: int, batch: int, kinds: list[str]) -> None:
+        self.kinds = kinds
         self.delivery = Delivery(overflow=overflow, capacity=capacity, capacity_bytes=capacity_bytes, batch=batch)
         self.is_full = False
         self.subscription = Subscription("s", self.delivery, payloads=True, on_credit=self.take_credit)
@@ -254,10 +256,11 @@ class SubscriptionMachine(RuleBasedStateMachine):
     def take_credit(self, subscription: Subscription, full: bool) -> None:
         self.is_full = full
 
-    @rule(kinds=st.lists(st.sampled_from(["step", "step", "large", "ended", "x", "y"]), min_size=1, max_size=12))
-    def offer(self, kinds: list[str]) -> None:
+    @rule(data=st.data(), count=st.integers(1, 12))
+    def offer(self, data: st.DataObject, count: int) -> None:
         items = []
-        for at, kind in enumerate(kinds, len(self.offered) + 1):
+        for at in range(len(self.offered) + 1, len(self.offered) + 1 + count):
+            kind = data.draw(st.sampled_from(self.kinds))
             payload = Payload(fence=Fence(["s", "other"]), nbytes=10_000 if kind == "large" else 100)
             if kind in ("x", "y"):
                 items.append(item(MetricsLogged, at, {kind: float(at)}, payload=payload))
@@ -274,7 +277,10 @@ class SubscriptionMachine(RuleBasedStateMachine):
         if not self.subscription.is_empty:
             self.done(None)
             got = now(self.subscription.receive())
-            assert 0 < len(got) <= self.delivery.batch
+            # The other half is for events that come while it is delivered.
+            assert 0 < len(got) <= min(self.delivery.batch, (self.delivery.capacity + 1) // 2)
+            nbytes = sum(item_of(published)[2] for published in got)
+            assert len(got) == 1 or nbytes <= self.delivery.capacity_bytes // 2
             self.received += got
             self.hand = seqs(got)
         elif self.ended:
@@ -288,12 +294,13 @@ class SubscriptionMachine(RuleBasedStateMachine):
         self.refused |= set(self.hand if count == 0 else self.hand[count:] if count else [])
         self.hand = []
 
+    @precondition(lambda self: len(self.offered) > 60)
     @rule()
     def finish(self) -> None:
         self.subscription.finish()
         self.ended = True
 
-    @precondition(lambda self: len(self.offered) > 20)
+    @precondition(lambda self: len(self.offered) > 60)
     @rule()
     def discard(self) -> None:
         self.subscription.discard()
