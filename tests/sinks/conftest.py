@@ -1,4 +1,4 @@
-"""A run told by hand, and a terminal small enough to read."""
+"""The events of a run that no one trained, and a terminal small enough to read."""
 
 from __future__ import annotations
 
@@ -174,33 +174,3 @@ def _full_at(size: int) -> Iterator[None]:
 def full_at() -> Any:
     """Within it no file of this process may become larger: the disk takes a part of a write, then none."""
     return _full_at
-
-
-@pytest.fixture
-def one_weight() -> type[Any]:
-    """A module of one weight and four rows, to derive from. Here, because most sinks are tested without torch."""
-    import torch
-
-    from trainer import ModuleInterface
-
-    class OneWeight(ModuleInterface):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-
-        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-            return [torch.optim.SGD(self.parameters(), lr=0.1)], []
-
-        def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-            return [torch.ones(batch_size)] * 4
-
-        def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
-            return [torch.ones(batch_size)]
-
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return ((self.weight * batch - 2) ** 2).mean()
-
-        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            return ((self.weight * batch - 2) ** 2).mean()
-
-    return OneWeight

@@ -18,39 +18,21 @@ ROOT = Path(sinks.__file__).parent.parent
 TRAIN = """
 import os, sys, threading
 from pathlib import Path
-import msgspec, torch
-from torch import nn
+import msgspec
+from support.training import Net
 from events.messages import ObserverFailed, ObserverRecovered
 from sinks import CSV, JSONL
-from trainer import ModuleInterface, Trainer, TrainerArguments
+from trainer import Trainer, TrainerArguments
 
 small, run_dir, where = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 failed, recovered = threading.Event(), threading.Event()
 
 
-class Net(ModuleInterface):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(1, 1)
-
-    def get_optimizers_schedulers(self, steps, epochs):
-        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
-
-    def get_train_dataloader(self, sampler, batch_size):
-        return [torch.ones(2, 1)] * 400
-
-    def get_val_dataloaders(self, sampler, batch_size):
-        return None
-
-    def val_step(self, global_step, batch, device):
-        pass
-
-    def train_step(self, global_step, batch, device):
-        if global_step == 200:
-            assert failed.wait(20.0), "nobody has noticed that the disk is full"
-            (small / "filler").unlink()
-            assert recovered.wait(20.0), "nobody has noticed that there is room again"
-        return self.linear(batch).square().mean()
+def act(global_step):
+    if global_step == 200:
+        assert failed.wait(20.0), "no one has noticed that the disk is full"
+        (small / "filler").unlink()
+        assert recovered.wait(20.0), "no one has noticed that there is room again"
 
 
 class Watches:
@@ -76,9 +58,10 @@ jsonl = JSONL(str(small / "events.jsonl"))
 often = msgspec.structs.replace(jsonl.delivery, latency_s=0.05, backoff_s=0.05, max_backoff_s=0.1, retries=1_000)
 csv = CSV(str(small / "metrics.csv"))
 often_csv = msgspec.structs.replace(csv.delivery, latency_s=0.05, backoff_s=0.05, max_backoff_s=0.1, retries=1_000)
-arguments = TrainerArguments(train_batch_size=2, device="cpu")
+arguments = TrainerArguments(train_batch_size=4, device="cpu")
 sinks = [(jsonl, often), (csv, often_csv), (Watches(), msgspec.structs.replace(often, runs_in="thread"))]
-result = Trainer(Net(), arguments, run_dir=run_dir, sinks=sinks, sinks_in=where, checkpoints=False).train()
+own = {"run_dir": run_dir, "sinks": sinks, "sinks_in": where, "checkpoints": False}
+result = Trainer(Net(1_600, act=act), arguments, **own).train()
 assert result.status == "finished", result
 for report in result.observers:
     assert (report.state, report.dropped) == ("closed", 0), report
@@ -95,7 +78,7 @@ def test_what_a_full_disk_refused_is_there_once_it_has_room(tmp_path: Path, wher
         pytest.skip("there is no unshare here")
     # In a mount namespace of its own, which ends with it; what it wrote is copied out before that.
     command = 'mount -t tmpfs -o size=1m tmpfs "$1" || exit 77; shift; "$@" || exit 1; cp "$SMALL"/*.* "$KEPT"'
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SMALL": str(small), "KEPT": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "SMALL": str(small), "KEPT": str(tmp_path)}
     arguments = [str(small), sys.executable, str(script), str(small), str(run_dir), where]
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", command, "sh", *arguments],

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -9,11 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
+from support.curves import Curves, Logs, curves
+from support.faulty_proxy import Fault, FaultyProxy
+from support.mlflow_server import MLflowServer
+from support.threads import WAIT_S
 
 from events.errors import SinkMisconfigured
 from events.messages import (
@@ -23,40 +24,22 @@ from events.messages import (
     ObserverFailed,
     RunEnded,
     TextLogged,
-    TrainStepEnded,
 )
-from events.metrics import metrics_of
 from events.sink import Delivery, RunInfo
 from sinks import Memory, MLflow
 from sinks.testing import check_sink
 from sinks.trackers.mlflow import RUN_ID_TAG, mlflow_name
-from trainer import CallbackInterface, Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from trainer import Checkpoints, Trainer, TrainerArguments
 
-ROOT = Path(__file__).parent.parent
-WAIT_S = 20.0
 # What MLflow's own code, and what it imports, does.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
 )
 
 
-def _load(path: Path) -> ModuleType:
-    """A module of helpers; these folders are no packages."""
-    spec = importlib.util.spec_from_file_location(f"stagecast_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-faulty = _load(ROOT / "support" / "faulty_proxy.py")
-servers = _load(ROOT / "sinks" / "mlflow_server.py")
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    one = servers.MLflowServer(tmp_path_factory.mktemp("mlflow"))
+    one = MLflowServer(tmp_path_factory.mktemp("mlflow"))
     try:
         one.start()
         yield one
@@ -67,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def proxy(server: Any) -> Iterator[Any]:
     """Between the sink and the server, to do something wrong."""
-    one = faulty.FaultyProxy(server.port)
+    one = FaultyProxy(server.port)
     yield one
     one.close()
 
@@ -137,52 +120,14 @@ def look(server: Any, name: str, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return lambda: Look(server, name, tmp_path_factory.mktemp("downloads"))
 
 
-class Line(ModuleInterface):
-    """One weight, and a number of its own."""
-
-    def __init__(self, rows: int = 6) -> None:
-        super().__init__()
-        self.rows = rows
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
-
-    def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Any:
-        return [torch.full((batch_size, 1), float(i % 6)) for i in range(self.rows)]
-
-    def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
-        return [torch.ones(batch_size, 1)]
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        self.log("batch/mean", batch.mean())
-        return (self.weight * batch - 1).pow(2).mean()
-
-    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        return (self.weight * batch - 1).pow(2).mean()
+def expected(memory: Memory) -> Curves:
+    """All numbers that were published, by MLflow's name, in order of steps."""
+    return {
+        mlflow_name(name): sorted(points, key=lambda point: point[0]) for name, points in curves(memory.events).items()
+    }
 
 
-class At(CallbackInterface):
-    """Calls a function after a step, which the loop waits for."""
-
-    def __init__(self, step: int, act: Callable[[], None]) -> None:
-        self._step, self._act = step, act
-
-    def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
-        if global_step == self._step:
-            self._act()
-
-
-def expected(memory: Memory) -> dict[str, list[tuple[int, float]]]:
-    """All numbers that were published, by name, in order of steps."""
-    found: dict[str, list[tuple[int, float, float]]] = {}
-    for event in memory.events:
-        for metric, value in metrics_of(event):
-            found.setdefault(mlflow_name(metric), []).append((event.global_step, event.time, value))
-    return {metric: [(step, value) for step, _, value in sorted(points)] for metric, points in found.items()}
-
-
-ARGUMENTS: dict[str, Any] = {"train_batch_size": 2, "device": "cpu"}
+ARGUMENTS: dict[str, Any] = {"train_batch_size": 4, "device": "cpu"}
 
 
 # --------------------------------------------------------------------------------- servers, and what goes wrong
@@ -200,7 +145,7 @@ def test_a_server_that_hangs_is_left_in_time(proxy: Any, connect: Any, story: An
     """And what it has not taken comes again, once."""
     writer = connect(uri=f"http://127.0.0.1:{proxy.port}", timeout_s=1)
     batch = story.steps(5)
-    proxy.arm(faulty.Fault(0, False, 1.0, "stall"))
+    proxy.arm(Fault(0, False, 1.0, "stall"))
     with pytest.raises(Exception, match=r"(?i)timed out"):
         writer.write(batch)
     writer.write(batch)
@@ -215,7 +160,7 @@ def test_a_request_that_fails_is_made_again_and_doubles_nothing(
     """Whether the server has taken the points before it failed, or not."""
     writer = connect(uri=f"http://127.0.0.1:{proxy.port}")
     batch = story.steps(1_200)
-    proxy.arm(faulty.Fault(1, answered, 0.5, act))
+    proxy.arm(Fault(1, answered, 0.5, act))
     with pytest.raises(Exception, match=r"500|reset|aborted|Max retries"):
         writer.write(batch)
     assert len(proxy.fired) == 1
@@ -228,7 +173,7 @@ def test_a_run_whose_creation_was_not_heard_of_is_found_again(
 ) -> None:
     """The answer was lost; there is one run, not two."""
     connect("other")  # so that the experiment is there
-    proxy.arm(faulty.Fault(2, True, 0.0, "reset"))
+    proxy.arm(Fault(2, True, 0.0, "reset"))
     with pytest.raises(Exception, match=r"reset|aborted|Max retries"):
         connect(uri=f"http://127.0.0.1:{proxy.port}")
     assert "runs/create" in proxy.requests[2]
@@ -255,20 +200,19 @@ def test_what_a_server_missed_that_was_killed_during_a_run_arrives_when_it_is_ba
 
         def close(self) -> None: ...
 
-    def kill() -> None:
-        server.kill()
-
-    def restart() -> None:
-        assert failed.wait(WAIT_S)
-        server.start()
+    def act(global_step: int) -> None:
+        if global_step == 20:
+            server.kill()
+        elif global_step == 40:
+            assert failed.wait(WAIT_S)
+            server.start()
 
     delivery = Delivery(types=MLflow.delivery.types, latency_s=0.01, backoff_s=0.05, max_backoff_s=0.5, retries=500)
     sink = MLflow(server.url, experiment=name)
     result = Trainer(
-        Line(60),
+        Logs(240, act=act),
         TrainerArguments(**ARGUMENTS),
         sinks=[memory, (sink, delivery), Watch()],
-        callbacks=[At(20, kill), At(40, restart)],
         run_id=name[:40],
         journal=False,
         checkpoints=False,
@@ -279,20 +223,6 @@ def test_what_a_server_missed_that_was_killed_during_a_run_arrives_when_it_is_ba
     assert {metric: found.points(metric) for metric in expected(memory)} == expected(memory)
     assert len(found.points("train_loss")) == 60
     assert found.run.info.status == "FINISHED"
-
-
-def test_a_run_trains_to_its_end_when_there_is_no_server() -> None:
-    """The sink is disabled with the reason; the run continues."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    memory = Memory()
-    delivery = Delivery(retries=2, types=MLflow.delivery.types)
-    sink = MLflow(f"http://127.0.0.1:{port}")
-    result = Trainer(
-        Line(), TrainerArguments(**ARGUMENTS), sinks=[memory, (sink, delivery)], journal=False, checkpoints=False
-    ).train()
-    assert (result.status, len(memory.of(TrainStepEnded))) == ("finished", 6)
-    assert next(one for one in result.observers if one.observer == "mlflow").state == "disabled"
 
 
 def test_a_deleted_experiment_is_reported_and_not_retried(server: Any, connect: Any, name: str) -> None:
@@ -433,42 +363,46 @@ def test_images_and_texts_are_files_by_name_and_step(connect: Any, story: Any, l
     assert found.read("texts/long/00000007.txt").decode() == "lang über"
 
 
-@pytest.mark.parametrize(
-    ("status", "shown"),
-    [("finished", "FINISHED"), ("stopped", "FINISHED"), ("cancelled", "KILLED"), ("failed", "FAILED")],
-)
-def test_the_status_tells_how_the_run_ended(
-    connect: Any, story: Any, look: Any, capfd: Any, status: str, shown: str
-) -> None:
-    """A tag has our own word, and another the reason; numbers that come later are still taken."""
-    writer = connect(tags={"team": "x"}, run_name="a name")
-    writer.write(
-        [*story.steps(1), story(RunEnded, status=status, reason="because"), story(MetricsLogged, metrics={"late": 1.0})]
-    )
-    writer.close()
-    run = look().run
-    assert (run.info.status, run.info.end_time, run.info.run_name) == (shown, 1_700_000_000_100, "a name")
-    tags = run.data.tags
-    assert (tags["stagecast.status"], tags["stagecast.reason"], tags["team"]) == (status, "because", "x")
-    assert run.data.metrics["late"] == 1.0
+def test_the_status_tells_how_the_run_ended(connect: Any, story: Any, look: Any, capfd: Any) -> None:
+    """A tag has the exact status, and another the reason; numbers that come later are still accepted."""
+    ends = {"finished": "FINISHED", "stopped": "FINISHED", "cancelled": "KILLED", "failed": "FAILED"}
+    for status in ends:
+        writer = connect(status, tags={"team": "x"}, run_name=f"named {status}")
+        late = story(MetricsLogged, metrics={"late": 1.0})
+        writer.write([story(RunEnded, status=status, reason="because"), late])
+        writer.close()
+    runs = look().runs
+    assert {run.info.run_name: run.info.status for run in runs} == {
+        f"named {one}": shown for one, shown in ends.items()
+    }
+    assert {run.info.end_time for run in runs} == {1_700_000_000_000}
+    assert {run.data.tags["stagecast.status"] for run in runs} == ends.keys()
+    assert {(run.data.tags["stagecast.reason"], run.data.tags["team"]) for run in runs} == {("because", "x")}
+    assert [run.data.metrics["late"] for run in runs] == [1.0] * 4
     assert capfd.readouterr().out == ""
 
 
-def test_a_run_is_not_taken_for_one_with_a_similar_name(connect: Any) -> None:
+def test_a_later_attempt_finds_its_own_mlflow_run(connect: Any) -> None:
     """A name with both kinds of quotes is looked for by a pattern, which fits others."""
-    others = [connect(f"it's {char}x{char}").mlflow_run_id for char in "-_%"]
-    found = connect("""it's "x\"""").mlflow_run_id
-    assert found not in others
-    assert connect("""it's "x\"""", attempt=2).mlflow_run_id == found
+    names = [
+        *[f"it's {char}x{char}" for char in "-_%"],
+        """it's "x\"""",
+        "plain",
+        'say "x"',
+        """it's "x" 50%_""",
+        "ü ` %",
+    ]
+    found = [connect(name).mlflow_run_id for name in names]
+    assert len({*found}) == len(names)
+    assert [connect(name, attempt=2).mlflow_run_id for name in names] == found
 
 
-@pytest.mark.parametrize("run_id", ["plain", "it's", 'say "x"', """it's "x" 50%_""", "ü ` %"])
-def test_a_second_attempt_continues_the_same_mlflow_run(connect: Any, story: Any, look: Any, run_id: str) -> None:
-    """Found by its tag; an argument that has changed since keeps its first value, as MLflow demands."""
-    writer = connect(run_id)
+def test_a_second_attempt_continues_the_same_mlflow_run(connect: Any, story: Any, look: Any) -> None:
+    """An argument that has changed since keeps its first value, as MLflow demands."""
+    writer = connect()
     writer.write([story.started(arguments={"epochs": 1}), *story.steps(2), story(RunEnded, status="failed")])
     story.attempt = 2
-    writer = connect(run_id, attempt=2)
+    writer = connect(attempt=2)
     assert look().run.info.status == "RUNNING"
     writer.write(
         [story.started(arguments={"epochs": 2, "new": 3}), *story.steps(2), story(RunEnded, status="finished")]
@@ -477,7 +411,7 @@ def test_a_second_attempt_continues_the_same_mlflow_run(connect: Any, story: Any
     assert [step for step, _ in found.points("train_loss")] == [1, 2, 3, 4]
     assert (found.run.data.params["epochs"], found.run.data.params["new"]) == ("1", "3")
     assert json.loads(found.read("arguments.json")) == {"epochs": 2, "new": 3}
-    assert (found.run.info.status, found.run.data.tags[RUN_ID_TAG]) == ("FINISHED", run_id)
+    assert (found.run.info.status, found.run.data.tags[RUN_ID_TAG]) == ("FINISHED", found.run.info.run_name)
 
 
 @pytest.mark.parametrize("how", ["environment", "active", "given"])
@@ -532,7 +466,7 @@ def test_a_run_and_its_continuation_arrive_whole(server: Any, name: str, look: A
     memory = Memory()
     for epochs in (1, 2):
         Trainer(
-            Line(),
+            Logs(),
             TrainerArguments(**ARGUMENTS, epochs=epochs),
             sinks=[memory, MLflow(server.url, experiment=name)],
             run_id="whole",
@@ -542,6 +476,6 @@ def test_a_run_and_its_continuation_arrive_whole(server: Any, name: str, look: A
             sinks_in=place,
         ).train()
     found = look()
-    assert {"train_loss", "val_loss", "batch/mean"} <= expected(memory).keys()
+    assert {"train_loss", "val_loss", mlflow_name("größe/π")} <= expected(memory).keys()
     assert {metric: found.points(metric) for metric in expected(memory)} == expected(memory)
     assert found.run.info.status == "FINISHED"

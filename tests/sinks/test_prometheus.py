@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import msgspec
 import pytest
-import torch
 from prometheus_client import REGISTRY
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from support.curves import Logs
+from support.threads import WAIT_S, wait_until
 
 from events.errors import SinkMisconfigured
 from events.messages import (
@@ -41,9 +41,8 @@ from events.sink import Delivery, RunInfo
 from sinks import Memory, Prometheus
 from sinks.connections import REQUEST_S
 from sinks.trackers import prometheus as prometheus_module
-from trainer import CallbackInterface, ModuleInterface, Trainer, TrainerArguments, inline
+from trainer import CallbackInterface, Trainer, TrainerArguments, inline
 
-WAIT_S = 20.0
 STRANGE = [
     'quo"te',
     "back\\slash",
@@ -102,49 +101,10 @@ def serve() -> Iterator[Any]:
             writer.close()
 
 
-class Line(ModuleInterface):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(2, 1)
-
-    def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
-
-    def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
-        return [torch.ones(4, 2)] * 5
-
-    def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
-        return [torch.ones(4, 2)]
-
-    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        return self.linear(batch).square().mean()
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        self.log("größe/π", 1.5)
-        return self.linear(batch).square().mean()
-
-
-def train(sinks: list[Any], module: ModuleInterface | None = None, **options: Any) -> Memory:
-    memory = module.memory if isinstance(module, WaitsForFailure) else Memory()
+def train(sink: Any, memory: Memory, act: Any = None, **options: Any) -> None:
     own = {"journal": False, "checkpoints": False} | options
     arguments = TrainerArguments(epochs=2, train_batch_size=4, device="cpu")
-    Trainer(module or Line(), arguments, sinks=[memory, *sinks], **own).train()
-    return memory
-
-
-class WaitsForFailure(Line):
-    """Does not end before somebody's failure was told: what happens while a run ends is told to the journal alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory = Memory()
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        deadline = time.monotonic() + WAIT_S
-        while not self.memory.of(ObserverFailed):
-            assert time.monotonic() < deadline, "no failure was told"
-            time.sleep(0.005)
-        return super().train_step(global_step, batch, device)
+    Trainer(Logs(20, act=act), arguments, sinks=[memory, sink], **own).train()
 
 
 # ------------------------------------------------------------------------------------------------ addresses
@@ -154,7 +114,10 @@ def test_a_port_in_use_disables_the_sink_and_the_run_continues() -> None:
     """The page is lost, not the training; the message says which port and what to do."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        memory = train([(Prometheus(port=port), Delivery(runs_in="thread"))], WaitsForFailure())
+        memory = Memory()
+        # Only the journal has what is published while a run ends.
+        sink = (Prometheus(port=port), Delivery(runs_in="thread"))
+        train(sink, memory, lambda global_step: wait_until(lambda: memory.of(ObserverFailed)))
     assert memory.of(RunEnded)[0].status == "finished"
     failures = memory.of(ObserverFailed)
     assert {(one.observer, one.during) for one in failures} == {("prometheus", "open")}
@@ -162,13 +125,17 @@ def test_a_port_in_use_disables_the_sink_and_the_run_continues() -> None:
     assert "port=0" in failures[0].error
 
 
-def test_a_port_that_becomes_free_is_taken(serve: Any) -> None:
-    """A job that is restarted finds its predecessor still closing: opening again works."""
+def test_a_port_is_taken_once_it_is_free(serve: Any) -> None:
+    """A restarted job finds its predecessor still closing; after close, no thread is left."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         with pytest.raises(OSError, match="free the port"):
             serve(port=port)
-    assert Page(serve(port=port).url)("steps_total") == 0
+    for _ in range(2):
+        writer = serve(port=port)
+        assert Page(writer.url)("steps_total") == 0
+        writer.close()
+        assert "stagecast-prometheus-http" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(
@@ -191,10 +158,10 @@ def test_an_invalid_address_is_refused_before_the_run(options: dict[str, Any], s
     assert says in str(raised.value)
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "0.0.0.0", "::1", "node-7.cluster.example", "my_host"])
-def test_addresses_are_accepted(host: str) -> None:
-    """Whether they are this machine's is seen when the sink is opened."""
-    Prometheus(host=host).check()
+def test_addresses_are_accepted() -> None:
+    """Whether they are this machine's is known when the sink is opened."""
+    for host in ("localhost", "127.0.0.1", "0.0.0.0", "::1", "node-7.cluster.example", "my_host"):
+        Prometheus(host=host).check()
 
 
 def test_an_unknown_host_name_is_retried(serve: Any) -> None:
@@ -222,17 +189,6 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(
     assert Page(writer.url)("steps_total") == 0
     assert f"its address, {writer.url}" in caplog.text
     writer.close()
-
-
-def test_the_port_is_free_after_close_and_no_thread_is_left(serve: Any) -> None:
-    """The next run of the program takes it at once, even after scrapes."""
-    writer = serve()
-    port = int(writer.url.split(":")[2].split("/")[0])
-    Page(writer.url)
-    writer.close()
-    assert "stagecast-prometheus-http" not in {thread.name for thread in threading.enumerate()}
-    again = serve(port=port)
-    assert Page(again.url)("steps_total") == 0
 
 
 def test_the_final_state_of_a_run_that_is_scraped_is_scraped(serve: Any, story: Any) -> None:
@@ -364,23 +320,17 @@ def test_names_that_are_no_utf8_or_endless_do_not_break_the_page(serve: Any, sto
     assert len(page.text) < 20_000
 
 
-def test_numbers_that_are_none_are_shown_as_they_are(serve: Any, story: Any) -> None:
-    """A loss of NaN may raise an alert."""
-    writer = serve()
-    writer.write([story(MetricsLogged, metrics={"a": math.nan, "b": math.inf, "c": -math.inf})])
-    page = Page(writer.url)
-    assert math.isnan(page.metric("a") or 0)
-    assert (page.metric("b"), page.metric("c")) == (math.inf, -math.inf)
-
-
-def test_a_batch_that_is_delivered_again_counts_once(serve: Any, story: Any) -> None:
-    """Delivery is at least once; counters would be wrong for ever."""
+def test_repeated_events_count_once(serve: Any, story: Any) -> None:
+    """Delivery is at least once. NaN and infinities are shown: a loss of NaN may raise an alert."""
     writer = serve()
     steps = story.steps(3)
     writer.write(steps)
     writer.write([*steps, *story.steps(1)])
+    writer.write([story(MetricsLogged, metrics={"a": math.nan, "b": math.inf, "c": -math.inf})])
     page = Page(writer.url)
     assert (page("steps_total"), page("step_seconds_count"), page("global_step")) == (4, 4, 4)
+    assert math.isnan(page.metric("a") or 0)
+    assert (page.metric("b"), page.metric("c")) == (math.inf, -math.inf)
 
 
 def test_names_beyond_the_limit_are_skipped_with_one_warning(
@@ -567,12 +517,6 @@ def test_a_program_of_several_processes_does_not_get_our_numbers(run_python: Any
     assert list(folder.iterdir()) == []
 
 
-def test_it_is_plain_values(tmp_path: Path) -> None:
-    """It can be written into a file and sent to another process."""
-    sink = Prometheus(host="::1", port=0)
-    assert msgspec.json.decode(msgspec.json.encode(sink), type=Prometheus) == sink
-
-
 # ------------------------------------------------------------------------------------------- a run, scraped
 
 
@@ -585,24 +529,19 @@ class Scrape(CallbackInterface):
 
     @inline
     def on_end_train_epoch(self, global_step: int, *outputs: Any) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            if self.file.exists():
-                page = Page(f"http://{json.loads(self.file.read_text())[0]['targets'][0]}/metrics")
-                if page("steps_total") == global_step:
-                    break
-            assert time.monotonic() < deadline, "the page does not come to the step that was trained"
-            threading.Event().wait(0.01)
-        self.pages.append(page)
+        wait_until(lambda: self.scrape()("steps_total") == global_step, "the page does not show the step")
+
+    def scrape(self) -> Page:
+        wait_until(self.file.exists, "the address is not announced")
+        self.pages.append(Page(f"http://{json.loads(self.file.read_text())[0]['targets'][0]}/metrics"))
+        return self.pages[-1]
 
 
 def test_a_run_can_be_scraped_while_it_trains(tmp_path: Path) -> None:
     """The real trainer: every step is counted, what was logged is there, and nothing is left behind."""
     scrape = Scrape(tmp_path / "run")
-    memory = train(
-        [Prometheus(port=0, linger_s=0)], callbacks=[scrape], run_id="läuft", run_dir=tmp_path / "run", journal=True
-    )
-    assert [page("steps_total") for page in scrape.pages] == [5, 10]
+    memory, own = Memory(), {"run_id": "läuft", "run_dir": tmp_path / "run", "journal": True}
+    train(Prometheus(port=0, linger_s=0), memory, callbacks=[scrape], **own)
     last = scrape.pages[-1]
     assert last.run_ids == {"läuft"}
     assert (last("global_step"), last("epoch"), last("step_seconds_count")) == (10, 1, 10)

@@ -1,8 +1,7 @@
-"""TensorBoard's files, read by TensorBoard: its library, and its server."""
+"""TensorBoard's files, read by TensorBoard's library and server. `test_files` tests what all sinks of files share."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
@@ -18,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import anyio
 import msgspec
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support.threads import wait_until
+from support.training import Net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX.crc32c import _crc32c as plain_crc32c
 
@@ -45,7 +45,6 @@ from events.sink import RunInfo
 from sinks import Memory, TensorBoard
 from sinks.files.event_files import event_records
 from sinks.files.tensorboard import TensorBoardWriter
-from sinks.replay import replay
 from trainer import Histogram, Image, Trainer, TrainerArguments
 
 
@@ -101,76 +100,31 @@ def single(value: float) -> float:
     return float(np.float32(value))
 
 
-# ------------------------------------------------------------------------------------------- what goes wrong
+PATHS = ["media/gone", "../secret", "media/../../secret", "{}/secret", "media/link", "away/secret", "fifo", "", "none"]
 
 
-def test_an_invalid_folder_is_refused() -> None:
-    """Where it is given."""
-    with pytest.raises(ValueError, match=r"TensorBoard\(dir=3"):
-        TensorBoard(dir=3)  # type: ignore[arg-type]
-
-
-def test_a_full_disk_raises_and_leaves_nothing_of_the_batch(
-    opened: Any, story: Any, tmp_path: Path, full_at: Any
-) -> None:
-    """A part of a record would hide all that comes behind it. The batch comes again, whole and once."""
-    writer = opened()
-    first, second = story.steps(50), story.steps(50)
-    writer.write(first)
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    before = file.read_bytes()
-    with full_at(len(before) + 321), pytest.raises(OSError, match="File too large") as caught:
-        writer.write(second)
-    assert caught.value.errno == errno.EFBIG
-    assert file.read_bytes() == before
-    for batch in (second, second, second[20:]):
-        writer.write(batch)
-    writer.close()
-    board = shown(tmp_path / "tensorboard")
-    assert [one.step for one in board.Scalars("train_loss")] == [*range(1, 101)]
-
-
-def test_files_that_are_gone_leave_the_rest_to_be_shown(
-    opened: Any, story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """An image is skipped, a long text is shown in part, with a warning."""
-    events = [
-        story(ImageLogged, name="picture", path="media/gone.png"),
-        story(TextLogged, name="note", text="beginn", path="media/gone.txt"),
-        *story.steps(1),
-    ]
-    for run_dir in (str(tmp_path), None):
-        folder = tmp_path / f"board-{run_dir is None}"
-        opened(TensorBoard(dir=str(folder)), run_dir=run_dir).write(events)
-        board = shown(folder)
-        assert board.Tags()["images"] == []
-        assert board.Tensors("note")[0].tensor_proto.string_val == [b"beginn"]
-        assert len(board.Scalars("train_loss")) == 1
-    assert caplog.text.count("cannot show all of 'picture'") == 2
-    assert "this run has no folder" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "path", ["../secret", "media/../../secret", "{}/secret", "media/link", "away/secret", "fifo", ""]
-)
-def test_no_file_outside_of_the_runs_folder_is_shown(
+@pytest.mark.parametrize("path", PATHS)
+def test_a_file_that_is_missing_or_outside_of_the_run_folder_is_skipped_with_a_warning(
     path: str, opened: Any, story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever path an event names, as that of a replayed run of somebody else may; and nothing waits for a FIFO."""
+    """Whatever path an event of a foreign run names; nothing waits for a FIFO, and the rest is shown."""
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "run" / "media").mkdir(parents=True)
     (tmp_path / "run" / "media" / "link").symlink_to(tmp_path / "secret")
     (tmp_path / "run" / "away").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "run" / "fifo")
     name = path.format(tmp_path)
-    opened(TensorBoard(dir=str(tmp_path / "board")), run_dir=str(tmp_path / "run")).write([
-        story(TextLogged, name="note", text="beginn", path=name),
+    run_dir = None if path == "none" else str(tmp_path / "run")
+    opened(TensorBoard(dir=str(tmp_path / "board")), run_dir=run_dir).write([
+        story(TextLogged, name="note", text="start", path=name),
         story(ImageLogged, name="picture", path=name),
+        *story.steps(1),
     ])  # fmt: skip
     board = shown(tmp_path / "board")
-    assert board.Tensors("note")[0].tensor_proto.string_val == [b"beginn"]
+    assert board.Tensors("note")[0].tensor_proto.string_val == [b"start"]
     assert board.Tags()["images"] == []
-    assert "cannot show all of 'note'" in caplog.text
+    assert len(board.Scalars("train_loss")) == 1
+    assert [caplog.text.count(f"cannot show all of '{one}'") for one in ("note", "picture")] == [1, 1]
 
 
 def test_events_of_other_types_are_ignored(opened: Any, story: Any, tmp_path: Path) -> None:
@@ -208,12 +162,13 @@ def test_numbers_are_shown_at_their_step_and_time(opened: Any, story: Any, tmp_p
     assert values["system/memory_used_bytes"] == 2**34
 
 
-@pytest.mark.parametrize("step", [0, 1, 127, 128, 16_383, 16_384, 2**31, 2**62])
-def test_a_step_of_any_size_is_shown(step: int, opened: Any, story: Any, tmp_path: Path) -> None:
+def test_a_step_of_any_size_is_shown(opened: Any, story: Any, tmp_path: Path) -> None:
     """However many bytes it takes."""
-    story.global_step = step
-    opened().write([story(MetricsLogged, metrics={"a": 0.5})])
-    assert curve(shown(tmp_path / "tensorboard"), "a") == [(step, 0.5, story.time)]
+    steps = [0, 1, 127, 128, 16_383, 16_384, 2**31, 2**62]
+    writer = opened()
+    for story.global_step in steps:
+        writer.write([story(MetricsLogged, metrics={"a": 0.5})])
+    assert curve(shown(tmp_path / "tensorboard"), "a") == [(step, 0.5, story.time) for step in steps]
 
 
 def test_what_is_written_by_hand_is_what_protocol_buffers_write(opened: Any, story: Any, tmp_path: Path) -> None:
@@ -357,48 +312,6 @@ def test_steps_that_are_done_again_are_hidden(opened: Any, story: Any, tmp_path:
     assert found == [*[(step, 1.0) for step in range(1, 7)], (7, 2.0), (8, 2.0)]
 
 
-@pytest.mark.parametrize("chunk", [2**20, 50])
-def test_wherever_a_write_was_cut_off_the_rest_is_added(
-    opened: Any, story: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
-    """A process can die after any byte: what it has left of a batch is cut away, and comes again."""
-    monkeypatch.setattr("sinks.files.event_files._CHUNK", chunk)
-    batches = [story.steps(2), story.steps(3), [story(MetricsLogged, metrics={"a": 1.0})]]
-    writer = opened()
-    for batch in batches[:2]:
-        writer.write(batch)
-    writer.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    whole = file.read_bytes()
-    for size in range(0, len(whole) + 1, 7):
-        for one in (tmp_path / "tensorboard").iterdir():
-            one.unlink()
-        file.write_bytes(whole[:size])
-        for _ in range(2):
-            writer = opened()
-            writer.write([event for batch in batches for event in batch])
-            writer.close()
-        board = shown(tmp_path / "tensorboard")
-        assert [one.step for one in board.Scalars("train_loss")] == [1, 2, 3, 4, 5], size
-        assert len(board.Scalars("a")) == 1
-
-
-def test_a_large_file_is_continued_as_exactly(opened: Any, story: Any, tmp_path: Path) -> None:
-    """Its last batch is longer than what is looked at first."""
-    events = story.steps(40_000)
-    writer = opened()
-    writer.write(events[:100])
-    writer.write(events[100:])
-    writer.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    assert file.stat().st_size > 2 * 2**20
-    os.truncate(file, file.stat().st_size - 1)
-    again = opened()
-    assert again._reached.position == (1, 100)
-    again.write(events)
-    assert [one.step for one in shown(tmp_path / "tensorboard").Scalars("train_loss")] == [*range(1, 40_001)]
-
-
 def test_what_others_have_in_the_folder_is_left_as_it_is(opened: Any, story: Any, tmp_path: Path) -> None:
     """Another run's files, and those of other programs; each run continues its own."""
     steps = story.steps(4)
@@ -414,21 +327,6 @@ def test_what_others_have_in_the_folder_is_left_as_it_is(opened: Any, story: Any
     assert {one: one.read_bytes() for one in before} == before
     (added,) = {*(tmp_path / "board").iterdir()} - before.keys()
     assert added.read_bytes().count(b"train_loss") == 2
-
-
-def test_a_second_run_of_the_same_name_is_shown(
-    opened: Any, story: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its events have the same numbers as other events in the folder; there is a warning."""
-    for _ in range(2):
-        story.seq, story.global_step, story.time = 0, 0, story.time + 1
-        writer = opened()
-        writer.write([story.started(), *story.steps(2)])
-        writer.write(story.steps(3))
-        writer.close()
-    files = sorted((tmp_path / "tensorboard").iterdir())
-    assert [file.read_bytes().count(b"train_loss") for file in files] == [5, 5]
-    assert caplog.text.count("which contains an earlier run of the same name, 'demo'") == 1
 
 
 def test_data_of_tensorboardx_stays_when_the_run_is_resumed(opened: Any, story: Any, tmp_path: Path) -> None:
@@ -453,35 +351,6 @@ def test_an_event_that_no_message_can_hold_is_skipped(opened: Any, story: Any, t
     assert caplog.text.count("TensorBoard skips HistogramLogged") == caplog.text.count("TensorBoard skips") == 1
     board = shown(tmp_path / "tensorboard")
     assert (len(board.Scalars("train_loss")), len(board.Images("i"))) == (1, 1)
-
-
-def test_a_folder_that_the_run_is_writing_to_is_waited_for(opened: Any, story: Any) -> None:
-    """A concurrent replay would write everything twice."""
-    writer = opened()
-    writer.write(story.steps(1))
-    with pytest.raises(OSError, match="another run is writing to this file"):
-        opened()
-    writer.close()
-    opened()
-
-
-def test_a_replay_into_the_folder_of_the_run_adds_nothing_that_is_there(tmp_path: Path, one_weight: Any) -> None:
-    """Of two attempts; and all of it where the files are gone."""
-    for epochs in (2, 3):
-        arguments = TrainerArguments(epochs=epochs, train_batch_size=2, device="cpu")
-        own: Any = {"run_dir": tmp_path / "run", "run_id": "one", "resume": "auto"}
-        assert Trainer(one_weight(), arguments, sinks=[TensorBoard()], **own).train().status == "finished"
-    folder = tmp_path / "run/tensorboard"
-    told = [curve(shown(folder), tag) for tag in ("train_loss", "val_loss")]
-    assert [len(points) for points in told] == [12, 3]
-    for _ in range(2):
-        (report,) = anyio.run(replay, tmp_path / "run", [TensorBoard()])
-        assert (report.state, report.left) == ("closed", 0)
-        assert [curve(shown(folder), tag) for tag in ("train_loss", "val_loss")] == told
-    for one in folder.iterdir():
-        one.unlink()
-    anyio.run(replay, tmp_path / "run", [TensorBoard()])
-    assert [curve(shown(folder), tag) for tag in ("train_loss", "val_loss")] == told
 
 
 def test_a_new_file_comes_behind_those_that_are_there(opened: Any, tmp_path: Path) -> None:
@@ -546,33 +415,29 @@ def server(folder: Path) -> Iterator[str]:
             process.terminate()
 
 
-def test_a_run_that_is_taken_up_again_is_one_run_in_tensorboard(tmp_path: Path, one_weight: Any) -> None:
+def test_a_resumed_run_is_one_run_in_tensorboard(tmp_path: Path) -> None:
     """Its numbers, media and arguments, as the server shows them, and the same as in the events."""
 
-    class Net(one_weight):
-        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-            if global_step == 2:
-                self.log("weights", Histogram(self.weight))
-                self.log("picture", Image(torch.rand(3, 4, 5)))
-                self.log("note", "hello")
-            return super().train_step(global_step, batch, device)
+    def logs(net: Any, global_step: int, batch: Any) -> Any:
+        if global_step == 2:
+            net.log("weights", Histogram(net.linear.weight))
+            net.log("picture", Image(torch.rand(3, 4, 5)))
+            net.log("note", "hello")
+        return net.forward_loss(batch)[0]
 
     memory = Memory()
     for epochs in (2, 3):
-        arguments = TrainerArguments(epochs=epochs, train_batch_size=2, device="cpu", compile_options={"mode": "x"})
-        own: Any = {"run_dir": tmp_path / "runs/one", "run_id": "one", "resume": "auto"}
-        assert (
-            Trainer(Net(), arguments, sinks=[TensorBoard(), memory], config={"width": 8}, **own).train().status
-            == "finished"
-        )
+        arguments = TrainerArguments(epochs=epochs, train_batch_size=4, device="cpu", compile_options={"mode": "x"})
+        own: Any = {"run_dir": tmp_path / "runs/one", "run_id": "one", "resume": "auto", "config": {"width": 8}}
+        Trainer(Net(train_step=logs), arguments, sinks=[TensorBoard(), memory], **own).train()
     board = shown(tmp_path / "runs/one/tensorboard")
     steps = memory.of(TrainStepEnded)
     assert curve(board, "train_loss") == [(e.global_step, single(e.loss or 0.0), e.time) for e in steps]
     assert len(board.Scalars("val_loss")) == 3
-    assert len(memory.of(RunEnded)) == 2
+    assert [ended.status for ended in memory.of(RunEnded)] == ["finished"] * 2
     assert board.Images("picture")[0].encoded_image_string.startswith(b"\x89PNG")
     with server(tmp_path / "runs") as url:
-        wait_for(lambda: asked(f"{url}/data/runs") == ["one/tensorboard"])
+        wait_until(lambda: asked(f"{url}/data/runs") == ["one/tensorboard"], "TensorBoard does not show the run")
         scalars = asked(f"{url}/data/plugin/scalars/scalars?run=one/tensorboard&tag=train_loss")
         assert [step for _, step, _ in scalars] == [*range(1, 13)]
         for kind, tag in (("images", "picture"), ("histograms", "weights"), ("text", "note")):
@@ -586,11 +451,3 @@ def test_a_run_that_is_taken_up_again_is_one_run_in_tensorboard(tmp_path: Path, 
     assert group["hparams"]["compile_options/mode"] == "x"
     assert "max_steps" not in group["hparams"]
     assert {"val_loss", "train_loss"} <= {metric["name"]["tag"] for metric in group["metricValues"]}
-
-
-def wait_for(is_true: Callable[[], bool]) -> None:
-    """Ask the server until it has read its files, which it does beside answering."""
-    for _ in range(2_000):
-        if is_true():
-            return
-    raise AssertionError("TensorBoard does not show the run")

@@ -1,15 +1,12 @@
-"""A collector that takes OTLP over HTTP and keeps it: in a thread, or in a process of its own that can be killed."""
+"""A collector that receives OTLP over HTTP, in a thread, and keeps it."""
 
 from __future__ import annotations
 
 import gzip
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
@@ -72,19 +69,14 @@ class Receiver:
         self.hanging = False
         """Take requests and answer when the receiver is closed."""
         self.released = threading.Event()
-        receiver = self
-
-        class Handler(_Handler):
-            def take(self, body: bytes) -> None:
-                receiver._take(self, body)
-
-        self._server = _Server(("127.0.0.1", port), Handler)
+        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server.receive = self._receive
         self.port: int = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
-    def _take(self, handler: _Handler, body: bytes) -> None:
+    def _receive(self, handler: _Handler, body: bytes) -> None:
         self.received.append((handler.path, {name.lower(): value for name, value in handler.headers.items()}, body))
         if self.hanging:
             self.released.wait()
@@ -105,32 +97,6 @@ class Receiver:
         self._server.server_close()
 
 
-class Process:
-    """A collector in a process of its own, which keeps what it took in files that outlive it."""
-
-    def __init__(self, folder: Path, port: int = 0) -> None:
-        folder.mkdir()
-        self._folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(port)], stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the receiver could not listen on port {port}"
-        self.port = int(line)
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    @property
-    def received(self) -> list[Received]:
-        files = sorted(self._folder.glob("*.bin"), key=lambda file: int(file.stem))
-        split = [file.read_bytes().split(b"\n", 1) for file in files]
-        return [(path.decode(), {}, body) for path, body in split]
-
-
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -139,17 +105,16 @@ def free_port() -> int:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    receive: Callable[[_Handler, bytes], None]
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def take(self, body: bytes) -> None:
-        raise NotImplementedError
-
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.take(gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body)
+        assert isinstance(self.server, _Server)
+        self.server.receive(self, gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body)
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -161,26 +126,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""
-
-
-def _serve(folder: Path, port: int) -> None:
-    lock = threading.Lock()
-    count = 0
-
-    class Handler(_Handler):
-        def take(self, body: bytes) -> None:
-            nonlocal count
-            with lock:
-                count += 1
-                part = folder / f"{count}.part"
-                part.write_bytes(self.path.encode() + b"\n" + body)
-                part.rename(folder / f"{count}.bin")
-            self.answer(200, b"", {})
-
-    server = _Server(("127.0.0.1", port), Handler)
-    print(server.server_address[1], flush=True)
-    server.serve_forever()
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), int(sys.argv[2]))
