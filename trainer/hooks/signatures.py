@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType, MethodType
+from types import FunctionType
 
 from trainer.errors import SignatureError
 
@@ -12,16 +12,10 @@ _FIXED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 
 def signature_of(method: Callable[..., object]) -> inspect.Signature | None:
-    """The signature of a bound method; None if unknown, as for some functions written in C.
-
-    Raises:
-        ValueError: The method accepts no argument, not even ``self``.
-    """
+    """The signature of a bound method; None if it accepts no ``self``, or unknown, as for some functions in C."""
     try:
         return inspect.signature(method)
     except (TypeError, ValueError):
-        if isinstance(method, MethodType) and isinstance(method.__func__, FunctionType):
-            raise ValueError("it takes no argument, not even self") from None
         return None
 
 
@@ -42,12 +36,10 @@ def signature_problem(owner: str, name: str, method: object, contract: Callable[
         return f"{owner}.{name} is async, but the trainer calls it on a thread; make it a plain function"
     if name.startswith("on_") and inspect.isgeneratorfunction(method):
         return f"{owner}.{name} is a generator, whose body would never run; make it a function without yield"
-    try:
-        signature = signature_of(method)
-    except ValueError:
-        return f"{owner}.{name}() takes no argument, not even self; {should}"
+    signature = signature_of(method)
     if signature is None:
-        return None
+        takes_nothing = isinstance(getattr(method, "__func__", None), FunctionType)  # of a bound method
+        return f"{owner}.{name}() takes no argument, not even self; {should}" if takes_nothing else None
     parameters = list(expected.parameters.values())[1:]
     given = [None for one in parameters if one.kind in _FIXED and one.default is one.empty]
     named = {one.name: None for one in parameters if one.kind is one.KEYWORD_ONLY}
@@ -67,10 +59,7 @@ def signature_problem(owner: str, name: str, method: object, contract: Callable[
 
 def takes_outputs(hook: Callable[..., object]) -> bool:
     """Whether a hook accepts any outputs after its first argument, ``global_step``."""
-    try:
-        signature = signature_of(hook)
-    except ValueError:
-        return True
+    signature = signature_of(hook)
     if signature is None:
         return True
     kinds = [one.kind for one in signature.parameters.values() if one.name != "key"]
@@ -98,10 +87,7 @@ def clear_error(
     trace = error.__traceback__
     if type(error) is not TypeError or trace is None or trace.tb_next is not None:
         return error  # raised in the hook
-    try:
-        signature = signature_of(hook)
-    except ValueError:
-        return error
+    signature = signature_of(hook)
     if signature is None or can_take(signature, given, named):
         return error
     count = len(given) - 1
