@@ -1,4 +1,4 @@
-"""What users get wrong, from end to end: each a clear error that names what, where and what to do."""
+"""Mistakes of users, end to end: each is a clear error with the value, the place and a fix."""
 
 from __future__ import annotations
 
@@ -557,7 +557,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Unspeakable(Exception):
-    """Its text cannot be had."""
+    """Its text cannot be read."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -566,14 +566,14 @@ class Unspeakable(Exception):
 
 
 class Aloof(Exception):
-    """Takes no notes."""
+    """Refuses notes."""
 
     def add_note(self, note: str) -> None:
         raise TypeError("no notes")
 
 
 class Sealed(Exception):
-    """Its notes are something else."""
+    """Its notes are not a list."""
 
     def __init__(self) -> None:
         self.__notes__ = 5  # type: ignore[assignment]
@@ -598,7 +598,7 @@ def name_of(make: Any) -> str:
 
 
 def same(caught: BaseException | None, error: BaseException) -> bool:
-    """Whether it is the user's own, with nothing around or behind it."""
+    """Whether the exception is the user's own object, without a cause or a context."""
     return caught is error and error.__cause__ is None and error.__context__ is None
 
 

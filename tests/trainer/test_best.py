@@ -38,7 +38,7 @@ def train(folder: Path, scores: list[float], act: Callable[[int], object] | None
 
 
 class Trouble:
-    """Has checkpoints of some steps fail at their very end, or be skipped; training waits for each."""
+    """Lets the checkpoints of some steps fail at the end or be skipped; training waits for each."""
 
     def __init__(self, patch: pytest.MonkeyPatch, failing: set[int], skipped: set[int]) -> None:
         written = threading.Semaphore(0)
@@ -72,7 +72,7 @@ class Trouble:
 
 @st.composite
 def plans(draw: st.DrawFn) -> dict[str, Any]:
-    """What validations score, in which attempts they are trained, what fails, and what is to be kept."""
+    """Draw the scores, the attempts, the failures and the retention of a run."""
     scores = draw(st.lists(VALUES, min_size=3, max_size=7))
     steps = st.sets(st.integers(1, len(scores)), max_size=2)
     return {
@@ -89,13 +89,13 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def plan(scores: list[float], **more: Any) -> dict[str, Any]:
-    """One of these."""
+    """Return a plan without trouble."""
     quiet = {"failing": set(), "skipped": set(), "keep_last": 1, "best_mode": "min", "at_end": False, "uploads": False}
     return {"scores": scores, "ends": [len(scores)], **quiet, **more}
 
 
 def expected(plan: dict[str, Any]) -> tuple[list[tuple[int, float]], set[int]]:
-    """Of a plain list: all checkpoints that are taken and durable, and the steps of those that stay."""
+    """Compute with a plain list all durable checkpoints, and the steps of those that stay."""
     k, sign = plan["keep_best"], 1 if plan["best_mode"] == "max" else -1
     taken: list[tuple[int, float]] = []
 

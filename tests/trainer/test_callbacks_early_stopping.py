@@ -224,7 +224,7 @@ def test_a_modules_should_stop_is_not_called() -> None:
 
 
 class Crash(Exception):
-    """The process might as well have died."""
+    """Stands for the death of the process."""
 
 
 @pytest.mark.parametrize("at", [3, 4, 8])

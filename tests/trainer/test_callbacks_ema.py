@@ -53,7 +53,7 @@ class Rich(Net):
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """To the last bit."""
+    """Whether two state dicts are equal, bit for bit."""
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
@@ -314,7 +314,7 @@ def test_compiled_steps_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Crash(Exception):
-    """The process might as well have died."""
+    """Stands for the death of the process."""
 
 
 def crashing(at: int | None) -> Rich:

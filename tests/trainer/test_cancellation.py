@@ -1,4 +1,4 @@
-"""Cancelling whoever holds a run, in every way there is: the loop has ended when the cancellation comes out.
+"""Every way to cancel a run: its loop has ended when the cancellation propagates.
 
 After each of them no thread trains any more, the journal ends with ``RunEnded(cancelled)``, and the run's folder is
 free.
@@ -32,7 +32,7 @@ asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 
 class Case:
-    """One run to cancel, in a folder of its own; counts its steps."""
+    """A run to cancel, which counts its steps."""
 
     def __init__(self, folder: Path, *, callbacks: Any = (), **options: Any) -> None:
         self.folder, self.steps = folder, 0
@@ -51,13 +51,13 @@ class Case:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Any]:
-        """Inside, the run is a few steps under way."""
+        """Enter a run and wait for its first steps."""
         async with self.trainer.run() as self.run:
             await anyio.to_thread.run_sync(self.stepping.wait, WAIT_S)
             yield self.run
 
     async def check(self, status: str = "cancelled") -> None:
-        """It is over, and orderly so."""
+        """Check that the run has ended cleanly."""
         assert trainer_threads(loops=True) == []
         steps = self.steps
         journal = read_journal(self.folder)

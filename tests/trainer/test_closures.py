@@ -1,4 +1,4 @@
-"""Optimizers that compute the loss themselves: they are given a closure over the step's micro-batches."""
+"""Optimizers that need a closure, which covers the step's micro-batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.errors import NonFiniteLossError, OptimizerError
 
 
 class Sam(torch.optim.Optimizer):
-    """A small sharpness-aware optimizer: the gradients at a place uphill are applied where it was."""
+    """A small sharpness-aware optimizer: it applies the gradients of a point uphill to the original weights."""
 
     def __init__(self, params: Any, lr: float = 0.05, rho: float = 0.05) -> None:
         super().__init__(params, {"lr": lr, "rho": rho})
@@ -34,7 +34,7 @@ class Sam(torch.optim.Optimizer):
 
 
 class Asserting(Sam):
-    """One whose signature says that it needs no closure, and which begins with the gradients that are there."""
+    """Its signature makes the closure optional, and it starts with the existing gradients."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -71,7 +71,7 @@ def net_with(make: Any, rows: int = 16) -> Any:
 
 
 def by_hand(net: Any, make: Any, epochs: int, clip: float | None = None) -> list[float]:
-    """The losses of a loop as it is written without a trainer."""
+    """Train with a loop written by hand and return its losses."""
     optimizers = make(net)
     scheduler = StepLR(optimizers[0], 1, 0.5)
     losses: list[float] = []

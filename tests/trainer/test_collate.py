@@ -1,4 +1,4 @@
-"""Collation: what fits together is put together, the rest is kept apart, all of it within a limit."""
+"""Collation: concatenated tensors, lists of other outputs, and the limit in bytes."""
 
 from __future__ import annotations
 

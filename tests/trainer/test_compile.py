@@ -1,4 +1,4 @@
-"""`torch.compile` as an option: the same numbers, few compilations, and a module that is left as it was."""
+"""`torch.compile` as an option: the same numbers, few compilations, and a module that is unchanged afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a CUDA device: the loop waits for it only where it says so, and what leaves it arrives as it was.
+"""CUDA: the loop waits for the device only where that is documented, and outputs arrive unchanged.
 
 Work of a known length is queued on the device with ``torch.cuda._sleep``, so that it is certainly behind the host: what
 then waits for it, or reads it too early, shows.

@@ -1,4 +1,4 @@
-"""What a run computes does not depend on how it is watched, validated, limited or interrupted."""
+"""Validation, limits, callbacks and interruptions do not change the results of a run."""
 
 from __future__ import annotations
 

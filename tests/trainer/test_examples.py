@@ -1,4 +1,4 @@
-"""The examples do what they say."""
+"""The examples train as documented."""
 
 from __future__ import annotations
 

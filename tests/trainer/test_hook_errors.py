@@ -1,4 +1,4 @@
-"""Hooks that raise: what becomes of the run, of the callback and of its other hooks, lane by lane."""
+"""Hooks that raise: the effect on the run, the callback and its other hooks, by lane."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lanes: on which thread each hook runs, what it sees there, and what it costs."""
+"""Lanes: the thread, the arguments and the cost of each hook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a new run takes its weights from, and which run a folder belongs to."""
+"""The source of a new run's weights, and the run that a folder belongs to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trained(folder: Path, **options: Any) -> Any:
 
 
 def weights_of(**options: Any) -> dict[str, torch.Tensor]:
-    """Those that a test begins, and ends, with."""
+    """Run the test stage and return its weights."""
 
     net = Net(test_data=Net.batches)
     make_trainer(net, **options).test()

@@ -1,6 +1,6 @@
-"""Runs in a process of their own: watched, steered, cancelled, crashed, killed, and left alone.
+"""Runs in a process of their own: watched, controlled, cancelled, crashed and killed.
 
-Every one costs the start of a Python with torch, so each test asks much of its process.
+Each needs the start of a Python with torch, so one process serves many assertions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import pickle
 import signal
 import sys
 import threading
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,8 @@ import anyio
 import msgspec
 import pytest
 from msgspec.structs import replace
-from support.training import Net, read_journal
+from support.threads import wait_until
+from support.training import Boom, Net, read_journal
 
 from events.errors import CursorError, RunCancelled, UploadError
 from events.journal.segment import segment_name
@@ -53,25 +53,21 @@ LIMIT_S = 40.0
 asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 
-class Boom(Exception):
-    """Somebody else's."""
-
-
 @pytest.fixture(autouse=True)
 def _jobs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The factories are found there as here; no process outlives its test."""
+    """Make the factories importable in both processes; no process may outlive its test."""
     monkeypatch.syspath_prepend(str(JOBS))
     yield
     assert processes(os.getpid()) == []
 
 
 def processes(parent: int) -> list[int]:
-    """The launched runs of a process that are there, as processes: each leads a group."""
+    """Return the live launched runs of a process: each leads a process group."""
     return [pid for pid, about in _all_processes() if about == (parent, pid)]
 
 
 def group(leader: int) -> list[int]:
-    """The processes of a group that are alive."""
+    """Return the live processes of a group."""
     return [pid for pid, about in _all_processes() if about[1] == leader]
 
 
@@ -87,15 +83,6 @@ def _all_processes() -> list[tuple[int, tuple[int, int]]]:
     return found
 
 
-def until(happens: Callable[[], Any], what: str) -> Any:
-    """Wait for something that another process does."""
-    deadline = time.monotonic() + LIMIT_S
-    while not (value := happens()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-    return value
-
-
 async def until_soon(happens: Callable[[], Any], what: str) -> Any:
     with anyio.fail_after(LIMIT_S):
         while not (value := happens()):  # noqa: ASYNC110  # another process does it
@@ -104,7 +91,7 @@ async def until_soon(happens: Callable[[], Any], what: str) -> Any:
 
 
 async def pid_of(run: Any) -> int:
-    """The process of a run, once it has taken a few steps."""
+    """Return the process of a run, once it has taken a few steps."""
     async for event in run.events(since=0, types=[RunStarted, TrainStepEnded]):
         if isinstance(event, RunStarted):
             pid = event.pid
@@ -214,7 +201,7 @@ async def test_entering_the_block_raises_why_a_run_cannot_start(tmp_path: Path) 
 
 
 class Journal:
-    """One that is written here, line by line."""
+    """A journal that a test writes, line by line."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -376,7 +363,7 @@ async def test_a_cancelled_process_that_keeps_no_deadline_is_killed(deaf: str) -
 
 
 def sent(message: Any) -> Any:
-    """A message of the process, as it arrives."""
+    """Return a message of the process as this process receives it."""
     return from_run.decode(frame(message)[4:])
 
 
@@ -511,7 +498,7 @@ async def test_a_process_that_prints_without_end_never_waits_and_its_log_is_boun
 
 
 async def check_cancelled(folder: Path, pid: int, run: Any) -> None:
-    """It has ended cleanly, and left nothing."""
+    """Check that the run has ended cleanly and that no process is left."""
     ends = [event.status for event in read_journal(folder) if isinstance(event, RunEnded)]
     assert ends == ["cancelled"]
     await until_soon(lambda: group(pid) == [], "a process is left")
@@ -660,7 +647,7 @@ def test_a_run_whose_parent_is_killed_stops_with_a_checkpoint(script: Any, tmp_p
     assert len(leaders) == 2
     program.signal(signal.SIGKILL)
     try:
-        until(lambda: not any(group(pid) for pid in leaders), "a process is left")
+        wait_until(lambda: not any(group(pid) for pid in leaders), "a process is left")
     finally:
         os.kill(worker, signal.SIGKILL)
     journal = read_journal(tmp_path / "run")

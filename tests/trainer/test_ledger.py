@@ -1,4 +1,4 @@
-"""The stall ledger: each wait of the loop stands on the row that names it, and on no other."""
+"""The stall ledger: each wait of the loop is on the row of its cause, and on no other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAUSE_S = 0.01
 
 
 class Clock:
-    """Waits and adds up how long that took."""
+    """Waits, and adds up the time."""
 
     def __init__(self) -> None:
         self.waited_s = 0.0
@@ -41,7 +41,7 @@ def rows_of(ledger: StallLedger) -> dict[str, float]:
 
 
 def check(ledger: StallLedger, row: str, waited_s: float) -> None:
-    """The row holds the wait; nothing is counted twice, so there is no room for it anywhere else."""
+    """Check that the row has the wait, and that the rows add up to the wall time."""
     rows = rows_of(ledger)
     # A step that sleeps while observers compute looks just as if it waited for them.
     held_s = rows[row] + (rows["contention"] if row == "compute" else 0)

@@ -1,4 +1,4 @@
-"""The training loop: what runs when, with which global step, on which data, with which numbers."""
+"""The training loop: its order, global steps, data and numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.errors import EmptyDataLoader, NonFiniteLossError
 
 
 def bare_losses(net: Any, batches: list[Any], epochs: int, lr: float = 0.05) -> list[float]:
-    """The loop that everybody writes by hand."""
+    """Train with a loop written by hand and return its losses."""
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     losses = []
     for _ in range(epochs):

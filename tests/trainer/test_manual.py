@@ -1,4 +1,4 @@
-"""Manual optimization: against the loops that it stands for, written by hand."""
+"""Manual optimization, compared with loops written by hand."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Gan(Net):
 
 
 def by_hand(net: Any, epochs: int, clip: float | None = None, scaler: Any = None) -> list[float]:
-    """The loop as it is written without a trainer."""
+    """Train with a loop written by hand and return its losses."""
     optimizers, schedulers = net.get_optimizers_schedulers(0, 0)
     losses, step = [], 0
 

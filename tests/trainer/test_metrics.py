@@ -1,4 +1,4 @@
-"""What user code logs: which values, from where, and with which place in the run they are published."""
+"""Logged values: their conversion, and the place in the run with which they are published."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics that are followed: only a value that the validation just over has produced counts."""
+"""Monitored metrics: only a value of the last validation counts."""
 
 from __future__ import annotations
 
