@@ -282,6 +282,11 @@ class CheckpointStore(Lineage):
         """Note that a checkpoint was uploaded. Raises `OSError`."""
         replace_below(self._root, f"{self._within}{name}/{_UPLOADED_NAME}", msgspec.json.encode(upload) + b"\n")
 
+    def uploaded_to(self, url: str) -> set[CheckpointName]:
+        """Return the checkpoints that were uploaded below the URL of a run, and not only to an earlier one."""
+        uploads = {name: self.upload_of(name) for name in self.names()}
+        return {name for name, upload in uploads.items() if upload is not None and upload.url == f"{url}/{name}"}
+
     def upload_of(self, name: CheckpointName) -> Upload | None:
         """Return the noted upload of a checkpoint; None without a readable note."""
         try:

@@ -196,16 +196,8 @@ class CheckpointUploader:
 
     def left(self) -> list[CheckpointName]:
         """The checkpoints to upload: the newest, and others that retention keeps. Waits for the disk; any thread."""
-        going = set(self._expendable(self._store))
-        return [
-            name
-            for name in reversed(by_age(self._store.line(), self._store.names()))
-            if name not in going and name not in self._damaged and not self._is_uploaded(name)
-        ]
-
-    def _is_uploaded(self, name: CheckpointName) -> bool:
-        upload = self._store.upload_of(name)
-        return upload is not None and upload.url == self._remote.url_of(name)
+        done = {*self._expendable(self._store), *self._damaged, *self._store.uploaded_to(self._remote.url)}
+        return [name for name in reversed(by_age(self._store.line(), self._store.names())) if name not in done]
 
     def _expendable(self, store: Lineage) -> list[CheckpointName]:
         """The checkpoints of a store that retention deletes."""

@@ -285,7 +285,7 @@ class CheckpointWriter:
             [name for name in store.line() if name not in others],
             [name for name in names if name not in others],
             metrics,
-            {name for name in names if self._is_uploaded(name)} if self._url is not None else None,
+            store.uploaded_to(self._url) if self._url is not None else None,
         )
         # A checkpoint whose name was removed, but not its files, is not among the names any more.
         left = sorted(self._undeleted - {*names})
@@ -294,10 +294,6 @@ class CheckpointWriter:
     def without_uploads(self) -> None:
         """Stop waiting for uploads before a deletion, because there will be none. Any thread."""
         self._url = None
-
-    def _is_uploaded(self, name: CheckpointName) -> bool:
-        upload = self._store.upload_of(name)
-        return upload is not None and upload.url == f"{self._url}/{name}"  # not to an earlier address
 
     def _delete(self, name: CheckpointName, manifest: Manifest | None) -> None:
         """Delete a checkpoint; a failure is published once, and retried at the next retention."""

@@ -31,20 +31,15 @@ class Slab:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory: mmap.mmap | None = None
-        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+        """Its memory: uint8 ``(nbytes,)``."""
         self._unpin: Callable[[], object] | None = None
         self.prefault_s: float | None = None
         """Seconds of its preparation; None once an event has reported them."""
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
-        return self._bytes.numel()
-
-    @property
-    def bytes(self) -> torch.Tensor:
-        """Its memory: uint8 ``(nbytes,)``."""
-        return self._bytes
+        return self.bytes.numel()
 
     @property
     def view(self) -> memoryview:
@@ -69,8 +64,8 @@ class Slab:
             raise MemoryError(f"{length:,} bytes of memory for a checkpoint cannot be had: {error}") from error
         _live.add(memory)
         self._memory = memory
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        address = self._bytes.data_ptr()
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        address = self.bytes.data_ptr()
         for begin in range(0, length, _CHUNK):
             # Releases the interpreter lock. Not with torch: a thread in its code at the exit aborts the process.
             ctypes.memset(address + begin, 0, min(_CHUNK, length - begin))
@@ -80,7 +75,7 @@ class Slab:
 
     def close(self) -> None:
         """Release the memory, which is unmapped with its last view."""
-        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         unpin, self._unpin = self._unpin, None
         if unpin is not None:
             unpin()
@@ -88,7 +83,7 @@ class Slab:
 
     def _pin(self) -> None:
         """Pin the memory, so that the device copies to it asynchronously."""
-        address = self._bytes.data_ptr()
+        address = self.bytes.data_ptr()
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
             status = runtime.cudaHostRegister(address, self.nbytes, 0)
@@ -149,12 +144,10 @@ class SlabPool:
             self._preparing = True
             self._made += 1
         slab = Slab(self._device)
-        thread = threading.Thread(
-            target=in_this_run(self._prepare), args=(slab, nbytes), name="stagecast-slab", daemon=True
-        )
+        prepare = in_this_run(self._prepare)
         try:
-            thread.start()
-        except RuntimeError:  # the system has no more threads: it is set up when it is needed
+            threading.Thread(target=prepare, args=(slab, nbytes), name="stagecast-slab", daemon=True).start()
+        except RuntimeError:  # the system has no more threads: it is prepared when it is taken
             self._prepared(slab)
 
     def _prepare(self, slab: Slab, nbytes: int) -> None:
@@ -173,13 +166,10 @@ class SlabPool:
             self._changed.notify_all()
 
     def take(self, timeout_s: float) -> Slab | None:
-        """Take a free slab; its memory may still have to grow.
+        """Take a free slab, whose memory may still have to grow; None if all are being written.
 
         Args:
-            timeout_s: How long to wait where all are being written. One that is being set up is waited for in any case.
-
-        Returns:
-            The slab, or None after that time.
+            timeout_s: Maximum seconds to wait for a write. The preparation of a slab is waited for without a timeout.
         """
         with self._changed:
             if not self._free and not self._preparing and self._made < self.SLABS:
@@ -194,7 +184,7 @@ class SlabPool:
             return self._free.pop()
 
     def give_back(self, slab: Slab) -> None:
-        """Any thread."""
+        """Return a slab. Any thread."""
         with self._changed:
             self._free.append(slab)
             self._changed.notify_all()
