@@ -51,9 +51,9 @@ def stagecast(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of another process, without settings of the developer's terminal."""
+    """That of another process, which can import `support`, without settings of the developer's terminal."""
     kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM", "PYTHONUNBUFFERED")}
-    return {**kept, "PYTHONPATH": str(ROOT), **more}
+    return {**kept, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **more}
 
 
 def run_process(*arguments: object, **more: str) -> Ended:

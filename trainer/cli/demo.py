@@ -40,7 +40,8 @@ def demo(steps: int | None, device: str, seed: int, run_dir: str | None) -> int:
     except (RunInterrupted, RunTerminated) as error:
         stop, result = error, error.result
     sample = module.write("def ", 400).expandtabs().rstrip().split("\n")
-    print(f"\nAfter {result.global_step} steps it writes:\n", flush=True)
+    plural = "s" if result.global_step != 1 else ""
+    print(f"\nAfter {result.global_step} step{plural} it writes:\n", flush=True)
     echo(*(f"    | {line}" for line in sample))
     ledger = format_ledger(result.ledger).split("\n")
     echo("", "Where the loop's time went:", "", *ledger, "", f"Run folder: {result.run_dir}")

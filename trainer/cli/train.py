@@ -71,7 +71,8 @@ def train(file: str, overrides: Sequence[str], *, check: bool) -> int:
 
 def _print_result(result: RunResult) -> None:
     reason = f" ({result.reason})" if result.reason else ""
-    echo(f"{result.status} after {result.global_step} steps{reason}")
+    plural = "s" if result.global_step != 1 else ""
+    echo(f"{result.status} after {result.global_step} step{plural}{reason}")
     for name, place in (("run folder", result.run_dir), ("checkpoint", result.checkpoint)):
         if place is not None:
             echo(f"{name}: {place}")
