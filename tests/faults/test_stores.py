@@ -128,6 +128,8 @@ def test_without_readable_notes_the_manifests_give_the_line(rig: Rig) -> None:
     assert rig.store.attempts() == {}
     assert list(map(str, rig.store.line())) == ["step-25.a2", "step-20.a1", "step-10.a1"]
     assert list(map(str, rig.store.candidates()))[-1] == "step-30.a1"
+    rig.write("step-25.a2/manifest.json", b"{}")
+    assert list(map(str, rig.store.line())) == ["step-25.a2"]
 
 
 @pytest.mark.parametrize("rig", REMOTE, indirect=True)
