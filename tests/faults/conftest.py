@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Iterator
 
 import pytest
 from faults import servers
-from faults.injections import FULL
 from support.faulty_proxy import FaultyProxy
 
 
@@ -31,14 +28,3 @@ def proxy(s3: servers.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault
         for name, value in s3.environment(proxy.port).items():
             monkeypatch.setenv(name, value)
         yield proxy
-
-
-@pytest.fixture(scope="session")
-def helpers() -> Callable[[str], ModuleType]:
-    return lambda name: importlib.import_module(f"faults.{name}")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "injection" in metafunc.fixturenames and hasattr(metafunc.module, "INJECTIONS"):
-        quick, complete = metafunc.module.INJECTIONS[metafunc.function.__name__]
-        metafunc.parametrize("injection", range(complete if FULL else quick))

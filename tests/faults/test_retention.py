@@ -1,15 +1,16 @@
-"""What is deleted, and what "auto" resumes from, whatever schedule of saves, crashes, uploads and detours there was."""
+"""Retention and ``resume="auto"`` under schedules of saves, crashes, uploads and resumes from older checkpoints."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import hypothesis
 import pytest
+from faults import resume_store
+from faults.injections import FULL, injected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -25,33 +26,29 @@ from events.checkpoint.files import verify
 from events.checkpoint.lineage import AttemptNote, by_age, expendable, line_of
 from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.settings import Checkpoints
-from events.checkpoint.store import Upload
+from events.checkpoint.store import CheckpointStore, Upload
 from events.errors import CheckpointDamaged
 
-INJECTIONS = {"test_no_schedule_loses_the_newest_checkpoint_or_its_line": (1, 60)}
-
-MEMORY = Path("/dev/shm")  # where an fsync is nothing
+MEMORY = Path("/dev/shm")  # where an fsync takes no time
 
 
 class Schedule(RuleBasedStateMachine):
-    """Attempts at a run, one after the other, on a real store with the real writer; and what must be there of them."""
-
-    kit: ClassVar[Any]
+    """Attempts at one run in a real store with the real writer, and a model of the checkpoints that must exist."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
-        self.store = self.kit.CheckpointStore(self.folder / "checkpoints")
-        self.process: Any = None
+        self.store = CheckpointStore(self.folder / "checkpoints")
+        self.process: resume_store.Process | None = None
         self.attempt = 0
         self.step = 0
         self.chain: list[CheckpointName] = []
-        """What the run as it stands has come from, the oldest first; those too that were deleted."""
+        """The ancestry of the present attempt, the oldest first, deleted checkpoints included."""
         self.damaged: set[CheckpointName] = set()
         self.metrics: dict[CheckpointName, float] = {}
-        """As far as they can be read."""
+        """Of the checkpoints with a readable manifest."""
         self.lines: dict[CheckpointName, list[CheckpointName]] = {}
-        """What each checkpoint has come from, itself included."""
+        """The ancestry of each checkpoint, itself included."""
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
@@ -64,12 +61,12 @@ class Schedule(RuleBasedStateMachine):
 
     @property
     def expected(self) -> CheckpointName | None:
-        """What "auto" has to resume from, if any of what the run has come from is whole."""
+        """The newest undamaged checkpoint of the ancestry."""
         whole = [name for name in self.chain if name in self.there and name not in self.damaged]
         return whole[-1] if whole else None
 
     def died(self, name: CheckpointName) -> None:
-        """The process is gone, perhaps after it had given a checkpoint its name: then it is one."""
+        """Note the death of the process, perhaps after the checkpoint got its name."""
         self.process = None
         if name in self.there:
             self.chain.append(name)
@@ -86,7 +83,7 @@ class Schedule(RuleBasedStateMachine):
         self.settings = Checkpoints(
             keep_last=keep_last,
             keep_best=keep_best,
-            best=self.kit.METRIC,
+            best=resume_store.METRIC,
             best_mode=best_mode,
             upload="file:///somewhere" if uploads else None,
         )
@@ -99,7 +96,7 @@ class Schedule(RuleBasedStateMachine):
         dies_at=st.one_of(st.none(), st.none(), st.integers(0, 12)),
     )
     def start(self, how: str, index: int, dies_at: int | None) -> None:
-        """A new attempt: from the newest, from any other, or from none; it may die while it begins."""
+        """Start an attempt from the newest, any other or no checkpoint; it may die in its start."""
         usable = [name for name in self.there if name not in self.damaged]
         if how == "anew" or not usable:
             parent = None
@@ -107,15 +104,15 @@ class Schedule(RuleBasedStateMachine):
             parent = usable[index % len(usable)]
         else:
             parent = self.expected
-            if parent is None:  # its line is damaged, or it has none: anything else that is whole, if it has
+            if parent is None:  # its line is damaged or empty: any other undamaged one
                 parent = next((name for name in self.store.candidates() if name not in self.damaged), None)
         attempt = self.store.last_attempt + 1
         try:
-            with self.kit.dying(dies_at):
-                self.process = self.kit.Process(
+            with resume_store.dying(dies_at):
+                self.process = resume_store.Process(
                     self.store.folder, self.settings, attempt, str(parent) if parent is not None else None
                 )
-        except self.kit.Killed:
+        except resume_store.Killed:
             if attempt not in self.store.attempts():
                 return
         self.attempt = attempt
@@ -124,7 +121,7 @@ class Schedule(RuleBasedStateMachine):
             self.chain = []
         elif parent in self.chain:
             self.chain = self.chain[: self.chain.index(parent) + 1]
-        else:  # on a line that had been left
+        else:  # on a superseded line
             self.chain = list(self.lines[parent])
 
     @precondition(lambda self: self.process is not None)
@@ -134,7 +131,7 @@ class Schedule(RuleBasedStateMachine):
         dies_at=st.one_of(st.none(), st.none(), st.integers(0, 40)),
     )
     def save(self, steps: int, metric: float | None, dies_at: int | None) -> None:
-        """One more checkpoint, after which what need not be kept is deleted; the process may die anywhere in it."""
+        """Save a checkpoint, and delete expendable ones; the process may die at any call."""
         self.step += steps
         own = [name for name in self.chain if name.attempt == self.attempt and name.step == self.step]
         name = CheckpointName(self.step, self.attempt, own[-1].revision + 1 if own else 1)
@@ -142,9 +139,9 @@ class Schedule(RuleBasedStateMachine):
         if metric is not None:
             self.metrics[name] = metric
         try:
-            with self.kit.dying(dies_at):
+            with resume_store.dying(dies_at):
                 self.process.save(name, metric)
-        except self.kit.Killed:
+        except resume_store.Killed:
             self.died(name)
         else:
             assert self.process.saved[-1] == str(name)
@@ -154,12 +151,12 @@ class Schedule(RuleBasedStateMachine):
     @precondition(lambda self: self.process is not None)
     @rule(dies_at=st.one_of(st.none(), st.integers(0, 6)))
     def retain(self, dies_at: int | None) -> None:
-        """As the uploader has it done. The process may die meanwhile."""
+        """Delete expendable checkpoints, as after an upload; the process may die at any call."""
         before = self.there
         try:
-            with self.kit.dying(dies_at):
+            with resume_store.dying(dies_at):
                 self.process.writer.retain()
-        except self.kit.Killed:
+        except resume_store.Killed:
             self.process = None
         else:
             self.check_kept(before)
@@ -167,20 +164,20 @@ class Schedule(RuleBasedStateMachine):
     @precondition(lambda self: self.process is not None)
     @rule()
     def crash(self) -> None:
-        """Between two saves."""
+        """Die between two saves."""
         self.process = None
 
     @precondition(lambda self: self.settings.upload is not None and self.there)
     @rule(index=st.integers(0, 9))
     def upload(self, index: int) -> None:
-        """Any of them has come to the remote store."""
+        """Mark any checkpoint as uploaded."""
         name = self.there[index % len(self.there)]
-        self.store.mark_uploaded(name, Upload(f"{self.kit.URL}/{name}", 0.0))
+        self.store.mark_uploaded(name, Upload(f"{resume_store.URL}/{name}", 0.0))
 
     @precondition(lambda self: len(self.there) > 1)
     @rule(index=st.integers(0, 9), what=st.sampled_from(["state.msgpack", "tensors.safetensors", "manifest.json"]))
     def damage(self, index: int, what: str) -> None:
-        """A disk has changed a byte."""
+        """Change a byte of a file."""
         whole = [name for name in self.there if name not in self.damaged]
         if not whole:
             return
@@ -196,7 +193,7 @@ class Schedule(RuleBasedStateMachine):
     # ----------------------------------------------------------------------------------------------- what must hold
 
     def check_kept(self, before: list[CheckpointName]) -> None:
-        """What was deleted of these was dispensable, and what was not dispensable was not deleted."""
+        """Check that retention deleted only checkpoints that it may delete."""
         there, settings = self.there, self.settings
         gone = [name for name in before if name not in there]
         line = [name for name in self.chain if name in before]
@@ -210,13 +207,12 @@ class Schedule(RuleBasedStateMachine):
         assert not set(best[: settings.keep_best]) & set(gone)
         if settings.upload is None:
             assert len(there) <= settings.keep_last + settings.keep_best
-        for name in gone:  # one that goes later is there, and uploaded if uploads are on
+        for name in gone:  # a newer one exists, and is uploaded if uploads are on
             later = [one for one in there if (one in line, one) > (name in line, name)]
             assert any(settings.upload is None or self.store.upload_of(one) for one in later), name
 
     @invariant()
-    def every_name_is_that_of_a_whole_checkpoint(self) -> None:
-        """At any time, in whatever the process has died."""
+    def every_name_is_that_of_a_complete_checkpoint(self) -> None:
         for end, name in enumerate(self.chain, 1):
             self.lines[name] = self.chain[:end]
         for name in self.there:
@@ -229,7 +225,6 @@ class Schedule(RuleBasedStateMachine):
 
     @invariant()
     def auto_resumes_from_the_newest_of_the_line(self) -> None:
-        """The newest attempt's own newest, else what it started from: it is there, and holds what it was saved with."""
         if not hasattr(self, "settings"):
             return
         rejected: list[str] = []
@@ -238,7 +233,7 @@ class Schedule(RuleBasedStateMachine):
         line = [name for name in self.chain if name in self.there]
         assert self.store.line() == line[::-1]
         try:
-            found = self.kit.load(self.store, rejected)
+            found = resume_store.load(self.store, rejected)
         except CheckpointDamaged:
             assert line
             assert set(self.there) <= self.damaged
@@ -251,9 +246,8 @@ class Schedule(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(180)
-def test_no_schedule_loses_the_newest_checkpoint_or_its_line(helpers: Any, injection: int) -> None:
-    """Save, crash, upload, delete, damage, resume from an older one: the newest of the line is there, and is found."""
-    Schedule.kit = helpers("resume_store")
+@injected("injection", range(60), 1)
+def test_no_schedule_loses_the_newest_checkpoint_or_its_line(injection: int) -> None:
     hypothesis.seed(injection)(Schedule)
     options: Any = {"deadline": None, "database": None, "derandomize": False, "print_blob": False}
     run_state_machine_as_test(Schedule, settings=settings(max_examples=10, stateful_step_count=20, **options))
@@ -261,7 +255,7 @@ def test_no_schedule_loses_the_newest_checkpoint_or_its_line(helpers: Any, injec
 
 # ------------------------------------------------------------------------------------------------- the pure decision
 
-EXAMPLES = settings(max_examples=300 if os.environ.get("STAGECAST_FAULTS") == "full" else 25, deadline=None)
+EXAMPLES = settings(max_examples=300 if FULL else 25, deadline=None)
 NAMES = st.builds(CheckpointName, st.integers(0, 30), st.integers(1, 4), st.integers(1, 2))
 
 
