@@ -153,7 +153,7 @@ def test_a_resumed_run_with_other_limits_has_the_length_of_those(
     train(Net(), tmp_path / "a", **first)
     (checkpoint,) = (tmp_path / "a/checkpoints").glob("step-*.a1")
     net = Net()
-    result = train(net, tmp_path / "b", resume=checkpoint, **then)
+    result = train(net, resume=checkpoint, **then)
     assert net.told == told
     assert result.global_step == steps
 
@@ -230,7 +230,7 @@ def test_a_kept_loader_gets_a_new_order_each_epoch(loader: str, keeps: bool, tmp
     assert all(sorted(order) == list(range(12)) for order in orders)
     for step in (3, 4):
         again = Net(loader=KEPT[loader], keeps=keeps)
-        train(again, tmp_path / f"from-{step}", epochs=3, resume=tmp_path / f"whole/checkpoints/step-{step}.a1")
+        train(again, epochs=3, resume=tmp_path / f"whole/checkpoints/step-{step}.a1")
         assert again.seen == net.seen[step:]
         assert torch.rand(()) == after
 
@@ -317,9 +317,9 @@ def test_a_repeated_order_is_named_in_a_warning(
 def test_data_that_changed_its_length_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(Net(), tmp_path / "a", epochs=1)
     checkpoint = tmp_path / "a/checkpoints/step-3.a1"
-    train(Net(), tmp_path / "b", epochs=2, resume=checkpoint)
+    train(Net(), epochs=2, resume=checkpoint)
     assert "the training data has the length" not in caplog.text
-    train(Net(16), tmp_path / "c", epochs=2, resume=checkpoint)
+    train(Net(16), epochs=2, resume=checkpoint)
     assert "the training data has the length 16 and had 12 before the checkpoint" in caplog.text
 
 
@@ -329,7 +329,7 @@ def test_data_whose_length_depends_on_the_epoch_is_not_named(tmp_path: Path, cap
         return DataLoader(data, batch_size, sampler=sampler(data))
 
     train(Net(loader=growing), tmp_path / "a", epochs=1)
-    train(Net(loader=growing), tmp_path / "b", epochs=3, resume=tmp_path / "a/checkpoints/step-1.a1")
+    train(Net(loader=growing), epochs=3, resume=tmp_path / "a/checkpoints/step-1.a1")
     assert "the training data has the length" not in caplog.text
 
 
@@ -404,14 +404,14 @@ def test_callbacks_of_one_class_keep_their_own_state_in_any_order(
     train(Net(), tmp_path / "a", callbacks=[Count("ones"), Count("tens", by=10)], epochs=1)
     checkpoint = tmp_path / "a/checkpoints/step-3.a1"
     swapped = [Count("tens", by=10), Count("ones")]
-    train(Net(), tmp_path / "b", callbacks=swapped, epochs=2, resume=checkpoint)
+    train(Net(), callbacks=swapped, epochs=2, resume=checkpoint)
     assert [one.total for one in swapped] == [60, 6]
     alone = Count("tens", by=10)
-    train(Net(), tmp_path / "c", callbacks=[alone], epochs=2, resume=checkpoint)
+    train(Net(), callbacks=[alone], epochs=2, resume=checkpoint)
     assert alone.total == 60
     assert "has state for callbacks that the run does not have: Count(what='ones')" in caplog.text
     changed = [Count("hundreds", by=100), Count(what="ones")]
-    train(Net(), tmp_path / "d", callbacks=changed, epochs=2, resume=checkpoint)
+    train(Net(), callbacks=changed, epochs=2, resume=checkpoint)
     assert [one.total for one in changed] == [330, 6]
     taken = "Count(what='hundreds', by=100) takes over the state of Count(what='tens', by=10)"
     assert taken in caplog.text
@@ -423,7 +423,7 @@ def test_a_callback_with_a_key_of_its_own_takes_no_other_state(
     old, new = Count("x"), Count("x")
     old.state_key, new.state_key = "old", "new"  # type: ignore[attr-defined]
     train(Net(), tmp_path / "a", callbacks=[old], epochs=1)
-    train(Net(), tmp_path / "b", callbacks=[new], epochs=2, resume=tmp_path / "a/checkpoints/step-3.a1")
+    train(Net(), callbacks=[new], epochs=2, resume=tmp_path / "a/checkpoints/step-3.a1")
     assert new.total == 3
     assert "has no state for the callback new" in caplog.text
     assert "has state for callbacks that the run does not have: old" in caplog.text
@@ -464,7 +464,7 @@ def test_an_average_with_another_decay_is_named(tmp_path: Path, caplog: pytest.L
     train(net, tmp_path / "a", callbacks=[EMA(net, decay=0.9)], epochs=1)
     again = Net()
     resume = tmp_path / "a/checkpoints/step-3.a1"
-    train(again, tmp_path / "b", callbacks=[EMA(again, decay=0.99)], epochs=2, resume=resume)
+    train(again, callbacks=[EMA(again, decay=0.99)], epochs=2, resume=resume)
     assert "EMA(decay=0.99) continues an average that was taken with decay=0.9" in caplog.text
 
 
@@ -486,7 +486,7 @@ class Unfreezing(Net):
 def test_requires_grad_is_restored(tmp_path: Path) -> None:
     whole, again = Unfreezing(), Unfreezing()
     train(whole, tmp_path / "whole", epochs=3)
-    train(again, tmp_path / "again", epochs=3, resume=tmp_path / "whole/checkpoints/step-6.a1")
+    train(again, epochs=3, resume=tmp_path / "whole/checkpoints/step-6.a1")
     assert again.body.weight.requires_grad
     assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
 
@@ -495,7 +495,7 @@ def test_a_parameter_that_is_frozen_again_is_named(tmp_path: Path, caplog: pytes
     train(Unfreezing(), tmp_path / "a", epochs=1)
     again = Unfreezing()
     again.body.requires_grad_(True)
-    train(again, tmp_path / "b", epochs=1, resume=tmp_path / "a/checkpoints/step-3.a1")
+    train(again, epochs=1, resume=tmp_path / "a/checkpoints/step-3.a1")
     assert "requires_grad of body.weight, body.bias is False again" in caplog.text
 
 
