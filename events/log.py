@@ -45,14 +45,6 @@ _RESERVED = {*vars(logging.makeLogRecord({})), "message", "asctime"} - {"exc_inf
 P = ParamSpec("P")
 R = TypeVar("R")
 Level = Literal["warning", "error"]
-_LEVELS: dict[str, Level] = {
-    "warning": "warning",
-    "warn": "warning",
-    "error": "error",
-    "exception": "error",
-    "critical": "error",
-    "fatal": "error",
-}
 _NUMBERS = {"warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -267,9 +259,10 @@ def _report(_: object, method: str, event_dict: EventDict) -> EventDict:
         except (TypeError, ValueError):
             message = f"{message} {positional!r}"
     event_dict["event"] = message = masked(message)
-    level = _LEVELS.get(method)
-    if level is None:
+    number = logging.getLevelNamesMapping().get(method.upper(), logging.ERROR)  # "exception" is not a level
+    if number < logging.WARNING:
         return event_dict
+    level: Level = "error" if number > logging.WARNING else "warning"
     origin = current_origin.get()
     run = _runs.get(origin) if origin is not None else None
     if run is not None and not run.is_ours:

@@ -165,14 +165,16 @@ def decode_command(data: bytes) -> AnyCommand:
 def _encode_json_carefully(event: Event) -> bytes:
     """Encode by way of plain values, to find non-finite numbers and lone surrogates. Ten times slower."""
     try:
-        tree = msgspec.to_builtins(event, str_keys=True)
-        found: dict[str, str] = {}
-        _find_nonfinite(tree, "", found)
-        if found:
-            tree[NONFINITE] = found
-        return encode_escaped(tree, _json.encode)
+        return _encode_tree(event)
     except _REFUSED as error:
         raise _unencodable(event, error) from error
+
+
+def _encode_tree(value: object) -> bytes:
+    tree = msgspec.to_builtins(value, str_keys=True)
+    found: dict[str, str] = {}
+    _find_nonfinite(tree, "", found)
+    return encode_escaped(tree | {NONFINITE: found} if found else tree, _json.encode)
 
 
 def _find_nonfinite(value: object, pointer: str, found: dict[str, str]) -> None:
@@ -222,12 +224,7 @@ def _raw_as(event: UnknownEvent, encoding: Encoding) -> bytes:
         return event.raw
     try:
         tree = _read_tree(event.raw, event.encoding)
-        if encoding == "msgpack":
-            return _msgpack.encode(tree)
-        tree = msgspec.to_builtins(tree, str_keys=True)
-        found: dict[str, str] = {}
-        _find_nonfinite(tree, "", found)
-        return _json.encode({**tree, NONFINITE: found} if found else tree)
+        return _msgpack.encode(tree) if encoding == "msgpack" else _encode_tree(tree)
     except _REFUSED as error:
         raise WireError(
             f"{event.unknown_type} event: its {event.encoding} cannot be written as {encoding}: {error}; "

@@ -14,7 +14,8 @@ from events.bus.backlog import Backlog, Item, Payload, item_of
 from events.messages import Event, MetricsLogged, NonFiniteLoss, RunEnded, TrainStepEnded
 
 LIMITS = st.integers(1, 12)
-BYTES = st.sampled_from([0, 512, 1_024, 4_096, 4_608, 8_192, 20_000, 2**62])  # also sums of sizes
+PARTS = st.integers(0, 12)
+SPARE = st.sampled_from([-1, 0, 0, 1, 2**62])
 KINDS = st.sampled_from(
     ["step", "large step", "loss", "ended", "large ended", "x", "y", "xy of a", "yz of a", "x of b"]
 )
@@ -53,17 +54,21 @@ class BacklogMachine(RuleBasedStateMachine):
         self.backlog.extend(iter(items))
         self.model += items
 
-    @rule(limit=LIMITS, limit_bytes=BYTES)
-    def take(self, limit: int, limit_bytes: int) -> None:
+    @rule(limit=LIMITS, part=PARTS, spare=SPARE)
+    def take(self, limit: int, part: int, spare: int) -> None:
+        limit_bytes = size_of(self.model[:part]) + spare
         count = 0
         while count < min(limit, len(self.model)) and (not count or size_of(self.model[: count + 1]) <= limit_bytes):
             count += 1
         assert self.backlog.take(limit, limit_bytes) == self.model[:count]
         del self.model[:count]
 
-    @rule(limit=LIMITS, limit_bytes=BYTES, reserve=LIMITS, reserve_bytes=BYTES)
-    def drop_oldest(self, limit: int, limit_bytes: int, reserve: int, reserve_bytes: int) -> None:
+    @rule(limit=LIMITS, part=PARTS, spare=SPARE, hard_limit=LIMITS, hard_part=PARTS)
+    def drop_oldest(self, limit: int, part: int, spare: int, hard_limit: int, hard_part: int) -> None:
         """The oldest that may be dropped go first, the others only beyond the hard limit."""
+        kept = [one for one in self.model if not one[0].droppable]
+        limit_bytes = size_of(self.model[-part:]) + spare
+        hard = max(limit, hard_limit), max(limit_bytes, size_of(kept[:hard_part]) + spare)
         rest, dropped = self.model, []
 
         def exceeds(most: int, most_bytes: int) -> bool:
@@ -73,9 +78,8 @@ class BacklogMachine(RuleBasedStateMachine):
             if one[0].droppable and exceeds(limit, limit_bytes):
                 dropped.append(one)
                 rest.remove(one)
-        while exceeds(limit + reserve, limit_bytes + reserve_bytes):
+        while exceeds(*hard):
             dropped.append(rest.pop(0))
-        hard = limit + reserve, limit_bytes + reserve_bytes
         assert self.backlog.drop_oldest(limit, limit_bytes, *hard) == dropped
 
     @rule()
@@ -108,7 +112,7 @@ class BacklogMachine(RuleBasedStateMachine):
 
 
 TestBacklog = BacklogMachine.TestCase
-TestBacklog.settings = settings(deadline=None, max_examples=150, stateful_step_count=20)
+TestBacklog.settings = settings(deadline=None, max_examples=100, stateful_step_count=20)
 
 
 @pytest.mark.parametrize("kind", ["step", "loss", "ended", "metrics"])

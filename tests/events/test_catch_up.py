@@ -123,24 +123,6 @@ async def test_memory_holds_no_more_than_the_capacity(tmp_path: Path) -> None:
     run.close()
 
 
-async def test_a_journal_that_lags_is_waited_for(run: Run) -> None:
-    """Also at the end of the run: an event that is not in memory and not in the journal yet will come."""
-    run.publish(TrainStepEnded, count=9)
-    got: list[int] = []
-
-    async def receive() -> None:
-        run.subscription.finish()
-        while len(got) < 9:
-            got.extend(await run.receive())
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(receive)
-        await anyio.wait_all_tasks_blocked()
-        assert got == [1, 2, 3, 4]
-        run.write()
-    assert got == list(range(1, 10))
-
-
 async def test_a_write_that_is_repeated_loses_nothing(run: Run) -> None:
     """While the journal pauses before it writes again, it counts as settled, and has less than it will."""
     run.publish(TrainStepEnded, count=9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import tempfile
@@ -100,44 +99,6 @@ async def rest(stream: LocalEventStream) -> list[int]:
 # --------------------------------------------------------------------------------------------- the journal
 
 
-async def test_what_the_queue_drops_is_read_from_the_journal(tmp_path: Path) -> None:
-    """A consumer slower than the run loses nothing, also where what is kept stands between what was dropped."""
-    async with Story(tmp_path).told() as story:
-        stream = story.open(capacity=4)
-        await story.publish(TrainStepEnded, TrainEpochEnded)
-        assert seqs(await stream.receive()) == [1, 2]
-        await story.publish(TrainEpochEnded, *[TrainStepEnded] * 9, count=3)  # behind
-        await story.write()
-        got: list[int] = []
-        while len(got) < 30:
-            got += seqs(await stream.receive())
-        assert got == list(range(3, 33))
-        await story.publish(TrainStepEnded)  # live again
-        assert seqs(await stream.receive()) == [33]
-        await story.publish(TrainStepEnded, count=50)  # behind again, at the end of the run
-        await story.end()
-        assert await rest(stream) == list(range(34, 84))
-
-
-async def test_a_journal_that_lags_is_waited_for(tmp_path: Path) -> None:
-    """What is not in the queue any more and not in the journal yet will come."""
-    async with Story(tmp_path).told() as story:
-        stream = story.open(capacity=2)
-        await story.publish(TrainStepEnded, count=9)
-        got: list[int] = []
-
-        async def receive() -> None:
-            while len(got) < 9:
-                got.extend(seqs(await stream.receive()))
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(receive)
-            await anyio.wait_all_tasks_blocked()
-            assert got == [1, 2]
-            await story.write()
-        assert got == list(range(1, 10))
-
-
 async def test_a_journal_that_cannot_be_written_does_not_hold_up_its_readers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,22 +159,6 @@ async def test_without_a_journal_the_oldest_events_go_when_the_queue_is_full() -
 # ------------------------------------------------------------------------------------------------- types
 
 
-async def test_types_are_chosen_before_and_after_catching_up(tmp_path: Path) -> None:
-    """From the journal as from the queue; the cursor passes over the others."""
-    async with Story(tmp_path).told() as story:
-        await story.publish(TrainStepEnded, MetricsLogged, TrainEpochEnded, TrainStepEnded)
-        await story.write()
-        stream = story.open(since=0, types=[TrainEpochEnded, MetricsLogged])
-        assert seqs(await stream.receive()) == [2, 3]
-        await story.publish(TrainStepEnded, TrainEpochEnded)
-        assert seqs(await stream.receive()) == [6]
-        await story.publish(TrainStepEnded, count=3)
-        assert stream.cursor == 9
-        await story.publish(MetricsLogged)
-        assert stream.cursor in (6, 9)  # both are just before what comes next
-        assert seqs(await stream.receive()) == [10]
-
-
 async def test_types_that_are_not_kept_come_only_to_those_who_name_them(tmp_path: Path) -> None:
     """They are too many for everybody."""
     async with Story(tmp_path).told() as story:
@@ -235,54 +180,6 @@ async def test_types_that_are_not_kept_come_from_the_opening_on(tmp_path: Path) 
 
 
 # ----------------------------------------------------------------------------------- cursors and cancelling
-
-
-@pytest.mark.parametrize("behind", [True, False])
-async def test_a_cancelled_receive_loses_nothing(tmp_path: Path, behind: bool) -> None:
-    """Cancelled before anything came, and in the moment in which it comes."""
-    async with Story(tmp_path).told() as story:
-        stream = story.open(capacity=1 if behind else 100)
-        got: list[int] = []
-        for count in range(1, 6):
-            scope = anyio.CancelScope()
-
-            async def receive(scope: anyio.CancelScope = scope) -> None:
-                with scope:
-                    while True:
-                        got.extend(seqs(await stream.receive()))
-
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(receive)
-                await story.publish(TrainStepEnded, count=3)
-                if count % 2:
-                    await story.write()
-                scope.cancel()
-        await story.end()
-        assert got + await rest(stream) == list(range(1, 16))
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_natively_cancelled_receive_loses_nothing(tmp_path: Path) -> None:
-    """Asyncio's own cancellation also leaves a thread behind that reads: what it finds is not lost."""
-    async with Story(tmp_path).told() as story:
-        await story.publish(TrainStepEnded, count=3_000)
-        await story.write()
-        stream = story.open(since=0)
-        got: list[int] = []
-
-        async def receive() -> None:
-            while True:
-                got.extend(seqs(await stream.receive()))
-
-        for turns in range(12):
-            task = asyncio.ensure_future(receive())
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        await story.end()
-        assert got + await rest(stream) == list(range(1, 3_001))
 
 
 async def test_a_stream_that_nobody_holds_any_more_is_let_go(tmp_path: Path) -> None:
