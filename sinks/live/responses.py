@@ -75,7 +75,8 @@ class BoundedResponse(Response):
             return body[begin:end]
 
         with self._unread.holding(len(body)) if self._unread is not None else contextlib.nullcontext():
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            headers = list(self.raw_headers)  # a copy: a compressing middleware changes them, and some are reused
+            await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
             await send_parts(send, len(body), read)
 
 

@@ -11,30 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live import kit as kit_module
 from live.kit import Story, Told
-from support import threads
 from support.nursery import ROOT
-from websockets.sync.client import connect
 
 from sinks.live.hub import Hub
 from sinks.live.runs import OneRun
 from sinks.live.server import Server, bind
-
-
-class Kit:
-    Story, Told, Watcher, Feeder = kit_module.Story, kit_module.Told, kit_module.Watcher, kit_module.Feeder
-    connect = staticmethod(connect)
-    watch = staticmethod(kit_module.watch)
-    read_until = staticmethod(kit_module.read_until)
-    wait_until = staticmethod(threads.wait_until)
-    ROOT = Path(ROOT)
-    WAIT_S = threads.WAIT_S
-
-
-@pytest.fixture
-def kit() -> type[Kit]:
-    return Kit
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from support.threads import WAIT_S
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
@@ -150,6 +152,24 @@ def read_until(socket: ClientConnection, watcher: Watcher, condition: Callable[[
     deadline = time.monotonic() + WAIT_S
     while not condition():
         watcher.take(socket.recv(timeout=max(0.0, deadline - time.monotonic())))
+
+
+def code_of(caught: pytest.ExceptionInfo[ConnectionClosed]) -> int:
+    """The code with which the server closed a WebSocket."""
+    assert caught.value.rcvd is not None
+    return caught.value.rcvd.code
+
+
+def port_of(url: str) -> int:
+    return int(url.rsplit(":", 1)[1].strip("/"))
+
+
+def hub_of(story: Story, steps: int = 0) -> Hub:
+    """A hub with a run ``demo``."""
+    hub = Hub()
+    hub.view.run.run_id = "demo"
+    hub.feed([story.started(), *story.steps(steps)])
+    return hub
 
 
 class Feeder:

@@ -1,4 +1,4 @@
-"""Who may see and command runs: safe where nobody has said anything, and no way out of the run's folder."""
+"""Who may see and command runs: safe defaults, and no path out of the run's folder."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import httpx
 import msgspec
 import pytest
 import rich.console
+from live.kit import IMAGE, Serve, Told, Watcher, code_of, connect_websocket, port_of, read_until, watch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from events.errors import SinkMisconfigured
@@ -35,7 +36,7 @@ SECRET = "this-must-not-be-seen"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org", "127.0.0.1.example.org", ""])
-def test_what_others_can_reach_demands_a_token(host: str) -> None:
+def test_an_address_that_others_can_reach_requires_a_token(host: str) -> None:
     """Also for a server that is built without the sink."""
     with pytest.raises(SinkMisconfigured, match="token"):
         check_host(host, None)
@@ -45,31 +46,29 @@ def test_what_others_can_reach_demands_a_token(host: str) -> None:
 
 
 def test_a_port_that_cannot_be_served_raises_with_a_fix() -> None:
-    """In use, or out of range."""
     with bind("127.0.0.1", 0) as listening:
         for port in (listening.getsockname()[1], 99_999):
             with pytest.raises(SinkMisconfigured, match=f":{port} cannot be served: .*; choose another port"):
                 bind("127.0.0.1", port)
 
 
-def test_an_address_may_stand_in_brackets() -> None:
-    """As it does in the address of the page."""
+def test_an_address_may_have_brackets() -> None:
     with bind("[::1]", 0) as listening:
         server = Server(RunsOfFolder(Path()), listening, "[::1]")
         assert server.url == f"http://[::1]:{listening.getsockname()[1]}/"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost", "::1"])
-def test_what_only_this_machine_can_reach_needs_none(host: str) -> None:
-    """The default is one of these."""
+def test_an_address_that_only_this_machine_can_reach_requires_no_token(host: str) -> None:
+    """Such as the default."""
     assert is_loopback(host)
     check_host(host, None)
     assert is_loopback(Live().host)
 
 
 @pytest.mark.parametrize("token", ["", "1234567", "pässwörter", "with blank in it", "line\nbreak-in-it"])
-def test_a_token_that_protects_nothing_is_refused(token: str) -> None:
-    """Empty, as from a variable that is not set; or one that no header carries. The message does not show it."""
+def test_a_weak_token_is_refused(token: str) -> None:
+    """Empty, short, or one that fits no header; the error does not show it."""
     for build in (lambda: check_host("0.0.0.0", token), lambda: Access(token), lambda: Live(token=token).check()):
         with pytest.raises(SinkMisconfigured) as caught:
             build()
@@ -77,7 +76,7 @@ def test_a_token_that_protects_nothing_is_refused(token: str) -> None:
 
 
 def test_the_token_is_in_no_text() -> None:
-    """Not in what a description, or a message, says of itself; also not in rich's tracebacks."""
+    """Not in a representation of a description or a message; also not in rich's tracebacks."""
     live = Live(host="0.0.0.0", token=SECRET)
     console = rich.console.Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(live)
@@ -87,18 +86,18 @@ def test_the_token_is_in_no_text() -> None:
 
 
 @pytest.fixture
-def server(told: Any, serve: Any) -> Any:
+def server(told: Told, serve: Serve) -> Server:
     tell = told.story
     told.write(tell.started(arguments={"lr": 0.1}), *tell.steps(3))
     return serve(RunsOfFolder(told.path), token=TOKEN, commands=True)
 
 
-def get(server: Any, path: str, **options: Any) -> httpx.Response:
+def get(server: Server, path: str, **options: Any) -> httpx.Response:
     return httpx.get(server.url + path, **options)
 
 
 @pytest.mark.parametrize("path", ["api/runs", "api/runs/demo", "api/runs/demo/events", "api/runs/demo/journal"])
-def test_without_the_token_nothing_is_seen(server: Any, path: str) -> None:
+def test_without_the_token_nothing_is_served(server: Server, path: str) -> None:
     """Nor with a wrong one, nor with the right one in the address, where logs would have it."""
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}):
         answer = get(server, path, headers=headers)
@@ -107,59 +106,54 @@ def test_without_the_token_nothing_is_seen(server: Any, path: str) -> None:
     assert get(server, path, params={"token": TOKEN, "access_token": TOKEN}).status_code == 401
 
 
-def test_with_the_token_everything_is(server: Any) -> None:
-    """In the header."""
+def test_with_the_token_everything_is_served(server: Server) -> None:
     answer = get(server, "api/runs/demo", headers={"authorization": f"Bearer {TOKEN}"})
     assert answer.json()["series"]["train_loss"]["step"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("hello", [{}, {"token": None}, {"token": "wrong"}, {"token": TOKEN + "x"}, {"token": ""}])
-def test_a_socket_without_the_token_is_closed(server: Any, kit: Any, hello: Any) -> None:
-    """Before it is sent anything; the first message is where the token goes."""
-    with kit.watch(server.url) as socket:
-        socket.send(kit.Watcher().hello(**hello))
+def test_a_socket_without_the_token_is_closed(server: Server, hello: Any) -> None:
+    """The first message has the token; nothing is sent before it."""
+    with watch(server.url) as socket:
+        socket.send(Watcher().hello(**hello))
         with pytest.raises(ConnectionClosed) as caught:
             socket.recv(timeout=10)
-    assert caught.value.rcvd is not None
-    assert caught.value.rcvd.code == 4401
+    assert code_of(caught) == 4401
 
 
-def test_a_socket_that_begins_with_something_else_is_closed(server: Any, kit: Any) -> None:
-    """A command is none, token or not."""
-    with kit.watch(server.url) as socket:
+def test_a_socket_that_does_not_start_with_a_hello_is_closed(server: Server) -> None:
+    with watch(server.url) as socket:
         command = {"type": "command", "token": TOKEN, "command": {"command": "stop", "id": "1"}}
         socket.send(msgspec.json.encode(command).decode())
         with pytest.raises(ConnectionClosed):
             socket.recv(timeout=10)
 
 
-def test_a_client_without_a_hello_is_disconnected(server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_without_a_hello_is_disconnected(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """After `HELLO_S`."""
     monkeypatch.setattr(clients_module, "HELLO_S", 0.05)
-    with kit.watch(server.url) as socket, pytest.raises(ConnectionClosed):
+    with watch(server.url) as socket, pytest.raises(ConnectionClosed):
         socket.recv(timeout=10)
 
 
 def test_clients_without_a_hello_do_not_count_against_those_with_the_token(
-    server: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the maximum, the oldest is disconnected."""
     clients = server._app._clients
     monkeypatch.setattr(clients, "most_expected", 2)
     monkeypatch.setattr(clients, "most", 1)
-    with kit.watch(server.url) as first, kit.watch(server.url), kit.watch(server.url):
+    with watch(server.url) as first, watch(server.url), watch(server.url):
         with pytest.raises(ConnectionClosed) as closed:
             first.recv(timeout=10)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1013
-        with kit.watch(server.url) as friend:
-            friend.send(kit.Watcher().hello(token=TOKEN))
+        assert code_of(closed) == 1013
+        with watch(server.url) as friend:
+            friend.send(Watcher().hello(token=TOKEN))
             assert '"snapshot"' in friend.recv(timeout=10)
 
 
 @pytest.mark.parametrize("since", ["abc", "-1", "1" * 23])
-def test_a_cursor_that_is_none_is_refused(server: Any, since: str) -> None:
-    """Rather than the whole journal sent."""
+def test_an_invalid_cursor_is_refused(server: Server, since: str) -> None:
     answer = get(server, f"api/runs/demo/journal?since={since}", headers={"authorization": f"Bearer {TOKEN}"})
     assert answer.status_code == 400
     assert "since" in answer.json()["error"]
@@ -168,27 +162,26 @@ def test_a_cursor_that_is_none_is_refused(server: Any, since: str) -> None:
 @pytest.mark.parametrize(
     "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://[", "https://ok.example.evil.example"]
 )
-def test_pages_of_other_sites_are_refused(server: Any, kit: Any, origin: str) -> None:
-    """By WebSocket, where a browser asks nobody; and by HTTP, token or not."""
-    with pytest.raises(InvalidStatus), kit.watch(server.url, origin=origin):
+def test_pages_of_other_sites_are_refused(server: Server, origin: str) -> None:
+    """By WebSocket, which a browser opens to any site; and by HTTP, token or not."""
+    with pytest.raises(InvalidStatus), watch(server.url, origin=origin):
         pass
     headers = {"origin": origin, "authorization": f"Bearer {TOKEN}"}
     assert get(server, "api/runs", headers=headers).status_code == 403
 
 
-def test_its_own_pages_and_allowed_ones_are_not(told: Any, serve: Any, kit: Any) -> None:
-    """The allow-list is of whole origins."""
-    told.write(told.story.started())
+def test_the_own_origin_and_allowed_ones_are_accepted(told: Told, serve: Serve) -> None:
+    told.start()
     server = serve(RunsOfFolder(told.path), origins=["https://ok.example/"])
     for origin in (server.url.rstrip("/"), "https://ok.example"):
-        with kit.watch(server.url, origin=origin) as socket:
-            socket.send(kit.Watcher().hello())
+        with watch(server.url, origin=origin) as socket:
+            socket.send(Watcher().hello())
             assert '"snapshot"' in socket.recv(timeout=10)
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::2]", ""])
-def test_a_name_that_was_made_to_lead_here_is_refused(told: Any, serve: Any, host: str) -> None:
-    """DNS rebinding: the page of a stranger asks under his own name."""
+def test_a_foreign_host_name_is_refused(told: Told, serve: Serve, host: str) -> None:
+    """DNS rebinding: a stranger's page uses its own name for this machine."""
     server = serve(RunsOfFolder(told.path))
     assert get(server, "", headers={"host": host}).status_code in (400, 421)
     assert get(server, "api/runs", headers={"host": host, "origin": f"http://{host}"}).status_code in (400, 403, 421)
@@ -210,9 +203,9 @@ def test_a_name_that_was_made_to_lead_here_is_refused(told: Any, serve: Any, hos
         ({"host": "evil.example", "x-forwarded-host": "127.0.0.1"}, 421),
     ],
 )
-def test_a_page_behind_a_proxy_is_the_servers_own(told: Any, headers: dict[str, str], status: int) -> None:
-    """By what no page of another site can send; where that is missing, the answer names what to set."""
-    told.write(told.story.started())
+def test_a_page_behind_a_proxy_is_the_servers_own(told: Told, headers: dict[str, str], status: int) -> None:
+    """By headers that a page of another site cannot send; the refusal names the settings."""
+    told.start()
     hosts = ["127.0.0.1", "public.example"]
     answer = ask(
         LiveApp(RunsOfFolder(told.path), Access(commands=True, hosts=hosts)),
@@ -230,9 +223,9 @@ def test_a_page_behind_a_proxy_is_the_servers_own(told: Any, headers: dict[str, 
         assert "hosts=" in answer.json()["error"]
 
 
-def test_an_allowed_origin_is_an_allowed_host_and_a_refused_browser_reads_why(told: Any, serve: Any) -> None:
-    """``stagecast watch --origin`` is enough behind a proxy; who opens the page sees a sentence, not JSON."""
-    told.write(told.story.started())
+def test_an_allowed_origin_is_an_allowed_host_and_a_refused_browser_gets_a_sentence(told: Told, serve: Serve) -> None:
+    """``stagecast watch --origin`` is enough behind a proxy."""
+    told.start()
     server = serve(RunsOfFolder(told.path), origins=["https://runs.example:8443"])
     assert get(server, "", headers={"host": "runs.example:8443"}).status_code == 200
     answer = get(server, "", headers={"host": "other.example", "accept": "text/html,*/*"})
@@ -244,7 +237,7 @@ def test_an_allowed_origin_is_an_allowed_host_and_a_refused_browser_reads_why(to
 def ask(
     app: LiveApp, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b""
 ) -> httpx.Response:
-    """Ask the application itself, under trio: a check must not know which event loop it is in."""
+    """Send a request to the application itself, under trio."""
 
     async def asking() -> httpx.Response:
         transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
@@ -255,7 +248,7 @@ def ask(
 
 
 class NotAuthenticated(Exception):
-    """As FastAPI's and Starlette's ``HTTPException``."""
+    """Like the ``HTTPException`` of FastAPI and Starlette."""
 
     status_code = 401
     detail = "log in first"
@@ -272,8 +265,6 @@ async def async_check(request: Request) -> bool:
 
 
 class ObjectCheck:
-    """A callable object whose call is a coroutine."""
-
     async def __call__(self, request: Request) -> bool:
         return await async_check(request)
 
@@ -295,9 +286,9 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize("check", [sync_check, async_check, ObjectCheck(), lambda request: async_check(request)])
-def test_a_check_of_the_host_guards_every_address(told: Any, check: Any) -> None:
-    """Pages, runs, streams and commands, by any method and however the address is written; who passes sees all."""
-    told.write(told.story.started())
+def test_a_check_of_the_host_guards_every_address(told: Told, check: Any) -> None:
+    """Pages, runs, streams and commands, by any method and spelling of the address."""
+    told.start()
     told.write(told.story.ended())
     told.let_go()
     (told.path / "media").mkdir()
@@ -315,8 +306,8 @@ def test_a_check_of_the_host_guards_every_address(told: Any, check: Any) -> None
         assert ask(app, "HEAD", path, passed).status_code in (200, 405), path
 
 
-def test_a_check_sees_a_command_however_its_address_is_written(told: Any) -> None:
-    told.write(told.story.started())
+def test_a_check_sees_a_command_however_its_address_is_written(told: Told) -> None:
+    told.start()
     app = LiveApp(RunsOfFolder(told.path), Access(commands=True, check=lambda request: not request.command))
     for path in ("demo/commands", "demo/commands/", "demo/commands%0A", "demo/commands%0a/", "demo//commands"):
         command = b'{"command":"pause","id":"1"}'
@@ -326,9 +317,9 @@ def test_a_check_sees_a_command_however_its_address_is_written(told: Any) -> Non
 
 @pytest.mark.parametrize("user", ["ada", "eve"])
 def test_a_check_of_the_host_guards_websockets_and_each_command_on_them(
-    told: Any, kit: Any, serve: Any, user: str, monkeypatch: pytest.MonkeyPatch
+    told: Told, serve: Serve, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A command by WebSocket is asked about as one that is posted: a rule for commands cannot be passed by."""
+    """A command by WebSocket is checked as a posted one."""
     asked: list[Request] = []
 
     def check(request: Request) -> bool:
@@ -337,18 +328,18 @@ def test_a_check_of_the_host_guards_websockets_and_each_command_on_them(
             request.query_params.get("see") == "1" and not request.command
         )
 
-    told.write(told.story.started())
+    told.start()
     server = serve(RunsOfFolder(told.path), commands=True)
     monkeypatch.setattr(server._app, "_access", Access(commands=True, check=check))
-    with pytest.raises(InvalidStatus) as refused, kit.watch(server.url):
+    with pytest.raises(InvalidStatus) as refused, watch(server.url):
         pass
     assert refused.value.response.status_code == 403
     assert b"refuses" in refused.value.response.body
     address = server.url.replace("http", "ws") + "api/runs/demo/ws?see=1"
-    with kit.connect(address, additional_headers={"x-user": user}) as socket:
-        socket.send(kit.Watcher().hello())
+    with connect_websocket(address, additional_headers={"x-user": user}) as socket:
+        socket.send(Watcher().hello())
         socket.send('{"type":"command","command":{"command":"pause","id":"p"}}')
-        while (answer := kit.Watcher().take(socket.recv(timeout=10)))["type"] not in ("sent", "refused"):
+        while (answer := Watcher().take(socket.recv(timeout=10)))["type"] not in ("sent", "refused"):
             pass
     assert (answer["type"], answer["id"]) == ("sent" if user == "ada" else "refused", "p")
     assert (asked[-1].method, asked[-1].path, asked[-1].run_id) == ("POST", "api/runs/demo/commands", "demo")
@@ -377,10 +368,10 @@ def test_a_check_of_the_host_guards_websockets_and_each_command_on_them(
 )
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_check_that_does_not_answer_true_refuses(
-    told: Any, caplog: pytest.LogCaptureFixture, answer: Any, status: int, said: str, is_async: bool
+    told: Told, caplog: pytest.LogCaptureFixture, answer: Any, status: int, said: str, is_async: bool
 ) -> None:
-    """What it raises, or returns in place of a bool, is logged where it is a mistake, and shown to no client."""
-    told.write(told.story.started())
+    """An exception, or a value that is not a bool, is logged, and not shown to clients."""
+    told.start()
 
     def check(request: Request) -> Any:
         if isinstance(answer, Exception):
@@ -401,9 +392,9 @@ def test_a_check_that_does_not_answer_true_refuses(
 
 
 @pytest.mark.anyio
-async def test_a_slow_check_holds_neither_the_loop_nor_the_threads_of_the_host(told: Any) -> None:
-    """It runs on a thread that is ours; an exhausted limiter of the host does not hold it either."""
-    told.write(told.story.started())
+async def test_a_slow_check_blocks_neither_the_event_loop_nor_the_threads_of_the_host(told: Told) -> None:
+    """It has its own threads; an exhausted limiter of the host does not delay it."""
+    told.start()
     go_on = threading.Event()
 
     def check(request: Request) -> bool:
@@ -430,13 +421,13 @@ async def test_a_slow_check_holds_neither_the_loop_nor_the_threads_of_the_host(t
     assert statuses == [200, 200, 200]
 
 
-def test_nobody_commands_a_server_that_takes_none(told: Any, serve: Any, kit: Any) -> None:
-    """The default. The page is told so, and no file is left for the run."""
-    told.write(told.story.started())
-    server, watcher = serve(RunsOfFolder(told.path)), kit.Watcher()
-    with kit.watch(server.url) as socket:
+def test_a_server_takes_no_commands_by_default(told: Told, serve: Serve) -> None:
+    """The page shows that, and no file is written for the run."""
+    told.start()
+    server, watcher = serve(RunsOfFolder(told.path)), Watcher()
+    with watch(server.url) as socket:
         socket.send(watcher.hello())
-        kit.read_until(socket, watcher, lambda: "snapshot" in watcher.kinds)
+        read_until(socket, watcher, lambda: "snapshot" in watcher.kinds)
         assert watcher.run["commands"] is False
         socket.send('{"type":"command","command":{"command":"stop","id":"x"}}')
         while (answer := watcher.take(socket.recv(timeout=10)))["type"] == "frame":
@@ -447,8 +438,8 @@ def test_nobody_commands_a_server_that_takes_none(told: Any, serve: Any, kit: An
     assert not (told.path / "commands").exists()
 
 
-def test_a_form_of_another_site_commands_nothing(server: Any, told: Any) -> None:
-    """What a browser sends without asking first is refused: text, forms; and other methods."""
+def test_a_form_of_another_site_commands_nothing(server: Server, told: Told) -> None:
+    """Requests that a browser sends without a preflight are refused: text, forms, other methods."""
     url, token = server.url + "api/runs/demo/commands", {"authorization": f"Bearer {TOKEN}"}
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         headers = token | {"content-type": kind}
@@ -463,10 +454,10 @@ def test_a_form_of_another_site_commands_nothing(server: Any, told: Any) -> None
 
 
 @pytest.fixture
-def folder(told: Any) -> Path:
-    """A run with an image, and beside it, above it and in it what nobody is to see."""
-    told.write(told.story.started())
-    path: Path = told.path
+def folder(told: Told) -> Path:
+    """A run with an image, and secrets in it, beside it and above it."""
+    told.start()
+    path = told.path
     media = path / "media"
     (media / "sub").mkdir(parents=True)
     (media / "ok.png").write_bytes(IMAGE)
@@ -482,7 +473,6 @@ def folder(told: Any) -> Path:
     return path
 
 
-IMAGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x06\0\0\0"
 WAYS = [
     *("..", "../s.png", "../../s.png", "../../../s.png", "sub/../../s.png", "./../s.png", "media/../../s.png"),
     *("%2e%2e/s.png", "..%2fs.png", "%2e%2e%2f%2e%2e%2fs.png", "..%252fs.png", "..%5cs.png", "%c0%ae%c0%ae/s.png"),
@@ -492,10 +482,10 @@ WAYS = [
 ]
 
 
-def test_no_path_leaves_the_folder_of_images(folder: Path, serve: Any) -> None:
-    """Dots, encoded dots, absolute paths, NUL, links, pipes: as sent, not as a client would tidy them."""
+def test_no_path_leaves_the_folder_of_images(folder: Path, serve: Serve) -> None:
+    """Dots, encoded dots, absolute paths, NUL, links, pipes; sent unnormalised."""
     server = serve(RunsOfFolder(folder))
-    port = int(server.url.rsplit(":", 1)[1].strip("/"))
+    port = port_of(server.url)
     for way in WAYS:
         for base in ("/api/runs/demo/media/", "/page/", "/api/runs/", "/"):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
@@ -509,21 +499,17 @@ def test_no_path_leaves_the_folder_of_images(folder: Path, serve: Any) -> None:
             assert answer.status != 200 or base != "/api/runs/demo/media/" or body == IMAGE, way
 
 
-def test_images_are_served_and_may_be_kept(folder: Path, serve: Any) -> None:
-    """With a type, an ETag, and the headers that keep them from being taken for anything else."""
+def test_images_are_served_with_their_type(folder: Path, serve: Serve) -> None:
+    """With a type and ``nosniff``."""
     server = serve(RunsOfFolder(folder))
     answer = get(server, "api/runs/demo/media/media/ok.png")
     assert (answer.content, answer.headers["content-type"]) == (IMAGE, "image/png")
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert get(server, "api/runs/demo/media/sub/%C3%A4%20b.png").content == IMAGE + b"other"
-    again = get(server, "api/runs/demo/media/ok.png", headers={"if-none-match": answer.headers["etag"]})
-    assert (again.status_code, again.content) == (304, b"")
-    head = httpx.head(server.url + "api/runs/demo/media/ok.png")
-    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(IMAGE)))
 
 
-def test_every_answer_has_the_strict_policy(server: Any) -> None:
-    """Errors too. Nothing from elsewhere, nothing inline, in no frame."""
+def test_every_answer_has_the_strict_policy(server: Server) -> None:
+    """Errors too: nothing from elsewhere, nothing inline, in no frame."""
     for path in ("", "nothing", "api/runs", "page/../x", "api/runs/no"):
         policy = get(server, path).headers["content-security-policy"]
         assert "default-src 'none'" in policy
@@ -532,16 +518,16 @@ def test_every_answer_has_the_strict_policy(server: Any) -> None:
         assert "http" not in re.sub(r"'[^']*'", "", policy)
 
 
-def test_nothing_secret_is_logged(told: Any, serve: Any, kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """At the finest level, while all kinds of requests come, right and wrong."""
+def test_nothing_secret_is_logged(told: Told, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """At the finest level, of right and wrong requests."""
     caplog.set_level(logging.DEBUG, logger="uvicorn")
     caplog.set_level(logging.DEBUG, logger="stagecast")
-    told.write(told.story.started())
+    told.start()
     server = serve(RunsOfFolder(told.path), token=SECRET)
     get(server, "api/runs", headers={"authorization": f"Bearer {SECRET}"})
     get(server, "api/runs/demo/media/x", headers={"authorization": f"Bearer {SECRET}x"})
-    for hello in (kit.Watcher().hello(token=SECRET), '{"type":"hello","token":["' + SECRET + '"]}'):
-        with kit.watch(server.url) as socket:
+    for hello in (Watcher().hello(token=SECRET), '{"type":"hello","token":["' + SECRET + '"]}'):
+        with watch(server.url) as socket:
             socket.send(hello)
             try:
                 said = socket.recv(timeout=10)
@@ -551,8 +537,8 @@ def test_nothing_secret_is_logged(told: Any, serve: Any, kit: Any, caplog: pytes
     assert SECRET not in caplog.text
 
 
-def test_a_stranger_s_bytes_are_no_error_of_the_server() -> None:
-    """Headers that are no text, addresses that are none, asked of the application itself."""
+def test_no_bytes_of_a_request_are_an_error_of_the_server() -> None:
+    """Invalid headers and addresses, sent to the application itself."""
     sent: list[Any] = []
 
     async def ask(headers: list[tuple[bytes, bytes]], path: str) -> None:

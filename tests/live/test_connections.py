@@ -1,5 +1,4 @@
-"""Clients that exhaust what a server has: connections, descriptors, patience. The server runs in a process of its own,
-with a low descriptor limit."""
+"""Clients that exhaust a server's connections, descriptors and time; the server's own process has few descriptors."""
 
 from __future__ import annotations
 
@@ -16,26 +15,28 @@ from unittest.mock import MagicMock
 import httpx
 import msgspec
 import pytest
+from live.kit import Serve, Start, Story, Told, hub_of, port_of
+from support.threads import wait_until
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from sinks.connections import ConnectionLimit, address_group, hostname_of
 from sinks.live import protocols as protocols_module
 from sinks.live import server as server_module
-from sinks.live.hub import Hub
 
 LIMIT = 128
 SERVER = f"""
 import resource, sys, threading, time
 resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, {LIMIT}))
+import sinks.live.protocols as protocols
 import sinks.live.server as server
 from sinks.live.runs import RunsOfFolder
-server.REQUEST_S = float(sys.argv[2])
+protocols.REQUEST_S = float(sys.argv[2])
 listening = server.bind("127.0.0.1", 0)
 one = server.Server(RunsOfFolder(sys.argv[1]), listening, "127.0.0.1", token="correct-horse-battery")
 one.start()
 print(one.url, flush=True)
 held = []
-for line in sys.stdin:  # the descriptors that the rest of the process needs
+for line in sys.stdin:  # descriptors of the rest of the process
     if line == "close\\n":
         held.clear()
     elif line == "all\\n":
@@ -51,16 +52,14 @@ for line in sys.stdin:  # the descriptors that the rest of the process needs
 
 
 class Remote:
-    """The server in its process."""
-
-    def __init__(self, process: Any) -> None:
+    def __init__(self, process: Start) -> None:
         self._process = process
         self._logged = ""
         self.url = process.stdout.readline().strip()
-        self.port = int(self.url.rsplit(":", 1)[1].strip("/"))
+        self.port = port_of(self.url)
 
     def hold(self, what: str) -> None:
-        """Have the process open so many files, "all" that it can, or "close" them."""
+        """Let the process open a number of files, "all" that it can, or "close" them."""
         self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
         while (line := self._process.stdout.readline()) != "held\n":
@@ -82,12 +81,11 @@ class Remote:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def log(self) -> str:
-        """What the process has logged by its end."""
         return self._logged + str(self._process.communicate(timeout=20)[0])
 
 
 @pytest.fixture
-def remote(tmp_path: Path, process: Callable[..., Any]) -> Callable[[float], Remote]:
+def remote(tmp_path: Path, process: Start) -> Callable[[float], Remote]:
     (tmp_path / "serve.py").write_text(SERVER)
     (tmp_path / "runs").mkdir(exist_ok=True)
     return lambda request_s: Remote(process("serve.py", str(tmp_path / "runs"), str(request_s)))
@@ -95,7 +93,7 @@ def remote(tmp_path: Path, process: Callable[..., Any]) -> Callable[[float], Rem
 
 @pytest.fixture
 def crowd() -> Iterator[Callable[..., list[sockets.socket]]]:
-    """Opens many connections, which send the same; an address that refuses some is no error."""
+    """Open connections, which send the same; refused ones are not an error."""
     opened: list[sockets.socket] = []
 
     def come(port: int, count: int, sent: bytes = b"") -> list[sockets.socket]:
@@ -112,7 +110,7 @@ def crowd() -> Iterator[Callable[..., list[sockets.socket]]]:
 
 
 def is_closed(one: sockets.socket) -> bool:
-    """Whether the server has closed a connection; waits for it."""
+    """Wait for the server to close a connection."""
     try:
         while one.recv(2**16):
             pass
@@ -142,7 +140,7 @@ def test_connections_take_no_descriptors_that_the_process_needs(remote: Any, cro
     server.hold(str(LIMIT // 2))
 
 
-def test_sockets_that_say_no_hello_make_room(remote: Any, crowd: Any) -> None:
+def test_sockets_without_a_hello_make_room(remote: Any, crowd: Any) -> None:
     """Also those that were closed for others, and do not answer the close."""
     server = remote(60.0)
     upgrade = (
@@ -158,55 +156,30 @@ def test_sockets_that_say_no_hello_make_room(remote: Any, crowd: Any) -> None:
 
 TRAIN = """
 import resource, sys
-from pathlib import Path
-import torch
 from events.messages import CheckpointFailed, CheckpointSaved
 from events.sink import Delivery
 from sinks import Live, Memory, Prometheus
-from trainer import Checkpoints, ModuleInterface, Trainer, TrainerArguments
+from support.training import Net, make_trainer
+from trainer import Checkpoints
 
-
-class Net(ModuleInterface):
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(2, 1)
-
-    def get_optimizers_schedulers(self, steps, epochs):
-        return [torch.optim.SGD(self.parameters(), lr=0.01)], []
-
-    def get_train_dataloader(self, sampler, batch_size):
-        return [torch.ones(2, 2)] * 12
-
-    def get_val_dataloaders(self, sampler, batch_size):
-        return None
-
-    def val_step(self, global_step, batch, device):
-        return None
-
-    def train_step(self, global_step, batch, device):
-        if global_step == 4:
-            print("begun", flush=True)
-            sys.stdin.readline()
-        return self.linear(batch).square().mean()
-
+def wait(global_step):
+    if global_step == 4:
+        print("begun", flush=True)
+        sys.stdin.readline()
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))
-memory = Memory()
-where = {"runs_in": sys.argv[1]}
+memory, where = Memory(), {"runs_in": sys.argv[1]}
 sinks = [memory, (Live(), Delivery(**where)), (Prometheus(port=0, linger_s=0), Delivery(**where))]
-arguments = TrainerArguments(epochs=1, train_batch_size=2, device="cpu")
-keep = Checkpoints(every_steps=2)
-result = Trainer(Net(), arguments, sinks=sinks, checkpoints=keep, run_dir="runs/demo", run_id="demo").train()
+options = {"sinks": sinks, "checkpoints": Checkpoints(every_steps=2), "run_dir": "runs/demo", "run_id": "demo"}
+result = make_trainer(Net(rows=96, act=wait), epochs=1, journal=True, **options).train()
 print("end", result.status, len(memory.of(CheckpointSaved)) > 3, len(memory.of(CheckpointFailed)), flush=True)
 """
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])
 @pytest.mark.timeout(180)
-def test_clients_without_a_token_end_no_run(
-    where: str, tmp_path: Path, process: Callable[..., Any], crowd: Any, kit: Any
-) -> None:
-    """In the process that trains and in the sink host: more sockets than descriptors, and each checkpoint is saved."""
+def test_clients_without_a_token_end_no_run(where: str, tmp_path: Path, process: Start, crowd: Any) -> None:
+    """More sockets than descriptors, beside the loop and in the sink host: each checkpoint is saved."""
     (tmp_path / "train.py").write_text(TRAIN)
     one = process("train.py", where, OMP_NUM_THREADS="1", STAGECAST_TOKEN="")
     lines: list[str] = []
@@ -214,10 +187,10 @@ def test_clients_without_a_token_end_no_run(
         lines.append(one.stdout.readline())
         assert lines[-1], "".join(lines)
     live, prometheus = tmp_path / "runs" / "demo" / "live.json", tmp_path / "runs" / "prometheus-demo.json"
-    kit.wait_until(lambda: live.exists() and prometheus.exists())
+    wait_until(lambda: live.exists() and prometheus.exists())
     page = msgspec.json.decode(live.read_bytes())["url"]
     scraped = msgspec.json.decode(prometheus.read_bytes())[0]["targets"][0]
-    crowd(int(page.rsplit(":", 1)[1].strip("/")), 200)
+    crowd(port_of(page), 200)
     crowd(int(scraped.rsplit(":", 1)[1]), 200)
     assert httpx.get(page, timeout=10).status_code == 200
     assert httpx.get(f"http://{scraped}/metrics", timeout=10).status_code == 200
@@ -226,8 +199,8 @@ def test_clients_without_a_token_end_no_run(
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads the CPU time from /proc")
-def test_a_process_without_descriptors_refuses_clients_and_waits(remote: Any, crowd: Any, kit: Any) -> None:
-    """It neither ends nor spins, logs a line and not one for each client, and answers when there are some again."""
+def test_a_process_without_descriptors_refuses_clients_and_waits(remote: Any, crowd: Any) -> None:
+    """It does not spin, logs a line and not one for each client, and answers once there are descriptors again."""
     server = remote(60.0)
     assert server.answers()
     server.hold("all")
@@ -237,12 +210,11 @@ def test_a_process_without_descriptors_refuses_clients_and_waits(remote: Any, cr
     watched.wait(2.0)
     assert server.cpu_s - before_s < 1.0
     server.hold("close")
-    kit.wait_until(server.answers)
+    wait_until(server.answers)
     assert server.log().count("descriptor") + server.log().count("Too many open files") < 6
 
 
-def test_clients_leave_a_reserve_when_the_process_needs_many(remote: Any, crowd: Any) -> None:
-    """Though they are fewer than allowed."""
+def test_clients_leave_a_reserve_of_descriptors(remote: Any, crowd: Any) -> None:
     server = remote(60.0)
     base = server.descriptors
     server.hold(str(LIMIT - LIMIT // 4 - base - 2))
@@ -252,10 +224,10 @@ def test_clients_leave_a_reserve_when_the_process_needs_many(remote: Any, crowd:
 
 
 @pytest.mark.parametrize("sent", BEGINNINGS, ids=["nothing", "headers", "body"])
-def test_a_request_that_does_not_come_is_not_waited_for(remote: Any, sent: bytes) -> None:
-    """Also where a byte comes now and then, and after a request that was answered."""
+def test_an_incomplete_request_times_out(remote: Any, sent: bytes) -> None:
+    """Also where a byte comes now and then, and after an answered request."""
     server = remote(1.0)
-    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=10) as one:
         one.sendall(sent)
         over = threading.Event()
 
@@ -271,7 +243,7 @@ def test_a_request_that_does_not_come_is_not_waited_for(remote: Any, sent: bytes
         over.set()
         if sent:
             dripping.join()
-    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=10) as one:
         one.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\nGET / HT")
         assert is_closed(one)
 
@@ -286,16 +258,16 @@ UPGRADE = (
     "more", [b"a: b\r\n" * 300, b"a: " + b"b" * 20_000 + b"\r\n", b"sec-websocket-protocol: \x01\xe9,,\r\n"]
 )
 def test_a_handshake_that_cannot_be_answered_is_closed(remote: Any, more: bytes) -> None:
-    """Too many headers, too long ones, and names of protocols that are none: the library answers nothing to these."""
+    """The library sends no answer to too many headers, too long ones, and invalid names of protocols."""
     server = remote(60.0)
     with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
         one.sendall(UPGRADE + more + b"\r\n")
         assert is_closed(one)
 
 
-def test_a_client_that_only_pings_is_closed(told: Any, remote: Any) -> None:
-    """Its answers, which it does not read, would fill the memory; long before the time for a hello is over."""
-    told.write(told.story.started())
+def test_a_client_that_only_pings_is_closed(told: Told, remote: Any) -> None:
+    """Unread answers would fill the memory; long before the timeout of a hello."""
+    told.start()
     server = remote(60.0)
     ping = b"\x89\xfd\0\0\0\0" + b"x" * 125
     with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
@@ -307,13 +279,11 @@ def test_a_client_that_only_pings_is_closed(told: Any, remote: Any) -> None:
 
 
 def test_a_client_that_closes_leaves_nothing_unread_in_memory(
-    story: Any, serve: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+    story: Story, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was sent a large message and has read nothing: its connection ends at once, not after a time to read."""
+    """Its connection ends at once, although it has read nothing of a large message."""
     monkeypatch.setattr(protocols_module, "_CLOSING_S", 100.0)
-    hub = Hub()
-    hub.view.run.run_id = "demo"
-    hub.feed([story.started()])
+    hub = hub_of(story)
     hub.view.run.problems = ["p" * 2**23]
     server = serve(hub)
     server._socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 2**15)
@@ -321,18 +291,17 @@ def test_a_client_that_closes_leaves_nothing_unread_in_memory(
     with sockets.socket() as one:
         one.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 2**15)
         one.settimeout(20)
-        one.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1].strip("/"))))
+        one.connect(("127.0.0.1", port_of(server.url)))
         hello = b'{"type":"hello"}'
         one.sendall(UPGRADE + b"\r\n")
         assert b" 101 " in one.recv(100)
         one.sendall(b"\x81" + bytes([0x80 + len(hello)]) + b"\0\0\0\0" + hello)
-        kit.wait_until(lambda: any(part.transport.get_write_buffer_size() > 2**22 for part in connections))
+        wait_until(lambda: any(part.transport.get_write_buffer_size() > 2**22 for part in connections))
         one.sendall(b"\x88\x82\0\0\0\0\x03\xe8")
-        kit.wait_until(lambda: not any(part.transport.get_write_buffer_size() for part in connections))
+        wait_until(lambda: not any(part.transport.get_write_buffer_size() for part in connections))
 
 
-def test_requests_that_break_off_log_no_traceback(remote: Any, crowd: Any) -> None:
-    """A body in chunks that are none."""
+def test_invalid_chunks_log_no_traceback(remote: Any, crowd: Any) -> None:
     server = remote(60.0)
     sent = b"POST /x HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"
     for one in crowd(server.port, 20, sent):
@@ -341,7 +310,7 @@ def test_requests_that_break_off_log_no_traceback(remote: Any, crowd: Any) -> No
 
 
 def test_a_request_with_two_lengths_is_the_last_of_its_connection(remote: Any) -> None:
-    """A proxy that believes the other length would take the second answer for that to another client's request."""
+    """A proxy that uses the other length would take the second answer for another client's."""
     server = remote(60.0)
     with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as one:
         lengths = b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
@@ -354,15 +323,14 @@ def test_a_request_with_two_lengths_is_the_last_of_its_connection(remote: Any) -
 
 
 def test_malformed_requests_are_logged_once_a_minute(remote: Any, crowd: Any) -> None:
-    """Who sends them must not fill the disk."""
     server = remote(60.0)
     for one in crowd(server.port, 20, b"\0\1\2\r\n\r\n"):
         assert is_closed(one)
     assert server.log().count("Invalid HTTP request") == 1
 
 
-def test_the_addresses_of_one_network_are_one() -> None:
-    """A client has a whole /64; loopback brings the clients of a proxy."""
+def test_the_addresses_of_one_network_are_one_group() -> None:
+    """A client has a whole /64; loopback may be a proxy."""
     assert address_group(("192.0.2.1", 1)) == address_group(("::ffff:192.0.2.1", 1, 0, 0)) == "192.0.2.1"
     assert address_group(("2001:db8::1", 1, 0, 0)) == address_group(("2001:db8::ffff:2", 1, 0, 0))
     assert address_group(("127.3.0.1", 1)) is address_group(("::1", 1, 0, 0)) is None
@@ -380,15 +348,13 @@ def test_the_addresses_of_one_network_are_one() -> None:
 
 
 def test_one_address_takes_at_most_half_of_the_connections(
-    serve: Any, story: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, story: Story, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long its streams are: those of other addresses are served."""
-    hub = Hub()
-    hub.view.run.run_id = "demo"
-    hub.feed([story.started()])
+    """Those of other addresses are served."""
+    hub = hub_of(story)
     server = serve(hub)
     monkeypatch.setattr(server._socket, "limit", ConnectionLimit(8))
-    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1].strip("/")))
+    address = ("127.0.0.1", port_of(server.url))
     request = b"GET /api/runs/demo/events HTTP/1.1\r\nhost: localhost\r\n\r\n"
     with contextlib.ExitStack() as streams:
 
@@ -429,12 +395,12 @@ def test_one_address_takes_at_most_half_of_the_connections(
     ],
 )
 def test_a_host_header_is_read_strictly(host: str, name: str | None) -> None:
-    """What stands before or behind the name is not ignored: a name of a stranger could hide in it."""
+    """Text before or after the name is not ignored."""
     assert hostname_of(host) == name
 
 
 def test_the_parts_of_uvicorn_that_are_used_exist() -> None:
-    """If an upgrade has removed one, this names it."""
+    """An upgrade that removed one is named here."""
     http, websocket = protocols_module.H11Protocol, protocols_module.WebSocketsSansIOProtocol
     state = protocols_module.uvicorn.server.ServerState()
     config = protocols_module.uvicorn.Config(lambda: None, log_config=None)

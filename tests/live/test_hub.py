@@ -19,7 +19,6 @@ from events.errors import ArgumentsError
 from events.journal.segment import segment_numbers
 from events.messages import CheckpointSaved
 from sinks.live import folder_hub as folder_hub_module
-from sinks.live import frames as frames_module
 from sinks.live import hub as hub_module
 from sinks.live.access import Access
 from sinks.live.app import LiveApp
@@ -149,24 +148,6 @@ async def test_a_thousand_resumes_lose_and_repeat_nothing(story: Story, monkeypa
     expected = [(event.global_step, event.loss) for event in fed[1:]]
     assert all(watcher.points["train_loss"] == expected for watcher in watchers)
     assert resumed > 500
-
-
-async def test_a_slow_watcher_finds_its_frame_dropped(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kept frames are bounded in bytes."""
-    monkeypatch.setattr(frames_module, "KEPT_BYTES", 20_000)
-    monkeypatch.setattr(hub_module, "FRAME_S", 0.001)
-    hub = Hub()
-    hub.feed([story.started()])
-    async with driven(hub):
-        snapshot = await hub.snapshot()
-        assert hub.resume(1, snapshot.cursor) is not None
-        with anyio.fail_after(20):
-            while hub.frames.get(snapshot.number + 1) is not None or hub.frames.newest <= snapshot.number + 1:
-                hub.feed([story.metrics(**{f"m{index}": 1.0 for index in range(100)})])
-                await hub.frames.news.wait()
-        assert hub.frames.nbytes <= 20_000
-        assert hub.frames.oldest > snapshot.number + 1
-        assert hub.resume(1, snapshot.cursor) is None
 
 
 async def test_a_flood_brings_a_snapshot_instead_of_a_giant_frame(

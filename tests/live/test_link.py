@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import re
 import socket
 import sys
-from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.from_thread
 import pytest
-from live.kit import Serve, Start, Told
+from live.kit import Serve, Told
 
 from events import notice
 from sinks.live.runs import RunsOfFolder
@@ -77,10 +75,3 @@ def test_connect_accepts_the_printed_link(told: Told, serve: Serve) -> None:
         with pytest.raises(ConnectError) as caught:
             connect(url)
         assert "s3cret" not in str(caught.value)
-
-
-def test_watch_prints_the_link(told: Told, process: Start) -> None:
-    told.start()
-    one = process("-m", "trainer.cli.main", "watch", str(Path(told.path).parent), "--port", "0", STAGECAST_TOKEN=TOKEN)
-    line = one.stdout.readline()
-    assert re.search(r"http://127\.0\.0\.1:[1-9]\d*/#token=corr%26ct%2Bhorse%2520%23battery%3D$", line.strip())

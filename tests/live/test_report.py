@@ -6,15 +6,12 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from live.kit import Told
-from support.nursery import ROOT
 
 from events.journal.writer import Journal
 from events.messages import (
@@ -29,13 +26,14 @@ from events.messages import (
 )
 from events.sink import RunInfo
 from sinks.live.report import write_report
+from trainer.cli.main import main
 
 EVIL = "</script><script>document.title='owned'</script><!--"
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000 1f15c4890000000d49444154789c6360f8cf500f0003860180"
     "5a344b6f0000000049454e44ae426082".replace(" ", "")
 )
-Report = Callable[..., subprocess.CompletedProcess[str]]
+Report = Callable[..., tuple[int, str]]
 
 
 def a_run(folder: Path, run_id: str, steps: int = 20) -> Path:
@@ -60,13 +58,13 @@ def a_run(folder: Path, run_id: str, steps: int = 20) -> Path:
 
 
 @pytest.fixture
-def report(tmp_path: Path) -> Report:
-    """Run the command in the test's folder."""
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Report:
+    """Run the command in the test's folder; return its exit code and its errors."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "trainer.cli.main", "report", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    def run(*arguments: str) -> tuple[int, str]:
+        code = main(["report", *arguments])
+        return code, capsys.readouterr().err
 
     return run
 
@@ -87,20 +85,20 @@ def test_folders_that_make_no_report_are_refused(report: Report, tmp_path: Path)
         ),
         (("broken",), "damaged: journal/00000000000000000001.jsonl, line 1: not an event"),
     ):
-        result = report(*arguments)
-        assert (result.returncode, [text for text in messages if text not in result.stderr]) == (1, []), result.stderr
+        code, errors = report(*arguments)
+        assert (code, [text for text in messages if text not in errors]) == (1, []), errors
     assert sorted(os.listdir(tmp_path)) == before
-    assert report("one", "./one", "--out", "out.html").returncode == 0  # named twice is not a second run
+    assert report("one", "./one", "--out", "out.html")[0] == 0  # named twice is not a second run
 
 
 def test_an_existing_report_is_replaced_only_by_force(report: Report, tmp_path: Path) -> None:
     a_run(tmp_path, "one")
-    assert report("one").returncode == 0
+    assert report("one")[0] == 0
     first = (tmp_path / "one.html").read_bytes()
-    again = report("one")
-    assert (again.returncode, "--force" in again.stderr) == (1, True)
+    code, errors = report("one")
+    assert (code, "--force" in errors) == (1, True)
     assert (tmp_path / "one.html").read_bytes() == first
-    assert report("one", "--force").returncode == 0
+    assert report("one", "--force")[0] == 0
 
 
 def test_a_file_that_cannot_be_written_is_named(report: Report, tmp_path: Path) -> None:
@@ -111,8 +109,8 @@ def test_a_file_that_cannot_be_written_is_named(report: Report, tmp_path: Path) 
         (("one", "--force"), "one is a folder; name a file in it"),
         (("/proc/one.html",), "/proc/one.html cannot be written"),
     ):
-        result = report("one", "--out", *options)
-        assert (result.returncode, message in result.stderr) == (1, True), result.stderr
+        code, errors = report("one", "--out", *options)
+        assert (code, message in errors) == (1, True), errors
 
 
 def test_foreign_text_ends_no_script_and_files_outside_the_run_stay_outside(tmp_path: Path) -> None:

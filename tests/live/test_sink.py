@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket as sockets
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from live.kit import Start, Story, Told, Watcher, read_until, watch
+from live.kit import Start, Story, Told, Watcher, code_of, port_of, read_until, watch
 from support.threads import wait_until
 from support.training import Net, make_trainer
 from websockets.exceptions import ConnectionClosed
@@ -27,6 +28,7 @@ from sinks.live.sink import ADDRESS_NAME, LiveWriter
 from trainer import Trainer, TrainerArguments
 
 TOKEN = "correct-horse-battery"
+GIVEN = "corr&ct+horse%20#battery="
 HERE = Delivery(runs_in="thread")
 
 
@@ -151,18 +153,19 @@ def test_without_a_token_one_is_generated(
         Live(host="0.0.0.0", token=False).check()
 
 
-def test_watch_generates_a_token_unless_it_is_disabled(told: Told, process: Start) -> None:
+def test_watch_prints_its_link_with_a_token_unless_it_is_disabled(told: Told, process: Start) -> None:
     """Other users of this machine can reach the page, too."""
     told.start()
-    for options, status in (([], 401), (["--no-token"], 200)):
-        one = process(
-            "-m", "trainer.cli.main", "watch", str(told.path.parent), "--port", "0", *options, STAGECAST_TOKEN=""
-        )
+    command = ("-m", "trainer.cli.main", "watch", str(told.path.parent), "--port", "0")
+    for options, given, status in (([], "", 401), ([], GIVEN, 401), (["--no-token"], "", 200)):
+        one = process(*command, *options, STAGECAST_TOKEN=given)
         assert one.stdout is not None
         link = "http" + one.stdout.readline().partition("http")[2].strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*/(#token=\S+)?", link)
+        assert link.endswith("#token=corr%26ct%2Bhorse%2520%23battery%3D") == bool(given)
         url, _, token = link.partition("#token=")
         assert httpx.get(url + "api/runs").status_code == status
-        headers = {"authorization": f"Bearer {token}"} if token else {}
+        headers = {"authorization": f"Bearer {given or token}"} if token else {}
         assert httpx.get(url + "api/runs", headers=headers).status_code == 200
         assert ("Every user of this machine may watch" in one.stdout.readline()) is bool(options)
 
@@ -203,9 +206,8 @@ def test_a_run_is_watched_to_its_end(
     assert f"stagecast: the run can be watched at {url}#token={TOKEN}\n" in capsys.readouterr().err
     assert watcher.run["status"] == "finished"
     assert watcher.steps() == list(range(1, 9))
-    assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 1001
-    assert is_free(int(url.rsplit(":", 1)[1].strip("/")))
+    assert code_of(closed) == 1001
+    assert is_free(port_of(url))
     assert not (folder / ADDRESS_NAME).exists()
 
 
@@ -232,7 +234,7 @@ def test_a_run_without_a_folder_is_shown() -> None:
 
 def test_a_watcher_that_reads_nothing_does_not_delay_the_end_for_long(story: Story) -> None:
     writer: LiveWriter = Live(token=False).open(RunInfo("demo"))
-    with sockets.create_connection(("127.0.0.1", int(writer.url.rsplit(":", 1)[1].strip("/")))) as silent:
+    with sockets.create_connection(("127.0.0.1", port_of(writer.url))) as silent:
         silent.sendall(b"GET /api/runs/demo/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
         wait_until(lambda: writer._hub.is_watched)
         for _ in range(40):
@@ -241,7 +243,7 @@ def test_a_watcher_that_reads_nothing_does_not_delay_the_end_for_long(story: Sto
         done.start()
         done.join(15)
         assert not done.is_alive()
-    assert is_free(int(writer.url.rsplit(":", 1)[1].strip("/")))
+    assert is_free(port_of(writer.url))
 
 
 def test_an_attempt_that_resumes_shows_the_curves_before_it(told: Told) -> None:
@@ -280,8 +282,7 @@ def test_watch_ends_with_a_signal(number: str, told: Told, process: Start) -> No
             while True:
                 socket.recv(timeout=10)
         assert list(parts) is not None  # it ends, as it should, and is not cut off
-    assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 1012
+    assert code_of(closed) == 1012
     out, _ = one.communicate(timeout=20)
     assert one.returncode in (0, -getattr(signal, number))
     assert "Traceback" not in out

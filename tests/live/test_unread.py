@@ -1,4 +1,4 @@
-"""Answers that clients do not read: each holds little memory, all together are bounded, and none waits for ever."""
+"""Answers that clients do not read: each holds little memory, all together are bounded, and each times out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import anyio
 import msgspec
 import pytest
 import trio.testing
+from live.kit import IMAGE, Story, Told, hub_of
 
 from sinks.live import responses as responses_module
 from sinks.live.access import Access, Refused
@@ -20,12 +21,11 @@ from sinks.live.hub import Hub
 from sinks.live.responses import STALL_S, BoundedResponse, ResponseAborted
 from sinks.live.runs import OneRun, RunsOfFolder
 
-IMAGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x06\0\0\0"
 SIZE = 60 * 2**20
 
 
 class Reader:
-    """A client of the application, without a server: it takes parts of its answer when the test allows that."""
+    """A client of the application, without a server: it reads its answer when the test allows that."""
 
     def __init__(self, path: str, method: str = "GET", **headers: str) -> None:
         kind = "websocket" if path.endswith("/ws") else "http"
@@ -39,7 +39,7 @@ class Reader:
         self.reads = anyio.Event()
         self.has_left = anyio.Event()
         self.began = anyio.Event()
-        """Set when it was sent something that it does not take."""
+        """Set when it was sent a part that it does not read."""
         self._said = [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": '{"type":"hello"}'}]
 
     async def run(self, app: LiveApp) -> None:
@@ -71,20 +71,19 @@ class Reader:
 
 
 @pytest.fixture
-def folder(told: Any) -> Path:
-    """The folder of a run with a large image."""
-    told.write(told.story.started(), *told.story.steps(3))
+def folder(told: Told) -> Path:
+    """A run with a large image."""
+    told.start(3)
     (told.path / "media").mkdir()
     with open(told.path / "media" / "a.png", "wb") as file:
         file.write(IMAGE)
         file.truncate(SIZE)
-    path: Path = told.path
-    return path
+    return told.path
 
 
 @contextlib.asynccontextmanager
 async def reading(app: LiveApp, *readers: Reader) -> AsyncIterator[None]:
-    """Clients whose answers have begun, or are over."""
+    """Clients whose answers have started, or are over."""
     with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
             for reader in readers:
@@ -99,7 +98,7 @@ async def reading(app: LiveApp, *readers: Reader) -> AsyncIterator[None]:
 
 @pytest.mark.anyio
 async def test_images_that_are_not_read_hold_a_part_each(folder: Path) -> None:
-    """One more than allowed is asked to come later; one that reads gets all, and those that leave make room."""
+    """Beyond the maximum, clients are refused; one that reads gets everything; one that leaves makes room."""
     app = LiveApp(RunsOfFolder(folder.parent), Access())
     app._images.most = 8
     path = "api/runs/demo/media/a.png"
@@ -123,7 +122,7 @@ async def test_images_that_are_not_read_hold_a_part_each(folder: Path) -> None:
 
 @pytest.mark.anyio
 async def test_headers_and_conditions_are_answered_without_the_file(folder: Path) -> None:
-    """``HEAD`` has the headers of ``GET``; a range is not supported, so that the whole answer comes, with 200."""
+    """``HEAD`` has the headers of ``GET``; a range is ignored."""
     app = LiveApp(RunsOfFolder(folder.parent), Access())
     path = "api/runs/demo/media/a.png"
     async with reading(app, head := Reader(path, "HEAD")):
@@ -138,8 +137,8 @@ async def test_headers_and_conditions_are_answered_without_the_file(folder: Path
 
 
 @pytest.mark.anyio
-async def test_an_image_that_is_cut_meanwhile_is_not_completed(folder: Path) -> None:
-    """Its connection is closed, so that the client sees that the answer is not whole."""
+async def test_an_image_that_shrinks_meanwhile_is_not_completed(folder: Path) -> None:
+    """Its connection is closed, so that the client notices."""
     app = LiveApp(RunsOfFolder(folder.parent), Access())
     reader = Reader("api/runs/demo/media/a.png")
     async with reading(app, reader):
@@ -150,11 +149,9 @@ async def test_an_image_that_is_cut_meanwhile_is_not_completed(folder: Path) -> 
 
 
 @pytest.fixture
-def large(story: Any) -> Hub:
-    """A hub whose snapshot and summary are larger than a part."""
-    hub = Hub()
-    hub.view.run.run_id = "demo"
-    hub.feed([story.started(), *story.steps(3_000)])
+def large(story: Story) -> Hub:
+    """A hub with a snapshot and a summary larger than a part."""
+    hub = hub_of(story, 3_000)
     hub.view.run.problems = ["p" * 100_000]
     return hub
 
@@ -162,7 +159,7 @@ def large(story: Any) -> Hub:
 @pytest.mark.anyio
 @pytest.mark.parametrize("path", ["api/runs", "api/runs/demo", "api/runs/demo/events", "api/runs/demo/ws"])
 async def test_answers_from_memory_are_bounded_together(large: Hub, path: str) -> None:
-    """What does not fit is refused, not kept; once the others have left, it fits."""
+    """Beyond the bound, requests are refused until others have ended."""
     app = LiveApp(OneRun(large), Access())
     app._unread = Unread(most_bytes=2**20)
     readers = [Reader(path) for _ in range(20)]
@@ -187,7 +184,7 @@ async def test_answers_from_memory_are_bounded_together(large: Hub, path: str) -
     ids=["in time", "too slow in all", "stalled"],
 )
 def test_the_timeout_of_an_answer_restarts_with_each_part(part_s: float, is_sent: bool) -> None:
-    """One that takes none for long is aborted, and so is one that takes them at less than the minimum rate."""
+    """A client that reads less than the minimum rate is disconnected all the same."""
 
     async def send(message: Any) -> None:
         if message.get("body"):
@@ -202,7 +199,7 @@ def test_the_timeout_of_an_answer_restarts_with_each_part(part_s: float, is_sent
 
 
 def test_one_answer_is_always_allowed() -> None:
-    """However large it is."""
+    """However large."""
     unread = Unread(most_bytes=10)
     with unread.holding(10 * PART_BYTES):
         with pytest.raises(Refused), unread.holding(PART_BYTES + 1):
@@ -213,8 +210,8 @@ def test_one_answer_is_always_allowed() -> None:
 
 
 @pytest.mark.anyio
-async def test_an_answer_that_is_not_read_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The application returns without completing it, at which every server closes the connection."""
+async def test_an_answer_that_is_not_read_times_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The application returns without completing it, so that every server closes the connection."""
     monkeypatch.setattr(responses_module, "STALL_S", 0.05)
     app = LiveApp(RunsOfFolder(folder.parent), Access())
     reader = Reader("api/runs/demo/media/a.png")
