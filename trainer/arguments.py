@@ -67,10 +67,15 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     """Whether schedulers step after each optimizer step or each epoch."""
     monitor: Annotated[str, Meta(min_length=1)] = "val_loss"
     """The metric for ReduceLROnPlateau: one of each validation, or train_epoch_loss."""
-    val_interval_epochs: Annotated[int, Meta(ge=0)] = 1
-    """Epochs between validations; 0 disables them."""
+    max_time_s: Annotated[float, Meta(gt=0)] | None = None
+    """Seconds of an attempt's loop after which it stops at the next boundary, with a checkpoint. None: no limit."""
+    val_interval_epochs: Annotated[float, Meta(ge=0)] = 1
+    """Epochs between validations: a whole number, or a fraction such as 0.25 for four times an epoch. 0 disables
+    them."""
     val_interval_steps: _Count | None = None
     """Optimizer steps between validations, with one more at the end. None: validate after epochs."""
+    validate_at_start: bool = False
+    """Whether a new run validates before its first step."""
     non_finite: Literal["warn", "skip", "stop"] = "warn"
     """Action when a loss, a gradient or the gradient norm is NaN or infinite: warn and apply the step, skip the step
     (which waits for the device once per step), or stop the run. With float16, a step whose gradients overflow is always
@@ -100,6 +105,11 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         if self.monitor == "train_loss":
             raise ArgumentsError(
                 "monitor: 'train_loss' is the loss of a single step; set it to 'train_epoch_loss', the epoch's mean"
+            )
+        if self.val_interval_epochs > 1 and self.val_interval_epochs % 1:
+            raise ArgumentsError(
+                f"val_interval_epochs = {self.val_interval_epochs}: validations between whole epochs and parts of one"
+                f" do not mix; set it to a whole number, or to a fraction below 1"
             )
 
     @classmethod

@@ -44,7 +44,7 @@ from trainer.errors import ArgumentsError
         ("precision", "fp16", "one of 'bfloat16', 'float16', 'float32'"),
         ("compile_options", {1: 2}, "a mapping with string keys"),
         ("scheduler_interval", "batch", "one of 'epoch', 'step'"),
-        ("val_interval_epochs", -1, "an integer >= 0"),
+        ("val_interval_epochs", -1, "a number >= 0"),
         ("non_finite", "ignore", "one of 'skip', 'stop', 'warn'"),
         ("ledger_interval_s", 0, "a number > 0"),
         ("drain_timeout_s", -0.5, "a number >= 0"),

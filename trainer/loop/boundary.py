@@ -6,6 +6,7 @@ All of it runs on the loop's thread. Places where the loop may wait carry a comm
 
 from __future__ import annotations
 
+import math
 from time import perf_counter_ns as clock
 from typing import Any, Literal
 
@@ -48,6 +49,11 @@ class Boundary:
         self.stop_wanted = False
         self._interval_ns = int(min(attempt.arguments.ledger_interval_s, 1e9) * 1e9)  # infinity is not an integer
         self._ledger_due = clock() + self._interval_ns
+        self._ends_ns: float = math.inf
+
+    def limit_time(self, limit_s: float | None) -> None:
+        """Stop the run at the first boundary after a time from now; None: never."""
+        self._ends_ns = math.inf if limit_s is None else clock() + limit_s * 1e9
 
     def cross(self) -> None:
         """Cross a step boundary: obey commands, and wait for observers that must not miss an event.
@@ -57,6 +63,8 @@ class Boundary:
             BaseException: The run was cancelled, or a fatal observer failed.
         """
         attempt = self.attempt
+        if attempt.ledger.since > self._ends_ns:
+            attempt.control.send(Stop(id="max-time", reason=f"max_time_s={attempt.arguments.max_time_s:g} is over"))
         if attempt.control.pending:
             self.take_commands()
         if attempt.bus.gated:

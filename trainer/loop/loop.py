@@ -79,6 +79,9 @@ class TrainingLoop:
                 f"nothing is left to train: the checkpoint is of step {origin.global_step}, before epoch"
                 f" {origin.epoch}; raise epochs or max_steps, or start a new run from its weights with init_from="
             )
+        self._boundary.limit_time(attempt.arguments.max_time_s)
+        if not at_end and self._validation.at_start():
+            self._wait_for(self._checkpoints.after_step(last=False))  # it may be the best one
         for epoch in itertools.count(self.epochs_finished):
             if limit is not None and epoch >= limit:
                 break
@@ -107,6 +110,7 @@ class TrainingLoop:
         began = position.began = time.monotonic()
         steps = feed.steps_of(loader)
         outputs = self._begin_epoch(loader, steps)
+        validation.begin_epoch(steps)
         follows_loss = validation.follows_epoch_loss
         interrupted: RngState | None = None
         try:

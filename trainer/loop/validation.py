@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from events.metrics import TRAIN_EPOCH_LOSS
 from trainer.checkpoint.position import Position
 from trainer.data.loaders import as_val_loaders
 from trainer.data.rng import RngState, capture_rng, restore_rng
+from trainer.errors import DataLoaderError
 from trainer.hooks.recorder import Value
 from trainer.loop.boundary import Boundary
 from trainer.loop.evaluation import Evaluation
@@ -34,13 +36,41 @@ class Validation:
         self._optimization = optimization
         self._feed = feed
         self._interval = boundary.attempt.arguments.val_interval_steps
+        self._within_epoch: frozenset[int] = frozenset()
+
+    def begin_epoch(self, steps: int | None) -> None:
+        """Plan the validations within an epoch of that many steps.
+
+        Raises:
+            DataLoaderError: They are to come at fractions of an epoch, and its length is unknown.
+        """
+        every = self._attempt.arguments.val_interval_epochs
+        if self._interval is not None or not 0 < every < 1:
+            return
+        if steps is None:
+            raise DataLoaderError(
+                f"val_interval_epochs={every} needs the number of steps of an epoch, and the training dataloader has no"
+                f" length; set val_interval_steps"
+            )
+        count = math.ceil(1 / every - 1e-9)
+        first = self._position.first_step
+        self._within_epoch = frozenset(first + math.ceil(i * every * steps - 1e-9) for i in range(1, count))
 
     @property
     def is_due(self) -> bool:
         """Whether a validation is due after the last step."""
         step = self._attempt.origin.global_step
+        planned = step in self._within_epoch or (self._interval is not None and step % self._interval == 0)
         # A step that was skipped right after a validation does not validate again.
-        return self._interval is not None and step % self._interval == 0 and step != self._position.validated_at
+        return planned and step != self._position.validated_at
+
+    def at_start(self) -> bool:
+        """Validate before the first step of a run, if that is wanted; returns whether it was."""
+        attempt = self._attempt
+        if not attempt.arguments.validate_at_start or attempt.origin.global_step or self._position.phase != "begin":
+            return False
+        self._run(None)
+        return True
 
     def after_step(self, interrupted: RngState | None = None) -> None:
         """Validate between two steps of an epoch.
@@ -59,8 +89,8 @@ class Validation:
         """Validate at the end of an epoch, if that is due."""
         attempt, every = self._attempt, self._attempt.arguments.val_interval_epochs
         last = epoch + 1 == attempt.arguments.epoch_limit or attempt.is_at_max_steps
-        if self._interval is not None:  # the end is validated with any interval
-            is_due = last and self._position.validated_at != attempt.origin.global_step
+        if self._interval is not None or 0 < every < 1:  # the end of the run, or of each epoch, is validated as well
+            is_due = (last or self._interval is None) and self._position.validated_at != attempt.origin.global_step
         else:
             is_due = bool(every) and (last or (epoch + 1) % every == 0)
         if is_due:
