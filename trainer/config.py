@@ -35,7 +35,7 @@ _SHOWN_BITS = 10_000  # Python refuses to write a longer integer as text
 class _YamlLoader(yaml.SafeLoader):
     """Safe YAML in which ``1e-4`` is a number (YAML 1.1: ``1.0e-4``) and duplicate keys are errors."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
