@@ -5,44 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import msgspec
 import pytest
 from support.command import stagecast as stagecast
-from support.reads import watching_reads
-from support.scripts import ROOT, Script, Start
-from support.threads import WAIT_S, join_threads, trainer_threads, wait_until_failed, wait_until_in
-from support.training import Diary, InlineDiary, Net, make_trainer, read_journal, train
-
-from sinks import Memory
-from trainer import Trainer
-from trainer.checkpoint.slab import SlabPool
-
-
-@pytest.fixture
-def kit() -> Any:
-    """What the tests of this folder share, by name."""
-    return SimpleNamespace(
-        Net=Net,
-        Diary=Diary,
-        InlineDiary=InlineDiary,
-        Memory=Memory,
-        WAIT_S=WAIT_S,
-        ROOT=ROOT,
-        SlabPool=SlabPool,
-        Trainer=Trainer,
-        make_trainer=make_trainer,
-        train=train,
-        wait_until_failed=wait_until_failed,
-        wait_until_in=wait_until_in,
-        watching_reads=watching_reads,
-        trainer_threads=trainer_threads,
-        join_threads=join_threads,
-        read_journal=read_journal,
-        replace=msgspec.structs.replace,
-    )
+from support.scripts import Script, Start
 
 
 @pytest.fixture
