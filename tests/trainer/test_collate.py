@@ -14,19 +14,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-import trainer.hooks.collate
+import trainer.hooks.capture
 from trainer.errors import EpochOutputsTooLarge, StepOutputError
-from trainer.hooks.collate import TENSOR_BYTES, OutputCollector, as_tuple, collate_outputs, detached, nbytes
+from trainer.hooks.capture import Copy, EpochOutputs
+from trainer.hooks.collate import TENSOR_BYTES, as_tuple, collate_outputs, detached, nbytes
+
+
+def append(outputs: EpochOutputs, *values: object) -> None:
+    """Keep the outputs of one step."""
+    outputs.append(Copy(values, 0))
+
 
 # ----------------------------------------------------------------------------------------------- limits
 
 
 def test_outputs_beyond_the_limit_raise_an_error_with_a_fix() -> None:
-    collector = OutputCollector(3 * (400 + TENSOR_BYTES), "Classifier.on_end_val_epoch")
+    collector = EpochOutputs(3 * (400 + TENSOR_BYTES), "Classifier.on_end_val_epoch", None)
     for _ in range(3):
-        collector.append((torch.ones(100),))
+        append(collector, torch.ones(100))
     with pytest.raises(EpochOutputsTooLarge) as caught:
-        collector.append((torch.ones(100),))
+        append(collector, torch.ones(100))
     for part in (
         "Classifier.on_end_val_epoch",
         "exceed 2,928 bytes",
@@ -36,23 +43,23 @@ def test_outputs_beyond_the_limit_raise_an_error_with_a_fix() -> None:
     ):
         assert part in str(caught.value)
     assert collector.steps == 3
-    assert collector.collate()[0].shape == (300,)
+    assert collector.collated()[0].shape == (300,)
 
 
 def test_a_single_step_can_be_too_much() -> None:
-    collector = OutputCollector(1000, "M.on_end_train_epoch")
+    collector = EpochOutputs(1000, "M.on_end_train_epoch", None)
     with pytest.raises(MemoryError):
-        collector.append((torch.ones(1000),))
-    assert (collector.steps, collector.nbytes, collector.collate()) == (0, 0, ())
+        append(collector, torch.ones(1000))
+    assert (collector.steps, collector.nbytes, collector.collated()) == (0, 0, ())
 
 
 def test_pythons_share_of_many_small_tensors_counts() -> None:
     """The limit counts memory: a scalar loss takes far more than its four bytes."""
-    collector = OutputCollector(10 * TENSOR_BYTES, "M.on_end_train_epoch")
+    collector = EpochOutputs(10 * TENSOR_BYTES, "M.on_end_train_epoch", None)
     for _ in range(9):
-        collector.append((torch.ones(()),))
+        append(collector, torch.ones(()))
     with pytest.raises(EpochOutputsTooLarge):
-        collector.append((torch.ones(()),))
+        append(collector, torch.ones(()))
 
 
 # --------------------------------------------------------------------------------------------- collating
@@ -96,7 +103,7 @@ def test_steps_with_fewer_outputs_leave_gaps() -> None:
 def test_no_outputs_collate_to_an_empty_tuple() -> None:
     assert collate_outputs([]) == ()
     assert collate_outputs([(), ()]) == ()
-    assert OutputCollector(10, "x").collate() == ()
+    assert EpochOutputs(10, "x", None).collated() == ()
 
 
 def test_a_single_step_is_not_copied() -> None:
@@ -108,11 +115,11 @@ def test_a_single_step_is_not_copied() -> None:
 
 
 def _through_collector(batches: list[tuple[Any, ...]], notice: Any = None) -> tuple[Any, ...]:
-    collector = OutputCollector(2**30, "test")
+    collector = EpochOutputs(2**30, "test", notice)
     for batch in batches:
-        collector.append(batch)
+        append(collector, *batch)
     assert collector.steps == len(batches)
-    collated = collector.collate(notice)
+    collated = collector.collated()
     assert (collector.steps, collector.nbytes) == (0, 0)
     return collated
 
@@ -156,31 +163,31 @@ def test_any_outputs_collate_position_by_position(batches: list[tuple[Any, ...]]
 
 def test_pieces_are_released_while_collating() -> None:
     """The pieces of one position are released before the next position is collated."""
-    collector = OutputCollector(2**20, "test")
+    seen: list[bool] = []
+    collector = EpochOutputs(2**20, "test", lambda text: seen.append(any(ref() is not None for ref in alive)))
     pieces = [torch.ones(4), torch.ones(4)]
     alive = [weakref.ref(piece) for piece in pieces]
     for piece in pieces:
-        collector.append((piece, "text"))
+        append(collector, piece, "text")
     del piece, pieces
     gc.collect()
-    seen: list[bool] = []
-    collector.collate(lambda text: seen.append(any(ref() is not None for ref in alive)))
+    collector.collated()
     assert seen == [False]
 
 
 def test_appending_costs_the_same_whatever_was_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Appending counts the bytes of the new outputs and copies nothing."""
     counted = []
-    monkeypatch.setattr(trainer.hooks.collate, "nbytes", lambda outputs: counted.append(outputs) or nbytes(outputs))
+    monkeypatch.setattr(trainer.hooks.capture, "nbytes", lambda outputs: counted.append(outputs) or nbytes(outputs))
     steps = [(torch.ones(2), torch.ones(())) for _ in range(50)]
-    collector = OutputCollector(2**30, "test")
+    collector = EpochOutputs(2**30, "test", None)
     with TorchCalls() as calls:
         for outputs in steps:
-            collector.append(outputs)
+            collector.append(Copy(outputs, 0))
     assert calls.names <= {"element_size", "numel"}
-    whole = [outputs for outputs in counted if isinstance(outputs, tuple)]  # beside the parts of each
+    whole = [outputs for outputs in counted if isinstance(outputs, tuple)]  # without the parts of each
     assert all(one is other for one, other in zip(whole, steps, strict=True))
-    assert torch.equal(collector.collate()[0], torch.ones(100))
+    assert torch.equal(collector.collated()[0], torch.ones(100))
 
 
 class TorchCalls(TorchFunctionMode):

@@ -19,7 +19,7 @@ from events.messages import CheckpointRejected
 from trainer.callbacks import EMA, EarlyStopping
 from trainer.data.rng import capture_rng, restore_rng
 from trainer.data.tensors import clone_tensors
-from trainer.hooks.collate import OutputCollector
+from trainer.hooks.capture import EpochOutputs
 from trainer.hooks.readback import DeviceReadback
 from trainer.loop.checkpointing import Checkpointing
 from trainer.loop.optimization import Optimization
@@ -431,7 +431,7 @@ def test_readings_that_are_not_numbers_are_damage(crafted: Any) -> None:
 )
 def test_outputs_that_are_not_of_the_epochs_steps_are_damage(crafted: Any) -> None:
     with pytest.raises(CheckpointDamaged, match="the checkpoint's outputs"):
-        OutputCollector(10**6, "a hook").restore(crafted)
+        EpochOutputs(10**6, "a hook", None).restore(crafted)
 
 
 @pytest.mark.parametrize("crafted", [{"best": "x"}, {"waited": None}])
@@ -454,7 +454,7 @@ def test_a_tensor_that_occurs_often_is_copied_once() -> None:
 def test_outputs_that_share_a_tensor_are_restored_in_the_memory_of_one() -> None:
     rows = torch.zeros(6, 2)
     columns: list[dict[str, Any]] = [{"joined": rows, "rows": [3, 3]}, {"values": [rows, rows], "there": [True] * 2}]
-    collector = OutputCollector(10**6, "a hook")
+    collector = EpochOutputs(10**6, "a hook", None)
     collector.restore({"steps": 2, "nbytes": 1, "columns": columns * 50})
     memory = {part.untyped_storage().data_ptr() for column in collector._columns for part in column}
     assert len(memory) == 1

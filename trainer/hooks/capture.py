@@ -11,10 +11,21 @@ import torch
 
 from events.bus.backlog import Published
 from events.checkpoint.snapshot import Part
+from events.errors import CheckpointDamaged
 from trainer.data.tensor_state import part_of
-from trainer.data.tensors import map_tensors
+from trainer.data.tensors import clone_tensors, map_tensors
 from trainer.errors import EpochOutputsTooLarge
-from trainer.hooks.collate import Notice, OutputCollector, Outputs, collate_outputs
+from trainer.hooks.collate import (
+    MISSING,
+    TENSOR_BYTES,
+    Notice,
+    Outputs,
+    collate_columns,
+    collate_outputs,
+    nbytes,
+    pack_column,
+    unpack_column,
+)
 
 
 class Capture:
@@ -169,9 +180,13 @@ def collate_steps(batch: Sequence[Published]) -> dict[int, tuple[torch.Tensor, .
 
 
 class EpochOutputs:
-    """The outputs of an epoch's steps for a hook at its end. Filled on the loop's thread.
+    """Keeps the outputs of an epoch's steps for a hook at its end, up to a limit. Filled on the loop's thread.
 
     Args:
+        limit_bytes: Maximum bytes per epoch, including Python's overhead per tensor. `collated` temporarily needs the
+            memory of its largest position a second time.
+        owner: The hook, for the message: ``"Classifier.on_end_val_epoch"``.
+        notice: Called once for each position that becomes a list, with the reason.
         on_too_large: Called when the outputs exceed their limit; unless it raises, these and all later outputs of the
             epoch are dropped. None: `append` raises.
     """
@@ -180,15 +195,23 @@ class EpochOutputs:
         self,
         limit_bytes: int,
         owner: str,
-        notice: Notice,
+        notice: Notice | None,
         on_too_large: Callable[[EpochOutputsTooLarge], None] | None = None,
     ) -> None:
-        self._collector: OutputCollector | None = OutputCollector(limit_bytes, owner)
+        self._limit_bytes = limit_bytes
+        self._owner = owner
         self._notice = notice
         self._on_too_large = on_too_large
         self._lock = threading.Lock()
+        self._columns: list[list[object]] = []
+        """The outputs of each position, by step."""
         self._last: Copy | None = None
+        self._is_dropped = False
         self._collated: Outputs | None = None
+        self.steps = 0
+        """Number of steps whose outputs are kept."""
+        self.nbytes = 0
+        """Bytes kept so far."""
         self.shared = False
         """Whether several observers receive them; set at the epoch's end."""
 
@@ -197,50 +220,76 @@ class EpochOutputs:
 
         Raises:
             EpochOutputsTooLarge: The outputs exceed their limit, and there is no ``on_too_large``, or it raised.
+                Earlier outputs are kept.
         """
-        if self._collector is None:
+        if self._is_dropped:
             return
-        try:
-            self._collector.append(copy.values)
-        except EpochOutputsTooLarge as error:
+        values = copy.values
+        size = nbytes(values) + TENSOR_BYTES * len(values)
+        if self.nbytes + size > self._limit_bytes:
+            error = EpochOutputsTooLarge(
+                f"the outputs for {self._owner} at the end of the epoch exceed {self._limit_bytes:,} bytes:"
+                f" {self.nbytes:,} after {self.steps:,} steps, and the next one adds {size:,}; return less from the"
+                f" step (predictions instead of logits), or raise epoch_outputs_limit_bytes"
+            )
             if self._on_too_large is None:
-                raise
+                raise error
             self._on_too_large(error)
-            self._collector = self._last = None
-        if copy.arrived is not None and self._collector is not None:
+            self._is_dropped, self._last = True, None
+            self._take_columns()
+            return
+        for _ in range(len(self._columns), len(values)):  # at the first step; later only where outputs vary
+            self._columns.append([MISSING] * self.steps)
+        for position, column in enumerate(self._columns):
+            column.append(values[position] if position < len(values) else MISSING)
+        self.steps += 1
+        self.nbytes += size
+        if copy.arrived is not None:
             self._last = copy
 
     def part(self) -> Callable[[], Part]:
-        """Return a function that builds the current state for a checkpoint, perhaps later and on another thread."""
-        collector, last = self._collector, self._last
-        kept = collector.kept() if collector is not None else None
+        """Return a function that builds the current state for a checkpoint, perhaps later and on another thread.
+
+        Nothing is copied here, because later steps are only appended, and collating does not change a column.
+        """
+        columns, steps, size, last = list(self._columns), self.steps, self.nbytes, self._last
+        is_dropped = self._is_dropped
 
         def make() -> Part:
+            if is_dropped:
+                return part_of(None)
             if last is not None:
                 last.wait()  # the copies before it went through the same stream
-            return part_of(kept() if kept is not None else None)
+            return part_of({"steps": steps, "nbytes": size, "columns": [pack_column(one[:steps]) for one in columns]})
 
         return make
 
-    def restore(self, kept: Mapping[str, object] | None) -> None:
-        """Restore the state from a checkpoint."""
-        if self._collector is not None and kept is not None:
-            self._collector.restore(kept)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept so far."""
-        return self._collector.nbytes if self._collector is not None else 0
+    def restore(self, kept: Mapping[str, Any] | None) -> None:
+        """Restore the state from a checkpoint, in memory of its own. Raises `CheckpointDamaged`."""
+        if kept is None:
+            return
+        try:
+            columns = [unpack_column(column) for column in clone_tensors(kept["columns"])]
+            self.steps, self.nbytes = int(kept["steps"]), max(0, int(kept["nbytes"]))
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointDamaged(f"the checkpoint's outputs cannot be restored: {error!r:.300}") from error
+        if any(len(column) != self.steps for column in columns):
+            raise CheckpointDamaged("the checkpoint's outputs are not those of its steps; load an older checkpoint")
+        self._columns = columns
 
     def collated(self) -> Outputs:
-        """As `StepOutputs.collated`."""
+        """As `StepOutputs.collated`; the memory of each position is released on the way."""
         with self._lock:
             if self._collated is None:
                 if self._last is not None:
                     self._last.wait()  # the copies before it went through the same stream
                     self._last = None
-                self._collated = self._collector.collate(self._notice) if self._collector is not None else ()
+                self._collated = collate_columns(self._take_columns(), self._notice)
         return _clones(self._collated) if self.shared else self._collated
+
+    def _take_columns(self) -> list[list[object]]:
+        columns, self._columns, self.steps, self.nbytes = self._columns, [], 0, 0
+        return columns
 
 
 def _clones(outputs: Outputs) -> Outputs:

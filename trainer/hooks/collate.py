@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from events.errors import CheckpointDamaged
-from trainer.data.tensors import clone_tensors, map_tensors
-from trainer.errors import EpochOutputsTooLarge, StepOutputError
+from trainer.data.tensors import map_tensors
+from trainer.errors import StepOutputError
 
 Outputs = tuple[object, ...]
 """The outputs of a step, or one collated value per output."""
@@ -21,7 +20,7 @@ TENSOR_BYTES = 576
 """Memory of a small host tensor without its elements (measured: 564): a million losses take more than 4 MB."""
 
 
-_MISSING = object()
+MISSING = object()
 """Placeholder for an output of a step that returned fewer outputs than others did."""
 
 
@@ -86,11 +85,11 @@ def collate_outputs(batches: Sequence[Outputs], notice: Notice | None = None) ->
         One value per position; an empty tuple without steps. The values of a single step are not copied.
     """
     width = max(map(len, batches), default=0)
-    columns = [[row[position] if position < len(row) else _MISSING for row in batches] for position in range(width)]
-    return _collate_columns(columns, notice)
+    columns = [[row[position] if position < len(row) else MISSING for row in batches] for position in range(width)]
+    return collate_columns(columns, notice)
 
 
-def _collate_columns(columns: list[list[object]], notice: Notice | None) -> Outputs:
+def collate_columns(columns: list[list[object]], notice: Notice | None) -> Outputs:
     """Collate each column and remove it from ``columns``, so that at most one is in memory twice."""
     collated: list[object] = []
     columns.reverse()
@@ -108,12 +107,12 @@ def _collate_column(values: list[object], position: int, notice: Notice | None) 
         return first if len(tensors) == 1 else torch.cat(tensors)
     if notice is not None:
         notice(f"output {position} of the step is kept as a list: {tensors}")
-    return [None if value is _MISSING else value for value in values]
+    return [None if value is MISSING else value for value in values]
 
 
 def _alike(values: list[object]) -> list[torch.Tensor] | str:
     """Return the values if they are tensors that can be concatenated or stacked, else the reason why not."""
-    if missing := sum(value is _MISSING for value in values):
+    if missing := sum(value is MISSING for value in values):
         return f"{missing} of the steps did not return it"
     tensors: list[torch.Tensor] = []
     for value in values:
@@ -132,85 +131,21 @@ def _alike(values: list[object]) -> list[torch.Tensor] | str:
     return tensors
 
 
-class OutputCollector:
-    """Keeps the outputs of an epoch for a hook at its end, up to a limit in bytes.
-
-    Appending takes constant time. Not thread-safe: one thread appends and collates.
-
-    Args:
-        limit_bytes: Maximum bytes per epoch, including Python's overhead per tensor. `collate` temporarily needs the
-            memory of its largest position a second time.
-        owner: The hook, for the message: ``"Classifier.on_end_val_epoch"``.
-    """
-
-    def __init__(self, limit_bytes: int, owner: str) -> None:
-        self._limit_bytes = limit_bytes
-        self._owner = owner
-        self._columns: list[list[object]] = []
-        self.steps = 0
-        """Number of steps whose outputs are kept."""
-        self.nbytes = 0
-        """Bytes of the kept outputs."""
-
-    def append(self, outputs: Sequence[object]) -> None:
-        """Keep the outputs of one step: detached host tensors that do not change any more.
-
-        Raises:
-            EpochOutputsTooLarge: They exceed the limit; they are not kept, but earlier outputs are.
-        """
-        size = nbytes(outputs) + TENSOR_BYTES * len(outputs)
-        if self.nbytes + size > self._limit_bytes:
-            raise EpochOutputsTooLarge(
-                f"the outputs for {self._owner} at the end of the epoch exceed {self._limit_bytes:,} bytes:"
-                f" {self.nbytes:,} after {self.steps:,} steps, and the next one adds {size:,}; return less from the"
-                f" step (predictions instead of logits), or raise epoch_outputs_limit_bytes"
-            )
-        for _ in range(len(self._columns), len(outputs)):  # at the first step; later only where outputs vary
-            self._columns.append([_MISSING] * self.steps)
-        for position, column in enumerate(self._columns):
-            column.append(outputs[position] if position < len(outputs) else _MISSING)
-        self.steps += 1
-        self.nbytes += size
-
-    def collate(self, notice: Notice | None = None) -> Outputs:
-        """Collate as `collate_outputs` does and clear; the memory of each position is released on the way."""
-        columns, self._columns, self.steps, self.nbytes = self._columns, [], 0, 0
-        return _collate_columns(columns, notice)
-
-    def kept(self) -> Callable[[], dict[str, object]]:
-        """Return a function that builds the current state; it may be called later, on any thread.
-
-        Nothing is copied here, because later steps are only appended, and collating does not change a column.
-        """
-        columns, steps, size = list(self._columns), self.steps, self.nbytes
-        return lambda: {"steps": steps, "nbytes": size, "columns": [_packed(column[:steps]) for column in columns]}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `kept` built, in memory of its own."""
-        try:
-            columns = [_unpacked(column) for column in clone_tensors(state["columns"])]
-            self.steps, self.nbytes = int(state["steps"]), max(0, int(state["nbytes"]))
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointDamaged(f"the checkpoint's outputs cannot be restored: {error!r:.300}") from error
-        if any(len(column) != self.steps for column in columns):
-            raise CheckpointDamaged("the checkpoint's outputs are not those of its steps; load an older checkpoint")
-        self._columns = columns
-
-
-def _packed(values: list[object]) -> dict[str, object]:
-    """Encode a column as few tensors, from which `_unpacked` restores it."""
+def pack_column(values: list[object]) -> dict[str, object]:
+    """Encode a column as few tensors, from which `unpack_column` restores it."""
     tensors = _alike(values) if values else ""
     if isinstance(tensors, str):
-        there = [value is not _MISSING for value in values]
-        return {"values": [None if value is _MISSING else value for value in values], "there": there}
+        there = [value is not MISSING for value in values]
+        return {"values": [None if value is MISSING else value for value in values], "there": there}
     if tensors[0].dim() == 0:
         return {"stacked": torch.stack(tensors)}
     return {"rows": [len(tensor) for tensor in tensors], "joined": torch.cat(tensors)}
 
 
-def _unpacked(column: Mapping[str, Any]) -> list[object]:
+def unpack_column(column: Mapping[str, Any]) -> list[object]:
+    """Restore the values of a column; raise the error of the first invalid one."""
     if "stacked" in column:
         return list(column["stacked"].unbind())
     if "joined" in column:
         return list(column["joined"].split(column["rows"]))
-    return [value if there else _MISSING for value, there in zip(column["values"], column["there"], strict=True)]
+    return [value if there else MISSING for value, there in zip(column["values"], column["there"], strict=True)]
