@@ -200,36 +200,22 @@ def test_a_forked_child_writes_its_own_warnings_and_publishes_none(tmp_path: Pat
     assert [line.split()[2] for line in shown.splitlines()] == ["here", "there"]
 
 
-def test_a_record_below_the_hosts_level_is_not_made(caplog: pytest.LogCaptureFixture) -> None:
-    """The standard library's levels rule."""
-    with caplog.at_level(logging.ERROR, logger="stagecast"):
-        logger.warning("too low")
-        logger.error("high enough")
-    assert caplog.messages == ["high enough"]
-
-
-def test_a_record_says_which_run_and_step_it_belongs_to(origin: Origin, caplog: pytest.LogCaptureFixture) -> None:
-    """As extra fields, with the step of the moment; the standard library's own fields are untouched."""
+def test_a_record_has_the_run_and_the_step_of_the_moment_unless_others_are_given(
+    origin: Origin, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As extra fields; the standard library's own fields are untouched."""
     for origin.global_step in (4, 5):
         logger.warning("100% slow", wait_s=1.5)
-    first, second = caplog.records
-    assert (first.name, first.levelname, first.getMessage()) == ("stagecast", "WARNING", "100% slow")
-    fields = ("run_id", "rank", "global_step", "wait_s")
-    assert [first.__dict__[name] for name in fields] == ["run-7", 3, 4, 1.5]
-    assert [second.__dict__[name] for name in fields] == ["run-7", 3, 5, 1.5]
-
-
-def test_a_record_outside_of_any_run_has_no_run(caplog: pytest.LogCaptureFixture) -> None:
-    """It does not claim to belong to one."""
-    logger.warning("before")
-    assert not hasattr(caplog.records[0], "run_id")
-
-
-def test_a_field_that_is_given_wins_over_that_of_the_run(origin: Origin, caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever writes about another step says so."""
     logger.warning("late", global_step=2)
-    assert caplog.records[0].__dict__["global_step"] == 2
-    assert caplog.records[0].__dict__["run_id"] == "run-7"
+    token = current_origin.set(None)
+    logger.warning("outside of any run")
+    current_origin.reset(token)
+    *records, outside = caplog.records
+    assert (records[0].name, records[0].levelname, records[0].getMessage()) == ("stagecast", "WARNING", "100% slow")
+    fields = ("run_id", "rank", "global_step", "wait_s")
+    found = [[vars(record).get(name) for name in fields] for record in records]
+    assert found == [["run-7", 3, 4, 1.5], ["run-7", 3, 5, 1.5], ["run-7", 3, 2, None]]
+    assert not hasattr(outside, "run_id")
 
 
 def test_names_that_a_record_has_itself_are_changed(origin: Origin, caplog: pytest.LogCaptureFixture) -> None:
@@ -242,23 +228,21 @@ def test_names_that_a_record_has_itself_are_changed(origin: Origin, caplog: pyte
     assert record["name"] == "stagecast"
 
 
-def test_an_exception_is_handed_to_the_standard_library(caplog: pytest.LogCaptureFixture) -> None:
-    """So that the host's handlers show, or send, its traceback."""
+def test_the_standard_library_gets_exceptions_and_decides_on_levels_whatever_structlog_is_configured_to(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     error = ValueError("cause")
-    logger.warning("failed", exc_info=error)
-    information = caplog.records[0].exc_info
-    assert information is not None
-    assert information[1] is error
-
-
-def test_the_hosts_structlog_configuration_does_not_apply(caplog: pytest.LogCaptureFixture) -> None:
-    """It may print, drop or render as it likes: our records go to the standard library."""
     try:
         structlog.configure(processors=[], logger_factory=structlog.ReturnLoggerFactory())
-        logger.warning("through")
+        with caplog.at_level(logging.ERROR, logger="stagecast"):
+            logger.warning("too low")
+            logger.error("high enough", exc_info=error)
     finally:
         structlog.reset_defaults()
-    assert caplog.messages == ["through"]
+    (record,) = caplog.records
+    assert record.getMessage() == "high enough"
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
 
 
 HOSTILE = "name\r\n2026-01-01 CRITICAL forged\x1b[2J\x9b1A\u2028\u202e\ud800 s3://user:pa/ss@host/x?token=abc"

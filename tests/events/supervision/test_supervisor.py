@@ -279,41 +279,29 @@ async def test_the_queue_follows_its_policy_during_an_outage(kit: Any, supervisi
     assert (reports["sink"].delivered, reports["sink"].dropped, reports["sink"].state) == (8, 93, "closed")
 
 
-async def test_a_callback_goes_on_at_the_hook_that_failed(kit: Any, supervising: Any) -> None:
-    """The hooks before it are not run again; those after it follow."""
+@pytest.mark.parametrize(
+    ("fails", "options", "recovered", "ran", "counts"),
+    [
+        ({3: 2}, {"retries": 2}, [2], [1, 2, 3, 3, 3, 4, 5], (5, 0)),
+        ({2: 1, 3: 1, 5: 1}, {"retries": 1}, [1, 1, 1], [1, 2, 2, 3, 3, 4, 5, 5], (5, 0)),
+        ({3: 1}, {"on_error": "disable"}, [], [1, 2, 3], (2, 3)),
+    ],
+    ids=["one hook", "different hooks", "disabled"],
+)
+async def test_a_callback_resumes_at_the_hook_that_failed(
+    kit: Any, supervising: Any, fails: dict[int, int], options: Any, recovered: list[int], ran: list[int], counts: Any
+) -> None:
+    """Hooks that returned are delivered and not repeated, and failures of different hooks do not add up."""
     async with supervising() as house:
-        hooks = kit.Hooks({3: [kit.fail, kit.fail]})
-        house.add(hooks, retries=2)
+        hooks = kit.Hooks({at: [kit.fail] * times for at, times in fails.items()})
+        house.add(hooks, **options)
         await house.start(publish=5)
-        assert (await house.until(ObserverRecovered)).failures == 2
-        reports = await house.drain()
-    assert hooks.ran == [1, 2, 3, 3, 3, 4, 5]
-    assert failures(house) == [("on_something", "retrying", 1)]
-    assert reports["sink"].delivered == 5
-
-
-async def test_failures_of_different_hooks_do_not_add_up(kit: Any, supervising: Any) -> None:
-    """How many retries each hook has does not depend on how many others are in its batch."""
-    async with supervising() as house:
-        hooks = kit.Hooks({at: [kit.fail] for at in (2, 3, 5)})
-        house.add(hooks, retries=1)
-        await house.start(publish=6)
-        counts = [(await house.until(ObserverRecovered)).failures for _ in range(3)]
-        reports = await house.drain()
-    assert counts == [1, 1, 1]
-    assert hooks.ran == [1, 2, 2, 3, 3, 4, 5, 5, 6]
-    assert failures(house) == [("on_something", "retrying", 1)] * 3
-    assert (reports["sink"].state, reports["sink"].delivered) == ("closed", 6)
-
-
-async def test_hooks_that_returned_count_as_delivered_when_the_next_one_is_given_up(kit: Any, supervising: Any) -> None:
-    """Of a batch that failed in the middle, the first part is delivered and the rest dropped."""
-    async with supervising() as house:
-        house.add(kit.Hooks({3: [kit.fail]}), on_error="disable")
-        await house.start(publish=5)
-        await house.until(ObserverFailed)
-        reports = await house.drain()
-    assert (reports["sink"].delivered, reports["sink"].dropped) == (2, 3)
+        assert [(await house.until(ObserverRecovered)).failures for _ in recovered] == recovered
+        if not recovered:
+            await house.until(ObserverFailed)
+        report = (await house.drain())["sink"]
+    assert (hooks.ran, (report.delivered, report.dropped)) == (ran, counts)
+    assert failures(house) == [("on_something", "retrying" if recovered else "disabled", 1)] * len(fails)
 
 
 @pytest.mark.parametrize("when", ["given up", "left by the drain"])

@@ -18,23 +18,38 @@ pytestmark = [pytest.mark.anyio, pytest.mark.both_event_loops]
 # ------------------------------------------------------------------------------------------------- hanging
 
 
-async def test_a_call_that_is_too_slow_and_succeeds_late_was_a_success(kit: Any, supervising: Any) -> None:
-    """It is announced as failed, and not made a second time: nothing arrives twice."""
+@pytest.mark.parametrize(
+    ("sink_type", "call", "then", "calls"),
+    [
+        ("plain", "write", "succeeds", ["open", "write", "close"]),
+        ("plain", "write", "fails", ["open", "write", "write", "close"]),
+        ("plain", "open", "succeeds", ["open", "write", "close"]),
+        ("async", "write", "succeeds", ["open", "write", "close"]),  # it shields itself from the cancellation
+        ("async", "write", "is cancelled", ["open", "write", "write", "close"]),
+        ("mixed", "write", "is cancelled", ["open", "write", "write", "close"]),
+    ],
+)
+async def test_a_call_that_exceeds_its_timeout_is_repeated_unless_it_succeeds_late(
+    kit: Any, supervising: Any, sink_type: str, call: str, then: str, calls: list[str]
+) -> None:
+    """`ObserverFailed` is published at once, but nothing arrives twice. A task, unlike a thread, can be cancelled."""
     async with supervising() as house:
-        gate = house.gate()
-        sink = kit.Scripted(write=[gate])
+        gate = house.gate(kit.fail if then == "fails" else lambda: None)
+        act = gate if sink_type == "plain" else lambda: gate.passed(shield=then != "is cancelled")
+        sink = kit.plain_async_mixed[sink_type](**{call: [act]})
         observer = house.add(sink, timeout_s=kit.SHORT_S, retries=1)
         await house.start(publish=2)
-        failed = await house.until(ObserverFailed)
-        await house.publish(2)
+        failed = await house.until(ObserverFailed, call)
         assert (failed.action, failed.failures) == ("retrying", 1)
         assert failed.error == "TimeoutError: no answer within 0.1 s"
-        assert observer.circuit == "open"
-        gate.open()
-        await house.until(ObserverRecovered)
+        if then != "is cancelled":
+            assert observer.circuit == "open"
+            assert sink.calls[-1] == call
+            gate.open()
+        assert (await house.until(ObserverRecovered)).failures == 1
         reports = await house.drain()
-    assert sink.got == [1, 2, 3, 4]
-    assert (reports["sink"].state, reports["sink"].delivered) == ("closed", 4)
+    assert (sink.calls, sink.got) == (calls, [1, 2])
+    assert (reports["sink"].state, reports["sink"].delivered) == ("closed", 2)
 
 
 async def test_a_batch_of_many_short_hooks_is_neither_slow_nor_hanging(kit: Any, supervising: Any) -> None:
@@ -61,67 +76,6 @@ async def test_a_hook_that_hangs_among_others_is_given_up(kit: Any, supervising:
         reports = await house.drain()
     assert hooks.ran == [1, 2, 3]
     assert (reports["sink"].delivered, reports["sink"].dropped) == (2, 3)
-
-
-async def test_a_call_that_is_too_slow_and_fails_late_is_made_again(kit: Any, supervising: Any) -> None:
-    """Once it cannot succeed any more."""
-    async with supervising() as house:
-        gate = house.gate(then=kit.fail)
-        sink = kit.Scripted(write=[gate])
-        house.add(sink, timeout_s=kit.SHORT_S, retries=1)
-        await house.start(publish=2)
-        await house.until(ObserverFailed)
-        assert sink.calls == ["open", "write"]
-        gate.open()
-        assert (await house.until(ObserverRecovered)).failures == 1
-        await house.drain()
-    assert sink.calls == ["open", "write", "write", "close"]
-    assert sink.got == [1, 2]
-
-
-async def test_an_open_that_succeeds_late_is_not_made_again(kit: Any, supervising: Any) -> None:
-    """A service that takes long to answer is connected to once."""
-    async with supervising() as house:
-        gate = house.gate()
-        sink = kit.Scripted(open=[gate])
-        house.add(sink, timeout_s=kit.SHORT_S, retries=1)
-        await house.start(publish=2)
-        await house.until(ObserverFailed, "open")
-        gate.open()
-        await house.until(ObserverRecovered)
-        await house.drain()
-    assert sink.calls == ["open", "write", "close"]
-
-
-@pytest.mark.parametrize("sink_type", ["async", "mixed"])
-async def test_an_async_call_that_is_too_slow_is_cancelled_and_made_again(
-    kit: Any, supervising: Any, sink_type: str
-) -> None:
-    """A task, unlike a thread, can be ended."""
-    async with supervising() as house:
-        sink = kit.plain_async_mixed[sink_type](write=[house.gate().passed])
-        house.add(sink, timeout_s=kit.SHORT_S, retries=1)
-        await house.start(publish=2)
-        assert (await house.until(ObserverFailed)).error.startswith("TimeoutError")
-        await house.until(ObserverRecovered)
-        await house.drain()
-    assert sink.calls == ["open", "write", "write", "close"]
-    assert sink.got == [1, 2]
-
-
-async def test_an_async_call_that_cannot_be_cancelled_may_succeed_late(kit: Any, supervising: Any) -> None:
-    """It is waited for like one on a thread."""
-    async with supervising() as house:
-        gate = house.gate()
-        sink = kit.AsyncScripted(write=[lambda: gate.passed(shield=True)])
-        house.add(sink, timeout_s=kit.SHORT_S, retries=1)
-        await house.start(publish=2)
-        await house.until(ObserverFailed)
-        gate.open()
-        await house.until(ObserverRecovered)
-        await house.drain()
-    assert sink.calls == ["open", "write", "close"]
-    assert sink.got == [1, 2]
 
 
 async def test_a_slow_call_is_announced_while_it_runs(kit: Any, supervising: Any) -> None:
