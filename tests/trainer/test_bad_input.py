@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import math
-import multiprocessing
 import os
 import re
 import types
@@ -665,21 +663,3 @@ def test_any_exception_of_a_hook_propagates_unchanged(lane: str, make: Callable[
 def test_an_invalid_delivery_is_refused_by_its_constructor(options: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Delivery(**options)
-
-
-@pytest.mark.parametrize("where", ["train_step", "val_step"])
-def test_a_failed_run_leaves_no_dataloader_workers(where: str) -> None:
-    def fail(net: Net, step: int, batch: Any) -> Any:
-        raise ValueError("boom")
-
-    def loader(net: Net, batch_size: int) -> Any:
-        dataset = torch.utils.data.TensorDataset(net.x, net.y)
-        return torch.utils.data.DataLoader(dataset, batch_size=8, num_workers=2)
-
-    gc.disable()
-    try:
-        outcome = train(Net(train_data=loader, val_data=loader, **{where: fail}))
-        assert isinstance(outcome.error, ValueError)
-        assert multiprocessing.active_children() == []
-    finally:
-        gc.enable()

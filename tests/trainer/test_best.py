@@ -117,7 +117,7 @@ def expected(plan: dict[str, Any]) -> tuple[list[tuple[int, float]], set[int]]:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans())
 @example(plan([0.4, 0.3, 0.2, 0.1], keep_best=4, best_mode="max"))  # fewer than k, and a bad one is the newest
-@example(plan([0.1, 0.4, 0.3, 0.2], keep_best=2))  # one that is no record enters
+@example(plan([0.1, 0.4, 0.3, 0.2], keep_best=2))  # a score that is not a record enters
 @example(plan([0.2, 0.4, 0.2, 0.3, 0.1], keep_best=2, ends=[2, 5], uploads=True))
 def test_a_checkpoint_is_taken_whenever_its_metric_enters_the_best_k_and_the_best_k_stay(plan: dict[str, Any]) -> None:
     """With ties, NaN, failures, skips, restarts and uploads; the result names the best checkpoint that stays."""

@@ -79,7 +79,7 @@ def test_without_check_finite_a_metric_that_is_not_finite_is_no_improvement(mode
     curve = [math.nan, math.inf, -math.inf, 2.0, math.nan, -math.inf, math.inf, 5.0]
     callback = EarlyStopping(mode=mode, patience=4, check_finite=False, target=0.0 if mode == "min" else 9.0)
     result = trained(curve, callback).result
-    # Three that are none, then the first that is one, and again three; the last is no improvement for "min" alone.
+    # Three values that are not finite, the first finite one, three again; the last one improves only with "max".
     assert callback.best == (2.0 if mode == "min" else 5.0)
     assert (result.status, result.global_step) == ("stopped" if mode == "min" else "finished", 8)
 

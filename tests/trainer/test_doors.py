@@ -411,7 +411,7 @@ async def test_a_module_is_claimed_before_anything_slow_is_done_with_it() -> Non
 
     class Own(Net):
         def to(self, *args: Any, **kwargs: Any) -> Any:
-            assert refused.wait(WAIT_S)  # the first one goes on when the second has failed
+            assert refused.wait(WAIT_S)  # the first one continues when the second has failed
             return super().to(*args, **kwargs)
 
     net = Own()

@@ -397,7 +397,7 @@ def test_inline_hooks_run_in_order_the_modules_first() -> None:
     assert names == ["on_begin_train_epoch", *step, *step, "on_end_val_epoch", "on_end_train_epoch", "on_end_train"]
 
 
-# ----------------------------------------------------------------------------------- what nobody overrides
+# ------------------------------------------------------------------------------------ hooks without an override
 
 
 class Copies(TorchDispatchMode):

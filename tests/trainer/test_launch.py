@@ -595,7 +595,7 @@ async def test_a_process_that_receives_nothing_is_killed_after_the_grace_period(
     arguments = {"epochs": FOREVER, "deed": "hold_interpreter", "stop_grace_s": 0.5, "workers": 2}
     with pytest.raises(Boom):
         async with launch("launched_jobs:build", arguments, run_dir=tmp_path / "run", cwd=tmp_path) as run:
-            await until_soon((tmp_path / "held").exists, "it does not come to its step")
+            await until_soon((tmp_path / "held").exists, "it does not reach its step")
             pid = (await anext(run.events(since=0, types=[RunStarted]))).pid
             raise Boom
     await until_soon(lambda: group(pid) == [], "a process is left")

@@ -250,7 +250,7 @@ def test_an_observer_that_keeps_the_interpreter_is_on_the_contention_row() -> No
     delivery = replace(CALLBACK_DELIVERY, latency_s=0.001)
     ledger = train(Own(rows=80), callbacks=[(Greedy(), delivery)], val_interval_epochs=0).result.ledger
     assert ledger.steps == 10
-    # Eight turns of 5 ms, on a machine that is idle: what other processes take of them is no contention.
+    # Eight turns of 5 ms, on a machine that is idle: the time of other processes is not contention.
     assert ledger.contention_s > 2 * sys.getswitchinterval()
     assert min(rows_of(ledger).values()) >= 0
 

@@ -158,7 +158,7 @@ def test_accumulated_steps_equal_those_of_the_whole_batch(rows: int) -> None:
     assert [e.loss for e in outcome.of(TrainStepEnded)] == pytest.approx([loss for loss, _ in pairs], rel=1e-12)
 
 
-def test_micro_batches_whose_rows_nobody_can_count_weigh_the_same() -> None:
+def test_micro_batches_without_countable_rows_weigh_the_same() -> None:
     net = Net(
         train_data=lambda net, batch_size: [1.0, 3.0, 5.0],
         train_step=lambda net, step, batch: net.linear.bias.sum() * 0 + batch,

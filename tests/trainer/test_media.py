@@ -212,7 +212,7 @@ def test_media_of_a_skipped_step_are_dropped(tmp_path: Path) -> None:
 
 
 class Slow(Drawn):
-    """A figure whose encoding waits until it may go on."""
+    """A figure whose encoding waits until it is released."""
 
     def __init__(self, go: threading.Event) -> None:
         self.go = go

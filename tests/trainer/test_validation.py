@@ -17,7 +17,6 @@ from events.messages import (
     RunEnded,
     TestEpochEnded,
     TestEpochStarted,
-    TrainStepEnded,
     ValEpochEnded,
     ValEpochStarted,
 )
@@ -275,13 +274,6 @@ def test_a_module_in_eval_mode_is_trained_in_train_mode() -> None:
     net = Net(train_step=step)
     train(net.eval())
     assert modes == [(True, True)] * 2
-
-
-def test_validation_changes_nothing_in_training() -> None:
-    def losses(**options: Any) -> list[float]:
-        return [e.loss for e in train(Net(), epochs=2, seed=1, **options).of(TrainStepEnded)]
-
-    assert losses(val_interval_steps=1) == losses(val_interval_epochs=0)
 
 
 # ------------------------------------------------------------------------------------------------ Trainer.test()
