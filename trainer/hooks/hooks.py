@@ -178,8 +178,7 @@ class CallbackHooks:
 
     def _inline_hook(self, callback: CallbackInterface, name: str) -> InlineHook | None:
         """An optional hook outside of the contract, which runs on the loop's thread."""
-        method: Hook | None = getattr(callback, name, None)
-        if not callable(method):
+        if not callable(method := getattr(callback, name, None)):
             return None
         if getattr(method, LANE_ATTRIBUTE, Lane.INLINE) is not Lane.INLINE:
             raise ArgumentsError(f"{self.name}.{name} runs only inline; remove its mark")
@@ -188,9 +187,7 @@ class CallbackHooks:
     def _optional(self, callback: CallbackInterface, name: str) -> Hook | None:
         """An optional method of callbacks outside of the contract; a module's method of that name is not called."""
         method: Hook | None = getattr(callback, name, None)
-        if not callable(method) or isinstance(callback, ModuleInterface):
-            return None
-        return method
+        return method if callable(method) and not isinstance(callback, ModuleInterface) else None
 
     def _state_key(self, callback: CallbackInterface) -> str:
         key = getattr(callback, "state_key", None)
