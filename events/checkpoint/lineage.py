@@ -117,6 +117,35 @@ class Lineage(abc.ABC):
                 scores[name] = found
         return scores
 
+    def expendable(
+        self, settings: Checkpoints, run_id: str, uploaded: Container[CheckpointName] | None = None
+    ) -> dict[CheckpointName, Manifest | None]:
+        """Return the checkpoints that retention deletes, in order, each with its manifest if that is readable.
+
+        Checkpoints of other runs do not count and are not deleted; nor is one whose manifest the disk cannot read now.
+
+        Args:
+            settings, uploaded: See `expendable`.
+        """
+        manifests: dict[CheckpointName, Manifest] = {}
+        others: set[CheckpointName] = set()
+        unread: set[CheckpointName] = set()
+        names = self.names() if settings.keep_last is not None else []
+        for name in names:
+            try:
+                manifests[name] = manifest = self.manifest(name)
+            except (CheckpointDamaged, CheckpointNotFound, CheckpointTooNew) as error:
+                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                    unread.add(name)
+            else:
+                if manifest.run_id != run_id:
+                    others.add(name)
+        scores = {name: one.metric for name, one in manifests.items() if one.metric is not None}
+        metrics = {name: score.value for name, score in scores.items() if score.name == settings.best}
+        line, own = ([name for name in some if name not in others] for some in (self.line(), names))
+        going = expendable(settings, line, own, metrics, uploaded)
+        return {name: manifests.get(name) for name in going if name not in unread}
+
 
 def line_of(
     names: Iterable[CheckpointName],

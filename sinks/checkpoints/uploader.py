@@ -6,20 +6,19 @@ dropped events do not matter, and checkpoints of earlier attempts are uploaded, 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from events.bus.backlog import Published
-from events.checkpoint.lineage import AttemptNote, Lineage, by_age, expendable
-from events.checkpoint.manifest import CheckpointName, Metric
+from events.checkpoint.lineage import AttemptNote, by_age
+from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.objects import Limits
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.store import CheckpointStore, Upload
-from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew, UploadError
+from events.errors import CheckpointDamaged, CheckpointError, CheckpointTooNew, UploadError
 from events.log import logger
 from events.messages import (
     CheckpointDeleted,
@@ -98,7 +97,6 @@ class CheckpointUploader:
         self._ready = False
         self._untidy: CheckpointName | None = None  # the last upload since which the store was not tidied
         self._damaged: set[CheckpointName] = set()  # local ones that can never be uploaded
-        self._metrics: dict[CheckpointName, Metric | None] = {}
         self._failures = {"upload": 0, "delete": 0}  # in a row
         self._noted: dict[int, AttemptNote] = {}
         self._reported_at = 0.0
@@ -196,21 +194,10 @@ class CheckpointUploader:
 
     def left(self) -> list[CheckpointName]:
         """The checkpoints to upload: the newest, and others that retention keeps. Waits for the disk; any thread."""
-        done = {*self._expendable(self._store), *self._damaged, *self._store.uploaded_to(self._remote.url)}
-        return [name for name in reversed(by_age(self._store.line(), self._store.names())) if name not in done]
-
-    def _expendable(self, store: Lineage) -> list[CheckpointName]:
-        """The checkpoints of a store that retention deletes."""
-        names, settings = store.names(), self._settings
-        if settings.best is not None and settings.keep_best:
-            for name in names:
-                if name not in self._metrics:
-                    with contextlib.suppress(CheckpointNotFound, CheckpointDamaged, CheckpointTooNew):
-                        self._metrics[name] = store.manifest(name).metric
-        scores = {
-            name: score.value for name in names if (score := self._metrics.get(name)) and score.name == settings.best
-        }
-        return expendable(settings, store.line(), names, scores, None)
+        store = self._store
+        going = store.expendable(self._settings, self._origin.run_id)
+        done = {*going, *self._damaged, *store.uploaded_to(self._remote.url)}
+        return [name for name in reversed(by_age(store.line(), store.names())) if name not in done]
 
     # --------------------------------------------------------------------------------------------- uploading
 
@@ -297,7 +284,7 @@ class CheckpointUploader:
             if self._is_anothers():  # it may have started meanwhile
                 return
             self._remote.reap(keep=set(self.left()))
-            for name in self._expendable(self._remote):
+            for name in self._remote.expendable(self._settings, self._origin.run_id):
                 if self._abandoned.is_set():
                     return
                 self._remote.remove(name)

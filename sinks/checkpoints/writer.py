@@ -8,13 +8,13 @@ from pathlib import Path
 
 from events.bus.backlog import Published
 from events.checkpoint import disk, packing
-from events.checkpoint.lineage import expendable, ranked
+from events.checkpoint.lineage import ranked
 from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import Part, Snapshot
 from events.checkpoint.store import WEIGHTS_NAME, CheckpointStore
 from events.checkpoint.tensor_file import lay_out
-from events.errors import CheckpointError, CheckpointsFailing
+from events.errors import CheckpointsFailing
 from events.log import logger
 from events.messages import (
     CheckpointDeleted,
@@ -236,15 +236,17 @@ class CheckpointWriter:
         """Delete expendable checkpoints. Any thread: the uploader calls it, too."""
         with self._store.lock:
             try:
-                going = self._expendable()
+                uploaded = self._store.uploaded_to(self._url) if self._url is not None else None
+                going = self._store.expendable(self._settings, self._origin.run_id, uploaded)
+                left = self._undeleted - {*self._store.names()}  # their names were removed, but not their files
             except OSError as error:  # the folder cannot be read: nothing is deleted, and saved checkpoints stay
                 self._publish(
                     CheckpointFailed(*self._origin.header(), checkpoint="", error=describe(error), during="delete")
                 )
                 logger.warning(f"no checkpoint is deleted from {self._store.folder}: {describe(error)}", published=True)
                 return
-            for name, manifest in going.items():
-                self._delete(name, manifest)
+            for name in [*sorted(left), *going]:
+                self._delete(name, going.get(name))
             if self._ended and going:  # after an upload, which may have kept the best one until now
                 self._find_best()
 
@@ -259,37 +261,6 @@ class CheckpointWriter:
             return
         best = next(iter(ranked(scores, settings.best_mode)), None)
         self.best = (store.path(best), scores[best].value) if best is not None else None
-
-    def _expendable(self) -> dict[CheckpointName, Manifest | None]:
-        """The checkpoints to delete, with their manifests if readable; includes earlier failed deletions."""
-        settings, store = self._settings, self._store
-        names = store.names()
-        metrics: dict[CheckpointName, float] = {}
-        manifests: dict[CheckpointName, Manifest] = {}
-        unread: set[CheckpointName] = set()  # with an unknown metric: kept until their manifest is readable
-        others: set[CheckpointName] = set()  # of another run, copied into the folder: never deleted
-        for name in names:
-            try:
-                manifest = manifests[name] = store.manifest(name)
-            except CheckpointError as error:
-                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-                    unread.add(name)
-            else:
-                if manifest.run_id != self._origin.run_id:
-                    others.add(name)
-                    continue
-                if manifest.metric is not None and manifest.metric.name == settings.best:  # and is finite
-                    metrics[name] = manifest.metric.value
-        going = expendable(
-            settings,
-            [name for name in store.line() if name not in others],
-            [name for name in names if name not in others],
-            metrics,
-            store.uploaded_to(self._url) if self._url is not None else None,
-        )
-        # A checkpoint whose name was removed, but not its files, is not among the names any more.
-        left = sorted(self._undeleted - {*names})
-        return {name: manifests.get(name) for name in [*left, *going] if name not in unread}
 
     def without_uploads(self) -> None:
         """Stop waiting for uploads before a deletion, because there will be none. Any thread."""
