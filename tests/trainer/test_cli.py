@@ -45,6 +45,8 @@ COMMANDS = [
         ("demo --seed 1_0", "--seed: '1_0' is not an integer >= 0"),
         ("demo --seed ³", "--seed: '³' is not an integer >= 0"),
         ("demo --steps", "--steps: expected one argument"),
+        (f"demo --device cpu --seed {10**30}", "demo: error: TrainerArguments: seed = 1000000"),
+        (f"demo --seed {'9' * 5_000}", "--seed: invalid integer value: '999"),
         ("demo --device cuda:99", "demo: error: "),
         ("train", "arguments are required: FILE"),
         ("train run.yaml --chek", "--chek is not an option; did you mean --check?"),

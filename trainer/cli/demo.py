@@ -24,6 +24,7 @@ def demo(steps: int | None, device: str, seed: int, run_dir: str | None) -> int:
     chosen = resolve_device(device)
     text = load_text()
     size = size_for(chosen)
+    arguments = arguments_for(size, chosen, steps=steps, seed=seed)
     torch.manual_seed(seed)
     module = CharLM(text, size)
     weights = sum(parameter.numel() for parameter in module.parameters())
@@ -36,7 +37,7 @@ def demo(steps: int | None, device: str, seed: int, run_dir: str | None) -> int:
     )
     stop: RunInterrupted | RunTerminated | None = None
     try:
-        result = Trainer(module, arguments_for(size, chosen, steps=steps, seed=seed), run_dir=run_dir).train()
+        result = Trainer(module, arguments, run_dir=run_dir).train()
     except (RunInterrupted, RunTerminated) as error:
         stop, result = error, error.result
     sample = module.write("def ", 400).expandtabs().rstrip().split("\n")

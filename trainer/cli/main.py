@@ -112,16 +112,15 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near}?" if near is not None else ""
 
 
-def _add(commands: _Commands, name: str, run: str, about: str, more: str = "", epilog: str | None = None) -> _Parser:
-    """Add a command.
+def _add(commands: _Commands, name: str, about: str, more: str = "") -> _Parser:
+    """Add a command. The function ``{name}.{name}`` runs it: it takes the options by name and returns the exit code.
 
     Args:
-        run: The function that runs it, as ``module.function``. It takes the options by name, and returns the exit code.
         about: One clause, for the list of commands and the first line of the help.
     """
     text = f"{about[0].upper()}{about[1:]}. {more}"
-    command: _Parser = commands.add_parser(name, help=about, description=text, epilog=epilog, allow_abbrev=False)
-    command.set_defaults(run=run)
+    command: _Parser = commands.add_parser(name, help=about, description=text, allow_abbrev=False)
+    command.set_defaults(run=f"{name}.{name}")
     return command
 
 
@@ -139,7 +138,6 @@ def _add_demo_and_train(commands: _Commands) -> None:
     demo = _add(
         commands,
         "demo",
-        "demo.demo",
         "train a small language model on the source of Python's standard library",
         "This takes about a minute on two CPU cores. Ctrl-C stops the run at its next step and prints the result.",
     )
@@ -150,7 +148,6 @@ def _add_demo_and_train(commands: _Commands) -> None:
     train = _add(
         commands,
         "train",
-        "train.train",
         "train the run that a file describes",
         "The file is YAML, TOML or JSON, and names the module, its arguments and the sinks. Ctrl-C stops the run at its"
         " next step, with a checkpoint.",
@@ -168,12 +165,11 @@ def _run_file_reference() -> str:
 
 
 def _add_checkpoints(commands: _Commands) -> None:
-    group = _add(commands, "checkpoints", "", "list, verify and export the checkpoints of a run")
+    group = _add(commands, "checkpoints", "list, verify and export the checkpoints of a run")
     actions = group.add_subparsers(title="actions", metavar="ACTION", required=True)
     shown = _add(
         actions,
         "list",
-        "checkpoints.show",
         "list checkpoints, newest first",
         "Only the sizes of files are checked, not their bytes (see verify). resume='auto' selects the checkpoint that"
         " 'resumes here'; those 'in line' are its ancestors; a resume from an earlier one has 'superseded' the others.",
@@ -181,14 +177,12 @@ def _add_checkpoints(commands: _Commands) -> None:
     verify = _add(
         actions,
         "verify",
-        "checkpoints.verify",
         "read every byte and compare it with the manifest's hash",
         "The exit code is 1 if a checkpoint is damaged.",
     )
     export = _add(
         actions,
         "export",
-        "export.export",
         "write the module's state dict to a safetensors file",
         "safetensors.torch.load_file returns the state dict. The checkpoint is verified, and the file is written"
         " atomically.",
@@ -200,6 +194,8 @@ def _add_checkpoints(commands: _Commands) -> None:
             help="a run folder, its folder of checkpoints, one checkpoint, or the run's address in a remote store"
             " (s3://bucket/prefix/RUN_ID, gs://, az://, file://)",
         )
+    shown.set_defaults(run="checkpoints.show")
+    verify.set_defaults(run="checkpoints.verify")
     shown.add_argument("--json", dest="as_json", action="store_true", help="print a JSON array, for scripts")
     verify.add_argument(
         "names", nargs="*", default=[], type=_checkpoint, metavar="NAME", help="such as step-500.a1 (default: all)"
@@ -215,14 +211,14 @@ def _add_readers(commands: _Commands) -> None:
     replay = _add(
         commands,
         "replay",
-        "replay.replay",
         "send the events of a run to sinks",
         "The events are read from the run's journal, for a sink such as a tracker that the run did not have or could"
         " not reach. Superseded steps are skipped. A running run is followed to its end. The exit code is 1 if a sink"
-        " did not receive every event, or if lines of the journal are damaged.",
-        "stagecast train --help lists the options of each sink. Lists and mappings are written in brackets or braces,"
-        " as in YAML: 'tags=[a, b]'.",
+        " did not receive every event, or if lines of the journal are damaged. stagecast train --help lists the options"
+        " of each sink. Lists and mappings are written in brackets or braces, as in YAML: 'tags=[a, b]'.",
     )
+    # argparse would write --to first, where it would take RUN for an option of a sink.
+    replay.usage = "stagecast replay [-h] RUN --to SINK [OPTION=VALUE ...] [--since SEQ]"
     replay.add_argument("run_dir", metavar="RUN", help="the run folder")
     replay.add_argument(
         "--to",
@@ -236,17 +232,15 @@ def _add_readers(commands: _Commands) -> None:
     watch = _add(
         commands,
         "watch",
-        "watch.watch",
         "show runs live in a browser",
-        "Serve a page that shows a run, or all runs in a folder, live or after their end. It reads their journals, so"
-        " it may be started and stopped at any time.",
-        "The printed link contains the token that clients need: that of the environment variable STAGECAST_TOKEN, or a"
-        " new one. Other machines are only served with STAGECAST_TOKEN.",
+        "The page shows a run, or all runs in a folder, live or after their end. The server reads their journals, so it"
+        " may be started and stopped at any time. The printed link contains the token that clients need: that of the"
+        " environment variable STAGECAST_TOKEN, or a new one. Other machines are only served with STAGECAST_TOKEN.",
     )
     watch.add_argument(
-        "folder", nargs="?", default="runs", metavar="FOLDER", help="a run folder, or one of runs (default: runs)"
+        "folder", nargs="?", default="runs", metavar="FOLDER", help="a run folder, or a folder of them (default: runs)"
     )
-    watch.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="of this machine (default: 127.0.0.1)")
+    watch.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1 (only this machine)")
     watch.add_argument(
         "--port", type=_at_least(0), default=8765, metavar="N", help="0 selects a free one (default: 8765)"
     )
@@ -263,7 +257,6 @@ def _add_readers(commands: _Commands) -> None:
     report = _add(
         commands,
         "report",
-        "report.report",
         "write a run's charts to one HTML file",
         "The file has the charts, checkpoints and log of the run. It needs no server and loads nothing from the"
         " network. Several runs are compared in one file.",
@@ -275,12 +268,12 @@ def _add_readers(commands: _Commands) -> None:
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
+    def integer(text: str) -> int:
         if not (text.isascii() and text.isdigit() and int(text) >= minimum):
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {minimum}")
         return int(text)
 
-    return parse
+    return integer
 
 
 def _checkpoint(text: str) -> CheckpointName:

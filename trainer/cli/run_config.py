@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _NAMES = {"module": "factory", "sinks": "sink", "callbacks": "callback"}
 """The option with the name of the factory or sink, by its key in the file."""
 _SWITCHES = ("checkpoints", "journal")
+_Kind = TypeVar("_Kind")
 
 
 class RunConfig(Strict, frozen=True, kw_only=True):
@@ -70,13 +71,6 @@ class RunConfig(Strict, frozen=True, kw_only=True):
     file."""
 
 
-class Prepared(NamedTuple):
-    """A run file's settings, and the trainer built from them."""
-
-    config: RunConfig
-    trainer: Trainer
-
-
 def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file strictly, without torch.
 
@@ -95,7 +89,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     return decode(RunConfig, values, source, known_problems=problems)
 
 
-def _expanded(config: Mapping[str, object]) -> dict[str, Any]:
+def _expanded(config: Mapping[str, object]) -> dict[str, object]:
     """Replace strings, and true, by mappings, so that overrides can name their options."""
     result = dict(config)
     for key, name in _NAMES.items():
@@ -110,7 +104,7 @@ def _expanded(config: Mapping[str, object]) -> dict[str, Any]:
     return result
 
 
-def prepare(config: RunConfig, source: str) -> Prepared:
+def prepare(config: RunConfig, source: str) -> Trainer:
     """Build the sinks, the module, the callbacks and the trainer. Imports torch, and calls the user's factories.
 
     The random generators are seeded before, if ``arguments.seed`` is set, because they initialise the weights.
@@ -123,7 +117,7 @@ def prepare(config: RunConfig, source: str) -> Prepared:
         BaseException: Exceptions of a factory propagate unchanged.
     """
     try:
-        return Prepared(config, _build(config))
+        return _build(config)
     except ArgumentsError as error:
         raise ArgumentsError(f"{source}: {error}") from error
 
@@ -135,25 +129,26 @@ def _build(config: RunConfig) -> Trainer:
     except ImportError as error:
         raise ArgumentsError(str(error)) from error
     problems: list[str] = []
-    sinks = None if config.sinks is None else _build_sinks(config.sinks, problems)
-    factory = _find("module", config.module, problems)
-    callbacks = [_find(f"callbacks.{number}", one, problems) for number, one in enumerate(config.callbacks)]
+    sinks = _each(_sink, {f"sinks.{number}": one for number, one in enumerate(config.sinks or [])}, problems)
+    callbacks = {f"callbacks.{number}": one for number, one in enumerate(config.callbacks)}
+    factories = _each(_find, {"module": config.module} | callbacks, problems)
     if problems:
         raise ArgumentsError("; ".join(problems))
 
     from trainer.data.rng import seed_everything
+    from trainer.module_interface import CallbackInterface, ModuleInterface
     from trainer.run.device import resolve_device
     from trainer.trainer import Trainer
 
     resolve_device(config.arguments.device)  # before a factory that may take long
     if config.arguments.seed is not None:
         seed_everything(config.arguments.seed)
-    module = _called(factory, {}, "ModuleInterface")
+    module = _called(factories[0], {}, ModuleInterface)  # type: ignore[type-abstract]  # of a subclass
     return Trainer(
         module,
         config.arguments,
-        callbacks=[_called(one, {"module": module}, "CallbackInterface") for one in callbacks],
-        sinks=sinks,
+        callbacks=[_called(one, {"module": module}, CallbackInterface) for one in factories[1:]],
+        sinks=sinks if config.sinks is not None else None,
         sinks_in=config.sinks_in,
         journal=config.journal,
         run_id=config.run_id,
@@ -167,62 +162,68 @@ def _build(config: RunConfig) -> Trainer:
 class _Factory(NamedTuple):
     """A factory of the user's, with its options."""
 
-    path: str
-    """Its path in the file."""
-    name: str
-    function: Callable[..., Any]
-    options: dict[str, Any]
+    where: str
+    """Its path in the file, and its name."""
+    function: Callable[..., object]
+    options: dict[str, object]
 
 
-def _build_sinks(described: list[dict[str, Any]], problems: list[str]) -> list[Sink]:
-    registry: Any = importlib.import_module("sinks.registry")
-    sinks = []
-    for number, options in enumerate(described):
-        name = options.get("sink")
-        if not isinstance(name, str):
-            problems.append(
-                f"sinks.{number}: the name, sink, is missing; installed are {', '.join(registry.sink_names())}"
-            )
-            continue
+def _each(
+    build: Callable[[str, Mapping[str, object]], _Kind],
+    described: Mapping[str, Mapping[str, object]],
+    problems: list[str],
+) -> list[_Kind]:
+    """Build from the options at each path in the file; add failures to ``problems``."""
+    built = []
+    for path, options in described.items():
         try:
-            sinks.append(registry.build_sink(name, {key: value for key, value in options.items() if key != "sink"}))
-        except (SinkMisconfigured, ValueError) as error:
-            problems.append(f"sinks.{number}: {error}")
-    return sinks
+            built.append(build(path, options))
+        except ArgumentsError as error:
+            problems.append(str(error))
+    return built
 
 
-def _find(path: str, options: dict[str, Any], problems: list[str]) -> _Factory | None:
-    """Import a factory of the user's; add failures to ``problems``."""
+def _sink(path: str, options: Mapping[str, object]) -> Sink:
+    from sinks.registry import build_sink, sink_names
+
+    name = options.get("sink")
+    if not isinstance(name, str):
+        raise ArgumentsError(f"{path}: the name, sink, is missing; installed are {', '.join(sink_names())}")
+    try:
+        return build_sink(name, _without(options, "sink"))
+    except (SinkMisconfigured, ValueError) as error:
+        raise ArgumentsError(f"{path}: {error}") from error
+
+
+def _find(path: str, options: Mapping[str, object]) -> _Factory:
+    """Import a factory of the user's."""
     option = _NAMES[path.partition(".")[0]]
     name = options.get(option)
-    where = f"{path}.{option}"
-    if not isinstance(name, str):
-        problems.append(f'{where}: must be text like "package.module:name"' + (f", not {name!r:.80}" if name else ""))
-        return None
-    package, colon, attribute = name.partition(":")
-    if not (package and colon and attribute):
-        problems.append(f'{where} = {name!r}: must look like "package.module:name"')
-        return None
+    where = f"{path}.{option} = {name!r:.80}"
+    package, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if not (package and attribute):
+        raise ArgumentsError(f'{where}: must look like "package.module:name"')
     try:
-        found: Any = importlib.import_module(package)
+        module = importlib.import_module(package)
     except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
-        problems.append(f"{where} = {name!r}: cannot import {package}: {_described(error, package)}")
-        return None
+        raise ArgumentsError(f"{where}: cannot import {package}: {_described(error, package)}") from error
     try:
-        found = operator.attrgetter(attribute)(found)
-    except AttributeError:
-        problems.append(f"{where} = {name!r}: {package} ({_file_of(package)}) has no {attribute}")
-        return None
+        found: object = operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        file = getattr(module, "__file__", None) or "which has no file"
+        raise ArgumentsError(f"{where}: {package} ({file}) has no {attribute}") from error
     if not callable(found):
-        problems.append(f"{where} = {name!r}: is {found!r:.80}, which cannot be called; name a function or a class")
-        return None
-    return _Factory(where, name, found, {key: value for key, value in options.items() if key != option})
+        raise ArgumentsError(f"{where}: is {found!r:.80}, which cannot be called; name a function or a class")
+    return _Factory(where, found, _without(options, option))
 
 
-def _called(factory: _Factory | None, offered: dict[str, Any], kind: str) -> Any:
+def _without(options: Mapping[str, object], name: str) -> dict[str, object]:
+    return {key: value for key, value in options.items() if key != name}
+
+
+def _called(factory: _Factory, offered: Mapping[str, object], kind: type[_Kind]) -> _Kind:
     """Call a factory with its options, and with those offered arguments that its signature names."""
-    assert factory is not None  # otherwise there was a problem
-    options, where = dict(factory.options), f"{factory.path} = {factory.name!r}"
+    where, options = factory.where, dict(factory.options)
     try:
         signature = inspect.signature(factory.function)
     except ValueError:  # written in C, without a signature
@@ -238,8 +239,8 @@ def _called(factory: _Factory | None, offered: dict[str, Any], kind: str) -> Any
         takes = signature.replace(return_annotation=signature.empty)
         raise ArgumentsError(f"{where}: {error}; it takes {takes}") from error
     built = factory.function(**options)
-    if not isinstance(built, getattr(importlib.import_module("trainer.module_interface"), kind)):
-        raise ArgumentsError(f"{where}: returned {built!r:.80}, which is not a {kind}")
+    if not isinstance(built, kind):
+        raise ArgumentsError(f"{where}: returned {built!r:.80}, which is not a {kind.__name__}")
     return built
 
 
@@ -253,7 +254,3 @@ def _described(error: BaseException, package: str) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     place = frames[-1] if frames and frames[-1].filename != __file__ else None
     return text if place is None else f"{text} ({place.filename}, line {place.lineno})"
-
-
-def _file_of(package: str) -> str:
-    return getattr(sys.modules.get(package), "__file__", None) or "which has no file"

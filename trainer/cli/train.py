@@ -6,6 +6,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,10 +16,13 @@ from events.field_docs import field_docs
 from events.journal.writer import Journal
 from events.protocol import RunResult
 from trainer.arguments import TrainerArguments
-from trainer.cli.run_config import Prepared, RunConfig, load_run_config, prepare
+from trainer.cli.run_config import RunConfig, load_run_config, prepare
 from trainer.cli.text import echo, show_exception
 from trainer.config import describe_type
 from trainer.errors import RunInterrupted, RunTerminated
+
+if TYPE_CHECKING:
+    from trainer.module_interface import ModuleInterface
 
 _INTRODUCTION = """\
 A file:
@@ -50,15 +54,16 @@ def train(file: str, overrides: Sequence[str], *, check: bool) -> int:
         CheckpointNotFound: There is no checkpoint to resume from.
         BaseException: Exceptions of `Trainer.train` and of the user's factories propagate.
     """
-    prepared = prepare(load_run_config(file, overrides), file)
+    config = load_run_config(file, overrides)
+    trainer = prepare(config, file)
     if check:
         from trainer.trainer import check_resume
 
-        check_resume(prepared.trainer)
-        _print_summary(file, prepared)
+        check_resume(trainer)
+        _print_summary(file, config, trainer.module)
         return 0
     try:
-        result = prepared.trainer.train()
+        result = trainer.train()
     except (RunInterrupted, RunTerminated) as stop:
         _print_result(stop.result)
         raise
@@ -80,8 +85,7 @@ def _print_result(result: RunResult) -> None:
         echo(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
 
 
-def _print_summary(file: str, prepared: Prepared) -> None:
-    module, config = prepared.trainer.module, prepared.config
+def _print_summary(file: str, config: RunConfig, module: ModuleInterface) -> None:
     weights = sum(parameter.numel() for parameter in module.parameters())
     sinks = ["console"] if config.sinks is None else [one["sink"] for one in config.sinks]
     echo(
