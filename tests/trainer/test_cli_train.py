@@ -352,7 +352,7 @@ def test_a_check_builds_everything_and_trains_nothing(stagecast: Stagecast, fold
     assert out.splitlines() == [
         "run.yaml is valid; nothing was trained.",
         "module:     jobs.line.Line, 7 parameters",
-        "steps:      32 rows each, in 4 of 8",
+        "steps:      32 rows each, in micro-batches of 8",
         "sinks:      memory",
         "callbacks:  jobs.line:Sample",
     ]

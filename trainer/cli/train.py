@@ -91,7 +91,7 @@ def _print_summary(file: str, config: RunConfig, module: ModuleInterface) -> Non
     echo(
         f"{file} is valid; nothing was trained.",
         f"module:     {type(module).__module__}.{type(module).__qualname__}, {weights:,} parameters",
-        f"steps:      {config.arguments.train_batch_size} rows each, in {config.arguments.accumulation_steps} of"
+        f"steps:      {config.arguments.train_batch_size} rows each, in micro-batches of"
         f" {config.arguments.micro_batch_size}",
         f"sinks:      {', '.join(sinks) or 'none'}",
         f"callbacks:  {', '.join(one['callback'] for one in config.callbacks) or 'none'}",
