@@ -40,7 +40,7 @@ METHODS: Mapping[str, str] = _inverted(
             "on_validation_epoch_end on_validation_end on_validation_batch_end on_val_epoch_end validation_epoch_end "
             "validation_step_end on_evaluate after_validate eval_end"
         ),
-        "Trainer.test() returns the outputs": "on_test_end on_test_epoch_end test_epoch_end",
+        "on_end_test_epoch": "on_test_end on_test_epoch_end test_epoch_end",
         "on_end_backward": "on_before_backward on_after_backward on_substep_end after_backward",
         "get_state of a module and state_dict of a callback": "on_save_checkpoint",
         "update_state of a module and load_state_dict of a callback": "on_load_checkpoint",
@@ -100,8 +100,7 @@ TRAIN_ARGUMENTS: Mapping[str, str] = _inverted(
 
 TRAINER_METHODS: Mapping[str, str] = {
     "fit": "build Trainer(module, arguments) and call train()",
-    "validate": "train() validates; val_interval_epochs and val_interval_steps of TrainerArguments choose when",
-    "evaluate": "train() validates; call test() for the test data",
+    "evaluate": "call validate(), or test() for the test data",
     "predict": "call test(), which returns the outputs of test_step",
     "resume_from_checkpoint": "build Trainer(..., resume=path) and call train()",
     "save_checkpoint": "give the Trainer checkpoints=Checkpoints(...), or await run.checkpoint() inside Trainer.run()",

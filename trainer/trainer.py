@@ -27,7 +27,7 @@ from trainer.arguments import TrainerArguments, trainer_aliases
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.checkpoint.resume import CheckpointPlan
 from trainer.errors import ArgumentsError, RunInterrupted, RunTerminated
-from trainer.loop.attempt import TaskName
+from trainer.hooks.hooks import TaskName
 from trainer.loop.control import Control
 from trainer.module_interface import ModuleInterface
 from trainer.peers import TRAIN_ARGUMENTS, TRAINER_METHODS
@@ -168,6 +168,24 @@ class Trainer:
         return self._run_here("train")[1]
 
     @refusing(TRAIN_ARGUMENTS)
+    def validate(self) -> dict[str, float]:
+        """Run one validation over the dataloaders of `ModuleInterface.get_val_dataloaders`, as `train` runs training.
+
+        The validation hooks of the module and the callbacks run; nothing is judged, and no checkpoint is taken. With
+        ``resume`` or ``init_from``, the weights are those of that checkpoint: ``resume="best"`` validates the best one.
+
+        Returns:
+            The metrics by name: ``val_loss``, and all that was logged; those of a dataloader with a key end with it.
+
+        Raises:
+            ContractError: the module has no validation dataloaders.
+            StagecastError: the validation was stopped before its end.
+            RunInterrupted: a SIGINT stopped it, as for `train`.
+            RunTerminated: a SIGTERM stopped it.
+        """
+        return _whole("validation", self._run_here("validate")[1]).metrics
+
+    @refusing(TRAIN_ARGUMENTS)
     def test(self) -> dict[str, tuple[Any, ...]]:
         """Run the test stage over every dataloader of `ModuleInterface.get_test_dataloaders`, as `train` runs training.
 
@@ -182,8 +200,7 @@ class Trainer:
             RunTerminated: a SIGTERM stopped it.
         """
         session, result = self._run_here("test")
-        if result.status != "finished":
-            raise RunCancelled(f"the test was {result.status} before its end ({result.reason})")
+        _whole("test", result)
         return session.loop.task.outputs
 
     @refusing(TRAIN_ARGUMENTS)
@@ -296,6 +313,12 @@ class Trainer:
                 sinks_in=self._sinks_in,
                 config=self._config,
             )
+
+
+def _whole(what: str, result: RunResult) -> RunResult:
+    if result.status != "finished":
+        raise RunCancelled(f"the {what} was {result.status} before its end ({result.reason})")
+    return result
 
 
 relocating: ContextVar[bool] = ContextVar("stagecast_relocating", default=False)

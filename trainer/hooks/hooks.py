@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -31,6 +31,8 @@ from trainer.hooks.signatures import clear_error, takes_outputs
 from trainer.module_interface import ModuleInterface
 from trainer.peers import hint_for
 
+TaskName = Literal["train", "validate", "test"]
+
 Hook = Callable[..., object]
 _Hook = TypeVar("_Hook", bound=Hook)
 
@@ -43,6 +45,13 @@ EVENT_OF_HOOK: dict[str, type[Event]] = {
     "on_end_train": RunEnded,
 }
 """Every hook of the contract and its event."""
+
+HOOKS_OF_TASK: dict[TaskName, frozenset[str]] = {
+    "train": frozenset({*EVENT_OF_HOOK, "on_begin_val_epoch", "on_before_optimizer_step"}),
+    "validate": frozenset({"on_begin_val_epoch", "on_end_val_epoch"}),
+    "test": frozenset({"on_end_test_epoch"}),
+}
+"""The hooks that are called, by task."""
 
 _HOOK_OF_EVENT = {kind: name for name, kind in EVENT_OF_HOOK.items()}
 
@@ -121,11 +130,16 @@ class InlineHook(NamedTuple):
 class CallbackHooks:
     """One callback's hooks, sorted by lane.
 
+    Args:
+        hooks: Names of those that the task calls.
+
     Raises:
         ArgumentsError: A hook that runs only inline has another mark, or its ``state_key`` is not a string.
     """
 
-    def __init__(self, callback: CallbackInterface, delivery: Delivery | None) -> None:
+    def __init__(
+        self, callback: CallbackInterface, delivery: Delivery | None, hooks: frozenset[str] = HOOKS_OF_TASK["train"]
+    ) -> None:
         self.callback = callback
         self.name = self.kind
         self.delivery = delivery or CALLBACK_DELIVERY
@@ -149,12 +163,15 @@ class CallbackHooks:
         """The metric without which ``should_stop`` is not called."""
         self.bind_optimizers = self._optional(callback, "bind_optimizers")
         """Called with the run's optimizers, once, on the loop's thread before the first step."""
-        self.before_step = self._inline_hook(callback, "on_before_optimizer_step")
-        self.begin_val = self._inline_hook(callback, "on_begin_val_epoch")
+        self.before_step = self._inline_hook(callback, "on_before_optimizer_step", hooks)
+        self.begin_val = self._inline_hook(callback, "on_begin_val_epoch", hooks)
+        self.end_test = self._inline_hook(callback, "on_end_test_epoch", hooks)
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
         for name, hook in overridden_hooks(callback).items():
+            if name not in hooks:
+                continue
             kind = EVENT_OF_HOOK[name]
             lane = lane_of(callback, name, hook)
             if kind in _COLLATED and not takes_outputs(hook):
@@ -176,13 +193,15 @@ class CallbackHooks:
         """Whether the callback defines the key of its state itself."""
         return getattr(self.callback, "state_key", None) is not None
 
-    def _inline_hook(self, callback: CallbackInterface, name: str) -> InlineHook | None:
+    def _inline_hook(self, callback: CallbackInterface, name: str, hooks: frozenset[str]) -> InlineHook | None:
         """An optional hook outside of the contract, which runs on the loop's thread."""
         if not callable(method := getattr(callback, name, None)):
             return None
         if getattr(method, LANE_ATTRIBUTE, Lane.INLINE) is not Lane.INLINE:
             raise ArgumentsError(f"{self.name}.{name} runs only inline; remove its mark")
-        return InlineHook(self, name, method)
+        if name == "on_end_test_epoch" and not takes_outputs(method):
+            method = _without_its_outputs(method)
+        return InlineHook(self, name, method) if name in hooks else None
 
     def _optional(self, callback: CallbackInterface, name: str) -> Hook | None:
         """An optional method of callbacks outside of the contract; a module's method of that name is not called."""
@@ -243,6 +262,8 @@ class HookTable:
         """Run when the gradients of a step are complete, unscaled and clipped."""
         self.begin_val = [c.begin_val for c in self.callbacks if c.begin_val is not None]
         """Run before a dataloader is validated."""
+        self.end_test = [c.end_test for c in self.callbacks if c.end_test is not None]
+        """Run after a dataloader was tested, with the outputs."""
         self.fenced: dict[type[Event], list[str]] = {}
         """Names of the observers that the loop waits for, by event; set once they are subscribed."""
 

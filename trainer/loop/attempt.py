@@ -16,15 +16,13 @@ from events.origin import Origin
 from events.tracebacks import describe
 from trainer.arguments import TrainerArguments
 from trainer.checkpoint.resume import CheckpointPlan
-from trainer.hooks.hooks import CallbackHooks, HookTable
+from trainer.hooks.hooks import CallbackHooks, HookTable, TaskName
 from trainer.hooks.readback import DeviceReadback
 from trainer.hooks.recorder import MetricRecorder
 from trainer.loop.control import Control
 from trainer.loop.ledger import Ledger
 from trainer.loop.precision import Precision
 from trainer.module_interface import ModuleInterface
-
-TaskName = Literal["train", "test"]
 
 
 @dataclasses.dataclass(eq=False)

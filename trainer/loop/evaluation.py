@@ -127,6 +127,11 @@ class Evaluation:
             loss=loss,
         )
         boundary.publish(event, outputs)
+        if stage is Stage.TEST and attempt.hooks.end_test:
+            values = outputs.collated() if outputs is not None else ()
+            boundary.run_inline(attempt.hooks.end_test, origin.global_step, *values, key=key)
+            if recorder.values:
+                recorder.flush(key)
         return outputs
 
     def _run_batches(

@@ -185,10 +185,7 @@ class LoopThread:
             logger.warning(warning)
         restore = compile_steps(module, arguments.compile_options) if arguments.compile else None
         try:
-            if attempt.task == "train":
-                self.task.train()
-            else:
-                self.task.test()
+            {"train": self.task.train, "validate": self.task.validate, "test": self.task.test}[attempt.task]()
         finally:
             if restore is not None:
                 restore()

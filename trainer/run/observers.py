@@ -92,10 +92,18 @@ class Observers:
         self._journal = self._supervisor.add("journal", SinkTarget(journal, self._info), journal.delivery)
 
     def add_callbacks(
-        self, members: Iterable[tuple[CallbackInterface, Delivery | None]], device: Any, recorder: MetricRecorder
+        self,
+        members: Iterable[tuple[CallbackInterface, Delivery | None]],
+        device: Any,
+        recorder: MetricRecorder,
+        hooks: frozenset[str],
     ) -> HookTable:
-        """Add the callbacks; those whose hooks all run on the thread of the loop get no observer."""
-        table = HookTable(CallbackHooks(callback, delivery) for callback, delivery in members)
+        """Add the callbacks; those whose hooks all run on the thread of the loop get no observer.
+
+        Args:
+            hooks: Names of the hooks that the task calls.
+        """
+        table = HookTable(CallbackHooks(callback, delivery, hooks) for callback, delivery in members)
         if self._plan.settings is not None or self._plan.resumes:
             check_state_keys(table.callbacks)
         for callback in table.callbacks:

@@ -29,9 +29,10 @@ from events.sink import Place, RunInfo, Sink
 from events.tracebacks import describe, format_traceback
 from trainer.arguments import TrainerArguments
 from trainer.checkpoint.resume import CheckpointPlan
+from trainer.hooks.hooks import HOOKS_OF_TASK, TaskName
 from trainer.hooks.readback import DeviceReadback
 from trainer.hooks.recorder import MetricRecorder
-from trainer.loop.attempt import Attempt, TaskName
+from trainer.loop.attempt import Attempt
 from trainer.loop.control import Control
 from trainer.loop.non_finite import NonFinitePolicy
 from trainer.loop.precision import Precision
@@ -49,7 +50,7 @@ _HISTORY = 4_096
 
 
 class Session:
-    """Everything that one call of `Trainer.train`, `Trainer.run` or `Trainer.test` needs.
+    """Everything that one call of `Trainer.train`, `run`, `validate` or `test` needs.
 
     The constructor checks and opens what can fail before anything runs. Then `loop` runs on one thread and
     `serve` in an event loop on another; `serve` returns when the loop has ended and the observers are drained.
@@ -108,9 +109,8 @@ class Session:
             self.observers = Observers(self.pump, info, plan, control, arguments, log, media)
             unused.callback(self.observers.discard)
             self.observers.add_journal(journal)
-            # The contract has no hook for a test.
-            members = [(module, None), *map(split, callbacks)] if task == "train" else []
-            hooks = self.observers.add_callbacks(members, device, recorder)
+            members = [(module, None), *map(split, callbacks)]
+            hooks = self.observers.add_callbacks(members, device, recorder, HOOKS_OF_TASK[task])
             self._inbox = Inbox(self.folder.path, control, began_ns) if self.folder is not None else None
             self.observers.add_sinks(sinks, sinks_in)
             self._system = self._make_sampler(arguments.system_interval_s)

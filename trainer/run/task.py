@@ -195,8 +195,21 @@ class Task:
             attempt.readback.restore(loaded.parts["readings"])
         loaded.forget()
 
+    def validate(self) -> None:
+        """Validate once, with the weights of a checkpoint or a file if there is one."""
+        attempt, module = self._attempt, self._attempt.module
+        self._load_weights("validated")
+        loaders = self._evaluated("get_val_dataloaders", module.get_val_dataloaders, "validate")
+        attempt.recorder.begin_validation(attempt.origin.global_step)
+        Evaluation(self._boundary).run(Stage.VAL, loaders, attempt.arguments.max_val_steps_per_epoch)
+
     def test(self) -> None:
         """Test, with the weights of a checkpoint or a file if there is one."""
+        self._load_weights("tested")
+        loaders = self._evaluated("get_test_dataloaders", self._attempt.module.get_test_dataloaders, "test")
+        self.outputs = Evaluation(self._boundary).run(Stage.TEST, loaders, None, keep=True)
+
+    def _load_weights(self, what: str) -> None:
         attempt, plan, module = self._attempt, self._attempt.plan, self._attempt.module
         attempt.phase = "reading the checkpoint"
         loaded = self._loaded = plan.load(self._reject)
@@ -205,18 +218,23 @@ class Task:
             attempt.origin.global_step, attempt.origin.epoch = loaded.global_step, loaded.epoch
             loaded.forget()
         elif not plan.load_weights(module) and plan.resumes:
-            logger.warning("there is no checkpoint to resume from: the module is tested as it is")
+            logger.warning(f"there is no checkpoint to resume from: the module is {what} as it is")
         self.publish_started(None)
-        attempt.phase = "get_test_dataloaders"
-        sampler, batch_size = torch.utils.data.SequentialSampler, attempt.arguments.evaluation_batch_size
-        loaders = as_val_loaders(module.get_test_dataloaders(sampler, batch_size), "get_test_dataloaders")
+
+    def _evaluated(self, method: str, get: Callable[..., Any], task: str) -> dict[str, Any]:
+        """Ask for the dataloaders of an evaluation, and start the ledger."""
+        attempt = self._attempt
+        attempt.phase = method
+        loaders = as_val_loaders(
+            get(torch.utils.data.SequentialSampler, attempt.arguments.evaluation_batch_size), method
+        )
         if not loaders:
             raise ContractError(
-                f"{type(module).__name__}.get_test_dataloaders() returned no dataloader: implement it (and test_step,"
-                f" unless val_step will do) to use Trainer.test()"
+                f"{type(attempt.module).__name__}.{method}() returned no dataloader: implement it to use"
+                f" Trainer.{task}()"
             )
         attempt.ledger.start()
-        self.outputs = Evaluation(self._boundary).run(Stage.TEST, loaders, None, keep=True)
+        return loaders
 
     def publish_started(self, steps: int | None) -> None:
         """Publish `RunStarted`.
