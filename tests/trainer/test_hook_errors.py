@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from support.training import LANES, Boom, Diary, Net, hooked, read_journal, trai
 
 from events.bus.pump import Pump
 from events.bus.ring import Ring
+from events.errors import CheckpointError
 from events.messages import ObserverFailed, ObserverRecovered, TrainStepEnded
 from events.origin import Origin
 from trainer import CallbackInterface, Delivery, inline
@@ -192,6 +194,17 @@ def test_a_fenced_backward_hook_holds_the_loop() -> None:
     assert result.ledger.fence_s > 0
 
 
+STEPS = [(TrainStepEnded("run", 1, step, 0.0, 0, step, 0, "train", 0.5, 1, 8, 0.1, 0.1), None) for step in (1, 2)]
+
+
+def target_of(act: Callable[..., object]) -> CallbackTarget:
+    """Return what runs the hooks of a callback with ``act`` as its step hook, without a run."""
+    pump = Pump(Ring(Origin("run", 1)))
+    pump.ring.close()
+    recorder = MetricRecorder(pump, MediaWriter(None, pump.ring.publish, pump.ring.origin))
+    return CallbackTarget(CallbackHooks(hooked("on_end_train_step", act)(), None), torch.device("cpu"), recorder)
+
+
 def test_an_abandoned_callback_runs_no_further_hook() -> None:
     """Neither hooks of the current batch, which are reported as not run, nor those of a later one."""
     ran: list[int] = []
@@ -200,13 +213,18 @@ def test_an_abandoned_callback_runs_no_further_hook() -> None:
         ran.append(global_step)
         target.abandon()
 
-    pump = Pump(Ring(Origin("run", 1)))
-    hooks = CallbackHooks(hooked("on_end_train_step", act)(), None)
-    recorder = MetricRecorder(pump, MediaWriter(None, pump.ring.publish, pump.ring.origin))
-    target = CallbackTarget(hooks, torch.device("cpu"), recorder)
-    steps = [(TrainStepEnded("run", 1, step, 0.0, 0, step, 0, "train", 0.5, 1, 8, 0.1, 0.1), None) for step in (1, 2)]
-    target.deliver(steps)
-    target.deliver(list(steps))
-    pump.ring.close()
+    target = target_of(act)
+    target.deliver(STEPS)
+    target.deliver(list(STEPS))
     assert ran == [1]
     assert target.progress == ("on_end_train_step", 0)
+
+
+def test_an_essential_callback_that_failed_cannot_be_part_of_a_checkpoint() -> None:
+    """A resumed run would lack its state."""
+    target = target_of(lambda *_: 1 / 0)
+    assert not target._callback.is_disabled()
+    with pytest.raises(ZeroDivisionError):
+        target.deliver(STEPS)
+    with pytest.raises(CheckpointError, match="the callback Probe failed before the checkpoint's step"):
+        target._callback.is_disabled()
