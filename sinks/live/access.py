@@ -91,7 +91,7 @@ class Access:
         commands: Whether clients may also command the runs.
         origins: Further sites whose pages may use this server (``https://example.org``). Their names are also hosts.
         hosts: Allowed names in the Host header; None: any. Without a token, name them: a foreign page could otherwise
-            point a name of its own at this server (DNS rebinding).
+            let its own name resolve to this server (DNS rebinding).
         check: The host application's check of pages, runs, streams, WebSockets and commands, in addition to the token.
             Receives a `Request`; True allows it, any other value refuses it with 403, and so does an exception, which
             is logged. `Refused`, and exceptions with a ``status_code`` of 401 or 403, such as FastAPI's and

@@ -57,7 +57,6 @@ from sinks.live.frame_stream import as_event, as_text, send_frames
 from sinks.live.hub import Hub
 from sinks.live.journal_body import JournalBody
 from sinks.live.responses import (
-    HEADERS,
     BoundedResponse,
     JsonResponse,
     ResponseAborted,
@@ -266,7 +265,7 @@ class LiveApp:
 
     def _stream(self, media_type: str, write_all: Callable[[Client], Coroutine[object, object, None]]) -> ASGIApp:
         """Return a response of unknown length, which ends when it is complete or the client disconnects."""
-        start = Response(headers={**HEADERS, "x-accel-buffering": "no"}, media_type=media_type)
+        start = BoundedResponse(headers={"x-accel-buffering": "no"}, media_type=media_type)
         del start.headers["content-length"]
 
         async def stream(scope: Scope, receive: Receive, send: Send) -> None:

@@ -53,7 +53,7 @@ class Limit:
     """Bounds the responses of one kind that are sent at a time. Belongs to the event loop.
 
     Args:
-        what: What their clients read, for the refusal.
+        what: The noun for the refusal: ``images``.
     """
 
     def __init__(self, most: int, what: str) -> None:

@@ -31,7 +31,6 @@ class Hello(msgspec.Struct, tag_field="type", tag="hello"):
     token: str | None = None
     since: Int64 | None = None
     attempt: Int64 | None = None
-    mode: str = "charts"
 
     def __repr__(self) -> str:
         return f"Hello(since={self.since}, attempt={self.attempt})"  # the token is a secret
@@ -60,8 +59,8 @@ class Client:
         self._send = send
         self._unread = unread
         self._held = 0  # bytes of the last message: the server may buffer them until the next one
+        self._sending = anyio.Lock(fast_acquire=True)
         self._sending_since: float | None = None
-        self._sent: anyio.Event | None = None
         self._snapshot_at = -math.inf
         self.scope: anyio.CancelScope | None = None
         """Around all of the client's tasks."""
@@ -96,20 +95,17 @@ class Client:
 
         `disconnect_if_stuck` ends the wait.
         """
-        while self._sending_since is not None:  # another task is sending, which is rare: so there is no lock
-            self._sent = self._sent or anyio.Event()
-            await self._sent.wait()
-        self._sending_since = time.monotonic()
         try:
-            size = self._unread.add(len(data))
-            self._held += size
-            for part in _messages(data):
-                self._sending_since = time.monotonic()
-                await self._send(part)
-            # The server has sent all earlier messages; it holds one part of a body, but all of a WebSocket message.
-            left = size if isinstance(data, str) else 0
-            self._unread.remove(self._held - left)
-            self._held = left
+            async with self._sending:
+                size = self._unread.add(len(data))
+                self._held += size
+                for message in _messages(data):
+                    self._sending_since = time.monotonic()
+                    await self._send(message)
+                # The server has sent all earlier messages; it holds one part of a body, but all of a WebSocket message.
+                left = size if isinstance(data, str) else 0
+                self._unread.remove(self._held - left)
+                self._held = left
         except Refused as refused:
             self.disconnect(refused)
             await anyio.sleep_forever()
@@ -119,9 +115,6 @@ class Client:
             await anyio.sleep_forever()
         finally:
             self._sending_since = None
-            if self._sent is not None:
-                self._sent.set()
-                self._sent = None
 
     def forget(self) -> None:
         """Stop counting its unread bytes; its connection is closed."""

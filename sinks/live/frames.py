@@ -97,7 +97,7 @@ class RecentFrames:
 
 
 def encode(message: dict[str, object]) -> bytes:
-    """Encode a message as JSON, whatever values it holds."""
+    """Encode a message as JSON; values that JSON cannot hold are replaced."""
     try:
         return _encoder.encode(message)
     except (ValueError, TypeError, OverflowError, RecursionError):  # a lone surrogate in a run's text, for example

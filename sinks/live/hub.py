@@ -109,16 +109,10 @@ class Hub:
     def _rebuild(self, resumed: RunResumed) -> RunView:
         if self.run_dir is not None and self._is_journalled(resumed.seq):
             return read_view(self.run_dir)[0]
-        old = self.view  # values by step are dropped: without a journal, the superseded ones cannot be found
-        view = RunView(
-            run=old.run,
-            arguments=old.arguments,
-            config=old.config,
-            versions=old.versions,
-            log=old.log,
-            checkpoints=old.checkpoints,
-        )
-        view.health = old.health
+        # Values by step are dropped: without a journal, the superseded ones cannot be found.
+        kept = ("run", "arguments", "config", "versions", "log", "checkpoints")
+        view = RunView(**{name: getattr(self.view, name) for name in kept})
+        view.health = self.view.health
         return view
 
     def _is_journalled(self, seq: int) -> bool:

@@ -16,7 +16,7 @@ _PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 
 
 class OpenImage(NamedTuple):
-    """An open image; whoever has it closes the file."""
+    """An open image; the caller closes its file."""
 
     file: BinaryIO
     size: int

@@ -13,7 +13,7 @@ import anyio.to_thread
 import msgspec
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -180,17 +180,23 @@ def read_page() -> dict[str, BoundedResponse]:
 
 
 async def refuse(connection: Request | WebSocket, refused: Exception) -> Response | None:
-    """Return the reason of a refusal; close a WebSocket that was accepted, or whose server cannot send a reason."""
+    """Return the reason of a refusal; a WebSocket receives it here, or is closed if its server cannot send it."""
     assert isinstance(refused, HTTPException)
-    if isinstance(connection, Request) or (
-        connection.application_state == WebSocketState.CONNECTING
-        and "websocket.http.response" in (connection.scope.get("extensions") or {})
-    ):
-        if "text/html" in connection.headers.get("accept", ""):  # a browser's window
-            text = f"stagecast: {refused.detail}\n".encode("utf-8", "replace")
-            return BoundedResponse(text, refused.status_code, refused.headers, "text/plain")
-        return JsonResponse({"error": refused.detail}, refused.status_code, refused.headers)
-    code, reason = getattr(refused, "code", NOT_ALLOWED), refused.detail.encode()[:120].decode(errors="ignore")
-    with anyio.move_on_after(_CLOSE_S), contextlib.suppress(OSError, RuntimeError, WebSocketDisconnect):
-        await connection.close(code, reason)  # it may have left; a close frame holds 123 bytes
+    if isinstance(connection, Request):
+        return _reason(connection, refused)
+    with anyio.move_on_after(_CLOSE_S), contextlib.suppress(OSError, RuntimeError, WebSocketDisconnect):  # it may leave
+        is_handshake = connection.application_state == WebSocketState.CONNECTING
+        if is_handshake and "websocket.http.response" in (connection.scope.get("extensions") or {}):
+            await connection.send_denial_response(_reason(connection, refused))
+        else:
+            reason = refused.detail.encode()[:120].decode(errors="ignore")  # a close frame holds 123 bytes
+            await connection.close(getattr(refused, "code", NOT_ALLOWED), reason)
     return None
+
+
+def _reason(connection: HTTPConnection, refused: HTTPException) -> BoundedResponse:
+    """Return the reason as JSON to programs and the page, and as a line of text to a browser's window."""
+    if "text/html" in connection.headers.get("accept", ""):
+        text = f"stagecast: {refused.detail}\n".encode("utf-8", "replace")
+        return BoundedResponse(text, refused.status_code, refused.headers, "text/plain")
+    return JsonResponse({"error": refused.detail}, refused.status_code, refused.headers)

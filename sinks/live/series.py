@@ -13,7 +13,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from events.bounds import INT_MAX, AttemptNumber, Count, Int64, NonFinite
+from events.bounds import INT_MAX, Count, Int64, NonFinite
 from events.messages import Event, TrainStepEnded
 from events.metrics import metrics_of
 
@@ -152,7 +152,6 @@ class SeriesStore(msgspec.Struct):
 
     cursor: Count = 0
     """``seq`` of the last event in them."""
-    attempt: AttemptNumber = 0
     series: Annotated[dict[str, Series], msgspec.Meta(max_length=MOST_SERIES)] = {}
     left_out: Count = 0
     """Values under names beyond `MOST_SERIES`."""
@@ -168,7 +167,7 @@ class SeriesStore(msgspec.Struct):
         steps: list[TrainStepEnded] = []
         for event in events:
             if event.seq > self.cursor:
-                self.cursor, self.attempt = event.seq, event.attempt
+                self.cursor = event.seq
             if type(event) is TrainStepEnded:
                 steps.append(event)
                 continue

@@ -154,7 +154,7 @@ def encode_view(run_dir: Path, view: RunView) -> bytes | None:
 
 
 def store_view(run_dir: Path, data: bytes) -> None:
-    """Write what `encode_view` returned. Waits for the disk."""
+    """Write the result of `encode_view`. Waits for the disk."""
     # The folder may be read-only; `ValueError` is a view that would not be read.
     with contextlib.suppress(OSError, ValueError):
         check_keys(data, _ROOM_BYTES)

@@ -1,4 +1,4 @@
-"""The entries of the list of runs: each from the start and the end of its journal, under a name of its own."""
+"""The entries of the list of runs: each from the start and the end of its journal, under a unique name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a watcher sees of a run: built from its events alone, bounded in memory, and sent as a snapshot and changes.
+"""The view of a run: built from its events alone, bounded in memory, and sent as a snapshot and changes.
 
-No I/O, no clock, no thread: whoever has events may build one, a server, a report or a test.
+It does no I/O and reads no clock: a server, a report or a test builds one from events.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class HistogramStep(msgspec.Struct):
 
 
 class Changes(msgspec.Struct):
-    """The members of a frame: everything that some events have changed."""
+    """The members of a frame: all changes of the view by some events."""
 
     run: dict[str, object] = {}
     points: dict[str, tuple[list[int], list[float | str]]] = {}
@@ -95,7 +95,7 @@ class Changes(msgspec.Struct):
     """Events in it."""
 
     def members(self) -> dict[str, object]:
-        """Those that are not empty, as they travel."""
+        """Return the members that are not empty, as a frame holds them."""
         found = msgspec.structs.asdict(self)
         del found["count"]
         found |= {name: list(found[name].values()) for name in ("checkpoints", "observers")}
@@ -106,14 +106,14 @@ _Rows = Annotated[list[HistogramStep], msgspec.Meta(max_length=MAX_STEPS_OF_A_HI
 
 
 class RunView(RunState, dict=True):
-    """The state of a run with all that a page shows beside it: curves, log, media, histograms.
+    """The state of a run, with the curves, log, media and histograms of its page.
 
-    It is stored as it is, and a stranger may have written it: all of it is typed and bounded as it is decoded.
+    A stored view is untrusted: all of it is typed and bounded as it is decoded.
     """
 
     curves: SeriesStore = msgspec.field(default_factory=SeriesStore)
     stages: BoundDict[Literal["val", "test"]] = msgspec.field(default_factory=dict)
-    """Of the curves that user code logs while it validates or tests: ``val`` or ``test``. Their names are its own."""
+    """``val`` or ``test``, by the name of a curve that user code logs in that stage under a name of its own."""
     log: Annotated[list[LogEntry], msgspec.Meta(max_length=MAX_LINES)] = msgspec.field(default_factory=list)
     media: Annotated[list[MediaEntry], msgspec.Meta(max_length=MAX_MEDIA)] = msgspec.field(default_factory=list)
     histograms: Annotated[dict[str, _Rows], msgspec.Meta(max_length=MAX_HISTOGRAMS)] = msgspec.field(
@@ -122,20 +122,20 @@ class RunView(RunState, dict=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Beside the fields: they are no part of what is stored.
+        # Not fields, so that they are not stored.
         self._chronicle = Chronicle(self)
         self._detailed: deque[LogEntry] = deque(entry for entry in self.log if entry.detail is not None)
         self.is_broken = False
-        """Whether reading has ended at the damage, so that what follows is missing."""
+        """Whether reading has ended at the damage, so that later events are missing."""
 
     @property
     def cursor(self) -> int:
-        """``seq`` of the last event that is in it."""
+        """``seq`` of its last event."""
         return self.curves.cursor
 
     @property
     def is_sound(self) -> bool:
-        """Whether the parts of this one, which was stored, fit each other: a stranger may have written it."""
+        """Whether its parts are consistent; a stored view may have been altered."""
         return (
             self.stages.keys() <= self.curves.series.keys()
             and self.run.latest.keys() <= self.curves.series.keys()
@@ -146,7 +146,7 @@ class RunView(RunState, dict=True):
         )
 
     def damaged(self, reason: str | None, *, is_broken: bool = False) -> None:
-        """Note what cannot be read of the run's folder; None changes nothing."""
+        """Set the damage of the run folder; None changes nothing."""
         if reason is None:
             return
         self.is_broken = self.is_broken or is_broken
@@ -156,7 +156,7 @@ class RunView(RunState, dict=True):
 
     @property
     def problems(self) -> list[str]:
-        """The damage, and what is unhealthy about the run. A damage of the journal counts the events that are lost."""
+        """The damage, then the problems of the run's health. A damage of the journal includes the lost events."""
         if not self.run.damage:
             return self.health.problems
         gaps = "the journal lacks" if self.run.damage.startswith("journal/") else damage_line("")
@@ -180,14 +180,14 @@ class RunView(RunState, dict=True):
         last, run = events[-1], self.run
         run.updated = last.time
         run.problems = self.problems
-        run.run_id = run.run_id or last.run_id  # whatever of it was lost, it has a name
+        run.run_id = run.run_id or last.run_id  # its first events may be lost
         run.latest = {name: as_json(series.last) for name, series in self.curves.series.items()}
         after = msgspec.structs.asdict(run)
-        del after["latest"]  # whoever follows has it from the points
+        del after["latest"]  # clients have it from the points
         changed.run.update({name: value for name, value in after.items() if value != before[name]})
 
     def snapshot(self) -> dict[str, object]:
-        """Return the message from which a watcher starts."""
+        """Return the first message to a client."""
         return {
             "type": "snapshot",
             "cursor": self.cursor,
@@ -208,7 +208,7 @@ class RunView(RunState, dict=True):
     def _add_points(self, events: Sequence[Event], changes: Changes) -> None:
         for event in events:
             for name, value in points_of(event):
-                if name in self.curves.series:  # so there are no more names than curves
+                if name in self.curves.series:  # which bounds the names
                     steps, values = changes.points.setdefault(name, ([], []))
                     steps.append(event.global_step)
                     values.append(as_json(value))
@@ -253,7 +253,7 @@ class RunView(RunState, dict=True):
             case MetricsLogged(stage="val" | "test" as stage):
                 for logged in event.metrics:
                     name = metric_name(logged, event.key)
-                    # Only of a name that has a curve: so there are no more of them than curves.
+                    # The curves bound the names.
                     if name not in self.stages and name in self.curves.series:
                         self.stages[name] = changes.stages[name] = stage
             case HistogramLogged(counts=[_, *_]):
@@ -276,17 +276,17 @@ class RunView(RunState, dict=True):
 
 
 def _detail_of(event: Event) -> str | None:
-    """The traceback that belongs to an event's line in the log."""
+    """Return the traceback of an event."""
     if isinstance(event, RunEnded):
         return event.traceback
     return event.exception if isinstance(event, WarningLogged) else None
 
 
 def _is_of_traceback(line: Line) -> bool:
-    """Whether the console shows a row of a traceback by it. Here all of that is with the line that it belongs to."""
+    """Whether it is a row of a traceback on the console; the page has all rows in the detail of one line."""
     return len(line.fields) == 1 and line.fields[0][0].style == "dim"
 
 
 def damage_line(reason: str) -> str:
-    """The problem that names a damage."""
+    """Return the problem that names a damage."""
     return f"the run's folder is damaged: {reason}"

@@ -191,7 +191,7 @@ export class Connection {
     socket.onopen = () => {
       this.#wasOpen = true;
       const { cursor, attempt } = this.store;
-      socket.send(JSON.stringify({ type: "hello", token: token.get(), since: cursor, attempt, mode: "charts" }));
+      socket.send(JSON.stringify({ type: "hello", token: token.get(), since: cursor, attempt }));
     };
     socket.onmessage = (event) => this.#heard(event.data);
     socket.onclose = (event) => {
