@@ -19,7 +19,7 @@ from events.journal.writer import Journal
 from events.messages import RunStarted
 from sinks.registry import sink_names, sink_type
 from trainer.arguments import TrainerArguments
-from trainer.cli.run_config import RunConfig, load_run_config, prepare
+from trainer.cli.run_config import RunConfig, load_run_config
 from trainer.config import apply_overrides
 from trainer.errors import ArgumentsError
 
@@ -212,31 +212,21 @@ def test_true_selects_the_defaults(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("jobs.line", ['must look like "package.module:name"']),
-        ("nowhere.jobs:build", ["there is no module nowhere, neither in"]),
-        ("jobs.nowhere:build", ["there is no module jobs.nowhere, neither in"]),
-        ("jobs.needs:build", ["No module named 'somewhere' (", "needs.py, line 1)"]),
-        ("jobs.typo:build", ["NameError: name 'widht' is not defined (", "typo.py, line 2)"]),
-        ("jobs.script:build", ["SystemExit: 0 (", "script.py, line 2)"]),
-        ("jobs.syntax:build", ["SyntaxError: ", "(syntax.py, line 1)"]),
-        ("jobs.line:biuld", ["jobs.line (", "line.py) has no biuld"]),
-        ("jobs.line:NUMBER", ["is 3, which cannot be called"]),
-    ],
-)
-@pytest.mark.usefixtures("folder", "stagecast")
-def test_a_missing_factory_is_reported_in_one_sentence(name: str, says: list[str]) -> None:
-    """A missing module, a broken one (with the place), a missing name, or one that is not a function."""
-    with pytest.raises(ArgumentsError) as caught:
-        prepare(RunConfig(module={"factory": name}), "run.yaml")
-    assert str(caught.value).startswith(f"run.yaml: module.factory = {name!r}: ")
-    assert all(part in str(caught.value) for part in says)
-
-
-@pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("module: jobs.line", ["module.factory = 'jobs.line': must look like \"package.module:name\""]),
+        ("module: {factory: 3}", ["module.factory = 3: must look like "]),
+        (
+            "module: nowhere.jobs:build",
+            ["module.factory = 'nowhere.jobs:build': ", "there is no module nowhere, neither in"],
+        ),
+        ("module: jobs.nowhere:build", ["there is no module jobs.nowhere, neither in"]),
+        ("module: jobs.needs:build", ["No module named 'somewhere' (", "needs.py, line 1)"]),
+        ("module: jobs.typo:build", ["NameError: name 'widht' is not defined (", "typo.py, line 2)"]),
+        ("module: jobs.script:build", ["SystemExit: 0 (", "script.py, line 2)"]),
+        ("module: jobs.syntax:build", ["SyntaxError: ", "(syntax.py, line 1)"]),
+        ("module: jobs.line:biuld", ["jobs.line (", "line.py) has no biuld"]),
+        ("module: jobs.line:NUMBER", ["is 3, which cannot be called"]),
         (
             "module: 'jobs.line:build'",
             ["missing a required argument: 'width'; it takes (width: int, *, hold: bool = False)"],
@@ -272,7 +262,7 @@ def test_a_missing_factory_is_reported_in_one_sentence(name: str, says: list[str
 def test_a_run_that_cannot_be_built_ends_with_status_2_and_a_sentence(
     stagecast: Stagecast, folder: Path, text: str, says: list[str]
 ) -> None:
-    """All problems at once, no traceback, and nothing is trained."""
+    """All problems at once, with the place of a broken import; no traceback, and nothing is trained."""
     code, out, err = stagecast("train", write(folder, text))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("stagecast train: error: run.yaml: ")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
 import time
 from collections.abc import Iterable
 from typing import Literal
@@ -13,9 +11,13 @@ from typing import Literal
 import msgspec
 
 from events.checkpoint.manifest import CheckpointName, Manifest, Metric
-from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, CheckpointTooNew
-from trainer.cli.sources import Source, chosen, open_source, plain, problem
+from events.errors import CheckpointDamaged, CheckpointNotFound, CheckpointTooNew
+from events.text import plain_text
+from trainer.cli.sources import Source, chosen, open_source, problem
 from trainer.cli.text import echo
+
+State = Literal["whole", "damaged", "newer"]
+"""Newer: in a format of a later version."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,7 +25,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     path: str
-    state: Literal["whole", "damaged", "newer"]  # newer: in a format of a later version
+    state: State
     problem: str | None
     in_line: bool  # an ancestor of the run's current state; if not, a resume from an earlier one superseded it
     resumes: bool  # resume="auto" selects it
@@ -53,7 +55,7 @@ def show(path: str, *, as_json: bool) -> int:
     elif rows:
         _print_table(rows)
     else:
-        echo(f"no checkpoints in {plain(path)}")
+        echo(f"no checkpoints in {path}")
     return 0
 
 
@@ -64,16 +66,16 @@ def verify(path: str, names: list[CheckpointName]) -> int:
     source = open_source(path)
     wanted = chosen(source, names)
     if not wanted:
-        echo(f"no checkpoints in {plain(path)}")
+        echo(f"no checkpoints in {path}")
     code = 0
     for name in wanted:
         began = time.perf_counter()
         try:
-            manifest, error = _inspect(source, name, bytewise=True)
-            if manifest is None or error is not None:
-                code, verdict = 1, f"{_state(error)}  {problem(source, name, error)}"
-            else:
-                verdict = f"whole  {format_bytes(manifest.nbytes)} in {format_duration(time.perf_counter() - began)}"
+            manifest, state, reason = _inspect(source, name, bytewise=True)
+            if manifest is not None and reason is None:
+                reason = f"{format_bytes(manifest.nbytes)} in {format_duration(time.perf_counter() - began)}"
+            code = code if state == "whole" else 1
+            verdict = f"{state}  {reason}"
         except CheckpointNotFound:
             verdict = "deleted meanwhile"
         echo(f"{name!s:{max(len(str(one)) for one in wanted)}}  {verdict}")
@@ -85,29 +87,28 @@ def _rows(source: Source) -> Iterable[Row]:
     fields = ("epoch", "time", "nbytes", "metric", "reasons", "run_id", "module")
     for name in source.names:
         try:
-            manifest, error = _inspect(source, name)
+            manifest, state, reason = _inspect(source, name)
         except CheckpointNotFound:
             continue
         yield Row(
             name=str(name),
             path=source.path(name),
-            state=_state(error),
-            problem=problem(source, name, error) if error is not None else None,
+            state=state,
+            problem=reason,
             in_line=name in source.line,
-            resumes=open_to_resume and error is None,
+            resumes=open_to_resume and state == "whole",
             uploaded=source.uploaded(name),
             step=name.step,
             attempt=name.attempt,
             **{field: getattr(manifest, field, None) for field in fields},
         )
-        # Resuming only falls back from damaged checkpoints.
-        open_to_resume = open_to_resume and isinstance(error, CheckpointDamaged)
+        open_to_resume = open_to_resume and state == "damaged"  # resuming only falls back from damage
 
 
 def _inspect(
     source: Source, name: CheckpointName, *, bytewise: bool = False
-) -> tuple[Manifest | None, CheckpointError | None]:
-    """Read a checkpoint's manifest and check its files; returns the problem, if any.
+) -> tuple[Manifest | None, State, str | None]:
+    """Read a checkpoint's manifest and check its files; returns the state and its reason, if it is not whole.
 
     Raises:
         CheckpointNotFound: It was deleted meanwhile, by a running run.
@@ -121,12 +122,9 @@ def _inspect(
     except (CheckpointDamaged, CheckpointTooNew) as error:
         with contextlib.suppress(CheckpointDamaged, CheckpointTooNew):
             source.manifest(name)
-        return manifest, error
-    return manifest, None
-
-
-def _state(error: Exception | None) -> Literal["whole", "damaged", "newer"]:
-    return "whole" if error is None else "newer" if isinstance(error, CheckpointTooNew) else "damaged"
+        state: State = "newer" if isinstance(error, CheckpointTooNew) else "damaged"
+        return manifest, state, problem(source, name, error)
+    return manifest, "whole", None
 
 
 def _print_table(rows: list[Row]) -> None:
@@ -140,28 +138,23 @@ def _print_table(rows: list[Row]) -> None:
             str(row.step),
             format_duration(now - row.time) if row.time is not None else "",
             format_bytes(row.nbytes) if row.nbytes is not None else "",
-            f"{plain(row.metric.name)}={format_number(row.metric.value)}" if row.metric is not None else "",
-            plain(", ".join(row.reasons or [])),
+            f"{row.metric.name}={format_number(row.metric.value)}" if row.metric is not None else "",
+            ", ".join(row.reasons or []),
             f"{row.state}, uploaded" if row.uploaded is not None else row.state,
             "resumes here" if row.resumes else "in line" if row.in_line else "superseded",
         ])  # fmt: skip
     columns = []
     for column in zip(*lines, strict=True):
         if any(column[1:]):
-            width, right = max(map(cells, column)), column[0] in ("step", "age", "size")
-            pads = [" " * (width - cells(cell)) for cell in column]
-            columns.append([pad + cell if right else cell + pad for cell, pad in zip(column, pads, strict=True)])
-    head, *texts = ("  ".join(parts).rstrip() for parts in zip(*columns, strict=True))
-    _print_styled(head, "1")
-    for row, text in zip(rows, texts, strict=True):
-        _print_styled(text, "31" if row.problem else "32" if row.resumes else "" if row.in_line else "2")
+            texts = [plain_text(cell) for cell in column]
+            width, right = max(map(cells, texts)), column[0] in ("step", "age", "size")
+            pads = [" " * (width - cells(text)) for text in texts]
+            columns.append([pad + text if right else text + pad for text, pad in zip(texts, pads, strict=True)])
+    head, *bodies = ("  ".join(parts).rstrip() for parts in zip(*columns, strict=True))
+    echo(head, style="1")
+    for row, body in zip(rows, bodies, strict=True):
+        echo(body, style="31" if row.problem else "32" if row.resumes else "" if row.in_line else "2")
         if row.problem is not None:
-            _print_styled(f"    {row.problem}", "31")
+            echo(f"    {row.problem}", style="31")
     for place in sorted({row.uploaded.removesuffix(f"/{row.name}") for row in rows if row.uploaded is not None}):
-        _print_styled(f"uploaded to {plain(place)}", "2")
-
-
-def _print_styled(text: str, style: str) -> None:
-    """Print a line, in a terminal with an ANSI style. Not with rich, which only sinks import and may be missing."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-    print(text if plain or not style else f"\x1b[{style}m{text}\x1b[m")
+        echo(f"uploaded to {place}", style="2")

@@ -16,8 +16,8 @@ from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, 
 from events.checkpoint.tensor_file import TensorInfo, lay_out, read_layout
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from events.msgpack_keys import check_keys
-from trainer.cli.sources import Source, chosen, note, open_source, plain, problem
-from trainer.cli.text import check_out, echo
+from trainer.cli.sources import Source, chosen, open_source, problem
+from trainer.cli.text import check_out, echo, echo_error
 
 # Codes of containers and tensors, from the table in `events.checkpoint.packing`.
 _TUPLE, _PAIRS, _ORDERED_PAIRS, _TENSOR = 1, 10, 11, 60
@@ -49,14 +49,14 @@ def export(path: str, out: str, name: CheckpointName | None, *, force: bool) -> 
         except (CheckpointDamaged, CheckpointNotFound) as error:
             if wanted is not None:
                 raise
-            note(f"{one} is damaged and skipped: {problem(source, one, error)}")
+            echo_error(f"stagecast checkpoints: {one} is damaged and skipped: {problem(source, one, error)}")
     else:
         raise CheckpointNotFound(f"{path} has no valid checkpoint from which its run would resume; use --name")
     if module.skipped:
-        note(f"skipped values that are not tensors: {plain(', '.join(module.skipped))}")
+        echo_error(f"stagecast checkpoints: skipped values that are not tensors: {', '.join(module.skipped)}")
     nbytes = _write(file, module, force)
     count = len(module.tensors)
-    echo(f"{plain(out)}  {count} tensor{'s' * (count != 1)} of {one}  {format_bytes(nbytes)}")
+    echo(f"{out}  {count} tensor{'s' * (count != 1)} of {one}  {format_bytes(nbytes)}")
     return 0
 
 

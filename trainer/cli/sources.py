@@ -15,8 +15,6 @@ from events.checkpoint.remote import RemoteStore
 from events.checkpoint.remote_layout import FilePart
 from events.errors import CheckpointDamaged, CheckpointNotFound
 from events.run.folder import LOCK_NAME
-from events.text import plain_text
-from trainer.cli.text import echo_error
 
 
 class LocalSource:
@@ -140,12 +138,4 @@ def chosen(source: Source, names: list[CheckpointName]) -> list[CheckpointName]:
 
 def problem(source: Source, name: CheckpointName, error: object) -> str:
     """An error's text without the checkpoint's path."""
-    return plain(str(error).replace(f"{source.path(name)}/", ""))
-
-
-def plain(text: object) -> str:
-    return plain_text(str(text), 2_000)
-
-
-def note(text: str) -> None:
-    echo_error(f"stagecast checkpoints: {text}")
+    return str(error).replace(f"{source.path(name)}/", "")

@@ -18,9 +18,14 @@ from events.text import plain_text
 _MOST_CHARS = 4_000
 
 
-def echo(*lines: str) -> None:
-    """Print lines to stdout; unprintable characters and line breaks are escaped, lines cut at 4,000 characters."""
-    _print(lines, sys.stdout)
+def echo(*lines: str, style: str = "") -> None:
+    """Print lines to stdout; unprintable characters and line breaks are escaped, lines cut at 4,000 characters.
+
+    Args:
+        style: Numbers of ANSI, for terminals. Not with rich, which only sinks import.
+    """
+    shows = sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    _print(lines, sys.stdout, style if shows and os.environ.get("TERM", "dumb") != "dumb" else "")
 
 
 def echo_error(*lines: str) -> None:
@@ -33,8 +38,9 @@ def show_exception(kind: type[BaseException], error: BaseException, trace: Trace
     echo_error(*"".join(traceback.format_exception(kind, error, trace)).expandtabs().rstrip("\n").split("\n"))
 
 
-def _print(lines: tuple[str, ...], stream: TextIO) -> None:
-    print(*(plain_text(line, _MOST_CHARS) for line in lines), sep="\n", file=stream, flush=True)
+def _print(lines: tuple[str, ...], stream: TextIO, style: str = "") -> None:
+    begin, end = (f"\x1b[{style}m", "\x1b[m") if style else ("", "")
+    print(*(f"{begin}{plain_text(line, _MOST_CHARS)}{end}" for line in lines), sep="\n", file=stream, flush=True)
 
 
 def check_out(out: Path, *, force: bool) -> None:
