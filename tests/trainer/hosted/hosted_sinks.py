@@ -1,4 +1,4 @@
-"""Sinks for a sink host, which can import them: they write down what they get, and misbehave."""
+"""Sinks that a sink host imports: they record their events, and misbehave."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ class Witness(msgspec.Struct, frozen=True):
 
     path: str
     behaviour: str = ""
-    """``noisy``: prints. ``hangs``: never returns from its first write. ``holds``:
-    nor lets any other thread of its process run. ``fails``: its first write in a process raises.
-    ``dies``: ends its process in its third write, unless a file beside says that it did. ``mortal``: ends its process
-    whenever it is opened. ``burns``: a thread of it computes all the time. ``warns``: logs a
+    """``noisy``: prints. ``hangs``: its first write never returns. ``holds``: its first write stops all threads of its
+    process. ``fails``: its first write in a process raises. ``dies``: ends its process in its third write, once.
+    ``mortal``: ends its process whenever it is opened. ``burns``: one of its threads always computes. ``warns``: logs a
     warning when it is opened."""
     delivery: Delivery = Delivery(latency_s=0.02, batch=8, backoff_s=0.01)
 

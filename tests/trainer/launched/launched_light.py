@@ -1,4 +1,4 @@
-"""Factories that come to no trainer, and need no torch for that."""
+"""Factories that return no trainer, and need no torch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from typing import Any
 
 
 def build_with(width: int) -> Any:
-    """One that is called without it."""
     raise AssertionError(width)
 
 
 def build_slowly() -> Any:
-    """One that never comes."""
     (Path.cwd() / f"building-{os.getpid()}").touch()
     time.sleep(100)
     raise AssertionError
 
 
 def build_and_vanish() -> Any:
-    """None."""
     print("no memory", flush=True)
     os._exit(9)
 
 
 def build_nothing() -> Any:
-    """No trainer."""
     return 5
