@@ -98,6 +98,10 @@ class Own(TrainerArguments, frozen=True, kw_only=True):
             lambda: TrainerArguments(max_steps=10**9_000),
             "TrainerArguments: max_steps: an integer has 29,898 bits; give one within 64 bits",
         ),
+        (
+            lambda: TrainerArguments(monitor=10**9_000),  # type: ignore[arg-type]
+            "TrainerArguments: monitor: an integer has 29,898 bits; give one within 64 bits",
+        ),
         (lambda: TrainerArguments.from_dict({"fp16": True}), "the arguments: fp16: is not known; use precision="),
         (lambda: Own(lrr=3), "Own: lrr: is not known; did you mean lr?"),
         (lambda: Checkpoints(monitor="val_loss"), "Checkpoints: monitor: is not known; did you mean best?"),

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from support.threads import wait_until_in
+from support.threads import WAIT_S, wait_until_in
 from support.training import Net, train
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -253,18 +253,21 @@ def test_a_queue_limited_in_bytes_loses_no_outputs() -> None:
 def test_each_callback_may_change_its_outputs() -> None:
     """Other callbacks have tensors of their own, in containers too, for a step and for an epoch."""
     seen: list[float] = []
+    spoiled = threading.Semaphore(0)
 
     class Spoils(CallbackInterface):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             _, ones, nested = outputs
             ones.zero_()
             nested[0]["ones"].zero_()
+            spoiled.release()
 
         on_end_train_epoch = on_end_train_step
 
     class Sums(CallbackInterface):
         def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
             _, ones, nested = outputs
+            assert all(spoiled.acquire(timeout=WAIT_S) for _ in range(2))
             seen.append(float(ones.sum() + nested[0]["ones"].sum()))
 
         on_end_train_epoch = on_end_train_step

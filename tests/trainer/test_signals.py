@@ -559,7 +559,7 @@ os.write(going, b"gg")  # for each micro-batch
 outcome = json.loads(next(line for line in lines if line.startswith("[")))
 os.waitpid(pid, 0)
 print(json.dumps(outcome), flush=True)
-if outcome[0] == "stopped":
+if "step-" in outcome[-1]:
     said = 1
     resumed, _ = train(place, True, "run", resume="auto")
     whole, _ = train(place, True, "whole", workers=0)

@@ -130,18 +130,14 @@ class JournalFollower:
         """
         now = time.monotonic()
         self._eventless_bytes += len(chunk)
-        first, newline, rest = chunk.partition(b"\n")
         if not self._line:
             self._line_since = now
-        self._line += first
+        self._line += chunk
         events: list[Event] = []
-        if newline:
-            lines = [bytes(self._line)]
-            *more, last = rest.split(b"\n")
-            self._line, self._line_since = bytearray(last), now
-            for line in lines + more:
-                if line:  # or it is a sign of life
-                    events.append(self._event(line))
+        if b"\n" in chunk:
+            *lines, rest = self._line.split(b"\n")
+            self._line, self._line_since = rest, now
+            events = [self._event(bytes(line)) for line in lines if line]  # an empty line is a sign of life
         if events:
             self._eventless_bytes = len(self._line)
         if len(self._line) > _LINE_BYTES:
