@@ -158,8 +158,8 @@ class LiveApp:
             name = quote(asked.rpartition(b"/")[2] or b".", safe="%")
             await BoundedResponse(status_code=307, headers={"location": f"./{name}/"})(scope, receive, send)
             return
-        inner = {**scope, "app": self, "root_path": "", "path": f"/{path}", _REQUEST: request}
-        await self._router(inner, receive, send)
+        inner = {"app": self, "root_path": "", "path": f"/{path}", "path_params": {}, _REQUEST: request}
+        await self._router({**scope, **inner}, receive, send)
 
     # --------------------------------------------------------------------------------- endpoints by HTTP
 

@@ -196,7 +196,10 @@ async def refuse(connection: Request | WebSocket, refused: Exception) -> Respons
 
 def _reason(connection: HTTPConnection, refused: HTTPException) -> BoundedResponse:
     """Return the reason as JSON to programs and the page, and as a line of text to a browser's window."""
+    reason, headers = refused.detail, refused.headers or {}
+    if refused.status_code == 405:
+        reason = f"{connection.scope['method']} is not allowed at this address; use {headers['Allow']}"
     if "text/html" in connection.headers.get("accept", ""):
-        text = f"stagecast: {refused.detail}\n".encode("utf-8", "replace")
-        return BoundedResponse(text, refused.status_code, refused.headers, "text/plain")
-    return JsonResponse({"error": refused.detail}, refused.status_code, refused.headers)
+        text = f"stagecast: {reason}\n".encode("utf-8", "replace")
+        return BoundedResponse(text, refused.status_code, headers, "text/plain")
+    return JsonResponse({"error": reason}, refused.status_code, headers)

@@ -417,10 +417,12 @@ def test_the_test_client_of_a_framework_may_send_several_requests(told: Told) ->
         from starlette.testclient import TestClient
 
     told.start()
-    client = TestClient(Starlette(routes=[Mount("/live", LiveApp(RunsOfFolder(told.path), Access()))]))
+    client = TestClient(Starlette(routes=[Mount("/{name}/live", LiveApp(RunsOfFolder(told.path), Access()))]))
+    assert client.get("/any/live/").status_code == 200  # the parameters of the host's path are not the application's
+    assert client.put("/any/live/api/runs").json()["error"].startswith("PUT is not allowed at this address; use ")
     for _ in range(2):
-        assert client.get("/live/api/runs/demo").json()["run"]["run_id"] == "demo"
-        with client.websocket_connect("/live/api/runs/demo/ws") as socket:
+        assert client.get("/any/live/api/runs/demo").json()["run"]["run_id"] == "demo"
+        with client.websocket_connect("/any/live/api/runs/demo/ws") as socket:
             socket.send_json({"type": "hello"})
             assert socket.receive_json()["type"] == "snapshot"
             assert socket.receive_json()["type"] == "frame"
