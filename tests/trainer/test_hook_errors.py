@@ -17,8 +17,9 @@ from events.errors import CheckpointError
 from events.messages import ObserverFailed, ObserverRecovered, TrainStepEnded
 from events.origin import Origin
 from trainer import CallbackInterface, Delivery, inline
-from trainer.hooks.hooks import CallbackHooks, CallbackTarget
+from trainer.hooks.hooks import CallbackHooks
 from trainer.hooks.recorder import MetricRecorder
+from trainer.hooks.target import CallbackTarget
 from trainer.media import MediaWriter
 
 

@@ -6,14 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import torch
-
-from events.bus.backlog import Payload, Published
 from events.bus.observer import Observer
 from events.errors import CheckpointError
 from events.messages import (
     BackwardEnded,
-    CheckpointStaged,
     Event,
     RunEnded,
     TrainEpochEnded,
@@ -23,11 +19,8 @@ from events.messages import (
 )
 from events.sink import CALLBACK_DELIVERY, Delivery
 from trainer.callback_interface import LANE_ATTRIBUTE, CallbackInterface, Lane
-from trainer.data.tensor_state import part_of
 from trainer.errors import ArgumentsError, add_note
-from trainer.hooks.capture import collate_steps
-from trainer.hooks.recorder import MetricRecorder
-from trainer.hooks.signatures import clear_error, takes_outputs
+from trainer.hooks.signatures import takes_outputs
 from trainer.module_interface import ModuleInterface
 from trainer.peers import hint_for
 
@@ -46,8 +39,12 @@ EVENT_OF_HOOK: dict[str, type[Event]] = {
 }
 """Every hook of the contract and its event."""
 
+BEYOND_CONTRACT = ("on_before_optimizer_step", "on_begin_val_epoch", "on_end_test_epoch")
+"""Optional hooks outside of the contract, which run on the loop's thread: with complete gradients, unscaled and
+clipped; before a dataloader is validated; after one was tested, with the outputs."""
+
 HOOKS_OF_TASK: dict[TaskName, frozenset[str]] = {
-    "train": frozenset({*EVENT_OF_HOOK, "on_begin_val_epoch", "on_before_optimizer_step"}),
+    "train": frozenset({*EVENT_OF_HOOK, *BEYOND_CONTRACT}) - {"on_end_test_epoch"},
     "validate": frozenset({"on_begin_val_epoch", "on_end_val_epoch"}),
     "test": frozenset({"on_end_test_epoch"}),
 }
@@ -163,9 +160,9 @@ class CallbackHooks:
         """The metric without which ``should_stop`` is not called."""
         self.bind_optimizers = self._optional(callback, "bind_optimizers")
         """Called with the run's optimizers, once, on the loop's thread before the first step."""
-        self.before_step = self._inline_hook(callback, "on_before_optimizer_step", hooks)
-        self.begin_val = self._inline_hook(callback, "on_begin_val_epoch", hooks)
-        self.end_test = self._inline_hook(callback, "on_end_test_epoch", hooks)
+        beyond = {name: self._inline_hook(callback, name) for name in BEYOND_CONTRACT}
+        self.beyond = {name: hook for name, hook in beyond.items() if hook is not None and name in hooks}
+        """Its hooks of `BEYOND_CONTRACT`, by name."""
         self.inline: dict[type[Event], InlineHook] = {}
         self.observed: dict[type[Event], Hook] = {}
         self.fenced: set[type[Event]] = set()
@@ -193,15 +190,14 @@ class CallbackHooks:
         """Whether the callback defines the key of its state itself."""
         return getattr(self.callback, "state_key", None) is not None
 
-    def _inline_hook(self, callback: CallbackInterface, name: str, hooks: frozenset[str]) -> InlineHook | None:
-        """An optional hook outside of the contract, which runs on the loop's thread."""
+    def _inline_hook(self, callback: CallbackInterface, name: str) -> InlineHook | None:
         if not callable(method := getattr(callback, name, None)):
             return None
         if getattr(method, LANE_ATTRIBUTE, Lane.INLINE) is not Lane.INLINE:
             raise ArgumentsError(f"{self.name}.{name} runs only inline; remove its mark")
         if name == "on_end_test_epoch" and not takes_outputs(method):
             method = _without_its_outputs(method)
-        return InlineHook(self, name, method) if name in hooks else None
+        return InlineHook(self, name, method)
 
     def _optional(self, callback: CallbackInterface, name: str) -> Hook | None:
         """An optional method of callbacks outside of the contract; a module's method of that name is not called."""
@@ -258,12 +254,8 @@ class HookTable:
         self.inline: dict[type[Event], list[InlineHook]] = {
             kind: [c.inline[kind] for c in self.callbacks if kind in c.inline] for kind in EVENT_OF_HOOK.values()
         }
-        self.before_step = [c.before_step for c in self.callbacks if c.before_step is not None]
-        """Run when the gradients of a step are complete, unscaled and clipped."""
-        self.begin_val = [c.begin_val for c in self.callbacks if c.begin_val is not None]
-        """Run before a dataloader is validated."""
-        self.end_test = [c.end_test for c in self.callbacks if c.end_test is not None]
-        """Run after a dataloader was tested, with the outputs."""
+        self.beyond = {name: [c.beyond[name] for c in self.callbacks if name in c.beyond] for name in BEYOND_CONTRACT}
+        """Hooks of `BEYOND_CONTRACT`, by name."""
         self.fenced: dict[type[Event], list[str]] = {}
         """Names of the observers that the loop waits for, by event; set once they are subscribed."""
 
@@ -316,93 +308,3 @@ def hook_arguments(event: Event, outputs: Sequence[Any]) -> tuple[tuple[object, 
     if isinstance(event, ValEpochEnded):
         return (event.global_step, *outputs), {"key": event.key}
     return (event.global_step, *outputs), {}
-
-
-class CallbackTarget:
-    """Runs a callback's observer and fenced hooks, in order, on one thread; the supervisor drives it."""
-
-    payloads = True
-    blocking = True
-
-    def __init__(self, hooks: CallbackHooks, device: torch.device, recorder: MetricRecorder) -> None:
-        self.observer = hooks.name
-        """Its name in events and messages."""
-        self._callback = hooks
-        self._hooks = hooks.observed
-        self._device = device
-        self._recorder = recorder
-        self._batch: Sequence[Published] = ()
-        self._outputs: dict[int, tuple[torch.Tensor, ...]] = {}  # collated outputs by the index in the batch
-        self._done = 0
-        self._doing = "open"
-
-    @property
-    def progress(self) -> tuple[str, int | None]:
-        return self._doing, self._done
-
-    def open(self) -> None:
-        """Make the run's device current on the callback's thread."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-
-    def deliver(self, batch: Sequence[Published], /) -> None:
-        """Run the hooks of a batch. A retry of the same batch resumes at the hook that failed."""
-        if batch is not self._batch:
-            self._batch, self._done = batch, 0
-            self._outputs = collate_steps(batch) if len(batch) > 1 else {}
-        while self._done < len(batch) and not self._callback.disabled:
-            event, payload = batch[self._done]
-            self._run(event, payload)
-            if payload is not None and payload.fence is not None:
-                payload.fence.release(self.observer)  # after a failure the supervisor releases it
-            self._done += 1
-        self._batch, self._outputs = (), {}
-
-    def _run(self, event: Event, payload: Payload | None) -> None:
-        if isinstance(event, CheckpointStaged):
-            self._add_state(payload)
-            return
-        if isinstance(event, RunEnded) and event.status not in ("finished", "stopped"):
-            return  # the hook runs only after training finishes
-        self._doing = hook_of(event)
-        fenced = payload is not None and payload.fence is not None and type(event) in self._callback.fenced
-        self._recorder.handling(event, fenced=fenced)
-        try:
-            outputs = self._outputs.pop(self._done, None)
-            if outputs is None and payload is not None and payload.outputs is not None:
-                outputs = payload.outputs.collated()
-            args, kwargs = hook_arguments(event, outputs or ())
-            hook = self._hooks[type(event)]
-            try:
-                hook(*args, **kwargs)
-            except TypeError as raised:
-                if (clear := clear_error(raised, self.observer, self._doing, hook, args, kwargs)) is raised:
-                    raise
-                raise clear from None
-        except BaseException as error:
-            self._callback.failed = True
-            add_hint(error)
-            add_note(error, f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
-            raise
-        finally:
-            self._recorder.handling(None)
-
-    def _add_state(self, payload: Payload | None) -> None:
-        """Contribute the callback's state to a checkpoint, once it has processed every event before the snapshot."""
-        part = payload.outputs.part_of(self.observer) if payload is not None else None
-        if part is None:
-            return
-        self._doing = "state_dict"
-        try:
-            part.set(part_of(self._callback.saved_state()))
-        except BaseException as error:  # handled like a hook's
-            self._callback.failed = True
-            add_note(error, f"raised by {self.observer}.state_dict")
-            raise
-
-    def abandon(self) -> None:
-        """Disable all hooks, including inline ones; the rest of the current batch is skipped."""
-        self._callback.disabled = True
-
-    def close(self) -> None:
-        """Do nothing: `on_end_train` is a callback's last call."""

@@ -103,8 +103,8 @@ class Evaluation:
         method = f"get_{name}_dataloaders"
         length = loader_length(loader)
         steps = limit if length is None else length if limit is None else min(limit, length)
-        if not under_way and stage is Stage.VAL and attempt.hooks.begin_val:
-            boundary.run_inline(attempt.hooks.begin_val, origin.global_step, key=key)
+        if not under_way and stage is Stage.VAL and attempt.hooks.beyond["on_begin_val_epoch"]:
+            boundary.run_inline(attempt.hooks.beyond["on_begin_val_epoch"], origin.global_step, key=key)
         if not under_way:
             boundary.publish(started(*origin.header(), key=key, steps=steps))
         outputs = self._outputs(stage, key, keep)
@@ -127,9 +127,9 @@ class Evaluation:
             loss=loss,
         )
         boundary.publish(event, outputs)
-        if stage is Stage.TEST and attempt.hooks.end_test:
+        if stage is Stage.TEST and attempt.hooks.beyond["on_end_test_epoch"]:
             values = outputs.collated() if outputs is not None else ()
-            boundary.run_inline(attempt.hooks.end_test, origin.global_step, *values, key=key)
+            boundary.run_inline(attempt.hooks.beyond["on_end_test_epoch"], origin.global_step, *values, key=key)
             if recorder.values:
                 recorder.flush(key)
         return outputs

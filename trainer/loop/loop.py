@@ -56,7 +56,7 @@ class TrainingLoop:
         self._step = Step(boundary, optimization, self._capture, clears=not self._clears_late)
         self._clears_late = self._clears_late and not self._step.is_manual
         self._step_ended_ns = 0
-        if before_step := attempt.hooks.before_step:
+        if before_step := attempt.hooks.beyond["on_before_optimizer_step"]:
             optimization.before_step = lambda: boundary.run_inline(before_step, attempt.origin.global_step)
 
     def run(self, resumed: Loaded | None = None) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from events.log import logger
 from trainer.callback_interface import LANE_ATTRIBUTE, CallbackInterface, Lane
-from trainer.hooks.hooks import lane_of, overridden_hooks
+from trainer.hooks.hooks import BEYOND_CONTRACT, lane_of, overridden_hooks
 from trainer.hooks.signatures import signature_problem
 from trainer.module_interface import ModuleInterface, contract_names
 from trainer.unheard import in_words, unheard_methods
@@ -37,7 +37,7 @@ class _OfCallbacks:
     def on_end_test_epoch(self, global_step: int, *test_step_collated_outputs: Any, key: str) -> Any: ...
 
 
-_OPTIONAL_HOOKS = frozenset({"on_begin_val_epoch", "on_before_optimizer_step", "on_end_test_epoch"})
+_OPTIONAL_HOOKS = frozenset(BEYOND_CONTRACT)
 """Those that a module may have too."""
 
 

@@ -28,8 +28,9 @@ from trainer.arguments import TrainerArguments
 from trainer.callback_interface import CallbackInterface
 from trainer.checkpoint.resume import CheckpointPlan
 from trainer.errors import add_note
-from trainer.hooks.hooks import CallbackHooks, CallbackTarget, HookTable, check_state_keys
+from trainer.hooks.hooks import CallbackHooks, HookTable, check_state_keys
 from trainer.hooks.recorder import MetricRecorder
+from trainer.hooks.target import CallbackTarget
 from trainer.loop.control import Control
 from trainer.media import MediaWriter
 from trainer.module_interface import ModuleInterface

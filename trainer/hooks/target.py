@@ -1,0 +1,106 @@
+"""Run a callback's hooks as an observer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from events.bus.backlog import Payload, Published
+from events.messages import CheckpointStaged, Event, RunEnded
+from trainer.data.tensor_state import part_of
+from trainer.errors import add_note
+from trainer.hooks.capture import collate_steps
+from trainer.hooks.hooks import CallbackHooks, add_hint, hook_arguments, hook_of
+from trainer.hooks.recorder import MetricRecorder
+from trainer.hooks.signatures import clear_error
+
+
+class CallbackTarget:
+    """Runs a callback's observer and fenced hooks, in order, on one thread; the supervisor drives it."""
+
+    payloads = True
+    blocking = True
+
+    def __init__(self, hooks: CallbackHooks, device: torch.device, recorder: MetricRecorder) -> None:
+        self.observer = hooks.name
+        """Its name in events and messages."""
+        self._callback = hooks
+        self._hooks = hooks.observed
+        self._device = device
+        self._recorder = recorder
+        self._batch: Sequence[Published] = ()
+        self._outputs: dict[int, tuple[torch.Tensor, ...]] = {}  # collated outputs by the index in the batch
+        self._done = 0
+        self._doing = "open"
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        return self._doing, self._done
+
+    def open(self) -> None:
+        """Make the run's device current on the callback's thread."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def deliver(self, batch: Sequence[Published], /) -> None:
+        """Run the hooks of a batch. A retry of the same batch resumes at the hook that failed."""
+        if batch is not self._batch:
+            self._batch, self._done = batch, 0
+            self._outputs = collate_steps(batch) if len(batch) > 1 else {}
+        while self._done < len(batch) and not self._callback.disabled:
+            event, payload = batch[self._done]
+            self._run(event, payload)
+            if payload is not None and payload.fence is not None:
+                payload.fence.release(self.observer)  # after a failure the supervisor releases it
+            self._done += 1
+        self._batch, self._outputs = (), {}
+
+    def _run(self, event: Event, payload: Payload | None) -> None:
+        if isinstance(event, CheckpointStaged):
+            self._add_state(payload)
+            return
+        if isinstance(event, RunEnded) and event.status not in ("finished", "stopped"):
+            return  # the hook runs only after training finishes
+        self._doing = hook_of(event)
+        fenced = payload is not None and payload.fence is not None and type(event) in self._callback.fenced
+        self._recorder.handling(event, fenced=fenced)
+        try:
+            outputs = self._outputs.pop(self._done, None)
+            if outputs is None and payload is not None and payload.outputs is not None:
+                outputs = payload.outputs.collated()
+            args, kwargs = hook_arguments(event, outputs or ())
+            hook = self._hooks[type(event)]
+            try:
+                hook(*args, **kwargs)
+            except TypeError as raised:
+                if (clear := clear_error(raised, self.observer, self._doing, hook, args, kwargs)) is raised:
+                    raise
+                raise clear from None
+        except BaseException as error:
+            self._callback.failed = True
+            add_hint(error)
+            add_note(error, f"raised by {self.observer}.{self._doing} at global_step {event.global_step}")
+            raise
+        finally:
+            self._recorder.handling(None)
+
+    def _add_state(self, payload: Payload | None) -> None:
+        """Contribute the callback's state to a checkpoint, once it has processed every event before the snapshot."""
+        part = payload.outputs.part_of(self.observer) if payload is not None else None
+        if part is None:
+            return
+        self._doing = "state_dict"
+        try:
+            part.set(part_of(self._callback.saved_state()))
+        except BaseException as error:  # handled like a hook's
+            self._callback.failed = True
+            add_note(error, f"raised by {self.observer}.state_dict")
+            raise
+
+    def abandon(self) -> None:
+        """Disable all hooks, including inline ones; the rest of the current batch is skipped."""
+        self._callback.disabled = True
+
+    def close(self) -> None:
+        """Do nothing: `on_end_train` is a callback's last call."""
