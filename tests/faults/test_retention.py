@@ -280,29 +280,19 @@ def stores(draw: st.DrawFn) -> dict[str, Any]:
 
 @EXAMPLES
 @given(stores())
-def test_retention_deletes_by_age_and_keeps_the_newest_the_best_and_those_not_uploaded(store: dict[str, Any]) -> None:
-    going = expendable(**store)
+def test_retention_keeps_the_newest_the_best_and_those_after_the_newest_upload(store: dict[str, Any]) -> None:
+    """And deletes all others, superseded ones first, and then by age."""
     settings, line, names, metrics, uploaded = store.values()
-    ordered = by_age(line, names)
-    assert going == [name for name in ordered if name in going]
-    left = [name for name in names if name not in going]
-    assert left or not names
-    if settings.keep_last is None:
-        assert not going
-        return
-    assert not set(line[: settings.keep_last]) & set(going)
+    ordered = [*(name for name in names if name not in line), *line[::-1]]
+    assert by_age(line, names) == ordered
     sign = -1 if settings.best_mode == "max" else 1
     scored = {name.step: name for name in reversed(line) if name in metrics}  # the newest of each step
-    best = sorted(scored.values(), key=lambda name: (sign * metrics[name], line.index(name)))
-    assert not set(best[: settings.keep_best]) & set(going)  # the line has the newer of two equal ones first
-    if uploaded is None:
-        assert len(left) <= settings.keep_last + settings.keep_best
-    else:
+    best = sorted(scored.values(), key=lambda name: (sign * metrics[name], line.index(name)))  # of equal ones the newer
+    kept = {*ordered[-(settings.keep_last or len(names)) :], *best[: settings.keep_best]}
+    if uploaded is not None:
         there = [index for index, name in enumerate(ordered) if name in uploaded]
-        assert not set(going) & set(ordered[max(there, default=0) :])
-        assert set(going) <= set(expendable(**store | {"uploaded": None}))
-    line, names = [name for name in line if name not in going], [name for name in names if name not in going]
-    assert expendable(settings, line, names, metrics, uploaded) == []  # once it is deleted, no further one may be
+        kept |= {*ordered[max(there, default=0) :]}
+    assert expendable(**store) == [name for name in ordered if name not in kept]
 
 
 @EXAMPLES

@@ -351,6 +351,21 @@ def test_another_run_of_this_name_is_not_overwritten(rig: Rig, tmp_path: Path) -
     assert rig.names == ["step-10.a1"]
 
 
+def test_an_attempt_that_starts_later_is_noted_before_its_first_upload_unless_another_run_was_faster(rig: Rig) -> None:
+    uploader = rig.uploader()
+    uploader.open()
+    rig.attempt(2)
+    rig.save(10)
+    uploader.deliver([])
+    assert rig.remote.attempts() == rig.store.attempts()
+    rig.remote.note([*rig.store.attempts().values(), AttemptNote(3, None, id="another run")])
+    rig.attempt(3, "step-10.a2")
+    rig.save(20)
+    uploader.deliver([])
+    assert "attempt 3 of another run" in rig.of(CheckpointFailed)[0].error
+    assert rig.names == ["step-10.a2"]
+
+
 def test_opening_again_after_a_failed_upload_does_not_take_its_own_for_anothers(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

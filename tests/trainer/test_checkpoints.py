@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from support.training import Diary, Net, Scored, make_trainer, read_journal, tra
 from events.checkpoint.manifest import CheckpointName, Manifest
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound, CheckpointsFailing, UnstorableState
+from events.journal.writer import JournalWriter
 from events.messages import (
     CheckpointDeleted,
     CheckpointFailed,
@@ -32,6 +33,7 @@ from events.messages import (
     CheckpointSkipped,
     CheckpointStaged,
     CommandTaken,
+    Event,
     ObserverFailed,
     RunResumed,
     WeightsSaved,
@@ -386,7 +388,9 @@ def test_a_job_that_names_only_its_folder_resumes_its_run(run: RunFolder) -> Non
     assert "give run_id" in str(error)
 
 
-def test_weights_of_another_model_are_refused_by_keys_and_shapes(tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused_by_keys_and_shapes_and_a_wrong_path_before_the_start(
+    tmp_path: Path,
+) -> None:
     save_file({"linear.weight": torch.ones(2, 9), "other": torch.ones(1)}, tmp_path / "foreign.safetensors")
     net = Net()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -394,9 +398,10 @@ def test_weights_of_another_model_are_refused_by_keys_and_shapes(tmp_path: Path)
     assert isinstance(error, CheckpointMismatch)
     assert all(text in str(error) for text in ("linear.weight", "other", "linear.bias"))
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-    error = train(net, init_from=tmp_path / "nothing").error
-    assert isinstance(error, CheckpointNotFound)
-    assert "init_from=" in str(error)
+    outcome = train(net, init_from=tmp_path / "nothing", run_dir=tmp_path / "run", checkpoints=True)
+    assert isinstance(outcome.error, CheckpointNotFound)
+    assert "init_from=" in str(outcome.error)
+    assert outcome.events == []  # no attempt starts, which would end a finished run as failed
 
 
 def test_three_consecutive_failures_end_the_run_and_a_success_resets_the_count(
@@ -424,17 +429,29 @@ async def test_a_request_whose_write_fails_raises_the_reason(run: RunFolder, ful
 def test_the_journal_holds_all_events_before_a_checkpoint_when_it_is_committed(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On stable storage: a resumed run does not repeat these steps."""
-    commit, seen = CheckpointStore.commit, []
+    """A resumed run does not repeat these steps. Here the journal writes them only when it is waited for."""
+    commit, wait_for, write, seen = CheckpointStore.commit, JournalWriter.wait_for, JournalWriter.write, []
+    wanted = threading.Event()
 
-    def checking(store: CheckpointStore, manifest: Manifest) -> Path:
-        staged = [e.seq for e in read_journal(run.path) if type(e) is CheckpointStaged]
-        seen.append(manifest.seq in staged)
+    def waiting(writer: JournalWriter, seq: int, timeout_s: float) -> bool:
+        wanted.set()
+        return wait_for(writer, seq, timeout_s)
+
+    def writing(writer: JournalWriter, events: Sequence[Event]) -> None:
+        if any(type(event) is CheckpointStaged for event in events):
+            assert wanted.wait(WAIT_S)
+        write(writer, events)
+
+    def committing(store: CheckpointStore, manifest: Manifest) -> Path:
+        seen.append(any(type(e) is CheckpointStaged and e.seq == manifest.seq for e in read_journal(run.path)))
+        wanted.set()
         return commit(store, manifest)
 
-    monkeypatch.setattr(CheckpointStore, "commit", checking)
-    assert run.train(epochs=3, every_steps=1, journal=True).error is None
-    assert seen == [True] * 6
+    monkeypatch.setattr(JournalWriter, "wait_for", waiting)
+    monkeypatch.setattr(JournalWriter, "write", writing)
+    monkeypatch.setattr(CheckpointStore, "commit", committing)
+    assert run.train(at_end=True, journal=True).error is None
+    assert seen == [True]
 
 
 # ----------------------------------------------------------------------------------------- attempts and their line
