@@ -53,7 +53,7 @@ from sinks.live.client import (
     SnapshotWanted,
 )
 from sinks.live.clients import Clients
-from sinks.live.frame_stream import as_event, as_text, send_frames
+from sinks.live.frames import as_event, as_text
 from sinks.live.hub import Hub
 from sinks.live.journal_body import JournalBody
 from sinks.live.responses import (
@@ -258,10 +258,7 @@ class LiveApp:
             query = request.query_params
             hello = Hello(since=_whole_number(query.get("since")), attempt=_whole_number(query.get("attempt")))
 
-        async def write_all(client: Client) -> None:
-            await send_frames(hub, hello, client, as_event)
-
-        return self._stream("text/event-stream", write_all)
+        return self._stream("text/event-stream", lambda client: client.send_frames(hub, hello, as_event))
 
     def _stream(self, media_type: str, write_all: Callable[[Client], Coroutine[object, object, None]]) -> ASGIApp:
         """Return a response of unknown length, which ends when it is complete or the client disconnects."""
@@ -307,7 +304,7 @@ class LiveApp:
                 client.disconnect()
 
             async def write() -> None:
-                await send_frames(hub, hello, client, as_text)
+                await client.send_frames(hub, hello, as_text)
                 client.disconnect(Refused(503, "the run is over, and its server stops", code=ENDING))
 
             await self._clients.serve(client, listen, write)

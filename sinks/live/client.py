@@ -1,10 +1,10 @@
-"""One stream or WebSocket: the messages that its client may send, and sending with a timeout."""
+"""One stream or WebSocket: the messages that its client may send, and sending frames with a timeout."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import anyio
 import msgspec
@@ -14,6 +14,8 @@ from starlette.websockets import WebSocketDisconnect
 from events.bounds import Int64
 from sinks.live.access import Refused
 from sinks.live.bounds import PART_BYTES, Unread
+from sinks.live.frames import Message as Frame
+from sinks.live.hub import Hub
 
 MOST_INBOUND = 64 * 1024
 """Maximum bytes per message or body from a client."""
@@ -115,6 +117,34 @@ class Client:
             await anyio.sleep_forever()
         finally:
             self._sending_since = None
+
+    async def send_frames(self, hub: Hub, hello: Hello, encode: Callable[[Frame | int], str | bytes]) -> None:
+        """Send a snapshot where one is needed, and each frame when it is created, until the run is over.
+
+        Args:
+            encode: `as_text` or `as_event` of `sinks.live.frames`.
+        """
+        frames = hub.frames
+        await hub.refresh()
+        async with anyio.create_task_group() as driving:
+            await driving.start(hub.drive)
+            number = hub.resume(hello.attempt, hello.since) if hello.since else None
+            generation = frames.generation
+            while True:
+                if number is None or generation != frames.generation or self.takes_snapshot():
+                    snapshot = await hub.snapshot()
+                    number, generation = snapshot.number + 1, snapshot.generation
+                    await self.send(encode(snapshot))
+                while frames.newest < number and generation == frames.generation and not frames.is_over:
+                    await frames.news.wait()
+                if generation != frames.generation:
+                    continue
+                if number > frames.newest:
+                    break
+                frame = frames.get(number)
+                await self.send(encode(frame or frames.oldest - number))
+                number = number + 1 if frame is not None else None
+            driving.cancel_scope.cancel()
 
     def forget(self) -> None:
         """Stop counting its unread bytes; its connection is closed."""

@@ -96,6 +96,18 @@ class RecentFrames:
             news.set()
 
 
+def as_text(message: Message | int) -> str:
+    """Return a message by WebSocket: a snapshot, a frame, or a gap, given by the number of missed frames."""
+    return message.text if isinstance(message, Message) else f'{{"type":"gap","lost":{message}}}'
+
+
+def as_event(message: Message | int) -> bytes:
+    """Return a server-sent event; one for a gap has no id, from which a client would resume behind it."""
+    return (
+        message.event if isinstance(message, Message) else b'event: gap\ndata: {"type":"gap","lost":%d}\n\n' % message
+    )
+
+
 def encode(message: dict[str, object]) -> bytes:
     """Encode a message as JSON; values that JSON cannot hold are replaced."""
     try:

@@ -1,7 +1,7 @@
 """Connections of uvicorn that bound how long clients may send nothing, and read nothing. Imports uvicorn.
 
 uvicorn has no public way to find idle connections, nor to refuse pings. This module holds all uses of its protocols
-beyond asyncio's interface; a test names the attribute that an upgrade has removed.
+beyond asyncio's interface; a test lists the attributes, and names one that an upgrade has removed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,6 @@ _CLOSING_S = 10.0
 """Maximum seconds per close: a connection whose client does not read would never close."""
 _MOST_BUFFERED = 2 * PART_BYTES
 """Maximum unread bytes per connection when it closes, or when its client pings."""
-HTTP_ATTRIBUTES = ("app", "client", "cycle", "logger", "on_response_complete", "scope", "transport")
-CYCLE_ATTRIBUTES = ("more_body", "response_complete")
-WEBSOCKET_ATTRIBUTES = (
-    *("app", "client", "close_sent", "conn", "handle_close", "handle_ping", "handshake_complete"),
-    *("handshake_initiated", "logger", "transport"),
-)
-SERVER_ATTRIBUTES = ("on_tick", "run", "server_state", "should_exit", "started", "startup")
 
 
 def _make_log() -> logging.Logger:

@@ -409,11 +409,15 @@ def test_the_parts_of_uvicorn_that_are_used_exist() -> None:
     cycle = RequestResponseCycle(**dict.fromkeys(inspect.signature(RequestResponseCycle).parameters, MagicMock()))
     server = protocols_module.uvicorn.Server(config)
     used: list[tuple[Any, tuple[str, ...]]] = [
-        (http(config, state, {}, loop), protocols_module.HTTP_ATTRIBUTES),
-        (cycle, protocols_module.CYCLE_ATTRIBUTES),
-        (websocket(config, state, {}, loop), protocols_module.WEBSOCKET_ATTRIBUTES),
+        (
+            http(config, state, {}, loop),
+            ("app", "client", "cycle", "logger", "on_response_complete", "scope", "transport"),
+        ),
+        (cycle, ("more_body", "response_complete")),
+        (websocket(config, state, {}, loop), ("app", "client", "close_sent", "conn", "handle_close", "handle_ping")),
+        (websocket(config, state, {}, loop), ("handshake_complete", "handshake_initiated", "logger", "transport")),
         (websocket(config, state, {}, loop).conn, ("handshake_exc",)),
-        (server, protocols_module.SERVER_ATTRIBUTES),
+        (server, ("on_tick", "run", "server_state", "should_exit", "started", "startup")),
         (server.server_state, ("connections",)),
     ]
     missing = [f"{type(one).__qualname__}.{name}" for one, names in used for name in names if not hasattr(one, name)]
