@@ -257,7 +257,6 @@ class LiveApp:
         if hello.since is None or hello.attempt is None:
             query = request.query_params
             hello = Hello(since=_whole_number(query.get("since")), attempt=_whole_number(query.get("attempt")))
-
         return self._stream("text/event-stream", lambda client: client.send_frames(hub, hello, as_event))
 
     def _stream(self, media_type: str, write_all: Callable[[Client], Coroutine[object, object, None]]) -> ASGIApp:
