@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,6 +109,26 @@ def test_the_validation_at_the_start_can_be_the_best(tmp_path: Any) -> None:
     )
     assert outcome.error is None
     assert outcome.result.best_metric == 0.9
+
+
+def test_a_validation_has_the_memory_of_the_last_step_to_itself() -> None:
+    """Neither its batch nor its outputs are kept, within an epoch and at its end."""
+
+    class Watched(Net):
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss, predicted = super().train_step(global_step, (batch[0] + 0, batch[1]), device)
+            self.predicted = weakref.ref(predicted)
+            return loss, predicted
+
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None: ...
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            alive.append(self.predicted() is not None)
+            return super().val_step(global_step, batch, device)
+
+    alive: list[bool] = []
+    train(Watched(rows=32, val_data=lambda net, batch_size: net.batches(32)), epochs=2, val_interval_epochs=0.5)
+    assert alive == [False] * 4
 
 
 def test_a_run_whose_time_is_over_stops_with_a_checkpoint(tmp_path: Any) -> None:

@@ -113,6 +113,7 @@ class TrainingLoop:
         validation.begin_epoch(steps)
         follows_loss = validation.follows_epoch_loss
         interrupted: RngState | None = None
+        outcome: StepOutcome | None
         try:
             if resumed is not None and position.phase != "begin":
                 interrupted = self._resume_epoch(loader, resumed, outputs)
@@ -141,6 +142,8 @@ class TrainingLoop:
                 position.batches = feed.taken
                 boundary.cross()
                 if validation.is_due:
+                    step.release()
+                    group = outcome = None  # a validation needs the memory
                     validation.after_step()
                     ledger.enter("other")
                     self._step_ended_ns = ledger.since
@@ -148,6 +151,7 @@ class TrainingLoop:
                     self._wait_for(checkpoints.after_step(last=origin.global_step - position.first_step == steps))
         finally:
             step.release()
+            group = outcome = None
             feed.end()  # also its workers: before validation starts its own
         if feed.taken == 0 and position.phase == "train":
             raise self._no_batch(epoch, loader)
