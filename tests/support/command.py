@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pytest
 from support.scripts import ROOT
@@ -61,3 +62,16 @@ def run_process(*arguments: object, **more: str) -> Ended:
     command = [*COMMAND, *map(str, arguments)]
     done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=50)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
+    """Start the command in another process, with pipes as its stdout and stderr; it is killed at the end."""
+    command, pipe = [*COMMAND, *arguments], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            yield process, process.stdout, process.stderr
+        finally:
+            process.kill()

@@ -7,10 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.command import COMMAND, Stagecast, environment
+from support.command import COMMAND, Stagecast, environment, started
 
 from events.checkpoint.manifest import Manifest, Metric, encode_manifest
 from events.messages import ObserverFailed
@@ -119,14 +118,10 @@ def test_the_demo_trains_and_shows_what_it_did(stagecast: Stagecast, tmp_path: P
 
 def test_a_reader_of_only_the_first_line_gets_no_traceback() -> None:
     """As `stagecast demo | head -1` does; the training ends as usual."""
-    command = [*COMMAND, "demo", "--steps", "1", "--device", "cpu", "--run-dir", "run"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment(), text=True, **pipes) as demo:
-        assert demo.stdout is not None
-        assert demo.stderr is not None
-        assert demo.stdout.readline()
-        demo.stdout.close()
-        errors = demo.stderr.read()
+    with started("demo", "--steps", "1", "--device", "cpu", "--run-dir", "run") as (demo, out, err):
+        assert out.readline()
+        out.close()
+        errors = err.read()
         assert demo.wait(50) == 1
     assert "finished" in errors
     assert "Traceback" not in errors

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import textwrap
 from collections import OrderedDict
@@ -19,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.checkpoints import put
-from support.command import COMMAND, Stagecast, environment, run_process
+from support.command import Stagecast, run_process, started
 from support.scripts import Start
 from support.training import Batch, Net
 from torch import nn
@@ -652,10 +651,6 @@ def test_names_in_any_script_are_shown_as_far_as_the_output_can(tmp_path: Path, 
 
 def test_a_closed_pipe_causes_no_traceback(run: Path) -> None:
     """As `stagecast checkpoints list ... | head -0` does."""
-    command, pipe = [*COMMAND, "checkpoints", "list", str(run)], subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment()) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        errors = process.stderr.read()
-        assert (process.wait(50), errors) == (1, "")
+    with started("checkpoints", "list", str(run)) as (process, out, err):
+        out.close()
+        assert (err.read(), process.wait(50)) == ("", 1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from support.command import COMMAND, Stagecast, environment, run_process
+from support.command import Stagecast, run_process, started
 
 from events.checkpoint.settings import Checkpoints
 from events.field_docs import field_docs
@@ -360,15 +359,10 @@ def test_a_signal_stops_the_run_cleanly_and_sets_the_exit_code(folder: Path, num
         "module: {factory: 'jobs.line:build', width: 1, hold: true}\nsinks: []\nrun_dir: run\n"
         "arguments: {epochs: 1000000, device: cpu}\n",
     )
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*COMMAND, "train", file], env=environment(), text=True, **pipes) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "training\n"
-            process.send_signal(number)
-            out, err = process.communicate(timeout=40)
-        finally:
-            process.kill()
+    with started("train", file) as (process, stdout, _):
+        assert stdout.readline() == "training\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=40)
     assert process.returncode == code, err
     assert re.search(rf"^stopped after \d+ steps? \({number.name}\)$", out, re.M)
     assert re.search(r"^checkpoint: .*step-\d+\.a1$", out, re.M)
