@@ -28,14 +28,14 @@ RATE = "lr/optimizer0/group0"
 MOMENTUM = "momentum/optimizer0/group0"
 
 
-def halving(kind: Any = SGD, **options: Any) -> Net:
+def halving(kind: Any = SGD, rate: float | torch.Tensor = 0.5, **options: Any) -> Net:
     """Return a module of eight steps whose learning rate, 0.5, is halved after each of them."""
 
     def optimizers(net: Net) -> Any:
-        optimizer = kind(net.parameters(), **{"lr": 0.5} | options.pop("optimizer", {}))
+        optimizer = kind(net.parameters(), lr=rate)
         return [optimizer], [StepLR(optimizer, 1, gamma=0.5)]
 
-    return Net(rows=64, optimizers=optimizers, **{name: options[name] for name in options if name != "optimizer"})
+    return Net(rows=64, optimizers=optimizers, **options)
 
 
 class Copies(CallbackInterface):
@@ -172,7 +172,7 @@ def test_each_group_of_each_optimizer_is_logged() -> None:
     [
         (lambda: halving(Adagrad), {"momentum": True}, None),  # it has no momentum
         # Schedulers change a tensor in place, before its number is read.
-        (lambda: halving(Adam, optimizer={"lr": torch.tensor(0.5)}), {}, [(n, 0.5**n) for n in range(1, 9)]),
+        (lambda: halving(Adam, torch.tensor(0.5)), {}, [(n, 0.5**n) for n in range(1, 9)]),
         (halving, {"every_n_steps": 3}, [(3, 0.125), (6, 0.5**6)]),
         # The second call is of a step that is skipped.
         (lambda: halving(scales={2: math.nan}), {"every_n_steps": 2}, [(2, 0.25), (4, 0.5**4), (6, 0.5**6)]),
