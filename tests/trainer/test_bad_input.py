@@ -495,8 +495,7 @@ async def test_a_device_that_does_not_exist_is_refused_before_anything_is_writte
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda loss: None, r"Net.train_step\(\) returned nothing: return the loss tensor, or a tuple that begins"),
-        (lambda loss: (), r"Net.train_step\(\) returned nothing"),
+        (lambda loss: (), r"Net.train_step\(\) returned nothing: return the loss tensor, or a tuple that begins"),
         (lambda loss: {"loss": loss}, "returned a dict with loss; return the loss, or a tuple that begins with it"),
         (lambda loss: loss.item(), r"Net.train_step\(\) returned a float \(.*\) as its first value: that must be the"),
         (lambda loss: ("loss", loss), r"Net.train_step\(\) returned a str \('loss'\) as its first value"),
