@@ -4,8 +4,8 @@
 Exit codes: 0 for success; 1 for an error or damaged checkpoints; 2 for wrong arguments; 130 and 143 after SIGINT
 (Ctrl-C) or SIGTERM. The first signal stops a run at its next step and still prints the result; a second one aborts.
 
-With argparse: with cyclopts (four packages) the file had as many lines, and a command took 245 ms of CPU time to start
-instead of 170 (its help 290); typer alone takes 185 to import, and needs pydantic.
+With argparse: cyclopts (four packages) saves few lines, and a command took 245 ms of CPU time to start instead of 170
+(its help 290); typer needs pydantic, and takes 185 ms for two empty commands alone.
 """
 
 from __future__ import annotations
