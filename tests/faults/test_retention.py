@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,7 +22,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.checkpoints import make
 
+from events.checkpoint import files
 from events.checkpoint.files import verify
 from events.checkpoint.lineage import AttemptNote, by_age, expendable, line_of
 from events.checkpoint.manifest import CheckpointName
@@ -293,6 +296,25 @@ def test_retention_keeps_the_newest_the_best_and_those_after_the_newest_upload(s
         there = [index for index, name in enumerate(ordered) if name in uploaded]
         kept |= {*ordered[max(there, default=0) :]}
     assert expendable(**store) == [name for name in ordered if name not in kept]
+
+
+def test_a_checkpoint_whose_manifest_the_disk_cannot_read_now_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metric may be the best."""
+    store, read = CheckpointStore(tmp_path / "checkpoints"), files.read_below
+    for step in (1, 2, 3):
+        make(store.folder, step, state=9)
+
+    def failing(root: Path, name: str, limit_bytes: int) -> bytes:
+        if "step-1" in name:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(root, name, limit_bytes)
+
+    settings = Checkpoints(keep_last=1)
+    assert list(map(str, store.expendable(settings, "run"))) == ["step-1.a1", "step-2.a1"]
+    monkeypatch.setattr(files, "read_below", failing)
+    assert list(map(str, store.expendable(settings, "run"))) == ["step-2.a1"]
 
 
 @EXAMPLES
