@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -119,7 +120,6 @@ class Access:
         # A name that is not a host name stays: it matches no request.
         self._hosts = None if hosts is None else {hostname_of(host) or host.lower() for host in hosts} | named
         self._check = check
-        self._threads = anyio.CapacityLimiter(_MOST_CHECKS)  # our own: a slow check must not occupy the host's threads
 
     def __repr__(self) -> str:
         return f"Access(token={'...' if self._token else None}, commands={self.commands})"
@@ -128,6 +128,11 @@ class Access:
         """Whether this is the token, if one is required; in constant time."""
         shown = (token or "").encode("utf-8", "surrogatepass")
         return self._token is None or hmac.compare_digest(shown, self._token)
+
+    @functools.cached_property
+    def _threads(self) -> anyio.CapacityLimiter:
+        """Our own, because a slow check must not occupy the host's threads; created in the server's event loop."""
+        return anyio.CapacityLimiter(_MOST_CHECKS)
 
     def check_token(self, request: Request) -> None:
         """Raise `Refused` for a request without the token."""

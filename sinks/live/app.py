@@ -98,8 +98,6 @@ class LiveApp:
         self._followers = Limit(min(MOST_FOLLOWERS, max(1, most_clients // 4)), "journals")
         self._images = Limit(min(MOST_IMAGES, max(1, most_clients // 4)), "images")
         self._unread = Unread()
-        self._folders = anyio.CapacityLimiter(2)
-        """Limits the threads that read run folders for clients: decoding journals delays the event loop."""
         self._page = read_page()
         run = "/api/runs/{run_id}"
         self._router = Router(
@@ -119,6 +117,14 @@ class LiveApp:
         )
         handler: ExceptionHandler = refuse  # type: ignore[assignment]  # one for both kinds of connections
         self._app = ExceptionMiddleware(self._check_and_route, {HTTPException: handler})
+
+    @functools.cached_property
+    def _folders(self) -> anyio.CapacityLimiter:
+        """Limits the threads that read run folders for clients: decoding journals delays the event loop.
+
+        Created when it is used: the server's event loop may be another than the one of the constructor's caller.
+        """
+        return anyio.CapacityLimiter(2)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""

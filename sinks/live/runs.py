@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -102,9 +103,16 @@ class RunsOfFolder:
         self._known: dict[Path, _Run] = {}
         self._paths: dict[str, tuple[Path, str]] = {}  # by the name in the list; the folder and its run_id
         self._is_behind = False  # the last look has skipped runs that are not known yet
-        self._limiter = anyio.CapacityLimiter(1)
-        self._readers = anyio.CapacityLimiter(MOST_READERS)
         self._found: tuple[float, list[Summary]] = -math.inf, []  # start and result of the last look
+
+    @functools.cached_property
+    def _limiter(self) -> anyio.CapacityLimiter:
+        """Created when it is used: the server's event loop may be another than the one of the constructor's caller."""
+        return anyio.CapacityLimiter(1)
+
+    @functools.cached_property
+    def _readers(self) -> anyio.CapacityLimiter:
+        return anyio.CapacityLimiter(MOST_READERS)
 
     async def summaries(self, commands: bool) -> list[Summary]:
         """Return the entries of at most the newest thousand runs. Waits for the disk, on a thread."""
