@@ -43,18 +43,18 @@ class Memory(Strict, frozen=True, dict=True):
             raise ValueError(f"Memory(capacity={self.capacity}): capacity must be >= 1")
 
     def open(self, run: RunInfo) -> MemoryWriter:
-        """Build the writer that appends to this sink."""
-        return MemoryWriter(self._store)
+        """Return the writer that appends to this sink, one for all of its runs."""
+        return self._writer
 
     @property
     def events(self) -> list[Event]:
         """The kept events, in order of arrival."""
-        return self._store.snapshot()
+        return self._writer.snapshot()
 
     @property
     def dropped(self) -> int:
         """Number of events dropped beyond ``capacity``."""
-        return self._store.dropped
+        return self._writer.dropped
 
     def of(self, event_type: type[E]) -> list[E]:
         """The events of one type (or of its subclasses), in order."""
@@ -70,47 +70,40 @@ class Memory(Strict, frozen=True, dict=True):
 
     def clear(self) -> None:
         """Remove all events, and reset `dropped`."""
-        self._store.clear()
+        self._writer.clear()
 
     # In the instance's dictionary, because a field would be encoded, compared and pickled.
     @cached_property
-    def _store(self) -> _Store:
-        return _Store(self.capacity)
+    def _writer(self) -> MemoryWriter:
+        return MemoryWriter(self.capacity)
 
 
 class MemoryWriter:
-    """An open `Memory`. Only waits while a reader copies its snapshot."""
-
-    def __init__(self, store: _Store) -> None:
-        self._store = store
-
-    def write(self, events: Sequence[Event]) -> None:
-        """Append a batch."""
-        self._store.extend(events)
-
-    def close(self) -> None:
-        """Do nothing: the events stay readable."""
-
-
-class _Store:
-    """A bounded list with a lock, because iterating a deque fails while another thread appends to it."""
+    """An open `Memory`. Any thread; only waits while another one copies the events."""
 
     def __init__(self, capacity: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # iterating a deque fails while another thread appends to it
         self._events: deque[Event] = deque(maxlen=capacity)
         self._capacity = capacity
         self.dropped = 0
+        """See `Memory.dropped`."""
 
-    def extend(self, events: Sequence[Event]) -> None:
+    def write(self, events: Sequence[Event]) -> None:
+        """Append a batch."""
         with self._lock:
             self.dropped += max(0, len(self._events) + len(events) - self._capacity)
             self._events.extend(events)
 
+    def close(self) -> None:
+        """Do nothing: the events stay readable."""
+
     def snapshot(self) -> list[Event]:
+        """The kept events."""
         with self._lock:
             return list(self._events)
 
     def clear(self) -> None:
+        """Remove all events, and reset `dropped`."""
         with self._lock:
             self._events.clear()
             self.dropped = 0

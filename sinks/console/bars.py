@@ -16,24 +16,24 @@ class _Row(NamedTuple):
     counter: str
     fraction: float | None
     tail: list[Span]
-    """From the left, most important first; the last ones go where there is no room."""
+    """Texts behind the bar, most important first; the last ones are omitted if there is no room."""
 
 
 _LABEL = 5
 _PERCENT = 4
 _TAIL = 39
 _COMPACT_TAIL = 31
-"""Room that the bars leave for the texts behind them. Fixed, so that a bar does not breathe with its text."""
+"""Columns of the texts behind the bars. Fixed, so that the length of a bar does not depend on its text."""
 _BAR = range(6, 41)
-"""Sensible lengths of a bar. With less room than that there is none."""
+"""Lengths of a bar; with less room there is none."""
 _COMPACT_BELOW = 64
 
 
 def bar_rows(state: RunState, width: int, *, ascii_only: bool = False) -> list[list[Span]]:
     """Lay the rows out in at most ``width`` columns; no row contains a line break.
 
-    Two rows while training, a third while validating, one while testing. Numbers stand in the same columns
-    from one call to the next as long as the totals stay the same.
+    Two rows during training, a third during validation, one during a test. Numbers keep their columns from one call to
+    the next while the totals are the same.
     """
     compact = width < _COMPACT_BELOW
     now = state.evaluation
@@ -82,12 +82,12 @@ def _evaluation_row(now: EvaluationProgress) -> _Row:
 
 
 def _count(done: int, total: int | None) -> str:
-    """``7/500``, padded to the width of ``500/500``: a counter must not push its neighbours about."""
+    """``7/500``, padded to the width of ``500/500``, so that its neighbours do not move."""
     return str(done) if total is None else f"{done:>{len(str(total))}}/{total}"
 
 
 def _lay_out(row: _Row, counts: int, bar: int, width: int, ascii_only: bool) -> list[Span]:
-    # floor: 100 % is said when the last step is done, not before
+    # Rounded down: 100 % only after the last step.
     percent = "" if row.fraction is None else f"{min(100, math.floor(100 * row.fraction))}%"
     spans = [Span(f"{row.label:<{_LABEL}} ", "head"), Span(f"{row.counter:>{counts}} ")]
     if bar:
@@ -103,7 +103,7 @@ def _lay_out(row: _Row, counts: int, bar: int, width: int, ascii_only: bool) -> 
 
 
 def _fitting(row: _Row, room: int) -> list[Span]:
-    """What stands behind the bar: where it is too long, the time left stays, and its neighbour before it goes."""
+    """The texts behind the bar; if they are too long, the neighbour before the time left is omitted."""
     tail = row.tail
     shorter = [tail[0], tail[2]] if len(tail) == 3 else tail[-1:] if row.label == "epoch" else tail
     return shorter if _length(shorter) <= room < _length(tail) else tail
@@ -114,7 +114,7 @@ def _length(tail: list[Span]) -> int:
 
 
 def _bar(fraction: float | None, length: int, ascii_only: bool) -> list[Span]:
-    if fraction is None:  # nothing to measure against: keep the columns, claim nothing
+    if fraction is None:  # no total: keep the columns
         return [Span(" " * length)]
     done = min(length, int(length * fraction))
     full, rest = ("#", ".") if ascii_only else ("━", "─")
@@ -123,7 +123,7 @@ def _bar(fraction: float | None, length: int, ascii_only: bool) -> list[Span]:
 
 
 def progress_line(state: RunState) -> Line:
-    """The progress as a permanent line, where no bars can be drawn."""
+    """The progress as a permanent line, if no bars can be drawn."""
     run, now = state.run, state.evaluation
     parts = [f"epoch {run.epoch + 1}" + (f"/{run.epochs}" if run.epochs is not None else "")]
     if now is not None:

@@ -1,16 +1,14 @@
-"""The console: live bars in a terminal, plain lines anywhere else. Writes to stderr: stdout is the program's.
+"""The console: live bars in a terminal, plain lines elsewhere. Writes to stderr, because stdout is the program's.
 
-Rich finds out what the terminal can do (size, colours, ``NO_COLOR``); the block itself is drawn here rather
-than by ``rich.live.Live``, for four reasons. Its refresh thread would take the interpreter lock from the
-training loop, and even without it a frame of ``rich.progress`` costs eight times what this one does. It hides
-the cursor, which a killed process cannot bring back. It moves up by the lines it remembers, so a ``print`` of
-the user's or a resize leaves ruins. And on a broken pipe rich points the whole process's stdout at
-``/dev/null``.
+Rich detects the terminal (size, colours, ``NO_COLOR``); this module draws the bars, for four reasons. The refresh
+thread of ``rich.live.Live`` would take the interpreter lock from the training loop, and a frame of ``rich.progress``
+costs eight times as much. It hides the cursor, which a killed process cannot restore. It moves up by the number of
+lines that it remembers, which a ``print`` or a resize makes wrong. On a broken pipe, rich redirects the stdout of the
+whole process to ``/dev/null``.
 
-Here the cursor rests, visible, at the beginning of an empty line *above* the bars, and each frame begins by
-clearing from there to the end of the screen. Whatever else is printed lands on that empty line and stays
-(from the second line within one frame on, with the rest of a bar behind it); a resize, Ctrl-Z or ``kill -9``
-leaves nothing to repair.
+Here the visible cursor rests at the start of an empty line *above* the bars, and each frame first clears from there to
+the end of the screen. Other output lands on that empty line and stays (from its second line within one frame on, with
+the rest of a bar behind it); a resize, Ctrl-Z or ``kill -9`` leaves nothing to repair.
 """
 
 from __future__ import annotations
@@ -46,33 +44,31 @@ _PALETTE = {
     "warn": "yellow",
     "bad": "bold red",
 }
-# A sign besides the colour, and words besides the sign: none of the three is needed to read the others.
+# Each line has a colour, a sign and words, and can be read without any two of them.
 _SIGNS = {"note": "·", "epoch": "•", "good": "✓", "warn": "!", "bad": "✗"}
 _ASCII_SIGNS = {"note": "-", "epoch": "*", "good": "+", "warn": "!", "bad": "x"}
 
 
 class Console(Strict, frozen=True):
-    """Shows a run to a person: bars in a terminal, otherwise one plain line now and then.
+    """Shows a run in the terminal: bars if it can move its cursor, plain lines otherwise.
 
-    Permanent lines tell what stays true: epochs and their results, failures, what was dropped, pauses, the
-    end and where the loop's time went. Bars are only drawn in a terminal that can move its cursor, by one
-    console at a time: a second one in the same process prints plain lines between them, marked with its run.
+    Permanent lines report results of epochs, failures, drops, pauses, the end, and the time of the loop. One console
+    per process draws bars; a second one prints plain lines between them, with the name of its run.
     """
 
     refresh_per_s: float = 2.0
-    """Most redraws of the bars per second."""
+    """Maximum redraws of the bars per second."""
     line_every_s: float = 10.0
-    """Without a terminal: seconds of training between two lines of progress."""
+    """Seconds of training between two lines of progress, without a terminal."""
     force_terminal: bool | None = None
-    """Draw bars (True) or plain lines (False) whatever stderr is; None to look."""
+    """True: bars; False: plain lines. None: bars if stderr is a capable terminal."""
 
     shows_warnings: ClassVar[bool] = True
-    """Warnings of a run that has this sink go to it, and not to stderr once more."""
+    """Warnings of a run with this sink are not also written to stderr."""
 
-    # A person wants the present, so step events may be replaced by newer ones and a quarter of a second is
-    # soon enough: each wake of this thread costs the loop a hand-over of the interpreter lock. A stream that
-    # failed once (a closed pipe) will not come back, hence no retries. No timeout: Ctrl-S stops a terminal
-    # for as long as its reader likes, and that is no failure.
+    # A person reads the present, so newer step events may replace older ones, and a quarter of a second is soon enough:
+    # each wake of this thread takes the interpreter lock from the loop. A stream that failed once (a closed pipe) stays
+    # broken, so there are no retries. No timeout, because Ctrl-S stops a terminal for any time.
     delivery: ClassVar[Delivery] = Delivery(
         runs_in="thread",  # the terminal is this process's
         types=Chronicle(RunState()).types,
@@ -91,10 +87,10 @@ class Console(Strict, frozen=True):
             raise ValueError(f"Console(line_every_s={self.line_every_s}): give a number of seconds above 0")
 
     def open(self, run: RunInfo) -> ConsoleWriter:
-        """Look at stderr and decide how to write to it. Imports rich."""
+        """Choose bars or lines by stderr. Imports rich."""
         from rich.console import Console as RichConsole
 
-        # None (pythonw), closed, or not a stream at all: nothing can be shown, and that is not a failure.
+        # None (pythonw), closed, or not a stream: nothing can be shown, which is not a failure.
         stream = sys.stderr
         gone = getattr(stream, "closed", False) or not callable(getattr(stream, "write", None))
         console = RichConsole(stderr=True, file=_Nowhere() if gone else None, force_terminal=self.force_terminal)
@@ -108,18 +104,18 @@ class Console(Strict, frozen=True):
 
 
 class _Nowhere(io.StringIO):
-    """Takes text and keeps none."""
+    """Discards text."""
 
     def write(self, text: str, /) -> int:
         return len(text)
 
 
 class ConsoleWriter:
-    """An open `Console`. Not thread-safe, as any writer; it starts no thread and redraws only from `write`.
+    """An open `Console`. Used by one thread; starts none, and redraws only in `write`.
 
-    A test gives it ``rich.console.Console(file=io.StringIO(), width=80, height=24)`` and says with ``live``
-    whether to draw bars; None is to look at the stream. ``write`` raises what the stream raises
-    (`BrokenPipeError`, or `ValueError` once it is closed); after that the writer is silent.
+    Args:
+        console: For a test, ``rich.console.Console(file=io.StringIO(), width=80, height=24)``.
+        live: Whether to draw bars; None: by the stream.
     """
 
     def __init__(
@@ -132,7 +128,7 @@ class ConsoleWriter:
         line_every_s: float = 10.0,
     ) -> None:
         self._console = console
-        # Held on to: rich would look sys.stderr up at each use, and follow whoever replaces it meanwhile.
+        # Kept, because rich reads sys.stderr at each use, and would follow a replacement.
         self._file = console.file
         self._every_s = 1 / refresh_per_s
         self._line_every_s = line_every_s
@@ -141,7 +137,7 @@ class ConsoleWriter:
         self._ascii = console.options.ascii_only
         terminal = _can_move_cursor(console) if live is None else live
         self._live = terminal and _claim(self._file)
-        # Beside the bars of another console, each line names its run.
+        # Between the bars of another console, each line names its run.
         self._line_start = f"{plain_text(run.run_id, 80)}  " if terminal and not self._live else ""
         self._paint = _paints(console) if self._live else {}
         self._drawn_at = -self._every_s
@@ -149,12 +145,16 @@ class ConsoleWriter:
         self._moved = False
         self._block = False  # whether bars are on the screen
         self._silent = False
-        self._lock = threading.Lock()  # only ever contended by the interpreter's exit
+        self._lock = threading.Lock()  # contended only at the exit of the interpreter
         if self._live:
             atexit.register(self._at_exit)
 
     def write(self, events: Sequence[Event]) -> None:
-        """Take a batch: print what is permanent at once, redraw the bars if it is time."""
+        """Print permanent lines at once; redraw the bars if they are due.
+
+        Raises:
+            BrokenPipeError, ValueError: The stream raises it if it is broken or closed; the writer is silent then.
+        """
         with self._lock:
             if self._silent:
                 return
@@ -168,7 +168,7 @@ class ConsoleWriter:
                 self._print(lines)
 
     def close(self) -> None:
-        """Say what was held back and leave the terminal in order. Never raises, may be repeated."""
+        """Print suppressed lines and leave the cursor below the bars. Never raises; may be repeated."""
         with self._lock:
             self._finish()
 
@@ -179,18 +179,18 @@ class ConsoleWriter:
         if self._silent:
             return
         lines = self._chronicle.finish()
-        # The stream may have gone meanwhile: nobody is left to tell, and closing must not fail for that.
+        # The stream may be broken by now, and closing must not fail.
         with contextlib.suppress(OSError, ValueError):
             if self._live:
                 clear = _CLEAR_BELOW if self._block else ""
-                rest = self._rows() if self._block else []  # the end was not seen: the last state stays
+                rest = self._rows() if self._block else []  # without the run's end the last state stays
                 self._send(clear + "".join(f"{row}\n" for row in [*self._wrapped(lines), *rest]))
             else:
                 self._print(lines)
         self._silent = True
 
     def _at_exit(self) -> None:
-        """The interpreter ends and nobody closed us: the shell's prompt belongs below the bars."""
+        """Close at the exit of the interpreter, so that the shell's prompt is below the bars."""
         if self._lock.acquire(timeout=1.0):  # a write that hangs must not keep the process alive
             try:
                 self._finish()
@@ -200,7 +200,7 @@ class ConsoleWriter:
     # ------------------------------------------------------------------------------------------- events
 
     def _take(self, events: Sequence[Event]) -> list[Line]:
-        from events.log import is_on_stderr  # structlog takes its time, and who only describes a console need not wait
+        from events.log import is_on_stderr  # imports structlog, which a description does not need
 
         # Nearly all events are steps and their metrics: thousands a second, on a thread that competes with the loop.
         shown = [
@@ -216,7 +216,7 @@ class ConsoleWriter:
 
     def _draw(self, lines: Iterable[Line]) -> None:
         rows = [] if self._state.has_ended else self._rows()
-        # Only our own bars are cleared away: without them the cursor may be behind the program's own text.
+        # Without bars the cursor may be behind the program's own text, which must stay.
         frame = [_CLEAR_BELOW if self._block else "", *(f"{row}\n" for row in self._wrapped(lines))]
         if rows:
             frame += ["\n", "\n".join(rows), f"\x1b[{len(rows)}A\r"]
@@ -251,36 +251,35 @@ class ConsoleWriter:
         start = self._line_start
         text = "".join(f"{format_clock(line.time)} {signs[line.kind]} {start}{line.text}\n" for line in lines)
         if text:
-            # Beside another console's bars the cursor rests on their empty line: what is below it is redrawn
-            # soon.
+            # Between another console's bars the cursor rests on their empty line; they are redrawn soon.
             self._send(_CLEAR_BELOW + text if start else text)
 
     def _progress_line(self) -> list[Line]:
-        """One line of progress when it is due by the time of the events, however many came at once."""
+        """One line of progress if it is due by the time of the events."""
         now = self._state.pace.time
         if self._line_due is None:
             self._line_due = now + self._line_every_s
-        # Much earlier than the last line: the clock was set back.
+        # A time much earlier than the last line means that the clock was set back.
         if self._state.has_ended or self._line_due - 2 * self._line_every_s <= now < self._line_due:
             return []
         self._line_due = now + self._line_every_s
         return [progress_line(self._state)]
 
     def _send(self, text: str) -> None:
-        """One write and a flush: a frame that is written in pieces flickers. May wait for the terminal."""
+        """Write once and flush, because a frame in pieces flickers. May wait for the terminal."""
         if self._ascii:
             encoding = self._console.encoding
             text = text.encode(encoding, "backslashreplace").decode(encoding)
-        self._silent = True  # unless it goes well: after a stream broke, close() must not try again
+        self._silent = True  # until the write succeeds: `close` must not write to a broken stream
         self._file.write(text)
-        flush = getattr(self._file, "flush", None)  # a stream of the host's may have `write` alone
+        flush = getattr(self._file, "flush", None)  # the stream of a host program may only have `write`
         if flush is not None:
             flush()
         self._silent = False
 
 
 def _can_move_cursor(console: RichConsole) -> bool:
-    """Whether bars can be drawn. Rich's answer alone would draw them into a file when FORCE_COLOR is set."""
+    """Whether bars can be drawn. Rich alone would draw them into a file if FORCE_COLOR is set."""
     if console.is_dumb_terminal or console.legacy_windows or console.is_jupyter:
         return False
     isatty = getattr(console.file, "isatty", None)
@@ -288,7 +287,7 @@ def _can_move_cursor(console: RichConsole) -> bool:
 
 
 def _paints(console: RichConsole) -> dict[str, str]:
-    """Each style of the palette as what it makes of a NUL: rendered once, painting is then a replacement."""
+    """Render a NUL in each style once; painting then replaces the NUL."""
     from rich.console import COLOR_SYSTEMS
     from rich.style import Style
 
@@ -305,7 +304,7 @@ _claims: list[IO[str]] = []
 
 
 def _claim(file: IO[str]) -> bool:
-    """Take a stream for live bars; False when another console of this process draws there already."""
+    """Reserve a stream for live bars; False if another console of this process draws there."""
     with _claims_lock:
         if any(other is file for other in _claims):
             return False

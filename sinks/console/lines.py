@@ -1,4 +1,4 @@
-"""The console's permanent lines: which events are worth one, and what it says. Pure: events in, lines out."""
+"""The console's permanent lines, built from events. Pure code."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from sinks.console.text import Field, Kind, Line, Span
 from sinks.format import format_bytes, format_duration, ledger_shares, plain_text
 
 HELD_S = 1.0
-"""A held loop is worth a line from this on."""
+"""Minimum seconds of a held loop for a line."""
 REPEAT_S = 10.0
-"""Lines of one kind about one observer come at most this often; those between are counted."""
+"""Minimum seconds between two lines of one kind about one observer; others are counted."""
 _MOST_TRACEBACK = 30
-"""Lines of a traceback that are shown."""
+"""Maximum lines per traceback."""
 _MOST_REPEATS = 256
-"""Names are strangers' text, so even this bookkeeping has a bound."""
+"""Maximum kinds of lines that are counted, because names are untrusted text."""
 
 
 class Chronicle:
@@ -57,13 +57,13 @@ class Chronicle:
         self._run_dir = run_dir
         self._has_ledger = False  # whether the run's ledger is reported and has no line
         self._results = ResultLines(state)
-        # What a line is about -> the time of the last such line, and how many were held back since.
+        # By kind of line: the time of the last one, and the number of suppressed ones since.
         self._repeats: dict[tuple[str, object], tuple[float, int]] = {}
         self._forgotten = 0
-        self._problems: set[str] = set()  # those that have their line
-        self._ending: Line | None = None  # of a run that failed: to be the last line
-        self._healthy_end: tuple[RunEnded, str] | None = None  # shown as such, though a problem may still come
-        self._buried = False  # whether it has others behind it
+        self._problems: set[str] = set()  # those with a line
+        self._ending: Line | None = None  # of a failed run: the last line
+        self._healthy_end: tuple[RunEnded, str] | None = None  # shown, although a problem may follow
+        self._buried = False  # whether lines follow the ending
         self._handlers: dict[type[Event], Callable[[Any], Iterable[Line]]] = {
             RunStarted: self._run_started,
             RunResumed: self._run_resumed,
@@ -94,7 +94,7 @@ class Chronicle:
 
     @property
     def types(self) -> frozenset[type[Event]]:
-        """The types of events that lines and their state come from."""
+        """The types of events that lines and their state are built from."""
         return self._state.types | frozenset(self._handlers)
 
     def take(self, event: Event) -> Iterable[Line]:
@@ -105,7 +105,7 @@ class Chronicle:
         return lines
 
     def finish(self) -> list[Line]:
-        """What was still held back when the last event had come."""
+        """Return the suppressed lines after the last event."""
         time = self._state.pace.time
         lines = [
             *self._results.finish(time),
@@ -113,7 +113,7 @@ class Chronicle:
             *self._show_ledger(time),
             *self._new_problems(time),
         ]
-        if self._healthy_end is not None and self._problems:  # they came after the line that says that it is finished
+        if self._healthy_end is not None and self._problems:  # they came after the line of the end
             e, text = self._healthy_end
             lines.append(_line(e, "warn", f"{text}, with {_many(len(self._problems), 'problem')}"))
         return [*lines, self._ending] if self._ending is not None and (lines or self._buried) else lines
@@ -143,7 +143,7 @@ class Chronicle:
 
     def _run_resumed(self, e: RunResumed) -> list[Line]:
         if e.checkpoint is None and not e.global_step:
-            return [_line(e, "note", "beginning anew: what earlier attempts have done is superseded")]
+            return [_line(e, "note", "started again: the steps of earlier attempts are superseded")]
         source = "" if e.checkpoint is None else f" from {plain_text(e.checkpoint, 80)}"
         return [_line(e, "note", f"resumed{source} at step {e.global_step:,}")]
 
@@ -156,7 +156,7 @@ class Chronicle:
             text += f": {plain_text(e.reason)}"
         before = [*self._results.finish(e.time), *self._held_back(e.time)]
         ledger, problems = self._show_ledger(e.time), self._new_problems(e.time)
-        if e.status == "failed":  # the last line says what failed
+        if e.status == "failed":  # the last line is the failure
             self._ending = _line(e, "bad", text)
             return [*before, *ledger, *problems, *_traceback(e), self._ending]
         self._ending = None
@@ -178,7 +178,7 @@ class Chronicle:
         return self._show_ledger(e.time) if self._state.has_ended else []
 
     def _show_ledger(self, time: float) -> list[Line]:
-        """The ledger comes last, whichever of it and `RunEnded` was published first."""
+        """The ledger comes last, before or after `RunEnded` was published."""
         if not self._has_ledger:
             return []
         self._has_ledger, ledger = False, self._state.ledger
@@ -186,7 +186,7 @@ class Chronicle:
         return [Line(time, "note", [(Span(f"loop time {format_duration(ledger.wall_s)}"),), *shares])]
 
     def _command_taken(self, e: CommandTaken) -> list[Line]:
-        known = {"pause": "paused", "resume": "resumed", "stop": "stopping", "checkpoint": "checkpoint asked for"}
+        known = {"pause": "paused", "resume": "resumed", "stop": "stopping", "checkpoint": "checkpoint requested"}
         text = f"{known.get(e.command, plain_text(e.command, 40))} at step {e.global_step:,}"
         return [_line(e, "note", f"{text}: {plain_text(e.reason)}" if e.reason else text)]
 
@@ -219,7 +219,7 @@ class Chronicle:
         return self._sparsely(e, "uploads", "note", f"uploaded to {plain_text(e.url)}: {took}")
 
     def _checkpoint_rejected(self, e: CheckpointRejected) -> list[Line]:
-        text = f"warning: checkpoint {plain_text(e.checkpoint, 80)} is not whole, an older one is tried"
+        text = f"warning: checkpoint {plain_text(e.checkpoint, 80)} is incomplete, an older one is tried"
         return [_line(e, "warn", f"{text}: {plain_text(e.error)}")]
 
     # ---------------------------------------------------------------------------------- what went wrong
@@ -246,7 +246,7 @@ class Chronicle:
         return self._sparsely(e, f"recoveries of {_name(e)}", "good", text)
 
     def _observer_dropped(self, e: ObserverDropped) -> Iterable[Line]:
-        if e.dropped == 0:  # only replaced by newer ones: what that observer asked for
+        if e.dropped == 0:  # only replaced by newer ones, as the observer asked
             return []
         text = f"warning: {_many(e.dropped, 'event')} did not reach {_name(e)}"
         return self._sparsely(e, f"drops by {_name(e)}", "warn", text)
@@ -259,12 +259,12 @@ class Chronicle:
     def _loop_held(self, e: LoopHeld) -> Iterable[Line]:
         if e.wait_s < HELD_S:
             return []
-        by = plain_text(", ".join(e.observers), 200) or "nobody known"
+        by = plain_text(", ".join(e.observers), 200) or "an unknown observer"
         reasons = {"fence": "its hook to return", "backpressure": "room in its queue", "checkpoint": "the disk"}
         why = reasons[e.cause]
         waited = format_duration(e.wait_s)
         if e.released:
-            text = f"warning: the loop goes on: it had waited {waited} for {by} ({why})"
+            text = f"warning: the loop continues after waiting {waited} for {by} ({why})"
         else:
             text = f"warning: the loop has been waiting {waited} for {by} ({why})"
         return self._sparsely(e, f"waits of the loop for {by}", "warn", text, part=e.released)
@@ -282,13 +282,13 @@ class Chronicle:
     def _sparsely(
         self, e: Event, what: str, kind: Kind, text: str, *, part: object = None, always: bool = False
     ) -> list[Line]:
-        """A line, unless its like was shown within `REPEAT_S`: what happens at each step must not flood."""
+        """A line, unless one of its kind was shown within `REPEAT_S`, so that events of each step do not flood."""
         key = (what, part)
         shown, held = self._repeats.get(key, (-math.inf, 0))
         if not always and e.time - shown < REPEAT_S:
             self._repeats[key] = (shown, held + 1)
             return []
-        self._repeats.pop(key, None)  # to the end: the first is the one shown longest ago
+        self._repeats.pop(key, None)  # moved to the end: the first one is the oldest
         self._repeats[key] = (e.time, 0)
         if len(self._repeats) > _MOST_REPEATS:
             oldest = next(iter(self._repeats))
@@ -311,8 +311,8 @@ def _line(event: Event, kind: Kind, text: str) -> Line:
 
 
 def _traceback(e: RunEnded) -> list[Line]:
-    """The end of a traceback, where the user's frames are; all of it is in the journal."""
-    # Not the marks beneath a line: they may be wrapped away from what they mark.
+    """The end of a traceback, which has the user's frames; the journal has all of it."""
+    # Without the marks below a line, which wrapping may separate from it.
     rows = [row for row in (e.traceback or "").splitlines() if row.strip(" ~^")]
     shown = rows[-_MOST_TRACEBACK:]
     if len(rows) > len(shown):

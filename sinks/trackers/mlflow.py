@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -23,6 +22,7 @@ from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_o
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
 from sinks.files.appended import Position, newer, position_of, read_media, read_text
+from sinks.trackers.address import is_http_address
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,7 +44,6 @@ _VALUE_CHARS = 6_000
 _TAG_CHARS = 5_000
 _FOREIGN = re.compile(r"[^\w.\- /]")
 _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "cancelled": "KILLED", "failed": "FAILED"}
-_SCHEMES = ("http", "https", "databricks", "databricks-uc", "file", "sqlite", "postgresql", "mysql", "mssql")
 
 
 class MLflow(Strict, frozen=True):
@@ -375,15 +374,8 @@ def _find_run(client: MlflowClient, experiment_id: str, run_id: str) -> Run | No
 
 def _check_address(address: str | None) -> None:
     """Raise `SinkMisconfigured` for an invalid address; a path is valid."""
-    if address is None:
+    if address is None or is_http_address(address) or (address and not re.match(r"\s*https?:", address, re.I)):
         return
-    try:
-        parts = urlsplit(address)
-        is_server = parts.scheme in ("http", "https")
-        if address and (not is_server or (parts.hostname and parts.port != 0 and not re.search(r"\s", address))):
-            return
-    except ValueError:
-        pass  # the port is not a number, or the host not an IPv6 address
     raise SinkMisconfigured(
         f"MLflow(tracking_uri={masked_url(address)!r:.200}) is not an address; give http://HOST:PORT, or another URI"
         f" that MLflow supports"

@@ -19,6 +19,7 @@ from events.log import logger
 from events.messages import Event
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
+from sinks.trackers.address import is_http_address
 from sinks.trackers.otlp_spans import SPAN_TYPES, Spans
 from sinks.trackers.totals import TOTALS_TYPES, Totals
 
@@ -223,14 +224,9 @@ def _address(endpoint: str | None, signal: Signal) -> tuple[str, str]:
         if not url:
             source = f"{_ENV}_ENDPOINT"
             url = f"{(os.environ.get(source) or 'http://localhost:4318').rstrip('/')}/v1/{signal}"
-    try:
-        parts = urlsplit(url)
-        # An @ after the host may end a password with a slash.
-        is_clear = "@" not in parts.path and not re.search(r"\s", url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_clear:
-            return url, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    except ValueError:
-        pass  # the port is not a number, or the host not an IPv6 address
+    # An @ after the host may end a password with a slash.
+    if is_http_address(url) and "@" not in (parts := urlsplit(url)).path:
+        return url, f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     raise SinkMisconfigured(f"{source} is not the address of a collector; give http://HOST:PORT or https://HOST:PORT")
 
 

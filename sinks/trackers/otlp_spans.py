@@ -1,9 +1,7 @@
 """Spans of a run, built from its events. Pure code: no client, no I/O, no clock.
 
-This is a fold of its own beside `events.run.state.RunState`: a span is open from one event to another, which no state
-of a moment shows, and it shares nothing with that but the number of the attempt.
-
-The identifiers are made from the run's own: delivering an event again, or telling a run again from its journal, gives
+This fold shares nothing with `events.run.state.RunState` but the number of the attempt: a span is open from one event
+to another. Identifiers are derived from the run's own, so that events that are delivered again, also by a replay, give
 the same spans, which a trace store keeps once.
 """
 
@@ -57,17 +55,17 @@ SPAN_TYPES: frozenset[type[Event]] = frozenset({
     RunStarted, RunEnded, TrainEpochStarted, TrainStepEnded, TrainEpochEnded, ValEpochStarted, ValEpochEnded,
     TestEpochStarted, TestEpochEnded, CheckpointStaged, CheckpointSaved, CheckpointUploaded, *_NOTES,
 })  # fmt: skip
-"""The types of events that begin, end or are noted in a span."""
+"""The types of events that start a span, end it or are noted in it."""
 
 _MOST_NOTES = 128
-"""Notes in one span, as the SDKs' own limit is; a loss may be NaN at every step."""
+"""Maximum notes per span, as in the SDKs; a loss may be NaN at every step."""
 _HEADER = len(Event.__struct_fields__)
 
 Status = Literal["unset", "ok", "error"]
 
 
 class Note(msgspec.Struct):
-    """Something that happened within a span."""
+    """A span event."""
 
     name: str
     time: float
@@ -75,14 +73,14 @@ class Note(msgspec.Struct):
 
 
 class TraceSpan(msgspec.Struct):
-    """A stretch of a run, in Unix seconds."""
+    """A part of a run, in Unix seconds."""
 
     name: str
     span_id: bytes
     start: float
     parent: bytes | None = None
     link: bytes | None = None
-    """Another span of the same trace that this one continues."""
+    """The span of the previous attempt, of the same trace."""
     end: float = 0.0
     status: Status = "unset"
     message: str = ""
@@ -97,16 +95,16 @@ def trace_id(run_id: str) -> bytes:
 
 
 def run_span_id(run_id: str, attempt: int) -> bytes:
-    """The span of an attempt: known without its events, so that the next one can link to it."""
+    """The span of an attempt; the next attempt links to it without its events."""
     return _digest("run", run_id, attempt)[:8]
 
 
 class Spans:
-    """Tells the spans of a run, whose attempts may come one after the other.
+    """Builds the spans of a run, whose attempts may come one after the other.
 
-    The run holds training epochs, which hold their validations; tests and checkpoints stand in the run, because a
-    checkpoint may be written while the next epoch goes on. The first event of another attempt ends what the one before
-    has left open: its process was killed.
+    The run contains training epochs, which contain their validations; the run itself contains tests and checkpoints,
+    because a checkpoint may be written during the next epoch. The first event of another attempt ends the open spans of
+    the previous one, whose process was killed.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -125,10 +123,10 @@ class Spans:
         self._checkpoints: dict[str, TraceSpan] = {}
 
     def take(self, events: Sequence[Event]) -> list[TraceSpan]:
-        """Take events in their order; returns the spans that have ended."""
+        """Add events in their order; returns the spans that they end."""
         ended: list[TraceSpan] = []
         for event in events:
-            # Not only at `RunStarted`: a host that is started for an attempt first has the rest of the one before.
+            # Not only at `RunStarted`: a host of an attempt first delivers the rest of the previous one.
             if event.attempt != self._attempt:
                 ended += self._cut_off()
                 self._begin_attempt(event.attempt)
@@ -148,7 +146,7 @@ class Spans:
             case TrainEpochStarted():
                 self._epoch = self._span("train_epoch", event)
             case TrainStepEnded() if self._epoch is None and event.epoch > self._epochs_done:
-                # A run that was resumed in the middle of an epoch does not begin it again.
+                # A run that resumes within an epoch publishes no start of it.
                 self._epoch = self._span("train_epoch", event, event.step_s)
             case ValEpochStarted() | TestEpochStarted():
                 self._evaluations[_evaluation(event)] = self._span(_evaluation(event)[0], event)
@@ -178,9 +176,8 @@ class Spans:
         return []
 
     def _end_run(self, run: TraceSpan, event: RunEnded) -> list[TraceSpan]:
-        """And what was under way in it. Checkpoints are not: they are still being written."""
+        """End the run and its open spans, except those of checkpoints, which are still being written."""
         status: Status = {"failed": "error", "cancelled": "unset"}.get(event.status, "ok")  # type: ignore[assignment]
-        # What was cut off has not failed by itself, nor has it come to its end.
         inner: Status = "error" if status == "error" else "unset"
         under_way = [*self._evaluations.values(), *([self._epoch] if self._epoch is not None else [])]
         self._run, self._epoch, self._evaluations = None, None, {}
@@ -188,7 +185,7 @@ class Spans:
         return [*ended, _ended(run, event, status, event.reason or "")]
 
     def _cut_off(self) -> list[TraceSpan]:
-        """All that is open, up to the last event of its attempt. Nobody knows how it would have come out."""
+        """End all open spans at the last event of their attempt, with an unknown status."""
         last = self._newest
         run = [] if self._run is None else [self._run]
         open_spans = [*self._evaluations.values(), *([self._epoch] if self._epoch is not None else [])]
@@ -196,7 +193,7 @@ class Spans:
         return [] if last is None else [_closed(span, last, "unset") for span in open_spans]
 
     def _span(self, name: str, event: Event, lasted_s: float = 0.0) -> TraceSpan:
-        """One that begins with an event, or ``lasted_s`` before it; not before this attempt."""
+        """A span that starts with an event, or ``lasted_s`` before it, but not before this attempt."""
         start = max(event.time - lasted_s, min(self._run_start, event.time))
         evaluation = name == "validation" and self._epoch is not None
         parent = self._epoch.span_id if evaluation and self._epoch is not None else self._run_span_id
@@ -217,7 +214,7 @@ _PLAN = ("module", "epochs", "steps_per_epoch", "max_steps", "device", "host", "
 
 
 def _ended(span: TraceSpan, event: Event, status: Status, message: str = "") -> TraceSpan:
-    """Closed by the event that tells how it came out."""
+    """End a span by the event with its outcome."""
     _closed(span, event, status, message)
     metrics = {f"stagecast.metric.{name}": value for name, value in metrics_of(event)}
     span.attributes |= _fields(event) | metrics
@@ -234,7 +231,7 @@ def _closed(span: TraceSpan, event: Event, status: Status, message: str = "") ->
 
 
 def _fields(event: Event, names: Sequence[str] | None = None) -> dict[str, object]:
-    """What an event tells beside its header."""
+    """The fields of an event, without its header."""
     fields = ((name, getattr(event, name)) for name in names or type(event).__struct_fields__[_HEADER:])
     return {f"stagecast.{name}": value for name, value in fields if value is not None and value != []}
 

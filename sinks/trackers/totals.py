@@ -1,8 +1,8 @@
-"""What a run amounts to so far, as a few families of numbers: for sinks that show the present. No third-party client.
+"""Totals of a run, as a few families of numbers, for sinks that show the present. Imports no third-party client.
 
-Counters begin at zero in each attempt, as counters of a process do, also where a sink gets several attempts one after
-the other: from a replay, or in a host that has the rest of the attempt before. A collector knows the new beginning by
-its start time, Prometheus by the fall to zero, and both add up over it: they get the same, however a run was told.
+Counters start at zero in each attempt, as the counters of a process do, also if a sink receives several attempts one
+after the other, from a replay or in a host that delivers the rest of the previous one. A collector recognizes the
+restart by the start time, Prometheus by the fall to zero; both add up over it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from sinks.files.appended import newer, position_of
 
 
 class Family(NamedTuple):
-    """Numbers of one meaning, told apart by labels."""
+    """Numbers of one meaning, distinguished by labels."""
 
     name: str
     kind: Literal["counter", "gauge"]
@@ -55,28 +55,28 @@ FAMILIES: tuple[Family, ...] = (
     Family("metric", "gauge", "Newest value of each metric: losses, what user code logs, system/...", ("name",)),
     Family("global_step", "gauge", "Optimizer steps finished over all attempts."),
     Family("epoch", "gauge", "Training epoch, from 0."),
-    Family("run_info", "gauge", "What runs; always 1.", ("attempt", "module", "device", "host", "stagecast", "torch")),
-    Family("run_state", "gauge", "1 for the state the run is in, 0 for the others.", ("state",)),
+    Family("run_info", "gauge", "The run; always 1.", ("attempt", "module", "device", "host", "stagecast", "torch")),
+    Family("run_state", "gauge", "1 for the state of the run, 0 for the others.", ("state",)),
     Family("steps", "counter", "Optimizer steps finished in this attempt."),
-    Family("rows", "counter", "Rows trained in this attempt, where they could be counted."),
-    Family("steps_skipped", "counter", "Steps that the optimizers left out.", ("reason",)),
+    Family("rows", "counter", "Rows trained in this attempt, if they could be counted."),
+    Family("steps_skipped", "counter", "Steps that the optimizers skipped.", ("reason",)),
     Family("non_finite_losses", "counter", "Losses that were NaN or infinite."),
     Family("non_finite_gradients", "counter", "Steps with a finite loss and a NaN or infinite gradient."),
-    Family("checkpoints", "counter", "Checkpoints by what became of them.", ("outcome",)),
-    Family("checkpoint_saved_timestamp_seconds", "gauge", "Unix time at which a checkpoint was last made durable."),
+    Family("checkpoints", "counter", "Checkpoints by outcome.", ("outcome",)),
+    Family("checkpoint_saved_timestamp_seconds", "gauge", "Unix time at which the last checkpoint became durable."),
     Family("observer_up", "gauge", "0 for an observer that fails or is disabled.", ("observer",)),
-    Family("observer_failures", "counter", "Failed calls of an observer, counted when told of.", ("observer",)),
-    Family("observer_dropped", "counter", "Events that did not reach an observer, or anybody (bus).", ("observer",)),
+    Family("observer_failures", "counter", "Failed calls of an observer, counted when reported.", ("observer",)),
+    Family("observer_dropped", "counter", "Events that did not reach an observer, or any (bus).", ("observer",)),
     Family("observer_conflated", "counter", "Events replaced by a newer one in an observer's queue.", ("observer",)),
-    Family("ledger_seconds", "counter", "Where the loop's time went; the rows add up to all of it.", ("row",)),
-    Family("device_idle_seconds", "counter", "Device time between the work of two steps, where it can be told."),
+    Family("ledger_seconds", "counter", "Time of the loop by cause; the rows add up to all of it.", ("row",)),
+    Family("device_idle_seconds", "counter", "Device time between the work of two steps, if it is known."),
     Family("metric_values_left_out", "counter", "Values of metrics beyond the limit on distinct names."),
 )  # fmt: skip
 
 STEP_BOUNDS_S: tuple[float, ...] = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
-"""Upper bounds of the buckets of step times, in seconds: from a toy on a CPU to a step of many accumulated batches."""
+"""Upper bounds of the buckets of step times, in seconds."""
 
 TOTALS_TYPES: frozenset[type[Event]] = METRIC_TYPES | {
     RunStarted, RunResumed, RunEnded, CommandTaken, TrainEpochStarted, NonFiniteLoss, NonFiniteGradient, StepSkipped,
@@ -94,7 +94,7 @@ Samples = dict[tuple[str, ...], float]
 
 
 class Steps(NamedTuple):
-    """How long steps took: how many within each of `STEP_BOUNDS_S` and, last, beyond them; and all of them."""
+    """Times of steps: counts up to each of `STEP_BOUNDS_S` and, last, beyond them; their number, and their sum."""
 
     buckets: list[int]
     total: int
@@ -102,21 +102,20 @@ class Steps(NamedTuple):
 
 
 class Totals:
-    """Adds up an attempt at a run, from its first event to that of the next. One thread takes events; any may read.
+    """Adds up an attempt at a run, until the first event of the next. One thread adds events; any thread may read.
 
-    An event that has been taken already, because it was delivered again, changes nothing: they come in the order of
-    the run's history.
+    Events come in the order of the run's history, so one that was delivered before is ignored.
 
     Args:
-        max_names: Most distinct names of metrics. The values of others are left out, counted, and warned of once.
-        user: Who shows the numbers, for that warning.
+        max_names: Maximum distinct names of metrics. The values of others are skipped and counted, with one warning.
+        user: The sink, for that warning.
     """
 
     def __init__(self, max_names: int, user: str) -> None:
         self.time = 0.0
         """Unix seconds of the newest event."""
         self.started = 0.0
-        """Unix seconds of the attempt's first one."""
+        """Unix seconds of the attempt's first event."""
         self._lock = threading.Lock()
         self._max_names = max_names
         self._user = user
@@ -130,12 +129,12 @@ class Totals:
         self._samples: dict[str, Samples] = {family.name: {} for family in FAMILIES}
         self._steps = Steps([0] * (len(STEP_BOUNDS_S) + 1), 0, 0.0)
         for name in ("steps", "rows", "non_finite_losses", "non_finite_gradients", "metric_values_left_out"):
-            self._samples[name][()] = 0.0  # what will be counted is there from the start: a rate needs a first value
+            self._samples[name][()] = 0.0  # present from the start, because a rate needs a first value
         self._samples["checkpoints"] = {(outcome,): 0.0 for outcome in _OUTCOMES}
         self._samples["ledger_seconds"] = {(row.removesuffix("_s"),): 0.0 for row in _LEDGER_ROWS}
 
     def take(self, events: Sequence[Event]) -> list[Event]:
-        """Add a batch; returns those of its events that had not been taken before."""
+        """Add a batch; returns its new events."""
         with self._lock:
             new = list(newer(events, self._last))
             for attempt, group in itertools.groupby(new, key=lambda event: event.attempt):
@@ -153,7 +152,7 @@ class Totals:
         return new
 
     def read(self) -> tuple[list[tuple[Family, Samples]], Steps]:
-        """All families with a number, and the times of steps: one consistent state, the reader's own."""
+        """Copy all families with a number, and the times of steps, as one consistent state."""
         with self._lock:
             samples = self._samples | self._of_state()
             families = [(family, dict(samples.get(family.name, {}))) for family in FAMILIES]
@@ -177,13 +176,13 @@ class Totals:
             if not self._warned:
                 self._warned = True
                 logger.warning(
-                    f"{self._user} shows the first {self._max_names} names of metrics and leaves out {name[:100]!r} and"
+                    f"{self._user} shows the first {self._max_names} names of metrics and skips {name[:100]!r} and"
                     f" others: log fewer distinct names, or give max_names"
                 )
             self._add("metric_values_left_out", 1)
 
     def _of_state(self) -> dict[str, Samples]:
-        """The families that show the state of the run, as far as it is known."""
+        """The families that show the known state of the run."""
         run, observers = self._state.run, {label_text(name): one for name, one in self._state.observers.items()}
         failed = {(name,): one for name, one in observers.items() if one.failures}
         lossy = {(name,): one for name, one in observers.items() if one.dropped or one.conflated}
@@ -223,19 +222,15 @@ class Totals:
             case CheckpointSaved():
                 self._add("checkpoints", 1, "saved")
                 self._set("checkpoint_saved_timestamp_seconds", event.time)
-            case CheckpointFailed(during="upload" | "delete" as during):
-                self._add("checkpoints", 1, f"{during}_failed")
             case CheckpointFailed():
-                self._add("checkpoints", 1, "failed")
-            case CheckpointStaged():
-                self._add("checkpoints", 1, "staged")
-            case CheckpointSkipped():
-                self._add("checkpoints", 1, "skipped")
-            case CheckpointUploaded():
-                self._add("checkpoints", 1, "uploaded")
+                self._add(
+                    "checkpoints", 1, f"{event.during}_failed" if event.during in ("upload", "delete") else "failed"
+                )
+            case CheckpointStaged() | CheckpointSkipped() | CheckpointUploaded():
+                self._add("checkpoints", 1, type(event).__name__.removeprefix("Checkpoint").lower())
 
     def _count_ledger(self, event: LedgerReported) -> None:
-        # The report of the whole attempt, at its end, includes what came since the last interval.
+        # The report of the whole attempt, at its end, includes the time since the last interval.
         put = self._add if event.scope == "interval" else self._set
         for row in _LEDGER_ROWS:
             put("ledger_seconds", getattr(event.ledger, row), row.removesuffix("_s"))
@@ -244,8 +239,8 @@ class Totals:
 
 
 def label_text(text: str) -> str:
-    """A text as a label: what UTF-8 cannot hold as escapes, as all sinks have it, and no longer than 256 characters;
-    two long ones stay two."""
+    """Convert a text to a label: lone surrogates are escaped, and a text of more than 256 characters ends in a hash,
+    so that labels stay distinct."""
     data = text.encode(errors="backslashreplace")
     text = data.decode()
     if len(text) <= _LABEL_CHARS:

@@ -23,6 +23,7 @@ from events.metrics import METRIC_TYPES, hyperparameters, metric_name, metrics_o
 from events.sink import Delivery, RunInfo, require
 from events.strict import Strict
 from sinks.files.appended import check_path, make_folders, newer, position_of, read_media, read_text
+from sinks.trackers.address import is_http_address
 
 if TYPE_CHECKING:
     from wandb import Histogram, Html, Image, Run, Settings
@@ -104,7 +105,7 @@ class WandB(Strict, frozen=True):
         for name in ("init_timeout_s", "finish_timeout_s"):
             if not getattr(self, name) > 0:
                 raise SinkMisconfigured(f"WandB({name}={getattr(self, name)!r:.80}): give seconds greater than zero")
-        if self.base_url is not None and not _is_address(self.base_url):
+        if self.base_url is not None and not is_http_address(self.base_url):
             raise SinkMisconfigured(
                 f"WandB(base_url={masked_url(self.base_url)!r:.200}) is not the address of a server; give"
                 f" http://HOST:PORT or https://HOST"
@@ -334,14 +335,6 @@ def _hooks_kept() -> Iterator[None]:
         yield
     finally:
         sys.exit, sys.excepthook = kept
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False  # the port is not a number, or the host not an IPv6 address
 
 
 def _has_credentials(url: str) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -18,62 +19,54 @@ from sinks.format import (
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
+    ("format_one", "value", "text"),
     [
-        (math.nan, "?"),
-        (math.inf, "?"),
-        (-1.0, "?"),
-        (0.0, "0 ms"),
-        (0.00032, "320 us"),
-        (0.00099999, "1 ms"),
-        (0.9996, "1.0 s"),
-        (9.94, "9.9 s"),
-        (9.96, "10 s"),
-        (59.6, "1m 00s"),
-        (3_599.6, "1h 00m"),
-        (86_399.7, "1d 00h"),
-        (90_000.0, "1d 01h"),
+        (format_duration, math.nan, "?"),
+        (format_duration, math.inf, "?"),
+        (format_duration, -1.0, "?"),
+        (format_duration, 0.0, "0 ms"),
+        (format_duration, 0.00032, "320 us"),
+        (format_duration, 0.00099999, "1 ms"),
+        (format_duration, 0.9996, "1.0 s"),
+        (format_duration, 9.94, "9.9 s"),
+        (format_duration, 9.96, "10 s"),
+        (format_duration, 59.6, "1m 00s"),
+        (format_duration, 3_599.6, "1h 00m"),
+        (format_duration, 86_399.7, "1d 00h"),
+        (format_duration, 90_000.0, "1d 01h"),
+        (format_number, math.nan, "nan"),
+        (format_number, -math.inf, "-inf"),
+        (format_number, 0.0, "0.0000"),
+        (format_number, 2.34567, "2.3457"),
+        (format_number, 9.99999, "10.000"),
+        (format_number, 12.3456, "12.346"),
+        (format_number, 999.999, "1000.0"),
+        (format_number, 12_345.67, "12345.7"),
+        (format_number, 1.5e9, "1.500e+09"),
+        (format_number, 0.00001, "1.000e-05"),
+        (format_number, -2.5, "-2.5000"),
+        (format_rate, math.nan, "?"),
+        (format_rate, 0.0, "?"),
+        (format_rate, 0.25, "4.0 s/step"),
+        (format_rate, 48.24, "48.2 steps/s"),
+        (format_rate, 4_512.3, "4512 steps/s"),
+        (format_clock, math.nan, "--:--:--"),
+        (format_clock, math.inf, "--:--:--"),
+        (format_clock, 1e30, "--:--:--"),
+        (format_bytes, 0, "0 B"),
+        (format_bytes, 812, "812 B"),
+        (format_bytes, 999, "999 B"),
+        (format_bytes, 1_000, "1.0 kB"),
+        (format_bytes, 1_540_000, "1.5 MB"),
+        (format_bytes, 42e6, "42 MB"),
+        (format_bytes, 3.1e9, "3.1 GB"),
     ],
 )
-def test_a_duration_never_carries_into_a_unit_it_does_not_show(seconds: float, text: str) -> None:
-    """No ``60 s``, no ``1000 ms``, nothing negative."""
-    assert format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (math.nan, "nan"),
-        (-math.inf, "-inf"),
-        (0.0, "0.0000"),
-        (2.34567, "2.3457"),
-        (9.99999, "10.000"),
-        (12.3456, "12.346"),
-        (999.999, "1000.0"),
-        (12_345.67, "12345.7"),
-        (1.5e9, "1.500e+09"),
-        (0.00001, "1.000e-05"),
-        (-2.5, "-2.5000"),
-    ],
-)
-def test_a_number_keeps_its_width(value: float, text: str) -> None:
-    """Five digits, wherever the point is, so that losses align in columns."""
-    assert format_number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("rate", "text"),
-    [(math.nan, "?"), (0.0, "?"), (0.25, "4.0 s/step"), (48.24, "48.2 steps/s"), (4_512.3, "4512 steps/s")],
-)
-def test_a_rate_is_readable_for_fast_and_slow_steps(rate: float, text: str) -> None:
-    """A step that takes minutes has seconds per step."""
-    assert format_rate(rate) == text
-
-
-@pytest.mark.parametrize("unix_s", [math.nan, math.inf, 1e30])
-def test_an_impossible_time_is_not_an_error(unix_s: float) -> None:
-    """A clock that is broken must not break the display of what it timed."""
-    assert format_clock(unix_s) == "--:--:--"
+def test_a_value_never_carries_into_a_unit_or_a_width_that_is_not_shown(
+    format_one: Callable[[float], str], value: float, text: str
+) -> None:
+    """No ``60 s``, no ``1000 ms``, nothing negative; losses align in columns; an impossible time is not an error."""
+    assert format_one(value) == text
 
 
 def test_cells_are_columns_and_not_characters() -> None:
@@ -122,20 +115,3 @@ def test_an_empty_ledger_is_not_an_error() -> None:
     """A run that was cancelled before its first step has one."""
     assert "-" in format_ledger(StallLedger())
     assert ledger_shares(StallLedger()) == []
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "expected"),
-    [
-        (0, "0 B"),
-        (812, "812 B"),
-        (999, "999 B"),
-        (1_000, "1.0 kB"),
-        (1_540_000, "1.5 MB"),
-        (42e6, "42 MB"),
-        (3.1e9, "3.1 GB"),
-    ],
-)
-def test_bytes_are_in_powers_of_a_thousand(nbytes: float, expected: str) -> None:
-    """As disks and networks count them; never more than six characters."""
-    assert format_bytes(nbytes) == expected

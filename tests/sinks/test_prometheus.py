@@ -344,7 +344,7 @@ def test_names_beyond_the_limit_are_skipped_with_one_warning(
     assert page.family("metric", "name").keys() == {"loss", "at/0"}
     assert page.metric("loss") == 4.0
     assert page("metric_values_left_out_total") == 4
-    assert caplog.text.count("leaves out 'at/1'") == 1
+    assert caplog.text.count("skips 'at/1'") == 1
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
