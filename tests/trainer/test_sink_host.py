@@ -205,8 +205,8 @@ def test_a_host_that_is_killed_is_started_again_and_continues(bench: Bench, back
     box: list[Any] = []
 
     def act(global_step: int) -> None:
-        if global_step == 3:
-            wait_until(lambda: len(bench.lines()) >= 3, "nothing has arrived")
+        if global_step == 5:
+            wait_until(lambda: len(bench.lines()) >= 12, "nothing has arrived")  # more than a batch
             os.kill(box[0]._connection._session.observers.host.pid, signal.SIGKILL)
 
     async def main() -> Any:
