@@ -165,7 +165,7 @@ async def test_a_ring_of_many_helpings_is_drained_at_once(make: Any, pumping: An
     pump.subscribe("sink", Delivery(latency_s=3_600.0))
     for at in range(5_000):
         pump.ring.publish(make.step(at))
-    with anyio.fail_after(0.5):
+    with anyio.fail_after(LIMIT_S):
         async with pumping(pump):
             await pump.drain()
             assert pump.last_seq == 5_000
@@ -279,7 +279,7 @@ async def test_closing_lets_receivers_have_what_is_queued(make: Any, pumping: An
         for at in range(10):
             pump.ring.publish(make.step(at))
     try:
-        with anyio.fail_after(0.5):
+        with anyio.fail_after(LIMIT_S):
             assert places(await receive_all(subscription)) == list(range(10))
     finally:
         subscription.discard()

@@ -29,7 +29,7 @@ from events.messages import (
     ValEpochStarted,
     ValStepEnded,
 )
-from events.run.state import MAX_CHECKPOINTS, RunState
+from events.run.state import RunState
 from events.run.summary import Summary
 
 
@@ -194,17 +194,18 @@ def test_checkpoints_after_the_one_resumed_from_are_superseded(tape: Tape, state
     assert (newest and newest.name, best and best.name) == ("step-5.a2", "step-2.a1")
 
 
-def test_the_best_of_very_many_checkpoints_stays(tape: Tape, state: RunState) -> None:
+def test_the_best_of_very_many_checkpoints_stays(tape: Tape, state: RunState, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that retention deleted make room first."""
+    monkeypatch.setattr("events.run.state.MAX_CHECKPOINTS", most := 50)
     state.add([tape.started(best="score"), tape.saved(1, 0.5), tape.saved(2, 0.1), tape.saved(3, 0.7)])
-    for step in range(4, MAX_CHECKPOINTS + 10):
+    for step in range(4, most + 10):
         state.add([tape.saved(step, 1.0)])
         if step % 2:
             state.add([tape(CheckpointDeleted, checkpoint=f"step-{step}.a1")])
     assert list(state.checkpoints)[:3] == ["step-1.a1", "step-2.a1", "step-3.a1"]
-    for step in range(MAX_CHECKPOINTS + 10, 3 * MAX_CHECKPOINTS):
+    for step in range(most + 10, 3 * most):
         state.add([tape.saved(step, 1.0)])
-    assert len(state.checkpoints) == MAX_CHECKPOINTS
+    assert len(state.checkpoints) == most
     assert next(iter(state.checkpoints)) == "step-2.a1"
     assert state.best_checkpoint is state.checkpoints["step-2.a1"]
 
