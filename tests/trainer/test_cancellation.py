@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -19,11 +20,11 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from support.scripts import Start
-from support.threads import WAIT_S, join_threads, trainer_threads
+from support.threads import WAIT_S, join_threads, trainer_threads, wait_until_failed
 from support.training import Boom, Net, make_trainer, read_journal
 
 from events.errors import RunCancelled, TrainingThreadStuck
-from events.messages import RunEnded, TrainStepEnded
+from events.messages import RunEnded
 from events.run.folder import RunFolder
 from trainer import CallbackInterface, Delivery, fenced
 
@@ -37,7 +38,7 @@ class Case:
     def __init__(self, folder: Path, *, callbacks: Any = (), **options: Any) -> None:
         self.folder, self.steps = folder, 0
         self.stepping = threading.Event()
-        self.hold: threading.Event | None = None
+        self.hold: Any = None
         self.run: Any = None
         options = {"epochs": 1_000_000, "journal": True, "run_id": "case", "run_dir": folder} | options
         self.trainer = make_trainer(Net(act=self.step), callbacks=callbacks, **options)
@@ -462,14 +463,13 @@ async def test_cancelling_while_observers_drain_keeps_the_result(tmp_path: Path)
 async def test_steps_stop_at_once(case: Any) -> None:
     with anyio.CancelScope() as scope:
         async with case.running():
-            case.hold = threading.Event()
-            stream = case.run.events(types=[TrainStepEnded])
-            await anyio.wait_all_tasks_blocked()
-            scope.cancel()
+            case.hold = SimpleNamespace(wait=lambda timeout: wait_until_failed(case.run))
+            case.stepping.clear()
+            await anyio.to_thread.run_sync(case.stepping.wait, WAIT_S)
             at = case.steps
-            case.hold.set()
-            await stream.receive()
-    assert case.steps <= at + 1
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert case.steps == at
     await case.check()
 
 
