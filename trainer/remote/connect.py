@@ -121,7 +121,7 @@ class _ConnectContext(AbstractAsyncContextManager[Run]):
             with anyio.move_on_after(None if error is None else _LEAVE_S, shield=error is not None):
                 await connection.sent.wait()
         finally:
-            self._tasks.cancel_scope.cancel()
+            connection.working.cancel()
             try:
                 await self._tasks.__aexit__(None, None, None)  # without the exception, which it would wrap in a group
             finally:
@@ -145,6 +145,8 @@ class NetworkConnection:
         """Why a command failed, until this has been raised."""
         self.sent = anyio.Event()
         """Set after `finish`, once every command was sent or has failed."""
+        self.working = anyio.CancelScope(shield=True)
+        """Ends `work`, which a cancellation of the block does not."""
         self._server = server
         self._known = known
         server.over = known.run.status not in UNDER_WAY
@@ -241,14 +243,15 @@ class NetworkConnection:
         self._wakeup.set()
 
     async def work(self) -> None:
-        """Do the jobs in order, until `finish`."""
-        while self._jobs or not self._finishing:
-            if self._jobs:
-                await self._jobs.popleft()()
-            else:
-                self._patience.reset()  # only commands that wait together share the time
-                await self._wakeup.wait(None)
-        self.sent.set()
+        """Do the jobs in order, until `finish`; a cancellation of the block leaves time for the rest."""
+        with self.working:
+            while self._jobs or not self._finishing:
+                if self._jobs:
+                    await self._jobs.popleft()()
+                else:
+                    self._patience.reset()  # only commands that wait together share the time
+                    await self._wakeup.wait(None)
+            self.sent.set()
 
     def finish(self) -> None:
         """Take no more commands."""
