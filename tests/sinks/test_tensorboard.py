@@ -282,6 +282,8 @@ def test_other_data_goes_through_tensorboardx_into_the_same_file(opened: Any, st
     assert curve(board, "own") == [(4, 0.25, 6.0)]
     assert board.Tensors("curve")[0].step == 3
     writer.close()
+    opened(attempt=2)  # such data has no position in the run's history, and is not delivered again
+    assert curve(shown(tmp_path / "tensorboard"), "own") == [(4, 0.25, 6.0)]
 
 
 def test_what_tensorboardx_has_begun_itself_ends_with_the_sink(opened: Any, tmp_path: Path) -> None:
@@ -327,16 +329,6 @@ def test_what_others_have_in_the_folder_is_left_as_it_is(opened: Any, story: Any
     assert {one: one.read_bytes() for one in before} == before
     (added,) = {*(tmp_path / "board").iterdir()} - before.keys()
     assert added.read_bytes().count(b"train_loss") == 2
-
-
-def test_data_of_tensorboardx_stays_when_the_run_is_resumed(opened: Any, story: Any, tmp_path: Path) -> None:
-    """It has no place in the run's history, and does not come again."""
-    writer = opened()
-    writer.write(story.steps(1))
-    writer.summary_writer.add_scalar("own", 0.25, 4, walltime=6.0)
-    writer.close()
-    opened(attempt=2)
-    assert curve(shown(tmp_path / "tensorboard"), "own") == [(4, 0.25, 6.0)]
 
 
 def test_an_event_that_no_message_can_hold_is_skipped(opened: Any, story: Any, tmp_path: Path, caplog: Any) -> None:

@@ -187,6 +187,7 @@ def test_a_server_that_does_not_answer_is_an_error_in_time_and_so_is_it_the_next
             sink.open(RunInfo("demo", run_dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize("bad_url", ["hangs"], indirect=True)
 def test_a_run_trains_to_its_end_and_ends_when_there_is_no_server(
     bad_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
