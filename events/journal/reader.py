@@ -27,6 +27,7 @@ from events.journal.segment import MAX_LINE_BYTES, SegmentLines, TooLong, segmen
 from events.messages import Event
 from events.safe_files import UnsafeFile
 
+_MAX_SKIPPED = 1_000
 _REASON = 200
 """Maximum characters per reason of a skipped line."""
 _SEQ = re.compile(rb'"seq":(\d{1,16}),')
@@ -58,24 +59,17 @@ class JournalReader:
     `Follower` do so. The journal may not exist yet, be written by another process, be cut or lose segments meanwhile.
     """
 
-    def __init__(
-        self,
-        journal_dir: str | os.PathLike[str],
-        since: int = 0,
-        max_skipped: int = 1_000,
-        chunk_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, journal_dir: str | os.PathLike[str], since: int = 0, chunk_bytes: int | None = None) -> None:
         """Start after the event with ``seq == since``; opens nothing yet.
 
         Args:
             journal_dir: The folder of segments.
             since: Events up to this ``seq`` are skipped; 0 for all.
-            max_skipped: Maximum lines in `skipped`, the newest; `skipped_count` counts all.
             chunk_bytes: Bytes per read, which are kept until they are decoded; a mebibyte by default.
         """
         self._dir = Path(journal_dir)
         self._cursor = since
-        self._skipped: deque[SkippedLine] = deque(maxlen=max_skipped)
+        self._skipped: deque[SkippedLine] = deque(maxlen=_MAX_SKIPPED)
         self.skipped_count = 0
         """Number of lines that were skipped."""
         self._chunk_bytes = chunk_bytes
@@ -98,7 +92,7 @@ class JournalReader:
 
     @property
     def skipped(self) -> list[SkippedLine]:
-        """The lines that were skipped, oldest first, at most ``max_skipped``."""
+        """The newest thousand of the lines that were skipped, oldest first; `skipped_count` counts all."""
         return list(self._skipped)
 
     def read(self, limit: int = 1_024, until: float = math.inf) -> list[Event]:

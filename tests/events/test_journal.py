@@ -661,11 +661,11 @@ def test_lines_without_checksums_are_read_and_their_holes_are_not_gaps(tmp_path:
 def test_the_report_of_skipped_lines_is_bounded(tmp_path: Path) -> None:
     """A file full of garbage does not fill the memory; the count goes on."""
     (tmp_path / "journal").mkdir()
-    (tmp_path / "journal" / "00000000000000000001.jsonl").write_bytes(b"x\n" * 50)
-    reader = JournalReader(tmp_path / "journal", max_skipped=10)
+    (tmp_path / "journal" / "00000000000000000001.jsonl").write_bytes(b"x\n" * 1_050)
+    reader = JournalReader(tmp_path / "journal")
     assert reader.read() == []
-    assert [skip.line for skip in reader.skipped] == list(range(41, 51))
-    assert reader.skipped_count == 50
+    assert [skip.line for skip in reader.skipped] == list(range(51, 1_051))
+    assert reader.skipped_count == 1_050
 
 
 def test_a_lost_segment_is_passed_over(tmp_path: Path) -> None:
