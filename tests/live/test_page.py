@@ -190,7 +190,7 @@ def test_a_users_name_that_begins_like_the_ledgers_is_a_metric(show: Show) -> No
 
 def test_epochs_are_counted_from_1_as_in_the_log(show: Show) -> None:
     """The last of three is 3 of 3, while it lasts and afterwards."""
-    cases = {"one": (0, 1, "1of 1"), "last": (2, 3, "3of 3"), "after": (3, 3, "3of 3"), "endless": (4, None, "5")}
+    cases = {"last": (2, 3, "3of 3"), "endless": (4, None, "5"), "after": (3, 3, "3of 3"), "one": (0, 1, "1of 1")}
     runs = [a_run(name, 50) for name in cases]
     for run, (epoch, epochs, _) in zip(runs, cases.values(), strict=True):
         run.run |= {"epoch": epoch, "epochs": epochs, "status": "finished"}
@@ -330,6 +330,7 @@ def test_the_scale_follows_the_values_that_matter(show: Show) -> None:
     for number, (_, low, high, text) in enumerate(cases):
         for settings in ("", "&smooth=0.9&x=time"):
             show.focus(page, f"case-{number}", settings)
+            expect(page.get_by_label("Across")).to_have_value("time" if settings else "step")
             expect(first_chart(page).locator(".notes")).to_contain_text(text)
             least, most = value_range(page, "Loss")
             assert low <= least < most <= high, text
