@@ -9,9 +9,9 @@ import inspect
 import itertools
 import numbers
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 
@@ -34,6 +34,9 @@ LANE_ATTRIBUTE = "__stagecast_lane__"
 
 OF_A_RUN = ("_stagecast_recorder", "_stagecast_manual")
 """Attributes that a run sets and removes: plain ones, so that no state dict contains them."""
+
+Reduction = Literal["mean", "last", "max", "sum"]
+"""What the values of one name become in a step with several micro-batches, or in an evaluation of a dataloader."""
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
@@ -74,7 +77,7 @@ def _mark(hook: _Hook, lane: Lane) -> _Hook:
 class Recorder(Protocol):
     """Receives the values of `CallbackInterface.log`; the trainer attaches one for the length of a run."""
 
-    def log(self, name: str, value: float | torch.Tensor | Logged, /) -> None:
+    def log(self, name: str, value: float | torch.Tensor | Logged, reduce: Reduction, /) -> None:
         """Record one value without waiting for the device; called from any thread.
 
         A tensor has one real element on any device, perhaps with a graph. The caller may change it in place as soon
@@ -183,7 +186,13 @@ class CallbackInterface(ABC):
             global_step: Optimizer steps finished.
         """
 
-    def log(self, name: str, value: float | int | torch.Tensor | Histogram | Image | str | Any) -> None:
+    def log(
+        self,
+        name: str,
+        value: float | int | torch.Tensor | Histogram | Image | str | Any,
+        *,
+        reduce: Reduction = "mean",
+    ) -> None:
         """Record a number under a name, for a `MetricsLogged` event; or a histogram, an image, a figure or a text.
 
         Does nothing outside of a run. Call it from a step or a hook, on any thread. It waits neither for the device
@@ -197,10 +206,15 @@ class CallbackInterface(ABC):
                 `trainer.Histogram` or `trainer.Image`; a matplotlib figure, which is drawn at once, on the calling
                 thread (so prefer a hook of the observer lane to a step); or a text. Images, figures and long texts
                 are written to files in the run folder, on a thread of their own.
+            reduce: How the numbers of a name become one, if it is logged several times in an evaluation of a
+                dataloader, or by the micro-batches of a step: the mean, weighted as the loss is; the last; the
+                largest; or the sum. Each name has one. Batches of weight 0 do not count. A hook off the loop's thread
+                publishes each number.
 
         Raises:
             TypeError: ``name`` is not a string, or ``value`` is not a real number.
-            ValueError: ``name`` is empty or reserved, or the tensor does not have exactly one element.
+            ValueError: ``name`` is empty or reserved, the tensor does not have exactly one element, or ``reduce`` is
+                another one than before.
         """
         recorder = self._stagecast_recorder
         if recorder is None:
@@ -214,7 +228,14 @@ class CallbackInterface(ABC):
                     raise _bad_tensor(name, value)
             else:
                 value = as_logged(value) or _as_float(name, value)
-        recorder.log(name, value)
+        if reduce != "mean" and reduce not in get_args(Reduction):
+            raise ValueError(f"log({name!r}) got reduce={reduce!r}; it must be one of {', '.join(get_args(Reduction))}")
+        recorder.log(name, value, reduce)
+
+    def log_dict(self, values: Mapping[str, Any], *, reduce: Reduction = "mean") -> None:
+        """Call `log` for each name and value; raises as it does."""
+        for name, value in values.items():
+            self.log(name, value, reduce=reduce)
 
     def __getstate__(self) -> Any:
         """Copies and pickles belong to no run: they carry no recorder."""

@@ -315,7 +315,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         return state
 
 
-_CALLED_BY_USERS = frozenset({"forward", "log", "optimize"})
+_CALLED_BY_USERS = frozenset({"forward", "log", "log_dict", "optimize"})
 
 
 @functools.cache

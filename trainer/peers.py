@@ -74,8 +74,7 @@ ATTRIBUTES: Mapping[str, str] = {
 """Attributes that the code of modules and callbacks reads."""
 
 CALLS: Mapping[str, str] = {
-    "log_dict": "call self.log(name, value) once for each value",
-    "log_metrics": "call self.log(name, value) once for each value",
+    "log_metrics": "call self.log(name, value), or self.log_dict(values)",
     "save_hyperparameters": "keep hyperparameters in attributes, and record them with Trainer(config=...)",
     "lr_schedulers": "keep the schedulers of get_optimizers_schedulers in attributes",
     "manual_backward": "set manual_optimization = True and call self.optimize(loss, optimizer)",

@@ -169,7 +169,7 @@ def test_an_unknown_argument_is_named_with_the_replacement(arguments: Any, optio
         (lambda t: t.train(resume_from_checkpoint="a"), ArgumentsError, "instead of resume_from_checkpoint, give the"),
         (lambda t: t.train(t.module), ArgumentsError, "Trainer.train() takes no arguments; give them to Trainer"),
         (lambda t: t.test(dataloaders=[]), ArgumentsError, "return the data from get_test_dataloaders of the module"),
-        (lambda t: t.module.log_dict({}), AttributeError, "call self.log(name, value) once for each value"),
+        (lambda t: t.module.log_metrics({}), AttributeError, "call self.log(name, value), or self.log_dict(values)"),
         (lambda t: t.module.save_hyperparameters(), AttributeError, "record them with Trainer(config=...)"),
         (lambda t: t.nothing, AttributeError, "'Trainer' object has no attribute 'nothing'"),
     ],

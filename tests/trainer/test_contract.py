@@ -80,7 +80,7 @@ class Recording:
     def __init__(self) -> None:
         self.logged: list[tuple[str, Any]] = []
 
-    def log(self, name: str, value: Any) -> None:
+    def log(self, name: str, value: Any, reduce: str) -> None:
         self.logged.append((name, value))
 
 

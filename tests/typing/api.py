@@ -30,7 +30,7 @@ def train(module: ModuleInterface) -> None:
     assert_type(trainer.test(), dict[str, tuple[Any, ...]])
     trainer.fit(module)  # pyright: ignore[reportAttributeAccessIssue]
     Trainer(module, max_epochs=2)  # pyright: ignore[reportCallIssue]
-    module.log_dict({})  # pyright: ignore[reportCallIssue]
+    module.log_metrics({})  # pyright: ignore[reportCallIssue]
 
 
 def move(images: torch.Tensor, labels: list[torch.Tensor]) -> None:

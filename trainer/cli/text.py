@@ -38,7 +38,7 @@ def show_exception(kind: type[BaseException], error: BaseException, trace: Trace
     echo_error(*"".join(traceback.format_exception(kind, error, trace)).expandtabs().rstrip("\n").split("\n"))
 
 
-def _print(lines: tuple[str, ...], stream: TextIO, style: str = "") -> None:
+def _print(lines: tuple[str, ...], stream: TextIO | None, style: str = "") -> None:
     begin, end = (f"\x1b[{style}m", "\x1b[m") if style else ("", "")
     print(*(f"{begin}{plain_text(line, _MOST_CHARS)}{end}" for line in lines), sep="\n", file=stream, flush=True)
 

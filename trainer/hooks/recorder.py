@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,18 +16,21 @@ from events.messages import Event, HistogramLogged, MetricsLogged, MonitorMissin
 from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
 from events.origin import Header, header_of
 from events.text import MOST_NAME, as_name, name_problem
+from trainer.callback_interface import Reduction
 from trainer.errors import MetricNotFound
 from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, LoggedText, MediaWriter
 
 Value = float | torch.Tensor
+_Numbers = list[tuple[Value, float]]
+"""Values of one name, with their weights."""
 
 
 class MetricRecorder:
     """Receives the values of `ModuleInterface.log` during a run.
 
     On the loop's thread values are collected and published once per optimizer step, or once per evaluation of a
-    dataloader, as the mean weighted by rows. In a hook of the observer or fenced lane, each call publishes at
-    once, with the header of the event that the hook handles.
+    dataloader, reduced to one: by default to the mean weighted by rows. In a hook of the observer or fenced lane, each
+    call publishes at once, with the header of the event that the hook handles.
     """
 
     def __init__(self, bus: Ring, media: MediaWriter) -> None:
@@ -48,6 +52,7 @@ class MetricRecorder:
         self._loop_thread = 0
         self.values: list[tuple[str, Value | Logged, float]] = []
         """Values logged on the loop's thread since the last `flush`: name, value, weight."""
+        self._reductions: dict[str, Reduction] = {}  # of each name
         self._hook = threading.local()
         self._places: dict[str, tuple[str | None, str]] = {}  # the stage and the kind of value of each name
         self._allowed: dict[str, str] = {}  # recorded names by logged names
@@ -56,13 +61,15 @@ class MetricRecorder:
         """Declare the calling thread the loop's."""
         self._loop_thread = threading.get_ident()
 
-    def log(self, name: str, value: Value | Logged) -> None:
+    def log(self, name: str, value: Value | Logged, reduce: Reduction = "mean") -> None:
         """Record one value. Any thread; tensors are copied on their device, so they may be changed afterwards.
 
         Raises:
-            ValueError: The name is reserved for a metric of the trainer.
+            ValueError: The name is reserved for a metric of the trainer, or has another ``reduce`` already.
         """
         name = self._allowed.get(name) or self._allow(name)
+        if (before := self._reductions.setdefault(name, reduce)) != reduce:
+            raise ValueError(f"log({name!r}) got reduce={reduce!r} here and {before!r} before; give it one of them")
         if isinstance(value, torch.Tensor):
             value = value.detach().reshape(()).clone()
         if threading.get_ident() == self._loop_thread:
@@ -95,8 +102,8 @@ class MetricRecorder:
                 self._publish_other(name, value, self._bus.origin.header(), key, None)
             else:
                 numbers.append((name, value, weight))
-        if numbers and (means := _means(numbers)):
-            self._publish(MetricsLogged(*self._bus.origin.header(), metrics={}, key=key), means)
+        if numbers and (reduced := self._reduced(numbers)):
+            self._publish(MetricsLogged(*self._bus.origin.header(), metrics={}, key=key), reduced)
 
     def discard(self) -> None:
         """Drop the values logged on the loop's thread since the last `flush`: the step was skipped."""
@@ -208,6 +215,17 @@ class MetricRecorder:
             )
         return recorded
 
+    def _reduced(self, values: list[tuple[str, Value, float]]) -> dict[str, Value]:
+        groups: dict[str, _Numbers] = {}
+        for name, value, weight in values:
+            groups.setdefault(name, []).append((value, weight))
+        reduced: dict[str, Value] = {}
+        for name, group in groups.items():
+            one = group[0][0] if len(group) == 1 else _REDUCE[self._reductions[name]](group)
+            if one is not None:
+                reduced[name] = one
+        return reduced
+
     def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
         fenced = threading.get_ident() == self._loop_thread or getattr(self._hook, "fenced", False)
         for name, value in values.items():
@@ -258,41 +276,69 @@ _STAGES: dict[str | None, str] = {"train": "in training", "val": "in validation"
 _KINDS: dict[type, str] = {Histogram: "a histogram", Image: "an image", Drawn: "an image", LoggedText: "a text"}
 
 
-def _means(values: list[tuple[str, Value, float]]) -> dict[str, Value]:
-    groups: dict[str, list[tuple[Value, float]]] = {}
-    for name, value, weight in values:
-        groups.setdefault(name, []).append((value, weight))
-    means: dict[str, Value] = {}
-    for name, group in groups.items():
-        mean = group[0][0] if len(group) == 1 else weighted_mean(group)
-        if mean is not None:
-            means[name] = mean
-    return means
-
-
-def weighted_mean(group: list[tuple[Value, float]]) -> Value | None:
+def weighted_mean(group: _Numbers) -> Value | None:
     """The mean of numbers and 0-dim tensors; on the tensors' device if there is any, without waiting for it.
 
     Values of weight 0 are skipped, even NaN. None if all weights are 0.
     """
-    group = [(value, weight) for value, weight in group if weight]
-    if not group:
-        return None
+    group = _counted(group)
     total = sum(weight for _, weight in group)
+    if not total:
+        return None
+    stacked = _stacked(group)
+    if stacked is None:
+        return sum(float(value) * weight for value, weight in group) / total
+    weights = torch.tensor([weight for _, weight in group], dtype=stacked.dtype).to(stacked.device, non_blocking=True)
+    return (stacked * weights).sum() / total
+
+
+def _sum(group: _Numbers) -> Value | None:
+    if not (group := _counted(group)):
+        return None
+    stacked = _stacked(group)
+    return stacked.sum() if stacked is not None else math.fsum(float(value) for value, _ in group)
+
+
+def _max(group: _Numbers) -> Value | None:
+    """NaN if a value is NaN, as torch's."""
+    if not (group := _counted(group)):
+        return None
+    stacked = _stacked(group)
+    if stacked is not None:
+        return stacked.max()
+    numbers = [float(value) for value, _ in group]
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
+
+
+def _last(group: _Numbers) -> Value | None:
+    return next((value for value, _ in reversed(_counted(group))), None)
+
+
+_REDUCE: dict[Reduction, Callable[[_Numbers], Value | None]] = {
+    "mean": weighted_mean,
+    "sum": _sum,
+    "max": _max,
+    "last": _last,
+}
+
+
+def _counted(group: _Numbers) -> _Numbers:
+    return [(value, weight) for value, weight in group if weight]
+
+
+def _stacked(group: _Numbers) -> torch.Tensor | None:
+    """The values as one tensor ``(values,)`` on the device of the tensors among them; None if there are none."""
     tensors = [value for value, _ in group if isinstance(value, torch.Tensor)]
     if not tensors:
-        return sum(float(value) * weight for value, weight in group) / total
+        return None
     device = tensors[0].device
     # Apple's GPUs have no float64.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if len(tensors) == len(group) and len({(t.device, t.dtype) for t in tensors}) == 1:
-        stacked = torch.stack(tensors).to(dtype)
-    else:
-        stacked = torch.stack(
-            [v.to(device, dtype) if isinstance(v, torch.Tensor) else _constant(v, device, dtype) for v, _ in group]
-        )
-    weights = torch.tensor([weight for _, weight in group], dtype=dtype).to(device, non_blocking=True)
-    return (stacked * weights).sum() / total
+        return torch.stack(tensors).to(dtype)
+    return torch.stack(
+        [v.to(device, dtype) if isinstance(v, torch.Tensor) else _constant(v, device, dtype) for v, _ in group]
+    )
 
 
 def _constant(value: float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
