@@ -50,12 +50,11 @@ class MetricRecorder:
         self._bus = bus
         self._media = media
         self._loop_thread = 0
-        self.values: list[tuple[str, Value | Logged, float]] = []
-        """Values logged on the loop's thread since the last `flush`: name, value, weight."""
-        self._reductions: dict[str, Reduction] = {}  # of each name
+        self.values: list[tuple[str, Value | Logged, float, Reduction]] = []
+        """Values logged on the loop's thread since the last `flush`: name, value, weight, reduction."""
         self._hook = threading.local()
         self._places: dict[str, tuple[str | None, str]] = {}  # the stage and the kind of value of each name
-        self._allowed: dict[str, str] = {}  # recorded names by logged names
+        self._names: dict[str, tuple[str, Reduction]] = {}  # by logged name: the recorded one, and its reduction
 
     def bind(self) -> None:
         """Declare the calling thread the loop's."""
@@ -67,13 +66,13 @@ class MetricRecorder:
         Raises:
             ValueError: The name is reserved for a metric of the trainer, or has another ``reduce`` already.
         """
-        name = self._allowed.get(name) or self._allow(name)
-        if (before := self._reductions.setdefault(name, reduce)) != reduce:
+        name, before = self._names.get(name) or self._allow(name, reduce)
+        if before != reduce:
             raise ValueError(f"log({name!r}) got reduce={reduce!r} here and {before!r} before; give it one of them")
         if isinstance(value, torch.Tensor):
             value = value.detach().reshape(()).clone()
         if threading.get_ident() == self._loop_thread:
-            self.values.append((name, value, self.weight))
+            self.values.append((name, value, self.weight, reduce))
             return
         event: Event | None = getattr(self._hook, "event", None)
         header = self._bus.origin.header() if event is None else header_of(event)
@@ -96,13 +95,15 @@ class MetricRecorder:
     def flush(self, key: str | None = None) -> None:
         """Publish the values logged on the loop's thread since the last call. ``key``: the evaluation dataloader's."""
         values, self.values = self.values, []
-        numbers: list[tuple[str, Value, float]] = []
-        for name, value, weight in values:
+        groups: dict[str, _Numbers] = {}
+        reductions: dict[str, Reduction] = {}
+        for name, value, weight, reduce in values:
             if isinstance(value, Histogram | Image | Drawn | LoggedText):
                 self._publish_other(name, value, self._bus.origin.header(), key, None)
             else:
-                numbers.append((name, value, weight))
-        if numbers and (reduced := self._reduced(numbers)):
+                groups.setdefault(name, []).append((value, weight))
+                reductions[name] = reduce
+        if groups and (reduced := _reduced(groups, reductions)):
             self._publish(MetricsLogged(*self._bus.origin.header(), metrics={}, key=key), reduced)
 
     def discard(self) -> None:
@@ -201,30 +202,20 @@ class MetricRecorder:
 
     # -------------------------------------------------------------------------------------------- publishing
 
-    def _allow(self, name: str) -> str:
+    def _allow(self, name: str, reduce: Reduction) -> tuple[str, Reduction]:
         if (names := reserved(name)) is not None:
             raise ValueError(
                 f"log({name!r}): the name is reserved for a metric of the trainer ({names}); use another name, such as"
                 f" {'my_' + name.replace('/', '_')!r}"
             )
-        self._allowed[name] = recorded = as_name(name)
+        recorded = as_name(name)
+        self._names[name] = recorded, reduce
         if recorded != name:
             logger.warning(
                 f"log({name!r:.80}): the name {name_problem(name)}, and is recorded as {recorded!r}; use printable"
                 f" names of up to {MOST_NAME} characters"
             )
-        return recorded
-
-    def _reduced(self, values: list[tuple[str, Value, float]]) -> dict[str, Value]:
-        groups: dict[str, _Numbers] = {}
-        for name, value, weight in values:
-            groups.setdefault(name, []).append((value, weight))
-        reduced: dict[str, Value] = {}
-        for name, group in groups.items():
-            one = group[0][0] if len(group) == 1 else _REDUCE[self._reductions[name]](group)
-            if one is not None:
-                reduced[name] = one
-        return reduced
+        return recorded, reduce
 
     def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
         fenced = threading.get_ident() == self._loop_thread or getattr(self._hook, "fenced", False)
@@ -274,6 +265,15 @@ class MetricRecorder:
 
 _STAGES: dict[str | None, str] = {"train": "in training", "val": "in validation", "test": "in testing"}
 _KINDS: dict[type, str] = {Histogram: "a histogram", Image: "an image", Drawn: "an image", LoggedText: "a text"}
+
+
+def _reduced(groups: dict[str, _Numbers], reductions: dict[str, Reduction]) -> dict[str, Value]:
+    reduced: dict[str, Value] = {}
+    for name, group in groups.items():
+        one = group[0][0] if len(group) == 1 else _REDUCE[reductions[name]](group)
+        if one is not None:
+            reduced[name] = one
+    return reduced
 
 
 def weighted_mean(group: _Numbers) -> Value | None:
