@@ -404,7 +404,7 @@ async def test_cancelled_while_an_observer_holds_the_loop(tmp_path: Path) -> Non
     with anyio.CancelScope() as scope:
         async with case.trainer.run() as case.run:
             await anyio.to_thread.run_sync(held.wait, WAIT_S)
-            while not case.run._connection._session.bus.gated:
+            while not case.run._connection._session.ring.gated:
                 await anyio.lowlevel.checkpoint()  # nothing tells: a wait is announced after five seconds only
             scope.cancel()
             await anyio.sleep_forever()

@@ -33,7 +33,7 @@ class MetricRecorder:
     call publishes at once, with the header of the event that the hook handles.
     """
 
-    def __init__(self, bus: Ring, media: MediaWriter) -> None:
+    def __init__(self, ring: Ring, media: MediaWriter) -> None:
         self.weight: float = 1
         """The weight of the current batch in means. Set by the loop."""
         self.validation: dict[str, Value] = {}
@@ -47,7 +47,7 @@ class MetricRecorder:
         self._gaps: set[tuple[str, str]] = set()  # monitors that lacked their metric last time
         self._loss_sum: torch.Tensor | None = None
         self._loss_weight = 0.0
-        self._bus = bus
+        self._ring = ring
         self._media = media
         self._loop_thread = 0
         self.values: list[tuple[str, Value | Logged, float, Reduction]] = []
@@ -75,7 +75,7 @@ class MetricRecorder:
             self.values.append((name, value, self.weight, reduce))
             return
         event: Event | None = getattr(self._hook, "event", None)
-        header = self._bus.origin.header() if event is None else header_of(event)
+        header = self._ring.origin.header() if event is None else header_of(event)
         key = getattr(event, "key", None)
         of_seq = event.seq if event is not None else None
         if isinstance(value, Histogram | Image | Drawn | LoggedText):
@@ -99,12 +99,12 @@ class MetricRecorder:
         reductions: dict[str, Reduction] = {}
         for name, value, weight, reduce in values:
             if isinstance(value, Histogram | Image | Drawn | LoggedText):
-                self._publish_other(name, value, self._bus.origin.header(), key, None)
+                self._publish_other(name, value, self._ring.origin.header(), key, None)
             else:
                 groups.setdefault(name, []).append((value, weight))
                 reductions[name] = reduce
         if groups and (reduced := _reduced(groups, reductions)):
-            self._publish(MetricsLogged(*self._bus.origin.header(), metrics={}, key=key), reduced)
+            self._publish(MetricsLogged(*self._ring.origin.header(), metrics={}, key=key), reduced)
 
     def discard(self) -> None:
         """Drop the values logged on the loop's thread since the last `flush`: the step was skipped."""
@@ -160,7 +160,9 @@ class MetricRecorder:
             self._gaps.discard(gap)
             return value
         known = sorted(judged)
-        self._bus.publish(MonitorMissing(*self._bus.origin.header(), monitor=monitor, wanted_by=wanted_by, known=known))
+        self._ring.publish(
+            MonitorMissing(*self._ring.origin.header(), monitor=monitor, wanted_by=wanted_by, known=known)
+        )
         before, noticed = monitor in self._seen, gap in self._gaps
         self._gaps.add(gap)
         what = "validation" if judged is self.validation else "epoch"
@@ -226,7 +228,7 @@ class MetricRecorder:
             if fenced:
                 self.keep(full, value, event.stage, event.global_step)
             event.metrics[name] = value  # type: ignore[assignment]  # a tensor is deferred: see `Event.deferred`
-        self._bus.publish(event)
+        self._ring.publish(event)
 
     def _place(self, name: str, stage: str | None, what: str) -> None:
         """Warn once about a name that would mix two quantities in one series."""
@@ -252,13 +254,13 @@ class MetricRecorder:
         if isinstance(value, Histogram):
             numbers: list[Any] = [value.low, value.high, value.counts, value.non_finite]  # deferred
             low, high, counts, non_finite = numbers
-            self._bus.publish(
+            self._ring.publish(
                 HistogramLogged(
                     *header, name=name, low=low, high=high, counts=counts, non_finite=non_finite, key=key, of_seq=of_seq
                 )
             )
         elif isinstance(value, LoggedText) and len(value.text) <= INLINE_TEXT:
-            self._bus.publish(TextLogged(*header, name=name, text=value.text, path=None, key=key, of_seq=of_seq))
+            self._ring.publish(TextLogged(*header, name=name, text=value.text, path=None, key=key, of_seq=of_seq))
         else:
             self._media.add(name, value, header, key, of_seq)
 

@@ -35,7 +35,7 @@ class Attempt:
     device: torch.device
     precision: Precision
     control: Control
-    bus: Ring
+    ring: Ring
     hooks: HookTable
     recorder: MetricRecorder
     readback: DeviceReadback
@@ -46,8 +46,8 @@ class Attempt:
     """What the loop is doing, for messages."""
 
     def __post_init__(self) -> None:
-        self.origin: Origin = self.bus.origin
-        self.ledger = Ledger(self.device, self.bus.cpu_time.read_ns)
+        self.origin: Origin = self.ring.origin
+        self.ledger = Ledger(self.device, self.ring.cpu_time.read_ns)
         self._noticed: set[str] = set()
 
     @property
@@ -81,7 +81,7 @@ class Attempt:
         """
         fatal, text = callback.delivery.on_error == "fatal", describe(error)
         action: Literal["fatal", "disabled"] = "fatal" if fatal else "disabled"
-        self.bus.publish(
+        self.ring.publish(
             ObserverFailed(*self.origin.header(), observer=callback.name, error=text, during=hook, action=action)
         )
         if fatal:
@@ -90,5 +90,5 @@ class Attempt:
         # Never retried, because its place in the step has passed.
         callback.disabled = True
         if (observer := callback.observer) is not None:
-            self.bus.post(lambda: observer.disable(text))
+            self.ring.post(lambda: observer.disable(text))
         logger.warning(f"callback {callback.name} failed in {hook} (disabled): {text}", exc_info=error, published=True)

@@ -67,11 +67,11 @@ class Boundary:
             attempt.control.send(Stop(id="max-time", reason=f"max_time_s={attempt.arguments.max_time_s:g} is over"))
         if attempt.control.pending:
             self.take_commands()
-        if attempt.bus.gated:
+        if attempt.ring.gated:
             self._wait_for_room()
         if attempt.ledger.since > self._ledger_due:
             self._ledger_due = attempt.ledger.since + self._interval_ns
-            attempt.bus.publish(
+            attempt.ring.publish(
                 LedgerReported(*attempt.origin.header(), scope="interval", ledger=attempt.ledger.interval())
             )
 
@@ -92,11 +92,11 @@ class Boundary:
             fence = self.fence(kind)
             payload = None
             if outputs is not None or fence is not None:
-                receivers = len(attempt.bus.audience.payload_receivers.get(kind, ()))
+                receivers = len(attempt.ring.audience.payload_receivers.get(kind, ()))
                 if outputs is not None:
                     outputs.shared = receivers + bool(attempt.hooks.inline.get(kind)) > 1
                 payload = Payload(outputs, fence, outputs.nbytes if outputs is not None and receivers else 0)
-            attempt.bus.publish(event, payload)
+            attempt.ring.publish(event, payload)
         return fence
 
     def run_hooks(self, event: Event, fence: Fence | None, outputs: EpochOutputs | None = None) -> None:
@@ -210,10 +210,10 @@ class Boundary:
         began, announced = clock(), False
         self.checkpoints.stager.gate()  # the hooks may change the sources of a copy
         with attempt.ledger.within("fence"):
-            attempt.bus.flush()
+            attempt.ring.flush()
             while not fence.wait(0.05):  # WAIT: fenced hooks; the period bounds how late a cancellation is seen
                 attempt.control.raise_if_failed()
-                if not attempt.bus.alive:
+                if not attempt.ring.alive:
                     names = ", ".join(fence.waiting)
                     raise FenceBroken(f"the loop waited for {names}, but the event loop that runs them has ended")
                 if not announced and clock() - began > _ANNOUNCE_WAIT_S * 1e9:
@@ -227,20 +227,20 @@ class Boundary:
         attempt = self.attempt
         began, announced = clock(), False
         with attempt.ledger.within("backpressure"), attempt.within("waiting for observers"):
-            while not attempt.bus.wait_for_room(0.1):  # WAIT: for a lossless observer, or the host's event loop
+            while not attempt.ring.wait_for_room(0.1):  # WAIT: for a lossless observer, or the host's event loop
                 if attempt.control.pending:
                     self.take_commands()
                     began = clock()
                 if not announced and clock() - began > _ANNOUNCE_WAIT_S * 1e9:
                     announced = True
-                    self._announce("backpressure", attempt.bus.blocked_by, began)
+                    self._announce("backpressure", attempt.ring.blocked_by, began)
         if announced:
             self._announce("backpressure", [], began)
 
     def _announce(self, cause: Literal["fence", "backpressure"], observers: list[str], begin: int) -> None:
         """Publish that the loop waits for observers; without any, that it continues."""
         wait_s = (clock() - begin) / 1e9
-        self.attempt.bus.publish(
+        self.attempt.ring.publish(
             LoopHeld(
                 *self.attempt.origin.header(), cause=cause, observers=observers, wait_s=wait_s, released=not observers
             )
@@ -287,7 +287,7 @@ class Boundary:
                 case Resume():
                     paused = False
             name = type(command).__name__.lower()
-            self.attempt.bus.publish(
+            self.attempt.ring.publish(
                 CommandTaken(*self.attempt.origin.header(), command=name, command_id=command.id, reason=command.reason)
             )
         reasons = ["command"] if checkpoint_ids else []

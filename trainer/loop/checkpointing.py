@@ -105,7 +105,7 @@ class Checkpointing:
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                     add_note(error, f"raised by {callback.name}.state_dict")
                     self._attempt.fail_hook(callback, "state_dict", error)
-        self._pool = SlabPool(self._attempt.device, self._attempt.bus.cpu_time)
+        self._pool = SlabPool(self._attempt.device, self._attempt.ring.cpu_time)
         check_readable(Collected(self._tree()).state, "the state of the run")
         self.due.start(self._attempt.origin.global_step, clock())
 
@@ -200,7 +200,7 @@ class Checkpointing:
         slab = self._wait_for_slab(pool, must or settings.when_busy == "wait")
         if slab is None:
             writing = [str(one.name) for one in self._snapshots if not one.released]
-            attempt.bus.publish(CheckpointSkipped(*attempt.origin.header(), reasons=reasons, writing=writing))
+            attempt.ring.publish(CheckpointSkipped(*attempt.origin.header(), reasons=reasons, writing=writing))
             if command_ids:
                 why = "the run is to stop without a checkpoint, and those before it are still being written"
                 self.refuse(command_ids, why)
@@ -265,7 +265,7 @@ class Checkpointing:
             prefault_s=prefault_s,
         )
         fence = self._fence()
-        attempt.bus.publish(event, Payload(snapshot, fence))
+        attempt.ring.publish(event, Payload(snapshot, fence))
         if not {"stop", "end"} & set(reasons):
             pool.prepare(slab.nbytes)  # the other slab, which is needed from now on
         return fence
@@ -318,8 +318,8 @@ class Checkpointing:
 
     def _parts(self) -> tuple[dict[str, LatePart | LazyPart], dict[str, str]]:
         """Return the parts that other threads contribute, and their files by contributor."""
-        bus = self._attempt.bus
-        parts: dict[str, LatePart | LazyPart] = {"readings": LatePart(lambda: not bus.alive)}
+        ring = self._attempt.ring
+        parts: dict[str, LatePart | LazyPart] = {"readings": LatePart(lambda: not ring.alive)}
         owners = {READER: "readings"}
         if self.outputs is not None and self.position.phase != "begin":
             parts["outputs"] = LazyPart(self.outputs.part())
@@ -375,7 +375,7 @@ class Checkpointing:
     def _announce(self, begin: float, *, released: bool) -> None:
         """Publish the start or the end of a wait for the disk."""
         wait_s, header = time.monotonic() - begin, self._attempt.origin.header()
-        self._attempt.bus.publish(
+        self._attempt.ring.publish(
             LoopHeld(*header, cause="checkpoint", observers=["checkpoints"], wait_s=wait_s, released=released)
         )
         if not released:
@@ -383,7 +383,7 @@ class Checkpointing:
 
     def _publish_failure(self, name: str, error: str, failures: int, command_ids: list[str]) -> None:
         header = self._attempt.origin.header()
-        self._attempt.bus.publish(
+        self._attempt.ring.publish(
             CheckpointFailed(
                 *header, checkpoint=name, error=error, during="stage", consecutive=failures, command_ids=command_ids
             )

@@ -169,8 +169,8 @@ class Evaluation:
                     )
                 if outputs is not None and values:
                     outputs.append(self._capture.copy(values))
-                if step_ended in attempt.bus.audience.wanted:  # built by position, because there is one per batch
-                    attempt.bus.publish(step_ended(*attempt.origin.header(), key, tally.batches))
+                if step_ended in attempt.ring.audience.wanted:  # built by position, because there is one per batch
+                    attempt.ring.publish(step_ended(*attempt.origin.header(), key, tally.batches))
         finally:
             ledger.enter("data")
             end_iteration(batches.source, loader)

@@ -245,7 +245,7 @@ class TrainingLoop:
 
     def _keeps(self, outputs: EpochOutputs | None) -> bool:
         """Whether the outputs of the next step are wanted."""
-        observed = TrainStepEnded in self._attempt.bus.audience.payload_receivers
+        observed = TrainStepEnded in self._attempt.ring.audience.payload_receivers
         return observed or self._hooks_want_outputs or outputs is not None
 
     def _end_step(self, outcome: StepOutcome, outputs: EpochOutputs | None, follows_loss: bool) -> None:
@@ -288,7 +288,7 @@ class TrainingLoop:
         payload = None
         if outcome.outputs is not None or self._fenced_steps:
             payload = self._payload(outcome, outputs)
-        attempt.bus.publish(event, payload)
+        attempt.ring.publish(event, payload)
         if payload is not None and payload.fence is not None:
             with attempt.within("on_end_train_step"):
                 self._boundary.wait_for_fence(payload.fence)
@@ -299,7 +299,7 @@ class TrainingLoop:
     def _payload(self, outcome: StepOutcome, outputs: EpochOutputs | None) -> Payload:
         """Return the payload of a step's event: outputs, if an observer receives them, and the fence."""
         payload, live, loss = Payload(), outcome.outputs, outcome.loss
-        receivers = self._attempt.bus.audience.payload_receivers.get(TrainStepEnded, ())
+        receivers = self._attempt.ring.audience.payload_receivers.get(TrainStepEnded, ())
         if live is not None and (receivers or outputs is not None):
             # Where the loss is the only output, the event's is a copy of it that never changes.
             only = live[0][0] if len(live) == len(live[0]) == 1 else None

@@ -278,7 +278,7 @@ class Step:
             if "backward through the graph a second time" in str(error):
                 raise own_backward(self._module) from error
             raise
-        if self._backward_hooks or BackwardEnded in attempt.bus.audience.wanted:
+        if self._backward_hooks or BackwardEnded in attempt.ring.audience.wanted:
             self._after_backward(loss, number)
         share = share.detach()  # or the event would keep the graph alive
         # A module may keep its loss and change it in place, a compiled step may write the next one to the same memory.
@@ -296,21 +296,21 @@ class Step:
     def _after_backward(self, loss: torch.Tensor, number: int) -> None:
         if self._backward_hooks:
             self._boundary.run_inline(self._backward_hooks, self._attempt.origin.global_step, loss)
-        if BackwardEnded in self._attempt.bus.audience.wanted:
+        if BackwardEnded in self._attempt.ring.audience.wanted:
             self._publish_backward(loss, number)
 
     def _publish_backward(self, loss: torch.Tensor, number: int) -> None:
-        boundary, bus = self._boundary, self._attempt.bus
+        boundary, ring = self._boundary, self._attempt.ring
         fence = payload = None
         with self._attempt.ledger.within("publish"):
-            receivers = bus.audience.payload_receivers.get(BackwardEnded, ())
+            receivers = ring.audience.payload_receivers.get(BackwardEnded, ())
             if receivers:
                 fence = boundary.fence(BackwardEnded)
                 copy = self._capture.copy((loss,))
                 payload = Payload(self._capture.of_step([copy], len(receivers) > 1), fence, copy.nbytes)
             header = self._attempt.origin.header()
             # By position, because it is built at every micro-batch.
-            bus.publish(BackwardEnded(*header, loss.detach(), number), payload)  # type: ignore[arg-type]  # deferred
+            ring.publish(BackwardEnded(*header, loss.detach(), number), payload)  # type: ignore[arg-type]  # deferred
         if fence is not None:
             with self._attempt.within("on_end_backward"):
                 boundary.wait_for_fence(fence)
@@ -338,7 +338,7 @@ class Step:
             NonFiniteError: The policy is to stop, or too many steps in a row were skipped.
             StepOutputError: Too many steps in a row had no loss.
         """
-        bus, origin, arguments = self._attempt.bus, self._attempt.origin, self._attempt.arguments
+        ring, origin, arguments = self._attempt.ring, self._attempt.origin, self._attempt.arguments
         position, step = self._checkpoints.position, origin.global_step + 1
         count = position.skipped_in_a_row = position.skipped_in_a_row + 1
         if count == 1:
@@ -347,13 +347,13 @@ class Step:
         action: Literal["skipped", "stopped"] = "stopped" if stops else "skipped"
         if reason == "non_finite_loss":
             event = NonFiniteLoss(*origin.header(), loss=loss, action=action, consecutive=count)  # type: ignore[arg-type]  # deferred
-            bus.publish(event)
+            ring.publish(event)
         elif reason == "non_finite_gradient":
-            bus.publish(NonFiniteGradient(*origin.header(), action=action, consecutive=count))
+            ring.publish(NonFiniteGradient(*origin.header(), action=action, consecutive=count))
         kind = NonFiniteLossError if reason == "non_finite_loss" else NonFiniteGradientError
         if stops:
             raise kind(f"{_CAUSES[reason]} of step {step} is NaN or infinite and non_finite='stop'; {REMEDY}")
-        bus.publish(StepSkipped(*origin.header(), reason=reason))
+        ring.publish(StepSkipped(*origin.header(), reason=reason))
         if count < arguments.max_skipped_steps:
             return
         if reason == "no_loss":

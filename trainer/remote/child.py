@@ -178,7 +178,7 @@ class Launched:
             session = context.session
 
             def end(_: BaseException) -> None:
-                session.bus.post(lambda: session.cancel("a second signal arrived"))
+                session.ring.post(lambda: session.cancel("a second signal arrived"))
                 session.hurry()
 
             with heed_signals(session.control, end):
@@ -217,7 +217,7 @@ class Launched:
         elif session is None:
             pass  # the launching process repeats a cancellation once the run is ready, and sends no command before
         elif isinstance(message, Cancel):
-            session.bus.post(functools.partial(self._cancel, session, message.reason))
+            session.ring.post(functools.partial(self._cancel, session, message.reason))
         else:
             session.control.send(message)
 
@@ -236,7 +236,7 @@ class Launched:
             deadline = time.monotonic() + session.arguments.stop_grace_s
             while not session.loop.ended.is_set() and not self._over.wait(0.1):
                 if time.monotonic() > deadline:
-                    session.bus.post(lambda: session.cancel(gone))
+                    session.ring.post(lambda: session.cancel(gone))
                     break
             self._over.wait()  # the end of each observer has a deadline
             time.sleep(EXIT_S)  # the process normally ends before this does

@@ -90,7 +90,7 @@ class LoopThread:
     def end(self, timeout_s: float) -> None:
         """Cancel the run because the process exits; waits for at most ``timeout_s``."""
         self._attempt.control.fail(RunCancelled(f"run {self._attempt.origin.run_id} was cancelled: the process ended"))
-        self._attempt.bus.release()
+        self._attempt.ring.release()
         if self._thread is not None:
             self._thread.join(timeout_s)
 
@@ -166,7 +166,7 @@ class LoopThread:
                     release_frames(self.ending.error)
                 if self._is_abandoned:
                     self.release()  # no one waits for this thread
-                attempt.bus.post(self.ended.set)
+                attempt.ring.post(self.ended.set)
 
     def _main(self) -> None:
         attempt, arguments, module = self._attempt, self._attempt.arguments, self._attempt.module
@@ -230,7 +230,7 @@ class LoopThread:
             if settings is not None and settings.weights and self._is_clean:
                 self._keep_weights()
             self.total = attempt.ledger.total()
-            attempt.bus.publish(LedgerReported(*attempt.origin.header(), scope="run", ledger=self.total))
+            attempt.ring.publish(LedgerReported(*attempt.origin.header(), scope="run", ledger=self.total))
             if self._is_clean:
                 attempt.phase = "on_end_train"
                 event = self._event_of(self.ending)
@@ -258,7 +258,7 @@ class LoopThread:
         )
 
     def _publish_end(self, ending: Ending) -> None:
-        self._attempt.bus.publish(self._event_of(ending))
+        self._attempt.ring.publish(self._event_of(ending))
 
     def _keep_weights(self) -> None:
         try:
@@ -266,7 +266,7 @@ class LoopThread:
             self.weights = part_of(dict(self._attempt.module.state_dict())).without_aliases()
         except Exception as error:  # the loop's border: a finished run does not fail without this file
             text, header = describe(error), self._attempt.origin.header()
-            self._attempt.bus.publish(
+            self._attempt.ring.publish(
                 CheckpointFailed(*header, checkpoint="weights.safetensors", error=text, during="stage")
             )
             logger.warning(f"the weights cannot be saved: {text}", published=True)

@@ -96,15 +96,15 @@ class Session:
                 opened.callback(self.folder.close)
             plan = self._make_plan(place)
             number, seq = self._claim(plan)
-            bus = Ring(Origin(place.run_id, number))
-            unused.callback(bus.close)
-            logging.enter_context(logging_for(bus.origin))  # threads that are started here log for this run
-            policy = NonFinitePolicy(bus, control, stops=arguments.non_finite == "stop")
+            ring = Ring(Origin(place.run_id, number))
+            unused.callback(ring.close)
+            logging.enter_context(logging_for(ring.origin))  # threads that are started here log for this run
+            policy = NonFinitePolicy(ring, control, stops=arguments.non_finite == "stop")
             readback = DeviceReadback(policy.on_loss, policy.on_gradient)
-            self.pump = self._make_pump(bus, readback, seq, has_journal=journal is not None)
+            self.pump = self._make_pump(ring, readback, seq, has_journal=journal is not None)
             log = self._open_log(opened, unused)
-            media = MediaWriter(self.folder.path if self.folder is not None else None, bus.publish, bus.origin)
-            recorder = MetricRecorder(bus, media)
+            media = MediaWriter(self.folder.path if self.folder is not None else None, ring.publish, ring.origin)
+            recorder = MetricRecorder(ring, media)
             info = RunInfo(place.run_id, number, 0, self._run_dir, interactive)
             self.observers = Observers(self.pump, info, plan, control, arguments, log, media)
             unused.callback(self.observers.discard)
@@ -115,7 +115,7 @@ class Session:
             self.observers.add_sinks(sinks, sinks_in)
             self._system = self._make_sampler(arguments.system_interval_s)
             self._attempt = Attempt(
-                task, module, arguments, device, precision, control, bus, hooks, recorder, readback, plan, config
+                task, module, arguments, device, precision, control, ring, hooks, recorder, readback, plan, config
             )
             self.loop = LoopThread(self._attempt)
             if task == "train":
@@ -126,7 +126,7 @@ class Session:
             self._opened, self._unused = opened.pop_all(), unused.pop_all()
 
     @property
-    def bus(self) -> Ring:
+    def ring(self) -> Ring:
         """The loop's side of the bus."""
         return self.pump.ring
 
@@ -143,7 +143,7 @@ class Session:
     @property
     def origin(self) -> Origin:
         """Run, attempt and step."""
-        return self.bus.origin
+        return self.ring.origin
 
     @property
     def _run_dir(self) -> str | None:
@@ -181,15 +181,15 @@ class Session:
             folder.claim(attempt + 1)  # first, because a kill may precede the number's first event in the journal
         return attempt + 1, seq
 
-    def _make_pump(self, bus: Ring, readback: DeviceReadback, seq: int, *, has_journal: bool) -> Pump:
+    def _make_pump(self, ring: Ring, readback: DeviceReadback, seq: int, *, has_journal: bool) -> Pump:
         written = None
         if self.folder is not None and has_journal:
             written = WrittenJournal(self.folder.journal_dir, lambda: self.observers.journal_settled())
         history = 0 if has_journal else _HISTORY
-        return Pump(bus, readback=readback, history=history, first_seq=seq + 1, journal=written)
+        return Pump(ring, readback=readback, history=history, first_seq=seq + 1, journal=written)
 
     def _open_log(self, opened: contextlib.ExitStack, unused: contextlib.ExitStack) -> RunLog:
-        log = RunLog(self.origin, self.bus.publish)
+        log = RunLog(self.origin, self.ring.publish)
         opened.callback(log.end)
         unused.callback(log.leave_console, failed=True)
         return log
@@ -208,7 +208,7 @@ class Session:
     def cancel(self, reason: str) -> None:
         """End the run at its next step boundary without the hooks of the end. From the event loop's thread."""
         self.control.fail(RunCancelled(f"run {self.origin.run_id} was cancelled: {reason}"))
-        self.bus.release()
+        self.ring.release()
         self._grace.set()
 
     @property
@@ -218,11 +218,11 @@ class Session:
 
     def hurry(self) -> None:
         """Shorten the drain of the observers. Any thread."""
-        self.bus.post(self.observers.hurry)
+        self.ring.post(self.observers.hurry)
 
     def leave_uploads(self) -> None:
         """Do not wait for uploads: the next attempt resumes them. Any thread, and a signal handler."""
-        self.bus.post(self.observers.leave_uploads)
+        self.ring.post(self.observers.leave_uploads)
 
     @property
     def journal_dir(self) -> Path | None:
@@ -292,7 +292,7 @@ class Session:
         if failure is None or isinstance(failure, RunCancelled) or not is_over or self._failed_in_drain is not None:
             return
         self._failed_in_drain = failure
-        self.bus.publish(
+        self.ring.publish(
             RunEnded(
                 *self.origin.header(),
                 status=status_after(failure),

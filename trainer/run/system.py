@@ -50,7 +50,7 @@ class SystemSampler:
     def __init__(self, interval_s: float, pump: Pump, folder: str | None) -> None:
         self._interval_s = interval_s
         self._pump = pump
-        self._bus = pump.ring
+        self._ring = pump.ring
         # Here and not on the thread: workers that a dataloader forks during an import on another thread can never
         # import that module.
         self._machine = _Machine(importlib.import_module("psutil"), folder)
@@ -98,16 +98,16 @@ class SystemSampler:
     # ---------------------------------------------------------------------------------- on the sampler's thread
 
     def _run(self) -> None:
-        current_origin.set(self._bus.origin)
-        with self._bus.cpu_time.counting():
+        current_origin.set(self._ring.origin)
+        with self._ring.cpu_time.counting():
             try:
                 self._sample()
             except Exception as error:  # the thread's border: a run continues without statistics
                 logger.warning(f"the system is not sampled any more: {type(error).__name__}: {error}")
-        self._bus.post(self._ended.set)
+        self._ring.post(self._ended.set)
 
     def _sample(self) -> None:
-        origin, machine = self._bus.origin, self._machine
+        origin, machine = self._ring.origin, self._machine
         gpus = machine.try_read("the GPUs", lambda: _Gpus(self._nvml)) or _Gpus(None)
         with contextlib.closing(gpus):
             machine.read(origin)  # the baseline of the first rates
@@ -117,7 +117,7 @@ class SystemSampler:
                 event = None if self._abandoned else machine.read(origin, machine.try_read("the GPUs", gpus.read))
                 if event is None or self._abandoned:
                     return
-                self._bus.publish(event)
+                self._ring.publish(event)
                 if last:
                     return
                 wait_s = self._interval_s

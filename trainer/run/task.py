@@ -260,11 +260,11 @@ class Task:
             best=settings.best if settings is not None else None,
             best_mode=settings.best_mode if settings is not None else "min",
         )
-        self._attempt.bus.publish(started)
+        self._attempt.ring.publish(started)
         if self.on_started is not None:
             self.on_started()
         for name, error in self._rejected:
-            self._attempt.bus.publish(CheckpointRejected(*origin.header(), checkpoint=name, error=error))
+            self._attempt.ring.publish(CheckpointRejected(*origin.header(), checkpoint=name, error=error))
 
     def _publish_resumed(self, loaded: Loaded | None) -> None:
         """Training begins at another place than where the attempt before has ended.
@@ -277,8 +277,8 @@ class Task:
             # The repeated steps of earlier attempts are superseded: all of them, if this run resumes from a checkpoint
             # that belongs to another one.
             after_seq = loaded.manifest.seq if in_line else 0
-            self._attempt.bus.publish(
+            self._attempt.ring.publish(
                 RunResumed(*origin.header(), checkpoint=str(loaded.manifest.name), after_seq=after_seq)
             )
         elif origin.attempt > 1:
-            self._attempt.bus.publish(RunResumed(*origin.header(), checkpoint=None, after_seq=0))
+            self._attempt.ring.publish(RunResumed(*origin.header(), checkpoint=None, after_seq=0))
