@@ -53,7 +53,7 @@ class SinkHost:
     reads its messages and waits for it.
 
     Args:
-        bus: The run's; receives the events about the sinks.
+        ring: The run's; receives the events about the sinks.
         drain_timeout_s: Maximum seconds to deliver the rest when this process has died.
         report_s: Seconds between two reports on the health of the sinks.
         on_fatal: Called when a sink with the policy ``fatal`` has failed.
@@ -63,7 +63,7 @@ class SinkHost:
         self,
         run: RunInfo,
         sinks: Sequence[HostedSink],
-        bus: Ring,
+        ring: Ring,
         drain_timeout_s: float,
         report_s: float,
         on_fatal: Callable[[BaseException], None],
@@ -73,7 +73,7 @@ class SinkHost:
         self._config = HostConfig(run, list(sinks), drain_timeout_s, report_s)
         # As they are now: a host that is started later must find, and write, what the first one did.
         self._program = Program.of_module("sinks.host.child", None, {}, os.getcwd())
-        self._bus = bus
+        self._ring = ring
         self._on_fatal = on_fatal
         self._lock = threading.Lock()  # held to replace the child, to finish and to kill
         self._child: Child[FromHost] | None = None
@@ -162,7 +162,7 @@ class SinkHost:
                 if self._finish is None:
                     self._woken.wait(min(0.1 * 2.0**deaths, 30.0))
         finally:
-            self._bus.post(self._ended.set)
+            self._ring.post(self._ended.set)
 
     def _live(self) -> str:
         """Run one process from its start to its end; return how it ended.
@@ -194,10 +194,10 @@ class SinkHost:
             self._child.end_within(_EXIT_S)
             return
         event = decode_json(message.event)
-        origin = self._bus.origin
+        origin = self._ring.origin
         now = {"attempt": origin.attempt, "rank": origin.rank, "global_step": origin.global_step}
         told: Event = msgspec.structs.replace(event, seq=0, epoch=origin.epoch, stage=origin.stage, **now)
-        self._bus.publish(told)
+        self._ring.publish(told)
         if isinstance(told, WarningLogged):
             log = logger.error if told.level == "error" else logger.warning
             log(told.message, published=True)
@@ -214,11 +214,11 @@ class SinkHost:
         logger.warning(f"{problem} ({action})", published=True)
         for sink in self._config.sinks:
             failed = ObserverFailed(
-                *self._bus.origin.header(),
+                *self._ring.origin.header(),
                 observer=sink.name,
                 error=problem,
                 during="host",
                 action=action,
                 failures=deaths,
             )
-            self._bus.publish(failed)
+            self._ring.publish(failed)
