@@ -19,6 +19,7 @@ from events.bus.backlog import item_of
 from events.bus.catch_up import WrittenJournal
 from events.bus.subscription import Subscription
 from events.journal import reader as journal_reader
+from events.journal.follow import Follower
 from events.journal.segment import JOURNAL_DIR
 from events.journal.writer import Journal
 from events.messages import BackwardEnded, Event, JournalGap, MetricsLogged, TrainEpochEnded, TrainStepEnded
@@ -230,16 +231,25 @@ def test_without_a_journal_there_is_nothing_to_catch_up_from() -> None:
         Subscription("sink", Delivery(overflow="catch_up"))
 
 
-async def test_discarding_ends_a_read_that_is_under_way(run: Run) -> None:
-    """Everything is counted, and the receiver gets the end."""
+@pytest.mark.parametrize("reads", [False, True])
+async def test_discarding_ends_a_read_that_is_under_way(run: Run, monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    """While it waits for the journal or reads it. Everything is counted, and the receiver gets the end."""
     run.publish(TrainStepEnded, count=9)
     await run.receive()
     await run.receive()
+    read = Follower.read
+
+    async def discard_and_read(follower: Follower, limit: int) -> list[Event]:
+        run.subscription.discard()
+        return await read(follower, limit)
 
     async def receive() -> None:
         with pytest.raises(anyio.EndOfStream):
             await run.subscription.receive()
 
+    if reads:
+        run.write()
+        monkeypatch.setattr(Follower, "read", discard_and_read)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(receive)
         await anyio.wait_all_tasks_blocked()
