@@ -102,7 +102,7 @@ def test_a_hundred_steps_that_log_are_those_of_the_plain_run_and_compile_a_few_t
     for one, other in zip(metrics, [event.metrics for event in expected.of(MetricsLogged)], strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
     assert [one["step"] for one in metrics if "step" in one] == list(range(1, 101))
-    assert list(inspect.signature(ModuleInterface.log).parameters) == ["self", "name", "value"]
+    assert list(inspect.signature(ModuleInterface.log).parameters) == ["self", "name", "value", "reduce"]
     assert 0 < graphs[-1] <= 12
     assert graphs[1] == graphs[-1], "something was compiled again and again"
 
