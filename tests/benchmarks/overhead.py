@@ -78,10 +78,17 @@ class Raises(CallbackInterface):
 
 
 class Counts(CallbackInterface):
-    """Counts the steps, and looks at nothing."""
+    """Counts the steps, and takes no outputs."""
 
     def __init__(self) -> None:
         self.steps = 0
+
+    def on_end_train_step(self, global_step: int) -> None:  # type: ignore[override]
+        self.steps += 1
+
+
+class Receives(Counts):
+    """Counts the steps, and receives the outputs of each: tensors of its own, made on its thread."""
 
     def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
         self.steps += 1
@@ -135,7 +142,12 @@ def variants(steps: int, folder: str) -> dict[str, tuple[float, Callable[[], flo
         "journal": (1.06, run(sinks=[])),
         "journal and console": (1.08, run()),
         "two callbacks that count": (1.06, run(sinks=[], journal=False, callbacks=[Counts(), Counts()])),
-        "callback that sleeps 10 ms a step": (1.06, with_callback(Sleeps())),
+        # The loop copies the outputs, and two threads make tensors of them, which share the interpreter lock with it.
+        "two callbacks that receive outputs": (
+            1.20,
+            run(sinks=[], journal=False, callbacks=[Receives(), Receives()]),
+        ),
+        "callback that sleeps 10 ms a step": (1.10, with_callback(Sleeps())),
         "callback that hangs": (1.06, with_callback(Hangs())),
         "callback that raises": (1.06, with_callback(Raises())),
     }

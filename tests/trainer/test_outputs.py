@@ -22,6 +22,7 @@ from events.bus.backlog import Payload
 from events.messages import ObserverFailed, TrainStepEnded
 from events.sink import CALLBACK_DELIVERY
 from trainer import CallbackInterface, Delivery, fenced, inline
+from trainer.callback_interface import LANE_ATTRIBUTE, Lane
 from trainer.errors import EpochOutputsTooLarge
 from trainer.hooks.capture import Capture, Copy, EpochOutputs, collate_steps
 
@@ -449,3 +450,20 @@ def test_a_capture_shares_no_memory_and_counts_the_bytes_it_copies(shape: tuple[
         assert copied.wait()[0].data_ptr() != rows.data_ptr()
         assert not copied.wait()[0].requires_grad
     assert several.wait()[2:] == ("text", 3)
+
+
+@pytest.mark.parametrize("lane", ["observer", "fenced"])
+def test_no_outputs_are_copied_for_a_hook_that_takes_none(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counts(CallbackInterface):
+        steps = 0
+
+        def on_end_train_step(self, global_step: int) -> None:
+            self.steps += 1
+
+    setattr(Counts.on_end_train_step, LANE_ATTRIBUTE, Lane(lane))
+    copies: list[Any] = []
+    monkeypatch.setattr(Capture, "copy", lambda self, values: copies.append(values))
+    callback = Counts()
+    outcome = train(Net(), callbacks=[callback], epochs=1)
+    assert outcome.error is None
+    assert (callback.steps, copies) == (2, [])

@@ -50,6 +50,9 @@ class TrainingLoop:
         self._validation = Validation(boundary, evaluation, optimization, feed)
         self._step_hooks = attempt.hooks.inline[TrainStepEnded]
         self._hooks_want_outputs = any(hook.wants_outputs for hook in self._step_hooks)
+        self._observers_want_outputs = any(
+            TrainStepEnded in one.observed for one in attempt.hooks.wanting_outputs(TrainStepEnded)
+        )
         self._fenced_steps = TrainStepEnded in attempt.hooks.fenced
         # A hook at the end of a step may look at the gradients.
         self._clears_late = bool(self._step_hooks) or self._fenced_steps
@@ -245,7 +248,7 @@ class TrainingLoop:
 
     def _keeps(self, outputs: EpochOutputs | None) -> bool:
         """Whether the outputs of the next step are wanted."""
-        observed = TrainStepEnded in self._attempt.ring.audience.payload_receivers
+        observed = self._observers_want_outputs and TrainStepEnded in self._attempt.ring.audience.payload_receivers
         return observed or self._hooks_want_outputs or outputs is not None
 
     def _end_step(self, outcome: StepOutcome, outputs: EpochOutputs | None, follows_loss: bool) -> None:
