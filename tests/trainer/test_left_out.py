@@ -12,7 +12,7 @@ from torch import nn
 
 from events.messages import StepSkipped, TrainStepEnded, WarningLogged
 from trainer import Checkpoints
-from trainer.errors import OptimizerError, StepOutputError
+from trainer.errors import BatchWeightError, OptimizerError, StepOutputError
 
 
 def without(*left_out: int) -> Callable[[Any, int, Any], Any]:
@@ -191,6 +191,24 @@ def test_weights_of_batches_that_are_left_out_do_not_count() -> None:
 
     outcome = train(Weighted(rows=32, train_step=without(2)), epochs=1, gpu_batch_size_limit=4)
     assert [one.weight for one in outcome.of(TrainStepEnded)] == [8.0, 16.0, 16.0, 16.0]
+
+
+def test_a_batch_without_weight_may_be_left_out() -> None:
+    """Only a step that is trained on must have a weight."""
+
+    class Weighted(Net):
+        def batch_weight(self, batch: Any) -> float:
+            return float(batch[0][0, 0] != self.x[8, 0]) * 8
+
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        return net.forward_loss(batch) if net.batch_weight(batch) or keeps else None
+
+    keeps = False
+    outcome = train(Weighted(rows=32, train_step=step), epochs=1)
+    assert [one.global_step for one in outcome.of(StepSkipped)] == [1]
+    assert [one.weight for one in outcome.of(TrainStepEnded)] == [8.0] * 3
+    keeps = True
+    assert isinstance(train(Weighted(rows=32, train_step=step), epochs=1).error, BatchWeightError)
 
 
 def test_an_optimizer_that_is_stepped_in_train_step_is_still_refused() -> None:

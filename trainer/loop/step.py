@@ -101,12 +101,10 @@ class Step:
             StepOutputError: `train_step` returned something else than a loss that can be trained.
             NonFiniteError: A manual update was not finite, and the policy is to stop.
         """
-        attempt, ledger = self._attempt, self._attempt.ledger
+        ledger = self._attempt.ledger
         ledger.enter("compute")
         if ledger.idle is not None:
             ledger.idle.begin()
-        if self._weigh is not None and not _weight(group):
-            raise no_weight(self._module, attempt.origin.global_step + 1)
         outcome = self._take(group, keep)
         outcome.weight = _weight(group)
         if self._clears:
@@ -185,6 +183,7 @@ class Step:
         """One call of `train_step`, which applies its losses itself."""
         assert self._manual is not None
         ((batch, rows, weight),) = group
+        self._check_weight(group)
         lr = self._optimization.learning_rate
         self._attempt.recorder.weight = 1 if weight is None else weight
         values, grad_norm, bad_gradient = self._manual.step(batch)
@@ -212,6 +211,7 @@ class Step:
             if computed is None:
                 group.clear()
                 return None
+            self._check_weight(group)
             return computed[0], group[0].rows, [computed[1]] if keep else None
         parts = _parts([one.weight for one in group])
         counted: list[tuple[MicroBatch, float, torch.Tensor, Outputs]] = []
@@ -224,13 +224,16 @@ class Step:
         shares = [share.reshape(()) for _, _, share, _ in counted]
         if len(counted) < len(group):  # the others are the whole step
             group[:] = [one for one, _, _, _ in counted]
-            total = sum(part for _, part, _, _ in counted)
-            if not total:
-                raise no_weight(self._module, self._attempt.origin.global_step + 1)
-            self._optimization.scale_gradients(1 / total)
-            shares = [share / total for share in shares]
+            if total := sum(part for _, part, _, _ in counted):
+                self._optimization.scale_gradients(1 / total)
+                shares = [share / total for share in shares]
+        self._check_weight(group)
         outputs = [values for _, _, _, values in counted] if keep else None
         return torch.stack(shares).sum(), _sum([one.rows for one in group]), outputs
+
+    def _check_weight(self, group: list[MicroBatch]) -> None:
+        if self._weigh is not None and not _weight(group):
+            raise no_weight(self._module, self._attempt.origin.global_step + 1)
 
     def _micro_step(self, one: MicroBatch, part: float | None, number: int) -> tuple[torch.Tensor, Outputs] | None:
         """Forward and backward of one micro-batch.
