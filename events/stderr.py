@@ -24,7 +24,7 @@ _IDLE_S = 0.25
 class Stderr:
     """Writes lines to stderr on a thread of its own, because a terminal that is held must not hold a run.
 
-    The thread starts with a line, and ends when there are no more. Never raises, whatever ``sys.stderr`` is.
+    The thread starts with a line, and ends once none is left. Never raises, whatever ``sys.stderr`` is.
     """
 
     def __init__(self) -> None:

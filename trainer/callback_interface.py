@@ -106,8 +106,9 @@ class CallbackInterface(ABC):
     is published, and `MetricNotFound` raised at the first validation. ``bind_optimizers(optimizers)`` is called once,
     before the first step.
 
-    A callback or the module may have two more hooks, which run inline on the loop's thread:
-    ``on_begin_val_epoch(global_step, key)`` before each dataloader of a validation, in eval mode, and
+    A callback or the module may have three more hooks, which run inline on the loop's thread:
+    ``on_begin_val_epoch(global_step, key)`` before each dataloader of a validation, in eval mode;
+    ``on_end_test_epoch(global_step, *outputs, key)`` after each dataloader of `Trainer.test`; and
     ``on_before_optimizer_step(global_step)`` when the gradients of a step are complete, unscaled (float16) and clipped;
     it may change them. It does not run for a skipped step.
     """

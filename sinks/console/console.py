@@ -68,7 +68,7 @@ class Console(Strict, frozen=True):
 
     # A person reads the present, so newer step events may replace older ones, and a quarter of a second is soon enough:
     # each wake of this thread takes the interpreter lock from the loop. A stream that failed once (a closed pipe) stays
-    # broken, so there are no retries. No timeout, because Ctrl-S stops a terminal for any time.
+    # broken, so there are no retries. No timeout, because Ctrl-S may stop a terminal for long.
     delivery: ClassVar[Delivery] = Delivery(
         runs_in="thread",  # the terminal is this process's
         types=Chronicle(RunState()).types,

@@ -336,7 +336,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     def _has_room(self) -> bool:
         """Whether the threads of connections that were shut down have closed them; waits a moment for that."""
         deadline = time.monotonic() + _PAUSE_S
-        while self._limit.is_full() and self._limit.count >= self._limit.most + 2:  # `is_full` counts anew
+        while self._limit.is_full() and self._limit.count >= self._limit.most + 2:  # `is_full` updates the count
             if time.monotonic() > deadline:
                 return False
             time.sleep(_PAUSE_S / 50)

@@ -164,7 +164,7 @@ async def rest(stream: EventStream) -> list[int]:
 
 
 async def receive(stream: EventStream, count: int) -> list[int]:
-    """The ``seq`` of at least so many events."""
+    """The ``seq`` of at least ``count`` events."""
     got: list[int] = []
     while len(got) < count:
         got += [event.seq for event in await stream.receive()]

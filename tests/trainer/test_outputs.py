@@ -467,3 +467,23 @@ def test_no_outputs_are_copied_for_a_hook_that_takes_none(lane: str, monkeypatch
     outcome = train(Net(), callbacks=[callback], epochs=1)
     assert outcome.error is None
     assert (callback.steps, copies) == (2, [])
+
+
+def test_a_hook_without_outputs_runs_beside_one_that_takes_them() -> None:
+    class Counts(CallbackInterface):
+        steps = 0
+
+        def on_end_train_step(self, global_step: int) -> None:
+            self.steps += 1
+
+    class Takes(CallbackInterface):
+        def __init__(self) -> None:
+            self.rows: list[int] = []
+
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            self.rows.append(len(outputs[1]))
+
+    counts, takes = Counts(), Takes()
+    outcome = train(Net(rows=80), callbacks=[counts, takes], epochs=2)
+    assert outcome.error is None
+    assert (counts.steps, takes.rows) == (20, [8] * 20)

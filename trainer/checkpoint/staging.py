@@ -28,7 +28,7 @@ class Staged:
     def wait(self) -> None:
         """Wait until the copy is complete. Waits for the device: not for the loop's thread."""
         if self._arrived is not None:
-            self._arrived.synchronize()
+            self._arrived.synchronize()  # WAIT: for the device, on the writer's thread
 
 
 class Stager:

@@ -12,7 +12,7 @@ from events.messages import CheckpointStaged, Event, RunEnded, TrainStepEnded
 from trainer.data.tensor_state import part_of
 from trainer.errors import add_note
 from trainer.hooks.capture import collate_steps
-from trainer.hooks.hooks import CallbackHooks, Hook, add_hint, hook_arguments, hook_of
+from trainer.hooks.hooks import CallbackHooks, Hook, add_hint, hook_arguments, hook_of, wants_outputs
 from trainer.hooks.recorder import MetricRecorder
 from trainer.hooks.signatures import clear_error
 
@@ -29,6 +29,7 @@ class CallbackTarget:
         self._callback = hooks
         self._hooks = hooks.observed
         self._step_hook: Hook = hooks.observed.get(TrainStepEnded, lambda *_: None)
+        self._wants_outputs = wants_outputs(self._step_hook)
         self._device = device
         self._recorder = recorder
         self._batch: Sequence[Published] = ()
@@ -49,7 +50,7 @@ class CallbackTarget:
         """Run the hooks of a batch. A retry of the same batch resumes at the hook that failed."""
         if batch is not self._batch:
             self._batch, self._done = batch, 0
-            self._outputs = collate_steps(batch) if len(batch) > 1 else {}
+            self._outputs = collate_steps(batch) if len(batch) > 1 and self._wants_outputs else {}
         while True:
             self._run_steps(batch)
             if self._done == len(batch) or self._callback.disabled:
@@ -67,6 +68,7 @@ class CallbackTarget:
         It does little for each, because this thread competes with the loop for the interpreter lock.
         """
         hook, ready, callback, handling = self._step_hook, self._outputs, self._callback, self._recorder.handling
+        wants_outputs = self._wants_outputs
         event: Event | None = None
         outputs: tuple[Any, ...] = ()
         try:
@@ -74,9 +76,14 @@ class CallbackTarget:
                 following, payload = batch[self._done]
                 if type(following) is not TrainStepEnded:
                     break
-                if payload is not None and (payload.fence is not None or self._done not in ready):
+                if payload is not None and payload.fence is not None:
                     break
-                event, outputs = following, ready.pop(self._done) if payload is not None else ()
+                outputs = ()
+                if payload is not None and wants_outputs:
+                    if self._done not in ready:
+                        break
+                    outputs = ready.pop(self._done)
+                event = following
                 self._doing = "on_end_train_step"
                 handling(event)
                 hook(event.global_step, *outputs)

@@ -306,15 +306,15 @@ class TrainingLoop:
         if live is not None and (receivers or outputs is not None):
             # Where the loss is the only output, the event's is a copy of it that never changes.
             only = live[0][0] if len(live) == len(live[0]) == 1 else None
-            if is_loss := loss is not None and loss.is_cpu and _alike(loss, only):
-                assert loss is not None
+            is_loss = loss is not None and loss.is_cpu and _alike(loss, only)
+            if loss is not None and is_loss:
                 copies = [Copy((loss,), loss.nbytes)]
             else:
                 copies = [self._capture.copy(values) for values in live]
             if outputs is not None:
                 for copy in copies:
                     outputs.append(copy)
-            if receivers:
+            if receivers and self._observers_want_outputs:
                 shared = is_loss or outputs is not None or len(receivers) > 1
                 payload.outputs = self._capture.of_step(copies, shared)
                 payload.nbytes = payload.outputs.nbytes
