@@ -559,6 +559,8 @@ class WeightsSaved(Event, frozen=True, gc=False, tag=True):
 
     path: str
     nbytes: Int64 = 0
+    checkpoint: str | None = None
+    """The checkpoint with these weights; None: they are those of the last step."""
 
 
 class CheckpointRejected(Event, frozen=True, gc=False, tag=True):

@@ -86,6 +86,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """Folder of the run's durable checkpoint with the best `Checkpoints.best`; None if it has none."""
     best_metric: float | None = None
     """The value of ``Checkpoints.best`` in it."""
+    weights: str | None = None
+    """The file with the weights alone that this attempt wrote at its end (`Checkpoints.weights`)."""
     problems: list[str] = []
     """What is unhealthy about this attempt, one sentence each (`events.health`). Empty: nothing is."""
 

@@ -103,7 +103,7 @@ TRAINER_METHODS: Mapping[str, str] = {
     "predict": "call test(), which returns the outputs of test_step",
     "resume_from_checkpoint": "build Trainer(..., resume=path) and call train()",
     "save_checkpoint": "give the Trainer checkpoints=Checkpoints(...), or await run.checkpoint() inside Trainer.run()",
-    "save_model": "result.run_dir contains weights.safetensors after the run",
+    "save_model": "result.weights is the file with the weights after the run",
     "add_callback": "build Trainer(..., callbacks=[...])",
     "log": "call self.log(name, value) in a module or a callback",
     "log_metrics": "call self.log(name, value) in a module or a callback",

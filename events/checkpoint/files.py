@@ -108,6 +108,15 @@ def read_file(folder: Path, name: str, entry: FileEntry) -> memoryview:
     return memory
 
 
+def map_file(folder: Path, name: str) -> memoryview:
+    """Map a file of a checkpoint that `verify` has accepted, without memory of its own. Raises `CheckpointDamaged`."""
+    try:
+        with open_file(folder, name) as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
+        raise CheckpointDamaged(f"{folder / name} cannot be read: {error}") from error
+
+
 def read_weights(path: Path, *, follow: bool) -> memoryview:
     """Read a safetensors file into writable memory.
 

@@ -43,6 +43,7 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
         "folder": "give the Trainer run_dir",
         "filename": "the folder of a checkpoint is named after its step",
         "save_weights_only": "weights",
+        "load_best_model_at_end": "use best='val_loss' with weights='best', or resume='best'",
     }
 
     every_steps: _Count | None = None
@@ -68,8 +69,10 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
     loop waits. A requested checkpoint always waits."""
     max_failures: _Count = 3
     """Consecutive failures after which the run ends with `CheckpointsFailing`."""
-    weights: bool = True
-    """Whether to write the module's weights to ``weights.safetensors`` in the run folder at the end."""
+    weights: Literal["last", "best"] | bool = "last"
+    """Weights to write, alone, to ``weights.safetensors`` in the run folder when a run ends: those of its last step, or
+    those of the checkpoint with the best ``best``. False writes none. The file has the size of the weights: about a
+    third of a checkpoint with Adam."""
     upload: Annotated[str, Meta(min_length=1)] | None = None
     """Upload URL, to which the run's name is added: ``s3://bucket/prefix``, ``gs://``, ``az://`` or ``file://``.
     Credentials come from the environment. All but ``file://`` need the extra ``stagecast[upload]``."""
@@ -88,6 +91,10 @@ class Checkpoints(Strict, frozen=True, kw_only=True):
                 raise ValueError(f"Checkpoints({field.name}={value!r:.80}): {error}") from None
         if self.best is not None and (problem := name_problem(self.best)) is not None:
             raise ValueError(f"Checkpoints(best={self.best!r:.80}): the name {problem}; log a short, printable one")
+        if self.weights is True:
+            raise ValueError("Checkpoints(weights=True) does not say which weights; use 'last' or 'best'")
+        if self.weights == "best" and self.best is None:
+            raise ValueError("Checkpoints(weights='best') has no metric; set best, such as best='val_loss'")
         if self.best == "train_loss":
             raise ValueError(
                 "Checkpoints(best='train_loss') is the loss of a single step; use 'train_epoch_loss', the epoch's mean"

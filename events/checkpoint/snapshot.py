@@ -26,15 +26,6 @@ class Part(msgspec.Struct, frozen=True):
     aliases: dict[str, str] = {}
     """Further names of these tensors."""
 
-    def without_aliases(self) -> Part:
-        """Return a part with each tensor under all of its names, for readers without aliases."""
-        known = {info.name: (info, data) for info, data in self.tensors}
-        more = []
-        for alias, name in self.aliases.items():
-            info, data = known[name]
-            more.append((msgspec.structs.replace(info, name=alias), data))
-        return Part(self.state, [*self.tensors, *more])
-
 
 class LatePart:
     """A part that an observer contributes on its thread, once it has processed every event before the snapshot.

@@ -11,7 +11,7 @@ name) and ``views`` (the real types of elements that are stored as another type:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import msgspec
@@ -111,19 +111,25 @@ class _Notes(msgspec.Struct, omit_defaults=True):
     views: dict[str, str] = {}
 
 
-def lay_out(tensors: Sequence[TensorInfo], aliases: dict[str, str]) -> Layout:
+def lay_out(
+    tensors: Sequence[TensorInfo], aliases: dict[str, str], metadata: Mapping[str, str] | None = None
+) -> Layout:
     """Lay out a file.
 
     Args:
         tensors: Names are unique.
         aliases: Further names of these tensors.
+        metadata: Further entries of ``__metadata__``.
     """
     order = sorted(range(len(tensors)), key=lambda i: -ITEM_BYTES[tensors[i].dtype])  # stable: equal ones stay in order
     begins = [0] * len(tensors)
     header: dict[str, object] = {}
     notes = _Notes(aliases, {one.name: one.view for one in tensors if one.view})
+    texts = dict(metadata or {})
     if notes.aliases or notes.views:
-        header["__metadata__"] = {"stagecast": msgspec.json.encode(notes).decode()}
+        texts["stagecast"] = msgspec.json.encode(notes).decode()
+    if texts:
+        header["__metadata__"] = texts
     end = 0
     for index in order:
         one = tensors[index]

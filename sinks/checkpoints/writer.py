@@ -12,7 +12,7 @@ from events.checkpoint.lineage import ranked
 from events.checkpoint.manifest import STATE_NAME, TENSORS_NAME, CheckpointName, FileEntry, Manifest
 from events.checkpoint.settings import Checkpoints
 from events.checkpoint.snapshot import Part, Snapshot
-from events.checkpoint.store import WEIGHTS_NAME, CheckpointStore
+from events.checkpoint.store import CheckpointStore
 from events.checkpoint.tensor_file import lay_out
 from events.errors import CheckpointsFailing
 from events.log import logger
@@ -23,12 +23,11 @@ from events.messages import (
     CheckpointStaged,
     Event,
     RunEnded,
-    WeightsSaved,
 )
 from events.origin import Origin, header_of
-from events.safe_files import replace_below
 from events.sink import Delivery
 from events.tracebacks import describe
+from sinks.checkpoints.weights import WeightsWriter
 
 WRITER_DELIVERY = Delivery(
     types=frozenset({CheckpointStaged, RunEnded}),
@@ -51,7 +50,7 @@ class CheckpointWriter:
         publish: `Ring.publish`.
         sync_journal: Returns when the events up to a ``seq`` are on stable storage, or cannot be: the journal must
             contain the steps that a resumed run does not repeat.
-        weights: Returns the module's weights once training has ended cleanly; else None.
+        weights: See `sinks.checkpoints.weights.WeightsWriter`.
         module: Qualified name of the module's class.
         versions: See `events.checkpoint.manifest.Manifest`.
         url: The address of the run's uploads; None without uploads.
@@ -68,7 +67,7 @@ class CheckpointWriter:
         origin: Origin,
         publish: Callable[[Event], None],
         sync_journal: Callable[[int], None],
-        weights: Callable[[], Part | None],
+        weights: Callable[[], Part | list[str] | None],
         module: str,
         versions: dict[str, str],
         url: str | None = None,
@@ -82,7 +81,7 @@ class CheckpointWriter:
         self._origin = origin
         self._publish = publish
         self._sync_journal = sync_journal
-        self._weights = weights
+        self.weights = WeightsWriter(store, settings, publish, weights)
         self._module = module
         self._versions = versions
         self._url = url
@@ -112,10 +111,10 @@ class CheckpointWriter:
             if isinstance(event, CheckpointStaged) and payload is not None:
                 self._save(event, payload.outputs)
             elif isinstance(event, RunEnded):
-                self._write_weights(event)
                 self._ended = True
                 with self._store.lock:
                     self._find_best()
+                    self.weights.write(event)
             self._done += 1
 
     def abandon(self) -> None:
@@ -217,19 +216,6 @@ class CheckpointWriter:
                 f" {describe(error)}; make room in {self._store.folder}, or use another run_dir"
             ) from error
 
-    def _write_weights(self, event: RunEnded) -> None:
-        part = self._weights()
-        if part is None:
-            return
-        path = self._store.folder.parent / WEIGHTS_NAME
-        try:
-            nbytes = replace_below(path.parent, path.name, _tensor_file(part))
-        except OSError as error:
-            self._publish(CheckpointFailed(*header_of(event), checkpoint=WEIGHTS_NAME, error=describe(error)))
-            logger.warning(f"the weights could not be written to {path}: {describe(error)}", published=True)
-            return
-        self._publish(WeightsSaved(*header_of(event), path=str(path), nbytes=nbytes))
-
     # ----------------------------------------------------------------------------------------- retention
 
     def retain(self) -> None:
@@ -284,11 +270,7 @@ def _write_part(folder: disk.Folder, name: str, part: Part, files: dict[str, Fil
     packing.check_readable(part.state, f"{name}.msgpack")
     files[f"{name}.msgpack"] = disk.write_parts(folder, f"{name}.msgpack", [part.state])
     if part.tensors:
-        files[f"{name}.safetensors"] = disk.write_parts(folder, f"{name}.safetensors", _tensor_file(part))
-
-
-def _tensor_file(part: Part) -> list[bytes | memoryview]:
-    """A tensor file as pieces, without copying them together."""
-    layout = lay_out([info for info, _ in part.tensors], part.aliases)
-    in_order = sorted(zip(layout.offsets, (data for _, data in part.tensors), strict=True), key=lambda pair: pair[0])
-    return [layout.header, *(data for _, data in in_order)]
+        layout = lay_out([info for info, _ in part.tensors], part.aliases)
+        in_order = sorted(zip(layout.offsets, (data for _, data in part.tensors), strict=True), key=lambda one: one[0])
+        parts: list[bytes | memoryview] = [layout.header, *(data for _, data in in_order)]
+        files[f"{name}.safetensors"] = disk.write_parts(folder, f"{name}.safetensors", parts)

@@ -41,7 +41,7 @@ def test_a_call_that_fails_costs_one_checkpoint_at_most_and_is_reported(
     injection: int, afterwards: bool, tmp_path: Path
 ) -> None:
     """After the first checkpoint each call fails once, done or not: training and saving continue."""
-    count = len(calls_of(tmp_path / "whole", from_event=1, weights=True))
+    count = len(calls_of(tmp_path / "whole", from_event=1, weights="last"))
     assert count > 80
     # The quick selection shares the calls between both cases.
     for number in range(injection + (afterwards and not FULL) * STRIDE, count, STRIDE if FULL else 2 * STRIDE):
@@ -50,7 +50,7 @@ def test_a_call_that_fails_costs_one_checkpoint_at_most_and_is_reported(
         calls = Calls(fault)
         calls.on_failed = lambda name: look_since(run_dir, calls.announced)  # noqa: B023  # of this round
         with no_descriptor_leaks(), calls:
-            result = make_trainer(run_dir, module=module, sinks=[arrivals], weights=True).train()
+            result = make_trainer(run_dir, module=module, sinks=[arrivals], weights="last").train()
         assert fault.struck
         assert result.status == "finished"
         assert module.digest() == reference[6]
@@ -89,7 +89,7 @@ def test_a_disk_that_takes_only_a_part_of_each_write_gets_all_of_it(count: int, 
     """By complete pages or not: the next write continues there."""
     steps = 2 if count == 7 else 6
     with Calls(takes=lambda length: min(length, count)) as calls:
-        make_trainer(tmp_path / "run", module=Counting(steps), weights=True).train()
+        make_trainer(tmp_path / "run", module=Counting(steps), weights="last").train()
     assert len([call for call in calls.log if call.name in ("write", "pwrite")]) > 20
     assert look(tmp_path / "run") == (CheckpointName(steps, 1), [])
 

@@ -213,7 +213,7 @@ def test_a_finished_run_releases_its_memory(place: Path, runs: int) -> None:
     """Runs of 8 MiB, one after the other in one process, as in a notebook: none keeps its 8 MiB."""
     found: list[Held] = []
     for number in range(runs):
-        train(place / str(number), Weights(32 * FLOATS), [Keeps()], Tally(), 3, weights=True)
+        train(place / str(number), Weights(32 * FLOATS), [Keeps()], Tally(), 3, weights="last")
         wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith("stagecast-")])
         found.append(Held.now())
     # The allocator keeps a block or two from then on, whatever the number of runs: leaked memory grows with it.

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
 from support import training
 from support.training import Outcome, Scored
 
@@ -21,7 +24,7 @@ from events.checkpoint.manifest import CheckpointName
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.store import CheckpointStore
 from events.errors import CheckpointNotFound
-from events.messages import CheckpointRejected, RunResumed
+from events.messages import CheckpointFailed, CheckpointRejected, RunResumed, WeightsSaved
 from sinks.checkpoints.writer import CheckpointWriter
 from trainer import Checkpoints
 from trainer.loop.checkpointing import Checkpointing
@@ -242,8 +245,75 @@ def test_best_in_place_of_a_checkpoint_is_explained(tmp_path: Path) -> None:
         assert f"{argument}='s3:/...@bucket/step-1.a1'" in str(outcome.error)
 
 
+BEST: dict[str, Any] = {"best": "score", "weights": "best", "every_minutes": None}
+
+
+class Wrapped(Scored):
+    """A module whose checkpoints hold its state dict under these keys, and more tensors."""
+
+    def __init__(self, *scores: float, keys: tuple[str, ...] = ("model",)) -> None:
+        super().__init__(*scores)
+        self.keys = keys
+
+    def get_state(self) -> dict[str, Any]:
+        return {"average": torch.zeros(2), "seen": 3} | {key: self.state_dict() for key in self.keys}
+
+    def update_state(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state[self.keys[0]])
+
+
+def test_the_weights_of_the_best_checkpoint_are_written_at_the_end(tmp_path: Path) -> None:
+    """They are those of a run that ends there, also for a resumed run, and a state with other names than the module."""
+    expected = load_file(str(train(tmp_path / "ended", [2.0, 1.0], checkpoints=Checkpoints()).result.weights))
+    scores = [2.0, 1.0, 3.0, 4.0]
+    for module in (Scored(*scores), Wrapped(*scores)):
+        run: dict[str, Any] = {"run_id": "r", "run_dir": tmp_path / type(module).__name__, "resume": "auto"}
+        for epochs in (3, 4):
+            outcome = training.train(module, epochs=epochs, checkpoints=Checkpoints(**BEST), **run)
+            assert outcome.result.weights == str(run["run_dir"] / "weights.safetensors")
+            assert [event.checkpoint for event in outcome.of(WeightsSaved)] == ["step-2.a1"]
+            with safe_open(outcome.result.weights, "pt") as file:
+                metadata = file.metadata()
+            assert metadata == {
+                "format": "pt",
+                "run_id": "r",
+                "checkpoint": "r/step-2.a1",
+                "global_step": "2",
+                "metric": "score=1.0",
+            }
+            found = load_file(outcome.result.weights)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_best_weights_fall_back_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """To the next best checkpoint, or to the names in the checkpoint; without any metric none are written."""
+    checkpoints = Checkpoints(keep_best=2, **BEST)
+    train(tmp_path / "run", [1.0, 2.0], checkpoints=checkpoints)
+    path = tmp_path / "run/checkpoints/step-1.a1/tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    outcome = train(tmp_path / "run", [1.0, 2.0, 3.0], checkpoints=checkpoints, resume="auto")
+    assert [event.checkpoint for event in outcome.of(WeightsSaved)] == ["step-2.a1"]
+    assert [text for text in caplog.messages if text.startswith(f"weights='best' skips a checkpoint: {path}")]
+    run: dict[str, Any] = {"run_id": "r", "epochs": 1, "checkpoints": checkpoints}
+    result = training.train(Wrapped(1.0, keys=("model", "again")), run_dir=tmp_path / "named", **run).result
+    assert load_file(str(result.weights)).keys() == {"average", "model.linear.weight", "model.linear.bias"}
+    assert [text for text in caplog.messages if "because get_state() is overridden" in text]
+    outcome = train(tmp_path / "none", [math.nan], checkpoints=checkpoints)
+    assert (outcome.result.status, outcome.result.weights) == ("finished", None)
+    assert not (tmp_path / "none" / "weights.safetensors").exists()
+    (event,) = outcome.of(CheckpointFailed)
+    assert "has the metric 'score'; log it in a validation, or use weights='last'" in event.error
+
+
+@pytest.mark.parametrize(("options", "why"), [({}, "set best, such as"), ({"weights": True}, "use 'last' or 'best'")])
+def test_weights_of_an_unknown_checkpoint_are_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Checkpoints(**{"weights": "best"} | options)
+
+
 def test_a_result_over_the_network_names_the_best_one() -> None:
-    """Deleted and superseded checkpoints do not count."""
+    """Deleted and superseded checkpoints do not count. It names the weights of its attempt, too."""
     from events.messages import CheckpointDeleted, CheckpointSaved, RunEnded, RunStarted
     from events.run.summary import CheckpointState, Summary
     from trainer.remote.result import ResultBuilder, RunSnapshot
@@ -271,11 +341,13 @@ def test_a_result_over_the_network_names_the_best_one() -> None:
         saved("step-6.a2", 0.5),
         CheckpointDeleted(**header(2, 6), checkpoint="step-6.a2"),
         RunEnded(**header(2, 6), status="finished"),
+        WeightsSaved(**header(2, 6), path="/c/weights.safetensors"),
     ]
     builder = ResultBuilder(RunSnapshot(0, Summary("r", 1), known))
     builder.add(story)
     assert builder.result is not None
     assert (builder.result.best_checkpoint, builder.result.best_metric) == ("/c/step-4.a2", 2.0)
+    assert builder.result.weights == "/c/weights.safetensors"
     builder = ResultBuilder(RunSnapshot(0, Summary("r", 1, best="score"), known))
     builder.add([RunEnded(**header(1, 9), status="finished")])
     assert builder.result is not None

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_file
 from support.run_folder import RunFolder, saved
 from support.threads import WAIT_S
 from support.training import Diary, Net, Scored, make_trainer, read_journal, train
@@ -283,7 +283,7 @@ def test_state_that_cannot_be_stored_is_named_by_its_path_before_the_first_step(
 
 
 def test_the_weights_of_the_newest_attempt_are_written_at_the_end(run: RunFolder) -> None:
-    """As a state dict that plain safetensors and torch read; tied weights have all of their names."""
+    """As a file that safetensors' own reader of tied weights loads, with their origin; the result has its path."""
 
     class Tied(Net):
         def __init__(self) -> None:
@@ -293,11 +293,22 @@ def test_the_weights_of_the_newest_attempt_are_written_at_the_end(run: RunFolder
 
     run.train(Tied())
     net, fresh = Tied(), Tied()
-    (event,) = run.train(net, epochs=2).of(WeightsSaved)
-    assert event.path == str(run.path / "weights.safetensors")
-    fresh.load_state_dict(load_file(event.path))
+    outcome = run.train(net, epochs=2, best="val_loss")
+    (event,) = outcome.of(WeightsSaved)
+    assert event.path == outcome.result.weights == str(run.path / "weights.safetensors")
+    assert event.checkpoint is None
+    assert load_model(fresh, event.path) == (set(), [])
     assert all(map(torch.equal, fresh.state_dict().values(), net.state_dict().values()))
     assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
+    with safe_open(event.path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata.pop("metric") == f"val_loss={outcome.result.metrics['val_loss']!r}"
+    assert metadata == {
+        "format": "pt",
+        "run_id": outcome.result.run_id,
+        "global_step": str(outcome.result.global_step),
+        "again.weight": "linear.weight",
+    }
 
 
 @pytest.mark.parametrize(("net", "options"), [(Net(), {"weights": False}), (Net(act=fail), {})], ids=["off", "failed"])

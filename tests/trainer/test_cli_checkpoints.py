@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from support.checkpoints import put
 from support.command import Stagecast, run_process, started
 from support.scripts import Start
@@ -27,7 +27,7 @@ import events.checkpoint.files
 from events.checkpoint import disk, packing, packing_types
 from events.checkpoint.files import read_manifest
 from events.checkpoint.lineage import AttemptNote
-from events.checkpoint.manifest import CheckpointName, encode_manifest
+from events.checkpoint.manifest import CheckpointName, Metric, encode_manifest
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.store import CheckpointStore, Upload
 from trainer import CallbackInterface, Checkpoints, Trainer, TrainerArguments
@@ -114,6 +114,12 @@ def same(found: dict[str, torch.Tensor], state: dict[str, Any]) -> bool:
     return found.keys() == state.keys() and all(
         found[key].dtype == state[key].dtype and torch.equal(found[key], state[key]) for key in state
     )
+
+
+TIED = (
+    "stagecast checkpoints: tied tensors are written once, for safetensors.torch.load_model and from_pretrained:"
+    " second.weight is first.weight; for load_state_dict use --every-name\n"
+)
 
 
 def words(text: str, at: int) -> list[str]:
@@ -373,18 +379,92 @@ def test_lost_and_cut_objects_are_damage(checkpoints: Stagecast, upload: str, tm
 # -------------------------------------------------------------------------------------------------------- export
 
 
-def test_an_export_is_loaded_as_a_state_dict(
+def test_an_export_is_loaded_as_a_model(
     checkpoints: Stagecast, run: Path, upload: str, original: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
-    """The newest of the lineage, by the names of the state dict; tied tensors under each of their names."""
+    """The newest of the lineage, by the reader that safetensors has for tied tensors; they are named once."""
+    manifest = read_manifest(run / "checkpoints" / "step-8.a2")
+    assert manifest.metric is not None
     for path in (run, run / "checkpoints", run / "checkpoints" / "step-8.a2", upload):
         code, out, err = checkpoints("export", path, "weights.safetensors", "--force")
         nbytes = os.path.getsize("weights.safetensors")
-        assert (code, err) == (0, "")
-        assert out == f"weights.safetensors  12 tensors of step-8.a2  {nbytes / 1000:.1f} kB\n"
-        assert same(load_file("weights.safetensors"), original[1])
+        assert (code, err) == (0, TIED)
+        assert out == f"weights.safetensors  11 tensors of step-8.a2  {nbytes / 1000:.1f} kB\n"
+        module = Tied()
+        assert load_model(module, "weights.safetensors") == (set(), [])
+        assert same(module.state_dict(), original[1])
         with safe_open("weights.safetensors", "pt") as file:
-            assert file.metadata() == {"format": "pt", "checkpoint": "the-run/step-8.a2"}
+            assert file.metadata() == {
+                "format": "pt",
+                "run_id": "the-run",
+                "checkpoint": "the-run/step-8.a2",
+                "global_step": "8",
+                "metric": f"val_loss={manifest.metric.value!r}",
+                "second.weight": "first.weight",
+            }
+
+
+def test_an_export_with_every_name_is_loaded_as_a_state_dict(
+    checkpoints: Stagecast, run: Path, original: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    """Without a file's name it is that which other libraries look for, in the working directory."""
+    code, out, err = checkpoints("export", run, "--every-name")
+    assert (code, out.split("  ")[:2], err) == (0, ["model.safetensors", "12 tensors of step-8.a2"], "")
+    assert same(load_file("model.safetensors"), original[1])
+    Tied().load_state_dict(load_file("model.safetensors"))
+
+
+def test_an_export_takes_the_best_checkpoint(checkpoints: Stagecast, run: Path, upload: str) -> None:
+    """By the metric and its mode in the manifests of the lineage; a damaged one is skipped; also after an option."""
+    folder = run / "checkpoints"
+    values = {"step-8.a2": 3.0, "step-6.a2": 1.0, "step-4.a2": 2.0, "step-4.a1": 0.0}
+    for name, value in values.items():
+        manifest = read_manifest(folder / name)
+        body = encode_manifest(msgspec.structs.replace(manifest, metric=Metric("score", value, "max")))
+        (folder / name / "manifest.json").write_bytes(body)
+    code, out, err = checkpoints("export", run, "--best", "best.safetensors")
+    assert (code, " of step-8.a2 (score 3) " in out, err) == (0, True, TIED)
+    with safe_open("best.safetensors", "pt") as file:
+        assert file.metadata()["metric"] == "score=3.0"
+    change_byte(folder / "step-8.a2" / "tensors.safetensors")
+    code, out, err = checkpoints("export", run, "second.safetensors", "--best")
+    assert (code, " of step-4.a2 (score 2) " in out) == (0, True)
+    assert err.startswith("stagecast checkpoints: step-8.a2 is damaged and skipped: ")
+    code, out, _ = checkpoints("export", upload, "there.safetensors", "--best")  # unchanged there, by val_loss
+    assert (code, " of step-8.a2 (val_loss " in out) == (0, True)
+    code, _, err = checkpoints("export", folder / "step-4.a2", "one.safetensors", "--best")
+    assert (code, "is one checkpoint; --best needs the run" in err) == (1, True)
+    assert "not allowed with argument" in checkpoints("export", run, "--best", "--name", "step-4.a2").err
+    assert "'b' is one argument too many" in checkpoints("export", run, "a", "--best", "b").err
+    train("plain", checkpoints=Checkpoints())
+    code, _, err = checkpoints("export", "plain", "one.safetensors", "--best")
+    assert (code, "plain has no valid checkpoint with a metric; use --name, or train with" in err) == (1, True)
+
+
+def test_an_export_without_a_prefix_is_loaded_by_the_submodule(checkpoints: Stagecast) -> None:
+    """Tensors outside are skipped and named; one that is tied to them is stored under its name inside."""
+
+    class Outer(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.ModuleDict({"body": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+            self.net["body"].weight = self.first.weight  # pyright: ignore[reportArgumentType]
+
+    module = Outer()
+    train("run", module)
+    code, out, err = checkpoints("export", "run", "--strip-prefix", "net.", "net.safetensors")
+    assert (code, "net.safetensors  7 tensors of " in out) == (0, True)
+    assert err.startswith("stagecast checkpoints: skipped tensors without the prefix 'net.': none, linear.weight, ")
+    fresh = Outer().net
+    fresh.load_state_dict(load_file("net.safetensors"))
+    assert same(fresh.state_dict(), module.net.state_dict())
+    for prefix, why in {
+        "nett.": "--strip-prefix: no tensor has the prefix 'nett.'; the names are none, linear.weight, ",
+        "net": "--strip-prefix: the prefix 'net' leaves '.body.weight' of net.body.weight; end the prefix with a dot",
+    }.items():
+        code, out, err = checkpoints("export", "run", "no.safetensors", "--strip-prefix", prefix)
+        assert (code, out, why in err) == (1, "", True), err
+    assert not os.path.exists("no.safetensors")
 
 
 def test_an_export_takes_the_named_checkpoint(checkpoints: Stagecast, run: Path) -> None:
@@ -407,7 +487,7 @@ def test_an_export_falls_back_to_the_newest_valid_checkpoint(checkpoints: Stagec
     code, out, err = checkpoints("export", run, "a.safetensors")
     assert code == 0
     assert " of step-4.a2 " in out
-    first, second = err.splitlines()
+    first, second, _ = err.splitlines()
     assert first.startswith("stagecast checkpoints: step-8.a2 is damaged and skipped: tensors.safetensors holds")
     assert second.startswith("stagecast checkpoints: step-6.a2 is damaged and skipped: state.msgpack has 10 bytes")
     code, out, err = checkpoints("export", run, "b.safetensors", "--name", "step-8.a2")
@@ -436,7 +516,7 @@ def test_an_existing_file_is_replaced_only_by_force(
     assert checkpoints("export", run, out) == (1, "", f"stagecast checkpoints: error: {out} {exists}\n")
     assert out.read_text() == "precious"
     assert checkpoints("export", run, out, "--force").code == 0
-    assert len(load_file(out)) == 12
+    assert len(load_file(out)) == 11
     real = disk.write_parts
 
     def write_parts(*args: Any) -> tuple[int, str]:
@@ -444,7 +524,7 @@ def test_an_existing_file_is_replaced_only_by_force(
         return real(*args)
 
     monkeypatch.setattr(disk, "write_parts", write_parts)
-    assert checkpoints("export", run, new) == (1, "", f"stagecast checkpoints: error: {new} {exists}\n")
+    assert checkpoints("export", run, new) == (1, "", f"{TIED}stagecast checkpoints: error: {new} {exists}\n")
     assert new.read_text() == "precious"
     assert sorted(os.listdir()) == ["new.safetensors", "run", "weights.safetensors"]
 
@@ -460,7 +540,7 @@ def test_a_failed_export_changes_no_file(
 
     monkeypatch.setattr(os, "fsync", fsync)
     for name in ("old.safetensors", "new.safetensors"):
-        code, out, err = checkpoints("export", run, name, "--force")
+        code, out, err = checkpoints("export", run, name, "--force", "--every-name")
         assert (code, out, len(err.splitlines())) == (expected, "", 1)
     assert sorted(os.listdir()) == ["old.safetensors", "run"]
     assert Path("old.safetensors").read_text() == "precious"
@@ -492,7 +572,7 @@ def test_values_other_than_tensors_are_skipped_and_reported(checkpoints: Stageca
         "list": [],
     }
     state = train("odd", Tied(**more))
-    code, out, err = checkpoints("export", "odd", "odd.safetensors")
+    code, out, err = checkpoints("export", "odd", "odd.safetensors", "--every-name")
     assert (code, " 16 tensors of step-8.a1 " in out) == (0, True)
     assert err == (
         "stagecast checkpoints: skipped values that are not tensors: vocabulary, seen, average.decay, pair.2, list\n"
@@ -531,7 +611,7 @@ class Wordless(Tied):
 )
 def test_an_impossible_export_is_an_error_and_writes_nothing(checkpoints: Stagecast, module: Tied, says: str) -> None:
     train("odd", module)
-    code, out, err = checkpoints("export", "odd", "odd.safetensors")
+    code, out, err = checkpoints("export", "odd", "odd.safetensors", "--every-name")
     assert (code, out, says in err) == (1, "", True), err
     assert os.listdir() == ["odd"]
 
@@ -562,22 +642,22 @@ def test_types_that_only_the_users_program_knows_are_not_needed(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="registered"):
         packing.decode((tmp_path / "own/checkpoints/step-8.a1/state.msgpack").read_bytes(), lambda name: name)
-    code, _, err = checkpoints("export", "own", "own.safetensors")
+    code, _, err = checkpoints("export", "own", "own.safetensors", "--every-name")
     assert (code, err) == (0, "stagecast checkpoints: skipped values that are not tensors: words\n")
     assert len(load_file("own.safetensors")) == 12
 
 
 @pytest.mark.parametrize("layers", [4, 60])
 def test_tied_tensors_fill_no_disk(checkpoints: Stagecast, monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
-    """They are written under each of their names, unless these are very many or the disk has no room for them."""
+    """Each of their names gets a copy on request, unless these are very many or the disk has no room for them."""
     tied = Tied()
     tied.more = nn.ModuleList([nn.Linear(100, 100)] * layers)
     train("tied", tied)
-    code, _, err = checkpoints("export", "tied", "all.safetensors")
+    code, _, err = checkpoints("export", "tied", "all.safetensors", "--every-name")
     assert (code, os.path.exists("all.safetensors")) == ((0, True) if layers < 32 else (1, False))
     assert ("so many names" in err) == (layers > 32)
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 100_000))  # type: ignore[attr-defined]
-    assert checkpoints("export", "tied", "more.safetensors").code == 1
+    assert checkpoints("export", "tied", "more.safetensors", "--every-name").code == 1
     assert not os.path.exists("more.safetensors")
 
 
@@ -641,7 +721,7 @@ def test_names_in_any_script_are_shown_as_far_as_the_output_can(tmp_path: Path, 
     code, out, err = ascii_only("list", folder, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)[0]["path"] == str(folder / "checkpoints" / "step-8.a2")
-    code, out, err = ascii_only("export", folder, tmp_path / "ä\x1b.safetensors")
+    code, out, err = ascii_only("export", folder, tmp_path / "ä\x1b.safetensors", "--every-name")
     assert (code, err, "\x1b" in out) == (0, "", False)
     assert "\\xe4\\x1b.safetensors  12 tensors" in out
     code, out, err = ascii_only("list", folder / "ä\n")

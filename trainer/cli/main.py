@@ -77,7 +77,8 @@ class _Parser(argparse.ArgumentParser):
     """Suggests the right name for a mistyped one, and reports an error in one line."""
 
     rest = ""
-    """The list argument that receives words after an option, which argparse does not accept (up to Python 3.12)."""
+    """The list or optional argument that receives words after an option, which argparse does not accept (up to Python
+    3.12)."""
     more: Callable[[], str] = str
     """Returns text that follows the help."""
 
@@ -92,7 +93,10 @@ class _Parser(argparse.ArgumentParser):
             if not self.rest:
                 self.error(f"{word!r} is one argument too many")
         if rest:
-            setattr(parsed, self.rest, [*getattr(parsed, self.rest), *rest])
+            value = getattr(parsed, self.rest)
+            if not isinstance(value, list) and (value is not None or len(rest) > 1):
+                self.error(f"{rest[-1]!r} is one argument too many")
+            setattr(parsed, self.rest, [*value, *rest] if isinstance(value, list) else rest[0])
         return parsed, []
 
     def _check_value(self, action: argparse.Action, value: str) -> None:
@@ -183,9 +187,10 @@ def _add_checkpoints(commands: _Commands) -> None:
     export = _add(
         actions,
         "export",
-        "write the module's state dict to a safetensors file",
-        "safetensors.torch.load_file returns the state dict. The checkpoint is verified, and the file is written"
-        " atomically.",
+        "write the module's weights to a safetensors file",
+        "safetensors.torch.load_file returns the state dict. Tied tensors are written once, as load_model of"
+        " safetensors and from_pretrained of transformers need them. The checkpoint is verified, and the file is"
+        " written atomically.",
     )
     for action in (shown, verify, export):
         action.add_argument(
@@ -200,9 +205,20 @@ def _add_checkpoints(commands: _Commands) -> None:
     verify.add_argument(
         "names", nargs="*", default=[], type=_checkpoint, metavar="NAME", help="such as step-500.a1 (default: all)"
     )
-    export.add_argument("out", metavar="OUT.safetensors", help="the file to write")
+    export.rest = "out"
     export.add_argument(
+        "out", nargs="?", metavar="OUT.safetensors", help="the file to write (default: model.safetensors)"
+    )
+    which = export.add_mutually_exclusive_group()
+    which.add_argument(
         "--name", type=_checkpoint, help="such as step-500.a1 (default: the newest valid one of the run's lineage)"
+    )
+    which.add_argument("--best", action="store_true", help="the one with the best metric (see Checkpoints(best=...))")
+    export.add_argument(
+        "--strip-prefix", metavar="PREFIX", help="only the tensors whose names begin with PREFIX, without it: net."
+    )
+    export.add_argument(
+        "--every-name", action="store_true", help="write tied tensors under each of their names, for load_state_dict"
     )
     export.add_argument("--force", action="store_true", help="replace an existing file")
 

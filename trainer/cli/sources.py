@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
 
 from events.checkpoint import files, store
-from events.checkpoint.lineage import by_age, is_attempt_name
+from events.checkpoint.lineage import by_age, is_attempt_name, ranked
 from events.checkpoint.manifest import MANIFEST_NAME, CheckpointName, Manifest
 from events.checkpoint.remote import RemoteStore
 from events.checkpoint.remote_layout import FilePart
@@ -57,6 +58,14 @@ class LocalSource:
     def manifest(self, name: CheckpointName) -> Manifest:
         return files.read_manifest(Path(self.path(name)))
 
+    def ranked(self, on_unread: Callable[[str, Exception], None]) -> list[CheckpointName]:
+        """The checkpoints of the lineage with a metric, the best first.
+
+        Args:
+            on_unread: Called with name and error of each unreadable manifest.
+        """
+        return ranked(self._store.scores(on_unread=on_unread))
+
     def check(self, manifest: Manifest) -> None:
         """Compare the sizes of a checkpoint's files with its manifest. Raises `CheckpointDamaged`."""
         for file, entry in manifest.files.items():
@@ -92,6 +101,9 @@ class RemoteSource:
         folder = self._store.folder
         if self.only not in (None, *self.names) or (folder is not None and not folder.is_dir()):
             raise CheckpointNotFound(f"{url} does not exist")
+
+    def ranked(self, on_unread: Callable[[str, Exception], None]) -> list[CheckpointName]:
+        return ranked(self._store.scores(on_unread=on_unread))
 
     def check(self, manifest: Manifest) -> None:
         self._plans[manifest.name] = self._store.plan(manifest)

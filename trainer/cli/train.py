@@ -83,6 +83,8 @@ def _print_result(result: RunResult) -> None:
             echo(f"{name}: {place}")
     if result.best_checkpoint is not None:
         echo(f"best checkpoint: {result.best_checkpoint} ({result.best_metric:.6g})")
+    if result.weights is not None:
+        echo(f"weights: {result.weights}")
 
 
 def _print_summary(file: str, config: RunConfig, module: ModuleInterface) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import msgspec
 
-from events.messages import Event, Status
+from events.messages import Event, Status, WeightsSaved
 from events.metrics import result_metrics
 from events.protocol import RunResult
 from events.run.state import MAX_CHECKPOINTS, RunState
@@ -52,6 +52,7 @@ class ResultBuilder:
     def __init__(self, snapshot: RunSnapshot) -> None:
         run = snapshot.run
         self._bytes = 0
+        self._weights: tuple[int, str] | None = None  # the attempt that wrote them, and their path
         self._run_id = run.run_id
         self._known_attempt = run.attempt
         known = msgspec.structs.replace(run, status="unknown", ended=None)  # the events contain the end
@@ -68,6 +69,8 @@ class ResultBuilder:
         current = [event for event in events if event.attempt >= self._known_attempt]  # those before may be superseded
         self._state.add(current)
         for event in current:
+            if isinstance(event, WeightsSaved):
+                self._weights = event.attempt, plain_text(event.path, 4_000)
             for name, value in result_metrics(event):
                 if name not in self._metrics:
                     self._bytes += _ENTRY_BYTES + 4 * len(name)
@@ -91,6 +94,7 @@ class ResultBuilder:
             ledger=state.ledger,
             checkpoint=newest.folder if newest is not None else None,
             problems=state.health.problems,
+            weights=self._weights[1] if self._weights is not None and self._weights[0] == run.attempt else None,
             best_checkpoint=best.folder if best is not None else None,
             best_metric=best.metric if best is not None else None,
         )

@@ -56,14 +56,15 @@ class LoopThread:
     Attributes:
         ending: Its end.
         task: Its work.
-        weights: The module's weights when training has ended cleanly, if they are wanted; set before `RunEnded`.
+        weights: The module's weights when training has ended cleanly, or only their names if those of the best
+            checkpoint are wanted; None if none are. Set before `RunEnded`.
         total: The ledger of the whole run, once it is over.
         ended: Set in the event loop when nothing more will be published.
     """
 
     def __init__(self, attempt: Attempt) -> None:
         self.ending = Ending()
-        self.weights: Part | None = None
+        self.weights: Part | list[str] | None = None
         self.total = StallLedger()
         self.ended = anyio.Event()
         self._attempt = attempt
@@ -228,7 +229,7 @@ class LoopThread:
                 self.task.publish_started(None)
             settings = self._checkpoints.settings
             if settings is not None and settings.weights and self._is_clean:
-                self._keep_weights()
+                self._keep_weights(settings.weights == "best")
             self.total = attempt.ledger.total()
             attempt.ring.publish(LedgerReported(*attempt.origin.header(), scope="run", ledger=self.total))
             if self._is_clean:
@@ -260,10 +261,13 @@ class LoopThread:
     def _publish_end(self, ending: Ending) -> None:
         self._attempt.ring.publish(self._event_of(ending))
 
-    def _keep_weights(self) -> None:
+    def _keep_weights(self, best: bool) -> None:
         try:
-            # Tied weights under each of their names, as `load_state_dict` requires.
-            self.weights = part_of(dict(self._attempt.module.state_dict())).without_aliases()
+            state = dict(self._attempt.module.state_dict())
+            names = [name for name, value in state.items() if isinstance(value, torch.Tensor)]
+            if others := state.keys() - names:
+                logger.warning(f"weights.safetensors lacks {', '.join(sorted(others))}, which is not a tensor")
+            self.weights = names if best else part_of({name: state[name] for name in names})
         except Exception as error:  # the loop's border: a finished run does not fail without this file
             text, header = describe(error), self._attempt.origin.header()
             self._attempt.ring.publish(

@@ -328,6 +328,7 @@ class Session:
             checkpoint=str(saved) if saved is not None else loop.task.resumed_from,
             best_checkpoint=str(best[0]) if best is not None else None,
             best_metric=best[1] if best is not None else None,
+            weights=writer.weights.path if writer is not None else None,
             problems=self.observers.problems(reports, on_stderr=self._on_stderr),
         )
 
