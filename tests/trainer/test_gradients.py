@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,43 @@ def weights_of(net: Any) -> list[Any]:
 
 def are_finite(net: Any) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("is_manual", [False, True])
+def test_on_a_cpu_cleared_gradients_keep_their_memory_until_the_next_backward(is_manual: bool) -> None:
+    gradient: Callable[[], object] = lambda: None  # of the step before  # noqa: E731
+    seen: list[tuple[str, bool, bool]] = []
+
+    def look(where: str, net: Net) -> None:
+        seen.append((where, net.linear.weight.grad is None, gradient() is None))
+
+    class InBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            look("backward", net)
+            return gradients[0]
+
+    def step(net: Net, global_step: int, batch: Any) -> Any:
+        look("forward", net)
+        loss = InBackward.apply(net.forward_loss(batch)[0])
+        if is_manual:
+            net.optimize(loss)
+        return loss
+
+    def keep(*_: Any) -> None:
+        nonlocal gradient
+        gradient = weakref.ref(net.linear.weight.grad)
+
+    net = Net(rows=24, train_step=step, val_step=lambda net, *_: look("validation", net))
+    net.manual_optimization = is_manual
+    train(net, callbacks=[hooked("on_before_optimizer_step", keep)()])
+    steps = [("forward", True, False), ("backward", True, True)]  # each: is it cleared, is its memory free
+    assert seen[2:] == [*steps * 2, *[("validation", True, True)] * 3]
+    assert gradient() is None
 
 
 # ---------------------------------------------------------------------------------------------- not finite

@@ -143,6 +143,7 @@ class ManualSteps:
                 f"optimize() got {loss!r:.80}, which is not a loss; give it a real tensor of one element with a graph"
             )
         self._attempt.phase = "backward"
+        self._optimization.release_gradients()
         self._attempt.precision.scale(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         self._on_backward(loss, self._backwards)
         self._backwards += 1

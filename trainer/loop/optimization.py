@@ -94,6 +94,7 @@ class Optimization:
         # torch's own `zero_grad` also opens a range for the profiler, which costs more than the loop adds to a step.
         self._clear_themselves = [o for o in self.optimizers if not has_stock_zero_grad(o)]
         self._cleared_here = [o for o in self.optimizers if has_stock_zero_grad(o)]
+        self._old_gradients: list[torch.Tensor | None] = []
 
     @property
     def learning_rate(self) -> Any:
@@ -153,6 +154,7 @@ class Optimization:
     def close(self, gate: Callable[[], None]) -> None:
         """Clear the gradients at the end of the run, and leave the weights in evaluation mode."""
         self.zero_grad()
+        self.release_gradients()
         if self._switched:
             gate()
             for optimizer in self._switched:
@@ -337,7 +339,8 @@ class Optimization:
                         parameter.grad.mul_(factor)
 
     def zero_grad(self) -> None:
-        """Clear the gradients."""
+        """Clear the gradients; on a CPU, their memory is kept until `release_gradients`."""
+        self.release_gradients()
         held = 0
         for optimizer in self._clear_themselves:
             optimizer.zero_grad()
@@ -346,12 +349,22 @@ class Optimization:
             for group in optimizer.param_groups:
                 parameters = group["params"]
                 held += len(parameters)
+                if self._attempt.device.type == "cpu":
+                    self._old_gradients += [parameter.grad for parameter in parameters]
                 for parameter in parameters:
                     parameter.grad = None
         if held != self._held or self._has_new_parameters:
             self.find_strays()
         for parameter in self._strays:
             parameter.grad = None
+
+    def release_gradients(self) -> None:
+        """Free the memory of the gradients that were cleared, right before a backward pass allocates it again.
+
+        If it were freed after the step, the allocator of the CPU would return it to the system, and each step would get
+        its pages anew: 3,000 page faults for 17 MB, a tenth to a third of a step.
+        """
+        self._old_gradients.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of optimizers and schedulers, not copied."""

@@ -116,8 +116,9 @@ class Step:
         return outcome
 
     def release(self) -> None:
-        """Release the graph of the last step."""
+        """Release the graph of the last step, and the memory of its gradients."""
         self._returned = None
+        self._optimization.release_gradients()
 
     def close(self) -> None:
         """Training has ended."""
@@ -272,6 +273,7 @@ class Step:
             return torch.zeros_like(loss.detach()), values
         share = loss if part is None else loss * part
         attempt.phase = "backward"
+        self._optimization.release_gradients()
         try:
             (share if precision.scaler is None else precision.scale(share)).backward()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
