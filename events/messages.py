@@ -81,6 +81,8 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
     """The metric by which the best checkpoints are kept (`Checkpoints.best`); None without one."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value of ``best`` is the best."""
+    total_steps: Int64 | None = None
+    """Estimated optimizer steps of the whole run, by every limit; None when unknown."""
 
 
 class RunResumed(Event, frozen=True, gc=False, tag=True):
@@ -113,6 +115,8 @@ class TrainEpochStarted(Event, frozen=True, gc=False, tag=True):
 
     steps: Int64 | None = None
     """Optimizer steps expected in this epoch; None when the data has no length."""
+    total_steps: Int64 | None = None
+    """Estimated optimizer steps of the whole run, as in `RunStarted`, now that this epoch's data is known."""
 
 
 class TrainStepEnded(Event, frozen=True, gc=False, tag=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import isqrt
+from math import gcd, isqrt
 from os import PathLike
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +37,12 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
     reached ends the run."""
     train_batch_size: _Count = 32
     """Rows of one optimizer step, over all its micro-batches and all devices."""
+    batch_size_schedule: dict[_Count, _Count] = msgspec.field(default_factory=dict)
+    """Rows of one optimizer step after so many epochs, in place of train_batch_size: {10: 64, 20: 128}. The dataloader
+    gets the new micro-batch; with gpu_batch_size_limit, the accumulation grows."""
+    batch_size_interval: Literal["epoch", "step"] = "epoch"
+    """Whether batch_size_schedule counts finished epochs or optimizer steps. By steps, the micro-batch is one for the
+    whole run, the largest common divisor of all sizes within gpu_batch_size_limit, and the accumulation changes."""
     gpu_batch_size_limit: _Count | None = None
     """Maximum rows per forward pass on one device. The micro-batch is the largest divisor of train_batch_size within
     it; gradients are accumulated. None: no limit."""
@@ -136,7 +142,7 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `from_dict`; an object, such as a function for torch.compile, becomes its text."""
-        values: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
+        values: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str, str_keys=True)
         return values
 
     @property
@@ -144,41 +150,44 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         """Epochs after which the run ends; None: ``max_steps`` alone ends it."""
         return 1 if self.epochs is None and self.max_steps is None else self.epochs
 
-    def total_steps(self, steps_per_epoch: int | None, done: tuple[int, int] = (0, 0)) -> int | None:
-        """Optimizer steps of the whole run; None without a limit.
+    def rows_of_step(self, epoch: int, step: int) -> int:
+        """Rows of an optimizer step after so many finished epochs and steps."""
+        done = epoch if self.batch_size_interval == "epoch" else step
+        begun = max((start for start in self.batch_size_schedule if start <= done), default=None)
+        return self.train_batch_size if begun is None else self.batch_size_schedule[begun]
 
-        Args:
-            steps_per_epoch: Steps of an epoch that ends with its data; None if unknown.
-            done: Epochs that were trained under earlier limits, and their steps.
-        """
-        epochs = self.epoch_limit
-        of_epochs = None
-        if epochs is not None and steps_per_epoch is not None:
-            of_epochs = done[1] + max(0, epochs - done[0]) * steps_per_epoch
-        return min((one for one in (of_epochs, self.max_steps) if one is not None), default=None)
-
-    def steps_and_epochs(self, steps_per_epoch: int | None, total: int | None) -> tuple[int, int]:
-        """Arguments of `ModuleInterface.get_optimizers_schedulers`: steps per epoch, and epochs.
-
-        Their product is ``total``, rounded up to whole steps per epoch; 0 steps if it is unknown.
-        """
-        if total is None:
-            return 0, self.epoch_limit or 1
-        epochs = max(1, -(-total // steps_per_epoch)) if steps_per_epoch else self.epoch_limit or 1
-        return -(-total // epochs), epochs
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Rows of a forward pass: the largest divisor of the batch within the limit."""
-        total = self.train_batch_size
+    def micro_batch_of(self, epoch: int) -> int:
+        """Rows of a forward pass in an epoch: the largest divisor of its steps' rows within the limit."""
+        total = self.rows_of_step(epoch, 0)
+        if self.batch_size_interval == "step":  # they share the epoch's dataloader
+            total = gcd(self.train_batch_size, *self.batch_size_schedule.values())
         limit = self.gpu_batch_size_limit or total
         small = [divisor for divisor in range(1, isqrt(total) + 1) if total % divisor == 0]
         return max(divisor for one in small for divisor in (one, total // one) if divisor <= limit)
 
+    def accumulation_of(self, epoch: int, step: int) -> int:
+        """Micro-batches of an optimizer step after so many finished epochs and steps."""
+        return self.rows_of_step(epoch, step) // self.micro_batch_of(epoch)
+
+    def accumulation_in(self, epoch: int) -> int | None:
+        """Micro-batches of each optimizer step of an epoch; None if they change with the step."""
+        by_step = self.batch_size_schedule and self.batch_size_interval == "step"
+        return None if by_step else self.accumulation_of(epoch, 0)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a forward pass in the first epoch."""
+        return self.micro_batch_of(0)
+
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of one optimizer step."""
-        return self.train_batch_size // self.micro_batch_size
+        """Micro-batches of the first optimizer step."""
+        return self.accumulation_of(0, 0)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step of the run has several micro-batches."""
+        return any(self.accumulation_of(done, done) > 1 for done in (0, *self.batch_size_schedule))
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -186,16 +195,27 @@ class TrainerArguments(Strict, frozen=True, kw_only=True):
         return self.val_batch_size or self.micro_batch_size
 
     def batch_size_warning(self) -> str | None:
-        """The warning for a micro-batch below half of the limit; else None."""
-        limit = self.gpu_batch_size_limit
-        if limit is None or limit >= self.train_batch_size or 2 * self.micro_batch_size >= limit:
-            return None
-        better = max(1, round(self.train_batch_size / limit)) * limit
-        return (
-            f"train_batch_size={self.train_batch_size} has no large divisor within "
-            f"gpu_batch_size_limit={limit}: each step takes {self.accumulation_steps} micro-batches of "
-            f"{self.micro_batch_size}; train_batch_size={better} would take {better // limit} of {limit}"
-        )
+        """The warning for a micro-batch below half of what the limit allows; else None."""
+        limit, sizes = self.gpu_batch_size_limit, [self.train_batch_size, *self.batch_size_schedule.values()]
+        if self.batch_size_interval == "step":
+            if 2 * self.micro_batch_size >= min(sizes if limit is None else [*sizes, limit]):
+                return None
+            return (
+                f"batch_size_schedule by steps makes micro-batches of {self.micro_batch_size}, the largest fitting"
+                f" common divisor of {', '.join(map(str, sizes))}; use multiples of one number"
+            )
+        for epoch in (0, *self.batch_size_schedule):
+            rows, micro_batch = self.rows_of_step(epoch, 0), self.micro_batch_of(epoch)
+            if limit is None or limit >= rows or 2 * micro_batch >= limit:
+                continue
+            name = f"batch_size_schedule.{epoch}" if epoch else "train_batch_size"
+            better = max(1, round(rows / limit)) * limit
+            return (
+                f"{name}={rows} has no large divisor within gpu_batch_size_limit={limit}: each step takes"
+                f" {rows // micro_batch} micro-batches of {micro_batch}; {name}={better} would take {better // limit}"
+                f" of {limit}"
+            )
+        return None
 
 
 def trainer_aliases(place: str) -> dict[str, str]:

@@ -242,7 +242,7 @@ def _convert(value: object, expected: object, path: str, problems: list[str]) ->
             return None
     bits = value.bit_length() if type(value) is int and not INT_MIN <= value <= INT_MAX else 0
     try:
-        converted = msgspec.convert(value, expected)
+        converted = msgspec.convert(value, expected, str_keys=True)  # JSON, TOML and overrides have no others
         if not bits:
             return converted
     except msgspec.ValidationError as error:
@@ -287,6 +287,8 @@ def _words(node: inspect.Type) -> str:
             return "a string that is not empty" if node.min_length else "a string"
         case inspect.LiteralType():
             return "one of " + ", ".join(repr(value) for value in sorted(node.values, key=str))
+        case inspect.DictType(key_type=inspect.IntType()):
+            return f"a mapping of {_words(node.key_type)} to {_words(node.value_type)}"
         case inspect.StructType():
             return f"a mapping of the fields of {node.cls.__name__}"
         case _:

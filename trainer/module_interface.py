@@ -83,6 +83,9 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     manual_optimization: bool = False
     """Whether `train_step` applies its losses itself, with `optimize`."""
 
+    current_epoch: int = 0
+    """The epoch that is trained, from 0; the trainer sets it before it asks for the epoch's dataloader."""
+
     _records_arguments = False
     _stagecast_manual: ManualSteps | None = None  # of the run
 
@@ -175,7 +178,11 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     @abstractmethod
     def get_train_dataloader(self, sampler: type[Any], batch_size: int) -> Iterable[Any]:
-        """Build the dataloader of one training epoch. Called every epoch.
+        """Build the dataloader of one training epoch. Called every epoch; ``self.current_epoch`` is its number.
+
+        It may return another one each time: other data, or batches of another size than ``batch_size``. Schedulers are
+        told the number of steps before, by the first dataloader and ``TrainerArguments.batch_size_schedule``. A module
+        that keeps one dataloader keeps its persistent workers, too; a new batch size needs a new one.
 
         Args:
             sampler: A `torch.utils.data.Sampler` class; instantiate it with the data set. It shuffles by the run's

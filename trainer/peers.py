@@ -131,6 +131,7 @@ ARGUMENTS: Mapping[str, str] = _inverted(
             "warmup_steps warmup_ratio"
         ),
         "train_batch_size": "batch_size per_device_train_batch_size per_gpu_train_batch_size global_batch_size",
+        "batch_size_schedule": "accumulation_schedule scheduling rampup_batch_size",
         "val_batch_size": "eval_batch_size per_device_eval_batch_size",
         "gpu_batch_size_limit": "micro_batch_size gradient_accumulation_steps accumulate_grad_batches",
         "use max_grad_norm with clip_grads=True": "gradient_clip_val gradient_clip grad_clip clip_grad_norm max_norm",

@@ -50,6 +50,10 @@ class Pace:
         """The time until the next step is not training."""
         self._samples.clear()
 
+    def forget(self) -> None:
+        """Measure the mean time of a step anew, because steps take another time from now on."""
+        self._origin = None
+
     def pause(self) -> None:
         """The loop waits for a resume."""
         self._paused_at = self.elapsed_s

@@ -134,7 +134,9 @@ class RunState(msgspec.Struct, dict=True):
     def total_steps(self) -> int | None:
         """Optimizer steps that the whole run will have; None when unknown or already exceeded."""
         total, run = self.run.max_steps, self.run
-        if run.epochs is not None and run.steps_per_epoch is not None:
+        if run.total_steps is not None:
+            total = run.total_steps
+        elif run.epochs is not None and run.steps_per_epoch is not None:
             planned = run.epochs * run.steps_per_epoch
             total = planned if total is None else min(total, planned)
         return total if total is not None and run.global_step <= total else None
@@ -232,6 +234,7 @@ class RunState(msgspec.Struct, dict=True):
             epochs=e.epochs,
             steps_per_epoch=e.steps_per_epoch,
             max_steps=e.max_steps,
+            total_steps=e.total_steps,
             commands=self.run.commands,
             damage=self.run.damage,
             latest=self.run.latest,
@@ -271,7 +274,10 @@ class RunState(msgspec.Struct, dict=True):
     def _train_epoch_started(self, e: TrainEpochStarted) -> None:
         self.step_in_epoch, self.epochs_done = 0, e.epoch
         if e.steps is not None:
+            if self.run.steps_per_epoch not in (None, e.steps):
+                self.pace.forget()  # steps of another size
             self.run.steps_per_epoch = e.steps
+        self.run.total_steps = e.total_steps
         self.pace.interrupt()
 
     def _train_epoch_ended(self, e: TrainEpochEnded) -> None:

@@ -38,6 +38,7 @@ class Summary(msgspec.Struct, omit_defaults=False):
     epochs: Int64 | None = None
     steps_per_epoch: Int64 | None = None
     max_steps: Int64 | None = None
+    total_steps: Int64 | None = None
     paused: bool = False
     commands: bool = False
     latest: BoundDict[float | NonFinite] = {}

@@ -91,6 +91,18 @@ def test_time_left_counts_validation_and_not_pauses(tape: Tape, state: RunState)
     assert (state.pace.rate, state.epoch_left_s) == (1.0, 8.0)
 
 
+def test_time_left_follows_epochs_whose_steps_are_fewer_and_slower(tape: Tape, state: RunState) -> None:
+    """The batch size has grown: the estimate is that of the larger steps."""
+    state.add([tape.started(epochs=3, total_steps=20), tape(TrainEpochStarted, steps=10, total_steps=20)])
+    state.add(tape.steps(10))
+    assert (state.total_steps, state.run_left_s) == (20, 10.0)
+    tape.epoch = 1
+    state.add([tape(TrainEpochStarted, steps=5, total_steps=20), *tape.steps(1, step_s=2.0)])
+    assert (state.steps, state.total_steps, state.run_left_s) == (5, 20, None)
+    state.add(tape.steps(1, step_s=2.0))
+    assert state.run_left_s == 16.0
+
+
 def test_missed_steps_and_a_clock_that_was_set_back_change_no_rate(tape: Tape, state: RunState) -> None:
     """Step events are conflated: one in fifty tells the same as all of them. Negative durations do not exist."""
     state.add([tape.started(), *tape.steps(100, step_s=0.5)[9::45]])

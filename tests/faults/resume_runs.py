@@ -536,7 +536,8 @@ _IN_ORDER = (
     StepSkipped,
     MetricsLogged,
 )
-_TIMES = ("run_id", "attempt", "seq", "time", "step_s", "duration_s", "of_seq")
+# An attempt with other limits estimates another length of the run.
+_OF_AN_ATTEMPT = ("run_id", "attempt", "seq", "time", "step_s", "duration_s", "of_seq", "total_steps")
 
 
 def history_of(folder: Path | str) -> tuple[list[Any], dict[str, list[Any]]]:
@@ -556,7 +557,7 @@ def history_of(folder: Path | str) -> tuple[list[Any], dict[str, list[Any]]]:
 
 def plain(event: Event) -> tuple[Any, ...]:
     """The fields of an event that do not depend on the attempt."""
-    fields = {name: getattr(event, name) for name in event.__struct_fields__ if name not in _TIMES}
+    fields = {name: getattr(event, name) for name in event.__struct_fields__ if name not in _OF_AN_ATTEMPT}
     return type(event).__name__, *fields.items()
 
 

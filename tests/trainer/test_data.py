@@ -253,7 +253,7 @@ def test_the_rows_of_each_batch_are_known_without_reading_it(size: int, micro_ba
     data = TensorDataset(torch.arange(size))
     sampler = make_train_sampler(0, 0)
     loader = DataLoader(data, batch_size=micro_batch, sampler=sampler(data), drop_last=drop_last)
-    rows = own_batches(loader, micro_batch, sampler)
+    rows = own_batches(loader, sampler)
     assert rows is not None
     actual = [len(batch[0]) for batch in loader]
     assert [rows(index) for index in range(len(actual))] == actual
@@ -271,16 +271,15 @@ class OwnBatches(BatchSampler):
 def test_rows_are_unknown_where_batching_is_not_ours() -> None:
     data = TensorDataset(torch.arange(10))
     kind = make_train_sampler(0, 0)
-    assert own_batches([1, 2], 2, kind) is None
-    assert own_batches(DataLoader(data, batch_size=2, shuffle=True), 2, kind) is None
-    assert own_batches(DataLoader(data, batch_size=4, sampler=kind(data)), 2, kind) is None
-    assert own_batches(DataLoader(data, batch_size=None, sampler=kind(data)), 1, kind) is None
-    assert own_batches(DataLoader(data, batch_sampler=OwnBatches(kind(data), 2, False)), 2, kind) is None
-    assert own_batches(DataLoader(data, batch_sampler=BatchSampler(kind(data), 2, False)), 2, kind) is None
+    assert own_batches([1, 2], kind) is None
+    assert own_batches(DataLoader(data, batch_size=2, shuffle=True), kind) is None
+    assert own_batches(DataLoader(data, batch_size=None, sampler=kind(data)), kind) is None
+    assert own_batches(DataLoader(data, batch_sampler=OwnBatches(kind(data), 2, False)), kind) is None
+    assert own_batches(DataLoader(data, batch_sampler=BatchSampler(kind(data), 2, False)), kind) is None
     # A loader that was given a batch sampler shows a sequential sampler that it does not use.
     other = DataLoader(data, batch_sampler=BatchSampler([0], 2, False))
-    assert own_batches(other, 2, SequentialSampler) is None
-    assert own_batches(DataLoader(data, batch_size=2, sampler=SequentialSampler(data)), 2, SequentialSampler)
+    assert own_batches(other, SequentialSampler) is None
+    assert own_batches(DataLoader(data, batch_size=2, sampler=SequentialSampler(data)), SequentialSampler)
 
 
 def test_the_order_is_drawn_on_the_host_whatever_the_default_device_is() -> None:
@@ -302,8 +301,8 @@ def test_rows_are_unknown_where_a_loader_iterates_otherwise() -> None:
         """Only a name."""
 
     data = TensorDataset(torch.arange(10))
-    assert own_batches(Twice(data, batch_size=2), 2, SequentialSampler) is None
-    assert own_batches(Named(data, batch_size=2), 2, SequentialSampler) is not None
+    assert own_batches(Twice(data, batch_size=2), SequentialSampler) is None
+    assert own_batches(Named(data, batch_size=2), SequentialSampler) is not None
 
 
 class Stream(IterableDataset[int]):

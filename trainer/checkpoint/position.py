@@ -11,6 +11,7 @@ from events.bounds import INT_MAX
 from trainer.data.rng import RngState
 
 Phase = Literal["begin", "train", "validate", "end"]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
 
 
 class Position(msgspec.Struct):
@@ -40,12 +41,12 @@ class Position(msgspec.Struct):
     first_skipped: int = 0
     """The step that the first skipped one would have been."""
     sampler_seed: int = 0
-    steps_per_epoch: int = 0
-    """Optimizer steps per epoch that ends with its data; 0 if unknown."""
-    limits: tuple[int, int, int | None] | None = None
-    """Rows of a micro-batch, micro-batches of a step, and maximum steps per epoch, by which it was computed."""
+    epoch_size: tuple[_Count, _Count, _Count | None, bool] | None = None
+    """`trainer.loop.step_plan.EpochSize` of the data when the plan of the run's steps was made; None if unknown."""
+    limits: str | None = None
+    """`trainer.loop.step_plan.StepPlan.key` of that plan."""
     planned_steps: int = 0
-    """Optimizer steps of the earlier epochs by that number; the finished ones where ``max_steps`` ended an epoch."""
+    """Optimizer steps of the earlier epochs by that plan; the finished ones where ``max_steps`` ended an epoch."""
     data_rows: int | None = None
     """Length of this epoch's data set, or of its dataloader; None without a length."""
     loader_state: object = None
@@ -53,7 +54,7 @@ class Position(msgspec.Struct):
     began: float = 0.0
     """``time.monotonic`` at which this attempt started the epoch; valid in this process only."""
     batching: tuple[int, int] | None = None
-    """Rows of a micro-batch, and micro-batches of a step, in this epoch."""
+    """Rows of a micro-batch, and micro-batches of a step, at the start of this epoch."""
     generators_at_iter: list[torch.Tensor] | None = None
     """States of the dataloader's generators (`generators_of` in `trainer.data.loaders`) before its iteration, or after
     the end of its data."""
@@ -75,8 +76,6 @@ class Position(msgspec.Struct):
 
 SAVED_FIELDS = tuple(name for name in Position.__struct_fields__ if name not in ("began", "rng_at_validation"))
 """The fields that a checkpoint holds."""
-
-_Count = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
 
 
 class SavedCallback(msgspec.Struct):

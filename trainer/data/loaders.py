@@ -207,14 +207,12 @@ _DATA_FOLDER = os.path.dirname(torch.utils.data.__file__)
 # ------------------------------------------------------------------------------------------------- loaders
 
 
-def own_batches(
-    loader: Iterable[object], micro_batch: int, sampler_cls: type[Sampler[int]]
-) -> Callable[[int], int] | None:
+def own_batches(loader: Iterable[object], sampler_cls: type[Sampler[int]]) -> Callable[[int], int] | None:
     """Compute the number of indices in each batch of a loader, if it is certain.
 
     Returns:
         A function from a batch's index to its number of indices (0 beyond the last one); None if the loader is not
-        torch's, uses another sampler than ``sampler_cls``, or does not batch by ``micro_batch`` rows.
+        torch's, uses another sampler than ``sampler_cls``, or batches in a way of its own.
     """
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, sampler_cls):
         return None
@@ -224,9 +222,9 @@ def own_batches(
     # Not a subclass, which may batch in another way.
     if type(batches) is not BatchSampler or batches.sampler is not loader.sampler:
         return None
-    if batches.batch_size != micro_batch or not isinstance(loader.sampler, Sized):
+    if not isinstance(loader.sampler, Sized):
         return None
-    total = len(loader.sampler)
+    total, micro_batch = len(loader.sampler), batches.batch_size
     full, rest = divmod(total, micro_batch)
     count = full + (1 if rest and not batches.drop_last else 0)
 
@@ -234,6 +232,12 @@ def own_batches(
         return micro_batch if index < full else rest if index < count else 0
 
     return indices
+
+
+def batch_rows(loader: object, given: int) -> int:
+    """Rows of a dataloader's whole batches; ``given``, which the module was asked for, if it is not torch's."""
+    own = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return own if isinstance(own, int) and own > 0 else given
 
 
 def loader_length(loader: Iterable[object]) -> int | None:
@@ -279,18 +283,18 @@ def as_val_loaders(value: object, what: str = "get_val_dataloaders") -> dict[str
     return loaders
 
 
-def skip_batches(loader: Any, batches: int, micro_batch: int) -> bool:
+def skip_batches(loader: Any, batches: int) -> bool:
     """Start a dataloader after its first batches without reading them.
 
     Returns:
         False if impossible: the loader is not torch's, or uses another sampler than the trainer's; it is unchanged.
     """
-    if own_batches(loader, micro_batch, ShuffledSampler) is None:
+    if own_batches(loader, ShuffledSampler) is None:
         return False
     sampler_cls = type(loader.sampler)
     if sampler_cls.instances != 1:
         return False  # other loaders share the class, and would skip, too
-    sampler_cls.skip = batches * micro_batch
+    sampler_cls.skip = batches * loader.batch_sampler.batch_size
     return True
 
 

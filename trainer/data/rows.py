@@ -35,7 +35,7 @@ def row_counter(
         notice: Called with a warning about a count that may be wrong. None: the count is not used.
         where: The method that returned the loader, for the warning.
     """
-    indices = own_batches(loader, batch_size, sampler_cls)
+    indices = own_batches(loader, sampler_cls)
     if indices is not None and _keeps_rows(loader):
         known = indices
         return lambda batch, index: known(index) or None

@@ -13,6 +13,7 @@ from trainer.checkpoint.position import Position
 from trainer.data.loaders import (
     ShuffledSampler,
     as_val_loaders,
+    batch_rows,
     data_rows,
     end_iteration,
     generators_of,
@@ -31,6 +32,7 @@ from trainer.data.rng import capture_rng, restore_rng
 from trainer.data.rows import row_counter, weight_of
 from trainer.errors import DataLoaderError, EmptyDataLoader
 from trainer.loop.boundary import Boundary
+from trainer.loop.step_plan import StepPlan
 from trainer.loop.workers import Batches
 
 END = object()
@@ -61,7 +63,7 @@ class Feed:
         self._boundary = boundary
         self._attempt = boundary.attempt
         self._position: Position = boundary.checkpoints.position
-        self._accumulation = self._attempt.arguments.accumulation_steps
+        self._accumulation = 0  # micro-batches of a step; 0: computed for each
         self._weigh = weight_of(self._attempt.module)
         self._rows_of: Callable[[Any, int], int | None] = lambda batch, number: None
         self._order: type[ShuffledSampler] | None = None  # base of all samplers of the run, with the epoch
@@ -78,6 +80,11 @@ class Feed:
     def weighs(self) -> bool:
         """Whether the module has a ``batch_weight``."""
         return self._weigh is not None
+
+    @property
+    def plan(self) -> StepPlan:
+        """The steps of the run's epochs."""
+        return StepPlan(self._attempt.arguments)
 
     # ------------------------------------------------------------------------------------- dataloaders
 
@@ -106,15 +113,6 @@ class Feed:
         loader, self._first_loader = self._first_loader, None
         return loader if loader is not None else self._loader_of(epoch)
 
-    def steps_of(self, loader: Iterable[Any]) -> int | None:
-        """Optimizer steps that an epoch with this dataloader takes; None if that cannot be known."""
-        arguments = self._attempt.arguments
-        limit, batches = arguments.max_train_steps_per_epoch, loader_length(loader)
-        if batches is None:
-            return limit
-        steps = -(-batches // arguments.accumulation_steps)  # the smaller last group is used, too
-        return steps if limit is None else min(steps, limit)
-
     def close(self) -> None:
         """Close open iterators, and release the data: an exception may keep this object."""
         self.end()
@@ -136,7 +134,8 @@ class Feed:
             self._order.epoch = epoch
             # A class of its own each time: it counts the samplers that are made of it, and skips for one of them.
             sampler = make_train_sampler(seed, None, self._order)
-            loader: Any = attempt.module.get_train_dataloader(sampler, attempt.arguments.micro_batch_size)
+            attempt.module.current_epoch = epoch
+            loader: Any = attempt.module.get_train_dataloader(sampler, attempt.arguments.micro_batch_of(epoch))
             self._warn_of_early_order(loader, sampler)
             loaders = as_val_loaders(loader if loader is not None else {}, "get_train_dataloader")
             if list(loaders) != ["default"]:
@@ -164,7 +163,7 @@ class Feed:
         if self._boundary.checkpoints.enabled:
             position.rng_at_iter = capture_rng(attempt.device)
             self.note_generators()
-            position.batching = attempt.arguments.micro_batch_size, attempt.arguments.accumulation_steps
+            position.batching = self._batching(loader)
         position.keeps_workers = has_live_workers(loader) or (loader is recalled and keeps_workers(loader))
         position.phase = "train"
         with attempt.ledger.within("data"):
@@ -195,11 +194,14 @@ class Feed:
     def read(self) -> list[MicroBatch] | None:
         """Read the micro-batches of the next step; None if the data of the epoch has ended."""
         attempt, weigh = self._attempt, self._weigh
+        count = self._accumulation or attempt.arguments.accumulation_of(
+            attempt.origin.epoch, attempt.origin.global_step
+        )
         attempt.phase = "the training dataloader"
         attempt.ledger.enter("data")
         group: list[MicroBatch] = []
         batches = self._batches
-        while len(group) < self._accumulation:
+        while len(group) < count:
             if batches is not None:
                 batches.is_ahead = self._counts_itself and bool(group)
             batch = END if batches is None else next(batches, END)  # WAIT: data
@@ -235,7 +237,8 @@ class Feed:
         self.taken = position.batches
         self._counts_itself = has_state(loader)
         notice = attempt.notice if self._weigh is None else None  # only `rows` in events depends on the count
-        micro_batch = attempt.arguments.micro_batch_size
+        micro_batch = attempt.arguments.micro_batch_of(attempt.origin.epoch)
+        self._accumulation = attempt.arguments.accumulation_in(attempt.origin.epoch) or 0
         self._rows_of = row_counter(loader, micro_batch, ShuffledSampler, notice, "get_train_dataloader")
         # Also for a dataloader that the module keeps: persistent workers need that.
         assert self._order is not None
@@ -253,6 +256,12 @@ class Feed:
             )
         return recalled
 
+    def _batching(self, loader: Any) -> tuple[int, int]:
+        """Rows of the dataloader's batches, and micro-batches of the epoch's first step."""
+        arguments, epoch = self._attempt.arguments, self._attempt.origin.epoch
+        rows = batch_rows(loader, arguments.micro_batch_of(epoch))
+        return rows, arguments.accumulation_of(epoch, self._position.first_step)
+
     def _iterate(self, loader: Any, seed: int | None) -> Batches:
         self._batches = batches = Batches(self._boundary, lambda: iterate(loader, seed))
         self._iteration = batches.source, loader  # from here on, every way out ends it
@@ -261,7 +270,7 @@ class Feed:
     def _find_place(self, loader: Any) -> None:
         position, arguments = self._position, self._attempt.arguments
         seed = position.seed_of_workers(self._attempt.origin.epoch)
-        now = arguments.micro_batch_size, arguments.accumulation_steps
+        now = self._batching(loader)
         if position.batching not in (None, now) and position.batches:
             raise CheckpointMismatch(
                 f"the checkpoint was taken within an epoch in which a step had {position.batching[1]} micro-batches of"
@@ -277,7 +286,7 @@ class Feed:
             self._iterate(loader, seed)
             return
         skips = arguments.resume_data == "skip"
-        if skips and skip_batches(loader, position.batches, arguments.micro_batch_size):
+        if skips and skip_batches(loader, position.batches):
             length = loader_length(loader)  # of other loaders it may be a guess: of an IterableDataset with workers
             if length is not None and length < position.batches:
                 raise _too_short(length, position)
@@ -286,7 +295,7 @@ class Feed:
         if skips and position.batches:
             logger.warning(
                 f"get_train_dataloader() returned data that cannot be skipped: {position.batches} batches are read and"
-                f" discarded (skipping needs a torch DataLoader with the given sampler and batch size; a loader with"
+                f" discarded (skipping needs a torch DataLoader with the given sampler and a batch size; a loader with"
                 f" state_dict and load_state_dict is asked for its own place)"
             )
         batches = self._iterate(loader, seed)

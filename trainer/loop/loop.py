@@ -28,6 +28,7 @@ from trainer.loop.evaluation import Evaluation
 from trainer.loop.feed import Feed
 from trainer.loop.optimization import Optimization
 from trainer.loop.step import Step, StepOutcome
+from trainer.loop.step_plan import EpochSize
 from trainer.loop.validation import Validation
 
 
@@ -111,8 +112,9 @@ class TrainingLoop:
         feed, step, validation, position = self._feed, self._step, self._validation, self._position
         origin, ledger, control = attempt.origin, attempt.ledger, attempt.control
         began = position.began = time.monotonic()
-        steps = feed.steps_of(loader)
-        outputs = self._begin_epoch(loader, steps)
+        size = feed.plan.size_of(loader, epoch)
+        steps = feed.plan.steps(size, epoch, position.first_step if position.phase != "begin" else origin.global_step)
+        outputs = self._begin_epoch(loader, steps, feed.plan.run(size, epoch, origin.global_step)[0])
         validation.begin_epoch(steps)
         follows_loss = validation.follows_epoch_loss
         interrupted: RngState | None = None
@@ -160,7 +162,7 @@ class TrainingLoop:
             raise self._no_batch(epoch, loader)
         self._end_epoch(epoch, outputs, began, interrupted)
 
-    def _begin_epoch(self, loader: Iterable[Any], steps: int | None) -> EpochOutputs | None:
+    def _begin_epoch(self, loader: Iterable[Any], steps: int | None, total: int | None) -> EpochOutputs | None:
         attempt, position = self._attempt, self._position
         attempt.origin.stage = "train"
         limit_bytes = attempt.arguments.epoch_outputs_limit_bytes
@@ -170,10 +172,34 @@ class TrainingLoop:
             position.first_step, position.batches, position.elapsed_s = attempt.origin.global_step, 0, 0.0
             position.used_up = position.judges_epoch = False
             attempt.recorder.begin_epoch()
-            self._boundary.publish(TrainEpochStarted(*attempt.origin.header(), steps=steps))
+            self._boundary.publish(TrainEpochStarted(*attempt.origin.header(), steps=steps, total_steps=total))
+            self._warn_of_other_steps(steps, total)
             self._optimization.find_strays()  # the hooks may have added parameters
         attempt.phase = "the training dataloader"
         return outputs
+
+    def _warn_of_other_steps(self, steps: int | None, total: int | None) -> None:
+        """Warn if schedulers were told another number of steps than the dataloader of this epoch gives."""
+        told, epoch, planned = self._attempt.module.total_steps, self._attempt.origin.epoch, self._planned_steps
+        if (
+            None in (steps, told)
+            or planned in (None, steps)
+            or total == told
+            or not self._optimization.schedules.per_step
+        ):
+            return
+        self._attempt.notice(
+            f"the length of the run has changed: epoch {epoch} has {steps} steps instead of {planned}, and schedulers"
+            f" were told {told} steps in all, not {total}; change batch sizes with batch_size_schedule, or set"
+            f" max_steps, if a schedule is to end with the run"
+        )
+
+    @property
+    def _planned_steps(self) -> int | None:
+        """Steps of this epoch by the plan of which schedulers were told."""
+        position = self._position
+        size = None if position.epoch_size is None else EpochSize(*position.epoch_size)
+        return self._feed.plan.steps(size, self._attempt.origin.epoch, position.planned_steps)
 
     def _resume_epoch(self, loader: Any, resumed: Loaded, outputs: EpochOutputs | None) -> RngState | None:
         """Continue an epoch where a checkpoint was taken.
@@ -215,7 +241,7 @@ class TrainingLoop:
         self._optimization.schedules.after_epoch()
         attempt.recorder.end_epoch()
         self._validation.judge_epoch()
-        planned = position.planned_steps + (position.steps_per_epoch or taken)
+        planned = position.planned_steps + (self._planned_steps or taken)
         position.planned_steps = origin.global_step if attempt.is_at_max_steps else planned
         self._feed.note_generators()  # hooks may have drawn from them
         position.phase = "begin"
@@ -236,7 +262,7 @@ class TrainingLoop:
             "an iterator or generator is used up after one epoch: return a new one, or a DataLoader, each time"
             if epoch and iter(loader) is loader
             else f"the data set is empty, or drop_last left out its only batch (of fewer than"
-            f" {self._attempt.arguments.micro_batch_size} rows)"
+            f" {self._attempt.arguments.micro_batch_of(epoch)} rows)"
         )
         return EmptyDataLoader(f"get_train_dataloader() gave no batch in epoch {epoch}: {cause}")
 

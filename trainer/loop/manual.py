@@ -37,11 +37,11 @@ class ManualSteps:
     ) -> None:
         self._attempt = boundary.attempt
         arguments = self._attempt.arguments
-        if arguments.accumulation_steps > 1:
+        if arguments.accumulates:
+            by = "gpu_batch_size_limit" if arguments.gpu_batch_size_limit is not None else "batch_size_schedule"
             raise ArgumentsError(
-                f"gpu_batch_size_limit={arguments.gpu_batch_size_limit} splits a step into"
-                f" {arguments.accumulation_steps} micro-batches, but with manual_optimization each train_step is a"
-                f" step; remove it, and accumulate in train_step"
+                f"{by}={getattr(arguments, by)} splits a step into several micro-batches, but with manual_optimization"
+                f" each train_step is a step; remove it, and accumulate in train_step"
             )
         self._position = boundary.checkpoints.position
         self._optimization = optimization

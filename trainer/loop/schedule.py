@@ -74,7 +74,11 @@ def _needs_metric(scheduler: Any) -> bool:
 
 
 class Schedules:
-    """The schedulers of a run. Used on the loop's thread."""
+    """The schedulers of a run. Used on the loop's thread.
+
+    Attributes:
+        per_step: Those that step after each optimizer step.
+    """
 
     def __init__(self, schedules: Iterable[Schedule], attempt: Attempt) -> None:
         schedules = list(schedules)
@@ -86,7 +90,7 @@ class Schedules:
         for one in schedules:
             if not one.follows_metric:
                 timed[one.interval or arguments.scheduler_interval].append(one.scheduler)
-        self._per_step, self._per_epoch = timed["step"], timed["epoch"]
+        self.per_step, self._per_epoch = timed["step"], timed["epoch"]
 
     @property
     def follows_epoch_loss(self) -> bool:
@@ -95,7 +99,7 @@ class Schedules:
 
     def after_step(self) -> None:
         """The optimizers have stepped: schedulers of steps do."""
-        for scheduler in self._per_step:
+        for scheduler in self.per_step:
             scheduler.step()
 
     def after_epoch(self) -> None:

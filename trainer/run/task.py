@@ -26,6 +26,7 @@ from trainer.loop.feed import Feed
 from trainer.loop.loop import TrainingLoop
 from trainer.loop.optimization import Optimization
 from trainer.loop.saved_state import checked_scaler
+from trainer.loop.step_plan import EpochSize, StepPlan
 from trainer.module_interface import Stage
 from trainer.run.versions import versions
 
@@ -82,7 +83,7 @@ class Task:
         """Ask the module for all that it trains with, and restore the checkpoint into it."""
         attempt, origin, position = self._attempt, self._attempt.origin, self._checkpoints.position
         rng = self._open_data(feed, position, loaded)
-        optimization = self._make_optimization(position)
+        optimization = self._make_optimization(feed.plan, position)
         if loaded is not None:
             self._restore(loaded, optimization)
             restore_rng(rng, attempt.device)
@@ -115,16 +116,18 @@ class Task:
         rng = capture_rng(attempt.device)
         if loaded is not None and position.phase != "begin":
             self._restore_again(loaded)
-        steps = feed.steps_of(loader)
-        limits = arguments.micro_batch_size, arguments.accumulation_steps, arguments.max_train_steps_per_epoch
-        if loaded is None or arguments.reset_optimizers_schedulers or position.limits != limits:
-            position.steps_per_epoch, position.limits = steps or 0, limits
-        if arguments.total_steps(steps) is None:
+        plan, done = feed.plan, origin.global_step if position.phase == "begin" else position.first_step
+        size = plan.size_of(loader, origin.epoch)
+        if loaded is None or arguments.reset_optimizers_schedulers or position.limits != plan.key:
+            position.limits = plan.key
+            position.epoch_size = size and (size.batches, size.micro_batch, size.rows, size.drop_last)
+        total, _ = plan.run(size, origin.epoch, done)
+        if total is None:
             logger.warning(
                 "get_train_dataloader() returned data without a length, so get_optimizers_schedulers() gets 0 steps per"
                 " epoch; set max_steps or max_train_steps_per_epoch if a scheduler needs the number"
             )
-        self.publish_started(steps)
+        self.publish_started(plan.steps(size, origin.epoch, done), total)
         if loaded is not None and isinstance(loader, Iterator) and not has_state(loader) and origin.epoch > 0:
             logger.warning(
                 "get_train_dataloader() returned an iterator, which starts from its beginning in each process, so the"
@@ -132,15 +135,14 @@ class Task:
             )
         return rng
 
-    def _make_optimization(self, position: Position) -> Optimization:
-        attempt, arguments, origin = self._attempt, self._attempt.arguments, self._attempt.origin
+    def _make_optimization(self, plan: StepPlan, position: Position) -> Optimization:
+        attempt, origin = self._attempt, self._attempt.origin
         attempt.phase = "get_optimizers_schedulers"
-        steps_per_epoch = position.steps_per_epoch or None
-        total = arguments.total_steps(steps_per_epoch, (origin.epoch, position.planned_steps))
-        object.__setattr__(attempt.module, "_total_steps", total)
-        if total is not None and arguments.reset_optimizers_schedulers:
-            total = max(1, total - origin.global_step)  # new schedulers begin here
-        numbers = arguments.steps_and_epochs(steps_per_epoch, total)
+        size = None if position.epoch_size is None else EpochSize(*position.epoch_size)
+        place = size, origin.epoch, position.planned_steps
+        object.__setattr__(attempt.module, "_total_steps", plan.run(*place)[0])
+        begins_here = attempt.arguments.reset_optimizers_schedulers
+        numbers = plan.numbers(*place, trained=origin.global_step if begins_here else None)
         made = Optimization(attempt.module.get_optimizers_schedulers(*numbers), attempt)
         trained = {
             id(one) for optimizer in made.optimizers for group in optimizer.param_groups for one in group["params"]
@@ -219,6 +221,7 @@ class Task:
             loaded.forget()
         elif not plan.load_weights(module) and plan.resumes:
             logger.warning(f"there is no checkpoint to resume from: the module is {what} as it is")
+        module.current_epoch = attempt.origin.epoch
         self.publish_started(None)
 
     def _evaluated(self, method: str, get: Callable[..., Any], task: str) -> dict[str, Any]:
@@ -236,11 +239,12 @@ class Task:
         attempt.ledger.start()
         return loaders
 
-    def publish_started(self, steps: int | None) -> None:
+    def publish_started(self, steps: int | None, total: int | None = None) -> None:
         """Publish `RunStarted`.
 
         Args:
             steps: Of an epoch; None if that is unknown.
+            total: Of the run.
         """
         origin, arguments = self._attempt.origin, self._attempt.arguments
         self.started = True
@@ -251,6 +255,7 @@ class Task:
             epochs=arguments.epoch_limit,
             steps_per_epoch=steps,
             max_steps=arguments.max_steps,
+            total_steps=total,
             arguments=arguments.to_dict(),
             device=str(self._attempt.device),
             versions=versions(),

@@ -273,7 +273,8 @@ export class RunStore {
 
   /** Total steps of the run; null if unknown. */
   totalSteps() {
-    const { epochs, steps_per_epoch: steps, max_steps: most } = this.run;
+    const { epochs, steps_per_epoch: steps, max_steps: most, total_steps: total } = this.run;
+    if (total) return total;
     const planned = epochs && steps ? epochs * steps : null;
     if (most && planned) return Math.min(most, planned);
     return most ?? planned;
@@ -299,6 +300,7 @@ const FIELDS = new Set([
   "epochs",
   "steps_per_epoch",
   "max_steps",
+  "total_steps",
   "paused",
   "commands",
   "latest",
