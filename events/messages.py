@@ -76,13 +76,21 @@ class RunStarted(Event, frozen=True, gc=False, tag=True):
     host: str = ""
     pid: Int64 = 0
     config: dict[str, Any] = {}
-    """The user's own hyperparameters (`Trainer(config=...)`) as plain values."""
+    """The user's own hyperparameters as plain values: ``Trainer(config=...)``, and the arguments that `trainer.launch`
+    or ``stagecast train`` passed to a factory. Secrets are masked."""
     best: str | None = None
     """The metric by which the best checkpoints are kept (`Checkpoints.best`); None without one."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value of ``best`` is the best."""
     total_steps: Int64 | None = None
     """Estimated optimizer steps of the whole run, by every limit; None when unknown."""
+    command_line: str | None = None
+    """The command line of the process, or of the one that launched it, quoted for a shell. Secrets are masked."""
+    git_commit: str | None = None
+    """The commit that was checked out where the module's class is defined, or else in the working directory. None:
+    unknown."""
+    git_dirty: bool | None = None
+    """Whether tracked files differed from the commit; None: unknown."""
 
 
 class RunResumed(Event, frozen=True, gc=False, tag=True):

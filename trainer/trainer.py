@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from pathlib import Path
@@ -40,11 +40,11 @@ from trainer.run.checks import (
     check_named,
     check_upload,
     members,
-    plain_config,
 )
 from trainer.run.context import RunContext
 from trainer.run.observers import Callback, SinkLike, split
 from trainer.run.place import RunPlace
+from trainer.run.record import RunRecord, factory_config, plain_config
 from trainer.run.session import Session, console, new_run_id
 
 _ALIASES = trainer_aliases("set {} in TrainerArguments")
@@ -84,7 +84,9 @@ class Trainer:
             this and ``resume="auto"``.
         config: Your own hyperparameters: a mapping, dataclass, Struct or namespace, nested as you like. They are
             recorded in the run's folder (``config.json``) and in `RunStarted`, and every logger shows them as it shows
-            hyperparameters. What JSON cannot hold becomes text. Passwords and tokens of URLs are masked.
+            hyperparameters. What JSON cannot hold becomes text. Secrets are masked: passwords and tokens of URLs, and
+            texts with names such as ``api_key``. The arguments that `launch` or ``stagecast train`` passes to a factory
+            are recorded in the same way; where both have a name, this value is recorded.
 
     Raises:
         ArgumentsError: An argument is wrong.
@@ -140,6 +142,7 @@ class Trainer:
         self._resume = resume
         self._init_from = init_from
         self._config = plain_config(config, problems)
+        self._command_line: str | None = None
         check_checkpoints(checkpoints, resume, init_from, problems)
         check_members(self.module, self.arguments, self._callbacks, self._sinks, problems)
         check_deliveries(self._sinks, sinks_in, self._journal, problems)
@@ -311,7 +314,7 @@ class Trainer:
                 interactive=interactive,
                 on_stderr=on_stderr,
                 sinks_in=self._sinks_in,
-                config=self._config,
+                record=RunRecord(type(self.module), self._config, self._command_line),
             )
 
 
@@ -349,6 +352,12 @@ def relocate(trainer: Trainer, run_id: str | None, run_dir: str | None, resume: 
     trainer._run_id = run_id or trainer._run_id
     trainer._run_dir = run_dir or trainer._run_dir
     trainer._resume = resume or trainer._resume
+
+
+def record_launch(trainer: Trainer, arguments: Mapping[str, Any], command_line: str) -> None:
+    """Record the arguments of the factory that has built the trainer, and the command line of the launching process."""
+    trainer._config = factory_config(arguments) | trainer._config
+    trainer._command_line = command_line
 
 
 def check_resume(trainer: Trainer) -> None:

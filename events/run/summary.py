@@ -19,6 +19,10 @@ class Summary(msgspec.Struct, omit_defaults=False):
     module: BoundName = ""
     device: BoundName = ""
     host: BoundName = ""
+    command_line: BoundText | None = None
+    git_commit: BoundName | None = None
+    git_dirty: bool | None = None
+    """As in `events.messages.RunStarted`."""
     started: UnixTime = 0.0
     updated: UnixTime = 0.0
     """Unix seconds of the newest event: of a run that died, its last sign of life."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -136,10 +137,16 @@ class Chronicle:
         parts = [f"run {plain_text(e.run_id, 80)}", f"{module} on {plain_text(e.device, 40)}", size]
         if e.attempt > 1:
             parts.append(f"attempt {e.attempt}")
+        if e.git_commit:
+            parts.append(f"commit {plain_text(e.git_commit[:9])}{' with changes' if e.git_dirty else ''}")
         fields: list[Field] = [(Span(part, "" if i else "head"),) for i, part in enumerate(parts)]
         if self._run_dir is not None:
             fields.append((Span(f"in {plain_text(self._run_dir)}", "dim"),))
-        return [Line(e.time, "note", fields)]
+        lines = [Line(e.time, "note", fields)]
+        if e.config:
+            shown = ", ".join(f"{name}={value}" for name, value in itertools.islice(e.config.items(), 50))
+            lines.append(_line(e, "note", f"config {plain_text(shown, 200)}"))
+        return lines
 
     def _run_resumed(self, e: RunResumed) -> list[Line]:
         if e.checkpoint is None and not e.global_step:

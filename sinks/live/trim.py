@@ -17,7 +17,8 @@ _MAX_SETTINGS_MEMORY = 4 * 2**20
 """Maximum bytes of memory, estimated, of each of these."""
 _SETTINGS = frozenset({"arguments", "config", "versions"})
 _NAMES = frozenset({
-    "run_id", "module", "device", "host", "checkpoint", "observer", "name", "key", "path", "best", "monitor", "command",
+    "run_id", "module", "device", "host", "git_commit", "checkpoint", "observer", "name", "key", "path", "best",
+    "monitor", "command",
 })  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import posixpath
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
@@ -33,6 +33,8 @@ RUN_ID_TAG = "stagecast.run_id"
 STATUS_TAG = "stagecast.status"
 """The tag with `RunEnded.status`, which has more values than MLflow's."""
 REASON_TAG = "stagecast.reason"
+COMMIT_TAG = "mlflow.source.git.commit"
+"""The tag by which MLflow shows the version of a run's source."""
 
 _METRICS = 1_000
 """Maximum metrics per request of a server."""
@@ -54,7 +56,9 @@ class MLflow(Strict, frozen=True):
     Numbers have their names in `events.metrics.metrics_of`, their ``global_step`` and the time of their event.
     Arguments are parameters, nested ones as ``outer/inner``, and complete in ``arguments.json``. Images are in
     ``images/NAME/STEP.png``, texts in ``texts/NAME/STEP.txt``. A stopped run is ``FINISHED``, a cancelled one
-    ``KILLED``; the tag ``stagecast.status`` has the exact status. Histograms are skipped, because MLflow has none.
+    ``KILLED``; the tag ``stagecast.status`` has the exact status. The tags ``mlflow.source.git.commit``,
+    ``stagecast.git_dirty`` and ``stagecast.command_line`` have the run's origin. Histograms are skipped, because MLflow
+    has none.
 
     All attempts at a run are one MLflow run, found by the tag ``stagecast.run_id``; it also contains superseded steps.
     MLflow never changes a parameter: an argument that a later attempt changes keeps its first value there, and has the
@@ -134,7 +138,7 @@ class MLflow(Strict, frozen=True):
         if joined := self.mlflow_run_id or os.environ.get("MLFLOW_RUN_ID"):
             run_of_caller = _joined_run(client, joined)
             client.set_tag(joined, RUN_ID_TAG, run.run_id)
-            return MLflowWriter(client, run_of_caller, run.run_dir, owned=False)
+            return MLflowWriter(client, run_of_caller, run.run_dir, run_of_caller.data.tags, owned=False)
         experiment = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
         experiment_id = _experiment_id(client, experiment)
         found = _find_run(client, experiment_id, run.run_id)
@@ -143,7 +147,7 @@ class MLflow(Strict, frozen=True):
             found = client.create_run(experiment_id, tags=tags, run_name=self.run_name or run.run_id)
         elif found.info.status != "RUNNING":
             client.update_run(found.info.run_id, status="RUNNING")
-        return MLflowWriter(client, found, run.run_dir, owned=True)
+        return MLflowWriter(client, found, run.run_dir, self.tags, owned=True)
 
 
 class MLflowWriter:
@@ -152,11 +156,15 @@ class MLflowWriter:
     Args:
         run: The MLflow run, with its existing parameters.
         run_dir: The run folder, with the files of images and texts.
+        kept_tags: The names of tags that are not changed when a run starts.
         owned: Whether this sink ends the MLflow run.
     """
 
-    def __init__(self, client: MlflowClient, run: Run, run_dir: str | None, *, owned: bool) -> None:
+    def __init__(
+        self, client: MlflowClient, run: Run, run_dir: str | None, kept_tags: Iterable[str] = (), *, owned: bool
+    ) -> None:
         self._owned = owned
+        self._kept_tags = frozenset(kept_tags)
         self.mlflow_run_id: str = run.info.run_id
         self._client = client
         self._run_dir = run_dir
@@ -211,7 +219,7 @@ class MLflowWriter:
                 pass
 
     def _log_arguments(self, event: RunStarted) -> None:
-        from mlflow.entities import Param
+        from mlflow.entities import Param, RunTag
 
         described = {"module": event.module, "device": event.device} | hyperparameters(event)
         wanted = {mlflow_name(name): text[:_VALUE_CHARS] for name, text in _flat(described, "")}
@@ -220,6 +228,12 @@ class MLflowWriter:
             some = new[start : start + _PARAMETERS]
             self._client.log_batch(self.mlflow_run_id, params=[Param(*one) for one in some])
             self._parameters.update(some)
+        origin = {COMMIT_TAG: event.git_commit, "stagecast.command_line": event.command_line}
+        if event.git_dirty is not None:
+            origin["stagecast.git_dirty"] = str(event.git_dirty).lower()
+        tags = [RunTag(name, text) for name, text in origin.items() if text and name not in self._kept_tags]
+        if tags:
+            self._client.log_batch(self.mlflow_run_id, tags=tags)
         self._upload("", "arguments.json", msgspec.json.format(msgspec.json.encode(event.arguments), indent=2))
         if event.config:
             self._upload("", "config.json", msgspec.json.format(msgspec.json.encode(event.config), indent=2))

@@ -210,7 +210,10 @@ class Spans:
         span.notes.append(Note(type(event).__name__, event.time, attributes))
 
 
-_PLAN = ("module", "epochs", "steps_per_epoch", "max_steps", "device", "host", "pid")
+_PLAN = (
+    "module", "epochs", "steps_per_epoch", "max_steps", "device", "host", "pid", "git_commit", "git_dirty",
+    "command_line",
+)  # fmt: skip
 
 
 def _ended(span: TraceSpan, event: Event, status: Status, message: str = "") -> TraceSpan:

@@ -244,7 +244,14 @@ class WandBWriter:
             case TextLogged():
                 value = self._text(event)
             case RunStarted():
-                described = {"module": event.module, "device": event.device, "versions": event.versions}
+                described: dict[str, object] = {
+                    "module": event.module,
+                    "device": event.device,
+                    "versions": event.versions,
+                }
+                if self._owned:  # W&B records the caller's command and commit itself
+                    described |= {"command_line": event.command_line, "host": event.host}
+                    described |= {"git_commit": event.git_commit, "git_dirty": event.git_dirty}
                 described |= hyperparameters(event)
                 self.wandb_run.config.update(described, allow_val_change=True)  # type: ignore[no-untyped-call]
                 return {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shlex
 
 import pytest
 
 from events.checkpoint.settings import Checkpoints
 from events.log import logger
-from events.masking import masked, masked_url
+from events.masking import masked, masked_command, masked_url, masked_values
 from events.tracebacks import describe, format_traceback
 
 LEAKING = [
@@ -93,3 +94,71 @@ def test_masking_takes_linear_time() -> None:
         "ab:/\n" * 10**5,
     ):
         masked(text)
+
+
+SECRET_OPTIONS = [
+    ["--token=hidden"],
+    ["--token", "hidden"],
+    ["--hf-token", "-hidden"],
+    ["--apiKey=hidden"],
+    ["--wandb_api_key", "hidden"],
+    ["tracker.api_key=hidden"],
+    ["++tracker.password=hid=den"],
+    ["HF_TOKEN=hidden"],
+    ["--key=hidden"],
+    ["--password=123456"],
+    ['--sink={"secret": "hidden there", "lr": 1}'],
+    ["Authorization: Bearer hidden"],
+    ["X-Api-Key:hidden"],
+    ["--set", "lr=1,db.password=hidden,x=2"],
+    ["-c", "import job; token = 'hidden'"],
+    ["--db", "pg://me:hidden@there/x"],
+    ["hf_hiddenhiddenhiddenhidden"],
+    ["--note=use sk-hiddenhiddenhiddenhidden"],
+]
+
+
+@pytest.mark.parametrize("arguments", SECRET_OPTIONS, ids=" ".join)
+def test_a_command_line_shows_no_secret(arguments: list[str]) -> None:
+    shown = masked_command(["train.py", *arguments, "--lr=0.1"])
+    assert not [part for part in ("hidden", "hid=", "123456") if part in shown], shown
+    assert "..." in shown
+    assert shown.startswith("train.py ")
+    assert shown.endswith(" --lr=0.1")
+
+
+def test_the_rest_of_a_command_line_stays() -> None:
+    plain = ["--encoder=resnet", "--tokenizer", "gpt2", "--author=me", "--max_token=512", "--sort_key=lr", "--sigma=1"]
+    plain += ["--no-auth", "--lr=1", "--pad_token=<pad>", "--design", "x", "C:\\a", "a b", "--eos-token", "</s>"]
+    assert masked_command(plain) == shlex.join(plain)
+
+
+def test_hyperparameters_show_no_secret() -> None:
+    """Wherever they are nested; a name that only resembles a secret's keeps its value, and so do most numbers."""
+    secrets = {
+        "api_key": "hidden",
+        "credentials": {"user": "hidden", "n": 3},
+        "token": ["hidden"],
+        "deep": [{"accessToken": "hidden"}],
+        "url": "s3://key:hidden@bucket/x",
+    }
+    assert "hidden" not in repr(masked_values(secrets))
+    assert masked_values({"password": 123456}) == {"password": "..."}
+    plain = {
+        "encoder": "resnet",
+        "key": {"init": "xavier"},
+        "key_dim": 5,
+        "max_token": 512,
+        "eos_token": "</s>",
+        "password_length": 8,
+        "secret": None,
+        "use_auth": True,
+        "tokens": ["a"],
+        "token": "",
+    }
+    assert masked_values(plain) == plain
+
+
+def test_masking_a_command_takes_linear_time() -> None:
+    for text in ("a", "a=", "token=", '"a":', "-", "a.b", " = "):
+        masked_command([text * 10**5])

@@ -135,7 +135,10 @@ def test_the_last_value_is_shown_however_many_were_merged(told: Told, visit: Any
     """In tiles, legends, tables and aloud, not the mean of the last point or a NaN beside it."""
     expect = pytest.importorskip("playwright.sync_api").expect
     tell = told.story
-    told.write(tell.started(), *(event for _ in range(4_998) for event in (tell.step(), tell.metrics(val_worst=1.0))))
+    origin = {"command_line": "python job.py", "git_commit": "0123456", "git_dirty": True, "config": {"width": 8}}
+    told.write(
+        tell.started(**origin), *(event for _ in range(4_998) for event in (tell.step(), tell.metrics(val_worst=1.0)))
+    )
     told.write(tell.step(), tell.metrics(val_worst=math.nan), tell.step(7.5), tell.metrics(val_worst=3.25))
     write_report([told.path], tmp_path / "out.html")
     page = visit((tmp_path / "out.html").as_uri())
@@ -146,6 +149,8 @@ def test_the_last_value_is_shown_however_many_were_merged(told: Told, visit: Any
         "aria-label", re.compile(r"last 7\.5 at step 5,000")
     )
     expect(page.locator("#validation-table td").nth(1)).to_have_text("3.25")
+    for text in ("python job.py", "0123456, with changes", "width8"):
+        expect(page.locator("#about")).to_contain_text(text)
 
 
 @pytest.mark.parametrize("status", ["finished", "failed", "lost", "running"])

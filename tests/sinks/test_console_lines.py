@@ -106,14 +106,16 @@ def test_without_a_capable_terminal_there_is_no_control_character(
     evil = "\x1b[31m\r\n\x07[bold]"
     told(
         Console(),
-        story.started(module=evil),
+        story.started(module=evil, config={evil: evil, "width": 8}, git_commit="0123456789abc", git_dirty=True),
         *story.steps(50),
         story(TrainEpochEnded, loss=1.0),
         story(RunEnded, status="failed", reason=evil),
     )
     text = output.getvalue()
     assert all(char.isprintable() or char == "\n" for char in text)
-    assert len(text.splitlines()) == 3 + (story.time - 1_700_000_000 >= 10)
+    assert len(text.splitlines()) == 4 + (story.time - 1_700_000_000 >= 10)
+    assert "commit 012345678 with changes" in text
+    assert ", width=8" in text
 
 
 @pytest.mark.parametrize(

@@ -329,8 +329,12 @@ def test_arguments_are_parameters_and_a_file(connect: Any, story: Any, look: Any
         "none": "",
     } | {f"many{i}": i for i in range(150)}
     own = {"lr": 3, "width": {"hidden": 8}}
-    connect().write([story.started(arguments=arguments, config=own)])
+    origin = {"command_line": "python job.py", "git_commit": "a" * 40, "git_dirty": False}
+    connect().write([story.started(arguments=arguments, config=own, **origin)])
     found = look()
+    tags = found.run.data.tags
+    assert tags["mlflow.source.git.commit"] == "a" * 40
+    assert (tags["stagecast.command_line"], tags["stagecast.git_dirty"]) == ("python job.py", "false")
     assert json.loads(found.read("config.json")) == own
     parameters = found.run.data.params
     assert (parameters["lr"], parameters["nested/a"], parameters["nested/b"]) == ("0.1", "None", '[1, "ü"]')
@@ -425,6 +429,7 @@ def test_a_run_of_the_caller_is_joined_and_not_ended(
     mlflow.set_experiment(name)
     with mlflow.start_run() as active:
         mlflow.log_param("theirs", 1)
+        mlflow.set_tag("mlflow.source.git.commit", "theirs")
         run_id = active.info.run_id
         sink = MLflow(server.url, experiment=name)
         if how == "environment":
@@ -436,13 +441,15 @@ def test_a_run_of_the_caller_is_joined_and_not_ended(
         opening = threading.Thread(target=lambda: writers.append(bound.open(RunInfo("demo"))))  # as a sink's thread
         opening.start()
         opening.join()
-        writers[0].write([story.started(arguments={"lr": 0.1}), *story.steps(2), story(RunEnded, status="failed")])
+        started = story.started(arguments={"lr": 0.1}, git_commit="ours", git_dirty=True)
+        writers[0].write([started, *story.steps(2), story(RunEnded, status="failed")])
         client = mlflow.MlflowClient(server.url)
         experiment = client.get_experiment_by_name(name)
         (found,) = client.search_runs([experiment.experiment_id])
         assert (found.info.run_id, found.info.status) == (run_id, "RUNNING")
         assert (found.data.params["theirs"], found.data.params["lr"]) == ("1", "0.1")
         assert found.data.tags["stagecast.status"] == "failed"
+        assert found.data.tags["mlflow.source.git.commit"] == "theirs"
         assert len(client.get_metric_history(run_id, "train_loss")) == 2
 
 

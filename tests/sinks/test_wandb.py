@@ -344,7 +344,8 @@ def test_the_exit_code_tells_how_the_run_ended(
 ) -> None:
     """W&B shows finished, killed or failed by it; the summary has our own word, and the reason."""
     writer = connect()
-    writer.write([story.started(arguments={"lr": 0.1, "nested": {"a": None}}, config={"width": 8}), *story.steps(1)])
+    arguments, origin = {"lr": 0.1, "nested": {"a": None}}, {"git_commit": "abc", "git_dirty": True}
+    writer.write([story.started(arguments=arguments, config={"width": 8}, **origin), *story.steps(1)])
     if status is not None:
         writer.write([story(RunEnded, status=status, reason="because")])
     writer.close()
@@ -354,6 +355,7 @@ def test_the_exit_code_tells_how_the_run_ended(
         assert (log.summary["stagecast/status"], log.summary["stagecast/reason"]) == (status, "because")
     assert (log.config["lr"], log.config["width"]) == (0.1, 8)
     assert log.config["module"] == "my_package.Net"
+    assert (log.config["git_commit"], log.config["git_dirty"]) == ("abc", True)
 
 
 def test_a_run_that_the_environment_names_is_joined(

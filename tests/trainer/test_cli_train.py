@@ -293,6 +293,7 @@ def test_a_file_trains_its_module_with_all_that_it_names(stagecast: Stagecast, f
         checkpoints: {every_epochs: 1}
         run_id: line
         resume: auto
+        config: {note: first}
     """
     code, out, err = stagecast("train", write(folder, text), "module.width=5")
     assert (code, err) == (0, "")
@@ -304,12 +305,13 @@ def test_a_file_trains_its_module_with_all_that_it_names(stagecast: Stagecast, f
     assert (folder / "sample.txt").read_text() == "Line 4\nLine 8\n"
     assert (folder / "other.txt").exists()
 
-    code, out, err = stagecast("train", "run.yaml", "module.width=5", "arguments.epochs=3")
+    code, out, err = stagecast("train", "run.yaml", "module.width=5", "arguments.epochs=3", "config.width=given")
     assert code == 0, err
     assert out.startswith("finished after 12 steps\n")
     started = [event for event in read_history(folder / "runs/line/journal") if isinstance(event, RunStarted)]
     assert [event.arguments["epochs"] for event in started] == [2, 3]
     assert started[0].module == "jobs.line.Line"
+    assert [event.config for event in started] == [{"width": 5, "note": "first"}, {"width": "given", "note": "first"}]
 
 
 def test_a_sink_that_missed_events_is_reported_at_the_end(folder: Path) -> None:

@@ -6,6 +6,7 @@ Each needs the start of a Python with torch, so one process serves many assertio
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import pickle
 import signal
@@ -25,6 +26,7 @@ from support.training import Boom, Net, read_journal
 
 from events.errors import CursorError, RunCancelled, UploadError
 from events.journal.segment import segment_name
+from events.masking import own_command_line
 from events.messages import (
     BackwardEnded,
     CommandTaken,
@@ -297,6 +299,12 @@ async def test_a_launched_run_has_the_events_and_commands_of_any_run(tmp_path: P
     assert seen == journal
     assert [event.seq for event in seen] == list(range(1, len(seen) + 1))
     assert [type(event) for event in late] == [RunStarted, RunEnded]
+    started = seen[0]
+    assert isinstance(started, RunStarted)
+    # Arguments of the factory, which gave its trainer other epochs.
+    assert math.isnan(started.config["nan"])
+    assert started.config | {"nan": 0} == {"epochs": "many", "data": "AP8=", "nested": values["nested"], "nan": 0}
+    assert started.command_line == own_command_line()
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.startswith("[stagecast] run a, attempt 1, process ")
     assert log.endswith("\nbuilt\n")

@@ -69,6 +69,9 @@ class RunConfig(Strict, frozen=True, kw_only=True):
     init_from: str | None = None
     """The source of a new run's weights: a checkpoint, a run folder, an address in a remote store, or a safetensors
     file."""
+    config: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Further hyperparameters to record, beside the options of the module, which are recorded in any case; where both
+    have a name, this value is recorded."""
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
@@ -138,6 +141,7 @@ def _build(config: RunConfig) -> Trainer:
     from trainer.data.rng import seed_everything
     from trainer.module_interface import CallbackInterface, ModuleInterface
     from trainer.run.device import resolve_device
+    from trainer.run.record import factory_config
     from trainer.trainer import Trainer
 
     resolve_device(config.arguments.device)  # before a factory that may take long
@@ -156,6 +160,7 @@ def _build(config: RunConfig) -> Trainer:
         checkpoints=config.checkpoints,
         resume=config.resume,
         init_from=config.init_from,
+        config=factory_config(factories[0].options) | config.config,
     )
 
 

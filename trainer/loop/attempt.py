@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -24,6 +24,9 @@ from trainer.loop.ledger import Ledger
 from trainer.loop.precision import Precision
 from trainer.module_interface import ModuleInterface
 
+if TYPE_CHECKING:
+    from trainer.run.record import RunRecord
+
 
 @dataclasses.dataclass(eq=False)
 class Attempt:
@@ -40,8 +43,7 @@ class Attempt:
     recorder: MetricRecorder
     readback: DeviceReadback
     plan: CheckpointPlan
-    config: dict[str, Any]
-    """The user's hyperparameters, for `RunStarted`."""
+    record: RunRecord
     phase: str = "setup"
     """What the loop is doing, for messages."""
 

@@ -64,6 +64,8 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     run_id: str | None = None
     run_dir: str | None = None
     resume: str | None = None
+    command_line: str = ""
+    """That of the launching process, for the record of the run."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="command"):
@@ -142,7 +144,7 @@ def build(config: LaunchConfig) -> Trainer:
         factory: Any = operator.attrgetter(name)(imported)
     except AttributeError as error:
         raise ArgumentsError(f"launch: {config.factory!r}: {error}; name a function of the module") from None
-    from trainer.trainer import Trainer, relocate, relocating
+    from trainer.trainer import Trainer, record_launch, relocate, relocating
 
     token = relocating.set(True)
     try:
@@ -154,6 +156,7 @@ def build(config: LaunchConfig) -> Trainer:
     if not isinstance(built, Trainer):
         raise ArgumentsError(f"launch: {config.factory!r} must return a Trainer, not {built!r:.80}")
     relocate(built, config.run_id, config.run_dir, config.resume)
+    record_launch(built, msgspec.msgpack.decode(config.arguments), config.command_line)  # as the factory got them
     return built
 
 

@@ -20,6 +20,7 @@ import msgspec
 from events.checkpoint.manifest import CheckpointName
 from events.errors import CursorError, RunCancelled
 from events.log import logger
+from events.masking import own_command_line
 from events.messages import Event
 from events.process import Child, Program
 from events.protocol import AnyCommand, EventStream, RunResult
@@ -93,7 +94,8 @@ def launch(
     interpreter = None if python is None else os.fspath(python)
     folder = None if cwd is None else os.fspath(cwd)
     program = Program.of_module("trainer.remote.child", interpreter, env or {}, folder)
-    return _LaunchContext(LaunchedRun(LaunchConfig(factory, encoded, run_id, run_dir, resume), program))
+    config = LaunchConfig(factory, encoded, run_id, run_dir, resume, own_command_line())
+    return _LaunchContext(LaunchedRun(config, program))
 
 
 class _LaunchContext(AbstractAsyncContextManager[Run]):

@@ -9,9 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from events.bounds import INT_MAX, INT_MIN, check_plain
 from events.checkpoint.objects import parse_url, run_url
 from events.checkpoint.settings import Checkpoints
 from events.errors import SinkMisconfigured, UploadError
@@ -19,7 +16,6 @@ from events.journal.writer import Journal
 from events.masking import masked
 from events.sink import Delivery, delivery_of, require
 from events.text import name_problem
-from events.wire import without_surrogates
 from trainer.arguments import TrainerArguments
 from trainer.callback_interface import CallbackInterface
 from trainer.checkpoint.fetch import KEYWORDS
@@ -177,56 +173,6 @@ def check_folder(journal: Any, run_id: Any, run_dir: Any, problems: list[str]) -
         problems.append(f"run_id={run_id!r:.80} {problem}; give a short, printable name")
     if run_dir is not None and not (isinstance(run_dir, str | os.PathLike) and os.fspath(run_dir)):
         problems.append(f"run_dir must be the path of a folder, not {shown(run_dir)}")
-
-
-def plain_config(config: Any, problems: list[str]) -> dict[str, Any]:
-    """Return the user's hyperparameters as JSON values; all others become text.
-
-    Args:
-        config: A mapping, a dataclass, an attrs class, a Struct, or any object with attributes, such as the namespace
-            of argparse or a pydantic model. They may nest. None for no hyperparameters.
-    """
-    if config is None:
-        return {}
-    try:
-        plain = msgspec.to_builtins(config, str_keys=True, enc_hook=_plain_value)
-        plain = without_surrogates(_recordable(plain))
-        check_plain(plain, "config")
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        problems.append(f"config={shown(config)} cannot be recorded ({error}); give a mapping of plain values")
-        return {}
-    if isinstance(plain, dict):
-        return plain
-    problems.append(f"config={shown(config)} has no names; give a mapping, a dataclass or a Struct")
-    return {}
-
-
-def _recordable(value: Any) -> Any:
-    """Replace integers beyond 64 bits by their text, which the journal, browsers and msgpack can hold; mask secrets of
-    URLs."""
-    if isinstance(value, dict):
-        return {key: _recordable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_recordable(item) for item in value]
-    if isinstance(value, str):
-        return masked(value)
-    if isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
-        return str(value) if value.bit_length() < 10_000 else f"an integer of {value.bit_length():,} bits"
-    return value
-
-
-def _plain_value(value: Any) -> Any:
-    if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):  # pydantic
-        return dump()
-    if isinstance(value, Mapping):  # that of another library, such as OmegaConf
-        return dict(value)
-    if callable(item := getattr(value, "item", None)) and getattr(value, "shape", None) == ():  # a number of NumPy's
-        return item()
-    if isinstance(value, os.PathLike | type) or callable(value) or not hasattr(value, "__dict__"):
-        return str(value)
-    if getattr(value, "shape", None) is not None:  # an array or a tensor
-        return str(value)
-    return {name: item for name, item in vars(value).items() if not name.startswith("_")}
 
 
 def check_checkpoints(checkpoints: Any, resume: Any, init_from: Any, problems: list[str]) -> None:

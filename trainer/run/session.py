@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import anyio
 
@@ -43,6 +42,7 @@ from trainer.run.device import resolve_device
 from trainer.run.loop_thread import STUCK, LoopThread, status_after
 from trainer.run.observers import Callback, Observers, SinkLike, split
 from trainer.run.place import RunPlace
+from trainer.run.record import RunRecord
 from trainer.run.system import SystemSampler
 
 _HISTORY = 4_096
@@ -79,7 +79,7 @@ class Session:
         interactive: bool,
         on_stderr: bool,
         sinks_in: Place,
-        config: dict[str, Any],
+        record: RunRecord,
     ) -> None:
         self.finished = anyio.Event()  # set when `serve` returns
         self._on_stderr = on_stderr
@@ -115,7 +115,7 @@ class Session:
             self.observers.add_sinks(sinks, sinks_in)
             self._system = self._make_sampler(arguments.system_interval_s)
             self._attempt = Attempt(
-                task, module, arguments, device, precision, control, ring, hooks, recorder, readback, plan, config
+                task, module, arguments, device, precision, control, ring, hooks, recorder, readback, plan, record
             )
             self.loop = LoopThread(self._attempt)
             if task == "train":
@@ -200,8 +200,8 @@ class Session:
     def _write_settings(self) -> None:
         if self.folder is not None:
             self.folder.write_json(ARGUMENTS_NAME, self.arguments.to_dict())
-            if self._attempt.config:
-                self.folder.write_json(CONFIG_NAME, self._attempt.config)
+            if self._attempt.record.config:
+                self.folder.write_json(CONFIG_NAME, self._attempt.record.config)
 
     # ------------------------------------------------------------------------------------- from other threads
 

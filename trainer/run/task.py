@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +26,6 @@ from trainer.loop.optimization import Optimization
 from trainer.loop.saved_state import checked_scaler
 from trainer.loop.step_plan import EpochSize, StepPlan
 from trainer.module_interface import Stage
-from trainer.run.versions import versions
 
 
 class Task:
@@ -258,10 +255,7 @@ class Task:
             total_steps=total,
             arguments=arguments.to_dict(),
             device=str(self._attempt.device),
-            versions=versions(),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            config=self._attempt.config,
+            **self._attempt.record.fields(),
             best=settings.best if settings is not None else None,
             best_mode=settings.best_mode if settings is not None else "min",
         )

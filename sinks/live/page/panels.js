@@ -315,6 +315,8 @@ function lineOf({ time, global_step: step, level, text, detail }) {
 
 // ------------------------------------------------------------------------------------------------------- about
 
+const CHANGES = { true: ", with changes", null: ", changes unknown" };
+
 export function fillAbout(store) {
   const value = (one) => (typeof one === "string" ? one : JSON.stringify(one));
   const sheet = (title, entries) =>
@@ -337,12 +339,14 @@ export function fillAbout(store) {
     ["host", run.host],
     ["device", run.device],
     ["started", moment(run.started)],
+    ["command line", run.command_line],
+    ["git commit", run.git_commit && `${run.git_commit}${CHANGES[run.git_dirty] ?? ""}`],
   ];
   byId("about").replaceChildren(
     ...[
       sheet(
         "Run",
-        facts.filter(([, one]) => one !== undefined && one !== ""),
+        facts.filter(([, one]) => one !== undefined && one !== null && one !== ""),
       ),
       sheet("Hyperparameters", Object.entries(store.config)),
       sheet("Arguments", Object.entries(store.arguments)),

@@ -73,10 +73,12 @@ class Job(Net):
         threading.Thread(target=time.sleep, args=(100,), daemon=False).start()  # the interpreter's end waits for it
 
 
-def build(epochs: int = 2, stop_grace_s: float = 20.0, every_steps: int | None = None, **options: Any) -> Trainer:
+def build(
+    epochs: int = 2, stop_grace_s: float = 20.0, every_steps: int | None = None, config: Any = None, **options: Any
+) -> Trainer:
     """Build a trainer for epochs of two steps."""
     arguments = TrainerArguments(epochs=epochs, train_batch_size=8, device="cpu", stop_grace_s=stop_grace_s)
-    return Trainer(Job(**options), arguments, checkpoints=Checkpoints(every_steps=every_steps))
+    return Trainer(Job(**options), arguments, checkpoints=Checkpoints(every_steps=every_steps), config=config)
 
 
 def build_with(run_dir: str, journal: bool = True) -> Trainer:
@@ -91,4 +93,4 @@ def build_checked(nan: float, data: bytes, nested: dict[str, list[Any]], epochs:
     assert data == b"\0\xff", data
     assert nested == {"a": [1, None, math.inf, True, "ü"]}, nested
     print("built")
-    return build(epochs=epochs, step_s=0.001)
+    return build(epochs=epochs, step_s=0.001, config={"epochs": "many"})
