@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sinks.files.tensorboard import TensorBoard as TensorBoard
     from sinks.live.sink import Live as Live
     from sinks.memory import Memory as Memory
+    from sinks.nats.sink import NATS as NATS
     from sinks.trackers.mlflow import MLflow as MLflow
     from sinks.trackers.opentelemetry import OpenTelemetry as OpenTelemetry
     from sinks.trackers.prometheus import Prometheus as Prometheus
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CSV",
     "JSONL",
+    "NATS",
     "Console",
     "Live",
     "MLflow",
@@ -57,6 +59,7 @@ _HOMES = {
     "Live": "sinks.live.sink",
     "MLflow": "sinks.trackers.mlflow",
     "Memory": "sinks.memory",
+    "NATS": "sinks.nats.sink",
     "OpenTelemetry": "sinks.trackers.opentelemetry",
     "Prometheus": "sinks.trackers.prometheus",
     "TensorBoard": "sinks.files.tensorboard",

@@ -14,7 +14,7 @@ import sinks
 from events.errors import SinkMisconfigured
 from events.messages import Event, TrainStepEnded
 from events.sink import RunInfo
-from sinks import CSV, JSONL, Console, Live, Memory, MLflow, OpenTelemetry, Prometheus, TensorBoard, WandB
+from sinks import CSV, JSONL, NATS, Console, Live, Memory, MLflow, OpenTelemetry, Prometheus, TensorBoard, WandB
 from sinks.testing import Story, check_sink, opened
 
 
@@ -41,7 +41,7 @@ CASES = {
     "Prometheus": Case(Prometheus(port=0, linger_s=0)),
     "Live": Case(Live(port=0)),
 }
-ELSEWHERE = {"MLflow", "OpenTelemetry", "WandB"}
+ELSEWHERE = {"MLflow", "NATS", "OpenTelemetry", "WandB"}
 """Those that need a server or the client's files: their own tests call `check_sink`."""
 
 
@@ -66,6 +66,8 @@ def test_every_sink_is_checked() -> None:
         (TensorBoard(), "google_crc32c", "tensorboard"),
         (WandB(), "wandb", "wandb"),
         (MLflow(), "mlflow", "mlflow"),
+        (NATS("nats://host"), "nats", "nats"),
+        (NATS(f"nats://host?creds={__file__}"), "nkeys", "nats"),
         (Prometheus(), "prometheus_client", "prometheus"),
         (OpenTelemetry(), "opentelemetry.exporter.otlp.proto.http", "opentelemetry"),
     ],

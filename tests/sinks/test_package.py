@@ -30,6 +30,7 @@ def test_the_public_surface_is_what_it_says() -> None:
         "Live",
         "MLflow",
         "Memory",
+        "NATS",
         "OpenTelemetry",
         "Prometheus",
         "TensorBoard",
@@ -39,5 +40,5 @@ def test_the_public_surface_is_what_it_says() -> None:
     assert names <= set(dir(sinks))
     for name in names:
         assert getattr(sinks, name).__module__.startswith("sinks.")
-    with pytest.raises(AttributeError, match="Console, Live, MLflow, Memory"):
+    with pytest.raises(AttributeError, match="NATS, Console, Live, MLflow, Memory"):
         sinks.Tensorboard  # noqa: B018

@@ -207,6 +207,8 @@ def test_imports_point_in_one_direction(package: str, never: str) -> None:
 
 ADAPTERS = {
     *(f"sinks/live/{name}.py" for name in ("access", "responses", "app", "client", "protocols", "server")),
+    "sinks/nats/client.py",
+    "sinks/nats/publisher.py",
     "sinks/trackers/otlp_export.py",
     "trainer/remote/address.py",
     "trainer/remote/http.py",
@@ -221,8 +223,8 @@ ADAPTERS = {
         ("trainer", "sinks sklearn numpy trio httpx psutil PIL matplotlib"),
         (
             "sinks",
-            "rich numpy tensorboardX google_crc32c wandb mlflow prometheus_client opentelemetry requests starlette "
-            "uvicorn",
+            "rich numpy tensorboardX google_crc32c wandb mlflow nats prometheus_client opentelemetry requests "
+            "starlette uvicorn",
         ),
         ("events", "trio numpy obstore"),
     ],
