@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 import torch
 
 from trainer.data.tensors import parts_of
+from trainer.hooks.metric_objects import MetricObject, is_metric
 from trainer.media import Histogram, Image, Logged, as_logged
 from trainer.peers import CALLS
 
@@ -83,6 +84,10 @@ class Recorder(Protocol):
         A tensor has one real element on any device, perhaps with a graph. The caller may change it in place as soon
         as this returns, so detach and copy it here.
         """
+        ...
+
+    def log_metric(self, name: str | None, metric: MetricObject, owner: object, /) -> None:
+        """Record the value of a metric object when the epoch or the evaluation ends. None: under its own names."""
         ...
 
 
@@ -200,13 +205,20 @@ class CallbackInterface(ABC):
         nor for an observer: a tensor is read later, with the value that it has now. Under `torch.compile` it runs
         outside of the compiled graph.
 
+        A metric object has ``update``, ``compute`` and ``reset``, as those of torchmetrics have. Update it in the step
+        and log it there: ``compute`` runs on the loop's thread, where it may wait for the device, after the last batch
+        of the dataloader in validation and testing, and of the epoch in training; ``reset`` runs after the hooks of
+        that end. In a hook at the end of an epoch it is computed at once. The states of the torchmetrics objects that
+        are attributes of the module are part of checkpoints, logged or not. Use one object for training and another for
+        validation. For the value of a step, log the number that ``self.acc(predicted, target)`` returns.
+
         Args:
             name: Not empty, and not the name of a built-in metric, such as ``train_loss`` or ``lr``. Each name is one
                 series: use different names in training and validation.
             value: A number (also NumPy's) or a real tensor of one element, of any shape, on any device. A
                 `trainer.Histogram` or `trainer.Image`; a matplotlib figure, which is drawn at once, on the calling
                 thread (so prefer a hook of the observer lane to a step); or a text. Images, figures and long texts
-                are written to files in the run folder, on a thread of their own.
+                are written to files in the run folder, on a thread of their own. Or a metric object.
             reduce: How the numbers of a name become one, if it is logged several times in an evaluation of a
                 dataloader, or by the micro-batches of a step: the mean, weighted as the loss is; the last; the
                 largest; or the sum. Each name has one. Batches of weight 0 do not count. A hook off the loop's thread
@@ -227,15 +239,33 @@ class CallbackInterface(ABC):
             if isinstance(value, torch.Tensor):
                 if value.numel() != 1 or value.dtype.is_complex or value.layout is not torch.strided:
                     raise _bad_tensor(name, value)
+            elif is_metric(value):
+                if reduce != "mean":
+                    raise ValueError(
+                        f"log({name!r}) got reduce={reduce!r} for a {type(value).__name__}, which combines the batches"
+                        f" itself; leave reduce out"
+                    )
+                recorder.log_metric(name, value, self)
+                return
             else:
                 value = as_logged(value) or _as_float(name, value)
         if reduce != "mean" and reduce not in get_args(Reduction):
             raise ValueError(f"log({name!r}) got reduce={reduce!r}; it must be one of {', '.join(get_args(Reduction))}")
         recorder.log(name, value, reduce)
 
-    def log_dict(self, values: Mapping[str, Any], *, reduce: Reduction = "mean") -> None:
-        """Call `log` for each name and value; raises as it does."""
-        for name, value in values.items():
+    def log_dict(self, values: Mapping[str, Any] | MetricObject, *, reduce: Reduction = "mean") -> None:
+        """Call `log` for each name and value; raises as it does.
+
+        Args:
+            values: Values by name; or a metric object whose ``compute`` returns them, such as a
+                `torchmetrics.MetricCollection`.
+        """
+        if is_metric(values):
+            if self._stagecast_recorder is not None:
+                self._stagecast_recorder.log_metric(None, values, self)
+            return
+        named: Any = values
+        for name, value in named.items():
             self.log(name, value, reduce=reduce)
 
     def __getstate__(self) -> Any:
@@ -331,3 +361,12 @@ def _as_float(name: str, value: object) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"log({name!r}) cannot turn {value!r} into one number: {error}") from error
+
+
+def checked_number(name: str, value: Any) -> float | torch.Tensor:
+    """Return a number of any kind as one that `log` records. Raises as it does."""
+    if not isinstance(value, torch.Tensor):
+        return _as_float(name, value)
+    if value.numel() != 1 or value.dtype.is_complex or value.layout is not torch.strided:
+        raise _bad_tensor(name, value)
+    return value

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from support.training import Diary, Net, failing, hooked, train
 
 from events.messages import MetricsLogged, TrainStepEnded, ValEpochEnded
@@ -28,7 +29,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Begin and end with nothing compiled; the mark that keeps log out of graphs is for good, so put log back."""
-    monkeypatch.setattr(ModuleInterface, "log", ModuleInterface.log)
+    for name in ("log", "log_dict"):
+        monkeypatch.setattr(ModuleInterface, name, getattr(ModuleInterface, name))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -120,6 +122,30 @@ def test_the_default_backend_trains_to_the_same_losses() -> None:
     assert [event.loss for event in steps] == pytest.approx([event.loss for event in expected], rel=1e-4)
     assert [event.metrics["loss"] for event in metrics] == [event.loss for event in steps]
     assert 0 < compiled_graphs() <= 2
+
+
+def test_metric_objects_are_updated_and_logged_in_compiled_steps() -> None:
+    class Scored(Net):
+        def __init__(self) -> None:
+            super().__init__(rows=32)
+            self.mse = torchmetrics.MeanSquaredError()
+            self.scores = torchmetrics.MetricCollection([torchmetrics.MeanAbsoluteError()])
+
+        def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            loss, predicted = self.forward_loss(batch)
+            self.log("mse_step", self.mse(predicted.detach(), batch[1]))
+            self.log("mse", self.mse)
+            return loss
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            self.scores.update(self.linear(batch[0]), batch[1])
+            self.log_dict(self.scores)
+
+    expected = train(Scored(), epochs=3).logged()
+    outcome = train(Scored(), epochs=3, compile=True, compile_options={"backend": "eager"})
+    assert outcome.logged() == expected
+    assert expected.keys() == {"mse_step", "mse", "MeanAbsoluteError"}
+    assert compiled_graphs()
 
 
 def test_micro_batches_and_outputs_go_through_compiled_steps() -> None:

@@ -202,7 +202,7 @@ def target_of(act: Callable[..., object]) -> CallbackTarget:
     """Return what runs the hooks of a callback with ``act`` as its step hook, without a run."""
     pump = Pump(Ring(Origin("run", 1)))
     pump.ring.close()
-    recorder = MetricRecorder(pump, MediaWriter(None, pump.ring.publish, pump.ring.origin))
+    recorder = MetricRecorder(pump, MediaWriter(None, pump.ring.publish, pump.ring.origin), torch.nn.Module())
     return CallbackTarget(CallbackHooks(hooked("on_end_train_step", act)(), None), torch.device("cpu"), recorder)
 
 

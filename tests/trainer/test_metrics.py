@@ -21,7 +21,7 @@ from sinks import Memory
 from trainer import CallbackInterface
 from trainer.errors import ArgumentsError
 from trainer.hooks.readback import DeviceReadback
-from trainer.hooks.recorder import weighted_mean
+from trainer.hooks.reductions import weighted_mean
 
 
 def logged(outcome: Any) -> list[dict[str, float]]:

@@ -86,6 +86,13 @@ class SavedCallback(msgspec.Struct):
     state: object
 
 
+class SavedObjects(msgspec.Struct):
+    """State of metric objects in a checkpoint."""
+
+    states: dict[str, dict[str, object]] = {}
+    logged: list[tuple[str | None, str]] = []
+
+
 class SavedMetrics(msgspec.Struct):
     """State of metrics in a checkpoint."""
 
@@ -94,6 +101,7 @@ class SavedMetrics(msgspec.Struct):
     validated_at: object
     seen: list[str]
     followed_loss: tuple[object, object]
+    objects: SavedObjects = msgspec.field(default_factory=SavedObjects)
 
 
 class SavedState(msgspec.Struct):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,17 +11,24 @@ import torch
 
 from events.bus.ring import Ring
 from events.log import logger
-from events.messages import Event, HistogramLogged, MetricsLogged, MonitorMissing, TextLogged
+from events.messages import (
+    Event,
+    HistogramLogged,
+    MetricsLogged,
+    MonitorMissing,
+    RunEnded,
+    TextLogged,
+    TrainEpochEnded,
+    ValEpochEnded,
+)
 from events.metrics import TRAIN_EPOCH_LOSS, metric_name, reserved
 from events.origin import Header, header_of
 from events.text import MOST_NAME, as_name, name_problem
-from trainer.callback_interface import Reduction
+from trainer.callback_interface import Reduction, checked_number
 from trainer.errors import MetricNotFound
+from trainer.hooks.metric_objects import MetricObject, MetricObjects, check_single
+from trainer.hooks.reductions import Numbers, Value, reduced
 from trainer.media import INLINE_TEXT, Drawn, Histogram, Image, Logged, LoggedText, MediaWriter
-
-Value = float | torch.Tensor
-_Numbers = list[tuple[Value, float]]
-"""Values of one name, with their weights."""
 
 
 class MetricRecorder:
@@ -33,7 +39,7 @@ class MetricRecorder:
     call publishes at once, with the header of the event that the hook handles.
     """
 
-    def __init__(self, ring: Ring, media: MediaWriter) -> None:
+    def __init__(self, ring: Ring, media: MediaWriter, module: torch.nn.Module) -> None:
         self.weight: float = 1
         """The weight of the current batch in means. Set by the loop."""
         self.validation: dict[str, Value] = {}
@@ -45,8 +51,8 @@ class MetricRecorder:
         self._validated_at = 0
         self._seen = {TRAIN_EPOCH_LOSS}  # metrics of any validation so far, or of any epoch without validation
         self._gaps: set[tuple[str, str]] = set()  # monitors that lacked their metric last time
-        self._loss_sum: torch.Tensor | None = None
-        self._loss_weight = 0.0
+        self._followed_loss: tuple[torch.Tensor | None, float] = (None, 0.0)  # of the epoch: a sum, and its weight
+        self.objects = MetricObjects(module)
         self._ring = ring
         self._media = media
         self._loop_thread = 0
@@ -83,6 +89,59 @@ class MetricRecorder:
         else:
             self._publish(MetricsLogged(*header, metrics={}, key=key, of_seq=of_seq), {name: value})
 
+    def log_metric(self, name: str | None, metric: MetricObject, owner: object) -> None:
+        """Record a metric object: its value at the end of the epoch or evaluation, or now in a hook of that end.
+
+        Raises:
+            TypeError: A hook off the loop's thread logs it at another place, or its value is not a number.
+            ValueError: See `MetricObjects.add`.
+        """
+        event: Event | None = getattr(self._hook, "event", None)
+        if threading.get_ident() == self._loop_thread:
+            evaluates = self._ring.origin.stage in ("val", "test")
+            self.objects.add(name, metric, owner, evaluates=evaluates)
+        elif not isinstance(event, TrainEpochEnded | ValEpochEnded | RunEnded):
+            raise TypeError(
+                f"log({name!r}) got a {type(metric).__name__} off the loop's thread, where no epoch ends; log it in a"
+                f" hook at the end of an epoch, or log its compute()"
+            )
+        else:
+            check_single(name, metric)
+            key = getattr(event, "key", None)
+            self._publish_computed(self.objects.compute(name, metric), header_of(event), key, event.seq)
+            if getattr(self._hook, "fenced", False):
+                self.objects.reset_later(metric)
+            else:
+                metric.reset()
+
+    @property
+    def has_logged(self) -> bool:
+        """Whether `end_evaluation` has anything to publish."""
+        return bool(self.values or self.objects.evaluation)
+
+    def end_evaluation(self, key: str) -> None:
+        """Publish what was logged over a dataloader, on the loop's thread; metric objects are computed.
+
+        The caller then runs the hooks, and resets the objects.
+        """
+        self.flush(key)
+        for computed in self.objects.computed(self.objects.evaluation):
+            self._publish_computed(computed, self._ring.origin.header(), key, None)
+
+    def compute_epoch(self) -> None:
+        """Compute and publish the metric objects of a training epoch, which ends, on the loop's thread."""
+        for computed in self.objects.computed(self.objects.epoch):
+            self._publish_computed(computed, self._ring.origin.header(), None, None)
+
+    def _publish_computed(self, computed: dict[str, Any], header: Header, key: str | None, of_seq: int | None) -> None:
+        values: dict[str, Value] = {}
+        for name, value in computed.items():
+            recorded, _ = self._names.get(name) or self._allow(name, "mean")
+            number = checked_number(name, value)
+            values[recorded] = number.detach().reshape(()).clone() if isinstance(number, torch.Tensor) else number
+        if values:
+            self._publish(MetricsLogged(*header, metrics={}, key=key, of_seq=of_seq), values, "a metric object")
+
     def handling(self, event: Event | None, *, fenced: bool = False) -> None:
         """Declare that the calling thread runs a hook for this event, or (None) no longer does.
 
@@ -95,7 +154,7 @@ class MetricRecorder:
     def flush(self, key: str | None = None) -> None:
         """Publish the values logged on the loop's thread since the last call. ``key``: the evaluation dataloader's."""
         values, self.values = self.values, []
-        groups: dict[str, _Numbers] = {}
+        groups: dict[str, Numbers] = {}
         reductions: dict[str, Reduction] = {}
         for name, value, weight, reduce in values:
             if isinstance(value, Histogram | Image | Drawn | LoggedText):
@@ -103,8 +162,8 @@ class MetricRecorder:
             else:
                 groups.setdefault(name, []).append((value, weight))
                 reductions[name] = reduce
-        if groups and (reduced := _reduced(groups, reductions)):
-            self._publish(MetricsLogged(*self._ring.origin.header(), metrics={}, key=key), reduced)
+        if groups and (found := reduced(groups, reductions)):
+            self._publish(MetricsLogged(*self._ring.origin.header(), metrics={}, key=key), found)
 
     def discard(self) -> None:
         """Drop the values logged on the loop's thread since the last `flush`: the step was skipped."""
@@ -120,19 +179,22 @@ class MetricRecorder:
     def begin_epoch(self) -> None:
         """Start a training epoch: drop the metrics of the previous one."""
         self.epoch.clear()
-        self._loss_sum, self._loss_weight = None, 0.0
+        self._followed_loss = (None, 0.0)
 
     def add_loss(self, loss: torch.Tensor, weight: float) -> None:
         """Add a step's loss to the epoch's mean; called only if a monitor reads it."""
         # Apple's GPUs have no float64.
         loss = (loss if loss.device.type == "mps" else loss.double()).reshape(()) * weight
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
-        self._loss_weight += weight
+        total, weights = self._followed_loss
+        self._followed_loss = (loss if total is None else total + loss, weights + weight)
 
     def end_epoch(self) -> None:
-        """Compute the epoch's mean loss, if a monitor reads it."""
-        if self._loss_sum is not None and self._loss_weight:
-            self.epoch[TRAIN_EPOCH_LOSS] = self._loss_sum / self._loss_weight
+        """Compute the epoch's mean loss, if a monitor reads it; its hooks have run, so metric objects are reset."""
+        total, weight = self._followed_loss
+        if total is not None and weight:
+            self.epoch[TRAIN_EPOCH_LOSS] = total / weight
+        self.compute_epoch()  # those that an inline hook has logged at the end of the epoch
+        self.objects.reset()
 
     def keep(self, name: str, value: Value, stage: str | None, global_step: int) -> None:
         """Record a value for monitors."""
@@ -191,7 +253,8 @@ class MetricRecorder:
             "epoch": dict(self.epoch),
             "validated_at": self._validated_at,
             "seen": sorted(self._seen),
-            "followed_loss": (self._loss_sum, self._loss_weight),
+            "followed_loss": self._followed_loss,
+            "objects": self.objects.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,7 +263,9 @@ class MetricRecorder:
         self.epoch.update(state["epoch"])
         self._validated_at = state["validated_at"]
         self._seen.update(state["seen"])
-        self._loss_sum, self._loss_weight = state["followed_loss"]
+        total, weight = state["followed_loss"]
+        self._followed_loss = total, weight
+        self.objects.load_state_dict(state.get("objects", {}))
 
     # -------------------------------------------------------------------------------------------- publishing
 
@@ -219,12 +284,12 @@ class MetricRecorder:
             )
         return recorded, reduce
 
-    def _publish(self, event: MetricsLogged, values: dict[str, Value]) -> None:
+    def _publish(self, event: MetricsLogged, values: dict[str, Value], kind: str = "a number") -> None:
         fenced = threading.get_ident() == self._loop_thread or getattr(self._hook, "fenced", False)
         for name, value in values.items():
             full = metric_name(name, event.key)
-            if self._places.get(full) != (event.stage, "a number"):
-                self._place(full, event.stage, "a number")
+            if self._places.get(full) != (event.stage, kind):
+                self._place(full, event.stage, kind)
             if fenced:
                 self.keep(full, value, event.stage, event.global_step)
             event.metrics[name] = value  # type: ignore[assignment]  # a tensor is deferred: see `Event.deferred`
@@ -267,81 +332,3 @@ class MetricRecorder:
 
 _STAGES: dict[str | None, str] = {"train": "in training", "val": "in validation", "test": "in testing"}
 _KINDS: dict[type, str] = {Histogram: "a histogram", Image: "an image", Drawn: "an image", LoggedText: "a text"}
-
-
-def _reduced(groups: dict[str, _Numbers], reductions: dict[str, Reduction]) -> dict[str, Value]:
-    reduced: dict[str, Value] = {}
-    for name, group in groups.items():
-        one = group[0][0] if len(group) == 1 else _REDUCE[reductions[name]](group)
-        if one is not None:
-            reduced[name] = one
-    return reduced
-
-
-def weighted_mean(group: _Numbers) -> Value | None:
-    """The mean of numbers and 0-dim tensors; on the tensors' device if there is any, without waiting for it.
-
-    Values of weight 0 are skipped, even NaN. None if all weights are 0.
-    """
-    group = _counted(group)
-    total = sum(weight for _, weight in group)
-    if not total:
-        return None
-    stacked = _stacked(group)
-    if stacked is None:
-        return sum(float(value) * weight for value, weight in group) / total
-    weights = torch.tensor([weight for _, weight in group], dtype=stacked.dtype).to(stacked.device, non_blocking=True)
-    return (stacked * weights).sum() / total
-
-
-def _sum(group: _Numbers) -> Value | None:
-    if not (group := _counted(group)):
-        return None
-    stacked = _stacked(group)
-    return stacked.sum() if stacked is not None else math.fsum(float(value) for value, _ in group)
-
-
-def _max(group: _Numbers) -> Value | None:
-    """NaN if a value is NaN, as torch's."""
-    if not (group := _counted(group)):
-        return None
-    stacked = _stacked(group)
-    if stacked is not None:
-        return stacked.max()
-    numbers = [float(value) for value, _ in group]
-    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
-
-
-def _last(group: _Numbers) -> Value | None:
-    return next((value for value, _ in reversed(_counted(group))), None)
-
-
-_REDUCE: dict[Reduction, Callable[[_Numbers], Value | None]] = {
-    "mean": weighted_mean,
-    "sum": _sum,
-    "max": _max,
-    "last": _last,
-}
-
-
-def _counted(group: _Numbers) -> _Numbers:
-    return [(value, weight) for value, weight in group if weight]
-
-
-def _stacked(group: _Numbers) -> torch.Tensor | None:
-    """The values as one tensor ``(values,)`` on the device of the tensors among them; None if there are none."""
-    tensors = [value for value, _ in group if isinstance(value, torch.Tensor)]
-    if not tensors:
-        return None
-    device = tensors[0].device
-    # Apple's GPUs have no float64.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    if len(tensors) == len(group) and len({(t.device, t.dtype) for t in tensors}) == 1:
-        return torch.stack(tensors).to(dtype)
-    return torch.stack(
-        [v.to(device, dtype) if isinstance(v, torch.Tensor) else _constant(v, device, dtype) for v, _ in group]
-    )
-
-
-def _constant(value: float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((), value, device=device, dtype=dtype)

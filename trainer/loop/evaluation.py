@@ -23,7 +23,7 @@ from trainer.data.rows import row_counter, weight_of
 from trainer.errors import EmptyDataLoader
 from trainer.hooks.capture import Capture, EpochOutputs
 from trainer.hooks.collate import as_tuple
-from trainer.hooks.recorder import Value, weighted_mean
+from trainer.hooks.reductions import Value, weighted_mean
 from trainer.loop.boundary import Boundary
 from trainer.loop.workers import Batches
 from trainer.module_interface import Stage
@@ -86,6 +86,7 @@ class Evaluation:
                         kept[key] = outputs.collated()
         except BaseException:
             self._attempt.recorder.discard()  # numbers of half a validation
+            self._attempt.recorder.objects.abandon()
             raise
         finally:
             for module, training in modes:
@@ -113,8 +114,7 @@ class Evaluation:
         tally = self._run_batches(stage, key, loader, limit, outputs)
         if tally.batches == 0:
             raise EmptyDataLoader(f"{method}() gave no batch for the key {key!r}: give it data, or leave the key out")
-        if recorder.values:
-            recorder.flush(key)
+        self._end_logging(key)
         loss: Any = weighted_mean(tally.losses)
         if loss is not None:
             recorder.keep(metric_name(f"{name}_loss", key), loss, name, origin.global_step)
@@ -130,9 +130,14 @@ class Evaluation:
         if stage is Stage.TEST and attempt.hooks.beyond["on_end_test_epoch"]:
             values = outputs.collated() if outputs is not None else ()
             boundary.run_inline(attempt.hooks.beyond["on_end_test_epoch"], origin.global_step, *values, key=key)
-            if recorder.values:
-                recorder.flush(key)
+        self._end_logging(key)
+        recorder.objects.reset()
         return outputs
+
+    def _end_logging(self, key: str) -> None:
+        if self._attempt.recorder.has_logged:
+            with self._attempt.ledger.within("readback"):
+                self._attempt.recorder.end_evaluation(key)
 
     def _run_batches(
         self, stage: Stage, key: str, loader: Iterable[Any], limit: int | None, outputs: EpochOutputs | None

@@ -236,6 +236,9 @@ class TrainingLoop:
         self._validation.after_epoch(epoch, interrupted)
         taken = origin.global_step - position.first_step
         duration_s = position.elapsed_s + time.monotonic() - began
+        if attempt.recorder.objects.epoch:
+            with attempt.ledger.within("readback"), attempt.within("compute() of a metric object"):
+                attempt.recorder.compute_epoch()
         self._boundary.publish(TrainEpochEnded(*origin.header(), steps=taken, duration_s=duration_s), outputs)
         attempt.phase = "the schedulers"
         self._optimization.schedules.after_epoch()

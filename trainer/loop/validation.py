@@ -12,7 +12,7 @@ from trainer.checkpoint.position import Position
 from trainer.data.loaders import as_val_loaders
 from trainer.data.rng import RngState, capture_rng, restore_rng
 from trainer.errors import DataLoaderError
-from trainer.hooks.recorder import Value
+from trainer.hooks.reductions import Value
 from trainer.loop.boundary import Boundary
 from trainer.loop.evaluation import Evaluation
 from trainer.loop.feed import Feed
@@ -181,7 +181,9 @@ class Validation:
     def _on_loader(self, key: str) -> None:
         if self._checkpoints.enabled:
             self._position.rng_at_validation = capture_rng(self._attempt.device)
+            self._attempt.recorder.objects.hold()
 
     def _on_done(self, key: str) -> None:
         self._position.rng_at_validation = None
+        self._attempt.recorder.objects.release()
         self._position.validated_keys = [*self._position.validated_keys, key]

@@ -34,7 +34,7 @@ _opaque_lock = threading.Lock()
 
 
 def make_log_opaque(module: ModuleInterface) -> None:
-    """Keep `CallbackInterface.log` and `ModuleInterface.optimize` out of compiled graphs.
+    """Keep `CallbackInterface.log`, `log_dict` and `ModuleInterface.optimize` out of compiled graphs.
 
     Call it before compiling methods of ``module``.
 
@@ -45,7 +45,7 @@ def make_log_opaque(module: ModuleInterface) -> None:
     """
     with _opaque_lock:
         for kind in type(module).__mro__:
-            for name in ("log", "optimize"):
+            for name in ("log", "log_dict", "optimize"):
                 method = vars(kind).get(name)
                 ours = issubclass(kind, CallbackInterface) and isinstance(method, FunctionType)
                 if ours and not hasattr(method, "_torchdynamo_disable"):

@@ -116,6 +116,7 @@ class LoopThread:
     def release(self) -> None:
         """Release the module, the callbacks and the memory of checkpoints, after the last hooks."""
         self._checkpoints.release()
+        self._attempt.recorder.objects.close()
         self.weights = None
         vars(self._attempt.module).pop("_total_steps", None)
         for one in self._logging:

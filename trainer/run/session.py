@@ -104,7 +104,7 @@ class Session:
             self.pump = self._make_pump(ring, readback, seq, has_journal=journal is not None)
             log = self._open_log(opened, unused)
             media = MediaWriter(self.folder.path if self.folder is not None else None, ring.publish, ring.origin)
-            recorder = MetricRecorder(ring, media)
+            recorder = MetricRecorder(ring, media, module)
             info = RunInfo(place.run_id, number, 0, self._run_dir, interactive)
             self.observers = Observers(self.pump, info, plan, control, arguments, log, media)
             unused.callback(self.observers.discard)
