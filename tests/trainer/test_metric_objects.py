@@ -110,7 +110,7 @@ def everything(outcome: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("at", "new"), [(("train", 3), True), (("train", 11), False), (("val", 6), True), (("val", 16), False)]
+    ("at", "new"), [(("train", 3), True), (("train", 11), False), (("val", 6), True), (("val", 14), False)]
 )
 def test_an_interrupted_run_logs_the_values_of_the_uninterrupted_one(
     at: tuple[str, int], new: bool, tmp_path: Path
@@ -126,6 +126,25 @@ def test_an_interrupted_run_logs_the_values_of_the_uninterrupted_one(
     assert second.error is None
     parts = everything(first), everything(second)
     assert {name: parts[0].get(name, {}) | parts[1].get(name, {}) for name in whole} == whole
+
+
+def test_an_object_over_several_dataloaders_resumes_within_the_second(tmp_path: Path) -> None:
+    class Both(Scores):
+        def get_val_dataloaders(self, sampler: type[Any], batch_size: int) -> Any:
+            return {"a": self.batches(8), "b": self.batches(16)}
+
+        def val_step(self, global_step: int, batch: Batch, device: Any) -> Any:
+            self.maybe_stop("val")
+            self.val_mse.update(self.linear(batch[0]), batch[1])
+
+        def on_end_val_epoch(self, global_step: int, key: str = "default") -> None:
+            if key == "b":
+                self.log("both", self.val_mse)
+
+    options: dict[str, Any] = {"epochs": 1, "run_id": "r", "run_dir": tmp_path, "checkpoints": OFTEN}
+    whole = train(Both(), epochs=1).logged()["both"]
+    assert isinstance(train(Both(stop_at=("val", 9)), **options).error, RunTerminated)
+    assert train(Both(), resume="auto", **options).logged()["both"] == whole
 
 
 def test_one_object_for_all_dataloaders_has_a_value_for_each() -> None:
