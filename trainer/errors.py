@@ -15,6 +15,7 @@ StagecastError                    (events.errors)
 │   └── NonFiniteGradientError    in a gradient of a finite loss
 ├── EpochOutputsTooLarge          outputs kept for the end of an epoch exceed their limit; also a MemoryError
 ├── PrecisionError                this torch does not support the requested precision
+├── PeerFailed                    another rank of a distributed run has failed
 ├── LaunchedRunFailed             a launched run raised an exception in its own process
 ├── LaunchedRunCrashed            the process of a launched run died before it reported the run's end
 └── ConnectError                  a run cannot be watched over the network
@@ -98,6 +99,21 @@ class EpochOutputsTooLarge(StagecastError, MemoryError):
 
 class PrecisionError(StagecastError):
     """This version of torch does not support the requested precision."""
+
+
+class PeerFailed(StagecastError):
+    """Another rank of a distributed run has failed, and the run with it; the message names it, its host and its phase.
+
+    Uncaught, it ends the process with exit code 3.
+    """
+
+    def __init__(self, message: str, *, rank: int = 0, host: str = "", phase: str | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        """The rank that failed."""
+        self.host = host
+        self.phase = phase
+        """What it was doing: the name of a method or hook, or a few words."""
 
 
 class LaunchedRunFailed(StagecastError):
