@@ -1,4 +1,5 @@
 """Examples for the documentation: importable, typed and tested.
 
 ``stagecast demo`` trains ``charlm``; ``python -m trainer.examples.digits`` trains a classifier in a few seconds.
+``gan`` and ``mean_teacher`` show manual optimization, ``service`` runs in a web service.
 """
