@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ class ManualSteps:
     Args:
         on_backward: Runs the hooks and publishes the event of a backward pass: its loss and number within the step.
         on_skip: Reports a skipped update: its reason and its loss. Raises to end the run.
+        gate: Has the device wait for a copy of the weights that is under way.
 
     Raises:
         ArgumentsError: The step is split into micro-batches.
@@ -34,6 +36,7 @@ class ManualSteps:
         *,
         on_backward: Callable[[torch.Tensor, int], None],
         on_skip: Callable[[Skip, torch.Tensor], None],
+        gate: Callable[[], None],
     ) -> None:
         self._attempt = boundary.attempt
         arguments = self._attempt.arguments
@@ -47,6 +50,7 @@ class ManualSteps:
         self._optimization = optimization
         self._on_backward = on_backward
         self._on_skip = on_skip
+        self._gate = gate
         self._in_step = False
         self._skipped: Skip | None = None
         self.loss: torch.Tensor | None = None
@@ -90,8 +94,7 @@ class ManualSteps:
         if (loss is None) == (closure is None):
             raise ContractError("optimize() takes a loss or a closure that computes it; give it one of them")
         attempt, optimization = self._attempt, self._optimization
-        # The backward pass and the update run outside of autocast.
-        with torch.autocast(self._attempt.device.type, enabled=False):
+        with self._without_autocast():
             if closure is not None:
                 loss = self._with_closure(chosen, closure)
                 skipped = self._skipped
@@ -100,6 +103,7 @@ class ManualSteps:
                 self._backward(loss, retain_graph)
                 loss = loss.detach()
                 attempt.phase = "the optimizer step"
+                self._gate()  # the device waits for a copy of the tensors that the optimizer changes
                 grad_norm, found, skipped = optimization.update(chosen, loss)
                 if skipped is None:  # else `on_skip` reports it
                     self._note(grad_norm, found)
@@ -114,6 +118,12 @@ class ManualSteps:
         else:
             self._on_skip(skipped, loss)
         return skipped is None
+
+    def _without_autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The backward pass and the update run outside of autocast, the run's or the user's."""
+        kind = self._attempt.device.type
+        # Entering the context takes 10 us.
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
     def _with_closure(self, optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
         first: list[torch.Tensor] = []

@@ -198,7 +198,7 @@ class Optimization:
         if skipped is None:
             if self.before_step is not None:
                 self.before_step()
-            optimizer.step()
+            take_step(optimizer, self._guards)
         if self._precision.scaler is not None:
             self._precision.update()
         self.zero_grad()

@@ -79,7 +79,9 @@ class Step:
             self._with_closure if optimization.wants_closure else self._automatic
         )
         if attempt.module.manual_optimization:
-            self._manual = ManualSteps(boundary, optimization, on_backward=self._after_backward, on_skip=self.skip)
+            self._manual = ManualSteps(
+                boundary, optimization, on_backward=self._after_backward, on_skip=self.skip, gate=self._gate
+            )
             self._take = self._by_module
         self._clears = clears and self._manual is None
         optimization.guard(self._check_caller)
@@ -193,7 +195,7 @@ class Step:
             return StepOutcome(None, None, None, lr, skipped="no_loss")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise bad_loss(self._module, loss, values)
-        loss = loss.detach().reshape(()).clone()
+        loss = loss.detach().clone().reshape(())
         self._attempt.phase = "the schedulers"
         if not self._manual.only_skipped:
             self._optimization.schedules.after_step()
