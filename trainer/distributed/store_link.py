@@ -2,7 +2,7 @@
 
     identity/R   where rank R runs                      log/N     entry N of the log, from 0
     beat/R       the newest sign of life of rank R      inbox     number of requests so far
-                                                        inbox/N   request N, from 1, for rank 0
+    roster       where all ranks run                    inbox/N   request N, from 1, for rank 0
 
 A key is only read once it exists, so that no call waits. Entries that all ranks have read are deleted.
 """
@@ -27,6 +27,29 @@ _entry = msgspec.json.Decoder(Entry)
 _beat = msgspec.json.Decoder(Beat)
 _identity = msgspec.json.Decoder(Identity)
 _encode = msgspec.json.Encoder().encode
+
+
+class Roster(msgspec.Struct, frozen=True):
+    """The identities of all ranks, in little space: every rank reads it."""
+
+    places: list[tuple[str, str]]
+    """Hosts and their spaces..."""
+    ranks: list[tuple[int, int]]
+    """...the place of each rank among them, and its process."""
+
+    @classmethod
+    def of(cls, identities: list[Identity]) -> Roster:
+        """Make it from the identities of all ranks."""
+        places = list(dict.fromkeys((one.host, one.space) for one in identities))
+        numbers = {place: number for number, place in enumerate(places)}
+        return cls(places, [(numbers[one.host, one.space], one.pid) for one in identities])
+
+    def identities(self) -> list[Identity]:
+        """Return them."""
+        return [Identity(self.places[place][0], pid, self.places[place][1]) for place, pid in self.ranks]
+
+
+_roster = msgspec.json.Decoder(Roster)
 
 
 def beat_s(world_size: int) -> float:
@@ -163,12 +186,20 @@ class StoreLink:
         return None
 
     def _find_peers(self) -> None:
-        keys = [f"{kind}/{rank}" for kind in ("identity", "beat") for rank in range(self.world_size)]
-        if self._store.check(keys):
+        """Meet the other ranks, once all are there: rank 0 lists them for all."""
+        if self.rank == 0:
+            keys = [f"{kind}/{rank}" for kind in ("identity", "beat") for rank in range(self.world_size)]
+            if not self._store.check(keys):
+                return
             identities = [_identity.decode(data) for data in self._get(keys[: self.world_size])]
-            self._processes = LocalProcesses(identities, self.rank)
-            self.peers = Peers(identities, *self._timeouts_s, time.monotonic())
-            self._hear(list(range(self.world_size)), time.monotonic())
+            self._store.set("roster", _encode(Roster.of(identities)))
+        elif self._store.check(["roster"]):
+            identities = _roster.decode(self._store.get("roster")).identities()
+        else:
+            return
+        self._processes = LocalProcesses(identities, self.rank)
+        self.peers = Peers(identities, *self._timeouts_s, time.monotonic())
+        self._hear(list(range(self.world_size)) if self.rank == 0 else [0], time.monotonic())
 
     def _hear(self, ranks: list[int], now_s: float) -> None:
         assert self.peers is not None
