@@ -31,6 +31,10 @@ class Weights(msgspec.Struct, frozen=True):
     """Each with its elements."""
     skipped: list[str] = []
     """Paths of values that are not tensors."""
+    averaged_by: str | None = None
+    """The callback that averaged them; None for trained weights."""
+    problem: str | None = None
+    """Why they may not be the wanted ones."""
 
     @classmethod
     def of(cls, part: Part) -> Weights:
@@ -44,7 +48,8 @@ class Weights(msgspec.Struct, frozen=True):
         Args:
             names: The new names by the present ones.
         """
-        return Weights({names[name]: key for name, key in self.names.items() if name in names}, self.stored)
+        chosen = {names[name]: key for name, key in self.names.items() if name in names}
+        return msgspec.structs.replace(self, names=chosen)
 
     def of_module(self, wanted: Collection[str]) -> Weights | None:
         """Return the tensors of a state dict that the module's state holds, perhaps within other state.
@@ -102,7 +107,7 @@ def metadata_of(run_id: str, step: int, checkpoint: str | None, metric: Metric |
     return notes
 
 
-def weights_in(state: memoryview, tensors: memoryview, where: str) -> Weights:
+def weights_in(state: memoryview, tensors: memoryview, where: str, *, averaged: bool | None = None) -> Weights:
     """Return the module's tensors in a checkpoint.
 
     Not with `events.checkpoint.packing.decode`, which needs the types of all other state, such as that of callbacks.
@@ -111,23 +116,33 @@ def weights_in(state: memoryview, tensors: memoryview, where: str) -> Weights:
         state: `events.checkpoint.manifest.STATE_NAME`, verified.
         tensors: `events.checkpoint.manifest.TENSORS_NAME`, verified.
         where: The checkpoint's folder, for messages.
+        averaged: The averaged weights, not the trained ones; None: if the run has validated those.
 
     Raises:
         CheckpointDamaged: The bytes are not the state of a module.
-        CheckpointError: There are no tensors, or two have the same name.
+        CheckpointError: There are no tensors, no averaged ones, or two have the same name.
     """
+    by = problem = None
     try:
         check_keys(state)
         _, decoded = msgspec.msgpack.decode(state)
         reader = _StateReader(tensors, where)
-        reader.sort("", decoded["module"])
+        module, average = decoded["module"], decoded.get("averaged")
+        if average is None and averaged:
+            raise CheckpointError(f"{where} holds no averaged weights; train with EMA or SWA of trainer.callbacks")
+        if average is not None and (average["validated"] if averaged is None else averaged):
+            module, by = average["module"], str(average["key"])
+            problem = "its batch norm statistics are those of an earlier average" if average["stale"] else None
+        elif average is not None and averaged is None:
+            problem = f"it also holds the weights averaged by {average['key']}: --averaged exports those"
+        reader.sort("", module)
     except CheckpointError:
         raise
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{where} holds no state of a module: {error!r:.300}") from error
     if not reader.names:
         raise CheckpointError(f"{where} holds no tensors of the module")
-    return Weights(reader.names, reader.stored, reader.skipped)
+    return Weights(reader.names, reader.stored, reader.skipped, by, problem)
 
 
 class _StateReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ from events.messages import HistogramLogged, MetricsLogged, ObserverFailed, Step
 from events.sink import CALLBACK_DELIVERY
 from sinks import Memory
 from trainer import CallbackInterface, Checkpoints, inline
-from trainer.callbacks import EMA, EarlyStopping, LearningRateMonitor, ModelStatistics
+from trainer.callbacks import EMA, SWA, EarlyStopping, LearningRateMonitor, ModelStatistics
 from trainer.errors import ArgumentsError, ContractError
 
 RATE = "lr/optimizer0/group0"
@@ -82,6 +83,20 @@ def norm(tensors: Iterable[torch.Tensor]) -> float:
         (EMA, {"decay": "0.9"}, "decay must be a number from 0 to less than 1, not '0.9'"),
         (EMA, {"every_n_steps": 0}, "every_n_steps must be an integer >= 1, not 0"),
         (EMA, {"buffers": None}, "buffers must be True or False, not None"),
+        (EMA, {"validate": 1}, "validate must be True or False, not 1"),
+        (SWA, {"module": nn.Linear}, "module must be an instance of a torch module"),
+        (SWA, {}, "give one of start_epoch and start_step"),
+        (SWA, {"start_epoch": 1, "start_step": 1}, "give one of start_epoch and start_step"),
+        (SWA, {"start_epoch": -1}, "start_epoch must be an integer >= 0, not -1"),
+        (SWA, {"start_epoch": 0.75}, "start_epoch must be an integer >= 0, not 0.75"),
+        (SWA, {"start_step": 0}, "start_step must be an integer >= 1, not 0"),
+        (SWA, {"start_epoch": 1, "every_n_steps": True}, "every_n_steps must be an integer >= 1, not True"),
+        (SWA, {"start_epoch": 1, "lr": -0.1}, "lr must be a number from 0 or None, not -0.1"),
+        (SWA, {"start_epoch": 1, "lr": [0.1]}, "lr must be a number from 0 or None, not [0.1]"),
+        (SWA, {"start_epoch": 1, "anneal": 1.5}, "anneal must be an integer >= 0, not 1.5"),
+        (SWA, {"start_epoch": 1, "anneal_strategy": "exp"}, "anneal_strategy must be 'cos' or 'linear', not 'exp'"),
+        (SWA, {"start_epoch": 1, "validate": None}, "validate must be True or False, not None"),
+        (SWA, {"start_epoch": 1, "update_bn": 0}, "update_bn must be an integer >= 1, not 0"),
         (LearningRateMonitor, {"module": nn.Linear(1, 1)}, "module must be the trained ModuleInterface, not Linear("),
         (LearningRateMonitor, {"module": CallbackInterface}, "not the class CallbackInterface"),
         (LearningRateMonitor, {"every_n_steps": 0}, "every_n_steps must be an integer >= 1, not 0"),
@@ -113,6 +128,7 @@ def test_invalid_arguments_are_refused_by_the_constructor(kind: Any, arguments: 
     ("kind", "problem"),
     [
         (EMA, "EMA has a Net of which this run trains no parameter"),
+        (functools.partial(SWA, start_epoch=0), "SWA has a Net of which this run trains no parameter"),
         (LearningRateMonitor, "LearningRateMonitor has a Net that this run does not train"),
         (ModelStatistics, "ModelStatistics has a Net that this run does not train"),
     ],
@@ -387,7 +403,8 @@ class Mixed(Net):
 
 def callbacks_of(net: Net) -> list[CallbackInterface]:
     return [
-        EMA(net, buffers=True),
+        EMA(net, buffers=True, validate=True),
+        SWA(net, start_step=2, every_n_steps=1, validate=False, update_bn=False),
         LearningRateMonitor(net, momentum=True),
         ModelStatistics(net, 1, histograms=True, exclude=["norm.*"]),
         EarlyStopping(patience=100),

@@ -1,22 +1,30 @@
-"""`EMA`: its averages, its results, and an exact resume."""
+"""`EMA`: its averages, its results, its validation, and an exact resume."""
 
 from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.command import Stagecast
 from support.training import Net, make_trainer, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from events.errors import CheckpointMismatch, StagecastError
-from events.messages import StepSkipped
+from events.messages import StepSkipped, ValEpochEnded, ValEpochStarted
 from trainer import CallbackInterface, Checkpoints, ModuleInterface, inline
 from trainer.callbacks import EMA
+from trainer.errors import ArgumentsError
+from trainer.loop.control import Control
 
 EACH_STEP = Checkpoints(every_minutes=None, every_steps=1, when_busy="wait")
 
@@ -308,6 +316,213 @@ def test_compiled_steps_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         averages.append(ema.weights())
     torch._dynamo.reset()
     assert same(*averages)
+
+
+# -------------------------------------------------------------------------------------- validation of the average
+
+
+def by_hand(net: Rich, decay: float, epochs: int) -> list[float]:
+    """Train as the trainer does, with an average in float32; return the loss of each validation of the average."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=net.lr)
+    average: dict[str, torch.Tensor] = {}
+    losses = []
+    for _ in range(epochs):
+        for batch in net.batches(8):
+            net.forward_loss(batch)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for name, weight in net.named_parameters():
+                if weight.requires_grad:
+                    average[name] = torch.lerp(average.get(name, weight.float()), weight.float(), 1 - decay).detach()
+        evaluated = copy.deepcopy(net).eval()
+        with torch.no_grad():
+            for name, weight in evaluated.named_parameters():
+                weight.copy_(average.get(name, weight))
+            losses.append(sum(float(evaluated.forward_loss(batch)[0]) for batch in net.batches(8)) / 4)
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore::DeprecationWarning")
+def test_a_validated_average_is_that_of_a_loop_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And training does not depend on it: the module's own weights are back, also in compiled steps."""
+    expected, reference = by_hand(hand := Rich(), 0.9, 3), [*hand.parameters()]
+    monkeypatch.setattr(ModuleInterface, "log", ModuleInterface.log)
+    torch._dynamo.reset()
+    for options in ({}, {"compile": True, "compile_options": {"backend": "eager"}}):
+        torch._dynamo.utils.counters.clear()
+        net = Rich()
+        outcome = train(net, callbacks=[EMA(net, 0.9, validate=True)], epochs=3, val_interval_steps=4, **options)
+        losses = [event.loss for event in outcome.of(ValEpochEnded)]
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert all(map(torch.equal, net.parameters(), reference))
+        frames = torch._dynamo.utils.counters["frames"]["ok"]
+        assert not options or 0 < frames <= 4  # a training and a validation step; nothing was compiled again
+    torch._dynamo.reset()
+    plain = train(net := Rich(), callbacks=[EMA(net, 0.9)], epochs=3)
+    assert [event.loss for event in plain.of(ValEpochEnded)] != pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("ending", ["error", "cancelled", "hook"])
+def test_a_validation_that_ends_early_leaves_the_trained_weights(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[dict[str, torch.Tensor]] = []
+    failed = threading.Event()
+    fail = Control.fail
+    monkeypatch.setattr(Control, "fail", lambda *args: (fail(*args), failed.set()))
+
+    class Ends(Rich):
+        def on_end_train_step(self, global_step: int, *outputs: Any) -> None:
+            trained.append(copy.deepcopy(self.state_dict()))
+
+        def on_begin_val_epoch(self, global_step: int, key: str) -> None:
+            if ending == "hook":
+                raise Crash
+
+        def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+            assert not torch.equal(self.linear.weight, trained[-1]["linear.weight"])
+            if ending == "error":
+                raise Crash
+            assert failed.wait(20)
+            return super().val_step(global_step, batch, device)
+
+    net = Ends()
+    trainer = make_trainer(net, callbacks=[EMA(net, 0.9, validate=True)])
+
+    async def cancelled() -> None:
+        with anyio.CancelScope() as scope:
+            async with trainer.run() as run:
+                async for _ in run.events(types=[ValEpochStarted]):
+                    scope.cancel()
+
+    if ending == "cancelled":
+        anyio.run(cancelled)
+    else:
+        with pytest.raises(Crash):
+            trainer.train()
+    assert len(trained) == 4
+    assert same(net.state_dict(), trained[-1])
+
+
+def test_two_validated_averages_are_refused() -> None:
+    net = Net()
+    with pytest.raises(ArgumentsError, match="EMA and EMA have validate=True"):
+        make_trainer(net, callbacks=[EMA(net, validate=True), EMA(net, 0.9, validate=True)])
+
+
+def test_a_schedule_free_optimizer_and_a_validated_average_are_refused() -> None:
+    class Free(torch.optim.SGD):
+        def eval(self) -> None: ...
+        def train(self) -> None: ...
+
+    def run(**options: Any) -> Any:
+        net = Net(optimizers=lambda net: ([Free(net.parameters(), lr=0.1)], []))
+        return train(net, callbacks=[EMA(net, **options)]).error
+
+    assert run() is None
+    assert "Free averages the weights itself and validates its average, so that EMA(validate=True) cannot" in str(
+        run(validate=True)
+    )
+
+
+def test_parameters_that_come_and_go_are_named(caplog: Any) -> None:
+    class Grows(Net):
+        def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+            if epoch == 1:
+                self.linear.extra = nn.Parameter(torch.ones(3))
+                self.linear.bias = None
+                self.linear.weight = nn.Parameter(torch.zeros(1, 4))
+
+        def get_optimizers_schedulers(self, steps: int, epochs: int) -> Any:
+            return [torch.optim.SGD(self.linear.parameters(), lr=0.1)], []
+
+    net = Grows()
+    ema = EMA(net, 0.5, validate=True)
+    assert train(net, callbacks=[ema], epochs=2).error is None
+    assert "EMA averages linear.extra only from here on, added or unfrozen since it began" in caplog.text
+    assert "EMA drops the average of linear.bias" in caplog.text
+    assert list(ema.state_dict()["average"]) == ["linear.weight", "linear.extra"]
+
+
+def test_an_evaluation_or_export_uses_the_average_that_the_run_has_validated(
+    stagecast: Stagecast, tmp_path: Path
+) -> None:
+    """Of the attached callback, or of the checkpoint; ``validate=False`` and a run without one use the trained ones."""
+    run = {"run_dir": tmp_path / "run", "run_id": "r", "checkpoints": Checkpoints(best="val_loss", keep_last=9)}
+
+    def fresh(**options: Any) -> Any:
+        net = Rich(test_data=Net.batches)
+        return make_trainer(net, callbacks=[EMA(net, 0.9, **options)] if options else (), **own), net
+
+    own: dict[str, Any] = {}
+    trainer, net = fresh(validate=True)
+    trainer = make_trainer(net, callbacks=[ema := EMA(net, 0.9, validate=True)], epochs=2, **run)
+    result = trainer.train()
+    trained = copy.deepcopy(net.state_dict())
+    averaged = result.metrics["val_loss"]
+    assert result.best_metric == pytest.approx(averaged)
+    assert trainer.validate()["val_loss"] == averaged
+    assert same(net.state_dict(), trained)
+    with ema.applied():
+        own = {}
+        assert make_trainer(net).validate()["val_loss"] == averaged
+        assert trainer.validate()["val_loss"] == averaged
+    plain = make_trainer(net).validate()["val_loss"]
+    assert plain != pytest.approx(averaged, rel=1e-4)
+    for own in ({"resume": tmp_path / "run"}, {"resume": result.best_checkpoint}, {"init_from": tmp_path / "run"}):
+        for options, loss in (({}, averaged), ({"validate": True}, averaged), ({"validate": False}, plain)):
+            if "init_from" not in own or options != {"validate": False}:
+                assert fresh(**options)[0].validate()["val_loss"] == loss, (own, options)
+    own = {"resume": tmp_path / "run"}
+    with ema.applied():
+        expected = make_trainer(net).test()["default"][1]
+    assert torch.equal(fresh()[0].test()["default"][1], expected)
+    best = str(tmp_path / "best.safetensors")
+    code, out, err = stagecast("checkpoints", "export", tmp_path / "run", best, "--best", "--every-name")
+    assert (code, err) == (0, "")
+    assert "averaged by EMA(module=Rich, decay=0.9, validate=True) (val_loss " in out
+    for file in (tmp_path / "run/weights.safetensors", best):
+        assert net.load_state_dict(load_file(file), strict=file == best)
+        assert same(net.state_dict(), ema.weights())
+    assert (
+        stagecast("checkpoints", "export", tmp_path / "run", best, "--no-averaged", "--force", "--every-name").code == 0
+    )
+    assert same(load_file(best), trained)
+    saved = train(net, callbacks=[EMA(net)], run_dir=tmp_path / "plain", checkpoints=True).result.checkpoint
+    code, _, err = stagecast("checkpoints", "export", saved, best, "--force", "--every-name")
+    assert (code, "it also holds the weights averaged by EMA(module=Rich): --averaged exports those" in err) == (
+        0,
+        True,
+    )
+    train(net, run_dir=tmp_path / "none", checkpoints=True)
+    code, _, err = stagecast("checkpoints", "export", tmp_path / "none", best, "--force", "--averaged")
+    assert (code, "holds no averaged weights; train with EMA or SWA" in err) == (1, True)
+
+
+def test_a_checkpoint_in_a_validation_holds_the_trained_weights(tmp_path: Path) -> None:
+    """The run resumes exactly, and has validated the same."""
+
+    def attempt(stops: bool, **options: Any) -> Any:
+        class Stops(Rich):
+            def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+                self.seen = [*getattr(self, "seen", []), self.linear.weight.detach().clone()]
+                if stops and len(self.seen) == 6:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return super().val_step(global_step, batch, device)
+
+        net = Stops()
+        run = {"run_dir": tmp_path / options.pop("folder"), "run_id": "r", "checkpoints": EACH_STEP}
+        return net, train(net, callbacks=[EMA(net, 0.9, validate=True)], epochs=3, **run, **options)
+
+    whole, outcome = attempt(False, folder="whole")
+    stopped, _ = attempt(True, folder="run")
+    assert not torch.equal(stopped.seen[-1], stopped.linear.weight)
+    folder = tmp_path / "run/checkpoints"
+    newest = max(folder.glob("step-8*"), key=lambda one: one.name)
+    tensors = load_file(newest / "tensors.safetensors")
+    assert torch.equal(tensors["module.linear.weight"], stopped.linear.weight)
+    assert torch.equal(tensors["averaged.module.linear.weight"], stopped.seen[-1])
+    resumed, again = attempt(False, folder="run", resume="auto")
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert [event.loss for event in again.of(ValEpochEnded)] == [e.loss for e in outcome.of(ValEpochEnded)][1:]
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints

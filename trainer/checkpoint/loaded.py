@@ -89,14 +89,17 @@ class Loaded:
         self.state = {name: self._kept(name) for name in ("global_step", "epoch", "position", "rng")}
         self.parts = {name: part for name, part in self.parts.items() if name == "outputs"}
 
-    def restore_module(self, module: ModuleInterface) -> None:
+    def restore_module(self, module: ModuleInterface, *, averaged: bool | None = False) -> None:
         """Restore the module's state.
+
+        Args:
+            averaged: The averaged weights instead of the trained ones; None: if they are what the run has validated.
 
         Raises:
             CheckpointMismatch: The state is of another model; names keys and shapes. The module is unchanged, unless a
                 submodule with its own loading refused.
         """
-        state, by_default = self.state["module"], takes_state_by_default(module)
+        state, by_default = self._module_state(averaged), takes_state_by_default(module)
         own = own_loading_prefixes(module) if by_default else ()
         if by_default:
             check_fits(module, state, str(self.folder), own)
@@ -111,6 +114,16 @@ class Loaded:
                 f"the checkpoint {self.folder} does not fit {type(module).__name__}, part of which may have taken it"
                 f" over: {error}"
             ) from error
+
+    def _module_state(self, averaged: bool | None) -> Any:
+        saved = self.state.get("averaged")
+        if saved is None and averaged:
+            logger.warning(f"the checkpoint {self.folder} has no averaged weights, so its trained weights are used")
+        if saved is None or not (saved["validated"] if averaged is None else averaged):
+            return self.state["module"]
+        if saved["stale"]:
+            logger.warning(f"the batch norm statistics of the average in {self.folder} are those of an earlier average")
+        return saved["module"]
 
     def restore_frozen(self, module: ModuleInterface) -> None:
         """Restore ``requires_grad`` of the module's parameters."""

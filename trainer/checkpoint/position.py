@@ -104,6 +104,19 @@ class SavedMetrics(msgspec.Struct):
     objects: SavedObjects = msgspec.field(default_factory=SavedObjects)
 
 
+class SavedAverage(msgspec.Struct):
+    """Averaged weights in a checkpoint."""
+
+    key: str
+    """Of the callback that averages."""
+    validated: bool
+    """Whether its metric is that of these weights."""
+    stale: bool
+    """Whether batch norm statistics in it are those of an earlier average."""
+    module: object
+    """The module's state with the averaged weights."""
+
+
 class SavedState(msgspec.Struct):
     """Required fields and types of a checkpoint's state. Restoring checks their content."""
 
@@ -117,3 +130,4 @@ class SavedState(msgspec.Struct):
     schedulers: list[dict[object, object] | None]
     metrics: SavedMetrics
     callbacks: list[SavedCallback]
+    averaged: SavedAverage | None = None

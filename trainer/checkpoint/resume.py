@@ -140,7 +140,7 @@ class CheckpointPlan:
         def warn(name: str, error: Exception) -> None:
             logger.warning(f"{error}; an older checkpoint is tried")
 
-        find(place, None, warn, "init_from").restore_module(module)
+        find(place, None, warn, "init_from").restore_module(module, averaged=None)
         return True
 
     def scores_up_to(self, loaded: Loaded) -> dict[int, float]:

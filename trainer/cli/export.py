@@ -11,6 +11,7 @@ from events.checkpoint import disk
 from events.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, TENSORS_NAME, CheckpointName, Manifest
 from events.checkpoint.weights import Weights, first_of, metadata_of, renamed, weights_in
 from events.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from events.text import plain_text
 from trainer.cli.sources import Source, chosen, open_source, problem
 from trainer.cli.text import check_out, echo, echo_error
 
@@ -28,6 +29,7 @@ def export(
     best: bool,
     strip_prefix: str | None,
     every_name: bool,
+    averaged: bool | None,
     force: bool,
 ) -> int:
     """Write the module's weights to a safetensors file; returns the exit code. Skipped values are listed on stderr.
@@ -37,6 +39,7 @@ def export(
         name: None for the newest valid checkpoint of the lineage, or with ``best`` the one with the best metric.
         strip_prefix: Only the tensors whose names begin with it, without it.
         every_name: Write tied tensors under each of their names.
+        averaged: The averaged weights, not the trained ones; None: if the run has validated those.
         force: Replace an existing file.
 
     Raises:
@@ -48,7 +51,9 @@ def export(
     source = open_source(path)
     file = Path(out or DEFAULT_OUT)
     _check(file, force)
-    manifest, weights = _read(source, path, name, best)
+    manifest, weights = _read(source, path, name, best, averaged)
+    if weights.problem is not None:
+        _note(f"{manifest.name}: {weights.problem}")
     if weights.skipped:
         _note(f"skipped values that are not tensors: {', '.join(weights.skipped)}")
     if strip_prefix is not None:
@@ -62,7 +67,8 @@ def export(
     nbytes = _write(file, manifest, weights, source.path(manifest.name), every_name=every_name, force=force)
     count = len(weights.names) - (0 if every_name else len(tied))
     metric = f" ({manifest.metric.name} {manifest.metric.value:.6g})" if best and manifest.metric is not None else ""
-    echo(f"{file}  {count} tensor{'s' * (count != 1)} of {manifest.name}{metric}  {format_bytes(nbytes)}")
+    by = f", averaged by {plain_text(weights.averaged_by)}" if weights.averaged_by is not None else ""
+    echo(f"{file}  {count} tensor{'s' * (count != 1)} of {manifest.name}{by}{metric}  {format_bytes(nbytes)}")
     return 0
 
 
@@ -70,7 +76,9 @@ def _note(text: str) -> None:
     echo_error(f"stagecast checkpoints: {text}")
 
 
-def _read(source: Source, path: str, name: CheckpointName | None, best: bool) -> tuple[Manifest, Weights]:
+def _read(
+    source: Source, path: str, name: CheckpointName | None, best: bool, averaged: bool | None
+) -> tuple[Manifest, Weights]:
     """Read and verify the first valid one of the wanted checkpoints."""
     wanted = name or source.only
     if best and source.only is not None:
@@ -86,7 +94,7 @@ def _read(source: Source, path: str, name: CheckpointName | None, best: bool) ->
             manifest = source.manifest(one)
             source.check(manifest)
             state, tensors = (source.read(manifest, file) for file in (STATE_NAME, TENSORS_NAME))
-            return manifest, weights_in(state, tensors, source.path(one))
+            return manifest, weights_in(state, tensors, source.path(one), averaged=averaged)
         except KeyError as error:  # of the manifest's files
             raise CheckpointDamaged(f"{source.path(one)}/{MANIFEST_NAME} does not list {error}") from None
         except (CheckpointDamaged, CheckpointNotFound) as error:

@@ -220,6 +220,11 @@ def _add_checkpoints(commands: _Commands) -> None:
     export.add_argument(
         "--every-name", action="store_true", help="write tied tensors under each of their names, for load_state_dict"
     )
+    export.add_argument(
+        "--averaged",
+        action=argparse.BooleanOptionalAction,
+        help="the weights averaged by EMA or SWA, not the trained ones (default: if the run has validated them)",
+    )
     export.add_argument("--force", action="store_true", help="replace an existing file")
 
 

@@ -19,6 +19,7 @@ from trainer.checkpoint.resume import CheckpointPlan
 from trainer.hooks.hooks import CallbackHooks, HookTable, TaskName
 from trainer.hooks.readback import DeviceReadback
 from trainer.hooks.recorder import MetricRecorder
+from trainer.loop.averaging import Averaging
 from trainer.loop.control import Control
 from trainer.loop.ledger import Ledger
 from trainer.loop.precision import Precision
@@ -50,6 +51,7 @@ class Attempt:
     def __post_init__(self) -> None:
         self.origin: Origin = self.ring.origin
         self.ledger = Ledger(self.device, self.ring.cpu_time.read_ns)
+        self.averaging = Averaging(self.hooks.callbacks, self.fail_hook)
         self._noticed: set[str] = set()
 
     @property

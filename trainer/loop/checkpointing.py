@@ -226,7 +226,7 @@ class Checkpointing:
     ) -> Fence | None:
         attempt, optimization = self._attempt, self._optimization
         assert optimization is not None
-        with optimization.evaluation(self.stager.gate):
+        with attempt.averaging.withdrawn(self.stager.gate), optimization.evaluation(self.stager.gate):
             collected = Collected(self._tree())
             staged = self.stager.copy(collected, slab, self._late_tensors(optimization))
         parts, owners = self._parts()
@@ -296,7 +296,7 @@ class Checkpointing:
             "position": where,
             # A current validation is repeated from its current dataloader.
             "rng": position.rng_at_validation or capture_rng(attempt.device),
-            "module": attempt.module.get_state(),
+            **attempt.averaging.saved(attempt.module.get_state()),
             "frozen": [name for name, one in attempt.module.named_parameters() if not one.requires_grad],
             **optimization.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,

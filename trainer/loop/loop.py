@@ -98,6 +98,7 @@ class TrainingLoop:
             self.epochs_finished += 1
             resumed = None
         with origin.at_epoch(self.epochs_finished):
+            self._validation.at_end()
             self._wait_for(self._checkpoints.at_end())
 
     def close(self) -> None:
@@ -115,7 +116,7 @@ class TrainingLoop:
         size = feed.plan.size_of(loader, epoch)
         steps = feed.plan.steps(size, epoch, position.first_step if position.phase != "begin" else origin.global_step)
         outputs = self._begin_epoch(loader, steps, feed.plan.run(size, epoch, origin.global_step)[0])
-        validation.begin_epoch(steps)
+        validation.begin_epoch(loader, steps)
         follows_loss = validation.follows_epoch_loss
         interrupted: RngState | None = None
         outcome: StepOutcome | None
@@ -147,6 +148,8 @@ class TrainingLoop:
                 position.batches = feed.taken
                 boundary.cross()
                 if validation.is_due:
+                    if origin.global_step - position.first_step == steps:
+                        attempt.averaging.end_epoch(origin.global_step)
                     step.release()
                     group = outcome = None  # a validation needs the memory
                     validation.after_step()
@@ -230,6 +233,7 @@ class TrainingLoop:
         origin = attempt.origin
         if not position.used_up:
             checkpoints.loader = None  # its own place is one within the epoch, where no run will resume
+        attempt.averaging.end_epoch(origin.global_step)
         position.phase = "end"
         position.loader_state = None
         self._feed.note_generators()

@@ -97,6 +97,11 @@ class Schedules:
         """Whether a scheduler follows ``train_epoch_loss``."""
         return any(monitor == TRAIN_EPOCH_LOSS for _, monitor in self._plateau)
 
+    def replace(self, schedulers: list[Any], per_step: bool) -> None:
+        """Step these from now on instead of the module's; `state` remains that of the module's."""
+        self._plateau = []
+        self.per_step, self._per_epoch = (schedulers, []) if per_step else ([], schedulers)
+
     def after_step(self) -> None:
         """The optimizers have stepped: schedulers of steps do."""
         for scheduler in self.per_step:

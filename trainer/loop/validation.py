@@ -16,6 +16,7 @@ from trainer.hooks.reductions import Value
 from trainer.loop.boundary import Boundary
 from trainer.loop.evaluation import Evaluation
 from trainer.loop.feed import Feed
+from trainer.loop.norm_statistics import NormStatistics
 from trainer.loop.optimization import Optimization
 from trainer.module_interface import Stage
 
@@ -35,15 +36,17 @@ class Validation:
         self._evaluation = evaluation
         self._optimization = optimization
         self._feed = feed
+        self._statistics = NormStatistics(boundary, feed)
         self._interval = boundary.attempt.arguments.val_interval_steps
         self._within_epoch: frozenset[int] = frozenset()
 
-    def begin_epoch(self, steps: int | None) -> None:
+    def begin_epoch(self, loader: Any, steps: int | None) -> None:
         """Plan the validations within an epoch of that many steps.
 
         Raises:
             DataLoaderError: They are to come at fractions of an epoch, and its length is unknown.
         """
+        self._statistics.of_epoch(loader)
         every = self._attempt.arguments.val_interval_epochs
         if self._interval is not None or not 0 < every < 1:
             return
@@ -79,6 +82,8 @@ class Validation:
             interrupted: The random generators of a validation that an earlier attempt began, at the dataloader on that
                 is left.
         """
+        if interrupted is None:
+            self._statistics.refresh()
         self._position.phase = "validate"
         self._run(interrupted)
         self._position.phase = "train"
@@ -94,7 +99,15 @@ class Validation:
         else:
             is_due = bool(every) and (last or (epoch + 1) % every == 0)
         if is_due:
+            if self._position.rng_at_val_loaders is None:  # an earlier attempt ended before this validation
+                interrupted = None
+                self._statistics.refresh()
             self._run(interrupted)
+
+    def at_end(self) -> None:
+        """Training has ended: complete the averaged weights, which no validation may have done."""
+        self._attempt.averaging.warn_of_none()
+        self._statistics.refresh(last=True)
 
     def judge_epoch(self) -> None:
         """Pass the epoch's metrics to the users of ``train_epoch_loss``, and to those without a validation."""
@@ -135,7 +148,8 @@ class Validation:
             recorder.begin_validation(attempt.origin.global_step)
         left = {key: loader for key, loader in loaders.items() if key not in position.validated_keys}
         if left:
-            with self._optimization.evaluation(self._checkpoints.stager.gate):
+            gate = self._checkpoints.stager.gate
+            with self._optimization.evaluation(gate), attempt.averaging.applied(gate):
                 self._evaluation.run(
                     Stage.VAL,
                     left,

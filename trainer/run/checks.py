@@ -17,6 +17,7 @@ from events.masking import masked
 from events.sink import Delivery, delivery_of, require
 from events.text import name_problem
 from trainer.arguments import TrainerArguments
+from trainer.averaging import AveragedWeights
 from trainer.callback_interface import CallbackInterface
 from trainer.checkpoint.fetch import KEYWORDS
 from trainer.errors import ArgumentsError
@@ -50,7 +51,12 @@ def _instead(name: str, given: Any) -> str:
     return f"put a single one in brackets: {name}=[...]"
 
 
-_OPTIONS = {"EMA": "module", "LearningRateMonitor": "module", "ModelStatistics": "module"}
+_OPTIONS = {
+    "EMA": "module",
+    "LearningRateMonitor": "module",
+    "ModelStatistics": "module",
+    "SWA": "module, start_epoch=...",
+}
 
 
 def _by_name(name: str, text: str) -> str | None:
@@ -86,6 +92,12 @@ def check_members(
         else:
             sound.append(target)
             _check_callback_delivery(f"callbacks[{number}] ({type(target).__name__})", delivery, problems)
+    validating = [type(one).__name__ for one in sound if isinstance(one, AveragedWeights) and one.validate]
+    if len(validating) > 1:
+        problems.append(
+            f"{' and '.join(validating)} have validate=True, but a validation uses one average; give the others"
+            f" validate=False"
+        )
     if isinstance(module, ModuleInterface):
         check_contract(module, sound, problems)
     for number, sink in enumerate(sinks or ()):

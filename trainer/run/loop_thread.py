@@ -268,7 +268,8 @@ class LoopThread:
             names = [name for name, value in state.items() if isinstance(value, torch.Tensor)]
             if others := state.keys() - names:
                 logger.warning(f"weights.safetensors lacks {', '.join(sorted(others))}, which is not a tensor")
-            self.weights = names if best else part_of({name: state[name] for name in names})
+            with self._attempt.averaging.applied(self._checkpoints.stager.gate):
+                self.weights = names if best else part_of({name: state[name] for name in names})
         except Exception as error:  # the loop's border: a finished run does not fail without this file
             text, header = describe(error), self._attempt.origin.header()
             self._attempt.ring.publish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -156,6 +157,7 @@ class Task:
                 except Exception as error:  # a supervisor's border: reported, and raised unless it only disables
                     add_note(error, f"raised by {callback.name}.bind_optimizers")
                     self._attempt.fail_hook(callback, "bind_optimizers", error)
+        self._attempt.averaging.bind(optimization, self._attempt.module)
 
     # -------------------------------------------------------------------------------------------- resuming
 
@@ -197,29 +199,38 @@ class Task:
     def validate(self) -> None:
         """Validate once, with the weights of a checkpoint or a file if there is one."""
         attempt, module = self._attempt, self._attempt.module
-        self._load_weights("validated")
+        weights = self._load_weights("validated")
         loaders = self._evaluated("get_val_dataloaders", module.get_val_dataloaders, "validate")
         attempt.recorder.begin_validation(attempt.origin.global_step)
-        Evaluation(self._boundary).run(Stage.VAL, loaders, attempt.arguments.max_val_steps_per_epoch)
+        with weights:
+            Evaluation(self._boundary).run(Stage.VAL, loaders, attempt.arguments.max_val_steps_per_epoch)
 
     def test(self) -> None:
         """Test, with the weights of a checkpoint or a file if there is one."""
-        self._load_weights("tested")
+        weights = self._load_weights("tested")
         loaders = self._evaluated("get_test_dataloaders", self._attempt.module.get_test_dataloaders, "test")
-        self.outputs = Evaluation(self._boundary).run(Stage.TEST, loaders, None, keep=True)
+        with weights:
+            self.outputs = Evaluation(self._boundary).run(Stage.TEST, loaders, None, keep=True)
 
-    def _load_weights(self, what: str) -> None:
+    def _load_weights(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Load the weights that are evaluated; returns the block for the evaluation.
+
+        Those of a checkpoint are averaged if an attached callback validates its average; without such a callback, if
+        the checkpoint's run did. Without a checkpoint or file, the block applies the average of the callback.
+        """
         attempt, plan, module = self._attempt, self._attempt.plan, self._attempt.module
         attempt.phase = "reading the checkpoint"
         loaded = self._loaded = plan.load(self._reject)
         if loaded is not None:
-            loaded.restore_module(module)
+            loaded.restore_module(module, averaged=attempt.averaging.wanted)
             attempt.origin.global_step, attempt.origin.epoch = loaded.global_step, loaded.epoch
             loaded.forget()
-        elif not plan.load_weights(module) and plan.resumes:
+        as_it_is = loaded is None and not plan.load_weights(module)
+        if as_it_is and plan.resumes:
             logger.warning(f"there is no checkpoint to resume from: the module is {what} as it is")
         module.current_epoch = attempt.origin.epoch
         self.publish_started(None)
+        return attempt.averaging.applied(self._checkpoints.stager.gate) if as_it_is else contextlib.nullcontext()
 
     def _evaluated(self, method: str, get: Callable[..., Any], task: str) -> dict[str, Any]:
         """Ask for the dataloaders of an evaluation, and start the ledger."""
